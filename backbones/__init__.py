@@ -1,0 +1,11 @@
+"""Class-conditional diffusion backbones behind one interface: `(x, t, y) -> prediction`.
+
+x (N, C, H, W) noisy input, t (N,) time, y (N,) labels in 0..num_classes (num_classes is the null label)
+-> (N, C_out, H, W), with C_out = 2C where the variance is learned.
+"""
+
+from backbones import dico, dit, hourglass, isotropic  # noqa: F401  (importing a family registers it)
+from backbones.checkpoint import load_published
+from backbones.registry import build, list_backbones, options_of, register, tiny_options_of
+
+__all__ = ["build", "list_backbones", "load_published", "options_of", "register", "tiny_options_of"]

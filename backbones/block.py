@@ -1,0 +1,30 @@
+"""The block of the controlled ablations: an adaLN-Zero block whose token mixer is swapped and nothing else."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backbones.layers import LayerNorm2d, modulate
+
+
+class Block(nn.Module):
+    """x + g1 mixer(mod(LN(x))), then x + g2 FFN(mod(LN(x))): (N, C, H, W), c (N, C) -> (N, C, H, W)."""
+
+    def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: float, gelu: str) -> None:
+        super().__init__()
+        hidden = int(dim * mlp_ratio)
+        self.gelu = gelu
+        self.norm1 = LayerNorm2d()
+        self.mixer = mixer
+        self.norm2 = LayerNorm2d()
+        self.fc1 = nn.Conv2d(dim, hidden, 1)
+        self.fc2 = nn.Conv2d(hidden, dim, 1)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        modulation = self.adaLN_modulation(c)[..., None, None].chunk(6, dim=1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation                 # (N, C, 1, 1)
+        x = x + gate1 * self.mixer(modulate(self.norm1(x), shift1, scale1))       # (N, C, H, W)
+        h = self.fc1(modulate(self.norm2(x), shift2, scale2))                     # (N, rC, H, W)
+        return x + gate2 * self.fc2(F.gelu(h, approximate=self.gelu))             # (N, C, H, W)

@@ -1,0 +1,55 @@
+"""Published checkpoints: read without running their code, and loaded strictly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+def read_weights(path: str | Path, key: str = "ema") -> dict[str, Tensor]:
+    """The weights of a `.safetensors` file, or of a `.pt` file that is a flat dict or holds one under `key`.
+
+    Raises ValueError in one line for a missing, truncated, pickled-code or non-tensor file. Never runs its code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such checkpoint; give the path of a .pt or .safetensors file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            weights = load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            reason = "it holds pickled code or objects, which are not run here; export plain tensors"
+        raise ValueError(f"{path.name}: not a readable checkpoint ({reason})") from None
+    if isinstance(weights, dict) and isinstance(weights.get(key), dict):
+        weights = weights[key]
+    if not isinstance(weights, dict) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
+        found = ", ".join(map(str, list(weights)[:8])) if isinstance(weights, dict) else type(weights).__name__
+        raise ValueError(f"{path.name}: expected tensors by name, flat or under {key!r}; found {found}")
+    return weights
+
+
+def load_published(model: nn.Module, path: str | Path, key: str = "ema") -> None:
+    """Load a published checkpoint strictly, or leave the model untouched.
+
+    Raises ValueError naming every missing, unexpected and mis-shaped key.
+    """
+    weights = read_weights(path, key)
+    expected = model.state_dict()
+    problems = [f"missing {name}" for name in expected if name not in weights]
+    problems += [f"unexpected {name}" for name in weights if name not in expected]
+    problems += [
+        f"{name} is {tuple(weights[name].shape)}, needs {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    if problems:
+        raise ValueError(f"{Path(path).name} is a checkpoint of another model ({len(problems)} keys differ): " + "; ".join(problems))
+    model.load_state_dict(weights, strict=True)

@@ -1,0 +1,146 @@
+"""DiCo: Ai et al., "DiCo: Revitalizing ConvNets for Scalable and Efficient Diffusion Modeling", 2025, section 3.
+
+Legend: N batch, C width of a stage (D, 2D, 4D), r FFN ratio. The full-resolution decoder and the head are 2D wide
+and conditioned by c2, as in the released code (the paper does not say so).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backbones.layers import (
+    ConvFinal,
+    ConvStem,
+    Downsample,
+    LayerNorm2d,
+    TimestepEmbedder,
+    Upsample,
+    check_grid,
+    modulate,
+    xavier_flat_,
+    xavier_init,
+    zero_,
+)
+from backbones.registry import register
+
+
+class DiCoBlock(nn.Module):
+    """Conv module (equation 3) and feed-forward network, each modulated and gated by adaLN-Zero."""
+
+    def __init__(self, dim: int, mlp_ratio: float) -> None:
+        super().__init__()
+        hidden = int(dim * mlp_ratio)
+        self.norm1 = LayerNorm2d()
+        self.conv1 = nn.Conv2d(dim, dim, 1)
+        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.ca = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(dim, dim, 1), nn.Sigmoid())
+        self.conv3 = nn.Conv2d(dim, dim, 1)
+        self.norm2 = LayerNorm2d()
+        self.conv4 = nn.Conv2d(dim, hidden, 1)
+        self.conv5 = nn.Conv2d(hidden, dim, 1)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        modulation = self.adaLN_modulation(c)[..., None, None].chunk(6, dim=1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation                           # (N, C, 1, 1)
+        h = F.gelu(self.conv2(self.conv1(modulate(self.norm1(x), shift1, scale1))))         # (N, C, H, W)
+        x = x + gate1 * self.conv3(h * self.ca(h))                                          # (N, C, H, W)
+        h = F.gelu(self.conv4(modulate(self.norm2(x), shift2, scale2)))                     # (N, rC, H, W)
+        return x + gate2 * self.conv5(h)                                                    # (N, C, H, W)
+
+
+class LabelEmbedders(nn.Module):
+    """One label table per resolution, kept in one module under the authors' names."""
+
+    def __init__(self, num_classes: int, dims: tuple[int, int, int]) -> None:
+        super().__init__()
+        for level, dim in enumerate(dims):
+            self.add_module(f"embedding_table_{level}", nn.Embedding(num_classes + 1, dim))
+
+    def forward(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.embedding_table_0(y), self.embedding_table_1(y), self.embedding_table_2(y)
+
+
+class DiCo(nn.Module):
+    def __init__(
+        self,
+        *,
+        input_size: int = 32,
+        in_channels: int = 4,
+        num_classes: int = 1000,
+        learn_sigma: bool = True,
+        dim: int = 128,
+        depths: tuple[int, int, int, int, int] = (5, 4, 4, 4, 4),
+        mlp_ratio: float = 2.0,
+    ) -> None:
+        super().__init__()
+        if input_size % 4:
+            raise ValueError(f"DiCo halves its input twice: input_size must be divisible by 4, got {input_size}")
+        self.input_size, self.in_channels, self.num_classes = input_size, in_channels, num_classes
+        self.out_channels = in_channels * (2 if learn_sigma else 1)
+        d1, d2, d3 = dim, 2 * dim, 4 * dim
+
+        def stage(width: int, depth: int) -> nn.ModuleList:
+            return nn.ModuleList(DiCoBlock(width, mlp_ratio) for _ in range(depth))
+
+        self.x_embedder = ConvStem(in_channels, d1)
+        self.t_embedder_1 = TimestepEmbedder(d1)
+        self.y_embedder = LabelEmbedders(num_classes, (d1, d2, d3))
+        self.t_embedder_2 = TimestepEmbedder(d2)
+        self.t_embedder_3 = TimestepEmbedder(d3)
+        self.encoder_level_1 = stage(d1, depths[0])
+        self.down1_2 = Downsample(d1)
+        self.encoder_level_2 = stage(d2, depths[1])
+        self.down2_3 = Downsample(d2)
+        self.latent = stage(d3, depths[2])
+        self.up3_2 = Upsample(d3)
+        self.reduce_chan_level2 = nn.Conv2d(2 * d2, d2, 1)
+        self.decoder_level_2 = stage(d2, depths[3])
+        self.up2_1 = Upsample(d2)
+        self.reduce_chan_level1 = nn.Conv2d(2 * d1, d2, 1)
+        self.decoder_level_1 = stage(d2, depths[4])
+        self.final_layer = ConvFinal(d2, self.out_channels)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        xavier_init(self)
+        xavier_flat_(self.x_embedder.proj)
+        zero_(*(block.adaLN_modulation[1] for block in self.modules() if isinstance(block, DiCoBlock)))
+        zero_(self.final_layer.adaLN_modulation[1], self.final_layer.out_proj)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        check_grid(x, None, 4, "DiCo")
+        y1, y2, y3 = self.y_embedder(y)
+        c1 = self.t_embedder_1(t) + y1                                        # (N, D)
+        c2 = self.t_embedder_2(t) + y2                                        # (N, 2D)
+        c3 = self.t_embedder_3(t) + y3                                        # (N, 4D)
+
+        x1 = _run(self.encoder_level_1, self.x_embedder(x), c1)               # (N, D, H, W)
+        x2 = _run(self.encoder_level_2, self.down1_2(x1), c2)                 # (N, 2D, H/2, W/2)
+        x3 = _run(self.latent, self.down2_3(x2), c3)                          # (N, 4D, H/4, W/4)
+        u2 = self.reduce_chan_level2(torch.cat([self.up3_2(x3), x2], dim=1))  # (N, 2D, H/2, W/2)
+        u2 = _run(self.decoder_level_2, u2, c2)
+        u1 = self.reduce_chan_level1(torch.cat([self.up2_1(u2), x1], dim=1))  # (N, 2D, H, W)
+        u1 = _run(self.decoder_level_1, u1, c2)
+        return self.final_layer(u1, c2)                                       # (N, C_out, H, W)
+
+
+def _run(stage: nn.ModuleList, x: Tensor, c: Tensor) -> Tensor:
+    for block in stage:
+        x = block(x, c)
+    return x
+
+
+register(
+    DiCo,
+    dict(
+        dico_s=dict(dim=128, depths=(5, 4, 4, 4, 4), mlp_ratio=2.0),
+        dico_b=dict(dim=256, depths=(5, 4, 4, 4, 4), mlp_ratio=2.0),
+        dico_l=dict(dim=352, depths=(9, 8, 9, 8, 9), mlp_ratio=2.0),
+        dico_xl=dict(dim=416, depths=(9, 9, 10, 9, 9), mlp_ratio=2.0),
+        dico_h=dict(dim=416, depths=(14, 12, 10, 12, 14), mlp_ratio=4.0),
+    ),
+    tiny=dict(dim=12, depths=(2, 1, 1, 1, 1)),
+)

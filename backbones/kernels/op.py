@@ -1,0 +1,71 @@
+"""Selection among implementations of one operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_forced: dict[str, str] = {}
+_used: dict[str, set[str]] = {}
+_ops: dict[str, Op] = {}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One implementation; `supports` answers for the arguments of a call, without running it."""
+
+    name: str
+    run: Callable[..., Any]
+    supports: Callable[..., bool] = lambda *args, **kwargs: True
+
+
+class Op:
+    """An operation: `choices` from most to least wanted; the last is the reference and supports everything."""
+
+    def __init__(self, name: str, choices: list[Choice]) -> None:
+        self.name, self.choices = name, {choice.name: choice for choice in choices}
+        _ops[name] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        choice = self._pick(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            _used.setdefault(self.name, set()).add(choice.name)
+        return choice.run(*args, **kwargs)
+
+    def _pick(self, *args: Any, **kwargs: Any) -> Choice:
+        if forced := _forced.get(self.name):
+            choice = self.choices[forced]
+            if not choice.supports(*args, **kwargs):
+                raise ValueError(f"{self.name} was forced to {forced!r}, which is not installed or does not take this device, dtype or bias")
+            return choice
+        return next(choice for choice in self.choices.values() if choice.supports(*args, **kwargs))
+
+
+@contextmanager
+def use(**choices: str) -> Iterator[None]:
+    """Force implementations by name, e.g. `use(attention="reference")`; ValueError lists the known ones."""
+    for name, choice in choices.items():
+        if name not in _ops:
+            raise ValueError(f"unknown kernel {name!r}; known: {', '.join(sorted(_ops))}")
+        if choice not in _ops[name].choices:
+            raise ValueError(f"{name} has no implementation {choice!r}; known: {', '.join(_ops[name].choices)}")
+    before = dict(_forced)
+    _forced.update(choices)
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+def used() -> dict[str, list[str]]:
+    """The implementations that ran since `reset_used`, by op."""
+    return {name: sorted(choices) for name, choices in sorted(_used.items())}
+
+
+def reset_used() -> None:
+    _used.clear()

@@ -1,0 +1,99 @@
+"""DiCo's conv module (equation 3) with the variations of its Table 4: kernel, activation and channel attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
+
+
+class ConvModule(nn.Module):
+    """1x1, depthwise k x k, activation, channel attention, 1x1.
+
+    `channel` is 'cca', 'none', 'se' (with `reduction`) or 'mdta' (with `heads`, and `project` for its output 1x1).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        size: tuple[int, int],
+        index: int,
+        kernel: int = 3,
+        activation: str = "gelu",
+        channel: str = "cca",
+        reduction: int = 8,
+        heads: int = 1,
+        project: bool = False,
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
+        self.activation = ACTIVATIONS[activation]
+        self.pointwise_in = nn.Conv2d(dim, dim, 1)
+        self.depthwise = nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim)
+        if channel == "cca":
+            self.channel = CompactChannelAttention(dim)
+        elif channel == "se":
+            self.channel = SqueezeExcitation(dim, reduction)
+        elif channel == "mdta":
+            self.channel = ChannelSelfAttention(dim, heads, project)
+        elif channel == "none":
+            self.channel = nn.Identity()
+        else:
+            raise ValueError(f"unknown channel attention {channel!r}; known: cca, none, se, mdta")
+        self.pointwise_out = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.activation(self.depthwise(self.pointwise_in(x)))  # (N, C, H, W)
+        return self.pointwise_out(self.channel(x))                 # (N, C, H, W)
+
+
+class CompactChannelAttention(nn.Module):
+    """x sigmoid(W GAP(x)): DiCo, equation 3."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight(F.adaptive_avg_pool2d(x, 1)).sigmoid()
+
+
+class SqueezeExcitation(nn.Module):
+    """x sigmoid(W_b relu(W_a GAP(x))): Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018."""
+
+    def __init__(self, dim: int, reduction: int) -> None:
+        super().__init__()
+        self.squeeze = nn.Conv2d(dim, dim // reduction, 1)
+        self.excite = nn.Conv2d(dim // reduction, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.excite(F.relu(self.squeeze(F.adaptive_avg_pool2d(x, 1)))).sigmoid()
+
+
+class ChannelSelfAttention(nn.Module):
+    """Attention between the channels of each head: MDTA of Zamir et al., "Restormer", CVPR 2022.
+
+    Its output projection is left out by default, since the conv module's 1x1 follows at once (a reconstruction).
+    """
+
+    def __init__(self, dim: int, heads: int, project: bool) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"channel attention needs a width divisible by its heads, got {dim} and {heads}")
+        self.heads = heads
+        self.qkv = nn.Conv2d(dim, 3 * dim, 1, bias=False)
+        self.depthwise = nn.Conv2d(3 * dim, 3 * dim, 3, padding=1, groups=3 * dim, bias=False)
+        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
+        self.project = nn.Conv2d(dim, dim, 1, bias=False) if project else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, height, width = x.shape
+        q, k, v = self.depthwise(self.qkv(x)).flatten(2).view(n, 3, self.heads, c // self.heads, -1).unbind(1)  # (N, h, e, T)
+        logits = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * self.temperature         # (N, h, e, e)
+        return self.project((logits.softmax(dim=-1) @ v).reshape(n, c, height, width))

@@ -1,0 +1,46 @@
+"""Sampling: every image from its own seed, whatever the batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from experiments.engine.diffusion import IDDPM
+from experiments.engine.precision import precision
+from experiments.engine.randomness import seed_at
+from experiments.engine.samplers import SAMPLERS, Guided, ImageNoise
+from experiments.engine.spec import Evaluate
+
+
+def labels(policy: str, num: int, num_classes: int, seed: int) -> Tensor:
+    """Labels (num,) of the images: 'balanced' cycles through the classes, 'random' draws each from (seed, index)."""
+    if policy == "balanced":
+        return torch.arange(num) % num_classes
+    if policy == "random":
+        return torch.tensor([seed_at("label", seed, index) % num_classes for index in range(num)])
+    raise ValueError(f"unknown label policy {policy!r}; known: balanced, random")
+
+
+def image_seeds(seed: int, num: int) -> list[int]:
+    """One seed an image, all different: the CPU generator reads 32 bits."""
+    base = seed_at("image", seed)
+    return [(base + index) % 2**32 for index in range(num)]
+
+
+def images(spec: Evaluate, model: nn.Module, device: torch.device, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Sampled images (n, C, H, W) and their labels (n,), `batch` at a time, in order of their index."""
+    data, sampler = spec.train.data, spec.sampler
+    if sampler.name not in SAMPLERS:
+        raise ValueError(f"unknown sampler {sampler.name!r}; known: {', '.join(SAMPLERS)}")
+    diffusion = IDDPM.linear(spec.train.diffusion.num_steps).respaced(sampler.num_steps).to(device)
+    network = Guided(model, sampler.scale, data.num_classes, channels=sampler.channels, interval=sampler.interval)
+    y, seeds = labels(spec.labels, spec.num, data.num_classes, spec.seed), image_seeds(spec.seed, spec.num)
+    for start in range(0, spec.num, batch):
+        part = slice(start, start + batch)
+        noise = ImageNoise(seeds[part], (data.channels, data.size, data.size), device)
+        with precision(spec.precision, device):
+            for x in SAMPLERS[sampler.name](diffusion, network, y[part].to(device), noise):
+                pass
+        yield x.cpu(), y[part]

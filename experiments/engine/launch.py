@@ -1,0 +1,93 @@
+"""Jobs on this machine: each a process of its own, so that a crash costs one job; no torch in the parent."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from experiments.engine.spec import Stage
+
+
+@dataclass(frozen=True)
+class Job:
+    """Stages that run one after another; in a `chain` each needs the one before, so a failure ends it."""
+
+    label: str
+    stages: tuple[Stage, ...]
+    chain: bool = False
+
+
+def run_here(jobs: Sequence[Job], root: Path, device: str, workers: int, threads: int, notify: Callable[[Job, str, Any], None]) -> bool:
+    """Run jobs, `workers` at a time with `threads` threads each; True if every stage is done.
+
+    `notify(job, event, payload)` hears 'progress' (step, steps, loss, images per second), 'record' (stage, record),
+    'error' (text) and 'end' (None). An interrupt stops every process; what they wrote is whole.
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["experiments.engine.execute"])
+    waiting, running = list(jobs), dict[Connection, tuple[Job, Any]]()
+    good = True
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                job = waiting.pop(0)
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=_work, args=(job, root, device, threads, theirs), daemon=True)
+                process.start()
+                theirs.close()
+                running[ours] = (job, process)
+            for pipe in wait(list(running)):
+                job, process = running[pipe]
+                try:
+                    event, payload = pipe.recv()
+                except EOFError:
+                    process.join()
+                    del running[pipe]
+                    if process.exitcode:
+                        good = False
+                        notify(job, "error", f"its process ended with {_reason(process.exitcode)}")
+                    notify(job, "end", None)
+                    continue
+                good = good and not (event == "error" or (event == "record" and payload[1].status != "done"))
+                notify(job, event, payload)
+    finally:
+        for _, process in running.values():
+            process.terminate()
+        for _, process in running.values():
+            process.join(5)
+    return good
+
+
+def _reason(code: int) -> str:
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+
+
+def _work(job: Job, root: Path, device: str, threads: int, pipe: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and ends this process
+    import torch
+
+    from experiments.engine.execute import Resources, execute
+    from experiments.engine.store import Store
+
+    torch.set_num_threads(threads)
+    store = Store(root)
+    try:
+        for stage in job.stages:
+            record = execute(stage, store, Resources(device=device), lambda *progress: pipe.send(("progress", progress)))
+            pipe.send(("record", (stage, record)))
+            if record.status != "done" and job.chain:
+                break
+    except (OSError, ValueError) as error:
+        pipe.send(("error", f"{error.strerror or error}" if isinstance(error, OSError) else str(error)))
+    finally:
+        pipe.close()
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

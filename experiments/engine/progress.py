@@ -1,0 +1,58 @@
+"""Progress of running jobs on standard error: bars on a terminal, a line a stage otherwise."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from experiments.engine.launch import Job
+from experiments.engine.spec import kind_of
+
+
+class Progress:
+    """`notify` takes the events of `launch.run_here`; `total` counts stages."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.started, self.bars = total, 0, time.monotonic(), None
+        self.tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty() and self.total:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bars
+
+            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[state]}")
+            self.bars = Bars(*columns, console=Console(stderr=True))
+            self.bars.start()
+            self.whole = self.bars.add_task("stages", total=self.total, state="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bars:
+            self.bars.stop()
+
+    def notify(self, job: Job, event: str, payload: Any) -> None:
+        if event == "progress" and self.bars:
+            step, steps, loss, rate = payload
+            if job.label not in self.tasks:
+                self.tasks[job.label] = self.bars.add_task(job.label, total=steps, state="")
+            self.bars.update(self.tasks[job.label], completed=step, state=f"loss {loss:.4f}, {rate:.0f} images/s")
+        elif event == "record":
+            stage, record = payload
+            self.done += 1
+            if self.bars:
+                self.bars.update(self.whole, completed=self.done)
+            outcome = record.error or f"done in {record.provenance['seconds']:.1f} s"
+            self._say(f"[{self.done}/{self.total}, {time.monotonic() - self.started:.0f} s] {job.label}: {kind_of(stage)} {outcome}")
+        elif event == "error":
+            self._say(f"error: {job.label}: {payload}")
+        elif event == "end" and job.label in self.tasks:
+            self.bars.remove_task(self.tasks.pop(job.label))
+
+    def _say(self, line: str) -> None:
+        if self.bars:
+            self.bars.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, file=sys.stderr, flush=True)

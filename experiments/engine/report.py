@@ -1,0 +1,241 @@
+"""From declared rows and records to a sheet of cells: paper, reference and this machine side by side. No torch."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from experiments.engine.spec import Row, Stage, Table
+from experiments.engine.store import Record, Store
+from experiments.protocols import Protocol, cost_stage, evaluate_stage, timing_stage, train_stage
+
+SCORES = {
+    "digits": {"fd_digits": "lower", "is_digits": "higher", "precision_digits": "higher", "recall_digits": "higher", "agreement": "higher"},
+    "inception": {"fid": "lower", "is": "higher", "precision": "higher", "recall": "higher"},
+}
+LOG_SCALED = {"fd_digits", "fid"}  # their spread over seeds grows with their value
+PAPER_SCORES = {"fid": "FID", "is": "IS", "precision": "P", "recall": "R"}
+LEVEL = 0.05
+REFERENCE_SEEDS = range(10)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value with an optional error, or words ('failed'); neither is a gap."""
+
+    value: float | None = None
+    error: float | None = None
+    digits: int = 2
+    words: str = ""
+
+    def text(self) -> str:
+        if self.words:
+            return self.words
+        if self.value is None or math.isnan(self.value):
+            return "-"
+        error = "" if self.error is None or math.isnan(self.error) else f" ±{self.error:.{self.digits}f}"
+        return f"{self.value:.{self.digits}f}{error}"
+
+
+@dataclass
+class Sheet:
+    """Columns are (group, name); rows hold one cell a column; notes stand below."""
+
+    title: str
+    columns: list[tuple[str, str]]
+    rows: list[list[Cell]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def main_sheet(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequence[int], device: str, store: Store, where: str = "records") -> Sheet:
+    """Counts, throughput and scores of this machine (or of the reference) beside the paper's."""
+    scores = [] if table.counts_only else list(SCORES[protocol.features])
+    columns = [("", "row"), ("params, M", "paper"), ("params, M", "ours"), ("Gflops", "paper"), ("Gflops", "ours"), ("Gflops", "core")]
+    if not table.counts_only:
+        machine = "this machine" if where == "records" else "reference"
+        columns += [(f"throughput, {machine}", "img/s"), (f"throughput, {machine}", "rel."), ("paper, A100", "rel.")]
+        columns += [(f"{protocol.name} ({machine}, {_seed_words(seeds)})", name.removesuffix(f"_{protocol.name}") if name != "fd_digits" else name) for name in scores]
+        columns += [("paper: ImageNet 256, 400K steps", name) for name in PAPER_SCORES.values()]
+    sheet = Sheet(f"Table {table.number}: {table.title} ({table.source})", columns)
+    published = store.published(table.published, table.key)
+    first = published[table.baseline.published] if table.baseline.published else {}
+    for row in rows:
+        paper = published[row.published] if row.published else {}
+        cost = _latest(store, cost_stage(row), where)
+        cells = [Cell(words=row.label), _paper(paper, "params_m", 1), _count(cost, "params_trainable", 1e6, 1)]
+        cells += [_paper(paper, "gflops", 2), _count(cost, "macs_torchprofile", 1e9, 2), _count(cost, "macs_core", 1e9, 2)]
+        if not table.counts_only:
+            timed = _latest(store, timing_stage(row, table.baseline, device), where)
+            cells += [_of(timed, "images_per_s", 1), _of(timed, "relative", 2)]
+            relative = float(paper["throughput_img_s"]) / float(first["throughput_img_s"]) if paper else None
+            cells.append(Cell(relative))
+            cells += [_score(store, row, protocol, seeds, name, where) for name in scores]
+            cells += [_paper(paper, key, 1 if key == "is" else 2) for key in PAPER_SCORES]
+        sheet.rows.append(cells)
+    sheet.notes += _notes(table, rows, protocol, seeds, device, store, where)
+    return sheet
+
+
+def comparison_sheet(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequence[int], device: str, store: Store) -> Sheet:
+    """This machine's scores beside the committed reference's, and whether they agree within their error."""
+    scores = list(SCORES[protocol.features])
+    columns = [("", "row"), ("throughput, rel.", "reference"), ("throughput, rel.", "here")]
+    columns += [(name, side) for name in scores for side in ("reference", "here")] + [("", "reproduced")]
+    sheet = Sheet(f"Table {table.number} on {protocol.name}: this machine against the reference", columns)
+    reference = {row.label: _values(store, row, protocol, REFERENCE_SEEDS, "reference") for row in rows}
+    here = {row.label: _values(store, row, protocol, seeds, "records") for row in rows}
+    spread = {name: _pooled(name, [records for records in reference.values()]) for name in scores}
+    comparisons = sum(bool(reference[row.label] and here[row.label]) for row in rows) * len(scores)
+    for row in rows:
+        cells = [Cell(words=row.label)]
+        cells += [_of(_latest(store, timing_stage(row, table.baseline, device), where), "relative", 2) for where in ("reference", "records")]
+        off, known = [], bool(reference[row.label] and here[row.label])
+        for name in scores:
+            digits = 1 if name.startswith(("fd", "is")) else 2
+            cells += [_mean_cell(name, side[row.label], digits) for side in (reference, here)]
+            if known and not _agree(name, reference[row.label], here[row.label], spread[name], comparisons):
+                off.append(name)
+        verdict = "-" if not known else "spread unknown" if None in spread.values() else "no: " + ", ".join(off) if off else "yes"
+        sheet.rows.append([*cells, Cell(words=verdict)])
+    sheet.notes.append(
+        "reproduced: every score lies within the reference's spread over training seeds, pooled over the rows "
+        f"(two-sided {1 - LEVEL:.0%} for all {comparisons} comparisons together, Bonferroni; fd on a log scale)"
+    )
+    return sheet
+
+
+def _seed_words(seeds: Sequence[int]) -> str:
+    return f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds"
+
+
+def _latest(store: Store, stage: Stage, where: str) -> Record | None:
+    return store.latest(stage, where) or store.latest(stage, where, status="failed")
+
+
+def _of(record: Record | None, name: str, digits: int) -> Cell:
+    if record is None:
+        return Cell()
+    if record.status != "done":
+        return Cell(words="failed")
+    return Cell(record.values.get(name), record.values.get(f"{name}_spread"), digits)
+
+
+def _count(record: Record | None, name: str, unit: float, digits: int) -> Cell:
+    return Cell() if record is None else Cell(words="failed") if record.status != "done" else Cell(record.values[name] / unit, None, digits)
+
+
+def _paper(row: dict[str, str], key: str, digits: int) -> Cell:
+    return Cell(float(row[key]), None, digits) if row.get(key) else Cell()
+
+
+def _values(store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], where: str) -> list[dict[str, float]]:
+    found = (store.latest(evaluate_stage(row, protocol, seed), where) for seed in seeds)
+    return [record.values for record in found if record is not None]
+
+
+def _score(store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], name: str, where: str) -> Cell:
+    """Mean over seeds with its standard error, or one seed's value with its sampling error."""
+    values = _values(store, row, protocol, seeds, where)
+    if not values:
+        stages = [stage(row, protocol, seed) for seed in seeds for stage in (train_stage, evaluate_stage)]
+        return Cell(words="failed") if any(store.latest(stage, where, status="failed") for stage in stages) else Cell()
+    return _mean_cell(name, values, 1 if name.startswith(("fd", "is", "fid")) else 2)
+
+
+def _mean_cell(name: str, values: list[dict[str, float]], digits: int) -> Cell:
+    if not values:
+        return Cell()
+    if len(values) == 1:
+        return Cell(values[0][name], values[0].get(f"{name}_se"), digits)
+    numbers = [value[name] for value in values]
+    return Cell(statistics.fmean(numbers), statistics.stdev(numbers) / math.sqrt(len(numbers)), digits)
+
+
+def _scaled(name: str, values: list[dict[str, float]]) -> list[float]:
+    return [math.log(max(value[name], 1e-9)) if name in LOG_SCALED else value[name] for value in values]
+
+
+def _pooled(name: str, rows: Sequence[list[dict[str, float]]]) -> tuple[float, int] | None:
+    """Standard deviation over training seeds, pooled over rows, and its degrees of freedom; None without repeats."""
+    groups = [_scaled(name, values) for values in rows if len(values) > 1]
+    freedom = sum(len(group) - 1 for group in groups)
+    if not freedom:
+        return None
+    return math.sqrt(sum(statistics.variance(group) * (len(group) - 1) for group in groups) / freedom), freedom
+
+
+def _reach(spread: tuple[float, int], num_a: int, num_b: int, comparisons: int) -> float:
+    """Largest difference of two means that noise explains at LEVEL over all comparisons (Student, two-sided)."""
+    from scipy.special import stdtrit
+
+    deviation, freedom = spread
+    return float(stdtrit(freedom, 1 - LEVEL / 2 / max(comparisons, 1))) * deviation * math.sqrt(1 / num_a + 1 / num_b)
+
+
+def _agree(name: str, a: list[dict[str, float]], b: list[dict[str, float]], spread: tuple[float, int] | None, comparisons: int) -> bool:
+    if spread is None:
+        return True
+    difference = abs(statistics.fmean(_scaled(name, a)) - statistics.fmean(_scaled(name, b)))
+    return difference <= _reach(spread, len(a), len(b), comparisons)
+
+
+def _notes(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequence[int], device: str, store: Store, where: str) -> list[str]:
+    notes = [
+        "Gflops are multiply-accumulates at batch 1 and 32x32x4. ours: the paper's convention (torchprofile, explicit attention); "
+        "core: convolutions, linear layers and matrix products only. params: trainable."
+    ]
+    if table.counts_only:
+        return notes
+    notes.append(
+        "throughput: inference at 32x32x4, fp32 without TF32, attention unfused, ± half the range; rel.: to "
+        f"{table.baseline.label}, timed in turn. The paper's ran under PyTorch's defaults, where convolutions use TF32 and linear layers do not."
+    )
+    notes.append(_score_note(protocol, seeds))
+    if resolved := _resolved(table, rows, protocol, seeds, store, where):
+        notes.append(resolved)
+    for row in rows:
+        stages = [cost_stage(row), timing_stage(row, table.baseline, device)]
+        stages += [stage(row, protocol, seed) for seed in seeds for stage in (train_stage, evaluate_stage)]
+        for stage in stages:
+            if store.latest(stage, where) is None and (failed := store.latest(stage, where, status="failed")):
+                notes.append(f"{row.label}: {failed.kind} failed: {failed.error}")
+    evaluated = [record for row in rows for seed in seeds if (record := store.latest(evaluate_stage(row, protocol, seed), where))]
+    if evaluated:
+        notes.append("run on " + "; ".join(sorted({f"{r.provenance['device'] if r.provenance['device'] != 'cpu' else r.provenance['cpu']}, torch {r.provenance['torch']}" for r in evaluated})))
+    if any(record.provenance["dirty"] for record in evaluated):
+        notes.append("some records come from a tree with uncommitted changes")
+    return notes
+
+
+def _score_note(protocol: Protocol, seeds: Sequence[int]) -> str:
+    error = "± sampling standard error, one training seed" if len(seeds) == 1 else "± standard error of the mean over training seeds"
+    if protocol.features == "digits":
+        return (
+            f"digits: {protocol.recipe.steps} steps of {protocol.recipe.batch}, {protocol.num} images, {protocol.sampler.num_steps} sampling steps; scores on a small classifier's "
+            f"features, which are not Inception's: fd_digits is no FID and compares with no other protocol's score. {error}."
+        )
+    return f"{protocol.name}: {protocol.num} images. {error}."
+
+
+def _resolved(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequence[int], store: Store, where: str) -> str:
+    """Which rows differ from the baseline in the first score by more than the spread over training seeds explains."""
+    name, better = next(iter(SCORES[protocol.features].items()))
+    here = {row.label: _values(store, row, protocol, seeds, where) for row in (table.baseline, *rows)}
+    spread, whose = _pooled(name, list(here.values())), "these runs'"
+    if spread is None:
+        spread, whose = _pooled(name, [_values(store, row, protocol, REFERENCE_SEEDS, "reference") for row in table.rows]), "the reference's"
+    base = here[table.baseline.label]
+    others = [row.label for row in rows if row.label != table.baseline.label and here[row.label]]
+    if spread is None or not base or not others:
+        return f"{name}: no difference can be called resolved: the spread over training seeds is unknown (one seed, no reference)." if base and others else ""
+    words: dict[str, list[str]] = {"better": [], "worse": [], "not resolved": []}
+    for label in others:
+        difference = statistics.fmean(_scaled(name, here[label])) - statistics.fmean(_scaled(name, base))
+        if abs(difference) <= _reach(spread, len(here[label]), len(base), len(others)):
+            words["not resolved"].append(label)
+        else:
+            words["better" if (difference < 0) == (better == "lower") else "worse"].append(label)
+    groups = "; ".join(f"{verdict}: {', '.join(labels)}" for verdict, labels in words.items() if labels)
+    return f"{name} against {table.baseline.label}, {1 - LEVEL:.0%} over all rows, by {whose} pooled spread over seeds ({spread[0]:.0%} of the value): {groups}."

@@ -1,0 +1,186 @@
+"""What can be run, as frozen dataclasses, and the content id that names a run.
+
+A spec holds everything that can change a number and nothing else. Its canonical form leaves out every field that
+has its default, so a field added later keeps old ids valid. Standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A registered network and the options that differ from its registered size."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def but(self, **options: Any) -> Backbone:
+        return Backbone(self.name, self.options | options)
+
+
+@dataclass(frozen=True)
+class Data:
+    """A labelled set as the network sees it: `channels` x `size` x `size`, latents or pixels in [-1, 1]."""
+
+    name: str
+    size: int
+    channels: int
+    num_classes: int
+    flip: bool = False
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """iDDPM with linear betas and learned-range variance (Nichol & Dhariwal 2021)."""
+
+    name: str = "iddpm"
+    num_steps: int = 1000
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """AdamW; linear `warmup` steps, then `decay` 'constant' or 'cosine' (to zero); EMA of every parameter."""
+
+    steps: int
+    batch: int
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    warmup: int = 0
+    decay: str = "constant"
+    ema: float = 0.9999
+    label_dropout: float = 0.1
+    precision: str = "fp32"
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class Train:
+    backbone: Backbone
+    data: Data
+    recipe: Recipe
+    diffusion: Diffusion = Diffusion()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """`scale` 1 is no guidance; `channels` are the guided noise channels (None: all); `interval` in training steps."""
+
+    name: str = "ancestral"
+    num_steps: int = 250
+    scale: float = 1.0
+    channels: int | None = 3
+    interval: tuple[int, int] = (0, 1000)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Sample `num` images of the EMA network, each from (seed, index), and score them on `features`."""
+
+    train: Train
+    sampler: Sampler
+    num: int
+    features: str
+    labels: str = "random"
+    seed: int = 0
+    precision: str = "fp32"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Inference throughput of full batches of x, t and y on one device, and its ratio to `baseline` in the same run."""
+
+    backbone: Backbone
+    size: int
+    channels: int
+    num_classes: int
+    batch: int
+    device: str
+    precision: str = "fp32"
+    kernels: dict[str, str] = field(default_factory=dict)
+    baseline: Backbone | None = None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters and multiply-accumulates of one forward pass at batch 1."""
+
+    backbone: Backbone
+    size: int
+    channels: int
+    num_classes: int
+
+
+Stage = Train | Evaluate | Timing | Cost
+
+
+@dataclass(frozen=True)
+class Row:
+    """A declared row: the network as published and, for small protocols, the options that shrink it.
+
+    `published` is the row's key in the table's CSV; None where the paper has no such row.
+    """
+
+    label: str
+    backbone: Backbone
+    small: dict[str, Any]
+    published: str | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Declared rows with their source; `published` names the CSV under results/published and its key columns.
+
+    `outside` rows are run and shown only when they are named. `baseline` is the row that the others are compared with.
+    """
+
+    number: int
+    title: str
+    source: str
+    published: str
+    key: tuple[str, ...]
+    rows: tuple[Row, ...]
+    outside: tuple[Row, ...] = ()
+    counts_only: bool = False
+
+    @property
+    def baseline(self) -> Row:
+        return self.rows[0]
+
+
+def canonical(value: Any) -> Any:
+    """JSON-ready form without the fields that have their defaults; TypeError for anything that has no stable form."""
+    if is_dataclass(value):
+        form = {f.name: canonical(getattr(value, f.name)) for f in fields(value) if getattr(value, f.name) != _default(f)}
+        return {"kind": type(value).__name__} | form
+    if isinstance(value, dict):
+        return {str(key): canonical(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [canonical(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"{value!r} has no canonical form")
+
+
+def spec_id(spec: Stage) -> str:
+    """16 hexadecimal digits that name a spec by its content."""
+    text = json.dumps(canonical(spec), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def kind_of(spec: Stage) -> str:
+    """Folder name of a stage's records: train, evaluate, timing or cost."""
+    return type(spec).__name__.lower()
+
+
+def _default(f: Any) -> Any:
+    if f.default is not MISSING:
+        return f.default
+    return f.default_factory() if f.default_factory is not MISSING else MISSING

@@ -1,0 +1,95 @@
+"""The timer: full batches of x, t and y, warm, synchronised, with the flags that were in force beside the figure."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+import backbones
+from backbones import kernels
+from experiments.engine.precision import flags, precision
+from experiments.engine.randomness import generator_at, seed_at
+from experiments.engine.spec import Backbone, Timing
+
+PAIRS, WARM_UP = 5, 2
+
+
+def run(spec: Timing) -> dict[str, Any]:
+    """Median images per second, its spread, and the ratio to the baseline, both networks timed in turn.
+
+    The machine's speed drifts, so the ratio is the median of the ratios of neighbouring runs. Raises ValueError where
+    the kernels that would be timed do not compute what the reference computes.
+    """
+    device = torch.device(spec.device)
+    subject = _network(spec.backbone, spec, device)
+    baseline = subject if spec.baseline is None or spec.baseline == spec.backbone else _network(spec.baseline, spec, device)
+    inputs = _inputs(spec, device)
+    with torch.inference_mode(), precision(spec.precision, device), kernels.use(**spec.kernels):
+        check(subject, inputs, spec)
+        in_force = flags()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(WARM_UP):
+            subject(*inputs)
+            baseline(*inputs)
+        pairs = [(_seconds(subject, inputs, device), _seconds(baseline, inputs, device)) for _ in range(PAIRS)]
+        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    rates = [spec.batch / seconds for seconds, _ in pairs]
+    ratios = [other / seconds for seconds, other in pairs]
+    return {
+        "images_per_s": statistics.median(rates),
+        "images_per_s_spread": (max(rates) - min(rates)) / 2,
+        "relative": statistics.median(ratios) if baseline is not subject else 1.0,
+        "relative_spread": (max(ratios) - min(ratios)) / 2 if baseline is not subject else 0.0,
+        "runs": PAIRS,
+        "peak_memory_bytes": peak,
+        **in_force,
+    }
+
+
+def check(model: nn.Module, inputs: tuple[torch.Tensor, ...], spec: Timing) -> None:
+    """Refuse to time kernels whose output is not the reference's, by relative RMS error on the first sample."""
+    few = tuple(part[:1] for part in inputs)
+    out = model(*few)
+    with kernels.use(attention="reference"):
+        expected = model(*few)
+    error = ((out - expected).float().square().mean().sqrt() / expected.float().square().mean().sqrt().clamp_min(1e-12)).item()
+    limit = 2e-2 if spec.precision == "bf16" else 5e-3 if spec.precision == "tf32" else 1e-4
+    if not error <= limit:
+        raise ValueError(f"{spec.backbone.name} with kernels {spec.kernels or 'auto'} differs from its reference by {error:.1e} (limit {limit:.0e}); it is not timed")
+
+
+def _network(backbone: Backbone, spec: Timing, device: torch.device) -> nn.Module:
+    """The network with random weights everywhere: zero-initialised heads would make any kernel look right."""
+    options = backbone.options | dict(input_size=spec.size, in_channels=spec.channels, num_classes=spec.num_classes)
+    model = backbones.build(backbone.name, **options).to(device=device, memory_format=torch.channels_last).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02, generator=generator_at("timing", name, device=device))
+    return model
+
+
+def _inputs(spec: Timing, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed_at("timing"))
+    x = torch.randn(spec.batch, spec.channels, spec.size, spec.size, generator=draw)
+    t = torch.randint(1000, (spec.batch,), generator=draw)
+    y = torch.randint(spec.num_classes, (spec.batch,), generator=draw)
+    return x.to(device=device, memory_format=torch.channels_last), t.to(device), y.to(device)
+
+
+def _seconds(model: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], device: torch.device) -> float:
+    """Seconds of one synchronised forward pass; on CUDA the mean of ten, so that launches overlap as in use."""
+    repeats = 10 if device.type == "cuda" else 1
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        model(*inputs)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - started) / repeats

@@ -1,0 +1,246 @@
+"""Samplers on Gaussian data, where the optimal network is affine in x and every chain can be followed exactly."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from experiments.engine.diffusion import IDDPM, Model
+from experiments.engine.samplers import SAMPLERS, Guided, ImageNoise, ancestral, ddim
+
+MEAN, STD = 0.3, 0.7
+
+
+def gaussian(u: float, mean: float = MEAN, std: float = STD) -> Model:
+    """The optimal eps of data N(mean, std^2), with constant variance logits u."""
+    cumprod = IDDPM.linear().alphas_cumprod
+
+    def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        a = cumprod[t].reshape(-1, 1, 1, 1)
+        eps = (1 - a).sqrt() * (x - a.sqrt() * mean) / (a * std ** 2 + 1 - a)
+        return torch.cat([eps, torch.full_like(x, u)], dim=1)
+
+    return model
+
+
+def labels(num: int) -> Tensor:
+    return torch.zeros(num, dtype=torch.long)
+
+
+class Impulses:
+    """Draw k is 1 for image k and 0 for the others: image k ends on offset + gain of draw k, the last one on offset."""
+
+    def __init__(self, num_steps: int):
+        self.num, self.drawn = num_steps + 2, 0
+
+    def draw(self) -> Tensor:
+        noise = torch.zeros(self.num, 1, 1, 1, dtype=torch.float64)
+        noise[self.drawn] = 1
+        self.drawn += 1
+        return noise
+
+
+class Waves:
+    """Draws in closed form, (2,2,3,5)."""
+
+    def __init__(self):
+        self.drawn = 0
+
+    def draw(self) -> Tensor:
+        self.drawn += 1
+        phase = torch.arange(1, 61, dtype=torch.float64) * (0.7 + 0.618034 * self.drawn)
+        return (math.sqrt(2) * phase.sin()).float().reshape(2, 2, 3, 5)
+
+
+def probe(sampler, num_steps: int, model: Model, **options) -> tuple[Tensor, Tensor]:
+    """The affine map of a chain: gains of its num_steps + 1 draws, and its offset."""
+    noise = Impulses(num_steps)
+    *_, last = sampler(IDDPM.linear().respaced(num_steps), model, labels(noise.num), noise, **options)
+    assert noise.drawn == num_steps + 1
+    last = last.flatten()
+    return last[:-1] - last[-1], last[-1]
+
+
+def moments_by_recursion(timesteps: list[int], fraction: float) -> tuple[float, float]:
+    """Mean and variance after the ancestral chain from N(0, 1), in numpy, from conditional expectations alone."""
+    cumprod = np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000))[timesteps]
+    previous = np.concatenate([[1.0], cumprod[:-1]])
+    betas = 1 - cumprod / previous
+    mean, variance = 0.0, 1.0
+    for i in reversed(range(len(timesteps))):
+        gain = cumprod[i] ** 0.5 * STD ** 2 / (cumprod[i] * STD ** 2 + 1 - cumprod[i])    # slope of E[x0 | x]
+        c1 = betas[i] * previous[i] ** 0.5 / (1 - cumprod[i])
+        c2 = (1 - previous[i]) * (1 - betas[i]) ** 0.5 / (1 - cumprod[i])
+        slope, offset = c1 * gain + c2, c1 * MEAN * (1 - gain * cumprod[i] ** 0.5)
+        true = betas[i] * (1 - previous[i]) / (1 - cumprod[i])
+        step = betas[i] ** fraction * true ** (1 - fraction) if i > 0 else 0.0
+        mean, variance = slope * mean + offset, slope ** 2 * variance + step
+    return mean, variance
+
+
+@pytest.mark.parametrize("num_steps", [10, 50, 250])
+@pytest.mark.parametrize("u", [-1.0, 0.3, 1.4])
+def test_ancestral_follows_the_recursion(num_steps: int, u: float):
+    timesteps = IDDPM.linear().respaced(num_steps).timesteps.tolist()
+    mean, variance = moments_by_recursion(timesteps, (u + 1) / 2)
+    gains, offset = probe(ancestral, num_steps, gaussian(u))
+    assert gains[-1] == 0                                     # the last draw is masked
+    assert offset.item() == pytest.approx(mean, rel=1e-5)
+    assert gains.square().sum().item() == pytest.approx(variance, rel=1e-5)
+
+
+def test_ancestral_reaches_the_data():
+    gains, offset = probe(ancestral, 1000, gaussian(-1.0))
+    assert offset.item() == pytest.approx(MEAN, rel=1e-3)
+    assert gains.square().sum().item() == pytest.approx(STD ** 2, rel=0.02)
+
+
+def test_ancestral_yields_every_step_and_ends_on_the_clean_estimate():
+    diffusion, model = IDDPM.linear().respaced(7), gaussian(0.0)
+    steps = list(ancestral(diffusion, model, labels(2), ImageNoise([0, 1], (2, 3, 5))))
+    t = diffusion.timesteps[0].repeat(2)
+    _, _, x0_hat = diffusion.posterior(steps[-2], 0, model(steps[-2], t, labels(2)))
+    assert len(steps) == 7
+    torch.testing.assert_close(steps[-1], x0_hat)
+
+
+def test_ddim_converges_to_the_probability_flow():
+    """The flow of Gaussian data: (x - sqrt(A) mean) / deviation is constant in time."""
+    cumprod = IDDPM.linear().alphas_cumprod[-1].item()
+    slope = STD / math.sqrt(cumprod * STD ** 2 + 1 - cumprod)
+    offset = MEAN * (1 - slope * math.sqrt(cumprod))
+    errors = []
+    for num_steps in (10, 50, 250, 1000):
+        gains, start = probe(ddim, num_steps, gaussian(0.0))
+        assert gains[1:].count_nonzero() == 0                 # eta 0 uses the first draw alone
+        errors.append(math.hypot(gains[0].item() - slope, start.item() - offset))
+    assert errors[0] > 3 * errors[1] > 9 * errors[2] > 18 * errors[3] and errors[3] < 3e-3, errors
+
+
+@pytest.mark.parametrize("num_steps", [20, 1000])
+def test_ddim_at_eta_1_is_ancestral_with_the_posterior_variance(num_steps: int):
+    gains, offset = probe(ddim, num_steps, gaussian(0.0), eta=1.0)
+    expected_gains, expected_offset = probe(ancestral, num_steps, gaussian(-1.0))
+    torch.testing.assert_close(gains, expected_gains, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(offset, expected_offset, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("sampler, options, expected", [
+    ("ancestral", {}, [0.2710633, 0.2454858, 0.3100594, 0.3169348]),
+    ("ddim", {}, [0.9213606, -0.2717592, -0.3931387, -0.5058284]),
+    ("ddim", {"eta": 0.5}, [0.4392892, 0.1612971, 0.1236946, 0.1209899]),
+])
+def test_samples_are_those_of_the_authors(sampler: str, options: dict[str, float], expected: list[float]):
+    """Numbers from facebookresearch/DiT ed81ce2, create_diffusion("250") on the same network and draws."""
+    base = gaussian(0.0)
+
+    def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        eps, _ = base(x.double(), t, y).float().chunk(2, dim=1)
+        return torch.cat([eps + 0.1 * x.flip(1).sin(), 1.2 * x.cos()], dim=1)
+
+    *_, last = SAMPLERS[sampler](IDDPM.linear().respaced(250), model, labels(2), Waves(), **options)
+    values = last.flatten()[[0, 7, 31, 59]]
+    torch.testing.assert_close(values, torch.tensor(expected), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.1])
+def test_impossible_eta_is_refused(eta: float):
+    with pytest.raises(ValueError, match="between 0"):
+        next(ddim(IDDPM.linear().respaced(5), gaussian(0.0), labels(1), ImageNoise([0], (1, 3, 5)), eta=eta))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+def test_sampling_records_no_gradient(sampler):
+    net = torch.nn.Conv2d(3, 6, 1)
+    steps = sampler(IDDPM.linear().respaced(2), lambda x, t, y: net(x), labels(1), ImageNoise([0], (3, 3, 5)))
+    for x in steps:
+        assert not x.requires_grad and torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("parts", [[5], [1, 4], [2, 3], [1, 1, 1, 1, 1]])
+def test_noise_of_an_image_ignores_its_batch(parts: list[int]):
+    seeds, shape = [11, 7, 2 ** 32 - 1, 0, 7], (4, 5, 7)
+    whole = ImageNoise(seeds, shape)
+    expected = torch.stack([whole.draw() for _ in range(3)])
+    pieces = [ImageNoise(part.tolist(), shape) for part in torch.tensor(seeds).split(parts)]
+    drawn = torch.stack([torch.cat([piece.draw() for piece in pieces]) for _ in range(3)])
+    assert torch.equal(drawn, expected)
+    assert torch.equal(expected[:, 1], expected[:, 4])        # equal seeds, equal images
+    assert expected.unique().numel() == expected[:, :4].numel()
+    assert abs(expected[:, :4].mean()) < 0.1 and abs(expected[:, :4].std() - 1) < 0.1
+
+
+@pytest.mark.parametrize("seed", [-1, 2 ** 32])
+def test_a_seed_that_would_repeat_another_is_refused(seed: int):
+    with pytest.raises(ValueError, match="seeds lie in"):
+        ImageNoise([0, seed], (1, 3, 5))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+def test_sample_of_an_image_ignores_its_batch(sampler):
+    diffusion, model, seeds = IDDPM.linear().respaced(8), gaussian(0.0), [3, 1, 4, 1, 5]
+    *_, whole = sampler(diffusion, model, labels(5), ImageNoise(seeds, (2, 3, 5)))
+    *_, first = sampler(diffusion, model, labels(1), ImageNoise(seeds[:1], (2, 3, 5)))
+    *_, rest = sampler(diffusion, model, labels(4), ImageNoise(seeds[1:], (2, 3, 5)))
+    torch.testing.assert_close(torch.cat([first, rest]), whole, rtol=1e-6, atol=1e-6)
+
+
+class Recorder:
+    """A network of 4 data channels whose output depends on the label; keeps what it was called with."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.net, self.table, self.calls = torch.nn.Conv2d(4, 8, 3, padding=1), torch.nn.Embedding(11, 8), []
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        self.calls.append((len(x), y.tolist()))
+        return self.net(x) * (1 + self.table(y)[:, :, None, None]) + 1e-3 * t.reshape(-1, 1, 1, 1)
+
+
+def call_inputs(t: int = 500) -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.randn(3, 4, 5, 7, generator=torch.Generator().manual_seed(0))
+    return x, torch.full((3,), t), torch.tensor([2, 9, 0])
+
+
+@pytest.mark.parametrize("channels", [3, None])
+@pytest.mark.parametrize("scale", [0.0, 1.4, 4.0])
+def test_guidance_algebra(channels: int | None, scale: float):
+    model, (x, t, y) = Recorder(), call_inputs()
+    guided = Guided(model, scale, 10, channels=channels)
+    output, k = guided(x, t, y), channels or 4
+    assert model.calls == [(6, [2, 9, 0, 10, 10, 10])] and guided.nfe == 2
+    conditional, null = model(x, t, y), model(x, t, torch.full_like(y, 10))
+    torch.testing.assert_close(output[:, :k], scale * conditional[:, :k] + (1 - scale) * null[:, :k])
+    torch.testing.assert_close(output[:, k:], conditional[:, k:])
+    output.square().mean().backward()
+    assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in model.net.parameters())
+
+
+def test_scale_1_is_the_plain_network():
+    model, inputs = Recorder(), call_inputs()
+    guided = Guided(model, 1.0, 10)
+    assert torch.equal(guided(*inputs), model(*inputs))
+    assert model.calls[0] == (3, [2, 9, 0]) and guided.nfe == 1
+
+
+@pytest.mark.parametrize("t, doubled", [(199, False), (200, True), (699, True), (700, False)])
+def test_guidance_acts_inside_its_interval(t: int, doubled: bool):
+    model, inputs = Recorder(), call_inputs(t)
+    guided = Guided(model, 1.5, 10, interval=(200, 700))
+    output = guided(*inputs)
+    assert guided.nfe == 1 + doubled and model.calls[0][0] == 3 * (1 + doubled)
+    assert torch.equal(output, model(*inputs)) != doubled
+
+
+def test_nfe_of_a_run_counts_both_halves():
+    guided = Guided(Recorder(), 1.5, 10, interval=(0, 500))
+    for _ in ancestral(IDDPM.linear().respaced(10), guided, labels(2), ImageNoise([0, 1], (4, 5, 7))):
+        pass
+    assert guided.nfe == 10 + 5                               # 0, 111, ..., 444 of 0, 111, ..., 999 are guided
+
+
+def test_guiding_channels_that_do_not_exist_is_refused():
+    with pytest.raises(ValueError, match="cannot guide 5 channels of data that have 4"):
+        Guided(Recorder(), 1.5, 10, channels=5)(*call_inputs())
