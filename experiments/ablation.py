@@ -10,7 +10,7 @@ from __future__ import annotations
 from experiments.engine.cli import main
 from experiments.engine.spec import Backbone, Row, Table
 
-SMALL_U = dict(dim=32, depths=(2, 1, 1, 1, 1))
+SMALL_U = dict(dim=24, depths=(2, 1, 1, 1, 1))
 SMALL_ISO = dict(dim=64, depth=6)
 SMALL_DIT = dict(dim=96, depth=4, heads=3)
 

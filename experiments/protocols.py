@@ -30,7 +30,7 @@ class Protocol:
 DIGITS = Protocol(
     name="digits",
     data=Data("digits", size=8, channels=1, num_classes=10),
-    recipe=Recipe(steps=500, batch=128, lr=2e-3, warmup=50, decay="cosine", ema=0.99),
+    recipe=Recipe(steps=650, batch=64, lr=5e-3, warmup=50, decay="cosine", ema=0.99),
     sampler=Sampler(num_steps=50, channels=None),
     num=500,
     features="digits",

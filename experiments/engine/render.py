@@ -31,9 +31,10 @@ def _plain(sheet: Sheet) -> str:
     texts = [[cell.text() for cell in row] for row in sheet.rows]
     widths = [max(len(name), *(len(row[i]) for row in texts), 0) for i, (_, name) in enumerate(sheet.columns)]
     start = 0
-    for group, length in _groups(sheet):  # the last column of a group makes room for its heading
-        have = sum(widths[start : start + length]) + 2 * (length - 1)
-        widths[start + length - 1] += max(0, len(group) - have)
+    for group, length in _groups(sheet):  # a group's columns share the room that its heading needs
+        lack = max(0, len(group) - sum(widths[start : start + length]) - 2 * (length - 1))
+        for i in range(length):
+            widths[start + i] += lack // length + (i < lack % length)
         start += length
     lines, heading, start = [sheet.title, ""], [], 0
     for group, length in _groups(sheet):

@@ -189,7 +189,7 @@ def _notes(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequenc
     if table.counts_only:
         return notes
     notes.append(
-        "throughput: inference at 32x32x4, fp32 without TF32, attention unfused, ± half the range; rel.: to "
+        "throughput: inference at 32x32x4, fp32 without TF32, attention unfused, ± half the interquartile range; rel.: to "
         f"{table.baseline.label}, timed in turn. The paper's ran under PyTorch's defaults, where convolutions use TF32 and linear layers do not."
     )
     notes.append(_score_note(protocol, seeds))

@@ -16,7 +16,7 @@ from experiments.engine.precision import flags, precision
 from experiments.engine.randomness import generator_at, seed_at
 from experiments.engine.spec import Backbone, Timing
 
-PAIRS, WARM_UP = 5, 2
+PAIRS, WARM_UP = 7, 2
 
 
 def run(spec: Timing) -> dict[str, Any]:
@@ -43,9 +43,9 @@ def run(spec: Timing) -> dict[str, Any]:
     ratios = [other / seconds for seconds, other in pairs]
     return {
         "images_per_s": statistics.median(rates),
-        "images_per_s_spread": (max(rates) - min(rates)) / 2,
+        "images_per_s_spread": _half_quartiles(rates),
         "relative": statistics.median(ratios) if baseline is not subject else 1.0,
-        "relative_spread": (max(ratios) - min(ratios)) / 2 if baseline is not subject else 0.0,
+        "relative_spread": _half_quartiles(ratios) if baseline is not subject else 0.0,
         "runs": PAIRS,
         "peak_memory_bytes": peak,
         **in_force,
@@ -62,6 +62,11 @@ def check(model: nn.Module, inputs: tuple[torch.Tensor, ...], spec: Timing) -> N
     limit = 2e-2 if spec.precision == "bf16" else 5e-3 if spec.precision == "tf32" else 1e-4
     if not error <= limit:
         raise ValueError(f"{spec.backbone.name} with kernels {spec.kernels or 'auto'} differs from its reference by {error:.1e} (limit {limit:.0e}); it is not timed")
+
+
+def _half_quartiles(values: list[float]) -> float:
+    low, _, high = statistics.quantiles(values, n=4)
+    return (high - low) / 2
 
 
 def _network(backbone: Backbone, spec: Timing, device: torch.device) -> nn.Module:

@@ -1,0 +1,33 @@
+"""Rebuild results/tables from the committed reference records: `python -m analysis.build`. No torch, no network."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from experiments.ablation import TABLES
+from experiments.engine.files import written_whole
+from experiments.engine.render import render
+from experiments.engine.report import REFERENCE_SEEDS, main_sheet
+from experiments.engine.store import Store
+from experiments.protocols import DIGITS, evaluate_stage
+
+SUFFIXES = {"text": "txt", "markdown": "md", "latex": "tex", "csv": "csv"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=None, help="results folder (default: results)")
+    store = Store(parser.parse_args().results)
+    for table in TABLES.values():
+        seeds = [seed for seed in REFERENCE_SEEDS if store.latest(evaluate_stage(table.baseline, DIGITS, seed), "reference")] or [0]
+        sheet = main_sheet(table, table.rows, DIGITS, seeds, "cpu", store, where="reference")
+        for form, suffix in SUFFIXES.items():
+            with written_whole(store.root / "tables" / f"table{table.number}.{suffix}") as file:
+                file.write(render([sheet], form).encode())
+        print(f"table {table.number}: {len(sheet.rows)} rows")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

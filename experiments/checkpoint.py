@@ -1,0 +1,44 @@
+"""Check that a published checkpoint is the network its name says: `python experiments/checkpoint.py dico_xl DiCo-XL.pt`.
+
+Reads a .pt (flat, or with its weights under `ema`) or .safetensors file without running its code, loads it strictly
+into the registered backbone and prints what it holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("backbone", help="registered name, e.g. dico_xl or dit_xl_2")
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--input-size", type=int, default=32, help="side of the latent: 32 for 256 pixels (default), 64 for 512")
+    parser.add_argument("--key", default="ema", help="where a .pt file keeps its weights, unless they lie flat (default: ema)")
+    args = parser.parse_args()
+    import torch
+
+    import backbones
+
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = backbones.build(args.backbone, input_size=args.input_size)
+        backbones.load_published(model, args.file, args.key)
+        with torch.inference_mode():
+            x = torch.zeros(1, model.in_channels, args.input_size, args.input_size)
+            finite = model.eval()(x, torch.zeros(1), torch.tensor([model.num_classes])).isfinite().all()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if not finite:
+        print(f"error: {args.file.name} loads, but its output is not finite", file=sys.stderr)
+        return 2
+    total = sum(p.numel() for p in model.parameters())
+    print(f"{args.file.name}: {args.backbone}, {len(model.state_dict())} tensors, {total:,} parameters, loaded strictly")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,206 @@
+"""Records survive everything that happens to a results folder: races, damage, strangers' files and full disks."""
+
+import errno
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from experiments.engine import files, store
+from experiments.engine.files import locked, written_whole
+from experiments.engine.spec import Backbone, Cost, canonical, spec_id
+from experiments.engine.store import Store
+
+SPEC = Cost(Backbone("net", dict(dim=8)), 8, 1, 10)
+OTHER = Cost(Backbone("net", dict(dim=16)), 8, 1, 10)
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def no_space(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_record_comes_back_as_it_was_written(tmp_path: Path):
+    values = {"a": 1, "b": 0.1 + 0.2, "c": [1, None, "±"], "d": {"e": True}}
+    written = Store(tmp_path).append(SPEC, "done", values, {"commit": "abc", "seconds": 1.5})
+    (read,) = Store(tmp_path).records("records")[spec_id(SPEC)]
+    assert read == written
+    assert (read.kind, read.status, read.error, read.values, read.spec) == ("cost", "done", None, values, canonical(SPEC))
+
+
+def test_numbers_that_are_none_survive(tmp_path: Path):
+    Store(tmp_path).append(SPEC, "done", {"a": math.nan, "b": math.inf, "c": -math.inf}, {})
+    values = Store(tmp_path).latest(SPEC).values
+    assert math.isnan(values["a"]) and (values["b"], values["c"]) == (math.inf, -math.inf)
+
+
+def test_records_are_only_ever_added(tmp_path: Path):
+    before: dict[str, bytes] = {}
+    for number in range(5):
+        Store(tmp_path).append(SPEC, "done", {"number": number}, {})
+        after = everything(tmp_path)
+        assert len(after) == number + 1 and before.items() <= after.items()
+        before = after
+
+
+def test_the_newest_record_of_a_status_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for minute, status in ((3, "failed"), (2, "done"), (1, "done"), (4, "failed")):
+        clock = SimpleNamespace(gmtime=lambda: None, strftime=lambda *_, minute=minute: f"20200101T00{minute:02}00Z")
+        monkeypatch.setattr(store, "time", clock)
+        Store(tmp_path).append(SPEC, status, {"minute": minute}, {}, "ValueError: no" if status == "failed" else None)
+    found = Store(tmp_path)
+    assert [record.values["minute"] for record in found.records("records")[spec_id(SPEC)]] == [1, 2, 3, 4]
+    assert found.latest(SPEC).values["minute"] == 2
+    assert (failed := found.latest(SPEC, status="failed")).values["minute"] == 4 and failed.error == "ValueError: no"
+    assert found.latest(OTHER) is None and found.latest(SPEC, "reference") is None
+
+
+def test_a_failure_is_no_result(tmp_path: Path):
+    Store(tmp_path).append(SPEC, "failed", {}, {}, "ValueError: no")
+    assert Store(tmp_path).latest(SPEC) is None
+
+
+def test_an_open_store_sees_its_own_records_and_others_after_a_refresh(tmp_path: Path):
+    ours, theirs = Store(tmp_path), Store(tmp_path)
+    assert ours.latest(SPEC) is None and theirs.latest(SPEC) is None
+    ours.append(SPEC, "done", {}, {})
+    assert ours.latest(SPEC) is not None and theirs.latest(SPEC) is None
+    theirs.refresh()
+    assert theirs.latest(SPEC) is not None
+
+
+def test_reference_and_records_are_kept_apart(tmp_path: Path):
+    Store(tmp_path).append(SPEC, "done", {}, {})
+    (tmp_path / "records").rename(tmp_path / "reference")
+    assert Store(tmp_path).latest(SPEC) is None and Store(tmp_path).latest(SPEC, "reference") is not None
+
+
+GOOD = {"format": 1, "id": "f" * 16, "kind": "cost", "status": "done", "values": {}, "provenance": {}, "utc": "", "spec": {}, "error": None}
+STRANGERS = {
+    "empty": b"",
+    "cut": json.dumps(GOOD).encode()[:-9],
+    "not text": b"\xff\xfe\x00{}",
+    "a list": b"[1, 2]",
+    "a string": b'"format"',
+    "a number": b"1",
+    "null": b"null",
+    "another program's": b'{"name": "x"}',
+    "another format": json.dumps(GOOD | {"format": 2}).encode(),
+    "a field too many": json.dumps(GOOD | {"more": 1}).encode(),
+    "a field too few": json.dumps({key: value for key, value in GOOD.items() if key != "spec"}).encode(),
+    "another id": json.dumps(GOOD | {"id": "e" * 16}).encode(),
+    "no id": json.dumps(GOOD | {"id": ""}).encode(),
+    "another kind": json.dumps(GOOD | {"kind": "train"}).encode(),
+    "no values": json.dumps(GOOD | {"values": None}).encode(),
+    "too deep": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("content", STRANGERS.values(), ids=STRANGERS)
+def test_what_is_no_record_is_reported_and_skipped(content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    Store(tmp_path).append(SPEC, "done", {"a": 1}, {})
+    (tmp_path / "records" / "cost" / f"{'f' * 16}-20200101T000000Z-abcdef.json").write_bytes(content)
+    assert list(Store(tmp_path).records("records")) == [spec_id(SPEC)]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: skipped cost/ffff") and str(tmp_path) not in line
+
+
+def test_a_folder_named_like_a_record_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "records" / "cost" / "folder.json").mkdir(parents=True)
+    assert Store(tmp_path).records("records") == {}
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_writers_side_by_side_lose_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    code = (
+        "import sys; from pathlib import Path; from experiments.engine.spec import *; from experiments.engine.store import Store\n"
+        "for number in range(20): Store(Path(sys.argv[1])).append(Cost(Backbone('net', dict(dim=number % 4)), 8, 1, 10), 'done', {'writer': int(sys.argv[2]), 'number': number, 'bulk': [0.1] * 2000}, {})"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(writer)]) for writer in range(8)]
+    assert [writer.wait() for writer in writers] == [0] * 8
+    records = [record for found in Store(tmp_path).records("records").values() for record in found]
+    assert {(record.values["writer"], record.values["number"]) for record in records} == {(writer, number) for writer in range(8) for number in range(20)}
+    assert len(records) == 160 and all(record.values["bulk"] == [0.1] * 2000 for record in records)
+    assert not capsys.readouterr().err and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_lock_keeps_a_second_process_out(tmp_path: Path):
+    code = (
+        "import sys, time; from pathlib import Path; from experiments.engine.files import locked; folder = Path(sys.argv[1])\n"
+        "with locked(folder / 'lock'):\n"
+        "    (folder / 'inside').touch(exist_ok=False); time.sleep(0.02); (folder / 'inside').unlink()"
+    )
+    others = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(4)]
+    assert [other.wait() for other in others] == [0] * 4
+    with locked(tmp_path / "lock"):
+        pass
+
+
+def test_a_whole_file_appears_with_its_folder(tmp_path: Path):
+    with written_whole(tmp_path / "a" / "b") as file:
+        file.write(b"x" * 100)
+        assert not (tmp_path / "a" / "b").exists()
+    assert everything(tmp_path) == {"a/b": b"x" * 100}
+
+
+def _raises(file: object) -> None:
+    raise RuntimeError("body")
+
+
+@pytest.mark.parametrize(
+    "body, broken",
+    [(_raises, None), (KeyboardInterrupt, None), (no_space, None), (lambda file: file.write(b"new"), "fsync"), (lambda file: file.write(b"new"), "replace")],
+    ids=["body raises", "interrupted", "full while writing", "full at the end", "not renamed"],
+)
+def test_a_file_that_fails_leaves_the_old_one_and_nothing_else(body: Callable, broken: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "target").write_bytes(b"old")
+    if broken:
+        monkeypatch.setattr(files.os, broken, no_space)
+    with pytest.raises((RuntimeError, KeyboardInterrupt, OSError)), written_whole(tmp_path / "target") as file:
+        if body is KeyboardInterrupt:
+            raise body
+        body(file)
+    assert everything(tmp_path) == {"target": b"old"}
+
+
+def test_a_writable_folder_stays_empty(tmp_path: Path):
+    Store(tmp_path / "results").check_writable()
+    assert everything(tmp_path) == {}
+
+
+def test_a_path_under_a_file_cannot_be_written(tmp_path: Path):
+    (tmp_path / "file").write_bytes(b"x")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match="^cannot write results .*--results$") as failure:
+            Store(folder).check_writable()
+        assert str(tmp_path) not in str(failure.value)
+        assert Store(folder).records("records") == {}
+    assert everything(tmp_path) == {"file": b"x"}
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_full_or_read_only_folder_is_known_before_any_work(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(files.os, "fsync", refuse)
+    with pytest.raises(ValueError, match=os.strerror(code)):
+        Store(tmp_path).check_writable()
+    assert everything(tmp_path) == {}
+    with pytest.raises(OSError):
+        Store(tmp_path).append(SPEC, "done", {}, {})
+    assert everything(tmp_path) == {}
+
+
+def test_provenance_knows_nothing_rather_than_something_wrong(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(store, "_git", lambda *_: None)
+    assert store.provenance()["commit"] is None and store.provenance()["dirty"] is None

@@ -1,0 +1,329 @@
+"""The trainer against naive loops, stored loss traces, and runs that are killed.
+
+`python tests/test_train.py --write` writes the traces anew; do it only for a change that means to change numbers.
+"""
+
+import copy
+import json
+import math
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from backbones.mixers import MIXERS
+from experiments.engine import checkpoint, files, train
+from experiments.engine.data import load
+from experiments.engine.precision import MODES, flags, precision
+from experiments.engine.spec import Backbone, Data, Recipe, Train
+from experiments.engine.train import Resources, Trainer, digest, load_ema, lr_at, run
+
+TRACES = Path(__file__).parent / "data" / "loss_traces.json"
+CPU = torch.device("cpu")
+DIGITS = Data("digits", size=8, channels=1, num_classes=10)
+SHAPE = dict(input_size=8, in_channels=1, num_classes=10)
+DICO = Backbone("dico_s", dict(dim=8, depths=(1, 1, 1, 1, 1)) | SHAPE)
+STEPS = 14
+SPEC = Train(DICO, DIGITS, Recipe(steps=STEPS, batch=16, lr=1e-3, warmup=4, ema=0.9))
+MIXER_OPTIONS = {"window": dict(window=4), "agent": dict(agents=4)}
+FAMILIES = {
+    "dico": DICO,
+    "dit": Backbone("dit_s_2", dict(dim=24, depth=2, heads=3) | SHAPE),
+    "isotropic with skips": Backbone("isotropic", dict(dim=16, depth=5, mlp_ratio=2.0, skips=True) | SHAPE),
+} | {
+    f"hourglass {mixer}": Backbone(
+        "hourglass",
+        dict(dim=8, depths=(2, 1, 1, 1, 1), mixer=mixer, mixer_options=MIXER_OPTIONS.get(mixer)) | ({} if mixer == "conv" else dict(heads=(2, 2, 4, 2, 2))) | SHAPE,
+    )
+    for mixer in MIXERS
+}
+
+
+def recipe(**changes: Any) -> Train:
+    return Train(DICO, DIGITS, Recipe(**(dict(steps=STEPS, batch=16, lr=1e-3) | changes)))
+
+
+def losses(spec: Train, micro_batch: int | None = None) -> list[float]:
+    return [loss.item() for loss in Trainer(spec, CPU, micro_batch).steps(load(spec.data))]
+
+
+def trace(backbone: Backbone) -> list[float]:
+    return losses(Train(backbone, DIGITS, Recipe(steps=5, batch=16, lr=1e-2)))
+
+
+def quiet(*_: Any) -> None:
+    pass
+
+
+def seen(spec: Train, steps: int, micro_batch: int | None = None) -> list[list[Tensor]]:
+    """x0, y, t and eps that the loss is given, a batch a step."""
+    trainer, parts = Trainer(spec, CPU, micro_batch), []
+
+    def record(model: Any, *inputs: Tensor) -> dict[str, Tensor]:
+        parts.append(inputs)
+        return {"loss": next(trainer.model.parameters()).sum() * torch.zeros(len(inputs[0]))}
+
+    trainer.diffusion.losses = record
+    stepping, batches = trainer.steps(load(spec.data)), []
+    for _ in range(steps):
+        next(stepping)
+        batches.append([torch.cat(part) for part in zip(*parts, strict=True)])
+        parts.clear()
+    return batches
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_losses_are_the_stored_ones(name: str):
+    assert trace(FAMILIES[name]) == pytest.approx(json.loads(TRACES.read_text())[name], rel=1e-4)
+
+
+def test_stored_losses_tell_the_families_apart():
+    last = sorted(values[-1] for values in json.loads(TRACES.read_text()).values())
+    assert len(last) == len(FAMILIES) and min(np.diff(last) / last[1:]) > 2e-4
+
+
+def test_learning_rate_in_closed_form():
+    constant, cosine = Recipe(steps=100, batch=1, lr=2.0, warmup=10), Recipe(steps=110, batch=1, lr=2.0, warmup=10, decay="cosine")
+    for rates in (constant, cosine):
+        assert [lr_at(rates, step) for step in (0, 4, 9, 10)] == pytest.approx([0.2, 1.0, 2.0, 2.0])
+    assert lr_at(constant, 99) == 2.0
+    assert [lr_at(cosine, step) for step in (35, 60, 85, 110)] == pytest.approx([2 * math.cos(angle / 2) ** 2 for angle in (math.pi / 4, math.pi / 2, 3 * math.pi / 4, math.pi)], abs=1e-12)
+    assert all(lr_at(cosine, step) > lr_at(cosine, step + 1) for step in range(10, 109))
+    with pytest.raises(ValueError, match="known: constant, cosine"):
+        lr_at(Recipe(steps=1, batch=1, decay="linear"), 0)
+
+
+def test_labels_are_dropped_one_by_one_at_the_declared_rate():
+    spec = recipe(batch=64, steps=60, label_dropout=0.25)
+    dropped = torch.stack([y == 10 for _, y, _, _ in seen(spec, 60, micro_batch=24)])            # (60, 64)
+    assert abs(dropped.double().mean() - 0.25) < 4 * math.sqrt(0.25 * 0.75 / dropped.numel())
+    assert dropped.double().mean(1).std() < 2 * math.sqrt(0.25 * 0.75 / 64) and not dropped.all(1).any()
+    for rate, share in ((0.0, 0.0), (1.0, 1.0)):
+        assert (seen(recipe(label_dropout=rate), 1)[0][1] == 10).double().mean() == share
+
+
+def test_a_batch_is_drawn_whole_however_it_is_cut():
+    whole, cut = seen(SPEC, 3), seen(SPEC, 3, micro_batch=5)
+    assert all(torch.equal(a, b) for one, other in zip(whole, cut, strict=True) for a, b in zip(one, other, strict=True))
+    eps, t = torch.cat([batch[3] for batch in whole]), torch.cat([batch[2] for batch in whole])
+    assert len(eps.flatten(1).unique(dim=0)) == 48 and 0 <= t.min() and t.max() < 1000 and len(t.unique()) > 40
+
+
+def test_half_of_the_images_are_flipped_where_declared():
+    straight = torch.cat([batch[0] for batch in seen(recipe(), 20)])
+    mirrored = torch.cat([batch[0] for batch in seen(Train(DICO, Data("digits", 8, 1, 10, flip=True), recipe().recipe), 20)])
+    kept = (mirrored == straight).flatten(1).all(1)
+    assert torch.equal(mirrored[~kept], straight[~kept].flip(-1)) and 0.4 < kept.double().mean() < 0.6
+
+
+def test_gradients_accumulate_to_those_of_the_whole_batch():
+    gradients: list[dict[str, Tensor]] = []
+    for micro_batch in (None, 5):
+        trainer = Trainer(recipe(lr=1e-2), CPU, micro_batch)
+        for parameter in trainer.model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
+        trainer.optimizer.step = lambda trainer=trainer: gradients.append({name: p.grad.clone() for name, p in trainer.model.named_parameters()})
+        next(trainer.steps(load(DIGITS)))
+    whole, cut = gradients
+    scale = max(gradient.norm() for gradient in whole.values())
+    assert all((cut[name] - gradient).norm() < 1e-5 * scale and gradient.any() for name, gradient in whole.items())
+    assert losses(SPEC, micro_batch=5) == pytest.approx(losses(SPEC), rel=1e-5)
+
+
+@pytest.mark.parametrize("mixer", ["conv", "window"])
+def test_average_of_the_weights_against_a_naive_loop(mixer: str):
+    trainer = Trainer(Train(FAMILIES[f"hourglass {mixer}"], DIGITS, recipe(ema=0.7).recipe), CPU)
+    expected = copy.deepcopy(dict(trainer.model.named_parameters()))
+    for _, _ in zip(trainer.steps(load(DIGITS)), range(5), strict=False):
+        for name, value in trainer.model.named_parameters():
+            expected[name] = 0.7 * expected[name] + (1 - 0.7) * value.detach()
+        averaged = dict(trainer.ema.named_parameters())
+        assert averaged.keys() == expected.keys()
+        assert all(torch.allclose(averaged[name], expected[name], rtol=1e-5, atol=1e-7) for name in expected)
+    assert all(torch.equal(a, b) for a, b in zip(trainer.model.buffers(), trainer.ema.buffers(), strict=True))
+
+
+def test_the_average_starts_at_the_weights_and_is_not_trained():
+    trainer = Trainer(SPEC, CPU)
+    assert digest(trainer.ema) == digest(trainer.model)
+    assert not any(parameter.requires_grad for parameter in trainer.ema.parameters())
+
+
+def test_the_seed_decides_everything():
+    first = losses(recipe(steps=3))
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    assert losses(recipe(steps=3)) == first
+    assert torch.equal(torch.get_rng_state(), state)
+    assert losses(Train(DICO, DIGITS, recipe(steps=3).recipe, seed=1)) != first
+
+
+def test_the_loss_decreases():
+    values = losses(recipe(steps=60, lr=5e-3))
+    assert sum(values[-10:]) < 0.6 * sum(values[:10])
+
+
+@pytest.mark.parametrize("lr", [1e6, 1e30])
+def test_a_loss_that_is_no_number_ends_the_run_in_one_line(lr: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(train.IDDPM, "losses", lambda self, model, x, y, t, eps: {"loss": model(x, t, y).sum(dim=(1, 2, 3)) * lr * math.inf})
+    with pytest.raises(ValueError, match="^the loss is .* after 14 steps; lower the learning rate") as failure:
+        run(recipe(lr=lr), tmp_path, Resources(), quiet)
+    assert "\n" not in str(failure.value)
+    assert not list(tmp_path.glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("before", [True, False])
+def test_precision_is_set_inside_and_restored(mode: str, before: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", before)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", before)
+    with pytest.raises(RuntimeError, match="inside"), precision(mode, CPU):
+        assert flags() == dict.fromkeys(("matmul_tf32", "cudnn_tf32"), mode == "tf32")
+        assert torch.is_autocast_enabled("cpu") == (mode == "bf16")
+        raise RuntimeError("inside")
+    assert flags() == dict.fromkeys(("matmul_tf32", "cudnn_tf32"), before) and not torch.is_autocast_enabled("cpu")
+
+
+def test_unknown_precision_lists_the_known():
+    with pytest.raises(ValueError, match="fp32, tf32, bf16"), precision("fp16", CPU):
+        pass
+
+
+@pytest.mark.parametrize("mode", ["fp32", "tf32"])
+def test_the_backward_pass_runs_in_the_declared_precision(mode: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", mode != "tf32")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", mode != "tf32")
+    trainer, found = Trainer(recipe(precision=mode), CPU), []
+    next(trainer.model.parameters()).register_hook(lambda gradient: found.append(flags()))
+    next(trainer.steps(load(DIGITS)))
+    assert found == [dict.fromkeys(("matmul_tf32", "cudnn_tf32"), mode == "tf32")]
+
+
+def test_bf16_trains_fp32_weights():
+    trainer = Trainer(recipe(steps=4, precision="bf16"), CPU)
+    values = [loss.item() for loss in trainer.steps(load(DIGITS))]
+    assert values == pytest.approx(losses(recipe(steps=4)), rel=0.05) and values != losses(recipe(steps=4))
+    assert {parameter.dtype for parameter in (*trainer.model.parameters(), *trainer.ema.parameters())} == {torch.float32}
+
+
+def live(folder: Path, checkpoint_every: int, death: str, step: int) -> None:
+    """A process that trains, and is killed at a step of the run or while a checkpoint is written."""
+    torch.set_num_threads(1)
+    train.LOG_EVERY = 3
+    update, replace = Trainer._update, os.replace
+
+    def dying_update(self: Trainer, *inputs: Tensor) -> Tensor:
+        return os.kill(os.getpid(), signal.SIGKILL) if self.step == step else update(self, *inputs)
+
+    def dying_replace(source: Path, target: Path) -> None:
+        if target.name == "step.staged":
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    if death == "step":
+        Trainer._update = dying_update
+    if death == "save":
+        files.os.replace = dying_replace
+    result = run(SPEC, folder, Resources(checkpoint_every=checkpoint_every), quiet)
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+def lives(folder: Path, *deaths: tuple[str, int]) -> dict[str, Any]:
+    """Processes one after another in one folder; the last one lives."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["experiments.engine.execute", "sklearn.datasets", "torch._dynamo"])
+    for death, step in (*deaths, ("", 0)):
+        process = context.Process(target=live, args=(folder, 3, death, step))
+        process.start()
+        process.join()
+        assert process.exitcode == (-signal.SIGKILL if death else 0)
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_goes_on_with_the_same_weights(tmp_path: Path):
+    whole = lives(tmp_path / "whole")
+    killed = lives(tmp_path / "killed", ("step", 4), ("step", 7), ("save", 0), ("step", 11))
+    assert (whole["resumed_at"], killed["resumed_at"]) == (0, 9)
+    assert killed["weights_sha256"] == whole["weights_sha256"] and killed["loss"] == whole["loss"]
+    assert log(tmp_path / "killed") == log(tmp_path / "whole")
+
+
+def log(folder: Path) -> list[tuple[int, float, float]]:
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [(entry["step"], entry["loss"], entry["lr"]) for entry in entries]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run(SPEC, tmp_path_factory.mktemp("whole"), Resources(checkpoint_every=3), quiet)
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("damage", [_flip, _cut, lambda path: path.write_bytes(b"")], ids=["a bit", "cut", "empty"])
+@pytest.mark.parametrize("num, resumed_at", [(1, 12), (2, 0)])
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(
+    damage: Callable[[Path], None], num: int, resumed_at: int, whole: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run(SPEC, tmp_path, Resources(checkpoint_every=3), quiet)
+    kept = sorted((tmp_path / "checkpoints").iterdir(), reverse=True)
+    assert [path.name[:13] for path in kept] == ["step-00000014", "step-00000012"]
+    for path in kept[:num]:
+        damage(path)
+    again = run(SPEC, tmp_path, Resources(checkpoint_every=3), quiet)
+    assert (again["resumed_at"], again["weights_sha256"]) == (resumed_at, whole["weights_sha256"])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == num and all("is damaged" in line and str(tmp_path) not in line for line in lines)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+    assert checkpoint.load_newest(tmp_path / "checkpoints")[0] == STEPS and not capsys.readouterr().err
+
+
+def test_a_finished_run_is_not_run_again(whole: dict[str, Any], tmp_path: Path):
+    first = run(SPEC, tmp_path, Resources(), quiet)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").iterdir()}
+    again = run(SPEC, tmp_path, Resources(), quiet)
+    assert (again["resumed_at"], again["weights_sha256"], again["loss"]) == (STEPS, whole["weights_sha256"], first["loss"])
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").iterdir()} == before
+    assert digest(load_ema(SPEC, tmp_path, CPU)) == first["weights_sha256"]
+
+
+def test_an_unfinished_run_is_not_sampled_from(tmp_path: Path):
+    with pytest.raises(ValueError, match="no finished checkpoint"):
+        load_ema(SPEC, tmp_path, CPU)
+    checkpoint.save(tmp_path / "checkpoints", STEPS - 1, Trainer(SPEC, CPU).state())
+    with pytest.raises(ValueError, match="no finished checkpoint"):
+        load_ema(SPEC, tmp_path, CPU)
+
+
+def test_checkpoint_cadence_and_cut_logs_change_nothing(whole: dict[str, Any], tmp_path: Path):
+    seen_by: list[tuple[Any, ...]] = []
+    result = run(SPEC, tmp_path, Resources(checkpoint_every=5, micro_batch=16), lambda *progress: seen_by.append(progress))
+    assert result["weights_sha256"] == whole["weights_sha256"] and [entry[:2] for entry in seen_by] == [(STEPS, STEPS)]
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 14, "lo')
+    assert run(SPEC, tmp_path, Resources(), quiet)["loss"] == result["loss"]
+    assert [step for step, _, _ in log(tmp_path)] == [STEPS]
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--write"]:
+        raise SystemExit("usage: python tests/test_train.py --write")
+    torch.set_num_threads(1)
+    TRACES.write_text(json.dumps({name: trace(backbone) for name, backbone in FAMILIES.items()}, indent=1) + "\n")
