@@ -1,10 +1,11 @@
-"""Rebuild results/tables from the committed reference records: `python -m analysis.build`. No torch, no network."""
+"""Rebuild results/tables and results/figures from the committed reference records: `python -m analysis.build`. No torch, no network."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+from analysis.figures import save, score_against_speed
 from experiments.ablation import TABLES
 from experiments.engine.files import written_whole
 from experiments.engine.render import render
@@ -25,6 +26,8 @@ def main() -> int:
         for form, suffix in SUFFIXES.items():
             with written_whole(store.root / "tables" / f"table{table.number}.{suffix}") as file:
                 file.write(render([sheet], form).encode())
+        if not table.counts_only:
+            save(score_against_speed(table, seeds, store), store.root / "figures", f"table{table.number}_score_speed")
         print(f"table {table.number}: {len(sheet.rows)} rows")
     return 0
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -97,32 +97,37 @@ def _choose(table: Table, labels: list[str] | None) -> list[Row]:
     return [known[label] for label in labels]
 
 
-def _measured(table: Table, rows: Iterable[Row], device: str) -> list[Stage]:
-    costs: list[Stage] = [cost_stage(row) for row in rows]
-    return costs if table.counts_only else costs + [timing_stage(row, table.baseline, device) for row in rows]
+def _measured(table: Table, row: Row, device: str) -> tuple[Stage, ...]:
+    counted = cost_stage(row)
+    return (counted,) if table.counts_only else (counted, timing_stage(row, table.baseline, device))
 
 
 def _run(table: Table, rows: list[Row], protocol: Protocol, seeds: Sequence[int], device: str, store: Store, workers: int | None) -> bool:
     """Count and time every row first, alone on the machine; then train and score, side by side."""
     cores = available_cores()
-    measured = [stage for stage in _measured(table, rows, device) if store.latest(stage) is None]
+    measured = [Job(row.label, todo) for row in rows if (todo := _missing(store, *_measured(table, row, device)))]
     trained: dict[str, Job] = {}  # rows that are one network share one run
     for seed in seeds if not table.counts_only else ():
         for row in rows:
-            stages = (train_stage(row, protocol, seed), evaluate_stage(row, protocol, seed))
-            if todo := tuple(stage for stage in stages if store.latest(stage) is None):
+            stages = train_stage(row, protocol, seed), evaluate_stage(row, protocol, seed)
+            if todo := _missing(store, *stages):
                 trained.setdefault(spec_id(stages[1]), Job(f"{row.label}, seed {seed}", todo, chain=True))
     workers = workers or (1 if device == "cuda" else cores)
-    with Progress(total=len(measured) + sum(len(job.stages) for job in trained.values())) as progress:
-        good = run_here([Job("counts and throughput", tuple(measured))] if measured else [], store.root, device, 1, cores, progress.notify)
+    jobs = list(trained.values())
+    with Progress(total=sum(len(job.stages) for job in (*measured, *jobs))) as progress:
+        good = run_here(measured, store.root, device, 1, cores, progress.notify)
         threads = cores if device == "cuda" else max(1, cores // workers)
-        return run_here(list(trained.values()), store.root, device, workers, threads, progress.notify) and good
+        return run_here(jobs, store.root, device, workers, threads, progress.notify) and good
+
+
+def _missing(store: Store, *stages: Stage) -> tuple[Stage, ...]:
+    return tuple(stage for stage in stages if store.latest(stage) is None)
 
 
 def _plan(table: Table, rows: list[Row], protocol: Protocol, seeds: Sequence[int], device: str, store: Store) -> str:
     """One line a stage: what is done, what would run and for how long, by the reference's own times."""
     lines, seconds, unknown = [], 0.0, 0
-    stages: list[tuple[str, Stage]] = list(zip([row.label for row in rows] * 2, _measured(table, rows, device)))
+    stages = [(row.label, stage) for row in rows for stage in _measured(table, row, device)]
     for seed in seeds if not table.counts_only else ():
         for row in rows:
             stages += [(f"{row.label}, seed {seed}", stage) for stage in (train_stage(row, protocol, seed), evaluate_stage(row, protocol, seed))]

@@ -84,7 +84,8 @@ def _work(job: Job, root: Path, device: str, threads: int, pipe: Connection) -> 
             if record.status != "done" and job.chain:
                 break
     except (OSError, ValueError) as error:
-        pipe.send(("error", f"{error.strerror or error}" if isinstance(error, OSError) else str(error)))
+        full = f"cannot write results ({error.strerror}); free space or choose another folder with --results" if isinstance(error, OSError) else ""
+        pipe.send(("error", full or str(error)))
     finally:
         pipe.close()
 

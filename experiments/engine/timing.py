@@ -16,7 +16,8 @@ from experiments.engine.precision import flags, precision
 from experiments.engine.randomness import generator_at, seed_at
 from experiments.engine.spec import Backbone, Timing
 
-PAIRS, WARM_UP = 7, 2
+PAIRS, FEWEST, WARM_UP = 7, 3, 2
+PATIENCE = 10.0  # seconds; on a busy machine the pairs stop here once there are FEWEST
 
 
 def run(spec: Timing) -> dict[str, Any]:
@@ -37,7 +38,9 @@ def run(spec: Timing) -> dict[str, Any]:
         for _ in range(WARM_UP):
             subject(*inputs)
             baseline(*inputs)
-        pairs = [(_seconds(subject, inputs, device), _seconds(baseline, inputs, device)) for _ in range(PAIRS)]
+        pairs, started = [], time.perf_counter()
+        while len(pairs) < FEWEST or (len(pairs) < PAIRS and time.perf_counter() - started < PATIENCE):
+            pairs.append((_seconds(subject, inputs, device), _seconds(baseline, inputs, device)))
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     rates = [spec.batch / seconds for seconds, _ in pairs]
     ratios = [other / seconds for seconds, other in pairs]
@@ -46,7 +49,7 @@ def run(spec: Timing) -> dict[str, Any]:
         "images_per_s_spread": _half_quartiles(rates),
         "relative": statistics.median(ratios) if baseline is not subject else 1.0,
         "relative_spread": _half_quartiles(ratios) if baseline is not subject else 0.0,
-        "runs": PAIRS,
+        "runs": len(pairs),
         "peak_memory_bytes": peak,
         **in_force,
     }
