@@ -6,6 +6,7 @@ No torch here: `--help`, `--dry-run` and `--report` answer at once, and runs hap
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,9 @@ def main(tables: dict[int, Table], description: str | None, arguments: Sequence[
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the table has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         print(f"error: cannot write results ({error.strerror}); free space or choose another folder with --results", file=sys.stderr)
         return 2

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
+import shutil
 import sys
 import textwrap
 
@@ -13,60 +15,60 @@ FORMATS = ("text", "markdown", "latex", "csv")
 
 
 def render(sheets: list[Sheet], form: str) -> str:
-    """All sheets in one of FORMATS; text is coloured by rich where it goes to a terminal."""
-    if form == "text":
-        return "\n".join(_rich(sheet) if sys.stdout.isatty() else _plain(sheet) for sheet in sheets)
-    return "\n".join({"markdown": _markdown, "latex": _latex, "csv": _csv}[form](sheet) for sheet in sheets)
+    """All sheets in one of FORMATS; text for a terminal is fitted to its width and coloured."""
+    if form == "text" and sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
+        return "\n".join(_coloured(_text(sheet, width)) for sheet in sheets)
+    return "\n".join({"text": _text, "markdown": _markdown, "latex": _latex, "csv": _csv}[form](sheet) for sheet in sheets)
 
 
-def _groups(sheet: Sheet) -> list[tuple[str, int]]:
-    """Runs of neighbouring columns of one group, with their lengths."""
-    runs: list[tuple[str, int]] = []
-    for group, _ in sheet.columns:
-        runs = [*runs[:-1], (group, runs[-1][1] + 1)] if runs and runs[-1][0] == group else [*runs, (group, 1)]
-    return runs
-
-
-def _plain(sheet: Sheet) -> str:
-    texts = [[cell.text() for cell in row] for row in sheet.rows]
-    widths = [max(len(name), *(len(row[i]) for row in texts), 0) for i, (_, name) in enumerate(sheet.columns)]
-    start = 0
+def _text(sheet: Sheet, width: int = 10**6) -> str:
+    """Aligned columns; groups that do not fit the width go into further blocks, each headed by the rows' names."""
+    texts = [[name for _, name in sheet.columns], *([cell.text() for cell in row] for row in sheet.rows)]
+    widths = [max(len(row[i]) for row in texts) for i in range(len(sheet.columns))]
+    groups, start = [], 0
     for group, length in _groups(sheet):  # a group's columns share the room that its heading needs
         lack = max(0, len(group) - sum(widths[start : start + length]) - 2 * (length - 1))
         for i in range(length):
             widths[start + i] += lack // length + (i < lack % length)
+        groups.append((group, range(start, start + length), sum(widths[start : start + length]) + 2 * (length - 1)))
         start += length
-    lines, heading, start = [sheet.title, ""], [], 0
-    for group, length in _groups(sheet):
-        heading.append(group.center(sum(widths[start : start + length]) + 2 * (length - 1)))
-        start += length
-    lines.append(" | ".join(heading).rstrip())
-    for row in [[name for _, name in sheet.columns], *texts]:
-        padded, parts, start = [text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True))], [], 0
-        for _, length in _groups(sheet):
-            parts.append("  ".join(padded[start : start + length]))
-            start += length
-        lines.append(" | ".join(parts).rstrip())
-    lines.insert(4, "-" * max(map(len, lines[2:])))
-    return "\n".join([*lines, "", *(textwrap.fill(note, 140, subsequent_indent="  ") for note in sheet.notes), ""])
+    blocks, used = [[groups[0]]], groups[0][2]
+    for group in groups[1:]:
+        if used + 3 + group[2] > width and len(blocks[-1]) > 1:
+            blocks.append([groups[0]])
+            used = groups[0][2]
+        blocks[-1].append(group)
+        used += 3 + group[2]
+    lines = [sheet.title]
+    for block in blocks:
+        body = [" | ".join("  ".join(_padded(row[i], widths[i], i) for i in columns) for _, columns, _ in block).rstrip() for row in texts]
+        heading = " | ".join(group.center(size) for group, _, size in block).rstrip()
+        lines += ["", heading, body[0], "-" * max(map(len, body)), *body[1:]]
+    notes = [textwrap.fill(note, min(width, 140), subsequent_indent="  ") for note in sheet.notes]
+    return "\n".join([*lines, "", *notes, ""])
 
 
-def _rich(sheet: Sheet) -> str:
-    from rich import box
+def _padded(text: str, width: int, column: int) -> str:
+    return text.rjust(width) if column else text.ljust(width)
+
+
+def _coloured(text: str) -> str:
     from rich.console import Console
-    from rich.table import Table as RichTable
+    from rich.text import Text
 
-    table = RichTable(title=sheet.title, title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    seen = ""
-    for i, (group, name) in enumerate(sheet.columns):
-        table.add_column(f"{group if group != seen else ''}\n{name}", justify="left" if i == 0 else "right", no_wrap=i > 0)
-        seen = group
-    for row in sheet.rows:
-        table.add_row(*(f"[red]{cell.text()}[/red]" if cell.words == "failed" else cell.text() for cell in row))
+    title, _, rest = text.partition("\n")
+    styled = Text.assemble((title, "bold"), "\n", rest)
+    styled.highlight_words(["failed"], "red")
+    styled.highlight_words([" yes"], "green")
     buffer = io.StringIO()
-    measured = Console(width=1000).measure(table).maximum
-    Console(file=buffer, force_terminal=True, width=max(measured, 80)).print(table)
-    return buffer.getvalue() + "\n".join([*(textwrap.fill(note, 120, subsequent_indent="  ") for note in sheet.notes), ""])
+    Console(file=buffer, force_terminal=True, width=10**4, soft_wrap=True).print(styled, end="")
+    return buffer.getvalue()
+
+
+def _groups(sheet: Sheet) -> list[tuple[str, int]]:
+    """Runs of neighbouring columns of one group, with their lengths."""
+    return [(group, len(list(run))) for group, run in itertools.groupby(group for group, _ in sheet.columns)]
 
 
 def _markdown(sheet: Sheet) -> str:

@@ -64,15 +64,15 @@ def main_sheet(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Seq
     for row in rows:
         paper = published[row.published] if row.published else {}
         cost = _latest(store, cost_stage(row), where)
-        cells = [Cell(words=row.label), _paper(paper, "params_m", 1), _count(cost, "params_trainable", 1e6, 1)]
-        cells += [_paper(paper, "gflops", 2), _count(cost, "macs_torchprofile", 1e9, 2), _count(cost, "macs_core", 1e9, 2)]
+        cells = [Cell(words=row.label), _paper(paper, "params_m"), _count(cost, "params_trainable", 1e6, 1)]
+        cells += [_paper(paper, "gflops"), _count(cost, "macs_torchprofile", 1e9, 2), _count(cost, "macs_core", 1e9, 2)]
         if not table.counts_only:
             timed = _latest(store, timing_stage(row, table.baseline, device), where)
             cells += [_of(timed, "images_per_s", 1), _of(timed, "relative", 2)]
             relative = float(paper["throughput_img_s"]) / float(first["throughput_img_s"]) if paper else None
             cells.append(Cell(relative))
             cells += [_score(store, row, protocol, seeds, name, where) for name in scores]
-            cells += [_paper(paper, key, 1 if key == "is" else 2) for key in PAPER_SCORES]
+            cells += [_paper(paper, key) for key in PAPER_SCORES]
         sheet.rows.append(cells)
     sheet.notes += _notes(table, rows, protocol, seeds, device, store, where)
     return sheet
@@ -126,8 +126,10 @@ def _count(record: Record | None, name: str, unit: float, digits: int) -> Cell:
     return Cell() if record is None else Cell(words="failed") if record.status != "done" else Cell(record.values[name] / unit, None, digits)
 
 
-def _paper(row: dict[str, str], key: str, digits: int) -> Cell:
-    return Cell(float(row[key]), None, digits) if row.get(key) else Cell()
+def _paper(row: dict[str, str], key: str) -> Cell:
+    """A published number with the digits that were published."""
+    text = row.get(key, "")
+    return Cell(float(text), None, len(text.partition(".")[2])) if text else Cell()
 
 
 def _values(store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], where: str) -> list[dict[str, float]]:
