@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import pickle
 from pathlib import Path
 
 import torch
@@ -22,16 +24,19 @@ def read_weights(path: str | Path, key: str = "ema") -> dict[str, Tensor]:
 
             weights = load_file(path)
         else:
-            weights = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+            with torch.serialization.safe_globals([argparse.Namespace]):  # the authors' trainers save their arguments
+                weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "it is damaged or no torch archive: a download page, a git-lfs pointer?"
+        if "GLOBAL" in str(error):
             reason = "it holds pickled code or objects, which are not run here; export plain tensors"
         raise ValueError(f"{path.name}: not a readable checkpoint ({reason})") from None
     if isinstance(weights, dict) and isinstance(weights.get(key), dict):
         weights = weights[key]
     if not isinstance(weights, dict) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
-        found = ", ".join(map(str, list(weights)[:8])) if isinstance(weights, dict) else type(weights).__name__
+        found = ", ".join(map(repr, list(weights)[:8])) or "nothing" if isinstance(weights, dict) else type(weights).__name__
         raise ValueError(f"{path.name}: expected tensors by name, flat or under {key!r}; found {found}")
     return weights
 
@@ -51,5 +56,5 @@ def load_published(model: nn.Module, path: str | Path, key: str = "ema") -> None
         if name in weights and weights[name].shape != tensor.shape
     ]
     if problems:
-        raise ValueError(f"{Path(path).name} is a checkpoint of another model ({len(problems)} keys differ): " + "; ".join(problems))
+        raise ValueError(f"{Path(path).name} is a checkpoint of another model ({len(problems)} keys differ): " + "; ".join(problems).replace("\n", " "))
     model.load_state_dict(weights, strict=True)

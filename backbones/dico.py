@@ -18,6 +18,7 @@ from backbones.layers import (
     TimestepEmbedder,
     Upsample,
     check_grid,
+    check_stages,
     modulate,
     xavier_flat_,
     xavier_init,
@@ -78,6 +79,7 @@ class DiCo(nn.Module):
         super().__init__()
         if input_size % 4:
             raise ValueError(f"DiCo halves its input twice: input_size must be divisible by 4, got {input_size}")
+        check_stages(dim, 2, depths=depths)
         self.input_size, self.in_channels, self.num_classes = input_size, in_channels, num_classes
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         d1, d2, d3 = dim, 2 * dim, 4 * dim

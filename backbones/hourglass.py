@@ -20,6 +20,7 @@ from backbones.layers import (
     TimestepEmbedder,
     Upsample,
     check_grid,
+    check_stages,
     sincos_position,
     xavier_flat_,
     xavier_init,
@@ -52,6 +53,7 @@ class Hourglass(nn.Module):
         super().__init__()
         if input_size % 4:
             raise ValueError(f"the U-shape halves its input twice: input_size must be divisible by 4, got {input_size}")
+        check_stages(dim, 4 if position else 2, depths=depths, heads=heads)
         self.input_size, self.in_channels, self.num_classes = input_size, in_channels, num_classes
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         d1, d2, d3 = dim, 2 * dim, 4 * dim
@@ -63,8 +65,10 @@ class Hourglass(nn.Module):
             return nn.ModuleList(Block(width, m, mlp_ratio, gelu="none") for m in mixers)
 
         self.stem = ConvStem(in_channels, d1)
-        table = sincos_position(d1, (input_size, input_size)).transpose(1, 2).unflatten(2, (input_size, input_size))
-        self.position = nn.Parameter(table, requires_grad=False) if position else None
+        self.position = None
+        if position:
+            grid = (input_size, input_size)
+            self.position = nn.Parameter(sincos_position(d1, grid).transpose(1, 2).unflatten(2, grid), requires_grad=False)
         self.t_embedders = nn.ModuleList(TimestepEmbedder(d) for d in (d1, d2, d3))
         self.y_embedders = nn.ModuleList(LabelEmbedder(num_classes, d) for d in (d1, d2, d3))
         self.encoder_1, self.down_1 = stage(0, d1, 1), Downsample(d1)

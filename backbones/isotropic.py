@@ -52,6 +52,8 @@ class Isotropic(nn.Module):
         super().__init__()
         if input_size % patch or dim % 4:
             raise ValueError(f"the isotropic stack needs input_size divisible by patch and dim by 4, got {input_size}, {patch} and {dim}")
+        if gelu not in ("none", "tanh"):
+            raise ValueError(f"gelu is 'none' (erf) or 'tanh', got {gelu!r}")
         self.input_size, self.in_channels, self.num_classes, self.patch = input_size, in_channels, num_classes, patch
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.grid = (input_size // patch, input_size // patch)

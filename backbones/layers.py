@@ -154,7 +154,7 @@ def sincos_position(dim: int, grid: tuple[int, int]) -> Tensor:
     row, column = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
     angles = [np.outer(position.reshape(-1), frequencies) for position in (column, row)]
     table = np.concatenate([part for angle in angles for part in (np.sin(angle), np.cos(angle))], axis=1)
-    return torch.from_numpy(table).float()[None]
+    return torch.tensor(table, dtype=torch.float32)[None]
 
 
 def xavier_init(module: nn.Module) -> None:
@@ -191,3 +191,18 @@ def check_grid(x: Tensor, input_size: int | None, multiple: int, family: str) ->
         raise ValueError(f"this {family} takes inputs of {input_size}x{input_size}, got {height}x{width}; build it with input_size={height}")
     if height % multiple or width % multiple:
         raise ValueError(f"{family} takes heights and widths divisible by {multiple}, got {height}x{width}")
+
+
+def check_stages(dim: int, multiple: int, **per_stage: tuple[int, ...] | None) -> None:
+    """Raise ValueError where a U-shape's width or its options for five stages do not fit."""
+    if dim % multiple:
+        raise ValueError(f"this U-shape needs dim divisible by {multiple}, got {dim}")
+    for name, values in per_stage.items():
+        if values is not None and len(values) != 5:
+            raise ValueError(f"{name} takes five numbers, one a stage, got {values}")
+
+
+def check_size(x: Tensor, size: tuple[int, int], part: str) -> None:
+    """Raise ValueError where a part was built for another grid than x (N, C, H, W) has."""
+    if tuple(x.shape[-2:]) != size:
+        raise ValueError(f"this {part} was built for a grid of {size}, got {tuple(x.shape[-2:])}; build it with the input size it is to take")

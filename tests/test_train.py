@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,12 @@ def losses(spec: Train, micro_batch: int | None = None) -> list[float]:
 
 
 def trace(backbone: Backbone) -> list[float]:
-    return losses(Train(backbone, DIGITS, Recipe(steps=5, batch=16, lr=1e-2)))
+    """Losses of five steps from weights that are zero nowhere: behind closed gates a change could not be seen."""
+    trainer, draw = Trainer(Train(backbone, DIGITS, Recipe(steps=5, batch=16, lr=1e-3)), CPU), torch.Generator().manual_seed(0)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1, generator=draw)
+    return [loss.item() for loss in trainer.steps(load(DIGITS))]
 
 
 def quiet(*_: Any) -> None:
@@ -118,10 +123,10 @@ def test_a_batch_is_drawn_whole_however_it_is_cut():
 
 
 def test_half_of_the_images_are_flipped_where_declared():
-    straight = torch.cat([batch[0] for batch in seen(recipe(), 20)])
-    mirrored = torch.cat([batch[0] for batch in seen(Train(DICO, Data("digits", 8, 1, 10, flip=True), recipe().recipe), 20)])
+    straight = torch.cat([batch[0] for batch in seen(SPEC, STEPS)])
+    mirrored = torch.cat([batch[0] for batch in seen(Train(DICO, Data("digits", 8, 1, 10, flip=True), SPEC.recipe), STEPS)])
     kept = (mirrored == straight).flatten(1).all(1)
-    assert torch.equal(mirrored[~kept], straight[~kept].flip(-1)) and 0.4 < kept.double().mean() < 0.6
+    assert torch.equal(mirrored[~kept], straight[~kept].flip(-1)) and 0.35 < kept.double().mean() < 0.65
 
 
 def test_gradients_accumulate_to_those_of_the_whole_batch():
@@ -180,16 +185,30 @@ def test_a_loss_that_is_no_number_ends_the_run_in_one_line(lr: float, tmp_path: 
     assert not list(tmp_path.glob("checkpoints/*"))
 
 
+@pytest.fixture
+def tf32() -> Iterator[Callable[[bool], None]]:
+    """Sets both TF32 flags for a test."""
+    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    def allow(value: bool) -> None:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = value
+
+    yield allow
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+
+
+def both(value: bool) -> dict[str, bool]:
+    return {"matmul_tf32": value, "cudnn_tf32": value}
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("before", [True, False])
-def test_precision_is_set_inside_and_restored(mode: str, before: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", before)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", before)
+def test_precision_is_set_inside_and_restored(mode: str, before: bool, tf32: Callable[[bool], None]):
+    tf32(before)
     with pytest.raises(RuntimeError, match="inside"), precision(mode, CPU):
-        assert flags() == dict.fromkeys(("matmul_tf32", "cudnn_tf32"), mode == "tf32")
-        assert torch.is_autocast_enabled("cpu") == (mode == "bf16")
+        assert flags() == both(mode == "tf32") and torch.is_autocast_enabled("cpu") == (mode == "bf16")
         raise RuntimeError("inside")
-    assert flags() == dict.fromkeys(("matmul_tf32", "cudnn_tf32"), before) and not torch.is_autocast_enabled("cpu")
+    assert flags() == both(before) and not torch.is_autocast_enabled("cpu")
 
 
 def test_unknown_precision_lists_the_known():
@@ -198,13 +217,12 @@ def test_unknown_precision_lists_the_known():
 
 
 @pytest.mark.parametrize("mode", ["fp32", "tf32"])
-def test_the_backward_pass_runs_in_the_declared_precision(mode: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", mode != "tf32")
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", mode != "tf32")
+def test_the_backward_pass_runs_in_the_declared_precision(mode: str, tf32: Callable[[bool], None]):
+    tf32(mode != "tf32")
     trainer, found = Trainer(recipe(precision=mode), CPU), []
     next(trainer.model.parameters()).register_hook(lambda gradient: found.append(flags()))
     next(trainer.steps(load(DIGITS)))
-    assert found == [dict.fromkeys(("matmul_tf32", "cudnn_tf32"), mode == "tf32")]
+    assert found == [both(mode == "tf32")]
 
 
 def test_bf16_trains_fp32_weights():

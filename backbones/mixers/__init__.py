@@ -30,7 +30,10 @@ def build_mixer(name: str, dim: int, size: tuple[int, int], index: int, **option
     """Build a mixer by name; ValueError lists the known names or options."""
     if name not in MIXERS:
         raise ValueError(f"unknown mixer {name!r}; known: {', '.join(sorted(MIXERS))}")
-    known = set(inspect.signature(MIXERS[name].__init__).parameters) - {"self", "dim", "size", "index"}
+    parameters = inspect.signature(MIXERS[name].__init__).parameters
+    known = set(parameters) - {"self", "dim", "size", "index"}
+    if missing := sorted(option for option in known - set(options) if parameters[option].default is inspect.Parameter.empty):
+        raise ValueError(f"mixer {name} needs {', '.join(missing)}")
     if unknown := sorted(set(options) - known):
         raise ValueError(f"mixer {name} has no option {', '.join(unknown)}; known: {', '.join(sorted(known))}")
     return MIXERS[name](dim, size=size, index=index, **options)

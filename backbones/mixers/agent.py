@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.kernels import attention
+from backbones.layers import check_size
 
 
 class AgentAttention(nn.Module):
@@ -36,11 +37,13 @@ class AgentAttention(nn.Module):
             self.query_column = _table(heads, 1, width, agents)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.biases:
+            check_size(x, self.size, "agent attention with position biases")
         n, c, height, width = x.shape
         q, k, v = self.qkv(x.flatten(2).transpose(1, 2)).chunk(3, dim=-1)                    # (N, T, C)
         pooled = F.adaptive_avg_pool2d(q.transpose(1, 2).reshape(n, c, height, width), self.side)
         agents = self._split(pooled.flatten(2).transpose(1, 2))                              # (N, h, agents, e)
-        to_agents, to_queries = self._position_biases(height, width) if self.biases else (None, None)
+        to_agents, to_queries = self._position_biases() if self.biases else (None, None)
         gathered = attention(agents, self._split(k), self._split(v), to_agents)              # (N, h, agents, e)
         out = attention(self._split(q), agents, gathered, to_queries)                        # (N, h, T, e)
         out = out.transpose(1, 2).reshape(n, -1, c)
@@ -50,10 +53,8 @@ class AgentAttention(nn.Module):
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def _position_biases(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+    def _position_biases(self) -> tuple[Tensor, Tensor]:
         """Biases of the two softmaxes: (1, h, agents, T) and (1, h, T, agents)."""
-        if (height, width) != self.size:
-            raise ValueError(f"this agent attention was built for a grid of {self.size}, got {(height, width)}; build it with the input size it is to take")
         to_agents = F.interpolate(self.agent_table, size=self.size, mode="bilinear") + (self.agent_row + self.agent_column)
         to_queries = F.interpolate(self.query_table, size=self.size, mode="bilinear").flatten(2).transpose(1, 2)
         to_queries = to_queries + (self.query_row + self.query_column).flatten(1, 2)

@@ -33,6 +33,8 @@ class ConvModule(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
+        if kernel % 2 == 0:
+            raise ValueError(f"a depthwise kernel has an odd side, got {kernel}")
         self.activation = ACTIVATIONS[activation]
         self.pointwise_in = nn.Conv2d(dim, dim, 1)
         self.depthwise = nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim)
@@ -69,6 +71,8 @@ class SqueezeExcitation(nn.Module):
 
     def __init__(self, dim: int, reduction: int) -> None:
         super().__init__()
+        if not 1 <= reduction <= dim:
+            raise ValueError(f"squeeze-and-excitation needs a reduction from 1 to the width {dim}, got {reduction}")
         self.squeeze = nn.Conv2d(dim, dim // reduction, 1)
         self.excite = nn.Conv2d(dim // reduction, dim, 1)
 

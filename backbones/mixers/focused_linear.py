@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backbones.layers import check_size
+
 
 class FocusedLinearAttention(nn.Module):
     """Linear attention on focused features, plus a depthwise convolution of the values shared by the heads.
@@ -16,9 +18,9 @@ class FocusedLinearAttention(nn.Module):
 
     def __init__(self, dim: int, *, size: tuple[int, int], index: int, heads: int, power: int = 3, kernel: int = 5, position: bool = False) -> None:
         super().__init__()
-        if dim % heads:
-            raise ValueError(f"attention needs a width divisible by its heads, got {dim} and {heads}")
-        self.heads, self.power = heads, power
+        if dim % heads or kernel % 2 == 0:
+            raise ValueError(f"focused linear attention needs a width divisible by its heads and an odd kernel, got {dim}, {heads} and {kernel}")
+        self.size, self.heads, self.power = size, heads, power
         head_dim = dim // heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -27,6 +29,8 @@ class FocusedLinearAttention(nn.Module):
         self.position = nn.Parameter(torch.zeros(1, size[0] * size[1], dim)) if position else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.position is not None:
+            check_size(x, self.size, "focused linear attention with position encoding")
         n, c, height, width = x.shape
         q, k, v = self.qkv(x.flatten(2).transpose(1, 2)).chunk(3, dim=-1)                    # (N, T, C)
         if self.position is not None:

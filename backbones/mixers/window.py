@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.kernels import attention
+from backbones.layers import check_size
 
 
 class WindowAttention(nn.Module):
@@ -30,8 +31,7 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, height, width = x.shape
-        if (height, width) != self.size:
-            raise ValueError(f"this window attention was built for a grid of {self.size}, got {(height, width)}; build it with the input size it is to take")
+        check_size(x, self.size, "window attention")
         w, h, e = self.window, self.heads, c // self.heads
         x = x.permute(0, 2, 3, 1)                                                            # (N, H, W, C)
         if self.shift:

@@ -91,8 +91,9 @@ def count(model: nn.Module, size: int, channels: int) -> dict[str, int]:
     """
     x = torch.empty(1, channels, size, size, device="meta")
     t = torch.zeros(1, dtype=torch.long, device="meta")
+    model.eval()
     with torch.no_grad(), kernels.use(attention="reference"), MacCounter() as macs:
-        model.eval()(x, t, torch.zeros_like(t))
+        model(x, t, torch.zeros_like(t))
     parameters = list(model.parameters())
     return {
         "params_total": sum(p.numel() for p in parameters),
@@ -106,5 +107,5 @@ def run(spec: Cost) -> dict[str, int]:
     """Counts of a declared backbone."""
     options = spec.backbone.options | dict(input_size=spec.size, in_channels=spec.channels, num_classes=spec.num_classes)
     with torch.device("meta"):
-        model = backbones.build(spec.backbone.name, **options).to("meta")  # tables made by numpy are still on the CPU
+        model = backbones.build(spec.backbone.name, **options)
     return count(model, spec.size, spec.channels)

@@ -16,8 +16,10 @@ class ImageSet:
     """Images (M, C, H, W), latents or pixels in [-1, 1], and labels (M,), in memory or memory-mapped."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, data: Data) -> None:
-        if images.shape[1:] != (data.channels, data.size, data.size) or labels.shape != images.shape[:1]:
+        if images.shape[1:] != (data.channels, data.size, data.size) or labels.shape != images.shape[:1] or not len(labels):
             raise ValueError(f"{data.name}: expected images (M, {data.channels}, {data.size}, {data.size}) and labels (M,), got {images.shape} and {labels.shape}")
+        if not np.issubdtype(labels.dtype, np.integer):
+            raise ValueError(f"{data.name}: labels must be integers, got {labels.dtype}")
         if labels.min() < 0 or labels.max() >= data.num_classes:
             raise ValueError(f"{data.name}: labels must lie in 0..{data.num_classes - 1}, got {labels.min()}..{labels.max()}")
         self.images, self.labels = images, labels

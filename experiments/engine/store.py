@@ -107,19 +107,22 @@ def _read(path: Path) -> Record | None:
         if fields.pop("format") != FORMAT:
             raise ValueError("another format")
         record = Record(**fields)
-        if not path.name.startswith(record.id) or record.kind != path.parent.name:
+        if not path.name.startswith(f"{record.id}-") or len(record.id) != 16 or record.kind != path.parent.name:
             raise ValueError("its name does not fit its content")
+        if not all(isinstance(part, dict) for part in (record.values, record.provenance, record.spec)):
+            raise ValueError("values, provenance and spec are not all objects")
         return record
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
         print(f"warning: skipped {path.parent.name}/{path.name}, which is no record of this suite ({type(error).__name__}: {error})", file=sys.stderr)
         return None
 
 
 def provenance() -> dict[str, Any]:
-    """What produced a record, as far as the standard library knows."""
+    """What produced a record, as far as the standard library knows; None where it cannot tell."""
+    changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "dirty": None if changes is None else bool(changes),
         "python": platform.python_version(),
         "cpu": _cpu(),
         "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -104,7 +104,8 @@ class Trainer:
             at = slice(int(part[0]), int(part[-1]) + 1)
             with precision(recipe.precision, self.device):
                 loss = self.diffusion.losses(self.forward, x0[at], y[at], t[at], eps[at])["loss"].sum() / n
-            loss.backward()
+                with torch.autocast(self.device.type, enabled=False):  # each op's backward runs in its forward's type
+                    loss.backward()
             total += loss.detach()
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(recipe, self.step)
@@ -162,7 +163,7 @@ def load_ema(spec: Train, folder: Path, device: torch.device) -> nn.Module:
     """The finished run's EMA network in eval mode; ValueError if the run has not finished."""
     found = checkpoint.load_newest(folder / "checkpoints", device)
     if found is None or found[0] < spec.recipe.steps:
-        raise ValueError("the training run has no finished checkpoint; run it again, it goes on where it stopped")
+        raise ValueError(f"run {folder.name} has no finished checkpoint; if it was removed, remove records/train/{folder.name}-*.json too and train again")
     model = build(spec.backbone, spec.seed, device)
     model.load_state_dict(found[1]["ema"])
     return model.eval()
