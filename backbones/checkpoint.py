@@ -36,7 +36,7 @@ def read_weights(path: str | Path, key: str = "ema") -> dict[str, Tensor]:
     if isinstance(weights, dict) and isinstance(weights.get(key), dict):
         weights = weights[key]
     if not isinstance(weights, dict) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
-        found = ", ".join(map(repr, list(weights)[:8])) or "nothing" if isinstance(weights, dict) else type(weights).__name__
+        found = ", ".join(map(str, list(weights)[:8])).replace("\n", " ") or "nothing" if isinstance(weights, dict) else type(weights).__name__
         raise ValueError(f"{path.name}: expected tensors by name, flat or under {key!r}; found {found}")
     return weights
 

@@ -34,7 +34,7 @@ def test_a_record_comes_back_as_it_was_written(tmp_path: Path):
     written = Store(tmp_path).append(SPEC, "done", values, {"commit": "abc", "seconds": 1.5})
     (read,) = Store(tmp_path).records("records")[spec_id(SPEC)]
     assert read == written
-    assert (read.kind, read.status, read.error, read.values, read.spec) == ("cost", "done", None, values, canonical(SPEC))
+    assert (read.kind, read.status, read.error, read.values, read.spec) == ("cost", "done", None, values, canonical(SPEC, full=True))
 
 
 def test_numbers_that_are_none_survive(tmp_path: Path):

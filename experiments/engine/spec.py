@@ -155,15 +155,15 @@ class Table:
         return self.rows[0]
 
 
-def canonical(value: Any) -> Any:
-    """JSON-ready form without the fields that have their defaults; TypeError for anything that has no stable form."""
+def canonical(value: Any, full: bool = False) -> Any:
+    """JSON-ready form, without the fields that have their defaults unless `full`; TypeError for what has no stable form."""
     if is_dataclass(value):
-        form = {f.name: canonical(getattr(value, f.name)) for f in fields(value) if getattr(value, f.name) != _default(f)}
-        return {"kind": type(value).__name__} | form
+        shown = (f.name for f in fields(value) if full or getattr(value, f.name) != _default(f))
+        return {"kind": type(value).__name__} | {name: canonical(getattr(value, name), full) for name in shown}
     if isinstance(value, dict):
-        return {str(key): canonical(item) for key, item in value.items()}
+        return {str(key): canonical(item, full) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return [canonical(item) for item in value]
+        return [canonical(item, full) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"{value!r} has no canonical form")

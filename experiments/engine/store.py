@@ -76,7 +76,7 @@ class Store:
     def append(self, spec: Stage, status: str, values: dict[str, Any], provenance: dict[str, Any], error: str | None = None) -> Record:
         """Write a new record; nothing is ever overwritten."""
         utc = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        record = Record(spec_id(spec), kind_of(spec), status, values, provenance, utc, canonical(spec), error)
+        record = Record(spec_id(spec), kind_of(spec), status, values, provenance, utc, canonical(spec, full=True), error)
         path = self.root / "records" / record.kind / f"{record.id}-{utc}-{uuid.uuid4().hex[:6]}.json"
         with written_whole(path) as file:
             file.write(json.dumps({"format": FORMAT} | vars(record), indent=1, allow_nan=True).encode() + b"\n")
