@@ -91,8 +91,9 @@ def count(model: nn.Module, size: int, channels: int) -> dict[str, int]:
     """
     x = torch.empty(1, channels, size, size, device="meta")
     t = torch.zeros(1, dtype=torch.long, device="meta")
+    model.eval()  # before the counter starts: some networks fuse weights here, once and not per image
     with torch.no_grad(), kernels.use(attention="reference"), MacCounter() as macs:
-        model.eval()(x, t, torch.zeros_like(t))
+        model(x, t, torch.zeros_like(t))
     parameters = list(model.parameters())
     return {
         "params_total": sum(p.numel() for p in parameters),
