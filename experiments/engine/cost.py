@@ -91,7 +91,7 @@ def count(model: nn.Module, size: int, channels: int) -> dict[str, int]:
     """
     x = torch.empty(1, channels, size, size, device="meta")
     t = torch.zeros(1, dtype=torch.long, device="meta")
-    model.eval()
+    model.eval()  # before the counter starts: some networks fuse weights here, once and not per image
     with torch.no_grad(), kernels.use(attention="reference"), MacCounter() as macs:
         model(x, t, torch.zeros_like(t))
     parameters = list(model.parameters())

@@ -1,0 +1,252 @@
+"""U-DiT: Tian et al., "U-DiTs: Downsample Tokens in U-Shaped Diffusion Transformers", NeurIPS 2024.
+
+Legend: N batch, C width of a stage (D, 2D, 4D), h heads (the same at all stages), e = C / h, r FFN ratio,
+T = HW / 4 tokens of one of the four sub-grids that the attention runs on.
+The full-resolution decoder and the head are 2D wide and conditioned by c2, as in DiCo. The authors' three label
+embedders each draw their own label dropout, so that all three see the null label in 1 of 1000 samples; here dropout
+is the trainer's, one draw for all three.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backbones.layers import (
+    ConvFinal,
+    ConvStem,
+    Downsample,
+    LabelEmbedder,
+    LayerNorm2d,
+    TimestepEmbedder,
+    Upsample,
+    check_grid,
+    modulate,
+    xavier_flat_,
+    xavier_init,
+    zero_,
+)
+from backbones.registry import register
+
+
+class DownsampledAttention(nn.Module):
+    """Cosine attention within each of the four polyphase sub-grids of a depthwise-filtered map, one set of weights."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.logit_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(10)))
+        self.to_qkv = nn.Linear(dim, 3 * dim)
+        self.to_out = nn.Conv2d(dim, dim, 1)
+        self.downsampler = nn.ModuleDict({"layer": nn.Conv2d(dim, dim, 5, padding=2, groups=dim)})
+
+    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
+        n, c, height, width = x.shape
+        x = x + self.downsampler["layer"](x)                                             # (N, C, H, W)
+        x = x.reshape(n, c, height // 2, 2, width // 2, 2).permute(0, 3, 5, 2, 4, 1)     # (N, 2, 2, H/2, W/2, C)
+        qkv = self.to_qkv(x.reshape(4 * n, -1, c))                                       # (4N, T, 3C)
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)           # 3 x (4N, h, T, e)
+        q, k = (F.normalize(_rotate(part, rotation), dim=-1) for part in (q, k))
+        scale = self.logit_scale.clamp(max=math.log(100)).exp()                          # (h, 1, 1)
+        weights = (q @ k.transpose(-2, -1) * scale).softmax(dim=-1)                      # (4N, h, T, T)
+        x = (weights.to(v.dtype) @ v).transpose(1, 2)                                    # (4N, T, h, e)
+        x = x.reshape(n, 2, 2, height // 2, width // 2, c).permute(0, 5, 3, 1, 4, 2)     # (N, C, H/2, 2, W/2, 2)
+        return self.to_out(x.reshape(n, c, height, width))                               # (N, C, H, W)
+
+
+def rotary_table(grid: tuple[int, int], dim: int, like: Tensor) -> Tensor:
+    """Unit complex numbers that turn channel pairs by position: (T, dim / 2).
+
+    Pairs alternate between the column's and the row's angle; the i-th of dim / 4 frequencies is 10000^(-4i/dim).
+    """
+    periods = 10000 ** (torch.arange(0, dim, 4, dtype=torch.float64, device=like.device) / dim)
+    row, column = (torch.arange(side, dtype=torch.float64, device=like.device)[:, None] / periods for side in grid)
+    angles = torch.stack(torch.broadcast_tensors(column[None], row[:, None]), dim=-1).flatten(0, 1).flatten(1)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return torch.complex(angles.cos().to(dtype), angles.sin().to(dtype))
+
+
+def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """(..., T, e) by (T, e / 2), at least in float32."""
+    x_real = x.to(torch.promote_types(x.dtype, torch.float32))
+    pairs = torch.view_as_complex(x_real.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
+
+
+class RepFeedForward(nn.Module):
+    """Re-parameterised FFN: pairs of 1x1 convolutions and parallel depthwise ones, with one GELU between.
+
+    In eval mode, without gradients or a compiler, each group runs as the single convolution that it equals. The fused
+    kernels are kept beside the parameters and never written to them: not in the state dict, made by eval(), made again
+    when a parameter was replaced or written to (a write through `.data` only shows after eval()), dropped by train().
+    """
+
+    def __init__(self, dim: int, mlp_ratio: float) -> None:
+        super().__init__()
+        hidden = int(dim * mlp_ratio)
+        half = hidden // 2
+        self.project_in = nn.Sequential(nn.Conv2d(dim, half, 1), nn.Conv2d(half, hidden, 1))
+        self.dwconv = nn.ModuleList(nn.Conv2d(hidden, hidden, k, padding=k // 2, groups=hidden) for k in (5, 3, 1))
+        self.project_out = nn.Sequential(nn.Conv2d(hidden, half, 1), nn.Conv2d(half, dim, 1))
+        self._fused: tuple[Tensor, ...] = ()
+        self._fused_from: list[tuple[int, int]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            return self._forward_fused(x)
+        h = F.gelu(self.project_in(x))                               # (N, rC, H, W)
+        conv5, conv3, conv1 = self.dwconv
+        return self.project_out(h + conv5(h) + conv3(h) + conv1(h))  # (N, C, H, W)
+
+    def _forward_fused(self, x: Tensor) -> Tensor:
+        if self._fused_from != self._versions():
+            self._fuse()
+        weight_in, bias_in, weight, bias, weight_out, bias_out = self._fused
+        h = F.gelu(F.conv2d(x, weight_in, bias_in))                  # (N, rC, H, W)
+        h = F.conv2d(h, weight, bias, padding=2, groups=len(weight))
+        return F.conv2d(h, weight_out, bias_out)                     # (N, C, H, W)
+
+    def train(self, mode: bool = True) -> RepFeedForward:
+        super().train(mode)
+        self._fused, self._fused_from = (), []
+        if not mode:
+            self._fuse()
+        return self
+
+    @torch.no_grad()
+    def _fuse(self) -> None:
+        """In float64, so that neither TF32 nor autocast touches the kernels."""
+        kernels = (*_fuse_pointwise(*self.project_in), *_fuse_depthwise(*self.dwconv), *_fuse_pointwise(*self.project_out))
+        self._fused = tuple(kernel.to(self.dwconv[0].weight.dtype) for kernel in kernels)
+        self._fused_from = self._versions()
+
+    def _versions(self) -> list[tuple[int, int]]:
+        convs = (*self.project_in, *self.dwconv, *self.project_out)
+        return [(p.data_ptr(), p._version) for conv in convs for p in (conv.weight, conv.bias)]
+
+
+def _fuse_pointwise(first: nn.Conv2d, second: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    """W2 (W1 x + b1) + b2 as one 1x1 convolution."""
+    w1, w2 = first.weight.double().flatten(1), second.weight.double().flatten(1)
+    return (w2 @ w1)[..., None, None], w2 @ first.bias.double() + second.bias.double()
+
+
+def _fuse_depthwise(conv5: nn.Conv2d, conv3: nn.Conv2d, conv1: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    """The three convolutions and the identity beside them as one 5x5."""
+    points = F.pad(conv1.weight.double() + 1, (2, 2, 2, 2))
+    weight = conv5.weight.double() + F.pad(conv3.weight.double(), (1, 1, 1, 1)) + points
+    return weight, conv5.bias.double() + conv3.bias.double() + conv1.bias.double()
+
+
+class UDiTBlock(nn.Module):
+    """Two rounds of attention and FFN, each modulated and gated by adaLN-Zero."""
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm = LayerNorm2d()
+        self.attn1 = DownsampledAttention(dim, heads)
+        self.mlp1 = RepFeedForward(dim, mlp_ratio)
+        self.attn2 = DownsampledAttention(dim, heads)
+        self.mlp2 = RepFeedForward(dim, mlp_ratio)
+        self.adaLN_modulation1 = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.adaLN_modulation2 = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+
+    def forward(self, x: Tensor, c: Tensor, rotation: Tensor) -> Tensor:
+        first = self.adaLN_modulation1, self.attn1, self.mlp1
+        for modulation, attn, mlp in (first, (self.adaLN_modulation2, self.attn2, self.mlp2)):
+            parts = modulation(c)[..., None, None].chunk(6, dim=1)
+            shift1, scale1, gate1, shift2, scale2, gate2 = parts                            # (N, C, 1, 1)
+            x = x + gate1 * attn(modulate(self.norm(x), shift1, scale1), rotation)          # (N, C, H, W)
+            x = x + gate2 * mlp(modulate(self.norm(x), shift2, scale2))                     # (N, C, H, W)
+        return x
+
+
+class UDiT(nn.Module):
+    def __init__(
+        self,
+        *,
+        input_size: int = 32,
+        in_channels: int = 4,
+        num_classes: int = 1000,
+        learn_sigma: bool = True,
+        dim: int = 96,
+        depths: tuple[int, int, int, int, int] = (2, 5, 8, 5, 2),
+        heads: int = 4,
+        mlp_ratio: float = 2.0,
+    ) -> None:
+        super().__init__()
+        if input_size % 8:
+            raise ValueError(f"U-DiT halves its input twice and splits that in sub-grids: input_size must be divisible by 8, got {input_size}")
+        if dim % (4 * heads):
+            raise ValueError(f"U-DiT rotates channels of a head in fours: dim must be divisible by 4 heads, got dim {dim}, heads {heads}")
+        self.input_size, self.in_channels, self.num_classes = input_size, in_channels, num_classes
+        self.out_channels = in_channels * (2 if learn_sigma else 1)
+        d1, d2, d3 = dim, 2 * dim, 4 * dim
+
+        def stage(width: int, depth: int) -> nn.ModuleList:
+            return nn.ModuleList(UDiTBlock(width, heads, mlp_ratio) for _ in range(depth))
+
+        self.x_embedder = ConvStem(in_channels, d1)
+        self.t_embedder_1, self.y_embedder_1 = TimestepEmbedder(d1), LabelEmbedder(num_classes, d1)
+        self.t_embedder_2, self.y_embedder_2 = TimestepEmbedder(d2), LabelEmbedder(num_classes, d2)
+        self.t_embedder_3, self.y_embedder_3 = TimestepEmbedder(d3), LabelEmbedder(num_classes, d3)
+        self.encoder_level_1 = stage(d1, depths[0])
+        self.down1_2 = Downsample(d1)
+        self.encoder_level_2 = stage(d2, depths[1])
+        self.down2_3 = Downsample(d2)
+        self.latent = stage(d3, depths[2])
+        self.up3_2 = Upsample(d3)
+        self.reduce_chan_level2 = nn.Conv2d(2 * d2, d2, 1)
+        self.decoder_level_2 = stage(d2, depths[3])
+        self.up2_1 = Upsample(d2)
+        self.reduce_chan_level1 = nn.Conv2d(2 * d1, d2, 1)
+        self.decoder_level_1 = stage(d2, depths[4])
+        self.output = nn.Conv2d(d2, d2, 3, padding=1)
+        self.final_layer = ConvFinal(d2, self.out_channels)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        xavier_init(self)
+        xavier_flat_(self.x_embedder.proj)
+        for block in self.modules():
+            if isinstance(block, UDiTBlock):
+                zero_(block.adaLN_modulation1[1], block.adaLN_modulation2[1])
+        zero_(self.final_layer.adaLN_modulation[1], self.final_layer.out_proj)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        check_grid(x, None, 8, "U-DiT")
+        c1 = self.t_embedder_1(t) + self.y_embedder_1(y)                      # (N, D)
+        c2 = self.t_embedder_2(t) + self.y_embedder_2(y)                      # (N, 2D)
+        c3 = self.t_embedder_3(t) + self.y_embedder_3(y)                      # (N, 4D)
+
+        x1 = _run(self.encoder_level_1, self.x_embedder(x), c1)               # (N, D, H, W)
+        x2 = _run(self.encoder_level_2, self.down1_2(x1), c2)                 # (N, 2D, H/2, W/2)
+        x3 = _run(self.latent, self.down2_3(x2), c3)                          # (N, 4D, H/4, W/4)
+        u2 = self.reduce_chan_level2(torch.cat([self.up3_2(x3), x2], dim=1))  # (N, 2D, H/2, W/2)
+        u2 = _run(self.decoder_level_2, u2, c2)
+        u1 = self.reduce_chan_level1(torch.cat([self.up2_1(u2), x1], dim=1))  # (N, 2D, H, W)
+        u1 = _run(self.decoder_level_1, u1, c2)
+        return self.final_layer(self.output(u1), c2)                          # (N, C_out, H, W)
+
+
+def _run(stage: nn.ModuleList, x: Tensor, c: Tensor) -> Tensor:
+    """Positions are those within a sub-grid, the same for all blocks of a stage."""
+    grid = (x.shape[2] // 2, x.shape[3] // 2)
+    rotation = rotary_table(grid, x.shape[1] // stage[0].attn1.heads, like=x)  # (T, e / 2)
+    for block in stage:
+        x = block(x, c, rotation)
+    return x
+
+
+register(
+    UDiT,
+    dict(
+        udit_s=dict(dim=96, heads=4),
+        udit_b=dict(dim=192, heads=8),
+        udit_l=dict(dim=384, heads=16),
+    ),
+    tiny=dict(dim=16, depths=(1, 1, 1, 1, 1), heads=2),
+)
