@@ -101,15 +101,14 @@ def _choose(table: Table, labels: list[str] | None) -> list[Row]:
     return [known[label] for label in labels]
 
 
-def _measured(table: Table, row: Row, device: str) -> tuple[Stage, ...]:
-    counted = cost_stage(row)
-    return (counted,) if table.counts_only else (counted, timing_stage(row, table.baseline, device))
-
-
 def _run(table: Table, rows: list[Row], protocol: Protocol, seeds: Sequence[int], device: str, store: Store, workers: int | None) -> bool:
     """Count and time every row first, alone on the machine; then train and score, side by side."""
     cores = available_cores()
-    measured = [Job(row.label, todo) for row in rows if (todo := _missing(store, *_measured(table, row, device)))]
+    counted = _missing(store, *(cost_stage(row) for row in rows))  # one process: the first count is slow, the others are not
+    measured = [Job("counts", counted)] if counted else []
+    if not table.counts_only:
+        timed = ((row.label, timing_stage(row, table.baseline, device)) for row in rows)
+        measured += [Job(label, (stage,)) for label, stage in timed if _missing(store, stage)]
     trained: dict[str, Job] = {}  # rows that are one network share one run
     for seed in seeds if not table.counts_only else ():
         for row in rows:
@@ -131,7 +130,9 @@ def _missing(store: Store, *stages: Stage) -> tuple[Stage, ...]:
 def _plan(table: Table, rows: list[Row], protocol: Protocol, seeds: Sequence[int], device: str, store: Store) -> str:
     """One line a stage: what is done, what would run and for how long, by the reference's own times."""
     lines, seconds, unknown = [], 0.0, 0
-    stages = [(row.label, stage) for row in rows for stage in _measured(table, row, device)]
+    stages: list[tuple[str, Stage]] = [(row.label, cost_stage(row)) for row in rows]
+    if not table.counts_only:
+        stages += [(row.label, timing_stage(row, table.baseline, device)) for row in rows]
     for seed in seeds if not table.counts_only else ():
         for row in rows:
             stages += [(f"{row.label}, seed {seed}", stage) for stage in (train_stage(row, protocol, seed), evaluate_stage(row, protocol, seed))]
