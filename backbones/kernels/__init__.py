@@ -5,6 +5,8 @@ by name; `used` tells which ran, for the record; `counting` lets an op count its
 """
 
 from backbones.kernels.attention import attention
+from backbones.kernels.diagonal_ssm import diagonal_ssm
+from backbones.kernels.gated_linear import gated_linear
 from backbones.kernels.op import counting, reset_used, use, used
 
-__all__ = ["attention", "counting", "reset_used", "use", "used"]
+__all__ = ["attention", "counting", "diagonal_ssm", "gated_linear", "reset_used", "use", "used"]
