@@ -1,0 +1,130 @@
+"""DiffuSSM: Yan et al., "Diffusion Models Without Attention", CVPR 2024. A reconstruction: no code was published.
+
+From the paper: no patches; dense layers on groups of M = 2 pixels in row-major order, the SSM on all pixels; the layer's
+equations, 13 D^2 weights (with M = 2 they force a gated width of 1.5 D), a D x D map at full length, D = 1152, 29 layers.
+Ours: its place (before the SSM), erf GELU, parameter-free LayerNorm, adaLN-Zero (shift, scale, gate) a layer, DiT's
+embedders and fixed positions, and the SSM (S4D of 64 complex states, A shared by the channels, zero-order hold).
+
+Legend: N batch, L pixels, J = L / M tokens, D width, S states of a channel, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backbones.kernels import diagonal_ssm
+from backbones.layers import LabelEmbedder, TimestepEmbedder, check_grid, modulate, sincos_position, xavier_init, zero_
+from backbones.registry import register
+
+
+class S4D(nn.Module):
+    """Diagonal SSM of every channel and a skip: (N, D, L) -> same. Starts at A = -1/2 + i pi n, dt in [0.01, 1]."""
+
+    def __init__(self, dim: int, states: int) -> None:
+        super().__init__()
+        self.log_decay = nn.Parameter(torch.full((states,), math.log(0.5)))
+        self.frequency = nn.Parameter(math.pi * torch.arange(states, dtype=torch.float32))
+        self.log_dt = nn.Parameter(torch.empty(dim, 1).uniform_(math.log(0.01), 0.0))
+        self.out = nn.Parameter(torch.randn(dim, states, 2) * 0.5**0.5)
+        self.skip = nn.Parameter(torch.ones(dim, 1))
+
+    def forward(self, u: Tensor) -> Tensor:
+        a = torch.complex(-self.log_decay.exp(), self.frequency)                             # (S,)
+        z = self.log_dt.exp() * a                                                            # (D, S)
+        w = torch.view_as_complex(self.out) * torch.expm1(z) / a                             # (D, S)
+        return diagonal_ssm(u, z, w) + self.skip * u
+
+
+class HourglassLayer(nn.Module):
+    """Expand to pixels, run the SSM both ways, contract to tokens, gate; modulated and gated by adaLN-Zero."""
+
+    def __init__(self, dim: int, group: int, states: int) -> None:
+        super().__init__()
+        self.group = group
+        hidden = 3 * dim // 2
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.w0 = nn.Linear(dim, dim)
+        self.up = nn.Linear(dim, group * dim)
+        self.mix = nn.Linear(dim, dim)
+        self.ssm_forward = S4D(dim, states)
+        self.ssm_backward = S4D(dim, states)
+        self.down = nn.ModuleList(nn.Linear(2 * dim, 2 * dim // group) for _ in range(group))
+        self.w1 = nn.Linear(dim, hidden)
+        self.w2 = nn.Linear(2 * dim, hidden)
+        self.w3 = nn.Linear(hidden, dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 3 * dim))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale, gate = self.adaLN_modulation(c)[:, None].chunk(3, dim=-1)              # (N, 1, D)
+        h = modulate(self.norm(x), shift, scale)                                             # (N, J, D)
+        u = F.gelu(self.up(F.gelu(self.w0(h)))).unflatten(-1, (self.group, -1)).flatten(1, 2)  # (N, L, D)
+        u = self.mix(u).mT                                                                   # (N, D, L)
+        y = torch.cat([self.ssm_forward(u), self.ssm_backward(u.flip(-1)).flip(-1)], dim=1)  # (N, 2D, L)
+        pixels = y.mT.unflatten(1, (-1, self.group)).unbind(dim=2)                           # M x (N, J, 2D)
+        y = torch.cat([F.gelu(down(pixel)) for down, pixel in zip(self.down, pixels, strict=True)], dim=-1)  # (N, J, 2D)
+        return x + gate * self.w3(F.gelu(self.w2(y)) * F.gelu(self.w1(h)))                   # (N, J, D)
+
+
+class Head(nn.Module):
+    """LayerNorm, adaLN shift and scale, linear to a group's pixels: (N, J, D), c (N, D) -> (N, J, M*C_out)."""
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(dim, out_dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class DiffuSSM(nn.Module):
+    def __init__(
+        self,
+        *,
+        input_size: int = 32,
+        in_channels: int = 4,
+        num_classes: int = 1000,
+        learn_sigma: bool = True,
+        dim: int = 1152,
+        depth: int = 29,
+        group: int = 2,
+        states: int = 64,
+    ) -> None:
+        super().__init__()
+        if input_size % group or 2 * dim % group or dim % 4:
+            raise ValueError(f"DiffuSSM needs input_size and twice the dim divisible by group and dim by 4, got input_size {input_size}, dim {dim}, group {group}")
+        self.input_size, self.in_channels, self.num_classes, self.group = input_size, in_channels, num_classes, group
+        self.out_channels = in_channels * (2 if learn_sigma else 1)
+        self.x_embedder = nn.Linear(group * in_channels, dim)
+        self.t_embedder = TimestepEmbedder(dim)
+        self.y_embedder = LabelEmbedder(num_classes, dim)
+        self.pos_embed = nn.Parameter(sincos_position(dim, (input_size, input_size // group)), requires_grad=False)
+        self.blocks = nn.ModuleList(HourglassLayer(dim, group, states) for _ in range(depth))
+        self.final_layer = Head(dim, group * self.out_channels)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        xavier_init(self)
+        zero_(*(block.adaLN_modulation[1] for block in self.blocks))
+        zero_(self.final_layer.adaLN_modulation[1], self.final_layer.linear)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        check_grid(x, self.input_size, self.group, "DiffuSSM")
+        size = x.shape[2:]
+        x = x.flatten(2).mT.unflatten(1, (-1, self.group)).flatten(2)                        # (N, J, M*C)
+        x = self.x_embedder(x) + self.pos_embed                                              # (N, J, D)
+        c = self.t_embedder(t) + self.y_embedder(y)                                          # (N, D)
+        for block in self.blocks:
+            x = block(x, c)                                                                  # (N, J, D)
+        x = self.final_layer(x, c)                                                           # (N, J, M*C_out)
+        x = x.unflatten(-1, (self.group, -1)).flatten(1, 2)                                  # (N, L, C_out)
+        return x.mT.unflatten(-1, size)                                                      # (N, C_out, H, W)
+
+
+register(DiffuSSM, dict(diffussm_xl=dict(dim=1152, depth=29)), tiny=dict(dim=12, depth=2, states=5))
