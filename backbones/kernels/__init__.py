@@ -1,10 +1,12 @@
 """Ops with a plain-torch reference and faster choices; the only home of optional GPU libraries.
 
 An `Op` picks the first choice that is installed and supports its arguments, in the order given; `use` forces one
-by name; `used` tells which ran, for the record.
+by name; `used` tells which ran, for the record; `counting` lets an op count itself.
 """
 
 from backbones.kernels.attention import attention
-from backbones.kernels.op import reset_used, use, used
+from backbones.kernels.causal_conv import causal_conv
+from backbones.kernels.op import counting, reset_used, use, used
+from backbones.kernels.selective_scan import selective_scan
 
-__all__ = ["attention", "reset_used", "use", "used"]
+__all__ = ["attention", "causal_conv", "counting", "reset_used", "selective_scan", "use", "used"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 _forced: dict[str, str] = {}
 _used: dict[str, set[str]] = {}
 _ops: dict[str, Op] = {}
+_counters: list[Callable[[int], AbstractContextManager[None]]] = []
 
 
 @dataclass(frozen=True)
@@ -24,16 +25,22 @@ class Choice:
 
 
 class Op:
-    """An operation: `choices` from most to least wanted; the last is the reference and supports everything."""
+    """An operation: `choices` from most to least wanted; the last is the reference and supports everything.
 
-    def __init__(self, name: str, choices: list[Choice]) -> None:
-        self.name, self.choices = name, {choice.name: choice for choice in choices}
+    `macs` is the closed-form count of a call, for an operation whose implementations differ in what a counter sees.
+    """
+
+    def __init__(self, name: str, choices: list[Choice], macs: Callable[..., int] | None = None) -> None:
+        self.name, self.choices, self.macs = name, {choice.name: choice for choice in choices}, macs
         _ops[name] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         choice = self._pick(*args, **kwargs)
         if not torch.compiler.is_compiling():
             _used.setdefault(self.name, set()).add(choice.name)
+        if self.macs and _counters:
+            with _counters[-1](self.macs(*args, **kwargs)):
+                return choice.run(*args, **kwargs)
         return choice.run(*args, **kwargs)
 
     def _pick(self, *args: Any, **kwargs: Any) -> Choice:
@@ -43,6 +50,16 @@ class Op:
                 raise ValueError(f"{self.name} was forced to {forced!r}, which is not installed or does not take this device, dtype or bias")
             return choice
         return next(choice for choice in self.choices.values() if choice.supports(*args, **kwargs))
+
+
+@contextmanager
+def counting(counter: Callable[[int], AbstractContextManager[None]]) -> Iterator[None]:
+    """While active, an op that has `macs` runs inside `counter(macs)`, which adds them and nothing that it sees."""
+    _counters.append(counter)
+    try:
+        yield
+    finally:
+        _counters.pop()
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Parameters and multiply-accumulates of any backbone, counted on the meta device.
 
 Two conventions, both at batch 1 and in multiply-accumulates (what the paper calls Gflops):
-`core` is every convolution, linear layer and matrix product, attention's two included whichever kernel runs;
+`core` is every convolution, linear layer, matrix product and recurrence, attention's two included whichever kernel runs;
 `torchprofile` is the paper's: core plus one per output element of every multiply, affine norm and pooling, four per
 output element of a bilinear resize.
 """
@@ -9,7 +9,8 @@ output element of a bilinear resize.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -72,6 +73,23 @@ class MacCounter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.core = self.extra = 0
+
+    def __enter__(self) -> MacCounter:
+        self._hook = kernels.counting(self._closed_form)
+        self._hook.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._hook.__exit__(*error)
+
+    @contextmanager
+    def _closed_form(self, macs: int) -> Iterator[None]:
+        """An op's own count, in place of what is seen while it runs."""
+        self.core += macs
+        before = self.core, self.extra
+        yield
+        self.core, self.extra = before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
