@@ -5,8 +5,10 @@ by name; `used` tells which ran, for the record; `counting` lets an op count its
 """
 
 from backbones.kernels.attention import attention
+from backbones.kernels.causal_conv import causal_conv
 from backbones.kernels.diagonal_ssm import diagonal_ssm
 from backbones.kernels.gated_linear import gated_linear
 from backbones.kernels.op import counting, reset_used, use, used
+from backbones.kernels.selective_scan import selective_scan
 
-__all__ = ["attention", "counting", "diagonal_ssm", "gated_linear", "reset_used", "use", "used"]
+__all__ = ["attention", "causal_conv", "counting", "diagonal_ssm", "gated_linear", "reset_used", "selective_scan", "use", "used"]
