@@ -28,7 +28,7 @@ def main() -> int:
         backbones.load_published(model, args.file, args.key)
         with torch.inference_mode():
             x = torch.zeros(1, model.in_channels, args.input_size, args.input_size)
-            finite = model.eval()(x, torch.zeros(1), torch.tensor([model.num_classes])).isfinite().all()
+            finite = model.eval()(x, torch.zeros(1), torch.zeros(1, dtype=torch.long)).isfinite().all()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
