@@ -79,6 +79,11 @@ def use(**choices: str) -> Iterator[None]:
         _forced.update(before)
 
 
+def references() -> dict[str, str]:
+    """What `use` takes to force the reference of every op."""
+    return {name: list(op.choices)[-1] for name, op in _ops.items()}
+
+
 def used() -> dict[str, list[str]]:
     """The implementations that ran since `reset_used`, by op."""
     return {name: sorted(choices) for name, choices in sorted(_used.items())}

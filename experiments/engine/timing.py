@@ -59,7 +59,7 @@ def check(model: nn.Module, inputs: tuple[torch.Tensor, ...], spec: Timing) -> N
     """Refuse to time kernels whose output is not the reference's, by relative RMS error on the first sample."""
     few = tuple(part[:1] for part in inputs)
     out = model(*few)
-    with kernels.use(attention="reference"):
+    with kernels.use(**kernels.references()):
         expected = model(*few)
     error = ((out - expected).float().square().mean().sqrt() / expected.float().square().mean().sqrt().clamp_min(1e-12)).item()
     limit = 2e-2 if spec.precision == "bf16" else 5e-3 if spec.precision == "tf32" else 1e-4
