@@ -44,6 +44,24 @@ def selective_ssm(x: Tensor, z: Tensor, conv: nn.Conv1d, x_proj: nn.Linear, dt_p
     return selective_scan(x, delta, a, b.transpose(1, 2), c.transpose(1, 2), d, z, dt_proj.bias)
 
 
+ROWS, ROWS_BACK, COLUMNS, COLUMNS_BACK = (False, False), (False, True), (True, False), (True, True)  # by column, from the end
+
+
+def reorder(x: Tensor, grid: tuple[int, int], order: tuple[bool, bool]) -> Tensor:
+    """Row-major tokens of a grid in another order: (N, H*W, D) -> same."""
+    by_column, from_end = order
+    if by_column:
+        x = x.unflatten(1, grid).transpose(1, 2).flatten(1, 2)
+    return x.flip(1) if from_end else x
+
+
+def restore(x: Tensor, grid: tuple[int, int], order: tuple[bool, bool]) -> Tensor:
+    """Undo `reorder`."""
+    by_column, from_end = order
+    x = x.flip(1) if from_end else x
+    return x.unflatten(1, grid[::-1]).transpose(1, 2).flatten(1, 2) if by_column else x
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """Decay rates and residual streams stay in float32 where autocast would halve them."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""DiS: its small network, and what is particular to it."""
+"""DiS and DiM: a small network of each, and what is particular to them."""
 
 from typing import Any
 
@@ -8,15 +8,16 @@ from test_backbones import randomise, relative_rms, weights_and_biases
 from torch import Tensor, nn
 
 import backbones
+from backbones.dim import Frame, scan_order
 from backbones.dis import BidirectionalMamba
 from backbones.kernels import use
-from backbones.mamba import Mamba
+from backbones.mamba import COLUMNS, COLUMNS_BACK, ROWS, ROWS_BACK, Mamba, reorder, restore
 
 CHANNELS, CLASSES = 3, 7
-FAMILIES = {"dis_s_2": 6}  # one size stands for its family; the side of the input
+FAMILIES = {"dis_s_2": 6, "dim_l": 6}  # one size stands for its family; the side of the input
 LEARNS_SIGMA = {"dis_s_2"}
-STARTS_AT_ZERO: set[str] = set()  # DiS has an open head
-DEAD: dict[str, tuple[str, ...]] = {"dis_s_2": ()}
+STARTS_AT_ZERO: set[str] = set()  # DiS and DiM have an open head
+DEAD: dict[str, tuple[str, ...]] = {"dis_s_2": (), "dim_l": ()}
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
@@ -114,6 +115,8 @@ def test_another_input_size_is_refused_in_a_line(name: str):
 @pytest.mark.parametrize("name, options, words", [
     ("dis_s_2", {"input_size": 7}, ["divisible by patch", "7"]),
     ("dis_s_2", {"depth": 3}, ["even depth", "3"]),
+    ("dim_l", {"input_size": 7}, ["divisible by patch", "7"]),
+    ("dim_l", {"depth": 4}, ["odd depth", "4"]),
 ])
 def test_errors_name_what_is_known(name: str, options: dict[str, Any], words: list[str]):
     with pytest.raises(ValueError) as refusal:
@@ -170,6 +173,87 @@ def test_dis_has_the_label_in_front_of_the_time_in_front_of_the_patches():
     assert relative_rms(tokens[:, 2:], model.patch_embed(x).detach()) < 1e-5
 
 
+def explicit(order: tuple[bool, bool], height: int, width: int) -> list[int]:
+    """The row-major index of the token that an order puts in each place."""
+    rows = [r * width + c for r in range(height) for c in range(width)]
+    columns = [r * width + c for c in range(width) for r in range(height)]
+    return {ROWS: rows, ROWS_BACK: rows[::-1], COLUMNS: columns, COLUMNS_BACK: columns[::-1]}[order]
+
+
+@pytest.mark.parametrize("order", [ROWS, ROWS_BACK, COLUMNS, COLUMNS_BACK])
+def test_orders_of_a_grid_are_these_permutations(order: tuple[bool, bool]):
+    tokens = torch.arange(12).view(1, 12, 1)
+    assert reorder(tokens, (3, 4), order).flatten().tolist() == explicit(order, 3, 4)
+    assert torch.equal(restore(reorder(tokens, (3, 4), order), (3, 4), order), tokens)
+
+
+def test_dim_cycles_through_the_orders_and_back():
+    codes = {ROWS: 0, ROWS_BACK: -2, COLUMNS: 1, COLUMNS_BACK: -1}
+    assert [codes[scan_order(i, 49)] for i in range(49)] == [0] + [-2, 1, -1, 0] * 6 + [-1, 1, -2, 0] * 6
+
+
+class Silent(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def test_dim_blocks_read_the_framed_grid_in_their_order_behind_the_leading_tokens():
+    """With silent mixers and skips, every block is given the same tokens, permuted."""
+    model = randomise(network("dim_l", depth=9))
+    seen: list[Tensor] = []
+    for block in model.transformer_blocks:
+        block.attn1 = Silent()
+        block.register_forward_pre_hook(lambda block, args: seen.append(args[0][0]))
+        if block.skip_linear is not None:
+            nn.init.eye_(block.skip_linear[0].weight)
+            for part in (block.skip_linear[0].bias, block.skip_linear[1].weight, block.skip_linear[1].bias):
+                nn.init.zeros_(part)
+    with torch.no_grad():
+        model(*inputs("dim_l"))
+    assert len({tuple(tokens[5:, 0].tolist()) for tokens in seen}) == 4
+    for i, tokens in enumerate(seen):
+        assert torch.equal(tokens[:5], seen[0][:5])
+        assert torch.equal(tokens[5:], seen[0][5:][explicit(scan_order(i, 9), 6, 6)])
+
+
+def test_dim_skips_join_blocks_that_read_the_grid_in_one_order():
+    model = randomise(network("dim_l"))
+    made: list[Tensor] = []
+    taken: list[Tensor] = []
+    for block in model.transformer_blocks:
+        block.register_forward_hook(lambda block, args, out: made.append(out))
+        if block.skip_linear is not None:
+            block.skip_linear[1].register_forward_pre_hook(lambda linear, args: taken.append(args[0]))
+    model(*inputs("dim_l"))
+    assert len(made) == 7 and all(skip is out for skip, out in zip(taken, (made[3], made[2], made[1]), strict=True))
+
+
+@pytest.mark.parametrize("raster", [False, True])
+def test_dim_frames_its_grid_with_padding_tokens(raster: bool):
+    """2x4 patches in a frame of 5x7, against each token's own rule; smoothers that do nothing."""
+    frame = randomise(Frame(3, (2, 4), raster))
+    for smoother in (frame.first_smoother, frame.last_smoother):
+        nn.init.dirac_(smoother.weight, groups=3)
+        nn.init.zeros_(smoother.bias)
+    x = torch.randn(2, 2 + 8, 3)
+    with torch.no_grad():
+        out = frame(x)
+        assert torch.equal(frame.take_off(out), x[:, 2:])
+    assert out.shape == (2, 2 + 3 + 35, 3)
+    assert torch.equal(out[:, :2], x[:, :2]) and torch.equal(out[0, 2:5], frame.pad_token_dec_split[0])
+    count = 0
+    for r in range(5):
+        for c in range(7):
+            token = out[1, 5 + 7 * r + c]
+            if r < 2 and c < 4:
+                assert torch.equal(token, x[1, 2 + 4 * r + c])
+                continue
+            which = count % 3 if raster else r - 2 if r >= 2 else c - 4
+            assert torch.equal(token, frame.pad_token[0, :, which])
+            count += 1
+    assert count == 35 - 8
+
+
 def mamba_keys(dim: int, rank: int, kernel: int = 4, suffix: str = "") -> dict[str, tuple[int, ...]]:
     """One direction of a mixer."""
     inner, b = 2 * dim, suffix
@@ -193,7 +277,22 @@ def dis_h_2_keys() -> dict[str, tuple[int, ...]]:
     return keys
 
 
-@pytest.mark.parametrize("name, keys", [("dis_h_2", dis_h_2_keys())])
+def dim_h_keys() -> dict[str, tuple[int, ...]]:
+    d, single = 1536, "adaln_single.emb.timestep_embedder.linear_"
+    keys = weights_and_biases({
+        "pos_embed.proj": (d, 4, 2, 2), f"{single}1": (d, 256), f"{single}2": (d, d), "adaln_single.linear": (3 * d, d),
+        "a4m_adapter.first_smoother": (d, 1, 3, 3), "a4m_adapter.last_smoother": (d, 1, 3, 3), "proj_out_1": (2 * d, d), "proj_out_2": (16, d),
+    })
+    keys |= {"additional_embed": (1, 258, d), "label_emb.weight": (1001, d), "adaln_single.emb.class_embedder.embedding_table.weight": (1001, d)}
+    keys |= {"a4m_adapter.pad_token": (1, d, 3), "a4m_adapter.pad_token_dec_split": (1, 3, d), "norm_out.norm.weight": (d,)}
+    block = {"scale_shift_table": (3, d), "norm1.norm.weight": (d,)} | {f"attn1.{key}": shape for key, shape in mamba_keys(d, 96, kernel=3).items()}
+    for i in range(49):
+        skips = weights_and_biases({"skip_linear.0": (d, d), "skip_linear.1": (d, d)}) if i > 24 else {}
+        keys |= {f"transformer_blocks.{i}.{key}": shape for key, shape in (block | skips).items()}
+    return keys
+
+
+@pytest.mark.parametrize("name, keys", [("dis_h_2", dis_h_2_keys()), ("dim_h", dim_h_keys())])
 def test_state_dict_has_the_authors_keys(name: str, keys: dict[str, tuple[int, ...]]):
     with torch.device("meta"):
         state = backbones.build(name).state_dict()
