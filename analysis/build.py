@@ -7,9 +7,10 @@ from pathlib import Path
 
 from analysis.figures import save, score_against_speed
 from experiments.ablation import TABLES
+from experiments.efficiency import counts_sheet
 from experiments.engine.files import written_whole
 from experiments.engine.render import render
-from experiments.engine.report import REFERENCE_SEEDS, main_sheet
+from experiments.engine.report import REFERENCE_SEEDS, Sheet, main_sheet
 from experiments.engine.store import Store
 from experiments.protocols import DIGITS, evaluate_stage
 
@@ -23,13 +24,18 @@ def main() -> int:
     for table in TABLES.values():
         seeds = [seed for seed in REFERENCE_SEEDS if store.latest(evaluate_stage(table.baseline, DIGITS, seed), "reference")] or [0]
         sheet = main_sheet(table, table.rows, DIGITS, seeds, "cpu", store, where="reference")
-        for form, suffix in SUFFIXES.items():
-            with written_whole(store.root / "tables" / f"table{table.number}.{suffix}") as file:
-                file.write(render([sheet], form).encode())
+        _write(store.root / "tables", f"table{table.number}", sheet)
         if not table.counts_only:
             save(score_against_speed(table, seeds, store), store.root / "figures", f"table{table.number}_score_speed")
         print(f"table {table.number}: {len(sheet.rows)} rows")
+    _write(store.root / "tables", "counts", counts_sheet(store, where="reference"))
     return 0
+
+
+def _write(folder: Path, name: str, sheet: Sheet) -> None:
+    for form, suffix in SUFFIXES.items():
+        with written_whole(folder / f"{name}.{suffix}") as file:
+            file.write(render([sheet], form).encode())
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Parameters and multiply-accumulates of any backbone, counted on the meta device.
 
-Two conventions, both at batch 1 and in multiply-accumulates (what the paper calls Gflops):
+Conventions, all at batch 1 and in multiply-accumulates (what the paper calls Gflops):
 `core` is every convolution, linear layer, matrix product and recurrence, attention's two included whichever kernel runs;
 `torchprofile` is the paper's: core plus one per output element of every multiply, affine norm and pooling, four per
-output element of a bilinear resize.
+output element of a bilinear resize. A third, `norms`, is core plus one per output element of every norm: DiT's own table
+and its ADM rows follow it.
 """
 
 from __future__ import annotations
@@ -67,12 +68,15 @@ _EXTRA: dict[Any, Callable[[tuple[Any, ...], Any], int]] = {
 }
 
 
+_NORMS = {aten.native_layer_norm.default, aten.native_group_norm.default}
+
+
 class MacCounter(TorchDispatchMode):
-    """Adds up `core` and the `extra` terms of the torchprofile convention while it is active."""
+    """Adds up `core`, the `extra` terms of the torchprofile convention and the outputs of `norms` while it is active."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.core = self.extra = 0
+        self.core = self.extra = self.norms = 0
 
     def __enter__(self) -> MacCounter:
         self._hook = kernels.counting(self._closed_form)
@@ -96,6 +100,7 @@ class MacCounter(TorchDispatchMode):
         if func in _CORE:
             self.core += _CORE[func](args, out)
         elif func in _EXTRA:
+            self.norms += out[0].numel() if func in _NORMS else 0
             self.extra += _EXTRA[func](args, out)
         elif "scaled_dot_product" in func.name():
             raise RuntimeError(f"{func.name()} hides attention's products from the counter; count with the reference kernel")
@@ -118,6 +123,7 @@ def count(model: nn.Module, size: int, channels: int) -> dict[str, int]:
         "params_trainable": sum(p.numel() for p in parameters if p.requires_grad),
         "macs_core": macs.core,
         "macs_torchprofile": macs.core + macs.extra,
+        "macs_norms": macs.core + macs.norms,
     }
 
 
