@@ -128,7 +128,7 @@ def test_every_field_changes_the_id(spec: Stage):
         assert {f"train.recipe.{f.name}" for f in dataclasses.fields(Recipe)} | {f"sampler.{f.name}" for f in dataclasses.fields(Sampler)} <= set(changed)
 
 
-@pytest.mark.parametrize("value", [object(), {1, 2}, len, Path("x"), b"x", 1j, np.ones(2), np.float32(1), np.int64(1)], ids=repr)
+@pytest.mark.parametrize("value", [object(), {1, 2}, len, Path("x"), b"x", 1j, np.ones(2), np.float32(1), np.int64(1)], ids=lambda value: type(value).__name__)
 def test_values_without_a_stable_form_are_refused(value: Any):
     with pytest.raises(TypeError, match="no canonical form"):
         spec_id(Cost(Backbone("net", dict(deep=dict(x=[value]))), 8, 1, 10))
