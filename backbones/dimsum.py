@@ -26,7 +26,7 @@ from backbones.layers import (
     xavier_flat_,
     zero_,
 )
-from backbones.mamba import COLUMNS, COLUMNS_BACK, ROWS, ROWS_BACK, Mamba, at_least_float32, mamba_init, reorder, restore
+from backbones.mamba import COLUMNS, COLUMNS_BACK, ROWS, ROWS_BACK, Mamba, float32_or_wider, mamba_init, reorder, restore
 from backbones.registry import register
 
 _ORDERS = (ROWS, ROWS_BACK, COLUMNS, COLUMNS_BACK)
@@ -171,7 +171,7 @@ class DiMSUMBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 3 * dim))
 
     def forward(self, h: Tensor, r: Tensor | None, c: Tensor) -> tuple[Tensor, Tensor]:
-        r = at_least_float32(h) if r is None else r + h                                     # (N, T, D)
+        r = float32_or_wider(h) if r is None else r + h                                     # (N, T, D)
         u = self.norm(r)
         x1, x2 = u.chunk(2, dim=-1)                                                         # (N, T, E)
         h = u + self.proj(self.spatial_mamba(x1, c), self.freq_mamba(x2, c))                # (N, T, D)
