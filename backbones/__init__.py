@@ -4,7 +4,7 @@ x (N, C, H, W) noisy input, t (N,) time, y (N,) labels in 0..num_classes (num_cl
 -> (N, C_out, H, W), with C_out = 2C where the variance is learned.
 """
 
-from backbones import adm, dic, dico, diffussm, dig, dim, dis, dit, hourglass, isotropic, ldm, sit, udit, uvit  # noqa: F401  (importing a family registers it)
+from backbones import adm, dic, dico, diffussm, dig, dim, dimsum, dis, dit, hourglass, isotropic, ldm, sit, udit, uvit  # noqa: F401  (importing a family registers it)
 from backbones.checkpoint import load_published
 from backbones.registry import build, list_backbones, options_of, register, tiny_options_of
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.layers import LabelEmbedder, PatchEmbed, check_grid, modulate, timestep_sinusoid, unpatchify
-from backbones.mamba import COLUMNS, COLUMNS_BACK, ROWS, ROWS_BACK, Mamba, at_least_float32, mamba_init, reorder, restore
+from backbones.mamba import COLUMNS, COLUMNS_BACK, ROWS, ROWS_BACK, Mamba, float32_or_wider, mamba_init, reorder, restore
 from backbones.registry import register
 
 _PAD = 3  # padding tokens: as many as the convolution has taps
@@ -93,7 +93,7 @@ class DiMBlock(nn.Module):
         self.skip_linear = nn.ModuleList([nn.Linear(dim, dim), nn.Linear(dim, dim)]) if skip else None
 
     def merge(self, x: Tensor, skip: Tensor) -> Tensor:
-        return at_least_float32(self.skip_linear[0](x) + self.skip_linear[1](skip))
+        return float32_or_wider(self.skip_linear[0](x) + self.skip_linear[1](skip))
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         shift, scale, gate = (self.scale_shift_table + modulation).chunk(3, dim=1)               # (N, 1, D)
@@ -142,9 +142,9 @@ class DiM(nn.Module):
         time = timestep_sinusoid(t, self.additional_embed.shape[-1]).to(self.additional_embed.dtype)
         label = self.label_emb(y)                                                             # (N, D)
         x = torch.cat([time[:, None], label[:, None], self.pos_embed(x)], dim=1)              # (N, 2 + H*W, D)
-        x = at_least_float32(self.a4m_adapter(x + self.additional_embed))                     # (N, T, D)
+        x = float32_or_wider(self.a4m_adapter(x + self.additional_embed))                     # (N, T, D)
         x = self._blocks(x, modulation)
-        x = self.norm_out(at_least_float32(self.a4m_adapter.take_off(x)))                     # (N, H*W, D)
+        x = self.norm_out(float32_or_wider(self.a4m_adapter.take_off(x)))                     # (N, H*W, D)
         shift, scale = self.proj_out_1(F.silu(time + label))[:, None].chunk(2, dim=-1)        # (N, 1, D)
         x = self.proj_out_2(modulate(x, shift, scale))                                        # (N, H*W, p*p*C_out)
         return unpatchify(x, self.grid, self.patch)                                           # (N, C_out, H*p, W*p)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.layers import LabelEmbedder, PatchEmbed, PatchFinal, check_grid, timestep_sinusoid, unpatchify
-from backbones.mamba import Mamba, at_least_float32, mamba_init, selective_ssm
+from backbones.mamba import Mamba, float32_or_wider, mamba_init, selective_ssm
 from backbones.registry import register
 
 
@@ -47,7 +47,7 @@ class DiSBlock(nn.Module):
     def forward(self, h: Tensor, r: Tensor | None, skip: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if skip is not None:
             h = self.skip_linear(torch.cat([h, skip], dim=-1))
-        r = at_least_float32(h) if r is None else r + h
+        r = float32_or_wider(h) if r is None else r + h
         return self.mixer(self.norm(r)), r
 
 

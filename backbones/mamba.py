@@ -40,7 +40,7 @@ def selective_ssm(x: Tensor, z: Tensor, conv: nn.Conv1d, x_proj: nn.Linear, dt_p
     x = causal_conv(x, conv.weight, conv.bias)                                             # (N, I, T)
     step, b, c = x_proj(x.transpose(1, 2)).split([rank, states, states], dim=-1)           # (N, T, R), (N, T, S) twice
     delta = F.linear(step, dt_proj.weight).transpose(1, 2)                                 # (N, I, T), its bias is added in the scan
-    a = -torch.exp(at_least_float32(a_log))                                                # (I, S)
+    a = -torch.exp(float32_or_wider(a_log))                                                # (I, S)
     return selective_scan(x, delta, a, b.transpose(1, 2), c.transpose(1, 2), d, z, dt_proj.bias)
 
 
@@ -62,7 +62,7 @@ def restore(x: Tensor, grid: tuple[int, int], order: tuple[bool, bool]) -> Tenso
     return x.unflatten(1, grid[::-1]).transpose(1, 2).flatten(1, 2) if by_column else x
 
 
-def at_least_float32(x: Tensor) -> Tensor:
+def float32_or_wider(x: Tensor) -> Tensor:
     """Decay rates and residual streams stay in float32 where autocast would halve them."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 

@@ -1,7 +1,11 @@
-"""DiS and DiM: a small network of each, and what is particular to them."""
+"""DiS, DiM and DiMSUM: a small network of each, and what is particular to them."""
 
+import json
+import zlib
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_backbones import randomise, relative_rms, weights_and_biases
@@ -9,15 +13,17 @@ from torch import Tensor, nn
 
 import backbones
 from backbones.dim import Frame, scan_order
+from backbones.dimsum import DiMSUMBlock, WaveletBranch, unwindows, windows
 from backbones.dis import BidirectionalMamba
 from backbones.kernels import use
 from backbones.mamba import COLUMNS, COLUMNS_BACK, ROWS, ROWS_BACK, Mamba, reorder, restore
 
 CHANNELS, CLASSES = 3, 7
-FAMILIES = {"dis_s_2": 6, "dim_l": 6}  # one size stands for its family; the side of the input
+FAMILIES = {"dis_s_2": 6, "dim_l": 6, "dimsum_l_2": 24}  # one size stands for its family; the side of the input
 LEARNS_SIGMA = {"dis_s_2"}
-STARTS_AT_ZERO: set[str] = set()  # DiS and DiM have an open head
-DEAD: dict[str, tuple[str, ...]] = {"dis_s_2": (), "dim_l": ()}
+STARTS_AT_ZERO = {"dimsum_l_2"}  # DiS and DiM have an open head
+DEAD = {"dis_s_2": (), "dim_l": (), "dimsum_l_2": ("mixer.cond_proj.weight", "mixer.cond_proj.bias")}  # the authors' kernel never reads these
+AUTHORS = json.loads((Path(__file__).parent / "data" / "outputs_ssm.json").read_text())
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
@@ -79,6 +85,23 @@ def test_every_choice_of_kernels_gives_the_same(name: str):
         assert relative_rms(model(x.double(), t, y), truth) <= 1e-12
 
 
+def drawn(key: str, shape: tuple[int, ...]) -> Tensor:
+    return torch.from_numpy(np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape)).float()
+
+
+@pytest.mark.parametrize("case", AUTHORS)
+def test_outputs_are_those_of_the_authors_code(case: str):
+    """Every parameter drawn from its own name and scaled by its fan-in, but for the decay rates; sampled outputs of their modules."""
+    row = AUTHORS[case]
+    model = backbones.build(row["name"], **row["options"])
+    for key, p in model.named_parameters():
+        if "A_log" not in key and "A_b_log" not in key:
+            p.data = drawn(key, tuple(p.shape)) * (p[0].numel() ** -0.5 if p.ndim > 1 else 0.3)
+    with torch.no_grad():
+        out = model(drawn("x", (2, 4, model.input_size, model.input_size)), torch.tensor(row["t"]), torch.tensor([3, 10]))
+    assert relative_rms(out.flatten()[::row["stride"]], torch.tensor(row["output"])) < 1e-5
+
+
 @every_family
 def test_runs_under_autocast_with_its_residual_stream_in_float32(name: str):
     model = randomise(network(name))
@@ -117,6 +140,8 @@ def test_another_input_size_is_refused_in_a_line(name: str):
     ("dis_s_2", {"depth": 3}, ["even depth", "3"]),
     ("dim_l", {"input_size": 7}, ["divisible by patch", "7"]),
     ("dim_l", {"depth": 4}, ["odd depth", "4"]),
+    ("dimsum_l_2", {"input_size": 20}, ["divisible by 4 patches", "20"]),
+    ("dimsum_l_2", {"fusion_heads": 7}, ["fusion_heads 7"]),
 ])
 def test_errors_name_what_is_known(name: str, options: dict[str, Any], words: list[str]):
     with pytest.raises(ValueError) as refusal:
@@ -254,6 +279,69 @@ def test_dim_frames_its_grid_with_padding_tokens(raster: bool):
     assert count == 35 - 8
 
 
+def test_dimsum_spatial_scans_change_order_and_its_blocks_put_it_back():
+    """A causal mixer lets a token read those before it in the block's order, and the result stands where it stood."""
+    position = torch.empty(16, dtype=torch.long)
+    for index, order in enumerate((ROWS, ROWS_BACK, COLUMNS, COLUMNS_BACK)):
+        branch = randomise(DiMSUMBlock(24, 3, (4, 4), index + 4)).spatial_mamba
+        x = torch.randn(1, 16, 12, requires_grad=True)
+        position[explicit(order, 4, 4)] = torch.arange(16)
+        assert torch.equal(depends(branch(x, torch.randn(1, 24)), x), position[:, None] >= position[None])
+
+
+@pytest.mark.parametrize("by_column", [False, True])
+def test_dimsum_windows_are_this_permutation(by_column: bool):
+    """4x4 windows of 3x3 on a grid of 12; by column, rows and columns change places."""
+    places = [(3 * wr + r, 3 * wc + c) for wr in range(4) for wc in range(4) for r in range(3) for c in range(3)]
+    expected = [12 * c + r if by_column else 12 * r + c for r, c in places]
+    tokens = torch.arange(144).view(1, 144, 1)
+    assert windows(tokens, (12, 12), by_column).flatten().tolist() == expected
+    assert torch.equal(unwindows(windows(tokens, (12, 12), by_column), (12, 12), by_column), tokens)
+    index = 1 if by_column else 2
+    branch = randomise(DiMSUMBlock(24, 3, (12, 12), index)).freq_mamba
+    branch.packet = branch.unpacket = lambda x: x
+    x, position = torch.randn(1, 144, 12, requires_grad=True), torch.empty(144, dtype=torch.long)
+    position[expected] = torch.arange(144)
+    assert torch.equal(depends(branch(x, torch.randn(1, 24)), x), position[:, None] >= position[None])
+
+
+def test_dimsum_wavelet_packet_is_the_authors_arrangement():
+    """Two levels of the Haar transform by its definition, over 4; token (p, q) of a cell holds channels 16 j + 4 p + q."""
+    dim, side = 5, 8
+    branch = WaveletBranch(dim, 24, (side, side), 0).double()
+    x = torch.randn(2, side * side, dim, dtype=torch.float64)
+
+    def bands(image: Tensor) -> list[Tensor]:
+        a, b, c, d = (image[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1))
+        return [(a + b + c + d) / 2, (a + b - c - d) / 2, (a - b + c - d) / 2, (a - b - c + d) / 2]
+
+    image = x.transpose(1, 2).reshape(2, dim, side, side)
+    flat = torch.cat([second for first in bands(image) for second in bands(first)], dim=1) / 4
+    packet = branch.packet(x).view(2, side, side, dim)
+    for r in range(side):
+        for c in range(side):
+            channels = [16 * j + 4 * (r % 4) + c % 4 for j in range(dim)]
+            assert torch.allclose(packet[:, r, c], flat[:, channels, r // 4, c // 4], rtol=0, atol=1e-14)
+    assert relative_rms(branch.unpacket(branch.packet(x)), x) < 1e-15
+    filters = torch.cat([branch.dwt.w_ll, branch.dwt.w_lh, branch.dwt.w_hl, branch.dwt.w_hh])
+    assert torch.equal(filters, branch.idwt.filters)
+
+
+def test_dimsum_shares_one_block_and_drops_the_residual_stream():
+    """The shared block takes what every second block returns; the head takes what it returns, with nothing added."""
+    model = randomise(network("dimsum_l_2"))
+    made: list[Tensor] = []
+    asked: list[tuple[Tensor, Tensor]] = []
+    read: list[Tensor] = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, args, out: made.append(out[0]))
+    model.attn_block.register_forward_hook(lambda block, args, out: asked.append((args[0], out)))
+    model.final_layer.register_forward_pre_hook(lambda layer, args: read.append(args[0]))
+    model(*inputs("dimsum_l_2"))
+    assert len(made) == 4 and len(asked) == 2
+    assert asked[0][0] is made[1] and asked[1][0] is made[3] and read[0] is asked[1][1]
+
+
 def mamba_keys(dim: int, rank: int, kernel: int = 4, suffix: str = "") -> dict[str, tuple[int, ...]]:
     """One direction of a mixer."""
     inner, b = 2 * dim, suffix
@@ -292,7 +380,23 @@ def dim_h_keys() -> dict[str, tuple[int, ...]]:
     return keys
 
 
-@pytest.mark.parametrize("name, keys", [("dis_h_2", dis_h_2_keys()), ("dim_h", dim_h_keys())])
+def dimsum_l_2_keys() -> dict[str, tuple[int, ...]]:
+    d, e = 1024, 512
+    layers = {"x_embedder.proj": (d, 4, 2, 2), "t_embedder.mlp.0": (d, 256), "t_embedder.mlp.2": (d, d)}
+    layers |= {"final_layer.linear": (16, d), "final_layer.adaLN_modulation.1": (2 * d, d), "attn_block.adaLN_modulation.1": (6 * d, d)}
+    layers |= {"attn_block.attn.qkv": (3 * d, d), "attn_block.attn.proj": (d, d), "attn_block.mlp.w12": (8 * d, d), "attn_block.mlp.w3": (d, 4 * d)}
+    block = {"proj.qkv1": (3 * e, e), "proj.qkv2": (3 * e, e), "proj.proj": (d, d), "mlp.w12": (8 * d, d), "mlp.w3": (d, 4 * d)}
+    block |= {"adaLN_modulation.1": (3 * d, d)}
+    for branch in ("spatial_mamba", "freq_mamba"):
+        block |= {f"{branch}.adaLN_modulation.1": (3 * e, d), f"{branch}.mixer.cond_proj": (d, d)}
+    block = weights_and_biases(block) | {"norm.weight": (d,), "norm_2.weight": (d,), "freq_mamba.idwt.filters": (4, 1, 2, 2)}
+    block |= {f"freq_mamba.dwt.w_{band}": (1, 1, 2, 2) for band in ("ll", "lh", "hl", "hh")}
+    block |= {f"{branch}.mixer.{key}": shape for branch in ("spatial_mamba", "freq_mamba") for key, shape in mamba_keys(e, 32).items()}
+    keys = weights_and_biases(layers) | {"pos_embed": (1, 256, d), "y_embedder.embedding_table.weight": (1001, d)}
+    return keys | {f"blocks.{i}.{key}": shape for i in range(16) for key, shape in block.items()}
+
+
+@pytest.mark.parametrize("name, keys", [("dis_h_2", dis_h_2_keys()), ("dim_h", dim_h_keys()), ("dimsum_l_2", dimsum_l_2_keys())])
 def test_state_dict_has_the_authors_keys(name: str, keys: dict[str, tuple[int, ...]]):
     with torch.device("meta"):
         state = backbones.build(name).state_dict()

@@ -128,6 +128,11 @@ def _mamba_ssm_installed() -> bool:
     return True
 
 
+@cache
+def _triton_installed() -> bool:
+    return find_spec("triton") is not None
+
+
 def _on_gpu(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, *rest: Tensor) -> bool:
     return u.is_cuda and u.dtype in (torch.float32, torch.float16, torch.bfloat16) and a.shape[1] <= 256
 
@@ -137,7 +142,7 @@ def _mamba_ssm_supports(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tenso
 
 
 def _triton_supports(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, *rest: Tensor) -> bool:
-    return _on_gpu(u, delta, a, b, c) and find_spec("triton") is not None
+    return _on_gpu(u, delta, a, b, c) and _triton_installed()
 
 
 def _macs(u: Tensor, delta: Tensor, a: Tensor, *rest: Tensor) -> int:

@@ -152,7 +152,8 @@ class _Scan(torch.autograd.Function):
         out = torch.empty_like(u)
         states = a.new_empty(samples, triton.cdiv(steps, _BLOCK_T), *a.shape, dtype=torch.float32) if keep else out
         grid = triton.cdiv(channels, blocks["BLOCK_D"]), samples
-        _forward[grid](*inputs, out, states, *a.shape, steps, KEEP=keep, **blocks, num_warps=_WARPS)
+        with torch.cuda.device_of(u):
+            _forward[grid](*inputs, out, states, *a.shape, steps, KEEP=keep, **blocks, num_warps=_WARPS)
         if keep:
             ctx.save_for_backward(*inputs, states)
         return out
@@ -171,10 +172,11 @@ class _Scan(torch.autograd.Function):
         whole = [torch.empty_like(part) for part in (u, delta, z)]
         a_terms, d_terms, bias_terms = terms(*a.shape), terms(channels), terms(channels)
         b_terms, c_terms = (terms(grid[0], *b.shape[1:]) for _ in range(2))
-        _backward[grid](
-            *inputs, states, grad.contiguous(), *whole[:2], a_terms, b_terms, c_terms, d_terms, whole[2], bias_terms,
-            *a.shape, steps, **blocks, num_warps=_WARPS,
-        )
+        with torch.cuda.device_of(u):
+            _backward[grid](
+                *inputs, states, grad.contiguous(), *whole[:2], a_terms, b_terms, c_terms, d_terms, whole[2], bias_terms,
+                *a.shape, steps, **blocks, num_warps=_WARPS,
+            )
         sums = a_terms.sum(0).to(a.dtype), b_terms.sum(1).to(b.dtype), c_terms.sum(1).to(c.dtype), d_terms.sum(0).to(d.dtype)
         return *whole[:2], *sums, whole[2], bias_terms.sum(0).to(bias.dtype)
 
