@@ -20,7 +20,7 @@ from experiments.protocols import DIGITS
 
 CPU = torch.device("cpu")
 TINY = Backbone("dico_s", dict(dim=8, depths=(1, 1, 1, 1, 1), input_size=8, in_channels=1, num_classes=10))
-SPEC = Evaluate(Train(TINY, DIGITS.data, Recipe(steps=5, batch=16, lr=1e-3)), Sampler(num_steps=4, channels=None), 60, "digits", "balanced")
+SPEC = Evaluate(Train(TINY, DIGITS.data, Recipe(steps=5, batch=16, lr=1e-3)), Sampler(num_steps=4, channels=None), 260, "digits", "balanced")
 
 
 def test_the_noise_of_an_image_is_the_same_to_the_bit_in_every_batch():
@@ -79,8 +79,8 @@ def test_a_cached_classifier_is_read_and_another_recipe_is_not(tmp_path: Path, m
 def test_scores_are_finite_shares_are_shares_and_every_one_has_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(features, "STEPS", 40)
     train.run(SPEC.train, tmp_path / "run", Resources(), lambda *progress: None)
-    values = evaluate.run(SPEC, tmp_path / "run", tmp_path / "cache", Resources(sample_batch=25))
+    values = evaluate.run(SPEC, tmp_path / "run", tmp_path / "cache", Resources(sample_batch=100))
     scores = ("fd_digits", "is_digits", "precision_digits", "recall_digits", "agreement")
     assert set(values) == {"num", "classifier_accuracy", "classifier_sha256", *scores, *(f"{name}_se" for name in scores)}
     assert all(math.isfinite(values[name]) and values[name] >= 0 for name in values if name != "classifier_sha256")
-    assert all(values[name] <= 1 for name in scores[2:]) and 1 <= values["is_digits"] <= 10 and values["num"] == 60
+    assert all(values[name] <= 1 for name in scores[2:]) and 1 <= values["is_digits"] <= 10 and values["num"] == 260

@@ -18,7 +18,7 @@ from experiments.engine.render import FORMATS, render
 from experiments.engine.report import comparison_sheet, main_sheet
 from experiments.engine.sources import require_data, require_features
 from experiments.engine.spec import Evaluate, Row, Stage, Table, Timing, Train, kind_of, spec_id
-from experiments.engine.store import Store
+from experiments.engine.store import REPOSITORY, Store
 from experiments.protocols import PROTOCOLS, Protocol, cost_stage, evaluate_stage, timing_stage, train_stage
 
 CLUSTERS = ("here",)
@@ -44,7 +44,7 @@ def main(tables: dict[int, Table], description: str | None, arguments: Sequence[
 
 def _main(tables: dict[int, Table], description: str | None, arguments: Sequence[str] | None) -> int:
     args = _parse(tables, description, arguments)
-    table, protocol, store = tables[args.table], PROTOCOLS[args.protocol], Store(args.results)
+    table, protocol, store = tables[args.table], PROTOCOLS[args.protocol], Store(args.results, REPOSITORY / "results" / "reference")
     rows = _choose(table, args.rows)
     device = args.device or ("cuda" if Path("/dev/nvidia0").exists() else "cpu")
     good = True

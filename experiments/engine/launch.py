@@ -29,6 +29,7 @@ def run_here(jobs: Sequence[Job], root: Path, device: str, workers: int, threads
     `notify(job, event, payload)` hears 'progress' (step, steps, loss, images per second), 'record' (stage, record),
     'error' (text) and 'end' (None). An interrupt stops every process; what they wrote is whole.
     """
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that spin for long starve each other on a busy machine
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["experiments.engine.execute"])
     waiting, running = list(jobs), dict[Connection, tuple[Job, Any]]()

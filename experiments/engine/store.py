@@ -42,10 +42,11 @@ class Record:
 
 
 class Store:
-    """A results folder. Raises ValueError in one line where it cannot be written."""
+    """A results folder and the reference records that its runs are compared with (default: those in the same folder)."""
 
-    def __init__(self, root: Path | None = None) -> None:
+    def __init__(self, root: Path | None = None, reference: Path | None = None) -> None:
         self.root = Path(root) if root else REPOSITORY / "results"
+        self.reference = reference or self.root / "reference"
         self._cache: dict[str, dict[str, list[Record]]] = {}
 
     def check_writable(self) -> None:
@@ -62,7 +63,8 @@ class Store:
         """All intact records of 'records' or 'reference' by id, oldest first; others are reported and skipped."""
         if where not in self._cache:
             found: dict[str, list[Record]] = {}
-            for path in sorted((self.root / where).glob("*/*.json"), key=lambda path: path.name.partition("-")[2]):
+            folder = self.reference if where == "reference" else self.root / where
+            for path in sorted(folder.glob("*/*.json"), key=lambda path: path.name.partition("-")[2]):
                 if (record := _read(path)) is not None:
                     found.setdefault(record.id, []).append(record)
             self._cache[where] = found
