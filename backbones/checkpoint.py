@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import pickle
 from pathlib import Path
 
 import torch
@@ -27,9 +26,7 @@ def read_weights(path: str | Path, key: str = "ema") -> dict[str, Tensor]:
             with torch.serialization.safe_globals([argparse.Namespace]):  # the authors' trainers save their arguments
                 weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        if isinstance(error, pickle.UnpicklingError):
-            reason = "it is damaged or no torch archive: a download page, a git-lfs pointer?"
+        reason = "it is damaged, cut short or no torch archive: a download page, a git-lfs pointer?"
         if "GLOBAL" in str(error):
             reason = "it holds pickled code or objects, which are not run here; export plain tensors"
         raise ValueError(f"{path.name}: not a readable checkpoint ({reason})") from None
