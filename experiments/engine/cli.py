@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,6 +56,7 @@ def _main(tables: dict[int, Table], description: str | None, arguments: Sequence
         if not table.counts_only:
             require_data(protocol.data)
             require_features(evaluate_stage(rows[0], protocol, 0))
+        _require_device(device)
         store.check_writable()
         good = _run(table, rows, protocol, args.seeds, device, store, args.workers)
         store.refresh()
@@ -87,9 +89,20 @@ def _parse(tables: dict[int, Table], description: str | None, arguments: Sequenc
     parser.add_argument("--workers", type=int, default=None, metavar="N", help="trainings side by side (default: one a core, on a GPU one)")
     parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="results folder (default: results)")
     args = parser.parse_args(arguments)
+    if args.workers is not None and args.workers < 1:
+        parser.error("--workers takes a number from 1 on")
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
         parser.error("--seeds takes different numbers from 0 on")
     return args
+
+
+def _require_device(device: str) -> None:
+    """Ask torch, in a process of its own, whether it can use the GPU; ValueError if not."""
+    if device == "cuda":
+        code = "from experiments.engine.execute import require_device; require_device('cuda')"
+        asked = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        if asked.returncode:
+            raise ValueError(asked.stderr.strip().splitlines()[-1].removeprefix("ValueError: "))
 
 
 def _choose(table: Table, labels: list[str] | None) -> list[Row]:

@@ -142,7 +142,8 @@ def _score(store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], nam
     values = _values(store, row, protocol, seeds, where)
     if not values:
         stages = [stage(row, protocol, seed) for seed in seeds for stage in (train_stage, evaluate_stage)]
-        return Cell(words="failed") if any(store.latest(stage, where, status="failed") for stage in stages) else Cell()
+        failed = any(store.latest(stage, where) is None and store.latest(stage, where, status="failed") for stage in stages)
+        return Cell(words="failed") if failed else Cell()
     return _mean_cell(name, values, 1 if name.startswith(("fd", "is", "fid")) else 2)
 
 
@@ -195,6 +196,9 @@ def _notes(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequenc
         f"{table.baseline.label}, timed in turn. The paper's ran under PyTorch's defaults, where convolutions use TF32 and linear layers do not."
     )
     notes.append(_score_note(protocol, seeds))
+    for row in rows:
+        if 0 < (found := len(_values(store, row, protocol, seeds, where))) < len(seeds):
+            notes.append(f"{row.label}: {found} of {len(seeds)} seeds")
     if resolved := _resolved(table, rows, protocol, seeds, store, where):
         notes.append(resolved)
     for row in rows:

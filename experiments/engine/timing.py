@@ -31,7 +31,10 @@ def run(spec: Timing) -> dict[str, Any]:
     baseline = subject if spec.baseline is None or spec.baseline == spec.backbone else _network(spec.baseline, spec, device)
     inputs = _inputs(spec, device)
     with torch.inference_mode(), precision(spec.precision, device), kernels.use(**spec.kernels):
-        check(subject, inputs, spec)
+        check(subject, inputs, spec.backbone.name, spec)
+        if baseline is not subject:
+            check(baseline, inputs, spec.baseline.name, spec)
+        kernels.reset_used()  # the record names what is timed, not what it was checked with
         in_force = flags()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -55,7 +58,7 @@ def run(spec: Timing) -> dict[str, Any]:
     }
 
 
-def check(model: nn.Module, inputs: tuple[torch.Tensor, ...], spec: Timing) -> None:
+def check(model: nn.Module, inputs: tuple[torch.Tensor, ...], name: str, spec: Timing) -> None:
     """Refuse to time kernels whose output is not the reference's, by relative RMS error on the first sample."""
     few = tuple(part[:1] for part in inputs)
     out = model(*few)
@@ -64,7 +67,7 @@ def check(model: nn.Module, inputs: tuple[torch.Tensor, ...], spec: Timing) -> N
     error = ((out - expected).float().square().mean().sqrt() / expected.float().square().mean().sqrt().clamp_min(1e-12)).item()
     limit = 2e-2 if spec.precision == "bf16" else 5e-3 if spec.precision == "tf32" else 1e-4
     if not error <= limit:
-        raise ValueError(f"{spec.backbone.name} with kernels {spec.kernels or 'auto'} differs from its reference by {error:.1e} (limit {limit:.0e}); it is not timed")
+        raise ValueError(f"{name} with kernels {spec.kernels or 'auto'} differs from its reference by {error:.1e} (limit {limit:.0e}); it is not timed")
 
 
 def _half_quartiles(values: list[float]) -> float:
@@ -78,7 +81,8 @@ def _network(backbone: Backbone, spec: Timing, device: torch.device) -> nn.Modul
     model = backbones.build(backbone.name, **options).to(device=device, memory_format=torch.channels_last).eval()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.02, generator=generator_at("timing", name, device=device))
+            std = 0.02 if parameter.ndim > 1 else 0.5  # biases open the gates, so that a branch's error reaches the output
+            torch.nn.init.normal_(parameter, std=std, generator=generator_at("timing", name, device=device))
     return model
 
 

@@ -1,0 +1,163 @@
+"""What the command line survives: dying workers, two of it at once, an interrupt at any time, and absurd options."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.engine import launch
+from experiments.engine.launch import Job, run_here
+from experiments.engine.spec import Backbone, Cost, Data, Recipe, Stage, Train, kind_of
+from experiments.engine.store import REPOSITORY, Store
+
+ABLATION = [sys.executable, str(REPOSITORY / "experiments" / "ablation.py")]
+TINY = Backbone("dico_s", dict(dim=8, depths=(1, 1, 1, 1, 1)))
+BROKEN = Cost(Backbone("dico_s", dict(dim=8, width=3)), 8, 1, 10)
+work = launch._work
+
+
+def cost(dim: int) -> Cost:
+    return Cost(TINY.but(dim=dim), 8, 1, 10)
+
+
+def call(*arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run([*ABLATION, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=120, check=False)
+
+
+def files(root: Path) -> set[Path]:
+    return {path for path in root.rglob("*") if path.is_file()}
+
+
+def run(root: Path, *jobs: Job, workers: int = 2) -> tuple[bool, list[tuple[str, str, Any]]]:
+    """Whether all went well, and what was heard, without progress: (label, event, what was done or said)."""
+    heard: list[tuple[str, str, Any]] = []
+
+    def notify(job: Job, event: str, payload: Any) -> None:
+        if event in ("record", "error"):
+            heard.append((job.label, event, payload if event == "error" else f"{kind_of(payload[0])} {payload[1].status}"))
+
+    return run_here(jobs, root, "cpu", workers, 1, notify), heard
+
+
+def dying(job: Job, root: Path, device: str, threads: int, pipe: Connection) -> None:
+    if job.label == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if job.label == "leaves":
+        os._exit(3)
+    work(job, root, device, threads, pipe)
+
+
+def full(job: Job, root: Path, device: str, threads: int, pipe: Connection) -> None:
+    def no_space(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    os.replace = no_space
+    work(job, root, device, threads, pipe)
+
+
+def test_a_worker_that_dies_costs_its_own_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launch, "_work", dying)
+    good, heard = run(tmp_path, Job("killed", (cost(8),)), Job("lives", (cost(12), cost(16))), Job("leaves", (cost(20),)), workers=1)
+    assert not good
+    assert heard == [
+        ("killed", "error", "its process ended with signal SIGKILL"),
+        ("lives", "record", "cost done"),
+        ("lives", "record", "cost done"),
+        ("leaves", "error", "its process ended with exit status 3"),
+    ]
+
+
+def test_a_full_disk_is_one_line_a_job_and_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launch, "_work", full)
+    good, heard = run(tmp_path, Job("a", (cost(8),)))
+    assert not good and not list(tmp_path.rglob("*.json")) and not list(tmp_path.rglob("*.tmp"))
+    assert heard == [("a", "error", "cannot write results (No space left on device); free space or choose another folder with --results")]
+
+
+@pytest.mark.parametrize("chain, after", [(True, []), (False, [("a", "record", "cost done")])])
+def test_a_failure_ends_a_chain_and_nothing_else(chain: bool, after: list[tuple[str, str, str]], tmp_path: Path):
+    good, heard = run(tmp_path, Job("a", (cost(8), BROKEN, cost(12)), chain))
+    assert not good and heard == [("a", "record", "cost done"), ("a", "record", "cost failed"), *after]
+    (failed,) = Store(tmp_path).records("records")[Store(tmp_path).latest(BROKEN, status="failed").id]
+    assert failed.error.startswith("ValueError: dico_s has no option width; known: ") and failed.values == {}
+
+
+def test_a_stage_runs_once_however_many_ask_for_it(tmp_path: Path):
+    data = Data("digits", size=8, channels=1, num_classes=10)
+    stages: tuple[Stage, ...] = (cost(8), Train(TINY.but(input_size=8, in_channels=1, num_classes=10), data, Recipe(steps=3, batch=4)))
+    good, heard = run(tmp_path, Job("a", stages), Job("b", stages), workers=2)
+    assert good and len(heard) == 4
+    before = files(tmp_path)
+    assert sorted(path.parent.name for path in before if path.suffix == ".json") == ["cost", "train"]
+    assert run(tmp_path, Job("c", stages))[0] and files(tmp_path) == before
+
+
+@pytest.mark.parametrize("arguments", [("--workers", 0), ("--workers", -1), ("--seeds", -1), ("--seeds", "x"), ("--device", "tpu")], ids=lambda arguments: " ".join(map(str, arguments)))
+def test_absurd_options_are_one_line(arguments: tuple[object, ...], tmp_path: Path):
+    done = call("--table", 5, *arguments, "--results", tmp_path / "results")
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    assert arguments[0] in done.stderr and not (tmp_path / "results").exists()
+
+
+@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_one_line(tmp_path: Path):
+    done = call("--table", 5, "--device", "cuda", "--results", tmp_path / "results")
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    assert "--device cpu" in done.stderr and not (tmp_path / "results").exists()
+
+
+@pytest.mark.slow
+def test_table_5_from_nothing_and_again(tmp_path: Path):
+    first = call("--table", 5, "--results", tmp_path, "--format", "csv")
+    assert first.returncode == 0, first.stderr
+    written = {path: path.read_bytes() for path in files(tmp_path)}
+    assert len(list(tmp_path.glob("records/cost/*.json"))) == 5
+    for line, params, gflops in zip(filter(None, first.stdout.splitlines()[1:]), (33.1, 130.0, 463.9, 701.2, 1037.4), (4.25, 16.88, 60.24, 87.30, 194.15), strict=True):
+        _, _, ours, _, macs, _ = line.split(",")
+        assert (round(float(ours), 1), round(float(macs), 2)) == (params, gflops)
+    for arguments in ((), ("--report",)):
+        again = call("--table", 5, "--results", tmp_path, "--format", "csv", *arguments)
+        assert (again.returncode, again.stdout, again.stderr) == (0, first.stdout, "")
+    assert {path: path.read_bytes() for path in files(tmp_path)} == written
+    assert call("--table", 5, "--results", tmp_path, "--dry-run").stdout.count("  done") == 5
+
+
+def _loading(pid: int, root: Path) -> bool:
+    """Whether a child of the process is about to load torch."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == pid and "libtorch" in (stat.parent / "maps").read_text():
+                return True
+    return False
+
+
+def _counting(pid: int, root: Path) -> bool:
+    return bool(list(root.glob("records/cost/*.json")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", [_loading, _counting], ids=["while it loads", "while it counts"])
+def test_an_interrupt_is_one_line_and_the_same_command_goes_on(when: Callable[[int, Path], bool], tmp_path: Path):
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    running = subprocess.Popen([*ABLATION, "--table", "5", "--results", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    while not when(running.pid, tmp_path):
+        assert running.poll() is None
+    os.killpg(running.pid, signal.SIGINT)
+    out, errors = running.communicate(timeout=60)
+    told = [line for line in errors.splitlines() if not line.startswith("[")]
+    assert (running.returncode, out, told) == (130, "", ["interrupted; the same command goes on where this one stopped"])
+    assert all(json.loads(path.read_text()) for path in tmp_path.rglob("*.json")) and not list(tmp_path.rglob("*.tmp"))
+    assert call("--table", 5, "--results", tmp_path).returncode == 0
+    assert len(list(tmp_path.glob("records/cost/*.json"))) == 5
