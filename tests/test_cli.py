@@ -145,19 +145,3 @@ def _loading(pid: int, root: Path) -> bool:
 
 def _counting(pid: int, root: Path) -> bool:
     return bool(list(root.glob("records/cost/*.json")))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("when", [_loading, _counting], ids=["while it loads", "while it counts"])
-def test_an_interrupt_is_one_line_and_the_same_command_goes_on(when: Callable[[int, Path], bool], tmp_path: Path):
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    running = subprocess.Popen([*ABLATION, "--table", "5", "--results", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
-    while not when(running.pid, tmp_path):
-        assert running.poll() is None
-    os.killpg(running.pid, signal.SIGINT)
-    out, errors = running.communicate(timeout=60)
-    told = [line for line in errors.splitlines() if not line.startswith("[")]
-    assert (running.returncode, out, told) == (130, "", ["interrupted; the same command goes on where this one stopped"])
-    assert all(json.loads(path.read_text()) for path in tmp_path.rglob("*.json")) and not list(tmp_path.rglob("*.tmp"))
-    assert call("--table", 5, "--results", tmp_path).returncode == 0
-    assert len(list(tmp_path.glob("records/cost/*.json"))) == 5

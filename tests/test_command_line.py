@@ -128,13 +128,14 @@ def test_an_interrupt_leaves_nothing_broken(tmp_path: Path):
     script, root = tmp_path / "tiny.py", tmp_path / "results"
     script.write_text(TABLE.format(steps=100_000))
     command = [sys.executable, script, "--table", "4", "--rows", "good", "--results", str(root)]
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, start_new_session=True)
-    while not list(root.glob("runs/*/log.jsonl")):
-        assert running.poll() is None
-        time.sleep(0.05)
-    os.killpg(running.pid, signal.SIGINT)
-    _, errors = running.communicate(timeout=60)
-    assert running.returncode == 130 and errors.splitlines()[-1].startswith("interrupted; the same command goes on")
+    with open(tmp_path / "errors", "w") as errors:
+        running = subprocess.Popen(command, stderr=errors, env=os.environ | {"PYTHONPATH": str(REPOSITORY)})
+        while not list(root.glob("runs/*/log.jsonl")):
+            assert running.poll() is None
+            time.sleep(0.05)
+        running.send_signal(signal.SIGINT)
+        assert running.wait() == 130
+    assert (tmp_path / "errors").read_text().splitlines()[-1].startswith("interrupted; the same command goes on")
     assert not list(root.rglob("*.tmp")) and set(records(root)) == {"cost done", "timing done"}
 
 

@@ -4,6 +4,8 @@
 """
 
 import copy
+import errno
+import io
 import json
 import math
 import multiprocessing
@@ -87,11 +89,14 @@ def seen(spec: Train, steps: int, micro_batch: int | None = None) -> list[list[T
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_losses_are_the_stored_ones(name: str):
-    assert trace(FAMILIES[name]) == pytest.approx(json.loads(TRACES.read_text())[name], rel=1e-4)
+    stored = json.loads(TRACES.read_text())
+    if not torch.__version__.startswith(stored["torch"]):
+        pytest.skip(f"the traces are torch {stored['torch']}'s; other versions draw other initial weights")
+    assert trace(FAMILIES[name]) == pytest.approx(stored[name], rel=1e-4)
 
 
 def test_stored_losses_tell_the_families_apart():
-    last = sorted(values[-1] for values in json.loads(TRACES.read_text()).values())
+    last = sorted(values[-1] for name, values in json.loads(TRACES.read_text()).items() if name != "torch")
     assert len(last) == len(FAMILIES) and min(np.diff(last) / last[1:]) > 2e-4
 
 
@@ -313,6 +318,20 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(
     assert checkpoint.load_newest(tmp_path / "checkpoints")[0] == STEPS and not capsys.readouterr().err
 
 
+@pytest.mark.parametrize("room", [0, 1000, 20_000])
+def test_a_full_disk_is_said_to_be_full_and_leaves_no_checkpoint(room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Full(io.FileIO):
+        def write(self, data: bytes) -> int:
+            if self.tell() + len(data) > room:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data)
+
+    monkeypatch.setattr(files, "open", Full, raising=False)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(tmp_path, 1, Trainer(SPEC, CPU).state())
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_finished_run_is_not_run_again(whole: dict[str, Any], tmp_path: Path):
     first = run(SPEC, tmp_path, Resources(), quiet)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").iterdir()}
@@ -344,4 +363,5 @@ if __name__ == "__main__":
     if sys.argv[1:] != ["--write"]:
         raise SystemExit("usage: python tests/test_train.py --write")
     torch.set_num_threads(1)
-    TRACES.write_text(json.dumps({name: trace(backbone) for name, backbone in FAMILIES.items()}, indent=1) + "\n")
+    version = {"torch": ".".join(torch.__version__.split(".")[:2])}
+    TRACES.write_text(json.dumps(version | {name: trace(backbone) for name, backbone in FAMILIES.items()}, indent=1) + "\n")
