@@ -19,11 +19,15 @@ class _HashingWriter:
     """Passes bytes on to a file and digests them; torch writes its archives front to back."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file, self.digest = file, hashlib.sha256()
+        self.file, self.digest, self.error = file, hashlib.sha256(), None
 
     def write(self, data: bytes) -> int:
         self.digest.update(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()
@@ -34,7 +38,10 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     staged = folder / "step.staged"
     with written_whole(staged) as file:
         writer = _HashingWriter(file)
-        torch.save(state, writer)
+        try:
+            torch.save(state, writer)
+        except RuntimeError:  # torch says that its archive broke; a full disk should be called one
+            raise writer.error or RuntimeError("the checkpoint could not be written") from None
     path = staged.rename(folder / f"step-{step:08d}-{writer.digest.hexdigest()[:16]}.pt")
     for old in _newest_first(folder)[2:]:
         old.unlink()
