@@ -3,6 +3,7 @@
     python -m analysis.probes locality --table 4 --rows DiCo-S "CM->Self-Attn"
     python -m analysis.probes channels --table 4
     python -m analysis.probes locality --checkpoint DiT-XL-2-512x512.pt --backbone dit_xl_2 --protocol imagenet512 --images 1
+    python -m analysis.probes locality --diffusers FLUX.1-dev --conditioning prompt.npz --grid 32 32 --images 1
 
 A row must have been trained here; its record and arrays go to results/records/<probe>.
 """
@@ -15,7 +16,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from analysis.probes.declared import PROBES, Locality, Probe, declared
+from analysis.probes.declared import PROBES, DiffusersLocality, Locality, Probe, declared
 from experiments.ablation import TABLES
 from experiments.engine.spec import Backbone, Row, Train, spec_id
 from experiments.engine.store import REPOSITORY, Store
@@ -29,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         args = _parse(arguments)
         store = Store(args.results, REPOSITORY / "results" / "reference")
-        asked = _published(args) if args.checkpoint else _rows(args, store)
+        asked = _diffusers(args) if args.diffusers else _published(args) if args.checkpoint else _rows(args, store)
         store.check_writable()
         return _run(asked, args, store)
     except ValueError as error:
@@ -49,6 +50,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the training (default: 0)")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="a published checkpoint in place of a row")
     parser.add_argument("--backbone", metavar="NAME", help="the network in it, e.g. dico_xl; the protocol gives its input")
+    parser.add_argument("--diffusers", type=Path, metavar="DIR", help="locality: a local diffusers model or pipeline with a DiT, PixArt or Flux transformer")
+    parser.add_argument("--conditioning", type=Path, metavar="NPZ", help="its text embeddings, by the names of the model's arguments (default: zeros)")
+    parser.add_argument("--grid", type=int, nargs=2, metavar=("H", "W"), help="Flux: packed latent tokens, 32 32 for 512 pixels (default)")
     parser.add_argument("--images", type=int, help="in the batch that is probed (default: the probe's own)")
     parser.add_argument("--steps", type=int, help="of the sampler on the way from noise to images (default: the probe's own)")
     parser.add_argument("--gradients", type=int, metavar="N", help="locality: tokens whose gradients are taken, 0 for none (default: the probe's own)")
@@ -58,9 +62,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="results folder (default: results)")
     parser.exit_on_error = False
     args = parser.parse_args(arguments)
-    if (args.table is None) == (args.checkpoint is None) or (args.checkpoint is None) != (args.backbone is None):
-        raise ValueError("name either --table, or --checkpoint with --backbone; --help lists the options")
-    for name in ("images", "memory"):
+    sources = (args.table, args.checkpoint, args.diffusers)
+    if sum(source is not None for source in sources) != 1 or (args.checkpoint is None) != (args.backbone is None):
+        raise ValueError("name one of --table, --checkpoint with --backbone, and --diffusers; --help lists the options")
+    if args.diffusers and args.probe != "locality":
+        raise ValueError(f"diffusers' transformers are probed for locality alone, not for {args.probe}")
+    for name in ("images", "steps", "memory"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} takes a number from 1 on")
     if args.gradients is not None and (args.gradients < 0 or args.probe != "locality"):
@@ -98,6 +105,16 @@ def _published(args: argparse.Namespace) -> list[tuple[str, Probe]]:
     return [(args.checkpoint.name, _chosen(PROBES[args.probe](spec, weights=weights), args))]
 
 
+def _diffusers(args: argparse.Namespace) -> list[tuple[str, DiffusersLocality]]:
+    from analysis.probes import diffusers_models
+
+    model = type(diffusers_models.load(args.diffusers)).__name__
+    text = diffusers_models.conditioning_from(args.conditioning)[1] if args.conditioning else None
+    given = dict(steps=args.steps, images=args.images, gradient_queries=args.gradients, grid=args.grid and tuple(args.grid))
+    chosen = {name: value for name, value in given.items() if value is not None}
+    return [(args.diffusers.name, DiffusersLocality(model, diffusers_models.digest(args.diffusers), text, **chosen))]
+
+
 def _chosen(spec: Probe, args: argparse.Namespace) -> Probe:
     if args.steps is not None:
         spec = replace(spec, sampler=replace(spec.sampler, num_steps=args.steps))
@@ -108,10 +125,10 @@ def _chosen(spec: Probe, args: argparse.Namespace) -> Probe:
     return spec
 
 
-def _run(asked: list[tuple[str, Probe]], args: argparse.Namespace, store: Store) -> int:
+def _run(asked: list[tuple[str, Probe]] | list[tuple[str, DiffusersLocality]], args: argparse.Namespace, store: Store) -> int:
     import torch
 
-    from analysis.probes.execute import execute
+    from analysis.probes.execute import Files, execute
     from experiments.engine.execute import require_device
 
     require_device(args.device)
@@ -121,7 +138,7 @@ def _run(asked: list[tuple[str, Probe]], args: argparse.Namespace, store: Store)
             print(f"{label}: done before, {record.kind} {record.id}")
             continue
         try:
-            record = execute(spec, store, args.checkpoint, torch.device(args.device), args.memory)
+            record = execute(spec, store, Files(args.checkpoint, args.diffusers, args.conditioning), torch.device(args.device), args.memory)
         except ValueError as error:
             failed.append(label)
             print(f"{label}: {error}", file=sys.stderr)

@@ -50,6 +50,23 @@ class Locality(Probe):
 
 
 @dataclass(frozen=True)
+class DiffusersLocality:
+    """As Locality, of a diffusers transformer: its class, its weights' SHA-256 and that of the text embeddings (None: zeros)."""
+
+    model: str
+    weights: str
+    conditioning: str | None = None
+    grid: tuple[int, int] | None = None
+    steps: int = 10
+    images: int = 2
+    queries: int = 256
+    anchors: tuple[tuple[float, float], ...] = ((0.5, 0.5), (0.0, 0.0))
+    gradient_queries: int = 0
+    gradient_images: int = 1
+    directions: int = 4
+
+
+@dataclass(frozen=True)
 class Channels(Probe):
     """Activation and redundancy of the channels that the last layer's mixer puts out."""
 
@@ -66,7 +83,7 @@ def declared(probe: str, row: Row, protocol: Protocol, seed: int) -> Probe:
     return PROBES[probe](train_stage(row, protocol, seed))
 
 
-def keep(store: Store, spec: Probe, arrays: dict[str, np.ndarray], values: dict[str, Any], provenance: dict[str, Any]) -> Record:
+def keep(store: Store, spec: Probe | DiffusersLocality, arrays: dict[str, np.ndarray], values: dict[str, Any], provenance: dict[str, Any]) -> Record:
     """Write the arrays, then the record that names them."""
     import numpy as np
 

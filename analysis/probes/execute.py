@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import backbones
-from analysis.probes import channels, locality
-from analysis.probes.declared import Channels, Features, Locality, Probe, keep
+from analysis.probes import channels, diffusers_models, locality
+from analysis.probes.declared import Channels, DiffusersLocality, Features, Locality, Probe, keep
 from analysis.probes.layers import layers
 from experiments.engine import generate
 from experiments.engine.precision import flags, precision
@@ -21,13 +22,25 @@ from experiments.engine.store import Record, Store, provenance
 from experiments.engine.train import build, digest, load_ema
 
 
-def network(spec: Probe, store: Store, checkpoint: Path | None, device: torch.device) -> nn.Module:
-    """The finished run's EMA network or, where the probe names weights, the published network in `checkpoint`."""
+@dataclass(frozen=True)
+class Files:
+    """What a probe of other weights than a run's reads: a published checkpoint, or a diffusers folder and its text embeddings."""
+
+    checkpoint: Path | None = None
+    diffusers: Path | None = None
+    conditioning: Path | None = None
+
+
+def network(spec: Probe | DiffusersLocality, store: Store, files: Files, device: torch.device) -> nn.Module:
+    """The finished run's EMA network or, where the probe names weights, the network in `files`."""
+    if isinstance(spec, DiffusersLocality):
+        text = diffusers_models.conditioning_from(files.conditioning)[0] if files.conditioning else None
+        return diffusers_models.Adapted(diffusers_models.load(files.diffusers), text, spec.grid).to(device)
     if spec.weights is None:
         return load_ema(spec.train, store.run_dir(spec.train), device)
-    assert checkpoint is not None, spec
+    assert files.checkpoint is not None, spec
     model = build(spec.train.backbone, seed=0, device=device)
-    backbones.load_published(model, checkpoint)
+    backbones.load_published(model, files.checkpoint)
     return model.eval()
 
 
@@ -43,10 +56,12 @@ def walk(spec: Probe, device: torch.device) -> Callable[[Any], None]:
     return run
 
 
-def run(spec: Probe, model: nn.Module, device: torch.device, memory: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def run(spec: Probe | DiffusersLocality, model: nn.Module, device: torch.device, memory: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """The probe's arrays and scalars. ValueError where the network has not what is probed, or a figure is not finite."""
-    way = walk(spec, device)
     with precision("fp32", device):
+        if isinstance(spec, DiffusersLocality):
+            return locality.probe(model, model.layers(), settings(spec, memory), diffusers_models.walk(model, spec))
+        way = walk(spec, device)
         if isinstance(spec, Locality):
             return locality.probe(model, layers(model), settings(spec, memory), way)
         if isinstance(spec, Channels):
@@ -55,14 +70,14 @@ def run(spec: Probe, model: nn.Module, device: torch.device, memory: int) -> tup
         return channels.record(model, channels.first_stage(model), way, keep_maps=True)
 
 
-def settings(spec: Locality, memory: int) -> locality.Settings:
+def settings(spec: Locality | DiffusersLocality, memory: int) -> locality.Settings:
     return locality.Settings(spec.queries, spec.anchors, spec.gradient_queries, spec.gradient_images, spec.directions, memory)
 
 
-def execute(spec: Probe, store: Store, checkpoint: Path | None, device: torch.device, memory: int) -> Record:
+def execute(spec: Probe | DiffusersLocality, store: Store, files: Files, device: torch.device, memory: int) -> Record:
     """Probe and record; a failure is raised and leaves nothing behind."""
     started = time.perf_counter()
-    model = network(spec, store, checkpoint, device)
+    model = network(spec, store, files, device)
     arrays, values = run(spec, model, device, memory)
     with precision("fp32", device):
         in_force = flags()

@@ -68,11 +68,11 @@ def layers(model: nn.Module) -> list[Layer]:
     for name, module in model.named_modules():
         grid, index = getattr(model, "grid", None), len(found)
         if isinstance(module, dit.SelfAttention):
-            found.append(Layer(name, module, _attention, grid, torch.arange(_tokens(grid)), module))
+            found.append(Layer(name, module, attention_of, grid, torch.arange(_tokens(grid)), module))
         elif isinstance(module, uvit.SelfAttention):
-            found.append(Layer(name, module, _attention, grid, 2 + torch.arange(_tokens(grid)), module))
+            found.append(Layer(name, module, attention_of, grid, 2 + torch.arange(_tokens(grid)), module))
         elif isinstance(module, softmax.SelfAttention):
-            found.append(Layer(name, module, _attention, mix=module))
+            found.append(Layer(name, module, attention_of, mix=module))
         elif isinstance(module, window.WindowAttention):
             found.append(Layer(name, module, partial(_windows, module), mix=module))
         elif isinstance(module, agent.AgentAttention):
@@ -194,7 +194,7 @@ def _only(heard: list[Heard], *names: str) -> list[tuple[Any, ...]]:
     return [call.args for call in heard]
 
 
-def _attention(heard: list[Heard], x: Tensor, place: Tensor) -> Weights:
+def attention_of(heard: list[Heard], x: Tensor, place: Tensor) -> Weights:
     ((q, k, bias, scale),) = _only(heard, "attention")
     return implied.Softmax(q, k, place, bias, scale)
 
