@@ -52,7 +52,7 @@ class Flow:
         return {"loss": mse, "mse": mse}
 
     def score(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """Gradient of the log density of x_t (N,C,H,W) from the velocity there, for t < 1. SiT eq. 9."""
+        """Gradient of the log density of x_t (N,C,H,W) from the velocity there, for t < 1."""
         a, s, da, ds = self.coefficients(t)
         return (a * v - da * x) / (s * (da * s - a * ds))
 
