@@ -11,7 +11,7 @@ import torch
 from experiments.engine import metrics
 from experiments.engine.data import load
 from experiments.engine.features import digits_classifier, extract
-from experiments.engine.generate import images
+from experiments.engine.generate import Counted, images
 from experiments.engine.sources import require_features
 from experiments.engine.spec import Evaluate
 from experiments.engine.train import Resources, load_ema
@@ -31,7 +31,8 @@ def run(spec: Evaluate, folder: Path, cache: Path, resources: Resources) -> dict
     real_moments, moments = metrics.Moments(real.shape[1]), metrics.Moments(real.shape[1])
     real_moments.update(real)
     features, probabilities, labels = [], [], []
-    for x, y in images(spec, load_ema(spec.train, folder, device), device, resources.sample_batch):
+    network = Counted(load_ema(spec.train, folder, device))
+    for x, y in images(spec, network, device, resources.sample_batch):
         part, part_probabilities = extract(classifier, x)
         moments.update(part)
         features.append(part)
@@ -43,6 +44,7 @@ def run(spec: Evaluate, folder: Path, cache: Path, resources: Resources) -> dict
     score, score_se = metrics.inception_score(p)
     return {
         "num": spec.num,
+        "nfe": network.evaluated / spec.num,
         "fd_digits": metrics.frechet(moments, real_moments),
         "fd_digits_se": metrics.frechet_se(fake, moments, real_moments, y if spec.labels == "balanced" else None),
         "is_digits": score,

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import backbones
 from experiments.engine import checkpoint
 from experiments.engine.data import ImageSet, batch_indices, load
-from experiments.engine.diffusion import IDDPM
 from experiments.engine.precision import precision
+from experiments.engine.process import process
 from experiments.engine.randomness import generator_at, seed_at
 from experiments.engine.spec import Backbone, Recipe, Train
 
@@ -45,11 +45,11 @@ def build(spec: Backbone, seed: int, device: torch.device) -> nn.Module:
 
 
 def lr_at(recipe: Recipe, step: int) -> float:
-    """Learning rate of a step (0-based): linear warm-up, then constant or cosine to zero."""
+    """Learning rate of a step (0-based): linear warm-up, then constant or cosine to `lr_min`."""
     if step < recipe.warmup:
         return recipe.lr * (step + 1) / recipe.warmup
     if recipe.decay == "cosine":
-        return recipe.lr * 0.5 * (1 + math.cos(math.pi * (step - recipe.warmup) / (recipe.steps - recipe.warmup)))
+        return recipe.lr_min + (recipe.lr - recipe.lr_min) * 0.5 * (1 + math.cos(math.pi * (step - recipe.warmup) / (recipe.steps - recipe.warmup)))
     if recipe.decay != "constant":
         raise ValueError(f"unknown decay {recipe.decay!r}; known: constant, cosine")
     return recipe.lr
@@ -66,8 +66,8 @@ class Trainer:
         self.forward = torch.compile(self.model) if spec.recipe.compile else self.model
         recipe = spec.recipe
         trainable = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trainable, recipe.lr, recipe.betas, weight_decay=recipe.weight_decay, fused=True)
-        self.diffusion = IDDPM.linear(spec.diffusion.num_steps).to(device)
+        self.optimizer = torch.optim.AdamW(trainable, recipe.lr, recipe.betas, recipe.eps, weight_decay=recipe.weight_decay, fused=True)
+        self.diffusion = process(spec.diffusion).to(device)
         self.step = 0
 
     def state(self) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class Trainer:
         """One optimiser step on a global batch. Its noise depends on (seed, step) and the place in the batch only."""
         recipe, n = self.spec.recipe, len(x0)
         noise = generator_at("train", self.spec.seed, self.step, device=self.device)
-        t = torch.randint(self.diffusion.num_steps, (n,), generator=noise, device=self.device)
+        t = self.diffusion.draw_times(n, noise)
         eps = torch.randn(x0.shape, generator=noise, device=self.device)
         dropped = torch.rand(n, generator=noise, device=self.device) < recipe.label_dropout
         flipped = torch.rand(n, generator=noise, device=self.device) < 0.5
@@ -109,6 +109,8 @@ class Trainer:
             total += loss.detach()
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(recipe, self.step)
+        if recipe.grad_clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), recipe.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         update_ema(self.ema, self.model, recipe.ema)
