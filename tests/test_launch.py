@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -19,17 +20,20 @@ from experiments.engine.store import REPOSITORY
 from experiments.protocols import cost_stage
 
 
-def children(pid: int) -> list[str]:
-    """Command lines of a process's children."""
-    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [Path(f"/proc/{child}/cmdline").read_bytes().decode() for child in found if Path(f"/proc/{child}").exists()]
+def loading_torch(pid: int) -> bool:
+    """Whether a child of this process has begun to load torch."""
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        with suppress(OSError):
+            if "libtorch" in Path(f"/proc/{child}/maps").read_text():
+                return True
+    return False
 
 
 def test_an_interrupt_while_workers_load_is_one_line(tmp_path: Path):
     command = [sys.executable, "experiments/ablation.py", "--table", "5", "--results", str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     running = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not any("forkserver" in line for line in children(running.pid)):
+    while not loading_torch(running.pid):
         assert running.poll() is None
         time.sleep(0.005)
     os.killpg(running.pid, signal.SIGINT)

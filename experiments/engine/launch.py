@@ -84,6 +84,8 @@ def _start_server() -> None:
 
 def _work(job: Job, root: Path, device: str, threads: int, pipe: Connection) -> None:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # unwind, so that half-written files are removed
+    if not mp.parent_process().is_alive():  # it was interrupted while this process was being made
+        return
     import torch
 
     from experiments.engine.execute import Resources, execute
@@ -97,6 +99,8 @@ def _work(job: Job, root: Path, device: str, threads: int, pipe: Connection) -> 
             pipe.send(("record", (stage, record)))
             if record.status != "done" and job.chain:
                 break
+    except BrokenPipeError:
+        return  # nobody listens any more
     except (OSError, ValueError) as error:
         full = f"cannot write results ({error.strerror}); free space or choose another folder with --results" if isinstance(error, OSError) else ""
         pipe.send(("error", full or str(error)))
