@@ -26,12 +26,14 @@ DIS = Backbone("dis_s_2", dict(dim=48, depth=2))
 DIMSUM = Backbone("dimsum_l_2", dict(dim=48, depth=4, heads=3, fusion_heads=2, attention_every=2))
 DIFFUSSM = Backbone("diffussm_xl", dict(dim=64, depth=4, states=16))
 ADM = Backbone("adm_base_64", dict(dim=32, multipliers=(1, 2), num_res_blocks=1, attention_at=(4,), head_dim=32))
+UDIT = Backbone("udit_s", dict(dim=24, depths=(1, 1, 1, 1, 1), heads=2))
 LDM = Backbone("ldm_4", dict(dim=32, multipliers=(1, 2), num_res_blocks=1, attention_at=(2,), context_dim=32))
 
 CASCADE = "a base model and an upsampler, counted together; the base alone is trained, without a null label and so without guidance"
 PIXELS = "published on pixels or latents of its own; a protocol's data serve it like all others, and it is not timed"
 VELOCITY = "predicts a velocity and has its own objective and sampler under every protocol"
 NOISE = "predicts the noise alone and has its own schedule and sampler under every protocol"
+NOT_PUBLISHED = "not in the paper; on 8x8 digits its innermost attention sees single tokens, whose softmax is 1"
 RECONSTRUCTION = "a reconstruction: no code was published, and no variant meets the published counts at both resolutions"
 
 
@@ -99,6 +101,7 @@ TABLE_1 = Table(
         *scale("XL", heavy=True),
         *(with_cfg(r) for r in (DIT_XL, DIG_XL, DICO_XL, DIC_H, DICO_H)),
     ),
+    outside=tuple(Row(f"U-DiT-{size}", Backbone(f"udit_{size.lower()}"), UDIT, None, NOT_PUBLISHED, heavy=size == "L") for size in "SBL"),
     against="DiT-S/2",
     conditions="ImageNet 256",
 )

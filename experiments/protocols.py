@@ -12,9 +12,8 @@ from experiments.engine.spec import Backbone, Cost, Data, Evaluate, Recipe, Row,
 class Protocol:
     """`small` rows shrink the network by the row's own options; `source` says whose protocol it is.
 
-    The recipe is common to all rows. A row's objective and its label dropout are its own method's, for its network is made
-    for them; so is its sampler where the protocol's does not apply, with the protocol's guidance and at most its number of
-    steps. Under an `own` protocol recipe and sampler too are the method's, and the protocol's serve rows without one.
+    The recipe is common to all rows. A row's objective is its own method's, for its network is made for it; so is its
+    sampler where the protocol's does not apply, with the protocol's guidance and at most its number of steps. Under an `own` protocol recipe and sampler too are the method's, and the protocol's serve rows without one.
     `cost_hours` is the expected time of one row on `hardware`, for the plan that --dry-run prints; None where it is unknown.
     """
 
@@ -107,7 +106,8 @@ def train_stage(row: Row, protocol: Protocol, seed: int) -> Train:
     stage = Train(network(row, protocol), protocol.data, protocol.recipe, seed=seed)
     if row.method is None:
         return stage
-    recipe = row.method.recipe if protocol.own else replace(protocol.recipe, label_dropout=row.method.recipe.label_dropout)
+    undropped = replace(protocol.recipe, label_dropout=0.0)  # a network without a null label takes none
+    recipe = row.method.recipe if protocol.own else protocol.recipe if row.method.recipe.label_dropout else undropped
     return replace(stage, recipe=recipe, diffusion=row.method.diffusion)
 
 
