@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import backbones
 from experiments.engine import checkpoint
-from experiments.engine.data import ImageSet, batch_indices, load
+from experiments.engine.data import ImageSet, batches, load
 from experiments.engine.diffusion import IDDPM
 from experiments.engine.precision import precision
 from experiments.engine.randomness import generator_at, seed_at
@@ -82,13 +82,12 @@ class Trainer:
     def steps(self, images: ImageSet) -> Iterator[Tensor]:
         """Train from the step reached to the last, yielding each step's loss (0-d, on the device)."""
         recipe = self.spec.recipe
-        while self.step < recipe.steps:
-            x0, y = images.take(batch_indices(len(images), recipe.batch, self.spec.seed, self.step))
-            loss = self._update(x0.to(self.device), y.to(self.device))
+        for x0, y in batches(images, recipe.batch, self.spec.seed, range(self.step, recipe.steps), self.device):
+            loss = self._update(x0, y, images.flip)
             self.step += 1
             yield loss
 
-    def _update(self, x0: Tensor, y: Tensor) -> Tensor:
+    def _update(self, x0: Tensor, y: Tensor, flip: bool) -> Tensor:
         """One optimiser step on a global batch. Its noise depends on (seed, step) and the place in the batch only."""
         recipe, n = self.spec.recipe, len(x0)
         noise = generator_at("train", self.spec.seed, self.step, device=self.device)
@@ -97,7 +96,7 @@ class Trainer:
         dropped = torch.rand(n, generator=noise, device=self.device) < recipe.label_dropout
         flipped = torch.rand(n, generator=noise, device=self.device) < 0.5
         y = torch.where(dropped, self.spec.data.num_classes, y)
-        if self.spec.data.flip:
+        if flip:
             x0 = torch.where(flipped[:, None, None, None], x0.flip(-1), x0)
         total = torch.zeros((), device=self.device)
         for part in torch.arange(n).split(self.micro_batch):
@@ -156,6 +155,7 @@ def run(spec: Train, folder: Path, resources: Resources, report: Callable[[int, 
         "resumed_at": first,
         "images_per_s": (trainer.step - first) * recipe.batch / (time.perf_counter() - started),
         "weights_sha256": digest(trainer.ema),
+        **images.identity,
     }
 
 
