@@ -28,13 +28,12 @@ class LatentSet:
 
     def __init__(self, folder: Path, data: Data) -> None:
         manifest = read_manifest(folder, data)
-        self.data, self.labels = data, np.load(folder / "labels.npy", allow_pickle=False)
+        self.data = data
         self.identity: dict[str, Any] = {"data_sha256": manifest["sha256"], "vae": manifest["vae"]}
         self.starts = np.cumsum([0, *manifest["shards"]])
+        self.labels = _opened(folder / "labels.npy", (int(self.starts[-1]),), np.int64)
         rows = (2, data.channels * (2 if data.latents == "moments" else 1), data.size, data.size)
-        if self.labels.shape != (self.starts[-1],):
-            raise ValueError(f"{data.name}: labels.npy holds {self.labels.shape}, the shards {self.starts[-1]} images; prepare the latents again")
-        self.shards = [_opened(shard_path(folder, number), (int(b - a), *rows)) for number, (a, b) in enumerate(pairwise(self.starts))]
+        self.shards = [_opened(shard_path(folder, number), (int(b - a), *rows), np.float32) for number, (a, b) in enumerate(pairwise(self.starts))]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -56,18 +55,18 @@ class LatentSet:
                 filled *= np.float32(SCALE)
             else:
                 filled[:] = stored
-        return latents, torch.from_numpy(self.labels[where].astype(np.int64))
+        return latents, torch.from_numpy(self.labels[where])
 
 
 def shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.npy"
 
 
-def _opened(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+def _opened(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
     try:
         stored = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))  # as a plain array: a memmap's slices are slow
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{path} cannot be read ({error}); remove it and prepare the latents again") from None
-    if stored.shape != shape or stored.dtype != np.float32:
-        raise ValueError(f"{path} holds {stored.dtype} {stored.shape} where float32 {shape} belongs; remove it and prepare the latents again")
+    if stored.shape != shape or stored.dtype != dtype:
+        raise ValueError(f"{path} holds {stored.dtype} {stored.shape} where {np.dtype(dtype)} {shape} belongs; remove it and prepare the latents again")
     return stored
