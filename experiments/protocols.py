@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from experiments.engine.spec import Backbone, Cost, Data, Evaluate, Recipe, Row, Sampler, Timing, Train
 
@@ -69,6 +69,13 @@ IMAGENET256 = Protocol(
     hardware="8 A100",
 )
 
+IMAGENET256_FIXED = replace(
+    IMAGENET256,
+    name="imagenet256_fixed",
+    data=replace(IMAGENET256.data, latents="fixed"),
+    source="DiCo's code: one stored posterior sample of each image and of its flip, where DiT draws anew at every visit",
+)
+
 IMAGENET512 = Protocol(
     name="imagenet512",
     data=Data("imagenet512", size=64, channels=4, num_classes=1000, flip=True),
@@ -83,7 +90,7 @@ IMAGENET512 = Protocol(
     hardware="64 A100 (DiCo-XL)",
 )
 
-PROTOCOLS = {protocol.name: protocol for protocol in (DIGITS, CIFAR10, IMAGENET256, IMAGENET512)}
+PROTOCOLS = {protocol.name: protocol for protocol in (DIGITS, CIFAR10, IMAGENET256, IMAGENET256_FIXED, IMAGENET512)}
 
 
 def network(row: Row, protocol: Protocol) -> Backbone:

@@ -1,6 +1,5 @@
 """A small folder of pictures and a small, randomly initialised VAE for the tests of the latent path."""
 
-import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,12 +56,6 @@ def small_vae(folder: Path) -> Autoencoder:
     return load_autoencoder(str(write_vae(folder)))
 
 
-def declared(vae: Autoencoder, **options: object) -> Data:
+def declared(autoencoder: Autoencoder, **options: object) -> Data:
     """The set that 64-pixel pictures of three classes become."""
-    return replace(Data("tiny", size=8, channels=4, num_classes=3, flip=True, vae=vae.encoder), **options)
-
-
-def jpeg(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=95)
-    return file.getvalue()
+    return replace(Data("tiny", size=8, channels=4, num_classes=3, flip=True, vae=autoencoder.encoder), **options)

@@ -60,3 +60,17 @@ def _torchvision(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     except RuntimeError:
         raise ValueError("cifar-10-batches-py is not the published CIFAR-10: a file is missing or its checksum is another; remove it and download it again") from None
     return found.data, np.array(found.targets, np.int64)
+
+
+def download(folder: Path) -> None:
+    """Fetch torchvision's archive into `folder`. ValueError in one line where the network does not allow it."""
+    from torchvision.datasets import CIFAR10
+
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        CIFAR10(folder, download=True)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"CIFAR-10 cannot be downloaded ({' '.join(str(error).split())}); put train.parquet and test.parquet, "
+            "or torchvision's cifar-10-batches-py, in data/cifar10 (or $DICO_DATA/cifar10)"
+        ) from None
