@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +14,18 @@ import numpy as np
 import pytest
 import torch
 
+from experiments import prepare_latents
 from experiments.engine import shards, sources
 from experiments.engine.autoencoder import Autoencoder, load_autoencoder
 from experiments.engine.data import batch_indices, batches, load
+from experiments.engine.diffusion import IDDPM
 from experiments.engine.latents import SCALE, LatentSet
 from experiments.engine.pictures import find_pictures, read_picture
 from experiments.engine.shards import Work, compare, prepare
 from experiments.engine.sources import read_manifest
+from experiments.engine.spec import Backbone, Recipe, Train
+from experiments.engine.train import Trainer
+from experiments.protocols import IMAGENET256
 from latent_sets import declared, small_vae, write_pictures, write_vae
 
 
@@ -256,6 +262,32 @@ def test_a_damaged_picture_stops_the_run_or_is_counted(work: Work, pictures: Pat
         path.write_bytes(b"no picture")
     with pytest.raises(ValueError, match="no image of n01 could be decoded"):
         prepare(replace(damaged, skip=True), tmp_path / "none", quiet)
+
+
+def test_the_trainer_sees_the_set_as_it_is_drawn(work: Work, made: Path, monkeypatch: pytest.MonkeyPatch):
+    found, seen, losses = LatentSet(made, declared(work.vae)), [], IDDPM.losses
+    spec = Train(Backbone("dico_s", dict(dim=8, depths=(1, 1, 1, 1, 1), input_size=8, in_channels=4, num_classes=3)), found.data, Recipe(steps=3, batch=8), seed=5)
+    monkeypatch.setattr(IDDPM, "losses", lambda self, model, x0, *rest: (seen.append(x0), losses(self, model, x0, *rest))[1])
+    assert all(loss.isfinite() for loss in Trainer(spec, torch.device("cpu")).steps(found))
+    order = torch.cat([batch_indices(12, 8, 5, step) for step in range(3)])
+    assert torch.equal(torch.cat(seen), found.take(order, 5, torch.arange(24))[0])
+
+
+def test_the_command_prepares_a_protocol_and_goes_on(work: Work, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    protocol = replace(IMAGENET256, data=declared(work.vae))
+    monkeypatch.setattr(prepare_latents, "LATENT_PROTOCOLS", {"imagenet256": protocol})
+    vae, pictures = write_vae(tmp_path / "vae"), str(work.pictures.root)
+    monkeypatch.setattr(sys, "argv", f"prepare --protocol imagenet256 --images {pictures} --vae {vae} --out {tmp_path / 'out'} --shard 5 --device cpu".split())
+    assert prepare_latents.main() == 0
+    printed = capsys.readouterr()
+    assert "12 images in 3 shards, 0 skipped" in printed.out and "differ from sd-vae-ft's" in printed.out
+    assert "5 of 12 images, " in printed.err and printed.err.count(" left") == 3 and work.vae.encoder in printed.err
+    for number in range(3):
+        assert (tmp_path / "out" / f"shard-{number:05d}.npy").read_bytes() == (made / f"shard-{number:05d}.npy").read_bytes()
+    assert prepare_latents.main() == 0 and " left" not in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:-4], "--shard", "6"])
+    assert prepare_latents.main() == 2
+    assert capsys.readouterr().err.startswith("error: ") and json.loads((tmp_path / "out" / "manifest.json").read_text())["num_images"] == 12
 
 
 def test_published_statistics_are_expected_within_the_tolerance():
