@@ -1,16 +1,15 @@
-"""Figures 4, 5 and 7 of the DiCo paper on a protocol, from the arrays that probes left. A network without a record is named, not drawn."""
+"""Figures 4, 5 and 7 of the DiCo paper on digits, from the arrays that probes left. A network without a record is named, not drawn."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from analysis.probes.declared import arrays_of, declared
-from analysis.style import HEAT, use_style
+from analysis.style import colour, figure
 from experiments.ablation import DICO_S, TABLE_3, TABLE_4
 from experiments.engine.spec import Row
 from experiments.engine.store import Store
-from experiments.protocols import Protocol
+from experiments.protocols import DIGITS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,41 +24,26 @@ FEATURE_ROWS = (WITHOUT_CCA, DICO_S)
 WEIGHTS = ("attention", "implied attention", "receptive field")
 MAPS = 6
 
-
-def figures(protocol: Protocol, seed: int, store: Store, where: str = "reference") -> dict[str, Callable[[], Figure]]:
-    """Every probe figure by its file's name, drawn when called. ValueError when called and no network of it has a record."""
-
-    def drawn(draw: Callable[..., Figure], probe: str, rows: tuple[Row, ...]) -> Callable[[], Figure]:
-        return lambda: draw(*_found(probe, rows, protocol, seed, store, where), protocol.name)
-
-    return {
-        "figure4_maps": drawn(attention_maps, "locality", LOCAL_ROWS),
-        "figure4_locality": drawn(locality, "locality", LOCAL_ROWS),
-        "figure5_channels": drawn(channel_activation, "channels", CHANNEL_ROWS),
-        "figure7_features": drawn(feature_maps, "features", FEATURE_ROWS),
-    }
-
-
 Found = list[tuple[str, dict[str, "np.ndarray"], dict[str, Any]]]
 
 
-def _found(probe: str, rows: tuple[Row, ...], protocol: Protocol, seed: int, store: Store, where: str) -> tuple[Found, str]:
-    """(label, arrays, values) of every row with a record, and words for the others."""
-    records = {row.label: store.latest(declared(probe, row, protocol, seed), where) for row in rows}
-    found = [(label, arrays_of(store, record, where), record.values) for label, record in records.items() if record]
+def _found(probe: str, rows: tuple[Row, ...], store: Store) -> tuple[Found, str]:
+    """(label, arrays, values) of every row with a reference record, and words for the others; ValueError if there is none."""
+    records = {row.label: store.latest(declared(probe, row, DIGITS, seed=0), "reference") for row in rows}
+    found = [(label, arrays_of(store, record, "reference"), record.values) for label, record in records.items() if record]
     if not found:
-        raise ValueError(f"no record of {probe} on {protocol.name}; python -m analysis.probes {probe} --table 4 makes them")
+        raise ValueError(f"no reference record of {probe} on {DIGITS.name}")
     missing = [label for label, record in records.items() if not record]
-    return found, f" (no record: {', '.join(missing)})" if missing else ""
+    return found, f"\n(no record: {', '.join(missing)})" if missing else ""
 
 
-def attention_maps(found: Found, missing: str, protocol: str) -> Figure:
+def attention_maps(store: Store) -> Figure:
     """For each network, the weights of one token (red) in up to MAPS layers: mean over heads, images and steps of sampling."""
-    import matplotlib.pyplot as plt
+    found, missing = _found("locality", LOCAL_ROWS, store)
     import numpy as np
+    from matplotlib.patches import Rectangle
 
-    use_style()
-    figure, axes = plt.subplots(len(found), MAPS, figsize=(1.15 * MAPS + 0.8, 1.36 * len(found) + 0.5), layout="constrained", squeeze=False)
+    made, axes = figure(1.15 * MAPS + 0.8, 1.36 * len(found) + 0.5, len(found), MAPS, squeeze=False)
     for line, (label, arrays, _) in zip(axes, found, strict=True):
         parts = [p for p in _parts(arrays, WEIGHTS) if arrays[f"grid_{p}"].min() > 2]
         chosen = [parts[round(i)] for i in np.linspace(0, len(parts) - 1, min(MAPS, len(parts)))]
@@ -70,42 +54,38 @@ def attention_maps(found: Found, missing: str, protocol: str) -> Figure:
             p = chosen[column]
             shown = arrays[f"maps_{p}"].astype(float).mean((0, 1))[0]
             row, place = arrays[f"anchors_{p}"][0]
-            axis.imshow(shown, cmap=HEAT, vmin=0)
-            axis.add_patch(plt.Rectangle((place - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=1.2))
+            axis.imshow(shown, cmap="Blues", vmin=0)
+            axis.add_patch(Rectangle((place - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=1.2))
             relative = (arrays[f"values_{p}"][..., 0] / arrays[f"uniform_{p}"][0]).mean()
             axis.set_title(f"{_short(arrays, p)}\n{shown.shape[0]}x{shown.shape[1]}, {relative:.2f}", fontsize=6)
         line[0].text(-0.1, 0.5, f"{label}\n{arrays[f'kind_{chosen[0]}']}", fontsize=6.5, rotation=90, transform=line[0].transAxes, ha="right", va="center", multialignment="center")
-    figure.suptitle(f"Where a token (red) looks, {protocol}: each map from 0 (white) to its largest weight (dark)\n"
+    made.suptitle(f"Where a token (red) looks, {DIGITS.name}: each map from 0 (white) to its largest weight (dark)\n"
                     f"title: layer, grid, mean distance over that of uniform weights{missing}", fontsize=8)
-    return figure
+    return made
 
 
-def locality(found: Found, missing: str, protocol: str) -> Figure:
+def locality(store: Store) -> Figure:
     """Mean distance over that of uniform weights, and the mass near a token: own weights, the mixers' and the network's gradients."""
-    import matplotlib.pyplot as plt
-    import seaborn as sns
-
-    use_style()
+    found, missing = _found("locality", LOCAL_ROWS, store)
     kinds = {"own weights": WEIGHTS, "mixer's input gradient": ("input gradient",), "whole network's gradient": ("network gradient",)}
-    colours, markers = sns.color_palette("colorblind"), "osD"
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 0.36 * len(found) + 1.7), layout="constrained", width_ratios=(1.25, 1))
+    made, (left, right) = figure(8.6, 0.46 * len(found) + 1.7, 1, 2, width_ratios=(1.25, 1))
     for k, (name, of) in enumerate(kinds.items()):
         for y, (_, arrays, _) in enumerate(found):
             relative = [(arrays[f"values_{p}"][..., 0] / arrays[f"uniform_{p}"][0]).mean() for p in _parts(arrays, of)]
             offset = y + 0.22 * (k - 1)
-            left.plot(relative, [offset] * len(relative), "|", color=colours[k], markersize=5, alpha=0.5)
-            left.plot(sum(relative) / len(relative), offset, markers[k], color=colours[k], markersize=5, label=name if y == 0 else None)
+            left.plot(relative, [offset] * len(relative), "|", color=colour(k), markersize=5, alpha=0.5)
+            left.plot(sum(relative) / len(relative), offset, "osD"[k], color=colour(k), markersize=5, label=name if y == 0 else None)
     left.axvline(1, color="black", linewidth=0.8, linestyle="--")
     left.set_yticks(range(len(found)), [f"{label}\n({arrays[f'kind_{_parts(arrays, WEIGHTS)[0]}']})" for label, arrays, _ in found], fontsize=7)
     left.invert_yaxis()
     left.set_xlim(0, None)
     left.set_xlabel("mean distance / that of uniform weights (dashed)\nstrokes: layers; symbols: their mean")
-    left.set_title(f"Locality of every mixer on one scale, {protocol}")
-    left.legend(loc="upper center", bbox_to_anchor=(0.4, -0.2 if len(found) > 4 else -0.35), ncols=3, frameon=False, columnspacing=1, handletextpad=0.3)
+    left.set_title(f"Locality of every mixer on one scale, {DIGITS.name}")
+    made.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=3, frameon=False)
     for line, (label, arrays, _) in enumerate(found):
         (p,) = _parts(arrays, ("network gradient",))
         mass = arrays[f"mass_{p}"].mean((0, 1))
-        right.plot(range(len(mass)), mass, marker=".", color=colours[line % 10], label=label)
+        right.plot(range(len(mass)), mass, marker=".", color=colour(line), label=label)
     right.plot(range(len(mass)), arrays[f"uniform_mass_{p}"], color="black", linestyle="--", linewidth=0.8, label="uniform")
     right.set_xlabel("distance from the output pixel, pixels")
     right.set_ylabel("share of its gradient within")
@@ -113,40 +93,38 @@ def locality(found: Found, missing: str, protocol: str) -> Figure:
     right.set_title("What an output pixel depends on")
     right.legend(loc="lower right")
     if missing:
-        figure.suptitle(missing.strip(), fontsize=7)
-    return figure
+        made.suptitle(missing.strip(), fontsize=7)
+    return made
 
 
-def channel_activation(found: Found, missing: str, protocol: str) -> Figure:
+def channel_activation(store: Store) -> Figure:
     """Activation of every channel of the last mixer, sorted, in units of the layer's mean."""
-    import matplotlib.pyplot as plt
+    found, missing = _found("channels", CHANNEL_ROWS, store)
     import numpy as np
-    import seaborn as sns
 
-    use_style()
-    figure, axes = plt.subplots(1, len(found), figsize=(2.7 * len(found) + 0.3, 2.9), layout="constrained", sharey=True, squeeze=False)
+    made, axes = figure(2.7 * len(found) + 0.3, 3.1, 1, len(found), sharey=True, squeeze=False)
     for k, (axis, (label, arrays, values)) in enumerate(zip(axes[0], found, strict=True)):
         mean = arrays["activation"].mean(0)
         relative = np.sort(mean / mean.mean())[::-1]
-        axis.bar(range(len(relative)), relative, width=1, color=sns.color_palette("colorblind")[k], linewidth=0)
+        axis.bar(range(len(relative)), relative, width=1, color=colour(k), linewidth=0)
         axis.axhline(0.1, color="black", linewidth=0.8, linestyle="--")
         axis.set_title(f"{label}, {len(relative)} channels\nnear-dead {values['near_dead']:.0%}, effective rank {values['effective_rank']:.1f}\n"
                        f"mean |correlation| {values['correlation']:.2f}", fontsize=8)
         axis.set_xlabel("channel, sorted")
         axis.grid(axis="x", visible=False)
     axes[0][0].set_ylabel("mean of relu / the layer's mean")
-    figure.suptitle(f"Channel activation of the last mixer, {protocol}, mean over images and steps; dashed: near-dead{missing}", fontsize=8)
-    return figure
+    made.suptitle(f"Channel activation of the last mixer, {DIGITS.name}, mean over images and steps\ndashed: a tenth of the mean, below which a channel counts as near-dead{missing}", fontsize=8)
+    return made
 
 
-def feature_maps(found: Found, missing: str, protocol: str) -> Figure:
+def feature_maps(store: Store) -> Figure:
     """All channels of the first stage for one image in the middle of its sampling, on one colour scale a network."""
-    import matplotlib.pyplot as plt
+    found, missing = _found("features", FEATURE_ROWS, store)
     import numpy as np
 
-    use_style()
-    figure = plt.figure(figsize=(4.1 * len(found), 3.6), layout="constrained")
-    for part, (label, arrays, values) in zip(np.atleast_1d(figure.subfigures(1, len(found))), found, strict=True):
+    made, _ = figure(4.1 * len(found), 3.6, 1, 1)
+    made.clear()
+    for part, (label, arrays, values) in zip(np.atleast_1d(made.subfigures(1, len(found))), found, strict=True):
         step = len(arrays["timesteps"]) // 2
         maps = arrays["maps"][step].astype(float)
         columns = int(np.ceil(np.sqrt(len(maps) * 1.4)))
@@ -158,8 +136,8 @@ def feature_maps(found: Found, missing: str, protocol: str) -> Figure:
             axis.set_axis_off()
         part.suptitle(f"{label}: {len(maps)} channels at t = {arrays['timesteps'][step]:g}\n"
                       f"mean |correlation| {values['correlation']:.2f}, effective rank {values['effective_rank']:.1f}", fontsize=8)
-    figure.supxlabel(f"Output of the first stage, {protocol}; colours from -q to q, q the 99th percentile of |x| of each network; figures over all images and steps{missing}", fontsize=6.5)
-    return figure
+    made.supxlabel(f"Output of the first stage, {DIGITS.name}; colours from -q to q, q the 99th percentile of |x| of each network; figures over all images and steps{missing}", fontsize=6.5)
+    return made
 
 
 def _parts(arrays: dict[str, np.ndarray], kinds: tuple[str, ...]) -> list[int]:
@@ -170,3 +148,6 @@ def _parts(arrays: dict[str, np.ndarray], kinds: tuple[str, ...]) -> list[int]:
 
 def _short(arrays: dict[str, np.ndarray], p: int) -> str:
     return str(arrays[f"layer_{p}"]).removesuffix(".mixer").removesuffix(".attn").replace("_level", "")
+
+
+FIGURES = {"figure4_maps": attention_maps, "figure4_locality": locality, "figure5_channels": channel_activation, "figure7_features": feature_maps}

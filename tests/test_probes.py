@@ -100,14 +100,16 @@ def test_ids_of_probes_are_pinned():
     assert isinstance(declared("channels", DICO, DIGITS, 0), Channels)
 
 
-def test_figures_are_the_same_bytes_twice_and_name_what_is_missing(tmp_path):
+def test_figures_are_the_same_bytes_twice(tmp_path):
     store = Store()
-    drawn = figures_probes.figures(DIGITS, 0, store)
     for folder in ("a", "b"):
-        save(drawn["figure5_channels"](), tmp_path / folder, "figure")
+        save(figures_probes.channel_activation(store), tmp_path / folder, "figure")
     assert all((tmp_path / "a" / f"figure.{form}").read_bytes() == (tmp_path / "b" / f"figure.{form}").read_bytes() for form in ("png", "pdf"))
-    with pytest.raises(ValueError, match="no record of features on digits"):
-        figures_probes.figures(DIGITS, 99, store)["figure7_features"]()
+
+
+def test_a_figure_without_records_says_so(tmp_path):
+    with pytest.raises(ValueError, match="no reference record of features on digits"):
+        figures_probes.feature_maps(Store(tmp_path))
 
 
 def test_damaged_arrays_are_refused(results):

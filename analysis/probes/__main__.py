@@ -16,13 +16,16 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from analysis.probes.declared import PROBES, DiffusersLocality, Locality, Probe, declared
+from analysis.probes.declared import PROBES, DiffusersLocality, Locality, Probe, declared, of_training
 from experiments.ablation import TABLES
-from experiments.engine.spec import Backbone, Row, Train, spec_id
+from experiments.engine.spec import Backbone, Diffusion, Train, spec_id
 from experiments.engine.store import REPOSITORY, Store
+from experiments.main_results import TABLES as MAIN_TABLES
 from experiments.protocols import PROTOCOLS
 
-PROBED_TABLES = {number: table for number, table in TABLES.items() if not table.counts_only}
+PROBED_TABLES = {number: table for number, table in sorted((TABLES | MAIN_TABLES).items()) if not table.counts_only}
+ROWS = {number: {row.label: row for row in (*table.rows, *table.outside) if row.backbone} for number, table in PROBED_TABLES.items()}
+SCRIPTS = {number: "main_results" if number in MAIN_TABLES else "ablation" for number in PROBED_TABLES}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -77,17 +80,16 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def _rows(args: argparse.Namespace, store: Store) -> list[tuple[str, Probe]]:
     """The probes of the rows, each of whose runs must be finished here."""
-    table = PROBED_TABLES[args.table]
-    known: dict[str, Row] = {row.label: row for row in (*table.rows, *table.outside)}
+    table, known = PROBED_TABLES[args.table], ROWS[args.table]
     if unknown := [label for label in args.rows or () if label not in known]:
         raise ValueError(f"table {table.number} has no row {', '.join(map(repr, unknown))}; known: {', '.join(map(repr, known))}")
-    labels = args.rows or [row.label for row in table.rows]
+    labels = args.rows or [row.label for row in table.rows if row.backbone]
     asked = [(label, declared(args.probe, known[label], PROTOCOLS[args.protocol], args.seed)) for label in labels]
     untrained = [label for label, spec in asked if not list((store.run_dir(spec.train) / "checkpoints").glob("step-*.pt"))]
     if untrained:
         named = " ".join(f'"{label}"' for label in untrained)
         raise ValueError(f"not trained here: {', '.join(untrained)}; train with: "
-                         f"python experiments/ablation.py --table {table.number} --rows {named} --protocol {args.protocol} --seeds {args.seed}")
+                         f"python experiments/{SCRIPTS[args.table]}.py --table {table.number} --rows {named} --protocol {args.protocol} --seeds {args.seed}")
     return [(label, _chosen(spec, args)) for label, spec in asked]
 
 
@@ -101,8 +103,10 @@ def _published(args: argparse.Namespace) -> list[tuple[str, Probe]]:
     protocol = PROTOCOLS[args.protocol]
     known = backbones.options_of(args.backbone)  # raises for unknown names
     options = dict(input_size=protocol.data.size, in_channels=protocol.data.channels, num_classes=protocol.data.num_classes)
-    spec = Train(Backbone(args.backbone, {name: value for name, value in options.items() if name in known}), protocol.data, protocol.recipe)
-    return [(args.checkpoint.name, _chosen(PROBES[args.probe](spec, weights=weights), args))]
+    methods = [row.method for rows in ROWS.values() for row in rows.values() if row.backbone.name == args.backbone and row.method]
+    diffusion = methods[0].diffusion if methods else Diffusion()
+    spec = Train(Backbone(args.backbone, {name: value for name, value in options.items() if name in known}), protocol.data, protocol.recipe, diffusion)
+    return [(args.checkpoint.name, _chosen(of_training(args.probe, spec, weights), args))]
 
 
 def _diffusers(args: argparse.Namespace) -> list[tuple[str, DiffusersLocality]]:

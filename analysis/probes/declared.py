@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from experiments.engine.files import written_whole
@@ -80,7 +80,13 @@ PROBES: dict[str, type[Probe]] = {"locality": Locality, "channels": Channels, "f
 
 
 def declared(probe: str, row: Row, protocol: Protocol, seed: int) -> Probe:
-    return PROBES[probe](train_stage(row, protocol, seed))
+    return of_training(probe, train_stage(row, protocol, seed))
+
+
+def of_training(probe: str, train: Train, weights: str | None = None) -> Probe:
+    """The probe of a run's network, or of a file's, on the deterministic way of its kind: DDIM, or Euler steps of a flow."""
+    sampler = WALK if train.diffusion.name == "iddpm" else replace(WALK, name="euler")
+    return PROBES[probe](train, sampler, weights=weights)
 
 
 def keep(store: Store, spec: Probe | DiffusersLocality, arrays: dict[str, np.ndarray], values: dict[str, Any], provenance: dict[str, Any]) -> Record:
