@@ -169,6 +169,26 @@ def test_a_killed_rank_ends_the_group_and_costs_the_steps_since_the_checkpoint(p
     assert [attempt["start"] for attempt in values["attempts"]] == [0, 10, 10] and attempts.read(tmp_path / "runs" / spec_id(TRAIN)) == values["attempts"]
 
 
+def requeued(root: Path, folder: Path) -> None:
+    """A job of one process that is asked to make room; its scheduler's `requeue` ends it by SIGTERM, as Slurm does."""
+    os.environ |= {"SLURM_JOB_ID": "7", "PATH": f"{folder}:{os.environ['PATH']}"}
+    member(Group(), 0, root, TRAIN, Resources(), ("requeue", 0, 6), False)
+
+
+def test_a_job_goes_back_into_the_queue_and_dies_at_once(alone: Path, tmp_path: Path):
+    script = tmp_path / "scontrol"
+    script.write_text(f'#!/bin/sh\ncp {tmp_path}/runs/{spec_id(TRAIN)}/heartbeat.json {tmp_path}/then\necho "$@" > {tmp_path}/asked\nkill -TERM $PPID\n')
+    script.chmod(0o755)
+    process = multiprocessing.get_context("forkserver").Process(target=requeued, args=(tmp_path, tmp_path))
+    process.start()
+    process.join(BOUND)
+    assert process.exitcode == -signal.SIGTERM and (tmp_path / "asked").read_text() == "requeue 7\n"
+    assert (json.loads((tmp_path / "then").read_text())["state"], outcome(tmp_path)) == ("requeued", None)
+    assert group(1, tmp_path) == [0]
+    assert outcome(tmp_path).values["weights_sha256"] == outcome(alone).values["weights_sha256"] and curve(tmp_path) == curve(alone)
+    assert outcome(tmp_path).values["resumed_at"] == 7
+
+
 def test_processes_that_do_not_divide_the_batch_are_refused_in_one_line(tmp_path: Path):
     assert set(group(3, tmp_path)) == {1}
     assert re.fullmatch(r"rank \d: ValueError: 3 processes do not divide a batch of 16; take a number of processes that does", outcome(tmp_path).error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -98,8 +98,10 @@ def _follow(spec: Stage, store: Store, resources: Resources, group: Group) -> Re
     except preemption.Preempted as stop:
         _leave(stop, folder, None)
     except Exception as failure:
-        with suppress(distributed.Lost):
+        try:
             distributed.cause(folder, group, failure)
+        except distributed.Lost as lost:
+            _leave(lost, folder, None)
         raise SystemExit(1) from None
 
 
