@@ -33,6 +33,7 @@ def test_the_newest_and_the_milestones_are_kept(tmp_path: Path):
     for step in range(10, 100, 10):
         save(tmp_path, step, state(step), keep=3, milestones=40)
     assert steps(tmp_path) == [40, 70, 80, 90]
+    (tmp_path / ".step.staged.7.tmp").write_bytes(b"what a killed process left")
     for step in (100, 110):
         save(tmp_path, step, state(step))
     assert steps(tmp_path) == [100, 110]
