@@ -73,6 +73,13 @@ IMAGENET256 = Protocol(
     hardware="8 A100",
 )
 
+IMAGENET256_FIXED = replace(
+    IMAGENET256,
+    name="imagenet256_fixed",
+    data=replace(IMAGENET256.data, latents="fixed"),
+    source="DiCo's code: one stored posterior sample of each image and of its flip, where DiT draws anew at every visit",
+)
+
 IMAGENET512 = Protocol(
     name="imagenet512",
     data=Data("imagenet512", size=64, channels=4, num_classes=1000, flip=True),
@@ -91,7 +98,7 @@ OWN = "each system by the recipe and the sampler of its own paper"
 IMAGENET256_OWN = replace(IMAGENET256, name="imagenet256_own", own=True, source=OWN, cost_hours=None)
 IMAGENET512_OWN = replace(IMAGENET512, name="imagenet512_own", own=True, source=OWN, cost_hours=None)
 
-PROTOCOLS = {protocol.name: protocol for protocol in (DIGITS, CIFAR10, IMAGENET256, IMAGENET512, IMAGENET256_OWN, IMAGENET512_OWN)}
+PROTOCOLS = {protocol.name: protocol for protocol in (DIGITS, CIFAR10, IMAGENET256, IMAGENET256_FIXED, IMAGENET512, IMAGENET256_OWN, IMAGENET512_OWN)}
 
 
 def network(row: Row, protocol: Protocol) -> Backbone:

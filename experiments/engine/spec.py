@@ -25,13 +25,19 @@ class Backbone:
 
 @dataclass(frozen=True)
 class Data:
-    """A labelled set as the network sees it: `channels` x `size` x `size`, latents or pixels in [-1, 1]."""
+    """A labelled set as the network sees it: `channels` x `size` x `size`, latents or pixels in [-1, 1].
+
+    Of VAE latents, `latents` says what is stored: posterior 'moments', drawn from anew at every visit, or 'fixed' samples.
+    `vae` is 'sd-vae-ft' (ema and mse share their encoder) or the hash of another VAE's encoder.
+    """
 
     name: str
     size: int
     channels: int
     num_classes: int
     flip: bool = False
+    latents: str = "moments"
+    vae: str = "sd-vae-ft"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import backbones
 from experiments.engine import attempts, checkpoint, preemption
-from experiments.engine.data import ImageSet, batch_indices, load
+from experiments.engine.data import ImageSet, batch_indices, batches, load
 from experiments.engine.distributed import ALONE, Agreement, Group
 from experiments.engine.heartbeat import Heartbeat
 from experiments.engine.monitor import Diverged, Log, require_boards, trouble
@@ -109,13 +109,12 @@ class Trainer:
     def steps(self, images: ImageSet) -> Iterator[Tensor]:
         """Train from the step reached to the last, yielding each step's loss (0-d, on the device): this rank's share of the sum."""
         recipe = self.spec.recipe
-        while self.step < recipe.steps:
-            x0, y = images.take(batch_indices(len(images), recipe.batch, self.spec.seed, self.step)[self.mine])
-            loss = self._update(x0.to(self.device), y.to(self.device))
+        for x0, y in batches(images, recipe.batch, self.spec.seed, range(self.step, recipe.steps), self.device, self.mine):
+            loss = self._update(x0, y, images.flip)
             self.step += 1
             yield loss
 
-    def _update(self, x0: Tensor, y: Tensor) -> Tensor:
+    def _update(self, x0: Tensor, y: Tensor, flip: bool) -> Tensor:
         """One optimiser step on this rank's part of a global batch, whose noise depends on (seed, step) and the place in it only."""
         recipe, n, mine = self.spec.recipe, self.spec.recipe.batch, self.mine
         noise = generator_at("train", self.spec.seed, self.step, device=self.device)
@@ -124,7 +123,7 @@ class Trainer:
         dropped = torch.rand(n, generator=noise, device=self.device)[mine] < recipe.label_dropout
         flipped = torch.rand(n, generator=noise, device=self.device)[mine] < 0.5
         y = torch.where(dropped, self.spec.data.num_classes, y)
-        if self.spec.data.flip:
+        if flip:
             x0 = torch.where(flipped[:, None, None, None], x0.flip(-1), x0)
         total = torch.zeros((), device=self.device)
         for part in torch.arange(len(x0)).split(self.micro_batch):
@@ -228,6 +227,7 @@ def run(
         "resumed_at": first,
         "images_per_s": (trainer.step - first) * recipe.batch / (time.perf_counter() - started),
         "weights_sha256": weights,
+        **images.identity,
     }
 
 
