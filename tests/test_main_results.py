@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ import backbones
 from experiments import recipes
 from experiments.ablation import DICO_S
 from experiments.efficiency import SYSTEMS
+from experiments.engine.data import load
+from experiments.engine.generate import Counted, images
 from experiments.engine.process import process
 from experiments.engine.report import main_sheet
 from experiments.engine.samplers import bind
 from experiments.engine.spec import Method, Row, Table, spec_id
 from experiments.engine.store import Store
-from experiments.engine.train import build
+from experiments.engine.train import Trainer, build, digest
 from experiments.main_results import ADM_U, DIM_H, DIMSUM_L, DIT_XL, SIT_XL, TABLE_1, TABLE_8, TABLES, UVIT_H
 from experiments.protocols import DIGITS, IMAGENET256, IMAGENET256_OWN, PROTOCOLS, cost_stages, evaluate_stage, network, timed_rows, timing_stage, train_stage
 
@@ -84,6 +87,21 @@ def test_a_familys_loss_trains_all_of_its_small_network(row: Row):
     # LDM's one context token and U-DiT's single tokens, on which a softmax is 1; a projection that the released DiMSUM does not use
     known = {"ldm": ("attn2.to_q", "attn2.to_k", "norm2"), "udit": ("latent.0.attn1.logit_scale", "latent.0.attn2.logit_scale"), "dimsum": ("cond_proj",)}
     assert all(any(part in name for part in known.get(spec.backbone.name.split("_")[0], ())) for name in dead), dead
+
+
+@pytest.mark.parametrize("row", SMALL.values(), ids=lambda row: row.label)
+def test_every_family_trains_and_samples_on_digits(row: Row):
+    stage = evaluate_stage(row, DIGITS, 0)
+    train = replace(stage.train, recipe=replace(stage.train.recipe, steps=2, batch=4))
+    stage = replace(stage, train=train, sampler=replace(stage.sampler, num_steps=3), num=2)
+    trainer = Trainer(train, torch.device("cpu"))
+    before = digest(trainer.model)
+    losses = [loss.item() for loss in trainer.steps(load(train.data))]
+    assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses) and digest(trainer.ema.eval()) != before
+    counted = Counted(trainer.ema)
+    ((x, y),) = images(stage, counted, torch.device("cpu"), 2)
+    assert x.shape == (2, 1, 8, 8) and x.isfinite().all() and not torch.equal(x[0], x[1]) and y.tolist() == [0, 1]
+    assert counted.evaluated == 2 * 3 or (stage.sampler.name == "dopri5" and counted.evaluated >= 2 * 8)
 
 
 def test_the_common_recipe_with_a_methods_objective():
