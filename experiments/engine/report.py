@@ -243,9 +243,20 @@ def _notes(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequenc
     evaluated = [record for row in rows for seed in seeds if (record := store.latest(evaluate_stage(row, protocol, seed), where))]
     if evaluated:
         notes.append("run on " + "; ".join(sorted({f"{r.provenance['device'] if r.provenance['device'] != 'cpu' else r.provenance['cpu']}, torch {r.provenance['torch']}" for r in evaluated})))
+    if nfe := _evaluations(rows, protocol, seeds, store, where):
+        notes.append(nfe)
     if any(record.provenance["dirty"] for record in evaluated):
         notes.append("some records come from a tree with uncommitted changes")
     return notes
+
+
+def _evaluations(rows: Sequence[Row], protocol: Protocol, seeds: Sequence[int], store: Store, where: str) -> str:
+    """Network evaluations per image, where rows differ in them; records from before they were counted have none."""
+    labels: dict[str, list[str]] = {}
+    for row in rows:
+        if counts := [values["nfe"] for values in _values(store, row, protocol, seeds, where) if "nfe" in values]:
+            labels.setdefault(f"{statistics.fmean(counts):.4g}", []).append(row.label)
+    return "network evaluations per image: " + "; ".join(f"{nfe}: {', '.join(names)}" for nfe, names in labels.items()) + "." if len(labels) > 1 else ""
 
 
 def _score_note(protocol: Protocol, seeds: Sequence[int]) -> str:
