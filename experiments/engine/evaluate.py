@@ -12,6 +12,7 @@ from experiments.engine import metrics
 from experiments.engine.data import load
 from experiments.engine.features import digits_classifier, extract
 from experiments.engine.generate import images
+from experiments.engine.neighbours import precision_recall
 from experiments.engine.sources import require_features
 from experiments.engine.spec import Evaluate
 from experiments.engine.train import Resources, load_ema
@@ -38,7 +39,7 @@ def run(spec: Evaluate, folder: Path, cache: Path, resources: Resources) -> dict
         probabilities.append(part_probabilities)
         labels.append(y.numpy())
     fake, y, p = np.concatenate(features), np.concatenate(labels), np.concatenate(probabilities)
-    precision, recall = metrics.precision_recall(real, fake)
+    precision, recall = precision_recall(real, fake)
     agreement = float((p.argmax(1) == y).mean())
     score, score_se = metrics.inception_score(p)
     return {
