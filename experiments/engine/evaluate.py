@@ -1,30 +1,51 @@
-"""Scores of generated images."""
+"""The Evaluate stage: images drawn, scored, and everything that decided the scores."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy import ndarray
 
-from experiments.engine import metrics
+from experiments.engine import inception, metrics, scores
 from experiments.engine.data import load
 from experiments.engine.features import digits_classifier, extract
 from experiments.engine.generate import images
+from experiments.engine.manifest import manifest
 from experiments.engine.neighbours import precision_recall
-from experiments.engine.sources import require_features
-from experiments.engine.spec import Evaluate
-from experiments.engine.train import Resources, load_ema
+from experiments.engine.precision import flags, precision
+from experiments.engine.quantise import to_uint8
+from experiments.engine.samples import QUANTISER, network, sampled
+from experiments.engine.sources import inception_path, reference_path, require_features
+from experiments.engine.spec import Data, Evaluate, canonical
+from experiments.engine.train import Resources, digest
+
+Report = Callable[[int, int, float, float], None]
 
 
-def run(spec: Evaluate, folder: Path, cache: Path, resources: Resources) -> dict[str, Any]:
-    """Sample with the finished run's EMA network and score on the digits classifier's features.
+def run(spec: Evaluate, folder: Path, cache: Path, resources: Resources, report: Report = lambda *progress: None) -> dict[str, Any]:
+    """Sample with the run's EMA network and score: floats with their standard errors beside them, and the manifest.
 
-    Values are floats with their standard errors beside them: influence function for fd_digits, delete-a-block
-    jackknife for is_digits, binomial for the shares.
+    folder: of the network's run; cache: of the digits classifier; `report(done, num, nan, images per second)`.
     """
     require_features(spec)
+    values, found = _digits(spec, folder, cache, resources) if spec.features == "digits" else _inception(spec, folder, resources, report)
+    with precision(spec.precision, torch.device(resources.device)):
+        found |= {"flags": flags(), "versions": _versions("torch", "numpy", "scipy", *(("torch-fidelity", "diffusers") if spec.features == "inception" else ()))}
+    model = {"weights_sha256": found.pop("network"), "key": "ema"}
+    return values | {"manifest": manifest(canonical(spec, full=True), model, found)}
+
+
+def _digits(spec: Evaluate, folder: Path, cache: Path, resources: Resources) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Scores on the digits classifier's features, of images that are not quantised.
+
+    Errors: influence function for fd_digits, delete-a-block jackknife for is_digits, binomial for the shares.
+    """
     device = torch.device(resources.device)
     reference = load(spec.train.data)
     classifier, identity = digits_classifier(reference, cache)
@@ -32,7 +53,8 @@ def run(spec: Evaluate, folder: Path, cache: Path, resources: Resources) -> dict
     real_moments, moments = metrics.Moments(real.shape[1]), metrics.Moments(real.shape[1])
     real_moments.update(real)
     features, probabilities, labels = [], [], []
-    for x, y in images(spec, load_ema(spec.train, folder, device), device, resources.sample_batch):
+    model = network(spec, folder, resources)
+    for x, y in images(spec, model, device, resources.sample_batch):
         part, part_probabilities = extract(classifier, x)
         moments.update(part)
         features.append(part)
@@ -42,7 +64,7 @@ def run(spec: Evaluate, folder: Path, cache: Path, resources: Resources) -> dict
     precision, recall = precision_recall(real, fake)
     agreement = float((p.argmax(1) == y).mean())
     score, score_se = metrics.inception_score(p)
-    return {
+    values = {
         "num": spec.num,
         "fd_digits": metrics.frechet(moments, real_moments),
         "fd_digits_se": metrics.frechet_se(fake, moments, real_moments, y if spec.labels == "balanced" else None),
@@ -56,3 +78,62 @@ def run(spec: Evaluate, folder: Path, cache: Path, resources: Resources) -> dict
         "agreement_se": metrics.proportion_se(agreement, len(fake)),
         **identity,
     }
+    return values, {
+        "network": digest(model),
+        "decoder": {"name": "none: pixels"},
+        "quantiser": "none",
+        "image": {"size": spec.train.data.size, "format": "float32"},
+        "labels": {"histogram_sha256": _histogram(y, spec.train.data.num_classes)},
+        "extractor": {"sha256": identity["classifier_sha256"], "dtype": "fp32"},
+        "reference": {"name": spec.train.data.name, "num_images": len(reference)},
+        "neighbours": {"k": 3, "arithmetic": "float64", "num_reference": len(real)},
+    }
+
+
+def _inception(spec: Evaluate, folder: Path, resources: Resources, report: Report) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Scores of quantised images on Inception features, against ADM's reference file or a pixel set's own images."""
+    device = torch.device(resources.device)
+    extractor = inception.load(inception_path(), device)
+    samples = sampled(spec, folder, resources, report)
+    reference = _reference(spec.train.data, extractor)
+    measured = scores.measure(extractor, samples.batches())
+    values = scores.score(measured, reference, samples.labels, balanced=spec.labels == "balanced", device=device)
+    return values, {
+        "network": samples.made["network"],
+        "decoder": samples.made["decoder"],
+        "quantiser": QUANTISER,
+        "image": {"size": samples.shape[1], "format": "uint8"},
+        "labels": {"histogram_sha256": _histogram(samples.labels, spec.train.data.num_classes)},
+        **scores.identity(extractor, reference),
+    }
+
+
+def _reference(data: Data, extractor: inception.Inception) -> scores.Reference:
+    if path := reference_path(data):
+        return scores.read_reference(extractor, path)
+    digest, real = hashlib.sha256(), load(data)
+
+    def batches() -> Iterator[ndarray]:
+        for part in torch.arange(len(real)).split(inception.BATCH):
+            batch = to_uint8(real.take(part)[0]).permute(0, 2, 3, 1).contiguous().numpy()
+            digest.update(batch.tobytes())
+            yield batch
+
+    measured = scores.measure(extractor, batches())
+    moments = {layer: scores.blocks_sum(getattr(measured, layer)) for layer in ("pool", "spatial")}
+    named = {"name": f"{data.name}, training images", "sha256": digest.hexdigest(), "statistics": False, "num_images": len(real)}
+    return scores.Reference(moments, measured.pool, named)
+
+
+def _histogram(labels: ndarray, num_classes: int) -> str:
+    return hashlib.sha256(np.bincount(labels, minlength=num_classes).astype("<i8").tobytes()).hexdigest()[:16]
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    found = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -54,7 +54,7 @@ def _run(spec: Stage, store: Store, resources: Resources, report: Report) -> dic
     if isinstance(spec, Train):
         return train.run(spec, store.run_dir(spec), resources, report)
     assert isinstance(spec, Evaluate), spec
-    return evaluate.run(spec, store.run_dir(spec.train), store.root / "runs" / "classifiers", resources)
+    return evaluate.run(spec, store.run_dir(spec.train), store.root / "runs" / "classifiers", resources, report)
 
 
 def _provenance(spec: Stage, resources: Resources, seconds: float) -> dict[str, Any]:

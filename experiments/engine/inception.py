@@ -8,6 +8,8 @@ rows before columns before channels; class probabilities from the last layer's w
 from __future__ import annotations
 
 import io
+import shutil
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,13 +19,15 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
+from experiments.engine.files import written_whole
 from experiments.engine.npz import sha256
 from experiments.engine.precision import precision
+from experiments.engine.sources import INCEPTION
 
 if TYPE_CHECKING:
     from torch import nn
 
-WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
+URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}"
 SHA256 = "6726825d"  # how the published file's digest begins, as its name says
 BATCH = 64
 SPATIAL_CHANNELS = 7
@@ -85,12 +89,28 @@ def architecture() -> nn.Module:
 def load(path: Path, device: torch.device | str = "cpu") -> Inception:
     """The network with the published weights. Raises ValueError in one line for a missing file or any other weights."""
     if not path.is_file():
-        raise ValueError(f"{path}: no Inception weights; get {WEIGHTS} from torch-fidelity's release v0.2.0 and name it with --inception or $DICO_INCEPTION")
-    if not (digest := sha256(path)).startswith(SHA256):
-        raise ValueError(f"{path.name}: SHA-256 {digest[:8]}... is not that of the published Inception weights ({SHA256}...); torchvision's are another network")
+        raise ValueError(f"{path}: no Inception weights; get {URL} and name it with --inception or $DICO_INCEPTION")
+    digest = _checked(path)
     network = architecture()
     try:
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception:
         raise ValueError(f"{path.name}: not the weights of the FID Inception-v3 (other names or shapes, or no plain tensors)") from None
     return Inception(network, digest, device)
+
+
+def download(path: Path) -> None:
+    """Fetch the published weights to `path` unless they are there; ValueError in one line where the network does not allow it."""
+    if not path.exists():
+        try:
+            with urllib.request.urlopen(URL, timeout=60) as response, written_whole(path) as file:
+                shutil.copyfileobj(response, file)
+        except OSError as error:
+            raise ValueError(f"the Inception weights cannot be downloaded ({getattr(error, 'reason', error)}); get {URL} elsewhere and put it to {path}") from None
+    _checked(path)
+
+
+def _checked(path: Path) -> str:
+    if not (digest := sha256(path)).startswith(SHA256):
+        raise ValueError(f"{path.name}: SHA-256 {digest[:8]}... is not that of the published Inception weights ({SHA256}...); torchvision's are another network")
+    return digest

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import reduce
 from math import nan
 from operator import add
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from numpy import ndarray
 
 from experiments.engine import metrics
-from experiments.engine.inception import Inception
+from experiments.engine.inception import BATCH, Inception
 from experiments.engine.metrics import Moments
 from experiments.engine.neighbours import precision_recall, precision_recall_half
 from experiments.engine.npz import POOL, Images, has_images, sha256, statistics
@@ -63,26 +64,31 @@ def measure(inception: Inception, batches: Iterable[ndarray]) -> Measured:
     return Measured(*(np.concatenate(layer) for layer in zip(*parts, strict=True)))
 
 
-def reference_of_file(inception: Inception, images: Images | None, moments: dict[str, Moments], name: str, digest: str) -> Reference:
-    """From published statistics, images or both, as ADM's evaluator reads them."""
-    measured = measure(inception, images.batches()) if images else None
-    warnings = []
-    if not moments and measured is not None:
-        warnings.append(f"{name} holds no statistics (mu, sigma): distances are to those of its {len(images)} images")
-        moments = {layer: blocks_sum(getattr(measured, layer)) for layer in ("pool", "spatial")}
-    identity = {"name": name, "sha256": digest, "statistics": not warnings, "num_images": len(images) if images else 0}
-    return Reference(moments, measured.pool if measured else None, identity, warnings)
-
-
-def read_reference(inception: Inception, path: Any) -> Reference:
-    """A reference file; ValueError if it holds neither images nor statistics."""
+def read_reference(inception: Inception, path: Path) -> Reference:
+    """A file with statistics, images or both, as ADM's evaluator reads it; ValueError if it holds neither."""
     moments, images = statistics(path), Images(path) if has_images(path) else None
     if images is None and "pool" not in moments:
         raise ValueError(f"{path.name}: holds neither images (arr_0) nor statistics (mu, sigma)")
-    return reference_of_file(inception, images, moments, path.name, sha256(path))
+    measured = measure(inception, images.batches()) if images else None
+    warnings = []
+    if not moments and measured is not None:
+        warnings.append(f"{path.name} holds no statistics (mu, sigma): distances are to those of its {len(images)} images")
+        moments = {layer: blocks_sum(getattr(measured, layer)) for layer in ("pool", "spatial")}
+    identity = {"name": path.name, "sha256": sha256(path), "statistics": not warnings, "num_images": len(images) if images else 0}
+    return Reference(moments, measured.pool if measured else None, identity, warnings)
+
+
+def identity(inception: Inception, reference: Reference) -> dict[str, Any]:
+    """The part of a manifest that names extractor, reference and neighbours."""
+    return {
+        "extractor": {"sha256": inception.sha256, "dtype": "fp32", "batch": BATCH, "resize": "TensorFlow 1 bilinear, 299"},
+        "reference": reference.identity,
+        "neighbours": {"k": NEIGHBOURS, "arithmetic": "float64", "num_reference": 0 if reference.rows is None else len(reference.rows)},
+    }
 
 
 def blocks_sum(features: ndarray) -> Moments:
+    """Statistics of all rows, accumulated in float64 block by block."""
     return reduce(add, blocks(features))
 
 
@@ -141,11 +147,11 @@ def paired(a: Measured, b: Measured, reference: Reference, labels: ndarray | Non
 
 
 def _distance(name: str, features: ndarray, reference: Moments, labels: ndarray | None) -> dict[str, float]:
-    """The distance, its sampling error, and from 4 d samples on its value without the O(1/N) bias."""
+    """The distance, its sampling error from N = 4 d on, and from 2 d on its value without the O(1/N) bias."""
     parts = blocks(features, labels)
     whole = reduce(add, parts)
     values = {name: metrics.frechet(whole, reference), f"{name}_se": metrics.frechet_se(features, whole, reference, labels)}
-    corrected = metrics.frechet_jackknife(parts, reference) if name == "fid" and len(features) >= 4 * whole.mean.size else (nan, nan)
+    corrected = metrics.frechet_jackknife(parts, reference) if name == "fid" and len(features) >= 2 * whole.mean.size else (nan, nan)
     return values | ({f"{name}_corrected": corrected[0], f"{name}_corrected_se": corrected[1]} if name == "fid" else {})
 
 
@@ -163,7 +169,7 @@ def _warnings(values: dict[str, Any], labels: ndarray | None) -> list[str]:
     if n < POOL:
         found.append(f"{n} samples are fewer than the {POOL} feature dimensions: FID and sFID are mostly finite-sample bias and compare with nothing")
     if n < 4 * POOL:
-        found.append(f"{n} samples are fewer than {4 * POOL}: no error and no bias correction of FID")
+        found.append(f"{n} samples are fewer than {4 * POOL}: no sampling error of FID" + (", no bias correction" if n < 2 * POOL else ""))
     if values.get("kid_subset", KID_SIZE) < KID_SIZE:
         found.append(f"KID is over subsets of {values['kid_subset']}, not {KID_SIZE}")
     if labels is not None and n > 1:

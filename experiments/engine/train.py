@@ -28,12 +28,13 @@ LOG_EVERY = 50
 
 @dataclass(frozen=True)
 class Resources:
-    """What a run is given, which does not name it: device, samples at a time, and steps between checkpoints."""
+    """What a run is given, which does not name it: device, samples at a time, steps between checkpoints, a published file."""
 
     device: str = "cpu"
     micro_batch: int | None = None
     sample_batch: int = 250
     checkpoint_every: int = 2000
+    checkpoint: Path | None = None
 
 
 def build(spec: Backbone, seed: int, device: torch.device) -> nn.Module:
