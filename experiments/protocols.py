@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from experiments.engine.spec import Backbone, Cost, Data, Evaluate, Recipe, Row, Sampler, Timing, Train
 
@@ -69,6 +69,16 @@ IMAGENET256 = Protocol(
     hardware="8 A100",
 )
 
+IMAGENET256_GUIDED = replace(
+    IMAGENET256,
+    name="imagenet256_guided",
+    recipe=replace(IMAGENET256.recipe, steps=3_750_000),
+    sampler=Sampler(scale=1.4),
+    source="DiCo paper, Tables 1 and 6; the guidance scale is the authors' (README)",
+    cost_hours=266,
+    hardware="32 A100 (DiCo-XL)",
+)
+
 IMAGENET512 = Protocol(
     name="imagenet512",
     data=Data("imagenet512", size=64, channels=4, num_classes=1000, flip=True),
@@ -83,7 +93,7 @@ IMAGENET512 = Protocol(
     hardware="64 A100 (DiCo-XL)",
 )
 
-PROTOCOLS = {protocol.name: protocol for protocol in (DIGITS, CIFAR10, IMAGENET256, IMAGENET512)}
+PROTOCOLS = {protocol.name: protocol for protocol in (DIGITS, CIFAR10, IMAGENET256, IMAGENET256_GUIDED, IMAGENET512)}
 
 
 def network(row: Row, protocol: Protocol) -> Backbone:
