@@ -1,6 +1,6 @@
 """What differs between two results: `python experiments/diff_protocol.py A.json B.json` (Evaluate records).
 
-Prints every field of the two manifests that is not equal, with the known size of its effect on the score and its source. Exit
+Prints every field of the two manifests that is not equal, with the known size of its effect (on ImageNet's FID) and its source. Exit
 status 0 if the scores may be ranked, 1 if the protocols differ, 2 for files that are no records.
 """
 
@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from experiments.engine.manifest import differences, effect, incomparable, of_record
+from experiments.engine.manifest import ABSENT, differences, effect, incomparable, of_record
 from experiments.engine.store import Record, read_record
 
 HARDWARE = ("device", "cpu", "world_size", "sample_batch", "commit", "dirty")
@@ -27,9 +27,13 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     manifests = [of_record(record.spec, record.values, record.provenance) for record in (a, b)]
-    for key, left, right in differences(*manifests):
+    found = differences(*manifests)
+    for key, left, right in (one for one in found if ABSENT not in one):
         size, source = effect(key)
         print(f"{key}: {left} | {right}" + (f"\n    known effect: {size}" if size else "") + (f" ({source})" if source else ""))
+    for side, column in ((args.a, 1), (args.b, 2)):
+        if silent := [one[0] for one in found if one[column] == ABSENT]:
+            print(f"{side.name} does not record {', '.join(silent)}")
     for key in HARDWARE:
         if a.provenance.get(key) != b.provenance.get(key):
             print(f"run on: {key}: {a.provenance.get(key)} | {b.provenance.get(key)}")

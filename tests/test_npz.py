@@ -15,7 +15,7 @@ from numpy.lib import format as npy
 
 from experiments.engine.npz import POOL, SPATIAL, Images, has_images, statistics, write
 
-IMAGES = np.random.default_rng(0).integers(0, 256, (7, 5, 3, 3), dtype=np.uint8)
+IMAGES = np.random.default_rng(0).integers(0, 256, (7, 5, 4, 3), dtype=np.uint8)
 
 
 def written(path: Path, save: Callable[..., None] = np.savez, **arrays: Any) -> Path:
@@ -129,7 +129,7 @@ def test_what_is_no_archive_or_cut_short_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="not a readable"):
         Images(path)
     header = io.BytesIO()
-    npy.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (9, 5, 3, 3)})
+    npy.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (9, 5, 4, 3)})
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("arr_0.npy", header.getvalue() + IMAGES.tobytes())
     with pytest.raises(ValueError, match="cut short after"):

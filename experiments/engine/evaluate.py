@@ -36,7 +36,7 @@ def run(spec: Evaluate, folder: Path, cache: Path, resources: Resources, report:
     require_features(spec)
     values, found = _digits(spec, folder, cache, resources) if spec.features == "digits" else _inception(spec, folder, resources, report)
     with precision(spec.precision, torch.device(resources.device)):
-        found |= {"flags": flags(), "versions": _versions("torch", "numpy", "scipy", *(("torch-fidelity", "diffusers") if spec.features == "inception" else ()))}
+        found |= {"flags": flags(), "versions": {"torch": torch.__version__} | _versions("numpy", "scipy", *(("torch-fidelity", "diffusers") if spec.features == "inception" else ()))}
     model = {"weights_sha256": found.pop("network"), "key": "ema"}
     return values | {"manifest": manifest(canonical(spec, full=True), model, found)}
 

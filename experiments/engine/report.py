@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from experiments.engine.manifest import incomparable, of_record, score_name
 from experiments.engine.spec import Row, Stage, Table
 from experiments.engine.store import Record, Store
 from experiments.protocols import Protocol, cost_stage, evaluate_stage, timing_stage, train_stage
@@ -56,7 +57,7 @@ def main_sheet(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Seq
     if not table.counts_only:
         machine = "this machine" if where == "records" else "reference"
         columns += [(f"throughput, {machine}", "img/s"), (f"throughput, {machine}", "rel."), ("paper, A100", "rel.")]
-        columns += [(f"{protocol.name} ({machine}, {_seed_words(seeds)})", name.removesuffix(f"_{protocol.name}") if name != "fd_digits" else name) for name in scores]
+        columns += [(f"{protocol.name} ({machine}, {_seed_words(seeds)})", _score_header(name, protocol)) for name in scores]
         columns += [("paper: ImageNet 256, 400K steps", name) for name in PAPER_SCORES.values()]
     sheet = Sheet(f"Table {table.number}: {table.title} ({table.source})", columns)
     published = store.published(table.published, table.key)
@@ -82,7 +83,7 @@ def comparison_sheet(table: Table, rows: Sequence[Row], protocol: Protocol, seed
     """This machine's scores beside the committed reference's, and whether they agree within their error."""
     scores = list(SCORES[protocol.features])
     columns = [("", "row"), ("throughput, rel.", "reference"), ("throughput, rel.", "here")]
-    columns += [(name, side) for name in scores for side in ("reference", "here")] + [("", "reproduced")]
+    columns += [(name if protocol.features == "digits" else score_name(name, protocol.num), side) for name in scores for side in ("reference", "here")] + [("", "reproduced")]
     sheet = Sheet(f"Table {table.number} on {protocol.name}: this machine against the reference", columns)
     reference = {row.label: _values(store, row, protocol, REFERENCE_SEEDS, "reference") for row in rows}
     here = {row.label: _values(store, row, protocol, seeds, "records") for row in rows}
@@ -99,11 +100,21 @@ def comparison_sheet(table: Table, rows: Sequence[Row], protocol: Protocol, seed
                 off.append(name)
         verdict = "-" if not known else "spread unknown" if None in spread.values() else "no: " + ", ".join(off) if off else "yes"
         sheet.rows.append([*cells, Cell(words=verdict)])
+    clashes = {field for row in rows for field in _clashes(_records(store, row, protocol, seeds, "records"), _records(store, row, protocol, REFERENCE_SEEDS, "reference"))}
     sheet.notes.append(
         "reproduced: every score lies within the reference's spread over training seeds, pooled over the rows "
         f"(two-sided {1 - LEVEL:.0%} for all {comparisons} comparisons together, Bonferroni; fd on a log scale)"
     )
+    if clashes:
+        sheet.notes.append(f"this machine measured under another protocol than the reference, in {', '.join(sorted(clashes))} (experiments/diff_protocol.py says what that does)")
     return sheet
+
+
+def _score_header(name: str, protocol: Protocol) -> str:
+    """Digits scores say so where they could be taken for Inception's; the others carry their N."""
+    if protocol.features != "digits":
+        return score_name(name, protocol.num)
+    return name.removesuffix(f"_{protocol.name}") if name != "fd_digits" else name
 
 
 def _seed_words(seeds: Sequence[int]) -> str:
@@ -133,8 +144,19 @@ def _paper(row: dict[str, str], key: str) -> Cell:
 
 
 def _values(store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], where: str) -> list[dict[str, float]]:
+    return [record.values for record in _records(store, row, protocol, seeds, where)]
+
+
+def _records(store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], where: str) -> list[Record]:
     found = (store.latest(evaluate_stage(row, protocol, seed), where) for seed in seeds)
-    return [record.values for record in found if record is not None]
+    return [record for record in found if record is not None]
+
+
+def _clashes(records: Sequence[Record], base: Sequence[Record]) -> list[str]:
+    """Fields of the protocol in which a record differs from the first of `base`: such scores are not ranked."""
+    first = [of_record(record.spec, record.values, record.provenance) for record in base[:1]]
+    found = (field for record in records for one in first for field in incomparable(one, of_record(record.spec, record.values, record.provenance)))
+    return sorted({field.removeprefix("measure.") for field in found})
 
 
 def _score(store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], name: str, where: str) -> Cell:
@@ -210,6 +232,7 @@ def _notes(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequenc
     evaluated = [record for row in rows for seed in seeds if (record := store.latest(evaluate_stage(row, protocol, seed), where))]
     if evaluated:
         notes.append("run on " + "; ".join(sorted({f"{r.provenance['device'] if r.provenance['device'] != 'cpu' else r.provenance['cpu']}, torch {r.provenance['torch']}" for r in evaluated})))
+    notes += [f"warning: {text}" for text in sorted({text for record in evaluated for text in record.values.get("warnings", [])})]
     if any(record.provenance["dirty"] for record in evaluated):
         notes.append("some records come from a tree with uncommitted changes")
     return notes
@@ -233,10 +256,14 @@ def _resolved(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequ
     if spread is None:
         spread, whose = _pooled(name, [_values(store, row, protocol, REFERENCE_SEEDS, "reference") for row in table.rows]), "the reference's"
     base = here[table.baseline.label]
-    others = [row.label for row in rows if row.label != table.baseline.label and here[row.label]]
+    first = _records(store, table.baseline, protocol, seeds, where)
+    clashes = {row.label: _clashes(_records(store, row, protocol, seeds, where), first) for row in rows}
+    refused = [f"{label} (other {', '.join(fields)})" for label, fields in clashes.items() if fields]
+    others = [row.label for row in rows if row.label != table.baseline.label and here[row.label] and not clashes[row.label]]
     if spread is None or not base or not others:
-        return f"{name}: no difference can be called resolved: the spread over training seeds is unknown (one seed, no reference)." if base and others else ""
-    words: dict[str, list[str]] = {"better": [], "worse": [], "not resolved": []}
+        words = [f"{name}: no difference can be called resolved: the spread over training seeds is unknown (one seed, no reference)."] if base and others else []
+        return " ".join(words + [f"Not compared, measured under another protocol: {'; '.join(refused)}."] * bool(refused))
+    words: dict[str, list[str]] = {"better": [], "worse": [], "not resolved": [], "not compared, measured under another protocol": refused}
     for label in others:
         difference = statistics.fmean(_scaled(name, here[label])) - statistics.fmean(_scaled(name, base))
         if abs(difference) <= _reach(spread, len(here[label]), len(base), len(others)):
