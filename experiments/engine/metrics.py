@@ -196,7 +196,8 @@ def _root(cov: ndarray) -> ndarray:
 
 
 def _cubic(a: ndarray, b: ndarray) -> ndarray:
-    return (a @ b.T / a.shape[1] + 1) ** 3
+    k = a @ b.T / a.shape[1] + 1
+    return k * k * k  # a power is many times slower
 
 
 def _jackknife(whole: float, deleted: Sequence[float], sizes: Sequence[int]) -> tuple[float, float]:
