@@ -66,7 +66,7 @@ def test_a_stopped_run_goes_on_and_draws_nothing_twice(tmp_path: Path):
 
     with pytest.raises(KeyboardInterrupt):
         drawn(tmp_path / "cut", decode=failing)
-    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == ["00000000.npy", "00000005.npy", "made.json"]
+    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == ["00000000.npy", "00000005.npy", "counts", "made.json"]
     asked.clear()
     again = drawn(tmp_path / "cut", decode=lambda x: asked.append(len(x)) or x)
     assert sum(asked) == 13 and (levels(again) == whole).all()
@@ -87,7 +87,7 @@ def test_packed_files_read_back_with_labels_order_and_origin(tmp_path: Path):
     np.testing.assert_array_equal(np.concatenate(list(packed.batches())), levels(found))
     np.testing.assert_array_equal(packed.labels, found.labels)
     np.testing.assert_array_equal(packed.index, found.index)
-    assert packed.made == MADE | {"labels": "random", "seed": 0}
+    assert packed.made == MADE | {"labels": "random", "seed": 0, "nfe": 3}
 
 
 def test_pngs_are_lossless_and_named_by_index_and_label(tmp_path: Path):

@@ -36,15 +36,27 @@ class Data:
 
 @dataclass(frozen=True)
 class Diffusion:
-    """iDDPM with linear betas and learned-range variance (Nichol & Dhariwal 2021)."""
+    """How data become noise, and what the network makes of it.
+
+    'iddpm': `num_steps` steps of the named `betas`, which the network knows as `first_step` and on; it predicts the noise
+    and, where `variance` is 'learned', a variance within the range of iDDPM (else 'fixed', the posterior's).
+    'flow': the velocity on `path`, 'linear' or 'gvp', for times in [0, 1]; nothing else is read.
+    """
 
     name: str = "iddpm"
     num_steps: int = 1000
+    betas: str = "linear"
+    variance: str = "learned"
+    first_step: int = 0
+    path: str = "linear"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """AdamW; linear `warmup` steps, then `decay` 'constant' or 'cosine' (to zero); EMA of every parameter."""
+    """AdamW; linear `warmup` steps, then `decay` 'constant' or 'cosine' (to `lr_min`); EMA of every parameter.
+
+    `grad_clip` is the largest norm of the whole gradient (None: any).
+    """
 
     steps: int
     batch: int
@@ -57,6 +69,9 @@ class Recipe:
     label_dropout: float = 0.1
     precision: str = "fp32"
     compile: bool = False
+    lr_min: float = 0.0
+    eps: float = 1e-8
+    grad_clip: float | None = None
 
 
 @dataclass(frozen=True)
@@ -81,13 +96,23 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Sampler:
-    """`scale` 1 is no guidance; `channels` are the guided noise channels (None: all); `interval` in training steps."""
+    """`scale` 1 is no guidance; `channels` are the guided noise channels (None: all); `interval` in the network's times.
+
+    `eta` is ddim's; `atol` and `rtol` are dopri5's, which takes as many steps as they need; `form` of the noise and the
+    last step of size `last_size` are the sde's.
+    """
 
     name: str = "ancestral"
     num_steps: int = 250
     scale: float = 1.0
     channels: int | None = 3
     interval: tuple[int, int] = (0, 1000)
+    eta: float = 0.0
+    atol: float = 1e-6
+    rtol: float = 1e-3
+    form: str = "sigma"
+    last_step: str = "mean"
+    last_size: float = 0.04
 
 
 @dataclass(frozen=True)
