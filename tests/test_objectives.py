@@ -139,7 +139,7 @@ def test_dpm_solver_converges_to_the_flow_at_order_two():
 
     errors = [error(dpm_solver, diffusion, num_steps=n) for n in (64, 512, 1024, 2048)]
     assert math.log2(errors[1] / errors[2]) == pytest.approx(2, abs=0.15) and math.log2(errors[2] / errors[3]) == pytest.approx(2, abs=0.1), errors
-    assert errors[0] < 0.4 * error(ddim, diffusion.respaced(64))
+    assert errors[0] < 0.7 * error(ddim, diffusion.respaced(64))
 
 
 @pytest.mark.parametrize("num_steps", [27, 37, 111])

@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from experiments.engine.store import Record
 
 ABSENT = "not recorded"
 
@@ -86,6 +90,13 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, An
 def incomparable(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """Fields of `measure` in which two manifests are known to differ: scores under them must not be ranked."""
     return [key for key, *values in differences(a, b) if key.startswith("measure.") and ABSENT not in values]
+
+
+def clashes(records: Sequence[Record], base: Sequence[Record]) -> list[str]:
+    """Fields, without `measure.`, in which any record is known to differ from the first of `base`; none where that is empty."""
+    first = [of_record(record.spec, record.values, record.provenance) for record in base[:1]]
+    found = (field for record in records for one in first for field in incomparable(one, of_record(record.spec, record.values, record.provenance)))
+    return sorted({field.removeprefix("measure.") for field in found})
 
 
 def effect(key: str) -> tuple[str, str]:

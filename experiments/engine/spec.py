@@ -25,13 +25,19 @@ class Backbone:
 
 @dataclass(frozen=True)
 class Data:
-    """A labelled set as the network sees it: `channels` x `size` x `size`, latents or pixels in [-1, 1]."""
+    """A labelled set as the network sees it: `channels` x `size` x `size`, latents or pixels in [-1, 1].
+
+    Of VAE latents, `latents` says what is stored: posterior 'moments', drawn from anew at every visit, or 'fixed' samples.
+    `vae` is 'sd-vae-ft' (ema and mse share their encoder) or the hash of another VAE's encoder.
+    """
 
     name: str
     size: int
     channels: int
     num_classes: int
     flip: bool = False
+    latents: str = "moments"
+    vae: str = "sd-vae-ft"
 
 
 @dataclass(frozen=True)
@@ -157,24 +163,41 @@ Stage = Train | Evaluate | Timing | Cost
 
 
 @dataclass(frozen=True)
+class Method:
+    """How a paper trains and samples its network, and where that is said."""
+
+    diffusion: Diffusion
+    recipe: Recipe
+    sampler: Sampler
+    source: str
+
+
+@dataclass(frozen=True)
 class Row:
     """A declared row: the network as published and, for small protocols, the options that shrink it.
 
-    `published` is the row's key in the table's CSV; None where the paper has no such row.
+    `small` can also be a network of its own, which several rows share. `published` is the row's key in the table's CSV;
+    None where the paper has no such row. Without a `backbone` the row holds published numbers alone. `method` is its
+    paper's, None where that is the protocols'. `costs` are the networks that make the published system, where it is not
+    the backbone alone at 32x32x4. A `heavy` row is timed on a CPU only where it is named.
     """
 
     label: str
-    backbone: Backbone
-    small: dict[str, Any]
+    backbone: Backbone | None
+    small: dict[str, Any] | Backbone
     published: str | None
     note: str = ""
+    method: Method | None = None
+    costs: tuple[Cost, ...] = ()
+    heavy: bool = False
 
 
 @dataclass(frozen=True)
 class Table:
     """Declared rows with their source; `published` names the CSV under results/published and its key columns.
 
-    `outside` rows are run and shown only when they are named. `baseline` is the row that the others are compared with.
+    `outside` rows are run and shown only when they are named. `baseline` is the row that the others are compared with:
+    the one labelled `against`, else the first. `conditions` are those of the published scores.
     """
 
     number: int
@@ -185,10 +208,13 @@ class Table:
     rows: tuple[Row, ...]
     outside: tuple[Row, ...] = ()
     counts_only: bool = False
+    timed: bool = True
+    against: str | None = None
+    conditions: str = "ImageNet 256, 400K steps"
 
     @property
     def baseline(self) -> Row:
-        return self.rows[0]
+        return next(row for row in self.rows if self.against in (None, row.label))
 
 
 def canonical(value: Any, full: bool = False) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import backbones
 from experiments.engine import attempts, checkpoint, preemption
-from experiments.engine.data import ImageSet, batch_indices, load
+from experiments.engine.data import ImageSet, batch_indices, batches, load
 from experiments.engine.distributed import ALONE, Agreement, Group
 from experiments.engine.heartbeat import Heartbeat
 from experiments.engine.monitor import Diverged, Log, require_boards, trouble
@@ -80,8 +81,8 @@ class Trainer:
         self.ema = build(spec.backbone, spec.seed, device).requires_grad_(False)
         recipe = spec.recipe
         self.forward: nn.Module = self.model
-        if group.world_size > 1:  # a network without random buffers: nothing but gradients travels
-            self.forward = DistributedDataParallel(self.model, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=not recipe.compile)
+        if group.world_size > 1:
+            self.forward = _exchanging(self.model, static=not recipe.compile and self.micro_batch >= self.mine.stop - self.mine.start)
         self.without_exchange = self.forward.no_sync if group.world_size > 1 else nullcontext
         if recipe.compile:
             self.forward = torch.compile(self.forward)
@@ -109,13 +110,12 @@ class Trainer:
     def steps(self, images: ImageSet) -> Iterator[Tensor]:
         """Train from the step reached to the last, yielding each step's loss (0-d, on the device): this rank's share of the sum."""
         recipe = self.spec.recipe
-        while self.step < recipe.steps:
-            x0, y = images.take(batch_indices(len(images), recipe.batch, self.spec.seed, self.step)[self.mine])
-            loss = self._update(x0.to(self.device), y.to(self.device))
+        for x0, y in batches(images, recipe.batch, self.spec.seed, range(self.step, recipe.steps), self.device, self.mine):
+            loss = self._update(x0, y, images.flip)
             self.step += 1
             yield loss
 
-    def _update(self, x0: Tensor, y: Tensor) -> Tensor:
+    def _update(self, x0: Tensor, y: Tensor, flip: bool) -> Tensor:
         """One optimiser step on this rank's part of a global batch, whose noise depends on (seed, step) and the place in it only."""
         recipe, n, mine = self.spec.recipe, self.spec.recipe.batch, self.mine
         noise = generator_at("train", self.spec.seed, self.step, device=self.device)
@@ -124,7 +124,7 @@ class Trainer:
         dropped = torch.rand(n, generator=noise, device=self.device)[mine] < recipe.label_dropout
         flipped = torch.rand(n, generator=noise, device=self.device)[mine] < 0.5
         y = torch.where(dropped, self.spec.data.num_classes, y)
-        if self.spec.data.flip:
+        if flip:
             x0 = torch.where(flipped[:, None, None, None], x0.flip(-1), x0)
         total = torch.zeros((), device=self.device)
         for part in torch.arange(len(x0)).split(self.micro_batch):
@@ -143,6 +143,16 @@ class Trainer:
         self.optimizer.zero_grad()
         update_ema(self.ema, self.model, recipe.ema)
         return total
+
+
+def _exchanging(model: nn.Module, static: bool) -> DistributedDataParallel:
+    """The network with its gradients averaged over the ranks while the backward pass runs; its buffers are constants and stay.
+
+    A graph declared `static` may leave parameters unused; PyTorch excludes that with accumulation and compilation.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions rename broadcast_buffers, older ones know no other name
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=static)
 
 
 @torch.no_grad()
@@ -218,6 +228,7 @@ def run(
         "resumed_at": first,
         "images_per_s": (trainer.step - first) * recipe.batch / (time.perf_counter() - started),
         "weights_sha256": weights,
+        **images.identity,
     }
 
 
