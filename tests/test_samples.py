@@ -115,6 +115,31 @@ def test_a_published_checkpoint_is_sampled_under_its_own_id(tmp_path: Path):
     np.testing.assert_array_equal(levels(found), levels(drawn(tmp_path / "direct")))
 
 
+def test_latents_are_decoded_by_the_declared_vae(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("diffusers")
+    from latent_sets import write_vae
+
+    from experiments.engine.autoencoder import load_autoencoder
+
+    monkeypatch.setenv("DICO_VAE", str(write_vae(tmp_path / "vae")))
+    data, backbone = Data("latents", size=8, channels=4, num_classes=10), Backbone("dico_s", TINY.options | dict(in_channels=4))
+    model = build(backbone, 0, CPU)
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    spec = replace(SPEC, train=Checkpoint(backbone, data, "0" * 64), num=6)
+    resources = Resources(checkpoint=tmp_path / "a.pt", sample_batch=4)
+    found = sampled(spec, tmp_path / "runs" / "x", resources, lambda *progress: None)
+    vae = load_autoencoder(str(tmp_path / "vae"))
+    x = vae.decode(torch.cat([x for x, _ in images(spec, model.eval(), CPU, 4)]))
+    assert np.abs(levels(found).astype(int) - to_uint8(x).permute(0, 2, 3, 1).numpy()[found.index]).max() <= 1
+    assert found.shape == (6, 8 * vae.factor, 8 * vae.factor, 3) and found.made["decoder"]["sha256"] == vae.weights
+    monkeypatch.setenv("DICO_VAE", str(write_vae(tmp_path / "other", seed=1)))
+    with pytest.raises(ValueError, match="another decoder"):
+        sampled(spec, tmp_path / "runs" / "x", resources, lambda *progress: None)
+    foreign = replace(spec, train=replace(spec.train, data=replace(data, vae="0" * 16)))
+    with pytest.raises(ValueError, match="latents of another VAE"):
+        sampled(foreign, tmp_path / "runs" / "x", resources, lambda *progress: None)
+
+
 @pytest.mark.slow
 def test_the_inception_stage_runs_from_weights_to_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Untrained Inception weights in a file, pixels of three channels, the training images as reference, drawn before the score."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -13,8 +15,12 @@ from test_scores import Grey
 
 from backbones import build, tiny_options_of
 from experiments import calibrate, evaluate, evaluate_checkpoint, sample
+from experiments.engine import evaluate as stage
 from experiments.engine import inception, npz, scores, sources
-from experiments.protocols import IMAGENET256, IMAGENET256_GUIDED
+from experiments.engine.data import ImageSet
+from experiments.engine.spec import Data, Sampler
+from experiments.engine.store import read_record
+from experiments.protocols import CIFAR10, IMAGENET256, IMAGENET256_GUIDED
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (80, 4, 4, 3), dtype=np.uint8)
 
@@ -123,6 +129,25 @@ def test_a_dry_run_says_what_is_missing_and_what_it_would_cost(checkpoint: Path,
     assert status == 0 and "500 evaluations" in out and "guidance scale 1.4" in out
     status, _, err = run(evaluate_checkpoint, capsys, monkeypatch, *arguments, "imagenet256", "--results", tmp_path / "results")
     assert status == 2 and "lacks the Inception weights" in err and not (tmp_path / "results").exists()
+
+
+def test_a_checkpoint_is_sampled_scored_and_recorded(grey, tmp_path: Path, capsys, monkeypatch):
+    """The whole path in small: pixels of 8 x 8, twelve images, a stand-in for Inception, the set's own images as reference."""
+    data = Data("pixels", size=8, channels=3, num_classes=10)
+    torch.save({"ema": build("dico_s", input_size=8, in_channels=3, num_classes=10).state_dict(), "args": Namespace(lr=1)}, tmp_path / "net.pt")
+    monkeypatch.setattr(evaluate_checkpoint, "PROTOCOLS", {"tiny": replace(CIFAR10, name="tiny", data=data, sampler=Sampler(num_steps=2), num=12)})
+    pixels = ImageSet(np.random.default_rng(0).uniform(-1, 1, (30, 3, 8, 8)).astype(np.float32), np.arange(30) % 10, data)
+    monkeypatch.setattr(stage, "load", lambda asked: pixels)
+    (tmp_path / "weights").write_bytes(b"")
+    monkeypatch.setenv("DICO_INCEPTION", str(tmp_path / "weights"))
+    arguments = "--backbone", "dico_s", "--checkpoint", tmp_path / "net.pt", "--protocol", "tiny", "--device", "cpu", "--results", tmp_path / "results"
+    status, out, err = run(evaluate_checkpoint, capsys, monkeypatch, *arguments)
+    assert status == 0 and "net.pt, tiny, manifest " in out and "FID-12 " in out and "the paper has no such row" in out, err
+    (path,) = (tmp_path / "results" / "records" / "evaluate").glob("*.json")
+    values = read_record(path).values
+    assert values["nfe"] == 2 and values["manifest"]["model"]["sha256"] == npz.sha256(tmp_path / "net.pt")
+    again = run(evaluate_checkpoint, capsys, monkeypatch, *arguments)
+    assert again[:2] == (0, out) and len(list(path.parent.iterdir())) == 1
 
 
 def test_the_papers_values_stand_beside_ours():

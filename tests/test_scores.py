@@ -23,9 +23,9 @@ class Grey:
     sha256 = "0" * 64
 
     def features(self, batches):
-        mix = np.random.default_rng(0)
-        weights = [mix.standard_normal((48, width)) / 500 for width in (6, 5, 4)]
         for batch in batches:
+            mix = np.random.default_rng(0)
+            weights = [mix.standard_normal((batch[0].size, width)) / 500 for width in (6, 5, 4)]
             pool, spatial, logits = (batch.reshape(len(batch), -1).astype(np.float32) @ w.astype(np.float32) for w in weights)
             p = np.exp(logits)
             yield pool, spatial, p / p.sum(1, keepdims=True)

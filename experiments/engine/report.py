@@ -259,9 +259,7 @@ def _notes(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequenc
     if evaluated:
         notes.append("run on " + "; ".join(sorted({f"{r.provenance['device'] if r.provenance['device'] != 'cpu' else r.provenance['cpu']}, torch {r.provenance['torch']}" for r in evaluated})))
     notes += [f"warning: {text}" for text in sorted({text for record in evaluated for text in record.values.get("warnings", [])})]
-    if any(record.provenance["dirty"] for record in evaluated):
-        notes.append("some records come from a tree with uncommitted changes")
-    return notes
+    return notes + ["some records come from a tree with uncommitted changes"] * any(record.provenance["dirty"] for record in evaluated)
 
 
 def _score_note(protocol: Protocol, seeds: Sequence[int]) -> str:

@@ -131,6 +131,8 @@ def decoder_of(data: Data, device: torch.device) -> tuple[Callable[[Tensor], Ten
     from experiments.engine.autoencoder import SCALE, load_autoencoder
 
     vae = load_autoencoder(vae_source(), device)
+    if data.vae not in ("sd-vae-ft", vae.encoder):
+        raise ValueError(f"set {data.name} holds latents of another VAE (encoder {data.vae}) than $DICO_VAE names ({vae.name}, encoder {vae.encoder})")
     return vae.decode, {"name": vae.name, "sha256": vae.weights, "scale": SCALE, "dtype": "fp32"}
 
 
