@@ -12,17 +12,19 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from experiments.ablation import TABLES
+from experiments import ablation, main_results
 from experiments.engine.launch import Job
 from experiments.engine.progress import Progress
 from experiments.engine.sources import require_data
 from experiments.engine.store import REPOSITORY, Store
 from experiments.protocols import PROTOCOLS, evaluate_stage
 
+TABLES = ablation.TABLES | main_results.TABLES
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", type=int, choices=list(TABLES), required=True)
+    parser.add_argument("--table", type=int, choices=sorted(TABLES), required=True)
     parser.add_argument("--row", required=True, help="by its label")
     parser.add_argument("--protocol", choices=list(PROTOCOLS), default="digits")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the training run (default: 0)")
@@ -51,6 +53,8 @@ def _run(args: argparse.Namespace) -> int:
     rows = {row.label: row for row in (*table.rows, *table.outside)}
     if args.row not in rows:
         raise ValueError(f"table {table.number} has no row {args.row!r}; known: {', '.join(map(repr, rows))}")
+    if rows[args.row].backbone is None:
+        raise ValueError(f"row {args.row!r} holds published numbers only: there is no network to sample")
     if args.batch < 1 or (args.num is not None and args.num < 1):
         raise ValueError("--num and --batch take numbers from 1 on")
     spec = evaluate_stage(rows[args.row], protocol, args.seed)
@@ -62,14 +66,16 @@ def _run(args: argparse.Namespace) -> int:
     import torch
 
     from experiments.engine.execute import require_device
+    from experiments.engine.heartbeat import claimed
     from experiments.engine.samples import sampled
     from experiments.engine.train import Resources
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     require_device(device)
     out, job = args.out or store.run_dir(spec) / "samples.npz", Job(f"{args.row}, {spec.num} images", (spec,))
-    with store.lock(spec), Progress(total=1) as progress:
-        samples = sampled(spec, store.run_dir(spec.train), Resources(device, sample_batch=args.batch), lambda *state: progress.notify(job, "progress", state))
+    with claimed(store.run_dir(spec)) as beat, Progress(total=1) as progress:
+        resources = Resources(device, sample_batch=args.batch)
+        samples = sampled(spec, store.run_dir(spec.train), resources, lambda *state: progress.notify(job, "progress", state), beat=beat)
         samples.pack(out)
         if args.png:
             samples.write_png(args.png)
