@@ -43,16 +43,22 @@ def _run(args: argparse.Namespace) -> None:
 
     from experiments.engine import inception, scores
     from experiments.engine.execute import require_device
-    from experiments.engine.npz import Images
+    from experiments.engine.npz import Images, has_images, statistics
 
     if args.paired and len(args.samples) != 2:
         raise ValueError(f"--paired compares two sample files, got {len(args.samples)}")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     require_device(device)
-    files = [Images(path) for path in args.samples]
+    for path in args.samples:
+        if not has_images(path) and not (statistics(path) and not args.paired):
+            raise ValueError(f"{path.name}: holds no images (arr_0)" + ("" if statistics(path) else " and no statistics (mu, sigma)"))
+    files = [Images(path) for path in args.samples if has_images(path)]
     order = _common_order(*files) if args.paired else None
     extractor = inception.load(args.inception, device)
     reference = scores.read_reference(extractor, args.against)
+    for path in (path for path in args.samples if not has_images(path)):
+        found = scores.distances(statistics(path), reference)
+        print("\n".join([f"{path.name} against {args.against.name}, statistics only: N and errors are unknown", *(f"  {name:15} {value:.4f}" for name, value in found.items())]))
     measured = []
     for images in files:
         measured.append(scores.measure(extractor, images.batches()))

@@ -158,7 +158,7 @@ def test_the_inception_stage_runs_from_weights_to_record(tmp_path: Path, monkeyp
         evaluate.run(spec, tmp_path / "runs" / "a", tmp_path, Resources())
     monkeypatch.setattr(inception, "SHA256", "")
     heard: list[int] = []
-    values = evaluate.run(spec, tmp_path / "runs" / "a", tmp_path, Resources(sample_batch=4), lambda done, *rest: heard.append(done))
+    values = evaluate.run(spec, tmp_path / "runs" / "a", tmp_path, Resources(sample_batch=4), report=lambda done, *rest: heard.append(done))
     assert heard == [5, 10, 11] and values["num"] == 11 and values["num_reference"] == 9
     assert np.isfinite([values[name] for name in ("fid", "sfid", "is", "precision", "recall", "kid")]).all() and values["fid"] > 0
     assert np.isnan(values["fid_se"]) and any("fewer than the 2048" in text for text in values["warnings"])

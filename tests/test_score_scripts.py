@@ -63,7 +63,16 @@ def test_common_seeds_are_paired_by_their_index(grey, tmp_path: Path, capsys, mo
         assert status == 2 and "different seeds" in err and err.count("\n") == 1
 
 
+def test_statistics_are_scored_as_far_as_they_go(grey, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr(npz, "POOL", 6)
+    for name, mean in (("a", 0.0), ("b", 2.0)):
+        np.savez(tmp_path / f"{name}.npz", mu=np.full(6, mean), sigma=np.eye(6))
+    status, out, _ = run(evaluate, capsys, monkeypatch, tmp_path / "a.npz", "--against", tmp_path / "b.npz")
+    assert status == 0 and "N and errors are unknown" in out and "fid             24.0000" in out and "is" not in out.split("unknown")[1]
+
+
 @pytest.mark.parametrize("arguments, complaint", [
+    (["nothing.npz"], "no images (arr_0) and no statistics"),
     (["missing.npz"], "no such file"),
     (["real.npz", "--paired"], "compares two sample files"),
     (["real.npz", "real.npz", "--paired"], "does not say from which seeds"),
@@ -74,6 +83,7 @@ def test_bad_files_are_one_line(arguments: list[str], complaint: str, tmp_path: 
     monkeypatch.chdir(tmp_path)
     np.savez("real.npz", arr_0=IMAGES)
     np.savez("floats.npz", arr_0=IMAGES / 255)
+    np.savez("nothing.npz", arr_1=np.arange(3))
     status, _, err = run(evaluate, capsys, monkeypatch, *arguments, "--against", "real.npz")
     assert status == 2 and complaint in err and err.startswith("error: ") and err.count("\n") == 1
 

@@ -21,7 +21,7 @@ from numpy import ndarray
 from experiments.engine import metrics
 from experiments.engine.inception import BATCH, Inception
 from experiments.engine.metrics import Moments
-from experiments.engine.neighbours import precision_recall, precision_recall_half
+from experiments.engine.neighbours import ADM_BLOCK, precision_recall, precision_recall_half
 from experiments.engine.npz import POOL, Images, has_images, sha256, statistics
 
 BLOCKS, NEIGHBOURS, KID_SIZE = 10, 3, 1000
@@ -111,8 +111,7 @@ def score(sample: Measured, reference: Reference, labels: ndarray | None = None,
     labels (N,) are those the images were made for, in file order; balanced says that every class's count was fixed. half adds
     precision and recall in ADM's arithmetic. What the reference does not allow is left out.
     """
-    n = len(sample.pool)
-    within = labels if balanced and labels is not None and n >= 2 * len(np.unique(labels)) else None
+    n, within = len(sample.pool), _fixed(labels, balanced)
     values: dict[str, Any] = {"num": n}
     for name, layer in (("fid", "pool"), ("sfid", "spatial")):
         if layer in reference.moments:
@@ -134,7 +133,7 @@ def paired(a: Measured, b: Measured, reference: Reference, labels: ndarray | Non
     """
     if len(a.pool) != len(b.pool):
         raise ValueError(f"a paired comparison needs as many samples of each model, got {len(a.pool)} and {len(b.pool)}")
-    within = labels if balanced else None
+    within = _fixed(labels, balanced)
     moments = [blocks_sum(side.pool) for side in (a, b)]
     fids = [metrics.frechet(side, reference.moments["pool"]) for side in moments]
     values: dict[str, Any] = {"num": len(a.pool), "fid_difference": fids[0] - fids[1], "fid_difference_se": nan, "fid_difference_se_unpaired": nan}
@@ -144,6 +143,17 @@ def paired(a: Measured, b: Measured, reference: Reference, labels: ndarray | Non
         values["fid_difference_se_unpaired"] = float(np.hypot(*(metrics.influence_se(part, within) for part in psi)))
     resolved = abs(values["fid_difference"]) > 2 * values["fid_difference_se"]
     return values | {"fid_relative": 2 * (fids[0] - fids[1]) / (fids[0] + fids[1]), "verdict": "resolved" if resolved else "not resolved"}
+
+
+def distances(sample: dict[str, Moments], reference: Reference) -> dict[str, float]:
+    """FID and sFID between statistics: all that a file without images allows."""
+    layers = {"fid": "pool", "sfid": "spatial"}
+    return {name: metrics.frechet(sample[layer], reference.moments[layer]) for name, layer in layers.items() if layer in sample and layer in reference.moments}
+
+
+def _fixed(labels: ndarray | None, balanced: bool) -> ndarray | None:
+    """Labels whose counts were fixed in advance, if there are enough of each to see their spread."""
+    return labels if balanced and labels is not None and len(labels) >= 2 * len(np.unique(labels)) else None
 
 
 def _distance(name: str, features: ndarray, reference: Moments, labels: ndarray | None) -> dict[str, float]:
@@ -158,7 +168,8 @@ def _distance(name: str, features: ndarray, reference: Moments, labels: ndarray 
 def _neighbourhoods(pool: ndarray, rows: ndarray, half: bool, device: torch.device | str) -> dict[str, float]:
     values: dict[str, float] = {"num_reference": len(rows)}
     for suffix, shares in (("", precision_recall), ("_half", precision_recall_half))[: 1 + half]:
-        precision, recall = shares(rows, pool, NEIGHBOURS, device=device)
+        block = 2000 if suffix == "" and torch.device(device).type == "cpu" else ADM_BLOCK
+        precision, recall = shares(rows, pool, NEIGHBOURS, block, device)
         values |= {f"precision{suffix}": precision, f"precision{suffix}_se": metrics.proportion_se(precision, len(pool))}
         values |= {f"recall{suffix}": recall, f"recall{suffix}_se": metrics.proportion_se(recall, len(rows))}
     return values
