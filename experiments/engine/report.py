@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from experiments.engine.manifest import clashes, score_name
 from experiments.engine.spec import Row, Stage, Table, spec_id
 from experiments.engine.store import Record, Store
 from experiments.protocols import Protocol, cost_stages, evaluate_stage, timed_rows, timing_stage, train_stage
@@ -61,7 +62,7 @@ def main_sheet(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Seq
     columns += [("params, M", "paper")] * (params is not None) + [("params, M", "ours"), ("Gflops", "paper"), ("Gflops", "ours"), ("Gflops", "core")]
     if not table.counts_only:
         columns += [(f"throughput, {machine}", "img/s"), (f"throughput, {machine}", "rel."), ("paper, A100", "rel.")] * table.timed
-        columns += [(f"{protocol.name} ({machine}, {_seed_words(seeds)})", name.removesuffix(f"_{protocol.name}") if name != "fd_digits" else name) for name in scores]
+        columns += [(f"{protocol.name} ({machine}, {_seed_words(seeds)})", _score_header(name, protocol)) for name in scores]
         columns += [(f"paper: {table.conditions}", name) for name in ("steps", "guided") if PAPER_CONDITIONS[name] in given]
         columns += [(f"paper: {table.conditions}", name) for name in PAPER_SCORES.values()]
     sheet = Sheet(f"Table {table.number}: {table.title} ({table.source})", columns)
@@ -87,7 +88,7 @@ def comparison_sheet(table: Table, rows: Sequence[Row], protocol: Protocol, seed
     """This machine's scores beside the committed reference's, and whether they agree within their error."""
     scores = list(SCORES[protocol.features])
     columns = [("", "row"), ("throughput, rel.", "reference"), ("throughput, rel.", "here")]
-    columns += [(name, side) for name in scores for side in ("reference", "here")] + [("", "reproduced")]
+    columns += [(name if protocol.features == "digits" else score_name(name, protocol.num), side) for name in scores for side in ("reference", "here")] + [("", "reproduced")]
     sheet = Sheet(f"Table {table.number} on {protocol.name}: this machine against the reference", columns)
     reference = {row.label: _values(store, row, protocol, REFERENCE_SEEDS, "reference") for row in rows}
     here = {row.label: _values(store, row, protocol, seeds, "records") for row in rows}
@@ -105,11 +106,21 @@ def comparison_sheet(table: Table, rows: Sequence[Row], protocol: Protocol, seed
                 off.append(name)
         verdict = "-" if not known else "spread unknown" if None in spread.values() else "no: " + ", ".join(off) if off else "yes"
         sheet.rows.append([*cells, Cell(words=verdict)])
+    other = {field for row in rows for field in clashes(_records(store, row, protocol, seeds, "records"), _records(store, row, protocol, REFERENCE_SEEDS, "reference"))}
     sheet.notes.append(
         "reproduced: every score lies within the reference's spread over training seeds, pooled over the rows "
         f"(two-sided {1 - LEVEL:.0%} for all {comparisons} comparisons together, Bonferroni; fd on a log scale)"
     )
+    if other:
+        sheet.notes.append(f"this machine measured under another protocol than the reference, in {', '.join(sorted(other))} (experiments/diff_protocol.py says what that does)")
     return sheet
+
+
+def _score_header(name: str, protocol: Protocol) -> str:
+    """Digits scores say so where they could be taken for Inception's; the others carry their N."""
+    if protocol.features != "digits":
+        return score_name(name, protocol.num)
+    return name.removesuffix(f"_{protocol.name}") if name != "fd_digits" else name
 
 
 def _seed_words(seeds: Sequence[int]) -> str:
@@ -152,8 +163,12 @@ def _relative(paper: dict[str, str], first: dict[str, str]) -> Cell:
 
 
 def _values(store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], where: str) -> list[dict[str, float]]:
+    return [record.values for record in _records(store, row, protocol, seeds, where)]
+
+
+def _records(store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], where: str) -> list[Record]:
     found = (store.latest(evaluate_stage(row, protocol, seed), where) for seed in seeds)
-    return [record.values for record in found if record is not None]
+    return [record for record in found if record is not None]
 
 
 def _score(store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], name: str, where: str) -> Cell:
@@ -245,9 +260,8 @@ def _notes(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequenc
         notes.append("run on " + "; ".join(sorted({f"{r.provenance['device'] if r.provenance['device'] != 'cpu' else r.provenance['cpu']}, torch {r.provenance['torch']}" for r in evaluated})))
     if nfe := _evaluations(rows, protocol, seeds, store, where):
         notes.append(nfe)
-    if any(record.provenance["dirty"] for record in evaluated):
-        notes.append("some records come from a tree with uncommitted changes")
-    return notes
+    notes += [f"warning: {text}" for text in sorted({text for record in evaluated for text in record.values.get("warnings", [])})]
+    return notes + ["some records come from a tree with uncommitted changes"] * any(record.provenance["dirty"] for record in evaluated)
 
 
 def _evaluations(rows: Sequence[Row], protocol: Protocol, seeds: Sequence[int], store: Store, where: str) -> str:
@@ -278,10 +292,14 @@ def _resolved(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequ
         spread, whose = _pooled(name, [_values(store, row, protocol, REFERENCE_SEEDS, "reference") for row in table.rows if row.backbone]), "the reference's"
     base = here[table.baseline.label]
     runs = {spec_id(evaluate_stage(row, protocol, 0)): row.label for row in (*reversed(rows), table.baseline)}  # rows that share runs count once
-    others = [label for label in reversed(runs.values()) if label != table.baseline.label and here[label]]
+    first = _records(store, table.baseline, protocol, seeds, where)
+    other = {row.label: clashes(_records(store, row, protocol, seeds, where), first) for row in (table.baseline, *rows)}
+    refused = [f"{label} (other {', '.join(fields)})" for label, fields in other.items() if fields]
+    others = [label for label in reversed(runs.values()) if label != table.baseline.label and here[label] and not other[label]]
     if spread is None or not base or not others:
-        return f"{name}: no difference can be called resolved: the spread over training seeds is unknown (one seed, no reference)." if base and others else ""
-    words: dict[str, list[str]] = {"better": [], "worse": [], "not resolved": []}
+        words = [f"{name}: no difference can be called resolved: the spread over training seeds is unknown (one seed, no reference)."] if base and others else []
+        return " ".join(words + [f"Not compared, measured under another protocol: {'; '.join(refused)}."] * bool(refused))
+    words: dict[str, list[str]] = {"better": [], "worse": [], "not resolved": [], "not compared, measured under another protocol": refused}
     for label in others:
         difference = statistics.fmean(_scaled(name, here[label])) - statistics.fmean(_scaled(name, base))
         if abs(difference) <= _reach(spread, len(here[label]), len(base), len(others)):
