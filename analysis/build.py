@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from analysis import figures_probes, style
 from analysis.figures import save, score_against_speed
 from experiments.ablation import TABLES
 from experiments.efficiency import counts_sheet
@@ -29,7 +30,14 @@ def main() -> int:
             save(score_against_speed(table, seeds, store), store.root / "figures", f"table{table.number}_score_speed")
         print(f"table {table.number}: {len(sheet.rows)} rows")
     _write(store.root / "tables", "counts", counts_sheet(store, where="reference"))
-    return 0
+    problems = []
+    for name, draw in figures_probes.FIGURES.items():
+        try:
+            style.save(draw(store), store.root / "figures", name)
+        except ValueError as error:
+            problems.append(f"problem: {name}: {error}")
+    print(*problems, sep="\n", end="\n" if problems else "")
+    return 1 if problems else 0
 
 
 def _write(folder: Path, name: str, sheet: Sheet) -> None:
