@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from experiments.engine.launch import Job, available_cores, run_here
@@ -141,6 +141,7 @@ def counts_sheet(store: Store, where: str = "records") -> Sheet:
             ours = system.saw(total) / 1e9 if system.saw else None
             core = total["macs_core"] / 1e9
             cells += [Cell(total["params_total"] / 1e6, None, 1), paper, Cell(ours), _off(ours, paper), Cell(core), _off(core, paper)]
+            cells = [cell if cell.value is None or cell is paper else replace(cell, records=tuple(records)) for cell in cells]
         else:
             cells += [Cell(), paper, Cell(), Cell(), Cell(), Cell()]
         sheet.rows.append([*cells, Cell(words=system.convention or "-")])

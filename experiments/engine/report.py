@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from experiments.engine.spec import Row, Stage, Table
 from experiments.engine.store import Record, Store
@@ -23,12 +23,17 @@ REFERENCE_SEEDS = range(10)
 
 @dataclass(frozen=True)
 class Cell:
-    """A value with an optional error, or words ('failed'); neither is a gap."""
+    """A value with an optional error, or words ('failed'); neither is a gap.
+
+    `records` are the records it was computed from; `best` marks what is better than every other row, resolved.
+    """
 
     value: float | None = None
     error: float | None = None
     digits: int = 2
     words: str = ""
+    records: tuple[Record, ...] = ()
+    best: bool = False
 
     def text(self) -> str:
         if self.words:
@@ -84,9 +89,9 @@ def comparison_sheet(table: Table, rows: Sequence[Row], protocol: Protocol, seed
     columns = [("", "row"), ("throughput, rel.", "reference"), ("throughput, rel.", "here")]
     columns += [(name, side) for name in scores for side in ("reference", "here")] + [("", "reproduced")]
     sheet = Sheet(f"Table {table.number} on {protocol.name}: this machine against the reference", columns)
-    reference = {row.label: _values(store, row, protocol, REFERENCE_SEEDS, "reference") for row in rows}
-    here = {row.label: _values(store, row, protocol, seeds, "records") for row in rows}
-    spread = {name: _pooled(name, [records for records in reference.values()]) for name in scores}
+    reference = {row.label: seed_values(store, row, protocol, REFERENCE_SEEDS, "reference") for row in rows}
+    here = {row.label: seed_values(store, row, protocol, seeds, "records") for row in rows}
+    spread = {name: pooled(name, [records for records in reference.values()]) for name in scores}
     comparisons = sum(bool(reference[row.label] and here[row.label]) for row in rows) * len(scores)
     for row in rows:
         cells = [Cell(words=row.label)]
@@ -119,11 +124,13 @@ def _of(record: Record | None, name: str, digits: int) -> Cell:
         return Cell()
     if record.status != "done":
         return Cell(words="failed")
-    return Cell(record.values.get(name), record.values.get(f"{name}_spread"), digits)
+    return Cell(record.values.get(name), record.values.get(f"{name}_spread"), digits, records=(record,))
 
 
 def _count(record: Record | None, name: str, unit: float, digits: int) -> Cell:
-    return Cell() if record is None else Cell(words="failed") if record.status != "done" else Cell(record.values[name] / unit, None, digits)
+    if record is None:
+        return Cell()
+    return Cell(words="failed") if record.status != "done" else Cell(record.values[name] / unit, None, digits, records=(record,))
 
 
 def _paper(row: dict[str, str], key: str) -> Cell:
@@ -132,19 +139,20 @@ def _paper(row: dict[str, str], key: str) -> Cell:
     return Cell(float(text), None, len(text.partition(".")[2])) if text else Cell()
 
 
-def _values(store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], where: str) -> list[dict[str, float]]:
+def seed_values(store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], where: str) -> list[dict[str, float]]:
     found = (store.latest(evaluate_stage(row, protocol, seed), where) for seed in seeds)
     return [record.values for record in found if record is not None]
 
 
 def _score(store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], name: str, where: str) -> Cell:
     """Mean over seeds with its standard error, or one seed's value with its sampling error."""
-    values = _values(store, row, protocol, seeds, where)
+    values = seed_values(store, row, protocol, seeds, where)
     if not values:
         stages = [stage(row, protocol, seed) for seed in seeds for stage in (train_stage, evaluate_stage)]
         failed = any(store.latest(stage, where) is None and store.latest(stage, where, status="failed") for stage in stages)
         return Cell(words="failed") if failed else Cell()
-    return _mean_cell(name, values, 1 if name.startswith(("fd", "is", "fid")) else 2)
+    records = tuple(record for seed in seeds if (record := store.latest(evaluate_stage(row, protocol, seed), where)))
+    return replace(_mean_cell(name, values, 1 if name.startswith(("fd", "is", "fid")) else 2), records=records)
 
 
 def _mean_cell(name: str, values: list[dict[str, float]], digits: int) -> Cell:
@@ -156,20 +164,20 @@ def _mean_cell(name: str, values: list[dict[str, float]], digits: int) -> Cell:
     return Cell(statistics.fmean(numbers), statistics.stdev(numbers) / math.sqrt(len(numbers)), digits)
 
 
-def _scaled(name: str, values: list[dict[str, float]]) -> list[float]:
+def scaled(name: str, values: list[dict[str, float]]) -> list[float]:
     return [math.log(max(value[name], 1e-9)) if name in LOG_SCALED else value[name] for value in values]
 
 
-def _pooled(name: str, rows: Sequence[list[dict[str, float]]]) -> tuple[float, int] | None:
+def pooled(name: str, rows: Sequence[list[dict[str, float]]]) -> tuple[float, int] | None:
     """Standard deviation over training seeds, pooled over rows, and its degrees of freedom; None without repeats."""
-    groups = [_scaled(name, values) for values in rows if len(values) > 1]
+    groups = [scaled(name, values) for values in rows if len(values) > 1]
     freedom = sum(len(group) - 1 for group in groups)
     if not freedom:
         return None
     return math.sqrt(sum(statistics.variance(group) * (len(group) - 1) for group in groups) / freedom), freedom
 
 
-def _reach(spread: tuple[float, int], num_a: int, num_b: int, comparisons: int) -> float:
+def reach(spread: tuple[float, int], num_a: int, num_b: int, comparisons: int) -> float:
     """Largest difference of two means that noise explains at LEVEL over all comparisons (Student, two-sided)."""
     from scipy.special import stdtrit
 
@@ -180,8 +188,8 @@ def _reach(spread: tuple[float, int], num_a: int, num_b: int, comparisons: int) 
 def _agree(name: str, a: list[dict[str, float]], b: list[dict[str, float]], spread: tuple[float, int] | None, comparisons: int) -> bool:
     if spread is None:
         return True
-    difference = abs(statistics.fmean(_scaled(name, a)) - statistics.fmean(_scaled(name, b)))
-    return difference <= _reach(spread, len(a), len(b), comparisons)
+    difference = abs(statistics.fmean(scaled(name, a)) - statistics.fmean(scaled(name, b)))
+    return difference <= reach(spread, len(a), len(b), comparisons)
 
 
 def _notes(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequence[int], device: str, store: Store, where: str) -> list[str]:
@@ -197,7 +205,7 @@ def _notes(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequenc
     )
     notes.append(_score_note(protocol, seeds))
     for row in rows:
-        if 0 < (found := len(_values(store, row, protocol, seeds, where))) < len(seeds):
+        if 0 < (found := len(seed_values(store, row, protocol, seeds, where))) < len(seeds):
             notes.append(f"{row.label}: {found} of {len(seeds)} seeds")
     if resolved := _resolved(table, rows, protocol, seeds, store, where):
         notes.append(resolved)
@@ -228,18 +236,18 @@ def _score_note(protocol: Protocol, seeds: Sequence[int]) -> str:
 def _resolved(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequence[int], store: Store, where: str) -> str:
     """Which rows differ from the baseline in the first score by more than the spread over training seeds explains."""
     name, better = next(iter(SCORES[protocol.features].items()))
-    here = {row.label: _values(store, row, protocol, seeds, where) for row in (table.baseline, *rows)}
-    spread, whose = _pooled(name, list(here.values())), "these runs'"
+    here = {row.label: seed_values(store, row, protocol, seeds, where) for row in (table.baseline, *rows)}
+    spread, whose = pooled(name, list(here.values())), "these runs'"
     if spread is None:
-        spread, whose = _pooled(name, [_values(store, row, protocol, REFERENCE_SEEDS, "reference") for row in table.rows]), "the reference's"
+        spread, whose = pooled(name, [seed_values(store, row, protocol, REFERENCE_SEEDS, "reference") for row in table.rows]), "the reference's"
     base = here[table.baseline.label]
     others = [row.label for row in rows if row.label != table.baseline.label and here[row.label]]
     if spread is None or not base or not others:
         return f"{name}: no difference can be called resolved: the spread over training seeds is unknown (one seed, no reference)." if base and others else ""
     words: dict[str, list[str]] = {"better": [], "worse": [], "not resolved": []}
     for label in others:
-        difference = statistics.fmean(_scaled(name, here[label])) - statistics.fmean(_scaled(name, base))
-        if abs(difference) <= _reach(spread, len(here[label]), len(base), len(others)):
+        difference = statistics.fmean(scaled(name, here[label])) - statistics.fmean(scaled(name, base))
+        if abs(difference) <= reach(spread, len(here[label]), len(base), len(others)):
             words["not resolved"].append(label)
         else:
             words["better" if (difference < 0) == (better == "lower") else "worse"].append(label)
