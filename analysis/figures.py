@@ -30,11 +30,11 @@ def fid_against_throughput(store: Sources) -> Figure:
         for row, left, up in zip(own, x, y, strict=True):
             axes.annotate(row["model"].split("-")[1].removesuffix("/2"), (left, up), fontsize=7, ha="center", va="center", zorder=4)
     timed = sum(bool(gpu_timings(system.costs[0].backbone, system.costs[0].size, store)) for system in SYSTEMS if system.resolution == 256)
-    note(axes, "published only: no GPU timing is committed here" if not timed else f"published; our {timed} GPU timings have no FID beside them")
+    note(axes, "published only: no GPU timing is committed here" if not timed else f"published; our {timed} GPU timings have no FID beside them", bottom=True)
     axes.set_xscale("log")
     axes.set_xlabel("throughput, images/s on an A100 (published, log scale)")
     axes.set_ylabel("FID-50K, ImageNet 256, 400K steps (lower is better)")
-    axes.legend(title="area: Gflops", markerscale=0.5, loc="lower left")
+    axes.legend(title="area: Gflops", markerscale=0.5, loc="upper left")
     return made
 
 
@@ -56,7 +56,8 @@ def runtime(store: Sources) -> Figure:
         right.annotate(name, (time, fid), xytext=(5, 4), textcoords="offset points", fontsize=7.5)
     _own_runtimes(left, store, {name for _, name in times})
     right.set_xscale("log")
-    right.set_xlim(right=2 * times[0][0])
+    right.set_xlim(right=2.5 * times[0][0])
+    right.margins(y=0.1)
     right.set_xlabel("ms an image and step, A100 (published, log scale)")
     right.set_ylabel("FID-50K, ImageNet 512, with guidance")
     return made
@@ -110,6 +111,7 @@ def losses(store: Sources) -> Figure:
             panel.plot(middle, loss, lw=1, color=colour(index), label=f"{model} (authors' log)")
             panel.fill_between(middle, [a - b for a, b in zip(loss, error, strict=True)], [a + b for a, b in zip(loss, error, strict=True)], color=colour(index), alpha=0.2, lw=0)
     left.set_xscale("log")
+    left.set_xlim(left=1)
     left.set_ylim(0.138, 0.185)
     left.set_title("whole logs")
     right.set_xlim(0, 100)

@@ -33,14 +33,15 @@ def score_against_speed(table: Table, store: Sources) -> Figure:
             missing.append(row.label)
             continue
         mean, speed = statistics.fmean(scored), timed.values["relative"]
-        points.append((speed, mean))
+        points.append((speed, mean, row.label))
         axes.errorbar(speed, mean, xerr=timed.values["relative_spread"], yerr=[[mean - min(scored)], [max(scored) - mean]], fmt="o", capsize=2, elinewidth=0.8)
-        axes.annotate(row.label, (speed, mean), textcoords="offset points", xytext=(5, 4), fontsize=7)
-    _draw_front(axes, points)
+    for index, (speed, mean, label) in enumerate(sorted(points)):  # neighbours' labels at three heights
+        axes.annotate(label, (speed, mean), textcoords="offset points", xytext=(5, (4, -9, 12)[index % 3]), fontsize=7)
+    _draw_front(axes, [point[:2] for point in points])
     axes.set_xlabel(f"throughput relative to {table.baseline.label}, CPU, 32x32x4, fp32, ± half the interquartile range")
     axes.set_ylabel(f"fd_digits, mean and range of {len(digits_scores(table.baseline, store))} seeds (lower is better)")
     if table is TABLE_3:
-        axes.set_yscale("log")
+        _plain_log(axes, "y")
     axes.set_title(f"Table {table.number}'s rows on the digits protocol" + (f" (no record: {', '.join(missing)})" if missing else ""))
     return made
 
@@ -70,9 +71,7 @@ def seed_spread(store: Sources) -> Figure:
         panel.set_yticks(range(len(table.rows)), [row.label for row in reversed(table.rows)])
         panel.set_title(f"Table {table.number}")
         panel.set_xlabel("fd_digits, one dot a training seed" + (" (log scale)" if table is TABLE_3 else ""))
-    axes[0].set_xscale("log")
-    axes[0].set_xticks([10, 20, 50, 100, 200], ["10", "20", "50", "100", "200"])
-    axes[0].minorticks_off()
+    _plain_log(axes[0], "x")
     return made
 
 
@@ -97,15 +96,11 @@ def training_efficiency(store: Sources) -> Figure:
     left.legend()
     for panel in (left, middle):
         panel.set_xscale("log")
-        panel.set_yscale("log")
-        panel.set_yticks([10, 20, 50, 100], ["10", "20", "50", "100"])
-        panel.minorticks_off()
+        _plain_log(panel, "y")
     for index, table in enumerate((TABLE_3, TABLE_4)):
         cost, score = _digits_cost(table, store)
-        right.plot(cost, score, MARKS[index], ms=5, color=colour(index), label=f"Table {table.number}'s rows")
-    right.set_yscale("log")
-    right.set_yticks([10, 20, 50, 100], ["10", "20", "50", "100"])
-    right.minorticks_off()
+        right.plot(cost, score, MARKS[index], ms=(8, 4)[index], color=colour(index), label=f"Table {table.number}'s rows")
+    _plain_log(right, "y")
     right.set_xlabel("seconds of one core (ours)")
     right.set_ylabel("fd_digits (ours)")
     right.legend()
@@ -143,11 +138,14 @@ def pareto(store: Sources) -> Figure:
                 points.append((x, y))
                 style = {} if "counted" in label else PUBLISHED
                 panel.plot(x, y, "D" if "counted" in label else "o", ms=5, color=family_colour(row["model"]), **style)
-                panel.annotate(row["model"].removesuffix("/2"), (x, y), xytext=(4, 3), textcoords="offset points", fontsize=6.5)
+                panel.annotate(row["model"].removesuffix("/2").rpartition("-")[2], (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7, color=family_colour(row["model"]))
         panel.set_xscale("log")
         _draw_front(panel, points, lower)
         panel.set_xlabel(label)
-    axes[0].set_ylabel("FID-50K, ImageNet 256, 400K steps")
+    axes[0].set_ylabel("FID-50K, ImageNet 256, 400K steps (published)")
+    for family in dict.fromkeys(row["model"].partition("-")[0] for row in rows):
+        axes[0].plot([], [], "o", color=family_colour(family), label=family, **PUBLISHED)
+    axes[0].legend()
     return made
 
 
@@ -161,7 +159,7 @@ def numeric_modes(store: Sources) -> Figure:
     for label, model, rate in bars:
         left.barh(label, rate, color=(*family_colour(model), 0.25), ec=family_colour(model), lw=1.2)
     left.axvline(A100_FP32, color="black", lw=1.2, ls="--")
-    left.annotate("A100 fp32 peak", (A100_FP32, 0.2), xytext=(4, 0), textcoords="offset points", fontsize=7.5)
+    left.annotate("A100 peak in fp32", (A100_FP32, 0.985), xycoords=("data", "axes fraction"), xytext=(4, 0), textcoords="offset points", va="top", fontsize=7.5)
     left.set_xlabel("implied TFLOP/s (published throughput x 2 x published MACs)")
     left.tick_params(axis="y", labelsize=6.5)
     drawn = 0
@@ -189,6 +187,13 @@ def front(points: Sequence[tuple[float, float]], lower: bool = False) -> list[tu
         if not kept or y < kept[-1][1]:
             kept.append((x, y))
     return kept
+
+
+def _plain_log(axes: Axes, which: str) -> None:
+    """A log scale whose ticks from 10 to 200 are plain numbers; `which` is 'x' or 'y'."""
+    ticks = [10, 20, 50, 100, 200]
+    axes.set(**{f"{which}scale": "log", f"{which}ticks": ticks, f"{which}ticklabels": ticks})
+    axes.minorticks_off()
 
 
 def _draw_front(axes: Axes, points: Sequence[tuple[float, float]], lower: bool = False) -> None:

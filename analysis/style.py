@@ -24,7 +24,7 @@ def figure(width: float, height: float, rows: int = 1, columns: int = 1, **more:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rc = {"pdf.fonttype": 42, "svg.hashsalt": "0", "axes.titlesize": 9, "axes.labelsize": 8.5, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 7.5}
+    rc = {"pdf.fonttype": 42, "axes.axisbelow": True, "axes.titlesize": 9, "axes.labelsize": 8.5, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 7.5}
     sns.set_theme(style="whitegrid", palette="colorblind", context="paper", rc=rc)
     made = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(made)
@@ -42,9 +42,9 @@ def family_colour(name: str) -> Any:
     return colour(FAMILIES.index(max((family for family in FAMILIES if name.startswith(family)), key=len)))
 
 
-def note(axes: Axes, text: str) -> None:
-    """A remark inside the panel, where a reader who sees only the panel needs it."""
-    axes.text(0.98, 0.97, text, transform=axes.transAxes, ha="right", va="top", fontsize=7, color="0.35", wrap=True)
+def note(axes: Axes, text: str, bottom: bool = False) -> None:
+    """A remark in the panel's right corner, where a reader who sees only the panel needs it."""
+    axes.text(0.98, 0.03 if bottom else 0.97, text, transform=axes.transAxes, ha="right", va="bottom" if bottom else "top", fontsize=7, color="0.35")
 
 
 def save(made: Figure, folder: Path, name: str) -> None:
