@@ -24,20 +24,20 @@ A100_FP32 = 19.5  # TFLOP/s without tensor cores (NVIDIA A100 data sheet)
 def score_against_speed(table: Table, store: Sources) -> Figure:
     """fd_digits of every row (mean and range over seeds) against its throughput relative to the table's first row; the front joins the
     rows that no other row beats in both."""
-    made, axes = figure(6.4, 4.2)
+    made, axes = figure(7.6, 4.2)
     missing, points = [], []
-    for row in table.rows:
+    for index, row in enumerate(table.rows):
         timed = store.latest(timing_stage(row, table.baseline, "cpu"), "reference")
         scored = [record.values["fd_digits"] for record in digits_scores(row, store)]
         if timed is None or not scored:
             missing.append(row.label)
             continue
         mean, speed = statistics.fmean(scored), timed.values["relative"]
-        points.append((speed, mean, row.label))
-        axes.errorbar(speed, mean, xerr=timed.values["relative_spread"], yerr=[[mean - min(scored)], [max(scored) - mean]], fmt="o", capsize=2, elinewidth=0.8)
-    for index, (speed, mean, label) in enumerate(sorted(points)):  # neighbours' labels at three heights
-        axes.annotate(label, (speed, mean), textcoords="offset points", xytext=(5, (4, -9, 12)[index % 3]), fontsize=7)
-    _draw_front(axes, [point[:2] for point in points])
+        points.append((speed, mean))
+        axes.errorbar(speed, mean, xerr=timed.values["relative_spread"], yerr=[[mean - min(scored)], [max(scored) - mean]], fmt=MARKS[index % 4], ms=5, capsize=2, elinewidth=0.8, color=colour(index % 10), label=row.label)
+    _draw_front(axes, points)
+    if points:
+        made.legend(loc="outside right center")
     axes.set_xlabel(f"throughput relative to {table.baseline.label}, CPU, 32x32x4, fp32, ± half the interquartile range")
     axes.set_ylabel(f"fd_digits, mean and range of {len(digits_scores(table.baseline, store))} seeds (lower is better)")
     if table is TABLE_3:

@@ -36,6 +36,7 @@ class Sources(Store):
         super().__init__(root)
         self.published_folder = published or REPOSITORY / "results" / "published"
         self.problems: list[str] = []
+        self._rows: dict[str, list[dict[str, str]]] = {}
 
     def records(self, where: str) -> dict[str, list[Record]]:
         if where not in self._cache:
@@ -53,6 +54,11 @@ class Sources(Store):
 
     def rows(self, name: str) -> list[dict[str, str]]:
         """A published table's rows. ValueError where a column is missing, a row has no source or a number is none."""
+        if name not in self._rows:
+            self._rows[name] = self._checked(name)
+        return self._rows[name]
+
+    def _checked(self, name: str) -> list[dict[str, str]]:
         path = self.published_folder / name
         try:
             with open(path, newline="", encoding="utf-8") as file:

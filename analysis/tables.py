@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from analysis.query import Sources, digits_scores, gpu_timings, latest, reference_seeds
 from experiments.ablation import TABLES
-from experiments.efficiency import SYSTEMS, counts_sheet
+from experiments.efficiency import SYSTEMS, counted, counts_sheet, difference
 from experiments.engine.report import SCORES, Cell, Sheet, main_sheet, pooled, reach, scaled
 from experiments.engine.spec import Backbone, Row, Stage, Table
 from experiments.engine.store import Record
@@ -51,19 +51,18 @@ def systems_sheet(number: int, title: str, resolution: int, store: Sources) -> S
     columns += [("throughput, img/s", "paper, A100"), ("throughput, img/s", "ours, GPU")] if speeds else []
     columns += [(f"paper: ImageNet {resolution}", name) for name in ("FID", "IS", "P", "R")] + [("ours, same protocol", "FID")]
     sheet = Sheet(f"Table {number}: {title} (DiCo paper, Table {number})", columns)
-    counted = {(row[0].words, row[1].words): row for row in counts_sheet(store, where="reference").rows}
     systems = {system.label: system for system in SYSTEMS if system.resolution == resolution}
     used = []
     for paper in published:
-        ours = counted.get((paper["model"], str(resolution)))
-        params, same, core = (ours[3], ours[5], ours[7]) if ours else (Cell(), Cell(), Cell())
+        system = systems.get(paper["model"])
+        params, same, core = counted(system, store, "reference") if system else (Cell(), Cell(), Cell())
         gflops, timed, scored = number_cell(paper["gflops"]), Cell(), Cell()
-        if ours and (system := systems[paper["model"]]) and len(system.costs) == 1:
+        if system and len(system.costs) == 1:
             timed = _timed(gpu_timings(system.costs[0].backbone, system.costs[0].size, store))
             scored = _scored(system.costs[0].backbone, paper, resolution, store)
         used += core.records + timed.records + scored.records
         cells = [Cell(words=paper["model"]), Cell(words=paper[kind])]
-        cells += [Cell(words=_steps(paper))] if speeds else [Cell(words=paper["params"]), params]
+        cells += [Cell(words=_steps(paper))] if speeds else [_params_cell(paper["params"]), params]
         cells += [gflops, same, difference(same, gflops), core]
         cells += [number_cell(paper["throughput_img_s"]), timed] if speeds else []
         sheet.rows.append([*cells, *(number_cell(paper[name]) for name in ("fid", "is", "precision", "recall")), scored])
@@ -181,14 +180,14 @@ def ranks(name: str, better: str, values: Sequence[list[dict[str, float]]]) -> l
     ]
 
 
-def difference(ours: Cell, paper: Cell) -> Cell:
-    """In per cent of the paper's number."""
-    return Cell() if ours.value is None or paper.value is None else Cell(100 * (ours.value / paper.value - 1), records=ours.records)
-
-
 def number_cell(text: str) -> Cell:
     """A published number with the digits that were published."""
     return Cell(float(text), None, len(text.partition(".")[2])) if text else Cell()
+
+
+def _params_cell(text: str) -> Cell:
+    """Tables 8 and 9 print 675M or 1.0B."""
+    return Cell(float(text[:-1]) * {"M": 1e6, "B": 1e9}[text[-1]], words=text)
 
 
 def _rank(sheet: Sheet, rows: Sequence[Row], store: Sources) -> None:
@@ -204,7 +203,7 @@ def _rank(sheet: Sheet, rows: Sequence[Row], store: Sources) -> None:
 
 def _dit_ratio(sheet: Sheet, table: Table, store: Sources) -> None:
     """Gflops over those of the DiT of the same size, as the paper's Table 5 gives them."""
-    gflops = {row[0].words: row[5] for row in counts_sheet(store, where="reference").rows if row[1].words == "256"}
+    gflops = {system.label: counted(system, store, "reference")[1] for system in SYSTEMS if system.resolution == 256}
     published = store.published(table.published, table.key)
     for row, cells in zip(table.rows, sheet.rows, strict=True):
         ours, dit = gflops.get(row.label, Cell()), gflops.get(f"{row.label.replace('DiCo', 'DiT')}/2", Cell())

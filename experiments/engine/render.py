@@ -120,8 +120,7 @@ def _html(sheet: Sheet) -> str:
 
 
 def _html_cell(cell: Cell) -> str:
-    number = cell.value is not None and not cell.words
-    attributes = f' data-order="{cell.value!r}"' if number else ""
+    attributes = "" if cell.words and cell.value is None else f' data-order="{"" if cell.value is None else repr(cell.value)}"'
     if cell.records:
         attributes += f' data-records="{" ".join(record.name for record in cell.records)}"'
     text = html.escape(cell.text())
