@@ -9,7 +9,6 @@ import argparse
 import base64
 import html
 import inspect
-import io
 import json
 import re
 import sys
@@ -22,7 +21,7 @@ from analysis import science
 from analysis.build import FIGURES
 from analysis.claims import LEVELS, claims_sheet
 from analysis.query import Sources
-from analysis.style import NO_DATE
+from analysis.style import png
 from analysis.tables import SHEETS
 from analysis.views import views
 from experiments.engine.files import written_whole
@@ -138,12 +137,11 @@ def _tiles(claims: Sheet) -> str:
 def _figure(name: str, draw: Any, store: Sources, problems: list[str]) -> str:
     caption = " ".join(inspect.cleandoc(draw.__doc__).split())
     try:
-        made, buffer = draw(store), io.BytesIO()
-        made.savefig(buffer, format="png", dpi=110, metadata=NO_DATE["png"])
+        image = png(draw(store))
     except (ValueError, KeyError) as error:
         problems.append(f"figure {name}: {error}")
         return f'<figure class="plot"><figcaption>{html.escape(f"{name} could not be built: {error}")}</figcaption></figure>'
-    return _image(buffer.getvalue(), caption)
+    return _image(image, caption)
 
 
 def _image(png: bytes, caption: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,3 +53,10 @@ def save(made: Figure, folder: Path, name: str) -> None:
     for form, metadata in NO_DATE.items():
         with written_whole(folder / f"{name}.{form}") as file:
             made.savefig(file, format=form, dpi=130, metadata=metadata)
+
+
+def png(made: Figure) -> bytes:
+    """The figure as it stands on a page."""
+    buffer = io.BytesIO()
+    made.savefig(buffer, format="png", dpi=110, metadata=NO_DATE["png"])
+    return buffer.getvalue()
