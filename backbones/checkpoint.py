@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def read_weights(path: str | Path, key: str = "ema") -> dict[str, Tensor]:
-    """The weights of a `.safetensors` file, or of a `.pt` file that is a flat dict or holds one under `key`.
+    """The weights of a `.safetensors` file, or of a `.pt` file that is a flat dict or holds one under `key` or state_dict.
 
     Raises ValueError in one line for a missing, truncated, pickled-code or non-tensor file. Never runs its code.
     """
@@ -30,8 +30,10 @@ def read_weights(path: str | Path, key: str = "ema") -> dict[str, Tensor]:
         if "GLOBAL" in str(error):
             reason = "it holds pickled code or objects, which are not run here; export plain tensors"
         raise ValueError(f"{path.name}: not a readable checkpoint ({reason})") from None
-    if isinstance(weights, dict) and isinstance(weights.get(key), dict):
-        weights = weights[key]
+    for name in (key, "state_dict"):
+        if isinstance(weights, dict) and isinstance(weights.get(name), dict):
+            weights = weights[name]
+            break
     if not isinstance(weights, dict) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
         found = ", ".join(map(str, list(weights)[:8])).replace("\n", " ") or "nothing" if isinstance(weights, dict) else type(weights).__name__
         raise ValueError(f"{path.name}: expected tensors by name, flat or under {key!r}; found {found}")
@@ -41,9 +43,12 @@ def read_weights(path: str | Path, key: str = "ema") -> dict[str, Tensor]:
 def load_published(model: nn.Module, path: str | Path, key: str = "ema") -> None:
     """Load a published checkpoint strictly, or leave the model untouched.
 
+    A network whose authors name its weights otherwise has a `from_checkpoint` that maps their names to its own.
     Raises ValueError naming every missing, unexpected and mis-shaped key.
     """
     weights = read_weights(path, key)
+    if hasattr(model, "from_checkpoint"):
+        weights = model.from_checkpoint(weights)
     expected = model.state_dict()
     problems = [f"missing {name}" for name in expected if name not in weights]
     problems += [f"unexpected {name}" for name in weights if name not in expected]

@@ -2,7 +2,7 @@
 
 ADM's U-Net without scale and shift, with convolutions that resample, and with transformer blocks that attend to the
 label: one context token, on which the softmax is 1, so that norm2, attn2.to_q and attn2.to_k do not reach the output.
-The authors keep the label's table in a module of its own, cond_stage_model; `from_checkpoint` maps their names.
+The authors keep the label's table in a module of its own, cond_stage_model; `LDM.from_checkpoint` maps their names.
 Legend: N batch, C width of a layer, E = 4D width of the embedding, K context width, h heads, e = C / h, T = HW tokens
 (T' of the context).
 """
@@ -15,12 +15,6 @@ from torch import Tensor, nn
 
 from backbones.layers import check_grid, timestep_sinusoid, zero_
 from backbones.registry import register
-
-
-def from_checkpoint(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A published `state_dict` under this file's names; the autoencoder and the schedule in it are left out."""
-    names = {"model.diffusion_model.": "", "cond_stage_model.": "cond_stage_model."}
-    return {ours + name.removeprefix(theirs): w for name, w in weights.items() for theirs, ours in names.items() if name.startswith(theirs)}
 
 
 class ClassTable(nn.Module):
@@ -200,6 +194,20 @@ class LDM(nn.Module):
                 self.output_blocks.append(block)
         self.out = nn.Sequential(nn.GroupNorm(32, width), nn.SiLU(), nn.Conv2d(width, self.out_channels, 3, padding=1))
         self._init_weights()
+
+    @staticmethod
+    def from_checkpoint(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A published `state_dict` under this file's names; its autoencoder and schedule are left out.
+
+        The authors sample with the moving averages that it holds under model_ema, named without dots.
+        """
+        prefix = "model.diffusion_model."
+        if not any(name.startswith(prefix) for name in weights):
+            return weights
+        names = {name.removeprefix(prefix): name for name in weights if name.startswith(prefix)}
+        averaged = {name: "model_ema." + f"diffusion_model.{name}".replace(".", "") for name in names}
+        ours = {name: weights.get(averaged[name], weights[theirs]) for name, theirs in names.items()}
+        return ours | {name: w for name, w in weights.items() if name.startswith("cond_stage_model.")}
 
     def _init_weights(self) -> None:
         """torch's defaults, but residual convolutions, transformers and the head start at zero."""

@@ -3,7 +3,8 @@
 Counting every row of Tables 1 (DiT, DiCo), 3, 4 and 5 on the meta device; `--report` and whether it stays without
 torch; a training step and a sampling step of dico_s and dit_s_2. With `--against dico_s=FILE:NAME` the same steps of
 another implementation (constructor NAME in FILE) run in turn with ours under the same loop. `--main-job` runs
-`--table 4` from nothing in a temporary folder and prints its seconds and peak memory.
+`--table 4` from nothing in a temporary folder and prints its seconds and peak memory. `--latents` times the loader alone:
+32 x 32 x 4 moments, drawn anew, from a warm page cache in two threads.
 """
 
 from __future__ import annotations
@@ -33,7 +34,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", nargs="*", default=[], metavar="BACKBONE=FILE:NAME", help="other implementations to time in turn with ours")
     parser.add_argument("--main-job", action="store_true", help="run the whole main job and report seconds and peak memory")
+    parser.add_argument("--latents", action="store_true", help="time the loader of latents and nothing else")
     args = parser.parse_args()
+    if args.latents:
+        _latents()
+        return 0
     try:
         others = dict(_other(text) for text in args.against)
     except ValueError as error:
@@ -150,6 +155,40 @@ def _seconds(step: Callable[[], None]) -> float:
     started = time.perf_counter()
     step()
     return time.perf_counter() - started
+
+
+def _latents() -> None:
+    """Latents a second over a temporary folder of random moments, shuffled batches of 256 in two threads."""
+    import json
+
+    import numpy as np
+    import torch
+
+    from experiments.engine.data import batches
+    from experiments.engine.latents import LatentSet, shard_path
+    from experiments.engine.spec import Data
+
+    batch, shards, each, steps = 256, 8, 512, 40
+    with tempfile.TemporaryDirectory() as name:
+        folder, draw = Path(name), np.random.default_rng(0)
+        for number in range(shards):
+            np.save(shard_path(folder, number), draw.random((each, 2, 8, 32, 32), np.float32))
+        np.save(folder / "labels.npy", draw.integers(0, 1000, shards * each))
+        vae = {"name": "none", "encoder": "none"}
+        manifest = {"latents": "moments", "shape": [2, 8, 32, 32], "num_classes": 1000, "shards": [each] * shards, "sha256": "", "vae": vae}
+        (folder / "manifest.json").write_text(json.dumps(manifest | {"statistics": {"as_expected": False}}))
+        images = LatentSet(folder, Data("latents", size=32, channels=4, num_classes=1000, flip=True, vae="none"))
+        for _ in batches(images, batch, 0, range(len(images) // batch), torch.device("cpu")):
+            pass
+        rates, busy = [], time.process_time()
+        for seed in range(PAIRS):
+            started = time.perf_counter()
+            for _ in batches(images, batch, seed, range(steps), torch.device("cpu")):
+                pass
+            rates.append(steps * batch / (time.perf_counter() - started))
+        busy = (time.process_time() - busy) / (PAIRS * steps * batch)
+    spread = f"{min(rates):,.0f} to {max(rates):,.0f} over {PAIRS} runs"
+    print(f"latents: {statistics.median(rates):,.0f} a second ({spread}), {1e6 * busy:.0f} us of a core each; batch {batch}, 2 threads, {len(_cores())} cores")
 
 
 def _main_job() -> None:

@@ -57,8 +57,29 @@ def diagonal_ssm(batch: int) -> list[Tensor]:
     return [torch.randn(batch, DIM, TOKENS), dt * a, torch.randn(DIM, 64, dtype=torch.complex64)]
 
 
+def selective_scan(batch: int) -> list[Tensor]:
+    """Mamba's: twice the width in channels, 16 states, A = -1 to -16, steps around softplus(-3)."""
+    import torch
+
+    channels, states = 2 * DIM, 16
+    u, delta, z = (torch.randn(batch, channels, TOKENS) for _ in range(3))
+    b, c = (torch.randn(batch, states, TOKENS) for _ in range(2))
+    a = -torch.arange(1.0, states + 1).repeat(channels, 1)
+    return [u, delta, a, b, c, torch.ones(channels), z, torch.full((channels,), -3.0)]
+
+
+def linear_attention(batch: int) -> list[Tensor]:
+    """Focused linear attention's: 12 heads of 32 features that are not negative."""
+    import torch
+
+    q, k, v = (torch.randn(batch, DIM // 32, TOKENS, 32) for _ in range(3))
+    return [q.relu(), k.relu(), v]
+
+
 CASES: dict[str, tuple[str, Callable[[int], list[Tensor]]]] = {
     "gated_linear": ("chunked", gated_linear),
+    "selective_scan": ("loop", selective_scan),
+    "linear_attention": ("associated", linear_attention),
     "diagonal_ssm": ("fft", diagonal_ssm),
 }
 

@@ -1,6 +1,6 @@
 """Check that a published checkpoint is the network its name says: `python experiments/checkpoint.py dico_xl DiCo-XL.pt`.
 
-Reads a .pt (flat, or with its weights under `ema`) or .safetensors file without running its code, loads it strictly
+Reads a .pt (flat, or with its weights under `ema` or `state_dict`) or .safetensors file without running its code, loads it strictly
 into the registered backbone and prints what it holds.
 """
 
@@ -15,8 +15,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("backbone", help="registered name, e.g. dico_xl or dit_xl_2")
     parser.add_argument("file", type=Path)
-    parser.add_argument("--input-size", type=int, default=32, help="side of the latent: 32 for 256 pixels (default), 64 for 512")
-    parser.add_argument("--key", default="ema", help="where a .pt file keeps its weights, unless they lie flat (default: ema)")
+    parser.add_argument("--input-size", type=int, help="side of the latent, e.g. 64 for DiT at 512 pixels (default: the network's own)")
+    parser.add_argument("--key", default="ema", help="where a .pt file keeps its weights, unless they lie flat (default: ema, then state_dict)")
     args = parser.parse_args()
     import torch
 
@@ -24,10 +24,10 @@ def main() -> int:
 
     try:
         with torch.random.fork_rng(devices=[]):
-            model = backbones.build(args.backbone, input_size=args.input_size)
+            model = backbones.build(args.backbone, **({"input_size": args.input_size} if args.input_size else {}))
         backbones.load_published(model, args.file, args.key)
         with torch.inference_mode():
-            x = torch.zeros(1, model.in_channels, args.input_size, args.input_size)
+            x = torch.zeros(1, model.in_channels, model.input_size, model.input_size)
             finite = model.eval()(x, torch.zeros(1), torch.zeros(1, dtype=torch.long)).isfinite().all()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

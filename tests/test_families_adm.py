@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import backbones
 from backbones.adm import AttentionBlock, with_low_res
-from backbones.ldm import CrossAttention, from_checkpoint
+from backbones.checkpoint import load_published
+from backbones.ldm import CrossAttention
 
 CLASSES = 7
 AUTHORS = json.loads((Path(__file__).parent / "data" / "outputs_adm.json").read_text())
@@ -204,11 +205,15 @@ def test_the_low_resolution_image_is_resized_and_put_after_x():
     assert model(joined.float(), torch.zeros(2), torch.zeros(2, dtype=torch.long)).shape == (2, 6, 16, 12)
 
 
-def test_a_published_ldm_checkpoint_is_renamed_and_its_other_parts_left_out():
-    model = network("ldm_4")
-    names = {key: key if key.startswith("cond_stage_model.") else f"model.diffusion_model.{key}" for key in model.state_dict()}
-    theirs = {names[key]: value for key, value in model.state_dict().items()}
+def test_a_published_ldm_checkpoint_is_renamed_and_its_other_parts_left_out(tmp_path: Path):
+    model, loaded = randomise(network("ldm_4")), network("ldm_4")
+    own = model.state_dict()
+    theirs = {key if key.startswith("cond_stage_model.") else f"model.diffusion_model.{key}": value for key, value in own.items()}
     assert "cond_stage_model.embedding.weight" in theirs and "model.diffusion_model.input_blocks.0.0.weight" in theirs
     theirs |= {key: torch.zeros(1) for key in ("betas", "first_stage_model.quantize.embedding.weight", "model_ema.decay")}
-    assert from_checkpoint(theirs).keys() == model.state_dict().keys()
-    network("ldm_4").load_state_dict(from_checkpoint(theirs), strict=True)
+    averaged = {"model_ema.diffusion_model" + key.replace(".", ""): 2 * own[key] for key in own if not key.startswith("cond_stage_model.")}
+    for name, extra, factor in [("plain", {}, 1), ("averaged", averaged, 2)]:
+        torch.save({"state_dict": theirs | extra, "global_step": 3}, tmp_path / f"{name}.ckpt")
+        load_published(loaded, tmp_path / f"{name}.ckpt")
+        for key, value in loaded.state_dict().items():
+            assert torch.equal(value, own[key] if key.startswith("cond_stage_model.") else factor * own[key])

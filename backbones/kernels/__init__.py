@@ -8,7 +8,8 @@ from backbones.kernels.attention import attention
 from backbones.kernels.causal_conv import causal_conv
 from backbones.kernels.diagonal_ssm import diagonal_ssm
 from backbones.kernels.gated_linear import gated_linear
+from backbones.kernels.linear_attention import linear_attention
 from backbones.kernels.op import counting, references, reset_used, use, used
 from backbones.kernels.selective_scan import selective_scan
 
-__all__ = ["attention", "causal_conv", "counting", "diagonal_ssm", "gated_linear", "references", "reset_used", "selective_scan", "use", "used"]
+__all__ = ["attention", "causal_conv", "counting", "diagonal_ssm", "gated_linear", "linear_attention", "references", "reset_used", "selective_scan", "use", "used"]

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backbones.kernels import linear_attention
 from backbones.layers import check_size
 
 
@@ -37,9 +38,7 @@ class FocusedLinearAttention(nn.Module):
             k = k + self.position
         scale = F.softplus(self.sigma)
         q, k, v = (self._split(part) for part in (self._focus(q, scale), self._focus(k, scale), v))  # (N, h, T, e)
-        normaliser = 1 / (q @ k.mean(dim=2, keepdim=True).transpose(-2, -1) + 1e-6)          # (N, h, T, 1)
-        root = (height * width) ** -0.5
-        out = q @ ((k * root).transpose(-2, -1) @ (v * root)) * normaliser                   # (N, h, T, e)
+        out = linear_attention(q, k, v)                                                      # (N, h, T, e)
         local = self.dwc(v.transpose(-2, -1).reshape(n * self.heads, -1, height, width))     # (N*h, e, H, W)
         out = out.transpose(-2, -1).reshape(n, c, height, width) + local.reshape(n, c, height, width)
         return self.proj(out.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(n, c, height, width)

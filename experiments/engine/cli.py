@@ -20,7 +20,7 @@ from experiments.engine.report import comparison_sheet, main_sheet
 from experiments.engine.sources import require_data, require_features
 from experiments.engine.spec import Evaluate, Row, Stage, Table, Timing, Train, kind_of, spec_id
 from experiments.engine.store import REPOSITORY, Store
-from experiments.protocols import PROTOCOLS, Protocol, cost_stage, evaluate_stage, timing_stage, train_stage
+from experiments.protocols import PROTOCOLS, Protocol, cost_stages, evaluate_stage, timed_rows, timing_stage, train_stage
 
 CLUSTERS = ("here",)
 
@@ -46,23 +46,24 @@ def main(tables: dict[int, Table], description: str | None, arguments: Sequence[
 def _main(tables: dict[int, Table], description: str | None, arguments: Sequence[str] | None) -> int:
     args = _parse(tables, description, arguments)
     table, protocol, store = tables[args.table], PROTOCOLS[args.protocol], Store(args.results, REPOSITORY / "results" / "reference")
-    rows = _choose(table, args.rows)
+    rows, named = _choose(table, args.rows), args.rows is not None
+    networks = [row for row in rows if row.backbone]  # the others are published numbers alone
     device = args.device or ("cuda" if Path("/dev/nvidia0").exists() else "cpu")
     good = True
     if args.dry_run:
-        print(_plan(table, rows, protocol, args.seeds, device, store))
+        print(_plan(table, networks, protocol, args.seeds, device, store, named))
         return 0
     if not args.report:
         if not table.counts_only:
             require_data(protocol.data)
-            require_features(evaluate_stage(rows[0], protocol, 0))
+            require_features(evaluate_stage(table.baseline, protocol, 0))
         _require_device(device)
         store.check_writable()
-        good = _run(table, rows, protocol, args.seeds, device, store, args.workers)
+        good = _run(table, networks, protocol, args.seeds, device, store, args.workers, named)
         store.refresh()
     sheets = [main_sheet(table, rows, protocol, args.seeds, device, store)]
     if not table.counts_only and protocol.small:
-        sheets.append(comparison_sheet(table, rows, protocol, args.seeds, device, store))
+        sheets.append(comparison_sheet(table, networks, protocol, args.seeds, device, store))
     print(render(sheets, args.format))
     return 0 if good else 1
 
@@ -114,14 +115,13 @@ def _choose(table: Table, labels: list[str] | None) -> list[Row]:
     return [known[label] for label in labels]
 
 
-def _run(table: Table, rows: list[Row], protocol: Protocol, seeds: Sequence[int], device: str, store: Store, workers: int | None) -> bool:
+def _run(table: Table, rows: list[Row], protocol: Protocol, seeds: Sequence[int], device: str, store: Store, workers: int | None, named: bool) -> bool:
     """Count and time every row first, alone on the machine; then train and score, side by side."""
     cores = available_cores()
-    counted = _missing(store, *(cost_stage(row) for row in rows))  # one process: the first count is slow, the others are not
+    counted = _missing(store, *dict.fromkeys(cost for row in rows for cost in cost_stages(row)))  # one process: the first count is slow, the others are not
     measured = [Job("counts", counted)] if counted else []
-    if not table.counts_only:
-        timed = ((row.label, timing_stage(row, table.baseline, device)) for row in rows)
-        measured += [Job(label, (stage,)) for label, stage in timed if _missing(store, stage)]
+    timed = {spec_id(stage := timing_stage(row, table.baseline, device)): Job(row.label, (stage,)) for row in timed_rows(table, rows, device, named)}
+    measured += [job for job in timed.values() if _missing(store, *job.stages)]
     trained: dict[str, Job] = {}  # rows that are one network share one run
     for seed in seeds if not table.counts_only else ():
         for row in rows:
@@ -140,12 +140,11 @@ def _missing(store: Store, *stages: Stage) -> tuple[Stage, ...]:
     return tuple(stage for stage in stages if store.latest(stage) is None)
 
 
-def _plan(table: Table, rows: list[Row], protocol: Protocol, seeds: Sequence[int], device: str, store: Store) -> str:
+def _plan(table: Table, rows: list[Row], protocol: Protocol, seeds: Sequence[int], device: str, store: Store, named: bool) -> str:
     """One line a stage: what is done, what would run and for how long, by the reference's own times."""
     lines, seconds, unknown = [], 0.0, 0
-    stages: list[tuple[str, Stage]] = [(row.label, cost_stage(row)) for row in rows]
-    if not table.counts_only:
-        stages += [(row.label, timing_stage(row, table.baseline, device)) for row in rows]
+    stages: list[tuple[str, Stage]] = [(row.label, cost) for row in rows for cost in cost_stages(row)]
+    stages += [(row.label, timing_stage(row, table.baseline, device)) for row in timed_rows(table, rows, device, named)]
     for seed in seeds if not table.counts_only else ():
         for row in rows:
             stages += [(f"{row.label}, seed {seed}", stage) for stage in (train_stage(row, protocol, seed), evaluate_stage(row, protocol, seed))]
@@ -173,7 +172,7 @@ def _expected_seconds(stage: Stage, protocol: Protocol, store: Store) -> float |
         if record := store.latest(stage, where):
             return record.provenance["seconds"]
     if isinstance(stage, Train):
-        return protocol.cost_hours * 3600
+        return None if protocol.cost_hours is None else protocol.cost_hours * 3600
     return None if isinstance(stage, Evaluate | Timing) else 1.0
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ def run_here(jobs: Sequence[Job], root: Path, device: str, workers: int, threads
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that spin for long starve each other on a busy machine
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["experiments.engine.execute"])
+    _start_server()
     waiting, running = list(jobs), dict[Connection, tuple[Job, Any]]()
     good = True
     try:
@@ -69,8 +72,20 @@ def _reason(code: int) -> str:
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
 
+def _start_server() -> None:
+    """Start the process that forks workers with interrupts blocked for it and for them: the parent decides, and ends them."""
+    resource_tracker.ensure_running()  # the server would start it, which unblocks interrupts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _work(job: Job, root: Path, device: str, threads: int, pipe: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and ends this process
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # unwind, so that half-written files are removed
+    if not mp.parent_process().is_alive():  # it was interrupted while this process was being made
+        return
     import torch
 
     from experiments.engine.execute import Resources, execute
@@ -84,6 +99,8 @@ def _work(job: Job, root: Path, device: str, threads: int, pipe: Connection) -> 
             pipe.send(("record", (stage, record)))
             if record.status != "done" and job.chain:
                 break
+    except BrokenPipeError:
+        return  # nobody listens any more
     except (OSError, ValueError) as error:
         full = f"cannot write results ({error.strerror}); free space or choose another folder with --results" if isinstance(error, OSError) else ""
         pipe.send(("error", full or str(error)))
