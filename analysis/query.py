@@ -79,7 +79,7 @@ class Sources(Store):
         return rows
 
     def published(self, name: str, key: tuple[str, ...]) -> dict[str, dict[str, str]]:
-        return {" ".join(row[column] for column in key): row for row in self.rows(name)}
+        return {" ".join(filter(None, (row[column] for column in key))): row for row in self.rows(name)}
 
     def _fit(self, record: Record) -> bool:
         if unfit := _unfit(record):

@@ -11,14 +11,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from analysis.query import Sources, digits_scores, gpu_timings, latest, reference_seeds
+from experiments import main_results
 from experiments.ablation import TABLES
 from experiments.efficiency import SYSTEMS, counted, counts_sheet, difference
 from experiments.engine.report import SCORES, Cell, Sheet, main_sheet, pooled, reach, scaled
-from experiments.engine.spec import Backbone, Row, Stage, Table
+from experiments.engine.spec import Backbone, Row, Sampler, Stage, Table, Train
 from experiments.engine.store import Record
-from experiments.protocols import DIGITS, IMAGENET256, IMAGENET512, Protocol, cost_stage, evaluate_stage, timing_stage
+from experiments.protocols import DIGITS, IMAGENET256, IMAGENET256_OWN, IMAGENET512, IMAGENET512_OWN, Protocol, cost_stage, cost_stages, evaluate_stage, timed_rows, timing_stage
 
-CONFIGURATIONS = {"DiCo-S 256": IMAGENET256, "DiCo-B 256": IMAGENET256, "DiCo-L 256": IMAGENET256, "DiCo-XL 256": IMAGENET256, "DiCo-XL 512": IMAGENET512}
+ROWS_256, ROWS_512 = ({row.label: row for row in main_results.TABLES[number].rows} for number in (1, 2))
+CONFIGURATIONS: dict[str, tuple[Row, Protocol]] = {
+    **{f"{model} 256": (ROWS_256[model], IMAGENET256) for model in ("DiCo-S", "DiCo-B", "DiCo-L")},
+    "DiCo-XL 256": (ROWS_256["DiCo-XL (w/ CFG)"], IMAGENET256_OWN),
+    "DiCo-XL 512": (ROWS_512["DiCo-XL, 3M"], IMAGENET512_OWN),
+    "DiCo-H 256": (ROWS_256["DiCo-H (w/ CFG)"], IMAGENET256_OWN),
+}
 RECONSTRUCTED = (
     "The authors published no ablation code: sizes of all rows but DiCo-S, its kernels and activation, and DiT (iso.) are "
     "reconstructed from the paper's two rounded numbers a row; a match is consistent with the row, it is no proof."
@@ -42,57 +49,50 @@ def ablation_sheet(table: Table, store: Sources) -> Sheet:
     return sheet
 
 
-def systems_sheet(number: int, title: str, resolution: int, store: Sources) -> Sheet:
-    """Tables 1, 2, 8 and 9: every published row; counts of the systems that stand in this project; scores as published."""
-    published = store.rows(f"table{number}.csv")
-    kind, speeds = ("type", False) if "type" in published[0] else ("group", True)
-    columns = [("", "system"), ("", kind)] + ([("", "steps")] if speeds else [("params", "paper"), ("params", "ours, M")])
-    columns += [("Gflops", "paper"), ("Gflops", "ours, same counter"), ("Gflops", "diff. %"), ("Gflops", "core")]
-    columns += [("throughput, img/s", "paper, A100"), ("throughput, img/s", "ours, GPU")] if speeds else []
-    columns += [(f"paper: ImageNet {resolution}", name) for name in ("FID", "IS", "P", "R")] + [("ours, same protocol", "FID")]
-    sheet = Sheet(f"Table {number}: {title} (DiCo paper, Table {number})", columns)
+def systems_sheet(table: Table, resolution: int, store: Sources) -> Sheet:
+    """Tables 1, 2, 8 and 9: every published row; counts, also in the convention of each published figure; our GPU throughput and FID."""
+    sheet = main_sheet(table, table.rows, DIGITS, reference_seeds(table, store), "cpu", store, where="reference")
+    published = store.published(table.published, table.key)
     systems = {system.label: system for system in SYSTEMS if system.resolution == resolution}
-    used = []
-    for paper in published:
-        system = systems.get(paper["model"])
-        params, same, core = counted(system, store, "reference") if system else (Cell(), Cell(), Cell())
-        gflops, timed, scored = number_cell(paper["gflops"]), Cell(), Cell()
-        if system and len(system.costs) == 1:
-            timed = _timed(gpu_timings(system.costs[0].backbone, system.costs[0].size, store))
-            scored = _scored(system.costs[0].backbone, paper, resolution, store)
-        used += core.records + timed.records + scored.records
-        cells = [Cell(words=paper["model"]), Cell(words=paper[kind])]
-        cells += [Cell(words=_steps(paper))] if speeds else [_params_cell(paper["params"]), params]
-        cells += [gflops, same, difference(same, gflops), core]
-        cells += [number_cell(paper["throughput_img_s"]), timed] if speeds else []
-        sheet.rows.append([*cells, *(number_cell(paper[name]) for name in ("fid", "is", "precision", "recall")), scored])
+    known = [systems.get(published[row.published]["model"]) for row in table.rows]
+    same = [counted(system, store, "reference")[1] if system else Cell() for system in known]
+    at = sheet.columns.index(("Gflops", "ours"))
+    sheet.columns[at] = ("Gflops", "ours, torchprofile")
+    _insert(sheet, at + 1, ("Gflops", "ours, same counter"), same)
+    _insert(sheet, at + 2, ("Gflops", "diff. %"), [difference(cell, row[at - 1]) for cell, row in zip(same, sheet.rows, strict=True)])
+    timings = [gpu_timings(row.backbone, cost_stages(row)[0].size, store) if row.backbone else [] for row in table.rows]
+    _append(sheet, ("ours, GPU", "img/s"), [_timed(found) for found in timings])
+    _append(sheet, ("ours, same protocol", "FID"), [_scored(row, published[row.published], resolution, store) for row in table.rows])
     noted: dict[str, list[str]] = {}
-    for label in dict.fromkeys(paper["model"] for paper in published):
-        if label in systems and systems[label].note:
-            noted.setdefault(systems[label].note, []).append(label)
+    for row, system in zip(table.rows, known, strict=True):
+        if system and system.note:
+            noted.setdefault(system.note, []).append(row.label)
     sheet.notes += [f"{', '.join(labels)}: {note}." for note, labels in noted.items()]
     sheet.notes += [
-        "Gflops are multiply-accumulates of one forward pass at batch 1. same counter: in the convention of the tool that gave the published figure; "
-        "core: convolutions, linear layers, matrix products and recurrences of all systems by one rule.",
+        "same counter: Gflops in the convention of the tool that gave the published figure; core counts all systems by one rule.",
         "A gap in our columns is what has not been run here. The paper's scores are one run each, printed without error, so none is marked best.",
     ]
-    sheet.notes += caveats(used)
+    stages: list[Stage] = [cost for row in table.rows for cost in cost_stages(row)]
+    if table.timed:
+        stages += [timing_stage(row, table.baseline, "cpu") for row in timed_rows(table, table.rows, "cpu", named=True)]
+    scored = [record for row in table.rows if row.backbone for record in digits_scores(row, store)]
+    sheet.notes += caveats([*latest(stages, store), *scored, *(record for found in timings for record in found[-1:])])
     return sheet
 
 
-RECIPE: dict[str, Callable[[Protocol], object]] = {
-    "beta1": lambda p: p.recipe.betas[0],
-    "beta2": lambda p: p.recipe.betas[1],
-    "weight_decay": lambda p: p.recipe.weight_decay,
-    "peak_lr": lambda p: p.recipe.lr,
-    "lr_schedule": lambda p: p.recipe.decay,
-    "warmup_steps": lambda p: p.recipe.warmup,
-    "global_batch_size": lambda p: p.recipe.batch,
-    "precision": lambda p: p.recipe.precision,
-    "training_steps": lambda p: p.recipe.steps,
-    "augmentation": lambda p: "random flip" if p.data.flip else "none",
-    "sampler": lambda p: {"ancestral": "iDDPM"}.get(p.sampler.name, p.sampler.name),
-    "sampling_steps": lambda p: p.sampler.num_steps,
+RECIPE: dict[str, Callable[[Train, Sampler], object]] = {
+    "beta1": lambda train, sampler: train.recipe.betas[0],
+    "beta2": lambda train, sampler: train.recipe.betas[1],
+    "weight_decay": lambda train, sampler: train.recipe.weight_decay,
+    "peak_lr": lambda train, sampler: train.recipe.lr,
+    "lr_schedule": lambda train, sampler: train.recipe.decay,
+    "warmup_steps": lambda train, sampler: train.recipe.warmup,
+    "global_batch_size": lambda train, sampler: train.recipe.batch,
+    "precision": lambda train, sampler: train.recipe.precision,
+    "training_steps": lambda train, sampler: train.recipe.steps,
+    "augmentation": lambda train, sampler: "random flip" if train.data.flip else "none",
+    "sampler": lambda train, sampler: {"ancestral": "iDDPM"}.get(sampler.name, sampler.name),
+    "sampling_steps": lambda train, sampler: sampler.num_steps,
 }
 UNDECLARED = ("optimizer", "vae", "gpus", "training_hours")
 
@@ -105,14 +105,14 @@ def recipe_sheet(store: Sources) -> Sheet:
     for name in (*RECIPE, *UNDECLARED):
         cells = [Cell(words=name.replace("_", " "))]
         for label, paper in published.items():
-            declared = RECIPE[name](CONFIGURATIONS[label]) if name in RECIPE and label in CONFIGURATIONS else None
+            stage = evaluate_stage(*CONFIGURATIONS[label], 0) if label in CONFIGURATIONS else None
+            declared = RECIPE[name](stage.train, stage.sampler) if name in RECIPE and stage else None
             cells += [Cell(words=paper[name]), Cell() if declared is None else Cell(words=str(declared))]
             if declared is not None and not _same(paper[name], declared):
                 differing.append(f"{label}: {name.replace('_', ' ')}")
         sheet.rows.append(cells)
     total = sum(label in CONFIGURATIONS for label in published) * len(RECIPE)
     sheet.notes.append(f"{total - len(differing)} of {total} declared fields equal the paper's. Different: {', '.join(differing) or 'none'}.")
-    sheet.notes.append("The declared protocols stop where the paper's tables without guidance do; DiCo-H's recipe is in the paper only and is not declared here.")
     sheet.notes.append("The optimiser is AdamW in every declared recipe; VAE, GPUs and hours are no part of a recipe here.")
     for model, steps in (("DiCo-S", 400_000), ("DiCo-B", 400_000), ("DiCo-L", 400_000), ("DiCo-XL", 3_750_000)):
         hours = next(float(row["hours"]) for row in store.rows("dico_logs.csv") if row["model"] == model and int(row["last_step"]) == steps)
@@ -138,13 +138,13 @@ def progress_sheet(store: Sources) -> Sheet:
 
 
 SHEETS: dict[str, Callable[[Sources], Sheet]] = {
-    "table1": lambda store: systems_sheet(1, "Systems at 256", 256, store),
-    "table2": lambda store: systems_sheet(2, "Systems at 512", 512, store),
+    "table1": lambda store: systems_sheet(main_results.TABLE_1, 256, store),
+    "table2": lambda store: systems_sheet(main_results.TABLE_2, 512, store),
     **{f"table{number}": lambda store, table=table: ablation_sheet(table, store) for number, table in TABLES.items()},
     "table6": recipe_sheet,
     "table7": progress_sheet,
-    "table8": lambda store: systems_sheet(8, "Families of generative models at 256", 256, store),
-    "table9": lambda store: systems_sheet(9, "Families of generative models at 512", 512, store),
+    "table8": lambda store: systems_sheet(main_results.TABLE_8, 256, store),
+    "table9": lambda store: systems_sheet(main_results.TABLE_9, 512, store),
     "counts": lambda store: counts_sheet(store, where="reference"),
 }
 
@@ -185,11 +185,6 @@ def number_cell(text: str) -> Cell:
     return Cell(float(text), None, len(text.partition(".")[2])) if text else Cell()
 
 
-def _params_cell(text: str) -> Cell:
-    """Tables 8 and 9 print 675M or 1.0B."""
-    return Cell(float(text[:-1]) * {"M": 1e6, "B": 1e9}[text[-1]], words=text)
-
-
 def _rank(sheet: Sheet, rows: Sequence[Row], store: Sources) -> None:
     name, better = next(iter(SCORES[DIGITS.features].items()))
     (at,) = [i for i, (_, column) in enumerate(sheet.columns) if column == name]
@@ -218,24 +213,24 @@ def _timed(records: Sequence[Record]) -> Cell:
     return Cell(records[-1].values["images_per_s"], records[-1].values.get("images_per_s_spread"), records=(records[-1],)) if records else Cell()
 
 
-def _scored(backbone: Backbone, paper: dict[str, str], resolution: int, store: Sources) -> Cell:
-    """Our FID under the protocol of the published row: without guidance, after as many steps."""
-    protocol = IMAGENET256 if resolution == 256 else IMAGENET512
-    if paper.get("train_steps") != str(protocol.recipe.steps):
+def _scored(row: Row, paper: dict[str, str], resolution: int, store: Sources) -> Cell:
+    """Our FID under the published row's conditions: the common recipe where the paper stops after its steps, else the system's own."""
+    if not row.backbone:
         return Cell()
-    record = store.latest(evaluate_stage(Row(paper["model"], backbone, {}, None), protocol, 0), "reference")
+    common, own = (IMAGENET256, IMAGENET256_OWN) if resolution == 256 else (IMAGENET512, IMAGENET512_OWN)
+    protocol = common if paper.get("train_steps") == str(common.recipe.steps) else own
+    record = store.latest(evaluate_stage(row, protocol, 0), "reference")
     return Cell(record.values.get("fid"), record.values.get("fid_se"), records=(record,)) if record else Cell()
+
+
+def _append(sheet: Sheet, column: tuple[str, str], cells: Sequence[Cell]) -> None:
+    _insert(sheet, len(sheet.columns), column, cells)
 
 
 def _insert(sheet: Sheet, at: int, column: tuple[str, str], cells: Sequence[Cell]) -> None:
     sheet.columns.insert(at, column)
     for row, cell in zip(sheet.rows, cells, strict=True):
         row.insert(at, cell)
-
-
-def _steps(paper: dict[str, str]) -> str:
-    guided = {"yes": "CFG", "no": "", "": ""}[paper["cfg"]]
-    return f"{int(paper['train_steps']) // 1000}K" if paper["train_steps"] else guided or "-"
 
 
 def _same(text: str, declared: object) -> bool:

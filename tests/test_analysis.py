@@ -78,32 +78,35 @@ def test_every_table_prints_with_and_without_records(name: str, form: str, commi
 def test_tables_of_systems_hold_every_published_row(committed: Sources):
     for number in (1, 2, 8, 9):
         sheet = SHEETS[f"table{number}"](committed)
-        assert column(sheet, "system") == [row["model"] for row in committed.rows(f"table{number}.csv")]
-        paper = {row[0].words: row[[name for _, name in sheet.columns].index("FID")] for row in sheet.rows}
-        assert {name: cell.text() for name, cell in paper.items()} == {row["model"]: row["fid"] for row in committed.rows(f"table{number}.csv")}
+        at = [name for _, name in sheet.columns].index("FID")
+        paper = [(row["model"], row["fid"]) for row in committed.rows(f"table{number}.csv")]
+        assert sorted(row[at].text() for row in sheet.rows) == sorted(fid for _, fid in paper)
+        assert all(any(row[0].words.startswith(model) and row[at].text() == fid for row in sheet.rows) for model, fid in paper)
 
 
 def test_differences_are_in_per_cent_of_the_paper(committed: Sources):
     sheet = SHEETS["table2"](committed)
     names = sheet.columns
-    row = next(row for row in sheet.rows if row[0].words == "DiCo-XL")
+    row = next(row for row in sheet.rows if row[0].words == "DiCo-XL, 3M")
     paper, ours, off = (row[names.index(("Gflops", name))].value for name in ("paper", "ours, same counter", "diff. %"))
     assert paper == 349.78 and off == pytest.approx(100 * (ours - paper) / paper) and -0.5 < off < -0.4
 
 
 def test_a_number_leads_to_its_records(committed: Sources):
     for name in ("table1", "table3", "table5", "counts"):
-        for row in SHEETS[name](committed).rows:
-            for (group, column_name), cell in zip(SHEETS[name](committed).columns, row, strict=True):
-                if "ours" in column_name and cell.value is not None:
+        sheet = SHEETS[name](committed)
+        for row in sheet.rows:
+            for (group, column_name), cell in zip(sheet.columns, row, strict=True):
+                if "ours" in column_name and "diff" not in column_name and cell.value is not None:
                     assert cell.records, (name, group, column_name)
 
 
 def test_table_6_names_every_field_that_differs(committed: Sources, monkeypatch: pytest.MonkeyPatch):
+    (same,) = [note for note in recipe_sheet(committed).notes if "declared fields equal" in note]
     other = replace(IMAGENET256, recipe=replace(IMAGENET256.recipe, lr=3e-4))
-    monkeypatch.setitem(CONFIGURATIONS, "DiCo-S 256", other)
+    monkeypatch.setitem(CONFIGURATIONS, "DiCo-S 256", (CONFIGURATIONS["DiCo-S 256"][0], other))
     (note,) = [note for note in recipe_sheet(committed).notes if "declared fields equal" in note]
-    assert "DiCo-S 256: peak lr" in note and "DiCo-B 256" not in note and "DiCo-XL 256: training steps" in note
+    assert same.endswith("Different: none.") and note.endswith("Different: DiCo-S 256: peak lr.")
 
 
 @pytest.mark.parametrize("lower", [True, False])
@@ -196,7 +199,7 @@ def test_a_gpu_timing_outranks_published_throughput(tmp_path: Path):
     assert (found.evidence, found.verdict) == ("measured here", "not reproduced") and found.value.startswith("1.36 ±0.01 (fp32, TF32 off")
     assert [numeric_mode(record) for record in gpu_timings(Backbone("dico_xl"), 32, sources)] == ["fp32, TF32 off"]
     table = SHEETS["table1"](sources)
-    assert "136.00 ±0.50" in column(table, "ours, GPU") and finding("speed-dig-256", sources).evidence == "published data only"
+    assert "136.00 ±0.50" in [cell.text() for row in table.rows for cell in row] and finding("speed-dig-256", sources).evidence == "published data only"
 
 
 def test_published_inconsistencies_are_seen(tmp_path: Path):
@@ -233,6 +236,7 @@ def test_two_builds_of_the_tables_are_equal_to_the_byte_and_to_what_is_committed
     assert everything(tmp_path / "a") == everything(tmp_path / "b") == everything(REPOSITORY / "results")
 
 
+@pytest.mark.slow
 def test_a_figure_drawn_twice_is_one_file(tmp_path: Path):
     code = (
         "import sys; from pathlib import Path; from analysis.build import FIGURES; from analysis.query import Sources; from analysis.style import save; "
