@@ -175,6 +175,10 @@ def test_every_claim_gets_a_verdict(committed: Sources, tmp_path: Path):
     assert {"counted", "measured at reduced scale"} & set(column(sheet, "evidence")) == set()
 
 
+def test_the_readme_says_what_the_claims_say(committed: Sources):
+    assert claims_sheet(committed).notes[0] in (REPOSITORY / "README.md").read_text().replace("\n", " ")
+
+
 def test_counted_claims_are_judged_to_the_printed_digit(committed: Sources):
     assert finding("gflops-xl-256", committed).verdict == "reproduced" and finding("gflops-family", committed).verdict == "reproduced"
     off = finding("gflops-xl-512", committed)
