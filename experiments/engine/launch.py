@@ -5,15 +5,17 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from experiments.engine.spec import Stage
+from experiments.engine.spec import Stage, kind_of
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,48 @@ def _work(job: Job, root: Path, device: str, threads: int, pipe: Connection) -> 
         pipe.send(("error", full or str(error)))
     finally:
         pipe.close()
+
+
+def work_in_job(job: Job, root: Path, device: str, checkpoint_every: int | None = None, threads: int | None = None) -> str | None:
+    """What one process of a scheduled job runs: the stages that lack a record, in order. The first error in one line, or None.
+
+    Several processes are one group, of which each calls this. Where the job's batch script asks for signs ($DICO_JOB, a
+    path without its end), a failure of the run's own leaves `.failed` and progress removes `.restarts`: without the first,
+    the script puts a job that died back into the queue, at most a few times without the second.
+    """
+    import torch
+
+    from experiments.engine.execute import Resources, execute
+    from experiments.engine.store import Store
+
+    if threads := threads or int(os.environ.get("SLURM_CPUS_PER_TASK", "0")):
+        torch.set_num_threads(threads)
+    resources = Resources(device=device, **({"checkpoint_every": checkpoint_every} if checkpoint_every else {}))
+    store, sign = Store(root), os.environ.get("DICO_JOB")
+
+    def report(step: int, steps: int, loss: float, rate: float) -> None:
+        print(f"{job.label}: step {step} of {steps}, loss {loss:.4f}, {rate:.0f} images/s", flush=True)
+        if sign:
+            Path(f"{sign}.restarts").unlink(missing_ok=True)
+
+    error = None
+    try:
+        store.check_writable()
+        for stage in job.stages:
+            record = execute(stage, store, resources, report)
+            print(f"{job.label}: {kind_of(stage)} {record.error or 'done'}", flush=True)
+            if record.status != "done":
+                error = f"{job.label}: {kind_of(stage)} failed: {record.error}"
+                if job.chain:
+                    break
+    except OSError as full:
+        error = f"{socket.gethostname()}: cannot write results ({full.strerror}); free space there"
+    except ValueError as bad:
+        error = f"{socket.gethostname()}: {bad}"
+    if error and sign:
+        with suppress(OSError):
+            Path(f"{sign}.failed").touch()
+    return error
 
 
 def available_cores() -> int:
