@@ -10,10 +10,14 @@ mkdir -p "$RESULTS/submissions"
 export DICO_JOB=$RESULTS/submissions/job-$SLURM_JOB_ID
 rm -f "$DICO_JOB.failed"
 
+failed_by_itself() {
+    [ -e "$DICO_JOB.failed" ] || grep -qs "\"state\": \"failed\".*\"job_id\": \"$SLURM_JOB_ID\"" "$(cat "$DICO_JOB.run")/heartbeat.json"
+}
+
 requeue_after_death() {
     local status=$? state
-    if [ $status -lt 128 ] || [ -e "$DICO_JOB.failed" ]; then
-        rm -f "$DICO_JOB.failed" "$DICO_JOB.restarts"
+    if [ $status -lt 128 ] || failed_by_itself; then
+        rm -f "$DICO_JOB".*
         exit $status
     fi
     state=$(timeout -k 5 60 squeue -h -j "$SLURM_JOB_ID" -o %T)
@@ -21,7 +25,7 @@ requeue_after_death() {
     echo "restart after status $status" >>"$DICO_JOB.restarts"
     if [ "$(wc -l <"$DICO_JOB.restarts")" -gt 5 ]; then
         echo "the run died five times without progress (status $status); not restarted" >&2
-        rm -f "$DICO_JOB.restarts"
+        rm -f "$DICO_JOB".*
         exit $status
     fi
     echo "the run died with status $status; back into the queue" >&2

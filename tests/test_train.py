@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from backbones.mixers import MIXERS
 from experiments.engine import checkpoint, files, train
-from experiments.engine.data import load
+from experiments.engine.data import batch_indices, load
 from experiments.engine.precision import MODES, flags, precision
 from experiments.engine.spec import Backbone, Data, Recipe, Train
 from experiments.engine.train import Resources, Trainer, digest, load_ema, lr_at, run
@@ -184,9 +185,10 @@ def test_the_loss_decreases():
 @pytest.mark.parametrize("lr", [1e6, 1e30])
 def test_a_loss_that_is_no_number_ends_the_run_in_one_line(lr: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(train.IDDPM, "losses", lambda self, model, x, y, t, eps: {"loss": model(x, t, y).sum(dim=(1, 2, 3)) * lr * math.inf})
-    with pytest.raises(ValueError, match="^the loss is .* after 14 steps; lower the learning rate") as failure:
+    with pytest.raises(ValueError, match="^the loss is .* at step 1; lower the learning rate") as failure:
         run(recipe(lr=lr), tmp_path, Resources(), quiet)
     assert "\n" not in str(failure.value)
+    assert failure.value.values == {"stopped_at": 1, "batch": batch_indices(len(load(DIGITS)), 16, 0, 0).tolist(), "last_checkpoint": 0}
     assert not list(tmp_path.glob("checkpoints/*"))
 
 
@@ -244,7 +246,11 @@ def live(folder: Path, checkpoint_every: int, death: str, step: int) -> None:
     update, replace = Trainer._update, os.replace
 
     def dying_update(self: Trainer, *inputs: Tensor) -> Tensor:
-        return os.kill(os.getpid(), signal.SIGKILL) if self.step == step else update(self, *inputs)
+        if self.step < step:
+            return update(self, *inputs)
+        while not list(folder.glob(f"checkpoints/step-{step - step % checkpoint_every:08d}-*.pt")):  # it is written in the background
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def dying_replace(source: Path, target: Path) -> None:
         if target.name == "step.staged":

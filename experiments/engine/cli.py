@@ -126,10 +126,7 @@ def _require_device(device: str) -> None:
 def _choose(table: Table, labels: list[str] | None) -> list[Row]:
     if labels is None:
         return list(table.rows)
-    known = {row.label: row for row in (*table.rows, *table.outside)}
-    if unknown := [label for label in labels if label not in known]:
-        raise ValueError(f"table {table.number} has no row {', '.join(map(repr, unknown))}; known: {', '.join(map(repr, known))}")
-    return [known[label] for label in labels]
+    return [table.row(label) for label in labels]
 
 
 def _run(chosen: Chosen, store: Store, cluster: str, workers: int | None) -> bool:

@@ -34,14 +34,19 @@ def new_folder(root: Path) -> Path:
     return root.resolve() / "submissions" / f"dico-{time.strftime('%Y%m%d', time.gmtime())}-{uuid.uuid4().hex[:8]}"
 
 
+def given(site: Site) -> dict[str, Any]:
+    """What a site gives to the trainer."""
+    return {"device": site.device, "checkpoint_every": site.checkpoint_every, "shard_optimizer": site.shard_optimizer}
+
+
 def parameters(site: Site, folder: Path) -> dict[str, Any]:
     """submitit's names for what a site gives."""
-    given = {name: value for name in ("partition", "account", "qos", "constraint", "mem") if (value := getattr(site, name))}
+    found = {name: value for name in ("partition", "account", "qos", "constraint", "mem") if (value := getattr(site, name))}
     if site.gpus_per_node:
-        given["gpus_per_node"] = site.gpus_per_node
+        found["gpus_per_node"] = site.gpus_per_node
     python = shlex.quote(sys.executable)
     setup = [f"cd {shlex.quote(str(REPOSITORY))}", f"RESULTS={shlex.quote(str(folder.parents[1]))}", f"PYTHON=${{PYTHON:-{python}}}", "source slurm/job.sh"]
-    return given | {
+    return found | {
         "job_name": folder.name,
         "nodes": site.nodes,
         "ntasks_per_node": site.tasks,
@@ -84,7 +89,7 @@ def submit(groups: Sequence[tuple[Site, Sequence[Job]]], store: Store) -> list[S
         for site, jobs, folder in left:
             executor = submitit.SlurmExecutor(folder, max_num_timeout=UNBOUNDED, python='"$PYTHON"')
             executor.update_parameters(**parameters(site, folder))
-            resources = {"device": site.device, "checkpoint_every": site.checkpoint_every}
+            resources = given(site)
             try:
                 handles = executor.map_array(task, jobs, [store.root.resolve()] * len(jobs), [resources] * len(jobs))
             except submitit.core.utils.FailedJobError as error:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, suppress
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 
 from backbones import kernels
-from experiments.engine import cost, evaluate, timing, train
+from experiments.engine import attempts, cost, distributed, evaluate, heartbeat, preemption, timing, train
+from experiments.engine.distributed import Group
+from experiments.engine.heartbeat import Heartbeat
 from experiments.engine.precision import flags, precision
 from experiments.engine.spec import Cost, Evaluate, Stage, Timing, Train
 from experiments.engine.store import Record, Store, provenance
@@ -21,43 +26,119 @@ Report = Callable[[int, int, float, float], None]
 def execute(spec: Stage, store: Store, resources: Resources, report: Report) -> Record:
     """The stage's record: an old one if it is done, else a new one. Failures are records too.
 
-    Another process at the same stage is waited for. Raises OSError where results cannot be written.
+    In a group of processes every rank calls this and gets the record; the first one writes it. A rank that fails ends the
+    whole group: the record holds its error, and all ranks but the first exit. Another process at the same stage is waited
+    for, another job refused (ValueError). Raises OSError where results cannot be written, and SystemExit with status 75
+    when the job was asked to stop and has saved.
     """
+    if preemption.in_a_job():
+        preemption.listen()
     require_device(resources.device)
-    with store.lock(spec):
+    group = distributed.join(resources.device, resources.timeout)
+    folder = store.run_dir(spec)
+    if not group.first:
+        return _follow(spec, store, resources, group)
+    with ExitStack() as held:
+        try:
+            beat = held.enter_context(_held(spec, store, group))
+        except ValueError as refusal:
+            group.share(refusal)
+            raise
         store.refresh()
-        if done := store.latest(spec):
+        distributed.clear_errors(folder)
+        if done := group.share(store.latest(spec)):
+            if beat:
+                beat.end("done")
             return done
         kernels.reset_used()
         started = time.perf_counter()
-        values, status, error = {}, "done", None
+
+        def finish(status: str, values: dict[str, Any], error: str | None = None) -> Record:
+            if beat:
+                attempts.end(folder, beat.fields["step"] or 0, error or status)
+                if found := attempts.read(folder):
+                    values = values | {"attempts": found}
+            record = store.append(spec, status, values, _provenance(spec, resources, group, time.perf_counter() - started), error)
+            if beat:
+                beat.end(status, error)
+            return record
+
         try:
-            values = _run(spec, store, resources, report)
-        except OSError:
+            with distributed.Watch(group, folder, lambda error: finish("failed", {}, error)):
+                values = _run(spec, store, resources, report, group, beat)
+        except preemption.Preempted as stop:
+            _leave(stop, folder, beat)
+        except OSError as error:
+            distributed.report_error(folder, group, distributed.one_line(error))
+            if beat:
+                attempts.end(folder, beat.fields["step"] or 0, distributed.one_line(error))
+                beat.end("failed", distributed.one_line(error))
             raise
         except Exception as failure:  # a failed row is a result, and the others go on
-            status, error = "failed", f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure).strip() else ''}"
-        return store.append(spec, status, values, _provenance(spec, resources, time.perf_counter() - started), error)
+            try:
+                error = distributed.cause(folder, group, failure)
+            except distributed.Lost as lost:
+                _leave(lost, folder, beat)
+            return finish("failed", getattr(failure, "values", {}), error)
+        return group.share(finish("done", values))
 
 
-def require_device(device: str) -> None:
-    """Raise ValueError in one line if a GPU was asked for and torch cannot use one."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"no usable GPU: torch {torch.__version__} was built for CUDA {torch.version.cuda}; update the driver or pass --device cpu")
+def _follow(spec: Stage, store: Store, resources: Resources, group: Group) -> Record:
+    """A rank after the first: works on its part, and exits where any rank fails."""
+    folder = store.run_dir(spec)
+    try:
+        if isinstance(answer := group.share(None), ValueError):
+            raise SystemExit(1)
+        if answer:
+            return answer
+        with distributed.Watch(group, folder):
+            if isinstance(spec, Train | Evaluate):
+                _run(spec, store, resources, lambda *_: None, group, None)
+        return group.share(None)
+    except preemption.Preempted as stop:
+        _leave(stop, folder, None)
+    except Exception as failure:
+        with suppress(distributed.Lost):
+            distributed.cause(folder, group, failure)
+        raise SystemExit(1) from None
 
 
-def _run(spec: Stage, store: Store, resources: Resources, report: Report) -> dict[str, Any]:
+def _held(spec: Stage, store: Store, group: Group) -> AbstractContextManager[Heartbeat | None]:
+    """The stage's lock; a stage of hours also shows a heartbeat."""
+    return heartbeat.claimed(store.run_dir(spec), group.world_size) if isinstance(spec, Train | Evaluate) else store.lock(spec)
+
+
+def _leave(why: preemption.Preempted | distributed.Lost, folder: Path, beat: Heartbeat | None) -> NoReturn:
+    """End this process before the end of its stage; if it was asked to make room, the job goes back into the queue."""
+    how = why.how if isinstance(why, preemption.Preempted) else preemption.NO
+    back = how == preemption.REQUEUE and heartbeat.job_id() is not None
+    if back:
+        preemption.yield_to_terminations()
+    if beat:
+        if how != preemption.TAKEN_OVER:
+            attempts.end(folder, beat.fields["step"] or 0, str(why))
+        beat.end("requeued" if back else "stopped", str(why))
+        print(f"stopped: {why}", file=sys.stderr, flush=True)
+        if back and (refusal := preemption.requeue()):
+            print(f"error: the job could not be requeued: {refusal}", file=sys.stderr, flush=True)
+            back = False
+    if back:
+        preemption.wait_for_the_end()
+    raise SystemExit(preemption.TRY_AGAIN)
+
+
+def _run(spec: Stage, store: Store, resources: Resources, report: Report, group: Group, beat: Heartbeat | None) -> dict[str, Any]:
     if isinstance(spec, Cost):
         return cost.run(spec)
     if isinstance(spec, Timing):
         return timing.run(spec)
     if isinstance(spec, Train):
-        return train.run(spec, store.run_dir(spec), resources, report)
+        return train.run(spec, store.run_dir(spec), resources, report, group, beat)
     assert isinstance(spec, Evaluate), spec
-    return evaluate.run(spec, store.run_dir(spec.train), store.root / "runs" / "classifiers", resources)
+    return evaluate.run(spec, store.run_dir(spec.train), store.root / "runs" / "classifiers", resources, group, beat)
 
 
-def _provenance(spec: Stage, resources: Resources, seconds: float) -> dict[str, Any]:
+def _provenance(spec: Stage, resources: Resources, group: Group, seconds: float) -> dict[str, Any]:
     device = torch.device(resources.device)
     with precision(getattr(getattr(spec, "recipe", spec), "precision", "fp32"), device):
         in_force = flags()
@@ -65,7 +146,7 @@ def _provenance(spec: Stage, resources: Resources, seconds: float) -> dict[str, 
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "world_size": 1,
+        "world_size": group.world_size,
         "micro_batch": resources.micro_batch,
         "sample_batch": resources.sample_batch,
         "precision_flags": in_force,

@@ -29,16 +29,17 @@ def image_seeds(seed: int, num: int) -> list[int]:
     return [(base + index) % 2**32 for index in range(num)]
 
 
-def images(spec: Evaluate, model: nn.Module, device: torch.device, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Sampled images (n, C, H, W) and their labels (n,), `batch` at a time, in order of their index."""
+def images(spec: Evaluate, model: nn.Module, device: torch.device, batch: int, within: range | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Sampled images (n, C, H, W) and their labels (n,), `batch` at a time, in order of their index; `within` limits the indices."""
     data, sampler = spec.train.data, spec.sampler
     if sampler.name not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler.name!r}; known: {', '.join(SAMPLERS)}")
     diffusion = IDDPM.linear(spec.train.diffusion.num_steps).respaced(sampler.num_steps).to(device)
     network = Guided(model, sampler.scale, data.num_classes, channels=sampler.channels, interval=sampler.interval)
     y, seeds = labels(spec.labels, spec.num, data.num_classes, spec.seed), image_seeds(spec.seed, spec.num)
-    for start in range(0, spec.num, batch):
-        part = slice(start, start + batch)
+    within = within or range(spec.num)
+    for start in range(within.start, within.stop, batch):
+        part = slice(start, min(start + batch, within.stop))
         noise = ImageNoise(seeds[part], (data.channels, data.size, data.size), device)
         with precision(spec.precision, device):
             for x in SAMPLERS[sampler.name](diffusion, network, y[part].to(device), noise):

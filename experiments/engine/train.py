@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
 
 import backbones
-from experiments.engine import checkpoint
+from experiments.engine import attempts, checkpoint, preemption
 from experiments.engine.data import ImageSet, batch_indices, load
 from experiments.engine.diffusion import IDDPM
+from experiments.engine.distributed import ALONE, Agreement, Group
+from experiments.engine.heartbeat import Heartbeat
+from experiments.engine.monitor import Diverged, Log, require_boards, trouble
 from experiments.engine.precision import precision
 from experiments.engine.randomness import generator_at, seed_at
 from experiments.engine.spec import Backbone, Recipe, Train
@@ -28,12 +32,21 @@ LOG_EVERY = 50
 
 @dataclass(frozen=True)
 class Resources:
-    """What a run is given, which does not name it: device, samples at a time, and steps between checkpoints."""
+    """What a run is given, which does not name it.
+
+    Device; samples at a time on each, in training and in sampling; steps between checkpoints, how many of the newest are
+    kept, and which steps for good (multiples of `milestones`); whether each process keeps only its part of the
+    optimiser's state; and the seconds after which a collective operation gives up.
+    """
 
     device: str = "cpu"
     micro_batch: int | None = None
     sample_batch: int = 250
     checkpoint_every: int = 2000
+    keep: int = 2
+    milestones: int | None = None
+    shard_optimizer: bool = False
+    timeout: float = 1800.0
 
 
 def build(spec: Backbone, seed: int, device: torch.device) -> nn.Module:
@@ -56,21 +69,34 @@ def lr_at(recipe: Recipe, step: int) -> float:
 
 
 class Trainer:
-    """Model, EMA and optimiser of a run, and the step it has reached."""
+    """Model, EMA and optimiser of a run, and the step it has reached; each process of a group has its own, all alike."""
 
-    def __init__(self, spec: Train, device: torch.device, micro_batch: int | None = None) -> None:
-        self.spec, self.device = spec, device
+    def __init__(self, spec: Train, device: torch.device, micro_batch: int | None = None, group: Group = ALONE, shard_optimizer: bool = False) -> None:
+        self.spec, self.device, self.group = spec, device, group
+        self.mine = group.part(spec.recipe.batch)
         self.micro_batch = micro_batch or spec.recipe.batch
         self.model = build(spec.backbone, spec.seed, device)
         self.ema = build(spec.backbone, spec.seed, device).requires_grad_(False)
-        self.forward = torch.compile(self.model) if spec.recipe.compile else self.model
         recipe = spec.recipe
+        self.forward: nn.Module = self.model
+        if group.world_size > 1:  # a network without random buffers: nothing but gradients travels
+            self.forward = DistributedDataParallel(self.model, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=not recipe.compile)
+        self.without_exchange = self.forward.no_sync if group.world_size > 1 else nullcontext
+        if recipe.compile:
+            self.forward = torch.compile(self.forward)
         trainable = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trainable, recipe.lr, recipe.betas, weight_decay=recipe.weight_decay, fused=True)
+        options = dict(lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
+        self.sharded = shard_optimizer and group.world_size > 1
+        self.optimizer = ZeroRedundancyOptimizer(trainable, torch.optim.AdamW, **options) if self.sharded else torch.optim.AdamW(trainable, **options)
         self.diffusion = IDDPM.linear(spec.diffusion.num_steps).to(device)
         self.step = 0
 
     def state(self) -> dict[str, Any]:
+        """Everything a run goes on from, the same for every number of processes; {} on all but the first, and all must call."""
+        if self.sharded:
+            self.optimizer.consolidate_state_dict(to=0)
+        if not self.group.first:
+            return {}
         return {"model": self.model.state_dict(), "ema": self.ema.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def restore(self, step: int, state: dict[str, Any]) -> None:
@@ -80,32 +106,33 @@ class Trainer:
         self.step = step
 
     def steps(self, images: ImageSet) -> Iterator[Tensor]:
-        """Train from the step reached to the last, yielding each step's loss (0-d, on the device)."""
+        """Train from the step reached to the last, yielding each step's loss (0-d, on the device): this rank's share of the sum."""
         recipe = self.spec.recipe
         while self.step < recipe.steps:
-            x0, y = images.take(batch_indices(len(images), recipe.batch, self.spec.seed, self.step))
+            x0, y = images.take(batch_indices(len(images), recipe.batch, self.spec.seed, self.step)[self.mine])
             loss = self._update(x0.to(self.device), y.to(self.device))
             self.step += 1
             yield loss
 
     def _update(self, x0: Tensor, y: Tensor) -> Tensor:
-        """One optimiser step on a global batch. Its noise depends on (seed, step) and the place in the batch only."""
-        recipe, n = self.spec.recipe, len(x0)
+        """One optimiser step on this rank's part of a global batch, whose noise depends on (seed, step) and the place in it only."""
+        recipe, n, mine = self.spec.recipe, self.spec.recipe.batch, self.mine
         noise = generator_at("train", self.spec.seed, self.step, device=self.device)
-        t = torch.randint(self.diffusion.num_steps, (n,), generator=noise, device=self.device)
-        eps = torch.randn(x0.shape, generator=noise, device=self.device)
-        dropped = torch.rand(n, generator=noise, device=self.device) < recipe.label_dropout
-        flipped = torch.rand(n, generator=noise, device=self.device) < 0.5
+        t = torch.randint(self.diffusion.num_steps, (n,), generator=noise, device=self.device)[mine]
+        eps = torch.randn((n, *x0.shape[1:]), generator=noise, device=self.device)[mine]
+        dropped = torch.rand(n, generator=noise, device=self.device)[mine] < recipe.label_dropout
+        flipped = torch.rand(n, generator=noise, device=self.device)[mine] < 0.5
         y = torch.where(dropped, self.spec.data.num_classes, y)
         if self.spec.data.flip:
             x0 = torch.where(flipped[:, None, None, None], x0.flip(-1), x0)
         total = torch.zeros((), device=self.device)
-        for part in torch.arange(n).split(self.micro_batch):
+        for part in torch.arange(len(x0)).split(self.micro_batch):
             at = slice(int(part[0]), int(part[-1]) + 1)
-            with precision(recipe.precision, self.device):
+            exchange = nullcontext() if at.stop == len(x0) else self.without_exchange()
+            with exchange, precision(recipe.precision, self.device):
                 loss = self.diffusion.losses(self.forward, x0[at], y[at], t[at], eps[at])["loss"].sum() / n
                 with torch.autocast(self.device.type, enabled=False):  # each op's backward runs in its forward's type
-                    loss.backward()
+                    (loss * self.group.world_size).backward()          # the exchange takes the mean over ranks, and this is a sum
             total += loss.detach()
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(recipe, self.step)
@@ -123,40 +150,81 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
         averaged.copy_(buffer)
 
 
-def run(spec: Train, folder: Path, resources: Resources, report: Callable[[int, int, float, float], None]) -> dict[str, Any]:
+def run(
+    spec: Train, folder: Path, resources: Resources, report: Callable[[int, int, float, float], None], group: Group = ALONE, beat: Heartbeat | None = None
+) -> dict[str, Any]:
     """Train, or go on training, in `folder`; `report(step, steps, loss, images per second)` hears of the progress.
 
-    Raises ValueError in one line when the loss is not finite.
+    Every rank of the group calls this; the first one writes, and has the heartbeat. Raises Diverged (a ValueError in one
+    line, with values for the record) when the loss is not finite or jumps, and Preempted, once it has saved, when the job
+    is asked to stop.
     """
-    device, recipe = torch.device(resources.device), spec.recipe
-    trainer = Trainer(spec, device, resources.micro_batch)
-    if found := checkpoint.load_newest(folder / "checkpoints", device):
-        trainer.restore(*found)
-    first, started = trainer.step, time.perf_counter()
-    images = load(spec.data)
-    losses: list[Tensor] = []
-    with _Log(folder, first) as log:
+    recipe = spec.recipe
+    require_boards()
+    trainer = Trainer(spec, torch.device(resources.device), resources.micro_batch, group, resources.shard_optimizer)
+    losses: list[Tensor] = []  # since the last line of the log
+    if found := group.share(checkpoint.newest_intact(folder / "checkpoints") if group.first else None):
+        step, state = checkpoint.load(found)
+        trainer.restore(step, state)
+        losses += [loss if group.first else torch.zeros_like(loss) for loss in state.get("losses", torch.empty(0)).to(trainer.device)]
+    first, started, saved = trainer.step, time.perf_counter(), trainer.step
+    if beat:
+        attempts.begin(beat, first)
+        beat.tell(state="training", step=first, steps=recipe.steps)
+    images, stop = load(spec.data), Agreement(group)
+    with Log(folder, first) if group.first else nullcontext() as log, checkpoint.Writer(folder / "checkpoints", resources.keep, resources.milestones) as writer:
+        means = group.share(log.losses if group.first else None)
         for loss in trainer.steps(images):
             losses.append(loss)
             done = trainer.step
-            if done % LOG_EVERY == 0 or done == recipe.steps:
-                mean = torch.stack(losses).mean().item()
-                losses.clear()
-                if not math.isfinite(mean):
-                    raise ValueError(f"the loss is {mean} after {done} steps; lower the learning rate ({recipe.lr}) or lengthen the warm-up ({recipe.warmup} steps)")
-                rate = (done - first) * recipe.batch / (time.perf_counter() - started)
-                log.write(done, mean, lr_at(recipe, done - 1), rate)
-                report(done, recipe.steps, mean, rate)
-            if done % resources.checkpoint_every == 0 or done == recipe.steps:
-                checkpoint.save(folder / "checkpoints", done, trainer.state())
-        tail = log.losses[-max(1, 200 // LOG_EVERY) :]
+            how = stop(preemption.TAKEN_OVER if beat and beat.taken_over else preemption.asked())
+            if how == preemption.TAKEN_OVER:
+                raise preemption.Preempted(how)
+            logs, last = done % LOG_EVERY == 0 or done == recipe.steps, done == recipe.steps
+            saves = done % resources.checkpoint_every == 0 or last or bool(how)
+            if logs or saves:
+                latest = group.sum(torch.stack(losses))
+                _check(latest.tolist(), means, trainer, len(images), saved)
+            if logs:
+                mean, rate = latest.mean().item(), (done - first) * recipe.batch / (time.perf_counter() - started)
+                losses, latest = [], latest[:0]
+                means.append(mean)
+                if group.first:
+                    log.write(step=done, loss=mean, lr=lr_at(recipe, done - 1), images_per_s=round(rate, 1))
+                    report(done, recipe.steps, mean, rate)
+                if beat:
+                    beat.tell(loss=mean, images_per_s=round(rate, 1))
+            if beat:
+                beat.tell(step=done, state="saving" if saves and (last or how) else "training")
+            if saves:
+                state = trainer.state()
+                if group.first:
+                    writer.save(done, state | {"losses": latest})
+                saved = done
+            if how and not last:
+                writer.wait()
+                raise preemption.Preempted(how)
+        writer.wait()
+    weights = digest(trainer.ema)
+    if not group.equal(weights):
+        raise RuntimeError("the ranks' weights differ at the end of the training")
+    tail = means[-max(1, 200 // LOG_EVERY) :]
     return {
         "loss": sum(tail) / len(tail) if tail else None,
         "steps": trainer.step,
         "resumed_at": first,
         "images_per_s": (trainer.step - first) * recipe.batch / (time.perf_counter() - started),
-        "weights_sha256": digest(trainer.ema),
+        "weights_sha256": weights,
     }
+
+
+def _check(losses: list[float], means: list[float], trainer: Trainer, size: int, saved: int) -> None:
+    """Raise Diverged if the latest losses, which end at the trainer's step, are bad."""
+    if bad := trouble(losses, means):
+        step, recipe = trainer.step - len(losses) + 1 + bad[0], trainer.spec.recipe
+        batch = batch_indices(size, recipe.batch, trainer.spec.seed, step - 1).tolist()
+        advice = f"lower the learning rate ({recipe.lr}) or lengthen the warm-up ({recipe.warmup} steps)"
+        raise Diverged(f"the loss {bad[1]} at step {step}; {advice}", {"stopped_at": step, "batch": batch, "last_checkpoint": saved})
 
 
 def load_ema(spec: Train, folder: Path, device: torch.device) -> nn.Module:
@@ -176,39 +244,3 @@ def digest(model: nn.Module) -> str:
         total.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return total.hexdigest()[:16]
 
-
-class _Log:
-    """Loss and rate to a JSON-lines file and, where it is installed, TensorBoard; steps after `first` are rewritten."""
-
-    def __init__(self, folder: Path, first: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "log.jsonl"
-        kept = []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            with suppress(ValueError):  # the last line of a killed run can be cut
-                kept.append(json.loads(line))
-        kept = [entry for entry in kept if entry["step"] <= first]
-        self.losses = [entry["loss"] for entry in kept]
-        self.file = path.open("w")
-        self.file.writelines(json.dumps(entry) + "\n" for entry in kept)
-        self.board = None
-        with suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(folder / "tensorboard", purge_step=first + 1)
-
-    def write(self, step: int, loss: float, lr: float, rate: float) -> None:
-        self.losses.append(loss)
-        self.file.write(json.dumps({"step": step, "loss": loss, "lr": lr, "images_per_s": round(rate, 1)}) + "\n")
-        self.file.flush()
-        if self.board:
-            self.board.add_scalar("loss", loss, step)
-            self.board.add_scalar("images_per_s", rate, step)
-
-    def __enter__(self) -> _Log:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-        if self.board:
-            self.board.close()

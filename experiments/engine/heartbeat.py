@@ -1,0 +1,139 @@
+"""A run's sign of life and its lock: who works on it and how far it is. Standard library only.
+
+`heartbeat.json` in a run's folder holds the state (starting, training, evaluating, saving; at the end requeued, stopped,
+done or failed), step, steps, images_per_s, loss, updated (unix seconds), host, pid, job_id, attempt, world_size, reason
+and owner (one random name an attempt).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from experiments.engine.files import written_whole
+
+EVERY, STALE = 5.0, 60.0   # seconds between two signs of life, and without one until a process counts as dead
+LIVE = ("starting", "training", "evaluating", "saving")
+
+
+def job_id() -> str | None:
+    """The scheduler's id of the job that this process belongs to."""
+    return os.environ.get("SLURM_JOB_ID")
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """The last heartbeat of a run, or None."""
+    try:
+        found = json.loads((folder / "heartbeat.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("updated"), int | float) else None
+
+
+def age(beat: dict[str, Any]) -> float:
+    """Seconds since a heartbeat was written."""
+    return time.time() - beat["updated"]
+
+
+def live(beat: dict[str, Any] | None) -> bool:
+    """Whether the process that wrote it works and has been heard of lately."""
+    return beat is not None and beat.get("state") in LIVE and age(beat) < STALE
+
+
+class Heartbeat:
+    """Writes the file every few seconds from a thread of its own; `before` is what it found, `taken_over` who replaced it."""
+
+    def __init__(self, folder: Path, world_size: int = 1) -> None:
+        self.folder, self.before, self.taken_over = folder, read(folder), None
+        attempt = int(os.environ.get("SLURM_RESTART_COUNT", "0")) + 1
+        self.fields: dict[str, Any] = dict(state="starting", step=None, steps=None, images_per_s=None, loss=None, host=socket.gethostname(), pid=os.getpid())
+        self.fields |= dict(job_id=job_id(), attempt=attempt, world_size=world_size, reason=None, owner=uuid.uuid4().hex)
+        self._changed, self._ended, self._written = threading.Event(), False, False
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._write()
+        self._thread.start()
+
+    def tell(self, **changes: Any) -> None:
+        """Change fields; a new state is written at once, by the thread, so that nobody waits for the file system."""
+        urgent = changes.get("state", self.fields["state"]) != self.fields["state"]
+        self.fields |= changes
+        if urgent:
+            self._changed.set()
+
+    def end(self, state: str, reason: str | None = None) -> None:
+        """Write the last state and stop; only the first call does anything."""
+        if self._ended:
+            return
+        self._ended = True
+        self._changed.set()
+        self._thread.join()
+        self.fields |= dict(state=state, reason=reason)
+        self._write()
+
+    def _beat(self) -> None:
+        while not self._ended:
+            self._changed.wait(EVERY)
+            self._changed.clear()
+            if not self._ended:
+                self._write()
+
+    def _write(self) -> None:
+        there = read(self.folder)
+        if self._written and there and there.get("owner") != self.fields["owner"]:
+            self.taken_over = there
+        if self.taken_over:
+            return
+        self.fields["updated"] = time.time()
+        with suppress(OSError):  # on a full disk the run itself says so
+            with written_whole(self.folder / "heartbeat.json") as file:
+                file.write(json.dumps(self.fields).encode())
+            self._written = True
+
+
+@contextmanager
+def claimed(folder: Path, world_size: int = 1) -> Iterator[Heartbeat]:
+    """Hold a run's folder and its heartbeat.
+
+    A process of the same job, or of none on the same host, is waited for; ValueError in one line where another live job
+    has the run. On one host the kernel's file lock decides, which a dead process frees at once; across hosts, where not
+    every file system shares such locks, the heartbeat decides, and one that is stale is taken over.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    there = read(folder)
+    if live(there) and there.get("host") != socket.gethostname() and (job_id() is None or there.get("job_id") != job_id()):
+        raise ValueError(_refusal(folder, there))
+    with open(folder / "lock", "wb") as file:
+        while not _locked(file):
+            there = read(folder)
+            if live(there) and there.get("job_id") != job_id():
+                raise ValueError(_refusal(folder, there))
+            time.sleep(0.1)
+        beat = Heartbeat(folder, world_size)
+        try:
+            yield beat
+        finally:
+            beat.end("stopped", "interrupted")
+
+
+def _locked(file: BinaryIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks: the heartbeat alone decides
+        return True
+    return True
+
+
+def _refusal(folder: Path, there: dict[str, Any]) -> str:
+    job = f"job {there['job_id']}" if there.get("job_id") else f"process {there.get('pid')}"
+    return f"run {folder.name} is being worked on by {job} on {there.get('host')} ({there.get('state')}, heard of {age(there):.0f} s ago); wait for it or end it first"

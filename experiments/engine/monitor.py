@@ -1,0 +1,114 @@
+"""What a run says of itself while it trains: JSON lines, the boards that are fed from them, and the watch over its loss."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import statistics
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+WANDB = "DICO_WANDB"                        # environment variable: the Weights & Biases project that runs go to
+SPIKE, HISTORY, FEWEST = 5.0, 20, 10        # a spike is SPIKE times the median of the last HISTORY means, of at least FEWEST
+
+
+class Diverged(ValueError):
+    """The loss is not finite or has jumped; `values` say where, for the record."""
+
+    def __init__(self, message: str, values: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.values = values
+
+
+def trouble(losses: Sequence[float], means: Sequence[float]) -> tuple[int, str] | None:
+    """Place of the first bad loss among the latest and what is wrong with it, or None.
+
+    Not finite anywhere is wrong. A spike is wrong only where most of the latest losses are far above what the logged
+    means were for long: single bad batches, noise and slow drifts pass.
+    """
+    for place, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            return place, f"is {loss}"
+    usual = statistics.median(means[-HISTORY:]) if len(means) >= FEWEST else math.inf
+    if losses and statistics.median(losses) > SPIKE * usual:
+        place = next(place for place, loss in enumerate(losses) if loss > SPIKE * usual)
+        return place, f"has jumped to {statistics.median(losses):.4g}, from {usual:.4g} before,"
+    return None
+
+
+def require_boards() -> None:
+    """ValueError in one line if Weights & Biases is asked for and not installed."""
+    if os.environ.get(WANDB) and not importlib.util.find_spec("wandb"):
+        raise ValueError(f"${WANDB} asks for Weights & Biases, which is not installed: pip install wandb, or unset {WANDB}")
+
+
+class Log:
+    """Loss and rate to `log.jsonl`; each line also to TensorBoard and, where asked, Weights & Biases. Lines after `first` are rewritten."""
+
+    def __init__(self, folder: Path, first: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "log.jsonl"
+        kept = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            with suppress(ValueError):  # the last line of a killed run can be cut
+                kept.append(json.loads(line))
+        kept = [entry for entry in kept if entry["step"] <= first]
+        self.losses = [entry["loss"] for entry in kept]
+        self.file = path.open("w")
+        self.file.writelines(json.dumps(entry) + "\n" for entry in kept)
+        self.boards = [board for board in (_tensorboard(folder, first), _wandb(folder)) if board]
+
+    def write(self, **entry: Any) -> None:
+        """One line: step, loss, lr, images_per_s."""
+        self.losses.append(entry["loss"])
+        self.file.write(json.dumps(entry) + "\n")
+        self.file.flush()
+        for board in self.boards:
+            board.write(entry)
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+        for board in self.boards:
+            board.close()
+
+
+class _TensorBoard:
+    def __init__(self, writer: Any) -> None:
+        self.writer, self.close = writer, writer.close
+
+    def write(self, entry: dict[str, Any]) -> None:
+        for name in ("loss", "images_per_s"):
+            self.writer.add_scalar(name, entry[name], entry["step"])
+
+
+class _Wandb:
+    def __init__(self, run: Any) -> None:
+        self.run, self.close = run, run.finish
+
+    def write(self, entry: dict[str, Any]) -> None:
+        self.run.log({name: value for name, value in entry.items() if name != "step"}, step=entry["step"])
+
+
+def _tensorboard(folder: Path, first: int) -> _TensorBoard | None:
+    with suppress(ImportError):
+        from torch.utils.tensorboard import SummaryWriter
+
+        return _TensorBoard(SummaryWriter(folder / "tensorboard", purge_step=first + 1))
+    return None
+
+
+def _wandb(folder: Path) -> _Wandb | None:
+    """The run's page: the same one after every restart."""
+    if not os.environ.get(WANDB):
+        return None
+    require_boards()
+    import wandb
+
+    return _Wandb(wandb.init(project=os.environ[WANDB], id=folder.name, name=folder.name, dir=str(folder), resume="allow"))
