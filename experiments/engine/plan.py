@@ -23,7 +23,7 @@ class Chosen:
 
     def counts(self) -> list[Job]:
         """One job: the first count is slow, the others are not."""
-        return [Job("counts", tuple(dict.fromkeys(_by_id(cost_stage(row) for row in self.rows).values())))]
+        return [Job("counts", tuple({spec_id(stage): stage for stage in map(cost_stage, self.rows)}.values()))]
 
     def timings(self) -> list[Job]:
         if self.table.counts_only:
@@ -38,10 +38,6 @@ class Chosen:
                 stages = train_stage(row, self.protocol, seed), evaluate_stage(row, self.protocol, seed)
                 jobs.setdefault(spec_id(stages[1]), Job(f"{row.label}, seed {seed}", stages, chain=True))
         return list(jobs.values())
-
-
-def _by_id(stages: Iterator[Stage]) -> dict[str, Stage]:
-    return {spec_id(stage): stage for stage in stages}
 
 
 def missing(jobs: Sequence[Job], store: Store) -> list[Job]:

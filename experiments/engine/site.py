@@ -66,8 +66,8 @@ class Site:
         return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
     def alone(self) -> Site:
-        """One process on one GPU: what a timing takes."""
-        return replace(self, nodes=1, tasks_per_node=1, gpus_per_node=min(1, self.gpus_per_node))
+        """One process on one GPU, one job after another: what a timing takes."""
+        return replace(self, nodes=1, tasks_per_node=1, gpus_per_node=min(1, self.gpus_per_node), concurrent=1)
 
 
 KNOWN = {f.name: type(f.default) if f.name != "options" else dict for f in fields(Site)}
