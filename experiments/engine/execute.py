@@ -127,6 +127,12 @@ def _leave(why: preemption.Preempted | distributed.Lost, folder: Path, beat: Hea
     raise SystemExit(preemption.TRY_AGAIN)
 
 
+def require_device(device: str) -> None:
+    """Raise ValueError in one line if a GPU was asked for and torch cannot use one."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"no usable GPU: torch {torch.__version__} was built for CUDA {torch.version.cuda}; update the driver or pass --device cpu")
+
+
 def _run(spec: Stage, store: Store, resources: Resources, report: Report, group: Group, beat: Heartbeat | None) -> dict[str, Any]:
     if isinstance(spec, Cost):
         return cost.run(spec)

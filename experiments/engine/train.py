@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -79,8 +80,8 @@ class Trainer:
         self.ema = build(spec.backbone, spec.seed, device).requires_grad_(False)
         recipe = spec.recipe
         self.forward: nn.Module = self.model
-        if group.world_size > 1:  # a network without random buffers: nothing but gradients travels
-            self.forward = DistributedDataParallel(self.model, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=not recipe.compile)
+        if group.world_size > 1:
+            self.forward = _exchanging(self.model, static=not recipe.compile and self.micro_batch >= self.mine.stop - self.mine.start)
         self.without_exchange = self.forward.no_sync if group.world_size > 1 else nullcontext
         if recipe.compile:
             self.forward = torch.compile(self.forward)
@@ -140,6 +141,16 @@ class Trainer:
         self.optimizer.zero_grad()
         update_ema(self.ema, self.model, recipe.ema)
         return total
+
+
+def _exchanging(model: nn.Module, static: bool) -> DistributedDataParallel:
+    """The network with its gradients averaged over the ranks while the backward pass runs; its buffers are constants and stay.
+
+    A graph declared `static` may leave parameters unused; PyTorch excludes that with accumulation and compilation.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions rename broadcast_buffers, older ones know no other name
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=static)
 
 
 @torch.no_grad()

@@ -1,0 +1,199 @@
+"""Groups of processes: the same run as one process makes, and what becomes of it when a process fails, is stopped or killed."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from experiments.engine import attempts, distributed, evaluate, generate, heartbeat, train
+from experiments.engine.diffusion import IDDPM
+from experiments.engine.distributed import Group, master_port, place
+from experiments.engine.execute import execute
+from experiments.engine.preemption import TRY_AGAIN
+from experiments.engine.spec import Backbone, Data, Evaluate, Recipe, Sampler, Stage, Train, spec_id
+from experiments.engine.store import Store
+from experiments.engine.train import Resources, Trainer, build
+
+SMALL = dict(dim=8, depths=(1, 1, 1, 1, 1), input_size=8, in_channels=1, num_classes=10)
+TRAIN = Train(Backbone("dico_s", SMALL), Data("digits", 8, 1, 10), Recipe(steps=14, batch=16, lr=1e-3, warmup=4, ema=0.9))
+SCORE = Evaluate(TRAIN, Sampler(num_steps=3, channels=None), 23, "digits")
+BOUND = 60.0   # seconds that no group here may take: far more than any needs, far less than a hang
+
+
+def member(group: Group, port: int, root: Path, spec: Stage, resources: Resources, fault: tuple[str, int, int] | None, seen: bool) -> None:
+    """One rank at work; at a step of a rank the fault 'raise', 'kill', 'stop' or 'requeue' strikes."""
+    torch.set_num_threads(1)
+    train.LOG_EVERY, distributed.POLL, distributed.GRACE = 3, 0.1, 2.0
+    if group.world_size > 1:
+        names = dict(RANK=group.rank, WORLD_SIZE=group.world_size, LOCAL_RANK=group.rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        os.environ.update({name: str(value) for name, value in names.items()})
+    update, losses, inputs = Trainer._update, IDDPM.losses, []
+
+    def faulty(self: Trainer, *batch: Tensor) -> Tensor:
+        if fault and (group.rank, self.step) == fault[1:]:
+            if fault[0] == "raise":
+                raise KeyError("boom")
+            os.kill(os.getpid(), dict(kill=signal.SIGKILL, stop=signal.SIGTERM, requeue=signal.SIGUSR2)[fault[0]])
+        return update(self, *batch)
+
+    def recording(self: IDDPM, model: Any, *batch: Tensor) -> dict[str, Tensor]:
+        inputs.append(batch)
+        return losses(self, model, *batch)
+
+    Trainer._update = faulty
+    if seen:
+        IDDPM.losses = recording
+    record = execute(spec, Store(root), resources, lambda *progress: None)
+    if seen:
+        torch.save([torch.cat(parts) for parts in zip(*inputs, strict=True)], root / f"seen-{group.rank}.pt")
+    raise SystemExit(0 if record.status == "done" else 1)
+
+
+def group(world: int, root: Path, spec: Stage = TRAIN, fault: tuple[str, int, int] | None = None, seen: bool = False, **resources: Any) -> list[int]:
+    """Exit statuses of a group's ranks."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["experiments.engine.execute", "sklearn.datasets", "torch._dynamo", "torch.utils.tensorboard"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    given = Resources(**dict(checkpoint_every=5, sample_batch=5, timeout=BOUND) | resources)
+    ranks = [context.Process(target=member, args=(Group(rank, world, rank), port, root, spec, given, fault, seen)) for rank in range(world)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(BOUND)
+        assert rank.exitcode is not None, "a rank hangs"
+    return [rank.exitcode for rank in ranks]
+
+
+def outcome(root: Path, spec: Stage = TRAIN) -> Any:
+    """The newest record of a stage, whatever its status."""
+    found = Store(root).records("records").get(spec_id(spec))
+    return found[-1] if found else None
+
+
+def curve(root: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (root / "runs" / spec_id(TRAIN) / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("alone")
+    assert group(1, root, seen=True) == [0]
+    return root
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("pair")
+    assert group(2, root, seen=True) == [0, 0]
+    return root
+
+
+def test_ranks_come_from_the_environment():
+    step = dict(SLURM_STEP_ID="0", SLURM_PROCID="5", SLURM_NTASKS="8", SLURM_LOCALID="1")
+    assert place(step) == Group(5, 8, 1)
+    assert place({**step, "RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "2"}) == Group(2, 4, 2)
+    assert place({name: value for name, value in step.items() if name != "SLURM_STEP_ID"}) == Group() == place({})
+
+
+def test_the_port_changes_with_the_restart_and_stays_below_the_ephemeral_range():
+    ports = [master_port(str(job), str(restart)) for job in range(1000) for restart in range(3)]
+    assert all(20000 <= port < 30000 for port in ports) and master_port("7", "0") == master_port("7", "0") != master_port("7", "1")
+    assert len(set(ports)) > 2500
+
+
+def test_a_batch_is_cut_into_equal_parts_or_refused():
+    assert [Group(rank, 4).part(20) for rank in range(4)] == [slice(0, 5), slice(5, 10), slice(10, 15), slice(15, 20)]
+    with pytest.raises(ValueError, match="^3 processes do not divide a batch of 16; take a number of processes that does$"):
+        Group(0, 3).part(16)
+
+
+def test_a_group_sees_the_samples_of_one_process_and_has_its_losses(alone: Path, pair: Path, tmp_path: Path):
+    assert group(4, tmp_path, seen=True, micro_batch=3) == [0] * 4
+    whole = torch.load(alone / "seen-0.pt")
+    for root, world in ((pair, 2), (tmp_path, 4)):
+        parts = [torch.load(root / f"seen-{rank}.pt") for rank in range(world)]
+        for values, *shares in zip(whole, *parts, strict=True):
+            together = torch.cat([share.unflatten(0, (14, 16 // world)) for share in shares], dim=1).flatten(0, 1)
+            assert torch.equal(together, values)
+        assert curve(root) == pytest.approx(curve(alone), rel=1e-5) and len(curve(root)) == 5
+        assert outcome(root).provenance["world_size"] == world
+
+
+def test_a_stopped_group_saves_at_one_step_and_goes_on_to_the_same_weights(alone: Path, pair: Path, tmp_path: Path):
+    assert group(2, tmp_path, fault=("requeue", 1, 6), shard_optimizer=True) == [TRY_AGAIN] * 2
+    folder = tmp_path / "runs" / spec_id(TRAIN)
+    (saved,) = [int(path.name[5:13]) for path in (folder / "checkpoints").glob("step-*.pt") if int(path.name[5:13]) % 5]
+    assert 7 <= saved <= 8 and outcome(tmp_path) is None
+    assert heartbeat.read(folder)["state"] == "stopped" and "SIGUSR2" in heartbeat.read(folder)["reason"]
+    assert group(2, tmp_path, fault=("stop", 0, 11)) == [TRY_AGAIN] * 2
+    assert group(2, tmp_path, shard_optimizer=True) == [0, 0]
+    values = outcome(tmp_path).values
+    assert values["weights_sha256"] == outcome(pair).values["weights_sha256"] and curve(tmp_path) == curve(pair)
+    assert [attempt["start"] for attempt in values["attempts"]] == [0, saved, values["resumed_at"]] and values["attempts"][-1]["end"] == 14
+    assert [attempt["reason"] for attempt in values["attempts"]] == ["asked to make room (SIGUSR2)", "asked to stop (SIGTERM)", "done"]
+
+
+def test_a_sharded_optimiser_goes_on_in_one_process(alone: Path, tmp_path: Path):
+    assert group(2, tmp_path, fault=("requeue", 0, 6), shard_optimizer=True) == [TRY_AGAIN] * 2
+    assert group(1, tmp_path) == [0]
+    assert curve(tmp_path) == pytest.approx(curve(alone), rel=1e-5) and outcome(tmp_path).values["resumed_at"] in (7, 8)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_failing_rank_ends_the_group_with_its_error(rank: int, tmp_path: Path):
+    assert group(2, tmp_path, fault=("raise", rank, 6)) == [1, 1]
+    record, beat = outcome(tmp_path), heartbeat.read(tmp_path / "runs" / spec_id(TRAIN))
+    assert (record.status, record.error) == ("failed", f"rank {rank}: KeyError: 'boom'") == (beat["state"], beat["reason"])
+    assert record.values["attempts"][-1]["reason"] == record.error
+
+
+def test_a_killed_rank_ends_the_group_and_costs_the_steps_since_the_checkpoint(pair: Path, tmp_path: Path):
+    assert group(2, tmp_path, fault=("kill", 1, 12)) == [TRY_AGAIN, -signal.SIGKILL]
+    assert outcome(tmp_path) is None and re.match("rank 0 lost another rank", heartbeat.read(tmp_path / "runs" / spec_id(TRAIN))["reason"])
+    assert group(2, tmp_path, fault=("kill", 0, 13)) == [-signal.SIGKILL, TRY_AGAIN]
+    assert group(2, tmp_path) == [0, 0]
+    values = outcome(tmp_path).values
+    assert values["resumed_at"] == 10 and values["weights_sha256"] == outcome(pair).values["weights_sha256"]
+    assert [attempt["start"] for attempt in values["attempts"]] == [0, 10, 10] and attempts.read(tmp_path / "runs" / spec_id(TRAIN)) == values["attempts"]
+
+
+def test_processes_that_do_not_divide_the_batch_are_refused_in_one_line(tmp_path: Path):
+    assert set(group(3, tmp_path)) == {1}
+    assert re.fullmatch(r"rank \d: ValueError: 3 processes do not divide a batch of 16; take a number of processes that does", outcome(tmp_path).error)
+
+
+def test_scores_do_not_depend_on_the_group_and_sampling_goes_on_from_finished_batches(alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert group(2, alone, SCORE) == [0, 0]
+    run, drawn = alone / "runs" / spec_id(TRAIN), []
+    assert not list(run.glob("samples-*"))
+    sampled = evaluate.images
+
+    def interrupted(*arguments: Any) -> Any:
+        drawn.append(arguments[-1])
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        return sampled(*arguments)
+
+    monkeypatch.setattr(evaluate, "images", interrupted)
+    torch.set_num_threads(1)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(SCORE, run, alone / "runs" / "classifiers", Resources(sample_batch=5))
+    values = evaluate.run(SCORE, run, alone / "runs" / "classifiers", Resources(sample_batch=5))
+    assert [part.start for part in drawn] == [0, 5, 10, 10, 15, 20]
+    assert {name: repr(value) for name, value in outcome(alone, SCORE).values.items()} == {name: repr(value) for name, value in values.items()}
+    model = build(TRAIN.backbone, 0, torch.device("cpu")).eval()
+    images = torch.cat([x for x, _ in generate.images(SCORE, model, torch.device("cpu"), 5)])
+    parts = torch.cat([x for start in range(0, 23, 5) for x, _ in generate.images(SCORE, model, torch.device("cpu"), 5, range(start, min(start + 5, 23)))])
+    assert torch.equal(images, parts)
