@@ -5,6 +5,7 @@
 #   env           the line that makes this shell's sbatch, srun and squeue use it (for eval)
 #   node-kill N   end node N (1 or 2) at once, with everything that runs on it
 #   node-start N  bring it back
+#   restart       end slurmctld at once and start it again
 #   stop          end everything that this cluster started and remove its folder
 #
 # Works as root and as a user, without systemd and cgroups; all state is in $DIR, every socket on this machine. Nodes claim
@@ -92,6 +93,7 @@ PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 KillWait=5
 SlurmdTimeout=10
+DefMemPerNode=4000
 SlurmctldTimeout=10
 MessageTimeout=10
 ReturnToService=2
@@ -119,14 +121,13 @@ start() {
     done
     mkdir "$DIR" || fail "$DIR has to be a new folder"
     mkdir "$DIR"/{log,pid,state}
-    chmod 755 "$DIR"  # munged refuses a socket in a folder that others cannot enter
     until port_is_free $port && port_is_free $((port + 1)) && port_is_free $((port + 2)) && port_is_free $((port + 3)); do
         port=$((port + 4))
         [ $port -lt 22000 ] || fail "no free ports"
     done
     write_conf $port
     (umask 077 && head -c 128 /dev/urandom >"$DIR/munge.key")
-    launch munged munged --foreground --key-file="$DIR/munge.key" --socket="$DIR/munge.socket" --pid-file="$DIR/munged.pid" \
+    launch munged munged --foreground --force --key-file="$DIR/munge.key" --socket="$DIR/munge.socket" --pid-file="$DIR/munged.pid" \
         --seed-file="$DIR/munge.seed" --log-file="$DIR/log/munged.log" --group-check-mtime=0
     for ((tries = 0; tries < 100; tries++)); do [ -S "$DIR/munge.socket" ] && break || sleep 0.1; done
     launch slurmctld slurmctld -D -i -f "$conf"
@@ -139,6 +140,11 @@ start() {
     tail -n 5 "$DIR"/log/* >&2
     stop
     fail "the nodes did not come up"
+}
+
+restart() {
+    kill_all $(alive slurmctld)
+    launch slurmctld slurmctld -D -f "$conf"
 }
 
 stop() {
@@ -154,6 +160,7 @@ case ${1:-} in
     env) echo "export SLURM_CONF='$conf'" ;;
     node-kill) node_kill "${2:?1 or 2}" ;;
     node-start) node_start "${2:?1 or 2}" ;;
+    restart) restart ;;
     stop) [ -f "$conf" ] || fail "there is no cluster in $DIR"; stop ;;
-    *) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    *) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

@@ -70,7 +70,7 @@ def _main(tables: dict[int, Table], description: str | None, arguments: Sequence
             require_data(protocol.data)
             require_features(evaluate_stage(rows[0], protocol, 0))
         if on_slurm:
-            print(slurm.send(chosen, store, shlex.join([Path(sys.argv[0]).name, *(sys.argv[1:] if arguments is None else arguments)])))
+            print(slurm.send(chosen, store, shlex.join(["python", os.path.relpath(sys.argv[0]), *(sys.argv[1:] if arguments is None else arguments)])))
             return 0
         _require_device(chosen.device)
         store.check_writable()
