@@ -40,6 +40,11 @@ class Record:
     spec: dict[str, Any]
     error: str | None = None
 
+    @property
+    def name(self) -> str:
+        """Folder and beginning of the file's name, which a suffix of the file makes unique."""
+        return f"{self.kind}/{self.id}-{self.utc}"
+
 
 class Store:
     """A results folder and the reference records that its runs are compared with (default: those in the same folder)."""

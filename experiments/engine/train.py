@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,11 +193,13 @@ def run(
             how = stop(preemption.TAKEN_OVER if beat and beat.taken_over else preemption.asked())
             if how == preemption.TAKEN_OVER:
                 raise preemption.Preempted(how)
-            logs, last = done % LOG_EVERY == 0 or done == recipe.steps, done == recipe.steps
+            last = done == recipe.steps
+            logs = done % LOG_EVERY == 0 or last
             saves = done % resources.checkpoint_every == 0 or last or bool(how)
             if logs or saves:
                 latest = group.sum(torch.stack(losses))
-                _check(latest.tolist(), means, trainer, len(images), saved)
+                usual = means if len(latest) >= LOG_EVERY else ()  # a few losses can be high by chance
+                _check(latest.tolist(), usual, trainer, len(images), saved)
             if logs:
                 mean, rate = latest.mean().item(), (done - first) * recipe.batch / (time.perf_counter() - started)
                 losses, latest = [], latest[:0]
@@ -232,7 +234,7 @@ def run(
     }
 
 
-def _check(losses: list[float], means: list[float], trainer: Trainer, size: int, saved: int) -> None:
+def _check(losses: list[float], means: Sequence[float], trainer: Trainer, size: int, saved: int) -> None:
     """Raise Diverged if the latest losses, which end at the trainer's step, are bad."""
     if bad := trouble(losses, means):
         step, recipe = trainer.step - len(losses) + 1 + bad[0], trainer.spec.recipe
