@@ -10,8 +10,9 @@ from scipy.spatial.distance import cdist
 from scipy.special import rel_entr
 
 from experiments.engine.metrics import (
-    Moments, frechet, frechet_jackknife, frechet_se, inception_score, precision_recall, proportion_se,
+    Moments, frechet, frechet_jackknife, frechet_se, inception_score, proportion_se,
 )
+from experiments.engine.neighbours import precision_recall
 
 
 def moments(*batches: ndarray) -> Moments:

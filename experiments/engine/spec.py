@@ -90,6 +90,17 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """Published weights in the place of a run of ours: the file's SHA-256, and the key in it under which they lie."""
+
+    backbone: Backbone
+    data: Data
+    sha256: str
+    key: str = "ema"
+    diffusion: Diffusion = Diffusion()
+
+
+@dataclass(frozen=True)
 class Sampler:
     """`scale` 1 is no guidance; `channels` are the guided noise channels (None: all); `interval` in the network's times.
 
@@ -114,7 +125,7 @@ class Sampler:
 class Evaluate:
     """Sample `num` images of the EMA network, each from (seed, index), and score them on `features`."""
 
-    train: Train
+    train: Train | Checkpoint
     sampler: Sampler
     num: int
     features: str
@@ -204,6 +215,13 @@ class Table:
     @property
     def baseline(self) -> Row:
         return next(row for row in self.rows if self.against in (None, row.label))
+
+    def row(self, label: str) -> Row:
+        """The row of this label, `outside` ones too; ValueError names the known ones."""
+        known = {row.label: row for row in (*self.rows, *self.outside)}
+        if label not in known:
+            raise ValueError(f"table {self.number} has no row {label!r}; known: {', '.join(map(repr, known))}")
+        return known[label]
 
 
 def canonical(value: Any, full: bool = False) -> Any:
