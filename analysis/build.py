@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from analysis import figures, figures_efficiency, science
+from analysis import figures, figures_efficiency, figures_probes, science
 from analysis.claims import claims_sheet
 from analysis.query import Sources
 from analysis.style import save
@@ -29,6 +29,7 @@ FIGURES = {  # a figure's function takes the sources; its docstring is the capti
     "training_efficiency": figures_efficiency.training_efficiency,
     "pareto": figures_efficiency.pareto,
     "numeric_modes": figures_efficiency.numeric_modes,
+    **figures_probes.FIGURES,
 }
 SUFFIXES = {"text": "txt", "markdown": "md", "latex": "tex", "csv": "csv", "html": "html"}
 

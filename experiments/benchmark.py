@@ -4,7 +4,8 @@ Counting every row of Tables 1 (DiT, DiCo), 3, 4 and 5 on the meta device; `--re
 torch; a training step and a sampling step of dico_s and dit_s_2. With `--against dico_s=FILE:NAME` the same steps of
 another implementation (constructor NAME in FILE) run in turn with ours under the same loop. `--main-job` runs
 `--table 4` from nothing in a temporary folder and prints its seconds and peak memory. `--latents` times the loader alone:
-32 x 32 x 4 moments, drawn anew, from a warm page cache in two threads.
+32 x 32 x 4 moments, drawn anew, from a warm page cache in two threads. `--checkpoints` measures how long training stalls
+for a checkpoint, in the copy and by the writing beside it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,11 @@ def main() -> int:
     parser.add_argument("--against", nargs="*", default=[], metavar="BACKBONE=FILE:NAME", help="other implementations to time in turn with ours")
     parser.add_argument("--main-job", action="store_true", help="run the whole main job and report seconds and peak memory")
     parser.add_argument("--latents", action="store_true", help="time the loader of latents and nothing else")
+    parser.add_argument("--checkpoints", action="store_true", help="measure what a checkpoint costs and nothing else")
     args = parser.parse_args()
+    if args.checkpoints:
+        _checkpoints()
+        return 0
     if args.latents:
         _latents()
         return 0
@@ -143,6 +148,39 @@ def _sampling_step(model: nn.Module) -> Callable[[], None]:
         torch.addcmul(mean, (0.5 * log_variance).exp(), torch.randn_like(x))
 
     return step
+
+
+def _checkpoints() -> None:
+    """Steps of dico_s on the GPU, if there is one, before, during and after a save in the background."""
+    import numpy as np
+    import torch
+
+    from experiments.engine.checkpoint import Writer
+    from experiments.engine.data import ImageSet
+    from experiments.engine.spec import Backbone, Data, Recipe, Train
+    from experiments.engine.train import Resources, Trainer
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data, batch = Data("random", 32, 4, 1000), 256 if device.type == "cuda" else BATCH
+    drawn = np.random.default_rng(0)
+    images = ImageSet(drawn.standard_normal((512, 4, 32, 32), dtype=np.float32), drawn.integers(1000, size=512), data)
+    trainer = Trainer(Train(Backbone("dico_s"), data, Recipe(steps=10**6, batch=batch)), device)
+    stepping = trainer.steps(images)
+    with tempfile.TemporaryDirectory() as folder, Writer(Path(folder)) as writer:
+        next(stepping).item()
+        writer.save(trainer.step, trainer.state())  # the first save makes the buffers
+        writer.wait()
+        plain, during = [_seconds(lambda: next(stepping).item()) for _ in range(2 * PAIRS)], []
+        writer.stalled, started = 0.0, time.perf_counter()
+        writer.save(trainer.step, trainer.state())
+        while writer.busy:
+            during.append(_seconds(lambda: next(stepping).item()))
+        seconds, size = time.perf_counter() - started, max(path.stat().st_size for path in Path(folder).iterdir())
+    stepping.close()
+    usual, every = statistics.median(plain), Resources().checkpoint_every
+    slowed = sum(during) - usual * len(during)
+    print(f"checkpoint of {size / 1e9:.2f} GB: copied in {writer.stalled:.2f} s, written in {seconds:.1f} s beside {len(during)} steps, which took {slowed:.2f} s longer")
+    print(f"stall every {every} steps of {usual:.3f} s: {(writer.stalled + slowed) / (every * usual):.3%}")
 
 
 def _batch() -> tuple:

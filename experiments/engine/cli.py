@@ -118,7 +118,7 @@ def _choose(table: Table, labels: list[str] | None) -> list[Row]:
 def _run(table: Table, rows: list[Row], protocol: Protocol, seeds: Sequence[int], device: str, store: Store, workers: int | None, named: bool) -> bool:
     """Count and time every row first, alone on the machine; then train and score, side by side."""
     cores = available_cores()
-    counted = _missing(store, *dict.fromkeys(cost for row in rows for cost in cost_stages(row)))  # one process: the first count is slow, the others are not
+    counted = _missing(store, *{spec_id(cost): cost for row in rows for cost in cost_stages(row)}.values())  # one process: the first count is slow, the others are not
     measured = [Job("counts", counted)] if counted else []
     timed = {spec_id(stage := timing_stage(row, table.baseline, device)): Job(row.label, (stage,)) for row in timed_rows(table, rows, device, named)}
     measured += [job for job in timed.values() if _missing(store, *job.stages)]

@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,7 @@ class Resources:
 
     Device; samples at a time on each, in training and in sampling; steps between checkpoints, how many of the newest are
     kept, and which steps for good (multiples of `milestones`); whether each process keeps only its part of the
-    optimiser's state; and the seconds after which a collective operation gives up.
+    optimiser's state; the seconds after which a collective operation gives up; and the file of a published checkpoint.
     """
 
     device: str = "cpu"
@@ -48,6 +48,7 @@ class Resources:
     milestones: int | None = None
     shard_optimizer: bool = False
     timeout: float = 1800.0
+    checkpoint: Path | None = None
 
 
 def build(spec: Backbone, seed: int, device: torch.device) -> nn.Module:
@@ -192,11 +193,13 @@ def run(
             how = stop(preemption.TAKEN_OVER if beat and beat.taken_over else preemption.asked())
             if how == preemption.TAKEN_OVER:
                 raise preemption.Preempted(how)
-            logs, last = done % LOG_EVERY == 0 or done == recipe.steps, done == recipe.steps
+            last = done == recipe.steps
+            logs = done % LOG_EVERY == 0 or last
             saves = done % resources.checkpoint_every == 0 or last or bool(how)
             if logs or saves:
                 latest = group.sum(torch.stack(losses))
-                _check(latest.tolist(), means, trainer, len(images), saved)
+                usual = means if len(latest) >= LOG_EVERY else ()  # a few losses can be high by chance
+                _check(latest.tolist(), usual, trainer, len(images), saved)
             if logs:
                 mean, rate = latest.mean().item(), (done - first) * recipe.batch / (time.perf_counter() - started)
                 losses, latest = [], latest[:0]
@@ -231,7 +234,7 @@ def run(
     }
 
 
-def _check(losses: list[float], means: list[float], trainer: Trainer, size: int, saved: int) -> None:
+def _check(losses: list[float], means: Sequence[float], trainer: Trainer, size: int, saved: int) -> None:
     """Raise Diverged if the latest losses, which end at the trainer's step, are bad."""
     if bad := trouble(losses, means):
         step, recipe = trainer.step - len(losses) + 1 + bad[0], trainer.spec.recipe
