@@ -7,22 +7,25 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from experiments.engine.launch import Job, available_cores, run_here
+from experiments.engine import slurm
+from experiments.engine.launch import available_cores, run_here
+from experiments.engine.plan import Chosen, describe, missing
 from experiments.engine.progress import Progress
 from experiments.engine.render import FORMATS, render
 from experiments.engine.report import comparison_sheet, main_sheet
 from experiments.engine.sources import require_data, require_features
-from experiments.engine.spec import Evaluate, Row, Stage, Table, Timing, Train, kind_of, spec_id
+from experiments.engine.spec import Row, Table
 from experiments.engine.store import REPOSITORY, Store
-from experiments.protocols import PROTOCOLS, Protocol, cost_stages, evaluate_stage, timed_rows, timing_stage, train_stage
+from experiments.protocols import PROTOCOLS, evaluate_stage
 
-CLUSTERS = ("here",)
+CLUSTERS = ("here", "debug", "local", "slurm")
 
 
 def main(tables: dict[int, Table], description: str | None, arguments: Sequence[str] | None = None) -> int:
@@ -46,24 +49,36 @@ def main(tables: dict[int, Table], description: str | None, arguments: Sequence[
 def _main(tables: dict[int, Table], description: str | None, arguments: Sequence[str] | None) -> int:
     args = _parse(tables, description, arguments)
     table, protocol, store = tables[args.table], PROTOCOLS[args.protocol], Store(args.results, REPOSITORY / "results" / "reference")
-    rows, named = _choose(table, args.rows), args.rows is not None
-    networks = [row for row in rows if row.backbone]  # the others are published numbers alone
-    device = args.device or ("cuda" if Path("/dev/nvidia0").exists() else "cpu")
+    rows = _choose(table, args.rows)
+    on_slurm = args.cluster == "slurm"
+    default = slurm.device(rows) if on_slurm else "cuda" if Path("/dev/nvidia0").exists() else "cpu"
+    chosen = Chosen(table, rows, protocol, args.seeds, args.device or default, named=args.rows is not None)
     good = True
     if args.dry_run:
-        print(_plan(table, networks, protocol, args.seeds, device, store, named))
+        print(describe(chosen, store))
+        if on_slurm:
+            print(slurm.describe(chosen, store))
+        return 0
+    if args.status:
+        print(slurm.status(chosen, store))
+        return 0
+    if args.cancel:
+        print(slurm.cancel(chosen, store))
         return 0
     if not args.report:
         if not table.counts_only:
             require_data(protocol.data)
             require_features(evaluate_stage(table.baseline, protocol, 0))
-        _require_device(device)
+        if on_slurm:
+            print(slurm.send(chosen, store, shlex.join(["python", os.path.relpath(sys.argv[0]), *(sys.argv[1:] if arguments is None else arguments)])))
+            return 0
+        _require_device(chosen.device)
         store.check_writable()
-        good = _run(table, networks, protocol, args.seeds, device, store, args.workers, named)
+        good = _run(chosen, store, args.cluster, args.workers)
         store.refresh()
-    sheets = [main_sheet(table, rows, protocol, args.seeds, device, store)]
+    sheets = [main_sheet(table, rows, protocol, args.seeds, chosen.device, store)]
     if not table.counts_only and protocol.small:
-        sheets.append(comparison_sheet(table, networks, protocol, args.seeds, device, store))
+        sheets.append(comparison_sheet(table, chosen.networks, protocol, args.seeds, chosen.device, store))
     print(render(sheets, args.format))
     return 0 if good else 1
 
@@ -85,7 +100,9 @@ def _parse(tables: dict[int, Table], description: str | None, arguments: Sequenc
     parser.add_argument("--dry-run", action="store_true", help="print what would run, what is done and what it will cost")
     parser.add_argument("--report", action="store_true", help="print the table from records without running anything")
     parser.add_argument("--format", choices=FORMATS, default="text", help="of the printed table")
-    parser.add_argument("--cluster", choices=CLUSTERS, default="here", help="where to run")
+    parser.add_argument("--cluster", choices=CLUSTERS, default="here", help="where to run: here, through submitit here (local, debug) or on Slurm")
+    parser.add_argument("--status", action="store_true", help="print every run's state: waiting, running, done or failed")
+    parser.add_argument("--cancel", action="store_true", help="cancel what was submitted for these rows, and nothing else")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     parser.add_argument("--workers", type=int, default=None, metavar="N", help="trainings side by side (default: one a core, on a GPU one)")
     parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="results folder (default: results)")
@@ -109,72 +126,21 @@ def _require_device(device: str) -> None:
 def _choose(table: Table, labels: list[str] | None) -> list[Row]:
     if labels is None:
         return list(table.rows)
-    known = {row.label: row for row in (*table.rows, *table.outside)}
-    if unknown := [label for label in labels if label not in known]:
-        raise ValueError(f"table {table.number} has no row {', '.join(map(repr, unknown))}; known: {', '.join(map(repr, known))}")
-    return [known[label] for label in labels]
+    return [table.row(label) for label in labels]
 
 
-def _run(table: Table, rows: list[Row], protocol: Protocol, seeds: Sequence[int], device: str, store: Store, workers: int | None, named: bool) -> bool:
+def _run(chosen: Chosen, store: Store, cluster: str, workers: int | None) -> bool:
     """Count and time every row first, alone on the machine; then train and score, side by side."""
     cores = available_cores()
-    counted = _missing(store, *{spec_id(cost): cost for row in rows for cost in cost_stages(row)}.values())  # one process: the first count is slow, the others are not
-    measured = [Job("counts", counted)] if counted else []
-    timed = {spec_id(stage := timing_stage(row, table.baseline, device)): Job(row.label, (stage,)) for row in timed_rows(table, rows, device, named)}
-    measured += [job for job in timed.values() if _missing(store, *job.stages)]
-    trained: dict[str, Job] = {}  # rows that are one network share one run
-    for seed in seeds if not table.counts_only else ():
-        for row in rows:
-            stages = train_stage(row, protocol, seed), evaluate_stage(row, protocol, seed)
-            if todo := _missing(store, *stages):
-                trained.setdefault(spec_id(stages[1]), Job(f"{row.label}, seed {seed}", todo, chain=True))
-    workers = workers or (1 if device == "cuda" else cores)
-    jobs = list(trained.values())
-    with Progress(total=sum(len(job.stages) for job in (*measured, *jobs))) as progress:
-        good = run_here(measured, store.root, device, 1, cores, progress.notify)
-        threads = cores if device == "cuda" else max(1, cores // workers)
-        return run_here(jobs, store.root, device, workers, threads, progress.notify) and good
+    counts, timings, trainings = (missing(jobs, store) for jobs in (chosen.counts(), chosen.timings(), chosen.trainings()))
+    workers = workers or (1 if chosen.device == "cuda" else cores)
+    with Progress(total=sum(len(job.stages) for job in (*counts, *timings, *trainings))) as progress:
+        good = run_here(counts, store.root, chosen.device, 1, cores, progress.notify)
+        if cluster != "here":
+            from experiments.engine.cluster import run_locally
 
-
-def _missing(store: Store, *stages: Stage) -> tuple[Stage, ...]:
-    return tuple(stage for stage in stages if store.latest(stage) is None)
-
-
-def _plan(table: Table, rows: list[Row], protocol: Protocol, seeds: Sequence[int], device: str, store: Store, named: bool) -> str:
-    """One line a stage: what is done, what would run and for how long, by the reference's own times."""
-    lines, seconds, unknown = [], 0.0, 0
-    stages: list[tuple[str, Stage]] = [(row.label, cost) for row in rows for cost in cost_stages(row)]
-    stages += [(row.label, timing_stage(row, table.baseline, device)) for row in timed_rows(table, rows, device, named)]
-    for seed in seeds if not table.counts_only else ():
-        for row in rows:
-            stages += [(f"{row.label}, seed {seed}", stage) for stage in (train_stage(row, protocol, seed), evaluate_stage(row, protocol, seed))]
-    seen: set[str] = set()
-    for label, stage in stages:
-        if (name := spec_id(stage)) in seen:
-            continue
-        seen.add(name)
-        state, cost = "done", ""
-        if store.latest(stage) is None:
-            state = "failed before, would run again" if store.latest(stage, status="failed") else "would run"
-            expected = _expected_seconds(stage, protocol, store)
-            unknown += expected is None
-            seconds += expected or 0
-            cost = "" if expected is None else f"about {_duration(expected)}"
-        lines.append(f"{name}  {kind_of(stage):8}  {label:34}  {state}  {cost}".rstrip())
-    total = f"total: about {_duration(seconds)} of process time" + (f", and {unknown} stages of unknown length" if unknown else "")
-    if not protocol.small:
-        total += f" on {protocol.hardware}"
-    return "\n".join([*lines, total])
-
-
-def _expected_seconds(stage: Stage, protocol: Protocol, store: Store) -> float | None:
-    for where in ("records", "reference"):
-        if record := store.latest(stage, where):
-            return record.provenance["seconds"]
-    if isinstance(stage, Train):
-        return None if protocol.cost_hours is None else protocol.cost_hours * 3600
-    return None if isinstance(stage, Evaluate | Timing) else 1.0
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
+            good = run_locally(timings, store.root, chosen.device, 1, cluster == "debug", progress.notify) and good
+            return run_locally(trainings, store.root, chosen.device, workers, cluster == "debug", progress.notify) and good
+        good = run_here(timings, store.root, chosen.device, 1, cores, progress.notify) and good
+        threads = cores if chosen.device == "cuda" else max(1, cores // workers)
+        return run_here(trainings, store.root, chosen.device, workers, threads, progress.notify) and good

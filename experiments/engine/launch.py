@@ -5,15 +5,18 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from experiments.engine.spec import Stage
+from experiments.engine import preemption
+from experiments.engine.spec import Stage, kind_of
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,58 @@ def _work(job: Job, root: Path, device: str, threads: int, pipe: Connection) -> 
         pipe.send(("error", full or str(error)))
     finally:
         pipe.close()
+
+
+def work_in_job(job: Job, root: Path, device: str, threads: int | None = None, **resources: Any) -> str | None:
+    """What one process of a scheduled job runs: its stages in order, with `resources` of the trainer. The first error in one line, or None.
+
+    Several processes are one group, of which each calls this. Where the batch script asks for signs ($DICO_JOB, a path
+    without its end) the first leaves the folder of the run in `.run` and removes `.restarts` as the run gets on, and any
+    leaves `.failed` for an error that another attempt would meet too.
+    """
+    if preemption.in_a_job():
+        preemption.listen()
+    import torch
+
+    from experiments.engine.execute import Resources, execute
+    from experiments.engine.store import Store
+
+    if threads := threads or int(os.environ.get("SLURM_CPUS_PER_TASK", "0")):
+        torch.set_num_threads(threads)
+    store, error = Store(root), None
+
+    def report(step: int, steps: int, loss: float, rate: float) -> None:
+        print(f"{job.label}: step {step} of {steps}, loss {loss:.4f}, {rate:.0f} images/s", flush=True)
+        _sign("restarts", None)
+
+    try:
+        store.check_writable()
+        for stage in job.stages:
+            _sign("run", str(store.run_dir(stage)))
+            record = execute(stage, store, Resources(device=device, **resources), report)
+            print(f"{job.label}: {kind_of(stage)} {record.error or 'done'}", flush=True)
+            _sign("restarts", None)
+            if record.status != "done":
+                error = f"{job.label}: {kind_of(stage)} failed: {record.error}"
+                if job.chain:
+                    break
+    except (OSError, ValueError) as failure:
+        full = f"cannot write results ({failure.strerror}); free space there" if isinstance(failure, OSError) else str(failure)
+        error = f"{socket.gethostname()}: {full}"
+    if error:
+        _sign("failed", error)
+    return error
+
+
+def _sign(end: str, text: str | None) -> None:
+    """Write, or remove, a sign for the batch script."""
+    if start := os.environ.get("DICO_JOB"):
+        with suppress(OSError):
+            path = Path(f"{start}.{end}")
+            if text is None:
+                path.unlink(missing_ok=True)
+            else:
+                path.write_text(text)
 
 
 def available_cores() -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from experiments.engine.manifest import clashes, score_name
 from experiments.engine.spec import Row, Stage, Table, spec_id
-from experiments.engine.spread import LEVEL, pooled, reach, scaled
+from experiments.engine.spread import LEVEL, agree, pooled, reach, scaled
 from experiments.engine.store import Record, Store
 from experiments.protocols import Protocol, cost_stages, evaluate_stage, timed_rows, timing_stage, train_stage
 
@@ -106,11 +106,11 @@ def comparison_sheet(table: Table, rows: Sequence[Row], protocol: Protocol, seed
         for name in scores:
             digits = 1 if name.startswith(("fd", "is")) else 2
             cells += [_mean_cell(name, side[row.label], digits) for side in (reference, here)]
-            if known and not _agree(name, reference[row.label], here[row.label], spread[name], comparisons):
+            if known and not agree(name, reference[row.label], here[row.label], spread[name], comparisons):
                 off.append(name)
         verdict = "-" if not known else "spread unknown" if None in spread.values() else "no: " + ", ".join(off) if off else "yes"
         sheet.rows.append([*cells, Cell(words=verdict)])
-    other = {field for row in rows for field in clashes(seed_records(store, row, protocol, seeds, "records"), seed_records(store, row, protocol, REFERENCE_SEEDS, "reference"))}
+    other = {field for row in rows for field in clashes(_records(store, row, protocol, seeds, "records"), _records(store, row, protocol, REFERENCE_SEEDS, "reference"))}
     sheet.notes.append(
         "reproduced: every score lies within the reference's spread over training seeds, pooled over the rows "
         f"(two-sided {1 - LEVEL:.0%} for all {comparisons} comparisons together, Bonferroni; fd on a log scale)"
@@ -167,10 +167,11 @@ def _relative(paper: dict[str, str], first: dict[str, str]) -> Cell:
 
 
 def seed_values(store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], where: str) -> list[dict[str, float]]:
-    return [record.values for record in seed_records(store, row, protocol, seeds, where)]
+    """Scores of a row's training seeds, of those that have a record."""
+    return [record.values for record in _records(store, row, protocol, seeds, where)]
 
 
-def seed_records(store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], where: str) -> list[Record]:
+def _records(store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], where: str) -> list[Record]:
     found = (store.latest(evaluate_stage(row, protocol, seed), where) for seed in seeds)
     return [record for record in found if record is not None]
 
@@ -184,7 +185,8 @@ def _score(store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], nam
         stages = [stage(row, protocol, seed) for seed in seeds for stage in (train_stage, evaluate_stage)]
         failed = any(store.latest(stage, where) is None and store.latest(stage, where, status="failed") for stage in stages)
         return Cell(words="failed") if failed else Cell()
-    return replace(_mean_cell(name, values, 1 if name.startswith(("fd", "is", "fid")) else 2), records=tuple(seed_records(store, row, protocol, seeds, where)))
+    records = tuple(record for seed in seeds if (record := store.latest(evaluate_stage(row, protocol, seed), where)))
+    return replace(_mean_cell(name, values, 1 if name.startswith(("fd", "is", "fid")) else 2), records=records)
 
 
 def _mean_cell(name: str, values: list[dict[str, float]], digits: int) -> Cell:
@@ -194,13 +196,6 @@ def _mean_cell(name: str, values: list[dict[str, float]], digits: int) -> Cell:
         return Cell(values[0][name], values[0].get(f"{name}_se"), digits)
     numbers = [value[name] for value in values]
     return Cell(statistics.fmean(numbers), statistics.stdev(numbers) / math.sqrt(len(numbers)), digits)
-
-
-def _agree(name: str, a: list[dict[str, float]], b: list[dict[str, float]], spread: tuple[float, int] | None, comparisons: int) -> bool:
-    if spread is None:
-        return True
-    difference = abs(statistics.fmean(scaled(name, a)) - statistics.fmean(scaled(name, b)))
-    return difference <= reach(spread, len(a), len(b), comparisons)
 
 
 def _notes(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequence[int], device: str, store: Store, where: str) -> list[str]:
@@ -275,8 +270,8 @@ def _resolved(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequ
         spread, whose = pooled(name, [seed_values(store, row, protocol, REFERENCE_SEEDS, "reference") for row in table.rows if row.backbone]), "the reference's"
     base = here[table.baseline.label]
     runs = {spec_id(evaluate_stage(row, protocol, 0)): row.label for row in (*reversed(rows), table.baseline)}  # rows that share runs count once
-    first = seed_records(store, table.baseline, protocol, seeds, where)
-    other = {row.label: clashes(seed_records(store, row, protocol, seeds, where), first) for row in (table.baseline, *rows)}
+    first = _records(store, table.baseline, protocol, seeds, where)
+    other = {row.label: clashes(_records(store, row, protocol, seeds, where), first) for row in (table.baseline, *rows)}
     refused = [f"{label} (other {', '.join(fields)})" for label, fields in other.items() if fields]
     others = [label for label in reversed(runs.values()) if label != table.baseline.label and here[label] and not other[label]]
     if spread is None or not base or not others:

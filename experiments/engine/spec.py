@@ -216,6 +216,13 @@ class Table:
     def baseline(self) -> Row:
         return next(row for row in self.rows if self.against in (None, row.label))
 
+    def row(self, label: str) -> Row:
+        """The row of this label, `outside` ones too; ValueError names the known ones."""
+        known = {row.label: row for row in (*self.rows, *self.outside)}
+        if label not in known:
+            raise ValueError(f"table {self.number} has no row {label!r}; known: {', '.join(map(repr, known))}")
+        return known[label]
+
 
 def canonical(value: Any, full: bool = False) -> Any:
     """JSON-ready form, without the fields that have their defaults unless `full`; TypeError for what has no stable form."""

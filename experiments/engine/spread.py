@@ -1,4 +1,4 @@
-"""How far apart two means over training seeds must be to be called different. No torch."""
+"""The spread of scores over training seeds, and which differences it explains. No torch."""
 
 from __future__ import annotations
 
@@ -29,3 +29,10 @@ def reach(spread: tuple[float, int], num_a: int, num_b: int, comparisons: int) -
 
     deviation, freedom = spread
     return float(stdtrit(freedom, 1 - LEVEL / 2 / max(comparisons, 1))) * deviation * math.sqrt(1 / num_a + 1 / num_b)
+
+
+def agree(name: str, a: list[dict[str, float]], b: list[dict[str, float]], spread: tuple[float, int] | None, comparisons: int) -> bool:
+    if spread is None:
+        return True
+    difference = abs(statistics.fmean(scaled(name, a)) - statistics.fmean(scaled(name, b)))
+    return difference <= reach(spread, len(a), len(b), comparisons)

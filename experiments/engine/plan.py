@@ -1,0 +1,117 @@
+"""What a table still lacks, as jobs, and what that will cost. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from experiments.engine.launch import Job
+from experiments.engine.spec import Evaluate, Row, Stage, Table, Timing, Train, kind_of, spec_id
+from experiments.engine.store import Store
+from experiments.protocols import Protocol, cost_stages, evaluate_stage, timed_rows, timing_stage, train_stage
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The part of a table that a command is about; `named` says that its rows were asked for by name."""
+
+    table: Table
+    rows: Sequence[Row]
+    protocol: Protocol
+    seeds: Sequence[int]
+    device: str
+    named: bool = False
+
+    @property
+    def networks(self) -> list[Row]:
+        """The rows that can be run: the others hold published numbers alone."""
+        return [row for row in self.rows if row.backbone]
+
+    def counts(self) -> list[Job]:
+        """One job: the first count is slow, the others are not."""
+        return [Job("counts", tuple({spec_id(stage): stage for row in self.networks for stage in cost_stages(row)}.values()))]
+
+    def timings(self) -> list[Job]:
+        """One job a network, however many rows it has."""
+        timed = timed_rows(self.table, self.networks, self.device, self.named)
+        stages = {row.label: timing_stage(row, self.table.baseline, self.device) for row in timed}
+        labels = {spec_id(stage): label for label, stage in reversed(stages.items())}
+        return [Job(label, (stage,)) for label, stage in stages.items() if labels[spec_id(stage)] == label]
+
+    def trainings(self) -> list[Job]:
+        """A training with the evaluations that hang on it; rows that are one network share one."""
+        jobs: dict[str, Job] = {}
+        for seed in self.seeds if not self.table.counts_only else ():
+            for row in self.networks:
+                stages = train_stage(row, self.protocol, seed), evaluate_stage(row, self.protocol, seed)
+                jobs.setdefault(spec_id(stages[1]), Job(f"{row.label}, seed {seed}", stages, chain=True))
+        return list(jobs.values())
+
+
+def missing(jobs: Sequence[Job], store: Store) -> list[Job]:
+    """The jobs without their stages that are done, and without those that lack none."""
+    left = (replace(job, stages=tuple(stage for stage in job.stages if store.latest(stage) is None)) for job in jobs)
+    return [job for job in left if job.stages]
+
+
+def describe(chosen: Chosen, store: Store) -> str:
+    """One line a stage: what is done, what would run and for how long, by the reference's own times."""
+    lines, seconds, unknown = [], 0.0, 0
+    seen: set[str] = set()
+    for label, stage in _stages(chosen):
+        if (name := spec_id(stage)) in seen:
+            continue
+        seen.add(name)
+        state, cost = "done", ""
+        if store.latest(stage) is None:
+            state = "failed before, would run again" if store.latest(stage, status="failed") else "would run"
+            expected = _expected_seconds(stage, chosen.protocol, store)
+            unknown += expected is None
+            seconds += expected or 0
+            cost = "" if expected is None else f"about {duration(expected)}"
+        lines.append(f"{name}  {kind_of(stage):8}  {label:34}  {state}  {cost}".rstrip())
+    total = f"total: about {duration(seconds)} of process time" + (f", and {unknown} stages of unknown length" if unknown else "")
+    if not chosen.protocol.small:
+        total += f" on {chosen.protocol.hardware}"
+    return "\n".join([*lines, total])
+
+
+def _stages(chosen: Chosen) -> Iterator[tuple[str, Stage]]:
+    for row in chosen.networks:
+        yield from ((row.label, stage) for stage in cost_stages(row))
+    for job in (*chosen.timings(), *chosen.trainings()):
+        yield from ((job.label, stage) for stage in job.stages)
+
+
+def _expected_seconds(stage: Stage, protocol: Protocol, store: Store) -> float | None:
+    for where in ("records", "reference"):
+        if record := store.latest(stage, where):
+            return record.provenance["seconds"]
+    if isinstance(stage, Train):
+        return None if protocol.cost_hours is None else protocol.cost_hours * 3600
+    return None if isinstance(stage, Evaluate | Timing) else 1.0
+
+
+def gpu_hours(stage: Train, protocol: Protocol, store: Store) -> tuple[float, str] | None:
+    """Expected GPU-hours of a training and where that is known from: a recorded throughput on GPUs of the same training
+    (another seed may be it too), else the protocol's cost. None where that is unknown or was not met on GPUs."""
+    for where in ("records", "reference"):
+        for seed in (stage.seed, *range(10)):
+            record = store.latest(replace(stage, seed=seed), where)
+            if record and record.provenance["device"] != "cpu" and (rate := record.values.get("images_per_s")):
+                hours = stage.recipe.steps * stage.recipe.batch / rate / 3600
+                return hours * record.provenance["world_size"], f"recorded throughput on {record.provenance['device']}"
+    gpus, _, kind = protocol.hardware.partition(" ")
+    return None if "CPU" in kind or protocol.cost_hours is None else (protocol.cost_hours * int(gpus), f"the protocol's {protocol.cost_hours:g} h on {protocol.hardware}")
+
+
+def seconds_a_step(stage: Train, protocol: Protocol, store: Store) -> float:
+    """Expected time of a training step on the protocol's hardware, or as recorded; 0 where nothing is known."""
+    for where in ("records", "reference"):
+        if record := store.latest(stage, where):
+            return stage.recipe.batch / record.values["images_per_s"]
+    return (protocol.cost_hours or 0) * 3600 / stage.recipe.steps
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"

@@ -1,0 +1,162 @@
+"""A table's runs on Slurm: what is sent, with which resources and at what cost; how they fare; their end. No torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.engine import heartbeat, scheduler
+from experiments.engine.launch import Job, available_cores, run_here
+from experiments.engine.plan import Chosen, duration, gpu_hours, missing, seconds_a_step
+from experiments.engine.progress import Progress
+from experiments.engine.site import Site, load_site
+from experiments.engine.spec import Row, Train, kind_of, spec_id
+from experiments.engine.store import Record, Store
+
+
+def device(rows: Sequence[Row]) -> str:
+    """What the site's nodes compute on: this machine's own devices say nothing about them."""
+    return load_site(rows[0].label).device
+
+
+def groups(chosen: Chosen, store: Store) -> list[tuple[Site, list[Job]]]:
+    """What lacks a record, by the resources that it takes: a training with its evaluations is a job, a timing is another.
+
+    Raises ValueError in one line where a run cannot work with the site's resources.
+    """
+    found: dict[str, tuple[Site, list[Job]]] = {}
+    for jobs, alone in ((chosen.timings(), True), (chosen.trainings(), False)):
+        for job in missing(jobs, store):
+            site = load_site(job.label.partition(", seed ")[0])
+            if not alone:
+                _check(job, site, chosen, store)
+            site = site.alone() if alone else site
+            found.setdefault(repr(site), (site, []))[1].append(job)
+    return list(found.values())
+
+
+def _check(job: Job, site: Site, chosen: Chosen, store: Store) -> None:
+    stage = job.stages[0]
+    batch = (stage if isinstance(stage, Train) else stage.train).recipe.batch
+    if batch % site.world_size:
+        raise ValueError(f"{job.label}: {site.nodes} nodes of {site.tasks} processes do not divide the batch of {batch}; change nodes or gpus_per_node")
+    interval = site.checkpoint_every * seconds_a_step(stage, chosen.protocol, store) if isinstance(stage, Train) else 0
+    if interval > site.seconds - site.signal_seconds:
+        raise ValueError(
+            f"{job.label}: a time limit of {site.time} is shorter than one checkpoint interval, about {duration(interval)} "
+            f"for {site.checkpoint_every} steps; raise time or lower checkpoint_every"
+        )
+
+
+def describe(chosen: Chosen, store: Store) -> str:
+    """Resources, the batch script of each array, and the expected GPU-hours."""
+    from experiments.engine.cluster import sbatch_text
+
+    folder, lines, total = store.root.resolve() / "submissions" / "dico-YYYYMMDD-XXXXXXXX", [], 0.0
+    for site, jobs in groups(chosen, store):
+        lines += ["", f"an array of {len(jobs)} jobs: {', '.join(job.label for job in jobs)}" if len(jobs) > 1 else f"one job: {jobs[0].label}"]
+        lines += [f"    {line}".rstrip() for line in sbatch_text(site, folder, len(jobs)).splitlines()]
+        for job in jobs:
+            if isinstance(job.stages[0], Train) and (hours := gpu_hours(job.stages[0], chosen.protocol, store)):
+                total += hours[0]
+                lines.append(f"{job.label}: about {hours[0]:.0f} GPU-hours of training, by {hours[1]}")
+    return "\n".join([*lines, "", f"estimated: {total:.0f} GPU-hours of training; evaluations and timings come on top"])
+
+
+def send(chosen: Chosen, store: Store, command: str) -> str:
+    """Count here, submit the rest, and say what was submitted and how to watch it."""
+    from experiments.engine.cluster import submit
+
+    scheduler.require_slurm()
+    store.check_writable()
+    wanted = groups(chosen, store)
+    counts = missing(chosen.counts(), store)
+    with Progress(total=sum(len(job.stages) for job in counts)) as progress:
+        if not run_here(counts, store.root, "cpu", 1, available_cores(), progress.notify):
+            raise ValueError("a count failed; nothing was submitted")
+    sent = submit(wanted, store)
+    lines = [f"submitted job {one.job}: {one.label}" for one in sent]
+    if waiting := sum(len(jobs) for _, jobs in wanted) - len(sent):
+        lines.append(f"{waiting} jobs are in the queue or at work already")
+    if not wanted:
+        lines.append("every stage has its record; --report prints the table")
+    return "\n".join([*lines, *([f"watch: {command} --status", f"end:   {command} --cancel"] if wanted else [])])
+
+
+def cancel(chosen: Chosen, store: Store) -> str:
+    """End what was submitted for these rows from this results folder."""
+    scheduler.require_slurm()
+    ended = scheduler.cancel(store.root, _ids((*chosen.timings(), *chosen.trainings())))
+    return "\n".join(f"cancelled job {one.job}: {one.label}" for one in ended) or "nothing of this is in the queue"
+
+
+def _ids(jobs: Iterable[Job]) -> list[str]:
+    return [spec_id(stage) for job in jobs for stage in job.stages]
+
+
+def status(chosen: Chosen, store: Store) -> str:
+    """A line a job: waiting, running, done, failed or not submitted; under a failed one the last lines of its log."""
+    jobs = [*chosen.counts(), *chosen.timings(), *chosen.trainings()]
+    there = scheduler.submitted(store.root, _ids(jobs))
+    newest = {stage: one for one in there for stage in one.stages}
+    queued = scheduler.queue(one.name for one in there) if shutil.which("squeue") else {}
+    lines = []
+    for job in jobs:
+        name = spec_id(job.stages[0])
+        submission = next((newest[spec_id(stage)] for stage in job.stages if spec_id(stage) in newest), None)
+        state, detail = _state(job, store, submission, queued.get(submission.job) if submission else None)
+        kind = "" if job.label == "counts" else kind_of(job.stages[0])
+        lines.append(f"{name}  {kind:8}  {job.label:34}  {state:13}  {detail}".rstrip())
+        if state == "failed" and submission:
+            lines += [f"    | {line}" for line in _last_lines(store.root / submission.log)]
+    return "\n".join(lines)
+
+
+def _state(job: Job, store: Store, submission: scheduler.Submission | None, queued: scheduler.Queued | None) -> tuple[str, str]:
+    left = [stage for stage in job.stages if store.latest(stage) is None]
+    if not left:
+        return "done", ""
+    train = next((stage for stage in job.stages if isinstance(stage, Train)), None)
+    beat = heartbeat.read(store.run_dir(train)) if train else None
+    where = f"job {submission.job}" if submission else ""
+    if queued and not queued.over:
+        reached = f", at {_progress(beat, train)}" if beat and beat.get("step") else ""
+        if queued.state in ("RUNNING", "COMPLETING"):
+            return "running", f"{_progress(beat, train) if beat and heartbeat.live(beat) else 'starting'} ({where})"
+        return "waiting", f"{queued.state.lower()}: {queued.reason} ({where}{reached})"
+    if heartbeat.live(beat):
+        return "running", f"{_progress(beat, train)} (on {beat['host']})"
+    failed = [record for stage in left if (record := store.latest(stage, status="failed"))]
+    if failed:
+        return "failed", _reason(failed[-1])
+    if submission:
+        return "failed", f"{queued.state.lower() if queued else 'its job left the queue'} without a record ({where})"
+    return "not submitted", ""
+
+
+def _progress(beat: dict[str, Any], train: Train) -> str:
+    """State, step, rate and time left from a heartbeat."""
+    text, step, steps, rate = beat["state"], beat.get("step"), beat.get("steps"), beat.get("images_per_s")
+    if steps:
+        text += f", step {step} of {steps}"
+    if rate:
+        text += f", {rate:.0f} images/s"
+    if steps and rate and step < steps:
+        text += f", {duration((steps - step) * train.recipe.batch / rate)} left"
+    return text
+
+
+def _reason(record: Record) -> str:
+    return f"{record.kind} {record.error} ({record.utc})"
+
+
+def _last_lines(log: Path, num: int = 5) -> list[str]:
+    try:
+        with open(log, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 8192))
+            return [line for line in file.read().decode(errors="replace").splitlines() if line.strip()][-num:]
+    except OSError:
+        return ["its log is not there"]

@@ -1,0 +1,54 @@
+"""One declared run in this process, or in all processes of this allocation: what the scripts under slurm/ call.
+
+    srun python experiments/run.py --table 6 --row DiCo-XL --protocol imagenet256_3750k
+
+Same id, folder and record as `--cluster slurm` and `--cluster here` give. Resources of the trainer come from slurm/site.toml.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from experiments import ablation, main_results, training_runs
+from experiments.engine.cluster import given
+from experiments.engine.launch import work_in_job
+from experiments.engine.plan import Chosen
+from experiments.engine.site import load_site
+from experiments.engine.sources import require_data, require_features
+from experiments.engine.store import Store
+from experiments.protocols import PROTOCOLS, evaluate_stage
+
+TABLES = ablation.TABLES | main_results.TABLES | training_runs.TABLES
+
+
+def main() -> int:
+    """Exit status: 0 done, 1 a stage failed, 2 bad input, 75 stopped before the end and able to go on."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", type=int, choices=list(TABLES), required=True, help="table that declares the row")
+    parser.add_argument("--row", required=True, help="its label")
+    parser.add_argument("--protocol", choices=list(PROTOCOLS), default="digits")
+    parser.add_argument("--seed", type=int, default=0, help="training seed (default: 0)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+    parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="results folder (default: results)")
+    args = parser.parse_args()
+    table, protocol = TABLES[args.table], PROTOCOLS[args.protocol]
+    device = args.device or ("cuda" if Path("/dev/nvidia0").exists() else "cpu")
+    try:
+        row = table.row(args.row)
+        require_data(protocol.data)
+        require_features(evaluate_stage(row, protocol, args.seed))
+        site = load_site(row.label)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    (job,) = Chosen(table, [row], protocol, [args.seed], device).trainings()
+    error = work_in_job(job, Store(args.results).root.resolve(), **given(site) | {"device": device})
+    if error:
+        print(f"error: {error}", file=sys.stderr)
+    return 1 if error else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,186 @@
+"""Resources of a cluster, what is sent with them and what is refused before it: no Slurm is needed here."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from experiments.ablation import TABLES
+from experiments.engine import heartbeat, plan, scheduler, site, slurm
+from experiments.engine.cluster import parameters, sbatch_text
+from experiments.engine.files import written_whole
+from experiments.engine.launch import Job
+from experiments.engine.plan import Chosen
+from experiments.engine.site import Site, load_site
+from experiments.engine.spec import spec_id
+from experiments.engine.store import REPOSITORY, Store
+from experiments.protocols import DIGITS, IMAGENET256, train_stage
+
+TABLE = TABLES[4]
+SCRIPTS = sorted(path for path in (REPOSITORY / "slurm").glob("*.sh") if path.name not in ("env.sh", "job.sh"))
+
+
+def written(folder: Path, text: str) -> dict[str, str]:
+    """An environment that names a site file of this text."""
+    (folder / "site.toml").write_text(text)
+    return {"DICO_SLURM_SITE": str(folder / "site.toml")}
+
+
+def test_the_example_holds_every_key_with_its_default():
+    example = tomllib.loads((REPOSITORY / "slurm" / "site.example.toml").read_text())
+    assert example == {f.name: getattr(Site(), f.name) for f in fields(Site)}
+    assert load_site("DiCo-S", {"DICO_SLURM_SITE": str(REPOSITORY / "slurm" / "site.example.toml")}) == Site()
+
+
+def test_a_row_overrides_the_file_and_the_environment_both(tmp_path: Path):
+    environment = written(tmp_path, 'nodes = 2\npartition = "a"\n[options]\nreservation = "r"\n[rows."DiCo-XL"]\nnodes = 4\naccount = "x"\n')
+    assert load_site("DiCo-S", environment) == Site(nodes=2, partition="a", options={"reservation": "r"})
+    assert load_site("DiCo-XL", environment) == Site(nodes=4, partition="a", account="x", options={"reservation": "r"})
+    environment |= {"DICO_SLURM_NODES": "8", "DICO_SLURM_SHARD_OPTIMIZER": "true", "DICO_SLURM_OPTIONS": "--exclusive reservation='a b'"}
+    assert load_site("DiCo-XL", environment) == Site(nodes=8, partition="a", account="x", shard_optimizer=True, options={"exclusive": True, "reservation": "a b"})
+
+
+@pytest.mark.parametrize(
+    "text, environment, words",
+    [
+        ("nods = 2", {}, "unknown nods; known: nodes, gpus_per_node"),
+        ('[rows."DiCo-S"]\nnods = 2', {}, 'rows."DiCo-S": unknown nods'),
+        ('nodes = "2"', {}, "nodes is a int, not '2'"),
+        ("nodes = true", {}, "nodes is a int, not True"),
+        ("nodes = 0", {}, "1 or more"),
+        ("nodes =", {}, "cannot be read"),
+        ('time = "24h"', {}, "[days-]hours:minutes:seconds, not '24h'"),
+        ('time = "0:03:30"', {}, "less than a minute before the signal"),
+        ("", {"DICO_SLURM_NODS": "2"}, "unknown nods"),
+        ("", {"DICO_SLURM_NODES": "two"}, "nodes is a int, not 'two'"),
+        ("", {"DICO_SLURM_SHARD_OPTIMIZER": "maybe"}, "shard_optimizer is a bool, not 'maybe'"),
+    ],
+)
+def test_a_bad_site_is_one_line(text: str, environment: dict[str, str], words: str, tmp_path: Path):
+    with pytest.raises(ValueError) as caught:
+        load_site("DiCo-S", written(tmp_path, text) | environment)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text, seconds", [("24:00:00", 86400), ("2-01:00:30", 176430), ("0:05:00", 300)])
+def test_time_limits(text: str, seconds: int):
+    assert Site(time=text).seconds == seconds
+
+
+def test_a_batch_script_holds_what_the_site_gives(tmp_path: Path):
+    given = Site(nodes=2, gpus_per_node=4, cpus_per_task=6, mem="100G", partition="p", account="a", qos="q", constraint="c", concurrent=3, options={"exclusive": True})
+    text = sbatch_text(given, tmp_path / "submissions" / "dico-x", 5)
+    flags = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", text, re.M))
+    assert flags["array"] == "0-4%3" and flags["signal"] == "USR2@180" and flags["open-mode"] == "append" and {"requeue", "exclusive"} <= set(flags)
+    assert [flags[name] for name in ("nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem", "time")] == ["2", "4", "4", "6", "100G", "1440"]
+    assert [flags[name] for name in ("partition", "account", "qos", "constraint")] == ["p", "a", "q", "c"]
+    assert re.search(r"^srun .*--cpus-per-task=6 --kill-on-bad-exit=1 .*submitit", text, re.M) and "source slurm/job.sh" in text
+    assert "array" not in sbatch_text(given, tmp_path / "submissions" / "dico-x", 1)
+
+
+def test_only_a_cpu_site_asks_for_no_gpu(tmp_path: Path):
+    assert "gpus_per_node" not in parameters(Site(gpus_per_node=0), tmp_path / "a" / "b")
+    assert (Site(gpus_per_node=0).device, Site(gpus_per_node=0).world_size) == ("cpu", 1)
+    assert (Site(nodes=3).device, Site(nodes=3).world_size, Site(nodes=3).alone().world_size) == ("cuda", 24, 1)
+
+
+def chosen(protocol=IMAGENET256, device: str = "cuda") -> Chosen:
+    return Chosen(TABLE, TABLE.rows[:2], protocol, [0], device)
+
+
+@pytest.mark.parametrize(
+    "variables, words",
+    [
+        ({"DICO_SLURM_NODES": "3"}, "DiCo-S, seed 0: 3 nodes of 8 processes do not divide the batch of 256"),
+        ({"DICO_SLURM_TIME": "0:05:00"}, "a time limit of 0:05:00 is shorter than one checkpoint interval"),
+    ],
+)
+def test_what_cannot_work_is_known_before_it_is_sent(variables: dict[str, str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        slurm.groups(chosen(), Store(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_training_and_its_evaluation_are_one_job_and_a_timing_is_its_own(tmp_path: Path):
+    (timing, timings), (training, trainings) = slurm.groups(chosen(), Store(tmp_path))
+    assert (timing.world_size, training.world_size) == (1, 8)
+    assert [[type(stage).__name__ for stage in job.stages] for job in (*timings, *trainings)] == [["Timing"]] * 2 + [["Train", "Evaluate"]] * 2
+
+
+def test_rows_with_resources_of_their_own_are_an_array_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DICO_SLURM_SITE", written(tmp_path, '[rows."GELU->ReLU"]\nnodes = 2\n')["DICO_SLURM_SITE"])
+    groups = slurm.groups(chosen(), Store(tmp_path))
+    assert [(site.nodes, [job.label for job in jobs]) for site, jobs in groups[1:]] == [(1, ["DiCo-S, seed 0"]), (2, ["GELU->ReLU, seed 0"])]
+
+
+def test_gpu_hours_come_from_recorded_throughput_and_else_from_the_protocol(tmp_path: Path):
+    store, stage = Store(tmp_path), train_stage(TABLE.baseline, IMAGENET256, 0)
+    assert plan.gpu_hours(stage, IMAGENET256, store) == (88.0, "the protocol's 11 h on 8 A100")
+    assert plan.gpu_hours(train_stage(TABLE.baseline, DIGITS, 0), DIGITS, store) is None
+    store.append(replace(stage, seed=1), "done", {"images_per_s": 4000.0}, {"device": "H200", "world_size": 4})
+    hours, source = plan.gpu_hours(stage, IMAGENET256, store)
+    assert hours == pytest.approx(400_000 * 256 / 4000 / 3600 * 4) and "H200" in source
+
+
+def test_a_run_nobody_submitted_shows_by_its_heartbeat(tmp_path: Path):
+    store, runs = Store(tmp_path), chosen(DIGITS, "cpu")
+    folder = store.run_dir(runs.trainings()[0].stages[0])
+    folder.mkdir(parents=True)
+    beat = heartbeat.Heartbeat(folder)
+    beat.tell(state="training", step=100, steps=650, images_per_s=64.0)
+    beat.end("training")
+    text = slurm.status(runs, store)
+    assert re.search(r"train +DiCo-S, seed 0 +running +training, step 100 of 650, 64 images/s, 9 min left", text)
+    assert re.search(r"train +GELU->ReLU, seed 0 +not submitted", text)
+
+
+def test_only_what_was_submitted_for_a_stage_is_found_again(tmp_path: Path):
+    with written_whole(scheduler.ledger(tmp_path)) as file:
+        file.write(b'{"cut')
+    first, second = (scheduler.Submission((name,), name, f"{number}_0", "dico-x", "log") for number, name in enumerate("ab"))
+    scheduler.ledger(tmp_path).write_text("")
+    scheduler.remember(tmp_path, [first, second])
+    with open(scheduler.ledger(tmp_path), "a") as file:
+        file.write('{"cut')
+    assert [found.job for found in scheduler.submitted(tmp_path, ["b"])] == ["1_0"]
+
+
+def test_without_slurm_it_is_said_and_nothing_is_written(tmp_path: Path):
+    command = [sys.executable, str(REPOSITORY / "experiments" / "ablation.py"), "--table", "4", "--cluster", "slurm", "--results", str(tmp_path / "results")]
+    environment = os.environ | {"PATH": str(tmp_path), "DICO_SLURM_GPUS_PER_NODE": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stdout) == (2, "") and not (tmp_path / "results").exists()
+    assert done.stderr.startswith("error: no Slurm on this machine (sbatch, squeue, srun, scancel not found)") and done.stderr.count("\n") == 1
+
+
+def test_a_scheduler_that_does_not_answer_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "squeue").write_text("#!/bin/sh\nexec sleep 100\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(scheduler, "TIMEOUT", 0.2)
+    with pytest.raises(ValueError, match="squeue did not answer"):
+        scheduler.queue(["dico-x"])
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_a_script_names_a_declared_run_and_the_processes_that_it_takes(script: Path):
+    from experiments.run import TABLES as RUN_TABLES
+    from experiments.protocols import PROTOCOLS
+
+    text = script.read_text()
+    table, row, protocol = re.search(r"--table (\S+) --row (\S+) --protocol (\S+)", text).groups()
+    (job,) = Chosen(RUN_TABLES[int(table)], [RUN_TABLES[int(table)].row(row)], PROTOCOLS[protocol], [0], "cuda").trainings()
+    nodes, tasks = (int(re.search(rf"--{name}=(\d+)", text).group(1)) for name in ("nodes", "ntasks-per-node"))
+    assert isinstance(job, Job) and job.stages[0].recipe.batch % (nodes * tasks) == 0
+    assert job.stages[0].backbone.name == script.stem.removesuffix("_512")
+    assert {"--requeue", "--open-mode=append"} <= set(text.split()) and "--signal=USR2@180" in text and "--kill-on-bad-exit=1" in text
+    assert spec_id(job.stages[0]) and len(SCRIPTS) == 7 and site.PREFIX in (REPOSITORY / "slurm" / "site.example.toml").read_text()
