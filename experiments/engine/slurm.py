@@ -42,11 +42,12 @@ def _check(job: Job, site: Site, chosen: Chosen, store: Store) -> None:
     batch = chosen.protocol.recipe.batch
     if batch % site.world_size:
         raise ValueError(f"{job.label}: {site.nodes} nodes of {site.tasks} processes do not divide the batch of {batch}; change nodes or gpus_per_node")
-    interval = site.checkpoint_every * seconds_a_step(job.stages[0], chosen.protocol, store) if isinstance(job.stages[0], Train) else 0
+    steps = min(site.checkpoint_every, chosen.protocol.recipe.steps)
+    interval = steps * seconds_a_step(job.stages[0], chosen.protocol, store) if isinstance(job.stages[0], Train) else 0
     if interval > site.seconds - site.signal_seconds:
         raise ValueError(
             f"{job.label}: a time limit of {site.time} is shorter than one checkpoint interval, about {duration(interval)} "
-            f"for {site.checkpoint_every} steps; raise time or lower checkpoint_every"
+            f"for {steps} steps; raise time or lower checkpoint_every"
         )
 
 
