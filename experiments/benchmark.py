@@ -3,7 +3,9 @@
 Counting every row of Tables 1 (DiT, DiCo), 3, 4 and 5 on the meta device; `--report` and whether it stays without
 torch; a training step and a sampling step of dico_s and dit_s_2. With `--against dico_s=FILE:NAME` the same steps of
 another implementation (constructor NAME in FILE) run in turn with ours under the same loop. `--main-job` runs
-`--table 4` from nothing in a temporary folder and prints its seconds and peak memory.
+`--table 4` from nothing in a temporary folder and prints its seconds and peak memory. `--latents` times the loader alone:
+32 x 32 x 4 moments, drawn anew, from a warm page cache in two threads. `--checkpoints` measures how long training stalls
+for a checkpoint, in the copy and by the writing beside it.
 """
 
 from __future__ import annotations
@@ -33,7 +35,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", nargs="*", default=[], metavar="BACKBONE=FILE:NAME", help="other implementations to time in turn with ours")
     parser.add_argument("--main-job", action="store_true", help="run the whole main job and report seconds and peak memory")
+    parser.add_argument("--latents", action="store_true", help="time the loader of latents and nothing else")
+    parser.add_argument("--checkpoints", action="store_true", help="measure what a checkpoint costs and nothing else")
     args = parser.parse_args()
+    if args.checkpoints:
+        _checkpoints()
+        return 0
+    if args.latents:
+        _latents()
+        return 0
     try:
         others = dict(_other(text) for text in args.against)
     except ValueError as error:
@@ -140,6 +150,39 @@ def _sampling_step(model: nn.Module) -> Callable[[], None]:
     return step
 
 
+def _checkpoints() -> None:
+    """Steps of dico_s on the GPU, if there is one, before, during and after a save in the background."""
+    import numpy as np
+    import torch
+
+    from experiments.engine.checkpoint import Writer
+    from experiments.engine.data import ImageSet
+    from experiments.engine.spec import Backbone, Data, Recipe, Train
+    from experiments.engine.train import Resources, Trainer
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data, batch = Data("random", 32, 4, 1000), 256 if device.type == "cuda" else BATCH
+    drawn = np.random.default_rng(0)
+    images = ImageSet(drawn.standard_normal((512, 4, 32, 32), dtype=np.float32), drawn.integers(1000, size=512), data)
+    trainer = Trainer(Train(Backbone("dico_s"), data, Recipe(steps=10**6, batch=batch)), device)
+    stepping = trainer.steps(images)
+    with tempfile.TemporaryDirectory() as folder, Writer(Path(folder)) as writer:
+        next(stepping).item()
+        writer.save(trainer.step, trainer.state())  # the first save makes the buffers
+        writer.wait()
+        plain, during = [_seconds(lambda: next(stepping).item()) for _ in range(2 * PAIRS)], []
+        writer.stalled, started = 0.0, time.perf_counter()
+        writer.save(trainer.step, trainer.state())
+        while writer.busy:
+            during.append(_seconds(lambda: next(stepping).item()))
+        seconds, size = time.perf_counter() - started, max(path.stat().st_size for path in Path(folder).iterdir())
+    stepping.close()
+    usual, every = statistics.median(plain), Resources().checkpoint_every
+    slowed = sum(during) - usual * len(during)
+    print(f"checkpoint of {size / 1e9:.2f} GB: copied in {writer.stalled:.2f} s, written in {seconds:.1f} s beside {len(during)} steps, which took {slowed:.2f} s longer")
+    print(f"stall every {every} steps of {usual:.3f} s: {(writer.stalled + slowed) / (every * usual):.3%}")
+
+
 def _batch() -> tuple:
     import torch
 
@@ -150,6 +193,40 @@ def _seconds(step: Callable[[], None]) -> float:
     started = time.perf_counter()
     step()
     return time.perf_counter() - started
+
+
+def _latents() -> None:
+    """Latents a second over a temporary folder of random moments, shuffled batches of 256 in two threads."""
+    import json
+
+    import numpy as np
+    import torch
+
+    from experiments.engine.data import batches
+    from experiments.engine.latents import LatentSet, shard_path
+    from experiments.engine.spec import Data
+
+    batch, shards, each, steps = 256, 8, 512, 40
+    with tempfile.TemporaryDirectory() as name:
+        folder, draw = Path(name), np.random.default_rng(0)
+        for number in range(shards):
+            np.save(shard_path(folder, number), draw.random((each, 2, 8, 32, 32), np.float32))
+        np.save(folder / "labels.npy", draw.integers(0, 1000, shards * each))
+        vae = {"name": "none", "encoder": "none"}
+        manifest = {"latents": "moments", "shape": [2, 8, 32, 32], "num_classes": 1000, "shards": [each] * shards, "sha256": "", "vae": vae}
+        (folder / "manifest.json").write_text(json.dumps(manifest | {"statistics": {"as_expected": False}}))
+        images = LatentSet(folder, Data("latents", size=32, channels=4, num_classes=1000, flip=True, vae="none"))
+        for _ in batches(images, batch, 0, range(len(images) // batch), torch.device("cpu")):
+            pass
+        rates, busy = [], time.process_time()
+        for seed in range(PAIRS):
+            started = time.perf_counter()
+            for _ in batches(images, batch, seed, range(steps), torch.device("cpu")):
+                pass
+            rates.append(steps * batch / (time.perf_counter() - started))
+        busy = (time.process_time() - busy) / (PAIRS * steps * batch)
+    spread = f"{min(rates):,.0f} to {max(rates):,.0f} over {PAIRS} runs"
+    print(f"latents: {statistics.median(rates):,.0f} a second ({spread}), {1e6 * busy:.0f} us of a core each; batch {batch}, 2 threads, {len(_cores())} cores")
 
 
 def _main_job() -> None:

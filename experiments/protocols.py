@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from experiments.engine.spec import Backbone, Cost, Data, Evaluate, Recipe, Row, Sampler, Timing, Train
+from experiments.engine.spec import Backbone, Cost, Data, Evaluate, Recipe, Row, Sampler, Table, Timing, Train
 
 
 @dataclass(frozen=True)
 class Protocol:
     """`small` rows shrink the network by the row's own options; `source` says whose protocol it is.
 
-    `cost_hours` is the expected time of one row on `hardware`, for the plan that --dry-run prints.
+    The recipe is common to all rows. A row's objective is its own method's, for its network is made for it; so is its
+    sampler where the protocol's does not apply, with the protocol's guidance and at most its number of steps. Under an `own` protocol recipe and sampler too are the method's, and the protocol's serve rows without one.
+    `cost_hours` is the expected time of one row on `hardware`, for the plan that --dry-run prints; None where it is unknown.
     """
 
     name: str
@@ -23,8 +26,9 @@ class Protocol:
     labels: str
     small: bool
     source: str
-    cost_hours: float
+    cost_hours: float | None
     hardware: str
+    own: bool = False
 
 
 DIGITS = Protocol(
@@ -69,6 +73,13 @@ IMAGENET256 = Protocol(
     hardware="8 A100",
 )
 
+IMAGENET256_FIXED = replace(
+    IMAGENET256,
+    name="imagenet256_fixed",
+    data=replace(IMAGENET256.data, latents="fixed"),
+    source="DiCo's code: one stored posterior sample of each image and of its flip, where DiT draws anew at every visit",
+)
+
 IMAGENET512 = Protocol(
     name="imagenet512",
     data=Data("imagenet512", size=64, channels=4, num_classes=1000, flip=True),
@@ -110,33 +121,68 @@ IMAGENET512_3000K = replace(
     hardware="64 A100",
 )
 
+OWN = "each system by the recipe and the sampler of its own paper"
+IMAGENET256_OWN = replace(IMAGENET256, name="imagenet256_own", own=True, source=OWN, cost_hours=None)
+IMAGENET512_OWN = replace(IMAGENET512, name="imagenet512_own", own=True, source=OWN, cost_hours=None)
+
 PROTOCOLS = {
-    protocol.name: protocol
-    for protocol in (DIGITS, CIFAR10, IMAGENET256, IMAGENET256_3750K, IMAGENET256_H, IMAGENET512, IMAGENET512_3000K)
-}
+    protocol.name: protocol for protocol in (
+        DIGITS, CIFAR10, IMAGENET256, IMAGENET256_FIXED, IMAGENET256_3750K, IMAGENET256_H, IMAGENET256_OWN, IMAGENET512, IMAGENET512_3000K, IMAGENET512_OWN,
+    )
+}  # fmt: skip
 
 
 def network(row: Row, protocol: Protocol) -> Backbone:
     """The row's network as the protocol trains it."""
-    data = protocol.data
-    backbone = row.backbone.but(**row.small) if protocol.small else row.backbone
+    data, backbone = protocol.data, row.backbone
+    if protocol.small:
+        backbone = row.small if isinstance(row.small, Backbone) else row.backbone.but(**row.small)
     return backbone.but(input_size=data.size, in_channels=data.channels, num_classes=data.num_classes)
 
 
 def train_stage(row: Row, protocol: Protocol, seed: int) -> Train:
-    return Train(network(row, protocol), protocol.data, protocol.recipe, seed=seed)
+    stage = Train(network(row, protocol), protocol.data, protocol.recipe, seed=seed)
+    if row.method is None:
+        return stage
+    undropped = replace(protocol.recipe, label_dropout=0.0)  # a network without a null label takes none
+    recipe = row.method.recipe if protocol.own else protocol.recipe if row.method.recipe.label_dropout else undropped
+    return replace(stage, recipe=recipe, diffusion=row.method.diffusion)
 
 
 def evaluate_stage(row: Row, protocol: Protocol, seed: int) -> Evaluate:
-    return Evaluate(train_stage(row, protocol, seed), protocol.sampler, protocol.num, protocol.features, protocol.labels)
+    return Evaluate(train_stage(row, protocol, seed), _sampler(row, protocol), protocol.num, protocol.features, protocol.labels)
+
+
+def _sampler(row: Row, protocol: Protocol) -> Sampler:
+    common, method = protocol.sampler, row.method
+    if method is None or (not protocol.own and (method.diffusion.name, method.diffusion.variance) == ("iddpm", "learned")):
+        return common
+    if protocol.own:
+        return method.sampler
+    return replace(method.sampler, num_steps=min(method.sampler.num_steps, common.num_steps), scale=common.scale, channels=common.channels)
+
+
+def cost_stages(row: Row) -> tuple[Cost, ...]:
+    """Counts of what makes the published system, else of its network at a 32 x 32 x 4 latent and 1000 classes."""
+    return row.costs or ((Cost(row.backbone, size=32, channels=4, num_classes=1000),) if row.backbone else ())
 
 
 def cost_stage(row: Row) -> Cost:
-    """Counts at the paper's input: a 32 x 32 x 4 latent and 1000 classes."""
-    return Cost(row.backbone, size=32, channels=4, num_classes=1000)
+    """Counts of a row that is one network."""
+    (stage,) = cost_stages(row)
+    return stage
 
 
 def timing_stage(row: Row, baseline: Row, device: str) -> Timing:
     """Throughput at the paper's input beside the baseline's, with attention unfused as in its ablations (section 4.3)."""
-    batch = 64 if device == "cuda" else 4
-    return Timing(row.backbone, 32, 4, 1000, batch, device, kernels={"attention": "reference"}, baseline=baseline.backbone)
+    batch, at = 64 if device == "cuda" else 4, cost_stages(baseline)[0]
+    return Timing(row.backbone, at.size, at.channels, at.num_classes, batch, device, kernels={"attention": "reference"}, baseline=baseline.backbone)
+
+
+def timed_rows(table: Table, rows: Sequence[Row], device: str, named: bool) -> list[Row]:
+    """Those that take the baseline's input as they are; on a CPU without the heavy ones, unless they were named."""
+    if not table.timed or table.counts_only:
+        return []
+    inputs = [(cost.size, cost.channels) for cost in cost_stages(table.baseline)]
+    fit = [row for row in rows if [(cost.size, cost.channels) for cost in cost_stages(row)] == inputs]
+    return [row for row in fit if device == "cuda" or named or not row.heavy]

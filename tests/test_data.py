@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.engine import data, sources
-from experiments.engine.data import ImageSet, batch_indices, load
+from experiments.engine import sources
+from experiments.engine.data import ImageSet, batch_indices, batches, load
 from experiments.engine.sources import require_data, require_features
 from experiments.engine.spec import Data
-from experiments.protocols import CIFAR10, DIGITS, IMAGENET256, IMAGENET512, Protocol, evaluate_stage
+from experiments.protocols import CIFAR10, DIGITS, IMAGENET256, IMAGENET256_FIXED, IMAGENET512, Protocol, evaluate_stage
 from experiments.ablation import TABLE_4
 
 SET = Data("latents", size=4, channels=2, num_classes=3)
-BIG = (CIFAR10, IMAGENET256, IMAGENET512)
+BIG = (CIFAR10, IMAGENET256, IMAGENET256_FIXED, IMAGENET512)
 
 
 def arrays(num: int = 11) -> tuple[np.ndarray, np.ndarray]:
@@ -29,7 +29,6 @@ def sequence(size: int, batch: int, seed: int, length: int) -> list[int]:
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sources, "ROOT", tmp_path)
-    monkeypatch.setattr(data, "ROOT", tmp_path)
     return tmp_path
 
 
@@ -110,20 +109,55 @@ def test_other_number_types_are_converted(root: Path):
     assert (x.dtype, y.dtype) == (torch.float32, torch.int64) and np.allclose(x, images)
 
 
-@pytest.mark.parametrize("protocol", BIG, ids=lambda protocol: protocol.name)
-def test_missing_data_is_one_line_that_says_what_to_provide(protocol: Protocol, root: Path):
+def test_grey_levels_become_pixels():
+    levels = np.random.default_rng(0).integers(0, 256, (11, 2, 4, 4), dtype=np.uint8)
+    x, _ = ImageSet(levels, np.zeros(11, int), SET).take(torch.tensor([4, 0]))
+    assert x.dtype == torch.float32 and np.abs(x.numpy() - (levels[[4, 0]].astype(float) / 127.5 - 1)).max() < 1e-6
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_batches_are_the_steps_asked_for_and_a_share_is_a_part(workers: int):
+    images, labels = arrays()
+    found = ImageSet(images, labels, SET)
+    made = list(batches(found, 6, 2, range(3, 8), torch.device("cpu"), workers=workers))
+    share = list(batches(found, 6, 2, range(3, 8), torch.device("cpu"), slice(4, 6), workers))
+    assert len(made) == 5
+    for step, (x, y), (part, _) in zip(range(3, 8), made, share, strict=True):
+        expected, _ = found.take(batch_indices(11, 6, 2, step))
+        assert torch.equal(x, expected) and len(y) == 6 and torch.equal(part, x[4:6])
+
+
+def test_an_error_in_a_worker_reaches_the_trainer():
+    class Broken(ImageSet):
+        def take(self, *_):
+            raise ValueError("the disk is gone")
+
+    with pytest.raises(ValueError, match="the disk is gone"):
+        next(batches(Broken(*arrays(), SET), 6, 0, range(9), torch.device("cpu")))
+
+
+@pytest.mark.parametrize(
+    "protocol, words",
+    [
+        (CIFAR10, ("train.parquet", "cifar-10-batches-py", "prepare_cifar10.py")),
+        (IMAGENET256, ("prepare_latents.py --protocol imagenet256 ", "1000 class folders")),
+        (IMAGENET256_FIXED, ("prepare_latents.py --protocol imagenet256_fixed ", "DICO_DATA/imagenet256_fixed)")),
+        (IMAGENET512, ("prepare_latents.py --protocol imagenet512 ",)),
+    ],
+)
+def test_missing_data_is_one_line_that_says_what_to_provide(protocol: Protocol, words: tuple[str, ...], root: Path):
     with pytest.raises(ValueError) as failure:
         load(protocol.data)
     line = str(failure.value)
     assert "\n" not in line and str(root) not in line
-    assert all(word in line for word in (protocol.name, "images.npy", "labels.npy", "DICO_DATA", f"(M, {protocol.data.channels}, {protocol.data.size}, {protocol.data.size})"))
+    assert all(word in line for word in (protocol.name, "DICO_DATA", *words))
 
 
 def test_only_the_missing_file_is_asked_for(root: Path):
-    (root / "imagenet256").mkdir()
-    (root / "imagenet256" / "images.npy").touch()
+    (root / "latents").mkdir()
+    (root / "latents" / "images.npy").touch()
     with pytest.raises(ValueError, match="needs labels.npy in"):
-        require_data(IMAGENET256.data)
+        require_data(SET)
 
 
 @pytest.mark.parametrize("protocol", BIG, ids=lambda protocol: protocol.name)

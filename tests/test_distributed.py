@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments.engine import attempts, distributed, evaluate, generate, heartbeat, train
+from experiments.engine import attempts, distributed, evaluate, generate, heartbeat, preemption, train
 from experiments.engine.diffusion import IDDPM
 from experiments.engine.distributed import Group, master_port, place
 from experiments.engine.execute import execute
@@ -31,8 +32,9 @@ BOUND = 60.0   # seconds that no group here may take: far more than any needs, f
 
 
 def member(group: Group, port: int, root: Path, spec: Stage, resources: Resources, fault: tuple[str, int, int] | None, seen: bool) -> None:
-    """One rank at work; at a step of a rank the fault 'raise', 'kill', 'stop' or 'requeue' strikes."""
+    """One rank at work; at a step of a rank a fault strikes: 'raise', 'kill', 'stop', 'requeue', or 'raise while others hang'."""
     torch.set_num_threads(1)
+    preemption.listen()
     train.LOG_EVERY, distributed.POLL, distributed.GRACE = 3, 0.1, 2.0
     if group.world_size > 1:
         names = dict(RANK=group.rank, WORLD_SIZE=group.world_size, LOCAL_RANK=group.rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
@@ -41,9 +43,11 @@ def member(group: Group, port: int, root: Path, spec: Stage, resources: Resource
 
     def faulty(self: Trainer, *batch: Tensor) -> Tensor:
         if fault and (group.rank, self.step) == fault[1:]:
-            if fault[0] == "raise":
+            if fault[0].startswith("raise"):
                 raise KeyError("boom")
             os.kill(os.getpid(), dict(kill=signal.SIGKILL, stop=signal.SIGTERM, requeue=signal.SIGUSR2)[fault[0]])
+        if fault and fault[0] == "raise while others hang" and self.step == fault[2]:
+            time.sleep(2 * BOUND)
         return update(self, *batch)
 
     def recording(self: IDDPM, model: Any, *batch: Tensor) -> dict[str, Tensor]:
@@ -151,9 +155,9 @@ def test_a_sharded_optimiser_goes_on_in_one_process(alone: Path, tmp_path: Path)
     assert curve(tmp_path) == pytest.approx(curve(alone), rel=1e-5) and outcome(tmp_path).values["resumed_at"] in (7, 8)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_failing_rank_ends_the_group_with_its_error(rank: int, tmp_path: Path):
-    assert group(2, tmp_path, fault=("raise", rank, 6)) == [1, 1]
+@pytest.mark.parametrize("kind, rank", [("raise", 0), ("raise", 1), ("raise while others hang", 1)])
+def test_a_failing_rank_ends_the_group_with_its_error(kind: str, rank: int, tmp_path: Path):
+    assert group(2, tmp_path, fault=(kind, rank, 6)) == [1, 1]
     record, beat = outcome(tmp_path), heartbeat.read(tmp_path / "runs" / spec_id(TRAIN))
     assert (record.status, record.error) == ("failed", f"rank {rank}: KeyError: 'boom'") == (beat["state"], beat["reason"])
     assert record.values["attempts"][-1]["reason"] == record.error
@@ -167,6 +171,26 @@ def test_a_killed_rank_ends_the_group_and_costs_the_steps_since_the_checkpoint(p
     values = outcome(tmp_path).values
     assert values["resumed_at"] == 10 and values["weights_sha256"] == outcome(pair).values["weights_sha256"]
     assert [attempt["start"] for attempt in values["attempts"]] == [0, 10, 10] and attempts.read(tmp_path / "runs" / spec_id(TRAIN)) == values["attempts"]
+
+
+def requeued(root: Path, folder: Path) -> None:
+    """A job of one process that is asked to make room; its scheduler's `requeue` ends it by SIGTERM, as Slurm does."""
+    os.environ |= {"SLURM_JOB_ID": "7", "PATH": f"{folder}:{os.environ['PATH']}"}
+    member(Group(), 0, root, TRAIN, Resources(), ("requeue", 0, 6), False)
+
+
+def test_a_job_goes_back_into_the_queue_and_dies_at_once(alone: Path, tmp_path: Path):
+    script = tmp_path / "scontrol"
+    script.write_text(f'#!/bin/sh\ncp {tmp_path}/runs/{spec_id(TRAIN)}/heartbeat.json {tmp_path}/then\necho "$@" > {tmp_path}/asked\nkill -TERM $PPID\n')
+    script.chmod(0o755)
+    process = multiprocessing.get_context("forkserver").Process(target=requeued, args=(tmp_path, tmp_path))
+    process.start()
+    process.join(BOUND)
+    assert process.exitcode == -signal.SIGTERM and (tmp_path / "asked").read_text() == "requeue 7\n"
+    assert (json.loads((tmp_path / "then").read_text())["state"], outcome(tmp_path)) == ("requeued", None)
+    assert group(1, tmp_path) == [0]
+    assert outcome(tmp_path).values["weights_sha256"] == outcome(alone).values["weights_sha256"] and curve(tmp_path) == curve(alone)
+    assert outcome(tmp_path).values["resumed_at"] == 7
 
 
 def test_processes_that_do_not_divide_the_batch_are_refused_in_one_line(tmp_path: Path):

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from experiments.engine.diffusion import IDDPM, Model
-from experiments.engine.samplers import SAMPLERS, Guided, ImageNoise, ancestral, ddim
+from experiments.engine.generate import Counted
+from experiments.engine.noise import ImageNoise
+from experiments.engine.samplers import Guided, ancestral, ddim
 
 MEAN, STD = 0.3, 0.7
+SAMPLERS = {"ancestral": ancestral, "ddim": ddim}
 
 
 def gaussian(u: float, mean: float = MEAN, std: float = STD) -> Model:
@@ -210,7 +213,7 @@ def test_guidance_algebra(channels: int | None, scale: float):
     model, (x, t, y) = Recorder(), call_inputs()
     guided = Guided(model, scale, 10, channels=channels)
     output, k = guided(x, t, y), channels or 4
-    assert model.calls == [(6, [2, 9, 0, 10, 10, 10])] and guided.nfe == 2
+    assert model.calls == [(6, [2, 9, 0, 10, 10, 10])]
     conditional, null = model(x, t, y), model(x, t, torch.full_like(y, 10))
     torch.testing.assert_close(output[:, :k], scale * conditional[:, :k] + (1 - scale) * null[:, :k])
     torch.testing.assert_close(output[:, k:], conditional[:, k:])
@@ -222,7 +225,7 @@ def test_scale_1_is_the_plain_network():
     model, inputs = Recorder(), call_inputs()
     guided = Guided(model, 1.0, 10)
     assert torch.equal(guided(*inputs), model(*inputs))
-    assert model.calls[0] == (3, [2, 9, 0]) and guided.nfe == 1
+    assert model.calls[0] == (3, [2, 9, 0])
 
 
 @pytest.mark.parametrize("t, doubled", [(199, False), (200, True), (699, True), (700, False)])
@@ -230,15 +233,25 @@ def test_guidance_acts_inside_its_interval(t: int, doubled: bool):
     model, inputs = Recorder(), call_inputs(t)
     guided = Guided(model, 1.5, 10, interval=(200, 700))
     output = guided(*inputs)
-    assert guided.nfe == 1 + doubled and model.calls[0][0] == 3 * (1 + doubled)
+    assert model.calls[0][0] == 3 * (1 + doubled)
     assert torch.equal(output, model(*inputs)) != doubled
 
 
+def test_guidance_tells_the_times_of_a_batch_apart():
+    model, (x, _, y) = Recorder(), call_inputs()
+    t = torch.tensor([100, 300, 800])
+    output = Guided(model, 1.5, 10, interval=(200, 700))(x, t, y)
+    conditional, null = model(x, t, y), model(x, t, torch.full_like(y, 10))
+    expected = conditional.clone()
+    expected[1, :3] = 1.5 * conditional[1, :3] - 0.5 * null[1, :3]
+    torch.testing.assert_close(output, expected)
+
+
 def test_nfe_of_a_run_counts_both_halves():
-    guided = Guided(Recorder(), 1.5, 10, interval=(0, 500))
-    for _ in ancestral(IDDPM.linear().respaced(10), guided, labels(2), ImageNoise([0, 1], (4, 5, 7))):
+    counted = Counted(Recorder())
+    for _ in ancestral(IDDPM.linear().respaced(10), Guided(counted, 1.5, 10, interval=(0, 500)), labels(2), ImageNoise([0, 1], (4, 5, 7))):
         pass
-    assert guided.nfe == 10 + 5                               # 0, 111, ..., 444 of 0, 111, ..., 999 are guided
+    assert counted.evaluated / 2 == 10 + 5                            # 0, 111, ..., 444 of 0, 111, ..., 999 are guided
 
 
 def test_guiding_channels_that_do_not_exist_is_refused():

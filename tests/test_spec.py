@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.ablation import TABLES
+from experiments import ablation, main_results
 from experiments.engine.spec import Backbone, Cost, Data, Diffusion, Evaluate, Recipe, Row, Sampler, Stage, Table, Timing, Train, canonical, kind_of, spec_id
 from experiments.engine.store import Store
 from experiments.protocols import DIGITS, IMAGENET256, PROTOCOLS, Protocol, cost_stage, evaluate_stage, timing_stage, train_stage
 
+TABLES = ablation.TABLES | main_results.TABLES
 GOLDEN = {
     "4 DiCo-S, cost": "6761a005b753f3c2",
     "4 DiCo-S, timing on cpu": "7f587aebf949ceeb",
@@ -161,7 +162,7 @@ def test_labels_are_unique_and_every_published_row_is_declared(table: Table):
 @pytest.mark.parametrize("stage", [train_stage, evaluate_stage])
 @pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=lambda protocol: protocol.name)
 def test_rows_and_seeds_are_different_runs(protocol: Protocol, stage: Callable[..., Stage]):
-    for table in TABLES.values():
+    for table in ablation.TABLES.values():
         ids = {spec_id(stage(row, protocol, seed)) for row in table.rows for seed in (0, 1)}
         assert len(ids) == 2 * len(table.rows)
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from backbones.mixers import MIXERS
 from experiments.engine import checkpoint, files, train
 from experiments.engine.data import batch_indices, load
+from experiments.engine.diffusion import IDDPM
 from experiments.engine.precision import MODES, flags, precision
 from experiments.engine.spec import Backbone, Data, Recipe, Train
 from experiments.engine.train import Resources, Trainer, digest, load_ema, lr_at, run
@@ -184,7 +185,7 @@ def test_the_loss_decreases():
 
 @pytest.mark.parametrize("lr", [1e6, 1e30])
 def test_a_loss_that_is_no_number_ends_the_run_in_one_line(lr: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(train.IDDPM, "losses", lambda self, model, x, y, t, eps: {"loss": model(x, t, y).sum(dim=(1, 2, 3)) * lr * math.inf})
+    monkeypatch.setattr(IDDPM, "losses", lambda self, model, x, y, t, eps: {"loss": model(x, t, y).sum(dim=(1, 2, 3)) * lr * math.inf})
     with pytest.raises(ValueError, match="^the loss is .* at step 1; lower the learning rate") as failure:
         run(recipe(lr=lr), tmp_path, Resources(), quiet)
     assert "\n" not in str(failure.value)

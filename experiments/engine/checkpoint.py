@@ -61,6 +61,11 @@ class Writer:
         self._thread.start()
         self.stalled += time.perf_counter() - started
 
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> None:
         """Until the last save is on disk."""
         started = time.perf_counter()
@@ -95,6 +100,8 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int = 2, mileston
     by the run that now comes past them, and go.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".step.staged.*.tmp"):  # by processes that were killed: a run has one writer
+        left.unlink()
     _require_space(folder, state)
     staged = folder / "step.staged"
     with written_whole(staged) as file:

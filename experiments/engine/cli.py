@@ -50,9 +50,10 @@ def _main(tables: dict[int, Table], description: str | None, arguments: Sequence
     args = _parse(tables, description, arguments)
     table, protocol, store = tables[args.table], PROTOCOLS[args.protocol], Store(args.results, REPOSITORY / "results" / "reference")
     rows = _choose(table, args.rows)
+    networks = [row for row in rows if row.backbone]  # the others are published numbers alone
     on_slurm = args.cluster == "slurm"
-    default = slurm.device(rows) if on_slurm else "cuda" if Path("/dev/nvidia0").exists() else "cpu"
-    chosen = Chosen(table, rows, protocol, args.seeds, args.device or default)
+    default = slurm.device(networks) if on_slurm else "cuda" if Path("/dev/nvidia0").exists() else "cpu"
+    chosen = Chosen(table, networks, protocol, args.seeds, args.device or default, args.rows is not None)
     good = True
     if args.dry_run:
         print(describe(chosen, store))
@@ -68,7 +69,7 @@ def _main(tables: dict[int, Table], description: str | None, arguments: Sequence
     if not args.report:
         if not table.counts_only:
             require_data(protocol.data)
-            require_features(evaluate_stage(rows[0], protocol, 0))
+            require_features(evaluate_stage(table.baseline, protocol, 0))
         if on_slurm:
             print(slurm.send(chosen, store, shlex.join(["python", os.path.relpath(sys.argv[0]), *(sys.argv[1:] if arguments is None else arguments)])))
             return 0
@@ -78,7 +79,7 @@ def _main(tables: dict[int, Table], description: str | None, arguments: Sequence
         store.refresh()
     sheets = [main_sheet(table, rows, protocol, args.seeds, chosen.device, store)]
     if not table.counts_only and protocol.small:
-        sheets.append(comparison_sheet(table, rows, protocol, args.seeds, chosen.device, store))
+        sheets.append(comparison_sheet(table, networks, protocol, args.seeds, chosen.device, store))
     print(render(sheets, args.format))
     return 0 if good else 1
 

@@ -2,48 +2,79 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from experiments.engine.cifar import read_cifar10
+from experiments.engine.latents import LatentSet
+from experiments.engine.prefetch import ahead
+from experiments.engine.quantise import from_uint8
 from experiments.engine.randomness import generator_at
-from experiments.engine.sources import ROOT, require_data
+from experiments.engine.sources import find_cifar10, folder_of, require_data
 from experiments.engine.spec import Data
 
 class ImageSet:
-    """Images (M, C, H, W), latents or pixels in [-1, 1], and labels (M,), in memory or memory-mapped."""
+    """Images (M, C, H, W), pixels in [-1, 1] or grey levels 0..255 as uint8, and labels (M,), in memory or memory-mapped.
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, data: Data) -> None:
+    `flip` asks the trainer to mirror half of them; `identity` goes into the records of what is trained on them.
+    """
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, data: Data, identity: dict[str, str] | None = None) -> None:
         if images.shape[1:] != (data.channels, data.size, data.size) or labels.shape != images.shape[:1] or not len(labels):
             raise ValueError(f"{data.name}: expected images (M, {data.channels}, {data.size}, {data.size}) and labels (M,), got {images.shape} and {labels.shape}")
         if not np.issubdtype(labels.dtype, np.integer):
             raise ValueError(f"{data.name}: labels must be integers, got {labels.dtype}")
         if labels.min() < 0 or labels.max() >= data.num_classes:
             raise ValueError(f"{data.name}: labels must lie in 0..{data.num_classes - 1}, got {labels.min()}..{labels.max()}")
-        self.images, self.labels = images, labels
+        self.images, self.labels, self.flip, self.identity = images, labels, data.flip, identity or {}
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (N, C, H, W) float32 and labels (N,) at these indices."""
+    def take(self, indices: Tensor, seed: int = 0, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Images (N, C, H, W) float32 and labels (N,) at these indices, the same at every position of a run."""
         where = indices.numpy()
-        images = torch.from_numpy(np.asarray(self.images[where], dtype=np.float32))
+        taken = self.images[where]
+        images = from_uint8(torch.from_numpy(taken)) if taken.dtype == np.uint8 else torch.from_numpy(np.asarray(taken, dtype=np.float32))
         return images, torch.from_numpy(np.asarray(self.labels[where], dtype=np.int64))
 
 
-def load(data: Data) -> ImageSet:
-    """The declared set: scikit-learn's bundled digits, or a folder of two .npy files."""
+def load(data: Data) -> ImageSet | LatentSet:
+    """The declared set: scikit-learn's bundled digits, CIFAR-10, a folder of latents, or a folder of two .npy files."""
     require_data(data)
     if data.name == "digits":
         from sklearn.datasets import load_digits
 
         digits = load_digits()
         return ImageSet(digits.images[:, None].astype(np.float32) / 8 - 1, digits.target, data)
-    folder = ROOT / data.name
+    folder = folder_of(data)
+    if data.name == "cifar10":
+        images, labels, identity = read_cifar10(find_cifar10(folder, "train"), "train")
+        return ImageSet(images, labels, data, identity)
+    if (folder / "manifest.json").is_file():
+        return LatentSet(folder, data)
     return ImageSet(np.load(folder / "images.npy", mmap_mode="r"), np.load(folder / "labels.npy"), data)
+
+
+def batches(
+    images: ImageSet | LatentSet, batch: int, seed: int, steps: range, device: torch.device, part: slice = slice(None), workers: int = 2
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and labels of each step's batch on the device, made ahead by `workers` threads, pinned for a GPU.
+
+    `part` is a process's share of the global batch: what stands at a place of it does not depend on who asks for it.
+    """
+
+    def make(step: int) -> tuple[Tensor, ...]:
+        positions = torch.arange(step * batch, (step + 1) * batch)[part]
+        made = images.take(batch_indices(len(images), batch, seed, step)[part], seed, positions)
+        return tuple(tensor.pin_memory() for tensor in made) if device.type == "cuda" else made
+
+    for x, y in ahead(make, steps, workers, 2 * workers):
+        yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 
 def batch_indices(size: int, batch: int, seed: int, step: int) -> Tensor:

@@ -10,6 +10,7 @@ import atexit
 import hashlib
 import json
 import os
+import re
 import subprocess
 import threading
 import time
@@ -187,7 +188,8 @@ def cause(folder: Path, group: Group, failure: Exception) -> str:
     while (found := first_error(folder)) is None and follows and time.monotonic() < end:
         time.sleep(0.1)
     if found is None and follows:
-        raise Lost(f"rank {group.rank} lost another rank ({one_line(failure)})")
+        words = re.sub(r"\[\S*\.cc:\d+\] ", "", str(failure)).partition(". ")[0].splitlines()[0]
+        raise Lost(f"rank {group.rank} lost another rank ({words})")
     return f"rank {found['rank']}: {found['error']}" if found else f"rank {group.rank}: {one_line(failure)}"
 
 

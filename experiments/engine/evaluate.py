@@ -14,7 +14,7 @@ from experiments.engine import metrics
 from experiments.engine.data import load
 from experiments.engine.distributed import ALONE, Group
 from experiments.engine.features import digits_classifier, extract
-from experiments.engine.generate import images
+from experiments.engine.generate import Counted, images
 from experiments.engine.heartbeat import Heartbeat
 from experiments.engine.sharding import results
 from experiments.engine.sources import require_features
@@ -36,9 +36,10 @@ def run(spec: Evaluate, folder: Path, cache: Path, resources: Resources, group: 
     network = load_ema(spec.train, folder, device)
 
     def scored(piece: int) -> dict[str, np.ndarray]:
-        ((x, y),) = images(spec, network, device, size, range(piece * size, min((piece + 1) * size, spec.num)))
+        counted = Counted(network)
+        ((x, y),) = images(spec, counted, device, size, range(piece * size, min((piece + 1) * size, spec.num)))
         features, probabilities = extract(classifier, x)
-        return {"features": features, "probabilities": probabilities, "labels": y.numpy()}
+        return {"features": features, "probabilities": probabilities, "labels": y.numpy(), "evaluated": np.array(counted.evaluated)}
 
     parts = folder / f"samples-{spec_id(spec)}-{size}-{digest(network)}"
     found = list(results(group, parts, math.ceil(spec.num / size), scored, beat))
@@ -56,6 +57,7 @@ def run(spec: Evaluate, folder: Path, cache: Path, resources: Resources, group: 
     score, score_se = metrics.inception_score(p)
     values = {
         "num": spec.num,
+        "nfe": sum(int(part["evaluated"]) for part in found) / spec.num,
         "fd_digits": metrics.frechet(moments, real_moments),
         "fd_digits_se": metrics.frechet_se(fake, moments, real_moments, y if spec.labels == "balanced" else None),
         "is_digits": score,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,10 +29,8 @@ def execute(spec: Stage, store: Store, resources: Resources, report: Report) -> 
     In a group of processes every rank calls this and gets the record; the first one writes it. A rank that fails ends the
     whole group: the record holds its error, and all ranks but the first exit. Another process at the same stage is waited
     for, another job refused (ValueError). Raises OSError where results cannot be written, and SystemExit with status 75
-    when the job was asked to stop and has saved.
+    when the job was asked to stop (`preemption.listen` makes it hear) and has saved, or has lost a rank.
     """
-    if preemption.in_a_job():
-        preemption.listen()
     require_device(resources.device)
     group = distributed.join(resources.device, resources.timeout)
     folder = store.run_dir(spec)
@@ -98,8 +96,10 @@ def _follow(spec: Stage, store: Store, resources: Resources, group: Group) -> Re
     except preemption.Preempted as stop:
         _leave(stop, folder, None)
     except Exception as failure:
-        with suppress(distributed.Lost):
-            distributed.cause(folder, group, failure)
+        try:
+            print(f"error: {distributed.cause(folder, group, failure)}", file=sys.stderr, flush=True)
+        except distributed.Lost as lost:
+            _leave(lost, folder, None)
         raise SystemExit(1) from None
 
 

@@ -5,13 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from experiments.engine.diffusion import IDDPM
+from experiments.engine.diffusion import Model
+from experiments.engine.noise import ImageNoise
 from experiments.engine.precision import precision
+from experiments.engine.process import process
 from experiments.engine.randomness import seed_at
-from experiments.engine.samplers import SAMPLERS, Guided, ImageNoise
+from experiments.engine.samplers import Guided, bind
 from experiments.engine.spec import Evaluate
+
+
+class Counted:
+    """A network that counts the images it is given; over the images sampled, that is evaluations per image (NFE)."""
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.evaluated = model, 0
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        self.evaluated += len(x)
+        return self.model(x, t, y)
 
 
 def labels(policy: str, num: int, num_classes: int, seed: int) -> Tensor:
@@ -29,12 +42,10 @@ def image_seeds(seed: int, num: int) -> list[int]:
     return [(base + index) % 2**32 for index in range(num)]
 
 
-def images(spec: Evaluate, model: nn.Module, device: torch.device, batch: int, within: range | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+def images(spec: Evaluate, model: Model, device: torch.device, batch: int, within: range | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """Sampled images (n, C, H, W) and their labels (n,), `batch` at a time, in order of their index; `within` limits the indices."""
     data, sampler = spec.train.data, spec.sampler
-    if sampler.name not in SAMPLERS:
-        raise ValueError(f"unknown sampler {sampler.name!r}; known: {', '.join(SAMPLERS)}")
-    diffusion = IDDPM.linear(spec.train.diffusion.num_steps).respaced(sampler.num_steps).to(device)
+    sample = bind(sampler, process(spec.train.diffusion).to(device))
     network = Guided(model, sampler.scale, data.num_classes, channels=sampler.channels, interval=sampler.interval)
     y, seeds = labels(spec.labels, spec.num, data.num_classes, spec.seed), image_seeds(spec.seed, spec.num)
     within = within or range(spec.num)
@@ -42,6 +53,6 @@ def images(spec: Evaluate, model: nn.Module, device: torch.device, batch: int, w
         part = slice(start, min(start + batch, within.stop))
         noise = ImageNoise(seeds[part], (data.channels, data.size, data.size), device)
         with precision(spec.precision, device):
-            for x in SAMPLERS[sampler.name](diffusion, network, y[part].to(device), noise):
+            for x in sample(network, y[part].to(device), noise):
                 pass
         yield x.cpu(), y[part]

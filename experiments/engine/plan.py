@@ -8,27 +8,28 @@ from dataclasses import dataclass, replace
 from experiments.engine.launch import Job
 from experiments.engine.spec import Evaluate, Row, Stage, Table, Timing, Train, kind_of, spec_id
 from experiments.engine.store import Store
-from experiments.protocols import Protocol, cost_stage, evaluate_stage, timing_stage, train_stage
+from experiments.protocols import Protocol, cost_stages, evaluate_stage, timed_rows, timing_stage, train_stage
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The part of a table that a command is about."""
+    """The part of a table that a command is about: rows with networks, `named` where the command names them."""
 
     table: Table
     rows: Sequence[Row]
     protocol: Protocol
     seeds: Sequence[int]
     device: str
+    named: bool = False
 
     def counts(self) -> list[Job]:
         """One job: the first count is slow, the others are not."""
-        return [Job("counts", tuple({spec_id(stage): stage for stage in map(cost_stage, self.rows)}.values()))]
+        return [Job("counts", tuple({spec_id(stage): stage for row in self.rows for stage in cost_stages(row)}.values()))]
 
     def timings(self) -> list[Job]:
-        if self.table.counts_only:
-            return []
-        return [Job(row.label, (timing_stage(row, self.table.baseline, self.device),)) for row in self.rows]
+        timed = timed_rows(self.table, self.rows, self.device, self.named)
+        stages = {spec_id(stage := timing_stage(row, self.table.baseline, self.device)): (row.label, stage) for row in timed}
+        return [Job(label, (stage,)) for label, stage in stages.values()]
 
     def trainings(self) -> list[Job]:
         """A training with the evaluations that hang on it; rows that are one network share one."""
@@ -70,7 +71,7 @@ def describe(chosen: Chosen, store: Store) -> str:
 
 def _stages(chosen: Chosen) -> Iterator[tuple[str, Stage]]:
     for row in chosen.rows:
-        yield row.label, cost_stage(row)
+        yield from ((row.label, stage) for stage in cost_stages(row))
     for job in (*chosen.timings(), *chosen.trainings()):
         yield from ((job.label, stage) for stage in job.stages)
 
@@ -80,13 +81,13 @@ def _expected_seconds(stage: Stage, protocol: Protocol, store: Store) -> float |
         if record := store.latest(stage, where):
             return record.provenance["seconds"]
     if isinstance(stage, Train):
-        return protocol.cost_hours * 3600
+        return None if protocol.cost_hours is None else protocol.cost_hours * 3600
     return None if isinstance(stage, Evaluate | Timing) else 1.0
 
 
 def gpu_hours(stage: Train, protocol: Protocol, store: Store) -> tuple[float, str] | None:
     """Expected GPU-hours of a training and where that is known from: a recorded throughput on GPUs of the same training
-    (another seed may be it too), else the protocol's cost. None where the protocol's was not met on GPUs."""
+    (another seed may be it too), else the protocol's cost. None where that is unknown or was not met on GPUs."""
     for where in ("records", "reference"):
         for seed in (stage.seed, *range(10)):
             record = store.latest(replace(stage, seed=seed), where)
@@ -94,15 +95,15 @@ def gpu_hours(stage: Train, protocol: Protocol, store: Store) -> tuple[float, st
                 hours = stage.recipe.steps * stage.recipe.batch / rate / 3600
                 return hours * record.provenance["world_size"], f"recorded throughput on {record.provenance['device']}"
     gpus, _, kind = protocol.hardware.partition(" ")
-    return None if "CPU" in kind else (protocol.cost_hours * int(gpus), f"the protocol's {protocol.cost_hours:g} h on {protocol.hardware}")
+    return None if "CPU" in kind or protocol.cost_hours is None else (protocol.cost_hours * int(gpus), f"the protocol's {protocol.cost_hours:g} h on {protocol.hardware}")
 
 
-def seconds_a_step(stage: Train, protocol: Protocol, store: Store) -> float:
-    """Expected time of a training step on the protocol's hardware, or as recorded."""
+def seconds_a_step(stage: Train, protocol: Protocol, store: Store) -> float | None:
+    """Time of a training step as recorded, else as expected on the protocol's hardware; None where that is unknown."""
     for where in ("records", "reference"):
         if record := store.latest(stage, where):
             return stage.recipe.batch / record.values["images_per_s"]
-    return protocol.cost_hours * 3600 / protocol.recipe.steps
+    return None if protocol.cost_hours is None else protocol.cost_hours * 3600 / stage.recipe.steps
 
 
 def duration(seconds: float) -> str:

@@ -7,9 +7,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from experiments.engine.spec import Row, Stage, Table
+from experiments.engine.spec import Row, Stage, Table, spec_id
 from experiments.engine.store import Record, Store
-from experiments.protocols import Protocol, cost_stage, evaluate_stage, timing_stage, train_stage
+from experiments.protocols import Protocol, cost_stages, evaluate_stage, timed_rows, timing_stage, train_stage
 
 SCORES = {
     "digits": {"fd_digits": "lower", "is_digits": "higher", "precision_digits": "higher", "recall_digits": "higher", "agreement": "higher"},
@@ -17,6 +17,7 @@ SCORES = {
 }
 LOG_SCALED = {"fd_digits", "fid"}  # their spread over seeds grows with their value
 PAPER_SCORES = {"fid": "FID", "is": "IS", "precision": "P", "recall": "R"}
+PAPER_CONDITIONS = {"steps": "train_steps", "guided": "cfg"}
 LEVEL = 0.05
 REFERENCE_SEEDS = range(10)
 
@@ -52,26 +53,30 @@ class Sheet:
 def main_sheet(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequence[int], device: str, store: Store, where: str = "records") -> Sheet:
     """Counts, throughput and scores of this machine (or of the reference) beside the paper's."""
     scores = [] if table.counts_only else list(SCORES[protocol.features])
-    columns = [("", "row"), ("params, M", "paper"), ("params, M", "ours"), ("Gflops", "paper"), ("Gflops", "ours"), ("Gflops", "core")]
-    if not table.counts_only:
-        machine = "this machine" if where == "records" else "reference"
-        columns += [(f"throughput, {machine}", "img/s"), (f"throughput, {machine}", "rel."), ("paper, A100", "rel.")]
-        columns += [(f"{protocol.name} ({machine}, {_seed_words(seeds)})", name.removesuffix(f"_{protocol.name}") if name != "fd_digits" else name) for name in scores]
-        columns += [("paper: ImageNet 256, 400K steps", name) for name in PAPER_SCORES.values()]
-    sheet = Sheet(f"Table {table.number}: {table.title} ({table.source})", columns)
     published = store.published(table.published, table.key)
+    given = next(iter(published.values())).keys()  # a published table has the columns that it has
+    params = next((name for name in ("params_m", "params") if name in given), None)
+    machine = "this machine" if where == "records" else "reference"
+    columns = [("", "row")] + [("", name) for name in ("type",) if name in given]
+    columns += [("params, M", "paper")] * (params is not None) + [("params, M", "ours"), ("Gflops", "paper"), ("Gflops", "ours"), ("Gflops", "core")]
+    if not table.counts_only:
+        columns += [(f"throughput, {machine}", "img/s"), (f"throughput, {machine}", "rel."), ("paper, A100", "rel.")] * table.timed
+        columns += [(f"{protocol.name} ({machine}, {_seed_words(seeds)})", name.removesuffix(f"_{protocol.name}") if name != "fd_digits" else name) for name in scores]
+        columns += [(f"paper: {table.conditions}", name) for name in ("steps", "guided") if PAPER_CONDITIONS[name] in given]
+        columns += [(f"paper: {table.conditions}", name) for name in PAPER_SCORES.values()]
+    sheet = Sheet(f"Table {table.number}: {table.title} ({table.source})", columns)
     first = published[table.baseline.published] if table.baseline.published else {}
     for row in rows:
         paper = published[row.published] if row.published else {}
-        cost = _latest(store, cost_stage(row), where)
-        cells = [Cell(words=row.label), _paper(paper, "params_m"), _count(cost, "params_trainable", 1e6, 1)]
-        cells += [_paper(paper, "gflops"), _count(cost, "macs_torchprofile", 1e9, 2), _count(cost, "macs_core", 1e9, 2)]
+        cells = [Cell(words=row.label)] + [Cell(words=paper.get("type", "")) for name in ("type",) if name in given]
+        cells += [_paper(paper, params)] * (params is not None) + [_count(store, row, where, "params_trainable", 1e6, 1)]
+        cells += [_paper(paper, "gflops"), _count(store, row, where, "macs_torchprofile", 1e9, 2), _count(store, row, where, "macs_core", 1e9, 2)]
         if not table.counts_only:
-            timed = _latest(store, timing_stage(row, table.baseline, device), where)
-            cells += [_of(timed, "images_per_s", 1), _of(timed, "relative", 2)]
-            relative = float(paper["throughput_img_s"]) / float(first["throughput_img_s"]) if paper else None
-            cells.append(Cell(relative))
+            if table.timed:
+                timed = _latest(store, timing_stage(row, table.baseline, device), where) if timed_rows(table, [row], device, named=True) else None
+                cells += [_of(timed, "images_per_s", 1), _of(timed, "relative", 2), _relative(paper, first)]
             cells += [_score(store, row, protocol, seeds, name, where) for name in scores]
+            cells += [Cell(words=paper.get(name) or "-") for name in PAPER_CONDITIONS.values() if name in given]
             cells += [_paper(paper, key) for key in PAPER_SCORES]
         sheet.rows.append(cells)
     sheet.notes += _notes(table, rows, protocol, seeds, device, store, where)
@@ -90,7 +95,8 @@ def comparison_sheet(table: Table, rows: Sequence[Row], protocol: Protocol, seed
     comparisons = sum(bool(reference[row.label] and here[row.label]) for row in rows) * len(scores)
     for row in rows:
         cells = [Cell(words=row.label)]
-        cells += [_of(_latest(store, timing_stage(row, table.baseline, device), where), "relative", 2) for where in ("reference", "records")]
+        timed = timed_rows(table, [row], device, named=True)
+        cells += [_of(_latest(store, timing_stage(row, table.baseline, device), where), "relative", 2) if timed else Cell() for where in ("reference", "records")]
         off, known = [], bool(reference[row.label] and here[row.label])
         for name in scores:
             digits = 1 if name.startswith(("fd", "is")) else 2
@@ -122,14 +128,27 @@ def _of(record: Record | None, name: str, digits: int) -> Cell:
     return Cell(record.values.get(name), record.values.get(f"{name}_spread"), digits)
 
 
-def _count(record: Record | None, name: str, unit: float, digits: int) -> Cell:
-    return Cell() if record is None else Cell(words="failed") if record.status != "done" else Cell(record.values[name] / unit, None, digits)
+def _count(store: Store, row: Row, where: str, name: str, unit: float, digits: int) -> Cell:
+    """The sum over the networks of the published system."""
+    records = [_latest(store, cost, where) for cost in cost_stages(row)]
+    if not all(records):
+        return Cell()
+    if any(record.status != "done" for record in records):
+        return Cell(words="failed")
+    return Cell(sum(record.values[name] for record in records) / unit, None, digits) if records else Cell()
 
 
 def _paper(row: dict[str, str], key: str) -> Cell:
-    """A published number with the digits that were published."""
+    """A published number with the digits that were published; words where it has a unit (675M)."""
     text = row.get(key, "")
+    if text and text[-1] in "MB":
+        return Cell(words=text)
     return Cell(float(text), None, len(text.partition(".")[2])) if text else Cell()
+
+
+def _relative(paper: dict[str, str], first: dict[str, str]) -> Cell:
+    rates = [row.get("throughput_img_s") for row in (paper, first)]
+    return Cell(float(rates[0]) / float(rates[1])) if all(rates) else Cell()
 
 
 def _values(store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], where: str) -> list[dict[str, float]]:
@@ -139,6 +158,8 @@ def _values(store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], wh
 
 def _score(store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], name: str, where: str) -> Cell:
     """Mean over seeds with its standard error, or one seed's value with its sampling error."""
+    if not row.backbone:
+        return Cell()
     values = _values(store, row, protocol, seeds, where)
     if not values:
         stages = [stage(row, protocol, seed) for seed in seeds for stage in (train_stage, evaluate_stage)]
@@ -185,24 +206,36 @@ def _agree(name: str, a: list[dict[str, float]], b: list[dict[str, float]], spre
 
 
 def _notes(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequence[int], device: str, store: Store, where: str) -> list[str]:
+    size, channels = cost_stages(table.baseline)[0].size, cost_stages(table.baseline)[0].channels
     notes = [
-        "Gflops are multiply-accumulates at batch 1 and 32x32x4. ours: the paper's convention (torchprofile, explicit attention); "
+        f"Gflops are multiply-accumulates at batch 1 and {size}x{size}x{channels}. ours: the paper's convention (torchprofile, explicit attention); "
         "core: convolutions, linear layers and matrix products only. params: trainable."
     ]
     if table.counts_only:
         return notes
-    notes.append(
-        "throughput: inference at 32x32x4, fp32 without TF32, attention unfused, ± half the interquartile range; rel.: to "
-        f"{table.baseline.label}, timed in turn. The paper's ran under PyTorch's defaults, where convolutions use TF32 and linear layers do not."
-    )
+    if table.timed:
+        notes.append(
+            f"throughput: inference at {size}x{size}x{channels}, fp32 without TF32, attention unfused, ± half the interquartile range; rel.: to "
+            f"{table.baseline.label}, timed in turn. The paper's ran under PyTorch's defaults, where convolutions use TF32 and linear layers do not."
+        )
+    if device != "cuda" and any(row.heavy for row in timed_rows(table, rows, device, named=True)):
+        notes.append("large networks take minutes to time on a CPU: there they are timed only where --rows names them, and are gaps otherwise.")
     notes.append(_score_note(protocol, seeds))
+    noted: dict[str, list[str]] = {}
+    for row in rows:
+        if row.note:
+            noted.setdefault(row.note, []).append(row.label)
+    notes += [f"{', '.join(labels)}: {note}." for note, labels in noted.items()]
+    rows = [row for row in rows if row.backbone]
+    if len({spec_id(evaluate_stage(row, protocol, 0)) for row in rows}) < len(rows):
+        notes.append(f"rows that are one network on {protocol.name} share its runs and scores.")
     for row in rows:
         if 0 < (found := len(_values(store, row, protocol, seeds, where))) < len(seeds):
             notes.append(f"{row.label}: {found} of {len(seeds)} seeds")
     if resolved := _resolved(table, rows, protocol, seeds, store, where):
         notes.append(resolved)
     for row in rows:
-        stages = [cost_stage(row), timing_stage(row, table.baseline, device)]
+        stages = [*cost_stages(row), *(timing_stage(timed, table.baseline, device) for timed in timed_rows(table, [row], device, named=True))]
         stages += [stage(row, protocol, seed) for seed in seeds for stage in (train_stage, evaluate_stage)]
         for stage in stages:
             if store.latest(stage, where) is None and (failed := store.latest(stage, where, status="failed")):
@@ -231,9 +264,10 @@ def _resolved(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequ
     here = {row.label: _values(store, row, protocol, seeds, where) for row in (table.baseline, *rows)}
     spread, whose = _pooled(name, list(here.values())), "these runs'"
     if spread is None:
-        spread, whose = _pooled(name, [_values(store, row, protocol, REFERENCE_SEEDS, "reference") for row in table.rows]), "the reference's"
+        spread, whose = _pooled(name, [_values(store, row, protocol, REFERENCE_SEEDS, "reference") for row in table.rows if row.backbone]), "the reference's"
     base = here[table.baseline.label]
-    others = [row.label for row in rows if row.label != table.baseline.label and here[row.label]]
+    runs = {spec_id(evaluate_stage(row, protocol, 0)): row.label for row in (*reversed(rows), table.baseline)}  # rows that share runs count once
+    others = [label for label in reversed(runs.values()) if label != table.baseline.label and here[label]]
     if spread is None or not base or not others:
         return f"{name}: no difference can be called resolved: the spread over training seeds is unknown (one seed, no reference)." if base and others else ""
     words: dict[str, list[str]] = {"better": [], "worse": [], "not resolved": []}

@@ -1,67 +1,56 @@
 """Samplers as iterators over their own steps, per-image noise, and guidance as a wrapper around the network.
 
-Sources: DDPM (arXiv:2006.11239), DDIM (arXiv:2010.02502), classifier-free guidance (arXiv:2207.12598), guidance in an
-interval (arXiv:2404.07724). N images, C channels; a sampler's last x is the sample.
+Sources: DDPM (arXiv:2006.11239), DDIM (arXiv:2010.02502), DPM-Solver++ (arXiv:2211.01095), classifier-free guidance
+(arXiv:2207.12598), guidance in an interval (arXiv:2404.07724). N images, C channels; a sampler's last x is the sample.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.engine.diffusion import IDDPM, Model
-
-
-class ImageNoise:
-    """Standard normals; every image has a CPU stream of its own, so batching cannot change an image's noise."""
-
-    def __init__(self, seeds: Sequence[int], shape: tuple[int, int, int], device: torch.device | str = "cpu"):
-        """seeds: one an image, below 2^32 because the CPU generator drops higher bits; shape: one image's (C, H, W)."""
-        if not all(0 <= seed < 2 ** 32 for seed in seeds):
-            raise ValueError(f"seeds lie in 0..2^32-1, these span {min(seeds)}..{max(seeds)}")
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.shape = shape
-        self.device = device
-
-    def draw(self) -> Tensor:
-        """The next normals of every image, float32 (N,C,H,W) on the device."""
-        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
+from experiments.engine import flow_samplers
+from experiments.engine.diffusion import IDDPM, Model, split_prediction
+from experiments.engine.noise import ImageNoise
+from experiments.engine.process import Process
+from experiments.engine.spec import Sampler
 
 
 class Guided:
     """A network with classifier-free guidance, null + scale (conditional - null), called like the network itself.
 
     Only the first `channels` outputs are guided, None meaning all C of eps; the others are the conditional ones. DiT
-    and its descendants guide 3 of 4 latent channels. Guidance acts where interval[0] <= t < interval[1]; elsewhere,
-    and at scale 1, the network runs once on the plain batch. `nfe` counts evaluations per image since construction.
+    and its descendants guide 3 of 4 latent channels. Guidance acts where interval[0] <= t < interval[1]; where it acts
+    on no image, and at scale 1, the network runs once on the plain batch.
     """
 
     def __init__(self, model: Model, scale: float, num_classes: int, *, channels: int | None = 3,
-                 interval: tuple[int, int] = (0, 1000)):
+                 interval: tuple[float, float] = (0, 1000)):
         """num_classes: also the index of the null label; interval: in the timesteps that the network is given."""
         self.model = model
         self.scale = scale
         self.null = num_classes
         self.channels = channels
         self.interval = interval
-        self.nfe = 0
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """(N,C,H,W), (N,), (N,) -> (N,C_out,H,W); all t of a batch are equal, as in a sampler."""
+        """(N,C,H,W), (N,), (N,) -> (N,C_out,H,W)."""
         low, high = self.interval
-        if self.scale == 1 or not low <= t[0].item() < high:
-            self.nfe += 1
+        inside = (low <= t) & (t < high)                                              # (N,)
+        if self.scale == 1 or not inside.any():
             return self.model(x, t, y)
         num_guided = x.shape[1] if self.channels is None else self.channels
         if num_guided > x.shape[1]:
             raise ValueError(f"cannot guide {num_guided} channels of data that have {x.shape[1]}; None guides all")
-        self.nfe += 2
         labels = torch.cat([y, torch.full_like(y, self.null)])                        # (2N,)
         both = self.model(torch.cat([x, x]), torch.cat([t, t]), labels)               # (2N,C_out,H,W)
         conditional, null = both.chunk(2)                                             # (N,C_out,H,W) twice
         eps_c, eps_u = conditional[:, :num_guided], null[:, :num_guided]
-        return torch.cat([eps_u + self.scale * (eps_c - eps_u), conditional[:, num_guided:]], dim=1)
+        guided = torch.where(inside.reshape(-1, 1, 1, 1), eps_u + self.scale * (eps_c - eps_u), eps_c)
+        return torch.cat([guided, conditional[:, num_guided:]], dim=1)
 
 
 @torch.no_grad()
@@ -96,4 +85,49 @@ def ddim(diffusion: IDDPM, model: Model, y: Tensor, noise: ImageNoise, *, eta: f
         yield x
 
 
-SAMPLERS = {"ancestral": ancestral, "ddim": ddim}
+@torch.no_grad()
+def dpm_solver(diffusion: IDDPM, model: Model, y: Tensor, noise: ImageNoise, *, num_steps: int) -> Iterator[Tensor]:
+    """Yields x (N,C,H,W) after each step: DPM-Solver++(2M), algorithm 2 of its paper, the first step of order 1.
+
+    Times are even, from the last of the diffusion's steps to its first, in between as fractions that the network is
+    given; there log a, with x = a x0 + s eps, is linear. The noise of the first step stays, as U-ViT and DiM leave it.
+    """
+    indices = np.linspace(diffusion.num_steps - 1, 0, num_steps + 1)
+    log_a = np.interp(indices, np.arange(diffusion.num_steps), 0.5 * diffusion.alphas_cumprod.log().cpu().numpy())
+    a, s = np.exp(log_a), np.sqrt(-np.expm1(2 * log_a))
+    half_snr = log_a - np.log(s)                                                      # lambda, one a time
+    h = np.diff(half_snr)
+    times = (indices + diffusion.timesteps[0].item()).tolist()
+    x, before = noise.draw(), None
+    for i in range(num_steps):
+        eps, _ = split_prediction(model(x, torch.full((len(x),), times[i], device=x.device), y), x, diffusion.learned)
+        x0_hat = (x - float(s[i]) * eps) / float(a[i])                                # (N,C,H,W)
+        ahead = x0_hat if before is None else x0_hat + float(h[i] / h[i - 1] / 2) * (x0_hat - before)
+        x = float(s[i + 1] / s[i]) * x - float(a[i + 1] * np.expm1(-h[i])) * ahead
+        before = x0_hat
+        yield x
+
+
+Bound = Callable[[Model, Tensor, ImageNoise], Iterator[Tensor]]
+
+
+def bind(spec: Sampler, process: Process) -> Bound:
+    """The declared sampler of a process, to be called with a network, labels and noise; ValueError lists the known."""
+    known: dict[str, Callable[[], Bound]]
+    if isinstance(process, IDDPM):
+        known = {
+            "ancestral": lambda: partial(ancestral, process.respaced(spec.num_steps)),
+            "ddim": lambda: partial(ddim, process.respaced(spec.num_steps), eta=spec.eta),
+            "dpm_solver": lambda: partial(dpm_solver, process, num_steps=spec.num_steps),
+        }
+    else:
+        sde = dict(num_steps=spec.num_steps, form=spec.form, last_step=spec.last_step, last_size=spec.last_size)
+        known = {
+            "euler": lambda: partial(flow_samplers.euler, num_steps=spec.num_steps),
+            "heun": lambda: partial(flow_samplers.heun, num_steps=spec.num_steps),
+            "dopri5": lambda: partial(flow_samplers.dopri5, atol=spec.atol, rtol=spec.rtol),
+            "sde": lambda: partial(flow_samplers.sde, process, **sde),
+        }
+    if spec.name not in known:
+        raise ValueError(f"unknown sampler {spec.name!r}; known: {', '.join(known)}")
+    return known[spec.name]()

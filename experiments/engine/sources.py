@@ -2,25 +2,70 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from experiments.engine.spec import Data, Evaluate
 
 ROOT = Path(os.environ.get("DICO_DATA", Path(__file__).resolve().parents[2] / "data"))
 
 
+def folder_of(data: Data) -> Path:
+    """A set's folder: fixed latents lie beside the moments that they could have been drawn from."""
+    return ROOT / (data.name + ("_fixed" if data.latents == "fixed" else ""))
+
+
 def require_data(data: Data) -> None:
     """Raise ValueError in one line, saying how to provide it, where a set is not on this machine."""
+    folder = folder_of(data)
+    where = f"data/{folder.name} (or $DICO_DATA/{folder.name})"
     if data.name == "digits":
         return
-    if missing := [name for name in ("images.npy", "labels.npy") if not (ROOT / data.name / name).is_file()]:
-        shape = f"(M, {data.channels}, {data.size}, {data.size})"
-        content = "pixels in [-1, 1]" if data.channels == 3 else "VAE latents times 0.18215"
-        raise ValueError(
-            f"protocol {data.name} needs {' and '.join(missing)} in data/{data.name} (or $DICO_DATA/{data.name}): "
-            f"images.npy float32 {shape}, {content}, and labels.npy integers (M,) below {data.num_classes}"
-        )
+    if data.name == "cifar10":
+        if not find_cifar10(folder, "train"):
+            raise ValueError(
+                f"protocol cifar10 needs train.parquet (columns img and label) or torchvision's cifar-10-batches-py in {where}; "
+                "where the network allows it, python experiments/prepare_cifar10.py downloads the latter"
+            )
+    elif data.name.startswith("imagenet"):
+        if not (folder / "manifest.json").is_file():
+            raise ValueError(
+                f"protocol {folder.name} needs VAE latents in {where}; "
+                f"python experiments/prepare_latents.py --protocol {folder.name} --images FOLDER makes them from a folder of {data.num_classes} class folders"
+            )
+        read_manifest(folder, data)
+    elif not (folder / "manifest.json").is_file():
+        if missing := [name for name in ("images.npy", "labels.npy") if not (folder / name).is_file()]:
+            raise ValueError(
+                f"set {data.name} needs {' and '.join(missing)} in {where}: images.npy, pixels in [-1, 1], "
+                f"float32 (M, {data.channels}, {data.size}, {data.size}), and labels.npy integers (M,) below {data.num_classes}"
+            )
+
+
+def find_cifar10(folder: Path, split: str) -> list[Path]:
+    """Parquet files of a split ('train' or 'test'), or torchvision's folder; empty where there is neither."""
+    if found := sorted(folder.glob(f"{split}*.parquet")):
+        return found
+    return [folder / "cifar-10-batches-py"] if (folder / "cifar-10-batches-py").is_dir() else []
+
+
+def read_manifest(folder: Path, data: Data) -> dict[str, Any]:
+    """What is known of a folder of latents. ValueError in one line where they are not the latents that the spec declares."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        found = {name: manifest[name] for name in ("latents", "shape", "num_classes")}
+        as_expected, encoder, vae = manifest["statistics"]["as_expected"], manifest["vae"]["encoder"], manifest["vae"]["name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder.name}/manifest.json cannot be read ({type(error).__name__}: {error}); prepare the latents again") from None
+    channels = data.channels * (2 if data.latents == "moments" else 1)
+    declared = {"latents": data.latents, "shape": [2, channels, data.size, data.size], "num_classes": data.num_classes}
+    if other := [f"{name} {found[name]}, not {value}" for name, value in declared.items() if found[name] != value]:
+        raise ValueError(f"the latents in {folder.name} do not fit protocol {data.name}: {'; '.join(other)}; prepare them again elsewhere ($DICO_DATA)")
+    if not (as_expected if data.vae == "sd-vae-ft" else encoder == data.vae):
+        raise ValueError(f"the latents in {folder.name} were made with another VAE ({vae}, encoder {encoder}); this run declares {data.vae}")
+    return manifest
 
 
 def require_features(spec: Evaluate) -> None:

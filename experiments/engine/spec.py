@@ -25,26 +25,44 @@ class Backbone:
 
 @dataclass(frozen=True)
 class Data:
-    """A labelled set as the network sees it: `channels` x `size` x `size`, latents or pixels in [-1, 1]."""
+    """A labelled set as the network sees it: `channels` x `size` x `size`, latents or pixels in [-1, 1].
+
+    Of VAE latents, `latents` says what is stored: posterior 'moments', drawn from anew at every visit, or 'fixed' samples.
+    `vae` is 'sd-vae-ft' (ema and mse share their encoder) or the hash of another VAE's encoder.
+    """
 
     name: str
     size: int
     channels: int
     num_classes: int
     flip: bool = False
+    latents: str = "moments"
+    vae: str = "sd-vae-ft"
 
 
 @dataclass(frozen=True)
 class Diffusion:
-    """iDDPM with linear betas and learned-range variance (Nichol & Dhariwal 2021)."""
+    """How data become noise, and what the network makes of it.
+
+    'iddpm': `num_steps` steps of the named `betas`, which the network knows as `first_step` and on; it predicts the noise
+    and, where `variance` is 'learned', a variance within the range of iDDPM (else 'fixed', the posterior's).
+    'flow': the velocity on `path`, 'linear' or 'gvp', for times in [0, 1]; nothing else is read.
+    """
 
     name: str = "iddpm"
     num_steps: int = 1000
+    betas: str = "linear"
+    variance: str = "learned"
+    first_step: int = 0
+    path: str = "linear"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """AdamW; linear `warmup` steps, then `decay` 'constant' or 'cosine' (to zero); EMA of every parameter."""
+    """AdamW; linear `warmup` steps, then `decay` 'constant' or 'cosine' (to `lr_min`); EMA of every parameter.
+
+    `grad_clip` is the largest norm of the whole gradient (None: any).
+    """
 
     steps: int
     batch: int
@@ -57,6 +75,9 @@ class Recipe:
     label_dropout: float = 0.1
     precision: str = "fp32"
     compile: bool = False
+    lr_min: float = 0.0
+    eps: float = 1e-8
+    grad_clip: float | None = None
 
 
 @dataclass(frozen=True)
@@ -70,13 +91,23 @@ class Train:
 
 @dataclass(frozen=True)
 class Sampler:
-    """`scale` 1 is no guidance; `channels` are the guided noise channels (None: all); `interval` in training steps."""
+    """`scale` 1 is no guidance; `channels` are the guided noise channels (None: all); `interval` in the network's times.
+
+    `eta` is ddim's; `atol` and `rtol` are dopri5's, which takes as many steps as they need; `form` of the noise and the
+    last step of size `last_size` are the sde's.
+    """
 
     name: str = "ancestral"
     num_steps: int = 250
     scale: float = 1.0
     channels: int | None = 3
     interval: tuple[int, int] = (0, 1000)
+    eta: float = 0.0
+    atol: float = 1e-6
+    rtol: float = 1e-3
+    form: str = "sigma"
+    last_step: str = "mean"
+    last_size: float = 0.04
 
 
 @dataclass(frozen=True)
@@ -121,24 +152,41 @@ Stage = Train | Evaluate | Timing | Cost
 
 
 @dataclass(frozen=True)
+class Method:
+    """How a paper trains and samples its network, and where that is said."""
+
+    diffusion: Diffusion
+    recipe: Recipe
+    sampler: Sampler
+    source: str
+
+
+@dataclass(frozen=True)
 class Row:
     """A declared row: the network as published and, for small protocols, the options that shrink it.
 
-    `published` is the row's key in the table's CSV; None where the paper has no such row.
+    `small` can also be a network of its own, which several rows share. `published` is the row's key in the table's CSV;
+    None where the paper has no such row. Without a `backbone` the row holds published numbers alone. `method` is its
+    paper's, None where that is the protocols'. `costs` are the networks that make the published system, where it is not
+    the backbone alone at 32x32x4. A `heavy` row is timed on a CPU only where it is named.
     """
 
     label: str
-    backbone: Backbone
-    small: dict[str, Any]
+    backbone: Backbone | None
+    small: dict[str, Any] | Backbone
     published: str | None
     note: str = ""
+    method: Method | None = None
+    costs: tuple[Cost, ...] = ()
+    heavy: bool = False
 
 
 @dataclass(frozen=True)
 class Table:
     """Declared rows with their source; `published` names the CSV under results/published and its key columns.
 
-    `outside` rows are run and shown only when they are named. `baseline` is the row that the others are compared with.
+    `outside` rows are run and shown only when they are named. `baseline` is the row that the others are compared with:
+    the one labelled `against`, else the first. `conditions` are those of the published scores.
     """
 
     number: int
@@ -149,10 +197,13 @@ class Table:
     rows: tuple[Row, ...]
     outside: tuple[Row, ...] = ()
     counts_only: bool = False
+    timed: bool = True
+    against: str | None = None
+    conditions: str = "ImageNet 256, 400K steps"
 
     @property
     def baseline(self) -> Row:
-        return self.rows[0]
+        return next(row for row in self.rows if self.against in (None, row.label))
 
     def row(self, label: str) -> Row:
         """The row of this label, `outside` ones too; ValueError names the known ones."""

@@ -98,9 +98,9 @@ class Store:
         self._cache.clear()
 
     def published(self, name: str, key: tuple[str, ...]) -> dict[str, dict[str, str]]:
-        """Rows of a published table by its key columns joined with blanks. Every row carries its `source`."""
+        """Rows of a published table by its key columns, those that are filled, joined with blanks. Every row carries its `source`."""
         with open(REPOSITORY / "results" / "published" / name, newline="") as file:
-            return {" ".join(row[column] for column in key): row for row in csv.DictReader(file)}
+            return {" ".join(row[column] for column in key if row[column]): row for row in csv.DictReader(file)}
 
 
 def _read(path: Path) -> Record | None:

@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import backbones
 from experiments.engine import attempts, checkpoint, preemption
-from experiments.engine.data import ImageSet, batch_indices, load
-from experiments.engine.diffusion import IDDPM
+from experiments.engine.data import ImageSet, batch_indices, batches, load
 from experiments.engine.distributed import ALONE, Agreement, Group
 from experiments.engine.heartbeat import Heartbeat
 from experiments.engine.monitor import Diverged, Log, require_boards, trouble
 from experiments.engine.precision import precision
+from experiments.engine.process import process
 from experiments.engine.randomness import generator_at, seed_at
 from experiments.engine.spec import Backbone, Recipe, Train
 
@@ -59,11 +59,11 @@ def build(spec: Backbone, seed: int, device: torch.device) -> nn.Module:
 
 
 def lr_at(recipe: Recipe, step: int) -> float:
-    """Learning rate of a step (0-based): linear warm-up, then constant or cosine to zero."""
+    """Learning rate of a step (0-based): linear warm-up, then constant or cosine to `lr_min`."""
     if step < recipe.warmup:
         return recipe.lr * (step + 1) / recipe.warmup
     if recipe.decay == "cosine":
-        return recipe.lr * 0.5 * (1 + math.cos(math.pi * (step - recipe.warmup) / (recipe.steps - recipe.warmup)))
+        return recipe.lr_min + (recipe.lr - recipe.lr_min) * 0.5 * (1 + math.cos(math.pi * (step - recipe.warmup) / (recipe.steps - recipe.warmup)))
     if recipe.decay != "constant":
         raise ValueError(f"unknown decay {recipe.decay!r}; known: constant, cosine")
     return recipe.lr
@@ -86,10 +86,10 @@ class Trainer:
         if recipe.compile:
             self.forward = torch.compile(self.forward)
         trainable = [p for p in self.model.parameters() if p.requires_grad]
-        options = dict(lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
+        options = dict(lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay, fused=True)
         self.sharded = shard_optimizer and group.world_size > 1
         self.optimizer = ZeroRedundancyOptimizer(trainable, torch.optim.AdamW, **options) if self.sharded else torch.optim.AdamW(trainable, **options)
-        self.diffusion = IDDPM.linear(spec.diffusion.num_steps).to(device)
+        self.diffusion = process(spec.diffusion).to(device)
         self.step = 0
 
     def state(self) -> dict[str, Any]:
@@ -109,22 +109,21 @@ class Trainer:
     def steps(self, images: ImageSet) -> Iterator[Tensor]:
         """Train from the step reached to the last, yielding each step's loss (0-d, on the device): this rank's share of the sum."""
         recipe = self.spec.recipe
-        while self.step < recipe.steps:
-            x0, y = images.take(batch_indices(len(images), recipe.batch, self.spec.seed, self.step)[self.mine])
-            loss = self._update(x0.to(self.device), y.to(self.device))
+        for x0, y in batches(images, recipe.batch, self.spec.seed, range(self.step, recipe.steps), self.device, self.mine):
+            loss = self._update(x0, y, images.flip)
             self.step += 1
             yield loss
 
-    def _update(self, x0: Tensor, y: Tensor) -> Tensor:
+    def _update(self, x0: Tensor, y: Tensor, flip: bool) -> Tensor:
         """One optimiser step on this rank's part of a global batch, whose noise depends on (seed, step) and the place in it only."""
         recipe, n, mine = self.spec.recipe, self.spec.recipe.batch, self.mine
         noise = generator_at("train", self.spec.seed, self.step, device=self.device)
-        t = torch.randint(self.diffusion.num_steps, (n,), generator=noise, device=self.device)[mine]
+        t = self.diffusion.draw_times(n, noise)[mine]
         eps = torch.randn((n, *x0.shape[1:]), generator=noise, device=self.device)[mine]
         dropped = torch.rand(n, generator=noise, device=self.device)[mine] < recipe.label_dropout
         flipped = torch.rand(n, generator=noise, device=self.device)[mine] < 0.5
         y = torch.where(dropped, self.spec.data.num_classes, y)
-        if self.spec.data.flip:
+        if flip:
             x0 = torch.where(flipped[:, None, None, None], x0.flip(-1), x0)
         total = torch.zeros((), device=self.device)
         for part in torch.arange(len(x0)).split(self.micro_batch):
@@ -137,6 +136,8 @@ class Trainer:
             total += loss.detach()
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(recipe, self.step)
+        if recipe.grad_clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), recipe.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         update_ema(self.ema, self.model, recipe.ema)
@@ -191,11 +192,13 @@ def run(
             how = stop(preemption.TAKEN_OVER if beat and beat.taken_over else preemption.asked())
             if how == preemption.TAKEN_OVER:
                 raise preemption.Preempted(how)
-            logs, last = done % LOG_EVERY == 0 or done == recipe.steps, done == recipe.steps
+            last = done == recipe.steps
+            logs = done % LOG_EVERY == 0 or last
             saves = done % resources.checkpoint_every == 0 or last or bool(how)
             if logs or saves:
                 latest = group.sum(torch.stack(losses))
-                _check(latest.tolist(), means, trainer, len(images), saved)
+                usual = means if len(latest) >= LOG_EVERY else ()  # a few losses can be high by chance
+                _check(latest.tolist(), usual, trainer, len(images), saved)
             if logs:
                 mean, rate = latest.mean().item(), (done - first) * recipe.batch / (time.perf_counter() - started)
                 losses, latest = [], latest[:0]
@@ -226,10 +229,11 @@ def run(
         "resumed_at": first,
         "images_per_s": (trainer.step - first) * recipe.batch / (time.perf_counter() - started),
         "weights_sha256": weights,
+        **images.identity,
     }
 
 
-def _check(losses: list[float], means: list[float], trainer: Trainer, size: int, saved: int) -> None:
+def _check(losses: list[float], means: Sequence[float], trainer: Trainer, size: int, saved: int) -> None:
     """Raise Diverged if the latest losses, which end at the trainer's step, are bad."""
     if bad := trouble(losses, means):
         step, recipe = trainer.step - len(losses) + 1 + bad[0], trainer.spec.recipe

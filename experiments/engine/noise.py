@@ -1,0 +1,22 @@
+"""Noise of generated images."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class ImageNoise:
+    """Standard normals; every image has a CPU stream of its own, so batching cannot change an image's noise."""
+
+    def __init__(self, seeds: Sequence[int], shape: tuple[int, int, int], device: torch.device | str = "cpu"):
+        """seeds: one an image, below 2^32 because the CPU generator drops higher bits; shape: one image's (C, H, W)."""
+        if not all(0 <= seed < 2 ** 32 for seed in seeds):
+            raise ValueError(f"seeds lie in 0..2^32-1, these span {min(seeds)}..{max(seeds)}")
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.shape = shape
+        self.device = device
+
+    def draw(self) -> Tensor:
+        """The next normals of every image, float32 (N,C,H,W) on the device."""
+        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)

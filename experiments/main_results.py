@@ -1,0 +1,195 @@
+"""Tables 1, 2, 8 and 9 of the DiCo paper as declarations. `python experiments/main_results.py --table 1` runs and prints one.
+
+Every diffusion system whose network is known is one here; the others' rows hold published numbers. On the digits protocol
+a family is one small network, whichever of its sizes a row names; `--protocol imagenet256_own` trains and samples each
+system as its own paper does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from experiments import recipes
+from experiments.ablation import SMALL_DIT, SMALL_U
+from experiments.efficiency import latent
+from experiments.engine.cli import main
+from experiments.engine.spec import Backbone, Cost, Method, Row, Table
+
+DIT = Backbone("dit_s_2", SMALL_DIT)
+SIT = Backbone("sit_s_2", SMALL_DIT)
+DICO = Backbone("dico_s", SMALL_U)
+DIC = Backbone("dic_s", dict(dim=24, depths=(2, 1, 1, 1, 2)))
+DIG = Backbone("dig_s_2", SMALL_DIT)
+UVIT = Backbone("uvit_l_2", SMALL_DIT)
+DIM = Backbone("dim_l", dict(dim=32, depth=5))
+DIS = Backbone("dis_s_2", dict(dim=48, depth=2))
+DIMSUM = Backbone("dimsum_l_2", dict(dim=48, depth=4, heads=3, fusion_heads=2, attention_every=2))
+DIFFUSSM = Backbone("diffussm_xl", dict(dim=64, depth=4, states=16))
+ADM = Backbone("adm_base_64", dict(dim=32, multipliers=(1, 2), num_res_blocks=1, attention_at=(4,), head_dim=32))
+UDIT = Backbone("udit_s", dict(dim=24, depths=(1, 1, 1, 1, 1), heads=2))
+LDM = Backbone("ldm_4", dict(dim=32, multipliers=(1, 2), num_res_blocks=1, attention_at=(2,), context_dim=32))
+
+CASCADE = "a base model and an upsampler, counted together; the base alone is trained, without a null label and so without guidance"
+PIXELS = "published on pixels or latents of its own; a protocol's data serve it like all others, and it is not timed"
+VELOCITY = "predicts a velocity and has its own objective and sampler under every protocol"
+NOISE = "predicts the noise alone and has its own schedule and sampler under every protocol"
+NOT_PUBLISHED = "not in the paper; on 8x8 digits its innermost attention sees single tokens, whose softmax is 1"
+RECONSTRUCTION = "a reconstruction: no code was published, and no variant meets the published counts at both resolutions"
+
+
+def row(label: str, name: str, small: Backbone, method: Method | None = None, note: str = "", *, key: str | None = None, heavy: bool = True, costs: tuple[Cost, ...] = ()) -> Row:
+    return Row(label, Backbone(name), small, key or label, note, method, costs, heavy)
+
+
+def at_512(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    """Rows whose network sees a 64 x 64 latent."""
+    return tuple(r if r.costs or not r.backbone else replace(r, costs=(Cost(r.backbone, 64, 4, 1000),)) for r in rows)
+
+
+def published(*models: str) -> tuple[Row, ...]:
+    """Systems that are numbers only."""
+    return tuple(Row(model, None, {}, model) for model in models)
+
+
+def scale(size: str, *, heavy: bool, cfg: str = "no", without: str = "") -> tuple[Row, ...]:
+    """One size of DiT, DiC, DiG and DiCo after 400K steps, by the common recipe, which is theirs."""
+    families = (("DiT", "/2", "dit_{}_2", DIT), ("DiC", "", "dic_{}", DIC), ("DiG", "/2", "dig_{}_2", DIG), ("DiCo", "", "dico_{}", DICO))
+    return tuple(
+        row(f"{family}-{size}{patch}", name.format(size.lower()), small, key=f"{family}-{size}{patch} 400000 {cfg}", heavy=heavy)
+        for family, patch, name, small in families
+        if family != without
+    )
+
+
+DIT_XL = row("DiT-XL/2", "dit_xl_2", DIT, recipes.DIT)
+DIG_XL = row("DiG-XL/2", "dig_xl_2", DIG, recipes.DIG_XL)
+DIC_H = row("DiC-H", "dic_h", DIC, recipes.DIC_H)
+DICO_XL = row("DiCo-XL", "dico_xl", DICO, recipes.DICO_XL)
+DICO_H = row("DiCo-H", "dico_h", DICO, recipes.DICO_H)
+ADM_U = row("ADM-U", "adm_base_64", ADM, recipes.ADM_64, CASCADE, costs=latent("adm_base_64", 64, 3) + latent("adm_up_256", 256, 6))
+UVIT_L = row("U-ViT-L/2", "uvit_l_2", UVIT, recipes.UVIT_L, NOISE)
+UVIT_H = row("U-ViT-H/2", "uvit_h_2", UVIT, recipes.UVIT_H, NOISE)
+DIM_H = row("DiM-H", "dim_h", DIM, recipes.DIM, NOISE)
+DIS_H = row("DiS-H/2", "dis_h_2", DIS, recipes.DIS)
+DIFFUSSM_XL = row("DiffuSSM-XL (reconstruction)", "diffussm_xl", DIFFUSSM, recipes.DIFFUSSM, RECONSTRUCTION, key="DiffuSSM-XL")
+DIMSUM_L = row("DiMSUM-L/2", "dimsum_l_2", DIMSUM, recipes.DIMSUM, VELOCITY)
+SIT_XL = row("SiT-XL", "sit_xl_2", SIT, recipes.SIT, VELOCITY)
+
+
+def with_cfg(r: Row) -> Row:
+    """The guided row of a network that the table also has without guidance."""
+    return replace(r, label=f"{r.label} (w/ CFG)", published=f"{r.label} yes")
+
+
+TABLE_1 = Table(
+    number=1,
+    title="ImageNet 256x256",
+    source="DiCo paper, Table 1",
+    published="table1.csv",
+    key=("model", "train_steps", "cfg"),
+    rows=(
+        ADM_U,
+        row("LDM-4", "ldm_4", LDM, recipes.LDM_4, PIXELS, costs=latent("ldm_4", 64, 3)),
+        UVIT_H,
+        DIM_H,
+        DIS_H,
+        DIFFUSSM_XL,
+        DIMSUM_L,
+        *scale("S", heavy=False),
+        *scale("B", heavy=False),
+        *scale("L", heavy=True, without="DiC"),
+        *scale("XL", heavy=True),
+        *(with_cfg(r) for r in (DIT_XL, DIG_XL, DICO_XL, DIC_H, DICO_H)),
+    ),
+    outside=tuple(Row(f"U-DiT-{size}", Backbone(f"udit_{size.lower()}"), UDIT, None, NOT_PUBLISHED, heavy=size == "L") for size in "SBL"),
+    against="DiT-S/2",
+    conditions="ImageNet 256",
+)
+
+UVIT_L_512 = row("U-ViT-L/4", "uvit_l_4", UVIT, recipes.UVIT_L_512, NOISE)
+UVIT_H_512 = row("U-ViT-H/4", "uvit_h_4", UVIT, recipes.UVIT_H_512, NOISE)
+ADM_U_512 = row("ADM-U", "adm_base_128", ADM, recipes.ADM_128, CASCADE, costs=latent("adm_base_128", 128, 3) + latent("adm_up_512", 512, 6))
+OTHERS_512 = (ADM_U_512, UVIT_L_512, UVIT_H_512)
+MAMBA_512 = (replace(DIM_H, method=recipes.DIM_512), DIS_H, replace(DIFFUSSM_XL, method=recipes.DIFFUSSM_512))
+DIT_XL_512, DICO_XL_512 = replace(DIT_XL, method=recipes.DIT_512), replace(DICO_XL, method=recipes.DICO_XL_512)
+
+
+def after(r: Row, steps: int) -> Row:
+    """A network without guidance after so many steps."""
+    method = replace(r.method, recipe=replace(r.method.recipe, steps=steps), sampler=replace(r.method.sampler, scale=1.0))
+    return replace(r, label=f"{r.label}, {steps / 1e6:.1f}M".replace(".0M", "M"), published=f"{r.label} {steps} no", method=method)
+
+
+TABLE_2 = Table(
+    number=2,
+    title="ImageNet 512x512",
+    source="DiCo paper, Table 2",
+    published="table2.csv",
+    key=("model", "train_steps", "cfg"),
+    rows=at_512(
+        (
+            *OTHERS_512,
+            *MAMBA_512,
+            *(after(r, steps) for steps in (1_300_000, 3_000_000) for r in (DIT_XL_512, DICO_XL_512)),
+            *(with_cfg(r) for r in (DIT_XL_512, DICO_XL_512)),
+        )
+    ),
+    against="DiT-XL/2, 1.3M",
+    conditions="ImageNet 512",
+)
+
+TABLE_8 = Table(
+    number=8,
+    title="Generative models on ImageNet 256x256",
+    source="DiCo paper, Table 8",
+    published="table8.csv",
+    key=("model",),
+    rows=(
+        *published("BigGAN-deep", "GigaGAN", "StyleGAN-XL", "MaskGIT", "RCG", "TiTok-S-128", "VQ-GAN-re", "ViTVQ-re", "RQTran.-re", "LLamaGen-3B"),
+        *published("MAR-H", "PAR-3B", "RandAR-XXL", "VAR-d16", "VAR-d20", "VAR-d24", "VAR-d30"),
+        ADM_U,
+        UVIT_L,
+        UVIT_H,
+        *published("Simple Diffusion", "VDM++"),
+        DIT_XL,
+        SIT_XL,
+        DIM_H,
+        DIS_H,
+        DIFFUSSM_XL,
+        DIMSUM_L,
+        DIG_XL,
+        DIC_H,
+        DICO_XL,
+        DICO_H,
+    ),
+    timed=False,
+    against="DiT-XL/2",
+    conditions="ImageNet 256",
+)
+
+TABLE_9 = Table(
+    number=9,
+    title="Generative models on ImageNet 512x512",
+    source="DiCo paper, Table 9",
+    published="table9.csv",
+    key=("model",),
+    rows=at_512(
+        (
+            *published("BigGAN-deep", "StyleGAN-XL", "MaskGIT", "VQ-GAN", "VAR-d36-s"),
+            *OTHERS_512,
+            *published("Simple Diffusion", "VDM++"),
+            DIT_XL_512,
+            replace(SIT_XL, method=recipes.SIT_512),
+            *MAMBA_512,
+            DICO_XL_512,
+        )
+    ),
+    timed=False,
+    against="DiT-XL/2",
+    conditions="ImageNet 512",
+)
+
+TABLES = {table.number: table for table in (TABLE_1, TABLE_2, TABLE_8, TABLE_9)}
+
+if __name__ == "__main__":
+    raise SystemExit(main(TABLES, __doc__))

@@ -1,0 +1,61 @@
+"""A small folder of pictures and a small, randomly initialised VAE for the tests of the latent path."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from experiments.engine.autoencoder import Autoencoder, load_autoencoder
+from experiments.engine.spec import Data
+
+SIZES = ((70, 91), (64, 64), (131, 200), (90, 77))
+
+
+def picture(seed: int, width: int, height: int) -> Image.Image:
+    """Smooth colours with some noise, as photographs have them."""
+    draw = np.random.default_rng(seed)
+    coarse = Image.fromarray(draw.integers(0, 256, (5, 7, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    return Image.fromarray((np.asarray(coarse, float) + draw.normal(0, 6, (height, width, 3))).clip(0, 255).astype(np.uint8))
+
+
+def write_pictures(root: Path, each: int = 4, classes: int = 3) -> Path:
+    """`classes` folders of `each` pictures: JPEG and PNG, one of them grey and one CMYK."""
+    for label in range(classes):
+        (root / f"n{label:02d}").mkdir(parents=True)
+        for place in range(each):
+            image = picture(10 * label + place, *SIZES[(label + place) % len(SIZES)])
+            if (label, place) == (0, 1):
+                image = image.convert("L")
+            if (label, place) == (1, 0):
+                image = image.convert("CMYK")
+            image.save(root / f"n{label:02d}" / f"{place}.{'png' if place == 2 else 'JPEG'}")
+    return root
+
+
+def write_vae(folder: Path, seed: int = 0, **options: object) -> Path:
+    from diffusers import AutoencoderKL
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(4, 4, 8, 8),
+            norm_num_groups=2,
+            latent_channels=4,
+            sample_size=64,
+            **options,
+        )
+    vae.save_pretrained(folder)
+    return folder
+
+
+def small_vae(folder: Path) -> Autoencoder:
+    return load_autoencoder(str(write_vae(folder)))
+
+
+def declared(autoencoder: Autoencoder, **options: object) -> Data:
+    """The set that 64-pixel pictures of three classes become."""
+    return replace(Data("tiny", size=8, channels=4, num_classes=3, flip=True, vae=autoencoder.encoder), **options)

@@ -1,0 +1,177 @@
+"""The sign of life of a run, its lock, its attempts, and the way back into the queue."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.engine import attempts, heartbeat, preemption
+from experiments.engine.heartbeat import STALE, Heartbeat, age, claimed, live, read
+
+NOW = dict(state="training", step=7, host="elsewhere", job_id="41", owner="other", reason=None, pid=5)
+
+
+def leave(folder: Path, **changes: Any) -> None:
+    """A heartbeat of another process, written just now unless `updated` says else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "heartbeat.json").write_text(json.dumps(NOW | dict(updated=time.time()) | changes))
+
+
+@pytest.fixture
+def job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+
+
+def test_it_says_who_works_where_and_how_far(tmp_path: Path, job: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    monkeypatch.setattr(heartbeat, "EVERY", 0.01)
+    with claimed(tmp_path, world_size=4) as beat:
+        started = read(tmp_path)
+        assert {"state": "starting", "job_id": "42", "attempt": 3, "world_size": 4, "host": socket.gethostname(), "pid": os.getpid()}.items() <= started.items()
+        beat.tell(state="training", step=8, steps=9)
+        while read(tmp_path)["step"] != 8 or read(tmp_path)["updated"] == started["updated"]:
+            pass
+        assert live(read(tmp_path)) and age(read(tmp_path)) < STALE
+        beat.end("failed", "why")
+    assert (read(tmp_path)["state"], read(tmp_path)["reason"]) == ("failed", "why") and not live(read(tmp_path))
+    with pytest.raises(KeyboardInterrupt), claimed(tmp_path):
+        raise KeyboardInterrupt
+    assert (read(tmp_path)["state"], read(tmp_path)["reason"]) == ("stopped", "interrupted")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"updated": "now"}'])
+def test_a_broken_heartbeat_is_none(text: str, tmp_path: Path):
+    (tmp_path / "heartbeat.json").write_text(text)
+    assert read(tmp_path) is None and not live(read(tmp_path)) and read(tmp_path / "nowhere") is None
+
+
+def test_a_live_job_on_another_host_keeps_its_run(tmp_path: Path, job: None):
+    leave(tmp_path)
+    with pytest.raises(ValueError, match=f"^run {tmp_path.name} is being worked on by job 41 on elsewhere") as refusal, claimed(tmp_path):
+        pass
+    assert "\n" not in str(refusal.value) and read(tmp_path)["owner"] == "other"
+
+
+@pytest.mark.parametrize("changes", [dict(updated=time.time() - 2 * STALE), dict(job_id="42"), dict(state="failed"), dict(state="requeued")])
+def test_a_stale_or_finished_one_and_its_own_are_taken_over(changes: dict[str, Any], tmp_path: Path, job: None):
+    leave(tmp_path, **changes)
+    with claimed(tmp_path) as beat:
+        assert read(tmp_path)["owner"] == beat.fields["owner"] and beat.before["owner"] == "other"
+
+
+def hold(folder: Path, number: str, held: Any, release: Any) -> None:
+    os.environ["SLURM_JOB_ID"] = number
+    with claimed(folder):
+        held.set()
+        release.wait()
+
+
+def test_another_job_on_the_same_host_is_refused_and_a_dead_one_is_not_waited_for(tmp_path: Path, job: None):
+    context = multiprocessing.get_context("forkserver")
+    held, release = context.Event(), context.Event()
+    holder = context.Process(target=hold, args=(tmp_path, "41", held, release))
+    holder.start()
+    held.wait()
+    with pytest.raises(ValueError, match=f"by job 41 on {socket.gethostname()}"), claimed(tmp_path):
+        pass
+    holder.kill()
+    holder.join()
+    assert live(read(tmp_path))  # its last words are fresh, and yet the system knows that it is dead
+    with claimed(tmp_path) as beat:
+        assert beat.before["job_id"] == "41"
+
+
+def test_two_processes_of_one_job_take_turns(tmp_path: Path):
+    order: list[int] = []
+    inside = threading.Event()
+
+    def second() -> None:
+        inside.wait()
+        with claimed(tmp_path):
+            order.append(2)
+
+    other = threading.Thread(target=second)
+    other.start()
+    with claimed(tmp_path):
+        inside.set()
+        order.append(1)
+    other.join()
+    assert order == [1, 2]
+
+
+def test_a_job_that_was_replaced_notices_and_writes_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(heartbeat, "EVERY", 0.01)
+    beat = Heartbeat(tmp_path)
+    leave(tmp_path)
+    while not beat.taken_over:
+        pass
+    beat.end("done")
+    assert beat.taken_over["job_id"] == "41" and read(tmp_path)["owner"] == "other"
+
+
+def test_attempts_are_listed_and_a_killed_one_is_closed_from_its_heartbeat(tmp_path: Path, job: None):
+    leave(tmp_path, state="stopped", reason=None)
+    (tmp_path / "attempts.json").write_text(json.dumps([dict(start=0, end=None, reason=None, job_id="41", host="elsewhere", world_size=1)]))
+    with claimed(tmp_path, world_size=2) as beat:
+        attempts.begin(beat, 5)
+        attempts.end(tmp_path, 9, "done")
+    first, second = attempts.read(tmp_path)
+    assert (first["start"], first["end"], first["reason"]) == (0, 7, "killed")
+    assert {"start": 5, "end": 9, "reason": "done", "job_id": "42", "host": socket.gethostname(), "world_size": 2}.items() <= second.items()
+
+
+def test_restarts_without_progress_come_to_an_end(tmp_path: Path, job: None, monkeypatch: pytest.MonkeyPatch):
+    def attempt(step: int) -> None:
+        with claimed(tmp_path) as beat:
+            attempts.begin(beat, step)
+
+    for step in (0, 0, 0, 0, 5, 5, 5, 5, 5):
+        attempt(step)
+    with pytest.raises(ValueError, match="^5 attempts of job 42 started at step 5 and kept no later one; the last ended: ") as refusal:
+        attempt(5)
+    assert "\n" not in str(refusal.value)
+    monkeypatch.setenv("SLURM_JOB_ID", "43")
+    attempt(5)
+    monkeypatch.delenv("SLURM_JOB_ID")
+    for _ in range(7):
+        attempt(5)
+
+
+@pytest.fixture
+def signals() -> Any:
+    """Gives the signals and the flag back as they were."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
+    yield
+    preemption._asked = preemption.NO
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_signals_set_a_flag_and_requeueing_wins(signals: None):
+    preemption.listen()
+    assert preemption.asked() == preemption.NO
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert preemption.asked() == preemption.STOP
+    os.kill(os.getpid(), signal.SIGUSR2)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert preemption.asked() == preemption.REQUEUE
+
+
+def test_a_refused_requeue_says_the_scheduler_s_words(tmp_path: Path, job: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "scontrol" in preemption.requeue()
+    script = tmp_path / "scontrol"
+    script.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n[ "$2" = 42 ] || {{ echo "slurm_requeue error: Invalid job id" >&2; exit 1; }}\n')
+    script.chmod(0o755)
+    assert preemption.requeue() is None and (tmp_path / "asked").read_text() == "requeue 42\n"
+    monkeypatch.setenv("SLURM_JOB_ID", "9")
+    assert preemption.requeue() == "slurm_requeue error: Invalid job id"

@@ -1,0 +1,152 @@
+"""Tables 1, 2, 8 and 9: what their rows declare, what runs for them, and what they print."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import backbones
+from experiments import recipes
+from experiments.ablation import DICO_S
+from experiments.efficiency import SYSTEMS
+from experiments.engine.process import process
+from experiments.engine.report import main_sheet
+from experiments.engine.samplers import bind
+from experiments.engine.spec import Method, Row, Table, spec_id
+from experiments.engine.store import Store
+from experiments.engine.train import build
+from experiments.main_results import ADM_U, DIM_H, DIMSUM_L, DIT_XL, SIT_XL, TABLE_1, TABLE_8, TABLES, UVIT_H
+from experiments.protocols import DIGITS, IMAGENET256, IMAGENET256_OWN, PROTOCOLS, cost_stages, evaluate_stage, network, timed_rows, timing_stage, train_stage
+
+ROWS = [pytest.param(table, row, id=f"{table.number} {row.label}") for table in TABLES.values() for row in table.rows]
+NETWORKS = [param for param in ROWS if param.values[1].backbone]
+METHODS = {name: value for name, value in vars(recipes).items() if isinstance(value, Method)}
+SMALL = {spec_id(train_stage(row, DIGITS, 0)): row for table in TABLES.values() for row in (*table.outside, *table.rows) if row.backbone}
+PROVENANCE = {"device": "cpu", "cpu": "a", "torch": "b", "dirty": False, "seconds": 1.0}
+
+
+def test_every_diffusion_system_that_has_a_network_is_one():
+    numbers_only = {row.published for row in TABLE_8.rows if row.backbone is None}
+    diffusion = {key for key, cells in Store().published("table8.csv", ("model",)).items() if cells["type"] == "Diff."}
+    assert numbers_only & diffusion == {"Simple Diffusion", "VDM++"}
+    assert len({row.backbone.name.split("_")[0] for table in TABLES.values() for row in table.rows if row.backbone}) == 12
+
+
+def test_a_family_is_one_run_on_digits():
+    assert len(SMALL) == 14  # twelve families and U-DiT; ADM's two base models differ in their betas
+    assert {"DiT-S/2", "DiT-XL/2 (w/ CFG)"} <= {row.label for row in TABLE_1.rows if train_stage(row, DIGITS, 0).backbone.name == "dit_s_2"}
+    dico = next(row for row in TABLE_1.rows if row.label == "DiCo-XL (w/ CFG)")
+    assert spec_id(evaluate_stage(dico, DIGITS, 1)) == spec_id(evaluate_stage(DICO_S, DIGITS, 1))  # Table 4's
+
+
+@pytest.mark.parametrize("table, row", NETWORKS)
+def test_counted_systems_are_those_of_the_counts_table(table: Table, row: Row):
+    known = {spec_id(cost) for system in SYSTEMS for cost in system.costs if system.resolution == (512 if table.number in (2, 9) else 256)}
+    assert {spec_id(cost) for cost in cost_stages(row)} <= known
+
+
+@pytest.mark.parametrize("row", [row for row in {row.label: row for table in TABLES.values() for row in table.rows}.values() if row.label.startswith("DiffuSSM")], ids=lambda row: row.label)
+def test_a_reconstruction_is_marked(row: Row):
+    assert row.label == "DiffuSSM-XL (reconstruction)" and "no code was published" in row.note
+    for table in TABLES.values():
+        assert all("reconstruction" in other.label for other in table.rows if other.published == "DiffuSSM-XL")
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=lambda protocol: protocol.name)
+@pytest.mark.parametrize("table, row", NETWORKS)
+def test_network_objective_and_sampler_fit_each_other(table: Table, row: Row, protocol: Any):
+    stage = evaluate_stage(row, protocol, 0)
+    bind(stage.sampler, process(stage.train.diffusion))                  # the process has this sampler
+    options = backbones.registry.options_of(stage.train.backbone.name) | stage.train.backbone.options
+    assert stage.train.recipe.label_dropout == 0 or options.get("null_label", True)
+    assert stage.sampler.scale == 1 or stage.train.recipe.label_dropout > 0
+    assert protocol.own or (stage.sampler.scale, stage.sampler.num_steps) == (1, min(stage.sampler.num_steps, protocol.sampler.num_steps))
+
+
+@pytest.mark.parametrize("row", SMALL.values(), ids=lambda row: row.label)
+def test_a_familys_loss_trains_all_of_its_small_network(row: Row):
+    """Every parameter but the dead ones has a gradient once no gate is closed; the loss is finite."""
+    spec, draw = train_stage(row, DIGITS, 0), torch.Generator().manual_seed(0)
+    model, objective = build(spec.backbone, 0, torch.device("cpu")), process(spec.diffusion)
+    for parameter in model.parameters():
+        if parameter.requires_grad and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1, generator=draw)
+    x0, eps = (torch.randn(4, 1, 8, 8, generator=draw) for _ in range(2))
+    y = torch.tensor([0, 3, 9, 10 if spec.recipe.label_dropout else 1])
+    loss = objective.losses(model, x0, y, objective.draw_times(4, draw), eps)["loss"]
+    loss.mean().backward()
+    assert loss.shape == (4,) and loss.isfinite().all()
+    dead = {name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
+    # LDM's one context token and U-DiT's single tokens, on which a softmax is 1; a projection that the released DiMSUM does not use
+    known = {"ldm": ("attn2.to_q", "attn2.to_k", "norm2"), "udit": ("latent.0.attn1.logit_scale", "latent.0.attn2.logit_scale"), "dimsum": ("cond_proj",)}
+    assert all(any(part in name for part in known.get(spec.backbone.name.split("_")[0], ())) for name in dead), dead
+
+
+def test_the_common_recipe_with_a_methods_objective():
+    for row, objective, sampler in ((SIT_XL, "flow", "sde"), (DIMSUM_L, "flow", "dopri5"), (UVIT_H, "iddpm", "dpm_solver"), (DIM_H, "iddpm", "dpm_solver"), (ADM_U, "iddpm", "ancestral")):
+        stage = evaluate_stage(row, DIGITS, 0)
+        assert (stage.train.diffusion.name, stage.sampler.name, stage.sampler.channels, stage.num) == (objective, sampler, None, DIGITS.num)
+        assert replace(stage.train.recipe, label_dropout=0.1) == DIGITS.recipe
+        assert stage.train.recipe.label_dropout == (0 if row is ADM_U else 0.1)
+        own = evaluate_stage(row, IMAGENET256_OWN, 0)
+        assert (own.train.recipe, own.sampler) == (row.method.recipe, row.method.sampler)
+    assert train_stage(DIT_XL, DIGITS, 0) == replace(train_stage(TABLE_1.baseline, DIGITS, 0))
+    assert (train_stage(DIT_XL, IMAGENET256, 0).recipe.steps, train_stage(DIT_XL, IMAGENET256_OWN, 0).recipe.steps) == (400_000, 7_000_000)
+
+
+def test_recipes_are_those_of_the_papers():
+    """Figures as the facts have them, typed a second time."""
+    found = {name: (m.recipe.steps, m.recipe.batch, m.recipe.lr, m.recipe.label_dropout, m.sampler.name, m.sampler.num_steps, m.sampler.scale) for name, m in METHODS.items()}
+    assert found["DICO_H"] == (1_000_000, 1024, 2e-4, 0.1, "ancestral", 250, 1.4)
+    assert found["DICO_XL"] == (3_750_000, 256, 1e-4, 0.1, "ancestral", 250, 1.4)
+    assert found["UVIT_L"] == (300_000, 1024, 2e-4, 0.15, "dpm_solver", 50, 1.4)
+    assert found["UVIT_H_512"] == (500_000, 1024, 2e-4, 0.1, "dpm_solver", 50, 1.7)
+    assert found["DIM"] == (625_000, 768, 2e-4, 0.1, "dpm_solver", 50, 1.4)
+    assert found["DIMSUM"] == (928_118, 704, 1e-4, 0.15, "dopri5", 250, 1.4)
+    assert found["SIT"] == (7_000_000, 256, 1e-4, 0.1, "sde", 250, 1.5)
+    assert found["ADM_64"][3] == 0 and found["LDM_4"][4:] == ("ddim", 250, 1.25)
+    assert (recipes.DIM.recipe.betas, recipes.DIM.recipe.eps, recipes.DIM.recipe.weight_decay, recipes.DIM.recipe.grad_clip) == ((0.99, 0.99), 1e-15, 0.03, 1.0)
+    assert all(method.source for method in METHODS.values())
+
+
+def test_heavy_networks_are_timed_on_a_cpu_only_when_they_are_named():
+    assert [row.label for row in timed_rows(TABLE_1, TABLE_1.rows, "cpu", named=False)] == [f"{family}" for size in "SB" for family in (f"DiT-{size}/2", f"DiC-{size}", f"DiG-{size}/2", f"DiCo-{size}")]
+    on_gpu = [row.label for row in timed_rows(TABLE_1, TABLE_1.rows, "cuda", named=False)]
+    assert len(on_gpu) == len(TABLE_1.rows) - 2 and not {"ADM-U", "LDM-4"} & set(on_gpu)
+    assert timed_rows(TABLE_1, [DIT_XL], "cpu", named=True) == [DIT_XL] and timed_rows(TABLE_8, TABLE_8.rows, "cuda", named=True) == []
+    assert (timing_stage(TABLES[2].rows[-1], TABLES[2].baseline, "cuda").size, timing_stage(DIT_XL, TABLE_1.baseline, "cuda").size) == (64, 32)
+
+
+def cells(store: Store, table: Table) -> dict[str, dict[str, str]]:
+    sheet = main_sheet(table, table.rows, DIGITS, (0,), "cpu", store)
+    return {row[0].text(): {f"{group} {name}".strip(): cell.text() for (group, name), cell in zip(sheet.columns, row, strict=True)} for row in sheet.rows}
+
+
+def test_systems_are_counted_whole_and_numbers_stay_numbers(tmp_path: Path):
+    store = Store(tmp_path)
+    for params, cost in zip((300_000_000, 311_000_000), cost_stages(ADM_U), strict=True):
+        store.append(cost, "done", {"params_trainable": params, "macs_torchprofile": 10**11, "macs_core": 10**11 - 1}, PROVENANCE)
+    found = cells(store, TABLE_8)
+    assert (found["ADM-U"]["params, M ours"], found["ADM-U"]["Gflops ours"], found["ADM-U"]["params, M paper"]) == ("611.0", "200.00", "608M")
+    assert {name for name, text in found["MAR-H"].items() if text != "-"} == {"row", "type", "params, M paper", *(f"paper: ImageNet 256 {score}" for score in ("FID", "IS", "P", "R"))}
+    assert found["MAR-H"]["paper: ImageNet 256 FID"] == "1.55" and found["MAR-H"]["type"] == "AR"
+
+
+@pytest.mark.parametrize("number, columns", [(1, {"paper, A100 rel.", "paper: ImageNet 256 steps", "paper: ImageNet 256 guided"}), (9, {"type", "params, M paper"})])
+def test_a_table_has_the_columns_that_were_published(number: int, columns: set[str], tmp_path: Path):
+    found = set(next(iter(cells(Store(tmp_path), TABLES[number]).values())))
+    assert columns <= found and bool(columns & {"type"}) == ("type" in found)
+    assert ("paper, A100 rel." in found) == (number == 1) and ("params, M paper" in found) == (number == 9)
+
+
+def test_a_network_is_built_at_the_size_of_the_protocol():
+    for row in SMALL.values():
+        for protocol in (DIGITS, IMAGENET256):
+            backbone = network(row, protocol)
+            with torch.device("meta"):
+                model = backbones.build(backbone.name, **backbone.options)
+            assert (model.in_channels, model.num_classes) == (protocol.data.channels, protocol.data.num_classes), row.label
