@@ -1,35 +1,76 @@
-"""Rebuild results/tables and results/figures from the committed reference records: `python -m analysis.build`. No torch, no network."""
+"""Rebuild results/tables and results/figures from the committed records and published data: `python -m analysis.build`.
+
+No torch, no network. What cannot be built is named at the end, the rest is built, and the exit status is 1.
+"""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
-from analysis.figures import save, score_against_speed
-from experiments.ablation import TABLES
-from experiments.efficiency import counts_sheet
+from analysis import figures, figures_efficiency, figures_probes, science
+from analysis.claims import claims_sheet
+from analysis.query import Sources
+from analysis.style import save
+from analysis.tables import SHEETS
 from experiments.engine.files import written_whole
 from experiments.engine.render import render
-from experiments.engine.report import REFERENCE_SEEDS, Sheet, main_sheet
-from experiments.engine.store import Store
-from experiments.protocols import DIGITS, evaluate_stage
+from experiments.engine.report import Sheet
 
-SUFFIXES = {"text": "txt", "markdown": "md", "latex": "tex", "csv": "csv"}
+FIGURES = {  # a figure's function takes the sources; its docstring is the caption
+    "figure2_fid_throughput": figures.fid_against_throughput,
+    "figure3_runtime": figures.runtime,
+    "figure8_scores_over_training": figures.scores_over_training,
+    "figure9_losses": figures.losses,
+    "table3_score_speed": figures_efficiency.table3_score_speed,
+    "table4_score_speed": figures_efficiency.table4_score_speed,
+    "seed_spread": figures_efficiency.seed_spread,
+    "training_efficiency": figures_efficiency.training_efficiency,
+    "pareto": figures_efficiency.pareto,
+    "numeric_modes": figures_efficiency.numeric_modes,
+    **figures_probes.FIGURES,
+}
+SUFFIXES = {"text": "txt", "markdown": "md", "latex": "tex", "csv": "csv", "html": "html"}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=None, help="results folder (default: results)")
-    store = Store(parser.parse_args().results)
-    for table in TABLES.values():
-        seeds = [seed for seed in REFERENCE_SEEDS if store.latest(evaluate_stage(table.baseline, DIGITS, seed), "reference")] or [0]
-        sheet = main_sheet(table, table.rows, DIGITS, seeds, "cpu", store, where="reference")
-        _write(store.root / "tables", f"table{table.number}", sheet)
-        if not table.counts_only:
-            save(score_against_speed(table, seeds, store), store.root / "figures", f"table{table.number}_score_speed")
-        print(f"table {table.number}: {len(sheet.rows)} rows")
-    _write(store.root / "tables", "counts", counts_sheet(store, where="reference"))
-    return 0
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", action="store_true", help="tables, claims and the digits page only, no figures")
+    parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="results folder (default: results)")
+    parser.add_argument("--published", type=Path, default=None, metavar="DIR", help="folder of published numbers (default: results/published)")
+    args = parser.parse_args()
+    store = Sources(args.results, args.published)
+    problems = build(store, with_figures=not args.tables)
+    print(f"built {store.root / 'tables'}" + ("" if args.tables else f" and {store.root / 'figures'}"))
+    for problem in problems:
+        print(f"problem: {problem}")
+    return 1 if problems else 0
+
+
+def build(store: Sources, with_figures: bool = True) -> list[str]:
+    """Write every table, page and figure; what was wrong, in words."""
+    problems = []
+
+    def attempt(name: str, make: Callable[[], None]) -> None:
+        try:
+            make()
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+        except KeyError as error:
+            problems.append(f"{name}: records or published data lack {error}")
+
+    for name, make in (SHEETS | {"claims": claims_sheet}).items():
+        attempt(name, lambda name=name, make=make: _write(store.root / "tables", name, make(store)))
+    attempt("digits", lambda: _page(store))
+    for name, draw in FIGURES.items() if with_figures else ():
+        attempt(f"figure {name}", lambda name=name, draw=draw: save(draw(store), store.root / "figures", name))
+    return store.problems + problems
+
+
+def _page(store: Sources) -> None:
+    with written_whole(store.root / "tables" / "digits.md") as file:
+        file.write(science.page(store).encode())
 
 
 def _write(folder: Path, name: str, sheet: Sheet) -> None:

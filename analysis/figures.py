@@ -1,46 +1,124 @@
-"""Figures from records. Every point is a declared row; a row without a record is left out, and the caption says so."""
+"""Figures 2, 3, 8 and 9 of the paper from published numbers, ours beside them where a record exists. No torch.
+
+The docstring of a figure is its caption. Open marks are the paper's, filled marks are this project's records.
+"""
 
 from __future__ import annotations
 
-import statistics
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.engine.spec import Table
-from experiments.engine.store import Store
-from experiments.protocols import DIGITS, evaluate_stage, timing_stage
+from analysis.query import Sources, gpu_timings, numeric_mode
+from analysis.style import MARKS, PUBLISHED, SIZES, colour, family_colour, figure, note
+from experiments.efficiency import SYSTEMS
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-def score_against_speed(table: Table, seeds: list[int], store: Store, where: str = "reference") -> Figure:
-    """fd_digits of every row (mean and range over seeds) against its throughput relative to the table's first row."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import seaborn as sns
-
-    sns.set_theme(style="whitegrid", palette="colorblind", context="paper")
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    missing = []
-    for row in table.rows:
-        timed = store.latest(timing_stage(row, table.baseline, "cpu"), where)
-        scored = [record.values["fd_digits"] for seed in seeds if (record := store.latest(evaluate_stage(row, DIGITS, seed), where))]
-        if timed is None or not scored:
-            missing.append(row.label)
-            continue
-        mean, speed = statistics.fmean(scored), timed.values["relative"]
-        axes.errorbar(speed, mean, yerr=[[mean - min(scored)], [max(scored) - mean]], fmt="o", capsize=2)
-        axes.annotate(row.label, (speed, mean), textcoords="offset points", xytext=(5, 4), fontsize=7)
-    axes.set_xlabel(f"throughput relative to {table.baseline.label}, CPU, 32x32x4, fp32")
-    axes.set_ylabel(f"fd_digits, mean and range of {len(seeds)} seeds (lower is better)")
-    axes.set_title(f"Table {table.number}'s rows on the digits protocol" + (f" (no record: {', '.join(missing)})" if missing else ""))
-    return figure
+def fid_against_throughput(store: Sources) -> Figure:
+    """Figure 2: FID-50K on ImageNet 256 after 400K steps without guidance against inference throughput on an A100, as published
+    (Table 1); the bubble's area is the Gflops. DiC is left out: the paper prints no throughput of it. Published throughput mixes
+    numeric modes (convolutions in TF32, linear layers in fp32)."""
+    made, axes = figure(6.6, 4.4)
+    rows = [row for row in store.rows("table1.csv") if row["train_steps"] == "400000" and row["throughput_img_s"]]
+    for family in dict.fromkeys(row["model"].partition("-")[0] for row in rows):
+        own = [row for row in rows if row["model"].partition("-")[0] == family]
+        x, y = ([float(row[name]) for row in own] for name in ("throughput_img_s", "fid"))
+        axes.plot(x, y, "-", lw=1, color=family_colour(family))
+        axes.scatter(x, y, s=[6 * float(row["gflops"]) for row in own], ec=family_colour(family), fc=(*family_colour(family), 0.15), lw=1.4, label=family, zorder=3)
+        for row, left, up in zip(own, x, y, strict=True):
+            axes.annotate(row["model"].split("-")[1].removesuffix("/2"), (left, up), fontsize=7, ha="center", va="center", zorder=4)
+    timed = sum(bool(gpu_timings(system.costs[0].backbone, system.costs[0].size, store)) for system in SYSTEMS if system.resolution == 256)
+    note(axes, "published only: no GPU timing is committed here" if not timed else f"published; our {timed} GPU timings have no FID beside them", bottom=True)
+    axes.set_xscale("log")
+    axes.set_xlabel("throughput, images/s on an A100 (published, log scale)")
+    axes.set_ylabel("FID-50K, ImageNet 256, 400K steps (lower is better)")
+    axes.legend(title="area: Gflops", markerscale=0.5, loc="upper left")
+    return made
 
 
-def save(figure: Figure, folder: Path, name: str) -> None:
-    """Write a figure as PNG, without a date, so that equal figures are equal files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.png", dpi=130, metadata={"Software": None})
+def runtime(store: Sources) -> Figure:
+    """Figure 3 as far as it was printed in numbers: runtime of one forward pass an image on ImageNet 512 (Table 2, A100, batch 64) and
+    FID with guidance against it. The paper's panel over model sizes has no numbers in print, so the small sizes are a gap."""
+    made, (left, right) = figure(8.2, 3.6, columns=2, width_ratios=(1, 1.15))
+    rows = {row["model"]: row for row in store.rows("table2.csv") if row["throughput_img_s"]}
+    times = sorted(((1000 / float(row["throughput_img_s"]), name) for name, row in rows.items()), reverse=True)
+    left.barh([name for _, name in times], [time for time, _ in times], color=[(*family_colour(name), 0.25) for _, name in times], ec=[family_colour(name) for _, name in times], lw=1.4)
+    for time, name in times:
+        left.annotate(f"{time:.0f}", (time, name), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7.5)
+    left.set_xlabel("ms an image and step, A100 (published)")
+    left.set_xlim(right=1.15 * times[0][0])
+    guided = {row["model"]: row for row in store.rows("table2.csv") if row["throughput_img_s"] and row["cfg"] != "no"}
+    for name, row in guided.items():
+        time, fid = 1000 / float(row["throughput_img_s"]), float(row["fid"])
+        right.plot(time, fid, "o", color=family_colour(name), **PUBLISHED)
+        right.annotate(name, (time, fid), xytext=(5, 4), textcoords="offset points", fontsize=7.5)
+    _own_runtimes(left, store, {name for _, name in times})
+    right.set_xscale("log")
+    right.set_xlim(right=2.5 * times[0][0])
+    right.margins(y=0.1)
+    right.set_xlabel("ms an image and step, A100 (published, log scale)")
+    right.set_ylabel("FID-50K, ImageNet 512, with guidance")
+    return made
+
+
+def _own_runtimes(axes: Axes, store: Sources, names: set[str]) -> None:
+    marks: dict[str, str] = {}
+    for system in SYSTEMS:
+        if system.resolution == 512 and system.label in names:
+            for record in gpu_timings(system.costs[0].backbone, system.costs[0].size, store):
+                mode = f"{numeric_mode(record)}, {record.provenance['device']}"
+                mark = marks.setdefault(mode, MARKS[len(marks) % len(MARKS)])
+                axes.plot(1000 / record.values["images_per_s"], system.label, mark, color="black", ms=4, label=None if mode in axes.get_legend_handles_labels()[1] else mode)
+    if marks:
+        axes.legend(title="measured here")
+    else:
+        note(axes, "no GPU timing\nis committed here")
+
+
+def scores_over_training(store: Sources) -> Figure:
+    """Figure 8 and Table 7: scores of 50K images over training on ImageNet 256 without guidance, as published. Ours: no record of such a
+    training is committed, so there is none to draw."""
+    made, axes = figure(8.2, 4.6, 2, 3)
+    rows = store.rows("table7.csv")
+    panels = {"fid": "FID (lower is better)", "sfid": "sFID (lower is better)", "is": "IS (higher is better)", "precision": "precision", "recall": "recall"}
+    for panel, (name, label) in zip(axes.flat, panels.items(), strict=False):
+        for index, model in enumerate(SIZES):
+            own = [row for row in rows if row["model"] == model]
+            panel.plot([int(row["train_steps"]) / 1000 for row in own], [float(row[name]) for row in own], f"-{MARKS[index]}", ms=4, color=colour(index), label=model, **PUBLISHED)
+        panel.set_title(label)
+    for panel in axes[1]:
+        panel.set_xlabel("training steps, thousands")
+    axes[0, 2].set_xlabel("training steps, thousands")
+    axes[1, 2].axis("off")
+    axes[1, 2].legend(*axes[0, 0].get_legend_handles_labels(), loc="center", title="published (Table 7)")
+    return made
+
+
+def losses(store: Sources) -> Figure:
+    """Figure 9: training loss of DiCo on ImageNet 256 from the authors' own logs, means over windows of 1000 steps (10 000 beyond step
+    400 000); the band is two standard errors of a window's mean. Ours: committed training records hold the loss of the last steps
+    only, on another data set, so no curve of ours is drawn."""
+    made, (left, right) = figure(8.2, 3.7, columns=2)
+    rows = store.rows("dico_logs.csv")
+    for index, model in enumerate(SIZES):
+        own = [row for row in rows if row["model"] == model and row["loss_sd"]]
+        middle = [(int(row["first_step"]) + int(row["last_step"])) / 2000 for row in own]
+        loss = [float(row["loss"]) for row in own]
+        error = [2 * float(row["loss_sd"]) / int(row["lines"]) ** 0.5 for row in own]
+        for panel in (left, right):
+            panel.plot(middle, loss, lw=1, color=colour(index), label=f"{model} (authors' log)")
+            panel.fill_between(middle, [a - b for a, b in zip(loss, error, strict=True)], [a + b for a, b in zip(loss, error, strict=True)], color=colour(index), alpha=0.2, lw=0)
+    left.set_xscale("log")
+    left.set_xlim(left=1)
+    left.set_ylim(0.138, 0.185)
+    left.set_title("whole logs")
+    right.set_xlim(0, 100)
+    right.set_ylim(0.147, 0.185)
+    right.set_title("first 100 000 steps")
+    left.set_ylabel("training loss")
+    for panel in (left, right):
+        panel.set_xlabel("training steps, thousands" + (" (log scale)" if panel is left else ""))
+    right.legend()
+    return made

@@ -133,17 +133,10 @@ def counts_sheet(store: Store, where: str = "records") -> Sheet:
     columns += [("Gflops", "diff. %"), ("Gflops", "core"), ("Gflops", "core, diff. %"), ("", "counter")]
     sheet = Sheet("Parameters and Gflops of the compared systems (DiCo paper, Tables 1, 2, 5, 8, 9)", columns)
     for system in SYSTEMS:
-        records = [store.latest(cost, where) for cost in system.costs]
         paper = _published(store, system.gflops, "gflops")
-        cells = [Cell(words=system.label), Cell(words=str(system.resolution)), _params(store, system)]
-        if all(records):
-            total = {name: sum(record.values[name] for record in records) for name in records[0].values}
-            ours = system.saw(total) / 1e9 if system.saw else None
-            core = total["macs_core"] / 1e9
-            cells += [Cell(total["params_total"] / 1e6, None, 1), paper, Cell(ours), _off(ours, paper), Cell(core), _off(core, paper)]
-        else:
-            cells += [Cell(), paper, Cell(), Cell(), Cell(), Cell()]
-        sheet.rows.append([*cells, Cell(words=system.convention or "-")])
+        params, ours, core = counted(system, store, where)
+        cells = [Cell(words=system.label), Cell(words=str(system.resolution)), _params(store, system), params, paper]
+        sheet.rows.append([*cells, ours, difference(ours, paper), core, difference(core, paper), Cell(words=system.convention or "-")])
     noted: dict[str, list[str]] = {}
     for system in SYSTEMS:
         if system.note:
@@ -151,6 +144,21 @@ def counts_sheet(store: Store, where: str = "records") -> Sheet:
     sheet.notes += [f"{', '.join(labels)}: {note}." for note, labels in noted.items()]
     sheet.notes.append("Gflops are multiply-accumulates at batch 1; params are all parameters, frozen position tables included.")
     return sheet
+
+
+def counted(system: System, store: Store, where: str) -> tuple[Cell, Cell, Cell]:
+    """All parameters in millions, Gflops in the convention of the published figure, and core Gflops; gaps where a record lacks."""
+    records = tuple(record for cost in system.costs if (record := store.latest(cost, where)))
+    if len(records) < len(system.costs):
+        return Cell(), Cell(), Cell()
+    total = {name: sum(record.values[name] for record in records) for name in records[0].values}
+    same = Cell(system.saw(total) / 1e9, records=records) if system.saw else Cell()
+    return Cell(total["params_total"] / 1e6, None, 1, records=records), same, Cell(total["macs_core"] / 1e9, records=records)
+
+
+def difference(ours: Cell, paper: Cell) -> Cell:
+    """In per cent of the published number."""
+    return Cell() if ours.value is None or paper.value is None else Cell(100 * (ours.value / paper.value - 1), records=ours.records)
 
 
 def _published(store: Store, where: tuple[str, str] | None, column: str) -> Cell:
@@ -164,10 +172,6 @@ def _params(store: Store, system: System) -> Cell:
         return Cell()
     row = store.published(system.params[0], ("model",))[system.params[1]]
     return Cell(words=row.get("params") or row["params_m"])
-
-
-def _off(ours: float | None, paper: Cell) -> Cell:
-    return Cell() if ours is None or paper.value is None else Cell(100 * (ours / paper.value - 1))
 
 
 def main() -> int:

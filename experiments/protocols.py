@@ -73,6 +73,16 @@ IMAGENET256 = Protocol(
     hardware="8 A100",
 )
 
+IMAGENET256_GUIDED = replace(
+    IMAGENET256,
+    name="imagenet256_guided",
+    recipe=replace(IMAGENET256.recipe, steps=3_750_000),
+    sampler=Sampler(scale=1.4),
+    source="DiCo paper, Tables 1 and 6; the guidance scale is the authors' (README)",
+    cost_hours=266,
+    hardware="32 A100 (DiCo-XL)",
+)
+
 IMAGENET256_FIXED = replace(
     IMAGENET256,
     name="imagenet256_fixed",
@@ -126,10 +136,12 @@ IMAGENET256_OWN = replace(IMAGENET256, name="imagenet256_own", own=True, source=
 IMAGENET512_OWN = replace(IMAGENET512, name="imagenet512_own", own=True, source=OWN, cost_hours=None)
 
 PROTOCOLS = {
-    protocol.name: protocol for protocol in (
-        DIGITS, CIFAR10, IMAGENET256, IMAGENET256_FIXED, IMAGENET256_3750K, IMAGENET256_H, IMAGENET256_OWN, IMAGENET512, IMAGENET512_3000K, IMAGENET512_OWN,
+    protocol.name: protocol
+    for protocol in (
+        DIGITS, CIFAR10, IMAGENET256, IMAGENET256_FIXED, IMAGENET256_GUIDED, IMAGENET256_3750K, IMAGENET256_H, IMAGENET256_OWN,
+        IMAGENET512, IMAGENET512_3000K, IMAGENET512_OWN,
     )
-}  # fmt: skip
+}
 
 
 def network(row: Row, protocol: Protocol) -> Backbone:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ import backbones
 from experiments import recipes
 from experiments.ablation import DICO_S
 from experiments.efficiency import SYSTEMS
+from experiments.engine.data import load
+from experiments.engine.generate import Counted, images
 from experiments.engine.process import process
 from experiments.engine.report import main_sheet
 from experiments.engine.samplers import bind
 from experiments.engine.spec import Method, Row, Table, spec_id
 from experiments.engine.store import Store
-from experiments.engine.train import build
+from experiments.engine.train import Trainer, build, digest
 from experiments.main_results import ADM_U, DIM_H, DIMSUM_L, DIT_XL, SIT_XL, TABLE_1, TABLE_8, TABLES, UVIT_H
 from experiments.protocols import DIGITS, IMAGENET256, IMAGENET256_OWN, PROTOCOLS, cost_stages, evaluate_stage, network, timed_rows, timing_stage, train_stage
 
@@ -86,6 +89,21 @@ def test_a_familys_loss_trains_all_of_its_small_network(row: Row):
     assert all(any(part in name for part in known.get(spec.backbone.name.split("_")[0], ())) for name in dead), dead
 
 
+@pytest.mark.parametrize("row", SMALL.values(), ids=lambda row: row.label)
+def test_every_family_trains_and_samples_on_digits(row: Row):
+    stage = evaluate_stage(row, DIGITS, 0)
+    train = replace(stage.train, recipe=replace(stage.train.recipe, steps=2, batch=4))
+    stage = replace(stage, train=train, sampler=replace(stage.sampler, num_steps=3), num=2)
+    trainer = Trainer(train, torch.device("cpu"))
+    before = digest(trainer.model)
+    losses = [loss.item() for loss in trainer.steps(load(train.data))]
+    assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses) and digest(trainer.ema.eval()) != before
+    counted = Counted(trainer.ema)
+    ((x, y),) = images(stage, counted, torch.device("cpu"), 2)
+    assert x.shape == (2, 1, 8, 8) and x.isfinite().all() and not torch.equal(x[0], x[1]) and y.tolist() == [0, 1]
+    assert counted.evaluated == 2 * 3 or (stage.sampler.name == "dopri5" and counted.evaluated >= 2 * 8)
+
+
 def test_the_common_recipe_with_a_methods_objective():
     for row, objective, sampler in ((SIT_XL, "flow", "sde"), (DIMSUM_L, "flow", "dopri5"), (UVIT_H, "iddpm", "dpm_solver"), (DIM_H, "iddpm", "dpm_solver"), (ADM_U, "iddpm", "ancestral")):
         stage = evaluate_stage(row, DIGITS, 0)
@@ -134,6 +152,15 @@ def test_systems_are_counted_whole_and_numbers_stay_numbers(tmp_path: Path):
     assert (found["ADM-U"]["params, M ours"], found["ADM-U"]["Gflops ours"], found["ADM-U"]["params, M paper"]) == ("611.0", "200.00", "608M")
     assert {name for name, text in found["MAR-H"].items() if text != "-"} == {"row", "type", "params, M paper", *(f"paper: ImageNet 256 {score}" for score in ("FID", "IS", "P", "R"))}
     assert found["MAR-H"]["paper: ImageNet 256 FID"] == "1.55" and found["MAR-H"]["type"] == "AR"
+
+
+def test_evaluations_per_image_are_noted_where_they_differ(tmp_path: Path):
+    store = Store(tmp_path)
+    scores = {"fd_digits": 1.0, "is_digits": 8.0, "precision_digits": 0.5, "recall_digits": 0.5, "agreement": 0.9}
+    for row, nfe in ((SIT_XL, 50.0), (DIT_XL, 50.0), (DIMSUM_L, 62.375)):
+        store.append(evaluate_stage(row, DIGITS, 0), "done", scores | {"nfe": nfe}, PROVENANCE)
+    (note,) = [note for note in main_sheet(TABLE_8, TABLE_8.rows, DIGITS, (0,), "cpu", store).notes if "evaluations" in note]
+    assert note == "network evaluations per image: 50: DiT-XL/2, SiT-XL; 62.38: DiMSUM-L/2."
 
 
 @pytest.mark.parametrize("number, columns", [(1, {"paper, A100 rel.", "paper: ImageNet 256 steps", "paper: ImageNet 256 guided"}), (9, {"type", "params, M paper"})])

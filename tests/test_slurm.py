@@ -127,7 +127,7 @@ def test_a_batch_script_gives_the_same_records_in_two_processes(slurm: dict[str,
     script, root = table(tmp_path, steps=5), tmp_path / "results"
     (tmp_path / "one.py").write_text("import sys, tiny\nfrom experiments import run\nrun.TABLES[4] = tiny.table\nsys.exit(run.main())\n")
     text = (REPOSITORY / "slurm" / "dico_s.sh").read_text()
-    text = text.replace("experiments/run.py --table 6 --row DiCo-S --protocol imagenet256", f"{tmp_path}/one.py --table 4 --row good")
+    text = text.replace("experiments/run.py --table 1 --row DiCo-S --protocol imagenet256", f"{tmp_path}/one.py --table 4 --row good")
     (tmp_path / "run.sh").write_text(text)
     options = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", f"--output={tmp_path}/log"]
     client(slurm | {"RESULTS": str(root)}, "sbatch", f"--chdir={REPOSITORY}", *options, str(tmp_path / "run.sh"))

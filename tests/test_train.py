@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from experiments.engine import checkpoint, files, train
 from experiments.engine.data import batch_indices, load
 from experiments.engine.diffusion import IDDPM
 from experiments.engine.precision import MODES, flags, precision
-from experiments.engine.spec import Backbone, Data, Recipe, Train
+from experiments.engine.spec import Backbone, Data, Diffusion, Recipe, Train
 from experiments.engine.train import Resources, Trainer, digest, load_ema, lr_at, run
 
 TRACES = Path(__file__).parent / "data" / "loss_traces.json"
@@ -51,6 +52,30 @@ FAMILIES = {
 }
 
 
+FLOW, STABLE = Diffusion("flow"), Diffusion(betas="stable_diffusion", variance="fixed", first_step=1)
+OBJECTIVES = {  # those of the families that have one of their own
+    "sit": FLOW,
+    "dimsum": replace(FLOW, path="gvp"),
+    "uvit": STABLE,
+    "dim": STABLE,
+    "adm": Diffusion(betas="cosine"),
+    "ldm": Diffusion(betas="ldm_imagenet", variance="fixed"),
+}
+FAMILIES |= {
+    "sit": Backbone("sit_s_2", dict(dim=24, depth=2, heads=3) | SHAPE),
+    "dimsum": Backbone("dimsum_l_2", dict(dim=24, depth=4, heads=3, fusion_heads=3, attention_every=2) | SHAPE),
+    "uvit": Backbone("uvit_l_2", dict(dim=24, depth=4, heads=3) | SHAPE),
+    "dim": Backbone("dim_l", dict(dim=20, depth=5) | SHAPE),
+    "adm": Backbone("adm_base_64", dict(dim=32, multipliers=(1, 2), num_res_blocks=1, attention_at=(4,), head_dim=32, null_label=True) | SHAPE),
+    "ldm": Backbone("ldm_4", dict(dim=32, multipliers=(1, 2), num_res_blocks=1, attention_at=(2,), context_dim=12) | SHAPE),
+    "dis": Backbone("dis_s_2", dict(dim=20, depth=2) | SHAPE),
+    "dig": Backbone("dig_s_2", dict(dim=24, depth=4, heads=3) | SHAPE),
+    "dic": Backbone("dic_s", dict(dim=12, depths=(2, 1, 1, 1, 2)) | SHAPE),
+    "udit": Backbone("udit_s", dict(dim=16, depths=(1, 1, 1, 1, 1), heads=2) | SHAPE),
+    "diffussm": Backbone("diffussm_xl", dict(dim=12, depth=2, states=5) | SHAPE),
+}
+
+
 def recipe(**changes: Any) -> Train:
     return Train(DICO, DIGITS, Recipe(**(dict(steps=STEPS, batch=16, lr=1e-3) | changes)))
 
@@ -59,9 +84,10 @@ def losses(spec: Train, micro_batch: int | None = None) -> list[float]:
     return [loss.item() for loss in Trainer(spec, CPU, micro_batch).steps(load(spec.data))]
 
 
-def trace(backbone: Backbone) -> list[float]:
+def trace(name: str) -> list[float]:
     """Losses of five steps from weights that are zero nowhere: behind closed gates a change could not be seen."""
-    trainer, draw = Trainer(Train(backbone, DIGITS, Recipe(steps=5, batch=16, lr=1e-3)), CPU), torch.Generator().manual_seed(0)
+    spec = Train(FAMILIES[name], DIGITS, Recipe(steps=5, batch=16, lr=1e-3), OBJECTIVES.get(name, Diffusion()))
+    trainer, draw = Trainer(spec, CPU), torch.Generator().manual_seed(0)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1, generator=draw)
@@ -94,7 +120,7 @@ def test_losses_are_the_stored_ones(name: str):
     stored = json.loads(TRACES.read_text())
     if not torch.__version__.startswith(stored["torch"]):
         pytest.skip(f"the traces are torch {stored['torch']}'s; other versions draw other initial weights")
-    assert trace(FAMILIES[name]) == pytest.approx(stored[name], rel=1e-4)
+    assert trace(name) == pytest.approx(stored[name], rel=1e-4)
 
 
 def test_stored_losses_tell_the_families_apart():
@@ -111,6 +137,31 @@ def test_learning_rate_in_closed_form():
     assert all(lr_at(cosine, step) > lr_at(cosine, step + 1) for step in range(10, 109))
     with pytest.raises(ValueError, match="known: constant, cosine"):
         lr_at(Recipe(steps=1, batch=1, decay="linear"), 0)
+
+
+def test_learning_rate_ends_where_it_is_declared():
+    rates = Recipe(steps=110, batch=1, lr=2.0, lr_min=0.5, warmup=10, decay="cosine")
+    assert [lr_at(rates, step) for step in (9, 10, 60, 110)] == pytest.approx([2.0, 2.0, 1.25, 0.5])
+
+
+def test_gradients_are_clipped_to_the_declared_norm():
+    norms: dict[float | None, float] = {}
+    for limit in (None, 1e-3, 1e9):
+        trainer = Trainer(recipe(grad_clip=limit), CPU)
+        trainer.optimizer.step = lambda trainer=trainer, limit=limit: norms.update({limit: torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).norm().item()})
+        next(trainer.steps(load(DIGITS)))
+    assert norms[1e-3] == pytest.approx(1e-3, rel=1e-3) and norms[1e9] == norms[None] > 1e-2
+
+
+def test_the_optimisers_epsilon_is_the_declared_one():
+    assert losses(recipe(steps=3)) == losses(recipe(steps=3, eps=1e-8)) != losses(recipe(steps=3, eps=1e-2))
+
+
+def test_flows_draw_times_between_0_and_1_and_leave_the_rest_as_it_is():
+    flow = replace(SPEC, diffusion=FLOW)
+    (x0, y, t, eps), (x0_other, y_other, steps, _) = seen(flow, 1)[0], seen(SPEC, 1)[0]
+    assert t.dtype == torch.float32 and 0 <= t.min() and t.max() < 1 and len(t.unique()) == len(t)
+    assert torch.equal(x0, x0_other) and eps.shape == x0.shape and steps.dtype == torch.long and y.shape == y_other.shape
 
 
 def test_labels_are_dropped_one_by_one_at_the_declared_rate():
@@ -371,4 +422,4 @@ if __name__ == "__main__":
         raise SystemExit("usage: python tests/test_train.py --write")
     torch.set_num_threads(1)
     version = {"torch": ".".join(torch.__version__.split(".")[:2])}
-    TRACES.write_text(json.dumps(version | {name: trace(backbone) for name, backbone in FAMILIES.items()}, indent=1) + "\n")
+    TRACES.write_text(json.dumps(version | {name: trace(name) for name in FAMILIES}, indent=1) + "\n")

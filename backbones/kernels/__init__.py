@@ -1,7 +1,7 @@
 """Ops with a plain-torch reference and faster choices; the only home of optional GPU libraries.
 
 An `Op` picks the first choice that is installed and supports its arguments, in the order given; `use` forces one
-by name; `used` tells which ran, for the record; `counting` lets an op count itself.
+by name; `used` tells which ran, for the record; `counting` lets an op count itself; `observing` shows what ops are called with.
 """
 
 from backbones.kernels.attention import attention
@@ -9,7 +9,7 @@ from backbones.kernels.causal_conv import causal_conv
 from backbones.kernels.diagonal_ssm import diagonal_ssm
 from backbones.kernels.gated_linear import gated_linear
 from backbones.kernels.linear_attention import linear_attention
-from backbones.kernels.op import counting, references, reset_used, use, used
+from backbones.kernels.op import counting, observing, references, reset_used, use, used
 from backbones.kernels.selective_scan import selective_scan
 
-__all__ = ["attention", "causal_conv", "counting", "diagonal_ssm", "gated_linear", "linear_attention", "references", "reset_used", "selective_scan", "use", "used"]
+__all__ = ["attention", "causal_conv", "counting", "diagonal_ssm", "gated_linear", "linear_attention", "observing", "references", "reset_used", "selective_scan", "use", "used"]

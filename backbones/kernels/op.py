@@ -13,6 +13,7 @@ _forced: dict[str, str] = {}
 _used: dict[str, set[str]] = {}
 _ops: dict[str, Op] = {}
 _counters: list[Callable[[int], AbstractContextManager[None]]] = []
+_observers: list[Callable[..., None]] = []
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Op:
         choice = self._pick(*args, **kwargs)
         if not torch.compiler.is_compiling():
             _used.setdefault(self.name, set()).add(choice.name)
+        for observer in _observers:
+            observer(self.name, *args, **kwargs)
         if self.macs and _counters:
             with _counters[-1](self.macs(*args, **kwargs)):
                 return choice.run(*args, **kwargs)
@@ -60,6 +63,16 @@ def counting(counter: Callable[[int], AbstractContextManager[None]]) -> Iterator
         yield
     finally:
         _counters.pop()
+
+
+@contextmanager
+def observing(observer: Callable[..., None]) -> Iterator[None]:
+    """While active, `observer(name, *args)` hears of every call of an op before it runs."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
 
 
 @contextmanager

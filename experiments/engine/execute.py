@@ -141,7 +141,7 @@ def _run(spec: Stage, store: Store, resources: Resources, report: Report, group:
     if isinstance(spec, Train):
         return train.run(spec, store.run_dir(spec), resources, report, group, beat)
     assert isinstance(spec, Evaluate), spec
-    return evaluate.run(spec, store.run_dir(spec.train), store.root / "runs" / "classifiers", resources, group, beat)
+    return evaluate.run(spec, store.run_dir(spec.train), store.root / "runs" / "classifiers", resources, group, beat, report)
 
 
 def _provenance(spec: Stage, resources: Resources, group: Group, seconds: float) -> dict[str, Any]:

@@ -2,10 +2,10 @@
 
 Shapes: n samples, m reference points, d feature width, C classes.  u = 2^-53 is the unit round-off.
 Fréchet distance: Heusel et al. 2017, eq. 6.  Inception score: Salimans et al. 2016, split as in Dhariwal & Nichol 2021 (ADM).
-Precision and recall: Kynkäänniemi et al. 2019, eq. 1-2.  Delete-a-group jackknife: Busing, Meijer & van der Leeden 1999.
+KID: Bińkowski et al. 2018, eq. 4.  Delete-a-group jackknife: Busing, Meijer & van der Leeden 1999.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import reduce
 from math import nan, sqrt
 from operator import add
@@ -36,7 +36,7 @@ class Moments:
 
     def update(self, features: ndarray) -> None:
         """Add rows (b, d) of any real type; ValueError unless finite."""
-        x = _rows("features", features)
+        x = rows("features", features)
         batch = Moments(x.shape[1])
         if len(x):
             batch.n, batch.mean = len(x), x.mean(0)
@@ -71,22 +71,16 @@ def frechet(a: Moments, b: Moments) -> float:
     return float(np.square(mean1 - mean2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * cross)
 
 
-def frechet_se(features: ndarray, sample: Moments, reference: Moments, labels: ndarray | None = None) -> float:
-    """Standard error of `frechet(sample, reference)` over redraws of the samples, the reference held fixed: sd(psi) / sqrt(n).
+def frechet_influence(features: ndarray, sample: Moments, reference: Moments) -> ndarray:
+    """psi (n,): how far each of the rows `sample` was made of pulls `frechet(sample, reference)`, up to a constant.
 
-    psi_i = 2 (mu - mu_r).(x_i - mu) + (x_i - mu)^T (I - T)(x_i - mu) - constant is the influence of sample i, and
-    T = S_r^(1/2) (S_r^(1/2) S S_r^(1/2))^(-1/2) S_r^(1/2) the optimal map from S to S_r. First order: it vanishes with the
-    distance itself. features (n, d) are the rows `sample` was made of. labels (n,) say that each class's count was fixed
-    in advance, as in class-balanced sets: the sd is then pooled within classes. nan (not available) below n = 4 d.
+    psi_i = 2 (mu - mu_r).(x_i - mu) + (x_i - mu)^T (I - T)(x_i - mu), and
+    T = S_r^(1/2) (S_r^(1/2) S S_r^(1/2))^(-1/2) S_r^(1/2) the optimal map from S to S_r.
     """
     (mean, cov), (mean_r, cov_r) = _statistics(sample, reference)
     n, dim = sample.n, mean.size
     if np.shape(features) != (n, dim):
         raise ValueError(f"features have shape {np.shape(features)}, the sample statistics say {(n, dim)}")
-    if labels is not None and np.shape(labels) != (n,):
-        raise ValueError(f"labels have shape {np.shape(labels)}, expected {(n,)}")
-    if n < 4 * dim:
-        return nan
     root = _root(cov_r)
     values, vectors = np.linalg.eigh(root @ cov @ root)
     kept = values > dim * np.finfo(float).eps * values.max()  # the others lie outside the reference's span, where T is 0
@@ -95,12 +89,34 @@ def frechet_se(features: ndarray, sample: Moments, reference: Moments, labels: n
     for i in range(0, n, 4096):
         x = np.asarray(features[i : i + 4096], float) - mean
         psi[i : i + 4096] = 2 * x @ (mean - mean_r) + np.square(x).sum(1) - np.square(x @ half).sum(1)
+    return psi
+
+
+def influence_se(psi: ndarray, labels: ndarray | None = None) -> float:
+    """Standard error sd(psi) / sqrt(n) of the value whose influences psi (n,) are. First order.
+
+    labels (n,) say that each class's count was fixed in advance, as in class-balanced sets: the sd is then pooled within
+    classes. With the difference of two models' psi over common seeds this is the paired error of their difference.
+    """
+    n = len(psi)
+    if labels is not None and np.shape(labels) != (n,):
+        raise ValueError(f"labels have shape {np.shape(labels)}, expected {(n,)}")
     _, group = np.unique(np.zeros(n) if labels is None else labels, return_inverse=True)
     counts = np.bincount(group)
     if len(counts) == n:
         raise ValueError("every sample has its own label: no spread within classes to measure")
-    psi -= (np.bincount(group, psi) / counts)[group]
-    return sqrt(np.square(psi).sum() / (n - len(counts)) / n)
+    centred = psi - (np.bincount(group, psi) / counts)[group]
+    return sqrt(np.square(centred).sum() / (n - len(counts)) / n)
+
+
+def frechet_se(features: ndarray, sample: Moments, reference: Moments, labels: ndarray | None = None) -> float:
+    """Standard error of `frechet(sample, reference)` over redraws of the samples, the reference held fixed.
+
+    It vanishes with the distance itself. nan (not available) below n = 4 d; labels as in `influence_se`.
+    """
+    if len(features) < 4 * sample.mean.size:
+        return nan
+    return influence_se(frechet_influence(features, sample, reference), labels)
 
 
 def frechet_jackknife(blocks: Sequence[Moments], reference: Moments) -> tuple[float, float]:
@@ -131,25 +147,23 @@ def inception_score(probabilities: ndarray, block: int = 5000) -> tuple[float, f
     return value, _jackknife(_score(tenths), deleted, [tenth[0] for tenth in tenths])[1]
 
 
-def precision_recall(reference: ndarray, samples: ndarray, k: int = 3, block: int = 2000) -> tuple[float, float]:
-    """Share of samples (n, d) inside any reference ball, and share of reference points (m, d) inside any sample ball.
+def kid(samples: ndarray, reference: ndarray, subsets: int = 100, size: int = 1000, seed: int = 2020) -> tuple[float, float]:
+    """Kernel distance, kernel (x.y / d + 1)^3, unbiased: mean and standard deviation over random subsets of `size` rows.
 
-    A ball is closed and reaches its centre's k-th nearest other row of the same set; a duplicate row counts as another row.
-    The result does not depend on `block`, which bounds memory at a few block x block and block x d arrays.
+    Subsets are drawn as torch-fidelity draws them, from the samples and then from the reference. The deviation is that of
+    one subset's value, not the error of the mean.
     """
-    real, fake = _rows("reference", reference), _rows("samples", samples)
-    if real.shape[1] != fake.shape[1]:
-        raise ValueError(f"feature widths differ: {real.shape[1]} and {fake.shape[1]}")
-    if block < 1 or not 1 <= k < min(len(real), len(fake)):
-        raise ValueError(f"need block >= 1 and 1 <= k < rows, got block {block}, k {k}, rows {len(real)} and {len(fake)}")
-    reach_real, reach_fake = _radii(real, k, block), _radii(fake, k, block)
-    hit_real, hit_fake = np.zeros(len(real), bool), np.zeros(len(fake), bool)
-    for rows, cols, near, slack in _distances(real, fake, block):
-        outer, inner = reach_real[rows, None], reach_fake[cols]
-        _refine(near, (abs(near - outer) <= slack) | (abs(near - inner) <= slack), real[rows], fake[cols])
-        hit_fake[cols] |= (near <= outer).any(0)
-        hit_real[rows] |= (near <= inner).any(1)
-    return float(hit_fake.mean()), float(hit_real.mean())
+    x, y = rows("samples", samples), rows("reference", reference)
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"feature widths differ: {x.shape[1]} and {y.shape[1]}")
+    if subsets < 1 or not 2 <= size <= min(len(x), len(y)):
+        raise ValueError(f"need subsets >= 1 and 2 <= size <= rows, got {subsets} subsets of {size}, rows {len(x)} and {len(y)}")
+    draw, values = np.random.RandomState(seed), np.empty(subsets)
+    for i in range(subsets):
+        a, b = x[draw.choice(len(x), size, replace=False)], y[draw.choice(len(y), size, replace=False)]
+        within = [_cubic(part, part) for part in (a, b)]
+        values[i] = sum((k.sum() - k.trace()) / (size * (size - 1)) for k in within) - 2 * _cubic(a, b).mean()
+    return float(values.mean()), float(values.std())
 
 
 def proportion_se(share: float, n: int) -> float:
@@ -159,7 +173,8 @@ def proportion_se(share: float, n: int) -> float:
     return sqrt(share * (1 - share) / n)
 
 
-def _rows(name: str, x: ndarray) -> ndarray:
+def rows(name: str, x: ndarray) -> ndarray:
+    """The array in float64; ValueError unless it is (n, d) and finite."""
     x = np.asarray(x, float)
     if x.ndim != 2 or not np.isfinite(x).all():
         raise ValueError(f"{name} must be rows (n, d) of finite numbers, got shape {x.shape}")
@@ -180,6 +195,11 @@ def _root(cov: ndarray) -> ndarray:
     return vectors * np.sqrt(values.clip(0)) @ vectors.T
 
 
+def _cubic(a: ndarray, b: ndarray) -> ndarray:
+    k = a @ b.T / a.shape[1] + 1
+    return k * k * k  # a power is many times slower
+
+
 def _jackknife(whole: float, deleted: Sequence[float], sizes: Sequence[int]) -> tuple[float, float]:
     ratio = sum(sizes) / np.array(sizes)
     pseudo = ratio * whole - (ratio - 1) * np.array(deleted)
@@ -188,7 +208,7 @@ def _jackknife(whole: float, deleted: Sequence[float], sizes: Sequence[int]) -> 
 
 
 def _sums(probabilities: ndarray) -> tuple[int, float, ndarray]:
-    p = _rows("probabilities", probabilities)
+    p = rows("probabilities", probabilities)
     if (p < 0).any() or (abs(p.sum(1) - 1) > 1e-3).any():
         raise ValueError("probabilities must be non-negative rows that sum to 1 within 1e-3")
     return len(p), xlogy(p, p).sum(), p.sum(0)
@@ -197,41 +217,3 @@ def _sums(probabilities: ndarray) -> tuple[int, float, ndarray]:
 def _score(parts: list[tuple[int, float, ndarray]]) -> float:
     n, negentropy, total = map(sum, zip(*parts))
     return float(np.exp(negentropy / n - xlogy(total / n, total / n).sum()))
-
-
-def _distances(a: ndarray, b: ndarray, block: int) -> Iterator[tuple[slice, slice, ndarray, float]]:
-    """Blocks |a|^2 + |b|^2 - 2 a.b of squared distances, and a bound on their difference from `_refine`'s.
-
-    Each way is within 2 (d + 4) u (|a|^2 + |b|^2) of the truth in any order of summation; the bound has twice the room.
-    """
-    for i in range(0, len(a), block):
-        rows = slice(i, i + block)
-        for j in range(0, len(b), block):
-            cols = slice(j, j + block)
-            aa, bb = np.square(a[rows]).sum(1, keepdims=True), np.square(b[cols]).sum(1)
-            slack = 4 * (a.shape[1] + 4) * np.finfo(float).eps * (aa.max() + bb.max())
-            yield rows, cols, aa + bb - 2 * a[rows] @ b[cols].T, slack
-
-
-def _refine(near: ndarray, mask: ndarray, a: ndarray, b: ndarray) -> None:
-    """Replace the masked entries by sum (a - b)^2, the value that decides: it depends on the two rows only, not on the block."""
-    rows, cols = mask.nonzero()
-    for i in range(0, len(rows), 4096):
-        r, c = rows[i : i + 4096], cols[i : i + 4096]
-        near[r, c] = np.square(a[r] - b[c]).sum(1)
-
-
-def _radii(x: ndarray, k: int, block: int) -> ndarray:
-    """Squared distance from each row to its k-th nearest other row: (n,)."""
-    nearest = np.full((len(x), k), np.inf)
-    for rows, cols, near, slack in _distances(x, x, block):
-        if rows == cols:
-            np.fill_diagonal(near, np.inf)
-        limit = nearest[rows, -1]
-        if near.shape[1] >= k:
-            limit = np.minimum(limit, np.partition(near, k - 1)[:, k - 1] + slack)
-        candidates = near <= (limit + slack)[:, None]
-        _refine(near, candidates & np.isfinite(near), x[rows], x[cols])
-        near[~candidates] = np.inf
-        nearest[rows] = np.partition(np.hstack([nearest[rows], near]), k - 1)[:, :k]
-    return nearest[:, -1]

@@ -1,8 +1,9 @@
-"""Sheets as rich or plain text, Markdown, LaTeX and CSV."""
+"""Sheets as rich or plain text, Markdown, LaTeX, CSV and HTML."""
 
 from __future__ import annotations
 
 import csv
+import html
 import io
 import itertools
 import shutil
@@ -11,7 +12,7 @@ import textwrap
 
 from experiments.engine.report import Cell, Sheet
 
-FORMATS = ("text", "markdown", "latex", "csv")
+FORMATS = ("text", "markdown", "latex", "csv", "html")
 
 
 def render(sheets: list[Sheet], form: str) -> str:
@@ -19,7 +20,7 @@ def render(sheets: list[Sheet], form: str) -> str:
     if form == "text" and sys.stdout.isatty():
         width = shutil.get_terminal_size().columns
         return "\n".join(_coloured(_text(sheet, width)) for sheet in sheets)
-    return "\n".join({"text": _text, "markdown": _markdown, "latex": _latex, "csv": _csv}[form](sheet) for sheet in sheets)
+    return "\n".join({"text": _text, "markdown": _markdown, "latex": _latex, "csv": _csv, "html": _html}[form](sheet) for sheet in sheets)
 
 
 def _text(sheet: Sheet, width: int = 10**6) -> str:
@@ -74,7 +75,7 @@ def _groups(sheet: Sheet) -> list[tuple[str, int]]:
 def _markdown(sheet: Sheet) -> str:
     names = [f"{group}: {name}" if group else name for group, name in sheet.columns]
     lines = [f"**{sheet.title}**", "", "| " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) - 1)]
-    lines += ["| " + " | ".join(cell.text() for cell in row) + " |" for row in sheet.rows]
+    lines += ["| " + " | ".join(f"**{cell.text()}**" if cell.best else cell.text() for cell in row) + " |" for row in sheet.rows]
     return "\n".join([*lines, "", *(f"- {note}" for note in sheet.notes), ""])
 
 
@@ -87,7 +88,7 @@ def _latex(sheet: Sheet) -> str:
     groups = " & ".join(f"\\multicolumn{{{length}}}{{c}}{{{escape(group)}}}" for group, length in _groups(sheet))
     lines = ["% " + sheet.title, "\\begin{tabular}{l" + "r" * (len(sheet.columns) - 1) + "}", "\\toprule", groups + " \\\\"]
     lines += [" & ".join(escape(name) for _, name in sheet.columns) + " \\\\", "\\midrule"]
-    lines += [" & ".join(escape(cell.text()) for cell in row) + " \\\\" for row in sheet.rows]
+    lines += [" & ".join(f"\\textbf{{{escape(cell.text())}}}" if cell.best else escape(cell.text()) for cell in row) + " \\\\" for row in sheet.rows]
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", *("% " + note for note in sheet.notes), ""])
 
 
@@ -106,3 +107,21 @@ def _csv(sheet: Sheet) -> str:
 def _raw(cell: Cell, error: bool) -> list[str]:
     value = cell.words or ("" if cell.value is None else repr(cell.value))
     return [value, "" if cell.error is None else repr(cell.error)] if error else [value]
+
+
+def _html(sheet: Sheet) -> str:
+    """A table with two heading rows. A cell carries its value in full precision to sort by and the names of its records."""
+    groups = "".join(f'<th colspan="{length}">{html.escape(group)}</th>' for group, length in _groups(sheet))
+    names = "".join(f"<th>{html.escape(name)}</th>" for _, name in sheet.columns)
+    lines = ["<figure>", f"<figcaption>{html.escape(sheet.title)}</figcaption>", "<table>", f"<thead><tr>{groups}</tr><tr>{names}</tr></thead>", "<tbody>"]
+    lines += ["<tr>" + "".join(map(_html_cell, row)) + "</tr>" for row in sheet.rows]
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in sheet.notes)
+    return "\n".join([*lines, "</tbody>", "</table>", f"<ul>{notes}</ul>", "</figure>", ""])
+
+
+def _html_cell(cell: Cell) -> str:
+    attributes = "" if cell.words and cell.value is None else f' data-order="{"" if cell.value is None else repr(cell.value)}"'
+    if cell.records:
+        attributes += f' data-records="{" ".join(record.name for record in cell.records)}"'
+    text = html.escape(cell.text())
+    return f"<td{attributes}>{f'<b>{text}</b>' if cell.best else text}</td>"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from experiments.engine.manifest import clashes, score_name
 from experiments.engine.spec import Row, Stage, Table, spec_id
 from experiments.engine.store import Record, Store
 from experiments.protocols import Protocol, cost_stages, evaluate_stage, timed_rows, timing_stage, train_stage
@@ -24,12 +25,17 @@ REFERENCE_SEEDS = range(10)
 
 @dataclass(frozen=True)
 class Cell:
-    """A value with an optional error, or words ('failed'); neither is a gap."""
+    """A value with an optional error, or words ('failed'); neither is a gap.
+
+    `records` are the records it was computed from; `best` marks what is better than every other row, resolved.
+    """
 
     value: float | None = None
     error: float | None = None
     digits: int = 2
     words: str = ""
+    records: tuple[Record, ...] = ()
+    best: bool = False
 
     def text(self) -> str:
         if self.words:
@@ -61,7 +67,7 @@ def main_sheet(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Seq
     columns += [("params, M", "paper")] * (params is not None) + [("params, M", "ours"), ("Gflops", "paper"), ("Gflops", "ours"), ("Gflops", "core")]
     if not table.counts_only:
         columns += [(f"throughput, {machine}", "img/s"), (f"throughput, {machine}", "rel."), ("paper, A100", "rel.")] * table.timed
-        columns += [(f"{protocol.name} ({machine}, {_seed_words(seeds)})", name.removesuffix(f"_{protocol.name}") if name != "fd_digits" else name) for name in scores]
+        columns += [(f"{protocol.name} ({machine}, {_seed_words(seeds)})", _score_header(name, protocol)) for name in scores]
         columns += [(f"paper: {table.conditions}", name) for name in ("steps", "guided") if PAPER_CONDITIONS[name] in given]
         columns += [(f"paper: {table.conditions}", name) for name in PAPER_SCORES.values()]
     sheet = Sheet(f"Table {table.number}: {table.title} ({table.source})", columns)
@@ -87,11 +93,11 @@ def comparison_sheet(table: Table, rows: Sequence[Row], protocol: Protocol, seed
     """This machine's scores beside the committed reference's, and whether they agree within their error."""
     scores = list(SCORES[protocol.features])
     columns = [("", "row"), ("throughput, rel.", "reference"), ("throughput, rel.", "here")]
-    columns += [(name, side) for name in scores for side in ("reference", "here")] + [("", "reproduced")]
+    columns += [(name if protocol.features == "digits" else score_name(name, protocol.num), side) for name in scores for side in ("reference", "here")] + [("", "reproduced")]
     sheet = Sheet(f"Table {table.number} on {protocol.name}: this machine against the reference", columns)
-    reference = {row.label: _values(store, row, protocol, REFERENCE_SEEDS, "reference") for row in rows}
-    here = {row.label: _values(store, row, protocol, seeds, "records") for row in rows}
-    spread = {name: _pooled(name, [records for records in reference.values()]) for name in scores}
+    reference = {row.label: seed_values(store, row, protocol, REFERENCE_SEEDS, "reference") for row in rows}
+    here = {row.label: seed_values(store, row, protocol, seeds, "records") for row in rows}
+    spread = {name: pooled(name, [records for records in reference.values()]) for name in scores}
     comparisons = sum(bool(reference[row.label] and here[row.label]) for row in rows) * len(scores)
     for row in rows:
         cells = [Cell(words=row.label)]
@@ -105,11 +111,21 @@ def comparison_sheet(table: Table, rows: Sequence[Row], protocol: Protocol, seed
                 off.append(name)
         verdict = "-" if not known else "spread unknown" if None in spread.values() else "no: " + ", ".join(off) if off else "yes"
         sheet.rows.append([*cells, Cell(words=verdict)])
+    other = {field for row in rows for field in clashes(_records(store, row, protocol, seeds, "records"), _records(store, row, protocol, REFERENCE_SEEDS, "reference"))}
     sheet.notes.append(
         "reproduced: every score lies within the reference's spread over training seeds, pooled over the rows "
         f"(two-sided {1 - LEVEL:.0%} for all {comparisons} comparisons together, Bonferroni; fd on a log scale)"
     )
+    if other:
+        sheet.notes.append(f"this machine measured under another protocol than the reference, in {', '.join(sorted(other))} (experiments/diff_protocol.py says what that does)")
     return sheet
+
+
+def _score_header(name: str, protocol: Protocol) -> str:
+    """Digits scores say so where they could be taken for Inception's; the others carry their N."""
+    if protocol.features != "digits":
+        return score_name(name, protocol.num)
+    return name.removesuffix(f"_{protocol.name}") if name != "fd_digits" else name
 
 
 def _seed_words(seeds: Sequence[int]) -> str:
@@ -125,7 +141,7 @@ def _of(record: Record | None, name: str, digits: int) -> Cell:
         return Cell()
     if record.status != "done":
         return Cell(words="failed")
-    return Cell(record.values.get(name), record.values.get(f"{name}_spread"), digits)
+    return Cell(record.values.get(name), record.values.get(f"{name}_spread"), digits, records=(record,))
 
 
 def _count(store: Store, row: Row, where: str, name: str, unit: float, digits: int) -> Cell:
@@ -135,7 +151,7 @@ def _count(store: Store, row: Row, where: str, name: str, unit: float, digits: i
         return Cell()
     if any(record.status != "done" for record in records):
         return Cell(words="failed")
-    return Cell(sum(record.values[name] for record in records) / unit, None, digits) if records else Cell()
+    return Cell(sum(record.values[name] for record in records) / unit, None, digits, records=tuple(records)) if records else Cell()
 
 
 def _paper(row: dict[str, str], key: str) -> Cell:
@@ -151,21 +167,27 @@ def _relative(paper: dict[str, str], first: dict[str, str]) -> Cell:
     return Cell(float(rates[0]) / float(rates[1])) if all(rates) else Cell()
 
 
-def _values(store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], where: str) -> list[dict[str, float]]:
+def seed_values(store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], where: str) -> list[dict[str, float]]:
+    """Scores of a row's training seeds, of those that have a record."""
+    return [record.values for record in _records(store, row, protocol, seeds, where)]
+
+
+def _records(store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], where: str) -> list[Record]:
     found = (store.latest(evaluate_stage(row, protocol, seed), where) for seed in seeds)
-    return [record.values for record in found if record is not None]
+    return [record for record in found if record is not None]
 
 
 def _score(store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], name: str, where: str) -> Cell:
     """Mean over seeds with its standard error, or one seed's value with its sampling error."""
     if not row.backbone:
         return Cell()
-    values = _values(store, row, protocol, seeds, where)
+    values = seed_values(store, row, protocol, seeds, where)
     if not values:
         stages = [stage(row, protocol, seed) for seed in seeds for stage in (train_stage, evaluate_stage)]
         failed = any(store.latest(stage, where) is None and store.latest(stage, where, status="failed") for stage in stages)
         return Cell(words="failed") if failed else Cell()
-    return _mean_cell(name, values, 1 if name.startswith(("fd", "is", "fid")) else 2)
+    records = tuple(record for seed in seeds if (record := store.latest(evaluate_stage(row, protocol, seed), where)))
+    return replace(_mean_cell(name, values, 1 if name.startswith(("fd", "is", "fid")) else 2), records=records)
 
 
 def _mean_cell(name: str, values: list[dict[str, float]], digits: int) -> Cell:
@@ -177,20 +199,20 @@ def _mean_cell(name: str, values: list[dict[str, float]], digits: int) -> Cell:
     return Cell(statistics.fmean(numbers), statistics.stdev(numbers) / math.sqrt(len(numbers)), digits)
 
 
-def _scaled(name: str, values: list[dict[str, float]]) -> list[float]:
+def scaled(name: str, values: list[dict[str, float]]) -> list[float]:
     return [math.log(max(value[name], 1e-9)) if name in LOG_SCALED else value[name] for value in values]
 
 
-def _pooled(name: str, rows: Sequence[list[dict[str, float]]]) -> tuple[float, int] | None:
+def pooled(name: str, rows: Sequence[list[dict[str, float]]]) -> tuple[float, int] | None:
     """Standard deviation over training seeds, pooled over rows, and its degrees of freedom; None without repeats."""
-    groups = [_scaled(name, values) for values in rows if len(values) > 1]
+    groups = [scaled(name, values) for values in rows if len(values) > 1]
     freedom = sum(len(group) - 1 for group in groups)
     if not freedom:
         return None
     return math.sqrt(sum(statistics.variance(group) * (len(group) - 1) for group in groups) / freedom), freedom
 
 
-def _reach(spread: tuple[float, int], num_a: int, num_b: int, comparisons: int) -> float:
+def reach(spread: tuple[float, int], num_a: int, num_b: int, comparisons: int) -> float:
     """Largest difference of two means that noise explains at LEVEL over all comparisons (Student, two-sided)."""
     from scipy.special import stdtrit
 
@@ -201,8 +223,8 @@ def _reach(spread: tuple[float, int], num_a: int, num_b: int, comparisons: int) 
 def _agree(name: str, a: list[dict[str, float]], b: list[dict[str, float]], spread: tuple[float, int] | None, comparisons: int) -> bool:
     if spread is None:
         return True
-    difference = abs(statistics.fmean(_scaled(name, a)) - statistics.fmean(_scaled(name, b)))
-    return difference <= _reach(spread, len(a), len(b), comparisons)
+    difference = abs(statistics.fmean(scaled(name, a)) - statistics.fmean(scaled(name, b)))
+    return difference <= reach(spread, len(a), len(b), comparisons)
 
 
 def _notes(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequence[int], device: str, store: Store, where: str) -> list[str]:
@@ -230,7 +252,7 @@ def _notes(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequenc
     if len({spec_id(evaluate_stage(row, protocol, 0)) for row in rows}) < len(rows):
         notes.append(f"rows that are one network on {protocol.name} share its runs and scores.")
     for row in rows:
-        if 0 < (found := len(_values(store, row, protocol, seeds, where))) < len(seeds):
+        if 0 < (found := len(seed_values(store, row, protocol, seeds, where))) < len(seeds):
             notes.append(f"{row.label}: {found} of {len(seeds)} seeds")
     if resolved := _resolved(table, rows, protocol, seeds, store, where):
         notes.append(resolved)
@@ -243,9 +265,19 @@ def _notes(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequenc
     evaluated = [record for row in rows for seed in seeds if (record := store.latest(evaluate_stage(row, protocol, seed), where))]
     if evaluated:
         notes.append("run on " + "; ".join(sorted({f"{r.provenance['device'] if r.provenance['device'] != 'cpu' else r.provenance['cpu']}, torch {r.provenance['torch']}" for r in evaluated})))
-    if any(record.provenance["dirty"] for record in evaluated):
-        notes.append("some records come from a tree with uncommitted changes")
-    return notes
+    if nfe := _evaluations(rows, protocol, seeds, store, where):
+        notes.append(nfe)
+    notes += [f"warning: {text}" for text in sorted({text for record in evaluated for text in record.values.get("warnings", [])})]
+    return notes + ["some records come from a tree with uncommitted changes"] * any(record.provenance["dirty"] for record in evaluated)
+
+
+def _evaluations(rows: Sequence[Row], protocol: Protocol, seeds: Sequence[int], store: Store, where: str) -> str:
+    """Network evaluations per image, where rows differ in them; records from before they were counted have none."""
+    labels: dict[str, list[str]] = {}
+    for row in rows:
+        if counts := [values["nfe"] for values in seed_values(store, row, protocol, seeds, where) if "nfe" in values]:
+            labels.setdefault(f"{statistics.fmean(counts):.4g}", []).append(row.label)
+    return "network evaluations per image: " + "; ".join(f"{nfe}: {', '.join(names)}" for nfe, names in labels.items()) + "." if len(labels) > 1 else ""
 
 
 def _score_note(protocol: Protocol, seeds: Sequence[int]) -> str:
@@ -261,19 +293,23 @@ def _score_note(protocol: Protocol, seeds: Sequence[int]) -> str:
 def _resolved(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequence[int], store: Store, where: str) -> str:
     """Which rows differ from the baseline in the first score by more than the spread over training seeds explains."""
     name, better = next(iter(SCORES[protocol.features].items()))
-    here = {row.label: _values(store, row, protocol, seeds, where) for row in (table.baseline, *rows)}
-    spread, whose = _pooled(name, list(here.values())), "these runs'"
+    here = {row.label: seed_values(store, row, protocol, seeds, where) for row in (table.baseline, *rows)}
+    spread, whose = pooled(name, list(here.values())), "these runs'"
     if spread is None:
-        spread, whose = _pooled(name, [_values(store, row, protocol, REFERENCE_SEEDS, "reference") for row in table.rows if row.backbone]), "the reference's"
+        spread, whose = pooled(name, [seed_values(store, row, protocol, REFERENCE_SEEDS, "reference") for row in table.rows if row.backbone]), "the reference's"
     base = here[table.baseline.label]
     runs = {spec_id(evaluate_stage(row, protocol, 0)): row.label for row in (*reversed(rows), table.baseline)}  # rows that share runs count once
-    others = [label for label in reversed(runs.values()) if label != table.baseline.label and here[label]]
+    first = _records(store, table.baseline, protocol, seeds, where)
+    other = {row.label: clashes(_records(store, row, protocol, seeds, where), first) for row in (table.baseline, *rows)}
+    refused = [f"{label} (other {', '.join(fields)})" for label, fields in other.items() if fields]
+    others = [label for label in reversed(runs.values()) if label != table.baseline.label and here[label] and not other[label]]
     if spread is None or not base or not others:
-        return f"{name}: no difference can be called resolved: the spread over training seeds is unknown (one seed, no reference)." if base and others else ""
-    words: dict[str, list[str]] = {"better": [], "worse": [], "not resolved": []}
+        words = [f"{name}: no difference can be called resolved: the spread over training seeds is unknown (one seed, no reference)."] if base and others else []
+        return " ".join(words + [f"Not compared, measured under another protocol: {'; '.join(refused)}."] * bool(refused))
+    words: dict[str, list[str]] = {"better": [], "worse": [], "not resolved": [], "not compared, measured under another protocol": refused}
     for label in others:
-        difference = statistics.fmean(_scaled(name, here[label])) - statistics.fmean(_scaled(name, base))
-        if abs(difference) <= _reach(spread, len(here[label]), len(base), len(others)):
+        difference = statistics.fmean(scaled(name, here[label])) - statistics.fmean(scaled(name, base))
+        if abs(difference) <= reach(spread, len(here[label]), len(base), len(others)):
             words["not resolved"].append(label)
         else:
             words["better" if (difference < 0) == (better == "lower") else "worse"].append(label)

@@ -90,6 +90,17 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """Published weights in the place of a run of ours: the file's SHA-256, and the key in it under which they lie."""
+
+    backbone: Backbone
+    data: Data
+    sha256: str
+    key: str = "ema"
+    diffusion: Diffusion = Diffusion()
+
+
+@dataclass(frozen=True)
 class Sampler:
     """`scale` 1 is no guidance; `channels` are the guided noise channels (None: all); `interval` in the network's times.
 
@@ -114,7 +125,7 @@ class Sampler:
 class Evaluate:
     """Sample `num` images of the EMA network, each from (seed, index), and score them on `features`."""
 
-    train: Train
+    train: Train | Checkpoint
     sampler: Sampler
     num: int
     features: str

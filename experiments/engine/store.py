@@ -40,6 +40,11 @@ class Record:
     spec: dict[str, Any]
     error: str | None = None
 
+    @property
+    def name(self) -> str:
+        """Folder and beginning of the file's name, which a suffix of the file makes unique."""
+        return f"{self.kind}/{self.id}-{self.utc}"
+
 
 class Store:
     """A results folder and the reference records that its runs are compared with (default: those in the same folder)."""
@@ -103,19 +108,30 @@ class Store:
             return {" ".join(row[column] for column in key if row[column]): row for row in csv.DictReader(file)}
 
 
-def _read(path: Path) -> Record | None:
+def read_record(path: Path) -> Record:
+    """The record in a file, wherever it lies; ValueError in one line if it is none of this suite."""
     try:
         fields = json.loads(path.read_bytes())
         if fields.pop("format") != FORMAT:
             raise ValueError("another format")
         record = Record(**fields)
-        if not path.name.startswith(f"{record.id}-") or len(record.id) != 16 or record.kind != path.parent.name:
+        if not path.name.startswith(f"{record.id}-") or len(record.id) != 16:
             raise ValueError("its name does not fit its content")
         if not all(isinstance(part, dict) for part in (record.values, record.provenance, record.spec)):
             raise ValueError("values, provenance and spec are not all objects")
         return record
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
-        print(f"warning: skipped {path.parent.name}/{path.name}, which is no record of this suite ({type(error).__name__}: {error})", file=sys.stderr)
+        raise ValueError(f"{path.parent.name}/{path.name}: no record of this suite ({type(error).__name__}: {error})") from None
+
+
+def _read(path: Path) -> Record | None:
+    try:
+        record = read_record(path)
+        if record.kind != path.parent.name:
+            raise ValueError(f"{path.parent.name}/{path.name}: no record of this suite (ValueError: its name does not fit its content)")
+        return record
+    except ValueError as error:
+        print(f"warning: skipped {error}", file=sys.stderr)
         return None
 
 

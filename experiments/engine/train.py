@@ -37,7 +37,7 @@ class Resources:
 
     Device; samples at a time on each, in training and in sampling; steps between checkpoints, how many of the newest are
     kept, and which steps for good (multiples of `milestones`); whether each process keeps only its part of the
-    optimiser's state; and the seconds after which a collective operation gives up.
+    optimiser's state; the seconds after which a collective operation gives up; and the file of a published checkpoint.
     """
 
     device: str = "cpu"
@@ -48,6 +48,7 @@ class Resources:
     milestones: int | None = None
     shard_optimizer: bool = False
     timeout: float = 1800.0
+    checkpoint: Path | None = None
 
 
 def build(spec: Backbone, seed: int, device: torch.device) -> nn.Module:

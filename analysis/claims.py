@@ -1,0 +1,257 @@
+"""A verdict on every claim of the paper, computed from committed records and published tables. No torch.
+
+Evidence, from strong to weak: counted (a network here, exactly), measured here (at the claim's scale), measured at reduced
+scale (the digits protocol, three seeds), published data only (the paper's tables checked against its words), not yet.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from analysis.query import Sources, digits_scores, gpu_timings, numeric_mode
+from experiments.ablation import TABLE_3, TABLE_4
+from experiments.efficiency import SYSTEMS, counted
+from experiments.engine.report import Cell, Sheet, pooled, reach, scaled
+from experiments.engine.spec import Row, Table
+from experiments.engine.store import Record
+from experiments.protocols import timing_stage
+
+COUNTED, MEASURED, REDUCED, PUBLISHED, NOT_YET = LEVELS = (
+    "counted", "measured here", "measured at reduced scale", "published data only", "not yet",
+)  # fmt: skip
+Claim = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`value` with `error` in words; `basis` says what was set against what."""
+
+    evidence: str
+    value: str
+    verdict: str
+    basis: str
+    error: str = ""
+    records: tuple[Record, ...] = ()
+
+
+def judge(claim: Claim, store: Sources) -> Finding:
+    """The strongest evidence there is; open where published data that it needs is unfit. ValueError for a claim that no rule judges."""
+    kind = claim["metric"], claim["relation"]
+    rule = BY_ID.get(claim["id"]) or BY_KIND.get(kind)
+    if rule is None:
+        raise ValueError(f"claim {claim['id']}: no rule for {' and '.join(map(repr, kind))}; known: {', '.join(map(repr, BY_KIND))}, or by id {', '.join(BY_ID)}")
+    try:
+        return rule(claim, store)
+    except ValueError as error:
+        return Finding(NOT_YET, "", "open", str(error))
+
+
+def claims_sheet(store: Sources) -> Sheet:
+    """One row a claim of results/published/claims.csv."""
+    columns = ["claim", "says", "paper", "evidence", "value", "error", "verdict", "basis", "source"]
+    sheet = Sheet("Claims of the paper", [("", name) for name in columns])
+    found = [(claim, judge(claim, store)) for claim in store.rows("claims.csv")]
+    for claim, finding in found:
+        words = [claim["id"], claim["claim"], claim["value"] or "-", finding.evidence, finding.value or "-", finding.error or "-", finding.verdict, finding.basis]
+        cells = [Cell(words=text) for text in (*words, claim["source"].removeprefix("arXiv:2505.11196v1 "))]
+        cells[4] = Cell(words=finding.value or "-", records=finding.records)
+        sheet.rows.append(cells)
+    levels = [finding.evidence for _, finding in found]
+    sheet.notes.append(f"{len(found)} claims: " + ", ".join(f"{levels.count(level)} {level}" for level in LEVELS if level in levels) + ".")
+    sheet.notes.append(
+        "reproduced: the printed value to its last digit, or the order with every difference resolved. consistent: the paper's own tables give what its "
+        "words say; nothing was run. not resolved: the spread over seeds is larger than the difference. open: nothing here bears on it yet."
+    )
+    return sheet
+
+
+def _throughput(claim: Claim, store: Sources) -> Finding:
+    a, b = claim["subject"], claim["baseline"]
+    if measured := _measured_speed(a, b, claim, store):
+        return measured
+    speeds = [_published(name, "throughput_img_s", store) for name in (a, b)]
+    if None in speeds:
+        missing = " and ".join(name for name, speed in zip((a, b), speeds, strict=True) if speed is None)
+        return Finding(NOT_YET, "", "open", f"the paper prints no throughput of {missing}, and no GPU record is committed")
+    ratio = speeds[0] / speeds[1]
+    basis = f"Table {1 if a.endswith('@256') else 2}: {speeds[0]:g} over {speeds[1]:g} img/s on an A100; no GPU record here" + (_cpu_proxy(store) if b == "DiT-XL/2@256" else "")
+    return Finding(PUBLISHED, f"{ratio:.2f}", _consistent(ratio, claim["value"]), basis)
+
+
+def _measured_speed(a: str, b: str, claim: Claim, store: Sources) -> Finding | None:
+    """Ratio of two networks' GPU throughput in every numeric mode that both were timed in."""
+    systems = [next((s for s in SYSTEMS if f"{s.label}@{s.resolution}" == name), None) for name in (a, b)]
+    if None in systems:
+        return None
+    timed = [{(numeric_mode(r), r.provenance["device"]): r for r in gpu_timings(s.costs[0].backbone, s.costs[0].size, store)} for s in systems]
+    parts, holds, records = [], [], []
+    for mode in sorted(timed[0].keys() & timed[1].keys()):
+        one, two = timed[0][mode], timed[1][mode]
+        speeds = one.values["images_per_s"], two.values["images_per_s"]
+        relative = math.hypot(*(r.values.get("images_per_s_spread", 0.0) / r.values["images_per_s"] for r in (one, two)))
+        ratio = speeds[0] / speeds[1]
+        holds.append(abs(ratio - float(claim["value"])) <= _half_digit(claim["value"]) + 2 * relative * ratio)
+        parts.append(f"{ratio:.2f} ±{relative * ratio:.2f} ({mode[0]}, {mode[1]})")
+        records += [one, two]
+    if not parts:
+        return None
+    verdict = "reproduced" if all(holds) else "reproduced in some numeric modes only" if any(holds) else "not reproduced"
+    return Finding(MEASURED, "; ".join(parts), verdict, "throughput measured here, full batches, synchronised", "within each value", tuple(records))
+
+
+def _gflops_reduction(claim: Claim, store: Sources) -> Finding:
+    ours = [_counted(claim[side], store) for side in ("subject", "baseline")]
+    if None in (cell.value for cell in ours):
+        return Finding(NOT_YET, "", "open", "one of the two networks has no count that reproduces the paper's counter")
+    value = 100 * (1 - ours[0].value / ours[1].value)
+    paper = [_published(claim[side], "gflops", store) for side in ("subject", "baseline")]
+    basis = f"{ours[0].value:.2f} against {ours[1].value:.2f} Gflops counted here; the paper prints {paper[0]:g} and {paper[1]:g}"
+    same = _rounds_to(value, claim["value"])
+    verdict = "reproduced" if same else f"not to the printed digit: off by {value - float(claim['value']):+.1f} points"
+    return Finding(COUNTED, f"{value:.1f} %", verdict, basis, "exact", ours[0].records + ours[1].records)
+
+
+def _gflops_family(claim: Claim, store: Sources) -> Finding:
+    low, high = claim["value"].split("-")
+    pairs = [(_counted(f"DiCo-{size}@256", store), _counted(f"DiT-{size}/2@256", store)) for size in ("S", "B", "L", "XL")]
+    if any(cell.value is None for pair in pairs for cell in pair):
+        return Finding(NOT_YET, "", "open", "not every size is counted")
+    ratios = [100 * a.value / b.value for a, b in pairs]
+    same = _rounds_to(min(ratios), low) and _rounds_to(max(ratios), high)
+    basis = "S, B, L, XL: " + ", ".join(f"{ratio:.1f} %" for ratio in ratios)
+    return Finding(COUNTED, f"{min(ratios):.1f} to {max(ratios):.1f} %", "reproduced" if same else "not to the printed digit", basis, "exact", sum((a.records + b.records for a, b in pairs), ()))
+
+
+def _fid_value(claim: Claim, store: Sources) -> Finding:
+    fid = _published(claim["subject"], "fid", store)
+    if fid is None:
+        return Finding(NOT_YET, "", "open", "the paper's tables hold no such row")
+    return Finding(PUBLISHED, f"{fid:.2f}", _consistent(fid, claim["value"]), "the table repeats it; not trained or scored on ImageNet here", "one run, none given")
+
+
+def _fid_ratio(claim: Claim, store: Sources) -> Finding:
+    ours, other = (_published(claim[side], "fid", store) for side in ("subject", "baseline"))
+    ratio = other / ours
+    return Finding(PUBLISHED, f"{ratio:.2f}", _consistent(ratio, claim["value"]), f"Table 1: {other:g} over {ours:g}; not run on ImageNet here", "one run each, none given")
+
+
+def _cca(claim: Claim, store: Sources) -> Finding:
+    fid = {name: float(row["fid"]) for name, row in store.published("table4.csv", ("variant",)).items()}
+    paper = fid["w/o CCA"] - fid["DiCo-S"]
+    return _reduced(TABLE_4, [("w/o CCA", "DiCo-S")], f"Table 4 gives {paper:.2f} points ({_consistent(paper, claim['value'])}), a ratio of {fid['w/o CCA'] / fid['DiCo-S']:.2f}", store)
+
+
+def _structures(claim: Claim, store: Sources) -> Finding:
+    pairs = [(f"DiT ({name})", f"DiCo ({name})") for name in ("iso.", "iso.&skip", "U-shape")]
+    return _reduced(TABLE_3, pairs, f"Table 3 has this order by FID in {_ordered(TABLE_3, pairs, 'fid', store)} of {len(pairs)}", store)
+
+
+def _kernels(claim: Claim, store: Sources) -> Finding:
+    names = ["DiCo-S", "DWC 5x5", "DWC 7x7"]
+    timed = [store.latest(timing_stage(row, TABLE_4.baseline, "cpu"), "reference") for row in TABLE_4.rows if row.label in names]
+    speeds = ", ".join(f"{r.values['relative']:.2f} ±{r.values['relative_spread']:.2f}" for r in timed if r)
+    pairs = list(zip(names, names[1:], strict=False))
+    orders = " and ".join(f"{_ordered(TABLE_4, pairs, column, store)} of {len(pairs)} by {word}" for column, word in (("fid", "FID"), ("throughput_img_s", "throughput")))
+    return _reduced(TABLE_4, pairs, f"Table 4 has the order in {orders}; relative throughput on the CPU here: {speeds or 'none'}", store)
+
+
+def _scaling(claim: Claim, store: Sources) -> Finding:
+    """Orders in Table 7 at every step, and in the authors' logs window by window."""
+    models = ["DiCo-S", "DiCo-B", "DiCo-L", "DiCo-XL"]
+    fid = {(row["model"], row["train_steps"]): float(row["fid"]) for row in store.rows("table7.csv")}
+    steps = sorted({step for _, step in fid}, key=int)
+    fids = [fid[a, step] > fid[b, step] for a, b in zip(models, models[1:], strict=False) for step in steps]
+    loss = {(row["model"], row["last_step"]): (float(row["loss"]), float(row["loss_sd"]) / math.sqrt(int(row["lines"]))) for row in store.rows("dico_logs.csv") if row["loss_sd"]}
+    windows = [step for model, step in loss if model == models[0] and all((other, step) in loss for other in models)]
+    clear, counter, lower = 0, 0, []
+    for a, b in zip(models, models[1:], strict=False):
+        for step in windows:
+            (one, e1), (two, e2) = loss[a, step], loss[b, step]
+            lower.append(one > two)
+            clear, counter = clear + (one - two > 2 * math.hypot(e1, e2)), counter + (two - one > 2 * math.hypot(e1, e2))
+    value = f"FID {sum(fids)} of {len(fids)}; loss {sum(lower)} of {len(lower)}"
+    verdict = "consistent" if all(fids) and all(lower) else "consistent in FID, in loss not in every window" if all(fids) else "inconsistent"
+    basis = f"neighbouring sizes in Table 7 at {len(steps)} steps, and in the authors' logs over {len(windows)} windows of 1000 steps: {clear} clear by two standard errors, {counter} clear the other way"
+    return Finding(PUBLISHED, value, verdict, basis, "loss: from the lines of a window")
+
+
+def _not_yet(reason: str) -> Callable[[Claim, Sources], Finding]:
+    return lambda claim, store: Finding(NOT_YET, "", "open", reason)
+
+
+def _reduced(table: Table, pairs: Sequence[tuple[str, str]], paper: str, store: Sources) -> Finding:
+    """fd_digits of the first row over the second's for every pair, which the claim says is above 1."""
+    rows: dict[str, Row] = {row.label: row for row in table.rows}
+    scores = {row.label: digits_scores(row, store) for row in table.rows}
+    values = {label: [record.values for record in records] for label, records in scores.items()}
+    spread = pooled("fd_digits", list(values.values()))
+    labels = {label for pair in pairs for label in pair}
+    if spread is None or not all(values[label] for label in labels & rows.keys()):
+        return Finding(NOT_YET, "", "open", f"{paper}; no repeated digits records")
+    parts, signs = [], []
+    for worse, better in pairs:
+        gap = statistics.fmean(scaled("fd_digits", values[worse])) - statistics.fmean(scaled("fd_digits", values[better]))
+        width = reach(spread, len(values[worse]), len(values[better]), len(pairs))
+        parts.append((math.exp(gap), math.exp(gap - width), math.exp(gap + width)))
+        signs.append(0 if abs(gap) <= width else 1 if gap > 0 else -1)
+    resolved = [sign for sign in signs if sign]
+    verdict = "not resolved" if not resolved else "against the claim" if min(resolved) < 0 else "reproduced" if len(resolved) == len(signs) else f"same direction, {len(resolved)} of {len(signs)} resolved"
+    basis = "fd_digits on digits, " + ", ".join(f"{worse} over {better}" for worse, better in pairs) + f"; {paper}"
+    value, error = ", ".join(f"{ratio:.2f}" for ratio, _, _ in parts), ", ".join(f"{low:.2f} to {high:.2f}" for _, low, high in parts)
+    return Finding(REDUCED, value, verdict, basis, f"95 %: {error}", tuple(record for label in sorted(labels) for record in scores[label]))
+
+
+def _ordered(table: Table, pairs: Sequence[tuple[str, str]], column: str, store: Sources) -> int:
+    """Pairs whose second row has the lower published number."""
+    published, keys = store.published(table.published, table.key), {row.label: row.published for row in table.rows}
+    return sum(float(published[keys[a]][column]) > float(published[keys[b]][column]) for a, b in pairs)
+
+
+def _cpu_proxy(store: Sources) -> str:
+    record = store.latest(timing_stage(TABLE_3.rows[-1], TABLE_3.baseline, "cpu"), "reference")
+    if record is None:
+        return ""
+    return f". Not the claim's, for scale: on a CPU in fp32, DiCo-S against DiT-S/2 is {record.values['relative']:.2f} ±{record.values['relative_spread']:.2f}"
+
+
+def _published(name: str, column: str, store: Sources) -> float | None:
+    """A number of Table 1 or 2 for a subject such as `DiCo-XL@256 cfg` or `DiG-XL/2@256 400K`."""
+    model, _, rest = name.partition("@")
+    resolution, _, state = rest.partition(" ")
+    for row in store.rows("table1.csv" if resolution == "256" else "table2.csv"):
+        fits = {"": True, "cfg": row["cfg"] == "yes"}.get(state, row["train_steps"] == state.replace("K", "000"))
+        if row["model"] == model and fits and row[column]:
+            return float(row[column])
+    return None
+
+
+def _counted(name: str, store: Sources) -> Cell:
+    label, _, resolution = name.partition("@")
+    return next((counted(system, store, "reference")[1] for system in SYSTEMS if (system.label, str(system.resolution)) == (label, resolution)), Cell())
+
+
+def _half_digit(printed: str) -> float:
+    return 0.5 * 10.0 ** -len(printed.partition(".")[2])
+
+
+def _rounds_to(value: float, printed: str) -> bool:
+    return abs(value - float(printed)) <= _half_digit(printed) + 1e-9
+
+
+def _consistent(value: float, printed: str) -> str:
+    return "consistent" if _rounds_to(value, printed) else f"inconsistent: {value:.2f}, not {printed}"
+
+
+BY_KIND: dict[tuple[str, str], Callable[[Claim, Sources], Finding]] = {
+    ("throughput", "ratio"): _throughput,
+    ("gflops", "reduction_percent"): _gflops_reduction,
+    ("gflops", "ratio_percent"): _gflops_family,
+    ("fid", "value"): _fid_value,
+    ("fid", "ratio"): _fid_ratio,
+    ("attention", "shape"): _not_yet("needs the authors' and others' checkpoints at 512; no probe record is committed"),
+    ("channel activation", "more"): _not_yet("no probe record is committed"),
+}
+BY_ID = {"cca-fid": _cca, "structure-order": _structures, "kernel-order": _kernels, "scaling-order": _scaling}

@@ -1,0 +1,153 @@
+"""Figures 4, 5 and 7 of the DiCo paper on digits, from the arrays that probes left. A network without a record is named, not drawn."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from analysis.probes.declared import arrays_of, declared
+from analysis.style import colour, figure
+from experiments.ablation import DICO_S, TABLE_3, TABLE_4
+from experiments.engine.spec import Row
+from experiments.engine.store import Store
+from experiments.protocols import DIGITS
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DIT = next(row for row in TABLE_3.rows if row.label == "DiT (iso.)")
+WITHOUT_CCA = next(row for row in TABLE_4.rows if row.label == "w/o CCA")
+LOCAL_ROWS = (DIT, *(row for row in TABLE_4.rows if row.label in ("CM->Self-Attn", "CM->Window Attn", "CM->Focused Linear Attn", "CM->Agent Attn")), WITHOUT_CCA, DICO_S)
+CHANNEL_ROWS = (DIT, WITHOUT_CCA, DICO_S)
+FEATURE_ROWS = (WITHOUT_CCA, DICO_S)
+WEIGHTS = ("attention", "implied attention", "receptive field")
+MAPS = 6
+
+Found = list[tuple[str, dict[str, "np.ndarray"], dict[str, Any]]]
+
+
+def _found(probe: str, rows: tuple[Row, ...], store: Store) -> tuple[Found, str]:
+    """(label, arrays, values) of every row with a reference record, and words for the others; ValueError if there is none."""
+    records = {row.label: store.latest(declared(probe, row, DIGITS, seed=0), "reference") for row in rows}
+    found = [(label, arrays_of(store, record, "reference"), record.values) for label, record in records.items() if record]
+    if not found:
+        raise ValueError(f"no reference record of {probe} on {DIGITS.name}")
+    missing = [label for label, record in records.items() if not record]
+    return found, f"\n(no record: {', '.join(missing)})" if missing else ""
+
+
+def attention_maps(store: Store) -> Figure:
+    """For each network, the weights of one token (red) in up to MAPS layers: mean over heads, images and steps of sampling."""
+    found, missing = _found("locality", LOCAL_ROWS, store)
+    import numpy as np
+    from matplotlib.patches import Rectangle
+
+    made, axes = figure(1.15 * MAPS + 0.8, 1.36 * len(found) + 0.5, len(found), MAPS, squeeze=False)
+    for line, (label, arrays, _) in zip(axes, found, strict=True):
+        parts = [p for p in _parts(arrays, WEIGHTS) if arrays[f"grid_{p}"].min() > 2]
+        chosen = [parts[round(i)] for i in np.linspace(0, len(parts) - 1, min(MAPS, len(parts)))]
+        for column, axis in enumerate(line):
+            axis.set_axis_off()
+            if column >= len(chosen):
+                continue
+            p = chosen[column]
+            shown = arrays[f"maps_{p}"].astype(float).mean((0, 1))[0]
+            row, place = arrays[f"anchors_{p}"][0]
+            axis.imshow(shown, cmap="Blues", vmin=0)
+            axis.add_patch(Rectangle((place - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=1.2))
+            relative = (arrays[f"values_{p}"][..., 0] / arrays[f"uniform_{p}"][0]).mean()
+            axis.set_title(f"{_short(arrays, p)}\n{shown.shape[0]}x{shown.shape[1]}, {relative:.2f}", fontsize=6)
+        line[0].text(-0.1, 0.5, f"{label}\n{arrays[f'kind_{chosen[0]}']}", fontsize=6.5, rotation=90, transform=line[0].transAxes, ha="right", va="center", multialignment="center")
+    made.suptitle(f"Where a token (red) looks, {DIGITS.name}: each map from 0 (white) to its largest weight (dark)\n"
+                    f"title: layer, grid, mean distance over that of uniform weights{missing}", fontsize=8)
+    return made
+
+
+def locality(store: Store) -> Figure:
+    """Mean distance over that of uniform weights, and the mass near a token: own weights, the mixers' and the network's gradients."""
+    found, missing = _found("locality", LOCAL_ROWS, store)
+    kinds = {"own weights": WEIGHTS, "mixer's input gradient": ("input gradient",), "whole network's gradient": ("network gradient",)}
+    made, (left, right) = figure(8.6, 0.46 * len(found) + 1.7, 1, 2, width_ratios=(1.25, 1))
+    for k, (name, of) in enumerate(kinds.items()):
+        for y, (_, arrays, _) in enumerate(found):
+            relative = [(arrays[f"values_{p}"][..., 0] / arrays[f"uniform_{p}"][0]).mean() for p in _parts(arrays, of)]
+            offset = y + 0.22 * (k - 1)
+            left.plot(relative, [offset] * len(relative), "|", color=colour(k), markersize=5, alpha=0.5)
+            left.plot(sum(relative) / len(relative), offset, "osD"[k], color=colour(k), markersize=5, label=name if y == 0 else None)
+    left.axvline(1, color="black", linewidth=0.8, linestyle="--")
+    left.set_yticks(range(len(found)), [f"{label}\n({arrays[f'kind_{_parts(arrays, WEIGHTS)[0]}']})" for label, arrays, _ in found], fontsize=7)
+    left.invert_yaxis()
+    left.set_xlim(0, None)
+    left.set_xlabel("mean distance / that of uniform weights (dashed)\nstrokes: layers; symbols: their mean")
+    left.set_title(f"Locality of every mixer on one scale, {DIGITS.name}")
+    made.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=3, frameon=False)
+    for line, (label, arrays, _) in enumerate(found):
+        (p,) = _parts(arrays, ("network gradient",))
+        mass = arrays[f"mass_{p}"].mean((0, 1))
+        right.plot(range(len(mass)), mass, marker=".", color=colour(line), label=label)
+    right.plot(range(len(mass)), arrays[f"uniform_mass_{p}"], color="black", linestyle="--", linewidth=0.8, label="uniform")
+    right.set_xlabel("distance from the output pixel, pixels")
+    right.set_ylabel("share of its gradient within")
+    right.set_ylim(0, 1.02)
+    right.set_title("What an output pixel depends on")
+    right.legend(loc="lower right")
+    if missing:
+        made.suptitle(missing.strip(), fontsize=7)
+    return made
+
+
+def channel_activation(store: Store) -> Figure:
+    """Activation of every channel of the last mixer, sorted, in units of the layer's mean."""
+    found, missing = _found("channels", CHANNEL_ROWS, store)
+    import numpy as np
+
+    made, axes = figure(2.7 * len(found) + 0.3, 3.1, 1, len(found), sharey=True, squeeze=False)
+    for k, (axis, (label, arrays, values)) in enumerate(zip(axes[0], found, strict=True)):
+        mean = arrays["activation"].mean(0)
+        relative = np.sort(mean / mean.mean())[::-1]
+        axis.bar(range(len(relative)), relative, width=1, color=colour(k), linewidth=0)
+        axis.axhline(0.1, color="black", linewidth=0.8, linestyle="--")
+        axis.set_title(f"{label}, {len(relative)} channels\nnear-dead {values['near_dead']:.0%}, effective rank {values['effective_rank']:.1f}\n"
+                       f"mean |correlation| {values['correlation']:.2f}", fontsize=8)
+        axis.set_xlabel("channel, sorted")
+        axis.grid(axis="x", visible=False)
+    axes[0][0].set_ylabel("mean of relu / the layer's mean")
+    made.suptitle(f"Channel activation of the last mixer, {DIGITS.name}, mean over images and steps\ndashed: a tenth of the mean, below which a channel counts as near-dead{missing}", fontsize=8)
+    return made
+
+
+def feature_maps(store: Store) -> Figure:
+    """All channels of the first stage for one image in the middle of its sampling, on one colour scale a network."""
+    found, missing = _found("features", FEATURE_ROWS, store)
+    import numpy as np
+
+    made, _ = figure(4.1 * len(found), 3.6, 1, 1)
+    made.clear()
+    for part, (label, arrays, values) in zip(np.atleast_1d(made.subfigures(1, len(found))), found, strict=True):
+        step = len(arrays["timesteps"]) // 2
+        maps = arrays["maps"][step].astype(float)
+        columns = int(np.ceil(np.sqrt(len(maps) * 1.4)))
+        limit = np.quantile(np.abs(maps), 0.99)
+        cells: list[Axes] = part.subplots(-(-len(maps) // columns), columns, squeeze=False).ravel().tolist()
+        for axis, shown in zip(cells, maps, strict=False):
+            axis.imshow(shown, cmap="RdBu_r", vmin=-limit, vmax=limit)
+        for axis in cells:
+            axis.set_axis_off()
+        part.suptitle(f"{label}: {len(maps)} channels at t = {arrays['timesteps'][step]:g}\n"
+                      f"mean |correlation| {values['correlation']:.2f}, effective rank {values['effective_rank']:.1f}", fontsize=8)
+    made.supxlabel(f"Output of the first stage, {DIGITS.name}; colours from -q to q, q the 99th percentile of |x| of each network; figures over all images and steps{missing}", fontsize=6.5)
+    return made
+
+
+def _parts(arrays: dict[str, np.ndarray], kinds: tuple[str, ...]) -> list[int]:
+    """Numbers of the parts of these kinds, without those on a grid of one token, in the order of the layers."""
+    count = sum(name.startswith("kind_") for name in arrays)
+    return [p for p in range(count) if str(arrays[f"kind_{p}"]) in kinds and arrays[f"grid_{p}"].prod() > 1]
+
+
+def _short(arrays: dict[str, np.ndarray], p: int) -> str:
+    return str(arrays[f"layer_{p}"]).removesuffix(".mixer").removesuffix(".attn").replace("_level", "")
+
+
+FIGURES = {"figure4_maps": attention_maps, "figure4_locality": locality, "figure5_channels": channel_activation, "figure7_features": feature_maps}

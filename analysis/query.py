@@ -1,0 +1,139 @@
+"""What tables and figures are made from: the committed records and the published numbers, looked through before use. No torch."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from experiments.engine.report import REFERENCE_SEEDS
+from experiments.engine.spec import Backbone, Row, Stage, Table, canonical
+from experiments.engine.store import REPOSITORY, Record, Store
+from experiments.protocols import DIGITS, PROTOCOLS, evaluate_stage
+
+SCORES = "fid is precision recall"
+COLUMNS = {  # of every published file: columns of words, columns of numbers
+    "table1.csv": ("group model cfg", f"train_steps gflops throughput_img_s {SCORES}"),
+    "table2.csv": ("group model cfg", f"train_steps gflops throughput_img_s {SCORES}"),
+    "table3.csv": ("model structure", f"params_m gflops throughput_img_s {SCORES}"),
+    "table4.csv": ("group variant", f"params_m gflops throughput_img_s {SCORES}"),
+    "table5.csv": ("model", "params_m gflops gflops_ratio_to_dit"),
+    "table6.csv": ("model optimizer lr_schedule precision gpus augmentation vae sampler", "resolution beta1 beta2 weight_decay peak_lr warmup_steps "
+                   "global_batch_size training_steps training_hours sampling_steps"),
+    "table7.csv": ("model", f"gflops train_steps sfid {SCORES}"),
+    "table8.csv": ("type model params", f"gflops {SCORES}"),
+    "table9.csv": ("type model params", f"gflops {SCORES}"),
+    "claims.csv": ("id claim metric subject baseline relation value", ""),
+    "dico_logs.csv": ("model", "first_step last_step lines loss loss_sd hours"),
+}  # fmt: skip
+
+
+class Sources(Store):
+    """A store whose reference holds only records that a table may use; `problems` says in words what was left out and why."""
+
+    def __init__(self, root: Path | None = None, published: Path | None = None) -> None:
+        super().__init__(root)
+        self.published_folder = published or REPOSITORY / "results" / "published"
+        self.problems: list[str] = []
+        self._rows: dict[str, list[dict[str, str]]] = {}
+
+    def records(self, where: str) -> dict[str, list[Record]]:
+        if where not in self._cache:
+            found = super().records(where)
+            read = {record.name for records in found.values() for record in records}
+            folder = self.reference if where == "reference" else self.root / where
+            for path in sorted(folder.glob("*/*.json")):
+                if f"{path.parent.name}/{path.stem.rpartition('-')[0]}" not in read:
+                    self.problems.append(f"record {path.parent.name}/{path.name}: not of this version of the suite, or damaged; left out")
+            self._cache[where] = {name: kept for name, records in found.items() if (kept := [record for record in records if self._fit(record)])}
+        return self._cache[where]
+
+    def all_records(self) -> list[Record]:
+        return [record for records in self.records("reference").values() for record in records]
+
+    def rows(self, name: str) -> list[dict[str, str]]:
+        """A published table's rows. ValueError where a column is missing, a row has no source or a number is none."""
+        if name not in self._rows:
+            self._rows[name] = self._checked(name)
+        return self._rows[name]
+
+    def _checked(self, name: str) -> list[dict[str, str]]:
+        path = self.published_folder / name
+        try:
+            with open(path, newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+        except OSError as error:
+            raise ValueError(f"published data {name}: {error.strerror}; restore it with git checkout results/published") from None
+        if not rows:
+            raise ValueError(f"published data {name}: holds no rows")
+        words, numbers = (columns.split() for columns in COLUMNS[name])
+        if missing := [column for column in [*words, *numbers, "source"] if column not in rows[0]]:
+            raise ValueError(f"published data {name}: no column {', '.join(missing)}; found: {', '.join(rows[0])}")
+        for line, row in enumerate(rows, 2):
+            if not row["source"]:
+                raise ValueError(f"published data {name}, line {line}: no source")
+            for column in numbers:
+                if row[column] and not _finite(row[column]):
+                    raise ValueError(f"published data {name}, line {line}: {column} is {row[column]!r}, not a number; leave a gap empty")
+        return rows
+
+    def published(self, name: str, key: tuple[str, ...]) -> dict[str, dict[str, str]]:
+        return {" ".join(filter(None, (row[column] for column in key))): row for row in self.rows(name)}
+
+    def _fit(self, record: Record) -> bool:
+        if unfit := _unfit(record):
+            self.problems.append(f"record {record.name}: {unfit}; left out")
+        return not unfit
+
+
+def _finite(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _unfit(record: Record) -> str:
+    """Why a done record may not enter a table, or ''."""
+    if record.status != "done":
+        return ""
+    if bad := [name for name, value in record.values.items() if isinstance(value, float) and not math.isfinite(value)]:
+        return f"{', '.join(bad)} is no number"
+    if record.kind == "evaluate":
+        scored = (record.spec["train"]["data"]["name"], *(record.spec[name] for name in ("num", "features", "labels")))
+        if scored not in [(p.data.name, p.num, p.features, p.labels) for p in PROTOCOLS.values()]:
+            return f"scores of no declared protocol ({', '.join(map(str, scored))})"
+    return ""
+
+
+def reference_seeds(table: Table, store: Store) -> list[int]:
+    """Training seeds that the committed records hold of a table's first row; seed 0 where there are none."""
+    return [seed for seed in REFERENCE_SEEDS if store.latest(evaluate_stage(table.baseline, DIGITS, seed), "reference")] or [0]
+
+
+def digits_scores(row: Row, store: Store) -> list[Record]:
+    """The committed scores of a row on the digits protocol, one record a training seed."""
+    return [record for seed in REFERENCE_SEEDS if (record := store.latest(evaluate_stage(row, DIGITS, seed), "reference"))]
+
+
+def latest(stages: Sequence[Stage], store: Store) -> Iterator[Record]:
+    """The committed records of these stages, without the gaps."""
+    return (record for stage in stages if (record := store.latest(stage, "reference")))
+
+
+def gpu_timings(backbone: Backbone, size: int, store: Sources) -> list[Record]:
+    """Committed GPU timings of a network at a latent size, in every numeric mode that was recorded, oldest first."""
+    wanted = canonical(backbone, full=True)
+    return [
+        record
+        for record in store.all_records()
+        if record.kind == "timing" and record.status == "done" and record.spec["device"] == "cuda" and (record.spec["backbone"], record.spec["size"]) == (wanted, size)
+    ]
+
+
+def numeric_mode(record: Record) -> str:
+    """Precision and TF32 flags in force, as a label."""
+    flags = record.provenance["precision_flags"]
+    on = [name.removesuffix("_tf32") for name in sorted(flags) if flags[name]]
+    return f"{record.spec['precision']}, TF32 {' and '.join(on) if on else 'off'}"

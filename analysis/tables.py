@@ -1,0 +1,237 @@
+"""Tables 1 to 9 of the paper as sheets: published numbers beside the committed records'. No torch.
+
+Differences are given where both sides measure the same thing (parameters, Gflops, recipes); scores of different protocols
+stand side by side without one. Ranks are intervals: a row's rank is known up to the differences that its seeds resolve.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from analysis.query import Sources, digits_scores, gpu_timings, latest, reference_seeds
+from experiments import main_results
+from experiments.ablation import TABLES
+from experiments.efficiency import SYSTEMS, counted, counts_sheet, difference
+from experiments.engine.report import SCORES, Cell, Sheet, main_sheet, pooled, reach, scaled
+from experiments.engine.spec import Backbone, Row, Sampler, Stage, Table, Train
+from experiments.engine.store import Record
+from experiments.protocols import DIGITS, IMAGENET256, IMAGENET256_OWN, IMAGENET512, IMAGENET512_OWN, Protocol, cost_stage, cost_stages, evaluate_stage, timed_rows, timing_stage
+
+ROWS_256, ROWS_512 = ({row.label: row for row in main_results.TABLES[number].rows} for number in (1, 2))
+CONFIGURATIONS: dict[str, tuple[Row, Protocol]] = {
+    **{f"{model} 256": (ROWS_256[model], IMAGENET256) for model in ("DiCo-S", "DiCo-B", "DiCo-L")},
+    "DiCo-XL 256": (ROWS_256["DiCo-XL (w/ CFG)"], IMAGENET256_OWN),
+    "DiCo-XL 512": (ROWS_512["DiCo-XL, 3M"], IMAGENET512_OWN),
+    "DiCo-H 256": (ROWS_256["DiCo-H (w/ CFG)"], IMAGENET256_OWN),
+}
+RECONSTRUCTED = (
+    "The authors published no ablation code: sizes of all rows but DiCo-S, its kernels and activation, and DiT (iso.) are "
+    "reconstructed from the paper's two rounded numbers a row; a match is consistent with the row, it is no proof."
+)
+
+
+def ablation_sheet(table: Table, store: Sources) -> Sheet:
+    """Tables 3, 4 and 5: counts with their differences, throughput, and scores on digits with ranks."""
+    sheet = main_sheet(table, table.rows, DIGITS, reference_seeds(table, store), "cpu", store, where="reference")
+    for group in ("params, M", "Gflops"):
+        paper, ours = (sheet.columns.index((group, side)) for side in ("paper", "ours"))
+        _insert(sheet, ours + 1, (group, "diff. %"), [difference(row[ours], row[paper]) for row in sheet.rows])
+    stages: list[Stage] = [cost_stage(row) for row in table.rows]
+    if table.counts_only:
+        _dit_ratio(sheet, table, store)
+    else:
+        _rank(sheet, table.rows, store)
+        stages += [timing_stage(row, table.baseline, "cpu") for row in table.rows]
+        sheet.notes.append(RECONSTRUCTED)
+    sheet.notes += caveats([*latest(stages, store), *(record for row in table.rows for record in digits_scores(row, store))])
+    return sheet
+
+
+def systems_sheet(table: Table, resolution: int, store: Sources) -> Sheet:
+    """Tables 1, 2, 8 and 9: every published row; counts, also in the convention of each published figure; our GPU throughput and FID."""
+    sheet = main_sheet(table, table.rows, DIGITS, reference_seeds(table, store), "cpu", store, where="reference")
+    published = store.published(table.published, table.key)
+    systems = {system.label: system for system in SYSTEMS if system.resolution == resolution}
+    known = [systems.get(published[row.published]["model"]) for row in table.rows]
+    same = [counted(system, store, "reference")[1] if system else Cell() for system in known]
+    at = sheet.columns.index(("Gflops", "ours"))
+    sheet.columns[at] = ("Gflops", "ours, torchprofile")
+    _insert(sheet, at + 1, ("Gflops", "ours, same counter"), same)
+    _insert(sheet, at + 2, ("Gflops", "diff. %"), [difference(cell, row[at - 1]) for cell, row in zip(same, sheet.rows, strict=True)])
+    timings = [gpu_timings(row.backbone, cost_stages(row)[0].size, store) if row.backbone else [] for row in table.rows]
+    _append(sheet, ("ours, GPU", "img/s"), [_timed(found) for found in timings])
+    _append(sheet, ("ours, same protocol", "FID"), [_scored(row, published[row.published], resolution, store) for row in table.rows])
+    noted: dict[str, list[str]] = {}
+    for row, system in zip(table.rows, known, strict=True):
+        if system and system.note:
+            noted.setdefault(system.note, []).append(row.label)
+    sheet.notes += [f"{', '.join(labels)}: {note}." for note, labels in noted.items()]
+    sheet.notes += [
+        "same counter: Gflops in the convention of the tool that gave the published figure; core counts all systems by one rule.",
+        "A gap in our columns is what has not been run here. The paper's scores are one run each, printed without error, so none is marked best.",
+    ]
+    stages: list[Stage] = [cost for row in table.rows for cost in cost_stages(row)]
+    if table.timed:
+        stages += [timing_stage(row, table.baseline, "cpu") for row in timed_rows(table, table.rows, "cpu", named=True)]
+    scored = [record for row in table.rows if row.backbone for record in digits_scores(row, store)]
+    sheet.notes += caveats([*latest(stages, store), *scored, *(record for found in timings for record in found[-1:])])
+    return sheet
+
+
+RECIPE: dict[str, Callable[[Train, Sampler], object]] = {
+    "beta1": lambda train, sampler: train.recipe.betas[0],
+    "beta2": lambda train, sampler: train.recipe.betas[1],
+    "weight_decay": lambda train, sampler: train.recipe.weight_decay,
+    "peak_lr": lambda train, sampler: train.recipe.lr,
+    "lr_schedule": lambda train, sampler: train.recipe.decay,
+    "warmup_steps": lambda train, sampler: train.recipe.warmup,
+    "global_batch_size": lambda train, sampler: train.recipe.batch,
+    "precision": lambda train, sampler: train.recipe.precision,
+    "training_steps": lambda train, sampler: train.recipe.steps,
+    "augmentation": lambda train, sampler: "random flip" if train.data.flip else "none",
+    "sampler": lambda train, sampler: {"ancestral": "iDDPM"}.get(sampler.name, sampler.name),
+    "sampling_steps": lambda train, sampler: sampler.num_steps,
+}
+UNDECLARED = ("optimizer", "vae", "gpus", "training_hours")
+
+
+def recipe_sheet(store: Sources) -> Sheet:
+    """Table 6, field by field: the paper's recipe beside the one declared here, and the hours that the authors' logs show."""
+    published = {f"{row['model']} {row['resolution']}": row for row in store.rows("table6.csv")}
+    sheet = Sheet("Table 6: Recipes (DiCo paper, Table 6)", [("", "field"), *((name, side) for name in published for side in ("paper", "declared"))])
+    differing = []
+    for name in (*RECIPE, *UNDECLARED):
+        cells = [Cell(words=name.replace("_", " "))]
+        for label, paper in published.items():
+            stage = evaluate_stage(*CONFIGURATIONS[label], 0) if label in CONFIGURATIONS else None
+            declared = RECIPE[name](stage.train, stage.sampler) if name in RECIPE and stage else None
+            cells += [Cell(words=paper[name]), Cell() if declared is None else Cell(words=str(declared))]
+            if declared is not None and not _same(paper[name], declared):
+                differing.append(f"{label}: {name.replace('_', ' ')}")
+        sheet.rows.append(cells)
+    total = sum(label in CONFIGURATIONS for label in published) * len(RECIPE)
+    sheet.notes.append(f"{total - len(differing)} of {total} declared fields equal the paper's. Different: {', '.join(differing) or 'none'}.")
+    sheet.notes.append("The optimiser is AdamW in every declared recipe; VAE, GPUs and hours are no part of a recipe here.")
+    for model, steps in (("DiCo-S", 400_000), ("DiCo-B", 400_000), ("DiCo-L", 400_000), ("DiCo-XL", 3_750_000)):
+        hours = next(float(row["hours"]) for row in store.rows("dico_logs.csv") if row["model"] == model and int(row["last_step"]) == steps)
+        sheet.notes.append(f"{model}: {hours:.1f} h to step {steps} in the authors' log; Table 6 says {published[f'{model} 256']['training_hours']} h.")
+    return sheet
+
+
+def progress_sheet(store: Sources) -> Sheet:
+    """Table 7: scores over training without guidance, and ours where a record of that length exists."""
+    names = {"fid": "FID", "sfid": "sFID", "is": "IS", "precision": "P", "recall": "R"}
+    sheet = Sheet(
+        "Table 7: Scores over training (DiCo paper, Table 7)",
+        [("", "model"), ("", "steps"), *(("paper: ImageNet 256", name) for name in names.values()), *(("ours", name) for name in names.values())],
+    )
+    for paper in store.rows("table7.csv"):
+        row = Row(paper["model"], Backbone(paper["model"].lower().replace("-", "_")), {}, None)
+        stopped = replace(IMAGENET256, recipe=replace(IMAGENET256.recipe, steps=int(paper["train_steps"])))
+        record = store.latest(evaluate_stage(row, stopped, 0), "reference")
+        ours = [Cell(record.values.get(name), record.values.get(f"{name}_se"), records=(record,)) if record else Cell() for name in names]
+        sheet.rows.append([Cell(words=paper["model"]), number_cell(paper["train_steps"]), *(number_cell(paper[name]) for name in names), *ours])
+    sheet.notes.append("50K images, no guidance. Ours is a gap where no record of that many training steps under the imagenet256 protocol is committed.")
+    return sheet
+
+
+SHEETS: dict[str, Callable[[Sources], Sheet]] = {
+    "table1": lambda store: systems_sheet(main_results.TABLE_1, 256, store),
+    "table2": lambda store: systems_sheet(main_results.TABLE_2, 512, store),
+    **{f"table{number}": lambda store, table=table: ablation_sheet(table, store) for number, table in TABLES.items()},
+    "table6": recipe_sheet,
+    "table7": progress_sheet,
+    "table8": lambda store: systems_sheet(main_results.TABLE_8, 256, store),
+    "table9": lambda store: systems_sheet(main_results.TABLE_9, 512, store),
+    "counts": lambda store: counts_sheet(store, where="reference"),
+}
+
+
+def caveats(records: Sequence[Record]) -> list[str]:
+    """What the records of a table say about themselves that its reader should know."""
+    if not records:
+        return []
+    count = len({record.name for record in records})
+    modes = sorted({" and ".join(f"{name} {'on' if on else 'off'}" for name, on in sorted(r.provenance["precision_flags"].items())) for r in records})
+    commits = sorted({r.provenance["commit"][:12] if r.provenance["commit"] else "unknown" for r in records})
+    notes = [f"{count} records of commit{'s' * (len(commits) > 1)} {', '.join(commits)}; precision flags in force: {'; '.join(modes)}."]
+    if dirty := {record.name for record in records if record.provenance["dirty"]}:
+        notes.append(f"{len(dirty)} of these records come from a tree with uncommitted changes: {', '.join(sorted(dirty))}.")
+    return notes
+
+
+def ranks(name: str, better: str, values: Sequence[list[dict[str, float]]]) -> list[tuple[int, int] | None]:
+    """First and last rank that every row may have, by Bonferroni over all pairs; None for a row without scores, or all without repeats."""
+    spread = pooled(name, values)
+    if spread is None:
+        return [None] * len(values)
+    sign = 1 if better == "lower" else -1
+    means = [sign * statistics.fmean(scaled(name, row)) if row else None for row in values]
+    known = [i for i, mean in enumerate(means) if mean is not None]
+    pairs = len(known) * (len(known) - 1) // 2
+
+    def clearly_better(i: int, j: int) -> bool:
+        return means[j] - means[i] > reach(spread, len(values[i]), len(values[j]), pairs)
+
+    return [
+        (1 + sum(clearly_better(j, i) for j in known), len(known) - sum(clearly_better(i, j) for j in known)) if i in known else None for i in range(len(values))
+    ]
+
+
+def number_cell(text: str) -> Cell:
+    """A published number with the digits that were published."""
+    return Cell(float(text), None, len(text.partition(".")[2])) if text else Cell()
+
+
+def _rank(sheet: Sheet, rows: Sequence[Row], store: Sources) -> None:
+    name, better = next(iter(SCORES[DIGITS.features].items()))
+    (at,) = [i for i, (_, column) in enumerate(sheet.columns) if column == name]
+    found = ranks(name, better, [[record.values for record in digits_scores(row, store)] for row in rows])
+    for row, rank in zip(sheet.rows, found, strict=True):
+        row[at] = replace(row[at], best=rank == (1, 1))
+    words = ["-" if rank is None else f"{rank[0]}" if rank[0] == rank[1] else f"{rank[0]} to {rank[1]}" for rank in found]
+    _insert(sheet, at + 1, (sheet.columns[at][0], "rank"), [Cell(words=word) for word in words])
+    sheet.notes.append(f"rank: by {name}, as far as the seeds resolve it (95 % over all pairs, Bonferroni); bold is rank 1 for certain.")
+
+
+def _dit_ratio(sheet: Sheet, table: Table, store: Sources) -> None:
+    """Gflops over those of the DiT of the same size, as the paper's Table 5 gives them."""
+    gflops = {system.label: counted(system, store, "reference")[1] for system in SYSTEMS if system.resolution == 256}
+    published = store.published(table.published, table.key)
+    for row, cells in zip(table.rows, sheet.rows, strict=True):
+        ours, dit = gflops.get(row.label, Cell()), gflops.get(f"{row.label.replace('DiCo', 'DiT')}/2", Cell())
+        known = ours.value is not None and dit.value is not None
+        cells += [number_cell(published[row.published]["gflops_ratio_to_dit"])]
+        cells += [Cell(ours.value / dit.value, None, 3, records=ours.records + dit.records) if known else Cell()]
+    sheet.columns += [("Gflops over DiT's", "paper"), ("Gflops over DiT's", "ours")]
+
+
+def _timed(records: Sequence[Record]) -> Cell:
+    """The newest GPU timing; its numeric mode stands in the table's notes."""
+    return Cell(records[-1].values["images_per_s"], records[-1].values.get("images_per_s_spread"), records=(records[-1],)) if records else Cell()
+
+
+def _scored(row: Row, paper: dict[str, str], resolution: int, store: Sources) -> Cell:
+    """Our FID under the published row's conditions: the common recipe where the paper stops after its steps, else the system's own."""
+    if not row.backbone:
+        return Cell()
+    common, own = (IMAGENET256, IMAGENET256_OWN) if resolution == 256 else (IMAGENET512, IMAGENET512_OWN)
+    protocol = common if paper.get("train_steps") == str(common.recipe.steps) else own
+    record = store.latest(evaluate_stage(row, protocol, 0), "reference")
+    return Cell(record.values.get("fid"), record.values.get("fid_se"), records=(record,)) if record else Cell()
+
+
+def _append(sheet: Sheet, column: tuple[str, str], cells: Sequence[Cell]) -> None:
+    _insert(sheet, len(sheet.columns), column, cells)
+
+
+def _insert(sheet: Sheet, at: int, column: tuple[str, str], cells: Sequence[Cell]) -> None:
+    sheet.columns.insert(at, column)
+    for row, cell in zip(sheet.rows, cells, strict=True):
+        row.insert(at, cell)
+
+
+def _same(text: str, declared: object) -> bool:
+    return text == declared if isinstance(declared, str) else float(text) == declared

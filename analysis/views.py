@@ -1,0 +1,83 @@
+"""What the report's interactive scatter can show, as plotly.js data and layouts. Standard library only."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from analysis.query import Sources, digits_scores
+from experiments.ablation import TABLE_3, TABLE_4
+from experiments.efficiency import SYSTEMS
+from experiments.engine.spec import Table
+from experiments.protocols import timing_stage
+
+COLOURS = {"DiT": "#0173b2", "DiCo": "#de8f05", "DiG": "#029e73", "DiC": "#d55e00"}
+FID = "FID-50K, ImageNet 256, 400K steps (published)"
+
+
+def views(store: Sources) -> list[dict[str, Any]]:
+    """Published and own numbers never share a trace: open circles are the paper's, filled diamonds are ours."""
+    rows = [row for row in store.rows("table1.csv") if row["train_steps"] == "400000"]
+    core = {}
+    for system in SYSTEMS:
+        records = [store.latest(cost, "reference") for cost in system.costs]
+        if system.resolution == 256 and all(records):
+            core[system.label] = sum(record.values["macs_core"] for record in records) / 1e9
+    return [
+        _view("published: FID against throughput", "throughput, images/s on an A100 (published)", FID, _published(rows, "throughput_img_s")),
+        _view("published: FID against Gflops", "Gflops (published)", FID, _published(rows, "gflops")),
+        _view("FID (published) against Gflops by one rule (counted here)", "Gflops, core (counted here)", FID, _counted(rows, core)),
+        *(_digits(table, store) for table in (TABLE_3, TABLE_4)),
+    ]
+
+
+def _view(name: str, x: str, y: str, data: list[dict[str, Any]], log: bool = True) -> dict[str, Any]:
+    axis = dict(automargin=True, gridcolor="#d5dbe1", zeroline=False)
+    layout = dict(
+        xaxis=axis | dict(title=dict(text=x), type="log" if log else "linear"), yaxis=axis | dict(title=dict(text=y)), margin=dict(l=60, r=10, t=10, b=50),
+        hovermode="closest", legend=dict(orientation="h", y=1.12), paper_bgcolor="white", plot_bgcolor="white",
+    )  # fmt: skip
+    return dict(name=name, data=data, layout=layout)
+
+
+def _published(rows: Sequence[dict[str, str]], column: str) -> list[dict[str, Any]]:
+    data = []
+    for family, colour in COLOURS.items():
+        own = [row for row in rows if row["model"].partition("-")[0] == family and row[column]]
+        words = [f"{row['model']}<br>FID {row['fid']}, {row['gflops']} Gflops, {row['throughput_img_s'] or 'no'} img/s<br>{row['source']}" for row in own]
+        sizes = [4 + 2 * float(row["gflops"]) ** 0.5 for row in own]
+        data.append(_trace(family, [float(row[column]) for row in own], [float(row["fid"]) for row in own], words, "circle-open", colour, sizes))
+    return [trace for trace in data if trace["x"]]
+
+
+def _counted(rows: Sequence[dict[str, str]], core: dict[str, float]) -> list[dict[str, Any]]:
+    data = []
+    for family, colour in COLOURS.items():
+        own = [row for row in rows if row["model"].partition("-")[0] == family and row["model"] in core]
+        words = [f"{row['model']}<br>{core[row['model']]:.2f} Gflops counted here, {row['gflops']} published<br>FID {row['fid']} ({row['source']})" for row in own]
+        data.append(_trace(family, [core[row["model"]] for row in own], [float(row["fid"]) for row in own], words, "diamond", colour, 10))
+    return [trace for trace in data if trace["x"]]
+
+
+def _digits(table: Table, store: Sources) -> dict[str, Any]:
+    x, y, low, high, words = [], [], [], [], []
+    for row in table.rows:
+        timed = store.latest(timing_stage(row, table.baseline, "cpu"), "reference")
+        scores = [record.values["fd_digits"] for record in digits_scores(row, store)]
+        if timed and scores:
+            mean = statistics.fmean(scores)
+            x.append(timed.values["relative"])
+            y.append(mean)
+            low.append(mean - min(scores))
+            high.append(max(scores) - mean)
+            words.append(f"{row.label}<br>fd_digits {mean:.1f}, seeds {', '.join(f'{score:.1f}' for score in scores)}<br>{timed.values['relative']:.2f} x {table.baseline.label} on a CPU, fp32")
+    trace = _trace("ours", x, y, words, "diamond", "#0173b2", 10) | dict(error_y=dict(type="data", array=high, arrayminus=low, thickness=1))
+    return _view(f"ours: Table {table.number}'s rows on digits", f"throughput relative to {table.baseline.label}, CPU, fp32 (ours)", "fd_digits, mean and range over seeds (ours)", [trace], log=False)
+
+
+def _trace(name: str, x: list[float], y: list[float], words: list[str], symbol: str, colour: str, size: Any) -> dict[str, Any]:
+    return dict(
+        type="scatter", mode="markers", name=name, x=x, y=y, text=words, hovertemplate="%{text}<extra></extra>",
+        marker=dict(symbol=symbol, color=colour, size=size, line=dict(width=2)),
+    )  # fmt: skip

@@ -1,0 +1,55 @@
+"""What differs between two results: `python experiments/diff_protocol.py A.json B.json` (Evaluate records).
+
+Prints every field of the two manifests that is not equal, with the known size of its effect (on ImageNet's FID) and its source. Exit
+status 0 if the scores may be ranked, 1 if the protocols differ, 2 for files that are no records.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from experiments.engine.manifest import ABSENT, differences, effect, incomparable, of_record
+from experiments.engine.store import Record, read_record
+
+HARDWARE = ("device", "cpu", "world_size", "sample_batch", "commit", "dirty")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("a", type=Path)
+    parser.add_argument("b", type=Path)
+    args = parser.parse_args()
+    try:
+        a, b = (_record(path) for path in (args.a, args.b))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    manifests = [of_record(record.spec, record.values, record.provenance) for record in (a, b)]
+    found = differences(*manifests)
+    for key, left, right in (one for one in found if ABSENT not in one):
+        size, source = effect(key)
+        print(f"{key}: {left} | {right}" + (f"\n    known effect: {size}" if size else "") + (f" ({source})" if source else ""))
+    for side, column in ((args.a, 1), (args.b, 2)):
+        if silent := [one[0] for one in found if one[column] == ABSENT]:
+            print(f"{side.name} does not record {', '.join(silent)}")
+    for key in HARDWARE:
+        if a.provenance.get(key) != b.provenance.get(key):
+            print(f"run on: {key}: {a.provenance.get(key)} | {b.provenance.get(key)}")
+    if clash := incomparable(*manifests):
+        print(f"the protocols differ in {len(clash)} fields: these scores must not be ranked")
+        return 1
+    print("one protocol, as far as both records say: these scores may be compared, within their errors")
+    return 0
+
+
+def _record(path: Path) -> Record:
+    record = read_record(path)
+    if record.kind != "evaluate" or record.status != "done":
+        raise ValueError(f"{path.name}: a {record.status} {record.kind} record; only finished evaluate records have scores")
+    return record
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

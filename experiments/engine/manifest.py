@@ -1,0 +1,118 @@
+"""Everything that decides a score, as one hashed manifest, and how two of them differ. Standard library only.
+
+`model` is what was scored; `measure` is how, and its hash names the protocol: scores compare only within one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from experiments.engine.store import Record
+
+ABSENT = "not recorded"
+
+# How far a score moves where a field differs, by the longest prefix of its name. Sizes and sources as published.
+EFFECTS: dict[str, tuple[str, str]] = {
+    "measure.num": ("FID is biased by c / N: +2.75 at 10K against 50K where FID-50K is 9.3, +3.0 where it is 3.0; recall rises too", "baofff/U-ViT#14, facebookresearch/DiT#94"),
+    "measure.guidance.scale": ("2.27 at 1.5 against 9.6 without, DiT-XL/2; a scale of 0.4 in U-ViT's formula is 1.4 here", "facebookresearch/DiT#8, baofff/U-ViT#14"),
+    "measure.guidance.channels": ("three of four channels at scale 1 + x are about four at 1 + 0.75 x: FID 2.27 at 1.5, 2.23 at 1.375", "facebookresearch/DiT PR#12"),
+    "measure.guidance.interval": ("FID 1.45 against 1.35 at low FID", "LightningDiT#37, #88"),
+    "measure.sampler": ("ODE 9.5 against SDE 8.3 (SiT-XL, unguided), 34.7 to 36.5 against 33.0 (B/2); eta 0 against 1: 3.31 against 3.54 (LDM)", "willisma/SiT#31, CompVis/latent-diffusion#262"),
+    "measure.nfe": ("counted network evaluations, not steps: see the sampler", "willisma/SiT#31"),
+    "measure.labels.policy": ("balanced labels lower FID-50K by about 0.1 (in simulation: 12 % of the bias, 25 to 35 % of the deviation)", "RAE README; a simulated mixture of 100 classes"),
+    "measure.labels": ("as the label policy: about 0.1 of FID-50K at most", "RAE README"),
+    "measure.seed": ("a coefficient of variation of about 0.4 %: 0.01 at FID 2, 0.2 at FID 50", "arXiv:2606.20536"),
+    "measure.precision": ("fp32 torch 2.21 against 2.27 in JAX (DiT); bf16 1.26 against 1.13 (RAE)", "facebookresearch/DiT README, RAE#50"),
+    "measure.flags": ("as precision: hundredths of FID", "facebookresearch/DiT README"),
+    "measure.decoder": ("ft-mse 2.30 against ft-ema 2.27, original 2.46; a wrong normalisation costs tens of FID", "DiT appendix, LightningDiT#34"),
+    "measure.quantiser": ("truncating 255 (x + 1) / 2 lowers the mean by 0.49 grey levels and changes 49 % of the pixels", "computed for every level"),
+    "measure.image": ("resizing twice or JPEG changes FID by several units on some sets", "arXiv:2104.11222"),
+    "measure.extractor": ("another Inception (torchvision's, JAX's) gives incomparable FIDs: 13.7 against 53.7", "pytorch/torcheval#192"),
+    "measure.reference": ("another reference: 7.03 where the paper has 1.26; validation against training images, 7.6", "MCG-NJU/DDT#7, guided-diffusion#14"),
+    "measure.neighbours": ("ADM's half precision raises precision by 0.0005 to 0.0015 and recall by 0.001 to 0.003; both depend on the two counts", "ADM README against ADM-evaluation-suite-pytorch"),
+    "measure.versions": ("below the sampling error, as far as known; FID at d = 2048 agrees to 1e-5 between root algorithms", "computed against scipy's sqrtm"),
+    "model.key": ("EMA against raw weights: 6.06 against 8.1", "MeanFlow#12"),
+    "model.seed": ("another training: a coefficient of variation of 1 to 2 %, 0.03 at FID 2.05, 0.65 at 50", "arXiv:2606.20536"),
+    "model": ("another model: this is the difference under study", ""),
+}
+
+
+def declared(spec: dict[str, Any]) -> dict[str, Any]:
+    """What a full canonical Evaluate spec alone says: also for records that carry no manifest."""
+    train, sampler = spec["train"], dict(spec["sampler"])
+    guidance = {"formula": "null + scale (conditional - null)"} | {key: sampler.pop(key) for key in ("scale", "channels", "interval")}
+    model = {key: train[key] for key in train if key not in ("kind", "data")}
+    measure = {
+        "data": train["data"]["name"],
+        "sampler": {key: value for key, value in sampler.items() if key != "kind"},
+        "guidance": guidance,
+        "labels": {"policy": spec["labels"]},
+        "num": spec["num"],
+        "seed": spec["seed"],
+        "seeds": "one CPU generator an image, from (seed, index)",
+        "precision": spec["precision"],
+        "extractor": {"name": spec["features"]},
+    }
+    return {"model": model, "measure": measure}
+
+
+def manifest(spec: dict[str, Any], model: dict[str, Any], measure: dict[str, Any]) -> dict[str, Any]:
+    """The declared part completed by what was found, with the hash of `measure`."""
+    whole = declared(spec)
+    whole["model"] |= model
+    for key, value in measure.items():
+        whole["measure"][key] = whole["measure"].get(key, {}) | value if isinstance(value, dict) else value
+    text = json.dumps(whole["measure"], sort_keys=True, separators=(",", ":"))
+    return whole | {"hash": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+
+def of_record(spec: dict[str, Any], values: dict[str, Any], provenance: dict[str, Any]) -> dict[str, Any]:
+    """An Evaluate record's manifest, or what an older record says of it."""
+    if "manifest" in values:
+        return values["manifest"]
+    found: dict[str, Any] = {"flags": provenance.get("precision_flags", {}), "versions": {"torch": provenance.get("torch")}}
+    if "classifier_sha256" in values:
+        found["extractor"] = {"sha256": values["classifier_sha256"]}
+    return manifest(spec, {}, found)
+
+
+def differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(field, a's value, b's value) for every field that is not equal; ABSENT where only one manifest has it."""
+    left, right = (dict(_flat(part)) for part in (a, b))
+    keys = [key for key in dict.fromkeys([*left, *right]) if key != "hash"]
+    return [(key, left.get(key, ABSENT), right.get(key, ABSENT)) for key in keys if left.get(key, ABSENT) != right.get(key, ABSENT)]
+
+
+def incomparable(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """Fields of `measure` in which two manifests are known to differ: scores under them must not be ranked."""
+    return [key for key, *values in differences(a, b) if key.startswith("measure.") and ABSENT not in values]
+
+
+def clashes(records: Sequence[Record], base: Sequence[Record]) -> list[str]:
+    """Fields, without `measure.`, in which any record is known to differ from the first of `base`; none where that is empty."""
+    first = [of_record(record.spec, record.values, record.provenance) for record in base[:1]]
+    found = (field for record in records for one in first for field in incomparable(one, of_record(record.spec, record.values, record.provenance)))
+    return sorted({field.removeprefix("measure.") for field in found})
+
+
+def effect(key: str) -> tuple[str, str]:
+    """Known size of the effect of a field and its source; empty where none is known."""
+    prefixes = [prefix for prefix in EFFECTS if key == prefix or key.startswith(f"{prefix}.")]
+    return EFFECTS[max(prefixes, key=len)] if prefixes else ("", "")
+
+
+def score_name(name: str, num: int) -> str:
+    """A score's printed name with its N: ('fid', 50000) -> 'FID-50K'."""
+    words = {"fid": "FID", "sfid": "sFID", "is": "IS", "kid": "KID", "precision": "precision", "recall": "recall"}
+    return f"{words.get(name, name)}-{f'{num // 1000}K' if num >= 1000 and num % 1000 == 0 else num}"
+
+
+def _flat(part: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in part.items():
+        found += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [(f"{prefix}{key}", value)]
+    return found

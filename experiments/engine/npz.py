@@ -1,0 +1,146 @@
+"""ADM-style files: images `arr_0` uint8 (N, H, W, 3) with labels `arr_1`, or the statistics mu, sigma, mu_s, sigma_s.
+
+Images are streamed, so that 50,000 of 512 x 512 need no memory. Nothing pickled is ever read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy import ndarray
+from numpy.lib import format as npy
+
+from experiments.engine.files import written_whole
+from experiments.engine.metrics import Moments
+
+POOL, SPATIAL = 2048, 7 * 17 * 17
+HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+
+
+class Images:
+    """The images of a file, read in batches, and what lies beside them: `labels` (N,), `index` (N,) and `made`, or None.
+
+    index: each image's place in the order of generation; made: what the sampler wrote about itself.
+    Raises ValueError in one line for a file without arr_0, of another type or shape, or that is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with _opened(path) as archive:
+            if "arr_0" not in (names := _names(archive)):
+                raise ValueError(f"{path.name}: holds no images (arr_0), only {', '.join(names) or 'nothing'}")
+            self.stray = sorted({"mu", "sigma", "mu_s", "sigma_s"} & set(names))
+            with archive.open("arr_0.npy") as file:
+                self.shape = _header(path, file)
+            self.labels = _small(path, archive, "arr_1", "iu", self.shape[:1]) if "arr_1" in names else None
+            self.index = _small(path, archive, "index", "iu", self.shape[:1]) if "index" in names else None
+            self.made = json.loads(str(_small(path, archive, "made", "U", ()))) if "made" in names else None
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def batches(self, size: int = 64) -> Iterator[ndarray]:
+        """uint8 (n, H, W, 3), `size` at a time, in file order."""
+        row = int(np.prod(self.shape[1:]))
+        with _opened(self.path) as archive, archive.open("arr_0.npy") as file:
+            _header(self.path, file)
+            for start in range(0, len(self), size):
+                n = min(size, len(self) - start)
+                data = b""
+                while len(data) < n * row and (more := file.read(n * row - len(data))):
+                    data += more
+                if len(data) < n * row:
+                    raise ValueError(f"{self.path.name}: cut short after {start} of {len(self)} images")
+                yield np.frombuffer(data, np.uint8).reshape(n, *self.shape[1:])
+
+
+def statistics(path: Path) -> dict[str, Moments]:
+    """The published statistics of a reference by layer, 'pool' and 'spatial'; empty where the file has none.
+
+    Their count is not in the file: n is 2, which leaves the covariance as it is.
+    """
+    found = {}
+    with _opened(path) as archive:
+        names = _names(archive)
+        for layer, mean, cov, dim in (("pool", "mu", "sigma", POOL), ("spatial", "mu_s", "sigma_s", SPATIAL)):
+            if (mean in names) != (cov in names):
+                raise ValueError(f"{path.name}: holds only one of {mean} and {cov}")
+            if mean in names:
+                found[layer] = Moments(dim)
+                found[layer].n = 2
+                found[layer].mean = _small(path, archive, mean, "f", (dim,)).astype(float)
+                found[layer].scatter = _small(path, archive, cov, "f", (dim, dim)).astype(float)
+                if not (np.isfinite(found[layer].mean).all() and np.isfinite(found[layer].scatter).all()):
+                    raise ValueError(f"{path.name}: {mean} or {cov} holds values that are not finite")
+    return found
+
+
+def has_images(path: Path) -> bool:
+    with _opened(path) as archive:
+        return "arr_0" in _names(archive)
+
+
+def write(path: Path, images: Iterable[ndarray], shape: tuple[int, ...], labels: ndarray, index: ndarray, made: dict[str, Any]) -> None:
+    """Write images (uint8 (n, H, W, 3) parts that add up to `shape`) and what lies beside them; the file is whole or absent."""
+    with written_whole(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            npy.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for part in images:
+                member.write(np.ascontiguousarray(part).tobytes())
+        for name, array in (("arr_1", labels), ("index", index), ("made", np.array(json.dumps(made, sort_keys=True)))):
+            with archive.open(f"{name}.npy", "w") as member:
+                npy.write_array(member, np.asarray(array), allow_pickle=False)
+
+
+def sha256(path: Path) -> str:
+    """Of a whole file, 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; give the path of an .npz")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"{path.name}: not a readable .npz ({str(error).strip() or 'cut short'}): damaged, a download page, a git-lfs pointer?") from None
+
+
+def _names(archive: zipfile.ZipFile) -> list[str]:
+    return [name.removesuffix(".npy") for name in archive.namelist()]
+
+
+def _header(path: Path, file: BinaryIO) -> tuple[int, ...]:
+    try:
+        shape, fortran, dtype = HEADERS[npy.read_magic(file)](file)
+    except (ValueError, KeyError):
+        raise ValueError(f"{path.name}: arr_0 is no npy array of version 1.0 or 2.0") from None
+    if dtype != np.uint8:
+        raise ValueError(f"{path.name}: arr_0 is {dtype}; scores are of uint8 images 0..255, so quantise before writing (engine/quantise.py)")
+    if fortran or len(shape) != 4 or shape[3] != 3 or not all(shape):
+        order = "Fortran-ordered " if fortran else ""
+        raise ValueError(f"{path.name}: arr_0 is {order}{shape}; expected images (N, H, W, 3)")
+    return shape
+
+
+def _small(path: Path, archive: zipfile.ZipFile, name: str, kinds: str, shape: tuple[int, ...]) -> ndarray:
+    """A whole array of this kind and shape; object arrays are refused before anything of them is read."""
+    with archive.open(f"{name}.npy") as file:
+        try:
+            array = npy.read_array(file, allow_pickle=False)
+        except ValueError as error:
+            raise ValueError(f"{path.name}: {name} is not readable ({str(error).splitlines()[0]})") from None
+    if array.dtype.kind not in kinds or array.shape != shape:
+        raise ValueError(f"{path.name}: {name} is {array.dtype} {array.shape}, expected {shape} of kind {' or '.join(kinds)}")
+    return array

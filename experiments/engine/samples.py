@@ -1,0 +1,140 @@
+"""Generated images on disk: chunks that a stopped run goes on from, and the files made of them.
+
+A chunk holds the images of CHUNK consecutive indices, uint8 (n, H, W, 3), so a set depends on neither the batch nor who drew it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy import ndarray
+from torch import Tensor, nn
+
+import backbones
+from experiments.engine import npz
+from experiments.engine.distributed import ALONE, Group
+from experiments.engine.files import written_whole
+from experiments.engine.generate import Counted, images, labels
+from experiments.engine.heartbeat import Heartbeat
+from experiments.engine.quantise import to_uint8
+from experiments.engine.sharding import results
+from experiments.engine.sources import is_latent, vae_source
+from experiments.engine.spec import Checkpoint, Data, Evaluate, canonical, spec_id
+from experiments.engine.train import Resources, build, digest, load_ema
+
+Report = Callable[[int, int, float, float], None]
+CHUNK = 250
+QUANTISER = "trunc(clamp(127.5 x + 128, 0, 255))"
+
+
+class Samples:
+    """The finished set of a spec, in the order in which it is scored and packed: shuffled with a fixed seed.
+
+    `labels` and `index` (N,) are in that order; index is each image's place in the order of generation; `nfe` is how often
+    the network was evaluated for an image.
+    """
+
+    def __init__(self, spec: Evaluate, folder: Path, nfe: float) -> None:
+        self.spec, self.nfe, self.made = spec, nfe, json.loads((folder / "made.json").read_text())
+        self.index = np.random.default_rng(0).permutation(spec.num)
+        self.labels = labels(spec.labels, spec.num, spec.train.data.num_classes, spec.seed).numpy()[self.index]
+        self._chunks = [np.load(path, mmap_mode="r", allow_pickle=False) for path in _chunk_paths(folder, spec.num)]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.spec.num, *self._chunks[0].shape[1:])
+
+    def batches(self, size: int = 64) -> Iterator[ndarray]:
+        """uint8 (n, H, W, 3), `size` at a time."""
+        for start in range(0, self.spec.num, size):
+            yield np.stack([self._chunks[i // CHUNK][i % CHUNK] for i in self.index[start : start + size]])
+
+    def pack(self, path: Path) -> None:
+        """One ADM-readable .npz with the labels (arr_1), indices and origin beside the images."""
+        npz.write(path, self.batches(), self.shape, self.labels, self.index, self.made | {"labels": self.spec.labels, "seed": self.spec.seed, "nfe": self.nfe})
+
+    def write_png(self, folder: Path) -> None:
+        """One PNG an image, by index and label: 000012-207.png."""
+        from PIL import Image
+
+        for start, batch in zip(range(0, self.spec.num, 64), self.batches(), strict=True):
+            for i, y, image in zip(self.index[start : start + 64], self.labels[start : start + 64], batch, strict=True):
+                with written_whole(folder / f"{i:06d}-{y}.png") as file:
+                    Image.fromarray(image).save(file, "PNG")
+
+
+def draw(spec: Evaluate, folder: Path, model: nn.Module, decode: Callable[[Tensor], Tensor], made: dict[str, Any], device: torch.device,
+         batch: int, report: Report, group: Group = ALONE, beat: Heartbeat | None = None) -> Samples | None:
+    """Draw the chunks that are missing, each rank its share, and return the set on the first rank, None on the others.
+
+    `report(done, num, nan, images per second)` hears of each chunk of this rank.
+    decode: samples (n, C, H, W) to images (n, 1 or 3, H', W') in [-1, 1]; one channel is written as three equal ones.
+    made: what identifies the network and the decoder; ValueError if the folder's images were made otherwise.
+    """
+    origin = folder / "made.json"
+    if origin.exists():
+        if (found := json.loads(origin.read_text())) != made:
+            changed = ", ".join(sorted(key for key in found.keys() | made.keys() if found.get(key) != made.get(key)))
+            raise ValueError(f"the images in runs/{folder.parent.name}/{folder.name} were made with another {changed}; remove that folder to draw them anew")
+    elif group.first:
+        with written_whole(origin) as file:
+            file.write(json.dumps(made, indent=1, sort_keys=True).encode())
+    started, paths, drawn = time.perf_counter(), _chunk_paths(folder, spec.num), [0]
+
+    def chunk(piece: int) -> dict[str, ndarray]:
+        counted = Counted(model)
+        within = range(piece * CHUNK, min((piece + 1) * CHUNK, spec.num))
+        levels = torch.cat([to_uint8(decode(x)) for x, _ in images(spec, counted, device, batch, within)])
+        with written_whole(paths[piece]) as file:                                      # (n, H, W, 3)
+            np.save(file, levels.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous().numpy(), allow_pickle=False)
+        drawn[0] += len(within)
+        report(within.stop, spec.num, float("nan"), drawn[0] / (time.perf_counter() - started))
+        return {"evaluated": np.array(counted.evaluated)}
+
+    evaluated = sum(int(found["evaluated"]) for found in results(group, folder / "counts", len(paths), chunk, beat))
+    return Samples(spec, folder, evaluated / spec.num) if group.first else None
+
+
+def sampled(spec: Evaluate, folder: Path, resources: Resources, report: Report, group: Group = ALONE, beat: Heartbeat | None = None) -> Samples | None:
+    """The set of a spec, drawn as far as it is missing: what the Evaluate stage scores and sample.py packs.
+
+    folder: of the network's run; the images lie beside it under the spec's own id.
+    """
+    device = torch.device(resources.device)
+    model = network_of(spec, folder, resources)
+    decode, decoder = decoder_of(spec.train.data, device)
+    made = {"network": digest(model), "sampler": canonical(spec.sampler, full=True), "decoder": decoder, "quantiser": QUANTISER}
+    return draw(spec, folder.parent / spec_id(spec) / "samples", model, decode, made, device, resources.sample_batch, report, group, beat)
+
+
+def network_of(spec: Evaluate, folder: Path, resources: Resources) -> nn.Module:
+    """The finished run's EMA network, or the published one whose file is given, in eval mode."""
+    device, source = torch.device(resources.device), spec.train
+    if not isinstance(source, Checkpoint):
+        return load_ema(source, folder, device)
+    assert resources.checkpoint is not None, "a published checkpoint needs its file"
+    model = build(source.backbone, 0, device)
+    backbones.load_published(model, resources.checkpoint, source.key)
+    return model.eval()
+
+
+def decoder_of(data: Data, device: torch.device) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
+    """From samples to images in [-1, 1], and what identifies it: nothing for pixels, the VAE for latents."""
+    if not is_latent(data):
+        return lambda x: x, {"name": "none: pixels"}
+    from experiments.engine.autoencoder import SCALE, load_autoencoder
+
+    vae = load_autoencoder(vae_source(), device)
+    if data.vae not in ("sd-vae-ft", vae.encoder):
+        raise ValueError(f"set {data.name} holds latents of another VAE (encoder {data.vae}) than $DICO_VAE names ({vae.name}, encoder {vae.encoder})")
+    return vae.decode, {"name": vae.name, "sha256": vae.weights, "scale": SCALE, "dtype": "fp32"}
+
+
+def _chunk_paths(folder: Path, num: int) -> list[Path]:
+    return [folder / f"{start:08d}.npy" for start in range(0, num, CHUNK)]

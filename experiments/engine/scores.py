@@ -1,0 +1,193 @@
+"""Inception scores of a set of images against a reference, each beside its error, and of two models on common seeds.
+
+N is the number of scored images. A layer's statistics are accumulated in float64 in ten blocks that have the same mix of
+rows, so that the distance of N images, its finite-N bias and its error come from one pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import reduce
+from math import nan
+from operator import add
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy import ndarray
+
+from experiments.engine import metrics
+from experiments.engine.inception import BATCH, Inception
+from experiments.engine.metrics import Moments
+from experiments.engine.neighbours import ADM_BLOCK, precision_recall, precision_recall_half
+from experiments.engine.npz import POOL, Images, has_images, sha256, statistics
+
+BLOCKS, NEIGHBOURS, KID_SIZE = 10, 3, 1000
+
+
+@dataclass
+class Measured:
+    """Features of N images in file order: pool (N, 2048), spatial (N, 2023), class probabilities (N, 1008), all float32."""
+
+    pool: ndarray
+    spatial: ndarray
+    probabilities: ndarray
+
+
+@dataclass
+class Reference:
+    """What samples are scored against: statistics by layer, 'pool' and 'spatial', and rows (M, 2048) of its own images."""
+
+    moments: dict[str, Moments]
+    rows: ndarray | None
+    identity: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+
+
+def measure(inception: Inception, batches: Iterable[ndarray]) -> Measured:
+    """Features of all images (uint8 (n, H, W, 3) batches); ValueError for no images or levels that span 0..1 only."""
+    highest = 0
+
+    def watched() -> Iterable[ndarray]:
+        nonlocal highest
+        for batch in batches:
+            highest = max(highest, int(batch.max()))
+            yield batch
+
+    parts = list(inception.features(watched()))
+    if not parts:
+        raise ValueError("there are no images to measure")
+    if highest <= 1:
+        raise ValueError("the images' levels lie in 0..1: they were cast to uint8 before they were scaled to 0..255")
+    return Measured(*(np.concatenate(layer) for layer in zip(*parts, strict=True)))
+
+
+def read_reference(inception: Inception, path: Path) -> Reference:
+    """A file with statistics, images or both, as ADM's evaluator reads it; ValueError if it holds neither."""
+    moments, images = statistics(path), Images(path) if has_images(path) else None
+    if images is None and "pool" not in moments:
+        raise ValueError(f"{path.name}: holds neither images (arr_0) nor statistics (mu, sigma)")
+    measured = measure(inception, images.batches()) if images else None
+    warnings = []
+    if not moments and measured is not None:
+        warnings.append(f"{path.name} holds no statistics (mu, sigma): distances are to those of its {len(images)} images")
+        moments = {layer: blocks_sum(getattr(measured, layer)) for layer in ("pool", "spatial")}
+    identity = {"name": path.name, "sha256": sha256(path), "statistics": not warnings, "num_images": len(images) if images else 0}
+    return Reference(moments, measured.pool if measured else None, identity, warnings)
+
+
+def identity(inception: Inception, reference: Reference) -> dict[str, Any]:
+    """The part of a manifest that names extractor, reference and neighbours."""
+    return {
+        "extractor": {"sha256": inception.sha256, "dtype": "fp32", "batch": BATCH, "resize": "TensorFlow 1 bilinear, 299"},
+        "reference": reference.identity,
+        "neighbours": {"k": NEIGHBOURS, "arithmetic": "float64", "num_reference": 0 if reference.rows is None else len(reference.rows)},
+    }
+
+
+def blocks_sum(features: ndarray) -> Moments:
+    """Statistics of all rows, accumulated in float64 block by block."""
+    return reduce(add, blocks(features))
+
+
+def blocks(features: ndarray, labels: ndarray | None = None) -> list[Moments]:
+    """Ten sets of statistics of rows dealt at random; with labels (N,) every class is spread evenly over the ten."""
+    n = len(features)
+    order = np.lexsort((np.random.default_rng(0).permutation(n), np.zeros(n) if labels is None else labels))
+    parts = []
+    for j in range(min(BLOCKS, n)):
+        part = Moments(features.shape[1])
+        part.update(features[np.sort(order[j::BLOCKS])])
+        parts.append(part)
+    return parts
+
+
+def score(sample: Measured, reference: Reference, labels: ndarray | None = None, *, balanced: bool = False, half: bool = False,
+          device: torch.device | str = "cpu") -> dict[str, Any]:
+    """All scores of N samples by name, each with its error `_se` where it has one, `num` and `warnings`.
+
+    labels (N,) are those the images were made for, in file order; balanced says that every class's count was fixed. half adds
+    precision and recall in ADM's arithmetic. What the reference does not allow is left out.
+    """
+    n, within = len(sample.pool), _fixed(labels, balanced)
+    values: dict[str, Any] = {"num": n}
+    for name, layer in (("fid", "pool"), ("sfid", "spatial")):
+        if layer in reference.moments:
+            values |= _distance(name, getattr(sample, layer), reference.moments[layer], within)
+    values["is"], values["is_se"] = metrics.inception_score(sample.probabilities)
+    values["is_shuffled"] = metrics.inception_score(sample.probabilities[np.random.RandomState(2020).permutation(n)])[0]
+    if reference.rows is not None and min(n, len(reference.rows)) > NEIGHBOURS:
+        values |= _neighbourhoods(sample.pool, reference.rows, half, device)
+        size = min(KID_SIZE, n, len(reference.rows))
+        values["kid"], values["kid_sd"] = metrics.kid(sample.pool, reference.rows, size=size)
+        values["kid_subset"] = size
+    return values | {"warnings": [*reference.warnings, *_warnings(values, labels)]}
+
+
+def paired(a: Measured, b: Measured, reference: Reference, labels: ndarray | None, balanced: bool) -> dict[str, Any]:
+    """FID of a less that of b, with its error over redraws of the common seeds and as if the sets were independent.
+
+    Rows i of both are made from the same seed for the same label; ValueError if their numbers differ.
+    """
+    if len(a.pool) != len(b.pool):
+        raise ValueError(f"a paired comparison needs as many samples of each model, got {len(a.pool)} and {len(b.pool)}")
+    within = _fixed(labels, balanced)
+    moments = [blocks_sum(side.pool) for side in (a, b)]
+    fids = [metrics.frechet(side, reference.moments["pool"]) for side in moments]
+    values: dict[str, Any] = {"num": len(a.pool), "fid_difference": fids[0] - fids[1], "fid_difference_se": nan, "fid_difference_se_unpaired": nan}
+    if len(a.pool) >= 4 * POOL:
+        psi = [metrics.frechet_influence(side.pool, own, reference.moments["pool"]) for side, own in zip((a, b), moments, strict=True)]
+        values["fid_difference_se"] = metrics.influence_se(psi[0] - psi[1], within)
+        values["fid_difference_se_unpaired"] = float(np.hypot(*(metrics.influence_se(part, within) for part in psi)))
+    resolved = abs(values["fid_difference"]) > 2 * values["fid_difference_se"]
+    return values | {"fid_relative": 2 * (fids[0] - fids[1]) / (fids[0] + fids[1]), "verdict": "resolved" if resolved else "not resolved"}
+
+
+def distances(sample: dict[str, Moments], reference: Reference) -> dict[str, float]:
+    """FID and sFID between statistics: all that a file without images allows."""
+    layers = {"fid": "pool", "sfid": "spatial"}
+    return {name: metrics.frechet(sample[layer], reference.moments[layer]) for name, layer in layers.items() if layer in sample and layer in reference.moments}
+
+
+def _fixed(labels: ndarray | None, balanced: bool) -> ndarray | None:
+    """Labels whose counts were fixed in advance, if there are enough of each to see their spread."""
+    return labels if balanced and labels is not None and len(labels) >= 2 * len(np.unique(labels)) else None
+
+
+def _distance(name: str, features: ndarray, reference: Moments, labels: ndarray | None) -> dict[str, float]:
+    """The distance, its sampling error from N = 4 d on, and from 2 d on its value without the O(1/N) bias."""
+    parts = blocks(features, labels)
+    whole = reduce(add, parts)
+    values = {name: metrics.frechet(whole, reference), f"{name}_se": metrics.frechet_se(features, whole, reference, labels)}
+    corrected = metrics.frechet_jackknife(parts, reference) if name == "fid" and len(features) >= 2 * whole.mean.size else (nan, nan)
+    return values | ({f"{name}_corrected": corrected[0], f"{name}_corrected_se": corrected[1]} if name == "fid" else {})
+
+
+def _neighbourhoods(pool: ndarray, rows: ndarray, half: bool, device: torch.device | str) -> dict[str, float]:
+    values: dict[str, float] = {"num_reference": len(rows)}
+    for suffix, shares in (("", precision_recall), ("_half", precision_recall_half))[: 1 + half]:
+        block = 2000 if suffix == "" and torch.device(device).type == "cpu" else ADM_BLOCK
+        precision, recall = shares(rows, pool, NEIGHBOURS, block, device)
+        values |= {f"precision{suffix}": precision, f"precision{suffix}_se": metrics.proportion_se(precision, len(pool))}
+        values |= {f"recall{suffix}": recall, f"recall{suffix}_se": metrics.proportion_se(recall, len(rows))}
+    return values
+
+
+def _warnings(values: dict[str, Any], labels: ndarray | None) -> list[str]:
+    n, found = values["num"], []
+    if n < POOL:
+        found.append(f"{n} samples are fewer than the {POOL} feature dimensions: FID and sFID are mostly finite-sample bias and compare with nothing")
+    if n < 4 * POOL:
+        found.append(f"{n} samples are fewer than {4 * POOL}: no sampling error of FID" + (", no bias correction" if n < 2 * POOL else ""))
+    if values.get("kid_subset", KID_SIZE) < KID_SIZE:
+        found.append(f"KID is over subsets of {values['kid_subset']}, not {KID_SIZE}")
+    if labels is not None and n > 1:
+        _, counts = np.unique(labels, return_counts=True)
+        expected, together = float(np.square(counts / n).sum()), float((labels[1:] == labels[:-1]).mean())
+        if together > (1 + expected) / 2:
+            found.append(f"the samples are ordered by class ({together:.0%} follow one of their own class): IS over blocks in file order is far too low; shuffle the file")
+    elif values["is"] < 0.95 * values["is_shuffled"]:
+        found.append(f"IS is {values['is']:.2f} in file order and {values['is_shuffled']:.2f} shuffled: the samples are ordered; shuffle the file")
+    return found

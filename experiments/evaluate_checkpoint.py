@@ -1,0 +1,151 @@
+"""Score a published checkpoint: `python experiments/evaluate_checkpoint.py --backbone dico_xl --checkpoint DiCo-XL.pt --protocol imagenet256`.
+
+Loads the weights strictly and without running code from the file, draws the protocol's images, scores them and prints the
+paper's values beside; the record says what was measured. `--dry-run` lists what is missing on this machine and what the
+run would cost on it. Running again goes on where a stopped run was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.engine.launch import Job
+from experiments.engine.manifest import score_name
+from experiments.engine.progress import Progress
+from experiments.engine.sources import is_latent, missing_features, require_features
+from experiments.engine.spec import Backbone, Checkpoint, Evaluate, spec_id
+from experiments.engine.store import REPOSITORY, Store
+from experiments.protocols import PROTOCOLS, Protocol
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PAPERS = {"imagenet256": "table1.csv", "imagenet512": "table2.csv"}
+SCORES = ("fid", "fid_corrected", "sfid", "is", "precision", "recall", "kid")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", required=True, help="registered name, e.g. dico_xl")
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help=".pt or .safetensors")
+    parser.add_argument("--protocol", choices=[name for name, protocol in PROTOCOLS.items() if not protocol.small], required=True)
+    parser.add_argument("--key", default="ema", help="where a .pt file keeps its weights, unless they lie flat (default: ema)")
+    parser.add_argument("--batch", type=int, default=250, metavar="N", help="images at a time (default: 250)")
+    parser.add_argument("--dry-run", action="store_true", help="say what is missing and what the run would cost on this device")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="results folder (default: results)")
+    args = parser.parse_args()
+    try:
+        return _run(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error if isinstance(error, ValueError) else f'cannot write results ({error.strerror}); free space or choose another folder with --results'}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        return 130
+
+
+def _run(args: argparse.Namespace) -> int:
+    import torch
+
+    from experiments.engine.execute import execute, require_device
+    from experiments.engine.npz import sha256
+    from experiments.engine.train import Resources
+
+    if args.batch < 1:
+        raise ValueError("--batch takes a number from 1 on")
+    protocol, device = PROTOCOLS[args.protocol], args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    require_device(device)
+    data = protocol.data
+    backbone = Backbone(args.backbone, dict(input_size=data.size, in_channels=data.channels, num_classes=data.num_classes))
+    model = _load(backbone, args)
+    weights = Checkpoint(backbone, data, sha256(args.checkpoint), args.key)
+    spec = Evaluate(weights, protocol.sampler, protocol.num, protocol.features, protocol.labels)
+    if args.dry_run:
+        print(_plan(spec, model, device))
+        return 0
+    require_features(spec)
+    store = Store(args.results, REPOSITORY / "results" / "reference")
+    store.check_writable()
+    job = Job(f"{args.checkpoint.name}, {spec.num} images", (spec,))
+    with Progress(total=1) as progress:
+        record = execute(spec, store, Resources(device, sample_batch=args.batch, checkpoint=args.checkpoint), lambda *state: progress.notify(job, "progress", state))
+    if record.status != "done":
+        raise ValueError(f"scoring failed: {record.error}")
+    print("\n".join([f"{args.checkpoint.name}, {args.protocol}, manifest {record.values['manifest']['hash']}", *_beside(record.values, args.backbone, protocol)]))
+    return 0
+
+
+def _load(backbone: Backbone, args: argparse.Namespace) -> nn.Module:
+    import torch
+
+    import backbones
+
+    with torch.random.fork_rng(devices=[]):
+        model = backbones.build(backbone.name, **backbone.options)
+    backbones.load_published(model, args.checkpoint, args.key)
+    return model.eval()
+
+
+def _plan(spec: Evaluate, model: nn.Module, device: str) -> str:
+    """What is missing, and the cost of N images on this device: the network timed here, times its evaluations."""
+    lines = [f"{spec_id(spec)}  {spec.num} images, {spec.sampler.name}, {spec.sampler.num_steps} steps, guidance scale {spec.sampler.scale:g}, {spec.labels} labels, {spec.precision}"]
+    lines += [f"missing: {text}" for text in missing_features(spec)] or ["nothing is missing"]
+    passes = spec.sampler.num_steps * (1 if spec.sampler.scale == 1 else 2)
+    seconds = _seconds_per_pass(spec, model, device)
+    hours = spec.num * passes * seconds / 3600
+    lines.append(f"sampling: {passes} evaluations an image at {seconds * 1000:.3g} ms each on this device: about {hours:.3g} hours; decoding and features come on top")
+    gigabytes = spec.num * 3 * (8 * spec.train.data.size if is_latent(spec.train.data) else spec.train.data.size) ** 2 / 1e9
+    lines.append(f"disk: {gigabytes:.1f} GB of images")
+    return "\n".join(lines)
+
+
+def _seconds_per_pass(spec: Evaluate, model: nn.Module, device: str) -> float:
+    """Seconds an image and evaluation: the fastest of three small batches after a warm-up."""
+    import torch
+
+    from experiments.engine.precision import precision
+
+    data, batch = spec.train.data, 64 if device == "cuda" else 1
+    model.to(device)
+    given = torch.zeros(batch, data.channels, data.size, data.size, device=device), torch.zeros(batch, device=device), torch.zeros(batch, dtype=torch.long, device=device)
+    times = []
+    with torch.inference_mode(), precision(spec.precision, torch.device(device)):
+        for _ in range(4):
+            started = time.perf_counter()
+            model(*given).sum().item()  # reading the number waits for the device
+            times.append(time.perf_counter() - started)
+    return min(times[1:]) / batch
+
+
+def _beside(values: dict[str, Any], backbone: str, protocol: Protocol) -> list[str]:
+    """Our scores, each with the paper's value for the same network where it has one."""
+    paper = _published(backbone, protocol)
+    lines = []
+    for key in (key for key in SCORES if values.get(key) is not None and values[key] == values[key]):
+        error, known = values.get(f"{key}_se"), paper.get(key)
+        spread = f" ± {error:.4f}" if error is not None and error == error else ""
+        words = ", without its finite-N bias" if key == "fid_corrected" else ""
+        lines.append(f"  {score_name(key.partition('_')[0], values['num']):14} {values[key]:.4f}{spread}{words}" + (f"   paper {known}" if known else ""))
+    steps = f"{int(paper['train_steps']):,} training steps, " if paper.get("train_steps") else ""
+    note = f"  paper: {paper['source']}, {paper['model']}, {steps}{'guided' if paper['cfg'] == 'yes' else 'unguided'}" if paper else "  the paper has no such row"
+    return [*lines, note, *(f"  warning: {text}" for text in values["warnings"])]
+
+
+def _published(backbone: str, protocol: Protocol) -> dict[str, str]:
+    """The paper's longest-trained row of this network, guided or not as the protocol is."""
+    if protocol.data.name not in PAPERS:
+        return {}
+    guided = "no" if protocol.sampler.scale == 1 else "yes"
+    with open(REPOSITORY / "results" / "published" / PAPERS[protocol.data.name], newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["cfg"] == guided and row["model"].lower().replace("-", "_").replace("/", "_") == backbone]
+    return max(rows, key=lambda row: int(row["train_steps"] or 0), default={})
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

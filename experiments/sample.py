@@ -1,0 +1,87 @@
+"""Draw images of a declared row: `python experiments/sample.py --table 4 --row DiCo-S --num 50000`.
+
+Each image comes from its own seed, so the set depends on neither the batch nor where a stopped run went on. Labels follow the
+protocol's policy. Writes an ADM-readable .npz (arr_0 images, arr_1 labels, shuffled with a fixed seed) and, with --png,
+one PNG an image. The Evaluate stage of the same row and number scores the same images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from experiments import ablation, main_results
+from experiments.engine.launch import Job
+from experiments.engine.progress import Progress
+from experiments.engine.sources import require_data
+from experiments.engine.store import REPOSITORY, Store
+from experiments.protocols import PROTOCOLS, evaluate_stage
+
+TABLES = ablation.TABLES | main_results.TABLES
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", type=int, choices=sorted(TABLES), required=True)
+    parser.add_argument("--row", required=True, help="by its label")
+    parser.add_argument("--protocol", choices=list(PROTOCOLS), default="digits")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the training run (default: 0)")
+    parser.add_argument("--num", type=int, metavar="N", help="images (default: as the protocol scores)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the .npz (default: samples.npz in the run's folder)")
+    parser.add_argument("--png", type=Path, metavar="DIR", help="also one PNG an image")
+    parser.add_argument("--batch", type=int, default=250, metavar="N", help="images at a time; changes no image (default: 250)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="results folder (default: results)")
+    args = parser.parse_args()
+    try:
+        return _run(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: cannot write images ({error.strerror}); free space or choose another folder with --results or --out", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        return 130
+
+
+def _run(args: argparse.Namespace) -> int:
+    table, protocol = TABLES[args.table], PROTOCOLS[args.protocol]
+    rows = {row.label: row for row in (*table.rows, *table.outside)}
+    if args.row not in rows:
+        raise ValueError(f"table {table.number} has no row {args.row!r}; known: {', '.join(map(repr, rows))}")
+    if rows[args.row].backbone is None:
+        raise ValueError(f"row {args.row!r} holds published numbers only: there is no network to sample")
+    if args.batch < 1 or (args.num is not None and args.num < 1):
+        raise ValueError("--num and --batch take numbers from 1 on")
+    spec = evaluate_stage(rows[args.row], protocol, args.seed)
+    spec = replace(spec, num=args.num or spec.num)
+    require_data(spec.train.data)
+    store = Store(args.results, REPOSITORY / "results" / "reference")
+    store.check_writable()
+
+    import torch
+
+    from experiments.engine.execute import require_device
+    from experiments.engine.heartbeat import claimed
+    from experiments.engine.samples import sampled
+    from experiments.engine.train import Resources
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    require_device(device)
+    out, job = args.out or store.run_dir(spec) / "samples.npz", Job(f"{args.row}, {spec.num} images", (spec,))
+    with claimed(store.run_dir(spec)) as beat, Progress(total=1) as progress:
+        resources = Resources(device, sample_batch=args.batch)
+        samples = sampled(spec, store.run_dir(spec.train), resources, lambda *state: progress.notify(job, "progress", state), beat=beat)
+        samples.pack(out)
+        if args.png:
+            samples.write_png(args.png)
+    print(f"{spec.num} images {samples.shape[1]} x {samples.shape[2]}, {spec.labels} labels, seed {spec.seed}: {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

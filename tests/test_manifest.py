@@ -1,0 +1,141 @@
+"""What decides a score: hashed, compared, and named with the size of its effect."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.ablation import TABLE_4
+from experiments.engine.manifest import ABSENT, EFFECTS, declared, differences, effect, incomparable, manifest, of_record, score_name
+from experiments.engine.report import comparison_sheet, main_sheet
+from experiments.engine.spec import Sampler, canonical
+from experiments.engine.store import REPOSITORY, Store
+from experiments.protocols import DIGITS, IMAGENET256, evaluate_stage
+
+SPEC = evaluate_stage(TABLE_4.rows[0], IMAGENET256, 0)
+FOUND = {"extractor": {"sha256": "ab"}, "flags": {"matmul_tf32": False, "cudnn_tf32": False}, "versions": {"torch": "2"}}
+PROVENANCE = {"device": "cpu", "cpu": "a", "torch": "2", "dirty": False, "seconds": 1.0}
+
+
+def made(spec: Any = SPEC, model: dict[str, Any] | None = None, **found: Any) -> dict[str, Any]:
+    return manifest(canonical(spec, full=True), model or {"weights_sha256": "1", "key": "ema"}, FOUND | found)
+
+
+def test_the_hash_names_how_was_measured_and_not_what():
+    assert made()["hash"] == made(model={"weights_sha256": "2", "key": "raw"})["hash"] == made(evaluate_stage(TABLE_4.rows[1], IMAGENET256, 3))["hash"]
+
+
+@pytest.mark.parametrize("field, changed", [
+    ("measure.num", dict(num=10_000)),
+    ("measure.labels.policy", dict(labels="balanced")),
+    ("measure.seed", dict(seed=1)),
+    ("measure.precision", dict(precision="bf16")),
+    ("measure.sampler.name", dict(sampler=Sampler(name="ddim"))),
+    ("measure.sampler.num_steps", dict(sampler=Sampler(num_steps=50))),
+    ("measure.guidance.scale", dict(sampler=Sampler(scale=1.4))),
+    ("measure.guidance.channels", dict(sampler=Sampler(channels=4))),
+    ("measure.guidance.interval", dict(sampler=Sampler(interval=(0, 500)))),
+])
+def test_every_declared_choice_changes_the_hash_and_is_named(field: str, changed: dict[str, Any]):
+    other = made(replace(SPEC, **changed))
+    assert other["hash"] != made()["hash"] and [key for key, *_ in differences(made(), other)] == [field] == incomparable(made(), other)
+    assert all(effect(field))
+
+
+@pytest.mark.parametrize("field, found", [
+    ("measure.extractor.sha256", dict(extractor={"sha256": "cd"})),
+    ("measure.reference.sha256", dict(reference={"sha256": "ef"})),
+    ("measure.decoder.sha256", dict(decoder={"sha256": "ef"})),
+    ("measure.flags.cudnn_tf32", dict(flags={"matmul_tf32": False, "cudnn_tf32": True})),
+    ("measure.versions.torch", dict(versions={"torch": "3"})),
+    ("measure.quantiser", dict(quantiser="floor")),
+])
+def test_everything_found_changes_the_hash_and_has_a_known_effect(field: str, found: dict[str, Any]):
+    assert made(**found)["hash"] != made()["hash"] and field in [key for key, *_ in differences(made(), made(**found))] and all(effect(field))
+
+
+def test_a_model_may_differ_and_what_one_does_not_record_is_no_clash():
+    other = made(evaluate_stage(TABLE_4.rows[1], IMAGENET256, 1))
+    assert differences(made(), other) and not incomparable(made(), other)
+    bare = declared(canonical(SPEC, full=True))
+    assert ("measure.extractor.sha256", "ab", ABSENT) in differences(made(), bare) and not incomparable(made(), bare)
+
+
+def test_every_effect_has_its_source_and_reaches_a_field_of_a_manifest():
+    fields = {key for key, *_ in differences(made(reference={}, decoder={}, neighbours={}, image={}, quantiser="", nfe=1), {})}
+    for prefix, (words, source) in EFFECTS.items():
+        assert words and (source or prefix == "model") and any(key == prefix or key.startswith(f"{prefix}.") for key in fields), prefix
+
+
+def test_older_records_say_what_they_can():
+    (path, *_) = sorted((REPOSITORY / "results" / "reference" / "evaluate").glob("*.json"))
+    record = json.loads(path.read_text())
+    record["values"].pop("manifest", None)
+    found = of_record(record["spec"], record["values"], record["provenance"])
+    assert found["measure"]["num"] == 500 and found["measure"]["extractor"]["sha256"] == record["values"]["classifier_sha256"]
+
+
+@pytest.mark.parametrize("num, name", [(50_000, "FID-50K"), (500, "FID-500"), (1500, "FID-1500")])
+def test_a_score_carries_its_number_of_images(num: int, name: str):
+    assert score_name("fid", num) == name
+
+
+def scored(store: Store, row: int, fd: float, **found: Any) -> Path:
+    spec = evaluate_stage(TABLE_4.rows[row], DIGITS, 0)
+    shares = {"is_digits": 8.0, "precision_digits": 0.6, "recall_digits": 0.8, "agreement": 0.9}
+    values = {"fd_digits": fd, **shares, "manifest": made(spec, **found)}
+    record = store.append(spec, "done", values, PROVENANCE)
+    return next((store.root / "records" / "evaluate").glob(f"{record.id}-{record.utc}-*.json"))
+
+
+def test_tables_refuse_to_rank_across_protocols(tmp_path: Path):
+    reference = tmp_path / "reference"
+    for row in range(3):
+        for seed in range(3):
+            spec = evaluate_stage(TABLE_4.rows[row], DIGITS, seed)
+            Store(tmp_path).append(spec, "done", {"fd_digits": 10 + seed, "is_digits": 8.0, "precision_digits": 0.6, "recall_digits": 0.8, "agreement": 0.9}, PROVENANCE)
+    (tmp_path / "records").rename(reference)
+    store = Store(tmp_path / "here", reference)
+    scored(store, 0, 10.0)
+    scored(store, 1, 1.0, extractor={"sha256": "cd"})
+    scored(store, 2, 1.0)
+    sheet = main_sheet(TABLE_4, TABLE_4.rows[:3], DIGITS, (0,), "cpu", store)
+    (note,) = [note for note in sheet.notes if note.startswith("fd_digits against")]
+    assert f"not compared, measured under another protocol: {TABLE_4.rows[1].label} (other extractor.sha256)" in note
+    assert TABLE_4.rows[1].label not in note.partition("not compared")[0] and f"better: {TABLE_4.rows[2].label}" in note
+
+
+def test_another_protocol_than_the_references_is_noted(tmp_path: Path):
+    store = Store(tmp_path)
+    scored(store, 0, 10.0)
+    (tmp_path / "records").rename(tmp_path / "reference")
+    store.refresh()
+    scored(store, 0, 10.0, versions={"torch": "3"})
+    sheet = comparison_sheet(TABLE_4, TABLE_4.rows[:1], DIGITS, (0,), "cpu", store)
+    assert any("another protocol than the reference, in versions.torch" in note for note in sheet.notes)
+
+
+def diff(*paths: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "experiments/diff_protocol.py", *map(str, paths)], cwd=REPOSITORY, capture_output=True, text=True)
+
+
+def test_the_script_prints_what_differs_and_what_that_does(tmp_path: Path):
+    store = Store(tmp_path)
+    a, b, c = scored(store, 0, 1.0), scored(store, 1, 1.0), scored(store, 2, 1.0, labels={"policy": "random"})
+    same, other = diff(a, b), diff(a, c)
+    assert same.returncode == 0 and "may be compared" in same.stdout and "model.backbone" in same.stdout
+    assert other.returncode == 1 and "measure.labels.policy: balanced | random" in other.stdout and "about 0.1" in other.stdout and "RAE README" in other.stdout
+
+
+def test_the_script_refuses_what_is_no_evaluate_record(tmp_path: Path):
+    (tmp_path / "a.json").write_text("{}")
+    train = next((REPOSITORY / "results" / "reference" / "train").glob("*.json"))
+    for bad in (tmp_path / "a.json", tmp_path / "missing.json", train):
+        done = diff(bad, bad)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

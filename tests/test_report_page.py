@@ -1,0 +1,136 @@
+"""The report page: what it holds, and how it behaves in a real headless Chromium without a network."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from analysis import report
+from analysis.build import FIGURES
+from analysis.query import Sources
+from experiments.engine.store import REPOSITORY
+
+DRAWN = "return document.body.dataset.drawn"
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of the committed records, with two figures only, since all are tested elsewhere."""
+    folder = tmp_path_factory.mktemp("page")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "FIGURES", {name: FIGURES[name] for name in ("figure3_runtime", "seed_spread")})
+        text, problems = report.build_page(Sources())
+    assert not problems
+    (folder / "report.html").write_text(text, encoding="utf-8")
+    return folder / "report.html"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    chromium, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("no chromium and chromedriver on the path; apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    made = webdriver.Chrome(options=options, service=Service(driver))
+    yield made
+    made.quit()
+
+
+def opened(browser: Any, page: Path, width: int) -> Any:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", dict(width=width, height=900, deviceScaleFactor=1, mobile=width < 600))
+    browser.get(page.as_uri())
+    WebDriverWait(browser, 120).until(lambda browser: browser.execute_script(DRAWN))
+    return browser
+
+
+def column(browser: Any, table: str, index: int) -> list[str]:
+    return browser.execute_script(f"return [...document.querySelectorAll('#{table} tbody tr')].map(row => row.cells[{index}].innerText)")
+
+
+def test_the_page_is_one_file_of_at_most_15_mb_that_asks_for_nothing(page: Path):
+    text = page.read_text(encoding="utf-8")
+    shell = re.sub(r'<script type="text/plain".*?</script>|<style>.*?</style>|src="data:[^"]*"', "", text, flags=re.DOTALL)
+    assert page.stat().st_size < 15e6 and not re.search(r"""(?:src|href)=["'](?!#)|url\(|@import|https?://""", shell)
+
+
+def test_libraries_that_are_missing_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    def gone(name: str) -> Path:
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr(report, "files", gone)
+    monkeypatch.setattr("sys.argv", ["report", "--output", str(tmp_path / "page.html")])
+    assert report.main() == 2 and not list(tmp_path.iterdir())
+    assert capsys.readouterr().err.splitlines() == ["error: the page embeds plotly.js and DataTables, and No module named 'plotly'; pip install -e .[report]"]
+
+
+def test_what_could_not_be_built_stands_on_the_page(tmp_path: Path):
+    published = shutil.copytree(REPOSITORY / "results" / "published", tmp_path / "published")
+    (published / "table7.csv").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "FIGURES", {"figure8": FIGURES["figure8_scores_over_training"]})
+        text, problems = report.build_page(Sources(None, published))
+    assert {problem.partition(":")[0] for problem in problems} == {"table7", "figure figure8"}
+    assert "Could not be built" in text and text.count("table7.csv: No such file") >= 3
+
+
+@pytest.mark.parametrize("width", [1400, 390])
+def test_the_page_loads_without_errors_and_fits(width: int, browser: Any, page: Path):
+    opened(browser, page, width)
+    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    ready, drawn = (int(browser.execute_script(f"return document.body.dataset.{name}")) for name in ("ready", "drawn"))
+    assert ready <= drawn and browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.execute_script("return [...document.images].every(image => image.naturalWidth > 300 && image.getBoundingClientRect().width <= innerWidth)")
+    assert browser.execute_script("return document.images.length") >= 2
+
+
+def test_tables_sort_and_filter(browser: Any, page: Path):
+    opened(browser, page, 1400)
+    heading = "#table1 thead tr:last-child th:nth-child(7)"
+    for direction in (1, -1):
+        browser.execute_script(f"document.querySelector('{heading}').click()")
+        core = [float(text) for text in column(browser, "table1", 6)]
+        assert core == sorted(core, key=lambda value: direction * value) and len(set(core)) > 10
+    browser.execute_script("const box = document.querySelector('#table8_wrapper input'); box.value = 'DiT-XL'; box.dispatchEvent(new Event('input', { bubbles: true }))")
+    assert column(browser, "table8", 0) == ["DiT-XL/2"]
+
+
+def test_claims_filter_by_their_evidence(browser: Any, page: Path):
+    opened(browser, page, 1400)
+    total = len(column(browser, "claims-table", 0))
+    for level in ("counted", "not yet"):
+        tile = f"document.querySelector('[data-level=\"{level}\"]')"
+        browser.execute_script(f"{tile}.click()")
+        shown = column(browser, "claims-table", 3)
+        assert set(shown) == {level} and len(shown) == int(browser.execute_script(f"return {tile}.querySelector('strong').innerText"))
+    browser.execute_script(f"{tile}.click()")
+    assert len(column(browser, "claims-table", 0)) == total == 20
+
+
+def test_a_number_shows_its_record(browser: Any, page: Path):
+    opened(browser, page, 1400)
+    browser.execute_script("document.querySelector('#table5 td[data-records] a').click()")
+    shown = browser.execute_script("const dialog = document.querySelector('dialog'); return dialog.open && dialog.querySelector('pre').innerText")
+    assert shown.startswith("results/reference/cost/") and '"macs_core"' in shown and '"commit"' in shown
+
+
+def test_the_scatter_changes_its_view_and_answers_the_pointer(browser: Any, page: Path):
+    opened(browser, page, 1400)
+    assert browser.execute_script("return document.querySelectorAll('#scatter .point').length") > 8
+    browser.execute_script("const view = document.getElementById('view'); view.value = view.options.length - 1; view.dispatchEvent(new Event('change'))")
+    browser.execute_script("Plotly.Fx.hover('scatter', [{ curveNumber: 0, pointNumber: 0 }])")
+    words = browser.execute_script("return document.querySelector('#scatter .hoverlayer').textContent")
+    assert "DiCo-S" in words and "seeds" in words

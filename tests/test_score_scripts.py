@@ -1,0 +1,179 @@
+"""The scripts around scores: what they print, and bad input in one line with exit status 2."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from test_scores import Grey
+
+from backbones import build, tiny_options_of
+from experiments import calibrate, evaluate, evaluate_checkpoint, sample
+from experiments.engine import evaluate as stage
+from experiments.engine import inception, npz, scores, sources
+from experiments.engine.data import ImageSet
+from experiments.engine.spec import Data, Sampler
+from experiments.engine.store import read_record
+from experiments.protocols import CIFAR10, IMAGENET256, IMAGENET256_GUIDED
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (80, 4, 4, 3), dtype=np.uint8)
+
+
+def run(script: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
+    status = script.main()
+    return status, *capsys.readouterr()
+
+
+@pytest.fixture
+def grey(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(inception, "load", lambda path, device: Grey())
+    monkeypatch.setattr(scores, "POOL", 6)
+
+
+def sampled(path: Path, images: np.ndarray, seed: int = 0, order: int = 0) -> Path:
+    index = np.random.default_rng(order).permutation(len(images))
+    npz.write(path, iter([images[index]]), images.shape, (index % 8), index, {"labels": "random", "seed": seed})
+    return path
+
+
+def test_any_two_files_are_scored(grey, tmp_path: Path, capsys, monkeypatch):
+    np.savez(tmp_path / "real.npz", arr_0=IMAGES[:50])
+    np.savez(tmp_path / "fake.npz", arr_0=IMAGES[30:], mu=np.zeros(2048), sigma=np.eye(2))
+    status, out, _ = run(evaluate, capsys, monkeypatch, tmp_path / "fake.npz", "--against", tmp_path / "real.npz", "--half")
+    assert status == 0
+    for words in ("FID-50 ", "sFID-50 ", "IS-50 ", "precision-50 ", "ADM's half precision", "50 reference rows", "KID-50 ", "real.npz holds no statistics", "carries mu, sigma, which was ignored"):
+        assert words in out
+
+
+def test_common_seeds_are_paired_by_their_index(grey, tmp_path: Path, capsys, monkeypatch):
+    np.savez(tmp_path / "real.npz", arr_0=IMAGES[::-1])
+    brighter = np.minimum(IMAGES, 250) + np.uint8(5)
+    a, b = sampled(tmp_path / "a.npz", IMAGES), sampled(tmp_path / "b.npz", brighter, order=1)
+    status, out, _ = run(evaluate, capsys, monkeypatch, a, b, "--against", tmp_path / "real.npz", "--paired")
+    assert status == 0 and "a.npz less b.npz: FID-80 " in out and "paired; ±" in out and "resolved" in out.splitlines()[-1]
+    for other in (sampled(tmp_path / "c.npz", IMAGES, seed=1), sampled(tmp_path / "d.npz", IMAGES[:70])):
+        status, _, err = run(evaluate, capsys, monkeypatch, a, other, "--against", tmp_path / "real.npz", "--paired")
+        assert status == 2 and "different seeds" in err and err.count("\n") == 1
+
+
+def test_statistics_are_scored_as_far_as_they_go(grey, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr(npz, "POOL", 6)
+    for name, mean in (("a", 0.0), ("b", 2.0)):
+        np.savez(tmp_path / f"{name}.npz", mu=np.full(6, mean), sigma=np.eye(6))
+    status, out, _ = run(evaluate, capsys, monkeypatch, tmp_path / "a.npz", "--against", tmp_path / "b.npz")
+    assert status == 0 and "N and errors are unknown" in out and "fid             24.0000" in out and "is" not in out.split("unknown")[1]
+
+
+@pytest.mark.parametrize("arguments, complaint", [
+    (["nothing.npz"], "no images (arr_0) and no statistics"),
+    (["missing.npz"], "no such file"),
+    (["real.npz", "--paired"], "compares two sample files"),
+    (["real.npz", "real.npz", "--paired"], "does not say from which seeds"),
+    (["floats.npz"], "float64"),
+    (["real.npz", "--inception", "no.pth"], "no Inception weights"),
+])
+def test_bad_files_are_one_line(arguments: list[str], complaint: str, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez("real.npz", arr_0=IMAGES)
+    np.savez("floats.npz", arr_0=IMAGES / 255)
+    np.savez("nothing.npz", arr_1=np.arange(3))
+    status, _, err = run(evaluate, capsys, monkeypatch, *arguments, "--against", "real.npz")
+    assert status == 2 and complaint in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_the_arithmetic_is_calibrated_on_synthetic_sets(capsys, monkeypatch):
+    status, out, _ = run(calibrate, capsys, monkeypatch, "--device", "cpu")
+    assert status == 0 and out.count("ok ") == 7 and "FAIL" not in out and "was not checked" in out
+
+
+def test_a_wrong_arithmetic_fails_calibration(capsys, monkeypatch):
+    from experiments.engine import metrics
+
+    right = metrics.frechet
+    monkeypatch.setattr(metrics, "frechet", lambda a, b: 1.001 * right(a, b))
+    status, out, _ = run(calibrate, capsys, monkeypatch, "--device", "cpu")
+    assert status == 1 and "FAIL" in out
+
+
+def test_a_published_pair_is_held_to_its_scores(grey, tmp_path: Path, capsys, monkeypatch):
+    np.savez(tmp_path / "a.npz", arr_0=IMAGES)
+    status, out, _ = run(calibrate, capsys, monkeypatch, "--pair", "imagenet256", tmp_path / "a.npz", tmp_path / "a.npz")
+    assert status == 1 and out.count("FAIL") == 5 and "ADM's evaluator 3.94256" in out
+    status, _, err = run(calibrate, capsys, monkeypatch, "--pair", "imagenet64", tmp_path / "a.npz", tmp_path / "a.npz")
+    assert status == 2 and "unknown pair" in err
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A tiny network's weights, under the name that the script builds in full size."""
+    path = tmp_path / "net.pt"
+    torch.save({"ema": build("dico_s", **tiny_options_of("dico_s")).state_dict()}, path)
+    return path
+
+
+def test_a_checkpoint_of_another_network_is_refused_before_anything_else(checkpoint: Path, tmp_path: Path, capsys, monkeypatch):
+    arguments = "--backbone", "dico_s", "--protocol", "imagenet256", "--results", tmp_path / "results", "--checkpoint"
+    status, _, err = run(evaluate_checkpoint, capsys, monkeypatch, *arguments, checkpoint)
+    assert status == 2 and "another model" in err and err.count("\n") == 1
+    status, _, err = run(evaluate_checkpoint, capsys, monkeypatch, *arguments, tmp_path / "none.pt")
+    assert status == 2 and "no such checkpoint" in err and not (tmp_path / "results").exists()
+
+
+def test_a_dry_run_says_what_is_missing_and_what_it_would_cost(checkpoint: Path, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr(sources, "ROOT", tmp_path / "nothing")
+    monkeypatch.delenv("DICO_INCEPTION", raising=False)
+    monkeypatch.setattr(evaluate_checkpoint, "_load", lambda backbone, args: build("dico_s", **tiny_options_of("dico_s")).eval())
+    monkeypatch.setattr(evaluate_checkpoint, "_seconds_per_pass", lambda *given: 0.01)
+    arguments = "--backbone", "dico_s", "--checkpoint", checkpoint, "--device", "cpu", "--protocol"
+    status, out, _ = run(evaluate_checkpoint, capsys, monkeypatch, *arguments, "imagenet256", "--dry-run")
+    assert status == 0 and "missing: the Inception weights" in out and "missing: the reference VIRTUAL_imagenet256" in out
+    assert "250 evaluations an image" in out and "about 34.7 hours" in out and "9.8 GB" in out
+    status, out, _ = run(evaluate_checkpoint, capsys, monkeypatch, *arguments, "imagenet256_guided", "--dry-run")
+    assert status == 0 and "500 evaluations" in out and "guidance scale 1.4" in out
+    status, _, err = run(evaluate_checkpoint, capsys, monkeypatch, *arguments, "imagenet256", "--results", tmp_path / "results")
+    assert status == 2 and "lacks the Inception weights" in err and not (tmp_path / "results").exists()
+
+
+def test_a_checkpoint_is_sampled_scored_and_recorded(grey, tmp_path: Path, capsys, monkeypatch):
+    """The whole path in small: pixels of 8 x 8, twelve images, a stand-in for Inception, the set's own images as reference."""
+    data = Data("pixels", size=8, channels=3, num_classes=10)
+    torch.save({"ema": build("dico_s", input_size=8, in_channels=3, num_classes=10).state_dict(), "args": Namespace(lr=1)}, tmp_path / "net.pt")
+    monkeypatch.setattr(evaluate_checkpoint, "PROTOCOLS", {"tiny": replace(CIFAR10, name="tiny", data=data, sampler=Sampler(num_steps=2), num=12)})
+    pixels = ImageSet(np.random.default_rng(0).uniform(-1, 1, (30, 3, 8, 8)).astype(np.float32), np.arange(30) % 10, data)
+    monkeypatch.setattr(stage, "load", lambda asked: pixels)
+    (tmp_path / "weights").write_bytes(b"")
+    monkeypatch.setenv("DICO_INCEPTION", str(tmp_path / "weights"))
+    arguments = "--backbone", "dico_s", "--checkpoint", tmp_path / "net.pt", "--protocol", "tiny", "--device", "cpu", "--results", tmp_path / "results"
+    status, out, err = run(evaluate_checkpoint, capsys, monkeypatch, *arguments)
+    assert status == 0 and "net.pt, tiny, manifest " in out and "FID-12 " in out and "the paper has no such row" in out, err
+    (path,) = (tmp_path / "results" / "records" / "evaluate").glob("*.json")
+    values = read_record(path).values
+    assert values["nfe"] == 2 and values["manifest"]["model"]["sha256"] == npz.sha256(tmp_path / "net.pt")
+    again = run(evaluate_checkpoint, capsys, monkeypatch, *arguments)
+    assert again[:2] == (0, out) and len(list(path.parent.iterdir())) == 1
+
+
+def test_the_papers_values_stand_beside_ours():
+    values = {"num": 50_000, "fid": 2.1, "fid_se": 0.01, "is": 280.0, "is_se": float("nan"), "sfid": 4.0, "warnings": ["careful"]}
+    guided = "\n".join(evaluate_checkpoint._beside(values, "dico_xl", IMAGENET256_GUIDED))
+    plain = "\n".join(evaluate_checkpoint._beside(values, "dico_xl", IMAGENET256))
+    assert "FID-50K" in guided and "2.1000 ± 0.0100   paper 2.05" in guided and "paper 282.17" in guided and "guided" in guided and "warning: careful" in guided
+    assert "paper 11.67" in plain and "400,000 training steps, unguided" in plain
+    assert "no such row" in "\n".join(evaluate_checkpoint._beside(values, "dit_s_4", IMAGENET256))
+
+
+@pytest.mark.parametrize("arguments, complaint", [
+    (["--row", "nothing"], "has no row 'nothing'"),
+    (["--row", "DiCo-S", "--num", "0"], "from 1 on"),
+    (["--row", "DiCo-S"], "no finished checkpoint"),
+])
+def test_sampling_refuses_what_it_cannot_draw(arguments: list[str], complaint: str, tmp_path: Path, capsys, monkeypatch):
+    status, _, err = run(sample, capsys, monkeypatch, "--table", 4, "--results", tmp_path, *arguments)
+    assert status == 2 and complaint in err and err.count("\n") == 1
