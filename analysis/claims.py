@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from analysis.query import Sources, digits_scores, gpu_timings, numeric_mode
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.efficiency import SYSTEMS, counted
-from experiments.engine.report import Cell, Sheet, pooled, reach, scaled
+from experiments.engine.report import Cell, Sheet
+from experiments.engine.spread import pooled, reach, scaled
 from experiments.engine.spec import Row, Table
 from experiments.engine.store import Record
 from experiments.protocols import timing_stage

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from analysis.query import Sources, digits_scores
 from analysis.tables import ranks
 from experiments.ablation import TABLES
-from experiments.engine.report import LEVEL, SCORES, pooled, reach, scaled
+from experiments.engine.report import SCORES
+from experiments.engine.spread import LEVEL, pooled, reach, scaled
 from experiments.engine.spec import Table
 from experiments.protocols import DIGITS, timing_stage
 

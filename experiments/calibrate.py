@@ -17,8 +17,14 @@ from experiments.engine.sources import inception_path
 # Scores that torch-fidelity's Inception with exact distances gives (lavinal712/ADM-evaluation-suite-pytorch), the tolerance of
 # each, and what ADM's own evaluator gives (openai/guided-diffusion README), whose half precision raises precision and recall.
 PAIRS = {
-    "imagenet256": {"is": (215.9764, 0.2, 215.8370), "fid": (3.94103, 0.005, 3.94256), "sfid": (6.14049, 0.003, 6.14043), "precision": (0.82548, 0.0005, 0.82650), "recall": (0.5285, 0.001, 0.5309)},
-    "imagenet128": {"is": (141.4781, 0.2, 141.4767), "fid": (2.97328, 0.005, 2.97329), "sfid": (5.09350, 0.003, 5.09456), "precision": (0.78042, 0.0005, 0.78138), "recall": (0.5906, 0.001, 0.5929)},
+    "imagenet256": {
+        "is": (215.9764, 0.2, 215.8370), "fid": (3.94103, 0.005, 3.94256), "sfid": (6.14049, 0.003, 6.14043),
+        "precision": (0.82548, 0.0005, 0.82650), "recall": (0.5285, 0.001, 0.5309),
+    },
+    "imagenet128": {
+        "is": (141.4781, 0.2, 141.4767), "fid": (2.97328, 0.005, 2.97329), "sfid": (5.09350, 0.003, 5.09456),
+        "precision": (0.78042, 0.0005, 0.78138), "recall": (0.5906, 0.001, 0.5929),
+    },
 }
 NAMES = {"imagenet256": "admnet_guided_upsampled_imagenet256.npz", "imagenet128": "admnet_guided_imagenet128.npz"}
 

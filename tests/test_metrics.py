@@ -10,9 +10,9 @@ from scipy.spatial.distance import cdist
 from scipy.special import rel_entr
 
 from experiments.engine.metrics import (
-    Moments, frechet, frechet_influence, frechet_jackknife, frechet_se, inception_score, influence_se, kid, proportion_se,
+    Moments, frechet, frechet_jackknife, frechet_se, inception_score, proportion_se,
 )
-from experiments.engine.neighbours import precision_recall, precision_recall_half
+from experiments.engine.neighbours import precision_recall
 
 
 def moments(*batches: ndarray) -> Moments:

@@ -50,10 +50,9 @@ def _main(tables: dict[int, Table], description: str | None, arguments: Sequence
     args = _parse(tables, description, arguments)
     table, protocol, store = tables[args.table], PROTOCOLS[args.protocol], Store(args.results, REPOSITORY / "results" / "reference")
     rows = _choose(table, args.rows)
-    networks = [row for row in rows if row.backbone]  # the others are published numbers alone
     on_slurm = args.cluster == "slurm"
-    default = slurm.device(networks) if on_slurm else "cuda" if Path("/dev/nvidia0").exists() else "cpu"
-    chosen = Chosen(table, networks, protocol, args.seeds, args.device or default, args.rows is not None)
+    default = slurm.device(rows) if on_slurm else "cuda" if Path("/dev/nvidia0").exists() else "cpu"
+    chosen = Chosen(table, rows, protocol, args.seeds, args.device or default, named=args.rows is not None)
     good = True
     if args.dry_run:
         print(describe(chosen, store))
@@ -79,7 +78,7 @@ def _main(tables: dict[int, Table], description: str | None, arguments: Sequence
         store.refresh()
     sheets = [main_sheet(table, rows, protocol, args.seeds, chosen.device, store)]
     if not table.counts_only and protocol.small:
-        sheets.append(comparison_sheet(table, networks, protocol, args.seeds, chosen.device, store))
+        sheets.append(comparison_sheet(table, chosen.networks, protocol, args.seeds, chosen.device, store))
     print(render(sheets, args.format))
     return 0 if good else 1
 

@@ -49,7 +49,8 @@ def run(spec: Evaluate, folder: Path, cache: Path, resources: Resources, group: 
     if not group.first:
         return {}
     with precision(spec.precision, torch.device(resources.device)):
-        found |= {"flags": flags(), "versions": {"torch": torch.__version__} | _versions("numpy", "scipy", *(("torch-fidelity", "diffusers") if spec.features == "inception" else ()))}
+        used = ("numpy", "scipy", "torch-fidelity", "diffusers")[: 2 if spec.features == "digits" else 4]
+        found |= {"flags": flags(), "versions": {"torch": torch.__version__} | _versions(*used)}
     model = {"weights_sha256": found.pop("network"), "key": "ema"}
     return values | {"manifest": manifest(canonical(spec, full=True), model, found | {"nfe": values["nfe"]})}
 

@@ -57,14 +57,13 @@ class Log:
             with suppress(ValueError):  # the last line of a killed run can be cut
                 kept.append(json.loads(line))
         kept = [entry for entry in kept if entry["step"] <= first]
-        self.losses = [entry["loss"] for entry in kept]
+        self.losses = [entry["loss"] for entry in kept]  # of the lines before `first`
         self.file = path.open("w")
         self.file.writelines(json.dumps(entry) + "\n" for entry in kept)
         self.boards = [board for board in (_tensorboard(folder, first), _wandb(folder)) if board]
 
     def write(self, **entry: Any) -> None:
         """One line: step, loss, lr, images_per_s."""
-        self.losses.append(entry["loss"])
         self.file.write(json.dumps(entry) + "\n")
         self.file.flush()
         for board in self.boards:

@@ -13,7 +13,7 @@ from experiments.protocols import Protocol, cost_stages, evaluate_stage, timed_r
 
 @dataclass(frozen=True)
 class Chosen:
-    """The part of a table that a command is about: rows with networks, `named` where the command names them."""
+    """The part of a table that a command is about; `named` says that its rows were asked for by name."""
 
     table: Table
     rows: Sequence[Row]
@@ -22,20 +22,28 @@ class Chosen:
     device: str
     named: bool = False
 
+    @property
+    def networks(self) -> list[Row]:
+        """The rows that can be run: the others hold published numbers alone."""
+        return [row for row in self.rows if row.backbone]
+
     def counts(self) -> list[Job]:
         """One job: the first count is slow, the others are not."""
-        return [Job("counts", tuple({spec_id(stage): stage for row in self.rows for stage in cost_stages(row)}.values()))]
+        return [Job("counts", tuple({spec_id(stage): stage for row in self.networks for stage in cost_stages(row)}.values()))]
 
     def timings(self) -> list[Job]:
-        timed = timed_rows(self.table, self.rows, self.device, self.named)
-        stages = {spec_id(stage := timing_stage(row, self.table.baseline, self.device)): (row.label, stage) for row in timed}
-        return [Job(label, (stage,)) for label, stage in stages.values()]
+        """One job a network, however many rows it has."""
+        jobs: dict[str, Job] = {}
+        for row in timed_rows(self.table, self.networks, self.device, self.named):
+            stage = timing_stage(row, self.table.baseline, self.device)
+            jobs.setdefault(spec_id(stage), Job(row.label, (stage,)))
+        return list(jobs.values())
 
     def trainings(self) -> list[Job]:
         """A training with the evaluations that hang on it; rows that are one network share one."""
         jobs: dict[str, Job] = {}
         for seed in self.seeds if not self.table.counts_only else ():
-            for row in self.rows:
+            for row in self.networks:
                 stages = train_stage(row, self.protocol, seed), evaluate_stage(row, self.protocol, seed)
                 jobs.setdefault(spec_id(stages[1]), Job(f"{row.label}, seed {seed}", stages, chain=True))
         return list(jobs.values())
@@ -70,7 +78,7 @@ def describe(chosen: Chosen, store: Store) -> str:
 
 
 def _stages(chosen: Chosen) -> Iterator[tuple[str, Stage]]:
-    for row in chosen.rows:
+    for row in chosen.networks:
         yield from ((row.label, stage) for stage in cost_stages(row))
     for job in (*chosen.timings(), *chosen.trainings()):
         yield from ((job.label, stage) for stage in job.stages)
@@ -98,12 +106,12 @@ def gpu_hours(stage: Train, protocol: Protocol, store: Store) -> tuple[float, st
     return None if "CPU" in kind or protocol.cost_hours is None else (protocol.cost_hours * int(gpus), f"the protocol's {protocol.cost_hours:g} h on {protocol.hardware}")
 
 
-def seconds_a_step(stage: Train, protocol: Protocol, store: Store) -> float | None:
-    """Time of a training step as recorded, else as expected on the protocol's hardware; None where that is unknown."""
+def seconds_a_step(stage: Train, protocol: Protocol, store: Store) -> float:
+    """Expected time of a training step on the protocol's hardware, or as recorded; 0 where nothing is known."""
     for where in ("records", "reference"):
         if record := store.latest(stage, where):
             return stage.recipe.batch / record.values["images_per_s"]
-    return None if protocol.cost_hours is None else protocol.cost_hours * 3600 / stage.recipe.steps
+    return (protocol.cost_hours or 0) * 3600 / stage.recipe.steps
 
 
 def duration(seconds: float) -> str:

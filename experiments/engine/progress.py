@@ -38,7 +38,8 @@ class Progress:
             step, steps, loss, rate = payload
             if job.label not in self.tasks:
                 self.tasks[job.label] = self.bars.add_task(job.label, total=steps, state="")
-            self.bars.update(self.tasks[job.label], completed=step, total=steps, state=f"loss {loss:.4f}, {rate:.0f} images/s" if loss == loss else f"{rate:.1f} images/s")
+            state = f"{rate:.1f} images/s" if loss != loss else f"loss {loss:.4f}, {rate:.0f} images/s"  # sampling has no loss
+            self.bars.update(self.tasks[job.label], completed=step, total=steps, state=state)
         elif event == "record":
             stage, record = payload
             self.done += 1

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from experiments.engine.manifest import clashes, score_name
 from experiments.engine.spec import Row, Stage, Table, spec_id
+from experiments.engine.spread import LEVEL, agree, pooled, reach, scaled
 from experiments.engine.store import Record, Store
 from experiments.protocols import Protocol, cost_stages, evaluate_stage, timed_rows, timing_stage, train_stage
 
@@ -16,10 +17,8 @@ SCORES = {
     "digits": {"fd_digits": "lower", "is_digits": "higher", "precision_digits": "higher", "recall_digits": "higher", "agreement": "higher"},
     "inception": {"fid": "lower", "is": "higher", "precision": "higher", "recall": "higher"},
 }
-LOG_SCALED = {"fd_digits", "fid"}  # their spread over seeds grows with their value
 PAPER_SCORES = {"fid": "FID", "is": "IS", "precision": "P", "recall": "R"}
 PAPER_CONDITIONS = {"steps": "train_steps", "guided": "cfg"}
-LEVEL = 0.05
 REFERENCE_SEEDS = range(10)
 
 
@@ -107,7 +106,7 @@ def comparison_sheet(table: Table, rows: Sequence[Row], protocol: Protocol, seed
         for name in scores:
             digits = 1 if name.startswith(("fd", "is")) else 2
             cells += [_mean_cell(name, side[row.label], digits) for side in (reference, here)]
-            if known and not _agree(name, reference[row.label], here[row.label], spread[name], comparisons):
+            if known and not agree(name, reference[row.label], here[row.label], spread[name], comparisons):
                 off.append(name)
         verdict = "-" if not known else "spread unknown" if None in spread.values() else "no: " + ", ".join(off) if off else "yes"
         sheet.rows.append([*cells, Cell(words=verdict)])
@@ -197,34 +196,6 @@ def _mean_cell(name: str, values: list[dict[str, float]], digits: int) -> Cell:
         return Cell(values[0][name], values[0].get(f"{name}_se"), digits)
     numbers = [value[name] for value in values]
     return Cell(statistics.fmean(numbers), statistics.stdev(numbers) / math.sqrt(len(numbers)), digits)
-
-
-def scaled(name: str, values: list[dict[str, float]]) -> list[float]:
-    return [math.log(max(value[name], 1e-9)) if name in LOG_SCALED else value[name] for value in values]
-
-
-def pooled(name: str, rows: Sequence[list[dict[str, float]]]) -> tuple[float, int] | None:
-    """Standard deviation over training seeds, pooled over rows, and its degrees of freedom; None without repeats."""
-    groups = [scaled(name, values) for values in rows if len(values) > 1]
-    freedom = sum(len(group) - 1 for group in groups)
-    if not freedom:
-        return None
-    return math.sqrt(sum(statistics.variance(group) * (len(group) - 1) for group in groups) / freedom), freedom
-
-
-def reach(spread: tuple[float, int], num_a: int, num_b: int, comparisons: int) -> float:
-    """Largest difference of two means that noise explains at LEVEL over all comparisons (Student, two-sided)."""
-    from scipy.special import stdtrit
-
-    deviation, freedom = spread
-    return float(stdtrit(freedom, 1 - LEVEL / 2 / max(comparisons, 1))) * deviation * math.sqrt(1 / num_a + 1 / num_b)
-
-
-def _agree(name: str, a: list[dict[str, float]], b: list[dict[str, float]], spread: tuple[float, int] | None, comparisons: int) -> bool:
-    if spread is None:
-        return True
-    difference = abs(statistics.fmean(scaled(name, a)) - statistics.fmean(scaled(name, b)))
-    return difference <= reach(spread, len(a), len(b), comparisons)
 
 
 def _notes(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequence[int], device: str, store: Store, where: str) -> list[str]:

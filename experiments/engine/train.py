@@ -186,7 +186,7 @@ def run(
         beat.tell(state="training", step=first, steps=recipe.steps)
     images, stop = load(spec.data), Agreement(group)
     with Log(folder, first) if group.first else nullcontext() as log, checkpoint.Writer(folder / "checkpoints", resources.keep, resources.milestones) as writer:
-        means = group.share(log.losses if group.first else None)
+        means = list(group.share(log.losses if group.first else None))  # the log appends to its own
         for loss in trainer.steps(images):
             losses.append(loss)
             done = trainer.step
