@@ -40,14 +40,16 @@ def groups(chosen: Chosen, store: Store) -> list[tuple[Site, list[Job]]]:
 
 def _check(job: Job, site: Site, chosen: Chosen, store: Store) -> None:
     stage = job.stages[0]
-    batch = (stage if isinstance(stage, Train) else stage.train).recipe.batch
-    if batch % site.world_size:
-        raise ValueError(f"{job.label}: {site.nodes} nodes of {site.tasks} processes do not divide the batch of {batch}; change nodes or gpus_per_node")
-    interval = site.checkpoint_every * seconds_a_step(stage, chosen.protocol, store) if isinstance(stage, Train) else 0
+    if not isinstance(stage, Train):
+        return
+    if stage.recipe.batch % site.world_size:
+        raise ValueError(f"{job.label}: {site.nodes} nodes of {site.tasks} processes do not divide the batch of {stage.recipe.batch}; change nodes or gpus_per_node")
+    steps = min(site.checkpoint_every, stage.recipe.steps)
+    interval = steps * seconds_a_step(stage, chosen.protocol, store)
     if interval > site.seconds - site.signal_seconds:
         raise ValueError(
             f"{job.label}: a time limit of {site.time} is shorter than one checkpoint interval, about {duration(interval)} "
-            f"for {site.checkpoint_every} steps; raise time or lower checkpoint_every"
+            f"for {steps} steps; raise time or lower checkpoint_every"
         )
 
 
