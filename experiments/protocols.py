@@ -104,44 +104,11 @@ IMAGENET512 = Protocol(
     hardware="64 A100 (DiCo-XL)",
 )
 
-IMAGENET256_3750K = replace(
-    IMAGENET256,
-    name="imagenet256_3750k",
-    recipe=replace(IMAGENET256.recipe, steps=3_750_000),
-    source="DiCo paper, Table 6 (DiCo-XL)",
-    cost_hours=266,
-    hardware="32 A100",
-)
-
-IMAGENET256_H = replace(
-    IMAGENET256,
-    name="imagenet256_h",
-    recipe=Recipe(steps=1_000_000, batch=1024, lr=2e-4, betas=(0.99, 0.99), warmup=5000),
-    source="DiCo paper, Table 6 (DiCo-H)",
-    cost_hours=113,
-    hardware="64 A100",
-)
-
-IMAGENET512_3000K = replace(
-    IMAGENET512,
-    name="imagenet512_3000k",
-    recipe=replace(IMAGENET512.recipe, steps=3_000_000),
-    source="DiCo paper, Table 6 (DiCo-XL)",
-    cost_hours=256,
-    hardware="64 A100",
-)
-
 OWN = "each system by the recipe and the sampler of its own paper"
 IMAGENET256_OWN = replace(IMAGENET256, name="imagenet256_own", own=True, source=OWN, cost_hours=None)
 IMAGENET512_OWN = replace(IMAGENET512, name="imagenet512_own", own=True, source=OWN, cost_hours=None)
 
-PROTOCOLS = {
-    protocol.name: protocol
-    for protocol in (
-        DIGITS, CIFAR10, IMAGENET256, IMAGENET256_FIXED, IMAGENET256_GUIDED, IMAGENET256_3750K, IMAGENET256_H, IMAGENET256_OWN,
-        IMAGENET512, IMAGENET512_3000K, IMAGENET512_OWN,
-    )
-}
+PROTOCOLS = {protocol.name: protocol for protocol in (DIGITS, CIFAR10, IMAGENET256, IMAGENET256_FIXED, IMAGENET256_GUIDED, IMAGENET512, IMAGENET256_OWN, IMAGENET512_OWN)}
 
 
 def network(row: Row, protocol: Protocol) -> Backbone:

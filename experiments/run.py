@@ -1,6 +1,6 @@
 """One declared run in this process, or in all processes of this allocation: what the scripts under slurm/ call.
 
-    srun python experiments/run.py --table 6 --row DiCo-XL --protocol imagenet256_3750k
+    srun python experiments/run.py --table 8 --row DiCo-XL --protocol imagenet256_own
 
 Same id, folder and record as `--cluster slurm` and `--cluster here` give. Resources of the trainer come from slurm/site.toml.
 """
@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from experiments import ablation, main_results, training_runs
+from experiments import ablation, main_results
 from experiments.engine.cluster import given
 from experiments.engine.launch import work_in_job
 from experiments.engine.plan import Chosen
@@ -20,7 +20,7 @@ from experiments.engine.sources import require_data, require_features
 from experiments.engine.store import Store
 from experiments.protocols import PROTOCOLS, evaluate_stage
 
-TABLES = ablation.TABLES | main_results.TABLES | training_runs.TABLES
+TABLES = ablation.TABLES | main_results.TABLES
 
 
 def main() -> int:

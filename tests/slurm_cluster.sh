@@ -66,8 +66,8 @@ SlurmUser=$(id -un)
 SlurmdUser=$(id -un)
 AuthType=auth/munge
 CredType=cred/munge
-# a requeued job starts no earlier than its credential expires
-AuthInfo=socket=$DIR/munge.socket,cred_expire=3
+# a requeued job waits until its credential expires; less than 5 s counts as 120
+AuthInfo=socket=$DIR/munge.socket,cred_expire=5
 $bind
 StateSaveLocation=$DIR/state
 SlurmdSpoolDir=$DIR/spool.%n

@@ -33,10 +33,11 @@ class Chosen:
 
     def timings(self) -> list[Job]:
         """One job a network, however many rows it has."""
-        timed = timed_rows(self.table, self.networks, self.device, self.named)
-        stages = {row.label: timing_stage(row, self.table.baseline, self.device) for row in timed}
-        labels = {spec_id(stage): label for label, stage in reversed(stages.items())}
-        return [Job(label, (stage,)) for label, stage in stages.items() if labels[spec_id(stage)] == label]
+        jobs: dict[str, Job] = {}
+        for row in timed_rows(self.table, self.networks, self.device, self.named):
+            stage = timing_stage(row, self.table.baseline, self.device)
+            jobs.setdefault(spec_id(stage), Job(row.label, (stage,)))
+        return list(jobs.values())
 
     def trainings(self) -> list[Job]:
         """A training with the evaluations that hang on it; rows that are one network share one."""

@@ -40,14 +40,16 @@ def groups(chosen: Chosen, store: Store) -> list[tuple[Site, list[Job]]]:
 
 def _check(job: Job, site: Site, chosen: Chosen, store: Store) -> None:
     stage = job.stages[0]
-    batch = (stage if isinstance(stage, Train) else stage.train).recipe.batch
-    if batch % site.world_size:
-        raise ValueError(f"{job.label}: {site.nodes} nodes of {site.tasks} processes do not divide the batch of {batch}; change nodes or gpus_per_node")
-    interval = site.checkpoint_every * seconds_a_step(stage, chosen.protocol, store) if isinstance(stage, Train) else 0
+    if not isinstance(stage, Train):
+        return
+    if stage.recipe.batch % site.world_size:
+        raise ValueError(f"{job.label}: {site.nodes} nodes of {site.tasks} processes do not divide the batch of {stage.recipe.batch}; change nodes or gpus_per_node")
+    steps = min(site.checkpoint_every, stage.recipe.steps)
+    interval = steps * seconds_a_step(stage, chosen.protocol, store)
     if interval > site.seconds - site.signal_seconds:
         raise ValueError(
             f"{job.label}: a time limit of {site.time} is shorter than one checkpoint interval, about {duration(interval)} "
-            f"for {site.checkpoint_every} steps; raise time or lower checkpoint_every"
+            f"for {steps} steps; raise time or lower checkpoint_every"
         )
 
 
@@ -56,14 +58,20 @@ def describe(chosen: Chosen, store: Store) -> str:
     from experiments.engine.cluster import sbatch_text
 
     folder, lines, total = store.root.resolve() / "submissions" / "dico-YYYYMMDD-XXXXXXXX", [], 0.0
+    unknown = 0
     for site, jobs in groups(chosen, store):
         lines += ["", f"an array of {len(jobs)} jobs: {', '.join(job.label for job in jobs)}" if len(jobs) > 1 else f"one job: {jobs[0].label}"]
         lines += [f"    {line}".rstrip() for line in sbatch_text(site, folder, len(jobs)).splitlines()]
         for job in jobs:
-            if isinstance(job.stages[0], Train) and (hours := gpu_hours(job.stages[0], chosen.protocol, store)):
+            if not isinstance(job.stages[0], Train):
+                continue
+            if hours := gpu_hours(job.stages[0], chosen.protocol, store):
                 total += hours[0]
                 lines.append(f"{job.label}: about {hours[0]:.0f} GPU-hours of training, by {hours[1]}")
-    return "\n".join([*lines, "", f"estimated: {total:.0f} GPU-hours of training; evaluations and timings come on top"])
+            else:
+                unknown += 1
+    more = f", and {unknown} trainings of unknown cost on GPUs" if unknown else ""
+    return "\n".join([*lines, "", f"estimated: {total:.0f} GPU-hours of training{more}; evaluations and timings come on top"])
 
 
 def send(chosen: Chosen, store: Store, command: str) -> str:

@@ -1,0 +1,146 @@
+"""The command line, batch scripts and requeueing on a real Slurm with two virtual nodes (tests/slurm_cluster.sh)."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from test_command_line import TABLE
+
+from experiments.engine.store import REPOSITORY
+
+CLUSTER = REPOSITORY / "tests" / "slurm_cluster.sh"
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
+MISSING = [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.slurm,
+    pytest.mark.xdist_group("slurm"),
+    pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)} not installed: apt-get install --no-install-recommends slurm-wlm munge"),
+]
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a running cluster's clients."""
+    folder = tmp_path_factory.mktemp("slurm") / "cluster"
+    environment = os.environ | {"DIR": str(folder)}
+    subprocess.run(["bash", CLUSTER, "start"], env=environment, check=True)
+    site = {"GPUS_PER_NODE": "0", "CPUS_PER_TASK": "1", "CONCURRENT": "2", "SIGNAL_SECONDS": "30", "TIME": "1:00:00"}
+    variables = {f"DICO_SLURM_{name}": value for name, value in site.items()}
+    yield os.environ | variables | {"SLURM_CONF": str(folder / "slurm.conf"), "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+    subprocess.run(["bash", CLUSTER, "stop"], env=environment, check=True)
+
+
+def client(slurm: dict[str, str], *command: str) -> str:
+    return subprocess.run(command, env=slurm, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+def table(folder: Path, steps: int) -> Path:
+    script = folder / "tiny.py"
+    script.write_text(TABLE.format(steps=steps))
+    return script
+
+
+def call(slurm: dict[str, str], script: Path, *options: str, cluster: str = "slurm") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(script), "--table", "4", "--results", str(script.parent / "results"), "--cluster", cluster, *options]
+    return subprocess.run(command, env=slurm, capture_output=True, text=True, timeout=300, check=False)
+
+
+def states(text: str) -> dict[str, str]:
+    """State by label of the jobs that train."""
+    return {found[1]: found[2] for found in re.finditer(r"train +(\w+), seed 0 +(\w+)", text)}
+
+
+def until(what: Callable[[], bool], words: str, seconds: float = 400) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, words
+        time.sleep(0.5)
+
+
+def records(root: Path) -> set[tuple[str, str]]:
+    """Id and status of every record but counts."""
+    found = (json.loads(path.read_text()) for path in root.glob("records/*/*.json"))
+    return {(record["id"], record["status"]) for record in found if record["kind"] != "cost"}
+
+
+def test_a_table_is_sent_watched_and_done(slurm: dict[str, str], tmp_path: Path):
+    script = table(tmp_path, steps=5)
+    plan = call(slurm, script, "--dry-run")
+    assert plan.returncode == 0 and "#SBATCH --array=0-2%2" in plan.stdout and not (tmp_path / "results").exists()
+    ids = dict(re.findall(r"^(\w{16})  (?:timing|train|evaluate) +(\w+(?:, seed 0)?) ", plan.stdout, re.M))
+    assert set(states(call(slurm, script, "--status").stdout).values()) == {"not"}
+
+    sent = call(slurm, script)
+    assert sent.returncode == 0, sent.stderr
+    assert len(re.findall(r"^submitted job \d+_\d: ", sent.stdout, re.M)) == 6 and "--status" in sent.stdout
+    written = next((tmp_path / "results" / "submissions").glob("dico-*/*_submission.sh")).read_text()
+    name = re.search(r"job-name=(\S+)", written).group(1)
+    assert written.strip() in "\n".join(line.removeprefix("    ") for line in plan.stdout.replace("dico-YYYYMMDD-XXXXXXXX", name).splitlines())
+
+    first = states(call(slurm, script, "--status").stdout)
+    assert set(first) == {"good", "bad", "last"} and set(first.values()) <= {"waiting", "running"}
+    again = call(slurm, script)
+    assert "6 jobs are in the queue or at work already" in again.stdout and "submitted" not in again.stdout
+
+    until(lambda: not client(slurm, "squeue", "-h"), "the queue empties")
+    status = call(slurm, script, "--status").stdout
+    assert states(status) == {"good": "done", "bad": "failed", "last": "done"}
+    assert re.search(r"bad, seed 0 +failed +train ValueError: window attention needs a grid.*\n( +\| .*\n)+", status)
+    found = records(tmp_path / "results")
+    assert {name for name, _ in found} <= set(ids) and sum(state == "done" for _, state in found) == 7
+    assert call(slurm, script, "--rows", "good", "last").stdout == "every stage has its record; --report prints the table\n"
+    here = call(slurm, script, "--rows", "good", "last", cluster="here")
+    assert here.returncode == 0 and here.stderr == ""  # the same ids: nothing is left to run
+
+
+def test_what_was_sent_is_cancelled_and_nothing_else(slurm: dict[str, str], tmp_path: Path):
+    script = table(tmp_path, steps=100_000)
+    other = client(slurm, "sbatch", "--parsable", "--output=/dev/null", "--wrap", "sleep 600").strip()
+    assert call(slurm, script, "--rows", "good").returncode == 0
+    until(lambda: "running" in call(slurm, script, "--rows", "good", "--status").stdout, "the run starts")
+    done = call(slurm, script, "--rows", "good", "--cancel")
+    assert done.returncode == 0 and len(re.findall(r"^cancelled job ", done.stdout, re.M)) >= 1
+    until(lambda: client(slurm, "squeue", "-h", "-o", "%i").split() == [other], "only the other job is left")
+    assert call(slurm, script, "--rows", "good", "--cancel").stdout == "nothing of this is in the queue\n"
+    client(slurm, "scancel", other)
+
+
+@pytest.mark.parametrize("name, words", [("PARTITION", "invalid partition"), ("CONSTRAINT", "Invalid feature")])
+def test_the_scheduler_refuses_in_its_own_words(name: str, words: str, slurm: dict[str, str], tmp_path: Path):
+    refused = call(slurm | {f"DICO_SLURM_{name}": "moon"}, table(tmp_path, steps=5), "--rows", "good")
+    assert refused.returncode == 2 and words in refused.stderr and refused.stderr.splitlines()[-1].startswith("error: sbatch: ")
+    assert not client(slurm, "squeue", "-h") and not list((tmp_path / "results").glob("submissions/dico-*"))
+
+
+def test_a_batch_script_gives_the_same_records_in_two_processes(slurm: dict[str, str], tmp_path: Path):
+    script, root = table(tmp_path, steps=5), tmp_path / "results"
+    (tmp_path / "one.py").write_text("import sys, tiny\nfrom experiments import run\nrun.TABLES[4] = tiny.table\nsys.exit(run.main())\n")
+    text = (REPOSITORY / "slurm" / "dico_s.sh").read_text()
+    text = text.replace("experiments/run.py --table 1 --row DiCo-S --protocol imagenet256", f"{tmp_path}/one.py --table 4 --row good")
+    (tmp_path / "run.sh").write_text(text)
+    options = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", f"--output={tmp_path}/log"]
+    client(slurm | {"RESULTS": str(root)}, "sbatch", f"--chdir={REPOSITORY}", *options, str(tmp_path / "run.sh"))
+    until(lambda: not client(slurm, "squeue", "-h"), "the queue empties")
+    plan = call(slurm, script, "--rows", "good", "--dry-run").stdout
+    declared = set(re.findall(r"^(\w{16})  (?:train|evaluate) ", plan, re.M))
+    assert records(root) == {(name, "done") for name in declared}, (tmp_path / "log").read_text()
+    (train,) = (json.loads(path.read_text()) for path in root.glob("records/train/*.json"))
+    assert train["provenance"]["world_size"] == 2
+
+
+def test_a_training_survives_faults(slurm: dict[str, str]):
+    command = [sys.executable, str(REPOSITORY / "tests" / "fault_test.py"), "--faults", "2", "--seed", "1", "--steps", "400"]
+    environment = {name: value for name, value in slurm.items() if name != "SLURM_CONF"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0 and "faults injected: 2; survived: 2" in done.stdout, done.stdout + done.stderr
