@@ -11,14 +11,15 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from analysis.probes.declared import declared
 from analysis.query import Sources, digits_scores, gpu_timings, numeric_mode
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.efficiency import SYSTEMS, counted
 from experiments.engine.report import Cell, Sheet
-from experiments.engine.spread import pooled, reach, scaled
 from experiments.engine.spec import Row, Table
+from experiments.engine.spread import pooled, reach, scaled
 from experiments.engine.store import Record
-from experiments.protocols import timing_stage
+from experiments.protocols import DIGITS, timing_stage
 
 COUNTED, MEASURED, REDUCED, PUBLISHED, NOT_YET = LEVELS = (
     "counted", "measured here", "measured at reduced scale", "published data only", "not yet",
@@ -179,8 +180,29 @@ def _scaling(claim: Claim, store: Sources) -> Finding:
     return Finding(PUBLISHED, value, verdict, basis, "loss: from the lines of a window")
 
 
-def _not_yet(reason: str) -> Callable[[Claim, Sources], Finding]:
-    return lambda claim, store: Finding(NOT_YET, "", "open", reason)
+def _attention(claim: Claim, store: Sources) -> Finding:
+    """Attention's mass within the near field over that of uniform attention, in the isotropic DiT trained on digits."""
+    record = store.latest(declared("locality", TABLE_3.baseline, DIGITS, seed=0), "reference")
+    if record is None or "attention" not in record.values:
+        return Finding(NOT_YET, "", "open", "needs the named checkpoints at 512; no probe record is committed")
+    found = record.values["attention"]
+    ratio, distance = found["near"] / found["near_uniform"], found["distance"]
+    verdict = "same direction, one seed" if ratio > 1 > distance else "against the claim, one seed"
+    basis = f"attention of {TABLE_3.baseline.label} on digits, mean over layers and heads: mass on near tokens over the uniform value; mean distance {distance:.2f} of the uniform one. The named checkpoints were not probed"
+    return Finding(REDUCED, f"{ratio:.2f}", verdict, basis, "one seed, none", (record,))
+
+
+def _channels(claim: Claim, store: Sources) -> Finding:
+    """Near-dead channels and effective rank of the last layer's mixer, with and without CCA, on digits."""
+    rows = {row.label: row for row in TABLE_4.rows}
+    records = [store.latest(declared("channels", rows[label], DIGITS, seed=0), "reference") for label in ("DiCo-S", "w/o CCA")]
+    if None in records:
+        return Finding(NOT_YET, "", "open", "no probe record is committed")
+    (dead, rank), (dead_without, rank_without) = ((record.values["near_dead"], record.values["relative_rank"]) for record in records)
+    signs = {dead < dead_without, rank > rank_without}
+    verdict = "same direction, one seed" if signs == {True} else "against the claim, one seed" if signs == {False} else "mixed, one seed"
+    basis = f"DiCo-S and w/o CCA on digits: share of near-dead channels {dead:.2f} and {dead_without:.2f}; effective rank over channels {rank:.2f} and {rank_without:.2f}"
+    return Finding(REDUCED, f"{dead - dead_without:+.2f} near-dead", verdict, basis, "one seed, none", tuple(records))
 
 
 def _reduced(table: Table, pairs: Sequence[tuple[str, str]], paper: str, store: Sources) -> Finding:
@@ -252,7 +274,7 @@ BY_KIND: dict[tuple[str, str], Callable[[Claim, Sources], Finding]] = {
     ("gflops", "ratio_percent"): _gflops_family,
     ("fid", "value"): _fid_value,
     ("fid", "ratio"): _fid_ratio,
-    ("attention", "shape"): _not_yet("needs the authors' and others' checkpoints at 512; no probe record is committed"),
-    ("channel activation", "more"): _not_yet("no probe record is committed"),
+    ("attention", "shape"): _attention,
+    ("channel activation", "more"): _channels,
 }
 BY_ID = {"cca-fid": _cca, "structure-order": _structures, "kernel-order": _kernels, "scaling-order": _scaling}

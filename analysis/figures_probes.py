@@ -22,7 +22,7 @@ LOCAL_ROWS = (DIT, *(row for row in TABLE_4.rows if row.label in ("CM->Self-Attn
 CHANNEL_ROWS = (DIT, WITHOUT_CCA, DICO_S)
 FEATURE_ROWS = (WITHOUT_CCA, DICO_S)
 WEIGHTS = ("attention", "implied attention", "receptive field")
-MAPS = 6
+MAPS = 5
 
 Found = list[tuple[str, dict[str, "np.ndarray"], dict[str, Any]]]
 

@@ -12,8 +12,8 @@ from analysis.query import Sources, digits_scores
 from analysis.tables import ranks
 from experiments.ablation import TABLES
 from experiments.engine.report import SCORES
-from experiments.engine.spread import LEVEL, pooled, reach, scaled
 from experiments.engine.spec import Table
+from experiments.engine.spread import LEVEL, pooled, reach, scaled
 from experiments.protocols import DIGITS, timing_stage
 
 PAPER = {"fd_digits": "fid", "is_digits": "is", "precision_digits": "precision", "recall_digits": "recall"}

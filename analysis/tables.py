@@ -15,8 +15,8 @@ from experiments import main_results
 from experiments.ablation import TABLES
 from experiments.efficiency import SYSTEMS, counted, counts_sheet, difference
 from experiments.engine.report import SCORES, Cell, Sheet, main_sheet
-from experiments.engine.spread import pooled, reach, scaled
 from experiments.engine.spec import Backbone, Row, Sampler, Stage, Table, Train
+from experiments.engine.spread import pooled, reach, scaled
 from experiments.engine.store import Record
 from experiments.protocols import DIGITS, IMAGENET256, IMAGENET256_OWN, IMAGENET512, IMAGENET512_OWN, Protocol, cost_stage, cost_stages, evaluate_stage, timed_rows, timing_stage
 
