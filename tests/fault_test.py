@@ -216,7 +216,7 @@ def main() -> int:
         attempts = cluster.values().get("attempts", [])
         lost = sum(max(0, before["end"] - after["start"]) for before, after in pairwise(attempts))
         same = weights[0] == weights[1] is not None
-        print(f"faults injected: {len(faults)}; survived: {survived}; attempts: {len(attempts)}; steps lost: {lost} of {args.steps}, a checkpoint every {SITE.checkpoint_every}")
+        print(f"faults injected: {len(faults)}; survived: {survived}; attempts: {len(attempts)}; steps lost by the heartbeats: {lost} of {args.steps}, a checkpoint every {SITE.checkpoint_every}")
         print(f"final weights: {weights[1]}, undisturbed {weights[0]}: {'identical' if same else 'NOT identical'}")
         if not same:
             print((disk / cluster.submission.log).read_text()[-3000:])

@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+from test_command_line import TABLE as TINY
 
 from experiments.ablation import TABLES
 from experiments.engine import heartbeat, plan, scheduler, site, slurm
@@ -184,3 +185,16 @@ def test_a_script_names_a_declared_run_and_the_processes_that_it_takes(script: P
     assert job.stages[0].backbone.name == script.stem.removesuffix("_512")
     assert {"--requeue", "--open-mode=append"} <= set(text.split()) and "--signal=USR2@180" in text and "--kill-on-bad-exit=1" in text
     assert spec_id(job.stages[0]) and len(SCRIPTS) == 7 and site.PREFIX in (REPOSITORY / "slurm" / "site.example.toml").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cluster", ["local", "debug"])
+def test_submitit_on_this_machine_gives_the_same_records(cluster: str, tmp_path: Path):
+    script = tmp_path / "tiny.py"
+    script.write_text(TINY.format(steps=5))
+    command = [sys.executable, str(script), "--table", "4", "--rows", "good", "bad", "--results", str(tmp_path / "results")]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([*command, "--cluster", cluster], capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 1 and "bad: train failed: ValueError: window attention" in done.stdout, done.stderr
+    plan = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, env=environment, check=True).stdout
+    assert len(re.findall(r"  done$", plan, re.M)) == 6 and "failed before, would run again" in plan
