@@ -123,13 +123,18 @@ def test_a_failing_row_is_shown_and_the_others_run_and_nothing_runs_twice(tmp_pa
     assert len(records(root)["train done"]) == 2
 
 
+def hear_interrupts() -> None:
+    """A shell's background jobs, and what they start, are born deaf to them."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.slow
 def test_an_interrupt_leaves_nothing_broken(tmp_path: Path):
     script, root = tmp_path / "tiny.py", tmp_path / "results"
     script.write_text(TABLE.format(steps=100_000))
     command = [sys.executable, script, "--table", "4", "--rows", "good", "--results", str(root)]
     with open(tmp_path / "errors", "w") as errors:
-        running = subprocess.Popen(command, stderr=errors, env=os.environ | {"PYTHONPATH": str(REPOSITORY)})
+        running = subprocess.Popen(command, stderr=errors, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, preexec_fn=hear_interrupts)
         while not list(root.glob("runs/*/log.jsonl")):
             assert running.poll() is None
             time.sleep(0.05)

@@ -12,6 +12,8 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from test_command_line import hear_interrupts
+
 from experiments.ablation import TABLES
 from experiments.engine import execute, launch
 from experiments.engine.files import written_whole
@@ -32,7 +34,7 @@ def loading_torch(pid: int) -> bool:
 def test_an_interrupt_while_workers_load_is_one_line(tmp_path: Path):
     command = [sys.executable, "experiments/ablation.py", "--table", "5", "--results", str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    running = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    running = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hear_interrupts)
     while not loading_torch(running.pid):
         assert running.poll() is None
         time.sleep(0.005)
