@@ -134,10 +134,14 @@ def evaluate_stage(row: Row, protocol: Protocol, seed: int) -> Evaluate:
 
 def _sampler(row: Row, protocol: Protocol) -> Sampler:
     common, method = protocol.sampler, row.method
-    if method is None or (not protocol.own and (method.diffusion.name, method.diffusion.variance) == ("iddpm", "learned")):
+    if method is None:
         return common
     if protocol.own:
         return method.sampler
+    if not method.recipe.label_dropout:  # without a null label there is nothing to guide by
+        common = replace(common, scale=1.0)
+    if (method.diffusion.name, method.diffusion.variance) == ("iddpm", "learned"):
+        return common
     return replace(method.sampler, num_steps=min(method.sampler.num_steps, common.num_steps), scale=common.scale, channels=common.channels)
 
 
