@@ -1,4 +1,4 @@
-"""Time each kernel's CPU path against its reference, forward and backward: `python experiments/benchmark_kernels.py`.
+"""Time the CPU paths of the recurrences and of linear attention against their references, forward and backward: `python experiments/benchmark_kernels.py`.
 
 Both run in turn in the same process, at T = 256 and D = 384; the ratio of the medians is the figure to compare.
 To add a kernel: a line in CASES and the function that makes its inputs.

@@ -110,7 +110,8 @@ UVIT_L_512 = row("U-ViT-L/4", "uvit_l_4", UVIT, recipes.UVIT_L_512, NOISE)
 UVIT_H_512 = row("U-ViT-H/4", "uvit_h_4", UVIT, recipes.UVIT_H_512, NOISE)
 ADM_U_512 = row("ADM-U", "adm_base_128", ADM, recipes.ADM_128, CASCADE, costs=latent("adm_base_128", 128, 3) + latent("adm_up_512", 512, 6))
 OTHERS_512 = (ADM_U_512, UVIT_L_512, UVIT_H_512)
-MAMBA_512 = (replace(DIM_H, method=recipes.DIM_512), DIS_H, replace(DIFFUSSM_XL, method=recipes.DIFFUSSM_512))
+DIM_H_512 = replace(DIM_H, backbone=DIM_H.backbone.but(raster_padding=True), method=recipes.DIM_512, costs=latent("dim_h", 64))  # pads cost alike
+MAMBA_512 = (DIM_H_512, DIS_H, replace(DIFFUSSM_XL, method=recipes.DIFFUSSM_512))
 DIT_XL_512, DICO_XL_512 = replace(DIT_XL, method=recipes.DIT_512), replace(DICO_XL, method=recipes.DICO_XL_512)
 
 

@@ -8,8 +8,8 @@ from experiments.efficiency import SYSTEMS, System, counts_sheet
 from experiments.engine import cost
 from experiments.engine.store import Store
 
-# U-ViT-L/2's 77 and DiffuSSM's figures have no convention that gives them; DiCo-XL at 512 cannot be reached by any.
-LOOSE = {("DiCo-XL", 512): 0.5, ("DiC-S", 256): 0.5, ("DiM-H", 256): 0.4}
+# DiffuSSM's figures have no convention that gives them; DiCo-XL at 512 cannot be reached by any; U-ViT-L/2's 77 is 76.51 rounded.
+LOOSE = {("U-ViT-L/2", 256): 0.7, ("DiCo-XL", 512): 0.5, ("DiC-S", 256): 0.5, ("DiM-H", 256): 0.4}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def test_published_gflops_are_met_by_their_own_counter(store: Store):
         if system.saw and system.gflops:
             compared += 1
             assert abs(row[6].value) < LOOSE.get((system.label, system.resolution), 0.2), system.label
-    assert compared == 29
+    assert compared == 30
 
 
 def test_one_rule_for_all_shows_what_a_counter_left_out(store: Store):

@@ -94,8 +94,9 @@ def test_the_state_stays_in_float32_under_autocast():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="fla runs on CUDA only")
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 3e-3), (torch.bfloat16, 2e-2)])
-def test_fla_is_the_recurrence(dtype: torch.dtype, limit: float):
+def test_fla_is_the_recurrence(dtype: torch.dtype, limit: float, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("fla")
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
     inputs = [x.to("cuda", dtype) for x in gated_inputs(100, 1 / 16, dk=32, dv=64)]
     truth = with_gradients(gated_linear.choices["reference"].run, [x.double() for x in inputs])
     for value, expected in zip(with_gradients(forced(gated_linear, "fla"), inputs), truth, strict=True):

@@ -3,8 +3,8 @@
 S_t = diag(exp g_t) S_{t-1} + k_t v_t^T, S_0 = 0;  o_t = e^-1/2 S_t^T q_t (token t sees itself).
 
 q, k and g (N, heads, T, e), v (N, heads, T, f) -> (N, heads, T, f), S (e, f); g <= 0 is the logarithm of the decay.
-The torch paths keep S in float32 or better. fla's products run in TF32 where the inputs are float32, whatever PyTorch's
-flags say: some 1e-3 relative to the reference.
+The torch paths keep S in float32 or better. fla's products run in TF32 where the inputs are float32, some 1e-3 relative to
+the reference, so it is taken for them only where PyTorch's flag allows TF32.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def _fla_installed() -> bool:
 
 
 def _fla_supports(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> bool:
-    return q.is_cuda and q.dtype in (torch.float32, torch.float16, torch.bfloat16) and _fla_installed()
+    coarse = q.dtype in (torch.float16, torch.bfloat16) or (q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32)
+    return q.is_cuda and coarse and _fla_installed()
 
 
 def shape(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:

@@ -97,7 +97,10 @@ def loop(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, z
         u, delta, a, b, c, d, z, bias = _exact(u, delta, a, b, c, d, z, bias)
         u, delta, b, c, z = (part.permute(2, 0, 1).contiguous() for part in (u, delta, b, c, z))  # (T, N, D or S)
         dt = F.softplus(delta + bias)
-        y = _Loop.apply(dt, dt * u, a, b, c) + d * u
+        scanned = dt, dt * u, a, b, c
+        if not torch.is_grad_enabled():
+            scanned = tuple(part.detach() for part in scanned)  # a parameter asks for its gradient even then
+        y = _Loop.apply(*scanned) + d * u
         return (y * F.silu(z)).permute(1, 2, 0).to(dtype)
 
 

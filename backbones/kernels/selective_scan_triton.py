@@ -182,4 +182,7 @@ class _Scan(torch.autograd.Function):
 
 
 def selective_scan(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, z: Tensor, bias: Tensor) -> Tensor:
-    return _Scan.apply(u, delta, a, b, c, d, z, bias)
+    inputs = u, delta, a, b, c, d, z, bias
+    if not torch.is_grad_enabled():
+        inputs = tuple(part.detach() for part in inputs)  # a parameter asks for its gradient even then, and states would be kept
+    return _Scan.apply(*inputs)
