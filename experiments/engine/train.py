@@ -218,6 +218,7 @@ def run(
                 saved = done
             if how and not last:
                 writer.wait()
+                group.share(None)  # the first rank that leaves can take the others with it
                 raise preemption.Preempted(how)
         writer.wait()
     weights = digest(trainer.ema)
