@@ -20,7 +20,7 @@ from experiments.engine import attempts, distributed, evaluate, generate, heartb
 from experiments.engine.diffusion import IDDPM
 from experiments.engine.distributed import Group, master_port, place
 from experiments.engine.execute import execute
-from experiments.engine.preemption import TRY_AGAIN
+from experiments.engine.preemption import LOST, TRY_AGAIN
 from experiments.engine.spec import Backbone, Data, Evaluate, Recipe, Sampler, Stage, Train, spec_id
 from experiments.engine.store import Store
 from experiments.engine.train import Resources, Trainer, build
@@ -164,9 +164,9 @@ def test_a_failing_rank_ends_the_group_with_its_error(kind: str, rank: int, tmp_
 
 
 def test_a_killed_rank_ends_the_group_and_costs_the_steps_since_the_checkpoint(pair: Path, tmp_path: Path):
-    assert group(2, tmp_path, fault=("kill", 1, 12)) == [TRY_AGAIN, -signal.SIGKILL]
+    assert group(2, tmp_path, fault=("kill", 1, 12)) == [LOST, -signal.SIGKILL]
     assert outcome(tmp_path) is None and re.match("rank 0 lost another rank", heartbeat.read(tmp_path / "runs" / spec_id(TRAIN))["reason"])
-    assert group(2, tmp_path, fault=("kill", 0, 13)) == [-signal.SIGKILL, TRY_AGAIN]
+    assert group(2, tmp_path, fault=("kill", 0, 13)) == [-signal.SIGKILL, LOST]
     assert group(2, tmp_path) == [0, 0]
     values = outcome(tmp_path).values
     assert values["resumed_at"] == 10 and values["weights_sha256"] == outcome(pair).values["weights_sha256"]

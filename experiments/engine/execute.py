@@ -28,8 +28,8 @@ def execute(spec: Stage, store: Store, resources: Resources, report: Report) -> 
 
     In a group of processes every rank calls this and gets the record; the first one writes it. A rank that fails ends the
     whole group: the record holds its error, and all ranks but the first exit. Another process at the same stage is waited
-    for, another job refused (ValueError). Raises OSError where results cannot be written, and SystemExit with status 75
-    when the job was asked to stop (`preemption.listen` makes it hear) and has saved, or has lost a rank.
+    for, another job refused (ValueError). Raises OSError where results cannot be written, and SystemExit, with status
+    75 when the job was asked to stop (`preemption.listen` makes it hear) and has saved, with 137 when it has lost a rank.
     """
     require_device(resources.device)
     group = distributed.join(resources.device, resources.timeout)
@@ -130,7 +130,7 @@ def _leave(why: preemption.Preempted | distributed.Lost, folder: Path, group: Gr
             refusal = group.share(refusal)
     if back and not refusal:
         preemption.wait_for_the_end()
-    raise SystemExit(preemption.TRY_AGAIN)
+    raise SystemExit(preemption.LOST if isinstance(why, distributed.Lost) else preemption.TRY_AGAIN)
 
 
 def require_device(device: str) -> None:

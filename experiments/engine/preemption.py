@@ -14,7 +14,7 @@ import time
 
 from experiments.engine.heartbeat import job_id
 
-TRY_AGAIN = 75              # exit status of a job that stopped before its end and can go on (EX_TEMPFAIL)
+TRY_AGAIN, LOST = 75, 137   # exit status of a job that was stopped and can go on (EX_TEMPFAIL); and as if killed: restart it
 NO, STOP, REQUEUE, TAKEN_OVER = range(4)
 _REASONS = {STOP: "asked to stop (SIGTERM)", REQUEUE: "asked to make room (SIGUSR2)", TAKEN_OVER: "another job took this run over"}
 _asked = NO
