@@ -193,6 +193,16 @@ def test_a_job_goes_back_into_the_queue_and_dies_at_once(alone: Path, tmp_path: 
     assert outcome(tmp_path).values["resumed_at"] == 7
 
 
+def test_an_element_of_an_array_asks_for_itself_until_the_controller_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    script, asked = tmp_path / "scontrol", tmp_path / "asked"
+    script.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n[ $(wc -l < {asked}) -ge 3 ] || {{ echo "Unable to contact slurm controller" >&2; exit 1; }}\n')
+    script.chmod(0o755)
+    for name, value in {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert preemption.requeue(patience=0.0) == "Unable to contact slurm controller"
+    assert preemption.requeue(pause=0.0) is None and asked.read_text() == "requeue 7_1\n" * 3
+
+
 def test_processes_that_do_not_divide_the_batch_are_refused_in_one_line(tmp_path: Path):
     assert set(group(3, tmp_path)) == {1}
     assert re.fullmatch(r"rank \d: ValueError: 3 processes do not divide a batch of 16; take a number of processes that does", outcome(tmp_path).error)
