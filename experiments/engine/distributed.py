@@ -196,7 +196,7 @@ def cause(folder: Path, group: Group, failure: Exception) -> str:
 class Watch:
     """Looks for other ranks' errors while this rank works, and ends it: one that waits in a collective cannot notice.
 
-    `tell(error)` is called before. A rank whose own work ends first is left alone.
+    `tell(error)` is called before. A rank whose own work ends first is left alone; the first rank, which tells, goes first.
     """
 
     def __init__(self, group: Group, folder: Path, tell: Callable[[str], object] = lambda error: None) -> None:
@@ -212,7 +212,8 @@ class Watch:
         self._over.set()
 
     def _look(self) -> None:
+        grace = GRACE if self.group.first else 2 * GRACE
         while not self._over.wait(POLL):
-            if (error := first_error(self.folder)) and not self._over.wait(GRACE):
+            if (error := first_error(self.folder)) and not self._over.wait(grace):
                 self.tell(f"rank {error['rank']}: {error['error']}")
                 os._exit(1)

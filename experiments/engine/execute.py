@@ -98,9 +98,17 @@ def _follow(spec: Stage, store: Store, resources: Resources, group: Group) -> Re
     except Exception as failure:
         try:
             print(f"error: {distributed.cause(folder, group, failure)}", file=sys.stderr, flush=True)
+            _outlast_the_record(folder)
         except distributed.Lost as lost:
             _leave(lost, folder, group, None)
         raise SystemExit(1) from None
+
+
+def _outlast_the_record(folder: Path) -> None:
+    """Wait until the first rank has written why the run failed: a scheduler may end it as soon as this rank ends."""
+    end = time.monotonic() + distributed.POLL + 2 * distributed.GRACE
+    while heartbeat.live(heartbeat.read(folder)) and time.monotonic() < end:
+        time.sleep(0.1)
 
 
 def _held(spec: Stage, store: Store, group: Group) -> AbstractContextManager[Heartbeat | None]:
