@@ -8,6 +8,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from experiments.engine.distributed import Group, master_port, place
 from experiments.engine.execute import execute
 from experiments.engine.preemption import LOST, TRY_AGAIN
 from experiments.engine.spec import Backbone, Data, Evaluate, Recipe, Sampler, Stage, Train, spec_id
-from experiments.engine.store import Store
+from experiments.engine.store import REPOSITORY, Store
 from experiments.engine.train import Resources, Trainer, build
 
 SMALL = dict(dim=8, depths=(1, 1, 1, 1, 1), input_size=8, in_channels=1, num_classes=10)
@@ -112,9 +114,24 @@ def test_ranks_come_from_the_environment():
 
 
 def test_the_port_changes_with_the_restart_and_stays_below_the_ephemeral_range():
-    ports = [master_port(str(job), str(restart)) for job in range(1000) for restart in range(3)]
-    assert all(20000 <= port < 30000 for port in ports) and master_port("7", "0") == master_port("7", "0") != master_port("7", "1")
+    ports = [master_port(str(job), "0", str(restart)) for job in range(1000) for restart in range(3)]
+    assert all(20000 <= port < 30000 for port in ports) and len({master_port("7", step, restart) for step in "01" for restart in "01"}) == 4
     assert len(set(ports)) > 2500
+
+
+@pytest.mark.parametrize("kind, words", [("port", "127.0.0.1:{port}: "), ("scheduler", "the first host:{port}: .*scontrol")])
+def test_a_group_that_cannot_meet_says_so_in_one_line_and_asks_for_a_restart(kind: str, words: str, tmp_path: Path):
+    (tmp_path / "scontrol").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    code = "from experiments.engine.distributed import join; join('cpu', 2.0)"
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        given = dict(RANK="0", WORLD_SIZE="2", MASTER_PORT=str(taken.getsockname()[1]), PATH=f"{tmp_path}:{os.environ['PATH']}")
+        given |= dict(SLURM_JOB_NODELIST="a,b") if kind == "scheduler" else dict(MASTER_ADDR="127.0.0.1")
+        done = subprocess.run([sys.executable, "-c", code], env=os.environ | given, cwd=REPOSITORY, capture_output=True, text=True, timeout=BOUND, check=False)
+    assert done.returncode == LOST and "Traceback" not in done.stderr, done.stderr
+    assert re.search(rf"^error: rank 0 cannot join the others at {words.format(port=given['MASTER_PORT'])}", done.stderr, re.M), done.stderr
 
 
 def test_a_batch_is_cut_into_equal_parts_or_refused():
