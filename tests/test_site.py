@@ -142,6 +142,12 @@ def test_a_run_nobody_submitted_shows_by_its_heartbeat(tmp_path: Path):
     text = slurm.status(runs, store)
     assert re.search(r"train +DiCo-S, seed 0 +running +training, step 100 of 650, 64 images/s, 9 min left", text)
     assert re.search(r"train +GELU->ReLU, seed 0 +not submitted", text)
+    folder = store.run_dir(runs.trainings()[0].stages[1])
+    folder.mkdir(parents=True)
+    beat = heartbeat.Heartbeat(folder)
+    beat.tell(state="evaluating", step=2, steps=9)
+    beat.end("evaluating")
+    assert re.search(r"train +DiCo-S, seed 0 +running +evaluating, step 2 of 9 \(on", slurm.status(runs, store))
 
 
 def test_only_what_was_submitted_for_a_stage_is_found_again(tmp_path: Path):
