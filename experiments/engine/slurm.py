@@ -43,7 +43,7 @@ def _check(job: Job, site: Site, chosen: Chosen, store: Store) -> None:
     if not isinstance(stage, Train):
         return
     if stage.recipe.batch % site.world_size:
-        raise ValueError(f"{job.label}: {site.nodes} nodes of {site.tasks} processes do not divide the batch of {stage.recipe.batch}; change nodes or gpus_per_node")
+        raise ValueError(f"{job.label}: {site.nodes} nodes of {site.tasks} processes do not divide the batch of {stage.recipe.batch}; change nodes, gpus_per_node or tasks_per_node")
     steps = min(site.checkpoint_every, stage.recipe.steps)
     interval = steps * seconds_a_step(stage, chosen.protocol, store)
     if interval > site.seconds - site.signal_seconds:
