@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import sys
@@ -83,6 +84,19 @@ def test_a_bad_loss_between_two_lines_of_the_log_is_not_saved(tmp_path: Path, mo
     with pytest.raises(ValueError, match="^the loss is nan at step 11;"):
         train.run(SPEC, tmp_path, Resources(checkpoint_every=8), lambda *progress: None)
     assert [path.name[:13] for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000008"]
+
+
+def test_a_save_that_failed_ends_the_run_at_the_next_line_of_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(train, "LOG_EVERY", 3)
+    monkeypatch.setattr(checkpoint, "save", full)
+    monkeypatch.setattr(checkpoint.Writer, "busy", property(lambda self: self._thread and self._thread.join()))  # every save is over at once
+    steps: list[int] = []
+    with pytest.raises(OSError, match="No space left"):
+        train.run(SPEC, tmp_path, Resources(checkpoint_every=10), lambda step, *progress: steps.append(step))
+    assert steps == [3, 6, 9]
 
 
 @pytest.mark.parametrize("last", [16, 40])

@@ -207,6 +207,8 @@ def run(
                 losses, latest = [], latest[:0]
                 means.append(mean)
                 if group.first:
+                    if not writer.busy:
+                        writer.wait()  # a full disk is known now, not at the next save
                     log.write(step=done, loss=mean, lr=lr_at(recipe, done - 1), images_per_s=round(rate, 1))
                     report(done, recipe.steps, mean, rate)
                 if beat:
