@@ -7,8 +7,23 @@ into the registered backbone and prints what it holds.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+
+def options_of(texts: Sequence[str]) -> dict[str, Any]:
+    """Options of a network from NAME=VALUE with JSON values; ValueError for anything else."""
+    options = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            raise ValueError(f"--option takes NAME=VALUE with a JSON value, e.g. learn_sigma=false, got {text!r}") from None
+    return options
 
 
 def main() -> int:
@@ -17,6 +32,7 @@ def main() -> int:
     parser.add_argument("file", type=Path)
     parser.add_argument("--input-size", type=int, help="side of the latent, e.g. 64 for DiT at 512 pixels (default: the network's own)")
     parser.add_argument("--key", default="ema", help="where a .pt file keeps its weights, unless they lie flat (default: ema, then state_dict)")
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the network: learn_sigma=false for SiT's 512 model, raster_padding=true for DiM's")
     args = parser.parse_args()
     import torch
 
@@ -24,7 +40,8 @@ def main() -> int:
 
     try:
         with torch.random.fork_rng(devices=[]):
-            model = backbones.build(args.backbone, **({"input_size": args.input_size} if args.input_size else {}))
+            size = {"input_size": args.input_size} if args.input_size else {}
+            model = backbones.build(args.backbone, **size, **options_of(args.option))
         backbones.load_published(model, args.file, args.key)
         with torch.inference_mode():
             x = torch.zeros(1, model.in_channels, model.input_size, model.input_size)

@@ -14,13 +14,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.checkpoint import options_of
 from experiments.engine.launch import Job
 from experiments.engine.manifest import score_name
 from experiments.engine.progress import Progress
 from experiments.engine.sources import is_latent, missing_features, require_features
-from experiments.engine.spec import Backbone, Checkpoint, Evaluate, spec_id
+from experiments.engine.spec import Backbone, Checkpoint, Diffusion, Evaluate, Row, spec_id
 from experiments.engine.store import REPOSITORY, Store
-from experiments.protocols import PROTOCOLS, Protocol
+from experiments.main_results import TABLES
+from experiments.protocols import PROTOCOLS, Protocol, cost_stages, sampler_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,6 +37,7 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help=".pt or .safetensors")
     parser.add_argument("--protocol", choices=[name for name, protocol in PROTOCOLS.items() if not protocol.small], required=True)
     parser.add_argument("--key", default="ema", help="where a .pt file keeps its weights, unless they lie flat (default: ema)")
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the network: learn_sigma=false for SiT's 512 model, raster_padding=true for DiM's")
     parser.add_argument("--batch", type=int, default=250, metavar="N", help="images at a time (default: 250)")
     parser.add_argument("--dry-run", action="store_true", help="say what is missing and what the run would cost on this device")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
@@ -62,10 +65,13 @@ def _run(args: argparse.Namespace) -> int:
     protocol, device = PROTOCOLS[args.protocol], args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     require_device(device)
     data = protocol.data
-    backbone = Backbone(args.backbone, dict(input_size=data.size, in_channels=data.channels, num_classes=data.num_classes))
+    row = _declared(args.backbone, protocol)
+    own = row.backbone.options if row and (row.backbone.name, cost_stages(row)[0].size) == (args.backbone, data.size) else {}
+    size = dict(input_size=data.size, in_channels=data.channels, num_classes=data.num_classes)
+    backbone = Backbone(args.backbone, own | size | options_of(args.option))
     model = _load(backbone, args)
-    weights = Checkpoint(backbone, data, sha256(args.checkpoint), args.key)
-    spec = Evaluate(weights, protocol.sampler, protocol.num, protocol.features, protocol.labels)
+    weights = Checkpoint(backbone, data, sha256(args.checkpoint), args.key, row.method.diffusion if row else Diffusion())
+    spec = Evaluate(weights, sampler_of(row, protocol) if row else protocol.sampler, protocol.num, protocol.features, protocol.labels)
     if args.dry_run:
         print(_plan(spec, model, device))
         return 0
@@ -79,6 +85,12 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError(f"scoring failed: {record.error}")
     print("\n".join([f"{args.checkpoint.name}, {args.protocol}, manifest {record.values['manifest']['hash']}", *_beside(record.values, args.backbone, protocol)]))
     return 0
+
+
+def _declared(name: str, protocol: Protocol) -> Row | None:
+    """The row whose objective and sampler are the network's: its own at this size, else of its size, else of its family."""
+    rows = [row for table in TABLES.values() for row in table.rows if row.method and row.backbone.name.partition("_")[0] == name.partition("_")[0]]
+    return min(rows, key=lambda row: (row.backbone.name != name, cost_stages(row)[0].size != protocol.data.size), default=None)
 
 
 def _load(backbone: Backbone, args: argparse.Namespace) -> nn.Module:
@@ -97,6 +109,8 @@ def _plan(spec: Evaluate, model: nn.Module, device: str) -> str:
     lines = [f"{spec_id(spec)}  {spec.num} images, {spec.sampler.name}, {spec.sampler.num_steps} steps, guidance scale {spec.sampler.scale:g}, {spec.labels} labels, {spec.precision}"]
     lines += [f"missing: {text}" for text in missing_features(spec)] or ["nothing is missing"]
     passes = spec.sampler.num_steps * (1 if spec.sampler.scale == 1 else 2)
+    if spec.sampler.name == "dopri5":
+        return "\n".join([*lines, "cost: unknown; its steps are as many as each image needs"])
     seconds = _seconds_per_pass(spec, model, device)
     hours = spec.num * passes * seconds / 3600
     lines.append(f"sampling: {passes} evaluations an image at {seconds * 1000:.3g} ms each on this device: about {hours:.3g} hours; decoding and features come on top")

@@ -129,10 +129,11 @@ def train_stage(row: Row, protocol: Protocol, seed: int) -> Train:
 
 
 def evaluate_stage(row: Row, protocol: Protocol, seed: int) -> Evaluate:
-    return Evaluate(train_stage(row, protocol, seed), _sampler(row, protocol), protocol.num, protocol.features, protocol.labels)
+    return Evaluate(train_stage(row, protocol, seed), sampler_of(row, protocol), protocol.num, protocol.features, protocol.labels)
 
 
-def _sampler(row: Row, protocol: Protocol) -> Sampler:
+def sampler_of(row: Row, protocol: Protocol) -> Sampler:
+    """The protocol's sampler, or what takes its place where the row's objective needs another."""
     common, method = protocol.sampler, row.method
     if method is None:
         return common

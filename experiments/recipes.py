@@ -2,7 +2,8 @@
 
 Steps are optimiser steps. A guidance scale is that of null + scale (conditional - null), whatever the paper's notation.
 Where a paper and its code leave something open, the common recipe's value stands here and the source says so. Left out
-everywhere: dropout and stochastic depth in the networks, and fp16, for which bf16 stands.
+everywhere: dropout and stochastic depth in the networks, fp16, for which bf16 stands, and TF32, under which several trained
+what here is fp32.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ DIT_512 = iddpm(3_000_000, 1.5, "DiT's paper and code")
 DICO_XL = iddpm(3_750_000, 1.4, "DiCo's paper, Table 6, and code")
 DICO_XL_512 = iddpm(3_000_000, 1.4, "DiCo's paper, Tables 2 and 6; its scale at 512 is not said, that at 256 is taken")
 DICO_H = iddpm(1_000_000, 1.4, "DiCo's paper, Table 6, not in its code; the scale is not said, DiCo-XL's is taken", batch=1024, lr=2e-4, betas=(0.99, 0.99), warmup=5000)
-DIC_H = iddpm(400_000, 1.5, "DiC's code; steps and scale of the guided row are not said, the common steps and DiT's scale are taken")
+DIC_H = iddpm(400_000, 1.5, "DiC's code, which does not flip, as the protocol does; steps and scale of the guided row are not said, the common steps and DiT's scale are taken")
 DIG_XL = iddpm(1_200_000, 1.5, "DiG's code; the steps are the 240 epochs of its published version, by secondary sources")
 DIFFUSSM = iddpm(2_578_125, 1.5, "DiffuSSM's paper: 660M images; the scale is not said, DiT's is taken")
 DIFFUSSM_512 = iddpm(1_179_688, 1.5, "DiffuSSM's paper: 302M images; the scale is not said, DiT's is taken")
@@ -65,7 +66,7 @@ UVIT_L_512 = Method(_STABLE, replace(_UVIT, label_dropout=0.15), dpm_solver(1.7)
 UVIT_H_512 = Method(_STABLE, _UVIT, dpm_solver(1.7), "U-ViT's code" + _SOLVER)
 
 _DIM = replace(_UVIT, steps=625_000, batch=768, eps=1e-15, grad_clip=1.0)
-DIM = Method(_STABLE, _DIM, dpm_solver(1.4), "DiM's code" + _SOLVER)
+DIM = Method(_STABLE, _DIM, dpm_solver(1.4), "DiM's code and its released checkpoint's steps" + _SOLVER)
 DIM_512 = Method(
     _STABLE,
     replace(_DIM, steps=64_000, batch=240, lr=1e-4, weight_decay=0.0, warmup=2500, label_dropout=0.15),
@@ -81,5 +82,5 @@ LDM_4 = Method(
     Diffusion(betas="ldm_imagenet", variance="fixed"),
     COMMON,
     guided(1.25, None, name="ddim"),
-    "LDM's code: betas, eps, learning rate; steps, batch and label dropout are the common ones; 250 DDIM steps at eta 0, the scale as DiT's paper names the row",
+    "LDM's code: betas, eps; learning rate, steps, batch and label dropout are the common ones; 250 DDIM steps at eta 0, the scale as DiT's paper names the row",
 )

@@ -14,6 +14,7 @@ import backbones
 from experiments import recipes
 from experiments.ablation import DICO_S
 from experiments.efficiency import SYSTEMS
+from experiments.engine.cli import main
 from experiments.engine.data import load
 from experiments.engine.generate import Counted, images
 from experiments.engine.process import process
@@ -178,3 +179,8 @@ def test_a_network_is_built_at_the_size_of_the_protocol():
             with torch.device("meta"):
                 model = backbones.build(backbone.name, **backbone.options)
             assert (model.in_channels, model.num_classes) == (protocol.data.channels, protocol.data.num_classes), row.label
+
+
+def test_a_papers_own_recipes_are_for_its_own_resolution(capsys: pytest.CaptureFixture[str]):
+    assert main(TABLES, "", ["--table", "2", "--protocol", "imagenet256_own", "--dry-run"]) == 2
+    assert capsys.readouterr().err == "error: the recipes of table 2 are for latents of side 64, protocol imagenet256_own has 32; take imagenet512_own\n"

@@ -141,6 +141,18 @@ def test_a_dry_run_says_what_is_missing_and_what_it_would_cost(checkpoint: Path,
     assert status == 2 and "lacks the Inception weights" in err and not (tmp_path / "results").exists()
 
 
+@pytest.mark.parametrize("name, size, words", [("sit_s_2", 256, "sde"), ("uvit_l_4", 512, "dpm_solver"), ("dim_l", 256, "dpm_solver"), ("dimsum_l_2", 256, "dopri5"), ("dit_s_2", 256, "ancestral")])
+def test_a_network_is_sampled_by_its_own_objectives_sampler(name: str, size: int, words: str, checkpoint: Path, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(evaluate_checkpoint, "_load", lambda backbone, args: seen.append(backbone))
+    monkeypatch.setattr(evaluate_checkpoint, "_seconds_per_pass", lambda *given: 0.01)
+    arguments = "--backbone", name, "--checkpoint", checkpoint, "--device", "cpu", "--protocol", f"imagenet{size}", "--dry-run", "--option", "learn_sigma=false"
+    status, out, _ = run(evaluate_checkpoint, capsys, monkeypatch, *arguments)
+    assert status == 0 and f"images, {words}, " in out and seen[0].options["learn_sigma"] is False
+    status, _, err = run(evaluate_checkpoint, capsys, monkeypatch, *arguments, "--option", "learn_sigma=maybe")
+    assert status == 2 and "NAME=VALUE" in err
+
+
 def test_a_checkpoint_is_sampled_scored_and_recorded(grey, tmp_path: Path, capsys, monkeypatch):
     """The whole path in small: pixels of 8 x 8, twelve images, a stand-in for Inception, the set's own images as reference."""
     data = Data("pixels", size=8, channels=3, num_classes=10)

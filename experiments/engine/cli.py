@@ -23,7 +23,7 @@ from experiments.engine.report import comparison_sheet, main_sheet
 from experiments.engine.sources import require_data, require_features
 from experiments.engine.spec import Row, Table
 from experiments.engine.store import REPOSITORY, Store
-from experiments.protocols import PROTOCOLS, evaluate_stage
+from experiments.protocols import PROTOCOLS, cost_stages, evaluate_stage
 
 CLUSTERS = ("here", "debug", "local", "slurm")
 
@@ -50,6 +50,8 @@ def _main(tables: dict[int, Table], description: str | None, arguments: Sequence
     args = _parse(tables, description, arguments)
     table, protocol, store = tables[args.table], PROTOCOLS[args.protocol], Store(args.results, REPOSITORY / "results" / "reference")
     rows = _choose(table, args.rows)
+    if protocol.own and (side := cost_stages(table.baseline)[0].size) != protocol.data.size:
+        raise ValueError(f"the recipes of table {table.number} are for latents of side {side}, protocol {protocol.name} has {protocol.data.size}; take imagenet{8 * side}_own")
     on_slurm = args.cluster == "slurm"
     default = slurm.device(rows) if on_slurm else "cuda" if Path("/dev/nvidia0").exists() else "cpu"
     if on_slurm and args.device not in (None, default):
