@@ -15,7 +15,7 @@ queue_id=${queue_id:-$SLURM_JOB_ID}  # the last element of an array has the id o
 patiently() {  # the controller may be restarting
     local tries
     for ((tries = 1; tries <= 20; tries++)); do
-        timeout -k 5 60 "$@" && return
+        timeout -k 5 60 "$@" && return 0  # in a trap, a bare return gives the status from before the trap
         sleep 15
     done
     return 1
