@@ -24,7 +24,7 @@ TABLES = ablation.TABLES | main_results.TABLES
 
 
 def main() -> int:
-    """Exit status: 0 done, 1 a stage failed, 2 bad input, 75 stopped before the end and able to go on."""
+    """Exit status: 0 done, 1 a stage failed, 2 bad input, 75 stopped before the end and able to go on, 137 lost a process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", type=int, choices=list(TABLES), required=True, help="table that declares the row")
     parser.add_argument("--row", required=True, help="its label")

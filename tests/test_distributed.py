@@ -8,6 +8,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,9 @@ from experiments.engine import attempts, distributed, evaluate, generate, heartb
 from experiments.engine.diffusion import IDDPM
 from experiments.engine.distributed import Group, master_port, place
 from experiments.engine.execute import execute
-from experiments.engine.preemption import TRY_AGAIN
+from experiments.engine.preemption import LOST, TRY_AGAIN
 from experiments.engine.spec import Backbone, Data, Evaluate, Recipe, Sampler, Stage, Train, spec_id
-from experiments.engine.store import Store
+from experiments.engine.store import REPOSITORY, Store
 from experiments.engine.train import Resources, Trainer, build
 
 SMALL = dict(dim=8, depths=(1, 1, 1, 1, 1), input_size=8, in_channels=1, num_classes=10)
@@ -112,9 +114,24 @@ def test_ranks_come_from_the_environment():
 
 
 def test_the_port_changes_with_the_restart_and_stays_below_the_ephemeral_range():
-    ports = [master_port(str(job), str(restart)) for job in range(1000) for restart in range(3)]
-    assert all(20000 <= port < 30000 for port in ports) and master_port("7", "0") == master_port("7", "0") != master_port("7", "1")
+    ports = [master_port(str(job), "0", str(restart)) for job in range(1000) for restart in range(3)]
+    assert all(20000 <= port < 30000 for port in ports) and len({master_port("7", step, restart) for step in "01" for restart in "01"}) == 4
     assert len(set(ports)) > 2500
+
+
+@pytest.mark.parametrize("kind, words", [("port", "127.0.0.1:{port}: "), ("scheduler", "the first host:{port}: .*scontrol")])
+def test_a_group_that_cannot_meet_says_so_in_one_line_and_asks_for_a_restart(kind: str, words: str, tmp_path: Path):
+    (tmp_path / "scontrol").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    code = "from experiments.engine.distributed import join; join('cpu', 2.0)"
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        given = dict(RANK="0", WORLD_SIZE="2", MASTER_PORT=str(taken.getsockname()[1]), PATH=f"{tmp_path}:{os.environ['PATH']}")
+        given |= dict(SLURM_JOB_NODELIST="a,b") if kind == "scheduler" else dict(MASTER_ADDR="127.0.0.1")
+        done = subprocess.run([sys.executable, "-c", code], env=os.environ | given, cwd=REPOSITORY, capture_output=True, text=True, timeout=BOUND, check=False)
+    assert done.returncode == LOST and "Traceback" not in done.stderr, done.stderr
+    assert re.search(rf"^error: rank 0 cannot join the others at {words.format(port=given['MASTER_PORT'])}", done.stderr, re.M), done.stderr
 
 
 def test_a_batch_is_cut_into_equal_parts_or_refused():
@@ -164,9 +181,9 @@ def test_a_failing_rank_ends_the_group_with_its_error(kind: str, rank: int, tmp_
 
 
 def test_a_killed_rank_ends_the_group_and_costs_the_steps_since_the_checkpoint(pair: Path, tmp_path: Path):
-    assert group(2, tmp_path, fault=("kill", 1, 12)) == [TRY_AGAIN, -signal.SIGKILL]
+    assert group(2, tmp_path, fault=("kill", 1, 12)) == [LOST, -signal.SIGKILL]
     assert outcome(tmp_path) is None and re.match("rank 0 lost another rank", heartbeat.read(tmp_path / "runs" / spec_id(TRAIN))["reason"])
-    assert group(2, tmp_path, fault=("kill", 0, 13)) == [-signal.SIGKILL, TRY_AGAIN]
+    assert group(2, tmp_path, fault=("kill", 0, 13)) == [-signal.SIGKILL, LOST]
     assert group(2, tmp_path) == [0, 0]
     values = outcome(tmp_path).values
     assert values["resumed_at"] == 10 and values["weights_sha256"] == outcome(pair).values["weights_sha256"]
@@ -191,6 +208,16 @@ def test_a_job_goes_back_into_the_queue_and_dies_at_once(alone: Path, tmp_path: 
     assert group(1, tmp_path) == [0]
     assert outcome(tmp_path).values["weights_sha256"] == outcome(alone).values["weights_sha256"] and curve(tmp_path) == curve(alone)
     assert outcome(tmp_path).values["resumed_at"] == 7
+
+
+def test_an_element_of_an_array_asks_for_itself_until_the_controller_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    script, asked = tmp_path / "scontrol", tmp_path / "asked"
+    script.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n[ $(wc -l < {asked}) -ge 3 ] || {{ echo "Unable to contact slurm controller" >&2; exit 1; }}\n')
+    script.chmod(0o755)
+    for name, value in {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert preemption.requeue(patience=0.0) == "Unable to contact slurm controller"
+    assert preemption.requeue(pause=0.0) is None and asked.read_text() == "requeue 7_1\n" * 3
 
 
 def test_processes_that_do_not_divide_the_batch_are_refused_in_one_line(tmp_path: Path):

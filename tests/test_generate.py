@@ -6,14 +6,17 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from experiments.engine import evaluate, features, train
+from experiments.engine import evaluate, features, preemption, train
 from experiments.engine.data import load
+from experiments.engine.distributed import ALONE
 from experiments.engine.features import digits_classifier
-from experiments.engine.generate import image_seeds, images, labels
+from experiments.engine.generate import Counted, image_seeds, images, labels
 from experiments.engine.noise import ImageNoise
+from experiments.engine.sharding import results
 from experiments.engine.spec import Backbone, Evaluate, Recipe, Sampler, Train
 from experiments.engine.train import Resources, build
 from experiments.protocols import DIGITS
@@ -29,6 +32,20 @@ def test_the_noise_of_an_image_is_the_same_to_the_bit_in_every_batch():
     parts = [ImageNoise(seeds[start : start + 3], (1, 8, 8)) for start in (0, 3, 6)]
     for _ in range(5):
         assert torch.equal(whole.draw(), torch.cat([part.draw() for part in parts]))
+
+
+def test_a_job_that_is_asked_to_stop_stops_within_a_piece_and_keeps_the_whole_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    counted = Counted(lambda x, t, y: x)
+
+    def compute(piece: int) -> dict[str, np.ndarray]:
+        for call in range(5):
+            monkeypatch.setattr(preemption, "_asked", preemption.STOP if (piece, call) == (2, 3) else preemption.NO)
+            counted(torch.zeros(1), torch.zeros(1), torch.zeros(1))
+        return {"piece": np.array(piece)}
+
+    with pytest.raises(preemption.Preempted, match="SIGTERM"):
+        list(results(ALONE, tmp_path, 4, compute))
+    assert counted.evaluated == 5 + 5 + 3 and sorted(path.name for path in tmp_path.iterdir()) == ["000000.npz", "000001.npz"]
 
 
 def test_images_come_in_order_with_their_labels():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import sys
@@ -83,6 +84,35 @@ def test_a_bad_loss_between_two_lines_of_the_log_is_not_saved(tmp_path: Path, mo
     with pytest.raises(ValueError, match="^the loss is nan at step 11;"):
         train.run(SPEC, tmp_path, Resources(checkpoint_every=8), lambda *progress: None)
     assert [path.name[:13] for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000008"]
+
+
+def test_a_save_that_failed_ends_the_run_at_the_next_line_of_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(train, "LOG_EVERY", 3)
+    monkeypatch.setattr(checkpoint, "save", full)
+    monkeypatch.setattr(checkpoint.Writer, "busy", property(lambda self: self._thread and self._thread.join()))  # every save is over at once
+    steps: list[int] = []
+    with pytest.raises(OSError, match="No space left"):
+        train.run(SPEC, tmp_path, Resources(checkpoint_every=10), lambda step, *progress: steps.append(step))
+    assert steps == [3, 6, 9]
+
+
+@pytest.mark.parametrize("last", [16, 40])
+def test_weights_that_are_not_finite_are_not_saved(last: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    update = train.Trainer._update
+
+    def spoilt(self: train.Trainer, *batch: torch.Tensor) -> torch.Tensor:
+        loss = update(self, *batch)
+        if self.step + 1 == last:
+            next(self.model.parameters()).data.view(-1)[-1] = math.inf
+        return loss
+
+    monkeypatch.setattr(train.Trainer, "_update", spoilt)
+    with pytest.raises(train.Diverged, match=f"^the update made weights that are not finite at step {last}; lower") as caught:
+        train.run(SPEC, tmp_path, Resources(checkpoint_every=8, keep=9), lambda *progress: None)
+    assert caught.value.values["last_checkpoint"] == last - 8 and max(checkpoint._step(path) for path in (tmp_path / "checkpoints").iterdir()) == last - 8
 
 
 def test_boards_hear_what_the_lines_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -15,6 +15,7 @@ from test_command_line import TABLE as TINY
 
 from experiments.ablation import TABLES
 from experiments.engine import heartbeat, plan, scheduler, site, slurm
+from experiments.engine.cli import main
 from experiments.engine.cluster import parameters, sbatch_text
 from experiments.engine.files import written_whole
 from experiments.engine.launch import Job
@@ -46,6 +47,7 @@ def test_a_row_overrides_the_file_and_the_environment_both(tmp_path: Path):
     assert load_site("DiCo-XL", environment) == Site(nodes=4, partition="a", account="x", options={"reservation": "r"})
     environment |= {"DICO_SLURM_NODES": "8", "DICO_SLURM_SHARD_OPTIMIZER": "true", "DICO_SLURM_OPTIONS": "--exclusive reservation='a b'"}
     assert load_site("DiCo-XL", environment) == Site(nodes=8, partition="a", account="x", shard_optimizer=True, options={"exclusive": True, "reservation": "a b"})
+    assert load_site("DiCo-S", written(tmp_path, "[options]\nexclusive = false\noversubscribe = true\n")).options == {"oversubscribe": True}
 
 
 @pytest.mark.parametrize(
@@ -59,6 +61,9 @@ def test_a_row_overrides_the_file_and_the_environment_both(tmp_path: Path):
         ("nodes =", {}, "cannot be read"),
         ('time = "24h"', {}, "[days-]hours:minutes:seconds, not '24h'"),
         ('time = "0:03:30"', {}, "less than a minute before the signal"),
+        ("gpus_per_node = 4\ntasks_per_node = 8", {}, "8 processes a node need as many GPUs, not 4"),
+        ('[options]\ntime = "1:00:00"\nsignal = "USR1@60"', {}, "options cannot set signal, time"),
+        ("", {"DICO_SLURM_OPTIONS": "--ntasks-per-node=2"}, "options cannot set ntasks-per-node"),
         ("", {"DICO_SLURM_NODS": "2"}, "unknown nods"),
         ("", {"DICO_SLURM_NODES": "two"}, "nodes is a int, not 'two'"),
         ("", {"DICO_SLURM_SHARD_OPTIMIZER": "maybe"}, "shard_optimizer is a bool, not 'maybe'"),
@@ -142,6 +147,12 @@ def test_a_run_nobody_submitted_shows_by_its_heartbeat(tmp_path: Path):
     text = slurm.status(runs, store)
     assert re.search(r"train +DiCo-S, seed 0 +running +training, step 100 of 650, 64 images/s, 9 min left", text)
     assert re.search(r"train +GELU->ReLU, seed 0 +not submitted", text)
+    folder = store.run_dir(runs.trainings()[0].stages[1])
+    folder.mkdir(parents=True)
+    beat = heartbeat.Heartbeat(folder)
+    beat.tell(state="evaluating", step=2, steps=9)
+    beat.end("evaluating")
+    assert re.search(r"train +DiCo-S, seed 0 +running +evaluating, step 2 of 9 \(on", slurm.status(runs, store))
 
 
 def test_only_what_was_submitted_for_a_stage_is_found_again(tmp_path: Path):
@@ -153,6 +164,12 @@ def test_only_what_was_submitted_for_a_stage_is_found_again(tmp_path: Path):
     with open(scheduler.ledger(tmp_path), "a") as file:
         file.write('{"cut')
     assert [found.job for found in scheduler.submitted(tmp_path, ["b"])] == ["1_0"]
+
+
+def test_a_device_that_the_site_lacks_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DICO_SLURM_GPUS_PER_NODE", "8")
+    assert main(TABLES, None, ["--table", "4", "--cluster", "slurm", "--device", "cpu", "--dry-run"]) == 2
+    assert re.fullmatch("error: --device cpu contradicts the site, whose nodes compute on cuda; .*\n", capsys.readouterr().err)
 
 
 def test_without_slurm_it_is_said_and_nothing_is_written(tmp_path: Path):

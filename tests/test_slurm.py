@@ -116,6 +116,19 @@ def test_what_was_sent_is_cancelled_and_nothing_else(slurm: dict[str, str], tmp_
     client(slurm, "scancel", other)
 
 
+def test_an_element_of_an_array_goes_back_alone(slurm: dict[str, str], tmp_path: Path):
+    script, rows = table(tmp_path, steps=100_000), ("--rows", "good", "last")
+    sent = call(slurm, script, *rows).stdout
+    first, last = re.findall(r"^submitted job (\d+_[01]): \w+, seed 0$", sent, re.M)
+    until(lambda: len(re.findall(r"running +training, step \d", call(slurm, script, *rows, "--status").stdout)) == 2, "both runs train")
+    client(slurm, "scancel", "--signal=USR2", last)  # its SLURM_JOB_ID is the id of the array
+    restarts = {job: lambda job=job: re.search(r"Restarts=(\d+)", client(slurm, "scontrol", "show", "job", job)).group(1) for job in (first, last)}
+    until(lambda: restarts[last]() == "1", "the element that was asked to make room is requeued")
+    assert restarts[first]() == "0" and client(slurm, "squeue", "-h", "-j", first, "-o", "%T") == "RUNNING\n"
+    assert call(slurm, script, *rows, "--cancel").returncode == 0
+    until(lambda: not client(slurm, "squeue", "-h"), "the queue empties")
+
+
 @pytest.mark.parametrize("name, words", [("PARTITION", "invalid partition"), ("CONSTRAINT", "Invalid feature")])
 def test_the_scheduler_refuses_in_its_own_words(name: str, words: str, slurm: dict[str, str], tmp_path: Path):
     refused = call(slurm | {f"DICO_SLURM_{name}": "moon"}, table(tmp_path, steps=5), "--rows", "good")

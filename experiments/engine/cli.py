@@ -54,6 +54,8 @@ def _main(tables: dict[int, Table], description: str | None, arguments: Sequence
         raise ValueError(f"the recipes of table {table.number} are for latents of side {side}, protocol {protocol.name} has {protocol.data.size}; take imagenet{8 * side}_own")
     on_slurm = args.cluster == "slurm"
     default = slurm.device(rows) if on_slurm else "cuda" if Path("/dev/nvidia0").exists() else "cpu"
+    if on_slurm and args.device not in (None, default):
+        raise ValueError(f"--device {args.device} contradicts the site, whose nodes compute on {default}; leave it out, or change gpus_per_node in slurm/site.toml")
     chosen = Chosen(table, rows, protocol, args.seeds, args.device or default, named=args.rows is not None)
     good = True
     if args.dry_run:

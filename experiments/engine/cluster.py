@@ -45,7 +45,7 @@ def parameters(site: Site, folder: Path) -> dict[str, Any]:
     if site.gpus_per_node:
         found["gpus_per_node"] = site.gpus_per_node
     python = shlex.quote(sys.executable)
-    setup = [f"cd {shlex.quote(str(REPOSITORY))}", f"RESULTS={shlex.quote(str(folder.parents[1]))}", f"PYTHON=${{PYTHON:-{python}}}", "source slurm/job.sh"]
+    setup = [f"cd {shlex.quote(str(REPOSITORY))}", f"RESULTS={shlex.quote(str(folder.parents[1]))}", f"PYTHON=${{PYTHON:-{python}}}", "source slurm/job.sh || exit 2"]
     return found | {
         "job_name": folder.name,
         "nodes": site.nodes,

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -25,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from experiments.engine import preemption
 from experiments.engine.files import written_whole
 
 POLL, GRACE = 1.0, 10.0   # seconds between looks at the other ranks' errors, and from an error to the end of this process
@@ -108,13 +110,17 @@ def place(environment: Mapping[str, str]) -> Group:
     return ALONE
 
 
-def master_port(job: str, restart: str) -> int:
+def master_port(job: str, step: str, restart: str) -> int:
     """A port in 20000-29999, below the ephemeral range, that differs after a requeue: the old one may still be held."""
-    return 20000 + int(hashlib.sha256(f"{job}.{restart}".encode()).hexdigest(), 16) % 10000
+    return 20000 + int(hashlib.sha256(f"{job}.{step}.{restart}".encode()).hexdigest(), 16) % 10000
 
 
 def join(device: str, seconds: float) -> Group:
-    """Enter the group that the environment declares, once a process; no collective waits longer than `seconds`."""
+    """Enter the group that the environment declares, once a process; no collective waits longer than `seconds`.
+
+    Where the others cannot be reached (a port in use, a host without an address) one line says so and SystemExit asks for
+    a restart, which takes another port.
+    """
     global _joined
     if _broken:
         raise SystemExit(1)  # an earlier stage took a rank with it
@@ -123,20 +129,31 @@ def join(device: str, seconds: float) -> Group:
         if group.world_size > 1:
             if device == "cuda":
                 torch.cuda.set_device(group.local_rank % torch.cuda.device_count())
-            if "MASTER_ADDR" not in os.environ:
-                os.environ["MASTER_ADDR"] = _first_host()
-            if "MASTER_PORT" not in os.environ:
-                os.environ["MASTER_PORT"] = str(master_port(os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0")))
             backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-            dist.init_process_group(backend, rank=group.rank, world_size=group.world_size, timeout=timedelta(seconds=seconds))
+            try:
+                _name_master()
+                dist.init_process_group(backend, rank=group.rank, world_size=group.world_size, timeout=timedelta(seconds=seconds))
+            except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+                print(f"error: rank {group.rank} cannot join the others at {_master()}: {one_line(error)}", file=sys.stderr, flush=True)
+                raise SystemExit(preemption.LOST) from None
             atexit.register(dist.destroy_process_group)
         _joined = group
     return _joined
 
 
-def _first_host() -> str:
-    listed = subprocess.run(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]], capture_output=True, text=True, timeout=60, check=True)
-    return listed.stdout.split()[0]
+def _name_master() -> None:
+    """Agree on where rank 0 listens: what a launcher says, else the first host of the scheduler's step."""
+    if "MASTER_ADDR" not in os.environ:
+        hosts = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
+        listed = subprocess.run(["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, timeout=60, check=True)
+        os.environ["MASTER_ADDR"] = listed.stdout.split()[0]
+    if "MASTER_PORT" not in os.environ:
+        job, step, restart = (os.environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
+        os.environ["MASTER_PORT"] = str(master_port(job, step, restart))
+
+
+def _master() -> str:
+    return f"{os.environ.get('MASTER_ADDR', 'the first host')}:{os.environ.get('MASTER_PORT', '')}"
 
 
 def one_line(error: BaseException) -> str:
@@ -196,7 +213,7 @@ def cause(folder: Path, group: Group, failure: Exception) -> str:
 class Watch:
     """Looks for other ranks' errors while this rank works, and ends it: one that waits in a collective cannot notice.
 
-    `tell(error)` is called before. A rank whose own work ends first is left alone.
+    `tell(error)` is called before. A rank whose own work ends first is left alone; the first rank, which tells, goes first.
     """
 
     def __init__(self, group: Group, folder: Path, tell: Callable[[str], object] = lambda error: None) -> None:
@@ -212,7 +229,8 @@ class Watch:
         self._over.set()
 
     def _look(self) -> None:
+        grace = GRACE if self.group.first else 2 * GRACE
         while not self._over.wait(POLL):
-            if (error := first_error(self.folder)) and not self._over.wait(GRACE):
+            if (error := first_error(self.folder)) and not self._over.wait(grace):
                 self.tell(f"rank {error['rank']}: {error['error']}")
                 os._exit(1)

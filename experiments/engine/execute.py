@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,8 +28,8 @@ def execute(spec: Stage, store: Store, resources: Resources, report: Report) -> 
 
     In a group of processes every rank calls this and gets the record; the first one writes it. A rank that fails ends the
     whole group: the record holds its error, and all ranks but the first exit. Another process at the same stage is waited
-    for, another job refused (ValueError). Raises OSError where results cannot be written, and SystemExit with status 75
-    when the job was asked to stop (`preemption.listen` makes it hear) and has saved, or has lost a rank.
+    for, another job refused (ValueError). Raises OSError where results cannot be written, and SystemExit, with status
+    75 when the job was asked to stop (`preemption.listen` makes it hear) and has saved, with 137 when it has lost a rank.
     """
     require_device(resources.device)
     group = distributed.join(resources.device, resources.timeout)
@@ -65,7 +65,7 @@ def execute(spec: Stage, store: Store, resources: Resources, report: Report) -> 
             with distributed.Watch(group, folder, lambda error: finish("failed", {}, error)):
                 values = _run(spec, store, resources, report, group, beat)
         except preemption.Preempted as stop:
-            _leave(stop, folder, beat)
+            _leave(stop, folder, group, beat)
         except OSError as error:
             distributed.report_error(folder, group, distributed.one_line(error))
             if beat:
@@ -76,7 +76,7 @@ def execute(spec: Stage, store: Store, resources: Resources, report: Report) -> 
             try:
                 error = distributed.cause(folder, group, failure)
             except distributed.Lost as lost:
-                _leave(lost, folder, beat)
+                _leave(lost, folder, group, beat)
             return finish("failed", getattr(failure, "values", {}), error)
         return group.share(finish("done", values))
 
@@ -94,13 +94,21 @@ def _follow(spec: Stage, store: Store, resources: Resources, group: Group) -> Re
                 _run(spec, store, resources, lambda *_: None, group, None)
         return group.share(None)
     except preemption.Preempted as stop:
-        _leave(stop, folder, None)
+        _leave(stop, folder, group, None)
     except Exception as failure:
         try:
             print(f"error: {distributed.cause(folder, group, failure)}", file=sys.stderr, flush=True)
+            _outlast_the_record(folder)
         except distributed.Lost as lost:
-            _leave(lost, folder, None)
+            _leave(lost, folder, group, None)
         raise SystemExit(1) from None
+
+
+def _outlast_the_record(folder: Path) -> None:
+    """Wait until the first rank has written why the run failed: a scheduler may end it as soon as this rank ends."""
+    end = time.monotonic() + distributed.POLL + 2 * distributed.GRACE
+    while heartbeat.live(heartbeat.read(folder)) and time.monotonic() < end:
+        time.sleep(0.1)
 
 
 def _held(spec: Stage, store: Store, group: Group) -> AbstractContextManager[Heartbeat | None]:
@@ -108,8 +116,11 @@ def _held(spec: Stage, store: Store, group: Group) -> AbstractContextManager[Hea
     return heartbeat.claimed(store.run_dir(spec), group.world_size) if isinstance(spec, Train | Evaluate) else store.lock(spec)
 
 
-def _leave(why: preemption.Preempted | distributed.Lost, folder: Path, beat: Heartbeat | None) -> NoReturn:
-    """End this process before the end of its stage; if it was asked to make room, the job goes back into the queue."""
+def _leave(why: preemption.Preempted | distributed.Lost, folder: Path, group: Group, beat: Heartbeat | None) -> NoReturn:
+    """End this process before the end of its stage; if it was asked to make room, the job goes back into the queue.
+
+    Ranks that stop together wait for what the first one has to write and to ask for: a scheduler may end all when one ends.
+    """
     how = why.how if isinstance(why, preemption.Preempted) else preemption.NO
     back = how == preemption.REQUEUE and heartbeat.job_id() is not None
     if back:
@@ -119,12 +130,15 @@ def _leave(why: preemption.Preempted | distributed.Lost, folder: Path, beat: Hea
             attempts.end(folder, beat.fields["step"] or 0, str(why))
         beat.end("requeued" if back else "stopped", str(why))
         print(f"stopped: {why}", file=sys.stderr, flush=True)
-        if back and (refusal := preemption.requeue()):
-            print(f"error: the job could not be requeued: {refusal}", file=sys.stderr, flush=True)
-            back = False
-    if back:
+    refusal = preemption.requeue() if back and group.first else None
+    if refusal:
+        print(f"error: the job could not be requeued: {refusal}", file=sys.stderr, flush=True)
+    if isinstance(why, preemption.Preempted):
+        with suppress(RuntimeError):  # the scheduler has ended a rank already
+            refusal = group.share(refusal)
+    if back and not refusal:
         preemption.wait_for_the_end()
-    raise SystemExit(preemption.TRY_AGAIN)
+    raise SystemExit(preemption.LOST if isinstance(why, distributed.Lost) else preemption.TRY_AGAIN)
 
 
 def require_device(device: str) -> None:

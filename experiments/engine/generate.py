@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from experiments.engine import preemption
 from experiments.engine.diffusion import Model
 from experiments.engine.noise import ImageNoise
 from experiments.engine.precision import precision
@@ -17,12 +18,17 @@ from experiments.engine.spec import Evaluate
 
 
 class Counted:
-    """A network that counts the images it is given; over the images sampled, that is evaluations per image (NFE)."""
+    """A network that counts the images it is given; over the images sampled, that is evaluations per image (NFE).
+
+    Raises Preempted where the job is asked to stop: a piece of work is many evaluations.
+    """
 
     def __init__(self, model: Model) -> None:
         self.model, self.evaluated = model, 0
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        if how := preemption.asked():
+            raise preemption.Preempted(how)
         self.evaluated += len(x)
         return self.model(x, t, y)
 

@@ -30,6 +30,13 @@ def job_id() -> str | None:
     return os.environ.get("SLURM_JOB_ID")
 
 
+def queue_id() -> str | None:
+    """What the scheduler's clients call this job: the last element of an array has the id of the whole array."""
+    if "SLURM_ARRAY_JOB_ID" in os.environ and "SLURM_ARRAY_TASK_ID" in os.environ:
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return job_id()
+
+
 def read(folder: Path) -> dict[str, Any] | None:
     """The last heartbeat of a run, or None."""
     try:

@@ -12,9 +12,9 @@ import subprocess
 import threading
 import time
 
-from experiments.engine.heartbeat import job_id
+from experiments.engine.heartbeat import job_id, queue_id
 
-TRY_AGAIN = 75              # exit status of a job that stopped before its end and can go on (EX_TEMPFAIL)
+TRY_AGAIN, LOST = 75, 137   # exit status of a job that was stopped and can go on (EX_TEMPFAIL); and as if killed: restart it
 NO, STOP, REQUEUE, TAKEN_OVER = range(4)
 _REASONS = {STOP: "asked to stop (SIGTERM)", REQUEUE: "asked to make room (SIGUSR2)", TAKEN_OVER: "another job took this run over"}
 _asked = NO
@@ -45,10 +45,17 @@ def yield_to_terminations() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def requeue() -> str | None:
-    """Put this job back into the queue; the scheduler's words if it refuses."""
+def requeue(patience: float = 120.0, pause: float = 5.0) -> str | None:
+    """Put this job back into the queue; the scheduler's words if it still refuses after `patience` seconds: it may be restarting."""
+    end = time.monotonic() + patience
+    while (refusal := _ask_to_requeue()) and time.monotonic() < end:
+        time.sleep(pause)
+    return refusal
+
+
+def _ask_to_requeue() -> str | None:
     try:
-        done = subprocess.run(["scontrol", "requeue", job_id()], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(["scontrol", "requeue", queue_id()], capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"scontrol: {error}"
     return (done.stderr.strip() or f"scontrol ended with status {done.returncode}") if done.returncode else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -20,12 +21,13 @@ def results(group: Group, folder: Path, num: int, compute: Callable[[int], Resul
     """compute(0) to compute(num - 1), in this order, on the first rank; the others compute their share and get nothing.
 
     A restart goes on from the pieces in `folder`, whatever the number of ranks; the caller removes it in the end. All
-    ranks meet after each round, where a job that is asked to stop raises Preempted.
+    ranks meet after each round, where a job that is asked to stop raises Preempted; a piece that raises it is not kept.
     """
     for start in range(0, num, group.world_size):
         piece = start + group.rank
         if piece < num and not _path(folder, piece).exists():
-            _keep(folder, piece, compute(piece))
+            with suppress(preemption.Preempted):  # all ranks stop below, where they agree
+                _keep(folder, piece, compute(piece))
         if beat:
             beat.tell(state="evaluating", step=min(start + group.world_size, num), steps=num)
         if how := group.highest(preemption.TAKEN_OVER if beat and beat.taken_over else preemption.asked()):

@@ -18,6 +18,7 @@ from experiments.engine.store import REPOSITORY
 
 PREFIX = "DICO_SLURM_"
 FILE = REPOSITORY / "slurm" / "site.toml"
+OURS = {"array", "error", "job-name", "no-requeue", "ntasks", "ntasks-per-node", "open-mode", "output", "requeue", "signal", "wrap"}  # sbatch's, beside the site's own keys
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,11 @@ def load_site(label: str, environment: Mapping[str, str] = os.environ) -> Site:
     site = Site(**(content | rows.get(label, {}) | {name: _parse(name, text) for name, text in given.items()}))
     if min(site.nodes, site.cpus_per_task, site.concurrent, site.checkpoint_every) < 1 or min(site.gpus_per_node, site.tasks_per_node, site.signal_seconds) < 0:
         raise ValueError(f"{path.name}: nodes, cpus_per_task, concurrent and checkpoint_every are 1 or more, the other numbers 0 or more")
+    if site.tasks_per_node > site.gpus_per_node > 0:
+        raise ValueError(f"{path.name}: {site.tasks_per_node} processes a node need as many GPUs, not {site.gpus_per_node}; lower tasks_per_node")
+    if taken := sorted(name for name in site.options if name.replace("_", "-") in OURS | {key.replace("_", "-") for key in KNOWN}):
+        raise ValueError(f"{path.name}: options cannot set {', '.join(taken)}; a key of the site file sets it, or the suite does")
+    site = replace(site, options={name: value for name, value in site.options.items() if value is not False})
     if not re.fullmatch(r"(\d+-)?\d+:\d\d:\d\d", site.time):
         raise ValueError(f"{path.name}: time is [days-]hours:minutes:seconds, not {site.time!r}")
     if site.seconds < 60 + site.signal_seconds:

@@ -13,7 +13,7 @@ from experiments.engine.launch import Job, available_cores, run_here
 from experiments.engine.plan import Chosen, duration, gpu_hours, missing, seconds_a_step
 from experiments.engine.progress import Progress
 from experiments.engine.site import Site, load_site
-from experiments.engine.spec import Row, Train, kind_of, spec_id
+from experiments.engine.spec import Evaluate, Row, Train, kind_of, spec_id
 from experiments.engine.store import Record, Store
 
 
@@ -43,7 +43,7 @@ def _check(job: Job, site: Site, chosen: Chosen, store: Store) -> None:
     if not isinstance(stage, Train):
         return
     if stage.recipe.batch % site.world_size:
-        raise ValueError(f"{job.label}: {site.nodes} nodes of {site.tasks} processes do not divide the batch of {stage.recipe.batch}; change nodes or gpus_per_node")
+        raise ValueError(f"{job.label}: {site.nodes} nodes of {site.tasks} processes do not divide the batch of {stage.recipe.batch}; change nodes, gpus_per_node or tasks_per_node")
     steps = min(site.checkpoint_every, stage.recipe.steps)
     interval = steps * seconds_a_step(stage, chosen.protocol, store)
     if interval > site.seconds - site.signal_seconds:
@@ -128,7 +128,8 @@ def _state(job: Job, store: Store, submission: scheduler.Submission | None, queu
     if not left:
         return "done", ""
     train = next((stage for stage in job.stages if isinstance(stage, Train)), None)
-    beat = heartbeat.read(store.run_dir(train)) if train else None
+    beats = [heartbeat.read(store.run_dir(stage)) for stage in job.stages if isinstance(stage, Train | Evaluate)]
+    beat = max(filter(None, beats), key=lambda beat: beat["updated"], default=None)
     where = f"job {submission.job}" if submission else ""
     if queued and not queued.over:
         reached = f", at {_progress(beat, train)}" if beat and beat.get("step") else ""

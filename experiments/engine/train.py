@@ -169,7 +169,7 @@ def run(
     """Train, or go on training, in `folder`; `report(step, steps, loss, images per second)` hears of the progress.
 
     Every rank of the group calls this; the first one writes, and has the heartbeat. Raises Diverged (a ValueError in one
-    line, with values for the record) when the loss is not finite or jumps, and Preempted, once it has saved, when the job
+    line, with values for the record) when the loss or a weight is not finite or the loss jumps, and Preempted, once it has saved, when the job
     is asked to stop.
     """
     recipe = spec.recipe
@@ -200,11 +200,15 @@ def run(
                 latest = group.sum(torch.stack(losses))
                 usual = means if len(latest) >= LOG_EVERY else ()  # a few losses can be high by chance
                 _check(latest.tolist(), usual, trainer, len(images), saved)
+            if saves and not _finite(trainer.model):
+                raise _diverged("the update made weights that are not finite", done, trainer, len(images), saved)
             if logs:
                 mean, rate = latest.mean().item(), (done - first) * recipe.batch / (time.perf_counter() - started)
                 losses, latest = [], latest[:0]
                 means.append(mean)
                 if group.first:
+                    if not writer.busy:
+                        writer.wait()  # a full disk is known now, not at the next save
                     log.write(step=done, loss=mean, lr=lr_at(recipe, done - 1), images_per_s=round(rate, 1))
                     report(done, recipe.steps, mean, rate)
                 if beat:
@@ -218,6 +222,7 @@ def run(
                 saved = done
             if how and not last:
                 writer.wait()
+                group.share(None)  # the first rank that leaves can take the others with it
                 raise preemption.Preempted(how)
         writer.wait()
     weights = digest(trainer.ema)
@@ -237,10 +242,19 @@ def run(
 def _check(losses: list[float], means: Sequence[float], trainer: Trainer, size: int, saved: int) -> None:
     """Raise Diverged if the latest losses, which end at the trainer's step, are bad."""
     if bad := trouble(losses, means):
-        step, recipe = trainer.step - len(losses) + 1 + bad[0], trainer.spec.recipe
-        batch = batch_indices(size, recipe.batch, trainer.spec.seed, step - 1).tolist()
-        advice = f"lower the learning rate ({recipe.lr}) or lengthen the warm-up ({recipe.warmup} steps)"
-        raise Diverged(f"the loss {bad[1]} at step {step}; {advice}", {"stopped_at": step, "batch": batch, "last_checkpoint": saved})
+        raise _diverged(f"the loss {bad[1]}", trainer.step - len(losses) + 1 + bad[0], trainer, size, saved)
+
+
+def _finite(model: nn.Module) -> bool:
+    """Whether every weight is: a loss is of the weights before its update."""
+    return bool(torch.stack(torch._foreach_norm(list(model.parameters()))).isfinite().all())
+
+
+def _diverged(what: str, step: int, trainer: Trainer, size: int, saved: int) -> Diverged:
+    recipe = trainer.spec.recipe
+    batch = batch_indices(size, recipe.batch, trainer.spec.seed, step - 1).tolist()
+    advice = f"lower the learning rate ({recipe.lr}) or lengthen the warm-up ({recipe.warmup} steps)"
+    return Diverged(f"{what} at step {step}; {advice}", {"stopped_at": step, "batch": batch, "last_checkpoint": saved})
 
 
 def load_ema(spec: Train, folder: Path, device: torch.device) -> nn.Module:
