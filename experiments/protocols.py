@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from experiments.engine.sources import is_latent
 from experiments.engine.spec import Backbone, Cost, Data, Evaluate, Recipe, Row, Sampler, Table, Timing, Train
 
 
@@ -137,8 +138,10 @@ def sampler_of(row: Row, protocol: Protocol) -> Sampler:
     common, method = protocol.sampler, row.method
     if method is None:
         return common
+    clip = method.sampler.clip and not is_latent(protocol.data)  # made for pixels
     if protocol.own:
-        return method.sampler
+        return replace(method.sampler, clip=clip)
+    common = replace(common, clip=clip)
     if not method.recipe.label_dropout:  # without a null label there is nothing to guide by
         common = replace(common, scale=1.0)
     if (method.diffusion.name, method.diffusion.variance) == ("iddpm", "learned"):

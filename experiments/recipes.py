@@ -75,9 +75,9 @@ DIM_512 = Method(
 )
 
 # ADM has no null label; its guidance is a classifier's gradient, which is not part of the suite.
-_ADM = "ADM's code defaults; steps are the common ones, guidance by a classifier is left out, and so is clipping to pixels in [-1, 1]"
-ADM_64 = Method(Diffusion(betas="cosine"), replace(COMMON, label_dropout=0.0), Sampler(), _ADM)
-ADM_128 = Method(Diffusion(), replace(COMMON, label_dropout=0.0), Sampler(), _ADM)
+_ADM = "ADM's code defaults; steps are the common ones, guidance by a classifier is left out; estimates are clipped to pixels in [-1, 1]"
+ADM_64 = Method(Diffusion(betas="cosine"), replace(COMMON, label_dropout=0.0), Sampler(clip=True), _ADM)
+ADM_128 = Method(Diffusion(), replace(COMMON, label_dropout=0.0), Sampler(clip=True), _ADM)
 LDM_4 = Method(
     Diffusion(betas="ldm_imagenet", variance="fixed"),
     COMMON,

@@ -10,7 +10,9 @@ from torch import Tensor
 from experiments.engine.diffusion import IDDPM, Model
 from experiments.engine.generate import Counted
 from experiments.engine.noise import ImageNoise
-from experiments.engine.samplers import Guided, ancestral, ddim
+from experiments.engine.process import process
+from experiments.engine.samplers import Guided, ancestral, bind, ddim
+from experiments.engine.spec import Diffusion, Sampler
 
 MEAN, STD = 0.3, 0.7
 SAMPLERS = {"ancestral": ancestral, "ddim": ddim}
@@ -257,3 +259,16 @@ def test_nfe_of_a_run_counts_both_halves():
 def test_guiding_channels_that_do_not_exist_is_refused():
     with pytest.raises(ValueError, match="cannot guide 5 channels of data that have 4"):
         Guided(Recorder(), 1.5, 10, channels=5)(*call_inputs())
+
+
+@pytest.mark.parametrize("name", ["ancestral", "ddim"])
+def test_clipped_estimates_keep_a_wild_network_within_pixels(name: str):
+    """Cosine betas amplify an error of the first step by 1 / sqrt(A) of some 1e4; the last step's x is its estimate."""
+    cosine = process(Diffusion(betas="cosine"))
+    wild = lambda x, t, y: torch.full((len(x), 2 * x.shape[1], *x.shape[2:]), 0.3)  # noqa: E731
+    highest = {}
+    for clip in (False, True):
+        noise = ImageNoise([3, 4], (2, 5, 3))
+        *_, x = bind(Sampler(name=name, num_steps=20, clip=clip), cosine)(wild, torch.zeros(2, dtype=torch.long), noise)
+        highest[clip] = x.abs().max().item()
+    assert highest[True] <= 1 < highest[False]

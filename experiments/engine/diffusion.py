@@ -96,10 +96,15 @@ class IDDPM:
         """x_t given x0: (N,C,H,W), (N,), (N,C,H,W) -> (N,C,H,W). DDPM eq. 4."""
         return _at(self.signal, t) * x0 + _at(self.noise, t) * eps
 
-    def posterior(self, x_t: Tensor, i: int | Tensor, prediction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean and log variance of p(x_{i-1} | x_i) and the clean estimate, each (N,C,H,W). iDDPM eq. 15."""
+    def posterior(self, x_t: Tensor, i: int | Tensor, prediction: Tensor, clip: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and log variance of p(x_{i-1} | x_i) and the clean estimate, each (N,C,H,W). iDDPM eq. 15.
+
+        clip: keep the estimate within the pixels' [-1, 1], as ADM does.
+        """
         eps, u = split_prediction(prediction, x_t, self.learned)
         x0_hat = _at(self.inverse_signal, i) * x_t - _at(self.inverse_noise, i) * eps
+        if clip:
+            x0_hat = x0_hat.clamp(-1, 1)
         log_variance = _at(self.log_posterior, i)
         if u is not None:
             fraction = (u + 1) / 2                                # neither squashed nor clipped

@@ -1,7 +1,8 @@
 """Samplers as iterators over their own steps, per-image noise, and guidance as a wrapper around the network.
 
 Sources: DDPM (arXiv:2006.11239), DDIM (arXiv:2010.02502), DPM-Solver++ (arXiv:2211.01095), classifier-free guidance
-(arXiv:2207.12598), guidance in an interval (arXiv:2404.07724). N images, C channels; a sampler's last x is the sample.
+(arXiv:2207.12598), guidance in an interval (arXiv:2404.07724). N images, C channels; a sampler's last x is the sample;
+`clip` keeps the estimates of clean data within the pixels' [-1, 1].
 """
 
 import math
@@ -54,19 +55,19 @@ class Guided:
 
 
 @torch.no_grad()
-def ancestral(diffusion: IDDPM, model: Model, y: Tensor, noise: ImageNoise) -> Iterator[Tensor]:
+def ancestral(diffusion: IDDPM, model: Model, y: Tensor, noise: ImageNoise, *, clip: bool = False) -> Iterator[Tensor]:
     """Yields x (N,C,H,W) after each step of an already respaced diffusion: DDPM algorithm 2, learned variance."""
     x = noise.draw()
     for i in reversed(range(diffusion.num_steps)):
         t = diffusion.timesteps[i].repeat(len(x))                                     # (N,)
-        mean, log_variance, _ = diffusion.posterior(x, i, model(x, t, y))
+        mean, log_variance, _ = diffusion.posterior(x, i, model(x, t, y), clip)
         z = noise.draw()                           # drawn at i = 0 too, as in the field: T + 1 draws an image
         x = mean + (0.5 * log_variance).exp() * z if i > 0 else mean
         yield x
 
 
 @torch.no_grad()
-def ddim(diffusion: IDDPM, model: Model, y: Tensor, noise: ImageNoise, *, eta: float = 0.0) -> Iterator[Tensor]:
+def ddim(diffusion: IDDPM, model: Model, y: Tensor, noise: ImageNoise, *, eta: float = 0.0, clip: bool = False) -> Iterator[Tensor]:
     """Yields x (N,C,H,W) after each step of an already respaced diffusion: DDIM eq. 12, sigma of eq. 16.
 
     eta 0 is deterministic after the first draw; eta 1 is ancestral sampling with the variance of the true posterior.
@@ -77,7 +78,7 @@ def ddim(diffusion: IDDPM, model: Model, y: Tensor, noise: ImageNoise, *, eta: f
     x = noise.draw()
     for i in reversed(range(diffusion.num_steps)):
         t = diffusion.timesteps[i].repeat(len(x))                                     # (N,)
-        _, _, x0_hat = diffusion.posterior(x, i, model(x, t, y))
+        _, _, x0_hat = diffusion.posterior(x, i, model(x, t, y), clip)
         here, after = cumprod[i], cumprod[i - 1] if i > 0 else 1.0
         eps = (x - math.sqrt(here) * x0_hat) / math.sqrt(1 - here)
         sigma = eta * math.sqrt((1 - after) / (1 - here) * (1 - here / after))
@@ -116,8 +117,8 @@ def bind(spec: Sampler, process: Process) -> Bound:
     known: dict[str, Callable[[], Bound]]
     if isinstance(process, IDDPM):
         known = {
-            "ancestral": lambda: partial(ancestral, process.respaced(spec.num_steps)),
-            "ddim": lambda: partial(ddim, process.respaced(spec.num_steps), eta=spec.eta),
+            "ancestral": lambda: partial(ancestral, process.respaced(spec.num_steps), clip=spec.clip),
+            "ddim": lambda: partial(ddim, process.respaced(spec.num_steps), eta=spec.eta, clip=spec.clip),
             "dpm_solver": lambda: partial(dpm_solver, process, num_steps=spec.num_steps),
         }
     else:

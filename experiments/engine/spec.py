@@ -104,7 +104,7 @@ class Checkpoint:
 class Sampler:
     """`scale` 1 is no guidance; `channels` are the guided noise channels (None: all); `interval` in the network's times.
 
-    `eta` is ddim's; `atol` and `rtol` are dopri5's, which takes as many steps as they need; `form` of the noise and the
+    `clip` keeps the estimates of clean data within the pixels' [-1, 1]; `eta` is ddim's; `atol` and `rtol` are dopri5's, which takes as many steps as they need; `form` of the noise and the
     last step of size `last_size` are the sde's.
     """
 
@@ -119,6 +119,7 @@ class Sampler:
     form: str = "sigma"
     last_step: str = "mean"
     last_size: float = 0.04
+    clip: bool = False
 
 
 @dataclass(frozen=True)
