@@ -168,10 +168,10 @@ def test_signals_set_a_flag_and_requeueing_wins(signals: None):
 
 def test_a_refused_requeue_says_the_scheduler_s_words(tmp_path: Path, job: None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "scontrol" in preemption.requeue()
+    assert "scontrol" in preemption.requeue(patience=0)
     script = tmp_path / "scontrol"
     script.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n[ "$2" = 42 ] || {{ echo "slurm_requeue error: Invalid job id" >&2; exit 1; }}\n')
     script.chmod(0o755)
     assert preemption.requeue() is None and (tmp_path / "asked").read_text() == "requeue 42\n"
     monkeypatch.setenv("SLURM_JOB_ID", "9")
-    assert preemption.requeue() == "slurm_requeue error: Invalid job id"
+    assert preemption.requeue(patience=0) == "slurm_requeue error: Invalid job id"
