@@ -3,16 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from test_backbones import relative_rms
 from torch import Tensor
 
 from backbones import kernels
 from backbones.kernels import diagonal_ssm, gated_linear
 
 GATES = {"none": 0.0, "mild": 1 / 16, "strong": 8.0, "very strong": 60.0}
-
-
-def relative_rms(value: Tensor, truth: Tensor) -> float:
-    return float((value.double() - truth.double()).norm() / truth.double().norm())
 
 
 def gated_inputs(tokens: int, strength: float, batch: int = 2, heads: int = 3, dk: int = 5, dv: int = 7) -> list[Tensor]:

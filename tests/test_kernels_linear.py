@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_kernels_gla import with_gradients
 from torch import Tensor
 
 from backbones import kernels
@@ -24,13 +25,6 @@ def over_pairs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         weights = torch.einsum("nhe,nhje->nhj", q[:, :, i], k)
         rows.append(torch.einsum("nhj,nhje->nhe", weights, v) / (weights.sum(dim=-1, keepdim=True) + 1e-6 * k.shape[2]))
     return torch.stack(rows, dim=2)
-
-
-def with_gradients(run, inputs: list[Tensor]) -> list[Tensor]:
-    inputs = [x.detach().clone().requires_grad_() for x in inputs]
-    out = run(*inputs)
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    return [out.detach(), *torch.autograd.grad(out, inputs, weight.to(out))]
 
 
 @pytest.mark.parametrize("choice", linear_attention.choices)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from test_flow import Given
 from torch import Tensor
 
 from experiments.engine.diffusion import BETAS, IDDPM, Model
@@ -34,22 +35,6 @@ def gaussian(diffusion: IDDPM) -> Model:
 
 def labels(num: int) -> Tensor:
     return torch.zeros(num, dtype=torch.long)
-
-
-class Given:
-    """The same first draw in float64; the later ones are unit impulses, of image k at draw k."""
-
-    def __init__(self, first: Tensor):
-        self.first, self.drawn = first.double(), -1
-
-    def draw(self) -> Tensor:
-        self.drawn += 1
-        if self.drawn == 0:
-            return self.first
-        noise = torch.zeros_like(self.first)
-        if self.drawn < len(noise):
-            noise[self.drawn] = 1
-        return noise
 
 
 def last(sampler, *inputs, **options) -> Tensor:
