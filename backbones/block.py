@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.layers import LayerNorm2d, modulate
+from backbones.layers import LayerNorm2d, Linear, Pointwise, gated, modulate
 
 
 class Block(nn.Module):
@@ -18,13 +18,13 @@ class Block(nn.Module):
         self.norm1 = LayerNorm2d()
         self.mixer = mixer
         self.norm2 = LayerNorm2d()
-        self.fc1 = nn.Conv2d(dim, hidden, 1)
-        self.fc2 = nn.Conv2d(hidden, dim, 1)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.fc1 = Pointwise(dim, hidden)
+        self.fc2 = Pointwise(hidden, dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         modulation = self.adaLN_modulation(c)[..., None, None].chunk(6, dim=1)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation                 # (N, C, 1, 1)
-        x = x + gate1 * self.mixer(modulate(self.norm1(x), shift1, scale1))       # (N, C, H, W)
+        x = gated(x, gate1, self.mixer(modulate(self.norm1(x), shift1, scale1)))  # (N, C, H, W)
         h = self.fc1(modulate(self.norm2(x), shift2, scale2))                     # (N, rC, H, W)
-        return x + gate2 * self.fc2(F.gelu(h, approximate=self.gelu))             # (N, C, H, W)
+        return gated(x, gate2, self.fc2(F.gelu(h, approximate=self.gelu)))        # (N, C, H, W)

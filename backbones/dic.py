@@ -14,6 +14,8 @@ from backbones.layers import (
     ConvStem,
     Downsample,
     LabelEmbedder,
+    Linear,
+    Pointwise,
     TimestepEmbedder,
     Upsample,
     check_grid,
@@ -34,10 +36,10 @@ class DiCBlock(nn.Module):
         super().__init__()
         self.norm0 = _group_norm(in_dim)
         self.conv0 = nn.Conv2d(in_dim, dim, 3, padding=1)
-        self.affine = nn.Sequential(nn.SiLU(), nn.Linear(dim, 3 * dim))
+        self.affine = nn.Sequential(nn.SiLU(), Linear(dim, 3 * dim))
         self.norm1 = _group_norm(dim)
         self.conv1 = nn.Conv2d(dim, dim, 3, padding=1)
-        self.skip = nn.Conv2d(in_dim, dim, 1) if in_dim != dim else nn.Identity()
+        self.skip = Pointwise(in_dim, dim) if in_dim != dim else nn.Identity()
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         gate, scale, shift = self.affine(c)[..., None, None].chunk(3, dim=1)        # (N, C, 1, 1)

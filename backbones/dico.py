@@ -15,10 +15,13 @@ from backbones.layers import (
     ConvStem,
     Downsample,
     LayerNorm2d,
+    Linear,
+    Pointwise,
     TimestepEmbedder,
     Upsample,
     check_grid,
     check_stages,
+    gated,
     modulate,
     xavier_flat_,
     xavier_init,
@@ -34,22 +37,22 @@ class DiCoBlock(nn.Module):
         super().__init__()
         hidden = int(dim * mlp_ratio)
         self.norm1 = LayerNorm2d()
-        self.conv1 = nn.Conv2d(dim, dim, 1)
+        self.conv1 = Pointwise(dim, dim)
         self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-        self.ca = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(dim, dim, 1), nn.Sigmoid())
-        self.conv3 = nn.Conv2d(dim, dim, 1)
+        self.ca = nn.Sequential(nn.AdaptiveAvgPool2d(1), Pointwise(dim, dim), nn.Sigmoid())
+        self.conv3 = Pointwise(dim, dim)
         self.norm2 = LayerNorm2d()
-        self.conv4 = nn.Conv2d(dim, hidden, 1)
-        self.conv5 = nn.Conv2d(hidden, dim, 1)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.conv4 = Pointwise(dim, hidden)
+        self.conv5 = Pointwise(hidden, dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         modulation = self.adaLN_modulation(c)[..., None, None].chunk(6, dim=1)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation                           # (N, C, 1, 1)
         h = F.gelu(self.conv2(self.conv1(modulate(self.norm1(x), shift1, scale1))))         # (N, C, H, W)
-        x = x + gate1 * self.conv3(h * self.ca(h))                                          # (N, C, H, W)
+        x = gated(x, gate1, self.conv3(h * self.ca(h)))                                     # (N, C, H, W)
         h = F.gelu(self.conv4(modulate(self.norm2(x), shift2, scale2)))                     # (N, rC, H, W)
-        return x + gate2 * self.conv5(h)                                                    # (N, C, H, W)
+        return gated(x, gate2, self.conv5(h))                                               # (N, C, H, W)
 
 
 class LabelEmbedders(nn.Module):
@@ -98,10 +101,10 @@ class DiCo(nn.Module):
         self.down2_3 = Downsample(d2)
         self.latent = stage(d3, depths[2])
         self.up3_2 = Upsample(d3)
-        self.reduce_chan_level2 = nn.Conv2d(2 * d2, d2, 1)
+        self.reduce_chan_level2 = Pointwise(2 * d2, d2)
         self.decoder_level_2 = stage(d2, depths[3])
         self.up2_1 = Upsample(d2)
-        self.reduce_chan_level1 = nn.Conv2d(2 * d1, d2, 1)
+        self.reduce_chan_level1 = Pointwise(2 * d1, d2)
         self.decoder_level_1 = stage(d2, depths[4])
         self.final_layer = ConvFinal(d2, self.out_channels)
         self._init_weights()

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.kernels import diagonal_ssm
-from backbones.layers import LabelEmbedder, TimestepEmbedder, check_grid, modulate, sincos_position, xavier_init, zero_
+from backbones.layers import LabelEmbedder, Linear, TimestepEmbedder, check_grid, gated, modulate, sincos_position, xavier_init, zero_
 from backbones.registry import register
 
 
@@ -47,16 +47,16 @@ class HourglassLayer(nn.Module):
         self.group = group
         hidden = 3 * dim // 2
         self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.w0 = nn.Linear(dim, dim)
-        self.up = nn.Linear(dim, group * dim)
-        self.mix = nn.Linear(dim, dim)
+        self.w0 = Linear(dim, dim)
+        self.up = Linear(dim, group * dim)
+        self.mix = Linear(dim, dim)
         self.ssm_forward = S4D(dim, states)
         self.ssm_backward = S4D(dim, states)
-        self.down = nn.ModuleList(nn.Linear(2 * dim, 2 * dim // group) for _ in range(group))
-        self.w1 = nn.Linear(dim, hidden)
-        self.w2 = nn.Linear(2 * dim, hidden)
-        self.w3 = nn.Linear(hidden, dim)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 3 * dim))
+        self.down = nn.ModuleList(Linear(2 * dim, 2 * dim // group) for _ in range(group))
+        self.w1 = Linear(dim, hidden)
+        self.w2 = Linear(2 * dim, hidden)
+        self.w3 = Linear(hidden, dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 3 * dim))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale, gate = self.adaLN_modulation(c)[:, None].chunk(3, dim=-1)              # (N, 1, D)
@@ -66,7 +66,7 @@ class HourglassLayer(nn.Module):
         y = torch.cat([self.ssm_forward(u), self.ssm_backward(u.flip(-1)).flip(-1)], dim=1)  # (N, 2D, L)
         pixels = y.mT.unflatten(1, (-1, self.group)).unbind(dim=2)                           # M x (N, J, 2D)
         y = torch.cat([F.gelu(down(pixel)) for down, pixel in zip(self.down, pixels, strict=True)], dim=-1)  # (N, J, 2D)
-        return x + gate * self.w3(F.gelu(self.w2(y)) * F.gelu(self.w1(h)))                   # (N, J, D)
+        return gated(x, gate, self.w3(F.gelu(self.w2(y)) * F.gelu(self.w1(h))))              # (N, J, D)
 
 
 class Head(nn.Module):
@@ -75,8 +75,8 @@ class Head(nn.Module):
     def __init__(self, dim: int, out_dim: int) -> None:
         super().__init__()
         self.norm_final = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(dim, out_dim)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+        self.linear = Linear(dim, out_dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 2 * dim))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
@@ -101,7 +101,7 @@ class DiffuSSM(nn.Module):
             raise ValueError(f"DiffuSSM needs input_size and twice the dim divisible by group and dim by 4, got input_size {input_size}, dim {dim}, group {group}")
         self.input_size, self.in_channels, self.num_classes, self.group = input_size, in_channels, num_classes, group
         self.out_channels = in_channels * (2 if learn_sigma else 1)
-        self.x_embedder = nn.Linear(group * in_channels, dim)
+        self.x_embedder = Linear(group * in_channels, dim)
         self.t_embedder = TimestepEmbedder(dim)
         self.y_embedder = LabelEmbedder(num_classes, dim)
         self.pos_embed = nn.Parameter(sincos_position(dim, (input_size, input_size // group)), requires_grad=False)

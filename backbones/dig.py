@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from backbones.kernels import gated_linear
 from backbones.layers import (
     LabelEmbedder,
+    Linear,
     PatchEmbed,
     PatchFinal,
     TimestepEmbedder,
     check_grid,
+    gated,
     modulate,
     sincos_position,
     unpatchify,
@@ -34,13 +36,13 @@ class GatedLinearAttention(nn.Module):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.q_proj = nn.Linear(dim, dim // 2, bias=False)
-        self.k_proj = nn.Linear(dim, dim // 2, bias=False)
-        self.v_proj = nn.Linear(dim, dim, bias=False)
-        self.g_proj = nn.Linear(dim, dim, bias=False)
-        self.gk_proj = nn.Sequential(nn.Linear(dim, 16, bias=False), nn.Linear(16, dim // 2))
+        self.q_proj = Linear(dim, dim // 2, bias=False)
+        self.k_proj = Linear(dim, dim // 2, bias=False)
+        self.v_proj = Linear(dim, dim, bias=False)
+        self.g_proj = Linear(dim, dim, bias=False)
+        self.gk_proj = nn.Sequential(Linear(dim, 16, bias=False), Linear(16, dim // 2))
         self.g_norm_swish_gate = nn.RMSNorm(dim // heads, eps=1e-6)
-        self.o_proj = nn.Linear(dim, dim, bias=False)
+        self.o_proj = Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         decay = F.logsigmoid(self.gk_proj(x)) / 16                                           # (N, T, D/2)
@@ -59,8 +61,8 @@ class SwiGlu(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         hidden = -(-int(dim * 4 * 2 / 3) // 256) * 256
-        self.gate_proj = nn.Linear(dim, 2 * hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, dim, bias=False)
+        self.gate_proj = Linear(dim, 2 * hidden, bias=False)
+        self.down_proj = Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.gate_proj(x).chunk(2, dim=-1)                                            # (N, T, I)
@@ -77,13 +79,13 @@ class DiGBlock(nn.Module):
         self.attn = GatedLinearAttention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.mlp = SwiGlu(dim)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
         self.dw_conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)  # (N, 1, D)
-        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))                   # (N, T, D)
-        x = x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))                    # (N, T, D)
+        x = gated(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1)))              # (N, T, D)
+        x = gated(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))               # (N, T, D)
         x = self.dw_conv(x.mT.unflatten(-1, self.grid))                                      # (N, D, H, W)
         return x.flatten(2).mT                                                               # (N, T, D)
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.layers import LabelEmbedder, PatchEmbed, check_grid, modulate, timestep_sinusoid, unpatchify
+from backbones.layers import LabelEmbedder, Linear, PatchEmbed, check_grid, modulate, timestep_sinusoid, unpatchify
 from backbones.mamba import COLUMNS, COLUMNS_BACK, ROWS, ROWS_BACK, Mamba, float32_or_wider, mamba_init, reorder, restore
 from backbones.registry import register
 
@@ -32,9 +32,9 @@ class AdaptiveSingle(nn.Module):
 
     def __init__(self, num_classes: int, dim: int) -> None:
         super().__init__()
-        time = nn.Sequential(OrderedDict(linear_1=nn.Linear(256, dim), act=nn.SiLU(), linear_2=nn.Linear(dim, dim)))
+        time = nn.Sequential(OrderedDict(linear_1=Linear(256, dim), act=nn.SiLU(), linear_2=Linear(dim, dim)))
         self.emb = nn.ModuleDict(dict(timestep_embedder=time, class_embedder=LabelEmbedder(num_classes, dim)))
-        self.linear = nn.Linear(dim, 3 * dim)
+        self.linear = Linear(dim, 3 * dim)
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         sinusoid = timestep_sinusoid(t, 256).to(self.linear.weight.dtype)
@@ -90,7 +90,7 @@ class DiMBlock(nn.Module):
         self.norm1 = nn.Sequential(OrderedDict(norm=nn.RMSNorm(dim, eps=1e-5)))
         self.attn1 = Mamba(dim, kernel=_PAD)
         self.scale_shift_table = nn.Parameter(torch.randn(3, dim) / dim**0.5)
-        self.skip_linear = nn.ModuleList([nn.Linear(dim, dim), nn.Linear(dim, dim)]) if skip else None
+        self.skip_linear = nn.ModuleList([Linear(dim, dim), Linear(dim, dim)]) if skip else None
 
     def merge(self, x: Tensor, skip: Tensor) -> Tensor:
         return float32_or_wider(self.skip_linear[0](x) + self.skip_linear[1](skip))
@@ -126,8 +126,8 @@ class DiM(nn.Module):
         self.transformer_blocks = nn.ModuleList(DiMBlock(dim, skip=i > depth // 2) for i in range(depth))
         self.a4m_adapter = Frame(dim, self.grid, raster_padding)
         self.norm_out = nn.Sequential(OrderedDict(norm=nn.RMSNorm(dim, eps=1e-5)))
-        self.proj_out_1 = nn.Linear(dim, 2 * dim)
-        self.proj_out_2 = nn.Linear(dim, patch * patch * self.out_channels)
+        self.proj_out_1 = Linear(dim, 2 * dim)
+        self.proj_out_2 = Linear(dim, patch * patch * self.out_channels)
         self._init_weights(depth)
 
     def _init_weights(self, depth: int) -> None:

@@ -16,10 +16,12 @@ from backbones.dit import SelfAttention
 from backbones.kernels import attention
 from backbones.layers import (
     LabelEmbedder,
+    Linear,
     PatchEmbed,
     PatchFinal,
     TimestepEmbedder,
     check_grid,
+    gated,
     modulate,
     sincos_position,
     unpatchify,
@@ -40,7 +42,7 @@ class ConditionMamba(Mamba):
 
     def __init__(self, dim: int, condition: int) -> None:
         super().__init__(dim)
-        self.cond_proj = nn.Linear(condition, 2 * dim).requires_grad_(False)
+        self.cond_proj = Linear(condition, 2 * dim).requires_grad_(False)
 
 
 class SpatialBranch(nn.Module):
@@ -50,11 +52,11 @@ class SpatialBranch(nn.Module):
         super().__init__()
         self.grid, self.order = grid, _ORDERS[index % 4]
         self.mixer = ConditionMamba(dim, condition)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition, 3 * dim))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(condition, 3 * dim))
 
     def scan(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale, gate = self.adaLN_modulation(c)[:, None].chunk(3, dim=-1)
-        return x + gate * self.mixer(modulate(x, shift, scale))
+        return gated(x, gate, self.mixer(modulate(x, shift, scale)))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         return restore(self.scan(reorder(x, self.grid, self.order), c), self.grid, self.order)
@@ -132,9 +134,9 @@ class CrossFusion(nn.Module):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv1 = nn.Linear(dim // 2, 3 * (dim // 2))
-        self.qkv2 = nn.Linear(dim // 2, 3 * (dim // 2))
-        self.proj = nn.Linear(dim, dim)
+        self.qkv1 = Linear(dim // 2, 3 * (dim // 2))
+        self.qkv2 = Linear(dim // 2, 3 * (dim // 2))
+        self.proj = Linear(dim, dim)
 
     def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
         q1, k1, v1 = self._split(self.qkv1(x1))                                             # (N, h, T, e)
@@ -149,8 +151,8 @@ class CrossFusion(nn.Module):
 class GatedMlp(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.w12 = nn.Linear(dim, 8 * dim)
-        self.w3 = nn.Linear(4 * dim, dim)
+        self.w12 = Linear(dim, 8 * dim)
+        self.w3 = Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.w12(x).chunk(2, dim=-1)
@@ -168,7 +170,7 @@ class DiMSUMBlock(nn.Module):
         self.proj = CrossFusion(dim, fusion_heads)
         self.norm_2 = nn.RMSNorm(dim, eps=1e-5)
         self.mlp = GatedMlp(dim)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 3 * dim))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 3 * dim))
 
     def forward(self, h: Tensor, r: Tensor | None, c: Tensor) -> tuple[Tensor, Tensor]:
         r = float32_or_wider(h) if r is None else r + h                                     # (N, T, D)
@@ -176,7 +178,7 @@ class DiMSUMBlock(nn.Module):
         x1, x2 = u.chunk(2, dim=-1)                                                         # (N, T, E)
         h = u + self.proj(self.spatial_mamba(x1, c), self.freq_mamba(x2, c))                # (N, T, D)
         shift, scale, gate = self.adaLN_modulation(c)[:, None].chunk(3, dim=-1)             # (N, 1, D)
-        return h + gate * self.mlp(modulate(self.norm_2(h), shift, scale)), r
+        return gated(h, gate, self.mlp(modulate(self.norm_2(h), shift, scale))), r
 
 
 class SharedBlock(nn.Module):
@@ -188,12 +190,12 @@ class SharedBlock(nn.Module):
         self.attn = SelfAttention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.mlp = GatedMlp(dim)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)  # (N, 1, D)
-        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))                  # (N, T, D)
-        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))                # (N, T, D)
+        x = gated(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1)))             # (N, T, D)
+        return gated(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))           # (N, T, D)
 
 
 class DiMSUM(nn.Module):

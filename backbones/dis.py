@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from backbones.layers import LabelEmbedder, PatchEmbed, PatchFinal, check_grid, timestep_sinusoid, unpatchify
+from backbones.layers import LabelEmbedder, Linear, PatchEmbed, PatchFinal, check_grid, timestep_sinusoid, unpatchify
 from backbones.mamba import Mamba, float32_or_wider, mamba_init, selective_ssm
 from backbones.registry import register
 
@@ -23,8 +23,8 @@ class BidirectionalMamba(Mamba):
         super().__init__(dim)
         inner, projected = self.x_proj.in_features, self.x_proj.out_features
         self.conv1d_b = nn.Conv1d(inner, inner, 4, groups=inner)
-        self.x_proj_b = nn.Linear(inner, projected, bias=False)
-        self.dt_proj_b = nn.Linear(self.dt_proj.in_features, inner)
+        self.x_proj_b = Linear(inner, projected, bias=False)
+        self.dt_proj_b = Linear(self.dt_proj.in_features, inner)
         self.A_b_log = nn.Parameter(self.A_log.detach().clone())
         self.D_b = nn.Parameter(torch.ones(inner))
 
@@ -42,7 +42,7 @@ class DiSBlock(nn.Module):
         super().__init__()
         self.mixer = BidirectionalMamba(dim)
         self.norm = nn.RMSNorm(dim, eps=1e-5)
-        self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
+        self.skip_linear = Linear(2 * dim, dim) if skip else None
 
     def forward(self, h: Tensor, r: Tensor | None, skip: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if skip is not None:
@@ -71,7 +71,7 @@ class DiS(nn.Module):
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.grid = (input_size // patch, input_size // patch)
         self.patch_embed = PatchEmbed(in_channels, dim, patch)
-        self.time_embed = nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
+        self.time_embed = nn.Sequential(Linear(dim, 4 * dim), nn.SiLU(), Linear(4 * dim, dim))
         self.label_emb = LabelEmbedder(num_classes, dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, 2 + self.grid[0] * self.grid[1], dim))
         self.in_blocks = nn.ModuleList(DiSBlock(dim) for _ in range(depth // 2))

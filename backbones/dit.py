@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from backbones.kernels import attention
 from backbones.layers import (
     LabelEmbedder,
+    Linear,
     Mlp,
     PatchEmbed,
     PatchFinal,
     TimestepEmbedder,
     check_grid,
+    gated,
     modulate,
     sincos_position,
     unpatchify,
@@ -29,8 +31,8 @@ class SelfAttention(nn.Module):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         n, t, d = x.shape
@@ -47,12 +49,12 @@ class DiTBlock(nn.Module):
         self.attn = SelfAttention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), approximate="tanh")
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)  # (N, 1, D)
-        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))  # (N, T, D)
-        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))  # (N, T, D)
+        x = gated(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1)))  # (N, T, D)
+        return gated(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))  # (N, T, D)
 
 
 class DiT(nn.Module):

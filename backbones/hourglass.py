@@ -17,6 +17,7 @@ from backbones.layers import (
     ConvStem,
     Downsample,
     LabelEmbedder,
+    Pointwise,
     TimestepEmbedder,
     Upsample,
     check_grid,
@@ -74,8 +75,8 @@ class Hourglass(nn.Module):
         self.encoder_1, self.down_1 = stage(0, d1, 1), Downsample(d1)
         self.encoder_2, self.down_2 = stage(1, d2, 2), Downsample(d2)
         self.middle, self.up_2 = stage(2, d3, 4), Upsample(d3)
-        self.reduce_2, self.decoder_2, self.up_1 = nn.Conv2d(2 * d2, d2, 1), stage(3, d2, 2), Upsample(d2)
-        self.reduce_1, self.decoder_1 = nn.Conv2d(2 * d1, d2, 1), stage(4, d2, 1)
+        self.reduce_2, self.decoder_2, self.up_1 = Pointwise(2 * d2, d2), stage(3, d2, 2), Upsample(d2)
+        self.reduce_1, self.decoder_1 = Pointwise(2 * d1, d2), stage(4, d2, 1)
         self.final = ConvFinal(d2, self.out_channels)
         xavier_init(self)
         xavier_flat_(self.stem.proj)

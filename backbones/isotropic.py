@@ -15,6 +15,7 @@ from backbones.layers import (
     LabelEmbedder,
     PatchEmbed,
     PatchFinal,
+    Pointwise,
     TimestepEmbedder,
     check_grid,
     sincos_position,
@@ -63,7 +64,7 @@ class Isotropic(nn.Module):
         self.position = nn.Parameter(sincos_position(dim, self.grid), requires_grad=False)
         mixers = [build_mixer(mixer, dim, self.grid, index, **(mixer_options or {})) for index in range(depth)]
         self.blocks = nn.ModuleList(Block(dim, m, mlp_ratio, gelu) for m in mixers)
-        self.reduce = nn.ModuleList(nn.Conv2d(2 * dim, dim, 1) for _ in range((depth - 1) // 2 if skips else 0))
+        self.reduce = nn.ModuleList(Pointwise(2 * dim, dim) for _ in range((depth - 1) // 2 if skips else 0))
         self.final = PatchFinal(dim, patch, self.out_channels)
         xavier_init(self)
         xavier_flat_(self.x_embedder.proj)

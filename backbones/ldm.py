@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.layers import check_grid, timestep_sinusoid, zero_
+from backbones.layers import Linear, Pointwise, check_grid, timestep_sinusoid, zero_
 from backbones.registry import register
 
 
@@ -34,9 +34,9 @@ class ResBlock(nn.Module):
     def __init__(self, dim: int, dim_out: int, dim_emb: int) -> None:
         super().__init__()
         self.in_layers = nn.Sequential(nn.GroupNorm(32, dim), nn.SiLU(), nn.Conv2d(dim, dim_out, 3, padding=1))
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(dim_emb, dim_out))
+        self.emb_layers = nn.Sequential(nn.SiLU(), Linear(dim_emb, dim_out))
         self.out_layers = nn.Sequential(nn.GroupNorm(32, dim_out), nn.SiLU(), nn.Dropout(0.0), nn.Conv2d(dim_out, dim_out, 3, padding=1))
-        self.skip_connection = nn.Identity() if dim_out == dim else nn.Conv2d(dim, dim_out, 1)
+        self.skip_connection = nn.Identity() if dim_out == dim else Pointwise(dim, dim_out)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         h = self.in_layers(x) + self.emb_layers(c)[..., None, None]            # (N, C_out, H, W)
@@ -67,10 +67,10 @@ class CrossAttention(nn.Module):
     def __init__(self, dim: int, dim_context: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(dim, dim, bias=False)
-        self.to_k = nn.Linear(dim_context, dim, bias=False)
-        self.to_v = nn.Linear(dim_context, dim, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(dim, dim), nn.Dropout(0.0))
+        self.to_q = Linear(dim, dim, bias=False)
+        self.to_k = Linear(dim_context, dim, bias=False)
+        self.to_v = Linear(dim_context, dim, bias=False)
+        self.to_out = nn.Sequential(Linear(dim, dim), nn.Dropout(0.0))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         projected = self.to_q(x), self.to_k(context), self.to_v(context)
@@ -85,7 +85,7 @@ class CrossAttention(nn.Module):
 class GEGLU(nn.Module):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(dim, 2 * hidden)
+        self.proj = Linear(dim, 2 * hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj(x).chunk(2, dim=-1)
@@ -95,7 +95,7 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Dropout(0.0), nn.Linear(4 * dim, dim))
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Dropout(0.0), Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)                                                     # (N, T, C)
@@ -122,9 +122,9 @@ class SpatialTransformer(nn.Module):
     def __init__(self, dim: int, dim_context: int, heads: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(32, dim, eps=1e-6)
-        self.proj_in = nn.Conv2d(dim, dim, 1)
+        self.proj_in = Pointwise(dim, dim)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(dim, dim_context, heads)])
-        self.proj_out = nn.Conv2d(dim, dim, 1)
+        self.proj_out = Pointwise(dim, dim)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)              # (N, T, C)
@@ -171,7 +171,7 @@ class LDM(nn.Module):
             return SpatialTransformer(width, context_dim, heads or width // head_dim)
 
         self.cond_stage_model = ClassTable(num_classes + null_label, context_dim)
-        self.time_embed = nn.Sequential(nn.Linear(dim, dim_emb), nn.SiLU(), nn.Linear(dim_emb, dim_emb))
+        self.time_embed = nn.Sequential(Linear(dim, dim_emb), nn.SiLU(), Linear(dim_emb, dim_emb))
         width = dim
         self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(in_channels, width, 3, padding=1)])])
         skips = [width]

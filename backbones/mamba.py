@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.kernels import causal_conv, selective_scan
+from backbones.layers import Linear
 
 
 class Mamba(nn.Module):
@@ -20,13 +21,13 @@ class Mamba(nn.Module):
     def __init__(self, dim: int, *, kernel: int = 4, states: int = 16) -> None:
         super().__init__()
         inner, rank = 2 * dim, math.ceil(dim / 16)
-        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
+        self.in_proj = Linear(dim, 2 * inner, bias=False)
         self.conv1d = nn.Conv1d(inner, inner, kernel, groups=inner)
-        self.x_proj = nn.Linear(inner, rank + 2 * states, bias=False)
-        self.dt_proj = nn.Linear(rank, inner)
+        self.x_proj = Linear(inner, rank + 2 * states, bias=False)
+        self.dt_proj = Linear(rank, inner)
         self.A_log = nn.Parameter(torch.arange(1.0, states + 1).log().repeat(inner, 1))
         self.D = nn.Parameter(torch.ones(inner))
-        self.out_proj = nn.Linear(inner, dim, bias=False)
+        self.out_proj = Linear(inner, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x, z = self.in_proj(x).transpose(1, 2).chunk(2, dim=1)                             # (N, I, T)

@@ -21,9 +21,12 @@ from backbones.layers import (
     Downsample,
     LabelEmbedder,
     LayerNorm2d,
+    Linear,
+    Pointwise,
     TimestepEmbedder,
     Upsample,
     check_grid,
+    gated,
     modulate,
     xavier_flat_,
     xavier_init,
@@ -39,8 +42,8 @@ class DownsampledAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.logit_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(10)))
-        self.to_qkv = nn.Linear(dim, 3 * dim)
-        self.to_out = nn.Conv2d(dim, dim, 1)
+        self.to_qkv = Linear(dim, 3 * dim)
+        self.to_out = Pointwise(dim, dim)
         self.downsampler = nn.ModuleDict({"layer": nn.Conv2d(dim, dim, 5, padding=2, groups=dim)})
 
     def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
@@ -88,9 +91,9 @@ class RepFeedForward(nn.Module):
         super().__init__()
         hidden = int(dim * mlp_ratio)
         half = hidden // 2
-        self.project_in = nn.Sequential(nn.Conv2d(dim, half, 1), nn.Conv2d(half, hidden, 1))
+        self.project_in = nn.Sequential(Pointwise(dim, half), Pointwise(half, hidden))
         self.dwconv = nn.ModuleList(nn.Conv2d(hidden, hidden, k, padding=k // 2, groups=hidden) for k in (5, 3, 1))
-        self.project_out = nn.Sequential(nn.Conv2d(hidden, half, 1), nn.Conv2d(half, dim, 1))
+        self.project_out = nn.Sequential(Pointwise(hidden, half), Pointwise(half, dim))
         self._fused: tuple[Tensor, ...] = ()
         self._fused_from: list[tuple[int, int]] = []
 
@@ -151,16 +154,16 @@ class UDiTBlock(nn.Module):
         self.mlp1 = RepFeedForward(dim, mlp_ratio)
         self.attn2 = DownsampledAttention(dim, heads)
         self.mlp2 = RepFeedForward(dim, mlp_ratio)
-        self.adaLN_modulation1 = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.adaLN_modulation2 = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.adaLN_modulation1 = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
+        self.adaLN_modulation2 = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
 
     def forward(self, x: Tensor, c: Tensor, rotation: Tensor) -> Tensor:
         first = self.adaLN_modulation1, self.attn1, self.mlp1
         for modulation, attn, mlp in (first, (self.adaLN_modulation2, self.attn2, self.mlp2)):
             parts = modulation(c)[..., None, None].chunk(6, dim=1)
             shift1, scale1, gate1, shift2, scale2, gate2 = parts                            # (N, C, 1, 1)
-            x = x + gate1 * attn(modulate(self.norm(x), shift1, scale1), rotation)          # (N, C, H, W)
-            x = x + gate2 * mlp(modulate(self.norm(x), shift2, scale2))                     # (N, C, H, W)
+            x = gated(x, gate1, attn(modulate(self.norm(x), shift1, scale1), rotation))     # (N, C, H, W)
+            x = gated(x, gate2, mlp(modulate(self.norm(x), shift2, scale2)))                # (N, C, H, W)
         return x
 
 
@@ -199,10 +202,10 @@ class UDiT(nn.Module):
         self.down2_3 = Downsample(d2)
         self.latent = stage(d3, depths[2])
         self.up3_2 = Upsample(d3)
-        self.reduce_chan_level2 = nn.Conv2d(2 * d2, d2, 1)
+        self.reduce_chan_level2 = Pointwise(2 * d2, d2)
         self.decoder_level_2 = stage(d2, depths[3])
         self.up2_1 = Upsample(d2)
-        self.reduce_chan_level1 = nn.Conv2d(2 * d1, d2, 1)
+        self.reduce_chan_level1 = Pointwise(2 * d1, d2)
         self.decoder_level_1 = stage(d2, depths[4])
         self.output = nn.Conv2d(d2, d2, 3, padding=1)
         self.final_layer = ConvFinal(d2, self.out_channels)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.kernels import attention
-from backbones.layers import Mlp, PatchEmbed, check_grid, timestep_sinusoid, unpatchify
+from backbones.layers import Linear, Mlp, PatchEmbed, check_grid, timestep_sinusoid, unpatchify
 from backbones.registry import register
 
 
@@ -18,8 +18,8 @@ class SelfAttention(nn.Module):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=False)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         n, s, d = x.shape
@@ -36,7 +36,7 @@ class UViTBlock(nn.Module):
         self.attn = SelfAttention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-5)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), approximate="none")
-        self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
+        self.skip_linear = Linear(2 * dim, dim) if skip else None
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         if self.skip_linear is not None:
@@ -78,7 +78,7 @@ class UViT(nn.Module):
         self.mid_block = UViTBlock(dim, heads, mlp_ratio)
         self.out_blocks = half(skip=True)
         self.norm = nn.LayerNorm(dim, eps=1e-5)
-        self.decoder_pred = nn.Linear(dim, patch * patch * in_channels)
+        self.decoder_pred = Linear(dim, patch * patch * in_channels)
         self.final_layer = nn.Conv2d(in_channels, in_channels, 3, padding=1) if conv_head else nn.Identity()
         self._init_weights()
 

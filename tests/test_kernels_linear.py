@@ -1,4 +1,4 @@
-"""Normalised linear attention against the sum over pairs of tokens, forward and backward, on awkward sizes."""
+"""Linear layers, 1x1 convolutions and normalised linear attention against sums written out, forward and backward, on awkward sizes."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from test_kernels_gla import with_gradients
 from torch import Tensor
 
 from backbones import kernels
-from backbones.kernels import linear_attention
+from backbones.kernels import linear, linear_attention, pointwise
 
 
 def features(tokens: int, e: int, zeros: bool = False) -> list[Tensor]:
@@ -45,3 +45,45 @@ def test_a_query_without_features_gives_zero(choice: str):
     with kernels.use(linear_attention=choice):
         out = linear_attention(*features(7, 3, zeros=True))
     assert not out[:, :, 0].any() and out[:, :, 1:].any()
+
+
+def normal(*shapes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def error(values: list[Tensor], truth: list[Tensor]) -> float:
+    return max(((value - expected).norm() / expected.norm()).item() for value, expected in zip(values, truth, strict=True))
+
+
+@pytest.mark.parametrize("choice", linear.choices)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("lead", "wide", "out"), [((1,), 3, 5), ((3, 7), 13, 29), ((67,), 129, 31), ((2, 5, 11), 24, 96)])
+def test_a_linear_layer_is_its_sum(choice: str, bias: bool, lead: tuple[int, ...], wide: int, out: int):
+    inputs = normal((*lead, wide), (out, wide), (out,))[: 2 + bias]
+    truth = with_gradients(lambda x, w, b=None: torch.einsum("...i,oi->...o", x, w) + (0 if b is None else b), inputs)
+    with kernels.use(linear=choice):
+        assert error(with_gradients(linear, [x.float() for x in inputs]), truth) < 1e-6
+
+
+@pytest.mark.parametrize("choice", pointwise.choices)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("n", "wide", "out", "side"), [(1, 5, 3, 1), (2, 13, 29, 5), (3, 24, 48, 7)])
+def test_a_pointwise_convolution_is_its_sum(choice: str, layout: torch.memory_format, n: int, wide: int, out: int, side: int):
+    inputs = normal((n, wide, side, side), (out, wide, 1, 1), (out,))
+    truth = with_gradients(lambda x, w, b: torch.einsum("nihw,oiyx->nohw", x, w) + b[:, None, None], inputs)
+    with kernels.use(pointwise=choice, linear="onednn"):
+        x, *weights = (value.float() for value in inputs)
+        assert error(with_gradients(pointwise, [x.contiguous(memory_format=layout), *weights]), truth) < 1e-6
+
+
+def test_large_float32_products_on_a_cpu_are_onednns_and_others_torchs():
+    x, w = (torch.randn(256, 256) for _ in range(2))
+    kernels.reset_used()
+    linear(x, w)
+    assert kernels.used()["linear"] == ["onednn"]
+    kernels.reset_used()
+    linear(x[:1], w), linear(x.double(), w.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, w).dtype == torch.bfloat16
+    assert kernels.used()["linear"] == ["reference"]

@@ -8,8 +8,12 @@ from backbones.kernels.attention import attention
 from backbones.kernels.causal_conv import causal_conv
 from backbones.kernels.diagonal_ssm import diagonal_ssm
 from backbones.kernels.gated_linear import gated_linear
+from backbones.kernels.linear import linear, pointwise
 from backbones.kernels.linear_attention import linear_attention
 from backbones.kernels.op import counting, observing, references, reset_used, use, used
 from backbones.kernels.selective_scan import selective_scan
 
-__all__ = ["attention", "causal_conv", "counting", "diagonal_ssm", "gated_linear", "linear_attention", "observing", "references", "reset_used", "selective_scan", "use", "used"]
+__all__ = [
+    "attention", "causal_conv", "counting", "diagonal_ssm", "gated_linear", "linear", "linear_attention", "observing", "pointwise", "references", "reset_used",
+    "selective_scan", "use", "used",
+]  # fmt: skip

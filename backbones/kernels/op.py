@@ -18,11 +18,13 @@ _observers: list[Callable[..., None]] = []
 
 @dataclass(frozen=True)
 class Choice:
-    """One implementation; `supports` answers for the arguments of a call, without running it."""
+    """One implementation. `supports` answers for the arguments of a call, without running it; where it does but does not
+    `pay`, the choice is taken only by force."""
 
     name: str
     run: Callable[..., Any]
     supports: Callable[..., bool] = lambda *args, **kwargs: True
+    pays: Callable[..., bool] = lambda *args, **kwargs: True
 
 
 class Op:
@@ -52,7 +54,7 @@ class Op:
             if not choice.supports(*args, **kwargs):
                 raise ValueError(f"{self.name} was forced to {forced!r}, which is not installed or does not take this device, dtype or bias")
             return choice
-        return next(choice for choice in self.choices.values() if choice.supports(*args, **kwargs))
+        return next(choice for choice in self.choices.values() if choice.supports(*args, **kwargs) and choice.pays(*args, **kwargs))
 
 
 @contextmanager

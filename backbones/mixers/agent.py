@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.kernels import attention
-from backbones.layers import check_size
+from backbones.layers import Linear, check_size
 
 
 class AgentAttention(nn.Module):
@@ -24,8 +24,8 @@ class AgentAttention(nn.Module):
         if side * side != agents or dim % heads:
             raise ValueError(f"agent attention needs a square number of agents and a width divisible by its heads, got {agents}, {dim}, {heads}")
         self.size, self.heads, self.side, self.biases = size, heads, side, biases
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
         self.dwc = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         if biases:
             height, width = size

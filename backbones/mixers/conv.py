@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backbones.layers import Pointwise
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
 
 
@@ -36,7 +38,7 @@ class ConvModule(nn.Module):
         if kernel % 2 == 0:
             raise ValueError(f"a depthwise kernel has an odd side, got {kernel}")
         self.activation = ACTIVATIONS[activation]
-        self.pointwise_in = nn.Conv2d(dim, dim, 1)
+        self.pointwise_in = Pointwise(dim, dim)
         self.depthwise = nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim)
         if channel == "cca":
             self.channel = CompactChannelAttention(dim)
@@ -48,7 +50,7 @@ class ConvModule(nn.Module):
             self.channel = nn.Identity()
         else:
             raise ValueError(f"unknown channel attention {channel!r}; known: cca, none, se, mdta")
-        self.pointwise_out = nn.Conv2d(dim, dim, 1)
+        self.pointwise_out = Pointwise(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.activation(self.depthwise(self.pointwise_in(x)))  # (N, C, H, W)
@@ -60,7 +62,7 @@ class CompactChannelAttention(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.weight = nn.Conv2d(dim, dim, 1)
+        self.weight = Pointwise(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.weight(F.adaptive_avg_pool2d(x, 1)).sigmoid()
@@ -73,8 +75,8 @@ class SqueezeExcitation(nn.Module):
         super().__init__()
         if not 1 <= reduction <= dim:
             raise ValueError(f"squeeze-and-excitation needs a reduction from 1 to the width {dim}, got {reduction}")
-        self.squeeze = nn.Conv2d(dim, dim // reduction, 1)
-        self.excite = nn.Conv2d(dim // reduction, dim, 1)
+        self.squeeze = Pointwise(dim, dim // reduction)
+        self.excite = Pointwise(dim // reduction, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.excite(F.relu(self.squeeze(F.adaptive_avg_pool2d(x, 1)))).sigmoid()
@@ -91,10 +93,10 @@ class ChannelSelfAttention(nn.Module):
         if dim % heads:
             raise ValueError(f"channel attention needs a width divisible by its heads, got {dim} and {heads}")
         self.heads = heads
-        self.qkv = nn.Conv2d(dim, 3 * dim, 1, bias=False)
+        self.qkv = Pointwise(dim, 3 * dim, bias=False)
         self.depthwise = nn.Conv2d(3 * dim, 3 * dim, 3, padding=1, groups=3 * dim, bias=False)
         self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
-        self.project = nn.Conv2d(dim, dim, 1, bias=False) if project else nn.Identity()
+        self.project = Pointwise(dim, dim, bias=False) if project else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, height, width = x.shape

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.kernels import linear_attention
-from backbones.layers import check_size
+from backbones.layers import Linear, check_size
 
 
 class FocusedLinearAttention(nn.Module):
@@ -23,8 +23,8 @@ class FocusedLinearAttention(nn.Module):
             raise ValueError(f"focused linear attention needs a width divisible by its heads and an odd kernel, got {dim}, {heads} and {kernel}")
         self.size, self.heads, self.power = size, heads, power
         head_dim = dim // heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
         self.sigma = nn.Parameter(torch.zeros(1, 1, dim))
         self.dwc = nn.Conv2d(head_dim, head_dim, kernel, padding=kernel // 2, groups=head_dim)
         self.position = nn.Parameter(torch.zeros(1, size[0] * size[1], dim)) if position else None

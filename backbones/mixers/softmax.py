@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from backbones.kernels import attention
+from backbones.layers import Linear
 
 
 class SelfAttention(nn.Module):
@@ -13,8 +14,8 @@ class SelfAttention(nn.Module):
         if dim % heads:
             raise ValueError(f"attention needs a width divisible by its heads, got {dim} and {heads}")
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, height, width = x.shape

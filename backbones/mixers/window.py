@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.kernels import attention
-from backbones.layers import check_size
+from backbones.layers import Linear, check_size
 
 
 class WindowAttention(nn.Module):
@@ -22,8 +22,8 @@ class WindowAttention(nn.Module):
         self.shift = self.window // 2 if index % 2 and self.window < min(size) else 0
         if size[0] % self.window or size[1] % self.window or dim % heads:
             raise ValueError(f"window attention needs a grid divisible by its window and a width by its heads, got {size}, {window}, {dim}, {heads}")
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
         self.bias_table = nn.Parameter(torch.empty((2 * self.window - 1) ** 2, heads))
         nn.init.trunc_normal_(self.bias_table, std=0.02)
         self.register_buffer("bias_index", _relative_index(self.window), persistent=False)

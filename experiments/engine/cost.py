@@ -58,6 +58,7 @@ _EXTRA: dict[Any, Callable[[tuple[Any, ...], Any], int]] = {
     aten.mul.Tensor: _each(1),
     aten.mul.Scalar: _each(1),
     aten.mul_.Tensor: _each(1),
+    aten.addcmul.default: _each(1),
     aten.native_layer_norm.default: _affine(2),
     aten.native_group_norm.default: _affine(1),
     aten.mean.dim: _each(1),

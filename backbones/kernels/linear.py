@@ -1,0 +1,72 @@
+"""Linear layers, and 1x1 convolutions as linear layers: Linear's (out, in) weight, x (..., in) -> (..., out).
+
+On a CPU PyTorch multiplies float32 matrices by MKL and convolves by oneDNN. MKL runs at less than half its speed on
+processors that are not Intel's, where a network of linear layers would look slow beside one of convolutions; here both use oneDNN.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from backbones.kernels.op import Choice, Op
+
+WORTHWHILE = 2**22  # multiply-accumulates; below, a call costs more than it saves
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _OneDNN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])  # (M, in), (M, out)
+        grad_x = _product(grads, weight.t()).view(x.shape) if wants_x else None
+        grad_weight = _wide(grads, rows) if wants_weight else None
+        return grad_x, grad_weight, grads.sum(0) if wants_bias else None
+
+
+def _wide(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b, (M, p), (M, q) -> (p, q), with the wider of the two as the weight, which oneDNN repacks faster."""
+    return _product(b.t(), a.t()).t() if a.shape[1] > b.shape[1] else _product(a.t(), b.t())
+
+
+def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return _OneDNN.apply(x, weight, bias) if torch.is_grad_enabled() else _product(x, weight, bias)
+
+
+def _supports(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    return x.is_cpu and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and torch.backends.mkldnn.is_available()
+
+
+def _pays(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    return x.numel() * len(weight) >= WORTHWHILE
+
+
+linear = Op("linear", [Choice("onednn", onednn, _supports, _pays), Choice("reference", F.linear)])
+
+
+def as_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Channels last, the pixels are the rows of a matrix as they lie."""
+    return linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+
+
+def _rows_pay(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and _supports(x, weight) and _pays(x, weight)
+
+
+pointwise = Op("pointwise", [Choice("linear", as_linear, pays=_rows_pay), Choice("reference", F.conv2d)])
+"""A 1x1 convolution: x (N, C, H, W), weight (C_out, C, 1, 1), bias (C_out,) or None -> (N, C_out, H, W)."""
