@@ -20,7 +20,8 @@ from experiments.engine.train import Resources
 
 DIT = Backbone("dit_s_2", dict(depth=1, dim=24, heads=3))
 DICO = Backbone("dico_s", dict(dim=8, depths=(1, 1, 1, 1, 1)))
-KEYS = {"images_per_s", "images_per_s_spread", "relative", "relative_spread", "runs", "peak_memory_bytes", "matmul_tf32", "cudnn_tf32"}
+KEYS = {"images_per_s", "images_per_s_spread", "relative", "relative_spread", "runs", "repeats", "peak_memory_bytes", "joules_per_image"}
+KEYS |= {"matmul_tf32", "cudnn_tf32", "autocast", "cudnn_benchmark", "memory_format", "compiled"}
 
 
 def spec(**changes: object) -> Timing:
@@ -74,7 +75,7 @@ def test_a_timing_leaves_no_trace(choice: str, nearly: str):
 def test_a_record_names_the_kernels_that_were_timed(tmp_path: Path):
     for forced, used in (({}, ["sdpa"]), ({"attention": "reference"}, ["reference"])):
         record = execute(spec(kernels=forced), Store(tmp_path), Resources(), lambda *progress: None)
-        assert record.status == "done" and record.provenance["kernels"] == {"attention": used}
+        assert record.status == "done" and record.provenance["kernels"] == {"attention": used, "linear": ["reference"]}
 
 
 def test_a_refusal_is_a_failed_record(tmp_path: Path, nearly: str):

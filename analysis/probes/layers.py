@@ -23,6 +23,7 @@ from backbones.kernels import observing, use
 from backbones.mamba import COLUMNS, COLUMNS_BACK, ROWS, ROWS_BACK, Mamba, reorder
 from backbones.mixers import agent, conv, focused_linear, softmax, window
 
+IGNORED = ("attention", "linear", "pointwise")  # the first is heard as torch's own; the others mix no tokens
 Grid = tuple[int, int]
 
 
@@ -162,7 +163,7 @@ def watching(watched: list[Layer], see: Callable[[Call], None]) -> Iterator[None
             stack.callback(layer.module.register_forward_pre_hook(before, with_kwargs=True).remove)
             stack.callback(layer.module.register_forward_hook(partial(after, layer=layer, index=index), with_kwargs=True).remove)
         stack.enter_context(use(attention="sdpa"))
-        stack.enter_context(observing(lambda name, *args: hear(name, *args) if name != "attention" else None))
+        stack.enter_context(observing(lambda name, *args: hear(name, *args) if name not in IGNORED else None))
         stack.enter_context(_Softmaxes(hear))
         yield
 

@@ -12,11 +12,11 @@ from typing import Any, NoReturn
 import torch
 
 from backbones import kernels
-from experiments.engine import attempts, cost, distributed, evaluate, heartbeat, preemption, timing, train
+from experiments.engine import attempts, ceilings, cost, distributed, evaluate, heartbeat, preemption, timing, train
 from experiments.engine.distributed import Group
 from experiments.engine.heartbeat import Heartbeat
 from experiments.engine.precision import flags, precision
-from experiments.engine.spec import Cost, Evaluate, Stage, Timing, Train
+from experiments.engine.spec import Ceilings, Cost, Evaluate, Stage, Timing, Train
 from experiments.engine.store import Record, Store, provenance
 from experiments.engine.train import Resources
 
@@ -152,6 +152,8 @@ def _run(spec: Stage, store: Store, resources: Resources, report: Report, group:
         return cost.run(spec)
     if isinstance(spec, Timing):
         return timing.run(spec)
+    if isinstance(spec, Ceilings):
+        return ceilings.run(spec)
     if isinstance(spec, Train):
         return train.run(spec, store.run_dir(spec), resources, report, group, beat)
     assert isinstance(spec, Evaluate), spec
@@ -169,6 +171,8 @@ def _provenance(spec: Stage, resources: Resources, group: Group, seconds: float)
         "world_size": group.world_size,
         "micro_batch": resources.micro_batch,
         "sample_batch": resources.sample_batch,
+        "compiled": getattr(spec, "compile", resources.compile),
+        "graphs": getattr(spec, "graphs", resources.graphs),
         "precision_flags": in_force,
         "kernels": kernels.used(),
         "seconds": round(seconds, 2),

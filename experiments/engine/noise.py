@@ -1,6 +1,7 @@
 """Noise of generated images."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -15,8 +16,17 @@ class ImageNoise:
             raise ValueError(f"seeds lie in 0..2^32-1, these span {min(seeds)}..{max(seeds)}")
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.shape = shape
-        self.device = device
+        self.device = torch.device(device)
+        self._ahead = ThreadPoolExecutor(1) if self.device.type == "cuda" else None
+        self._next = self._ahead.submit(self._drawn) if self._ahead else None
 
     def draw(self) -> Tensor:
-        """The next normals of every image, float32 (N,C,H,W) on the device."""
-        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
+        """The next normals of every image, float32 (N,C,H,W) on the device; for a GPU drawn and pinned while it computes."""
+        if self._ahead is None:
+            return self._drawn()
+        drawn, self._next = self._next.result(), self._ahead.submit(self._drawn)
+        return drawn.to(self.device, non_blocking=True)
+
+    def _drawn(self) -> Tensor:
+        drawn = torch.stack([torch.randn(self.shape, generator=g) for g in self.generators])
+        return drawn.pin_memory() if self._ahead else drawn

@@ -19,17 +19,19 @@ from experiments.engine.noise import ImageNoise
 from experiments.engine.process import Process
 from experiments.engine.spec import Sampler
 
+ALWAYS = (0, 1000)
+
 
 class Guided:
     """A network with classifier-free guidance, null + scale (conditional - null), called like the network itself.
 
     Only the first `channels` outputs are guided, None meaning all C of eps; the others are the conditional ones. DiT
-    and its descendants guide 3 of 4 latent channels. Guidance acts where interval[0] <= t < interval[1]; where it acts
-    on no image, and at scale 1, the network runs once on the plain batch.
+    and its descendants guide 3 of 4 latent channels. Guidance acts where interval[0] <= t < interval[1], and at every t
+    by the interval (0, 1000); where it acts on no image, and at scale 1, the network runs once on the plain batch.
     """
 
     def __init__(self, model: Model, scale: float, num_classes: int, *, channels: int | None = 3,
-                 interval: tuple[float, float] = (0, 1000)):
+                 interval: tuple[float, float] = ALWAYS):
         """num_classes: also the index of the null label; interval: in the timesteps that the network is given."""
         self.model = model
         self.scale = scale
@@ -39,9 +41,11 @@ class Guided:
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """(N,C,H,W), (N,), (N,) -> (N,C_out,H,W)."""
+        if self.scale == 1:
+            return self.model(x, t, y)
         low, high = self.interval
-        inside = (low <= t) & (t < high)                                              # (N,)
-        if self.scale == 1 or not inside.any():
+        inside = None if self.interval == ALWAYS else (low <= t) & (t < high)         # (N,)
+        if inside is not None and not inside.any():                                   # waits for a GPU
             return self.model(x, t, y)
         num_guided = x.shape[1] if self.channels is None else self.channels
         if num_guided > x.shape[1]:
@@ -50,7 +54,9 @@ class Guided:
         both = self.model(torch.cat([x, x]), torch.cat([t, t]), labels)               # (2N,C_out,H,W)
         conditional, null = both.chunk(2)                                             # (N,C_out,H,W) twice
         eps_c, eps_u = conditional[:, :num_guided], null[:, :num_guided]
-        guided = torch.where(inside.reshape(-1, 1, 1, 1), eps_u + self.scale * (eps_c - eps_u), eps_c)
+        guided = eps_u + self.scale * (eps_c - eps_u)
+        if inside is not None:
+            guided = torch.where(inside.reshape(-1, 1, 1, 1), guided, eps_c)
         return torch.cat([guided, conditional[:, num_guided:]], dim=1)
 
 

@@ -74,7 +74,6 @@ class Recipe:
     ema: float = 0.9999
     label_dropout: float = 0.1
     precision: str = "fp32"
-    compile: bool = False
     lr_min: float = 0.0
     eps: float = 1e-8
     grad_clip: float | None = None
@@ -137,7 +136,11 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Timing:
-    """Inference throughput of full batches of x, t and y on one device, and its ratio to `baseline` in the same run."""
+    """Images a second of full batches of x, t and y on one device, and the ratio to `baseline` in the same run.
+
+    `what` is timed: 'forward'; 'training', a step of the trainer, from the batch to the EMA; or 'sampling', guided images by
+    `num_steps` ancestral steps, each of which sees twice the batch. `layout` is that of four-dimensional tensors.
+    """
 
     backbone: Backbone
     size: int
@@ -148,6 +151,19 @@ class Timing:
     precision: str = "fp32"
     kernels: dict[str, str] = field(default_factory=dict)
     baseline: Backbone | None = None
+    what: str = "forward"
+    num_steps: int = 250
+    compile: bool = False
+    graphs: bool = False
+    layout: str = "channels_last"
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a device reaches at most in a numeric mode: the rates of large matrix products, and of copying memory."""
+
+    device: str
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -160,7 +176,7 @@ class Cost:
     num_classes: int
 
 
-Stage = Train | Evaluate | Timing | Cost
+Stage = Train | Evaluate | Timing | Ceilings | Cost
 
 
 @dataclass(frozen=True)
@@ -246,7 +262,7 @@ def spec_id(spec: Stage) -> str:
 
 
 def kind_of(spec: Stage) -> str:
-    """Folder name of a stage's records: train, evaluate, timing or cost."""
+    """Folder name of a stage's records: train, evaluate, timing, ceilings or cost."""
     return type(spec).__name__.lower()
 
 

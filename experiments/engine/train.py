@@ -37,7 +37,8 @@ class Resources:
 
     Device; samples at a time on each, in training and in sampling; steps between checkpoints, how many of the newest are
     kept, and which steps for good (multiples of `milestones`); whether each process keeps only its part of the
-    optimiser's state; the seconds after which a collective operation gives up; and the file of a published checkpoint.
+    optimiser's state; the seconds after which a collective operation gives up; the file of a published checkpoint; whether the network is
+    compiled, and whether a sampler's calls of it are launched as one CUDA graph, which change no more than rounding.
     """
 
     device: str = "cpu"
@@ -49,6 +50,8 @@ class Resources:
     shard_optimizer: bool = False
     timeout: float = 1800.0
     checkpoint: Path | None = None
+    compile: bool = False
+    graphs: bool = False
 
 
 def build(spec: Backbone, seed: int, device: torch.device) -> nn.Module:
@@ -73,7 +76,8 @@ def lr_at(recipe: Recipe, step: int) -> float:
 class Trainer:
     """Model, EMA and optimiser of a run, and the step it has reached; each process of a group has its own, all alike."""
 
-    def __init__(self, spec: Train, device: torch.device, micro_batch: int | None = None, group: Group = ALONE, shard_optimizer: bool = False) -> None:
+    def __init__(self, spec: Train, device: torch.device, micro_batch: int | None = None, group: Group = ALONE, shard_optimizer: bool = False,
+                 compiled: bool = False) -> None:
         self.spec, self.device, self.group = spec, device, group
         self.mine = group.part(spec.recipe.batch)
         self.micro_batch = micro_batch or spec.recipe.batch
@@ -82,9 +86,9 @@ class Trainer:
         recipe = spec.recipe
         self.forward: nn.Module = self.model
         if group.world_size > 1:
-            self.forward = _exchanging(self.model, static=not recipe.compile and self.micro_batch >= self.mine.stop - self.mine.start)
+            self.forward = _exchanging(self.model, static=not compiled and self.micro_batch >= self.mine.stop - self.mine.start)
         self.without_exchange = self.forward.no_sync if group.world_size > 1 else nullcontext
-        if recipe.compile:
+        if compiled:
             self.forward = torch.compile(self.forward)
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         options = dict(lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay, fused=True)
@@ -174,7 +178,7 @@ def run(
     """
     recipe = spec.recipe
     require_boards()
-    trainer = Trainer(spec, torch.device(resources.device), resources.micro_batch, group, resources.shard_optimizer)
+    trainer = Trainer(spec, torch.device(resources.device), resources.micro_batch, group, resources.shard_optimizer, resources.compile)
     losses: list[Tensor] = []  # since the last line of the log
     if found := group.share(checkpoint.newest_intact(folder / "checkpoints") if group.first else None):
         step, state = checkpoint.load(found)
