@@ -11,7 +11,7 @@ from backbones.kernels.attention import attention
 from backbones.kernels.op import Choice
 from experiments.engine import timing
 from experiments.engine.precision import flags
-from experiments.engine.spec import Backbone, Timing
+from experiments.engine.spec import Backbone, Cost, Timing
 
 TINY = Backbone("dit_s_2", dict(depth=1, dim=24, heads=3))
 OTHER = Backbone("dico_s", dict(dim=8, depths=(1, 1, 1, 1, 1)))
@@ -55,6 +55,6 @@ def test_unknown_kernels_list_the_known():
 
 
 def test_zero_heads_are_filled_so_that_kernels_show():
-    model = timing._network(TINY, spec(), torch.device("cpu"))
+    model = timing._network(Cost(TINY, 8, 3, 5), torch.device("cpu"))
     x = torch.randn(1, 3, 8, 8)
     assert model(x, torch.tensor([3]), torch.tensor([1])).abs().max() > 0

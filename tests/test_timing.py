@@ -14,7 +14,7 @@ from backbones.kernels.op import Choice
 from experiments.engine import timing
 from experiments.engine.execute import execute
 from experiments.engine.precision import flags
-from experiments.engine.spec import Backbone, Timing
+from experiments.engine.spec import Backbone, Cost, Timing
 from experiments.engine.store import Store
 from experiments.engine.train import Resources
 
@@ -45,6 +45,24 @@ def test_what_a_timing_holds():
 def test_neither_network_is_timed_unchecked(networks: dict[str, Backbone], nearly: str):
     with pytest.raises(ValueError, match="dit_s_2 .*differs from its reference"):
         timing.run(spec(**networks, kernels={"attention": nearly}))
+
+
+def test_a_system_of_several_networks_is_timed_whole_each_at_its_own_input(monkeypatch: pytest.MonkeyPatch):
+    ran: list[tuple[str, tuple[int, ...]]] = []
+    make = timing._network
+
+    def heard(cost: Cost, device: torch.device) -> torch.nn.Module:
+        model = make(cost, device)
+        model.register_forward_pre_hook(lambda module, args: ran.append((type(module).__name__, tuple(args[0].shape))))
+        return model
+
+    monkeypatch.setattr(timing, "_network", heard)
+    upsampler = Backbone("adm_up_256", dict(dim=32, multipliers=(1, 2), num_res_blocks=1, attention_at=(8,)))
+    values = timing.run(spec(parts=(Cost(upsampler, 16, 2, 10),), baseline=DICO, baseline_input=(32, 4)))
+    shapes = {("DiT", 1, 8), ("ADM", 2, 16), ("DiCo", 4, 32)}
+    assert {(name, *shape[1:3]) for name, shape in ran} == shapes
+    full = [(name, *shape[1:3]) for name, shape in ran if shape[0] == 2]
+    assert len(full) == 3 * (timing.WARM_UP + values["runs"]) and all(set(full[i : i + 3]) == shapes for i in range(0, len(full), 3))
 
 
 @pytest.mark.parametrize("mode", ["tf32", "bf16"])

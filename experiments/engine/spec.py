@@ -137,7 +137,11 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Timing:
-    """Inference throughput of full batches of x, t and y on one device, and its ratio to `baseline` in the same run."""
+    """Inference throughput of full batches of x, t and y on one device, and its ratio to `baseline` in the same run.
+
+    `parts` are further networks that make the system: an image passes each of them once, at an input of its own.
+    `baseline_input` is the baseline's size and channels where they are not the subject's.
+    """
 
     backbone: Backbone
     size: int
@@ -148,6 +152,8 @@ class Timing:
     precision: str = "fp32"
     kernels: dict[str, str] = field(default_factory=dict)
     baseline: Backbone | None = None
+    baseline_input: tuple[int, int] | None = None
+    parts: tuple[Cost, ...] = ()
 
 
 @dataclass(frozen=True)

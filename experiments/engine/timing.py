@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,36 +14,37 @@ import backbones
 from backbones import kernels
 from experiments.engine.precision import flags, precision
 from experiments.engine.randomness import generator_at, seed_at
-from experiments.engine.spec import Backbone, Timing
+from experiments.engine.spec import Backbone, Cost, Timing
 
 PAIRS, FEWEST, WARM_UP = 7, 3, 2
+Part = tuple[nn.Module, tuple[torch.Tensor, ...]]  # a network and its inputs
 PATIENCE = 10.0  # seconds; on a busy machine the pairs stop here once there are FEWEST
 
 
 def run(spec: Timing) -> dict[str, Any]:
-    """Median images per second, its spread, and the ratio to the baseline, both networks timed in turn.
+    """Median images per second, its spread, and the ratio to the baseline, both timed in turn; a system of several networks is all of them.
 
     The machine's speed drifts, so the ratio is the median of the ratios of neighbouring runs. Raises ValueError where
     the kernels that would be timed do not compute what the reference computes.
     """
     device = torch.device(spec.device)
-    subject = _network(spec.backbone, spec, device)
-    baseline = subject if spec.baseline is None or spec.baseline == spec.backbone else _network(spec.baseline, spec, device)
-    inputs = _inputs(spec, device)
+    own = Cost(spec.backbone, spec.size, spec.channels, spec.num_classes)
+    other = Cost(spec.baseline or spec.backbone, *(spec.baseline_input or (spec.size, spec.channels)), spec.num_classes)
+    subject = [_part(cost, spec, device) for cost in (own, *spec.parts)]
+    baseline = subject if (other, ()) == (own, spec.parts) else [_part(other, spec, device)]
     with torch.inference_mode(), precision(spec.precision, device), kernels.use(**spec.kernels):
-        check(subject, inputs, spec.backbone.name, spec)
-        if baseline is not subject:
-            check(baseline, inputs, spec.baseline.name, spec)
+        for (model, inputs), cost in zip([*subject, *(baseline if baseline is not subject else ())], (own, *spec.parts, other)):
+            check(model, inputs, cost.backbone.name, spec)
         kernels.reset_used()  # the record names what is timed, not what it was checked with
         in_force = flags()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         for _ in range(WARM_UP):
-            subject(*inputs)
-            baseline(*inputs)
+            _seconds(subject, device)
+            _seconds(baseline, device)
         pairs, started = [], time.perf_counter()
         while len(pairs) < FEWEST or (len(pairs) < PAIRS and time.perf_counter() - started < PATIENCE):
-            pairs.append((_seconds(subject, inputs, device), _seconds(baseline, inputs, device)))
+            pairs.append((_seconds(subject, device), _seconds(baseline, device)))
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     rates = [spec.batch / seconds for seconds, _ in pairs]
     ratios = [other / seconds for seconds, other in pairs]
@@ -75,10 +76,14 @@ def _half_quartiles(values: list[float]) -> float:
     return (high - low) / 2
 
 
-def _network(backbone: Backbone, spec: Timing, device: torch.device) -> nn.Module:
+def _part(cost: Cost, spec: Timing, device: torch.device) -> Part:
+    return _network(cost, device), _inputs(cost, spec.batch, device)
+
+
+def _network(cost: Cost, device: torch.device) -> nn.Module:
     """The network with random weights everywhere: zero-initialised heads would make any kernel look right."""
-    options = backbone.options | dict(input_size=spec.size, in_channels=spec.channels, num_classes=spec.num_classes)
-    model = backbones.build(backbone.name, **options).to(device=device, memory_format=torch.channels_last).eval()
+    options = cost.backbone.options | dict(input_size=cost.size, in_channels=cost.channels, num_classes=cost.num_classes)
+    model = backbones.build(cost.backbone.name, **options).to(device=device, memory_format=torch.channels_last).eval()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not parameter.any():
             std = 0.02 if parameter.ndim > 1 else 0.5  # biases open the gates, so that a branch's error reaches the output
@@ -86,22 +91,23 @@ def _network(backbone: Backbone, spec: Timing, device: torch.device) -> nn.Modul
     return model
 
 
-def _inputs(spec: Timing, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _inputs(cost: Cost, batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     draw = torch.Generator().manual_seed(seed_at("timing"))
-    x = torch.randn(spec.batch, spec.channels, spec.size, spec.size, generator=draw)
-    t = torch.randint(1000, (spec.batch,), generator=draw)
-    y = torch.randint(spec.num_classes, (spec.batch,), generator=draw)
+    x = torch.randn(batch, cost.channels, cost.size, cost.size, generator=draw)
+    t = torch.randint(1000, (batch,), generator=draw)
+    y = torch.randint(cost.num_classes, (batch,), generator=draw)
     return x.to(device=device, memory_format=torch.channels_last), t.to(device), y.to(device)
 
 
-def _seconds(model: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], device: torch.device) -> float:
-    """Seconds of one synchronised forward pass; on CUDA the mean of ten, so that launches overlap as in use."""
+def _seconds(parts: Sequence[Part], device: torch.device) -> float:
+    """Seconds of one synchronised forward pass of each part; on CUDA the mean of ten, so that launches overlap as in use."""
     repeats = 10 if device.type == "cuda" else 1
     if device.type == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()
     for _ in range(repeats):
-        model(*inputs)
+        for model, inputs in parts:
+            model(*inputs)
     if device.type == "cuda":
         torch.cuda.synchronize()
     return (time.perf_counter() - started) / repeats
