@@ -1,7 +1,10 @@
-"""Time the CPU paths of the recurrences and of linear attention against their references, forward and backward: `python experiments/benchmark_kernels.py`.
+"""Time every kernel against its reference and the device's memory, forward and backward: `python experiments/benchmark_kernels.py [--device cuda]`.
 
-Both run in turn in the same process, at T = 256 and D = 384; the ratio of the medians is the figure to compare.
-To add a kernel: a line in CASES and the function that makes its inputs.
+All implementations that take the device's tensors run in turn in one process, at T = 256 and D = 384: on a CPU the fast
+paths, on CUDA also the Triton scan and what is installed of mamba-ssm, causal-conv1d, fla and flash-attn. Each is compared
+with the reference first, and not timed where it is another function. Bandwidth counts what any implementation has to
+move: every input and output once each way, in a forward and in a backward pass; beside it stands that of a plain copy.
+One record each goes to results/records/kernel. To add a kernel: a line in CASES and the function that makes its inputs.
 """
 
 from __future__ import annotations
@@ -9,34 +12,134 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+import sys
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.engine.store import Store, provenance
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from backbones.kernels.op import Op
 
 TOKENS, DIM = 256, 384
+LIMITS = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 4e-2}  # relative RMS error of the output and of every gradient
+COPIED = {"cpu": 2**26, "cuda": 2**30}               # bytes, far beyond the caches
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation of an operation in a case's shapes, forward and backward; 'bf16' are inputs of that type under autocast."""
+
+    op: str
+    choice: str
+    device: str
+    batch: int
+    precision: str = "fp32"
+    tokens: int = TOKENS
+    dim: int = DIM
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernels", nargs="+", choices=list(CASES), default=list(CASES), help="which to time (default: all)")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", nargs="+", choices=list(LIMITS), default=None, help="numeric modes (default: fp32; on CUDA all)")
+    parser.add_argument("--batch", type=int, default=None, help="default: 1 on a CPU, 64 on CUDA")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="results folder (default: results)")
     args = parser.parse_args()
+    store, batch = Store(args.results), args.batch or {"cpu": 1, "cuda": 64}[args.device]
+    try:
+        if args.runs < 2 or batch < 1:
+            raise ValueError("--runs must be at least 2 and --batch at least 1")
+        store.check_writable()
+        from experiments.engine.execute import require_device
+
+        require_device(args.device)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0 if run(args.kernels, args.device, args.precision or {"cpu": ["fp32"], "cuda": list(LIMITS)}[args.device], batch, args.runs, store) else 1
+
+
+def run(names: Sequence[str], device: str, modes: Sequence[str], batch: int, runs: int, store: Store) -> bool:
+    """Measure, print and record; whether every implementation computes what its reference does."""
     import torch
 
     import backbones.kernels
+    from experiments.engine.precision import precision
 
-    torch.manual_seed(0)
-    print(f"T = {TOKENS}, D = {DIM}, batch {args.batch}, float32, {torch.get_num_threads()} threads, median of {args.runs} runs, forward + backward")
-    for name in args.kernels:
-        choice, make = CASES[name]
-        _compare(getattr(backbones.kernels, name), choice, make(args.batch), args.runs)
-    return 0
+    copied, good = copy_bandwidth(torch.device(device)), True
+    print(f"T = {TOKENS}, D = {DIM}, batch {batch}, {device}, {torch.get_num_threads()} threads, median of {runs} runs; a copy moves {copied / 1e9:.1f} GB/s")
+    for name in names:
+        op, make = getattr(backbones.kernels, name), CASES[name]
+        for mode in modes:
+            torch.manual_seed(0)
+            inputs = [part.to(device) for part in make(batch)]
+            if mode == "bf16":
+                inputs = [part.bfloat16() if TOKENS in part.shape and part.dtype == torch.float32 else part for part in inputs]
+            with precision(mode, torch.device(device)):
+                measured = compare(op, inputs, LIMITS[mode], runs)
+            for choice, values in measured.items():
+                good &= "error" not in values
+                _record(store, Kernel(name, choice, device, batch, mode), values, copied)
+    return good
+
+
+def compare(op: Op, inputs: list[Tensor], limit: float, runs: int) -> dict[str, dict[str, Any]]:
+    """By implementation: medians of the times and their half interquartile range, the ratio to the reference in the same run, errors,
+    bytes per second; only 'error', in words, where the implementation differs from the reference by more than `limit`."""
+    import torch
+
+    from backbones.kernels import use
+
+    inputs = [part.requires_grad_() for part in inputs]
+    device, reference = inputs[0].device, list(op.choices)[-1]
+    found: dict[str, dict[str, Any]] = {}
+    with use(**{op.name: reference}), torch.autocast(device.type, enabled=False):
+        truths = _results(op, [part.detach().to(torch.promote_types(part.dtype, torch.float32)).requires_grad_() for part in inputs])
+    for choice in (choice.name for choice in op.choices.values() if choice.supports(*inputs)):
+        with use(**{op.name: choice}):
+            errors = [_relative(value, truth) for value, truth in zip(_results(op, inputs), truths, strict=True)]
+        found[choice] = {"error_forward": errors[0], "error_backward": max(errors[1:])}
+        if not max(errors) <= limit:
+            found[choice] = {"error": f"differs from its reference by {max(errors):.1e} (limit {limit:.0e}) and is not timed"}
+    timed = [choice for choice, values in found.items() if "error" not in values]
+    times: dict[str, list[tuple[float, float]]] = {choice: [] for choice in timed}
+    for i in range(runs + 1):
+        for choice in timed:
+            with use(**{op.name: choice}):
+                taken = _seconds(lambda: _forward(op, inputs), device), _seconds(lambda: _results(op, inputs), device)
+            if i:  # the first warms up
+                times[choice].append(taken)
+    moved = sum(3 * part.nbytes for part in inputs) + 2 * truths[0].numel() * inputs[0].element_size()
+    for choice, pairs in times.items():
+        forward, both = ([pair[i] for pair in pairs] for i in range(2))
+        low, _, high = statistics.quantiles(both, n=4)
+        found[choice] |= {
+            "forward_ms": 1e3 * statistics.median(forward),
+            "forward_backward_ms": 1e3 * statistics.median(both),
+            "forward_backward_ms_spread": 1e3 * (high - low) / 2,
+            "times_as_fast_as_reference": statistics.median(slow / fast for (_, slow), (_, fast) in zip(times[reference], pairs, strict=True)),
+            "gb_per_s": moved / statistics.median(both) / 1e9,
+            "runs": runs,
+        }
+    return found
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second that a plain copy reads and writes, the best of five."""
+    import torch
+
+    source = torch.ones(COPIED[device.type] // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(_seconds(lambda: target.copy_(source), device) for _ in range(5))
 
 
 def gated_linear(batch: int) -> list[Tensor]:
@@ -68,6 +171,13 @@ def selective_scan(batch: int) -> list[Tensor]:
     return [u, delta, a, b, c, torch.ones(channels), z, torch.full((channels,), -3.0)]
 
 
+def causal_conv(batch: int) -> list[Tensor]:
+    """Mamba's: twice the width in channels, 4 taps."""
+    import torch
+
+    return [torch.randn(batch, 2 * DIM, TOKENS), torch.randn(2 * DIM, 1, 4) / 2, torch.zeros(2 * DIM)]
+
+
 def linear_attention(batch: int) -> list[Tensor]:
     """Focused linear attention's: 12 heads of 32 features that are not negative."""
     import torch
@@ -76,36 +186,80 @@ def linear_attention(batch: int) -> list[Tensor]:
     return [q.relu(), k.relu(), v]
 
 
-CASES: dict[str, tuple[str, Callable[[int], list[Tensor]]]] = {
-    "gated_linear": ("chunked", gated_linear),
-    "selective_scan": ("loop", selective_scan),
-    "linear_attention": ("associated", linear_attention),
-    "diagonal_ssm": ("fft", diagonal_ssm),
+def attention(batch: int) -> list[Tensor]:
+    """DiT-S/2's: 6 heads of 64."""
+    import torch
+
+    return [torch.randn(batch, DIM // 64, TOKENS, 64) for _ in range(3)]
+
+
+CASES: dict[str, Callable[[int], list[Tensor]]] = {
+    "gated_linear": gated_linear,
+    "selective_scan": selective_scan,
+    "causal_conv": causal_conv,
+    "attention": attention,
+    "linear_attention": linear_attention,
+    "diagonal_ssm": diagonal_ssm,
 }
 
 
-def _compare(op: Op, choice: str, inputs: list[Tensor], runs: int) -> None:
-    from backbones.kernels import use
-
-    inputs = [x.requires_grad_() for x in inputs]
-    times: dict[str, list[float]] = {choice: [], "reference": []}
-    for i in range(runs + 1):
-        for name, seconds in times.items():
-            with use(**{op.name: name}):
-                elapsed = _step(op, inputs)
-            if i:  # the first warms up
-                seconds.append(elapsed)
-    fast, slow = (1e3 * statistics.median(seconds) for seconds in times.values())
-    print(f"{op.name}: {choice} {fast:.1f} ms, reference {slow:.1f} ms, {slow / fast:.1f} times as long", flush=True)
-
-
-def _step(op: Op, inputs: list[Tensor]) -> float:
+def _record(store: Store, spec: Kernel, values: dict[str, Any], copied: float) -> None:
     import torch
 
-    started = time.perf_counter()
+    about = provenance() | {
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if spec.device == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "precision_flags": {name: spec.precision == "tf32" for name in ("matmul_tf32", "cudnn_tf32")},
+        "kernels": {spec.op: [spec.choice]},
+    }
+    what = f"{spec.op}, {spec.precision}: {spec.choice}"
+    if error := values.get("error"):
+        store.append(spec, "failed", {}, about, error)
+        print(f"{what} {error}", flush=True)
+        return
+    share = 1e9 * values["gb_per_s"] / copied
+    store.append(spec, "done", values | {"copy_gb_per_s": copied / 1e9, "share_of_copy": share}, about)
+    print(
+        f"{what} {values['forward_ms']:.2f} ms forward, {values['forward_backward_ms']:.2f} ms forward + backward, {values['times_as_fast_as_reference']:.1f} x the reference's speed, "
+        f"{values['gb_per_s']:.2f} GB/s, {100 * share:.1f} % of a copy's",
+        flush=True,
+    )
+
+
+def _forward(op: Op, inputs: Sequence[Tensor]) -> Tensor:
+    """As in sampling: nothing is kept for a backward pass."""
+    import torch
+
+    with torch.no_grad():
+        return op(*inputs)
+
+
+def _results(op: Op, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The output and the gradient of every input, from a gradient of ones."""
+    import torch
+
     out = op(*inputs)
-    torch.autograd.grad(out, inputs, torch.ones_like(out))
-    return time.perf_counter() - started
+    return [out, *torch.autograd.grad(out, inputs, torch.ones_like(out))]
+
+
+def _relative(value: Tensor, truth: Tensor) -> float:
+    return ((value.detach() - truth.detach()).abs().square().mean() / truth.detach().abs().square().mean()).sqrt().item()
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a synchronised call; on CUDA the mean of ten, so that launches overlap as in use."""
+    import torch
+
+    repeats = 10 if device.type == "cuda" else 1
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - started) / repeats
 
 
 if __name__ == "__main__":

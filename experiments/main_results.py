@@ -30,7 +30,7 @@ UDIT = Backbone("udit_s", dict(dim=24, depths=(1, 1, 1, 1, 1), heads=2))
 LDM = Backbone("ldm_4", dict(dim=32, multipliers=(1, 2), num_res_blocks=1, attention_at=(2,), context_dim=32))
 
 CASCADE = "a base model and an upsampler, counted together; the base alone is trained, on a protocol's data like all others, without a null label and so without guidance; its estimates are clipped on pixels only"
-PIXELS = "published on pixels or latents of its own; a protocol's data serve it like all others, and it is not timed"
+PIXELS = "published on latents of its own, at which it is timed; it is trained on a protocol's data like all others"
 VELOCITY = "predicts a velocity and has its own objective and sampler under every protocol"
 NOISE = "predicts the noise alone and has its own schedule and sampler under every protocol"
 NOT_PUBLISHED = "not in the paper; on 8x8 digits its innermost attention sees single tokens, whose softmax is 1"

@@ -137,9 +137,18 @@ def test_recipes_are_those_of_the_papers():
 def test_heavy_networks_are_timed_on_a_cpu_only_when_they_are_named():
     assert [row.label for row in timed_rows(TABLE_1, TABLE_1.rows, "cpu", named=False)] == [f"{family}" for size in "SB" for family in (f"DiT-{size}/2", f"DiC-{size}", f"DiG-{size}/2", f"DiCo-{size}")]
     on_gpu = [row.label for row in timed_rows(TABLE_1, TABLE_1.rows, "cuda", named=False)]
-    assert len(on_gpu) == len(TABLE_1.rows) - 2 and not {"ADM-U", "LDM-4"} & set(on_gpu)
+    assert on_gpu == [row.label for row in TABLE_1.rows]
     assert timed_rows(TABLE_1, [DIT_XL], "cpu", named=True) == [DIT_XL] and timed_rows(TABLE_8, TABLE_8.rows, "cuda", named=True) == []
     assert (timing_stage(TABLES[2].rows[-1], TABLES[2].baseline, "cuda").size, timing_stage(DIT_XL, TABLE_1.baseline, "cuda").size) == (64, 32)
+
+
+def test_a_row_is_timed_at_its_own_input_and_a_cascade_whole():
+    at_256, at_512 = (timing_stage(TABLES[number].row("ADM-U"), TABLES[number].baseline, "cuda") for number in (1, 2))
+    assert (at_256.size, at_256.channels, at_256.batch, at_256.baseline_input) == (64, 3, 64, (32, 4))
+    assert (at_512.size, at_512.channels, at_512.batch, at_512.baseline_input) == (128, 3, 16, (64, 4))
+    assert [(part.backbone.name, part.size) for part in (*at_256.parts, *at_512.parts)] == [("adm_up_256", 256), ("adm_up_512", 512)]
+    ldm, dit = (timing_stage(TABLE_1.row(label), TABLE_1.baseline, "cpu") for label in ("LDM-4", "DiT-B/2"))
+    assert (ldm.size, ldm.channels, ldm.baseline_input, ldm.parts) == (64, 3, (32, 4), ()) and (dit.baseline_input, dit.parts, dit.batch) == (None, (), 4)
 
 
 def cells(store: Store, table: Table) -> dict[str, dict[str, str]]:

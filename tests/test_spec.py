@@ -77,7 +77,7 @@ def _other(value: Any) -> Any:
     if isinstance(value, str):
         return value + "x"
     if isinstance(value, tuple):
-        return (*value[:-1], _other(value[-1]))
+        return (*value[:-1], _other(value[-1])) if value else (1,)
     if isinstance(value, dict):
         return value | {"another": 1}
     return Diffusion("another", 7)

@@ -11,10 +11,10 @@ import torch
 from backbones import kernels
 from backbones.kernels.attention import attention, reference
 from backbones.kernels.op import Choice
-from experiments.engine import timing
+from experiments.engine import ceilings, timing
 from experiments.engine.execute import execute
 from experiments.engine.precision import flags
-from experiments.engine.spec import Backbone, Timing
+from experiments.engine.spec import Backbone, Ceilings, Cost, Timing
 from experiments.engine.store import Store
 from experiments.engine.train import Resources
 
@@ -46,6 +46,25 @@ def test_what_a_timing_holds():
 def test_neither_network_is_timed_unchecked(networks: dict[str, Backbone], nearly: str):
     with pytest.raises(ValueError, match="dit_s_2 .*differs from its reference"):
         timing.run(spec(**networks, kernels={"attention": nearly}))
+
+
+def test_a_system_of_several_networks_is_timed_whole_each_at_its_own_input(monkeypatch: pytest.MonkeyPatch):
+    ran: list[tuple[str, tuple[int, ...]]] = []
+    make = timing._network
+
+    def heard(cost: Cost, spec: Timing, device: torch.device) -> torch.nn.Module:
+        model = make(cost, spec, device)
+        model.register_forward_pre_hook(lambda module, args: ran.append((type(module).__name__, tuple(args[0].shape))))
+        return model
+
+    monkeypatch.setattr(timing, "_network", heard)
+    upsampler = Backbone("adm_up_256", dict(dim=32, multipliers=(1, 2), num_res_blocks=1, attention_at=(8,)))
+    values = timing.run(spec(parts=(Cost(upsampler, 16, 2, 10),), baseline=DICO, baseline_input=(32, 4)))
+    shapes = {("DiT", 1, 8), ("ADM", 2, 16), ("DiCo", 4, 32)}
+    assert {(name, *shape[1:3]) for name, shape in ran} == shapes
+    full = [name for name, shape in ran if shape[0] == 2]
+    measured = values["runs"] * values["repeats"]
+    assert full.count("DiT") == full.count("ADM") > measured < full.count("DiCo")
 
 
 @pytest.mark.parametrize("mode", ["tf32", "bf16"])
@@ -81,3 +100,68 @@ def test_a_record_names_the_kernels_that_were_timed(tmp_path: Path):
 def test_a_refusal_is_a_failed_record(tmp_path: Path, nearly: str):
     record = execute(spec(kernels={"attention": nearly}), Store(tmp_path), Resources(), lambda *progress: None)
     assert (record.status, record.values) == ("failed", {}) and record.error.startswith("ValueError: dit_s_2 with kernels")
+
+
+def test_the_baseline_itself_is_one_and_unknown_kernels_list_the_known():
+    assert timing.run(spec(baseline=DIT))["relative"] == 1.0
+    with pytest.raises(ValueError, match="flash, sdpa, reference"):
+        timing.run(spec(kernels={"attention": "fast"}))
+    with pytest.raises(ValueError, match="forward, training, sampling"):
+        timing.run(spec(what="everything"))
+    with pytest.raises(ValueError, match="channels_last, contiguous"):
+        timing.run(spec(layout="blocked"))
+
+
+def test_no_weight_that_matters_is_zero():
+    model = timing._network(Cost(DIT, 8, 1, 10), spec(), torch.device("cpu"))
+    assert model(torch.randn(1, 1, 8, 8), torch.tensor([3]), torch.tensor([1])).abs().max() > 0
+
+
+@pytest.mark.parametrize("what", ["training", "sampling"])
+def test_steps_of_training_and_loops_of_sampling_are_timed_whole(what: str, monkeypatch: pytest.MonkeyPatch):
+    sizes: list[int] = []
+    build = timing.build if what == "sampling" else timing.Trainer.__init__.__globals__["build"]
+
+    def heard(*args: object) -> torch.nn.Module:
+        model = build(*args)
+        model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+        return model
+
+    monkeypatch.setattr(timing, "build", heard)
+    monkeypatch.setitem(timing.Trainer.__init__.__globals__, "build", heard)
+    values = timing.run(spec(what=what, num_steps=3, batch=5))
+    runs = values["runs"] * values["repeats"] * (3 if what == "sampling" else 1)
+    assert values["images_per_s"] > 0 and sizes.count(10 if what == "sampling" else 5) >= runs
+
+
+def test_a_wrong_gradient_is_not_timed(monkeypatch: pytest.MonkeyPatch):
+    def forgets(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return reference(q, k.detach(), v, bias)
+
+    monkeypatch.setattr(attention, "choices", {"forgets": Choice("forgets", forgets)} | attention.choices)
+    assert timing.run(spec())["images_per_s"] > 0
+    with pytest.raises(ValueError, match="its gradient differs from its reference"):
+        timing.run(spec(what="training"))
+
+
+def test_the_authors_mode_is_pytorchs_default_and_conditions_on_one_image(monkeypatch: pytest.MonkeyPatch):
+    values = timing.run(spec(precision="as_published", kernels={"linear": "reference", "pointwise": "reference"}))
+    assert (values["cudnn_tf32"], values["matmul_tf32"], values["cudnn_benchmark"], values["autocast"]) == (True, False, False, None)
+    seen: list[tuple[int, ...]] = []
+    make = timing._network
+
+    def heard(*args: object) -> torch.nn.Module:
+        model = make(*args)
+        model.register_forward_pre_hook(lambda module, args: seen.append(tuple(map(len, args))))
+        return model
+
+    monkeypatch.setattr(timing, "_network", heard)
+    timing.run(spec(precision="as_published"))
+    assert set(seen) == {(1, 1, 1), (2, 1, 1)}
+
+
+def test_ceilings_are_rates_of_this_device(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(ceilings.SIDES, "cpu", 256)
+    monkeypatch.setitem(ceilings.COPIED, "cpu", 2**20)
+    values = ceilings.run(Ceilings("cpu"))
+    assert values["macs_per_s"] > 1e9 and values["bytes_per_s"] > 1e8 and values["cudnn_tf32"] is False

@@ -207,8 +207,10 @@ def _notes(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequenc
     if table.counts_only:
         return notes
     if table.timed:
+        own = {(cost.size, cost.channels) for row in timed_rows(table, rows, device, named=True) for cost in cost_stages(row)}
+        inputs = " (a system of another input at its own, all its networks)" if own - {(size, channels)} else ""
         notes.append(
-            f"throughput: inference at {size}x{size}x{channels}, fp32 without TF32, attention unfused, ± half the interquartile range; rel.: to "
+            f"throughput: inference at {size}x{size}x{channels}{inputs}, fp32 without TF32, attention unfused, ± half the interquartile range; rel.: to "
             f"{table.baseline.label}, timed in turn. The paper's ran under PyTorch's defaults, where convolutions use TF32 and linear layers do not."
         )
     if device != "cuda" and any(row.heavy for row in timed_rows(table, rows, device, named=True)):

@@ -140,6 +140,8 @@ class Timing:
 
     `what` is timed: 'forward'; 'training', a step of the trainer, from the batch to the EMA; or 'sampling', guided images by
     `num_steps` ancestral steps, each of which sees twice the batch. `layout` is that of four-dimensional tensors.
+    `parts` are further networks that make the system: an image passes each of them once, at an input of its own.
+    `baseline_input` is the baseline's size and channels where they are not the subject's.
     """
 
     backbone: Backbone
@@ -151,6 +153,8 @@ class Timing:
     precision: str = "fp32"
     kernels: dict[str, str] = field(default_factory=dict)
     baseline: Backbone | None = None
+    baseline_input: tuple[int, int] | None = None
+    parts: tuple[Cost, ...] = ()
     what: str = "forward"
     num_steps: int = 250
     compile: bool = False

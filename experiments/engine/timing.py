@@ -13,18 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import backbones
 from backbones import kernels
 from experiments.engine.capture import Captured
 from experiments.engine.data import ImageSet
-from experiments.engine.diffusion import IDDPM
+from experiments.engine.diffusion import BETAS, IDDPM
 from experiments.engine.energy import joules
 from experiments.engine.noise import ImageNoise
 from experiments.engine.precision import flags, precision
 from experiments.engine.randomness import generator_at, seed_at
 from experiments.engine.samplers import Guided, ancestral
-from experiments.engine.spec import Backbone, Data, Recipe, Timing, Train
-from experiments.engine.train import Trainer
+from experiments.engine.spec import Backbone, Cost, Data, Recipe, Timing, Train
+from experiments.engine.train import Trainer, build
 
 PAIRS, FEWEST = 7, 3
 WARM_UP, STABLE = 10, 0.05  # runs at most, until two in a row take the same time to this part
@@ -37,18 +36,20 @@ Task = Callable[[], Any]
 
 
 def run(spec: Timing) -> dict[str, Any]:
-    """Median images per second, its spread, and the ratio to the baseline, both networks timed in turn.
+    """Median images per second, its spread, and the ratio to the baseline, both timed in turn; a system of several networks is all of them.
 
     The machine's speed drifts, so the ratio is the median of the ratios of neighbouring runs. Raises ValueError where
     the kernels that would be timed do not compute what the reference computes, forward and, for training, backward.
     """
     device = torch.device(spec.device)
-    networks = [spec.backbone] if spec.baseline in (None, spec.backbone) else [spec.backbone, spec.baseline]
+    own = Cost(spec.backbone, spec.size, spec.channels, spec.num_classes)
+    other = Cost(spec.baseline or spec.backbone, *(spec.baseline_input or (spec.size, spec.channels)), spec.num_classes)
+    systems = [(own, *spec.parts)] + [(other,)] * ((other,) != (own, *spec.parts))
     with precision(spec.precision, device), kernels.use(**spec.kernels), _autotuned(spec):
-        for backbone in networks:
-            check(backbone, spec, device)
+        for network in {str(each): each for system in systems for each in system}.values():
+            check(network, spec, device)
         kernels.reset_used()  # the record names what is timed, not what it was checked with
-        tasks = [_task(backbone, spec, device) for backbone in networks]
+        tasks = [_all([_task(network, spec, device) for network in system]) for system in systems]
         in_force = _read_back(device) | {"memory_format": spec.layout, "compiled": spec.compile}
         repeats = max([_warm(task, device) for task in tasks])
         if device.type == "cuda":
@@ -66,7 +67,7 @@ def run(spec: Timing) -> dict[str, Any]:
         "images_per_s": statistics.median(rates),
         "images_per_s_spread": half_quartiles(rates),
         "relative": statistics.median(ratios),
-        "relative_spread": half_quartiles(ratios) if len(networks) > 1 else 0.0,
+        "relative_spread": half_quartiles(ratios) if len(systems) > 1 else 0.0,
         "runs": len(pairs),
         "repeats": repeats,
         "peak_memory_bytes": peak,
@@ -75,13 +76,13 @@ def run(spec: Timing) -> dict[str, Any]:
     }
 
 
-def check(backbone: Backbone, spec: Timing, device: torch.device) -> None:
+def check(network: Cost, spec: Timing, device: torch.device) -> None:
     """Refuse to time kernels whose results are not the reference's, by relative RMS error on one sample.
 
     Of training the gradients are checked too, all parameters' as one vector; half the digits go in a backward pass.
     """
-    model = _network(backbone, spec, device)
-    x, t, y = (part[:1] for part in _inputs(spec, device))
+    model = _network(network, spec, device)
+    x, t, y = (part[:1] for part in _inputs(network, spec, device))
     timed = _results(model, (x, t, y), spec.what == "training")
     with kernels.use(**kernels.references()):
         expected = _results(model, (x, t, y), spec.what == "training")
@@ -89,7 +90,7 @@ def check(backbone: Backbone, spec: Timing, device: torch.device) -> None:
         error = ((out - truth).float().square().mean().sqrt() / truth.float().square().mean().sqrt().clamp_min(1e-12)).item()
         limit *= LIMITS.get(spec.precision, 1e-4)
         if not error <= limit:
-            raise ValueError(f"{backbone.name} with kernels {spec.kernels or 'auto'}: its {what} differs from its reference by {error:.1e} (limit {limit:.0e}); it is not timed")
+            raise ValueError(f"{network.backbone.name} with kernels {spec.kernels or 'auto'}: its {what} differs from its reference by {error:.1e} (limit {limit:.0e}); it is not timed")
 
 
 def _results(model: nn.Module, inputs: tuple[Tensor, ...], backward: bool) -> list[Tensor]:
@@ -107,16 +108,23 @@ def _results(model: nn.Module, inputs: tuple[Tensor, ...], backward: bool) -> li
     return found
 
 
-def _task(backbone: Backbone, spec: Timing, device: torch.device) -> Task:
+def _all(tasks: list[Task]) -> Task:
+    return tasks[0] if len(tasks) == 1 else lambda: [task() for task in tasks]
+
+
+def _task(network: Cost, spec: Timing, device: torch.device) -> Task:
     """A call that processes one batch."""
+    if spec.what not in ("forward", "training", "sampling"):
+        raise ValueError(f"unknown task {spec.what!r} to time; known: forward, training, sampling")
     if spec.what == "training":
-        return _training(backbone, spec, device)
-    model = _network(backbone, spec, device)
+        return _training(network, spec, device)
+    model = _network(network, spec, device)
+    learned = spec.what == "sampling" and model.out_channels == 2 * network.channels
     if spec.compile:
         model = torch.compile(model)
     if spec.graphs:
         model = Captured(model)
-    x, t, y = _inputs(spec, device)
+    x, t, y = _inputs(network, spec, device)
     if spec.what == "forward":
         if spec.precision == "as_published":
             t, y = t[:1], y[:1]  # the authors' script: the conditioning of a single image, for the whole batch
@@ -126,30 +134,31 @@ def _task(backbone: Backbone, spec: Timing, device: torch.device) -> Task:
             model(x, t, y)
 
         return forward
-    if spec.what != "sampling":
-        raise ValueError(f"unknown task {spec.what!r} to time; known: forward, training, sampling")
-    diffusion = IDDPM.linear().respaced(spec.num_steps).to(device)
-    network = Guided(model, SCALE, spec.num_classes)
+    diffusion = IDDPM(BETAS["linear"](1000), torch.arange(1000), learned).respaced(spec.num_steps).to(device)
+    guided = Guided(model, SCALE, spec.num_classes, channels=None)
 
     @torch.inference_mode()
     def sample() -> None:
-        for _ in ancestral(diffusion, network, y, ImageNoise(range(spec.batch), tuple(x.shape[1:]), device)):
+        for _ in ancestral(diffusion, guided, y, ImageNoise(range(spec.batch), tuple(x.shape[1:]), device)):
             pass
 
     return sample
 
 
-def _training(backbone: Backbone, spec: Timing, device: torch.device) -> Task:
+def _training(network: Cost, spec: Timing, device: torch.device) -> Task:
     """A step of the trainer as runs take it, loading included, on random images in memory."""
-    data, draw = Data("random", spec.size, spec.channels, spec.num_classes), np.random.default_rng(0)
-    shape = (4 * spec.batch, spec.channels, spec.size, spec.size)
-    images = ImageSet(draw.standard_normal(shape, dtype=np.float32), draw.integers(spec.num_classes, size=shape[0]), data)
+    data, draw = Data("random", network.size, network.channels, network.num_classes), np.random.default_rng(0)
+    shape = (4 * spec.batch, network.channels, network.size, network.size)
+    images = ImageSet(draw.standard_normal(shape, dtype=np.float32), draw.integers(network.num_classes, size=shape[0]), data)
     recipe = Recipe(steps=10**9, batch=spec.batch, precision=spec.precision)
-    network = backbone.but(input_size=spec.size, in_channels=spec.channels, num_classes=spec.num_classes)
-    trainer = Trainer(Train(network, data, recipe), device, compiled=spec.compile)
+    trainer = Trainer(Train(_sized(network), data, recipe), device, compiled=spec.compile)
     fill(trainer.model)
     stepping = trainer.steps(images)
     return lambda: next(stepping)
+
+
+def _sized(network: Cost) -> Backbone:
+    return network.backbone.but(input_size=network.size, in_channels=network.channels, num_classes=network.num_classes)
 
 
 def fill(model: nn.Module) -> None:
@@ -160,23 +169,19 @@ def fill(model: nn.Module) -> None:
             torch.nn.init.normal_(parameter, std=std, generator=generator_at("timing", name, device=parameter.device))
 
 
-def _network(backbone: Backbone, spec: Timing, device: torch.device) -> nn.Module:
+def _network(network: Cost, spec: Timing, device: torch.device) -> nn.Module:
     if spec.layout not in LAYOUTS:
         raise ValueError(f"unknown layout {spec.layout!r}; known: {', '.join(LAYOUTS)}")
-    options = backbone.options | dict(input_size=spec.size, in_channels=spec.channels, num_classes=spec.num_classes)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_at("timing", "init"))
-        model = backbones.build(backbone.name, **options)
-    model = model.to(device=device, memory_format=LAYOUTS[spec.layout]).eval()
+    model = build(_sized(network), 0, device).to(memory_format=LAYOUTS[spec.layout]).eval()
     fill(model)
     return model
 
 
-def _inputs(spec: Timing, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _inputs(network: Cost, spec: Timing, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     draw = torch.Generator().manual_seed(seed_at("timing"))
-    x = torch.randn(spec.batch, spec.channels, spec.size, spec.size, generator=draw)
+    x = torch.randn(spec.batch, network.channels, network.size, network.size, generator=draw)
     t = torch.randint(1000, (spec.batch,), generator=draw)
-    y = torch.randint(spec.num_classes, (spec.batch,), generator=draw)
+    y = torch.randint(network.num_classes, (spec.batch,), generator=draw)
     return x.to(device=device, memory_format=LAYOUTS[spec.layout]), t.to(device), y.to(device)
 
 
