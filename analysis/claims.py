@@ -12,14 +12,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from analysis.probes.declared import declared
-from analysis.query import Sources, digits_scores, gpu_timings, numeric_mode
+from analysis.query import Sources, digits_scores
+from experiments import speed_claims
 from experiments.ablation import TABLE_3, TABLE_4
-from experiments.efficiency import SYSTEMS, counted
 from experiments.engine.report import Cell, Sheet
 from experiments.engine.spec import Row, Table
 from experiments.engine.spread import pooled, reach, scaled
 from experiments.engine.store import Record
 from experiments.protocols import DIGITS, timing_stage
+from experiments.speed_claims import half_digit
 
 COUNTED, MEASURED, REDUCED, PUBLISHED, NOT_YET = LEVELS = (
     "counted", "measured here", "measured at reduced scale", "published data only", "not yet",
@@ -72,7 +73,7 @@ def claims_sheet(store: Sources) -> Sheet:
 
 def _throughput(claim: Claim, store: Sources) -> Finding:
     a, b = claim["subject"], claim["baseline"]
-    if measured := _measured_speed(a, b, claim, store):
+    if measured := _measured_speed(claim, store):
         return measured
     speeds = [_published(name, "throughput_img_s", store) for name in (a, b)]
     if None in speeds:
@@ -83,48 +84,21 @@ def _throughput(claim: Claim, store: Sources) -> Finding:
     return Finding(PUBLISHED, f"{ratio:.2f}", _consistent(ratio, claim["value"]), basis)
 
 
-def _measured_speed(a: str, b: str, claim: Claim, store: Sources) -> Finding | None:
-    """Ratio of two networks' GPU throughput in every numeric mode that both were timed in."""
-    systems = [next((s for s in SYSTEMS if f"{s.label}@{s.resolution}" == name), None) for name in (a, b)]
-    if None in systems:
+def _measured_speed(claim: Claim, store: Sources) -> Finding | None:
+    """Ratio of two networks' GPU throughput in every numeric mode that they were timed in, in turn."""
+    if not (found := speed_claims.ratios(claim, "cuda", store, "reference")):
         return None
-    timed = [{(numeric_mode(r), r.provenance["device"]): r for r in gpu_timings(s.costs[0].backbone, s.costs[0].size, store)} for s in systems]
-    parts, holds, records = [], [], []
-    for mode in sorted(timed[0].keys() & timed[1].keys()):
-        one, two = timed[0][mode], timed[1][mode]
-        speeds = one.values["images_per_s"], two.values["images_per_s"]
-        relative = math.hypot(*(r.values.get("images_per_s_spread", 0.0) / r.values["images_per_s"] for r in (one, two)))
-        ratio = speeds[0] / speeds[1]
-        holds.append(abs(ratio - float(claim["value"])) <= _half_digit(claim["value"]) + 2 * relative * ratio)
-        parts.append(f"{ratio:.2f} ±{relative * ratio:.2f} ({mode[0]}, {mode[1]})")
-        records += [one, two]
-    if not parts:
-        return None
-    verdict = "reproduced" if all(holds) else "reproduced in some numeric modes only" if any(holds) else "not reproduced"
-    return Finding(MEASURED, "; ".join(parts), verdict, "throughput measured here, full batches, synchronised", "within each value", tuple(records))
+    value = "; ".join(f"{ratio.value:.2f} ±{ratio.error:.2f} ({ratio.mode}, {ratio.device})" for ratio in found)
+    records = sum((ratio.records for ratio in found), ())
+    return Finding(MEASURED, value, speed_claims.verdict(found), "full batches timed in turn, synchronised but in the authors' own mode (as_published)", "within each value", records)
 
 
-def _gflops_reduction(claim: Claim, store: Sources) -> Finding:
-    ours = [_counted(claim[side], store) for side in ("subject", "baseline")]
-    if None in (cell.value for cell in ours):
-        return Finding(NOT_YET, "", "open", "one of the two networks has no count that reproduces the paper's counter")
-    value = 100 * (1 - ours[0].value / ours[1].value)
-    paper = [_published(claim[side], "gflops", store) for side in ("subject", "baseline")]
-    basis = f"{ours[0].value:.2f} against {ours[1].value:.2f} Gflops counted here; the paper prints {paper[0]:g} and {paper[1]:g}"
-    same = _rounds_to(value, claim["value"])
-    verdict = "reproduced" if same else f"not to the printed digit: off by {value - float(claim['value']):+.1f} points"
-    return Finding(COUNTED, f"{value:.1f} %", verdict, basis, "exact", ours[0].records + ours[1].records)
-
-
-def _gflops_family(claim: Claim, store: Sources) -> Finding:
-    low, high = claim["value"].split("-")
-    pairs = [(_counted(f"DiCo-{size}@256", store), _counted(f"DiT-{size}/2@256", store)) for size in ("S", "B", "L", "XL")]
-    if any(cell.value is None for pair in pairs for cell in pair):
-        return Finding(NOT_YET, "", "open", "not every size is counted")
-    ratios = [100 * a.value / b.value for a, b in pairs]
-    same = _rounds_to(min(ratios), low) and _rounds_to(max(ratios), high)
-    basis = "S, B, L, XL: " + ", ".join(f"{ratio:.1f} %" for ratio in ratios)
-    return Finding(COUNTED, f"{min(ratios):.1f} to {max(ratios):.1f} %", "reproduced" if same else "not to the printed digit", basis, "exact", sum((a.records + b.records for a, b in pairs), ()))
+def _gflops(claim: Claim, store: Sources) -> Finding:
+    cell, same, counts = speed_claims.gflops(claim, store, "reference")
+    if same is None:
+        return Finding(NOT_YET, "", "open", "not every network of it has a count that reproduces the paper's counter")
+    off = "" if "-" in claim["value"] else f": off by {cell.value - float(claim['value']):+.1f} points"
+    return Finding(COUNTED, cell.words, "reproduced" if same else "not to the printed digit" + off, f"{counts} Gflops, counted here by the paper's counter", "exact", cell.records)
 
 
 def _fid_value(claim: Claim, store: Sources) -> Finding:
@@ -251,17 +225,8 @@ def _published(name: str, column: str, store: Sources) -> float | None:
     return None
 
 
-def _counted(name: str, store: Sources) -> Cell:
-    label, _, resolution = name.partition("@")
-    return next((counted(system, store, "reference")[1] for system in SYSTEMS if (system.label, str(system.resolution)) == (label, resolution)), Cell())
-
-
-def _half_digit(printed: str) -> float:
-    return 0.5 * 10.0 ** -len(printed.partition(".")[2])
-
-
 def _rounds_to(value: float, printed: str) -> bool:
-    return abs(value - float(printed)) <= _half_digit(printed) + 1e-9
+    return abs(value - float(printed)) <= half_digit(printed) + 1e-9
 
 
 def _consistent(value: float, printed: str) -> str:
@@ -270,8 +235,8 @@ def _consistent(value: float, printed: str) -> str:
 
 BY_KIND: dict[tuple[str, str], Callable[[Claim, Sources], Finding]] = {
     ("throughput", "ratio"): _throughput,
-    ("gflops", "reduction_percent"): _gflops_reduction,
-    ("gflops", "ratio_percent"): _gflops_family,
+    ("gflops", "reduction_percent"): _gflops,
+    ("gflops", "ratio_percent"): _gflops,
     ("fid", "value"): _fid_value,
     ("fid", "ratio"): _fid_ratio,
     ("attention", "shape"): _attention,

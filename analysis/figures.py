@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from analysis.query import Sources, gpu_timings, numeric_mode
 from analysis.style import MARKS, PUBLISHED, SIZES, colour, family_colour, figure, note
-from experiments.efficiency import SYSTEMS
+from experiments.systems import SYSTEMS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

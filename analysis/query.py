@@ -123,13 +123,14 @@ def latest(stages: Sequence[Stage], store: Store) -> Iterator[Record]:
 
 
 def gpu_timings(backbone: Backbone, size: int, store: Sources) -> list[Record]:
-    """Committed GPU timings of a network at a latent size, in every numeric mode that was recorded, oldest first."""
+    """Committed GPU timings of a network's forward pass at a latent size, in every numeric mode that was recorded, oldest first."""
     wanted = canonical(backbone, full=True)
     return [
         record
         for record in store.all_records()
-        if record.kind == "timing" and record.status == "done" and record.spec["device"] == "cuda" and (record.spec["backbone"], record.spec["size"]) == (wanted, size)
-    ]
+        if record.kind == "timing" and record.status == "done" and record.spec["device"] == "cuda" and record.spec.get("what", "forward") == "forward"
+        and (record.spec["backbone"], record.spec["size"]) == (wanted, size) and not record.spec.get("compile") and not record.spec.get("graphs")
+    ]  # fmt: skip
 
 
 def numeric_mode(record: Record) -> str:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from analysis.query import Sources, digits_scores, gpu_timings, latest, reference_seeds
 from experiments import main_results
 from experiments.ablation import TABLES
-from experiments.efficiency import SYSTEMS, counted, counts_sheet, difference
+from experiments.systems import SYSTEMS, counted, counts_sheet, difference
 from experiments.engine.report import SCORES, Cell, Sheet, main_sheet
 from experiments.engine.spec import Backbone, Row, Sampler, Stage, Table, Train
 from experiments.engine.spread import pooled, reach, scaled

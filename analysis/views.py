@@ -8,7 +8,7 @@ from typing import Any
 
 from analysis.query import Sources, digits_scores
 from experiments.ablation import TABLE_3, TABLE_4
-from experiments.efficiency import SYSTEMS
+from experiments.systems import SYSTEMS
 from experiments.engine.spec import Table
 from experiments.protocols import timing_stage
 

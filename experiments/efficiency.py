@@ -1,208 +1,129 @@
-"""What every system of Tables 1, 2, 5, 8 and 9 costs: `python experiments/efficiency.py --counts`.
+"""What the compared systems cost and how fast they run, by one rule for all.
 
-Each published Gflops figure stands beside our count in the convention that reproduces it and beside `core`, which is one
-rule for all: every convolution, linear layer, matrix product and recurrence. A counter that cannot see inside a fused
-operator leaves out what it holds; the notes say how much.
+    python experiments/efficiency.py --counts                      parameters and Gflops of every system, published and ours
+    python experiments/efficiency.py --table 1                     throughput of its rows in every numeric mode
+    python experiments/efficiency.py --table 1 --task training     of a step of the trainer; sampling: of guided sampling
+    python experiments/efficiency.py --table 1 --sweep --rows DiCo-S     over the batch size, to the best
+    python experiments/efficiency.py --figure 3                    runtime over resolution and model size
+    python experiments/efficiency.py --claims                      the paper's claims about speed and Gflops, with verdicts
+    python experiments/efficiency.py --profile DiCo-S              where the time of a row goes, and a trace
+
+Everything runs once and is kept as a record; `--report` prints what there is without running anything.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from experiments import speed, speed_claims
+from experiments.engine.cli import require_device
 from experiments.engine.launch import Job, available_cores, run_here
 from experiments.engine.progress import Progress
 from experiments.engine.render import FORMATS, render
-from experiments.engine.report import Cell, Sheet
-from experiments.engine.spec import Backbone, Cost
-from experiments.engine.store import Store
+from experiments.engine.report import Sheet
+from experiments.engine.spec import Row, Stage, Table, spec_id
+from experiments.engine.store import REPOSITORY, Store
+from experiments.main_results import TABLES
+from experiments.protocols import cost_stages
+from experiments.systems import SYSTEMS, counts_sheet
 
-Counts = dict[str, int]
-
-
-@dataclass(frozen=True)
-class System:
-    """A system at one resolution. `saw` gives the count that its published figure shows; None where none reproduces it."""
-
-    label: str
-    resolution: int
-    costs: tuple[Cost, ...]
-    saw: Callable[[Counts], float] | None = None
-    convention: str = ""
-    gflops: tuple[str, str] | None = None
-    params: tuple[str, str] | None = None
-    note: str = ""
+TIMED = {number: table for number, table in TABLES.items() if table.timed}
 
 
-def latent(name: str, size: int, channels: int = 4) -> tuple[Cost, ...]:
-    return (Cost(Backbone(name), size, channels, 1000),)
-
-
-def torchprofile(counts: Counts) -> float:
-    return counts["macs_torchprofile"]
-
-
-def norms(counts: Counts) -> float:
-    return counts["macs_norms"]
-
-
-def fvcore(counts: Counts) -> float:
-    """fvcore on a network without custom operators: products, and 5 an element of an affine norm, which `norms` counts once."""
-    return counts["macs_core"] + 5 * (counts["macs_norms"] - counts["macs_core"])
-
-
-def uvit_torchprofile(depth: int, dim: int) -> Callable[[Counts], float]:
-    """torchprofile on U-ViT's own code, whose attention scales the logits, where ours scales the queries."""
-    tokens, heads = 258, 16
-    return lambda counts: counts["macs_torchprofile"] + depth * tokens * (heads * tokens - dim)
-
-
-def dig_fvcore(dim: int, depth: int, heads: int, hidden: int) -> Callable[[Counts], float]:
-    """fvcore on DiG: no recurrence and no SwiGLU down-projection (both in custom functions); a LayerNorm is 4 an element."""
-    tokens = 256
-    hidden_from_it = depth * (2 * tokens * (dim // 2) * (dim // heads) + tokens * hidden * dim)
-    return lambda counts: counts["macs_core"] - hidden_from_it + (2 * depth + 1) * 4 * tokens * dim
-
-
-def dim_fvcore(tokens: int, dim: int = 1536, depth: int = 49) -> Callable[[Counts], float]:
-    """fvcore on DiM: causal convolution, x_proj, dt_proj, scan and out_proj are inside one fused operator."""
-    inner, state, rank = 2 * dim, 16, dim // 16
-    hidden_from_it = depth * tokens * inner * (3 + (rank + 2 * state) + rank + 2 * state + dim)
-    return lambda counts: counts["macs_core"] - hidden_from_it
-
-
-def dimsum_calflops(counts: Counts) -> float:
-    """calflops on DiMSUM-L/2: no `@` products (in_proj, dt_proj), no attention products, no scan."""
-    tokens, dim, blocks, shared, state, rank = 256, 1024, 16, 4, 16, 32
-    mamba = 2 * blocks * tokens * dim * (dim + rank + 2 * state)  # two half-width branches a block, each dim wide inside
-    return counts["macs_core"] - mamba - (blocks + shared) * 2 * tokens**2 * dim
-
-
-def published(table: int, model: str) -> tuple[str, str]:
-    return f"table{table}.csv", model
-
-
-def plain(label: str, name: str, table: int, **more: object) -> System:
-    """A 256-pixel row that torchprofile reproduces."""
-    return System(label, 256, latent(name, 32), torchprofile, "torchprofile", published(table, label), **more)
-
-
-UNET_NOTE = "the DiT paper's figure: one step of the base model and one of the upsampler; an image takes 250 of each, and guidance a classifier"
-DIG_NOTE = "fvcore does not see the SwiGLU down-projection and the recurrence, 22 to 23 % of the whole"
-DIM_NOTE = "fvcore sees of a Mamba block only its input projection; pad tokens are processed and counted"
-DIMSUM_NOTE = "calflops does not see products written with @, attention's products and the scan"
-DIFFUSSM_NOTE = "reconstruction: no code was published, and no variant meets both resolutions; by one rule it is 9 % above the published figure at 256 and 14 % at 512"
-
-SYSTEMS = (
-    System("ADM-U", 256, latent("adm_base_64", 64, 3) + latent("adm_up_256", 256, 6), norms, "norms", published(1, "ADM-U"), published(8, "ADM-U"), UNET_NOTE),
-    System("ADM-U", 512, latent("adm_base_128", 128, 3) + latent("adm_up_512", 512, 6), norms, "norms", published(2, "ADM-U"), published(9, "ADM-U"), UNET_NOTE),
-    System("LDM-4", 256, latent("ldm_4", 64, 3), note="the paper prints none; ours includes the class table of 1001 x 512"),
-    System("U-ViT-L/2", 256, latent("uvit_l_2", 32), fvcore, "fvcore", published(8, "U-ViT-L/2"), published(8, "U-ViT-L/2"), "copied from U-ViT's paper, which counted with another tool and rounded"),
-    System("U-ViT-H/2", 256, latent("uvit_h_2", 32), uvit_torchprofile(29, 1152), "torchprofile", published(1, "U-ViT-H/2"), published(8, "U-ViT-H/2")),
-    System("U-ViT-L/4", 512, latent("uvit_l_4", 64), uvit_torchprofile(21, 1024), "torchprofile", published(2, "U-ViT-L/4"), published(9, "U-ViT-L/4")),
-    System("U-ViT-H/4", 512, latent("uvit_h_4", 64), uvit_torchprofile(29, 1152), "torchprofile", published(2, "U-ViT-H/4"), published(9, "U-ViT-H/4")),
-    System("DiM-H", 256, latent("dim_h", 32), dim_fvcore(366), "fvcore, opaque", published(1, "DiM-H"), published(8, "DiM-H"), DIM_NOTE),
-    System("DiM-H", 512, latent("dim_h", 64), dim_fvcore(1230), "fvcore, opaque", published(2, "DiM-H"), published(9, "DiM-H"), DIM_NOTE),
-    System("DiS-H/2", 256, latent("dis_h_2", 32), params=published(8, "DiS-H/2"), note="the paper prints none; 901M is the unconditional pixel model's"),
-    System("DiS-H/2", 512, latent("dis_h_2", 64), params=published(9, "DiS-H/2"), note="as at 256"),
-    System("DiffuSSM-XL", 256, latent("diffussm_xl", 32), None, "derived", published(1, "DiffuSSM-XL"), published(8, "DiffuSSM-XL"), DIFFUSSM_NOTE),
-    System("DiffuSSM-XL", 512, latent("diffussm_xl", 64), None, "derived", published(2, "DiffuSSM-XL"), published(9, "DiffuSSM-XL"), DIFFUSSM_NOTE),
-    System("DiMSUM-L/2", 256, latent("dimsum_l_2", 32), dimsum_calflops, "calflops", published(1, "DiMSUM-L/2"), published(8, "DiMSUM-L/2"), DIMSUM_NOTE),
-    plain("DiT-S/2", "dit_s_2", 1),
-    plain("DiT-B/2", "dit_b_2", 1),
-    plain("DiT-L/2", "dit_l_2", 1),
-    plain("DiT-XL/2", "dit_xl_2", 1, params=published(8, "DiT-XL/2")),
-    System("DiT-XL/2", 512, latent("dit_xl_2", 64), torchprofile, "torchprofile", published(2, "DiT-XL/2"), published(9, "DiT-XL/2")),
-    System("SiT-XL", 256, latent("sit_xl_2", 32), torchprofile, "torchprofile", published(8, "SiT-XL"), published(8, "SiT-XL"), "a sampling step of its SDE calls the network twice"),
-    System("SiT-XL", 512, latent("sit_xl_2", 64), torchprofile, "torchprofile", published(9, "SiT-XL"), published(9, "SiT-XL"), "as at 256"),
-    plain("DiC-S", "dic_s", 1),
-    plain("DiC-B", "dic_b", 1),
-    plain("DiC-XL", "dic_xl", 1),
-    plain("DiC-H", "dic_h", 1, params=published(8, "DiC-H")),
-    System("DiG-S/2", 256, latent("dig_s_2", 32), dig_fvcore(384, 12, 6, 1024), "fvcore, opaque", published(1, "DiG-S/2"), note=DIG_NOTE),
-    System("DiG-B/2", 256, latent("dig_b_2", 32), dig_fvcore(768, 12, 12, 2048), "fvcore, opaque", published(1, "DiG-B/2"), note=DIG_NOTE),
-    System("DiG-L/2", 256, latent("dig_l_2", 32), dig_fvcore(1024, 24, 16, 2816), "fvcore, opaque", published(1, "DiG-L/2"), note=DIG_NOTE),
-    System("DiG-XL/2", 256, latent("dig_xl_2", 32), dig_fvcore(1152, 28, 18, 3072), "fvcore, opaque", published(1, "DiG-XL/2"), published(8, "DiG-XL/2"), DIG_NOTE),
-    plain("DiCo-S", "dico_s", 5, params=published(5, "DiCo-S")),
-    plain("DiCo-B", "dico_b", 5, params=published(5, "DiCo-B")),
-    plain("DiCo-L", "dico_l", 5, params=published(5, "DiCo-L")),
-    plain("DiCo-XL", "dico_xl", 5, params=published(5, "DiCo-XL")),
-    plain("DiCo-H", "dico_h", 5, params=published(5, "DiCo-H")),
-    System(
-        "DiCo-XL", 512, latent("dico_xl", 64), torchprofile, "torchprofile", published(2, "DiCo-XL"), published(9, "DiCo-XL"),
-        "349.78 cannot be reached: every cost is constant or proportional to the area, so 4 x 87.30 = 349.2 is the most",
-    ),
-)  # fmt: skip
-
-
-def counts_sheet(store: Store, where: str = "records") -> Sheet:
-    """One row a system: published, ours in the published convention, and core. No torch."""
-    columns = [("", "system"), ("", "pixels"), ("params, M", "paper"), ("params, M", "ours"), ("Gflops", "paper"), ("Gflops", "ours, same counter")]
-    columns += [("Gflops", "diff. %"), ("Gflops", "core"), ("Gflops", "core, diff. %"), ("", "counter")]
-    sheet = Sheet("Parameters and Gflops of the compared systems (DiCo paper, Tables 1, 2, 5, 8, 9)", columns)
-    for system in SYSTEMS:
-        paper = _published(store, system.gflops, "gflops")
-        params, ours, core = counted(system, store, where)
-        cells = [Cell(words=system.label), Cell(words=str(system.resolution)), _params(store, system), params, paper]
-        sheet.rows.append([*cells, ours, difference(ours, paper), core, difference(core, paper), Cell(words=system.convention or "-")])
-    noted: dict[str, list[str]] = {}
-    for system in SYSTEMS:
-        if system.note:
-            noted.setdefault(system.note, []).append(f"{system.label} at {system.resolution}")
-    sheet.notes += [f"{', '.join(labels)}: {note}." for note, labels in noted.items()]
-    sheet.notes.append("Gflops are multiply-accumulates at batch 1; params are all parameters, frozen position tables included.")
-    return sheet
-
-
-def counted(system: System, store: Store, where: str) -> tuple[Cell, Cell, Cell]:
-    """All parameters in millions, Gflops in the convention of the published figure, and core Gflops; gaps where a record lacks."""
-    records = tuple(record for cost in system.costs if (record := store.latest(cost, where)))
-    if len(records) < len(system.costs):
-        return Cell(), Cell(), Cell()
-    total = {name: sum(record.values[name] for record in records) for name in records[0].values}
-    same = Cell(system.saw(total) / 1e9, records=records) if system.saw else Cell()
-    return Cell(total["params_total"] / 1e6, None, 1, records=records), same, Cell(total["macs_core"] / 1e9, records=records)
-
-
-def difference(ours: Cell, paper: Cell) -> Cell:
-    """In per cent of the published number."""
-    return Cell() if ours.value is None or paper.value is None else Cell(100 * (ours.value / paper.value - 1), records=ours.records)
-
-
-def _published(store: Store, where: tuple[str, str] | None, column: str) -> Cell:
-    text = store.published(where[0], ("model",))[where[1]][column] if where else ""
-    return Cell(float(text), None, len(text.partition(".")[2])) if text else Cell()
-
-
-def _params(store: Store, system: System) -> Cell:
-    """Tables 8 and 9 print 675M or 1.0B, Table 5 millions."""
-    if system.params is None:
-        return Cell()
-    row = store.published(system.params[0], ("model",))[system.params[1]]
-    return Cell(words=row.get("params") or row["params_m"])
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--counts", action="store_true", required=True, help="count every system and print the table")
-    parser.add_argument("--format", choices=FORMATS, default="text")
-    parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="results folder (default: results)")
-    args = parser.parse_args()
-    store = Store(args.results)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 1 some stage failed, 2 bad input, 130 interrupted."""
+    args = _parse(arguments)
+    store = Store(args.results, REPOSITORY / "results" / "reference")
     try:
-        store.check_writable()
-        missing = tuple(cost for system in SYSTEMS for cost in system.costs if store.latest(cost) is None)
-        with Progress(total=len(missing)) as progress:
-            good = not missing or run_here([Job("counts", missing)], store.root, "cpu", 1, available_cores(), progress.notify)
+        stages, sheets = _choose(args, store)
+        good = True
+        if not args.report:
+            require_device(args.device)
+            store.check_writable()
+            missing = list({spec_id(stage): stage for stage in stages if store.latest(stage) is None}.values())
+            with Progress(total=len(missing)) as progress:
+                good = _run(missing, args, store, progress)
+            store.refresh()
+        print(render(sheets(), args.format))
+        return 0 if good else 1
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    store.refresh()
-    print(render([counts_sheet(store)], args.format))
-    return 0 if good else 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        return 130
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--counts", action="store_true", help="count every system and print the table")
+    what.add_argument("--table", type=int, choices=list(TIMED), help="time the rows of a table of the paper")
+    what.add_argument("--figure", type=int, choices=[3], help="time what the figure shows")
+    what.add_argument("--claims", action="store_true", help="time and count what the paper's claims are about, and judge them")
+    what.add_argument("--profile", metavar="ROW", help="profile a row of Table 1, by label")
+    parser.add_argument("--task", choices=speed.TASKS, default="forward", help="what is timed or profiled (default: forward)")
+    parser.add_argument("--sweep", action="store_true", help="with --table and --rows: over the batch size, until it stops paying")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, by label; also large ones on a CPU")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if Path("/dev/nvidia0").exists() else "cpu", help="default: the GPU if there is one")
+    parser.add_argument("--report", action="store_true", help="print from records without running anything")
+    parser.add_argument("--format", choices=FORMATS, default="text")
+    parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="results folder (default: results)")
+    args = parser.parse_args(arguments)
+    if args.sweep and not (args.table and args.rows):
+        parser.error("--sweep goes with --table and --rows: it times each of them at many batch sizes")
+    if args.task != "forward" and not (args.table or args.profile):
+        parser.error("--task goes with --table or --profile")
+    return args
+
+
+def _choose(args: argparse.Namespace, store: Store) -> tuple[list[Stage], Callable[[], list[Sheet]]]:
+    """What has to run, and a function that gives the sheets to print."""
+    if args.counts:
+        return [cost for system in SYSTEMS for cost in system.costs], lambda: [counts_sheet(store)]
+    if args.claims:
+        claims = store.published("claims.csv", ("id",)).values()
+        timed = [stage for claim in claims if claim["metric"] == "throughput" for stage in speed_claims.claim_stages(claim, args.device)]
+        light = [stage for stage in timed if args.device == "cuda" or not {"xl", "h"} & set(stage.backbone.name.split("_"))]
+        return [cost for system in SYSTEMS for cost in system.costs] + light, lambda: [speed_claims.claims_sheet(args.device, store)]
+    if args.figure:
+        return speed.figure_3(args.device), lambda: [speed.runtime_sheet(args.device, store)]
+    table = TIMED[args.table or 1]
+    if args.profile:
+        row = table.row(args.profile)
+        return [*speed.ceilings(args.device), *speed.profiles(row, args.device, args.task)], lambda: speed.profile_sheets(row, args.device, args.task, store)
+    rows = _rows(table, args.rows)
+    if args.sweep:
+        return [stage for row in rows for stage in speed.sweep(row, table.baseline, args.device, args.task)], lambda: [
+            speed.sweep_sheet(row, table.baseline, args.device, args.task, store) for row in rows
+        ]
+    costs = [cost for row in rows for cost in cost_stages(row)]
+    stages = [*costs, *speed.ceilings(args.device), *speed.stages(table, rows, args.device, args.task, args.rows is not None)]
+    return stages, lambda: [speed.speed_sheet(table, rows, args.device, args.task, store)]
+
+
+def _rows(table: Table, labels: list[str] | None) -> list[Row]:
+    return [row for row in ([table.row(label) for label in labels] if labels else table.rows) if row.backbone]
+
+
+def _run(stages: Sequence[Stage], args: argparse.Namespace, store: Store, progress: Progress) -> bool:
+    """One after another in a process each, alone on the machine; of a sweep, no larger batch once one did not pay."""
+    if not args.sweep:
+        return not stages or run_here([Job("efficiency", tuple(stages))], store.root, args.device, 1, available_cores(), progress.notify)
+    tried: dict[str, float] = {}
+    for stage in sorted(stages, key=lambda stage: stage.batch):
+        group = f"{stage.backbone} {stage.precision}"
+        if tried.get(group, 1.0) <= 0:
+            continue
+        run_here([Job("sweep", (stage,))], store.root, args.device, 1, available_cores(), progress.notify)
+        store.refresh()
+        record = store.latest(stage)
+        rate = record.values["images_per_s"] if record else 0.0
+        tried[group] = -1.0 if rate < 1.02 * tried.get(group, 0.0) else rate
+    return True
 
 
 if __name__ == "__main__":

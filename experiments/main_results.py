@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from experiments import recipes
 from experiments.ablation import SMALL_DIT, SMALL_U
-from experiments.efficiency import latent
+from experiments.systems import latent
 from experiments.engine.cli import main
 from experiments.engine.spec import Backbone, Cost, Method, Row, Table
 

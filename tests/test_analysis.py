@@ -191,13 +191,14 @@ def test_a_reduced_scale_claim_follows_the_seeds(worse: float, verdict: str, tmp
 
 def test_a_gpu_timing_outranks_published_throughput(tmp_path: Path):
     store = Store(tmp_path)
-    for name, speed in (("dico_xl", 136.0), ("dit_xl_2", 100.0)):
-        spec = Timing(Backbone(name), 32, 4, 1000, 64, "cuda")
-        store.append(spec, "done", {"images_per_s": speed, "images_per_s_spread": 0.5}, PROVENANCE | {"device": "GPU"})
+    spec = Timing(Backbone("dico_xl"), 32, 4, 1000, 64, "cuda", baseline=Backbone("dit_xl_2"))
+    values = {"images_per_s": 136.0, "images_per_s_spread": 0.5, "relative": 1.36, "relative_spread": 0.01}
+    for what in ("forward", "training"):
+        store.append(replace(spec, what=what), "done", values, PROVENANCE | {"device": "GPU"})
     (tmp_path / "records").rename(tmp_path / "reference")
     sources = Sources(tmp_path)
     found = finding("speed-xl-256", sources)
-    assert (found.evidence, found.verdict) == ("measured here", "not reproduced") and found.value.startswith("1.36 ±0.01 (fp32, TF32 off")
+    assert (found.evidence, found.verdict, found.value) == ("measured here", "does not hold", "1.36 ±0.01 (fp32, GPU)")
     assert [numeric_mode(record) for record in gpu_timings(Backbone("dico_xl"), 32, sources)] == ["fp32, TF32 off"]
     table = SHEETS["table1"](sources)
     assert "136.00 ±0.50" in [cell.text() for row in table.rows for cell in row] and finding("speed-dig-256", sources).evidence == "published data only"

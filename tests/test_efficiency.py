@@ -1,48 +1,136 @@
-"""The counts table: every published figure is met in its own convention, or the table says why not."""
+"""Speed tables, sweeps, profiles and verdicts from records, and the command that makes them."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
+import torch
+import torch.nn.functional as F
 
-from experiments.efficiency import SYSTEMS, System, counts_sheet
-from experiments.engine import cost
+from experiments import efficiency, speed, speed_claims
+from experiments.engine import cost, profiling
+from experiments.engine.spec import Backbone, Ceilings, Cost, Profile, Stage, Timing
 from experiments.engine.store import Store
+from experiments.main_results import TABLE_1
 
-# DiffuSSM's figures have no convention that gives them; DiCo-XL at 512 cannot be reached by any; U-ViT-L/2's 77 is 76.51 rounded.
-LOOSE = {("U-ViT-L/2", 256): 0.7, ("DiCo-XL", 512): 0.5, ("DiC-S", 256): 0.5, ("DiM-H", 256): 0.4}
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    store = Store(tmp_path_factory.mktemp("results"))
-    for spec in {str(spec): spec for system in SYSTEMS for spec in system.costs}.values():
-        store.append(spec, "done", cost.run(spec), {})
-    return store
+DICO = TABLE_1.row("DiCo-S")
+SMALL = Timing(Backbone("dico_s", dict(dim=8, depths=(1, 1, 1, 1, 1))), 8, 3, 5, 2, "cpu")
+CLAIM = dict(subject="DiCo-XL@256", baseline="DiT-XL/2@256", value="2.7", metric="throughput", relation="ratio")
 
 
-def test_published_gflops_are_met_by_their_own_counter(store: Store):
-    sheet = counts_sheet(store)
-    compared = 0
-    for system, row in zip(SYSTEMS, sheet.rows, strict=True):
-        assert all(cell.words or cell.value is not None for cell in (row[3], row[7])), system.label
-        if system.saw and system.gflops:
-            compared += 1
-            assert abs(row[6].value) < LOOSE.get((system.label, system.resolution), 0.2), system.label
-    assert compared == 30
+def fill(store: Store, stage: Stage, **values: object) -> None:
+    store.append(stage, "done", values, {"device": "a GPU", "cpu": "a CPU"})
 
 
-def test_one_rule_for_all_shows_what_a_counter_left_out(store: Store):
-    core = {(system.label, system.resolution): row[8].value for system, row in zip(SYSTEMS, counts_sheet(store).rows, strict=True)}
-    assert 28 < core["DiG-XL/2", 256] < 30 and 46 < core["DiM-H", 256] < 48 and 13 < core["DiMSUM-L/2", 256] < 15
-    others = [off for (label, _), off in core.items() if off is not None and not label.startswith(("DiG", "DiM", "DiffuSSM"))]
-    assert max(map(abs, others)) < 0.75
+def timed(rate: float, relative: float, spread: float = 0.0) -> dict[str, object]:
+    return dict(images_per_s=rate, images_per_s_spread=1.0, relative=relative, relative_spread=spread, peak_memory_bytes=2**31, joules_per_image=0.5)
 
 
-@pytest.mark.parametrize("system", [s for s in SYSTEMS if s.saw is None or s.note], ids=lambda s: f"{s.label} at {s.resolution}")
-def test_what_is_not_reproduced_is_said(system: System):
-    assert system.note or system.gflops is None
+def test_a_speed_sheet_sets_every_mode_beside_the_devices_ceiling_and_the_paper(tmp_path: Path):
+    store = Store(tmp_path)
+    (stage, *_) = stages = speed.stages(TABLE_1, [DICO], "cuda", "forward", named=False)
+    assert [each.precision for each in stages] == ["fp32", "tf32", "bf16", "as_published"]
+    assert stages[-1].kernels == {"linear": "reference", "pointwise": "reference"} and not stage.kernels
+    fill(store, Cost(Backbone("dico_s"), 32, 4, 1000), macs_core=4e9)
+    fill(store, Ceilings("cuda", "fp32"), macs_per_s=20e12, bytes_per_s=3e12)
+    fill(store, stage, **timed(1000.0, 1.4))
+    sheet = speed.speed_sheet(TABLE_1, [DICO], "cuda", "forward", store)
+    (row,) = sheet.rows
+    assert [cell.text() for cell in row[:7]] == ["DiCo-S", "4.00", "1000.0 ±1.0", "1.40 ±0.00", "20", "2.0", "0.50"]
+    assert [cell.text() for cell in row[7:12]] == ["-"] * 5 and [cell.text() for cell in row[-3:]] == ["1695.7", "1.37", "74"]
 
 
-def test_a_system_without_a_record_is_a_gap(tmp_path_factory: pytest.TempPathFactory):
-    row = counts_sheet(Store(tmp_path_factory.mktemp("empty"))).rows[-1]
-    assert [cell.text() for cell in row[3:8]] == ["-", "349.78", "-", "-", "-"]
+def test_training_counts_three_passes_and_sampling_two_a_step(tmp_path: Path):
+    store = Store(tmp_path)
+    fill(store, Cost(Backbone("dico_s"), 32, 4, 1000), macs_core=1e9)
+    fill(store, Ceilings("cpu", "fp32"), macs_per_s=1e12, bytes_per_s=1e10)
+    for task, rate, share in (("training", 100.0, "30"), ("sampling", 10.0, "8")):
+        (stage,) = speed.stages(TABLE_1, [DICO], "cpu", task, named=False)
+        fill(store, stage, **timed(rate, 1.0))
+        assert speed.speed_sheet(TABLE_1, [DICO], "cpu", task, store).rows[0][4].text() == share
+
+
+@pytest.mark.parametrize(
+    ("measured", "said"),
+    [
+        ((2.8, 2.8, 2.7, 3.0), "holds"),
+        ((1.4, 1.5, 1.4, 2.66), "holds only as published"),
+        ((1.4, 2.7, 1.4, 2.7), "holds only in tf32 and as_published"),
+        ((1.4, 1.5, 1.4, 1.9), "does not hold"),
+    ],
+)
+def test_verdicts_name_the_modes_in_which_a_claim_holds(tmp_path: Path, measured: tuple[float, ...], said: str):
+    store = Store(tmp_path)
+    for stage, ratio in zip(speed_claims.claim_stages(CLAIM, "cuda"), measured, strict=True):
+        assert (stage.backbone.name, stage.baseline.name, stage.size) == ("dico_xl", "dit_xl_2", 32)
+        fill(store, stage, **timed(100.0, ratio))
+    assert speed_claims.verdict(speed_claims.ratios(CLAIM, "cuda", store, "records")) == said
+
+
+def test_an_error_can_carry_a_claim(tmp_path: Path):
+    store = Store(tmp_path)
+    stage = speed_claims.claim_stages(CLAIM, "cuda")[0]
+    fill(store, stage, **timed(100.0, 2.5, 0.1))
+    assert [ratio.holds for ratio in speed_claims.ratios(CLAIM, "cuda", store, "records")] == [True]
+
+
+def test_a_claim_about_a_network_that_nobody_described_is_not_timed():
+    assert speed_claims.claim_stages(CLAIM | {"baseline": "DiS-XL@512"}, "cuda") == []
+
+
+def test_the_committed_counts_judge_the_claims_about_gflops():
+    verdicts = {row[0].words: row[3].words for row in speed_claims.claims_sheet("cuda", Store(), "reference").rows}
+    assert verdicts["gflops-xl-256"] == verdicts["gflops-family"] == "holds" and len(verdicts) == 10
+    assert verdicts["speed-dis-xl-512"].startswith("not measurable")
+
+
+def test_a_sweep_stops_where_larger_batches_do_not_pay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    rates = {1: 10.0, 2: 15.0, 4: 15.1, 8: 30.0, 16: 60.0}
+
+    def run(jobs: list, root: Path, *rest: object) -> bool:
+        for stage in jobs[0].stages:
+            fill(Store(root), stage, **timed(rates[stage.batch], 1.0))
+        return True
+
+    monkeypatch.setattr(efficiency, "run_here", run)
+    arguments = ["--table", "1", "--sweep", "--rows", "DiCo-S", "--device", "cpu", "--results", str(tmp_path)]
+    assert efficiency.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "fp32: best at batch 4, 15.1 images a second" in printed and "30.0" not in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--table", "1", "--sweep"], "--sweep goes with"), (["--counts", "--task", "training"], "--task goes with"), (["--table", "8"], "invalid choice"), ([], "is required")],
+)
+def test_contradictions_are_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        efficiency.main(arguments)
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_an_unknown_row_lists_the_known(capsys: pytest.CaptureFixture[str]):
+    assert efficiency.main(["--profile", "DiCo-Z"]) == 2
+    assert "known: 'ADM-U'" in capsys.readouterr().err
+
+
+def test_a_profile_counts_what_the_network_computes_and_leaves_a_trace(tmp_path: Path):
+    values = profiling.run(Profile(SMALL), tmp_path)
+    classes = values["classes"]
+    assert (tmp_path / values["trace"]).stat().st_size > 1000
+    assert classes["depthwise convolution"]["calls"] == 5 and classes["normalisation"]["calls"] == 11
+    counted = sum(one["macs"] for one in classes.values())
+    expected = cost.run(Cost(SMALL.backbone, SMALL.size, SMALL.channels, SMALL.num_classes))["macs_core"]
+    assert counted == 2 * expected  # a batch of two
+    training = profiling.run(Profile(replace(SMALL, what="training")), tmp_path)["classes"]
+    assert training["optimiser and EMA"]["calls"] >= 2 and 2.5 < sum(one["macs"] for one in training.values()) / counted <= 3
+
+
+def test_one_rule_tells_classes_apart():
+    x, w = torch.randn(1, 4, 5, 5, requires_grad=True), torch.randn(4, 1, 3, 3, requires_grad=True)
+    with profiling.Operators(torch.device("cpu")) as operators:
+        F.gelu(F.conv2d(x, w, groups=4)).sum().backward()
+    assert {"depthwise convolution", "elementwise", "reduction"} <= set(operators.classes)
+    assert operators.classes["depthwise convolution"]["macs"] == 3 * 4 * 9 * 9 and operators.classes["depthwise convolution"]["calls"] == 2

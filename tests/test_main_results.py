@@ -13,7 +13,7 @@ import torch
 import backbones
 from experiments import recipes
 from experiments.ablation import DICO_S
-from experiments.efficiency import SYSTEMS
+from experiments.systems import SYSTEMS
 from experiments.engine.cli import main
 from experiments.engine.data import load
 from experiments.engine.generate import Counted, images

@@ -76,7 +76,7 @@ def _main(tables: dict[int, Table], description: str | None, arguments: Sequence
         if on_slurm:
             print(slurm.send(chosen, store, shlex.join(["python", os.path.relpath(sys.argv[0]), *(sys.argv[1:] if arguments is None else arguments)])))
             return 0
-        _require_device(chosen.device)
+        require_device(chosen.device)
         store.check_writable()
         good = _run(chosen, store, args.cluster, args.workers)
         store.refresh()
@@ -118,7 +118,7 @@ def _parse(tables: dict[int, Table], description: str | None, arguments: Sequenc
     return args
 
 
-def _require_device(device: str) -> None:
+def require_device(device: str) -> None:
     """Ask torch, in a process of its own, whether it can use the GPU; ValueError if not."""
     if device == "cuda":
         code = "from experiments.engine.execute import require_device; require_device('cuda')"

@@ -35,7 +35,7 @@ def _inner(position: int) -> Callable[[tuple[Any, ...], Tensor], int]:
     return lambda args, out: out.numel() * args[position].shape[-1]
 
 
-_CORE: dict[Any, Callable[[tuple[Any, ...], Any], int]] = {
+MACS: dict[Any, Callable[[tuple[Any, ...], Any], int]] = {
     aten.convolution.default: _conv,
     aten.mm.default: _inner(0),
     aten.bmm.default: _inner(0),
@@ -98,8 +98,8 @@ class MacCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func in _CORE:
-            self.core += _CORE[func](args, out)
+        if func in MACS:
+            self.core += MACS[func](args, out)
         elif func in _EXTRA:
             self.norms += out[0].numel() if func in _NORMS else 0
             self.extra += _EXTRA[func](args, out)

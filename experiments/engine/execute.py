@@ -12,11 +12,11 @@ from typing import Any, NoReturn
 import torch
 
 from backbones import kernels
-from experiments.engine import attempts, ceilings, cost, distributed, evaluate, heartbeat, preemption, timing, train
+from experiments.engine import attempts, ceilings, cost, distributed, evaluate, heartbeat, preemption, profiling, timing, train
 from experiments.engine.distributed import Group
 from experiments.engine.heartbeat import Heartbeat
 from experiments.engine.precision import flags, precision
-from experiments.engine.spec import Ceilings, Cost, Evaluate, Stage, Timing, Train
+from experiments.engine.spec import Ceilings, Cost, Evaluate, Profile, Stage, Timing, Train
 from experiments.engine.store import Record, Store, provenance
 from experiments.engine.train import Resources
 
@@ -154,6 +154,8 @@ def _run(spec: Stage, store: Store, resources: Resources, report: Report, group:
         return timing.run(spec)
     if isinstance(spec, Ceilings):
         return ceilings.run(spec)
+    if isinstance(spec, Profile):
+        return profiling.run(spec, store.run_dir(spec))
     if isinstance(spec, Train):
         return train.run(spec, store.run_dir(spec), resources, report, group, beat)
     assert isinstance(spec, Evaluate), spec

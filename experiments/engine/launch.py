@@ -35,6 +35,7 @@ def run_here(jobs: Sequence[Job], root: Path, device: str, workers: int, threads
     'error' (text) and 'end' (None). An interrupt stops every process; what they wrote is whole.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that spin for long starve each other on a busy machine
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's tracer tells of its own doings otherwise
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["experiments.engine.execute"])
     _start_server()

@@ -171,6 +171,13 @@ class Ceilings:
 
 
 @dataclass(frozen=True)
+class Profile:
+    """Where the time of what is timed goes, without a baseline, compilation or graphs."""
+
+    timing: Timing
+
+
+@dataclass(frozen=True)
 class Cost:
     """Parameters and multiply-accumulates of one forward pass at batch 1."""
 
@@ -180,7 +187,7 @@ class Cost:
     num_classes: int
 
 
-Stage = Train | Evaluate | Timing | Ceilings | Cost
+Stage = Train | Evaluate | Timing | Ceilings | Profile | Cost
 
 
 @dataclass(frozen=True)
@@ -266,7 +273,7 @@ def spec_id(spec: Stage) -> str:
 
 
 def kind_of(spec: Stage) -> str:
-    """Folder name of a stage's records: train, evaluate, timing, ceilings or cost."""
+    """Folder name of a stage's records: train, evaluate, timing, ceilings, profile or cost."""
     return type(spec).__name__.lower()
 
 

@@ -49,9 +49,9 @@ def run(spec: Timing) -> dict[str, Any]:
         for network in {str(each): each for system in systems for each in system}.values():
             check(network, spec, device)
         kernels.reset_used()  # the record names what is timed, not what it was checked with
-        tasks = [_all([_task(network, spec, device) for network in system]) for system in systems]
+        tasks = [_all([task(network, spec, device) for network in system]) for system in systems]
         in_force = _read_back(device) | {"memory_format": spec.layout, "compiled": spec.compile}
-        repeats = max([_warm(task, device) for task in tasks])
+        repeats = max([_warm(each, device) for each in tasks])
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         pairs, used, started = [], [], time.perf_counter()
@@ -59,7 +59,7 @@ def run(spec: Timing) -> dict[str, Any]:
             before = joules(device)
             pairs.append([seconds(tasks[0], device, repeats, spec.precision != "as_published")])
             used.append(None if before is None else (joules(device) - before) / (repeats * spec.batch))
-            pairs[-1] += [seconds(task, device, repeats, spec.precision != "as_published") for task in tasks[1:]]
+            pairs[-1] += [seconds(each, device, repeats, spec.precision != "as_published") for each in tasks[1:]]
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     rates = [spec.batch / pair[0] for pair in pairs]
     ratios = [pair[-1] / pair[0] for pair in pairs]
@@ -109,10 +109,10 @@ def _results(model: nn.Module, inputs: tuple[Tensor, ...], backward: bool) -> li
 
 
 def _all(tasks: list[Task]) -> Task:
-    return tasks[0] if len(tasks) == 1 else lambda: [task() for task in tasks]
+    return tasks[0] if len(tasks) == 1 else lambda: [run() for run in tasks]
 
 
-def _task(network: Cost, spec: Timing, device: torch.device) -> Task:
+def task(network: Cost, spec: Timing, device: torch.device) -> Task:
     """A call that processes one batch."""
     if spec.what not in ("forward", "training", "sampling"):
         raise ValueError(f"unknown task {spec.what!r} to time; known: forward, training, sampling")
@@ -185,23 +185,23 @@ def _inputs(network: Cost, spec: Timing, device: torch.device) -> tuple[Tensor, 
     return x.to(device=device, memory_format=LAYOUTS[spec.layout]), t.to(device), y.to(device)
 
 
-def _warm(task: Task, device: torch.device) -> int:
+def _warm(call: Task, device: torch.device) -> int:
     """Run until the time is stable; how often a run is repeated so that it lasts long enough for the clock."""
     latest, started = math.inf, time.perf_counter()
     for _ in range(WARM_UP):
-        before, latest = latest, seconds(task, device)
+        before, latest = latest, seconds(call, device)
         if abs(latest - before) <= STABLE * latest or time.perf_counter() - started > PATIENCE:
             break
     return max(1, math.ceil((0.3 if device.type == "cuda" else 0.05) / latest))
 
 
-def seconds(task: Task, device: torch.device, repeats: int = 1, synchronise: bool = True) -> float:
+def seconds(call: Task, device: torch.device, repeats: int = 1, synchronise: bool = True) -> float:
     """Seconds of one run, the mean of `repeats`, from an idle device to an idle device; not `synchronise`: until all is launched."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()
     for _ in range(repeats):
-        task()
+        call()
     if device.type == "cuda" and synchronise:
         torch.cuda.synchronize()
     return (time.perf_counter() - started) / repeats

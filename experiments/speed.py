@@ -1,0 +1,172 @@
+"""What is timed, as declarations and sheets. No torch.
+
+A row is timed in every numeric mode of a device, its batch and input as the paper's, with the kernels that the suite
+chooses; in the authors' mode linear layers and 1x1 convolutions stay what they are called, since the mode treats them differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from experiments.engine.report import Cell, Sheet
+from experiments.engine.spec import Backbone, Ceilings, Profile, Row, Table, Timing
+from experiments.engine.store import Store
+from experiments.protocols import cost_stages, timed_rows, timing_stage
+
+MODES = {"cpu": ("fp32",), "cuda": ("fp32", "tf32", "bf16", "as_published")}
+TASKS = ("forward", "training", "sampling")
+STEPS = {"cpu": 4, "cuda": 250}  # of a sampling loop; on a CPU a part of it, whose steps cost the same
+A100_FP32 = 19.5e12              # operations a second without tensor cores (NVIDIA A100 data sheet)
+
+
+def in_mode(stage: Timing, mode: str, what: str = "forward") -> Timing:
+    kernels = {"linear": "reference", "pointwise": "reference"} if mode == "as_published" else {}
+    return replace(stage, precision=mode, kernels=kernels, what=what, num_steps=STEPS[stage.device] if what == "sampling" else stage.num_steps)
+
+
+def stages(table: Table, rows: Sequence[Row], device: str, what: str, named: bool) -> list[Timing]:
+    """Each network of the rows once in every mode, beside the table's baseline."""
+    chosen = {str(row.backbone): row for row in timed_rows(table, rows, device, named)}.values()
+    return [in_mode(timing_stage(row, table.baseline, device), mode, what) for row in chosen for mode in MODES[device]]
+
+
+def ceilings(device: str) -> list[Ceilings]:
+    return [Ceilings(device, mode) for mode in MODES[device] if mode != "as_published"]
+
+
+def sweep(row: Row, baseline: Row, device: str, what: str) -> list[Timing]:
+    """The row alone at growing batches, in every mode."""
+    alone = replace(timing_stage(row, baseline, device), baseline=None, baseline_input=None)
+    return [replace(in_mode(alone, mode, what), batch=2**power) for mode in MODES[device] for power in range(11 if device == "cuda" else 5)]
+
+
+def figure_3(device: str) -> list[Timing]:
+    """DiT, DiS, DiG and DiCo at latents of side 32, 64 and 128 (images of 256 to 1024 pixels); on a CPU size S at the first two."""
+    networks = [f"{family}_{size}{patch}" for size in ("s", "b", "l", "xl") for family, patch in (("dit", "_2"), ("dis", "_2"), ("dig", "_2"), ("dico", ""))]
+    known = [name.replace("dis_xl", "dis_h") for name in networks if device == "cuda" or name.split("_")[1] == "s"]
+    sides = (32, 64, 128) if device == "cuda" else (32, 64)
+    return [in_mode(Timing(Backbone(name), side, 4, 1000, 64 * 32**2 // side**2 if device == "cuda" else 1, device), mode) for side in sides for name in known for mode in MODES[device]]
+
+
+def profiles(row: Row, device: str, what: str) -> list[Profile]:
+    """A row's own network in every mode; of sampling one step."""
+    stage = replace(timing_stage(row, row, device), baseline=None, baseline_input=None, parts=())
+    return [Profile(replace(in_mode(stage, mode, what), num_steps=2)) for mode in MODES[device]]
+
+
+def profile_sheets(row: Row, device: str, what: str, store: Store, where: str = "records") -> list[Sheet]:
+    """Time per class of operator against what the device's ceilings allow, a sheet a mode."""
+    sheets = []
+    for stage in profiles(row, device, what):
+        mode = stage.timing.precision
+        sheet = Sheet(f"{row.label}: where {what} spends its time on this {device}, {mode}, batch {stage.timing.batch}", [("", "operators"), ("", "calls"), ("", "ms"), ("", "% of them"), ("", "GMAC"), ("", "GB"), ("", "roofline, ms"), ("", "% of it")])
+        record, top = store.latest(stage, where), store.latest(Ceilings(device, "fp32" if mode == "as_published" else mode), where)
+        sheets.append(sheet)
+        if record is None or top is None:
+            sheet.notes.append("not profiled yet")
+            continue
+        classes = record.values["classes"]
+        total = sum(one["seconds"] for one in classes.values())
+        for name, one in sorted(classes.items(), key=lambda item: -item[1]["seconds"]):
+            least = max(one["macs"] / top.values["macs_per_s"], one["bytes"] / top.values["bytes_per_s"])
+            numbers = (1e3 * one["seconds"], 1), (100 * one["seconds"] / total, 0), (1e-9 * one["macs"], 2), (1e-9 * one["bytes"], 2), (1e3 * least, 1), (100 * least / one["seconds"], 0)
+            sheet.rows.append([Cell(words=name), Cell(words=str(one["calls"]))] + [Cell(value, None, digits, records=(record, top)) for value, digits in numbers])
+        sheet.notes.append(f"a call takes {1e3 * record.values['seconds']:.1f} ms; its operators, each timed alone, {1e3 * total:.1f} ms. Its trace: {record.kind}'s folder runs/{record.id}, {record.values['trace']}.")
+        sheet.notes.append("roofline: the least time that the operators' multiply-accumulates at the rate of a large product, and their bytes at that of a copy, can take; caches let small tensors exceed it.")
+    return sheets
+
+
+def speed_sheet(table: Table, rows: Sequence[Row], device: str, what: str, store: Store, where: str = "records") -> Sheet:
+    """Images a second in every mode, relative to the baseline, as a share of the device's own matrix product, and the paper's."""
+    published = store.published(table.published, table.key)
+    columns = [("", "row"), ("Gflops", "core")]
+    for mode in MODES[device]:
+        columns += [(mode, name) for name in ("img/s", "rel.", "% of matmul")] + [(mode, "GiB"), (mode, "J/img")] * (device == "cuda")
+    columns += [("paper, A100", name) for name in ("img/s", "rel.", "% of fp32 peak")]
+    sheet = Sheet(f"Table {table.number}: {what} on this {device.upper().replace('CUDA', 'GPU')}, by numeric mode ({table.source})", columns)
+    base = _number(published[table.baseline.published], "throughput_img_s")
+    for row in rows:
+        if row.backbone is None:
+            continue
+        macs = [store.latest(cost, where) for cost in cost_stages(row)]
+        core = sum(record.values["macs_core"] for record in macs) if all(macs) else None
+        cells = [Cell(words=row.label), Cell(core / 1e9 if core else None, records=tuple(filter(None, macs)))]
+        for mode in MODES[device]:
+            cells += _timed(in_mode(timing_stage(row, table.baseline, device), mode, what), core, store, where)
+        paper = published[row.published] if row.published else {}
+        speed, gflops = _number(paper, "throughput_img_s"), _number(paper, "gflops")
+        cells += [Cell(speed, None, 1), Cell(speed / base if speed and base else None), Cell(100 * 2e9 * speed * gflops / A100_FP32 if speed and gflops else None, None, 0)]
+        sheet.rows.append(cells)
+    sheet.notes += _notes(table, rows, device, what, store, where)
+    return sheet
+
+
+def _timed(stage: Timing, core: float | None, store: Store, where: str) -> list[Cell]:
+    record = store.latest(stage, where)
+    wide = 5 if stage.device == "cuda" else 3
+    if record is None:
+        return [Cell(words="failed") if store.latest(stage, where, status="failed") else Cell()] + [Cell()] * (wide - 1)
+    values, own = record.values, (record,)
+    top = store.latest(Ceilings(stage.device, "fp32" if stage.precision == "as_published" else stage.precision), where)
+    passes = {"forward": 1, "training": 3, "sampling": 2 * stage.num_steps}[stage.what]
+    share = 100 * passes * core * values["images_per_s"] / top.values["macs_per_s"] if core and top else None
+    cells = [Cell(values["images_per_s"], values["images_per_s_spread"], 1, records=own), Cell(values["relative"], values["relative_spread"], records=own), Cell(share, None, 0, records=own + ((top,) if top else ()))]
+    more = [Cell(values["peak_memory_bytes"] and values["peak_memory_bytes"] / 2**30, None, 1, records=own), Cell(values["joules_per_image"], records=own)]
+    return cells + more * (stage.device == "cuda")
+
+
+def _notes(table: Table, rows: Sequence[Row], device: str, what: str, store: Store, where: str) -> list[str]:
+    tasks = {
+        "forward": "one forward pass of full batches of x, t and y",
+        "training": "a step of the trainer, from loading the batch to the EMA; three forward passes of multiply-accumulates",
+        "sampling": f"guided sampling by {STEPS[device]} steps, twice the batch at each, an image being all of them",
+    }
+    notes = [f"{what}: {tasks[what]}. ± half the interquartile range; rel.: to {table.baseline.label}, timed in turn."]
+    notes.append("fp32: no TF32; tf32: everywhere; bf16: autocast; as_published: PyTorch's defaults (convolutions in TF32, linear layers in fp32), t and y of one image, no final synchronisation.")
+    for stage in ceilings(device):
+        if top := store.latest(stage, where):
+            notes.append(f"measured ceilings, {stage.precision}: {2e-12 * top.values['macs_per_s']:.2f} TFLOP/s in large matrix products, {1e-9 * top.values['bytes_per_s']:.0f} GB/s copying.")
+    if device == "cpu":
+        notes.append("a CPU has one numeric mode here; its ratios are no GPU's.")
+        if any(row.heavy for row in timed_rows(table, rows, device, named=True)):
+            notes.append("large networks take minutes on a CPU: there they are timed only where --rows names them, and are gaps otherwise.")
+    for row in rows:
+        for mode in MODES[device] if row.backbone else ():
+            stage = in_mode(timing_stage(row, table.baseline, device), mode, what)
+            if store.latest(stage, where) is None and (failed := store.latest(stage, where, status="failed")):
+                notes.append(f"{row.label}, {mode}: {failed.error}")
+    return notes
+
+
+def sweep_sheet(row: Row, baseline: Row, device: str, what: str, store: Store, where: str = "records") -> Sheet:
+    """Throughput over the batch size, and the best."""
+    sheet = Sheet(f"{row.label}: {what} over the batch size on this {device}", [("", "batch")] + [(mode, "img/s") for mode in MODES[device]])
+    stages = sweep(row, baseline, device, what)
+    found = {mode: [(stage.batch, record) for stage in stages if stage.precision == mode and (record := store.latest(stage, where))] for mode in MODES[device]}
+    for batch in sorted({batch for records in found.values() for batch, _ in records}):
+        at = [dict(found[mode]).get(batch) for mode in MODES[device]]
+        sheet.rows.append([Cell(words=str(batch))] + [Cell(r.values["images_per_s"], r.values["images_per_s_spread"], 1, records=(r,)) if r else Cell() for r in at])
+    for mode, records in found.items():
+        if records:
+            batch, best = max(records, key=lambda pair: pair[1].values["images_per_s"])
+            sheet.notes.append(f"{mode}: best at batch {batch}, {best.values['images_per_s']:.1f} images a second; batches beyond the last were not tried or do not fit.")
+    return sheet
+
+
+def runtime_sheet(device: str, store: Store, where: str = "records") -> Sheet:
+    """Milliseconds an image of Figure 3's networks."""
+    sheet = Sheet(f"Figure 3: runtime of a forward pass on this {device}, ms an image", [("", "network"), ("", "latent")] + [(mode, "ms") for mode in MODES[device]])
+    rows: dict[tuple[str, int], list[Cell]] = {}
+    for stage in figure_3(device):
+        cells = rows.setdefault((stage.backbone.name, stage.size), [Cell(words=stage.backbone.name), Cell(words=str(stage.size))])
+        record = store.latest(stage, where)
+        rate = record.values["images_per_s"] if record else None
+        cells.append(Cell(1000 / rate, 1000 / rate * record.values["images_per_s_spread"] / rate, records=(record,)) if rate else Cell())
+    sheet.rows += rows.values()
+    sheet.notes.append("The paper's figure prints no numbers, and names a DiS-XL that its authors never described: DiS-H/2 stands here.")
+    return sheet
+
+
+def _number(row: dict[str, str], column: str) -> float | None:
+    return float(row[column]) if row.get(column) else None

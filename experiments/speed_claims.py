@@ -1,0 +1,111 @@
+"""The paper's claims about speed and Gflops, judged from records. No torch."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from experiments.engine.report import Cell, Sheet
+from experiments.engine.spec import Backbone, Timing
+from experiments.engine.store import Record, Store
+from experiments.speed import MODES, in_mode
+from experiments.systems import SYSTEMS, counted
+
+Claim = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A measured speed-up in one numeric mode, and whether it is what a claim says."""
+
+    mode: str
+    device: str
+    value: float
+    error: float
+    holds: bool
+    records: tuple[Record, ...]
+
+
+def claim_stages(claim: Claim, device: str) -> list[Timing]:
+    """The two networks of a claim about throughput, timed in turn in every mode; none where one of them is not to be had."""
+    networks = [_network(claim[side]) for side in ("subject", "baseline")]
+    if None in networks:
+        return []
+    (one, side), (two, _) = networks
+    batch = (4 if side == 32 else 1) if device == "cpu" else 64 if side == 32 else 16
+    return [in_mode(Timing(Backbone(one), side, 4, 1000, batch, device, baseline=Backbone(two)), mode) for mode in MODES[device]]
+
+
+def _network(name: str) -> tuple[str, int] | None:
+    label, _, resolution = name.partition("@")
+    network = label.lower().replace("-", "_").replace("/", "_")
+    return None if network == "dis_xl" else (network, int(resolution) // 8)
+
+
+def ratios(claim: Claim, device: str, store: Store, where: str) -> list[Ratio]:
+    """What was measured of a claim; it holds where the ratio, within two errors and the printed digit, is at least the claimed one."""
+    found = []
+    for stage in claim_stages(claim, device):
+        if record := store.latest(stage, where):
+            value, error = record.values["relative"], record.values["relative_spread"]
+            holds = value >= float(claim["value"]) - half_digit(claim["value"]) - 2 * error
+            name = record.provenance["device"] if device == "cuda" else record.provenance["cpu"]
+            found.append(Ratio(stage.precision, name, value, error, holds, (record,)))
+    return found
+
+
+def verdict(found: Sequence[Ratio]) -> str:
+    """In words, of at least one ratio."""
+    modes = [ratio.mode for ratio in found if ratio.holds]
+    if len(modes) == len(found):
+        return "holds"
+    return "does not hold" if not modes else "holds only as published" if modes == ["as_published"] else f"holds only in {' and '.join(modes)}"
+
+
+def claims_sheet(device: str, store: Store, where: str = "records") -> Sheet:
+    """Every claim about throughput or Gflops: value, error and verdict by mode."""
+    sheet = Sheet(f"Claims about speed and Gflops, measured on this {device}", [("", name) for name in ("claim", "paper", "measured", "verdict", "source")])
+    for name, claim in store.published("claims.csv", ("id",)).items():
+        if claim["metric"] == "throughput":
+            found = ratios(claim, device, store, where)
+            words = "; ".join(f"{ratio.value:.2f} ±{ratio.error:.2f} ({ratio.mode})" for ratio in found)
+            said = verdict(found) if found else "not measured" if claim_stages(claim, device) else "not measurable: nobody described one of the two"
+            cell = Cell(words=words or "-", records=sum((ratio.records for ratio in found), ()))
+        elif claim["metric"] == "gflops":
+            cell, same, _ = gflops(claim, store, where)
+            said = "not counted" if same is None else "holds" if same else "not to the printed digit"
+        else:
+            continue
+        sheet.rows.append([Cell(words=name), Cell(words=claim["value"]), cell, Cell(words=said + (" on this CPU, a proxy" if device == "cpu" and cell.records and claim["metric"] == "throughput" else "")), Cell(words=claim["source"])])
+    sheet.notes.append("measured: ratio of images a second, both timed in turn, ± half the interquartile range, in each numeric mode; Gflops: counted exactly, by the published counter.")
+    return sheet
+
+
+def gflops(claim: Claim, store: Store, where: str) -> tuple[Cell, bool | None, str]:
+    """The counted percentage, or range over sizes, whether it rounds to the claimed one, and what it is of; None where a network is not counted."""
+    sizes = ("S", "B", "L", "XL") if "{" in claim["subject"] else ("",)
+    pairs = [[_counted(_of_size(claim[side], size), store, where) for side in ("subject", "baseline")] for size in sizes]
+    if any(cell.value is None for pair in pairs for cell in pair):
+        return Cell(), None, ""
+    shares = [100 * a.value / b.value for a, b in pairs]
+    found = shares if claim["relation"] == "ratio_percent" else [100 - share for share in shares]
+    limits = claim["value"].split("-")
+    same = all(abs(value - float(limit)) <= half_digit(limit) + 1e-9 for value, limit in zip((min(found), max(found)), limits, strict=False))
+    words = " to ".join(f"{value:.1f}" for value in sorted({min(found), max(found)})) + " %"
+    return Cell(words=words, value=statistics.fmean(found), records=sum((cell.records for pair in pairs for cell in pair), ())), same, "; ".join(f"{a.value:.2f} against {b.value:.2f}" for a, b in pairs)
+
+
+def _of_size(name: str, size: str) -> str:
+    before, brace, after = name.partition("{")
+    return name if not brace else before + size + after.partition("}")[2]
+
+
+def _counted(name: str, store: Store, where: str) -> Cell:
+    label, _, resolution = name.partition("@")
+    return next((counted(system, store, where)[1] for system in SYSTEMS if (system.label, str(system.resolution)) == (label, resolution)), Cell())
+
+
+def half_digit(printed: str) -> float:
+    """Half a unit of the last printed digit."""
+    return 0.5 * 10.0 ** -len(printed.partition(".")[2])
