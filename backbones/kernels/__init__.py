@@ -4,8 +4,10 @@ An `Op` picks the first choice that is installed and supports its arguments, in 
 by name; `used` tells which ran, for the record; `counting` lets an op count itself; `observing` shows what ops are called with.
 """
 
+from backbones.kernels.adaln import adaln
 from backbones.kernels.attention import attention
 from backbones.kernels.causal_conv import causal_conv
+from backbones.kernels.depthwise import depthwise_gelu
 from backbones.kernels.diagonal_ssm import diagonal_ssm
 from backbones.kernels.gated_linear import gated_linear
 from backbones.kernels.linear import linear, pointwise
@@ -14,6 +16,6 @@ from backbones.kernels.op import counting, observing, references, reset_used, us
 from backbones.kernels.selective_scan import selective_scan
 
 __all__ = [
-    "attention", "causal_conv", "counting", "diagonal_ssm", "gated_linear", "linear", "linear_attention", "observing", "pointwise", "references", "reset_used",
-    "selective_scan", "use", "used",
+    "adaln", "attention", "causal_conv", "counting", "depthwise_gelu", "diagonal_ssm", "gated_linear", "linear", "linear_attention", "observing", "pointwise",
+    "references", "reset_used", "selective_scan", "use", "used",
 ]  # fmt: skip

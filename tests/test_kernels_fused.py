@@ -1,0 +1,99 @@
+"""Fused adaLN and depthwise convolution against formulas written out, forward and backward, on awkward sizes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_kernels_gla import with_gradients
+from torch import Tensor
+
+from backbones import kernels
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HERE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
+CHOICES = ["reference"] + ["triton"] * (INTERPRETED or torch.cuda.is_available())
+
+
+def normal(*shapes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def adaln_written_out(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + scale) + shift
+
+
+def depthwise_written_out(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Shifted copies, weighted and added, times the normal distribution function."""
+    half, (height, width) = weight.shape[-1] // 2, x.shape[-2:]
+    padded = torch.nn.functional.pad(x, [half] * 4)
+    taps = [(i, j) for i in range(2 * half + 1) for j in range(2 * half + 1)]
+    z = bias[:, None, None] + sum(weight[:, :, i, j, None] * padded[..., i : i + height, j : j + width] for i, j in taps)
+    return z * torch.special.ndtr(z)
+
+
+def run(choice: str, op: str, *inputs: Tensor) -> Tensor:
+    """The named implementation, on a CPU too where Triton's interpreter stands in for the device."""
+    if choice == "triton" and op == "adaln":
+        from backbones.kernels.adaln_triton import adaln
+
+        return adaln(*inputs, 1e-6)
+    if choice == "triton":
+        from backbones.kernels.depthwise_triton import depthwise_gelu
+
+        return depthwise_gelu(*inputs)
+    with kernels.use(**{op: choice}):
+        return getattr(kernels, op)(*inputs)
+
+
+def agree(op: str, choice: str, inputs: list[Tensor], truth: list[Tensor]) -> None:
+    values = with_gradients(lambda *args: run(choice, op, *args), [part.to(HERE, torch.float32) for part in inputs])
+    for value, expected in zip(values, truth, strict=True):
+        assert value.shape == expected.shape and (value.cpu() - expected).norm() < 2e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize(("n", "tokens", "dim"), [(1, 1, 5), (2, 17, 24), (3, 33, 100)])
+def test_fused_adaln_is_its_formula(choice: str, n: int, tokens: int, dim: int):
+    inputs = normal((n, tokens, dim), (n, 1, dim), (n, 1, dim))
+    agree("adaln", choice, inputs, with_gradients(adaln_written_out, inputs))
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize(("n", "channels", "size", "kernel"), [(1, 3, (1, 1), 3), (2, 70, (5, 7), 3), (2, 13, (9, 4), 5)])
+def test_fused_depthwise_is_its_formula(choice: str, n: int, channels: int, size: tuple[int, int], kernel: int):
+    inputs = normal((n, channels, *size), (channels, 1, kernel, kernel), (channels,))
+    agree("depthwise_gelu", choice, inputs, with_gradients(depthwise_written_out, inputs))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+def test_fused_kernels_run_in_the_interpreter():
+    """In a process of its own: Triton reads the switch when it is imported."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", __file__, "-k", "formula"]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0 and "12 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize(
+    ("module", "name", "constants"),
+    [(m, n, c) for m, c, names in (("adaln_triton", dict(ROWS=16, BLOCK=2048), ("_forward", "_backward")),
+                                   ("depthwise_triton", dict(K=3, PIXELS=64, CHANNELS=64), ("_forward", "_backward_z", "_backward_x"))) for n in names],
+)  # fmt: skip
+def test_fused_kernels_compile_for_a_gpu_that_is_not_here(module: str, name: str, constants: dict[str, int]):
+    triton = pytest.importorskip("triton")
+    from importlib import import_module
+
+    from triton.backends.compiler import GPUTarget
+
+    kernel = getattr(import_module(f"backbones.kernels.{module}"), name)
+    types = {arg: "*fp32" if arg.endswith(("ptr", "terms")) else "fp32" if arg == "eps" else "constexpr" if arg in constants else "i32" for arg in kernel.arg_names}
+    source = triton.compiler.ASTSource(kernel, types, {(kernel.arg_names.index(arg),): value for arg, value in constants.items()})
+    assert triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["cubin"]
