@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.layers import LayerNorm2d, Linear, Pointwise, gated, modulate
+from backbones.layers import Linear, Pointwise, adaln2d, gated
 
 
 class Block(nn.Module):
@@ -15,9 +15,7 @@ class Block(nn.Module):
         super().__init__()
         hidden = int(dim * mlp_ratio)
         self.gelu = gelu
-        self.norm1 = LayerNorm2d()
         self.mixer = mixer
-        self.norm2 = LayerNorm2d()
         self.fc1 = Pointwise(dim, hidden)
         self.fc2 = Pointwise(hidden, dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
@@ -25,6 +23,6 @@ class Block(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         modulation = self.adaLN_modulation(c)[..., None, None].chunk(6, dim=1)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation                 # (N, C, 1, 1)
-        x = gated(x, gate1, self.mixer(modulate(self.norm1(x), shift1, scale1)))  # (N, C, H, W)
-        h = self.fc1(modulate(self.norm2(x), shift2, scale2))                     # (N, rC, H, W)
+        x = gated(x, gate1, self.mixer(adaln2d(x, shift1, scale1)))               # (N, C, H, W)
+        h = self.fc1(adaln2d(x, shift2, scale2))                                  # (N, rC, H, W)
         return gated(x, gate2, self.fc2(F.gelu(h, approximate=self.gelu)))        # (N, C, H, W)

@@ -10,19 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backbones.kernels import depthwise_gelu
 from backbones.layers import (
     ConvFinal,
     ConvStem,
     Downsample,
-    LayerNorm2d,
     Linear,
     Pointwise,
     TimestepEmbedder,
     Upsample,
+    adaln2d,
     check_grid,
     check_stages,
     gated,
-    modulate,
     xavier_flat_,
     xavier_init,
     zero_,
@@ -36,12 +36,10 @@ class DiCoBlock(nn.Module):
     def __init__(self, dim: int, mlp_ratio: float) -> None:
         super().__init__()
         hidden = int(dim * mlp_ratio)
-        self.norm1 = LayerNorm2d()
         self.conv1 = Pointwise(dim, dim)
         self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.ca = nn.Sequential(nn.AdaptiveAvgPool2d(1), Pointwise(dim, dim), nn.Sigmoid())
         self.conv3 = Pointwise(dim, dim)
-        self.norm2 = LayerNorm2d()
         self.conv4 = Pointwise(dim, hidden)
         self.conv5 = Pointwise(hidden, dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
@@ -49,9 +47,9 @@ class DiCoBlock(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         modulation = self.adaLN_modulation(c)[..., None, None].chunk(6, dim=1)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation                           # (N, C, 1, 1)
-        h = F.gelu(self.conv2(self.conv1(modulate(self.norm1(x), shift1, scale1))))         # (N, C, H, W)
+        h = depthwise_gelu(self.conv1(adaln2d(x, shift1, scale1)), self.conv2.weight, self.conv2.bias)  # (N, C, H, W)
         x = gated(x, gate1, self.conv3(h * self.ca(h)))                                     # (N, C, H, W)
-        h = F.gelu(self.conv4(modulate(self.norm2(x), shift2, scale2)))                     # (N, rC, H, W)
+        h = F.gelu(self.conv4(adaln2d(x, shift2, scale2)))                                  # (N, rC, H, W)
         return gated(x, gate2, self.conv5(h))                                               # (N, C, H, W)
 
 

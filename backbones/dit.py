@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from backbones.kernels import attention
+from backbones.kernels import adaln, attention
 from backbones.layers import (
     LabelEmbedder,
     Linear,
@@ -17,7 +17,6 @@ from backbones.layers import (
     TimestepEmbedder,
     check_grid,
     gated,
-    modulate,
     sincos_position,
     unpatchify,
     xavier_flat_,
@@ -45,16 +44,14 @@ class DiTBlock(nn.Module):
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.attn = SelfAttention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), approximate="tanh")
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)  # (N, 1, D)
-        x = gated(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1)))  # (N, T, D)
-        return gated(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))  # (N, T, D)
+        x = gated(x, gate1, self.attn(adaln(x, shift1, scale1)))  # (N, T, D)
+        return gated(x, gate2, self.mlp(adaln(x, shift2, scale2)))  # (N, T, D)
 
 
 class DiT(nn.Module):

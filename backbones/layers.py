@@ -112,6 +112,13 @@ def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     return torch.addcmul(x, gate, branch)
 
 
+def adaln2d(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm over the channels of each pixel, shifted and scaled: (N, C, H, W), (N, C, 1, 1) twice -> (N, C, H, W)."""
+    rows = x.permute(0, 2, 3, 1).flatten(1, 2)                                           # (N, HW, C), as it lies where channels are last
+    rows = kernels.adaln(rows, shift.flatten(1)[:, None], scale.flatten(1)[:, None])
+    return rows.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+
 class Downsample(nn.Module):
     """3x3 convolution to half the channels, then pixel-unshuffle: (N, C, H, W) -> (N, 2C, H/2, W/2)."""
 

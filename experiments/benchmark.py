@@ -1,9 +1,7 @@
 """Measure what this suite promises of its own speed: `python experiments/benchmark.py`.
 
 Counting every row of Tables 1 (DiT, DiCo), 3, 4 and 5 on the meta device; `--report` and whether it stays without
-torch; a training step and a sampling step of dico_s and dit_s_2. With `--against dico_s=FILE:NAME` the same steps of
-another implementation (constructor NAME in FILE) run in turn with ours under the same loop. `--main-job` runs
-`--table 4` from nothing in a temporary folder and prints its seconds and peak memory. `--latents` times the loader alone:
+torch. `--main-job` runs `--table 4` from nothing in a temporary folder and prints its seconds and peak memory. `--latents` times the loader alone:
 32 x 32 x 4 moments, drawn anew, from a warm page cache in two threads. `--checkpoints` measures how long training stalls
 for a checkpoint, in the copy and by the writing beside it.
 """
@@ -11,7 +9,6 @@ for a checkpoint, in the copy and by the writing beside it.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import statistics
 import subprocess
 import sys
@@ -20,12 +17,8 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from experiments.engine.store import REPOSITORY
-
-if TYPE_CHECKING:
-    from torch import nn
 
 SCRIPT = REPOSITORY / "experiments" / "ablation.py"
 BATCH, PAIRS = 4, 7
@@ -33,7 +26,6 @@ BATCH, PAIRS = 4, 7
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--against", nargs="*", default=[], metavar="BACKBONE=FILE:NAME", help="other implementations to time in turn with ours")
     parser.add_argument("--main-job", action="store_true", help="run the whole main job and report seconds and peak memory")
     parser.add_argument("--latents", action="store_true", help="time the loader of latents and nothing else")
     parser.add_argument("--checkpoints", action="store_true", help="measure what a checkpoint costs and nothing else")
@@ -44,15 +36,8 @@ def main() -> int:
     if args.latents:
         _latents()
         return 0
-    try:
-        others = dict(_other(text) for text in args.against)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     _report()
     _counts()
-    for name in ("dico_s", "dit_s_2"):
-        _steps(name, others.get(name))
     if args.main_job:
         _main_job()
     return 0
@@ -78,76 +63,6 @@ def _counts() -> None:
     for spec in specs:
         cost.run(spec)
     print(f"counts: {len(specs)} networks in {time.perf_counter() - started:.1f} s")
-
-
-def _other(text: str) -> tuple[str, Callable[[], nn.Module]]:
-    name, _, where = text.partition("=")
-    file, _, constructor = where.rpartition(":")
-    if name not in ("dico_s", "dit_s_2") or not Path(file).is_file():
-        raise ValueError(f"--against takes dico_s=FILE:NAME or dit_s_2=FILE:NAME with an existing file, got {text!r}")
-    spec = importlib.util.spec_from_file_location(f"other_{name}", file)
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(Path(file).resolve().parent))
-    spec.loader.exec_module(module)
-    sys.path.pop(0)
-    return name, getattr(module, constructor)
-
-
-def _steps(name: str, other: Callable[[], nn.Module] | None) -> None:
-    import torch
-
-    from experiments.engine.spec import Backbone
-    from experiments.engine.train import build
-
-    models = [build(Backbone(name), 0, torch.device("cpu"))] + ([other()] if other else [])
-    for label, make in (("training", _training_step), ("sampling", _sampling_step)):
-        steps = [make(model) for model in models]
-        for step in steps:
-            step()
-        times = [[_seconds(step) for step in steps] for _ in range(PAIRS)]
-        line = f"{name} {label} step, batch {BATCH}: {statistics.median(t[0] for t in times):.3f} s"
-        if other:
-            ratios = [theirs / ours for ours, theirs in times]
-            line += f"; the other takes {statistics.median(ratios):.2f} times as long ({min(ratios):.2f} to {max(ratios):.2f} over {PAIRS} pairs)"
-        print(line, flush=True)
-
-
-def _training_step(model: nn.Module) -> Callable[[], None]:
-    import copy
-
-    import torch
-
-    from experiments.engine.diffusion import IDDPM
-    from experiments.engine.train import update_ema
-
-    model.train()
-    ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, fused=True)
-    diffusion, (x, t, y) = IDDPM.linear(), _batch()
-
-    def step() -> None:
-        diffusion.losses(model, x, y, t, torch.randn_like(x))["loss"].mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        update_ema(ema, model, 0.9999)
-
-    return step
-
-
-def _sampling_step(model: nn.Module) -> Callable[[], None]:
-    import torch
-
-    from experiments.engine.diffusion import IDDPM
-
-    model.eval()
-    diffusion, (x, t, y) = IDDPM.linear().respaced(250), _batch()
-
-    @torch.no_grad()
-    def step() -> None:
-        mean, log_variance, _ = diffusion.posterior(x, 100, model(x, t, y))
-        torch.addcmul(mean, (0.5 * log_variance).exp(), torch.randn_like(x))
-
-    return step
 
 
 def _checkpoints() -> None:
@@ -181,12 +96,6 @@ def _checkpoints() -> None:
     slowed = sum(during) - usual * len(during)
     print(f"checkpoint of {size / 1e9:.2f} GB: copied in {writer.stalled:.2f} s, written in {seconds:.1f} s beside {len(during)} steps, which took {slowed:.2f} s longer")
     print(f"stall every {every} steps of {usual:.3f} s: {(writer.stalled + slowed) / (every * usual):.3%}")
-
-
-def _batch() -> tuple:
-    import torch
-
-    return torch.randn(BATCH, 4, 32, 32), torch.full((BATCH,), 400), torch.arange(BATCH)
 
 
 def _seconds(step: Callable[[], None]) -> float:

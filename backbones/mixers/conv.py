@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backbones.kernels import depthwise_gelu
 from backbones.layers import Pointwise
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
@@ -53,8 +54,12 @@ class ConvModule(nn.Module):
         self.pointwise_out = Pointwise(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.activation(self.depthwise(self.pointwise_in(x)))  # (N, C, H, W)
-        return self.pointwise_out(self.channel(x))                 # (N, C, H, W)
+        x = self.pointwise_in(x)                                             # (N, C, H, W)
+        if self.activation is F.gelu:
+            x = depthwise_gelu(x, self.depthwise.weight, self.depthwise.bias)
+        else:
+            x = self.activation(self.depthwise(x))
+        return self.pointwise_out(self.channel(x))                           # (N, C, H, W)
 
 
 class CompactChannelAttention(nn.Module):

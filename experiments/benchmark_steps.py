@@ -1,0 +1,224 @@
+"""Training and sampling steps of this suite beside those of another implementation: `python experiments/benchmark_steps.py`.
+
+    python experiments/benchmark_steps.py --against dico_s=dico_models.py:DiCo_S dit_s_2=models.py:DiT_S_2
+    python experiments/benchmark_steps.py --networks dico_xl dit_xl_2 --device cuda --precision tf32 bf16 --compile --graphs
+
+FILE:NAME is a constructor without arguments in a file of yours. Up to four things run in turn, so that the machine's drift cancels:
+`ours`, the trainer or the sampler as runs use them; `bare`, our network in the shortest loop, model, backward, step, whose excess
+is the suite's overhead; `plain`, our network in a plain loop (iDDPM loss, PyTorch's default AdamW, EMA by parameter), and
+`theirs`, the other network in that same plain loop. Every comparison is a record of kind `steps`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import importlib.util
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.engine.store import Store, provenance
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SHOWN = (("theirs / ours", "theirs", "ours"), ("theirs / plain", "theirs", "plain"), ("overhead, ours / bare", "ours", "bare"))
+BATCH = {"cpu": 4, "cuda": 64}
+SAMPLED = {"cpu": 2, "cuda": 10}  # steps of a loop of sampling
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What is compared: a network's step on one device in one numeric mode; `other` is the SHA-256 of the other implementation's file."""
+
+    network: str
+    what: str
+    batch: int
+    device: str
+    precision: str
+    compile: bool = False
+    graphs: bool = False
+    other: str | None = None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=["dico_s", "dit_s_2"], metavar="BACKBONE")
+    parser.add_argument("--against", nargs="*", default=[], metavar="BACKBONE=FILE:NAME", help="other implementations")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", nargs="+", choices=("fp32", "tf32", "bf16"), default=["fp32"])
+    parser.add_argument("--batch", type=int, default=None, help="default: 4 on a CPU, 64 on a GPU")
+    parser.add_argument("--tasks", nargs="+", choices=("training", "sampling"), default=["training", "sampling"])
+    parser.add_argument("--compile", action="store_true", help="ours by torch.compile")
+    parser.add_argument("--graphs", action="store_true", help="our sampler by CUDA graphs")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="results folder (default: results)")
+    args = parser.parse_args()
+    store = Store(args.results)
+    try:
+        others = dict(_other(text) for text in args.against)
+        if args.rounds < 3 or (args.batch or 1) < 1:
+            raise ValueError("--rounds must be at least 3 and --batch at least 1")
+        store.check_writable()
+        from experiments.engine.execute import require_device
+
+        require_device(args.device)
+        for name in args.networks:
+            for mode in args.precision:
+                for what in args.tasks:
+                    spec = Steps(name, what, args.batch or BATCH[args.device], args.device, mode, args.compile, args.graphs and what == "sampling")
+                    measure(spec, others.get(name), args.rounds, store)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _other(text: str) -> tuple[str, tuple[Path, str]]:
+    name, _, where = text.partition("=")
+    file, _, constructor = where.rpartition(":")
+    if not constructor.isidentifier() or not Path(file).is_file():
+        raise ValueError(f"--against takes BACKBONE=FILE:NAME with an existing file, got {text!r}")
+    return name, (Path(file), constructor)
+
+
+def measure(spec: Steps, other: tuple[Path, str] | None, rounds: int, store: Store) -> None:
+    """Time the tasks of a comparison in turn, print and record it."""
+    import dataclasses
+
+    import torch
+
+    from backbones import kernels
+    from experiments.engine.precision import flags, precision
+    from experiments.engine.timing import half_quartiles, seconds
+
+    device = torch.device(spec.device)
+    with precision(spec.precision, device):
+        kernels.reset_used()
+        tasks = _tasks(spec, _load(*other) if other else None, device)
+        if other:
+            spec = dataclasses.replace(spec, other=hashlib.sha256(other[0].read_bytes()).hexdigest())
+        for task in tasks.values():
+            for _ in range(3):
+                task()
+        repeats = max(1, round(0.2 / seconds(tasks["ours"], device))) if device.type == "cuda" else 1
+        found = [{name: seconds(task, device, repeats) for name, task in tasks.items()} for _ in range(rounds)]
+        in_force = flags()
+    values: dict[str, Any] = {f"{name}_s": statistics.median(one[name] for one in found) for name in tasks} | {"rounds": rounds} | in_force
+    line = f"{spec.network} {spec.what}, {spec.precision}, batch {spec.batch}, {spec.device}: ours {1e3 * values['ours_s']:.1f} ms"
+    for label, above, below in SHOWN:
+        if above in tasks and below in tasks:
+            ratios = [one[above] / one[below] for one in found]
+            values |= {label: statistics.median(ratios), f"{label}, spread": half_quartiles(ratios)}
+            line += f"; {label} {statistics.median(ratios):.3f} ±{half_quartiles(ratios):.3f}"
+    print(line, flush=True)
+    device_name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    more = {"torch": torch.__version__, "device": device_name, "threads": torch.get_num_threads(), "kernels": kernels.used(), "precision_flags": in_force}
+    store.append(spec, "done", values, provenance() | more)
+
+
+def _load(file: Path, constructor: str) -> nn.Module:
+    spec = importlib.util.spec_from_file_location(f"other_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(file.resolve().parent))
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise ValueError(f"{file.name} needs {error.name}, which is not installed") from None
+    finally:
+        sys.path.pop(0)
+    return getattr(module, constructor)()
+
+
+def _tasks(spec: Steps, other: nn.Module | None, device: Any) -> dict[str, Callable[[], Any]]:
+    from experiments.engine.spec import Backbone, Cost, Timing
+    from experiments.engine.timing import task
+    from experiments.engine.train import build
+
+    network = Cost(Backbone(spec.network), 32, 4, 1000)
+    timed = Timing(network.backbone, 32, 4, 1000, spec.batch, spec.device, spec.precision, what=spec.what, num_steps=SAMPLED[spec.device], compile=spec.compile, graphs=spec.graphs)
+    tasks = {"ours": task(network, timed, device)}
+    if spec.what == "training":
+        tasks["bare"] = _bare(build(Backbone(spec.network), 0, device), spec.batch)
+    loop = _plain_training if spec.what == "training" else _plain_sampling
+    tasks["plain"] = loop(build(Backbone(spec.network), 0, device), spec.batch, SAMPLED[spec.device])
+    if other is not None:
+        tasks["theirs"] = loop(other.to(device), spec.batch, SAMPLED[spec.device])
+    return tasks
+
+
+def _bare(model: nn.Module, batch: int) -> Callable[[], None]:
+    """The least that a training step can be: the network on noise, backward, AdamW."""
+    import torch
+
+    x, t, y = _batch(model, batch)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, fused=True)
+    model.train()
+
+    def step() -> None:
+        loss = model(x, t, y).float().square().mean()
+        with torch.autocast(x.device.type, enabled=False):
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _plain_training(model: nn.Module, batch: int, _: int) -> Callable[[], None]:
+    import torch
+
+    from experiments.engine.diffusion import IDDPM
+
+    ema = copy.deepcopy(model).requires_grad_(False)
+    x, t, y = _batch(model, batch)
+    optimizer, diffusion = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0), IDDPM.linear().to(x.device)
+    model.train()
+
+    def step() -> None:
+        loss = diffusion.losses(model, x, y, t, torch.randn_like(x))["loss"].mean()
+        with torch.autocast(x.device.type, enabled=False):
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for averaged, parameter in zip(ema.parameters(), model.parameters(), strict=True):
+                averaged.mul_(0.9999).add_(parameter.data, alpha=1e-4)
+
+    return step
+
+
+def _plain_sampling(model: nn.Module, batch: int, steps: int) -> Callable[[], None]:
+    import torch
+
+    from experiments.engine.diffusion import IDDPM
+    from experiments.engine.samplers import Guided
+
+    model.eval()
+    x, t, y = _batch(model, batch)
+    diffusion, guided = IDDPM.linear().respaced(250).to(x.device), Guided(model, 1.5, 1000, channels=None)
+
+    @torch.no_grad()
+    def loop() -> None:
+        image = torch.randn_like(x)
+        for i in range(steps):
+            mean, log_variance, _ = diffusion.posterior(image, 200 - i, guided(image, t, y))
+            image = mean + (0.5 * log_variance).exp() * torch.randn_like(x)
+
+    return loop
+
+
+def _batch(model: nn.Module, batch: int) -> tuple:
+    import torch
+
+    device = next(model.parameters()).device
+    return torch.randn(batch, 4, 32, 32, device=device), torch.full((batch,), 400, device=device), torch.arange(batch, device=device)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
