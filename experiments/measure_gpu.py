@@ -8,6 +8,8 @@ records as it goes, so a part that the time cuts off has lost one stage at most,
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -57,9 +59,12 @@ def main() -> int:
         results = ["--results", str(args.results.resolve())] if args.results and "pytest" not in command else []
         started = time.monotonic()
         print(f"== {name}", flush=True)
+        running = subprocess.Popen([sys.executable, *command, *results], cwd=REPOSITORY, start_new_session=True)
         try:
-            status = subprocess.run([sys.executable, *command, *results], cwd=REPOSITORY, timeout=left, check=False).returncode
+            status = running.wait(left)
         except subprocess.TimeoutExpired:
+            os.killpg(running.pid, signal.SIGTERM)  # its workers too, which would keep the device
+            running.wait()
             status = "cut off by the time"
         good = good and status == 0
         print(f"== {name}: {'done' if status == 0 else status} after {time.monotonic() - started:.0f} s", flush=True)
