@@ -90,7 +90,6 @@ FirstJobId=$((1000 + $(date +%s) % 5000000 * 10))
 JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-SlurmctldParameters=preempt_send_user_signal
 KillWait=5
 SlurmdTimeout=10
 DefMemPerNode=4000

@@ -1,16 +1,18 @@
 """Signals that ask a job to stop: they set a flag, and the run stops at its next step. Standard library only.
 
 USR2 (what a scheduler sends before a time limit or a preemption) means save and go back to the queue; TERM means save and
-end. Local runs, which an interrupt ends, keep the system's meaning of both.
+end, unless the scheduler that sent it means the former. Local runs, which an interrupt ends, keep the system's meaning of both.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import threading
 import time
+from contextlib import suppress
 
 from experiments.engine.heartbeat import job_id, queue_id
 
@@ -38,6 +40,22 @@ def listen() -> None:
 def asked() -> int:
     """What this process was asked so far: NO, STOP or REQUEUE."""
     return _asked
+
+
+def meant(how: int) -> int:
+    """What a request asks of this job: TERM is also how a scheduler that sends no USR2 makes room or ends a job's time.
+
+    It says so: a running job has a time of its preemption, one out of time that reason. Any other TERM (scancel; a requeue,
+    which is under way already) means STOP, and so does one about which the scheduler does not answer.
+    """
+    if how != STOP or job_id() is None:
+        return how
+    with suppress(OSError, subprocess.TimeoutExpired):
+        shown = subprocess.run(["scontrol", "-o", "show", "job", queue_id()], capture_output=True, text=True, timeout=20, check=False).stdout
+        said = dict(re.findall(r"\b(JobState|Reason|PreemptTime)=(\S+)", shown))
+        preempted = said.get("JobState") == "RUNNING" and said.get("PreemptTime", "None") not in ("None", "N/A", "Unknown")
+        return REQUEUE if preempted or said.get("Reason") == "TimeLimit" else STOP
+    return STOP
 
 
 def yield_to_terminations() -> None:

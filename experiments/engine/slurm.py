@@ -129,7 +129,7 @@ def _state(job: Job, store: Store, submission: scheduler.Submission | None, queu
         return "done", ""
     train = next((stage for stage in job.stages if isinstance(stage, Train)), None)
     beats = [heartbeat.read(store.run_dir(stage)) for stage in job.stages if isinstance(stage, Train | Evaluate)]
-    beat = max(filter(None, beats), key=lambda beat: beat["updated"], default=None)
+    beat = min(filter(None, beats), key=lambda beat: beat["age"], default=None)
     where = f"job {submission.job}" if submission else ""
     if queued and not queued.over:
         reached = f", at {_progress(beat, train)}" if beat and beat.get("step") else ""
