@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,8 @@ from experiments.engine.plan import Chosen
 from experiments.engine.site import Site, load_site
 from experiments.engine.spec import spec_id
 from experiments.engine.store import REPOSITORY, Store
-from experiments.protocols import DIGITS, IMAGENET256, train_stage
+from experiments.protocols import DIGITS, IMAGENET256, PROTOCOLS, Protocol, cost_stage, train_stage
+from experiments.run import TABLES as RUN_TABLES
 
 TABLE = TABLES[4]
 SCRIPTS = sorted(path for path in (REPOSITORY / "slurm").glob("*.sh") if path.name not in ("env.sh", "job.sh"))
@@ -57,7 +58,9 @@ def test_a_row_overrides_the_file_and_the_environment_both(tmp_path: Path):
         ('[rows."DiCo-S"]\nnods = 2', {}, 'rows."DiCo-S": unknown nods'),
         ('nodes = "2"', {}, "nodes is a int, not '2'"),
         ("nodes = true", {}, "nodes is a int, not True"),
-        ("nodes = 0", {}, "1 or more"),
+        ("nodes = 0", {}, "nodes is 1 or more, not 0"),
+        ("keep = 0", {}, "keep is 1 or more, not 0"),
+        ("milestones = -1", {}, "milestones is 0 or more, not -1"),
         ("nodes =", {}, "cannot be read"),
         ('time = "24h"', {}, "[days-]hours:minutes:seconds, not '24h'"),
         ('time = "0:03:30"', {}, "less than a minute before the signal"),
@@ -128,13 +131,72 @@ def test_rows_with_resources_of_their_own_are_an_array_of_their_own(tmp_path: Pa
     assert [(site.nodes, [job.label for job in jobs]) for site, jobs in groups[1:]] == [(1, ["DiCo-S, seed 0"]), (2, ["GELU->ReLU, seed 0"])]
 
 
-def test_gpu_hours_come_from_recorded_throughput_and_else_from_the_protocol(tmp_path: Path):
-    store, stage = Store(tmp_path), train_stage(TABLE.baseline, IMAGENET256, 0)
-    assert plan.gpu_hours(stage, IMAGENET256, store) == (88.0, "the protocol's 11 h on 8 A100")
-    assert plan.gpu_hours(train_stage(TABLE.baseline, DIGITS, 0), DIGITS, store) is None
-    store.append(replace(stage, seed=1), "done", {"images_per_s": 4000.0}, {"device": "H200", "world_size": 4})
-    hours, source = plan.gpu_hours(stage, IMAGENET256, store)
-    assert hours == pytest.approx(400_000 * 256 / 4000 / 3600 * 4) and "H200" in source
+def expected(label: str, table: int, protocol: Protocol, store: Store, device: str = "cuda") -> tuple[float, str]:
+    """Seconds of a GPU an image, and their source."""
+    where = RUN_TABLES[table]
+    return plan.seconds_an_image(where.row(label), Chosen(where, where.rows, protocol, [0], device), store)
+
+
+def test_expected_cost_comes_from_the_row_then_from_gflops_and_is_else_unknown(tmp_path: Path):
+    store = Store(tmp_path)
+    assert expected("DiCo-S", 4, IMAGENET256, store) == (8 * 11 * 3600 / (400_000 * 256), "the paper's training time on A100 (Table 6)")
+    assert expected("GELU->ReLU", 4, IMAGENET256, store) is None and expected("DiCo-S", 4, DIGITS, store) is None  # nothing is counted yet
+    for label, macs in (("DiCo-S", 4e9), ("GELU->ReLU", 5e9), ("DWC 5x5", 6e9)):
+        store.append(cost_stage(TABLE.row(label)), "done", {"macs_core": macs}, {})
+    seconds, source = expected("GELU->ReLU", 4, IMAGENET256, store)
+    assert seconds == pytest.approx(8 * 11 * 3600 / (400_000 * 256) * 5 / 4) and source.endswith("A100 (Table 6) of DiCo-S, by counted Gflops")
+    store.append(train_stage(TABLE.baseline, IMAGENET256, 1), "done", {"images_per_s": 4000.0}, {"device": "H200", "world_size": 4})
+    assert expected("DiCo-S", 4, IMAGENET256, store) == (pytest.approx(1e-3), "recorded throughput on H200")
+    assert expected("DWC 5x5", 4, IMAGENET256, store) == (pytest.approx(1.5e-3), "recorded throughput on H200 of DiCo-S, by counted Gflops")
+    store.append(train_stage(TABLE.row("DWC 5x5"), IMAGENET256, 0), "done", {"images_per_s": 1000.0}, {"device": "H200", "world_size": 1})
+    assert expected("GELU->ReLU", 4, IMAGENET256, store)[0] == pytest.approx((1e-3 * 5 / 4 + 1e-3 * 5 / 6) / 2)
+    assert expected("DiCo-S", 4, IMAGENET256, store, "cpu") is None
+
+
+def test_a_plan_says_what_every_own_recipe_costs_or_that_it_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DICO_SLURM_SITE", written(tmp_path, "checkpoint_every = 1")["DICO_SLURM_SITE"])
+    table, own = RUN_TABLES[8], PROTOCOLS["imagenet256_own"]
+    store, runs = Store(tmp_path, REPOSITORY / "results" / "reference"), Chosen(RUN_TABLES[8], RUN_TABLES[8].rows, own, [0], "cuda")
+    text = slurm.describe(runs, store)
+    costs = re.findall(r"^(.+), seed 0: (?:about (\S+) GPU-hours of training, by .*Table 6|GPU-hours of training unknown)", text, re.M)
+    assert {label for label, _ in costs} == {job.label.removesuffix(", seed 0") for job in runs.trainings()} and table.row("DiCo-XL").label in dict(costs)
+    assert float(dict(costs)["DiCo-H"]) == pytest.approx(64 * 113, rel=1e-2) and all(float(hours) > 0 for _, hours in costs if hours)
+
+
+def test_resources_for_a_row_that_no_table_declares_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DICO_SLURM_SITE", written(tmp_path, '[rows."DiCo-Q"]\nnodes = 2\n[rows."DiCo-S"]\nnodes = 2\n')["DICO_SLURM_SITE"])
+    assert main(TABLES, None, ["--table", "4", "--cluster", "slurm", "--dry-run", "--results", str(tmp_path / "results")]) == 0
+    assert capsys.readouterr().err == "warning: the site file has resources for 'DiCo-Q', which no table of this script declares\n"
+
+
+def test_a_job_of_its_own_script_shows_and_is_not_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    store, runs = Store(tmp_path), Chosen(RUN_TABLES[1], [RUN_TABLES[1].row("DiCo-S")], IMAGENET256, [0], "cuda")
+    calls = tmp_path / "bin"
+    calls.mkdir()
+    for name, text in {"squeue": f"cat {tmp_path}/queue", "scancel": f'echo "$@" >> {tmp_path}/cancelled; echo "scancel: error: Invalid job id" >&2; exit 1'}.items():
+        (calls / name).write_text(f"#!/bin/sh\n{text}\n")
+        (calls / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(calls), prepend=os.pathsep)
+    (tmp_path / "queue").write_text("7|PENDING|Priority|dico_s\n")
+    assert re.search(r"DiCo-S, seed 0 +waiting +pending: Priority \(job 7, by the batch script", slurm.status(runs, store))
+    stages = [spec_id(stage) for stage in runs.trainings()[0].stages]
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "dico_s", "DICO_LOG": str(tmp_path / "log")}.items():
+        monkeypatch.setenv(name, value)
+    scheduler.remember_this_job(tmp_path, "DiCo-S, seed 0", stages)
+    scheduler.remember_this_job(tmp_path, "DiCo-S, seed 0", stages)  # after a requeue
+    (tmp_path / "queue").write_text("7|RUNNING|None|dico_s\n")
+    assert len(scheduler.submitted(tmp_path, stages)) == 1 and re.search(r"DiCo-S, seed 0 +running +starting \(job 7\)", slurm.status(runs, store))
+    assert [found.job for found in scheduler.waiting_or_running(tmp_path, stages)] == ["7"] and not scheduler.cancel(tmp_path, stages)
+    scheduler.remember(tmp_path, [scheduler.Submission((stage,), "x", f"8_{k}", "dico-x", "log") for k, stage in enumerate(stages)])
+    (tmp_path / "queue").write_text("7|RUNNING|None|dico_s\n8_0|COMPLETING|None|dico-x\n8_1|COMPLETING|None|dico-x\n")
+    assert [one.job for one in scheduler.cancel(tmp_path, stages)] == ["8_0", "8_1"] and (tmp_path / "cancelled").read_text() == "8_0 8_1\n"
+    (tmp_path / "queue").write_text("8_0|RUNNING|None|dico-x\n")
+    with pytest.raises(ValueError, match="^scancel: Invalid job id$"):
+        scheduler.cancel(tmp_path, stages)
+    (tmp_path / "queue").write_text("7|FAILED|NonZeroExitCode|dico_s\n")
+    (tmp_path / "log").write_text("its last words\n")
+    scheduler.ledger(tmp_path).write_text(scheduler.ledger(tmp_path).read_text().splitlines()[0] + "\n")
+    assert re.search(r"failed +failed without a record \(job 7\)\n +\| its last words", slurm.status(runs, store))
 
 
 def test_a_run_nobody_submitted_shows_by_its_heartbeat(tmp_path: Path):
@@ -191,9 +253,6 @@ def test_a_scheduler_that_does_not_answer_is_given_up(tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_a_script_names_a_declared_run_and_the_processes_that_it_takes(script: Path):
-    from experiments.run import TABLES as RUN_TABLES
-    from experiments.protocols import PROTOCOLS
-
     text = script.read_text()
     table, row, protocol = re.search(r"--table (\S+) --row (\S+) --protocol (\S+)", text).groups()
     (job,) = Chosen(RUN_TABLES[int(table)], [RUN_TABLES[int(table)].row(row)], PROTOCOLS[protocol], [0], "cuda").trainings()
