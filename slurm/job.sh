@@ -8,7 +8,7 @@ source slurm/env.sh || { echo "error: slurm/env.sh failed; is this the repositor
 : "${PYTHON:=.venv/bin/python}"
 RESULTS=${SUBMITTED_FROM:-${RESULTS:-results}}  # what a command submitted goes where that command looks for it
 mkdir -p "$RESULTS/submissions" || { echo "error: $(hostname): cannot write results to $RESULTS; change RESULTS or --results" >&2; exit 2; }
-DICO_LOG=$(readlink -f /proc/self/fd/1)
+DICO_LOG=$(readlink -f "/proc/$$/fd/1")
 export DICO_LOG
 export DICO_JOB=$RESULTS/submissions/job-$SLURM_JOB_ID
 rm -f "$DICO_JOB.failed"
