@@ -35,7 +35,7 @@ def main() -> int:
     parser.add_argument("--protocol", choices=list(PROTOCOLS), default="digits")
     parser.add_argument("--seed", type=int, default=0, help="training seed (default: 0)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the site's, which is GPUs unless gpus_per_node is 0")
-    parser.add_argument("--results", type=Path, default=os.environ.get("RESULTS"), metavar="DIR", help="results folder (default: $RESULTS, else results)")
+    parser.add_argument("--results", type=Path, default=os.environ.get("RESULTS") or None, metavar="DIR", help="results folder (default: $RESULTS, else results)")
     args = parser.parse_args()
     table, protocol = TABLES[args.table], PROTOCOLS[args.protocol]
     try:

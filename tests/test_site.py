@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from test_command_line import TABLE as TINY
 
+from experiments import run
 from experiments.ablation import TABLES
 from experiments.engine import heartbeat, plan, scheduler, site, slurm
 from experiments.engine.cli import main
-from experiments.engine.cluster import parameters, sbatch_text
+from experiments.engine.cluster import _tell, given, parameters, sbatch_text
 from experiments.engine.files import written_whole
 from experiments.engine.launch import Job
 from experiments.engine.plan import Chosen
@@ -24,9 +25,9 @@ from experiments.engine.site import Site, load_site
 from experiments.engine.spec import spec_id
 from experiments.engine.store import REPOSITORY, Store
 from experiments.protocols import DIGITS, IMAGENET256, PROTOCOLS, Protocol, cost_stage, train_stage
-from experiments.run import TABLES as RUN_TABLES
 
 TABLE = TABLES[4]
+RUN_TABLES = run.TABLES
 SCRIPTS = sorted(path for path in (REPOSITORY / "slurm").glob("*.sh") if path.name not in ("env.sh", "job.sh"))
 
 
@@ -76,6 +77,15 @@ def test_a_bad_site_is_one_line(text: str, environment: dict[str, str], words: s
     with pytest.raises(ValueError) as caught:
         load_site("DiCo-S", written(tmp_path, text) | environment)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_trainer_takes_what_the_site_gives_and_its_own_defaults_are_the_same(tmp_path: Path):
+    from experiments.engine.train import Resources
+
+    assert Resources(**given(Site(gpus_per_node=0))) == Resources()
+    text = "keep = 5\nmilestones = 100\nmicro_batch = 8\nsample_batch = 4\ncollective_seconds = 60"
+    site = load_site("DiCo-S", written(tmp_path, text))
+    assert Resources(**given(site)) == Resources("cuda", micro_batch=8, sample_batch=4, keep=5, milestones=100, timeout=60.0)
 
 
 @pytest.mark.parametrize("text, seconds", [("24:00:00", 86400), ("2-01:00:30", 176430), ("0:05:00", 300)])
@@ -167,6 +177,30 @@ def test_resources_for_a_row_that_no_table_declares_are_reported(tmp_path: Path,
     monkeypatch.setenv("DICO_SLURM_SITE", written(tmp_path, '[rows."DiCo-Q"]\nnodes = 2\n[rows."DiCo-S"]\nnodes = 2\n')["DICO_SLURM_SITE"])
     assert main(TABLES, None, ["--table", "4", "--cluster", "slurm", "--dry-run", "--results", str(tmp_path / "results")]) == 0
     assert capsys.readouterr().err == "warning: the site file has resources for 'DiCo-Q', which no table of this script declares\n"
+    monkeypatch.setattr(sys, "argv", ["run.py", "--table", "1", "--row", "DiCo-S", "--results", str(tmp_path / "results")])
+    assert run.main() == 2 and capsys.readouterr().err == "error: the site file has resources for 'DiCo-Q', which no table declares\n"
+    assert not (tmp_path / "results").exists()
+
+
+def test_results_go_where_the_environment_says_unless_the_command_does(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RESULTS", str(tmp_path / "a"))
+    for options, folder in (([], "a"), (["--results", str(tmp_path / "b")], "b")):
+        assert main(TABLES, None, ["--table", "4", "--cluster", "slurm", "--dry-run", *options]) == 0
+        assert f"SUBMITTED_FROM={tmp_path / folder}\n" in capsys.readouterr().out
+
+
+def test_a_job_here_is_told_of_by_what_it_recorded_itself(tmp_path: Path):
+    store, job, heard = Store(tmp_path), chosen(DIGITS, "cpu").trainings()[0], []
+    old = store.append(job.stages[0], "failed", {}, {}, "an error of long ago")
+
+    def notify(job: Job, event: str, payload: object) -> None:
+        heard.append((event, payload))
+
+    assert not _tell(job, RuntimeError("killed"), Store(tmp_path), tmp_path / "log", old.utc[:-1] + "a", notify)
+    assert heard == [("error", f"killed (its log: {tmp_path / 'log'})"), ("end", None)]
+    heard.clear()
+    assert not _tell(job, RuntimeError("failed"), Store(tmp_path), tmp_path / "log", old.utc, notify)
+    assert [event for event, _ in heard] == ["record", "end"]
 
 
 def test_a_job_of_its_own_script_shows_and_is_not_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

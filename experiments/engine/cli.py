@@ -112,7 +112,7 @@ def _parse(tables: dict[int, Table], description: str | None, arguments: Sequenc
     parser.add_argument("--cancel", action="store_true", help="cancel what this command submitted for these rows, and nothing else")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one; on Slurm the site's")
     parser.add_argument("--workers", type=int, default=None, metavar="N", help="trainings side by side (default: one a core, on a GPU one)")
-    parser.add_argument("--results", type=Path, default=os.environ.get("RESULTS"), metavar="DIR", help="results folder (default: $RESULTS, else results)")
+    parser.add_argument("--results", type=Path, default=os.environ.get("RESULTS") or None, metavar="DIR", help="results folder (default: $RESULTS, else results)")
     args = parser.parse_args(arguments)
     if args.workers is not None and args.workers < 1:
         parser.error("--workers takes a number from 1 on")

@@ -126,6 +126,6 @@ def cancel(root: Path, stages: Iterable[str]) -> list[Submission]:
             client("scancel", *(submission.job for submission in entries))
         except ValueError:  # one has ended since; the others are cancelled all the same
             states = queue(submission.name for submission in entries)
-            if any(submission.job in states and states[submission.job].state in ("PENDING", "RUNNING") for submission in entries):
+            if any(job in states and not states[job].over and states[job].state != "COMPLETING" for job in (one.job for one in entries)):
                 raise
     return entries
