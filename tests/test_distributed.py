@@ -210,7 +210,7 @@ def in_a_job(root: Path, folder: Path, asked: str) -> None:
     member(Group(), 0, root, TRAIN, Resources(), (asked, 0, 6), False)
 
 
-@pytest.mark.parametrize("asked, state", [("requeue", ""), ("stop", "JobState=RUNNING PreemptTime=2026-01-01T00:00:00")])
+@pytest.mark.parametrize("asked, state", [("requeue", ""), ("stop", "JobState=RUNNING")])
 def test_a_job_goes_back_into_the_queue_and_dies_at_once(asked: str, state: str, alone: Path, tmp_path: Path):
     script = tmp_path / "scontrol"
     show = f'[ "$1" = -o ] && {{ echo "{state}"; exit; }}\n'
@@ -228,7 +228,7 @@ def test_a_job_goes_back_into_the_queue_and_dies_at_once(asked: str, state: str,
 
 @pytest.mark.parametrize("asked, last", [("requeue", "the job could not be requeued: no job 7"), ("stop", "asked to stop (SIGTERM)")])
 def test_a_job_that_does_not_go_back_ends_with_the_reason(asked: str, last: str, tmp_path: Path):
-    (tmp_path / "scontrol").write_text('#!/bin/sh\n[ "$1" = requeue ] && { echo "no job 7" >&2; exit 1; }\necho "JobState=COMPLETING PreemptTime=None"\n')
+    (tmp_path / "scontrol").write_text('#!/bin/sh\n[ "$1" = requeue ] && { echo "no job 7" >&2; exit 1; }\necho "JobState=COMPLETING"\n')
     (tmp_path / "scontrol").chmod(0o755)
     process = multiprocessing.get_context("forkserver").Process(target=in_a_job, args=(tmp_path, tmp_path, asked))
     process.start()

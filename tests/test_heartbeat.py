@@ -171,16 +171,15 @@ def test_signals_set_a_flag_and_requeueing_wins(signals: None):
 @pytest.mark.parametrize(
     "said, back",
     [
-        ("JobState=RUNNING Reason=None PreemptTime=2026-01-01T00:00:00", True),  # inside the grace time of a preemption
-        ("JobState=COMPLETING Reason=TimeLimit PreemptTime=None", True),
-        ("JobState=RUNNING Reason=None PreemptTime=None", False),                # scancel --signal=TERM
-        ("JobState=CANCELLED Reason=None PreemptTime=2026-01-01T00:00:00", False),
-        ("JobState=COMPLETING Reason=None Restarts=1", False),                   # it is requeued already
+        ("JobState=RUNNING Reason=None", True),              # inside the grace time of a preemption
+        ("JobState=COMPLETING Reason=TimeLimit", True),
+        ("JobState=CANCELLED Reason=None", False),
+        ("JobState=COMPLETING Reason=None Restarts=1", False),   # it is requeued already
         ("", False),
     ],
 )
 def test_a_termination_means_what_the_scheduler_says(said: str, back: bool, tmp_path: Path, job: None, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "scontrol").write_text(f'#!/bin/sh\n[ "$*" = "-o show job 42" ] && echo "JobId=42 {said} Comment=PreemptTimes=1"\n')
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\n[ "$*" = "-o show job 42" ] && echo "JobId=42 {said} Restarts=0"\n')
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert preemption.meant(preemption.STOP) == (preemption.REQUEUE if back else preemption.STOP)

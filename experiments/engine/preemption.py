@@ -45,16 +45,14 @@ def asked() -> int:
 def meant(how: int) -> int:
     """What a request asks of this job: TERM is also how a scheduler that sends no USR2 makes room or ends a job's time.
 
-    It says so: a running job has a time of its preemption, one out of time that reason. Any other TERM (scancel; a requeue,
-    which is under way already) means STOP, and so does one about which the scheduler does not answer.
+    The job's state tells. One that is cancelled, or in the queue again already, is no longer running, and STOP it is. A
+    running one is to make room (in the grace time of a preemption), or hears a signal of its last attempt that came late.
     """
     if how != STOP or job_id() is None:
         return how
     with suppress(OSError, subprocess.TimeoutExpired):
         shown = subprocess.run(["scontrol", "-o", "show", "job", queue_id()], capture_output=True, text=True, timeout=20, check=False).stdout
-        said = dict(re.findall(r"\b(JobState|Reason|PreemptTime)=(\S+)", shown))
-        preempted = said.get("JobState") == "RUNNING" and said.get("PreemptTime", "None") not in ("None", "N/A", "Unknown")
-        return REQUEUE if preempted or said.get("Reason") == "TimeLimit" else STOP
+        return REQUEUE if re.search(r"\bJobState=RUNNING\b|\bReason=TimeLimit\b", shown) else STOP
     return STOP
 
 
