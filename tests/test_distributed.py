@@ -226,9 +226,16 @@ def test_a_job_goes_back_into_the_queue_and_dies_at_once(asked: str, state: str,
     assert outcome(tmp_path).values["resumed_at"] == 7
 
 
-@pytest.mark.parametrize("asked, last", [("requeue", "the job could not be requeued: no job 7"), ("stop", "asked to stop (SIGTERM)")])
-def test_a_job_that_does_not_go_back_ends_with_the_reason(asked: str, last: str, tmp_path: Path):
-    (tmp_path / "scontrol").write_text('#!/bin/sh\n[ "$1" = requeue ] && { echo "no job 7" >&2; exit 1; }\necho "JobState=COMPLETING"\n')
+@pytest.mark.parametrize(
+    "asked, state, last",
+    [
+        ("requeue", "RUNNING", "the job could not be requeued: no job 7"),
+        ("requeue", "COMPLETING", "asked to make room (SIGUSR2), and to end"),
+        ("stop", "COMPLETING", "asked to stop (SIGTERM)"),
+    ],
+)
+def test_a_job_that_does_not_go_back_ends_with_the_reason(asked: str, state: str, last: str, tmp_path: Path):
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\n[ "$1" = requeue ] && {{ echo "no job 7" >&2; exit 1; }}\necho "JobState={state}"\n')
     (tmp_path / "scontrol").chmod(0o755)
     process = multiprocessing.get_context("forkserver").Process(target=in_a_job, args=(tmp_path, tmp_path, asked))
     process.start()

@@ -175,17 +175,16 @@ def test_signals_set_a_flag_and_requeueing_wins(signals: None):
         ("JobState=COMPLETING Reason=TimeLimit", True),
         ("JobState=CANCELLED Reason=None", False),
         ("JobState=COMPLETING Reason=None Restarts=1", False),   # it is requeued already
-        ("", False),
     ],
 )
-def test_a_termination_means_what_the_scheduler_says(said: str, back: bool, tmp_path: Path, job: None, monkeypatch: pytest.MonkeyPatch):
+def test_a_signal_means_what_the_scheduler_says(said: str, back: bool, tmp_path: Path, job: None, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "scontrol").write_text(f'#!/bin/sh\n[ "$*" = "-o show job 42" ] && echo "JobId=42 {said} Restarts=0"\n')
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert preemption.meant(preemption.STOP) == (preemption.REQUEUE if back else preemption.STOP)
-    assert preemption.meant(preemption.REQUEUE) == preemption.REQUEUE
+    assert [preemption.meant(how) for how in (preemption.STOP, preemption.REQUEUE)] == [preemption.REQUEUE if back else preemption.STOP] * 2
+    assert preemption.meant(preemption.TAKEN_OVER) == preemption.TAKEN_OVER
     monkeypatch.setenv("PATH", "")
-    assert preemption.meant(preemption.STOP) == preemption.STOP
+    assert [preemption.meant(how) for how in (preemption.STOP, preemption.REQUEUE)] == [preemption.STOP, preemption.REQUEUE]
 
 
 def test_a_refused_requeue_says_the_scheduler_s_words(tmp_path: Path, job: None, monkeypatch: pytest.MonkeyPatch):

@@ -125,7 +125,7 @@ def _leave(why: preemption.Preempted | distributed.Lost, folder: Path, group: Gr
     how, reason = preemption.NO, str(why)
     if isinstance(why, preemption.Preempted):
         how = _agreed(group, preemption.meant(why.how) if group.first else preemption.STOP)
-        reason += ", to make room" if how != why.how else ""
+        reason += "" if how == why.how else ", to make room" if how == preemption.REQUEUE else ", and to end"
     back = how == preemption.REQUEUE and heartbeat.job_id() is not None
     if back:
         preemption.yield_to_terminations()

@@ -43,17 +43,19 @@ def asked() -> int:
 
 
 def meant(how: int) -> int:
-    """What a request asks of this job: TERM is also how a scheduler that sends no USR2 makes room or ends a job's time.
+    """What a request asks of this job: STOP or REQUEUE, whichever the signal was.
 
-    The job's state tells. One that is cancelled, or in the queue again already, is no longer running, and STOP it is. A
-    running one is to make room (in the grace time of a preemption), or hears a signal of its last attempt that came late.
+    TERM is also how a scheduler that sends no USR2 makes room or ends a job's time, and a job that was told to make room
+    may be cancelled since. The job's state tells. A running one is to make room (in the grace time of a preemption), or
+    hears a signal of its last attempt that came late; one that is cancelled, or in the queue again already, is to stop.
     """
-    if how != STOP or job_id() is None:
+    if how not in (STOP, REQUEUE) or job_id() is None:
         return how
     with suppress(OSError, subprocess.TimeoutExpired):
         shown = subprocess.run(["scontrol", "-o", "show", "job", queue_id()], capture_output=True, text=True, timeout=20, check=False).stdout
-        return REQUEUE if re.search(r"\bJobState=RUNNING\b|\bReason=TimeLimit\b", shown) else STOP
-    return STOP
+        if "JobState=" in shown:
+            return REQUEUE if re.search(r"\bJobState=RUNNING\b|\bReason=TimeLimit\b", shown) else STOP
+    return how
 
 
 def yield_to_terminations() -> None:
