@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -126,7 +127,8 @@ def kill_rank(cluster: Cluster) -> None:
 
 
 def kill_step(cluster: Cluster) -> None:
-    subprocess.run(["scancel", "--signal=KILL", f"{cluster.submission.job}.0"], check=True, timeout=60)
+    listed = subprocess.run(["squeue", "--steps", "-h", "-j", cluster.submission.job, "-o", "%i"], capture_output=True, text=True, check=True, timeout=60)
+    subprocess.run(["scancel", "--signal=KILL", *re.findall(r"^\d+\.\d+$", listed.stdout, re.M)], check=True, timeout=60)
 
 
 def kill_node(cluster: Cluster) -> None:
