@@ -212,7 +212,7 @@ def disturb(cluster: Cluster, faults: list[Callable[[Cluster], None]]) -> int:
 
 def undisturbed(root: Path, steps: int) -> list[subprocess.Popen[bytes]]:
     """The same training in two processes without a cluster."""
-    code = "import sys; from fault_test import *; sys.exit(bool(work_in_job(Job('', (training(int(sys.argv[2])),)), Path(sys.argv[1]), **given(SITE))))"
+    code = "import sys; from fault_test import *; sys.exit(bool(work_in_job(Job('', (training(int(sys.argv[2])),)), Path(sys.argv[1]), threads=1, **given(SITE))))"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
