@@ -108,7 +108,7 @@ def seconds_an_image(row: Row, chosen: Chosen, store: Store) -> tuple[float, str
             others = [(other, macs) for other in (*chosen.table.rows, *chosen.table.outside) if (macs := _macs(other, chosen, store))]
             if scaled := [(found[0] * ours / macs, found[1], other.label) for other, macs in others if (found := known(other, chosen, store))]:
                 sources, labels = (dict.fromkeys(part) for part in list(zip(*scaled, strict=True))[1:])
-                return statistics.median(seconds for seconds, _, _ in scaled), f"{', '.join(sources)} of {', '.join(labels)}, by counted Gflops"
+                return statistics.median(seconds for seconds, _, _ in scaled), f"{', '.join(sources)} of {', '.join(labels)}, scaled by counted Gflops"
     return None
 
 

@@ -85,10 +85,14 @@ def describe(chosen: Chosen, store: Store) -> str:
                 recipe = job.stages[0].recipe
                 hours = recipe.steps * recipe.batch * expected[0] / 3600
                 total += hours
-                lines.append(f"{job.label}: about {hours:.3g} {unit} of training, by {expected[1]}")
-    known = [f"{total:.3g} {unit} of training"] if total else []
-    more = [f"{unknown} trainings of unknown cost"] if unknown else []
+                lines.append(f"{job.label}: about {_amount(hours)} {unit} of training, by {expected[1]}")
+    known = [f"{_amount(total)} {unit} of training"] if total else []
+    more = [f"{unknown} of unknown cost"] if unknown else []
     return "\n".join([*lines, "", f"estimated: {', and '.join(known + more) or 'no training'}; evaluations and timings come on top"])
+
+
+def _amount(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"
 
 
 def send(chosen: Chosen, store: Store, command: str) -> str:
