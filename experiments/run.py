@@ -8,15 +8,19 @@ Same id, folder and record as `--cluster slurm` and `--cluster here` give. Resou
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from experiments import ablation, main_results
 from experiments.engine.cluster import given
 from experiments.engine.launch import work_in_job
 from experiments.engine.plan import Chosen
-from experiments.engine.site import load_site
+from experiments.engine.scheduler import remember_this_job
+from experiments.engine.site import load_site, rows_of_their_own
 from experiments.engine.sources import require_data, require_features
+from experiments.engine.spec import spec_id
 from experiments.engine.store import Store
 from experiments.protocols import PROTOCOLS, evaluate_stage
 
@@ -30,21 +34,25 @@ def main() -> int:
     parser.add_argument("--row", required=True, help="its label")
     parser.add_argument("--protocol", choices=list(PROTOCOLS), default="digits")
     parser.add_argument("--seed", type=int, default=0, help="training seed (default: 0)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
-    parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="results folder (default: results)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the site's, which is GPUs unless gpus_per_node is 0")
+    parser.add_argument("--results", type=Path, default=os.environ.get("RESULTS") or None, metavar="DIR", help="results folder (default: $RESULTS, else results)")
     args = parser.parse_args()
     table, protocol = TABLES[args.table], PROTOCOLS[args.protocol]
-    device = args.device or ("cuda" if Path("/dev/nvidia0").exists() else "cpu")
     try:
         row = table.row(args.row)
         require_data(protocol.data)
         require_features(evaluate_stage(row, protocol, args.seed))
         site = load_site(row.label)
+        if unknown := [label for label in rows_of_their_own() if not any(label in (row.label for row in (*table.rows, *table.outside)) for table in TABLES.values())]:
+            raise ValueError(f"the site file has resources for {', '.join(map(repr, unknown))}, which no table declares")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    device, root = args.device or site.device, Store(args.results).root.resolve()
     (job,) = Chosen(table, [row], protocol, [args.seed], device).trainings()
-    error = work_in_job(job, Store(args.results).root.resolve(), **given(site) | {"device": device})
+    with suppress(OSError):  # a folder that cannot be written is for the run to report
+        remember_this_job(root, job.label, map(spec_id, job.stages))
+    error = work_in_job(job, root, **given(site) | {"device": device})
     if error:
         print(f"error: {error}", file=sys.stderr)
     return 1 if error else 0

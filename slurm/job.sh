@@ -5,8 +5,11 @@
 # on from its last checkpoint; after five restarts without progress, which removes $DICO_JOB.restarts, it stays ended.
 # shellcheck shell=bash disable=SC1091
 source slurm/env.sh || { echo "error: slurm/env.sh failed; is this the repository's root?" >&2; exit 2; }
-: "${PYTHON:=.venv/bin/python}" "${RESULTS:=results}"
-mkdir -p "$RESULTS/submissions"
+: "${PYTHON:=.venv/bin/python}"
+RESULTS=${SUBMITTED_FROM:-${RESULTS:-results}}  # what a command submitted goes where that command looks for it
+mkdir -p "$RESULTS/submissions" || { echo "error: $(hostname): cannot write results to $RESULTS; change RESULTS or --results" >&2; exit 2; }
+DICO_LOG=$(readlink -f "/proc/$$/fd/1")
+export DICO_LOG
 export DICO_JOB=$RESULTS/submissions/job-$SLURM_JOB_ID
 rm -f "$DICO_JOB.failed"
 queue_id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
@@ -44,3 +47,6 @@ requeue_after_death() {
     sleep 60  # the scheduler ends this script; leaving first could let it count the job as finished
 }
 trap requeue_after_death EXIT
+# Slurm sends a signal again that a node did not confirm in time, and numbers the steps of every attempt from 0: that of a
+# killed step would end the next attempt's. An empty step before every second attempt gives the two different numbers.
+if ((${SLURM_RESTART_COUNT:-0} % 2)); then srun --nodes=1 --ntasks=1 --ntasks-per-node=1 true; fi

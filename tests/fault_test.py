@@ -3,6 +3,9 @@
 A tiny training runs undisturbed in two processes, and on a cluster of its own (slurm_cluster.sh) while faults are injected
 at seeded moments, each after the run has kept a checkpoint since the one before. Prints what was injected, what was survived and how
 many steps were lost; exit status 0 if all were survived and the final weights are the undisturbed run's, bit for bit.
+
+Every process writes each step that it finishes into a file, which outlives it. What an attempt has lost is the furthest
+of them less the step that the next attempt starts from.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -18,11 +22,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
-from experiments.engine.cluster import given, submit
+from experiments.engine import cluster as engine_cluster
+from experiments.engine.cluster import given, submit, task
 from experiments.engine.launch import Job, work_in_job
 from experiments.engine.scheduler import queue
 from experiments.engine.site import Site
@@ -32,11 +37,37 @@ from experiments.engine.store import REPOSITORY, Store
 CLUSTER = REPOSITORY / "tests" / "slurm_cluster.sh"
 SITE = Site(nodes=2, gpus_per_node=0, cpus_per_task=1, time="02:00:00", signal_seconds=60, checkpoint_every=20)
 PATIENCE = 300.0
+STEPS = "FAULT_TEST_STEPS"   # environment variable: the folder of the steps that processes finish
 
 
 def training(steps: int) -> Train:
     backbone = Backbone("dico_s", dict(dim=8, depths=(1, 1, 1, 1, 1), input_size=8, in_channels=1, num_classes=10))
     return Train(backbone, Data("digits", size=8, channels=1, num_classes=10), Recipe(steps=steps, batch=16, lr=1e-3, ema=0.99))
+
+
+def witnessed(job: Job, root: Path, resources: dict[str, Any]) -> None:
+    """What a submitted job's processes run: first and last step of this attempt are in a file of its own at any moment."""
+    from experiments.engine.train import Trainer
+
+    steps, name = Trainer.steps, "-".join(os.environ.get(f"SLURM_{part}", "0") for part in ("JOB_ID", "RESTART_COUNT", "PROCID"))
+
+    def written(trainer: Trainer, *arguments: Any) -> Any:
+        with open(Path(os.environ[STEPS]) / name, "wb", buffering=0) as file:
+            first = trainer.step
+            os.pwrite(file.fileno(), b"%12d%12d" % (first, first), 0)
+            for loss in steps(trainer, *arguments):
+                os.pwrite(file.fileno(), b"%12d%12d" % (first, trainer.step), 0)
+                yield loss
+
+    Trainer.steps = written
+    task(job, root, resources)
+
+
+def lost(folder: Path) -> int:
+    """Steps that were made and not gone on from, over all attempts."""
+    attempts = sorted((tuple(map(int, path.name.split("-"))), path.read_text().split()) for path in folder.iterdir())
+    ranks = [[tuple(map(int, steps)) for _, steps in found] for _, found in groupby(attempts, lambda attempt: attempt[0][:2])]
+    return sum(max(0, max(last for _, last in before) - after[0][0]) for before, after in pairwise(ranks))
 
 
 class Cluster:
@@ -96,7 +127,8 @@ def kill_rank(cluster: Cluster) -> None:
 
 
 def kill_step(cluster: Cluster) -> None:
-    subprocess.run(["scancel", "--signal=KILL", f"{cluster.submission.job}.0"], check=True, timeout=60)
+    listed = subprocess.run(["squeue", "--steps", "-h", "-j", cluster.submission.job, "-o", "%i"], capture_output=True, text=True, check=True, timeout=60)
+    subprocess.run(["scancel", "--signal=KILL", *re.findall(r"^\d+\.\d+$", listed.stdout, re.M)], check=True, timeout=60)
 
 
 def kill_node(cluster: Cluster) -> None:
@@ -108,6 +140,12 @@ def kill_node(cluster: Cluster) -> None:
 
 
 def preempt(cluster: Cluster) -> None:
+    """A job of a higher partition takes the nodes; its scheduler sends SIGTERM and waits for a grace time."""
+    command = ["sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 2"]
+    subprocess.run(command, check=True, timeout=60, stdout=subprocess.DEVNULL)
+
+
+def signal_usr2(cluster: Cluster) -> None:
     subprocess.run(["scancel", "--signal=USR2", cluster.submission.job], check=True, timeout=60)
 
 
@@ -151,7 +189,7 @@ def fill_disk(cluster: Cluster) -> None:
     cluster.send()
 
 
-FAULTS = (kill_rank, kill_step, kill_node, preempt, requeue, restart_controller, truncate, flip_bit, fill_disk)
+FAULTS = (kill_rank, kill_step, kill_node, preempt, signal_usr2, requeue, restart_controller, truncate, flip_bit, fill_disk)
 
 
 def disturb(cluster: Cluster, faults: list[Callable[[Cluster], None]]) -> int:
@@ -174,7 +212,7 @@ def disturb(cluster: Cluster, faults: list[Callable[[Cluster], None]]) -> int:
 
 def undisturbed(root: Path, steps: int) -> list[subprocess.Popen[bytes]]:
     """The same training in two processes without a cluster."""
-    code = "import sys; from fault_test import *; sys.exit(bool(work_in_job(Job('', (training(int(sys.argv[2])),)), Path(sys.argv[1]), **given(SITE))))"
+    code = "import sys; from fault_test import *; sys.exit(bool(work_in_job(Job('', (training(int(sys.argv[2])),)), Path(sys.argv[1]), threads=1, **given(SITE))))"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -205,7 +243,9 @@ def main() -> int:
         cluster = Cluster(place / "cluster", disk, spec, rng)
         cluster.script("start")
         stack.callback(cluster.script, "stop")
-        os.environ["SLURM_CONF"] = str(place / "cluster" / "slurm.conf")
+        (place / "steps").mkdir()
+        os.environ |= {"SLURM_CONF": str(place / "cluster" / "slurm.conf"), STEPS: str(place / "steps"), "PYTHONPATH": f"{REPOSITORY}:{CLUSTER.parent}"}
+        engine_cluster.task = witnessed
         survived = disturb(cluster, faults)
         with suppress(TimeoutError):
             cluster.until(cluster.done, "the run ends", 4 * PATIENCE)
@@ -214,9 +254,8 @@ def main() -> int:
         record = Store(place / "undisturbed").latest(spec)
         weights = [record and record.values["weights_sha256"], cluster.values().get("weights_sha256")]
         attempts = cluster.values().get("attempts", [])
-        lost = sum(max(0, before["end"] - after["start"]) for before, after in pairwise(attempts))
         same = weights[0] == weights[1] is not None
-        print(f"faults injected: {len(faults)}; survived: {survived}; attempts: {len(attempts)}; steps lost by the heartbeats: {lost} of {args.steps}, a checkpoint every {SITE.checkpoint_every}")
+        print(f"faults injected: {len(faults)}; survived: {survived}; attempts: {len(attempts)}; steps lost: {lost(place / 'steps')} of {args.steps}, a checkpoint every {SITE.checkpoint_every}")
         print(f"final weights: {weights[1]}, undisturbed {weights[0]}: {'identical' if same else 'NOT identical'}")
         if not same:
             print((disk / cluster.submission.log).read_text()[-3000:])
@@ -224,4 +263,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from fault_test import main as importable  # a job finds what it runs by the name of this module
+
+    sys.exit(importable())

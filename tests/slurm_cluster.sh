@@ -90,8 +90,8 @@ FirstJobId=$((1000 + $(date +%s) % 5000000 * 10))
 JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-SlurmctldParameters=preempt_send_user_signal
-KillWait=5
+# shorter than MessageTimeout: else a signal to a step is sent again later, to the next attempt
+KillWait=8
 SlurmdTimeout=10
 DefMemPerNode=4000
 SlurmctldTimeout=10

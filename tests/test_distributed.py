@@ -59,7 +59,11 @@ def member(group: Group, port: int, root: Path, spec: Stage, resources: Resource
     Trainer._update = faulty
     if seen:
         IDDPM.losses = recording
-    record = execute(spec, Store(root), resources, lambda *progress: None)
+    try:
+        record = execute(spec, Store(root), resources, lambda *progress: None)
+    except ValueError as refusal:
+        (root / f"refusal-{group.rank}").write_text(str(refusal))
+        raise SystemExit(1) from None
     if seen:
         torch.save([torch.cat(parts) for parts in zip(*inputs, strict=True)], root / f"seen-{group.rank}.pt")
     raise SystemExit(0 if record.status == "done" else 1)
@@ -190,17 +194,29 @@ def test_a_killed_rank_ends_the_group_and_costs_the_steps_since_the_checkpoint(p
     assert [attempt["start"] for attempt in values["attempts"]] == [0, 10, 10] and attempts.read(tmp_path / "runs" / spec_id(TRAIN)) == values["attempts"]
 
 
-def requeued(root: Path, folder: Path) -> None:
-    """A job of one process that is asked to make room; its scheduler's `requeue` ends it by SIGTERM, as Slurm does."""
+def test_every_rank_is_refused_what_another_job_works_on(tmp_path: Path):
+    folder = tmp_path / "runs" / spec_id(TRAIN)
+    folder.mkdir(parents=True)
+    (folder / "heartbeat.json").write_text(json.dumps(dict(state="training", updated=0, host="elsewhere", job_id="41")))
+    assert group(2, tmp_path) == [1, 1] and outcome(tmp_path) is None
+    first, second = (re.sub(r"\d+ s ago", "", (tmp_path / f"refusal-{rank}").read_text()) for rank in range(2))
+    assert first == second and first.startswith(f"run {folder.name} is being worked on by job 41 on elsewhere")
+
+
+def in_a_job(root: Path, folder: Path, asked: str) -> None:
+    """A job of one process that is asked to `stop` or `requeue`; its scheduler's `requeue` ends it by SIGTERM, as Slurm does."""
     os.environ |= {"SLURM_JOB_ID": "7", "PATH": f"{folder}:{os.environ['PATH']}"}
-    member(Group(), 0, root, TRAIN, Resources(), ("requeue", 0, 6), False)
+    preemption.requeue.__defaults__ = (0.0, 0.0)
+    member(Group(), 0, root, TRAIN, Resources(), (asked, 0, 6), False)
 
 
-def test_a_job_goes_back_into_the_queue_and_dies_at_once(alone: Path, tmp_path: Path):
+@pytest.mark.parametrize("asked, state", [("requeue", ""), ("stop", "JobState=RUNNING")])
+def test_a_job_goes_back_into_the_queue_and_dies_at_once(asked: str, state: str, alone: Path, tmp_path: Path):
     script = tmp_path / "scontrol"
-    script.write_text(f'#!/bin/sh\ncp {tmp_path}/runs/{spec_id(TRAIN)}/heartbeat.json {tmp_path}/then\necho "$@" > {tmp_path}/asked\nkill -TERM $PPID\n')
+    show = f'[ "$1" = -o ] && {{ echo "{state}"; exit; }}\n'
+    script.write_text(f'#!/bin/sh\n{show}cp {tmp_path}/runs/{spec_id(TRAIN)}/heartbeat.json {tmp_path}/then\necho "$@" > {tmp_path}/asked\nkill -TERM $PPID\n')
     script.chmod(0o755)
-    process = multiprocessing.get_context("forkserver").Process(target=requeued, args=(tmp_path, tmp_path))
+    process = multiprocessing.get_context("forkserver").Process(target=in_a_job, args=(tmp_path, tmp_path, asked))
     process.start()
     process.join(BOUND)
     assert process.exitcode == -signal.SIGTERM and (tmp_path / "asked").read_text() == "requeue 7\n"
@@ -208,6 +224,24 @@ def test_a_job_goes_back_into_the_queue_and_dies_at_once(alone: Path, tmp_path: 
     assert group(1, tmp_path) == [0]
     assert outcome(tmp_path).values["weights_sha256"] == outcome(alone).values["weights_sha256"] and curve(tmp_path) == curve(alone)
     assert outcome(tmp_path).values["resumed_at"] == 7
+
+
+@pytest.mark.parametrize(
+    "asked, state, last",
+    [
+        ("requeue", "RUNNING", "the job could not be requeued: no job 7"),
+        ("requeue", "COMPLETING", "asked to make room (SIGUSR2), and to end"),
+        ("stop", "COMPLETING", "asked to stop (SIGTERM)"),
+    ],
+)
+def test_a_job_that_does_not_go_back_ends_with_the_reason(asked: str, state: str, last: str, tmp_path: Path):
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\n[ "$1" = requeue ] && {{ echo "no job 7" >&2; exit 1; }}\necho "JobState={state}"\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    process = multiprocessing.get_context("forkserver").Process(target=in_a_job, args=(tmp_path, tmp_path, asked))
+    process.start()
+    process.join(BOUND)
+    beat = heartbeat.read(tmp_path / "runs" / spec_id(TRAIN))
+    assert process.exitcode == TRY_AGAIN and (beat["state"], outcome(tmp_path)) == ("stopped", None) and beat["reason"].endswith(last)
 
 
 def test_an_element_of_an_array_asks_for_itself_until_the_controller_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -15,15 +15,16 @@ from typing import Any
 import pytest
 
 from experiments.engine import attempts, heartbeat, preemption
-from experiments.engine.heartbeat import STALE, Heartbeat, age, claimed, live, read
+from experiments.engine.heartbeat import STALE, Heartbeat, claimed, live, read
 
 NOW = dict(state="training", step=7, host="elsewhere", job_id="41", owner="other", reason=None, pid=5)
 
 
-def leave(folder: Path, **changes: Any) -> None:
-    """A heartbeat of another process, written just now unless `updated` says else."""
+def leave(folder: Path, age: float = 0.0, **changes: Any) -> None:
+    """A heartbeat that another process wrote `age` seconds ago."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "heartbeat.json").write_text(json.dumps(NOW | dict(updated=time.time()) | changes))
+    os.utime(folder / "heartbeat.json", (time.time() - age,) * 2)
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def test_it_says_who_works_where_and_how_far(tmp_path: Path, job: None, monkeypa
         beat.tell(state="training", step=8, steps=9)
         while read(tmp_path)["step"] != 8 or read(tmp_path)["updated"] == started["updated"]:
             pass
-        assert live(read(tmp_path)) and age(read(tmp_path)) < STALE
+        assert live(read(tmp_path)) and read(tmp_path)["age"] < STALE
         beat.end("failed", "why")
     assert (read(tmp_path)["state"], read(tmp_path)["reason"]) == ("failed", "why") and not live(read(tmp_path))
     with pytest.raises(KeyboardInterrupt), claimed(tmp_path):
@@ -54,14 +55,15 @@ def test_a_broken_heartbeat_is_none(text: str, tmp_path: Path):
     assert read(tmp_path) is None and not live(read(tmp_path)) and read(tmp_path / "nowhere") is None
 
 
-def test_a_live_job_on_another_host_keeps_its_run(tmp_path: Path, job: None):
-    leave(tmp_path)
+@pytest.mark.parametrize("skew", [0.0, -2 * STALE, 2 * STALE])
+def test_a_live_job_on_another_host_keeps_its_run_whatever_its_clock_says(skew: float, tmp_path: Path, job: None):
+    leave(tmp_path, updated=time.time() + skew)
     with pytest.raises(ValueError, match=f"^run {tmp_path.name} is being worked on by job 41 on elsewhere") as refusal, claimed(tmp_path):
         pass
     assert "\n" not in str(refusal.value) and read(tmp_path)["owner"] == "other"
 
 
-@pytest.mark.parametrize("changes", [dict(updated=time.time() - 2 * STALE), dict(job_id="42"), dict(state="failed"), dict(state="requeued")])
+@pytest.mark.parametrize("changes", [dict(age=2 * STALE), dict(age=2 * STALE, updated=time.time() + 2 * STALE), dict(job_id="42"), dict(state="failed"), dict(state="requeued")])
 def test_a_stale_or_finished_one_and_its_own_are_taken_over(changes: dict[str, Any], tmp_path: Path, job: None):
     leave(tmp_path, **changes)
     with claimed(tmp_path) as beat:
@@ -164,6 +166,25 @@ def test_signals_set_a_flag_and_requeueing_wins(signals: None):
     os.kill(os.getpid(), signal.SIGUSR2)
     os.kill(os.getpid(), signal.SIGTERM)
     assert preemption.asked() == preemption.REQUEUE
+
+
+@pytest.mark.parametrize(
+    "said, back",
+    [
+        ("JobState=RUNNING Reason=None", True),              # inside the grace time of a preemption
+        ("JobState=COMPLETING Reason=TimeLimit", True),
+        ("JobState=CANCELLED Reason=None", False),
+        ("JobState=COMPLETING Reason=None Restarts=1", False),   # it is requeued already
+    ],
+)
+def test_a_signal_means_what_the_scheduler_says(said: str, back: bool, tmp_path: Path, job: None, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\n[ "$*" = "-o show job 42" ] && echo "JobId=42 {said} Restarts=0"\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert [preemption.meant(how) for how in (preemption.STOP, preemption.REQUEUE)] == [preemption.REQUEUE if back else preemption.STOP] * 2
+    assert preemption.meant(preemption.TAKEN_OVER) == preemption.TAKEN_OVER
+    monkeypatch.setenv("PATH", "")
+    assert [preemption.meant(how) for how in (preemption.STOP, preemption.REQUEUE)] == [preemption.STOP, preemption.REQUEUE]
 
 
 def test_a_refused_requeue_says_the_scheduler_s_words(tmp_path: Path, job: None, monkeypatch: pytest.MonkeyPatch):

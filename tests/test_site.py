@@ -7,25 +7,27 @@ import re
 import subprocess
 import sys
 import tomllib
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from test_command_line import TABLE as TINY
 
+from experiments import run
 from experiments.ablation import TABLES
 from experiments.engine import heartbeat, plan, scheduler, site, slurm
 from experiments.engine.cli import main
-from experiments.engine.cluster import parameters, sbatch_text
+from experiments.engine.cluster import _tell, given, parameters, sbatch_text
 from experiments.engine.files import written_whole
 from experiments.engine.launch import Job
 from experiments.engine.plan import Chosen
 from experiments.engine.site import Site, load_site
 from experiments.engine.spec import spec_id
 from experiments.engine.store import REPOSITORY, Store
-from experiments.protocols import DIGITS, IMAGENET256, train_stage
+from experiments.protocols import DIGITS, IMAGENET256, PROTOCOLS, Protocol, cost_stage, train_stage
 
 TABLE = TABLES[4]
+RUN_TABLES = run.TABLES
 SCRIPTS = sorted(path for path in (REPOSITORY / "slurm").glob("*.sh") if path.name not in ("env.sh", "job.sh"))
 
 
@@ -57,7 +59,9 @@ def test_a_row_overrides_the_file_and_the_environment_both(tmp_path: Path):
         ('[rows."DiCo-S"]\nnods = 2', {}, 'rows."DiCo-S": unknown nods'),
         ('nodes = "2"', {}, "nodes is a int, not '2'"),
         ("nodes = true", {}, "nodes is a int, not True"),
-        ("nodes = 0", {}, "1 or more"),
+        ("nodes = 0", {}, "nodes is 1 or more, not 0"),
+        ("keep = 0", {}, "keep is 1 or more, not 0"),
+        ("milestones = -1", {}, "milestones is 0 or more, not -1"),
         ("nodes =", {}, "cannot be read"),
         ('time = "24h"', {}, "[days-]hours:minutes:seconds, not '24h'"),
         ('time = "0:03:30"', {}, "less than a minute before the signal"),
@@ -73,6 +77,15 @@ def test_a_bad_site_is_one_line(text: str, environment: dict[str, str], words: s
     with pytest.raises(ValueError) as caught:
         load_site("DiCo-S", written(tmp_path, text) | environment)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_trainer_takes_what_the_site_gives_and_its_own_defaults_are_the_same(tmp_path: Path):
+    from experiments.engine.train import Resources
+
+    assert Resources(**given(Site(gpus_per_node=0))) == Resources()
+    text = "keep = 5\nmilestones = 100\nmicro_batch = 8\nsample_batch = 4\ncollective_seconds = 60"
+    site = load_site("DiCo-S", written(tmp_path, text))
+    assert Resources(**given(site)) == Resources("cuda", micro_batch=8, sample_batch=4, keep=5, milestones=100, timeout=60.0)
 
 
 @pytest.mark.parametrize("text, seconds", [("24:00:00", 86400), ("2-01:00:30", 176430), ("0:05:00", 300)])
@@ -128,13 +141,96 @@ def test_rows_with_resources_of_their_own_are_an_array_of_their_own(tmp_path: Pa
     assert [(site.nodes, [job.label for job in jobs]) for site, jobs in groups[1:]] == [(1, ["DiCo-S, seed 0"]), (2, ["GELU->ReLU, seed 0"])]
 
 
-def test_gpu_hours_come_from_recorded_throughput_and_else_from_the_protocol(tmp_path: Path):
-    store, stage = Store(tmp_path), train_stage(TABLE.baseline, IMAGENET256, 0)
-    assert plan.gpu_hours(stage, IMAGENET256, store) == (88.0, "the protocol's 11 h on 8 A100")
-    assert plan.gpu_hours(train_stage(TABLE.baseline, DIGITS, 0), DIGITS, store) is None
-    store.append(replace(stage, seed=1), "done", {"images_per_s": 4000.0}, {"device": "H200", "world_size": 4})
-    hours, source = plan.gpu_hours(stage, IMAGENET256, store)
-    assert hours == pytest.approx(400_000 * 256 / 4000 / 3600 * 4) and "H200" in source
+def expected(label: str, table: int, protocol: Protocol, store: Store, device: str = "cuda") -> tuple[float, str]:
+    """Seconds of a GPU an image, and their source."""
+    where = RUN_TABLES[table]
+    return plan.seconds_an_image(where.row(label), Chosen(where, where.rows, protocol, [0], device), store)
+
+
+def test_expected_cost_comes_from_the_row_then_from_gflops_and_is_else_unknown(tmp_path: Path):
+    store = Store(tmp_path)
+    assert expected("DiCo-S", 4, IMAGENET256, store) == (8 * 11 * 3600 / (400_000 * 256), "the paper's training time on A100 (Table 6)")
+    assert expected("GELU->ReLU", 4, IMAGENET256, store) is None and expected("DiCo-S", 4, DIGITS, store) is None  # nothing is counted yet
+    for label, macs in (("DiCo-S", 4e9), ("GELU->ReLU", 5e9), ("DWC 5x5", 6e9)):
+        store.append(cost_stage(TABLE.row(label)), "done", {"macs_core": macs}, {})
+    seconds, source = expected("GELU->ReLU", 4, IMAGENET256, store)
+    assert seconds == pytest.approx(8 * 11 * 3600 / (400_000 * 256) * 5 / 4) and source.endswith("A100 (Table 6) of DiCo-S, scaled by counted Gflops")
+    store.append(train_stage(TABLE.baseline, IMAGENET256, 1), "done", {"images_per_s": 4000.0}, {"device": "H200", "world_size": 4})
+    assert expected("DiCo-S", 4, IMAGENET256, store) == (pytest.approx(1e-3), "recorded throughput on H200")
+    assert expected("DWC 5x5", 4, IMAGENET256, store) == (pytest.approx(1.5e-3), "recorded throughput on H200 of DiCo-S, scaled by counted Gflops")
+    store.append(train_stage(TABLE.row("DWC 5x5"), IMAGENET256, 0), "done", {"images_per_s": 1000.0}, {"device": "H200", "world_size": 1})
+    assert expected("GELU->ReLU", 4, IMAGENET256, store)[0] == pytest.approx((1e-3 * 5 / 4 + 1e-3 * 5 / 6) / 2)
+    assert expected("DiCo-S", 4, IMAGENET256, store, "cpu") is None
+
+
+def test_a_plan_says_what_every_own_recipe_costs_or_that_it_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DICO_SLURM_SITE", written(tmp_path, "checkpoint_every = 1")["DICO_SLURM_SITE"])
+    table, own = RUN_TABLES[8], PROTOCOLS["imagenet256_own"]
+    store, runs = Store(tmp_path, REPOSITORY / "results" / "reference"), Chosen(RUN_TABLES[8], RUN_TABLES[8].rows, own, [0], "cuda")
+    text = slurm.describe(runs, store)
+    costs = re.findall(r"^(.+), seed 0: (?:about (\S+) GPU-hours of training, by .*Table 6|GPU-hours of training unknown)", text, re.M)
+    assert {label for label, _ in costs} == {job.label.removesuffix(", seed 0") for job in runs.trainings()} and table.row("DiCo-XL").label in dict(costs)
+    assert dict(costs)["DiCo-H"] == f"{64 * 113:,}" and "" in dict(costs).values() and not {"0", "0.0"} & set(dict(costs).values())
+
+
+def test_resources_for_a_row_that_no_table_declares_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DICO_SLURM_SITE", written(tmp_path, '[rows."DiCo-Q"]\nnodes = 2\n[rows."DiCo-S"]\nnodes = 2\n')["DICO_SLURM_SITE"])
+    assert main(TABLES, None, ["--table", "4", "--cluster", "slurm", "--dry-run", "--results", str(tmp_path / "results")]) == 0
+    assert capsys.readouterr().err == "warning: the site file has resources for 'DiCo-Q', which no table of this script declares\n"
+    monkeypatch.setattr(sys, "argv", ["run.py", "--table", "1", "--row", "DiCo-S", "--results", str(tmp_path / "results")])
+    assert run.main() == 2 and capsys.readouterr().err == "error: the site file has resources for 'DiCo-Q', which no table declares\n"
+    assert not (tmp_path / "results").exists()
+
+
+def test_results_go_where_the_environment_says_unless_the_command_does(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RESULTS", str(tmp_path / "a"))
+    for options, folder in (([], "a"), (["--results", str(tmp_path / "b")], "b")):
+        assert main(TABLES, None, ["--table", "4", "--cluster", "slurm", "--dry-run", *options]) == 0
+        assert f"SUBMITTED_FROM={tmp_path / folder}\n" in capsys.readouterr().out
+
+
+def test_a_job_here_is_told_of_by_what_it_recorded_itself(tmp_path: Path):
+    store, job, heard = Store(tmp_path), chosen(DIGITS, "cpu").trainings()[0], []
+    old = store.append(job.stages[0], "failed", {}, {}, "an error of long ago")
+
+    def notify(job: Job, event: str, payload: object) -> None:
+        heard.append((event, payload))
+
+    assert not _tell(job, RuntimeError("killed"), Store(tmp_path), tmp_path / "log", old.utc[:-1] + "a", notify)
+    assert heard == [("error", f"killed (its log: {tmp_path / 'log'})"), ("end", None)]
+    heard.clear()
+    assert not _tell(job, RuntimeError("failed"), Store(tmp_path), tmp_path / "log", old.utc, notify)
+    assert [event for event, _ in heard] == ["record", "end"]
+
+
+def test_a_job_of_its_own_script_shows_and_is_not_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    store, runs = Store(tmp_path), Chosen(RUN_TABLES[1], [RUN_TABLES[1].row("DiCo-S")], IMAGENET256, [0], "cuda")
+    calls = tmp_path / "bin"
+    calls.mkdir()
+    for name, text in {"squeue": f"cat {tmp_path}/queue", "scancel": f'echo "$@" >> {tmp_path}/cancelled; echo "scancel: error: Invalid job id" >&2; exit 1'}.items():
+        (calls / name).write_text(f"#!/bin/sh\n{text}\n")
+        (calls / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(calls), prepend=os.pathsep)
+    (tmp_path / "queue").write_text("7|PENDING|Priority|dico_s\n")
+    assert re.search(r"DiCo-S, seed 0 +waiting +pending: Priority \(job 7, by the batch script", slurm.status(runs, store))
+    stages = [spec_id(stage) for stage in runs.trainings()[0].stages]
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "dico_s", "DICO_LOG": str(tmp_path / "log")}.items():
+        monkeypatch.setenv(name, value)
+    scheduler.remember_this_job(tmp_path, "DiCo-S, seed 0", stages)
+    scheduler.remember_this_job(tmp_path, "DiCo-S, seed 0", stages)  # after a requeue
+    (tmp_path / "queue").write_text("7|RUNNING|None|dico_s\n")
+    assert len(scheduler.submitted(tmp_path, stages)) == 1 and re.search(r"DiCo-S, seed 0 +running +starting \(job 7\)", slurm.status(runs, store))
+    assert [found.job for found in scheduler.waiting_or_running(tmp_path, stages)] == ["7"] and not scheduler.cancel(tmp_path, stages)
+    scheduler.remember(tmp_path, [scheduler.Submission((stage,), "x", f"8_{k}", "dico-x", "log") for k, stage in enumerate(stages)])
+    (tmp_path / "queue").write_text("7|RUNNING|None|dico_s\n8_0|COMPLETING|None|dico-x\n8_1|COMPLETING|None|dico-x\n")
+    assert [one.job for one in scheduler.cancel(tmp_path, stages)] == ["8_0", "8_1"] and (tmp_path / "cancelled").read_text() == "8_0 8_1\n"
+    (tmp_path / "queue").write_text("8_0|RUNNING|None|dico-x\n")
+    with pytest.raises(ValueError, match="^scancel: Invalid job id$"):
+        scheduler.cancel(tmp_path, stages)
+    (tmp_path / "queue").write_text("7|FAILED|NonZeroExitCode|dico_s\n")
+    (tmp_path / "log").write_text("its last words\n")
+    scheduler.ledger(tmp_path).write_text(scheduler.ledger(tmp_path).read_text().splitlines()[0] + "\n")
+    assert re.search(r"failed +failed without a record \(job 7\)\n +\| its last words", slurm.status(runs, store))
 
 
 def test_a_run_nobody_submitted_shows_by_its_heartbeat(tmp_path: Path):
@@ -191,9 +287,6 @@ def test_a_scheduler_that_does_not_answer_is_given_up(tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_a_script_names_a_declared_run_and_the_processes_that_it_takes(script: Path):
-    from experiments.run import TABLES as RUN_TABLES
-    from experiments.protocols import PROTOCOLS
-
     text = script.read_text()
     table, row, protocol = re.search(r"--table (\S+) --row (\S+) --protocol (\S+)", text).groups()
     (job,) = Chosen(RUN_TABLES[int(table)], [RUN_TABLES[int(table)].row(row)], PROTOCOLS[protocol], [0], "cuda").trainings()

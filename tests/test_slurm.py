@@ -99,7 +99,8 @@ def test_a_table_is_sent_watched_and_done(slurm: dict[str, str], tmp_path: Path)
     assert re.search(r"bad, seed 0 +failed +train ValueError: window attention needs a grid.*\n( +\| .*\n)+", status)
     found = records(tmp_path / "results")
     assert {name for name, _ in found} <= set(ids) and sum(state == "done" for _, state in found) == 7
-    assert call(slurm, script, "--rows", "good", "last").stdout == "every stage has its record; --report prints the table\n"
+    nothing = call(slurm, script, "--rows", "good", "last").stdout
+    assert nothing.startswith("every stage has its record; python ") and nothing.endswith("--cluster slurm --rows good last --report prints the table\n")
     here = call(slurm, script, "--rows", "good", "last", cluster="here")
     assert here.returncode == 0 and here.stderr == ""  # the same ids: nothing is left to run
 
@@ -129,6 +130,66 @@ def test_an_element_of_an_array_goes_back_alone(slurm: dict[str, str], tmp_path:
     until(lambda: not client(slurm, "squeue", "-h"), "the queue empties")
 
 
+def attempts(script: Path) -> dict[str, list[dict[str, object]]]:
+    """Of every run in the script's results folder, by id."""
+    found = script.parent.glob("results/runs/*/attempts.json")
+    return {path.parent.name: json.loads(path.read_text()) for path in found}
+
+
+def training(slurm: dict[str, str], script: Path, *options: str, runs: int = 1) -> bool:
+    return len(re.findall(r"running +training, step [1-9]", call(slurm, script, *options, "--status").stdout)) == runs
+
+
+def test_a_job_that_a_higher_partition_takes_the_nodes_from_goes_on_and_a_cancelled_one_does_not(slurm: dict[str, str], tmp_path: Path):
+    script, rows = table(tmp_path, steps=100_000), ("--rows", "good")
+    (job,) = re.findall(r"^submitted job (\d+): good, seed 0$", call(slurm, script, *rows).stdout, re.M)
+    until(lambda: training(slurm, script, *rows), "the run trains")
+    client(slurm, "sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
+    until(lambda: [len(found) for found in attempts(script).values()] == [2], "the run goes on")
+    ((first, second),) = attempts(script).values()
+    assert first["reason"] == "asked to stop (SIGTERM), to make room" and 0 < first["end"] == second["start"]
+    until(lambda: training(slurm, script, *rows), "the run trains again")
+    assert call(slurm, script, *rows, "--cancel").stdout == f"cancelled job {job}: good, seed 0\n"
+    until(lambda: not client(slurm, "squeue", "-h"), "the queue empties")
+    ((_, second),) = attempts(script).values()
+    assert second["reason"] == "asked to stop (SIGTERM)" and client(slurm, "squeue", "-h", "-t", "all", "-j", job, "-o", "%T") == "CANCELLED\n"
+    assert not [state for _, state in records(tmp_path / "results") if state == "failed"]
+    assert "last heard of: asked to stop (SIGTERM)" in call(slurm, script, *rows, "--status").stdout
+
+
+def test_a_time_limit_is_survived_with_a_signal_before_it_and_without(slurm: dict[str, str], tmp_path: Path):
+    script, rows = table(tmp_path, steps=1_000_000), ("--rows", "good", "last")
+    slurm = {name: value for name, value in slurm.items() if name not in ("DICO_SLURM_TIME", "DICO_SLURM_SIGNAL_SECONDS")} | {"DICO_SLURM_SITE": str(tmp_path / "site.toml"), "DICO_SLURM_CHECKPOINT_EVERY": "50"}
+    (tmp_path / "site.toml").write_text('time = "0:02:00"\nsignal_seconds = 30\n[rows."last"]\nsignal_seconds = 0\n')
+    sent = dict(re.findall(r"^submitted job (\d+): (\w+), seed 0$", call(slurm, script, *rows).stdout, re.M))
+    until(lambda: training(slurm, script, *rows, runs=2), "both runs train")
+    for job in sent:
+        client(slurm, "scontrol", "update", f"jobid={job}", "TimeLimit=1")
+    until(lambda: sorted(map(len, attempts(script).values())) >= [2, 2], "both runs go on")
+    reasons = {found[0]["reason"] for found in attempts(script).values()}
+    assert reasons == {"asked to make room (SIGUSR2)", "asked to stop (SIGTERM), to make room"}
+    assert all(0 < found[0]["end"] == found[1]["start"] for found in attempts(script).values())
+    assert call(slurm, script, *rows, "--cancel").returncode == 0
+    until(lambda: not client(slurm, "squeue", "-h"), "the queue empties")
+
+
+def test_a_results_folder_that_a_node_cannot_write_is_named(slurm: dict[str, str], tmp_path: Path):
+    script, rows = table(tmp_path, steps=5), ("--rows", "good")
+    (job,) = re.findall(r"^submitted job (\d+): good, seed 0$", call(slurm | {"DICO_SLURM_OPTIONS": "hold"}, script, *rows).stdout, re.M)
+    assert f"job {job}" in call(slurm, script, *rows, "--status").stdout
+    shutil.rmtree(tmp_path / "results" / "records")
+    (tmp_path / "results" / "records").write_text("")
+    for held in re.findall(r"\d+", client(slurm, "squeue", "-h", "-o", "%i")):
+        client(slurm, "scontrol", "release", held)
+    until(lambda: not client(slurm, "squeue", "-h"), "the queue empties")
+    assert re.search(r"good, seed 0 +failed +failed without a record .*\n( +\| .*\n)* +\| .*cannot write results \(Not a directory\)", call(slurm, script, *rows, "--status").stdout)
+    nowhere = {"RESULTS": str(tmp_path / "site.py" / "results")}
+    (tmp_path / "site.py").write_text("")
+    job = client(slurm | nowhere, "sbatch", "--parsable", f"--chdir={REPOSITORY}", "--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=0", f"--output={tmp_path}/log", "slurm/dico_s.sh").strip()
+    until(lambda: not client(slurm, "squeue", "-h"), "the queue empties")
+    assert "cannot write results to" in (tmp_path / "log").read_text() and client(slurm, "squeue", "-h", "-t", "all", "-j", job, "-o", "%T") == "FAILED\n"
+
+
 @pytest.mark.parametrize("name, words", [("PARTITION", "invalid partition"), ("CONSTRAINT", "Invalid feature")])
 def test_the_scheduler_refuses_in_its_own_words(name: str, words: str, slurm: dict[str, str], tmp_path: Path):
     refused = call(slurm | {f"DICO_SLURM_{name}": "moon"}, table(tmp_path, steps=5), "--rows", "good")
@@ -150,6 +211,8 @@ def test_a_batch_script_gives_the_same_records_in_two_processes(slurm: dict[str,
     assert records(root) == {(name, "done") for name in declared}, (tmp_path / "log").read_text()
     (train,) = (json.loads(path.read_text()) for path in root.glob("records/train/*.json"))
     assert train["provenance"]["world_size"] == 2
+    shown = [json.loads(line) for line in (root / "submissions" / "jobs.jsonl").read_text().splitlines()]
+    assert [(one["label"], one["name"], one["log"], one["ours"]) for one in shown] == [("good, seed 0", "dico_s", str(tmp_path / "log"), False)]
 
 
 def test_a_training_survives_faults(slurm: dict[str, str]):

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from experiments.engine.files import written_whole
+from experiments.engine.files import sync_folder, written_whole
 
 _NAME = re.compile(r"step-(\d{8})-([0-9a-f]{16})\.pt")
 
@@ -111,6 +111,7 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int = 2, mileston
         except RuntimeError:  # torch says that its archive broke; a full disk should be called one
             raise writer.error or RuntimeError("the checkpoint could not be written") from None
     path = staged.rename(folder / f"step-{step:08d}-{writer.digest.hexdigest()[:16]}.pt")
+    sync_folder(folder)  # before an older one goes
     found = _newest_first(folder)
     earlier = [old for old in found if _step(old) <= step]
     for old in (*(old for old in found if old not in earlier), *earlier[keep:]):

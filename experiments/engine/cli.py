@@ -20,6 +20,7 @@ from experiments.engine.plan import Chosen, describe, missing
 from experiments.engine.progress import Progress
 from experiments.engine.render import FORMATS, render
 from experiments.engine.report import comparison_sheet, main_sheet
+from experiments.engine.site import rows_of_their_own
 from experiments.engine.sources import require_data, require_features
 from experiments.engine.spec import Row, Table
 from experiments.engine.store import REPOSITORY, Store
@@ -58,6 +59,8 @@ def _main(tables: dict[int, Table], description: str | None, arguments: Sequence
         raise ValueError(f"--device {args.device} contradicts the site, whose nodes compute on {default}; leave it out, or change gpus_per_node in slurm/site.toml")
     chosen = Chosen(table, rows, protocol, args.seeds, args.device or default, named=args.rows is not None)
     good = True
+    if on_slurm and (strange := set(rows_of_their_own()) - {row.label for each in tables.values() for row in (*each.rows, *each.outside)}):
+        print(f"warning: the site file has resources for {', '.join(map(repr, sorted(strange)))}, which no table of this script declares", file=sys.stderr)
     if args.dry_run:
         print(describe(chosen, store))
         if on_slurm:
@@ -104,12 +107,12 @@ def _parse(tables: dict[int, Table], description: str | None, arguments: Sequenc
     parser.add_argument("--dry-run", action="store_true", help="print what would run, what is done and what it will cost")
     parser.add_argument("--report", action="store_true", help="print the table from records without running anything")
     parser.add_argument("--format", choices=FORMATS, default="text", help="of the printed table")
-    parser.add_argument("--cluster", choices=CLUSTERS, default="here", help="where to run: here, through submitit here (local, debug) or on Slurm")
+    parser.add_argument("--cluster", choices=CLUSTERS, default="here", help="where to run: here, through submitit here (local: a process a job; debug: all in this process, one by one, where a breakpoint() of yours can stop; nothing else opens a debugger) or on Slurm")
     parser.add_argument("--status", action="store_true", help="print every run's state: waiting, running, done or failed")
-    parser.add_argument("--cancel", action="store_true", help="cancel what was submitted for these rows, and nothing else")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+    parser.add_argument("--cancel", action="store_true", help="cancel what this command submitted for these rows, and nothing else")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one; on Slurm the site's")
     parser.add_argument("--workers", type=int, default=None, metavar="N", help="trainings side by side (default: one a core, on a GPU one)")
-    parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="results folder (default: results)")
+    parser.add_argument("--results", type=Path, default=os.environ.get("RESULTS") or None, metavar="DIR", help="results folder (default: $RESULTS, else results)")
     args = parser.parse_args(arguments)
     if args.workers is not None and args.workers < 1:
         parser.error("--workers takes a number from 1 on")

@@ -18,7 +18,7 @@ from experiments.engine.launch import Job, available_cores, work_in_job
 from experiments.engine.scheduler import Submission, client, remember, waiting_or_running, words
 from experiments.engine.site import Site
 from experiments.engine.spec import spec_id
-from experiments.engine.store import REPOSITORY, Store
+from experiments.engine.store import REPOSITORY, Store, utc_now
 
 UNBOUNDED = 10**6  # submitit's count of time-outs; the trainer bounds restarts by progress
 
@@ -36,7 +36,8 @@ def new_folder(root: Path) -> Path:
 
 def given(site: Site) -> dict[str, Any]:
     """What a site gives to the trainer."""
-    return {"device": site.device, "checkpoint_every": site.checkpoint_every, "shard_optimizer": site.shard_optimizer}
+    same = {name: getattr(site, name) for name in ("device", "checkpoint_every", "keep", "sample_batch", "shard_optimizer")}
+    return same | {"milestones": site.milestones or None, "micro_batch": site.micro_batch or None, "timeout": float(site.collective_seconds)}
 
 
 def parameters(site: Site, folder: Path) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def parameters(site: Site, folder: Path) -> dict[str, Any]:
     if site.gpus_per_node:
         found["gpus_per_node"] = site.gpus_per_node
     python = shlex.quote(sys.executable)
-    setup = [f"cd {shlex.quote(str(REPOSITORY))}", f"RESULTS={shlex.quote(str(folder.parents[1]))}", f"PYTHON=${{PYTHON:-{python}}}", "source slurm/job.sh || exit 2"]
+    setup = [f"cd {shlex.quote(str(REPOSITORY))}", f"SUBMITTED_FROM={shlex.quote(str(folder.parents[1]))}", f"PYTHON=${{PYTHON:-{python}}}", "source slurm/job.sh || exit 2"]
     return found | {
         "job_name": folder.name,
         "nodes": site.nodes,
@@ -81,6 +82,7 @@ def submit(groups: Sequence[tuple[Site, Sequence[Job]]], store: Store) -> list[S
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "lock"):
         queued = waiting_or_running(store.root, [spec_id(stage) for _, jobs in groups for job in jobs for stage in job.stages])
+        queued = {stage for submission in queued for stage in submission.stages}
         left = [(site, [job for job in jobs if not any(spec_id(stage) in queued for stage in job.stages)]) for site, jobs in groups]
         left = [(site, jobs, new_folder(store.root)) for site, jobs in left if jobs]
         for site, jobs, folder in left:
@@ -117,7 +119,7 @@ def run_locally(jobs: Sequence[Job], root: Path, device: str, workers: int, debu
     """Run jobs through submitit on this machine, `workers` at a time, or one by one in this process; True if every stage is done."""
     import submitit
 
-    folder = new_folder(root)
+    folder, began = new_folder(root), utc_now()
     resources = {"device": device, "threads": max(1, available_cores() // (1 if debug else workers))}
     if debug:
         executor = submitit.core.plugins.get_executors()["debug"](folder)
@@ -133,7 +135,7 @@ def run_locally(jobs: Sequence[Job], root: Path, device: str, workers: int, debu
             for job, handle in list(running):
                 if debug or handle.done():
                     running.remove((job, handle))
-                    good = _tell(job, handle.exception(), Store(root), handle.paths.stdout, notify) and good
+                    good = _tell(job, handle.exception(), Store(root), handle.paths.stdout, began, notify) and good
             if running:
                 time.sleep(0.2)
     finally:
@@ -142,13 +144,13 @@ def run_locally(jobs: Sequence[Job], root: Path, device: str, workers: int, debu
     return good
 
 
-def _tell(job: Job, error: BaseException | None, store: Store, log: Path, notify: Callable[[Job, str, Any], None]) -> bool:
-    """Report a finished job's records; True if every stage is done."""
+def _tell(job: Job, error: BaseException | None, store: Store, log: Path, began: str, notify: Callable[[Job, str, Any], None]) -> bool:
+    """Report what a finished job has recorded since `began`; True if every stage is done."""
     records = [(stage, store.latest(stage) or store.latest(stage, status="failed")) for stage in job.stages]
+    records = [(stage, record) for stage, record in records if record and record.utc >= began]
     for stage, record in records:
-        if record:
-            notify(job, "record", (stage, record))
-    if error and not any(record and record.status == "failed" for _, record in records):
+        notify(job, "record", (stage, record))
+    if error and not any(record.status == "failed" for _, record in records):
         notify(job, "error", f"{str(error).strip().splitlines()[-1]} (its log: {log})")
     notify(job, "end", None)
     return error is None

@@ -85,14 +85,12 @@ def _follow(spec: Stage, store: Store, resources: Resources, group: Group) -> Re
     """A rank after the first: works on its part, and exits where any rank fails."""
     folder = store.run_dir(spec)
     try:
-        if isinstance(answer := group.share(None), ValueError):
-            raise SystemExit(1)
-        if answer:
-            return answer
-        with distributed.Watch(group, folder):
-            if isinstance(spec, Train | Evaluate):
-                _run(spec, store, resources, lambda *_: None, group, None)
-        return group.share(None)
+        answer = group.share(None)
+        if answer is None:
+            with distributed.Watch(group, folder):
+                if isinstance(spec, Train | Evaluate):
+                    _run(spec, store, resources, lambda *_: None, group, None)
+            answer = group.share(None)
     except preemption.Preempted as stop:
         _leave(stop, folder, group, None)
     except Exception as failure:
@@ -102,6 +100,9 @@ def _follow(spec: Stage, store: Store, resources: Resources, group: Group) -> Re
         except distributed.Lost as lost:
             _leave(lost, folder, group, None)
         raise SystemExit(1) from None
+    if isinstance(answer, ValueError):  # another job has the run: every rank says so
+        raise answer
+    return answer
 
 
 def _outlast_the_record(folder: Path) -> None:
@@ -121,24 +122,36 @@ def _leave(why: preemption.Preempted | distributed.Lost, folder: Path, group: Gr
 
     Ranks that stop together wait for what the first one has to write and to ask for: a scheduler may end all when one ends.
     """
-    how = why.how if isinstance(why, preemption.Preempted) else preemption.NO
+    how, reason = preemption.NO, str(why)
+    if isinstance(why, preemption.Preempted):
+        how = _agreed(group, preemption.meant(why.how) if group.first else preemption.STOP)
+        reason += "" if how == why.how else ", to make room" if how == preemption.REQUEUE else ", and to end"
     back = how == preemption.REQUEUE and heartbeat.job_id() is not None
     if back:
         preemption.yield_to_terminations()
     if beat:
         if how != preemption.TAKEN_OVER:
-            attempts.end(folder, beat.fields["step"] or 0, str(why))
-        beat.end("requeued" if back else "stopped", str(why))
-        print(f"stopped: {why}", file=sys.stderr, flush=True)
+            attempts.end(folder, beat.fields["step"] or 0, reason)
+        beat.end("requeued" if back else "stopped", reason)
+        print(f"stopped: {reason}", file=sys.stderr, flush=True)
     refusal = preemption.requeue() if back and group.first else None
     if refusal:
-        print(f"error: the job could not be requeued: {refusal}", file=sys.stderr, flush=True)
+        refusal = f"{reason}; saved, but the job could not be requeued: {refusal}"
+        print(f"error: {refusal}; submit it again", file=sys.stderr, flush=True)
+        if beat:
+            beat.correct("stopped", refusal)
     if isinstance(why, preemption.Preempted):
-        with suppress(RuntimeError):  # the scheduler has ended a rank already
-            refusal = group.share(refusal)
+        refusal = _agreed(group, refusal)
     if back and not refusal:
         preemption.wait_for_the_end()
     raise SystemExit(preemption.LOST if isinstance(why, distributed.Lost) else preemption.TRY_AGAIN)
+
+
+def _agreed(group: Group, answer: Any) -> Any:
+    """The first rank's answer; one's own where the scheduler has ended a rank already."""
+    with suppress(RuntimeError):
+        return group.share(answer)
+    return answer
 
 
 def require_device(device: str) -> None:

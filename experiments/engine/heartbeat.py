@@ -1,8 +1,8 @@
 """A run's sign of life and its lock: who works on it and how far it is. Standard library only.
 
 `heartbeat.json` in a run's folder holds the state (starting, training, evaluating, saving; at the end requeued, stopped,
-done or failed), step, steps, images_per_s, loss, updated (unix seconds), host, pid, job_id, attempt, world_size, reason
-and owner (one random name an attempt).
+done or failed), step, steps, images_per_s, loss, updated (unix seconds by the writer's clock), host, pid, job_id, attempt,
+world_size, reason and owner (one random name an attempt). Its age is told by the file system's clock alone: nodes' differ.
 """
 
 from __future__ import annotations
@@ -38,22 +38,36 @@ def queue_id() -> str | None:
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The last heartbeat of a run, or None."""
+    """The last heartbeat of a run, with its `age` in seconds when it was read, or None."""
+    found = _read(folder)
+    return found and found | {"age": _now(folder) - found["written"]}
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads((folder / "heartbeat.json").read_bytes())
+        with open(folder / "heartbeat.json", "rb") as file:  # a network file system looks again when a file is opened
+            found, written = json.loads(file.read()), os.fstat(file.fileno()).st_mtime
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and isinstance(found.get("updated"), int | float) else None
+    return found | {"written": written} if isinstance(found, dict) and isinstance(found.get("updated"), int | float) else None
 
 
-def age(beat: dict[str, Any]) -> float:
-    """Seconds since a heartbeat was written."""
-    return time.time() - beat["updated"]
+def _now(folder: Path) -> float:
+    """The time by the clock that stamps the folder's files; this machine's where none can be written."""
+    probe = folder / f".clock.{uuid.uuid4().hex}.tmp"
+    try:
+        probe.touch()
+        try:
+            return probe.stat().st_mtime
+        finally:
+            probe.unlink()
+    except OSError:
+        return time.time()
 
 
 def live(beat: dict[str, Any] | None) -> bool:
-    """Whether the process that wrote it works and has been heard of lately."""
-    return beat is not None and beat.get("state") in LIVE and age(beat) < STALE
+    """Whether the process that wrote it worked, and had been heard of lately, when it was read."""
+    return beat is not None and beat.get("state") in LIVE and beat["age"] < STALE
 
 
 class Heartbeat:
@@ -86,6 +100,11 @@ class Heartbeat:
         self.fields |= dict(state=state, reason=reason)
         self._write()
 
+    def correct(self, state: str, reason: str) -> None:
+        """Write another last state after `end`."""
+        self.fields |= dict(state=state, reason=reason)
+        self._write()
+
     def _beat(self) -> None:
         while not self._ended:
             self._changed.wait(EVERY)
@@ -94,7 +113,7 @@ class Heartbeat:
                 self._write()
 
     def _write(self) -> None:
-        there = read(self.folder)
+        there = _read(self.folder)
         if self._written and there and there.get("owner") != self.fields["owner"]:
             self.taken_over = there
         if self.taken_over:
@@ -143,4 +162,4 @@ def _locked(file: BinaryIO) -> bool:
 
 def _refusal(folder: Path, there: dict[str, Any]) -> str:
     job = f"job {there['job_id']}" if there.get("job_id") else f"process {there.get('pid')}"
-    return f"run {folder.name} is being worked on by {job} on {there.get('host')} ({there.get('state')}, heard of {age(there):.0f} s ago); wait for it or end it first"
+    return f"run {folder.name} is being worked on by {job} on {there.get('host')} ({there.get('state')}, heard of {there['age']:.0f} s ago); wait for it or end it first"

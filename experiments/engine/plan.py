@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from experiments.engine.launch import Job
+from experiments.engine.sources import is_latent
 from experiments.engine.spec import Evaluate, Row, Stage, Table, Timing, Train, kind_of, spec_id
 from experiments.engine.store import Store
 from experiments.protocols import Protocol, cost_stages, evaluate_stage, timed_rows, timing_stage, train_stage
@@ -93,25 +95,51 @@ def _expected_seconds(stage: Stage, protocol: Protocol, store: Store) -> float |
     return None if isinstance(stage, Evaluate | Timing) else 1.0
 
 
-def gpu_hours(stage: Train, protocol: Protocol, store: Store) -> tuple[float, str] | None:
-    """Expected GPU-hours of a training and where that is known from: a recorded throughput on GPUs of the same training
-    (another seed may be it too), else the protocol's cost. None where that is unknown or was not met on GPUs."""
-    for where in ("records", "reference"):
-        for seed in (stage.seed, *range(10)):
-            record = store.latest(replace(stage, seed=seed), where)
-            if record and record.provenance["device"] != "cpu" and (rate := record.values.get("images_per_s")):
-                hours = stage.recipe.steps * stage.recipe.batch / rate / 3600
-                return hours * record.provenance["world_size"], f"recorded throughput on {record.provenance['device']}"
-    gpus, _, kind = protocol.hardware.partition(" ")
-    return None if "CPU" in kind or protocol.cost_hours is None else (protocol.cost_hours * int(gpus), f"the protocol's {protocol.cost_hours:g} h on {protocol.hardware}")
+def seconds_an_image(row: Row, chosen: Chosen, store: Store) -> tuple[float, str] | None:
+    """Expected seconds of one GPU (of one process on CPUs) for a training image of a row, and where that is known from.
+
+    The row's own recorded training counts most, then other rows' of the table by the ratio of counted Gflops, then in
+    the same way what Table 6 of the paper says. None where none of them is known.
+    """
+    for known in (_recorded, _published):
+        if found := known(row, chosen, store):
+            return found
+        if ours := _macs(row, chosen, store):
+            others = [(other, macs) for other in (*chosen.table.rows, *chosen.table.outside) if (macs := _macs(other, chosen, store))]
+            if scaled := [(found[0] * ours / macs, found[1], other.label) for other, macs in others if (found := known(other, chosen, store))]:
+                sources, labels = (dict.fromkeys(part) for part in list(zip(*scaled, strict=True))[1:])
+                return statistics.median(seconds for seconds, _, _ in scaled), f"{', '.join(sources)} of {', '.join(labels)}, scaled by counted Gflops"
+    return None
 
 
-def seconds_a_step(stage: Train, protocol: Protocol, store: Store) -> float:
-    """Expected time of a training step on the protocol's hardware, or as recorded; 0 where nothing is known."""
+def _recorded(row: Row, chosen: Chosen, store: Store) -> tuple[float, str] | None:
+    """From a training of this row, of whatever seed, on the kind of device that is planned with."""
     for where in ("records", "reference"):
-        if record := store.latest(stage, where):
-            return stage.recipe.batch / record.values["images_per_s"]
-    return (protocol.cost_hours or 0) * 3600 / stage.recipe.steps
+        for seed in (*chosen.seeds, *range(10)):
+            record = store.latest(train_stage(row, chosen.protocol, seed), where)
+            if record and (record.provenance["device"] == "cpu") == (chosen.device == "cpu") and (rate := record.values.get("images_per_s")):
+                return record.provenance["world_size"] / rate, f"recorded throughput on {record.provenance['device']}"
+    return None
+
+
+def _published(row: Row, chosen: Chosen, store: Store) -> tuple[float, str] | None:
+    side = 8 * chosen.protocol.data.size
+    if chosen.device == "cpu" or not is_latent(chosen.protocol.data):
+        return None
+    if found := store.published("table6.csv", ("model", "resolution")).get(f"{row.label} {side}"):
+        gpus, _, kind = found["gpus"].partition("x")
+        images = int(found["training_steps"]) * int(found["global_batch_size"])
+        return int(gpus) * float(found["training_hours"]) * 3600 / images, f"the paper's training time on {kind} (Table 6)"
+    return None
+
+
+def _macs(row: Row, chosen: Chosen, store: Store) -> float | None:
+    """Counted multiply-accumulates of the network as it is trained: none where that is another size than the counted one."""
+    stages = cost_stages(row)
+    if len(stages) != 1 or chosen.protocol.small or stages[0].size != chosen.protocol.data.size:
+        return None
+    record = store.latest(stages[0]) or store.latest(stages[0], "reference")
+    return record and record.values["macs_core"]
 
 
 def duration(seconds: float) -> str:

@@ -1,16 +1,18 @@
 """Signals that ask a job to stop: they set a flag, and the run stops at its next step. Standard library only.
 
 USR2 (what a scheduler sends before a time limit or a preemption) means save and go back to the queue; TERM means save and
-end. Local runs, which an interrupt ends, keep the system's meaning of both.
+end, unless the scheduler that sent it means the former. Local runs, which an interrupt ends, keep the system's meaning of both.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import threading
 import time
+from contextlib import suppress
 
 from experiments.engine.heartbeat import job_id, queue_id
 
@@ -38,6 +40,22 @@ def listen() -> None:
 def asked() -> int:
     """What this process was asked so far: NO, STOP or REQUEUE."""
     return _asked
+
+
+def meant(how: int) -> int:
+    """What a request asks of this job: STOP or REQUEUE, whichever the signal was.
+
+    TERM is also how a scheduler that sends no USR2 makes room or ends a job's time, and a job that was told to make room
+    may be cancelled since. The job's state tells. A running one is to make room (in the grace time of a preemption), or
+    hears a signal of its last attempt that came late; one that is cancelled, or in the queue again already, is to stop.
+    """
+    if how not in (STOP, REQUEUE) or job_id() is None:
+        return how
+    with suppress(OSError, subprocess.TimeoutExpired):
+        shown = subprocess.run(["scontrol", "-o", "show", "job", queue_id()], capture_output=True, text=True, timeout=20, check=False).stdout
+        if "JobState=" in shown:
+            return REQUEUE if re.search(r"\bJobState=RUNNING\b|\bReason=TimeLimit\b", shown) else STOP
+    return how
 
 
 def yield_to_terminations() -> None:

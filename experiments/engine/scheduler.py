@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Iterable
@@ -11,25 +12,32 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from experiments.engine.heartbeat import queue_id
+
 TIMEOUT = 60
 OVER = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"}
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A job in the queue: its stages by id, its scheduler's id, the name that it shares with its array, and its log."""
+    """A job in the queue: its stages by id, its scheduler's id, the name that it shares with its array, and its log.
+
+    `ours` is one that an experiment's command submitted; others are batch scripts of their own, which only show.
+    """
 
     stages: tuple[str, ...]
     label: str
     job: str
     name: str
     log: str
+    ours: bool = True
 
 
 @dataclass(frozen=True)
 class Queued:
     """What the queue says of a job."""
 
+    name: str
     state: str
     reason: str
 
@@ -62,13 +70,13 @@ def words(text: str) -> str:
 
 
 def queue(names: Iterable[str]) -> dict[str, Queued]:
-    """State and reason of each job of these names, by id, as long as the controller remembers it."""
+    """What the queue says of each job of these names, by id, as long as the controller remembers it."""
     if not (wanted := ",".join(sorted(set(names)))):
         return {}
     found = {}
-    for line in client("squeue", "-h", "-r", "-t", "all", "-u", getpass.getuser(), f"--name={wanted}", "-o", "%i|%T|%r").splitlines():
-        job, state, reason = line.strip().split("|", 2)
-        found[job] = Queued(state, reason)
+    for line in client("squeue", "-h", "-r", "-t", "all", "-u", getpass.getuser(), f"--name={wanted}", "-o", "%i|%T|%r|%j").splitlines():
+        job, state, reason, name = line.strip().split("|", 3)
+        found[job] = Queued(name, state, reason)
     return found
 
 
@@ -80,6 +88,15 @@ def remember(root: Path, submissions: Iterable[Submission]) -> None:
     """Add to what was submitted from this results folder."""
     with open(ledger(root), "a") as file:
         file.writelines(json.dumps(asdict(submission)) + "\n" for submission in submissions)
+
+
+def remember_this_job(root: Path, label: str, stages: Iterable[str]) -> None:
+    """Add the job that this process belongs to, once, whoever submitted it; nothing outside of one."""
+    job, stages = queue_id(), tuple(stages)
+    if job is None or os.environ.get("SLURM_PROCID", "0") != "0" or any(there.job == job for there in submitted(root, stages)):
+        return
+    ledger(root).parent.mkdir(parents=True, exist_ok=True)
+    remember(root, [Submission(stages, label, job, os.environ.get("SLURM_JOB_NAME", ""), os.environ.get("DICO_LOG", ""), ours=False)])
 
 
 def submitted(root: Path, stages: Iterable[str]) -> list[Submission]:
@@ -94,17 +111,21 @@ def submitted(root: Path, stages: Iterable[str]) -> list[Submission]:
     return found
 
 
-def waiting_or_running(root: Path, stages: Iterable[str]) -> dict[str, tuple[Submission, Queued]]:
-    """The stages among these that are in the queue, each with its newest job."""
+def waiting_or_running(root: Path, stages: Iterable[str]) -> list[Submission]:
+    """The jobs for any of these stages that are in the queue, oldest first."""
     there = submitted(root, stages)
     states = queue(submission.name for submission in there)
-    live = [(submission, states[submission.job]) for submission in there if submission.job in states and not states[submission.job].over]
-    return {stage: entry for entry in live for stage in entry[0].stages}
+    return [submission for submission in there if submission.job in states and not states[submission.job].over]
 
 
 def cancel(root: Path, stages: Iterable[str]) -> list[Submission]:
-    """End the jobs that were submitted for these stages from this folder, and no other; returns them."""
-    entries = {entry[0].job: entry[0] for entry in waiting_or_running(root, stages).values()}
+    """End the jobs that an experiment's command submitted for these stages from this folder, and no other; returns them."""
+    entries = [submission for submission in waiting_or_running(root, stages) if submission.ours]
     if entries:
-        client("scancel", *entries)
-    return list(entries.values())
+        try:
+            client("scancel", *(submission.job for submission in entries))
+        except ValueError:  # one has ended since; the others are cancelled all the same
+            states = queue(submission.name for submission in entries)
+            if any(job in states and not states[job].over and states[job].state != "COMPLETING" for job in (one.job for one in entries)):
+                raise
+    return entries

@@ -26,8 +26,11 @@ class Site:
     """Resources of one job. `tasks_per_node` 0 is one a GPU, or one where there are no GPUs; empty words are not passed on.
 
     `time` is [days-]hours:minutes:seconds; `signal_seconds` is how long before that limit (or a preemption) a run is told
-    to save; `concurrent` jobs of a submission run side by side. `options` are further options of sbatch. The last two are
-    the trainer's: steps between checkpoints, and whether each process keeps only its part of the optimiser's state.
+    to save, 0 for not at all; `concurrent` jobs of a submission run side by side. `options` are further options of sbatch. The
+    others are the trainer's (`train.Resources`): steps between checkpoints, how many of the newest are kept and which for
+    good (multiples of `milestones`; 0: none), samples at a time on each process in training (`micro_batch`; 0: all of its
+    share) and in sampling, seconds after which a collective operation gives up, and whether each process keeps only its
+    part of the optimiser's state.
     """
 
     nodes: int = 1
@@ -43,6 +46,11 @@ class Site:
     concurrent: int = 8
     signal_seconds: int = 180
     checkpoint_every: int = 2000
+    keep: int = 2
+    milestones: int = 0
+    micro_batch: int = 0
+    sample_batch: int = 250
+    collective_seconds: int = 1800
     shard_optimizer: bool = False
     options: dict[str, str | int | bool] = field(default_factory=dict)
 
@@ -71,6 +79,7 @@ class Site:
         return replace(self, nodes=1, tasks_per_node=1, gpus_per_node=min(1, self.gpus_per_node), concurrent=1)
 
 
+MAY_BE_0 = {"gpus_per_node", "tasks_per_node", "signal_seconds", "milestones", "micro_batch"}
 KNOWN = {f.name: type(f.default) if f.name != "options" else dict for f in fields(Site)}
 
 
@@ -79,13 +88,7 @@ def load_site(label: str, environment: Mapping[str, str] = os.environ) -> Site:
 
     DICO_SLURM_SITE names another file. Raises ValueError in one line for what is unknown or of the wrong type.
     """
-    path = Path(environment.get(f"{PREFIX}SITE", FILE))
-    try:
-        content = tomllib.loads(path.read_text()) if path.is_file() else {}
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"{path.name} cannot be read: {error}") from None
-    if not path.is_file() and f"{PREFIX}SITE" in environment:
-        raise ValueError(f"{PREFIX}SITE names {path}, which is no file")
+    path, content = _content(environment)
     rows = content.pop("rows", {})
     if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
         raise ValueError(f'{path.name}: rows are tables, one a row: [rows."{label}"]')
@@ -95,8 +98,9 @@ def load_site(label: str, environment: Mapping[str, str] = os.environ) -> Site:
     _require_known(content, path.name)
     _require_known(given, f"environment {PREFIX}*")
     site = Site(**(content | rows.get(label, {}) | {name: _parse(name, text) for name, text in given.items()}))
-    if min(site.nodes, site.cpus_per_task, site.concurrent, site.checkpoint_every) < 1 or min(site.gpus_per_node, site.tasks_per_node, site.signal_seconds) < 0:
-        raise ValueError(f"{path.name}: nodes, cpus_per_task, concurrent and checkpoint_every are 1 or more, the other numbers 0 or more")
+    for name in (name for name, kind in KNOWN.items() if kind is int):
+        if (value := getattr(site, name)) < (least := 0 if name in MAY_BE_0 else 1):
+            raise ValueError(f"{path.name}: {name} is {least} or more, not {value}")
     if site.tasks_per_node > site.gpus_per_node > 0:
         raise ValueError(f"{path.name}: {site.tasks_per_node} processes a node need as many GPUs, not {site.gpus_per_node}; lower tasks_per_node")
     if taken := sorted(name for name in site.options if name.replace("_", "-") in OURS | {key.replace("_", "-") for key in KNOWN}):
@@ -107,6 +111,24 @@ def load_site(label: str, environment: Mapping[str, str] = os.environ) -> Site:
     if site.seconds < 60 + site.signal_seconds:
         raise ValueError(f"{path.name}: a time limit of {site.time} leaves less than a minute before the signal, {site.signal_seconds} s before its end")
     return site
+
+
+def _content(environment: Mapping[str, str]) -> tuple[Path, dict[str, Any]]:
+    """The site file and what it says, nothing where there is none."""
+    path = Path(environment.get(f"{PREFIX}SITE", FILE))
+    try:
+        content = tomllib.loads(path.read_text()) if path.is_file() else {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"{path.name} cannot be read: {error}") from None
+    if not path.is_file() and f"{PREFIX}SITE" in environment:
+        raise ValueError(f"{PREFIX}SITE names {path}, which is no file")
+    return path, content
+
+
+def rows_of_their_own(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """The labels that the site file has resources for."""
+    _, content = _content(environment)
+    return list(content.get("rows", {}))
 
 
 def _require_known(values: dict[str, Any], where: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import Any
 
 from experiments.engine import heartbeat, scheduler
 from experiments.engine.launch import Job, available_cores, run_here
-from experiments.engine.plan import Chosen, duration, gpu_hours, missing, seconds_a_step
+from experiments.engine.plan import Chosen, duration, missing, seconds_an_image
 from experiments.engine.progress import Progress
-from experiments.engine.site import Site, load_site
+from experiments.engine.site import FILE, Site, load_site
 from experiments.engine.spec import Evaluate, Row, Train, kind_of, spec_id
 from experiments.engine.store import Record, Store
 
@@ -30,12 +31,20 @@ def groups(chosen: Chosen, store: Store) -> list[tuple[Site, list[Job]]]:
     found: dict[str, tuple[Site, list[Job]]] = {}
     for jobs, alone in ((chosen.timings(), True), (chosen.trainings(), False)):
         for job in missing(jobs, store):
-            site = load_site(job.label.partition(", seed ")[0])
+            site = load_site(_label(job))
             if not alone:
                 _check(job, site, chosen, store)
             site = site.alone() if alone else site
             found.setdefault(repr(site), (site, []))[1].append(job)
     return list(found.values())
+
+
+def _label(job: Job) -> str:
+    return job.label.rpartition(", seed ")[0] or job.label
+
+
+def _row(job: Job, chosen: Chosen) -> Row:
+    return next(row for row in chosen.rows if row.label == _label(job))
 
 
 def _check(job: Job, site: Site, chosen: Chosen, store: Store) -> None:
@@ -44,8 +53,11 @@ def _check(job: Job, site: Site, chosen: Chosen, store: Store) -> None:
         return
     if stage.recipe.batch % site.world_size:
         raise ValueError(f"{job.label}: {site.nodes} nodes of {site.tasks} processes do not divide the batch of {stage.recipe.batch}; change nodes, gpus_per_node or tasks_per_node")
+    expected = seconds_an_image(_row(job, chosen), chosen, store)
+    if expected is None:
+        return
     steps = min(site.checkpoint_every, stage.recipe.steps)
-    interval = steps * seconds_a_step(stage, chosen.protocol, store)
+    interval = steps * stage.recipe.batch * expected[0] / site.world_size
     if interval > site.seconds - site.signal_seconds:
         raise ValueError(
             f"{job.label}: a time limit of {site.time} is shorter than one checkpoint interval, about {duration(interval)} "
@@ -54,24 +66,33 @@ def _check(job: Job, site: Site, chosen: Chosen, store: Store) -> None:
 
 
 def describe(chosen: Chosen, store: Store) -> str:
-    """Resources, the batch script of each array, and the expected GPU-hours."""
+    """Resources, the batch script of each array, and the expected GPU-hours of each training: how many and by what, or unknown."""
     from experiments.engine.cluster import sbatch_text
 
     folder, lines, total = store.root.resolve() / "submissions" / "dico-YYYYMMDD-XXXXXXXX", [], 0.0
-    unknown = 0
+    unknown, unit = 0, "GPU-hours" if chosen.device == "cuda" else "process-hours"
     for site, jobs in groups(chosen, store):
         lines += ["", f"an array of {len(jobs)} jobs: {', '.join(job.label for job in jobs)}" if len(jobs) > 1 else f"one job: {jobs[0].label}"]
         lines += [f"    {line}".rstrip() for line in sbatch_text(site, folder, len(jobs)).splitlines()]
         for job in jobs:
             if not isinstance(job.stages[0], Train):
                 continue
-            if hours := gpu_hours(job.stages[0], chosen.protocol, store):
-                total += hours[0]
-                lines.append(f"{job.label}: about {hours[0]:.0f} GPU-hours of training, by {hours[1]}")
-            else:
+            expected = seconds_an_image(_row(job, chosen), chosen, store)
+            if expected is None:
                 unknown += 1
-    more = f", and {unknown} trainings of unknown cost on GPUs" if unknown else ""
-    return "\n".join([*lines, "", f"estimated: {total:.0f} GPU-hours of training{more}; evaluations and timings come on top"])
+                lines.append(f"{job.label}: {unit} of training unknown")
+            else:
+                recipe = job.stages[0].recipe
+                hours = recipe.steps * recipe.batch * expected[0] / 3600
+                total += hours
+                lines.append(f"{job.label}: about {_amount(hours)} {unit} of training, by {expected[1]}")
+    known = [f"{_amount(total)} {unit} of training"] if total else []
+    more = [f"{unknown} of unknown cost"] if unknown else []
+    return "\n".join([*lines, "", f"estimated: {', and '.join(known + more) or 'no training'}; evaluations and timings come on top"])
+
+
+def _amount(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"
 
 
 def send(chosen: Chosen, store: Store, command: str) -> str:
@@ -90,7 +111,7 @@ def send(chosen: Chosen, store: Store, command: str) -> str:
     if waiting := sum(len(jobs) for _, jobs in wanted) - len(sent):
         lines.append(f"{waiting} jobs are in the queue or at work already")
     if not wanted:
-        lines.append("every stage has its record; --report prints the table")
+        lines.append(f"every stage has its record; {command} --report prints the table")
     return "\n".join([*lines, *([f"watch: {command} --status", f"end:   {command} --cancel"] if wanted else [])])
 
 
@@ -110,17 +131,31 @@ def status(chosen: Chosen, store: Store) -> str:
     jobs = [*chosen.counts(), *chosen.timings(), *chosen.trainings()]
     there = scheduler.submitted(store.root, _ids(jobs))
     newest = {stage: one for one in there for stage in one.stages}
-    queued = scheduler.queue(one.name for one in there) if shutil.which("squeue") else {}
+    names = _script_names(chosen)
+    queued = scheduler.queue([*(one.name for one in there), *names.values()]) if shutil.which("squeue") else {}
     lines = []
     for job in jobs:
         name = spec_id(job.stages[0])
         submission = next((newest[spec_id(stage)] for stage in job.stages if spec_id(stage) in newest), None)
         state, detail = _state(job, store, submission, queued.get(submission.job) if submission else None)
+        if state == "not submitted" and (found := [(one, of) for one, of in queued.items() if of.name == names.get(job.label) and not of.over]):
+            state, detail = "waiting", f"{found[-1][1].state.lower()}: {found[-1][1].reason} (job {found[-1][0]}, by the batch script of this name)"
         kind = "" if job.label == "counts" else kind_of(job.stages[0])
         lines.append(f"{name}  {kind:8}  {job.label:34}  {state:13}  {detail}".rstrip())
         if state == "failed" and submission:
             lines += [f"    | {line}" for line in _last_lines(store.root / submission.log)]
     return "\n".join(lines)
+
+
+def _script_names(chosen: Chosen) -> dict[str, str]:
+    """By label of a training, the name under which a script beside the site file queues it: it leaves no other trace until it starts."""
+    found = {}
+    for script in sorted(FILE.parent.glob("*.sh")):
+        text = script.read_text()
+        name, run = re.search(r"--job-name=(\S+)", text), re.search(r"--table (\d+) --row (\S+) --protocol (\S+)", text)
+        if name and run and (int(run[1]), run[3]) == (chosen.table.number, chosen.protocol.name):
+            found[f"{run[2]}, seed 0"] = name[1]
+    return found
 
 
 def _state(job: Job, store: Store, submission: scheduler.Submission | None, queued: scheduler.Queued | None) -> tuple[str, str]:
@@ -129,7 +164,7 @@ def _state(job: Job, store: Store, submission: scheduler.Submission | None, queu
         return "done", ""
     train = next((stage for stage in job.stages if isinstance(stage, Train)), None)
     beats = [heartbeat.read(store.run_dir(stage)) for stage in job.stages if isinstance(stage, Train | Evaluate)]
-    beat = max(filter(None, beats), key=lambda beat: beat["updated"], default=None)
+    beat = min(filter(None, beats), key=lambda beat: beat["age"], default=None)
     where = f"job {submission.job}" if submission else ""
     if queued and not queued.over:
         reached = f", at {_progress(beat, train)}" if beat and beat.get("step") else ""
@@ -142,7 +177,8 @@ def _state(job: Job, store: Store, submission: scheduler.Submission | None, queu
     if failed:
         return "failed", _reason(failed[-1])
     if submission:
-        return "failed", f"{queued.state.lower() if queued else 'its job left the queue'} without a record ({where})"
+        heard = f"; last heard of: {beat['reason']}" if beat and beat.get("reason") else ""
+        return "failed", f"{queued.state.lower() if queued else 'its job left the queue'} without a record ({where}){heard}"
     return "not submitted", ""
 
 

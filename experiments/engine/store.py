@@ -82,7 +82,7 @@ class Store:
 
     def append(self, spec: Stage, status: str, values: dict[str, Any], provenance: dict[str, Any], error: str | None = None) -> Record:
         """Write a new record; nothing is ever overwritten."""
-        utc = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        utc = utc_now()
         record = Record(spec_id(spec), kind_of(spec), status, values, provenance, utc, canonical(spec, full=True), error)
         path = self.root / "records" / record.kind / f"{record.id}-{utc}-{uuid.uuid4().hex[:6]}.json"
         with written_whole(path) as file:
@@ -106,6 +106,11 @@ class Store:
         """Rows of a published table by its key columns, those that are filled, joined with blanks. Every row carries its `source`."""
         with open(REPOSITORY / "results" / "published" / name, newline="") as file:
             return {" ".join(row[column] for column in key if row[column]): row for row in csv.DictReader(file)}
+
+
+def utc_now() -> str:
+    """The time as records bear it, in an order that is the alphabet's."""
+    return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
 
 
 def read_record(path: Path) -> Record:
