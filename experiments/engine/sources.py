@@ -94,6 +94,8 @@ def missing_features(spec: Evaluate) -> list[str]:
     """What scoring lacks on this machine, each with how to provide it."""
     if spec.features == "digits":
         return []
+    if spec.features == "cifar_classifier":
+        return [] if find_cifar10(folder_of(spec.train.data), "test") else ["CIFAR-10's test images (test.parquet or cifar-10-batches-py) in data/cifar10 (or $DICO_DATA/cifar10)"]
     missing = []
     if find_spec("torch_fidelity") is None:
         missing.append("the package torch-fidelity")
