@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,14 @@ import torch
 from numpy import ndarray
 
 from experiments.engine import inception, metrics, scores
-from experiments.engine.data import cifar10, load
+from experiments.engine.data import ImageSet, cifar10, load
 from experiments.engine.distributed import ALONE, Group
 from experiments.engine.features import cifar_classifier, digits_classifier, extract
 from experiments.engine.generate import Counted, images
 from experiments.engine.heartbeat import Heartbeat
 from experiments.engine.manifest import manifest
 from experiments.engine.neighbours import precision_recall
+from experiments.engine.npz import Images, has_images, sha256
 from experiments.engine.precision import flags, precision
 from experiments.engine.quantise import from_uint8, to_uint8
 from experiments.engine.samples import QUANTISER, network_of, sampled
@@ -125,11 +126,13 @@ def _inception(spec: Evaluate, folder: Path, resources: Resources, group: Group,
     device = torch.device(resources.device)
     extractor = inception.load(inception_path(), device)
     samples = sampled(spec, folder, resources, report, group, beat)
-    if samples is None:
+    parts = folder.parent / spec_id(spec) / f"features-{samples.made['network']}-{extractor.sha256[:16]}"
+    measured = scores.measure_shared(extractor, samples, group, parts / "samples", beat)
+    reference = _reference(spec.train.data, extractor, parts, group, beat)
+    if measured is None or reference is None:
         return {}, {}
-    reference = _reference(spec.train.data, extractor)
-    measured = scores.measure(extractor, samples.batches())
     values = scores.score(measured, reference, samples.labels, balanced=spec.labels == "balanced", device=device)
+    shutil.rmtree(parts, ignore_errors=True)
     return values | {"nfe": samples.nfe}, {
         "network": samples.made["network"],
         "decoder": samples.made["decoder"],
@@ -140,20 +143,32 @@ def _inception(spec: Evaluate, folder: Path, resources: Resources, group: Group,
     }
 
 
-def _reference(data: Data, extractor: inception.Inception) -> scores.Reference:
+class _Pixels:
+    """A set of pixels as grey levels, in its own order."""
+
+    def __init__(self, images: ImageSet) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def part(self, start: int, stop: int) -> ndarray:
+        return to_uint8(self.images.take(torch.arange(start, stop))[0]).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def _reference(data: Data, extractor: inception.Inception, parts: Path, group: Group, beat: Heartbeat | None) -> scores.Reference | None:
+    """What the samples are scored against; None on all ranks but the first."""
     if path := reference_path(data):
-        return scores.read_reference(extractor, path)
-    digest, real = hashlib.sha256(), load(data)
-
-    def batches() -> Iterator[ndarray]:
-        for part in torch.arange(len(real)).split(inception.BATCH):
-            batch = to_uint8(real.take(part)[0]).permute(0, 2, 3, 1).contiguous().numpy()
-            digest.update(batch.tobytes())
-            yield batch
-
-    measured = scores.measure(extractor, batches())
+        measured = scores.measure_shared(extractor, Images(path), group, parts / sha256(path)[:16], beat) if has_images(path) else None
+        return scores.reference_of(path, measured) if group.first else None
+    real, total = _Pixels(load(data)), hashlib.sha256()
+    for start in range(0, len(real), scores.PIECE):
+        total.update(real.part(start, min(start + scores.PIECE, len(real))).tobytes())
+    measured = scores.measure_shared(extractor, real, group, parts / total.hexdigest()[:16], beat)
+    if measured is None:
+        return None
     moments = {layer: scores.blocks_sum(getattr(measured, layer)) for layer in ("pool", "spatial")}
-    named = {"name": f"{data.name}, training images", "sha256": digest.hexdigest(), "statistics": False, "num_images": len(real)}
+    named = {"name": f"{data.name}, training images", "sha256": total.hexdigest(), "statistics": False, "num_images": len(real)}
     return scores.Reference(moments, measured.pool, named)
 
 
