@@ -31,7 +31,7 @@ class Agreement:
     """
 
     rows: int
-    seeds: int
+    seeds: str
     tau: float
     rho: float
     low: float
@@ -84,7 +84,7 @@ def agreement(name: str, table: Table, store: Sources, protocol: Protocol = DIGI
     tail = int(DRAWS * LEVEL / 2)
     return Agreement(
         rows=len(rows),
-        seeds=min(len(values) for _, values in rows),
+        seeds=_span([len(values) for _, values in rows]),
         tau=tau,
         rho=spearman(means, paper),
         low=drawn[tail],
@@ -92,6 +92,10 @@ def agreement(name: str, table: Table, store: Sources, protocol: Protocol = DIGI
         chance=(1 + sum(other >= tau - 1e-12 for other in shuffled)) / (1 + DRAWS),
         ceiling=statistics.fmean(kendall(draw(), draw()) for _ in range(DRAWS)),
     )
+
+
+def _span(counts: Sequence[int]) -> str:
+    return f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
 
 
 def resolved_pairs(table: Table, store: Sources, protocol: Protocol = DIGITS) -> tuple[int, int, int, int]:
