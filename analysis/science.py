@@ -15,10 +15,10 @@ from experiments.engine.render import render
 from experiments.engine.report import SCORES, Sheet, main_sheet
 from experiments.engine.spec import Table
 from experiments.engine.spread import LEVEL, pooled, reach, scaled
-from experiments.protocols import CIFAR10, CIFAR10_SMALL, DIGITS, Protocol, timing_stage
+from experiments.protocols import CIFAR10_CLASSIFIER, CIFAR10_SMALL, DIGITS, Protocol, timing_stage
 
 PAPER = {"fd": "fid", "is": "is", "precision": "precision", "recall": "recall"}  # our scores by the start of their names
-FULL = {CIFAR10_SMALL.name: CIFAR10}  # of what a protocol is the small form
+FULL = {CIFAR10_SMALL.name: CIFAR10_CLASSIFIER}  # of what a protocol is the small form
 DRAWS = 2000
 
 
@@ -135,12 +135,15 @@ def page(store: Sources, protocol: Protocol = DIGITS) -> str:
         f"Every row is trained at a small size that keeps its structure, {recipe.steps} steps of {recipe.batch}, and scored on {protocol.num} images. "
         "The scores are not the paper's: other data, other size, other features. What can be compared is the order of the rows, as far as the spread over training seeds lets it be known.",
     ]
-    if full := FULL.get(protocol.name):
-        lines += ["", _of_the_full_size(full, store)]
+    full = FULL.get(protocol.name)
     for number in (3, 4):
-        lines += ["", *_section(TABLES[number], store, protocol)]
+        lines += ["", f"## Table {number}: {TABLES[number].title}", "", *_section(TABLES[number], store, protocol)]
         if full:
-            lines += ["", render([_scores_alone(TABLES[number], store, protocol)], "markdown").strip()]
+            lines += ["", *_scores_alone(TABLES[number], store, protocol)]
+    if full:
+        lines += ["", f"## The same rows at full size: protocol {full.name}", "", f"{full.recipe.steps} steps of {full.recipe.batch}, {full.num} images. A row without a committed record is a gap."]
+        for number in (3, 4):
+            lines += ["", *_section(TABLES[number], store, full), "", *_scores_alone(TABLES[number], store, full)]
     lines += [
         "",
         "## How this was computed",
@@ -154,32 +157,23 @@ def page(store: Sources, protocol: Protocol = DIGITS) -> str:
     return "\n".join(lines)
 
 
-def _of_the_full_size(full: Protocol, store: Sources) -> str:
-    rows = [row for number in (3, 4) for row in TABLES[number].rows]
-    found = sum(bool(scores_of(row, full, store)) for row in rows)
-    return (
-        f"Protocol {full.name} declares the same rows at their full size, {full.recipe.steps} steps of {full.recipe.batch} and {full.num} images; "
-        f"{found or 'none'} of its {len(rows)} rows {'has' if found == 1 else 'have'} a committed record."
-    )
-
-
-def _scores_alone(table: Table, store: Sources, protocol: Protocol) -> Sheet:
-    """The scores of a table beside the paper's; a row without a record is a gap."""
+def _scores_alone(table: Table, store: Sources, protocol: Protocol) -> list[str]:
+    """The scores of a table beside the paper's, in Markdown; a row without a record is a gap."""
     seeds = sorted({record.spec["train"]["seed"] for row in table.rows for record in scores_of(row, protocol, store)}) or [0]
     sheet = main_sheet(table, table.rows, protocol, seeds, "cpu", store, where="reference")
     kept = [i for i, (group, name) in enumerate(sheet.columns) if name == "row" or group.startswith((f"{protocol.name} (", "paper: "))]
-    return Sheet(sheet.title, [sheet.columns[i] for i in kept], [[cells[i] for i in kept] for cells in sheet.rows])
+    alone = Sheet(f"Table {table.number} on {protocol.name}", [sheet.columns[i] for i in kept], [[cells[i] for i in kept] for cells in sheet.rows])
+    return render([alone], "markdown").strip().splitlines()
 
 
 def _section(table: Table, store: Sources, protocol: Protocol) -> list[str]:
     scored = [name for name in SCORES[protocol.features] if name.partition("_")[0] in PAPER]
     found = {name: agreement(name, table, store, protocol) for name in scored}
-    lines = [f"## Table {table.number}: {table.title}", ""]
     main = found[scored[0]]
     if main is None:
-        return [*lines, "No committed records with repeated seeds: nothing can be said."]
+        return ["No committed records with repeated seeds: nothing can be said."]
     resolved, alike, pairs, certain = resolved_pairs(table, store, protocol)
-    lines += [
+    lines = [
         f"{main.rows} rows, {main.seeds} seeds each. The order by {scored[0]} agrees with the paper's order by FID with tau {main.tau:.2f} "
         f"(95 % over seeds: {main.low:.2f} to {main.high:.2f}); {_verdict(main)}.",
         "",
