@@ -162,8 +162,9 @@ def _scores_alone(table: Table, store: Sources, protocol: Protocol) -> list[str]
     seeds = sorted({record.spec["train"]["seed"] for row in table.rows for record in scores_of(row, protocol, store)}) or [0]
     sheet = main_sheet(table, table.rows, protocol, seeds, "cpu", store, where="reference")
     kept = [i for i, (group, name) in enumerate(sheet.columns) if name == "row" or group.startswith((f"{protocol.name} (", "paper: "))]
-    alone = Sheet(f"Table {table.number} on {protocol.name}", [sheet.columns[i] for i in kept], [[cells[i] for i in kept] for cells in sheet.rows])
-    return render([alone], "markdown").strip().splitlines()
+    alone = Sheet("", [sheet.columns[i] for i in kept], [[cells[i] for i in kept] for cells in sheet.rows])
+    rows = [line for line in render([alone], "markdown").splitlines() if line.startswith("|")]
+    return [f"### Table {table.number} on {protocol.name}", "", *rows]
 
 
 def _section(table: Table, store: Sources, protocol: Protocol) -> list[str]:
