@@ -17,6 +17,7 @@ from analysis.tables import SHEETS
 from experiments.engine.files import written_whole
 from experiments.engine.render import render
 from experiments.engine.report import Sheet
+from experiments.protocols import CIFAR10_SMALL, DIGITS, Protocol
 
 FIGURES = {  # a figure's function takes the sources; its docstring is the caption
     "figure2_fid_throughput": figures.fid_against_throughput,
@@ -36,7 +37,7 @@ SUFFIXES = {"text": "txt", "markdown": "md", "latex": "tex", "csv": "csv", "html
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", action="store_true", help="tables, claims and the digits page only, no figures")
+    parser.add_argument("--tables", action="store_true", help="tables, claims and the pages on small protocols only, no figures")
     parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="results folder (default: results)")
     parser.add_argument("--published", type=Path, default=None, metavar="DIR", help="folder of published numbers (default: results/published)")
     args = parser.parse_args()
@@ -62,15 +63,16 @@ def build(store: Sources, with_figures: bool = True) -> list[str]:
 
     for name, make in (SHEETS | {"claims": claims_sheet}).items():
         attempt(name, lambda name=name, make=make: _write(store.root / "tables", name, make(store)))
-    attempt("digits", lambda: _page(store))
+    for protocol in (DIGITS, CIFAR10_SMALL):
+        attempt(protocol.name, lambda protocol=protocol: _page(store, protocol))
     for name, draw in FIGURES.items() if with_figures else ():
         attempt(f"figure {name}", lambda name=name, draw=draw: save(draw(store), store.root / "figures", name))
     return store.problems + problems
 
 
-def _page(store: Sources) -> None:
-    with written_whole(store.root / "tables" / "digits.md") as file:
-        file.write(science.page(store).encode())
+def _page(store: Sources, protocol: Protocol) -> None:
+    with written_whole(store.root / "tables" / f"{protocol.name}.md") as file:
+        file.write(science.page(store, protocol).encode())
 
 
 def _write(folder: Path, name: str, sheet: Sheet) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from experiments.engine.report import REFERENCE_SEEDS
 from experiments.engine.spec import Backbone, Row, Stage, Table, canonical
 from experiments.engine.store import REPOSITORY, Record, Store
-from experiments.protocols import DIGITS, PROTOCOLS, evaluate_stage
+from experiments.protocols import DIGITS, PROTOCOLS, Protocol, evaluate_stage
 
 SCORES = "fid is precision recall"
 COLUMNS = {  # of every published file: columns of words, columns of numbers
@@ -112,9 +112,13 @@ def reference_seeds(table: Table, store: Store) -> list[int]:
     return [seed for seed in REFERENCE_SEEDS if store.latest(evaluate_stage(table.baseline, DIGITS, seed), "reference")] or [0]
 
 
+def scores_of(row: Row, protocol: Protocol, store: Store) -> list[Record]:
+    """The committed scores of a row under a protocol, one record a training seed."""
+    return [record for seed in REFERENCE_SEEDS if (record := store.latest(evaluate_stage(row, protocol, seed), "reference"))]
+
+
 def digits_scores(row: Row, store: Store) -> list[Record]:
-    """The committed scores of a row on the digits protocol, one record a training seed."""
-    return [record for seed in REFERENCE_SEEDS if (record := store.latest(evaluate_stage(row, DIGITS, seed), "reference"))]
+    return scores_of(row, DIGITS, store)
 
 
 def latest(stages: Sequence[Stage], store: Store) -> Iterator[Record]:

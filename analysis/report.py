@@ -27,6 +27,7 @@ from analysis.views import views
 from experiments.engine.files import written_whole
 from experiments.engine.render import render
 from experiments.engine.report import Cell, Sheet
+from experiments.protocols import CIFAR10_SMALL
 
 HERE = Path(__file__).resolve().parent
 SECTIONS = ("claims", "scatter-section", "tables", "figures", "digits", "counts", "provenance")
@@ -69,7 +70,7 @@ def build_page(store: Sources) -> tuple[str, list[str]]:
     parts.append('</section><section id="figures"><h2>Figures</h2><div class="grid">')
     parts += [_figure(name, draw, store, problems) for name, draw in FIGURES.items()]
     parts += [_image(path.read_bytes(), f"Samples: {path.stem}.") for path in sorted((store.root / "figures" / "samples").glob("*.png"))]
-    parts.append(f'</div></section><section id="digits">{_prose(science.page(store))}</section>')
+    parts.append(f'</div></section><section id="digits">{_prose(science.page(store))}{_prose(science.page(store, CIFAR10_SMALL))}</section>')
     counts = _sheet("counts", lambda: SHEETS["counts"](store), problems)
     parts.append(f'<section id="counts"><h2>Honest counts</h2>{_table(counts, "counts-table")}</section>')
     parts.append(f'<section id="provenance"><h2>Environment and provenance</h2><div class="words">{_table(provenance_sheet(store), "provenance-table")}</div></section>')
@@ -150,7 +151,7 @@ def _image(png: bytes, caption: str) -> str:
 
 
 def _prose(markdown: str) -> str:
-    """The digits page: headings, paragraphs and tables, which is all that it uses."""
+    """A page of `science`: headings, paragraphs and tables, which is all that it uses."""
     parts = []
     for block in markdown.strip().split("\n\n"):
         if heading := re.match(r"(#+) (.*)", block):

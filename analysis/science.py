@@ -1,4 +1,4 @@
-"""What the digits protocol says about Tables 3 and 4, with its uncertainty: numbers first, then one page of text made from them. No torch."""
+"""What a small protocol says about Tables 3 and 4, with its uncertainty: numbers first, then one page of text made from them. No torch."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from analysis.query import Sources, digits_scores
+from analysis.query import Sources, scores_of
 from analysis.tables import ranks
 from experiments.ablation import TABLES
-from experiments.engine.report import SCORES
+from experiments.engine.render import render
+from experiments.engine.report import SCORES, Sheet, main_sheet
 from experiments.engine.spec import Table
 from experiments.engine.spread import LEVEL, pooled, reach, scaled
-from experiments.protocols import DIGITS, timing_stage
+from experiments.protocols import CIFAR10_CLASSIFIER, CIFAR10_SMALL, DIGITS, Protocol, timing_stage
 
-PAPER = {"fd_digits": "fid", "is_digits": "is", "precision_digits": "precision", "recall_digits": "recall"}
+PAPER = {"fd": "fid", "is": "is", "precision": "precision", "recall": "recall"}  # our scores by the start of their names
+FULL = {CIFAR10_SMALL.name: CIFAR10_CLASSIFIER}  # of what a protocol is the small form
 DRAWS = 2000
 
 
@@ -29,7 +31,7 @@ class Agreement:
     """
 
     rows: int
-    seeds: int
+    seeds: str
     tau: float
     rho: float
     low: float
@@ -61,10 +63,10 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
         return math.nan
 
 
-def agreement(name: str, table: Table, store: Sources) -> Agreement | None:
-    """How a score on digits orders a table's rows against the paper; None without repeats or with fewer than three rows."""
-    published = store.published(table.published, table.key)
-    rows = [(float(published[row.published][PAPER[name]]), values) for row in table.rows if (values := [r.values for r in digits_scores(row, store)])]
+def agreement(name: str, table: Table, store: Sources, protocol: Protocol = DIGITS) -> Agreement | None:
+    """How a score orders a table's rows against the paper; None without repeats or with fewer than three rows."""
+    published, column = store.published(table.published, table.key), PAPER[name.partition("_")[0]]
+    rows = [(float(published[row.published][column]), values) for row in table.rows if (values := [r.values for r in scores_of(row, protocol, store)])]
     spread = pooled(name, [values for _, values in rows])
     if spread is None or len(rows) < 3:
         return None
@@ -82,7 +84,7 @@ def agreement(name: str, table: Table, store: Sources) -> Agreement | None:
     tail = int(DRAWS * LEVEL / 2)
     return Agreement(
         rows=len(rows),
-        seeds=min(len(values) for _, values in rows),
+        seeds=_span([len(values) for _, values in rows]),
         tau=tau,
         rho=spearman(means, paper),
         low=drawn[tail],
@@ -92,11 +94,15 @@ def agreement(name: str, table: Table, store: Sources) -> Agreement | None:
     )
 
 
-def resolved_pairs(table: Table, store: Sources) -> tuple[int, int, int, int]:
-    """Of all pairs of rows: how many fd_digits resolves; of these, how many the paper's FID orders alike; pairs; rows of certain rank."""
-    name = "fd_digits"
+def _span(counts: Sequence[int]) -> str:
+    return f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+
+
+def resolved_pairs(table: Table, store: Sources, protocol: Protocol = DIGITS) -> tuple[int, int, int, int]:
+    """Of all pairs of rows: how many the Fréchet distance resolves; of these, how many the paper's FID orders alike; pairs; rows of certain rank."""
+    name = f"fd_{protocol.features}"
     published = store.published(table.published, table.key)
-    values = [[record.values for record in digits_scores(row, store)] for row in table.rows]
+    values = [[record.values for record in scores_of(row, protocol, store)] for row in table.rows]
     spread, pairs = pooled(name, values), len(values) * (len(values) - 1) // 2
     if spread is None:
         return 0, 0, pairs, 0
@@ -120,17 +126,24 @@ def speed_agreement(table: Table, store: Sources) -> tuple[float, int]:
     return (kendall(*zip(*timed, strict=True)) if len(timed) > 1 else math.nan), len(timed)
 
 
-def page(store: Sources) -> str:
+def page(store: Sources, protocol: Protocol = DIGITS) -> str:
     """Markdown. Every figure is computed; the sentences follow from the figures."""
-    recipe = DIGITS.recipe
+    recipe = protocol.recipe
     lines = [
-        "# What the digits protocol resolves of Tables 3 and 4",
+        f"# What the {protocol.name} protocol resolves of Tables 3 and 4",
         "",
-        f"Every row is trained at a small size that keeps its structure, {recipe.steps} steps of {recipe.batch}, and scored on {DIGITS.num} images. "
+        f"Every row is trained at a small size that keeps its structure, {recipe.steps} steps of {recipe.batch}, and scored on {protocol.num} images. "
         "The scores are not the paper's: other data, other size, other features. What can be compared is the order of the rows, as far as the spread over training seeds lets it be known.",
     ]
+    full = FULL.get(protocol.name)
     for number in (3, 4):
-        lines += ["", *_section(TABLES[number], store)]
+        lines += ["", f"## Table {number}: {TABLES[number].title}", "", *_section(TABLES[number], store, protocol)]
+        if full:
+            lines += ["", *_scores_alone(TABLES[number], store, protocol)]
+    if full:
+        lines += ["", f"## The same rows at full size: protocol {full.name}", "", f"{full.recipe.steps} steps of {full.recipe.batch}, {full.num} images. A row without a committed record is a gap."]
+        for number in (3, 4):
+            lines += ["", *_section(TABLES[number], store, full), "", *_scores_alone(TABLES[number], store, full)]
     lines += [
         "",
         "## How this was computed",
@@ -144,28 +157,36 @@ def page(store: Sources) -> str:
     return "\n".join(lines)
 
 
-def _section(table: Table, store: Sources) -> list[str]:
-    found = {name: agreement(name, table, store) for name in SCORES["digits"] if name in PAPER}
-    lines = [f"## Table {table.number}: {table.title}", ""]
-    main = found["fd_digits"]
+def _scores_alone(table: Table, store: Sources, protocol: Protocol) -> list[str]:
+    """The scores of a table beside the paper's, in Markdown; a row without a record is a gap."""
+    seeds = sorted({record.spec["train"]["seed"] for row in table.rows for record in scores_of(row, protocol, store)}) or [0]
+    sheet = main_sheet(table, table.rows, protocol, seeds, "cpu", store, where="reference")
+    kept = [i for i, (group, name) in enumerate(sheet.columns) if name == "row" or group.startswith((f"{protocol.name} (", "paper: "))]
+    alone = Sheet("", [sheet.columns[i] for i in kept], [[cells[i] for i in kept] for cells in sheet.rows])
+    rows = [line for line in render([alone], "markdown").splitlines() if line.startswith("|")]
+    return [f"### Table {table.number} on {protocol.name}", "", *rows]
+
+
+def _section(table: Table, store: Sources, protocol: Protocol) -> list[str]:
+    scored = [name for name in SCORES[protocol.features] if name.partition("_")[0] in PAPER]
+    found = {name: agreement(name, table, store, protocol) for name in scored}
+    main = found[scored[0]]
     if main is None:
-        return [*lines, "No committed records with repeated seeds: nothing can be said."]
-    resolved, alike, pairs, certain = resolved_pairs(table, store)
-    speed, timed = speed_agreement(table, store)
-    lines += [
-        f"{main.rows} rows, {main.seeds} seeds each. The order by fd_digits agrees with the paper's order by FID with tau {main.tau:.2f} "
+        return ["No committed records with repeated seeds: nothing can be said."]
+    resolved, alike, pairs, certain = resolved_pairs(table, store, protocol)
+    lines = [
+        f"{main.rows} rows, {main.seeds} seeds each. The order by {scored[0]} agrees with the paper's order by FID with tau {main.tau:.2f} "
         f"(95 % over seeds: {main.low:.2f} to {main.high:.2f}); {_verdict(main)}.",
         "",
         f"Of {pairs} pairs of rows the seeds resolve {resolved}" + (f", and the paper orders {alike} of these alike" if resolved else "") + f". {certain} of {main.rows} rows have a rank that is known for certain.",
-        "",
-        f"The order by throughput on the CPU (fp32, {timed} rows) agrees with the paper's on an A100 with tau {speed:.2f}.",
-        "",
-        "| score | paper's | tau | 95 % over seeds | rho | chance | ceiling |",
-        "|---|---|---:|---:|---:|---:|---:|",
     ]
+    if protocol is DIGITS:
+        speed, timed = speed_agreement(table, store)
+        lines += ["", f"The order by throughput on the CPU (fp32, {timed} rows) agrees with the paper's on an A100 with tau {speed:.2f}."]
+    lines += ["", "| score | paper's | tau | 95 % over seeds | rho | chance | ceiling |", "|---|---|---:|---:|---:|---:|---:|"]
     for name, result in found.items():
         if result:
-            lines.append(f"| {name} | {PAPER[name]} | {result.tau:.2f} | {result.low:.2f} to {result.high:.2f} | {result.rho:.2f} | {result.chance:.3f} | {result.ceiling:.2f} |")
+            lines.append(f"| {name} | {PAPER[name.partition('_')[0]]} | {result.tau:.2f} | {result.low:.2f} to {result.high:.2f} | {result.rho:.2f} | {result.chance:.3f} | {result.ceiling:.2f} |")
     return lines
 
 

@@ -28,6 +28,7 @@ def main() -> int:
         return 2
     manifests = [of_record(record.spec, record.values, record.provenance) for record in (a, b)]
     found = differences(*manifests)
+    found = [tuple("not set" if part == ABSENT and one[0].startswith("model.backbone.options.") else part for part in one) for one in found]
     for key, left, right in (one for one in found if ABSENT not in one):
         size, source = effect(key)
         print(f"{key}: {left} | {right}" + (f"\n    known effect: {size}" if size else "") + (f" ({source})" if source else ""))

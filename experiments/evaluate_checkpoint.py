@@ -11,6 +11,7 @@ import argparse
 import csv
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from experiments.checkpoint import options_of
 from experiments.engine.launch import Job
 from experiments.engine.manifest import score_name
 from experiments.engine.progress import Progress
-from experiments.engine.sources import is_latent, missing_features, require_features
+from experiments.engine.sources import is_latent, missing_features, require_features, vae_source
 from experiments.engine.spec import Backbone, Checkpoint, Diffusion, Evaluate, Row, spec_id
 from experiments.engine.store import REPOSITORY, Store
 from experiments.main_results import TABLES
@@ -107,7 +108,7 @@ def _load(backbone: Backbone, args: argparse.Namespace) -> nn.Module:
 def _plan(spec: Evaluate, model: nn.Module, device: str) -> str:
     """What is missing, and the cost of N images on this device: the network timed here, times its evaluations."""
     lines = [f"{spec_id(spec)}  {spec.num} images, {spec.sampler.name}, {spec.sampler.num_steps} steps, guidance scale {spec.sampler.scale:g}, {spec.labels} labels, {spec.precision}"]
-    lines += [f"missing: {text}" for text in missing_features(spec)] or ["nothing is missing"]
+    lines += [f"missing: {text}" for text in _missing(spec)] or ["nothing is missing"]
     passes = spec.sampler.num_steps * (1 if spec.sampler.scale == 1 else 2)
     if spec.sampler.name == "dopri5":
         return "\n".join([*lines, "cost: unknown; its steps are as many as each image needs"])
@@ -117,6 +118,15 @@ def _plan(spec: Evaluate, model: nn.Module, device: str) -> str:
     gigabytes = spec.num * 3 * (8 * spec.train.data.size if is_latent(spec.train.data) else spec.train.data.size) ** 2 / 1e9
     lines.append(f"disk: {gigabytes:.1f} GB of images")
     return "\n".join(lines)
+
+
+def _missing(spec: Evaluate) -> list[str]:
+    found = missing_features(spec)
+    if is_latent(spec.train.data) and find_spec("diffusers"):
+        from experiments.engine.autoencoder import missing_vae
+
+        found += filter(None, [missing_vae(vae_source())])
+    return found
 
 
 def _seconds_per_pass(spec: Evaluate, model: nn.Module, device: str) -> float:

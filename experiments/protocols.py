@@ -60,6 +60,27 @@ CIFAR10 = Protocol(
     hardware="8 A100",
 )
 
+CIFAR10_CLASSIFIER = replace(
+    CIFAR10,
+    name="cifar10_classifier",
+    features="cifar_classifier",
+    source="protocol cifar10, its very trainings, scored without Inception on the features of a CIFAR-10 classifier that the suite trains",
+)
+
+CIFAR10_SMALL = Protocol(
+    name="cifar10_small",
+    data=CIFAR10.data,
+    recipe=Recipe(steps=300, batch=16, lr=5e-3, warmup=30, decay="cosine", ema=0.98),
+    sampler=Sampler("ddim", num_steps=10, channels=None, clip=True),
+    num=500,
+    features="cifar_classifier",
+    labels="balanced",
+    small=True,
+    source="this suite: protocol cifar10_classifier cut down to what a CPU finishes, with small networks",
+    cost_hours=75 / 3600,
+    hardware="1 CPU core",
+)
+
 IMAGENET256 = Protocol(
     name="imagenet256",
     data=Data("imagenet256", size=32, channels=4, num_classes=1000, flip=True),
@@ -109,7 +130,7 @@ OWN = "each system by the recipe and the sampler of its own paper"
 IMAGENET256_OWN = replace(IMAGENET256, name="imagenet256_own", own=True, source=OWN, cost_hours=None)
 IMAGENET512_OWN = replace(IMAGENET512, name="imagenet512_own", own=True, source=OWN, cost_hours=None)
 
-PROTOCOLS = {protocol.name: protocol for protocol in (DIGITS, CIFAR10, IMAGENET256, IMAGENET256_FIXED, IMAGENET256_GUIDED, IMAGENET512, IMAGENET256_OWN, IMAGENET512_OWN)}
+PROTOCOLS = {protocol.name: protocol for protocol in (DIGITS, CIFAR10, CIFAR10_CLASSIFIER, CIFAR10_SMALL, IMAGENET256, IMAGENET256_FIXED, IMAGENET256_GUIDED, IMAGENET512, IMAGENET256_OWN, IMAGENET512_OWN)}
 
 
 def network(row: Row, protocol: Protocol) -> Backbone:
@@ -141,7 +162,7 @@ def sampler_of(row: Row, protocol: Protocol) -> Sampler:
     clip = method.sampler.clip and not is_latent(protocol.data)  # made for pixels
     if protocol.own:
         return replace(method.sampler, clip=clip)
-    common = replace(common, clip=clip)
+    common = replace(common, clip=clip or common.clip)
     if not method.recipe.label_dropout:  # without a null label there is nothing to guide by
         common = replace(common, scale=1.0)
     if (method.diffusion.name, method.diffusion.variance) == ("iddpm", "learned"):

@@ -79,7 +79,7 @@ def _run(args: argparse.Namespace) -> int:
         samples.pack(out)
         if args.png:
             samples.write_png(args.png)
-    print(f"{spec.num} images {samples.shape[1]} x {samples.shape[2]}, {spec.labels} labels, seed {spec.seed}: {out}")
+    print(f"{spec.num} images {samples.shape[1]} x {samples.shape[2]}, {spec.labels} labels, seed {spec.seed}, {samples.nfe:g} network evaluations each: {out}")
     return 0
 
 

@@ -29,7 +29,7 @@ from experiments.engine.render import render
 from experiments.engine.report import Cell, Sheet
 from experiments.engine.spec import Backbone, Timing
 from experiments.engine.store import REPOSITORY, Store
-from experiments.protocols import DIGITS, IMAGENET256, evaluate_stage
+from experiments.protocols import CIFAR10_SMALL, DIGITS, IMAGENET256, evaluate_stage
 
 PUBLISHED = REPOSITORY / "results" / "published"
 PROVENANCE = {
@@ -47,13 +47,13 @@ def empty(folder: Path) -> Sources:
     return Sources(folder)
 
 
-def with_scores(folder: Path, scores: dict[str, list[float]], table: Any = TABLE_4) -> Sources:
-    """Reference records that hold one fd_digits a seed for these rows; other scores are constant."""
-    store = Store(folder)
+def with_scores(folder: Path, scores: dict[str, list[float]], table: Any = TABLE_4, protocol: Any = DIGITS) -> Sources:
+    """Reference records that hold one Fréchet distance a seed for these rows; other scores are constant."""
+    store, features = Store(folder), protocol.features
     for row in table.rows:
         for seed, fd in enumerate(scores.get(row.label, [])):
-            values = {"fd_digits": fd, "is_digits": 8.0, "precision_digits": 0.6, "recall_digits": 0.8, "agreement": 0.9}
-            store.append(evaluate_stage(row, DIGITS, seed), "done", values, PROVENANCE)
+            values = {f"fd_{features}": fd, f"is_{features}": 8.0, f"precision_{features}": 0.6, f"recall_{features}": 0.8, "agreement": 0.9}
+            store.append(evaluate_stage(row, protocol, seed), "done", values, PROVENANCE)
     (folder / "records").rename(folder / "reference")
     return Sources(folder)
 
@@ -166,6 +166,14 @@ def test_pairs_are_resolved_by_their_distance(tmp_path: Path):
 
 def test_the_digits_page_follows_the_records(committed: Sources, tmp_path: Path):
     assert "nothing can be said" in page(empty(tmp_path)) and f"tau {agreement('fd_digits', TABLE_3, committed).tau:.2f}" in page(committed)
+
+
+def test_the_page_on_small_cifar_gives_the_order_and_prints_gaps_as_gaps(tmp_path: Path):
+    rows = [row.label for row in TABLE_3.rows]
+    text = page(with_scores(tmp_path, {label: [50.0 + 10 * k, 51.0 + 10 * k] for k, label in enumerate(reversed(rows[1:]))}, TABLE_3, CIFAR10_SMALL), CIFAR10_SMALL)
+    assert "5 rows, 2 seeds each. The order by fd_cifar_classifier" in text and "| fd_cifar_classifier | fid | " in text and "CPU" not in text
+    assert "| DiT (iso.) | - | - | - | - | - | 67.16 |" in text and "| DiCo (U-shape) | 50.5 ±0.5 |" in text
+    assert text.count("| CM->Agent Attn | - | - | - | - | - | 52.07 |") == 2 and "400000 steps of 256, 50000 images" in text and "## Table 4: Components of DiCo\n\nNo committed records with repeated seeds" in text
 
 
 def test_every_claim_gets_a_verdict(committed: Sources, tmp_path: Path):
@@ -287,7 +295,7 @@ def test_bad_sources_are_named_and_the_rest_is_built(tmp_path: Path):
     for words in (paths[0].name, "fd_digits is no number", "no declared protocol (digits, 77", "table5.csv: no column gflops", "throughput_img_s is 'nan'"):
         assert [problem for problem in problems if words in problem], (words, problems)
     built = {path.name for path in (tmp_path / "results" / "tables").iterdir()}
-    assert {"table1.md", "table3.html", "table4.csv", "table9.tex", "digits.md"} <= built and not {"table5.md", "table2.md"} & built
+    assert {"table1.md", "table3.html", "table4.csv", "table9.tex", "digits.md", "cifar10_small.md"} <= built and not {"table5.md", "table2.md"} & built
 
 
 def test_a_published_file_that_is_missing_or_unsourced_is_one_line(tmp_path: Path):

@@ -67,7 +67,7 @@ def test_sampling_neither_reads_nor_moves_the_global_generator():
 
 
 def test_the_classifier_has_the_same_bits_whatever_surrounds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(features, "STEPS", 40)
+    monkeypatch.setattr(features, "DIGITS", replace(features.DIGITS, steps=40))
     data, threads, identities = load(DIGITS.data), torch.get_num_threads(), []
     try:
         for number in (1, 2):
@@ -81,20 +81,20 @@ def test_the_classifier_has_the_same_bits_whatever_surrounds_it(tmp_path: Path, 
 
 
 def test_a_cached_classifier_is_read_and_another_recipe_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(features, "STEPS", 5)
+    monkeypatch.setattr(features, "DIGITS", replace(features.DIGITS, steps=5))
     data, trained = load(DIGITS.data), []
     train_once = features._train
-    monkeypatch.setattr(features, "_train", lambda images: trained.append(0) or train_once(images))
+    monkeypatch.setattr(features, "_train", lambda *lesson: trained.append(0) or train_once(*lesson))
     first, again = (digits_classifier(data, tmp_path) for _ in range(2))
     assert first[1] == again[1] and len(trained) == 1
     assert all(torch.equal(a, b) for a, b in zip(first[0].parameters(), again[0].parameters(), strict=True))
-    monkeypatch.setattr(features, "STEPS", 6)
+    monkeypatch.setattr(features, "DIGITS", replace(features.DIGITS, steps=6))
     digits_classifier(data, tmp_path)
     assert len(trained) == 2
 
 
 def test_scores_are_finite_shares_are_shares_and_every_one_has_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(features, "STEPS", 40)
+    monkeypatch.setattr(features, "DIGITS", replace(features.DIGITS, steps=40))
     train.run(SPEC.train, tmp_path / "run", Resources(), lambda *progress: None)
     values = evaluate.run(SPEC, tmp_path / "run", tmp_path / "cache", Resources(sample_batch=100))
     scores = ("fd_digits", "is_digits", "precision_digits", "recall_digits", "agreement")

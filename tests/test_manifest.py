@@ -129,7 +129,7 @@ def test_the_script_prints_what_differs_and_what_that_does(tmp_path: Path):
     store = Store(tmp_path)
     a, b, c = scored(store, 0, 1.0), scored(store, 1, 1.0), scored(store, 2, 1.0, labels={"policy": "random"})
     same, other = diff(a, b), diff(a, c)
-    assert same.returncode == 0 and "may be compared" in same.stdout and "model.backbone" in same.stdout
+    assert same.returncode == 0 and "may be compared" in same.stdout and "mixer_options.activation: not set | relu" in same.stdout
     assert other.returncode == 1 and "measure.labels.policy: balanced | random" in other.stdout and "about 0.1" in other.stdout and "RAE README" in other.stdout
 
 

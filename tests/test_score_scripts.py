@@ -129,12 +129,13 @@ def test_a_checkpoint_of_another_network_is_refused_before_anything_else(checkpo
 def test_a_dry_run_says_what_is_missing_and_what_it_would_cost(checkpoint: Path, tmp_path: Path, capsys, monkeypatch):
     monkeypatch.setattr(sources, "ROOT", tmp_path / "nothing")
     monkeypatch.delenv("DICO_INCEPTION", raising=False)
+    monkeypatch.setenv("DICO_VAE", "gone")
     monkeypatch.setattr(evaluate_checkpoint, "_load", lambda backbone, args: build("dico_s", **tiny_options_of("dico_s")).eval())
     monkeypatch.setattr(evaluate_checkpoint, "_seconds_per_pass", lambda *given: 0.01)
     arguments = "--backbone", "dico_s", "--checkpoint", checkpoint, "--device", "cpu", "--protocol"
     status, out, _ = run(evaluate_checkpoint, capsys, monkeypatch, *arguments, "imagenet256", "--dry-run")
     assert status == 0 and "missing: the Inception weights" in out and "missing: the reference VIRTUAL_imagenet256" in out
-    assert "250 evaluations an image" in out and "about 34.7 hours" in out and "9.8 GB" in out
+    assert "250 evaluations an image" in out and "about 34.7 hours" in out and "9.8 GB" in out and "missing: VAE gone is neither" in out
     status, out, _ = run(evaluate_checkpoint, capsys, monkeypatch, *arguments, "imagenet256_guided", "--dry-run")
     assert status == 0 and "500 evaluations" in out and "guidance scale 1.4" in out
     status, _, err = run(evaluate_checkpoint, capsys, monkeypatch, *arguments, "imagenet256", "--results", tmp_path / "results")

@@ -13,6 +13,7 @@ from experiments.engine.precision import precision
 from experiments.engine.train import digest
 
 PUBLISHED = {name: f"stabilityai/{name}" for name in ("sd-vae-ft-ema", "sd-vae-ft-mse")}
+FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 
 
 class Autoencoder:
@@ -58,6 +59,17 @@ class Autoencoder:
         return torch.cat(outputs)
 
 
+def missing_vae(source: str) -> str:
+    """What is not on this machine of a VAE, in a line, or ''. A published one that is missing would be downloaded."""
+    if source not in PUBLISHED:
+        here = (Path(source) / FILES[0]).is_file()
+        return "" if here else f"VAE {source} is neither {' nor '.join(PUBLISHED)} nor a folder with {' and '.join(FILES)}"
+    from huggingface_hub import try_to_load_from_cache
+
+    here = all(isinstance(try_to_load_from_cache(PUBLISHED[source], name), str) for name in FILES)
+    return "" if here else f"the VAE {source}, which the run would download; $DICO_VAE names a folder instead"
+
+
 def load_autoencoder(source: str, device: torch.device | str = "cpu", batch: int = 32) -> Autoencoder:
     """A published VAE by name (downloaded where the network allows it), or a diffusers folder with its weights as safetensors.
 
@@ -70,15 +82,15 @@ def load_autoencoder(source: str, device: torch.device | str = "cpu", batch: int
         raise ValueError("the VAE needs diffusers: pip install -e .[latents]") from None
 
     device, folder = torch.device(device), Path(source)
-    if source not in PUBLISHED and not (folder / "config.json").is_file():
-        raise ValueError(f"VAE {source} is neither {' nor '.join(PUBLISHED)} nor a folder with config.json and diffusion_pytorch_model.safetensors")
+    if source not in PUBLISHED and (lacking := missing_vae(source)):
+        raise ValueError(lacking)
     try:
         if source in PUBLISHED:
-            folder = snapshot_download(PUBLISHED[source], allow_patterns=["config.json", "diffusion_pytorch_model.safetensors"])
+            folder = snapshot_download(PUBLISHED[source], allow_patterns=list(FILES))
         vae = AutoencoderKL.from_pretrained(folder, use_safetensors=True, torch_dtype=torch.float32, low_cpu_mem_usage=False)
     except Exception as error:  # diffusers raises half a dozen kinds here, and each means the same to the user
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        advice = "; give --vae a folder with its config.json and diffusion_pytorch_model.safetensors" if source in PUBLISHED else ""
+        advice = "; give --vae a folder with its {' and '.join(FILES)}" if source in PUBLISHED else ""
         raise ValueError(f"VAE {source} cannot be loaded{advice} ({reason})") from None
     if vae.config.scaling_factor != SCALE or vae.config.shift_factor:
         raise ValueError(f"VAE {source} scales its latents by {vae.config.scaling_factor} and shifts them by {vae.config.shift_factor}; only {SCALE} without a shift is known")

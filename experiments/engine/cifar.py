@@ -28,6 +28,15 @@ def read_cifar10(found: list[Path], split: str) -> tuple[np.ndarray, np.ndarray,
     return images, labels, {"data_source": source, "data_sha256": sha256}
 
 
+def file_digest(found: list[Path]) -> str:
+    """SHA-256 of the bytes of what `read_cifar10` reads."""
+    digest = hashlib.sha256()
+    for path in found:
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
 def _parquet(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Images (M, 32, 32, 3) and labels (M,) of columns `img` (struct with the file's `bytes`) and `label`."""
     try:

@@ -44,7 +44,7 @@ class ImageSet:
 
 
 def load(data: Data) -> ImageSet | LatentSet:
-    """The declared set: scikit-learn's bundled digits, CIFAR-10, a folder of latents, or a folder of two .npy files."""
+    """The declared set: scikit-learn's bundled digits, CIFAR-10's training images, a folder of latents, or a folder of two .npy files."""
     require_data(data)
     if data.name == "digits":
         from sklearn.datasets import load_digits
@@ -53,11 +53,18 @@ def load(data: Data) -> ImageSet | LatentSet:
         return ImageSet(digits.images[:, None].astype(np.float32) / 8 - 1, digits.target, data)
     folder = folder_of(data)
     if data.name == "cifar10":
-        images, labels, identity = read_cifar10(find_cifar10(folder, "train"), "train")
-        return ImageSet(images, labels, data, identity)
+        return cifar10(data, "train")
     if (folder / "manifest.json").is_file():
         return LatentSet(folder, data)
     return ImageSet(np.load(folder / "images.npy", mmap_mode="r"), np.load(folder / "labels.npy"), data)
+
+
+def cifar10(data: Data, split: str) -> ImageSet:
+    """CIFAR-10's 'train' or 'test' images; ValueError in one line where they are not there."""
+    if not (found := find_cifar10(folder_of(data), split)):
+        raise ValueError(f"CIFAR-10's {split} images are not in data/cifar10 (or $DICO_DATA/cifar10): {split}.parquet or cifar-10-batches-py")
+    images, labels, identity = read_cifar10(found, split)
+    return ImageSet(images, labels, data, identity)
 
 
 def batches(

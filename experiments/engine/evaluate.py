@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,16 @@ import torch
 from numpy import ndarray
 
 from experiments.engine import inception, metrics, scores
-from experiments.engine.data import load
+from experiments.engine.data import ImageSet, cifar10, load
 from experiments.engine.distributed import ALONE, Group
-from experiments.engine.features import digits_classifier, extract
+from experiments.engine.features import cifar_classifier, digits_classifier, extract
 from experiments.engine.generate import Counted, images
 from experiments.engine.heartbeat import Heartbeat
 from experiments.engine.manifest import manifest
 from experiments.engine.neighbours import precision_recall
+from experiments.engine.npz import Images, has_images, sha256
 from experiments.engine.precision import flags, precision
-from experiments.engine.quantise import to_uint8
+from experiments.engine.quantise import from_uint8, to_uint8
 from experiments.engine.samples import QUANTISER, network_of, sampled
 from experiments.engine.sharding import results
 from experiments.engine.sources import inception_path, reference_path, require_features
@@ -37,38 +38,42 @@ def run(spec: Evaluate, folder: Path, cache: Path, resources: Resources, group: 
         report: Report = lambda *progress: None) -> dict[str, Any]:
     """Sample with the run's EMA network and score: floats with their standard errors beside them, and the manifest.
 
-    folder: of the network's run; cache: of the digits classifier; `report(done, num, nan, images per second)`. Every rank
+    folder: of the network's run; cache: of the classifiers; `report(done, num, nan, images per second)`. Every rank
     of the group samples its share of the batches, cut as one process would cut them, so that no number depends on the
     group; the first rank scores, the others return {}.
     """
     require_features(spec)
-    if spec.features == "digits":
-        values, found = _digits(spec, folder, cache, resources, group, beat)
-    else:
+    if spec.features == "inception":
         values, found = _inception(spec, folder, resources, group, beat, report)
+    else:
+        values, found = _classified(spec, folder, cache, resources, group, beat)
     if not group.first:
         return {}
     with precision(spec.precision, torch.device(resources.device)):
-        used = ("numpy", "scipy", "torch-fidelity", "diffusers")[: 2 if spec.features == "digits" else 4]
+        used = ("numpy", "scipy", "torch-fidelity", "diffusers")[: 4 if spec.features == "inception" else 2]
         found |= {"flags": flags(), "versions": {"torch": torch.__version__} | _versions(*used)}
     model = {"weights_sha256": found.pop("network"), "key": "ema"}
     return values | {"manifest": manifest(canonical(spec, full=True), model, found | {"nfe": values["nfe"]})}
 
 
-def _digits(spec: Evaluate, folder: Path, cache: Path, resources: Resources, group: Group, beat: Heartbeat | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Scores on the digits classifier's features, of images that are not quantised.
+def _classified(spec: Evaluate, folder: Path, cache: Path, resources: Resources, group: Group, beat: Heartbeat | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Scores on a small classifier's features, named by it: of digits against all digits, of quantised images against CIFAR-10's test images.
 
-    Errors: influence function for fd_digits, delete-a-block jackknife for is_digits, binomial for the shares.
+    Errors: influence function for fd, delete-a-block jackknife for is, binomial for the shares.
     """
-    device, size = torch.device(resources.device), resources.sample_batch
-    reference = load(spec.train.data)
-    classifier, identity = digits_classifier(reference, cache)
+    device, size, on_digits = torch.device(resources.device), resources.sample_batch, spec.features == "digits"
+    if on_digits:
+        reference = load(spec.train.data)
+        classifier, identity = digits_classifier(reference, cache)
+    else:
+        reference = cifar10(spec.train.data, "test")
+        classifier, identity = cifar_classifier(spec.train.data, reference, cache)
     network = network_of(spec, folder, resources)
 
     def scored(piece: int) -> dict[str, np.ndarray]:
         counted = Counted(network)
         ((x, y),) = images(spec, counted, device, size, range(piece * size, min((piece + 1) * size, spec.num)))
-        features, probabilities = extract(classifier, x)
+        features, probabilities = extract(classifier, x if on_digits else from_uint8(to_uint8(x)))
         return {"features": features, "probabilities": probabilities, "labels": y.numpy(), "evaluated": np.array(counted.evaluated)}
 
     parts = folder / f"samples-{spec_id(spec)}-{size}-{digest(network)}"
@@ -82,33 +87,36 @@ def _digits(spec: Evaluate, folder: Path, cache: Path, resources: Resources, gro
     real, _ = extract(classifier, reference.take(torch.arange(len(reference)))[0])
     real_moments = metrics.Moments(real.shape[1])
     real_moments.update(real)
-    precision, recall = precision_recall(real, fake)
+    precision, recall = precision_recall(real, fake, device=device)
     agreement = float((p.argmax(1) == y).mean())
     score, score_se = metrics.inception_score(p)
     values = {
+        "fd": metrics.frechet(moments, real_moments),
+        "fd_se": metrics.frechet_se(fake, moments, real_moments, y if spec.labels == "balanced" else None),
+        "is": score,
+        "is_se": score_se,
+        "precision": precision,
+        "precision_se": metrics.proportion_se(precision, len(fake)),
+        "recall": recall,
+        "recall_se": metrics.proportion_se(recall, len(real)),
+    }
+    named = {f"{name.removesuffix('_se')}_{spec.features}{'_se' if name.endswith('_se') else ''}": value for name, value in values.items()}
+    shutil.rmtree(parts, ignore_errors=True)
+    return {
         "num": spec.num,
         "nfe": sum(int(part["evaluated"]) for part in found) / spec.num,
-        "fd_digits": metrics.frechet(moments, real_moments),
-        "fd_digits_se": metrics.frechet_se(fake, moments, real_moments, y if spec.labels == "balanced" else None),
-        "is_digits": score,
-        "is_digits_se": score_se,
-        "precision_digits": precision,
-        "precision_digits_se": metrics.proportion_se(precision, len(fake)),
-        "recall_digits": recall,
-        "recall_digits_se": metrics.proportion_se(recall, len(real)),
+        **named,
         "agreement": agreement,
         "agreement_se": metrics.proportion_se(agreement, len(fake)),
         **identity,
-    }
-    shutil.rmtree(parts, ignore_errors=True)
-    return values, {
+    }, {
         "network": digest(network),
         "decoder": {"name": "none: pixels"},
-        "quantiser": "none",
-        "image": {"size": spec.train.data.size, "format": "float32"},
+        "quantiser": "none" if on_digits else QUANTISER,
+        "image": {"size": spec.train.data.size, "format": "float32" if on_digits else "uint8"},
         "labels": {"histogram_sha256": _histogram(y, spec.train.data.num_classes)},
         "extractor": {"sha256": identity["classifier_sha256"], "dtype": "fp32"},
-        "reference": {"name": spec.train.data.name, "num_images": len(reference)},
+        "reference": {"name": spec.train.data.name, "num_images": len(reference)} | ({} if on_digits else {"split": "test"}),
         "neighbours": {"k": 3, "arithmetic": "float64", "num_reference": len(real)},
     }
 
@@ -118,11 +126,13 @@ def _inception(spec: Evaluate, folder: Path, resources: Resources, group: Group,
     device = torch.device(resources.device)
     extractor = inception.load(inception_path(), device)
     samples = sampled(spec, folder, resources, report, group, beat)
-    if samples is None:
+    parts = folder.parent / spec_id(spec) / f"features-{samples.made['network']}-{extractor.sha256[:16]}"
+    measured = scores.measure_shared(extractor, samples, group, parts / "samples", beat)
+    reference = _reference(spec.train.data, extractor, parts, group, beat)
+    if measured is None or reference is None:
         return {}, {}
-    reference = _reference(spec.train.data, extractor)
-    measured = scores.measure(extractor, samples.batches())
     values = scores.score(measured, reference, samples.labels, balanced=spec.labels == "balanced", device=device)
+    shutil.rmtree(parts, ignore_errors=True)
     return values | {"nfe": samples.nfe}, {
         "network": samples.made["network"],
         "decoder": samples.made["decoder"],
@@ -133,20 +143,32 @@ def _inception(spec: Evaluate, folder: Path, resources: Resources, group: Group,
     }
 
 
-def _reference(data: Data, extractor: inception.Inception) -> scores.Reference:
+class _Pixels:
+    """A set of pixels as grey levels, in its own order."""
+
+    def __init__(self, images: ImageSet) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def part(self, start: int, stop: int) -> ndarray:
+        return to_uint8(self.images.take(torch.arange(start, stop))[0]).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def _reference(data: Data, extractor: inception.Inception, parts: Path, group: Group, beat: Heartbeat | None) -> scores.Reference | None:
+    """What the samples are scored against; None on all ranks but the first."""
     if path := reference_path(data):
-        return scores.read_reference(extractor, path)
-    digest, real = hashlib.sha256(), load(data)
-
-    def batches() -> Iterator[ndarray]:
-        for part in torch.arange(len(real)).split(inception.BATCH):
-            batch = to_uint8(real.take(part)[0]).permute(0, 2, 3, 1).contiguous().numpy()
-            digest.update(batch.tobytes())
-            yield batch
-
-    measured = scores.measure(extractor, batches())
+        measured = scores.measure_shared(extractor, Images(path), group, parts / sha256(path)[:16], beat) if has_images(path) else None
+        return scores.reference_of(path, measured) if group.first else None
+    real, total = _Pixels(load(data)), hashlib.sha256()
+    for start in range(0, len(real), scores.PIECE):
+        total.update(real.part(start, min(start + scores.PIECE, len(real))).tobytes())
+    measured = scores.measure_shared(extractor, real, group, parts / total.hexdigest()[:16], beat)
+    if measured is None:
+        return None
     moments = {layer: scores.blocks_sum(getattr(measured, layer)) for layer in ("pool", "spatial")}
-    named = {"name": f"{data.name}, training images", "sha256": digest.hexdigest(), "statistics": False, "num_images": len(real)}
+    named = {"name": f"{data.name}, training images", "sha256": total.hexdigest(), "statistics": False, "num_images": len(real)}
     return scores.Reference(moments, measured.pool, named)
 
 

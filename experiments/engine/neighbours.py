@@ -14,6 +14,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from experiments.engine.metrics import rows
+from experiments.engine.precision import precision
 
 ADM_BLOCK = 10_000
 
@@ -43,8 +44,13 @@ def precision_recall_half(reference: ndarray, samples: ndarray, k: int = 3, bloc
     single precision, so the result depends on `block`.
     """
     real, fake = (x.float() for x in _pair(reference, samples, k, block, device))
+    with precision("fp32", real.device):
+        return _half_shares(real, fake, k, block)
+
+
+def _half_shares(real: Tensor, fake: Tensor, k: int, block: int) -> tuple[float, float]:
     reach_real, reach_fake = (_half_radii(x, k, block) for x in (real, fake))
-    hit_real, hit_fake = (torch.zeros(len(x), dtype=torch.bool, device=device) for x in (real, fake))
+    hit_real, hit_fake = (torch.zeros(len(x), dtype=torch.bool, device=x.device) for x in (real, fake))
     for i in range(0, len(real), block):
         for j in range(0, len(fake), block):
             at, to = slice(i, i + block), slice(j, j + block)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -49,17 +50,25 @@ class Images:
 
     def batches(self, size: int = 64) -> Iterator[ndarray]:
         """uint8 (n, H, W, 3), `size` at a time, in file order."""
-        row = int(np.prod(self.shape[1:]))
         with _opened(self.path) as archive, archive.open("arr_0.npy") as file:
             _header(self.path, file)
             for start in range(0, len(self), size):
-                n = min(size, len(self) - start)
-                data = b""
-                while len(data) < n * row and (more := file.read(n * row - len(data))):
-                    data += more
-                if len(data) < n * row:
-                    raise ValueError(f"{self.path.name}: cut short after {start} of {len(self)} images")
-                yield np.frombuffer(data, np.uint8).reshape(n, *self.shape[1:])
+                yield self._read(file, start, min(start + size, len(self)))
+
+    def part(self, start: int, stop: int) -> ndarray:
+        """uint8 (stop - start, H, W, 3) from any place."""
+        with _opened(self.path) as archive, archive.open("arr_0.npy") as file:
+            _header(self.path, file)
+            file.seek(start * math.prod(self.shape[1:]), 1)
+            return self._read(file, start, stop)
+
+    def _read(self, file: BinaryIO, start: int, stop: int) -> ndarray:
+        size, data = (stop - start) * math.prod(self.shape[1:]), bytearray()
+        while len(data) < size and (more := file.read(size - len(data))):
+            data += more
+        if len(data) < size:
+            raise ValueError(f"{self.path.name}: cut short after {start} of {len(self)} images")
+        return np.frombuffer(data, np.uint8).reshape(stop - start, *self.shape[1:])
 
 
 def statistics(path: Path) -> dict[str, Moments]:

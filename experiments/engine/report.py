@@ -15,6 +15,9 @@ from experiments.protocols import Protocol, cost_stages, evaluate_stage, timed_r
 
 SCORES = {
     "digits": {"fd_digits": "lower", "is_digits": "higher", "precision_digits": "higher", "recall_digits": "higher", "agreement": "higher"},
+    "cifar_classifier": {
+        "fd_cifar_classifier": "lower", "is_cifar_classifier": "higher", "precision_cifar_classifier": "higher", "recall_cifar_classifier": "higher", "agreement": "higher",
+    },
     "inception": {"fid": "lower", "is": "higher", "precision": "higher", "recall": "higher"},
 }
 PAPER_SCORES = {"fid": "FID", "is": "IS", "precision": "P", "recall": "R"}
@@ -92,7 +95,7 @@ def comparison_sheet(table: Table, rows: Sequence[Row], protocol: Protocol, seed
     """This machine's scores beside the committed reference's, and whether they agree within their error."""
     scores = list(SCORES[protocol.features])
     columns = [("", "row"), ("throughput, rel.", "reference"), ("throughput, rel.", "here")]
-    columns += [(name if protocol.features == "digits" else score_name(name, protocol.num), side) for name in scores for side in ("reference", "here")] + [("", "reproduced")]
+    columns += [(score_name(name, protocol.num) if protocol.features == "inception" else name, side) for name in scores for side in ("reference", "here")] + [("", "reproduced")]
     sheet = Sheet(f"Table {table.number} on {protocol.name}: this machine against the reference", columns)
     reference = {row.label: seed_values(store, row, protocol, REFERENCE_SEEDS, "reference") for row in rows}
     here = {row.label: seed_values(store, row, protocol, seeds, "records") for row in rows}
@@ -121,10 +124,10 @@ def comparison_sheet(table: Table, rows: Sequence[Row], protocol: Protocol, seed
 
 
 def _score_header(name: str, protocol: Protocol) -> str:
-    """Digits scores say so where they could be taken for Inception's; the others carry their N."""
-    if protocol.features != "digits":
+    """Scores on a classifier's features say so where they could be taken for Inception's; the others carry their N."""
+    if protocol.features == "inception":
         return score_name(name, protocol.num)
-    return name.removesuffix(f"_{protocol.name}") if name != "fd_digits" else name
+    return name if name.startswith("fd_") else name.removesuffix(f"_{protocol.features}")
 
 
 def _seed_words(seeds: Sequence[int]) -> str:
@@ -255,10 +258,10 @@ def _evaluations(rows: Sequence[Row], protocol: Protocol, seeds: Sequence[int], 
 
 def _score_note(protocol: Protocol, seeds: Sequence[int]) -> str:
     error = "± sampling standard error, one training seed" if len(seeds) == 1 else "± standard error of the mean over training seeds"
-    if protocol.features == "digits":
+    if protocol.features != "inception":
         return (
-            f"digits: {protocol.recipe.steps} steps of {protocol.recipe.batch}, {protocol.num} images, {protocol.sampler.num_steps} sampling steps; scores on a small classifier's "
-            f"features, which are not Inception's: fd_digits is no FID and compares with no other protocol's score. {error}."
+            f"{protocol.name}: {protocol.recipe.steps} steps of {protocol.recipe.batch}, {protocol.num} images, {protocol.sampler.num_steps} sampling steps; scores on a small classifier's "
+            f"features, which are not Inception's: fd_{protocol.features} is no FID and compares with no other protocol's score. {error}."
         )
     return f"{protocol.name}: {protocol.num} images. {error}."
 

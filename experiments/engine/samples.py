@@ -50,10 +50,17 @@ class Samples:
     def shape(self) -> tuple[int, ...]:
         return (self.spec.num, *self._chunks[0].shape[1:])
 
+    def __len__(self) -> int:
+        return self.spec.num
+
+    def part(self, start: int, stop: int) -> ndarray:
+        """uint8 (stop - start, H, W, 3)."""
+        return np.stack([self._chunks[i // CHUNK][i % CHUNK] for i in self.index[start:stop]])
+
     def batches(self, size: int = 64) -> Iterator[ndarray]:
         """uint8 (n, H, W, 3), `size` at a time."""
-        for start in range(0, self.spec.num, size):
-            yield np.stack([self._chunks[i // CHUNK][i % CHUNK] for i in self.index[start : start + size]])
+        for start in range(0, len(self), size):
+            yield self.part(start, min(start + size, len(self)))
 
     def pack(self, path: Path) -> None:
         """One ADM-readable .npz with the labels (arr_1), indices and origin beside the images."""
@@ -70,8 +77,8 @@ class Samples:
 
 
 def draw(spec: Evaluate, folder: Path, model: nn.Module, decode: Callable[[Tensor], Tensor], made: dict[str, Any], device: torch.device,
-         batch: int, report: Report, group: Group = ALONE, beat: Heartbeat | None = None) -> Samples | None:
-    """Draw the chunks that are missing, each rank its share, and return the set on the first rank, None on the others.
+         batch: int, report: Report, group: Group = ALONE, beat: Heartbeat | None = None) -> Samples:
+    """Draw the chunks that are missing, each rank its share, and return the set on every rank.
 
     `report(done, num, nan, images per second)` hears of each chunk of this rank.
     decode: samples (n, C, H, W) to images (n, 1 or 3, H', W') in [-1, 1]; one channel is written as three equal ones.
@@ -98,10 +105,10 @@ def draw(spec: Evaluate, folder: Path, model: nn.Module, decode: Callable[[Tenso
         return {"evaluated": np.array(counted.evaluated)}
 
     evaluated = sum(int(found["evaluated"]) for found in results(group, folder / "counts", len(paths), chunk, beat))
-    return Samples(spec, folder, evaluated / spec.num) if group.first else None
+    return Samples(spec, folder, group.share(evaluated) / spec.num)
 
 
-def sampled(spec: Evaluate, folder: Path, resources: Resources, report: Report, group: Group = ALONE, beat: Heartbeat | None = None) -> Samples | None:
+def sampled(spec: Evaluate, folder: Path, resources: Resources, report: Report, group: Group = ALONE, beat: Heartbeat | None = None) -> Samples:
     """The set of a spec, drawn as far as it is missing: what the Evaluate stage scores and sample.py packs.
 
     folder: of the network's run; the images lie beside it under the spec's own id.

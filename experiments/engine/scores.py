@@ -6,25 +6,37 @@ rows, so that the distance of N images, its finite-N bias and its error come fro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import reduce
-from math import nan
 from operator import add
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy import ndarray
 
 from experiments.engine import metrics
+from experiments.engine.distributed import Group
+from experiments.engine.heartbeat import Heartbeat
 from experiments.engine.inception import BATCH, Inception
 from experiments.engine.metrics import Moments
 from experiments.engine.neighbours import ADM_BLOCK, precision_recall, precision_recall_half
 from experiments.engine.npz import POOL, Images, has_images, sha256, statistics
+from experiments.engine.sharding import results
 
 BLOCKS, NEIGHBOURS, KID_SIZE = 10, 3, 1000
+PIECE = 16 * BATCH  # images whose features one rank takes before the next look at the others
+
+
+class Readable(Protocol):
+    """Images that can be read from any place: part(start, stop) -> uint8 (stop - start, H, W, 3)."""
+
+    def __len__(self) -> int: ...
+
+    def part(self, start: int, stop: int) -> ndarray: ...
 
 
 @dataclass
@@ -48,6 +60,23 @@ class Reference:
 
 def measure(inception: Inception, batches: Iterable[ndarray]) -> Measured:
     """Features of all images (uint8 (n, H, W, 3) batches); ValueError for no images or levels that span 0..1 only."""
+    return _joined([_piece(inception, batches)])
+
+
+def measure_shared(inception: Inception, images: Readable, group: Group, folder: Path, beat: Heartbeat | None = None) -> Measured | None:
+    """The same on the first rank, None on the others, each of which takes its share of the pieces; they wait in `folder` until all are there.
+
+    A piece is whole batches of the network's, so no bit depends on the number of ranks.
+    """
+
+    def piece(number: int) -> dict[str, ndarray]:
+        return _piece(inception, [images.part(number * PIECE, min((number + 1) * PIECE, len(images)))])
+
+    found = list(results(group, folder, math.ceil(len(images) / PIECE), piece, beat))
+    return _joined(found) if group.first else None
+
+
+def _piece(inception: Inception, batches: Iterable[ndarray]) -> dict[str, ndarray]:
     highest = 0
 
     def watched() -> Iterable[ndarray]:
@@ -59,22 +88,32 @@ def measure(inception: Inception, batches: Iterable[ndarray]) -> Measured:
     parts = list(inception.features(watched()))
     if not parts:
         raise ValueError("there are no images to measure")
-    if highest <= 1:
+    pool, spatial, probabilities = (np.concatenate(layer) for layer in zip(*parts, strict=True))
+    return {"pool": pool, "spatial": spatial, "probabilities": probabilities, "highest": np.array(highest)}
+
+
+def _joined(pieces: list[dict[str, ndarray]]) -> Measured:
+    if max(int(piece["highest"]) for piece in pieces) <= 1:
         raise ValueError("the images' levels lie in 0..1: they were cast to uint8 before they were scaled to 0..255")
-    return Measured(*(np.concatenate(layer) for layer in zip(*parts, strict=True)))
+    return Measured(*(np.concatenate([piece[layer] for piece in pieces]) for layer in ("pool", "spatial", "probabilities")))
 
 
 def read_reference(inception: Inception, path: Path) -> Reference:
     """A file with statistics, images or both, as ADM's evaluator reads it; ValueError if it holds neither."""
-    moments, images = statistics(path), Images(path) if has_images(path) else None
-    if images is None and "pool" not in moments:
+    return reference_of(path, measure(inception, Images(path).batches()) if has_images(path) else None)
+
+
+def reference_of(path: Path, measured: Measured | None) -> Reference:
+    """The same where the features of its images, if it has any, are known."""
+    moments = statistics(path)
+    if measured is None and "pool" not in moments:
         raise ValueError(f"{path.name}: holds neither images (arr_0) nor statistics (mu, sigma)")
-    measured = measure(inception, images.batches()) if images else None
+    num = 0 if measured is None else len(measured.pool)
     warnings = []
     if not moments and measured is not None:
-        warnings.append(f"{path.name} holds no statistics (mu, sigma): distances are to those of its {len(images)} images")
+        warnings.append(f"{path.name} holds no statistics (mu, sigma): distances are to those of its {num} images")
         moments = {layer: blocks_sum(getattr(measured, layer)) for layer in ("pool", "spatial")}
-    identity = {"name": path.name, "sha256": sha256(path), "statistics": not warnings, "num_images": len(images) if images else 0}
+    identity = {"name": path.name, "sha256": sha256(path), "statistics": not warnings, "num_images": num}
     return Reference(moments, measured.pool if measured else None, identity, warnings)
 
 
@@ -136,7 +175,7 @@ def paired(a: Measured, b: Measured, reference: Reference, labels: ndarray | Non
     within = _fixed(labels, balanced)
     moments = [blocks_sum(side.pool) for side in (a, b)]
     fids = [metrics.frechet(side, reference.moments["pool"]) for side in moments]
-    values: dict[str, Any] = {"num": len(a.pool), "fid_difference": fids[0] - fids[1], "fid_difference_se": nan, "fid_difference_se_unpaired": nan}
+    values: dict[str, Any] = {"num": len(a.pool), "fid_difference": fids[0] - fids[1], "fid_difference_se": math.nan, "fid_difference_se_unpaired": math.nan}
     if len(a.pool) >= 4 * POOL:
         psi = [metrics.frechet_influence(side.pool, own, reference.moments["pool"]) for side, own in zip((a, b), moments, strict=True)]
         values["fid_difference_se"] = metrics.influence_se(psi[0] - psi[1], within)
@@ -161,7 +200,7 @@ def _distance(name: str, features: ndarray, reference: Moments, labels: ndarray 
     parts = blocks(features, labels)
     whole = reduce(add, parts)
     values = {name: metrics.frechet(whole, reference), f"{name}_se": metrics.frechet_se(features, whole, reference, labels)}
-    corrected = metrics.frechet_jackknife(parts, reference) if name == "fid" and len(features) >= 2 * whole.mean.size else (nan, nan)
+    corrected = metrics.frechet_jackknife(parts, reference) if name == "fid" and len(features) >= 2 * whole.mean.size else (math.nan, math.nan)
     return values | ({f"{name}_corrected": corrected[0], f"{name}_corrected_se": corrected[1]} if name == "fid" else {})
 
 

@@ -29,7 +29,7 @@ from experiments.engine.randomness import generator_at
 Report = Callable[[int, int], None]
 
 # Of unscaled latents of ImageNet's training set at 256 pixels under sd-vae-ft-ema and -mse, whose encoders are one.
-# Source: the constants of improved MeanFlow's and IMM's ImageNet-256 code. EDM2's differ: it encodes pixels in [0, 1].
+# Source: the constants of improved MeanFlow's ImageNet-256 code. EDM2's differ: its training/encoders.py gives the VAE pixels in [0, 1].
 MEAN, DEVIATION = (0.86488, -0.27787343, 0.21616915, 0.3738409), (4.85503674, 5.31922414, 3.93725398, 3.9870003)
 
 

@@ -94,6 +94,8 @@ def missing_features(spec: Evaluate) -> list[str]:
     """What scoring lacks on this machine, each with how to provide it."""
     if spec.features == "digits":
         return []
+    if spec.features == "cifar_classifier":
+        return [] if find_cifar10(folder_of(spec.train.data), "test") else ["CIFAR-10's test images (test.parquet or cifar-10-batches-py) in data/cifar10 (or $DICO_DATA/cifar10)"]
     missing = []
     if find_spec("torch_fidelity") is None:
         missing.append("the package torch-fidelity")
@@ -109,7 +111,7 @@ def missing_features(spec: Evaluate) -> list[str]:
 def require_features(spec: Evaluate) -> None:
     """Raise ValueError in one line where a protocol's score features are not to be had."""
     if missing := missing_features(spec):
-        raise ValueError(
-            f"protocol {spec.train.data.name} is scored on {spec.features} features and lacks {'; '.join(missing)}. "
-            "Without them its networks can be built, counted and timed (--protocol digits, --table 5)"
-        )
+        otherwise = "its networks can be built, counted and timed (--protocol digits, --table 5)"
+        if (spec.train.data.name, spec.features) == ("cifar10", "inception"):
+            otherwise = "protocol cifar10_classifier scores the same trainings on a classifier's features"
+        raise ValueError(f"protocol {spec.train.data.name} is scored on {spec.features} features and lacks {'; '.join(missing)}. Without them {otherwise}")
