@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from experiments.engine.spec import Diffusion, Method, Recipe, Sampler
+from experiments.engine.spec import Data, Diffusion, Method, Recipe, Sampler
 
 EPOCH = 1_281_167  # images
 COMMON = Recipe(steps=400_000, batch=256)
@@ -74,10 +74,29 @@ DIM_512 = Method(
     "DiM's code, which fine-tunes the 256 model for these steps; here they start from nothing" + _SOLVER,
 )
 
-# ADM has no null label; its guidance is a classifier's gradient, which is not part of the suite.
-_ADM = "ADM's code defaults; steps are the common ones, guidance by a classifier is left out; estimates are clipped to pixels in [-1, 1]"
-ADM_64 = Method(Diffusion(betas="cosine"), replace(COMMON, label_dropout=0.0), Sampler(clip=True), _ADM)
-ADM_128 = Method(Diffusion(), replace(COMMON, label_dropout=0.0), Sampler(clip=True), _ADM)
+
+
+def pixels(size: int) -> Data:
+    """ImageNet at ADM's crop and this size: a folder imagenet<size>_pixels of images.npy and labels.npy."""
+    return Data(f"imagenet{size}_pixels", size, 3, 1000, flip=True)
+
+
+def adm(size: int, classifier_scale: float = 0.0, betas: str = "linear", low_res: int | None = None) -> Method:
+    """ADM has no null label: it is guided by a classifier's gradient, at the scale of its README; estimates are clipped to pixels in [-1, 1]."""
+    source = "ADM's code defaults and README; steps are the common ones"
+    sampler = Sampler(clip=True, classifier_scale=classifier_scale)
+    return Method(Diffusion(betas=betas, low_res=low_res), replace(COMMON, label_dropout=0.0), sampler, source, pixels(size))
+
+
+def adm_classifier(betas: str = "linear") -> Method:
+    """On images as noisy as those that its base model sees; its last weights guide, not their average."""
+    recipe = replace(COMMON, steps=300_000, lr=3e-4, weight_decay=0.05, decay="linear", ema=0.0, label_dropout=0.0)
+    return Method(Diffusion("classify", betas=betas), recipe, Sampler(), "ADM's README, for 128 pixels; its random crops are the protocol's crop here")
+
+
+ADM_64, ADM_128, ADM_256, ADM_512 = adm(64, 1.0, "cosine"), adm(128, 0.5), adm(256, 1.0), adm(512, 4.0)
+ADM_UP_256, ADM_UP_512 = adm(256, low_res=64), adm(512, low_res=128)
+ADM_CLASSIFIER, ADM_CLASSIFIER_64 = adm_classifier(), adm_classifier("cosine")
 LDM_4 = Method(
     Diffusion(betas="ldm_imagenet", variance="fixed"),
     COMMON,

@@ -37,8 +37,10 @@ def main() -> int:
     device = args.device or ("cuda" if Path("/dev/nvidia0").exists() else "cpu")
     try:
         row = table.row(args.row)
-        require_data(protocol.data)
-        require_features(evaluate_stage(row, protocol, args.seed))
+        stage = evaluate_stage(row, protocol, args.seed)
+        for training in stage.trainings:
+            require_data(training.data)
+        require_features(stage)
         site = load_site(row.label)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

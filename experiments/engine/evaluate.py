@@ -61,7 +61,7 @@ def _digits(spec: Evaluate, folder: Path, cache: Path, resources: Resources, gro
     Errors: influence function for fd_digits, delete-a-block jackknife for is_digits, binomial for the shares.
     """
     device, size = torch.device(resources.device), resources.sample_batch
-    reference = load(spec.train.data)
+    reference = load(spec.data)
     classifier, identity = digits_classifier(reference, cache)
     network = network_of(spec, folder, resources)
 
@@ -105,10 +105,10 @@ def _digits(spec: Evaluate, folder: Path, cache: Path, resources: Resources, gro
         "network": digest(network),
         "decoder": {"name": "none: pixels"},
         "quantiser": "none",
-        "image": {"size": spec.train.data.size, "format": "float32"},
-        "labels": {"histogram_sha256": _histogram(y, spec.train.data.num_classes)},
+        "image": {"size": spec.data.size, "format": "float32"},
+        "labels": {"histogram_sha256": _histogram(y, spec.data.num_classes)},
         "extractor": {"sha256": identity["classifier_sha256"], "dtype": "fp32"},
-        "reference": {"name": spec.train.data.name, "num_images": len(reference)},
+        "reference": {"name": spec.data.name, "num_images": len(reference)},
         "neighbours": {"k": 3, "arithmetic": "float64", "num_reference": len(real)},
     }
 
@@ -120,7 +120,7 @@ def _inception(spec: Evaluate, folder: Path, resources: Resources, group: Group,
     samples = sampled(spec, folder, resources, report, group, beat)
     if samples is None:
         return {}, {}
-    reference = _reference(spec.train.data, extractor)
+    reference = _reference(spec.data, extractor)
     measured = scores.measure(extractor, samples.batches())
     values = scores.score(measured, reference, samples.labels, balanced=spec.labels == "balanced", device=device)
     return values | {"nfe": samples.nfe}, {
@@ -128,7 +128,7 @@ def _inception(spec: Evaluate, folder: Path, resources: Resources, group: Group,
         "decoder": samples.made["decoder"],
         "quantiser": QUANTISER,
         "image": {"size": samples.shape[1], "format": "uint8"},
-        "labels": {"histogram_sha256": _histogram(samples.labels, spec.train.data.num_classes)},
+        "labels": {"histogram_sha256": _histogram(samples.labels, spec.data.num_classes)},
         **scores.identity(extractor, reference),
     }
 

@@ -60,13 +60,15 @@ def build(spec: Backbone, seed: int, device: torch.device) -> nn.Module:
 
 
 def lr_at(recipe: Recipe, step: int) -> float:
-    """Learning rate of a step (0-based): linear warm-up, then constant or cosine to `lr_min`."""
+    """Learning rate of a step (0-based): linear warm-up, then constant, or linear or cosine to `lr_min`."""
     if step < recipe.warmup:
         return recipe.lr * (step + 1) / recipe.warmup
     if recipe.decay == "cosine":
         return recipe.lr_min + (recipe.lr - recipe.lr_min) * 0.5 * (1 + math.cos(math.pi * (step - recipe.warmup) / (recipe.steps - recipe.warmup)))
+    if recipe.decay == "linear":
+        return recipe.lr_min + (recipe.lr - recipe.lr_min) * (recipe.steps - step) / (recipe.steps - recipe.warmup)
     if recipe.decay != "constant":
-        raise ValueError(f"unknown decay {recipe.decay!r}; known: constant, cosine")
+        raise ValueError(f"unknown decay {recipe.decay!r}; known: constant, linear, cosine")
     return recipe.lr
 
 
