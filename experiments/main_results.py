@@ -141,7 +141,7 @@ ADM_U_512 = row(
     classifier=classifier(128), upsampler=upsampler(512, recipes.ADM_UP_512),
 )  # fmt: skip
 OTHERS_512 = (ADM_U_512, UVIT_L_512, UVIT_H_512)
-DIM_H_512 = replace(DIM_H, backbone=DIM_H.backbone.but(raster_padding=True), method=recipes.DIM_512, costs=latent("dim_h", 64))  # pads cost alike
+DIM_H_512 = replace(DIM_H, backbone=DIM_H.backbone.but(raster_padding=True), method=recipes.DIM_512, start=replace(DIM_H, method=recipes.DIM_START), costs=latent("dim_h", 64))  # pads cost alike
 MAMBA_512 = (DIM_H_512, DIS_H, replace(DIFFUSSM_XL, method=recipes.DIFFUSSM_512))
 DIT_XL_512, DICO_XL_512 = replace(DIT_XL, method=recipes.DIT_512), replace(DICO_XL, method=recipes.DICO_XL_512)
 

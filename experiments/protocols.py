@@ -139,7 +139,8 @@ def train_stage(row: Row, protocol: Protocol, seed: int) -> Train:
     recipe = row.method.recipe if protocol.own else protocol.recipe if row.method.recipe.label_dropout else undropped
     if _upsamples(row) and not protocol.own:
         diffusion = replace(diffusion, low_res=protocol.data.size // 2)
-    return replace(stage, recipe=recipe, diffusion=diffusion)
+    start = train_stage(row.start, IMAGENET256_OWN, seed) if row.start and protocol.own else None
+    return replace(stage, recipe=recipe, diffusion=diffusion, init_from=start)
 
 
 def evaluate_stage(row: Row, protocol: Protocol, seed: int) -> Evaluate:

@@ -2,7 +2,7 @@
 
 Steps are optimiser steps. A guidance scale is that of null + scale (conditional - null), whatever the paper's notation.
 Where a paper and its code leave something open, the common recipe's value stands here and the source says so. Left out
-everywhere: dropout and stochastic depth in the networks, fp16, for which bf16 stands, and TF32, under which several trained
+everywhere: dropout in the networks, fp16, for which bf16 stands, and TF32, under which several trained
 what here is fp32.
 """
 
@@ -36,7 +36,7 @@ DIFFUSSM = iddpm(2_578_125, 1.5, "DiffuSSM's paper: 660M images; the scale is no
 DIFFUSSM_512 = iddpm(1_179_688, 1.5, "DiffuSSM's paper: 302M images; the scale is not said, DiT's is taken")
 DIS = iddpm(
     400_000, 1.5, "DiS's code; ImageNet's batch and steps are not said, the code's default batch and the common steps are taken",
-    batch=128, warmup=5 * EPOCH // 128, decay="cosine", lr_min=1e-6, grad_clip=1.0,
+    batch=128, warmup=5 * EPOCH // 128, decay="cosine", lr_min=1e-6, grad_clip=1.0, drop_path=0.1,
 )  # fmt: skip
 
 _SDE = guided(1.5, name="sde")
@@ -45,7 +45,7 @@ SIT_512 = replace(SIT, recipe=replace(COMMON, steps=3_000_000))
 
 DIMSUM = Method(
     Diffusion("flow", path="gvp"),
-    Recipe(steps=510 * EPOCH // 704, batch=704, grad_clip=1.0, label_dropout=0.15),
+    Recipe(steps=510 * EPOCH // 704, batch=704, grad_clip=1.0, label_dropout=0.15, drop_path=0.1),
     guided(1.4, None, name="dopri5"),
     "DiMSUM's paper and code: variance-preserving path, velocity, adaptive Dormand-Prince",
 )
@@ -71,8 +71,9 @@ DIM_512 = Method(
     _STABLE,
     replace(_DIM, steps=64_000, batch=240, lr=1e-4, weight_decay=0.0, warmup=2500, label_dropout=0.15),
     dpm_solver(1.7),
-    "DiM's code, which fine-tunes the 256 model for these steps; here they start from nothing" + _SOLVER,
+    "DiM's code, which fine-tunes the averaged weights of its 256 model after 425K steps" + _SOLVER,
 )
+DIM_START = replace(DIM, recipe=replace(_DIM, steps=425_000))
 
 
 

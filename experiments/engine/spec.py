@@ -64,7 +64,7 @@ class Diffusion:
 class Recipe:
     """AdamW; linear `warmup` steps, then `decay` 'constant', 'linear' or 'cosine' (to `lr_min`); EMA of every parameter, none at 0.
 
-    `grad_clip` is the largest norm of the whole gradient (None: any).
+    `grad_clip` is the largest norm of the whole gradient (None: any); `drop_path` the largest rate of stochastic depth.
     """
 
     steps: int
@@ -81,15 +81,24 @@ class Recipe:
     lr_min: float = 0.0
     eps: float = 1e-8
     grad_clip: float | None = None
+    drop_path: float = 0.0
 
 
 @dataclass(frozen=True)
 class Train:
+    """A training from nothing, or from the averaged weights of `init_from`, which may be of another size of image."""
+
     backbone: Backbone
     data: Data
     recipe: Recipe
     diffusion: Diffusion = Diffusion()
     seed: int = 0
+    init_from: Train | None = None
+
+    @property
+    def trainings(self) -> tuple[Train, ...]:
+        """Itself after those that it starts from."""
+        return *(self.init_from.trainings if self.init_from else ()), self
 
 
 @dataclass(frozen=True)
@@ -153,8 +162,8 @@ class Evaluate:
 
     @property
     def trainings(self) -> tuple[Train, ...]:
-        """The runs that it needs."""
-        return tuple(stage for stage in (self.train, self.classifier, self.upsampler) if isinstance(stage, Train))
+        """The runs that it needs, in an order in which they can run."""
+        return tuple(run for stage in (self.train, self.classifier, self.upsampler) if isinstance(stage, Train) for run in stage.trainings)
 
 
 @dataclass(frozen=True)
@@ -210,7 +219,8 @@ class Row:
     None where the paper has no such row. Without a `backbone` the row holds published numbers alone. `method` is its
     paper's, None where that is the protocols'. `costs` are the networks that make the published system, where it is not
     the backbone alone at 32x32x4. A `heavy` row is timed on a CPU only where it is named. In pixels a `classifier` guides
-    the network and an `upsampler` follows it: rows too, of networks with methods of their own.
+    the network and an `upsampler` follows it: rows too, of networks with methods of their own. Under its own recipe the
+    network continues that of `start`, trained at 256 pixels.
     """
 
     label: str
@@ -223,6 +233,7 @@ class Row:
     heavy: bool = False
     classifier: Row | None = None
     upsampler: Row | None = None
+    start: Row | None = None
 
 
 @dataclass(frozen=True)
