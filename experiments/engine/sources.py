@@ -41,9 +41,10 @@ def require_data(data: Data) -> None:
         read_manifest(folder, data)
     elif not (folder / "manifest.json").is_file():
         if missing := [name for name in ("images.npy", "labels.npy") if not (folder / name).is_file()]:
+            made = f"; python experiments/prepare_pixels.py --size {data.size} --images FOLDER makes them" if data.name.endswith("_pixels") else ""
             raise ValueError(
                 f"set {data.name} needs {' and '.join(missing)} in {where}: images.npy, pixels (M, {data.channels}, {data.size}, {data.size}), "
-                f"uint8 or float32 in [-1, 1], and labels.npy integers (M,) below {data.num_classes}"
+                f"uint8 or float32 in [-1, 1], and labels.npy integers (M,) below {data.num_classes}{made}"
             )
 
 
