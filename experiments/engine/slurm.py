@@ -39,15 +39,9 @@ def groups(chosen: Chosen, store: Store) -> list[tuple[Site, list[Job]]]:
 
 
 def _check(job: Job, site: Site, chosen: Chosen, store: Store) -> None:
-    for stage in _trainings(job):
-        _check_training(job, stage, site, chosen, store)
-
-
-def _trainings(job: Job) -> list[Train]:
-    return [stage for stage in job.stages if isinstance(stage, Train)]
-
-
-def _check_training(job: Job, stage: Train, site: Site, chosen: Chosen, store: Store) -> None:
+    stage = job.stages[0]
+    if not isinstance(stage, Train):
+        return
     if stage.recipe.batch % site.world_size:
         raise ValueError(f"{job.label}: {site.nodes} nodes of {site.tasks} processes do not divide the batch of {stage.recipe.batch}; change nodes, gpus_per_node or tasks_per_node")
     steps = min(site.checkpoint_every, stage.recipe.steps)
@@ -69,12 +63,13 @@ def describe(chosen: Chosen, store: Store) -> str:
         lines += ["", f"an array of {len(jobs)} jobs: {', '.join(job.label for job in jobs)}" if len(jobs) > 1 else f"one job: {jobs[0].label}"]
         lines += [f"    {line}".rstrip() for line in sbatch_text(site, folder, len(jobs)).splitlines()]
         for job in jobs:
-            for stage in _trainings(job):
-                if hours := gpu_hours(stage, chosen.protocol, store):
-                    total += hours[0]
-                    lines.append(f"{job.label}: about {hours[0]:.0f} GPU-hours of training, by {hours[1]}")
-                else:
-                    unknown += 1
+            if not isinstance(job.stages[0], Train):
+                continue
+            if hours := gpu_hours(job.stages[0], chosen.protocol, store):
+                total += hours[0]
+                lines.append(f"{job.label}: about {hours[0]:.0f} GPU-hours of training, by {hours[1]}")
+            else:
+                unknown += 1
     more = f", and {unknown} trainings of unknown cost on GPUs" if unknown else ""
     return "\n".join([*lines, "", f"estimated: {total:.0f} GPU-hours of training{more}; evaluations and timings come on top"])
 
