@@ -1,7 +1,7 @@
 """Tables 1, 2, 8 and 9 of the DiCo paper as declarations. `python experiments/main_results.py --table 1` runs and prints one.
 
 Every diffusion system whose network is known is one here; the others' rows hold published numbers. On the digits protocol
-a family is one small network, whichever of its sizes a row names; `--protocol imagenet256_own` trains and samples each
+a family is one small network (ADM-U three), whichever of its sizes a row names; `--protocol imagenet256_own` trains and samples each
 system as its own paper does.
 """
 

@@ -63,14 +63,15 @@ def images(spec: Evaluate, model: Model | System | Counted, device: torch.device
     """Sampled images (n, C, H, W) and their labels (n,), `batch` at a time, in order of their index; `within` limits the indices."""
     model = model if isinstance(model, Counted) else Counted(model)
     gradient = ClassifierGradient(model.classifier, spec.sampler.classifier_scale) if spec.classifier else None
-    y, seeds, within = labels(spec.labels, spec.num, spec.data.num_classes, spec.seed), image_seeds(spec.seed, spec.num), within or range(spec.num)
+    y, within = labels(spec.labels, spec.num, spec.data.num_classes, spec.seed), within or range(spec.num)
+    seeds, seeds_above = (image_seeds(spec.seed, spec.num, of) for of in ("image", "upsampled image"))
     for start in range(within.start, within.stop, batch):
         part = slice(start, min(start + batch, within.stop))
         with precision(spec.precision, device):
             x = _sample(spec.train, spec.sampler, model, y[part].to(device), seeds[part], gradient)
             if spec.upsampler:  # between them, as ADM's scripts have it, lies a file of 8-bit images
                 upsampler = conditioned(model.upsampler, from_uint8(to_uint8(x)))
-                x = _sample(spec.upsampler, spec.upsampling, upsampler, y[part].to(device), image_seeds(spec.seed, spec.num, "upsampled image")[part])
+                x = _sample(spec.upsampler, spec.upsampling, upsampler, y[part].to(device), seeds_above[part])
         yield x.cpu(), y[part]
 
 
