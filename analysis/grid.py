@@ -32,7 +32,7 @@ def main() -> int:
             raise ValueError(f"table {args.table} has no row {args.row!r}; known: {', '.join(map(repr, rows))}")
         protocol, store = PROTOCOLS[args.protocol], Store(args.results)
         spec = evaluate_stage(rows[args.row], protocol, args.seed)
-        if store.latest(spec.train) is None:
+        if not all(store.latest(training) for training in spec.trainings):
             command = f"python experiments/ablation.py --table {args.table} --rows {args.row!r} --protocol {protocol.name} --seeds {args.seed}"
             raise ValueError(f"no finished run of {args.row!r} here; train it with: {command}")
         name = f"{protocol.name}_table{args.table}_{args.row}_seed{args.seed}".replace("/", "").replace(" ", "_")
@@ -49,15 +49,16 @@ def draw(spec: Evaluate, store: Store, columns: int, rows: int, name: str) -> No
     import torch
 
     from experiments.engine.generate import images
-    from experiments.engine.train import load_ema
+    from experiments.engine.samples import network_of
+    from experiments.engine.train import Resources
 
-    data = spec.train.data
+    data = spec.data
     if data.channels not in (1, 3):
         raise ValueError(f"{data.name} holds latents of {data.channels} channels, which a grid does not decode; sample and decode them first")
     columns = min(columns, data.num_classes)
     device = torch.device("cpu")
     shown: dict[int, list[torch.Tensor]] = {label: [] for label in range(columns)}
-    for x, y in images(spec, load_ema(spec.train, store.run_dir(spec.train), device), device, batch=100):
+    for x, y in images(spec, network_of(spec, store.run_dir(spec.train), Resources()), device, batch=100):
         for image, label in zip(x, y.tolist(), strict=True):
             if label in shown and len(shown[label]) < rows:
                 shown[label].append(image)

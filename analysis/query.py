@@ -101,7 +101,8 @@ def _unfit(record: Record) -> str:
     if bad := [name for name, value in record.values.items() if isinstance(value, float) and not math.isfinite(value)]:
         return f"{', '.join(bad)} is no number"
     if record.kind == "evaluate":
-        scored = (record.spec["train"]["data"]["name"], *(record.spec[name] for name in ("num", "features", "labels")))
+        data = (record.spec.get("upsampler") or record.spec["train"])["data"]["name"].removesuffix("_pixels")
+        scored = (data, *(record.spec[name] for name in ("num", "features", "labels")))
         if scored not in [(p.data.name, p.num, p.features, p.labels) for p in PROTOCOLS.values()]:
             return f"scores of no declared protocol ({', '.join(map(str, scored))})"
     return ""

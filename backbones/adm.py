@@ -2,7 +2,7 @@
 
 Four class-conditional base models and the two upsamplers behind "ADM-U". A label has a row only if it is a class:
 num_classes, the suite's null label, needs `null_label=True`, which no published model has.
-An upsampler is given `with_low_res(x, low_res)`: twice the image's channels.
+An upsampler is given an image and, after its channels, the low-resolution one resized: twice the image's channels.
 Legend: N batch, C width of a layer, E = 4D width of the embedding, h heads, e = C / h, T = HW pixels.
 """
 
@@ -21,12 +21,6 @@ from backbones.registry import register
 ORDERS = ("legacy", "new")
 halve = partial(F.avg_pool2d, kernel_size=2)
 double = partial(F.interpolate, scale_factor=2, mode="nearest")
-
-
-def with_low_res(x: Tensor, low_res: Tensor) -> Tensor:
-    """Upsampler input: low_res, in [-1, 1], resized and put after x: (N, C, H, W), (N, C, h, w) -> (N, 2C, H, W)."""
-    resized = F.interpolate(low_res, x.shape[-2:], mode="bilinear", align_corners=False)
-    return torch.cat([x, resized.to(x.dtype)], dim=1)
 
 
 class ResBlock(nn.Module):
@@ -55,8 +49,21 @@ class ResBlock(nn.Module):
         return self.skip_connection(x) + h                                     # (N, C_out, H', W')
 
 
+def attend(qkv: Tensor, heads: int, order: str) -> Tensor:
+    """(N, 3C, T) -> (N, C, T). The channels are (h, 3, e) in the legacy order and (3, h, e) in the new one."""
+    if order == "legacy":
+        q, k, v = qkv.unflatten(1, (heads, 3, -1)).unbind(2)               # 3 x (N, h, e, T)
+    else:
+        q, k, v = qkv.unflatten(1, (3, heads, -1)).unbind(1)               # 3 x (N, h, e, T)
+    # Not kernels.attention: ADM scales q and k each by e^-1/4, to stay in range in half precision, and its
+    # published cost counts both products; the kernel's reference scales q alone.
+    scale = q.shape[2] ** -0.25
+    weights = ((q * scale).transpose(2, 3) @ (k * scale)).softmax(dim=-1)  # (N, h, T, T)
+    return (v @ weights.transpose(2, 3)).flatten(1, 2)                     # (N, C, T)
+
+
 class AttentionBlock(nn.Module):
-    """Self-attention over pixels. The qkv channels are (h, 3, e) in the legacy order and (3, h, e) in the new one."""
+    """Self-attention over pixels."""
 
     def __init__(self, dim: int, heads: int, order: str) -> None:
         super().__init__()
@@ -67,16 +74,7 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shape, x = x.shape, x.flatten(2)                                       # (N, C, T)
-        qkv = self.qkv(self.norm(x))                                           # (N, 3C, T)
-        if self.order == "legacy":
-            q, k, v = qkv.unflatten(1, (self.heads, 3, -1)).unbind(2)          # 3 x (N, h, e, T)
-        else:
-            q, k, v = qkv.unflatten(1, (3, self.heads, -1)).unbind(1)          # 3 x (N, h, e, T)
-        # Not kernels.attention: ADM scales q and k each by e^-1/4, to stay in range in half precision, and its
-        # published cost counts both products; the kernel's reference scales q alone.
-        scale = q.shape[2] ** -0.25
-        weights = ((q * scale).transpose(2, 3) @ (k * scale)).softmax(dim=-1)  # (N, h, T, T)
-        h = (v @ weights.transpose(2, 3)).flatten(1, 2)                        # (N, C, T)
+        h = attend(self.qkv(self.norm(x)), self.heads, self.order)             # (N, C, T)
         return (x + self.proj_out(h)).view(shape)                              # (N, C, H, W)
 
 
@@ -117,9 +115,9 @@ class ADM(nn.Module):
         def layers(width: int, level: int) -> nn.ModuleList:
             """A residual block from `width` channels to the level's, then attention where the level has it."""
             block = nn.ModuleList([ResBlock(width, widths[level], dim_emb)])
-            return block.append(attend(widths[level])) if input_size >> level in attention_at else block
+            return block.append(attention(widths[level])) if input_size >> level in attention_at else block
 
-        def attend(width: int) -> AttentionBlock:
+        def attention(width: int) -> AttentionBlock:
             return AttentionBlock(width, heads or width // head_dim, order)
 
         self.time_embed = nn.Sequential(nn.Linear(dim, dim_emb), nn.SiLU(), nn.Linear(dim_emb, dim_emb))
@@ -135,7 +133,7 @@ class ADM(nn.Module):
             if level < last:
                 self.input_blocks.append(nn.ModuleList([ResBlock(width, width, dim_emb, halve)]))
                 skips.append(width)
-        self.middle_block = nn.ModuleList([ResBlock(width, width, dim_emb), attend(width), ResBlock(width, width, dim_emb)])
+        self.middle_block = nn.ModuleList([ResBlock(width, width, dim_emb), attention(width), ResBlock(width, width, dim_emb)])
         self.output_blocks = nn.ModuleList()
         for level in reversed(range(last + 1)):
             for index in range(num_res_blocks + 1):
@@ -159,15 +157,15 @@ class ADM(nn.Module):
         c = self.time_embed(sinusoid) + self.label_emb(y)                      # (N, E)
         skips = []
         for block in self.input_blocks:
-            x = _run(block, x, c)                                              # (N, C, H / 2^level, W / 2^level)
+            x = run_block(block, x, c)                                              # (N, C, H / 2^level, W / 2^level)
             skips.append(x)
-        x = _run(self.middle_block, x, c)
+        x = run_block(self.middle_block, x, c)
         for block in self.output_blocks:
-            x = _run(block, torch.cat([x, skips.pop()], dim=1), c)             # (N, C, H / 2^level, W / 2^level)
+            x = run_block(block, torch.cat([x, skips.pop()], dim=1), c)             # (N, C, H / 2^level, W / 2^level)
         return self.out(x)                                                     # (N, C_out, H, W)
 
 
-def _run(block: nn.ModuleList, x: Tensor, c: Tensor) -> Tensor:
+def run_block(block: nn.ModuleList, x: Tensor, c: Tensor) -> Tensor:
     for layer in block:
         x = layer(x, c) if isinstance(layer, ResBlock) else layer(x)
     return x

@@ -7,6 +7,7 @@ through the grid in an order that changes from block to block; padding tokens ma
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 
 import torch
@@ -135,6 +136,13 @@ class DiM(nn.Module):
         time = self.adaln_single.emb["timestep_embedder"]
         nn.init.normal_(time.linear_1.weight, std=0.02)
         nn.init.normal_(time.linear_2.weight, std=0.02)
+
+    def resized(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of this network for another size of image, for this one: position embeddings are interpolated."""
+        embed = weights["additional_embed"]
+        side = math.isqrt(embed.shape[1] - 2)
+        grid = F.interpolate(_image(embed[:, 2:], (side, side)), self.grid, mode="bilinear", align_corners=False)
+        return weights | {"additional_embed": torch.cat([embed[:, :2], grid.flatten(2).transpose(1, 2)], dim=1)}
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         check_grid(x, self.input_size, self.patch, "DiM")

@@ -2,8 +2,8 @@
 
 Legend: N batch, (G, G) grid of patches, T = G*G tokens, D width, E = D / 2 width of a branch, p patch, C channels.
 Time runs from noise at 0 to data at 1 and is embedded as it is. As released: the residual stream is dropped at the end,
-and the projection of the condition inside the mixers is dead. The authors train with stochastic depth 0.1, which is left
-out: a network here is a function of its inputs.
+and the projection of the condition inside the mixers is dead. Stochastic depth, with which the authors train, is an input:
+`kept` weighs each sample's increments to the stream.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class GatedMlp(nn.Module):
 
 
 class DiMSUMBlock(nn.Module):
-    """h, r -> what both branches, their fusion and the MLP make of norm(r + h), and r + h."""
+    """h, r -> what both branches, their fusion and the MLP make of norm(r + h), and r + h. `kept` (N, 1, 1) weighs h."""
 
     def __init__(self, dim: int, fusion_heads: int, grid: tuple[int, int], index: int) -> None:
         super().__init__()
@@ -172,8 +172,8 @@ class DiMSUMBlock(nn.Module):
         self.mlp = GatedMlp(dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 3 * dim))
 
-    def forward(self, h: Tensor, r: Tensor | None, c: Tensor) -> tuple[Tensor, Tensor]:
-        r = float32_or_wider(h) if r is None else r + h                                     # (N, T, D)
+    def forward(self, h: Tensor, r: Tensor | None, c: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r = float32_or_wider(h) if r is None else r + (h if kept is None else h * kept)     # (N, T, D)
         u = self.norm(r)
         x1, x2 = u.chunk(2, dim=-1)                                                         # (N, T, E)
         h = u + self.proj(self.spatial_mamba(x1, c), self.freq_mamba(x2, c))                # (N, T, D)
@@ -241,12 +241,19 @@ class DiMSUM(nn.Module):
         zero_(*(block.adaLN_modulation[1] for block in self.blocks))
         zero_(self.final_layer.adaLN_modulation[1], self.final_layer.linear)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def drop_rates(self, largest: float) -> list[float]:
+        """How often each of the K increments to the stream is dropped: rising with depth to just below the largest, as the authors have it."""
+        depth = len(self.blocks)
+        return [largest * i / (depth - 1) for i in range(depth - 1)]
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, kept: Tensor | None = None) -> Tensor:
+        """`kept` (N, K): what the increments to the stream are multiplied by, if not by 1."""
         check_grid(x, self.input_size, self.patch, "DiMSUM")
         h, r = self.x_embedder(x) + self.pos_embed, None     # (N, T, D)
         c = self.t_embedder(t) + self.y_embedder(y)          # (N, D)
         for i, block in enumerate(self.blocks, start=1):
-            h, r = block(h, r, c)                            # (N, T, D) twice
+            weight = None if kept is None or r is None else kept[:, i - 2, None, None]
+            h, r = block(h, r, c, weight)                    # (N, T, D) twice
             if i % self.attention_every == 0:
                 h = self.attn_block(h, c)                    # (N, T, D)
         h = self.final_layer(h, c)                           # (N, T, p*p*C_out)

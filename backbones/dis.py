@@ -2,8 +2,8 @@
 
 Legend: N batch, L patches, T = L + 2 tokens with the label's and the time's in front, D width, I = 2D, p patch, C channels.
 Each block adds its input to a residual stream r in float32 and hands on what its mixer makes of r; the long skips carry
-these increments and not the stream. The authors train with stochastic depth 0.1, which is left out: a network here is a
-function of its inputs.
+these increments and not the stream. Stochastic depth, with which the authors train, is an input: `kept` weighs each
+sample's increments.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class BidirectionalMamba(Mamba):
 
 
 class DiSBlock(nn.Module):
-    """h, r -> mixer(norm(r + h)), r + h; an out-block first merges a skip into h."""
+    """h, r -> mixer(norm(r + h)), r + h; an out-block first merges a skip into h. `kept` (N, 1, 1) weighs h."""
 
     def __init__(self, dim: int, skip: bool = False) -> None:
         super().__init__()
@@ -44,10 +44,10 @@ class DiSBlock(nn.Module):
         self.norm = nn.RMSNorm(dim, eps=1e-5)
         self.skip_linear = Linear(2 * dim, dim) if skip else None
 
-    def forward(self, h: Tensor, r: Tensor | None, skip: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, h: Tensor, r: Tensor | None, skip: Tensor | None = None, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if skip is not None:
             h = self.skip_linear(torch.cat([h, skip], dim=-1))
-        r = float32_or_wider(h) if r is None else r + h
+        r = float32_or_wider(h) if r is None else r + (h if kept is None else h * kept)
         return self.mixer(self.norm(r)), r
 
 
@@ -81,19 +81,28 @@ class DiS(nn.Module):
         self.final_layer = PatchFinal(dim, patch, self.out_channels)
         mamba_init(self, depth)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def drop_rates(self, largest: float) -> list[float]:
+        """How often each of the K increments to the stream is dropped: rising with depth, the last two alike, as the authors have it."""
+        depth = len(self.in_blocks) + len(self.out_blocks)
+        return [*(largest * i / (depth - 1) for i in range(depth)), largest]
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, kept: Tensor | None = None) -> Tensor:
+        """`kept` (N, K): what the increments to the stream are multiplied by, if not by 1."""
         check_grid(x, self.input_size, self.patch, "DiS")
+        weights = iter([None] * (len(self.in_blocks) + len(self.out_blocks) + 1) if kept is None else kept[..., None, None].unbind(1))
         sinusoid = timestep_sinusoid(t, self.pos_embed.shape[-1])
         time, label = self.time_embed(sinusoid.to(self.pos_embed.dtype)), self.label_emb(y)   # (N, D)
         h = torch.cat([label[:, None], time[:, None], self.patch_embed(x)], dim=1)            # (N, T, D)
         h, r, skips = h + self.pos_embed, None, []
         for block in self.in_blocks:
-            h, r = block(h, r)                                                                # (N, T, D) twice
+            h, r = block(h, r, kept=None if r is None else next(weights))                     # (N, T, D) twice
             skips.append(h)
-        h, r = self.mid_block(h, r)
+        h, r = self.mid_block(h, r, kept=next(weights))
         for block in self.out_blocks:
-            h, r = block(h, r, skips.pop())
-        h = self.final_layer(self.norm_f(r + h), time + label)[:, 2:]                         # (N, L, p*p*C_out)
+            h, r = block(h, r, skips.pop(), next(weights))
+        last = next(weights)
+        h = self.norm_f(r + (h if last is None else h * last))
+        h = self.final_layer(h, time + label)[:, 2:]                                          # (N, L, p*p*C_out)
         return unpatchify(h, self.grid, self.patch)                                           # (N, C_out, H, W)
 
 

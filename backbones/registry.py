@@ -9,24 +9,35 @@ from typing import Any
 from torch import nn
 
 _REGISTRY: dict[str, tuple[type[nn.Module], dict[str, Any], dict[str, Any]]] = {}
+_CLASSIFIERS: set[str] = set()
 
 
-def register(cls: type[nn.Module], sizes: dict[str, dict[str, Any]], tiny: dict[str, Any]) -> None:
-    """Register one line per published size; `tiny` are the overrides with which the tests build the family."""
+def register(cls: type[nn.Module], sizes: dict[str, dict[str, Any]], tiny: dict[str, Any], classifier: bool = False) -> None:
+    """Register one line per published size; `tiny` are the overrides with which the tests build the family.
+
+    A `classifier` maps (x, t) to logits; it is built like a backbone and listed apart.
+    """
     for name, options in sizes.items():
         if name in _REGISTRY:
             raise ValueError(f"backbone {name!r} is registered twice")
         _REGISTRY[name] = (cls, options, tiny)
+        if classifier:
+            _CLASSIFIERS.add(name)
 
 
 def list_backbones(pattern: str = "*") -> list[str]:
     """Registered names that match a shell pattern, e.g. `dit_*_2`."""
-    return sorted(fnmatch.filter(_REGISTRY, pattern))
+    return sorted(fnmatch.filter(_REGISTRY.keys() - _CLASSIFIERS, pattern))
+
+
+def list_classifiers(pattern: str = "*") -> list[str]:
+    """Registered names of classifiers of noisy images that match a shell pattern."""
+    return sorted(fnmatch.filter(_CLASSIFIERS, pattern))
 
 
 def _entry(name: str) -> tuple[type[nn.Module], dict[str, Any], dict[str, Any]]:
     if name not in _REGISTRY:
-        raise ValueError(f"unknown backbone {name!r}; known: {', '.join(list_backbones())}")
+        raise ValueError(f"unknown backbone {name!r}; known: {', '.join([*list_backbones(), *list_classifiers()])}")
     return _REGISTRY[name]
 
 

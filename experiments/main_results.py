@@ -1,7 +1,7 @@
 """Tables 1, 2, 8 and 9 of the DiCo paper as declarations. `python experiments/main_results.py --table 1` runs and prints one.
 
 Every diffusion system whose network is known is one here; the others' rows hold published numbers. On the digits protocol
-a family is one small network, whichever of its sizes a row names; `--protocol imagenet256_own` trains and samples each
+a family is one small network (ADM-U three), whichever of its sizes a row names; `--protocol imagenet256_own` trains and samples each
 system as its own paper does.
 """
 
@@ -26,10 +26,14 @@ DIS = Backbone("dis_s_2", dict(dim=48, depth=2))
 DIMSUM = Backbone("dimsum_l_2", dict(dim=48, depth=4, heads=3, fusion_heads=2, attention_every=2))
 DIFFUSSM = Backbone("diffussm_xl", dict(dim=64, depth=4, states=16))
 ADM = Backbone("adm_base_64", dict(dim=32, multipliers=(1, 2), num_res_blocks=1, attention_at=(4,), head_dim=32))
+ADM_UP = Backbone("adm_up_256", dict(dim=32, multipliers=(1, 2), num_res_blocks=1, attention_at=(4,), heads=None, head_dim=32))
+ADM_CLASSIFIER = Backbone("adm_classifier_64", dict(dim=32, multipliers=(1, 2), num_res_blocks=1, attention_at=(4, 2), head_dim=32))
 UDIT = Backbone("udit_s", dict(dim=24, depths=(1, 1, 1, 1, 1), heads=2))
 LDM = Backbone("ldm_4", dict(dim=32, multipliers=(1, 2), num_res_blocks=1, attention_at=(2,), context_dim=32))
 
-CASCADE = "a base model and an upsampler, counted together; the base alone is trained, on a protocol's data like all others, without a null label and so without guidance; its estimates are clipped on pixels only"
+CASCADE = "a base model that a classifier of noisy images guides, and an upsampler; counted are one step of each without the classifier. In pixels all three are trained, on digits from 4x4 to 8x8; on a protocol's latents the base alone, unguided"
+UNGUIDED = "not in the paper: the base model of ADM-U alone on a protocol's data"
+GUIDED = "not in the paper; ADM's single network, guided by a classifier of noisy images"
 PIXELS = "published on latents of its own, at which it is timed; it is trained on a protocol's data like all others"
 VELOCITY = "predicts a velocity and has its own objective and sampler under every protocol"
 NOISE = "predicts the noise alone and has its own schedule and sampler under every protocol"
@@ -37,8 +41,25 @@ NOT_PUBLISHED = "not in the paper; on 8x8 digits its innermost attention sees si
 RECONSTRUCTION = "a reconstruction: no code was published, and no variant meets the published counts at both resolutions"
 
 
-def row(label: str, name: str, small: Backbone, method: Method | None = None, note: str = "", *, key: str | None = None, heavy: bool = True, costs: tuple[Cost, ...] = ()) -> Row:
-    return Row(label, Backbone(name), small, key or label, note, method, costs, heavy)
+def row(label: str, name: str, small: Backbone, method: Method | None = None, note: str = "", *, key: str | None = None, heavy: bool = True, costs: tuple[Cost, ...] = (), **parts: Row) -> Row:
+    return Row(label, Backbone(name), small, key or label, note, method, costs, heavy, **parts)
+
+
+def classifier(size: int, method: Method = recipes.ADM_CLASSIFIER) -> Row:
+    return Row(f"ADM's classifier at {size}", Backbone(f"adm_classifier_{size}"), ADM_CLASSIFIER, None, method=method)
+
+
+def upsampler(size: int, method: Method) -> Row:
+    return Row(f"ADM's upsampler to {size}", Backbone(f"adm_up_{size}"), ADM_UP, None, method=method)
+
+
+def adm_alone(size: int, method: Method) -> Row:
+    """ADM's base model for one side, without what ADM-U adds to it."""
+    return Row(f"ADM-{size}", Backbone(f"adm_base_{size}"), ADM, None, UNGUIDED, method, latent(f"adm_base_{size}", size, 3), heavy=True)
+
+
+def adm_guided(size: int, method: Method) -> Row:
+    return Row("ADM-G", Backbone(f"adm_{size}"), ADM, None, GUIDED, method, latent(f"adm_{size}", size, 3), heavy=True, classifier=classifier(size))
 
 
 def at_512(rows: tuple[Row, ...]) -> tuple[Row, ...]:
@@ -66,7 +87,10 @@ DIG_XL = row("DiG-XL/2", "dig_xl_2", DIG, recipes.DIG_XL)
 DIC_H = row("DiC-H", "dic_h", DIC, recipes.DIC_H)
 DICO_XL = row("DiCo-XL", "dico_xl", DICO, recipes.DICO_XL)
 DICO_H = row("DiCo-H", "dico_h", DICO, recipes.DICO_H)
-ADM_U = row("ADM-U", "adm_base_64", ADM, recipes.ADM_64, CASCADE, costs=latent("adm_base_64", 64, 3) + latent("adm_up_256", 256, 6))
+ADM_U = row(
+    "ADM-U", "adm_base_64", ADM, recipes.ADM_64, CASCADE, costs=latent("adm_base_64", 64, 3) + latent("adm_up_256", 256, 6),
+    classifier=classifier(64, recipes.ADM_CLASSIFIER_64), upsampler=upsampler(256, recipes.ADM_UP_256),
+)  # fmt: skip
 UVIT_L = row("U-ViT-L/2", "uvit_l_2", UVIT, recipes.UVIT_L, NOISE)
 UVIT_H = row("U-ViT-H/2", "uvit_h_2", UVIT, recipes.UVIT_H, NOISE)
 DIM_H = row("DiM-H", "dim_h", DIM, recipes.DIM, NOISE)
@@ -101,16 +125,23 @@ TABLE_1 = Table(
         *scale("XL", heavy=True),
         *(with_cfg(r) for r in (DIT_XL, DIG_XL, DICO_XL, DIC_H, DICO_H)),
     ),
-    outside=tuple(Row(f"U-DiT-{size}", Backbone(f"udit_{size.lower()}"), UDIT, None, NOT_PUBLISHED, heavy=size == "L") for size in "SBL"),
+    outside=(
+        *(Row(f"U-DiT-{size}", Backbone(f"udit_{size.lower()}"), UDIT, None, NOT_PUBLISHED, heavy=size == "L") for size in "SBL"),
+        adm_alone(64, recipes.ADM_64),
+        adm_guided(256, recipes.ADM_256),
+    ),
     against="DiT-S/2",
     conditions="ImageNet 256",
 )
 
 UVIT_L_512 = row("U-ViT-L/4", "uvit_l_4", UVIT, recipes.UVIT_L_512, NOISE)
 UVIT_H_512 = row("U-ViT-H/4", "uvit_h_4", UVIT, recipes.UVIT_H_512, NOISE)
-ADM_U_512 = row("ADM-U", "adm_base_128", ADM, recipes.ADM_128, CASCADE, costs=latent("adm_base_128", 128, 3) + latent("adm_up_512", 512, 6))
+ADM_U_512 = row(
+    "ADM-U", "adm_base_128", ADM, recipes.ADM_128, CASCADE, costs=latent("adm_base_128", 128, 3) + latent("adm_up_512", 512, 6),
+    classifier=classifier(128), upsampler=upsampler(512, recipes.ADM_UP_512),
+)  # fmt: skip
 OTHERS_512 = (ADM_U_512, UVIT_L_512, UVIT_H_512)
-DIM_H_512 = replace(DIM_H, backbone=DIM_H.backbone.but(raster_padding=True), method=recipes.DIM_512, costs=latent("dim_h", 64))  # pads cost alike
+DIM_H_512 = replace(DIM_H, backbone=DIM_H.backbone.but(raster_padding=True), method=recipes.DIM_512, start=replace(DIM_H, method=recipes.DIM_START), costs=latent("dim_h", 64))  # pads cost alike
 MAMBA_512 = (DIM_H_512, DIS_H, replace(DIFFUSSM_XL, method=recipes.DIFFUSSM_512))
 DIT_XL_512, DICO_XL_512 = replace(DIT_XL, method=recipes.DIT_512), replace(DICO_XL, method=recipes.DICO_XL_512)
 
@@ -135,6 +166,7 @@ TABLE_2 = Table(
             *(with_cfg(r) for r in (DIT_XL_512, DICO_XL_512)),
         )
     ),
+    outside=(adm_alone(128, recipes.ADM_128), adm_guided(512, recipes.ADM_512)),
     against="DiT-XL/2, 1.3M",
     conditions="ImageNet 512",
 )

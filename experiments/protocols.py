@@ -134,24 +134,49 @@ PROTOCOLS = {protocol.name: protocol for protocol in (DIGITS, CIFAR10, CIFAR10_C
 
 
 def network(row: Row, protocol: Protocol) -> Backbone:
-    """The row's network as the protocol trains it."""
-    data, backbone = protocol.data, row.backbone
+    """The row's network as the protocol trains it; an upsampler sees two images."""
+    data, backbone, images = at_data(row, protocol).data, row.backbone, 2 if _upsamples(row) else 1
     if protocol.small:
         backbone = row.small if isinstance(row.small, Backbone) else row.backbone.but(**row.small)
-    return backbone.but(input_size=data.size, in_channels=data.channels, num_classes=data.num_classes)
+    return backbone.but(input_size=data.size, in_channels=images * data.channels, num_classes=data.num_classes)
+
+
+def at_data(row: Row, protocol: Protocol) -> Protocol:
+    """The protocol with what the row's network is trained on: its own data where it has some and runs as published; half the size
+    before an upsampler."""
+    if protocol.own and row.method and row.method.data:
+        return replace(protocol, data=row.method.data)
+    if row.upsampler and not is_latent(protocol.data):
+        return replace(protocol, data=replace(protocol.data, size=protocol.data.size // 2))
+    return protocol
 
 
 def train_stage(row: Row, protocol: Protocol, seed: int) -> Train:
-    stage = Train(network(row, protocol), protocol.data, protocol.recipe, seed=seed)
+    """Of the row's network; `evaluate_stage(...).trainings` are those of the whole system."""
+    stage = Train(network(row, protocol), at_data(row, protocol).data, protocol.recipe, seed=seed)
     if row.method is None:
         return stage
-    undropped = replace(protocol.recipe, label_dropout=0.0)  # a network without a null label takes none
+    undropped, diffusion = replace(protocol.recipe, label_dropout=0.0), row.method.diffusion  # a network without a null label takes none
     recipe = row.method.recipe if protocol.own else protocol.recipe if row.method.recipe.label_dropout else undropped
-    return replace(stage, recipe=recipe, diffusion=row.method.diffusion)
+    if _upsamples(row) and not protocol.own:
+        diffusion = replace(diffusion, low_res=protocol.data.size // 2)
+    start = train_stage(row.start, IMAGENET256_OWN, seed) if row.start and protocol.own else None
+    return replace(stage, recipe=recipe, diffusion=diffusion, init_from=start)
 
 
 def evaluate_stage(row: Row, protocol: Protocol, seed: int) -> Evaluate:
-    return Evaluate(train_stage(row, protocol, seed), sampler_of(row, protocol), protocol.num, protocol.features, protocol.labels)
+    """Of the whole system; on latents of its network alone, for a classifier that guides and an upsampler are made for pixels."""
+    train, at = train_stage(row, protocol, seed), at_data(row, protocol)
+    stage = Evaluate(train, sampler_of(row, protocol), protocol.num, protocol.features, protocol.labels)
+    if row.classifier and not is_latent(train.data):
+        stage = replace(stage, classifier=train_stage(row.classifier, at, seed))
+    if row.upsampler and not is_latent(train.data):
+        stage = replace(stage, upsampler=train_stage(row.upsampler, protocol, seed), upsampling=sampler_of(row.upsampler, protocol))
+    return stage
+
+
+def _upsamples(row: Row) -> bool:
+    return row.method is not None and row.method.diffusion.low_res is not None
 
 
 def sampler_of(row: Row, protocol: Protocol) -> Sampler:
@@ -159,10 +184,11 @@ def sampler_of(row: Row, protocol: Protocol) -> Sampler:
     common, method = protocol.sampler, row.method
     if method is None:
         return common
-    clip = method.sampler.clip and not is_latent(protocol.data)  # made for pixels
+    latent = is_latent(at_data(row, protocol).data)  # clipping and classifiers are made for pixels
+    pixels = dict(clip=method.sampler.clip and not latent, classifier_scale=method.sampler.classifier_scale if row.classifier and not latent else 0.0)
     if protocol.own:
-        return replace(method.sampler, clip=clip)
-    common = replace(common, clip=clip or common.clip)
+        return replace(method.sampler, **pixels)
+    common = replace(common, **pixels | dict(clip=pixels["clip"] or common.clip))
     if not method.recipe.label_dropout:  # without a null label there is nothing to guide by
         common = replace(common, scale=1.0)
     if (method.diffusion.name, method.diffusion.variance) == ("iddpm", "learned"):

@@ -2,7 +2,7 @@
 
 Steps are optimiser steps. A guidance scale is that of null + scale (conditional - null), whatever the paper's notation.
 Where a paper and its code leave something open, the common recipe's value stands here and the source says so. Left out
-everywhere: dropout and stochastic depth in the networks, fp16, for which bf16 stands, and TF32, under which several trained
+everywhere: dropout in the networks, fp16, for which bf16 stands, and TF32, under which several trained
 what here is fp32.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from experiments.engine.spec import Diffusion, Method, Recipe, Sampler
+from experiments.engine.spec import Data, Diffusion, Method, Recipe, Sampler
 
 EPOCH = 1_281_167  # images
 COMMON = Recipe(steps=400_000, batch=256)
@@ -36,7 +36,7 @@ DIFFUSSM = iddpm(2_578_125, 1.5, "DiffuSSM's paper: 660M images; the scale is no
 DIFFUSSM_512 = iddpm(1_179_688, 1.5, "DiffuSSM's paper: 302M images; the scale is not said, DiT's is taken")
 DIS = iddpm(
     400_000, 1.5, "DiS's code; ImageNet's batch and steps are not said, the code's default batch and the common steps are taken",
-    batch=128, warmup=5 * EPOCH // 128, decay="cosine", lr_min=1e-6, grad_clip=1.0,
+    batch=128, warmup=5 * EPOCH // 128, decay="cosine", lr_min=1e-6, grad_clip=1.0, drop_path=0.1,
 )  # fmt: skip
 
 _SDE = guided(1.5, name="sde")
@@ -45,7 +45,7 @@ SIT_512 = replace(SIT, recipe=replace(COMMON, steps=3_000_000))
 
 DIMSUM = Method(
     Diffusion("flow", path="gvp"),
-    Recipe(steps=510 * EPOCH // 704, batch=704, grad_clip=1.0, label_dropout=0.15),
+    Recipe(steps=510 * EPOCH // 704, batch=704, grad_clip=1.0, label_dropout=0.15, drop_path=0.1),
     guided(1.4, None, name="dopri5"),
     "DiMSUM's paper and code: variance-preserving path, velocity, adaptive Dormand-Prince",
 )
@@ -71,13 +71,33 @@ DIM_512 = Method(
     _STABLE,
     replace(_DIM, steps=64_000, batch=240, lr=1e-4, weight_decay=0.0, warmup=2500, label_dropout=0.15),
     dpm_solver(1.7),
-    "DiM's code, which fine-tunes the 256 model for these steps; here they start from nothing" + _SOLVER,
+    "DiM's code, which fine-tunes the averaged weights of its 256 model after 425K steps" + _SOLVER,
 )
+DIM_START = replace(DIM, recipe=replace(_DIM, steps=425_000))
 
-# ADM has no null label; its guidance is a classifier's gradient, which is not part of the suite.
-_ADM = "ADM's code defaults; steps are the common ones, guidance by a classifier is left out; estimates are clipped to pixels in [-1, 1]"
-ADM_64 = Method(Diffusion(betas="cosine"), replace(COMMON, label_dropout=0.0), Sampler(clip=True), _ADM)
-ADM_128 = Method(Diffusion(), replace(COMMON, label_dropout=0.0), Sampler(clip=True), _ADM)
+
+
+def pixels(size: int) -> Data:
+    """ImageNet at ADM's crop and this size: a folder imagenet<size>_pixels of images.npy and labels.npy."""
+    return Data(f"imagenet{size}_pixels", size, 3, 1000, flip=True)
+
+
+def adm(size: int, classifier_scale: float = 0.0, betas: str = "linear", low_res: int | None = None) -> Method:
+    """ADM has no null label: it is guided by a classifier's gradient, at the scale of its README; estimates are clipped to pixels in [-1, 1]."""
+    source = "ADM's code defaults and README; steps are the common ones"
+    sampler = Sampler(clip=True, classifier_scale=classifier_scale)
+    return Method(Diffusion(betas=betas, low_res=low_res), replace(COMMON, label_dropout=0.0), sampler, source, pixels(size))
+
+
+def adm_classifier(betas: str = "linear") -> Method:
+    """On images as noisy as those that its base model sees; its last weights guide, not their average."""
+    recipe = replace(COMMON, steps=300_000, lr=3e-4, weight_decay=0.05, decay="linear", ema=0.0, label_dropout=0.0)
+    return Method(Diffusion("classify", betas=betas), recipe, Sampler(), "ADM's README, for 128 pixels; its random crops are the protocol's crop here")
+
+
+ADM_64, ADM_128, ADM_256, ADM_512 = adm(64, 1.0, "cosine"), adm(128, 0.5), adm(256, 1.0), adm(512, 4.0)
+ADM_UP_256, ADM_UP_512 = adm(256, low_res=64), adm(512, low_res=128)
+ADM_CLASSIFIER, ADM_CLASSIFIER_64 = adm_classifier(), adm_classifier("cosine")
 LDM_4 = Method(
     Diffusion(betas="ldm_imagenet", variance="fixed"),
     COMMON,

@@ -40,8 +40,10 @@ def main() -> int:
     table, protocol = TABLES[args.table], PROTOCOLS[args.protocol]
     try:
         row = table.row(args.row)
-        require_data(protocol.data)
-        require_features(evaluate_stage(row, protocol, args.seed))
+        stage = evaluate_stage(row, protocol, args.seed)
+        for training in stage.trainings:
+            require_data(training.data)
+        require_features(stage)
         site = load_site(row.label)
         if unknown := [label for label in rows_of_their_own() if not any(label in (row.label for row in (*table.rows, *table.outside)) for table in TABLES.values())]:
             raise ValueError(f"the site file has resources for {', '.join(map(repr, unknown))}, which no table declares")

@@ -59,7 +59,7 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError("--num and --batch take numbers from 1 on")
     spec = evaluate_stage(rows[args.row], protocol, args.seed)
     spec = replace(spec, num=args.num or spec.num)
-    require_data(spec.train.data)
+    require_data(spec.data)
     store = Store(args.results, REPOSITORY / "results" / "reference")
     store.check_writable()
 

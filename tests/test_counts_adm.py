@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 import backbones
-from backbones.adm import AttentionBlock, with_low_res
+from backbones.adm import AttentionBlock
 from backbones.ldm import CrossAttention
+from experiments.engine.cascade import with_low_res
 from experiments.engine.cost import MacCounter
 from experiments.engine.cost import run as count
 from experiments.engine.spec import Backbone, Cost

@@ -10,9 +10,10 @@ from test_backbones import randomise, relative_rms
 from torch import Tensor, nn
 
 import backbones
-from backbones.adm import AttentionBlock, with_low_res
+from backbones.adm import AttentionBlock
 from backbones.checkpoint import load_published
 from backbones.ldm import CrossAttention
+from experiments.engine.cascade import with_low_res
 
 CLASSES = 7
 AUTHORS = json.loads((Path(__file__).parent / "data" / "outputs_adm.json").read_text())

@@ -15,21 +15,23 @@ from experiments import recipes
 from experiments.ablation import DICO_S
 from experiments.systems import SYSTEMS
 from experiments.engine.cli import main
+from experiments.engine.cascade import System
 from experiments.engine.data import load
 from experiments.engine.generate import Counted, images
 from experiments.engine.process import process
 from experiments.engine.report import main_sheet
 from experiments.engine.samplers import bind
-from experiments.engine.spec import Method, Row, Table, spec_id
+from experiments.engine.spec import Cost, Data, Method, Row, Table, Train, spec_id
 from experiments.engine.store import Store
 from experiments.engine.train import Trainer, build, digest
 from experiments.main_results import ADM_U, DIM_H, DIMSUM_L, DIT_XL, SIT_XL, TABLE_1, TABLE_8, TABLES, UVIT_H
-from experiments.protocols import DIGITS, IMAGENET256, IMAGENET256_OWN, PROTOCOLS, cost_stages, evaluate_stage, network, timed_rows, timing_stage, train_stage
+from experiments.protocols import DIGITS, IMAGENET256, IMAGENET256_OWN, IMAGENET512, PROTOCOLS, cost_stages, evaluate_stage, network, timed_rows, timing_stage, train_stage
 
 ROWS = [pytest.param(table, row, id=f"{table.number} {row.label}") for table in TABLES.values() for row in table.rows]
 NETWORKS = [param for param in ROWS if param.values[1].backbone]
 METHODS = {name: value for name, value in vars(recipes).items() if isinstance(value, Method)}
-SMALL = {spec_id(train_stage(row, DIGITS, 0)): row for table in TABLES.values() for row in (*table.outside, *table.rows) if row.backbone}
+SMALL = {spec_id(evaluate_stage(row, DIGITS, 0)): row for table in TABLES.values() for row in (*table.outside, *table.rows) if row.backbone}
+TRAININGS = {spec_id(training): pytest.param(training, id=f"{row.label}, {training.backbone.name} at {training.data.size}") for row in SMALL.values() for training in evaluate_stage(row, DIGITS, 0).trainings}
 PROVENANCE = {"device": "cpu", "cpu": "a", "torch": "b", "dirty": False, "seconds": 1.0}
 
 
@@ -41,7 +43,9 @@ def test_every_diffusion_system_that_has_a_network_is_one():
 
 
 def test_a_family_is_one_run_on_digits():
-    assert len(SMALL) == 14  # twelve families and U-DiT; ADM's two base models differ in their betas
+    assert len(SMALL) == 12 + 6  # eleven families and U-DiT; ADM's two base models alone and in a cascade, and two guided at a scale each
+    # ADM's bases at 4x4 and 8x8 differ in their betas, as do the classifiers at 4x4; there is one classifier at 8x8 and one upsampler
+    assert len(TRAININGS) == 12 + 4 + 2 + 1 + 1
     assert {"DiT-S/2", "DiT-XL/2 (w/ CFG)"} <= {row.label for row in TABLE_1.rows if train_stage(row, DIGITS, 0).backbone.name == "dit_s_2"}
     dico = next(row for row in TABLE_1.rows if row.label == "DiCo-XL (w/ CFG)")
     assert spec_id(evaluate_stage(dico, DIGITS, 1)) == spec_id(evaluate_stage(DICO_S, DIGITS, 1))  # Table 4's
@@ -72,15 +76,15 @@ def test_network_objective_and_sampler_fit_each_other(table: Table, row: Row, pr
     assert protocol.own or (stage.sampler.scale == scale and stage.sampler.num_steps <= protocol.sampler.num_steps)
 
 
-@pytest.mark.parametrize("row", SMALL.values(), ids=lambda row: row.label)
-def test_a_familys_loss_trains_all_of_its_small_network(row: Row):
+@pytest.mark.parametrize("spec", TRAININGS.values())
+def test_a_familys_loss_trains_all_of_its_small_network(spec: Train):
     """Every parameter but the dead ones has a gradient once no gate is closed; the loss is finite."""
-    spec, draw = train_stage(row, DIGITS, 0), torch.Generator().manual_seed(0)
+    draw = torch.Generator().manual_seed(0)
     model, objective = build(spec.backbone, 0, torch.device("cpu")), process(spec.diffusion)
     for parameter in model.parameters():
         if parameter.requires_grad and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1, generator=draw)
-    x0, eps = (torch.randn(4, 1, 8, 8, generator=draw) for _ in range(2))
+    x0, eps = (torch.randn(4, 1, spec.data.size, spec.data.size, generator=draw) for _ in range(2))
     y = torch.tensor([0, 3, 9, 10 if spec.recipe.label_dropout else 1])
     loss = objective.losses(model, x0, y, objective.draw_times(4, draw), eps)["loss"]
     loss.mean().backward()
@@ -93,17 +97,19 @@ def test_a_familys_loss_trains_all_of_its_small_network(row: Row):
 
 @pytest.mark.parametrize("row", SMALL.values(), ids=lambda row: row.label)
 def test_every_family_trains_and_samples_on_digits(row: Row):
-    stage = evaluate_stage(row, DIGITS, 0)
-    train = replace(stage.train, recipe=replace(stage.train.recipe, steps=2, batch=4))
-    stage = replace(stage, train=train, sampler=replace(stage.sampler, num_steps=3), num=2)
-    trainer = Trainer(train, torch.device("cpu"))
-    before = digest(trainer.model)
-    losses = [loss.item() for loss in trainer.steps(load(train.data))]
-    assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses) and digest(trainer.ema.eval()) != before
-    counted = Counted(trainer.ema)
+    stage, networks = evaluate_stage(row, DIGITS, 0), {}
+    for name in ("train", "classifier", "upsampler"):
+        if training := getattr(stage, name):
+            trainer = Trainer(replace(training, recipe=replace(training.recipe, steps=2, batch=4)), torch.device("cpu"))
+            before = digest(trainer.model)
+            losses = [loss.item() for loss in trainer.steps(load(training.data))]
+            assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses) and digest(trainer.ema.eval()) != before
+            networks[name] = trainer.ema
+    stage = replace(stage, sampler=replace(stage.sampler, num_steps=3), upsampling=stage.upsampling and replace(stage.upsampling, num_steps=3), num=2)
+    counted = Counted(System(networks["train"], networks.get("classifier"), networks.get("upsampler")) if len(networks) > 1 else networks["train"])
     ((x, y),) = images(stage, counted, torch.device("cpu"), 2)
     assert x.shape == (2, 1, 8, 8) and x.isfinite().all() and not torch.equal(x[0], x[1]) and y.tolist() == [0, 1]
-    assert counted.evaluated == 2 * 3 or (stage.sampler.name == "dopri5" and counted.evaluated >= 2 * 8)
+    assert counted.evaluated == 2 * 3 * (2 if "upsampler" in networks else 1) or (stage.sampler.name == "dopri5" and counted.evaluated >= 2 * 8)
 
 
 def test_the_common_recipe_with_a_methods_objective():
@@ -113,10 +119,34 @@ def test_the_common_recipe_with_a_methods_objective():
         assert replace(stage.train.recipe, label_dropout=0.1) == DIGITS.recipe
         assert stage.train.recipe.label_dropout == (0 if row is ADM_U else 0.1)
         own = evaluate_stage(row, IMAGENET256_OWN, 0)
-        assert (own.train.recipe, own.sampler) == (row.method.recipe, replace(row.method.sampler, clip=False))  # latents
+        assert (own.train.recipe, own.sampler) == (row.method.recipe, row.method.sampler)
         assert stage.sampler.clip == (row is ADM_U)                                                             # pixels
     assert train_stage(DIT_XL, DIGITS, 0) == replace(train_stage(TABLE_1.baseline, DIGITS, 0))
     assert (train_stage(DIT_XL, IMAGENET256, 0).recipe.steps, train_stage(DIT_XL, IMAGENET256_OWN, 0).recipe.steps) == (400_000, 7_000_000)
+
+
+def test_adm_u_is_a_guided_base_and_an_upsampler_in_pixels_and_its_base_alone_on_latents():
+    on_digits, own, on_latents = (evaluate_stage(ADM_U, protocol, 0) for protocol in (DIGITS, IMAGENET256_OWN, IMAGENET256))
+    for stage, sides, betas in ((on_digits, (4, 4, 8), "cosine"), (own, (64, 64, 256), "cosine"), (evaluate_stage(TABLES[2].row("ADM-U"), PROTOCOLS["imagenet512_own"], 0), (128, 128, 512), "linear")):
+        assert tuple(training.data.size for training in stage.trainings) == sides and stage.data == stage.upsampler.data
+        assert tuple(training.backbone.options["input_size"] for training in stage.trainings) == sides
+        assert stage.train.diffusion.betas == stage.classifier.diffusion.betas == betas and stage.classifier.diffusion.name == "classify"
+        assert (stage.upsampler.diffusion.betas, stage.upsampler.diffusion.low_res) == ("linear", sides[0])
+        assert stage.upsampler.backbone.options["in_channels"] == 2 * stage.data.channels
+        assert (stage.sampler.classifier_scale, stage.upsampling.classifier_scale) == ({4: 1.0, 64: 1.0, 128: 0.5}[sides[0]], 0.0)
+        assert stage.sampler.clip and stage.upsampling.clip
+    assert [training.backbone.name for training in own.trainings] == ["adm_base_64", "adm_classifier_64", "adm_up_256"]
+    assert own.data == Data("imagenet256_pixels", 256, 3, 1000, flip=True)
+    assert (on_latents.trainings, on_latents.sampler.classifier_scale, on_latents.sampler.clip) == ((on_latents.train,), 0.0, False)
+    alone = TABLE_1.row("ADM-64")
+    assert evaluate_stage(alone, IMAGENET256, 0) == on_latents and cost_stages(ADM_U)[0] == cost_stages(alone)[0] == Cost(alone.backbone, 64, 3, 1000)
+
+
+def test_adm_g_is_guided_at_the_scale_of_its_size():
+    for number, side, scale in ((1, 256, 1.0), (2, 512, 4.0)):
+        stage = evaluate_stage(TABLES[number].row("ADM-G"), PROTOCOLS[f"imagenet{side}_own"], 0)
+        assert [training.backbone.name for training in stage.trainings] == [f"adm_{side}", f"adm_classifier_{side}"]
+        assert stage.sampler.classifier_scale == scale and {training.data.size for training in stage.trainings} == {side}
 
 
 def test_recipes_are_those_of_the_papers():
@@ -184,11 +214,11 @@ def test_a_table_has_the_columns_that_were_published(number: int, columns: set[s
 
 def test_a_network_is_built_at_the_size_of_the_protocol():
     for row in SMALL.values():
-        for protocol in (DIGITS, IMAGENET256):
-            backbone = network(row, protocol)
+        for protocol in (DIGITS, IMAGENET512):  # ADM's network for 512 pixels halves its input too often for a latent of side 32
+            backbone, data = network(row, protocol), train_stage(row, protocol, 0).data
             with torch.device("meta"):
                 model = backbones.build(backbone.name, **backbone.options)
-            assert (model.in_channels, model.num_classes) == (protocol.data.channels, protocol.data.num_classes), row.label
+            assert (model.in_channels, model.num_classes, backbone.options["input_size"]) == (data.channels, data.num_classes, data.size), row.label
 
 
 def test_a_papers_own_recipes_are_for_its_own_resolution(capsys: pytest.CaptureFixture[str]):

@@ -65,7 +65,7 @@ def test_a_declaration_becomes_its_process():
     assert isinstance(process(Diffusion("flow", path="gvp")), Flow)
 
 
-@pytest.mark.parametrize("change, words", [(dict(name="edm"), "iddpm, flow"), (dict(betas="sigmoid"), "linear, cosine"), (dict(variance="none"), "learned, fixed"), (dict(name="flow", path="vp"), "linear, gvp")])
+@pytest.mark.parametrize("change, words", [(dict(name="edm"), "iddpm, classify, flow"), (dict(betas="sigmoid"), "linear, cosine"), (dict(variance="none"), "learned, fixed"), (dict(name="flow", path="vp"), "linear, gvp")])
 def test_what_is_not_known_is_refused_with_what_is(change: dict[str, str], words: str):
     with pytest.raises(ValueError, match=f"known: {words}"):
         process(replace(Diffusion(), **change))

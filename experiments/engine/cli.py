@@ -74,7 +74,8 @@ def _main(tables: dict[int, Table], description: str | None, arguments: Sequence
         return 0
     if not args.report:
         if not table.counts_only:
-            require_data(protocol.data)
+            for data in {stage.data.name: stage.data for row in chosen.networks for stage in evaluate_stage(row, protocol, 0).trainings}.values():
+                require_data(data)
             require_features(evaluate_stage(table.baseline, protocol, 0))
         if on_slurm:
             print(slurm.send(chosen, store, shlex.join(["python", os.path.relpath(sys.argv[0]), *(sys.argv[1:] if arguments is None else arguments)])))

@@ -49,8 +49,11 @@ def load(data: Data) -> ImageSet | LatentSet:
     if data.name == "digits":
         from sklearn.datasets import load_digits
 
-        digits = load_digits()
-        return ImageSet(digits.images[:, None].astype(np.float32) / 8 - 1, digits.target, data)
+        digits, factor = load_digits(), 8 // data.size
+        if data.size * factor != 8:
+            raise ValueError(f"digits have 8 x 8 pixels, or means over areas of them: size 1, 2, 4 or 8, not {data.size}")
+        images = digits.images.reshape(-1, 1, data.size, factor, data.size, factor).mean((3, 5))
+        return ImageSet(images.astype(np.float32) / 8 - 1, digits.target, data)
     folder = folder_of(data)
     if data.name == "cifar10":
         return cifar10(data, "train")

@@ -63,11 +63,11 @@ def _classified(spec: Evaluate, folder: Path, cache: Path, resources: Resources,
     """
     device, size, on_digits = torch.device(resources.device), resources.sample_batch, spec.features == "digits"
     if on_digits:
-        reference = load(spec.train.data)
+        reference = load(spec.data)
         classifier, identity = digits_classifier(reference, cache)
     else:
-        reference = cifar10(spec.train.data, "test")
-        classifier, identity = cifar_classifier(spec.train.data, reference, cache)
+        reference = cifar10(spec.data, "test")
+        classifier, identity = cifar_classifier(spec.data, reference, cache)
     network = network_of(spec, folder, resources)
 
     def scored(piece: int) -> dict[str, np.ndarray]:
@@ -113,10 +113,10 @@ def _classified(spec: Evaluate, folder: Path, cache: Path, resources: Resources,
         "network": digest(network),
         "decoder": {"name": "none: pixels"},
         "quantiser": "none" if on_digits else QUANTISER,
-        "image": {"size": spec.train.data.size, "format": "float32" if on_digits else "uint8"},
-        "labels": {"histogram_sha256": _histogram(y, spec.train.data.num_classes)},
+        "image": {"size": spec.data.size, "format": "float32" if on_digits else "uint8"},
+        "labels": {"histogram_sha256": _histogram(y, spec.data.num_classes)},
         "extractor": {"sha256": identity["classifier_sha256"], "dtype": "fp32"},
-        "reference": {"name": spec.train.data.name, "num_images": len(reference)} | ({} if on_digits else {"split": "test"}),
+        "reference": {"name": spec.data.name, "num_images": len(reference)} | ({} if on_digits else {"split": "test"}),
         "neighbours": {"k": 3, "arithmetic": "float64", "num_reference": len(real)},
     }
 
@@ -128,7 +128,7 @@ def _inception(spec: Evaluate, folder: Path, resources: Resources, group: Group,
     samples = sampled(spec, folder, resources, report, group, beat)
     parts = folder.parent / spec_id(spec) / f"features-{samples.made['network']}-{extractor.sha256[:16]}"
     measured = scores.measure_shared(extractor, samples, group, parts / "samples", beat)
-    reference = _reference(spec.train.data, extractor, parts, group, beat)
+    reference = _reference(spec.data, extractor, parts, group, beat)
     if measured is None or reference is None:
         return {}, {}
     values = scores.score(measured, reference, samples.labels, balanced=spec.labels == "balanced", device=device)
@@ -138,7 +138,7 @@ def _inception(spec: Evaluate, folder: Path, resources: Resources, group: Group,
         "decoder": samples.made["decoder"],
         "quantiser": QUANTISER,
         "image": {"size": samples.shape[1], "format": "uint8"},
-        "labels": {"histogram_sha256": _histogram(samples.labels, spec.train.data.num_classes)},
+        "labels": {"histogram_sha256": _histogram(samples.labels, spec.data.num_classes)},
         **scores.identity(extractor, reference),
     }
 

@@ -8,28 +8,39 @@ import torch
 from torch import Tensor
 
 from experiments.engine import preemption
+from experiments.engine.cascade import ClassifierGradient, System, conditioned
 from experiments.engine.diffusion import Model
 from experiments.engine.noise import ImageNoise
 from experiments.engine.precision import precision
 from experiments.engine.process import process
+from experiments.engine.quantise import from_uint8, to_uint8
 from experiments.engine.randomness import seed_at
 from experiments.engine.samplers import Guided, bind
-from experiments.engine.spec import Evaluate
+from experiments.engine.spec import Checkpoint, Evaluate, Sampler, Train
 
 
 class Counted:
     """A network that counts the images it is given; over the images sampled, that is evaluations per image (NFE).
 
-    Raises Preempted where the job is asked to stop: a piece of work is many evaluations.
+    Of a system base and upsampler count, and the gradients of its classifier do not. Raises Preempted where the job is
+    asked to stop: a piece of work is many evaluations.
     """
 
-    def __init__(self, model: Model) -> None:
-        self.model, self.evaluated = model, 0
+    def __init__(self, model: Model | System) -> None:
+        self.model, self.own = model, 0
+        self.classifier, self.upsampler = None, None
+        if isinstance(model, System):
+            self.model, self.classifier = model.base, model.classifier
+            self.upsampler = Counted(model.upsampler) if model.upsampler else None
+
+    @property
+    def evaluated(self) -> int:
+        return self.own + (self.upsampler.own if self.upsampler else 0)
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         if how := preemption.asked():
             raise preemption.Preempted(how)
-        self.evaluated += len(x)
+        self.own += len(x)
         return self.model(x, t, y)
 
 
@@ -42,23 +53,33 @@ def labels(policy: str, num: int, num_classes: int, seed: int) -> Tensor:
     raise ValueError(f"unknown label policy {policy!r}; known: balanced, random")
 
 
-def image_seeds(seed: int, num: int) -> list[int]:
+def image_seeds(seed: int, num: int, of: str = "image") -> list[int]:
     """One seed an image, all different: the CPU generator reads 32 bits."""
-    base = seed_at("image", seed)
+    base = seed_at(of, seed)
     return [(base + index) % 2**32 for index in range(num)]
 
 
-def images(spec: Evaluate, model: Model, device: torch.device, batch: int, within: range | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+def images(spec: Evaluate, model: Model | System | Counted, device: torch.device, batch: int, within: range | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """Sampled images (n, C, H, W) and their labels (n,), `batch` at a time, in order of their index; `within` limits the indices."""
-    data, sampler = spec.train.data, spec.sampler
-    sample = bind(sampler, process(spec.train.diffusion).to(device))
-    network = Guided(model, sampler.scale, data.num_classes, channels=sampler.channels, interval=sampler.interval)
-    y, seeds = labels(spec.labels, spec.num, data.num_classes, spec.seed), image_seeds(spec.seed, spec.num)
-    within = within or range(spec.num)
+    model = model if isinstance(model, Counted) else Counted(model)
+    gradient = ClassifierGradient(model.classifier, spec.sampler.classifier_scale) if spec.classifier else None
+    y, within = labels(spec.labels, spec.num, spec.data.num_classes, spec.seed), within or range(spec.num)
+    seeds, seeds_above = (image_seeds(spec.seed, spec.num, of) for of in ("image", "upsampled image"))
     for start in range(within.start, within.stop, batch):
         part = slice(start, min(start + batch, within.stop))
-        noise = ImageNoise(seeds[part], (data.channels, data.size, data.size), device)
         with precision(spec.precision, device):
-            for x in sample(network, y[part].to(device), noise):
-                pass
+            x = _sample(spec.train, spec.sampler, model, y[part].to(device), seeds[part], gradient)
+            if spec.upsampler:  # between them, as ADM's scripts have it, lies a file of 8-bit images
+                upsampler = conditioned(model.upsampler, from_uint8(to_uint8(x)))
+                x = _sample(spec.upsampler, spec.upsampling, upsampler, y[part].to(device), seeds_above[part])
         yield x.cpu(), y[part]
+
+
+def _sample(train: Train | Checkpoint, sampler: Sampler, model: Model, y: Tensor, seeds: list[int], gradient: Model | None = None) -> Tensor:
+    """Samples (n, C, H, W) of a network for labels (n,), on their device."""
+    data = train.data
+    sample = bind(sampler, process(train.diffusion).to(y.device), gradient)
+    network = Guided(model, sampler.scale, data.num_classes, channels=sampler.channels, interval=sampler.interval)
+    for x in sample(network, y, ImageNoise(seeds, (data.channels, data.size, data.size), y.device)):
+        pass
+    return x

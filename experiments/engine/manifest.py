@@ -45,7 +45,10 @@ def declared(spec: dict[str, Any]) -> dict[str, Any]:
     """What a full canonical Evaluate spec alone says: also for records that carry no manifest."""
     train, sampler = spec["train"], dict(spec["sampler"])
     guidance = {"formula": "null + scale (conditional - null)"} | {key: sampler.pop(key) for key in ("scale", "channels", "interval")}
-    model = {key: train[key] for key in train if key not in ("kind", "data")}
+    classifier_scale, parts = sampler.pop("classifier_scale", 0.0), {key: spec[key] for key in ("classifier", "upsampler") if spec.get(key)}
+    if "classifier" in parts:
+        guidance |= {"classifier": "mean + scale variance gradient of log p(y | x_t)", "classifier_scale": classifier_scale}
+    model = {key: train[key] for key in train if key not in ("kind", "data")} | parts
     measure = {
         "data": train["data"]["name"],
         "sampler": {key: value for key, value in sampler.items() if key != "kind"},
@@ -56,7 +59,7 @@ def declared(spec: dict[str, Any]) -> dict[str, Any]:
         "seeds": "one CPU generator an image, from (seed, index)",
         "precision": spec["precision"],
         "extractor": {"name": spec["features"]},
-    }
+    } | ({"upsampling": spec["upsampling"]} if "upsampler" in parts else {})
     return {"model": model, "measure": measure}
 
 

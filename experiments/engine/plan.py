@@ -10,7 +10,7 @@ from experiments.engine.launch import Job
 from experiments.engine.sources import is_latent
 from experiments.engine.spec import Evaluate, Row, Stage, Table, Timing, Train, kind_of, spec_id
 from experiments.engine.store import Store
-from experiments.protocols import Protocol, cost_stages, evaluate_stage, timed_rows, timing_stage, train_stage
+from experiments.protocols import Protocol, cost_stages, evaluate_stage, timed_rows, timing_stage
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class Chosen:
         return list(jobs.values())
 
     def trainings(self) -> list[Job]:
-        """A training with the evaluations that hang on it; rows that are one network share one."""
+        """The trainings of a system with the evaluation that hangs on them; rows that are one network share one."""
         jobs: dict[str, Job] = {}
         for seed in self.seeds if not self.table.counts_only else ():
             for row in self.networks:
-                stages = train_stage(row, self.protocol, seed), evaluate_stage(row, self.protocol, seed)
-                jobs.setdefault(spec_id(stages[1]), Job(f"{row.label}, seed {seed}", stages, chain=True))
+                stage = evaluate_stage(row, self.protocol, seed)
+                jobs.setdefault(spec_id(stage), Job(f"{row.label}, seed {seed}", (*stage.trainings, stage), chain=True))
         return list(jobs.values())
 
 

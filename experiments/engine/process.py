@@ -2,6 +2,7 @@
 
 import torch
 
+from experiments.engine.cascade import NoisyClassification, Upsampling
 from experiments.engine.diffusion import BETAS, IDDPM
 from experiments.engine.flow import PATHS, Flow
 from experiments.engine.spec import Diffusion
@@ -11,14 +12,18 @@ Process = IDDPM | Flow
 
 def process(spec: Diffusion) -> Process:
     """What has `draw_times` and `losses`; ValueError lists what is known."""
-    _require("diffusion", spec.name, ("iddpm", "flow"))
+    _require("diffusion", spec.name, ("iddpm", "classify", "flow"))
     if spec.name == "flow":
         _require("path", spec.path, PATHS)
         return Flow(spec.path)
     _require("betas", spec.betas, BETAS)
     _require("variance", spec.variance, ("learned", "fixed"))
     timesteps = torch.arange(spec.first_step, spec.first_step + spec.num_steps)
-    return IDDPM(BETAS[spec.betas](spec.num_steps), timesteps, learned=spec.variance == "learned")
+    kind = NoisyClassification if spec.name == "classify" else Upsampling if spec.low_res else IDDPM
+    made = kind(BETAS[spec.betas](spec.num_steps), timesteps, learned=spec.variance == "learned")
+    if spec.low_res:
+        made.low_res = spec.low_res
+    return made
 
 
 def _require(what: str, name: str, known: object) -> None:

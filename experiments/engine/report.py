@@ -11,7 +11,7 @@ from experiments.engine.manifest import clashes, score_name
 from experiments.engine.spec import Row, Stage, Table, spec_id
 from experiments.engine.spread import LEVEL, agree, pooled, reach, scaled
 from experiments.engine.store import Record, Store
-from experiments.protocols import Protocol, cost_stages, evaluate_stage, timed_rows, timing_stage, train_stage
+from experiments.protocols import Protocol, cost_stages, evaluate_stage, timed_rows, timing_stage
 
 SCORES = {
     "digits": {"fd_digits": "lower", "is_digits": "higher", "precision_digits": "higher", "recall_digits": "higher", "agreement": "higher"},
@@ -185,11 +185,17 @@ def _score(store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], nam
         return Cell()
     values = seed_values(store, row, protocol, seeds, where)
     if not values:
-        stages = [stage(row, protocol, seed) for seed in seeds for stage in (train_stage, evaluate_stage)]
+        stages = [stage for seed in seeds for stage in _run(row, protocol, seed)]
         failed = any(store.latest(stage, where) is None and store.latest(stage, where, status="failed") for stage in stages)
         return Cell(words="failed") if failed else Cell()
     records = tuple(record for seed in seeds if (record := store.latest(evaluate_stage(row, protocol, seed), where)))
     return replace(_mean_cell(name, values, 1 if name.startswith(("fd", "is", "fid")) else 2), records=records)
+
+
+def _run(row: Row, protocol: Protocol, seed: int) -> tuple[Stage, ...]:
+    """The trainings of a row and the evaluation that hangs on them."""
+    stage = evaluate_stage(row, protocol, seed)
+    return *stage.trainings, stage
 
 
 def _mean_cell(name: str, values: list[dict[str, float]], digits: int) -> Cell:
@@ -234,7 +240,7 @@ def _notes(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequenc
         notes.append(resolved)
     for row in rows:
         stages = [*cost_stages(row), *(timing_stage(timed, table.baseline, device) for timed in timed_rows(table, [row], device, named=True))]
-        stages += [stage(row, protocol, seed) for seed in seeds for stage in (train_stage, evaluate_stage)]
+        stages += [stage for seed in seeds for stage in _run(row, protocol, seed)]
         for stage in stages:
             if store.latest(stage, where) is None and (failed := store.latest(stage, where, status="failed")):
                 notes.append(f"{row.label}: {failed.kind} failed: {failed.error}")

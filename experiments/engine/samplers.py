@@ -61,22 +61,29 @@ class Guided:
 
 
 @torch.no_grad()
-def ancestral(diffusion: IDDPM, model: Model, y: Tensor, noise: ImageNoise, *, clip: bool = False) -> Iterator[Tensor]:
-    """Yields x (N,C,H,W) after each step of an already respaced diffusion: DDPM algorithm 2, learned variance."""
+def ancestral(diffusion: IDDPM, model: Model, y: Tensor, noise: ImageNoise, *, clip: bool = False, gradient: Model | None = None) -> Iterator[Tensor]:
+    """Yields x (N,C,H,W) after each step of an already respaced diffusion: DDPM algorithm 2, learned variance.
+
+    gradient: of a log-probability to sample by, (x, t, y) -> (N,C,H,W); the mean moves by the variance times it (ADM algorithm 1).
+    """
     x = noise.draw()
     for i in reversed(range(diffusion.num_steps)):
         t = diffusion.timesteps[i].repeat(len(x))                                     # (N,)
         mean, log_variance, _ = diffusion.posterior(x, i, model(x, t, y), clip)
+        if gradient is not None:
+            mean = mean + log_variance.exp() * gradient(x, t, y)
         z = noise.draw()                           # drawn at i = 0 too, as in the field: T + 1 draws an image
         x = mean + (0.5 * log_variance).exp() * z if i > 0 else mean
         yield x
 
 
 @torch.no_grad()
-def ddim(diffusion: IDDPM, model: Model, y: Tensor, noise: ImageNoise, *, eta: float = 0.0, clip: bool = False) -> Iterator[Tensor]:
+def ddim(diffusion: IDDPM, model: Model, y: Tensor, noise: ImageNoise, *, eta: float = 0.0, clip: bool = False,
+         gradient: Model | None = None) -> Iterator[Tensor]:
     """Yields x (N,C,H,W) after each step of an already respaced diffusion: DDIM eq. 12, sigma of eq. 16.
 
-    eta 0 is deterministic after the first draw; eta 1 is ancestral sampling with the variance of the true posterior.
+    eta 0 is deterministic after the first draw; eta 1 is ancestral sampling with the variance of the true posterior. The noise
+    estimate moves against `gradient` (ADM algorithm 2), after clipping.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta lies between 0 (deterministic) and 1 (ancestral), not {eta}")
@@ -87,6 +94,9 @@ def ddim(diffusion: IDDPM, model: Model, y: Tensor, noise: ImageNoise, *, eta: f
         _, _, x0_hat = diffusion.posterior(x, i, model(x, t, y), clip)
         here, after = cumprod[i], cumprod[i - 1] if i > 0 else 1.0
         eps = (x - math.sqrt(here) * x0_hat) / math.sqrt(1 - here)
+        if gradient is not None:
+            eps = eps - math.sqrt(1 - here) * gradient(x, t, y)
+            x0_hat = (x - math.sqrt(1 - here) * eps) / math.sqrt(here)
         sigma = eta * math.sqrt((1 - after) / (1 - here) * (1 - here / after))
         x = math.sqrt(after) * x0_hat + math.sqrt(1 - after - sigma ** 2) * eps + sigma * noise.draw()
         yield x
@@ -118,13 +128,15 @@ def dpm_solver(diffusion: IDDPM, model: Model, y: Tensor, noise: ImageNoise, *, 
 Bound = Callable[[Model, Tensor, ImageNoise], Iterator[Tensor]]
 
 
-def bind(spec: Sampler, process: Process) -> Bound:
+def bind(spec: Sampler, process: Process, gradient: Model | None = None) -> Bound:
     """The declared sampler of a process, to be called with a network, labels and noise; ValueError lists the known."""
+    if gradient is not None and spec.name not in ("ancestral", "ddim"):
+        raise ValueError(f"a classifier guides the samplers ancestral and ddim, not {spec.name!r}")
     known: dict[str, Callable[[], Bound]]
     if isinstance(process, IDDPM):
         known = {
-            "ancestral": lambda: partial(ancestral, process.respaced(spec.num_steps), clip=spec.clip),
-            "ddim": lambda: partial(ddim, process.respaced(spec.num_steps), eta=spec.eta, clip=spec.clip),
+            "ancestral": lambda: partial(ancestral, process.respaced(spec.num_steps), clip=spec.clip, gradient=gradient),
+            "ddim": lambda: partial(ddim, process.respaced(spec.num_steps), eta=spec.eta, clip=spec.clip, gradient=gradient),
             "dpm_solver": lambda: partial(dpm_solver, process, num_steps=spec.num_steps),
         }
     else:

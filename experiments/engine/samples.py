@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import backbones
 from experiments.engine import npz
+from experiments.engine.cascade import System
 from experiments.engine.distributed import ALONE, Group
 from experiments.engine.files import written_whole
 from experiments.engine.generate import Counted, images, labels
@@ -43,7 +44,7 @@ class Samples:
     def __init__(self, spec: Evaluate, folder: Path, nfe: float) -> None:
         self.spec, self.nfe, self.made = spec, nfe, json.loads((folder / "made.json").read_text())
         self.index = np.random.default_rng(0).permutation(spec.num)
-        self.labels = labels(spec.labels, spec.num, spec.train.data.num_classes, spec.seed).numpy()[self.index]
+        self.labels = labels(spec.labels, spec.num, spec.data.num_classes, spec.seed).numpy()[self.index]
         self._chunks = [np.load(path, mmap_mode="r", allow_pickle=False) for path in _chunk_paths(folder, spec.num)]
 
     @property
@@ -115,16 +116,18 @@ def sampled(spec: Evaluate, folder: Path, resources: Resources, report: Report, 
     """
     device = torch.device(resources.device)
     model = network_of(spec, folder, resources)
-    decode, decoder = decoder_of(spec.train.data, device)
+    decode, decoder = decoder_of(spec.data, device)
     made = {"network": digest(model), "sampler": canonical(spec.sampler, full=True), "decoder": decoder, "quantiser": QUANTISER}
     return draw(spec, folder.parent / spec_id(spec) / "samples", model, decode, made, device, resources.sample_batch, report, group, beat)
 
 
 def network_of(spec: Evaluate, folder: Path, resources: Resources) -> nn.Module:
-    """The finished run's EMA network, or the published one whose file is given, in eval mode."""
+    """The finished run's EMA network, or all networks of a system, or the published one whose file is given; in eval mode."""
     device, source = torch.device(resources.device), spec.train
     if not isinstance(source, Checkpoint):
-        return load_ema(source, folder, device)
+        base = load_ema(source, folder, device)
+        parts = [stage and load_ema(stage, folder.parent / spec_id(stage), device) for stage in (spec.classifier, spec.upsampler)]
+        return System(base, *parts).eval() if any(parts) else base
     assert resources.checkpoint is not None, "a published checkpoint needs its file"
     model = build(source.backbone, 0, device)
     backbones.load_published(model, resources.checkpoint, source.key)

@@ -32,7 +32,7 @@ def require_data(data: Data) -> None:
                 f"protocol cifar10 needs train.parquet (columns img and label) or torchvision's cifar-10-batches-py in {where}; "
                 "where the network allows it, python experiments/prepare_cifar10.py downloads the latter"
             )
-    elif data.name.startswith("imagenet"):
+    elif data.name.startswith("imagenet") and is_latent(data):
         if not (folder / "manifest.json").is_file():
             raise ValueError(
                 f"protocol {folder.name} needs VAE latents in {where}; "
@@ -41,9 +41,10 @@ def require_data(data: Data) -> None:
         read_manifest(folder, data)
     elif not (folder / "manifest.json").is_file():
         if missing := [name for name in ("images.npy", "labels.npy") if not (folder / name).is_file()]:
+            made = f"; python experiments/prepare_pixels.py --size {data.size} --images FOLDER makes them" if data.name.endswith("_pixels") else ""
             raise ValueError(
-                f"set {data.name} needs {' and '.join(missing)} in {where}: images.npy, pixels in [-1, 1], "
-                f"float32 (M, {data.channels}, {data.size}, {data.size}), and labels.npy integers (M,) below {data.num_classes}"
+                f"set {data.name} needs {' and '.join(missing)} in {where}: images.npy, pixels (M, {data.channels}, {data.size}, {data.size}), "
+                f"uint8 or float32 in [-1, 1], and labels.npy integers (M,) below {data.num_classes}{made}"
             )
 
 
@@ -77,8 +78,9 @@ def inception_path() -> Path:
 
 
 def reference_path(data: Data) -> Path | None:
-    """ADM's reference file of a latent set, in the set's folder; None for a set of pixels, which is its own reference."""
-    return ROOT / data.name / REFERENCES.get(data.name, "reference.npz") if is_latent(data) else None
+    """ADM's reference file of a latent set, in the set's folder, which serves ImageNet's pixels too; None for another set of pixels, which is its own."""
+    name = data.name.removesuffix("_pixels")
+    return ROOT / name / REFERENCES.get(name, "reference.npz") if is_latent(data) or name in REFERENCES else None
 
 
 def vae_source() -> str:
@@ -95,15 +97,15 @@ def missing_features(spec: Evaluate) -> list[str]:
     if spec.features == "digits":
         return []
     if spec.features == "cifar_classifier":
-        return [] if find_cifar10(folder_of(spec.train.data), "test") else ["CIFAR-10's test images (test.parquet or cifar-10-batches-py) in data/cifar10 (or $DICO_DATA/cifar10)"]
+        return [] if find_cifar10(folder_of(spec.data), "test") else ["CIFAR-10's test images (test.parquet or cifar-10-batches-py) in data/cifar10 (or $DICO_DATA/cifar10)"]
     missing = []
     if find_spec("torch_fidelity") is None:
         missing.append("the package torch-fidelity")
     if not inception_path().is_file():
         missing.append(f"the Inception weights {INCEPTION} in data/ (or $DICO_INCEPTION; calibrate.py --download fetches them)")
-    if (reference := reference_path(spec.train.data)) and not reference.is_file():
-        missing.append(f"the reference {reference.name} of ADM's evaluator in data/{spec.train.data.name} (or $DICO_DATA/{spec.train.data.name})")
-    if is_latent(spec.train.data) and find_spec("diffusers") is None:
+    if (reference := reference_path(spec.data)) and not reference.is_file():
+        missing.append(f"the reference {reference.name} of ADM's evaluator in data/{reference.parent.name} (or $DICO_DATA/{reference.parent.name})")
+    if is_latent(spec.data) and find_spec("diffusers") is None:
         missing.append("the package diffusers for the VAE (and $DICO_VAE, a folder, where it cannot be downloaded)")
     return missing
 
@@ -112,6 +114,6 @@ def require_features(spec: Evaluate) -> None:
     """Raise ValueError in one line where a protocol's score features are not to be had."""
     if missing := missing_features(spec):
         otherwise = "its networks can be built, counted and timed (--protocol digits, --table 5)"
-        if (spec.train.data.name, spec.features) == ("cifar10", "inception"):
+        if (spec.data.name, spec.features) == ("cifar10", "inception"):
             otherwise = "protocol cifar10_classifier scores the same trainings on a classifier's features"
-        raise ValueError(f"protocol {spec.train.data.name} is scored on {spec.features} features and lacks {'; '.join(missing)}. Without them {otherwise}")
+        raise ValueError(f"protocol {spec.data.name} is scored on {spec.features} features and lacks {'; '.join(missing)}. Without them {otherwise}")

@@ -46,6 +46,8 @@ class Diffusion:
 
     'iddpm': `num_steps` steps of the named `betas`, which the network knows as `first_step` and on; it predicts the noise
     and, where `variance` is 'learned', a variance within the range of iDDPM (else 'fixed', the posterior's).
+    An upsampler is also given the clean image, in sampling a sample, at side `low_res`.
+    'classify': noise as in 'iddpm', and the network tells the class.
     'flow': the velocity on `path`, 'linear' or 'gvp', for times in [0, 1]; nothing else is read.
     """
 
@@ -55,13 +57,14 @@ class Diffusion:
     variance: str = "learned"
     first_step: int = 0
     path: str = "linear"
+    low_res: int | None = None
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """AdamW; linear `warmup` steps, then `decay` 'constant' or 'cosine' (to `lr_min`); EMA of every parameter.
+    """AdamW; linear `warmup` steps, then `decay` 'constant', 'linear' or 'cosine' (to `lr_min`); EMA of every parameter, none at 0.
 
-    `grad_clip` is the largest norm of the whole gradient (None: any).
+    `grad_clip` is the largest norm of the whole gradient (None: any); `drop_path` the largest rate of stochastic depth.
     """
 
     steps: int
@@ -77,15 +80,24 @@ class Recipe:
     lr_min: float = 0.0
     eps: float = 1e-8
     grad_clip: float | None = None
+    drop_path: float = 0.0
 
 
 @dataclass(frozen=True)
 class Train:
+    """A training from nothing, or from the averaged weights of `init_from`, which may be of another size of image."""
+
     backbone: Backbone
     data: Data
     recipe: Recipe
     diffusion: Diffusion = Diffusion()
     seed: int = 0
+    init_from: Train | None = None
+
+    @property
+    def trainings(self) -> tuple[Train, ...]:
+        """Itself after those that it starts from."""
+        return *(self.init_from.trainings if self.init_from else ()), self
 
 
 @dataclass(frozen=True)
@@ -104,7 +116,8 @@ class Sampler:
     """`scale` 1 is no guidance; `channels` are the guided noise channels (None: all); `interval` in the network's times.
 
     `clip` keeps the estimates of clean data within the pixels' [-1, 1]; `eta` is ddim's; `atol` and `rtol` are dopri5's, which takes as many steps as they need; `form` of the noise and the
-    last step of size `last_size` are the sde's.
+    last step of size `last_size` are the sde's. `classifier_scale` times the variance times a classifier's gradient moves the mean
+    of a step (ADM, algorithms 1 and 2).
     """
 
     name: str = "ancestral"
@@ -119,11 +132,16 @@ class Sampler:
     last_step: str = "mean"
     last_size: float = 0.04
     clip: bool = False
+    classifier_scale: float = 0.0
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Sample `num` images of the EMA network, each from (seed, index), and score them on `features`."""
+    """Sample `num` images of the EMA network, each from (seed, index), and score them on `features`.
+
+    A `classifier` of noisy images guides the sampler; an `upsampler` takes the samples, as 8-bit images, to its data's size by the
+    sampler `upsampling`.
+    """
 
     train: Train | Checkpoint
     sampler: Sampler
@@ -132,6 +150,19 @@ class Evaluate:
     labels: str = "random"
     seed: int = 0
     precision: str = "fp32"
+    classifier: Train | None = None
+    upsampler: Train | None = None
+    upsampling: Sampler | None = None
+
+    @property
+    def data(self) -> Data:
+        """What the images that are scored are like."""
+        return (self.upsampler or self.train).data
+
+    @property
+    def trainings(self) -> tuple[Train, ...]:
+        """The runs that it needs, in an order in which they can run."""
+        return tuple(run for stage in (self.train, self.classifier, self.upsampler) if isinstance(stage, Train) for run in stage.trainings)
 
 
 @dataclass(frozen=True)
@@ -192,12 +223,13 @@ Stage = Train | Evaluate | Timing | Ceilings | Profile | Cost
 
 @dataclass(frozen=True)
 class Method:
-    """How a paper trains and samples its network, and where that is said."""
+    """How a paper trains and samples its network, and where that is said; `data` are its own where no protocol has them."""
 
     diffusion: Diffusion
     recipe: Recipe
     sampler: Sampler
     source: str
+    data: Data | None = None
 
 
 @dataclass(frozen=True)
@@ -207,7 +239,9 @@ class Row:
     `small` can also be a network of its own, which several rows share. `published` is the row's key in the table's CSV;
     None where the paper has no such row. Without a `backbone` the row holds published numbers alone. `method` is its
     paper's, None where that is the protocols'. `costs` are the networks that make the published system, where it is not
-    the backbone alone at 32x32x4. A `heavy` row is timed on a CPU only where it is named.
+    the backbone alone at 32x32x4. A `heavy` row is timed on a CPU only where it is named. In pixels a `classifier` guides
+    the network and an `upsampler` follows it: rows too, of networks with methods of their own. Under its own recipe the
+    network continues that of `start`, trained at 256 pixels.
     """
 
     label: str
@@ -218,6 +252,9 @@ class Row:
     method: Method | None = None
     costs: tuple[Cost, ...] = ()
     heavy: bool = False
+    classifier: Row | None = None
+    upsampler: Row | None = None
+    start: Row | None = None
 
 
 @dataclass(frozen=True)

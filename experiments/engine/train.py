@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from experiments.engine.monitor import Diverged, Log, require_boards, trouble
 from experiments.engine.precision import precision
 from experiments.engine.process import process
 from experiments.engine.randomness import generator_at, seed_at
-from experiments.engine.spec import Backbone, Recipe, Train
+from experiments.engine.spec import Backbone, Recipe, Train, spec_id
+from experiments.engine.stochastic_depth import increment_weights
 
 LOG_EVERY = 50
 
@@ -63,13 +65,15 @@ def build(spec: Backbone, seed: int, device: torch.device) -> nn.Module:
 
 
 def lr_at(recipe: Recipe, step: int) -> float:
-    """Learning rate of a step (0-based): linear warm-up, then constant or cosine to `lr_min`."""
+    """Learning rate of a step (0-based): linear warm-up, then constant, or linear or cosine to `lr_min`."""
     if step < recipe.warmup:
         return recipe.lr * (step + 1) / recipe.warmup
     if recipe.decay == "cosine":
         return recipe.lr_min + (recipe.lr - recipe.lr_min) * 0.5 * (1 + math.cos(math.pi * (step - recipe.warmup) / (recipe.steps - recipe.warmup)))
+    if recipe.decay == "linear":
+        return recipe.lr_min + (recipe.lr - recipe.lr_min) * (recipe.steps - step) / (recipe.steps - recipe.warmup)
     if recipe.decay != "constant":
-        raise ValueError(f"unknown decay {recipe.decay!r}; known: constant, cosine")
+        raise ValueError(f"unknown decay {recipe.decay!r}; known: constant, linear, cosine")
     return recipe.lr
 
 
@@ -111,6 +115,13 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = step
 
+    def begin(self, trained: nn.Module) -> None:
+        """Start from a trained network, which may be for another size of image where this one has a `resized`."""
+        weights = trained.state_dict()
+        weights = self.model.resized(weights) if hasattr(self.model, "resized") else weights
+        for network in (self.model, self.ema):
+            network.load_state_dict(weights)
+
     def steps(self, images: ImageSet) -> Iterator[Tensor]:
         """Train from the step reached to the last, yielding each step's loss (0-d, on the device): this rank's share of the sum."""
         recipe = self.spec.recipe
@@ -127,6 +138,7 @@ class Trainer:
         eps = torch.randn((n, *x0.shape[1:]), generator=noise, device=self.device)[mine]
         dropped = torch.rand(n, generator=noise, device=self.device)[mine] < recipe.label_dropout
         flipped = torch.rand(n, generator=noise, device=self.device)[mine] < 0.5
+        kept = increment_weights(self.model, recipe.drop_path, n, noise)[mine] if recipe.drop_path else None
         y = torch.where(dropped, self.spec.data.num_classes, y)
         if flip:
             x0 = torch.where(flipped[:, None, None, None], x0.flip(-1), x0)
@@ -135,7 +147,8 @@ class Trainer:
             at = slice(int(part[0]), int(part[-1]) + 1)
             exchange = nullcontext() if at.stop == len(x0) else self.without_exchange()
             with exchange, precision(recipe.precision, self.device):
-                loss = self.diffusion.losses(self.forward, x0[at], y[at], t[at], eps[at])["loss"].sum() / n
+                forward = self.forward if kept is None else partial(self.forward, kept=kept[at])
+                loss = self.diffusion.losses(forward, x0[at], y[at], t[at], eps[at])["loss"].sum() / n
                 with torch.autocast(self.device.type, enabled=False):  # each op's backward runs in its forward's type
                     (loss * self.group.world_size).backward()          # the exchange takes the mean over ranks, and this is a sum
             total += loss.detach()
@@ -184,6 +197,8 @@ def run(
         step, state = checkpoint.load(found)
         trainer.restore(step, state)
         losses += [loss if group.first else torch.zeros_like(loss) for loss in state.get("losses", torch.empty(0)).to(trainer.device)]
+    elif spec.init_from:
+        trainer.begin(load_ema(spec.init_from, folder.parent / spec_id(spec.init_from), trainer.device))
     first, started, saved = trainer.step, time.perf_counter(), trainer.step
     if beat:
         attempts.begin(beat, first)
