@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.layers import check_grid, modulate, timestep_sinusoid, zero_
+from backbones.layers import Linear, Pointwise, check_grid, modulate, timestep_sinusoid, zero_
 from backbones.registry import register
 
 ORDERS = ("legacy", "new")
@@ -30,10 +30,10 @@ class ResBlock(nn.Module):
         super().__init__()
         self.resample = resample
         self.in_layers = nn.Sequential(nn.GroupNorm(32, dim), nn.SiLU(), nn.Conv2d(dim, dim_out, 3, padding=1))
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(dim_emb, 2 * dim_out))
+        self.emb_layers = nn.Sequential(nn.SiLU(), Linear(dim_emb, 2 * dim_out))
         # The published base 64 trained with dropout 0.1; a backbone draws no random numbers, so the rate is 0.
         self.out_layers = nn.Sequential(nn.GroupNorm(32, dim_out), nn.SiLU(), nn.Dropout(0.0), nn.Conv2d(dim_out, dim_out, 3, padding=1))
-        self.skip_connection = nn.Identity() if dim_out == dim else nn.Conv2d(dim, dim_out, 1)
+        self.skip_connection = nn.Identity() if dim_out == dim else Pointwise(dim, dim_out)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         norm1, act, conv1 = self.in_layers
@@ -120,7 +120,7 @@ class ADM(nn.Module):
         def attention(width: int) -> AttentionBlock:
             return AttentionBlock(width, heads or width // head_dim, order)
 
-        self.time_embed = nn.Sequential(nn.Linear(dim, dim_emb), nn.SiLU(), nn.Linear(dim_emb, dim_emb))
+        self.time_embed = nn.Sequential(Linear(dim, dim_emb), nn.SiLU(), Linear(dim_emb, dim_emb))
         self.label_emb = nn.Embedding(num_classes + null_label, dim_emb)
         width = widths[0]
         self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(in_channels, width, 3, padding=1)])])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.adm import AttentionBlock, ResBlock, attend, halve, run_block
-from backbones.layers import check_grid, timestep_sinusoid, zero_
+from backbones.layers import Linear, check_grid, timestep_sinusoid, zero_
 from backbones.registry import register
 
 
@@ -58,7 +58,7 @@ class ADMClassifier(nn.Module):
         def attention(width: int) -> AttentionBlock:
             return AttentionBlock(width, width // head_dim, "legacy")
 
-        self.time_embed = nn.Sequential(nn.Linear(dim, dim_emb), nn.SiLU(), nn.Linear(dim_emb, dim_emb))
+        self.time_embed = nn.Sequential(Linear(dim, dim_emb), nn.SiLU(), Linear(dim_emb, dim_emb))
         width = widths[0]
         self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(in_channels, width, 3, padding=1)])])
         for level in range(last + 1):

@@ -115,14 +115,14 @@ def _plan(spec: Evaluate, model: nn.Module, device: str) -> str:
     seconds = _seconds_per_pass(spec, model, device)
     hours = spec.num * passes * seconds / 3600
     lines.append(f"sampling: {passes} evaluations an image at {seconds * 1000:.3g} ms each on this device: about {hours:.3g} hours; decoding and features come on top")
-    gigabytes = spec.num * 3 * (8 * spec.train.data.size if is_latent(spec.train.data) else spec.train.data.size) ** 2 / 1e9
+    gigabytes = spec.num * 3 * (8 * spec.data.size if is_latent(spec.data) else spec.data.size) ** 2 / 1e9
     lines.append(f"disk: {gigabytes:.1f} GB of images")
     return "\n".join(lines)
 
 
 def _missing(spec: Evaluate) -> list[str]:
     found = missing_features(spec)
-    if is_latent(spec.train.data) and find_spec("diffusers"):
+    if is_latent(spec.data) and find_spec("diffusers"):
         from experiments.engine.autoencoder import missing_vae
 
         found += filter(None, [missing_vae(vae_source())])
@@ -135,7 +135,7 @@ def _seconds_per_pass(spec: Evaluate, model: nn.Module, device: str) -> float:
 
     from experiments.engine.precision import precision
 
-    data, batch = spec.train.data, 64 if device == "cuda" else 1
+    data, batch = spec.data, 64 if device == "cuda" else 1
     model.to(device)
     given = torch.zeros(batch, data.channels, data.size, data.size, device=device), torch.zeros(batch, device=device), torch.zeros(batch, dtype=torch.long, device=device)
     times = []

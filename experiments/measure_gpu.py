@@ -24,7 +24,7 @@ LEAST = 5.0  # seconds; with less left a part is not begun
 def parts(against: list[str]) -> list[tuple[str, list[str]]]:
     """(name, command after the interpreter), in order of importance."""
     on_gpu = ["--device", "cuda"]
-    tests = [f"tests/test_kernels_{name}.py" for name in ("fused", "ssm", "gla", "linear")]
+    tests = [f"tests/test_{name}.py" for name in ("kernels_fused", "kernels_ssm", "kernels_gla", "kernels_linear", "accelerate")]
     efficiency, steps = ["experiments/efficiency.py", *on_gpu], ["experiments/benchmark_steps.py", *on_gpu, "--networks", "dico_xl", "dit_xl_2", "--precision", "tf32", "bf16"]
     return [
         ("kernel tests", ["-m", "pytest", "-q", "-n", "0", *tests]),

@@ -1,4 +1,4 @@
-"""A network as one launch: its kernels are recorded into a CUDA graph once and replayed."""
+"""A network compiled, or as one launch: its kernels are recorded into a CUDA graph once and replayed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def accelerate(model: nn.Module, compiled: bool, graphs: bool) -> nn.Module:
+    """The same network, whose inference is compiled, or one launch a call on a GPU, or both; ValueError for graphs elsewhere."""
+    if graphs and next(model.parameters()).device.type != "cuda":
+        raise ValueError("CUDA graphs need a GPU; leave graphs out")
+    if compiled:
+        model.forward = torch.compile(model.forward)
+    if graphs:
+        model.forward = Captured(model.forward)
+    return model
 
 
 class Captured:

@@ -36,7 +36,7 @@ def new_folder(root: Path) -> Path:
 
 def given(site: Site) -> dict[str, Any]:
     """What a site gives to the trainer."""
-    same = {name: getattr(site, name) for name in ("device", "checkpoint_every", "keep", "sample_batch", "shard_optimizer")}
+    same = {name: getattr(site, name) for name in ("device", "checkpoint_every", "keep", "sample_batch", "shard_optimizer", "compile", "graphs")}
     return same | {"milestones": site.milestones or None, "micro_batch": site.micro_batch or None, "timeout": float(site.collective_seconds)}
 
 

@@ -10,7 +10,7 @@ from experiments.engine.launch import Job
 from experiments.engine.sources import is_latent
 from experiments.engine.spec import Evaluate, Row, Stage, Table, Timing, Train, kind_of, spec_id
 from experiments.engine.store import Store
-from experiments.protocols import Protocol, cost_stages, evaluate_stage, timed_rows, timing_stage
+from experiments.protocols import Protocol, cost_stages, evaluate_stage, timed_rows, timing_stage, train_stage
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import backbones
 from experiments.engine import npz
+from experiments.engine.capture import accelerate
 from experiments.engine.cascade import System
 from experiments.engine.distributed import ALONE, Group
 from experiments.engine.files import written_whole
@@ -125,13 +126,13 @@ def network_of(spec: Evaluate, folder: Path, resources: Resources) -> nn.Module:
     """The finished run's EMA network, or all networks of a system, or the published one whose file is given; in eval mode."""
     device, source = torch.device(resources.device), spec.train
     if not isinstance(source, Checkpoint):
-        base = load_ema(source, folder, device)
+        base = accelerate(load_ema(source, folder, device), resources.compile, resources.graphs)
         parts = [stage and load_ema(stage, folder.parent / spec_id(stage), device) for stage in (spec.classifier, spec.upsampler)]
         return System(base, *parts).eval() if any(parts) else base
     assert resources.checkpoint is not None, "a published checkpoint needs its file"
     model = build(source.backbone, 0, device)
     backbones.load_published(model, resources.checkpoint, source.key)
-    return model.eval()
+    return accelerate(model.eval(), resources.compile, resources.graphs)
 
 
 def decoder_of(data: Data, device: torch.device) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:

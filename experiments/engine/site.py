@@ -29,8 +29,8 @@ class Site:
     to save, 0 for not at all; `concurrent` jobs of a submission run side by side. `options` are further options of sbatch. The
     others are the trainer's (`train.Resources`): steps between checkpoints, how many of the newest are kept and which for
     good (multiples of `milestones`; 0: none), samples at a time on each process in training (`micro_batch`; 0: all of its
-    share) and in sampling, seconds after which a collective operation gives up, and whether each process keeps only its
-    part of the optimiser's state.
+    share) and in sampling, seconds after which a collective operation gives up, whether each process keeps only its
+    part of the optimiser's state, whether networks are compiled, and whether samplers launch them as CUDA graphs.
     """
 
     nodes: int = 1
@@ -52,6 +52,8 @@ class Site:
     sample_batch: int = 250
     collective_seconds: int = 1800
     shard_optimizer: bool = False
+    compile: bool = False
+    graphs: bool = False
     options: dict[str, str | int | bool] = field(default_factory=dict)
 
     @property

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones import kernels
-from experiments.engine.capture import Captured
+from experiments.engine.capture import accelerate
 from experiments.engine.data import ImageSet
 from experiments.engine.diffusion import BETAS, IDDPM
 from experiments.engine.energy import joules
@@ -120,10 +120,7 @@ def task(network: Cost, spec: Timing, device: torch.device) -> Task:
         return _training(network, spec, device)
     model = _network(network, spec, device)
     learned = spec.what == "sampling" and model.out_channels == 2 * network.channels
-    if spec.compile:
-        model = torch.compile(model)
-    if spec.graphs:
-        model = Captured(model)
+    accelerate(model, spec.compile, spec.graphs)
     x, t, y = _inputs(network, spec, device)
     if spec.what == "forward":
         if spec.precision == "as_published":
