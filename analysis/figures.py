@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from analysis.query import Sources, gpu_timings, numeric_mode
 from analysis.style import MARKS, PUBLISHED, SIZES, colour, family_colour, figure, note
+from experiments.ablation import TABLE_4
+from experiments.protocols import DIGITS, train_stage
 from experiments.systems import SYSTEMS
 
 if TYPE_CHECKING:
@@ -98,9 +100,9 @@ def scores_over_training(store: Sources) -> Figure:
 
 def losses(store: Sources) -> Figure:
     """Figure 9: training loss of DiCo on ImageNet 256 from the authors' own logs, means over windows of 1000 steps (10 000 beyond step
-    400 000); the band is two standard errors of a window's mean. Ours: committed training records hold the loss of the last steps
-    only, on another data set, so no curve of ours is drawn."""
-    made, (left, right) = figure(8.2, 3.7, columns=2)
+    400 000); the band is two standard errors of a window's mean. Right, ours: Table 4's rows on the digits protocol, means over 50 steps of
+    the newest training of seed 0, another data set at another scale, whose losses do not compare with the others."""
+    made, (left, right, ours) = figure(10.6, 3.7, columns=3)
     rows = store.rows("dico_logs.csv")
     for index, model in enumerate(SIZES):
         own = [row for row in rows if row["model"] == model and row["loss_sd"]]
@@ -121,4 +123,18 @@ def losses(store: Sources) -> Figure:
     for panel in (left, right):
         panel.set_xlabel("training steps, thousands" + (" (log scale)" if panel is left else ""))
     right.legend()
+    drawn = 0
+    for index, row in enumerate(TABLE_4.rows):
+        record = store.latest(train_stage(row, DIGITS, 0), "reference")
+        if record and (curve := record.values.get("curve")):
+            middle = [(number + 0.5) * curve["every"] for number in range(len(curve["losses"]))]
+            ours.plot(middle, curve["losses"], lw=1, color=colour(index % 10), ls="-" if index < 10 else "--", label=row.label)
+            drawn += 1
+    ours.set_title("ours: Table 4's rows on digits")
+    ours.set_xlabel("training steps")
+    if drawn:
+        ours.set_yscale("log")
+        ours.legend(fontsize=6, ncols=2)
+    else:
+        note(ours, "no training with a curve\nis committed here")
     return made

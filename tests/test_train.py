@@ -29,7 +29,7 @@ from experiments.engine.data import batch_indices, load
 from experiments.engine.diffusion import IDDPM
 from experiments.engine.precision import MODES, flags, precision
 from experiments.engine.spec import Backbone, Data, Diffusion, Recipe, Train
-from experiments.engine.train import Resources, Trainer, digest, load_ema, lr_at, run
+from experiments.engine.train import Resources, Trainer, curve, digest, load_ema, lr_at, run
 
 TRACES = Path(__file__).parent / "data" / "loss_traces.json"
 CPU = torch.device("cpu")
@@ -92,6 +92,15 @@ def trace(name: str) -> list[float]:
         if parameter.requires_grad and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1, generator=draw)
     return [loss.item() for loss in trainer.steps(load(DIGITS))]
+
+
+@pytest.mark.parametrize(("num", "every", "points"), [(0, 50, 0), (1, 50, 1), (100, 50, 100), (101, 100, 51), (8000, 4000, 100)])
+def test_a_records_loss_curve_is_short_and_keeps_the_mean(num: int, every: int, points: int):
+    means = [float(number) for number in range(num)]
+    found = curve(means)
+    assert (found["every"], len(found["losses"])) == (every, points)
+    wide = every // 50
+    assert found["losses"][: num // wide] == [sum(means[at : at + wide]) / wide for at in range(0, num - num % wide, wide)]
 
 
 def quiet(*_: Any) -> None:
