@@ -184,7 +184,7 @@ def test_a_results_folder_that_a_node_cannot_write_is_named(slurm: dict[str, str
     for held in re.findall(r"\d+", client(slurm, "squeue", "-h", "-o", "%i")):
         client(slurm, "scontrol", "release", held)
     until(lambda: not client(slurm, "squeue", "-h"), "the queue empties")
-    assert re.search(r"good, seed 0 +failed +failed without a record .*\n( +\| .*\n)* +\| .*cannot write results \(Not a directory\)", call(slurm, script, *rows, "--status").stdout)
+    assert re.search(r"good, seed 0 +failed +failed without a record .*\n( +\| .*\n)* +\| .*cannot write results \(File exists\)", call(slurm, script, *rows, "--status").stdout)
     nowhere = {"RESULTS": str(tmp_path / "site.py" / "results")}
     (tmp_path / "site.py").write_text("")
     job = client(slurm | nowhere, "sbatch", "--parsable", f"--chdir={REPOSITORY}", "--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=0", f"--output={tmp_path}/log", "slurm/dico_s.sh").strip()
