@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from test_command_line import TABLE
 
+from experiments.engine import heartbeat
 from experiments.engine.store import REPOSITORY
 
 CLUSTER = REPOSITORY / "tests" / "slurm_cluster.sh"
@@ -148,7 +149,8 @@ def test_a_job_that_a_higher_partition_takes_the_nodes_from_goes_on_and_a_cancel
     until(lambda: [len(found) for found in attempts(script).values()] == [2], "the run goes on")
     ((first, second),) = attempts(script).values()
     assert first["reason"] == "asked to stop (SIGTERM), to make room" and 0 < first["end"] == second["start"]
-    until(lambda: training(slurm, script, *rows), "the run trains again")
+    (run,) = (path.parent for path in tmp_path.glob("results/runs/*/attempts.json"))
+    until(lambda: ((heartbeat.read(run) or {}).get("step") or 0) > second["start"], "the run trains again")
     assert call(slurm, script, *rows, "--cancel").stdout == f"cancelled job {job}: good, seed 0\n"
     until(lambda: not client(slurm, "squeue", "-h"), "the queue empties")
     ((_, second),) = attempts(script).values()
@@ -182,7 +184,7 @@ def test_a_results_folder_that_a_node_cannot_write_is_named(slurm: dict[str, str
     for held in re.findall(r"\d+", client(slurm, "squeue", "-h", "-o", "%i")):
         client(slurm, "scontrol", "release", held)
     until(lambda: not client(slurm, "squeue", "-h"), "the queue empties")
-    assert re.search(r"good, seed 0 +failed +failed without a record .*\n( +\| .*\n)* +\| .*cannot write results \(Not a directory\)", call(slurm, script, *rows, "--status").stdout)
+    assert re.search(r"good, seed 0 +failed +failed without a record .*\n( +\| .*\n)* +\| .*cannot write results \(File exists\)", call(slurm, script, *rows, "--status").stdout)
     nowhere = {"RESULTS": str(tmp_path / "site.py" / "results")}
     (tmp_path / "site.py").write_text("")
     job = client(slurm | nowhere, "sbatch", "--parsable", f"--chdir={REPOSITORY}", "--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=0", f"--output={tmp_path}/log", "slurm/dico_s.sh").strip()
