@@ -24,7 +24,7 @@ from experiments.engine.quantise import from_uint8, to_uint8
 from experiments.engine.samplers import ancestral, bind, ddim
 from experiments.engine.spec import Data, Diffusion, Sampler
 from experiments.engine.store import Store
-from experiments.engine.train import Resources, lr_at
+from experiments.engine.train import Resources
 from experiments.main_results import TABLE_1
 from experiments.protocols import DIGITS, evaluate_stage
 
@@ -223,11 +223,6 @@ def test_the_upsampler_is_given_the_base_models_8_bit_images():
     assert all(torch.equal(part[:, 1:], expected) for part in given) and not torch.equal(given[0][:, :1], given[1][:, :1])
     pieces = torch.cat([part for part, _ in images(quick, System(*networks), torch.device("cpu"), 2)])
     assert relative_rms(pieces, x) < 1e-4
-
-
-def test_a_linear_decay_ends_at_zero():
-    recipe = replace(DIGITS.recipe, decay="linear", steps=10, warmup=2, lr=1.0)
-    assert [round(lr_at(recipe, step), 6) for step in (0, 1, 2, 6, 9)] == [0.5, 1.0, 1.0, 0.5, 0.125]
 
 
 def test_a_cascade_runs_from_its_specs(tmp_path: Path):
