@@ -46,6 +46,15 @@ DIGITS = Protocol(
     hardware="2 CPU cores",
 )
 
+DIGITS_LONG = replace(
+    DIGITS,
+    name="digits_long",
+    recipe=replace(DIGITS.recipe, steps=2000),
+    source="protocol digits with three times its steps, for the families that it leaves near chance: U-ViT, DiS, DiM, DiffuSSM",
+    cost_hours=300 / 3600,
+    hardware="1 CPU core",
+)
+
 CIFAR10 = Protocol(
     name="cifar10",
     data=Data("cifar10", size=32, channels=3, num_classes=10, flip=True),
@@ -130,7 +139,11 @@ OWN = "each system by the recipe and the sampler of its own paper"
 IMAGENET256_OWN = replace(IMAGENET256, name="imagenet256_own", own=True, source=OWN, cost_hours=None)
 IMAGENET512_OWN = replace(IMAGENET512, name="imagenet512_own", own=True, source=OWN, cost_hours=None)
 
-PROTOCOLS = {protocol.name: protocol for protocol in (DIGITS, CIFAR10, CIFAR10_CLASSIFIER, CIFAR10_SMALL, IMAGENET256, IMAGENET256_FIXED, IMAGENET256_GUIDED, IMAGENET512, IMAGENET256_OWN, IMAGENET512_OWN)}
+_ALL = (
+    DIGITS, DIGITS_LONG, CIFAR10, CIFAR10_CLASSIFIER, CIFAR10_SMALL,
+    IMAGENET256, IMAGENET256_FIXED, IMAGENET256_GUIDED, IMAGENET512, IMAGENET256_OWN, IMAGENET512_OWN,
+)  # fmt: skip
+PROTOCOLS = {protocol.name: protocol for protocol in _ALL}
 
 
 def network(row: Row, protocol: Protocol) -> Backbone:

@@ -144,8 +144,10 @@ def test_learning_rate_in_closed_form():
     assert lr_at(constant, 99) == 2.0
     assert [lr_at(cosine, step) for step in (35, 60, 85, 110)] == pytest.approx([2 * math.cos(angle / 2) ** 2 for angle in (math.pi / 4, math.pi / 2, 3 * math.pi / 4, math.pi)], abs=1e-12)
     assert all(lr_at(cosine, step) > lr_at(cosine, step + 1) for step in range(10, 109))
-    with pytest.raises(ValueError, match="known: constant, cosine"):
-        lr_at(Recipe(steps=1, batch=1, decay="linear"), 0)
+    linear = Recipe(steps=110, batch=1, lr=2.0, warmup=10, decay="linear")
+    assert [lr_at(linear, step) for step in (9, 10, 60, 110)] == pytest.approx([2.0, 2.0, 1.0, 0.0])
+    with pytest.raises(ValueError, match="known: constant, linear, cosine"):
+        lr_at(Recipe(steps=1, batch=1, decay="quadratic"), 0)
 
 
 def test_learning_rate_ends_where_it_is_declared():
