@@ -16,7 +16,7 @@ from analysis.query import Sources, digits_scores
 from experiments import speed_claims
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.engine.report import Cell, Sheet
-from experiments.engine.spec import Row, Table
+from experiments.engine.rows import Row, Table
 from experiments.engine.spread import pooled, reach, scaled
 from experiments.engine.store import Record
 from experiments.protocols import DIGITS, timing_stage

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from analysis.query import Sources, digits_scores, gpu_timings, numeric_mode
 from analysis.style import MARKS, PUBLISHED, SIZES, colour, family_colour, figure
 from experiments.ablation import TABLE_3, TABLE_4
-from experiments.systems import SYSTEMS
 from experiments.engine.report import REFERENCE_SEEDS
-from experiments.engine.spec import Table
+from experiments.engine.rows import Table
 from experiments.protocols import DIGITS, timing_stage, train_stage
+from experiments.systems import SYSTEMS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

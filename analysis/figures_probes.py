@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from analysis.probes.declared import arrays_of, declared
 from analysis.style import colour, figure
 from experiments.ablation import DICO_S, TABLE_3, TABLE_4
-from experiments.engine.spec import Row
+from experiments.engine.rows import Row
 from experiments.engine.store import Store
 from experiments.protocols import DIGITS
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from experiments.engine.report import REFERENCE_SEEDS
-from experiments.engine.spec import Backbone, Row, Stage, Table, canonical
+from experiments.engine.rows import Row, Table
+from experiments.engine.spec import Backbone, Stage, canonical
 from experiments.engine.store import REPOSITORY, Record, Store
 from experiments.protocols import DIGITS, PROTOCOLS, Protocol, evaluate_stage
 

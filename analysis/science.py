@@ -13,7 +13,7 @@ from analysis.tables import ranks
 from experiments.ablation import TABLES
 from experiments.engine.render import render
 from experiments.engine.report import SCORES, Sheet, main_sheet
-from experiments.engine.spec import Table
+from experiments.engine.rows import Table
 from experiments.engine.spread import LEVEL, pooled, reach, scaled
 from experiments.protocols import CIFAR10_CLASSIFIER, CIFAR10_SMALL, DIGITS, Protocol, timing_stage
 

@@ -13,12 +13,13 @@ from dataclasses import replace
 from analysis.query import Sources, digits_scores, gpu_timings, latest, reference_seeds
 from experiments import main_results
 from experiments.ablation import TABLES
-from experiments.systems import SYSTEMS, counted, counts_sheet, difference
 from experiments.engine.report import SCORES, Cell, Sheet, main_sheet
-from experiments.engine.spec import Backbone, Row, Sampler, Stage, Table, Train
+from experiments.engine.rows import Row, Table
+from experiments.engine.spec import Backbone, Sampler, Stage, Train
 from experiments.engine.spread import pooled, reach, scaled
 from experiments.engine.store import Record
 from experiments.protocols import DIGITS, IMAGENET256, IMAGENET256_OWN, IMAGENET512, IMAGENET512_OWN, Protocol, cost_stage, cost_stages, evaluate_stage, timed_rows, timing_stage
+from experiments.systems import SYSTEMS, counted, counts_sheet, difference
 
 ROWS_256, ROWS_512 = ({row.label: row for row in main_results.TABLES[number].rows} for number in (1, 2))
 CONFIGURATIONS: dict[str, tuple[Row, Protocol]] = {

@@ -8,9 +8,9 @@ from typing import Any
 
 from analysis.query import Sources, digits_scores
 from experiments.ablation import TABLE_3, TABLE_4
-from experiments.systems import SYSTEMS
-from experiments.engine.spec import Table
+from experiments.engine.rows import Table
 from experiments.protocols import timing_stage
+from experiments.systems import SYSTEMS
 
 COLOURS = {"DiT": "#0173b2", "DiCo": "#de8f05", "DiG": "#029e73", "DiC": "#d55e00"}
 FID = "FID-50K, ImageNet 256, 400K steps (published)"

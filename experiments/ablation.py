@@ -8,7 +8,8 @@ printed digits exactly it is declared beside the table, as `<row> (alt)`.
 from __future__ import annotations
 
 from experiments.engine.cli import main
-from experiments.engine.spec import Backbone, Row, Table
+from experiments.engine.rows import Row, Table
+from experiments.engine.spec import Backbone
 
 SMALL_U = dict(dim=24, depths=(2, 1, 1, 1, 1))
 SMALL_ISO = dict(dim=64, depth=6)

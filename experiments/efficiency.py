@@ -24,7 +24,8 @@ from experiments.engine.launch import Job, available_cores, run_here
 from experiments.engine.progress import Progress
 from experiments.engine.render import FORMATS, render
 from experiments.engine.report import Sheet
-from experiments.engine.spec import Row, Stage, Table, spec_id
+from experiments.engine.rows import Row, Table
+from experiments.engine.spec import Stage, spec_id
 from experiments.engine.store import REPOSITORY, Store
 from experiments.main_results import TABLES
 from experiments.protocols import cost_stages

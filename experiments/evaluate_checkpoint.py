@@ -19,8 +19,9 @@ from experiments.checkpoint import options_of
 from experiments.engine.launch import Job
 from experiments.engine.manifest import score_name
 from experiments.engine.progress import Progress
+from experiments.engine.rows import Row
 from experiments.engine.sources import is_latent, missing_features, require_features, vae_source
-from experiments.engine.spec import Backbone, Checkpoint, Diffusion, Evaluate, Row, spec_id
+from experiments.engine.spec import Backbone, Checkpoint, Diffusion, Evaluate, spec_id
 from experiments.engine.store import REPOSITORY, Store
 from experiments.main_results import TABLES
 from experiments.protocols import PROTOCOLS, Protocol, cost_stages, sampler_of

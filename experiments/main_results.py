@@ -11,9 +11,10 @@ from dataclasses import replace
 
 from experiments import recipes
 from experiments.ablation import SMALL_DIT, SMALL_U
-from experiments.systems import latent
 from experiments.engine.cli import main
-from experiments.engine.spec import Backbone, Cost, Method, Row, Table
+from experiments.engine.rows import Method, Row, Table
+from experiments.engine.spec import Backbone, Cost
+from experiments.systems import latent
 
 DIT = Backbone("dit_s_2", SMALL_DIT)
 SIT = Backbone("sit_s_2", SMALL_DIT)

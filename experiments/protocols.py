@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from experiments.engine.rows import Row, Table
 from experiments.engine.sources import is_latent
-from experiments.engine.spec import Backbone, Cost, Data, Evaluate, Recipe, Row, Sampler, Table, Timing, Train
+from experiments.engine.spec import Backbone, Cost, Data, Evaluate, Recipe, Sampler, Timing, Train
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from experiments.engine.spec import Data, Diffusion, Method, Recipe, Sampler
+from experiments.engine.rows import Method
+from experiments.engine.spec import Data, Diffusion, Recipe, Sampler
 
 EPOCH = 1_281_167  # images
 COMMON = Recipe(steps=400_000, batch=256)

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from experiments.engine.report import Cell, Sheet
-from experiments.engine.spec import Backbone, Ceilings, Profile, Row, Table, Timing
+from experiments.engine.rows import Row, Table
+from experiments.engine.spec import Backbone, Ceilings, Profile, Timing
 from experiments.engine.store import Store
 from experiments.protocols import cost_stages, timed_rows, timing_stage
 

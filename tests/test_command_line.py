@@ -28,7 +28,8 @@ TABLE = '''
 from dataclasses import replace
 from experiments import protocols
 from experiments.engine.cli import main
-from experiments.engine.spec import Backbone, Row, Table
+from experiments.engine.rows import Row, Table
+from experiments.engine.spec import Backbone
 
 DIGITS = protocols.DIGITS
 recipe = replace(DIGITS.recipe, steps={steps}, batch=8, warmup=1)

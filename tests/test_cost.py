@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from backbones import kernels
 from experiments.ablation import TABLES
 from experiments.engine.cost import MacCounter, count, run
-from experiments.engine.spec import Cost, Row, Table
+from experiments.engine.rows import Row, Table
+from experiments.engine.spec import Cost
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"
 ROWS = {f"{table.number} {row.label}": (table, row) for table in TABLES.values() for row in table.rows + table.outside}

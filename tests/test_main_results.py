@@ -13,19 +13,20 @@ import torch
 import backbones
 from experiments import recipes
 from experiments.ablation import DICO_S
-from experiments.systems import SYSTEMS
-from experiments.engine.cli import main
 from experiments.engine.cascade import System
+from experiments.engine.cli import main
 from experiments.engine.data import load
 from experiments.engine.generate import Counted, images
 from experiments.engine.process import process
 from experiments.engine.report import main_sheet
+from experiments.engine.rows import Method, Row, Table
 from experiments.engine.samplers import bind
-from experiments.engine.spec import Cost, Data, Method, Row, Table, Train, spec_id
+from experiments.engine.spec import Cost, Data, Train, spec_id
 from experiments.engine.store import Store
 from experiments.engine.train import Trainer, build, digest
 from experiments.main_results import ADM_U, DIM_H, DIMSUM_L, DIT_XL, SIT_XL, TABLE_1, TABLE_8, TABLES, UVIT_H
 from experiments.protocols import DIGITS, IMAGENET256, IMAGENET256_OWN, IMAGENET512, PROTOCOLS, cost_stages, evaluate_stage, network, timed_rows, timing_stage, train_stage
+from experiments.systems import SYSTEMS
 
 ROWS = [pytest.param(table, row, id=f"{table.number} {row.label}") for table in TABLES.values() for row in table.rows]
 NETWORKS = [param for param in ROWS if param.values[1].backbone]

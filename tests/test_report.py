@@ -16,7 +16,7 @@ import pytest
 from experiments.ablation import TABLE_3, TABLE_4, TABLE_5
 from experiments.engine.render import render
 from experiments.engine.report import Cell, Sheet, comparison_sheet, main_sheet
-from experiments.engine.spec import Row
+from experiments.engine.rows import Row
 from experiments.engine.store import REPOSITORY, Store
 from experiments.protocols import DIGITS, IMAGENET256, PROTOCOLS, cost_stage, evaluate_stage, timing_stage, train_stage
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from experiments import ablation, main_results
-from experiments.engine.spec import Backbone, Cost, Data, Diffusion, Evaluate, Recipe, Row, Sampler, Stage, Table, Timing, Train, canonical, kind_of, spec_id
+from experiments.engine.rows import Row, Table
+from experiments.engine.spec import Backbone, Cost, Data, Diffusion, Evaluate, Recipe, Sampler, Stage, Timing, Train, canonical, kind_of, spec_id
 from experiments.engine.store import Store
 from experiments.protocols import DIGITS, IMAGENET256, PROTOCOLS, Protocol, cost_stage, evaluate_stage, timing_stage, train_stage
 

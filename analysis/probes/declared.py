@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from experiments.engine.files import written_whole
-from experiments.engine.spec import Row, Sampler, Train, kind_of
+from experiments.engine.rows import Row
+from experiments.engine.spec import Sampler, Train, kind_of
 from experiments.engine.store import Record, Store
 from experiments.protocols import Protocol, train_stage
 

@@ -20,9 +20,9 @@ from experiments.engine.plan import Chosen, describe, missing
 from experiments.engine.progress import Progress
 from experiments.engine.render import FORMATS, render
 from experiments.engine.report import comparison_sheet, main_sheet
+from experiments.engine.rows import Row, Table
 from experiments.engine.site import rows_of_their_own
 from experiments.engine.sources import require_data, require_features
-from experiments.engine.spec import Row, Table
 from experiments.engine.store import REPOSITORY, Store
 from experiments.protocols import PROTOCOLS, cost_stages, evaluate_stage
 

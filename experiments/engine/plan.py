@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from experiments.engine.launch import Job
+from experiments.engine.rows import Row, Table
 from experiments.engine.sources import is_latent
-from experiments.engine.spec import Evaluate, Row, Stage, Table, Timing, Train, kind_of, spec_id
+from experiments.engine.spec import Evaluate, Stage, Timing, Train, kind_of, spec_id
 from experiments.engine.store import Store
 from experiments.protocols import Protocol, cost_stages, evaluate_stage, timed_rows, timing_stage, train_stage
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from experiments.engine.manifest import clashes, score_name
-from experiments.engine.spec import Row, Stage, Table, spec_id
+from experiments.engine.rows import Row, Table
+from experiments.engine.spec import Stage, spec_id
 from experiments.engine.spread import LEVEL, agree, pooled, reach, scaled
 from experiments.engine.store import Record, Store
 from experiments.protocols import Protocol, cost_stages, evaluate_stage, timed_rows, timing_stage

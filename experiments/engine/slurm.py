@@ -13,8 +13,9 @@ from experiments.engine import heartbeat, scheduler
 from experiments.engine.launch import Job, available_cores, run_here
 from experiments.engine.plan import Chosen, duration, missing, seconds_an_image
 from experiments.engine.progress import Progress
+from experiments.engine.rows import Row
 from experiments.engine.site import FILE, Site, load_site
-from experiments.engine.spec import Evaluate, Row, Train, kind_of, spec_id
+from experiments.engine.spec import Evaluate, Train, kind_of, spec_id
 from experiments.engine.store import Record, Store
 
 
