@@ -19,7 +19,7 @@ from experiments.protocols import CIFAR10_CLASSIFIER, CIFAR10_SMALL, DIGITS, Pro
 
 PAPER = {"fd": "fid", "is": "is", "precision": "precision", "recall": "recall"}  # our scores by the start of their names
 FULL = {CIFAR10_SMALL.name: CIFAR10_CLASSIFIER}  # of what a protocol is the small form
-DRAWS = 2000
+DRAWS, FEW = 2000, 10  # redrawn orders; repeated runs below which a spread is poorly known
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Agreement:
 
     `low`, `high`: central 95 % of Kendall's tau over fresh draws of our seeds' noise; `chance`: share of random orders
     that agree at least as well; `ceiling`: mean tau of two such draws with each other, which no comparison can exceed.
+    `freedom`: repeated runs from which that noise is known.
     """
 
     rows: int
@@ -38,6 +39,7 @@ class Agreement:
     high: float
     chance: float
     ceiling: float
+    freedom: int
 
 
 def kendall(a: Sequence[float], b: Sequence[float]) -> float:
@@ -91,6 +93,7 @@ def agreement(name: str, table: Table, store: Sources, protocol: Protocol = DIGI
         high=drawn[-1 - tail],
         chance=(1 + sum(other >= tau - 1e-12 for other in shuffled)) / (1 + DRAWS),
         ceiling=statistics.fmean(kendall(draw(), draw()) for _ in range(DRAWS)),
+        freedom=spread[1],
     )
 
 
@@ -99,20 +102,19 @@ def _span(counts: Sequence[int]) -> str:
 
 
 def resolved_pairs(table: Table, store: Sources, protocol: Protocol = DIGITS) -> tuple[int, int, int, int]:
-    """Of all pairs of rows: how many the Fréchet distance resolves; of these, how many the paper's FID orders alike; pairs; rows of certain rank."""
+    """Of all pairs of rows with a score: how many the Fréchet distance resolves; of these, how many the paper's FID orders alike; pairs; rows of certain rank."""
     name = f"fd_{protocol.features}"
     published = store.published(table.published, table.key)
-    values = [[record.values for record in scores_of(row, protocol, store)] for row in table.rows]
+    scored = [(row, found) for row in table.rows if (found := [record.values for record in scores_of(row, protocol, store)])]
+    values = [found for _, found in scored]
     spread, pairs = pooled(name, values), len(values) * (len(values) - 1) // 2
     if spread is None:
         return 0, 0, pairs, 0
     resolved = alike = 0
     for i in range(len(values)):
         for j in range(i):
-            if not values[i] or not values[j]:
-                continue
             ours = statistics.fmean(scaled(name, values[i])) - statistics.fmean(scaled(name, values[j]))
-            paper = float(published[table.rows[i].published]["fid"]) - float(published[table.rows[j].published]["fid"])
+            paper = float(published[scored[i][0].published]["fid"]) - float(published[scored[j][0].published]["fid"])
             clear = abs(ours) > reach(spread, len(values[i]), len(values[j]), pairs)
             resolved, alike = resolved + clear, alike + (clear and ours * paper > 0)
     certain = sum(rank is not None and rank[0] == rank[1] for rank in ranks(name, "lower", values))
@@ -164,7 +166,9 @@ def _scores_alone(table: Table, store: Sources, protocol: Protocol) -> list[str]
     kept = [i for i, (group, name) in enumerate(sheet.columns) if name == "row" or group.startswith((f"{protocol.name} (", "paper: "))]
     alone = Sheet("", [sheet.columns[i] for i in kept], [[cells[i] for i in kept] for cells in sheet.rows])
     rows = [line for line in render([alone], "markdown").splitlines() if line.startswith("|")]
-    return [f"### Table {table.number} on {protocol.name}", "", *rows]
+    fewer = [note for note in sheet.notes if note.endswith(f"of {len(seeds)} seeds")]
+    notes = ["", f"± is the standard error over seeds, with one seed that of sampling. {'; '.join(fewer)}."] if fewer else []
+    return [f"### Table {table.number} on {protocol.name}", "", *rows, *notes]
 
 
 def _section(table: Table, store: Sources, protocol: Protocol) -> list[str]:
@@ -176,7 +180,8 @@ def _section(table: Table, store: Sources, protocol: Protocol) -> list[str]:
     resolved, alike, pairs, certain = resolved_pairs(table, store, protocol)
     lines = [
         f"{main.rows} rows, {main.seeds} seeds each. The order by {scored[0]} agrees with the paper's order by FID with tau {main.tau:.2f} "
-        f"(95 % over seeds: {main.low:.2f} to {main.high:.2f}); {_verdict(main)}.",
+        f"(95 % over seeds: {main.low:.2f} to {main.high:.2f}); {_verdict(main)}."
+        + (f" The spread over seeds is known from {main.freedom} repeated {'run' if main.freedom == 1 else 'runs'} only, so the interval is itself uncertain." if main.freedom < FEW else ""),
         "",
         f"Of {pairs} pairs of rows the seeds resolve {resolved}" + (f", and the paper orders {alike} of these alike" if resolved else "") + f". {certain} of {main.rows} rows have a rank that is known for certain.",
     ]
