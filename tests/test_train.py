@@ -28,8 +28,9 @@ from experiments.engine import checkpoint, files, train
 from experiments.engine.data import batch_indices, load
 from experiments.engine.diffusion import IDDPM
 from experiments.engine.precision import MODES, flags, precision
+from experiments.engine.monitor import curve
 from experiments.engine.spec import Backbone, Data, Diffusion, Recipe, Train
-from experiments.engine.train import Resources, Trainer, curve, digest, load_ema, lr_at, run
+from experiments.engine.train import Resources, Trainer, digest, load_ema, lr_at, run
 
 TRACES = Path(__file__).parent / "data" / "loss_traces.json"
 CPU = torch.device("cpu")
@@ -97,7 +98,7 @@ def trace(name: str) -> list[float]:
 @pytest.mark.parametrize(("num", "every", "points"), [(0, 50, 0), (1, 50, 1), (100, 50, 100), (101, 100, 51), (8000, 4000, 100)])
 def test_a_records_loss_curve_is_short_and_keeps_the_mean(num: int, every: int, points: int):
     means = [float(number) for number in range(num)]
-    found = curve(means)
+    found = curve(means, 50)
     assert (found["every"], len(found["losses"])) == (every, points)
     wide = every // 50
     assert found["losses"][: num // wide] == [sum(means[at : at + wide]) / wide for at in range(0, num - num % wide, wide)]

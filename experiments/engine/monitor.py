@@ -111,3 +111,10 @@ def _wandb(folder: Path) -> _Wandb | None:
     import wandb
 
     return _Wandb(wandb.init(project=os.environ[WANDB], id=folder.name, name=folder.name, dir=str(folder), resume="allow"))
+
+
+def curve(means: Sequence[float], every: int) -> dict[str, Any]:
+    """The loss over a run in at most 100 points: means of windows, of which the last can be shorter, of means over `every` steps."""
+    wide = math.ceil(len(means) / 100) or 1
+    windows = [means[at : at + wide] for at in range(0, len(means), wide)]
+    return {"every": wide * every, "losses": [round(sum(window) / len(window), 6) for window in windows]}

@@ -23,7 +23,7 @@ from experiments.engine import attempts, checkpoint, preemption
 from experiments.engine.data import ImageSet, batch_indices, batches, load
 from experiments.engine.distributed import ALONE, Agreement, Group
 from experiments.engine.heartbeat import Heartbeat
-from experiments.engine.monitor import Diverged, Log, require_boards, trouble
+from experiments.engine.monitor import Diverged, Log, curve, require_boards, trouble
 from experiments.engine.precision import precision
 from experiments.engine.process import process
 from experiments.engine.randomness import generator_at, seed_at
@@ -251,19 +251,12 @@ def run(
     return {
         "loss": sum(tail) / len(tail) if tail else None,
         "steps": trainer.step,
-        "curve": curve(means),
+        "curve": curve(means, LOG_EVERY),
         "resumed_at": first,
         "images_per_s": (trainer.step - first) * recipe.batch / (time.perf_counter() - started),
         "weights_sha256": weights,
         **images.identity,
     }
-
-
-def curve(means: Sequence[float]) -> dict[str, Any]:
-    """The loss over a run in at most 100 points: means over windows of `every` steps, of which the last can be shorter."""
-    wide = math.ceil(len(means) / 100) or 1
-    windows = [means[at : at + wide] for at in range(0, len(means), wide)]
-    return {"every": wide * LOG_EVERY, "losses": [round(sum(window) / len(window), 6) for window in windows]}
 
 
 def _check(losses: list[float], means: Sequence[float], trainer: Trainer, size: int, saved: int) -> None:
