@@ -10,7 +10,7 @@ from test_train import CPU, DICO, DIGITS
 
 from experiments.engine.capture import Captured, accelerate
 from experiments.engine.data import load
-from experiments.engine.spec import Recipe, Train
+from experiments.engine.spec import Backbone, Recipe, Train
 from experiments.engine.timing import fill
 from experiments.engine.train import Trainer, build, digest
 
@@ -51,3 +51,11 @@ def test_a_captured_network_computes_what_it_computed_for_every_shape_and_mode()
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, mode):
             assert torch.allclose(captured(*inputs), model(*inputs), rtol=1e-2 if mode else 1e-4, atol=1e-2 if mode else 1e-5)
     assert len(captured.graphs) == 3
+
+
+@pytest.mark.parametrize("network", [DICO, Backbone("dit_s_2", dict(depth=1, dim=384)), Backbone("hourglass", dict(dim=8, depths=(1, 1, 1, 1, 1)))], ids=lambda b: b.name)
+def test_a_network_compiles_as_one_graph(network: Backbone):
+    """Where the compiler has to stop, at the choice of a kernel for example, it loses what it is for."""
+    model = build(network.but(input_size=16, in_channels=4, num_classes=10), 0, CPU)
+    found = torch._dynamo.explain(model)(torch.randn(2, 4, 16, 16), torch.tensor([3, 4]), torch.tensor([1, 2]))
+    assert (found.graph_count, found.graph_break_count) == (1, 0), [str(reason.reason)[:200] for reason in found.break_reasons]

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from backbones.kernels.op import Choice, Op
 
+_ONEDNN = torch.backends.mkldnn.is_available()
 WORTHWHILE = 2**22  # multiply-accumulates; below, a call costs more than it saves
 
 
@@ -49,7 +50,7 @@ def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _supports(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    return x.is_cpu and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and torch.backends.mkldnn.is_available()
+    return x.is_cpu and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and _ONEDNN
 
 
 def _pays(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -65,7 +66,10 @@ def as_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _rows_pay(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and _supports(x, weight) and _pays(x, weight)
+    """oneDNN's convolution is the faster of the two in several threads, forward and backward, and the slower in one."""
+    if torch.compiler.is_compiling():  # which cannot ask for threads
+        return False
+    return torch.get_num_threads() == 1 and x.is_contiguous(memory_format=torch.channels_last) and _supports(x, weight) and _pays(x, weight)
 
 
 pointwise = Op("pointwise", [Choice("linear", as_linear, pays=_rows_pay), Choice("reference", F.conv2d)])
