@@ -292,7 +292,7 @@ def test_bad_sources_are_named_and_the_rest_is_built(tmp_path: Path):
     done = run_build("--tables", "--results", tmp_path / "results", "--published", published)
     problems = [line for line in done.stdout.splitlines() if line.startswith("problem: ")]
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    for words in (paths[0].name, "fd_digits is no number", "no declared protocol (digits, 77", "table5.csv: no column gflops", "throughput_img_s is 'nan'"):
+    for words in (paths[0].name, "fd_digits is no number", f"no declared protocol ({other['spec']['train']['data']['name']}, 77", "table5.csv: no column gflops", "throughput_img_s is 'nan'"):
         assert [problem for problem in problems if words in problem], (words, problems)
     built = {path.name for path in (tmp_path / "results" / "tables").iterdir()}
     assert {"table1.md", "table3.html", "table4.csv", "table9.tex", "digits.md", "cifar10_small.md"} <= built and not {"table5.md", "table2.md"} & built

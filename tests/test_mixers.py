@@ -261,7 +261,7 @@ def test_kernels_are_forced_restored_and_recorded():
 
 
 @pytest.mark.parametrize("choices, words", [
-    ({"attend": "sdpa"}, "unknown kernel 'attend'; known: attention"), ({"attention": "fast"}, "no implementation 'fast'; known: flash, sdpa, reference"),
+    ({"attend": "sdpa"}, "unknown kernel 'attend'; known: adaln, attention"), ({"attention": "fast"}, "no implementation 'fast'; known: flash, sdpa, reference"),
 ])
 def test_unknown_kernels_list_the_known(choices: dict[str, str], words: str):
     with pytest.raises(ValueError, match=words), kernels.use(**choices):
