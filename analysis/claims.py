@@ -1,7 +1,7 @@
 """A verdict on every claim of the paper, computed from committed records and published tables. No torch.
 
 Evidence, from strong to weak: counted (a network here, exactly), measured here (at the claim's scale), measured at reduced
-scale (the digits protocol, three seeds), published data only (the paper's tables checked against its words), not yet.
+scale (the digits protocol, three seeds, probes one), published data only (the paper's tables checked against its words), not yet.
 """
 
 from __future__ import annotations

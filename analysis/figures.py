@@ -1,4 +1,4 @@
-"""Figures 2, 3, 8 and 9 of the paper from published numbers, ours beside them where a record exists. No torch.
+"""Figures 2, 3, 8 and 9 of the paper from published numbers, in 3 and 9 ours beside them where a record exists. No torch.
 
 The docstring of a figure is its caption. Open marks are the paper's, filled marks are this project's records.
 """
@@ -61,7 +61,7 @@ def runtime(store: Sources) -> Figure:
     right.set_xlim(right=2.5 * times[0][0])
     right.margins(y=0.1)
     right.set_xlabel("ms an image and step, A100 (published, log scale)")
-    right.set_ylabel("FID-50K, ImageNet 512, with guidance")
+    right.set_ylabel("FID-50K, ImageNet 512 (DiT, DiCo: with guidance)")
     return made
 
 
@@ -80,8 +80,8 @@ def _own_runtimes(axes: Axes, store: Sources, names: set[str]) -> None:
 
 
 def scores_over_training(store: Sources) -> Figure:
-    """Figure 8 and Table 7: scores of 50K images over training on ImageNet 256 without guidance, as published. Ours: no record of such a
-    training is committed, so there is none to draw."""
+    """Figure 8 and Table 7: scores of 50K images over training on ImageNet 256 without guidance, as published. Published only:
+    ours stand in Table 7."""
     made, axes = figure(8.2, 4.6, 2, 3)
     rows = store.rows("table7.csv")
     panels = {"fid": "FID (lower is better)", "sfid": "sFID (lower is better)", "is": "IS (higher is better)", "precision": "precision", "recall": "recall"}
@@ -136,5 +136,7 @@ def losses(store: Sources) -> Figure:
         ours.set_yscale("log")
         ours.legend(fontsize=6, ncols=2)
     else:
+        ours.set_xticks([])
+        ours.set_yticks([])
         note(ours, "no training with a curve\nis committed here")
     return made

@@ -38,7 +38,7 @@ def _found(probe: str, rows: tuple[Row, ...], store: Store) -> tuple[Found, str]
 
 
 def attention_maps(store: Store) -> Figure:
-    """For each network, the weights of one token (red) in up to MAPS layers: mean over heads, images and steps of sampling."""
+    """For each network, the weights of one token (red) in up to five layers: mean over heads, images and steps of sampling."""
     found, missing = _found("locality", LOCAL_ROWS, store)
     import numpy as np
     from matplotlib.patches import Rectangle
@@ -80,7 +80,7 @@ def locality(store: Store) -> Figure:
     left.invert_yaxis()
     left.set_xlim(0, None)
     left.set_xlabel("mean distance / that of uniform weights (dashed)\nstrokes: layers; symbols: their mean")
-    left.set_title(f"Locality of every mixer on one scale, {DIGITS.name}")
+    left.set_title(f"Locality on one scale, {DIGITS.name}, one training seed")
     made.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=3, frameon=False)
     for line, (label, arrays, _) in enumerate(found):
         (p,) = _parts(arrays, ("network gradient",))
@@ -113,7 +113,7 @@ def channel_activation(store: Store) -> Figure:
         axis.set_xlabel("channel, sorted")
         axis.grid(axis="x", visible=False)
     axes[0][0].set_ylabel("mean of relu / the layer's mean")
-    made.suptitle(f"Channel activation of the last mixer, {DIGITS.name}, mean over images and steps\ndashed: a tenth of the mean, below which a channel counts as near-dead{missing}", fontsize=8)
+    made.suptitle(f"Channel activation of the last mixer, {DIGITS.name}, mean over images and steps\ndashed: a tenth of the mean; a channel below it in a step counts as near-dead there, shares are means over steps{missing}", fontsize=8)
     return made
 
 
@@ -136,7 +136,7 @@ def feature_maps(store: Store) -> Figure:
             axis.set_axis_off()
         part.suptitle(f"{label}: {len(maps)} channels at t = {arrays['timesteps'][step]:g}\n"
                       f"mean |correlation| {values['correlation']:.2f}, effective rank {values['effective_rank']:.1f}", fontsize=8)
-    made.supxlabel(f"Output of the first stage, {DIGITS.name}; colours from -q to q, q the 99th percentile of |x| of each network; figures over all images and steps{missing}", fontsize=6.5)
+    made.supxlabel(f"Output of the first stage, {DIGITS.name}; colours from -q to q, q the 99th percentile of |x| of the maps shown of each network; figures over all images and steps{missing}", fontsize=6.5)
     return made
 
 

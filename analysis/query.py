@@ -95,11 +95,18 @@ def _finite(text: str) -> bool:
         return False
 
 
+def _all_finite(value: object) -> bool:
+    """Whether every float in it is, lists and dictionaries within too."""
+    if isinstance(value, dict | list):
+        return all(map(_all_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 def _unfit(record: Record) -> str:
     """Why a done record may not enter a table, or ''."""
     if record.status != "done":
         return ""
-    if bad := [name for name, value in record.values.items() if isinstance(value, float) and not math.isfinite(value)]:
+    if bad := [name for name, value in record.values.items() if not _all_finite(value)]:
         return f"{', '.join(bad)} is no number"
     if record.kind == "evaluate":
         data = (record.spec.get("upsampler") or record.spec["train"])["data"]["name"].removesuffix("_pixels")

@@ -27,7 +27,7 @@ from analysis.views import views
 from experiments.engine.files import written_whole
 from experiments.engine.render import render
 from experiments.engine.report import Cell, Sheet
-from experiments.protocols import CIFAR10_SMALL
+from experiments.protocols import CIFAR10_SMALL, DIGITS
 
 HERE = Path(__file__).resolve().parent
 SECTIONS = ("claims", "scatter-section", "tables", "figures", "digits", "counts", "provenance")
@@ -70,14 +70,17 @@ def build_page(store: Sources) -> tuple[str, list[str]]:
     parts.append('</section><section id="figures"><h2>Figures</h2><div class="grid">')
     parts += [_figure(name, draw, store, problems) for name, draw in FIGURES.items()]
     parts += [_image(path.read_bytes(), f"Samples: {path.stem}.") for path in sorted((store.root / "figures" / "samples").glob("*.png"))]
-    parts.append(f'</div></section><section id="digits">{_prose(science.page(store))}{_prose(science.page(store, CIFAR10_SMALL))}</section>')
+    pages = "".join(_prose(_or(p.name, lambda p=p: science.page(store, p), f"# {p.name} could not be built", problems)) for p in (DIGITS, CIFAR10_SMALL))
+    parts.append(f'</div></section><section id="digits">{pages}</section>')
     counts = _sheet("counts", lambda: SHEETS["counts"](store), problems)
     parts.append(f'<section id="counts"><h2>Honest counts</h2>{_table(counts, "counts-table")}</section>')
-    parts.append(f'<section id="provenance"><h2>Environment and provenance</h2><div class="words">{_table(provenance_sheet(store), "provenance-table")}</div></section>')
+    origins = _sheet("provenance", lambda: provenance_sheet(store), problems)
+    drawn = _or("scatter", lambda: views(store), [], problems)
+    parts.append(f'<section id="provenance"><h2>Environment and provenance</h2><div class="words">{_table(origins, "provenance-table")}</div></section>')
     problems = store.problems + problems
     shown = _problems(problems)
     records = {record.name: vars(record) for record in store.all_records()}
-    data = {"datatables": datatables, "plotly": plotly, "records": json.dumps(records, sort_keys=True), "views": json.dumps(views(store))}
+    data = {"datatables": datatables, "plotly": plotly, "records": json.dumps(records, sort_keys=True), "views": json.dumps(drawn)}
     navigation = "".join(f'<a href="#{name}">{name.removesuffix("-section")}</a>' for name in SECTIONS)
     page = [
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
@@ -90,6 +93,15 @@ def build_page(store: Sources) -> tuple[str, list[str]]:
         f'<script type="module">{(HERE / "page" / "page.js").read_text()}</script></body></html>',
     ]
     return "\n".join(page), problems
+
+
+def _or(name: str, make: Any, otherwise: Any, problems: list[str]) -> Any:
+    """What `make` gives, or, where what it needs is missing, `otherwise` and a problem more."""
+    try:
+        return make()
+    except (ValueError, KeyError) as error:
+        problems.append(f"{name}: {error}")
+        return otherwise
 
 
 def provenance_sheet(store: Sources) -> Sheet:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from analysis.query import Sources, digits_scores, gpu_timings, latest, reference_seeds
-from experiments import main_results
+from experiments import main_results, speed
 from experiments.ablation import TABLES
 from experiments.engine.report import SCORES, Cell, Sheet, main_sheet
 from experiments.engine.rows import Row, Table
@@ -82,6 +82,17 @@ def systems_sheet(table: Table, resolution: int, store: Sources) -> Sheet:
     return sheet
 
 
+def throughput_sheet(what: str, store: Sources) -> Sheet:
+    """Table 1's rows that were timed on a GPU or, as long as none was, on a CPU."""
+    table = main_results.TABLE_1
+
+    def timed(device: str) -> list[Row]:
+        return [row for row in table.rows if row.backbone and list(latest(speed.stages(table, [row], device, what, named=True), store))]
+
+    device = "cuda" if timed("cuda") else "cpu"
+    return speed.speed_sheet(table, timed(device), device, what, store, "reference")
+
+
 RECIPE: dict[str, Callable[[Train, Sampler], object]] = {
     "beta1": lambda train, sampler: train.recipe.betas[0],
     "beta2": lambda train, sampler: train.recipe.betas[1],
@@ -148,6 +159,7 @@ SHEETS: dict[str, Callable[[Sources], Sheet]] = {
     "table8": lambda store: systems_sheet(main_results.TABLE_8, 256, store),
     "table9": lambda store: systems_sheet(main_results.TABLE_9, 512, store),
     "counts": lambda store: counts_sheet(store, where="reference"),
+    **{f"speed_{what}": lambda store, what=what: throughput_sheet(what, store) for what in speed.TASKS},
 }
 
 
@@ -194,7 +206,7 @@ def _rank(sheet: Sheet, rows: Sequence[Row], store: Sources) -> None:
     for row, rank in zip(sheet.rows, found, strict=True):
         row[at] = replace(row[at], best=rank == (1, 1))
     words = ["-" if rank is None else f"{rank[0]}" if rank[0] == rank[1] else f"{rank[0]} to {rank[1]}" for rank in found]
-    _insert(sheet, at + 1, (sheet.columns[at][0], "rank"), [Cell(words=word) for word in words])
+    _insert(sheet, at + 1, (sheet.columns[at][0], "rank"), [Cell(words=word, records=tuple(digits_scores(row, store))) for word, row in zip(words, rows, strict=True)])
     sheet.notes.append(f"rank: by {name}, as far as the seeds resolve it (95 % over all pairs, Bonferroni); bold is rank 1 for certain.")
 
 

@@ -47,5 +47,5 @@ library.textContent = text("plotly");
 document.head.append(library);
 const draw = () => Plotly.react("scatter", views[chooser.value].data, views[chooser.value].layout, { responsive: true, displayModeBar: false });
 chooser.addEventListener("change", draw);
-await draw();
+if (views.length) await draw();
 document.body.dataset.drawn = String(Math.round(performance.now()));

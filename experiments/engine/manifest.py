@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from experiments.engine.store import Record
 
 ABSENT = "not recorded"
+ONE_SIDED = ("measure.guidance.classifier", "measure.upsampling")  # what one manifest alone has of these, the other did without
 
 # How far a score moves where a field differs, by the longest prefix of its name. Sizes and sources as published.
 EFFECTS: dict[str, tuple[str, str]] = {
@@ -95,7 +96,7 @@ def incomparable(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 
     The count of evaluations follows from the sampler, and under an adaptive one from the network.
     """
-    return [key for key, *values in differences(a, b) if key.startswith("measure.") and key != "measure.nfe" and ABSENT not in values]
+    return [key for key, *values in differences(a, b) if key.startswith("measure.") and key != "measure.nfe" and (ABSENT not in values or key.startswith(ONE_SIDED))]
 
 
 def clashes(records: Sequence[Record], base: Sequence[Record]) -> list[str]:

@@ -264,7 +264,7 @@ def _evaluations(rows: Sequence[Row], protocol: Protocol, seeds: Sequence[int], 
 
 
 def _score_note(protocol: Protocol, seeds: Sequence[int]) -> str:
-    error = "± sampling standard error, one training seed" if len(seeds) == 1 else "± standard error of the mean over training seeds"
+    error = "± sampling standard error, one training seed" if len(seeds) == 1 else "± standard error of the mean over training seeds, of a row with one seed that of sampling"
     if protocol.features != "inception":
         return (
             f"{protocol.name}: {protocol.recipe.steps} steps of {protocol.recipe.batch}, {protocol.num} images, {protocol.sampler.num_steps} sampling steps; scores on a small classifier's "
