@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,35 +14,40 @@ from experiments.engine.spec import Ceilings
 from experiments.engine.timing import half_quartiles, seconds
 
 RUNS = 9
-SIDES = {"cuda": 8192, "cpu": 2048}           # of the square matrices
-COPIED = {"cuda": 2**30, "cpu": 2**28}        # bytes, more than any cache holds
+SIDES = {"cuda": (4096, 8192, 8064), "cpu": (1152, 1536, 2048)}  # of square matrices; caches dislike some powers of two
+COPIED = {"cuda": 2**30, "cpu": 2**28}                           # bytes, more than any cache holds
 
 
 def run(spec: Ceilings) -> dict[str, Any]:
-    """Multiply-accumulates a second and bytes a second, read plus written; medians."""
+    """Multiply-accumulates a second, of the best of some sizes, and bytes a second, read plus written; medians."""
     device = torch.device(spec.device)
-    side = SIDES[device.type]
-    draw = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(side, side, generator=draw).to(device) for _ in range(2))
+    with torch.inference_mode(), precision(spec.precision, device):
+        rates = {side: _rates(side**3, _product(side, spec.precision, device), device) for side in SIDES[device.type]}
+        in_force = flags()
     source = torch.zeros(COPIED[device.type] // 4, device=device)
     target = torch.empty_like(source)
-    with torch.inference_mode(), precision(spec.precision, device):
-        if spec.precision == "bf16":
-            a, b = a.bfloat16(), b.bfloat16()  # under autocast a product would cast them every time
-        products = _times(lambda: kernels.linear(a, b), device)
-        in_force = flags()
-    copies = _times(lambda: target.copy_(source), device)
+    copied = _rates(2 * COPIED[device.type], lambda: target.copy_(source), device)
+    best = max(rates, key=lambda side: statistics.median(rates[side]))
     return {
-        "macs_per_s": side**3 / statistics.median(products),
-        "macs_per_s_spread": half_quartiles([side**3 / each for each in products]),
-        "bytes_per_s": 2 * COPIED[device.type] / statistics.median(copies),
-        "bytes_per_s_spread": half_quartiles([2 * COPIED[device.type] / each for each in copies]),
+        "macs_per_s": statistics.median(rates[best]),
+        "macs_per_s_spread": half_quartiles(rates[best]),
+        "side": best,
+        "bytes_per_s": statistics.median(copied),
+        "bytes_per_s_spread": half_quartiles(copied),
         **in_force,
     }
 
 
-def _times(task: Any, device: torch.device) -> list[float]:
+def _product(side: int, mode: str, device: torch.device) -> Callable[[], Any]:
+    draw = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(side, side, generator=draw).to(device) for _ in range(2))
+    if mode == "bf16":
+        a, b = a.bfloat16(), b.bfloat16()  # under autocast a product would cast them every time
+    return lambda: kernels.linear(a, b)
+
+
+def _rates(amount: int, task: Callable[[], Any], device: torch.device) -> list[float]:
     for _ in range(3):
         task()
     repeats = 10 if device.type == "cuda" else 1
-    return [seconds(task, device, repeats) for _ in range(RUNS)]
+    return [amount / seconds(task, device, repeats) for _ in range(RUNS)]
