@@ -132,6 +132,8 @@ def _load(file: Path, constructor: str) -> nn.Module:
         raise ValueError(f"{file.name} needs {error.name}, which is not installed") from None
     finally:
         sys.path.pop(0)
+    if not hasattr(module, constructor):
+        raise ValueError(f"{file.name} has no {constructor}")
     return getattr(module, constructor)()
 
 

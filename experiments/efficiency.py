@@ -14,12 +14,11 @@ Everything runs once and is kept as a record; `--report` prints what there is wi
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from experiments import speed, speed_claims
-from experiments.engine.cli import require_device
+from experiments.engine.cli import Parser, guarded, require_device
 from experiments.engine.launch import Job, available_cores, run_here
 from experiments.engine.progress import Progress
 from experiments.engine.render import FORMATS, render
@@ -35,31 +34,27 @@ TIMED = {number: table for number, table in TABLES.items() if table.timed}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 some stage failed, 2 bad input, 130 interrupted."""
-    args = _parse(arguments)
+    """Run what lacks a record, then print; the exit status is `guarded`'s."""
+    return guarded(lambda: _main(_parse(arguments)))
+
+
+def _main(args: argparse.Namespace) -> int:
     store = Store(args.results, REPOSITORY / "results" / "reference")
-    try:
-        stages, sheets = _choose(args, store)
-        good = True
-        if not args.report:
-            require_device(args.device)
-            store.check_writable()
-            missing = list({spec_id(stage): stage for stage in stages if store.latest(stage) is None}.values())
-            with Progress(total=len(missing)) as progress:
-                good = _run(missing, args, store, progress)
-            store.refresh()
-        print(render(sheets(), args.format))
-        return 0 if good else 1
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
-        return 130
+    stages, sheets = _choose(args, store)
+    good = True
+    if not args.report:
+        require_device(args.device)
+        store.check_writable()
+        missing = list({spec_id(stage): stage for stage in stages if store.latest(stage) is None}.values())
+        with Progress(total=len(missing)) as progress:
+            good = _run(missing, args, store, progress)
+        store.refresh()
+    print(render(sheets(), args.format))
+    return 0 if good else 1
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--counts", action="store_true", help="count every system and print the table")
     what.add_argument("--table", type=int, choices=list(TIMED), help="time the rows of a table of the paper")

@@ -10,7 +10,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -30,9 +30,14 @@ CLUSTERS = ("here", "debug", "local", "slurm")
 
 
 def main(tables: dict[int, Table], description: str | None, arguments: Sequence[str] | None = None) -> int:
-    """Run, plan or print a table. Exit status: 0 done, 1 some stage failed, 2 bad input, 130 interrupted."""
+    """Run, plan or print a table; the exit status is `guarded`'s."""
+    return guarded(lambda: _main(tables, description, arguments))
+
+
+def guarded(run: Callable[[], int]) -> int:
+    """A command whose bad input is one line. Exit status: 0 done, 1 some stage failed, 2 bad input, 130 interrupted."""
     try:
-        return _main(tables, description, arguments)
+        return run()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -91,7 +96,7 @@ def _main(tables: dict[int, Table], description: str | None, arguments: Sequence
     return 0 if good else 1
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Bad arguments are one line, like every other bad input."""
 
     def error(self, message: str) -> NoReturn:
@@ -99,7 +104,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(tables: dict[int, Table], description: str | None, arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbers = ", ".join(f"{number} ({table.title})" for number, table in tables.items())
     parser.add_argument("--table", type=int, choices=list(tables), required=True, help=f"table of the paper: {numbers}")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, by label; also reaches the '(alt)' rows")
