@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 TOKENS, DIM = 256, 384
 LIMITS = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 4e-2}  # relative RMS error of the output and of every gradient
-COPIED = {"cpu": 2**26, "cuda": 2**30}               # bytes, far beyond the caches
 
 
 @dataclass(frozen=True)
@@ -73,9 +72,10 @@ def run(names: Sequence[str], device: str, modes: Sequence[str], batch: int, run
     import torch
 
     import backbones.kernels
+    from experiments.engine.ceilings import copy_rates
     from experiments.engine.precision import precision
 
-    copied, good = copy_bandwidth(torch.device(device)), True
+    copied, good = max(copy_rates(torch.device(device))), True
     print(f"T = {TOKENS}, D = {DIM}, batch {batch}, {device}, {torch.get_num_threads()} threads, median of {runs} runs; a copy moves {copied / 1e9:.1f} GB/s")
     for name in names:
         op, make = getattr(backbones.kernels, name), CASES[name]
@@ -131,15 +131,6 @@ def compare(op: Op, inputs: list[Tensor], limit: float, runs: int) -> dict[str, 
             "runs": runs,
         }
     return found
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second that a plain copy reads and writes, the best of five."""
-    import torch
-
-    source = torch.ones(COPIED[device.type] // 4, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / min(_seconds(lambda: target.copy_(source), device) for _ in range(5))
 
 
 def gated_linear(batch: int) -> list[Tensor]:

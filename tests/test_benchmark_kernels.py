@@ -12,12 +12,13 @@ from backbones.kernels.attention import reference
 from backbones.kernels.op import Choice
 from experiments import benchmark_kernels
 from experiments.benchmark_kernels import CASES, Kernel, attention, compare, run
+from experiments.engine import ceilings
 from experiments.engine.store import Store
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark_kernels, "COPIED", {"cpu": 2**16})
+    monkeypatch.setitem(ceilings.COPIED, "cpu", 2**16)
     monkeypatch.setattr(benchmark_kernels, "TOKENS", 17)
     monkeypatch.setattr(benchmark_kernels, "DIM", 64)
 

@@ -24,9 +24,7 @@ def run(spec: Ceilings) -> dict[str, Any]:
     with torch.inference_mode(), precision(spec.precision, device):
         rates = {side: _rates(side**3, _product(side, spec.precision, device), device) for side in SIDES[device.type]}
         in_force = flags()
-    source = torch.zeros(COPIED[device.type] // 4, device=device)
-    target = torch.empty_like(source)
-    copied = _rates(2 * COPIED[device.type], lambda: target.copy_(source), device)
+    copied = copy_rates(device)
     best = max(rates, key=lambda side: statistics.median(rates[side]))
     return {
         "macs_per_s": statistics.median(rates[best]),
@@ -36,6 +34,13 @@ def run(spec: Ceilings) -> dict[str, Any]:
         "bytes_per_s_spread": half_quartiles(copied),
         **in_force,
     }
+
+
+def copy_rates(device: torch.device) -> list[float]:
+    """Bytes a second that a plain copy reads and writes, of every run."""
+    source = torch.ones(COPIED[device.type] // 4, device=device)
+    target = torch.empty_like(source)
+    return _rates(2 * source.nbytes, lambda: target.copy_(source), device)
 
 
 def _product(side: int, mode: str, device: torch.device) -> Callable[[], Any]:
