@@ -55,7 +55,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=None, help="default: 4 on a CPU, 64 on a GPU")
     parser.add_argument("--tasks", nargs="+", choices=("training", "sampling"), default=["training", "sampling"])
     parser.add_argument("--compile", action="store_true", help="ours by torch.compile")
-    parser.add_argument("--graphs", action="store_true", help="our sampler by CUDA graphs")
+    parser.add_argument("--graphs", action="store_true", help="ours by CUDA graphs")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="results folder (default: results)")
     args = parser.parse_args()
@@ -71,7 +71,7 @@ def main() -> int:
         for name in args.networks:
             for mode in args.precision:
                 for what in args.tasks:
-                    spec = Steps(name, what, args.batch or BATCH[args.device], args.device, mode, args.compile, args.graphs and what == "sampling")
+                    spec = Steps(name, what, args.batch or BATCH[args.device], args.device, mode, args.compile, args.graphs)
                     measure(spec, others.get(name), args.rounds, store)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

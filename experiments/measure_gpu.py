@@ -1,6 +1,6 @@
 """Everything that a GPU has to measure for this suite, in one call: `python experiments/measure_gpu.py --minutes 9`.
 
-The kernels' tests first, then, most wanted first: ceilings and the claims about speed, steps against other implementations
+The kernels' tests first, then, most wanted first: ceilings and the claims about speed, steps eager, by CUDA graphs and compiled, against other implementations
 (`--against`, as in benchmark_steps.py), the kernels' bandwidth, throughput tables, profiles and Figure 3. Every part keeps its
 records as it goes, so a part that the time cuts off has lost one stage at most, and the same command goes on there.
 """
@@ -29,11 +29,13 @@ def parts(against: list[str]) -> list[tuple[str, list[str]]]:
     return [
         ("kernel tests", ["-m", "pytest", "-q", "-n", "0", *tests]),
         ("claims", [*efficiency, "--claims"]),
-        ("steps", [*steps, "--rounds", "5", "--compile", *(["--against", *against] if against else [])]),
+        ("steps", [*steps, "--rounds", "5", *(["--against", *against] if against else [])]),
+        ("steps by CUDA graphs", [*steps, "--rounds", "3", "--graphs"]),
+        ("steps compiled", [*steps, "--rounds", "3", "--compile"]),
         ("kernels", ["experiments/benchmark_kernels.py", *on_gpu]),
         *((f"table {number}, {task}", [*efficiency, "--table", str(number), "--task", task]) for number, task in ((1, "forward"), (2, "forward"), (1, "training"))),
         *((f"profile of {row}", [*efficiency, "--profile", row, "--task", "training"]) for row in ("DiCo-XL", "DiT-XL/2")),
-        ("steps by CUDA graphs", [*steps, "--rounds", "5", "--tasks", "sampling", "--graphs"]),
+        ("steps compiled, by CUDA graphs", [*steps, "--rounds", "3", "--compile", "--graphs"]),
         ("figure 3", [*efficiency, "--figure", "3"]),
     ]
 

@@ -1,23 +1,91 @@
-"""Compiled networks compute what they computed, in training and sampling; graphs ask for a GPU."""
+"""Compiled networks and CUDA graphs compute what was computed, in training and sampling; graphs ask for a GPU."""
 
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from test_train import CPU, DICO, DIGITS
+from test_train import CPU, DICO, DIGITS, FAMILIES, OBJECTIVES
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from experiments.engine.capture import Captured, accelerate
 from experiments.engine.data import load
-from experiments.engine.spec import Backbone, Recipe, Train
+from experiments.engine.spec import Backbone, Diffusion, Recipe, Train
 from experiments.engine.timing import fill
 from experiments.engine.train import Trainer, build, digest
+
+
+GPU = torch.device("cuda")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+TRAINED = Train(DICO, DIGITS, Recipe(steps=6, batch=16, lr=1e-2, ema=0.9))
+DROPPING = Train(FAMILIES["dis"], DIGITS, replace(TRAINED.recipe, drop_path=0.5))
+SYNCHRONISING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "item", "unique")
+
+
+class Rerun(Captured):
+    """A recording that a CPU can make: it runs the function again where it recorded, and as a replay writes to the same memory and runs no Python."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer._passes)
+        self.parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+
+    def _record(self, places: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        out = self.function(*places)
+        gradients = [p.grad for p in self.parameters]
+
+        def replay() -> None:
+            seen = [p.grad for p in self.parameters]
+            out.copy_(self.function(*places))
+            for parameter, gradient, before in zip(self.parameters, gradients, seen, strict=True):
+                gradient.copy_(parameter.grad)
+                parameter.grad = before
+
+        return replay, places, out
+
+
+@pytest.mark.parametrize(("spec", "micro_batch"), [(TRAINED, None), (TRAINED, 6), (replace(TRAINED, recipe=replace(TRAINED.recipe, grad_clip=0.1)), None), (DROPPING, 6)],
+                         ids=["whole", "in parts", "clipped", "with stochastic depth"])  # fmt: skip
+def test_a_recorded_training_has_the_same_losses_and_weights(spec: Train, micro_batch: int | None):
+    usual, recorded = (Trainer(spec, CPU, micro_batch) for _ in range(2))
+    recorded.passes = Rerun(recorded)
+    losses = [list(trainer.steps(load(DIGITS))) for trainer in (usual, recorded)]
+    assert [loss.item() for loss in losses[0]] == [loss.item() for loss in losses[1]] and len(set(losses[0])) == 6
+    assert (digest(usual.model), digest(usual.ema)) == (digest(recorded.model), digest(recorded.ema)) and len(recorded.passes.recordings) == 1
+
+
+class Heard(TorchDispatchMode):
+    """Names of the operators that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        self.names.add(func.name().partition("::")[2].partition(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "dig"])  # which without fla reads its decay, except in a graph
+def test_a_step_of_the_trainer_waits_for_no_value(name: str):
+    """On a GPU reading one back stops the host, and no graph can hold it."""
+    dropping = 0.1 if name in ("dis", "dimsum") else 0.0
+    spec = Train(FAMILIES[name], DIGITS, Recipe(steps=3, batch=4, grad_clip=1.0, drop_path=dropping), OBJECTIVES.get(name, Diffusion()))
+    stepping = Trainer(spec, CPU, micro_batch=3).steps(load(DIGITS))
+    next(stepping)
+    with Heard() as heard:
+        next(stepping)
+    assert len(heard.names) > 20 and not heard.names & set(SYNCHRONISING)
 
 
 def test_graphs_without_a_gpu_are_refused():
     with pytest.raises(ValueError, match="CUDA graphs need a GPU"):
         accelerate(build(DICO, 0, CPU), compiled=False, graphs=True)
+    with pytest.raises(ValueError, match="CUDA graphs need a GPU"):
+        Trainer(TRAINED, CPU, graphs=True)
 
 
 @pytest.mark.slow
@@ -41,16 +109,38 @@ def test_a_compiled_training_has_the_same_losses():
     assert eager.isfinite().all() and (compiled - eager).abs().max() < 1e-4 * eager.abs().max()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 def test_a_captured_network_computes_what_it_computed_for_every_shape_and_mode():
-    model = build(DICO, 0, torch.device("cuda")).eval()
+    model = build(DICO, 0, GPU).eval()
     fill(model)
     captured = Captured(model)
     for n, mode in ((3, False), (5, False), (3, True), (3, False)):
         inputs = torch.randn(n, 1, 8, 8, device="cuda"), torch.arange(n, device="cuda"), torch.arange(n, device="cuda")
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, mode):
             assert torch.allclose(captured(*inputs), model(*inputs), rtol=1e-2 if mode else 1e-4, atol=1e-2 if mode else 1e-5)
-    assert len(captured.graphs) == 3
+    assert len(captured.recordings) == 3
+
+
+@needs_gpu
+@pytest.mark.parametrize("micro_batch", [None, 6])
+@pytest.mark.parametrize("mode", ["fp32", "bf16"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_captured_training_has_the_same_losses(micro_batch: int | None, mode: str, compiled: bool):
+    spec = replace(TRAINED, recipe=replace(TRAINED.recipe, grad_clip=1.0, precision=mode))
+    usual, captured = (torch.stack(list(Trainer(spec, GPU, micro_batch, compiled=compiled, graphs=graphs).steps(load(DIGITS)))) for graphs in (False, True))
+    assert len(captured.unique()) == 6 and torch.allclose(captured, usual, rtol=1e-2 if mode == "bf16" else 1e-4)
+
+
+@needs_gpu
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_step_on_a_gpu_does_not_stop_the_host(graphs: bool):
+    stepping = Trainer(replace(TRAINED, recipe=replace(TRAINED.recipe, grad_clip=1.0)), GPU, graphs=graphs).steps(load(DIGITS))
+    next(stepping)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        next(stepping)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("network", [DICO, Backbone("dit_s_2", dict(depth=1, dim=384)), Backbone("hourglass", dict(dim=8, depths=(1, 1, 1, 1, 1)))], ids=lambda b: b.name)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from experiments.engine import preemption
 from experiments.engine.files import written_whole
@@ -94,6 +96,16 @@ class Agreement:
             return 0
         before[0].wait()
         return int(before[1])
+
+
+def exchanging(model: nn.Module, static: bool) -> DistributedDataParallel:
+    """The network with its gradients averaged over the ranks while the backward pass runs; its buffers are constants and stay.
+
+    A graph declared `static` may leave parameters unused; PyTorch excludes that with accumulation and compilation.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions rename broadcast_buffers, older ones know no other name
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=static)
 
 
 ALONE = Group()

@@ -187,7 +187,7 @@ def _provenance(spec: Stage, resources: Resources, group: Group, seconds: float)
         "micro_batch": resources.micro_batch,
         "sample_batch": resources.sample_batch,
         "compiled": getattr(spec, "compile", resources.compile),
-        "graphs": getattr(spec, "graphs", resources.graphs),
+        "graphs": getattr(spec, "graphs", resources.graphs and not (isinstance(spec, Train) and group.world_size > 1)),
         "precision_flags": in_force,
         "kernels": kernels.used(),
         "seconds": round(seconds, 2),

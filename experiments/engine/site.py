@@ -30,7 +30,7 @@ class Site:
     others are the trainer's (`train.Resources`): steps between checkpoints, how many of the newest are kept and which for
     good (multiples of `milestones`; 0: none), samples at a time on each process in training (`micro_batch`; 0: all of its
     share) and in sampling, seconds after which a collective operation gives up, whether each process keeps only its
-    part of the optimiser's state, whether networks are compiled, and whether samplers launch them as CUDA graphs.
+    part of the optimiser's state, whether networks are compiled, and whether samplers, and trainings by one process, launch them as CUDA graphs.
     """
 
     nodes: int = 1

@@ -13,5 +13,5 @@ def increment_weights(model: nn.Module, largest: float, num: int, noise: torch.G
     """(num, K): 0 for an increment that is dropped, else what makes up for those that are. ValueError for a network without increments."""
     if not hasattr(model, "drop_rates"):
         raise ValueError(f"{type(model).__name__} has no stochastic depth: drop_path of its recipe must be 0")
-    rates = torch.tensor(model.drop_rates(largest), device=noise.device)
+    rates = torch.tensor(model.drop_rates(largest)).to(noise.device, non_blocking=True)
     return (torch.rand((num, len(rates)), generator=noise, device=noise.device) >= rates) / (1 - rates)

@@ -148,7 +148,7 @@ def _training(network: Cost, spec: Timing, device: torch.device) -> Task:
     shape = (4 * spec.batch, network.channels, network.size, network.size)
     images = ImageSet(draw.standard_normal(shape, dtype=np.float32), draw.integers(network.num_classes, size=shape[0]), data)
     recipe = Recipe(steps=10**9, batch=spec.batch, precision=spec.precision)
-    trainer = Trainer(Train(_sized(network), data, recipe), device, compiled=spec.compile)
+    trainer = Trainer(Train(_sized(network), data, recipe), device, compiled=spec.compile, graphs=spec.graphs)
     fill(trainer.model)
     stepping = trainer.steps(images)
     return lambda: next(stepping)

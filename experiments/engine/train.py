@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.nn.parallel import DistributedDataParallel
 
 import backbones
 from experiments.engine import attempts, checkpoint, preemption
+from experiments.engine.capture import Captured, require_gpu
 from experiments.engine.data import ImageSet, batch_indices, batches, load
-from experiments.engine.distributed import ALONE, Agreement, Group
+from experiments.engine.distributed import ALONE, Agreement, Group, exchanging
 from experiments.engine.heartbeat import Heartbeat
 from experiments.engine.monitor import Diverged, Log, curve, require_boards, trouble
 from experiments.engine.precision import precision
@@ -40,7 +39,8 @@ class Resources:
     Device; samples at a time on each, in training and in sampling; steps between checkpoints, how many of the newest are
     kept, and which steps for good (multiples of `milestones`); whether each process keeps only its part of the
     optimiser's state; the seconds after which a collective operation gives up; the file of a published checkpoint; whether the network is
-    compiled, and whether a sampler's calls of it are launched as one CUDA graph, which change no more than rounding.
+    compiled, and whether a sampler's calls of it, and the passes of a training by one process, are launched as a CUDA graph. Neither changes
+    more than rounding.
     """
 
     device: str = "cpu"
@@ -81,7 +81,7 @@ class Trainer:
     """Model, EMA and optimiser of a run, and the step it has reached; each process of a group has its own, all alike."""
 
     def __init__(self, spec: Train, device: torch.device, micro_batch: int | None = None, group: Group = ALONE, shard_optimizer: bool = False,
-                 compiled: bool = False) -> None:
+                 compiled: bool = False, graphs: bool = False) -> None:
         self.spec, self.device, self.group = spec, device, group
         self.mine = group.part(spec.recipe.batch)
         self.micro_batch = micro_batch or spec.recipe.batch
@@ -90,7 +90,7 @@ class Trainer:
         recipe = spec.recipe
         self.forward: nn.Module = self.model
         if group.world_size > 1:
-            self.forward = _exchanging(self.model, static=not compiled and self.micro_batch >= self.mine.stop - self.mine.start)
+            self.forward = exchanging(self.model, static=not compiled and self.micro_batch >= self.mine.stop - self.mine.start)
         self.without_exchange = self.forward.no_sync if group.world_size > 1 else nullcontext
         if compiled:
             self.forward = torch.compile(self.forward)
@@ -99,6 +99,11 @@ class Trainer:
         self.sharded = shard_optimizer and group.world_size > 1
         self.optimizer = ZeroRedundancyOptimizer(trainable, torch.optim.AdamW, **options) if self.sharded else torch.optim.AdamW(trainable, **options)
         self.diffusion = process(spec.diffusion).to(device)
+        self.passes: Callable[..., Tensor] = self._passes
+        if graphs:
+            require_gpu(device)
+            if group.world_size == 1:  # the exchange between processes stays outside of graphs
+                self.passes = Captured(self._passes)
         self.step = 0
 
     def state(self) -> dict[str, Any]:
@@ -138,38 +143,36 @@ class Trainer:
         eps = torch.randn((n, *x0.shape[1:]), generator=noise, device=self.device)[mine]
         dropped = torch.rand(n, generator=noise, device=self.device)[mine] < recipe.label_dropout
         flipped = torch.rand(n, generator=noise, device=self.device)[mine] < 0.5
-        kept = increment_weights(self.model, recipe.drop_path, n, noise)[mine] if recipe.drop_path else None
+        kept = [increment_weights(self.model, recipe.drop_path, n, noise)[mine]] if recipe.drop_path else []
         y = torch.where(dropped, self.spec.data.num_classes, y)
         if flip:
             x0 = torch.where(flipped[:, None, None, None], x0.flip(-1), x0)
-        total = torch.zeros((), device=self.device)
-        for part in torch.arange(len(x0)).split(self.micro_batch):
-            at = slice(int(part[0]), int(part[-1]) + 1)
-            exchange = nullcontext() if at.stop == len(x0) else self.without_exchange()
-            with exchange, precision(recipe.precision, self.device):
-                forward = self.forward if kept is None else partial(self.forward, kept=kept[at])
-                loss = self.diffusion.losses(forward, x0[at], y[at], t[at], eps[at])["loss"].sum() / n
-                with torch.autocast(self.device.type, enabled=False):  # each op's backward runs in its forward's type
-                    (loss * self.group.world_size).backward()          # the exchange takes the mean over ranks, and this is a sum
-            total += loss.detach()
+        loss = self.passes(x0, y, t, eps, *kept).clone()  # out of a graph's memory
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(recipe, self.step)
         if recipe.grad_clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), recipe.grad_clip)
         self.optimizer.step()
-        self.optimizer.zero_grad()
         update_ema(self.ema, self.model, recipe.ema)
+        return loss
+
+    def _passes(self, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor, *kept: Tensor) -> Tensor:
+        """Forward and backward over the batch, cut into micro-batches: leaves new gradients on the parameters and returns the loss.
+
+        What a graph holds: the optimiser's few launches are made while it runs. Nothing else touches `.grad`, where a replay writes.
+        """
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=self.device)
+        for start in range(0, len(x0), self.micro_batch):
+            at = slice(start, start + self.micro_batch)
+            exchange = nullcontext() if at.stop >= len(x0) else self.without_exchange()
+            with exchange, precision(self.spec.recipe.precision, self.device):
+                forward = partial(self.forward, kept=kept[0][at]) if kept else self.forward
+                loss = self.diffusion.losses(forward, x0[at], y[at], t[at], eps[at])["loss"].sum() / self.spec.recipe.batch
+                with torch.autocast(self.device.type, enabled=False):  # each op's backward runs in its forward's type
+                    (loss * self.group.world_size).backward()          # the exchange takes the mean over ranks, and this is a sum
+            total += loss.detach()
         return total
-
-
-def _exchanging(model: nn.Module, static: bool) -> DistributedDataParallel:
-    """The network with its gradients averaged over the ranks while the backward pass runs; its buffers are constants and stay.
-
-    A graph declared `static` may leave parameters unused; PyTorch excludes that with accumulation and compilation.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # newer versions rename broadcast_buffers, older ones know no other name
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=static)
 
 
 @torch.no_grad()
@@ -191,7 +194,7 @@ def run(
     """
     recipe = spec.recipe
     require_boards()
-    trainer = Trainer(spec, torch.device(resources.device), resources.micro_batch, group, resources.shard_optimizer, resources.compile)
+    trainer = Trainer(spec, torch.device(resources.device), resources.micro_batch, group, resources.shard_optimizer, resources.compile, resources.graphs)
     losses: list[Tensor] = []  # since the last line of the log
     if found := group.share(checkpoint.newest_intact(folder / "checkpoints") if group.first else None):
         step, state = checkpoint.load(found)
