@@ -7,10 +7,9 @@ and conditioned by c2, as in the released code (the paper does not say so).
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.kernels import depthwise_gelu
+from backbones.kernels import depthwise_gelu, pointwise_gelu
 from backbones.layers import (
     ConvFinal,
     ConvStem,
@@ -49,7 +48,7 @@ class DiCoBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation                           # (N, C, 1, 1)
         h = depthwise_gelu(self.conv1(adaln2d(x, shift1, scale1)), self.conv2.weight, self.conv2.bias)  # (N, C, H, W)
         x = gated(x, gate1, self.conv3(h * self.ca(h)))                                     # (N, C, H, W)
-        h = F.gelu(self.conv4(adaln2d(x, shift2, scale2)))                                  # (N, rC, H, W)
+        h = pointwise_gelu(adaln2d(x, shift2, scale2), self.conv4.weight, self.conv4.bias)  # (N, rC, H, W)
         return gated(x, gate2, self.conv5(h))                                               # (N, C, H, W)
 
 

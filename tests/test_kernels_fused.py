@@ -1,4 +1,4 @@
-"""Fused adaLN and depthwise convolution against formulas written out, forward and backward, on awkward sizes."""
+"""Fused adaLN and convolution with GELU against formulas written out, forward and backward, on awkward sizes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from test_kernels_gla import with_gradients
 from torch import Tensor
 
 from backbones import kernels
+from experiments.engine.profiling import Operators
 
+CPU = torch.device("cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HERE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
 CHOICES = ["reference"] + ["triton"] * (INTERPRETED or torch.cuda.is_available())
@@ -71,6 +73,36 @@ def test_fused_depthwise_is_its_formula(choice: str, n: int, channels: int, size
     agree("depthwise_gelu", choice, inputs, with_gradients(depthwise_written_out, inputs))
 
 
+@pytest.mark.parametrize(("n", "channels", "out", "size"), [(1, 3, 5, (1, 1)), (2, 70, 33, (5, 7))])
+def test_pointwise_gelu_is_its_formula(n: int, channels: int, out: int, size: tuple[int, int]):
+    def written_out(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        z = torch.einsum("nchw,oc->nohw", x, weight[:, :, 0, 0]) + bias[:, None, None]
+        return z * torch.special.ndtr(z)
+
+    inputs = normal((n, channels, *size), (out, channels, 1, 1), (out,))
+    agree("pointwise_gelu", "reference", inputs, with_gradients(written_out, inputs))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter has nothing to do with it")
+@pytest.mark.parametrize(("op", "groups"), [("depthwise_gelu", 150), ("pointwise_gelu", 1)])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_wide_convolutions_without_gradients_apply_gelu_themselves(op: str, groups: int, layout: torch.memory_format):
+    side = 3 if groups > 1 else 1
+    exact = normal((2, 150, 5, 7), (150, 150 // groups, side, side), (150,))
+    z = torch.nn.functional.conv2d(*exact, padding=side // 2, groups=groups)
+    x, weight, bias = (part.float() for part in exact)
+    x = x.to(memory_format=layout)
+    kernels.reset_used()
+    with torch.no_grad(), Operators(CPU) as operators:
+        y = getattr(kernels, op)(x, weight, bias)
+    assert kernels.used() == {op: ["onednn"]} and (y - z * torch.special.ndtr(z)).norm() < 2e-6 * y.norm()
+    assert operators.classes["depthwise convolution" if groups > 1 else "convolution"]["macs"] == y.numel() * weight[0].numel()
+    with torch.no_grad():
+        getattr(kernels, op)(x[:, :36], weight[:36, : 36 if groups == 1 else 1], bias[:36])  # a narrow one keeps its bits
+    getattr(kernels, op)(x, weight.requires_grad_(), bias)
+    assert kernels.used()[op] == ["onednn", "reference"]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_fused_kernels_run_in_the_interpreter():
@@ -78,7 +110,7 @@ def test_fused_kernels_run_in_the_interpreter():
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", __file__, "-k", "formula"]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and "12 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
+    assert done.returncode == 0 and "14 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")

@@ -7,7 +7,7 @@ by name; `used` tells which ran, for the record; `counting` lets an op count its
 from backbones.kernels.adaln import adaln
 from backbones.kernels.attention import attention
 from backbones.kernels.causal_conv import causal_conv
-from backbones.kernels.depthwise import depthwise_gelu
+from backbones.kernels.conv_gelu import depthwise_gelu, pointwise_gelu
 from backbones.kernels.diagonal_ssm import diagonal_ssm
 from backbones.kernels.gated_linear import gated_linear
 from backbones.kernels.linear import linear, pointwise
@@ -17,5 +17,5 @@ from backbones.kernels.selective_scan import selective_scan
 
 __all__ = [
     "adaln", "attention", "causal_conv", "counting", "depthwise_gelu", "diagonal_ssm", "gated_linear", "linear", "linear_attention", "observing", "pointwise",
-    "references", "reset_used", "selective_scan", "use", "used",
+    "pointwise_gelu", "references", "reset_used", "selective_scan", "use", "used",
 ]  # fmt: skip

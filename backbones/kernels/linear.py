@@ -49,7 +49,7 @@ def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _OneDNN.apply(x, weight, bias) if torch.is_grad_enabled() else _product(x, weight, bias)
 
 
-def _supports(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+def supports(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     return x.is_cpu and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and _ONEDNN
 
 
@@ -57,7 +57,7 @@ def _pays(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     return x.numel() * len(weight) >= WORTHWHILE
 
 
-linear = Op("linear", [Choice("onednn", onednn, _supports, _pays), Choice("reference", F.linear)])
+linear = Op("linear", [Choice("onednn", onednn, supports, _pays), Choice("reference", F.linear)])
 
 
 def as_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -69,7 +69,7 @@ def _rows_pay(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """oneDNN's convolution is the faster of the two in several threads, forward and backward, and the slower in one."""
     if torch.compiler.is_compiling():  # which cannot ask for threads
         return False
-    return torch.get_num_threads() == 1 and x.is_contiguous(memory_format=torch.channels_last) and _supports(x, weight) and _pays(x, weight)
+    return torch.get_num_threads() == 1 and x.is_contiguous(memory_format=torch.channels_last) and supports(x, weight) and _pays(x, weight)
 
 
 pointwise = Op("pointwise", [Choice("linear", as_linear, pays=_rows_pay), Choice("reference", F.conv2d)])

@@ -21,7 +21,7 @@ from experiments.engine.spec import Cost, Profile
 WARM_UP = 3
 CLASSES = {  # by the beginning of an operator's name; the first that fits
     "product": ("mm", "addmm", "bmm", "baddbmm", "mv", "dot", "_linear_pointwise", "linear"),
-    "convolution": ("convolution", "mkldnn_convolution", "cudnn_convolution"),
+    "convolution": ("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution"),
     "attention": ("_scaled_dot_product", "scaled_dot_product", "_softmax", "_flash_attention", "_efficient_attention"),
     "normalisation": ("native_layer_norm", "native_group_norm"),
     "optimiser and EMA": ("_fused_adam", "_foreach", "lerp"),
@@ -108,6 +108,8 @@ def macs_of(func: Any, args: Sequence[Any], out: Any) -> int:
         return grad.numel() * math.prod(weight.shape[1:]) * (wanted[0] + wanted[1])
     if "_linear_pointwise" in name:
         return out.numel() * args[0].shape[-1]
+    if "_convolution_pointwise" in name:
+        return out.numel() * math.prod(args[1].shape[1:])
     if "scaled_dot_product" in name:
         backward = "backward" in name
         q, k = (args[1], args[2]) if backward else (args[0], args[1])
@@ -116,7 +118,9 @@ def macs_of(func: Any, args: Sequence[Any], out: Any) -> int:
 
 
 def _groups(args: Sequence[Any]) -> int:
-    """Of a convolution or its backward pass, whose gradient mask comes last."""
+    """Of a convolution, one with an activation, whose name comes last, or a backward pass, whose gradient mask does."""
+    if isinstance(args[-1], str):
+        return args[6]
     return args[-2] if isinstance(args[-1], list | tuple) else args[-1]
 
 
