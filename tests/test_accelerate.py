@@ -20,6 +20,7 @@ from experiments.engine.train import Trainer, build, digest
 
 
 GPU = torch.device("cuda")
+WIDE = FAMILIES["dit"].but(depth=1, dim=384, heads=6)  # its layers run on oneDNN
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 TRAINED = Train(DICO, DIGITS, Recipe(steps=6, batch=16, lr=1e-2, ema=0.9))
 DROPPING = Train(FAMILIES["dis"], DIGITS, replace(TRAINED.recipe, drop_path=0.5))
@@ -90,8 +91,9 @@ def test_graphs_without_a_gpu_are_refused():
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_networks_compute_what_they_computed():
-    model, compiled = (build(DICO, 0, CPU).eval() for _ in range(2))
+@pytest.mark.parametrize("network", [DICO, WIDE], ids=lambda b: b.name)
+def test_compiled_networks_compute_what_they_computed(network: Backbone):
+    model, compiled = (build(network, 0, CPU).eval() for _ in range(2))
     fill(model)
     fill(compiled)
     accelerate(compiled, compiled=True, graphs=False)
@@ -103,8 +105,9 @@ def test_compiled_networks_compute_what_they_computed():
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_a_compiled_training_has_the_same_losses():
-    spec = Train(DICO, DIGITS, Recipe(steps=4, batch=16, lr=1e-3))
+@pytest.mark.parametrize("network", [DICO, WIDE], ids=lambda b: b.name)
+def test_a_compiled_training_has_the_same_losses(network: Backbone):
+    spec = Train(network, DIGITS, Recipe(steps=4, batch=16, lr=1e-3))
     eager, compiled = (torch.stack(list(Trainer(spec, CPU, compiled=flag).steps(load(DIGITS)))) for flag in (False, True))
     assert eager.isfinite().all() and (compiled - eager).abs().max() < 1e-4 * eager.abs().max()
 

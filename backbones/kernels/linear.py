@@ -19,7 +19,20 @@ _ONEDNN = torch.backends.mkldnn.is_available()
 WORTHWHILE = 2**22  # multiply-accumulates; below, a call costs more than it saves
 
 
+@torch.library.custom_op("backbones::product", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+def _opaque(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """For the compiler, whose own version of oneDNN's product takes constant weights only."""
+    return _product(x, weight, bias)
+
+
+@_opaque.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], len(weight)))
+
+
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _opaque(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
