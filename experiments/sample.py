@@ -1,6 +1,7 @@
 """Draw images of a declared row: `python experiments/sample.py --table 4 --row DiCo-S --num 50000`.
 
-Each image comes from its own seed, so the set depends on neither the batch nor where a stopped run went on. Labels follow the
+Each image comes from its own seed, so the set depends on neither the batch nor the number of processes (srun or torchrun starts
+several, one a GPU), nor on where a stopped run went on. Labels follow the
 protocol's policy. Writes an ADM-readable .npz (arr_0 images, arr_1 labels, shuffled with a fixed seed) and, with --png,
 one PNG an image. The Evaluate stage of the same row and number scores the same images.
 """
@@ -8,11 +9,11 @@ one PNG an image. The Evaluate stage of the same row and number scores the same 
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 from experiments import ablation, main_results
+from experiments.engine.cli import Parser, guarded
 from experiments.engine.launch import Job
 from experiments.engine.progress import Progress
 from experiments.engine.sources import require_data
@@ -23,7 +24,15 @@ TABLES = ablation.TABLES | main_results.TABLES
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return guarded(_main, _cannot_write)
+
+
+def _cannot_write(error: OSError) -> str:
+    return f"cannot write images ({error.strerror}); free space or choose another folder with --results or --out"
+
+
+def _main() -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", type=int, choices=sorted(TABLES), required=True)
     parser.add_argument("--row", required=True, help="by its label")
     parser.add_argument("--protocol", choices=list(PROTOCOLS), default="digits")
@@ -34,18 +43,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=250, metavar="N", help="images at a time; changes no image (default: 250)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     parser.add_argument("--results", type=Path, metavar="DIR", help="results folder (default: results)")
-    args = parser.parse_args()
-    try:
-        return _run(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: cannot write images ({error.strerror}); free space or choose another folder with --results or --out", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
-        return 130
+    return _run(parser.parse_args())
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -65,6 +63,7 @@ def _run(args: argparse.Namespace) -> int:
 
     import torch
 
+    from experiments.engine import distributed
     from experiments.engine.execute import require_device
     from experiments.engine.heartbeat import claimed
     from experiments.engine.samples import sampled
@@ -73,9 +72,13 @@ def _run(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     require_device(device)
     out, job = args.out or store.run_dir(spec) / "samples.npz", Job(f"{args.row}, {spec.num} images", (spec,))
-    with claimed(store.run_dir(spec)) as beat, Progress(total=1) as progress:
-        resources = Resources(device, sample_batch=args.batch)
-        samples = sampled(spec, store.run_dir(spec.train), resources, lambda *state: progress.notify(job, "progress", state), beat=beat)
+    resources = Resources(device, sample_batch=args.batch)
+    group = distributed.join(device, resources.timeout)
+    if not group.first:
+        sampled(spec, store.run_dir(spec.train), resources, lambda *_: None, group)
+        return 0
+    with claimed(store.run_dir(spec), group.world_size) as beat, Progress(total=1) as progress:
+        samples = sampled(spec, store.run_dir(spec.train), resources, lambda *state: progress.notify(job, "progress", state), group, beat)
         samples.pack(out)
         if args.png:
             samples.write_png(args.png)

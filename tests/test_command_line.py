@@ -6,16 +6,18 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from experiments.ablation import TABLES
-from experiments.engine import cli, report
+from experiments.engine import cli, heartbeat, report
 from experiments.engine.render import FORMATS, render
 from experiments.engine.spec import Stage
 from experiments.engine.store import REPOSITORY, Store
@@ -124,13 +126,42 @@ def test_a_failing_row_is_shown_and_the_others_run_and_nothing_runs_twice(tmp_pa
     assert len(records(root)["train done"]) == 2
 
 
+SAMPLED = """
+from experiments import sample
+
+sample.TABLES = {4: table}
+raise SystemExit(sample.main())
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_draw_the_images_of_one(tmp_path: Path):
+    script, drawing, root = tmp_path / "tiny.py", tmp_path / "draw.py", tmp_path / "results"
+    script.write_text(TABLE.format(steps=5))
+    drawing.write_text(TABLE.format(steps=5).replace('if __name__ == "__main__":', "if False:") + SAMPLED)
+    assert call("--table", 4, "--results", root, "--rows", "good", script=script).returncode == 0
+    drawn = {}
+    for name, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--"])):
+        command = [sys.executable, *launcher, drawing, "--table", 4, "--row", "good", "--num", 260, "--batch", 100, "--results", root, "--out", tmp_path / f"{name}.npz"]
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=300, check=False)
+        assert done.returncode == 0 and done.stdout.count("260 images 8 x 8") == 1, done.stderr
+        with np.load(tmp_path / f"{name}.npz") as file:
+            drawn[name] = file["arr_0"], file["arr_1"]
+        for folder in root.glob("runs/*/samples"):
+            shutil.rmtree(folder)
+    for one, two in zip(drawn["one"], drawn["two"], strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
 def hear_interrupts() -> None:
     """A shell's background jobs, and what they start, are born deaf to them."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.mark.slow
-def test_an_interrupt_leaves_nothing_broken(tmp_path: Path):
+@pytest.mark.parametrize("sent, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_leaves_nothing_broken_and_nobody_at_work(sent: signal.Signals, status: int, tmp_path: Path):
     script, root = tmp_path / "tiny.py", tmp_path / "results"
     script.write_text(TABLE.format(steps=100_000))
     command = [sys.executable, script, "--table", "4", "--rows", "good", "--results", str(root)]
@@ -139,9 +170,10 @@ def test_an_interrupt_leaves_nothing_broken(tmp_path: Path):
         while not list(root.glob("runs/*/log.jsonl")):
             assert running.poll() is None
             time.sleep(0.05)
-        running.send_signal(signal.SIGINT)
-        assert running.wait() == 130
-    assert (tmp_path / "errors").read_text().splitlines()[-1].startswith("interrupted; the same command goes on")
+        running.send_signal(sent)
+        assert running.wait() == status
+    assert sent == signal.SIGTERM or (tmp_path / "errors").read_text().splitlines()[-1].startswith("interrupted; the same command goes on")
+    assert not any(heartbeat.live(heartbeat.read(folder)) for folder in root.glob("runs/*"))
     assert not list(root.rglob("*.tmp")) and set(records(root)) == {"cost done", "timing done"}
 
 
