@@ -11,6 +11,7 @@ from pathlib import Path
 
 from analysis import figures, figures_efficiency, figures_probes, science
 from analysis.claims import claims_sheet
+from analysis.pages import folded, origins
 from analysis.query import Sources
 from analysis.style import save
 from analysis.tables import SHEETS
@@ -62,7 +63,7 @@ def build(store: Sources, with_figures: bool = True) -> list[str]:
             problems.append(f"{name}: records or published data lack {error}")
 
     for name, make in (SHEETS | {"claims": claims_sheet}).items():
-        attempt(name, lambda name=name, make=make: _write(store.root / "tables", name, make(store)))
+        attempt(name, lambda name=name, make=make: _write(store, name, make(store)))
     for protocol in (DIGITS, CIFAR10_SMALL):
         attempt(protocol.name, lambda protocol=protocol: _page(store, protocol))
     for name, draw in FIGURES.items() if with_figures else ():
@@ -75,10 +76,14 @@ def _page(store: Sources, protocol: Protocol) -> None:
         file.write(science.page(store, protocol).encode())
 
 
-def _write(folder: Path, name: str, sheet: Sheet) -> None:
+def _write(store: Sources, name: str, sheet: Sheet) -> None:
+    """The table in every form; below the Markdown stand links to its records, which HTML holds in its cells."""
     for form, suffix in SUFFIXES.items():
-        with written_whole(folder / f"{name}.{suffix}") as file:
-            file.write(render([sheet], form).encode())
+        text = render([sheet], form)
+        if form == "markdown" and (found := folded(origins(sheet), store)):
+            text += f"\n{found}\n"
+        with written_whole(store.root / "tables" / f"{name}.{suffix}") as file:
+            file.write(text.encode())
 
 
 if __name__ == "__main__":
