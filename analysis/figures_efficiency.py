@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+BESIDE = {"DiT": (5, 4), "DiC": (6, -3), "DiG": (-5, 3), "DiCo": (-4, -9)}  # where a family's names stand, points from its marks
 A100_FP32 = 19.5  # TFLOP/s without tensor cores (NVIDIA A100 data sheet)
 
 
@@ -139,8 +140,10 @@ def pareto(store: Sources) -> Figure:
                 points.append((x, y))
                 style = {} if "counted" in label else PUBLISHED
                 panel.plot(x, y, "D" if "counted" in label else "o", ms=5, color=family_colour(row["model"]), **style)
-                panel.annotate(row["model"].removesuffix("/2").rpartition("-")[2], (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7, color=family_colour(row["model"]))
+                family, _, size = row["model"].removesuffix("/2").partition("-")
+                panel.annotate(size, (x, y), xytext=BESIDE[family], textcoords="offset points", fontsize=7, ha="left" if BESIDE[family][0] > 0 else "right", color=family_colour(family))
         panel.set_xscale("log")
+        panel.margins(x=0.1, y=0.08)
         _draw_front(panel, points, lower)
         panel.set_xlabel(label)
     axes[0].set_ylabel("FID-50K, ImageNet 256, 400K steps (published)")
