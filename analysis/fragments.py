@@ -67,7 +67,7 @@ def grids(folder: Path, store: Sources) -> str:
     for path in sorted(folder.glob("*.png")):
         about = Image.open(path).info
         caption = about.get(CAPTION) or f"{path.name}: its file does not say of which run"
-        made.append(figure(path.read_bytes(), caption, [committed[name] for name in about.get(RECORDS, "").split() if name in committed], "grid-of-samples"))
+        made.append(figure(path.read_bytes(), caption, [committed[name] for name in about.get(RECORDS, "").split() if name in committed], "plot samples"))
     if not made:
         return "<p>No grid of samples is committed: <code>python -m analysis.grid</code> draws one of any run that finished on a machine.</p>"
     return f'<div class="grid small">{"".join(made)}</div>'

@@ -2,7 +2,7 @@
 
     python -m analysis.probes locality --table 4 --rows DiCo-S "CM->Self-Attn"
     python -m analysis.probes channels --table 4
-    python -m analysis.probes locality --checkpoint DiT-XL-2-512x512.pt --backbone dit_xl_2 --protocol imagenet512 --images 1
+    python -m analysis.probes locality --checkpoint DiT-XL-2-512x512.pt --backbone dit_xl_2 --protocol imagenet512 --images 1 --gradients 0
     python -m analysis.probes locality --diffusers FLUX.1-dev --conditioning prompt.npz --grid 32 32 --images 1
 
 A row must have been trained here; its record and arrays go to results/records/<probe>.

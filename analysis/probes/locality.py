@@ -135,7 +135,7 @@ def streamed(weights: Weights | Gradients, grid: Grid, queries: Tensor, memory: 
     chunk = memory * MIB // row
     if chunk < 1:
         raise ValueError(f"one row of weights over {grid[0]}x{grid[1]} tokens of {images} images takes {-(-row // MIB)} MiB and {memory} are allowed; "
-                         "probe fewer images or allow more with --memory")
+                         "probe fewer images, allow more with --memory, or take no gradients with --gradients 0")
     within = radii(grid).to(queries.device)
     totals: dict[int, list[Tensor]] = defaultdict(list)
     for head in range(weights.heads):

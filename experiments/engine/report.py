@@ -234,9 +234,10 @@ def _notes(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequenc
     rows = [row for row in rows if row.backbone]
     if len({spec_id(evaluate_stage(row, protocol, 0)) for row in rows}) < len(rows):
         notes.append(f"rows that are one network on {protocol.name} share its runs and scores.")
+    fewer: dict[int, list[str]] = {}
     for row in rows:
-        if 0 < (found := len(seed_values(store, row, protocol, seeds, where))) < len(seeds):
-            notes.append(f"{row.label}: {found} of {len(seeds)} seeds")
+        fewer.setdefault(len(seed_values(store, row, protocol, seeds, where)), []).append(row.label)
+    notes += [f"{', '.join(labels)}: {found} of {len(seeds)} seeds" for found, labels in fewer.items() if 0 < found < len(seeds)]
     if resolved := _resolved(table, rows, protocol, seeds, store, where):
         notes.append(resolved)
     for row in rows:
