@@ -8,23 +8,20 @@
     python experiments/efficiency.py --claims                      the paper's claims about speed and Gflops, with verdicts
     python experiments/efficiency.py --profile DiCo-S              where the time of a row goes, and a trace
 
-Everything runs once and is kept as a record; `--report` prints what there is without running anything.
+Everything runs once and is kept as a record; `--report` prints what there is without running anything, `--cluster slurm` sends
+every network as a job of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from experiments import speed, speed_claims
-from experiments.engine.cli import Parser, guarded, require_device
-from experiments.engine.launch import Job, available_cores, run_here
-from experiments.engine.progress import Progress
+from experiments.engine.cli import Parser, add_run_options, carry_out, device_of, guarded
+from experiments.engine.plan import Listed, Plan
 from experiments.engine.render import FORMATS, render
 from experiments.engine.report import Sheet
-from experiments.engine.rows import Row, Table
-from experiments.engine.spec import Stage, spec_id
 from experiments.engine.store import REPOSITORY, Store
 from experiments.main_results import TABLES
 from experiments.protocols import cost_stages
@@ -35,22 +32,17 @@ TIMED = {number: table for number, table in TABLES.items() if table.timed}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what lacks a record, then print; the exit status is `guarded`'s."""
-    return guarded(lambda: _main(_parse(arguments)))
+    return guarded(lambda: _main(_parse(arguments), arguments))
 
 
-def _main(args: argparse.Namespace) -> int:
+def _main(args: argparse.Namespace, arguments: Sequence[str] | None) -> int:
     store = Store(args.results, REPOSITORY / "results" / "reference")
-    stages, sheets = _choose(args, store)
-    good = True
-    if not args.report:
-        require_device(args.device)
-        store.check_writable()
-        missing = list({spec_id(stage): stage for stage in stages if store.latest(stage) is None}.values())
-        with Progress(total=len(missing)) as progress:
-            good = _run(missing, args, store, progress)
-        store.refresh()
-    print(render(sheets(), args.format))
-    return 0 if good else 1
+    device = device_of(args, (args.rows or [args.profile or ""])[0])
+    plan, sheets = _choose(args, device, store)
+    good = carry_out(plan, args, store, arguments)
+    if good is not None:
+        print(render(sheets(), args.format))
+    return 1 if good is False else 0
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -64,10 +56,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--task", choices=speed.TASKS, default="forward", help="what is timed or profiled (default: forward)")
     parser.add_argument("--sweep", action="store_true", help="with --table and --rows: over the batch size, until it stops paying")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, by label; also large ones on a CPU")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if Path("/dev/nvidia0").exists() else "cpu", help="default: the GPU if there is one")
-    parser.add_argument("--report", action="store_true", help="print from records without running anything")
     parser.add_argument("--format", choices=FORMATS, default="text")
-    parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="results folder (default: results)")
+    add_run_options(parser)
     args = parser.parse_args(arguments)
     if args.sweep and not (args.table and args.rows):
         parser.error("--sweep goes with --table and --rows: it times each of them at many batch sizes")
@@ -76,50 +66,27 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _choose(args: argparse.Namespace, store: Store) -> tuple[list[Stage], Callable[[], list[Sheet]]]:
+def _choose(args: argparse.Namespace, device: str, store: Store) -> tuple[Plan, Callable[[], list[Sheet]]]:
     """What has to run, and a function that gives the sheets to print."""
+    costs = tuple(cost for system in SYSTEMS for cost in system.costs)
     if args.counts:
-        return [cost for system in SYSTEMS for cost in system.costs], lambda: [counts_sheet(store)]
+        return Listed("cpu", costs), lambda: [counts_sheet(store)]
     if args.claims:
         claims = store.published("claims.csv", ("id",)).values()
-        timed = [stage for claim in claims if claim["metric"] == "throughput" for stage in speed_claims.claim_stages(claim, args.device)]
-        light = [stage for stage in timed if args.device == "cuda" or not {"xl", "h"} & set(stage.backbone.name.split("_"))]
-        return [cost for system in SYSTEMS for cost in system.costs] + light, lambda: [speed_claims.claims_sheet(args.device, store)]
+        return Listed(device, costs, speed_claims.jobs(claims, device)), lambda: [speed_claims.claims_sheet(device, store)]
     if args.figure:
-        return speed.figure_3(args.device), lambda: [speed.runtime_sheet(args.device, store)]
+        return Listed(device, alone=speed.figure_3_jobs(device)), lambda: [speed.runtime_sheet(device, store)]
     table = TIMED[args.table or 1]
     if args.profile:
         row = table.row(args.profile)
-        return [*speed.ceilings(args.device), *speed.profiles(row, args.device, args.task)], lambda: speed.profile_sheets(row, args.device, args.task, store)
-    rows = _rows(table, args.rows)
+        return Listed(device, alone=(speed.ceilings_job(device), speed.profile_job(row, device, args.task))), lambda: speed.profile_sheets(row, device, args.task, store)
+    rows = [row for row in ([table.row(label) for label in args.rows] if args.rows else table.rows) if row.backbone]
     if args.sweep:
-        return [stage for row in rows for stage in speed.sweep(row, table.baseline, args.device, args.task)], lambda: [
-            speed.sweep_sheet(row, table.baseline, args.device, args.task, store) for row in rows
-        ]
-    costs = [cost for row in rows for cost in cost_stages(row)]
-    stages = [*costs, *speed.ceilings(args.device), *speed.stages(table, rows, args.device, args.task, args.rows is not None)]
-    return stages, lambda: [speed.speed_sheet(table, rows, args.device, args.task, store)]
-
-
-def _rows(table: Table, labels: list[str] | None) -> list[Row]:
-    return [row for row in ([table.row(label) for label in labels] if labels else table.rows) if row.backbone]
-
-
-def _run(stages: Sequence[Stage], args: argparse.Namespace, store: Store, progress: Progress) -> bool:
-    """One after another in a process each, alone on the machine; of a sweep, no larger batch once one did not pay."""
-    if not args.sweep:
-        return not stages or run_here([Job("efficiency", tuple(stages))], store.root, args.device, 1, available_cores(), progress.notify)
-    tried: dict[str, float] = {}
-    for stage in sorted(stages, key=lambda stage: stage.batch):
-        group = f"{stage.backbone} {stage.precision}"
-        if tried.get(group, 1.0) <= 0:
-            continue
-        run_here([Job("sweep", (stage,))], store.root, args.device, 1, available_cores(), progress.notify)
-        store.refresh()
-        record = store.latest(stage)
-        rate = record.values["images_per_s"] if record else 0.0
-        tried[group] = -1.0 if rate < 1.02 * tried.get(group, 0.0) else rate
-    return True
+        sweeps = tuple(sweep for row in rows for sweep in speed.sweeps(row, table.baseline, device, args.task))
+        return Listed(device, alone=sweeps), lambda: [speed.sweep_sheet(row, table.baseline, device, args.task, store) for row in rows]
+    counts = tuple(cost for row in rows for cost in cost_stages(row))
+    timed = speed.jobs(table, rows, device, args.task, args.rows is not None)
+    return Listed(device, counts, (speed.ceilings_job(device), *timed)), lambda: [speed.speed_sheet(table, rows, device, args.task, store)]
 
 
 if __name__ == "__main__":

@@ -2,23 +2,24 @@
 
 Loads the weights strictly and without running code from the file, draws the protocol's images, scores them and prints the
 paper's values beside; the record says what was measured. `--dry-run` lists what is missing on this machine and what the
-run would cost on it. Running again goes on where a stopped run was.
+run would cost on it; `--cluster slurm` sends it. Running again goes on where a stopped run was.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import sys
 import time
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.checkpoint import options_of
+from experiments.engine.cli import Parser, add_run_options, carry_out, device_of, guarded, require_device
 from experiments.engine.launch import Job
 from experiments.engine.manifest import score_name
-from experiments.engine.progress import Progress
+from experiments.engine.plan import Listed
 from experiments.engine.rows import Row
 from experiments.engine.sources import is_latent, missing_features, require_features, vae_source
 from experiments.engine.spec import Backbone, Checkpoint, Diffusion, Evaluate, spec_id
@@ -33,39 +34,30 @@ PAPERS = {"imagenet256": "table1.csv", "imagenet512": "table2.csv"}
 SCORES = ("fid", "fid_corrected", "sfid", "is", "precision", "recall", "kid")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Score, plan or print; the exit status is `guarded`'s."""
+    return guarded(lambda: _main(_parse(arguments), arguments))
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", required=True, help="registered name, e.g. dico_xl")
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help=".pt or .safetensors")
     parser.add_argument("--protocol", choices=[name for name, protocol in PROTOCOLS.items() if not protocol.small], required=True)
     parser.add_argument("--key", default="ema", help="where a .pt file keeps its weights, unless they lie flat (default: ema)")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the network: learn_sigma=false for SiT's 512 model, raster_padding=true for DiM's")
-    parser.add_argument("--batch", type=int, default=250, metavar="N", help="images at a time (default: 250)")
-    parser.add_argument("--dry-run", action="store_true", help="say what is missing and what the run would cost on this device")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
-    parser.add_argument("--results", type=Path, metavar="DIR", help="results folder (default: results)")
-    args = parser.parse_args()
-    try:
-        return _run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error if isinstance(error, ValueError) else f'cannot write results ({error.strerror}); free space or choose another folder with --results'}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
-        return 130
+    parser.add_argument("--batch", type=int, metavar="N", help="images at a time (default: 250, on Slurm the site's sample_batch)")
+    add_run_options(parser)
+    args = parser.parse_args(arguments)
+    if args.batch is not None and args.batch < 1:
+        parser.error("--batch takes a number from 1 on")
+    return args
 
 
-def _run(args: argparse.Namespace) -> int:
-    import torch
-
-    from experiments.engine.execute import execute, require_device
+def _main(args: argparse.Namespace, arguments: Sequence[str] | None) -> int:
     from experiments.engine.npz import sha256
-    from experiments.engine.train import Resources
 
-    if args.batch < 1:
-        raise ValueError("--batch takes a number from 1 on")
-    protocol, device = PROTOCOLS[args.protocol], args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    require_device(device)
+    protocol, device = PROTOCOLS[args.protocol], device_of(args, args.backbone)
     data = protocol.data
     row = _declared(args.backbone, protocol)
     own = row.backbone.options if row and (row.backbone.name, cost_stages(row)[0].size) == (args.backbone, data.size) else {}
@@ -75,18 +67,18 @@ def _run(args: argparse.Namespace) -> int:
     weights = Checkpoint(backbone, data, sha256(args.checkpoint), args.key, row.method.diffusion if row else Diffusion())
     spec = Evaluate(weights, sampler_of(row, protocol) if row else protocol.sampler, protocol.num, protocol.features, protocol.labels)
     if args.dry_run:
-        print(_plan(spec, model, device))
-        return 0
-    require_features(spec)
+        if args.cluster != "slurm":
+            require_device(device)
+        print(_plan(spec, model, device if args.cluster != "slurm" else None))
     store = Store(args.results, REPOSITORY / "results" / "reference")
-    store.check_writable()
-    job = Job(f"{args.checkpoint.name}, {spec.num} images", (spec,))
-    with Progress(total=1) as progress:
-        record = execute(spec, store, Resources(device, sample_batch=args.batch, checkpoint=args.checkpoint), lambda *state: progress.notify(job, "progress", state))
-    if record.status != "done":
-        raise ValueError(f"scoring failed: {record.error}")
-    print("\n".join([f"{args.checkpoint.name}, {args.protocol}, manifest {record.values['manifest']['hash']}", *_beside(record.values, args.backbone, protocol)]))
-    return 0
+    resources = {"checkpoint": args.checkpoint.resolve()} | ({"sample_batch": args.batch} if args.batch else {})
+    job = Job(f"{args.checkpoint.name}, {spec.num} images", (spec,), row=args.backbone)
+    good = carry_out(Listed(device, together=(job,), resources=resources), args, store, arguments, lambda: require_features(spec))
+    if good and (record := store.latest(spec)):
+        print("\n".join([f"{args.checkpoint.name}, {args.protocol}, manifest {record.values['manifest']['hash']}", *_beside(record.values, args.backbone, protocol)]))
+    elif good:
+        raise ValueError(f"there is no record of {args.checkpoint.name} under {args.protocol} yet; leave out --report")
+    return 1 if good is False else 0
 
 
 def _declared(name: str, protocol: Protocol) -> Row | None:
@@ -106,16 +98,19 @@ def _load(backbone: Backbone, args: argparse.Namespace) -> nn.Module:
     return model.eval()
 
 
-def _plan(spec: Evaluate, model: nn.Module, device: str) -> str:
-    """What is missing, and the cost of N images on this device: the network timed here, times its evaluations."""
+def _plan(spec: Evaluate, model: nn.Module, device: str | None) -> str:
+    """What is missing, and the cost of N images on this device, if it is the one: the network timed here, times its evaluations."""
     lines = [f"{spec_id(spec)}  {spec.num} images, {spec.sampler.name}, {spec.sampler.num_steps} steps, guidance scale {spec.sampler.scale:g}, {spec.labels} labels, {spec.precision}"]
     lines += [f"missing: {text}" for text in _missing(spec)] or ["nothing is missing"]
     passes = spec.sampler.num_steps * (1 if spec.sampler.scale == 1 else 2)
     if spec.sampler.name == "dopri5":
         return "\n".join([*lines, "cost: unknown; its steps are as many as each image needs"])
-    seconds = _seconds_per_pass(spec, model, device)
-    hours = spec.num * passes * seconds / 3600
-    lines.append(f"sampling: {passes} evaluations an image at {seconds * 1000:.3g} ms each on this device: about {hours:.3g} hours; decoding and features come on top")
+    if device:
+        seconds = _seconds_per_pass(spec, model, device)
+        hours = spec.num * passes * seconds / 3600
+        lines.append(f"sampling: {passes} evaluations an image at {seconds * 1000:.3g} ms each on this device: about {hours:.3g} hours; decoding and features come on top")
+    else:
+        lines.append(f"sampling: {passes} evaluations an image; what one costs, this command says on a node, without --cluster slurm")
     gigabytes = spec.num * 3 * (8 * spec.data.size if is_latent(spec.data) else spec.data.size) ** 2 / 1e9
     lines.append(f"disk: {gigabytes:.1f} GB of images")
     return "\n".join(lines)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from experiments.engine.launch import Job, Sweep
 from experiments.engine.report import Cell, Sheet
 from experiments.engine.rows import Row, Table
 from experiments.engine.spec import Backbone, Ceilings, Profile, Timing
@@ -32,14 +33,26 @@ def stages(table: Table, rows: Sequence[Row], device: str, what: str, named: boo
     return [in_mode(timing_stage(row, table.baseline, device), mode, what) for row in chosen for mode in MODES[device]]
 
 
+def jobs(table: Table, rows: Sequence[Row], device: str, what: str, named: bool) -> tuple[Job, ...]:
+    """A job a network: its modes are timed on one machine."""
+    timed = stages(table, rows, device, what, named)
+    labels = {str(row.backbone): row.label for row in reversed(rows)}
+    return tuple(Job(labels[network], tuple(stage for stage in timed if str(stage.backbone) == network)) for network in dict.fromkeys(str(stage.backbone) for stage in timed))
+
+
+def ceilings_job(device: str) -> Job:
+    return Job("ceilings", tuple(ceilings(device)))
+
+
 def ceilings(device: str) -> list[Ceilings]:
     return [Ceilings(device, mode) for mode in MODES[device] if mode != "as_published"]
 
 
-def sweep(row: Row, baseline: Row, device: str, what: str) -> list[Timing]:
-    """The row alone at growing batches, in every mode."""
+def sweeps(row: Row, baseline: Row, device: str, what: str) -> list[Sweep]:
+    """The row alone at growing batches, a job a mode, in the order of MODES."""
     alone = replace(timing_stage(row, baseline, device), baseline=None, baseline_input=None)
-    return [replace(in_mode(alone, mode, what), batch=2**power) for mode in MODES[device] for power in range(11 if device == "cuda" else 5)]
+    batches = [2**power for power in range(11 if device == "cuda" else 5)]
+    return [Sweep(f"{row.label}, {mode}", tuple(replace(in_mode(alone, mode, what), batch=batch) for batch in batches), row=row.label) for mode in MODES[device]]
 
 
 def figure_3(device: str) -> list[Timing]:
@@ -48,6 +61,15 @@ def figure_3(device: str) -> list[Timing]:
     known = [name.replace("dis_xl", "dis_h") for name in networks if device == "cuda" or name.split("_")[1] == "s"]
     sides = (32, 64, 128) if device == "cuda" else (32, 64)
     return [in_mode(Timing(Backbone(name), side, 4, 1000, 64 * 32**2 // side**2 if device == "cuda" else 1, device), mode) for side in sides for name in known for mode in MODES[device]]
+
+
+def figure_3_jobs(device: str) -> tuple[Job, ...]:
+    timed = figure_3(device)
+    return tuple(Job(name, tuple(stage for stage in timed if stage.backbone.name == name)) for name in dict.fromkeys(stage.backbone.name for stage in timed))
+
+
+def profile_job(row: Row, device: str, what: str) -> Job:
+    return Job(row.label, tuple(profiles(row, device, what)))
 
 
 def profiles(row: Row, device: str, what: str) -> list[Profile]:
@@ -143,8 +165,8 @@ def _notes(table: Table, rows: Sequence[Row], device: str, what: str, store: Sto
 def sweep_sheet(row: Row, baseline: Row, device: str, what: str, store: Store, where: str = "records") -> Sheet:
     """Throughput over the batch size, and the best."""
     sheet = Sheet(f"{row.label}: {what} over the batch size on this {device}", [("", "batch")] + [(mode, "img/s") for mode in MODES[device]])
-    stages = sweep(row, baseline, device, what)
-    found = {mode: [(stage.batch, record) for stage in stages if stage.precision == mode and (record := store.latest(stage, where))] for mode in MODES[device]}
+    tried = zip(MODES[device], sweeps(row, baseline, device, what), strict=True)
+    found = {mode: [(stage.batch, record) for stage in sweep.stages if (record := store.latest(stage, where))] for mode, sweep in tried}
     for batch in sorted({batch for records in found.values() for batch, _ in records}):
         at = [dict(found[mode]).get(batch) for mode in MODES[device]]
         sheet.rows.append([Cell(words=str(batch))] + [Cell(r.values["images_per_s"], r.values["images_per_s_spread"], 1, records=(r,)) if r else Cell() for r in at])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from experiments.engine.launch import Job
 from experiments.engine.report import Cell, Sheet
 from experiments.engine.spec import Backbone, Timing
 from experiments.engine.store import Record, Store
@@ -35,6 +36,16 @@ def claim_stages(claim: Claim, device: str) -> list[Timing]:
     (one, side), (two, _) = networks
     batch = (4 if side == 32 else 1) if device == "cpu" else 64 if side == 32 else 16
     return [in_mode(Timing(Backbone(one), side, 4, 1000, batch, device, baseline=Backbone(two)), mode) for mode in MODES[device]]
+
+
+def jobs(claims: Iterable[Claim], device: str) -> tuple[Job, ...]:
+    """A job a pair of networks; on a CPU without the large ones, which take minutes."""
+    pairs: dict[str, Job] = {}
+    for claim in claims:
+        timed = claim_stages(claim, device) if claim["metric"] == "throughput" else []
+        if timed and (device == "cuda" or not {"xl", "h"} & set(timed[0].backbone.name.split("_"))):
+            pairs.setdefault(str(timed), Job(f"{claim['subject']} and {claim['baseline']}", tuple(timed)))
+    return tuple(pairs.values())
 
 
 def _network(name: str) -> tuple[str, int] | None:

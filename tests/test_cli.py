@@ -51,20 +51,20 @@ def run(root: Path, *jobs: Job, workers: int = 2) -> tuple[bool, list[tuple[str,
     return run_here(jobs, root, "cpu", workers, 1, notify), heard
 
 
-def dying(job: Job, root: Path, device: str, threads: int, pipe: Connection) -> None:
+def dying(job: Job, *given: Any) -> None:
     if job.label == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if job.label == "leaves":
         os._exit(3)
-    work(job, root, device, threads, pipe)
+    work(job, *given)
 
 
-def full(job: Job, root: Path, device: str, threads: int, pipe: Connection) -> None:
+def full(job: Job, *given: Any) -> None:
     def no_space(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     os.replace = no_space
-    work(job, root, device, threads, pipe)
+    work(job, *given)
 
 
 def test_a_worker_that_dies_costs_its_own_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from experiments.ablation import TABLES
-from experiments.engine import cli, report
+from experiments.engine import cli, heartbeat, report
 from experiments.engine.render import FORMATS, render
 from experiments.engine.spec import Stage
 from experiments.engine.store import REPOSITORY, Store
@@ -130,7 +130,8 @@ def hear_interrupts() -> None:
 
 
 @pytest.mark.slow
-def test_an_interrupt_leaves_nothing_broken(tmp_path: Path):
+@pytest.mark.parametrize("sent, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_leaves_nothing_broken_and_nobody_at_work(sent: signal.Signals, status: int, tmp_path: Path):
     script, root = tmp_path / "tiny.py", tmp_path / "results"
     script.write_text(TABLE.format(steps=100_000))
     command = [sys.executable, script, "--table", "4", "--rows", "good", "--results", str(root)]
@@ -139,9 +140,10 @@ def test_an_interrupt_leaves_nothing_broken(tmp_path: Path):
         while not list(root.glob("runs/*/log.jsonl")):
             assert running.poll() is None
             time.sleep(0.05)
-        running.send_signal(signal.SIGINT)
-        assert running.wait() == 130
-    assert (tmp_path / "errors").read_text().splitlines()[-1].startswith("interrupted; the same command goes on")
+        running.send_signal(sent)
+        assert running.wait() == status
+    assert sent == signal.SIGTERM or (tmp_path / "errors").read_text().splitlines()[-1].startswith("interrupted; the same command goes on")
+    assert not any(heartbeat.live(heartbeat.read(folder)) for folder in root.glob("runs/*"))
     assert not list(root.rglob("*.tmp")) and set(records(root)) == {"cost done", "timing done"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from experiments import efficiency, speed, speed_claims
-from experiments.engine import cost, profiling
+from experiments.engine import cost, execute, profiling
 from experiments.engine.spec import Backbone, Ceilings, Cost, Profile, Stage, Timing
 from experiments.engine.store import Store
 from experiments.main_results import TABLE_1
@@ -88,17 +89,36 @@ def test_the_committed_counts_judge_the_claims_about_gflops():
 
 def test_a_sweep_stops_where_larger_batches_do_not_pay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     rates = {1: 10.0, 2: 15.0, 4: 15.1, 8: 30.0, 16: 60.0}
+    monkeypatch.setattr(execute.timing, "run", lambda stage: timed(rates[stage.batch], 1.0))
+    arguments = ["--table", "1", "--sweep", "--rows", "DiCo-S", "--device", "cpu", "--cluster", "debug", "--results", str(tmp_path)]
+    for _ in range(2):  # the second finds it done
+        assert efficiency.main(arguments) == 0
+        printed = capsys.readouterr().out
+        assert "fp32: best at batch 4, 15.1 images a second" in printed and "30.0" not in printed
+        assert len(list((tmp_path / "records" / "timing").iterdir())) == 3
 
-    def run(jobs: list, root: Path, *rest: object) -> bool:
-        for stage in jobs[0].stages:
-            fill(Store(root), stage, **timed(rates[stage.batch], 1.0))
-        return True
 
-    monkeypatch.setattr(efficiency, "run_here", run)
-    arguments = ["--table", "1", "--sweep", "--rows", "DiCo-S", "--device", "cpu", "--results", str(tmp_path)]
-    assert efficiency.main(arguments) == 0
+def test_a_sweep_goes_on_where_it_stopped_and_ends_where_a_batch_does_not_fit(tmp_path: Path):
+    store, (sweep,) = Store(tmp_path), speed.sweeps(DICO, TABLE_1.baseline, "cpu", "forward")
+    assert sweep.left(store) == sweep and [stage.batch for stage in sweep.stages] == [1, 2, 4, 8, 16]
+    store.append(sweep.stages[0], "failed", {}, {}, "RuntimeError: a busy device")
+    assert sweep.left(store).stages == sweep.stages and sweep.failed([store.latest(sweep.stages[0], status="failed")])
+    for stage, rate in zip(sweep.stages, (10.0, 20.0), strict=False):
+        fill(store, stage, **timed(rate, 1.0))
+    left = sweep.left(store)
+    assert [stage.batch for stage in left.stages] == [4, 8, 16] and not left.failed(left.before)
+    large = store.append(left.stages[0], "failed", {}, {}, "OutOfMemoryError: a large batch")
+    assert left.ended([*left.before, large]) and not left.failed([*left.before, large]) and not sweep.left(store).stages
+
+
+@pytest.mark.parametrize("arguments", [["--table", "1"], ["--table", "2"], ["--claims"], ["--figure", "3"], ["--profile", "DiCo-S"], ["--table", "1", "--sweep", "--rows", "DiCo-S"]])
+def test_a_plan_for_a_cluster_gives_every_network_a_gpu_to_itself(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("DICO_SLURM_GPUS_PER_NODE", "8")
+    assert efficiency.main([*arguments, "--cluster", "slurm", "--dry-run", "--results", str(tmp_path / "results")]) == 0
     printed = capsys.readouterr().out
-    assert "fp32: best at batch 4, 15.1 images a second" in printed and "30.0" not in printed
+    jobs = int(re.search(r"an array of (\d+) jobs", printed).group(1))
+    assert f"#SBATCH --array=0-{jobs - 1}%1\n" in printed and "#SBATCH --gpus-per-node=1\n" in printed and "#SBATCH --ntasks-per-node=1\n" in printed
+    assert len(set(re.findall(r"^\w{16}  (?:timing|ceilings|profile) +(.+?)  ", printed, re.M))) == jobs and not (tmp_path / "results").exists()
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def write_for_ever(folder: Path, pipe: Connection) -> None:
             signal.pause()
 
     execute.execute = endless
-    launch._work(Job("endless", (cost_stage(TABLES[5].rows[0]),)), folder, "cpu", 1, pipe)
+    launch._work(Job("endless", (cost_stage(TABLES[5].rows[0]),)), folder, "cpu", 1, pipe, {})
 
 
 def test_a_worker_that_is_ended_removes_what_it_was_writing(tmp_path: Path):

@@ -138,6 +138,9 @@ def test_a_dry_run_says_what_is_missing_and_what_it_would_cost(checkpoint: Path,
     assert "250 evaluations an image" in out and "about 34.7 hours" in out and "9.8 GB" in out and "missing: VAE gone is neither" in out
     status, out, _ = run(evaluate_checkpoint, capsys, monkeypatch, *arguments, "imagenet256_guided", "--dry-run")
     assert status == 0 and "500 evaluations" in out and "guidance scale 1.4" in out
+    monkeypatch.setenv("DICO_SLURM_GPUS_PER_NODE", "4")
+    status, out, _ = run(evaluate_checkpoint, capsys, monkeypatch, *arguments[:-3], "--protocol", "imagenet256", "--cluster", "slurm", "--dry-run")
+    assert status == 0 and "one job: net.pt, 50000 images" in out and "#SBATCH --gpus-per-node=4" in out and "hours;" not in out
     status, _, err = run(evaluate_checkpoint, capsys, monkeypatch, *arguments, "imagenet256", "--results", tmp_path / "results")
     assert status == 2 and "lacks the Inception weights" in err and not (tmp_path / "results").exists()
 
@@ -163,14 +166,16 @@ def test_a_checkpoint_is_sampled_scored_and_recorded(grey, tmp_path: Path, capsy
     monkeypatch.setattr(stage, "load", lambda asked: pixels)
     (tmp_path / "weights").write_bytes(b"")
     monkeypatch.setenv("DICO_INCEPTION", str(tmp_path / "weights"))
-    arguments = "--backbone", "dico_s", "--checkpoint", tmp_path / "net.pt", "--protocol", "tiny", "--device", "cpu", "--results", tmp_path / "results"
+    arguments = "--backbone", "dico_s", "--checkpoint", tmp_path / "net.pt", "--protocol", "tiny", "--device", "cpu", "--cluster", "debug", "--results", tmp_path / "results"
+    status, _, err = run(evaluate_checkpoint, capsys, monkeypatch, *arguments, "--report")
+    assert (status, err) == (2, "error: there is no record of net.pt under tiny yet; leave out --report\n")
     status, out, err = run(evaluate_checkpoint, capsys, monkeypatch, *arguments)
     assert status == 0 and "net.pt, tiny, manifest " in out and "FID-12 " in out and "the paper has no such row" in out, err
     (path,) = (tmp_path / "results" / "records" / "evaluate").glob("*.json")
     values = read_record(path).values
     assert values["nfe"] == 2 and values["manifest"]["model"]["sha256"] == npz.sha256(tmp_path / "net.pt")
     again = run(evaluate_checkpoint, capsys, monkeypatch, *arguments)
-    assert again[:2] == (0, out) and len(list(path.parent.iterdir())) == 1
+    assert again[0] == 0 and out.endswith(again[1]) and "loss" not in out and len(list(path.parent.iterdir())) == 1
 
 
 def test_the_papers_values_stand_beside_ours():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -15,13 +16,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from experiments.engine import slurm
-from experiments.engine.launch import available_cores, run_here
-from experiments.engine.plan import Chosen, describe, missing
+from experiments.engine.launch import available_cores, run_here, unwind
+from experiments.engine.plan import Chosen, Plan, describe, missing
 from experiments.engine.progress import Progress
 from experiments.engine.render import FORMATS, render
 from experiments.engine.report import comparison_sheet, main_sheet
 from experiments.engine.rows import Row, Table
-from experiments.engine.site import rows_of_their_own
+from experiments.engine.site import load_site, rows_of_their_own
 from experiments.engine.sources import require_data, require_features
 from experiments.engine.store import REPOSITORY, Store
 from experiments.protocols import PROTOCOLS, cost_stages, evaluate_stage
@@ -35,7 +36,8 @@ def main(tables: dict[int, Table], description: str | None, arguments: Sequence[
 
 
 def guarded(run: Callable[[], int]) -> int:
-    """A command whose bad input is one line. Exit status: 0 done, 1 some stage failed, 2 bad input, 130 interrupted."""
+    """A command whose bad input is one line. Exit status: 0 done, 1 some stage failed, 2 bad input, 130 interrupted, 143 terminated."""
+    before = signal.signal(signal.SIGTERM, unwind)  # its workers would outlive it otherwise
     try:
         return run()
     except ValueError as error:
@@ -50,6 +52,8 @@ def guarded(run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _main(tables: dict[int, Table], description: str | None, arguments: Sequence[str] | None) -> int:
@@ -58,42 +62,65 @@ def _main(tables: dict[int, Table], description: str | None, arguments: Sequence
     rows = _choose(table, args.rows)
     if protocol.own and (side := cost_stages(table.baseline)[0].size) != protocol.data.size:
         raise ValueError(f"the recipes of table {table.number} are for latents of side {side}, protocol {protocol.name} has {protocol.data.size}; take imagenet{8 * side}_own")
-    on_slurm = args.cluster == "slurm"
-    default = slurm.device(rows) if on_slurm else "cuda" if Path("/dev/nvidia0").exists() else "cpu"
-    if on_slurm and args.device not in (None, default):
-        raise ValueError(f"--device {args.device} contradicts the site, whose nodes compute on {default}; leave it out, or change gpus_per_node in slurm/site.toml")
-    chosen = Chosen(table, rows, protocol, args.seeds, args.device or default, named=args.rows is not None)
-    good = True
-    if on_slurm and (strange := set(rows_of_their_own()) - {row.label for each in tables.values() for row in (*each.rows, *each.outside)}):
+    chosen = Chosen(table, rows, protocol, args.seeds, device_of(args, rows[0].label), named=args.rows is not None)
+    if args.cluster == "slurm" and (strange := set(rows_of_their_own()) - {row.label for each in tables.values() for row in (*each.rows, *each.outside)}):
         print(f"warning: the site file has resources for {', '.join(map(repr, sorted(strange)))}, which no table of this script declares", file=sys.stderr)
-    if args.dry_run:
-        print(describe(chosen, store))
-        if on_slurm:
-            print(slurm.describe(chosen, store))
+
+    def require_sources() -> None:
+        for data in {stage.data.name: stage.data for row in chosen.networks for stage in evaluate_stage(row, protocol, 0).trainings}.values():
+            require_data(data)
+        require_features(evaluate_stage(table.baseline, protocol, 0))
+
+    good = carry_out(chosen, args, store, arguments, (lambda: None) if table.counts_only else require_sources, args.workers)
+    if good is None:
         return 0
-    if args.status:
-        print(slurm.status(chosen, store))
-        return 0
-    if args.cancel:
-        print(slurm.cancel(chosen, store))
-        return 0
-    if not args.report:
-        if not table.counts_only:
-            for data in {stage.data.name: stage.data for row in chosen.networks for stage in evaluate_stage(row, protocol, 0).trainings}.values():
-                require_data(data)
-            require_features(evaluate_stage(table.baseline, protocol, 0))
-        if on_slurm:
-            print(slurm.send(chosen, store, shlex.join(["python", os.path.relpath(sys.argv[0]), *(sys.argv[1:] if arguments is None else arguments)])))
-            return 0
-        require_device(chosen.device)
-        store.check_writable()
-        good = _run(chosen, store, args.cluster, args.workers)
-        store.refresh()
     sheets = [main_sheet(table, rows, protocol, args.seeds, chosen.device, store)]
     if not table.counts_only and protocol.small:
         sheets.append(comparison_sheet(table, chosen.networks, protocol, args.seeds, chosen.device, store))
     print(render(sheets, args.format))
     return 0 if good else 1
+
+
+def device_of(args: argparse.Namespace, row: str) -> str:
+    """What --device says; else what this machine has, or on Slurm what the site gives to the row: this machine's devices say nothing of it."""
+    if args.cluster != "slurm":
+        return args.device or ("cuda" if Path("/dev/nvidia0").exists() else "cpu")
+    device = load_site(row).device
+    if args.device not in (None, device):
+        raise ValueError(f"--device {args.device} contradicts the site, whose nodes compute on {device}; leave it out, or change gpus_per_node in slurm/site.toml")
+    return device
+
+
+def carry_out(
+    plan: Plan, args: argparse.Namespace, store: Store, arguments: Sequence[str] | None, require_sources: Callable[[], None] = lambda: None, workers: int | None = None
+) -> bool | None:
+    """Do with a plan what the options of `add_run_options` ask for: None if all is said with that, else whether every job is done.
+
+    `require_sources` raises ValueError where something is missing that the jobs read; `workers` jobs train side by side here.
+    """
+    on_slurm = args.cluster == "slurm"
+    if args.dry_run:
+        print(describe(plan, store))
+        if on_slurm:
+            print(slurm.describe(plan, store))
+        return None
+    if args.status:
+        print(slurm.status(plan, store))
+        return None
+    if args.cancel:
+        print(slurm.cancel(plan, store))
+        return None
+    if args.report:
+        return True
+    require_sources()
+    if on_slurm:
+        print(slurm.send(plan, store, shlex.join(["python", os.path.relpath(sys.argv[0]), *(sys.argv[1:] if arguments is None else arguments)])))
+        return None
+    require_device(plan.device)
+    store.check_writable()
+    good = _run(plan, store, args.cluster, workers)
+    store.refresh()
+    return good
 
 
 class Parser(argparse.ArgumentParser):
@@ -110,21 +137,26 @@ def _parse(tables: dict[int, Table], description: str | None, arguments: Sequenc
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, by label; also reaches the '(alt)' rows")
     parser.add_argument("--protocol", choices=list(PROTOCOLS), default="digits", help="data, recipe, sampler and scores (default: digits)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="training seeds (default: 0)")
-    parser.add_argument("--dry-run", action="store_true", help="print what would run, what is done and what it will cost")
-    parser.add_argument("--report", action="store_true", help="print the table from records without running anything")
-    parser.add_argument("--format", choices=FORMATS, default="text", help="of the printed table")
-    parser.add_argument("--cluster", choices=CLUSTERS, default="here", help="where to run: here, through submitit here (local: a process a job; debug: all in this process, one by one, where a breakpoint() of yours can stop; nothing else opens a debugger) or on Slurm")
-    parser.add_argument("--status", action="store_true", help="print every run's state: waiting, running, done or failed")
-    parser.add_argument("--cancel", action="store_true", help="cancel what this command submitted for these rows, and nothing else")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one; on Slurm the site's")
     parser.add_argument("--workers", type=int, default=None, metavar="N", help="trainings side by side (default: one a core, on a GPU one)")
-    parser.add_argument("--results", type=Path, default=os.environ.get("RESULTS") or None, metavar="DIR", help="results folder (default: $RESULTS, else results)")
+    parser.add_argument("--format", choices=FORMATS, default="text", help="of the printed table")
+    add_run_options(parser)
     args = parser.parse_args(arguments)
     if args.workers is not None and args.workers < 1:
         parser.error("--workers takes a number from 1 on")
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
         parser.error("--seeds takes different numbers from 0 on")
     return args
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """What every command that runs stages has: where, on what, into which folder, and whether at all."""
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, what is done and what it will cost")
+    parser.add_argument("--report", action="store_true", help="print from records without running anything")
+    parser.add_argument("--cluster", choices=CLUSTERS, default="here", help="where to run: here, through submitit here (local: a process a job; debug: all in this process, one by one, where a breakpoint() of yours can stop; nothing else opens a debugger) or on Slurm")
+    parser.add_argument("--status", action="store_true", help="print every run's state: waiting, running, done or failed")
+    parser.add_argument("--cancel", action="store_true", help="cancel what this command submitted, and nothing else")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one; on Slurm the site's")
+    parser.add_argument("--results", type=Path, default=os.environ.get("RESULTS") or None, metavar="DIR", help="results folder (default: $RESULTS, else results)")
 
 
 def require_device(device: str) -> None:
@@ -142,18 +174,18 @@ def _choose(table: Table, labels: list[str] | None) -> list[Row]:
     return [table.row(label) for label in labels]
 
 
-def _run(chosen: Chosen, store: Store, cluster: str, workers: int | None) -> bool:
-    """Count and time every row first, alone on the machine; then train and score, side by side."""
+def _run(plan: Plan, store: Store, cluster: str, workers: int | None) -> bool:
+    """Count first; then time, each network alone on the machine; then train and score, side by side."""
     cores = available_cores()
-    counts, timings, trainings = (missing(jobs, store) for jobs in (chosen.counts(), chosen.timings(), chosen.trainings()))
-    workers = workers or (1 if chosen.device == "cuda" else cores)
+    counts, timings, trainings = (missing(jobs, store) for jobs in (plan.counts(), plan.timings(), plan.trainings()))
+    workers = workers or (1 if plan.device == "cuda" else cores)
     with Progress(total=sum(len(job.stages) for job in (*counts, *timings, *trainings))) as progress:
-        good = run_here(counts, store.root, chosen.device, 1, cores, progress.notify)
+        good = run_here(counts, store.root, plan.device, 1, cores, progress.notify)
         if cluster != "here":
             from experiments.engine.cluster import run_locally
 
-            good = run_locally(timings, store.root, chosen.device, 1, cluster == "debug", progress.notify) and good
-            return run_locally(trainings, store.root, chosen.device, workers, cluster == "debug", progress.notify) and good
-        good = run_here(timings, store.root, chosen.device, 1, cores, progress.notify) and good
-        threads = cores if chosen.device == "cuda" else max(1, cores // workers)
-        return run_here(trainings, store.root, chosen.device, workers, threads, progress.notify) and good
+            good = run_locally(timings, store.root, plan.device, 1, cluster == "debug", progress.notify) and good
+            return run_locally(trainings, store.root, plan.device, workers, cluster == "debug", progress.notify, **plan.resources) and good
+        good = run_here(timings, store.root, plan.device, 1, cores, progress.notify) and good
+        threads = cores if plan.device == "cuda" else max(1, cores // workers)
+        return run_here(trainings, store.root, plan.device, workers, threads, progress.notify, **plan.resources) and good

@@ -71,8 +71,10 @@ def sbatch_text(site: Site, folder: Path, num: int) -> str:
     return _make_sbatch_string(command, folder, map_count=num if num > 1 else None, **parameters(site, folder))
 
 
-def submit(groups: Sequence[tuple[Site, Sequence[Job]]], store: Store) -> list[Submission]:
+def submit(groups: Sequence[tuple[Site, Sequence[Job]]], store: Store, **resources: Any) -> list[Submission]:
     """Send each group to Slurm as one array, leaving out stages that are in the queue; returns at once with what was sent.
+
+    `resources` are the trainer's, beside those that a site gives.
 
     Raises ValueError with the scheduler's words, before anything is sent, where it would refuse a group.
     """
@@ -91,9 +93,8 @@ def submit(groups: Sequence[tuple[Site, Sequence[Job]]], store: Store) -> list[S
         for site, jobs, folder in left:
             executor = submitit.SlurmExecutor(folder, max_num_timeout=UNBOUNDED, python='"$PYTHON"')
             executor.update_parameters(**parameters(site, folder))
-            resources = given(site)
             try:
-                handles = executor.map_array(task, jobs, [store.root.resolve()] * len(jobs), [resources] * len(jobs))
+                handles = executor.map_array(task, jobs, [store.root.resolve()] * len(jobs), [given(site) | resources] * len(jobs))
             except submitit.core.utils.FailedJobError as error:
                 raise ValueError(f"sbatch: {words(str(error))}") from None
             part = []
@@ -115,12 +116,12 @@ def _ask(text: str, root: Path) -> None:
         script.unlink()
 
 
-def run_locally(jobs: Sequence[Job], root: Path, device: str, workers: int, debug: bool, notify: Callable[[Job, str, Any], None]) -> bool:
-    """Run jobs through submitit on this machine, `workers` at a time, or one by one in this process; True if every stage is done."""
+def run_locally(jobs: Sequence[Job], root: Path, device: str, workers: int, debug: bool, notify: Callable[[Job, str, Any], None], **resources: Any) -> bool:
+    """As `launch.run_here`, but through submitit: `workers` at a time, or one by one in this process."""
     import submitit
 
     folder, began = new_folder(root), utc_now()
-    resources = {"device": device, "threads": max(1, available_cores() // (1 if debug else workers))}
+    resources |= {"device": device, "threads": max(1, available_cores() // (1 if debug else workers))}
     if debug:
         executor = submitit.core.plugins.get_executors()["debug"](folder)
     else:

@@ -9,27 +9,67 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from experiments.engine import preemption
 from experiments.engine.spec import Stage, kind_of
+from experiments.engine.store import Record, Store
+
+GAIN = 1.02  # in images a second, for which a sweep goes on to the next batch
 
 
 @dataclass(frozen=True)
 class Job:
-    """Stages that run one after another; in a `chain` each needs the one before, so a failure ends it."""
+    """Stages that run one after another; in a `chain` each needs the one before, so a failure ends it.
+
+    `row` is the label under which a site file gives it resources, where that is not its own. `before` are the records of
+    stages that ran earlier, where they matter to those that are left.
+    """
 
     label: str
     stages: tuple[Stage, ...]
     chain: bool = False
+    row: str = ""
+    before: tuple[Record, ...] = ()
+
+    def left(self, store: Store) -> Job:
+        """The job without its stages that are done."""
+        return replace(self, stages=tuple(stage for stage in self.stages if store.latest(stage) is None))
+
+    def ended(self, records: Sequence[Record]) -> bool:
+        """Whether nothing is to run after the stages that gave these."""
+        return self.chain and any(record.status != "done" for record in records)
+
+    def failed(self, records: Sequence[Record]) -> bool:
+        return any(record.status != "done" for record in records)
 
 
-def run_here(jobs: Sequence[Job], root: Path, device: str, workers: int, threads: int, notify: Callable[[Job, str, Any], None]) -> bool:
-    """Run jobs, `workers` at a time with `threads` threads each; True if every stage is done.
+class Sweep(Job):
+    """Timings at growing batches until one does not pay, or fails, as for want of memory."""
+
+    def left(self, store: Store) -> Sweep:
+        tried = list(takewhile(lambda record: record is not None, map(store.latest, self.stages)))
+        untried = self.stages[len(tried) :]
+        if tried and untried and (failed := store.latest(untried[0], status="failed")):
+            tried.append(failed)
+        return replace(self, stages=() if self.ended(tried) else untried, before=tuple(tried))
+
+    def ended(self, records: Sequence[Record]) -> bool:
+        rates = [record.values["images_per_s"] if record.status == "done" else 0.0 for record in records[-2:]]
+        return 0.0 in rates or (len(rates) == 2 and rates[1] < GAIN * rates[0])
+
+    def failed(self, records: Sequence[Record]) -> bool:
+        """Only where not even the smallest batch could be timed."""
+        return bool(records) and records[0].status != "done"
+
+
+def run_here(jobs: Sequence[Job], root: Path, device: str, workers: int, threads: int, notify: Callable[[Job, str, Any], None], **resources: Any) -> bool:
+    """Run jobs, `workers` at a time with `threads` threads each and further `resources` of the trainer; True if every one is done.
 
     `notify(job, event, payload)` hears 'progress' (step, steps, loss, images per second), 'record' (stage, record),
     'error' (text) and 'end' (None). An interrupt stops every process; what they wrote is whole.
@@ -39,19 +79,19 @@ def run_here(jobs: Sequence[Job], root: Path, device: str, workers: int, threads
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["experiments.engine.execute"])
     _start_server()
-    waiting, running = list(jobs), dict[Connection, tuple[Job, Any]]()
+    waiting, running = list(jobs), dict[Connection, tuple[Job, Any, list[Record]]]()
     good = True
     try:
         while waiting or running:
             while waiting and len(running) < workers:
                 job = waiting.pop(0)
                 ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_work, args=(job, root, device, threads, theirs), daemon=True)
+                process = context.Process(target=_work, args=(job, root, device, threads, theirs, resources), daemon=True)
                 process.start()
                 theirs.close()
-                running[ours] = (job, process)
+                running[ours] = (job, process, list(job.before))
             for pipe in wait(list(running)):
-                job, process = running[pipe]
+                job, process, records = running[pipe]
                 try:
                     event, payload = pipe.recv()
                 except EOFError:
@@ -62,14 +102,21 @@ def run_here(jobs: Sequence[Job], root: Path, device: str, workers: int, threads
                         notify(job, "error", f"its process ended with {_reason(process.exitcode)}")
                     notify(job, "end", None)
                     continue
-                good = good and not (event == "error" or (event == "record" and payload[1].status != "done"))
+                if event == "record":
+                    records.append(payload[1])
+                good = good and event != "error" and not job.failed(records)
                 notify(job, event, payload)
     finally:
-        for _, process in running.values():
+        for _, process, _ in running.values():
             process.terminate()
-        for _, process in running.values():
+        for _, process, _ in running.values():
             process.join(5)
     return good
+
+
+def unwind(number: int, _: Any) -> NoReturn:
+    """For signals: end this process so that half-written files are removed and workers ended."""
+    sys.exit(128 + number)
 
 
 def _reason(code: int) -> str:
@@ -86,22 +133,21 @@ def _start_server() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _work(job: Job, root: Path, device: str, threads: int, pipe: Connection) -> None:
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # unwind, so that half-written files are removed
+def _work(job: Job, root: Path, device: str, threads: int, pipe: Connection, resources: dict[str, Any]) -> None:
+    signal.signal(signal.SIGTERM, unwind)
     if not mp.parent_process().is_alive():  # it was interrupted while this process was being made
         return
     import torch
 
     from experiments.engine.execute import Resources, execute
-    from experiments.engine.store import Store
 
     torch.set_num_threads(threads)
-    store = Store(root)
+    store, records = Store(root), list(job.before)
     try:
         for stage in job.stages:
-            record = execute(stage, store, Resources(device=device), lambda *progress: pipe.send(("progress", progress)))
-            pipe.send(("record", (stage, record)))
-            if record.status != "done" and job.chain:
+            records.append(execute(stage, store, Resources(device=device, **resources), lambda *progress: pipe.send(("progress", progress))))
+            pipe.send(("record", (stage, records[-1])))
+            if job.ended(records):
                 break
     except BrokenPipeError:
         return  # nobody listens any more
@@ -124,14 +170,14 @@ def work_in_job(job: Job, root: Path, device: str, threads: int | None = None, *
     import torch
 
     from experiments.engine.execute import Resources, execute
-    from experiments.engine.store import Store
 
     if threads := threads or int(os.environ.get("SLURM_CPUS_PER_TASK", "0")):
         torch.set_num_threads(threads)
-    store, error = Store(root), None
+    store, error, records = Store(root), None, list(job.before)
 
     def report(step: int, steps: int, loss: float, rate: float) -> None:
-        print(f"{job.label}: step {step} of {steps}, loss {loss:.4f}, {rate:.0f} images/s", flush=True)
+        of = "" if loss != loss else f", loss {loss:.4f}"  # sampling has none
+        print(f"{job.label}: step {step} of {steps}{of}, {rate:.0f} images/s", flush=True)
         _sign("restarts", None)
 
     try:
@@ -141,10 +187,11 @@ def work_in_job(job: Job, root: Path, device: str, threads: int | None = None, *
             record = execute(stage, store, Resources(device=device, **resources), report)
             print(f"{job.label}: {kind_of(stage)} {record.error or 'done'}", flush=True)
             _sign("restarts", None)
-            if record.status != "done":
+            records.append(record)
+            if record.status != "done" and job.failed(records):
                 error = f"{job.label}: {kind_of(stage)} failed: {record.error}"
-                if job.chain:
-                    break
+            if job.ended(records):
+                break
     except (OSError, ValueError) as failure:
         full = f"cannot write results ({failure.strerror}); free space there" if isinstance(failure, OSError) else str(failure)
         error = f"{socket.gethostname()}: {full}"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from experiments.engine.launch import Job
 from experiments.engine.rows import Row, Table
 from experiments.engine.sources import is_latent
-from experiments.engine.spec import Evaluate, Stage, Timing, Train, kind_of, spec_id
+from experiments.engine.spec import Cost, Stage, Train, kind_of, spec_id
 from experiments.engine.store import Store
 from experiments.protocols import Protocol, cost_stages, evaluate_stage, timed_rows, timing_stage, train_stage
 
@@ -24,6 +25,7 @@ class Chosen:
     seeds: Sequence[int]
     device: str
     named: bool = False
+    resources: dict[str, Any] = field(default_factory=dict)
 
     @property
     def networks(self) -> list[Row]:
@@ -48,52 +50,89 @@ class Chosen:
         for seed in self.seeds if not self.table.counts_only else ():
             for row in self.networks:
                 stage = evaluate_stage(row, self.protocol, seed)
-                jobs.setdefault(spec_id(stage), Job(f"{row.label}, seed {seed}", (*stage.trainings, stage), chain=True))
+                jobs.setdefault(spec_id(stage), Job(f"{row.label}, seed {seed}", (*stage.trainings, stage), chain=True, row=row.label))
         return list(jobs.values())
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Jobs that no table's protocol declares: counts; what has a machine to itself; and what all processes of a job work at.
+
+    `resources` are further ones of the trainer.
+    """
+
+    device: str
+    costs: tuple[Cost, ...] = ()
+    alone: tuple[Job, ...] = ()
+    together: tuple[Job, ...] = ()
+    resources: dict[str, Any] = field(default_factory=dict)
+
+    def counts(self) -> list[Job]:
+        return [Job("counts", tuple({spec_id(stage): stage for stage in self.costs}.values()))]
+
+    def timings(self) -> list[Job]:
+        return list(self.alone)
+
+    def trainings(self) -> list[Job]:
+        return list(self.together)
+
+
+Plan = Chosen | Listed
 
 
 def missing(jobs: Sequence[Job], store: Store) -> list[Job]:
     """The jobs without their stages that are done, and without those that lack none."""
-    left = (replace(job, stages=tuple(stage for stage in job.stages if store.latest(stage) is None)) for job in jobs)
-    return [job for job in left if job.stages]
+    return [job for job in (job.left(store) for job in jobs) if job.stages]
 
 
-def describe(chosen: Chosen, store: Store) -> str:
-    """One line a stage: what is done, what would run and for how long, by the reference's own times."""
+def describe(plan: Plan, store: Store) -> str:
+    """One line a stage: what is done, what would run and for how long, by records of the same stages or as the protocol expects."""
     lines, seconds, unknown = [], 0.0, 0
     seen: set[str] = set()
-    for label, stage in _stages(chosen):
+    for label, row, stage in _stages(plan):
         if (name := spec_id(stage)) in seen:
             continue
         seen.add(name)
         state, cost = "done", ""
         if store.latest(stage) is None:
             state = "failed before, would run again" if store.latest(stage, status="failed") else "would run"
-            expected = _expected_seconds(stage, chosen.protocol, store)
+            expected = _expected_seconds(stage, row, plan, store)
             unknown += expected is None
             seconds += expected or 0
             cost = "" if expected is None else f"about {duration(expected)}"
         lines.append(f"{name}  {kind_of(stage):8}  {label:34}  {state}  {cost}".rstrip())
-    total = f"total: about {duration(seconds)} of process time" + (f", and {unknown} stages of unknown length" if unknown else "")
-    if not chosen.protocol.small:
-        total += f" on {chosen.protocol.hardware}"
+    total = f"total: about {duration(seconds)} of {'GPU' if plan.device == 'cuda' else 'process'} time" + (f", and {unknown} stages of unknown length" if unknown else "")
     return "\n".join([*lines, total])
 
 
-def _stages(chosen: Chosen) -> Iterator[tuple[str, Stage]]:
-    for row in chosen.networks:
-        yield from ((row.label, stage) for stage in cost_stages(row))
-    for job in (*chosen.timings(), *chosen.trainings()):
-        yield from ((job.label, stage) for stage in job.stages)
+def _stages(plan: Plan) -> Iterator[tuple[str, str, Stage]]:
+    """(label, row, stage)."""
+    if isinstance(plan, Chosen):
+        for row in plan.networks:
+            yield from ((row.label, row.label, stage) for stage in cost_stages(row))
+    else:
+        yield from ((stage.backbone.name, "", stage) for stage in plan.costs)
+    for job in (*plan.timings(), *plan.trainings()):
+        yield from ((job.label, job.row, stage) for stage in job.stages)
 
 
-def _expected_seconds(stage: Stage, protocol: Protocol, store: Store) -> float | None:
+def _expected_seconds(stage: Stage, row: str, plan: Plan, store: Store) -> float | None:
     for where in ("records", "reference"):
         if record := store.latest(stage, where):
             return record.provenance["seconds"]
-    if isinstance(stage, Train):
-        return None if protocol.cost_hours is None else protocol.cost_hours * 3600
-    return None if isinstance(stage, Evaluate | Timing) else 1.0
+    if isinstance(stage, Train) and isinstance(plan, Chosen):
+        if found := training_seconds(stage, plan.table.row(row), plan, store):
+            return found[0]
+        return plan.protocol.cost_hours and plan.protocol.cost_hours * 3600
+    return 1.0 if isinstance(stage, Cost) else None
+
+
+def training_seconds(train: Train, row: Row, chosen: Chosen, store: Store) -> tuple[float, str] | None:
+    """Expected seconds of one GPU (of one process on CPUs) for a training of a row's system, and where that is known from."""
+    found = _recorded_training(train, chosen, store)
+    if found is None and train == train_stage(row, chosen.protocol, train.seed):
+        found = seconds_an_image(row, chosen, store)
+    return found and (found[0] * train.recipe.steps * train.recipe.batch, found[1])
 
 
 def seconds_an_image(row: Row, chosen: Chosen, store: Store) -> tuple[float, str] | None:
@@ -114,10 +153,14 @@ def seconds_an_image(row: Row, chosen: Chosen, store: Store) -> tuple[float, str
 
 
 def _recorded(row: Row, chosen: Chosen, store: Store) -> tuple[float, str] | None:
-    """From a training of this row, of whatever seed, on the kind of device that is planned with."""
+    return _recorded_training(train_stage(row, chosen.protocol, chosen.seeds[0]), chosen, store)
+
+
+def _recorded_training(train: Train, chosen: Chosen, store: Store) -> tuple[float, str] | None:
+    """From this training with whatever seed, on the kind of device that is planned with."""
     for where in ("records", "reference"):
         for seed in (*chosen.seeds, *range(10)):
-            record = store.latest(train_stage(row, chosen.protocol, seed), where)
+            record = store.latest(replace(train, seed=seed), where)
             if record and (record.provenance["device"] == "cpu") == (chosen.device == "cpu") and (rate := record.values.get("images_per_s")):
                 return record.provenance["world_size"] / rate, f"recorded throughput on {record.provenance['device']}"
     return None

@@ -11,82 +11,67 @@ from typing import Any
 
 from experiments.engine import heartbeat, scheduler
 from experiments.engine.launch import Job, available_cores, run_here
-from experiments.engine.plan import Chosen, duration, missing, seconds_an_image
+from experiments.engine.plan import Chosen, Plan, duration, missing, training_seconds
 from experiments.engine.progress import Progress
-from experiments.engine.rows import Row
 from experiments.engine.site import FILE, Site, load_site
 from experiments.engine.spec import Evaluate, Train, kind_of, spec_id
 from experiments.engine.store import Record, Store
 
 
-def device(rows: Sequence[Row]) -> str:
-    """What the site's nodes compute on: this machine's own devices say nothing about them."""
-    return load_site(rows[0].label).device
-
-
-def groups(chosen: Chosen, store: Store) -> list[tuple[Site, list[Job]]]:
+def groups(plan: Plan, store: Store) -> list[tuple[Site, list[Job]]]:
     """What lacks a record, by the resources that it takes: a training with its evaluations is a job, a timing is another.
 
     Raises ValueError in one line where a run cannot work with the site's resources.
     """
     found: dict[str, tuple[Site, list[Job]]] = {}
-    for jobs, alone in ((chosen.timings(), True), (chosen.trainings(), False)):
+    for jobs, alone in ((plan.timings(), True), (plan.trainings(), False)):
         for job in missing(jobs, store):
-            site = load_site(_label(job))
+            site = load_site(job.row or job.label)
             if not alone:
-                _check(job, site, chosen, store)
+                _check(job, site, plan, store)
             site = site.alone() if alone else site
             found.setdefault(repr(site), (site, []))[1].append(job)
     return list(found.values())
 
 
-def _label(job: Job) -> str:
-    return job.label.rpartition(", seed ")[0] or job.label
+def _trainings(job: Job) -> list[Train]:
+    return [stage for stage in job.stages if isinstance(stage, Train)]
 
 
-def _row(job: Job, chosen: Chosen) -> Row:
-    return next(row for row in chosen.rows if row.label == _label(job))
+def _check(job: Job, site: Site, plan: Plan, store: Store) -> None:
+    for train in _trainings(job):
+        if train.recipe.batch % site.world_size:
+            raise ValueError(f"{job.label}: {site.nodes} nodes of {site.tasks} processes do not divide the batch of {train.recipe.batch}; change nodes, gpus_per_node or tasks_per_node")
+        expected = training_seconds(train, plan.table.row(job.row), plan, store)
+        if expected is None:
+            continue
+        steps = min(site.checkpoint_every, train.recipe.steps)
+        interval = expected[0] * steps / train.recipe.steps / site.world_size
+        if interval > site.seconds - site.signal_seconds:
+            raise ValueError(
+                f"{job.label}: a time limit of {site.time} is shorter than one checkpoint interval, about {duration(interval)} "
+                f"for {steps} steps; raise time or lower checkpoint_every"
+            )
 
 
-def _check(job: Job, site: Site, chosen: Chosen, store: Store) -> None:
-    stage = job.stages[0]
-    if not isinstance(stage, Train):
-        return
-    if stage.recipe.batch % site.world_size:
-        raise ValueError(f"{job.label}: {site.nodes} nodes of {site.tasks} processes do not divide the batch of {stage.recipe.batch}; change nodes, gpus_per_node or tasks_per_node")
-    expected = seconds_an_image(_row(job, chosen), chosen, store)
-    if expected is None:
-        return
-    steps = min(site.checkpoint_every, stage.recipe.steps)
-    interval = steps * stage.recipe.batch * expected[0] / site.world_size
-    if interval > site.seconds - site.signal_seconds:
-        raise ValueError(
-            f"{job.label}: a time limit of {site.time} is shorter than one checkpoint interval, about {duration(interval)} "
-            f"for {steps} steps; raise time or lower checkpoint_every"
-        )
-
-
-def describe(chosen: Chosen, store: Store) -> str:
+def describe(plan: Plan, store: Store) -> str:
     """Resources, the batch script of each array, and the expected GPU-hours of each training: how many and by what, or unknown."""
     from experiments.engine.cluster import sbatch_text
 
     folder, lines, total = store.root.resolve() / "submissions" / "dico-YYYYMMDD-XXXXXXXX", [], 0.0
-    unknown, unit = 0, "GPU-hours" if chosen.device == "cuda" else "process-hours"
-    for site, jobs in groups(chosen, store):
+    unknown, unit = 0, "GPU-hours" if plan.device == "cuda" else "process-hours"
+    for site, jobs in groups(plan, store):
         lines += ["", f"an array of {len(jobs)} jobs: {', '.join(job.label for job in jobs)}" if len(jobs) > 1 else f"one job: {jobs[0].label}"]
         lines += [f"    {line}".rstrip() for line in sbatch_text(site, folder, len(jobs)).splitlines()]
         for job in jobs:
-            if not isinstance(job.stages[0], Train):
-                continue
-            expected = seconds_an_image(_row(job, chosen), chosen, store)
-            if expected is None:
+            expected = [training_seconds(train, plan.table.row(job.row), plan, store) for train in _trainings(job)]
+            if None in expected:
                 unknown += 1
                 lines.append(f"{job.label}: {unit} of training unknown")
-            else:
-                recipe = job.stages[0].recipe
-                hours = recipe.steps * recipe.batch * expected[0] / 3600
+            elif expected:
+                hours = sum(seconds for seconds, _ in expected) / 3600
                 total += hours
-                lines.append(f"{job.label}: about {_amount(hours)} {unit} of training, by {expected[1]}")
+                lines.append(f"{job.label}: about {_amount(hours)} {unit} of training, by {', '.join(dict.fromkeys(source for _, source in expected))}")
     known = [f"{_amount(total)} {unit} of training"] if total else []
     more = [f"{unknown} of unknown cost"] if unknown else []
     return "\n".join([*lines, "", f"estimated: {', and '.join(known + more) or 'no training'}; evaluations and timings come on top"])
@@ -96,18 +81,18 @@ def _amount(hours: float) -> str:
     return f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"
 
 
-def send(chosen: Chosen, store: Store, command: str) -> str:
+def send(plan: Plan, store: Store, command: str) -> str:
     """Count here, submit the rest, and say what was submitted and how to watch it."""
     from experiments.engine.cluster import submit
 
     scheduler.require_slurm()
     store.check_writable()
-    wanted = groups(chosen, store)
-    counts = missing(chosen.counts(), store)
+    wanted = groups(plan, store)
+    counts = missing(plan.counts(), store)
     with Progress(total=sum(len(job.stages) for job in counts)) as progress:
         if not run_here(counts, store.root, "cpu", 1, available_cores(), progress.notify):
             raise ValueError("a count failed; nothing was submitted")
-    sent = submit(wanted, store)
+    sent = submit(wanted, store, **plan.resources)
     lines = [f"submitted job {one.job}: {one.label}" for one in sent]
     if waiting := sum(len(jobs) for _, jobs in wanted) - len(sent):
         lines.append(f"{waiting} jobs are in the queue or at work already")
@@ -116,10 +101,10 @@ def send(chosen: Chosen, store: Store, command: str) -> str:
     return "\n".join([*lines, *([f"watch: {command} --status", f"end:   {command} --cancel"] if wanted else [])])
 
 
-def cancel(chosen: Chosen, store: Store) -> str:
-    """End what was submitted for these rows from this results folder."""
+def cancel(plan: Plan, store: Store) -> str:
+    """End what was submitted for these jobs from this results folder."""
     scheduler.require_slurm()
-    ended = scheduler.cancel(store.root, _ids((*chosen.timings(), *chosen.trainings())))
+    ended = scheduler.cancel(store.root, _ids((*plan.timings(), *plan.trainings())))
     return "\n".join(f"cancelled job {one.job}: {one.label}" for one in ended) or "nothing of this is in the queue"
 
 
@@ -127,12 +112,12 @@ def _ids(jobs: Iterable[Job]) -> list[str]:
     return [spec_id(stage) for job in jobs for stage in job.stages]
 
 
-def status(chosen: Chosen, store: Store) -> str:
+def status(plan: Plan, store: Store) -> str:
     """A line a job: waiting, running, done, failed or not submitted; under a failed one the last lines of its log."""
-    jobs = [*chosen.counts(), *chosen.timings(), *chosen.trainings()]
+    jobs = [job for job in (*plan.counts(), *plan.timings(), *plan.trainings()) if job.stages]
     there = scheduler.submitted(store.root, _ids(jobs))
     newest = {stage: one for one in there for stage in one.stages}
-    names = _script_names(chosen)
+    names = _script_names(plan) if isinstance(plan, Chosen) else {}
     queued = scheduler.queue([*(one.name for one in there), *names.values()]) if shutil.which("squeue") else {}
     lines = []
     for job in jobs:
@@ -160,7 +145,7 @@ def _script_names(chosen: Chosen) -> dict[str, str]:
 
 
 def _state(job: Job, store: Store, submission: scheduler.Submission | None, queued: scheduler.Queued | None) -> tuple[str, str]:
-    left = [stage for stage in job.stages if store.latest(stage) is None]
+    left = job.left(store).stages
     if not left:
         return "done", ""
     train = next((stage for stage in job.stages if isinstance(stage, Train)), None)
