@@ -169,7 +169,7 @@ def test_the_whole_page_is_at_most_15_mb_and_runs_to_its_end(width: int, browser
     opened(browser, whole, width)
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     assert browser.execute_script("return performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd > 0 && Number(document.body.dataset.ready) > 0")
-    assert browser.execute_script("return document.querySelectorAll('.plot img').length") == len(FIGURES) and browser.execute_script("return [...document.images].every(image => image.complete && image.naturalWidth > 300)")
+    assert browser.execute_script("return document.querySelectorAll('#figures .plot img').length") == len(FIGURES) and browser.execute_script("return [...document.images].every(image => image.complete && image.naturalWidth > 300)")
     assert browser.execute_script("return document.querySelectorAll('table.dataTable').length == document.querySelectorAll('table').length")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
 
