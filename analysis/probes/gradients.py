@@ -26,7 +26,7 @@ class Gradients:
 
     def __init__(self, kind: str, f: Callable[[Tensor], Tensor], x: Tensor, place: Tensor | None, directions: int, generator: torch.Generator) -> None:
         self.kind, self.f, self.x, self.place, self.directions, self.generator = kind, f, x.detach(), place, directions, generator
-        self.floats = (_kept(f, self.x.repeat_interleave(2, dim=0)) - _kept(f, self.x)) // (4 * len(x))
+        self.floats = (_kept(f, self.x.repeat_interleave(2, dim=0)) - _kept(f, self.x)) // (8 * len(x))
 
     def rows(self, head: int, queries: Tensor) -> Tensor:
         total = sum(self._squares(queries) for _ in range(self.directions))
@@ -49,15 +49,11 @@ class Gradients:
 
 @torch.enable_grad()
 def _kept(f: Callable[[Tensor], Tensor], x: Tensor) -> int:
-    """Bytes that a forward pass keeps for its backward pass, the network's weights among them."""
-    kept: dict[int, int] = {}
+    """Bytes that a backward pass would need of this forward pass, the network's weights among them; nothing is kept for it here.
 
-    def heard(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(heard, lambda tensor: tensor):
-        out = f(x.detach().requires_grad_())
-    del out  # lives until here, so that no address is counted for two
-    return sum(kept.values())
+    What two operations need counts twice.
+    """
+    heard: list[int] = []
+    with saved_tensors_hooks(lambda tensor: heard.append(tensor.numel() * tensor.element_size()), lambda nothing: nothing):
+        f(x.detach().requires_grad_())
+    return sum(heard)
