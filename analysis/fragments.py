@@ -56,8 +56,8 @@ def lacking(caption: str) -> str:
     return f'<figure class="plot"><figcaption>{html.escape(caption)}</figcaption></figure>'
 
 
-def grids(folder: Path, store: Sources) -> str:
-    """The sample grids in a folder, each with what its file says of its run; a sentence where there are none."""
+def grids(folder: Path, store: Sources, problems: list[str]) -> str:
+    """The sample grids in a folder, each with what its file says of its run; a sentence where there are none. Damaged files become problems."""
     from PIL import Image
 
     from analysis.grid import CAPTION, RECORDS
@@ -65,7 +65,11 @@ def grids(folder: Path, store: Sources) -> str:
     committed = {record.name: record for record in store.all_records()}
     made = []
     for path in sorted(folder.glob("*.png")):
-        about = Image.open(path).info
+        try:
+            about = Image.open(path).info
+        except OSError:
+            problems.append(f"samples: {path.name} is no image; draw it again with python -m analysis.grid")
+            continue
         caption = about.get(CAPTION) or f"{path.name}: its file does not say of which run"
         made.append(figure(path.read_bytes(), caption, [committed[name] for name in about.get(RECORDS, "").split() if name in committed], "plot samples"))
     if not made:

@@ -9,7 +9,6 @@ import argparse
 import inspect
 import json
 import sys
-from collections import Counter
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -26,6 +25,7 @@ from analysis.tables import SHEETS
 from analysis.views import views
 from experiments.engine.files import written_whole
 from experiments.engine.report import Cell, Sheet
+from experiments.engine.store import Record
 from experiments.protocols import CIFAR10_SMALL, DIGITS
 
 HERE = Path(__file__).resolve().parent
@@ -73,7 +73,7 @@ def build_page(store: Sources) -> tuple[str, list[str]]:
         '<section id="scatter-section"><h2>Score against cost</h2><p><label>View: <select id="view"></select></label> A filled mark leads to its records.</p><div id="scatter"></div></section>',
         f'<section id="tables"><h2>Tables</h2>{"".join(shown)}</section>',
         f'<section id="figures"><h2>Figures</h2><div class="grid">{"".join(drawn)}</div></section>',
-        f'<section id="samples"><h2>Samples</h2>{grids(store.root / "figures" / "samples", store)}</section>',
+        f'<section id="samples"><h2>Samples</h2>{grids(store.root / "figures" / "samples", store, problems)}</section>',
         f'<section id="digits">{"".join(pages)}</section>',
         f'<section id="counts"><h2>Honest counts</h2>{sheet("counts", SHEETS["counts"], "counts-table")[1]}</section>',
         f'<section id="provenance"><h2>Environment and provenance</h2><div class="words">{sheet("provenance", provenance_sheet, "provenance-table")[1]}</div></section>',
@@ -107,13 +107,14 @@ def provenance_sheet(store: Sources) -> Sheet:
     """One row a kind of record and environment that it comes from."""
     columns = ["records", "kind", "status", "commit", "uncommitted changes", "device", "torch", "python", "precision flags"]
     sheet = Sheet("Where the committed records come from", [("", name) for name in columns])
-    found: Counter[tuple[str, ...]] = Counter()
+    found: dict[tuple[str, ...], list[Record]] = {}
     for record in store.all_records():
         made = record.provenance
         flags = ", ".join(f"{name} {'on' if on else 'off'}" for name, on in sorted(made["precision_flags"].items()))
         device = made["device"] if made["device"] != "cpu" else f"{made['cpu']}, {made['cpu_count']} cores"
-        found[record.kind, record.status, (made["commit"] or "unknown")[:12], "yes" if made["dirty"] else "no", device, made["torch"], made["python"], flags] += 1
-    sheet.rows = [[Cell(float(count), None, 0), *(Cell(words=word) for word in key)] for key, count in sorted(found.items())]
+        key = record.kind, record.status, (made["commit"] or "unknown")[:12], "yes" if made["dirty"] else "no", device, made["torch"], made["python"], flags
+        found.setdefault(key, []).append(record)
+    sheet.rows = [[Cell(float(len(own)), None, 0, records=tuple(own)), *(Cell(words=word) for word in key)] for key, own in sorted(found.items())]
     return sheet
 
 

@@ -157,8 +157,18 @@ def test_every_number_of_ours_on_the_page_of_text_is_a_link(browser: Any, page: 
     assert browser.execute_script(bare) == []
 
 
-def test_a_page_without_grids_says_so_in_a_line(tmp_path: Path):
-    assert grids(tmp_path, Sources()).startswith("<p>No grid of samples is committed")
+def test_a_page_without_grids_says_so_and_one_that_is_damaged_is_a_problem(tmp_path: Path):
+    problems: list[str] = []
+    (tmp_path / "digits.png").write_bytes(b"no image")
+    assert grids(tmp_path, Sources(), problems).startswith("<p>No grid of samples is committed")
+    assert problems == ["samples: digits.png is no image; draw it again with python -m analysis.grid"]
+
+
+def test_a_committed_grid_names_a_run_with_a_committed_record():
+    problems: list[str] = []
+    folder = REPOSITORY / "results" / "figures" / "samples"
+    shown = grids(folder, Sources(), problems)
+    assert not problems and shown.count("<figcaption data-records=") == len(list(folder.glob("*.png"))) > 0
 
 
 @pytest.mark.slow
