@@ -1,6 +1,7 @@
 """What families other than DiT's ask of the trainer: their schedules, networks that predict the noise alone, and DPM-Solver++."""
 
 import math
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from experiments.engine.flow import Flow
 from experiments.engine.generate import Counted
 from experiments.engine.noise import ImageNoise
 from experiments.engine.process import process
-from experiments.engine.samplers import Guided, ancestral, bind, ddim, dpm_solver
+from experiments.engine.samplers import Guided, ancestral, bind, ddim, dpm_solver, dpm_solver_diffusers
 from experiments.engine.spec import Diffusion, Sampler
 
 MEAN, STD = 0.3, 0.7
@@ -146,6 +147,29 @@ def test_dpm_solver_against_diffusers(num_steps: int):
     torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("declared", [UVIT, Diffusion()], ids=["fixed variance", "learned variance"])
+def test_the_scheduler_of_diffusers_leads_where_the_flow_does(declared: Diffusion):
+    pytest.importorskip("diffusers")
+    diffusion, first = process(declared), torch.linspace(-2, 2, 5, dtype=torch.float64).reshape(5, 1, 1, 1)
+    exact, times = gaussian(diffusion), []
+
+    def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        times.append(t[0].item())
+        return torch.cat([exact(x, t, y), torch.full_like(x, 7.0)][: 1 + diffusion.learned], dim=1)
+
+    a = diffusion.alphas_cumprod[-1].sqrt()
+    end = MEAN + STD * (first - a * MEAN) / (a**2 * STD**2 + 1 - a**2).sqrt()         # no noise is left
+    coarse, fine = ((last(dpm_solver_diffusers, diffusion, model, labels(5), Given(first), num_steps=n) - end).abs().max().item() for n in (10, 100))
+    assert fine < 0.02 and fine < coarse / 4
+    assert len(times) == 110 and times[10] == 999 + declared.first_step and all(time == int(time) for time in times)
+
+
+def test_without_diffusers_its_scheduler_is_one_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "diffusers.schedulers.scheduling_dpmsolver_multistep", None)
+    with pytest.raises(ValueError, match="dpm_solver_diffusers needs diffusers: pip install"):
+        last(bind(Sampler("dpm_solver_diffusers", num_steps=2), process(UVIT)), lambda x, t, y: x, labels(2), ImageNoise([0, 1], (1, 2, 2)))
+
+
 def test_dpm_solver_is_guided_at_every_step_of_its_recipe():
     sampler = Sampler("dpm_solver", num_steps=50, scale=1.4, channels=None, interval=(0, 1001))
     counted, times = Counted(lambda x, t, y: times.append(t[0].item()) or 0.1 * x), []
@@ -155,7 +179,7 @@ def test_dpm_solver_is_guided_at_every_step_of_its_recipe():
     np.testing.assert_allclose(np.diff(times), -999 / 50, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["ancestral", "ddim", "dpm_solver"])
+@pytest.mark.parametrize("name", ["ancestral", "ddim", "dpm_solver", "dpm_solver_diffusers"])
 def test_an_image_depends_on_its_seed_and_not_on_the_batch(name: str):
     sample, seeds = bind(Sampler(name, num_steps=7), process(UVIT)), [3, 4, 5, 6]
 

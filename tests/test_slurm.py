@@ -22,6 +22,20 @@ CLUSTER = REPOSITORY / "tests" / "slurm_cluster.sh"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 MISSING = [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None]
 
+TIMED = """
+from dataclasses import replace
+from experiments import efficiency
+from experiments.engine.rows import Row
+from experiments.engine.spec import Backbone, Cost
+
+network = Backbone("dico_s", dict(dim=8, depths=(1, 1, 1, 1, 1)))
+row = Row("tiny", network, {}, None, costs=(Cost(network, 8, 3, 10),))
+efficiency.TIMED[4] = replace(efficiency.TIMED[1], number=4, rows=(row,), against=None)
+
+if __name__ == "__main__":
+    raise SystemExit(efficiency.main())
+"""
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.slurm,
@@ -104,6 +118,19 @@ def test_a_table_is_sent_watched_and_done(slurm: dict[str, str], tmp_path: Path)
     assert nothing.startswith("every stage has its record; python ") and nothing.endswith("--cluster slurm --rows good last --report prints the table\n")
     here = call(slurm, script, "--rows", "good", "last", cluster="here")
     assert here.returncode == 0 and here.stderr == ""  # the same ids: nothing is left to run
+
+
+def test_timings_are_sent_like_trainings(slurm: dict[str, str], tmp_path: Path):
+    script = tmp_path / "time.py"
+    script.write_text(TIMED)
+    sent = call(slurm, script, "--sweep", "--rows", "tiny", "--task", "training")
+    assert sent.returncode == 0 and re.search(r"^submitted job \d+: tiny, fp32$", sent.stdout, re.M), sent.stderr
+    until(lambda: not client(slurm, "squeue", "-h"), "the queue empties")
+    assert re.search(r"timing +tiny, fp32 +done", call(slurm, script, "--sweep", "--rows", "tiny", "--task", "training", "--status").stdout)
+    table = call(slurm, script, "--sweep", "--rows", "tiny", "--task", "training", "--report").stdout
+    assert re.search(r"fp32: best at batch \d+, [\d.]+ images a second", table)
+    here = call(slurm, script, "--sweep", "--rows", "tiny", "--task", "training", cluster="here")
+    assert (here.returncode, here.stdout, here.stderr) == (0, table, "")  # nothing is left to run
 
 
 def test_what_was_sent_is_cancelled_and_nothing_else(slurm: dict[str, str], tmp_path: Path):

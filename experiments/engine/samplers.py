@@ -125,6 +125,26 @@ def dpm_solver(diffusion: IDDPM, model: Model, y: Tensor, noise: ImageNoise, *, 
         yield x
 
 
+@torch.no_grad()
+def dpm_solver_diffusers(diffusion: IDDPM, model: Model, y: Tensor, noise: ImageNoise, *, num_steps: int) -> Iterator[Tensor]:
+    """Yields x (N,C,H,W) after each step: DPM-Solver++(2M) by diffusers' scheduler as it comes, at whole times and down to no noise.
+
+    `dpm_solver` is U-ViT's and DiM's, which differs in its times and its end. Raises ValueError where diffusers is not installed.
+    """
+    try:
+        from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+    except ImportError:
+        raise ValueError("sampler dpm_solver_diffusers needs diffusers: pip install -e .[latents]") from None
+    scheduler = DPMSolverMultistepScheduler(diffusion.num_steps, trained_betas=diffusion.betas.cpu().numpy(), solver_order=2, algorithm_type="dpmsolver++")
+    x = noise.draw()
+    scheduler.set_timesteps(num_steps)
+    for i in scheduler.timesteps.tolist():
+        t = diffusion.timesteps[i].repeat(len(x))                                     # (N,)
+        eps, _ = split_prediction(model(x, t, y), x, diffusion.learned)
+        x = scheduler.step(eps, i, x).prev_sample
+        yield x
+
+
 Bound = Callable[[Model, Tensor, ImageNoise], Iterator[Tensor]]
 
 
@@ -138,6 +158,7 @@ def bind(spec: Sampler, process: Process, gradient: Model | None = None) -> Boun
             "ancestral": lambda: partial(ancestral, process.respaced(spec.num_steps), clip=spec.clip, gradient=gradient),
             "ddim": lambda: partial(ddim, process.respaced(spec.num_steps), eta=spec.eta, clip=spec.clip, gradient=gradient),
             "dpm_solver": lambda: partial(dpm_solver, process, num_steps=spec.num_steps),
+            "dpm_solver_diffusers": lambda: partial(dpm_solver_diffusers, process, num_steps=spec.num_steps),
         }
     else:
         sde = dict(num_steps=spec.num_steps, form=spec.form, last_step=spec.last_step, last_size=spec.last_size)
