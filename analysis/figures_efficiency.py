@@ -55,7 +55,7 @@ def table3_score_speed(store: Sources) -> Figure:
 
 def table4_score_speed(store: Sources) -> Figure:
     """Table 4's rows on digits: fd_digits (mean and range over training seeds) against throughput on a CPU in fp32, relative to DiCo-S. The
-    grey line is the Pareto front of the means; the seeds do not resolve its order."""
+    grey line is the Pareto front of the means, whose order the seeds need not resolve."""
     return score_against_speed(TABLE_4, store)
 
 
@@ -123,7 +123,7 @@ def _digits_cost(table: Table, store: Sources) -> tuple[list[float], list[float]
 def pareto(store: Sources) -> Figure:
     """Pareto fronts of the published ImageNet 256 results after 400K steps (Table 1): FID against Gflops as the paper prints them, against
     Gflops counted here by one rule for all (filled), and against published throughput. DiG moves, since its published count leaves
-    out 22 to 23 % of its work."""
+    out part of its work."""
     made, axes = figure(9.4, 3.7, columns=3, sharey=True)
     rows = [row for row in store.rows("table1.csv") if row["train_steps"] == "400000"]
     core = {system.label: sum(record.values["macs_core"] for record in records) / 1e9 for system in SYSTEMS if system.resolution == 256 and all(records := [store.latest(cost, "reference") for cost in system.costs])}

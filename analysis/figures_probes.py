@@ -80,8 +80,8 @@ def _draw_maps(line: Sequence[Axes], label: str, arrays: dict[str, np.ndarray]) 
 
 def locality(store: Store) -> Figure:
     """Figure 4 in numbers, one scale for all mixers, on digits. Left: mean distance at which a token looks over that of uniform weights, by
-    the mixers' own weights (Mamba's with its skip), by the gradient of a mixer's output and by that of the whole network's. Right: share of an output pixel's
-    gradient within a distance of it. Each network at its small size, one training seed."""
+    the mixers' own weights (Mamba's with its skip), by the gradient of a mixer's output and by that of the whole network's. Right: share
+    of an output pixel's gradient within a distance of it. Each network at its small size, one training seed."""
     found, missing = _found("locality", LOCAL_ROWS, store)
     kinds = {"own weights": WEIGHTS, "mixer's input gradient": ("input gradient",), "whole network's gradient": ("network gradient",)}
     made, (left, right) = figure(8.6, 0.46 * len(found) + 1.7, 1, 2, width_ratios=(1.25, 1))
@@ -101,7 +101,7 @@ def locality(store: Store) -> Figure:
     for line, (label, arrays, _) in enumerate(found):
         (p,) = _parts(arrays, ("network gradient",))
         mass = arrays[f"mass_{p}"].mean((0, 1))
-        right.plot(range(len(mass)), mass, marker=".", color=colour(line), label=label)
+        right.plot(range(len(mass)), mass, marker=".", color=colour(line % 10), label=label)
     right.plot(range(len(mass)), arrays[f"uniform_mass_{p}"], color="black", linestyle="--", linewidth=0.8, label="uniform")
     right.set_xlabel("distance from the output pixel, pixels")
     right.set_ylabel("share of its gradient within")

@@ -63,7 +63,7 @@ class Sources(Store):
 
     def latest(self, spec: Stage, where: str = "records", status: str = "done") -> Record | None:
         record = super().latest(spec, where, status)
-        self.note([record] if record else [])
+        self.note([record] if record and where == "reference" else [])
         return record
 
     def note(self, records: Sequence[Record]) -> None:
@@ -72,7 +72,7 @@ class Sources(Store):
 
     @contextmanager
     def noting(self) -> Iterator[dict[str, Record]]:
-        """The records that are looked up meanwhile, by name."""
+        """The committed records that are looked up meanwhile, by name."""
         noted: dict[str, Record] = {}
         self._notes.append(noted)
         try:

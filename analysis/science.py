@@ -23,7 +23,7 @@ PAPER = {"fd": "fid", "is": "is", "precision": "precision", "recall": "recall"} 
 FULL = {CIFAR10_SMALL.name: CIFAR10_CLASSIFIER}  # of what a protocol is the small form
 DRAWS, FEW = 2000, 10  # redrawn orders; repeated runs below which a spread is poorly known
 EXACT = 7              # rows up to which every order is counted
-NORMAL = 1.4826        # standard deviations of a normal distribution in half its interquartile range
+NORMAL = 1.4826        # a normal distribution's standard deviation over half its interquartile range
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Agreement:
     """Rank correlation of our row means with the paper's column.
 
     `low`, `high`: central 95 % of Kendall's tau over fresh draws of our seeds' noise; `chance`: share of orders, all of them
-    up to EXACT rows and else random ones, that agree at least as well; `ceiling`: mean tau of two such draws with each other, which no comparison can exceed.
+    up to EXACT rows and else random ones, that agree at least as well; `ceiling`: mean tau of two such draws with each other,
+    which no comparison can exceed.
     `freedom`: repeated runs from which that noise is known.
     """
 
