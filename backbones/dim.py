@@ -62,7 +62,7 @@ class Frame(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """time, label and grid (N, 2 + H*W, D) -> (N, T, D)."""
-        n, pad, (height, width) = len(x), self.pad_token[0].T, self.grid
+        n, pad, height = len(x), self.pad_token[0].T, self.grid[0]
         patches = self.first_smoother(_image(x[:, 2:], self.grid)).permute(0, 2, 3, 1)            # (N, H, W, D)
         right, below = pad.expand(n, height, -1, -1), pad[self.below].expand(n, -1, -1, -1)
         patches = torch.cat([torch.cat([patches, right], dim=2), below], dim=1).flatten(1, 2)     # (N, G*G', D)

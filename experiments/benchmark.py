@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from experiments.engine.cli import Parser, guarded
 from experiments.engine.store import REPOSITORY
 
 SCRIPT = REPOSITORY / "experiments" / "ablation.py"
@@ -25,7 +26,11 @@ BATCH, PAIRS = 4, 7
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return guarded(_main)
+
+
+def _main() -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--main-job", action="store_true", help="run the whole main job and report seconds and peak memory")
     parser.add_argument("--latents", action="store_true", help="time the loader of latents and nothing else")
     parser.add_argument("--checkpoints", action="store_true", help="measure what a checkpoint costs and nothing else")

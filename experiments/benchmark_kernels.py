@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.engine.cli import Parser, guarded, require_device
 from experiments.engine.store import Store, provenance
 
 if TYPE_CHECKING:
@@ -45,7 +45,11 @@ class Kernel:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return guarded(_main)
+
+
+def _main() -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernels", nargs="+", choices=list(CASES), default=list(CASES), help="which to time (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", nargs="+", choices=list(LIMITS), default=None, help="numeric modes (default: fp32; on CUDA all)")
@@ -54,16 +58,10 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="results folder (default: results)")
     args = parser.parse_args()
     store, batch = Store(args.results), args.batch or {"cpu": 1, "cuda": 64}[args.device]
-    try:
-        if args.runs < 2 or batch < 1:
-            raise ValueError("--runs must be at least 2 and --batch at least 1")
-        store.check_writable()
-        from experiments.engine.execute import require_device
-
-        require_device(args.device)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.runs < 2 or batch < 1:
+        parser.error("--runs must be at least 2 and --batch at least 1")
+    store.check_writable()
+    require_device(args.device)
     return 0 if run(args.kernels, args.device, args.precision or {"cpu": ["fp32"], "cuda": list(LIMITS)}[args.device], batch, args.runs, store) else 1
 
 

@@ -8,10 +8,10 @@ meet the published ones. `--download` fetches the weights once. Exit status 1 if
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from experiments.engine.cli import Parser, guarded
 from experiments.engine.sources import inception_path
 
 # Scores that torch-fidelity's Inception with exact distances gives (lavinal712/ADM-evaluation-suite-pytorch), the tolerance of
@@ -30,17 +30,16 @@ NAMES = {"imagenet256": "admnet_guided_upsampled_imagenet256.npz", "imagenet128"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return guarded(_main, str)
+
+
+def _main() -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", nargs=3, metavar=("SET", "REFERENCE", "SAMPLES"), help=f"SET is {' or '.join(PAIRS)}; SAMPLES is ADM's file of guided samples")
     parser.add_argument("--inception", type=Path, default=inception_path(), metavar="FILE", help="weights (default: $DICO_INCEPTION, or in data/)")
     parser.add_argument("--download", action="store_true", help="fetch the Inception weights first, if they are missing")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
-    args = parser.parse_args()
-    try:
-        return _run(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return _run(parser.parse_args())
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from experiments.engine.cli import Parser, guarded
 
 
 def options_of(texts: Sequence[str]) -> dict[str, Any]:
@@ -27,7 +28,11 @@ def options_of(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return guarded(_main, str)
+
+
+def _main() -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("backbone", help="registered name, e.g. dico_xl or dit_xl_2")
     parser.add_argument("file", type=Path)
     parser.add_argument("--input-size", type=int, help="side of the latent, e.g. 64 for DiT at 512 pixels (default: the network's own)")
@@ -38,20 +43,15 @@ def main() -> int:
 
     import backbones
 
-    try:
-        with torch.random.fork_rng(devices=[]):
-            size = {"input_size": args.input_size} if args.input_size else {}
-            model = backbones.build(args.backbone, **size, **options_of(args.option))
-        backbones.load_published(model, args.file, args.key)
-        with torch.inference_mode():
-            x = torch.zeros(1, model.in_channels, model.input_size, model.input_size)
-            finite = model.eval()(x, torch.zeros(1), torch.zeros(1, dtype=torch.long)).isfinite().all()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with torch.random.fork_rng(devices=[]):
+        size = {"input_size": args.input_size} if args.input_size else {}
+        model = backbones.build(args.backbone, **size, **options_of(args.option))
+    backbones.load_published(model, args.file, args.key)
+    with torch.inference_mode():
+        x = torch.zeros(1, model.in_channels, model.input_size, model.input_size)
+        finite = model.eval()(x, torch.zeros(1), torch.zeros(1, dtype=torch.long)).isfinite().all()
     if not finite:
-        print(f"error: {args.file.name} loads, but its output is not finite", file=sys.stderr)
-        return 2
+        raise ValueError(f"{args.file.name} loads, but its output is not finite")
     total = sum(p.numel() for p in model.parameters())
     print(f"{args.file.name}: {args.backbone}, {len(model.state_dict())} tensors, {total:,} parameters, loaded strictly")
     return 0

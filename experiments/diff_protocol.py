@@ -7,9 +7,9 @@ status 0 if the scores may be ranked, 1 if the protocols differ, 2 for files tha
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
+from experiments.engine.cli import Parser, guarded
 from experiments.engine.manifest import ABSENT, differences, effect, incomparable, of_record
 from experiments.engine.store import Record, read_record
 
@@ -17,15 +17,15 @@ HARDWARE = ("device", "cpu", "world_size", "sample_batch", "commit", "dirty")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return guarded(_main, str)
+
+
+def _main() -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("a", type=Path)
     parser.add_argument("b", type=Path)
     args = parser.parse_args()
-    try:
-        a, b = (_record(path) for path in (args.a, args.b))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    a, b = (_record(path) for path in (args.a, args.b))
     manifests = [of_record(record.spec, record.values, record.provenance) for record in (a, b)]
     found = differences(*manifests)
     found = [tuple("not set" if part == ABSENT and one[0].startswith("model.backbone.options.") else part for part in one) for one in found]

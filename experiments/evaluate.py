@@ -8,10 +8,10 @@ With `--paired`, two files that sample.py made from common seeds are compared wi
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.engine.cli import Parser, guarded
 from experiments.engine.manifest import score_name
 from experiments.engine.sources import inception_path
 
@@ -22,19 +22,18 @@ SCORES = ("fid", "fid_corrected", "sfid", "is", "is_shuffled", "precision", "rec
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return guarded(_main, str)
+
+
+def _main() -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("samples", nargs="+", type=Path, help="one .npz, or several to score in turn")
     parser.add_argument("--against", type=Path, required=True, metavar="REFERENCE", help="an .npz with statistics, images or both")
     parser.add_argument("--inception", type=Path, default=inception_path(), metavar="FILE", help="weights (default: $DICO_INCEPTION, or in data/)")
     parser.add_argument("--paired", action="store_true", help="compare two files from common seeds")
     parser.add_argument("--half", action="store_true", help="also precision and recall in the half-precision arithmetic of ADM's evaluator")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
-    args = parser.parse_args()
-    try:
-        _run(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    _run(parser.parse_args())
     return 0
 
 

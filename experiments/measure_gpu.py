@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from experiments.engine.cli import require_device
+from experiments.engine.cli import Parser, guarded, require_device
 from experiments.engine.store import REPOSITORY
 
 LEAST = 5.0  # seconds; with less left a part is not begun
@@ -39,17 +39,17 @@ def parts(against: list[str]) -> list[tuple[str, list[str]]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return guarded(_main)
+
+
+def _main() -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0, help="for all of it (default: 9)")
     parser.add_argument("--against", nargs="*", default=[], metavar="BACKBONE=FILE:NAME", help="other implementations to compare steps with")
     parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="results folder (default: results)")
     args = parser.parse_args()
     end, good = time.monotonic() + 60 * args.minutes, True
-    try:
-        require_device("cuda")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    require_device("cuda")
     for name, command in parts(args.against):
         left = end - time.monotonic()
         if left < LEAST:

@@ -7,26 +7,26 @@ file's `bytes`, and `label`) or torchvision's cifar-10-batches-py; this command 
 from __future__ import annotations
 
 import argparse
-import sys
 
 from experiments.engine import sources
+from experiments.engine.cli import Parser, guarded
 
 
 def main() -> int:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    return guarded(_main, str)
+
+
+def _main() -> int:
+    Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     from experiments.engine.cifar import download, read_cifar10
 
     folder = sources.ROOT / "cifar10"
-    try:
-        if not sources.find_cifar10(folder, "train"):
-            download(folder)
-        for split in ("train", "test"):
-            if found := sources.find_cifar10(folder, split):
-                images, _, identity = read_cifar10(found, split)
-                print(f"{split}: {len(images)} images from {identity['data_source']}, sha256 {identity['data_sha256'][:16]}")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if not sources.find_cifar10(folder, "train"):
+        download(folder)
+    for split in ("train", "test"):
+        if found := sources.find_cifar10(folder, split):
+            images, _, identity = read_cifar10(found, split)
+            print(f"{split}: {len(images)} images from {identity['data_source']}, sha256 {identity['data_sha256'][:16]}")
     return 0
 
 

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+from experiments.engine.cli import Parser, guarded
 from experiments.engine.sources import folder_of
 from experiments.protocols import PROTOCOLS
 
@@ -21,7 +22,11 @@ LATENT_PROTOCOLS = {name: protocol for name, protocol in PROTOCOLS.items() if na
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return guarded(_main, str)
+
+
+def _main() -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--protocol", required=True, choices=LATENT_PROTOCOLS)
     parser.add_argument("--images", required=True, type=Path, help="folder that holds one folder of images for each class")
     parser.add_argument("--out", type=Path, help="where the latents go (default: $DICO_DATA/<protocol>, or data/<protocol>)")
@@ -31,15 +36,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=32, help="images and flips that the VAE takes at a time on a GPU; a CPU takes one (default: 32)")
     parser.add_argument("--shard", type=int, default=1024, help="images a shard (default: 1024)")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads that decode and crop (default: the cores)")
-    args = parser.parse_args()
-    try:
-        return _prepare(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
-        return 130
+    return _prepare(parser.parse_args())
 
 
 def _prepare(args: argparse.Namespace) -> int:

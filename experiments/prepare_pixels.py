@@ -9,29 +9,29 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from experiments.engine.cli import Parser, guarded
 from experiments.engine.files import written_whole
 from experiments.engine.sources import folder_of
 from experiments.recipes import pixels
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return guarded(_main, str)
+
+
+def _main() -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", required=True, type=int, choices=(64, 128, 256, 512), help="pixels a side")
     parser.add_argument("--images", required=True, type=Path, help="folder that holds one folder of images for each of the 1000 classes")
     parser.add_argument("--out", type=Path, help="where the two files go (default: $DICO_DATA/imagenet<size>_pixels, or data/imagenet<size>_pixels)")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads that decode and crop (default: the cores)")
     args = parser.parse_args()
-    try:
-        if args.workers < 1:
-            raise ValueError("--workers takes a number from 1")
-        num = prepare(args.images, args.out or folder_of(pixels(args.size)), args.size, pixels(args.size).num_classes, args.workers)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.workers < 1:
+        parser.error("--workers takes a number from 1 on")
+    num = prepare(args.images, args.out or folder_of(pixels(args.size)), args.size, pixels(args.size).num_classes, args.workers)
     print(f"{num} images of {args.size} x {args.size} pixels")
     return 0
 

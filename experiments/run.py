@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from experiments import ablation, main_results
+from experiments.engine.cli import Parser, guarded
 from experiments.engine.cluster import given
 from experiments.engine.launch import work_in_job
 from experiments.engine.plan import Chosen
@@ -28,8 +29,12 @@ TABLES = ablation.TABLES | main_results.TABLES
 
 
 def main() -> int:
+    return guarded(_main)
+
+
+def _main() -> int:
     """Exit status: 0 done, 1 a stage failed, 2 bad input, 75 stopped before the end and able to go on, 137 lost a process."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", type=int, choices=list(TABLES), required=True, help="table that declares the row")
     parser.add_argument("--row", required=True, help="its label")
     parser.add_argument("--protocol", choices=list(PROTOCOLS), default="digits")
@@ -38,18 +43,14 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=os.environ.get("RESULTS") or None, metavar="DIR", help="results folder (default: $RESULTS, else results)")
     args = parser.parse_args()
     table, protocol = TABLES[args.table], PROTOCOLS[args.protocol]
-    try:
-        row = table.row(args.row)
-        stage = evaluate_stage(row, protocol, args.seed)
-        for training in stage.trainings:
-            require_data(training.data)
-        require_features(stage)
-        site = load_site(row.label)
-        if unknown := [label for label in rows_of_their_own() if not any(label in (row.label for row in (*table.rows, *table.outside)) for table in TABLES.values())]:
-            raise ValueError(f"the site file has resources for {', '.join(map(repr, unknown))}, which no table declares")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    row = table.row(args.row)
+    stage = evaluate_stage(row, protocol, args.seed)
+    for training in stage.trainings:
+        require_data(training.data)
+    require_features(stage)
+    site = load_site(row.label)
+    if unknown := [label for label in rows_of_their_own() if not any(label in (row.label for row in (*table.rows, *table.outside)) for table in TABLES.values())]:
+        raise ValueError(f"the site file has resources for {', '.join(map(repr, unknown))}, which no table declares")
     device, root = args.device or site.device, Store(args.results).root.resolve()
     (job,) = Chosen(table, [row], protocol, [args.seed], device).trainings()
     with suppress(OSError):  # a folder that cannot be written is for the run to report

@@ -8,11 +8,11 @@ one PNG an image. The Evaluate stage of the same row and number scores the same 
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 from experiments import ablation, main_results
+from experiments.engine.cli import Parser, guarded
 from experiments.engine.launch import Job
 from experiments.engine.progress import Progress
 from experiments.engine.sources import require_data
@@ -23,7 +23,15 @@ TABLES = ablation.TABLES | main_results.TABLES
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return guarded(_main, _cannot_write)
+
+
+def _cannot_write(error: OSError) -> str:
+    return f"cannot write images ({error.strerror}); free space or choose another folder with --results or --out"
+
+
+def _main() -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", type=int, choices=sorted(TABLES), required=True)
     parser.add_argument("--row", required=True, help="by its label")
     parser.add_argument("--protocol", choices=list(PROTOCOLS), default="digits")
@@ -34,18 +42,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=250, metavar="N", help="images at a time; changes no image (default: 250)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     parser.add_argument("--results", type=Path, metavar="DIR", help="results folder (default: results)")
-    args = parser.parse_args()
-    try:
-        return _run(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: cannot write images ({error.strerror}); free space or choose another folder with --results or --out", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
-        return 130
+    return _run(parser.parse_args())
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from backbones.kernels.attention import attention as op
 from backbones.kernels.attention import reference

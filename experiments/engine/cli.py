@@ -35,7 +35,11 @@ def main(tables: dict[int, Table], description: str | None, arguments: Sequence[
     return guarded(lambda: _main(tables, description, arguments))
 
 
-def guarded(run: Callable[[], int]) -> int:
+def _cannot_write(error: OSError) -> str:
+    return f"cannot write results ({error.strerror}); free space or choose another folder with --results"
+
+
+def guarded(run: Callable[[], int], words: Callable[[OSError], str] = _cannot_write) -> int:
     """A command whose bad input is one line. Exit status: 0 done, 1 some stage failed, 2 bad input, 130 interrupted, 143 terminated."""
     before = signal.signal(signal.SIGTERM, unwind)  # its workers would outlive it otherwise
     try:
@@ -47,7 +51,7 @@ def guarded(run: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        print(f"error: cannot write results ({error.strerror}); free space or choose another folder with --results", file=sys.stderr)
+        print(f"error: {words(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
