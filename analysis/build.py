@@ -15,6 +15,7 @@ from analysis.pages import folded, origins
 from analysis.query import Sources
 from analysis.style import save
 from analysis.tables import SHEETS
+from experiments.engine.cli import Parser, guarded
 from experiments.engine.files import written_whole
 from experiments.engine.render import render
 from experiments.engine.report import Sheet
@@ -37,7 +38,11 @@ SUFFIXES = {"text": "txt", "markdown": "md", "latex": "tex", "csv": "csv", "html
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return guarded(_main)
+
+
+def _main() -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", action="store_true", help="tables, claims and the pages on small protocols only, no figures")
     parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="results folder (default: results)")
     parser.add_argument("--published", type=Path, default=None, metavar="DIR", help="folder of published numbers (default: results/published)")

@@ -7,13 +7,13 @@ classes, so nothing is chosen. Latents are decoded by the VAE that $DICO_VAE nam
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from analysis.query import TRAINED, train_command, trained_row
 from analysis.style import figure, save
+from experiments.engine.cli import Parser, guarded
 from experiments.engine.spec import Evaluate
 from experiments.engine.store import REPOSITORY, Store
 from experiments.protocols import PROTOCOLS, evaluate_stage
@@ -25,7 +25,11 @@ CAPTION, RECORDS = "Description", "Records"  # of a PNG's text: what it shows, a
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return guarded(_main)
+
+
+def _main() -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", type=int, choices=list(TRAINED), required=True)
     parser.add_argument("--row", required=True, help="by label")
     parser.add_argument("--protocol", choices=list(PROTOCOLS), default="digits")
@@ -35,13 +39,7 @@ def main() -> int:
     parser.add_argument("--scale", type=float, metavar="W", help="of classifier-free guidance (default: the protocol's)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="results folder (default: results)")
-    args = parser.parse_args()
-    try:
-        path = _run(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote {path}")
+    print(f"wrote {_run(parser.parse_args())}")
     return 0
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import sys
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -23,6 +22,7 @@ from analysis.query import Sources
 from analysis.style import png
 from analysis.tables import SHEETS
 from analysis.views import views
+from experiments.engine.cli import Parser, guarded
 from experiments.engine.files import written_whole
 from experiments.engine.report import Cell, Sheet
 from experiments.engine.store import Record
@@ -33,17 +33,17 @@ SECTIONS = ("claims", "scatter-section", "tables", "figures", "samples", "digits
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return guarded(_main)
+
+
+def _main() -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="results folder (default: results)")
     parser.add_argument("--published", type=Path, default=None, metavar="DIR", help="folder of published numbers (default: results/published)")
     parser.add_argument("--output", type=Path, default=None, metavar="FILE", help="page to write (default: results/report.html)")
     args = parser.parse_args()
     store = Sources(args.results, args.published)
-    try:
-        page, problems = build_page(store)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    page, problems = build_page(store)
     output = args.output or store.root / "report.html"
     with written_whole(output) as file:
         file.write(page.encode())

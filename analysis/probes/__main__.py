@@ -18,6 +18,7 @@ from pathlib import Path
 
 from analysis.probes.declared import PROBES, DiffusersLocality, Locality, Probe, declared, of_training
 from analysis.query import TRAINED, train_command, trained_row, trained_rows
+from experiments.engine.cli import Parser, guarded
 from experiments.engine.spec import Backbone, Diffusion, Train, spec_id
 from experiments.engine.store import REPOSITORY, Store
 from experiments.protocols import PROTOCOLS
@@ -25,22 +26,19 @@ from experiments.protocols import PROTOCOLS
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 a probe had nothing to probe in some rows, 2 bad input."""
-    try:
-        args = _parse(arguments)
-        store = Store(args.results, REPOSITORY / "results" / "reference")
-        asked = _diffusers(args) if args.diffusers else _published(args) if args.checkpoint else _rows(args, store)
-        store.check_writable()
-        return _run(asked, args, store)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; what was probed is kept", file=sys.stderr)
-        return 130
+    return guarded(lambda: _main(arguments))
+
+
+def _main(arguments: list[str] | None) -> int:
+    args = _parse(arguments)
+    store = Store(args.results, REPOSITORY / "results" / "reference")
+    asked = _diffusers(args) if args.diffusers else _published(args) if args.checkpoint else _rows(args, store)
+    store.check_writable()
+    return _run(asked, args, store)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m analysis.probes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m analysis.probes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("probe", choices=list(PROBES))
     parser.add_argument("--table", type=int, choices=list(TRAINED), help="table of the paper whose rows are probed")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, by label")
@@ -58,7 +56,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--memory", type=int, default=512, metavar="MIB", help="for a chunk of weights (default: 512)")
     parser.add_argument("--again", action="store_true", help="probe also what has a record")
     parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="results folder (default: results)")
-    parser.exit_on_error = False
     args = parser.parse_args(arguments)
     sources = (args.table, args.checkpoint, args.diffusers)
     if sum(source is not None for source in sources) != 1 or (args.checkpoint is None) != (args.backbone is None):
