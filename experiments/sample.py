@@ -1,6 +1,7 @@
 """Draw images of a declared row: `python experiments/sample.py --table 4 --row DiCo-S --num 50000`.
 
-Each image comes from its own seed, so the set depends on neither the batch nor where a stopped run went on. Labels follow the
+Each image comes from its own seed, so the set depends on neither the batch nor the number of processes (srun or torchrun starts
+several, one a GPU), nor on where a stopped run went on. Labels follow the
 protocol's policy. Writes an ADM-readable .npz (arr_0 images, arr_1 labels, shuffled with a fixed seed) and, with --png,
 one PNG an image. The Evaluate stage of the same row and number scores the same images.
 """
@@ -62,6 +63,7 @@ def _run(args: argparse.Namespace) -> int:
 
     import torch
 
+    from experiments.engine import distributed
     from experiments.engine.execute import require_device
     from experiments.engine.heartbeat import claimed
     from experiments.engine.samples import sampled
@@ -70,9 +72,13 @@ def _run(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     require_device(device)
     out, job = args.out or store.run_dir(spec) / "samples.npz", Job(f"{args.row}, {spec.num} images", (spec,))
-    with claimed(store.run_dir(spec)) as beat, Progress(total=1) as progress:
-        resources = Resources(device, sample_batch=args.batch)
-        samples = sampled(spec, store.run_dir(spec.train), resources, lambda *state: progress.notify(job, "progress", state), beat=beat)
+    resources = Resources(device, sample_batch=args.batch)
+    group = distributed.join(device, resources.timeout)
+    if not group.first:
+        sampled(spec, store.run_dir(spec.train), resources, lambda *_: None, group)
+        return 0
+    with claimed(store.run_dir(spec), group.world_size) as beat, Progress(total=1) as progress:
+        samples = sampled(spec, store.run_dir(spec.train), resources, lambda *state: progress.notify(job, "progress", state), group, beat)
         samples.pack(out)
         if args.png:
             samples.write_png(args.png)

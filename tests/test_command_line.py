@@ -6,12 +6,14 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from experiments.ablation import TABLES
@@ -122,6 +124,34 @@ def test_a_failing_row_is_shown_and_the_others_run_and_nothing_runs_twice(tmp_pa
     plan = call("--table", 4, "--results", root, "--dry-run", script=script).stdout
     assert plan.count("  done") == 10 and "failed before, would run again" in plan
     assert len(records(root)["train done"]) == 2
+
+
+SAMPLED = """
+from experiments import sample
+
+sample.TABLES = {4: table}
+raise SystemExit(sample.main())
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_draw_the_images_of_one(tmp_path: Path):
+    script, drawing, root = tmp_path / "tiny.py", tmp_path / "draw.py", tmp_path / "results"
+    script.write_text(TABLE.format(steps=5))
+    drawing.write_text(TABLE.format(steps=5).replace('if __name__ == "__main__":', "if False:") + SAMPLED)
+    assert call("--table", 4, "--results", root, "--rows", "good", script=script).returncode == 0
+    drawn = {}
+    for name, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--"])):
+        command = [sys.executable, *launcher, drawing, "--table", 4, "--row", "good", "--num", 260, "--batch", 100, "--results", root, "--out", tmp_path / f"{name}.npz"]
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=300, check=False)
+        assert done.returncode == 0 and done.stdout.count("260 images 8 x 8") == 1, done.stderr
+        with np.load(tmp_path / f"{name}.npz") as file:
+            drawn[name] = file["arr_0"], file["arr_1"]
+        for folder in root.glob("runs/*/samples"):
+            shutil.rmtree(folder)
+    for one, two in zip(drawn["one"], drawn["two"], strict=True):
+        np.testing.assert_array_equal(one, two)
 
 
 def hear_interrupts() -> None:
