@@ -11,9 +11,11 @@ from pathlib import Path
 
 from analysis import figures, figures_efficiency, figures_probes, science
 from analysis.claims import claims_sheet
+from analysis.pages import folded, origins
 from analysis.query import Sources
 from analysis.style import save
 from analysis.tables import SHEETS
+from experiments.engine.cli import Parser, guarded
 from experiments.engine.files import written_whole
 from experiments.engine.render import render
 from experiments.engine.report import Sheet
@@ -36,7 +38,11 @@ SUFFIXES = {"text": "txt", "markdown": "md", "latex": "tex", "csv": "csv", "html
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return guarded(_main)
+
+
+def _main() -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", action="store_true", help="tables, claims and the pages on small protocols only, no figures")
     parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="results folder (default: results)")
     parser.add_argument("--published", type=Path, default=None, metavar="DIR", help="folder of published numbers (default: results/published)")
@@ -62,7 +68,7 @@ def build(store: Sources, with_figures: bool = True) -> list[str]:
             problems.append(f"{name}: records or published data lack {error}")
 
     for name, make in (SHEETS | {"claims": claims_sheet}).items():
-        attempt(name, lambda name=name, make=make: _write(store.root / "tables", name, make(store)))
+        attempt(name, lambda name=name, make=make: _write(store, name, make(store)))
     for protocol in (DIGITS, CIFAR10_SMALL):
         attempt(protocol.name, lambda protocol=protocol: _page(store, protocol))
     for name, draw in FIGURES.items() if with_figures else ():
@@ -75,10 +81,14 @@ def _page(store: Sources, protocol: Protocol) -> None:
         file.write(science.page(store, protocol).encode())
 
 
-def _write(folder: Path, name: str, sheet: Sheet) -> None:
+def _write(store: Sources, name: str, sheet: Sheet) -> None:
+    """The table in every form; below the Markdown stand links to its records, which HTML holds in its cells."""
     for form, suffix in SUFFIXES.items():
-        with written_whole(folder / f"{name}.{suffix}") as file:
-            file.write(render([sheet], form).encode())
+        text = render([sheet], form)
+        if form == "markdown" and (found := folded(origins(sheet), store)):
+            text += f"\n{found}\n"
+        with written_whole(store.root / "tables" / f"{name}.{suffix}") as file:
+            file.write(text.encode())
 
 
 if __name__ == "__main__":

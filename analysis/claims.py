@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from analysis.probes.declared import declared
 from analysis.query import Sources, digits_scores
@@ -53,17 +53,21 @@ def judge(claim: Claim, store: Sources) -> Finding:
 
 
 def claims_sheet(store: Sources) -> Sheet:
-    """One row a claim of results/published/claims.csv."""
+    """One row a claim of results/published/claims.csv; its basis leads to all records that were read to judge it."""
     columns = ["claim", "says", "paper", "evidence", "value", "error", "verdict", "basis", "source"]
     sheet = Sheet("Claims of the paper", [("", name) for name in columns])
-    found = [(claim, judge(claim, store)) for claim in store.rows("claims.csv")]
-    for claim, finding in found:
+    levels = []
+    for claim in store.rows("claims.csv"):
+        with store.noting() as noted:
+            finding = judge(claim, store)
+        levels.append(finding.evidence)
         words = [claim["id"], claim["claim"], claim["value"] or "-", finding.evidence, finding.value or "-", finding.error or "-", finding.verdict, finding.basis]
         cells = [Cell(words=text) for text in (*words, claim["source"].removeprefix("arXiv:2505.11196v1 "))]
-        cells[4] = Cell(words=finding.value or "-", records=finding.records)
+        own = finding.records if any(character.isdigit() for character in finding.error) else ()
+        for at, records in ((4, finding.records), (5, own), (7, tuple(noted.values()))):
+            cells[at] = replace(cells[at], records=records)
         sheet.rows.append(cells)
-    levels = [finding.evidence for _, finding in found]
-    sheet.notes.append(f"{len(found)} claims: " + ", ".join(f"{levels.count(level)} {level}" for level in LEVELS if level in levels) + ".")
+    sheet.notes.append(f"{len(levels)} claims: " + ", ".join(f"{levels.count(level)} {level}" for level in LEVELS if level in levels) + ".")
     sheet.notes.append(
         "reproduced: the printed value to its last digit, or the order with every difference resolved. consistent: the paper's own tables give what its "
         "words say; nothing was run. not resolved: the spread over seeds is larger than the difference. open: nothing here bears on it yet."

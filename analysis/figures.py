@@ -24,16 +24,20 @@ def fid_against_throughput(store: Sources) -> Figure:
     numeric modes (convolutions in TF32, linear layers in fp32)."""
     made, axes = figure(6.6, 4.4)
     rows = [row for row in store.rows("table1.csv") if row["train_steps"] == "400000" and row["throughput_img_s"]]
-    for family in dict.fromkeys(row["model"].partition("-")[0] for row in rows):
+    for place, family in enumerate(dict.fromkeys(row["model"].partition("-")[0] for row in rows)):
         own = [row for row in rows if row["model"].partition("-")[0] == family]
         x, y = ([float(row[name]) for row in own] for name in ("throughput_img_s", "fid"))
         axes.plot(x, y, "-", lw=1, color=family_colour(family))
-        axes.scatter(x, y, s=[6 * float(row["gflops"]) for row in own], ec=family_colour(family), fc=(*family_colour(family), 0.15), lw=1.4, label=family, zorder=3)
-        for row, left, up in zip(own, x, y, strict=True):
-            axes.annotate(row["model"].split("-")[1].removesuffix("/2"), (left, up), fontsize=7, ha="center", va="center", zorder=4)
+        areas = [6 * float(row["gflops"]) for row in own]
+        axes.scatter(x, y, s=areas, ec=family_colour(family), fc=(*family_colour(family), 0.15), lw=1.4, label=family, zorder=3)
+        side = -1 if place % 2 else 1  # neighbouring families' names on opposite sides
+        for row, left, up, area in zip(own, x, y, areas, strict=True):
+            away = (side * (area**0.5 / 2 + 3), 0)
+            axes.annotate(row["model"].split("-")[1].removesuffix("/2"), (left, up), xytext=away, textcoords="offset points", fontsize=7.5, ha="left" if side > 0 else "right", va="center", color=family_colour(family))
     timed = sum(bool(gpu_timings(system.costs[0].backbone, system.costs[0].size, store)) for system in SYSTEMS if system.resolution == 256)
     note(axes, "published only: no GPU timing is committed here" if not timed else f"published; our {timed} GPU timings have no FID beside them", bottom=True)
     axes.set_xscale("log")
+    axes.margins(x=0.08)
     axes.set_xlabel("throughput, images/s on an A100 (published, log scale)")
     axes.set_ylabel("FID-50K, ImageNet 256, 400K steps (lower is better)")
     axes.legend(title="area: Gflops", markerscale=0.5, loc="upper left")
@@ -99,44 +103,47 @@ def scores_over_training(store: Sources) -> Figure:
 
 
 def losses(store: Sources) -> Figure:
-    """Figure 9: training loss of DiCo on ImageNet 256 from the authors' own logs, means over windows of 1000 steps (10 000 beyond step
-    400 000); the band is two standard errors of a window's mean. Right, ours: Table 4's rows on the digits protocol, means over 50 steps of
+    """Figure 9. Left and middle, theirs: training loss of DiCo on ImageNet 256 from the authors' own logs, means over windows of 1000 steps
+    (10 000 beyond step 400 000); the band is two standard errors of a window's mean. Right, ours: Table 4's rows on the digits protocol,
     the newest training of seed 0, another data set at another scale, whose losses do not compare with the others."""
-    made, (left, right, ours) = figure(10.6, 3.7, columns=3)
+    made, (left, middle, right) = figure(10.6, 3.7, columns=3)
     rows = store.rows("dico_logs.csv")
     for index, model in enumerate(SIZES):
         own = [row for row in rows if row["model"] == model and row["loss_sd"]]
-        middle = [(int(row["first_step"]) + int(row["last_step"])) / 2000 for row in own]
+        steps = [(int(row["first_step"]) + int(row["last_step"])) / 2000 for row in own]
         loss = [float(row["loss"]) for row in own]
         error = [2 * float(row["loss_sd"]) / int(row["lines"]) ** 0.5 for row in own]
-        for panel in (left, right):
-            panel.plot(middle, loss, lw=1, color=colour(index), label=f"{model} (authors' log)")
-            panel.fill_between(middle, [a - b for a, b in zip(loss, error, strict=True)], [a + b for a, b in zip(loss, error, strict=True)], color=colour(index), alpha=0.2, lw=0)
+        for panel in (left, middle):
+            panel.plot(steps, loss, lw=1, color=colour(index), label=f"{model} (authors' log)")
+            panel.fill_between(steps, [a - b for a, b in zip(loss, error, strict=True)], [a + b for a, b in zip(loss, error, strict=True)], color=colour(index), alpha=0.2, lw=0)
     left.set_xscale("log")
     left.set_xlim(left=1)
     left.set_ylim(0.138, 0.185)
-    left.set_title("whole logs")
-    right.set_xlim(0, 100)
-    right.set_ylim(0.147, 0.185)
-    right.set_title("first 100 000 steps")
+    left.set_title("theirs, ImageNet 256: whole logs")
+    left.set_xlabel("training steps, thousands (log scale)")
     left.set_ylabel("training loss")
-    for panel in (left, right):
-        panel.set_xlabel("training steps, thousands" + (" (log scale)" if panel is left else ""))
-    right.legend()
-    drawn = 0
+    middle.set_xlim(0, 100)
+    middle.set_ylim(0.147, 0.185)
+    middle.set_title("theirs: first 100 000 steps")
+    middle.set_xlabel("training steps, thousands")
+    middle.legend()
+    _own_losses(right, store)
+    return made
+
+
+def _own_losses(axes: Axes, store: Sources) -> None:
+    axes.set_title(f"ours: Table 4's rows on {DIGITS.name}")
+    windows = set()
     for index, row in enumerate(TABLE_4.rows):
         record = store.latest(train_stage(row, DIGITS, 0), "reference")
         if record and (curve := record.values.get("curve")):
-            middle = [(number + 0.5) * curve["every"] for number in range(len(curve["losses"]))]
-            ours.plot(middle, curve["losses"], lw=1, color=colour(index % 10), ls="-" if index < 10 else "--", label=row.label)
-            drawn += 1
-    ours.set_title("ours: Table 4's rows on digits")
-    ours.set_xlabel("training steps")
-    if drawn:
-        ours.set_yscale("log")
-        ours.legend(fontsize=6, ncols=2)
+            ends = [min((number + 1) * curve["every"], record.values["steps"]) for number in range(len(curve["losses"]))]
+            axes.plot([(start + end) / 2 for start, end in zip([0, *ends], ends, strict=False)], curve["losses"], lw=1, color=colour(index % 10), ls="-" if index < 10 else "--", label=row.label)
+            windows.add(curve["every"])
+    axes.set_xlabel(f"training steps (means over {' or '.join(map(str, sorted(windows)))})" if windows else "training steps")
+    if windows:
+        axes.legend(fontsize=6, ncols=2)
     else:
-        ours.set_xticks([])
-        ours.set_yticks([])
-        note(ours, "no training with a curve\nis committed here")
-    return made
+        axes.set_xticks([])
+        axes.set_yticks([])
+        note(axes, "no training with a curve\nis committed here")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+BESIDE = {"DiT": (5, 4), "DiC": (6, -3), "DiG": (-5, 3), "DiCo": (-4, -9)}  # where a family's names stand, points from its marks
 A100_FP32 = 19.5  # TFLOP/s without tensor cores (NVIDIA A100 data sheet)
 
 
@@ -54,7 +55,7 @@ def table3_score_speed(store: Sources) -> Figure:
 
 def table4_score_speed(store: Sources) -> Figure:
     """Table 4's rows on digits: fd_digits (mean and range over training seeds) against throughput on a CPU in fp32, relative to DiCo-S. The
-    grey line is the Pareto front of the means; the seeds do not resolve its order."""
+    grey line is the Pareto front of the means, whose order the seeds need not resolve."""
     return score_against_speed(TABLE_4, store)
 
 
@@ -122,7 +123,7 @@ def _digits_cost(table: Table, store: Sources) -> tuple[list[float], list[float]
 def pareto(store: Sources) -> Figure:
     """Pareto fronts of the published ImageNet 256 results after 400K steps (Table 1): FID against Gflops as the paper prints them, against
     Gflops counted here by one rule for all (filled), and against published throughput. DiG moves, since its published count leaves
-    out 22 to 23 % of its work."""
+    out part of its work."""
     made, axes = figure(9.4, 3.7, columns=3, sharey=True)
     rows = [row for row in store.rows("table1.csv") if row["train_steps"] == "400000"]
     core = {system.label: sum(record.values["macs_core"] for record in records) / 1e9 for system in SYSTEMS if system.resolution == 256 and all(records := [store.latest(cost, "reference") for cost in system.costs])}
@@ -139,8 +140,10 @@ def pareto(store: Sources) -> Figure:
                 points.append((x, y))
                 style = {} if "counted" in label else PUBLISHED
                 panel.plot(x, y, "D" if "counted" in label else "o", ms=5, color=family_colour(row["model"]), **style)
-                panel.annotate(row["model"].removesuffix("/2").rpartition("-")[2], (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7, color=family_colour(row["model"]))
+                family, _, size = row["model"].removesuffix("/2").partition("-")
+                panel.annotate(size, (x, y), xytext=BESIDE[family], textcoords="offset points", fontsize=7, ha="left" if BESIDE[family][0] > 0 else "right", color=family_colour(family))
         panel.set_xscale("log")
+        panel.margins(x=0.1, y=0.08)
         _draw_front(panel, points, lower)
         panel.set_xlabel(label)
     axes[0].set_ylabel("FID-50K, ImageNet 256, 400K steps (published)")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from analysis.probes.declared import arrays_of, declared
@@ -9,6 +11,7 @@ from analysis.style import colour, figure
 from experiments.ablation import DICO_S, TABLE_3, TABLE_4
 from experiments.engine.rows import Row
 from experiments.engine.store import Store
+from experiments.main_results import TABLE_1
 from experiments.protocols import DIGITS
 
 if TYPE_CHECKING:
@@ -16,9 +19,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-DIT = next(row for row in TABLE_3.rows if row.label == "DiT (iso.)")
-WITHOUT_CCA = next(row for row in TABLE_4.rows if row.label == "w/o CCA")
-LOCAL_ROWS = (DIT, *(row for row in TABLE_4.rows if row.label in ("CM->Self-Attn", "CM->Window Attn", "CM->Focused Linear Attn", "CM->Agent Attn")), WITHOUT_CCA, DICO_S)
+DIT, WITHOUT_CCA = TABLE_3.row("DiT (iso.)"), TABLE_4.row("w/o CCA")
+MIXERS = tuple(TABLE_4.row(label) for label in ("CM->Self-Attn", "CM->Window Attn", "CM->Focused Linear Attn", "CM->Agent Attn"))
+LOCAL_ROWS = (DIT, *MIXERS, *(TABLE_1.row(label) for label in ("DiG-XL/2", "DiS-H/2", "DiM-H")), WITHOUT_CCA, DICO_S)
 CHANNEL_ROWS = (DIT, WITHOUT_CCA, DICO_S)
 FEATURE_ROWS = (WITHOUT_CCA, DICO_S)
 WEIGHTS = ("attention", "implied attention", "receptive field")
@@ -38,34 +41,47 @@ def _found(probe: str, rows: tuple[Row, ...], store: Store) -> tuple[Found, str]
 
 
 def attention_maps(store: Store) -> Figure:
-    """For each network, the weights of one token (red) in up to five layers: mean over heads, images and steps of sampling."""
+    """Figure 4, on digits: the weights of one token (red) in up to five layers of each network, mean over heads, images and steps of
+    sampling. Attention is the softmax's own; implied attention is what linear, agent and gated linear attention and Mamba multiply
+    the values with; of a convolution it is the kernel. Each network at its small size, one training seed."""
     found, missing = _found("locality", LOCAL_ROWS, store)
-    import numpy as np
-    from matplotlib.patches import Rectangle
-
-    made, axes = figure(1.15 * MAPS + 0.8, 1.36 * len(found) + 0.5, len(found), MAPS, squeeze=False)
-    for line, (label, arrays, _) in zip(axes, found, strict=True):
-        parts = [p for p in _parts(arrays, WEIGHTS) if arrays[f"grid_{p}"].min() > 2]
-        chosen = [parts[round(i)] for i in np.linspace(0, len(parts) - 1, min(MAPS, len(parts)))]
-        for column, axis in enumerate(line):
-            axis.set_axis_off()
-            if column >= len(chosen):
-                continue
-            p = chosen[column]
-            shown = arrays[f"maps_{p}"].astype(float).mean((0, 1))[0]
-            row, place = arrays[f"anchors_{p}"][0]
-            axis.imshow(shown, cmap="Blues", vmin=0)
-            axis.add_patch(Rectangle((place - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=1.2))
-            relative = (arrays[f"values_{p}"][..., 0] / arrays[f"uniform_{p}"][0]).mean()
-            axis.set_title(f"{_short(arrays, p)}\n{shown.shape[0]}x{shown.shape[1]}, {relative:.2f}", fontsize=6)
-        line[0].text(-0.1, 0.5, f"{label}\n{arrays[f'kind_{chosen[0]}']}", fontsize=6.5, rotation=90, transform=line[0].transAxes, ha="right", va="center", multialignment="center")
+    lines = -(-len(found) // 2)
+    made, _ = figure(2 * (1.15 * MAPS + 0.8), 1.36 * lines + 0.5, 1, 1)
+    made.clear()
+    networks = iter(found)
+    for half in made.subfigures(1, 2):
+        for line in half.subplots(lines, MAPS, squeeze=False):
+            _draw_maps(line, *next(networks, ("", {}, {}))[:2])
     made.suptitle(f"Where a token (red) looks, {DIGITS.name}: each map from 0 (white) to its largest weight (dark)\n"
-                    f"title: layer, grid, mean distance over that of uniform weights{missing}", fontsize=8)
+                    f"title: layer, grid, mean distance over that of uniform weights{missing}", fontsize=9)
     return made
 
 
+def _draw_maps(line: Sequence[Axes], label: str, arrays: dict[str, np.ndarray]) -> None:
+    """A network's maps in a line of panels, those that are left over empty."""
+    import numpy as np
+    from matplotlib.patches import Rectangle
+
+    for axis in line:
+        axis.set_axis_off()
+    parts = [p for p in _parts(arrays, WEIGHTS) if arrays[f"grid_{p}"].min() > 2]
+    chosen = [parts[round(i)] for i in np.linspace(0, len(parts) - 1, min(MAPS, len(parts)))]
+    for axis, p in zip(line, chosen, strict=False):
+        shown = arrays[f"maps_{p}"].astype(float).mean((0, 1))[0]
+        row, place = arrays[f"anchors_{p}"][0]
+        axis.imshow(shown, cmap="Blues", vmin=0)
+        axis.add_patch(Rectangle((place - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=1.2))
+        relative = (arrays[f"values_{p}"][..., 0] / arrays[f"uniform_{p}"][0]).mean()
+        axis.set_title(f"{_short(arrays, p)}\n{shown.shape[0]}x{shown.shape[1]}, {relative:.2f}", fontsize=7)
+    if chosen:
+        words = f"{label}\n{arrays[f'kind_{chosen[0]}']}"
+        line[0].text(-0.1, 0.5, words, fontsize=7, rotation=90, transform=line[0].transAxes, ha="right", va="center", multialignment="center")
+
+
 def locality(store: Store) -> Figure:
-    """Mean distance over that of uniform weights, and the mass near a token: own weights, the mixers' and the network's gradients."""
+    """Figure 4 in numbers, one scale for all mixers, on digits. Left: mean distance at which a token looks over that of uniform weights, by
+    the mixers' own weights (Mamba's with its skip), by the gradient of a mixer's output and by that of the whole network's. Right: share
+    of an output pixel's gradient within a distance of it. Each network at its small size, one training seed."""
     found, missing = _found("locality", LOCAL_ROWS, store)
     kinds = {"own weights": WEIGHTS, "mixer's input gradient": ("input gradient",), "whole network's gradient": ("network gradient",)}
     made, (left, right) = figure(8.6, 0.46 * len(found) + 1.7, 1, 2, width_ratios=(1.25, 1))
@@ -85,7 +101,7 @@ def locality(store: Store) -> Figure:
     for line, (label, arrays, _) in enumerate(found):
         (p,) = _parts(arrays, ("network gradient",))
         mass = arrays[f"mass_{p}"].mean((0, 1))
-        right.plot(range(len(mass)), mass, marker=".", color=colour(line), label=label)
+        right.plot(range(len(mass)), mass, marker=".", color=colour(line % 10), label=label)
     right.plot(range(len(mass)), arrays[f"uniform_mass_{p}"], color="black", linestyle="--", linewidth=0.8, label="uniform")
     right.set_xlabel("distance from the output pixel, pixels")
     right.set_ylabel("share of its gradient within")
@@ -98,7 +114,8 @@ def locality(store: Store) -> Figure:
 
 
 def channel_activation(store: Store) -> Figure:
-    """Activation of every channel of the last mixer, sorted, in units of the layer's mean."""
+    """Figure 5, on digits: activation (ReLU, then the mean over an image) of every channel that the last mixer puts out, sorted, in units of
+    the layer's mean; without and with CCA, and in DiT. Each network at its small size, one training seed."""
     found, missing = _found("channels", CHANNEL_ROWS, store)
     import numpy as np
 
@@ -118,7 +135,8 @@ def channel_activation(store: Store) -> Figure:
 
 
 def feature_maps(store: Store) -> Figure:
-    """All channels of the first stage for one image in the middle of its sampling, on one colour scale a network."""
+    """Figure 7, on digits: all channels that the first stage puts out for one image in the middle of its sampling, without and with CCA, on
+    one colour scale a network. Each network at its small size, one training seed."""
     found, missing = _found("features", FEATURE_ROWS, store)
     import numpy as np
 
@@ -147,7 +165,7 @@ def _parts(arrays: dict[str, np.ndarray], kinds: tuple[str, ...]) -> list[int]:
 
 
 def _short(arrays: dict[str, np.ndarray], p: int) -> str:
-    return str(arrays[f"layer_{p}"]).removesuffix(".mixer").removesuffix(".attn").replace("_level", "")
+    return re.sub(r"^transformer_|_level|\.(mixer|attn1?)$", "", str(arrays[f"layer_{p}"]))
 
 
 FIGURES = {"figure4_maps": attention_maps, "figure4_locality": locality, "figure5_channels": channel_activation, "figure7_features": feature_maps}

@@ -1,78 +1,113 @@
 """Uncurated samples of a trained run as one image: `python -m analysis.grid --table 4 --row DiCo-S`.
 
-One column a class, one row a sample, in the order of the evaluation's own seeds: nothing is chosen. Loads torch.
+One column a class, one row a sample. The r-th sample of class c has the seed of image c + K r of the run's evaluation, K
+classes, so nothing is chosen. Latents are decoded by the VAE that $DICO_VAE names. Loads torch.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from analysis.query import TRAINED, train_command, trained_row
 from analysis.style import figure, save
-from experiments.ablation import TABLES
+from experiments.engine.cli import Parser, guarded
 from experiments.engine.spec import Evaluate
-from experiments.engine.store import Store
+from experiments.engine.store import REPOSITORY, Store
 from experiments.protocols import PROTOCOLS, evaluate_stage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CAPTION, RECORDS = "Description", "Records"  # of a PNG's text: what it shows, and the names of its trainings' records
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", type=int, choices=[number for number, table in TABLES.items() if not table.counts_only], required=True)
+    return guarded(_main)
+
+
+def _main() -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", type=int, choices=list(TRAINED), required=True)
     parser.add_argument("--row", required=True, help="by label")
     parser.add_argument("--protocol", choices=list(PROTOCOLS), default="digits")
     parser.add_argument("--seed", type=int, default=0, help="training seed (default: 0)")
-    parser.add_argument("--columns", type=int, default=10, help="classes (default: 10)")
+    parser.add_argument("--classes", type=int, nargs="+", metavar="C", help="shown, in this order (default: the first ten)")
     parser.add_argument("--rows", type=int, default=8, help="samples a class (default: 8)")
+    parser.add_argument("--scale", type=float, metavar="W", help="of classifier-free guidance (default: the protocol's)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="results folder (default: results)")
-    args = parser.parse_args()
-    try:
-        rows = {row.label: row for row in (*TABLES[args.table].rows, *TABLES[args.table].outside)}
-        if args.row not in rows:
-            raise ValueError(f"table {args.table} has no row {args.row!r}; known: {', '.join(map(repr, rows))}")
-        protocol, store = PROTOCOLS[args.protocol], Store(args.results)
-        spec = evaluate_stage(rows[args.row], protocol, args.seed)
-        if not all(store.latest(training) for training in spec.trainings):
-            command = f"python experiments/ablation.py --table {args.table} --rows {args.row!r} --protocol {protocol.name} --seeds {args.seed}"
-            raise ValueError(f"no finished run of {args.row!r} here; train it with: {command}")
-        name = f"{protocol.name}_table{args.table}_{args.row}_seed{args.seed}".replace("/", "").replace(" ", "_")
-        draw(spec, store, args.columns, args.rows, name)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote {store.root / 'figures' / 'samples' / name}.png")
+    print(f"wrote {_run(parser.parse_args())}")
     return 0
 
 
-def draw(spec: Evaluate, store: Store, columns: int, rows: int, name: str) -> None:
-    """Sample with the run's EMA network until every shown class has enough images. ValueError where the set is not in pixels."""
+def _run(args: argparse.Namespace) -> Path:
+    table, protocol = TRAINED[args.table], PROTOCOLS[args.protocol]
+    spec = evaluate_stage(trained_row(table, args.row), protocol, args.seed)
+    classes = args.classes or list(range(min(10, spec.data.num_classes)))
+    if args.rows < 1 or not all(0 <= label < spec.data.num_classes for label in classes):
+        raise ValueError(f"--rows takes a number from 1 on and --classes labels from 0 to {spec.data.num_classes - 1}")
+    if args.scale is not None:
+        spec = replace(spec, sampler=replace(spec.sampler, scale=args.scale))
+    store = Store(args.results, REPOSITORY / "results" / "reference")
+    if not all(store.latest(training) for training in spec.trainings):
+        raise ValueError(f"no finished run of {args.row!r} here; train it with: {train_command(table, [args.row], protocol, args.seed)}")
+    scale = "" if args.scale is None else f"_scale{args.scale:g}"
+    name = f"{protocol.name}_table{args.table}_{args.row}_seed{args.seed}{scale}".replace("/", "").replace(" ", "_")
+    what = f"{args.row} of Table {args.table} on {protocol.name}, training seed {args.seed}"
+    return draw(spec, store, classes, args.rows, name, what, args.device)
+
+
+def draw(spec: Evaluate, store: Store, classes: list[int], rows: int, name: str, what: str, device: str = "cpu") -> Path:
+    """Sample with the run's EMA networks and write the image; it carries a caption that names the runs and their weights.
+
+    ValueError where the samples are latents and their VAE is not to be had.
+    """
+    import torch
+
+    from experiments.engine.execute import require_device
+    from experiments.engine.samples import decoder_of, network_of
+    from experiments.engine.train import Resources
+
+    require_device(device)
+    decode, _ = decoder_of(spec.data, torch.device(device))
+    shown = _images(spec, network_of(spec, store.run_dir(spec.train), Resources(device)), classes, rows, device)
+    made, axes = figure(0.62 * len(classes), 0.62 * rows + 0.35, rows, len(classes), squeeze=False)
+    for place, label in enumerate(classes):
+        for line in range(rows):
+            axes[line, place].axis("off")
+            pixels = (decode(shown[line, label][None])[0].clamp(-1, 1) + 1) / 2
+            axes[line, place].imshow(pixels.permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axes[0, place].set_title(str(label))
+    records = [store.latest(training) for training in spec.trainings]
+    runs = "; ".join(f"run {record.id}, weights {record.values['weights_sha256']}, commit {(record.provenance['commit'] or 'unknown')[:12]}" for record in records)
+    dirty = " from a tree with uncommitted changes" * any(record.provenance["dirty"] for record in records)
+    caption = f"Samples of {what}: {rows} of each class, uncurated, {spec.sampler.name} with {spec.sampler.num_steps} steps, guidance {spec.sampler.scale:g} ({runs}{dirty})."
+    folder = store.root / "figures" / "samples"
+    save(made, folder, name, {CAPTION: caption, RECORDS: " ".join(record.name for record in records)})
+    return folder / f"{name}.png"
+
+
+def _images(spec: Evaluate, model: object, classes: list[int], rows: int, device: str) -> dict[tuple[int, int], Tensor]:
+    """Samples (C, H, W) by (row, class); neighbouring classes are drawn in one batch, which changes no image."""
     import torch
 
     from experiments.engine.generate import images
-    from experiments.engine.samples import network_of
-    from experiments.engine.train import Resources
 
-    data = spec.data
-    if data.channels not in (1, 3):
-        raise ValueError(f"{data.name} holds latents of {data.channels} channels, which a grid does not decode; sample and decode them first")
-    columns = min(columns, data.num_classes)
-    device = torch.device("cpu")
-    shown: dict[int, list[torch.Tensor]] = {label: [] for label in range(columns)}
-    for x, y in images(spec, network_of(spec, store.run_dir(spec.train), Resources()), device, batch=100):
-        for image, label in zip(x, y.tolist(), strict=True):
-            if label in shown and len(shown[label]) < rows:
-                shown[label].append(image)
-        if all(len(found) == rows for found in shown.values()):
-            break
-    made, axes = figure(0.62 * columns, 0.62 * rows + 0.35, rows, columns, squeeze=False)
-    for label, found in shown.items():
-        for place in range(rows):
-            axes[place, label].axis("off")
-            if place < len(found):
-                pixels = (found[place].clamp(-1, 1) + 1) / 2
-                axes[place, label].imshow(pixels.permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        axes[0, label].set_title(str(label))
-    save(made, store.root / "figures" / "samples", name)
+    count = spec.data.num_classes
+    spec = replace(spec, num=rows * count, labels="balanced")  # image i is of class i mod K
+    ordered = sorted(set(classes))
+    starts = [label for label in ordered if label - 1 not in ordered]
+    ends = [label + 1 for label in ordered if label + 1 not in ordered]
+    found = {}
+    for line in range(rows):
+        for start, end in zip(starts, ends, strict=True):
+            within = range(line * count + start, line * count + end)
+            for x, y in images(spec, model, torch.device(device), min(len(within), 100), within):
+                found |= {(line, label): image for image, label in zip(x, y.tolist(), strict=True)}
+    return found
 
 
 if __name__ == "__main__":

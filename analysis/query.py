@@ -5,14 +5,17 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from experiments import ablation, main_results
 from experiments.engine.report import REFERENCE_SEEDS
 from experiments.engine.rows import Row, Table
 from experiments.engine.spec import Backbone, Stage, canonical
 from experiments.engine.store import REPOSITORY, Record, Store
 from experiments.protocols import DIGITS, PROTOCOLS, Protocol, evaluate_stage
 
+TRAINED = {number: table for number, table in sorted((ablation.TABLES | main_results.TABLES).items()) if not table.counts_only}
 SCORES = "fid is precision recall"
 COLUMNS = {  # of every published file: columns of words, columns of numbers
     "table1.csv": ("group model cfg", f"train_steps gflops throughput_img_s {SCORES}"),
@@ -31,13 +34,18 @@ COLUMNS = {  # of every published file: columns of words, columns of numbers
 
 
 class Sources(Store):
-    """A store whose reference holds only records that a table may use; `problems` says in words what was left out and why."""
+    """A store whose reference holds only records that a table may use; `problems` says in words what was left out and why.
+
+    `noting` hears which records are looked up, so that every figure and paragraph can name its own.
+    """
 
     def __init__(self, root: Path | None = None, published: Path | None = None) -> None:
         super().__init__(root)
         self.published_folder = published or REPOSITORY / "results" / "published"
         self.problems: list[str] = []
         self._rows: dict[str, list[dict[str, str]]] = {}
+        self._files: dict[str, str] = {}
+        self._notes: list[dict[str, Record]] = []
 
     def records(self, where: str) -> dict[str, list[Record]]:
         if where not in self._cache:
@@ -45,10 +53,37 @@ class Sources(Store):
             read = {record.name for records in found.values() for record in records}
             folder = self.reference if where == "reference" else self.root / where
             for path in sorted(folder.glob("*/*.json")):
-                if f"{path.parent.name}/{path.stem.rpartition('-')[0]}" not in read:
+                name = f"{path.parent.name}/{path.stem.rpartition('-')[0]}"
+                if where == "reference":
+                    self._files[name] = f"{path.parent.name}/{path.name}"
+                if name not in read:
                     self.problems.append(f"record {path.parent.name}/{path.name}: not of this version of the suite, or damaged; left out")
             self._cache[where] = {name: kept for name, records in found.items() if (kept := [record for record in records if self._fit(record)])}
         return self._cache[where]
+
+    def latest(self, spec: Stage, where: str = "records", status: str = "done") -> Record | None:
+        record = super().latest(spec, where, status)
+        self.note([record] if record and where == "reference" else [])
+        return record
+
+    def note(self, records: Sequence[Record]) -> None:
+        for noted in self._notes:
+            noted.update((record.name, record) for record in records)
+
+    @contextmanager
+    def noting(self) -> Iterator[dict[str, Record]]:
+        """The committed records that are looked up meanwhile, by name."""
+        noted: dict[str, Record] = {}
+        self._notes.append(noted)
+        try:
+            yield noted
+        finally:
+            self._notes.pop()
+
+    def file_of(self, record: Record) -> str:
+        """A committed record's file under the reference folder."""
+        self.records("reference")
+        return self._files[record.name]
 
     def all_records(self) -> list[Record]:
         return [record for records in self.records("reference").values() for record in records]
@@ -116,6 +151,25 @@ def _unfit(record: Record) -> str:
     return ""
 
 
+def trained_rows(table: Table) -> dict[str, Row]:
+    """Rows of a table that have a network to train, by label."""
+    return {row.label: row for row in (*table.rows, *table.outside) if row.backbone}
+
+
+def trained_row(table: Table, label: str) -> Row:
+    """ValueError for a label that is unknown or is one of published numbers alone."""
+    row = table.row(label)
+    if row.backbone is None:
+        raise ValueError(f"row {label!r} of table {table.number} holds published numbers only: no network is known")
+    return row
+
+
+def train_command(table: Table, labels: Sequence[str], protocol: Protocol, seed: int) -> str:
+    """What trains these rows here."""
+    script, named = "main_results" if table.number in main_results.TABLES else "ablation", " ".join(f'"{label}"' for label in labels)
+    return f"python experiments/{script}.py --table {table.number} --rows {named} --protocol {protocol.name} --seeds {seed}"
+
+
 def reference_seeds(table: Table, store: Store) -> list[int]:
     """Training seeds that the committed records hold of a table's first row; seed 0 where there are none."""
     return [seed for seed in REFERENCE_SEEDS if store.latest(evaluate_stage(table.baseline, DIGITS, seed), "reference")] or [0]
@@ -138,12 +192,14 @@ def latest(stages: Sequence[Stage], store: Store) -> Iterator[Record]:
 def gpu_timings(backbone: Backbone, size: int, store: Sources) -> list[Record]:
     """Committed GPU timings of a network's forward pass at a latent size, in every numeric mode that was recorded, oldest first."""
     wanted = canonical(backbone, full=True)
-    return [
+    found = [
         record
         for record in store.all_records()
         if record.kind == "timing" and record.status == "done" and record.spec["device"] == "cuda" and record.spec.get("what", "forward") == "forward"
         and (record.spec["backbone"], record.spec["size"]) == (wanted, size) and not record.spec.get("compile") and not record.spec.get("graphs")
     ]  # fmt: skip
+    store.note(found)
+    return found
 
 
 def numeric_mode(record: Record) -> str:

@@ -6,45 +6,44 @@ The page needs the extra `report` to be built (plotly and itables ship the JavaS
 from __future__ import annotations
 
 import argparse
-import base64
-import html
 import inspect
 import json
-import re
-import sys
-from collections import Counter
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from analysis import science
 from analysis.build import FIGURES
-from analysis.claims import LEVELS, claims_sheet
+from analysis.claims import claims_sheet
+from analysis.fragments import figure, grids, inert, lacking, problem_list, prose, record_data, table, tiles
+from analysis.pages import Text
 from analysis.query import Sources
 from analysis.style import png
 from analysis.tables import SHEETS
 from analysis.views import views
+from experiments.engine.cli import Parser, guarded
 from experiments.engine.files import written_whole
-from experiments.engine.render import render
 from experiments.engine.report import Cell, Sheet
+from experiments.engine.store import Record
 from experiments.protocols import CIFAR10_SMALL, DIGITS
 
 HERE = Path(__file__).resolve().parent
-SECTIONS = ("claims", "scatter-section", "tables", "figures", "digits", "counts", "provenance")
+SECTIONS = ("claims", "scatter-section", "tables", "figures", "samples", "digits", "counts", "provenance")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return guarded(_main)
+
+
+def _main() -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="results folder (default: results)")
     parser.add_argument("--published", type=Path, default=None, metavar="DIR", help="folder of published numbers (default: results/published)")
     parser.add_argument("--output", type=Path, default=None, metavar="FILE", help="page to write (default: results/report.html)")
     args = parser.parse_args()
     store = Sources(args.results, args.published)
-    try:
-        page, problems = build_page(store)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    page, problems = build_page(store)
     output = args.output or store.root / "report.html"
     with written_whole(output) as file:
         file.write(page.encode())
@@ -58,38 +57,38 @@ def build_page(store: Sources) -> tuple[str, list[str]]:
     """The page, and what could not be built, which the page names too. ValueError where the extra `report` is missing."""
     plotly, datatables, style = _libraries()
     problems: list[str] = []
-    claims = _sheet("claims", lambda: claims_sheet(store), problems)
+
+    def sheet(name: str, make: Callable[[Sources], Sheet], identifier: str) -> tuple[Sheet, str]:
+        with store.noting() as noted:
+            made = _or(name, lambda: make(store), None, problems) or Sheet(f"{name}: {problems[-1].partition(': ')[2]}", [("", "gap")])
+        return made, table(made, identifier, noted.values())
+
+    claims, claimed = sheet("claims", claims_sheet, "claims-table")
+    shown = [f'<div{" class=words" if name == "table6" else ""}>{sheet(name, make, name)[1]}</div>' for name, make in SHEETS.items() if name != "counts"]
+    drawn = [_figure(name, draw, store, problems) for name, draw in FIGURES.items()]
+    pages = [prose(_or(p.name, lambda p=p: science.blocks(store, p), [Text(f"{p.name} could not be built", 1)], problems)) for p in (DIGITS, CIFAR10_SMALL)]
+    scattered = _or("scatter", lambda: views(store), [], problems)
     parts = [
-        f'<section id="claims"><h2>Claims</h2>{_tiles(claims)}<div class="words">{_table(claims, "claims-table")}</div></section>',
-        '<section id="scatter-section"><h2>Score against cost</h2><p><label>View: <select id="view"></select></label></p><div id="scatter"></div></section>',
-        '<section id="tables"><h2>Tables</h2>',
+        f'<section id="claims"><h2>Claims</h2>{tiles(claims)}<div class="words">{claimed}</div></section>',
+        '<section id="scatter-section"><h2>Score against cost</h2><p><label>View: <select id="view"></select></label> A filled mark leads to its records.</p><div id="scatter"></div></section>',
+        f'<section id="tables"><h2>Tables</h2>{"".join(shown)}</section>',
+        f'<section id="figures"><h2>Figures</h2><div class="grid">{"".join(drawn)}</div></section>',
+        f'<section id="samples"><h2>Samples</h2>{grids(store.root / "figures" / "samples", store, problems)}</section>',
+        f'<section id="digits">{"".join(pages)}</section>',
+        f'<section id="counts"><h2>Honest counts</h2>{sheet("counts", SHEETS["counts"], "counts-table")[1]}</section>',
+        f'<section id="provenance"><h2>Environment and provenance</h2><div class="words">{sheet("provenance", provenance_sheet, "provenance-table")[1]}</div></section>',
     ]
-    for name, make in SHEETS.items():
-        if name != "counts":
-            parts.append(f'<div{" class=words" if name == "table6" else ""}>{_table(_sheet(name, lambda make=make: make(store), problems), name)}</div>')
-    parts.append('</section><section id="figures"><h2>Figures</h2><div class="grid">')
-    parts += [_figure(name, draw, store, problems) for name, draw in FIGURES.items()]
-    parts += [_image(path.read_bytes(), f"Samples: {path.stem}.") for path in sorted((store.root / "figures" / "samples").glob("*.png"))]
-    pages = "".join(_prose(_or(p.name, lambda p=p: science.page(store, p), f"# {p.name} could not be built", problems)) for p in (DIGITS, CIFAR10_SMALL))
-    parts.append(f'</div></section><section id="digits">{pages}</section>')
-    counts = _sheet("counts", lambda: SHEETS["counts"](store), problems)
-    parts.append(f'<section id="counts"><h2>Honest counts</h2>{_table(counts, "counts-table")}</section>')
-    origins = _sheet("provenance", lambda: provenance_sheet(store), problems)
-    drawn = _or("scatter", lambda: views(store), [], problems)
-    parts.append(f'<section id="provenance"><h2>Environment and provenance</h2><div class="words">{_table(origins, "provenance-table")}</div></section>')
     problems = store.problems + problems
-    shown = _problems(problems)
-    records = {record.name: vars(record) for record in store.all_records()}
-    data = {"datatables": datatables, "plotly": plotly, "records": json.dumps(records, sort_keys=True), "views": json.dumps(drawn)}
+    data = {"datatables": datatables, "plotly": plotly, "records": record_data(store), "views": json.dumps(scattered)}
     navigation = "".join(f'<a href="#{name}">{name.removesuffix("-section")}</a>' for name in SECTIONS)
     page = [
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>DiCo bench: what was reproduced</title><style>{style}</style><style>{(HERE / 'page' / 'page.css').read_text()}</style></head><body>",
         "<header><h1>DiCo bench: what was reproduced</h1><p>Every table, figure and claim of arXiv:2505.11196 beside what this project counted, timed, trained and scored. ",
-        f"Numbers with a dotted line lead to their records. A dash is a gap.</p>{shown}</header><main><nav>{navigation}</nav>",
+        f"Numbers with a dotted line lead to their records, as do the links below tables, figures and paragraphs. A dash is a gap.</p>{problem_list(problems)}</header><main><nav>{navigation}</nav>",
         *parts,
-        "</main><dialog><form method=dialog><button autofocus>close</button></form><h3></h3><pre></pre></dialog>",
-        *(f'<script type="text/plain" id="{name}">{_inert(text)}</script>' for name, text in data.items()),
+        "</main><dialog><form method=dialog><button autofocus>close</button></form><h3></h3><div></div></dialog>",
+        *(f'<script type="text/plain" id="{name}">{inert(text)}</script>' for name, text in data.items()),
         f'<script type="module">{(HERE / "page" / "page.js").read_text()}</script></body></html>',
     ]
     return "\n".join(page), problems
@@ -108,13 +107,14 @@ def provenance_sheet(store: Sources) -> Sheet:
     """One row a kind of record and environment that it comes from."""
     columns = ["records", "kind", "status", "commit", "uncommitted changes", "device", "torch", "python", "precision flags"]
     sheet = Sheet("Where the committed records come from", [("", name) for name in columns])
-    found: Counter[tuple[str, ...]] = Counter()
+    found: dict[tuple[str, ...], list[Record]] = {}
     for record in store.all_records():
         made = record.provenance
         flags = ", ".join(f"{name} {'on' if on else 'off'}" for name, on in sorted(made["precision_flags"].items()))
         device = made["device"] if made["device"] != "cpu" else f"{made['cpu']}, {made['cpu_count']} cores"
-        found[record.kind, record.status, (made["commit"] or "unknown")[:12], "yes" if made["dirty"] else "no", device, made["torch"], made["python"], flags] += 1
-    sheet.rows = [[Cell(float(count), None, 0), *(Cell(words=word) for word in key)] for key, count in sorted(found.items())]
+        key = record.kind, record.status, (made["commit"] or "unknown")[:12], "yes" if made["dirty"] else "no", device, made["torch"], made["python"], flags
+        found.setdefault(key, []).append(record)
+    sheet.rows = [[Cell(float(len(own)), None, 0, records=tuple(own)), *(Cell(words=word) for word in key)] for key, own in sorted(found.items())]
     return sheet
 
 
@@ -128,63 +128,11 @@ def _libraries() -> tuple[str, str, str]:
         raise ValueError(f"the page embeds plotly.js and DataTables, and {error}; pip install -e .[report]") from None
 
 
-def _sheet(name: str, make: Any, problems: list[str]) -> Sheet:
-    try:
-        return make()
-    except (ValueError, KeyError) as error:
-        problems.append(f"{name}: {error}")
-        return Sheet(f"{name} could not be built: {error}", [("", "gap")])
-
-
-def _table(sheet: Sheet, name: str) -> str:
-    made = render([sheet], "html").replace("<table>", f'<div class="wide"><table id="{name}">').replace("</table>", "</table></div>")
-    return re.sub(r"<thead><tr>(<th colspan=\"\d+\"></th>)</tr>", "<thead>", made)
-
-
-def _tiles(claims: Sheet) -> str:
-    levels = [row[3].words for row in claims.rows if len(row) > 3]
-    tiles = (f'<button type="button" aria-pressed="false" data-level="{level}"><strong>{levels.count(level)}</strong>{level}</button>' for level in LEVELS)
-    return f'<div class="tiles">{"".join(tiles)}</div>'
-
-
-def _figure(name: str, draw: Any, store: Sources, problems: list[str]) -> str:
+def _figure(name: str, draw: Callable[[Sources], Any], store: Sources, problems: list[str]) -> str:
     caption = " ".join(inspect.cleandoc(draw.__doc__).split())
-    try:
-        image = png(draw(store))
-    except (ValueError, KeyError) as error:
-        problems.append(f"figure {name}: {error}")
-        return f'<figure class="plot"><figcaption>{html.escape(f"{name} could not be built: {error}")}</figcaption></figure>'
-    return _image(image, caption)
-
-
-def _image(png: bytes, caption: str) -> str:
-    source = base64.b64encode(png).decode()
-    return f'<figure class="plot"><img alt="{html.escape(caption)}" src="data:image/png;base64,{source}"><figcaption>{html.escape(caption)}</figcaption></figure>'
-
-
-def _prose(markdown: str) -> str:
-    """A page of `science`: headings, paragraphs and tables, which is all that it uses."""
-    parts = []
-    for block in markdown.strip().split("\n\n"):
-        if heading := re.match(r"(#+) (.*)", block):
-            level = len(heading[1]) + 1
-            parts.append(f"<h{level}>{html.escape(heading[2])}</h{level}>")
-        elif block.startswith("|"):
-            head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines())
-            body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-            parts.append(f'<div class="wide"><table><thead><tr>{"".join(f"<th>{html.escape(cell)}</th>" for cell in head)}</tr></thead><tbody>{body}</tbody></table></div>')
-        else:
-            parts.append(f"<p>{html.escape(block)}</p>")
-    return "".join(parts)
-
-
-def _problems(problems: list[str]) -> str:
-    return "<p>Could not be built or was left out:</p><ul>" + "".join(f"<li>{html.escape(problem)}</li>" for problem in problems) + "</ul>" if problems else ""
-
-
-def _inert(text: str) -> str:
-    """Text that cannot end the script element it stands in; JavaScript and JSON strings read the escapes alike."""
-    return re.sub(r"</(?=script)", r"<\\/", text, flags=re.IGNORECASE).replace("<!--", r"\u003c!--")
+    with store.noting() as noted:
+        image = _or(f"figure {name}", lambda: png(draw(store)), None, problems)
+    return figure(image, caption, noted.values()) if image else lacking(f"{name} could not be built: {problems[-1].partition(': ')[2]}")
 
 
 if __name__ == "__main__":

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from analysis.pages import Block, Origins, Text, markdown, once
 from analysis.query import Sources, scores_of
 from analysis.tables import ranks
 from experiments.ablation import TABLES
-from experiments.engine.render import render
-from experiments.engine.report import SCORES, Sheet, main_sheet
+from experiments.engine.report import SCORES, Cell, Sheet, main_sheet
 from experiments.engine.rows import Table
 from experiments.engine.spread import LEVEL, pooled, reach, scaled
+from experiments.engine.store import Record
 from experiments.protocols import CIFAR10_CLASSIFIER, CIFAR10_SMALL, DIGITS, Protocol, timing_stage
 
 PAPER = {"fd": "fid", "is": "is", "precision": "precision", "recall": "recall"}  # our scores by the start of their names
 FULL = {CIFAR10_SMALL.name: CIFAR10_CLASSIFIER}  # of what a protocol is the small form
 DRAWS, FEW = 2000, 10  # redrawn orders; repeated runs below which a spread is poorly known
+EXACT = 7              # rows up to which every order is counted
+NORMAL = 1.4826        # a normal distribution's standard deviation over half its interquartile range
 
 
 @dataclass(frozen=True)
 class Agreement:
     """Rank correlation of our row means with the paper's column.
 
-    `low`, `high`: central 95 % of Kendall's tau over fresh draws of our seeds' noise; `chance`: share of random orders
-    that agree at least as well; `ceiling`: mean tau of two such draws with each other, which no comparison can exceed.
+    `low`, `high`: central 95 % of Kendall's tau over fresh draws of our seeds' noise; `chance`: share of orders, all of them
+    up to EXACT rows and else random ones, that agree at least as well; `ceiling`: mean tau of two such draws with each other,
+    which no comparison can exceed.
     `freedom`: repeated runs from which that noise is known.
     """
 
@@ -81,20 +86,33 @@ def agreement(name: str, table: Table, store: Sources, protocol: Protocol = DIGI
         return [dice.gauss(mean, error) for mean, error in zip(means, errors, strict=True)]
 
     tau = kendall(means, paper)
-    drawn = sorted(kendall(draw(), paper) for _ in range(DRAWS))
-    shuffled = [kendall(dice.sample(means, len(means)), paper) for _ in range(DRAWS)]
-    tail = int(DRAWS * LEVEL / 2)
+    low, high = _central([kendall(draw(), paper) for _ in range(DRAWS)])
     return Agreement(
         rows=len(rows),
         seeds=_span([len(values) for _, values in rows]),
         tau=tau,
         rho=spearman(means, paper),
-        low=drawn[tail],
-        high=drawn[-1 - tail],
-        chance=(1 + sum(other >= tau - 1e-12 for other in shuffled)) / (1 + DRAWS),
+        low=low,
+        high=high,
+        chance=chance(means, paper, dice),
         ceiling=statistics.fmean(kendall(draw(), draw()) for _ in range(DRAWS)),
         freedom=spread[1],
     )
+
+
+def _central(drawn: Sequence[float]) -> tuple[float, float]:
+    """Where all but LEVEL of the draws lie."""
+    ordered, tail = sorted(drawn), int(len(drawn) * LEVEL / 2)
+    return ordered[tail], ordered[-1 - tail]
+
+
+def chance(ours: Sequence[float], paper: Sequence[float], dice: random.Random) -> float:
+    """Share of orders of `ours` whose tau with the paper's is at least the one found: of all up to EXACT rows, else of DRAWS random ones."""
+    tau = kendall(ours, paper)
+    if len(ours) <= EXACT:
+        every = [kendall(order, paper) >= tau - 1e-12 for order in itertools.permutations(ours)]
+        return sum(every) / len(every)
+    return (1 + sum(kendall(dice.sample(ours, len(ours)), paper) >= tau - 1e-12 for _ in range(DRAWS))) / (1 + DRAWS)
 
 
 def _span(counts: Sequence[int]) -> str:
@@ -121,82 +139,122 @@ def resolved_pairs(table: Table, store: Sources, protocol: Protocol = DIGITS) ->
     return resolved, alike, pairs, certain
 
 
-def speed_agreement(table: Table, store: Sources) -> tuple[float, int]:
-    """Kendall's tau of the CPU's relative throughput with the paper's on an A100, and the number of rows timed."""
-    published = store.published(table.published, table.key)
-    timed = [(record.values["relative"], float(published[row.published]["throughput_img_s"])) for row in table.rows if (record := store.latest(timing_stage(row, table.baseline, "cpu"), "reference"))]
-    return (kendall(*zip(*timed, strict=True)) if len(timed) > 1 else math.nan), len(timed)
+@dataclass(frozen=True)
+class SpeedAgreement:
+    """Kendall's tau of the CPU's relative throughput with the paper's on an A100, over as many rows as were timed.
+
+    `low`, `high`: central 95 % of it over fresh draws of each row's own spread over rounds.
+    """
+
+    tau: float
+    low: float
+    high: float
+    records: tuple[Record, ...]
+
+
+def speed_agreement(table: Table, store: Sources) -> SpeedAgreement | None:
+    """None with fewer than three rows timed."""
+    published, dice = store.published(table.published, table.key), random.Random(0)
+    found = [(record, float(published[row.published]["throughput_img_s"])) for row in table.rows if (record := store.latest(timing_stage(row, table.baseline, "cpu"), "reference"))]
+    if len(found) < 3:
+        return None
+    records, paper = zip(*found, strict=True)
+    ours = [(record.values["relative"], NORMAL * record.values["relative_spread"]) for record in records]
+    low, high = _central([kendall([dice.gauss(*one) for one in ours], paper) for _ in range(DRAWS)])
+    return SpeedAgreement(kendall([value for value, _ in ours], paper), low, high, records)
 
 
 def page(store: Sources, protocol: Protocol = DIGITS) -> str:
-    """Markdown. Every figure is computed; the sentences follow from the figures."""
-    recipe = protocol.recipe
-    lines = [
-        f"# What the {protocol.name} protocol resolves of Tables 3 and 4",
-        "",
-        f"Every row is trained at a small size that keeps its structure, {recipe.steps} steps of {recipe.batch}, and scored on {protocol.num} images. "
-        "The scores are not the paper's: other data, other size, other features. What can be compared is the order of the rows, as far as the spread over training seeds lets it be known.",
+    """Markdown of `blocks`."""
+    return markdown(blocks(store, protocol), store)
+
+
+def blocks(store: Sources, protocol: Protocol = DIGITS) -> list[Block]:
+    """Every figure is computed; the sentences follow from the figures."""
+    recipe, full = protocol.recipe, FULL.get(protocol.name)
+    made: list[Block] = [
+        Text(f"What the {protocol.name} protocol resolves of Tables 3 and 4", 1),
+        Text(
+            f"Every row is trained at a small size that keeps its structure, {recipe.steps} steps of {recipe.batch}, and scored on {protocol.num} images. "
+            "The scores are not the paper's: other data, other size, other features. What can be compared is the order of the rows, as far as the spread over training seeds lets it be known."
+        ),
     ]
-    full = FULL.get(protocol.name)
     for number in (3, 4):
-        lines += ["", f"## Table {number}: {TABLES[number].title}", "", *_section(TABLES[number], store, protocol)]
+        made += [Text(f"Table {number}: {TABLES[number].title}", 2), *_section(TABLES[number], store, protocol)]
         if full:
-            lines += ["", *_scores_alone(TABLES[number], store, protocol)]
+            made += _scores_alone(TABLES[number], store, protocol)
+        made.append(_origins(TABLES[number], store, protocol))
     if full:
-        lines += ["", f"## The same rows at full size: protocol {full.name}", "", f"{full.recipe.steps} steps of {full.recipe.batch}, {full.num} images. A row without a committed record is a gap."]
+        made += [
+            Text(f"The same rows at full size: protocol {full.name}", 2),
+            Text(f"{full.recipe.steps} steps of {full.recipe.batch}, {full.num} images. A row without a committed record is a gap."),
+        ]
         for number in (3, 4):
-            lines += ["", *_section(TABLES[number], store, full), "", *_scores_alone(TABLES[number], store, full)]
-    lines += [
-        "",
-        "## How this was computed",
-        "",
-        f"tau is Kendall's tau-b and rho Spearman's rho between the means over seeds and the paper's column; its interval holds 95 % of {DRAWS} redrawn sets of means, each mean "
-        "moved by the seeds' spread pooled over the rows (fd on a log scale); chance is the share of random orders that agree at least as well; the ceiling is the mean tau of two "
-        "redrawn sets with each other: where it is far below 1, even a perfect proxy could not show more. A pair is resolved where its difference exceeds Student's bound for all "
-        f"pairs of the table together ({1 - LEVEL:.0%}, Bonferroni). The paper's scores are one training run each; their own spread is not known from the paper.",
-        "",
+            made += [*_section(TABLES[number], store, full), *_scores_alone(TABLES[number], store, full), _origins(TABLES[number], store, full)]
+    made += [
+        Text("How this was computed", 2),
+        Text(
+            f"tau is Kendall's tau-b and rho Spearman's rho between the means over seeds and the paper's column; its interval holds {1 - LEVEL:.0%} of {DRAWS} redrawn sets of means, each mean "
+            f"moved by the seeds' spread pooled over the rows (fd on a log scale), of throughput each row by its own spread over rounds of timing; chance is the share of orders that agree at least as well, of all orders up to {EXACT} rows and else of {DRAWS} random ones; "
+            "the ceiling is the mean tau of two redrawn sets with each other: where it is far below 1, even a perfect proxy could not show more. A pair is resolved where its difference exceeds Student's bound "
+            f"for all pairs of the table together ({1 - LEVEL:.0%}, Bonferroni). The paper's scores are one training run each; their own spread is not known from the paper."
+        ),
     ]
-    return "\n".join(lines)
+    return made
 
 
-def _scores_alone(table: Table, store: Sources, protocol: Protocol) -> list[str]:
-    """The scores of a table beside the paper's, in Markdown; a row without a record is a gap."""
+def _origins(table: Table, store: Sources, protocol: Protocol) -> Origins:
+    """The records that a table's sections read, by row."""
+    rows = []
+    for row in table.rows:
+        with store.noting() as noted:
+            scores_of(row, protocol, store)
+            if protocol is DIGITS:
+                store.latest(timing_stage(row, table.baseline, "cpu"), "reference")
+        rows.append((row.label, tuple(noted.values())))
+    return Origins(tuple((label, records) for label, records in rows if records))
+
+
+def _scores_alone(table: Table, store: Sources, protocol: Protocol) -> list[Block]:
+    """The scores of a table beside the paper's; a row without a record is a gap."""
     seeds = sorted({record.spec["train"]["seed"] for row in table.rows for record in scores_of(row, protocol, store)}) or [0]
     sheet = main_sheet(table, table.rows, protocol, seeds, "cpu", store, where="reference")
     kept = [i for i, (group, name) in enumerate(sheet.columns) if name == "row" or group.startswith((f"{protocol.name} (", "paper: "))]
     alone = Sheet("", [sheet.columns[i] for i in kept], [[cells[i] for i in kept] for cells in sheet.rows])
-    rows = [line for line in render([alone], "markdown").splitlines() if line.startswith("|")]
     fewer = [note for note in sheet.notes if note.endswith(f"of {len(seeds)} seeds")]
-    notes = ["", f"± is the standard error over seeds, with one seed that of sampling. {'; '.join(fewer)}."] if fewer else []
-    return [f"### Table {table.number} on {protocol.name}", "", *rows, *notes]
+    notes = [Text(f"± is the standard error over seeds, with one seed that of sampling. {'; '.join(fewer)}.")] if fewer else []
+    return [Text(f"Table {table.number} on {protocol.name}", 3), alone, *notes]
 
 
-def _section(table: Table, store: Sources, protocol: Protocol) -> list[str]:
+def _section(table: Table, store: Sources, protocol: Protocol) -> list[Block]:
     scored = [name for name in SCORES[protocol.features] if name.partition("_")[0] in PAPER]
     found = {name: agreement(name, table, store, protocol) for name in scored}
     main = found[scored[0]]
     if main is None:
-        return ["No committed records with repeated seeds: nothing can be said."]
+        return [Text("No committed records with repeated seeds: nothing can be said.")]
+    records = once(record for row in table.rows for record in scores_of(row, protocol, store))
     resolved, alike, pairs, certain = resolved_pairs(table, store, protocol)
-    lines = [
-        f"{main.rows} rows, {main.seeds} seeds each. The order by {scored[0]} agrees with the paper's order by FID with tau {main.tau:.2f} "
-        f"(95 % over seeds: {main.low:.2f} to {main.high:.2f}); {_verdict(main)}."
-        + (f" The spread over seeds is known from {main.freedom} repeated {'run' if main.freedom == 1 else 'runs'} only, so the interval is itself uncertain." if main.freedom < FEW else ""),
-        "",
-        f"Of {pairs} pairs of rows the seeds resolve {resolved}" + (f", and the paper orders {alike} of these alike" if resolved else "") + f". {certain} of {main.rows} rows have a rank that is known for certain.",
+    poorly = f" The spread over seeds is known from {main.freedom} repeated {'run' if main.freedom == 1 else 'runs'} only, so the interval is itself uncertain." if main.freedom < FEW else ""
+    order = f"The order by {scored[0]} agrees with the paper's order by FID with tau {main.tau:.2f} (95 % over seeds: {main.low:.2f} to {main.high:.2f}); {_verdict(main)}."
+    also = f", and the paper orders {alike} of these alike" if resolved else ""
+    made: list[Block] = [
+        Text(f"{main.rows} rows, {main.seeds} seeds each. {order}{poorly}", records=records),
+        Text(f"Of {pairs} pairs of rows the seeds resolve {resolved}{also}. {certain} of {main.rows} rows have a rank that is known for certain.", records=records),
     ]
-    if protocol is DIGITS:
-        speed, timed = speed_agreement(table, store)
-        lines += ["", f"The order by throughput on the CPU (fp32, {timed} rows) agrees with the paper's on an A100 with tau {speed:.2f}."]
-    lines += ["", "| score | paper's | tau | 95 % over seeds | rho | chance | ceiling |", "|---|---|---:|---:|---:|---:|---:|"]
+    if protocol is DIGITS and (speed := speed_agreement(table, store)):
+        words = f"tau {speed.tau:.2f} (95 % over rounds of timing: {speed.low:.2f} to {speed.high:.2f})"
+        made.append(Text(f"The order by throughput on the CPU (fp32, {len(speed.records)} rows) agrees with the paper's on an A100 with {words}.", records=speed.records))
+    sheet = Sheet("", [("", name) for name in ("score", "paper's", "tau", "95 % over seeds", "rho", "chance", "ceiling")])
     for name, result in found.items():
         if result:
-            lines.append(f"| {name} | {PAPER[name.partition('_')[0]]} | {result.tau:.2f} | {result.low:.2f} to {result.high:.2f} | {result.rho:.2f} | {result.chance:.3f} | {result.ceiling:.2f} |")
-    return lines
+            span = Cell(words=f"{result.low:.2f} to {result.high:.2f}", records=records)
+            tau, rho, share, ceiling = (Cell(value, None, digits, records=records) for value, digits in ((result.tau, 2), (result.rho, 2), (result.chance, 4), (result.ceiling, 2)))
+            sheet.rows.append([Cell(words=name), Cell(words=PAPER[name.partition("_")[0]]), tau, span, rho, share, ceiling])
+    return [*made, sheet]
 
 
 def _verdict(result: Agreement) -> str:
     if result.chance <= LEVEL and result.low > 0:
-        return f"chance alone would do as well in {result.chance:.1%} of random orders, so the protocol orders these rows as the paper does more than by chance"
+        return f"chance alone would do as well in {result.chance:.2%} of orders, so the protocol orders these rows as the paper does more than by chance"
     weak = f"random orders do as well in {result.chance:.0%} of cases, so no agreement is shown"
     return weak + (f"; with this noise two runs of this very protocol would agree with each other with tau {result.ceiling:.2f} only" if result.ceiling < 0.8 else "")

@@ -48,11 +48,11 @@ def note(axes: Axes, text: str, bottom: bool = False) -> None:
     axes.text(0.98, 0.03 if bottom else 0.97, text, transform=axes.transAxes, ha="right", va="bottom" if bottom else "top", fontsize=7, color="0.35")
 
 
-def save(made: Figure, folder: Path, name: str) -> None:
-    """PNG and PDF, whole or absent, without dates, so that equal figures are equal files."""
+def save(made: Figure, folder: Path, name: str, about: dict[str, str] | None = None) -> None:
+    """PNG and PDF, whole or absent, without dates, so that equal figures are equal files; `about` goes into the PNG's text."""
     for form, metadata in NO_DATE.items():
         with written_whole(folder / f"{name}.{form}") as file:
-            made.savefig(file, format=form, dpi=130, metadata=metadata)
+            made.savefig(file, format=form, dpi=130, metadata=metadata | (about or {} if form == "png" else {}))
 
 
 def png(made: Figure) -> bytes:

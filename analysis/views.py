@@ -9,6 +9,7 @@ from typing import Any
 from analysis.query import Sources, digits_scores
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.engine.rows import Table
+from experiments.engine.store import Record
 from experiments.protocols import timing_stage
 from experiments.systems import SYSTEMS
 
@@ -17,17 +18,18 @@ FID = "FID-50K, ImageNet 256, 400K steps (published)"
 
 
 def views(store: Sources) -> list[dict[str, Any]]:
-    """Published and own numbers never share a trace: open circles are the paper's, filled diamonds are ours."""
+    """Published and own numbers never share a trace: open circles are the paper's, filled diamonds are ours and carry the names of
+    their records."""
     rows = [row for row in store.rows("table1.csv") if row["train_steps"] == "400000"]
-    core = {}
+    counts = {}
     for system in SYSTEMS:
         records = [store.latest(cost, "reference") for cost in system.costs]
         if system.resolution == 256 and all(records):
-            core[system.label] = sum(record.values["macs_core"] for record in records) / 1e9
+            counts[system.label] = records
     return [
         _view("published: FID against throughput", "throughput, images/s on an A100 (published)", FID, _published(rows, "throughput_img_s")),
         _view("published: FID against Gflops", "Gflops (published)", FID, _published(rows, "gflops")),
-        _view("FID (published) against Gflops by one rule (counted here)", "Gflops, core (counted here)", FID, _counted(rows, core)),
+        _view("FID (published) against Gflops by one rule (counted here)", "Gflops, core (counted here)", FID, _counted(rows, counts)),
         *(_digits(table, store) for table in (TABLE_3, TABLE_4)),
     ]
 
@@ -51,33 +53,40 @@ def _published(rows: Sequence[dict[str, str]], column: str) -> list[dict[str, An
     return [trace for trace in data if trace["x"]]
 
 
-def _counted(rows: Sequence[dict[str, str]], core: dict[str, float]) -> list[dict[str, Any]]:
+def _counted(rows: Sequence[dict[str, str]], counts: dict[str, list[Record]]) -> list[dict[str, Any]]:
     data = []
     for family, colour in COLOURS.items():
-        own = [row for row in rows if row["model"].partition("-")[0] == family and row["model"] in core]
-        words = [f"{row['model']}<br>{core[row['model']]:.2f} Gflops counted here, {row['gflops']} published<br>FID {row['fid']} ({row['source']})" for row in own]
-        data.append(_trace(family, [core[row["model"]] for row in own], [float(row["fid"]) for row in own], words, "diamond", colour, 10))
+        own = [row for row in rows if row["model"].partition("-")[0] == family and row["model"] in counts]
+        found = [counts[row["model"]] for row in own]
+        core = [sum(record.values["macs_core"] for record in records) / 1e9 for records in found]
+        words = [f"{row['model']}<br>{gflops:.2f} Gflops counted here, {row['gflops']} published<br>FID {row['fid']} ({row['source']})" for row, gflops in zip(own, core, strict=True)]
+        data.append(_trace(family, core, [float(row["fid"]) for row in own], words, "diamond", colour, 10, found))
     return [trace for trace in data if trace["x"]]
 
 
 def _digits(table: Table, store: Sources) -> dict[str, Any]:
-    x, y, low, high, words = [], [], [], [], []
+    x, y, low, high, words, found = [], [], [], [], [], []
     for row in table.rows:
         timed = store.latest(timing_stage(row, table.baseline, "cpu"), "reference")
-        scores = [record.values["fd_digits"] for record in digits_scores(row, store)]
-        if timed and scores:
+        scored = digits_scores(row, store)
+        if timed and scored:
+            scores = [record.values["fd_digits"] for record in scored]
+            found.append([timed, *scored])
             mean = statistics.fmean(scores)
             x.append(timed.values["relative"])
             y.append(mean)
             low.append(mean - min(scores))
             high.append(max(scores) - mean)
             words.append(f"{row.label}<br>fd_digits {mean:.1f}, seeds {', '.join(f'{score:.1f}' for score in scores)}<br>{timed.values['relative']:.2f} x {table.baseline.label} on a CPU, fp32")
-    trace = _trace("ours", x, y, words, "diamond", "#0173b2", 10) | dict(error_y=dict(type="data", array=high, arrayminus=low, thickness=1))
+    trace = _trace("ours", x, y, words, "diamond", "#0173b2", 10, found) | dict(error_y=dict(type="data", array=high, arrayminus=low, thickness=1))
     return _view(f"ours: Table {table.number}'s rows on digits", f"throughput relative to {table.baseline.label}, CPU, fp32 (ours)", "fd_digits, mean and range over seeds (ours)", [trace], log=False)
 
 
-def _trace(name: str, x: list[float], y: list[float], words: list[str], symbol: str, colour: str, size: Any) -> dict[str, Any]:
+def _trace(name: str, x: list[float], y: list[float], words: list[str], symbol: str, colour: str, size: Any, records: Sequence[Sequence[Record]] = ()) -> dict[str, Any]:
+    """`records` are those of each point, which a click on it shows."""
+    clicked = [f"<br>click for {len(own)} record{'s' * (len(own) > 1)}" for own in records] or [""] * len(words)
     return dict(
-        type="scatter", mode="markers", name=name, x=x, y=y, text=words, hovertemplate="%{text}<extra></extra>",
+        type="scatter", mode="markers", name=name, x=x, y=y, text=[text + more for text, more in zip(words, clicked, strict=True)],
+        hovertemplate="%{text}<extra></extra>", customdata=[" ".join(record.name for record in own) for own in records],
         marker=dict(symbol=symbol, color=colour, size=size, line=dict(width=2)),
     )  # fmt: skip

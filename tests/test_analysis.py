@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -17,19 +19,20 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from analysis import build, figures_probes
+from analysis import build, figures, figures_probes
 from analysis.claims import LEVELS, claims_sheet, judge
 from analysis.figures_efficiency import front
+from analysis.pages import Origins, Text
 from analysis.probes.declared import declared
 from analysis.query import COLUMNS, Sources, gpu_timings, numeric_mode
-from analysis.science import agreement, kendall, page, resolved_pairs, spearman
+from analysis.science import agreement, blocks, chance, kendall, page, resolved_pairs, spearman, speed_agreement
 from analysis.tables import CONFIGURATIONS, SHEETS, ranks, recipe_sheet
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.engine.render import render
 from experiments.engine.report import Cell, Sheet
 from experiments.engine.spec import Backbone, Timing
 from experiments.engine.store import REPOSITORY, Store
-from experiments.protocols import CIFAR10_SMALL, DIGITS, IMAGENET256, evaluate_stage
+from experiments.protocols import CIFAR10_SMALL, DIGITS, IMAGENET256, evaluate_stage, timing_stage, train_stage
 
 PUBLISHED = REPOSITORY / "results" / "published"
 PROVENANCE = {
@@ -157,6 +160,35 @@ def test_agreement_with_the_paper_is_found_and_its_absence_too(tmp_path: Path):
     assert agreement("fd_digits", TABLE_4, with_scores(tmp_path / "one", {label: [v] for label, v in fid.items()})) is None
 
 
+@pytest.mark.parametrize("size", [3, 5, 6])
+def test_chance_among_few_rows_is_the_exact_share_of_orders(size: int):
+    dice = random.Random(size)
+    paper = [float(value) for value in range(size)]
+    for ours in (paper, paper[::-1], dice.sample(paper, size), [0.0, *paper[:-1]]):
+        tau = stats.kendalltau(ours, paper)[0]
+        every = [stats.kendalltau(order, paper)[0] >= tau - 1e-9 for order in itertools.permutations(ours)]
+        assert chance(ours, paper, dice) == pytest.approx(sum(every) / math.factorial(size))
+    assert chance(paper, paper, dice) == 1 / math.factorial(size)
+
+
+def test_chance_among_many_rows_is_near_the_exact_share():
+    paper, ours = [float(value) for value in range(8)], [1.0, 0.0, 3.0, 2.0, 5.0, 4.0, 7.0, 6.0]
+    exact = stats.kendalltau(ours, paper, alternative="greater", method="exact").pvalue
+    assert chance(ours, paper, random.Random(0)) == pytest.approx(exact, abs=0.004)
+
+
+@pytest.mark.parametrize("spread, width", [(0.0, 0.0), (5.0, 0.5)])
+def test_the_order_by_speed_has_an_interval(spread: float, width: float, tmp_path: Path):
+    store = Store(tmp_path)
+    published = store.published("table4.csv", ("variant",))
+    for row in TABLE_4.rows:
+        values = {"relative": float(published[row.published]["throughput_img_s"]) / 1000, "relative_spread": spread, "images_per_s": 1.0}
+        store.append(timing_stage(row, TABLE_4.baseline, "cpu"), "done", values, PROVENANCE)
+    (tmp_path / "records").rename(tmp_path / "reference")
+    found = speed_agreement(TABLE_4, Sources(tmp_path))
+    assert found.tau == pytest.approx(1) and found.high - found.low >= width and (spread or found.low == pytest.approx(1)) and len(found.records) == 11
+
+
 def test_pairs_are_resolved_by_their_distance(tmp_path: Path):
     rows = [row.label for row in TABLE_3.rows]
     far = with_scores(tmp_path / "far", {label: [4.0**k, 4.0**k * 1.01, 4.0**k * 0.99] for k, label in enumerate(reversed(rows))}, TABLE_3)
@@ -174,6 +206,31 @@ def test_the_page_on_small_cifar_gives_the_order_and_prints_gaps_as_gaps(tmp_pat
     assert "5 rows, 2 seeds each. The order by fd_cifar_classifier" in text and "| fd_cifar_classifier | fid | " in text and "CPU" not in text
     assert "| DiT (iso.) | - | - | - | - | - | 67.16 |" in text and "| DiCo (U-shape) | 50.5 ±0.5 |" in text
     assert text.count("| CM->Agent Attn | - | - | - | - | - | 52.07 |") == 2 and "400000 steps of 256, 50000 images" in text and "## Table 4: Components of DiCo\n\nNo committed records with repeated seeds" in text
+
+
+def test_links_of_markdown_lead_to_records():
+    tables = REPOSITORY / "results" / "tables"
+    for path in tables.glob("*.md"):
+        links = re.findall(r"\]\(([^)]*)\)", path.read_text())
+        assert all((tables / link).is_file() for link in links)
+        assert links or path.stem in ("table6", "table7"), path.name
+
+
+def test_every_block_of_a_page_with_a_figure_of_ours_names_its_records(committed: Sources):
+    found = blocks(committed)
+    sheets = [block for block in found if isinstance(block, Sheet)]
+    assert len(sheets) == 2 and all(cell.records for sheet in sheets for row in sheet.rows for cell in row[2:])
+    tau = [block for block in found if isinstance(block, Text) and "tau " in block.words and "How" not in block.words and not block.words.startswith("tau is")]
+    assert len(tau) == 4 and all(block.records for block in tau)
+    names = [{record.name for _, records in block.rows for record in records} for block in found if isinstance(block, Origins)]
+    assert len(names) == 2 and all({record.name for record in block.records} <= set.union(*names) for block in tau)
+
+
+def test_a_claims_basis_leads_to_what_was_read_for_it(committed: Sources):
+    sheet = claims_sheet(committed)
+    rows = {row[0].words: row for row in sheet.rows}
+    assert [record.kind for record in rows["speed-xl-256"][7].records] == ["timing"] and not rows["speed-xl-256"][4].records
+    assert {"timing", "evaluate"} == {record.kind for record in rows["kernel-order"][7].records} and rows["cca-fid"][5].records and not rows["fid-xl-256"][7].records
 
 
 def test_every_claim_gets_a_verdict(committed: Sources, tmp_path: Path):
@@ -209,7 +266,58 @@ def test_a_gpu_timing_outranks_published_throughput(tmp_path: Path):
     assert (found.evidence, found.verdict, found.value) == ("measured here", "does not hold", "1.36 ±0.01 (fp32, GPU)")
     assert [numeric_mode(record) for record in gpu_timings(Backbone("dico_xl"), 32, sources)] == ["fp32, TF32 off"]
     table = SHEETS["table1"](sources)
+    assert ("ours, GPU", "img/s, fp32, TF32 off") in table.columns
     assert "136.00 ±0.50" in [cell.text() for row in table.rows for cell in row] and finding("speed-dig-256", sources).evidence == "published data only"
+
+
+def test_numeric_modes_of_a_gpu_stand_side_by_side(tmp_path: Path):
+    store = Store(tmp_path)
+    spec = Timing(Backbone("dico_xl"), 32, 4, 1000, 64, "cuda", baseline=Backbone("dit_s_2"))
+    half = {"cudnn_tf32": True, "matmul_tf32": False}
+    for mode, flags, batch, speed in (("fp32", PROVENANCE["precision_flags"], 64, 80.0), ("as_published", half, 64, 200.0), ("as_published", half, 16, 150.0), ("as_published", half, 1024, 300.0)):
+        store.append(replace(spec, precision=mode, batch=batch), "done", {"images_per_s": speed, "relative": 1.0, "relative_spread": 0.0}, PROVENANCE | {"device": "GPU", "precision_flags": flags})
+    (tmp_path / "records").rename(tmp_path / "reference")
+    sheet = SHEETS["table1"](Sources(tmp_path))
+    (row,) = [row for row in sheet.rows if row[0].words == "DiCo-XL"]
+    shown = {name: cell.text() for (group, name), cell in zip(sheet.columns, row, strict=True) if group == "ours, GPU"}
+    assert shown == {"img/s, as_published, TF32 cudnn": "200.00", "img/s, fp32, TF32 off": "80.00"}
+    assert any("largest batch timed up to the paper's 64" in note for note in sheet.notes)
+
+
+def test_frozen_parameters_are_told_apart(committed: Sources):
+    for number, label, every in ((8, "DiT-XL/2", "675.1"), (8, "DiMSUM-L/2", "459.9"), (9, "SiT-XL", "676.0")):
+        sheet = SHEETS[f"table{number}"](committed)
+        (note,) = [note for note in sheet.notes if note.startswith("params: ours are those that train")]
+        assert f"{label} {every}" in note and "DiCo-XL" not in note and ("paper prints" not in note)
+
+
+def test_table_6_without_a_model_or_its_log_says_so(tmp_path: Path):
+    shutil.copytree(PUBLISHED, tmp_path / "published")
+    for name, model in (("table6.csv", "DiCo-B"), ("dico_logs.csv", "DiCo-L")):
+        path = tmp_path / "published" / name
+        path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if not line.startswith(f"{model},")))
+    notes = recipe_sheet(Sources(None, tmp_path / "published")).notes
+    assert any("DiCo-B: its hours cannot be compared, since table6.csv has no row" in note for note in notes)
+    assert any("DiCo-L: its hours cannot be compared, since dico_logs.csv has none to step 400000" in note for note in notes)
+
+
+def test_figure_9_draws_our_curves_apart_from_the_authors(tmp_path: Path):
+    def panels(store: Sources) -> list[Any]:
+        return figures.losses(store).axes
+
+    whole, early, ours = panels(empty(tmp_path / "none"))
+    theirs = [len(whole.lines), len(early.lines)]
+    assert theirs == [4, 4] and not ours.lines and "no training with a curve" in ours.texts[0].get_text()
+    store = Store(tmp_path / "some")
+    values = {"steps": 125, "curve": {"every": 50, "losses": [0.5, 0.25, 0.2]}}
+    store.append(train_stage(TABLE_4.rows[3], DIGITS, 0), "done", values, PROVENANCE)
+    store.append(train_stage(TABLE_4.rows[4], DIGITS, 0), "done", {"steps": 650}, PROVENANCE)
+    (tmp_path / "some" / "records").rename(tmp_path / "some" / "reference")
+    whole, early, ours = panels(Sources(tmp_path / "some"))
+    assert [len(whole.lines), len(early.lines)] == theirs and "ImageNet" in whole.get_title() and ours.get_title() == "ours: Table 4's rows on digits"
+    (line,) = ours.lines
+    assert line.get_label() == TABLE_4.rows[3].label and line.get_xdata().tolist() == [25, 75, 112.5] and line.get_ydata().tolist() == [0.5, 0.25, 0.2]
+    assert ours.get_xlabel() == "training steps (means over 50)"
 
 
 @pytest.mark.parametrize("dead, rank, verdict", [((0.1, 0.3), (0.6, 0.5), "same direction"), ((0.3, 0.1), (0.5, 0.6), "against"), ((0.1, 0.3), (0.5, 0.6), "mixed")])
@@ -259,16 +367,12 @@ def test_two_builds_of_the_tables_are_equal_to_the_byte_and_to_what_is_committed
 
 
 @pytest.mark.slow
-def test_a_figure_drawn_twice_is_one_file(tmp_path: Path):
-    code = (
-        "import sys; from pathlib import Path; from analysis.build import FIGURES; from analysis.query import Sources; from analysis.style import save; "
-        "[save(FIGURES[name](Sources()), Path(sys.argv[1]), name) for name in ('figure3_runtime',)]"
-    )
+def test_two_builds_of_the_figures_are_equal_to_the_byte(tmp_path: Path):
     for name in ("a", "b"):
-        subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], cwd=REPOSITORY, env=os.environ | {"PYTHONHASHSEED": str(ord(name))}, check=True)
-    names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert names == ["figure3_runtime.pdf", "figure3_runtime.png"]
-    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
+        done = run_build("--results", copied(tmp_path / name), hash_seed=name)
+        assert done.returncode == 0, done.stdout + done.stderr
+    made = [{path.name: path.read_bytes() for path in (tmp_path / name / "figures").iterdir()} for name in ("a", "b")]
+    assert made[0] == made[1] and made[0].keys() == {f"{name}.{form}" for name in build.FIGURES for form in ("pdf", "png")}
 
 
 @pytest.mark.parametrize("name", sorted(build.FIGURES.keys() - figures_probes.FIGURES.keys()))

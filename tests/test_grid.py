@@ -6,39 +6,89 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 from analysis import grid
+from analysis.query import TRAINED, trained_row, trained_rows
 from experiments.ablation import TABLE_4
+from experiments.engine import generate
 from experiments.engine.execute import execute
 from experiments.engine.store import Store
-from experiments.engine.train import Resources
+from experiments.engine.train import Resources, load_ema
+from experiments.main_results import TABLE_1
 from experiments.protocols import DIGITS, IMAGENET256, evaluate_stage, train_stage
 
 SHORT = replace(DIGITS, recipe=replace(DIGITS.recipe, steps=2, warmup=1), sampler=replace(DIGITS.sampler, num_steps=2), num=20)
 
 
-def test_a_grid_is_one_image_of_a_finished_run(tmp_path: Path):
-    store = Store(tmp_path)
-    row = TABLE_4.rows[0]
-    assert execute(train_stage(row, SHORT, 0), store, Resources(device="cpu"), lambda *progress: None).status == "done"
-    grid.draw(evaluate_stage(row, SHORT, 0), store, columns=10, rows=2, name="a")
-    grid.draw(evaluate_stage(row, SHORT, 0), store, columns=4, rows=5, name="b")
-    samples = tmp_path / "figures" / "samples"
-    assert sorted(path.name for path in samples.iterdir()) == ["a.pdf", "a.png", "b.pdf", "b.png"]
-    assert (samples / "a.png").read_bytes()[:4] == b"\x89PNG" and (samples / "a.png").read_bytes() != (samples / "b.png").read_bytes()
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two finished runs of two steps: a row of Table 4, and the cascade of Table 1's."""
+    folder = tmp_path_factory.mktemp("results")
+    store = Store(folder)
+    for row in (TABLE_4.rows[0], TABLE_1.rows[0]):
+        for training in evaluate_stage(row, SHORT, 0).trainings:
+            assert execute(training, store, Resources(device="cpu"), lambda *progress: None).status == "done"
+    return folder
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr("sys.argv", ["grid", *map(str, arguments)])
+    monkeypatch.setitem(grid.PROTOCOLS, "digits", SHORT)
+    return grid.main()
+
+
+def test_a_grid_carries_the_caption_that_names_its_run(results: Path, monkeypatch: pytest.MonkeyPatch):
+    assert run(monkeypatch, "--table", 4, "--row", "DiCo-S", "--rows", 1, "--classes", 0, 4, "--results", results) == 0
+    path = results / "figures" / "samples" / "digits_table4_DiCo-S_seed0.png"
+    about = Image.open(path).info
+    record = Store(results).latest(train_stage(TABLE_4.rows[0], SHORT, 0))
+    assert record.id in about[grid.CAPTION] and record.values["weights_sha256"] in about[grid.CAPTION] and "DiCo-S of Table 4 on digits, training seed 0" in about[grid.CAPTION]
+    assert about[grid.RECORDS] == record.name and path.with_suffix(".pdf").exists()
+    first = path.read_bytes()
+    assert run(monkeypatch, "--table", 4, "--row", "DiCo-S", "--rows", 1, "--classes", 0, 4, "--results", results) == 0 and path.read_bytes() == first
+
+
+def test_a_system_of_three_networks_is_drawn(results: Path, monkeypatch: pytest.MonkeyPatch):
+    assert run(monkeypatch, "--table", 1, "--row", "ADM-U", "--rows", 1, "--classes", 7, 2, "--results", results) == 0
+    about = Image.open(results / "figures" / "samples" / "digits_table1_ADM-U_seed0.png").info
+    assert len(about[grid.RECORDS].split()) == 3 and about[grid.CAPTION].count("weights ") == 3
+
+
+def test_the_images_are_those_of_the_evaluation(results: Path):
+    """Classes in any choice and order are the same images, and those with which the run's own evaluation begins."""
+    spec = evaluate_stage(TABLE_4.rows[0], SHORT, 0)
+    network = load_ema(spec.train, Store(results).run_dir(spec.train), torch.device("cpu"))
+    scored = torch.cat([x for x, _ in generate.images(spec, network, torch.device("cpu"), batch=20)])
+    shown = grid._images(spec, network, [3, 0, 4, 9], 2, "cpu")
+    assert set(shown) == {(line, label) for line in range(2) for label in (0, 3, 4, 9)}
+    assert all(torch.allclose(image, scored[10 * line + label], atol=1e-5) for (line, label), image in shown.items())
 
 
 @pytest.mark.parametrize(
     "arguments, words",
-    [(["--row", "DiCo-Z"], "no row 'DiCo-Z'; known: 'DiCo-S'"), (["--row", "DWC 5x5", "--seed", "7"], "train it with: python experiments/ablation.py --table 4 --rows 'DWC 5x5'")],
+    [
+        (["--table", "4", "--row", "DiCo-Z"], "no row 'DiCo-Z'; known: 'DiCo-S'"),
+        (["--table", "4", "--row", "DWC 5x5", "--seed", "7"], 'train it with: python experiments/ablation.py --table 4 --rows "DWC 5x5"'),
+        (["--table", "8", "--row", "DiM-H", "--protocol", "imagenet256"], 'train it with: python experiments/main_results.py --table 8 --rows "DiM-H" --protocol imagenet256'),
+        (["--table", "9", "--row", "MaskGIT"], "row 'MaskGIT' of table 9 holds published numbers only"),
+        (["--table", "4", "--row", "DiCo-S", "--classes", "10"], "--classes labels from 0 to 9"),
+    ],
 )
 def test_what_does_not_exist_is_one_line(arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setattr("sys.argv", ["grid", "--table", "4", "--results", str(tmp_path), *arguments])
-    assert grid.main() == 2
+    assert run(monkeypatch, *arguments, "--results", tmp_path) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and words in line and not list(tmp_path.iterdir())
 
 
-def test_latents_are_not_drawn(tmp_path: Path):
-    with pytest.raises(ValueError, match="latents of 4 channels"):
-        grid.draw(evaluate_stage(TABLE_4.rows[0], IMAGENET256, 0), Store(tmp_path), columns=2, rows=2, name="a")
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 8, 9])
+def test_every_row_with_a_network_can_be_asked_for(number: int):
+    table = TRAINED[number]
+    assert [trained_row(table, label).label for label in trained_rows(table)] and {row.label for row in table.rows if row.backbone} <= trained_rows(table).keys()
+
+
+def test_latents_without_their_decoder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DICO_VAE", str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="VAE .* is neither"):
+        grid.draw(evaluate_stage(TABLE_4.rows[0], IMAGENET256, 0), Store(tmp_path), [0, 1], 2, "a", "a row")

@@ -67,6 +67,15 @@ def test_too_little_memory_for_one_row():
         streamed(weights, ODD, ALL, memory=2)
 
 
+def test_a_gradients_memory_is_what_one_image_more_keeps():
+    """sin keeps its input and a product with weights its input too, in half of 8 bytes each; the weights do not count."""
+    weights = torch.randn(6, 6, requires_grad=True)
+    f = lambda x: torch.sin(x.flatten(2).mT @ weights).mT.unflatten(2, ODD)  # noqa: E731
+    x = torch.randn(3, 6, *ODD)
+    gradients = Gradients("", f, x, None, 1, torch.Generator())
+    assert gradients.floats == x[0].numel() and not gradients.x.requires_grad
+
+
 def test_weights_that_are_not_finite_or_zero():
     with pytest.raises(ValueError, match="not finite or all zero"):
         implied.Softmax(torch.full((1, 1, TOKENS, 2), torch.nan), torch.ones(1, 1, TOKENS, 2), ALL).rows(0, ALL)

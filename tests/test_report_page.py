@@ -12,6 +12,7 @@ import pytest
 
 from analysis import report
 from analysis.build import FIGURES
+from analysis.fragments import grids
 from analysis.query import Sources
 from experiments.engine.store import REPOSITORY
 
@@ -20,11 +21,19 @@ DRAWN = "return document.body.dataset.drawn"
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page of the committed records, with two figures only, since all are tested elsewhere."""
-    folder = tmp_path_factory.mktemp("page")
+    """The page of the committed records, with two figures only, since a slow test has all."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "FIGURES", {name: FIGURES[name] for name in ("figure3_runtime", "seed_spread")})
-        text, problems = report.build_page(Sources())
+        return built(tmp_path_factory.mktemp("page"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built(tmp_path_factory.mktemp("whole"))
+
+
+def built(folder: Path) -> Path:
+    text, problems = report.build_page(Sources())
     assert not problems
     (folder / "report.html").write_text(text, encoding="utf-8")
     return folder / "report.html"
@@ -93,8 +102,9 @@ def test_the_page_loads_without_errors_and_fits(width: int, browser: Any, page: 
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     ready, drawn = (int(browser.execute_script(f"return document.body.dataset.{name}")) for name in ("ready", "drawn"))
     assert ready <= drawn and browser.execute_script("return document.documentElement.scrollWidth") <= width
-    assert browser.execute_script("return [...document.images].every(image => image.naturalWidth > 300 && image.getBoundingClientRect().width <= innerWidth)")
-    assert browser.execute_script("return document.images.length") >= 2
+    frames = "[...document.querySelectorAll('.frame')].every(frame => frame.getBoundingClientRect().right <= innerWidth)"
+    assert browser.execute_script(f"return [...document.images].every(image => image.naturalWidth > 300) && {frames}")
+    assert browser.execute_script("return document.images.length") >= 3
 
 
 def test_tables_sort_and_filter(browser: Any, page: Path):
@@ -124,7 +134,54 @@ def test_a_number_shows_its_record(browser: Any, page: Path):
     opened(browser, page, 1400)
     browser.execute_script("document.querySelector('#table5 td[data-records] a').click()")
     shown = browser.execute_script("const dialog = document.querySelector('dialog'); return dialog.open && dialog.querySelector('pre').innerText")
-    assert shown.startswith("results/reference/cost/") and '"macs_core"' in shown and '"commit"' in shown
+    assert '"macs_core"' in shown and '"commit"' in shown
+    file = browser.execute_script("return document.querySelector('dialog summary').innerText")
+    assert file.startswith("results/reference/cost/") and (REPOSITORY / file).is_file()
+
+
+@pytest.mark.parametrize("where", ["#digits p[data-records]", "#digits td[data-records]", "figcaption[data-records]", "#samples figcaption", "#claims-table td:nth-child(8)[data-records]"])
+def test_text_figures_and_samples_lead_to_their_records(where: str, browser: Any, page: Path):
+    opened(browser, page, 1400)
+    browser.execute_script(f"document.querySelector('{where} a.records').click()")
+    files = browser.execute_script("return document.querySelector('dialog').open && [...document.querySelectorAll('dialog summary')].map(entry => entry.innerText)")
+    assert files and all((REPOSITORY / file).is_file() for file in files)
+
+
+def test_every_number_of_ours_on_the_page_of_text_is_a_link(browser: Any, page: Path):
+    opened(browser, page, 1400)
+    bare = """return [...document.querySelectorAll('#digits td')].filter((cell) => {
+        const heading = cell.closest('table').querySelectorAll('thead tr:last-child th')[cell.cellIndex].textContent;
+        const above = cell.closest('table').querySelectorAll('thead tr')[0].textContent;
+        return cell.cellIndex > 0 && /[0-9]/.test(cell.textContent) && !/^(FID|IS|P|R)$/.test(heading) && !cell.querySelector('a.records');
+    }).map((cell) => cell.textContent)"""
+    assert browser.execute_script(bare) == []
+
+
+def test_a_page_without_grids_says_so_and_one_that_is_damaged_is_a_problem(tmp_path: Path):
+    problems: list[str] = []
+    (tmp_path / "digits.png").write_bytes(b"no image")
+    assert grids(tmp_path, Sources(), problems).startswith("<p>No grid of samples is committed")
+    assert problems == ["samples: digits.png is no image; draw it again with python -m analysis.grid"]
+
+
+def test_a_committed_grid_names_a_run_with_a_committed_record():
+    problems: list[str] = []
+    folder = REPOSITORY / "results" / "figures" / "samples"
+    shown = grids(folder, Sources(), problems)
+    assert not problems and shown.count("<figcaption data-records=") == len(list(folder.glob("*.png"))) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1400, 390])
+def test_the_whole_page_is_at_most_15_mb_and_runs_to_its_end(width: int, browser: Any, whole: Path):
+    """All figures: DOMContentLoaded has fired, the tables sort and the scatter stands when the scripts end, and nothing was logged."""
+    assert whole.stat().st_size < 15e6
+    opened(browser, whole, width)
+    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    assert browser.execute_script("return performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd > 0 && Number(document.body.dataset.ready) > 0")
+    assert browser.execute_script("return document.querySelectorAll('#figures .plot img').length") == len(FIGURES) and browser.execute_script("return [...document.images].every(image => image.complete && image.naturalWidth > 300)")
+    assert browser.execute_script("return document.querySelectorAll('table.dataTable').length == document.querySelectorAll('table').length")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
 
 
 def test_the_scatter_changes_its_view_and_answers_the_pointer(browser: Any, page: Path):
@@ -133,4 +190,7 @@ def test_the_scatter_changes_its_view_and_answers_the_pointer(browser: Any, page
     browser.execute_script("const view = document.getElementById('view'); view.value = view.options.length - 1; view.dispatchEvent(new Event('change'))")
     browser.execute_script("Plotly.Fx.hover('scatter', [{ curveNumber: 0, pointNumber: 0 }])")
     words = browser.execute_script("return document.querySelector('#scatter .hoverlayer').textContent")
-    assert "DiCo-S" in words and "seeds" in words
+    assert "DiCo-S" in words and "seeds" in words and "click for 4 records" in words
+    browser.execute_script("const scatter = document.getElementById('scatter'); scatter.emit('plotly_click', { points: [{ customdata: scatter.data[0].customdata[0] }] })")
+    kinds = browser.execute_script("return document.querySelector('dialog').open && [...document.querySelectorAll('dialog summary')].map(entry => entry.innerText.split('/')[2])")
+    assert sorted(kinds) == ["evaluate"] * 3 + ["timing"]

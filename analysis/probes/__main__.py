@@ -2,7 +2,7 @@
 
     python -m analysis.probes locality --table 4 --rows DiCo-S "CM->Self-Attn"
     python -m analysis.probes channels --table 4
-    python -m analysis.probes locality --checkpoint DiT-XL-2-512x512.pt --backbone dit_xl_2 --protocol imagenet512 --images 1
+    python -m analysis.probes locality --checkpoint DiT-XL-2-512x512.pt --backbone dit_xl_2 --protocol imagenet512 --images 1 --gradients 0
     python -m analysis.probes locality --diffusers FLUX.1-dev --conditioning prompt.npz --grid 32 32 --images 1
 
 A row must have been trained here; its record and arrays go to results/records/<probe>.
@@ -17,37 +17,30 @@ from dataclasses import replace
 from pathlib import Path
 
 from analysis.probes.declared import PROBES, DiffusersLocality, Locality, Probe, declared, of_training
-from experiments.ablation import TABLES
+from analysis.query import TRAINED, train_command, trained_row, trained_rows
+from experiments.engine.cli import Parser, guarded
 from experiments.engine.spec import Backbone, Diffusion, Train, spec_id
 from experiments.engine.store import REPOSITORY, Store
-from experiments.main_results import TABLES as MAIN_TABLES
 from experiments.protocols import PROTOCOLS
-
-PROBED_TABLES = {number: table for number, table in sorted((TABLES | MAIN_TABLES).items()) if not table.counts_only}
-ROWS = {number: {row.label: row for row in (*table.rows, *table.outside) if row.backbone} for number, table in PROBED_TABLES.items()}
-SCRIPTS = {number: "main_results" if number in MAIN_TABLES else "ablation" for number in PROBED_TABLES}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 a probe had nothing to probe in some rows, 2 bad input."""
-    try:
-        args = _parse(arguments)
-        store = Store(args.results, REPOSITORY / "results" / "reference")
-        asked = _diffusers(args) if args.diffusers else _published(args) if args.checkpoint else _rows(args, store)
-        store.check_writable()
-        return _run(asked, args, store)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; what was probed is kept", file=sys.stderr)
-        return 130
+    return guarded(lambda: _main(arguments))
+
+
+def _main(arguments: list[str] | None) -> int:
+    args = _parse(arguments)
+    store = Store(args.results, REPOSITORY / "results" / "reference")
+    asked = _diffusers(args) if args.diffusers else _published(args) if args.checkpoint else _rows(args, store)
+    store.check_writable()
+    return _run(asked, args, store)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m analysis.probes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m analysis.probes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("probe", choices=list(PROBES))
-    parser.add_argument("--table", type=int, choices=list(PROBED_TABLES), help="table of the paper whose rows are probed")
+    parser.add_argument("--table", type=int, choices=list(TRAINED), help="table of the paper whose rows are probed")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, by label")
     parser.add_argument("--protocol", choices=list(PROTOCOLS), default="digits", help="under which the rows were trained (default: digits)")
     parser.add_argument("--seed", type=int, default=0, help="of the training (default: 0)")
@@ -63,7 +56,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--memory", type=int, default=512, metavar="MIB", help="for a chunk of weights (default: 512)")
     parser.add_argument("--again", action="store_true", help="probe also what has a record")
     parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="results folder (default: results)")
-    parser.exit_on_error = False
     args = parser.parse_args(arguments)
     sources = (args.table, args.checkpoint, args.diffusers)
     if sum(source is not None for source in sources) != 1 or (args.checkpoint is None) != (args.backbone is None):
@@ -80,16 +72,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def _rows(args: argparse.Namespace, store: Store) -> list[tuple[str, Probe]]:
     """The probes of the rows, each of whose runs must be finished here."""
-    table, known = PROBED_TABLES[args.table], ROWS[args.table]
-    if unknown := [label for label in args.rows or () if label not in known]:
-        raise ValueError(f"table {table.number} has no row {', '.join(map(repr, unknown))}; known: {', '.join(map(repr, known))}")
+    table = TRAINED[args.table]
     labels = args.rows or [row.label for row in table.rows if row.backbone]
-    asked = [(label, declared(args.probe, known[label], PROTOCOLS[args.protocol], args.seed)) for label in labels]
+    asked = [(label, declared(args.probe, trained_row(table, label), PROTOCOLS[args.protocol], args.seed)) for label in labels]
     untrained = [label for label, spec in asked if not list((store.run_dir(spec.train) / "checkpoints").glob("step-*.pt"))]
     if untrained:
-        named = " ".join(f'"{label}"' for label in untrained)
-        raise ValueError(f"not trained here: {', '.join(untrained)}; train with: "
-                         f"python experiments/{SCRIPTS[args.table]}.py --table {table.number} --rows {named} --protocol {args.protocol} --seeds {args.seed}")
+        raise ValueError(f"not trained here: {', '.join(untrained)}; train with: {train_command(table, untrained, PROTOCOLS[args.protocol], args.seed)}")
     return [(label, _chosen(spec, args)) for label, spec in asked]
 
 
@@ -103,7 +91,7 @@ def _published(args: argparse.Namespace) -> list[tuple[str, Probe]]:
     protocol = PROTOCOLS[args.protocol]
     known = backbones.options_of(args.backbone)  # raises for unknown names
     options = dict(input_size=protocol.data.size, in_channels=protocol.data.channels, num_classes=protocol.data.num_classes)
-    methods = [row.method for rows in ROWS.values() for row in rows.values() if row.backbone.name == args.backbone and row.method]
+    methods = [row.method for table in TRAINED.values() for row in trained_rows(table).values() if row.backbone.name == args.backbone and row.method]
     diffusion = methods[0].diffusion if methods else Diffusion()
     spec = Train(Backbone(args.backbone, {name: value for name, value in options.items() if name in known}), protocol.data, protocol.recipe, diffusion)
     return [(args.checkpoint.name, _chosen(of_training(args.probe, spec, weights), args))]

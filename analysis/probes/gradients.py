@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from analysis.probes.implied import normalised
 
@@ -17,14 +18,15 @@ from analysis.probes.implied import normalised
 class Gradients:
     """f: x (N, C, H, W) -> (N, C', H, W) or, with `place` (T,), x (N, S, C) -> (N, S, C').
 
-    ||J_ij||_F^2 is the mean of |u^T J_ij|^2 over random signs u (Hutchinson), `directions` of them for every query.
+    ||J_ij||_F^2 is the mean of |u^T J_ij|^2 over random signs u (Hutchinson), `directions` of them for every query. A row's
+    working memory is what one image more keeps for the backward pass, measured.
     """
 
     heads = 1
 
     def __init__(self, kind: str, f: Callable[[Tensor], Tensor], x: Tensor, place: Tensor | None, directions: int, generator: torch.Generator) -> None:
         self.kind, self.f, self.x, self.place, self.directions, self.generator = kind, f, x.detach(), place, directions, generator
-        self.floats = 256 * x[0].numel()  # what a network keeps for its backward pass, within a factor of a few
+        self.floats = (_kept(f, self.x.repeat_interleave(2, dim=0)) - _kept(f, self.x)) // (8 * len(x))
 
     def rows(self, head: int, queries: Tensor) -> Tensor:
         total = sum(self._squares(queries) for _ in range(self.directions))
@@ -43,3 +45,15 @@ class Gradients:
 
     def _tokens(self, x: Tensor) -> Tensor:
         return x.flatten(2).mT if self.place is None else x[:, self.place]
+
+
+@torch.enable_grad()
+def _kept(f: Callable[[Tensor], Tensor], x: Tensor) -> int:
+    """Bytes that a backward pass would need of this forward pass, the network's weights among them; nothing is kept for it here.
+
+    What two operations need counts twice.
+    """
+    heard: list[int] = []
+    with saved_tensors_hooks(lambda tensor: heard.append(tensor.numel() * tensor.element_size()), lambda nothing: nothing):
+        f(x.detach().requires_grad_())
+    return sum(heard)

@@ -68,9 +68,7 @@ class LocalityProbe:
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         self.timesteps.append(float(t[0]))
-        with watching(self.watched, self._see):
-            out = self.model(x, t, y)
-        if self.settings.gradient_queries:
+        if self.settings.gradient_queries:  # first, since it needs the most memory and may be refused
             some, channels = slice(self.settings.gradient_images), x.shape[1]
 
             def noise_of(x: Tensor) -> Tensor:
@@ -78,7 +76,8 @@ class LocalityProbe:
                 return self.model(x, t[some].repeat_interleave(each), y[some].repeat_interleave(each))[:, :channels]
 
             self._gradients(NETWORK_GRADIENT, len(self.watched), "whole network", tuple(x.shape[-2:]), noise_of, x[some], None)
-        return out
+        with watching(self.watched, self._see):
+            return self.model(x, t, y)
 
     def _see(self, call: Call) -> None:
         layer = call.layer
@@ -135,7 +134,7 @@ def streamed(weights: Weights | Gradients, grid: Grid, queries: Tensor, memory: 
     chunk = memory * MIB // row
     if chunk < 1:
         raise ValueError(f"one row of weights over {grid[0]}x{grid[1]} tokens of {images} images takes {-(-row // MIB)} MiB and {memory} are allowed; "
-                         "probe fewer images or allow more with --memory")
+                         "probe fewer images, allow more with --memory, or take no gradients with --gradients 0")
     within = radii(grid).to(queries.device)
     totals: dict[int, list[Tensor]] = defaultdict(list)
     for head in range(weights.heads):

@@ -234,9 +234,9 @@ def _notes(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequenc
     rows = [row for row in rows if row.backbone]
     if len({spec_id(evaluate_stage(row, protocol, 0)) for row in rows}) < len(rows):
         notes.append(f"rows that are one network on {protocol.name} share its runs and scores.")
-    for row in rows:
-        if 0 < (found := len(seed_values(store, row, protocol, seeds, where))) < len(seeds):
-            notes.append(f"{row.label}: {found} of {len(seeds)} seeds")
+    counts = {row.label: len(seed_values(store, row, protocol, seeds, where)) for row in rows}
+    for found in sorted(set(counts.values()) & set(range(1, len(seeds)))):
+        notes.append(f"{', '.join(label for label, count in counts.items() if count == found)}: {found} of {len(seeds)} seeds")
     if resolved := _resolved(table, rows, protocol, seeds, store, where):
         notes.append(resolved)
     for row in rows:
