@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.engine.cli import Parser, guarded, require_device
 from experiments.engine.store import Store, provenance
 
 if TYPE_CHECKING:
@@ -47,7 +48,11 @@ class Steps:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return guarded(_main)
+
+
+def _main() -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=["dico_s", "dit_s_2"], metavar="BACKBONE")
     parser.add_argument("--against", nargs="*", default=[], metavar="BACKBONE=FILE:NAME", help="other implementations")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -59,23 +64,16 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="results folder (default: results)")
     args = parser.parse_args()
-    store = Store(args.results)
-    try:
-        others = dict(_other(text) for text in args.against)
-        if args.rounds < 3 or (args.batch or 1) < 1:
-            raise ValueError("--rounds must be at least 3 and --batch at least 1")
-        store.check_writable()
-        from experiments.engine.execute import require_device
-
-        require_device(args.device)
-        for name in args.networks:
-            for mode in args.precision:
-                for what in args.tasks:
-                    spec = Steps(name, what, args.batch or BATCH[args.device], args.device, mode, args.compile, args.graphs)
-                    measure(spec, others.get(name), args.rounds, store)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    others, store = dict(_other(text) for text in args.against), Store(args.results)
+    if args.rounds < 3 or (args.batch or 1) < 1:
+        parser.error("--rounds must be at least 3 and --batch at least 1")
+    store.check_writable()
+    require_device(args.device)
+    for name in args.networks:
+        for mode in args.precision:
+            for what in args.tasks:
+                spec = Steps(name, what, args.batch or BATCH[args.device], args.device, mode, args.compile, args.graphs)
+                measure(spec, others.get(name), args.rounds, store)
     return 0
 
 
