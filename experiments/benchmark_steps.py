@@ -143,7 +143,7 @@ def _tasks(spec: Steps, other: nn.Module | None, device: Any) -> dict[str, Calla
     network = Cost(Backbone(spec.network), 32, 4, 1000)
     timed = Timing(network.backbone, 32, 4, 1000, spec.batch, spec.device, spec.precision, what=spec.what, num_steps=SAMPLED[spec.device], compile=spec.compile, graphs=spec.graphs)
     tasks = {"ours": task(network, timed, device)}
-    if spec.what == "training":
+    if spec.what == "training" and not spec.compile:
         tasks["bare"] = _bare(build(Backbone(spec.network), 0, device), spec.batch)
     loop = _plain_training if spec.what == "training" else _plain_sampling
     tasks["plain"] = loop(build(Backbone(spec.network), 0, device), spec.batch, SAMPLED[spec.device])

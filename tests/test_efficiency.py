@@ -88,14 +88,14 @@ def test_the_committed_counts_judge_the_claims_about_gflops():
 
 
 def test_a_sweep_stops_where_larger_batches_do_not_pay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    rates = {1: 10.0, 2: 15.0, 4: 15.1, 8: 30.0, 16: 60.0}
+    rates = {1: 10.0, 2: 15.0, 4: 15.1, 8: 15.0, 16: 60.0}
     monkeypatch.setattr(execute.timing, "run", lambda stage: timed(rates[stage.batch], 1.0))
     arguments = ["--table", "1", "--sweep", "--rows", "DiCo-S", "--device", "cpu", "--cluster", "debug", "--results", str(tmp_path)]
     for _ in range(2):  # the second finds it done
         assert efficiency.main(arguments) == 0
         printed = capsys.readouterr().out
-        assert "fp32: best at batch 4, 15.1 images a second" in printed and "30.0" not in printed
-        assert len(list((tmp_path / "records" / "timing").iterdir())) == 3
+        assert "fp32: best at batch 4, 15.1 images a second" in printed and "60.0" not in printed
+        assert len(list((tmp_path / "records" / "timing").iterdir())) == 4
 
 
 def test_a_sweep_goes_on_where_it_stopped_and_ends_where_a_batch_does_not_fit(tmp_path: Path):
@@ -107,6 +107,8 @@ def test_a_sweep_goes_on_where_it_stopped_and_ends_where_a_batch_does_not_fit(tm
         fill(store, stage, **timed(rate, 1.0))
     left = sweep.left(store)
     assert [stage.batch for stage in left.stages] == [4, 8, 16] and not left.failed(left.before)
+    slow = [store.append(stage, "done", timed(rate, 1.0), {}) for stage, rate in zip(left.stages, (1.0, 20.3), strict=False)]
+    assert not left.ended([*left.before, slow[0]]) and left.ended([*left.before, *slow])
     large = store.append(left.stages[0], "failed", {}, {}, "OutOfMemoryError: a large batch")
     assert left.ended([*left.before, large]) and not left.failed([*left.before, large]) and not sweep.left(store).stages
 

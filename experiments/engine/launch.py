@@ -50,7 +50,7 @@ class Job:
 
 
 class Sweep(Job):
-    """Timings at growing batches until one does not pay, or fails, as for want of memory."""
+    """Timings at growing batches until two in a row, of which one may be a busy moment, do not pay, or one fails, as for want of memory."""
 
     def left(self, store: Store) -> Sweep:
         tried = list(takewhile(lambda record: record is not None, map(store.latest, self.stages)))
@@ -60,8 +60,8 @@ class Sweep(Job):
         return replace(self, stages=() if self.ended(tried) else untried, before=tuple(tried))
 
     def ended(self, records: Sequence[Record]) -> bool:
-        rates = [record.values["images_per_s"] if record.status == "done" else 0.0 for record in records[-2:]]
-        return 0.0 in rates or (len(rates) == 2 and rates[1] < GAIN * rates[0])
+        rates = [record.values["images_per_s"] if record.status == "done" else 0.0 for record in records]
+        return 0.0 in rates or (len(rates) > 2 and max(rates[-2:]) < GAIN * max(rates[:-2]))
 
     def failed(self, records: Sequence[Record]) -> bool:
         """Only where not even the smallest batch could be timed."""
