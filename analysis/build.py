@@ -66,6 +66,8 @@ def build(store: Sources, with_figures: bool = True) -> list[str]:
             problems.append(f"{name}: {error}")
         except KeyError as error:
             problems.append(f"{name}: records or published data lack {error}")
+        except (TypeError, AttributeError) as error:
+            problems.append(f"{name}: records or published data are not what was expected: {error}")
 
     for name, make in (SHEETS | {"claims": claims_sheet}).items():
         attempt(name, lambda name=name, make=make: _write(store, name, make(store)))

@@ -17,6 +17,7 @@ from experiments.protocols import DIGITS, PROTOCOLS, Protocol, evaluate_stage
 
 TRAINED = {number: table for number, table in sorted((ablation.TABLES | main_results.TABLES).items()) if not table.counts_only}
 SCORES = "fid is precision recall"
+SCORED = ("fd", "fid", "sfid", "is_", "precision_", "recall_", "kid", "agreement")  # how the names of our scores begin
 COLUMNS = {  # of every published file: columns of words, columns of numbers
     "table1.csv": ("group model cfg", f"train_steps gflops throughput_img_s {SCORES}"),
     "table2.csv": ("group model cfg", f"train_steps gflops throughput_img_s {SCORES}"),
@@ -50,6 +51,7 @@ class Sources(Store):
     def records(self, where: str) -> dict[str, list[Record]]:
         if where not in self._cache:
             found = super().records(where)
+            del self._cache[where]  # nothing unscreened stays, should a record be worse than foreseen
             read = {record.name for records in found.values() for record in records}
             folder = self.reference if where == "reference" else self.root / where
             for path in sorted(folder.glob("*/*.json")):
@@ -144,6 +146,10 @@ def _unfit(record: Record) -> str:
     if bad := [name for name, value in record.values.items() if not _all_finite(value)]:
         return f"{', '.join(bad)} is no number"
     if record.kind == "evaluate":
+        if bad := [name for name, value in record.values.items() if name.startswith(SCORED) and not isinstance(value, int | float | None)]:
+            return f"{', '.join(bad)} is no number"
+        if absent := {"train", "num", "features", "labels"} - set(record.spec):
+            return f"its spec lacks {', '.join(sorted(absent))}"
         data = (record.spec.get("upsampler") or record.spec["train"])["data"]["name"].removesuffix("_pixels")
         scored = (data, *(record.spec[name] for name in ("num", "features", "labels")))
         if scored not in [(p.data.name, p.num, p.features, p.labels) for p in PROTOCOLS.values()]:

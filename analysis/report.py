@@ -98,7 +98,7 @@ def _or(name: str, make: Any, otherwise: Any, problems: list[str]) -> Any:
     """What `make` gives, or, where what it needs is missing, `otherwise` and a problem more."""
     try:
         return make()
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         problems.append(f"{name}: {error}")
         return otherwise
 

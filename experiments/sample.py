@@ -1,7 +1,7 @@
 """Draw images of a declared row: `python experiments/sample.py --table 4 --row DiCo-S --num 50000`.
 
 Each image comes from its own seed, so the set depends on neither the batch nor the number of processes (srun or torchrun starts
-several, one a GPU), nor on where a stopped run went on. Labels follow the
+several, one a GPU) but by rounding, and not on where a stopped run went on. Labels follow the
 protocol's policy. Writes an ADM-readable .npz (arr_0 images, arr_1 labels, shuffled with a fixed seed) and, with --png,
 one PNG an image. The Evaluate stage of the same row and number scores the same images.
 """
@@ -9,6 +9,7 @@ one PNG an image. The Evaluate stage of the same row and number scores the same 
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,9 +41,9 @@ def _main() -> int:
     parser.add_argument("--num", type=int, metavar="N", help="images (default: as the protocol scores)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the .npz (default: samples.npz in the run's folder)")
     parser.add_argument("--png", type=Path, metavar="DIR", help="also one PNG an image")
-    parser.add_argument("--batch", type=int, default=250, metavar="N", help="images at a time; changes no image (default: 250)")
+    parser.add_argument("--batch", type=int, default=250, metavar="N", help="images at a time; changes no image but by rounding (default: 250)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
-    parser.add_argument("--results", type=Path, metavar="DIR", help="results folder (default: results)")
+    parser.add_argument("--results", type=Path, default=os.environ.get("RESULTS") or None, metavar="DIR", help="results folder (default: $RESULTS, else results)")
     return _run(parser.parse_args())
 
 

@@ -220,13 +220,14 @@ def test_a_job_of_its_own_script_shows_and_is_not_cancelled(tmp_path: Path, monk
     scheduler.remember_this_job(tmp_path, "DiCo-S, seed 0", stages)  # after a requeue
     (tmp_path / "queue").write_text("7|RUNNING|None|dico_s\n")
     assert len(scheduler.submitted(tmp_path, stages)) == 1 and re.search(r"DiCo-S, seed 0 +running +starting \(job 7\)", slurm.status(runs, store))
-    assert [found.job for found in scheduler.waiting_or_running(tmp_path, stages)] == ["7"] and not scheduler.cancel(tmp_path, stages)
-    scheduler.remember(tmp_path, [scheduler.Submission((stage,), "x", f"8_{k}", "dico-x", "log") for k, stage in enumerate(stages)])
+    assert [found.job for found in scheduler.waiting_or_running(tmp_path, stages)] == ["7"] and not scheduler.cancel(tmp_path, stages, "a.py")
+    scheduler.remember(tmp_path, [scheduler.Submission((stage,), "x", f"8_{k}", "dico-x", "log", experiment="a.py") for k, stage in enumerate(stages)])
     (tmp_path / "queue").write_text("7|RUNNING|None|dico_s\n8_0|COMPLETING|None|dico-x\n8_1|COMPLETING|None|dico-x\n")
-    assert [one.job for one in scheduler.cancel(tmp_path, stages)] == ["8_0", "8_1"] and (tmp_path / "cancelled").read_text() == "8_0 8_1\n"
+    assert [one.job for one in scheduler.cancel(tmp_path, stages, "a.py")] == ["8_0", "8_1"] and (tmp_path / "cancelled").read_text() == "8_0 8_1\n"
     (tmp_path / "queue").write_text("8_0|RUNNING|None|dico-x\n")
+    assert not scheduler.cancel(tmp_path, stages, "b.py")  # another experiment, of which the same run is a part
     with pytest.raises(ValueError, match="^scancel: Invalid job id$"):
-        scheduler.cancel(tmp_path, stages)
+        scheduler.cancel(tmp_path, stages, "a.py")
     (tmp_path / "queue").write_text("7|FAILED|NonZeroExitCode|dico_s\n")
     (tmp_path / "log").write_text("its last words\n")
     scheduler.ledger(tmp_path).write_text(scheduler.ledger(tmp_path).read_text().splitlines()[0] + "\n")

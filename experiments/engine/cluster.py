@@ -71,10 +71,10 @@ def sbatch_text(site: Site, folder: Path, num: int) -> str:
     return _make_sbatch_string(command, folder, map_count=num if num > 1 else None, **parameters(site, folder))
 
 
-def submit(groups: Sequence[tuple[Site, Sequence[Job]]], store: Store, **resources: Any) -> list[Submission]:
+def submit(groups: Sequence[tuple[Site, Sequence[Job]]], store: Store, experiment: str, **resources: Any) -> list[Submission]:
     """Send each group to Slurm as one array, leaving out stages that are in the queue; returns at once with what was sent.
 
-    `resources` are the trainer's, beside those that a site gives.
+    `experiment` is whose they are, for its --cancel; `resources` are the trainer's, beside those that a site gives.
 
     Raises ValueError with the scheduler's words, before anything is sent, where it would refuse a group.
     """
@@ -100,7 +100,7 @@ def submit(groups: Sequence[tuple[Site, Sequence[Job]]], store: Store, **resourc
             part = []
             for job, handle in zip(jobs, handles, strict=True):
                 log = handle.paths.stdout.relative_to(store.root.resolve())
-                part.append(Submission(tuple(spec_id(stage) for stage in job.stages), job.label, handle.job_id, folder.name, str(log)))
+                part.append(Submission(tuple(spec_id(stage) for stage in job.stages), job.label, handle.job_id, folder.name, str(log), experiment=experiment))
             remember(store.root, part)
             sent += part
     return sent

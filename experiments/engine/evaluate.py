@@ -52,7 +52,7 @@ def run(spec: Evaluate, folder: Path, cache: Path, resources: Resources, group: 
     with precision(spec.precision, torch.device(resources.device)):
         used = ("numpy", "scipy", "torch-fidelity", "diffusers")[: 4 if spec.features == "inception" else 2]
         found |= {"flags": flags(), "versions": {"torch": torch.__version__} | _versions(*used)}
-    model = {"weights_sha256": found.pop("network"), "key": "ema"}
+    model = {"weights_sha256": found.pop("network"), "key": getattr(spec.train, "key", "ema")}
     return values | {"manifest": manifest(canonical(spec, full=True), model, found | {"nfe": values["nfe"]})}
 
 
@@ -116,7 +116,7 @@ def _classified(spec: Evaluate, folder: Path, cache: Path, resources: Resources,
         "image": {"size": spec.data.size, "format": "float32" if on_digits else "uint8"},
         "labels": {"histogram_sha256": _histogram(y, spec.data.num_classes)},
         "extractor": {"sha256": identity["classifier_sha256"], "dtype": "fp32"},
-        "reference": {"name": spec.data.name, "num_images": len(reference)} | ({} if on_digits else {"split": "test"}),
+        "reference": {"name": spec.data.name, "num_images": len(reference)} | ({} if on_digits else {"split": "test", "sha256": reference.identity["data_sha256"]}),
         "neighbours": {"k": 3, "arithmetic": "float64", "num_reference": len(real)},
     }
 

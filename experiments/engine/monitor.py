@@ -83,7 +83,7 @@ class _TensorBoard:
         self.writer, self.close = writer, writer.close
 
     def write(self, entry: dict[str, Any]) -> None:
-        for name in ("loss", "images_per_s"):
+        for name in entry.keys() - {"step"}:
             self.writer.add_scalar(name, entry[name], entry["step"])
 
 

@@ -211,7 +211,7 @@ def _mean_cell(name: str, values: list[dict[str, float]], digits: int) -> Cell:
 def _notes(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequence[int], device: str, store: Store, where: str) -> list[str]:
     size, channels = cost_stages(table.baseline)[0].size, cost_stages(table.baseline)[0].channels
     notes = [
-        f"Gflops are multiply-accumulates at batch 1 and {size}x{size}x{channels}. ours: the paper's convention (torchprofile, explicit attention); "
+        f"Gflops are multiply-accumulates at batch 1 and {size}x{size}x{channels}. ours: as torchprofile counts, attention written out, which is the paper's for its own rows; "
         "core: convolutions, linear layers and matrix products only. params: trainable."
     ]
     if table.counts_only:

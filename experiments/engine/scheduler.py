@@ -22,7 +22,7 @@ OVER = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"
 class Submission:
     """A job in the queue: its stages by id, its scheduler's id, the name that it shares with its array, and its log.
 
-    `ours` is one that an experiment's command submitted; others are batch scripts of their own, which only show.
+    `ours` is one that an experiment's command submitted, and `experiment` which; others are batch scripts of their own, which only show.
     """
 
     stages: tuple[str, ...]
@@ -31,6 +31,7 @@ class Submission:
     name: str
     log: str
     ours: bool = True
+    experiment: str = ""
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,9 @@ def waiting_or_running(root: Path, stages: Iterable[str]) -> list[Submission]:
     return [submission for submission in there if submission.job in states and not states[submission.job].over]
 
 
-def cancel(root: Path, stages: Iterable[str]) -> list[Submission]:
-    """End the jobs that an experiment's command submitted for these stages from this folder, and no other; returns them."""
-    entries = [submission for submission in waiting_or_running(root, stages) if submission.ours]
+def cancel(root: Path, stages: Iterable[str], experiment: str) -> list[Submission]:
+    """End the jobs that this experiment's command submitted for these stages from this folder, and no other; returns them."""
+    entries = [submission for submission in waiting_or_running(root, stages) if submission.ours and submission.experiment == experiment]
     if entries:
         try:
             client("scancel", *(submission.job for submission in entries))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def send(plan: Plan, store: Store, command: str) -> str:
     with Progress(total=sum(len(job.stages) for job in counts)) as progress:
         if not run_here(counts, store.root, "cpu", 1, available_cores(), progress.notify):
             raise ValueError("a count failed; nothing was submitted")
-    sent = submit(wanted, store, **plan.resources)
+    sent = submit(wanted, store, _experiment(), **plan.resources)
     lines = [f"submitted job {one.job}: {one.label}" for one in sent]
     if waiting := sum(len(jobs) for _, jobs in wanted) - len(sent):
         lines.append(f"{waiting} jobs are in the queue or at work already")
@@ -104,8 +105,13 @@ def send(plan: Plan, store: Store, command: str) -> str:
 def cancel(plan: Plan, store: Store) -> str:
     """End what was submitted for these jobs from this results folder."""
     scheduler.require_slurm()
-    ended = scheduler.cancel(store.root, _ids((*plan.timings(), *plan.trainings())))
+    ended = scheduler.cancel(store.root, _ids((*plan.timings(), *plan.trainings())), _experiment())
     return "\n".join(f"cancelled job {one.job}: {one.label}" for one in ended) or "nothing of this is in the queue"
+
+
+def _experiment() -> str:
+    """The script that this process runs: what --cancel may end, also where another script's tables hold the same runs."""
+    return Path(sys.argv[0]).name
 
 
 def _ids(jobs: Iterable[Job]) -> list[str]:
