@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from experiments import ablation, main_results
+from experiments.engine.manifest import clashes
 from experiments.engine.report import REFERENCE_SEEDS
 from experiments.engine.rows import Row, Table
 from experiments.engine.spec import Backbone, Stage, canonical
@@ -188,6 +189,14 @@ def scores_of(row: Row, protocol: Protocol, store: Store) -> list[Record]:
 
 def digits_scores(row: Row, store: Store) -> list[Record]:
     return scores_of(row, DIGITS, store)
+
+
+def rankable(rows: Sequence[Row], protocol: Protocol, store: Store) -> tuple[list[list[Record]], dict[str, list[str]]]:
+    """Every row's scores, none where they are known to be of another protocol than the first row's; and, by label, the fields that differ."""
+    scores = [scores_of(row, protocol, store) for row in rows]
+    first = next(filter(None, scores), [])
+    other = {row.label: fields for row, found in zip(rows, scores, strict=True) if (fields := clashes(found, first))}
+    return [[] if row.label in other else found for row, found in zip(rows, scores, strict=True)], other
 
 
 def latest(stages: Sequence[Stage], store: Store) -> Iterator[Record]:

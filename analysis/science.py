@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from analysis.pages import Block, Origins, Text, markdown, once
-from analysis.query import Sources, scores_of
+from analysis.query import Sources, rankable, scores_of
 from analysis.tables import ranks
 from experiments.ablation import TABLES
 from experiments.engine.report import SCORES, Cell, Sheet, main_sheet
-from experiments.engine.rows import Table
+from experiments.engine.rows import Row, Table
 from experiments.engine.spread import LEVEL, pooled, reach, scaled
 from experiments.engine.store import Record
 from experiments.protocols import CIFAR10_CLASSIFIER, CIFAR10_SMALL, DIGITS, Protocol, timing_stage
@@ -70,10 +70,16 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
         return math.nan
 
 
+def _scored(table: Table, store: Sources, protocol: Protocol) -> list[tuple[Row, list[dict[str, float]]]]:
+    """Rows with the values of their scores, as far as they may be ranked together."""
+    scores, _ = rankable(table.rows, protocol, store)
+    return [(row, [record.values for record in records]) for row, records in zip(table.rows, scores, strict=True) if records]
+
+
 def agreement(name: str, table: Table, store: Sources, protocol: Protocol = DIGITS) -> Agreement | None:
     """How a score orders a table's rows against the paper; None without repeats or with fewer than three rows."""
     published, column = store.published(table.published, table.key), PAPER[name.partition("_")[0]]
-    rows = [(float(published[row.published][column]), values) for row in table.rows if (values := [r.values for r in scores_of(row, protocol, store)])]
+    rows = [(float(published[row.published][column]), values) for row, values in _scored(table, store, protocol)]
     spread = pooled(name, [values for _, values in rows])
     if spread is None or len(rows) < 3:
         return None
@@ -123,7 +129,7 @@ def resolved_pairs(table: Table, store: Sources, protocol: Protocol = DIGITS) ->
     """Of all pairs of rows with a score: how many the Fréchet distance resolves; of these, how many the paper's FID orders alike; pairs; rows of certain rank."""
     name = f"fd_{protocol.features}"
     published = store.published(table.published, table.key)
-    scored = [(row, found) for row in table.rows if (found := [record.values for record in scores_of(row, protocol, store)])]
+    scored = _scored(table, store, protocol)
     values = [found for _, found in scored]
     spread, pairs = pooled(name, values), len(values) * (len(values) - 1) // 2
     if spread is None:

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from analysis.query import Sources, digits_scores, gpu_timings, latest, numeric_mode, reference_seeds
+from analysis.query import Sources, digits_scores, gpu_timings, latest, numeric_mode, rankable, reference_seeds
 from experiments import main_results, speed
 from experiments.ablation import TABLES
 from experiments.engine.report import SCORES, Cell, Sheet, main_sheet
@@ -220,12 +220,14 @@ def number_cell(text: str) -> Cell:
 def _rank(sheet: Sheet, rows: Sequence[Row], store: Sources) -> None:
     name, better = next(iter(SCORES[DIGITS.features].items()))
     (at,) = [i for i, (_, column) in enumerate(sheet.columns) if column == name]
-    found = ranks(name, better, [[record.values for record in digits_scores(row, store)] for row in rows])
+    scores, other = rankable(rows, DIGITS, store)
+    found = ranks(name, better, [[record.values for record in records] for records in scores])
     for row, rank in zip(sheet.rows, found, strict=True):
         row[at] = replace(row[at], best=rank == (1, 1))
     words = ["-" if rank is None else f"{rank[0]}" if rank[0] == rank[1] else f"{rank[0]} to {rank[1]}" for rank in found]
-    _insert(sheet, at + 1, (sheet.columns[at][0], "rank"), [Cell(words=word, records=tuple(digits_scores(row, store))) for word, row in zip(words, rows, strict=True)])
+    _insert(sheet, at + 1, (sheet.columns[at][0], "rank"), [Cell(words=word, records=tuple(records)) for word, records in zip(words, scores, strict=True)])
     sheet.notes.append(f"rank: by {name}, as far as the seeds resolve it (95 % over all pairs, Bonferroni); bold is rank 1 for certain.")
+    sheet.notes += [f"{label}: not ranked, scored by another protocol ({', '.join(fields)})." for label, fields in other.items()]
 
 
 def _dit_ratio(sheet: Sheet, table: Table, store: Sources) -> None:

@@ -41,7 +41,7 @@ def _main() -> int:
     parser.add_argument("--num", type=int, metavar="N", help="images (default: as the protocol scores)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the .npz (default: samples.npz in the run's folder)")
     parser.add_argument("--png", type=Path, metavar="DIR", help="also one PNG an image")
-    parser.add_argument("--batch", type=int, default=250, metavar="N", help="images at a time; changes no image but by rounding (default: 250)")
+    parser.add_argument("--batch", type=int, default=250, metavar="N", help="images at a time on a GPU, which changes no image but by rounding (default: 250)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     parser.add_argument("--results", type=Path, default=os.environ.get("RESULTS") or None, metavar="DIR", help="results folder (default: $RESULTS, else results)")
     return _run(parser.parse_args())

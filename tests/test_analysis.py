@@ -24,13 +24,13 @@ from analysis.claims import LEVELS, claims_sheet, judge
 from analysis.figures_efficiency import front
 from analysis.pages import Origins, Text
 from analysis.probes.declared import declared
-from analysis.query import COLUMNS, Sources, gpu_timings, numeric_mode
+from analysis.query import COLUMNS, Sources, gpu_timings, numeric_mode, rankable
 from analysis.science import agreement, blocks, chance, kendall, page, resolved_pairs, spearman, speed_agreement
 from analysis.tables import CONFIGURATIONS, SHEETS, ranks, recipe_sheet
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.engine.render import render
 from experiments.engine.report import Cell, Sheet
-from experiments.engine.spec import Backbone, Timing
+from experiments.engine.spec import Backbone, Timing, spec_id
 from experiments.engine.store import REPOSITORY, Store
 from experiments.protocols import CIFAR10_SMALL, DIGITS, IMAGENET256, evaluate_stage, timing_stage, train_stage
 
@@ -404,6 +404,21 @@ def test_bad_sources_are_named_and_the_rest_is_built(tmp_path: Path):
         assert [problem for problem in problems if words in problem], (words, problems)
     built = {path.name for path in (tmp_path / "results" / "tables").iterdir()}
     assert {"table1.md", "table3.html", "table4.csv", "table9.tex", "digits.md", "cifar10_small.md"} <= built and not {"table5.md", "table2.md"} & built
+
+
+def test_a_row_of_another_protocol_is_not_ranked(tmp_path: Path):
+    reference = copied(tmp_path / "results") / "reference"
+    row = TABLE_4.rows[3]
+    for path in (reference / "evaluate").glob(f"{spec_id(evaluate_stage(row, DIGITS, 0))}-*.json"):
+        record = json.loads(path.read_text())
+        record["values"]["manifest"]["measure"]["quantiser"] = "rounds to nearest"
+        path.write_text(json.dumps(record))
+    store = Sources(tmp_path / "results")
+    scores, other = rankable(TABLE_4.rows, DIGITS, store)
+    assert list(other) == [row.label] and [bool(found) for found in scores] == [one != row for one in TABLE_4.rows]
+    sheet = SHEETS["table4"](store)
+    at = [column for _, column in sheet.columns].index("rank")
+    assert sheet.rows[3][at].text() == "-" and sheet.rows[2][at].text() != "-" and any(f"{row.label}: not ranked" in note for note in sheet.notes)
 
 
 def test_a_published_file_that_is_missing_or_unsourced_is_one_line(tmp_path: Path):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_backbones import randomise
 from torch import Tensor
 
 from experiments.engine import evaluate, inception, samples, train
@@ -51,8 +52,14 @@ def test_a_set_holds_every_image_once_quantised_in_the_order_of_its_labels(tmp_p
     np.testing.assert_array_equal(found.labels, labels("random", 23, 10, 0).numpy()[found.index])
 
 
-def test_another_batch_size_draws_the_same_bits(tmp_path: Path):
-    np.testing.assert_array_equal(levels(drawn(tmp_path / "a", 1)), levels(drawn(tmp_path / "b", 5)))
+def test_another_batch_size_draws_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """At a size at which convolutions do round by the batch."""
+    monkeypatch.setattr(samples, "CHUNK", 12)
+    wide = TINY.but(dim=24, input_size=32)
+    spec = replace(SPEC, train=replace(SPEC.train, backbone=wide, data=replace(SPEC.train.data, size=32)), num=12)
+    model = randomise(build(wide, 0, CPU)).eval()
+    found = [samples.draw(spec, tmp_path / str(batch), model, lambda x: x, {}, CPU, batch, lambda *_: None) for batch in (3, 8)]
+    np.testing.assert_array_equal(levels(found[0]), levels(found[1]))
 
 
 def test_a_stopped_run_goes_on_and_draws_nothing_twice(tmp_path: Path):

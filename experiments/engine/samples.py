@@ -1,6 +1,7 @@
 """Generated images on disk: chunks that a stopped run goes on from, and the files made of them.
 
-A chunk holds the images of CHUNK consecutive indices, uint8 (n, H, W, 3), so a set depends on neither the batch nor who drew it.
+A chunk holds the images of CHUNK consecutive indices, uint8 (n, H, W, 3), so a set does not depend on who drew it, nor on a CPU, with
+as many threads, on the batch that was asked; on a GPU another batch may change the last bit.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from experiments.engine.train import Resources, build, digest, load_ema
 
 Report = Callable[[int, int, float, float], None]
 CHUNK = 250
+ON_CPU = 25  # images at a time whatever is asked: convolutions there round by the batch
 QUANTISER = "trunc(clamp(127.5 x + 128, 0, 255))"
 
 
@@ -94,6 +96,7 @@ def draw(spec: Evaluate, folder: Path, model: nn.Module, decode: Callable[[Tenso
     elif group.first:
         with written_whole(origin) as file:
             file.write(json.dumps(made, indent=1, sort_keys=True).encode())
+    batch = ON_CPU if device.type == "cpu" else batch
     started, paths, drawn = time.perf_counter(), _chunk_paths(folder, spec.num), [0]
 
     def chunk(piece: int) -> dict[str, ndarray]:
