@@ -69,7 +69,7 @@ def test_every_table_has_a_row_for_every_published_one():
             assert {row.published for row in table.rows} == {" ".join(line[key] for key in table.key) for line in csv.DictReader(file)}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("dig_")])  # whose recurrence is counted by its closed form (test_counts_gla)
 def test_core_is_half_of_what_torch_counts(case: str):
     model = network(case)
     with torch.no_grad(), kernels.use(attention="reference", depthwise_gelu="reference", pointwise_gelu="reference"), FlopCounterMode(display=False) as flops:
