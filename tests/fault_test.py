@@ -83,7 +83,7 @@ class Cluster:
         return subprocess.run(["bash", CLUSTER, *command], env=self.environment, capture_output=True, text=True, check=True).stdout
 
     def send(self) -> None:
-        (self.submission,) = submit([(SITE, [self.job])], self.store)
+        (self.submission,) = submit([(SITE, [self.job])], self.store, "fault_test.py")
 
     def state(self) -> str:
         with suppress(ValueError):  # the controller may be restarting
