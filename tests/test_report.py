@@ -193,6 +193,13 @@ def test_csv_keeps_every_digit_and_every_error(tmp_path: Path):
     assert dict(zip(names, rows[1], strict=True))["Gflops: ours"] == ""
 
 
+def test_csv_is_rectangular_and_holds_the_notes_of_the_markdown(tmp_path: Path):
+    for sheet in (main(Store(tmp_path)), HARD, Sheet("nothing", [("", "row")], [], ["a note, quoted"])):
+        names, first, *others = csv.reader(io.StringIO(render([sheet], "csv")))
+        assert {len(row) for row in (first, *others)} == {len(names)} and names[-1] == "notes" and not any(row[-1] for row in others)
+        assert first[-1].splitlines() == sheet.notes and all(f"- {note}" in render([sheet], "markdown") for note in sheet.notes) and sheet.notes
+
+
 HARD = Sheet("50% & more_of it", [("", "row"), ("a_b & c", "x"), ("a_b & c", "y#")], [[Cell(words="A->B & 5%"), Cell(1.5, 0.25), Cell(words="failed")]], ["100% sure_thing"])
 
 
@@ -202,6 +209,7 @@ def test_latex_holds_no_bare_special_characters():
     bare = "".join(body)
     for escaped in ("\\\\", "\\&", "\\%", "\\_", "\\#", "$\\pm$", "$\\to$"):
         bare = bare.replace(escaped, "")
+    assert "100\\% sure\\_thing" in "".join(body)
     assert not set("%_#$^~") & set(bare) and bare.count("{") == bare.count("}") and bare.count("&") == 1 + 2 + 2
     assert text.index("\\begin{tabular}{lrr}") < text.index("\\midrule") < text.index("\\end{tabular}")
 
