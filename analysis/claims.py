@@ -89,7 +89,7 @@ def _throughput(claim: Claim, store: Sources) -> Finding:
     if proxy := _measured_speed(claim, store, "cpu"):
         return replace(proxy, basis=f"{proxy.basis}; {printed}")
     small = speed_claims.small_on_cpu(claim, store, "reference")
-    basis = printed + (f". Not the claim's, for scale: {small[0]}" if small else "")
+    basis = printed + (f". Not the claim's, for scale: {small}" if small else "")
     if missing:
         return Finding(NOT_YET, "", "open", basis)
     return Finding(PUBLISHED, f"{speeds[0] / speeds[1]:.2f}", _consistent(speeds[0] / speeds[1], claim["value"]), basis)

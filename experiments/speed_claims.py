@@ -71,24 +71,24 @@ def ratios(claim: Claim, device: str, store: Store, where: str) -> list[Ratio]:
     return found
 
 
-def small_on_cpu(claim: Claim, store: Store, where: str) -> tuple[str, tuple[Record, ...]] | None:
-    """In words: size S of the families of a claim at its resolution on a CPU, in turn where they were timed so, else each alone; None without records."""
+def small_on_cpu(claim: Claim, store: Store, where: str) -> str:
+    """In words: size S of the families of a claim at its resolution on a CPU, in turn where they were timed so, else each alone; '' without records."""
     families = [claim[side].partition("-")[0] for side in ("subject", "baseline")]
     side = int(claim["subject"].rpartition("@")[2]) // 8
     alone = {stage.backbone.name.partition("_")[0]: stage for stage in figure_3("cpu") if stage.size == side}
     stages = [alone.get(family.lower()) for family in families]
     if None in stages:
-        return None
+        return ""
     (pair,) = _in_turn(*(stage.backbone.name for stage in stages), side, "cpu")
     if record := store.latest(pair, where):
-        records, value, error, how = (record,), record.values["relative"], record.values["relative_spread"], f"timed in turn at batch {pair.batch}"
-    elif all(records := tuple(store.latest(stage, where) for stage in stages)):
+        value, error, how = record.values["relative"], record.values["relative_spread"], f"timed in turn at batch {pair.batch}"
+    elif all(records := [store.latest(stage, where) for stage in stages]):
         one, two = (record.values["images_per_s"] for record in records)
         value, how = one / two, f"each timed alone at batch {stages[0].batch}"
         error = value * math.hypot(*(record.values["images_per_s_spread"] / record.values["images_per_s"] for record in records))
     else:
-        return None
-    return f"on a CPU in fp32, {families[0]}-S against {families[1]}-S is {value:.2f} ±{error:.2f}, {how}", records
+        return ""
+    return f"on a CPU in fp32, {families[0]}-S against {families[1]}-S is {value:.2f} ±{error:.2f}, {how}"
 
 
 def verdict(found: Sequence[Ratio], device: str) -> str:
