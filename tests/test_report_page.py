@@ -67,7 +67,7 @@ def opened(browser: Any, page: Path, width: int) -> Any:
 
 
 def column(browser: Any, table: str, index: int) -> list[str]:
-    return browser.execute_script(f"return [...document.querySelectorAll('#{table} tbody tr')].map(row => row.cells[{index}].innerText)")
+    return browser.execute_script(f"return [...document.querySelectorAll('#{table} tbody tr')].map(row => row.cells[{index}].textContent.trim())")
 
 
 def test_the_page_is_one_file_of_at_most_15_mb_that_asks_for_nothing(page: Path):
@@ -128,6 +128,14 @@ def test_wide_tables_scroll_in_their_frames_and_keep_their_first_column(width: i
     assert moved == 100 and abs(kept) <= 1
     browser.execute_script("scrollTo(500, 0)")
     assert browser.execute_script("return scrollX") == 0
+
+
+def test_navigation_leads_to_sections_that_are_laid_out_late(browser: Any, page: Path):
+    opened(browser, page, 1400)
+    for name in ("provenance", "figures", "counts", "claims"):
+        browser.execute_script(f"document.querySelector('nav a[href=\"#{name}\"]').click()")
+        top = browser.execute_async_script(f"requestAnimationFrame(() => requestAnimationFrame(() => arguments[0](document.getElementById('{name}').getBoundingClientRect().top)))")
+        assert -5 <= top < 450 or browser.execute_script("return scrollY + innerHeight >= document.scrollingElement.scrollHeight - 1"), (name, top)
 
 
 def test_what_does_not_fit_is_noticed(browser: Any, page: Path):
