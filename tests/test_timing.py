@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+
+from test_train import DIGITS
 
 from backbones import kernels
 from backbones.kernels.attention import attention, reference
@@ -14,7 +17,7 @@ from backbones.kernels.op import Choice
 from experiments.engine import ceilings, timing
 from experiments.engine.execute import execute
 from experiments.engine.precision import flags
-from experiments.engine.spec import Backbone, Ceilings, Cost, Timing
+from experiments.engine.spec import Backbone, Ceilings, Cost, Recipe, Timing, Train
 from experiments.engine.store import Store
 from experiments.engine.train import Resources
 
@@ -95,6 +98,19 @@ def test_a_record_names_the_kernels_that_were_timed(tmp_path: Path):
     for forced, used in (({}, ["sdpa"]), ({"attention": "reference"}, ["reference"])):
         record = execute(spec(kernels=forced), Store(tmp_path), Resources(), lambda *progress: None)
         assert record.status == "done" and record.provenance["kernels"]["attention"] == used
+
+
+TRAINED = Train(DIT.but(input_size=8, in_channels=1, num_classes=10), DIGITS, Recipe(steps=2, batch=4))
+
+
+@pytest.mark.parametrize("stage", [spec(compile=True), TRAINED], ids=["timing", "training"])
+def test_a_record_names_the_kernels_of_the_compiled_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: Timing | Train):
+    """Not those of the check before it, which runs another graph: here one kernel is a candidate where the network is compiled alone."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(attention, "choices", {"compiled": Choice("compiled", reference, pays=lambda *args: torch.compiler.is_compiling())} | attention.choices)
+    record = execute(stage, Store(tmp_path), Resources(compile=True), lambda *progress: None)
+    assert record.status == "done", record.error
+    assert record.provenance["kernels"]["attention"] == ["compiled"]
 
 
 def test_a_refusal_is_a_failed_record(tmp_path: Path, nearly: str):
