@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import time
@@ -78,15 +79,15 @@ def lr_at(recipe: Recipe, step: int) -> float:
 
 
 class Trainer:
-    """Model, EMA and optimiser of a run, and the step it has reached; each process of a group has its own, all alike."""
+    """Model, EMA and optimiser of a run, and the step it has reached; each process of a group has its own, all alike; `model`: as `build` makes it, where at hand."""
 
     def __init__(self, spec: Train, device: torch.device, micro_batch: int | None = None, group: Group = ALONE, shard_optimizer: bool = False,
-                 compiled: bool = False, graphs: bool = False) -> None:
+                 compiled: bool = False, graphs: bool = False, model: nn.Module | None = None) -> None:
         self.spec, self.device, self.group = spec, device, group
         self.mine = group.part(spec.recipe.batch)
         self.micro_batch = micro_batch or spec.recipe.batch
-        self.model = build(spec.backbone, spec.seed, device)
-        self.ema = build(spec.backbone, spec.seed, device).requires_grad_(False)
+        self.model = model or build(spec.backbone, spec.seed, device)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False)
         recipe = spec.recipe
         self.forward: nn.Module = self.model
         if group.world_size > 1:
