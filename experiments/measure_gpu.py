@@ -37,7 +37,7 @@ ROWS = {"cuda": ("DiCo-XL", "DiT-XL/2"), "cpu": ("DiCo-S", "DiT-S/2")}
 def parts(device: str, against: list[str]) -> dict[str, list[str]]:
     """Commands after the interpreter, by name, in order of importance; on a CPU what it can do of them, with small networks."""
     on, cuda = ["--device", device], device == "cuda"
-    tests = ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *(f"tests/test_{name}.py" for name in ("kernels_choices", "kernels_ssm", "kernels_fused", "accelerate"))]
+    tests = ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *(f"tests/test_{name}.py" for name in ("kernels_choices", "kernels_ssm", "accelerate"))]
     efficiency, kernels = ["experiments/efficiency.py", *on], ["experiments/benchmark_kernels.py", *on]
     steps = ["experiments/benchmark_steps.py", *on, "--rounds", "3", "--networks", *NETWORKS[device], *(["--precision", "bf16", "tf32"] if cuda else [])]
     steps += ["--against", *against] if against else []

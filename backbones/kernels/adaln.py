@@ -20,6 +20,7 @@ def reference(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale)
 
 
+@torch.compiler.disable
 def triton(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     from backbones.kernels.adaln_triton import adaln as run
 

@@ -39,6 +39,7 @@ def _pays(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     return len(weight) >= WIDE and not torch.compiler.is_compiling()  # a compiler fuses by itself
 
 
+@torch.compiler.disable
 def triton(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     from backbones.kernels.depthwise_triton import depthwise_gelu as run
 
