@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from experiments.engine.capture import Captured, accelerate
 from experiments.engine.data import ImageSet, load
+from experiments.engine.precision import precision
 from experiments.engine.spec import Backbone, Diffusion, Recipe, Train
 from experiments.engine.timing import fill
 from experiments.engine.train import Trainer, build, digest
@@ -60,6 +64,27 @@ def test_a_recorded_training_has_the_same_losses_and_weights(spec: Train, micro_
     losses = [list(trainer.steps(load(DIGITS))) for trainer in (usual, recorded)]
     assert [loss.item() for loss in losses[0]] == [loss.item() for loss in losses[1]] and len(set(losses[0])) == 6
     assert (digest(usual.model), digest(usual.ema)) == (digest(recorded.model), digest(recorded.ema)) and len(recorded.passes.recordings) == 1
+
+
+def test_a_recording_lets_other_threads_go_on_and_runs_the_function_aside_before(monkeypatch: pytest.MonkeyPatch):
+    """With stand-ins for the device: the threads that load batches and draw noise pin memory, for which a global capture would end in an error."""
+    heard: list[str] = []
+
+    @contextmanager
+    def capture(graph: Any, capture_error_mode: str = "global") -> Iterator[None]:
+        heard.append(capture_error_mode)
+        yield
+        heard.append("captured")
+
+    for name in ("Stream", "current_stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    captured = Captured(lambda x: heard.append("ran") or x + 1)
+    for n, flag in ((2, False), (2, False), (3, False), (3, True)):
+        with precision("as_published" if flag else "fp32", CPU):
+            captured(torch.ones(n))
+    assert heard == (["ran"] * 3 + ["thread_local", "ran", "captured"]) * 3  # a shape and a mode once each
 
 
 class Heard(TorchDispatchMode):

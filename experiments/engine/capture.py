@@ -60,6 +60,6 @@ class Captured:
                 self.function(*places)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads go on pinning batches and noise, which a global capture forbids
             out = self.function(*places)
         return graph.replay, places, out
