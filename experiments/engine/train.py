@@ -298,4 +298,3 @@ def digest(model: nn.Module) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         total.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return total.hexdigest()[:16]
-
