@@ -160,16 +160,16 @@ def _load(file: Path, constructor: str) -> nn.Module:
 
 def _tasks(spec: Steps, other: nn.Module | None, device: Any) -> dict[str, Callable[[], Any]]:
     from experiments.engine.spec import Backbone, Cost, Timing
-    from experiments.engine.timing import drawn, task
+    from experiments.engine.timing import drawn, sized, task
 
     network = Cost(Backbone(spec.network), 32, 4, 1000)
     timed = Timing(network.backbone, 32, 4, 1000, spec.batch, spec.device, spec.precision, what=spec.what, num_steps=SAMPLED[spec.device], compile=spec.compile, graphs=spec.graphs)
     tasks = {"ours": task(network, timed, device)}
     if spec.what == "training" and not spec.compile:
-        tasks["bare"] = _bare(drawn(Backbone(spec.network), device), spec.batch)
+        tasks["bare"] = _bare(drawn(sized(network), device), spec.batch)
     loop = _plain_training if spec.what == "training" else _plain_sampling
     if other is not None:
-        tasks["plain"] = loop(drawn(Backbone(spec.network), device), spec.batch, SAMPLED[spec.device])
+        tasks["plain"] = loop(drawn(sized(network), device), spec.batch, SAMPLED[spec.device])
         tasks["theirs"] = loop(other.to(device), spec.batch, SAMPLED[spec.device])
     return tasks
 

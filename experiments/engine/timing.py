@@ -154,14 +154,14 @@ def _training(network: Cost, spec: Timing, device: torch.device) -> Task:
     shape = (4 * spec.batch, network.channels, network.size, network.size)
     images = ImageSet(draw.standard_normal(shape, dtype=np.float32), draw.integers(network.num_classes, size=shape[0]), data)
     recipe = Recipe(steps=10**9, batch=spec.batch, precision=spec.precision)
-    model = drawn(_sized(network), device)
-    trainer = Trainer(Train(_sized(network), data, recipe), device, compiled=spec.compile, graphs=spec.graphs, model=model)
+    model = drawn(sized(network), device)
+    trainer = Trainer(Train(sized(network), data, recipe), device, compiled=spec.compile, graphs=spec.graphs, model=model)
     fill(model)
     stepping = trainer.steps(images)
     return lambda: next(stepping)
 
 
-def _sized(network: Cost) -> Backbone:
+def sized(network: Cost) -> Backbone:
     return network.backbone.but(input_size=network.size, in_channels=network.channels, num_classes=network.num_classes)
 
 
@@ -192,7 +192,7 @@ def forget(device: torch.device) -> None:
 def _network(network: Cost, spec: Timing, device: torch.device) -> nn.Module:
     if spec.layout not in LAYOUTS:
         raise ValueError(f"unknown layout {spec.layout!r}; known: {', '.join(LAYOUTS)}")
-    model = drawn(_sized(network), device).to(memory_format=LAYOUTS[spec.layout]).eval()
+    model = drawn(sized(network), device).to(memory_format=LAYOUTS[spec.layout]).eval()
     fill(model)
     return model
 
