@@ -73,7 +73,7 @@ def draw(spec: Evaluate, store: Store, classes: list[int], rows: int, name: str,
 
     require_device(device)
     decode, _ = decoder_of(spec.data, torch.device(device))
-    shown = _images(spec, network_of(spec, store.run_dir(spec.train), Resources(device)), classes, rows, device)
+    shown = _images(spec, network_of(spec, store.run_dir(spec.train), Resources(device))[0], classes, rows, device)
     made, axes = figure(0.62 * len(classes), 0.62 * rows + 0.35, rows, len(classes), squeeze=False)
     for place, label in enumerate(classes):
         for line in range(rows):

@@ -23,11 +23,12 @@ FOUND = {"extractor": {"sha256": "ab"}, "flags": {"matmul_tf32": False, "cudnn_t
 PROVENANCE = {"device": "cpu", "cpu": "a", "torch": "2", "dirty": False, "seconds": 1.0}
 
 
-def made(spec: Any = SPEC, model: dict[str, Any] | None = None, **found: Any) -> dict[str, Any]:
-    return manifest(canonical(spec, full=True), model or {"weights_sha256": "1", "key": "ema"}, FOUND | found)
+def made(spec: Any = SPEC, model: dict[str, Any] | None = None, batch: int = 250, **found: Any) -> dict[str, Any]:
+    return manifest(canonical(spec, full=True), model or {"weights_sha256": "1", "key": "ema"}, FOUND | found, batch=batch)
 
 
 def test_the_hash_names_how_was_measured_and_not_what():
+    assert made()["hash"] == made(batch=100)["hash"] and differences(made(), made(batch=100)) == [("run.batch", 250, 100)]
     assert made()["hash"] == made(model={"weights_sha256": "2", "key": "raw"})["hash"] == made(evaluate_stage(TABLE_4.rows[1], IMAGENET256, 3))["hash"]
 
 
