@@ -33,15 +33,18 @@ def read_weights(path: str | Path, key: str | None = None) -> tuple[dict[str, Te
         if "GLOBAL" in str(error):
             reason = "it holds pickled code or objects, which are not run here; export plain tensors"
         raise ValueError(f"{path.name}: not a readable checkpoint ({reason})") from None
-    there = ", ".join(map(str, list(weights)[:8])).replace("\n", " ") or "nothing" if isinstance(weights, dict) else type(weights).__name__
     held = {name: value for name, value in weights.items() if isinstance(value, dict)} if isinstance(weights, dict) else {}
     if key is not None and key not in held:
-        raise ValueError(f"{path.name}: holds no weights under {key!r}; its keys: {there}")
+        raise ValueError(f"{path.name}: holds no weights under {key!r}; its keys: {_listed(weights)}")
     found = key if key is not None else next((name for name in USUAL if name in held), FLAT)
     weights = held.get(found, weights)
     if not isinstance(weights, dict) or not weights or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError(f"{path.name}: expected tensors by name, flat or under {' or '.join(map(repr, (key,) if key else USUAL))}; found {there}; another key is named with --key")
+        raise ValueError(f"{path.name}: expected tensors by name, flat or under {' or '.join(map(repr, (key,) if key else USUAL))}; found {_listed(weights)}")
     return weights, found
+
+
+def _listed(weights: object) -> str:
+    return ", ".join(map(str, list(weights)[:8])).replace("\n", " ") or "nothing" if isinstance(weights, dict) else type(weights).__name__
 
 
 def load_published(model: nn.Module, path: str | Path, key: str | None = None) -> str:

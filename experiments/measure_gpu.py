@@ -32,6 +32,7 @@ def parts(against: list[str]) -> list[tuple[str, list[str]]]:
         ("steps", [*steps, "--rounds", "5", *(["--against", *against] if against else [])]),
         ("steps by CUDA graphs", [*steps, "--rounds", "3", "--graphs"]),
         ("steps compiled", [*steps, "--rounds", "3", "--compile"]),
+        ("precision and recall", ["experiments/benchmark.py", "--neighbours", *on_gpu]),
         ("kernels", ["experiments/benchmark_kernels.py", *on_gpu]),
         *((f"table {number}, {task}", [*efficiency, "--table", str(number), "--task", task]) for number, task in ((1, "forward"), (2, "forward"), (1, "training"))),
         *((f"profile of {row}", [*efficiency, "--profile", row, "--task", "training"]) for row in ("DiCo-XL", "DiT-XL/2")),

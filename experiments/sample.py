@@ -1,4 +1,4 @@
-"""Draw images of a declared row: `python experiments/sample.py --table 4 --row DiCo-S --num 50000`.
+"""Draw images of a declared row: `python experiments/sample.py --row DiCo-S --num 50000`.
 
 Each image comes from its own seed, so the set depends on neither the batch nor the number of processes (srun or torchrun starts
 several, one a GPU) but by rounding, and not on where a stopped run went on. Labels follow the
@@ -17,6 +17,7 @@ from experiments import ablation, main_results
 from experiments.engine.cli import Parser, guarded
 from experiments.engine.launch import Job
 from experiments.engine.progress import Progress
+from experiments.engine.rows import table_of
 from experiments.engine.sources import require_data
 from experiments.engine.store import REPOSITORY, Store
 from experiments.protocols import PROTOCOLS, evaluate_stage
@@ -34,7 +35,7 @@ def _cannot_write(error: OSError) -> str:
 
 def _main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", type=int, choices=sorted(TABLES), required=True)
+    parser.add_argument("--table", type=int, choices=sorted(TABLES), help="that declares the row (default: the one that does)")
     parser.add_argument("--row", required=True, help="by its label")
     parser.add_argument("--protocol", choices=list(PROTOCOLS), default="digits")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the training run (default: 0)")
@@ -48,15 +49,14 @@ def _main() -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    table, protocol = TABLES[args.table], PROTOCOLS[args.protocol]
-    rows = {row.label: row for row in (*table.rows, *table.outside)}
-    if args.row not in rows:
-        raise ValueError(f"table {table.number} has no row {args.row!r}; known: {', '.join(map(repr, rows))}")
-    if rows[args.row].backbone is None:
+    protocol = PROTOCOLS[args.protocol]
+    table = TABLES[args.table] if args.table else table_of(args.row, TABLES, lambda row: evaluate_stage(row, protocol, args.seed))
+    row = table.row(args.row)
+    if row.backbone is None:
         raise ValueError(f"row {args.row!r} holds published numbers only: there is no network to sample")
     if args.batch < 1 or (args.num is not None and args.num < 1):
         raise ValueError("--num and --batch take numbers from 1 on")
-    spec = evaluate_stage(rows[args.row], protocol, args.seed)
+    spec = evaluate_stage(row, protocol, args.seed)
     spec = replace(spec, num=args.num or spec.num)
     require_data(spec.data)
     store = Store(args.results, REPOSITORY / "results" / "reference")

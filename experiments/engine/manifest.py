@@ -116,7 +116,7 @@ def effect(key: str) -> tuple[str, str]:
 
 def score_name(name: str, num: int) -> str:
     """A score's printed name with its N: ('fid', 50000) -> 'FID-50K'."""
-    words = {"fid": "FID", "sfid": "sFID", "is": "IS", "kid": "KID", "precision": "precision", "recall": "recall"}
+    words = {"fid": "FID", "sfid": "sFID", "is": "IS", "kid": "KID", "mind": "MIND"}
     return f"{words.get(name, name)}-{f'{num // 1000}K' if num >= 1000 and num % 1000 == 0 else num}"
 
 

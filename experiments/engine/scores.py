@@ -23,7 +23,8 @@ from experiments.engine.distributed import Group
 from experiments.engine.heartbeat import Heartbeat
 from experiments.engine.inception import BATCH, Inception
 from experiments.engine.metrics import Moments
-from experiments.engine.neighbours import ADM_BLOCK, precision_recall, precision_recall_half
+from experiments.engine.mind import mind
+from experiments.engine.neighbours import ADM_BLOCK, neighbour_shares, precision_recall_half
 from experiments.engine.npz import POOL, Images, has_images, sha256, statistics
 from experiments.engine.sharding import results
 
@@ -162,6 +163,7 @@ def score(sample: Measured, reference: Reference, labels: ndarray | None = None,
         size = min(KID_SIZE, n, len(reference.rows))
         values["kid"], values["kid_sd"] = metrics.kid(sample.pool, reference.rows, size=size)
         values["kid_subset"] = size
+        values["mind"], values["mind_rows"] = mind(sample.pool, reference.rows, device=device), min(n, len(reference.rows))
     return values | {"warnings": [*reference.warnings, *_warnings(values, labels)]}
 
 
@@ -205,13 +207,11 @@ def _distance(name: str, features: ndarray, reference: Moments, labels: ndarray 
 
 
 def _neighbourhoods(pool: ndarray, rows: ndarray, half: bool, device: torch.device | str) -> dict[str, float]:
-    values: dict[str, float] = {"num_reference": len(rows)}
-    for suffix, shares in (("", precision_recall), ("_half", precision_recall_half))[: 1 + half]:
-        block = 2000 if suffix == "" and torch.device(device).type == "cpu" else ADM_BLOCK
-        precision, recall = shares(rows, pool, NEIGHBOURS, block, device)
-        values |= {f"precision{suffix}": precision, f"precision{suffix}_se": metrics.proportion_se(precision, len(pool))}
-        values |= {f"recall{suffix}": recall, f"recall{suffix}_se": metrics.proportion_se(recall, len(rows))}
-    return values
+    found = neighbour_shares(rows, pool, NEIGHBOURS, 2000 if torch.device(device).type == "cpu" else ADM_BLOCK, device)._asdict()
+    if half:
+        found |= zip(("precision_half", "recall_half"), precision_recall_half(rows, pool, NEIGHBOURS, ADM_BLOCK, device), strict=True)
+    counts = {name: len(pool) if name.startswith("precision") else len(rows) for name in found if not name.startswith("density")}
+    return {"num_reference": len(rows)} | found | {f"{name}_se": metrics.proportion_se(found[name], n) for name, n in counts.items()}
 
 
 def _warnings(values: dict[str, Any], labels: ndarray | None) -> list[str]:
