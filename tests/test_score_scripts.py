@@ -195,3 +195,15 @@ def test_the_papers_values_stand_beside_ours():
 def test_sampling_refuses_what_it_cannot_draw(arguments: list[str], complaint: str, tmp_path: Path, capsys, monkeypatch):
     status, _, err = run(sample, capsys, monkeypatch, "--table", 4, "--results", tmp_path, *arguments)
     assert status == 2 and complaint in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("row, protocol, complaint", [
+    ("DiCo-S", "digits", "no finished checkpoint"),
+    ("ADM-U", "digits", "row 'ADM-U' is not the same in all of tables 1, 2, 8, 9; say which with --table"),
+    ("DiCo-X", "digits", "no table has a network as row 'DiCo-X'"),
+    ("LlamaGen-3B", "digits", "no table has a network as row 'LlamaGen-3B'"),
+])
+def test_a_row_finds_its_table(row: str, protocol: str, complaint: str, tmp_path: Path, capsys, monkeypatch):
+    """A row that several tables declare alike is one run, whichever of them is named."""
+    status, _, err = run(sample, capsys, monkeypatch, "--row", row, "--protocol", protocol, "--results", tmp_path)
+    assert status == 2 and complaint in err and err.count("\n") == 1

@@ -178,7 +178,7 @@ def _reference(data: Data, extractor: inception.Inception, parts: Path, group: G
         return None
     moments = {layer: scores.blocks_sum(getattr(measured, layer)) for layer in ("pool", "spatial")}
     named = {"name": f"{data.name}, training images", "sha256": total.hexdigest(), "statistics": False, "num_images": len(real)}
-    return scores.Reference(moments, measured.pool, named)
+    return scores.Reference(moments, measured.pool, named, size=measured.size)
 
 
 def _histogram(labels: ndarray, num_classes: int) -> str:
