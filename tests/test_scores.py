@@ -165,6 +165,23 @@ def test_kernel_distance_equals_torch_fidelity():
     assert spread == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-6)
 
 
+def test_the_shuffled_inception_score_equals_torch_fidelitys():
+    """Its ten parts are blocks of a tenth, as ADM's of 5000 are at 50,000 images."""
+    pytest.importorskip("torch_fidelity")
+    import torch
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    logits = 2 * np.random.default_rng(22).standard_normal((730, 9))
+    theirs = isc_features_to_metric(torch.from_numpy(logits), splits=10, shuffle=True, rng_seed=2020)
+    p = torch.from_numpy(logits).softmax(1).numpy()[np.random.RandomState(2020).permutation(730)]
+    assert metrics.inception_score(p, block=73)[0] == pytest.approx(theirs["inception_score_mean"], rel=1e-9)
+
+
+def test_the_kernel_distance_of_whole_sets_does_not_depend_on_their_order():
+    x, y = np.random.default_rng(23).standard_normal((2, 120, 7))
+    assert kid(x, y, subsets=1, size=120)[0] == pytest.approx(kid(x[::-1], np.roll(y, 5, 0), subsets=1, size=120)[0], rel=1e-9)
+
+
 def half_by_hand(reference: ndarray, samples: ndarray, k: int) -> tuple[float, float]:
     """ADM's arithmetic in numpy, without blocks."""
 
