@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 USUAL = ("ema", "state_dict")  # where published files keep their weights, unless they lie flat
 FLAT = "none: flat"
+NAMED = 6  # differing keys of a kind that an error names
 
 
 def read_weights(path: str | Path, key: str | None = None) -> tuple[dict[str, Tensor], str]:
@@ -51,20 +52,17 @@ def load_published(model: nn.Module, path: str | Path, key: str | None = None) -
     """Load a published checkpoint strictly, or leave the model untouched; the key under which its weights lay, as of `read_weights`.
 
     A network whose authors name its weights otherwise has a `from_checkpoint` that maps their names to its own.
-    Raises ValueError naming every missing, unexpected and mis-shaped key.
+    Raises ValueError in one line with the first missing, unexpected and mis-shaped keys and the number of all.
     """
     weights, found = read_weights(path, key)
     if hasattr(model, "from_checkpoint"):
         weights = model.from_checkpoint(weights)
     expected = model.state_dict()
-    problems = [f"missing {name}" for name in expected if name not in weights]
-    problems += [f"unexpected {name}" for name in weights if name not in expected]
-    problems += [
-        f"{name} is {tuple(weights[name].shape)}, needs {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in weights and weights[name].shape != tensor.shape
-    ]
-    if problems:
-        raise ValueError(f"{Path(path).name} is a checkpoint of another model ({len(problems)} keys differ): " + "; ".join(problems).replace("\n", " "))
+    shapes = [f"{name} is {tuple(weights[name].shape)}, needs {tuple(tensor.shape)}" for name, tensor in expected.items() if name in weights and weights[name].shape != tensor.shape]
+    problems = [[f"missing {name}" for name in expected if name not in weights], [f"unexpected {name}" for name in weights if name not in expected], shapes]
+    if number := sum(map(len, problems)):
+        named = [text for kind in problems for text in kind[:NAMED]]
+        more = f"; and {number - len(named)} more" if number > len(named) else ""
+        raise ValueError(f"{Path(path).name} is a checkpoint of another model ({number} keys differ): " + "; ".join(named).replace("\n", " ") + more)
     model.load_state_dict(weights, strict=True)
     return found

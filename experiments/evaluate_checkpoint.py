@@ -46,7 +46,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--protocol", choices=[name for name, protocol in PROTOCOLS.items() if not protocol.small], required=True)
     parser.add_argument("--key", help="where a .pt file keeps its weights (default: ema, else state_dict, else flat)")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the network: learn_sigma=false for SiT's 512 model, raster_padding=true for DiM's")
-    parser.add_argument("--batch", type=int, metavar="N", help="images at a time (default: 250, on Slurm the site's sample_batch)")
+    parser.add_argument("--batch", type=int, metavar="N", help="images at a time on a GPU (default: 250, on Slurm the site's sample_batch)")
     add_run_options(parser)
     args = parser.parse_args(arguments)
     if args.batch is not None and args.batch < 1:
