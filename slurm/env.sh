@@ -8,5 +8,9 @@
 # export DICO_DATA=data               # latents and labels
 # export NCCL_SOCKET_IFNAME=ib0
 
+# What slurm/site.toml sets for the trainer (checkpoint_every, micro_batch, compile and so on; not nodes, GPUs and time, which
+# are in the scripts' headers) holds for the scripts too. So do these, which go before it:
+# export DICO_SLURM_CHECKPOINT_EVERY=1000
+
 # The scripts beside this file know no account; sbatch reads it from the shell that calls it:
 # export SBATCH_ACCOUNT=... SBATCH_PARTITION=... SBATCH_QOS=...

@@ -139,6 +139,14 @@ def kill_node(cluster: Cluster) -> None:
     cluster.script("node-start", str(number))
 
 
+def kill_slurmd(cluster: Cluster) -> None:
+    """Its rank lives on where nobody hears of it, until the scheduler misses the node and starts the job again."""
+    number = cluster.rng.choice((1, 2))
+    cluster.script("slurmd-kill", str(number))
+    cluster.until(lambda: cluster.state() != "RUNNING", "the loss of a slurmd is noticed")
+    cluster.script("node-start", str(number))
+
+
 def preempt(cluster: Cluster) -> None:
     """A job of a higher partition takes the nodes; its scheduler sends SIGTERM and waits for a grace time."""
     command = ["sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 2"]
@@ -189,7 +197,7 @@ def fill_disk(cluster: Cluster) -> None:
     cluster.send()
 
 
-FAULTS = (kill_rank, kill_step, kill_node, preempt, signal_usr2, requeue, restart_controller, truncate, flip_bit, fill_disk)
+FAULTS = (kill_rank, kill_step, kill_node, kill_slurmd, preempt, signal_usr2, requeue, restart_controller, truncate, flip_bit, fill_disk)
 
 
 def disturb(cluster: Cluster, faults: list[Callable[[Cluster], None]]) -> int:

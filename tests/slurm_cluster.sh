@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # A real Slurm with two virtual nodes on this machine, for tests: `DIR=/some/new/folder slurm_cluster.sh start`.
 #
-#   start         munged, slurmctld and one slurmd a node; returns when both nodes are idle
-#   env           the line that makes this shell's sbatch, srun and squeue use it (for eval)
-#   node-kill N   end node N (1 or 2) at once, with everything that runs on it
-#   node-start N  bring it back
-#   restart       end slurmctld at once and start it again
-#   stop          end everything that this cluster started and remove its folder
+#   start          munged, slurmctld and one slurmd a node; returns when both nodes are idle
+#   env            the line that makes this shell's sbatch, srun and squeue use it (for eval)
+#   node-kill N    end node N (1 or 2) at once, with everything that runs on it
+#   slurmd-kill N  end its slurmd alone; what runs there lives on, and nobody hears of it
+#   node-start N   bring it back
+#   restart        end slurmctld at once and start it again
+#   stop           end everything that this cluster started and remove its folder
 #
 # Works as root and as a user, without systemd and cgroups; all state is in $DIR, every socket on this machine. Nodes claim
 # 8 CPUs and 4 GPUs whatever the machine has. Needs the Debian or Ubuntu packages slurm-wlm and munge.
@@ -114,6 +115,8 @@ node_kill() {
     kill_all $pids
 }
 
+slurmd_kill() { kill_all "$(alive "slurmd.$1")"; }
+
 start() {
     local program port=21000 tries
     for program in munged slurmctld slurmd sbatch srun; do
@@ -159,8 +162,9 @@ case ${1:-} in
     start) start ;;
     env) echo "export SLURM_CONF='$conf'" ;;
     node-kill) node_kill "${2:?1 or 2}" ;;
+    slurmd-kill) slurmd_kill "${2:?1 or 2}" ;;
     node-start) node_start "${2:?1 or 2}" ;;
     restart) restart ;;
     stop) [ -f "$conf" ] || fail "there is no cluster in $DIR"; stop ;;
-    *) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    *) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

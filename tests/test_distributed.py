@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from experiments.engine import attempts, distributed, evaluate, generate, heartbeat, preemption, train
+from experiments.engine.data import batch_indices, load
 from experiments.engine.diffusion import IDDPM
 from experiments.engine.distributed import Group, master_port, place
 from experiments.engine.execute import execute
@@ -30,11 +33,11 @@ from experiments.engine.train import Resources, Trainer, build
 SMALL = dict(dim=8, depths=(1, 1, 1, 1, 1), input_size=8, in_channels=1, num_classes=10)
 TRAIN = Train(Backbone("dico_s", SMALL), Data("digits", 8, 1, 10), Recipe(steps=14, batch=16, lr=1e-3, warmup=4, ema=0.9))
 SCORE = Evaluate(TRAIN, Sampler(num_steps=3, channels=None), 23, "digits")
-BOUND = 60.0   # seconds that no group here may take: far more than any needs, far less than a hang
+BOUND = 180.0   # seconds that no group here may take: far more than any needs, far less than a hang
 
 
 def member(group: Group, port: int, root: Path, spec: Stage, resources: Resources, fault: tuple[str, int, int] | None, seen: bool) -> None:
-    """One rank at work; at a step of a rank a fault strikes: 'raise', 'kill', 'stop', 'requeue', or 'raise while others hang'."""
+    """One rank at work; at a step of a rank a fault strikes: 'raise', 'kill', 'stop', 'requeue', 'raise while others hang', 'hang' until the others have left, or, from there on, a loss of 'nan' or a 'spike'."""
     torch.set_num_threads(1)
     preemption.listen()
     train.LOG_EVERY, distributed.POLL, distributed.GRACE, evaluate.ON_CPU = 3, 0.1, 2.0, 5
@@ -44,10 +47,15 @@ def member(group: Group, port: int, root: Path, spec: Stage, resources: Resource
     update, losses, inputs = Trainer._update, IDDPM.losses, []
 
     def faulty(self: Trainer, *batch: Tensor) -> Tensor:
+        if fault and fault[0] in ("nan", "spike") and group.rank == fault[1] and self.step >= fault[2]:
+            return update(self, *batch) * (math.nan if fault[0] == "nan" else 1000)
         if fault and (group.rank, self.step) == fault[1:]:
+            while fault[0] == "hang" and heartbeat.live(heartbeat.read(Store(root).run_dir(spec))):
+                time.sleep(0.1)
             if fault[0].startswith("raise"):
                 raise KeyError("boom")
-            os.kill(os.getpid(), dict(kill=signal.SIGKILL, stop=signal.SIGTERM, requeue=signal.SIGUSR2)[fault[0]])
+            if fault[0] != "hang":
+                os.kill(os.getpid(), dict(kill=signal.SIGKILL, stop=signal.SIGTERM, requeue=signal.SIGUSR2)[fault[0]])
         if fault and fault[0] == "raise while others hang" and self.step == fault[2]:
             time.sleep(2 * BOUND)
         return update(self, *batch)
@@ -192,6 +200,24 @@ def test_a_killed_rank_ends_the_group_and_costs_the_steps_since_the_checkpoint(p
     values = outcome(tmp_path).values
     assert values["resumed_at"] == 10 and values["weights_sha256"] == outcome(pair).values["weights_sha256"]
     assert [attempt["start"] for attempt in values["attempts"]] == [0, 10, 10] and attempts.read(tmp_path / "runs" / spec_id(TRAIN)) == values["attempts"]
+
+
+def test_a_rank_that_falls_silent_ends_the_group_at_the_bound_of_its_collectives(pair: Path, tmp_path: Path):
+    assert group(2, tmp_path, fault=("hang", 1, 12), timeout=10.0) == [LOST, LOST]
+    beat = heartbeat.read(tmp_path / "runs" / spec_id(TRAIN))
+    assert outcome(tmp_path) is None and beat["state"] == "stopped" and re.match("rank 0 lost another rank", beat["reason"])
+    assert group(2, tmp_path) == [0, 0]
+    assert outcome(tmp_path).values["resumed_at"] == 10 and outcome(tmp_path).values["weights_sha256"] == outcome(pair).values["weights_sha256"]
+
+
+@pytest.mark.parametrize("kind, bad, words", [("nan", 35, "the loss is nan at step 36; "), ("spike", 36, "the loss has jumped to ")])
+def test_a_bad_loss_of_one_rank_is_everybody_s(kind: str, bad: int, words: str, tmp_path: Path):
+    spec = replace(TRAIN, recipe=replace(TRAIN.recipe, steps=40))
+    assert group(2, tmp_path, spec, fault=(kind, 1, bad)) == [1, 1]
+    record = outcome(tmp_path, spec)
+    assert record.status == "failed" and f"Diverged: {words}" in record.error
+    assert record.values["last_checkpoint"] == 35 and record.values["stopped_at"] >= bad + 1
+    assert record.values["batch"] == batch_indices(len(load(spec.data)), 16, 0, record.values["stopped_at"] - 1).tolist()
 
 
 def test_every_rank_is_refused_what_another_job_works_on(tmp_path: Path):

@@ -92,6 +92,27 @@ def test_another_job_on_the_same_host_is_refused_and_a_dead_one_is_not_waited_fo
         assert beat.before["job_id"] == "41"
 
 
+def fall_silent(folder: Path, held: Any, release: Any) -> None:
+    with open(folder / "lock", "wb") as file:
+        heartbeat._locked(file)
+        held.set()
+        release.wait()
+
+
+def test_a_lock_whose_holder_is_silent_is_taken_over(tmp_path: Path, job: None, monkeypatch: pytest.MonkeyPatch):
+    context = multiprocessing.get_context("forkserver")
+    held, release = context.Event(), context.Event()
+    holder = context.Process(target=fall_silent, args=(tmp_path, held, release))
+    holder.start()
+    held.wait()
+    leave(tmp_path, age=2 * STALE)
+    monkeypatch.setattr(heartbeat, "STALE", 1.0)
+    with claimed(tmp_path) as beat:
+        assert holder.is_alive() and read(tmp_path)["owner"] == beat.fields["owner"]
+    release.set()
+    holder.join()
+
+
 def test_two_processes_of_one_job_take_turns(tmp_path: Path):
     order: list[int] = []
     inside = threading.Event()

@@ -141,6 +141,20 @@ def test_boards_hear_what_the_lines_say(tmp_path: Path, monkeypatch: pytest.Monk
         assert log.losses == [0.5]
 
 
+def test_tensorboard_holds_what_the_lines_say_and_nothing_twice(tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first, steps in ((0, (3, 6, 9)), (6, (9, 12))):  # killed after step 9, and gone on from step 6
+        with Log(tmp_path, first) as log:
+            for step in steps:
+                log.write(step=step, loss=1 / (first + step), lr=1e-3 * step, images_per_s=7.0)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [line["step"] for line in lines] == [3, 6, 9, 12]
+    for name in ("loss", "lr", "images_per_s"):
+        assert [(event.step, event.value) for event in board.Scalars(name)] == [(line["step"], pytest.approx(line[name])) for line in lines]
+
+
 def test_a_board_that_is_not_installed_is_one_line_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(WANDB, "project")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -277,6 +277,22 @@ def test_without_slurm_it_is_said_and_nothing_is_written(tmp_path: Path):
     assert done.stderr.startswith("error: no Slurm on this machine (sbatch, squeue, srun, scancel not found)") and done.stderr.count("\n") == 1
 
 
+def test_an_account_that_the_scheduler_does_not_know_is_refused_in_its_words(tmp_path: Path):
+    words = "Batch job submission failed: Invalid account or account/partition combination specified"
+    for name in ("squeue", "srun", "scancel"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+    (tmp_path / "sbatch").write_text(f'#!/bin/sh\ngrep -q "^#SBATCH --account=moon$" "$2" && {{ echo "sbatch: error: {words}" >&2; exit 1; }}\n')
+    for name in ("sbatch", "squeue", "srun", "scancel"):
+        (tmp_path / name).chmod(0o755)
+    script, root = tmp_path / "tiny.py", tmp_path / "results"
+    script.write_text(TINY.format(steps=5))
+    given = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DICO_SLURM_GPUS_PER_NODE": "0", "DICO_SLURM_ACCOUNT": "moon", "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, str(script), "--table", "4", "--rows", "good", "--cluster", "slurm", "--results", str(root)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | given, timeout=300, check=False)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == f"error: sbatch: {words}"
+    assert not list(root.glob("submissions/dico-*")) and not scheduler.submitted(root, [])
+
+
 def test_a_scheduler_that_does_not_answer_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "squeue").write_text("#!/bin/sh\nexec sleep 100\n")
     (tmp_path / "squeue").chmod(0o755)

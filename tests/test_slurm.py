@@ -186,6 +186,29 @@ def test_a_job_that_a_higher_partition_takes_the_nodes_from_goes_on_and_a_cancel
     assert "last heard of: asked to stop (SIGTERM)" in call(slurm, script, *rows, "--status").stdout
 
 
+def test_a_run_whose_slurmd_died_is_not_made_twice(slurm: dict[str, str], tmp_path: Path):
+    script, rows = table(tmp_path, steps=100_000), ("--rows", "good")
+    often = slurm | {"DICO_SLURM_CHECKPOINT_EVERY": "5"}
+    (job,) = re.findall(r"^submitted job (\d+): good, seed 0$", call(often, script, *rows).stdout, re.M)
+    until(lambda: any(tmp_path.glob("results/runs/*/checkpoints/step-*.pt")), "the run keeps a checkpoint")
+    node = client(slurm, "squeue", "-h", "-j", job, "-o", "%N").strip()
+    cluster = slurm | {"DIR": str(Path(slurm["SLURM_CONF"]).parent)}
+    subprocess.run(["bash", CLUSTER, "slurmd-kill", node[-1]], env=cluster, check=True)
+    restarted = ["RUNNING", "1"]
+    until(lambda: client(slurm, "squeue", "-h", "-j", job, "-o", "%T").split() + re.findall(r"Restarts=(\d+)", client(slurm, "scontrol", "show", "job", job)) == restarted, "the job runs elsewhere")
+    (run,) = (path.parent for path in tmp_path.glob("results/runs/*/attempts.json"))
+    before = heartbeat.read(run)  # of the process that nobody hears of
+    until(lambda: heartbeat.read(run)["step"] > before["step"], "it goes on")
+    assert heartbeat.read(run)["pid"] == before["pid"] and [len(found) for found in attempts(script).values()] == [1]
+    subprocess.run(["bash", CLUSTER, "node-start", node[-1]], env=cluster, check=True)
+    until(lambda: [len(found) for found in attempts(script).values()] == [2], "the other attempt goes on")
+    ((first, second),) = attempts(script).values()
+    assert 0 < second["start"] <= first["end"] and heartbeat.read(run)["pid"] != before["pid"]
+    assert call(slurm, script, *rows, "--cancel").returncode == 0
+    until(lambda: not client(slurm, "squeue", "-h"), "the queue empties")
+    until(lambda: len(client(slurm, "sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N").split()) == 2, "both nodes are idle")
+
+
 def test_a_time_limit_is_survived_with_a_signal_before_it_and_without(slurm: dict[str, str], tmp_path: Path):
     script, rows = table(tmp_path, steps=1_000_000), ("--rows", "good", "last")
     slurm = {name: value for name, value in slurm.items() if name not in ("DICO_SLURM_TIME", "DICO_SLURM_SIGNAL_SECONDS")} | {"DICO_SLURM_SITE": str(tmp_path / "site.toml"), "DICO_SLURM_CHECKPOINT_EVERY": "50"}

@@ -138,10 +138,12 @@ def claimed(folder: Path, world_size: int = 1) -> Iterator[Heartbeat]:
     if live(there) and there.get("host") != socket.gethostname() and (job_id() is None or there.get("job_id") != job_id()):
         raise ValueError(_refusal(folder, there))
     with open(folder / "lock", "wb") as file:
-        while not _locked(file):
-            there = read(folder)
-            if live(there) and there.get("job_id") != job_id():
-                raise ValueError(_refusal(folder, there))
+        heard = time.monotonic()
+        while not _locked(file) and time.monotonic() - heard < STALE:
+            if live(there := read(folder)):
+                if there.get("job_id") != job_id():
+                    raise ValueError(_refusal(folder, there))
+                heard = time.monotonic()
             time.sleep(0.1)
         beat = Heartbeat(folder, world_size)
         try:

@@ -257,6 +257,7 @@ def run(
         "steps": trainer.step,
         "curve": curve(means, LOG_EVERY),
         "resumed_at": first,
+        "checkpoint_stall_s": round(writer.stalled, 3),  # of this attempt: copies, and the wait for the last to be on disk
         "images_per_s": (trainer.step - first) * recipe.batch / (time.perf_counter() - started),
         "weights_sha256": weights,
         **images.identity, **(log.warnings() if log else {}),
