@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import backbones
-from experiments.engine import attempts, checkpoint, preemption
-from experiments.engine.bands import bands_of
+from experiments.engine import attempts, bands, checkpoint, preemption
 from experiments.engine.capture import Captured, require_gpu
 from experiments.engine.data import ImageSet, batch_indices, batches, load
 from experiments.engine.distributed import ALONE, Agreement, Group, exchanging
@@ -208,7 +207,7 @@ def run(
         attempts.begin(beat, first)
         beat.tell(state="training", step=first, steps=recipe.steps)
     images, stop = load(spec.data), Agreement(group)
-    with Log(folder, first, bands_of(spec)) if group.first else nullcontext() as log, checkpoint.Writer(folder / "checkpoints", resources.keep, resources.milestones) as writer:
+    with Log(folder, first, bands.bands_of(spec)) if group.first else nullcontext() as log, checkpoint.Writer(folder / "checkpoints", resources.keep, resources.milestones) as writer:
         means = list(group.share(log.losses if group.first else None))  # the log appends to its own
         for loss in trainer.steps(images):
             losses.append(loss)
