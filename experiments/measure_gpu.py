@@ -49,6 +49,7 @@ def parts(device: str, against: list[str]) -> dict[str, list[str]]:
         "training beside the ceilings": [*efficiency, "--table", "1", "--task", "training", "--rows", *ROWS[device]],
         **{f"profile of {row}": [*efficiency, "--profile", row, "--task", "training"] for row in ROWS[device]},
         "steps compiled": [*steps, "--compile"],
+        "precision and recall": ["experiments/benchmark.py", "--neighbours", *on],
         "claims": [*efficiency, "--claims"],
         "kernels": kernels,
         **{f"table {number}, {task}": [*efficiency, "--table", str(number), "--task", task] for number, task in ((1, "forward"), (2, "forward"), (1, "training"))},

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import backbones
-from experiments.engine import attempts, checkpoint, preemption
+from experiments.engine import attempts, bands, checkpoint, preemption
 from experiments.engine.capture import Captured, require_gpu
 from experiments.engine.data import ImageSet, batch_indices, batches, load
 from experiments.engine.distributed import ALONE, Agreement, Group, exchanging
@@ -208,7 +208,7 @@ def run(
         attempts.begin(beat, first)
         beat.tell(state="training", step=first, steps=recipe.steps)
     images, stop = load(spec.data), Agreement(group)
-    with Log(folder, first) if group.first else nullcontext() as log, checkpoint.Writer(folder / "checkpoints", resources.keep, resources.milestones) as writer:
+    with Log(folder, first, bands.bands_of(spec)) if group.first else nullcontext() as log, checkpoint.Writer(folder / "checkpoints", resources.keep, resources.milestones) as writer:
         means = list(group.share(log.losses if group.first else None))  # the log appends to its own
         for loss in trainer.steps(images):
             losses.append(loss)
@@ -260,7 +260,7 @@ def run(
         "checkpoint_stall_s": round(writer.stalled, 3),  # of this attempt: copies, and the wait for the last to be on disk
         "images_per_s": (trainer.step - first) * recipe.batch / (time.perf_counter() - started),
         "weights_sha256": weights,
-        **images.identity,
+        **images.identity, **(log.warnings() if log else {}),
     }
 
 
