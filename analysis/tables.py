@@ -19,7 +19,7 @@ from experiments.engine.spec import Backbone, Sampler, Stage, Train
 from experiments.engine.spread import pooled, reach, scaled
 from experiments.engine.store import Record
 from experiments.protocols import DIGITS, IMAGENET256, IMAGENET256_OWN, IMAGENET512, IMAGENET512_OWN, Protocol, cost_stage, cost_stages, evaluate_stage, timed_rows, timing_stage
-from experiments.systems import SYSTEMS, counted, counts_sheet, difference
+from experiments.systems import SYSTEMS, counted, counts_sheet, difference, notes
 
 ROWS_256, ROWS_512 = ({row.label: row for row in main_results.TABLES[number].rows} for number in (1, 2))
 CONFIGURATIONS: dict[str, tuple[Row, Protocol]] = {
@@ -78,11 +78,7 @@ def systems_sheet(table: Table, resolution: int, store: Sources) -> Sheet:
             frozen[row.label] = every.text()
     if frozen:
         sheet.notes.append(f"params: ours are those that train. With what is frozen, such as tables of positions, as published figures can count them: {', '.join(f'{label} {text}' for label, text in frozen.items())}.")
-    noted: dict[str, list[str]] = {}
-    for row, system in zip(table.rows, known, strict=True):
-        if system and system.note:
-            noted.setdefault(system.note, []).append(row.label)
-    sheet.notes += [f"{', '.join(labels)}: {note}." for note, labels in noted.items()]
+    sheet.notes += notes([(row.label, system, cells[at - 1]) for row, system, cells in zip(table.rows, known, sheet.rows, strict=True) if system], store, "reference")
     sheet.notes += [
         "same counter: Gflops in the convention of the tool that gave the published figure; core counts all systems by one rule.",
         "A gap in our columns is what has not been run here. The paper's scores are one run each, printed without error, so none is marked best.",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from experiments.engine.npz import Images
 
 SCORES = ("fid", "fid_corrected", "sfid", "is", "is_shuffled", "precision", "recall", "precision_half", "recall_half", "density", "coverage", "kid", "mind")
+TRAININGS = 0.013  # coefficient of variation of FID between trainings (arXiv:2606.20536)
 
 
 def main() -> int:
@@ -107,7 +108,7 @@ def _compared(values: dict[str, Any], paths: list[Path]) -> str:
         line += f" ± {values['fid_difference_se']:.4f} (paired; ± {values['fid_difference_se_unpaired']:.4f} unpaired)"
     else:
         line += " (too few samples for its error)"
-    caution = "; between two trainings, one each, differences below 1.3 % say nothing" if abs(values["fid_relative"]) < 0.013 else ""
+    caution = f"; between two trainings, one each, differences below {TRAININGS:.1%} say nothing" if abs(values["fid_relative"]) < TRAININGS else ""
     return f"{line}, {values['fid_relative']:+.1%}: {values['verdict']}{caution}"
 
 

@@ -103,5 +103,6 @@ LDM_4 = Method(
     Diffusion(betas="ldm_imagenet", variance="fixed"),
     COMMON,
     guided(1.25, None, name="ddim"),
-    "LDM's code: betas, eps; learning rate, steps, batch and label dropout are the common ones; 250 DDIM steps at eta 0, the scale as DiT's paper names the row",
+    "LDM's code: betas, eps, DDIM at eta 0, estimates unclipped; the scale as DiT's paper names the row. Not LDM's: the data, which are the common latents where LDM has "
+    "64x64x3 of its own VQ autoencoder; learning rate, steps, batch and label dropout, the common ones; the 250 times, which take both ends in where LDM's are 1, 5, ..., 997 and end at the first step's noise",
 )

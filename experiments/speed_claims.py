@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from experiments.engine.launch import Job
 from experiments.engine.report import Cell, Sheet
 from experiments.engine.spec import Backbone, Timing
 from experiments.engine.store import Record, Store
-from experiments.speed import MODES, in_mode
+from experiments.speed import MODES, figure_3, in_mode
 from experiments.systems import SYSTEMS, counted
 
 Claim = dict[str, str]
@@ -34,6 +35,10 @@ def claim_stages(claim: Claim, device: str) -> list[Timing]:
     if None in networks:
         return []
     (one, side), (two, _) = networks
+    return _in_turn(one, two, side, device)
+
+
+def _in_turn(one: str, two: str, side: int, device: str) -> list[Timing]:
     batch = (4 if side == 32 else 1) if device == "cpu" else 64 if side == 32 else 16
     return [in_mode(Timing(Backbone(one), side, 4, 1000, batch, device, baseline=Backbone(two)), mode) for mode in MODES[device]]
 
@@ -66,12 +71,32 @@ def ratios(claim: Claim, device: str, store: Store, where: str) -> list[Ratio]:
     return found
 
 
-def verdict(found: Sequence[Ratio]) -> str:
+def small_on_cpu(claim: Claim, store: Store, where: str) -> str:
+    """In words: size S of the families of a claim at its resolution on a CPU, in turn where they were timed so, else each alone; '' without records."""
+    families = [claim[side].partition("-")[0] for side in ("subject", "baseline")]
+    side = int(claim["subject"].rpartition("@")[2]) // 8
+    alone = {stage.backbone.name.partition("_")[0]: stage for stage in figure_3("cpu") if stage.size == side}
+    stages = [alone.get(family.lower()) for family in families]
+    if None in stages:
+        return ""
+    (pair,) = _in_turn(*(stage.backbone.name for stage in stages), side, "cpu")
+    if record := store.latest(pair, where):
+        value, error, how = record.values["relative"], record.values["relative_spread"], f"timed in turn at batch {pair.batch}"
+    elif all(records := [store.latest(stage, where) for stage in stages]):
+        one, two = (record.values["images_per_s"] for record in records)
+        value, how = one / two, f"each timed alone at batch {stages[0].batch}"
+        error = value * math.hypot(*(record.values["images_per_s_spread"] / record.values["images_per_s"] for record in records))
+    else:
+        return ""
+    return f"on a CPU in fp32, {families[0]}-S against {families[1]}-S is {value:.2f} ±{error:.2f}, {how}"
+
+
+def verdict(found: Sequence[Ratio], device: str) -> str:
     """In words, of at least one ratio."""
     modes = [ratio.mode for ratio in found if ratio.holds]
-    if len(modes) == len(found):
-        return "holds"
-    return "does not hold" if not modes else "holds only as published" if modes == ["as_published"] else f"holds only in {' and '.join(modes)}"
+    some = "holds only as published" if modes == ["as_published"] else f"holds only in {' and '.join(modes)}"
+    words = "holds" if len(modes) == len(found) else some if modes else "does not hold"
+    return words + (" on this CPU, a proxy" if device == "cpu" else "")
 
 
 def claims_sheet(device: str, store: Store, where: str = "records") -> Sheet:
@@ -81,14 +106,14 @@ def claims_sheet(device: str, store: Store, where: str = "records") -> Sheet:
         if claim["metric"] == "throughput":
             found = ratios(claim, device, store, where)
             words = "; ".join(f"{ratio.value:.2f} ±{ratio.error:.2f} ({ratio.mode})" for ratio in found)
-            said = verdict(found) if found else "not measured" if claim_stages(claim, device) else "not measurable: nobody described one of the two"
+            said = verdict(found, device) if found else "not measured" if claim_stages(claim, device) else "not measurable: nobody described one of the two"
             cell = Cell(words=words or "-", records=sum((ratio.records for ratio in found), ()))
         elif claim["metric"] == "gflops":
             cell, same, _ = gflops(claim, store, where)
             said = "not counted" if same is None else "holds" if same else "not to the printed digit"
         else:
             continue
-        sheet.rows.append([Cell(words=name), Cell(words=claim["value"]), cell, Cell(words=said + (" on this CPU, a proxy" if device == "cpu" and cell.records and claim["metric"] == "throughput" else "")), Cell(words=claim["source"])])
+        sheet.rows.append([Cell(words=name), Cell(words=claim["value"]), cell, Cell(words=said), Cell(words=claim["source"])])
     sheet.notes.append("measured: ratio of images a second, both timed in turn, ± half the interquartile range, in each numeric mode; Gflops: counted exactly, by the published counter.")
     return sheet
 

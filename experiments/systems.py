@@ -2,12 +2,12 @@
 
 Each published Gflops figure stands beside our count in the convention that reproduces it and beside `core`, which is one
 rule for all: every convolution, linear layer, matrix product and recurrence. A counter that cannot see inside a fused
-operator leaves out what it holds; the notes say how much.
+operator leaves out what it holds; the notes say how much, from the counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from experiments.engine.report import Cell, Sheet
@@ -19,7 +19,10 @@ Counts = dict[str, int]
 
 @dataclass(frozen=True)
 class System:
-    """A system at one resolution. `saw` gives the count that its published figure shows; None where none reproduces it."""
+    """A system at one resolution. `saw` gives the count that its published figure shows; None where none reproduces it.
+
+    Numbers in a note are fields that `notes` fills: {hidden}, {above} and {quadruple}.
+    """
 
     label: str
     resolution: int
@@ -29,6 +32,11 @@ class System:
     gflops: tuple[str, str] | None = None
     params: tuple[str, str] | None = None
     note: str = ""
+    reconstruction: bool = False
+
+    @property
+    def title(self) -> str:
+        return f"{self.label} (reconstruction)" if self.reconstruction else self.label
 
 
 def latent(name: str, size: int, channels: int = 4) -> tuple[Cost, ...]:
@@ -84,34 +92,36 @@ def plain(label: str, name: str, table: int, **more: object) -> System:
     return System(label, 256, latent(name, 32), torchprofile, "torchprofile", published(table, label), **more)
 
 
-UNET_NOTE = "the DiT paper's figure: one step of the base model and one of the upsampler; an image takes 250 of each, and guidance a classifier"
-DIG_NOTE = "fvcore does not see the SwiGLU down-projection and the recurrence, 22 to 23 % of the whole"
-DIM_NOTE = "fvcore sees of a Mamba block only its input projection; pad tokens are processed and counted"
-DIMSUM_NOTE = "calflops does not see products written with @, attention's products and the scan"
-DIFFUSSM_NOTE = "reconstruction: no code was published, and no variant meets both resolutions; by one rule it is 9 % above the published figure at 256 and 14 % at 512"
+UNET_NOTE = "the DiT paper's figure: one step of the base model and one of the upsampler, without the classifier that guides"
+DIG_NOTE = "fvcore does not see the SwiGLU down-projection and the recurrence: its count is {hidden} below core"
+DIM_NOTE = "fvcore sees of a Mamba block only its input projection: its count is {hidden} below core; pad tokens are processed and counted"
+DIMSUM_NOTE = "calflops does not see products written with @, attention's products and the scan: its count is {hidden} below core"
+DIS_NOTE = "the paper prints no Gflops; its parameters are those of the unconditional pixel model"
+SIT_NOTE = "a sampling step of its SDE calls the network twice"
+DIFFUSSM_NOTE = "a reconstruction: no code was published, and no variant meets both resolutions; core is {above} above the published figure"
 
 SYSTEMS = (
     System("ADM-U", 256, latent("adm_base_64", 64, 3) + latent("adm_up_256", 256, 6), norms, "norms", published(1, "ADM-U"), published(8, "ADM-U"), UNET_NOTE),
     System("ADM-U", 512, latent("adm_base_128", 128, 3) + latent("adm_up_512", 512, 6), norms, "norms", published(2, "ADM-U"), published(9, "ADM-U"), UNET_NOTE),
-    System("LDM-4", 256, latent("ldm_4", 64, 3), note="the paper prints none; ours includes the class table of 1001 x 512"),
+    System("LDM-4", 256, latent("ldm_4", 64, 3), note="the paper prints none; ours includes the table of classes"),
     System("U-ViT-L/2", 256, latent("uvit_l_2", 32), fvcore, "fvcore", published(8, "U-ViT-L/2"), published(8, "U-ViT-L/2"), "copied from U-ViT's paper, which counted with another tool and rounded"),
     System("U-ViT-H/2", 256, latent("uvit_h_2", 32), uvit_torchprofile(29, 1152), "torchprofile", published(1, "U-ViT-H/2"), published(8, "U-ViT-H/2")),
     System("U-ViT-L/4", 512, latent("uvit_l_4", 64), uvit_torchprofile(21, 1024), "torchprofile", published(2, "U-ViT-L/4"), published(9, "U-ViT-L/4")),
     System("U-ViT-H/4", 512, latent("uvit_h_4", 64), uvit_torchprofile(29, 1152), "torchprofile", published(2, "U-ViT-H/4"), published(9, "U-ViT-H/4")),
     System("DiM-H", 256, latent("dim_h", 32), dim_fvcore(366), "fvcore, opaque", published(1, "DiM-H"), published(8, "DiM-H"), DIM_NOTE),
     System("DiM-H", 512, latent("dim_h", 64), dim_fvcore(1230), "fvcore, opaque", published(2, "DiM-H"), published(9, "DiM-H"), DIM_NOTE),
-    System("DiS-H/2", 256, latent("dis_h_2", 32), params=published(8, "DiS-H/2"), note="the paper prints none; 901M is the unconditional pixel model's"),
-    System("DiS-H/2", 512, latent("dis_h_2", 64), params=published(9, "DiS-H/2"), note="as at 256"),
-    System("DiffuSSM-XL", 256, latent("diffussm_xl", 32), None, "derived", published(1, "DiffuSSM-XL"), published(8, "DiffuSSM-XL"), DIFFUSSM_NOTE),
-    System("DiffuSSM-XL", 512, latent("diffussm_xl", 64), None, "derived", published(2, "DiffuSSM-XL"), published(9, "DiffuSSM-XL"), DIFFUSSM_NOTE),
+    System("DiS-H/2", 256, latent("dis_h_2", 32), params=published(8, "DiS-H/2"), note=DIS_NOTE),
+    System("DiS-H/2", 512, latent("dis_h_2", 64), params=published(9, "DiS-H/2"), note=DIS_NOTE),
+    System("DiffuSSM-XL", 256, latent("diffussm_xl", 32), None, "derived", published(1, "DiffuSSM-XL"), published(8, "DiffuSSM-XL"), DIFFUSSM_NOTE, True),
+    System("DiffuSSM-XL", 512, latent("diffussm_xl", 64), None, "derived", published(2, "DiffuSSM-XL"), published(9, "DiffuSSM-XL"), DIFFUSSM_NOTE, True),
     System("DiMSUM-L/2", 256, latent("dimsum_l_2", 32), dimsum_calflops, "calflops", published(1, "DiMSUM-L/2"), published(8, "DiMSUM-L/2"), DIMSUM_NOTE),
     plain("DiT-S/2", "dit_s_2", 1),
     plain("DiT-B/2", "dit_b_2", 1),
     plain("DiT-L/2", "dit_l_2", 1),
     plain("DiT-XL/2", "dit_xl_2", 1, params=published(8, "DiT-XL/2")),
     System("DiT-XL/2", 512, latent("dit_xl_2", 64), torchprofile, "torchprofile", published(2, "DiT-XL/2"), published(9, "DiT-XL/2")),
-    System("SiT-XL", 256, latent("sit_xl_2", 32), torchprofile, "torchprofile", published(8, "SiT-XL"), published(8, "SiT-XL"), "a sampling step of its SDE calls the network twice"),
-    System("SiT-XL", 512, latent("sit_xl_2", 64), torchprofile, "torchprofile", published(9, "SiT-XL"), published(9, "SiT-XL"), "as at 256"),
+    System("SiT-XL", 256, latent("sit_xl_2", 32), torchprofile, "torchprofile", published(8, "SiT-XL"), published(8, "SiT-XL"), SIT_NOTE),
+    System("SiT-XL", 512, latent("sit_xl_2", 64), torchprofile, "torchprofile", published(9, "SiT-XL"), published(9, "SiT-XL"), SIT_NOTE),
     plain("DiC-S", "dic_s", 1),
     plain("DiC-B", "dic_b", 1),
     plain("DiC-XL", "dic_xl", 1),
@@ -127,7 +137,7 @@ SYSTEMS = (
     plain("DiCo-H", "dico_h", 5, params=published(5, "DiCo-H")),
     System(
         "DiCo-XL", 512, latent("dico_xl", 64), torchprofile, "torchprofile", published(2, "DiCo-XL"), published(9, "DiCo-XL"),
-        "349.78 cannot be reached: every cost is constant or proportional to the area, so 4 x 87.30 = 349.2 is the most",
+        "the published figure cannot be reached: every cost is constant or proportional to the area, so four times that at 256, {quadruple}, is the most",
     ),
 )  # fmt: skip
 
@@ -140,15 +150,38 @@ def counts_sheet(store: Store, where: str = "records") -> Sheet:
     for system in SYSTEMS:
         paper = _published(store, system.gflops, "gflops")
         params, ours, core = counted(system, store, where)
-        cells = [Cell(words=system.label), Cell(words=str(system.resolution)), _params(store, system), params, paper]
+        cells = [Cell(words=system.title), Cell(words=str(system.resolution)), _params(store, system), params, paper]
         sheet.rows.append([*cells, ours, difference(ours, paper), core, difference(core, paper), Cell(words=system.convention or "-")])
-    noted: dict[str, list[str]] = {}
-    for system in SYSTEMS:
-        if system.note:
-            noted.setdefault(system.note, []).append(f"{system.label} at {system.resolution}")
-    sheet.notes += [f"{', '.join(labels)}: {note}." for note, labels in noted.items()]
+    sheet.notes = notes([(f"{system.title} at {system.resolution}", system, row[4]) for system, row in zip(SYSTEMS, sheet.rows, strict=True)], store, where)
     sheet.notes.append("Gflops are multiply-accumulates at batch 1; params are all parameters, frozen position tables included.")
     return sheet
+
+
+def notes(named: Iterable[tuple[str, System, Cell]], store: Store, where: str) -> list[str]:
+    """What is said of systems by name, beside their published Gflops, once where it is said of several; a number without its record is a gap."""
+    together: dict[str, list[tuple[str, System, Cell]]] = {}
+    for one in named:
+        if one[1].note:
+            together.setdefault(one[1].note, []).append(one)
+    return [f"{', '.join(name for name, _, _ in group)}: {_filled(note, group, store, where)}." for note, group in together.items()]
+
+
+def _filled(note: str, group: list[tuple[str, System, Cell]], store: Store, where: str) -> str:
+    """hidden: by how much the published counter's figure is below core; above: by how much core is above the published figure;
+
+    quadruple: four times the figure of the same network at 256.
+    """
+    measured = [(paper, *counted(system, store, where)[1:]) for _, system, paper in group]
+    hidden = [-100 * (same.value / core.value - 1) for _, same, core in measured if same.value and core.value]
+    above = [100 * (core.value / paper.value - 1) for paper, _, core in measured if paper.value and core.value]
+    at_256 = [counted(other, store, where)[1] for other in SYSTEMS if (other.label, other.resolution) == (group[0][1].label, 256)]
+    quadruple = [Cell(4 * cell.value).text() for cell in at_256 if cell.value]
+    return note.format(hidden=_span(hidden), above=_span(above), quadruple=quadruple[0] if quadruple else "-")
+
+
+def _span(shares: list[float]) -> str:
+    ends = [f"{end:.0f}" for end in (min(shares), max(shares))] if shares else ["-"]
+    return f"{' to '.join(dict.fromkeys(ends))} %"
 
 
 def counted(system: System, store: Store, where: str) -> tuple[Cell, Cell, Cell]:

@@ -27,6 +27,7 @@ from analysis.probes.declared import declared
 from analysis.query import COLUMNS, Sources, gpu_timings, numeric_mode, rankable
 from analysis.science import agreement, blocks, chance, kendall, page, resolved_pairs, spearman, speed_agreement
 from analysis.tables import CONFIGURATIONS, SHEETS, ranks, recipe_sheet
+from experiments import speed, speed_claims
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.engine.render import render
 from experiments.engine.report import Cell, Sheet
@@ -268,6 +269,36 @@ def test_a_gpu_timing_outranks_published_throughput(tmp_path: Path):
     table = SHEETS["table1"](sources)
     assert ("ours, GPU", "img/s, fp32, TF32 off") in table.columns
     assert "136.00 ±0.50" in [cell.text() for row in table.rows for cell in row] and finding("speed-dig-256", sources).evidence == "published data only"
+
+
+@pytest.mark.parametrize(("ratio", "said"), [(3.3, "holds on this CPU, a proxy"), (3.2, "does not hold on this CPU, a proxy")])
+def test_a_cpu_timing_of_a_claims_networks_is_a_proxy_until_a_gpus(ratio: float, said: str, tmp_path: Path):
+    """Half a unit of 3.3's last digit and two errors of 0.005 reach 3.24. The same record is no evidence on DiS-H, only shown for scale."""
+    store = Store(tmp_path)
+    (spec,) = speed_claims.claim_stages(dict(subject="DiCo-S@512", baseline="DiS-S/2@512"), "cpu")
+    values = {"images_per_s": 6.0, "images_per_s_spread": 0.1, "relative": ratio, "relative_spread": 0.005}
+    store.append(spec, "done", values, PROVENANCE | {"cpu": "some CPU", "kernels": {"selective_scan": ["loop"]}})
+    (tmp_path / "records").rename(tmp_path / "reference")
+    found, other = finding("speed-dis-small-512", Sources(tmp_path)), finding("speed-dis-512", Sources(tmp_path))
+    assert (found.evidence, found.verdict) == ("measured at reduced scale", said) and f"{ratio:.2f} ±0.01 (fp32, some CPU)" == found.value
+    assert all(words in found.basis for words in ("on a CPU", "as a loop over tokens", "no GPU record is committed"))
+    assert other.evidence == "published data only" and f"Not the claim's, for scale: on a CPU in fp32, DiCo-S against DiS-S is {ratio:.2f}" in other.basis
+    assert finding("speed-dim-512", Sources(tmp_path)).basis.endswith("no GPU record here")
+    (tmp_path / "reference").rename(tmp_path / "records")
+    for gpu in speed_claims.claim_stages(dict(subject="DiCo-S@512", baseline="DiS-S/2@512"), "cuda"):
+        store.append(gpu, "done", values | {"relative": 3.0}, PROVENANCE | {"device": "GPU"})
+    (tmp_path / "records").rename(tmp_path / "reference")
+    assert finding("speed-dis-small-512", Sources(tmp_path)).evidence == "measured here"
+
+
+def test_small_networks_timed_alone_give_a_ratio_with_the_error_of_both(tmp_path: Path):
+    store = Store(tmp_path)
+    alone = {stage.backbone.name: stage for stage in speed.figure_3("cpu") if stage.size == 64}
+    for name, rate, spread in (("dico_s", 6.0, 0.3), ("dit_s_2", 3.0, 0.0)):
+        store.append(alone[name], "done", {"images_per_s": rate, "images_per_s_spread": spread, "relative": 1.0, "relative_spread": 0.0}, PROVENANCE)
+    (tmp_path / "records").rename(tmp_path / "reference")
+    assert finding("speed-xl-512", Sources(tmp_path)).basis.endswith("DiCo-S against DiT-S is 2.00 ±0.10, each timed alone at batch 1")
+    assert "for scale" not in finding("speed-dis-512", Sources(tmp_path)).basis
 
 
 def test_numeric_modes_of_a_gpu_stand_side_by_side(tmp_path: Path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import errno
+import io
 import os
 import signal
 import subprocess
@@ -121,9 +123,8 @@ def test_table_5_from_nothing_and_again(tmp_path: Path):
     assert first.returncode == 0, first.stderr
     written = {path: path.read_bytes() for path in files(tmp_path)}
     assert len(list(tmp_path.glob("records/cost/*.json"))) == 5
-    for line, params, gflops in zip(filter(None, first.stdout.splitlines()[1:]), (33.1, 130.0, 463.9, 701.2, 1037.4), (4.25, 16.88, 60.24, 87.30, 194.15), strict=True):
-        _, _, ours, _, macs, _ = line.split(",")
-        assert (round(float(ours), 1), round(float(macs), 2)) == (params, gflops)
+    for row, params, gflops in zip(csv.DictReader(io.StringIO(first.stdout)), (33.1, 130.0, 463.9, 701.2, 1037.4), (4.25, 16.88, 60.24, 87.30, 194.15), strict=True):
+        assert (round(float(row["params, M: ours"]), 1), round(float(row["Gflops: ours"]), 2)) == (params, gflops)
     for arguments in ((), ("--report",)):
         again = call("--table", 5, "--results", tmp_path, "--format", "csv", *arguments)
         assert (again.returncode, again.stdout, again.stderr) == (0, first.stdout, "")

@@ -67,7 +67,7 @@ def test_verdicts_name_the_modes_in_which_a_claim_holds(tmp_path: Path, measured
     for stage, ratio in zip(speed_claims.claim_stages(CLAIM, "cuda"), measured, strict=True):
         assert (stage.backbone.name, stage.baseline.name, stage.size) == ("dico_xl", "dit_xl_2", 32)
         fill(store, stage, **timed(100.0, ratio))
-    assert speed_claims.verdict(speed_claims.ratios(CLAIM, "cuda", store, "records")) == said
+    assert speed_claims.verdict(speed_claims.ratios(CLAIM, "cuda", store, "records"), "cuda") == said
 
 
 def test_an_error_can_carry_a_claim(tmp_path: Path):

@@ -187,7 +187,7 @@ def test_tokens_of_the_grid_are_found_in_every_layers_sequence(name: str):
         torch.testing.assert_close(tokens, inputs[0][1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["dico_s", "hourglass", "adm_256", "ldm_8", "dis_s_2", "dim_l", "dig_s_2", "udit_s", "dic_s"])
+@pytest.mark.parametrize("name", ["dico_s", "hourglass", "adm_256", "ldm_8", "dis_s_2", "dim_l", "dig_s_2", "udit_s", "dic_s", "dimsum_l_2"])
 def test_every_family_runs_and_is_unchanged(name: str):
     """The wrapped network gives the network's own output, and weights sum to 1."""
     names = backbones.list_backbones(f"{name.split('_')[0]}*")

@@ -11,12 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from experiments.ablation import TABLE_3, TABLE_4, TABLE_5
+from experiments.engine import metrics
 from experiments.engine.render import render
 from experiments.engine.report import Cell, Sheet, comparison_sheet, main_sheet
 from experiments.engine.rows import Row
+from experiments.engine.spread import OUTLIERS, made_by_few
 from experiments.engine.store import REPOSITORY, Store
 from experiments.protocols import DIGITS, IMAGENET256, PROTOCOLS, cost_stage, evaluate_stage, timing_stage, train_stage
 
@@ -193,6 +196,36 @@ def test_csv_keeps_every_digit_and_every_error(tmp_path: Path):
     assert dict(zip(names, rows[1], strict=True))["Gflops: ours"] == ""
 
 
+def test_a_distance_that_few_images_make_is_noted(tmp_path: Path):
+    """500 scores of which one is far away have an error of the size of what it adds; the note follows the record, not the row."""
+    store = Store(tmp_path)
+    scored(store, ROWS[0], {0: scores(100.0, fd_digits_se=98.4)})
+    scored(store, ROWS[1], {0: scores(100.0, fd_digits_se=14.0)})
+    (note,) = [note for note in main(store).notes if "few images" in note]
+    assert note.startswith(f"{ROWS[0].label}, sampling error 98% of fd_digits: ")
+    assert made_by_few("fd_digits", {"a": [{"fd_digits": 0.0, "fd_digits_se": 1.0}], "b": [], "c": [{"fd_digits": 4.0}]}) == []
+
+
+@pytest.mark.parametrize("far", [0.0, 300.0])
+def test_one_image_far_away_makes_the_error_as_large_as_the_distance(far: float):
+    """500 images and 900 of the truth, 7 features: what the threshold of the note rests on."""
+    drawn = np.random.default_rng(0)
+    fake, real = drawn.normal(0.2, 1, (500, 7)), metrics.Moments(7)
+    fake[123, 0] += far
+    moments = metrics.Moments(7)
+    moments.update(fake)
+    real.update(drawn.normal(0, 1, (900, 7)))
+    share = metrics.frechet_se(fake, moments, real) / metrics.frechet(moments, real)
+    assert (share > OUTLIERS) == (far > 0) and (not far or 0.8 < share < 1.2)
+
+
+def test_csv_is_rectangular_and_holds_the_notes_of_the_markdown(tmp_path: Path):
+    for sheet in (main(Store(tmp_path)), HARD, Sheet("nothing", [("", "row")], [], ["a note, quoted"])):
+        names, first, *others = csv.reader(io.StringIO(render([sheet], "csv")))
+        assert {len(row) for row in (first, *others)} == {len(names)} and names[-1] == "notes" and not any(row[-1] for row in others)
+        assert first[-1].splitlines() == sheet.notes and all(f"- {note}" in render([sheet], "markdown") for note in sheet.notes) and sheet.notes
+
+
 HARD = Sheet("50% & more_of it", [("", "row"), ("a_b & c", "x"), ("a_b & c", "y#")], [[Cell(words="A->B & 5%"), Cell(1.5, 0.25), Cell(words="failed")]], ["100% sure_thing"])
 
 
@@ -202,6 +235,7 @@ def test_latex_holds_no_bare_special_characters():
     bare = "".join(body)
     for escaped in ("\\\\", "\\&", "\\%", "\\_", "\\#", "$\\pm$", "$\\to$"):
         bare = bare.replace(escaped, "")
+    assert "100\\% sure\\_thing" in "".join(body)
     assert not set("%_#$^~") & set(bare) and bare.count("{") == bare.count("}") and bare.count("&") == 1 + 2 + 2
     assert text.index("\\begin{tabular}{lrr}") < text.index("\\midrule") < text.index("\\end{tabular}")
 

@@ -101,10 +101,43 @@ def test_the_page_loads_without_errors_and_fits(width: int, browser: Any, page: 
     opened(browser, page, width)
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     ready, drawn = (int(browser.execute_script(f"return document.body.dataset.{name}")) for name in ("ready", "drawn"))
-    assert ready <= drawn and browser.execute_script("return document.documentElement.scrollWidth") <= width
-    frames = "[...document.querySelectorAll('.frame')].every(frame => frame.getBoundingClientRect().right <= innerWidth)"
-    assert browser.execute_script(f"return [...document.images].every(image => image.naturalWidth > 300) && {frames}")
+    assert ready <= drawn and fits(browser, width)
     assert browser.execute_script("return document.images.length") >= 3
+
+
+def fits(browser: Any, width: int) -> bool:
+    """Whether the page has nothing to scroll to sideways, and what is wide scrolls inside a frame that the window holds."""
+    return browser.execute_script("""
+        const inside = (element) => { const box = element.getBoundingClientRect(); return box.left >= 0 && box.right <= innerWidth && box.width > 0; };
+        const framed = (element, frame) => frame && inside(frame) && (inside(element) || getComputedStyle(frame).overflowX === 'auto');
+        return innerWidth === arguments[0] && document.scrollingElement.scrollWidth <= innerWidth
+            && [...document.images].every((image) => image.complete && image.naturalWidth > 300 && framed(image, image.closest('.frame')))
+            && [...document.querySelectorAll('table')].every((table) => framed(table, table.parentElement))
+            && ['#scatter', '#view', 'nav', 'header', '.tiles'].every((part) => inside(document.querySelector(part)));
+    """, width)
+
+
+@pytest.mark.parametrize("width", [1400, 390])
+def test_wide_tables_scroll_in_their_frames_and_keep_their_first_column(width: int, browser: Any, page: Path):
+    opened(browser, page, width)
+    moved, kept = browser.execute_script("""
+        const frame = document.querySelector('#table1').parentElement, name = document.querySelector('#table1 tbody td'), before = name.getBoundingClientRect().left;
+        frame.scrollLeft = 100;
+        return [frame.scrollLeft, name.getBoundingClientRect().left - before];
+    """)
+    assert moved == 100 and abs(kept) <= 1
+    browser.execute_script("scrollTo(500, 0)")
+    assert browser.execute_script("return scrollX") == 0
+
+
+def test_what_does_not_fit_is_noticed(browser: Any, page: Path):
+    """A table out of its frame, an image that is none and a wide block each fail the check above."""
+    opened(browser, page, 390)
+    assert fits(browser, 390)
+    for spoil in ("document.querySelector('main').append(document.querySelector('#table1'))", "document.images[0].src = ''", "document.body.append(Object.assign(document.createElement('pre'), {style: 'width: 800px; height: 9px'}))"):
+        opened(browser, page, 390)
+        browser.execute_script(spoil)
+        assert not fits(browser, 390)
 
 
 def test_tables_sort_and_filter(browser: Any, page: Path):
@@ -179,9 +212,24 @@ def test_the_whole_page_is_at_most_15_mb_and_runs_to_its_end(width: int, browser
     opened(browser, whole, width)
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     assert browser.execute_script("return performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd > 0 && Number(document.body.dataset.ready) > 0")
-    assert browser.execute_script("return document.querySelectorAll('#figures .plot img').length") == len(FIGURES) and browser.execute_script("return [...document.images].every(image => image.complete && image.naturalWidth > 300)")
+    assert browser.execute_script("return document.querySelectorAll('#figures .plot img').length") == len(FIGURES)
     assert browser.execute_script("return document.querySelectorAll('table.dataTable').length == document.querySelectorAll('table').length")
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert fits(browser, width)
+
+
+@pytest.mark.parametrize("width", [1400, 390])
+def test_the_scatter_holds_its_points_inside_the_window(width: int, browser: Any, page: Path):
+    """In every view as many marks as the data have points, all of them within the plot."""
+    opened(browser, page, width)
+    views = browser.execute_script("return document.getElementById('view').options.length")
+    for index in range(views):
+        browser.execute_script("const view = document.getElementById('view'); view.value = arguments[0]; view.dispatchEvent(new Event('change'))", index)
+        wanted, boxes = browser.execute_script("""
+            const scatter = document.getElementById('scatter'), marks = [...scatter.querySelectorAll('.point')].map((mark) => mark.getBoundingClientRect());
+            return [scatter.data.reduce((total, trace) => total + trace.x.length, 0), marks.map((box) => [box.left, box.right])];
+        """)
+        assert len(boxes) == wanted >= 4 and all(0 <= left < right <= width for left, right in boxes)
+    assert views >= 4
 
 
 def test_the_scatter_changes_its_view_and_answers_the_pointer(browser: Any, page: Path):

@@ -5,6 +5,7 @@ N images, C channels, S tokens of a layer's sequence, T = H W tokens of its grid
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from analysis.probes import implied
 from analysis.probes.implied import Weights
-from backbones import adm, dico, dig, dim, dis, dit, ldm, udit, uvit
+from backbones import adm, dico, dig, dim, dimsum, dis, dit, ldm, udit, uvit
 from backbones.kernels import observing, use
 from backbones.mamba import COLUMNS, COLUMNS_BACK, ROWS, ROWS_BACK, Mamba, reorder
 from backbones.mixers import agent, conv, focused_linear, softmax, window
@@ -53,9 +54,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class Call:
-    """A layer's turn in a forward pass, with its place and inputs."""
+    """A layer's turn in a forward pass, with its place and inputs.
+
+    `index` counts the calls of all watched layers; `name` tells a shared layer's calls apart.
+    """
 
     layer: Layer
+    name: str
     index: int
     grid: Grid
     place: Tensor
@@ -95,6 +100,10 @@ def layers(model: nn.Module) -> list[Layer]:
             place = _inverse(reorder(_indices(framed), framed, order)).unflatten(0, framed)[:grid[0], :grid[1]].flatten()
             leading = 2 + model.a4m_adapter.pad_token.shape[-1]
             found.append(Layer(name, module, _scans, grid, leading + place, module))
+        elif isinstance(module, dimsum.CrossFusion):
+            found.append(Layer(name, module, _fused, grid, _indices(grid).flatten()))
+        elif isinstance(module, dimsum.SpatialBranch) and not isinstance(module, dimsum.WaveletBranch):  # whose tokens are of bands, not of places
+            found.append(Layer(name, module.mixer, _scans, grid, _inverse(reorder(_indices(grid), grid, module.order)), module.mixer))
         elif isinstance(module, adm.AttentionBlock):
             found.append(Layer(name, module, _written, mix=lambda x, module=module: module(x) - x))
         elif isinstance(module, ldm.CrossAttention) and name.endswith("attn1"):
@@ -138,11 +147,13 @@ def watching(watched: list[Layer], see: Callable[[Call], None]) -> Iterator[None
         if heard is not None:
             heard.append(Heard(name, args))
 
+    turns: Counter[str] = Counter()
+
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal heard
         heard = [] if not busy else None
 
-    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, layer: Layer, index: int) -> None:
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, layer: Layer) -> None:
         nonlocal heard, busy
         if busy:
             return
@@ -153,15 +164,18 @@ def watching(watched: list[Layer], see: Callable[[Call], None]) -> Iterator[None
             place = torch.arange(_tokens(grid)) if layer.place is None else layer.place
             place = place.to(inputs[0].device)
             weights = layer.read(told, inputs[0], place)
-            see(Call(layer, index, grid, place, inputs, weights))
+            index = turns.total()
+            turns[layer.name] += 1
+            name = layer.name if turns[layer.name] == 1 else f"{layer.name} call {turns[layer.name]}"
+            see(Call(layer, name, index, grid, place, inputs, weights))
         finally:
             busy = False
 
     busy = False
     with ExitStack() as stack:
-        for index, layer in enumerate(watched):
+        for layer in watched:
             stack.callback(layer.module.register_forward_pre_hook(before, with_kwargs=True).remove)
-            stack.callback(layer.module.register_forward_hook(partial(after, layer=layer, index=index), with_kwargs=True).remove)
+            stack.callback(layer.module.register_forward_hook(partial(after, layer=layer), with_kwargs=True).remove)
         stack.enter_context(use(attention="sdpa"))
         stack.enter_context(observing(lambda name, *args: hear(name, *args) if name not in IGNORED else None))
         stack.enter_context(_Softmaxes(hear))
@@ -198,6 +212,12 @@ def _only(heard: list[Heard], *names: str) -> list[tuple[Any, ...]]:
 def attention_of(heard: list[Heard], x: Tensor, place: Tensor) -> Weights:
     ((q, k, bias, scale),) = _only(heard, "attention")
     return implied.Softmax(q, k, place, bias, scale)
+
+
+def _fused(heard: list[Heard], x: Tensor, place: Tensor) -> Weights:
+    """The heads of the first branch that ask the second, then those of the second that ask the first."""
+    (q1, k2, bias, scale), (q2, k1, _, _) = _only(heard, "attention", "attention")
+    return implied.Softmax(torch.cat([q1, q2], dim=1), torch.cat([k2, k1], dim=1), place, bias, scale)
 
 
 def _written(heard: list[Heard], x: Tensor, place: Tensor) -> Weights:

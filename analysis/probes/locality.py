@@ -81,11 +81,11 @@ class LocalityProbe:
 
     def _see(self, call: Call) -> None:
         layer = call.layer
-        self._reduce(call.weights.kind, call.index, layer.name, call.grid, call.weights, self.settings.queries, call.inputs[0].device)
+        self._reduce(call.weights.kind, call.index, call.name, call.grid, call.weights, self.settings.queries, call.inputs[0].device)
         if self.settings.gradient_queries and layer.mix is not None:
             x, *rest = call.inputs
             mix = lambda x: layer.mix(x, *rest)  # noqa: E731
-            self._gradients(MIXER_GRADIENT, call.index, layer.name, call.grid, mix, x[:self.settings.gradient_images], None if x.ndim == 4 else call.place)
+            self._gradients(MIXER_GRADIENT, call.index, call.name, call.grid, mix, x[:self.settings.gradient_images], None if x.ndim == 4 else call.place)
 
     def _gradients(self, kind: str, index: int, name: str, grid: Grid, f: Callable[[Tensor], Tensor], x: Tensor, place: Tensor | None) -> None:
         generator = generator_at("probe", kind, index, len(self.timesteps))

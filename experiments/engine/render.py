@@ -6,6 +6,7 @@ import csv
 import html
 import io
 import itertools
+import re
 import shutil
 import sys
 import textwrap
@@ -13,6 +14,7 @@ import textwrap
 from experiments.engine.report import Cell, Sheet
 
 FORMATS = ("text", "markdown", "latex", "csv", "html")
+LATEX = {"->": "$\\to$", "±": "$\\pm$", "\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"} | {sign: f"\\{sign}" for sign in "&%_#${}"}
 
 
 def render(sheets: list[Sheet], form: str) -> str:
@@ -81,26 +83,24 @@ def _markdown(sheet: Sheet) -> str:
 
 def _latex(sheet: Sheet) -> str:
     def escape(text: str) -> str:
-        for raw, safe in (("\\", "\\textbackslash{}"), ("&", "\\&"), ("%", "\\%"), ("_", "\\_"), ("#", "\\#"), ("->", "$\\to$"), ("±", "$\\pm$")):
-            text = text.replace(raw, safe)
-        return text
+        return re.sub("|".join(map(re.escape, LATEX)), lambda found: LATEX[found[0]], text)
 
     groups = " & ".join(f"\\multicolumn{{{length}}}{{c}}{{{escape(group)}}}" for group, length in _groups(sheet))
     lines = ["% " + sheet.title, "\\begin{tabular}{l" + "r" * (len(sheet.columns) - 1) + "}", "\\toprule", groups + " \\\\"]
     lines += [" & ".join(escape(name) for _, name in sheet.columns) + " \\\\", "\\midrule"]
     lines += [" & ".join(f"\\textbf{{{escape(cell.text())}}}" if cell.best else escape(cell.text()) for cell in row) + " \\\\" for row in sheet.rows]
-    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", *("% " + note for note in sheet.notes), ""])
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", *(f"\\par{{\\footnotesize {escape(note)}\\par}}" for note in sheet.notes), ""])
 
 
 def _csv(sheet: Sheet) -> str:
-    """Full precision; a column with errors is followed by one that holds them."""
+    """Full precision; a column with errors is followed by one that holds them. The last column holds the notes, all in the first row."""
     with_error = [any(row[i].error is not None for row in sheet.rows) for i in range(len(sheet.columns))]
     names = [f"{group}: {name}" if group else name for group, name in sheet.columns]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([part for name, error in zip(names, with_error, strict=True) for part in ([name, f"{name} error"] if error else [name])])
-    for row in sheet.rows:
-        writer.writerow([part for cell, error in zip(row, with_error, strict=True) for part in _raw(cell, error)])
+    writer.writerow([*(part for name, error in zip(names, with_error, strict=True) for part in ([name, f"{name} error"] if error else [name])), "notes"])
+    for i, row in enumerate(sheet.rows or [[Cell()] * len(names)] * bool(sheet.notes)):
+        writer.writerow([*(part for cell, error in zip(row, with_error, strict=True) for part in _raw(cell, error)), "" if i else "\n".join(sheet.notes)])
     return buffer.getvalue()
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from experiments.engine.manifest import clashes, score_name
 from experiments.engine.rows import Row, Table
 from experiments.engine.spec import Stage, spec_id
-from experiments.engine.spread import LEVEL, agree, pooled, reach, scaled
+from experiments.engine.spread import LEVEL, agree, made_by_few, pooled, reach, scaled
 from experiments.engine.store import Record, Store
 from experiments.protocols import Protocol, cost_stages, evaluate_stage, timed_rows, timing_stage
 
@@ -234,7 +234,8 @@ def _notes(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequenc
     rows = [row for row in rows if row.backbone]
     if len({spec_id(evaluate_stage(row, protocol, 0)) for row in rows}) < len(rows):
         notes.append(f"rows that are one network on {protocol.name} share its runs and scores.")
-    counts = {row.label: len(seed_values(store, row, protocol, seeds, where)) for row in rows}
+    scores = {row.label: seed_values(store, row, protocol, seeds, where) for row in rows}
+    counts = {label: len(values) for label, values in scores.items()}
     for found in sorted(set(counts.values()) & set(range(1, len(seeds)))):
         notes.append(f"{', '.join(label for label, count in counts.items() if count == found)}: {found} of {len(seeds)} seeds")
     if resolved := _resolved(table, rows, protocol, seeds, store, where):
@@ -248,19 +249,18 @@ def _notes(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequenc
     evaluated = [record for row in rows for seed in seeds if (record := store.latest(evaluate_stage(row, protocol, seed), where))]
     if evaluated:
         notes.append("run on " + "; ".join(sorted({f"{r.provenance['device'] if r.provenance['device'] != 'cpu' else r.provenance['cpu']}, torch {r.provenance['torch']}" for r in evaluated})))
-    if nfe := _evaluations(rows, protocol, seeds, store, where):
-        notes.append(nfe)
+    notes += made_by_few(next(iter(SCORES[protocol.features])), scores) + _evaluations(scores)
     notes += [f"warning: {text}" for text in sorted({text for record in evaluated for text in record.values.get("warnings", [])})]
     return notes + ["some records come from a tree with uncommitted changes"] * any(record.provenance["dirty"] for record in evaluated)
 
 
-def _evaluations(rows: Sequence[Row], protocol: Protocol, seeds: Sequence[int], store: Store, where: str) -> str:
+def _evaluations(scores: dict[str, list[dict[str, float]]]) -> list[str]:
     """Network evaluations per image, where rows differ in them; records from before they were counted have none."""
     labels: dict[str, list[str]] = {}
-    for row in rows:
-        if counts := [values["nfe"] for values in seed_values(store, row, protocol, seeds, where) if "nfe" in values]:
-            labels.setdefault(f"{statistics.fmean(counts):.4g}", []).append(row.label)
-    return "network evaluations per image: " + "; ".join(f"{nfe}: {', '.join(names)}" for nfe, names in labels.items()) + "." if len(labels) > 1 else ""
+    for label, found in scores.items():
+        if counts := [values["nfe"] for values in found if "nfe" in values]:
+            labels.setdefault(f"{statistics.fmean(counts):.4g}", []).append(label)
+    return ["network evaluations per image: " + "; ".join(f"{nfe}: {', '.join(names)}" for nfe, names in labels.items()) + "."] * (len(labels) > 1)
 
 
 def _score_note(protocol: Protocol, seeds: Sequence[int]) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 LOG_SCALED = {"fd_digits", "fd_cifar_classifier", "fid"}  # their spread over seeds grows with their value
 LEVEL = 0.05
+OUTLIERS = 0.5  # sampling error of a Fréchet distance over its value, from which a few images make most of it
 
 
 def scaled(name: str, values: list[dict[str, float]]) -> list[float]:
@@ -36,3 +37,10 @@ def agree(name: str, a: list[dict[str, float]], b: list[dict[str, float]], sprea
         return True
     difference = abs(statistics.fmean(scaled(name, a)) - statistics.fmean(scaled(name, b)))
     return difference <= reach(spread, len(a), len(b), comparisons)
+
+
+def made_by_few(name: str, rows: Mapping[str, list[dict[str, float]]]) -> list[str]:
+    """A sentence on the rows of which a few images make a Fréchet distance: its error is then as large as what they add."""
+    shares = {label: max((value[f"{name}_se"] / value[name] for value in values if value.get(f"{name}_se") and value[name] > 0), default=0.0) for label, values in rows.items()}
+    few = [f"{label}, sampling error {share:.0%} of {name}" for label, share in shares.items() if share > OUTLIERS]
+    return [f"{'; '.join(few)}: a few images far from all others make most of this distance, as where sampling diverged; the other scores do not grow with it."] * bool(few)
