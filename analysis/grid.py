@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from analysis.query import TRAINED, train_command, trained_row
 from analysis.style import figure, save
 from experiments.engine.cli import Parser, guarded
+from experiments.engine.rows import table_of
 from experiments.engine.spec import Evaluate
 from experiments.engine.store import REPOSITORY, Store
 from experiments.protocols import PROTOCOLS, evaluate_stage
@@ -30,7 +31,7 @@ def main() -> int:
 
 def _main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", type=int, choices=list(TRAINED), required=True)
+    parser.add_argument("--table", type=int, choices=list(TRAINED), help="that declares the row (default: the one that does)")
     parser.add_argument("--row", required=True, help="by label")
     parser.add_argument("--protocol", choices=list(PROTOCOLS), default="digits")
     parser.add_argument("--seed", type=int, default=0, help="training seed (default: 0)")
@@ -44,7 +45,8 @@ def _main() -> int:
 
 
 def _run(args: argparse.Namespace) -> Path:
-    table, protocol = TRAINED[args.table], PROTOCOLS[args.protocol]
+    protocol = PROTOCOLS[args.protocol]
+    table = TRAINED[args.table] if args.table else table_of(args.row, TRAINED, lambda row: evaluate_stage(row, protocol, args.seed))
     spec = evaluate_stage(trained_row(table, args.row), protocol, args.seed)
     classes = args.classes or list(range(min(10, spec.data.num_classes)))
     if args.rows < 1 or not all(0 <= label < spec.data.num_classes for label in classes):
@@ -55,8 +57,8 @@ def _run(args: argparse.Namespace) -> Path:
     if not all(store.latest(training) for training in spec.trainings):
         raise ValueError(f"no finished run of {args.row!r} here; train it with: {train_command(table, [args.row], protocol, args.seed)}")
     scale = "" if args.scale is None else f"_scale{args.scale:g}"
-    name = f"{protocol.name}_table{args.table}_{args.row}_seed{args.seed}{scale}".replace("/", "").replace(" ", "_")
-    what = f"{args.row} of Table {args.table} on {protocol.name}, training seed {args.seed}"
+    name = f"{protocol.name}_table{table.number}_{args.row}_seed{args.seed}{scale}".replace("/", "").replace(" ", "_")
+    what = f"{args.row} of Table {table.number} on {protocol.name}, training seed {args.seed}"
     return draw(spec, store, classes, args.rows, name, what, args.device)
 
 
@@ -73,7 +75,7 @@ def draw(spec: Evaluate, store: Store, classes: list[int], rows: int, name: str,
 
     require_device(device)
     decode, _ = decoder_of(spec.data, torch.device(device))
-    shown = _images(spec, network_of(spec, store.run_dir(spec.train), Resources(device)), classes, rows, device)
+    shown = _images(spec, network_of(spec, store.run_dir(spec.train), Resources(device))[0], classes, rows, device)
     made, axes = figure(0.62 * len(classes), 0.62 * rows + 0.35, rows, len(classes), squeeze=False)
     for place, label in enumerate(classes):
         for line in range(rows):

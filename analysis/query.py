@@ -18,7 +18,7 @@ from experiments.protocols import DIGITS, PROTOCOLS, Protocol, evaluate_stage
 
 TRAINED = {number: table for number, table in sorted((ablation.TABLES | main_results.TABLES).items()) if not table.counts_only}
 SCORES = "fid is precision recall"
-SCORED = ("fd", "fid", "sfid", "is_", "precision_", "recall_", "kid", "agreement")  # how the names of our scores begin
+SCORED = ("fd", "fid", "sfid", "is_", "precision_", "recall_", "density", "coverage", "kid", "mind", "agreement")  # how the names of our scores begin
 COLUMNS = {  # of every published file: columns of words, columns of numbers
     "table1.csv": ("group model cfg", f"train_steps gflops throughput_img_s {SCORES}"),
     "table2.csv": ("group model cfg", f"train_steps gflops throughput_img_s {SCORES}"),

@@ -3,7 +3,8 @@
 Counting every row of Tables 1 (DiT, DiCo), 3, 4 and 5 on the meta device; `--report` and whether it stays without
 torch. `--main-job` runs `--table 4` from nothing in a temporary folder and prints its seconds and peak memory. `--latents` times the loader alone:
 32 x 32 x 4 moments, drawn anew, from a warm page cache in two threads. `--checkpoints` measures how long training stalls
-for a checkpoint, in the copy and by the writing beside it.
+for a checkpoint, in the copy and by the writing beside it. `--neighbours` times precision, recall, density and coverage, exact and
+in ADM's half-precision arithmetic, and keeps a record of each.
 """
 
 from __future__ import annotations
@@ -16,13 +17,26 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.engine.cli import Parser, guarded
-from experiments.engine.store import REPOSITORY
+from experiments.engine.cli import Parser, guarded, require_device
+from experiments.engine.store import REPOSITORY, Store, provenance
 
 SCRIPT = REPOSITORY / "experiments" / "ablation.py"
 BATCH, PAIRS = 4, 7
+ROWS = {"cuda": (50_000, 10_000), "cpu": (5000, 2000)}  # samples and reference points
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Precision and recall of two sets of features of this width: 'exact', with density and coverage, or in ADM's 'half' precision."""
+
+    arithmetic: str
+    device: str
+    samples: int
+    reference: int
+    dim: int
 
 
 def main() -> int:
@@ -34,7 +48,18 @@ def _main() -> int:
     parser.add_argument("--main-job", action="store_true", help="run the whole main job and report seconds and peak memory")
     parser.add_argument("--latents", action="store_true", help="time the loader of latents and nothing else")
     parser.add_argument("--checkpoints", action="store_true", help="measure what a checkpoint costs and nothing else")
+    parser.add_argument("--neighbours", action="store_true", help="time precision and recall and nothing else")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of --neighbours (default: cpu)")
+    parser.add_argument("--sizes", type=int, nargs=3, metavar=("SAMPLES", "REFERENCE", "DIM"), help="of --neighbours (default: 5000 2000 2048, on CUDA 50000 10000 2048)")
+    parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="results folder for the records of --neighbours (default: results)")
     args = parser.parse_args()
+    if args.neighbours:
+        require_device(args.device)
+        store = Store(args.results)
+        store.check_writable()
+        for arithmetic in ("exact", "half"):
+            _neighbours(Neighbours(arithmetic, args.device, *(args.sizes or (*ROWS[args.device], 2048))), store)
+        return 0
     if args.checkpoints:
         _checkpoints()
         return 0
@@ -107,6 +132,45 @@ def _seconds(step: Callable[[], None]) -> float:
     started = time.perf_counter()
     step()
     return time.perf_counter() - started
+
+
+def _neighbours(spec: Neighbours, store: Store) -> None:
+    """Rectified Gaussians, as wide as Inception's features; the second of two runs counts, which has its memory.
+
+    A pair is one distance: every two rows of all n samples and m reference points, in n^2 + m^2 + n m. Rate and ceiling are of
+    fused multiply-adds, of which a distance takes `dim`, the ceiling a plain product of large matrices in the same type.
+    """
+    import numpy as np
+    import torch
+
+    from experiments.engine.neighbours import ADM_BLOCK, neighbour_shares, precision_recall_half
+    from experiments.engine.scores import NEIGHBOURS
+    from experiments.engine.timing import seconds
+
+    if spec.samples <= NEIGHBOURS or spec.reference <= NEIGHBOURS or spec.dim < 1:
+        raise ValueError(f"--sizes takes more than {NEIGHBOURS} samples and reference points and a width from 1 on")
+    device, draw = torch.device(spec.device), np.random.default_rng(0)
+    reference, samples = (np.maximum(draw.standard_normal((n, spec.dim), np.float32), 0) for n in (spec.reference, spec.samples))
+    block = 2000 if spec.arithmetic == "exact" and device.type == "cpu" else ADM_BLOCK
+    shares = neighbour_shares if spec.arithmetic == "exact" else precision_recall_half
+    taken, found = [], ()
+    for _ in range(2):
+        started = time.perf_counter()
+        found = shares(reference, samples, NEIGHBOURS, block, device)
+        taken.append(time.perf_counter() - started)
+    side = min(4096 if device.type == "cuda" else 1024, block)
+    square = torch.ones(side, side, dtype=torch.float64 if spec.arithmetic == "exact" else torch.float32, device=device)
+    ceiling = max(side**3 / seconds(lambda: square @ square, device, 3) for _ in range(3)) / 1e9
+    pairs = spec.samples**2 + spec.reference**2 + spec.samples * spec.reference
+    rate = spec.dim * pairs / taken[-1] / 1e9
+    values = {"seconds": taken[-1], "pairs_per_s": pairs / taken[-1], "gmacs_per_s": rate, "product_gmacs_per_s": ceiling, "share_of_product": rate / ceiling}
+    about = provenance() | {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}
+    store.append(spec, "done", values | {"precision": found[0], "recall": found[1]}, about)
+    print(
+        f"neighbours, {spec.arithmetic}: {spec.samples} x {spec.reference} x {spec.dim} in {taken[-1]:.2f} s, {pairs / taken[-1]:.3g} pairs/s, "
+        f"{rate:.1f} GMAC/s, {rate / ceiling:.0%} of a matrix product's",
+        flush=True,
+    )
 
 
 def _latents() -> None:

@@ -5,8 +5,9 @@
 
 FILE:NAME is a constructor without arguments in a file of yours. Up to four things run in turn, so that the machine's drift cancels:
 `ours`, the trainer or the sampler as runs use them; `bare`, our network in the shortest loop, model, backward, step, whose excess
-is the suite's overhead; `plain`, our network in a plain loop (iDDPM loss, PyTorch's default AdamW, EMA by parameter), and
-`theirs`, the other network in that same plain loop. Every comparison is a record of kind `steps`.
+is the suite's overhead; and beside another implementation `plain`, our network in a plain loop (iDDPM loss, PyTorch's default AdamW,
+EMA by parameter), and `theirs`, the other network in that same loop. Every comparison is a record of kind `steps`, also one
+that does not fit a GPU's memory, as failed.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from experiments.engine.cli import Parser, guarded, require_device
 from experiments.engine.store import Store, provenance
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 SHOWN = (("theirs / ours", "theirs", "ours"), ("theirs / plain", "theirs", "plain"), ("overhead, ours / bare", "ours", "bare"))
@@ -69,12 +71,13 @@ def _main() -> int:
         parser.error("--rounds must be at least 3 and --batch at least 1")
     store.check_writable()
     require_device(args.device)
-    for name in args.networks:
-        for mode in args.precision:
+    good = True
+    for mode in args.precision:
+        for name in args.networks:
             for what in args.tasks:
                 spec = Steps(name, what, args.batch or BATCH[args.device], args.device, mode, args.compile, args.graphs)
-                measure(spec, others.get(name), args.rounds, store)
-    return 0
+                good &= measure(spec, others.get(name), args.rounds, store)
+    return 0 if good else 1
 
 
 def _other(text: str) -> tuple[str, tuple[Path, str]]:
@@ -85,39 +88,59 @@ def _other(text: str) -> tuple[str, tuple[Path, str]]:
     return name, (Path(file), constructor)
 
 
-def measure(spec: Steps, other: tuple[Path, str] | None, rounds: int, store: Store) -> None:
-    """Time the tasks of a comparison in turn, print and record it."""
+def measure(spec: Steps, other: tuple[Path, str] | None, rounds: int, store: Store) -> bool:
+    """Time the tasks of a comparison in turn, print and record it; False where they do not fit the device's memory."""
     import dataclasses
 
     import torch
 
+    from experiments.engine.precision import flags
+    from experiments.engine.timing import forget
+
+    device = torch.device(spec.device)
+    if other:
+        spec = dataclasses.replace(spec, other=hashlib.sha256(other[0].read_bytes()).hexdigest())
+    about = {"torch": torch.__version__, "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "threads": torch.get_num_threads()}
+    what = f"{spec.network} {spec.what}, {spec.precision}, batch {spec.batch}, {spec.device}"
+    forget(device)
+    try:
+        values, line, ran = _compare(spec, other, rounds, device)
+    except torch.cuda.OutOfMemoryError as failure:
+        error = str(failure).splitlines()[0]
+        store.append(spec, "failed", {}, provenance() | about, error)
+        print(f"{what}: {error}", flush=True)
+        return False
+    print(f"{what}: {line}", flush=True)
+    in_force = {name: values[name] for name in flags()}
+    store.append(spec, "done", values, provenance() | about | {"kernels": ran, "precision_flags": in_force})
+    return True
+
+
+def _compare(spec: Steps, other: tuple[Path, str] | None, rounds: int, device: torch.device) -> tuple[dict[str, Any], str, dict[str, list[str]]]:
+    """(values, their summary in words, the kernels of `ours`)."""
     from backbones import kernels
     from experiments.engine.precision import flags, precision
     from experiments.engine.timing import half_quartiles, seconds
 
-    device = torch.device(spec.device)
     with precision(spec.precision, device):
-        kernels.reset_used()
         tasks = _tasks(spec, _load(*other) if other else None, device)
-        if other:
-            spec = dataclasses.replace(spec, other=hashlib.sha256(other[0].read_bytes()).hexdigest())
-        for task in tasks.values():
+        ran: dict[str, dict[str, list[str]]] = {}
+        for name, task in tasks.items():
+            kernels.reset_used()
             for _ in range(3):
                 task()
+            ran[name] = kernels.used()
         repeats = max(1, round(0.2 / seconds(tasks["ours"], device))) if device.type == "cuda" else 1
         found = [{name: seconds(task, device, repeats) for name, task in tasks.items()} for _ in range(rounds)]
         in_force = flags()
     values: dict[str, Any] = {f"{name}_s": statistics.median(one[name] for one in found) for name in tasks} | {"rounds": rounds} | in_force
-    line = f"{spec.network} {spec.what}, {spec.precision}, batch {spec.batch}, {spec.device}: ours {1e3 * values['ours_s']:.1f} ms"
+    line = f"ours {1e3 * values['ours_s']:.1f} ms"
     for label, above, below in SHOWN:
         if above in tasks and below in tasks:
             ratios = [one[above] / one[below] for one in found]
             values |= {label: statistics.median(ratios), f"{label}, spread": half_quartiles(ratios)}
             line += f"; {label} {statistics.median(ratios):.3f} ±{half_quartiles(ratios):.3f}"
-    print(line, flush=True)
-    device_name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    more = {"torch": torch.__version__, "device": device_name, "threads": torch.get_num_threads(), "kernels": kernels.used(), "precision_flags": in_force}
-    store.append(spec, "done", values, provenance() | more)
+    return values, line, ran["ours"]
 
 
 def _load(file: Path, constructor: str) -> nn.Module:
@@ -137,17 +160,16 @@ def _load(file: Path, constructor: str) -> nn.Module:
 
 def _tasks(spec: Steps, other: nn.Module | None, device: Any) -> dict[str, Callable[[], Any]]:
     from experiments.engine.spec import Backbone, Cost, Timing
-    from experiments.engine.timing import task
-    from experiments.engine.train import build
+    from experiments.engine.timing import drawn, sized, task
 
     network = Cost(Backbone(spec.network), 32, 4, 1000)
     timed = Timing(network.backbone, 32, 4, 1000, spec.batch, spec.device, spec.precision, what=spec.what, num_steps=SAMPLED[spec.device], compile=spec.compile, graphs=spec.graphs)
     tasks = {"ours": task(network, timed, device)}
     if spec.what == "training" and not spec.compile:
-        tasks["bare"] = _bare(build(Backbone(spec.network), 0, device), spec.batch)
+        tasks["bare"] = _bare(drawn(sized(network), device), spec.batch)
     loop = _plain_training if spec.what == "training" else _plain_sampling
-    tasks["plain"] = loop(build(Backbone(spec.network), 0, device), spec.batch, SAMPLED[spec.device])
     if other is not None:
+        tasks["plain"] = loop(drawn(sized(network), device), spec.batch, SAMPLED[spec.device])
         tasks["theirs"] = loop(other.to(device), spec.batch, SAMPLED[spec.device])
     return tasks
 
@@ -165,6 +187,7 @@ def _bare(model: nn.Module, batch: int) -> Callable[[], None]:
         with torch.autocast(x.device.type, enabled=False):
             loss.backward()
         optimizer.step()
+        torch.clear_autocast_cache()  # its weights are those of before the step
         optimizer.zero_grad()
 
     return step
@@ -185,6 +208,7 @@ def _plain_training(model: nn.Module, batch: int, _: int) -> Callable[[], None]:
         with torch.autocast(x.device.type, enabled=False):
             loss.backward()
         optimizer.step()
+        torch.clear_autocast_cache()  # its weights are those of before the step
         optimizer.zero_grad()
         with torch.no_grad():
             for averaged, parameter in zip(ema.parameters(), model.parameters(), strict=True):

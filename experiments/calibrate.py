@@ -92,8 +92,7 @@ def _synthetic(device: str) -> Iterator[tuple[str, float, float, float, str]]:
 
     draw, dim = np.random.default_rng(0), 64
     x, scale, shift = draw.standard_normal((20_000, dim)), np.linspace(0.7, 1.3, dim), np.linspace(-0.1, 0.2, dim)
-    unit = metrics.Moments(dim)
-    unit.n, unit.scatter = 2, np.eye(dim)
+    unit = metrics.Moments.known(np.zeros(dim), np.eye(dim))
     truth = float(np.square(shift).sum() + np.square(scale - 1).sum())
     white = x - x.mean(0)
     white = white @ np.linalg.inv(np.linalg.cholesky(np.cov(white, rowvar=False))).T

@@ -36,7 +36,7 @@ def _main() -> int:
     parser.add_argument("backbone", help="registered name, e.g. dico_xl or dit_xl_2")
     parser.add_argument("file", type=Path)
     parser.add_argument("--input-size", type=int, help="side of the latent, e.g. 64 for DiT at 512 pixels (default: the network's own)")
-    parser.add_argument("--key", default="ema", help="where a .pt file keeps its weights, unless they lie flat (default: ema, then state_dict)")
+    parser.add_argument("--key", help="where a .pt file keeps its weights (default: ema, else state_dict, else flat)")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the network: learn_sigma=false for SiT's 512 model, raster_padding=true for DiM's")
     args = parser.parse_args()
     import torch
@@ -46,14 +46,14 @@ def _main() -> int:
     with torch.random.fork_rng(devices=[]):
         size = {"input_size": args.input_size} if args.input_size else {}
         model = backbones.build(args.backbone, **size, **options_of(args.option))
-    backbones.load_published(model, args.file, args.key)
+    key = backbones.load_published(model, args.file, args.key)
     with torch.inference_mode():
         x = torch.zeros(1, model.in_channels, model.input_size, model.input_size)
         finite = model.eval()(x, torch.zeros(1), torch.zeros(1, dtype=torch.long)).isfinite().all()
     if not finite:
         raise ValueError(f"{args.file.name} loads, but its output is not finite")
     total = sum(p.numel() for p in model.parameters())
-    print(f"{args.file.name}: {args.backbone}, {len(model.state_dict())} tensors, {total:,} parameters, loaded strictly")
+    print(f"{args.file.name}: {args.backbone}, {len(model.state_dict())} tensors, {total:,} parameters, loaded strictly (key {key})")
     return 0
 
 

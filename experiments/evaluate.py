@@ -1,7 +1,7 @@
 """Score ADM-style sample files: `python experiments/evaluate.py samples.npz --against VIRTUAL_imagenet256_labeled.npz`.
 
 A sample file holds uint8 images (arr_0, N x H x W x 3); the reference holds such images, statistics (mu, sigma, mu_s,
-sigma_s) or both. Prints FID, sFID, IS, precision, recall and KID with N in their names and their sampling errors.
+sigma_s) or both. Prints FID, sFID, IS, precision, recall, density, coverage, KID and MIND with N in their names and their sampling errors.
 With `--paired`, two files that sample.py made from common seeds are compared with the error of their difference.
 """
 
@@ -18,7 +18,7 @@ from experiments.engine.sources import inception_path
 if TYPE_CHECKING:
     from experiments.engine.npz import Images
 
-SCORES = ("fid", "fid_corrected", "sfid", "is", "is_shuffled", "precision", "recall", "precision_half", "recall_half", "kid")
+SCORES = ("fid", "fid_corrected", "sfid", "is", "is_shuffled", "precision", "recall", "precision_half", "recall_half", "density", "coverage", "kid", "mind")
 TRAININGS = 0.013  # coefficient of variation of FID between trainings (arXiv:2606.20536)
 
 
@@ -96,7 +96,8 @@ def _shown(name: str, values: dict[str, Any], reference: str) -> str:
         error = values.get(f"{key}_se")
         spread = f" ± {error:.4f}" if error is not None and error == error else " (deviation over subsets " + f"{values['kid_sd']:.6f})" if key == "kid" else ""
         digits = 6 if base == "kid" else 4
-        counts = f", k 3, {values['num_reference']} reference rows" if base in ("precision", "recall") else ""
+        counts = f", k 3, {values['num_reference']} reference rows" if base in ("precision", "recall", "density", "coverage") else ""
+        counts += f", over {values['mind_rows']} rows of each" if base == "mind" else ""
         lines.append(f"  {score_name(base, values['num']):15} {values[key]:.{digits}f}{spread}{words}{counts}")
     return "\n".join([*lines, *(f"  warning: {text}" for text in values["warnings"])])
 

@@ -44,9 +44,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backbone", required=True, help="registered name, e.g. dico_xl")
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help=".pt or .safetensors")
     parser.add_argument("--protocol", choices=[name for name, protocol in PROTOCOLS.items() if not protocol.small], required=True)
-    parser.add_argument("--key", default="ema", help="where a .pt file keeps its weights, unless they lie flat (default: ema)")
+    parser.add_argument("--key", help="where a .pt file keeps its weights (default: ema, else state_dict, else flat)")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the network: learn_sigma=false for SiT's 512 model, raster_padding=true for DiM's")
-    parser.add_argument("--batch", type=int, metavar="N", help="images at a time (default: 250, on Slurm the site's sample_batch)")
+    parser.add_argument("--batch", type=int, metavar="N", help="images at a time on a GPU (default: 250, on Slurm the site's sample_batch)")
     add_run_options(parser)
     args = parser.parse_args(arguments)
     if args.batch is not None and args.batch < 1:
@@ -63,19 +63,20 @@ def _main(args: argparse.Namespace, arguments: Sequence[str] | None) -> int:
     own = row.backbone.options if row and (row.backbone.name, cost_stages(row)[0].size) == (args.backbone, data.size) else {}
     size = dict(input_size=data.size, in_channels=data.channels, num_classes=data.num_classes)
     backbone = Backbone(args.backbone, own | size | options_of(args.option))
-    model = _load(backbone, args)
-    weights = Checkpoint(backbone, data, sha256(args.checkpoint), args.key, row.method.diffusion if row else Diffusion())
+    model, key = _load(backbone, args)
+    weights = Checkpoint(backbone, data, sha256(args.checkpoint), args.key or Checkpoint.key, row.method.diffusion if row else Diffusion())
     spec = Evaluate(weights, sampler_of(row, protocol) if row else protocol.sampler, protocol.num, protocol.features, protocol.labels)
     if args.dry_run:
         if args.cluster != "slurm":
             require_device(device)
+        print(f"{args.checkpoint.name}: weights under the key {key}")
         print(_plan(spec, model, device if args.cluster != "slurm" else None))
     store = Store(args.results, REPOSITORY / "results" / "reference")
     resources = {"checkpoint": args.checkpoint.resolve()} | ({"sample_batch": args.batch} if args.batch else {})
     job = Job(f"{args.checkpoint.name}, {spec.num} images", (spec,), row=args.backbone)
     good = carry_out(Listed(device, together=(job,), resources=resources), args, store, arguments, lambda: require_features(spec))
     if good and (record := store.latest(spec)):
-        print("\n".join([f"{args.checkpoint.name}, {args.protocol}, manifest {record.values['manifest']['hash']}", *_beside(record.values, args.backbone, protocol)]))
+        print("\n".join([f"{args.checkpoint.name} (key {key}), {args.protocol}, manifest {record.values['manifest']['hash']}", *_beside(record.values, args.backbone, protocol)]))
     elif good:
         raise ValueError(f"there is no record of {args.checkpoint.name} under {args.protocol} yet; leave out --report")
     return 1 if good is False else 0
@@ -87,15 +88,16 @@ def _declared(name: str, protocol: Protocol) -> Row | None:
     return min(rows, key=lambda row: (row.backbone.name != name, cost_stages(row)[0].size != protocol.data.size), default=None)
 
 
-def _load(backbone: Backbone, args: argparse.Namespace) -> nn.Module:
+def _load(backbone: Backbone, args: argparse.Namespace) -> tuple[nn.Module, str]:
+    """The network, and the key under which the file keeps its weights."""
     import torch
 
     import backbones
 
     with torch.random.fork_rng(devices=[]):
         model = backbones.build(backbone.name, **backbone.options)
-    backbones.load_published(model, args.checkpoint, args.key)
-    return model.eval()
+    key = backbones.load_published(model, args.checkpoint, args.key)
+    return model.eval(), key
 
 
 def _plan(spec: Evaluate, model: nn.Module, device: str | None) -> str:

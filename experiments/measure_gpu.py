@@ -1,8 +1,15 @@
-"""Everything that a GPU has to measure for this suite, in one call: `python experiments/measure_gpu.py --minutes 9`.
+"""Everything that a GPU has to measure for this suite, in one call: `python -m experiments.measure_gpu --minutes 9`.
 
-The kernels' tests first, then, most wanted first: ceilings and the claims about speed, steps eager, by CUDA graphs and compiled, against other implementations
-(`--against`, as in benchmark_steps.py), the kernels' bandwidth, throughput tables, profiles and Figure 3. Every part keeps its
-records as it goes, so a part that the time cuts off has lost one stage at most, and the same command goes on there.
+On a machine with a GPU and no network nothing is installed: copy the working tree there and call this in its root, with any python that
+has torch, triton, timm and scipy. Pure Python packages, as fla-core for DiG, can travel as wheels: put them on PYTHONPATH.
+
+    python -m experiments.measure_gpu --minutes 9 --against dico_xl=theirs/models.py:DiCo_XL --bundle out/measured.tar.gz
+
+Parts run in the order of their importance: the kernels' tests, the scan's bandwidth, steps eager and by CUDA graphs, the share of the
+device's ceilings, profiles, steps compiled, the claims about speed, tables and Figure 3. Every stage's record is written as it ends, and
+the bundle, all that was measured so far, is written anew every few seconds, so a cut costs one stage at most. To go on, unpack it in the
+results folder and call again, `--from` the part that was cut off; what has a record is not measured again, but steps and kernels are.
+$DICO_COMMIT names the commit in the records where the tree has no history.
 """
 
 from __future__ import annotations
@@ -12,32 +19,45 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 from experiments.engine.cli import Parser, guarded, require_device
-from experiments.engine.store import REPOSITORY
+from experiments.engine.files import written_whole
+from experiments.engine.store import REPOSITORY, Store
 
-LEAST = 5.0  # seconds; with less left a part is not begun
+LEAST = 5.0   # seconds; with less left a part is not begun
+OFTEN = 10.0  # seconds between two bundles
+GRACE = 10.0  # seconds that a part has to end once it is told to
+NETWORKS = {"cuda": ("dico_xl", "dit_xl_2"), "cpu": ("dico_s", "dit_s_2")}
+ROWS = {"cuda": ("DiCo-XL", "DiT-XL/2"), "cpu": ("DiCo-S", "DiT-S/2")}
 
 
-def parts(against: list[str]) -> list[tuple[str, list[str]]]:
-    """(name, command after the interpreter), in order of importance."""
-    on_gpu = ["--device", "cuda"]
-    tests = [f"tests/test_{name}.py" for name in ("kernels_fused", "kernels_ssm", "kernels_gla", "kernels_linear", "accelerate")]
-    efficiency, steps = ["experiments/efficiency.py", *on_gpu], ["experiments/benchmark_steps.py", *on_gpu, "--networks", "dico_xl", "dit_xl_2", "--precision", "tf32", "bf16"]
-    return [
-        ("kernel tests", ["-m", "pytest", "-q", "-n", "0", *tests]),
-        ("claims", [*efficiency, "--claims"]),
-        ("steps", [*steps, "--rounds", "5", *(["--against", *against] if against else [])]),
-        ("steps by CUDA graphs", [*steps, "--rounds", "3", "--graphs"]),
-        ("steps compiled", [*steps, "--rounds", "3", "--compile"]),
-        ("kernels", ["experiments/benchmark_kernels.py", *on_gpu]),
-        *((f"table {number}, {task}", [*efficiency, "--table", str(number), "--task", task]) for number, task in ((1, "forward"), (2, "forward"), (1, "training"))),
-        *((f"profile of {row}", [*efficiency, "--profile", row, "--task", "training"]) for row in ("DiCo-XL", "DiT-XL/2")),
-        ("steps compiled, by CUDA graphs", [*steps, "--rounds", "3", "--compile", "--graphs"]),
-        ("figure 3", [*efficiency, "--figure", "3"]),
-    ]
+def parts(device: str, against: list[str]) -> dict[str, list[str]]:
+    """Commands after the interpreter, by name, in order of importance; on a CPU what it can do of them, with small networks."""
+    on, cuda = ["--device", device], device == "cuda"
+    tests = ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *(f"tests/test_{name}.py" for name in ("kernels_choices", "kernels_ssm", "accelerate"))]
+    efficiency, kernels = ["experiments/efficiency.py", *on], ["experiments/benchmark_kernels.py", *on]
+    steps = ["experiments/benchmark_steps.py", *on, "--rounds", "3", "--networks", *NETWORKS[device], *(["--precision", "bf16", "tf32"] if cuda else [])]
+    steps += ["--against", *against] if against else []
+    found = {
+        "kernel tests": [*tests, "-m", "gpu and not slow"],
+        "scan": [*kernels, "--kernels", "selective_scan", *(["--batch", "256"] if cuda else [])],
+        "steps": steps,
+        "steps by CUDA graphs": [*steps, "--graphs"],
+        "training beside the ceilings": [*efficiency, "--table", "1", "--task", "training", "--rows", *ROWS[device]],
+        **{f"profile of {row}": [*efficiency, "--profile", row, "--task", "training"] for row in ROWS[device]},
+        "steps compiled": [*steps, "--compile"],
+        "precision and recall": ["experiments/benchmark.py", "--neighbours", *on],
+        "claims": [*efficiency, "--claims"],
+        "kernels": kernels,
+        **{f"table {number}, {task}": [*efficiency, "--table", str(number), "--task", task] for number, task in ((1, "forward"), (2, "forward"), (1, "training"))},
+        "steps compiled, by CUDA graphs": [*steps, "--compile", "--graphs"],
+        "tests of compiled networks": [*tests, "-m", "gpu and slow"],
+        "figure 3": [*efficiency, "--figure", "3"],
+    }
+    return {name: command for name, command in found.items() if cuda or not ("--graphs" in command or "pytest" in command)}
 
 
 def main() -> int:
@@ -47,30 +67,63 @@ def main() -> int:
 def _main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0, help="for all of it (default: 9)")
-    parser.add_argument("--against", nargs="*", default=[], metavar="BACKBONE=FILE:NAME", help="other implementations to compare steps with")
+    parser.add_argument("--against", nargs="*", default=[], metavar="BACKBONE=FILE:NAME", help="other implementations to compare steps with, as in benchmark_steps.py")
+    parser.add_argument("--from", dest="first", metavar="PART", help="begin with this part, by name")
+    parser.add_argument("--bundle", type=Path, metavar="FILE.tar.gz", help="keep all that was measured in this file too")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="a CPU rehearses, with small networks (default: cuda)")
     parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="results folder (default: results)")
     args = parser.parse_args()
-    end, good = time.monotonic() + 60 * args.minutes, True
-    require_device("cuda")
-    for name, command in parts(args.against):
-        left = end - time.monotonic()
-        if left < LEAST:
+    end, good, chosen, store = time.monotonic() + 60 * args.minutes, True, parts(args.device, args.against), Store(args.results)
+    if args.first:
+        if args.first not in chosen:
+            parser.error(f"--from takes a part: {'; '.join(chosen)}")
+        chosen = dict(list(chosen.items())[list(chosen).index(args.first) :])
+    store.check_writable()
+    require_device(args.device)
+    for name, command in chosen.items():
+        if end - time.monotonic() < LEAST:
             print(f"== {name}: not begun, the time is over", flush=True)
             good = False
             continue
-        results = ["--results", str(args.results.resolve())] if args.results and "pytest" not in command else []
+        results = ["--results", str(store.root.resolve())] if "pytest" not in command else []
         started = time.monotonic()
         print(f"== {name}", flush=True)
-        running = subprocess.Popen([sys.executable, *command, *results], cwd=REPOSITORY, start_new_session=True)
-        try:
-            status = running.wait(left)
-        except subprocess.TimeoutExpired:
-            os.killpg(running.pid, signal.SIGTERM)  # its workers too, which would keep the device
-            running.wait()
-            status = "cut off by the time"
-        good = good and status == 0
-        print(f"== {name}: {'done' if status == 0 else status} after {time.monotonic() - started:.0f} s", flush=True)
+        status = _run([*command, *results], end, store, args.bundle)
+        good = good and status == "done"
+        print(f"== {name}: {status} after {time.monotonic() - started:.0f} s", flush=True)
     return 0 if good else 1
+
+
+def _run(command: list[str], end: float, store: Store, bundle: Path | None) -> str:
+    """Run a part until it ends or the time does; what became of it."""
+    paths = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+    running = subprocess.Popen([sys.executable, *command], cwd=REPOSITORY, start_new_session=True, env=os.environ | {"PYTHONPATH": paths})
+    status = None
+    while status is None and (left := end - time.monotonic()) > 0:
+        try:
+            status = running.wait(min(left, OFTEN))
+        except subprocess.TimeoutExpired:
+            pass
+        pack(store, bundle)
+    if status is not None:
+        return "done" if status == 0 else f"ended with {status}"
+    for sign in (signal.SIGTERM, signal.SIGKILL):  # its workers too, which would keep the device
+        os.killpg(running.pid, sign)
+        try:
+            running.wait(GRACE)
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    pack(store, bundle)
+    return "cut off by the time"
+
+
+def pack(store: Store, bundle: Path | None) -> None:
+    """Write the records of this results folder into the bundle, whole or not at all."""
+    if bundle and (store.root / "records").is_dir():
+        with written_whole(bundle) as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
+            for record in sorted((store.root / "records").glob("*/[!.]*.json")):
+                archive.add(record, record.relative_to(store.root))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draw images of a declared row: `python experiments/sample.py --table 4 --row DiCo-S --num 50000`.
+"""Draw images of a declared row: `python experiments/sample.py --row DiCo-S --num 50000`.
 
 Each image comes from its own seed, so the set depends on neither the batch nor the number of processes (srun or torchrun starts
 several, one a GPU) but by rounding, and not on where a stopped run went on. Labels follow the
@@ -10,16 +10,26 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from experiments import ablation, main_results
 from experiments.engine.cli import Parser, guarded
 from experiments.engine.launch import Job
 from experiments.engine.progress import Progress
+from experiments.engine.rows import table_of
 from experiments.engine.sources import require_data
 from experiments.engine.store import REPOSITORY, Store
 from experiments.protocols import PROTOCOLS, evaluate_stage
+
+if TYPE_CHECKING:
+    from experiments.engine.distributed import Group
+    from experiments.engine.samples import Samples
+    from experiments.engine.spec import Evaluate
+    from experiments.engine.train import Resources
 
 TABLES = ablation.TABLES | main_results.TABLES
 
@@ -34,7 +44,7 @@ def _cannot_write(error: OSError) -> str:
 
 def _main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", type=int, choices=sorted(TABLES), required=True)
+    parser.add_argument("--table", type=int, choices=sorted(TABLES), help="that declares the row (default: the one that does)")
     parser.add_argument("--row", required=True, help="by its label")
     parser.add_argument("--protocol", choices=list(PROTOCOLS), default="digits")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the training run (default: 0)")
@@ -48,15 +58,14 @@ def _main() -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    table, protocol = TABLES[args.table], PROTOCOLS[args.protocol]
-    rows = {row.label: row for row in (*table.rows, *table.outside)}
-    if args.row not in rows:
-        raise ValueError(f"table {table.number} has no row {args.row!r}; known: {', '.join(map(repr, rows))}")
-    if rows[args.row].backbone is None:
+    protocol = PROTOCOLS[args.protocol]
+    table = TABLES[args.table] if args.table else table_of(args.row, TABLES, lambda row: evaluate_stage(row, protocol, args.seed))
+    row = table.row(args.row)
+    if row.backbone is None:
         raise ValueError(f"row {args.row!r} holds published numbers only: there is no network to sample")
     if args.batch < 1 or (args.num is not None and args.num < 1):
         raise ValueError("--num and --batch take numbers from 1 on")
-    spec = evaluate_stage(rows[args.row], protocol, args.seed)
+    spec = evaluate_stage(row, protocol, args.seed)
     spec = replace(spec, num=args.num or spec.num)
     require_data(spec.data)
     store = Store(args.results, REPOSITORY / "results" / "reference")
@@ -66,8 +75,6 @@ def _run(args: argparse.Namespace) -> int:
 
     from experiments.engine import distributed
     from experiments.engine.execute import require_device
-    from experiments.engine.heartbeat import claimed
-    from experiments.engine.samples import sampled
     from experiments.engine.train import Resources
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -75,16 +82,44 @@ def _run(args: argparse.Namespace) -> int:
     out, job = args.out or store.run_dir(spec) / "samples.npz", Job(f"{args.row}, {spec.num} images", (spec,))
     resources = Resources(device, sample_batch=args.batch)
     group = distributed.join(device, resources.timeout)
-    if not group.first:
-        sampled(spec, store.run_dir(spec.train), resources, lambda *_: None, group)
-        return 0
-    with claimed(store.run_dir(spec), group.world_size) as beat, Progress(total=1) as progress:
-        samples = sampled(spec, store.run_dir(spec.train), resources, lambda *state: progress.notify(job, "progress", state), group, beat)
+    with ExitStack() as held:
+        progress = held.enter_context(Progress(total=1)) if group.first else None
+        samples = _drawn(spec, store, resources, group, held, lambda *state: progress and progress.notify(job, "progress", state))
+        if not group.first:
+            return 0
         samples.pack(out)
         if args.png:
             samples.write_png(args.png)
     print(f"{spec.num} images {samples.shape[1]} x {samples.shape[2]}, {spec.labels} labels, seed {spec.seed}, {samples.nfe:g} network evaluations each: {out}")
     return 0
+
+
+def _drawn(spec: Evaluate, store: Store, resources: Resources, group: Group, held: ExitStack, report: Any) -> Samples:
+    """The set, drawn by all ranks; the first one's hold on its folder lasts as long as `held`. Where one rank fails all end, each with its error."""
+    from experiments.engine import distributed, preemption
+    from experiments.engine.heartbeat import claimed
+    from experiments.engine.samples import sampled
+
+    folder, refusal, beat = store.run_dir(spec), None, None
+    if group.first:
+        try:
+            beat = held.enter_context(claimed(folder, group.world_size))
+            distributed.clear_errors(folder)
+        except (ValueError, OSError) as error:
+            refusal = error
+    if refusal := group.share(refusal):  # every rank says so
+        raise refusal
+    try:
+        with distributed.Watch(group, folder, lambda error: print(f"error: {error}", file=sys.stderr, flush=True)):
+            return sampled(spec, store.run_dir(spec.train), resources, report, group, beat)
+    except Exception as failure:
+        if group.world_size == 1:
+            raise
+        try:
+            raise ValueError(distributed.cause(folder, group, failure)) from None
+        except distributed.Lost as lost:
+            print(f"error: {lost}; the same command goes on where this one stopped", file=sys.stderr)
+            raise SystemExit(preemption.LOST) from None
 
 
 if __name__ == "__main__":

@@ -44,6 +44,14 @@ def test_bytes_are_those_of_every_tensor_once_each_way():
     assert found["gb_per_s"] * found["forward_backward_ms"] * 1e6 == pytest.approx((in_forward + in_backward) * tensor)
 
 
+def test_the_scan_in_triton_is_judged_by_its_share_of_a_copys_bandwidth(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    values = dict(forward_ms=1.0, forward_backward_ms=3.0, times_as_fast_as_reference=2.0)
+    for choice, bandwidth in (("triton", 2000.0), ("triton", 1999.0), ("loop", 1.0)):
+        benchmark_kernels._record(Store(tmp_path), Kernel("selective_scan", choice, "cpu", 1), values | {"gb_per_s": bandwidth}, 5e12)
+    reaches, misses, unjudged = capsys.readouterr().out.splitlines()
+    assert reaches.endswith("reaches the 40 % asked of it") and misses.endswith("misses the 40 % asked of it") and unjudged.endswith("of a copy's")
+
+
 @pytest.mark.parametrize("wrong", [lambda q, k, v, bias=None: 1.01 * reference(q, k, v), lambda q, k, v, bias=None: reference(q, k.detach(), v) + 0 * k.sum()], ids=["output", "gradient"])
 def test_what_is_not_the_reference_is_a_failed_record_and_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong):
     monkeypatch.setattr(op, "choices", {"wrong": Choice("wrong", wrong)} | op.choices)

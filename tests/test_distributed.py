@@ -40,7 +40,7 @@ def member(group: Group, port: int, root: Path, spec: Stage, resources: Resource
     """One rank at work; at a step of a rank a fault strikes: 'raise', 'kill', 'stop', 'requeue', 'raise while others hang', 'hang' until the others have left, or, from there on, a loss of 'nan' or a 'spike'."""
     torch.set_num_threads(1)
     preemption.listen()
-    train.LOG_EVERY, distributed.POLL, distributed.GRACE = 3, 0.1, 2.0
+    train.LOG_EVERY, distributed.POLL, distributed.GRACE, evaluate.ON_CPU = 3, 0.1, 2.0, 5
     if group.world_size > 1:
         names = dict(RANK=group.rank, WORLD_SIZE=group.world_size, LOCAL_RANK=group.rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         os.environ.update({name: str(value) for name, value in names.items()})
@@ -84,7 +84,7 @@ def group(world: int, root: Path, spec: Stage = TRAIN, fault: tuple[str, int, in
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    given = Resources(**dict(checkpoint_every=5, sample_batch=5, timeout=BOUND) | resources)
+    given = Resources(**dict(checkpoint_every=5, timeout=BOUND) | resources)
     ranks = [context.Process(target=member, args=(Group(rank, world, rank), port, root, spec, given, fault, seen)) for rank in range(world)]
     for rank in ranks:
         rank.start()
@@ -298,10 +298,11 @@ def test_scores_do_not_depend_on_the_group_and_sampling_goes_on_from_finished_ba
         return sampled(*arguments)
 
     monkeypatch.setattr(evaluate, "images", interrupted)
+    monkeypatch.setattr(evaluate, "ON_CPU", 5)
     torch.set_num_threads(1)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.run(SCORE, run, alone / "runs" / "classifiers", Resources(sample_batch=5))
-    values = evaluate.run(SCORE, run, alone / "runs" / "classifiers", Resources(sample_batch=5))
+        evaluate.run(SCORE, run, alone / "runs" / "classifiers", Resources())
+    values = evaluate.run(SCORE, run, alone / "runs" / "classifiers", Resources())
     assert [part.start for part in drawn] == [0, 5, 10, 10, 15, 20]
     assert {name: repr(value) for name, value in outcome(alone, SCORE).values.items()} == {name: repr(value) for name, value in values.items()}
     model = build(TRAIN.backbone, 0, torch.device("cpu")).eval()

@@ -87,6 +87,7 @@ def test_scan_loop_keeps_its_state_in_float32():
     assert torch.equal(out, truth.float().bfloat16()) or relative_rms(out, truth.float().bfloat16()) < 1e-3
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="the test below runs this one in Triton's interpreter")
 @pytest.mark.parametrize("size", SIZES)
 def test_scan_in_triton_agrees_with_the_reference(size: str):

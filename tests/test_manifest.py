@@ -16,18 +16,19 @@ from experiments.engine.manifest import ABSENT, EFFECTS, declared, differences, 
 from experiments.engine.report import comparison_sheet, main_sheet
 from experiments.engine.spec import Sampler, canonical
 from experiments.engine.store import REPOSITORY, Store
-from experiments.protocols import DIGITS, IMAGENET256, evaluate_stage
+from experiments.protocols import DIGITS, IMAGENET256, IMAGENET256_FIXED, evaluate_stage
 
 SPEC = evaluate_stage(TABLE_4.rows[0], IMAGENET256, 0)
 FOUND = {"extractor": {"sha256": "ab"}, "flags": {"matmul_tf32": False, "cudnn_tf32": False}, "versions": {"torch": "2"}}
 PROVENANCE = {"device": "cpu", "cpu": "a", "torch": "2", "dirty": False, "seconds": 1.0}
 
 
-def made(spec: Any = SPEC, model: dict[str, Any] | None = None, **found: Any) -> dict[str, Any]:
-    return manifest(canonical(spec, full=True), model or {"weights_sha256": "1", "key": "ema"}, FOUND | found)
+def made(spec: Any = SPEC, model: dict[str, Any] | None = None, batch: int = 250, **found: Any) -> dict[str, Any]:
+    return manifest(canonical(spec, full=True), model or {"weights_sha256": "1", "key": "ema"}, FOUND | found, batch=batch)
 
 
 def test_the_hash_names_how_was_measured_and_not_what():
+    assert made()["hash"] == made(batch=100)["hash"] and differences(made(), made(batch=100)) == [("run.batch", 250, 100)]
     assert made()["hash"] == made(model={"weights_sha256": "2", "key": "raw"})["hash"] == made(evaluate_stage(TABLE_4.rows[1], IMAGENET256, 3))["hash"]
 
 
@@ -58,6 +59,13 @@ def test_every_declared_choice_changes_the_hash_and_is_named(field: str, changed
 ])
 def test_everything_found_changes_the_hash_and_has_a_known_effect(field: str, found: dict[str, Any]):
     assert made(**found)["hash"] != made()["hash"] and field in [key for key, *_ in differences(made(), made(**found))] and all(effect(field))
+
+
+def test_what_the_networks_saw_is_recorded_beyond_its_name():
+    other = made(evaluate_stage(TABLE_4.rows[0], IMAGENET256_FIXED, 0))
+    assert differences(made(), other) == [("model.data.latents", "moments", "fixed")] and other["hash"] == made()["hash"]
+    longer = made(evaluate_stage(TABLE_4.rows[0], replace(IMAGENET256, recipe=replace(IMAGENET256.recipe, steps=80_000)), 0))
+    assert [key for key, *_ in differences(made(), longer)] == ["model.recipe.steps"] and all(effect("model.recipe.steps"))
 
 
 def test_a_model_may_differ_and_what_one_does_not_record_is_no_clash():

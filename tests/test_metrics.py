@@ -12,7 +12,7 @@ from scipy.special import rel_entr
 from experiments.engine.metrics import (
     Moments, frechet, frechet_jackknife, frechet_se, inception_score, proportion_se,
 )
-from experiments.engine.neighbours import precision_recall
+from experiments.engine.neighbours import neighbour_shares, precision_recall
 
 
 def moments(*batches: ndarray) -> Moments:
@@ -81,7 +81,19 @@ def test_frechet_rank_deficient_equals_nuclear_norm():
     xc, yc = x - x.mean(0), y - y.mean(0)
     cross = np.linalg.norm(xc @ yc.T, "nuc") / np.sqrt(39 * 59)
     truth = np.square(x.mean(0) - y.mean(0)).sum() + np.square(xc).sum() / 39 + np.square(yc).sum() / 59 - 2 * cross
-    assert frechet(moments(x), moments(y)) == pytest.approx(truth, abs=1e-5)
+    assert frechet(moments(x), moments(y)) == pytest.approx(truth, abs=1e-9) == frechet(moments(y), moments(x))
+    known = Moments.known(y.mean(0), np.cov(y, rowvar=False))
+    assert (known.cov == np.cov(y, rowvar=False)).all() and frechet(moments(x), known) == pytest.approx(truth, abs=1e-6)
+
+
+def test_frechet_of_features_like_inceptions():
+    """Non-negative, mostly small, spectrum over ten decades: against scipy's root of the product."""
+    rng = np.random.default_rng(16)
+    decay = np.logspace(0, -5, 60)
+    x, y = (np.maximum(rng.standard_normal((n, 60)) * decay @ spd(np.random.default_rng(17), 60) + shift, 0) for n, shift in ((900, 0.1), (700, 0.15)))
+    c1, c2 = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    truth = np.square(x.mean(0) - y.mean(0)).sum() + np.trace(c1 + c2 - 2 * sqrtm(c1 @ c2).real)
+    assert frechet(moments(x), moments(y)) == pytest.approx(truth, rel=1e-6)
 
 
 def bumpy(rng: np.random.Generator, labels: ndarray) -> ndarray:
@@ -185,11 +197,12 @@ def test_inception_score_error_matches_monte_carlo():
 
 
 def brute_force(reference: ndarray, samples: ndarray, k: int) -> tuple[float, float]:
-    def reach(x: ndarray) -> ndarray:
-        return np.array([np.sort(np.delete(np.square(x - row).sum(1), i))[k - 1] for i, row in enumerate(x)])
-
     cross = np.square(reference[:, None] - samples).sum(2)
-    return (cross <= reach(reference)[:, None]).any(0).mean(), (cross <= reach(samples)).any(1).mean()
+    return (cross <= reach(reference, k)[:, None]).any(0).mean(), (cross <= reach(samples, k)).any(1).mean()
+
+
+def reach(x: ndarray, k: int) -> ndarray:
+    return np.array([np.sort(np.delete(np.square(x - row).sum(1), i))[k - 1] for i, row in enumerate(x)])
 
 
 def cloud(rng: np.random.Generator, n: int) -> ndarray:
@@ -212,6 +225,28 @@ def test_precision_recall_equals_brute_force_for_every_block(draw: Callable[[np.
         truth = brute_force(reference, samples, k)
         for block in (7, 100, 307):
             assert precision_recall(reference, samples, k, block) == truth
+
+
+@pytest.mark.parametrize("draw", [cloud, offset_cloud, tied_lattice])
+@pytest.mark.parametrize("k", [3, 5])
+def test_density_and_coverage_equal_brute_force_for_every_block(draw: Callable[[np.random.Generator, int], ndarray], k: int):
+    rng = np.random.default_rng(18)
+    reference, samples = draw(rng, 211), draw(rng, 307)
+    inside = np.square(reference[:, None] - samples).sum(2) <= reach(reference, k)[:, None]
+    held = inside.sum(0) / k
+    for block in (7, 100, 307):
+        found = neighbour_shares(reference, samples, k, block)
+        assert (found.density, found.coverage) == (pytest.approx(held.mean(), rel=1e-12), inside.any(1).mean())
+        assert found.density_se == pytest.approx(held.std(ddof=1) / np.sqrt(307), rel=1e-9)
+
+
+def test_density_and_coverage_of_one_distribution_and_of_half_its_modes():
+    rng = np.random.default_rng(19)
+    mode = np.arange(2000) % 4
+    whole, again = (20 * np.eye(4)[mode] + rng.standard_normal((2000, 4)) for _ in range(2))
+    same, half = neighbour_shares(whole, again, 5), neighbour_shares(whole, again[mode < 2], 5)
+    assert same.density == pytest.approx(1, abs=4 * same.density_se) and same.coverage == pytest.approx(1 - 0.5**5, abs=0.02)  # Naeem et al. 2020, section 3.2
+    assert half.density == pytest.approx(1, abs=0.15) and half.coverage < 0.5 and neighbour_shares(again[mode < 2], whole, 5).density < 0.6
 
 
 def test_precision_recall_counts_ties_and_excludes_self():

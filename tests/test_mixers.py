@@ -260,6 +260,22 @@ def test_kernels_are_forced_restored_and_recorded():
         kernels.attention(q, q, q)
 
 
+def test_a_compiled_graph_tells_at_every_call_what_it_runs():
+    """Traced once, it is called with other kernels in between, and after the record was cleared."""
+    q, compiled = torch.randn(1, 2, 3, 4), torch.compile(kernels.attention, backend="eager", fullgraph=True)
+
+    def ran(**forced: str) -> dict[str, list[str]]:
+        kernels.reset_used()
+        with kernels.use(**forced):
+            compiled(q, q, q)
+        return kernels.used()
+
+    torch._dynamo.utils.counters.clear()
+    for _ in range(2):
+        assert ran() == {"attention": ["sdpa"]} and ran(attention="reference") == {"attention": ["reference"]}
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the record decides nothing
+
+
 @pytest.mark.parametrize("choices, words", [
     ({"attend": "sdpa"}, "unknown kernel 'attend'; known: adaln, attention"), ({"attention": "fast"}, "no implementation 'fast'; known: flash, sdpa, reference"),
 ])

@@ -126,3 +126,11 @@ def test_a_damaged_picture_is_named(tmp_path: Path, damage):
     with pytest.raises(ValueError, match=r"n02/0\.JPEG cannot be decoded: ") as failure:
         read_picture(path, 64)
     assert "\n" not in str(failure.value)
+
+
+def test_sixteen_bits_a_level_are_refused_and_not_clipped_to_white(tmp_path: Path):
+    levels = np.random.default_rng(0).integers(0, 2**16, (70, 64), dtype=np.uint16)
+    Image.fromarray(levels).save(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match=r"deep\.png cannot be decoded: its levels are no bytes") as failure:
+        read_picture(tmp_path / "deep.png", 64)
+    assert "\n" not in str(failure.value)

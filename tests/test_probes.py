@@ -62,6 +62,9 @@ def test_rows_that_are_not_trained_here(results, capsys):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["locality"], "name one of --table"),
     (["locality", "--table", "4", "--rows", "none"], "has no row 'none'"),
+    (["locality", "--rows", "none"], "no table has a network as row 'none'"),
+    (["locality", "--rows", "ADM-U"], "say which with --table"),
+    (["locality", "--rows", "DiCo-S"], "not trained here: DiCo-S"),
     (["channels", "--table", "4", "--gradients", "2"], "belongs to locality"),
     (["channels", "--table", "4", "--steps", "0"], "--steps takes a number from 1 on"),
     (["locality", "--checkpoint", "gone.pt", "--backbone", "dico_s"], "no such checkpoint"),

@@ -13,7 +13,7 @@ from test_backbones import randomise
 from torch import Tensor, nn
 
 import backbones
-from backbones.checkpoint import load_published, read_weights
+from backbones.checkpoint import FLAT, load_published, read_weights
 
 Weights = dict[str, Tensor]
 
@@ -51,14 +51,25 @@ def test_round_trip(tmp_path: Path, name: str, file: str, write: Callable[[Weigh
     weights, model = tiny(name, seed=1).state_dict(), tiny(name, seed=2)
     write({key: value.clone() for key, value in weights.items()}, tmp_path / file)
     assert not same(model, weights)
-    load_published(model, tmp_path / file)
+    assert load_published(model, tmp_path / file) == (FLAT if file.startswith("flat") else "ema")
     assert same(model, weights)
 
 
 def test_another_key_can_be_read(tmp_path: Path):
     weights = tiny("dico_s", seed=1).state_dict()
     torch.save(trained(weights), tmp_path / "run.pt")
-    assert not any(value.any() for value in read_weights(tmp_path / "run.pt", key="model").values())
+    found, key = read_weights(tmp_path / "run.pt", key="model")
+    assert key == "model" and not any(value.any() for value in found.values())
+
+
+def test_a_key_that_is_asked_for_is_not_replaced_by_another(tmp_path: Path):
+    weights = tiny("dico_s", seed=1).state_dict()
+    torch.save({"state_dict": weights, "epoch": 3}, tmp_path / "other.pt")
+    assert read_weights(tmp_path / "other.pt")[1] == "state_dict"
+    for key in ("ema", "epoch"):
+        assert refused(lambda: load_published(tiny("dico_s", seed=2), tmp_path / "other.pt", key)) == f"other.pt: holds no weights under {key!r}; its keys: state_dict, epoch"
+    torch.save(weights, tmp_path / "flat.pt")
+    assert "holds no weights under 'ema'; its keys: x_embedder.proj.weight" in refused(lambda: read_weights(tmp_path / "flat.pt", "ema"))
 
 
 def test_a_wrong_model_is_named_key_by_key_and_nothing_is_loaded(tmp_path: Path):
@@ -73,7 +84,8 @@ def test_a_wrong_model_is_named_key_by_key_and_nothing_is_loaded(tmp_path: Path)
     assert "latent.0.conv1.bias is (5,), needs (48,)" in words
     torch.save(tiny("dit_s_2", seed=2).state_dict(), tmp_path / "dit.pt")
     words = refused(lambda: load_published(model, tmp_path / "dit.pt"))
-    assert "missing latent.0.conv1.bias" in words and "unexpected pos_embed" in words
+    assert "missing x_embedder.proj.weight" in words or "x_embedder.proj.weight is" in words
+    assert "unexpected pos_embed" in words and words.count("missing ") == words.count("unexpected ") == 6 and " more" in words and len(words) < 1500
     assert same(model, before)
 
 

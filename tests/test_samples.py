@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +25,7 @@ from experiments.engine.npz import Images
 from experiments.engine.quantise import to_uint8
 from experiments.engine.samples import draw, sampled
 from experiments.engine.spec import Backbone, Checkpoint, Data, Evaluate, Recipe, Sampler, Train, spec_id
+from experiments.engine.store import REPOSITORY
 from experiments.engine.train import Resources, build
 from experiments.protocols import DIGITS
 
@@ -172,3 +177,32 @@ def test_the_inception_stage_runs_from_weights_to_record(tmp_path: Path, monkeyp
     measure = values["manifest"]["measure"]
     assert measure["extractor"]["sha256"] and measure["reference"]["num_images"] == 9 and measure["quantiser"] == samples.QUANTISER
     assert json.loads(json.dumps(values["manifest"])) == values["manifest"]
+
+
+FAILING = """
+import sys, time
+from experiments import sample
+from experiments.engine import distributed, samples
+
+def sampled(spec, folder, resources, report, group, beat):
+    if group.rank == 1:
+        raise KeyError("boom")
+    time.sleep(600)
+
+distributed.POLL, distributed.GRACE, samples.sampled = 0.1, 1.0, sampled
+sys.argv = ["sample.py", "--row", "DiCo-S", "--device", "cpu", "--results", sys.argv[1]]
+sys.exit(sample.main())
+"""
+
+
+def test_a_rank_that_fails_ends_the_others_at_their_work(tmp_path: Path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        names = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", FAILING, str(tmp_path)], env=os.environ | names | dict(RANK=str(rank), LOCAL_RANK=str(rank)), cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1, 2], said
+    assert all("error: rank 1: KeyError: 'boom'\n" in words and "Traceback" not in words for words in said), said

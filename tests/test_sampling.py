@@ -77,7 +77,7 @@ def test_the_classifier_is_cached_by_content_and_scores_are_named_for_what_they_
     assert {"fd_digits", "is_digits", "precision_digits", "recall_digits", "agreement"} <= set(first)
     assert not {"fid", "is", "precision", "recall"} & set(first)
     assert first["classifier_accuracy"] > 0.95 and first["classifier_sha256"] == again["classifier_sha256"]
-    assert again["fd_digits"] == pytest.approx(first["fd_digits"], rel=1e-3)
+    assert repr(again) == repr(first) and first["manifest"]["run"] == {"batch": evaluate.ON_CPU}
     assert math.isfinite(first["fd_digits"]) and math.isnan(first["fd_digits_se"])  # 7 images are too few for an error
 
 

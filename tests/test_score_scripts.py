@@ -130,7 +130,7 @@ def test_a_dry_run_says_what_is_missing_and_what_it_would_cost(checkpoint: Path,
     monkeypatch.setattr(sources, "ROOT", tmp_path / "nothing")
     monkeypatch.delenv("DICO_INCEPTION", raising=False)
     monkeypatch.setenv("DICO_VAE", "gone")
-    monkeypatch.setattr(evaluate_checkpoint, "_load", lambda backbone, args: build("dico_s", **tiny_options_of("dico_s")).eval())
+    monkeypatch.setattr(evaluate_checkpoint, "_load", lambda backbone, args: (build("dico_s", **tiny_options_of("dico_s")).eval(), "ema"))
     monkeypatch.setattr(evaluate_checkpoint, "_seconds_per_pass", lambda *given: 0.01)
     arguments = "--backbone", "dico_s", "--checkpoint", checkpoint, "--device", "cpu", "--protocol"
     status, out, _ = run(evaluate_checkpoint, capsys, monkeypatch, *arguments, "imagenet256", "--dry-run")
@@ -148,7 +148,7 @@ def test_a_dry_run_says_what_is_missing_and_what_it_would_cost(checkpoint: Path,
 @pytest.mark.parametrize("name, size, words", [("sit_s_2", 256, "sde"), ("uvit_l_4", 512, "dpm_solver"), ("dim_l", 256, "dpm_solver"), ("dimsum_l_2", 256, "dopri5"), ("dit_s_2", 256, "ancestral")])
 def test_a_network_is_sampled_by_its_own_objectives_sampler(name: str, size: int, words: str, checkpoint: Path, capsys, monkeypatch):
     seen = []
-    monkeypatch.setattr(evaluate_checkpoint, "_load", lambda backbone, args: seen.append(backbone))
+    monkeypatch.setattr(evaluate_checkpoint, "_load", lambda backbone, args: (seen.append(backbone), "ema"))
     monkeypatch.setattr(evaluate_checkpoint, "_seconds_per_pass", lambda *given: 0.01)
     arguments = "--backbone", name, "--checkpoint", checkpoint, "--device", "cpu", "--protocol", f"imagenet{size}", "--dry-run", "--option", "learn_sigma=false"
     status, out, _ = run(evaluate_checkpoint, capsys, monkeypatch, *arguments)
@@ -170,7 +170,7 @@ def test_a_checkpoint_is_sampled_scored_and_recorded(grey, tmp_path: Path, capsy
     status, _, err = run(evaluate_checkpoint, capsys, monkeypatch, *arguments, "--report")
     assert (status, err) == (2, "error: there is no record of net.pt under tiny yet; leave out --report\n")
     status, out, err = run(evaluate_checkpoint, capsys, monkeypatch, *arguments)
-    assert status == 0 and "net.pt, tiny, manifest " in out and "FID-12 " in out and "the paper has no such row" in out, err
+    assert status == 0 and "net.pt (key ema), tiny, manifest " in out and "FID-12 " in out and "the paper has no such row" in out, err
     (path,) = (tmp_path / "results" / "records" / "evaluate").glob("*.json")
     values = read_record(path).values
     assert values["nfe"] == 2 and values["manifest"]["model"]["sha256"] == npz.sha256(tmp_path / "net.pt")
@@ -194,4 +194,16 @@ def test_the_papers_values_stand_beside_ours():
 ])
 def test_sampling_refuses_what_it_cannot_draw(arguments: list[str], complaint: str, tmp_path: Path, capsys, monkeypatch):
     status, _, err = run(sample, capsys, monkeypatch, "--table", 4, "--results", tmp_path, *arguments)
+    assert status == 2 and complaint in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("row, protocol, complaint", [
+    ("DiCo-S", "digits", "no finished checkpoint"),
+    ("ADM-U", "digits", "row 'ADM-U' is not the same in all of tables 1, 2, 8, 9; say which with --table"),
+    ("DiCo-X", "digits", "no table has a network as row 'DiCo-X'"),
+    ("LlamaGen-3B", "digits", "no table has a network as row 'LlamaGen-3B'"),
+])
+def test_a_row_finds_its_table(row: str, protocol: str, complaint: str, tmp_path: Path, capsys, monkeypatch):
+    """A row that several tables declare alike is one run, whichever of them is named."""
+    status, _, err = run(sample, capsys, monkeypatch, "--row", row, "--protocol", protocol, "--results", tmp_path)
     assert status == 2 and complaint in err and err.count("\n") == 1

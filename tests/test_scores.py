@@ -11,7 +11,8 @@ from scipy.special import rel_entr
 
 from experiments.engine import metrics, scores
 from experiments.engine.metrics import Moments, frechet, frechet_influence, frechet_se, influence_se, kid
-from experiments.engine.neighbours import precision_recall, precision_recall_half
+from experiments.engine.mind import mind
+from experiments.engine.neighbours import neighbour_shares, precision_recall, precision_recall_half
 from experiments.engine.scores import Measured, Reference, blocks, blocks_sum, measure, paired, read_reference, score
 
 DIM = 6
@@ -73,6 +74,10 @@ def test_every_score_equals_its_own_routine():
     assert values["is"] == pytest.approx(np.exp(rel_entr(p, p.mean(0)).sum(1).mean()), rel=1e-9)
     assert (values["precision"], values["recall"]) == precision_recall(real.pool, sample.pool)
     assert (values["precision_half"], values["recall_half"]) == precision_recall_half(real.pool, sample.pool)
+    assert values["mind"] == mind(sample.pool, real.pool) and values["mind_rows"] == 500
+    shares = neighbour_shares(real.pool, sample.pool)
+    assert (values["density"], values["density_se"], values["coverage"]) == (shares.density, shares.density_se, shares.coverage)
+    assert values["coverage_se"] == pytest.approx(np.sqrt(shares.coverage * (1 - shares.coverage) / 500))
     assert values["kid"] == kid(sample.pool, real.pool, size=500)[0]
 
 
@@ -80,7 +85,7 @@ def test_row_order_changes_no_score_but_the_ordered_inception_score():
     sample, real, order = drawn(600, 3), against(drawn(300, 4)), np.random.default_rng(5).permutation(600)
     first = score(sample, real)
     second = score(Measured(sample.pool[order], sample.spatial[order], sample.probabilities[order]), real)
-    for name in ("fid", "sfid", "precision", "recall", "is"):
+    for name in ("fid", "sfid", "precision", "recall", "density", "coverage", "is"):
         assert second[name] == pytest.approx(first[name], rel=1e-6)
 
 
@@ -160,6 +165,23 @@ def test_kernel_distance_equals_torch_fidelity():
     assert spread == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-6)
 
 
+def test_the_shuffled_inception_score_equals_torch_fidelitys():
+    """Its ten parts are blocks of a tenth, as ADM's of 5000 are at 50,000 images."""
+    pytest.importorskip("torch_fidelity")
+    import torch
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    logits = 2 * np.random.default_rng(22).standard_normal((730, 9))
+    theirs = isc_features_to_metric(torch.from_numpy(logits), splits=10, shuffle=True, rng_seed=2020)
+    p = torch.from_numpy(logits).softmax(1).numpy()[np.random.RandomState(2020).permutation(730)]
+    assert metrics.inception_score(p, block=73)[0] == pytest.approx(theirs["inception_score_mean"], rel=1e-9)
+
+
+def test_the_kernel_distance_of_whole_sets_does_not_depend_on_their_order():
+    x, y = np.random.default_rng(23).standard_normal((2, 120, 7))
+    assert kid(x, y, subsets=1, size=120)[0] == pytest.approx(kid(x[::-1], np.roll(y, 5, 0), subsets=1, size=120)[0], rel=1e-9)
+
+
 def half_by_hand(reference: ndarray, samples: ndarray, k: int) -> tuple[float, float]:
     """ADM's arithmetic in numpy, without blocks."""
 
@@ -200,6 +222,14 @@ def test_a_reference_without_statistics_is_taken_from_its_images_and_said(tmp_pa
     np.testing.assert_allclose(reference.moments["pool"].mean, measured.pool.mean(0), rtol=1e-5)
     assert any("no statistics" in text for text in score(measured, reference)["warnings"])
     assert score(measured, reference)["fid"] == pytest.approx(0, abs=1e-6)
+
+
+def test_another_size_than_the_references_is_warned_of(tmp_path: Path):
+    np.savez(tmp_path / "a.npz", arr_0=images(40, 0))
+    small, reference = measure(Grey(), iter([images(40, 1)[:, :3]])), read_reference(Grey(), tmp_path / "a.npz")
+    assert (small.size, reference.size) == ((3, 4), (4, 4))
+    assert any("the samples have 3 x 4 pixels and the reference's images 4 x 4" in text for text in score(small, reference)["warnings"])
+    assert not any("pixels" in text for text in score(measure(Grey(), iter([images(40, 1)])), reference)["warnings"])
 
 
 def test_a_reference_with_nothing_in_it_is_refused(tmp_path: Path):

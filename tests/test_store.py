@@ -204,3 +204,9 @@ def test_a_full_or_read_only_folder_is_known_before_any_work(code: int, tmp_path
 def test_provenance_knows_nothing_rather_than_something_wrong(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(store, "_git", lambda *_: None)
     assert store.provenance()["commit"] is None and store.provenance()["dirty"] is None
+
+
+def test_a_copied_tree_without_history_is_told_its_commit(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(store, "_git", lambda *command: None)
+    monkeypatch.setenv("DICO_COMMIT", "abc")
+    assert (store.provenance()["commit"], store.provenance()["dirty"]) == ("abc", None)

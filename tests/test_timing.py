@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+
+from test_train import DIGITS
 
 from backbones import kernels
 from backbones.kernels.attention import attention, reference
 from backbones.kernels.op import Choice
 from experiments.engine import ceilings, timing
 from experiments.engine.execute import execute
-from experiments.engine.precision import flags
-from experiments.engine.spec import Backbone, Ceilings, Cost, Timing
+from experiments.engine.precision import flags, precision
+from experiments.engine.spec import Backbone, Ceilings, Cost, Recipe, Timing, Train
 from experiments.engine.store import Store
 from experiments.engine.train import Resources
 
@@ -97,6 +100,19 @@ def test_a_record_names_the_kernels_that_were_timed(tmp_path: Path):
         assert record.status == "done" and record.provenance["kernels"]["attention"] == used
 
 
+TRAINED = Train(DIT.but(input_size=8, in_channels=1, num_classes=10), DIGITS, Recipe(steps=2, batch=4))
+
+
+@pytest.mark.parametrize("stage", [spec(compile=True), TRAINED], ids=["timing", "training"])
+def test_a_record_names_the_kernels_of_the_compiled_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: Timing | Train):
+    """Not those of the check before it, which runs another graph: here one kernel is a candidate where the network is compiled alone."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(attention, "choices", {"compiled": Choice("compiled", reference, pays=lambda *args: torch.compiler.is_compiling())} | attention.choices)
+    record = execute(stage, Store(tmp_path), Resources(compile=True), lambda *progress: None)
+    assert record.status == "done", record.error
+    assert record.provenance["kernels"]["attention"] == ["compiled"]
+
+
 def test_a_refusal_is_a_failed_record(tmp_path: Path, nearly: str):
     record = execute(spec(kernels={"attention": nearly}), Store(tmp_path), Resources(), lambda *progress: None)
     assert (record.status, record.values) == ("failed", {}) and record.error.startswith("ValueError: dit_s_2 with kernels")
@@ -117,18 +133,29 @@ def test_no_weight_that_matters_is_zero():
     assert model(torch.randn(1, 1, 8, 8), torch.tensor([3]), torch.tensor([1])).abs().max() > 0
 
 
+def test_weights_that_autocast_keeps_end_with_a_step_also_where_all_steps_are_timed_in_one_block():
+    layer, x = torch.nn.Linear(3, 5), torch.randn(2, 3)
+    with precision("bf16", torch.device("cpu")):
+        for _ in range(2):
+            with precision("bf16", torch.device("cpu")):
+                out = layer(x)
+            expected = torch.nn.functional.linear(x.bfloat16(), layer.weight.detach().bfloat16(), layer.bias.detach().bfloat16())
+            assert torch.equal(out, expected)
+            with torch.no_grad():
+                layer.weight.mul_(2)
+
+
 @pytest.mark.parametrize("what", ["training", "sampling"])
 def test_steps_of_training_and_loops_of_sampling_are_timed_whole(what: str, monkeypatch: pytest.MonkeyPatch):
     sizes: list[int] = []
-    build = timing.build if what == "sampling" else timing.Trainer.__init__.__globals__["build"]
+    draw = timing.drawn
 
     def heard(*args: object) -> torch.nn.Module:
-        model = build(*args)
+        model = draw(*args)
         model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
         return model
 
-    monkeypatch.setattr(timing, "build", heard)
-    monkeypatch.setitem(timing.Trainer.__init__.__globals__, "build", heard)
+    monkeypatch.setattr(timing, "drawn", heard)
     values = timing.run(spec(what=what, num_steps=3, batch=5))
     runs = values["runs"] * values["repeats"] * (3 if what == "sampling" else 1)
     assert values["images_per_s"] > 0 and sizes.count(10 if what == "sampling" else 5) >= runs

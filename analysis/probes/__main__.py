@@ -19,6 +19,7 @@ from pathlib import Path
 from analysis.probes.declared import PROBES, DiffusersLocality, Locality, Probe, declared, of_training
 from analysis.query import TRAINED, train_command, trained_row, trained_rows
 from experiments.engine.cli import Parser, guarded
+from experiments.engine.rows import table_of
 from experiments.engine.spec import Backbone, Diffusion, Train, spec_id
 from experiments.engine.store import REPOSITORY, Store
 from experiments.protocols import PROTOCOLS
@@ -40,7 +41,7 @@ def _main(arguments: list[str] | None) -> int:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m analysis.probes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("probe", choices=list(PROBES))
-    parser.add_argument("--table", type=int, choices=list(TRAINED), help="table of the paper whose rows are probed")
+    parser.add_argument("--table", type=int, choices=list(TRAINED), help="table of the paper whose rows are probed (default: the one that declares the first of --rows)")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, by label")
     parser.add_argument("--protocol", choices=list(PROTOCOLS), default="digits", help="under which the rows were trained (default: digits)")
     parser.add_argument("--seed", type=int, default=0, help="of the training (default: 0)")
@@ -57,9 +58,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="probe also what has a record")
     parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="results folder (default: results)")
     args = parser.parse_args(arguments)
+    if args.rows and (args.table, args.checkpoint, args.diffusers) == (None, None, None):
+        args.table = table_of(args.rows[0], TRAINED, lambda row: declared(args.probe, row, PROTOCOLS[args.protocol], args.seed)).number
     sources = (args.table, args.checkpoint, args.diffusers)
     if sum(source is not None for source in sources) != 1 or (args.checkpoint is None) != (args.backbone is None):
-        raise ValueError("name one of --table, --checkpoint with --backbone, and --diffusers; --help lists the options")
+        raise ValueError("name one of --table or --rows, --checkpoint with --backbone, and --diffusers; --help lists the options")
     if args.diffusers and args.probe != "locality":
         raise ValueError(f"diffusers' transformers are probed for locality alone, not for {args.probe}")
     for name in ("images", "steps", "memory"):

@@ -20,14 +20,20 @@ def reference(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale)
 
 
+@torch.compiler.disable
 def triton(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     from backbones.kernels.adaln_triton import adaln as run
 
     return run(x, shift, scale, EPS)
 
 
+def on_gpu(x: Tensor) -> bool:
+    """Whether kernels in Triton that compute in float32 take it."""
+    return x.is_cuda and x.dtype in (torch.float32, torch.float16, torch.bfloat16) and find_spec("triton") is not None
+
+
 def _supports(x: Tensor, shift: Tensor, scale: Tensor) -> bool:
-    return x.is_cuda and x.ndim == 3 and shift.shape == scale.shape == (len(x), 1, x.shape[-1]) and x.shape[-1] <= 8192 and find_spec("triton") is not None
+    return on_gpu(x) and x.ndim == 3 and shift.shape == scale.shape == (len(x), 1, x.shape[-1]) and x.shape[-1] <= 8192
 
 
 def unmeasured(*args: Tensor) -> bool:

@@ -25,6 +25,7 @@ def conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.silu(F.conv1d(x, weight, bias, padding=weight.shape[-1] - 1, groups=len(weight))[..., :x.shape[-1]])
 
 
+@torch.compiler.disable
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     from causal_conv1d import causal_conv1d_fn
 

@@ -6,13 +6,11 @@ bounds, where each pass counts. Without gradients oneDNN applies GELU as it writ
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbones.kernels.adaln import unmeasured
+from backbones.kernels.adaln import on_gpu, unmeasured
 from backbones.kernels.linear import pointwise
 from backbones.kernels.linear import supports as onednn_supports
 from backbones.kernels.op import Choice, Op
@@ -41,6 +39,7 @@ def _pays(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     return len(weight) >= WIDE and not torch.compiler.is_compiling()  # a compiler fuses by itself
 
 
+@torch.compiler.disable
 def triton(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     from backbones.kernels.depthwise_triton import depthwise_gelu as run
 
@@ -48,7 +47,7 @@ def triton(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _triton_supports(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
-    return x.is_cuda and x.is_contiguous(memory_format=torch.channels_last) and find_spec("triton") is not None
+    return on_gpu(x) and x.is_contiguous(memory_format=torch.channels_last)
 
 
 _ONEDNN = Choice("onednn", onednn, _without_gradient, _pays)

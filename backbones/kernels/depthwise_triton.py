@@ -61,7 +61,7 @@ def _backward_z(
     slope = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
     grad_z = tl.load(grad_ptr + at, mask=real, other=0.0).to(tl.float32) * slope
     tl.store(grad_z_ptr + at, grad_z.to(grad_z_ptr.dtype.element_ty), mask=real)
-    term = tl.program_id(0) * C + channel
+    term = tl.program_id(0).to(tl.int64) * C + channel
     tl.store(bias_terms + term, tl.sum(grad_z, axis=0), mask=channel < C)
     for tap in tl.static_range(K * K):
         x = _neighbour(x_ptr, at, h, w, tap // K - K // 2, tap % K - K // 2, H, W, C, real)

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
 _forced: dict[str, str] = {}
-_used: dict[str, set[str]] = {}
 _ops: dict[str, Op] = {}
 _counters: list[Callable[[int], AbstractContextManager[None]]] = []
 _observers: list[Callable[..., None]] = []
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Choice:
     """One implementation. `supports` answers for the arguments of a call, without running it; where it does but does not
-    `pay`, the choice is taken only by force."""
+    `pay`, the choice is taken only by force. `ran` tells whether it did since `reset_used`."""
 
     name: str
     run: Callable[..., Any]
     supports: Callable[..., bool] = lambda *args, **kwargs: True
     pays: Callable[..., bool] = lambda *args, **kwargs: True
+    ran: bool = field(default=False, init=False)
 
 
 class Op:
@@ -34,13 +32,12 @@ class Op:
     """
 
     def __init__(self, name: str, choices: list[Choice], macs: Callable[..., int] | None = None) -> None:
-        self.name, self.choices, self.macs = name, {choice.name: choice for choice in choices}, macs
+        self.name, self.choices, self.macs = name, {choice.name: replace(choice) for choice in choices}, macs
         _ops[name] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         choice = self._pick(*args, **kwargs)
-        if not torch.compiler.is_compiling():
-            _used.setdefault(self.name, set()).add(choice.name)
+        choice.ran = True  # an attribute that nothing here reads: a compiled graph sets it at every call, and depends on none of it
         for observer in _observers:
             observer(self.name, *args, **kwargs)
         if self.macs and _counters:
@@ -100,9 +97,12 @@ def references() -> dict[str, str]:
 
 
 def used() -> dict[str, list[str]]:
-    """The implementations that ran since `reset_used`, by op."""
-    return {name: sorted(choices) for name, choices in sorted(_used.items())}
+    """The implementations that ran since `reset_used`, by op; in a replay of a CUDA graph nothing is heard of them."""
+    found = {name: sorted(choice.name for choice in op.choices.values() if choice.ran) for name, op in sorted(_ops.items())}
+    return {name: choices for name, choices in found.items() if choices}
 
 
 def reset_used() -> None:
-    _used.clear()
+    for op in _ops.values():
+        for choice in op.choices.values():
+            choice.ran = False

@@ -104,6 +104,7 @@ def loop(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, z
         return (y * F.silu(z)).permute(1, 2, 0).to(dtype)
 
 
+@torch.compiler.disable
 def mamba_ssm(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, z: Tensor, bias: Tensor) -> Tensor:
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
@@ -111,6 +112,7 @@ def mamba_ssm(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tens
     return selective_scan_fn(u, delta, a.float(), b, c, d.float(), z, bias.float(), delta_softplus=True)
 
 
+@torch.compiler.disable
 def triton(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, z: Tensor, bias: Tensor) -> Tensor:
     from backbones.kernels.selective_scan_triton import selective_scan as run
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from experiments.engine.precision import flags
+
 Recording = tuple[Callable[[], None], tuple[Tensor, ...], Tensor]  # what runs it, where it reads its inputs, where it leaves its result
 
 
@@ -39,10 +41,10 @@ class Captured:
         self.recordings: dict[tuple[Any, ...], Recording] = {}
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        key = tuple((tuple(part.shape), part.stride(), part.dtype) for part in inputs) + (torch.is_autocast_enabled("cuda"), torch.backends.cuda.matmul.allow_tf32)
+        cast, kind = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        key = *((tuple(part.shape), part.stride(), part.dtype) for part in inputs), cast, kind, *flags().values()
         if key not in self.recordings:
-            cast = torch.is_autocast_enabled("cuda")
-            with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), cast, cache_enabled=False):  # cached weights would not outlive the block
+            with torch.autocast("cuda", kind, cast, cache_enabled=False):  # cached weights would not outlive the block
                 self.recordings[key] = self._record(tuple(part.clone() for part in inputs))
         replay, places, out = self.recordings[key]
         for place, part in zip(places, inputs, strict=True):
@@ -58,6 +60,6 @@ class Captured:
                 self.function(*places)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads go on pinning batches and noise, which a global capture forbids
             out = self.function(*places)
         return graph.replay, places, out

@@ -9,10 +9,11 @@ import torch
 
 
 def joules(device: torch.device) -> float | None:
-    """Joules since the driver was loaded; None on a CPU and where the driver does not tell."""
+    """Joules since the driver was loaded, of all work launched so far; None on a CPU and where the driver does not tell."""
     if device.type != "cuda" or (driver := _driver(torch.cuda.get_device_properties(device).uuid)) is None:
         return None
     library, handle = driver
+    torch.cuda.synchronize(device)
     used = ctypes.c_ulonglong()
     failed = library.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(used))
     return None if failed else used.value / 1000

@@ -25,13 +25,14 @@ from experiments.engine.neighbours import precision_recall
 from experiments.engine.npz import Images, has_images, sha256
 from experiments.engine.precision import flags, precision
 from experiments.engine.quantise import from_uint8, to_uint8
-from experiments.engine.samples import QUANTISER, network_of, sampled
+from experiments.engine.samples import QUANTISER, batch_on, network_of, sampled
 from experiments.engine.sharding import results
 from experiments.engine.sources import inception_path, reference_path, require_features
 from experiments.engine.spec import Data, Evaluate, canonical, spec_id
 from experiments.engine.train import Resources, digest
 
 Report = Callable[[int, int, float, float], None]
+ON_CPU = 250  # images that are drawn and classified at a time whatever is asked: both round by the batch there
 
 
 def run(spec: Evaluate, folder: Path, cache: Path, resources: Resources, group: Group = ALONE, beat: Heartbeat | None = None,
@@ -40,7 +41,8 @@ def run(spec: Evaluate, folder: Path, cache: Path, resources: Resources, group: 
 
     folder: of the network's run; cache: of the classifiers; `report(done, num, nan, images per second)`. Every rank
     of the group samples its share of the batches, cut as one process would cut them, so that no number depends on the
-    group; the first rank scores, the others return {}.
+    group, nor on a CPU on the batch that is asked for; a GPU may round by it, and the manifest says it. The first rank scores, the
+    others return {}.
     """
     require_features(spec)
     if spec.features == "inception":
@@ -52,8 +54,10 @@ def run(spec: Evaluate, folder: Path, cache: Path, resources: Resources, group: 
     with precision(spec.precision, torch.device(resources.device)):
         used = ("numpy", "scipy", "torch-fidelity", "diffusers")[: 4 if spec.features == "inception" else 2]
         found |= {"flags": flags(), "versions": {"torch": torch.__version__} | _versions(*used)}
-    model = {"weights_sha256": found.pop("network"), "key": getattr(spec.train, "key", "ema")}
-    return values | {"manifest": manifest(canonical(spec, full=True), model, found | {"nfe": values["nfe"]})}
+    model, batch = {"weights_sha256": found.pop("network"), "key": found.pop("key")}, found.pop("batch")
+    if model["key"] != getattr(spec.train, "key", "ema"):
+        values["warnings"] = [*values.get("warnings", []), f"the weights' key is {model['key']}, not ema: the file does not say whether they are averaged"]
+    return values | {"manifest": manifest(canonical(spec, full=True), model, found | {"nfe": values["nfe"]}, batch=batch)}
 
 
 def _classified(spec: Evaluate, folder: Path, cache: Path, resources: Resources, group: Group, beat: Heartbeat | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -61,14 +65,15 @@ def _classified(spec: Evaluate, folder: Path, cache: Path, resources: Resources,
 
     Errors: influence function for fd, delete-a-block jackknife for is, binomial for the shares.
     """
-    device, size, on_digits = torch.device(resources.device), resources.sample_batch, spec.features == "digits"
+    device, on_digits = torch.device(resources.device), spec.features == "digits"
+    size = ON_CPU if device.type == "cpu" else resources.sample_batch
     if on_digits:
         reference = load(spec.data)
         classifier, identity = digits_classifier(reference, cache)
     else:
         reference = cifar10(spec.data, "test")
         classifier, identity = cifar_classifier(spec.data, reference, cache)
-    network = network_of(spec, folder, resources)
+    network, key = network_of(spec, folder, resources)
 
     def scored(piece: int) -> dict[str, np.ndarray]:
         counted = Counted(network)
@@ -111,6 +116,8 @@ def _classified(spec: Evaluate, folder: Path, cache: Path, resources: Resources,
         **identity,
     }, {
         "network": digest(network),
+        "key": key,
+        "batch": size,
         "decoder": {"name": "none: pixels"},
         "quantiser": "none" if on_digits else QUANTISER,
         "image": {"size": spec.data.size, "format": "float32" if on_digits else "uint8"},
@@ -135,6 +142,8 @@ def _inception(spec: Evaluate, folder: Path, resources: Resources, group: Group,
     shutil.rmtree(parts, ignore_errors=True)
     return values | {"nfe": samples.nfe}, {
         "network": samples.made["network"],
+        "key": samples.made["key"],
+        "batch": batch_on(device, resources.sample_batch),
         "decoder": samples.made["decoder"],
         "quantiser": QUANTISER,
         "image": {"size": samples.shape[1], "format": "uint8"},
@@ -169,7 +178,7 @@ def _reference(data: Data, extractor: inception.Inception, parts: Path, group: G
         return None
     moments = {layer: scores.blocks_sum(getattr(measured, layer)) for layer in ("pool", "spatial")}
     named = {"name": f"{data.name}, training images", "sha256": total.hexdigest(), "statistics": False, "num_images": len(real)}
-    return scores.Reference(moments, measured.pool, named)
+    return scores.Reference(moments, measured.pool, named, size=measured.size)
 
 
 def _histogram(labels: ndarray, num_classes: int) -> str:

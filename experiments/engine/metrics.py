@@ -18,14 +18,20 @@ from scipy.special import xlogy
 class Moments:
     """Count `n`, `mean` (d,) and `scatter` (d, d) = sum (x - mean)(x - mean)^T of the rows seen so far.
 
-    Batches and sets are merged about their own means (Chan, Golub & LeVeque 1979), so no large sums cancel. Published
-    statistics become a reference by assigning the three: scatter = covariance * (n - 1).
+    Batches and sets are merged about their own means (Chan, Golub & LeVeque 1979), so no large sums cancel.
     """
 
     def __init__(self, dim: int) -> None:
         self.n = 0
         self.mean = np.zeros(dim)
         self.scatter = np.zeros((dim, dim))
+
+    @classmethod
+    def known(cls, mean: ndarray, cov: ndarray) -> "Moments":
+        """Statistics whose count is not known: it is taken as large, and by a power of two, so that `cov` comes back as it is."""
+        known = cls(len(mean))
+        known.n, known.mean, known.scatter = 2**30 + 1, mean, cov * 2.0**30
+        return known
 
     @property
     def cov(self) -> ndarray:
@@ -67,7 +73,8 @@ def frechet(a: Moments, b: Moments) -> float:
     """
     (mean1, cov1), (mean2, cov2) = _statistics(a, b)
     root = _root(cov1)
-    cross = np.sqrt(np.linalg.eigvalsh(root @ cov2 @ root).clip(0)).sum()
+    rank = min(a.n, b.n, mean1.size + 1) - 1  # at most: fewer samples leave eigenvalues of rounding alone, whose roots would add up
+    cross = np.sqrt(np.linalg.eigvalsh(root @ cov2 @ root)[-rank:].clip(0)).sum()
     return float(np.square(mean1 - mean2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * cross)
 
 

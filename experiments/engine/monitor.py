@@ -7,10 +7,13 @@ import json
 import math
 import os
 import statistics
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from experiments.engine.bands import Band, departures
 
 WANDB = "DICO_WANDB"                        # environment variable: the Weights & Biases project that runs go to
 SPIKE, HISTORY, FEWEST = 5.0, 20, 10        # a spike is SPIKE times the median of the last HISTORY means, of at least FEWEST
@@ -47,9 +50,12 @@ def require_boards() -> None:
 
 
 class Log:
-    """Loss and rate to `log.jsonl`; each line also to TensorBoard and, where asked, Weights & Biases. Lines after `first` are rewritten."""
+    """Loss and rate to `log.jsonl`; each line also to TensorBoard and, where asked, Weights & Biases. Lines after `first` are rewritten.
 
-    def __init__(self, folder: Path, first: int) -> None:
+    Losses out of their `bands` are said at once, and by `warnings` at the end.
+    """
+
+    def __init__(self, folder: Path, first: int, bands: Sequence[Band] = ()) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "log.jsonl"
         kept = []
@@ -57,17 +63,26 @@ class Log:
             with suppress(ValueError):  # the last line of a killed run can be cut
                 kept.append(json.loads(line))
         kept = [entry for entry in kept if entry["step"] <= first]
-        self.losses = [entry["loss"] for entry in kept]  # of the lines before `first`
+        self.losses, self.steps, self.bands = [entry["loss"] for entry in kept], [entry["step"] for entry in kept], list(bands)
         self.file = path.open("w")
         self.file.writelines(json.dumps(entry) + "\n" for entry in kept)
         self.boards = [board for board in (_tensorboard(folder, first), _wandb(folder)) if board]
 
     def write(self, **entry: Any) -> None:
         """One line: step, loss, lr, images_per_s."""
+        self.steps.append(entry["step"])
+        self.losses.append(entry["loss"])
+        for words in departures([band for band in self.bands if band[1] == entry["step"]], self.steps, self.losses):
+            print(f"warning: {words}", file=sys.stderr, flush=True)
         self.file.write(json.dumps(entry) + "\n")
         self.file.flush()
         for board in self.boards:
             board.write(entry)
+
+    def warnings(self) -> dict[str, list[str]]:
+        """For the record, where the loss was ever out of its bands."""
+        found = departures(self.bands, self.steps, self.losses)
+        return {"warnings": found} if found else {}
 
     def __enter__(self) -> Log:
         return self

@@ -1,4 +1,4 @@
-"""Precision and recall by nearest neighbours (Kynkäänniemi et al. 2019, eq. 1-2), in blocks, on any torch device.
+"""Precision and recall (Kynkäänniemi et al. 2019, eq. 1-2), density and coverage (Naeem et al. 2020, eq. 5-6), in blocks, on any torch device.
 
 Shapes: n samples, m reference points, d feature width.  A ball is closed and reaches its centre's k-th nearest other row
 of the same set; a duplicate row counts as another row.
@@ -7,6 +7,7 @@ of the same set; a duplicate row counts as another row.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,21 +20,42 @@ from experiments.engine.precision import precision
 ADM_BLOCK = 10_000
 
 
+class Shares(NamedTuple):
+    """Of samples inside any reference ball; of reference points inside any sample ball; the mean number of reference balls that hold
+    a sample, over k, with its error; of reference points whose own ball holds any sample."""
+
+    precision: float
+    recall: float
+    density: float
+    density_se: float
+    coverage: float
+
+
 def precision_recall(reference: ndarray, samples: ndarray, k: int = 3, block: int = 2000, device: torch.device | str = "cpu") -> tuple[float, float]:
-    """Share of samples (n, d) inside any reference ball, and share of reference points (m, d) inside any sample ball.
+    """The first two of `neighbour_shares`."""
+    return neighbour_shares(reference, samples, k, block, device)[:2]
+
+
+def neighbour_shares(reference: ndarray, samples: ndarray, k: int = 3, block: int = 2000, device: torch.device | str = "cpu") -> Shares:
+    """Shares of samples (n, d) and reference points (m, d).
 
     Exact in float64: the result does not depend on `block`, which bounds memory at a few block x block and block x d
-    arrays, nor on the device.
+    arrays, nor on the device. Density and coverage are of closed balls too, where their authors' code has open ones.
     """
     real, fake = _pair(reference, samples, k, block, device)
     reach_real, reach_fake = _radii(real, k, block), _radii(fake, k, block)
-    hit_real, hit_fake = (torch.zeros(len(x), dtype=torch.bool, device=device) for x in (real, fake))
+    hit, covered = (torch.zeros(len(real), dtype=torch.bool, device=device) for _ in range(2))
+    balls = torch.zeros(len(fake), dtype=torch.long, device=device)
     for at, to, near, slack in _distances(real, fake, block):
         outer, inner = reach_real[at, None], reach_fake[to]
         _refine(near, ((near - outer).abs() <= slack) | ((near - inner).abs() <= slack), real[at], fake[to])
-        hit_fake[to] |= (near <= outer).any(0)
-        hit_real[at] |= (near <= inner).any(1)
-    return hit_fake.double().mean().item(), hit_real.double().mean().item()
+        inside = near <= outer
+        balls[to] += inside.sum(0)
+        covered[at] |= inside.any(1)
+        hit[at] |= (near <= inner).any(1)
+    precision, recall, coverage = ((x > 0).double().mean().item() for x in (balls, hit, covered))
+    density = balls.double() / k
+    return Shares(precision, recall, density.mean().item(), (density.std() / len(fake) ** 0.5).item(), coverage)
 
 
 def precision_recall_half(reference: ndarray, samples: ndarray, k: int = 3, block: int = ADM_BLOCK, device: torch.device | str = "cpu") -> tuple[float, float]:

@@ -74,7 +74,7 @@ class Images:
 def statistics(path: Path) -> dict[str, Moments]:
     """The published statistics of a reference by layer, 'pool' and 'spatial'; empty where the file has none.
 
-    Their count is not in the file: n is 2, which leaves the covariance as it is.
+    Their count is not in the file.
     """
     found = {}
     with _opened(path) as archive:
@@ -83,10 +83,7 @@ def statistics(path: Path) -> dict[str, Moments]:
             if (mean in names) != (cov in names):
                 raise ValueError(f"{path.name}: holds only one of {mean} and {cov}")
             if mean in names:
-                found[layer] = Moments(dim)
-                found[layer].n = 2
-                found[layer].mean = _small(path, archive, mean, "f", (dim,)).astype(float)
-                found[layer].scatter = _small(path, archive, cov, "f", (dim, dim)).astype(float)
+                found[layer] = Moments.known(_small(path, archive, mean, "f", (dim,)).astype(float), _small(path, archive, cov, "f", (dim, dim)).astype(float))
                 if not (np.isfinite(found[layer].mean).all() and np.isfinite(found[layer].scatter).all()):
                     raise ValueError(f"{path.name}: {mean} or {cov} holds values that are not finite")
     return found

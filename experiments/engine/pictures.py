@@ -47,6 +47,8 @@ def read_picture(path: Path, size: int) -> np.ndarray:
     """An image file as RGB, whatever its mode, cropped to uint8 (size, size, 3). ValueError in one line if it cannot be decoded."""
     try:
         with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # PIL would clip them to white
+                raise ValueError(f"its levels are no bytes (mode {image.mode}); save it with 8 bits a channel")
             rgb = image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be decoded: {' '.join(str(error).split())}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,3 +75,13 @@ class Table:
         if label not in known:
             raise ValueError(f"table {self.number} has no row {label!r}; known: {', '.join(map(repr, known))}")
         return known[label]
+
+
+def table_of(label: str, tables: Mapping[int, Table], meaning: Callable[[Row], object]) -> Table:
+    """The table that declares a row of this label with a network, the first of several if `meaning` makes the same of it in all; else ValueError."""
+    found = [table for _, table in sorted(tables.items()) if not table.counts_only and any(row.label == label and row.backbone for row in (*table.rows, *table.outside))]
+    if not found:
+        raise ValueError(f"no table has a network as row {label!r}; --table with one of {', '.join(map(str, sorted(tables)))} lists that table's")
+    if any(meaning(table.row(label)) != meaning(found[0].row(label)) for table in found[1:]):
+        raise ValueError(f"row {label!r} is not the same in all of tables {', '.join(str(table.number) for table in found)}; say which with --table")
+    return found[0]

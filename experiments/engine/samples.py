@@ -96,7 +96,7 @@ def draw(spec: Evaluate, folder: Path, model: nn.Module, decode: Callable[[Tenso
     elif group.first:
         with written_whole(origin) as file:
             file.write(json.dumps(made, indent=1, sort_keys=True).encode())
-    batch = ON_CPU if device.type == "cpu" else batch
+    batch = batch_on(device, batch)
     started, paths, drawn = time.perf_counter(), _chunk_paths(folder, spec.num), [0]
 
     def chunk(piece: int) -> dict[str, ndarray]:
@@ -119,23 +119,26 @@ def sampled(spec: Evaluate, folder: Path, resources: Resources, report: Report, 
     folder: of the network's run; the images lie beside it under the spec's own id.
     """
     device = torch.device(resources.device)
-    model = network_of(spec, folder, resources)
+    model, key = network_of(spec, folder, resources)
     decode, decoder = decoder_of(spec.data, device)
-    made = {"network": digest(model), "sampler": canonical(spec.sampler, full=True), "decoder": decoder, "quantiser": QUANTISER}
+    made = {"network": digest(model), "key": key, "sampler": canonical(spec.sampler, full=True), "decoder": decoder, "quantiser": QUANTISER}
     return draw(spec, folder.parent / spec_id(spec) / "samples", model, decode, made, device, resources.sample_batch, report, group, beat)
 
 
-def network_of(spec: Evaluate, folder: Path, resources: Resources) -> nn.Module:
-    """The finished run's EMA network, or all networks of a system, or the published one whose file is given; in eval mode."""
+def network_of(spec: Evaluate, folder: Path, resources: Resources) -> tuple[nn.Module, str]:
+    """The finished run's EMA network, or all networks of a system, or the published one whose file is given; in eval mode.
+
+    With the key under which its weights lay: a spec with the default one takes them from where published files usually have them.
+    """
     device, source = torch.device(resources.device), spec.train
     if not isinstance(source, Checkpoint):
         base = accelerate(load_ema(source, folder, device), resources.compile, resources.graphs)
         parts = [stage and load_ema(stage, folder.parent / spec_id(stage), device) for stage in (spec.classifier, spec.upsampler)]
-        return System(base, *parts).eval() if any(parts) else base
+        return (System(base, *parts).eval() if any(parts) else base), "ema"
     assert resources.checkpoint is not None, "a published checkpoint needs its file"
     model = build(source.backbone, 0, device)
-    backbones.load_published(model, resources.checkpoint, source.key)
-    return accelerate(model.eval(), resources.compile, resources.graphs)
+    key = backbones.load_published(model, resources.checkpoint, None if source.key == Checkpoint.key else source.key)
+    return accelerate(model.eval(), resources.compile, resources.graphs), key
 
 
 def decoder_of(data: Data, device: torch.device) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
@@ -148,6 +151,11 @@ def decoder_of(data: Data, device: torch.device) -> tuple[Callable[[Tensor], Ten
     if data.vae not in ("sd-vae-ft", vae.encoder):
         raise ValueError(f"set {data.name} holds latents of another VAE (encoder {data.vae}) than $DICO_VAE names ({vae.name}, encoder {vae.encoder})")
     return vae.decode, {"name": vae.name, "sha256": vae.weights, "scale": SCALE, "dtype": "fp32"}
+
+
+def batch_on(device: torch.device, asked: int) -> int:
+    """Images at a time that a device draws."""
+    return ON_CPU if device.type == "cpu" else asked
 
 
 def _chunk_paths(folder: Path, num: int) -> list[Path]:

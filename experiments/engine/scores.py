@@ -23,7 +23,8 @@ from experiments.engine.distributed import Group
 from experiments.engine.heartbeat import Heartbeat
 from experiments.engine.inception import BATCH, Inception
 from experiments.engine.metrics import Moments
-from experiments.engine.neighbours import ADM_BLOCK, precision_recall, precision_recall_half
+from experiments.engine.mind import mind
+from experiments.engine.neighbours import ADM_BLOCK, neighbour_shares, precision_recall_half
 from experiments.engine.npz import POOL, Images, has_images, sha256, statistics
 from experiments.engine.sharding import results
 
@@ -41,21 +42,23 @@ class Readable(Protocol):
 
 @dataclass
 class Measured:
-    """Features of N images in file order: pool (N, 2048), spatial (N, 2023), class probabilities (N, 1008), all float32."""
+    """Features of N images of `size` (H, W) in file order: pool (N, 2048), spatial (N, 2023), class probabilities (N, 1008), all float32."""
 
     pool: ndarray
     spatial: ndarray
     probabilities: ndarray
+    size: tuple[int, int] | None = None
 
 
 @dataclass
 class Reference:
-    """What samples are scored against: statistics by layer, 'pool' and 'spatial', and rows (M, 2048) of its own images."""
+    """What samples are scored against: statistics by layer, 'pool' and 'spatial', and rows (M, 2048) of its own images of `size` (H, W)."""
 
     moments: dict[str, Moments]
     rows: ndarray | None
     identity: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
+    size: tuple[int, int] | None = None
 
 
 def measure(inception: Inception, batches: Iterable[ndarray]) -> Measured:
@@ -77,25 +80,26 @@ def measure_shared(inception: Inception, images: Readable, group: Group, folder:
 
 
 def _piece(inception: Inception, batches: Iterable[ndarray]) -> dict[str, ndarray]:
-    highest = 0
+    highest, size = 0, (0, 0)
 
     def watched() -> Iterable[ndarray]:
-        nonlocal highest
+        nonlocal highest, size
         for batch in batches:
-            highest = max(highest, int(batch.max()))
+            highest, size = max(highest, int(batch.max())), batch.shape[1:3]
             yield batch
 
     parts = list(inception.features(watched()))
     if not parts:
         raise ValueError("there are no images to measure")
     pool, spatial, probabilities = (np.concatenate(layer) for layer in zip(*parts, strict=True))
-    return {"pool": pool, "spatial": spatial, "probabilities": probabilities, "highest": np.array(highest)}
+    return {"pool": pool, "spatial": spatial, "probabilities": probabilities, "highest": np.array(highest), "size": np.array(size)}
 
 
 def _joined(pieces: list[dict[str, ndarray]]) -> Measured:
     if max(int(piece["highest"]) for piece in pieces) <= 1:
         raise ValueError("the images' levels lie in 0..1: they were cast to uint8 before they were scaled to 0..255")
-    return Measured(*(np.concatenate([piece[layer] for piece in pieces]) for layer in ("pool", "spatial", "probabilities")))
+    height, width = pieces[0]["size"].tolist()
+    return Measured(*(np.concatenate([piece[layer] for piece in pieces]) for layer in ("pool", "spatial", "probabilities")), (height, width))
 
 
 def read_reference(inception: Inception, path: Path) -> Reference:
@@ -114,7 +118,7 @@ def reference_of(path: Path, measured: Measured | None) -> Reference:
         warnings.append(f"{path.name} holds no statistics (mu, sigma): distances are to those of its {num} images")
         moments = {layer: blocks_sum(getattr(measured, layer)) for layer in ("pool", "spatial")}
     identity = {"name": path.name, "sha256": sha256(path), "statistics": not warnings, "num_images": num}
-    return Reference(moments, measured.pool if measured else None, identity, warnings)
+    return Reference(moments, measured.pool if measured else None, identity, warnings, measured.size if measured else None)
 
 
 def identity(inception: Inception, reference: Reference) -> dict[str, Any]:
@@ -162,7 +166,11 @@ def score(sample: Measured, reference: Reference, labels: ndarray | None = None,
         size = min(KID_SIZE, n, len(reference.rows))
         values["kid"], values["kid_sd"] = metrics.kid(sample.pool, reference.rows, size=size)
         values["kid_subset"] = size
-    return values | {"warnings": [*reference.warnings, *_warnings(values, labels)]}
+        values["mind"], values["mind_rows"] = mind(sample.pool, reference.rows, device=device), min(n, len(reference.rows))
+    warnings = [*reference.warnings, *_warnings(values, labels)]
+    if sample.size and reference.size and sample.size != reference.size:
+        warnings.append(f"the samples have {' x '.join(map(str, sample.size))} pixels and the reference's images {' x '.join(map(str, reference.size))}: resized twice, they compare with nothing")
+    return values | {"warnings": warnings}
 
 
 def paired(a: Measured, b: Measured, reference: Reference, labels: ndarray | None, balanced: bool) -> dict[str, Any]:
@@ -205,13 +213,11 @@ def _distance(name: str, features: ndarray, reference: Moments, labels: ndarray 
 
 
 def _neighbourhoods(pool: ndarray, rows: ndarray, half: bool, device: torch.device | str) -> dict[str, float]:
-    values: dict[str, float] = {"num_reference": len(rows)}
-    for suffix, shares in (("", precision_recall), ("_half", precision_recall_half))[: 1 + half]:
-        block = 2000 if suffix == "" and torch.device(device).type == "cpu" else ADM_BLOCK
-        precision, recall = shares(rows, pool, NEIGHBOURS, block, device)
-        values |= {f"precision{suffix}": precision, f"precision{suffix}_se": metrics.proportion_se(precision, len(pool))}
-        values |= {f"recall{suffix}": recall, f"recall{suffix}_se": metrics.proportion_se(recall, len(rows))}
-    return values
+    found = neighbour_shares(rows, pool, NEIGHBOURS, 2000 if torch.device(device).type == "cpu" else ADM_BLOCK, device)._asdict()
+    if half:
+        found |= zip(("precision_half", "recall_half"), precision_recall_half(rows, pool, NEIGHBOURS, ADM_BLOCK, device), strict=True)
+    counts = {name: len(pool) if name.startswith("precision") else len(rows) for name in found if not name.startswith("density")}
+    return {"num_reference": len(rows)} | found | {f"{name}_se": metrics.proportion_se(found[name], n) for name, n in counts.items()}
 
 
 def _warnings(values: dict[str, Any], labels: ndarray | None) -> list[str]:

@@ -144,7 +144,7 @@ def provenance() -> dict[str, Any]:
     """What produced a record, as far as the standard library knows; None where it cannot tell."""
     changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("DICO_COMMIT"),  # a copied tree may have no history
         "dirty": None if changes is None else bool(changes),
         "python": platform.python_version(),
         "cpu": _cpu(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import math
 import statistics
 import time
@@ -29,10 +31,13 @@ PAIRS, FEWEST = 7, 3
 WARM_UP, STABLE = 10, 0.05  # runs at most, until two in a row take the same time to this part
 PATIENCE = 10.0             # seconds; on a busy machine the pairs stop here once there are FEWEST
 SCALE = 1.5                 # guidance; its value costs nothing
+KEPT = 2                    # networks, as they were drawn
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 LIMITS = {"bf16": 2e-2, "tf32": 5e-3, "as_published": 5e-3}  # relative RMS error of an output against the reference kernels'
 
 Task = Callable[[], Any]
+
+_drawn: dict[str, nn.Module] = {}
 
 
 def run(spec: Timing) -> dict[str, Any]:
@@ -42,6 +47,7 @@ def run(spec: Timing) -> dict[str, Any]:
     the kernels that would be timed do not compute what the reference computes, forward and, for training, backward.
     """
     device = torch.device(spec.device)
+    forget(device)
     own = Cost(spec.backbone, spec.size, spec.channels, spec.num_classes)
     other = Cost(spec.baseline or spec.backbone, *(spec.baseline_input or (spec.size, spec.channels)), spec.num_classes)
     systems = [(own, *spec.parts)] + [(other,)] * ((other,) != (own, *spec.parts))
@@ -148,13 +154,14 @@ def _training(network: Cost, spec: Timing, device: torch.device) -> Task:
     shape = (4 * spec.batch, network.channels, network.size, network.size)
     images = ImageSet(draw.standard_normal(shape, dtype=np.float32), draw.integers(network.num_classes, size=shape[0]), data)
     recipe = Recipe(steps=10**9, batch=spec.batch, precision=spec.precision)
-    trainer = Trainer(Train(_sized(network), data, recipe), device, compiled=spec.compile, graphs=spec.graphs)
-    fill(trainer.model)
+    model = drawn(sized(network), device)
+    trainer = Trainer(Train(sized(network), data, recipe), device, compiled=spec.compile, graphs=spec.graphs, model=model)
+    fill(model)
     stepping = trainer.steps(images)
     return lambda: next(stepping)
 
 
-def _sized(network: Cost) -> Backbone:
+def sized(network: Cost) -> Backbone:
     return network.backbone.but(input_size=network.size, in_channels=network.channels, num_classes=network.num_classes)
 
 
@@ -166,10 +173,26 @@ def fill(model: nn.Module) -> None:
             torch.nn.init.normal_(parameter, std=std, generator=generator_at("timing", name, device=parameter.device))
 
 
+def drawn(spec: Backbone, device: torch.device) -> nn.Module:
+    """`build` of seed 0, the latest of which are kept on the CPU: drawing a large network's weights takes longer than timing it."""
+    if (name := str(spec)) not in _drawn:
+        while len(_drawn) >= KEPT:
+            del _drawn[next(iter(_drawn))]
+        _drawn[name] = build(spec, 0, torch.device("cpu"))
+    return copy.deepcopy(_drawn[name]).to(device)
+
+
+def forget(device: torch.device) -> None:
+    """Give back the memory of earlier tasks on a GPU: recordings and their owners hold each other."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def _network(network: Cost, spec: Timing, device: torch.device) -> nn.Module:
     if spec.layout not in LAYOUTS:
         raise ValueError(f"unknown layout {spec.layout!r}; known: {', '.join(LAYOUTS)}")
-    model = build(_sized(network), 0, device).to(memory_format=LAYOUTS[spec.layout]).eval()
+    model = drawn(sized(network), device).to(memory_format=LAYOUTS[spec.layout]).eval()
     fill(model)
     return model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import time
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import backbones
-from experiments.engine import attempts, checkpoint, preemption
+from experiments.engine import attempts, bands, checkpoint, preemption
 from experiments.engine.capture import Captured, require_gpu
 from experiments.engine.data import ImageSet, batch_indices, batches, load
 from experiments.engine.distributed import ALONE, Agreement, Group, exchanging
@@ -78,15 +79,15 @@ def lr_at(recipe: Recipe, step: int) -> float:
 
 
 class Trainer:
-    """Model, EMA and optimiser of a run, and the step it has reached; each process of a group has its own, all alike."""
+    """Model, EMA and optimiser of a run, and the step it has reached; each process of a group has its own, all alike; `model`: as `build` makes it, where at hand."""
 
     def __init__(self, spec: Train, device: torch.device, micro_batch: int | None = None, group: Group = ALONE, shard_optimizer: bool = False,
-                 compiled: bool = False, graphs: bool = False) -> None:
+                 compiled: bool = False, graphs: bool = False, model: nn.Module | None = None) -> None:
         self.spec, self.device, self.group = spec, device, group
         self.mine = group.part(spec.recipe.batch)
         self.micro_batch = micro_batch or spec.recipe.batch
-        self.model = build(spec.backbone, spec.seed, device)
-        self.ema = build(spec.backbone, spec.seed, device).requires_grad_(False)
+        self.model = model or build(spec.backbone, spec.seed, device)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False)
         recipe = spec.recipe
         self.forward: nn.Module = self.model
         if group.world_size > 1:
@@ -207,7 +208,7 @@ def run(
         attempts.begin(beat, first)
         beat.tell(state="training", step=first, steps=recipe.steps)
     images, stop = load(spec.data), Agreement(group)
-    with Log(folder, first) if group.first else nullcontext() as log, checkpoint.Writer(folder / "checkpoints", resources.keep, resources.milestones) as writer:
+    with Log(folder, first, bands.bands_of(spec)) if group.first else nullcontext() as log, checkpoint.Writer(folder / "checkpoints", resources.keep, resources.milestones) as writer:
         means = list(group.share(log.losses if group.first else None))  # the log appends to its own
         for loss in trainer.steps(images):
             losses.append(loss)
@@ -259,7 +260,7 @@ def run(
         "checkpoint_stall_s": round(writer.stalled, 3),  # of this attempt: copies, and the wait for the last to be on disk
         "images_per_s": (trainer.step - first) * recipe.batch / (time.perf_counter() - started),
         "weights_sha256": weights,
-        **images.identity,
+        **images.identity, **(log.warnings() if log else {}),
     }
 
 
@@ -297,4 +298,3 @@ def digest(model: nn.Module) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         total.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return total.hexdigest()[:16]
-
