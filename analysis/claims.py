@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from analysis.probes.declared import declared
-from analysis.query import Sources, digits_scores
+from analysis.query import Sources, rankable
 from experiments import speed_claims
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.engine.report import Cell, Sheet
-from experiments.engine.rows import Row, Table
+from experiments.engine.rows import Table
 from experiments.engine.spread import pooled, reach, scaled
 from experiments.engine.store import Record
 from experiments.protocols import DIGITS, timing_stage
@@ -104,8 +104,7 @@ def _measured_speed(claim: Claim, store: Sources, device: str) -> Finding | None
     if device == "cuda":
         evidence, basis = MEASURED, "full batches timed in turn, synchronised but in the authors' own mode (as_published)"
     else:
-        kernels = records[0].provenance.get("kernels", {})
-        scans = "; the scan as a loop over tokens, for which GPUs have a fused kernel" * ("loop" in kernels.get("selective_scan", ()))
+        scans = "; the scan as a loop over tokens, for which GPUs have a fused kernel, so the claim cannot be judged so" * speed_claims.looped(found)
         evidence, basis = REDUCED, f"the claim's networks on a CPU, timed in turn at batch {records[0].spec['batch']}{scans}"
     return Finding(evidence, value, speed_claims.verdict(found, device), basis, "within each value", records)
 
@@ -198,12 +197,14 @@ def _channels(claim: Claim, store: Sources) -> Finding:
 
 def _reduced(table: Table, pairs: Sequence[tuple[str, str]], paper: str, store: Sources) -> Finding:
     """fd_digits of the first row over the second's for every pair, which the claim says is above 1."""
-    rows: dict[str, Row] = {row.label: row for row in table.rows}
-    scores = {row.label: digits_scores(row, store) for row in table.rows}
+    found, other = rankable(table.rows, DIGITS, store)
+    scores = {row.label: records for row, records in zip(table.rows, found, strict=True)}
     values = {label: [record.values for record in records] for label, records in scores.items()}
     spread = pooled("fd_digits", list(values.values()))
     labels = {label for pair in pairs for label in pair}
-    if spread is None or not all(values[label] for label in labels & rows.keys()):
+    if refused := [f"{label} ({', '.join(other[label])})" for label in sorted(labels & other.keys())]:
+        return Finding(NOT_YET, "", "open", f"{paper}; not compared, scored by another protocol: {'; '.join(refused)}")
+    if spread is None or not all(values[label] for label in labels):
         return Finding(NOT_YET, "", "open", f"{paper}; no repeated digits records")
     parts, signs = [], []
     for worse, better in pairs:

@@ -218,7 +218,7 @@ def gpu_timings(backbone: Backbone, size: int, store: Sources) -> list[Record]:
 
 
 def numeric_mode(record: Record) -> str:
-    """Precision and TF32 flags in force, as a label."""
+    """Precision and TF32 flags in force, as a label that tells attention written out from whatever kernel was chosen."""
     flags = record.provenance["precision_flags"]
     on = [name.removesuffix("_tf32") for name in sorted(flags) if flags[name]]
-    return f"{record.spec['precision']}, TF32 {' and '.join(on) if on else 'off'}"
+    return f"{record.spec['precision']}, TF32 {' and '.join(on) if on else 'off'}{", attention unfused" * (record.spec["kernels"].get("attention") == "reference")}"

@@ -92,11 +92,20 @@ def small_on_cpu(claim: Claim, store: Store, where: str) -> str:
 
 
 def verdict(found: Sequence[Ratio], device: str) -> str:
-    """In words, of at least one ratio."""
+    """In words, of at least one ratio; a CPU's says no more than its direction where it lacks the kernel that GPUs have."""
     modes = [ratio.mode for ratio in found if ratio.holds]
     some = "holds only as published" if modes == ["as_published"] else f"holds only in {' and '.join(modes)}"
+    if device == "cpu" and looped(found):
+        (ratio,) = found
+        side = "no" if abs(ratio.value - 1) <= 2 * ratio.error else "same" if ratio.value > 1 else "other"
+        return f"{side} direction on this CPU, whose scan has no fused kernel"
     words = "holds" if len(modes) == len(found) else some if modes else "does not hold"
     return words + (" on this CPU, a proxy" if device == "cpu" else "")
+
+
+def looped(found: Sequence[Ratio]) -> bool:
+    """Whether a scan over tokens ran as a loop, which no ratio of a GPU with its fused kernel can be judged by."""
+    return any("loop" in record.provenance.get("kernels", {}).get("selective_scan", ()) for ratio in found for record in ratio.records)
 
 
 def claims_sheet(device: str, store: Store, where: str = "records") -> Sheet:

@@ -118,9 +118,10 @@ def effect(key: str) -> tuple[str, str]:
 
 
 def score_name(name: str, num: int) -> str:
-    """A score's printed name with its N: ('fid', 50000) -> 'FID-50K'."""
+    """A score's printed name with its N: ('fid', 50000) -> 'FID-50K', ('fid_corrected', 50000) -> 'FID-50K, no bias'."""
+    name, corrected, _ = name.partition("_corrected")
     words = {"fid": "FID", "sfid": "sFID", "is": "IS", "kid": "KID", "mind": "MIND"}
-    return f"{words.get(name, name)}-{f'{num // 1000}K' if num >= 1000 and num % 1000 == 0 else num}"
+    return f"{words.get(name, name)}-{f'{num // 1000}K' if num >= 1000 and num % 1000 == 0 else num}{', no bias' * bool(corrected)}"
 
 
 def _flat(part: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
