@@ -15,7 +15,7 @@ from experiments.systems import difference
 PAPER_BATCH = 64  # of its throughput
 SCORES = ("fid", "is", "precision", "recall")  # of the paper's tables, Table 7 apart
 SCORES_NOTE = (
-    "a training of the published length, seed 0, by the published sampler, ± sampling standard error; no bias: FID without what a finite number of images adds, "
+    "a training by the row's published recipe, seed 0, and its published sampler, ± sampling standard error; no bias: FID without what a finite number of images adds, "
     "which published values contain; FID diff. %: of the published FID."
 )
 

@@ -221,4 +221,5 @@ def numeric_mode(record: Record) -> str:
     """Precision and TF32 flags in force, as a label that tells attention written out from whatever kernel was chosen."""
     flags = record.provenance["precision_flags"]
     on = [name.removesuffix("_tf32") for name in sorted(flags) if flags[name]]
-    return f"{record.spec['precision']}, TF32 {' and '.join(on) if on else 'off'}{", attention unfused" * (record.spec["kernels"].get("attention") == "reference")}"
+    written_out = ", attention unfused" * (record.spec["kernels"].get("attention") == "reference")
+    return f"{record.spec['precision']}, TF32 {' and '.join(on) if on else 'off'}{written_out}"

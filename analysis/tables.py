@@ -74,6 +74,8 @@ def systems_sheet(table: Table, resolution: int, store: Sources) -> Sheet:
             frozen[row.label] = every.text()
     if frozen:
         sheet.notes.append(f"params: ours are those that train. With what is frozen, such as tables of positions, as published figures can count them: {', '.join(f'{label} {text}' for label, text in frozen.items())}.")
+    if rounded := [row.label for row in table.rows if row.backbone and published[row.published].get("params", "").endswith("B")]:
+        sheet.notes.append(f"params of {', '.join(rounded)}: published in billions to one decimal, whose rounding alone can differ by 5 %.")
     sheet.notes += notes([(row.label, system, cells[at - 1]) for row, system, cells in zip(table.rows, known, sheet.rows, strict=True) if system], store, "reference")
     sheet.notes += [
         "same counter: Gflops in the convention of the tool that gave the published figure; core counts all systems by one rule.",
