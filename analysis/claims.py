@@ -104,7 +104,7 @@ def _measured_speed(claim: Claim, store: Sources, device: str) -> Finding | None
     if device == "cuda":
         evidence, basis = MEASURED, "full batches timed in turn, synchronised but in the authors' own mode (as_published)"
     else:
-        scans = "; the scan as a loop over tokens, for which GPUs have a fused kernel, so the claim cannot be judged so" * speed_claims.looped(found)
+        scans = "; the scan as a loop over tokens, for which GPUs have a fused kernel, so the claim cannot be judged so" * speed_claims.looped(records)
         evidence, basis = REDUCED, f"the claim's networks on a CPU, timed in turn at batch {records[0].spec['batch']}{scans}"
     return Finding(evidence, value, speed_claims.verdict(found, device), basis, "within each value", records)
 

@@ -255,6 +255,9 @@ def _section(table: Table, store: Sources, protocol: Protocol) -> list[Block]:
         Text(f"{main.rows} rows, {main.seeds} seeds each. {order}{poorly}", records=records),
         Text(f"Of {pairs} pairs of rows the seeds resolve {resolved}{also}. {certain} of {main.rows} rows have a rank that is known for certain.", records=records),
     ]
+    if other := rankable(table.rows, protocol, store)[1]:
+        refused = (f"{label} ({', '.join(fields)})" for label, fields in other.items())
+        made.append(Text(f"Left out, scored by another protocol: {'; '.join(refused)}."))
     if protocol is DIGITS and (speed := speed_agreement(table, store)):
         words = f"tau {speed.tau:.2f} (95 % over rounds of timing: {speed.low:.2f} to {speed.high:.2f})"
         made.append(Text(f"The order by throughput on the CPU (fp32, {len(speed.records)} rows) agrees with the paper's on an A100 with {words}.", records=speed.records))

@@ -300,7 +300,7 @@ def test_a_cpu_timing_of_a_claims_networks_is_a_proxy_until_a_gpus(ratio: float,
     found, other = finding("speed-dis-small-512", Sources(tmp_path)), finding("speed-dis-512", Sources(tmp_path))
     assert (found.evidence, found.verdict) == ("measured at reduced scale", said) and f"{ratio:.2f} ±0.01 (fp32, some CPU)" == found.value
     assert all(words in found.basis for words in ("on a CPU", "no GPU record is committed")) and ("as a loop over tokens" in found.basis) == bool(kernels)
-    assert other.evidence == "published data only" and f"Not the claim's, for scale: on a CPU in fp32, DiCo-S against DiS-S is {ratio:.2f}" in other.basis
+    assert other.evidence == "published data only" and f"Not the claim's, for scale: on a CPU in fp32, DiCo-S against DiS-S is {ratio:.2f}" in other.basis and other.basis.endswith("its scan as a loop over tokens") == bool(kernels)
     assert finding("speed-dim-512", Sources(tmp_path)).basis.endswith("no GPU record here")
     (tmp_path / "reference").rename(tmp_path / "records")
     for gpu in speed_claims.claim_stages(dict(subject="DiCo-S@512", baseline="DiS-S/2@512"), "cuda"):
@@ -517,6 +517,7 @@ def test_a_record_of_another_extractor_is_ordered_by_nothing(tmp_path: Path):
     assert finding("kernel-order", store).evidence == kept.evidence and len(finding("kernel-order", store).records) == len(kept.records)
     (view,) = [view for view in views(store) if "Table 4" in view["name"]]
     assert view["name"].endswith("(left out, scored by another protocol: w/o CCA)") and not any("w/o CCA" in text for text in view["data"][0]["text"])
+    assert "10 rows, 3 seeds each" in page(store) and "Left out, scored by another protocol: w/o CCA (extractor.sha256)." in page(store)
     axes = score_against_speed(TABLE_4, store).axes[0]
     assert row.label not in axes.get_legend_handles_labels()[1] and [text.get_text() for text in axes.texts] == ["left out, scored by another protocol: w/o CCA"]
 
