@@ -477,10 +477,11 @@ def test_bad_sources_are_named_and_the_rest_is_built(tmp_path: Path):
     lines = list(csv.reader((published / "table5.csv").open()))
     (published / "table5.csv").write_text("\n".join(",".join(line[:2] + line[3:]) for line in lines) + "\n")
     (published / "table2.csv").write_text((published / "table2.csv").read_text().replace("18.58", "nan"))
+    (published / "table8.csv").write_text((published / "table8.csv").read_text().replace(",118.7,", ",0,"))
     done = run_build("--tables", "--results", tmp_path / "results", "--published", published)
     problems = [line for line in done.stdout.splitlines() if line.startswith("problem: ")]
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    for words in (paths[0].name, "fd_digits is no number", "agreement is no number", "its spec lacks num", f"no declared protocol ({other['spec']['train']['data']['name']}, 77", "table5.csv: no column gflops", "throughput_img_s is 'nan'"):
+    for words in (paths[0].name, "fd_digits is no number", "agreement is no number", "its spec lacks num", f"no declared protocol ({other['spec']['train']['data']['name']}, 77", "table5.csv: no column gflops", "throughput_img_s is 'nan'", "gflops is 0, which is not above 0"):
         assert [problem for problem in problems if words in problem], (words, problems)
     built = {path.name for path in (tmp_path / "results" / "tables").iterdir()}
     assert {"table1.md", "table3.html", "table4.csv", "table9.tex", "digits.md", "cifar10_small.md"} <= built and not {"table5.md", "table2.md"} & built

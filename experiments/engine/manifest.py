@@ -97,11 +97,11 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, An
 
 
 def incomparable(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """Fields of `measure` in which two manifests are known to differ: scores under them must not be ranked.
+    """Fields of `measure`, and the key of the weights, in which two manifests are known to differ: scores under them must not be ranked.
 
     The count of evaluations follows from the sampler, and under an adaptive one from the network.
     """
-    return [key for key, *values in differences(a, b) if key.startswith("measure.") and key != "measure.nfe" and (ABSENT not in values or key.startswith(ONE_SIDED))]
+    return [key for key, *values in differences(a, b) if key.startswith(("measure.", "model.key")) and key != "measure.nfe" and (ABSENT not in values or key.startswith(ONE_SIDED))]
 
 
 def clashes(records: Sequence[Record], base: Sequence[Record]) -> list[str]:
