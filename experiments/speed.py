@@ -157,8 +157,11 @@ def _notes(table: Table, rows: Sequence[Row], device: str, what: str, store: Sto
     for row in rows:
         for mode in MODES[device] if row.backbone else ():
             stage = in_mode(timing_stage(row, table.baseline, device), mode, what)
-            if store.latest(stage, where) is None and (failed := store.latest(stage, where, status="failed")):
+            record = store.latest(stage, where)
+            if record is None and (failed := store.latest(stage, where, status="failed")):
                 notes.append(f"{row.label}, {mode}: {failed.error}")
+            if record and not record.values.get("stable", True):  # older records do not say
+                notes.append(f"{row.label}, {mode}: timed before its warm-up was stable.")
     return notes
 
 
