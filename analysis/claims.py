@@ -25,6 +25,7 @@ from experiments.speed_claims import half_digit
 COUNTED, MEASURED, REDUCED, PUBLISHED, NOT_YET = LEVELS = (
     "counted", "measured here", "measured at reduced scale", "published data only", "not yet",
 )  # fmt: skip
+UNFUSED = {("selective_scan", "loop"): "the scan as a loop over tokens", ("gated_linear", "chunked"): "gated linear attention in chunks of plain PyTorch"}
 Claim = dict[str, str]
 
 
@@ -104,10 +105,17 @@ def _measured_speed(claim: Claim, store: Sources, device: str) -> Finding | None
     if device == "cuda":
         evidence, basis = MEASURED, "full batches timed in turn, synchronised but in the authors' own mode (as_published)"
     else:
-        kernels = records[0].provenance.get("kernels", {})
-        scans = "; the scan as a loop over tokens, for which GPUs have a fused kernel" * ("loop" in kernels.get("selective_scan", ()))
-        evidence, basis = REDUCED, f"the claim's networks on a CPU, timed in turn at batch {records[0].spec['batch']}{scans}"
-    return Finding(evidence, value, speed_claims.verdict(found, device), basis, "within each value", records)
+        evidence, basis = REDUCED, f"the claim's networks on a CPU, timed in turn at batch {records[0].spec['batch']}"
+    return Finding(evidence, value, speed_claims.verdict(found, device), basis + _unfused(found, device), "within each value", records)
+
+
+def _unfused(found: Sequence[speed_claims.Ratio], device: str) -> str:
+    """In words: what ran without the fused kernel that GPUs have for it, as the records name it, and on a GPU in which modes."""
+    words = ""
+    for (op, choice), how in UNFUSED.items():
+        if modes := [ratio.mode for ratio in found if choice in ratio.records[0].provenance.get("kernels", {}).get(op, ())]:
+            words += f"; {how}, " + ("for which GPUs have a fused kernel" if device == "cpu" else f"without its fused kernel, in {' and '.join(modes)}")
+    return words
 
 
 def _gflops(claim: Claim, store: Sources) -> Finding:
