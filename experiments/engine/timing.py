@@ -95,23 +95,19 @@ def check(network: Cost, spec: Timing, device: torch.device) -> None:
     Of training the gradients are checked too, all parameters' as one vector; half the digits go in a backward pass. Where a network is
     compiled or recorded that is what runs, at the batch that is timed; of training the trainer's passes over it.
     """
-    training, fast, names = spec.what == "training", spec.compile or spec.graphs, ("output", "gradient")
+    training, fast = spec.what == "training", spec.compile or spec.graphs
     model, inputs = _network(network, spec, device), _inputs(network, spec, device)
     sample = [part[:1] for part in inputs]
-    if training and fast:
-        names = "loss", "gradient"
-        with kernels.use(**kernels.references()):
-            expected = _passed(network, replace(spec, batch=1, compile=False, graphs=False), device, sample)
+    with kernels.use(**kernels.references()):
+        expected = _passed(network, replace(spec, batch=1, compile=False, graphs=False), device, sample) if training and fast else _results(model, sample, training)
+    if not fast:
+        timed = _results(model, sample, training)
+    elif training:
         timed = _passed(network, spec, device, sample)
     else:
-        with kernels.use(**kernels.references()):
-            expected = _results(model, sample, training)
-        if fast:
-            whole = [torch.cat([part] * (2 if spec.what == "sampling" else 1)) for part in inputs]  # guidance doubles a batch
-            timed = [_results(accelerate(model, spec.compile, spec.graphs), whole, False)[0][:1]]
-        else:
-            timed = _results(model, sample, training)
-    for what, out, truth, limit in zip(names, timed, expected, (1, 2), strict=False):
+        whole = [torch.cat([part] * (2 if spec.what == "sampling" else 1)) for part in inputs]  # guidance doubles a batch
+        timed = [_results(accelerate(model, spec.compile, spec.graphs), whole, False)[0][:1]]
+    for what, out, truth, limit in zip(("loss" if training and fast else "output", "gradient"), timed, expected, (1, 2), strict=False):
         error = ((out - truth).float().square().mean().sqrt() / truth.float().square().mean().sqrt().clamp_min(1e-12)).item()
         limit *= LIMITS.get(spec.precision, 1e-4)
         if not error <= limit:
@@ -217,7 +213,11 @@ def drawn(spec: Backbone, device: torch.device) -> nn.Module:
 
 
 def forget(device: torch.device) -> None:
-    """Give back the memory of earlier tasks on a GPU: recordings and their owners hold each other."""
+    """Give back the memory of earlier tasks on a GPU, where recordings and their owners hold each other, and drop what was compiled.
+
+    Of a function with more than eight compiled versions the compiler would run the next as it is.
+    """
+    torch.compiler.reset()
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
