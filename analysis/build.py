@@ -66,7 +66,7 @@ def build(store: Sources, with_figures: bool = True) -> list[str]:
             problems.append(f"{name}: {error}")
         except KeyError as error:
             problems.append(f"{name}: records or published data lack {error}")
-        except (TypeError, AttributeError) as error:
+        except (TypeError, AttributeError, ArithmeticError, LookupError) as error:
             problems.append(f"{name}: records or published data are not what was expected: {error}")
 
     for name, make in (SHEETS | {"claims": claims_sheet}).items():

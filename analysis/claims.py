@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from analysis.probes.declared import declared
-from analysis.query import Sources, digits_scores
+from analysis.query import Sources, rankable
 from experiments import speed_claims
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.engine.report import Cell, Sheet
-from experiments.engine.rows import Row, Table
+from experiments.engine.rows import Table
 from experiments.engine.spread import pooled, reach, scaled
 from experiments.engine.store import Record
 from experiments.protocols import DIGITS, timing_stage
@@ -103,18 +103,19 @@ def _measured_speed(claim: Claim, store: Sources, device: str) -> Finding | None
     value = "; ".join(f"{ratio.value:.2f} ±{ratio.error:.2f} ({ratio.mode}, {ratio.device})" for ratio in found)
     records = sum((ratio.records for ratio in found), ())
     if device == "cuda":
-        evidence, basis = MEASURED, "full batches timed in turn, synchronised but in the authors' own mode (as_published)"
+        evidence, basis = MEASURED, "full batches timed in turn, synchronised but in the authors' own mode (as_published)" + _unfused(found)
     else:
-        evidence, basis = REDUCED, f"the claim's networks on a CPU, timed in turn at batch {records[0].spec['batch']}"
-    return Finding(evidence, value, speed_claims.verdict(found, device), basis + _unfused(found, device), "within each value", records)
+        scans = "; the scan as a loop over tokens, for which GPUs have a fused kernel, so the claim cannot be judged so" * speed_claims.looped(records)
+        evidence, basis = REDUCED, f"the claim's networks on a CPU, timed in turn at batch {records[0].spec['batch']}{scans}"
+    return Finding(evidence, value, speed_claims.verdict(found, device), basis, "within each value", records)
 
 
-def _unfused(found: Sequence[speed_claims.Ratio], device: str) -> str:
-    """In words: what ran without the fused kernel that GPUs have for it, as the records name it, and on a GPU in which modes."""
+def _unfused(found: Sequence[speed_claims.Ratio]) -> str:
+    """In words: what ran on a GPU without the fused kernel that there is for it, as the records name it, and in which modes."""
     words = ""
     for (op, choice), how in UNFUSED.items():
         if modes := [ratio.mode for ratio in found if choice in ratio.records[0].provenance.get("kernels", {}).get(op, ())]:
-            words += f"; {how}, " + ("for which GPUs have a fused kernel" if device == "cpu" else f"without its fused kernel, in {' and '.join(modes)}")
+            words += f"; {how}, without its fused kernel, in {' and '.join(modes)}"
     return words
 
 
@@ -206,12 +207,14 @@ def _channels(claim: Claim, store: Sources) -> Finding:
 
 def _reduced(table: Table, pairs: Sequence[tuple[str, str]], paper: str, store: Sources) -> Finding:
     """fd_digits of the first row over the second's for every pair, which the claim says is above 1."""
-    rows: dict[str, Row] = {row.label: row for row in table.rows}
-    scores = {row.label: digits_scores(row, store) for row in table.rows}
+    found, other = rankable(table.rows, DIGITS, store)
+    scores = {row.label: records for row, records in zip(table.rows, found, strict=True)}
     values = {label: [record.values for record in records] for label, records in scores.items()}
     spread = pooled("fd_digits", list(values.values()))
     labels = {label for pair in pairs for label in pair}
-    if spread is None or not all(values[label] for label in labels & rows.keys()):
+    if refused := [f"{label} ({', '.join(other[label])})" for label in sorted(labels & other.keys())]:
+        return Finding(NOT_YET, "", "open", f"{paper}; not compared, scored by another protocol: {'; '.join(refused)}")
+    if spread is None or not all(values[label] for label in labels):
         return Finding(NOT_YET, "", "open", f"{paper}; no repeated digits records")
     parts, signs = [], []
     for worse, better in pairs:

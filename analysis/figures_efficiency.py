@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from analysis.query import Sources, digits_scores, gpu_timings, numeric_mode
-from analysis.style import MARKS, PUBLISHED, SIZES, colour, family_colour, figure
+from analysis.query import Sources, digits_scores, gpu_timings, numeric_mode, rankable
+from analysis.style import MARKS, PUBLISHED, SIZES, colour, family_colour, figure, note
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.engine.report import REFERENCE_SEEDS
 from experiments.engine.rows import Table
@@ -27,16 +27,18 @@ def score_against_speed(table: Table, store: Sources) -> Figure:
     rows that no other row beats in both."""
     made, axes = figure(7.6, 4.2)
     missing, points = [], []
-    for index, row in enumerate(table.rows):
+    scores, other = rankable(table.rows, DIGITS, store)
+    for index, (row, found) in enumerate(zip(table.rows, scores, strict=True)):
         timed = store.latest(timing_stage(row, table.baseline, "cpu"), "reference")
-        scored = [record.values["fd_digits"] for record in digits_scores(row, store)]
+        scored = [record.values["fd_digits"] for record in found]
         if timed is None or not scored:
-            missing.append(row.label)
+            missing += [row.label] * (row.label not in other)
             continue
         mean, speed = statistics.fmean(scored), timed.values["relative"]
         points.append((speed, mean))
         axes.errorbar(speed, mean, xerr=timed.values["relative_spread"], yerr=[[mean - min(scored)], [max(scored) - mean]], fmt=MARKS[index % 4], ms=5, capsize=2, elinewidth=0.8, color=colour(index % 10), label=row.label)
     _draw_front(axes, points)
+    _note_left_out(axes, other)
     if points:
         made.legend(loc="outside right center")
     axes.set_xlabel(f"throughput relative to {table.baseline.label}, CPU, 32x32x4, fp32, ± half the interquartile range")
@@ -64,8 +66,10 @@ def seed_spread(store: Sources) -> Figure:
     in both tables share their records."""
     made, axes = figure(8.2, 4.2, columns=2, width_ratios=(1, 1.25))
     for panel, table in zip(axes, (TABLE_3, TABLE_4), strict=True):
-        for place, row in enumerate(reversed(table.rows)):
-            scored = [record.values["fd_digits"] for record in digits_scores(row, store)]
+        scores, other = rankable(table.rows, DIGITS, store)
+        _note_left_out(panel, other)
+        for place, found in enumerate(reversed(scores)):
+            scored = [record.values["fd_digits"] for record in found]
             panel.plot(scored, [place] * len(scored), "o", ms=4.5, color=colour(0), alpha=0.8)
             if scored:
                 panel.plot([statistics.fmean(scored)] * 2, [place - 0.3, place + 0.3], "-", color="black", lw=1.4)
@@ -99,25 +103,29 @@ def training_efficiency(store: Sources) -> Figure:
     for panel in (left, middle):
         panel.set_xscale("log")
         _plain_log(panel, "y")
+    left_out = {}
     for index, table in enumerate((TABLE_3, TABLE_4)):
-        cost, score = _digits_cost(table, store)
+        cost, score, other = _digits_cost(table, store)
+        left_out |= other
         right.plot(cost, score, MARKS[index], ms=(8, 4)[index], color=colour(index), label=f"Table {table.number}'s rows")
     _plain_log(right, "y")
+    _note_left_out(right, left_out)
     right.set_xlabel("wall seconds x threads, fastest seed (ours)")
     right.set_ylabel("fd_digits (ours)")
     right.legend()
     return made
 
 
-def _digits_cost(table: Table, store: Sources) -> tuple[list[float], list[float]]:
-    """Seconds times threads of the fastest training, and fd_digits, a mean over seeds, of the rows that have both."""
-    costs, scores = [], []
-    for row in table.rows:
+def _digits_cost(table: Table, store: Sources) -> tuple[list[float], list[float], dict[str, list[str]]]:
+    """Seconds times threads of the fastest training, and fd_digits, a mean over seeds, of the rows that have both; and rows of another protocol."""
+    costs, means = [], []
+    scores, other = rankable(table.rows, DIGITS, store)
+    for row, scored in zip(table.rows, scores, strict=True):
         trained = [record for seed in REFERENCE_SEEDS if (record := store.latest(train_stage(row, DIGITS, seed), "reference"))]
-        if trained and (scored := digits_scores(row, store)):
+        if trained and scored:
             costs.append(min(record.provenance["seconds"] * record.provenance["threads"] for record in trained))
-            scores.append(statistics.fmean(record.values["fd_digits"] for record in scored))
-    return costs, scores
+            means.append(statistics.fmean(record.values["fd_digits"] for record in scored))
+    return costs, means, other
 
 
 def pareto(store: Sources) -> Figure:
@@ -191,6 +199,12 @@ def front(points: Sequence[tuple[float, float]], lower: bool = False) -> list[tu
         if not kept or y < kept[-1][1]:
             kept.append((x, y))
     return kept
+
+
+def _note_left_out(axes: Axes, other: dict[str, list[str]]) -> None:
+    """Names the rows whose scores are of another protocol than their table's first, which no axis orders."""
+    if other:
+        note(axes, f"left out, scored by another protocol: {', '.join(other)}")
 
 
 def _plain_log(axes: Axes, which: str) -> None:

@@ -33,6 +33,7 @@ COLUMNS = {  # of every published file: columns of words, columns of numbers
     "claims.csv": ("id claim metric subject baseline relation value", ""),
     "dico_logs.csv": ("model", "first_step last_step lines loss loss_sd hours"),
 }  # fmt: skip
+POSITIVE = {"gflops", "throughput_img_s", "params_m"}  # numbers that others are divided by
 
 
 class Sources(Store):
@@ -115,6 +116,8 @@ class Sources(Store):
             for column in numbers:
                 if row[column] and not _finite(row[column]):
                     raise ValueError(f"published data {name}, line {line}: {column} is {row[column]!r}, not a number; leave a gap empty")
+                if row[column] and column in POSITIVE and float(row[column]) <= 0:
+                    raise ValueError(f"published data {name}, line {line}: {column} is {row[column]}, which is not above 0; leave a gap empty")
         return rows
 
     def published(self, name: str, key: tuple[str, ...]) -> dict[str, dict[str, str]]:
@@ -218,7 +221,8 @@ def gpu_timings(backbone: Backbone, size: int, store: Sources) -> list[Record]:
 
 
 def numeric_mode(record: Record) -> str:
-    """Precision and TF32 flags in force, as a label."""
+    """Precision and TF32 flags in force, as a label that tells attention written out from whatever kernel was chosen."""
     flags = record.provenance["precision_flags"]
     on = [name.removesuffix("_tf32") for name in sorted(flags) if flags[name]]
-    return f"{record.spec['precision']}, TF32 {' and '.join(on) if on else 'off'}"
+    written_out = ", attention unfused" * (record.spec["kernels"].get("attention") == "reference")
+    return f"{record.spec['precision']}, TF32 {' and '.join(on) if on else 'off'}{written_out}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from analysis.pages import Block, Origins, Text, markdown, once
 from analysis.query import Sources, rankable, scores_of
-from analysis.tables import ranks
+from analysis.tables import RECONSTRUCTED, caveats, ranks
 from experiments.ablation import TABLES
 from experiments.engine.report import SCORES, Cell, Sheet, main_sheet
 from experiments.engine.rows import Row, Table
@@ -189,14 +189,14 @@ def blocks(store: Sources, protocol: Protocol = DIGITS) -> list[Block]:
         made += [Text(f"Table {number}: {TABLES[number].title}", 2), *_section(TABLES[number], store, protocol)]
         if full:
             made += _scores_alone(TABLES[number], store, protocol)
-        made.append(_origins(TABLES[number], store, protocol))
+        made += [*_caveats(TABLES[number], store, protocol), _origins(TABLES[number], store, protocol)]
     if full:
         made += [
             Text(f"The same rows at full size: protocol {full.name}", 2),
             Text(f"{full.recipe.steps} steps of {full.recipe.batch}, {full.num} images. A row without a committed record is a gap."),
         ]
         for number in (3, 4):
-            made += [*_section(TABLES[number], store, full), *_scores_alone(TABLES[number], store, full), _origins(TABLES[number], store, full)]
+            made += [*_section(TABLES[number], store, full), *_scores_alone(TABLES[number], store, full), *_caveats(TABLES[number], store, full), _origins(TABLES[number], store, full)]
     made += [
         Text("How this was computed", 2),
         Text(
@@ -205,6 +205,7 @@ def blocks(store: Sources, protocol: Protocol = DIGITS) -> list[Block]:
             "the ceiling is the mean tau of two redrawn sets with each other: where it is far below 1, even a perfect proxy could not show more. A pair is resolved where its difference exceeds Student's bound "
             f"for all pairs of the table together ({1 - LEVEL:.0%}, Bonferroni). The paper's scores are one training run each; their own spread is not known from the paper."
         ),
+        Text(RECONSTRUCTED),
     ]
     return made
 
@@ -228,8 +229,15 @@ def _scores_alone(table: Table, store: Sources, protocol: Protocol) -> list[Bloc
     kept = [i for i, (group, name) in enumerate(sheet.columns) if name == "row" or group.startswith((f"{protocol.name} (", "paper: "))]
     alone = Sheet("", [sheet.columns[i] for i in kept], [[cells[i] for i in kept] for cells in sheet.rows])
     fewer = [note for note in sheet.notes if note.endswith(f"of {len(seeds)} seeds")]
-    notes = [Text(f"± is the standard error over seeds, with one seed that of sampling. {'; '.join(fewer)}.")] if fewer else []
-    return [Text(f"Table {table.number} on {protocol.name}", 3), alone, *notes]
+    notes = [f"± is the standard error over seeds, with one seed that of sampling. {'; '.join(fewer)}."] if fewer else []
+    notes += [note for note in sheet.notes if note.startswith("warning: ")]
+    return [Text(f"Table {table.number} on {protocol.name}", 3), alone, *map(Text, notes)]
+
+
+def _caveats(table: Table, store: Sources, protocol: Protocol) -> list[Block]:
+    """What the records of a table's sections say about themselves."""
+    records = once(record for _, found in _origins(table, store, protocol).rows for record in found)
+    return [Text(note, records=records) for note in caveats(records)]
 
 
 def _section(table: Table, store: Sources, protocol: Protocol) -> list[Block]:
@@ -247,6 +255,9 @@ def _section(table: Table, store: Sources, protocol: Protocol) -> list[Block]:
         Text(f"{main.rows} rows, {main.seeds} seeds each. {order}{poorly}", records=records),
         Text(f"Of {pairs} pairs of rows the seeds resolve {resolved}{also}. {certain} of {main.rows} rows have a rank that is known for certain.", records=records),
     ]
+    if other := rankable(table.rows, protocol, store)[1]:
+        refused = (f"{label} ({', '.join(fields)})" for label, fields in other.items())
+        made.append(Text(f"Left out, scored by another protocol: {'; '.join(refused)}."))
     if protocol is DIGITS and (speed := speed_agreement(table, store)):
         words = f"tau {speed.tau:.2f} (95 % over rounds of timing: {speed.low:.2f} to {speed.high:.2f})"
         made.append(Text(f"The order by throughput on the CPU (fp32, {len(speed.records)} rows) agrees with the paper's on an A100 with {words}.", records=speed.records))

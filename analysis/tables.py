@@ -1,7 +1,7 @@
 """Tables 1 to 9 of the paper as sheets: published numbers beside the committed records'. No torch.
 
-Differences are given where both sides measure the same thing (parameters, Gflops, recipes); scores of different protocols
-stand side by side without one. Ranks are intervals: a row's rank is known up to the differences that its seeds resolve.
+Differences are given where both sides measure the same thing (parameters, Gflops, recipes, FID under one protocol); scores of
+different protocols stand side by side without one. Ranks are intervals: a row's rank is known up to the differences that its seeds resolve.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from analysis.query import Sources, digits_scores, gpu_timings, latest, numeric_mode, rankable, reference_seeds
+from analysis.conditions import SCORES_NOTE, add_conditions, insert, number_cell, score_cells, score_columns
+from analysis.query import Sources, digits_scores, latest, rankable, reference_seeds
 from experiments import main_results, speed
 from experiments.ablation import TABLES
 from experiments.engine.report import SCORES, Cell, Sheet, main_sheet
@@ -28,7 +29,6 @@ CONFIGURATIONS: dict[str, tuple[Row, Protocol]] = {
     "DiCo-XL 512": (ROWS_512["DiCo-XL, 3M"], IMAGENET512_OWN),
     "DiCo-H 256": (ROWS_256["DiCo-H (w/ CFG)"], IMAGENET256_OWN),
 }
-PAPER_BATCH = 64  # of its throughput
 RECONSTRUCTED = (
     "The authors published no ablation code: sizes of all rows but DiCo-S, its kernels and activation, and DiT (iso.) are "
     "reconstructed from the paper's two rounded numbers a row; a match is consistent with the row, it is no proof."
@@ -36,41 +36,37 @@ RECONSTRUCTED = (
 
 
 def ablation_sheet(table: Table, store: Sources) -> Sheet:
-    """Tables 3, 4 and 5: counts with their differences, throughput, and scores on digits with ranks."""
+    """Tables 3, 4 and 5: counts with their differences, throughput, scores on digits with ranks, and what a GPU gave under the paper's conditions."""
     sheet = main_sheet(table, table.rows, DIGITS, reference_seeds(table, store), "cpu", store, where="reference")
     for group in ("params, M", "Gflops"):
-        paper, ours = (sheet.columns.index((group, side)) for side in ("paper", "ours"))
-        _insert(sheet, ours + 1, (group, "diff. %"), [difference(row[ours], row[paper]) for row in sheet.rows])
+        _compare(sheet, group)
     stages: list[Stage] = [cost_stage(row) for row in table.rows]
+    own: list[Record] = []
     if table.counts_only:
         _dit_ratio(sheet, table, store)
     else:
         _rank(sheet, table.rows, store)
+        own = add_conditions(sheet, table, 256, store)
         stages += [timing_stage(row, table.baseline, "cpu") for row in table.rows]
         sheet.notes.append(RECONSTRUCTED)
-    sheet.notes += caveats([*latest(stages, store), *(record for row in table.rows for record in digits_scores(row, store))])
+    sheet.notes += caveats([*latest(stages, store), *(record for row in table.rows for record in digits_scores(row, store)), *own])
     return sheet
 
 
 def systems_sheet(table: Table, resolution: int, store: Sources) -> Sheet:
-    """Tables 1, 2, 8 and 9: every published row; counts, also in the convention of each published figure; our GPU throughput and FID."""
+    """Tables 1, 2, 8 and 9: every published row; counts, also in the convention of each published figure; our GPU throughput and scores."""
     sheet = main_sheet(table, table.rows, DIGITS, reference_seeds(table, store), "cpu", store, where="reference")
+    if ("params, M", "paper") in sheet.columns:
+        _compare(sheet, "params, M")
     published = store.published(table.published, table.key)
     systems = {system.label: system for system in SYSTEMS if system.resolution == resolution}
     known = [systems.get(published[row.published]["model"]) for row in table.rows]
     same = [counted(system, store, "reference")[1] if system else Cell() for system in known]
     at = sheet.columns.index(("Gflops", "ours"))
     sheet.columns[at] = ("Gflops", "ours, torchprofile")
-    _insert(sheet, at + 1, ("Gflops", "ours, same counter"), same)
-    _insert(sheet, at + 2, ("Gflops", "diff. %"), [difference(cell, row[at - 1]) for cell, row in zip(same, sheet.rows, strict=True)])
-    timings = [gpu_timings(row.backbone, cost_stages(row)[0].size, store) if row.backbone else [] for row in table.rows]
-    ordered = [sorted((record for record in found if record.spec["batch"] <= PAPER_BATCH), key=lambda record: record.spec["batch"]) for found in timings]
-    shown = [{_mode(record): record for record in found} for found in ordered]
-    for device, mode in sorted({mode for found in shown for mode in found}) or [("GPU", "")]:
-        _append(sheet, (f"ours, {device}", f"img/s, {mode}" if mode else "img/s"), [_timed(found.get((device, mode))) for found in shown])
-    _append(sheet, ("ours, same protocol", "FID"), [_scored(row, published[row.published], resolution, store) for row in table.rows])
-    if any(shown):
-        sheet.notes.append(f"ours on a GPU: in each numeric mode at the largest batch timed up to the paper's {PAPER_BATCH}.")
+    insert(sheet, at + 1, ("Gflops", "ours, same counter"), same)
+    insert(sheet, at + 2, ("Gflops", "diff. %"), [difference(cell, row[at - 1]) for cell, row in zip(same, sheet.rows, strict=True)])
+    own = add_conditions(sheet, table, resolution, store)
     frozen = {}
     for row, system, cells in zip(table.rows, known, sheet.rows, strict=True):
         every, ours = counted(system, store, "reference")[0] if system else Cell(), cells[sheet.columns.index(("params, M", "ours"))]
@@ -78,6 +74,8 @@ def systems_sheet(table: Table, resolution: int, store: Sources) -> Sheet:
             frozen[row.label] = every.text()
     if frozen:
         sheet.notes.append(f"params: ours are those that train. With what is frozen, such as tables of positions, as published figures can count them: {', '.join(f'{label} {text}' for label, text in frozen.items())}.")
+    if rounded := [row.label for row in table.rows if row.backbone and published[row.published].get("params", "").endswith("B")]:
+        sheet.notes.append(f"params of {', '.join(rounded)}: published in billions to one decimal, whose rounding alone can differ by 5 %.")
     sheet.notes += notes([(row.label, system, cells[at - 1]) for row, system, cells in zip(table.rows, known, sheet.rows, strict=True) if system], store, "reference")
     sheet.notes += [
         "same counter: Gflops in the convention of the tool that gave the published figure; core counts all systems by one rule.",
@@ -87,7 +85,7 @@ def systems_sheet(table: Table, resolution: int, store: Sources) -> Sheet:
     if table.timed:
         stages += [timing_stage(row, table.baseline, "cpu") for row in timed_rows(table, table.rows, "cpu", named=True)]
     scored = [record for row in table.rows if row.backbone for record in digits_scores(row, store)]
-    sheet.notes += caveats([*latest(stages, store), *scored, *(record for found in shown for record in found.values())])
+    sheet.notes += caveats([*latest(stages, store), *scored, *own])
     return sheet
 
 
@@ -150,17 +148,16 @@ def recipe_sheet(store: Sources) -> Sheet:
 def progress_sheet(store: Sources) -> Sheet:
     """Table 7: scores over training without guidance, and ours where a record of that length exists."""
     names = {"fid": "FID", "sfid": "sFID", "is": "IS", "precision": "P", "recall": "R"}
-    sheet = Sheet(
-        "Table 7: Scores over training (DiCo paper, Table 7)",
-        [("", "model"), ("", "steps"), *(("paper: ImageNet 256", name) for name in names.values()), *(("ours", name) for name in names.values())],
-    )
+    columns = [("", "model"), ("", "steps"), *(("paper: ImageNet 256", name) for name in names.values()), *score_columns("ours", tuple(names), IMAGENET256)]
+    sheet, found = Sheet("Table 7: Scores over training (DiCo paper, Table 7)", columns), []
     for paper in store.rows("table7.csv"):
         row = Row(paper["model"], Backbone(paper["model"].lower().replace("-", "_")), {}, None)
         stopped = replace(IMAGENET256, recipe=replace(IMAGENET256.recipe, steps=int(paper["train_steps"])))
         record = store.latest(evaluate_stage(row, stopped, 0), "reference")
-        ours = [Cell(record.values.get(name), record.values.get(f"{name}_se"), records=(record,)) if record else Cell() for name in names]
-        sheet.rows.append([Cell(words=paper["model"]), number_cell(paper["train_steps"]), *(number_cell(paper[name]) for name in names), *ours])
+        found += [record] if record else []
+        sheet.rows.append([Cell(words=paper["model"]), *(number_cell(paper[name]) for name in ("train_steps", *names)), *score_cells(record, paper, tuple(names))])
     sheet.notes.append("50K images, no guidance. Ours is a gap where no record of that many training steps under the imagenet256 protocol is committed.")
+    sheet.notes += [f"ours: {SCORES_NOTE}", *caveats(found)]
     return sheet
 
 
@@ -208,9 +205,10 @@ def ranks(name: str, better: str, values: Sequence[list[dict[str, float]]]) -> l
     ]
 
 
-def number_cell(text: str) -> Cell:
-    """A published number with the digits that were published."""
-    return Cell(float(text), None, len(text.partition(".")[2])) if text else Cell()
+def _compare(sheet: Sheet, group: str) -> None:
+    """Our difference to the paper's column of a group, beside ours."""
+    paper, ours = (sheet.columns.index((group, side)) for side in ("paper", "ours"))
+    insert(sheet, ours + 1, (group, "diff. %"), [difference(row[ours], row[paper]) for row in sheet.rows])
 
 
 def _rank(sheet: Sheet, rows: Sequence[Row], store: Sources) -> None:
@@ -221,7 +219,7 @@ def _rank(sheet: Sheet, rows: Sequence[Row], store: Sources) -> None:
     for row, rank in zip(sheet.rows, found, strict=True):
         row[at] = replace(row[at], best=rank == (1, 1))
     words = ["-" if rank is None else f"{rank[0]}" if rank[0] == rank[1] else f"{rank[0]} to {rank[1]}" for rank in found]
-    _insert(sheet, at + 1, (sheet.columns[at][0], "rank"), [Cell(words=word, records=tuple(records)) for word, records in zip(words, scores, strict=True)])
+    insert(sheet, at + 1, (sheet.columns[at][0], "rank"), [Cell(words=word, records=tuple(records)) for word, records in zip(words, scores, strict=True)])
     sheet.notes.append(f"rank: by {name}, as far as the seeds resolve it (95 % over all pairs, Bonferroni); bold is rank 1 for certain.")
     sheet.notes += [f"{label}: not ranked, scored by another protocol ({', '.join(fields)})." for label, fields in other.items()]
 
@@ -236,34 +234,6 @@ def _dit_ratio(sheet: Sheet, table: Table, store: Sources) -> None:
         cells += [number_cell(published[row.published]["gflops_ratio_to_dit"])]
         cells += [Cell(ours.value / dit.value, None, 3, records=ours.records + dit.records) if known else Cell()]
     sheet.columns += [("Gflops over DiT's", "paper"), ("Gflops over DiT's", "ours")]
-
-
-def _mode(record: Record) -> tuple[str, str]:
-    return record.provenance["device"], numeric_mode(record)
-
-
-def _timed(record: Record | None) -> Cell:
-    return Cell(record.values["images_per_s"], record.values.get("images_per_s_spread"), records=(record,)) if record else Cell()
-
-
-def _scored(row: Row, paper: dict[str, str], resolution: int, store: Sources) -> Cell:
-    """Our FID under the published row's conditions: the common recipe where the paper stops after its steps, else the system's own."""
-    if not row.backbone:
-        return Cell()
-    common, own = (IMAGENET256, IMAGENET256_OWN) if resolution == 256 else (IMAGENET512, IMAGENET512_OWN)
-    protocol = common if paper.get("train_steps") == str(common.recipe.steps) else own
-    record = store.latest(evaluate_stage(row, protocol, 0), "reference")
-    return Cell(record.values.get("fid"), record.values.get("fid_se"), records=(record,)) if record else Cell()
-
-
-def _append(sheet: Sheet, column: tuple[str, str], cells: Sequence[Cell]) -> None:
-    _insert(sheet, len(sheet.columns), column, cells)
-
-
-def _insert(sheet: Sheet, at: int, column: tuple[str, str], cells: Sequence[Cell]) -> None:
-    sheet.columns.insert(at, column)
-    for row, cell in zip(sheet.rows, cells, strict=True):
-        row.insert(at, cell)
 
 
 def _same(text: str, declared: object) -> bool:

@@ -2,7 +2,7 @@
 
 Counting every registered network at its own input, and every row of Tables 3, 4 and 5, on the meta device; `--report` and whether it stays without
 torch. `--main-job` runs `--table 4` from nothing in a temporary folder and prints its seconds and peak memory. `--latents` times the loader alone:
-32 x 32 x 4 moments, drawn anew, from a warm page cache in two threads. `--checkpoints` measures how long training stalls
+32 x 32 x 4 moments, drawn anew, from a warm page cache in two threads, and keeps a record. `--checkpoints` measures how long training stalls
 for a checkpoint, in the copy and by the writing beside it. `--neighbours` times precision, recall, density and coverage, exact and
 in ADM's half-precision arithmetic, and keeps a record of each.
 """
@@ -39,6 +39,14 @@ class Neighbours:
     dim: int
 
 
+@dataclass(frozen=True)
+class Loader:
+    """Latents of this size, drawn anew from moments, in shuffled batches."""
+
+    size: int = 32
+    batch: int = 256
+
+
 def main() -> int:
     return guarded(_main)
 
@@ -51,7 +59,7 @@ def _main() -> int:
     parser.add_argument("--neighbours", action="store_true", help="time precision and recall and nothing else")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of --neighbours (default: cpu)")
     parser.add_argument("--sizes", type=int, nargs=3, metavar=("SAMPLES", "REFERENCE", "DIM"), help="of --neighbours (default: 5000 2000 2048, on CUDA 50000 10000 2048)")
-    parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="results folder for the records of --neighbours (default: results)")
+    parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="results folder for the records of --neighbours and --latents (default: results)")
     args = parser.parse_args()
     if args.neighbours:
         require_device(args.device)
@@ -64,7 +72,9 @@ def _main() -> int:
         _checkpoints()
         return 0
     if args.latents:
-        _latents()
+        store = Store(args.results)
+        store.check_writable()
+        _latents(Loader(), store)
         return 0
     _report()
     _counts()
@@ -177,8 +187,8 @@ def _neighbours(spec: Neighbours, store: Store) -> None:
     )
 
 
-def _latents() -> None:
-    """Latents a second over a temporary folder of random moments, shuffled batches of 256 in two threads."""
+def _latents(spec: Loader, store: Store) -> None:
+    """Latents a second over a temporary folder of random moments, in two threads."""
     import json
 
     import numpy as np
@@ -188,16 +198,16 @@ def _latents() -> None:
     from experiments.engine.latents import LatentSet, shard_path
     from experiments.engine.spec import Data
 
-    batch, shards, each, steps = 256, 8, 512, 40
+    batch, size, shards, each, steps = spec.batch, spec.size, 8, 512, 40
     with tempfile.TemporaryDirectory() as name:
         folder, draw = Path(name), np.random.default_rng(0)
         for number in range(shards):
-            np.save(shard_path(folder, number), draw.random((each, 2, 8, 32, 32), np.float32))
+            np.save(shard_path(folder, number), draw.random((each, 2, 8, size, size), np.float32))
         np.save(folder / "labels.npy", draw.integers(0, 1000, shards * each))
         vae = {"name": "none", "encoder": "none"}
-        manifest = {"latents": "moments", "shape": [2, 8, 32, 32], "num_classes": 1000, "shards": [each] * shards, "sha256": "", "vae": vae}
+        manifest = {"latents": "moments", "shape": [2, 8, size, size], "num_classes": 1000, "shards": [each] * shards, "sha256": "", "vae": vae}
         (folder / "manifest.json").write_text(json.dumps(manifest | {"statistics": {"as_expected": False}}))
-        images = LatentSet(folder, Data("latents", size=32, channels=4, num_classes=1000, flip=True, vae="none"))
+        images = LatentSet(folder, Data("latents", size=size, channels=4, num_classes=1000, flip=True, vae="none"))
         for _ in batches(images, batch, 0, range(len(images) // batch), torch.device("cpu")):
             pass
         rates, busy = [], time.process_time()
@@ -207,6 +217,8 @@ def _latents() -> None:
                 pass
             rates.append(steps * batch / (time.perf_counter() - started))
         busy = (time.process_time() - busy) / (PAIRS * steps * batch)
+    values = {"latents_per_s": statistics.median(rates), "least": min(rates), "most": max(rates), "runs": PAIRS, "core_s_each": busy}
+    store.append(spec, "done", values, provenance() | {"torch": torch.__version__, "device": "cpu", "threads": 2, "cores": len(_cores())})
     spread = f"{min(rates):,.0f} to {max(rates):,.0f} over {PAIRS} runs"
     print(f"latents: {statistics.median(rates):,.0f} a second ({spread}), {1e6 * busy:.0f} us of a core each; batch {batch}, 2 threads, {len(_cores())} cores")
 

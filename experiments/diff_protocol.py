@@ -32,6 +32,8 @@ def _main() -> int:
     for key, left, right in (one for one in found if ABSENT not in one):
         size, source = effect(key)
         print(f"{key}: {left} | {right}" + (f"\n    known effect: {size}" if size else "") + (f" ({source})" if source else ""))
+        if key == "measure.guidance.scale":
+            print(f"    as w in U-ViT's formula, (1 + w) conditional - w null: {left - 1:g} | {right - 1:g}")
     for side, column in ((args.a, 1), (args.b, 2)):
         if silent := [one[0] for one in found if one[column] == ABSENT]:
             print(f"{side.name} does not record {', '.join(silent)}")

@@ -44,8 +44,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backbone", required=True, help="registered name, e.g. dico_xl")
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help=".pt or .safetensors")
     parser.add_argument("--protocol", choices=[name for name, protocol in PROTOCOLS.items() if not protocol.small], required=True)
-    parser.add_argument("--key", help="where a .pt file keeps its weights (default: ema, else state_dict, else flat)")
-    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the network: learn_sigma=false for SiT's 512 model, raster_padding=true for DiM's")
+    add_network_options(parser)
     parser.add_argument("--batch", type=int, metavar="N", help="images at a time on a GPU (default: 250, on Slurm the site's sample_batch)")
     add_run_options(parser)
     args = parser.parse_args(arguments)
@@ -55,17 +54,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _main(args: argparse.Namespace, arguments: Sequence[str] | None) -> int:
-    from experiments.engine.npz import sha256
-
     protocol, device = PROTOCOLS[args.protocol], device_of(args, args.backbone)
-    data = protocol.data
-    row = _declared(args.backbone, protocol)
-    own = row.backbone.options if row and (row.backbone.name, cost_stages(row)[0].size) == (args.backbone, data.size) else {}
-    size = dict(input_size=data.size, in_channels=data.channels, num_classes=data.num_classes)
-    backbone = Backbone(args.backbone, own | size | options_of(args.option))
-    model, key = _load(backbone, args)
-    weights = Checkpoint(backbone, data, sha256(args.checkpoint), args.key or Checkpoint.key, row.method.diffusion if row else Diffusion())
-    spec = Evaluate(weights, sampler_of(row, protocol) if row else protocol.sampler, protocol.num, protocol.features, protocol.labels)
+    spec, model, key = evaluation_of(args, protocol)
     if args.dry_run:
         if args.cluster != "slurm":
             require_device(device)
@@ -80,6 +70,26 @@ def _main(args: argparse.Namespace, arguments: Sequence[str] | None) -> int:
     elif good:
         raise ValueError(f"there is no record of {args.checkpoint.name} under {args.protocol} yet; leave out --report")
     return 1 if good is False else 0
+
+
+def add_network_options(parser: argparse.ArgumentParser) -> None:
+    """What `evaluation_of` takes beside --backbone and --checkpoint."""
+    parser.add_argument("--key", help="where a .pt file keeps its weights (default: ema, else state_dict, else flat)")
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the network: learn_sigma=false for SiT's 512 model, raster_padding=true for DiM's")
+
+
+def evaluation_of(args: argparse.Namespace, protocol: Protocol) -> tuple[Evaluate, nn.Module, str]:
+    """The stage that scores a published file, its network, and the key under which its weights lie; ValueError for a file of another network."""
+    from experiments.engine.npz import sha256
+
+    data = protocol.data
+    row = _declared(args.backbone, protocol)
+    own = row.backbone.options if row and (row.backbone.name, cost_stages(row)[0].size) == (args.backbone, data.size) else {}
+    size = dict(input_size=data.size, in_channels=data.channels, num_classes=data.num_classes)
+    backbone = Backbone(args.backbone, own | size | options_of(args.option))
+    model, key = _load(backbone, args)
+    weights = Checkpoint(backbone, data, sha256(args.checkpoint), args.key or Checkpoint.key, row.method.diffusion if row else Diffusion())
+    return Evaluate(weights, sampler_of(row, protocol) if row else protocol.sampler, protocol.num, protocol.features, protocol.labels), model, key
 
 
 def _declared(name: str, protocol: Protocol) -> Row | None:

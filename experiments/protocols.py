@@ -124,13 +124,15 @@ IMAGENET512 = Protocol(
     source="DiCo paper, Tables 2 and 6",
 )
 
+IMAGENET512_FIXED = replace(IMAGENET512, name="imagenet512_fixed", data=replace(IMAGENET512.data, latents="fixed"), source=IMAGENET256_FIXED.source)
+
 OWN = "each system by the recipe and the sampler of its own paper"
 IMAGENET256_OWN = replace(IMAGENET256, name="imagenet256_own", own=True, source=OWN)
 IMAGENET512_OWN = replace(IMAGENET512, name="imagenet512_own", own=True, source=OWN)
 
 _ALL = (
     DIGITS, DIGITS_LONG, CIFAR10, CIFAR10_CLASSIFIER, CIFAR10_SMALL,
-    IMAGENET256, IMAGENET256_FIXED, IMAGENET256_GUIDED, IMAGENET512, IMAGENET256_OWN, IMAGENET512_OWN,
+    IMAGENET256, IMAGENET256_FIXED, IMAGENET256_GUIDED, IMAGENET512, IMAGENET512_FIXED, IMAGENET256_OWN, IMAGENET512_OWN,
 )  # fmt: skip
 PROTOCOLS = {protocol.name: protocol for protocol in _ALL}
 

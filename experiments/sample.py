@@ -49,6 +49,8 @@ def _main() -> int:
     parser.add_argument("--protocol", choices=list(PROTOCOLS), default="digits")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the training run (default: 0)")
     parser.add_argument("--num", type=int, metavar="N", help="images (default: as the protocol scores)")
+    parser.add_argument("--sampler", metavar="NAME", help="another than the protocol's: ancestral, ddim, dpm_solver, dpm_solver_diffusers; of flows euler, heun, dopri5, sde")
+    parser.add_argument("--steps", type=int, metavar="N", help="of the sampler (default: as the protocol's)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the .npz (default: samples.npz in the run's folder)")
     parser.add_argument("--png", type=Path, metavar="DIR", help="also one PNG an image")
     parser.add_argument("--batch", type=int, default=250, metavar="N", help="images at a time on a GPU, which changes no image but by rounding (default: 250)")
@@ -63,10 +65,11 @@ def _run(args: argparse.Namespace) -> int:
     row = table.row(args.row)
     if row.backbone is None:
         raise ValueError(f"row {args.row!r} holds published numbers only: there is no network to sample")
-    if args.batch < 1 or (args.num is not None and args.num < 1):
-        raise ValueError("--num and --batch take numbers from 1 on")
+    if min(args.batch, *(value for value in (args.num, args.steps) if value is not None), 1) < 1:
+        raise ValueError("--num, --steps and --batch take numbers from 1 on")
     spec = evaluate_stage(row, protocol, args.seed)
-    spec = replace(spec, num=args.num or spec.num)
+    sampler = replace(spec.sampler, name=args.sampler or spec.sampler.name, num_steps=args.steps or spec.sampler.num_steps)
+    spec = replace(spec, num=args.num or spec.num, sampler=sampler)
     require_data(spec.data)
     store = Store(args.results, REPOSITORY / "results" / "reference")
     store.check_writable()
@@ -75,8 +78,11 @@ def _run(args: argparse.Namespace) -> int:
 
     from experiments.engine import distributed
     from experiments.engine.execute import require_device
+    from experiments.engine.process import process
+    from experiments.engine.samplers import bind
     from experiments.engine.train import Resources
 
+    bind(sampler, process(spec.train.diffusion))  # an unknown sampler is said before anything is drawn
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     require_device(device)
     out, job = args.out or store.run_dir(spec) / "samples.npz", Job(f"{args.row}, {spec.num} images", (spec,))

@@ -81,6 +81,7 @@ def small_on_cpu(claim: Claim, store: Store, where: str) -> str:
         return ""
     (pair,) = _in_turn(*(stage.backbone.name for stage in stages), side, "cpu")
     if record := store.latest(pair, where):
+        records = [record]
         value, error, how = record.values["relative"], record.values["relative_spread"], f"timed in turn at batch {pair.batch}"
     elif all(records := [store.latest(stage, where) for stage in stages]):
         one, two = (record.values["images_per_s"] for record in records)
@@ -88,15 +89,24 @@ def small_on_cpu(claim: Claim, store: Store, where: str) -> str:
         error = value * math.hypot(*(record.values["images_per_s_spread"] / record.values["images_per_s"] for record in records))
     else:
         return ""
-    return f"on a CPU in fp32, {families[0]}-S against {families[1]}-S is {value:.2f} ±{error:.2f}, {how}"
+    return f"on a CPU in fp32, {families[0]}-S against {families[1]}-S is {value:.2f} ±{error:.2f}, {how}{', its scan as a loop over tokens' * looped(records)}"
 
 
 def verdict(found: Sequence[Ratio], device: str) -> str:
-    """In words, of at least one ratio."""
+    """In words, of at least one ratio; a CPU's says no more than its direction where it lacks the kernel that GPUs have."""
     modes = [ratio.mode for ratio in found if ratio.holds]
     some = "holds only as published" if modes == ["as_published"] else f"holds only in {' and '.join(modes)}"
+    if device == "cpu" and looped(record for ratio in found for record in ratio.records):
+        (ratio,) = found
+        side = "no" if abs(ratio.value - 1) <= 2 * ratio.error else "same" if ratio.value > 1 else "other"
+        return f"{side} direction on this CPU, whose scan has no fused kernel"
     words = "holds" if len(modes) == len(found) else some if modes else "does not hold"
     return words + (" on this CPU, a proxy" if device == "cpu" else "")
+
+
+def looped(records: Iterable[Record]) -> bool:
+    """Whether a scan over tokens ran as a loop, by which no ratio of GPUs with their fused kernel can be judged."""
+    return any("loop" in record.provenance.get("kernels", {}).get("selective_scan", ()) for record in records)
 
 
 def claims_sheet(device: str, store: Store, where: str = "records") -> Sheet:

@@ -132,18 +132,19 @@ def kill_step(cluster: Cluster) -> None:
 
 
 def kill_node(cluster: Cluster) -> None:
-    number = cluster.rng.choice((1, 2))
-    cluster.script("node-kill", str(number))
-    subprocess.run(["scontrol", "update", f"nodename=127.0.0.1{number}", "state=down", "reason=fault"], check=True, timeout=60)
-    cluster.until(lambda: cluster.state() != "RUNNING", "the loss of a node is noticed")
-    cluster.script("node-start", str(number))
+    lose(cluster, "node-kill")
 
 
 def kill_slurmd(cluster: Cluster) -> None:
-    """Its rank lives on where nobody hears of it, until the scheduler misses the node and starts the job again."""
+    """Its rank lives on where the scheduler, which starts the job again, cannot end it."""
+    lose(cluster, "slurmd-kill")
+
+
+def lose(cluster: Cluster, how: str) -> None:
     number = cluster.rng.choice((1, 2))
-    cluster.script("slurmd-kill", str(number))
-    cluster.until(lambda: cluster.state() != "RUNNING", "the loss of a slurmd is noticed")
+    cluster.script(how, str(number))
+    subprocess.run(["scontrol", "update", f"nodename=127.0.0.1{number}", "state=down", "reason=fault"], check=True, timeout=60)
+    cluster.until(lambda: cluster.state() != "RUNNING", "the loss of a node is noticed")
     cluster.script("node-start", str(number))
 
 

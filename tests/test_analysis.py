@@ -21,12 +21,13 @@ from scipy import stats
 
 from analysis import build, figures, figures_probes
 from analysis.claims import LEVELS, claims_sheet, judge
-from analysis.figures_efficiency import front
+from analysis.figures_efficiency import front, score_against_speed
 from analysis.pages import Origins, Text
 from analysis.probes.declared import declared
 from analysis.query import COLUMNS, Sources, gpu_timings, numeric_mode, rankable
 from analysis.science import agreement, blocks, chance, kendall, page, resolved_pairs, spearman, speed_agreement
-from analysis.tables import CONFIGURATIONS, SHEETS, ranks, recipe_sheet
+from analysis.tables import CONFIGURATIONS, RECONSTRUCTED, SHEETS, ranks, recipe_sheet
+from analysis.views import views
 from experiments import speed, speed_claims
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.engine.render import render
@@ -209,6 +210,16 @@ def test_the_page_on_small_cifar_gives_the_order_and_prints_gaps_as_gaps(tmp_pat
     assert text.count("| CM->Agent Attn | - | - | - | - | - | 52.07 |") == 2 and "400000 steps of 256, 50000 images" in text and "## Table 4: Components of DiCo\n\nNo committed records with repeated seeds" in text
 
 
+def test_the_page_on_small_cifar_keeps_what_its_records_warn_of(tmp_path: Path):
+    store = Store(tmp_path)
+    values = {f"{name}_cifar_classifier": 1.0 for name in ("fd", "is", "precision", "recall")} | {"agreement": 0.5, "warnings": ["the images are grey"]}
+    store.append(evaluate_stage(TABLE_3.rows[0], CIFAR10_SMALL, 0), "done", values, PROVENANCE | {"dirty": True})
+    (tmp_path / "records").rename(tmp_path / "reference")
+    text = page(Sources(tmp_path), CIFAR10_SMALL)
+    assert text.count("warning: the images are grey") == 1 and "1 records of commit cccccccccccc; precision flags in force" in text
+    assert text.count("1 of these records come from a tree with uncommitted changes") == 1 and RECONSTRUCTED in text
+
+
 def test_links_of_markdown_lead_to_records():
     tables = REPOSITORY / "results" / "tables"
     for path in tables.glob("*.md"):
@@ -271,18 +282,25 @@ def test_a_gpu_timing_outranks_published_throughput(tmp_path: Path):
     assert "136.00 ±0.50" in [cell.text() for row in table.rows for cell in row] and finding("speed-dig-256", sources).evidence == "published data only"
 
 
-@pytest.mark.parametrize(("ratio", "said"), [(3.3, "holds on this CPU, a proxy"), (3.2, "does not hold on this CPU, a proxy")])
-def test_a_cpu_timing_of_a_claims_networks_is_a_proxy_until_a_gpus(ratio: float, said: str, tmp_path: Path):
+LOOP = {"selective_scan": ["loop"]}
+UNFUSED = "direction on this CPU, whose scan has no fused kernel"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "kernels", "said"),
+    [(3.3, {}, "holds on this CPU, a proxy"), (3.2, {}, "does not hold on this CPU, a proxy"), (3.3, LOOP, f"same {UNFUSED}"), (1.005, LOOP, f"no {UNFUSED}"), (0.9, LOOP, f"other {UNFUSED}")],
+)
+def test_a_cpu_timing_of_a_claims_networks_is_a_proxy_until_a_gpus(ratio: float, kernels: dict[str, list[str]], said: str, tmp_path: Path):
     """Half a unit of 3.3's last digit and two errors of 0.005 reach 3.24. The same record is no evidence on DiS-H, only shown for scale."""
     store = Store(tmp_path)
     (spec,) = speed_claims.claim_stages(dict(subject="DiCo-S@512", baseline="DiS-S/2@512"), "cpu")
     values = {"images_per_s": 6.0, "images_per_s_spread": 0.1, "relative": ratio, "relative_spread": 0.005}
-    store.append(spec, "done", values, PROVENANCE | {"cpu": "some CPU", "kernels": {"selective_scan": ["loop"]}})
+    store.append(spec, "done", values, PROVENANCE | {"cpu": "some CPU", "kernels": kernels})
     (tmp_path / "records").rename(tmp_path / "reference")
     found, other = finding("speed-dis-small-512", Sources(tmp_path)), finding("speed-dis-512", Sources(tmp_path))
     assert (found.evidence, found.verdict) == ("measured at reduced scale", said) and f"{ratio:.2f} ±0.01 (fp32, some CPU)" == found.value
-    assert all(words in found.basis for words in ("on a CPU", "as a loop over tokens", "no GPU record is committed"))
-    assert other.evidence == "published data only" and f"Not the claim's, for scale: on a CPU in fp32, DiCo-S against DiS-S is {ratio:.2f}" in other.basis
+    assert all(words in found.basis for words in ("on a CPU", "no GPU record is committed")) and ("as a loop over tokens" in found.basis) == bool(kernels)
+    assert other.evidence == "published data only" and f"Not the claim's, for scale: on a CPU in fp32, DiCo-S against DiS-S is {ratio:.2f}" in other.basis and other.basis.endswith("its scan as a loop over tokens") == bool(kernels)
     assert finding("speed-dim-512", Sources(tmp_path)).basis.endswith("no GPU record here")
     (tmp_path / "reference").rename(tmp_path / "records")
     for gpu in speed_claims.claim_stages(dict(subject="DiCo-S@512", baseline="DiS-S/2@512"), "cuda"):
@@ -323,6 +341,37 @@ def test_numeric_modes_of_a_gpu_stand_side_by_side(tmp_path: Path):
     shown = {name: cell.text() for (group, name), cell in zip(sheet.columns, row, strict=True) if group == "ours, GPU"}
     assert shown == {"img/s, as_published, TF32 cudnn": "200.00", "img/s, fp32, TF32 off": "80.00"}
     assert any("largest batch timed up to the paper's 64" in note for note in sheet.notes)
+
+
+def test_what_ran_under_the_papers_conditions_stands_beside_its_rows(tmp_path: Path):
+    """DiCo-S after 400K steps is one run of Tables 1, 4 and 7, and a row of an ablation is timed on a GPU too."""
+    store, dico = Store(tmp_path), TABLE_4.rows[0]
+    values = {"fid": 54.967, "fid_se": 0.2, "fid_corrected": 54.5, "fid_corrected_se": 0.3, "sfid": 11.0, "is": 30.0, "precision": 0.5, "recall": 0.6}
+    record = store.append(evaluate_stage(dico, IMAGENET256, 0), "done", values, PROVENANCE | {"dirty": True})
+    speed_of = {"images_per_s": 1234.0, "images_per_s_spread": 5.0, "relative": 1.0, "relative_spread": 0.0}
+    store.append(timing_stage(TABLE_4.rows[4], dico, "cuda"), "done", speed_of, PROVENANCE | {"device": "GPU"})
+    (tmp_path / "records").rename(tmp_path / "reference")
+    sources = Sources(tmp_path)
+    for number in (1, 4, 7):
+        sheet = SHEETS[f"table{number}"](sources)
+        (row,) = [row for row in sheet.rows if record.name in {own.name for cell in row for own in cell.records}]
+        ours = {name: cell.text() for (group, name), cell in zip(sheet.columns, row, strict=True) if group in ("ours", "ours, same protocol")}
+        expected = {"FID-50K": "54.97 ±0.20", "FID-50K, no bias": "54.50 ±0.30", "FID diff. %": "10.00", "IS-50K": "30.00", "precision-50K": "0.50", "recall-50K": "0.60"}
+        assert row[0].words == "DiCo-S" and ours == expected | ({"sFID-50K": "11.00"} if number == 7 else {})
+        assert any("come from a tree with uncommitted changes" in note for note in sheet.notes) and len(sheet.rows) > 2
+    table = SHEETS["table4"](sources)
+    at = table.columns.index(("ours, GPU", "img/s, fp32, TF32 off, attention unfused"))
+    assert [row[at].text() for row in table.rows] == ["-"] * 4 + ["1234.00 ±5.00"] + ["-"] * 6
+
+
+def test_the_papers_own_units_stand_beside_ours(committed: Sources):
+    table4, table8 = SHEETS["table4"](committed), SHEETS["table8"](committed)
+    at = table4.columns.index(("paper, A100", "img/s"))
+    assert [row[at].text() for row in table4.rows] == [row["throughput_img_s"] for row in committed.rows("table4.csv")]
+    (dit,) = [row for row in table8.rows if row[0].words == "DiT-XL/2"]
+    paper, ours, off = (dit[table8.columns.index(("params, M", side))] for side in ("paper", "ours", "diff. %"))
+    assert (paper.text(), ours.text()) == ("675M", "674.8") and off.value == pytest.approx(100 * (ours.value / 675 - 1))
+    assert any("DiC-H, DiCo-H: published in billions" in note for note in table8.notes)
 
 
 def test_frozen_parameters_are_told_apart(committed: Sources):
@@ -438,10 +487,11 @@ def test_bad_sources_are_named_and_the_rest_is_built(tmp_path: Path):
     lines = list(csv.reader((published / "table5.csv").open()))
     (published / "table5.csv").write_text("\n".join(",".join(line[:2] + line[3:]) for line in lines) + "\n")
     (published / "table2.csv").write_text((published / "table2.csv").read_text().replace("18.58", "nan"))
+    (published / "table8.csv").write_text((published / "table8.csv").read_text().replace(",118.7,", ",0,"))
     done = run_build("--tables", "--results", tmp_path / "results", "--published", published)
     problems = [line for line in done.stdout.splitlines() if line.startswith("problem: ")]
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    for words in (paths[0].name, "fd_digits is no number", "agreement is no number", "its spec lacks num", f"no declared protocol ({other['spec']['train']['data']['name']}, 77", "table5.csv: no column gflops", "throughput_img_s is 'nan'"):
+    for words in (paths[0].name, "fd_digits is no number", "agreement is no number", "its spec lacks num", f"no declared protocol ({other['spec']['train']['data']['name']}, 77", "table5.csv: no column gflops", "throughput_img_s is 'nan'", "gflops is 0, which is not above 0"):
         assert [problem for problem in problems if words in problem], (words, problems)
     built = {path.name for path in (tmp_path / "results" / "tables").iterdir()}
     assert {"table1.md", "table3.html", "table4.csv", "table9.tex", "digits.md", "cifar10_small.md"} <= built and not {"table5.md", "table2.md"} & built
@@ -460,6 +510,27 @@ def test_a_row_of_another_protocol_is_not_ranked(tmp_path: Path):
     sheet = SHEETS["table4"](store)
     at = [column for _, column in sheet.columns].index("rank")
     assert sheet.rows[3][at].text() == "-" and sheet.rows[2][at].text() != "-" and any(f"{row.label}: not ranked" in note for note in sheet.notes)
+
+
+def test_a_record_of_another_extractor_is_ordered_by_nothing(tmp_path: Path):
+    """Not by the claim that asks for it, nor by a front or the page's scatter; other claims keep their verdicts."""
+    reference = copied(tmp_path / "results") / "reference"
+    (row,) = [row for row in TABLE_4.rows if row.label == "w/o CCA"]
+    kept = finding("kernel-order", Sources())
+    assert finding("cca-fid", Sources()).evidence == "measured at reduced scale"
+    (path,) = (reference / "evaluate").glob(f"{spec_id(evaluate_stage(row, DIGITS, 0))}-*.json")
+    record = json.loads(path.read_text())
+    record["values"]["manifest"]["measure"]["extractor"]["sha256"] = "0" * 64
+    path.write_text(json.dumps(record))
+    store = Sources(tmp_path / "results")
+    found = finding("cca-fid", store)
+    assert (found.evidence, found.verdict, found.value) == ("not yet", "open", "") and "scored by another protocol: w/o CCA (extractor.sha256)" in found.basis
+    assert finding("kernel-order", store).evidence == kept.evidence and len(finding("kernel-order", store).records) == len(kept.records)
+    (view,) = [view for view in views(store) if "Table 4" in view["name"]]
+    assert view["name"].endswith("(left out, scored by another protocol: w/o CCA)") and not any("w/o CCA" in text for text in view["data"][0]["text"])
+    assert "10 rows, 3 seeds each" in page(store) and "Left out, scored by another protocol: w/o CCA (extractor.sha256)." in page(store)
+    axes = score_against_speed(TABLE_4, store).axes[0]
+    assert row.label not in axes.get_legend_handles_labels()[1] and [text.get_text() for text in axes.texts] == ["left out, scored by another protocol: w/o CCA"]
 
 
 def test_a_published_file_that_is_missing_or_unsourced_is_one_line(tmp_path: Path):

@@ -10,7 +10,7 @@ from experiments.engine import sources
 from experiments.engine.data import ImageSet, batch_indices, batches, load
 from experiments.engine.sources import require_data, require_features
 from experiments.engine.spec import Data
-from experiments.protocols import CIFAR10, DIGITS, IMAGENET256, IMAGENET256_FIXED, IMAGENET512, Protocol, evaluate_stage
+from experiments.protocols import CIFAR10, DIGITS, IMAGENET256, IMAGENET256_FIXED, IMAGENET512, IMAGENET512_FIXED, Protocol, evaluate_stage
 from experiments.ablation import TABLE_4
 
 SET = Data("latents", size=4, channels=2, num_classes=3)
@@ -142,6 +142,7 @@ def test_an_error_in_a_worker_reaches_the_trainer():
         (CIFAR10, ("train.parquet", "cifar-10-batches-py", "prepare_cifar10.py")),
         (IMAGENET256, ("prepare_latents.py --protocol imagenet256 ", "1000 class folders")),
         (IMAGENET256_FIXED, ("prepare_latents.py --protocol imagenet256_fixed ", "DICO_DATA/imagenet256_fixed)")),
+        (IMAGENET512_FIXED, ("prepare_latents.py --protocol imagenet512_fixed ", "DICO_DATA/imagenet512_fixed)")),
         (IMAGENET512, ("prepare_latents.py --protocol imagenet512 ",)),
     ],
 )

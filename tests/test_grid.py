@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from test_backbones import randomise
 
+import backbones
 from analysis import grid
 from analysis.query import TRAINED, trained_row, trained_rows
 from experiments.ablation import TABLE_4
 from experiments.engine import generate
 from experiments.engine.execute import execute
+from experiments.engine.npz import sha256
 from experiments.engine.store import Store
 from experiments.engine.train import Resources, load_ema
 from experiments.main_results import TABLE_1
@@ -56,6 +60,23 @@ def test_a_system_of_three_networks_is_drawn(results: Path, monkeypatch: pytest.
     assert len(about[grid.RECORDS].split()) == 3 and about[grid.CAPTION].count("weights ") == 3
 
 
+@pytest.mark.parametrize("name", ["dico_s", "dit_s_2"])
+def test_a_published_checkpoint_is_drawn_from_its_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A small network of random weights under its authors' names; other weights are other images."""
+    shape, options = dict(input_size=8, in_channels=1, num_classes=10), backbones.tiny_options_of(name)
+    given = [text for item in options.items() for text in ("--option", f"{item[0]}={json.dumps(item[1])}")]
+    shown = []
+    for seed in (1, 2):
+        file = tmp_path / f"{seed}.pt"
+        torch.save({"ema": randomise(backbones.build(name, **options, **shape), seed).state_dict()}, file)
+        assert run(monkeypatch, "--backbone", name, "--checkpoint", file, *given, "--rows", 1, "--classes", 0, 4, "--results", tmp_path) == 0
+        image = Image.open(tmp_path / "figures" / "samples" / f"digits_{name}_{sha256(file)[:8]}.png")
+        assert f"the published {name} under digits" in image.info[grid.CAPTION] and f"({file.name}, SHA-256 {sha256(file)}, key ema)" in image.info[grid.CAPTION]
+        assert grid.RECORDS not in image.info or image.info[grid.RECORDS] == ""
+        shown.append(image.tobytes())
+    assert shown[0] != shown[1] and not (tmp_path / "records").exists()
+
+
 def test_the_images_are_those_of_the_evaluation(results: Path):
     """Classes in any choice and order are the same images, and those with which the run's own evaluation begins."""
     spec = evaluate_stage(TABLE_4.rows[0], SHORT, 0)
@@ -73,6 +94,11 @@ def test_the_images_are_those_of_the_evaluation(results: Path):
         (["--table", "4", "--row", "DWC 5x5", "--seed", "7"], 'train it with: python experiments/ablation.py --table 4 --rows "DWC 5x5"'),
         (["--table", "8", "--row", "DiM-H", "--protocol", "imagenet256"], 'train it with: python experiments/main_results.py --table 8 --rows "DiM-H" --protocol imagenet256'),
         (["--table", "9", "--row", "MaskGIT"], "row 'MaskGIT' of table 9 holds published numbers only"),
+        ([], "say --row, or --backbone and --checkpoint"),
+        (["--row", "DiCo-S", "--key", "ema"], "say --row, or --backbone and --checkpoint, which alone take --key"),
+        (["--backbone", "dico_s"], "--backbone and --checkpoint go together"),
+        (["--backbone", "dico_s", "--checkpoint", "none.pt", "--row", "DiCo-S"], "go together, and without --table, --row and --seed"),
+        (["--backbone", "dico_s", "--checkpoint", "none.pt"], "none.pt: no such checkpoint"),
         (["--table", "4", "--row", "DiCo-S", "--classes", "10"], "--classes labels from 0 to 9"),
     ],
 )

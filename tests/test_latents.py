@@ -312,6 +312,16 @@ def test_a_full_disk_is_seen_before_the_work(work: Work, tmp_path: Path, monkeyp
         prepare(work, tmp_path, quiet)
 
 
+def test_a_vae_that_cannot_be_fetched_says_what_to_give_instead(monkeypatch: pytest.MonkeyPatch):
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("no network\nat all")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(ValueError) as failure:
+        load_autoencoder("sd-vae-ft-ema")
+    assert str(failure.value) == "VAE sd-vae-ft-ema cannot be loaded; give --vae a folder with its config.json and diffusion_pytorch_model.safetensors (no network)"
+
+
 def test_decoding_does_not_depend_on_how_many_are_asked_for(work: Work):
     latents = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     images = work.vae.decode(latents)

@@ -138,6 +138,12 @@ def test_the_script_prints_what_differs_and_what_that_does(tmp_path: Path):
     a, b, c = scored(store, 0, 1.0), scored(store, 1, 1.0), scored(store, 2, 1.0, labels={"policy": "random"})
     same, other = diff(a, b), diff(a, c)
     assert same.returncode == 0 and "may be compared" in same.stdout and "mixer_options.activation: not set | relu" in same.stdout
+    guided, raw = (scored(store, 3 + k, 1.0, **changed) for k, changed in enumerate((dict(guidance={"scale": 1.5}), {})))
+    record = json.loads(raw.read_text())
+    record["values"]["manifest"]["model"]["key"] = "none: flat"
+    raw.write_text(json.dumps(record))
+    assert "as w in U-ViT's formula, (1 + w) conditional - w null: 0 | 0.5\n" in diff(a, guided).stdout
+    assert diff(a, raw).returncode == 1 and "6.06 against 8.1" in diff(a, raw).stdout
     assert other.returncode == 1 and "measure.labels.policy: balanced | random" in other.stdout and "about 0.1" in other.stdout and "RAE README" in other.stdout
 
 
@@ -147,3 +153,8 @@ def test_the_script_refuses_what_is_no_evaluate_record(tmp_path: Path):
     for bad in (tmp_path / "a.json", tmp_path / "missing.json", train):
         done = diff(bad, bad)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_every_committed_score_holds_what_decided_it():
+    paths = sorted((REPOSITORY / "results" / "reference" / "evaluate").glob("*.json"))
+    assert paths and not [path.name for path in paths if "hash" not in json.loads(path.read_text())["values"].get("manifest", {})]

@@ -179,6 +179,25 @@ def test_the_inception_stage_runs_from_weights_to_record(tmp_path: Path, monkeyp
     assert json.loads(json.dumps(values["manifest"])) == values["manifest"]
 
 
+def test_another_sampler_is_another_set_and_an_unknown_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    from experiments import sample
+
+    asked = []
+
+    def drawn(spec: Evaluate, *_: object) -> None:
+        asked.append(spec.sampler)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(sample, "_drawn", drawn)
+    for options in ([], ["--sampler", "dpm_solver_diffusers", "--steps", "20"], ["--sampler", "heun"], ["--steps", "0"]):
+        monkeypatch.setattr("sys.argv", ["sample.py", "--row", "DiCo-S", "--results", str(tmp_path), *options])
+        assert sample.main() == 2
+    plain, other = asked
+    assert (other.name, other.num_steps) == ("dpm_solver_diffusers", 20) and other == replace(plain, name=other.name, num_steps=20)
+    said = capsys.readouterr().err.splitlines()
+    assert said[2:] == ["error: unknown sampler 'heun'; known: ancestral, ddim, dpm_solver, dpm_solver_diffusers", "error: --num, --steps and --batch take numbers from 1 on"]
+
+
 FAILING = """
 import sys, time
 from experiments import sample

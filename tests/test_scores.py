@@ -112,6 +112,7 @@ def test_class_order_is_warned_of_and_shuffled_files_are_not(monkeypatch: pytest
     assert not any("order" in text for text in score(shuffled, real, labels[order])["warnings"])
     by_block = metrics.inception_score
     monkeypatch.setattr(metrics, "inception_score", lambda p: by_block(p, block=100))
+    assert any("samples are ordered" in text for text in score(ordered, real, np.random.default_rng(1).permutation(labels))["warnings"])  # labels of another order
     unlabelled = score(ordered, real)
     assert unlabelled["is"] < 0.5 * unlabelled["is_shuffled"] and any("samples are ordered" in text for text in unlabelled["warnings"])
 

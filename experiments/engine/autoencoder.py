@@ -90,7 +90,7 @@ def load_autoencoder(source: str, device: torch.device | str = "cpu", batch: int
         vae = AutoencoderKL.from_pretrained(folder, use_safetensors=True, torch_dtype=torch.float32, low_cpu_mem_usage=False)
     except Exception as error:  # diffusers raises half a dozen kinds here, and each means the same to the user
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        advice = "; give --vae a folder with its {' and '.join(FILES)}" if source in PUBLISHED else ""
+        advice = f"; give --vae a folder with its {' and '.join(FILES)}" if source in PUBLISHED else ""
         raise ValueError(f"VAE {source} cannot be loaded{advice} ({reason})") from None
     if vae.config.scaling_factor != SCALE or vae.config.shift_factor:
         raise ValueError(f"VAE {source} scales its latents by {vae.config.scaling_factor} and shifts them by {vae.config.shift_factor}; only {SCALE} without a shift is known")

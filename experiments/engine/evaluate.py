@@ -32,6 +32,7 @@ from experiments.engine.spec import Data, Evaluate, canonical, spec_id
 from experiments.engine.train import Resources, digest
 
 Report = Callable[[int, int, float, float], None]
+ADM_REFERENCE = 10_000  # images in the file of each size, beside the statistics of all training images
 ON_CPU = 250  # images that are drawn and classified at a time whatever is asked: both round by the batch there
 
 
@@ -169,7 +170,12 @@ def _reference(data: Data, extractor: inception.Inception, parts: Path, group: G
     """What the samples are scored against; None on all ranks but the first."""
     if path := reference_path(data):
         measured = scores.measure_shared(extractor, Images(path), group, parts / sha256(path)[:16], beat) if has_images(path) else None
-        return scores.reference_of(path, measured) if group.first else None
+        if not group.first:
+            return None
+        reference = scores.reference_of(path, measured)
+        if reference.identity["num_images"] != ADM_REFERENCE or not reference.identity["statistics"]:
+            reference.warnings.append(f"{path.name} is not ADM's reference, which holds statistics and {ADM_REFERENCE:,} images: FID against another one is another number")
+        return reference
     real, total = _Pixels(load(data)), hashlib.sha256()
     for start in range(0, len(real), scores.PIECE):
         total.update(real.part(start, min(start + scores.PIECE, len(real))).tobytes())

@@ -97,11 +97,11 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, An
 
 
 def incomparable(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """Fields of `measure` in which two manifests are known to differ: scores under them must not be ranked.
+    """Fields of `measure`, and the key of the weights, in which two manifests are known to differ: scores under them must not be ranked.
 
     The count of evaluations follows from the sampler, and under an adaptive one from the network.
     """
-    return [key for key, *values in differences(a, b) if key.startswith("measure.") and key != "measure.nfe" and (ABSENT not in values or key.startswith(ONE_SIDED))]
+    return [key for key, *values in differences(a, b) if key.startswith(("measure.", "model.key")) and key != "measure.nfe" and (ABSENT not in values or key.startswith(ONE_SIDED))]
 
 
 def clashes(records: Sequence[Record], base: Sequence[Record]) -> list[str]:
@@ -118,9 +118,10 @@ def effect(key: str) -> tuple[str, str]:
 
 
 def score_name(name: str, num: int) -> str:
-    """A score's printed name with its N: ('fid', 50000) -> 'FID-50K'."""
+    """A score's printed name with its N: ('fid', 50000) -> 'FID-50K', ('fid_corrected', 50000) -> 'FID-50K, no bias'."""
+    name, corrected, _ = name.partition("_corrected")
     words = {"fid": "FID", "sfid": "sFID", "is": "IS", "kid": "KID", "mind": "MIND"}
-    return f"{words.get(name, name)}-{f'{num // 1000}K' if num >= 1000 and num % 1000 == 0 else num}"
+    return f"{words.get(name, name)}-{f'{num // 1000}K' if num >= 1000 and num % 1000 == 0 else num}{', no bias' * bool(corrected)}"
 
 
 def _flat(part: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -19,7 +19,7 @@ SCORES = {
     "cifar_classifier": {
         "fd_cifar_classifier": "lower", "is_cifar_classifier": "higher", "precision_cifar_classifier": "higher", "recall_cifar_classifier": "higher", "agreement": "higher",
     },
-    "inception": {"fid": "lower", "is": "higher", "precision": "higher", "recall": "higher"},
+    "inception": {"fid": "lower", "fid_corrected": "lower", "is": "higher", "precision": "higher", "recall": "higher"},
 }
 PAPER_SCORES = {"fid": "FID", "is": "IS", "precision": "P", "recall": "R"}
 PAPER_CONDITIONS = {"steps": "train_steps", "guided": "cfg"}
@@ -69,7 +69,7 @@ def main_sheet(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Seq
     columns = [("", "row")] + [("", name) for name in ("type",) if name in given]
     columns += [("params, M", "paper")] * (params is not None) + [("params, M", "ours"), ("Gflops", "paper"), ("Gflops", "ours"), ("Gflops", "core")]
     if not table.counts_only:
-        columns += [(f"throughput, {machine}", "img/s"), (f"throughput, {machine}", "rel."), ("paper, A100", "rel.")] * table.timed
+        columns += [(f"throughput, {machine}", "img/s"), (f"throughput, {machine}", "rel."), ("paper, A100", "img/s"), ("paper, A100", "rel.")] * table.timed
         columns += [(f"{protocol.name} ({machine}, {_seed_words(seeds)})", _score_header(name, protocol)) for name in scores]
         columns += [(f"paper: {table.conditions}", name) for name in ("steps", "guided") if PAPER_CONDITIONS[name] in given]
         columns += [(f"paper: {table.conditions}", name) for name in PAPER_SCORES.values()]
@@ -83,7 +83,7 @@ def main_sheet(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Seq
         if not table.counts_only:
             if table.timed:
                 timed = _latest(store, timing_stage(row, table.baseline, device), where) if timed_rows(table, [row], device, named=True) else None
-                cells += [_of(timed, "images_per_s", 1), _of(timed, "relative", 2), _relative(paper, first)]
+                cells += [_of(timed, "images_per_s", 1), _of(timed, "relative", 2), _paper(paper, "throughput_img_s"), _relative(paper, first)]
             cells += [_score(store, row, protocol, seeds, name, where) for name in scores]
             cells += [Cell(words=paper.get(name) or "-") for name in PAPER_CONDITIONS.values() if name in given]
             cells += [_paper(paper, key) for key in PAPER_SCORES]
@@ -94,7 +94,7 @@ def main_sheet(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Seq
 
 def comparison_sheet(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequence[int], device: str, store: Store) -> Sheet:
     """This machine's scores beside the committed reference's, and whether they agree within their error."""
-    scores = list(SCORES[protocol.features])
+    scores = [name for name in SCORES[protocol.features] if name != "fid_corrected"]  # follows from fid
     columns = [("", "row"), ("throughput, rel.", "reference"), ("throughput, rel.", "here")]
     columns += [(score_name(name, protocol.num) if protocol.features == "inception" else name, side) for name in scores for side in ("reference", "here")] + [("", "reproduced")]
     sheet = Sheet(f"Table {table.number} on {protocol.name}: this machine against the reference", columns)
@@ -158,10 +158,10 @@ def _count(store: Store, row: Row, where: str, name: str, unit: float, digits: i
 
 
 def _paper(row: dict[str, str], key: str) -> Cell:
-    """A published number with the digits that were published; words where it has a unit (675M)."""
+    """A published number with the digits that were published; in its own words, a number of millions, where it has a unit (675M)."""
     text = row.get(key, "")
     if text and text[-1] in "MB":
-        return Cell(words=text)
+        return Cell(float(text[:-1]) * (1000 if text[-1] == "B" else 1), words=text)
     return Cell(float(text), None, len(text.partition(".")[2])) if text else Cell()
 
 
@@ -270,7 +270,7 @@ def _score_note(protocol: Protocol, seeds: Sequence[int]) -> str:
             f"{protocol.name}: {protocol.recipe.steps} steps of {protocol.recipe.batch}, {protocol.num} images, {protocol.sampler.num_steps} sampling steps; scores on a small classifier's "
             f"features, which are not Inception's: fd_{protocol.features} is no FID and compares with no other protocol's score. {error}."
         )
-    return f"{protocol.name}: {protocol.num} images. {error}."
+    return f"{protocol.name}: {protocol.num} images. {error}. no bias: FID without what a finite number of images adds."
 
 
 def _resolved(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequence[int], store: Store, where: str) -> str:
