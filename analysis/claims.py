@@ -25,6 +25,7 @@ from experiments.speed_claims import half_digit
 COUNTED, MEASURED, REDUCED, PUBLISHED, NOT_YET = LEVELS = (
     "counted", "measured here", "measured at reduced scale", "published data only", "not yet",
 )  # fmt: skip
+UNFUSED = {("selective_scan", "loop"): "the scan as a loop over tokens", ("gated_linear", "chunked"): "gated linear attention in chunks of plain PyTorch"}
 Claim = dict[str, str]
 
 
@@ -102,11 +103,20 @@ def _measured_speed(claim: Claim, store: Sources, device: str) -> Finding | None
     value = "; ".join(f"{ratio.value:.2f} ±{ratio.error:.2f} ({ratio.mode}, {ratio.device})" for ratio in found)
     records = sum((ratio.records for ratio in found), ())
     if device == "cuda":
-        evidence, basis = MEASURED, "full batches timed in turn, synchronised but in the authors' own mode (as_published)"
+        evidence, basis = MEASURED, "full batches timed in turn, synchronised but in the authors' own mode (as_published)" + _unfused(found)
     else:
         scans = "; the scan as a loop over tokens, for which GPUs have a fused kernel, so the claim cannot be judged so" * speed_claims.looped(records)
         evidence, basis = REDUCED, f"the claim's networks on a CPU, timed in turn at batch {records[0].spec['batch']}{scans}"
     return Finding(evidence, value, speed_claims.verdict(found, device), basis, "within each value", records)
+
+
+def _unfused(found: Sequence[speed_claims.Ratio]) -> str:
+    """In words: what ran on a GPU without the fused kernel that there is for it, as the records name it, and in which modes."""
+    words = ""
+    for (op, choice), how in UNFUSED.items():
+        if modes := [ratio.mode for ratio in found if choice in ratio.records[0].provenance.get("kernels", {}).get(op, ())]:
+            words += f"; {how}, without its fused kernel, in {' and '.join(modes)}"
+    return words
 
 
 def _gflops(claim: Claim, store: Sources) -> Finding:

@@ -1,6 +1,6 @@
 """Measure what this suite promises of its own speed: `python experiments/benchmark.py`.
 
-Counting every row of Tables 1 (DiT, DiCo), 3, 4 and 5 on the meta device; `--report` and whether it stays without
+Counting every registered network at its own input, and every row of Tables 3, 4 and 5, on the meta device; `--report` and whether it stays without
 torch. `--main-job` runs `--table 4` from nothing in a temporary folder and prints its seconds and peak memory. `--latents` times the loader alone:
 32 x 32 x 4 moments, drawn anew, from a warm page cache in two threads, and keeps a record. `--checkpoints` measures how long training stalls
 for a checkpoint, in the copy and by the writing beside it. `--neighbours` times precision, recall, density and coverage, exact and
@@ -91,18 +91,22 @@ def _report() -> None:
 
 
 def _counts() -> None:
+    import backbones
     from experiments.ablation import TABLES
     from experiments.engine import cost
     from experiments.engine.spec import Backbone, Cost
     from experiments.protocols import cost_stage
 
-    started = time.perf_counter()
-    specs = [cost_stage(row) for table in TABLES.values() for row in (*table.rows, *table.outside)]
-    specs += [Cost(Backbone(f"dit_{size}_2"), 32, 4, 1000) for size in ("s", "b", "l", "xl")]
-    specs += [Cost(Backbone(name), 64, 4, 1000) for name in ("dit_xl_2", "dico_xl")]
-    for spec in specs:
-        cost.run(spec)
-    print(f"counts: {len(specs)} networks in {time.perf_counter() - started:.1f} s")
+    options = {name: backbones.options_of(name) for name in backbones.list_backbones()}
+    groups = {
+        "registered networks": [Cost(Backbone(name), own["input_size"], own["in_channels"], own["num_classes"]) for name, own in options.items()],
+        "rows of ablations": [cost_stage(row) for table in TABLES.values() for row in (*table.rows, *table.outside)],
+    }
+    for what, specs in groups.items():
+        started = time.perf_counter()
+        for spec in specs:
+            cost.run(spec)
+        print(f"counts: {len(specs)} {what} in {time.perf_counter() - started:.1f} s", flush=True)
 
 
 def _checkpoints() -> None:

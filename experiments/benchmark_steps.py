@@ -6,8 +6,10 @@
 FILE:NAME is a constructor without arguments in a file of yours. Up to four things run in turn, so that the machine's drift cancels:
 `ours`, the trainer or the sampler as runs use them; `bare`, our network in the shortest loop, model, backward, step, whose excess
 is the suite's overhead; and beside another implementation `plain`, our network in a plain loop (iDDPM loss, PyTorch's default AdamW,
-EMA by parameter), and `theirs`, the other network in that same loop. Every comparison is a record of kind `steps`, also one
-that does not fit a GPU's memory, as failed.
+EMA by parameter), and `theirs`, the other network in that same loop, which is this suite's own around either, not a file of the
+other authors. Beside `ours` of a training stands the share of the device's measured matrix product that it reaches, a step being three forward
+passes. Where the batch does not fit a GPU's memory, half of it is tried. Every comparison is a record of kind `steps`, whose spec has the
+batch that fitted; one that fits with none, or whose kernels, compiled or recorded network is refused (`timing.check`), is a failed one.
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ import importlib.util
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.engine.cli import Parser, guarded, require_device
+from experiments.engine.spec import Backbone, Ceilings, Cost, Timing
 from experiments.engine.store import Store, provenance
 
 if TYPE_CHECKING:
@@ -54,6 +57,8 @@ def main() -> int:
 
 
 def _main() -> int:
+    import backbones
+
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=["dico_s", "dit_s_2"], metavar="BACKBONE")
     parser.add_argument("--against", nargs="*", default=[], metavar="BACKBONE=FILE:NAME", help="other implementations")
@@ -71,6 +76,10 @@ def _main() -> int:
         parser.error("--rounds must be at least 3 and --batch at least 1")
     store.check_writable()
     require_device(args.device)
+    for name in args.networks:
+        backbones.options_of(name)  # refuses a name that it does not know
+        if name not in others:
+            print(f"{name}: without --against {name}=FILE:NAME no step of another implementation is measured", flush=True)
     good = True
     for mode in args.precision:
         for name in args.networks:
@@ -89,9 +98,7 @@ def _other(text: str) -> tuple[str, tuple[Path, str]]:
 
 
 def measure(spec: Steps, other: tuple[Path, str] | None, rounds: int, store: Store) -> bool:
-    """Time the tasks of a comparison in turn, print and record it; False where they do not fit the device's memory."""
-    import dataclasses
-
+    """Time the tasks of a comparison in turn, at the batch or the first half of a half of it that fits, print and record it; False where none was timed."""
     import torch
 
     from experiments.engine.precision import flags
@@ -99,21 +106,65 @@ def measure(spec: Steps, other: tuple[Path, str] | None, rounds: int, store: Sto
 
     device = torch.device(spec.device)
     if other:
-        spec = dataclasses.replace(spec, other=hashlib.sha256(other[0].read_bytes()).hexdigest())
+        spec = replace(spec, other=hashlib.sha256(other[0].read_bytes()).hexdigest())
     about = {"torch": torch.__version__, "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "threads": torch.get_num_threads()}
-    what = f"{spec.network} {spec.what}, {spec.precision}, batch {spec.batch}, {spec.device}"
-    forget(device)
-    try:
-        values, line, ran = _compare(spec, other, rounds, device)
-    except torch.cuda.OutOfMemoryError as failure:
-        error = str(failure).splitlines()[0]
-        store.append(spec, "failed", {}, provenance() | about, error)
-        print(f"{what}: {error}", flush=True)
+    what, asked, found, error = f"{spec.network} {spec.what}, {spec.precision}, {spec.device}", spec, None, None
+    ceiling = _ceiling(spec, store) if spec.what == "training" else {}
+    while found is None and spec.batch:
+        forget(device)
+        try:
+            if error := _refusal(spec, device):
+                break
+            found = _compare(spec, other, rounds, device)
+        except torch.cuda.OutOfMemoryError as failure:
+            error = str(failure).splitlines()[0]
+            print(f"{what}, batch {spec.batch}: {error}", flush=True)
+            spec = replace(spec, batch=spec.batch // 2)
+    if found is None:
+        store.append(asked, "failed", {}, provenance() | about, error)
+        print(f"{what}: not timed: {error}", flush=True)
         return False
-    print(f"{what}: {line}", flush=True)
+    values, line, ran = found
+    if ceiling:
+        share = 3 * ceiling["macs_core"] * spec.batch / values["ours_s"] / ceiling["ceiling_macs_per_s"]
+        values |= ceiling | {"share_of_matmul": share}
+        line += f"; ours {100 * share:.1f} % of the {2e-12 * ceiling['ceiling_macs_per_s']:.2f} TFLOP/s of a large matrix product"
+    print(f"{what}, batch {spec.batch}: {line}", flush=True)
     in_force = {name: values[name] for name in flags()}
     store.append(spec, "done", values, provenance() | about | {"kernels": ran, "precision_flags": in_force})
     return True
+
+
+def _ceiling(spec: Steps, store: Store) -> dict[str, float]:
+    """Multiply-accumulates of a forward pass, by the rule of `efficiency.py --counts`, and the most a second that the device reaches, of its record."""
+    from experiments.engine import cost
+    from experiments.engine.execute import execute
+    from experiments.engine.train import Resources
+
+    record = execute(Ceilings(spec.device, spec.precision), store, Resources(spec.device), lambda *progress: None)
+    if record.status != "done":
+        raise ValueError(f"the device's ceilings could not be measured: {record.error}")
+    return {"macs_core": cost.run(_timing(spec)[0])["macs_core"], "ceiling_macs_per_s": record.values["macs_per_s"]}
+
+
+def _refusal(spec: Steps, device: torch.device) -> str | None:
+    """Why `ours` must not be timed, in words."""
+    from experiments.engine.precision import precision
+    from experiments.engine.timing import check, forget
+
+    try:
+        with precision(spec.precision, device):
+            check(*_timing(spec), device)
+    except ValueError as refusal:
+        return str(refusal)
+    forget(device)
+    return None
+
+
+def _timing(spec: Steps) -> tuple[Cost, Timing]:
+    network = Cost(Backbone(spec.network), 32, 4, 1000)
+    about = dict(precision=spec.precision, what=spec.what, num_steps=SAMPLED[spec.device], compile=spec.compile, graphs=spec.graphs)
+    return network, Timing(network.backbone, 32, 4, 1000, spec.batch, spec.device, **about)
 
 
 def _compare(spec: Steps, other: tuple[Path, str] | None, rounds: int, device: torch.device) -> tuple[dict[str, Any], str, dict[str, list[str]]]:
@@ -159,11 +210,9 @@ def _load(file: Path, constructor: str) -> nn.Module:
 
 
 def _tasks(spec: Steps, other: nn.Module | None, device: Any) -> dict[str, Callable[[], Any]]:
-    from experiments.engine.spec import Backbone, Cost, Timing
     from experiments.engine.timing import drawn, sized, task
 
-    network = Cost(Backbone(spec.network), 32, 4, 1000)
-    timed = Timing(network.backbone, 32, 4, 1000, spec.batch, spec.device, spec.precision, what=spec.what, num_steps=SAMPLED[spec.device], compile=spec.compile, graphs=spec.graphs)
+    network, timed = _timing(spec)
     tasks = {"ours": task(network, timed, device)}
     if spec.what == "training" and not spec.compile:
         tasks["bare"] = _bare(drawn(sized(network), device), spec.batch)

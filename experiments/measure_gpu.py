@@ -1,12 +1,13 @@
 """Everything that a GPU has to measure for this suite, in one call: `python -m experiments.measure_gpu --minutes 9`.
 
 On a machine with a GPU and no network nothing is installed: copy the working tree there and call this in its root, with any python that
-has torch, triton, timm and scipy. Pure Python packages, as fla-core for DiG, can travel as wheels: put them on PYTHONPATH.
+has torch, triton, timm and scipy, and pytest for the kernels' tests; Triton and torch.compile need a C and a C++ compiler. Pure Python
+packages, as pytest or fla-core for DiG, can travel as wheels: put them on PYTHONPATH.
 
     python -m experiments.measure_gpu --minutes 9 --against dico_xl=theirs/models.py:DiCo_XL --bundle out/measured.tar.gz
 
 Parts run in the order of their importance: the kernels' tests, the scan's bandwidth, steps eager and by CUDA graphs, the share of the
-device's ceilings, profiles, steps compiled, the claims about speed, tables and Figure 3. Every stage's record is written as it ends, and
+device's ceilings, profiles, steps compiled, loops of 250 sampling steps, the claims about speed, kernels, tables and Figure 3. Every stage's record is written as it ends, and
 the bundle, all that was measured so far, is written anew every few seconds, so a cut costs one stage at most. To go on, unpack it in the
 results folder and call again, `--from` the part that was cut off; what has a record is not measured again, but steps and kernels are.
 $DICO_COMMIT names the commit in the records where the tree has no history.
@@ -37,7 +38,7 @@ ROWS = {"cuda": ("DiCo-XL", "DiT-XL/2"), "cpu": ("DiCo-S", "DiT-S/2")}
 def parts(device: str, against: list[str]) -> dict[str, list[str]]:
     """Commands after the interpreter, by name, in order of importance; on a CPU what it can do of them, with small networks."""
     on, cuda = ["--device", device], device == "cuda"
-    tests = ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *(f"tests/test_{name}.py" for name in ("kernels_choices", "kernels_ssm", "accelerate"))]
+    tests = ["-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", *(f"tests/test_{name}.py" for name in ("kernels_choices", "kernels_ssm", "accelerate"))]
     efficiency, kernels = ["experiments/efficiency.py", *on], ["experiments/benchmark_kernels.py", *on]
     steps = ["experiments/benchmark_steps.py", *on, "--rounds", "3", "--networks", *NETWORKS[device], *(["--precision", "bf16", "tf32"] if cuda else [])]
     steps += ["--against", *against] if against else []
@@ -49,6 +50,7 @@ def parts(device: str, against: list[str]) -> dict[str, list[str]]:
         "training beside the ceilings": [*efficiency, "--table", "1", "--task", "training", "--rows", *ROWS[device]],
         **{f"profile of {row}": [*efficiency, "--profile", row, "--task", "training"] for row in ROWS[device]},
         "steps compiled": [*steps, "--compile"],
+        "sampling loops": [*efficiency, "--table", "1", "--task", "sampling", "--rows", *ROWS[device]],
         "precision and recall": ["experiments/benchmark.py", "--neighbours", *on],
         "claims": [*efficiency, "--claims"],
         "kernels": kernels,

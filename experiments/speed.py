@@ -1,7 +1,8 @@
 """What is timed, as declarations and sheets. No torch.
 
 A row is timed in every numeric mode of a device, its batch and input as the paper's, with the kernels that the suite
-chooses; in the authors' mode linear layers and 1x1 convolutions stay what they are called, since the mode treats them differently.
+chooses; in the authors' mode linear layers and 1x1 convolutions stay what they are called, since the mode treats them differently,
+and tensors are laid out as PyTorch's default has them.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from experiments.protocols import cost_stages, timed_rows, timing_stage
 MODES = {"cpu": ("fp32",), "cuda": ("fp32", "tf32", "bf16", "as_published")}
 TASKS = ("forward", "training", "sampling")
 STEPS = {"cpu": 4, "cuda": 250}  # of a sampling loop; on a CPU a part of it, whose steps cost the same
+WRITTEN_OUT = ("adm", "ldm", "udit")  # families whose attention is none of the suite's kernels
 A100_FP32 = 19.5e12              # operations a second without tensor cores (NVIDIA A100 data sheet)
 
 
 def in_mode(stage: Timing, mode: str, what: str = "forward") -> Timing:
-    kernels = {"linear": "reference", "pointwise": "reference"} if mode == "as_published" else {}
-    return replace(stage, precision=mode, kernels=kernels, what=what, num_steps=STEPS[stage.device] if what == "sampling" else stage.num_steps)
+    """The stage timed in a numeric mode; with what a kernel of the authors' needs installed is no part of it, but the record says which ran."""
+    stage = replace(stage, precision=mode, kernels={}, what=what, num_steps=STEPS[stage.device] if what == "sampling" else stage.num_steps)
+    return replace(stage, kernels={"linear": "reference", "pointwise": "reference"}, layout="contiguous") if mode == "as_published" else stage
 
 
 def stages(table: Table, rows: Sequence[Row], device: str, what: str, named: bool) -> list[Timing]:
@@ -154,11 +157,16 @@ def _notes(table: Table, rows: Sequence[Row], device: str, what: str, store: Sto
         notes.append("a CPU has one numeric mode here; its ratios are no GPU's.")
         if any(row.heavy for row in timed_rows(table, rows, device, named=True)):
             notes.append("large networks take minutes on a CPU: there they are timed only where --rows names them, and are gaps otherwise.")
+    if labels := [row.label for row in rows if row.backbone and row.backbone.name.partition("_")[0] in WRITTEN_OUT]:
+        notes.append(f"{', '.join(labels)}: attention is written out as in their authors' code, never fused.")
     for row in rows:
         for mode in MODES[device] if row.backbone else ():
             stage = in_mode(timing_stage(row, table.baseline, device), mode, what)
-            if store.latest(stage, where) is None and (failed := store.latest(stage, where, status="failed")):
+            record = store.latest(stage, where)
+            if record is None and (failed := store.latest(stage, where, status="failed")):
                 notes.append(f"{row.label}, {mode}: {failed.error}")
+            if record and not record.values.get("stable", True):  # older records do not say
+                notes.append(f"{row.label}, {mode}: timed before its warm-up was stable.")
     return notes
 
 

@@ -309,6 +309,16 @@ def test_a_cpu_timing_of_a_claims_networks_is_a_proxy_until_a_gpus(ratio: float,
     assert finding("speed-dis-small-512", Sources(tmp_path)).evidence == "measured here"
 
 
+def test_a_claim_names_the_modes_that_ran_without_their_fused_kernel(tmp_path: Path):
+    store = Store(tmp_path)
+    claim = store.published("claims.csv", ("id",))["speed-dig-256"]
+    for stage in speed_claims.claim_stages(claim, "cuda"):
+        ran = {"gated_linear": ["chunked" if stage.precision == "fp32" else "fla"]}
+        store.append(stage, "done", {"relative": 3.0, "relative_spread": 0.0}, PROVENANCE | {"device": "a GPU", "kernels": ran})
+    (tmp_path / "records").rename(tmp_path / "reference")
+    assert finding("speed-dig-256", Sources(tmp_path)).basis.endswith("; gated linear attention in chunks of plain PyTorch, without its fused kernel, in fp32")
+
+
 def test_small_networks_timed_alone_give_a_ratio_with_the_error_of_both(tmp_path: Path):
     store = Store(tmp_path)
     alone = {stage.backbone.name: stage for stage in speed.figure_3("cpu") if stage.size == 64}

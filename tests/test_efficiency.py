@@ -34,6 +34,7 @@ def test_a_speed_sheet_sets_every_mode_beside_the_devices_ceiling_and_the_paper(
     (stage, *_) = stages = speed.stages(TABLE_1, [DICO], "cuda", "forward", named=False)
     assert [each.precision for each in stages] == ["fp32", "tf32", "bf16", "as_published"]
     assert stages[-1].kernels == {"linear": "reference", "pointwise": "reference"} and not stage.kernels
+    assert [each.layout for each in stages] == ["channels_last"] * 3 + ["contiguous"]
     fill(store, Cost(Backbone("dico_s"), 32, 4, 1000), macs_core=4e9)
     fill(store, Ceilings("cuda", "fp32"), macs_per_s=20e12, bytes_per_s=3e12)
     fill(store, stage, **timed(1000.0, 1.4))
@@ -41,6 +42,15 @@ def test_a_speed_sheet_sets_every_mode_beside_the_devices_ceiling_and_the_paper(
     (row,) = sheet.rows
     assert [cell.text() for cell in row[:7]] == ["DiCo-S", "4.00", "1000.0 ±1.0", "1.40 ±0.00", "20", "2.0", "0.50"]
     assert [cell.text() for cell in row[7:12]] == ["-"] * 5 and [cell.text() for cell in row[-3:]] == ["1695.7", "1.37", "74"]
+
+
+def test_a_speed_sheet_names_rows_whose_attention_is_never_fused_and_those_timed_before_they_were_stable(tmp_path: Path):
+    store, rows = Store(tmp_path), [TABLE_1.row(label) for label in ("ADM-U", "LDM-4", "DiT-S/2", "DiCo-S")]
+    for stage, stable in zip(speed.stages(TABLE_1, rows, "cpu", "forward", named=True), ({}, {}, {"stable": True}, {"stable": False}), strict=True):
+        fill(store, stage, **timed(10.0, 1.0), **stable)
+    notes = speed.speed_sheet(TABLE_1, rows, "cpu", "forward", store).notes
+    assert "ADM-U, LDM-4: attention is written out as in their authors' code, never fused." in notes
+    assert [note for note in notes if "stable" in note] == ["DiCo-S, fp32: timed before its warm-up was stable."]
 
 
 def test_training_counts_three_passes_and_sampling_two_a_step(tmp_path: Path):

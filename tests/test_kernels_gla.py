@@ -1,5 +1,8 @@
 """Gated linear attention and the diagonal SSM against independent truths, forward and backward, on awkward sizes."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +11,7 @@ from torch import Tensor
 
 from backbones import kernels
 from backbones.kernels import diagonal_ssm, gated_linear
+from experiments.engine.precision import precision
 
 GATES = {"none": 0.0, "mild": 1 / 16, "strong": 8.0, "very strong": 60.0}
 
@@ -102,6 +106,20 @@ def test_choices_are_made_by_device_and_recorded():
     assert kernels.used() == {"gated_linear": ["chunked", "shape"]}
     with pytest.raises(ValueError, match="forced to 'fla'"), kernels.use(gated_linear="fla"):
         gated_linear(*inputs)
+
+
+def test_flas_tf32_is_taken_where_a_flag_allows_it_and_no_decay_is_read_back_from_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    """As in the authors' mode; where no flag does it is taken by force."""
+    q = torch.randn(1, 1, 3, 2)
+    taken = {}
+    for mode in ("fp32", "tf32", "as_published"):
+        with precision(mode, torch.device("cpu")):
+            taken[mode] = gated_linear.choices["fla"].pays(q, q, q, q)
+    assert taken == {"fp32": False, "tf32": True, "as_published": True} and gated_linear.choices["fla"].pays(*[q.bfloat16()] * 4)
+    module = sys.modules[gated_linear.choices["fla"].run.__module__]
+    monkeypatch.setattr(module, "_fla_installed", lambda: True)
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    assert gated_linear.choices["fla"].supports(*[on_gpu] * 4) and not module._mild(on_gpu)
 
 
 def ssm_inputs(tokens: int, dt: float) -> list[Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +16,7 @@ from test_train import DIGITS
 from backbones import kernels
 from backbones.kernels.attention import attention, reference
 from backbones.kernels.op import Choice
-from experiments.engine import ceilings, timing
+from experiments.engine import capture, ceilings, timing, train
 from experiments.engine.execute import execute
 from experiments.engine.precision import flags, precision
 from experiments.engine.spec import Backbone, Ceilings, Cost, Recipe, Timing, Train
@@ -23,7 +25,7 @@ from experiments.engine.train import Resources
 
 DIT = Backbone("dit_s_2", dict(depth=1, dim=24, heads=3))
 DICO = Backbone("dico_s", dict(dim=8, depths=(1, 1, 1, 1, 1)))
-KEYS = {"images_per_s", "images_per_s_spread", "relative", "relative_spread", "runs", "repeats", "peak_memory_bytes", "joules_per_image"}
+KEYS = {"images_per_s", "images_per_s_spread", "baseline_images_per_s", "relative", "relative_spread", "runs", "repeats", "stable", "peak_memory_bytes", "joules_per_image"}
 KEYS |= {"matmul_tf32", "cudnn_tf32", "autocast", "cudnn_benchmark", "memory_format", "compiled"}
 
 
@@ -192,3 +194,72 @@ def test_ceilings_are_rates_of_this_device(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(ceilings.COPIED, "cpu", 2**20)
     values = ceilings.run(Ceilings("cpu"))
     assert values["macs_per_s"] > 1e9 and values["bytes_per_s"] > 1e8 and values["cudnn_tf32"] is False
+
+
+@pytest.mark.parametrize(("graphs", "peak"), [(False, 300), (True, 900)], ids=["eager", "recorded"])
+def test_the_peak_is_the_subjects_alone_and_leaves_its_first_run_out(graphs: bool, peak: int, monkeypatch: pytest.MonkeyPatch):
+    """With stand-ins for the device: the subject holds 100 bytes, the baseline 5000, and a first run tries convolutions in 800 more.
+
+    A graph's later runs take nothing new, since their memory was counted as it was captured.
+    """
+    held = {"now": 0, "peak": 0}
+
+    def take(num_bytes: int) -> None:
+        held["peak"] = max(held["peak"], held["now"] + num_bytes)
+
+    def task(network: Cost, spec: Timing, device: torch.device) -> timing.Task:
+        held["now"] += 100 if network.backbone == DIT else 5000
+        take(0)
+        runs = iter([800])
+        return lambda: take(next(runs, 0 if graphs else 200))
+
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: held.update(peak=held["now"]))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: held["peak"])
+    stand_ins = {"check": lambda *args: None, "forget": lambda device: None, "joules": lambda device: None, "task": task, "seconds": lambda call, *rest: call() or 1.0}
+    for name, stand_in in (stand_ins | {"precision": lambda *args: nullcontext()}).items():
+        monkeypatch.setattr(timing, name, stand_in)
+    values = timing.run(spec(device="cuda", baseline=DICO, graphs=graphs))
+    assert values["peak_memory_bytes"] == peak and held["now"] == 5100
+
+
+@pytest.mark.parametrize(("taken", "stable", "runs"), [([3.0, 1.0, 1.04], True, 3), ([1.0, 2.0] * 9, False, 10)])
+def test_a_timing_says_whether_its_warm_up_became_stable(taken: list[float], stable: bool, runs: int, monkeypatch: pytest.MonkeyPatch):
+    left = iter(taken)
+    monkeypatch.setattr(timing, "seconds", lambda *args: next(left))
+    assert timing._warm(lambda: None, torch.device("cpu"), False) == (1, stable, None) and len(list(left)) == len(taken) - runs
+
+
+def test_the_baselines_own_rate_stands_beside_the_ratio(monkeypatch: pytest.MonkeyPatch):
+    tasks = {DIT.name: lambda: None, DICO.name: lambda: None}
+    monkeypatch.setattr(timing, "task", lambda network, *rest: tasks[network.backbone.name])
+    monkeypatch.setattr(timing, "seconds", lambda call, *rest: 0.125 if call is tasks[DIT.name] else 0.5)
+    values = timing.run(spec(baseline=DICO))
+    assert (values["images_per_s"], values["baseline_images_per_s"], values["relative"]) == (16, 4, 4)
+    assert timing.run(spec())["baseline_images_per_s"] is None
+
+
+@pytest.mark.parametrize("wrong", [False, True], ids=["right", "wrong"])
+@pytest.mark.parametrize("what", ["forward", "training", "sampling"])
+@pytest.mark.parametrize("fast", [dict(compile=True), dict(graphs=True)], ids=["compiled", "by graphs"])
+def test_what_is_compiled_or_recorded_is_what_is_checked(fast: dict[str, bool], what: str, wrong: bool, monkeypatch: pytest.MonkeyPatch):
+    """By stand-ins for the compiler and the recording, whose results are a tenth off where they are wrong."""
+    sizes: set[int] = set()
+
+    def stand_in(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def call(*args: torch.Tensor) -> torch.Tensor:
+            sizes.add(len(args[0]))
+            return function(*args) * (1.1 if wrong else 1.0)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", stand_in)
+    for module in (capture, train):
+        monkeypatch.setattr(module, "require_gpu", lambda device: None)
+        monkeypatch.setattr(module, "Captured", stand_in)
+    timed = spec(what=what, num_steps=2, batch=3, **fast)
+    if wrong:
+        with pytest.raises(ValueError, match="compiled|by CUDA graphs"):
+            timing.run(timed)
+    else:
+        timing.run(timed)
+    assert sizes == {6 if what == "sampling" else 3}

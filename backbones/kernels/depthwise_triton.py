@@ -3,6 +3,8 @@
 A program owns a block of pixels of the flattened (N, H, W) and a block of channels, so that neighbouring threads read
 neighbouring channels. z is the convolution, y = z Phi(z), dy/dz = Phi(z) + z phi(z); z is computed again in the backward
 pass, which reads x for the weight's gradient anyway. Sums over pixels leave one term a program and are added up outside.
+DiCo's channel gate, which follows, is not in the chain: it is made of the mean over all pixels of an image, so that its product needs
+another launch, which reads y again, whatever this one does. Leaving y's sums here too would save one of the chain's five passes over memory.
 """
 
 from __future__ import annotations

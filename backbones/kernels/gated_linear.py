@@ -4,7 +4,8 @@ S_t = diag(exp g_t) S_{t-1} + k_t v_t^T, S_0 = 0;  o_t = e^-1/2 S_t^T q_t (token
 
 q, k and g (N, heads, T, e), v (N, heads, T, f) -> (N, heads, T, f), S (e, f); g <= 0 is the logarithm of the decay.
 The torch paths keep S in float32 or better. fla's products run in TF32 where the inputs are float32, some 1e-3 relative to
-the reference, so it is taken for them only where PyTorch's flag allows TF32.
+the reference, so unless forced it is taken for them only where one of PyTorch's flags allows TF32: its default does for
+convolutions, and is the mode in which DiG's authors called this kernel.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ def _middle(b: Tensor) -> Tensor:
 
 
 def _mild(b: Tensor) -> bool:
-    """Whether every half chunk decays little enough for _factored. A CUDA graph cannot ask, and takes what is always right."""
-    if b.is_cuda and torch.cuda.is_current_stream_capturing():
+    """Whether every half chunk decays little enough for _factored. On a GPU asking would stop the host: it takes what is always right."""
+    if b.is_cuda:
         return False
     middle = _middle(b)
     return bool(torch.minimum(middle, b[..., -1:, :] - middle).amin() > -LIMIT)
@@ -101,8 +102,11 @@ def _fla_installed() -> bool:
 
 
 def _fla_supports(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> bool:
-    coarse = q.dtype in (torch.float16, torch.bfloat16) or (q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32)
-    return q.is_cuda and coarse and _fla_installed()
+    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16, torch.float32) and _fla_installed()
+
+
+def _fla_pays(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> bool:
+    return q.dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
 
 
 def shape(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
@@ -119,7 +123,7 @@ gated_linear = Op(
     "gated_linear",
     [
         Choice("shape", shape, lambda q, *rest: q.is_meta),
-        Choice("fla", fla, _fla_supports),
+        Choice("fla", fla, _fla_supports, _fla_pays),
         Choice("chunked", chunked),
         Choice("reference", reference),
     ],

@@ -212,7 +212,7 @@ def _notes(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequenc
     size, channels = cost_stages(table.baseline)[0].size, cost_stages(table.baseline)[0].channels
     notes = [
         f"Gflops are multiply-accumulates at batch 1 and {size}x{size}x{channels}. ours: as torchprofile counts, attention written out, which is the paper's for its own rows; "
-        "core: convolutions, linear layers and matrix products only. params: trainable."
+        "core: convolutions, linear layers, matrix products and recurrences only. params: trainable."
     ]
     if table.counts_only:
         return notes

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -43,8 +44,9 @@ _drawn: dict[str, nn.Module] = {}
 def run(spec: Timing) -> dict[str, Any]:
     """Median images per second, its spread, and the ratio to the baseline, both timed in turn; a system of several networks is all of them.
 
-    The machine's speed drifts, so the ratio is the median of the ratios of neighbouring runs. Raises ValueError where
-    the kernels that would be timed do not compute what the reference computes, forward and, for training, backward.
+    The machine's speed drifts, so the ratio is the median of the ratios of neighbouring runs. Peak memory is that of the subject
+    alone, before the baseline is built; `stable` is false where ten warm runs, or those of ten seconds, differed by more than 5 %. Raises
+    ValueError where what would be timed does not compute what the reference computes, forward and, for training, backward.
     """
     device = torch.device(spec.device)
     forget(device)
@@ -55,18 +57,21 @@ def run(spec: Timing) -> dict[str, Any]:
         for network in {str(each): each for system in systems for each in system}.values():
             check(network, spec, device)
         kernels.reset_used()  # the record names what is timed, not what it was checked with
-        tasks = [_all([task(network, spec, device) for network in system]) for system in systems]
+        forget(device)
+        tasks: list[Task] = []
+        warmed: list[tuple[int, bool, int | None]] = []
+        for system in systems:  # the subject first, so that its peak is its own
+            _forget_peak(device)
+            tasks.append(_all([task(network, spec, device) for network in system]))
+            warmed.append(_warm(tasks[-1], device, spec.graphs))
         in_force = _read_back(device) | {"memory_format": spec.layout, "compiled": spec.compile}
-        repeats = max([_warm(each, device) for each in tasks])
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        repeats = max(each[0] for each in warmed)
         pairs, used, started = [], [], time.perf_counter()
         while len(pairs) < FEWEST or (len(pairs) < PAIRS and time.perf_counter() - started < PATIENCE):
             before = joules(device)
             pairs.append([seconds(tasks[0], device, repeats, spec.precision != "as_published")])
             used.append(None if before is None else (joules(device) - before) / (repeats * spec.batch))
             pairs[-1] += [seconds(each, device, repeats, spec.precision != "as_published") for each in tasks[1:]]
-        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     rates = [spec.batch / pair[0] for pair in pairs]
     ratios = [pair[-1] / pair[0] for pair in pairs]
     return {
@@ -74,29 +79,50 @@ def run(spec: Timing) -> dict[str, Any]:
         "images_per_s_spread": half_quartiles(rates),
         "relative": statistics.median(ratios),
         "relative_spread": half_quartiles(ratios) if len(systems) > 1 else 0.0,
+        "baseline_images_per_s": statistics.median(spec.batch / pair[-1] for pair in pairs) if spec.baseline else None,
         "runs": len(pairs),
         "repeats": repeats,
-        "peak_memory_bytes": peak,
+        "stable": all(stable for _, stable, _ in warmed),
+        "peak_memory_bytes": warmed[0][2],
         "joules_per_image": None if None in used else statistics.median(used),
         **in_force,
     }
 
 
 def check(network: Cost, spec: Timing, device: torch.device) -> None:
-    """Refuse to time kernels whose results are not the reference's, by relative RMS error on one sample.
+    """Refuse to time what does not compute what the reference kernels compute, by relative RMS error on one sample.
 
-    Of training the gradients are checked too, all parameters' as one vector; half the digits go in a backward pass.
+    Of training the gradients are checked too, all parameters' as one vector; half the digits go in a backward pass. Where a network is
+    compiled or recorded that is what runs, at the batch that is timed; of training the trainer's passes over it.
     """
-    model = _network(network, spec, device)
-    x, t, y = (part[:1] for part in _inputs(network, spec, device))
-    timed = _results(model, (x, t, y), spec.what == "training")
+    training, fast = spec.what == "training", spec.compile or spec.graphs
+    model, inputs = _network(network, spec, device), _inputs(network, spec, device)
+    sample = [part[:1] for part in inputs]
     with kernels.use(**kernels.references()):
-        expected = _results(model, (x, t, y), spec.what == "training")
-    for what, out, truth, limit in zip(("output", "gradient"), timed, expected, (1, 2), strict=False):
+        expected = _passed(network, replace(spec, batch=1, compile=False, graphs=False), device, sample) if training and fast else _results(model, sample, training)
+    if not fast:
+        timed = _results(model, sample, training)
+    elif training:
+        timed = _passed(network, spec, device, sample)
+    else:
+        whole = [torch.cat([part] * (2 if spec.what == "sampling" else 1)) for part in inputs]  # guidance doubles a batch
+        timed = [_results(accelerate(model, spec.compile, spec.graphs), whole, False)[0][:1]]
+    for what, out, truth, limit in zip(("loss" if training and fast else "output", "gradient"), timed, expected, (1, 2), strict=False):
         error = ((out - truth).float().square().mean().sqrt() / truth.float().square().mean().sqrt().clamp_min(1e-12)).item()
         limit *= LIMITS.get(spec.precision, 1e-4)
         if not error <= limit:
-            raise ValueError(f"{network.backbone.name} with kernels {spec.kernels or 'auto'}: its {what} differs from its reference by {error:.1e} (limit {limit:.0e}); it is not timed")
+            how = ", compiled" * spec.compile + ", by CUDA graphs" * spec.graphs
+            raise ValueError(f"{network.backbone.name} with kernels {spec.kernels or 'auto'}{how}: its {what} differs from its reference by {error:.1e} (limit {limit:.0e}); it is not timed")
+
+
+def _passed(network: Cost, spec: Timing, device: torch.device, sample: list[Tensor]) -> list[Tensor]:
+    """Loss and gradients that the trainer's passes leave of a batch of one `sample` (x, t, y) over and over: those of the sample."""
+    forget(device)
+    trainer = _trainer(network, spec, device)
+    eps = torch.randn(sample[0].shape, generator=generator_at("check", device=device), device=device)
+    x0, t, y, eps = (torch.cat([part] * spec.batch) for part in (*sample, eps))
+    loss = trainer.passes(x0, y, t, eps).clone()
+    return [loss, torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])]
 
 
 def _results(model: nn.Module, inputs: tuple[Tensor, ...], backward: bool) -> list[Tensor]:
@@ -150,15 +176,19 @@ def task(network: Cost, spec: Timing, device: torch.device) -> Task:
 
 def _training(network: Cost, spec: Timing, device: torch.device) -> Task:
     """A step of the trainer as runs take it, loading included, on random images in memory."""
-    data, draw = Data("random", network.size, network.channels, network.num_classes), np.random.default_rng(0)
+    trainer, draw = _trainer(network, spec, device), np.random.default_rng(0)
     shape = (4 * spec.batch, network.channels, network.size, network.size)
-    images = ImageSet(draw.standard_normal(shape, dtype=np.float32), draw.integers(network.num_classes, size=shape[0]), data)
+    stepping = trainer.steps(ImageSet(draw.standard_normal(shape, dtype=np.float32), draw.integers(network.num_classes, size=shape[0]), trainer.spec.data))
+    return lambda: next(stepping)
+
+
+def _trainer(network: Cost, spec: Timing, device: torch.device) -> Trainer:
+    data = Data("random", network.size, network.channels, network.num_classes)
     recipe = Recipe(steps=10**9, batch=spec.batch, precision=spec.precision)
-    model = drawn(sized(network), device)
+    model = drawn(sized(network), device).to(memory_format=_layout(spec))
     trainer = Trainer(Train(sized(network), data, recipe), device, compiled=spec.compile, graphs=spec.graphs, model=model)
     fill(model)
-    stepping = trainer.steps(images)
-    return lambda: next(stepping)
+    return trainer
 
 
 def sized(network: Cost) -> Backbone:
@@ -183,18 +213,26 @@ def drawn(spec: Backbone, device: torch.device) -> nn.Module:
 
 
 def forget(device: torch.device) -> None:
-    """Give back the memory of earlier tasks on a GPU: recordings and their owners hold each other."""
+    """Give back the memory of earlier tasks on a GPU, where recordings and their owners hold each other, and drop what was compiled.
+
+    Of a function with more than eight compiled versions the compiler would run the next as it is.
+    """
+    torch.compiler.reset()
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def _network(network: Cost, spec: Timing, device: torch.device) -> nn.Module:
-    if spec.layout not in LAYOUTS:
-        raise ValueError(f"unknown layout {spec.layout!r}; known: {', '.join(LAYOUTS)}")
-    model = drawn(sized(network), device).to(memory_format=LAYOUTS[spec.layout]).eval()
+    model = drawn(sized(network), device).to(memory_format=_layout(spec)).eval()
     fill(model)
     return model
+
+
+def _layout(spec: Timing) -> torch.memory_format:
+    if spec.layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {spec.layout!r}; known: {', '.join(LAYOUTS)}")
+    return LAYOUTS[spec.layout]
 
 
 def _inputs(network: Cost, spec: Timing, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,14 +243,26 @@ def _inputs(network: Cost, spec: Timing, device: torch.device) -> tuple[Tensor, 
     return x.to(device=device, memory_format=LAYOUTS[spec.layout]), t.to(device), y.to(device)
 
 
-def _warm(call: Task, device: torch.device) -> int:
-    """Run until the time is stable; how often a run is repeated so that it lasts long enough for the clock."""
-    latest, started = math.inf, time.perf_counter()
-    for _ in range(WARM_UP):
+def _warm(call: Task, device: torch.device, recorded: bool) -> tuple[int, bool, int | None]:
+    """Run until the time is stable: (how often a run is repeated so that it lasts long enough for the clock, whether it became stable, peak bytes).
+
+    The peak leaves the first run out, in which convolutions are tried, but where it is `recorded`: a replay works in memory that its graph holds.
+    """
+    latest, started, stable = math.inf, time.perf_counter(), False
+    for i in range(WARM_UP):
+        if i == 1 and not recorded:
+            _forget_peak(device)
         before, latest = latest, seconds(call, device)
-        if abs(latest - before) <= STABLE * latest or time.perf_counter() - started > PATIENCE:
+        stable = abs(latest - before) <= STABLE * latest
+        if stable or time.perf_counter() - started > PATIENCE:
             break
-    return max(1, math.ceil((0.3 if device.type == "cuda" else 0.05) / latest))
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    return max(1, math.ceil((0.3 if device.type == "cuda" else 0.05) / latest)), stable, peak
+
+
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
 
 
 def seconds(call: Task, device: torch.device, repeats: int = 1, synchronise: bool = True) -> float:
