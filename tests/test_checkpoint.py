@@ -49,6 +49,13 @@ def test_damaged_files_of_later_steps_do_not_push_out_new_ones(tmp_path: Path, c
     assert steps(tmp_path) == [10, 15] and load_newest(tmp_path)[0] == 15
 
 
+def test_a_damaged_file_of_the_same_step_goes_and_the_one_before_stays(tmp_path: Path):
+    save(tmp_path, 20, state(20))
+    os.truncate(save(tmp_path, 40, state(40)), 100)
+    save(tmp_path, 40, state(41))  # by another number of processes, say: other bits
+    assert steps(tmp_path) == [20, 40] and load_newest(tmp_path)[0] == 40
+
+
 def test_a_background_save_holds_the_state_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     go, write = threading.Event(), checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda *arguments: go.wait() and write(*arguments))

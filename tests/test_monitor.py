@@ -141,6 +141,15 @@ def test_boards_hear_what_the_lines_say(tmp_path: Path, monkeypatch: pytest.Monk
         assert log.losses == [0.5]
 
 
+def test_the_lines_of_earlier_attempts_outlive_the_next(tmp_path: Path):
+    with Log(tmp_path, 0) as log:
+        for step in (3, 6, 9):
+            log.write(step=step, loss=1.0, lr=1e-3, images_per_s=7.0)
+    again = Log(tmp_path, 6)  # and killed at once: what it has not written out is lost
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [3, 6]
+    again.__exit__()
+
+
 def test_tensorboard_holds_what_the_lines_say_and_nothing_twice(tmp_path: Path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

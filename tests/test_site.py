@@ -135,6 +135,24 @@ def test_a_training_and_its_evaluation_are_one_job_and_a_timing_is_its_own(tmp_p
     assert [[type(stage).__name__ for stage in job.stages] for job in (*timings, *trainings)] == [["Timing"]] * 2 + [["Train", "Evaluate"]] * 2
 
 
+def test_rows_of_one_training_are_one_job_whose_evaluations_all_run(tmp_path: Path):
+    table = RUN_TABLES[2]
+    rows = [table.row("DiCo-XL, 3M"), table.row("DiT-XL/2, 3M"), table.row("DiCo-XL (w/ CFG)")]
+    jobs = Chosen(table, rows, PROTOCOLS["imagenet512_own"], [0], "cuda").trainings()
+    assert [(job.label, [type(stage).__name__ for stage in job.stages]) for job in jobs] == [("DiCo-XL, 3M, seed 0", ["Train", "Evaluate", "Evaluate"]), ("DiT-XL/2, 3M, seed 0", ["Train", "Evaluate"])]
+    train, first, second = jobs[0].stages
+    assert first != second and first.train == second.train == train
+    store = Store(tmp_path)
+    done, failed = store.append(train, "done", {}, {}), store.append(first, "failed", {}, {}, "an error")
+    assert not jobs[0].ended([done, failed]) and jobs[0].ended([store.append(train, "failed", {}, {}, "an error")])
+
+
+def test_what_one_table_submitted_another_does_not_cancel(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "argv", ["experiments/ablation.py"])
+    shared = [Chosen(TABLES[number], [TABLES[number].row(label)], DIGITS, [0], "cpu") for number, label in ((3, "DiT (U-shape)"), (4, "CM->Self-Attn"))]
+    assert shared[0].trainings()[0].stages == shared[1].trainings()[0].stages and slurm._experiment(shared[0]) != slurm._experiment(shared[1])
+
+
 def test_rows_with_resources_of_their_own_are_an_array_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("DICO_SLURM_SITE", written(tmp_path, '[rows."GELU->ReLU"]\nnodes = 2\n')["DICO_SLURM_SITE"])
     groups = slurm.groups(chosen(), Store(tmp_path))
@@ -150,6 +168,8 @@ def expected(label: str, table: int, protocol: Protocol, store: Store, device: s
 def test_expected_cost_comes_from_the_row_then_from_gflops_and_is_else_unknown(tmp_path: Path):
     store = Store(tmp_path)
     assert expected("DiCo-S", 4, IMAGENET256, store) == (8 * 11 * 3600 / (400_000 * 256), "the paper's training time on A100 (Table 6)")
+    assert expected("DiCo-XL, 3M", 2, PROTOCOLS["imagenet512_own"], store) == expected("DiCo-XL (w/ CFG)", 2, PROTOCOLS["imagenet512_own"], store)
+    assert expected("DiCo-XL, 3M", 2, PROTOCOLS["imagenet512_own"], store)[1] == "the paper's training time on A100 (Table 6)"
     assert expected("GELU->ReLU", 4, IMAGENET256, store) is None and expected("DiCo-S", 4, DIGITS, store) is None  # nothing is counted yet
     for label, macs in (("DiCo-S", 4e9), ("GELU->ReLU", 5e9), ("DWC 5x5", 6e9)):
         store.append(cost_stage(TABLE.row(label)), "done", {"macs_core": macs}, {})
@@ -247,9 +267,9 @@ def test_a_run_nobody_submitted_shows_by_its_heartbeat(tmp_path: Path):
     folder = store.run_dir(runs.trainings()[0].stages[1])
     folder.mkdir(parents=True)
     beat = heartbeat.Heartbeat(folder)
-    beat.tell(state="evaluating", step=2, steps=9)
+    beat.tell(state="evaluating", step=2, steps=9, seconds_left=600.0)
     beat.end("evaluating")
-    assert re.search(r"train +DiCo-S, seed 0 +running +evaluating, step 2 of 9 \(on", slurm.status(runs, store))
+    assert re.search(r"train +DiCo-S, seed 0 +running +evaluating, step 2 of 9, 10 min left \(on", slurm.status(runs, store))
 
 
 def test_only_what_was_submitted_for_a_stage_is_found_again(tmp_path: Path):

@@ -96,8 +96,8 @@ class Writer:
 def save(folder: Path, step: int, state: dict[str, Any], keep: int = 2, milestones: int | None = None) -> Path:
     """Write `state` as step-<step>-<sha256>.pt; keep the newest `keep` and every step that `milestones` divides.
 
-    Raises OSError, and leaves the older ones, where the disk is or becomes full. Files of later steps were found damaged
-    by the run that now comes past them, and go.
+    Raises OSError, and leaves the older ones, where the disk is or becomes full. Other files of this step and of
+    later ones were found damaged by the run that now comes past them, and go.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".step.staged.*.tmp"):  # by processes that were killed: a run has one writer
@@ -113,9 +113,9 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int = 2, mileston
     path = staged.rename(folder / f"step-{step:08d}-{writer.digest.hexdigest()[:16]}.pt")
     sync_folder(folder)  # before an older one goes
     found = _newest_first(folder)
-    earlier = [old for old in found if _step(old) <= step]
+    earlier = [old for old in found if _step(old) < step or old == path]
     for old in (*(old for old in found if old not in earlier), *earlier[keep:]):
-        if not (milestones and _step(old) <= step and _step(old) % milestones == 0):
+        if old not in earlier or not (milestones and _step(old) % milestones == 0):
             old.unlink()
     return path
 

@@ -1,8 +1,8 @@
 """A run's sign of life and its lock: who works on it and how far it is. Standard library only.
 
 `heartbeat.json` in a run's folder holds the state (starting, training, evaluating, saving; at the end requeued, stopped,
-done or failed), step, steps, images_per_s, loss, updated (unix seconds by the writer's clock), host, pid, job_id, attempt,
-world_size, reason and owner (one random name an attempt). Its age is told by the file system's clock alone: nodes' differ.
+done or failed), step, steps, images_per_s, seconds_left (of an evaluation), loss, updated (unix seconds by the writer's clock),
+host, pid, job_id, attempt, world_size, reason and owner (one random name an attempt). Its age is told by the file system's clock alone: nodes' differ.
 """
 
 from __future__ import annotations

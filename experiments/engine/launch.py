@@ -25,7 +25,7 @@ GAIN = 1.02  # in images a second, for which a sweep goes on to the next batch
 
 @dataclass(frozen=True)
 class Job:
-    """Stages that run one after another; in a `chain` each needs the one before, so a failure ends it.
+    """Stages that run one after another; in a `chain` evaluations follow trainings, and a training that fails ends it.
 
     `row` is the label under which a site file gives it resources, where that is not its own. `before` are the records of
     stages that ran earlier, where they matter to those that are left.
@@ -43,7 +43,7 @@ class Job:
 
     def ended(self, records: Sequence[Record]) -> bool:
         """Whether nothing is to run after the stages that gave these."""
-        return self.chain and any(record.status != "done" for record in records)
+        return self.chain and any(record.status != "done" and record.kind == "train" for record in records)
 
     def failed(self, records: Sequence[Record]) -> bool:
         return any(record.status != "done" for record in records)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.engine.bands import Band, departures
+from experiments.engine.files import written_whole
 
 WANDB = "DICO_WANDB"                        # environment variable: the Weights & Biases project that runs go to
 SPIKE, HISTORY, FEWEST = 5.0, 20, 10        # a spike is SPIKE times the median of the last HISTORY means, of at least FEWEST
@@ -64,8 +65,9 @@ class Log:
                 kept.append(json.loads(line))
         kept = [entry for entry in kept if entry["step"] <= first]
         self.losses, self.steps, self.bands = [entry["loss"] for entry in kept], [entry["step"] for entry in kept], list(bands)
-        self.file = path.open("w")
-        self.file.writelines(json.dumps(entry) + "\n" for entry in kept)
+        with written_whole(path) as file:  # whatever ends this process, the lines stay
+            file.write("".join(json.dumps(entry) + "\n" for entry in kept).encode())
+        self.file = path.open("a")
         self.boards = [board for board in (_tensorboard(folder, first), _wandb(folder)) if board]
 
     def write(self, **entry: Any) -> None:

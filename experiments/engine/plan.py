@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -45,13 +46,20 @@ class Chosen:
         return list(jobs.values())
 
     def trainings(self) -> list[Job]:
-        """The trainings of a system with the evaluation that hangs on them; rows that are one network share one."""
-        jobs: dict[str, Job] = {}
+        """The trainings of a system with every evaluation that hangs on them; rows that share a training share the first one's job."""
+        jobs: list[Job] = []
         for seed in self.seeds if not self.table.counts_only else ():
             for row in self.networks:
                 stage = evaluate_stage(row, self.protocol, seed)
-                jobs.setdefault(spec_id(stage), Job(f"{row.label}, seed {seed}", (*stage.trainings, stage), chain=True, row=row.label))
-        return list(jobs.values())
+                needed = {spec_id(train) for train in stage.trainings}
+                shared = [job for job in jobs if needed & set(map(spec_id, job.stages))]
+                if not shared:
+                    shared = [Job(f"{row.label}, seed {seed}", (), chain=True, row=row.label)]
+                    jobs += shared
+                stages = {spec_id(one): one for one in (*(one for job in shared for one in job.stages), *stage.trainings, stage)}
+                jobs[jobs.index(shared[0])] = replace(shared[0], stages=tuple(sorted(stages.values(), key=lambda one: not isinstance(one, Train))))
+                jobs = [job for job in jobs if job not in shared[1:]]
+        return jobs
 
 
 @dataclass(frozen=True)
@@ -167,10 +175,10 @@ def _recorded_training(train: Train, chosen: Chosen, store: Store) -> tuple[floa
 
 
 def _published(row: Row, chosen: Chosen, store: Store) -> tuple[float, str] | None:
-    side = 8 * chosen.protocol.data.size
+    side, name = 8 * chosen.protocol.data.size, re.split(r",| \(", row.label)[0]  # without the steps and the guidance
     if chosen.device == "cpu" or not is_latent(chosen.protocol.data):
         return None
-    if found := store.published("table6.csv", ("model", "resolution")).get(f"{row.label} {side}"):
+    if found := store.published("table6.csv", ("model", "resolution")).get(f"{name} {side}"):
         gpus, _, kind = found["gpus"].partition("x")
         images = int(found["training_steps"]) * int(found["global_batch_size"])
         return int(gpus) * float(found["training_hours"]) * 3600 / images, f"the paper's training time on {kind} (Table 6)"

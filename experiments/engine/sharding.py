@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -23,13 +24,16 @@ def results(group: Group, folder: Path, num: int, compute: Callable[[int], Resul
     A restart goes on from the pieces in `folder`, whatever the number of ranks; the caller removes it in the end. All
     ranks meet after each round, where a job that is asked to stop raises Preempted; a piece that raises it is not kept.
     """
+    began, made = time.monotonic(), 0
     for start in range(0, num, group.world_size):
         piece = start + group.rank
         if piece < num and not _path(folder, piece).exists():
             with suppress(preemption.Preempted):  # all ranks stop below, where they agree
                 _keep(folder, piece, compute(piece))
+                made += 1
         if beat:
-            beat.tell(state="evaluating", step=min(start + group.world_size, num), steps=num)
+            done, each = min(start + group.world_size, num), (time.monotonic() - began) / max(1, made) / group.world_size
+            beat.tell(state="evaluating", step=done, steps=num, seconds_left=(num - done) * each if made else None)
         if how := group.highest(preemption.TAKEN_OVER if beat and beat.taken_over else preemption.asked()):
             raise preemption.Preempted(how)
     if group.first:

@@ -93,10 +93,13 @@ def send(plan: Plan, store: Store, command: str) -> str:
     with Progress(total=sum(len(job.stages) for job in counts)) as progress:
         if not run_here(counts, store.root, "cpu", 1, available_cores(), progress.notify):
             raise ValueError("a count failed; nothing was submitted")
-    sent = submit(wanted, store, _experiment(), **plan.resources)
+    sent = submit(wanted, store, _experiment(plan), **plan.resources)
     lines = [f"submitted job {one.job}: {one.label}" for one in sent]
     if waiting := sum(len(jobs) for _, jobs in wanted) - len(sent):
         lines.append(f"{waiting} jobs are in the queue or at work already")
+    there = {stage for one in scheduler.waiting_or_running(store.root, _ids(job for _, jobs in wanted for job in jobs)) for stage in one.stages}
+    if late := [job.label for _, jobs in wanted for job in jobs if not set(_ids([job])) <= there]:
+        lines.append(f"not submitted, as another command's job is at work on a part: {', '.join(late)}; call this again once that is done")
     if not wanted:
         lines.append(f"every stage has its record; {command} --report prints the table")
     return "\n".join([*lines, *([f"watch: {command} --status", f"end:   {command} --cancel"] if wanted else [])])
@@ -105,13 +108,14 @@ def send(plan: Plan, store: Store, command: str) -> str:
 def cancel(plan: Plan, store: Store) -> str:
     """End what was submitted for these jobs from this results folder."""
     scheduler.require_slurm()
-    ended = scheduler.cancel(store.root, _ids((*plan.timings(), *plan.trainings())), _experiment())
+    ended = scheduler.cancel(store.root, _ids((*plan.timings(), *plan.trainings())), _experiment(plan))
     return "\n".join(f"cancelled job {one.job}: {one.label}" for one in ended) or "nothing of this is in the queue"
 
 
-def _experiment() -> str:
-    """The script that this process runs: what --cancel may end, also where another script's tables hold the same runs."""
-    return Path(sys.argv[0]).name
+def _experiment(plan: Plan) -> str:
+    """The script that this process runs, and its table: what --cancel may end, also where another table holds the same runs."""
+    script = Path(sys.argv[0]).name
+    return f"{script} --table {plan.table.number} --protocol {plan.protocol.name}" if isinstance(plan, Chosen) else script
 
 
 def _ids(jobs: Iterable[Job]) -> list[str]:
@@ -181,8 +185,10 @@ def _progress(beat: dict[str, Any], train: Train) -> str:
         text += f", step {step} of {steps}"
     if rate:
         text += f", {rate:.0f} images/s"
-    if steps and rate and step < steps:
+    if train and steps and rate and step < steps:
         text += f", {duration((steps - step) * train.recipe.batch / rate)} left"
+    elif beat.get("seconds_left"):
+        text += f", {duration(beat['seconds_left'])} left"
     return text
 
 

@@ -203,7 +203,7 @@ def run(
         losses += [loss if group.first else torch.zeros_like(loss) for loss in state.get("losses", torch.empty(0)).to(trainer.device)]
     elif spec.init_from:
         trainer.begin(load_ema(spec.init_from, folder.parent / spec_id(spec.init_from), trainer.device))
-    first, started, saved = trainer.step, time.perf_counter(), trainer.step
+    first, started, saved = trainer.step, time.perf_counter(), [trainer.step]
     if beat:
         attempts.begin(beat, first)
         beat.tell(state="training", step=first, steps=recipe.steps)
@@ -242,7 +242,7 @@ def run(
                 state = trainer.state()
                 if group.first:
                     writer.save(done, state | {"losses": latest})
-                saved = done
+                saved.append(done)
             if how and not last:
                 writer.wait()
                 group.share(None)  # the first rank that leaves can take the others with it
@@ -264,7 +264,7 @@ def run(
     }
 
 
-def _check(losses: list[float], means: Sequence[float], trainer: Trainer, size: int, saved: int) -> None:
+def _check(losses: list[float], means: Sequence[float], trainer: Trainer, size: int, saved: Sequence[int]) -> None:
     """Raise Diverged if the latest losses, which end at the trainer's step, are bad."""
     if bad := trouble(losses, means):
         raise _diverged(f"the loss {bad[1]}", trainer.step - len(losses) + 1 + bad[0], trainer, size, saved)
@@ -275,11 +275,11 @@ def _finite(model: nn.Module) -> bool:
     return bool(torch.stack(torch._foreach_norm(list(model.parameters()))).isfinite().all())
 
 
-def _diverged(what: str, step: int, trainer: Trainer, size: int, saved: int) -> Diverged:
+def _diverged(what: str, step: int, trainer: Trainer, size: int, saved: Sequence[int]) -> Diverged:
     recipe = trainer.spec.recipe
     batch = batch_indices(size, recipe.batch, trainer.spec.seed, step - 1).tolist()
     advice = f"lower the learning rate ({recipe.lr}) or lengthen the warm-up ({recipe.warmup} steps)"
-    return Diverged(f"{what} at step {step}; {advice}", {"stopped_at": step, "batch": batch, "last_checkpoint": saved})
+    return Diverged(f"{what} at step {step}; {advice}", {"stopped_at": step, "batch": batch, "last_checkpoint": max((at for at in saved if at < step), default=saved[0])})
 
 
 def load_ema(spec: Train, folder: Path, device: torch.device) -> nn.Module:
