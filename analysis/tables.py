@@ -184,7 +184,8 @@ def caveats(records: Sequence[Record]) -> list[str]:
     notes = [f"{count} records of commit{'s' * (len(commits) > 1)} {', '.join(commits)}; precision flags in force: {'; '.join(modes)}."]
     if dirty := {record.name for record in records if record.provenance["dirty"]}:
         notes.append(f"{len(dirty)} of these records come from a tree with uncommitted changes: {', '.join(sorted(dirty))}.")
-    return notes
+    inception = [record for record in records if record.kind == "evaluate" and record.spec["features"] == "inception"]  # the others' rows say theirs
+    return notes + [f"warning: {text}." for text in dict.fromkeys(text for record in inception for text in record.values.get("warnings", ()))]
 
 
 def ranks(name: str, better: str, values: Sequence[list[dict[str, float]]]) -> list[tuple[int, int] | None]:

@@ -66,7 +66,7 @@ def _main(args: argparse.Namespace, arguments: Sequence[str] | None) -> int:
     job = Job(f"{args.checkpoint.name}, {spec.num} images", (spec,), row=args.backbone)
     good = carry_out(Listed(device, together=(job,), resources=resources), args, store, arguments, lambda: require_features(spec))
     if good and (record := store.latest(spec)):
-        print("\n".join([f"{args.checkpoint.name} (key {key}), {args.protocol}, manifest {record.values['manifest']['hash']}", *_beside(record.values, args.backbone, protocol)]))
+        print("\n".join([f"{args.checkpoint.name} (key {key}), {args.protocol}, manifest {record.values['manifest']['hash']}", *_beside(record.values, args.backbone, spec)]))
     elif good:
         raise ValueError(f"there is no record of {args.checkpoint.name} under {args.protocol} yet; leave out --report")
     return 1 if good is False else 0
@@ -93,9 +93,9 @@ def evaluation_of(args: argparse.Namespace, protocol: Protocol) -> tuple[Evaluat
 
 
 def _declared(name: str, protocol: Protocol) -> Row | None:
-    """The row whose objective and sampler are the network's: its own at this size, else of its size, else of its family."""
+    """The row whose objective and sampler are the network's: its own at this size, guided where there is one, else of its size, else of its family."""
     rows = [row for table in TABLES.values() for row in table.rows if row.method and row.backbone.name.partition("_")[0] == name.partition("_")[0]]
-    return min(rows, key=lambda row: (row.backbone.name != name, cost_stages(row)[0].size != protocol.data.size), default=None)
+    return min(rows, key=lambda row: (row.backbone.name != name, cost_stages(row)[0].size != protocol.data.size, sampler_of(row, protocol).scale == 1), default=None)
 
 
 def _load(backbone: Backbone, args: argparse.Namespace) -> tuple[nn.Module, str]:
@@ -155,9 +155,9 @@ def _seconds_per_pass(spec: Evaluate, model: nn.Module, device: str) -> float:
     return min(times[1:]) / batch
 
 
-def _beside(values: dict[str, Any], backbone: str, protocol: Protocol) -> list[str]:
+def _beside(values: dict[str, Any], backbone: str, spec: Evaluate) -> list[str]:
     """Our scores, each with the paper's value for the same network where it has one."""
-    paper = _published(backbone, protocol)
+    paper = _published(backbone, spec)
     lines = []
     for key in (key for key in SCORES if values.get(key) is not None and values[key] == values[key]):
         error, known = values.get(f"{key}_se"), paper.get(key)
@@ -169,12 +169,12 @@ def _beside(values: dict[str, Any], backbone: str, protocol: Protocol) -> list[s
     return [*lines, note, *(f"  warning: {text}" for text in values["warnings"])]
 
 
-def _published(backbone: str, protocol: Protocol) -> dict[str, str]:
-    """The paper's longest-trained row of this network, guided or not as the protocol is."""
-    if protocol.data.name not in PAPERS:
+def _published(backbone: str, spec: Evaluate) -> dict[str, str]:
+    """The paper's longest-trained row of this network, guided or not as the images were."""
+    if spec.data.name not in PAPERS:
         return {}
-    guided = "no" if protocol.sampler.scale == 1 else "yes"
-    with open(REPOSITORY / "results" / "published" / PAPERS[protocol.data.name], newline="") as file:
+    guided = "no" if spec.sampler.scale == 1 else "yes"
+    with open(REPOSITORY / "results" / "published" / PAPERS[spec.data.name], newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["cfg"] == guided and row["model"].lower().replace("-", "_").replace("/", "_") == backbone]
     return max(rows, key=lambda row: int(row["train_steps"] or 0), default={})
 

@@ -18,9 +18,10 @@ from experiments import calibrate, evaluate, evaluate_checkpoint, sample
 from experiments.engine import evaluate as stage
 from experiments.engine import inception, npz, scores, sources
 from experiments.engine.data import ImageSet
-from experiments.engine.spec import Data, Sampler
+from experiments.engine.spec import Data, Evaluate, Sampler
 from experiments.engine.store import read_record
-from experiments.protocols import CIFAR10, IMAGENET256, IMAGENET256_GUIDED
+from experiments.main_results import TABLE_1
+from experiments.protocols import CIFAR10, IMAGENET256, IMAGENET256_GUIDED, PROTOCOLS, Protocol, evaluate_stage
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (80, 4, 4, 3), dtype=np.uint8)
 
@@ -180,11 +181,17 @@ def test_a_checkpoint_is_sampled_scored_and_recorded(grey, tmp_path: Path, capsy
 
 def test_the_papers_values_stand_beside_ours():
     values = {"num": 50_000, "fid": 2.1, "fid_se": 0.01, "is": 280.0, "is_se": float("nan"), "sfid": 4.0, "warnings": ["careful"]}
-    guided = "\n".join(evaluate_checkpoint._beside(values, "dico_xl", IMAGENET256_GUIDED))
-    plain = "\n".join(evaluate_checkpoint._beside(values, "dico_xl", IMAGENET256))
+    def scored(protocol: Protocol) -> Evaluate:
+        return evaluate_stage(TABLE_1.row("DiCo-XL (w/ CFG)"), protocol, 0)
+
+    own = PROTOCOLS["imagenet256_own"]
+    assert own.sampler.scale == 1 and "unguided" not in "\n".join(evaluate_checkpoint._beside(values, "dico_xl", scored(own)))  # what was drawn counts
+    assert [evaluate_checkpoint._declared("dico_xl", PROTOCOLS[f"imagenet{side}_own"]).method.sampler.scale > 1 for side in (256, 512)] == [True, True]
+    guided = "\n".join(evaluate_checkpoint._beside(values, "dico_xl", scored(IMAGENET256_GUIDED)))
+    plain = "\n".join(evaluate_checkpoint._beside(values, "dico_xl", scored(IMAGENET256)))
     assert "FID-50K" in guided and "2.1000 ± 0.0100   paper 2.05" in guided and "paper 282.17" in guided and "guided" in guided and "warning: careful" in guided
     assert "paper 11.67" in plain and "400,000 training steps, unguided" in plain
-    assert "no such row" in "\n".join(evaluate_checkpoint._beside(values, "dit_s_4", IMAGENET256))
+    assert "no such row" in "\n".join(evaluate_checkpoint._beside(values, "dit_s_4", scored(IMAGENET256)))
 
 
 @pytest.mark.parametrize("arguments, complaint", [

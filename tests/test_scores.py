@@ -13,7 +13,7 @@ from experiments.engine import metrics, scores
 from experiments.engine.metrics import Moments, frechet, frechet_influence, frechet_se, influence_se, kid
 from experiments.engine.mind import mind
 from experiments.engine.neighbours import neighbour_shares, precision_recall, precision_recall_half
-from experiments.engine.scores import Measured, Reference, blocks, blocks_sum, measure, paired, read_reference, score
+from experiments.engine.scores import Measured, Reference, blocks, blocks_sum, measure, paired, read_reference, reference_of, score
 
 DIM = 6
 
@@ -100,6 +100,17 @@ def test_statistics_alone_give_distances_and_no_neighbours():
     real = drawn(500, 7)
     values = score(drawn(900, 8), Reference({"pool": blocks_sum(real.pool)}, None, {}))
     assert "fid" in values and not {"sfid", "precision", "recall", "kid"} & set(values)
+
+
+def test_a_reference_of_half_the_statistics_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real = drawn(40, 7)
+    moments = blocks_sum(real.pool)
+    (tmp_path / "half.npz").write_bytes(b"")
+    monkeypatch.setattr(scores, "statistics", lambda path: {"pool": moments})
+    reference = reference_of(tmp_path / "half.npz", real)
+    assert reference.warnings == ["half.npz holds no statistics (mu_s, sigma_s): distances by them are to those of its 40 images"]
+    assert reference.identity["statistics"] is False and {"pool", "spatial"} == set(reference.moments) and np.array_equal(reference.moments["pool"].cov, moments.cov)
+    assert reference_of(tmp_path / "half.npz", None).warnings == ["half.npz holds no statistics (mu_s, sigma_s): there is no sFID"]
 
 
 def test_class_order_is_warned_of_and_shuffled_files_are_not(monkeypatch: pytest.MonkeyPatch):

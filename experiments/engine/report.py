@@ -277,13 +277,13 @@ def _resolved(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequ
     """Which rows differ from the baseline in the first score by more than the spread over training seeds explains."""
     name, better = next(iter(SCORES[protocol.features].items()))
     here = {row.label: seed_values(store, row, protocol, seeds, where) for row in (table.baseline, *rows)}
-    spread, whose = pooled(name, list(here.values())), "these runs'"
-    if spread is None:
-        spread, whose = pooled(name, [seed_values(store, row, protocol, REFERENCE_SEEDS, "reference") for row in table.rows if row.backbone]), "the reference's"
-    base = here[table.baseline.label]
-    runs = {spec_id(evaluate_stage(row, protocol, 0)): row.label for row in (*reversed(rows), table.baseline)}  # rows that share runs count once
     first = _records(store, table.baseline, protocol, seeds, where)
     other = {row.label: clashes(_records(store, row, protocol, seeds, where), first) for row in (table.baseline, *rows)}
+    spread, whose = pooled(name, [values for label, values in here.items() if not other[label]]), "these runs'"
+    if spread is None:
+        spread, whose = pooled(name, [seed_values(store, row, protocol, REFERENCE_SEEDS, "reference") for row in table.rows if row.backbone]), "the reference's"
+    base = [] if other[table.baseline.label] else here[table.baseline.label]
+    runs = {spec_id(evaluate_stage(row, protocol, 0)): row.label for row in (*reversed(rows), table.baseline)}  # rows that share runs count once
     refused = [f"{label} (other {', '.join(fields)})" for label, fields in other.items() if fields]
     others = [label for label in reversed(runs.values()) if label != table.baseline.label and here[label] and not other[label]]
     if spread is None or not base or not others:

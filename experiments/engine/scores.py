@@ -113,10 +113,11 @@ def reference_of(path: Path, measured: Measured | None) -> Reference:
     if measured is None and "pool" not in moments:
         raise ValueError(f"{path.name}: holds neither images (arr_0) nor statistics (mu, sigma)")
     num = 0 if measured is None else len(measured.pool)
-    warnings = []
-    if not moments and measured is not None:
-        warnings.append(f"{path.name} holds no statistics (mu, sigma): distances are to those of its {num} images")
-        moments = {layer: blocks_sum(getattr(measured, layer)) for layer in ("pool", "spatial")}
+    warnings, names = [], {"pool": "mu, sigma", "spatial": "mu_s, sigma_s"}
+    if missing := [layer for layer in names if layer not in moments]:
+        instead = "there is no sFID" if measured is None else f"distances by them are to those of its {num} images"
+        warnings.append(f"{path.name} holds no statistics ({', '.join(names[layer] for layer in missing)}): {instead}")
+        moments = moments | {layer: blocks_sum(getattr(measured, layer)) for layer in missing if measured is not None}
     identity = {"name": path.name, "sha256": sha256(path), "statistics": not warnings, "num_images": num}
     return Reference(moments, measured.pool if measured else None, identity, warnings, measured.size if measured else None)
 
