@@ -14,6 +14,7 @@ import argparse
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -37,6 +38,7 @@ from experiments.engine.store import REPOSITORY, Store
 CLUSTER = REPOSITORY / "tests" / "slurm_cluster.sh"
 SITE = Site(nodes=2, gpus_per_node=0, cpus_per_task=1, time="02:00:00", signal_seconds=60, checkpoint_every=20)
 PATIENCE = 300.0
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 STEPS = "FAULT_TEST_STEPS"   # environment variable: the folder of the steps that processes finish
 
 
@@ -236,6 +238,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of kinds and moments")
     parser.add_argument("--steps", type=int, default=6000, help="of the training; it has to be under way as long as faults come")
     args = parser.parse_args()
+    if absent := [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None]:
+        parser.error(f"{', '.join(absent)} not installed: apt-get install --no-install-recommends slurm-wlm munge")
     rng, spec = random.Random(args.seed), training(args.steps)
     kinds = [fault for fault in FAULTS if fault is not fill_disk or os.geteuid() == 0]  # a small disk has to be mounted
     faults = [kinds[number % len(kinds)] for number in range(args.faults)]
