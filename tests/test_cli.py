@@ -85,11 +85,14 @@ def test_a_full_disk_is_one_line_a_job_and_leaves_no_file(tmp_path: Path, monkey
     assert heard == [("a", "error", "cannot write results (No space left on device); free space or choose another folder with --results")]
 
 
-@pytest.mark.parametrize("chain, after", [(True, []), (False, [("a", "record", "cost done")])])
-def test_a_failure_ends_a_chain_and_nothing_else(chain: bool, after: list[tuple[str, str, str]], tmp_path: Path):
-    good, heard = run(tmp_path, Job("a", (cost(8), BROKEN, cost(12)), chain))
-    assert not good and heard == [("a", "record", "cost done"), ("a", "record", "cost failed"), *after]
-    (failed,) = Store(tmp_path).records("records")[Store(tmp_path).latest(BROKEN, status="failed").id]
+UNTRAINED = Train(BROKEN.backbone, Data("digits", size=8, channels=1, num_classes=10), Recipe(steps=3, batch=4))
+
+
+@pytest.mark.parametrize("chain, broken, goes_on", [(True, UNTRAINED, False), (True, BROKEN, True), (False, UNTRAINED, True)])
+def test_a_training_that_fails_ends_a_chain_and_nothing_else_does(chain: bool, broken: Stage, goes_on: bool, tmp_path: Path):
+    good, heard = run(tmp_path, Job("a", (cost(8), broken, cost(12)), chain))
+    assert not good and heard == [("a", "record", "cost done"), ("a", "record", f"{kind_of(broken)} failed"), *[("a", "record", "cost done")] * goes_on]
+    (failed,) = Store(tmp_path).records("records")[Store(tmp_path).latest(broken, status="failed").id]
     assert failed.error.startswith("ValueError: dico_s has no option width; known: ") and failed.values == {}
 
 
