@@ -101,8 +101,8 @@ ADM_UP_256, ADM_UP_512 = adm(256, low_res=64), adm(512, low_res=128)
 ADM_CLASSIFIER, ADM_CLASSIFIER_64 = adm_classifier(), adm_classifier("cosine")
 LDM_4 = Method(
     Diffusion(betas="ldm_imagenet", variance="fixed"),
-    COMMON,
+    replace(COMMON, steps=178_000, batch=1200),
     guided(1.25, None, name="ddim"),
-    "LDM's code: betas, eps, DDIM at eta 0, estimates unclipped; the scale as DiT's paper names the row. Not LDM's: the data, which are the common latents where LDM has "
-    "64x64x3 of its own VQ autoencoder; learning rate, steps, batch and label dropout, the common ones; the 250 times, which take both ends in where LDM's are 1, 5, ..., 997 and end at the first step's noise",
+    "LDM's paper: steps and batch; its code: betas, eps, DDIM at eta 0, estimates unclipped; the scale as DiT's paper names the row. Not LDM's: the data, which are the common latents where LDM has "
+    "64x64x3 of its own VQ autoencoder; label dropout and the rest of the recipe, the common ones; the 250 times, which take both ends in where LDM's are 1, 5, ..., 997 and end at the first step's noise",
 )
