@@ -152,6 +152,15 @@ def test_attempts_are_listed_and_a_killed_one_is_closed_from_its_heartbeat(tmp_p
     assert {"start": 5, "end": 9, "reason": "done", "job_id": "42", "host": socket.gethostname(), "world_size": 2}.items() <= second.items()
 
 
+def test_a_killed_attempt_came_at_least_as_far_as_the_checkpoint_that_it_left(tmp_path: Path, job: None):
+    leave(tmp_path, state="stopped", reason=None)
+    (tmp_path / "attempts.json").write_text(json.dumps([dict(start=0, end=None, reason=None, job_id="41", host="elsewhere", world_size=1)]))
+    with claimed(tmp_path) as beat:
+        attempts.begin(beat, 10)  # saved after the last heartbeat, which said 7
+    first, second = attempts.read(tmp_path)
+    assert (first["end"], second["start"]) == (10, 10)
+
+
 def test_restarts_without_progress_come_to_an_end(tmp_path: Path, job: None, monkeypatch: pytest.MonkeyPatch):
     def attempt(step: int) -> None:
         with claimed(tmp_path) as beat:

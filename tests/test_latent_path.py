@@ -85,7 +85,8 @@ def whole_path(given: Path, root: Path, dies: str) -> None:
 
 
 def end_of(given: Path, root: Path, dies: str = "") -> int:
-    process = multiprocessing.get_context("fork").Process(target=whole_path, args=(given, root, dies))
+    """Exit code of a new process: a fork of one that has run a backward pass could not run another."""
+    process = multiprocessing.get_context("spawn").Process(target=whole_path, args=(given, root, dies))
     process.start()
     process.join()
     return process.exitcode

@@ -15,14 +15,14 @@ LIMIT = 5   # attempts of one job that may start at the same step
 
 
 def begin(beat: Heartbeat, step: int) -> None:
-    """Note that an attempt starts at `step`; one that was killed is closed with what its heartbeat said last.
+    """Note that an attempt starts at `step`; one that was killed is closed with what its heartbeat, or its checkpoint, said last.
 
     Raises ValueError in one line when too many attempts of this job made no step that was kept: restarting has no end else.
     """
     attempts = read(beat.folder)
     if attempts and attempts[-1]["end"] is None:
         last = beat.before or {}
-        attempts[-1] |= {"end": last.get("step") or attempts[-1]["start"], "reason": last.get("reason") or "killed"}
+        attempts[-1] |= {"end": max(last.get("step") or 0, attempts[-1]["start"], step), "reason": last.get("reason") or "killed"}
     same = 0
     for attempt in reversed(attempts):
         if beat.fields["job_id"] is None or (attempt["job_id"], attempt["start"]) != (beat.fields["job_id"], step):
