@@ -20,8 +20,9 @@ import pytest
 from scipy import stats
 
 from analysis import build, figures, figures_probes
-from analysis.claims import LEVELS, claims_sheet, judge
+from analysis.claims import claims_sheet, judge
 from analysis.figures_efficiency import front, score_against_speed
+from analysis.findings import LEVELS
 from analysis.pages import Origins, Text
 from analysis.probes.declared import declared
 from analysis.query import COLUMNS, Sources, gpu_timings, numeric_mode, rankable

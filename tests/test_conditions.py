@@ -17,7 +17,7 @@ from analysis.tables import SHEETS
 from experiments import speed
 from experiments.ablation import TABLE_4
 from experiments.engine.manifest import manifest
-from experiments.engine.report import Sheet
+from experiments.engine.report import Cell, Sheet
 from experiments.engine.rows import Row
 from experiments.engine.spec import Backbone, Timing, canonical
 from experiments.engine.store import REPOSITORY, Store
@@ -183,3 +183,7 @@ def test_figure_8_draws_our_scores_over_training(tmp_path: Path):
     assert ours.get_xdata().tolist() == [50.0, 400.0] and ours.get_ydata().tolist() == [100.0, 50.0]
     assert said(bare) == "ours: 0 of the 32 published points are recorded here"
     assert said(drawn) == "ours: 2 of the 32 published points are recorded here left out, scored by another protocol: DiCo-S after 100000"
+
+
+def test_a_difference_that_rounds_to_nothing_has_no_sign():
+    assert (Cell(-0.001).text(), Cell(-0.01).text(), Cell(-0.004, 0.001).text()) == ("0.00", "-0.01", "0.00 ±0.00")
