@@ -5,24 +5,27 @@ The docstring of a figure is its caption. Open marks are the paper's, filled mar
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from analysis.conditions import progress_score
 from analysis.query import Sources, at_one_batch, gpu_timings, numeric_mode, rankable
-from analysis.style import MARKS, PUBLISHED, SIZES, below, colour, family_colour, figure, note
+from analysis.style import FAMILIES, MARKS, PUBLISHED, SIZES, below, colour, family_colour, figure, note
 from experiments.ablation import TABLE_4
 from experiments.engine.manifest import clashes
 from experiments.engine.store import Record
 from experiments.main_results import TABLES
 from experiments.protocols import DIGITS, IMAGENET256, cost_stages, train_stage
-from experiments.speed import unfused
+from experiments.speed import figure_3, unfused
 from experiments.systems import SYSTEMS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+SCALES = ("S", "B", "L", "XL", "H")
 
 
 def fid_against_throughput(store: Sources) -> Figure:
@@ -78,8 +81,9 @@ def _own_scores_and_speeds(axes: Axes, store: Sources) -> str:
 
 def runtime(store: Sources) -> Figure:
     """Figure 3 as far as it was printed in numbers: runtime of one forward pass an image on ImageNet 512 (Table 2, A100, batch 64) and
-    FID with guidance against it. The paper's panel over model sizes has no numbers in print, so the small sizes are a gap."""
-    made, (left, right) = figure(8.2, 3.6, columns=2, width_ratios=(1, 1.15))
+    FID with guidance against it. The paper's panel over model sizes has no numbers in print; the third panel holds ours, each network
+    timed alone at one batch, on a GPU where any was, else on a CPU, which is no measure of a GPU."""
+    made, (left, right, sizes) = figure(11.2, 3.7, columns=3, width_ratios=(1, 1.15, 0.9))
     rows = {row["model"]: row for row in store.rows("table2.csv") if row["throughput_img_s"]}
     times = sorted(((1000 / float(row["throughput_img_s"]), name) for name, row in rows.items()), reverse=True)
     left.barh([name for _, name in times], [time for time, _ in times], color=[(*family_colour(name), 0.25) for _, name in times], ec=[family_colour(name) for _, name in times], lw=1.4)
@@ -92,7 +96,7 @@ def runtime(store: Sources) -> Figure:
         time, fid = 1000 / float(row["throughput_img_s"]), float(row["fid"])
         right.plot(time, fid, "o", color=family_colour(name), **PUBLISHED)
         right.annotate(name, (time, fid), xytext=(5, 4), textcoords="offset points", fontsize=7.5)
-    below(made, _own_runtimes(left, store, {name for _, name in times}))
+    below(made, [*_own_runtimes(left, store, {name for _, name in times}), *_own_sizes(sizes, store)])
     right.set_xscale("log")
     right.set_xlim(right=2.5 * times[0][0])
     right.margins(y=0.1)
@@ -118,6 +122,33 @@ def _own_runtimes(axes: Axes, store: Sources, names: set[str]) -> list[str]:
     else:
         note(axes, "no GPU timing\nis committed here")
     return [f"{what}: {', '.join(where)}" for what, where in said.items()]
+
+
+def _own_sizes(axes: Axes, store: Sources) -> list[str]:
+    """Draws our runtimes over model sizes at 512 pixels in the numeric mode that most networks were timed in; in words, what ran unfused."""
+    found = {device: [(stage, record) for stage in figure_3(device) if stage.size == 64 and (record := store.latest(stage, "reference"))] for device in ("cuda", "cpu")}
+    timed = found["cuda"] or found["cpu"]
+    axes.set_ylabel("ms an image and step, ImageNet 512 (ours)")
+    if not timed:
+        note(axes, "no timing over model sizes\nis committed here")
+        return []
+    modes = [stage.precision for stage, _ in timed]
+    mode = max(dict.fromkeys(modes), key=modes.count)
+    labels = {label.lower(): label for label in FAMILIES}
+    kept = [(labels[family], size.upper(), record) for stage, record in timed if stage.precision == mode for family, size in [stage.backbone.name.split("_")[:2]]]
+    axes.plot(SCALES, [math.nan] * len(SCALES))  # the sizes in their order, whichever were timed
+    for index, label in enumerate(dict.fromkeys(family for family, _, _ in kept)):
+        own = [(size, 1000 / record.values["images_per_s"]) for family, size, record in kept if family == label]
+        axes.plot(*zip(*own, strict=True), f"-{MARKS[index]}", ms=5, color=family_colour(label), label=label)
+    record = kept[0][2]
+    axes.set_xlabel(f"model size ({mode}, {record.provenance['device' if found['cuda'] else 'cpu']}, batch {record.spec['batch']})")
+    axes.set_yscale("log")
+    axes.legend()
+    plain: dict[str, list[str]] = {}
+    for family, size, record in kept:
+        for how in unfused(record):
+            plain.setdefault(how, []).append(f"{family}-{size}")
+    return [f"right: {how}, without a fused kernel: {', '.join(names)}" for how, names in plain.items()]
 
 
 def scores_over_training(store: Sources) -> Figure:

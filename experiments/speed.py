@@ -181,9 +181,9 @@ def _notes(table: Table, rows: Sequence[Row], device: str, what: str, store: Sto
 
 
 def unfused(record: Record) -> list[str]:
-    """In words: what ran without the fused kernel that GPUs have for it."""
-    ran = record.provenance.get("kernels", {})
-    return list(dict.fromkeys(how for (op, choice), how in UNFUSED.items() if choice in ran.get(op, ())))
+    """In words: what ran without the fused kernel that GPUs have for it, where the stage did not ask for that."""
+    ran, asked = record.provenance.get("kernels", {}), record.spec["kernels"]
+    return list(dict.fromkeys(how for (op, choice), how in UNFUSED.items() if choice in ran.get(op, ()) and asked.get(op) != choice))
 
 
 def sweep_sheet(row: Row, baseline: Row, device: str, what: str, store: Store, where: str = "records") -> Sheet:

@@ -59,6 +59,13 @@ def test_what_ran_unfused_on_a_gpu_is_a_footnote(tmp_path: Path):
     assert "timed at batch 16, not 64: DiS-H/2 (fp32, TF32 off)." in notes and not any("DiCo-XL" in note and "fused kernel" in note for note in notes)
 
 
+def test_what_a_stage_asked_for_stands_in_its_mode_and_in_no_footnote(tmp_path: Path):
+    store = Store(tmp_path)
+    store.append(timing_stage(TABLE_4.row("CM->Self-Attn"), TABLE_4.baseline, "cuda"), "done", SPEED, PROVENANCE | {"kernels": {"attention": ["reference"]}})
+    sheet = SHEETS["table4"](sources(store))
+    assert ("ours, a GPU", "img/s, fp32, TF32 off, attention unfused") in sheet.columns and not any("without a fused kernel" in note for note in sheet.notes)
+
+
 def test_attention_that_its_authors_wrote_out_is_a_footnote(tmp_path: Path):
     store = Store(tmp_path)
     timed(store, "ldm_4", 64, 64)
@@ -146,10 +153,25 @@ def test_our_runtimes_in_figure_3_are_of_one_batch_and_say_what_ran_unfused(tmp_
     timed(store, "dis_h_2", 64, 16, 5.0, selective_scan=["loop"])
     timed(store, "dim_h", 64, 32, 5.0)
     made = figures.runtime(sources(store))
-    left, _ = made.axes
+    left = made.axes[0]
     assert sorted(float(x) for line in left.lines for x in line.get_xdata()) == [25.0, 100.0, 200.0]
     assert [text.get_text() for text in left.get_legend().get_texts()] == ["fp32, TF32 off, a GPU, batch 16"]
     assert "the scan as a loop over tokens, without a fused kernel: DiS-H/2" in said(made) and "not timed at batch 16: DiM-H" in said(made)
+
+
+def test_figure_3_draws_our_model_sizes_on_a_gpu_else_on_a_cpu(tmp_path: Path):
+    store = Store(tmp_path)
+    stages = {(device, stage.backbone.name, stage.precision): stage for device in ("cpu", "cuda") for stage in speed.figure_3(device) if stage.size == 64}
+    store.append(stages["cpu", "dit_s_2", "fp32"], "done", SPEED | {"images_per_s": 2.0}, PROVENANCE | {"device": "cpu", "cpu": "a CPU"})
+    axes = figures.runtime(sources(store)).axes[2]
+    assert axes.get_xlabel() == "model size (fp32, a CPU, batch 1)" and axes.lines[1].get_ydata().tolist() == [500.0]
+    (tmp_path / "reference").rename(tmp_path / "records")
+    for name, mode, rate, kernels in (("dico_s", "bf16", 100.0, {}), ("dico_xl", "bf16", 10.0, {}), ("dis_b_2", "bf16", 20.0, {"selective_scan": ["loop"]}), ("dico_s", "fp32", 50.0, {})):
+        store.append(stages["cuda", name, mode], "done", SPEED | {"images_per_s": rate}, PROVENANCE | {"kernels": kernels})
+    made = figures.runtime(sources(store))
+    drawn = {line.get_label(): (list(line.get_xdata(orig=True)), line.get_ydata().tolist()) for line in made.axes[2].lines[1:]}
+    assert drawn == {"DiCo": (["S", "XL"], [10.0, 100.0]), "DiS": (["B"], [50.0])} and made.axes[2].get_xlabel() == "model size (bf16, a GPU, batch 16)"
+    assert "right: the scan as a loop over tokens, without a fused kernel: DiS-B" in said(made)
 
 
 def said(made: Any) -> str:
