@@ -46,7 +46,7 @@ class Cell:
         if self.value is None or math.isnan(self.value):
             return "-"
         error = "" if self.error is None or math.isnan(self.error) else f" ±{self.error:.{self.digits}f}"
-        return f"{self.value:.{self.digits}f}{error}"
+        return f"{self.value:z.{self.digits}f}{error}"  # no minus before a zero
 
 
 @dataclass
