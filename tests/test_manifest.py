@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from experiments.ablation import TABLE_4
-from experiments.engine.manifest import ABSENT, EFFECTS, declared, differences, effect, incomparable, manifest, of_record, score_name
+from experiments.engine.manifest import ABSENT, EFFECTS, WITHOUT, declared, differences, effect, incomparable, manifest, of_record, score_name
 from experiments.engine.report import comparison_sheet, main_sheet
 from experiments.engine.spec import Sampler, canonical
 from experiments.engine.store import REPOSITORY, Store
+from experiments.main_results import TABLE_1
 from experiments.protocols import DIGITS, IMAGENET256, IMAGENET256_FIXED, evaluate_stage
 
 SPEC = evaluate_stage(TABLE_4.rows[0], IMAGENET256, 0)
@@ -75,8 +76,20 @@ def test_a_model_may_differ_and_what_one_does_not_record_is_no_clash():
     assert ("measure.extractor.sha256", "ab", ABSENT) in differences(made(), bare) and not incomparable(made(), bare)
 
 
+def test_what_a_model_did_without_is_a_difference_and_no_gap():
+    """A classifier that guides and an upsampler are one field each; an older record of ADM alone knows nothing of either."""
+    whole, alone = (declared(canonical(evaluate_stage(row, DIGITS, 0), full=True)) for row in (TABLE_1.row("ADM-U"), TABLE_1.row("ADM-64")))
+    del alone["model"]["init_from"]
+    found = {key: values for key, *values in differences(whole, alone)}
+    assert not [values for values in found.values() if ABSENT in values] and "model.init_from" not in found
+    assert found["measure.guidance.classifier"] == ["mean + scale variance gradient of log p(y | x_t), scale 1.0", WITHOUT]
+    assert "name ancestral, num_steps 50" in found["measure.upsampling"][0] and found["measure.upsampling"][1] == found["model.upsampler"][1] == WITHOUT
+    assert {key: values[::-1] for key, *values in differences(alone, whole)} == found
+    assert {"measure.guidance.classifier", "measure.upsampling"} <= set(incomparable(alone, whole)) and not incomparable(whole, whole)
+
+
 def test_every_effect_has_its_source_and_reaches_a_field_of_a_manifest():
-    fields = {key for key, *_ in differences(made(reference={}, decoder={}, neighbours={}, image={}, quantiser="", nfe=1), {})}
+    fields = {key for key, *_ in differences(made(reference={}, decoder={}, neighbours={}, image={}, quantiser="", nfe=1, upsampling={}, guidance={"classifier": ""}), {})}
     for prefix, (words, source) in EFFECTS.items():
         assert words and (source or prefix == "model") and any(key == prefix or key.startswith(f"{prefix}.") for key in fields), prefix
 
@@ -145,6 +158,16 @@ def test_the_script_prints_what_differs_and_what_that_does(tmp_path: Path):
     assert "as w in U-ViT's formula, (1 + w) conditional - w null: 0 | 0.5\n" in diff(a, guided).stdout
     assert diff(a, raw).returncode == 1 and "6.06 against 8.1" in diff(a, raw).stdout
     assert other.returncode == 1 and "measure.labels.policy: balanced | random" in other.stdout and "about 0.1" in other.stdout and "RAE README" in other.stdout
+
+
+def test_the_script_tells_what_was_done_without_from_what_is_not_recorded(tmp_path: Path):
+    store = Store(tmp_path)
+    plain = scored(store, 0, 1.0, reference={"name": "a"}, decoder={"name": "none"})
+    guided = scored(store, 1, 1.0, guidance={"classifier": "p", "classifier_scale": 2.0}, reference={"name": "a", "sha256": "b"}, decoder={"name": "vae", "scale": 3})
+    done = diff(plain, guided)
+    assert done.returncode == 1 and "measure.guidance.classifier: without | p, scale 2.0\n    known effect: 10.94 without, 4.59 with" in done.stdout
+    assert "measure.decoder.scale: without | 3\n" in done.stdout
+    assert f"{plain.name} does not record measure.reference.sha256\n" in done.stdout and done.stdout.count("does not record") == 1
 
 
 def test_the_script_refuses_what_is_no_evaluate_record(tmp_path: Path):
