@@ -93,7 +93,7 @@ def main_sheet(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Seq
 
 
 def comparison_sheet(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequence[int], device: str, store: Store) -> Sheet:
-    """This machine's scores beside the committed reference's, and whether they agree within their error."""
+    """This machine's scores beside the committed reference's, and whether they agree within their error, where one protocol measured both."""
     scores = [name for name in SCORES[protocol.features] if name != "fid_corrected"]  # follows from fid
     columns = [("", "row"), ("throughput, rel.", "reference"), ("throughput, rel.", "here")]
     columns += [(score_name(name, protocol.num) if protocol.features == "inception" else name, side) for name in scores for side in ("reference", "here")] + [("", "reproduced")]
@@ -101,26 +101,26 @@ def comparison_sheet(table: Table, rows: Sequence[Row], protocol: Protocol, seed
     reference = {row.label: seed_values(store, row, protocol, REFERENCE_SEEDS, "reference") for row in rows}
     here = {row.label: seed_values(store, row, protocol, seeds, "records") for row in rows}
     spread = {name: pooled(name, [records for records in reference.values()]) for name in scores}
-    comparisons = sum(bool(reference[row.label] and here[row.label]) for row in rows) * len(scores)
+    other = {row.label: clashes(_records(store, row, protocol, seeds, "records"), _records(store, row, protocol, REFERENCE_SEEDS, "reference")) for row in rows}
+    comparisons = sum(bool(reference[row.label] and here[row.label]) and not other[row.label] for row in rows) * len(scores)
     for row in rows:
         cells = [Cell(words=row.label)]
         timed = timed_rows(table, [row], device, named=True)
         cells += [_of(_latest(store, timing_stage(row, table.baseline, device), where), "relative", 2) if timed else Cell() for where in ("reference", "records")]
-        off, known = [], bool(reference[row.label] and here[row.label])
+        off, known = [], bool(reference[row.label] and here[row.label]) and not other[row.label]
         for name in scores:
             digits = 1 if name.startswith(("fd", "is")) else 2
             cells += [_mean_cell(name, side[row.label], digits) for side in (reference, here)]
             if known and not agree(name, reference[row.label], here[row.label], spread[name], comparisons):
                 off.append(name)
-        verdict = "-" if not known else "spread unknown" if None in spread.values() else "no: " + ", ".join(off) if off else "yes"
+        verdict = "other protocol" if other[row.label] else "-" if not known else "spread unknown" if None in spread.values() else "no: " + ", ".join(off) if off else "yes"
         sheet.rows.append([*cells, Cell(words=verdict)])
-    other = {field for row in rows for field in clashes(_records(store, row, protocol, seeds, "records"), _records(store, row, protocol, REFERENCE_SEEDS, "reference"))}
     sheet.notes.append(
         "reproduced: every score lies within the reference's spread over training seeds, pooled over the rows "
         f"(two-sided {1 - LEVEL:.0%} for all {comparisons} comparisons together, Bonferroni; fd on a log scale)"
     )
-    if other:
-        sheet.notes.append(f"this machine measured under another protocol than the reference, in {', '.join(sorted(other))} (experiments/diff_protocol.py says what that does)")
+    if fields := sorted({field for found in other.values() for field in found}):
+        sheet.notes.append(f"other protocol: no verdict, for the reference was measured with another {', '.join(fields)} (experiments/diff_protocol.py says what that does)")
     return sheet
 
 
