@@ -57,6 +57,7 @@ def test_every_declared_choice_changes_the_hash_and_is_named(field: str, changed
     ("measure.flags.cudnn_tf32", dict(flags={"matmul_tf32": False, "cudnn_tf32": True})),
     ("measure.versions.torch", dict(versions={"torch": "3"})),
     ("measure.quantiser", dict(quantiser="floor")),
+    ("measure.labels.order", dict(labels={"order": "by class"})),
 ])
 def test_everything_found_changes_the_hash_and_has_a_known_effect(field: str, found: dict[str, Any]):
     assert made(**found)["hash"] != made()["hash"] and field in [key for key, *_ in differences(made(), made(**found))] and all(effect(field))
@@ -89,7 +90,7 @@ def test_what_a_model_did_without_is_a_difference_and_no_gap():
 
 
 def test_every_effect_has_its_source_and_reaches_a_field_of_a_manifest():
-    fields = {key for key, *_ in differences(made(reference={}, decoder={}, neighbours={}, image={}, quantiser="", nfe=1, upsampling={}, guidance={"classifier": ""}), {})}
+    fields = {key for key, *_ in differences(made(reference={}, decoder={}, neighbours={}, image={}, quantiser="", nfe=1, upsampling={}, guidance={"classifier": ""}, labels={"order": ""}), {})}
     for prefix, (words, source) in EFFECTS.items():
         assert words and (source or prefix == "model") and any(key == prefix or key.startswith(f"{prefix}.") for key in fields), prefix
 
@@ -186,3 +187,13 @@ def test_the_script_refuses_what_is_no_evaluate_record(tmp_path: Path):
 def test_every_committed_score_holds_what_decided_it():
     paths = sorted((REPOSITORY / "results" / "reference" / "evaluate").glob("*.json"))
     assert paths and not [path.name for path in paths if "hash" not in json.loads(path.read_text())["values"].get("manifest", {})]
+
+
+def test_a_field_that_older_records_lack_leaves_them_comparable():
+    """Scores of digits and of CIFAR-10's classifier carry the reference's hash and the labels' order; committed ones from before say nothing of them."""
+    (path, *_) = sorted((REPOSITORY / "results" / "reference" / "evaluate").glob("*.json"))
+    old, new = (json.loads(path.read_text())["values"]["manifest"] for _ in range(2))
+    for part, key in (("reference", "sha256"), ("labels", "order")):
+        old["measure"][part].pop(key, None)
+        new["measure"][part][key] = "said"
+    assert not incomparable(old, new) and differences(old, new) == [("measure.labels.order", ABSENT, "said"), ("measure.reference.sha256", ABSENT, "said")]
