@@ -18,6 +18,7 @@ from experiments import calibrate, evaluate, evaluate_checkpoint, sample
 from experiments.engine import evaluate as stage
 from experiments.engine import inception, npz, scores, sources
 from experiments.engine.data import ImageSet
+from experiments.engine.distributed import ALONE
 from experiments.engine.spec import Backbone, Checkpoint, Data, Evaluate, Sampler
 from experiments.engine.store import Store, read_record
 from experiments.main_results import TABLE_1, TABLES
@@ -241,6 +242,21 @@ def test_guidance_is_that_of_the_images_and_not_of_the_protocol():
     assert [evaluate_checkpoint._declared("dico_xl", PROTOCOLS[f"imagenet{side}_own"]).method.sampler.scale > 1 for side in (256, 512)] == [True, True]
     guided = "\n".join(evaluate_checkpoint._beside(SCORED, "dico_xl", spec, Store()))
     assert "FID-50K" in guided and "2.1000 ± 0.0100   paper 2.05" in guided and "paper 282.17" in guided and "sFID-50K       4.0000\n" in guided
+
+
+@pytest.mark.parametrize("held, num, warned", [(("mu", "sigma", "mu_s", "sigma_s"), 30, False), (("mu", "sigma", "mu_s", "sigma_s"), 29, True), (("mu", "sigma"), 30, True), ((), 30, True)])
+def test_a_reference_that_is_not_adms_is_warned_of_in_the_record(held: tuple[str, ...], num: int, warned: bool, grey, tmp_path: Path, monkeypatch):
+    """ADM's holds the statistics of both layers, and so many images."""
+    monkeypatch.setattr(npz, "POOL", 6)
+    monkeypatch.setattr(npz, "SPATIAL", 5)
+    monkeypatch.setattr(stage, "ADM_REFERENCE", 30)
+    statistics = dict(mu=np.zeros(6), sigma=np.eye(6), mu_s=np.zeros(5), sigma_s=np.eye(5))
+    np.savez(tmp_path / "other.npz", arr_0=IMAGES[:num], **{name: statistics[name] for name in held})
+    monkeypatch.setattr(stage, "reference_path", lambda data: tmp_path / "other.npz")
+    reference = stage._reference(PROTOCOLS["imagenet256"].data, Grey(), tmp_path / "parts", ALONE, None)
+    found = scores.score(scores.measure(Grey(), iter([IMAGES])), reference)["warnings"]
+    assert any("other.npz is not ADM's reference, which holds statistics and 30 images" in text for text in found) == warned
+    assert reference.identity["num_images"] == num and reference.identity["sha256"] == npz.sha256(tmp_path / "other.npz")
 
 
 @pytest.mark.parametrize("arguments, complaint", [
