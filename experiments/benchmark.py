@@ -130,16 +130,16 @@ def _checkpoints() -> None:
         writer.save(trainer.step, trainer.state())  # the first save makes the buffers
         writer.wait()
         plain, during = [_seconds(lambda: next(stepping).item()) for _ in range(2 * PAIRS)], []
-        writer.stalled, started = 0.0, time.perf_counter()
-        writer.save(trainer.step, trainer.state())
+        started = time.perf_counter()
+        copied = _seconds(lambda: writer.save(trainer.step, trainer.state()))
         while writer.busy:
             during.append(_seconds(lambda: next(stepping).item()))
         seconds, size = time.perf_counter() - started, max(path.stat().st_size for path in Path(folder).iterdir())
     stepping.close()
     usual, every = statistics.median(plain), Resources().checkpoint_every
     slowed = sum(during) - usual * len(during)
-    print(f"checkpoint of {size / 1e9:.2f} GB: copied in {writer.stalled:.2f} s, written in {seconds:.1f} s beside {len(during)} steps, which took {slowed:.2f} s longer")
-    print(f"stall every {every} steps of {usual:.3f} s: {(writer.stalled + slowed) / (every * usual):.3%}")
+    print(f"checkpoint of {size / 1e9:.2f} GB: copied in {copied:.2f} s, written in {seconds:.1f} s beside {len(during)} steps, which took {slowed:.2f} s longer")
+    print(f"stall every {every} steps of {usual:.3f} s: {(copied + slowed) / (every * usual):.3%}")
 
 
 def _seconds(step: Callable[[], None]) -> float:

@@ -6,13 +6,10 @@ references themselves are held against independent truths in the other files of 
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreter import INTERPRETED, outside, passes
 from test_kernels_gla import weights_of, with_gradients
 from torch import Tensor
 
@@ -20,7 +17,6 @@ from backbones import kernels
 from backbones.kernels.op import Op
 from experiments.engine.precision import precision
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LIMITS = {"fp32": 1e-5, "tf32": 5e-3, "bf16": 2e-2}  # TF32 keeps 10 bits of a factor, bf16 7, also of what is kept between passes
 LIBRARIES = {  # what runs on a GPU alone: the module, and the modes whose arithmetic it has
     "mamba_ssm": ("mamba_ssm", tuple(LIMITS)),
@@ -139,10 +135,6 @@ def test_a_choice_computes_what_the_reference_computes(device: str, name: str, c
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+@outside
 def test_triton_choices_run_in_the_interpreter():
-    """In a process of its own: Triton reads the switch when it is imported. The large scan takes minutes there."""
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", __file__, "-k", "triton and not (scan and large)"]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and "10 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
+    passes(__file__, "triton and not (scan and large)", 10)  # the large scan takes minutes there

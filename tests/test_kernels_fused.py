@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from interpreter import INTERPRETED, outside, passes
 from test_kernels_gla import with_gradients
 from torch import Tensor
 
@@ -15,7 +12,6 @@ from backbones import kernels
 from experiments.engine.profiling import Operators
 
 CPU = torch.device("cpu")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HERE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
 CHOICES = ["reference"] + ["triton"] * (INTERPRETED or torch.cuda.is_available())
 
@@ -104,13 +100,9 @@ def test_wide_convolutions_without_gradients_apply_gelu_themselves(op: str, grou
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+@outside
 def test_fused_kernels_run_in_the_interpreter():
-    """In a process of its own: Triton reads the switch when it is imported."""
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", __file__, "-k", "formula"]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and "14 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
+    passes(__file__, "formula", 14)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")

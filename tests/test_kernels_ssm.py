@@ -1,18 +1,14 @@
 """The scan and the causal convolution against their recurrences in float64, forward and backward, on awkward sizes."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from interpreter import INTERPRETED, outside, passes
 from test_backbones import relative_rms
 from torch import Tensor
 
 from backbones.kernels import causal_conv, selective_scan, use
 from experiments.engine.cost import MacCounter
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SIZES = {  # samples, channels, steps, states
     "odd": (2, 5, 37, 3),
     "two steps": (1, 3, 2, 2),
@@ -104,13 +100,9 @@ def test_scan_in_triton_agrees_with_the_reference(size: str):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+@outside
 def test_scan_in_triton_runs_in_the_interpreter():
-    """In a process of its own: Triton reads the switch when it is imported."""
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", "scan_in_triton_agrees"]
-    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0 and f"{len(SIZES)} passed" in run.stdout, run.stdout[-3000:]
+    passes(__file__, "scan_in_triton_agrees", len(SIZES))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")

@@ -129,7 +129,7 @@ def _run(asked: list[tuple[str, Probe]] | list[tuple[str, DiffusersLocality]], a
     require_device(args.device)
     failed = []
     for label, spec in asked:
-        if not args.again and (record := store.latest(spec)):
+        if not args.again and (record := _done(spec, store)):
             print(f"{label}: done before, {record.kind} {record.id}")
             continue
         try:
@@ -146,6 +146,14 @@ def _run(asked: list[tuple[str, Probe]] | list[tuple[str, DiffusersLocality]], a
     if failed:
         print(f"error: not probed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed and len(failed) < len(asked) else 2 if failed else 0
+
+
+def _done(spec: Probe | DiffusersLocality, store: Store) -> Record | None:
+    """The probe's record, unless it is of weights that a later training has replaced."""
+    record = store.latest(spec)
+    if record and spec.weights is None and (trained := store.latest(spec.train)):
+        return record if record.provenance["weights_sha256"] == trained.values["weights_sha256"] else None
+    return record
 
 
 def _shown(values: dict[str, object]) -> str:
