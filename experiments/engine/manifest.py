@@ -36,7 +36,10 @@ EFFECTS: dict[str, tuple[str, str]] = {
     "measure.decoder": ("ft-mse 2.30 against ft-ema 2.27, original 2.46; a wrong normalisation costs tens of FID", "DiT appendix, LightningDiT#34"),
     "measure.quantiser": ("truncating 255 (x + 1) / 2 lowers the mean by 0.49 grey levels and changes 49 % of the pixels", "computed for every level"),
     "measure.image": ("resizing twice or JPEG changes FID by several units on some sets", "arXiv:2104.11222"),
-    "measure.extractor": ("another Inception (torchvision's, JAX's) gives incomparable FIDs: 13.7 against 53.7", "pytorch/torcheval#192"),
+    "measure.extractor": (
+        "another Inception (torchvision's, JAX's) gives incomparable FIDs: 13.7 against 53.7; the digits' classifier trained under four instruction sets, fd_digits of 12.6 to 12.9 for one set of images",
+        "pytorch/torcheval#192; measured by ONEDNN_MAX_CPU_ISA and ATEN_CPU_CAPABILITY",
+    ),
     "measure.reference": ("another reference: 7.03 where the paper has 1.26; validation against training images, 7.6", "MCG-NJU/DDT#7, guided-diffusion#14"),
     "measure.neighbours": ("ADM's half precision raises precision by 0.0005 to 0.0015 and recall by 0.001 to 0.003; both depend on the two counts", "ADM README against ADM-evaluation-suite-pytorch"),
     "measure.versions": ("below the sampling error, as far as known; FID at d = 2048 agrees to 1e-5 between root algorithms", "computed against scipy's sqrtm"),
