@@ -20,6 +20,7 @@ from experiments.engine.cli import Parser, add_run_options, carry_out, device_of
 from experiments.engine.launch import Job
 from experiments.engine.manifest import score_name
 from experiments.engine.plan import Listed
+from experiments.engine.report import SCORES as CLASSIFIED
 from experiments.engine.rows import Row
 from experiments.engine.sources import is_latent, missing_features, require_features, vae_source
 from experiments.engine.spec import Backbone, Checkpoint, Diffusion, Evaluate, Sampler, spec_id
@@ -177,14 +178,17 @@ def _beside(values: dict[str, Any], backbone: str, spec: Evaluate, store: Store)
     """Our scores, each with the paper's value for the same network, guided or not as the images were, where it has one."""
     rows, guided = _published(backbone, spec, store), spec.sampler.scale != 1
     alike = next((one for one in rows if one.guided == guided and len(one.networks) == 1), None)
+    named = {key: score_name(key.partition("_")[0], values["num"]) for key in SCORES} if spec.features == "inception" else {key: key for key in CLASSIFIED[spec.features]}
     lines = []
-    for key in (key for key in SCORES if values.get(key) is not None and values[key] == values[key]):
+    for key, name in named.items():
+        if (value := values.get(key)) is None or value != value:
+            continue
         error, known = values.get(f"{key}_se"), alike and alike.values.get(key)
         spread = f" ± {error:.4f}" if error is not None and error == error else ""
         words = ", without its finite-N bias" if key == "fid_corrected" else ""
-        lines.append(f"  {score_name(key.partition('_')[0], values['num']):14} {values[key]:.4f}{spread}{words}" + (f"   paper {known}" if known else ""))
+        lines.append(f"  {name:14} {value:.4f}{spread}{words}" + (f"   paper {known}" if known else ""))
     notes = [f"paper: {alike.text()}", *_drawn_otherwise(alike.row, spec)] if alike else [_no_such_row(rows, guided)]
-    return [*lines, *(f"  {text}" for text in notes), *(f"  warning: {text}" for text in values["warnings"])]
+    return [*lines, *(f"  {text}" for text in notes), *(f"  warning: {text}" for text in values.get("warnings", []))]
 
 
 def _published(backbone: str, spec: Evaluate, store: Store) -> list[Published]:

@@ -236,6 +236,14 @@ def test_the_longest_training_and_what_was_drawn_otherwise_are_said():
     assert f"{otherwise}name ancestral, not sde" in "\n".join(beside("sit_xl_2", 512, True)) and "a reconstruction" in "\n".join(beside("diffussm_xl", 256, True))
 
 
+def test_scores_on_a_classifiers_features_bear_their_own_names_and_no_published_value():
+    values = {"num": 50_000, "fd_cifar_classifier": 3.25, "fd_cifar_classifier_se": 0.5, "precision_cifar_classifier": 0.75}
+    data = PROTOCOLS["cifar10_classifier"].data
+    spec = Evaluate(Checkpoint(Backbone("dico_xl"), data, "0" * 64), Sampler(), 50_000, "cifar_classifier")
+    lines = evaluate_checkpoint._beside(values, "dico_xl", spec, Store())
+    assert lines == ["  fd_cifar_classifier 3.2500 ± 0.5000", "  precision_cifar_classifier 0.7500", "  the paper has no such row"]
+
+
 def test_guidance_is_that_of_the_images_and_not_of_the_protocol():
     spec = evaluate_stage(TABLE_1.row("DiCo-XL (w/ CFG)"), PROTOCOLS["imagenet256_own"], 0)
     assert PROTOCOLS["imagenet256_own"].sampler.scale == 1 and "unguided" not in "\n".join(evaluate_checkpoint._beside(SCORED, "dico_xl", spec, Store()))
