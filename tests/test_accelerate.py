@@ -22,7 +22,7 @@ from experiments.engine.capture import Captured, accelerate
 from experiments.engine.data import ImageSet, load
 from experiments.engine.precision import precision
 from experiments.engine.spec import Backbone, Diffusion, Recipe, Train
-from experiments.engine.timing import fill
+from experiments.engine.timed_tasks import fill
 from experiments.engine.train import Trainer, build, digest
 
 GPU = torch.device("cuda")
