@@ -30,15 +30,17 @@ def in_mode(stage: Timing, mode: str, what: str = "forward") -> Timing:
     return replace(stage, kernels={"linear": "reference", "pointwise": "reference"}, layout="contiguous") if mode == "as_published" else stage
 
 
-def stages(table: Table, rows: Sequence[Row], device: str, what: str, named: bool) -> list[Timing]:
-    """Each network of the rows once in every mode, beside the table's baseline."""
+def stages(table: Table, rows: Sequence[Row], device: str, what: str, named: bool, modes: Sequence[str] | None = None) -> list[Timing]:
+    """Each network of the rows once in every mode, or in these of the device's, beside the table's baseline."""
     chosen = {str(row.backbone): row for row in timed_rows(table, rows, device, named)}.values()
-    return [in_mode(timing_stage(row, table.baseline, device), mode, what) for row in chosen for mode in MODES[device]]
+    if unknown := sorted(set(modes or ()) - set(MODES[device])):
+        raise ValueError(f"{', '.join(unknown)} is no numeric mode of {device}; known: {', '.join(MODES[device])}")
+    return [in_mode(timing_stage(row, table.baseline, device), mode, what) for row in chosen for mode in modes or MODES[device]]
 
 
-def jobs(table: Table, rows: Sequence[Row], device: str, what: str, named: bool) -> tuple[Job, ...]:
+def jobs(table: Table, rows: Sequence[Row], device: str, what: str, named: bool, modes: Sequence[str] | None = None) -> tuple[Job, ...]:
     """A job a network: its modes are timed on one machine."""
-    timed = stages(table, rows, device, what, named)
+    timed = stages(table, rows, device, what, named, modes)
     labels = {str(row.backbone): row.label for row in reversed(rows)}
     return tuple(Job(labels[network], tuple(stage for stage in timed if str(stage.backbone) == network)) for network in dict.fromkeys(str(stage.backbone) for stage in timed))
 

@@ -102,7 +102,7 @@ def verdict(found: Sequence[Ratio], device: str) -> str:
         return f"{side} direction on this CPU, whose scan has no fused kernel"
     words = "holds" if len(modes) == len(found) else some if modes else "does not hold"
     lacking = [mode for mode in MODES[device] if mode not in {ratio.mode for ratio in found}]
-    return words + " on this CPU, a proxy" * (device == "cpu") + f"; not measured in {' and '.join(lacking)}" * bool(lacking)
+    return words + " on this CPU, a proxy" * (device == "cpu") + f"; not measured in {', '.join(lacking)}" * bool(lacking)
 
 
 def looped(records: Iterable[Record]) -> bool:

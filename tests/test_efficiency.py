@@ -80,7 +80,7 @@ def test_verdicts_name_the_modes_in_which_a_claim_holds(tmp_path: Path, measured
     assert speed_claims.verdict(speed_claims.ratios(CLAIM, "cuda", store, "records"), "cuda") == said
 
 
-@pytest.mark.parametrize(("modes", "said"), [(3, "does not hold; not measured in as_published"), (1, "does not hold; not measured in tf32 and bf16 and as_published")])
+@pytest.mark.parametrize(("modes", "said"), [(3, "does not hold; not measured in as_published"), (1, "does not hold; not measured in tf32, bf16, as_published")])
 def test_a_verdict_names_the_modes_that_lack_a_record(tmp_path: Path, modes: int, said: str):
     store, stages = Store(tmp_path), speed_claims.claim_stages(CLAIM, "cuda")
     for stage in stages[:modes]:
@@ -160,7 +160,8 @@ def test_a_plan_for_a_cluster_gives_every_network_a_gpu_to_itself(arguments: lis
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--table", "1", "--sweep"], "--sweep goes with"), (["--counts", "--task", "training"], "--task goes with"), (["--table", "8"], "invalid choice"), ([], "is required")],
+    [(["--table", "1", "--sweep"], "--sweep goes with"), (["--counts", "--task", "training"], "--task goes with"), (["--claims", "--modes", "bf16"], "--modes goes with"),
+     (["--table", "1", "--modes", "bf16", "--device", "cpu"], "bf16 is no numeric mode of cpu; known: fp32"), (["--table", "8"], "invalid choice"), ([], "is required")],
 )
 def test_contradictions_are_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]):
     assert efficiency.main(arguments) == 2
