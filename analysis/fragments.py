@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from analysis.claims import LEVELS
+from analysis.findings import LEVELS
 from analysis.pages import Block, Origins, Text
 from analysis.query import Sources
 from experiments.engine.render import render

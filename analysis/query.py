@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,7 +33,8 @@ COLUMNS = {  # of every published file: columns of words, columns of numbers
     "claims.csv": ("id claim metric subject baseline relation value", ""),
     "dico_logs.csv": ("model", "first_step last_step lines loss loss_sd hours"),
 }  # fmt: skip
-POSITIVE = {"gflops", "throughput_img_s", "params_m"}  # numbers that others are divided by
+POSITIVE = {"gflops", "throughput_img_s", "params_m", "gflops_ratio_to_dit", "lines", "sfid", *SCORES.split()}  # numbers that others are divided by
+PAPER_BATCH = 64  # of its throughput
 
 
 class Sources(Store):
@@ -226,3 +227,14 @@ def numeric_mode(record: Record) -> str:
     on = [name.removesuffix("_tf32") for name in sorted(flags) if flags[name]]
     written_out = ", attention unfused" * (record.spec["kernels"].get("attention") == "reference")
     return f"{record.spec['precision']}, TF32 {' and '.join(on) if on else 'off'}{written_out}"
+
+
+def at_one_batch(timings: Mapping[str, Sequence[Record]]) -> dict[tuple[str, str, int], dict[str, Record]]:
+    """The newest timing of each network by numeric mode, device and the one batch up to the paper's at which most of them were timed, the largest of several."""
+    found: dict[tuple[str, str], dict[int, dict[str, Record]]] = {}
+    for name, records in timings.items():
+        for record in records:
+            if record.spec["batch"] <= PAPER_BATCH:
+                found.setdefault((numeric_mode(record), record.provenance["device"]), {}).setdefault(record.spec["batch"], {})[name] = record
+    best = {mode: max(batches, key=lambda batch: (len(batches[batch]), batch)) for mode, batches in found.items()}
+    return {(*mode, batch): found[mode][batch] for mode, batch in best.items()}

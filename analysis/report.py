@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis import science
+from analysis.browser import timing
 from analysis.build import FIGURES
 from analysis.claims import claims_sheet
 from analysis.fragments import figure, grids, inert, lacking, problem_list, prose, record_data, table, tiles
@@ -41,6 +42,7 @@ def _main() -> int:
     parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="results folder (default: results)")
     parser.add_argument("--published", type=Path, default=None, metavar="DIR", help="folder of published numbers (default: results/published)")
     parser.add_argument("--output", type=Path, default=None, metavar="FILE", help="page to write (default: results/report.html)")
+    parser.add_argument("--time", action="store_true", help="then open it in a headless Chromium and say after how long it answers")
     args = parser.parse_args()
     store = Sources(args.results, args.published)
     page, problems = build_page(store)
@@ -50,6 +52,8 @@ def _main() -> int:
     print(f"built {output} ({len(page.encode()) / 1e6:.1f} MB)")
     for problem in problems:
         print(f"problem: {problem}")
+    if args.time:
+        print("\n".join(timing(output)))
     return 1 if problems else 0
 
 

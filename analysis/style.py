@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +48,12 @@ def family_colour(name: str) -> Any:
 def note(axes: Axes, text: str, bottom: bool = False) -> None:
     """A remark in the panel's right corner, where a reader who sees only the panel needs it."""
     axes.text(0.98, 0.03 if bottom else 0.97, text, transform=axes.transAxes, ha="right", va="bottom" if bottom else "top", fontsize=7, color="0.35")
+
+
+def below(made: Figure, lines: Sequence[str]) -> None:
+    """Remarks under a whole figure, where they cover nothing."""
+    if lines:
+        made.supxlabel("\n".join(textwrap.fill(line, int(15 * made.get_figwidth())) for line in lines), fontsize=7, color="0.35")
 
 
 def save(made: Figure, folder: Path, name: str, about: dict[str, str] | None = None) -> None:

@@ -1,7 +1,7 @@
 """Tables 1 to 9 of the paper as sheets: published numbers beside the committed records'. No torch.
 
-Differences are given where both sides measure the same thing (parameters, Gflops, recipes, FID under one protocol); scores of
-different protocols stand side by side without one. Ranks are intervals: a row's rank is known up to the differences that its seeds resolve.
+Differences are given where both sides measure the same thing (parameters, Gflops, recipes, a GPU's throughput, scores under one
+protocol); digits' scores and a CPU's throughput stand beside the paper's without one. Ranks are intervals: a row's rank is known up to the differences that its seeds resolve.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from analysis.conditions import SCORES_NOTE, add_conditions, insert, number_cell, score_cells, score_columns
+from analysis.conditions import SCORES_NOTE, add_conditions, clash_notes, insert, number_cell, progress_score, score_cells, score_columns
 from analysis.query import Sources, digits_scores, latest, rankable, reference_seeds
 from experiments import main_results, speed
 from experiments.ablation import TABLES
 from experiments.engine.report import SCORES, Cell, Sheet, main_sheet
 from experiments.engine.rows import Row, Table
-from experiments.engine.spec import Backbone, Sampler, Stage, Train
+from experiments.engine.spec import Sampler, Stage, Train
 from experiments.engine.spread import pooled, reach, scaled
 from experiments.engine.store import Record
 from experiments.protocols import DIGITS, IMAGENET256, IMAGENET256_OWN, IMAGENET512, IMAGENET512_OWN, Protocol, cost_stage, cost_stages, evaluate_stage, timed_rows, timing_stage
@@ -151,16 +151,15 @@ def recipe_sheet(store: Sources) -> Sheet:
 def progress_sheet(store: Sources) -> Sheet:
     """Table 7: scores over training without guidance, and ours where a record of that length exists."""
     names = {"fid": "FID", "sfid": "sFID", "is": "IS", "precision": "P", "recall": "R"}
-    columns = [("", "model"), ("", "steps"), *(("paper: ImageNet 256", name) for name in names.values()), *score_columns("ours", tuple(names), IMAGENET256)]
+    columns = [("", "model"), ("", "steps"), *(("paper: ImageNet 256", name) for name in names.values()), *score_columns("ours", names, IMAGENET256)]
     sheet, found = Sheet("Table 7: Scores over training (DiCo paper, Table 7)", columns), []
     for paper in store.rows("table7.csv"):
-        row = Row(paper["model"], Backbone(paper["model"].lower().replace("-", "_")), {}, None)
-        stopped = replace(IMAGENET256, recipe=replace(IMAGENET256.recipe, steps=int(paper["train_steps"])))
-        record = store.latest(evaluate_stage(row, stopped, 0), "reference")
-        found += [record] if record else []
-        sheet.rows.append([Cell(words=paper["model"]), *(number_cell(paper[name]) for name in ("train_steps", *names)), *score_cells(record, paper, tuple(names))])
+        record = progress_score(paper, store)
+        found.append(record)
+        sheet.rows.append([Cell(words=paper["model"]), *(number_cell(paper[name]) for name in ("train_steps", *names)), *score_cells(record, paper, names)])
     sheet.notes.append("50K images, no guidance. Ours is a gap where no record of that many training steps under the imagenet256 protocol is committed.")
-    sheet.notes += [f"ours: {SCORES_NOTE}", *caveats(found)]
+    labels = [f"{row[0].text()} after {row[1].text()} steps" for row in sheet.rows]
+    sheet.notes += [f"ours: {SCORES_NOTE}", *clash_notes(labels, found), *caveats([record for record in found if record])]
     return sheet
 
 
@@ -235,9 +234,10 @@ def _dit_ratio(sheet: Sheet, table: Table, store: Sources) -> None:
     for row, cells in zip(table.rows, sheet.rows, strict=True):
         ours, dit = gflops.get(row.label, Cell()), gflops.get(f"{row.label.replace('DiCo', 'DiT')}/2", Cell())
         known = ours.value is not None and dit.value is not None
-        cells += [number_cell(published[row.published]["gflops_ratio_to_dit"])]
-        cells += [Cell(ours.value / dit.value, None, 3, records=ours.records + dit.records) if known else Cell()]
-    sheet.columns += [("Gflops over DiT's", "paper"), ("Gflops over DiT's", "ours")]
+        paper = number_cell(published[row.published]["gflops_ratio_to_dit"])
+        ratio = Cell(ours.value / dit.value, None, 3, records=ours.records + dit.records) if known else Cell()
+        cells += [paper, ratio, difference(ratio, paper)]
+    sheet.columns += [("Gflops over DiT's", name) for name in ("paper", "ours", "diff. %")]
 
 
 def _same(text: str, declared: object) -> bool:

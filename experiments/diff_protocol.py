@@ -1,18 +1,21 @@
 """What differs between two results: `python experiments/diff_protocol.py A.json B.json` (Evaluate records).
 
-Prints every field of the two manifests that is not equal, with the known size of its effect (on ImageNet's FID) and its source. Exit
-status 0 if the scores may be ranked, 1 if the protocols differ, 2 for files that are no records.
+Prints every field of the two manifests that is not equal, with the known size of its effect (on ImageNet's FID) and its source, and
+apart from these the fields that one of them should hold and does not. Exit status 0 if the scores may be ranked, 1 if the protocols
+differ, 2 for files that are no records.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from experiments.engine.cli import Parser, guarded
-from experiments.engine.manifest import ABSENT, differences, effect, incomparable, of_record
+from experiments.engine.manifest import ABSENT, WITHOUT, differences, effect, incomparable, of_record
 from experiments.engine.store import Record, read_record
 
+NAMED = ("measure.decoder", "measure.extractor", "measure.reference")  # under another name these have other fields
 HARDWARE = ("device", "cpu", "world_size", "sample_batch", "commit", "dirty")
 
 
@@ -27,8 +30,7 @@ def _main() -> int:
     args = parser.parse_args()
     a, b = (_record(path) for path in (args.a, args.b))
     manifests = [of_record(record.spec, record.values, record.provenance) for record in (a, b)]
-    found = differences(*manifests)
-    found = [tuple("not set" if part == ABSENT and one[0].startswith("model.backbone.options.") else part for part in one) for one in found]
+    found = _without(differences(*manifests))
     for key, left, right in (one for one in found if ABSENT not in one):
         size, source = effect(key)
         print(f"{key}: {left} | {right}" + (f"\n    known effect: {size}" if size else "") + (f" ({source})" if source else ""))
@@ -45,6 +47,16 @@ def _main() -> int:
         return 1
     print("one protocol, as far as both records say: these scores may be compared, within their errors")
     return 0
+
+
+def _without(found: list[tuple[str, Any, Any]]) -> list[tuple[str, Any, Any]]:
+    """Fields that a manifest lacks because it has no such option or part are no gaps in it."""
+    renamed = tuple(f"{part}." for part in NAMED if any(key == f"{part}.name" for key, *_ in found))
+    said = []
+    for key, *values in found:
+        words = "not set" if key.startswith("model.backbone.options.") else WITHOUT if key.startswith(renamed) else ABSENT
+        said.append((key, *(words if value == ABSENT else value for value in values)))
+    return said
 
 
 def _record(path: Path) -> Record:

@@ -1,7 +1,7 @@
 """Score ADM-style sample files: `python experiments/evaluate.py samples.npz --against VIRTUAL_imagenet256_labeled.npz`.
 
 A sample file holds uint8 images (arr_0, N x H x W x 3); the reference holds such images, statistics (mu, sigma, mu_s,
-sigma_s) or both. Prints FID, sFID, IS, precision, recall, density, coverage, KID and MIND with N in their names and their sampling errors.
+sigma_s) or both. Prints FID, sFID, IS, precision, recall, density, coverage, KID and MIND with N in their names and sampling errors where N allows one.
 With `--paired`, two files that sample.py made from common seeds are compared with the error of their difference.
 """
 

@@ -8,9 +8,9 @@ run would cost on it; `--cluster slurm` sends it. Running again goes on where a 
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +20,10 @@ from experiments.engine.cli import Parser, add_run_options, carry_out, device_of
 from experiments.engine.launch import Job
 from experiments.engine.manifest import score_name
 from experiments.engine.plan import Listed
+from experiments.engine.report import SCORES as CLASSIFIED
 from experiments.engine.rows import Row
 from experiments.engine.sources import is_latent, missing_features, require_features, vae_source
-from experiments.engine.spec import Backbone, Checkpoint, Diffusion, Evaluate, spec_id
+from experiments.engine.spec import Backbone, Checkpoint, Diffusion, Evaluate, Sampler, spec_id
 from experiments.engine.store import REPOSITORY, Store
 from experiments.main_results import TABLES
 from experiments.protocols import PROTOCOLS, Protocol, cost_stages, sampler_of
@@ -30,8 +31,26 @@ from experiments.protocols import PROTOCOLS, Protocol, cost_stages, sampler_of
 if TYPE_CHECKING:
     from torch import nn
 
-PAPERS = {"imagenet256": "table1.csv", "imagenet512": "table2.csv"}
+PAPERS = {"imagenet256": (1, 8), "imagenet512": (2, 9)}  # tables of scores; where the second has a row of the first, it is rounded
 SCORES = ("fid", "fid_corrected", "sfid", "is", "precision", "recall", "kid")
+
+
+@dataclass(frozen=True)
+class Published:
+    """A row of the paper's tables: what is declared of it, what is published, and whether its images were guided."""
+
+    row: Row
+    values: dict[str, str]
+    guided: bool
+
+    @property
+    def networks(self) -> list[str]:
+        """More than one where the row is a system."""
+        return [part.backbone.name for part in (self.row, self.row.classifier, self.row.upsampler) if part]
+
+    def text(self) -> str:
+        steps = f"{int(self.values['train_steps']):,} training steps, " if self.values.get("train_steps") else ""
+        return f"{self.values['source']}, {self.values['model']}, {steps}{_words(self.guided)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,7 +85,7 @@ def _main(args: argparse.Namespace, arguments: Sequence[str] | None) -> int:
     job = Job(f"{args.checkpoint.name}, {spec.num} images", (spec,), row=args.backbone)
     good = carry_out(Listed(device, together=(job,), resources=resources), args, store, arguments, lambda: require_features(spec))
     if good and (record := store.latest(spec)):
-        print("\n".join([f"{args.checkpoint.name} (key {key}), {args.protocol}, manifest {record.values['manifest']['hash']}", *_beside(record.values, args.backbone, spec)]))
+        print("\n".join([f"{args.checkpoint.name} (key {key}), {args.protocol}, manifest {record.values['manifest']['hash']}", *_beside(record.values, args.backbone, spec, store)]))
     elif good:
         raise ValueError(f"there is no record of {args.checkpoint.name} under {args.protocol} yet; leave out --report")
     return 1 if good is False else 0
@@ -155,28 +174,62 @@ def _seconds_per_pass(spec: Evaluate, model: nn.Module, device: str) -> float:
     return min(times[1:]) / batch
 
 
-def _beside(values: dict[str, Any], backbone: str, spec: Evaluate) -> list[str]:
-    """Our scores, each with the paper's value for the same network where it has one."""
-    paper = _published(backbone, spec)
+def _beside(values: dict[str, Any], backbone: str, spec: Evaluate, store: Store) -> list[str]:
+    """Our scores, each with the paper's value for the same network, guided or not as the images were, where it has one."""
+    rows, guided = _published(backbone, spec, store), spec.sampler.scale != 1
+    alike = next((one for one in rows if one.guided == guided and len(one.networks) == 1), None)
+    named = {key: score_name(key.partition("_")[0], values["num"]) for key in SCORES} if spec.features == "inception" else {key: key for key in CLASSIFIED[spec.features]}
     lines = []
-    for key in (key for key in SCORES if values.get(key) is not None and values[key] == values[key]):
-        error, known = values.get(f"{key}_se"), paper.get(key)
+    for key, name in named.items():
+        if (value := values.get(key)) is None or value != value:
+            continue
+        error, known = values.get(f"{key}_se"), alike and alike.values.get(key)
         spread = f" ± {error:.4f}" if error is not None and error == error else ""
         words = ", without its finite-N bias" if key == "fid_corrected" else ""
-        lines.append(f"  {score_name(key.partition('_')[0], values['num']):14} {values[key]:.4f}{spread}{words}" + (f"   paper {known}" if known else ""))
-    steps = f"{int(paper['train_steps']):,} training steps, " if paper.get("train_steps") else ""
-    note = f"  paper: {paper['source']}, {paper['model']}, {steps}{'guided' if paper['cfg'] == 'yes' else 'unguided'}" if paper else "  the paper has no such row"
-    return [*lines, note, *(f"  warning: {text}" for text in values["warnings"])]
+        lines.append(f"  {name:14} {value:.4f}{spread}{words}" + (f"   paper {known}" if known else ""))
+    notes = [f"paper: {alike.text()}", *_drawn_otherwise(alike.row, spec)] if alike else [_no_such_row(rows, guided)]
+    return [*lines, *(f"  {text}" for text in notes), *(f"  warning: {text}" for text in values.get("warnings", []))]
 
 
-def _published(backbone: str, spec: Evaluate) -> dict[str, str]:
-    """The paper's longest-trained row of this network, guided or not as the images were."""
-    if spec.data.name not in PAPERS:
-        return {}
-    guided = "no" if spec.sampler.scale == 1 else "yes"
-    with open(REPOSITORY / "results" / "published" / PAPERS[spec.data.name], newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["cfg"] == guided and row["model"].lower().replace("-", "_").replace("/", "_") == backbone]
-    return max(rows, key=lambda row: int(row["train_steps"] or 0), default={})
+def _published(backbone: str, spec: Evaluate, store: Store) -> list[Published]:
+    """The paper's rows of this network at this resolution, the longest trained first.
+
+    Where a table does not say whether a row is guided, its paper's sampler does.
+    """
+    found = []
+    for table in (TABLES[number] for number in PAPERS.get(spec.data.name, ())):
+        published = store.published(table.published, table.key)
+        for row in (row for row in table.rows if row.backbone):
+            values, sampler = published[row.published], row.method and row.method.sampler
+            guided = values["cfg"] == "yes" if values.get("cfg") else sampler is not None and (sampler.scale, sampler.classifier_scale) != (1, 0)
+            found.append(Published(row, values, guided))
+    return sorted((one for one in found if backbone in one.networks), key=lambda one: -int(one.values.get("train_steps") or 0))
+
+
+def _drawn_otherwise(row: Row, spec: Evaluate) -> list[str]:
+    """What the sampler does otherwise than the row's own paper says, if it says anything, and what else is to be known of the row."""
+    notes = [f"{row.label}: {row.note}"] if row.note else []
+    if row.method:
+        own = sampler_of(row, PROTOCOLS[f"{spec.data.name}_own"])
+        ours, theirs = ({f.name: getattr(sampler, f.name) for f in fields(Sampler)} for sampler in (spec.sampler, own))
+        if other := ", ".join(f"{name} {ours[name]}, not {theirs[name]}" for name in ours if ours[name] != theirs[name]):
+            notes.append(f"drawn otherwise than its own recipe says: {other} (--protocol {spec.data.name}_own follows it)")
+    return notes
+
+
+def _no_such_row(rows: list[Published], guided: bool) -> str:
+    """Why no value stands beside ours: the paper has the network within a system, under other guidance, or not at all."""
+    if not rows:
+        return "the paper has no such row"
+    first = rows[0]
+    if len(first.networks) > 1:
+        scores = ", ".join(f"{score_name(key, 50_000)} {first.values[key]}" for key in SCORES if first.values.get(key))
+        return f"the paper has this network only within a system of {', '.join(first.networks)}: {first.text()}: {scores}"
+    return f"the paper has no {_words(guided)} row of this network, only {first.text()}"
+
+
+def _words(guided: bool) -> str:
+    return "guided" if guided else "unguided"
 
 
 if __name__ == "__main__":

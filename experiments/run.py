@@ -19,7 +19,7 @@ from experiments.engine.cluster import given
 from experiments.engine.launch import work_in_job
 from experiments.engine.plan import Chosen
 from experiments.engine.scheduler import remember_this_job
-from experiments.engine.site import load_site, rows_of_their_own
+from experiments.engine.site import load_site, warn_of_unknown_rows
 from experiments.engine.sources import require_data, require_features
 from experiments.engine.spec import spec_id
 from experiments.engine.store import Store
@@ -44,18 +44,16 @@ def _main() -> int:
     args = parser.parse_args()
     table, protocol = TABLES[args.table], PROTOCOLS[args.protocol]
     row = table.row(args.row)
-    stage = evaluate_stage(row, protocol, args.seed)
+    stage, root = evaluate_stage(row, protocol, args.seed), Store(args.results).root.resolve()
+    (job,) = Chosen(table, [row], protocol, [args.seed], "").trainings()  # the same on any device
+    with suppress(OSError):  # a folder that cannot be written is for the run to report
+        remember_this_job(root, job.label, map(spec_id, job.stages))
     for training in stage.trainings:
         require_data(training.data)
     require_features(stage)
     site = load_site(row.label)
-    if unknown := [label for label in rows_of_their_own() if not any(label in (row.label for row in (*table.rows, *table.outside)) for table in TABLES.values())]:
-        raise ValueError(f"the site file has resources for {', '.join(map(repr, unknown))}, which no table declares")
-    device, root = args.device or site.device, Store(args.results).root.resolve()
-    (job,) = Chosen(table, [row], protocol, [args.seed], device).trainings()
-    with suppress(OSError):  # a folder that cannot be written is for the run to report
-        remember_this_job(root, job.label, map(spec_id, job.stages))
-    error = work_in_job(job, root, **given(site) | {"device": device})
+    warn_of_unknown_rows(row.label for table in TABLES.values() for row in (*table.rows, *table.outside))
+    error = work_in_job(job, root, **given(site) | {"device": args.device or site.device})
     if error:
         print(f"error: {error}", file=sys.stderr)
     return 1 if error else 0

@@ -3,7 +3,7 @@
 Each image comes from its own seed, so the set depends on neither the batch nor the number of processes (srun or torchrun starts
 several, one a GPU) but by rounding, and not on where a stopped run went on. Labels follow the
 protocol's policy. Writes an ADM-readable .npz (arr_0 images, arr_1 labels, shuffled with a fixed seed) and, with --png,
-one PNG an image. The Evaluate stage of the same row and number scores the same images.
+one PNG an image. The Evaluate stage of the same row and number scores the same images (of digits before they are rounded to 8 bits).
 """
 
 from __future__ import annotations

@@ -14,13 +14,20 @@ from experiments.engine.launch import Job, Sweep
 from experiments.engine.report import Cell, Sheet
 from experiments.engine.rows import Row, Table
 from experiments.engine.spec import Backbone, Ceilings, Profile, Timing
-from experiments.engine.store import Store
+from experiments.engine.store import Record, Store
 from experiments.protocols import cost_stages, timed_rows, timing_stage
 
 MODES = {"cpu": ("fp32",), "cuda": ("fp32", "tf32", "bf16", "as_published")}
 TASKS = ("forward", "training", "sampling")
 STEPS = {"cpu": 4, "cuda": 250}  # of a sampling loop; on a CPU a part of it, whose steps cost the same
 WRITTEN_OUT = ("adm", "ldm", "udit")  # families whose attention is none of the suite's kernels
+UNFUSED = {  # what runs in plain PyTorch where a GPU has a fused kernel, as records name it
+    ("selective_scan", "loop"): "the scan as a loop over tokens",
+    ("selective_scan", "reference"): "the scan as a loop over tokens",
+    ("gated_linear", "chunked"): "gated linear attention in chunks of plain PyTorch",
+    ("gated_linear", "reference"): "gated linear attention as a loop over tokens",
+    ("attention", "reference"): "attention written out",
+}
 A100_FP32 = 19.5e12              # operations a second without tensor cores (NVIDIA A100 data sheet)
 
 
@@ -163,17 +170,26 @@ def _notes(table: Table, rows: Sequence[Row], device: str, what: str, store: Sto
     if labels := [row.label for row in rows if row.backbone and row.backbone.name.partition("_")[0] in WRITTEN_OUT]:
         notes.append(f"{', '.join(labels)}: attention is written out as in their authors' code, never fused.")
     notes += _kinds(rows, what)
+    plain: dict[str, list[str]] = {}
     for row in rows:
         for mode in MODES[device] if row.backbone else ():
             stage = in_mode(timing_stage(row, table.baseline, device), mode, what)
             record = store.latest(stage, where)
+            for how in unfused(record) if record else ():
+                plain.setdefault(how, []).append(f"{row.label} ({mode})")
             if record is None and (failed := store.latest(stage, where, status="failed")):
                 notes.append(f"{row.label}, {mode}: {failed.error}")
             if record and not record.values.get("stable", True):  # older records do not say
                 notes.append(f"{row.label}, {mode}: timed before its warm-up was stable.")
             if mode == "as_published" and record and what == "forward" and not record.values.get("one_condition", True):
                 notes.append(f"{row.label}, {mode}: makes tokens of t and y, and was given those of all images.")
-    return notes
+    return notes + [f"{how}, without a fused kernel: {', '.join(labels)}." for how, labels in plain.items()]
+
+
+def unfused(record: Record) -> list[str]:
+    """In words: what ran without the fused kernel that GPUs have for it, where the stage did not ask for that."""
+    ran, asked = record.provenance.get("kernels", {}), record.spec["kernels"]
+    return list(dict.fromkeys(how for (op, choice), how in UNFUSED.items() if choice in ran.get(op, ()) and asked.get(op) != choice))
 
 
 def _kinds(rows: Sequence[Row], what: str) -> list[str]:

@@ -242,6 +242,7 @@ def main() -> int:
         parser.error(f"{', '.join(absent)} not installed: apt-get install --no-install-recommends slurm-wlm munge")
     rng, spec = random.Random(args.seed), training(args.steps)
     kinds = [fault for fault in FAULTS if fault is not fill_disk or os.geteuid() == 0]  # a small disk has to be mounted
+    rng.shuffle(kinds)
     faults = [kinds[number % len(kinds)] for number in range(args.faults)]
     rng.shuffle(faults)
     with tempfile.TemporaryDirectory(prefix="fault-test-") as folder, ExitStack() as stack:

@@ -20,8 +20,9 @@ import pytest
 from scipy import stats
 
 from analysis import build, figures, figures_probes
-from analysis.claims import LEVELS, claims_sheet, judge
+from analysis.claims import claims_sheet, judge
 from analysis.figures_efficiency import front, score_against_speed
+from analysis.findings import LEVELS
 from analysis.pages import Origins, Text
 from analysis.probes.declared import declared
 from analysis.query import COLUMNS, Sources, gpu_timings, numeric_mode, rankable
@@ -339,7 +340,7 @@ def test_numeric_modes_of_a_gpu_stand_side_by_side(tmp_path: Path):
     sheet = SHEETS["table1"](Sources(tmp_path))
     (row,) = [row for row in sheet.rows if row[0].words == "DiCo-XL"]
     shown = {name: cell.text() for (group, name), cell in zip(sheet.columns, row, strict=True) if group == "ours, GPU"}
-    assert shown == {"img/s, as_published, TF32 cudnn": "200.00", "img/s, fp32, TF32 off": "80.00"}
+    assert shown == {"img/s, as_published, TF32 cudnn": "200.00", "diff. %, as_published, TF32 cudnn": "-4.06", "img/s, fp32, TF32 off": "80.00", "diff. %, fp32, TF32 off": "-61.63"}
     assert any("largest batch timed up to the paper's 64" in note for note in sheet.notes)
 
 
@@ -356,8 +357,9 @@ def test_what_ran_under_the_papers_conditions_stands_beside_its_rows(tmp_path: P
         sheet = SHEETS[f"table{number}"](sources)
         (row,) = [row for row in sheet.rows if record.name in {own.name for cell in row for own in cell.records}]
         ours = {name: cell.text() for (group, name), cell in zip(sheet.columns, row, strict=True) if group in ("ours", "ours, same protocol")}
-        expected = {"FID-50K": "54.97 ±0.20", "FID-50K, no bias": "54.50 ±0.30", "FID diff. %": "10.00", "IS-50K": "30.00", "precision-50K": "0.50", "recall-50K": "0.60"}
-        assert row[0].words == "DiCo-S" and ours == expected | ({"sFID-50K": "11.00"} if number == 7 else {})
+        expected = {"FID-50K": "54.97 ±0.20", "FID-50K, no bias": "54.50 ±0.30", "FID diff. %": "10.00"}
+        expected |= {"IS-50K": "30.00", "IS diff. %": "-4.40", "precision-50K": "0.50", "P diff. %": "4.17", "recall-50K": "0.60", "R diff. %": "3.45"}
+        assert row[0].words == "DiCo-S" and ours == expected | ({"sFID-50K": "11.00", "sFID diff. %": "-3.59", "P diff. %": "3.95", "R diff. %": "3.09"} if number == 7 else {})
         assert any("come from a tree with uncommitted changes" in note for note in sheet.notes) and len(sheet.rows) > 2
     table = SHEETS["table4"](sources)
     at = table.columns.index(("ours, GPU", "img/s, fp32, TF32 off, attention unfused"))

@@ -1,27 +1,30 @@
-"""The benchmark of precision and recall measures, counts pairs as it says and records."""
+"""The benchmarks of precision and recall and of the loader measure what they say, and record it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from experiments import benchmark
-from experiments.benchmark import Neighbours
+from experiments.benchmark import Loader, Neighbours
+from experiments.engine import data
 from experiments.engine.store import Store
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     def call(*arguments: object) -> int:
-        monkeypatch.setattr("sys.argv", ["benchmark.py", "--neighbours", "--results", str(tmp_path), *map(str, arguments)])
+        monkeypatch.setattr("sys.argv", ["benchmark.py", "--results", str(tmp_path), *map(str, arguments)])
         return benchmark.main()
 
     return call
 
 
 def test_both_arithmetics_are_timed_and_recorded(run, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert run("--sizes", 61, 37, 19) == 0
+    assert run("--neighbours", "--sizes", 61, 37, 19) == 0
     assert capsys.readouterr().out.count("61 x 37 x 19 in ") == 2
     store = Store(tmp_path)
     for arithmetic in ("exact", "half"):
@@ -34,6 +37,29 @@ def test_both_arithmetics_are_timed_and_recorded(run, tmp_path: Path, capsys: py
 
 @pytest.mark.parametrize("sizes", [(3, 37, 19), (61, 3, 19), (61, 37, 0)])
 def test_sizes_without_neighbours_are_one_line(run, sizes: tuple[int, int, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert run("--sizes", *sizes) == 2
+    assert run("--neighbours", "--sizes", *sizes) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: --sizes takes more than 3") and err.count("\n") == 1 and not list(tmp_path.glob("records/*"))
+
+
+def test_the_loader_is_timed_over_every_latent_it_gives(run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """In small: the rate is that of latents counted here, the record its median, and the temporary set is gone."""
+    given, spec = [], Loader(size=8, batch=24)
+    make = data.batches
+
+    def counted(*arguments: Any) -> Iterator[Any]:
+        given.append(0)
+        for x, y in make(*arguments):
+            given[-1] += len(x)
+            assert x.shape == (24, 4, 8, 8) and len(y) == 24
+            yield x, y
+
+    monkeypatch.setattr(data, "batches", counted)
+    monkeypatch.setattr(benchmark, "Loader", lambda: spec)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "made"))
+    (tmp_path / "made").mkdir()
+    assert run("--latents") == 0
+    values = Store(tmp_path).latest(spec).values
+    assert values["runs"] == benchmark.PAIRS and given[1:] == [40 * 24] * benchmark.PAIRS and given[0] >= 8 * 512 - 24  # all pages are warm first
+    assert 0 < values["least"] <= values["latents_per_s"] <= values["most"] and values["core_s_each"] > 0
+    assert f"latents: {values['latents_per_s']:,.0f} a second" in capsys.readouterr().out and not list((tmp_path / "made").iterdir())

@@ -119,10 +119,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_ranks_come_from_the_environment():
-    step = dict(SLURM_STEP_ID="0", SLURM_PROCID="5", SLURM_NTASKS="8", SLURM_LOCALID="1")
+    step = dict(SLURM_STEP_ID="0", SLURM_PROCID="5", SLURM_NTASKS="8", SLURM_STEP_NUM_TASKS="8", SLURM_LOCALID="1")
     assert place(step) == Group(5, 8, 1)
     assert place({**step, "RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "2"}) == Group(2, 4, 2)
     assert place({name: value for name, value in step.items() if name != "SLURM_STEP_ID"}) == Group() == place({})
+    assert place(step | dict(SLURM_STEP_ID="4294967290", SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="1", SLURM_LOCALID="0")) == Group()  # a shell that salloc gives
 
 
 def test_the_port_changes_with_the_restart_and_stays_below_the_ephemeral_range():

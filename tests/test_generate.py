@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -98,7 +99,9 @@ def test_scores_are_finite_shares_are_shares_and_every_one_has_its_error(tmp_pat
     train.run(SPEC.train, tmp_path / "run", Resources(), lambda *progress: None)
     values = evaluate.run(SPEC, tmp_path / "run", tmp_path / "cache", Resources(sample_batch=100))
     scores = ("fd_digits", "is_digits", "precision_digits", "recall_digits", "agreement")
-    assert len(values.pop("manifest")["hash"]) == 16
+    found, data = values.pop("manifest"), load(DIGITS.data)
+    assert len(found["hash"]) == 16 and found["measure"]["labels"]["order"] == "as drawn"
+    assert found["measure"]["reference"]["sha256"] == hashlib.sha256(data.images.tobytes() + data.labels.tobytes()).hexdigest()
     assert set(values) == {"num", "nfe", "classifier_accuracy", "classifier_sha256", *scores, *(f"{name}_se" for name in scores)}
     assert all(math.isfinite(values[name]) and values[name] >= 0 for name in values if name != "classifier_sha256")
     assert all(values[name] <= 1 for name in scores[2:]) and 1 <= values["is_digits"] <= 10 and (values["num"], values["nfe"]) == (260, 4)

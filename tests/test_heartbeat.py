@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from experiments.engine import attempts, heartbeat, preemption
+from experiments.engine.files import take_lock
 from experiments.engine.heartbeat import STALE, Heartbeat, claimed, live, read
 
 NOW = dict(state="training", step=7, host="elsewhere", job_id="41", owner="other", reason=None, pid=5)
@@ -94,7 +95,7 @@ def test_another_job_on_the_same_host_is_refused_and_a_dead_one_is_not_waited_fo
 
 def fall_silent(folder: Path, held: Any, release: Any) -> None:
     with open(folder / "lock", "wb") as file:
-        heartbeat._locked(file)
+        take_lock(file, wait=False)
         held.set()
         release.wait()
 

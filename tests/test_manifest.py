@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from experiments.ablation import TABLE_4
-from experiments.engine.manifest import ABSENT, EFFECTS, declared, differences, effect, incomparable, manifest, of_record, score_name
+from experiments.engine.manifest import ABSENT, EFFECTS, WITHOUT, declared, differences, effect, incomparable, manifest, of_record, score_name
 from experiments.engine.report import comparison_sheet, main_sheet
 from experiments.engine.spec import Sampler, canonical
 from experiments.engine.store import REPOSITORY, Store
+from experiments.main_results import TABLE_1
 from experiments.protocols import DIGITS, IMAGENET256, IMAGENET256_FIXED, evaluate_stage
 
 SPEC = evaluate_stage(TABLE_4.rows[0], IMAGENET256, 0)
@@ -56,6 +57,7 @@ def test_every_declared_choice_changes_the_hash_and_is_named(field: str, changed
     ("measure.flags.cudnn_tf32", dict(flags={"matmul_tf32": False, "cudnn_tf32": True})),
     ("measure.versions.torch", dict(versions={"torch": "3"})),
     ("measure.quantiser", dict(quantiser="floor")),
+    ("measure.labels.order", dict(labels={"order": "by class"})),
 ])
 def test_everything_found_changes_the_hash_and_has_a_known_effect(field: str, found: dict[str, Any]):
     assert made(**found)["hash"] != made()["hash"] and field in [key for key, *_ in differences(made(), made(**found))] and all(effect(field))
@@ -75,8 +77,20 @@ def test_a_model_may_differ_and_what_one_does_not_record_is_no_clash():
     assert ("measure.extractor.sha256", "ab", ABSENT) in differences(made(), bare) and not incomparable(made(), bare)
 
 
+def test_what_a_model_did_without_is_a_difference_and_no_gap():
+    """A classifier that guides and an upsampler are one field each; an older record of ADM alone knows nothing of either."""
+    whole, alone = (declared(canonical(evaluate_stage(row, DIGITS, 0), full=True)) for row in (TABLE_1.row("ADM-U"), TABLE_1.row("ADM-64")))
+    del alone["model"]["init_from"]
+    found = {key: values for key, *values in differences(whole, alone)}
+    assert not [values for values in found.values() if ABSENT in values] and "model.init_from" not in found
+    assert found["measure.guidance.classifier"] == ["mean + scale variance gradient of log p(y | x_t), scale 1.0", WITHOUT]
+    assert "name ancestral, num_steps 50" in found["measure.upsampling"][0] and found["measure.upsampling"][1] == found["model.upsampler"][1] == WITHOUT
+    assert {key: values[::-1] for key, *values in differences(alone, whole)} == found
+    assert {"measure.guidance.classifier", "measure.upsampling"} <= set(incomparable(alone, whole)) and not incomparable(whole, whole)
+
+
 def test_every_effect_has_its_source_and_reaches_a_field_of_a_manifest():
-    fields = {key for key, *_ in differences(made(reference={}, decoder={}, neighbours={}, image={}, quantiser="", nfe=1), {})}
+    fields = {key for key, *_ in differences(made(reference={}, decoder={}, neighbours={}, image={}, quantiser="", nfe=1, upsampling={}, guidance={"classifier": ""}, labels={"order": ""}), {})}
     for prefix, (words, source) in EFFECTS.items():
         assert words and (source or prefix == "model") and any(key == prefix or key.startswith(f"{prefix}.") for key in fields), prefix
 
@@ -94,8 +108,8 @@ def test_a_score_carries_its_number_of_images(num: int, name: str):
     assert score_name("fid", num) == name
 
 
-def scored(store: Store, row: int, fd: float, **found: Any) -> Path:
-    spec = evaluate_stage(TABLE_4.rows[row], DIGITS, 0)
+def scored(store: Store, row: int, fd: float, seed: int = 0, **found: Any) -> Path:
+    spec = evaluate_stage(TABLE_4.rows[row], DIGITS, seed)
     shares = {"is_digits": 8.0, "precision_digits": 0.6, "recall_digits": 0.8, "agreement": 0.9}
     values = {"fd_digits": fd, **shares, "manifest": made(spec, **found)}
     record = store.append(spec, "done", values, PROVENANCE)
@@ -119,14 +133,20 @@ def test_tables_refuse_to_rank_across_protocols(tmp_path: Path):
     assert TABLE_4.rows[1].label not in note.partition("not compared")[0] and f"better: {TABLE_4.rows[2].label}" in note
 
 
-def test_another_protocol_than_the_references_is_noted(tmp_path: Path):
+def test_no_verdict_is_given_across_protocols(tmp_path: Path):
+    """Scores that lie far off are said to only where one protocol measured them, be it on another machine."""
     store = Store(tmp_path)
-    scored(store, 0, 10.0)
+    for row in range(2):
+        for seed in range(3):
+            scored(store, row, 10.0 + seed, seed)
     (tmp_path / "records").rename(tmp_path / "reference")
     store.refresh()
-    scored(store, 0, 10.0, versions={"torch": "3"})
-    sheet = comparison_sheet(TABLE_4, TABLE_4.rows[:1], DIGITS, (0,), "cpu", store)
-    assert any("another protocol than the reference, in versions.torch" in note for note in sheet.notes)
+    scored(store, 0, 90.0, flags={"matmul_tf32": True, "cudnn_tf32": False})
+    scored(store, 1, 90.0, versions={"torch": "3"}, extractor={"sha256": "cd"})
+    sheet = comparison_sheet(TABLE_4, TABLE_4.rows[:3], DIGITS, (0,), "cpu", store)
+    assert [row[-1].text().partition(",")[0] for row in sheet.rows] == ["other protocol", "no: fd_digits", "-"]
+    assert any("other protocol: no verdict, for the reference was measured with another flags.matmul_tf32 (" in note for note in sheet.notes)
+    assert any("compared all the same: another machine measures with another extractor.sha256, versions.torch (" in note for note in sheet.notes) and any("all 5 comparisons" in note for note in sheet.notes)
 
 
 def diff(*paths: Path) -> subprocess.CompletedProcess[str]:
@@ -147,6 +167,16 @@ def test_the_script_prints_what_differs_and_what_that_does(tmp_path: Path):
     assert other.returncode == 1 and "measure.labels.policy: balanced | random" in other.stdout and "about 0.1" in other.stdout and "RAE README" in other.stdout
 
 
+def test_the_script_tells_what_was_done_without_from_what_is_not_recorded(tmp_path: Path):
+    store = Store(tmp_path)
+    plain = scored(store, 0, 1.0, reference={"name": "a"}, decoder={"name": "none"})
+    guided = scored(store, 1, 1.0, guidance={"classifier": "p", "classifier_scale": 2.0}, reference={"name": "a", "sha256": "b"}, decoder={"name": "vae", "scale": 3})
+    done = diff(plain, guided)
+    assert done.returncode == 1 and "measure.guidance.classifier: without | p, scale 2.0\n    known effect: 10.94 without, 4.59 with" in done.stdout
+    assert "measure.decoder.scale: without | 3\n" in done.stdout
+    assert f"{plain.name} does not record measure.reference.sha256\n" in done.stdout and done.stdout.count("does not record") == 1
+
+
 def test_the_script_refuses_what_is_no_evaluate_record(tmp_path: Path):
     (tmp_path / "a.json").write_text("{}")
     train = next((REPOSITORY / "results" / "reference" / "train").glob("*.json"))
@@ -158,3 +188,13 @@ def test_the_script_refuses_what_is_no_evaluate_record(tmp_path: Path):
 def test_every_committed_score_holds_what_decided_it():
     paths = sorted((REPOSITORY / "results" / "reference" / "evaluate").glob("*.json"))
     assert paths and not [path.name for path in paths if "hash" not in json.loads(path.read_text())["values"].get("manifest", {})]
+
+
+def test_a_field_that_older_records_lack_leaves_them_comparable():
+    """Scores of digits and of CIFAR-10's classifier carry the reference's hash and the labels' order; committed ones from before say nothing of them."""
+    (path, *_) = sorted((REPOSITORY / "results" / "reference" / "evaluate").glob("*.json"))
+    old, new = (json.loads(path.read_text())["values"]["manifest"] for _ in range(2))
+    for part, key in (("reference", "sha256"), ("labels", "order")):
+        old["measure"][part].pop(key, None)
+        new["measure"][part][key] = "said"
+    assert not incomparable(old, new) and differences(old, new) == [("measure.labels.order", ABSENT, "said"), ("measure.reference.sha256", ABSENT, "said")]

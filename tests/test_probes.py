@@ -1,6 +1,8 @@
 """The probes' command line on a run of one step, their records and arrays, and the figures that read them."""
 
+import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,14 +10,16 @@ import torch
 
 from analysis import figures_probes
 from analysis.probes.__main__ import main
-from analysis.probes.declared import Channels, arrays_of, declared
+from analysis.probes.declared import PROBES, Channels, arrays_of, declared
+from analysis.query import TRAINED, trained_rows
 from analysis.style import save
 from experiments.ablation import TABLE_4
 from experiments.engine import checkpoint
+from experiments.engine.report import REFERENCE_SEEDS
 from experiments.engine.spec import spec_id
 from experiments.engine.store import Store
 from experiments.engine.train import build
-from experiments.protocols import DIGITS, train_stage
+from experiments.protocols import DIGITS, PROTOCOLS, evaluate_stage, train_stage
 
 DICO = TABLE_4.rows[0]
 
@@ -51,6 +55,30 @@ def test_a_probe_writes_a_record_and_its_arrays_once(results, capsys, name: str)
     names = {path.name for path in (results / "records" / name).glob("*.npz")}
     assert probe(results, name, *more, "--again") == 0
     assert {path.name for path in (results / "records" / name).glob("*.npz")} == names  # equal arrays are one file
+
+
+def test_a_probe_of_weights_that_a_later_training_replaced_is_made_anew(results, tmp_path, capsys):
+    own = shutil.copytree(results, tmp_path / "results")
+    assert probe(own, "features") == 0
+    Store(own).append(declared("features", DICO, DIGITS, 0).train, "done", {"weights_sha256": "of another training"}, {})
+    capsys.readouterr()
+    assert probe(own, "features") == 0 and "done before" not in capsys.readouterr().out
+
+
+def test_committed_probes_and_scores_are_of_the_committed_weights():
+    """Of every row that is one network; a system's score names the weights of all its networks together."""
+    store, seen, others = Store(), 0, set()
+    for table in TRAINED.values():
+        for row, protocol, seed in itertools.product(trained_rows(table).values(), PROTOCOLS.values(), REFERENCE_SEEDS):
+            evaluate = evaluate_stage(row, protocol, seed)
+            trained = store.latest(evaluate.train, "reference")
+            alone = evaluate.trainings == evaluate.train.trainings
+            for spec in (evaluate, *(declared(probe, row, protocol, seed) for probe in PROBES)):
+                if (record := store.latest(spec, "reference")) and (alone or spec is not evaluate):
+                    told = record.values["manifest"]["model"] if spec is evaluate else record.provenance
+                    seen += 1
+                    others |= {record.name} if trained is None or told["weights_sha256"] != trained.values["weights_sha256"] else set()
+    assert seen > 100 and not others
 
 
 def test_rows_that_are_not_trained_here(results, capsys):

@@ -5,18 +5,19 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from analysis import browser as driver
 from analysis import report
+from analysis.browser import chromium, opened, waited
 from analysis.build import FIGURES
 from analysis.fragments import grids
 from analysis.query import Sources
 from experiments.engine.store import REPOSITORY
-
-DRAWN = "return document.body.dataset.drawn"
 
 
 @pytest.fixture(scope="module")
@@ -41,29 +42,12 @@ def built(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    chromium, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("no chromium and chromedriver on the path; apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    made = webdriver.Chrome(options=options, service=Service(driver))
-    yield made
-    made.quit()
-
-
-def opened(browser: Any, page: Path, width: int) -> Any:
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", dict(width=width, height=900, deviceScaleFactor=1, mobile=width < 600))
-    browser.get(page.as_uri())
-    WebDriverWait(browser, 120).until(lambda browser: browser.execute_script(DRAWN))
-    return browser
+    with ExitStack() as stack:
+        try:
+            made = stack.enter_context(chromium())
+        except ValueError as error:
+            pytest.skip(str(error))
+        yield made
 
 
 def column(browser: Any, table: str, index: int) -> list[str]:
@@ -100,9 +84,26 @@ def test_what_could_not_be_built_stands_on_the_page(tmp_path: Path):
 def test_the_page_loads_without_errors_and_fits(width: int, browser: Any, page: Path):
     opened(browser, page, width)
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-    ready, drawn = (int(browser.execute_script(f"return document.body.dataset.{name}")) for name in ("ready", "drawn"))
-    assert ready <= drawn and fits(browser, width)
+    ready, drawn = waited(browser)
+    assert 0 < ready <= drawn and fits(browser, width)
     assert browser.execute_script("return document.images.length") >= 3
+
+
+def test_the_page_is_timed_from_its_navigation_on(browser: Any, page: Path, monkeypatch: pytest.MonkeyPatch):
+    """A line a width, in whose seconds the answer comes before the scatter."""
+    monkeypatch.setattr(driver, "chromium", lambda: nullcontext(browser))
+    monkeypatch.setattr(driver, "ROUNDS", 1)
+    lines = driver.timing(page)
+    assert [line.partition(" ")[0] for line in lines] == ["1400", "390"]
+    for line in lines:
+        ready, drawn = (float(seconds) for seconds in re.findall(r"after ([0-9.]+) s", line))
+        assert 0 < ready <= drawn and line.endswith(f"1 loads, Chromium {browser.capabilities['browserVersion']}")
+
+
+def test_a_machine_without_a_browser_is_one_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(driver.shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match="no chromium and chromedriver on the path"), chromium():
+        pass
 
 
 def fits(browser: Any, width: int) -> bool:

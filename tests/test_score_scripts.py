@@ -13,15 +13,16 @@ import pytest
 import torch
 from test_scores import Grey
 
-from backbones import build, tiny_options_of
+from backbones import build, list_backbones, tiny_options_of
 from experiments import calibrate, evaluate, evaluate_checkpoint, sample
 from experiments.engine import evaluate as stage
 from experiments.engine import inception, npz, scores, sources
 from experiments.engine.data import ImageSet
-from experiments.engine.spec import Data, Evaluate, Sampler
-from experiments.engine.store import read_record
-from experiments.main_results import TABLE_1
-from experiments.protocols import CIFAR10, IMAGENET256, IMAGENET256_GUIDED, PROTOCOLS, Protocol, evaluate_stage
+from experiments.engine.distributed import ALONE
+from experiments.engine.spec import Backbone, Checkpoint, Data, Evaluate, Sampler
+from experiments.engine.store import Store, read_record
+from experiments.main_results import TABLE_1, TABLES
+from experiments.protocols import CIFAR10, PROTOCOLS, evaluate_stage
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (80, 4, 4, 3), dtype=np.uint8)
 
@@ -179,19 +180,91 @@ def test_a_checkpoint_is_sampled_scored_and_recorded(grey, tmp_path: Path, capsy
     assert again[0] == 0 and out.endswith(again[1]) and "loss" not in out and len(list(path.parent.iterdir())) == 1
 
 
-def test_the_papers_values_stand_beside_ours():
-    values = {"num": 50_000, "fid": 2.1, "fid_se": 0.01, "is": 280.0, "is_se": float("nan"), "sfid": 4.0, "warnings": ["careful"]}
-    def scored(protocol: Protocol) -> Evaluate:
-        return evaluate_stage(TABLE_1.row("DiCo-XL (w/ CFG)"), protocol, 0)
+# FID as the paper prints it, guided and unguided, by network and side: Tables 1 and 2, and what Tables 8 and 9 alone have.
+PAPER = {
+    256: {
+        "dit_s_2": ("", "68.40"), "dit_b_2": ("", "43.47"), "dit_l_2": ("", "23.33"), "dit_xl_2": ("2.27", "19.47"),
+        "dic_s": ("", "58.68"), "dic_b": ("", "32.33"), "dic_xl": ("", "13.11"), "dic_h": ("2.25", ""),
+        "dig_s_2": ("", "62.06"), "dig_b_2": ("", "39.50"), "dig_l_2": ("", "22.90"), "dig_xl_2": ("2.07", "18.53"),
+        "dico_s": ("", "49.97"), "dico_b": ("", "27.20"), "dico_l": ("", "13.66"), "dico_xl": ("2.05", "11.67"), "dico_h": ("1.90", ""),
+        "ldm_4": ("3.95", ""), "uvit_l_2": ("3.40", ""), "uvit_h_2": ("2.29", ""), "sit_xl_2": ("2.06", ""),
+        "dim_h": ("2.21", ""), "dis_h_2": ("2.10", ""), "diffussm_xl": ("2.28", ""), "dimsum_l_2": ("2.11", ""),
+    },
+    512: {
+        "dit_xl_2": ("3.04", "12.03"), "dico_xl": ("2.53", "7.48"), "sit_xl_2": ("2.62", ""), "uvit_l_4": ("4.67", ""), "uvit_h_4": ("4.05", ""),
+        "dim_h": ("3.78", ""), "dis_h_2": ("2.88", ""), "diffussm_xl": ("3.41", ""),
+    },
+}  # fmt: skip
+SYSTEMS = {256: ({"adm_base_64", "adm_up_256", "adm_classifier_64"}, "3.94"), 512: ({"adm_base_128", "adm_up_512", "adm_classifier_128"}, "3.85")}
+SCORED = {"num": 50_000, "fid": 2.1, "fid_se": 0.01, "is": 280.0, "is_se": float("nan"), "sfid": 4.0, "warnings": ["careful"]}
 
-    own = PROTOCOLS["imagenet256_own"]
-    assert own.sampler.scale == 1 and "unguided" not in "\n".join(evaluate_checkpoint._beside(values, "dico_xl", scored(own)))  # what was drawn counts
+
+def beside(name: str, side: int, guided: bool) -> list[str]:
+    protocol = PROTOCOLS[f"imagenet{side}"]
+    spec = Evaluate(Checkpoint(Backbone(name), protocol.data, "0" * 64), replace(protocol.sampler, scale=1.5 if guided else 1.0), 50_000, "inception")
+    return evaluate_checkpoint._beside(SCORED, name, spec, Store())
+
+
+@pytest.mark.parametrize("side", PAPER)
+@pytest.mark.parametrize("name", list_backbones())
+def test_every_network_finds_the_papers_value_under_its_own_guidance_and_no_other(name: str, side: int):
+    known = PAPER[side].get(name, ("", ""))
+    for guided, fid, other in ((True, *known), (False, *known[::-1])):
+        lines, words = beside(name, side, guided), "guided" if guided else "unguided"
+        (note,) = [line for line in lines if line.startswith(("  paper: ", "  the paper has "))]
+        assert lines[0].endswith(f"2.1000 ± 0.0100{f'   paper {fid}' if fid else ''}") and lines[-1] == "  warning: careful"
+        if fid:
+            assert note.startswith("  paper: arXiv:2505.11196v1 Table ") and note.endswith(f", {words}")
+        elif name in SYSTEMS[side][0]:
+            assert "only within a system of" in note and f": FID-50K {SYSTEMS[side][1]}, " in note
+        else:
+            assert f"no {words} row of this network, only" in note if other else note == "  the paper has no such row"
+
+
+def test_every_published_system_with_a_network_is_among_them():
+    """By the tables themselves: no row of a network is left out of the list that the test above holds to."""
+    for side, numbers in evaluate_checkpoint.PAPERS.items():
+        names = {row.backbone.name for number in numbers for row in TABLES[number].rows if row.backbone}
+        assert names == set(PAPER[int(side[-3:])]) | names & SYSTEMS[int(side[-3:])][0]
+
+
+def test_the_longest_training_and_what_was_drawn_otherwise_are_said():
+    assert "3,000,000 training steps, unguided" in "\n".join(beside("dico_xl", 512, False))
+    assert "400,000 training steps, unguided" in "\n".join(beside("dico_xl", 256, False))
+    otherwise = "drawn otherwise than its own recipe says: "
+    assert f"{otherwise}scale 1.5, not 1.4 (--protocol imagenet256_own" in "\n".join(beside("dico_xl", 256, True)) and otherwise not in "\n".join(beside("dit_xl_2", 256, True))
+    assert f"{otherwise}name ancestral, not sde" in "\n".join(beside("sit_xl_2", 512, True)) and "a reconstruction" in "\n".join(beside("diffussm_xl", 256, True))
+
+
+def test_scores_on_a_classifiers_features_bear_their_own_names_and_no_published_value():
+    values = {"num": 50_000, "fd_cifar_classifier": 3.25, "fd_cifar_classifier_se": 0.5, "precision_cifar_classifier": 0.75}
+    data = PROTOCOLS["cifar10_classifier"].data
+    spec = Evaluate(Checkpoint(Backbone("dico_xl"), data, "0" * 64), Sampler(), 50_000, "cifar_classifier")
+    lines = evaluate_checkpoint._beside(values, "dico_xl", spec, Store())
+    assert lines == ["  fd_cifar_classifier 3.2500 ± 0.5000", "  precision_cifar_classifier 0.7500", "  the paper has no such row"]
+
+
+def test_guidance_is_that_of_the_images_and_not_of_the_protocol():
+    spec = evaluate_stage(TABLE_1.row("DiCo-XL (w/ CFG)"), PROTOCOLS["imagenet256_own"], 0)
+    assert PROTOCOLS["imagenet256_own"].sampler.scale == 1 and "unguided" not in "\n".join(evaluate_checkpoint._beside(SCORED, "dico_xl", spec, Store()))
     assert [evaluate_checkpoint._declared("dico_xl", PROTOCOLS[f"imagenet{side}_own"]).method.sampler.scale > 1 for side in (256, 512)] == [True, True]
-    guided = "\n".join(evaluate_checkpoint._beside(values, "dico_xl", scored(IMAGENET256_GUIDED)))
-    plain = "\n".join(evaluate_checkpoint._beside(values, "dico_xl", scored(IMAGENET256)))
-    assert "FID-50K" in guided and "2.1000 ± 0.0100   paper 2.05" in guided and "paper 282.17" in guided and "guided" in guided and "warning: careful" in guided
-    assert "paper 11.67" in plain and "400,000 training steps, unguided" in plain
-    assert "no such row" in "\n".join(evaluate_checkpoint._beside(values, "dit_s_4", scored(IMAGENET256)))
+    guided = "\n".join(evaluate_checkpoint._beside(SCORED, "dico_xl", spec, Store()))
+    assert "FID-50K" in guided and "2.1000 ± 0.0100   paper 2.05" in guided and "paper 282.17" in guided and "sFID-50K       4.0000\n" in guided
+
+
+@pytest.mark.parametrize("held, num, warned", [(("mu", "sigma", "mu_s", "sigma_s"), 30, False), (("mu", "sigma", "mu_s", "sigma_s"), 29, True), (("mu", "sigma"), 30, True), ((), 30, True)])
+def test_a_reference_that_is_not_adms_is_warned_of_in_the_record(held: tuple[str, ...], num: int, warned: bool, grey, tmp_path: Path, monkeypatch):
+    """ADM's holds the statistics of both layers, and so many images."""
+    monkeypatch.setattr(npz, "POOL", 6)
+    monkeypatch.setattr(npz, "SPATIAL", 5)
+    monkeypatch.setattr(stage, "ADM_REFERENCE", 30)
+    statistics = dict(mu=np.zeros(6), sigma=np.eye(6), mu_s=np.zeros(5), sigma_s=np.eye(5))
+    np.savez(tmp_path / "other.npz", arr_0=IMAGES[:num], **{name: statistics[name] for name in held})
+    monkeypatch.setattr(stage, "reference_path", lambda data: tmp_path / "other.npz")
+    reference = stage._reference(PROTOCOLS["imagenet256"].data, Grey(), tmp_path / "parts", ALONE, None)
+    found = scores.score(scores.measure(Grey(), iter([IMAGES])), reference)["warnings"]
+    assert any("other.npz is not ADM's reference, which holds statistics and 30 images" in text for text in found) == warned
+    assert reference.identity["num_images"] == num and reference.identity["sha256"] == npz.sha256(tmp_path / "other.npz")
 
 
 @pytest.mark.parametrize("arguments, complaint", [

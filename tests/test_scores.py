@@ -119,10 +119,15 @@ def test_class_order_is_warned_of_and_shuffled_files_are_not(monkeypatch: pytest
     ordered.probabilities = np.eye(8)[labels] * 0.9 + 0.1 / 8
     real, order = against(drawn(300, 10)), np.random.default_rng(0).permutation(800)
     shuffled = Measured(ordered.pool, ordered.spatial, ordered.probabilities[order])
-    assert any("ordered by class" in text for text in score(ordered, real, labels)["warnings"])
+    values, mixed = score(ordered, real, labels), score(shuffled, real, labels[order])
+    (warning,) = [text for text in values["warnings"] if "ordered by class" in text]
+    assert "IS of 800 is one block" in warning and values["is"] == pytest.approx(mixed["is"], rel=1e-9) and values["is_se"] > 3 * mixed["is_se"]  # what it says
     assert not any("order" in text for text in score(shuffled, real, labels[order])["warnings"])
     by_block = metrics.inception_score
+    monkeypatch.setattr(metrics, "IS_BLOCK", 100)
     monkeypatch.setattr(metrics, "inception_score", lambda p: by_block(p, block=100))
+    (warning,) = [text for text in score(ordered, real, labels)["warnings"] if "ordered by class" in text]
+    assert "IS over blocks of 100 in file order is far too low" in warning
     assert any("samples are ordered" in text for text in score(ordered, real, np.random.default_rng(1).permutation(labels))["warnings"])  # labels of another order
     unlabelled = score(ordered, real)
     assert unlabelled["is"] < 0.5 * unlabelled["is_shuffled"] and any("samples are ordered" in text for text in unlabelled["warnings"])

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -68,6 +68,7 @@ def test_a_row_overrides_the_file_and_the_environment_both(tmp_path: Path):
         ("gpus_per_node = 4\ntasks_per_node = 8", {}, "8 processes a node need as many GPUs, not 4"),
         ('[options]\ntime = "1:00:00"\nsignal = "USR1@60"', {}, "options cannot set signal, time"),
         ("", {"DICO_SLURM_OPTIONS": "--ntasks-per-node=2"}, "options cannot set ntasks-per-node"),
+        ('[options]\ngres = "gpu:a100:4"', {}, "options cannot set gres"),
         ("", {"DICO_SLURM_NODS": "2"}, "unknown nods"),
         ("", {"DICO_SLURM_NODES": "two"}, "nodes is a int, not 'two'"),
         ("", {"DICO_SLURM_SHARD_OPTIMIZER": "maybe"}, "shard_optimizer is a bool, not 'maybe'"),
@@ -102,6 +103,7 @@ def test_a_batch_script_holds_what_the_site_gives(tmp_path: Path):
     assert [flags[name] for name in ("partition", "account", "qos", "constraint")] == ["p", "a", "q", "c"]
     assert re.search(r"^srun .*--cpus-per-task=6 --kill-on-bad-exit=1 .*submitit", text, re.M) and "source slurm/job.sh" in text
     assert "array" not in sbatch_text(given, tmp_path / "submissions" / "dico-x", 1)
+    assert "#SBATCH --gpus-per-node=a100:4\n" in sbatch_text(replace(given, gpu_type="a100"), tmp_path / "submissions" / "dico-x", 1)
 
 
 def test_only_a_cpu_site_asks_for_no_gpu(tmp_path: Path):
@@ -198,8 +200,12 @@ def test_resources_for_a_row_that_no_table_declares_are_reported(tmp_path: Path,
     assert main(TABLES, None, ["--table", "4", "--cluster", "slurm", "--dry-run", "--results", str(tmp_path / "results")]) == 0
     assert capsys.readouterr().err == "warning: the site file has resources for 'DiCo-Q', which no table of this script declares\n"
     monkeypatch.setattr(sys, "argv", ["run.py", "--table", "1", "--row", "DiCo-S", "--results", str(tmp_path / "results")])
-    assert run.main() == 2 and capsys.readouterr().err == "error: the site file has resources for 'DiCo-Q', which no table declares\n"
-    assert not (tmp_path / "results").exists()
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "dico_s", "DICO_LOG": str(tmp_path / "log"), "DICO_DATA": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--protocol", "imagenet256"])
+    assert run.main() == 2 and re.search("error: protocol imagenet256 needs VAE latents in .*\n$", capsys.readouterr().err)  # known to --status all the same
+    (job,) = Chosen(RUN_TABLES[1], [RUN_TABLES[1].row("DiCo-S")], IMAGENET256, [0], "cuda").trainings()
+    assert [one.job for one in scheduler.submitted(tmp_path / "results", map(spec_id, job.stages))] == ["7"]
 
 
 def test_results_go_where_the_environment_says_unless_the_command_does(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
@@ -252,6 +258,79 @@ def test_a_job_of_its_own_script_shows_and_is_not_cancelled(tmp_path: Path, monk
     (tmp_path / "log").write_text("its last words\n")
     scheduler.ledger(tmp_path).write_text(scheduler.ledger(tmp_path).read_text().splitlines()[0] + "\n")
     assert re.search(r"failed +failed without a record \(job 7\)\n +\| its last words", slurm.status(runs, store))
+    (tmp_path / "queue").write_text("7|CANCELLED|None|dico_s\n")
+    assert re.search(r"DiCo-S, seed 0 +cancelled +job 7$", slurm.status(runs, store), re.M)
+    scheduler.ledger(tmp_path).write_text("")  # of one that died before Python began
+    (tmp_path / "queue").write_text("9|FAILED|NonZeroExitCode|dico_s\n")
+    (tmp_path / "slurm-dico_s-9.log").write_text("no such module\n")
+    assert re.search(r"failed +failed: NonZeroExitCode \(job 9, by the batch script of this name\)\n +\| no such module", slurm.status(runs, store))
+
+
+def test_the_runs_of_a_queue_that_cannot_be_asked_show_by_their_heartbeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    store, runs = Store(tmp_path), chosen(DIGITS, "cpu")
+    (tmp_path / "submissions").mkdir()
+    scheduler.remember(tmp_path, [scheduler.Submission((spec_id(runs.trainings()[0].stages[0]),), "DiCo-S, seed 0", "8", "dico-x", "log")])
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho 'squeue: error: Unable to contact slurm controller' >&2; exit 1\n")
+    (tmp_path / "squeue").chmod(0o755)
+    for folder, words in ((tmp_path, "squeue: Unable to contact slurm controller: what waits"), (tmp_path / "none", "squeue is not on this machine: what waits")):
+        monkeypatch.setenv("PATH", str(folder))
+        text = slurm.status(runs, store)
+        assert text.startswith(words) and re.search(r"DiCo-S, seed 0 +submitted +job 8$", text, re.M)
+
+
+def test_a_death_after_a_failure_of_old_is_what_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    store, runs = Store(tmp_path), chosen(DIGITS, "cpu")
+    train = runs.trainings()[0].stages[0]
+    store.append(train, "failed", {}, {}, "ValueError: long ago")
+    assert "ValueError: long ago" in slurm.status(runs, store)
+    monkeypatch.setattr(heartbeat, "STALE", -1.0)
+    monkeypatch.setattr(heartbeat.time, "time", lambda: 4e9)
+    beat = heartbeat.Heartbeat(store.run_dir(train))
+    beat.tell(state="training", step=1, steps=2)
+    beat.end("training")
+    assert "ValueError: long ago" not in slurm.status(runs, store)
+
+
+def test_what_the_shell_gives_to_sbatch_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert "this shell sets" not in slurm.describe(chosen(), Store(tmp_path))
+    monkeypatch.setenv("SBATCH_PARTITION", "high")
+    assert "\nthis shell sets what sbatch puts before the text above: SBATCH_PARTITION=high\n" in slurm.describe(chosen(), Store(tmp_path))
+
+
+def test_a_gpu_is_not_promised_the_seconds_of_a_cpu(tmp_path: Path):
+    store = Store(tmp_path)
+    train = chosen(DIGITS).trainings()[0].stages[0]
+    store.append(train, "failed", {}, {}, "so that it would run again")
+    reference = Store(tmp_path, reference=tmp_path / "records")
+    store.append(replace(train, seed=1), "done", {}, {"device": "cpu", "world_size": 1, "seconds": 77.0})
+    seconds = {device: plan.describe(Chosen(TABLE, TABLE.rows[:1], DIGITS, [0, 1], device), reference) for device in ("cpu", "cuda")}
+    assert "stages of unknown length" in seconds["cuda"].splitlines()[-1] and "about" in seconds["cpu"]
+    assert not re.search(r"train .*about", seconds["cuda"])
+
+
+REQUEUED = """
+source slurm/job.sh
+echo "$1" >&2
+bash -c "exit 137"
+"""
+
+
+@pytest.mark.parametrize("progress", [False, True])
+def test_a_job_whose_processes_die_goes_back_five_times_without_progress(tmp_path: Path, progress: bool):
+    for name, text in {"squeue": "echo RUNNING", "scontrol": f'echo "$@" >> {tmp_path}/requeued', "srun": "", "sleep": ""}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "RESULTS": str(tmp_path / "results")}
+    for attempt in range(7):
+        command = ["bash", "-c", REQUEUED, "job", str(attempt)]
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment | {"SLURM_RESTART_COUNT": str(attempt)}, capture_output=True, text=True, check=False)
+        assert done.returncode == 137
+        if attempt == 5:
+            assert ("five restarts without progress" in done.stderr) != progress
+            break
+        if progress:
+            (tmp_path / "results" / "submissions" / "job-7.restarts").unlink()
+    assert (tmp_path / "requeued").read_text().splitlines() == ["requeue 7"] * (6 if progress else 5)
 
 
 def test_a_run_nobody_submitted_shows_by_its_heartbeat(tmp_path: Path):

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from experiments.engine import files, store
-from experiments.engine.files import locked, written_whole
+from experiments.engine.files import claimed, locked, written_whole
 from experiments.engine.spec import Backbone, Cost, canonical, spec_id
 from experiments.engine.store import Store
 
@@ -54,7 +54,7 @@ def test_records_are_only_ever_added(tmp_path: Path):
 
 def test_the_newest_record_of_a_status_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for minute, status in ((3, "failed"), (2, "done"), (1, "done"), (4, "failed")):
-        clock = SimpleNamespace(gmtime=lambda: None, strftime=lambda *_, minute=minute: f"20200101T00{minute:02}00Z")
+        clock = SimpleNamespace(gmtime=lambda _: None, strftime=lambda *_, minute=minute: f"20200101T00{minute:02}00Z")
         monkeypatch.setattr(store, "time", clock)
         Store(tmp_path).append(SPEC, status, {"minute": minute}, {}, "ValueError: no" if status == "failed" else None)
     found = Store(tmp_path)
@@ -142,6 +142,19 @@ def test_a_lock_keeps_a_second_process_out(tmp_path: Path):
     others = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(4)]
     assert [other.wait() for other in others] == [0] * 4
     with locked(tmp_path / "lock"):
+        pass
+
+
+def test_a_file_system_without_locks_lets_everyone_through_and_other_errors_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    for number in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+        with locked(tmp_path / "lock"), claimed(tmp_path / "lock") as free:
+            assert free
+    number = errno.EIO
+    with pytest.raises(OSError), locked(tmp_path / "lock"):
         pass
 
 

@@ -22,7 +22,7 @@ from experiments.engine.progress import Progress
 from experiments.engine.render import FORMATS, render
 from experiments.engine.report import comparison_sheet, main_sheet
 from experiments.engine.rows import Row, Table
-from experiments.engine.site import load_site, rows_of_their_own
+from experiments.engine.site import load_site, warn_of_unknown_rows
 from experiments.engine.sources import require_data, require_features
 from experiments.engine.store import REPOSITORY, Store
 from experiments.protocols import PROTOCOLS, cost_stages, evaluate_stage
@@ -66,9 +66,12 @@ def _main(tables: dict[int, Table], description: str | None, arguments: Sequence
     rows = _choose(table, args.rows)
     if protocol.own and (side := cost_stages(table.baseline)[0].size) != protocol.data.size:
         raise ValueError(f"the recipes of table {table.number} are for latents of side {side}, protocol {protocol.name} has {protocol.data.size}; take imagenet{8 * side}_own")
-    chosen = Chosen(table, rows, protocol, args.seeds, device_of(args, rows[0].label), named=args.rows is not None)
-    if args.cluster == "slurm" and (strange := set(rows_of_their_own()) - {row.label for each in tables.values() for row in (*each.rows, *each.outside)}):
-        print(f"warning: the site file has resources for {', '.join(map(repr, sorted(strange)))}, which no table of this script declares", file=sys.stderr)
+    device, *others = dict.fromkeys(device_of(args, row.label) for row in rows)
+    if others:
+        raise ValueError("the site computes some of these rows on GPUs and others on CPUs; name those of one kind with --rows")
+    chosen = Chosen(table, rows, protocol, args.seeds, device, named=args.rows is not None)
+    if args.cluster == "slurm":
+        warn_of_unknown_rows(row.label for each in tables.values() for row in (*each.rows, *each.outside))
 
     def require_sources() -> None:
         for data in {stage.data.name: stage.data for row in chosen.networks for stage in evaluate_stage(row, protocol, 0).trainings}.values():

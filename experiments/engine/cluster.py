@@ -18,8 +18,9 @@ from experiments.engine.launch import Job, available_cores, work_in_job
 from experiments.engine.scheduler import Submission, client, remember, waiting_or_running, words
 from experiments.engine.site import Site
 from experiments.engine.spec import spec_id
-from experiments.engine.store import REPOSITORY, Store, utc_now
+from experiments.engine.store import REPOSITORY, Store, timestamp
 
+NOT_NOW = "Requested node configuration is not available"
 UNBOUNDED = 10**6  # submitit's count of time-outs; the trainer bounds restarts by progress
 
 
@@ -44,7 +45,7 @@ def parameters(site: Site, folder: Path) -> dict[str, Any]:
     """submitit's names for what a site gives."""
     found = {name: value for name in ("partition", "account", "qos", "constraint", "mem") if (value := getattr(site, name))}
     if site.gpus_per_node:
-        found["gpus_per_node"] = site.gpus_per_node
+        found["gpus_per_node"] = f"{site.gpu_type}:{site.gpus_per_node}" if site.gpu_type else site.gpus_per_node
     python = shlex.quote(sys.executable)
     setup = [f"cd {shlex.quote(str(REPOSITORY))}", f"SUBMITTED_FROM={shlex.quote(str(folder.parents[1]))}", f"PYTHON=${{PYTHON:-{python}}}", "source slurm/job.sh || exit 2"]
     return found | {
@@ -76,7 +77,7 @@ def submit(groups: Sequence[tuple[Site, Sequence[Job]]], store: Store, experimen
 
     `experiment` is whose they are, for its --cancel; `resources` are the trainer's, beside those that a site gives.
 
-    Raises ValueError with the scheduler's words, before anything is sent, where it would refuse a group.
+    Raises ValueError with the scheduler's words, before anything is sent where it says so when asked.
     """
     import submitit
 
@@ -96,7 +97,8 @@ def submit(groups: Sequence[tuple[Site, Sequence[Job]]], store: Store, experimen
             try:
                 handles = executor.map_array(task, jobs, [store.root.resolve()] * len(jobs), [given(site) | resources] * len(jobs))
             except submitit.core.utils.FailedJobError as error:
-                raise ValueError(f"sbatch: {words(str(error))}") from None
+                before = f"; sent before it: {', '.join(f'job {one.job}' for one in sent)}" if sent else ""
+                raise ValueError(f"sbatch: {words(str(error))}{before}") from None
             part = []
             for job, handle in zip(jobs, handles, strict=True):
                 log = handle.paths.stdout.relative_to(store.root.resolve())
@@ -107,11 +109,18 @@ def submit(groups: Sequence[tuple[Site, Sequence[Job]]], store: Store, experimen
 
 
 def _ask(text: str, root: Path) -> None:
-    """Let the scheduler judge a batch script without queueing it; ValueError with its words where it refuses."""
+    """Let the scheduler judge a batch script without queueing it; ValueError with its words where it refuses.
+
+    What it would refuse today only, while nodes are drained or reserved, it queues all the same: that is a warning.
+    """
     script = root / "submissions" / f".{uuid.uuid4().hex}.sh"
     script.write_text(text)
     try:
         client("sbatch", "--test-only", str(script))
+    except ValueError as refusal:
+        if NOT_NOW not in str(refusal):
+            raise
+        print(f"warning: {refusal}; sent all the same, for nodes may be drained or reserved: --status shows the reason", file=sys.stderr)
     finally:
         script.unlink()
 
@@ -120,7 +129,7 @@ def run_locally(jobs: Sequence[Job], root: Path, device: str, workers: int, debu
     """As `launch.run_here`, but through submitit: `workers` at a time, or one by one in this process."""
     import submitit
 
-    folder, began = new_folder(root), utc_now()
+    folder, began = new_folder(root), timestamp()
     resources |= {"device": device, "threads": max(1, available_cores() // (1 if debug else workers))}
     if debug:
         executor = submitit.core.plugins.get_executors()["debug"](folder)

@@ -1,6 +1,6 @@
 """The processes of a job as one group: NCCL between GPUs, gloo between CPUs; every wait is bounded.
 
-One process a GPU. Ranks come from the environment: the scheduler's (a step's SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID)
+One process a GPU. Ranks come from the environment: the scheduler's (a step's SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID)
 or a launcher's (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
 """
 
@@ -114,11 +114,11 @@ _broken = False
 
 
 def place(environment: Mapping[str, str]) -> Group:
-    """Rank, world size and local rank that the environment declares. A scheduler's count holds inside its steps only."""
+    """Rank, world size and local rank that the environment declares. A scheduler's count is the step's, not the job's: an interactive shell is a step of one."""
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return Group(int(environment["RANK"]), int(environment["WORLD_SIZE"]), int(environment.get("LOCAL_RANK", "0")))
     if "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
-        return Group(int(environment["SLURM_PROCID"]), int(environment.get("SLURM_NTASKS", "1")), int(environment.get("SLURM_LOCALID", "0")))
+        return Group(int(environment["SLURM_PROCID"]), int(environment.get("SLURM_STEP_NUM_TASKS", "1")), int(environment.get("SLURM_LOCALID", "0")))
     return ALONE
 
 

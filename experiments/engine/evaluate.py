@@ -25,7 +25,7 @@ from experiments.engine.neighbours import precision_recall
 from experiments.engine.npz import Images, has_images, sha256
 from experiments.engine.precision import flags, precision
 from experiments.engine.quantise import from_uint8, to_uint8
-from experiments.engine.samples import QUANTISER, batch_on, network_of, sampled
+from experiments.engine.samples import ORDER, QUANTISER, batch_on, network_of, sampled
 from experiments.engine.sharding import results
 from experiments.engine.sources import inception_path, reference_path, require_features
 from experiments.engine.spec import Data, Evaluate, canonical, spec_id
@@ -122,9 +122,10 @@ def _classified(spec: Evaluate, folder: Path, cache: Path, resources: Resources,
         "decoder": {"name": "none: pixels"},
         "quantiser": "none" if on_digits else QUANTISER,
         "image": {"size": spec.data.size, "format": "float32" if on_digits else "uint8"},
-        "labels": {"histogram_sha256": _histogram(y, spec.data.num_classes)},
+        "labels": {"histogram_sha256": _histogram(y, spec.data.num_classes), "order": "as drawn"},
         "extractor": {"sha256": identity["classifier_sha256"], "dtype": "fp32"},
-        "reference": {"name": spec.data.name, "num_images": len(reference)} | ({} if on_digits else {"split": "test", "sha256": reference.identity["data_sha256"]}),
+        "reference": {"name": spec.data.name, "num_images": len(reference), "sha256": hashlib.sha256(reference.images.tobytes() + reference.labels.tobytes()).hexdigest()}
+        | ({} if on_digits else {"split": "test"}),
         "neighbours": {"k": 3, "arithmetic": "float64", "num_reference": len(real)},
     }
 
@@ -148,7 +149,7 @@ def _inception(spec: Evaluate, folder: Path, resources: Resources, group: Group,
         "decoder": samples.made["decoder"],
         "quantiser": QUANTISER,
         "image": {"size": samples.shape[1], "format": "uint8"},
-        "labels": {"histogram_sha256": _histogram(samples.labels, spec.data.num_classes)},
+        "labels": {"histogram_sha256": _histogram(samples.labels, spec.data.num_classes), "order": ORDER},
         **scores.identity(extractor, reference),
     }
 

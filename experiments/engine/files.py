@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -41,7 +42,7 @@ def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock; another process waits here until it is free. The system frees a dead process's lock."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        take_lock(file, wait=True)
         yield
 
 
@@ -50,9 +51,16 @@ def claimed(path: Path) -> Iterator[bool]:
     """As `locked`, without waiting: False where another process holds the lock."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+        yield take_lock(file, wait=False)
+
+
+def take_lock(file: BinaryIO, wait: bool) -> bool:
+    """Lock an open file for this process alone; False where another has it. A file system without locks lets everyone through."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
+    return True

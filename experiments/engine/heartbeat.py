@@ -7,7 +7,6 @@ host, pid, job_id, attempt, world_size, reason and owner (one random name an att
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
@@ -17,9 +16,9 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from experiments.engine.files import written_whole
+from experiments.engine.files import take_lock, written_whole
 
 EVERY, STALE = 5.0, 60.0   # seconds between two signs of life, and without one until a process counts as dead
 LIVE = ("starting", "training", "evaluating", "saving")
@@ -139,7 +138,7 @@ def claimed(folder: Path, world_size: int = 1) -> Iterator[Heartbeat]:
         raise ValueError(_refusal(folder, there))
     with open(folder / "lock", "wb") as file:
         heard = time.monotonic()
-        while not _locked(file) and time.monotonic() - heard < STALE:
+        while not take_lock(file, wait=False) and time.monotonic() - heard < STALE:
             if live(there := read(folder)):
                 if there.get("job_id") != job_id():
                     raise ValueError(_refusal(folder, there))
@@ -150,16 +149,6 @@ def claimed(folder: Path, world_size: int = 1) -> Iterator[Heartbeat]:
             yield beat
         finally:
             beat.end("stopped", "interrupted")
-
-
-def _locked(file: BinaryIO) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks: the heartbeat alone decides
-        return True
-    return True
 
 
 def _refusal(folder: Path, there: dict[str, Any]) -> str:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from experiments.engine.store import Record
 
-ABSENT = "not recorded"
-ONE_SIDED = ("measure.guidance.classifier", "measure.upsampling")  # what one manifest alone has of these, the other did without
+ABSENT, WITHOUT = "not recorded", "without"
+ONE_SIDED = ("measure.guidance.classifier", "measure.upsampling", "model.classifier", "model.upsampler", "model.init_from", "model.sha256")  # a manifest without one did without it
 
 # How far a score moves where a field differs, by the longest prefix of its name. Sizes and sources as published.
 EFFECTS: dict[str, tuple[str, str]] = {
@@ -23,9 +23,12 @@ EFFECTS: dict[str, tuple[str, str]] = {
     "measure.guidance.scale": ("2.27 at 1.5 against 9.6 without, DiT-XL/2; a scale of 0.4 in U-ViT's formula is 1.4 here", "facebookresearch/DiT#8, baofff/U-ViT#14"),
     "measure.guidance.channels": ("three of four channels at scale 1 + x are about four at 1 + 0.75 x: FID 2.27 at 1.5, 2.23 at 1.375", "facebookresearch/DiT PR#12"),
     "measure.guidance.interval": ("FID 1.45 against 1.35 at low FID", "LightningDiT#37, #88"),
+    "measure.guidance.classifier": ("10.94 without, 4.59 with a classifier that guides (ADM at 256)", "arXiv:2105.05233"),
+    "measure.upsampling": ("4.59 by one guided network, 3.94 by a smaller one and an upsampler (ADM at 256); 7.72 and 3.85 at 512", "openai/guided-diffusion README"),
     "measure.sampler": ("ODE 9.5 against SDE 8.3 (SiT-XL, unguided), 34.7 to 36.5 against 33.0 (B/2); eta 0 against 1: 3.31 against 3.54 (LDM)", "willisma/SiT#31, CompVis/latent-diffusion#262"),
     "measure.nfe": ("counted network evaluations, not steps: see the sampler", "willisma/SiT#31"),
     "measure.labels.policy": ("balanced labels lower FID-50K by about 0.1 (in simulation: 12 % of the bias, 25 to 35 % of the deviation)", "RAE README; a simulated mixture of 100 classes"),
+    "measure.labels.order": ("IS over blocks of 5000 collapses where a class follows itself (2.84 against 9.42); of whole sets nothing else changes", "a simulated file in ADM's evaluator"),
     "measure.labels": ("as the label policy: about 0.1 of FID-50K at most", "RAE README"),
     "measure.seed": ("a coefficient of variation of about 0.4 %: 0.01 at FID 2, 0.2 at FID 50", "arXiv:2606.20536"),
     "measure.precision": ("fp32 torch 2.21 against 2.27 in JAX (DiT); bf16 1.26 against 1.13 (RAE)", "facebookresearch/DiT README, RAE#50"),
@@ -33,7 +36,10 @@ EFFECTS: dict[str, tuple[str, str]] = {
     "measure.decoder": ("ft-mse 2.30 against ft-ema 2.27, original 2.46; a wrong normalisation costs tens of FID", "DiT appendix, LightningDiT#34"),
     "measure.quantiser": ("truncating 255 (x + 1) / 2 lowers the mean by 0.49 grey levels and changes 49 % of the pixels", "computed for every level"),
     "measure.image": ("resizing twice or JPEG changes FID by several units on some sets", "arXiv:2104.11222"),
-    "measure.extractor": ("another Inception (torchvision's, JAX's) gives incomparable FIDs: 13.7 against 53.7", "pytorch/torcheval#192"),
+    "measure.extractor": (
+        "another Inception (torchvision's, JAX's) gives incomparable FIDs: 13.7 against 53.7; the digits' classifier trained under four instruction sets, fd_digits of 12.6 to 12.9 for one set of images",
+        "pytorch/torcheval#192; measured by ONEDNN_MAX_CPU_ISA and ATEN_CPU_CAPABILITY",
+    ),
     "measure.reference": ("another reference: 7.03 where the paper has 1.26; validation against training images, 7.6", "MCG-NJU/DDT#7, guided-diffusion#14"),
     "measure.neighbours": ("ADM's half precision raises precision by 0.0005 to 0.0015 and recall by 0.001 to 0.003; both depend on the two counts", "ADM README against ADM-evaluation-suite-pytorch"),
     "measure.versions": ("below the sampling error, as far as known; FID at d = 2048 agrees to 1e-5 between root algorithms", "computed against scipy's sqrtm"),
@@ -90,10 +96,18 @@ def of_record(spec: dict[str, Any], values: dict[str, Any], provenance: dict[str
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(field, a's value, b's value) for every field that is not equal; ABSENT where only one manifest has it."""
-    left, right = (dict(_flat(part)) for part in (a, b))
-    keys = [key for key in dict.fromkeys([*left, *right]) if key != "hash"]
-    return [(key, left.get(key, ABSENT), right.get(key, ABSENT)) for key in keys if left.get(key, ABSENT) != right.get(key, ABSENT)]
+    """(field, a's value, b's value) for every field that is not equal. Where only one manifest has a field the other's value is ABSENT;
+
+    a part of ONE_SIDED is one field then, and the other's value is WITHOUT.
+    """
+    left, right = ({key: value for key, value in _flat(side) if key != "hash" and (key not in ONE_SIDED or value is not None)} for side in (a, b))
+    for part in ONE_SIDED:
+        for side, other in ((left, right), (right, left)):
+            own = [key for key in side if key.startswith(part)]
+            if own and not any(key.startswith(part) for key in other):
+                side[part] = ", ".join(f"{key.removeprefix(part).lstrip('._')} {side.pop(key)}".strip() for key in own)
+                other[part] = WITHOUT
+    return [(key, left.get(key, ABSENT), right.get(key, ABSENT)) for key in dict.fromkeys([*left, *right]) if left.get(key, ABSENT) != right.get(key, ABSENT)]
 
 
 def incomparable(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
@@ -101,7 +115,7 @@ def incomparable(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 
     The count of evaluations follows from the sampler, and under an adaptive one from the network.
     """
-    return [key for key, *values in differences(a, b) if key.startswith(("measure.", "model.key")) and key != "measure.nfe" and (ABSENT not in values or key.startswith(ONE_SIDED))]
+    return [key for key, *values in differences(a, b) if key.startswith(("measure.", "model.key")) and key != "measure.nfe" and ABSENT not in values]
 
 
 def clashes(records: Sequence[Record], base: Sequence[Record]) -> list[str]:
@@ -109,6 +123,11 @@ def clashes(records: Sequence[Record], base: Sequence[Record]) -> list[str]:
     first = [of_record(record.spec, record.values, record.provenance) for record in base[:1]]
     found = (field for record in records for one in first for field in incomparable(one, of_record(record.spec, record.values, record.provenance)))
     return sorted({field.removeprefix("measure.") for field in found})
+
+
+def machines(features: str) -> tuple[str, ...]:
+    """How the fields begin that differ from machine to machine: a reproduction is compared across them. A classifier of the suite's is trained on each."""
+    return ("versions.",) if features == "inception" else ("versions.", "extractor.sha256")
 
 
 def effect(key: str) -> tuple[str, str]:

@@ -14,6 +14,8 @@ import numpy as np
 from numpy import ndarray
 from scipy.special import xlogy
 
+IS_BLOCK = 5000  # rows that ADM's evaluator takes together
+
 
 class Moments:
     """Count `n`, `mean` (d,) and `scatter` (d, d) = sum (x - mean)(x - mean)^T of the rows seen so far.
@@ -137,7 +139,7 @@ def frechet_jackknife(blocks: Sequence[Moments], reference: Moments) -> tuple[fl
     return _jackknife(frechet(reduce(add, blocks), reference), deleted, [block.n for block in blocks])
 
 
-def inception_score(probabilities: ndarray, block: int = 5000) -> tuple[float, float]:
+def inception_score(probabilities: ndarray, block: int = IS_BLOCK) -> tuple[float, float]:
     """ADM's score: mean over consecutive blocks of rows of exp(mean_i KL(p_i || mean p)); a short last block weighs the same.
 
     probabilities (n, C) are in file order: a file sorted by class scores far too low. The second value is the standard error

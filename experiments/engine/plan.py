@@ -12,7 +12,7 @@ from experiments.engine.launch import Job
 from experiments.engine.rows import Row, Table
 from experiments.engine.sources import is_latent
 from experiments.engine.spec import Cost, Stage, Train, kind_of, spec_id
-from experiments.engine.store import Store
+from experiments.engine.store import Record, Store
 from experiments.protocols import Protocol, cost_stages, evaluate_stage, timed_rows, timing_stage, train_stage
 
 
@@ -126,12 +126,12 @@ def _stages(plan: Plan) -> Iterator[tuple[str, str, Stage]]:
 
 def _expected_seconds(stage: Stage, row: str, plan: Plan, store: Store) -> float | None:
     for where in ("records", "reference"):
-        if record := store.latest(stage, where):
+        if (record := store.latest(stage, where)) and (isinstance(stage, Cost) or _on_such_a_device(record, plan)):
             return record.provenance["seconds"]
     if isinstance(stage, Train) and isinstance(plan, Chosen):
         if found := training_seconds(stage, plan.table.row(row), plan, store):
             return found[0]
-        return plan.protocol.cost_hours and plan.protocol.cost_hours * 3600
+        return plan.protocol.cost_hours * 3600 if plan.protocol.cost_hours and plan.device == "cpu" else None
     return 1.0 if isinstance(stage, Cost) else None
 
 
@@ -164,12 +164,16 @@ def _recorded(row: Row, chosen: Chosen, store: Store) -> tuple[float, str] | Non
     return _recorded_training(train_stage(row, chosen.protocol, chosen.seeds[0]), chosen, store)
 
 
+def _on_such_a_device(record: Record, plan: Plan) -> bool:
+    return (record.provenance["device"] == "cpu") == (plan.device == "cpu")
+
+
 def _recorded_training(train: Train, chosen: Chosen, store: Store) -> tuple[float, str] | None:
     """From this training with whatever seed, on the kind of device that is planned with."""
     for where in ("records", "reference"):
         for seed in (*chosen.seeds, *range(10)):
             record = store.latest(replace(train, seed=seed), where)
-            if record and (record.provenance["device"] == "cpu") == (chosen.device == "cpu") and (rate := record.values.get("images_per_s")):
+            if record and _on_such_a_device(record, chosen) and (rate := record.values.get("images_per_s")):
                 return record.provenance["world_size"] / rate, f"recorded throughput on {record.provenance['device']}"
     return None
 

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from experiments.engine.manifest import clashes, score_name
+from experiments.engine.manifest import clashes, machines, score_name
 from experiments.engine.rows import Row, Table
 from experiments.engine.spec import Stage, spec_id
 from experiments.engine.spread import LEVEL, agree, made_by_few, pooled, reach, scaled
@@ -46,7 +46,7 @@ class Cell:
         if self.value is None or math.isnan(self.value):
             return "-"
         error = "" if self.error is None or math.isnan(self.error) else f" ±{self.error:.{self.digits}f}"
-        return f"{self.value:.{self.digits}f}{error}"
+        return f"{self.value:z.{self.digits}f}{error}"  # no minus before a zero
 
 
 @dataclass
@@ -93,7 +93,7 @@ def main_sheet(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Seq
 
 
 def comparison_sheet(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequence[int], device: str, store: Store) -> Sheet:
-    """This machine's scores beside the committed reference's, and whether they agree within their error."""
+    """This machine's scores beside the committed reference's, and whether they agree within their error, where one protocol measured both."""
     scores = [name for name in SCORES[protocol.features] if name != "fid_corrected"]  # follows from fid
     columns = [("", "row"), ("throughput, rel.", "reference"), ("throughput, rel.", "here")]
     columns += [(score_name(name, protocol.num) if protocol.features == "inception" else name, side) for name in scores for side in ("reference", "here")] + [("", "reproduced")]
@@ -101,26 +101,28 @@ def comparison_sheet(table: Table, rows: Sequence[Row], protocol: Protocol, seed
     reference = {row.label: seed_values(store, row, protocol, REFERENCE_SEEDS, "reference") for row in rows}
     here = {row.label: seed_values(store, row, protocol, seeds, "records") for row in rows}
     spread = {name: pooled(name, [records for records in reference.values()]) for name in scores}
-    comparisons = sum(bool(reference[row.label] and here[row.label]) for row in rows) * len(scores)
+    differ = {row.label: clashes(_records(store, row, protocol, seeds, "records"), _records(store, row, protocol, REFERENCE_SEEDS, "reference")) for row in rows}
+    other = {label: [field for field in found if not field.startswith(machines(protocol.features))] for label, found in differ.items()}
+    compared = {label for label in other if reference[label] and here[label] and not other[label]}
+    comparisons = len(compared) * len(scores)
     for row in rows:
         cells = [Cell(words=row.label)]
         timed = timed_rows(table, [row], device, named=True)
         cells += [_of(_latest(store, timing_stage(row, table.baseline, device), where), "relative", 2) if timed else Cell() for where in ("reference", "records")]
-        off, known = [], bool(reference[row.label] and here[row.label])
+        known, off = row.label in compared, []
         for name in scores:
-            digits = 1 if name.startswith(("fd", "is")) else 2
-            cells += [_mean_cell(name, side[row.label], digits) for side in (reference, here)]
+            cells += [_mean_cell(name, side[row.label], 1 if name.startswith(("fd", "is")) else 2) for side in (reference, here)]
             if known and not agree(name, reference[row.label], here[row.label], spread[name], comparisons):
                 off.append(name)
-        verdict = "-" if not known else "spread unknown" if None in spread.values() else "no: " + ", ".join(off) if off else "yes"
+        verdict = "other protocol" if other[row.label] else "-" if not known else "spread unknown" if None in spread.values() else "no: " + ", ".join(off) if off else "yes"
         sheet.rows.append([*cells, Cell(words=verdict)])
-    other = {field for row in rows for field in clashes(_records(store, row, protocol, seeds, "records"), _records(store, row, protocol, REFERENCE_SEEDS, "reference"))}
     sheet.notes.append(
         "reproduced: every score lies within the reference's spread over training seeds, pooled over the rows "
         f"(two-sided {1 - LEVEL:.0%} for all {comparisons} comparisons together, Bonferroni; fd on a log scale)"
     )
-    if other:
-        sheet.notes.append(f"this machine measured under another protocol than the reference, in {', '.join(sorted(other))} (experiments/diff_protocol.py says what that does)")
+    for words, found in (("other protocol: no verdict, for the reference was measured", other), ("compared all the same: another machine measures", {label: differ[label] for label in compared})):
+        if fields := sorted({field for fields in found.values() for field in fields}):
+            sheet.notes.append(f"{words} with another {', '.join(fields)} (experiments/diff_protocol.py says what that does)")
     return sheet
 
 
@@ -184,13 +186,12 @@ def _score(store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], nam
     """Mean over seeds with its standard error, or one seed's value with its sampling error."""
     if not row.backbone:
         return Cell()
-    values = seed_values(store, row, protocol, seeds, where)
-    if not values:
+    records = tuple(_records(store, row, protocol, seeds, where))
+    if not records:
         stages = [stage for seed in seeds for stage in _run(row, protocol, seed)]
         failed = any(store.latest(stage, where) is None and store.latest(stage, where, status="failed") for stage in stages)
         return Cell(words="failed") if failed else Cell()
-    records = tuple(record for seed in seeds if (record := store.latest(evaluate_stage(row, protocol, seed), where)))
-    return replace(_mean_cell(name, values, 1 if name.startswith(("fd", "is", "fid")) else 2), records=records)
+    return replace(_mean_cell(name, [record.values for record in records], 1 if name.startswith(("fd", "is", "fid")) else 2), records=records)
 
 
 def _run(row: Row, protocol: Protocol, seed: int) -> tuple[Stage, ...]:
@@ -227,9 +228,8 @@ def _notes(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequenc
         notes.append("large networks take minutes to time on a CPU: there they are timed only where --rows names them, and are gaps otherwise.")
     notes.append(_score_note(protocol, seeds))
     noted: dict[str, list[str]] = {}
-    for row in rows:
-        if row.note:
-            noted.setdefault(row.note, []).append(row.label)
+    for row in (row for row in rows if row.note):
+        noted.setdefault(row.note, []).append(row.label)
     notes += [f"{', '.join(labels)}: {note}." for note, labels in noted.items()]
     rows = [row for row in rows if row.backbone]
     if len({spec_id(evaluate_stage(row, protocol, 0)) for row in rows}) < len(rows):
@@ -246,9 +246,9 @@ def _notes(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequenc
         for stage in stages:
             if store.latest(stage, where) is None and (failed := store.latest(stage, where, status="failed")):
                 notes.append(f"{row.label}: {failed.kind} failed: {failed.error}")
-    evaluated = [record for row in rows for seed in seeds if (record := store.latest(evaluate_stage(row, protocol, seed), where))]
-    if evaluated:
-        notes.append("run on " + "; ".join(sorted({f"{r.provenance['device'] if r.provenance['device'] != 'cpu' else r.provenance['cpu']}, torch {r.provenance['torch']}" for r in evaluated})))
+    evaluated = [record for row in rows for record in _records(store, row, protocol, seeds, where)]
+    places = {f"{r.provenance['device'] if r.provenance['device'] != 'cpu' else r.provenance['cpu']}, torch {r.provenance['torch']}" for r in evaluated}
+    notes += [f"run on {'; '.join(sorted(places))}"] * bool(evaluated)
     notes += made_by_few(next(iter(SCORES[protocol.features])), scores) + _evaluations(scores)
     notes += [f"warning: {text}" for text in sorted({text for record in evaluated for text in record.values.get("warnings", [])})]
     return notes + ["some records come from a tree with uncommitted changes"] * any(record.provenance["dirty"] for record in evaluated)

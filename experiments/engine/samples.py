@@ -35,6 +35,7 @@ Report = Callable[[int, int, float, float], None]
 CHUNK = 250
 ON_CPU = 25  # images at a time whatever is asked: convolutions there round by the batch
 QUANTISER = "trunc(clamp(127.5 x + 128, 0, 255))"
+ORDER = "shuffled by numpy's default_rng(0)"
 
 
 class Samples:

@@ -64,6 +64,11 @@ def client(*command: str) -> str:
     return done.stdout
 
 
+def set_for_sbatch() -> str:
+    """The variables of this shell that sbatch puts before a batch script's own options."""
+    return ", ".join(f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("SBATCH_"))
+
+
 def words(text: str) -> str:
     """A client's complaint on one line, each part without the client's own name."""
     lines = (line.strip() for line in text.splitlines())

@@ -233,7 +233,9 @@ def _warnings(values: dict[str, Any], labels: ndarray | None) -> list[str]:
         _, counts = np.unique(labels, return_counts=True)
         expected, together = float(np.square(counts / n).sum()), float((labels[1:] == labels[:-1]).mean())
         if together > (1 + expected) / 2:
-            found.append(f"the samples are ordered by class ({together:.0%} follow one of their own class): IS over blocks in file order is far too low; shuffle the file")
+            one = f"IS of {n} is one block, whose value keeps but whose error, over parts in file order, does not hold"
+            several = f"IS over blocks of {metrics.IS_BLOCK} in file order is far too low"
+            found.append(f"the samples are ordered by class ({together:.0%} follow one of their own class): {several if n > metrics.IS_BLOCK else one}; shuffle the file")
     if not any("ordered by class" in text for text in found) and values["is"] < 0.95 * values["is_shuffled"]:
         found.append(f"IS is {values['is']:.2f} in file order and {values['is_shuffled']:.2f} shuffled: the samples are ordered; shuffle the file")
     return found

@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,12 @@ from experiments.engine.store import REPOSITORY
 
 PREFIX = "DICO_SLURM_"
 FILE = REPOSITORY / "slurm" / "site.toml"
-OURS = {"array", "error", "job-name", "no-requeue", "ntasks", "ntasks-per-node", "open-mode", "output", "requeue", "signal", "wrap"}  # sbatch's, beside the site's own keys
+OURS = {"array", "error", "gpus", "gpus-per-task", "job-name", "no-requeue", "ntasks", "ntasks-per-node", "open-mode", "output", "requeue", "signal", "wrap"}  # sbatch's, beside the site's own keys
 
 
 @dataclass(frozen=True)
 class Site:
-    """Resources of one job. `tasks_per_node` 0 is one a GPU, or one where there are no GPUs; empty words are not passed on.
+    """Resources of one job. `gpu_type` is the scheduler's name of the GPUs, where a node has several kinds; `tasks_per_node` 0 is one a GPU, or one where there are no GPUs; empty words are not passed on.
 
     `time` is [days-]hours:minutes:seconds; `signal_seconds` is how long before that limit (or a preemption) a run is told
     to save, 0 for not at all; `concurrent` jobs of a submission run side by side. `options` are further options of sbatch. The
@@ -35,6 +36,7 @@ class Site:
 
     nodes: int = 1
     gpus_per_node: int = 8
+    gpu_type: str = ""
     tasks_per_node: int = 0
     cpus_per_task: int = 8
     mem: str = ""
@@ -105,7 +107,8 @@ def load_site(label: str, environment: Mapping[str, str] = os.environ) -> Site:
             raise ValueError(f"{path.name}: {name} is {least} or more, not {value}")
     if site.tasks_per_node > site.gpus_per_node > 0:
         raise ValueError(f"{path.name}: {site.tasks_per_node} processes a node need as many GPUs, not {site.gpus_per_node}; lower tasks_per_node")
-    if taken := sorted(name for name in site.options if name.replace("_", "-") in OURS | {key.replace("_", "-") for key in KNOWN}):
+    ours = OURS | {key.replace("_", "-") for key in KNOWN}
+    if taken := sorted(name for name, value in site.options.items() if name.replace("_", "-") in ours or name == "gres" and "gpu" in str(value)):
         raise ValueError(f"{path.name}: options cannot set {', '.join(taken)}; a key of the site file sets it, or the suite does")
     site = replace(site, options={name: value for name, value in site.options.items() if value is not False})
     if not re.fullmatch(r"(\d+-)?\d+:\d\d:\d\d", site.time):
@@ -127,10 +130,11 @@ def _content(environment: Mapping[str, str]) -> tuple[Path, dict[str, Any]]:
     return path, content
 
 
-def rows_of_their_own(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """The labels that the site file has resources for."""
+def warn_of_unknown_rows(labels: Iterable[str], environment: Mapping[str, str] = os.environ) -> None:
+    """One line on standard error where the site file has resources for rows that are not among `labels`; a run goes on."""
     _, content = _content(environment)
-    return list(content.get("rows", {}))
+    if unknown := sorted(set(content.get("rows", {})) - set(labels)):
+        print(f"warning: the site file has resources for {', '.join(map(repr, unknown))}, which no table of this script declares", file=sys.stderr)
 
 
 def _require_known(values: dict[str, Any], where: str) -> None:

@@ -16,7 +16,7 @@ from experiments.engine.plan import Chosen, Plan, duration, missing, training_se
 from experiments.engine.progress import Progress
 from experiments.engine.site import FILE, Site, load_site
 from experiments.engine.spec import Evaluate, Train, kind_of, spec_id
-from experiments.engine.store import Record, Store
+from experiments.engine.store import Record, Store, timestamp
 
 
 def groups(plan: Plan, store: Store) -> list[tuple[Site, list[Job]]]:
@@ -73,6 +73,8 @@ def describe(plan: Plan, store: Store) -> str:
                 hours = sum(seconds for seconds, _ in expected) / 3600
                 total += hours
                 lines.append(f"{job.label}: about {_amount(hours)} {unit} of training, by {', '.join(dict.fromkeys(source for _, source in expected))}")
+    if set_here := scheduler.set_for_sbatch():
+        lines += ["", f"this shell sets what sbatch puts before the text above: {set_here}"]
     known = [f"{_amount(total)} {unit} of training"] if total else []
     more = [f"{unknown} of unknown cost"] if unknown else []
     return "\n".join([*lines, "", f"estimated: {', and '.join(known + more) or 'no training'}; evaluations and timings come on top"])
@@ -89,16 +91,19 @@ def send(plan: Plan, store: Store, command: str) -> str:
     scheduler.require_slurm()
     store.check_writable()
     wanted = groups(plan, store)
+    if set_here := scheduler.set_for_sbatch():
+        print(f"warning: sbatch puts what this shell sets before the site's: {set_here}", file=sys.stderr)
     counts = missing(plan.counts(), store)
     with Progress(total=sum(len(job.stages) for job in counts)) as progress:
         if not run_here(counts, store.root, "cpu", 1, available_cores(), progress.notify):
             raise ValueError("a count failed; nothing was submitted")
     sent = submit(wanted, store, _experiment(plan), **plan.resources)
     lines = [f"submitted job {one.job}: {one.label}" for one in sent]
-    if waiting := sum(len(jobs) for _, jobs in wanted) - len(sent):
-        lines.append(f"{waiting} jobs are in the queue or at work already")
     there = {stage for one in scheduler.waiting_or_running(store.root, _ids(job for _, jobs in wanted for job in jobs)) for stage in one.stages}
-    if late := [job.label for _, jobs in wanted for job in jobs if not set(_ids([job])) <= there]:
+    late = [job.label for _, jobs in wanted for job in jobs if not set(_ids([job])) <= there]
+    if waiting := sum(len(jobs) for _, jobs in wanted) - len(sent) - len(late):
+        lines.append(f"{waiting} jobs are in the queue or at work already")
+    if late:
         lines.append(f"not submitted, as another command's job is at work on a part: {', '.join(late)}; call this again once that is done")
     if not wanted:
         lines.append(f"every stage has its record; {command} --report prints the table")
@@ -123,23 +128,25 @@ def _ids(jobs: Iterable[Job]) -> list[str]:
 
 
 def status(plan: Plan, store: Store) -> str:
-    """A line a job: waiting, running, done, failed or not submitted; under a failed one the last lines of its log."""
+    """A line a job: waiting, running, done, failed, cancelled or not submitted; under a failed one the last lines of its log."""
     jobs = [job for job in (*plan.counts(), *plan.timings(), *plan.trainings()) if job.stages]
     there = scheduler.submitted(store.root, _ids(jobs))
     newest = {stage: one for one in there for stage in one.stages}
     names = _script_names(plan) if isinstance(plan, Chosen) else {}
-    queued = scheduler.queue([*(one.name for one in there), *names.values()]) if shutil.which("squeue") else {}
-    lines = []
+    queued, lines = _asked([*(one.name for one in there), *names.values()])
     for job in jobs:
         name = spec_id(job.stages[0])
         submission = next((newest[spec_id(stage)] for stage in job.stages if spec_id(stage) in newest), None)
-        state, detail = _state(job, store, submission, queued.get(submission.job) if submission else None)
-        if state == "not submitted" and (found := [(one, of) for one, of in queued.items() if of.name == names.get(job.label) and not of.over]):
-            state, detail = "waiting", f"{found[-1][1].state.lower()}: {found[-1][1].reason} (job {found[-1][0]}, by the batch script of this name)"
+        state, detail = _state(job, store, submission, queued)
+        log = store.root / submission.log if submission else None
+        if state == "not submitted" and (found := [(number, of) for number, of in (queued or {}).items() if of.name == names.get(job.label) and of.state not in ("COMPLETED", "CANCELLED")]):
+            number, last = found[-1]
+            state, log = "failed" if last.over else "waiting", store.root / f"slurm-{last.name}-{number}.log"  # as its header says
+            detail = f"{last.state.lower()}: {last.reason} (job {number}, by the batch script of this name)"
         kind = "" if job.label == "counts" else kind_of(job.stages[0])
         lines.append(f"{name}  {kind:8}  {job.label:34}  {state:13}  {detail}".rstrip())
-        if state == "failed" and submission:
-            lines += [f"    | {line}" for line in _last_lines(store.root / submission.log)]
+        if state == "failed" and log:
+            lines += [f"    | {line}" for line in _last_lines(log)]
     return "\n".join(lines)
 
 
@@ -154,7 +161,18 @@ def _script_names(chosen: Chosen) -> dict[str, str]:
     return found
 
 
-def _state(job: Job, store: Store, submission: scheduler.Submission | None, queued: scheduler.Queued | None) -> tuple[str, str]:
+def _asked(names: list[str]) -> tuple[dict[str, scheduler.Queued] | None, list[str]]:
+    """What the queue says, None where it cannot be asked, and a line that says so."""
+    if shutil.which("squeue") is None:
+        return None, ["squeue is not on this machine: what waits is unknown, what runs is told by its heartbeat"] if names else []
+    try:
+        return scheduler.queue(names), []
+    except ValueError as error:
+        return None, [f"{error}: what waits is unknown, what runs is told by its heartbeat"]
+
+
+def _state(job: Job, store: Store, submission: scheduler.Submission | None, queue: dict[str, scheduler.Queued] | None) -> tuple[str, str]:
+    queued = (queue or {}).get(submission.job) if submission else None
     left = job.left(store).stages
     if not left:
         return "done", ""
@@ -170,8 +188,13 @@ def _state(job: Job, store: Store, submission: scheduler.Submission | None, queu
     if heartbeat.live(beat):
         return "running", f"{_progress(beat, train)} (on {beat['host']})"
     failed = [record for stage in left if (record := store.latest(stage, status="failed"))]
-    if failed:
+    died = beat is not None and beat.get("state") in heartbeat.LIVE  # without a word, and since the failure if there was one
+    if failed and not (died and timestamp(beat["updated"]) > failed[-1].utc):
         return "failed", _reason(failed[-1])
+    if submission and queue is None:
+        return "submitted", where
+    if queued and queued.state == "CANCELLED":
+        return "cancelled", where
     if submission:
         heard = f"; last heard of: {beat['reason']}" if beat and beat.get("reason") else ""
         return "failed", f"{queued.state.lower() if queued else 'its job left the queue'} without a record ({where}){heard}"

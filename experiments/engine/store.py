@@ -82,7 +82,7 @@ class Store:
 
     def append(self, spec: Stage, status: str, values: dict[str, Any], provenance: dict[str, Any], error: str | None = None) -> Record:
         """Write a new record; nothing is ever overwritten."""
-        utc = utc_now()
+        utc = timestamp()
         record = Record(spec_id(spec), kind_of(spec), status, values, provenance, utc, canonical(spec, full=True), error)
         path = self.root / "records" / record.kind / f"{record.id}-{utc}-{uuid.uuid4().hex[:6]}.json"
         with written_whole(path) as file:
@@ -108,9 +108,9 @@ class Store:
             return {" ".join(row[column] for column in key if row[column]): row for row in csv.DictReader(file)}
 
 
-def utc_now() -> str:
-    """The time as records bear it, in an order that is the alphabet's."""
-    return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+def timestamp(seconds: float | None = None) -> str:
+    """A time (unix seconds; None: now) as records bear it, in an order that is the alphabet's."""
+    return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(seconds))
 
 
 def read_record(path: Path) -> Record:
