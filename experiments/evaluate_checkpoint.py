@@ -22,7 +22,7 @@ from experiments.engine.manifest import score_name
 from experiments.engine.plan import Listed
 from experiments.engine.report import SCORES as CLASSIFIED
 from experiments.engine.rows import Row
-from experiments.engine.sources import is_latent, missing_features, require_features, vae_source
+from experiments.engine.sources import FACTOR, inception_path, is_latent, missing_features, reference_path, require_features, vae_source
 from experiments.engine.spec import Backbone, Checkpoint, Diffusion, Evaluate, Sampler, spec_id
 from experiments.engine.store import REPOSITORY, Store
 from experiments.main_results import TABLES
@@ -75,15 +75,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _main(args: argparse.Namespace, arguments: Sequence[str] | None) -> int:
     protocol, device = PROTOCOLS[args.protocol], device_of(args, args.backbone)
     spec, model, key = evaluation_of(args, protocol)
+    seconds = None
     if args.dry_run:
         if args.cluster != "slurm":
             require_device(device)
-        print(f"{args.checkpoint.name}: weights under the key {key}")
-        print(_plan(spec, model, device if args.cluster != "slurm" else None))
+        text, seconds = _plan(spec, model, device if args.cluster != "slurm" else None)
+        print(f"{args.checkpoint.name}: weights under the key {key}\n{text}")
     store = Store(args.results, REPOSITORY / "results" / "reference")
     resources = {"checkpoint": args.checkpoint.resolve()} | ({"sample_batch": args.batch} if args.batch else {})
     job = Job(f"{args.checkpoint.name}, {spec.num} images", (spec,), row=args.backbone)
-    good = carry_out(Listed(device, together=(job,), resources=resources), args, store, arguments, lambda: require_features(spec))
+    good = carry_out(Listed(device, together=(job,), resources=resources, seconds={spec_id(spec): seconds} if seconds else {}), args, store, arguments, lambda: require_features(spec))
     if good and (record := store.latest(spec)):
         print("\n".join([f"{args.checkpoint.name} (key {key}), {args.protocol}, manifest {record.values['manifest']['hash']}", *_beside(record.values, args.backbone, spec, store)]))
     elif good:
@@ -129,31 +130,49 @@ def _load(backbone: Backbone, args: argparse.Namespace) -> tuple[nn.Module, str]
     return model.eval(), key
 
 
-def _plan(spec: Evaluate, model: nn.Module, device: str | None) -> str:
-    """What is missing, and the cost of N images on this device, if it is the one: the network timed here, times its evaluations."""
+def _plan(spec: Evaluate, model: nn.Module, device: str | None) -> tuple[str, float | None]:
+    """What is missing, and the seconds of drawing N images on this device, if it is the one: the network timed here, times its evaluations."""
     lines = [f"{spec_id(spec)}  {spec.num} images, {spec.sampler.name}, {spec.sampler.num_steps} steps, guidance scale {spec.sampler.scale:g}, {spec.labels} labels, {spec.precision}"]
-    lines += [f"missing: {text}" for text in _missing(spec)] or ["nothing is missing"]
-    passes = spec.sampler.num_steps * (1 if spec.sampler.scale == 1 else 2)
+    lines += _state(spec) or ["nothing is missing"]
+    passes, total = spec.sampler.num_steps * (1 if spec.sampler.scale == 1 else 2), None
     if spec.sampler.name == "dopri5":
-        return "\n".join([*lines, "cost: unknown; its steps are as many as each image needs"])
-    if device:
+        lines.append("sampling: its steps are as many as each image needs, so what it takes is unknown")
+    elif device:
         seconds = _seconds_per_pass(spec, model, device)
-        hours = spec.num * passes * seconds / 3600
-        lines.append(f"sampling: {passes} evaluations an image at {seconds * 1000:.3g} ms each on this device: about {hours:.3g} hours; decoding and features come on top")
+        total = spec.num * passes * seconds
+        lines.append(f"sampling: {passes} evaluations an image at {seconds * 1000:.3g} ms each on this device: about {total / 3600:.3g} hours; decoding and features come on top")
     else:
         lines.append(f"sampling: {passes} evaluations an image; what one costs, this command says on a node, without --cluster slurm")
-    gigabytes = spec.num * 3 * (8 * spec.data.size if is_latent(spec.data) else spec.data.size) ** 2 / 1e9
-    lines.append(f"disk: {gigabytes:.1f} GB of images")
-    return "\n".join(lines)
+    gigabytes = spec.num * 3 * (FACTOR * spec.data.size if is_latent(spec.data) else spec.data.size) ** 2 / 1e9
+    return "\n".join([*lines, f"disk: {gigabytes:.1f} GB of images"]), total
 
 
-def _missing(spec: Evaluate) -> list[str]:
-    found = missing_features(spec)
+def _state(spec: Evaluate) -> list[str]:
+    """What the run lacks, what of its files it would refuse, and what its record would warn of: each file is opened as the run opens it."""
+    import torch
+
+    from experiments.engine import inception
+    from experiments.engine.evaluate import require_reference
+    from experiments.engine.samples import decoder_of, decoder_warnings
+
+    missing, warnings, checks = missing_features(spec), [], []
+    if spec.features == "inception":
+        checks += [lambda: inception.load(inception_path(), "cpu")] * (inception_path().is_file() and find_spec("torch_fidelity") is not None)
+        path = reference_path(spec.data)
+        checks += [lambda: require_reference(spec.data)] * (path is None or path.is_file())
     if is_latent(spec.data) and find_spec("diffusers"):
         from experiments.engine.autoencoder import missing_vae
 
-        found += filter(None, [missing_vae(vae_source())])
-    return found
+        lacking = missing_vae(vae_source())
+        missing += filter(None, [lacking])
+        checks += [lambda: warnings.extend(decoder_warnings(spec.data, decoder_of(spec.data, torch.device("cpu"))[1]))] * (not lacking)
+    unusable = []
+    for check in checks:
+        try:
+            check()
+        except ValueError as error:
+            unusable.append(str(error))
+    return [f"{word}: {text}" for word, texts in (("missing", missing), ("unusable", unusable), ("warning", warnings)) for text in texts]
 
 
 def _seconds_per_pass(spec: Evaluate, model: nn.Module, device: str) -> float:

@@ -54,8 +54,6 @@ def _prepare(args: argparse.Namespace) -> int:
     require_device(device.partition(":")[0])
     pictures = find_pictures(args.images, data.num_classes)
     vae = load_autoencoder(args.vae, device, args.batch)
-    if vae.channels != data.channels:
-        raise ValueError(f"VAE {args.vae} has {vae.channels} latent channels, {args.protocol} {data.channels}")
     work = Work(pictures, vae, data.size * vae.factor, data.latents, args.shard, args.corrupt == "skip", args.workers)
     manifest = prepare(work, args.out or folder_of(data), _Progress())
     for name, reason in manifest["skipped"].items():

@@ -80,6 +80,7 @@ def _run(args: argparse.Namespace) -> int:
     from experiments.engine.execute import require_device
     from experiments.engine.process import process
     from experiments.engine.samplers import bind
+    from experiments.engine.samples import decoder_warnings
     from experiments.engine.train import Resources
 
     bind(sampler, process(spec.train.diffusion))  # an unknown sampler is said before anything is drawn
@@ -96,6 +97,8 @@ def _run(args: argparse.Namespace) -> int:
         samples.pack(out)
         if args.png:
             samples.write_png(args.png)
+    for text in decoder_warnings(spec.data, samples.made["decoder"]):
+        print(f"warning: {text}", file=sys.stderr)
     print(f"{spec.num} images {samples.shape[1]} x {samples.shape[2]}, {spec.labels} labels, seed {spec.seed}, {samples.nfe:g} network evaluations each: {out}")
     return 0
 

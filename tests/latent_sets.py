@@ -39,15 +39,9 @@ def write_vae(folder: Path, seed: int = 0, **options: object) -> Path:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(4, 4, 8, 8),
-            norm_num_groups=2,
-            latent_channels=4,
-            sample_size=64,
-            **options,
-        )
+        widths = options.pop("block_out_channels", (4, 4, 8, 8))
+        blocks = dict(down_block_types=("DownEncoderBlock2D",) * len(widths), up_block_types=("UpDecoderBlock2D",) * len(widths))
+        vae = AutoencoderKL(block_out_channels=widths, norm_num_groups=2, latent_channels=4, sample_size=64, **blocks, **options)
     vae.save_pretrained(folder)
     return folder
 

@@ -331,10 +331,10 @@ def test_decoding_does_not_depend_on_how_many_are_asked_for(work: Work):
     assert (images - direct).abs().max() < 1e-5 * direct.abs().max()
 
 
-@pytest.mark.parametrize("what, words", [("nowhere", "is neither sd-vae-ft-ema nor sd-vae-ft-mse nor a folder"), ("weights", "cannot be loaded"), ("scale", "scales its latents by 0.5")])
+@pytest.mark.parametrize("what, words", [("nowhere", "is neither sd-vae-ft-ema nor sd-vae-ft-mse nor a folder"), ("weights", "cannot be loaded"), ("scale", "scales its latents by 0.5"), ("size", "makes 4 channels of 4 pixels")])
 def test_a_vae_that_will_not_do_is_refused_in_a_line(what: str, words: str, tmp_path: Path):
     if what != "nowhere":
-        write_vae(tmp_path / "vae", **(dict(scaling_factor=0.5) if what == "scale" else {}))
+        write_vae(tmp_path / "vae", **{"scale": dict(scaling_factor=0.5), "size": dict(block_out_channels=(4, 4, 8))}.get(what, {}))
     if what == "weights":
         (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut")
     with pytest.raises(ValueError, match=words) as failure:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ import torch
 from test_backbones import randomise
 from torch import Tensor
 
-from experiments.engine import evaluate, inception, samples, train
+from experiments.engine import evaluate, inception, samples, sources, train
+from experiments.engine.autoencoder import load_autoencoder
 from experiments.engine.data import ImageSet, load
 from experiments.engine.generate import images, labels
 from experiments.engine.npz import Images
 from experiments.engine.quantise import to_uint8
-from experiments.engine.samples import draw, sampled
+from experiments.engine.samples import decoder_of, decoder_warnings, draw, sampled
 from experiments.engine.spec import Backbone, Checkpoint, Data, Evaluate, Recipe, Sampler, Train, spec_id
 from experiments.engine.store import REPOSITORY
 from experiments.engine.train import Resources, build
@@ -131,8 +133,6 @@ def test_latents_are_decoded_by_the_declared_vae(tmp_path: Path, monkeypatch: py
     pytest.importorskip("diffusers")
     from latent_sets import write_vae
 
-    from experiments.engine.autoencoder import load_autoencoder
-
     monkeypatch.setenv("DICO_VAE", str(write_vae(tmp_path / "vae")))
     data, backbone = Data("latents", size=8, channels=4, num_classes=10), Backbone("dico_s", TINY.options | dict(in_channels=4))
     model = build(backbone, 0, CPU)
@@ -150,6 +150,28 @@ def test_latents_are_decoded_by_the_declared_vae(tmp_path: Path, monkeypatch: py
     foreign = replace(spec, train=replace(spec.train, data=replace(data, vae="0" * 16)))
     with pytest.raises(ValueError, match="latents of another VAE"):
         sampled(foreign, tmp_path / "runs" / "x", resources, lambda *progress: None)
+
+
+def test_latents_are_decoded_by_the_vae_that_their_manifest_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Without a manifest nothing says whose they are, which is warned of unless VAE or declaration is known."""
+    pytest.importorskip("diffusers")
+    from latent_sets import write_vae
+
+    monkeypatch.setenv("DICO_VAE", str(write_vae(tmp_path / "vae")))
+    monkeypatch.setattr(sources, "ROOT", tmp_path)
+    data = Data("latents", size=8, channels=4, num_classes=10)
+    _, decoder = decoder_of(data, CPU)
+    (warning,) = decoder_warnings(data, decoder)
+    assert "not known to be sd-vae-ft-ema or sd-vae-ft-mse" in warning and decoder["sha256"] in warning
+    assert not decoder_warnings(data, decoder | {"name": "sd-vae-ft-mse"}) and not decoder_warnings(replace(data, vae="0" * 16), decoder) and not decoder_warnings(DIGITS.data, {})
+    encoder = load_autoencoder(str(tmp_path / "vae")).encoder
+    (tmp_path / "latents").mkdir()
+    for named, fits in ((encoder, True), ("0" * 16, False)):
+        manifest = {"latents": "moments", "shape": [2, 8, 8, 8], "num_classes": 10, "statistics": {"as_expected": True}, "vae": {"name": "x", "encoder": named}}
+        (tmp_path / "latents" / "manifest.json").write_text(json.dumps(manifest))
+        assert not decoder_warnings(data, decoder)
+        with nullcontext() if fits else pytest.raises(ValueError, match=f"set latents holds latents of another VAE .encoder {named}. than .DICO_VAE names .vae, encoder {encoder}"):
+            decoder_of(data, CPU)
 
 
 @pytest.mark.slow

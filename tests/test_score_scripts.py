@@ -21,6 +21,7 @@ from experiments.engine.data import ImageSet
 from experiments.engine.distributed import ALONE
 from experiments.engine.spec import Backbone, Checkpoint, Data, Evaluate, Sampler
 from experiments.engine.store import Store, read_record
+from experiments.engine.train import Resources
 from experiments.main_results import TABLE_1, TABLES
 from experiments.protocols import CIFAR10, PROTOCOLS, evaluate_stage
 
@@ -139,12 +140,46 @@ def test_a_dry_run_says_what_is_missing_and_what_it_would_cost(checkpoint: Path,
     assert status == 0 and "missing: the Inception weights" in out and "missing: the reference VIRTUAL_imagenet256" in out
     assert "250 evaluations an image" in out and "about 34.7 hours" in out and "9.8 GB" in out and "missing: VAE gone is neither" in out
     status, out, _ = run(evaluate_checkpoint, capsys, monkeypatch, *arguments, "imagenet256_guided", "--dry-run")
-    assert status == 0 and "500 evaluations" in out and "guidance scale 1.4" in out
+    assert status == 0 and "500 evaluations" in out and "guidance scale 1.4" in out and out.splitlines()[-1] == "total: about 69 h of process time"
     monkeypatch.setenv("DICO_SLURM_GPUS_PER_NODE", "4")
     status, out, _ = run(evaluate_checkpoint, capsys, monkeypatch, *arguments[:-3], "--protocol", "imagenet256", "--cluster", "slurm", "--dry-run")
     assert status == 0 and "one job: net.pt, 50000 images" in out and "#SBATCH --gpus-per-node=4" in out and "hours;" not in out
     status, _, err = run(evaluate_checkpoint, capsys, monkeypatch, *arguments, "imagenet256", "--results", tmp_path / "results")
     assert status == 2 and "lacks the Inception weights" in err and not (tmp_path / "results").exists()
+
+
+def test_a_dry_run_opens_what_the_run_would_open(checkpoint: Path, tmp_path: Path, capsys, monkeypatch):
+    pytest.importorskip("torch_fidelity")
+    pytest.importorskip("diffusers")
+    from latent_sets import write_vae
+
+    folder = tmp_path / "data" / "imagenet256"
+    folder.mkdir(parents=True)
+    (folder / "VIRTUAL_imagenet256_labeled.npz").write_bytes(b"<html>")
+    (tmp_path / "junk.pth").write_bytes(b"junk")
+    monkeypatch.setattr(sources, "ROOT", tmp_path / "data")
+    monkeypatch.setenv("DICO_INCEPTION", str(tmp_path / "junk.pth"))
+    monkeypatch.setenv("DICO_VAE", str(write_vae(tmp_path / "vae")))
+    monkeypatch.setattr(evaluate_checkpoint, "_load", lambda backbone, args: (build("dico_s", **tiny_options_of("dico_s")).eval(), "ema"))
+    monkeypatch.setattr(evaluate_checkpoint, "_seconds_per_pass", lambda *given: 0.01)
+    arguments = "--backbone", "dico_s", "--checkpoint", checkpoint, "--device", "cpu", "--protocol", "imagenet256", "--dry-run"
+    status, out, _ = run(evaluate_checkpoint, capsys, monkeypatch, *arguments)
+    assert status == 0 and "nothing is missing" not in out and "missing:" not in out
+    assert "unusable: junk.pth: SHA-256" in out and "unusable: VIRTUAL_imagenet256_labeled.npz: not a readable .npz" in out and "warning: decoded with the VAE vae" in out
+    (folder / "manifest.json").write_text("{}")
+    assert "unusable: imagenet256/manifest.json cannot be read" in run(evaluate_checkpoint, capsys, monkeypatch, *arguments)[1]
+
+
+@pytest.mark.parametrize("arrays, complaint", [(dict(arr_0=IMAGES / 255), "float64"), (dict(arr_1=np.arange(3)), "neither images"), (dict(arr_0=IMAGES, mu=np.zeros(2048)), "only one of mu")])
+def test_a_reference_that_cannot_be_read_is_known_before_anything_is_drawn(arrays: dict, complaint: str, grey, tmp_path: Path, monkeypatch):
+    np.savez(tmp_path / "other.npz", **arrays)
+    drawn = []
+    monkeypatch.setattr(stage, "require_features", lambda spec: None)
+    monkeypatch.setattr(stage, "reference_path", lambda data: tmp_path / "other.npz")
+    monkeypatch.setattr(stage, "sampled", lambda *given: drawn.append(given))
+    with pytest.raises(ValueError, match=f"other.npz: .*{complaint}"):
+        stage.run(Evaluate(Checkpoint(Backbone("dico_s"), PROTOCOLS["imagenet256"].data, "0" * 64), Sampler(), 50_000, "inception"), tmp_path, tmp_path, Resources())
+    assert not drawn
 
 
 @pytest.mark.parametrize("name, size, words", [("sit_s_2", 256, "sde"), ("uvit_l_4", 512, "dpm_solver"), ("dim_l", 256, "dpm_solver"), ("dimsum_l_2", 256, "dopri5"), ("dit_s_2", 256, "ancestral")])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from experiments.engine.latents import SCALE
 from experiments.engine.precision import precision
+from experiments.engine.sources import CHANNELS, FACTOR
 from experiments.engine.train import digest
 
 PUBLISHED = {name: f"stabilityai/{name}" for name in ("sd-vae-ft-ema", "sd-vae-ft-mse")}
@@ -73,7 +74,7 @@ def missing_vae(source: str) -> str:
 def load_autoencoder(source: str, device: torch.device | str = "cpu", batch: int = 32) -> Autoencoder:
     """A published VAE by name (downloaded where the network allows it), or a diffusers folder with its weights as safetensors.
 
-    ValueError in one line if it is not to be had or scales its latents by another factor.
+    ValueError in one line if it is not to be had, scales its latents by another factor or makes them of another size.
     """
     try:
         from diffusers import AutoencoderKL
@@ -94,5 +95,8 @@ def load_autoencoder(source: str, device: torch.device | str = "cpu", batch: int
         raise ValueError(f"VAE {source} cannot be loaded{advice} ({reason})") from None
     if vae.config.scaling_factor != SCALE or vae.config.shift_factor:
         raise ValueError(f"VAE {source} scales its latents by {vae.config.scaling_factor} and shifts them by {vae.config.shift_factor}; only {SCALE} without a shift is known")
-    return Autoencoder(vae, source if source in PUBLISHED else Path(source).resolve().name, device, batch)
+    found = Autoencoder(vae, source if source in PUBLISHED else Path(source).resolve().name, device, batch)
+    if (found.factor, found.channels) != (FACTOR, CHANNELS):
+        raise ValueError(f"VAE {source} makes {found.channels} channels of {found.factor} pixels a side; the latents of every protocol are {CHANNELS} of {FACTOR}")
+    return found
 

@@ -25,7 +25,7 @@ from experiments.engine.neighbours import precision_recall
 from experiments.engine.npz import Images, has_images, sha256
 from experiments.engine.precision import flags, precision
 from experiments.engine.quantise import from_uint8, to_uint8
-from experiments.engine.samples import ORDER, QUANTISER, batch_on, network_of, sampled
+from experiments.engine.samples import ORDER, QUANTISER, batch_on, decoder_warnings, network_of, sampled
 from experiments.engine.sharding import results
 from experiments.engine.sources import inception_path, reference_path, require_features
 from experiments.engine.spec import Data, Evaluate, canonical, spec_id
@@ -134,6 +134,7 @@ def _inception(spec: Evaluate, folder: Path, resources: Resources, group: Group,
     """Scores of quantised images on Inception features, against ADM's reference file or a pixel set's own images."""
     device = torch.device(resources.device)
     extractor = inception.load(inception_path(), device)
+    require_reference(spec.data)
     samples = sampled(spec, folder, resources, report, group, beat)
     parts = folder.parent / spec_id(spec) / f"features-{samples.made['network']}-{extractor.sha256[:16]}"
     measured = scores.measure_shared(extractor, samples, group, parts / "samples", beat)
@@ -141,6 +142,7 @@ def _inception(spec: Evaluate, folder: Path, resources: Resources, group: Group,
     if measured is None or reference is None:
         return {}, {}
     values = scores.score(measured, reference, samples.labels, balanced=spec.labels == "balanced", device=device)
+    values["warnings"] += decoder_warnings(spec.data, samples.made["decoder"])
     shutil.rmtree(parts, ignore_errors=True)
     return values | {"nfe": samples.nfe}, {
         "network": samples.made["network"],
@@ -165,6 +167,14 @@ class _Pixels:
 
     def part(self, start: int, stop: int) -> ndarray:
         return to_uint8(self.images.take(torch.arange(start, stop))[0]).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def require_reference(data: Data) -> None:
+    """ValueError in one line where what samples are scored against is not to be read: known before hours are spent on drawing."""
+    if path := reference_path(data):
+        scores.check_reference(path)
+    else:
+        load(data)
 
 
 def _reference(data: Data, extractor: inception.Inception, parts: Path, group: Group, beat: Heartbeat | None) -> scores.Reference | None:

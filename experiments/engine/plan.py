@@ -10,7 +10,7 @@ from typing import Any
 
 from experiments.engine.launch import Job
 from experiments.engine.rows import Row, Table
-from experiments.engine.sources import is_latent
+from experiments.engine.sources import FACTOR, is_latent
 from experiments.engine.spec import Cost, Stage, Train, kind_of, spec_id
 from experiments.engine.store import Record, Store
 from experiments.protocols import Protocol, cost_stages, evaluate_stage, timed_rows, timing_stage, train_stage
@@ -66,7 +66,7 @@ class Chosen:
 class Listed:
     """Jobs that no table's protocol declares: counts; what has a machine to itself; and what all processes of a job work at.
 
-    `resources` are further ones of the trainer.
+    `resources` are further ones of the trainer; `seconds` what stages without a record are expected to take, by their ids.
     """
 
     device: str
@@ -74,6 +74,7 @@ class Listed:
     alone: tuple[Job, ...] = ()
     together: tuple[Job, ...] = ()
     resources: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def counts(self) -> list[Job]:
         return [Job("counts", tuple({spec_id(stage): stage for stage in self.costs}.values()))]
@@ -109,8 +110,8 @@ def describe(plan: Plan, store: Store) -> str:
             seconds += expected or 0
             cost = "" if expected is None else f"about {duration(expected)}"
         lines.append(f"{name}  {kind_of(stage):8}  {label:34}  {state}  {cost}".rstrip())
-    total = f"total: about {duration(seconds)} of {'GPU' if plan.device == 'cuda' else 'process'} time" + (f", and {unknown} stages of unknown length" if unknown else "")
-    return "\n".join([*lines, total])
+    known, rest = f"about {duration(seconds)} of {'GPU' if plan.device == 'cuda' else 'process'} time", f"{unknown} stage{'s' * (unknown != 1)} of unknown length"
+    return "\n".join([*lines, "total: " + (rest if unknown and not seconds else f"{known}, and {rest}" if unknown else known)])
 
 
 def _stages(plan: Plan) -> Iterator[tuple[str, str, Stage]]:
@@ -132,6 +133,8 @@ def _expected_seconds(stage: Stage, row: str, plan: Plan, store: Store) -> float
         if found := training_seconds(stage, plan.table.row(row), plan, store):
             return found[0]
         return plan.protocol.cost_hours * 3600 if plan.protocol.cost_hours and plan.device == "cpu" else None
+    if isinstance(plan, Listed) and (found := plan.seconds.get(spec_id(stage))):
+        return found
     return 1.0 if isinstance(stage, Cost) else None
 
 
@@ -179,7 +182,7 @@ def _recorded_training(train: Train, chosen: Chosen, store: Store) -> tuple[floa
 
 
 def _published(row: Row, chosen: Chosen, store: Store) -> tuple[float, str] | None:
-    side, name = 8 * chosen.protocol.data.size, re.split(r",| \(", row.label)[0]  # without the steps and the guidance
+    side, name = FACTOR * chosen.protocol.data.size, re.split(r",| \(", row.label)[0]  # without the steps and the guidance
     if chosen.device == "cpu" or not is_latent(chosen.protocol.data):
         return None
     if found := store.published("table6.csv", ("model", "resolution")).get(f"{name} {side}"):

@@ -27,7 +27,7 @@ from experiments.engine.generate import Counted, images, labels
 from experiments.engine.heartbeat import Heartbeat
 from experiments.engine.quantise import to_uint8
 from experiments.engine.sharding import results
-from experiments.engine.sources import is_latent, vae_source
+from experiments.engine.sources import folder_of, has_manifest, is_latent, read_manifest, vae_source
 from experiments.engine.spec import Checkpoint, Data, Evaluate, canonical, spec_id
 from experiments.engine.train import Resources, build, digest, load_ema
 
@@ -143,15 +143,29 @@ def network_of(spec: Evaluate, folder: Path, resources: Resources) -> tuple[nn.M
 
 
 def decoder_of(data: Data, device: torch.device) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
-    """From samples to images in [-1, 1], and what identifies it: nothing for pixels, the VAE for latents."""
+    """From samples to images in [-1, 1], and what identifies it: nothing for pixels, the VAE for latents.
+
+    ValueError for another VAE than made the latents: the one that the set declares, and that its manifest names where that is here.
+    """
     if not is_latent(data):
         return lambda x: x, {"name": "none: pixels"}
     from experiments.engine.autoencoder import SCALE, load_autoencoder
 
-    vae = load_autoencoder(vae_source(), device)
-    if data.vae not in ("sd-vae-ft", vae.encoder):
-        raise ValueError(f"set {data.name} holds latents of another VAE (encoder {data.vae}) than $DICO_VAE names ({vae.name}, encoder {vae.encoder})")
+    vae, folder = load_autoencoder(vae_source(), device), folder_of(data)
+    made_by = read_manifest(folder, data)["vae"]["encoder"] if has_manifest(data) else data.vae
+    if made_by not in ("sd-vae-ft", vae.encoder):
+        raise ValueError(f"set {folder.name} holds latents of another VAE (encoder {made_by}) than $DICO_VAE names ({vae.name}, encoder {vae.encoder})")
     return vae.decode, {"name": vae.name, "sha256": vae.weights, "scale": SCALE, "dtype": "fp32"}
+
+
+def decoder_warnings(data: Data, decoder: dict[str, Any]) -> list[str]:
+    """A line where neither the VAE's name, nor the set's declaration, nor a manifest of its latents says that they belong together."""
+    if not is_latent(data) or data.vae != "sd-vae-ft" or has_manifest(data):
+        return []
+    from experiments.engine.autoencoder import PUBLISHED
+
+    unknown = f"decoded with the VAE {decoder['name']} (SHA-256 {decoder['sha256']}), which is not known to be {' or '.join(PUBLISHED)}: there are no latents of {data.name} here to hold it against"
+    return [unknown] * (decoder["name"] not in PUBLISHED)
 
 
 def batch_on(device: torch.device, asked: int) -> int:

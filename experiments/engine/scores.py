@@ -107,6 +107,14 @@ def read_reference(inception: Inception, path: Path) -> Reference:
     return reference_of(path, measure(inception, Images(path).batches()) if has_images(path) else None)
 
 
+def check_reference(path: Path) -> None:
+    """Read all of a reference but its images; ValueError in one line for what `read_reference` would refuse only after them."""
+    if has_images(path):
+        Images(path)
+    if not statistics(path) and not has_images(path):
+        raise ValueError(f"{path.name}: holds neither images (arr_0) nor statistics (mu, sigma)")
+
+
 def reference_of(path: Path, measured: Measured | None) -> Reference:
     """The same where the features of its images, if it has any, are known."""
     moments = statistics(path)

@@ -12,6 +12,7 @@ from experiments.engine.spec import Data, Evaluate
 
 ROOT = Path(os.environ.get("DICO_DATA", Path(__file__).resolve().parents[2] / "data"))
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
+CHANNELS, FACTOR = 4, 8  # of latents, and the pixels a side that one of their places stands for
 REFERENCES = {"imagenet256": "VIRTUAL_imagenet256_labeled.npz", "imagenet512": "VIRTUAL_imagenet512.npz"}
 
 
@@ -55,6 +56,11 @@ def find_cifar10(folder: Path, split: str) -> list[Path]:
     return [folder / "cifar-10-batches-py"] if (folder / "cifar-10-batches-py").is_dir() else []
 
 
+def has_manifest(data: Data) -> bool:
+    """Whether finished latents of the set are on this machine."""
+    return (folder_of(data) / "manifest.json").is_file()
+
+
 def read_manifest(folder: Path, data: Data) -> dict[str, Any]:
     """What is known of a folder of latents. ValueError in one line where they are not the latents that the spec declares."""
     try:
@@ -89,7 +95,7 @@ def vae_source() -> str:
 
 
 def is_latent(data: Data) -> bool:
-    return data.channels == 4
+    return data.channels == CHANNELS
 
 
 def missing_features(spec: Evaluate) -> list[str]:
