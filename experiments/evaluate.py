@@ -43,7 +43,7 @@ def _run(args: argparse.Namespace) -> None:
 
     from experiments.engine import inception, scores
     from experiments.engine.execute import require_device
-    from experiments.engine.npz import Images, has_images, statistics
+    from experiments.engine.npz import Images, about, has_images, statistics
 
     if args.paired and len(args.samples) != 2:
         raise ValueError(f"--paired compares two sample files, got {len(args.samples)}")
@@ -61,8 +61,9 @@ def _run(args: argparse.Namespace) -> None:
         print("\n".join([f"{path.name} against {args.against.name}, statistics only: N and errors are unknown", *(f"  {name:15} {value:.4f}" for name, value in found.items())]))
     measured = []
     for images in files:
-        measured.append(scores.measure(extractor, images.batches()))
-        values = scores.score(measured[-1], reference, images.labels, balanced=_balanced(images), half=args.half, device=device)
+        with about(images.path):
+            measured.append(scores.measure(extractor, images.batches()))
+            values = scores.score(measured[-1], reference, images.labels, balanced=_balanced(images), half=args.half, device=device)
         if images.stray:
             values["warnings"].append(f"{images.path.name} carries {', '.join(images.stray)}, which was ignored: ADM's evaluator would score that instead of the images")
         print(_shown(images.path.name, values, args.against.name))
@@ -75,7 +76,7 @@ def _run(args: argparse.Namespace) -> None:
 def _common_order(a: Images, b: Images) -> tuple[Any, Any]:
     """Rows of both files in the order of generation; ValueError unless they come from the same seeds and labels."""
     for images in (a, b):
-        if images.index is None or images.labels is None or images.made is None:
+        if images.index is None or images.labels is None or (images.made or {}).get("seed") is None:
             raise ValueError(f"{images.path.name} does not say from which seeds it was made; pairs need files that sample.py wrote")
     rows = a.index.argsort(), b.index.argsort()
     same = len(a) == len(b) and (a.index[rows[0]] == b.index[rows[1]]).all() and (a.labels[rows[0]] == b.labels[rows[1]]).all()

@@ -10,6 +10,7 @@ import argparse
 
 from experiments.engine import sources
 from experiments.engine.cli import Parser, guarded
+from experiments.protocols import CIFAR10
 
 
 def main() -> int:
@@ -18,15 +19,17 @@ def main() -> int:
 
 def _main() -> int:
     Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    from experiments.engine.cifar import download, read_cifar10
+    from experiments.engine.cifar import download
+    from experiments.engine.data import cifar10
 
-    folder = sources.ROOT / "cifar10"
+    folder = sources.folder_of(CIFAR10.data)
     if not sources.find_cifar10(folder, "train"):
         download(folder)
     for split in ("train", "test"):
-        if found := sources.find_cifar10(folder, split):
-            images, _, identity = read_cifar10(found, split)
-            print(f"{split}: {len(images)} images from {identity['data_source']}, sha256 {identity['data_sha256'][:16]}")
+        if sources.find_cifar10(folder, split):
+            images = cifar10(CIFAR10.data, split)
+            converted = f"; converted to RGB: {images.identity['data_converted']}" if "data_converted" in images.identity else ""
+            print(f"{split}: {len(images)} images from {images.identity['data_source']}, sha256 {images.identity['data_sha256'][:16]}{converted}")
     return 0
 
 

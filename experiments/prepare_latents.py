@@ -46,7 +46,7 @@ def _prepare(args: argparse.Namespace) -> int:
 
     from experiments.engine.autoencoder import load_autoencoder
     from experiments.engine.execute import require_device
-    from experiments.engine.pictures import find_pictures
+    from experiments.engine.pictures import counted, find_pictures
     from experiments.engine.shards import Work, describe, prepare
 
     data = LATENT_PROTOCOLS[args.protocol].data
@@ -58,7 +58,8 @@ def _prepare(args: argparse.Namespace) -> int:
     manifest = prepare(work, args.out or folder_of(data), _Progress())
     for name, reason in manifest["skipped"].items():
         print(f"skipped {name}: {reason}")
-    print(f"{manifest['num_images']} images in {len(manifest['shards'])} shards, {len(manifest['skipped'])} skipped")
+    converted = counted(manifest["converted"]) or "none" if "converted" in manifest else "unknown, older shards do not say"
+    print(f"{manifest['num_images']} images in {len(manifest['shards'])} shards, {len(manifest['skipped'])} skipped; converted to RGB: {converted}")
     print(describe(manifest["statistics"]))
     if not manifest["statistics"]["as_expected"]:
         print(f"warning: {args.protocol} takes only sd-vae-ft's latents; a run on these declares Data(vae={vae.encoder!r})", file=sys.stderr)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,29 +32,30 @@ def _main() -> int:
     args = parser.parse_args()
     if args.workers < 1:
         parser.error("--workers takes a number from 1 on")
-    num = prepare(args.images, args.out or folder_of(pixels(args.size)), args.size, pixels(args.size).num_classes, args.workers)
-    print(f"{num} images of {args.size} x {args.size} pixels")
+    num, converted = prepare(args.images, args.out or folder_of(pixels(args.size)), args.size, pixels(args.size).num_classes, args.workers)
+    print(f"{num} images of {args.size} x {args.size} pixels; converted to RGB: {converted or 'none'}")
     return 0
 
 
-def prepare(images: Path, out: Path, size: int, num_classes: int, workers: int) -> int:
-    """Write both files, the images first; returns their number. ValueError in one line for what cannot be read or is there already."""
+def prepare(images: Path, out: Path, size: int, num_classes: int, workers: int) -> tuple[int, str]:
+    """Write both files, the images first; returns their number, and that of images of other modes than RGB. ValueError in one line for what cannot be read or is there already."""
     import numpy as np
 
-    from experiments.engine.pictures import find_pictures, read_picture
+    from experiments.engine.pictures import counted, find_pictures, read_picture
 
     if (out / "labels.npy").exists():
         raise ValueError(f"{out / 'labels.npy'} is there already; remove it to crop anew")
-    found = find_pictures(images, num_classes)
+    found, converted = find_pictures(images, num_classes), Counter()
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(found.files), 3, size, size)}
     with written_whole(out / "images.npy") as file, ThreadPoolExecutor(workers) as threads:
         np.lib.format.write_array_header_2_0(file, header)
         for start in range(0, len(found.files), 1024):
-            for picture in threads.map(lambda name: read_picture(found.root / name, size), found.files[start : start + 1024]):
+            for picture, mode in threads.map(lambda name: read_picture(found.root / name, size), found.files[start : start + 1024]):
                 file.write(picture.transpose(2, 0, 1).tobytes())
+                converted.update([mode] * (mode != "RGB"))
     with written_whole(out / "labels.npy") as file:
         np.save(file, np.asarray(found.labels, dtype=np.int64), allow_pickle=False)
-    return len(found.files)
+    return len(found.files), counted(converted)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from experiments import prepare_cifar10
 from experiments.engine import cifar, sources
 from experiments.engine.cifar import read_cifar10
 from experiments.engine.data import load
@@ -29,7 +31,8 @@ def write_parquet(path: Path, files: list[bytes], labels: list, columns: tuple[s
 
     cells = [{"bytes": file, "path": None} for file in files]
     path.parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.table(dict(zip(columns, (cells, labels), strict=True))), path)
+    cells, labels, num = (cells, labels, len(files)) if files else ([{"bytes": b"", "path": None}], [0], 0)  # an empty list has no type
+    pyarrow.parquet.write_table(pyarrow.table(dict(zip(columns, (cells, labels), strict=True))).slice(0, num), path)
 
 
 def pixels(num: int, seed: int = 0) -> np.ndarray:
@@ -66,7 +69,8 @@ def test_the_digest_is_of_the_pixels_and_labels(folder: Path):
 def test_jpeg_and_grey_images_are_read(folder: Path):
     images = np.repeat(np.repeat(pixels(2)[:, ::8, ::8], 8, 1), 8, 2)
     write_parquet(folder / "train.parquet", [file_of(images[0], "JPEG"), file_of(images[1], mode="L")], [0, 1])
-    found, _, _ = read_cifar10([folder / "train.parquet"], "train")
+    found, _, identity = read_cifar10([folder / "train.parquet"], "train")
+    assert identity["data_converted"] == "1 L"
     assert found.shape == (2, 3, 32, 32) and (found[1] == found[1, :1]).all()
     assert np.abs(found[0].transpose(1, 2, 0).astype(int) - images[0]).mean() < 25
 
@@ -74,7 +78,8 @@ def test_jpeg_and_grey_images_are_read(folder: Path):
 @pytest.mark.parametrize(
     "files, labels, columns, words",
     [
-        ([b"no image"], [0], ("img", "label"), "cannot identify"),
+        ([file_of(pixels(1)[0]), b"no image"], [0, 1], ("img", "label"), "row 1 cannot be decoded: cannot identify"),
+        ([file_of(pixels(1)[0])[:1000]], [0], ("img", "label"), "row 0 cannot be decoded: "),
         ([file_of(np.zeros((32, 31, 3), np.uint8))], [0], ("img", "label"), "row 0 is 31 x 32 pixels"),
         ([file_of(pixels(1)[0])], [0], ("image", "label"), "img"),
         ([file_of(pixels(1)[0])], [0.5], ("img", "label"), "float64"),
@@ -93,6 +98,17 @@ def test_labels_of_more_classes_are_refused(folder: Path):
     write_parquet(folder / "train.parquet", [file_of(pixels(1)[0])], [10])
     with pytest.raises(ValueError, match=r"must lie in 0\.\.9"):
         load(CIFAR10.data)
+
+
+@pytest.mark.parametrize("files, labels, words", [([], [], "expected images"), ([file_of(pixels(1)[0])], [13], r"must lie in 0\.\.9"), ([file_of(pixels(1)[0], mode="P")], [3], "")])
+def test_the_command_checks_what_is_there(files: list, labels: list, words: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    write_parquet(folder / "train.parquet", files, labels)
+    monkeypatch.setattr("sys.argv", ["prepare_cifar10.py"])
+    status, printed = prepare_cifar10.main(), capsys.readouterr()
+    if words:
+        assert status == 2 and re.search(words, printed.err) and printed.err.count("\n") == 1
+    else:
+        assert status == 0 and printed.out.startswith("train: 1 images from parquet, ") and printed.out.endswith("converted to RGB: 1 P\n")
 
 
 def test_a_file_that_is_no_parquet_is_refused(folder: Path):

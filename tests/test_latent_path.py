@@ -73,7 +73,7 @@ def whole_path(given: Path, root: Path, dies: str) -> None:
     pictures, vae = find_pictures(given / "pictures", 2), load_autoencoder(str(given / "vae"))
     data = Data("photographs", size=SIDE // vae.factor, channels=4, num_classes=2, flip=True, vae=vae.encoder)
     prepare(Work(pictures, vae, SIDE, shard=5), root / "data" / data.name, lambda *counts: None)
-    real = np.stack([read_picture(pictures.root / file, SIDE) for file in pictures.files])
+    real = np.stack([read_picture(pictures.root / file, SIDE)[0] for file in pictures.files])
     np.savez(root / "data" / data.name / "reference.npz", arr_0=real)
     network = Backbone("dico_s", dict(dim=8, depths=(1, 1, 1, 1, 1), input_size=data.size, in_channels=4, num_classes=2))
     train = Train(network, data, Recipe(steps=8, batch=4))

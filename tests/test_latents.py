@@ -73,7 +73,7 @@ def test_shards_hold_the_posterior_of_each_picture_and_of_its_flip(work: Work, m
     stored = np.concatenate([np.load(made / f"shard-{number:05d}.npy") for number in range(3)])
     assert stored.shape == (12, 2, 8, 8, 8) and stored.dtype == np.float32
     for index in (0, 1, 4, 11):
-        pixels = read_picture(work.pictures.root / work.pictures.files[index], 64)
+        pixels, _ = read_picture(work.pictures.root / work.pictures.files[index], 64)
         image = torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
         for flip, x in enumerate((image, image.flip(-1))):
             with torch.no_grad():
@@ -86,7 +86,7 @@ def test_the_manifest_says_what_was_made(work: Work, made: Path):
     manifest = json.loads((made / "manifest.json").read_text())
     stored = np.concatenate([np.load(made / f"shard-{number:05d}.npy") for number in range(3)]).astype(float)
     mean, variance = stored[:, :, :4].mean((0, 1, 3, 4)), stored[:, :, :4].var((0, 1, 3, 4)) + (stored[:, :, 4:] ** 2).mean((0, 1, 3, 4))
-    assert manifest["num_images"] == 12 and manifest["shards"] == [5, 5, 2] and manifest["skipped"] == {}
+    assert manifest["num_images"] == 12 and manifest["shards"] == [5, 5, 2] and manifest["skipped"] == {} and manifest["converted"] == {"L": 1, "CMYK": 1}
     assert manifest["vae"]["encoder"] == work.vae.encoder and manifest["vae"]["scale"] == SCALE == 0.18215
     assert np.allclose(manifest["statistics"]["mean"], mean, atol=1e-4) and np.allclose(manifest["statistics"]["deviation"], variance**0.5, atol=1e-4)
     assert not manifest["statistics"]["as_expected"]
@@ -280,11 +280,14 @@ def test_the_command_prepares_a_protocol_and_goes_on(work: Work, made: Path, tmp
     monkeypatch.setattr(sys, "argv", f"prepare --protocol imagenet256 --images {pictures} --vae {vae} --out {tmp_path / 'out'} --shard 5 --device cpu".split())
     assert prepare_latents.main() == 0
     printed = capsys.readouterr()
-    assert "12 images in 3 shards, 0 skipped" in printed.out and "differ from sd-vae-ft's" in printed.out
+    assert "12 images in 3 shards, 0 skipped; converted to RGB: 1 CMYK, 1 L\n" in printed.out and "differ from sd-vae-ft's" in printed.out
     assert "5 of 12 images, " in printed.err and printed.err.count(" left") == 3 and work.vae.encoder in printed.err
     for number in range(3):
         assert (tmp_path / "out" / f"shard-{number:05d}.npy").read_bytes() == (made / f"shard-{number:05d}.npy").read_bytes()
     assert prepare_latents.main() == 0 and " left" not in capsys.readouterr().err
+    older = tmp_path / "out" / "shard-00001.json"
+    older.write_text(json.dumps({key: value for key, value in json.loads(older.read_text()).items() if key != "converted"}))
+    assert prepare_latents.main() == 0 and "converted to RGB: unknown, older shards do not say" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", [*sys.argv[:-4], "--shard", "6"])
     assert prepare_latents.main() == 2
     assert capsys.readouterr().err.startswith("error: ") and json.loads((tmp_path / "out" / "manifest.json").read_text())["num_images"] == 12

@@ -97,7 +97,10 @@ def object_array() -> ndarray:
     (dict(arr_0=IMAGES, arr_1=np.arange(6)), "arr_1"),
     (dict(arr_0=IMAGES, arr_1=np.zeros(7)), "arr_1"),
     (dict(arr_0=object_array()), "object"),
-    (dict(arr_0=IMAGES, arr_1=object_array()), "arr_1 is not readable"),
+    (dict(arr_0=IMAGES, arr_1=object_array()), "arr_1 is object"),
+    (dict(arr_0=IMAGES, arr_1=np.arange(7) - 1), "arr_1 holds -1"),
+    (dict(arr_0=IMAGES, made=np.array("[1]")), "made, .* is no JSON object"),
+    (dict(arr_0=IMAGES, made=np.array("{")), "made, .* is no JSON object"),
 ])
 def test_bad_sample_files_are_refused_in_one_line(arrays: dict[str, Any], complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
@@ -111,10 +114,31 @@ def test_bad_sample_files_are_refused_in_one_line(arrays: dict[str, Any], compla
     dict(mu=np.zeros(POOL)),
     dict(mu_s=np.zeros(SPATIAL), sigma_s=np.eye(3)),
     dict(mu_s=np.full(SPATIAL, np.nan), sigma_s=np.zeros((SPATIAL, SPATIAL), np.float32)),
+    dict(mu_s=np.zeros(SPATIAL), sigma_s=-np.eye(SPATIAL, dtype=np.float32)),
+    dict(mu_s=np.zeros(SPATIAL), sigma_s=np.eye(SPATIAL, dtype=np.float32) + np.eye(SPATIAL, k=1, dtype=np.float32)),
 ])
 def test_bad_statistics_are_refused(arrays: dict[str, ndarray], tmp_path: Path):
     with pytest.raises(ValueError, match="a.npz"):
         statistics(written(tmp_path / "a.npz", **arrays))
+
+
+@pytest.mark.parametrize("shape, complaint", [((10**12,), r"arr_1 is int64 \(1000000000000,\)"), ((7,), "arr_1 is not readable")])
+def test_a_header_that_claims_what_is_not_there_is_refused(shape: tuple[int, ...], complaint: str, tmp_path: Path):
+    header, images = io.BytesIO(), io.BytesIO()
+    npy.write_array_header_1_0(header, {"descr": "<i8", "fortran_order": False, "shape": shape})
+    npy.write_array(images, IMAGES)
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("arr_0.npy", images.getvalue())
+        archive.writestr("arr_1.npy", header.getvalue())
+    with pytest.raises(ValueError, match=f"a.npz: {complaint}"):
+        Images(tmp_path / "a.npz")
+
+
+def test_a_member_that_is_no_npy_file_is_no_array(tmp_path: Path):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("arr_0", IMAGES.tobytes())
+    with pytest.raises(ValueError, match="a.npz: holds no images .arr_0., only nothing"):
+        Images(tmp_path / "a.npz")
 
 
 def test_what_is_no_archive_or_cut_short_is_refused(tmp_path: Path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.engine.pictures import centre_crop, find_pictures, read_picture
+from experiments.engine.pictures import centre_crop, counted, find_pictures, read_picture
 from latent_sets import picture, write_pictures
 
 
@@ -78,12 +78,21 @@ def test_grey_and_cmyk_pictures_become_rgb(tmp_path: Path):
     root = write_pictures(tmp_path)
     colour = centre_crop(picture(10, 64, 64), 64).astype(int)
     for name, change in (("n00/1.JPEG", None), ("n01/0.JPEG", colour)):
-        pixels = read_picture(root / name, 64)
+        pixels, mode = read_picture(root / name, 64)
+        assert mode == ("L" if change is None else "CMYK")
         assert pixels.shape == (64, 64, 3) and pixels.dtype == np.uint8
         if change is None:
             assert (pixels == pixels[..., :1]).all() and pixels.std() > 20
         else:
             assert np.abs(pixels - change).mean() < 12
+
+
+def test_alpha_and_palettes_are_named_as_what_they_were(tmp_path: Path):
+    for mode in ("RGBA", "LA", "P", "RGB"):
+        picture(0, 70, 64).convert(mode).save(tmp_path / "a.png")
+        pixels, found = read_picture(tmp_path / "a.png", 64)
+        assert found == mode and pixels.shape == (64, 64, 3)
+    assert counted({"CMYK": 2, "P": 15, "L": 2}) == "15 P, 2 CMYK, 2 L"
 
 
 def test_pictures_are_listed_by_class_and_name(tmp_path: Path):

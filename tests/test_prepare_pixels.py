@@ -32,11 +32,11 @@ def test_what_is_written_is_what_is_loaded(pictures: Path, tmp_path: Path, monke
     wanted = Data("imagenet16_pixels", 16, 3, 2)
     with pytest.raises(ValueError, match="needs images.npy and labels.npy in data/imagenet16_pixels"):
         sources.require_data(wanted)
-    assert prepare_pixels.prepare(pictures, sources.folder_of(wanted), 16, 2, workers=2) == 3
+    assert prepare_pixels.prepare(pictures, sources.folder_of(wanted), 16, 2, workers=2) == (3, "")
     images, labels = data.load(wanted).take(torch.arange(3))
     assert labels.tolist() == [0, 1, 1] and images.shape == (3, 3, 16, 16)
     for place, name in enumerate(("a/0.png", "b/0.png", "b/1.png")):
-        crop = torch.from_numpy(read_picture(pictures / name, 16).copy()).permute(2, 0, 1)
+        crop = torch.from_numpy(read_picture(pictures / name, 16)[0].copy()).permute(2, 0, 1)
         assert torch.equal(images[place], crop.float() / 127.5 - 1)
     with pytest.raises(ValueError, match="there already"):
         prepare_pixels.prepare(pictures, sources.folder_of(wanted), 16, 2, workers=2)

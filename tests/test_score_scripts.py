@@ -80,10 +80,18 @@ def test_statistics_are_scored_as_far_as_they_go(grey, tmp_path: Path, capsys, m
     (["real.npz", "--paired"], "compares two sample files"),
     (["real.npz", "real.npz", "--paired"], "does not say from which seeds"),
     (["floats.npz"], "float64"),
+    (["unscaled.npz"], "unscaled.npz: 0, 1, 255 are all the levels that the images have"),
+    (["one.npz"], "one.npz: a covariance needs at least 2 samples"),
+    (["seedless.npz", "seedless.npz", "--paired"], "seedless.npz does not say from which seeds"),
     (["real.npz", "--inception", "no.pth"], "no Inception weights"),
 ])
-def test_bad_files_are_one_line(arguments: list[str], complaint: str, tmp_path: Path, capsys, monkeypatch):
+def test_bad_files_are_one_line(arguments: list[str], complaint: str, tmp_path: Path, capsys, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
+    if arguments[-1] != "no.pth":
+        request.getfixturevalue("grey")
+    np.savez("unscaled.npz", arr_0=np.linspace(-1, 1, 960).reshape(20, 4, 4, 3).astype(np.int8).astype(np.uint8))
+    np.savez("one.npz", arr_0=IMAGES[:1])
+    npz.write(tmp_path / "seedless.npz", iter([IMAGES]), IMAGES.shape, np.zeros(80, int), np.arange(80), {"labels": "random"})
     np.savez("real.npz", arr_0=IMAGES)
     np.savez("floats.npz", arr_0=IMAGES / 255)
     np.savez("nothing.npz", arr_1=np.arange(3))

@@ -256,7 +256,7 @@ def test_a_reference_with_nothing_in_it_is_refused(tmp_path: Path):
 
 
 def test_images_in_the_wrong_range_and_no_images_are_refused():
-    with pytest.raises(ValueError, match="levels lie in 0..1"):
+    with pytest.raises(ValueError, match="0, 1 are all the levels"):
         measure(Grey(), iter([images(9, 0) // 255]))
     with pytest.raises(ValueError, match="no images"):
         measure(Grey(), iter([]))

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+
+from experiments.engine.pictures import counted
 
 SHAPE = (32, 32, 3)
 
 
 def read_cifar10(found: list[Path], split: str) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
-    """Images uint8 (M, 3, 32, 32), labels (M,), and what they were read from with a digest of it.
+    """Images uint8 (M, 3, 32, 32), labels (M,), and what they were read from with a digest of it and how many were no RGB.
 
     `found` are parquet files, taken in their order, or one torchvision folder. ValueError in one line for what is not CIFAR-10.
     """
     if found[0].suffix == ".parquet":
-        parts = [_parquet(path) for path in found]
+        converted: Counter[str] = Counter()
+        parts = [_parquet(path, converted) for path in found]
         images, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
-        source = "parquet"
+        source = {"data_source": "parquet"} | ({"data_converted": counted(converted)} if converted else {})
     else:
         images, labels = _torchvision(found[0].parent, split)
-        source = "torchvision"
+        source = {"data_source": "torchvision"}
     images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
     sha256 = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
-    return images, labels, {"data_source": source, "data_sha256": sha256}
+    return images, labels, source | {"data_sha256": sha256}
 
 
 def file_digest(found: list[Path]) -> str:
@@ -37,8 +41,8 @@ def file_digest(found: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def _parquet(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Images (M, 32, 32, 3) and labels (M,) of columns `img` (struct with the file's `bytes`) and `label`."""
+def _parquet(path: Path, converted: Counter[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Images (M, 32, 32, 3) and labels (M,) of columns `img` (struct with the file's `bytes`) and `label`; counts other modes than RGB."""
     try:
         import pyarrow.parquet
     except ImportError:
@@ -50,10 +54,14 @@ def _parquet(path: Path) -> tuple[np.ndarray, np.ndarray]:
         labels = table["label"].to_numpy().astype(np.int64, casting="same_kind")
         images = np.empty((len(labels), *SHAPE), np.uint8)
         for row, cell in enumerate(table["img"]):
-            with Image.open(io.BytesIO(cell["bytes"].as_py())) as image:
-                pixels = np.asarray(image.convert("RGB"))
+            try:
+                with Image.open(io.BytesIO(cell["bytes"].as_py())) as image:
+                    pixels, mode = np.asarray(image.convert("RGB")), image.mode
+            except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
+                raise ValueError(f"row {row} cannot be decoded: {error}") from None
             if pixels.shape != SHAPE:
                 raise ValueError(f"row {row} is {pixels.shape[1]} x {pixels.shape[0]} pixels, not 32 x 32")
+            converted.update([mode] * (mode != "RGB"))
             images[row] = pixels
     except (OSError, KeyError, TypeError, ValueError, pyarrow.ArrowException) as error:
         raise ValueError(f"{path.name} is not CIFAR-10 with columns img (struct with bytes) and label: {' '.join(str(error).split())}") from None

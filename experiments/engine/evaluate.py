@@ -22,7 +22,7 @@ from experiments.engine.generate import Counted, images
 from experiments.engine.heartbeat import Heartbeat
 from experiments.engine.manifest import manifest
 from experiments.engine.neighbours import precision_recall
-from experiments.engine.npz import Images, has_images, sha256
+from experiments.engine.npz import Images, about, has_images, sha256
 from experiments.engine.precision import flags, precision
 from experiments.engine.quantise import from_uint8, to_uint8
 from experiments.engine.samples import ORDER, QUANTISER, batch_on, decoder_warnings, network_of, sampled
@@ -136,7 +136,7 @@ def _inception(spec: Evaluate, folder: Path, resources: Resources, group: Group,
     extractor = inception.load(inception_path(), device)
     require_reference(spec.data)
     samples = sampled(spec, folder, resources, report, group, beat)
-    parts = folder.parent / spec_id(spec) / f"features-{samples.made['network']}-{extractor.sha256[:16]}"
+    parts = folder.parent / spec_id(spec) / f"measured-{samples.made['network']}-{extractor.sha256[:16]}"
     measured = scores.measure_shared(extractor, samples, group, parts / "samples", beat)
     reference = _reference(spec.data, extractor, parts, group, beat)
     if measured is None or reference is None:
@@ -180,10 +180,11 @@ def require_reference(data: Data) -> None:
 def _reference(data: Data, extractor: inception.Inception, parts: Path, group: Group, beat: Heartbeat | None) -> scores.Reference | None:
     """What the samples are scored against; None on all ranks but the first."""
     if path := reference_path(data):
-        measured = scores.measure_shared(extractor, Images(path), group, parts / sha256(path)[:16], beat) if has_images(path) else None
-        if not group.first:
-            return None
-        reference = scores.reference_of(path, measured)
+        with about(path):
+            measured = scores.measure_shared(extractor, Images(path), group, parts / sha256(path)[:16], beat) if has_images(path) else None
+            if not group.first:
+                return None
+            reference = scores.reference_of(path, measured)
         if reference.identity["num_images"] != ADM_REFERENCE or not reference.identity["statistics"]:
             reference.warnings.append(f"{path.name} is not ADM's reference, which holds statistics and {ADM_REFERENCE:,} images: FID against another one is another number")
         return reference

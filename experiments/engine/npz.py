@@ -40,10 +40,13 @@ class Images:
                 raise ValueError(f"{path.name}: holds no images (arr_0), only {', '.join(names) or 'nothing'}")
             self.stray = sorted({"mu", "sigma", "mu_s", "sigma_s"} & set(names))
             with archive.open("arr_0.npy") as file:
-                self.shape = _header(path, file)
+                self.shape = _image_shape(path, file)
             self.labels = _small(path, archive, "arr_1", "iu", self.shape[:1]) if "arr_1" in names else None
             self.index = _small(path, archive, "index", "iu", self.shape[:1]) if "index" in names else None
-            self.made = json.loads(str(_small(path, archive, "made", "U", ()))) if "made" in names else None
+            self.made = _origin(path, str(_small(path, archive, "made", "U", ()))) if "made" in names else None
+        for name, numbers in (("arr_1", self.labels), ("index", self.index)):
+            if numbers is not None and numbers.min() < 0:
+                raise ValueError(f"{path.name}: {name} holds {numbers.min()}; labels and indices count from 0")
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -51,14 +54,14 @@ class Images:
     def batches(self, size: int = 64) -> Iterator[ndarray]:
         """uint8 (n, H, W, 3), `size` at a time, in file order."""
         with _opened(self.path) as archive, archive.open("arr_0.npy") as file:
-            _header(self.path, file)
+            _image_shape(self.path, file)
             for start in range(0, len(self), size):
                 yield self._read(file, start, min(start + size, len(self)))
 
     def part(self, start: int, stop: int) -> ndarray:
         """uint8 (stop - start, H, W, 3) from any place."""
         with _opened(self.path) as archive, archive.open("arr_0.npy") as file:
-            _header(self.path, file)
+            _image_shape(self.path, file)
             file.seek(start * math.prod(self.shape[1:]), 1)
             return self._read(file, start, stop)
 
@@ -84,8 +87,11 @@ def statistics(path: Path) -> dict[str, Moments]:
                 raise ValueError(f"{path.name}: holds only one of {mean} and {cov}")
             if mean in names:
                 found[layer] = Moments.known(_small(path, archive, mean, "f", (dim,)).astype(float), _small(path, archive, cov, "f", (dim, dim)).astype(float))
-                if not (np.isfinite(found[layer].mean).all() and np.isfinite(found[layer].scatter).all()):
+                matrix = found[layer].cov
+                if not (np.isfinite(found[layer].mean).all() and np.isfinite(matrix).all()):
                     raise ValueError(f"{path.name}: {mean} or {cov} holds values that are not finite")
+                if matrix.diagonal().min() < 0 or np.abs(matrix - matrix.T).max() > 1e-5 * np.abs(matrix).max():
+                    raise ValueError(f"{path.name}: {cov} is no covariance, which is symmetric without a negative variance")
     return found
 
 
@@ -113,6 +119,15 @@ def sha256(path: Path) -> str:
 
 
 @contextmanager
+def about(path: Path) -> Iterator[None]:
+    """A ValueError within says which file it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error) if str(error).startswith(path.name) else f"{path.name}: {error}") from None
+
+
+@contextmanager
 def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give the path of an .npz")
@@ -124,14 +139,28 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def _names(archive: zipfile.ZipFile) -> list[str]:
-    return [name.removesuffix(".npy") for name in archive.namelist()]
+    return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
 
 
-def _header(path: Path, file: BinaryIO) -> tuple[int, ...]:
+def _origin(path: Path, text: str) -> dict[str, Any]:
     try:
-        shape, fortran, dtype = HEADERS[npy.read_magic(file)](file)
+        made = json.loads(text)
+    except (ValueError, RecursionError):
+        made = None
+    if not isinstance(made, dict):
+        raise ValueError(f"{path.name}: made, which says where the images are from, is no JSON object; sample.py writes one, and files without it are scored too")
+    return made
+
+
+def _header(path: Path, name: str, file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    try:
+        return HEADERS[npy.read_magic(file)](file)
     except (ValueError, KeyError):
-        raise ValueError(f"{path.name}: arr_0 is no npy array of version 1.0 or 2.0") from None
+        raise ValueError(f"{path.name}: {name} is no npy array of version 1.0 or 2.0") from None
+
+
+def _image_shape(path: Path, file: BinaryIO) -> tuple[int, ...]:
+    shape, fortran, dtype = _header(path, "arr_0", file)
     if dtype != np.uint8:
         raise ValueError(f"{path.name}: arr_0 is {dtype}; scores are of uint8 images 0..255, so quantise before writing (engine/quantise.py)")
     if fortran or len(shape) != 4 or shape[3] != 3 or not all(shape):
@@ -141,12 +170,13 @@ def _header(path: Path, file: BinaryIO) -> tuple[int, ...]:
 
 
 def _small(path: Path, archive: zipfile.ZipFile, name: str, kinds: str, shape: tuple[int, ...]) -> ndarray:
-    """A whole array of this kind and shape; object arrays are refused before anything of them is read."""
+    """A whole array of this kind and shape; any other is refused by its header, before room is made for it."""
     with archive.open(f"{name}.npy") as file:
-        try:
-            array = npy.read_array(file, allow_pickle=False)
-        except ValueError as error:
-            raise ValueError(f"{path.name}: {name} is not readable ({str(error).splitlines()[0]})") from None
-    if array.dtype.kind not in kinds or array.shape != shape:
-        raise ValueError(f"{path.name}: {name} is {array.dtype} {array.shape}, expected {shape} of kind {' or '.join(kinds)}")
-    return array
+        found, _, dtype = _header(path, name, file)
+    if dtype.kind not in kinds or found != shape:
+        raise ValueError(f"{path.name}: {name} is {dtype} {found}, expected {shape} of kind {' or '.join(kinds)}")
+    try:
+        with archive.open(f"{name}.npy") as file:
+            return npy.read_array(file, allow_pickle=False)
+    except (ValueError, MemoryError) as error:
+        raise ValueError(f"{path.name}: {name} is not readable ({str(error).splitlines()[0]})") from None

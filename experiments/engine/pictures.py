@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,16 +44,21 @@ def find_pictures(root: Path, num_classes: int) -> Pictures:
     return Pictures(root, tuple(classes), tuple(files), tuple(labels))
 
 
-def read_picture(path: Path, size: int) -> np.ndarray:
-    """An image file as RGB, whatever its mode, cropped to uint8 (size, size, 3). ValueError in one line if it cannot be decoded."""
+def read_picture(path: Path, size: int) -> tuple[np.ndarray, str]:
+    """An image file as RGB, cropped to uint8 (size, size, 3), and the mode it was converted from. ValueError in one line if it cannot be decoded."""
     try:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):  # PIL would clip them to white
                 raise ValueError(f"its levels are no bytes (mode {image.mode}); save it with 8 bits a channel")
-            rgb = image.convert("RGB")
+            rgb, mode = image.convert("RGB"), image.mode
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be decoded: {' '.join(str(error).split())}") from None
-    return centre_crop(rgb, size)
+    return centre_crop(rgb, size), mode
+
+
+def counted(modes: Mapping[str, int]) -> str:
+    """Numbers of images by PIL's name of their mode, the most first: '15 L, 2 CMYK'."""
+    return ", ".join(f"{num} {mode}" for mode, num in sorted(modes.items(), key=lambda item: (-item[1], item[0])))
 
 
 def centre_crop(image: Image.Image, size: int) -> np.ndarray:

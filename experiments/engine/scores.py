@@ -25,10 +25,11 @@ from experiments.engine.inception import BATCH, Inception
 from experiments.engine.metrics import Moments
 from experiments.engine.mind import mind
 from experiments.engine.neighbours import ADM_BLOCK, neighbour_shares, precision_recall_half
-from experiments.engine.npz import POOL, Images, has_images, sha256, statistics
+from experiments.engine.npz import POOL, Images, about, has_images, sha256, statistics
 from experiments.engine.sharding import results
 
 BLOCKS, NEIGHBOURS, KID_SIZE = 10, 3, 1000
+LEVELS = 4  # images in [0, 1] or [-1, 1] that are cast to uint8 have 0, 1 and 255
 PIECE = 16 * BATCH  # images whose features one rank takes before the next look at the others
 
 
@@ -62,7 +63,7 @@ class Reference:
 
 
 def measure(inception: Inception, batches: Iterable[ndarray]) -> Measured:
-    """Features of all images (uint8 (n, H, W, 3) batches); ValueError for no images or levels that span 0..1 only."""
+    """Features of all images (uint8 (n, H, W, 3) batches); ValueError for no images or fewer than LEVELS levels in all of them."""
     return _joined([_piece(inception, batches)])
 
 
@@ -80,31 +81,35 @@ def measure_shared(inception: Inception, images: Readable, group: Group, folder:
 
 
 def _piece(inception: Inception, batches: Iterable[ndarray]) -> dict[str, ndarray]:
-    highest, size = 0, (0, 0)
+    seen, size = np.zeros(256, bool), (0, 0)
 
     def watched() -> Iterable[ndarray]:
-        nonlocal highest, size
+        nonlocal size
         for batch in batches:
-            highest, size = max(highest, int(batch.max())), batch.shape[1:3]
+            size = batch.shape[1:3]
+            if seen.sum() < LEVELS:  # enough of them are seen within the first batch of real images
+                seen[batch] = True
             yield batch
 
     parts = list(inception.features(watched()))
     if not parts:
         raise ValueError("there are no images to measure")
     pool, spatial, probabilities = (np.concatenate(layer) for layer in zip(*parts, strict=True))
-    return {"pool": pool, "spatial": spatial, "probabilities": probabilities, "highest": np.array(highest), "size": np.array(size)}
+    return {"pool": pool, "spatial": spatial, "probabilities": probabilities, "levels": seen, "size": np.array(size)}
 
 
 def _joined(pieces: list[dict[str, ndarray]]) -> Measured:
-    if max(int(piece["highest"]) for piece in pieces) <= 1:
-        raise ValueError("the images' levels lie in 0..1: they were cast to uint8 before they were scaled to 0..255")
+    levels = np.flatnonzero(np.any([piece["levels"] for piece in pieces], axis=0))
+    if len(levels) < LEVELS:
+        raise ValueError(f"{', '.join(map(str, levels))} are all the levels that the images have: were they cast to uint8 before they were scaled to 0..255?")
     height, width = pieces[0]["size"].tolist()
     return Measured(*(np.concatenate([piece[layer] for piece in pieces]) for layer in ("pool", "spatial", "probabilities")), (height, width))
 
 
 def read_reference(inception: Inception, path: Path) -> Reference:
     """A file with statistics, images or both, as ADM's evaluator reads it; ValueError if it holds neither."""
-    return reference_of(path, measure(inception, Images(path).batches()) if has_images(path) else None)
+    with about(path):
+        return reference_of(path, measure(inception, Images(path).batches()) if has_images(path) else None)
 
 
 def check_reference(path: Path) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,10 +127,10 @@ def _make(work: Work, folder: Path, number: int) -> None:
     path, first = shard_path(folder, number), number * work.shard
     for stale in folder.glob(f".{path.stem}.*.tmp"):  # we hold the lock: whoever wrote it was killed
         stale.unlink()
-    indices, skipped = [], {}
+    indices, skipped, converted = [], {}, Counter()
     rows = np.empty((min(work.shard, len(work.pictures.files) - first), *work.stored), np.float32)
     sums = np.zeros((2, work.vae.channels))
-    for index, moments in _encoded(work, first, len(rows), skipped):
+    for index, moments in _encoded(work, first, len(rows), skipped, converted):
         sums += _sums(moments)
         rows[len(indices)] = moments if work.latents == "moments" else _sampled(moments, index)
         indices.append(index)
@@ -138,13 +139,13 @@ def _make(work: Work, folder: Path, number: int) -> None:
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     labels = [work.pictures.labels[index] for index in indices]
-    _write_json(path.with_suffix(".json"), {"labels": labels, "skipped": skipped, "sums": sums.tolist(), "sha256": sha256})
+    _write_json(path.with_suffix(".json"), {"labels": labels, "skipped": skipped, "converted": converted, "sums": sums.tolist(), "sha256": sha256})
 
 
-def _encoded(work: Work, first: int, num: int, skipped: dict[str, str]) -> Iterator[tuple[int, np.ndarray]]:
-    """Index and moments (2, 2C, h, w) of each picture and its flip; those that cannot be decoded are named in `skipped`."""
+def _encoded(work: Work, first: int, num: int, skipped: dict[str, str], converted: Counter[str]) -> Iterator[tuple[int, np.ndarray]]:
+    """Index and moments (2, 2C, h, w) of each picture and its flip; those that cannot be decoded are named in `skipped`, other modes than RGB counted."""
 
-    def read(index: int) -> np.ndarray | str:
+    def read(index: int) -> tuple[np.ndarray, str] | str:
         name = work.pictures.files[index]
         try:
             return read_picture(work.pictures.root / name, work.size)
@@ -162,10 +163,12 @@ def _encoded(work: Work, first: int, num: int, skipped: dict[str, str]) -> Itera
         group.clear()
 
     indices = range(first, first + num)
-    for index, pixels in zip(indices, ahead(read, indices, work.workers, 4 * max(work.workers, work.vae.batch)), strict=True):
-        if isinstance(pixels, str):
-            skipped[work.pictures.files[index]] = pixels
+    for index, found in zip(indices, ahead(read, indices, work.workers, 4 * max(work.workers, work.vae.batch)), strict=True):
+        if isinstance(found, str):
+            skipped[work.pictures.files[index]] = found
             continue
+        pixels, mode = found
+        converted.update([mode] * (mode != "RGB"))
         group.append((index, pixels))
         if len(group) * 2 >= work.vae.batch:
             yield from flush()
@@ -193,6 +196,8 @@ def _finish(work: Work, folder: Path) -> dict[str, Any]:
     if empty := sorted(set(range(len(work.pictures.classes))) - set(labels.tolist())):
         raise ValueError(f"no image of {work.pictures.classes[empty[0]]} could be decoded, nor of {len(empty) - 1} other classes; repair them and remove {folder}")
     skipped = {name: reason for part in parts for name, reason in part["skipped"].items()}
+    modes = [part.get("converted") for part in parts]  # shards that were made before modes were counted do not say
+    converted = {} if None in modes else {"converted": sum(map(Counter, modes), Counter())}
     count = len(labels) * 2 * work.stored[-1] ** 2
     mean, square = sum(np.array(part["sums"]) for part in parts) / count
     deviation = np.sqrt(square - mean**2)
@@ -200,6 +205,7 @@ def _finish(work: Work, folder: Path) -> dict[str, Any]:
         "num_images": len(labels),
         "shards": [len(part["labels"]) for part in parts],
         "skipped": skipped,
+        **converted,
         "sha256": hashlib.sha256("".join(part["sha256"] for part in parts).encode()).hexdigest(),
         "statistics": compare(mean, deviation, len(labels), work.size),
     }

@@ -126,7 +126,7 @@ def read_record(path: Path) -> Record:
             raise ValueError("values, provenance and spec are not all objects")
         return record
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
-        raise ValueError(f"{path.parent.name}/{path.name}: no record of this suite ({type(error).__name__}: {error})") from None
+        raise ValueError(f"{Path(*path.parts[-2:])}: no record of this suite ({type(error).__name__}: {error})") from None
 
 
 def _read(path: Path) -> Record | None:
