@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from analysis.query import PAPER_BATCH, Sources, gpu_timings, numeric_mode
-from experiments.engine.manifest import clashes, score_name
+from experiments.engine.manifest import clashes, not_recorded, score_name
 from experiments.engine.report import Cell, Sheet
 from experiments.engine.rows import Row, Table
 from experiments.engine.spec import Backbone
@@ -70,7 +70,7 @@ def clash_notes(labels: Sequence[str], scored: Sequence[Record | None]) -> list[
     for label, record in zip(labels, scored, strict=True):
         if record and (fields := clashes([record], [first[1]])):
             other.setdefault(tuple(fields), []).append(label)
-    return [f"ours: {', '.join(names)}: not ranked against {first[0]}, scored by another protocol ({', '.join(fields)})." for fields, names in other.items()]
+    return [f"ours: {', '.join(names)}: not ranked against {first[0]}, scored by another protocol ({', '.join(fields)})." for fields, names in other.items()] + not_recorded([record for record in scored if record])
 
 
 def score_columns(group: str, names: Mapping[str, str], protocol: Protocol) -> list[tuple[str, str]]:

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.engine.cli import Parser, guarded
-from experiments.engine.manifest import ABSENT, WITHOUT, differences, effect, incomparable, of_record
+from experiments.engine.manifest import ABSENT, NAMED, WITHOUT, differences, effect, incomparable, of_record
 from experiments.engine.store import Record, read_record
 
-NAMED = ("measure.decoder", "measure.extractor", "measure.reference")  # under another name these have other fields
 HARDWARE = ("device", "cpu", "world_size", "sample_batch", "commit", "dirty")
 
 

@@ -197,12 +197,14 @@ def test_systems_are_counted_whole_and_numbers_stay_numbers(tmp_path: Path):
     assert found["MAR-H"]["paper: ImageNet 256 FID"] == "1.55" and found["MAR-H"]["type"] == "AR"
 
 
-def test_evaluations_per_image_are_noted_where_they_differ(tmp_path: Path):
+def test_evaluations_per_image_are_noted_by_row_where_they_differ(tmp_path: Path):
     store = Store(tmp_path)
     scores = {"fd_digits": 1.0, "is_digits": 8.0, "precision_digits": 0.5, "recall_digits": 0.5, "agreement": 0.9}
     for row, nfe in ((SIT_XL, 50.0), (DIT_XL, 50.0), (DIMSUM_L, 62.375)):
         store.append(evaluate_stage(row, DIGITS, 0), "done", scores | {"nfe": nfe}, PROVENANCE)
-    (note,) = [note for note in main_sheet(TABLE_8, TABLE_8.rows, DIGITS, (0,), "cpu", store).notes if "evaluations" in note]
+    notes = [[note for note in main_sheet(TABLE_8, rows, DIGITS, (0,), "cpu", store).notes if "evaluations" in note] for rows in ([SIT_XL, DIT_XL], TABLE_8.rows, [ADM_U])]
+    assert notes[0] == ["network evaluations per image: 50."] and not notes[2]
+    (note,) = notes[1]
     assert note == "network evaluations per image: 50: DiT-XL/2, SiT-XL; 62.38: DiMSUM-L/2."
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from experiments.ablation import TABLE_4
-from experiments.engine.manifest import ABSENT, EFFECTS, WITHOUT, declared, differences, effect, incomparable, manifest, of_record, score_name
+from experiments.engine.manifest import ABSENT, EFFECTS, WITHOUT, declared, differences, effect, incomparable, manifest, not_recorded, of_record, score_name
 from experiments.engine.report import comparison_sheet, main_sheet
 from experiments.engine.spec import Sampler, canonical
 from experiments.engine.store import REPOSITORY, Store
@@ -133,6 +133,17 @@ def test_tables_refuse_to_rank_across_protocols(tmp_path: Path):
     assert TABLE_4.rows[1].label not in note.partition("not compared")[0] and f"better: {TABLE_4.rows[2].label}" in note
 
 
+def test_a_table_names_the_fields_that_not_all_its_records_hold(tmp_path: Path):
+    """A field that is declared, or belongs to a part of another name, is no gap."""
+    store = Store(tmp_path)
+    for row, found in enumerate((dict(nfe=50, reference={"name": "a", "sha256": "b"}), dict(reference={"name": "a"}, sampler={"eta": 0.0}), dict(nfe=50, decoder={"name": "vae", "scale": 3}))):
+        scored(store, row, 1.0, **found)
+    notes = [[note for note in main_sheet(TABLE_4, TABLE_4.rows[:num], DIGITS, (0,), "cpu", store).notes if "not recorded by all" in note] for num in (1, 2)]
+    assert notes == [[], ["not recorded by all, and taken as agreeing: nfe, reference.sha256."]]
+    records = [store.latest(evaluate_stage(row, DIGITS, 0)) for row in TABLE_4.rows[:3]]
+    assert "decoder" not in not_recorded(records)[0] and not not_recorded([])
+
+
 def test_no_verdict_is_given_across_protocols(tmp_path: Path):
     """Scores that lie far off are said to only where one protocol measured them, be it on another machine."""
     store = Store(tmp_path)
@@ -183,6 +194,7 @@ def test_the_script_refuses_what_is_no_evaluate_record(tmp_path: Path):
     for bad in (tmp_path / "a.json", tmp_path / "missing.json", train):
         done = diff(bad, bad)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert diff("none.json", "none.json").stderr.startswith("error: none.json: no record")
 
 
 def test_every_committed_score_holds_what_decided_it():

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from experiments.engine.store import Record
 
+NAMED = ("measure.decoder", "measure.extractor", "measure.reference")  # under another name these have other fields
 ABSENT, WITHOUT = "not recorded", "without"
 ONE_SIDED = ("measure.guidance.classifier", "measure.upsampling", "model.classifier", "model.upsampler", "model.init_from", "model.sha256")  # a manifest without one did without it
 
@@ -123,6 +124,19 @@ def clashes(records: Sequence[Record], base: Sequence[Record]) -> list[str]:
     first = [of_record(record.spec, record.values, record.provenance) for record in base[:1]]
     found = (field for record in records for one in first for field in incomparable(one, of_record(record.spec, record.values, record.provenance)))
     return sorted({field.removeprefix("measure.") for field in found})
+
+
+def not_recorded(records: Sequence[Record]) -> list[str]:
+    """A sentence on the fields, without `measure.`, that were found for some of the records' manifests and for others not: there they count as agreeing.
+
+    What the specs declare all of them hold.
+    """
+    manifests, held = [of_record(record.spec, record.values, record.provenance) for record in records], []
+    other = tuple(f"{part.removeprefix('measure.')}." for part in NAMED if len({found["measure"].get(part.removeprefix("measure."), {}).get("name") for found in manifests}) > 1)
+    for record, found in zip(records, manifests, strict=True):
+        held.append({key for key, _ in _flat(found["measure"])} - {key for key, _ in _flat(declared(record.spec)["measure"])} | {"model.key"} & {f"model.{key}" for key in found["model"]})
+    fields = sorted(key for key in set().union(*held) if not key.startswith(other) and not all(key in keys for keys in held))
+    return [f"not recorded by all, and taken as agreeing: {', '.join(fields)}."] * bool(fields)
 
 
 def machines(features: str) -> tuple[str, ...]:

@@ -7,10 +7,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from experiments.engine.manifest import clashes, machines, score_name
+from experiments.engine.manifest import clashes, machines, not_recorded, score_name
 from experiments.engine.rows import Row, Table
 from experiments.engine.spec import Stage, spec_id
-from experiments.engine.spread import LEVEL, agree, made_by_few, pooled, reach, scaled
+from experiments.engine.spread import LEVEL, agree, evaluations, made_by_few, pooled, reach, scaled
 from experiments.engine.store import Record, Store
 from experiments.protocols import Protocol, cost_stages, evaluate_stage, timed_rows, timing_stage
 
@@ -123,6 +123,7 @@ def comparison_sheet(table: Table, rows: Sequence[Row], protocol: Protocol, seed
     for words, found in (("other protocol: no verdict, for the reference was measured", other), ("compared all the same: another machine measures", {label: differ[label] for label in compared})):
         if fields := sorted({field for fields in found.values() for field in fields}):
             sheet.notes.append(f"{words} with another {', '.join(fields)} (experiments/diff_protocol.py says what that does)")
+    sheet.notes += not_recorded([record for row in rows for where, given in (("records", seeds), ("reference", REFERENCE_SEEDS)) for record in _records(store, row, protocol, given, where)])
     return sheet
 
 
@@ -249,25 +250,16 @@ def _notes(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequenc
     evaluated = [record for row in rows for record in _records(store, row, protocol, seeds, where)]
     places = {f"{r.provenance['device'] if r.provenance['device'] != 'cpu' else r.provenance['cpu']}, torch {r.provenance['torch']}" for r in evaluated}
     notes += [f"run on {'; '.join(sorted(places))}"] * bool(evaluated)
-    notes += made_by_few(next(iter(SCORES[protocol.features])), scores) + _evaluations(scores)
+    notes += made_by_few(next(iter(SCORES[protocol.features])), scores) + evaluations(scores) + not_recorded(evaluated)
     notes += [f"warning: {text}" for text in sorted({text for record in evaluated for text in record.values.get("warnings", [])})]
     return notes + ["some records come from a tree with uncommitted changes"] * any(record.provenance["dirty"] for record in evaluated)
-
-
-def _evaluations(scores: dict[str, list[dict[str, float]]]) -> list[str]:
-    """Network evaluations per image, where rows differ in them; records from before they were counted have none."""
-    labels: dict[str, list[str]] = {}
-    for label, found in scores.items():
-        if counts := [values["nfe"] for values in found if "nfe" in values]:
-            labels.setdefault(f"{statistics.fmean(counts):.4g}", []).append(label)
-    return ["network evaluations per image: " + "; ".join(f"{nfe}: {', '.join(names)}" for nfe, names in labels.items()) + "."] * (len(labels) > 1)
 
 
 def _score_note(protocol: Protocol, seeds: Sequence[int]) -> str:
     error = "± sampling standard error, one training seed" if len(seeds) == 1 else "± standard error of the mean over training seeds, of a row with one seed that of sampling"
     if protocol.features != "inception":
         return (
-            f"{protocol.name}: {protocol.recipe.steps} steps of {protocol.recipe.batch}, {protocol.num} images, {protocol.sampler.num_steps} sampling steps; scores on a small classifier's "
+            f"{protocol.name}: {protocol.recipe.steps} steps of {protocol.recipe.batch}, {protocol.num} images; scores on a small classifier's "
             f"features, which are not Inception's: fd_{protocol.features} is no FID and compares with no other protocol's score. {error}."
         )
     return f"{protocol.name}: {protocol.num} images. {error}. no bias: FID without what a finite number of images adds."
