@@ -1,4 +1,4 @@
-"""What differs between two results: `python experiments/diff_protocol.py A.json B.json` (Evaluate records).
+"""What differs between two results: `python experiments/diff_protocol.py A.json B.json` (Evaluate records, or evaluate.py's --record).
 
 Prints every field of the two manifests that is not equal, with the known size of its effect (on ImageNet's FID) and its source, and
 apart from these the fields that one of them should hold and does not. Exit status 0 if the scores may be ranked, 1 if the protocols
@@ -13,7 +13,7 @@ from typing import Any
 
 from experiments.engine.cli import Parser, guarded
 from experiments.engine.manifest import ABSENT, NAMED, WITHOUT, differences, effect, incomparable, of_record
-from experiments.engine.store import Record, read_record
+from experiments.engine.store import SCORES, Record, read_record
 
 HARDWARE = ("device", "cpu", "world_size", "sample_batch", "commit", "dirty")
 
@@ -60,8 +60,8 @@ def _without(found: list[tuple[str, Any, Any]]) -> list[tuple[str, Any, Any]]:
 
 def _record(path: Path) -> Record:
     record = read_record(path)
-    if record.kind != "evaluate" or record.status != "done":
-        raise ValueError(f"{path.name}: a {record.status} {record.kind} record; only finished evaluate records have scores")
+    if record.kind not in ("evaluate", SCORES) or record.status != "done":
+        raise ValueError(f"{path.name}: a {record.status} {record.kind} record; only finished evaluate records, and evaluate.py's, have scores")
     return record
 
 

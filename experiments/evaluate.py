@@ -2,23 +2,27 @@
 
 A sample file holds uint8 images (arr_0, N x H x W x 3); the reference holds such images, statistics (mu, sigma, mu_s,
 sigma_s) or both. Prints FID, sFID, IS, precision, recall, density, coverage, KID and MIND with N in their names and sampling errors where N allows one.
+`--record FILE.json` keeps them, with all that decided them, for diff_protocol.py.
 With `--paired`, two files that sample.py made from common seeds are compared with the error of their difference.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.engine.cli import Parser, guarded
-from experiments.engine.manifest import score_name
+from experiments.engine.manifest import of_samples, score_name
 from experiments.engine.sources import inception_path
+from experiments.engine.store import SCORES, Record, provenance, timestamp, write_record
 
 if TYPE_CHECKING:
     from experiments.engine.npz import Images
 
-SCORES = ("fid", "fid_corrected", "sfid", "is", "is_shuffled", "precision", "recall", "precision_half", "recall_half", "density", "coverage", "kid", "mind")
+SHOWN = ("fid", "fid_corrected", "sfid", "is", "is_shuffled", "precision", "recall", "precision_half", "recall_half", "density", "coverage", "kid", "mind")
 TRAININGS = 0.013  # coefficient of variation of FID between trainings (arXiv:2606.20536)
 
 
@@ -33,6 +37,7 @@ def _main() -> int:
     parser.add_argument("--inception", type=Path, default=inception_path(), metavar="FILE", help="weights (default: $DICO_INCEPTION, or in data/)")
     parser.add_argument("--paired", action="store_true", help="compare two files from common seeds")
     parser.add_argument("--half", action="store_true", help="also precision and recall in the half-precision arithmetic of ADM's evaluator")
+    parser.add_argument("--record", type=Path, metavar="FILE.json", help="write the scores of one file of images with their manifest")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     _run(parser.parse_args())
     return 0
@@ -47,12 +52,16 @@ def _run(args: argparse.Namespace) -> None:
 
     if args.paired and len(args.samples) != 2:
         raise ValueError(f"--paired compares two sample files, got {len(args.samples)}")
+    if args.record and len(args.samples) != 1:
+        raise ValueError(f"--record keeps the scores of one sample file, got {len(args.samples)}")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     require_device(device)
     for path in args.samples:
         if not has_images(path) and not (statistics(path) and not args.paired):
             raise ValueError(f"{path.name}: holds no images (arr_0)" + ("" if statistics(path) else " and no statistics (mu, sigma)"))
     files = [Images(path) for path in args.samples if has_images(path)]
+    if args.record and not files:
+        raise ValueError(f"--record keeps the scores of images; {args.samples[0].name} holds statistics only")
     order = _common_order(*files) if args.paired else None
     extractor = inception.load(args.inception, device)
     reference = scores.read_reference(extractor, args.against)
@@ -66,11 +75,30 @@ def _run(args: argparse.Namespace) -> None:
             values = scores.score(measured[-1], reference, images.labels, balanced=_balanced(images), half=args.half, device=device)
         if images.stray:
             values["warnings"].append(f"{images.path.name} carries {', '.join(images.stray)}, which was ignored: ADM's evaluator would score that instead of the images")
-        print(_shown(images.path.name, values, args.against.name))
+        if args.record:
+            write_record(args.record, _recorded(images, values, scores.identity(extractor, reference), device))
+        print(_shown(images.path.name, values | {key: images.made[key] for key in ("nfe",) if images.made and key in images.made}, args.against.name))
     if order is not None:
         sides = [scores.Measured(m.pool[rows], m.spatial[rows], m.probabilities[rows]) for m, rows in zip(measured, order, strict=True)]
         labels = None if files[0].labels is None else files[0].labels[order[0]]
         print(_compared(scores.paired(*sides, reference, labels, _balanced(files[0])), args.samples))
+
+
+def _recorded(images: Images, values: dict[str, Any], identity: dict[str, Any], device: str) -> Record:
+    """The scores with both files' hashes, what the sampler wrote of itself, and how they were measured, in the form of an Evaluate record."""
+    import torch
+
+    from experiments.engine.evaluate import versions
+    from experiments.engine.npz import sha256
+    from experiments.engine.precision import flags, precision
+
+    with precision("fp32", torch.device(device)):
+        found = {"num": len(images), "image": {"size": images.shape[1], "format": "uint8"}, "flags": flags()}
+    found |= {"versions": versions("numpy", "scipy", "torch-fidelity"), **identity}
+    whole = of_samples(images.made or {}, {"samples": {"name": images.path.name, "sha256": sha256(images.path)}}, found)
+    place = {"torch": torch.__version__, "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "precision_flags": found["flags"]}
+    name = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
+    return Record(name, SCORES, "done", values | {"made": images.made, "manifest": whole}, provenance() | place, timestamp(), {})
 
 
 def _common_order(a: Images, b: Images) -> tuple[Any, Any]:
@@ -91,7 +119,7 @@ def _balanced(images: Images) -> bool:
 
 def _shown(name: str, values: dict[str, Any], reference: str) -> str:
     lines = [f"{name} against {reference}"]
-    for key in (key for key in SCORES if values.get(key, float("nan")) == values.get(key, float("nan")) and key in values):
+    for key in (key for key in SHOWN if values.get(key, float("nan")) == values.get(key, float("nan")) and key in values):
         base, _, kind = key.partition("_")
         words = {"": "", "corrected": ", without its finite-N bias", "shuffled": ", order shuffled", "half": ", ADM's half precision"}[kind]
         error = values.get(f"{key}_se")
@@ -100,6 +128,7 @@ def _shown(name: str, values: dict[str, Any], reference: str) -> str:
         counts = f", k 3, {values['num_reference']} reference rows" if base in ("precision", "recall", "density", "coverage") else ""
         counts += f", over {values['mind_rows']} rows of each" if base == "mind" else ""
         lines.append(f"  {score_name(base, values['num']):15} {values[key]:.{digits}f}{spread}{words}{counts}")
+    lines += [f"  network evaluations per image: {values['nfe']}"] if "nfe" in values else []
     return "\n".join([*lines, *(f"  warning: {text}" for text in values["warnings"])])
 
 

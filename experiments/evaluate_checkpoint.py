@@ -206,6 +206,7 @@ def _beside(values: dict[str, Any], backbone: str, spec: Evaluate, store: Store)
         spread = f" ± {error:.4f}" if error is not None and error == error else ""
         words = ", without its finite-N bias" if key == "fid_corrected" else ""
         lines.append(f"  {name:14} {value:.4f}{spread}{words}" + (f"   paper {known}" if known else ""))
+    lines += [f"  network evaluations per image: {values['nfe']:.4g}"] if "nfe" in values else []
     notes = [f"paper: {alike.text()}", *_drawn_otherwise(alike.row, spec)] if alike else [_no_such_row(rows, guided)]
     return [*lines, *(f"  {text}" for text in notes), *(f"  warning: {text}" for text in values.get("warnings", []))]
 

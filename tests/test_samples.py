@@ -101,7 +101,7 @@ def test_packed_files_read_back_with_labels_order_and_origin(tmp_path: Path):
     np.testing.assert_array_equal(np.concatenate(list(packed.batches())), levels(found))
     np.testing.assert_array_equal(packed.labels, found.labels)
     np.testing.assert_array_equal(packed.index, found.index)
-    assert packed.made == MADE | {"labels": "random", "seed": 0, "nfe": 3}
+    assert packed.made == MADE | {"data": "digits", "labels": "random", "order": samples.ORDER, "seed": 0, "precision": "fp32", "nfe": 3}
 
 
 def test_pngs_are_lossless_and_named_by_index_and_label(tmp_path: Path):

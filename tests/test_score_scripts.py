@@ -14,7 +14,7 @@ import torch
 from test_scores import Grey
 
 from backbones import build, list_backbones, tiny_options_of
-from experiments import calibrate, evaluate, evaluate_checkpoint, sample
+from experiments import calibrate, diff_protocol, evaluate, evaluate_checkpoint, sample
 from experiments.engine import evaluate as stage
 from experiments.engine import inception, npz, scores, sources
 from experiments.engine.data import ImageSet
@@ -42,7 +42,7 @@ def grey(monkeypatch: pytest.MonkeyPatch):
 
 def sampled(path: Path, images: np.ndarray, seed: int = 0, order: int = 0) -> Path:
     index = np.random.default_rng(order).permutation(len(images))
-    npz.write(path, iter([images[index]]), images.shape, (index % 8), index, {"labels": "random", "seed": seed})
+    npz.write(path, iter([images[index]]), images.shape, (index % 8), index, {"labels": "random", "seed": seed, "nfe": 7, "sampler": {"kind": "Sampler", "name": "ddim", "scale": 1.5}})
     return path
 
 
@@ -64,6 +64,24 @@ def test_common_seeds_are_paired_by_their_index(grey, tmp_path: Path, capsys, mo
     for other in (sampled(tmp_path / "c.npz", IMAGES, seed=1), sampled(tmp_path / "d.npz", IMAGES[:70])):
         status, _, err = run(evaluate, capsys, monkeypatch, a, other, "--against", tmp_path / "real.npz", "--paired")
         assert status == 2 and "different seeds" in err and err.count("\n") == 1
+
+
+def test_scores_are_recorded_with_all_that_decided_them(grey, tmp_path: Path, capsys, monkeypatch):
+    np.savez(tmp_path / "real.npz", arr_0=IMAGES[::-1])
+    for name, seed in (("a", 0), ("b", 1)):
+        path = sampled(tmp_path / f"{name}.npz", IMAGES, seed)
+        status, out, _ = run(evaluate, capsys, monkeypatch, path, "--against", tmp_path / "real.npz", "--record", tmp_path / f"{name}.json")
+        assert status == 0 and "network evaluations per image: 7\n" in out
+    record = read_record(tmp_path / "a.json")
+    measure, values = record.values["manifest"]["measure"], record.values
+    assert (values["num"], measure["num"], measure["nfe"], measure["flags"]["matmul_tf32"], measure["labels"]) == (80, 80, 7, False, {"policy": "random"})
+    assert measure["guidance"]["scale"] == 1.5 and measure["sampler"] == {"name": "ddim"} and measure["reference"]["sha256"] == npz.sha256(tmp_path / "real.npz")
+    assert values["manifest"]["model"]["samples"] == {"name": "a.npz", "sha256": npz.sha256(tmp_path / "a.npz")} and values["made"]["seed"] == 0
+    assert abs(values["fid"]) < 1e-9 and any("holds no statistics" in text for text in values["warnings"]) and measure["versions"]["torch"] == torch.__version__
+    status, out, _ = run(diff_protocol, capsys, monkeypatch, tmp_path / "a.json", tmp_path / "b.json")
+    assert status == 1 and "measure.seed: 0 | 1\n" in out and "differ in 1 fields" in out
+    status, _, err = run(evaluate, capsys, monkeypatch, tmp_path / "a.npz", tmp_path / "b.npz", "--against", tmp_path / "real.npz", "--record", tmp_path / "c.json")
+    assert status == 2 and "of one sample file, got 2" in err and not (tmp_path / "c.json").exists()
 
 
 def test_statistics_are_scored_as_far_as_they_go(grey, tmp_path: Path, capsys, monkeypatch):
@@ -215,7 +233,7 @@ def test_a_checkpoint_is_sampled_scored_and_recorded(grey, tmp_path: Path, capsy
     status, _, err = run(evaluate_checkpoint, capsys, monkeypatch, *arguments, "--report")
     assert (status, err) == (2, "error: there is no record of net.pt under tiny yet; leave out --report\n")
     status, out, err = run(evaluate_checkpoint, capsys, monkeypatch, *arguments)
-    assert status == 0 and "net.pt (key ema), tiny, manifest " in out and "FID-12 " in out and "the paper has no such row" in out, err
+    assert status == 0 and "net.pt (key ema), tiny, manifest " in out and "FID-12 " in out and "network evaluations per image: 2\n" in out and "the paper has no such row" in out, err
     (path,) = (tmp_path / "results" / "records" / "evaluate").glob("*.json")
     values = read_record(path).values
     assert values["nfe"] == 2 and values["manifest"]["model"]["sha256"] == npz.sha256(tmp_path / "net.pt")

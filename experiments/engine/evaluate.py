@@ -53,8 +53,8 @@ def run(spec: Evaluate, folder: Path, cache: Path, resources: Resources, group: 
     if not group.first:
         return {}
     with precision(spec.precision, torch.device(resources.device)):
-        used = ("numpy", "scipy", "torch-fidelity", "diffusers")[: 4 if spec.features == "inception" else 2]
-        found |= {"flags": flags(), "versions": {"torch": torch.__version__} | _versions(*used)}
+        scored, by_diffusers = spec.features == "inception", any(sampler.name.endswith("_diffusers") for sampler in (spec.sampler, spec.upsampling) if sampler)
+        found |= {"flags": flags(), "versions": versions("numpy", "scipy", *["torch-fidelity"] * scored, *["diffusers"] * (scored or by_diffusers))}
     model, batch = {"weights_sha256": found.pop("network"), "key": found.pop("key")}, found.pop("batch")
     if model["key"] != getattr(spec.train, "key", "ema"):
         values["warnings"] = [*values.get("warnings", []), f"the weights' key is {model['key']}, not ema: the file does not say whether they are averaged"]
@@ -203,8 +203,9 @@ def _histogram(labels: ndarray, num_classes: int) -> str:
     return hashlib.sha256(np.bincount(labels, minlength=num_classes).astype("<i8").tobytes()).hexdigest()[:16]
 
 
-def _versions(*packages: str) -> dict[str, str]:
-    found = {}
+def versions(*packages: str) -> dict[str, str]:
+    """Of torch and of those of these packages that are installed."""
+    found = {"torch": torch.__version__}
     for package in packages:
         try:
             found[package] = metadata.version(package)

@@ -55,16 +55,15 @@ EFFECTS: dict[str, tuple[str, str]] = {
 
 def declared(spec: dict[str, Any]) -> dict[str, Any]:
     """What a full canonical Evaluate spec alone says: also for records that carry no manifest."""
-    train, sampler = spec["train"], dict(spec["sampler"])
-    guidance = {"formula": "null + scale (conditional - null)"} | {key: sampler.pop(key) for key in ("scale", "channels", "interval")}
-    classifier_scale, parts = sampler.pop("classifier_scale", 0.0), {key: spec[key] for key in ("classifier", "upsampler") if spec.get(key)}
+    train, parts = spec["train"], {key: spec[key] for key in ("classifier", "upsampler") if spec.get(key)}
+    sampler, guidance, classifier_scale = _guided(spec["sampler"])
     if "classifier" in parts:
         guidance |= {"classifier": "mean + scale variance gradient of log p(y | x_t)", "classifier_scale": classifier_scale}
     seen = {key: value for key, value in train["data"].items() if key != "kind"}  # flips and latents too, which its name leaves open
     model = {key: train[key] for key in train if key != "kind"} | {"data": seen} | parts
     measure = {
         "data": train["data"]["name"],
-        "sampler": {key: value for key, value in sampler.items() if key != "kind"},
+        "sampler": sampler,
         "guidance": guidance,
         "labels": {"policy": spec["labels"]},
         "num": spec["num"],
@@ -76,9 +75,30 @@ def declared(spec: dict[str, Any]) -> dict[str, Any]:
     return {"model": model, "measure": measure}
 
 
+def _guided(sampler: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], float]:
+    """A canonical sampler's own fields, its guidance, and the scale of a classifier's."""
+    own = {key: value for key, value in sampler.items() if key != "kind"}
+    guidance = {"formula": "null + scale (conditional - null)"} | {key: own.pop(key) for key in ("scale", "channels", "interval") if key in own}
+    return own, guidance, own.pop("classifier_scale", 0.0)
+
+
 def manifest(spec: dict[str, Any], model: dict[str, Any], measure: dict[str, Any], **run: Any) -> dict[str, Any]:
     """The declared part completed by what was found, with the hash of `measure`."""
-    whole = declared(spec)
+    return _completed(declared(spec), model, measure, run)
+
+
+def of_samples(made: dict[str, Any], model: dict[str, Any], measure: dict[str, Any]) -> dict[str, Any]:
+    """The same of a file of samples, whose `made` says what its sampler declared; what it does not say is not recorded."""
+    said = {key: made[key] for key in ("data", "seed", "precision", "decoder", "quantiser", "nfe") if key in made} | {"extractor": {"name": "inception"}}
+    if isinstance(made.get("sampler"), dict):
+        said["sampler"], said["guidance"], _ = _guided(made["sampler"])
+    if labels := {name: made[key] for name, key in (("policy", "labels"), ("order", "order")) if key in made}:
+        said["labels"] = labels
+    weights = {name: made[key] for name, key in (("weights_sha256", "network"), ("key", "key")) if key in made}
+    return _completed({"model": weights, "measure": said}, model, measure, {})
+
+
+def _completed(whole: dict[str, Any], model: dict[str, Any], measure: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
     whole["model"] |= model
     for key, value in measure.items():
         whole["measure"][key] = whole["measure"].get(key, {}) | value if isinstance(value, dict) else value

@@ -69,7 +69,9 @@ class Samples:
 
     def pack(self, path: Path) -> None:
         """One ADM-readable .npz with the labels (arr_1), indices and origin beside the images."""
-        npz.write(path, self.batches(), self.shape, self.labels, self.index, self.made | {"labels": self.spec.labels, "seed": self.spec.seed, "nfe": self.nfe})
+        spec = self.spec
+        said = {"data": spec.data.name, "labels": spec.labels, "order": ORDER, "seed": spec.seed, "precision": spec.precision, "nfe": self.nfe}
+        npz.write(path, self.batches(), self.shape, self.labels, self.index, self.made | said)
 
     def write_png(self, folder: Path) -> None:
         """One PNG an image, by index and label: 000012-207.png."""

@@ -25,6 +25,7 @@ from experiments.engine.spec import Stage, canonical, kind_of, spec_id
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FORMAT = 1
+SCORES = "scores"  # kind of a record of two files, which no spec names
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,7 @@ class Store:
         """Write a new record; nothing is ever overwritten."""
         utc = timestamp()
         record = Record(spec_id(spec), kind_of(spec), status, values, provenance, utc, canonical(spec, full=True), error)
-        path = self.root / "records" / record.kind / f"{record.id}-{utc}-{uuid.uuid4().hex[:6]}.json"
-        with written_whole(path) as file:
-            file.write(json.dumps({"format": FORMAT} | vars(record), indent=1, allow_nan=True).encode() + b"\n")
+        write_record(self.root / "records" / record.kind / f"{record.id}-{utc}-{uuid.uuid4().hex[:6]}.json", record)
         self._cache.pop("records", None)
         return record
 
@@ -113,6 +112,11 @@ def timestamp(seconds: float | None = None) -> str:
     return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(seconds))
 
 
+def write_record(path: Path, record: Record) -> None:
+    with written_whole(path) as file:
+        file.write(json.dumps({"format": FORMAT} | vars(record), indent=1, allow_nan=True).encode() + b"\n")
+
+
 def read_record(path: Path) -> Record:
     """The record in a file, wherever it lies; ValueError in one line if it is none of this suite."""
     try:
@@ -120,8 +124,8 @@ def read_record(path: Path) -> Record:
         if fields.pop("format") != FORMAT:
             raise ValueError("another format")
         record = Record(**fields)
-        if not path.name.startswith(f"{record.id}-") or len(record.id) != 16:
-            raise ValueError("its name does not fit its content")
+        if len(record.id) != 16:
+            raise ValueError("its id has not 16 digits")
         if not all(isinstance(part, dict) for part in (record.values, record.provenance, record.spec)):
             raise ValueError("values, provenance and spec are not all objects")
         return record
@@ -132,7 +136,7 @@ def read_record(path: Path) -> Record:
 def _read(path: Path) -> Record | None:
     try:
         record = read_record(path)
-        if record.kind != path.parent.name:
+        if record.kind != path.parent.name or not path.name.startswith(f"{record.id}-"):
             raise ValueError(f"{path.parent.name}/{path.name}: no record of this suite (ValueError: its name does not fit its content)")
         return record
     except ValueError as error:
