@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from experiments.engine.cli import Parser, guarded
+from experiments.engine.progress import images_line
 from experiments.engine.sources import folder_of
 from experiments.protocols import PROTOCOLS
 
@@ -77,8 +78,7 @@ class _Progress:
             self.started, self.first = time.monotonic(), done
         elif done > self.last:
             rate = (done - self.first) / (time.monotonic() - self.started)
-            minutes, seconds = divmod(round((total - done) / rate), 60)
-            print(f"{done} of {total} images, {rate:.1f} images/s, {minutes // 60}:{minutes % 60:02d}:{seconds:02d} left", file=sys.stderr, flush=True)
+            print(images_line(done, total, rate), file=sys.stderr, flush=True)
         self.last = done
 
 

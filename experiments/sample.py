@@ -3,7 +3,8 @@
 Each image comes from its own seed, so the set depends on neither the batch nor the number of processes (srun or torchrun starts
 several, one a GPU) but by rounding, and not on where a stopped run went on. Labels follow the
 protocol's policy. Writes an ADM-readable .npz (arr_0 images, arr_1 labels, shuffled with a fixed seed) and, with --png,
-one PNG an image. The Evaluate stage of the same row and number scores the same images (of digits before they are rounded to 8 bits).
+one PNG an image. The Evaluate stage of the same row and number scores the same images: with Inception these very files, on a
+classifier's features drawn anew in other batches, so the same to rounding (of digits before they are rounded to 8 bits).
 """
 
 from __future__ import annotations
@@ -90,8 +91,13 @@ def _run(args: argparse.Namespace) -> int:
     resources = Resources(device, sample_batch=args.batch)
     group = distributed.join(device, resources.timeout)
     with ExitStack() as held:
-        progress = held.enter_context(Progress(total=1)) if group.first else None
-        samples = _drawn(spec, store, resources, group, held, lambda *state: progress and progress.notify(job, "progress", state))
+        progress = held.enter_context(Progress(total=1, lines=True)) if group.first else None
+
+        def report(done: int, num: int, loss: float, rate: float) -> None:
+            if progress:  # the other ranks draw as fast
+                progress.notify(job, "progress", (done, num, loss, rate * group.world_size))
+
+        samples = _drawn(spec, store, resources, group, held, report)
         if not group.first:
             return 0
         samples.pack(out)

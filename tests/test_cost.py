@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from backbones import kernels
-from experiments.ablation import TABLES
+from experiments.ablation import TABLE_4, TABLES
 from experiments.engine.cost import MacCounter, count, run
 from experiments.engine.rows import Row, Table
 from experiments.engine.spec import Cost
+from experiments.engine.store import REPOSITORY, Store
+from experiments.protocols import CIFAR10_BF16, cost_stage
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"
 ROWS = {f"{table.number} {row.label}": (table, row) for table in TABLES.values() for row in table.rows + table.outside}
@@ -103,3 +105,12 @@ def test_hidden_products_are_refused():
         F.scaled_dot_product_attention(q, q, q)
     with pytest.raises(RuntimeError, match="hides attention's products"), kernels.use(attention="sdpa"), MacCounter():
         network("dit_s_2 at 6")(*inputs("dit_s_2 at 6"))
+
+
+def test_a_seed_of_table_4_under_cifar10_bf16_is_an_hour_by_what_the_protocol_assumes():
+    """A backward pass costs two forward ones; a multiply-accumulate is two operations."""
+    store, (recipe, images) = Store(reference=REPOSITORY / "results" / "reference"), (CIFAR10_BF16.recipe, CIFAR10_BF16.num * CIFAR10_BF16.sampler.num_steps)
+    flops = sum(2 * store.latest(cost_stage(row), "reference").values["macs_core"] for row in TABLE_4.rows)
+    training, sampling = flops * 3 * recipe.batch * recipe.steps / 100e12, flops * images / 20e12
+    assert (round(training / 60), round(sampling / 60)) == (48, 10) and training + sampling < 3600
+    assert recipe.precision == "bf16" and recipe.ema**recipe.steps < 0.02  # little of the weights as they were made is left in the average

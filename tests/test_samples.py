@@ -23,7 +23,9 @@ from experiments.engine import evaluate, inception, samples, sources, train
 from experiments.engine.autoencoder import load_autoencoder
 from experiments.engine.data import ImageSet, load
 from experiments.engine.generate import images, labels
+from experiments.engine.launch import Job
 from experiments.engine.npz import Images
+from experiments.engine.progress import Progress
 from experiments.engine.quantise import to_uint8
 from experiments.engine.samples import decoder_of, decoder_warnings, draw, sampled
 from experiments.engine.spec import Backbone, Checkpoint, Data, Evaluate, Recipe, Sampler, Train, spec_id
@@ -199,6 +201,13 @@ def test_the_inception_stage_runs_from_weights_to_record(tmp_path: Path, monkeyp
     measure = values["manifest"]["measure"]
     assert measure["extractor"]["sha256"] and measure["reference"]["num_images"] == 9 and measure["quantiser"] == samples.QUANTISER
     assert json.loads(json.dumps(values["manifest"])) == values["manifest"]
+
+
+def test_without_a_terminal_each_chunk_of_a_drawing_is_a_line(capsys: pytest.CaptureFixture[str]):
+    for lines, said in ((True, "250 of 9250 images, 2.0 images/s, 1:15:00 left\n"), (False, "")):
+        with Progress(total=1, lines=lines) as progress:
+            progress.notify(Job("a", (SPEC,)), "progress", (250, 9250, float("nan"), 2.0))
+        assert capsys.readouterr().err == said
 
 
 def test_another_sampler_is_another_set_and_an_unknown_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

@@ -1,4 +1,4 @@
-"""Progress of running jobs on standard error: bars on a terminal, a line a stage otherwise."""
+"""Progress of running jobs on standard error: bars on a terminal, a line a stage otherwise, and a line a chunk where it is asked for."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ from experiments.engine.launch import Job
 from experiments.engine.spec import kind_of
 
 
-class Progress:
-    """`notify` takes the events of `launch.run_here`; `total` counts stages."""
+def images_line(done: int, total: int, rate: float) -> str:
+    """How far a work over images is, at `rate` a second, and the time that is left."""
+    minutes, seconds = divmod(round((total - done) / rate), 60)
+    return f"{done} of {total} images, {rate:.1f} images/s, {minutes // 60}:{minutes % 60:02d}:{seconds:02d} left"
 
-    def __init__(self, total: int) -> None:
-        self.total, self.done, self.started, self.bars = total, 0, time.monotonic(), None
+
+class Progress:
+    """`notify` takes the events of `launch.run_here`; `total` counts stages. `lines` says each piece of a drawing where there are no bars."""
+
+    def __init__(self, total: int, lines: bool = False) -> None:
+        self.lines, self.total, self.done, self.started, self.bars = lines, total, 0, time.monotonic(), None
         self.tasks: dict[str, Any] = {}
 
     def __enter__(self) -> Progress:
@@ -40,6 +46,9 @@ class Progress:
                 self.tasks[job.label] = self.bars.add_task(job.label, total=steps, state="")
             state = f"{rate:.1f} images/s" if loss != loss else f"loss {loss:.4f}, {rate:.0f} images/s"  # sampling has no loss
             self.bars.update(self.tasks[job.label], completed=step, total=steps, state=state)
+        elif event == "progress" and self.lines:
+            done, num, _, rate = payload
+            self._say(images_line(done, num, rate))
         elif event == "record":
             stage, record = payload
             self.done += 1
