@@ -64,13 +64,14 @@ def _timing_notes(rows: Sequence[Row], shown: Sequence[dict[tuple[str, str], Rec
 
 
 def clash_notes(labels: Sequence[str], scored: Sequence[Record | None]) -> list[str]:
-    """Which of our scores were measured otherwise than the first of them, and in what; such rows are not to be ranked against each other."""
+    """Which of our scores were measured otherwise than the first of them, and in what; such rows are not to be ranked against each other. And what some do not record."""
     first = next(((label, record) for label, record in zip(labels, scored, strict=True) if record), None)
     other: dict[tuple[str, ...], list[str]] = {}
     for label, record in zip(labels, scored, strict=True):
         if record and (fields := clashes([record], [first[1]])):
             other.setdefault(tuple(fields), []).append(label)
-    return [f"ours: {', '.join(names)}: not ranked against {first[0]}, scored by another protocol ({', '.join(fields)})." for fields, names in other.items()] + not_recorded([record for record in scored if record])
+    notes = [f"ours: {', '.join(names)}: not ranked against {first[0]}, scored by another protocol ({', '.join(fields)})." for fields, names in other.items()]
+    return notes + not_recorded([record for record in scored if record])
 
 
 def score_columns(group: str, names: Mapping[str, str], protocol: Protocol) -> list[tuple[str, str]]:

@@ -78,6 +78,8 @@ def test_the_classifier_is_cached_by_content_and_scores_are_named_for_what_they_
     assert not {"fid", "is", "precision", "recall"} & set(first)
     assert first["classifier_accuracy"] > 0.95 and first["classifier_sha256"] == again["classifier_sha256"]
     assert repr(again) == repr(first) and first["manifest"]["run"] == {"batch": evaluate.ON_CPU}
+    by_diffusers = evaluate.run(replace(spec, sampler=replace(spec.sampler, name="dpm_solver_diffusers")), tmp_path / "run", cache, Resources())
+    assert ["diffusers" in values["manifest"]["measure"]["versions"] for values in (first, by_diffusers)] == [False, True]
     assert math.isfinite(first["fd_digits"]) and math.isnan(first["fd_digits_se"])  # 7 images are too few for an error
 
 

@@ -166,8 +166,10 @@ def decoder_warnings(data: Data, decoder: dict[str, Any]) -> list[str]:
         return []
     from experiments.engine.autoencoder import PUBLISHED
 
-    unknown = f"decoded with the VAE {decoder['name']} (SHA-256 {decoder['sha256']}), which is not known to be {' or '.join(PUBLISHED)}: there are no latents of {data.name} here to hold it against"
-    return [unknown] * (decoder["name"] not in PUBLISHED)
+    if decoder["name"] in PUBLISHED:
+        return []
+    named = f"the VAE {decoder['name']} (SHA-256 {decoder['sha256']})"
+    return [f"decoded with {named}, which is not known to be {' or '.join(PUBLISHED)}: there are no latents of {data.name} here to hold it against"]
 
 
 def batch_on(device: torch.device, asked: int) -> int:
