@@ -65,7 +65,7 @@ def _throughput(claim: Claim, store: Sources) -> Finding:
     basis = printed + (f". Not the claim's, for scale: {small}" if small else "")
     if missing:
         return Finding(NOT_YET, "", "open", basis)
-    return Finding(PUBLISHED, f"{speeds[0] / speeds[1]:.2f}", consistent(speeds[0] / speeds[1], claim["value"]), basis)
+    return Finding(PUBLISHED, f"{speeds[0] / speeds[1]:.2f}", consistent(speeds[0] / speeds[1], claim["value"]), basis, "one figure each, none given")
 
 
 def _measured_speed(claim: Claim, store: Sources, device: str) -> Finding | None:

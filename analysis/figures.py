@@ -85,6 +85,8 @@ def runtime(store: Sources) -> Figure:
     timed alone at one batch, on a GPU where any was, else on a CPU, which is no measure of a GPU."""
     made, (left, right, sizes) = figure(11.2, 3.7, columns=3, width_ratios=(1, 1.15, 0.9))
     rows = {row["model"]: row for row in store.rows("table2.csv") if row["throughput_img_s"]}
+    if not rows:
+        raise ValueError("published data table2.csv: no row has a throughput")
     times = sorted(((1000 / float(row["throughput_img_s"]), name) for name, row in rows.items()), reverse=True)
     left.barh([name for _, name in times], [time for time, _ in times], color=[(*family_colour(name), 0.25) for _, name in times], ec=[family_colour(name) for _, name in times], lw=1.4)
     for time, name in times:

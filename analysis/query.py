@@ -106,6 +106,8 @@ class Sources(Store):
                 rows = list(csv.DictReader(file))
         except OSError as error:
             raise ValueError(f"published data {name}: {error.strerror}; restore it with git checkout results/published") from None
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"published data {name}: no CSV in UTF-8 ({error}); restore it with git checkout results/published") from None
         if not rows:
             raise ValueError(f"published data {name}: holds no rows")
         words, numbers = (columns.split() for columns in COLUMNS[name])

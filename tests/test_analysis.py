@@ -251,6 +251,7 @@ def test_every_claim_gets_a_verdict(committed: Sources, tmp_path: Path):
         sheet = claims_sheet(store)
         assert column(sheet, "claim") == [row["id"] for row in store.rows("claims.csv")]
         assert set(column(sheet, "evidence")) <= set(LEVELS) and all(column(sheet, "verdict")) and all(column(sheet, "basis"))
+        assert all(error != "-" for value, error in zip(column(sheet, "value"), column(sheet, "error"), strict=True) if value != "-")
     assert {"counted", "measured at reduced scale"} & set(column(sheet, "evidence")) == set()
 
 
@@ -542,6 +543,13 @@ def test_a_published_file_that_is_missing_or_unsourced_is_one_line(tmp_path: Pat
     names = [*words.split(), *numbers.split(), "source"]
     (tmp_path / "table7.csv").write_text(",".join(names) + "\n" + "DiCo-S," + ",".join("1" for _ in names[1:-1]) + ",\n")
     with pytest.raises(ValueError, match="line 2: no source"):
+        Sources(None, tmp_path).rows("table7.csv")
+
+
+@pytest.mark.parametrize("content", [b"model," + b"x" * 140_000, b"model\n\xff\n"])
+def test_a_published_file_that_is_no_csv_is_one_line(content: bytes, tmp_path: Path):
+    (tmp_path / "table7.csv").write_bytes(content)
+    with pytest.raises(ValueError, match="^published data table7.csv: no CSV in UTF-8 .*; restore it with git checkout results/published$"):
         Sources(None, tmp_path).rows("table7.csv")
 
 
