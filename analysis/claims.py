@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from analysis import claims_scores
+from analysis import claims_probes, claims_scores
 from analysis.findings import COUNTED, LEVELS, MEASURED, NOT_YET, PUBLISHED, REDUCED, VERDICTS, Claim, Finding, consistent, published
-from analysis.probes.declared import declared
 from analysis.query import Sources
 from experiments import speed_claims
-from experiments.ablation import TABLE_3, TABLE_4
 from experiments.engine.report import Cell, Sheet
-from experiments.protocols import DIGITS
 from experiments.speed import unfused
 
 
@@ -99,36 +96,11 @@ def _gflops(claim: Claim, store: Sources) -> Finding:
     return Finding(COUNTED, cell.words, "reproduced" if same else "not to the printed digit" + off, f"{counts} Gflops, counted here by the paper's counter", "exact", cell.records)
 
 
-def _attention(claim: Claim, store: Sources) -> Finding:
-    """Attention's mass within the near field over that of uniform attention, in the isotropic DiT trained on digits."""
-    record = store.latest(declared("locality", TABLE_3.baseline, DIGITS, seed=0), "reference")
-    if record is None or "attention" not in record.values:
-        return Finding(NOT_YET, "", "open", "needs the named checkpoints at 512; no probe record is committed")
-    found = record.values["attention"]
-    ratio, distance = found["near"] / found["near_uniform"], found["distance"]
-    verdict = "same direction, one seed" if ratio > 1 > distance else "against the claim, one seed"
-    basis = f"attention of {TABLE_3.baseline.label} on digits, mean over layers and heads: mass on near tokens over the uniform value; mean distance {distance:.2f} of the uniform one. The named checkpoints were not probed"
-    return Finding(REDUCED, f"{ratio:.2f}", verdict, basis, "one seed, none", (record,))
-
-
-def _channels(claim: Claim, store: Sources) -> Finding:
-    """Near-dead channels and effective rank of the last layer's mixer, with and without CCA, on digits."""
-    rows = {row.label: row for row in TABLE_4.rows}
-    records = [store.latest(declared("channels", rows[label], DIGITS, seed=0), "reference") for label in ("DiCo-S", "w/o CCA")]
-    if None in records:
-        return Finding(NOT_YET, "", "open", "no probe record is committed")
-    (dead, rank), (dead_without, rank_without) = ((record.values["near_dead"], record.values["relative_rank"]) for record in records)
-    signs = {dead < dead_without, rank > rank_without}
-    verdict = "same direction, one seed" if signs == {True} else "against the claim, one seed" if signs == {False} else "mixed, one seed"
-    basis = f"DiCo-S and w/o CCA on digits: share of near-dead channels {dead:.2f} and {dead_without:.2f}; effective rank over channels {rank:.2f} and {rank_without:.2f}"
-    return Finding(REDUCED, f"{dead - dead_without:+.2f} near-dead", verdict, basis, "one seed, none", tuple(records))
-
-
 BY_KIND: dict[tuple[str, str], Callable[[Claim, Sources], Finding]] = {
     ("throughput", "ratio"): _throughput,
     ("gflops", "reduction_percent"): _gflops,
     ("gflops", "ratio_percent"): _gflops,
-    ("attention", "shape"): _attention,
-    ("channel activation", "more"): _channels,
+    ("attention", "shape"): claims_probes.attention,
+    ("channel activation", "more"): claims_probes.channels,
     **claims_scores.BY_KIND,
 }

@@ -1,7 +1,7 @@
 """What a claim is found to be, and what all rules of judging share. No torch.
 
 Evidence, from strong to weak: counted (a network here, exactly), measured here (at the claim's scale), measured at reduced
-scale (the digits protocol, three seeds, probes one; of speed a CPU in place of the claim's GPU), published data only (the paper's tables checked against its words), not yet.
+scale (the digits protocol, three seeds; of speed a CPU in place of the claim's GPU), published data only (the paper's tables checked against its words), not yet.
 """
 
 from __future__ import annotations

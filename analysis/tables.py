@@ -67,13 +67,16 @@ def systems_sheet(table: Table, resolution: int, store: Sources) -> Sheet:
     insert(sheet, at + 1, ("Gflops", "ours, same counter"), same)
     insert(sheet, at + 2, ("Gflops", "diff. %"), [difference(cell, row[at - 1]) for cell, row in zip(same, sheet.rows, strict=True)])
     own = add_conditions(sheet, table, resolution, store)
-    frozen = {}
+    frozen, compared = {}, ("params, M", "diff. %") in sheet.columns
     for row, system, cells in zip(table.rows, known, sheet.rows, strict=True):
         every, ours = counted(system, store, "reference")[0] if system else Cell(), cells[sheet.columns.index(("params, M", "ours"))]
         if every.text() != ours.text():
             frozen[row.label] = every.text()
+            if compared:
+                cells[sheet.columns.index(("params, M", "diff. %"))] = difference(every, cells[sheet.columns.index(("params, M", "paper"))])
     if frozen:
-        sheet.notes.append(f"params: ours are those that train. With what is frozen, such as tables of positions, as published figures can count them: {', '.join(f'{label} {text}' for label, text in frozen.items())}.")
+        every = "; diff. is of all" if compared else ". All"
+        sheet.notes.append(f"params: ours are those that train{every}, with what is frozen or never used, as published figures can count them: {', '.join(f'{label} {text}' for label, text in frozen.items())}.")
     if rounded := [row.label for row in table.rows if row.backbone and published[row.published].get("params", "").endswith("B")]:
         sheet.notes.append(f"params of {', '.join(rounded)}: published in billions to one decimal, whose rounding alone can differ by 5 %.")
     sheet.notes += notes([(row.label, system, cells[at - 1]) for row, system, cells in zip(table.rows, known, sheet.rows, strict=True) if system], store, "reference")

@@ -210,7 +210,7 @@ def _load(file: Path, constructor: str) -> nn.Module:
 
 
 def _tasks(spec: Steps, other: nn.Module | None, device: Any) -> dict[str, Callable[[], Any]]:
-    from experiments.engine.timing import drawn, sized, task
+    from experiments.engine.timed_tasks import drawn, sized, task
 
     network, timed = _timing(spec)
     tasks = {"ours": task(network, timed, device)}

@@ -55,12 +55,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--profile", metavar="ROW", help="profile a row of Table 1, by label")
     parser.add_argument("--task", choices=speed.TASKS, default="forward", help="what is timed or profiled (default: forward)")
     parser.add_argument("--sweep", action="store_true", help="with --table and --rows: over the batch size, until it stops paying")
+    parser.add_argument("--modes", nargs="+", choices=speed.MODES["cuda"], help="with --table: only these numeric modes are timed (default: all of the device's)")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, by label; also large ones on a CPU")
     parser.add_argument("--format", choices=FORMATS, default="text")
     add_run_options(parser)
     args = parser.parse_args(arguments)
     if args.sweep and not (args.table and args.rows):
         parser.error("--sweep goes with --table and --rows: it times each of them at many batch sizes")
+    if args.modes and (args.sweep or not args.table):
+        parser.error("--modes goes with --table, without --sweep")
     if args.task != "forward" and not (args.table or args.profile):
         parser.error("--task goes with --table or --profile")
     return args
@@ -85,7 +88,7 @@ def _choose(args: argparse.Namespace, device: str, store: Store) -> tuple[Plan, 
         sweeps = tuple(sweep for row in rows for sweep in speed.sweeps(row, table.baseline, device, args.task))
         return Listed(device, alone=sweeps), lambda: [speed.sweep_sheet(row, table.baseline, device, args.task, store) for row in rows]
     counts = tuple(cost for row in rows for cost in cost_stages(row))
-    timed = speed.jobs(table, rows, device, args.task, args.rows is not None)
+    timed = speed.jobs(table, rows, device, args.task, args.rows is not None, args.modes)
     return Listed(device, counts, (speed.ceilings_job(device), *timed)), lambda: [speed.speed_sheet(table, rows, device, args.task, store)]
 
 

@@ -127,7 +127,7 @@ TABLE_1 = Table(
         *(with_cfg(r) for r in (DIT_XL, DIG_XL, DICO_XL, DIC_H, DICO_H)),
     ),
     outside=(
-        *(Row(f"U-DiT-{size}", Backbone(f"udit_{size.lower()}"), UDIT, None, NOT_PUBLISHED, heavy=size == "L") for size in "SBL"),
+        *(Row(f"U-DiT-{size}", Backbone(f"udit_{size.lower()}"), UDIT, None, NOT_PUBLISHED, recipes.UDIT, heavy=size == "L") for size in "SBL"),
         adm_alone(64, recipes.ADM_64),
         adm_guided(256, recipes.ADM_256),
     ),

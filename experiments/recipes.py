@@ -32,6 +32,7 @@ DICO_XL = iddpm(3_750_000, 1.4, "DiCo's paper, Table 6, and code")
 DICO_XL_512 = iddpm(3_000_000, 1.4, "DiCo's paper, Tables 2 and 6; its scale at 512 is not said, that at 256 is taken")
 DICO_H = iddpm(1_000_000, 1.4, "DiCo's paper, Table 6, not in its code; the scale is not said, DiCo-XL's is taken", batch=1024, lr=2e-4, betas=(0.99, 0.99), warmup=5000)
 DIC_H = iddpm(400_000, 1.5, "DiC's code, which does not flip, as the protocol does; steps and scale of the guided row are not said, the common steps and DiT's scale are taken")
+UDIT = iddpm(400_000, 1.5, "U-DiT's code, which does not flip, as the protocol does, and drops its three labels independently, here one; steps and scale are not said, the common steps and DiT's scale are taken")
 DIG_XL = iddpm(1_200_000, 1.5, "DiG's code; the steps are the 240 epochs of its published version, by secondary sources")
 DIFFUSSM = iddpm(2_578_125, 1.5, "DiffuSSM's paper: 660M images; the scale is not said, DiT's is taken")
 DIFFUSSM_512 = iddpm(1_179_688, 1.5, "DiffuSSM's paper: 302M images; the scale is not said, DiT's is taken")
@@ -85,7 +86,7 @@ def pixels(size: int) -> Data:
 
 def adm(size: int, classifier_scale: float = 0.0, betas: str = "linear", low_res: int | None = None) -> Method:
     """ADM has no null label: it is guided by a classifier's gradient, at the scale of its README; estimates are clipped to pixels in [-1, 1]."""
-    source = "ADM's code defaults and README; steps are the common ones"
+    source = "ADM's code defaults and README; steps and batch are the common ones"
     sampler = Sampler(clip=True, classifier_scale=classifier_scale)
     return Method(Diffusion(betas=betas, low_res=low_res), replace(COMMON, label_dropout=0.0), sampler, source, pixels(size))
 

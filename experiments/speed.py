@@ -37,15 +37,17 @@ def in_mode(stage: Timing, mode: str, what: str = "forward") -> Timing:
     return replace(stage, kernels={"linear": "reference", "pointwise": "reference"}, layout="contiguous") if mode == "as_published" else stage
 
 
-def stages(table: Table, rows: Sequence[Row], device: str, what: str, named: bool) -> list[Timing]:
-    """Each network of the rows once in every mode, beside the table's baseline."""
+def stages(table: Table, rows: Sequence[Row], device: str, what: str, named: bool, modes: Sequence[str] | None = None) -> list[Timing]:
+    """Each network of the rows once in every mode, or in these of the device's, beside the table's baseline."""
     chosen = {str(row.backbone): row for row in timed_rows(table, rows, device, named)}.values()
-    return [in_mode(timing_stage(row, table.baseline, device), mode, what) for row in chosen for mode in MODES[device]]
+    if unknown := sorted(set(modes or ()) - set(MODES[device])):
+        raise ValueError(f"{', '.join(unknown)} is no numeric mode of {device}; known: {', '.join(MODES[device])}")
+    return [in_mode(timing_stage(row, table.baseline, device), mode, what) for row in chosen for mode in modes or MODES[device]]
 
 
-def jobs(table: Table, rows: Sequence[Row], device: str, what: str, named: bool) -> tuple[Job, ...]:
+def jobs(table: Table, rows: Sequence[Row], device: str, what: str, named: bool, modes: Sequence[str] | None = None) -> tuple[Job, ...]:
     """A job a network: its modes are timed on one machine."""
-    timed = stages(table, rows, device, what, named)
+    timed = stages(table, rows, device, what, named, modes)
     labels = {str(row.backbone): row.label for row in reversed(rows)}
     return tuple(Job(labels[network], tuple(stage for stage in timed if str(stage.backbone) == network)) for network in dict.fromkeys(str(stage.backbone) for stage in timed))
 
@@ -111,12 +113,13 @@ def profile_sheets(row: Row, device: str, what: str, store: Store, where: str = 
 
 
 def speed_sheet(table: Table, rows: Sequence[Row], device: str, what: str, store: Store, where: str = "records") -> Sheet:
-    """Images a second in every mode, relative to the baseline, as a share of the device's own matrix product, and the paper's."""
+    """Images a second in every mode, relative to the baseline, as a share of the device's own matrix product; of a forward pass the paper's too."""
     published = store.published(table.published, table.key)
     columns = [("", "row"), ("Gflops", "core")]
     for mode in MODES[device]:
         columns += [(mode, name) for name in ("img/s", "rel.", "% of matmul")] + [(mode, "GiB"), (mode, "J/img")] * (device == "cuda")
-    columns += [("paper, A100", name) for name in ("img/s", "rel.", "% of fp32 peak")]
+    beside = what == "forward"  # all that the paper timed
+    columns += [("paper, A100", name) for name in ("img/s", "rel.", "% of fp32 peak")] * beside
     sheet = Sheet(f"Table {table.number}: {what} on this {device.upper().replace('CUDA', 'GPU')}, by numeric mode ({table.source})", columns)
     base = _number(published[table.baseline.published], "throughput_img_s")
     for row in rows:
@@ -129,7 +132,7 @@ def speed_sheet(table: Table, rows: Sequence[Row], device: str, what: str, store
             cells += _timed(in_mode(timing_stage(row, table.baseline, device), mode, what), core, store, where)
         paper = published[row.published] if row.published else {}
         speed, gflops = _number(paper, "throughput_img_s"), _number(paper, "gflops")
-        cells += [Cell(speed, None, 1), Cell(speed / base if speed and base else None), Cell(100 * 2e9 * speed * gflops / A100_FP32 if speed and gflops else None, None, 0)]
+        cells += [Cell(speed, None, 1), Cell(speed / base if speed and base else None), Cell(100 * 2e9 * speed * gflops / A100_FP32 if speed and gflops else None, None, 0)] * beside
         sheet.rows.append(cells)
     sheet.notes += _notes(table, rows, device, what, store, where)
     return sheet
@@ -152,7 +155,7 @@ def _timed(stage: Timing, core: float | None, store: Store, where: str) -> list[
 def _notes(table: Table, rows: Sequence[Row], device: str, what: str, store: Store, where: str) -> list[str]:
     tasks = {
         "forward": "one forward pass of full batches of x, t and y",
-        "training": "a step of the trainer, from loading the batch to the EMA; three forward passes of multiply-accumulates",
+        "training": "a step of the trainer by the common recipe, from loading the batch to the EMA; three forward passes of multiply-accumulates",
         "sampling": f"guided sampling by {STEPS[device]} steps, twice the batch at each, an image being all of them",
     }
     notes = [f"{what}: {tasks[what]}. ± half the interquartile range; rel.: to {table.baseline.label}, timed in turn."]
@@ -166,6 +169,7 @@ def _notes(table: Table, rows: Sequence[Row], device: str, what: str, store: Sto
             notes.append("large networks take minutes on a CPU: there they are timed only where --rows names them, and are gaps otherwise.")
     if labels := [row.label for row in rows if row.backbone and row.backbone.name.partition("_")[0] in WRITTEN_OUT]:
         notes.append(f"{', '.join(labels)}: attention is written out as in their authors' code, never fused.")
+    notes += _kinds(rows, what)
     plain: dict[str, list[str]] = {}
     for row in rows:
         for mode in MODES[device] if row.backbone else ():
@@ -177,6 +181,8 @@ def _notes(table: Table, rows: Sequence[Row], device: str, what: str, store: Sto
                 notes.append(f"{row.label}, {mode}: {failed.error}")
             if record and not record.values.get("stable", True):  # older records do not say
                 notes.append(f"{row.label}, {mode}: timed before its warm-up was stable.")
+            if mode == "as_published" and record and what == "forward" and not record.values.get("one_condition", True):
+                notes.append(f"{row.label}, {mode}: makes tokens of t and y, and was given those of all images.")
     return notes + [f"{how}, without a fused kernel: {', '.join(labels)}." for how, labels in plain.items()]
 
 
@@ -184,6 +190,17 @@ def unfused(record: Record) -> list[str]:
     """In words: what ran without the fused kernel that GPUs have for it, where the stage did not ask for that."""
     ran, asked = record.provenance.get("kernels", {}), record.spec["kernels"]
     return list(dict.fromkeys(how for (op, choice), how in UNFUSED.items() if choice in ran.get(op, ()) and asked.get(op) != choice))
+
+
+def _kinds(rows: Sequence[Row], what: str) -> list[str]:
+    """Rows whose step or loop is timed as another than their own paper's."""
+    if what == "forward":
+        return []
+    methods = [(row.label, row.method) for row in rows if row.backbone and row.method]
+    velocity = ", ".join(label for label, method in methods if method.diffusion.name == "flow")
+    unguided = ", ".join(label for label, method in methods if not method.recipe.label_dropout) if what == "sampling" else ""
+    notes = [f"{velocity}: timed as predictors of noise, not of a velocity, which takes the same passes of the network."] * bool(velocity)
+    return notes + [f"{unguided}: without a null label; the second half of a batch has real ones, and the classifier that guides in its place is not timed."] * bool(unguided)
 
 
 def sweep_sheet(row: Row, baseline: Row, device: str, what: str, store: Store, where: str = "records") -> Sheet:

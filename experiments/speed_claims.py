@@ -93,7 +93,7 @@ def small_on_cpu(claim: Claim, store: Store, where: str) -> str:
 
 
 def verdict(found: Sequence[Ratio], device: str) -> str:
-    """In words, of at least one ratio; a CPU's says no more than its direction where it lacks the kernel that GPUs have."""
+    """In words, of at least one ratio, with the modes that lack one; a CPU's says no more than its direction where it lacks the kernel that GPUs have."""
     modes = [ratio.mode for ratio in found if ratio.holds]
     some = "holds only as published" if modes == ["as_published"] else f"holds only in {' and '.join(modes)}"
     if device == "cpu" and looped(record for ratio in found for record in ratio.records):
@@ -101,7 +101,8 @@ def verdict(found: Sequence[Ratio], device: str) -> str:
         side = "no" if abs(ratio.value - 1) <= 2 * ratio.error else "same" if ratio.value > 1 else "other"
         return f"{side} direction on this CPU, whose scan has no fused kernel"
     words = "holds" if len(modes) == len(found) else some if modes else "does not hold"
-    return words + (" on this CPU, a proxy" if device == "cpu" else "")
+    lacking = [mode for mode in MODES[device] if mode not in {ratio.mode for ratio in found}]
+    return words + " on this CPU, a proxy" * (device == "cpu") + f"; not measured in {', '.join(lacking)}" * bool(lacking)
 
 
 def looped(records: Iterable[Record]) -> bool:

@@ -95,9 +95,9 @@ def plain(label: str, name: str, table: int, **more: object) -> System:
 UNET_NOTE = "the DiT paper's figure: one step of the base model and one of the upsampler, without the classifier that guides"
 DIG_NOTE = "fvcore does not see the SwiGLU down-projection and the recurrence: its count is {hidden} below core"
 DIM_NOTE = "fvcore sees of a Mamba block only its input projection: its count is {hidden} below core; pad tokens are processed and counted"
-DIMSUM_NOTE = "calflops does not see products written with @, attention's products and the scan: its count is {hidden} below core"
+DIMSUM_NOTE = "calflops does not see products written with @, attention's products and the scan; its count, here reconstructed, to a tenth of a per cent of what it gives itself, is {hidden} below core"
 DIS_NOTE = "the paper prints no Gflops; its parameters are those of the unconditional pixel model"
-SIT_NOTE = "a sampling step of its SDE calls the network twice"
+SIT_NOTE = "a sampling step of its SDE calls the network twice in the authors' code, here once"
 DIFFUSSM_NOTE = "a reconstruction: no code was published, and no variant meets both resolutions; core is {above} above the published figure"
 
 SYSTEMS = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -18,11 +19,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from backbones.kernels import gated_linear
+from experiments import recipes
 from experiments.engine.capture import Captured, accelerate
 from experiments.engine.data import ImageSet, load
+from experiments.engine.generate import _sample
 from experiments.engine.precision import precision
-from experiments.engine.spec import Backbone, Diffusion, Recipe, Train
-from experiments.engine.timing import fill
+from experiments.engine.spec import Backbone, Diffusion, Recipe, Sampler, Train
+from experiments.engine.timed_tasks import fill
 from experiments.engine.train import Trainer, build, digest
 
 GPU = torch.device("cuda")
@@ -94,10 +97,10 @@ class Heard(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.names: set[str] = set()
+        self.names: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        self.names.add(func.name().partition("::")[2].partition(".")[0])
+        self.names[func.name().partition("::")[2].partition(".")[0]] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -111,7 +114,25 @@ def test_a_step_of_the_trainer_waits_for_no_value(name: str, monkeypatch: pytest
     next(stepping)
     with Heard() as heard:
         next(stepping)
-    assert len(heard.names) > 20 and not heard.names & set(SYNCHRONISING)
+    assert len(heard.names) > 20 and not heard.names.keys() & set(SYNCHRONISING)
+
+
+SAMPLERS = {"uvit": recipes.UVIT_L.sampler, "dim": recipes.DIM.sampler, "ldm": recipes.LDM_4.sampler, "adm": recipes.ADM_64.sampler, "sit": recipes.SIT.sampler}
+SAMPLERS |= {"dimsum": Sampler("euler", channels=None)}  # its own adapts its steps to the images, and so has to look at them
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_step_of_a_sampler_waits_for_no_value(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Guided, by the family's own sampler: more steps read no more values back."""
+    monkeypatch.setattr(sys.modules[gated_linear.choices["chunked"].run.__module__], "_mild", lambda decay: False)
+    train = Train(FAMILIES[name], DIGITS, TRAINED.recipe, OBJECTIVES.get(name, Diffusion()))
+    model, sampler = build(train.backbone, 0, CPU).eval(), replace(SAMPLERS.get(name, Sampler(channels=None)), scale=1.5, channels=None)
+    counts = []
+    for num_steps in (3, 5):
+        with torch.no_grad(), Heard() as heard:
+            _sample(train, replace(sampler, num_steps=num_steps), model, torch.tensor([1, 2]), [3, 4])
+        counts.append(sum(heard.names[waits] for waits in SYNCHRONISING))
+    assert counts[0] == counts[1]
 
 
 def test_graphs_without_a_gpu_are_refused():

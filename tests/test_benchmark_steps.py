@@ -14,7 +14,7 @@ from backbones.kernels.attention import attention, reference
 from backbones.kernels.op import Choice
 from experiments import benchmark_steps
 from experiments.benchmark_steps import Steps, measure
-from experiments.engine import ceilings, cost, timing
+from experiments.engine import ceilings, cost, timed_tasks
 from experiments.engine.spec import Backbone, Ceilings, Cost
 from experiments.engine.store import Record, Store
 
@@ -24,7 +24,7 @@ OTHER = "import backbones\ndef make(): return backbones.build('dit_s_2', dim=24,
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = backbones.build("dit_s_2", dim=24, depth=1, heads=3)
-    monkeypatch.setattr(timing, "drawn", lambda spec, device: copy.deepcopy(drawn))
+    monkeypatch.setattr(timed_tasks, "drawn", lambda spec, device: copy.deepcopy(drawn))
     monkeypatch.setitem(ceilings.SIDES, "cpu", (64,))
     monkeypatch.setitem(ceilings.COPIED, "cpu", 2**16)
 

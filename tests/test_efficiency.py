@@ -80,6 +80,31 @@ def test_verdicts_name_the_modes_in_which_a_claim_holds(tmp_path: Path, measured
     assert speed_claims.verdict(speed_claims.ratios(CLAIM, "cuda", store, "records"), "cuda") == said
 
 
+@pytest.mark.parametrize(("modes", "said"), [(3, "does not hold; not measured in as_published"), (1, "does not hold; not measured in tf32, bf16, as_published")])
+def test_a_verdict_names_the_modes_that_lack_a_record(tmp_path: Path, modes: int, said: str):
+    store, stages = Store(tmp_path), speed_claims.claim_stages(CLAIM, "cuda")
+    for stage in stages[:modes]:
+        fill(store, stage, **timed(100.0, 1.4))
+    store.append(stages[-1], "failed", {}, {}, "RuntimeError: no room")
+    assert speed_claims.verdict(speed_claims.ratios(CLAIM, "cuda", store, "records"), "cuda") == said
+
+
+def test_what_the_paper_timed_stands_beside_a_forward_pass_alone(tmp_path: Path):
+    sheets = {what: speed.speed_sheet(TABLE_1, [DICO], "cuda", what, Store(tmp_path)) for what in speed.TASKS}
+    assert {what for what, sheet in sheets.items() if any("paper" in group for group, _ in sheet.columns)} == {"forward"}
+    assert all(len(row) == len(sheet.columns) for sheet in sheets.values() for row in sheet.rows)
+
+
+def test_what_is_timed_otherwise_than_in_its_paper_is_said(tmp_path: Path):
+    store, rows = Store(tmp_path), [TABLE_1.row(label) for label in ("ADM-U", "U-ViT-H/2", "DiMSUM-L/2", "DiCo-S")]
+    for stage in speed.stages(TABLE_1, rows, "cuda", "forward", named=True):
+        fill(store, stage, **timed(10.0, 1.0), one_condition=stage.backbone.name != "uvit_h_2" and stage.precision == "as_published")
+    notes = {what: " ".join(speed.speed_sheet(TABLE_1, rows, "cuda", what, store).notes) for what in speed.TASKS}
+    assert "U-ViT-H/2, as_published: makes tokens of t and y" in notes["forward"] and notes["forward"].count("makes tokens") == 1
+    assert all(("DiMSUM-L/2: timed as predictors of noise" in notes[what]) == (what != "forward") for what in notes)
+    assert [what for what in notes if "ADM-U: without a null label" in notes[what]] == ["sampling"]
+
+
 def test_an_error_can_carry_a_claim(tmp_path: Path):
     store = Store(tmp_path)
     stage = speed_claims.claim_stages(CLAIM, "cuda")[0]
@@ -135,7 +160,8 @@ def test_a_plan_for_a_cluster_gives_every_network_a_gpu_to_itself(arguments: lis
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--table", "1", "--sweep"], "--sweep goes with"), (["--counts", "--task", "training"], "--task goes with"), (["--table", "8"], "invalid choice"), ([], "is required")],
+    [(["--table", "1", "--sweep"], "--sweep goes with"), (["--counts", "--task", "training"], "--task goes with"), (["--claims", "--modes", "bf16"], "--modes goes with"),
+     (["--table", "1", "--modes", "bf16", "--device", "cpu"], "bf16 is no numeric mode of cpu; known: fp32"), (["--table", "8"], "invalid choice"), ([], "is required")],
 )
 def test_contradictions_are_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]):
     assert efficiency.main(arguments) == 2

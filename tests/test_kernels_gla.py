@@ -109,7 +109,7 @@ def test_choices_are_made_by_device_and_recorded():
 
 
 def test_flas_tf32_is_taken_where_a_flag_allows_it_and_no_decay_is_read_back_from_a_gpu(monkeypatch: pytest.MonkeyPatch):
-    """As in the authors' mode; where no flag does it is taken by force."""
+    """Where no flag does it is taken by force."""
     q = torch.randn(1, 1, 3, 2)
     taken = {}
     for mode in ("fp32", "tf32", "as_published"):

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -206,6 +207,16 @@ def test_every_family_runs_and_is_unchanged(name: str):
     found = summary(arrays)
     assert {"network gradient"} <= set(found)
     assert all(abs(float(arrays[key][..., -1].min()) - 1) < 1e-4 for key in arrays if key.startswith("mass_"))
+
+
+def test_a_head_weighs_as_much_in_the_uniform_value_as_in_the_mass():
+    """Uniform weights on two grids with different numbers of heads are 1 of their own value in every measure."""
+    arrays: dict[str, np.ndarray] = {}
+    for part, (heads, side, mass) in enumerate(((2, 4, 0.5), (8, 2, 1.0))):
+        arrays |= {f"kind_{part}": np.array("attention"), f"grid_{part}": np.array([side, side]), f"uniform_{part}": np.full(3, 2.0), f"values_{part}": np.full((5, heads, 3), 2.0)}
+        arrays |= {f"uniform_mass_{part}": np.array([0.1, mass]), f"mass_{part}": np.full((5, heads, 2), mass)}
+    found = summary(arrays)["attention"]
+    assert found == {"distance": 1.0, "field": 1.0, "entropy": 1.0, "near": 0.9, "near_uniform": 0.9, "parts": 10}
 
 
 def test_a_network_without_weights_over_tokens_says_so():

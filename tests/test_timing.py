@@ -13,20 +13,24 @@ import torch
 
 from test_train import DIGITS
 
+import backbones
 from backbones import kernels
 from backbones.kernels.attention import attention, reference
 from backbones.kernels.op import Choice
-from experiments.engine import capture, ceilings, timing, train
+from experiments.engine import capture, ceilings, timed_tasks, timing, train
 from experiments.engine.execute import execute
 from experiments.engine.precision import flags, precision
 from experiments.engine.spec import Backbone, Ceilings, Cost, Recipe, Timing, Train
 from experiments.engine.store import Store
+from experiments.engine.timed_tasks import Task
 from experiments.engine.train import Resources
 
 DIT = Backbone("dit_s_2", dict(depth=1, dim=24, heads=3))
 DICO = Backbone("dico_s", dict(dim=8, depths=(1, 1, 1, 1, 1)))
 KEYS = {"images_per_s", "images_per_s_spread", "baseline_images_per_s", "relative", "relative_spread", "runs", "repeats", "stable", "peak_memory_bytes", "joules_per_image"}
-KEYS |= {"matmul_tf32", "cudnn_tf32", "autocast", "cudnn_benchmark", "memory_format", "compiled"}
+KEYS |= {"matmul_tf32", "cudnn_tf32", "autocast", "cudnn_benchmark", "memory_format", "compiled", "one_condition", "baseline_one_condition"}
+
+SEEN = {"memory_format": "any", "one_condition": False}
 
 
 def spec(**changes: object) -> Timing:
@@ -55,14 +59,15 @@ def test_neither_network_is_timed_unchecked(networks: dict[str, Backbone], nearl
 
 def test_a_system_of_several_networks_is_timed_whole_each_at_its_own_input(monkeypatch: pytest.MonkeyPatch):
     ran: list[tuple[str, tuple[int, ...]]] = []
-    make = timing._network
+    make = timed_tasks.network_of
 
     def heard(cost: Cost, spec: Timing, device: torch.device) -> torch.nn.Module:
         model = make(cost, spec, device)
         model.register_forward_pre_hook(lambda module, args: ran.append((type(module).__name__, tuple(args[0].shape))))
         return model
 
-    monkeypatch.setattr(timing, "_network", heard)
+    for module in (timing, timed_tasks):
+        monkeypatch.setattr(module, "network_of", heard)
     upsampler = Backbone("adm_up_256", dict(dim=32, multipliers=(1, 2), num_res_blocks=1, attention_at=(8,)))
     values = timing.run(spec(parts=(Cost(upsampler, 16, 2, 10),), baseline=DICO, baseline_input=(32, 4)))
     shapes = {("DiT", 1, 8), ("ADM", 2, 16), ("DiCo", 4, 32)}
@@ -131,7 +136,7 @@ def test_the_baseline_itself_is_one_and_unknown_kernels_list_the_known():
 
 
 def test_no_weight_that_matters_is_zero():
-    model = timing._network(Cost(DIT, 8, 1, 10), spec(), torch.device("cpu"))
+    model = timed_tasks.network_of(Cost(DIT, 8, 1, 10), spec(), torch.device("cpu"))
     assert model(torch.randn(1, 1, 8, 8), torch.tensor([3]), torch.tensor([1])).abs().max() > 0
 
 
@@ -150,14 +155,14 @@ def test_weights_that_autocast_keeps_end_with_a_step_also_where_all_steps_are_ti
 @pytest.mark.parametrize("what", ["training", "sampling"])
 def test_steps_of_training_and_loops_of_sampling_are_timed_whole(what: str, monkeypatch: pytest.MonkeyPatch):
     sizes: list[int] = []
-    draw = timing.drawn
+    draw = timed_tasks.drawn
 
     def heard(*args: object) -> torch.nn.Module:
         model = draw(*args)
         model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
         return model
 
-    monkeypatch.setattr(timing, "drawn", heard)
+    monkeypatch.setattr(timed_tasks, "drawn", heard)
     values = timing.run(spec(what=what, num_steps=3, batch=5))
     runs = values["runs"] * values["repeats"] * (3 if what == "sampling" else 1)
     assert values["images_per_s"] > 0 and sizes.count(10 if what == "sampling" else 5) >= runs
@@ -177,14 +182,15 @@ def test_the_authors_mode_is_pytorchs_default_and_conditions_on_one_image(monkey
     values = timing.run(spec(precision="as_published", kernels={"linear": "reference", "pointwise": "reference"}))
     assert (values["cudnn_tf32"], values["matmul_tf32"], values["cudnn_benchmark"], values["autocast"]) == (True, False, False, None)
     seen: list[tuple[int, ...]] = []
-    make = timing._network
+    make = timed_tasks.network_of
 
     def heard(*args: object) -> torch.nn.Module:
         model = make(*args)
         model.register_forward_pre_hook(lambda module, args: seen.append(tuple(map(len, args))))
         return model
 
-    monkeypatch.setattr(timing, "_network", heard)
+    for module in (timing, timed_tasks):
+        monkeypatch.setattr(module, "network_of", heard)
     timing.run(spec(precision="as_published"))
     assert set(seen) == {(1, 1, 1), (2, 1, 1)}
 
@@ -207,11 +213,11 @@ def test_the_peak_is_the_subjects_alone_and_leaves_its_first_run_out(graphs: boo
     def take(num_bytes: int) -> None:
         held["peak"] = max(held["peak"], held["now"] + num_bytes)
 
-    def task(network: Cost, spec: Timing, device: torch.device) -> timing.Task:
+    def task(network: Cost, spec: Timing, device: torch.device) -> Task:
         held["now"] += 100 if network.backbone == DIT else 5000
         take(0)
         runs = iter([800])
-        return lambda: take(next(runs, 0 if graphs else 200))
+        return Task(lambda: take(next(runs, 0 if graphs else 200)), SEEN)
 
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: held.update(peak=held["now"]))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: held["peak"])
@@ -230,7 +236,7 @@ def test_a_timing_says_whether_its_warm_up_became_stable(taken: list[float], sta
 
 
 def test_the_baselines_own_rate_stands_beside_the_ratio(monkeypatch: pytest.MonkeyPatch):
-    tasks = {DIT.name: lambda: None, DICO.name: lambda: None}
+    tasks = {name: Task(lambda: None, SEEN) for name in (DIT.name, DICO.name)}
     monkeypatch.setattr(timing, "task", lambda network, *rest: tasks[network.backbone.name])
     monkeypatch.setattr(timing, "seconds", lambda call, *rest: 0.125 if call is tasks[DIT.name] else 0.5)
     values = timing.run(spec(baseline=DICO))
@@ -263,3 +269,69 @@ def test_what_is_compiled_or_recorded_is_what_is_checked(fast: dict[str, bool], 
     else:
         timing.run(timed)
     assert sizes == {6 if what == "sampling" else 3}
+
+
+def every_family() -> dict[str, Timing]:
+    """One tiny network of every family, and those of a family that are called or conditioned in another way."""
+    names = {name.partition("_")[0]: name for name in reversed(backbones.list_backbones())} | {"adm": "adm_base_64", "upsampler": "adm_up_256", "unguided ldm": "ldm_8"}
+    tiny = {family: Backbone(name, backbones.tiny_options_of(name)) for family, name in names.items()}
+    unet = dict(dim=32, multipliers=(1, 2), attention_at=(4,))
+    return {family: spec(backbone=network.but(**unet) if "multipliers" in network.options else network, channels=6 if family == "upsampler" else 3) for family, network in tiny.items()}
+
+
+TOKENS = ("uvit", "dim", "dis")  # families that make tokens of time and label
+
+
+@pytest.fixture
+def briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call, warm or timed, is made once and takes a second."""
+    monkeypatch.setattr(timing, "seconds", lambda call, *rest: call() or 1.0)
+
+
+@pytest.mark.parametrize("what", ["forward", "training", "sampling", "as_published"])
+@pytest.mark.parametrize("family", every_family())
+def test_every_family_is_timed_at_every_task_and_as_published(family: str, what: str, briefly: None, monkeypatch: pytest.MonkeyPatch):
+    """Every image of a batch passes the network: once, forward and backward; in sampling with a second one for guidance, in every step."""
+    seen: list[tuple[int, ...]] = []
+    draw = timed_tasks.drawn
+
+    def heard(*args: object) -> torch.nn.Module:
+        model = draw(*args)
+        model.register_forward_pre_hook(lambda module, args: seen.append((*args[0].shape[:2], len(args[1]), len(args[2]))))
+        return model
+
+    monkeypatch.setattr(timed_tasks, "drawn", heard)
+    timed = every_family()[family]
+    timed = replace(timed, precision="as_published", layout="contiguous") if what == "as_published" else replace(timed, what=what, num_steps=2)
+    values = timing.run(timed)
+    shared = what == "as_published" and family not in TOKENS
+    given = 4 if what == "sampling" else 2
+    assert values["images_per_s"] == 2 and values["one_condition"] is shared
+    assert (given, timed.channels, *([1, 1] if shared else [given] * 2)) in seen
+
+
+@pytest.mark.parametrize("family", sorted(every_family().keys() - set(TOKENS)))
+def test_one_condition_for_all_is_the_same_for_each(family: str):
+    timed = every_family()[family]
+    network = Cost(timed.backbone, timed.size, timed.channels, timed.num_classes)
+    model, (x, t, y) = timed_tasks.network_of(network, timed, torch.device("cpu")), timed_tasks.inputs_of(network, timed, torch.device("cpu"))
+    with torch.inference_mode():
+        assert torch.allclose(model(x, t[:1], y[:1]), model(x, t[:1].repeat(2), y[:1].repeat(2)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", timed_tasks.LAYOUTS)
+def test_the_layout_is_read_back(layout: str, briefly: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(timed_tasks, "_layout", lambda spec: timed_tasks.LAYOUTS[layout])
+    for what in ("forward", "training", "sampling"):
+        assert timing.run(spec(backbone=DICO, channels=3, what=what, num_steps=2, layout="asked for"))["memory_format"] == layout
+
+
+def test_a_layout_is_that_of_tensors_that_tell():
+    image, other = torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    pixels, single = torch.zeros(2, 3, 1, 1), torch.zeros(2, 1, 4, 5)
+    assert [timed_tasks.layout_of(*tensors) for tensors in ([image, pixels], [other, single], [image, other], [pixels, single])] == ["contiguous", "channels_last", "channels_last, contiguous", "any"]
+
+
+def test_the_compiled_passes_of_an_upsampler_are_checked_on_images(monkeypatch: pytest.MonkeyPatch, briefly: None):
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    assert timing.run(replace(every_family()["upsampler"], what="training", compile=True))["images_per_s"] == 2

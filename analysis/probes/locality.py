@@ -167,9 +167,11 @@ def summary(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
         own = [p for p in parts if str(arrays[f"kind_{p}"]) == kind and arrays[f"grid_{p}"].prod() > 1]
         if own:
             relative = np.concatenate([(arrays[f"values_{p}"] / arrays[f"uniform_{p}"]).reshape(-1, len(MEASURES)) for p in own])
+            near = [arrays[f"mass_{p}"][..., 1].ravel() for p in own]  # as many values as a part has steps, layers and heads
+            uniform = [np.full(len(mass), arrays[f"uniform_mass_{p}"][1]) for p, mass in zip(own, near, strict=True)]
             found[kind] = dict(zip(MEASURES, (round(float(value), 5) for value in relative.mean(0)), strict=True)) | {
-                "near": round(float(np.concatenate([arrays[f"mass_{p}"][..., 1].ravel() for p in own]).mean()), 5),
-                "near_uniform": round(float(np.mean([arrays[f"uniform_mass_{p}"][1] for p in own])), 5),
+                "near": round(float(np.concatenate(near).mean()), 5),
+                "near_uniform": round(float(np.concatenate(uniform).mean()), 5),
                 "parts": sum(arrays[f"values_{p}"].shape[1] for p in own),
             }
     return found

@@ -4,8 +4,8 @@ S_t = diag(exp g_t) S_{t-1} + k_t v_t^T, S_0 = 0;  o_t = e^-1/2 S_t^T q_t (token
 
 q, k and g (N, heads, T, e), v (N, heads, T, f) -> (N, heads, T, f), S (e, f); g <= 0 is the logarithm of the decay.
 The torch paths keep S in float32 or better. fla's products run in TF32 where the inputs are float32, some 1e-3 relative to
-the reference, so unless forced it is taken for them only where one of PyTorch's flags allows TF32: its default does for
-convolutions, and is the mode in which DiG's authors called this kernel.
+the reference, so unless forced it is taken for them only where one of PyTorch's flags allows TF32, as its default does for
+convolutions. The kernel that DiG's authors called, fla's earlier fused_chunk_gla, kept its products in float32.
 """
 
 from __future__ import annotations

@@ -57,6 +57,7 @@ class IDDPM:
         self.num_steps = len(betas)
         self.learned = learned
         self.timesteps = timesteps
+        self.times = timesteps[0].item(), timesteps[-1].item()    # the first and last that the network is given
         self.betas = betas
         self.alphas_cumprod = cumprod
         self.signal = cumprod.sqrt()                              # x_t = signal x0 + noise eps, DDPM eq. 4

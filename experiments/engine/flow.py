@@ -33,6 +33,8 @@ PATHS: dict[str, Callable[[Tensor], Coefficients]] = {"linear": _linear, "gvp": 
 class Flow:
     """A path and what follows from it."""
 
+    times = 0.0, 1.0          # the first and last that the network is given
+
     def __init__(self, path: str):
         self.path = PATHS[path]
 

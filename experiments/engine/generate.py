@@ -77,9 +77,9 @@ def images(spec: Evaluate, model: Model | System | Counted, device: torch.device
 
 def _sample(train: Train | Checkpoint, sampler: Sampler, model: Model, y: Tensor, seeds: list[int], gradient: Model | None = None) -> Tensor:
     """Samples (n, C, H, W) of a network for labels (n,), on their device."""
-    data = train.data
-    sample = bind(sampler, process(train.diffusion).to(y.device), gradient)
-    network = Guided(model, sampler.scale, data.num_classes, channels=sampler.channels, interval=sampler.interval)
+    data, diffusion = train.data, process(train.diffusion)
+    sample = bind(sampler, diffusion.to(y.device), gradient)
+    network = Guided(model, sampler.scale, data.num_classes, channels=sampler.channels, interval=sampler.interval, times=diffusion.times)
     for x in sample(network, y, ImageNoise(seeds, (data.channels, data.size, data.size), y.device)):
         pass
     return x

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from backbones import kernels
-from experiments.engine import timing
+from experiments.engine import timed_tasks, timing
 from experiments.engine.cost import MACS
 from experiments.engine.precision import flags, precision
 from experiments.engine.spec import Cost, Profile
@@ -44,7 +44,7 @@ def run(spec: Profile, folder: Path) -> dict[str, Any]:
     with precision(timed.precision, device), kernels.use(**timed.kernels):
         timing.check(network, timed, device)
         kernels.reset_used()
-        task = timing.task(network, timed, device)
+        task = timed_tasks.task(network, timed, device)
         for _ in range(WARM_UP):
             task()
         whole = sorted(timing.seconds(task, device) for _ in range(WARM_UP))[WARM_UP // 2]

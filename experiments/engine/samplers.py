@@ -27,16 +27,18 @@ class Guided:
 
     Only the first `channels` outputs are guided, None meaning all C of eps; the others are the conditional ones. DiT
     and its descendants guide 3 of 4 latent channels. Guidance acts where interval[0] <= t < interval[1], and at every t
-    by the interval (0, 1000); where it acts on no image, and at scale 1, the network runs once on the plain batch.
+    by the interval (0, 1000) or one that holds all times; where it acts on no image, and at scale 1, the network runs once on
+    the plain batch. Only an interval that leaves times out is compared with t, in every step, which waits for a GPU.
     """
 
     def __init__(self, model: Model, scale: float, num_classes: int, *, channels: int | None = 3,
-                 interval: tuple[float, float] = ALWAYS):
-        """num_classes: also the index of the null label; interval: in the timesteps that the network is given."""
+                 interval: tuple[float, float] = ALWAYS, times: tuple[float, float] = (0, 999)):
+        """num_classes: also the index of the null label; interval: in the timesteps that the network is given; times: the first and last of these."""
         self.model = model
         self.scale = scale
         self.null = num_classes
         self.channels = channels
+        self.always = interval == ALWAYS or interval[0] <= times[0] and times[1] < interval[1]
         self.interval = interval
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -44,8 +46,8 @@ class Guided:
         if self.scale == 1:
             return self.model(x, t, y)
         low, high = self.interval
-        inside = None if self.interval == ALWAYS else (low <= t) & (t < high)         # (N,)
-        if inside is not None and not inside.any():                                   # waits for a GPU
+        inside = None if self.always else (low <= t) & (t < high)                     # (N,)
+        if inside is not None and not inside.any():
             return self.model(x, t, y)
         num_guided = x.shape[1] if self.channels is None else self.channels
         if num_guided > x.shape[1]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import math
 import statistics
@@ -12,33 +11,21 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from backbones import kernels
 from experiments.engine.capture import accelerate
-from experiments.engine.data import ImageSet
-from experiments.engine.diffusion import BETAS, IDDPM
 from experiments.engine.energy import joules
-from experiments.engine.noise import ImageNoise
 from experiments.engine.precision import flags, precision
-from experiments.engine.randomness import generator_at, seed_at
-from experiments.engine.samplers import Guided, ancestral
-from experiments.engine.spec import Backbone, Cost, Data, Recipe, Timing, Train
-from experiments.engine.train import Trainer, build
+from experiments.engine.randomness import generator_at
+from experiments.engine.spec import Cost, Timing
+from experiments.engine.timed_tasks import Task, inputs_of, network_of, task, together, trainer_of
 
 PAIRS, FEWEST = 7, 3
 WARM_UP, STABLE = 10, 0.05  # runs at most, until two in a row take the same time to this part
 PATIENCE = 10.0             # seconds; on a busy machine the pairs stop here once there are FEWEST
-SCALE = 1.5                 # guidance; its value costs nothing
-KEPT = 2                    # networks, as they were drawn
-LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 LIMITS = {"bf16": 2e-2, "tf32": 5e-3, "as_published": 5e-3}  # relative RMS error of an output against the reference kernels'
-
-Task = Callable[[], Any]
-
-_drawn: dict[str, nn.Module] = {}
 
 
 def run(spec: Timing) -> dict[str, Any]:
@@ -62,9 +49,9 @@ def run(spec: Timing) -> dict[str, Any]:
         warmed: list[tuple[int, bool, int | None]] = []
         for system in systems:  # the subject first, so that its peak is its own
             _forget_peak(device)
-            tasks.append(_all([task(network, spec, device) for network in system]))
+            tasks.append(together([task(network, spec, device) for network in system]))
             warmed.append(_warm(tasks[-1], device, spec.graphs))
-        in_force = _read_back(device) | {"memory_format": spec.layout, "compiled": spec.compile}
+        in_force = _read_back(device) | tasks[0].seen | {"compiled": spec.compile}
         repeats = max(each[0] for each in warmed)
         pairs, used, started = [], [], time.perf_counter()
         while len(pairs) < FEWEST or (len(pairs) < PAIRS and time.perf_counter() - started < PATIENCE):
@@ -80,6 +67,7 @@ def run(spec: Timing) -> dict[str, Any]:
         "relative": statistics.median(ratios),
         "relative_spread": half_quartiles(ratios) if len(systems) > 1 else 0.0,
         "baseline_images_per_s": statistics.median(spec.batch / pair[-1] for pair in pairs) if spec.baseline else None,
+        "baseline_one_condition": tasks[-1].seen["one_condition"] if spec.baseline else None,
         "runs": len(pairs),
         "repeats": repeats,
         "stable": all(stable for _, stable, _ in warmed),
@@ -96,7 +84,7 @@ def check(network: Cost, spec: Timing, device: torch.device) -> None:
     compiled or recorded that is what runs, at the batch that is timed; of training the trainer's passes over it.
     """
     training, fast = spec.what == "training", spec.compile or spec.graphs
-    model, inputs = _network(network, spec, device), _inputs(network, spec, device)
+    model, inputs = network_of(network, spec, device), inputs_of(network, spec, device)
     sample = [part[:1] for part in inputs]
     with kernels.use(**kernels.references()):
         expected = _passed(network, replace(spec, batch=1, compile=False, graphs=False), device, sample) if training and fast else _results(model, sample, training)
@@ -118,9 +106,11 @@ def check(network: Cost, spec: Timing, device: torch.device) -> None:
 def _passed(network: Cost, spec: Timing, device: torch.device, sample: list[Tensor]) -> list[Tensor]:
     """Loss and gradients that the trainer's passes leave of a batch of one `sample` (x, t, y) over and over: those of the sample."""
     forget(device)
-    trainer = _trainer(network, spec, device)
-    eps = torch.randn(sample[0].shape, generator=generator_at("check", device=device), device=device)
-    x0, t, y, eps = (torch.cat([part] * spec.batch) for part in (*sample, eps))
+    trainer = trainer_of(network, spec, device)
+    x, t, y = sample
+    x = x[:, : trainer.spec.data.channels]  # an upsampler is given images, and makes its own input of them
+    eps = torch.randn(x.shape, generator=generator_at("check", device=device), device=device)
+    x0, t, y, eps = (torch.cat([part] * spec.batch) for part in (x, t, y, eps))
     loss = trainer.passes(x0, y, t, eps).clone()
     return [loss, torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])]
 
@@ -140,78 +130,6 @@ def _results(model: nn.Module, inputs: tuple[Tensor, ...], backward: bool) -> li
     return found
 
 
-def _all(tasks: list[Task]) -> Task:
-    return tasks[0] if len(tasks) == 1 else lambda: [run() for run in tasks]
-
-
-def task(network: Cost, spec: Timing, device: torch.device) -> Task:
-    """A call that processes one batch."""
-    if spec.what not in ("forward", "training", "sampling"):
-        raise ValueError(f"unknown task {spec.what!r} to time; known: forward, training, sampling")
-    if spec.what == "training":
-        return _training(network, spec, device)
-    model = _network(network, spec, device)
-    learned = spec.what == "sampling" and model.out_channels == 2 * network.channels
-    accelerate(model, spec.compile, spec.graphs)
-    x, t, y = _inputs(network, spec, device)
-    if spec.what == "forward":
-        if spec.precision == "as_published":
-            t, y = t[:1], y[:1]  # the authors' script: the conditioning of a single image, for the whole batch
-
-        @torch.inference_mode()
-        def forward() -> None:
-            model(x, t, y)
-
-        return forward
-    diffusion = IDDPM(BETAS["linear"](1000), torch.arange(1000), learned).respaced(spec.num_steps).to(device)
-    guided = Guided(model, SCALE, spec.num_classes, channels=None)
-
-    @torch.inference_mode()
-    def sample() -> None:
-        for _ in ancestral(diffusion, guided, y, ImageNoise(range(spec.batch), tuple(x.shape[1:]), device)):
-            pass
-
-    return sample
-
-
-def _training(network: Cost, spec: Timing, device: torch.device) -> Task:
-    """A step of the trainer as runs take it, loading included, on random images in memory."""
-    trainer, draw = _trainer(network, spec, device), np.random.default_rng(0)
-    shape = (4 * spec.batch, network.channels, network.size, network.size)
-    stepping = trainer.steps(ImageSet(draw.standard_normal(shape, dtype=np.float32), draw.integers(network.num_classes, size=shape[0]), trainer.spec.data))
-    return lambda: next(stepping)
-
-
-def _trainer(network: Cost, spec: Timing, device: torch.device) -> Trainer:
-    data = Data("random", network.size, network.channels, network.num_classes)
-    recipe = Recipe(steps=10**9, batch=spec.batch, precision=spec.precision)
-    model = drawn(sized(network), device).to(memory_format=_layout(spec))
-    trainer = Trainer(Train(sized(network), data, recipe), device, compiled=spec.compile, graphs=spec.graphs, model=model)
-    fill(model)
-    return trainer
-
-
-def sized(network: Cost) -> Backbone:
-    return network.backbone.but(input_size=network.size, in_channels=network.channels, num_classes=network.num_classes)
-
-
-def fill(model: nn.Module) -> None:
-    """Random weights where an initialisation left zeros: zero heads would make any kernel look right."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not parameter.any():
-            std = 0.02 if parameter.ndim > 1 else 0.5  # biases open the gates, so that a branch's error reaches the output
-            torch.nn.init.normal_(parameter, std=std, generator=generator_at("timing", name, device=parameter.device))
-
-
-def drawn(spec: Backbone, device: torch.device) -> nn.Module:
-    """`build` of seed 0, the latest of which are kept on the CPU: drawing a large network's weights takes longer than timing it."""
-    if (name := str(spec)) not in _drawn:
-        while len(_drawn) >= KEPT:
-            del _drawn[next(iter(_drawn))]
-        _drawn[name] = build(spec, 0, torch.device("cpu"))
-    return copy.deepcopy(_drawn[name]).to(device)
-
-
 def forget(device: torch.device) -> None:
     """Give back the memory of earlier tasks on a GPU, where recordings and their owners hold each other, and drop what was compiled.
 
@@ -221,26 +139,6 @@ def forget(device: torch.device) -> None:
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
-
-
-def _network(network: Cost, spec: Timing, device: torch.device) -> nn.Module:
-    model = drawn(sized(network), device).to(memory_format=_layout(spec)).eval()
-    fill(model)
-    return model
-
-
-def _layout(spec: Timing) -> torch.memory_format:
-    if spec.layout not in LAYOUTS:
-        raise ValueError(f"unknown layout {spec.layout!r}; known: {', '.join(LAYOUTS)}")
-    return LAYOUTS[spec.layout]
-
-
-def _inputs(network: Cost, spec: Timing, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    draw = torch.Generator().manual_seed(seed_at("timing"))
-    x = torch.randn(spec.batch, network.channels, network.size, network.size, generator=draw)
-    t = torch.randint(1000, (spec.batch,), generator=draw)
-    y = torch.randint(network.num_classes, (spec.batch,), generator=draw)
-    return x.to(device=device, memory_format=LAYOUTS[spec.layout]), t.to(device), y.to(device)
 
 
 def _warm(call: Task, device: torch.device, recorded: bool) -> tuple[int, bool, int | None]:
