@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from analysis.query import PAPER_BATCH, Sources, gpu_timings, numeric_mode
+from experiments.engine.caveats import timing_caveats
 from experiments.engine.manifest import clashes, score_name
 from experiments.engine.report import Cell, Sheet
 from experiments.engine.rows import Row, Table
@@ -48,7 +49,7 @@ def add_conditions(sheet: Sheet, table: Table, resolution: int, store: Sources) 
 
 
 def _timing_notes(rows: Sequence[Row], shown: Sequence[dict[tuple[str, str], Record]]) -> list[str]:
-    """At which batch rows were timed, and what ran without a fused kernel."""
+    """At which batch rows were timed, what their timings say of themselves, and what ran without a fused kernel."""
     batches: dict[int, list[str]] = {}
     plain: dict[str, list[str]] = {}
     for row, found in zip(rows, shown, strict=True):
@@ -60,6 +61,7 @@ def _timing_notes(rows: Sequence[Row], shown: Sequence[dict[tuple[str, str], Rec
             plain.setdefault("attention written out as in the authors' code", []).append(row.label)
     notes = [f"ours on a GPU: in each numeric mode at the largest batch timed up to the paper's {PAPER_BATCH}; diff. %: of the paper's figure, which is an A100's."]
     notes += [f"timed at batch {batch}, not {PAPER_BATCH}: {', '.join(labels)}." for batch, labels in sorted(batches.items()) if batch != PAPER_BATCH]
+    notes += timing_caveats([(f"{row.label} ({mode})", record) for row, found in zip(rows, shown, strict=True) for (_, mode), record in found.items()])
     return notes + [f"{how}, without a fused kernel: {', '.join(labels)}." for how, labels in plain.items()]
 
 

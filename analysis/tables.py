@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from analysis.conditions import SCORES_NOTE, add_conditions, clash_notes, insert, number_cell, progress_score, score_cells, score_columns
+from analysis.pages import once
 from analysis.query import Sources, digits_scores, latest, rankable, reference_seeds
 from experiments import main_results, speed
 from experiments.ablation import TABLES
@@ -101,7 +102,7 @@ def throughput_sheet(what: str, store: Sources) -> Sheet:
 
     device = "cuda" if timed("cuda") else "cpu"
     rows = timed(device) or [row for row in table.rows if row.backbone and not row.heavy]
-    return speed.speed_sheet(table, rows, device, what, store, "reference")
+    return with_caveats(speed.speed_sheet(table, rows, device, what, store, "reference"))
 
 
 RECIPE: dict[str, Callable[[Train, Sampler], object]] = {
@@ -171,7 +172,7 @@ SHEETS: dict[str, Callable[[Sources], Sheet]] = {
     "table7": progress_sheet,
     "table8": lambda store: systems_sheet(main_results.TABLE_8, 256, store),
     "table9": lambda store: systems_sheet(main_results.TABLE_9, 512, store),
-    "counts": lambda store: counts_sheet(store, where="reference"),
+    "counts": lambda store: with_caveats(counts_sheet(store, where="reference")),
     **{f"speed_{what}": lambda store, what=what: throughput_sheet(what, store) for what in speed.TASKS},
 }
 
@@ -188,6 +189,12 @@ def caveats(records: Sequence[Record]) -> list[str]:
         notes.append(f"{len(dirty)} of these records come from a tree with uncommitted changes: {', '.join(sorted(dirty))}.")
     inception = [record for record in records if record.kind == "evaluate" and record.spec["features"] == "inception"]  # the others' rows say theirs
     return notes + [f"warning: {text}." for text in dict.fromkeys(text for record in inception for text in record.values.get("warnings", ()))]
+
+
+def with_caveats(sheet: Sheet) -> Sheet:
+    """The sheet with those of the records in its cells among its notes."""
+    sheet.notes += caveats(once(record for row in sheet.rows for cell in row for record in cell.records))
+    return sheet
 
 
 def ranks(name: str, better: str, values: Sequence[list[dict[str, float]]]) -> list[tuple[int, int] | None]:

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from experiments.engine.caveats import evaluations, run_caveats, timing_caveats
 from experiments.engine.manifest import clashes, machines, score_name
 from experiments.engine.rows import Row, Table
 from experiments.engine.spec import Stage, spec_id
@@ -218,12 +219,14 @@ def _notes(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequenc
     if table.counts_only:
         return notes
     if table.timed:
-        own = {(cost.size, cost.channels) for row in timed_rows(table, rows, device, named=True) for cost in cost_stages(row)}
+        timed = timed_rows(table, rows, device, named=True)
+        own = {(cost.size, cost.channels) for row in timed for cost in cost_stages(row)}
         inputs = " (a system of another input at its own, all its networks)" if own - {(size, channels)} else ""
         notes.append(
             f"throughput: inference at {size}x{size}x{channels}{inputs}, fp32 without TF32, attention unfused, ± half the interquartile range; rel.: to "
             f"{table.baseline.label}, timed in turn. The paper's ran under PyTorch's defaults, where convolutions use TF32 and linear layers do not."
         )
+        notes += timing_caveats([(row.label, record) for row in timed if (record := store.latest(timing_stage(row, table.baseline, device), where))])
     if device != "cuda" and any(row.heavy for row in timed_rows(table, rows, device, named=True)):
         notes.append("large networks take minutes to time on a CPU: there they are timed only where --rows names them, and are gaps otherwise.")
     notes.append(_score_note(protocol, seeds))
@@ -240,27 +243,17 @@ def _notes(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequenc
         notes.append(f"{', '.join(label for label, count in counts.items() if count == found)}: {found} of {len(seeds)} seeds")
     if resolved := _resolved(table, rows, protocol, seeds, store, where):
         notes.append(resolved)
+    shown: list[Record] = []
     for row in rows:
         stages = [*cost_stages(row), *(timing_stage(timed, table.baseline, device) for timed in timed_rows(table, [row], device, named=True))]
         stages += [stage for seed in seeds for stage in _run(row, protocol, seed)]
         for stage in stages:
-            if store.latest(stage, where) is None and (failed := store.latest(stage, where, status="failed")):
+            if record := store.latest(stage, where):
+                shown.append(record)
+            elif failed := store.latest(stage, where, status="failed"):
                 notes.append(f"{row.label}: {failed.kind} failed: {failed.error}")
     evaluated = [record for row in rows for record in _records(store, row, protocol, seeds, where)]
-    places = {f"{r.provenance['device'] if r.provenance['device'] != 'cpu' else r.provenance['cpu']}, torch {r.provenance['torch']}" for r in evaluated}
-    notes += [f"run on {'; '.join(sorted(places))}"] * bool(evaluated)
-    notes += made_by_few(next(iter(SCORES[protocol.features])), scores) + _evaluations(scores)
-    notes += [f"warning: {text}" for text in sorted({text for record in evaluated for text in record.values.get("warnings", [])})]
-    return notes + ["some records come from a tree with uncommitted changes"] * any(record.provenance["dirty"] for record in evaluated)
-
-
-def _evaluations(scores: dict[str, list[dict[str, float]]]) -> list[str]:
-    """Network evaluations per image, where rows differ in them; records from before they were counted have none."""
-    labels: dict[str, list[str]] = {}
-    for label, found in scores.items():
-        if counts := [values["nfe"] for values in found if "nfe" in values]:
-            labels.setdefault(f"{statistics.fmean(counts):.4g}", []).append(label)
-    return ["network evaluations per image: " + "; ".join(f"{nfe}: {', '.join(names)}" for nfe, names in labels.items()) + "."] * (len(labels) > 1)
+    return notes + made_by_few(next(iter(SCORES[protocol.features])), scores) + evaluations(scores) + run_caveats(evaluated, shown)
 
 
 def _score_note(protocol: Protocol, seeds: Sequence[int]) -> str:
