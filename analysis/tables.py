@@ -83,7 +83,7 @@ def systems_sheet(table: Table, resolution: int, store: Sources) -> Sheet:
     sheet.notes += notes([(row.label, system, cells[at - 1]) for row, system, cells in zip(table.rows, known, sheet.rows, strict=True) if system], store, "reference")
     sheet.notes += [
         "same counter: Gflops in the convention of the tool that gave the published figure; core counts all systems by one rule.",
-        "A gap in our columns is what has not been run here. The paper's scores are one run each, printed without error, so none is marked best.",
+        f"A gap in our columns is what has not been run here{_timed_elsewhere(table, store)}. The paper's scores are one run each, printed without error, so none is marked best.",
     ]
     stages: list[Stage] = [cost for row in table.rows for cost in cost_stages(row)]
     if table.timed:
@@ -93,15 +93,24 @@ def systems_sheet(table: Table, resolution: int, store: Sources) -> Sheet:
     return sheet
 
 
+def _timed_elsewhere(table: Table, store: Sources) -> str:
+    """In words: rows whose forward pass was timed here, but not in the numeric mode of the table's own column of throughput."""
+    if table is not main_results.TABLE_1 or _in_modes("cuda", "forward", store):  # a GPU's modes all stand in the table
+        return ""
+    labels = [row.label for row in _in_modes("cpu", "forward", store) if not store.latest(timing_stage(row, table.baseline, "cpu"), "reference")]
+    return f"; the throughput of {', '.join(labels)} was timed with fused attention and stands in speed_forward" * bool(labels)
+
+
+def _in_modes(device: str, what: str, store: Sources) -> list[Row]:
+    """Table 1's rows that were timed in a numeric mode of a device."""
+    table = main_results.TABLE_1
+    return [row for row in table.rows if row.backbone and list(latest(speed.stages(table, [row], device, what, named=True), store))]
+
+
 def throughput_sheet(what: str, store: Sources) -> Sheet:
     """Table 1's rows that were timed on a GPU or, as long as none was, on a CPU; gaps where none was at all."""
-    table = main_results.TABLE_1
-
-    def timed(device: str) -> list[Row]:
-        return [row for row in table.rows if row.backbone and list(latest(speed.stages(table, [row], device, what, named=True), store))]
-
-    device = "cuda" if timed("cuda") else "cpu"
-    rows = timed(device) or [row for row in table.rows if row.backbone and not row.heavy]
+    table, device = main_results.TABLE_1, "cuda" if _in_modes("cuda", what, store) else "cpu"
+    rows = _in_modes(device, what, store) or [row for row in table.rows if row.backbone and not row.heavy]
     return with_caveats(speed.speed_sheet(table, rows, device, what, store, "reference"))
 
 

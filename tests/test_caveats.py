@@ -92,3 +92,19 @@ def test_a_timing_of_a_changed_tree_marks_this_machines_table(tmp_path: Path):
     store, row = Store(tmp_path), TABLE_4.rows[0]
     store.append(timing_stage(row, TABLE_4.baseline, "cpu"), "done", speeds(), PROVENANCE | {"dirty": True})
     assert "some records come from a tree with uncommitted changes" in main_sheet(TABLE_4, [row], DIGITS, (0,), "cpu", store).notes
+
+
+def test_table_1_says_which_gaps_were_timed_in_another_mode(tmp_path: Path):
+    def said(store: Sources) -> str:
+        (note,) = [note for note in SHEETS["table1"](store).notes if note.startswith("A gap in our columns")]
+        return note.partition(". The paper")[0]
+
+    store, rows = Store(tmp_path), [TABLE_1.row(label) for label in ("DiT-S/2", "DiC-S", "DiCo-B")]
+    assert said(Sources(tmp_path)) == "A gap in our columns is what has not been run here"
+    for row in rows:
+        store.append(speed.in_mode(timing_stage(row, TABLE_1.baseline, "cpu"), "fp32"), "done", speeds(), PROVENANCE)
+    store.append(timing_stage(rows[0], TABLE_1.baseline, "cpu"), "done", speeds(), PROVENANCE)
+    found = sources(store)
+    assert said(found).endswith("; the throughput of DiC-S, DiCo-B was timed with fused attention and stands in speed_forward")
+    assert {"DiC-S", "DiCo-B"} <= {row[0].text() for row in SHEETS["speed_forward"](found).rows}
+    assert not any("fused attention" in note for note in SHEETS["table2"](found).notes)
