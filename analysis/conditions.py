@@ -12,7 +12,7 @@ from experiments.engine.report import Cell, Sheet
 from experiments.engine.rows import Row, Table
 from experiments.engine.spec import Backbone
 from experiments.engine.store import Record
-from experiments.protocols import IMAGENET256, IMAGENET256_OWN, IMAGENET512, IMAGENET512_OWN, Protocol, cost_stages, evaluate_stage
+from experiments.protocols import IMAGENET256, IMAGENET256_OWN, IMAGENET512, IMAGENET512_OWN, Protocol, cost_stages, evaluate_stage, train_stage
 from experiments.speed import WRITTEN_OUT, unfused
 from experiments.systems import difference
 
@@ -138,6 +138,12 @@ def progress_row(model: str) -> Row:
 def progress_score(paper: dict[str, str], store: Sources) -> Record | None:
     """Of our scores that of a row of Table 7."""
     return store.latest(evaluate_stage(progress_row(paper["model"]), stopped(int(paper["train_steps"])), 0), "reference")
+
+
+def progress_curve(model: str, steps: Sequence[int], store: Sources) -> Record | None:
+    """The longest of our trainings of a model of Table 7 to one of these ascending numbers of steps, of those whose record holds a loss curve."""
+    trained = (store.latest(train_stage(progress_row(model), stopped(step), 0), "reference") for step in reversed(steps))
+    return next((record for record in trained if record and record.values.get("curve")), None)
 
 
 def stopped(steps: int) -> Protocol:

@@ -223,6 +223,12 @@ def gpu_timings(backbone: Backbone, size: int, store: Sources) -> list[Record]:
     return found
 
 
+def runtime_of(record: Record) -> tuple[float, float]:
+    """Milliseconds an image of a timing, and half their interquartile range."""
+    rate = record.values["images_per_s"]
+    return 1000 / rate, 1000 / rate * record.values.get("images_per_s_spread", math.nan) / rate
+
+
 def numeric_mode(record: Record) -> str:
     """Precision and TF32 flags in force, as a label that tells attention written out from whatever kernel was chosen."""
     flags = record.provenance["precision_flags"]

@@ -112,7 +112,7 @@ def comparison_sheet(table: Table, rows: Sequence[Row], protocol: Protocol, seed
         cells += [_of(_latest(store, timing_stage(row, table.baseline, device), where), "relative", 2) if timed else Cell() for where in ("reference", "records")]
         known, off = row.label in compared, []
         for name in scores:
-            cells += [_mean_cell(name, side[row.label], 1 if name.startswith(("fd", "is")) else 2) for side in (reference, here)]
+            cells += [mean_cell(name, side[row.label], 1 if name.startswith(("fd", "is")) else 2) for side in (reference, here)]
             if known and not agree(name, reference[row.label], here[row.label], spread[name], comparisons):
                 off.append(name)
         verdict = "other protocol" if other[row.label] else "-" if not known else "spread unknown" if None in spread.values() else "no: " + ", ".join(off) if off else "yes"
@@ -184,7 +184,7 @@ def _records(store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], w
 
 
 def _score(store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], name: str, where: str) -> Cell:
-    """Mean over seeds with its standard error, or one seed's value with its sampling error."""
+    """`mean_cell` of a row's records, or that it failed."""
     if not row.backbone:
         return Cell()
     records = tuple(_records(store, row, protocol, seeds, where))
@@ -192,7 +192,7 @@ def _score(store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], nam
         stages = [stage for seed in seeds for stage in _run(row, protocol, seed)]
         failed = any(store.latest(stage, where) is None and store.latest(stage, where, status="failed") for stage in stages)
         return Cell(words="failed") if failed else Cell()
-    return replace(_mean_cell(name, [record.values for record in records], 1 if name.startswith(("fd", "is", "fid")) else 2), records=records)
+    return replace(mean_cell(name, [record.values for record in records], 1 if name.startswith(("fd", "is", "fid")) else 2), records=records)
 
 
 def _run(row: Row, protocol: Protocol, seed: int) -> tuple[Stage, ...]:
@@ -201,7 +201,8 @@ def _run(row: Row, protocol: Protocol, seed: int) -> tuple[Stage, ...]:
     return *stage.trainings, stage
 
 
-def _mean_cell(name: str, values: list[dict[str, float]], digits: int) -> Cell:
+def mean_cell(name: str, values: list[dict[str, float]], digits: int = 2) -> Cell:
+    """Mean over seeds with its standard error, or one seed's value with its sampling error."""
     if not values:
         return Cell()
     if len(values) == 1:
