@@ -165,6 +165,7 @@ def test_a_group_sees_the_samples_of_one_process_and_has_its_losses(alone: Path,
         assert outcome(root).provenance["world_size"] == world
 
 
+@pytest.mark.slow
 def test_a_stopped_group_saves_at_one_step_and_goes_on_to_the_same_weights(alone: Path, pair: Path, tmp_path: Path):
     assert group(2, tmp_path, fault=("requeue", 1, 6), shard_optimizer=True) == [TRY_AGAIN] * 2
     folder = tmp_path / "runs" / spec_id(TRAIN)
@@ -179,6 +180,7 @@ def test_a_stopped_group_saves_at_one_step_and_goes_on_to_the_same_weights(alone
     assert [attempt["reason"] for attempt in values["attempts"]] == ["asked to make room (SIGUSR2)", "asked to stop (SIGTERM)", "done"]
 
 
+@pytest.mark.slow
 def test_a_sharded_optimiser_goes_on_in_one_process(alone: Path, tmp_path: Path):
     assert group(2, tmp_path, fault=("requeue", 0, 6), shard_optimizer=True) == [TRY_AGAIN] * 2
     assert group(1, tmp_path) == [0]
@@ -193,6 +195,7 @@ def test_a_failing_rank_ends_the_group_with_its_error(kind: str, rank: int, tmp_
     assert record.values["attempts"][-1]["reason"] == record.error
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_group_and_costs_the_steps_since_the_checkpoint(pair: Path, tmp_path: Path):
     assert group(2, tmp_path, fault=("kill", 1, 12)) == [LOST, -signal.SIGKILL]
     assert outcome(tmp_path) is None and re.match("rank 0 lost another rank", heartbeat.read(tmp_path / "runs" / spec_id(TRAIN))["reason"])
@@ -203,6 +206,7 @@ def test_a_killed_rank_ends_the_group_and_costs_the_steps_since_the_checkpoint(p
     assert [attempt["start"] for attempt in values["attempts"]] == [0, 10, 10] and attempts.read(tmp_path / "runs" / spec_id(TRAIN)) == values["attempts"]
 
 
+@pytest.mark.slow
 def test_a_rank_that_falls_silent_ends_the_group_at_the_bound_of_its_collectives(pair: Path, tmp_path: Path):
     assert group(2, tmp_path, fault=("hang", 1, 12), timeout=10.0) == [LOST, LOST]
     beat = heartbeat.read(tmp_path / "runs" / spec_id(TRAIN))
