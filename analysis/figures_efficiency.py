@@ -95,7 +95,7 @@ def training_efficiency(store: Sources) -> Figure:
     gpus = {row["model"]: int(row["gpus"].partition("x")[0]) for row in store.rows("table6.csv") if row["resolution"] == "256"}
     batch = {row["model"]: int(row["global_batch_size"]) for row in store.rows("table6.csv") if row["resolution"] == "256"}
     hours = {(row["model"], row["last_step"]): float(row["hours"]) for row in store.rows("dico_logs.csv")}
-    ours, other = own_progress(store.rows("table7.csv"), store)
+    ours, refused = own_progress(store.rows("table7.csv"), store)
     drawn = dict.fromkeys((left, middle), 0)
     for index, model in enumerate(SIZES):
         rows = [row for row in store.rows("table7.csv") if row["model"] == model]
@@ -112,7 +112,7 @@ def training_efficiency(store: Sources) -> Figure:
                 panel.plot(cost, fid, f"--{MARKS[index]}", ms=5, color=colour(index), label=f"{model}, ours")
                 errors(panel, cost, fid, colour(index), yerr=spread)
                 drawn[panel] += len(found)
-    below(made, [f"ours on ImageNet 256: {drawn[left]} of the {len(store.rows('table7.csv'))} published points left, {drawn[middle]} in the middle", *other])
+    below(made, [f"ours on ImageNet 256: {drawn[left]} of the {len(store.rows('table7.csv'))} published points left, {drawn[middle]} in the middle", *refused])
     left.set_xlabel("training MACs (open: published Gflops)")
     middle.set_xlabel("GPU-hours (open: A100, authors' logs)")
     left.set_ylabel("FID-50K, ImageNet 256 (open: published)")
