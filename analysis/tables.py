@@ -20,7 +20,7 @@ from experiments.engine.rows import Row, Table
 from experiments.engine.spec import Sampler, Stage, Train
 from experiments.engine.spread import pooled, reach, scaled
 from experiments.engine.store import Record
-from experiments.protocols import DIGITS, IMAGENET256, IMAGENET256_OWN, IMAGENET512, IMAGENET512_OWN, Protocol, cost_stage, cost_stages, evaluate_stage, timed_rows, timing_stage
+from experiments.protocols import DIGITS, IMAGENET256, IMAGENET256_OWN, IMAGENET512_OWN, Protocol, cost_stage, cost_stages, evaluate_stage, timed_rows, timing_stage
 from experiments.systems import SYSTEMS, counted, counts_sheet, difference, notes
 
 ROWS_256, ROWS_512 = ({row.label: row for row in main_results.TABLES[number].rows} for number in (1, 2))
