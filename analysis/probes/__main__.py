@@ -21,7 +21,7 @@ from analysis.query import TRAINED, train_command, trained_row, trained_rows
 from experiments.engine.cli import Parser, guarded
 from experiments.engine.rows import table_of
 from experiments.engine.spec import Backbone, Diffusion, Train, spec_id
-from experiments.engine.store import REPOSITORY, Store
+from experiments.engine.store import REPOSITORY, Record, Store
 from experiments.protocols import PROTOCOLS
 
 
