@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from analysis import figures, figures_efficiency, figures_probes, science
 from analysis.claims import claims_sheet
@@ -57,25 +58,27 @@ def _main() -> int:
 
 def build(store: Sources, with_figures: bool = True) -> list[str]:
     """Write every table, page and figure; what was wrong, in words."""
-    problems = []
-
-    def attempt(name: str, make: Callable[[], None]) -> None:
-        try:
-            make()
-        except ValueError as error:
-            problems.append(f"{name}: {error}")
-        except KeyError as error:
-            problems.append(f"{name}: records or published data lack {error}")
-        except (TypeError, AttributeError, ArithmeticError, LookupError) as error:
-            problems.append(f"{name}: records or published data are not what was expected: {error}")
-
+    problems: list[str] = []
     for name, make in (SHEETS | {"claims": claims_sheet}).items():
-        attempt(name, lambda name=name, make=make: _write(store, name, make(store)))
+        attempt(name, lambda name=name, make=make: _write(store, name, make(store)), None, problems)
     for protocol in (DIGITS, CIFAR10_SMALL):
-        attempt(protocol.name, lambda protocol=protocol: _page(store, protocol))
+        attempt(protocol.name, lambda protocol=protocol: _page(store, protocol), None, problems)
     for name, draw in FIGURES.items() if with_figures else ():
-        attempt(f"figure {name}", lambda name=name, draw=draw: save(draw(store), store.root / "figures", name))
+        attempt(f"figure {name}", lambda name=name, draw=draw: save(draw(store), store.root / "figures", name), None, problems)
     return store.problems + problems
+
+
+def attempt(name: str, make: Callable[[], Any], otherwise: Any, problems: list[str]) -> Any:
+    """What `make` gives, or, where what it needs is missing or unfit, `otherwise` and a problem more."""
+    try:
+        return make()
+    except KeyError as error:
+        problems.append(f"{name}: records or published data lack {error}")
+    except ValueError as error:
+        problems.append(f"{name}: {error}")
+    except (TypeError, AttributeError, ArithmeticError, LookupError) as error:
+        problems.append(f"{name}: records or published data are not what was expected: {error}")
+    return otherwise
 
 
 def _page(store: Sources, protocol: Protocol) -> None:

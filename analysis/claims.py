@@ -8,6 +8,7 @@ from dataclasses import replace
 from analysis import claims_probes, claims_scores
 from analysis.findings import COUNTED, LEVELS, MEASURED, NOT_YET, PUBLISHED, REDUCED, VERDICTS, Claim, Finding, consistent, published
 from analysis.query import Sources
+from analysis.tables import with_caveats
 from experiments import speed_claims
 from experiments.engine.report import Cell, Sheet
 from experiments.speed import unfused
@@ -42,7 +43,7 @@ def claims_sheet(store: Sources) -> Sheet:
         sheet.rows.append(cells)
     sheet.notes.append(f"{len(levels)} claims: " + ", ".join(f"{levels.count(level)} {level}" for level in LEVELS if level in levels) + ".")
     sheet.notes += [f"{verdict}: {meaning}." for verdict, meaning in VERDICTS.items()]
-    return sheet
+    return with_caveats(sheet)
 
 
 def _throughput(claim: Claim, store: Sources) -> Finding:
@@ -62,7 +63,7 @@ def _throughput(claim: Claim, store: Sources) -> Finding:
     basis = printed + (f". Not the claim's, for scale: {small}" if small else "")
     if missing:
         return Finding(NOT_YET, "", "open", basis)
-    return Finding(PUBLISHED, f"{speeds[0] / speeds[1]:.2f}", consistent(speeds[0] / speeds[1], claim["value"]), basis)
+    return Finding(PUBLISHED, f"{speeds[0] / speeds[1]:.2f}", consistent(speeds[0] / speeds[1], claim["value"]), basis, "one figure each, none given")
 
 
 def _measured_speed(claim: Claim, store: Sources, device: str) -> Finding | None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from analysis.conditions import progress_row, stopped
+from analysis.conditions import progress_curve, progress_row, stopped
 from analysis.findings import MEASURED, PUBLISHED, Claim, Finding, direction, means
 from analysis.pages import once
 from analysis.query import Sources, scores_of
 from experiments.engine.manifest import clashes
 from experiments.engine.spread import pooled
 from experiments.engine.store import Record
-from experiments.protocols import train_stage
 
 MODELS = ("DiCo-S", "DiCo-B", "DiCo-L", "DiCo-XL")
 Pairs = Sequence[tuple[str, str]]
@@ -66,10 +65,7 @@ def _own_scaling(pairs: Pairs, steps: Sequence[int], theirs: Finding, store: Sou
 
 def _own_losses(pairs: Pairs, steps: Sequence[int], store: Sources) -> tuple[list[bool], list[Record]]:
     """Whether the larger of two neighbouring sizes has the lower mean loss, for every window of their longest recorded trainings that both have."""
-    curves: dict[str, Record] = {}
-    for model in MODELS:
-        found = [record for step in steps if (record := store.latest(train_stage(progress_row(model), stopped(step), 0), "reference")) and record.values.get("curve")]
-        curves |= {model: found[-1]} if found else {}
+    curves = {model: record for model in MODELS if (record := progress_curve(model, steps, store))}
     lower = []
     for a, b in pairs:
         if a in curves and b in curves:

@@ -165,7 +165,7 @@ def _order(table: Table, pairs: Pairs, paper: str, store: Sources) -> Finding:
         parts.append((math.exp(gap), math.exp(gap - width), math.exp(gap + width)))
         signs.append(0 if abs(gap) <= width else 1 if gap > 0 else -1)
     basis = f"{name} on {protocol.name}, " + ", ".join(f"{worse} over {better}" for worse, better in pairs) + f"; {paper}"
-    value, error = ", ".join(f"{ratio:.2f}" for ratio, _, _ in parts), ", ".join(f"{low:.2f} to {high:.2f}" for _, low, high in parts)
+    value, error = ", ".join(f"{ratio:.2f}" for ratio, _, _ in parts) + f" (ratio{'s' * (len(parts) > 1)})", ", ".join(f"{low:.2f} to {high:.2f}" for _, low, high in parts)
     level = "95 %" if spread else "two sampling errors"
     return Finding(evidence, value, direction(signs) + ", one seed" * (spread is None), basis, f"{level}: {error}", tuple(record for label in labels for record in scores[label]))
 

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from analysis.query import PAPER_BATCH, Sources, gpu_timings, numeric_mode
+from experiments.engine.caveats import timing_caveats
 from experiments.engine.manifest import clashes, not_recorded, score_name
 from experiments.engine.report import Cell, Sheet
 from experiments.engine.rows import Row, Table
 from experiments.engine.spec import Backbone
 from experiments.engine.store import Record
-from experiments.protocols import IMAGENET256, IMAGENET256_OWN, IMAGENET512, IMAGENET512_OWN, Protocol, cost_stages, evaluate_stage
+from experiments.protocols import IMAGENET256, IMAGENET256_OWN, IMAGENET512, IMAGENET512_OWN, Protocol, cost_stages, evaluate_stage, train_stage
 from experiments.speed import WRITTEN_OUT, unfused
 from experiments.systems import difference
 
@@ -48,7 +49,7 @@ def add_conditions(sheet: Sheet, table: Table, resolution: int, store: Sources) 
 
 
 def _timing_notes(rows: Sequence[Row], shown: Sequence[dict[tuple[str, str], Record]]) -> list[str]:
-    """At which batch rows were timed, and what ran without a fused kernel."""
+    """At which batch rows were timed, what their timings say of themselves, and what ran without a fused kernel."""
     batches: dict[int, list[str]] = {}
     plain: dict[str, list[str]] = {}
     for row, found in zip(rows, shown, strict=True):
@@ -60,6 +61,7 @@ def _timing_notes(rows: Sequence[Row], shown: Sequence[dict[tuple[str, str], Rec
             plain.setdefault("attention written out as in the authors' code", []).append(row.label)
     notes = [f"ours on a GPU: in each numeric mode at the largest batch timed up to the paper's {PAPER_BATCH}; diff. %: of the paper's figure, which is an A100's."]
     notes += [f"timed at batch {batch}, not {PAPER_BATCH}: {', '.join(labels)}." for batch, labels in sorted(batches.items()) if batch != PAPER_BATCH]
+    notes += timing_caveats([(f"{row.label} ({mode})", record) for row, found in zip(rows, shown, strict=True) for (_, mode), record in found.items()])
     return notes + [f"{how}, without a fused kernel: {', '.join(labels)}." for how, labels in plain.items()]
 
 
@@ -137,6 +139,12 @@ def progress_row(model: str) -> Row:
 def progress_score(paper: dict[str, str], store: Sources) -> Record | None:
     """Of our scores that of a row of Table 7."""
     return store.latest(evaluate_stage(progress_row(paper["model"]), stopped(int(paper["train_steps"])), 0), "reference")
+
+
+def progress_curve(model: str, steps: Sequence[int], store: Sources) -> Record | None:
+    """The longest of our trainings of a model of Table 7 to one of these ascending numbers of steps, of those whose record holds a loss curve."""
+    trained = (store.latest(train_stage(progress_row(model), stopped(step), 0), "reference") for step in reversed(steps))
+    return next((record for record in trained if record and record.values.get("curve")), None)
 
 
 def stopped(steps: int) -> Protocol:

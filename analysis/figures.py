@@ -6,15 +6,16 @@ The docstring of a figure is its caption. Open marks are the paper's, filled mar
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from analysis.conditions import progress_score
-from analysis.query import Sources, at_one_batch, gpu_timings, numeric_mode, rankable
-from analysis.style import FAMILIES, MARKS, PUBLISHED, SIZES, below, colour, family_colour, figure, note
+from analysis.conditions import progress_curve, progress_score
+from analysis.query import Sources, at_one_batch, gpu_timings, numeric_mode, rankable, runtime_of
+from analysis.style import FAMILIES, MARKS, PUBLISHED, SIZES, below, colour, errors, family_colour, figure, note
+from analysis.tables import CONFIGURATIONS
 from experiments.ablation import TABLE_4
 from experiments.engine.manifest import clashes
+from experiments.engine.report import mean_cell
 from experiments.engine.store import Record
 from experiments.main_results import TABLES
 from experiments.protocols import DIGITS, IMAGENET256, cost_stages, train_stage
@@ -31,7 +32,7 @@ SCALES = ("S", "B", "L", "XL", "H")
 def fid_against_throughput(store: Sources) -> Figure:
     """Figure 2: FID-50K on ImageNet 256 after 400K steps without guidance against inference throughput, the published (Table 1) on an
     A100; the bubble's area is the Gflops. Ours, filled, where a network has both a score and a GPU timing here: in each numeric mode at
-    the one batch that most of them were timed at, its Gflops counted here. Which numeric modes published throughput can be in, the figure of modes shows."""
+    the one batch that most of them were timed at, its Gflops counted here, with the errors of both. Which numeric modes published throughput can be in, the figure of modes shows."""
     made, axes = figure(6.6, 4.4)
     every = [row for row in store.rows("table1.csv") if row["train_steps"] == "400000"]
     rows = [row for row in every if row["throughput_img_s"]]
@@ -72,8 +73,10 @@ def _own_scores_and_speeds(axes: Axes, store: Sources) -> str:
             counts = [store.latest(cost, "reference") for cost in cost_stages(table.row(name))]
             if all(counts):
                 both.add(name)
-                fid, area = statistics.fmean(record.values["fid"] for record in scored[name]), 6 * sum(record.values["macs_torchprofile"] for record in counts) / 1e9
-                axes.scatter(timed.values["images_per_s"], fid, s=area, color=family_colour(name), marker=MARKS[index % len(MARKS)], alpha=0.5, lw=0, zorder=4, label=label)
+                rate, fid = timed.values["images_per_s"], mean_cell("fid", [record.values for record in scored[name]])
+                area = 6 * sum(record.values["macs_torchprofile"] for record in counts) / 1e9
+                axes.scatter(rate, fid.value, s=area, color=family_colour(name), marker=MARKS[index % len(MARKS)], alpha=0.5, lw=0, zorder=4, label=label)
+                errors(axes, [rate], [fid.value], family_colour(name), xerr=[timed.values.get("images_per_s_spread")], yerr=[fid.error])
                 label = None
     words = f"ours: of {len(wanted)} networks {len(scored)} have a score, {sum(map(bool, timings.values()))} a GPU timing, {len(both)} both"
     return words + (f"; left out, scored by another protocol: {', '.join(other)}" if other else "")
@@ -82,9 +85,11 @@ def _own_scores_and_speeds(axes: Axes, store: Sources) -> str:
 def runtime(store: Sources) -> Figure:
     """Figure 3 as far as it was printed in numbers: runtime of one forward pass an image on ImageNet 512 (Table 2, A100, batch 64) and
     FID with guidance against it. The paper's panel over model sizes has no numbers in print; the third panel holds ours, each network
-    timed alone at one batch, on a GPU where any was, else on a CPU, which is no measure of a GPU."""
+    timed alone at one batch, on a GPU where any was, else on a CPU, which is no measure of a GPU. Bars: half the interquartile range."""
     made, (left, right, sizes) = figure(11.2, 3.7, columns=3, width_ratios=(1, 1.15, 0.9))
     rows = {row["model"]: row for row in store.rows("table2.csv") if row["throughput_img_s"]}
+    if not rows:
+        raise ValueError("published data table2.csv: no row has a throughput")
     times = sorted(((1000 / float(row["throughput_img_s"]), name) for name, row in rows.items()), reverse=True)
     left.barh([name for _, name in times], [time for time, _ in times], color=[(*family_colour(name), 0.25) for _, name in times], ec=[family_colour(name) for _, name in times], lw=1.4)
     for time, name in times:
@@ -111,7 +116,9 @@ def _own_runtimes(axes: Axes, store: Sources, names: set[str]) -> list[str]:
     timings = {system.label: found for system in systems if (found := gpu_timings(system.costs[0].backbone, system.costs[0].size, store))}
     said: dict[str, list[str]] = {}
     for index, ((mode, device, batch), at) in enumerate(sorted(at_one_batch(timings).items())):
-        axes.plot([1000 / record.values["images_per_s"] for record in at.values()], list(at), MARKS[index % len(MARKS)], color="black", ms=4, label=f"{mode}, {device}, batch {batch}")
+        times, spreads = zip(*map(runtime_of, at.values()), strict=True)
+        axes.plot(times, list(at), MARKS[index % len(MARKS)], color="black", ms=4, label=f"{mode}, {device}, batch {batch}")
+        errors(axes, times, list(at), "black", xerr=spreads)
         for name, found in timings.items():
             if name not in at and any((numeric_mode(record), record.provenance["device"]) == (mode, device) for record in found):
                 said.setdefault(f"not timed at batch {batch}", []).append(f"{name} ({mode})")
@@ -138,8 +145,9 @@ def _own_sizes(axes: Axes, store: Sources) -> list[str]:
     kept = [(labels[family], size.upper(), record) for stage, record in timed if stage.precision == mode for family, size in [stage.backbone.name.split("_")[:2]]]
     axes.plot(SCALES, [math.nan] * len(SCALES))  # the sizes in their order, whichever were timed
     for index, label in enumerate(dict.fromkeys(family for family, _, _ in kept)):
-        own = [(size, 1000 / record.values["images_per_s"]) for family, size, record in kept if family == label]
-        axes.plot(*zip(*own, strict=True), f"-{MARKS[index]}", ms=5, color=family_colour(label), label=label)
+        at, times, spreads = zip(*((size, *runtime_of(record)) for family, size, record in kept if family == label), strict=True)
+        axes.plot(at, times, f"-{MARKS[index]}", ms=5, color=family_colour(label), label=label)
+        errors(axes, at, times, family_colour(label), yerr=spreads)
     record = kept[0][2]
     axes.set_xlabel(f"model size ({mode}, {record.provenance['device' if found['cuda'] else 'cpu']}, batch {record.spec['batch']})")
     axes.set_yscale("log")
@@ -153,17 +161,19 @@ def _own_sizes(axes: Axes, store: Sources) -> list[str]:
 
 def scores_over_training(store: Sources) -> Figure:
     """Figure 8 and Table 7: scores of 50K images over training on ImageNet 256 without guidance. Open marks are published, filled ones
-    ours, of a training of so many steps under the same protocol; a note says how many there are."""
+    ours, of a training of so many steps under the same protocol, ± their sampling standard error; a note says how many there are."""
     made, axes = figure(8.2, 4.6, 2, 3)
     rows = store.rows("table7.csv")
     panels = {"fid": "FID (lower is better)", "sfid": "sFID (lower is better)", "is": "IS (higher is better)", "precision": "precision", "recall": "recall"}
-    ours, other = _own_progress(rows, store)
+    ours, other = own_progress(rows, store)
     for panel, (name, label) in zip(axes.flat, panels.items(), strict=False):
         for index, model in enumerate(SIZES):
             own = [row for row in rows if row["model"] == model]
             panel.plot([int(row["train_steps"]) / 1000 for row in own], [float(row[name]) for row in own], f"-{MARKS[index]}", ms=4, color=colour(index), label=model, **PUBLISHED)
-            if found := [(steps, record.values[name]) for (size, steps), record in ours.items() if size == model and record.values.get(name) is not None]:
-                panel.plot([steps / 1000 for steps, _ in found], [score for _, score in found], f"--{MARKS[index]}", ms=5, color=colour(index), label=f"{model}, ours")
+            if found := [(steps / 1000, record.values[name], record.values.get(f"{name}_se")) for (size, steps), record in ours.items() if size == model and record.values.get(name) is not None]:
+                steps, scores, spreads = zip(*found, strict=True)
+                panel.plot(steps, scores, f"--{MARKS[index]}", ms=5, color=colour(index), label=f"{model}, ours")
+                errors(panel, steps, scores, colour(index), yerr=spreads)
         panel.set_title(label)
     for panel in axes[1]:
         panel.set_xlabel("training steps, thousands")
@@ -174,7 +184,7 @@ def scores_over_training(store: Sources) -> Figure:
     return made
 
 
-def _own_progress(rows: Sequence[dict[str, str]], store: Sources) -> tuple[dict[tuple[str, int], Record], list[str]]:
+def own_progress(rows: Sequence[dict[str, str]], store: Sources) -> tuple[dict[tuple[str, int], Record], list[str]]:
     """Our scores of Table 7's rows by model and steps, all by the first one's protocol, and in words those that are not."""
     found = {(row["model"], int(row["train_steps"])): progress_score(row, store) for row in rows}
     kept = {key: record for key, record in found.items() if record}
@@ -186,8 +196,9 @@ def _own_progress(rows: Sequence[dict[str, str]], store: Sources) -> tuple[dict[
 
 def losses(store: Sources) -> Figure:
     """Figure 9. Left and middle, theirs: training loss of DiCo on ImageNet 256 from the authors' own logs, means over windows of 1000 steps
-    (10 000 beyond step 400 000); the band is two standard errors of a window's mean. Right, ours: Table 4's rows on the digits protocol,
-    the newest training of seed 0, another data set at another scale, whose losses do not compare with the others."""
+    (10 000 beyond step 400 000); the band is two standard errors of a window's mean. Dashed over them, ours by the same recipe, means over
+    windows of their own; a note says how many there are. Right, ours: Table 4's rows on the digits protocol, the newest training of seed
+    0, another data set at another scale, whose losses do not compare with the others."""
     made, (left, middle, right) = figure(10.6, 3.7, columns=3)
     rows = store.rows("dico_logs.csv")
     for index, model in enumerate(SIZES):
@@ -198,6 +209,7 @@ def losses(store: Sources) -> Figure:
         for panel in (left, middle):
             panel.plot(steps, loss, lw=1, color=colour(index), label=f"{model} (authors' log)")
             panel.fill_between(steps, [a - b for a, b in zip(loss, error, strict=True)], [a + b for a, b in zip(loss, error, strict=True)], color=colour(index), alpha=0.2, lw=0)
+    below(made, [_own_trainings((left, middle), store)])
     left.set_xscale("log")
     left.set_xlim(left=1)
     left.set_ylim(0.138, 0.185)
@@ -213,14 +225,33 @@ def losses(store: Sources) -> Figure:
     return made
 
 
+def _own_trainings(panels: Sequence[Axes], store: Sources) -> str:
+    """Draws our trainings on ImageNet 256 over the authors', of each size the whole one, else the longest that Table 7 asks for; in words, how many there are."""
+    steps, drawn = sorted({int(row["train_steps"]) for row in store.rows("table7.csv")}), 0
+    for index, model in enumerate(SIZES):
+        whole = store.latest(train_stage(*CONFIGURATIONS[f"{model} 256"], 0), "reference")
+        record = whole if whole and whole.values.get("curve") else progress_curve(model, steps, store)
+        if record:
+            drawn += 1
+            for panel in panels:
+                panel.plot([step / 1000 for step in _middles(record)], record.values["curve"]["losses"], "--", lw=1, color=colour(index), label=f"{model}, ours")
+    return f"ours on ImageNet 256: {drawn} of the {len(SIZES)} trainings are recorded here"
+
+
+def _middles(record: Record) -> list[float]:
+    """Of the windows of a training's curve, in steps; the last may be cut short."""
+    curve = record.values["curve"]
+    ends = [min((number + 1) * curve["every"], record.values["steps"]) for number in range(len(curve["losses"]))]
+    return [(start + end) / 2 for start, end in zip([0, *ends], ends, strict=False)]
+
+
 def _own_losses(axes: Axes, store: Sources) -> None:
     axes.set_title(f"ours: Table 4's rows on {DIGITS.name}")
     windows = set()
     for index, row in enumerate(TABLE_4.rows):
         record = store.latest(train_stage(row, DIGITS, 0), "reference")
         if record and (curve := record.values.get("curve")):
-            ends = [min((number + 1) * curve["every"], record.values["steps"]) for number in range(len(curve["losses"]))]
-            axes.plot([(start + end) / 2 for start, end in zip([0, *ends], ends, strict=False)], curve["losses"], lw=1, color=colour(index % 10), ls="-" if index < 10 else "--", label=row.label)
+            axes.plot(_middles(record), curve["losses"], lw=1, color=colour(index % 10), ls="-" if index < 10 else "--", label=row.label)
             windows.add(curve["every"])
     axes.set_xlabel(f"training steps (means over {' or '.join(map(str, sorted(windows)))})" if windows else "training steps")
     if windows:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from analysis.query import Sources, at_one_batch, digits_scores, gpu_timings, rankable
-from analysis.style import MARKS, PUBLISHED, SIZES, colour, family_colour, figure, note
+from analysis.conditions import progress_row, stopped
+from analysis.figures import own_progress
+from analysis.query import Sources, at_one_batch, digits_scores, gpu_timings, rankable, runtime_of
+from analysis.style import MARKS, PUBLISHED, SIZES, below, colour, errors, family_colour, figure, note
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.engine.report import REFERENCE_SEEDS
 from experiments.engine.rows import Table
-from experiments.protocols import DIGITS, timing_stage, train_stage
+from experiments.engine.store import Record
+from experiments.protocols import DIGITS, cost_stage, timing_stage, train_stage
 from experiments.systems import SYSTEMS
 
 if TYPE_CHECKING:
@@ -83,13 +87,16 @@ def seed_spread(store: Sources) -> Figure:
 
 def training_efficiency(store: Sources) -> Figure:
     """What training costs. Left: FID (Table 7, no guidance) against multiply-accumulates of training, three forward passes an image of Table
-    6's batch. Middle: against GPU-hours, from the authors' logs and Table 6's GPU counts. Right: ours on digits, fd_digits (mean of seeds)
+    6's batch. Middle: against GPU-hours, from the authors' logs and Table 6's GPU counts. Filled in both, ours: Gflops counted here, hours
+    by the rate of a training's last attempt; a note says how many there are. Right: ours on digits, fd_digits (mean of seeds)
     against wall seconds times threads of the fastest of its
     trainings, on a machine that was shared. The panels' scores do not compare with each other."""
     made, (left, middle, right) = figure(9.4, 3.6, columns=3)
     gpus = {row["model"]: int(row["gpus"].partition("x")[0]) for row in store.rows("table6.csv") if row["resolution"] == "256"}
     batch = {row["model"]: int(row["global_batch_size"]) for row in store.rows("table6.csv") if row["resolution"] == "256"}
     hours = {(row["model"], row["last_step"]): float(row["hours"]) for row in store.rows("dico_logs.csv")}
+    ours, refused = own_progress(store.rows("table7.csv"), store)
+    drawn = dict.fromkeys((left, middle), 0)
     for index, model in enumerate(SIZES):
         rows = [row for row in store.rows("table7.csv") if row["model"] == model]
         fid = [float(row["fid"]) for row in rows]
@@ -98,9 +105,17 @@ def training_efficiency(store: Sources) -> Figure:
             (middle, [gpus[model] * hours[model, row["train_steps"]] for row in rows]),
         ):
             panel.plot(cost, fid, f"-{MARKS[index]}", ms=4, color=colour(index), label=model, **PUBLISHED)
-    left.set_xlabel("training MACs (published Gflops)")
-    middle.set_xlabel("A100-hours (authors' logs)")
-    left.set_ylabel("FID-50K, ImageNet 256 (published)")
+        scored = [(steps, record) for (size, steps), record in ours.items() if size == model]
+        for panel, costs in ((left, [_macs(model, record, store) for _, record in scored]), (middle, [_gpu_hours(model, steps, store) for steps, _ in scored])):
+            if found := [(cost, record.values["fid"], record.values.get("fid_se")) for cost, (_, record) in zip(costs, scored, strict=True) if cost]:
+                cost, fid, spread = zip(*found, strict=True)
+                panel.plot(cost, fid, f"--{MARKS[index]}", ms=5, color=colour(index), label=f"{model}, ours")
+                errors(panel, cost, fid, colour(index), yerr=spread)
+                drawn[panel] += len(found)
+    below(made, [f"ours on ImageNet 256: {drawn[left]} of the {len(store.rows('table7.csv'))} published points left, {drawn[middle]} in the middle", *refused])
+    left.set_xlabel("training MACs (open: published Gflops)")
+    middle.set_xlabel("GPU-hours (open: A100, authors' logs)")
+    left.set_ylabel("FID-50K, ImageNet 256 (open: published)")
     left.legend()
     for panel in (left, middle):
         panel.set_xscale("log")
@@ -116,6 +131,20 @@ def training_efficiency(store: Sources) -> Figure:
     right.set_ylabel("fd_digits (ours)")
     right.legend()
     return made
+
+
+def _macs(model: str, record: Record, store: Sources) -> float | None:
+    """Multiply-accumulates of the training behind a score: three forward passes an image, counted as the paper counts; None without the count."""
+    count, recipe = store.latest(cost_stage(progress_row(model)), "reference"), record.spec["train"]["recipe"]
+    return 3 * recipe["batch"] * recipe["steps"] * count.values["macs_torchprofile"] if count else None
+
+
+def _gpu_hours(model: str, steps: int, store: Sources) -> float | None:
+    """Of our training of a model to so many steps, by the images a second of its last attempt on all its GPUs; None without its record or off a GPU."""
+    record = store.latest(train_stage(progress_row(model), stopped(steps), 0), "reference")
+    if record is None or record.provenance["device"] == "cpu" or not record.values.get("images_per_s"):
+        return None
+    return record.provenance["world_size"] * steps * record.spec["recipe"]["batch"] / record.values["images_per_s"] / 3600
 
 
 def _digits_cost(table: Table, store: Sources) -> tuple[list[float], list[float], dict[str, list[str]]]:
@@ -169,7 +198,7 @@ def pareto(store: Sources) -> Figure:
 def numeric_modes(store: Sources) -> Figure:
     """Does the speed-up depend on the numeric mode? Left: arithmetic rate that the published throughput implies (two operations a published
     multiply-accumulate) against an A100's peak in fp32 without tensor cores: a rate well above the line cannot be fp32. Right: ours, the
-    speed-up of DiCo-XL over DiT-XL/2 in every numeric mode in which both were timed at one batch on a GPU here."""
+    speed-up of DiCo-XL over DiT-XL/2 in every numeric mode in which both were timed at one batch on a GPU here, with the spread of both."""
     made, (left, right) = figure(9.0, 4.2, columns=2, width_ratios=(1.7, 1))
     rows = {(row["model"], resolution): row for resolution in (512, 256) for row in reversed(store.rows(f"table{1 if resolution == 256 else 2}.csv")) if row["throughput_img_s"] and row["gflops"]}
     bars = [(f"{model} at {resolution}", model, 2e-3 * float(row["throughput_img_s"]) * float(row["gflops"])) for (model, resolution), row in rows.items()]
@@ -185,8 +214,9 @@ def numeric_modes(store: Sources) -> Figure:
         timings = {label: gpu_timings(system.costs[0].backbone, system.costs[0].size, store) for label, system in pair.items()}
         for (mode, device, batch), at in sorted(at_one_batch(timings).items()):
             if len(at) == len(pair):
-                one, two = (at[label].values["images_per_s"] for label in ("DiCo-XL", "DiT-XL/2"))
-                right.barh(f"{mode}\n{device}, {resolution}, batch {batch}", one / two, color=colour(1))
+                (one, one_error), (two, two_error) = (runtime_of(at[label]) for label in ("DiCo-XL", "DiT-XL/2"))
+                error = two / one * math.hypot(one_error / one, two_error / two)
+                right.barh(f"{mode}\n{device}, {resolution}, batch {batch}", two / one, xerr=error, color=colour(1), error_kw=dict(elinewidth=0.8))
                 drawn += 1
     right.set_xlabel("speed-up over DiT-XL/2 (ours)")
     if not drawn:

@@ -41,24 +41,21 @@ def _found(probe: str, rows: tuple[Row, ...], store: Store) -> tuple[Found, str]
 
 
 def attention_maps(store: Store) -> Figure:
-    """Figure 4, on digits: the weights of one token (red) in up to five layers of each network, mean over heads, images and steps of
+    """Figure 4, on digits: the weights of each anchor token (red) in up to five layers of each network, mean over heads, images and steps of
     sampling. Attention is the softmax's own; implied attention is what linear, agent and gated linear attention and Mamba multiply
     the values with; of a convolution it is the kernel. Each network at its small size, one training seed."""
     found, missing = _found("locality", LOCAL_ROWS, store)
-    lines = -(-len(found) // 2)
-    made, _ = figure(2 * (1.15 * MAPS + 0.8), 1.36 * lines + 0.5, 1, 1)
-    made.clear()
-    networks = iter(found)
-    for half in made.subfigures(1, 2):
-        for line in half.subplots(lines, MAPS, squeeze=False):
-            _draw_maps(line, *next(networks, ("", {}, {}))[:2])
+    anchors = max(len(arrays["anchors_0"]) for _, arrays, _ in found)
+    made, axes = figure(anchors * MAPS + 0.8, 1.26 * len(found) + 0.5, len(found), MAPS, squeeze=False)
+    for line, (label, arrays, _) in zip(axes, found, strict=True):
+        _draw_maps(line, label, arrays)
     made.suptitle(f"Where a token (red) looks, {DIGITS.name}: each map from 0 (white) to its largest weight (dark)\n"
                     f"title: layer, grid, mean distance over that of uniform weights{missing}", fontsize=9)
     return made
 
 
 def _draw_maps(line: Sequence[Axes], label: str, arrays: dict[str, np.ndarray]) -> None:
-    """A network's maps in a line of panels, those that are left over empty."""
+    """A network's maps in a line of panels, one a layer with its anchors side by side, those that are left over empty."""
     import numpy as np
     from matplotlib.patches import Rectangle
 
@@ -67,12 +64,15 @@ def _draw_maps(line: Sequence[Axes], label: str, arrays: dict[str, np.ndarray]) 
     parts = [p for p in _parts(arrays, WEIGHTS) if arrays[f"grid_{p}"].min() > 2]
     chosen = [parts[round(i)] for i in np.linspace(0, len(parts) - 1, min(MAPS, len(parts)))]
     for axis, p in zip(line, chosen, strict=False):
-        shown = arrays[f"maps_{p}"].astype(float).mean((0, 1))[0]
-        row, place = arrays[f"anchors_{p}"][0]
-        axis.imshow(shown, cmap="Blues", vmin=0)
-        axis.add_patch(Rectangle((place - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=1.2))
+        maps = arrays[f"maps_{p}"].astype(float).mean((0, 1))
+        count, height, width = maps.shape
+        for left, shown, (row, place) in zip(np.arange(count) * 1.1 * width, maps, arrays[f"anchors_{p}"], strict=True):
+            axis.imshow(shown, cmap="Blues", vmin=0, extent=(left, left + width, height, 0))
+            axis.add_patch(Rectangle((left, 0), width, height, fill=False, edgecolor="0.7", linewidth=0.6, clip_on=False))
+            axis.add_patch(Rectangle((left + place, row), 1, 1, fill=False, edgecolor="red", linewidth=1.2))
+        axis.set_xlim(0, (1.1 * count - 0.1) * width)
         relative = (arrays[f"values_{p}"][..., 0] / arrays[f"uniform_{p}"][0]).mean()
-        axis.set_title(f"{_short(arrays, p)}\n{shown.shape[0]}x{shown.shape[1]}, {relative:.2f}", fontsize=7)
+        axis.set_title(f"{_short(arrays, p)}\n{height}x{width}, {relative:.2f}", fontsize=7)
     if chosen:
         words = f"{label}\n{arrays[f'kind_{chosen[0]}']}"
         line[0].text(-0.1, 0.5, words, fontsize=7, rotation=90, transform=line[0].transAxes, ha="right", va="center", multialignment="center")

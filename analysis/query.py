@@ -106,6 +106,8 @@ class Sources(Store):
                 rows = list(csv.DictReader(file))
         except OSError as error:
             raise ValueError(f"published data {name}: {error.strerror}; restore it with git checkout results/published") from None
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"published data {name}: no CSV in UTF-8 ({error}); restore it with git checkout results/published") from None
         if not rows:
             raise ValueError(f"published data {name}: holds no rows")
         words, numbers = (columns.split() for columns in COLUMNS[name])
@@ -219,6 +221,12 @@ def gpu_timings(backbone: Backbone, size: int, store: Sources) -> list[Record]:
     ]  # fmt: skip
     store.note(found)
     return found
+
+
+def runtime_of(record: Record) -> tuple[float, float]:
+    """Milliseconds an image of a timing, and half their interquartile range."""
+    rate = record.values["images_per_s"]
+    return 1000 / rate, 1000 / rate * record.values.get("images_per_s_spread", math.nan) / rate
 
 
 def numeric_mode(record: Record) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from analysis import science
 from analysis.browser import timing
-from analysis.build import FIGURES
+from analysis.build import FIGURES, attempt
 from analysis.claims import claims_sheet
 from analysis.fragments import figure, grids, inert, lacking, problem_list, prose, record_data, table, tiles
 from analysis.pages import Text
@@ -64,14 +64,14 @@ def build_page(store: Sources) -> tuple[str, list[str]]:
 
     def sheet(name: str, make: Callable[[Sources], Sheet], identifier: str) -> tuple[Sheet, str]:
         with store.noting() as noted:
-            made = _or(name, lambda: make(store), None, problems) or Sheet(f"{name}: {problems[-1].partition(': ')[2]}", [("", "gap")])
+            made = attempt(name, lambda: make(store), None, problems) or Sheet(f"{name}: {problems[-1].partition(': ')[2]}", [("", "gap")])
         return made, table(made, identifier, noted.values())
 
     claims, claimed = sheet("claims", claims_sheet, "claims-table")
     shown = [f'<div{" class=words" if name == "table6" else ""}>{sheet(name, make, name)[1]}</div>' for name, make in SHEETS.items() if name != "counts"]
     drawn = [_figure(name, draw, store, problems) for name, draw in FIGURES.items()]
-    pages = [prose(_or(p.name, lambda p=p: science.blocks(store, p), [Text(f"{p.name} could not be built", 1)], problems)) for p in (DIGITS, CIFAR10_SMALL)]
-    scattered = _or("scatter", lambda: views(store), [], problems)
+    pages = [prose(attempt(p.name, lambda p=p: science.blocks(store, p), [Text(f"{p.name} could not be built", 1)], problems)) for p in (DIGITS, CIFAR10_SMALL)]
+    scattered = attempt("scatter", lambda: views(store), [], problems)
     parts = [
         f'<section id="claims"><h2>Claims</h2>{tiles(claims)}<div class="words">{claimed}</div></section>',
         '<section id="scatter-section"><h2>Score against cost</h2><p><label>View: <select id="view"></select></label> A filled mark leads to its records.</p><div id="scatter"></div></section>',
@@ -96,15 +96,6 @@ def build_page(store: Sources) -> tuple[str, list[str]]:
         f'<script type="module">{(HERE / "page" / "page.js").read_text()}</script></body></html>',
     ]
     return "\n".join(page), problems
-
-
-def _or(name: str, make: Any, otherwise: Any, problems: list[str]) -> Any:
-    """What `make` gives, or, where what it needs is missing, `otherwise` and a problem more."""
-    try:
-        return make()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        problems.append(f"{name}: {error}")
-        return otherwise
 
 
 def provenance_sheet(store: Sources) -> Sheet:
@@ -135,7 +126,7 @@ def _libraries() -> tuple[str, str, str]:
 def _figure(name: str, draw: Callable[[Sources], Any], store: Sources, problems: list[str]) -> str:
     caption = " ".join(inspect.cleandoc(draw.__doc__).split())
     with store.noting() as noted:
-        image = _or(f"figure {name}", lambda: png(draw(store)), None, problems)
+        image = attempt(f"figure {name}", lambda: png(draw(store)), None, problems)
     return figure(image, caption, noted.values()) if image else lacking(f"{name} could not be built: {problems[-1].partition(': ')[2]}")
 
 

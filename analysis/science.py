@@ -125,24 +125,43 @@ def _span(counts: Sequence[int]) -> str:
     return f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
 
 
-def resolved_pairs(table: Table, store: Sources, protocol: Protocol = DIGITS) -> tuple[int, int, int, int]:
-    """Of all pairs of rows with a score: how many the Fréchet distance resolves; of these, how many the paper's FID orders alike; pairs; rows of certain rank."""
+@dataclass(frozen=True)
+class Pairs:
+    """Rows' labels, the lower Fréchet distance first: pairs that the seeds resolve, those that they do not, those resolved against the order of the paper's FID; and rows of certain rank."""
+
+    resolved: list[tuple[str, str]]
+    open: list[tuple[str, str]]
+    against: list[tuple[str, str]]
+    certain: int
+
+
+def resolved_pairs(table: Table, store: Sources, protocol: Protocol = DIGITS) -> Pairs | None:
+    """Of all pairs of rows with a score; None without repeated seeds."""
     name = f"fd_{protocol.features}"
     published = store.published(table.published, table.key)
     scored = _scored(table, store, protocol)
     values = [found for _, found in scored]
-    spread, pairs = pooled(name, values), len(values) * (len(values) - 1) // 2
+    spread, total = pooled(name, values), len(values) * (len(values) - 1) // 2
     if spread is None:
-        return 0, 0, pairs, 0
-    resolved = alike = 0
-    for i in range(len(values)):
-        for j in range(i):
-            ours = statistics.fmean(scaled(name, values[i])) - statistics.fmean(scaled(name, values[j]))
-            paper = float(published[scored[i][0].published]["fid"]) - float(published[scored[j][0].published]["fid"])
-            clear = abs(ours) > reach(spread, len(values[i]), len(values[j]), pairs)
-            resolved, alike = resolved + clear, alike + (clear and ours * paper > 0)
-    certain = sum(rank is not None and rank[0] == rank[1] for rank in ranks(name, "lower", values))
-    return resolved, alike, pairs, certain
+        return None
+    made = Pairs([], [], [], sum(rank is not None and rank[0] == rank[1] for rank in ranks(name, "lower", values)))
+    for (one, first), (two, second) in itertools.combinations(scored, 2):
+        ours = statistics.fmean(scaled(name, first)) - statistics.fmean(scaled(name, second))
+        paper = float(published[one.published]["fid"]) - float(published[two.published]["fid"])
+        pair = (one.label, two.label) if ours < 0 else (two.label, one.label)
+        clear = abs(ours) > reach(spread, len(first), len(second), total)
+        (made.resolved if clear else made.open).append(pair)
+        made.against.extend([pair] * (clear and ours * paper <= 0))
+    return made
+
+
+def _in_words(pairs: Pairs) -> str:
+    """How many pairs are resolved, and which: the shorter of the two lists by name."""
+    resolved, total = len(pairs.resolved), len(pairs.resolved) + len(pairs.open)
+    words = f"Of {total} pairs of rows the seeds resolve {resolved}" + f", and the paper orders {resolved - len(pairs.against)} of these alike" * (resolved > 0) + "."
+    shorter = ("Resolved", " before ", pairs.resolved) if resolved <= len(pairs.open) else ("Not resolved", " and ", pairs.open)
+    named = (f"{name}: {'; '.join(map(word.join, some))}." for name, word, some in (shorter, ("Resolved against the paper's order", " before ", pairs.against)) if some)
+    return " ".join([words, *named])
 
 
 @dataclass(frozen=True)
@@ -247,13 +266,12 @@ def _section(table: Table, store: Sources, protocol: Protocol) -> list[Block]:
     if main is None:
         return [Text("No committed records with repeated seeds: nothing can be said.")]
     records = once(record for row in table.rows for record in scores_of(row, protocol, store))
-    resolved, alike, pairs, certain = resolved_pairs(table, store, protocol)
+    pairs = resolved_pairs(table, store, protocol)
     poorly = f" The spread over seeds is known from {main.freedom} repeated {'run' if main.freedom == 1 else 'runs'} only, so the interval is itself uncertain." if main.freedom < FEW else ""
     order = f"The order by {scored[0]} agrees with the paper's order by FID with tau {main.tau:.2f} (95 % over seeds: {main.low:.2f} to {main.high:.2f}); {_verdict(main)}."
-    also = f", and the paper orders {alike} of these alike" if resolved else ""
     made: list[Block] = [
         Text(f"{main.rows} rows, {main.seeds} seeds each. {order}{poorly}", records=records),
-        Text(f"Of {pairs} pairs of rows the seeds resolve {resolved}{also}. {certain} of {main.rows} rows have a rank that is known for certain.", records=records),
+        Text(f"{_in_words(pairs)} {pairs.certain} of {main.rows} rows have a rank that is known for certain.", records=records),
     ]
     if other := rankable(table.rows, protocol, store)[1]:
         refused = (f"{label} ({', '.join(fields)})" for label, fields in other.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +44,12 @@ def colour(index: int) -> Any:
 def family_colour(name: str) -> Any:
     """The colour of the longest family name that a system's name begins with."""
     return colour(FAMILIES.index(max((family for family in FAMILIES if name.startswith(family)), key=len)))
+
+
+def errors(axes: Axes, x: Any, y: Any, colour: Any, **errors: Any) -> None:
+    """Error bars, `xerr` or `yerr`, on marks that are drawn; none where an error is None."""
+    known = {name: [math.nan if error is None else error for error in found] for name, found in errors.items()}
+    axes.errorbar(x, y, fmt="none", ecolor=colour, elinewidth=0.8, zorder=5, **known)
 
 
 def note(axes: Axes, text: str, bottom: bool = False) -> None:

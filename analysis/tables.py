@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from analysis.conditions import SCORES_NOTE, add_conditions, clash_notes, insert, number_cell, progress_score, score_cells, score_columns
+from analysis.pages import once
 from analysis.query import Sources, digits_scores, latest, rankable, reference_seeds
 from experiments import main_results, speed
 from experiments.ablation import TABLES
@@ -19,7 +20,7 @@ from experiments.engine.rows import Row, Table
 from experiments.engine.spec import Sampler, Stage, Train
 from experiments.engine.spread import pooled, reach, scaled
 from experiments.engine.store import Record
-from experiments.protocols import DIGITS, IMAGENET256, IMAGENET256_OWN, IMAGENET512, IMAGENET512_OWN, Protocol, cost_stage, cost_stages, evaluate_stage, timed_rows, timing_stage
+from experiments.protocols import DIGITS, IMAGENET256, IMAGENET256_OWN, IMAGENET512_OWN, Protocol, cost_stage, cost_stages, evaluate_stage, timed_rows, timing_stage
 from experiments.systems import SYSTEMS, counted, counts_sheet, difference, notes
 
 ROWS_256, ROWS_512 = ({row.label: row for row in main_results.TABLES[number].rows} for number in (1, 2))
@@ -82,7 +83,7 @@ def systems_sheet(table: Table, resolution: int, store: Sources) -> Sheet:
     sheet.notes += notes([(row.label, system, cells[at - 1]) for row, system, cells in zip(table.rows, known, sheet.rows, strict=True) if system], store, "reference")
     sheet.notes += [
         "same counter: Gflops in the convention of the tool that gave the published figure; core counts all systems by one rule.",
-        "A gap in our columns is what has not been run here. The paper's scores are one run each, printed without error, so none is marked best.",
+        f"A gap in our columns is what has not been run here{_timed_elsewhere(table, store)}. The paper's scores are one run each, printed without error, so none is marked best.",
     ]
     stages: list[Stage] = [cost for row in table.rows for cost in cost_stages(row)]
     if table.timed:
@@ -92,16 +93,25 @@ def systems_sheet(table: Table, resolution: int, store: Sources) -> Sheet:
     return sheet
 
 
+def _timed_elsewhere(table: Table, store: Sources) -> str:
+    """In words: rows whose forward pass was timed here, but not in the numeric mode of the table's own column of throughput."""
+    if table is not main_results.TABLE_1 or _in_modes("cuda", "forward", store):  # a GPU's modes all stand in the table
+        return ""
+    labels = [row.label for row in _in_modes("cpu", "forward", store) if not store.latest(timing_stage(row, table.baseline, "cpu"), "reference")]
+    return f"; the throughput of {', '.join(labels)} was timed with fused attention and stands in speed_forward" * bool(labels)
+
+
+def _in_modes(device: str, what: str, store: Sources) -> list[Row]:
+    """Table 1's rows that were timed in a numeric mode of a device."""
+    table = main_results.TABLE_1
+    return [row for row in table.rows if row.backbone and list(latest(speed.stages(table, [row], device, what, named=True), store))]
+
+
 def throughput_sheet(what: str, store: Sources) -> Sheet:
     """Table 1's rows that were timed on a GPU or, as long as none was, on a CPU; gaps where none was at all."""
-    table = main_results.TABLE_1
-
-    def timed(device: str) -> list[Row]:
-        return [row for row in table.rows if row.backbone and list(latest(speed.stages(table, [row], device, what, named=True), store))]
-
-    device = "cuda" if timed("cuda") else "cpu"
-    rows = timed(device) or [row for row in table.rows if row.backbone and not row.heavy]
-    return speed.speed_sheet(table, rows, device, what, store, "reference")
+    table, device = main_results.TABLE_1, "cuda" if _in_modes("cuda", what, store) else "cpu"
+    rows = _in_modes(device, what, store) or [row for row in table.rows if row.backbone and not row.heavy]
+    return with_caveats(speed.speed_sheet(table, rows, device, what, store, "reference"))
 
 
 RECIPE: dict[str, Callable[[Train, Sampler], object]] = {
@@ -171,7 +181,7 @@ SHEETS: dict[str, Callable[[Sources], Sheet]] = {
     "table7": progress_sheet,
     "table8": lambda store: systems_sheet(main_results.TABLE_8, 256, store),
     "table9": lambda store: systems_sheet(main_results.TABLE_9, 512, store),
-    "counts": lambda store: counts_sheet(store, where="reference"),
+    "counts": lambda store: with_caveats(counts_sheet(store, where="reference")),
     **{f"speed_{what}": lambda store, what=what: throughput_sheet(what, store) for what in speed.TASKS},
 }
 
@@ -188,6 +198,12 @@ def caveats(records: Sequence[Record]) -> list[str]:
         notes.append(f"{len(dirty)} of these records come from a tree with uncommitted changes: {', '.join(sorted(dirty))}.")
     inception = [record for record in records if record.kind == "evaluate" and record.spec["features"] == "inception"]  # the others' rows say theirs
     return notes + [f"warning: {text}." for text in dict.fromkeys(text for record in inception for text in record.values.get("warnings", ()))]
+
+
+def with_caveats(sheet: Sheet) -> Sheet:
+    """The sheet with those of the records in its cells among its notes."""
+    sheet.notes += caveats(once(record for row in sheet.rows for cell in row for record in cell.records))
+    return sheet
 
 
 def ranks(name: str, better: str, values: Sequence[list[dict[str, float]]]) -> list[tuple[int, int] | None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from experiments.engine.caveats import timing_caveats
 from experiments.engine.launch import Job, Sweep
 from experiments.engine.report import Cell, Sheet
 from experiments.engine.rows import Row, Table
@@ -171,6 +172,7 @@ def _notes(table: Table, rows: Sequence[Row], device: str, what: str, store: Sto
         notes.append(f"{', '.join(labels)}: attention is written out as in their authors' code, never fused.")
     notes += _kinds(rows, what)
     plain: dict[str, list[str]] = {}
+    timed: list[tuple[str, Record]] = []
     for row in rows:
         for mode in MODES[device] if row.backbone else ():
             stage = in_mode(timing_stage(row, table.baseline, device), mode, what)
@@ -179,11 +181,10 @@ def _notes(table: Table, rows: Sequence[Row], device: str, what: str, store: Sto
                 plain.setdefault(how, []).append(f"{row.label} ({mode})")
             if record is None and (failed := store.latest(stage, where, status="failed")):
                 notes.append(f"{row.label}, {mode}: {failed.error}")
-            if record and not record.values.get("stable", True):  # older records do not say
-                notes.append(f"{row.label}, {mode}: timed before its warm-up was stable.")
+            timed += [(f"{row.label} ({mode})", record)] * (record is not None)
             if mode == "as_published" and record and what == "forward" and not record.values.get("one_condition", True):
                 notes.append(f"{row.label}, {mode}: makes tokens of t and y, and was given those of all images.")
-    return notes + [f"{how}, without a fused kernel: {', '.join(labels)}." for how, labels in plain.items()]
+    return notes + timing_caveats(timed) + [f"{how}, without a fused kernel: {', '.join(labels)}." for how, labels in plain.items()]
 
 
 def unfused(record: Record) -> list[str]:

@@ -195,8 +195,23 @@ def test_the_order_by_speed_has_an_interval(spread: float, width: float, tmp_pat
 def test_pairs_are_resolved_by_their_distance(tmp_path: Path):
     rows = [row.label for row in TABLE_3.rows]
     far = with_scores(tmp_path / "far", {label: [4.0**k, 4.0**k * 1.01, 4.0**k * 0.99] for k, label in enumerate(reversed(rows))}, TABLE_3)
-    assert resolved_pairs(TABLE_3, far)[0] == 15 and resolved_pairs(TABLE_3, far)[3] == 6
-    assert resolved_pairs(TABLE_3, with_scores(tmp_path / "near", {label: [10.0, 20.0, 40.0] for label in rows}, TABLE_3))[0] == 0
+    assert len(resolved_pairs(TABLE_3, far).resolved) == 15 and resolved_pairs(TABLE_3, far).certain == 6
+    near = with_scores(tmp_path / "near", {label: [10.0, 20.0, 40.0] for label in rows}, TABLE_3)
+    assert not resolved_pairs(TABLE_3, near).resolved and resolved_pairs(TABLE_3, empty(tmp_path / "none")) is None
+    assert "Of 15 pairs of rows the seeds resolve 0. 0 of 6 rows" in page(near)
+
+
+def test_the_page_names_the_pairs_of_the_shorter_list(tmp_path: Path):
+    """One network that is far worse than all others, by the paper the second best; then two that are alike, of which none is resolved."""
+    tight = (0.999, 1.0, 1.001)
+    best, second, *others = sorted((row.label for row in TABLE_3.rows), key=lambda label: float(Sources().published(TABLE_3.published, TABLE_3.key)[TABLE_3.row(label).published]["fid"]))
+    one = page(with_scores(tmp_path / "one", {label: [(90.0 if label == second else 10.0) * part for part in tight] for label in (best, second, *others)}, TABLE_3))
+    assert "Of 15 pairs of rows the seeds resolve 5, and the paper orders 1 of these alike. Resolved: " in one and f"{best} before {second}" in one
+    against = one.partition("Resolved against the paper's order: ")[2].partition(" of 6 rows")[0]
+    assert f"{best} before" not in against and all(f"{label} before {second}" in against for label in others)
+    fd = {label: 4.0 ** max(place, 1) for place, label in enumerate((best, second, *others))}
+    two = page(with_scores(tmp_path / "two", {label: [value * part for part in tight] for label, value in fd.items()}, TABLE_3))
+    assert "the seeds resolve 14, and the paper orders 14 of these alike. Not resolved: " in two and {best, second} == set(two.partition("Not resolved: ")[2].partition(". ")[0].split(" and "))
 
 
 def test_the_digits_page_follows_the_records(committed: Sources, tmp_path: Path):
@@ -251,6 +266,7 @@ def test_every_claim_gets_a_verdict(committed: Sources, tmp_path: Path):
         sheet = claims_sheet(store)
         assert column(sheet, "claim") == [row["id"] for row in store.rows("claims.csv")]
         assert set(column(sheet, "evidence")) <= set(LEVELS) and all(column(sheet, "verdict")) and all(column(sheet, "basis"))
+        assert all(error != "-" for value, error in zip(column(sheet, "value"), column(sheet, "error"), strict=True) if value != "-")
     assert {"counted", "measured at reduced scale"} & set(column(sheet, "evidence")) == set()
 
 
@@ -544,6 +560,13 @@ def test_a_published_file_that_is_missing_or_unsourced_is_one_line(tmp_path: Pat
     names = [*words.split(), *numbers.split(), "source"]
     (tmp_path / "table7.csv").write_text(",".join(names) + "\n" + "DiCo-S," + ",".join("1" for _ in names[1:-1]) + ",\n")
     with pytest.raises(ValueError, match="line 2: no source"):
+        Sources(None, tmp_path).rows("table7.csv")
+
+
+@pytest.mark.parametrize("content", [b"model," + b"x" * 140_000, b"model\n\xff\n"])
+def test_a_published_file_that_is_no_csv_is_one_line(content: bytes, tmp_path: Path):
+    (tmp_path / "table7.csv").write_bytes(content)
+    with pytest.raises(ValueError, match="^published data table7.csv: no CSV in UTF-8 .*; restore it with git checkout results/published$"):
         Sources(None, tmp_path).rows("table7.csv")
 
 

@@ -16,7 +16,7 @@ FILES = {str(path.relative_to(ROOT)): path for folder in ("backbones", "experime
 CODE = [name for name in FILES if not name.startswith("tests/")]
 GPU_LIBRARIES = {"flash_attn", "mamba_ssm", "fla", "causal_conv1d"}
 OPTIONAL = GPU_LIBRARIES | {"torchvision", "torch_fidelity", "submitit", "diffusers", "plotly", "itables", "selenium", "nbclient", "nbformat"}
-LIGHT_ENGINE = [f"experiments/engine/{name}.py" for name in ("spec", "files", "sources", "store", "cli", "launch", "site", "scheduler", "plan", "slurm", "cluster", "report", "spread", "render", "progress", "manifest")]
+LIGHT_ENGINE = [f"experiments/engine/{name}.py" for name in ("spec", "files", "sources", "store", "cli", "launch", "site", "scheduler", "plan", "slurm", "cluster", "report", "caveats", "spread", "render", "progress", "manifest")]
 LIGHT = [*LIGHT_ENGINE, *(name for name in CODE if re.fullmatch(r"(experiments|analysis)/\w+\.py", name))]
 
 

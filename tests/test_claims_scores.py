@@ -122,7 +122,8 @@ def digits(made: Made, label: str, fd: float) -> None:
 def test_points_at_the_claims_scale_outrank_digits(without: float, value: str, verdict: str, made: Made):
     for label, fd in (("DiCo-S", 10.0), ("w/o CCA", 20.0)):
         digits(made, label, fd)
-    assert (made.judged("cca-fid").evidence, made.judged("cca-fid").verdict) == ("measured at reduced scale", "reproduced")
+    found = made.judged("cca-fid")
+    assert (found.evidence, found.value, found.verdict) == ("measured at reduced scale", "2.00 (ratio)", "reproduced")
     (made.store.root / "reference").rename(made.store.root / "records")
     made.score(TABLE_4.row("DiCo-S"), IMAGENET256, 50.0)
     part = made.judged("cca-fid")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.collections import PathCollection
 
 from analysis import figures, figures_efficiency
 from analysis.claims import judge
@@ -188,7 +189,7 @@ def test_figure_2_draws_ours_where_a_network_has_score_and_timing(tmp_path: Path
     published = len(figures.fid_against_throughput(Sources(tmp_path / "none")).axes[0].collections)
     made = figures.fid_against_throughput(sources(store))
     (axes,) = made.axes
-    ours = axes.collections[published:]
+    ours = [mark for mark in axes.collections[published:] if isinstance(mark, PathCollection)]  # the others are error bars
     assert [mark.get_offsets().tolist() for mark in ours] == [[[1000.0, 50.0]]] * 2 and ours[0].get_sizes()[0] == pytest.approx(6 * 6.06, rel=0.01)
     assert "ours: of 15 networks 3 have a score, 4 a GPU timing, 2 both; left out, scored by another protocol: DiCo-B" in said(made)
     assert "no published throughput: DiC-S, DiC-B, DiC-XL" in said(made) and "ours: fp32, TF32 off, a GPU, batch 64" in axes.get_legend_handles_labels()[1]

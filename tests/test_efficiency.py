@@ -50,7 +50,7 @@ def test_a_speed_sheet_names_rows_whose_attention_is_never_fused_and_those_timed
         fill(store, stage, **timed(10.0, 1.0), **stable)
     notes = speed.speed_sheet(TABLE_1, rows, "cpu", "forward", store).notes
     assert "ADM-U, LDM-4: attention is written out as in their authors' code, never fused." in notes
-    assert [note for note in notes if "stable" in note] == ["DiCo-S, fp32: timed before its warm-up was stable."]
+    assert [note for note in notes if "stable" in note] == ["DiCo-S (fp32): timed before the warm-up was stable."]
 
 
 def test_training_counts_three_passes_and_sampling_two_a_step(tmp_path: Path):

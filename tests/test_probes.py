@@ -12,7 +12,7 @@ from analysis import figures_probes
 from analysis.probes.__main__ import main
 from analysis.probes.declared import PROBES, Channels, arrays_of, declared
 from analysis.query import TRAINED, trained_rows
-from analysis.style import save
+from analysis.style import figure, save
 from experiments.ablation import TABLE_4
 from experiments.engine import checkpoint
 from experiments.engine.report import REFERENCE_SEEDS
@@ -57,6 +57,20 @@ def test_a_probe_writes_a_record_and_its_arrays_once(results, capsys, name: str)
     assert {path.name for path in (results / "records" / name).glob("*.npz")} == names  # equal arrays are one file
 
 
+def test_anchors_are_chosen_and_all_of_them_drawn(results, capsys):
+    assert probe(results, "locality", "--gradients", "0", "--anchors", "0,0", "0.25,1", "0.5,0.5") == 0
+    store = Store(results)
+    (record,) = [record for records in store.records("records").values() for record in records if record.kind == "locality" and len(record.spec["anchors"]) == 3]
+    arrays = arrays_of(store, record)
+    height, width = arrays["grid_0"]
+    assert arrays["anchors_0"].tolist() == [[0, 0], [height // 4, width - 1], [height // 2, width // 2]] and arrays["maps_0"].shape[2:] == (3, height, width)
+    panel = figure(1, 1)[1]
+    figures_probes._draw_maps([panel], "DiCo-S", arrays)
+    red = [patch for patch in panel.patches if patch.get_edgecolor()[:3] == (1, 0, 0)]
+    assert len(panel.images) == len(red) == 3
+    assert [(patch.get_y(), patch.get_x() - image.get_extent()[0]) for patch, image in zip(red, panel.images, strict=True)] == [(row, pytest.approx(column)) for row, column in arrays["anchors_0"]]
+
+
 def test_a_probe_of_weights_that_a_later_training_replaced_is_made_anew(results, tmp_path, capsys):
     own = shutil.copytree(results, tmp_path / "results")
     assert probe(own, "features") == 0
@@ -97,6 +111,8 @@ def test_rows_that_are_not_trained_here(results, capsys):
     (["channels", "--table", "4", "--steps", "0"], "--steps takes a number from 1 on"),
     (["locality", "--checkpoint", "gone.pt", "--backbone", "dico_s"], "no such checkpoint"),
     (["features", "--diffusers", "gone"], "locality alone"),
+    (["channels", "--table", "4", "--anchors", "0,0"], "--anchors belongs to locality"),
+    *((["locality", "--table", "4", "--anchors", "0,1", text], f"such as 0.5,0.25, not {text!r}") for text in ("0.5", "a,b", "0,1.5", "nan,0", "0,0,0", "")),
 ])
 def test_bad_arguments_are_one_line(capsys, tmp_path, arguments, message):
     assert main([*arguments, "--results", str(tmp_path)]) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import shutil
 from collections.abc import Iterator
@@ -78,6 +79,28 @@ def test_what_could_not_be_built_stands_on_the_page(tmp_path: Path):
         text, problems = report.build_page(Sources(None, published))
     assert {problem.partition(":")[0] for problem in problems} == {"table7", "figure figure8"}
     assert "Could not be built" in text and text.count("table7.csv: No such file") >= 3
+
+
+@pytest.mark.parametrize("wrong", [IndexError("list index out of range"), ZeroDivisionError("division by zero"), KeyError("fid"), None])
+def test_a_figure_that_fails_leaves_the_page_and_the_build(wrong: Exception | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of an unforeseen kind, or Figure 3 of a table without a throughput."""
+    published = shutil.copytree(REPOSITORY / "results" / "published", tmp_path / "published")
+    with open(published / "table2.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    with open(published / "table2.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(row | {"throughput_img_s": ""} for row in rows)
+
+    def fails(store: Sources) -> None:
+        """Never drawn."""
+        raise wrong
+
+    monkeypatch.setattr(report, "FIGURES", {"figure3": fails if wrong else FIGURES["figure3_runtime"]})
+    monkeypatch.setattr(report, "SHEETS", {"counts": report.SHEETS["counts"]})
+    text, problems = report.build_page(Sources(None, published))
+    assert [problem.partition(":")[0] for problem in problems] == ["figure figure3"] and str(wrong or "table2.csv: no row has a throughput") in problems[0]
+    assert "figure3 could not be built" in text
 
 
 @pytest.mark.parametrize("width", [1400, 390])

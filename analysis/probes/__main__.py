@@ -21,7 +21,7 @@ from analysis.query import TRAINED, train_command, trained_row, trained_rows
 from experiments.engine.cli import Parser, guarded
 from experiments.engine.rows import table_of
 from experiments.engine.spec import Backbone, Diffusion, Train, spec_id
-from experiments.engine.store import REPOSITORY, Store
+from experiments.engine.store import REPOSITORY, Record, Store
 from experiments.protocols import PROTOCOLS
 
 
@@ -53,6 +53,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, help="in the batch that is probed (default: the probe's own)")
     parser.add_argument("--steps", type=int, help="of the sampler on the way from noise to images (default: the probe's own)")
     parser.add_argument("--gradients", type=int, metavar="N", help="locality: tokens whose gradients are taken, 0 for none (default: the probe's own)")
+    parser.add_argument("--anchors", nargs="+", metavar="ROW,COLUMN", help="locality: tokens whose maps are kept, as fractions of a grid from 0 to 1 (default: the probe's own)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--memory", type=int, default=512, metavar="MIB", help="for a chunk of weights (default: 512)")
     parser.add_argument("--again", action="store_true", help="probe also what has a record")
@@ -70,7 +71,20 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
             raise ValueError(f"--{name} takes a number from 1 on")
     if args.gradients is not None and (args.gradients < 0 or args.probe != "locality"):
         raise ValueError("--gradients takes a number from 0 on, and belongs to locality")
+    if args.anchors and args.probe != "locality":
+        raise ValueError("--anchors belongs to locality")
+    args.anchors = args.anchors and tuple(map(_anchor, args.anchors))
     return args
+
+
+def _anchor(text: str) -> tuple[float, float]:
+    try:
+        row, column = map(float, text.split(","))
+    except ValueError:
+        row = column = -1.0
+    if not (0 <= row <= 1 and 0 <= column <= 1):
+        raise ValueError(f"--anchors takes a row and a column, fractions from 0 to 1 such as 0.5,0.25, not {text!r}")
+    return row, column
 
 
 def _rows(args: argparse.Namespace, store: Store) -> list[tuple[str, Probe]]:
@@ -105,7 +119,7 @@ def _diffusers(args: argparse.Namespace) -> list[tuple[str, DiffusersLocality]]:
 
     model = type(diffusers_models.load(args.diffusers)).__name__
     text = diffusers_models.conditioning_from(args.conditioning)[1] if args.conditioning else None
-    given = dict(steps=args.steps, images=args.images, gradient_queries=args.gradients, grid=args.grid and tuple(args.grid))
+    given = dict(steps=args.steps, images=args.images, gradient_queries=args.gradients, anchors=args.anchors, grid=args.grid and tuple(args.grid))
     chosen = {name: value for name, value in given.items() if value is not None}
     return [(args.diffusers.name, DiffusersLocality(model, diffusers_models.digest(args.diffusers), text, **chosen))]
 
@@ -117,6 +131,8 @@ def _chosen(spec: Probe, args: argparse.Namespace) -> Probe:
         spec = replace(spec, images=args.images)
     if args.gradients is not None and isinstance(spec, Locality):
         spec = replace(spec, gradient_queries=args.gradients)
+    if args.anchors and isinstance(spec, Locality):
+        spec = replace(spec, anchors=args.anchors)
     return spec
 
 

@@ -7,10 +7,11 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from experiments.engine.caveats import evaluations, run_caveats, timing_caveats
 from experiments.engine.manifest import clashes, machines, not_recorded, score_name
 from experiments.engine.rows import Row, Table
 from experiments.engine.spec import Stage, spec_id
-from experiments.engine.spread import LEVEL, agree, evaluations, made_by_few, pooled, reach, scaled
+from experiments.engine.spread import LEVEL, agree, made_by_few, pooled, reach, scaled
 from experiments.engine.store import Record, Store
 from experiments.protocols import Protocol, cost_stages, evaluate_stage, timed_rows, timing_stage
 
@@ -111,7 +112,7 @@ def comparison_sheet(table: Table, rows: Sequence[Row], protocol: Protocol, seed
         cells += [_of(_latest(store, timing_stage(row, table.baseline, device), where), "relative", 2) if timed else Cell() for where in ("reference", "records")]
         known, off = row.label in compared, []
         for name in scores:
-            cells += [_mean_cell(name, side[row.label], 1 if name.startswith(("fd", "is")) else 2) for side in (reference, here)]
+            cells += [mean_cell(name, side[row.label], 1 if name.startswith(("fd", "is")) else 2) for side in (reference, here)]
             if known and not agree(name, reference[row.label], here[row.label], spread[name], comparisons):
                 off.append(name)
         verdict = "other protocol" if other[row.label] else "-" if not known else "spread unknown" if None in spread.values() else "no: " + ", ".join(off) if off else "yes"
@@ -184,7 +185,7 @@ def _records(store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], w
 
 
 def _score(store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], name: str, where: str) -> Cell:
-    """Mean over seeds with its standard error, or one seed's value with its sampling error."""
+    """`mean_cell` of a row's records, or that it failed."""
     if not row.backbone:
         return Cell()
     records = tuple(_records(store, row, protocol, seeds, where))
@@ -192,7 +193,7 @@ def _score(store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], nam
         stages = [stage for seed in seeds for stage in _run(row, protocol, seed)]
         failed = any(store.latest(stage, where) is None and store.latest(stage, where, status="failed") for stage in stages)
         return Cell(words="failed") if failed else Cell()
-    return replace(_mean_cell(name, [record.values for record in records], 1 if name.startswith(("fd", "is", "fid")) else 2), records=records)
+    return replace(mean_cell(name, [record.values for record in records], 1 if name.startswith(("fd", "is", "fid")) else 2), records=records)
 
 
 def _run(row: Row, protocol: Protocol, seed: int) -> tuple[Stage, ...]:
@@ -201,7 +202,8 @@ def _run(row: Row, protocol: Protocol, seed: int) -> tuple[Stage, ...]:
     return *stage.trainings, stage
 
 
-def _mean_cell(name: str, values: list[dict[str, float]], digits: int) -> Cell:
+def mean_cell(name: str, values: list[dict[str, float]], digits: int = 2) -> Cell:
+    """Mean over seeds with its standard error, or one seed's value with its sampling error."""
     if not values:
         return Cell()
     if len(values) == 1:
@@ -219,12 +221,14 @@ def _notes(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequenc
     if table.counts_only:
         return notes
     if table.timed:
-        own = {(cost.size, cost.channels) for row in timed_rows(table, rows, device, named=True) for cost in cost_stages(row)}
+        timed = timed_rows(table, rows, device, named=True)
+        own = {(cost.size, cost.channels) for row in timed for cost in cost_stages(row)}
         inputs = " (a system of another input at its own, all its networks)" if own - {(size, channels)} else ""
         notes.append(
             f"throughput: inference at {size}x{size}x{channels}{inputs}, fp32 without TF32, attention unfused, ± half the interquartile range; rel.: to "
             f"{table.baseline.label}, timed in turn. The paper's ran under PyTorch's defaults, where convolutions use TF32 and linear layers do not."
         )
+        notes += timing_caveats([(row.label, record) for row in timed if (record := store.latest(timing_stage(row, table.baseline, device), where))])
     if device != "cuda" and any(row.heavy for row in timed_rows(table, rows, device, named=True)):
         notes.append("large networks take minutes to time on a CPU: there they are timed only where --rows names them, and are gaps otherwise.")
     notes.append(_score_note(protocol, seeds))
@@ -241,18 +245,17 @@ def _notes(table: Table, rows: Sequence[Row], protocol: Protocol, seeds: Sequenc
         notes.append(f"{', '.join(label for label, count in counts.items() if count == found)}: {found} of {len(seeds)} seeds")
     if resolved := _resolved(table, rows, protocol, seeds, store, where):
         notes.append(resolved)
+    shown: list[Record] = []
     for row in rows:
         stages = [*cost_stages(row), *(timing_stage(timed, table.baseline, device) for timed in timed_rows(table, [row], device, named=True))]
         stages += [stage for seed in seeds for stage in _run(row, protocol, seed)]
         for stage in stages:
-            if store.latest(stage, where) is None and (failed := store.latest(stage, where, status="failed")):
+            if record := store.latest(stage, where):
+                shown.append(record)
+            elif failed := store.latest(stage, where, status="failed"):
                 notes.append(f"{row.label}: {failed.kind} failed: {failed.error}")
     evaluated = [record for row in rows for record in _records(store, row, protocol, seeds, where)]
-    places = {f"{r.provenance['device'] if r.provenance['device'] != 'cpu' else r.provenance['cpu']}, torch {r.provenance['torch']}" for r in evaluated}
-    notes += [f"run on {'; '.join(sorted(places))}"] * bool(evaluated)
-    notes += made_by_few(next(iter(SCORES[protocol.features])), scores) + evaluations(scores) + not_recorded(evaluated)
-    notes += [f"warning: {text}" for text in sorted({text for record in evaluated for text in record.values.get("warnings", [])})]
-    return notes + ["some records come from a tree with uncommitted changes"] * any(record.provenance["dirty"] for record in evaluated)
+    return notes + made_by_few(next(iter(SCORES[protocol.features])), scores) + evaluations(scores) + not_recorded(evaluated) + run_caveats(evaluated, shown)
 
 
 def _score_note(protocol: Protocol, seeds: Sequence[int]) -> str:

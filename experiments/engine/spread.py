@@ -44,14 +44,3 @@ def made_by_few(name: str, rows: Mapping[str, list[dict[str, float]]]) -> list[s
     shares = {label: max((value[f"{name}_se"] / value[name] for value in values if value.get(f"{name}_se") and value[name] > 0), default=0.0) for label, values in rows.items()}
     few = [f"{label}, sampling error {share:.0%} of {name}" for label, share in shares.items() if share > OUTLIERS]
     return [f"{'; '.join(few)}: a few images far from all others make most of this distance, as where sampling diverged; the other scores do not grow with it."] * bool(few)
-
-
-def evaluations(rows: Mapping[str, list[dict[str, float]]]) -> list[str]:
-    """A sentence on the network evaluations per image, by row where they differ; records from before they were counted have none."""
-    labels: dict[str, list[str]] = {}
-    for label, found in rows.items():
-        counts = [values["nfe"] for values in found if "nfe" in values]
-        if found:
-            labels.setdefault(f"{statistics.fmean(counts):.4g}" if counts else "not recorded", []).append(label)
-    said = next(iter(labels)) if len(labels) == 1 else "; ".join(f"{nfe}: {', '.join(names)}" for nfe, names in labels.items())
-    return [f"network evaluations per image: {said}."] * bool(labels)
