@@ -350,8 +350,8 @@ def test_numeric_modes_of_a_gpu_stand_side_by_side(tmp_path: Path):
     store = Store(tmp_path)
     spec = Timing(Backbone("dico_xl"), 32, 4, 1000, 64, "cuda", baseline=Backbone("dit_s_2"))
     half = {"cudnn_tf32": True, "matmul_tf32": False}
-    for mode, flags, batch, speed in (("fp32", PROVENANCE["precision_flags"], 64, 80.0), ("as_published", half, 64, 200.0), ("as_published", half, 16, 150.0), ("as_published", half, 1024, 300.0)):
-        store.append(replace(spec, precision=mode, batch=batch), "done", {"images_per_s": speed, "relative": 1.0, "relative_spread": 0.0}, PROVENANCE | {"device": "GPU", "precision_flags": flags})
+    for mode, flags, batch, rate in (("fp32", PROVENANCE["precision_flags"], 64, 80.0), ("as_published", half, 64, 200.0), ("as_published", half, 16, 150.0), ("as_published", half, 1024, 300.0)):
+        store.append(replace(spec, precision=mode, batch=batch), "done", {"images_per_s": rate, "relative": 1.0, "relative_spread": 0.0}, PROVENANCE | {"device": "GPU", "precision_flags": flags})
     (tmp_path / "records").rename(tmp_path / "reference")
     sheet = SHEETS["table1"](Sources(tmp_path))
     (row,) = [row for row in sheet.rows if row[0].words == "DiCo-XL"]
