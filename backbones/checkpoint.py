@@ -13,6 +13,14 @@ FLAT = "none: flat"
 NAMED = 6  # differing keys of a kind that an error names
 
 
+class Unread:
+    """Stands for a class that a file names and nothing here needs."""
+
+
+# The authors' trainers save their arguments; LDM's the class of a callback beside the weights.
+ADMITTED = [argparse.Namespace, (Unread, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
+
+
 def read_weights(path: str | Path, key: str | None = None) -> tuple[dict[str, Tensor], str]:
     """The weights of a `.safetensors` or `.pt` file and the key under which they lay: `key`, or if None the first of USUAL that is there, else FLAT.
 
@@ -27,7 +35,7 @@ def read_weights(path: str | Path, key: str | None = None) -> tuple[dict[str, Te
 
             weights = load_file(path)
         else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # the authors' trainers save their arguments
+            with torch.serialization.safe_globals(ADMITTED):
                 weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = "it is damaged, cut short or no torch archive: a download page, a git-lfs pointer?"

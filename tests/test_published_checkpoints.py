@@ -1,9 +1,11 @@
 """Reading published checkpoints: every form they come in, and every way in which a file can be the wrong one."""
 
 import pickle
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -53,6 +55,19 @@ def test_round_trip(tmp_path: Path, name: str, file: str, write: Callable[[Weigh
     assert not same(model, weights)
     assert load_published(model, tmp_path / file) == (FLAT if file.startswith("flat") else "ema")
     assert same(model, weights)
+
+
+def test_a_file_that_names_its_trainer_s_callback_is_read_without_that_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """LDM's files hold a class of PyTorch Lightning as a key beside the weights."""
+    for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module := "pytorch_lightning.callbacks.model_checkpoint"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    callback = type("ModelCheckpoint", (), {"__module__": module})
+    monkeypatch.setattr(sys.modules[module], "ModelCheckpoint", callback, raising=False)
+    weights = tiny("dico_s", seed=1).state_dict()
+    torch.save({"state_dict": weights, "epoch": 1, "callbacks": {callback: {"best_model_path": "a.ckpt"}}}, tmp_path / "model.ckpt")
+    monkeypatch.undo()
+    found, key = read_weights(tmp_path / "model.ckpt")
+    assert key == "state_dict" and all(torch.equal(found[name], value) for name, value in weights.items())
 
 
 def test_another_key_can_be_read(tmp_path: Path):
