@@ -39,7 +39,6 @@ if __name__ == "__main__":
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.slurm,
-    pytest.mark.xdist_group("slurm"),
     pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)} not installed: apt-get install --no-install-recommends slurm-wlm munge"),
 ]
 

@@ -193,10 +193,10 @@ def _state(job: Job, store: Store, submission: scheduler.Submission | None, queu
         return "failed", _reason(failed[-1])
     if submission and queue is None:
         return "submitted", where
+    heard = f"; last heard of: {beat['reason']}" if beat and beat.get("reason") else ""
     if queued and queued.state == "CANCELLED":
-        return "cancelled", where
+        return "cancelled", where + heard
     if submission:
-        heard = f"; last heard of: {beat['reason']}" if beat and beat.get("reason") else ""
         return "failed", f"{queued.state.lower() if queued else 'its job left the queue'} without a record ({where}){heard}"
     return "not submitted", ""
 
