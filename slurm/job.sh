@@ -49,4 +49,4 @@ requeue_after_death() {
 trap requeue_after_death EXIT
 # Slurm sends a signal again that a node did not confirm in time, and numbers the steps of every attempt from 0: that of a
 # killed step would end the next attempt's. An empty step before every second attempt gives the two different numbers.
-if ((${SLURM_RESTART_COUNT:-0} % 2)); then srun --nodes=1 --ntasks=1 --ntasks-per-node=1 true; fi
+if ((${SLURM_RESTART_COUNT:-0} % 2)); then timeout -k 5 120 srun --nodes=1 --ntasks=1 --ntasks-per-node=1 true || true; fi
