@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from analysis import claims_probes, claims_scores
-from analysis.findings import COUNTED, LEVELS, MEASURED, NOT_YET, PUBLISHED, REDUCED, VERDICTS, Claim, Finding, consistent, published
+from analysis.findings import COUNTED, LEVELS, MEASURED, NOT_YET, PUBLISHED, REDUCED, VERDICTS, Finding, consistent, published
 from analysis.query import Sources
 from analysis.tables import with_caveats
 from experiments import speed_claims
 from experiments.engine.report import Cell, Sheet
 from experiments.speed import unfused
+from experiments.speed_claims import Claim
 
 
 def judge(claim: Claim, store: Sources) -> Finding:

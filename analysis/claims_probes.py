@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from analysis.findings import MEASURED, NOT_YET, REDUCED, Claim, Finding, direction
+from analysis.findings import MEASURED, NOT_YET, REDUCED, Finding, direction
 from analysis.probes.declared import Probe, declared
 from analysis.query import Sources
 from experiments.ablation import TABLE_3, TABLE_4
@@ -16,6 +16,7 @@ from experiments.engine.report import REFERENCE_SEEDS
 from experiments.engine.spread import pooled, reach
 from experiments.engine.store import Record
 from experiments.protocols import DIGITS, IMAGENET256
+from experiments.speed_claims import Claim
 
 NAMED = {"DiTTransformer2DModel": "DiT-XL/2-512", "PixArtTransformer2DModel": "PixArt-alpha-512", "FluxTransformer2DModel": "FLUX.1-dev"}
 

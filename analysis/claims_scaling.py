@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 
 from analysis.conditions import progress_curve, progress_row, stopped
-from analysis.findings import MEASURED, PUBLISHED, Claim, Finding, direction, means
+from analysis.findings import MEASURED, PUBLISHED, Finding, direction, means
 from analysis.pages import once
 from analysis.query import Sources, scores_of
 from experiments.engine.manifest import clashes
 from experiments.engine.spread import pooled
 from experiments.engine.store import Record
+from experiments.speed_claims import Claim
 
 MODELS = ("DiCo-S", "DiCo-B", "DiCo-L", "DiCo-XL")
 Pairs = Sequence[tuple[str, str]]

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from analysis.claims_scaling import scaling
 from analysis.conditions import same_conditions
-from analysis.findings import MEASURED, NOT_YET, PUBLISHED, REDUCED, Claim, Finding, consistent, direction, is_of, means, published
+from analysis.findings import MEASURED, NOT_YET, PUBLISHED, REDUCED, Finding, consistent, direction, is_of, means, published
 from analysis.query import Sources, rankable, scores_of
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.engine.manifest import clashes
@@ -20,7 +20,7 @@ from experiments.engine.spread import pooled
 from experiments.engine.store import Record
 from experiments.main_results import TABLES
 from experiments.protocols import DIGITS, IMAGENET256, Protocol, evaluate_stage, timing_stage
-from experiments.speed_claims import half_digit
+from experiments.speed_claims import Claim, half_digit
 
 Pairs = Sequence[tuple[str, str]]
 

@@ -37,7 +37,6 @@ VERDICTS = {  # the words of verdicts, and what they mean
     "one seed": "the spread over trainings is unknown, and the error is that of sampling alone, where there is one",
     "open": "nothing here bears on it yet",
 }
-Claim = dict[str, str]
 
 
 @dataclass(frozen=True)
