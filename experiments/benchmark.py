@@ -157,6 +157,7 @@ def _neighbours(spec: Neighbours, store: Store) -> None:
     import numpy as np
     import torch
 
+    from experiments.engine.machine import described
     from experiments.engine.neighbours import ADM_BLOCK, neighbour_shares, precision_recall_half
     from experiments.engine.precision import flags
     from experiments.engine.scores import NEIGHBOURS
@@ -179,7 +180,7 @@ def _neighbours(spec: Neighbours, store: Store) -> None:
     pairs = spec.samples**2 + spec.reference**2 + spec.samples * spec.reference
     rate = spec.dim * pairs / taken[-1] / 1e9
     values = {"seconds": taken[-1], "pairs_per_s": pairs / taken[-1], "gmacs_per_s": rate, "product_gmacs_per_s": ceiling, "share_of_product": rate / ceiling}
-    about = provenance() | {"torch": torch.__version__, "precision_flags": flags(), "threads": torch.get_num_threads(), "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}
+    about = provenance() | described(device) | {"precision_flags": flags()}
     store.append(spec, "done", values | {"precision": found[0], "recall": found[1]}, about)
     print(
         f"neighbours, {spec.arithmetic}: {spec.samples} x {spec.reference} x {spec.dim} in {taken[-1]:.2f} s, {pairs / taken[-1]:.3g} pairs/s, "
@@ -197,6 +198,7 @@ def _latents(spec: Loader, store: Store) -> None:
 
     from experiments.engine.data import batches
     from experiments.engine.latents import LatentSet, shard_path
+    from experiments.engine.machine import described
     from experiments.engine.precision import flags
     from experiments.engine.spec import Data
 
@@ -220,7 +222,7 @@ def _latents(spec: Loader, store: Store) -> None:
             rates.append(steps * batch / (time.perf_counter() - started))
         busy = (time.process_time() - busy) / (PAIRS * steps * batch)
     values = {"latents_per_s": statistics.median(rates), "least": min(rates), "most": max(rates), "runs": PAIRS, "core_s_each": busy}
-    store.append(spec, "done", values, provenance() | {"torch": torch.__version__, "precision_flags": flags(), "device": "cpu", "threads": 2, "cores": len(_cores())})
+    store.append(spec, "done", values, provenance() | described("cpu") | {"precision_flags": flags(), "threads": 2, "cores": len(_cores())})
     spread = f"{min(rates):,.0f} to {max(rates):,.0f} over {PAIRS} runs"
     print(f"latents: {statistics.median(rates):,.0f} a second ({spread}), {1e6 * busy:.0f} us of a core each; batch {batch}, 2 threads, {len(_cores())} cores")
 

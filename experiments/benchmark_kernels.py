@@ -75,8 +75,10 @@ def run(names: Sequence[str], device: str, modes: Sequence[str], batch: int, run
 
     import backbones.kernels
     from experiments.engine.ceilings import copy_rates
+    from experiments.engine.machine import keep_memory
     from experiments.engine.precision import precision
 
+    keep_memory()
     copied, good = max(copy_rates(torch.device(device))), True
     print(f"T = {TOKENS}, D = {DIM}, batch {batch}, {device}, {torch.get_num_threads()} threads, median of {runs} runs; a copy moves {copied / 1e9:.1f} GB/s")
     print("GB/s: inputs read twice, the output written, its gradient read and those of the inputs written, over the time of forward + backward")
@@ -230,12 +232,9 @@ CASES: dict[str, Callable[[int], list[Tensor]]] = {
 
 
 def _record(store: Store, spec: Kernel, values: dict[str, Any], copied: float) -> None:
-    import torch
+    from experiments.engine.machine import described
 
-    about = provenance() | {
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if spec.device == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
+    about = provenance() | described(spec.device) | {
         "precision_flags": {name: spec.precision == "tf32" for name in ("matmul_tf32", "cudnn_tf32")},
         "kernels": {spec.op: [spec.choice]},
     }

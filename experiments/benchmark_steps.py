@@ -101,13 +101,14 @@ def measure(spec: Steps, other: tuple[Path, str] | None, rounds: int, store: Sto
     """Time the tasks of a comparison in turn, at the batch or the first half of a half of it that fits, print and record it; False where none was timed."""
     import torch
 
+    from experiments.engine.machine import described
     from experiments.engine.precision import flags
     from experiments.engine.timing import forget
 
     device = torch.device(spec.device)
     if other:
         spec = replace(spec, other=hashlib.sha256(other[0].read_bytes()).hexdigest())
-    about = {"torch": torch.__version__, "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "threads": torch.get_num_threads()}
+    about = described(device)
     what, asked, found, error = f"{spec.network} {spec.what}, {spec.precision}, {spec.device}", spec, None, None
     ceiling = _ceiling(spec, store) if spec.what == "training" else {}
     while found is None and spec.batch:

@@ -88,12 +88,13 @@ def _recorded(images: Images, values: dict[str, Any], identity: dict[str, Any], 
     """The scores with both files' hashes, what the sampler wrote of itself, and how they were measured, in the form of an Evaluate record."""
     import torch
 
-    from experiments.engine.evaluate import versions
+    from experiments.engine.evaluate import histogram, versions
     from experiments.engine.npz import sha256
     from experiments.engine.precision import flags, precision
 
     with precision("fp32", torch.device(device)):
         found = {"num": len(images), "image": {"size": images.shape[1], "format": "uint8"}, "flags": flags()}
+    found |= {"labels": {"histogram_sha256": histogram(images.labels)}} if images.labels is not None else {}
     found |= {"versions": versions("numpy", "scipy", "torch-fidelity"), **identity}
     whole = of_samples(images.made or {}, {"samples": {"name": images.path.name, "sha256": sha256(images.path)}}, found)
     place = {"torch": torch.__version__, "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "precision_flags": found["flags"]}

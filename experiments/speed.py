@@ -118,7 +118,7 @@ def speed_sheet(table: Table, rows: Sequence[Row], device: str, what: str, store
     published = store.published(table.published, table.key)
     columns = [("", "row"), ("Gflops", "core")]
     for mode in MODES[device]:
-        columns += [(mode, name) for name in ("img/s", "rel.", "% of matmul")] + [(mode, "GiB"), (mode, "J/img")] * (device == "cuda")
+        columns += [(mode, name) for name in ("img/s", "rel.", "% of matmul", "% of copy")] + [(mode, "GiB"), (mode, "J/img")] * (device == "cuda")
     beside = what == "forward"  # all that the paper timed
     columns += [("paper, A100", name) for name in ("img/s", "rel.", "% of fp32 peak")] * beside
     sheet = Sheet(f"Table {table.number}: {what} on this {device.upper().replace('CUDA', 'GPU')}, by numeric mode ({table.source})", columns)
@@ -141,14 +141,18 @@ def speed_sheet(table: Table, rows: Sequence[Row], device: str, what: str, store
 
 def _timed(stage: Timing, core: float | None, store: Store, where: str) -> list[Cell]:
     record = store.latest(stage, where)
-    wide = 5 if stage.device == "cuda" else 3
+    wide = 6 if stage.device == "cuda" else 4
     if record is None:
         return [Cell(words="failed") if store.latest(stage, where, status="failed") else Cell()] + [Cell()] * (wide - 1)
     values, own = record.values, (record,)
     top = store.latest(Ceilings(stage.device, "fp32" if stage.precision == "as_published" else stage.precision), where)
     passes = {"forward": 1, "training": 3, "sampling": 2 * stage.num_steps}[stage.what]
     share = 100 * passes * core * values["images_per_s"] / top.values["macs_per_s"] if core and top else None
-    cells = [Cell(values["images_per_s"], values["images_per_s_spread"], 1, records=own), Cell(values["relative"], values["relative_spread"], records=own), Cell(share, None, 0, records=own + ((top,) if top else ()))]
+    moved = values.get("bytes_moved")  # older records have none
+    copied = 100 * moved / stage.batch * values["images_per_s"] / top.values["bytes_per_s"] if moved and top else None
+    both = own + ((top,) if top else ())
+    cells = [Cell(values["images_per_s"], values["images_per_s_spread"], 1, records=own), Cell(values["relative"], values["relative_spread"], records=own)]
+    cells += [Cell(share, None, 0, records=both), Cell(copied, None, 0, records=both)]
     more = [Cell(values["peak_memory_bytes"] and values["peak_memory_bytes"] / 2**30, None, 1, records=own), Cell(values["joules_per_image"], records=own)]
     return cells + more * (stage.device == "cuda")
 
@@ -164,6 +168,7 @@ def _notes(table: Table, rows: Sequence[Row], device: str, what: str, store: Sto
     for stage in ceilings(device):
         if top := store.latest(stage, where):
             notes.append(f"measured ceilings, {stage.precision}: {2e-12 * top.values['macs_per_s']:.2f} TFLOP/s in large matrix products, {1e-9 * top.values['bytes_per_s']:.0f} GB/s copying.")
+    notes.append("% of copy: what its operators, one by one, read and write, at the rate of a copy, which caches let small tensors exceed; the suite's kernels in Triton are not seen.")
     if device == "cpu":
         notes.append("a CPU has one numeric mode here; its ratios are no GPU's.")
         if any(row.heavy for row in timed_rows(table, rows, device, named=True)):

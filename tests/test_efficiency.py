@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from experiments import efficiency, speed, speed_claims
 from experiments.engine import cost, execute, profiling
+from experiments.engine.operators import Operators
 from experiments.engine.spec import Backbone, Ceilings, Cost, Profile, Stage, Timing
 from experiments.engine.store import Store
 from experiments.main_results import TABLE_1
@@ -37,11 +38,11 @@ def test_a_speed_sheet_sets_every_mode_beside_the_devices_ceiling_and_the_paper(
     assert [each.layout for each in stages] == ["channels_last"] * 3 + ["contiguous"]
     fill(store, Cost(Backbone("dico_s"), 32, 4, 1000), macs_core=4e9)
     fill(store, Ceilings("cuda", "fp32"), macs_per_s=20e12, bytes_per_s=3e12)
-    fill(store, stage, **timed(1000.0, 1.4))
+    fill(store, stage, **timed(1000.0, 1.4), bytes_moved=stage.batch * 12 * 10**8)
     sheet = speed.speed_sheet(TABLE_1, [DICO], "cuda", "forward", store)
     (row,) = sheet.rows
-    assert [cell.text() for cell in row[:7]] == ["DiCo-S", "4.00", "1000.0 ±1.0", "1.40 ±0.00", "20", "2.0", "0.50"]
-    assert [cell.text() for cell in row[7:12]] == ["-"] * 5 and [cell.text() for cell in row[-3:]] == ["1695.7", "1.37", "74"]
+    assert [cell.text() for cell in row[:8]] == ["DiCo-S", "4.00", "1000.0 ±1.0", "1.40 ±0.00", "20", "40", "2.0", "0.50"]
+    assert [cell.text() for cell in row[8:14]] == ["-"] * 6 and [cell.text() for cell in row[-3:]] == ["1695.7", "1.37", "74"]
 
 
 def test_a_speed_sheet_names_rows_whose_attention_is_never_fused_and_those_timed_before_they_were_stable(tmp_path: Path):
@@ -188,7 +189,7 @@ def test_a_profile_counts_what_the_network_computes_and_leaves_a_trace(tmp_path:
 
 def test_one_rule_tells_classes_apart():
     x, w = torch.randn(1, 4, 5, 5, requires_grad=True), torch.randn(4, 1, 3, 3, requires_grad=True)
-    with profiling.Operators(torch.device("cpu")) as operators:
+    with Operators(torch.device("cpu")) as operators:
         F.gelu(F.conv2d(x, w, groups=4)).sum().backward()
     assert {"depthwise convolution", "elementwise", "reduction"} <= set(operators.classes)
     assert operators.classes["depthwise convolution"]["macs"] == 3 * 4 * 9 * 9 and operators.classes["depthwise convolution"]["calls"] == 2

@@ -74,7 +74,7 @@ def test_scores_are_recorded_with_all_that_decided_them(grey, tmp_path: Path, ca
         assert status == 0 and "network evaluations per image: 7\n" in out
     record = read_record(tmp_path / "a.json")
     measure, values = record.values["manifest"]["measure"], record.values
-    assert (values["num"], measure["num"], measure["nfe"], measure["flags"]["matmul_tf32"], measure["labels"]) == (80, 80, 7, False, {"policy": "random"})
+    assert (values["num"], measure["num"], measure["nfe"], measure["flags"]["matmul_tf32"], measure["labels"]) == (80, 80, 7, False, {"policy": "random", "histogram_sha256": stage.histogram(np.arange(80) % 8)})
     assert measure["guidance"]["scale"] == 1.5 and measure["sampler"] == {"name": "ddim"} and measure["reference"]["sha256"] == npz.sha256(tmp_path / "real.npz")
     assert values["manifest"]["model"]["samples"] == {"name": "a.npz", "sha256": npz.sha256(tmp_path / "a.npz")} and values["made"]["seed"] == 0
     assert abs(values["fid"]) < 1e-9 and any("holds no statistics" in text for text in values["warnings"]) and measure["versions"]["torch"] == torch.__version__

@@ -17,7 +17,7 @@ import backbones
 from backbones import kernels
 from backbones.kernels.attention import attention, reference
 from backbones.kernels.op import Choice
-from experiments.engine import capture, ceilings, timed_tasks, timing, train
+from experiments.engine import capture, ceilings, cost, timed_tasks, timing, train
 from experiments.engine.execute import execute
 from experiments.engine.precision import flags, precision
 from experiments.engine.spec import Backbone, Ceilings, Cost, Recipe, Timing, Train
@@ -27,7 +27,7 @@ from experiments.engine.train import Resources
 
 DIT = Backbone("dit_s_2", dict(depth=1, dim=24, heads=3))
 DICO = Backbone("dico_s", dict(dim=8, depths=(1, 1, 1, 1, 1)))
-KEYS = {"images_per_s", "images_per_s_spread", "baseline_images_per_s", "relative", "relative_spread", "runs", "repeats", "stable", "peak_memory_bytes", "joules_per_image"}
+KEYS = {"images_per_s", "images_per_s_spread", "baseline_images_per_s", "relative", "relative_spread", "runs", "repeats", "stable", "peak_memory_bytes", "joules_per_image", "bytes_moved"}
 KEYS |= {"matmul_tf32", "cudnn_tf32", "autocast", "cudnn_benchmark", "memory_format", "compiled", "one_condition", "baseline_one_condition"}
 
 SEEN = {"memory_format": "any", "one_condition": False}
@@ -49,6 +49,13 @@ def test_what_a_timing_holds():
     values = timing.run(spec(baseline=DICO))
     assert set(values) == KEYS and values["images_per_s"] > 0 and values["relative"] > 0
     assert timing.FEWEST <= values["runs"] <= timing.PAIRS and values["peak_memory_bytes"] is None
+
+
+def test_a_timing_says_what_its_operators_move():
+    two, three, four = (timing.run(spec(batch=batch))["bytes_moved"] for batch in (2, 3, 4))
+    weights = 4 * cost.run(Cost(DIT, 8, 1, 10))["params_total"]
+    assert two > weights / 2 and four - three == three - two > 4 * 2 * 16 * 24  # the table of labels is read in part; a block's tokens in and out at least
+    assert timing.run(spec(compile=True))["bytes_moved"] is None  # what is compiled into one is not seen
 
 
 @pytest.mark.parametrize("networks", [dict(backbone=DIT, baseline=DICO), dict(backbone=DICO, baseline=DIT)], ids=["subject", "baseline"])

@@ -122,7 +122,7 @@ def _classified(spec: Evaluate, folder: Path, cache: Path, resources: Resources,
         "decoder": {"name": "none: pixels"},
         "quantiser": "none" if on_digits else QUANTISER,
         "image": {"size": spec.data.size, "format": "float32" if on_digits else "uint8"},
-        "labels": {"histogram_sha256": _histogram(y, spec.data.num_classes), "order": "as drawn"},
+        "labels": {"histogram_sha256": histogram(y), "order": "as drawn"},
         "extractor": {"sha256": identity["classifier_sha256"], "dtype": "fp32"},
         "reference": {"name": spec.data.name, "num_images": len(reference), "sha256": hashlib.sha256(reference.images.tobytes() + reference.labels.tobytes()).hexdigest()}
         | ({} if on_digits else {"split": "test"}),
@@ -151,7 +151,7 @@ def _inception(spec: Evaluate, folder: Path, resources: Resources, group: Group,
         "decoder": samples.made["decoder"],
         "quantiser": QUANTISER,
         "image": {"size": samples.shape[1], "format": "uint8"},
-        "labels": {"histogram_sha256": _histogram(samples.labels, spec.data.num_classes), "order": ORDER},
+        "labels": {"histogram_sha256": histogram(samples.labels), "order": ORDER},
         **scores.identity(extractor, reference),
     }
 
@@ -199,8 +199,9 @@ def _reference(data: Data, extractor: inception.Inception, parts: Path, group: G
     return scores.Reference(moments, measured.pool, named, size=measured.size)
 
 
-def _histogram(labels: ndarray, num_classes: int) -> str:
-    return hashlib.sha256(np.bincount(labels, minlength=num_classes).astype("<i8").tobytes()).hexdigest()[:16]
+def histogram(labels: ndarray) -> str:
+    """A short hash of the classes that occur and how often."""
+    return hashlib.sha256(np.stack(np.unique(labels, return_counts=True)).astype("<i8").tobytes()).hexdigest()[:16]
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 
 from backbones import kernels
-from experiments.engine import attempts, ceilings, cost, distributed, evaluate, heartbeat, preemption, profiling, timing, train
+from experiments.engine import attempts, ceilings, cost, distributed, evaluate, heartbeat, machine, preemption, profiling, timing, train
 from experiments.engine.distributed import Group
 from experiments.engine.heartbeat import Heartbeat
 from experiments.engine.precision import flags, precision
@@ -32,6 +32,7 @@ def execute(spec: Stage, store: Store, resources: Resources, report: Report) -> 
     75 when the job was asked to stop (`preemption.listen` makes it hear) and has saved, with 137 when it has lost a rank.
     """
     require_device(resources.device)
+    machine.keep_memory()
     group = distributed.join(resources.device, resources.timeout)
     folder = store.run_dir(spec)
     if not group.first:
@@ -179,10 +180,7 @@ def _provenance(spec: Stage, resources: Resources, group: Group, seconds: float)
     device = torch.device(resources.device)
     with precision(getattr(getattr(spec, "recipe", spec), "precision", "fp32"), device):
         in_force = flags()
-    return provenance() | {
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
+    return provenance() | machine.described(device) | {
         "world_size": group.world_size,
         "micro_batch": resources.micro_batch,
         "sample_batch": resources.sample_batch,

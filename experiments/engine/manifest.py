@@ -1,7 +1,7 @@
 """Everything that decides a score, as one hashed manifest, and how two of them differ. Standard library only.
 
-`model` is what was scored; `measure` is how, and its hash names the protocol: scores compare only within one. `run` is what
-changes their rounding only.
+`model` is what was scored; `measure` is how, and names the protocol together with the key of the weights, EMA or raw: the hash is of
+both, and scores compare only within one. `run` is what changes their rounding only.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _guided(sampler: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], fl
 
 
 def manifest(spec: dict[str, Any], model: dict[str, Any], measure: dict[str, Any], **run: Any) -> dict[str, Any]:
-    """The declared part completed by what was found, with the hash of `measure`."""
+    """The declared part completed by what was found, with the hash."""
     return _completed(declared(spec), model, measure, run)
 
 
@@ -102,7 +102,7 @@ def _completed(whole: dict[str, Any], model: dict[str, Any], measure: dict[str, 
     whole["model"] |= model
     for key, value in measure.items():
         whole["measure"][key] = whole["measure"].get(key, {}) | value if isinstance(value, dict) else value
-    text = json.dumps(whole["measure"], sort_keys=True, separators=(",", ":"))
+    text = json.dumps({"measure": whole["measure"], "key": whole["model"].get("key")}, sort_keys=True, separators=(",", ":"))
     return whole | ({"run": run} if run else {}) | {"hash": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from backbones import kernels
 from experiments.engine.capture import accelerate
 from experiments.engine.energy import joules
+from experiments.engine.operators import Operators
 from experiments.engine.precision import flags, precision
 from experiments.engine.randomness import generator_at
 from experiments.engine.spec import Cost, Timing
@@ -52,6 +53,7 @@ def run(spec: Timing) -> dict[str, Any]:
             tasks.append(together([task(network, spec, device) for network in system]))
             warmed.append(_warm(tasks[-1], device, spec.graphs))
         in_force = _read_back(device) | tasks[0].seen | {"compiled": spec.compile}
+        moved = None if spec.compile or spec.graphs else _moved(tasks[0], device)
         repeats = max(each[0] for each in warmed)
         pairs, used, started = [], [], time.perf_counter()
         while len(pairs) < FEWEST or (len(pairs) < PAIRS and time.perf_counter() - started < PATIENCE):
@@ -72,6 +74,7 @@ def run(spec: Timing) -> dict[str, Any]:
         "repeats": repeats,
         "stable": all(stable for _, stable, _ in warmed),
         "peak_memory_bytes": warmed[0][2],
+        "bytes_moved": moved,
         "joules_per_image": None if None in used else statistics.median(used),
         **in_force,
     }
@@ -156,6 +159,13 @@ def _warm(call: Task, device: torch.device, recorded: bool) -> tuple[int, bool, 
             break
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     return max(1, math.ceil((0.3 if device.type == "cuda" else 0.05) / latest)), stable, peak
+
+
+def _moved(call: Task, device: torch.device) -> int:
+    """Bytes that the operators of one run read and write; of what is compiled or recorded nothing is seen."""
+    with Operators(device) as operators:
+        call()
+    return operators.moved
 
 
 def _forget_peak(device: torch.device) -> None:
