@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 SHOWN = (("theirs / ours", "theirs", "ours"), ("theirs / plain", "theirs", "plain"), ("overhead, ours / bare", "ours", "bare"))
-BATCH = {"cpu": 4, "cuda": 64}
+BATCH = {"cpu": 8, "cuda": 64}
 SAMPLED = {"cpu": 2, "cuda": 10}  # steps of a loop of sampling
 
 
@@ -64,7 +64,7 @@ def _main() -> int:
     parser.add_argument("--against", nargs="*", default=[], metavar="BACKBONE=FILE:NAME", help="other implementations")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", nargs="+", choices=("fp32", "tf32", "bf16"), default=["fp32"])
-    parser.add_argument("--batch", type=int, default=None, help="default: 4 on a CPU, 64 on a GPU")
+    parser.add_argument("--batch", type=int, default=None, help="default: 8 on a CPU, 64 on a GPU")
     parser.add_argument("--tasks", nargs="+", choices=("training", "sampling"), default=["training", "sampling"])
     parser.add_argument("--compile", action="store_true", help="ours by torch.compile")
     parser.add_argument("--graphs", action="store_true", help="ours by CUDA graphs")

@@ -15,8 +15,8 @@ import resource, torch
 from experiments.engine.machine import keep_memory
 assert not {kept} or keep_memory()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
-    torch.ones(2**22)
+for megabytes in (16, 100) * 10:
+    torch.ones(megabytes * 2**18)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 

@@ -22,6 +22,8 @@ CLUSTER = REPOSITORY / "tests" / "slurm_cluster.sh"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 MISSING = [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None]
 
+CLIENTS: dict[str, str] = {}  # the environment of the cluster's clients, once it runs
+
 TIMED = """
 from dataclasses import replace
 from experiments import efficiency
@@ -51,7 +53,8 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     subprocess.run(["bash", CLUSTER, "start"], env=environment, check=True)
     site = {"GPUS_PER_NODE": "0", "CPUS_PER_TASK": "1", "CONCURRENT": "2", "SIGNAL_SECONDS": "30", "TIME": "1:00:00"}
     variables = {f"DICO_SLURM_{name}": value for name, value in site.items()}
-    yield os.environ | variables | {"SLURM_CONF": str(folder / "slurm.conf"), "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+    CLIENTS.update(os.environ | variables | {"SLURM_CONF": str(folder / "slurm.conf"), "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PYTHON": sys.executable})
+    yield CLIENTS
     subprocess.run(["bash", CLUSTER, "stop"], env=environment, check=True)
 
 
@@ -78,8 +81,15 @@ def states(text: str) -> dict[str, str]:
 def until(what: Callable[[], bool], words: str, seconds: float = 400) -> None:
     end = time.monotonic() + seconds
     while not what():
-        assert time.monotonic() < end, words
+        assert time.monotonic() < end, f"{words}\n{told()}"
         time.sleep(0.5)
+
+
+def told() -> str:
+    """What the cluster says of its jobs, and the ends of its logs: of a wait in vain nothing else is left."""
+    said = subprocess.run(["scontrol", "show", "job"], env=CLIENTS, capture_output=True, text=True, timeout=60, check=False)
+    logs = sorted(Path(CLIENTS["SLURM_CONF"]).parent.glob("log/*.log"))
+    return "\n".join([said.stdout, said.stderr, *(f"{path.name}:\n" + "\n".join(path.read_text(errors="replace").splitlines()[-40:]) for path in logs)])
 
 
 def records(root: Path) -> set[tuple[str, str]]:

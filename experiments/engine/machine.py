@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3  # parameters of mallopt(3)
-KEPT = {TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 2**26, MMAP_THRESHOLD: 2**25}  # bytes; the first and the last are the most that glibc takes
+TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # parameters of mallopt(3)
+KEPT = {TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 2**26, MMAP_MAX: 0}  # two in bytes, and how many blocks are asked of the system one by one
 
 
 @cache
 def keep_memory() -> bool:
-    """Keep freed blocks of up to 32 MiB from now on, and ask for more by 64 MiB at a time; False where the C library has no such setting.
+    """Keep up to 2 GiB of freed memory from now on, and ask for more by 64 MiB at least; False where the C library has no such setting.
 
     By default glibc gives large blocks back at once and is given the next ones page by page: what a network takes on a CPU then
     hangs on what the process did before.
