@@ -169,6 +169,7 @@ def _neighbours(spec: Neighbours, store: Store) -> None:
     reference, samples = (np.maximum(draw.standard_normal((n, spec.dim), np.float32), 0) for n in (spec.reference, spec.samples))
     block = 2000 if spec.arithmetic == "exact" and device.type == "cpu" else ADM_BLOCK
     shares = neighbour_shares if spec.arithmetic == "exact" else precision_recall_half
+    about = provenance() | described(device) | {"precision_flags": flags()}  # before anything is timed: memory is kept from here on
     taken, found = [], ()
     for _ in range(2):
         started = time.perf_counter()
@@ -180,7 +181,6 @@ def _neighbours(spec: Neighbours, store: Store) -> None:
     pairs = spec.samples**2 + spec.reference**2 + spec.samples * spec.reference
     rate = spec.dim * pairs / taken[-1] / 1e9
     values = {"seconds": taken[-1], "pairs_per_s": pairs / taken[-1], "gmacs_per_s": rate, "product_gmacs_per_s": ceiling, "share_of_product": rate / ceiling}
-    about = provenance() | described(device) | {"precision_flags": flags()}
     store.append(spec, "done", values | {"precision": found[0], "recall": found[1]}, about)
     print(
         f"neighbours, {spec.arithmetic}: {spec.samples} x {spec.reference} x {spec.dim} in {taken[-1]:.2f} s, {pairs / taken[-1]:.3g} pairs/s, "
@@ -202,6 +202,7 @@ def _latents(spec: Loader, store: Store) -> None:
     from experiments.engine.precision import flags
     from experiments.engine.spec import Data
 
+    about = provenance() | described("cpu") | {"precision_flags": flags(), "threads": 2, "cores": len(_cores())}
     batch, size, shards, each, steps = spec.batch, spec.size, 8, 512, 40
     with tempfile.TemporaryDirectory() as name:
         folder, draw = Path(name), np.random.default_rng(0)
@@ -222,7 +223,7 @@ def _latents(spec: Loader, store: Store) -> None:
             rates.append(steps * batch / (time.perf_counter() - started))
         busy = (time.process_time() - busy) / (PAIRS * steps * batch)
     values = {"latents_per_s": statistics.median(rates), "least": min(rates), "most": max(rates), "runs": PAIRS, "core_s_each": busy}
-    store.append(spec, "done", values, provenance() | described("cpu") | {"precision_flags": flags(), "threads": 2, "cores": len(_cores())})
+    store.append(spec, "done", values, about)
     spread = f"{min(rates):,.0f} to {max(rates):,.0f} over {PAIRS} runs"
     print(f"latents: {statistics.median(rates):,.0f} a second ({spread}), {1e6 * busy:.0f} us of a core each; batch {batch}, 2 threads, {len(_cores())} cores")
 
