@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -15,18 +16,19 @@ import numpy as np
 import pytest
 import torch
 from test_train import CPU, DICO, DIGITS, FAMILIES, OBJECTIVES
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from backbones.kernels import gated_linear
 from experiments import recipes
+from experiments.engine import capture, preemption, samples
 from experiments.engine.capture import Captured, accelerate
 from experiments.engine.data import ImageSet, load
-from experiments.engine.generate import _sample
+from experiments.engine.generate import Counted, _sample, images, recorded_steps
 from experiments.engine.precision import precision
-from experiments.engine.spec import Backbone, Diffusion, Recipe, Sampler, Train
+from experiments.engine.spec import Backbone, Checkpoint, Diffusion, Evaluate, Recipe, Sampler, Train
 from experiments.engine.timed_tasks import fill
-from experiments.engine.train import Trainer, build, digest
+from experiments.engine.train import Resources, Trainer, build, digest
 
 GPU = torch.device("cuda")
 WIDE = FAMILIES["dit"].but(depth=1, dim=384, heads=6)  # its layers run on oneDNN
@@ -43,9 +45,9 @@ def needs_gpu(test: Any) -> Any:
 class Rerun(Captured):
     """A recording that a CPU can make: it runs the function again where it recorded, and as a replay writes to the same memory and runs no Python."""
 
-    def __init__(self, trainer: Trainer) -> None:
-        super().__init__(trainer._passes)
-        self.parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+    def __init__(self, function: Callable[..., Tensor], model: nn.Module | None = None) -> None:
+        super().__init__(function)
+        self.parameters = [p for p in model.parameters() if p.requires_grad] if model else []
 
     def _record(self, places: tuple[Tensor, ...]) -> tuple[Any, ...]:
         out = self.function(*places)
@@ -65,7 +67,7 @@ class Rerun(Captured):
                          ids=["whole", "in parts", "clipped", "with stochastic depth"])  # fmt: skip
 def test_a_recorded_training_has_the_same_losses_and_weights(spec: Train, micro_batch: int | None):
     usual, recorded = (Trainer(spec, CPU, micro_batch) for _ in range(2))
-    recorded.passes = Rerun(recorded)
+    recorded.passes = Rerun(recorded._passes, recorded.model)
     losses = [list(trainer.steps(load(DIGITS))) for trainer in (usual, recorded)]
     assert [loss.item() for loss in losses[0]] == [loss.item() for loss in losses[1]] and len(set(losses[0])) == 6
     assert (digest(usual.model), digest(usual.ema)) == (digest(recorded.model), digest(recorded.ema)) and len(recorded.passes.recordings) == 1
@@ -135,6 +137,77 @@ def test_a_step_of_a_sampler_waits_for_no_value(name: str, monkeypatch: pytest.M
     assert counts[0] == counts[1]
 
 
+STEPPED = [(Sampler(), Diffusion()), (Sampler("ddim", eta=0.5), Diffusion(variance="fixed")), (Sampler("dpm_solver"), Diffusion(variance="fixed", betas="stable_diffusion", first_step=1))]
+STEPPED += [(Sampler(name), Diffusion("flow")) for name in ("euler", "heun")] + [(Sampler("sde", last_step=last), Diffusion("flow")) for last in ("mean", "tweedie")]
+
+
+def evaluation(sampler: Sampler, diffusion: Diffusion = Diffusion()) -> Evaluate:
+    outputs = dict(learn_sigma=False) if diffusion.name == "flow" or diffusion.variance == "fixed" else {}
+    train = Train(FAMILIES["dit"].but(**outputs), DIGITS, TRAINED.recipe, diffusion)
+    return Evaluate(train, replace(sampler, num_steps=5, scale=1.5, channels=None), 8, "digits", "balanced")
+
+
+def network(spec: Evaluate, device: torch.device = CPU) -> nn.Module:
+    model = build(spec.train.backbone, 0, device).eval()
+    fill(model)
+    return model
+
+
+@pytest.mark.parametrize(("sampler", "diffusion"), STEPPED, ids=lambda each: each.name)
+def test_recorded_steps_make_the_same_images_and_count_the_same_evaluations(sampler: Sampler, diffusion: Diffusion, monkeypatch: pytest.MonkeyPatch):
+    """By a stand-in for the recording, one a shape for all batches."""
+    monkeypatch.setattr(capture, "Captured", Rerun)
+    spec = evaluation(sampler, diffusion)
+    usual, recorded = Counted(network(spec)), Counted(network(spec), recorded=True)
+    for within in (range(3), range(3, 8)):  # as chunks are: batches of 3, then of 3 and 2
+        found = [torch.cat([x for x, _ in images(spec, counted, CPU, 3, within)]) for counted in (usual, recorded)]
+        assert torch.equal(*found) and found[0].isfinite().all() and len(found[0].flatten(1).unique(dim=0)) == len(within)
+    assert usual.evaluated == recorded.evaluated == 8 * 2 * {"heun": 10}.get(sampler.name, 5) and len(recorded.graphs.captured.recordings) == 2
+
+
+@pytest.mark.parametrize(("sampler", "diffusion"), STEPPED, ids=lambda each: each.name)
+def test_beside_its_launch_a_recorded_step_only_copies(sampler: Sampler, diffusion: Diffusion, monkeypatch: pytest.MonkeyPatch):
+    """Noise is drawn and copied by another thread on a GPU."""
+    class Idle(Captured):
+        def _record(self, places: tuple[Tensor, ...]) -> tuple[Any, ...]:
+            return lambda: None, places, self.function(*places)
+
+    monkeypatch.setattr(capture, "Captured", Idle)
+    heard: list[Counter[str]] = []
+    for num_steps in (12, 32):
+        spec = evaluation(sampler, diffusion)
+        counted = Counted(network(spec), recorded=True)
+        with torch.no_grad(), Heard() as names:
+            _sample(spec.train, replace(spec.sampler, num_steps=num_steps), counted, torch.tensor([1, 2]), [3, 4], launch=counted.launch)
+        heard.append(names.names)
+    more = {name: heard[1][name] - heard[0][name] for name in heard[1] if heard[1][name] != heard[0][name]}
+    drawn = {"empty", "unbind", "normal_"}  # the images' noise
+    assert more.pop("copy_") <= 4 * 20 and not more.keys() - drawn, more
+
+
+def test_a_job_that_is_asked_to_stop_stops_between_recorded_steps(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(capture, "Captured", Rerun)
+    spec, left = evaluation(Sampler()), iter([preemption.NO] * 6)  # the first step asks twice, as its network does
+    counted = Counted(network(spec), recorded=True)
+    monkeypatch.setattr(preemption, "asked", lambda: next(left, preemption.STOP))
+    with pytest.raises(preemption.Preempted):
+        list(images(spec, counted, CPU, 8))
+    assert 0 < counted.evaluated < 8 * 2 * 5
+
+
+@pytest.mark.parametrize(("sampler", "whole"), [(Sampler(scale=2.0), True), (Sampler(scale=2.0, interval=(0, 500)), False), (Sampler(interval=(0, 500)), True),
+                                                (Sampler("dpm_solver_diffusers"), False), (Sampler("dopri5"), False)])  # fmt: skip
+def test_where_steps_cannot_be_recorded_the_network_is(sampler: Sampler, whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(samples, "require_gpu", lambda device: None)
+    monkeypatch.setattr(capture, "require_gpu", lambda device: None)
+    spec = evaluation(sampler, Diffusion("flow") if sampler.name == "dopri5" else Diffusion())
+    torch.save({"ema": network(spec).state_dict()}, tmp_path / "a.pt")
+    spec = replace(spec, sampler=sampler, train=Checkpoint(spec.train.backbone, DIGITS, "0" * 64, diffusion=spec.train.diffusion))
+    model, _ = samples.network_of(spec, tmp_path, Resources(checkpoint=tmp_path / "a.pt", graphs=True))
+    assert recorded_steps(spec) is whole and isinstance(model.forward, Captured) is not whole
+    assert not recorded_steps(replace(spec, classifier=TRAINED))
+
+
 def test_graphs_without_a_gpu_are_refused():
     with pytest.raises(ValueError, match="CUDA graphs need a GPU"):
         accelerate(build(DICO, 0, CPU), compiled=False, graphs=True)
@@ -185,6 +258,17 @@ def test_a_captured_training_has_the_same_losses(micro_batch: int | None, mode: 
     spec = replace(TRAINED, recipe=replace(TRAINED.recipe, grad_clip=1.0, precision=mode))
     usual, captured = (torch.stack(list(Trainer(spec, GPU, micro_batch, compiled=compiled, graphs=graphs).steps(NOISE))) for graphs in (False, True))
     assert len(captured.unique()) == 6 and torch.allclose(captured, usual, rtol=1e-2 if mode == "bf16" else 1e-4)
+
+
+@needs_gpu
+@pytest.mark.parametrize(("sampler", "diffusion"), STEPPED, ids=lambda each: each.name)
+def test_captured_steps_make_the_same_images(sampler: Sampler, diffusion: Diffusion):
+    spec = evaluation(sampler, diffusion)
+    usual, recorded = (Counted(network(spec, GPU), recorded) for recorded in (False, True))
+    for within in (range(3), range(3, 8)):
+        found = [torch.cat([x for x, _ in images(spec, counted, GPU, 3, within)]) for counted in (usual, recorded)]
+        assert (found[1] - found[0]).norm() < 1e-4 * found[0].norm()
+    assert usual.evaluated == recorded.evaluated
 
 
 @needs_gpu

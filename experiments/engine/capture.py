@@ -42,7 +42,7 @@ class Captured:
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         cast, kind = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-        key = *((tuple(part.shape), part.stride(), part.dtype) for part in inputs), cast, kind, *flags().values()
+        key = *((tuple(part.shape), part.dtype) for part in inputs), cast, kind, *flags().values()
         if key not in self.recordings:
             with torch.autocast("cuda", kind, cast, cache_enabled=False):  # cached weights would not outlive the block
                 self.recordings[key] = self._record(tuple(part.clone() for part in inputs))
@@ -63,3 +63,14 @@ class Captured:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads go on pinning batches and noise, which a global capture forbids
             out = self.function(*places)
         return graph.replay, places, out
+
+
+class Kept:
+    """Steps as one launch, of which the first is recorded for all: they do the same with the tensors they are given."""
+
+    def __init__(self) -> None:
+        self.captured: Captured | None = None
+
+    def __call__(self, step: Callable[..., Tensor]) -> Captured:
+        self.captured = self.captured or Captured(step)
+        return self.captured

@@ -95,7 +95,7 @@ class IDDPM:
 
     def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_t given x0: (N,C,H,W), (N,), (N,C,H,W) -> (N,C,H,W). DDPM eq. 4."""
-        return _at(self.signal, t) * x0 + _at(self.noise, t) * eps
+        return at(self.signal, t) * x0 + at(self.noise, t) * eps
 
     def posterior(self, x_t: Tensor, i: int | Tensor, prediction: Tensor, clip: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and log variance of p(x_{i-1} | x_i) and the clean estimate, each (N,C,H,W). iDDPM eq. 15.
@@ -103,13 +103,13 @@ class IDDPM:
         clip: keep the estimate within the pixels' [-1, 1], as ADM does.
         """
         eps, u = split_prediction(prediction, x_t, self.learned)
-        x0_hat = _at(self.inverse_signal, i) * x_t - _at(self.inverse_noise, i) * eps
+        x0_hat = at(self.inverse_signal, i) * x_t - at(self.inverse_noise, i) * eps
         if clip:
             x0_hat = x0_hat.clamp(-1, 1)
-        log_variance = _at(self.log_posterior, i)
+        log_variance = at(self.log_posterior, i)
         if u is not None:
             fraction = (u + 1) / 2                                # neither squashed nor clipped
-            log_variance = fraction * _at(self.log_beta, i) + (1 - fraction) * log_variance
+            log_variance = fraction * at(self.log_beta, i) + (1 - fraction) * log_variance
         return self._posterior_mean(x0_hat, x_t, i), log_variance, x0_hat
 
     def losses(self, model: Model, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor) -> dict[str, Tensor]:
@@ -129,12 +129,12 @@ class IDDPM:
 
     def _posterior_mean(self, x0: Tensor, x_t: Tensor, i: int | Tensor) -> Tensor:
         """Mean of q(x_{i-1} | x_i, x0): DDPM eq. 7."""
-        return _at(self.posterior_x0, i) * x0 + _at(self.posterior_x_t, i) * x_t
+        return at(self.posterior_x0, i) * x0 + at(self.posterior_x_t, i) * x_t
 
     def _bound(self, x0: Tensor, x_t: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
         """The term of the variational bound at `t`, bits per dimension, (N,): DDPM eq. 5."""
         mean, log_variance, _ = self.posterior(x_t, t, prediction)
-        true_mean, true_log_variance = self._posterior_mean(x0, x_t, t), _at(self.log_posterior, t)
+        true_mean, true_log_variance = self._posterior_mean(x0, x_t, t), at(self.log_posterior, t)
         kl = _gaussian_kl(true_mean, true_log_variance, mean, log_variance)
         nll = -_discretised_log_likelihood(x0, mean, log_variance)
         return torch.where(t == 0, _mean(nll), _mean(kl)) / math.log(2)
@@ -150,7 +150,7 @@ def split_prediction(prediction: Tensor, x: Tensor, learned: bool = True) -> tup
     return eps, u[0] if u else None
 
 
-def _at(table: Tensor, i: int | Tensor) -> Tensor:
+def at(table: Tensor, i: int | Tensor) -> Tensor:
     """Entries of a table as float32 that broadcast over images: (N,) -> (N,1,1,1), an int -> (1,1,1,1)."""
     return table[i].float().reshape(-1, 1, 1, 1)
 

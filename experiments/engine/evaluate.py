@@ -18,7 +18,7 @@ from experiments.engine import inception, metrics, scores
 from experiments.engine.data import ImageSet, cifar10, load
 from experiments.engine.distributed import ALONE, Group
 from experiments.engine.features import cifar_classifier, digits_classifier, extract
-from experiments.engine.generate import Counted, images
+from experiments.engine.generate import Counted, images, recorded_steps
 from experiments.engine.heartbeat import Heartbeat
 from experiments.engine.manifest import manifest
 from experiments.engine.neighbours import precision_recall
@@ -75,12 +75,13 @@ def _classified(spec: Evaluate, folder: Path, cache: Path, resources: Resources,
         reference = cifar10(spec.data, "test")
         classifier, identity = cifar_classifier(spec.data, reference, cache)
     network, key = network_of(spec, folder, resources)
+    counted = Counted(network, resources.graphs and recorded_steps(spec))
 
     def scored(piece: int) -> dict[str, np.ndarray]:
-        counted = Counted(network)
+        before = counted.evaluated
         ((x, y),) = images(spec, counted, device, size, range(piece * size, min((piece + 1) * size, spec.num)))
         features, probabilities = extract(classifier, x if on_digits else from_uint8(to_uint8(x)))
-        return {"features": features, "probabilities": probabilities, "labels": y.numpy(), "evaluated": np.array(counted.evaluated)}
+        return {"features": features, "probabilities": probabilities, "labels": y.numpy(), "evaluated": np.array(counted.evaluated - before)}
 
     parts = folder / f"samples-{spec_id(spec)}-{size}-{digest(network)}"
     found = list(results(group, parts, math.ceil(spec.num / size), scored, beat))

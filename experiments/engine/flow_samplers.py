@@ -5,7 +5,8 @@ sections II.4 and II.5. N images, C channels; t runs from 0 (noise) to 1 (data);
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -39,29 +40,44 @@ FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 LAST_STEPS = ("mean", "tweedie", "euler")
 
 
-def _at(x: Tensor, t: float) -> Tensor:
-    """One time for all images: (N,)."""
-    return torch.full((len(x),), t, dtype=torch.float32, device=x.device)
+Step = Callable[..., Tensor]         # from x (N,C,H,W) and other tensors, which may lie elsewhere and differ in value from call to call
+Launch = Callable[[Step], Step]
+
+
+def directly(step: Step) -> Step:
+    """The step as it is."""
+    return step
 
 
 @torch.no_grad()
-def euler(model: Model, y: Tensor, noise: ImageNoise, *, num_steps: int) -> Iterator[Tensor]:
+def euler(model: Model, y: Tensor, noise: ImageNoise, *, num_steps: int, launch: Launch = directly) -> Iterator[Tensor]:
     """Yields x (N,C,H,W) after each of `num_steps` even steps, one evaluation each."""
-    x = noise.draw()
-    for i in range(num_steps):
-        x = x + velocity(model, x, _at(x, i / num_steps), y) / num_steps
+    def step(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return x + velocity(model, x, t.repeat(len(x)), y) / num_steps
+
+    step, x = launch(step), noise.draw()
+    for t in _times(x, (i / num_steps for i in range(num_steps))):
+        x = step(x, t, y)
         yield x
 
 
 @torch.no_grad()
-def heun(model: Model, y: Tensor, noise: ImageNoise, *, num_steps: int) -> Iterator[Tensor]:
+def heun(model: Model, y: Tensor, noise: ImageNoise, *, num_steps: int, launch: Launch = directly) -> Iterator[Tensor]:
     """Yields x (N,C,H,W) after each of `num_steps` even steps, two evaluations each."""
-    x = noise.draw()
-    for i in range(num_steps):
-        here = velocity(model, x, _at(x, i / num_steps), y)
-        there = velocity(model, x + here / num_steps, _at(x, (i + 1) / num_steps), y)
-        x = x + (here + there) / (2 * num_steps)
+    def step(x: Tensor, t: Tensor, after: Tensor, y: Tensor) -> Tensor:
+        here = velocity(model, x, t.repeat(len(x)), y)
+        there = velocity(model, x + here / num_steps, after.repeat(len(x)), y)
+        return x + (here + there) / (2 * num_steps)
+
+    step, x = launch(step), noise.draw()
+    for t, after in pairwise(_times(x, (i / num_steps for i in range(num_steps + 1)))):
+        x = step(x, t, after, y)
         yield x
+
+
+def _times(x: Tensor, times: Iterable[float]) -> list[Tensor]:
+    """Each (1,), where x is."""
+    return list(torch.tensor(list(times), device=x.device).split(1))
 
 
 @torch.no_grad()
@@ -120,7 +136,8 @@ def _weighted(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def sde(flow: Flow, model: Model, y: Tensor, noise: ImageNoise, *, num_steps: int, form: str, last_step: str, last_size: float) -> Iterator[Tensor]:
+def sde(flow: Flow, model: Model, y: Tensor, noise: ImageNoise, *, num_steps: int, form: str, last_step: str, last_size: float,
+        launch: Launch = directly) -> Iterator[Tensor]:
     """Yields x (N,C,H,W) after each of `num_steps` steps: Euler-Maruyama on dx = (v + w score) dt + sqrt(2 w) dW.
 
     All but the last are even and end at 1 - last_size; the last is free of noise and leads to 1: 'mean' along the drift,
@@ -131,14 +148,22 @@ def sde(flow: Flow, model: Model, y: Tensor, noise: ImageNoise, *, num_steps: in
         raise ValueError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
     if last_step not in LAST_STEPS or not 0 < last_size < 1 or num_steps < 2:
         raise ValueError(f"an sde takes two steps or more, the last {', '.join(LAST_STEPS)} and of a size between 0 and 1, got {num_steps}, {last_step!r}, {last_size}")
-    x, dt = noise.draw(), (1 - last_size) / (num_steps - 1)
-    for i in range(num_steps):
-        t = _at(x, i * dt)
+    dt = (1 - last_size) / (num_steps - 1)
+
+    def slopes(x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        t = t.repeat(len(x))
         a, s, _, _ = flow.coefficients(t)                                             # (N,1,1,1) each
         v = velocity(model, x, t, y)
-        score, w = flow.score(v, x, t), FORMS[form](s, t.reshape(-1, 1, 1, 1))
-        if i < num_steps - 1:
-            x = x + (v + w * score) * dt + (2 * w * dt).sqrt() * noise.draw()
-        else:
-            x = (x + s ** 2 * score) / a if last_step == "tweedie" else x + (v + (w * score if last_step == "mean" else 0)) * last_size
+        return a, s, v, flow.score(v, x, t), FORMS[form](s, t.reshape(-1, 1, 1, 1))
+
+    def step(x: Tensor, t: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        _, _, v, score, w = slopes(x, t, y)
+        return x + (v + w * score) * dt + (2 * w * dt).sqrt() * z
+
+    step, x = launch(step), noise.draw()
+    *times, end = _times(x, (i * dt for i in range(num_steps)))
+    for t in times:
+        x = step(x, t, y, noise.draw())
         yield x
+    a, s, v, score, w = slopes(x, end, y)
+    yield (x + s ** 2 * score) / a if last_step == "tweedie" else x + (v + (w * score if last_step == "mean" else 0)) * last_size

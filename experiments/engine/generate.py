@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 
 from experiments.engine import preemption
+from experiments.engine.capture import Kept
 from experiments.engine.cascade import ClassifierGradient, System, conditioned
 from experiments.engine.diffusion import Model
+from experiments.engine.flow_samplers import Launch, Step, directly
 from experiments.engine.noise import ImageNoise
 from experiments.engine.precision import precision
 from experiments.engine.process import process
 from experiments.engine.quantise import from_uint8, to_uint8
 from experiments.engine.randomness import seed_at
-from experiments.engine.samplers import Guided, bind
+from experiments.engine.samplers import Guided, bind, recordable
 from experiments.engine.spec import Checkpoint, Evaluate, Sampler, Train
 
 
@@ -23,11 +25,14 @@ class Counted:
     """A network that counts the images it is given; over the images sampled, that is evaluations per image (NFE).
 
     Of a system base and upsampler count, and the gradients of its classifier do not. Raises Preempted where the job is
-    asked to stop: a piece of work is many evaluations.
+    asked to stop: a piece of work is many evaluations. `recorded`: the steps of its sampler, the same for all it is used for, are launched
+    as CUDA graphs, which are kept as long as this is.
     """
 
-    def __init__(self, model: Model | System) -> None:
+    def __init__(self, model: Model | System, recorded: bool = False) -> None:
         self.model, self.own = model, 0
+        self.graphs = Kept() if recorded else None
+        self.evaluations: dict[torch.Size, int] = {}  # images given to the network in a recorded step, by the shape of x
         self.classifier, self.upsampler = None, None
         if isinstance(model, System):
             self.model, self.classifier = model.base, model.classifier
@@ -38,10 +43,38 @@ class Counted:
         return self.own + (self.upsampler.own if self.upsampler else 0)
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        if how := preemption.asked():
-            raise preemption.Preempted(how)
+        _stop_if_asked()
         self.own += len(x)
         return self.model(x, t, y)
+
+    def launch(self, step: Step) -> Step:
+        """What a sampler calls for its step. A replay runs no Python, so it counts what the first step of its shape did, which runs as it is."""
+        if self.graphs is None:
+            return step
+        graph = self.graphs(step)
+
+        def launched(x: Tensor, *rest: Tensor) -> Tensor:
+            _stop_if_asked()
+            before = self.own
+            if x.shape not in self.evaluations:
+                out = step(x, *rest)
+                self.evaluations[x.shape] = self.own - before
+            else:
+                out = graph(x, *rest)
+                self.own = before + self.evaluations[x.shape]
+            return out
+
+        return launched
+
+
+def _stop_if_asked() -> None:
+    if how := preemption.asked():
+        raise preemption.Preempted(how)
+
+
+def recorded_steps(spec: Evaluate) -> bool:
+    """Whether a recording can hold the steps of a set's sampler: none is made of a classifier's gradient either."""
+    return spec.classifier is None and recordable(spec.sampler, process(spec.train.diffusion).times)
 
 
 def labels(policy: str, num: int, num_classes: int, seed: int) -> Tensor:
@@ -68,17 +101,18 @@ def images(spec: Evaluate, model: Model | System | Counted, device: torch.device
     for start in range(within.start, within.stop, batch):
         part = slice(start, min(start + batch, within.stop))
         with precision(spec.precision, device):
-            x = _sample(spec.train, spec.sampler, model, y[part].to(device), seeds[part], gradient)
+            x = _sample(spec.train, spec.sampler, model, y[part].to(device), seeds[part], gradient, model.launch)
             if spec.upsampler:  # between them, as ADM's scripts have it, lies a file of 8-bit images
                 upsampler = conditioned(model.upsampler, from_uint8(to_uint8(x)))
                 x = _sample(spec.upsampler, spec.upsampling, upsampler, y[part].to(device), seeds_above[part])
         yield x.cpu(), y[part]
 
 
-def _sample(train: Train | Checkpoint, sampler: Sampler, model: Model, y: Tensor, seeds: list[int], gradient: Model | None = None) -> Tensor:
+def _sample(train: Train | Checkpoint, sampler: Sampler, model: Model, y: Tensor, seeds: list[int], gradient: Model | None = None,
+            launch: Launch = directly) -> Tensor:
     """Samples (n, C, H, W) of a network for labels (n,), on their device."""
     data, diffusion = train.data, process(train.diffusion)
-    sample = bind(sampler, diffusion.to(y.device), gradient)
+    sample = bind(sampler, diffusion.to(y.device), gradient, launch)
     network = Guided(model, sampler.scale, data.num_classes, channels=sampler.channels, interval=sampler.interval, times=diffusion.times)
     for x in sample(network, y, ImageNoise(seeds, (data.channels, data.size, data.size), y.device)):
         pass

@@ -28,5 +28,7 @@ class ImageNoise:
         return drawn.to(self.device, non_blocking=True)
 
     def _drawn(self) -> Tensor:
-        drawn = torch.stack([torch.randn(self.shape, generator=g) for g in self.generators])
-        return drawn.pin_memory() if self._ahead else drawn
+        drawn = torch.empty(len(self.generators), *self.shape, pin_memory=self._ahead is not None)
+        for image, generator in zip(drawn, self.generators, strict=True):
+            image.normal_(generator=generator)
+        return drawn

@@ -5,7 +5,6 @@ Sources: DDPM (arXiv:2006.11239), DDIM (arXiv:2010.02502), DPM-Solver++ (arXiv:2
 `clip` keeps the estimates of clean data within the pixels' [-1, 1].
 """
 
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -14,12 +13,18 @@ import torch
 from torch import Tensor
 
 from experiments.engine import flow_samplers
-from experiments.engine.diffusion import IDDPM, Model, split_prediction
+from experiments.engine.diffusion import IDDPM, Model, at, split_prediction
+from experiments.engine.flow_samplers import Launch, directly
 from experiments.engine.noise import ImageNoise
 from experiments.engine.process import Process
 from experiments.engine.spec import Sampler
 
 ALWAYS = (0, 1000)
+
+
+def always(interval: tuple[float, float], times: tuple[float, float]) -> bool:
+    """Whether an interval holds all times, of which these are the first and the last."""
+    return interval == ALWAYS or interval[0] <= times[0] and times[1] < interval[1]
 
 
 class Guided:
@@ -38,7 +43,7 @@ class Guided:
         self.scale = scale
         self.null = num_classes
         self.channels = channels
-        self.always = interval == ALWAYS or interval[0] <= times[0] and times[1] < interval[1]
+        self.always = always(interval, times)
         self.interval = interval
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -63,25 +68,28 @@ class Guided:
 
 
 @torch.no_grad()
-def ancestral(diffusion: IDDPM, model: Model, y: Tensor, noise: ImageNoise, *, clip: bool = False, gradient: Model | None = None) -> Iterator[Tensor]:
+def ancestral(diffusion: IDDPM, model: Model, y: Tensor, noise: ImageNoise, *, clip: bool = False, gradient: Model | None = None,
+              launch: Launch = directly) -> Iterator[Tensor]:
     """Yields x (N,C,H,W) after each step of an already respaced diffusion: DDPM algorithm 2, learned variance.
 
     gradient: of a log-probability to sample by, (x, t, y) -> (N,C,H,W); the mean moves by the variance times it (ADM algorithm 1).
     """
-    x = noise.draw()
-    for i in reversed(range(diffusion.num_steps)):
+    def step(x: Tensor, i: Tensor, y: Tensor, z: Tensor) -> Tensor:
         t = diffusion.timesteps[i].repeat(len(x))                                     # (N,)
         mean, log_variance, _ = diffusion.posterior(x, i, model(x, t, y), clip)
         if gradient is not None:
             mean = mean + log_variance.exp() * gradient(x, t, y)
-        z = noise.draw()                           # drawn at i = 0 too, as in the field: T + 1 draws an image
-        x = mean + (0.5 * log_variance).exp() * z if i > 0 else mean
+        return torch.where(i > 0, mean + (0.5 * log_variance).exp() * z, mean)
+
+    step, x = launch(step), noise.draw()
+    for i in _backwards(diffusion):
+        x = step(x, i, y, noise.draw())            # noise is drawn at i = 0 too, as in the field: T + 1 draws an image
         yield x
 
 
 @torch.no_grad()
 def ddim(diffusion: IDDPM, model: Model, y: Tensor, noise: ImageNoise, *, eta: float = 0.0, clip: bool = False,
-         gradient: Model | None = None) -> Iterator[Tensor]:
+         gradient: Model | None = None, launch: Launch = directly) -> Iterator[Tensor]:
     """Yields x (N,C,H,W) after each step of an already respaced diffusion: DDIM eq. 12, sigma of eq. 16.
 
     eta 0 is deterministic after the first draw; eta 1 is ancestral sampling with the variance of the true posterior. The noise
@@ -89,23 +97,33 @@ def ddim(diffusion: IDDPM, model: Model, y: Tensor, noise: ImageNoise, *, eta: f
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta lies between 0 (deterministic) and 1 (ancestral), not {eta}")
-    cumprod = diffusion.alphas_cumprod.tolist()
-    x = noise.draw()
-    for i in reversed(range(diffusion.num_steps)):
+    here = diffusion.alphas_cumprod
+    after = torch.cat([here.new_ones(1), here[:-1]])
+    sigma = eta * ((1 - after) / (1 - here) * (1 - here / after)).sqrt()
+    signal, towards = after.sqrt(), (1 - after - sigma ** 2).sqrt()
+
+    def step(x: Tensor, i: Tensor, y: Tensor, z: Tensor) -> Tensor:
         t = diffusion.timesteps[i].repeat(len(x))                                     # (N,)
         _, _, x0_hat = diffusion.posterior(x, i, model(x, t, y), clip)
-        here, after = cumprod[i], cumprod[i - 1] if i > 0 else 1.0
-        eps = (x - math.sqrt(here) * x0_hat) / math.sqrt(1 - here)
+        eps = (x - at(diffusion.signal, i) * x0_hat) / at(diffusion.noise, i)
         if gradient is not None:
-            eps = eps - math.sqrt(1 - here) * gradient(x, t, y)
-            x0_hat = (x - math.sqrt(1 - here) * eps) / math.sqrt(here)
-        sigma = eta * math.sqrt((1 - after) / (1 - here) * (1 - here / after))
-        x = math.sqrt(after) * x0_hat + math.sqrt(1 - after - sigma ** 2) * eps + sigma * noise.draw()
+            eps = eps - at(diffusion.noise, i) * gradient(x, t, y)
+            x0_hat = (x - at(diffusion.noise, i) * eps) / at(diffusion.signal, i)
+        return at(signal, i) * x0_hat + at(towards, i) * eps + at(sigma, i) * z
+
+    step, x = launch(step), noise.draw()
+    for i in _backwards(diffusion):
+        x = step(x, i, y, noise.draw())
         yield x
 
 
+def _backwards(diffusion: IDDPM) -> list[Tensor]:
+    """The indices of its steps from the last on, each (1,) and where its tables are."""
+    return list(torch.arange(diffusion.num_steps, device=diffusion.timesteps.device).flip(0).split(1))
+
+
 @torch.no_grad()
-def dpm_solver(diffusion: IDDPM, model: Model, y: Tensor, noise: ImageNoise, *, num_steps: int) -> Iterator[Tensor]:
+def dpm_solver(diffusion: IDDPM, model: Model, y: Tensor, noise: ImageNoise, *, num_steps: int, launch: Launch = directly) -> Iterator[Tensor]:
     """Yields x (N,C,H,W) after each step: DPM-Solver++(2M), algorithm 2 of its paper, the first step of order 1.
 
     Times are even, from the last of the diffusion's steps to its first, in between as fractions that the network is
@@ -114,16 +132,21 @@ def dpm_solver(diffusion: IDDPM, model: Model, y: Tensor, noise: ImageNoise, *, 
     indices = np.linspace(diffusion.num_steps - 1, 0, num_steps + 1)
     log_a = np.interp(indices, np.arange(diffusion.num_steps), 0.5 * diffusion.alphas_cumprod.log().cpu().numpy())
     a, s = np.exp(log_a), np.sqrt(-np.expm1(2 * log_a))
-    half_snr = log_a - np.log(s)                                                      # lambda, one a time
-    h = np.diff(half_snr)
-    times = (indices + diffusion.timesteps[0].item()).tolist()
-    x, before = noise.draw(), None
-    for i in range(num_steps):
-        eps, _ = split_prediction(model(x, torch.full((len(x),), times[i], device=x.device), y), x, diffusion.learned)
-        x0_hat = (x - float(s[i]) * eps) / float(a[i])                                # (N,C,H,W)
-        ahead = x0_hat if before is None else x0_hat + float(h[i] / h[i - 1] / 2) * (x0_hat - before)
-        x = float(s[i + 1] / s[i]) * x - float(a[i + 1] * np.expm1(-h[i])) * ahead
-        before = x0_hat
+    h = np.diff(log_a - np.log(s))                                                    # of lambda, half the log of the signal-to-noise ratio
+    times = indices + diffusion.timesteps[0].item()
+    order_2 = np.append(0, h[1:] / h[:-1] / 2)
+    rows = np.stack([times[:-1], s[:-1], a[:-1], s[1:] / s[:-1], a[1:] * np.expm1(-h), order_2], axis=1)
+
+    def step(x: Tensor, row: Tensor, y: Tensor, before: Tensor) -> Tensor:
+        t, s, a, shrink, gain, order_2 = row.unbind()
+        eps, _ = split_prediction(model(x, t.repeat(len(x)), y), x, diffusion.learned)
+        x0_hat = (x - s * eps) / a                                                    # (N,C,H,W)
+        return torch.stack([shrink * x - gain * (x0_hat + order_2 * (x0_hat - before)), x0_hat])
+
+    step, x = launch(step), noise.draw()
+    before = torch.zeros_like(x)                                                      # of weight 0 in the first step
+    for row in torch.from_numpy(rows).float().to(x.device):
+        x, before = step(x, row, y, before)
         yield x
 
 
@@ -150,23 +173,34 @@ def dpm_solver_diffusers(diffusion: IDDPM, model: Model, y: Tensor, noise: Image
 Bound = Callable[[Model, Tensor, ImageNoise], Iterator[Tensor]]
 
 
-def bind(spec: Sampler, process: Process, gradient: Model | None = None) -> Bound:
-    """The declared sampler of a process, to be called with a network, labels and noise; ValueError lists the known."""
+def recordable(spec: Sampler, times: tuple[float, float]) -> bool:
+    """Whether every step does the same, so that one recording holds them all.
+
+    Not where steps adapt to the images, are another library's, or guidance comes and goes between the `times` that the network is given.
+    """
+    return spec.name not in ("dopri5", "dpm_solver_diffusers") and (spec.scale == 1 or always(spec.interval, times))
+
+
+def bind(spec: Sampler, process: Process, gradient: Model | None = None, launch: Launch = directly) -> Bound:
+    """The declared sampler of a process, to be called with a network, labels and noise; ValueError lists the known.
+
+    launch: makes of a step, a function of tensors alone, what is called in its place. Ignored where there is no such step (`recordable`).
+    """
     if gradient is not None and spec.name not in ("ancestral", "ddim"):
         raise ValueError(f"a classifier guides the samplers ancestral and ddim, not {spec.name!r}")
     known: dict[str, Callable[[], Bound]]
     if isinstance(process, IDDPM):
         known = {
-            "ancestral": lambda: partial(ancestral, process.respaced(spec.num_steps), clip=spec.clip, gradient=gradient),
-            "ddim": lambda: partial(ddim, process.respaced(spec.num_steps), eta=spec.eta, clip=spec.clip, gradient=gradient),
-            "dpm_solver": lambda: partial(dpm_solver, process, num_steps=spec.num_steps),
+            "ancestral": lambda: partial(ancestral, process.respaced(spec.num_steps), clip=spec.clip, gradient=gradient, launch=launch),
+            "ddim": lambda: partial(ddim, process.respaced(spec.num_steps), eta=spec.eta, clip=spec.clip, gradient=gradient, launch=launch),
+            "dpm_solver": lambda: partial(dpm_solver, process, num_steps=spec.num_steps, launch=launch),
             "dpm_solver_diffusers": lambda: partial(dpm_solver_diffusers, process, num_steps=spec.num_steps),
         }
     else:
-        sde = dict(num_steps=spec.num_steps, form=spec.form, last_step=spec.last_step, last_size=spec.last_size)
+        sde = dict(num_steps=spec.num_steps, form=spec.form, last_step=spec.last_step, last_size=spec.last_size, launch=launch)
         known = {
-            "euler": lambda: partial(flow_samplers.euler, num_steps=spec.num_steps),
-            "heun": lambda: partial(flow_samplers.heun, num_steps=spec.num_steps),
+            "euler": lambda: partial(flow_samplers.euler, num_steps=spec.num_steps, launch=launch),
+            "heun": lambda: partial(flow_samplers.heun, num_steps=spec.num_steps, launch=launch),
             "dopri5": lambda: partial(flow_samplers.dopri5, atol=spec.atol, rtol=spec.rtol),
             "sde": lambda: partial(flow_samplers.sde, process, **sde),
         }

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 import backbones
 from experiments.engine import npz
-from experiments.engine.capture import accelerate
+from experiments.engine.capture import accelerate, require_gpu
 from experiments.engine.cascade import System
 from experiments.engine.distributed import ALONE, Group
 from experiments.engine.files import written_whole
-from experiments.engine.generate import Counted, images, labels
+from experiments.engine.generate import Counted, images, labels, recorded_steps
 from experiments.engine.heartbeat import Heartbeat
 from experiments.engine.quantise import to_uint8
 from experiments.engine.sharding import results
@@ -84,12 +84,13 @@ class Samples:
 
 
 def draw(spec: Evaluate, folder: Path, model: nn.Module, decode: Callable[[Tensor], Tensor], made: dict[str, Any], device: torch.device,
-         batch: int, report: Report, group: Group = ALONE, beat: Heartbeat | None = None) -> Samples:
+         batch: int, report: Report, group: Group = ALONE, beat: Heartbeat | None = None, recorded: bool = False) -> Samples:
     """Draw the chunks that are missing, each rank its share, and return the set on every rank.
 
     `report(done, num, nan, images per second)` hears of each chunk of this rank.
     decode: samples (n, C, H, W) to images (n, 1 or 3, H', W') in [-1, 1]; one channel is written as three equal ones.
     made: what identifies the network and the decoder; ValueError if the folder's images were made otherwise.
+    recorded: as `Counted` has it.
     """
     origin = folder / "made.json"
     if origin.exists():
@@ -100,17 +101,17 @@ def draw(spec: Evaluate, folder: Path, model: nn.Module, decode: Callable[[Tenso
         with written_whole(origin) as file:
             file.write(json.dumps(made, indent=1, sort_keys=True).encode())
     batch = batch_on(device, batch)
-    started, paths, drawn = time.perf_counter(), _chunk_paths(folder, spec.num), [0]
+    started, paths, drawn, counted = time.perf_counter(), _chunk_paths(folder, spec.num), [0], Counted(model, recorded)
 
     def chunk(piece: int) -> dict[str, ndarray]:
-        counted = Counted(model)
+        before = counted.evaluated
         within = range(piece * CHUNK, min((piece + 1) * CHUNK, spec.num))
         levels = torch.cat([to_uint8(decode(x)) for x, _ in images(spec, counted, device, batch, within)])
         with written_whole(paths[piece]) as file:                                      # (n, H, W, 3)
             np.save(file, levels.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous().numpy(), allow_pickle=False)
         drawn[0] += len(within)
         report(within.stop, spec.num, float("nan"), drawn[0] / (time.perf_counter() - started))
-        return {"evaluated": np.array(counted.evaluated)}
+        return {"evaluated": np.array(counted.evaluated - before)}
 
     evaluated = sum(int(found["evaluated"]) for found in results(group, folder / "counts", len(paths), chunk, beat))
     return Samples(spec, folder, group.share(evaluated) / spec.num)
@@ -125,23 +126,28 @@ def sampled(spec: Evaluate, folder: Path, resources: Resources, report: Report, 
     model, key = network_of(spec, folder, resources)
     decode, decoder = decoder_of(spec.data, device)
     made = {"network": digest(model), "key": key, "sampler": canonical(spec.sampler, full=True), "decoder": decoder, "quantiser": QUANTISER}
-    return draw(spec, folder.parent / spec_id(spec) / "samples", model, decode, made, device, resources.sample_batch, report, group, beat)
+    return draw(spec, folder.parent / spec_id(spec) / "samples", model, decode, made, device, resources.sample_batch, report, group, beat,
+                resources.graphs and recorded_steps(spec))
 
 
 def network_of(spec: Evaluate, folder: Path, resources: Resources) -> tuple[nn.Module, str]:
     """The finished run's EMA network, or all networks of a system, or the published one whose file is given; in eval mode.
 
     With the key under which its weights lay: a spec with the default one takes them from where published files usually have them.
+    Where resources have graphs, a call of the network is one, unless its caller records whole steps of the sampler (`recorded_steps`).
     """
     device, source = torch.device(resources.device), spec.train
+    if resources.graphs:
+        require_gpu(device)
+    graphs = resources.graphs and not recorded_steps(spec)
     if not isinstance(source, Checkpoint):
-        base = accelerate(load_ema(source, folder, device), resources.compile, resources.graphs)
+        base = accelerate(load_ema(source, folder, device), resources.compile, graphs)
         parts = [stage and load_ema(stage, folder.parent / spec_id(stage), device) for stage in (spec.classifier, spec.upsampler)]
         return (System(base, *parts).eval() if any(parts) else base), "ema"
     assert resources.checkpoint is not None, "a published checkpoint needs its file"
     model = build(source.backbone, 0, device)
     key = backbones.load_published(model, resources.checkpoint, None if source.key == Checkpoint.key else source.key)
-    return accelerate(model.eval(), resources.compile, resources.graphs), key
+    return accelerate(model.eval(), resources.compile, graphs), key
 
 
 def decoder_of(data: Data, device: torch.device) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:

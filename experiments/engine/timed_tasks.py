@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import backbones
-from experiments.engine.capture import accelerate
+from experiments.engine.capture import Kept, accelerate, require_gpu
 from experiments.engine.cascade import conditioned
 from experiments.engine.data import ImageSet
+from experiments.engine.flow_samplers import directly
 from experiments.engine.noise import ImageNoise
 from experiments.engine.process import process
 from experiments.engine.randomness import generator_at, seed_at
@@ -62,7 +63,7 @@ def task(network: Cost, spec: Timing, device: torch.device) -> Task:
     `one_condition` of what it has seen: whether time and label of a single image served the whole batch, as in the authors' script, which
     a network that makes tokens of them cannot take.
     """
-    known = {"forward": _forward, "training": _training, "sampling": _sampling}
+    known = {"forward": _forward, "training": _training, "sampling": sampling}
     if spec.what not in known:
         raise ValueError(f"unknown task {spec.what!r} to time; known: {', '.join(known)}")
     return known[spec.what](network, spec, device)
@@ -93,20 +94,26 @@ def _takes_one_condition(model: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> b
     return True
 
 
-def _sampling(network: Cost, spec: Timing, device: torch.device) -> Task:
-    """Guided by the null label; without one the second half of the batch has a real one's, which costs the same."""
-    model, (x, _, y) = network_of(network, spec, device), inputs_of(network, spec, device)
+def sampling(network: Cost, spec: Timing, device: torch.device, inputs: tuple[Tensor, Tensor, Tensor] | None = None) -> Task:
+    """Guided by the null label; without one the second half of the batch has a real one's, which costs the same. Run, it returns the images.
+
+    `inputs`: x, t and y instead of the usual, of which an upsampler's low-resolution images and the labels are taken.
+    """
+    model, (x, _, y) = network_of(network, spec, device), inputs or inputs_of(network, spec, device)
+    if spec.graphs:
+        require_gpu(device)
     data, diffusion = data_of(network), diffusion_of(network, model)
-    steps = process(diffusion).respaced(spec.num_steps).to(device)
-    accelerate(model, spec.compile, spec.graphs)
+    steps, launch = process(diffusion).respaced(spec.num_steps).to(device), Kept() if spec.graphs else directly
+    accelerate(model, spec.compile, graphs=False)
     low = None if diffusion.low_res is None else F.interpolate(x[:, : data.channels], diffusion.low_res, mode="area")
     called = model if low is None else conditioned(model, torch.cat([low, low]))
     guided = Guided(called, SCALE, network.num_classes if has_null_label(network) else 0, channels=None)
 
     @torch.inference_mode()
-    def sample() -> None:
-        for _ in ancestral(steps, guided, y, ImageNoise(range(spec.batch), (data.channels, data.size, data.size), device)):
+    def sample() -> Tensor:
+        for images in ancestral(steps, guided, y, ImageNoise(range(len(x)), (data.channels, data.size, data.size), device), launch=launch):
             pass
+        return images
 
     return Task(sample, {"memory_format": layout_of(x, *model.parameters()), "one_condition": False})
 

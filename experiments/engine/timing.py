@@ -21,7 +21,7 @@ from experiments.engine.operators import Operators
 from experiments.engine.precision import flags, precision
 from experiments.engine.randomness import generator_at
 from experiments.engine.spec import Cost, Timing
-from experiments.engine.timed_tasks import Task, inputs_of, network_of, task, together, trainer_of
+from experiments.engine.timed_tasks import Task, inputs_of, network_of, sampling, task, together, trainer_of
 
 PAIRS, FEWEST = 7, 3
 WARM_UP, STABLE = 10, 0.05  # runs at most, until two in a row take the same time to this part
@@ -84,20 +84,22 @@ def check(network: Cost, spec: Timing, device: torch.device) -> None:
     """Refuse to time what does not compute what the reference kernels compute, by relative RMS error on one sample.
 
     Of training the gradients are checked too, all parameters' as one vector; half the digits go in a backward pass. Where a network is
-    compiled or recorded that is what runs, at the batch that is timed; of training the trainer's passes over it.
+    compiled or recorded that is what runs, at the batch that is timed; of training the trainer's passes over it, of recorded sampling a loop
+    of two steps.
     """
     training, fast = spec.what == "training", spec.compile or spec.graphs
+    whole = _passed if training and fast else _looped if spec.what == "sampling" and spec.graphs else None
     model, inputs = network_of(network, spec, device), inputs_of(network, spec, device)
     sample = [part[:1] for part in inputs]
     with kernels.use(**kernels.references()):
-        expected = _passed(network, replace(spec, batch=1, compile=False, graphs=False), device, sample) if training and fast else _results(model, sample, training)
-    if not fast:
+        expected = whole(network, replace(spec, batch=1, compile=False, graphs=False), device, sample) if whole else _results(model, sample, training)
+    if whole:
+        timed = whole(network, spec, device, sample)
+    elif not fast:
         timed = _results(model, sample, training)
-    elif training:
-        timed = _passed(network, spec, device, sample)
     else:
-        whole = [torch.cat([part] * (2 if spec.what == "sampling" else 1)) for part in inputs]  # guidance doubles a batch
-        timed = [_results(accelerate(model, spec.compile, spec.graphs), whole, False)[0][:1]]
+        given = [torch.cat([part] * (2 if spec.what == "sampling" else 1)) for part in inputs]  # guidance doubles a batch
+        timed = [_results(accelerate(model, spec.compile, spec.graphs), given, False)[0][:1]]
     for what, out, truth, limit in zip(("loss" if training and fast else "output", "gradient"), timed, expected, (1, 2), strict=False):
         error = ((out - truth).float().square().mean().sqrt() / truth.float().square().mean().sqrt().clamp_min(1e-12)).item()
         limit *= LIMITS.get(spec.precision, 1e-4)
@@ -116,6 +118,11 @@ def _passed(network: Cost, spec: Timing, device: torch.device, sample: list[Tens
     x0, t, y, eps = (torch.cat([part] * spec.batch) for part in (x, t, y, eps))
     loss = trainer.passes(x0, y, t, eps).clone()
     return [loss, torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])]
+
+
+def _looped(network: Cost, spec: Timing, device: torch.device, sample: list[Tensor]) -> list[Tensor]:
+    """The first image of a loop of sampling, whose batch is one `sample` (x, t, y) over and over; the first one's noise does not depend on the batch."""
+    return [sampling(network, replace(spec, num_steps=2), device, tuple(torch.cat([part] * spec.batch) for part in sample)).run()[:1]]
 
 
 def _results(model: nn.Module, inputs: tuple[Tensor, ...], backward: bool) -> list[Tensor]:
