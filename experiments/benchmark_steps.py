@@ -7,8 +7,8 @@ FILE:NAME is a constructor without arguments in a file of yours. Up to four thin
 `ours`, the trainer or the sampler as runs use them; `bare`, our network in the shortest loop, model, backward, step, whose excess
 is the suite's overhead; and beside another implementation `plain`, our network in a plain loop (iDDPM loss, PyTorch's default AdamW,
 EMA by parameter), and `theirs`, the other network in that same loop, which is this suite's own around either, not a file of the
-other authors. A loop of sampling is ten guided steps on a GPU, two on a CPU, which cost what those of 250 do. Nothing is timed beside
-`bare`, which is eager, where ours is compiled or recorded. Beside `ours` of a training stands the share of the device's measured matrix
+other authors. A loop of sampling is ten guided steps on a GPU, two on a CPU, which cost what those of 250 do. `bare` is
+eager, and is left out where ours is compiled or recorded. Beside `ours` of a training stands the share of the device's measured matrix
 product that it reaches, a step being three forward passes. What the suite asks of itself (`ASKED`, `SHARE`, `MOST`), and by what part
 each is missed, is printed and recorded. Where the batch does not fit a GPU's memory, half of it is tried. Every comparison is a record
 of kind `steps`, whose spec has the batch that fitted; one that fits with none, or whose kernels, compiled or recorded network is

@@ -183,7 +183,7 @@ def _notes(table: Table, rows: Sequence[Row], device: str, what: str, store: Sto
             notes.append(f"measured ceilings, {stage.precision}: {2e-12 * top.values['macs_per_s']:.2f} TFLOP/s in large matrix products, {1e-9 * top.values['bytes_per_s']:.0f} GB/s copying.")
     notes.append("% of copy: what its operators, one by one, read and write, at the rate of a copy, which caches let small tensors exceed; the suite's kernels in Triton are not seen.")
     if how := how_fast(**fast):
-        notes.append(f"{what}{how}: the baseline too; as_published is neither, and of their operators nothing is seen.")
+        notes.append(f"{what}{how}: the baseline too. as_published, the authors' own, is neither and stands in the table without them; of compiled and recorded operators nothing is seen.")
     if device == "cpu":
         notes.append("a CPU has one numeric mode here; its ratios are no GPU's.")
         if any(row.heavy for row in timed_rows(table, rows, device, named=True)):
