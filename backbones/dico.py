@@ -14,6 +14,7 @@ from backbones.layers import (
     ConvFinal,
     ConvStem,
     Downsample,
+    GlobalPool,
     Linear,
     Pointwise,
     TimestepEmbedder,
@@ -37,7 +38,7 @@ class DiCoBlock(nn.Module):
         hidden = int(dim * mlp_ratio)
         self.conv1 = Pointwise(dim, dim)
         self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-        self.ca = nn.Sequential(nn.AdaptiveAvgPool2d(1), Pointwise(dim, dim), nn.Sigmoid())
+        self.ca = nn.Sequential(GlobalPool(), Pointwise(dim, dim), nn.Sigmoid())
         self.conv3 = Pointwise(dim, dim)
         self.conv4 = Pointwise(dim, hidden)
         self.conv5 = Pointwise(hidden, dim)

@@ -104,12 +104,19 @@ class LayerNorm2d(nn.Module):
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """adaLN's x * (1 + scale) + shift; shift and scale broadcast against x."""
-    return torch.addcmul(shift, x, 1 + scale)
+    return kernels.addcmul(shift, x, 1 + scale)
 
 
 def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     """adaLN-Zero's x + gate * branch; gate broadcasts against both."""
-    return torch.addcmul(x, gate, branch)
+    return kernels.addcmul(x, gate, branch)
+
+
+class GlobalPool(nn.Module):
+    """The mean of each channel: (N, C, H, W) -> (N, C, 1, 1)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.pool(x)
 
 
 def adaln2d(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -4,63 +4,31 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
+from recording import SYNCHRONISING, Heard, Rerun, needs_gpu
 from test_train import CPU, DICO, DIGITS, FAMILIES, OBJECTIVES
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from backbones.kernels import gated_linear
-from experiments import recipes
-from experiments.engine import capture, preemption, samples
 from experiments.engine.capture import Captured, accelerate
 from experiments.engine.data import ImageSet, load
-from experiments.engine.generate import Counted, _sample, images, recorded_steps
 from experiments.engine.precision import precision
-from experiments.engine.spec import Backbone, Checkpoint, Diffusion, Evaluate, Recipe, Sampler, Train
+from experiments.engine.spec import Backbone, Diffusion, Recipe, Train
 from experiments.engine.timed_tasks import fill
-from experiments.engine.train import Resources, Trainer, build, digest
+from experiments.engine.train import Trainer, build, digest
 
 GPU = torch.device("cuda")
 WIDE = FAMILIES["dit"].but(depth=1, dim=384, heads=6)  # its layers run on oneDNN
 TRAINED = Train(DICO, DIGITS, Recipe(steps=6, batch=16, lr=1e-2, ema=0.9))
 DROPPING = Train(FAMILIES["dis"], DIGITS, replace(TRAINED.recipe, drop_path=0.5))
 NOISE = ImageSet(np.random.default_rng(0).standard_normal((64, 1, 8, 8), np.float32), np.arange(64) % 10, DIGITS)  # a bare machine with a GPU may lack the digits
-SYNCHRONISING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "item", "unique")
-
-
-def needs_gpu(test: Any) -> Any:
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")(test))
-
-
-class Rerun(Captured):
-    """A recording that a CPU can make: it runs the function again where it recorded, and as a replay writes to the same memory and runs no Python."""
-
-    def __init__(self, function: Callable[..., Tensor], model: nn.Module | None = None) -> None:
-        super().__init__(function)
-        self.parameters = [p for p in model.parameters() if p.requires_grad] if model else []
-
-    def _record(self, places: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        out = self.function(*places)
-        gradients = [p.grad for p in self.parameters]
-
-        def replay() -> None:
-            seen = [p.grad for p in self.parameters]
-            out.copy_(self.function(*places))
-            for parameter, gradient, before in zip(self.parameters, gradients, seen, strict=True):
-                gradient.copy_(parameter.grad)
-                parameter.grad = before
-
-        return replay, places, out
 
 
 @pytest.mark.parametrize(("spec", "micro_batch"), [(TRAINED, None), (TRAINED, 6), (replace(TRAINED, recipe=replace(TRAINED.recipe, grad_clip=0.1)), None), (DROPPING, 6)],
@@ -94,18 +62,6 @@ def test_a_recording_lets_other_threads_go_on_and_runs_the_function_aside_before
     assert heard == (["ran"] * 3 + ["thread_local", "ran", "captured"]) * 3  # a shape and a mode once each
 
 
-class Heard(TorchDispatchMode):
-    """Names of the operators that ran."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        self.names[func.name().partition("::")[2].partition(".")[0]] += 1
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_step_of_the_trainer_waits_for_no_value(name: str, monkeypatch: pytest.MonkeyPatch):
     """On a GPU reading one back stops the host, and no graph can hold it."""
@@ -117,95 +73,6 @@ def test_a_step_of_the_trainer_waits_for_no_value(name: str, monkeypatch: pytest
     with Heard() as heard:
         next(stepping)
     assert len(heard.names) > 20 and not heard.names.keys() & set(SYNCHRONISING)
-
-
-SAMPLERS = {"uvit": recipes.UVIT_L.sampler, "dim": recipes.DIM.sampler, "ldm": recipes.LDM_4.sampler, "adm": recipes.ADM_64.sampler, "sit": recipes.SIT.sampler}
-SAMPLERS |= {"dimsum": Sampler("euler", channels=None)}  # its own adapts its steps to the images, and so has to look at them
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_step_of_a_sampler_waits_for_no_value(name: str, monkeypatch: pytest.MonkeyPatch):
-    """Guided, by the family's own sampler: more steps read no more values back."""
-    monkeypatch.setattr(sys.modules[gated_linear.choices["chunked"].run.__module__], "_mild", lambda decay: False)
-    train = Train(FAMILIES[name], DIGITS, TRAINED.recipe, OBJECTIVES.get(name, Diffusion()))
-    model, sampler = build(train.backbone, 0, CPU).eval(), replace(SAMPLERS.get(name, Sampler(channels=None)), scale=1.5, channels=None)
-    counts = []
-    for num_steps in (3, 5):
-        with torch.no_grad(), Heard() as heard:
-            _sample(train, replace(sampler, num_steps=num_steps), model, torch.tensor([1, 2]), [3, 4])
-        counts.append(sum(heard.names[waits] for waits in SYNCHRONISING))
-    assert counts[0] == counts[1]
-
-
-STEPPED = [(Sampler(), Diffusion()), (Sampler("ddim", eta=0.5), Diffusion(variance="fixed")), (Sampler("dpm_solver"), Diffusion(variance="fixed", betas="stable_diffusion", first_step=1))]
-STEPPED += [(Sampler(name), Diffusion("flow")) for name in ("euler", "heun")] + [(Sampler("sde", last_step=last), Diffusion("flow")) for last in ("mean", "tweedie")]
-
-
-def evaluation(sampler: Sampler, diffusion: Diffusion = Diffusion()) -> Evaluate:
-    outputs = dict(learn_sigma=False) if diffusion.name == "flow" or diffusion.variance == "fixed" else {}
-    train = Train(FAMILIES["dit"].but(**outputs), DIGITS, TRAINED.recipe, diffusion)
-    return Evaluate(train, replace(sampler, num_steps=5, scale=1.5, channels=None), 8, "digits", "balanced")
-
-
-def network(spec: Evaluate, device: torch.device = CPU) -> nn.Module:
-    model = build(spec.train.backbone, 0, device).eval()
-    fill(model)
-    return model
-
-
-@pytest.mark.parametrize(("sampler", "diffusion"), STEPPED, ids=lambda each: each.name)
-def test_recorded_steps_make_the_same_images_and_count_the_same_evaluations(sampler: Sampler, diffusion: Diffusion, monkeypatch: pytest.MonkeyPatch):
-    """By a stand-in for the recording, one a shape for all batches."""
-    monkeypatch.setattr(capture, "Captured", Rerun)
-    spec = evaluation(sampler, diffusion)
-    usual, recorded = Counted(network(spec)), Counted(network(spec), recorded=True)
-    for within in (range(3), range(3, 8)):  # as chunks are: batches of 3, then of 3 and 2
-        found = [torch.cat([x for x, _ in images(spec, counted, CPU, 3, within)]) for counted in (usual, recorded)]
-        assert torch.equal(*found) and found[0].isfinite().all() and len(found[0].flatten(1).unique(dim=0)) == len(within)
-    assert usual.evaluated == recorded.evaluated == 8 * 2 * {"heun": 10}.get(sampler.name, 5) and len(recorded.graphs.captured.recordings) == 2
-
-
-@pytest.mark.parametrize(("sampler", "diffusion"), STEPPED, ids=lambda each: each.name)
-def test_beside_its_launch_a_recorded_step_only_copies(sampler: Sampler, diffusion: Diffusion, monkeypatch: pytest.MonkeyPatch):
-    """Noise is drawn and copied by another thread on a GPU."""
-    class Idle(Captured):
-        def _record(self, places: tuple[Tensor, ...]) -> tuple[Any, ...]:
-            return lambda: None, places, self.function(*places)
-
-    monkeypatch.setattr(capture, "Captured", Idle)
-    heard: list[Counter[str]] = []
-    for num_steps in (12, 32):
-        spec = evaluation(sampler, diffusion)
-        counted = Counted(network(spec), recorded=True)
-        with torch.no_grad(), Heard() as names:
-            _sample(spec.train, replace(spec.sampler, num_steps=num_steps), counted, torch.tensor([1, 2]), [3, 4], launch=counted.launch)
-        heard.append(names.names)
-    more = {name: heard[1][name] - heard[0][name] for name in heard[1] if heard[1][name] != heard[0][name]}
-    drawn = {"empty", "unbind", "normal_"}  # the images' noise
-    assert more.pop("copy_") <= 4 * 20 and not more.keys() - drawn, more
-
-
-def test_a_job_that_is_asked_to_stop_stops_between_recorded_steps(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(capture, "Captured", Rerun)
-    spec, left = evaluation(Sampler()), iter([preemption.NO] * 6)  # the first step asks twice, as its network does
-    counted = Counted(network(spec), recorded=True)
-    monkeypatch.setattr(preemption, "asked", lambda: next(left, preemption.STOP))
-    with pytest.raises(preemption.Preempted):
-        list(images(spec, counted, CPU, 8))
-    assert 0 < counted.evaluated < 8 * 2 * 5
-
-
-@pytest.mark.parametrize(("sampler", "whole"), [(Sampler(scale=2.0), True), (Sampler(scale=2.0, interval=(0, 500)), False), (Sampler(interval=(0, 500)), True),
-                                                (Sampler("dpm_solver_diffusers"), False), (Sampler("dopri5"), False)])  # fmt: skip
-def test_where_steps_cannot_be_recorded_the_network_is(sampler: Sampler, whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(samples, "require_gpu", lambda device: None)
-    monkeypatch.setattr(capture, "require_gpu", lambda device: None)
-    spec = evaluation(sampler, Diffusion("flow") if sampler.name == "dopri5" else Diffusion())
-    torch.save({"ema": network(spec).state_dict()}, tmp_path / "a.pt")
-    spec = replace(spec, sampler=sampler, train=Checkpoint(spec.train.backbone, DIGITS, "0" * 64, diffusion=spec.train.diffusion))
-    model, _ = samples.network_of(spec, tmp_path, Resources(checkpoint=tmp_path / "a.pt", graphs=True))
-    assert recorded_steps(spec) is whole and isinstance(model.forward, Captured) is not whole
-    assert not recorded_steps(replace(spec, classifier=TRAINED))
 
 
 def test_graphs_without_a_gpu_are_refused():
@@ -258,17 +125,6 @@ def test_a_captured_training_has_the_same_losses(micro_batch: int | None, mode: 
     spec = replace(TRAINED, recipe=replace(TRAINED.recipe, grad_clip=1.0, precision=mode))
     usual, captured = (torch.stack(list(Trainer(spec, GPU, micro_batch, compiled=compiled, graphs=graphs).steps(NOISE))) for graphs in (False, True))
     assert len(captured.unique()) == 6 and torch.allclose(captured, usual, rtol=1e-2 if mode == "bf16" else 1e-4)
-
-
-@needs_gpu
-@pytest.mark.parametrize(("sampler", "diffusion"), STEPPED, ids=lambda each: each.name)
-def test_captured_steps_make_the_same_images(sampler: Sampler, diffusion: Diffusion):
-    spec = evaluation(sampler, diffusion)
-    usual, recorded = (Counted(network(spec, GPU), recorded) for recorded in (False, True))
-    for within in (range(3), range(3, 8)):
-        found = [torch.cat([x for x, _ in images(spec, counted, GPU, 3, within)]) for counted in (usual, recorded)]
-        assert (found[1] - found[0]).norm() < 1e-4 * found[0].norm()
-    assert usual.evaluated == recorded.evaluated
 
 
 @needs_gpu

@@ -84,6 +84,17 @@ def pointwise(large: bool) -> tuple[list[Tensor], list[Tensor]]:
     return [x.contiguous(memory_format=torch.channels_last)], [weight, bias]
 
 
+def addcmul(large: bool) -> tuple[list[Tensor], list[Tensor]]:
+    n, channels, height, width = (3, 131, 9, 7) if large else (2, 13, 5, 3)
+    x, gate, branch = draw((n, channels, height, width), (n, channels, 1, 1), (n, channels, height, width))
+    return [x.contiguous(memory_format=torch.channels_last), gate, branch.contiguous(memory_format=torch.channels_last)], []
+
+
+def pool(large: bool) -> tuple[list[Tensor], list[Tensor]]:
+    (x,) = draw((3, 131, 9, 7) if large else (2, 13, 5, 3))
+    return [x.contiguous(memory_format=torch.channels_last)], []
+
+
 def depthwise_gelu(large: bool) -> tuple[list[Tensor], list[Tensor]]:
     n, channels, side, height, width = (3, 131, 5, 9, 7) if large else (2, 13, 3, 5, 3)
     x, weight, bias = draw((n, channels, height, width), (channels, 1, side, side), (channels,))
@@ -93,18 +104,18 @@ def depthwise_gelu(large: bool) -> tuple[list[Tensor], list[Tensor]]:
 ORDER = {"selective_scan": (0, 1, 5, 2, 3, 6, 4, 7)}  # of the op's arguments, where parameters stand between activations
 CASES = {
     case.__name__: case
-    for case in (selective_scan, causal_conv, attention, gated_linear, linear_attention, diagonal_ssm, linear, adaln, pointwise, depthwise_gelu)
+    for case in (selective_scan, causal_conv, attention, gated_linear, linear_attention, diagonal_ssm, linear, adaln, addcmul, pool, pointwise, depthwise_gelu)
 } | {"pointwise_gelu": pointwise}  # fmt: skip
 RUNS = [
     pytest.param("cuda", *run, marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")])
     for run in ((op, choice, mode) for op in CASES for choice in getattr(kernels, op).choices for mode in LIBRARIES.get(choice, (None, LIMITS))[1])
-    if run[1] not in ("shape", "onednn")
+    if run[1] not in ("shape", "onednn", "row")
 ] + [  # a CPU has no TF32; oneDNN's GELU, which takes no gradients, is tested with the fused kernels
     pytest.param("cpu", op, choice, mode)
     for op in CASES
     for choice in getattr(kernels, op).choices
     for mode in ("fp32", "bf16")
-    if (choice == "triton" if INTERPRETED else choice not in LIBRARIES and choice != "shape") and (choice != "onednn" or (op, mode) == ("linear", "fp32"))
+    if (choice == "triton" if INTERPRETED else choice not in LIBRARIES and choice != "shape") and (choice not in ("onednn", "row") or (op, choice, mode) in (("linear", "onednn", "fp32"), ("pointwise", "row", "fp32")))
 ]
 
 

@@ -28,7 +28,7 @@ from experiments.engine.train import Resources
 DIT = Backbone("dit_s_2", dict(depth=1, dim=24, heads=3))
 DICO = Backbone("dico_s", dict(dim=8, depths=(1, 1, 1, 1, 1)))
 KEYS = {"images_per_s", "images_per_s_spread", "baseline_images_per_s", "relative", "relative_spread", "runs", "repeats", "stable", "peak_memory_bytes", "joules_per_image", "bytes_moved"}
-KEYS |= {"matmul_tf32", "cudnn_tf32", "autocast", "cudnn_benchmark", "memory_format", "compiled", "one_condition", "baseline_one_condition"}
+KEYS |= {"matmul_tf32", "cudnn_tf32", "autocast", "cudnn_benchmark", "memory_format", "compiled", "graphs", "one_condition", "baseline_one_condition"}
 
 SEEN = {"memory_format": "any", "one_condition": False}
 

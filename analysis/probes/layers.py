@@ -24,7 +24,7 @@ from backbones.kernels import observing, use
 from backbones.mamba import COLUMNS, COLUMNS_BACK, ROWS, ROWS_BACK, Mamba, reorder
 from backbones.mixers import agent, conv, focused_linear, softmax, window
 
-IGNORED = ("attention", "linear", "pointwise", "adaln", "depthwise_gelu", "pointwise_gelu")  # the first is heard as torch's own; the others mix no tokens or are convolutions, known by their weights
+IGNORED = ("attention", "linear", "pointwise", "adaln", "addcmul", "pool", "depthwise_gelu", "pointwise_gelu")  # the first is heard as torch's own; the others mix no tokens or are convolutions, known by their weights
 Grid = tuple[int, int]
 
 

@@ -10,12 +10,13 @@ from backbones.kernels.causal_conv import causal_conv
 from backbones.kernels.conv_gelu import depthwise_gelu, pointwise_gelu
 from backbones.kernels.diagonal_ssm import diagonal_ssm
 from backbones.kernels.gated_linear import gated_linear
+from backbones.kernels.gates import addcmul, pool
 from backbones.kernels.linear import linear, pointwise
 from backbones.kernels.linear_attention import linear_attention
 from backbones.kernels.op import counting, observing, references, reset_used, use, used
 from backbones.kernels.selective_scan import selective_scan
 
 __all__ = [
-    "adaln", "attention", "causal_conv", "counting", "depthwise_gelu", "diagonal_ssm", "gated_linear", "linear", "linear_attention", "observing", "pointwise",
-    "pointwise_gelu", "references", "reset_used", "selective_scan", "use", "used",
+    "adaln", "addcmul", "attention", "causal_conv", "counting", "depthwise_gelu", "diagonal_ssm", "gated_linear", "linear", "linear_attention", "observing", "pointwise",
+    "pointwise_gelu", "pool", "references", "reset_used", "selective_scan", "use", "used",
 ]  # fmt: skip

@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backbones.kernels.adaln import on_gpu, unmeasured
-from backbones.kernels.linear import pointwise
+from backbones.kernels.linear import WIDE, pointwise
 from backbones.kernels.linear import supports as onednn_supports
 from backbones.kernels.op import Choice, Op
 
-WIDE = 128  # channels from which oneDNN is asked; the committed records of narrower networks hold the separate passes' bits
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

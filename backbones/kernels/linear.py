@@ -17,6 +17,7 @@ from backbones.kernels.op import Choice, Op
 
 _ONEDNN = torch.backends.mkldnn.is_available()
 WORTHWHILE = 2**22  # multiply-accumulates; below, a call costs more than it saves
+WIDE = 128  # channels from which other sums than the reference's are asked for; the committed records of narrower networks hold its bits
 
 
 @torch.library.custom_op("backbones::product", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -85,5 +86,42 @@ def _rows_pay(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     return torch.get_num_threads() == 1 and x.is_contiguous(memory_format=torch.channels_last) and supports(x, weight) and _pays(x, weight)
 
 
-pointwise = Op("pointwise", [Choice("linear", as_linear, pays=_rows_pay), Choice("reference", F.conv2d)])
+class _Row(torch.autograd.Function):
+    """oneDNN's gradient of a 1x1 convolution's weight is the slower the squarer the image, and slower still with the bias's in it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        out = F.conv2d(_one_row(x), weight, bias)
+        return out.permute(0, 2, 3, 1).view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        row = _one_row(grad)
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            row, _one_row(x), weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [wants_x, wants_weight, False])
+        if wants_x:
+            grad_x = grad_x.permute(0, 2, 3, 1).reshape(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
+        return grad_x, grad_weight, row.sum((0, 2, 3)) if wants_bias else None
+
+
+def _one_row(x: Tensor) -> Tensor:
+    """The pixels of a batch as those of one image of one row, channels last: (N, C, H, W) -> (1, C, 1, N H W)."""
+    return x.permute(0, 2, 3, 1).reshape(1, 1, -1, x.shape[1]).permute(0, 3, 1, 2)
+
+
+def as_row(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return _Row.apply(x, weight, bias)
+
+
+def _row_pays(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or min(weight.shape[:2]) < WIDE:
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last) and x.shape[2] * x.shape[3] > 1
+
+
+pointwise = Op("pointwise", [Choice("linear", as_linear, pays=_rows_pay), Choice("row", as_row, supports, _row_pays), Choice("reference", F.conv2d)])
 """A 1x1 convolution: x (N, C, H, W), weight (C_out, C, 1, 1), bias (C_out,) or None -> (N, C_out, H, W)."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.kernels import depthwise_gelu
+from backbones.kernels import depthwise_gelu, pool
 from backbones.layers import Pointwise
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
@@ -70,7 +70,7 @@ class CompactChannelAttention(nn.Module):
         self.weight = Pointwise(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight(F.adaptive_avg_pool2d(x, 1)).sigmoid()
+        return x * self.weight(pool(x)).sigmoid()
 
 
 class SqueezeExcitation(nn.Module):
@@ -84,7 +84,7 @@ class SqueezeExcitation(nn.Module):
         self.excite = Pointwise(dim // reduction, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.excite(F.relu(self.squeeze(F.adaptive_avg_pool2d(x, 1)))).sigmoid()
+        return x * self.excite(F.relu(self.squeeze(pool(x)))).sigmoid()
 
 
 class ChannelSelfAttention(nn.Module):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,8 +20,11 @@ def require_gpu(device: torch.device) -> None:
         raise ValueError("CUDA graphs need a GPU; leave graphs out")
 
 
-def accelerate(model: nn.Module, compiled: bool, graphs: bool) -> nn.Module:
-    """The same network, whose inference is compiled, or one launch a call on a GPU, or both; ValueError for graphs elsewhere."""
+def accelerate(model: nn.Module, compiled: bool, graphs: bool = False) -> nn.Module:
+    """The same network, whose inference is compiled, or one launch a call on a GPU, or both; ValueError for graphs elsewhere.
+
+    What one launch a call returns is overwritten by the next (`Captured`), so samplers record their steps instead.
+    """
     if graphs:
         require_gpu(next(model.parameters()).device)
     if compiled:
@@ -36,16 +41,19 @@ class Captured:
     the graph's own memory and is overwritten by the next call.
     """
 
+    replayed = 0  # times, by all of them: tells whether graphs are what ran
+
     def __init__(self, function: Callable[..., Tensor]) -> None:
         self.function = function
         self.recordings: dict[tuple[Any, ...], Recording] = {}
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        cast, kind = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-        key = *((tuple(part.shape), part.dtype) for part in inputs), cast, kind, *flags().values()
+        mode = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), *flags().values()
+        key = *((tuple(part.shape), part.dtype) for part in inputs), *mode
         if key not in self.recordings:
-            with torch.autocast("cuda", kind, cast, cache_enabled=False):  # cached weights would not outlive the block
+            with keeping_no_weights():
                 self.recordings[key] = self._record(tuple(part.clone() for part in inputs))
+        Captured.replayed += 1
         replay, places, out = self.recordings[key]
         for place, part in zip(places, inputs, strict=True):
             place.copy_(part)
@@ -53,6 +61,7 @@ class Captured:
         return out
 
     def _record(self, places: tuple[Tensor, ...]) -> Recording:
+        gc.collect()  # graphs that are garbage may not go while another is recorded
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):  # libraries set themselves up in the first calls, which a graph cannot hold
@@ -63,6 +72,11 @@ class Captured:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads go on pinning batches and noise, which a global capture forbids
             out = self.function(*places)
         return graph.replay, places, out
+
+
+def keeping_no_weights() -> AbstractContextManager[None]:
+    """Autocast as it is, but for the weights it keeps in bf16, which end with the block, and a recording does not."""
+    return torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), cache_enabled=False)
 
 
 class Kept:

@@ -85,6 +85,7 @@ def _classified(spec: Evaluate, folder: Path, cache: Path, resources: Resources,
 
     parts = folder / f"samples-{spec_id(spec)}-{size}-{digest(network)}"
     found = list(results(group, parts, math.ceil(spec.num / size), scored, beat))
+    counted.forget()
     if not group.first:
         return {}, {}
     moments = metrics.Moments(found[0]["features"].shape[1])

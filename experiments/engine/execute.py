@@ -14,6 +14,7 @@ import torch
 from backbones import kernels
 from experiments.engine import attempts, ceilings, cost, distributed, evaluate, heartbeat, machine, preemption, profiling, timing, train
 from experiments.engine.distributed import Group
+from experiments.engine.generate import recorded_steps
 from experiments.engine.heartbeat import Heartbeat
 from experiments.engine.precision import flags, precision
 from experiments.engine.spec import Ceilings, Cost, Evaluate, Profile, Stage, Timing, Train
@@ -185,7 +186,7 @@ def _provenance(spec: Stage, resources: Resources, group: Group, seconds: float)
         "micro_batch": resources.micro_batch,
         "sample_batch": resources.sample_batch,
         "compiled": getattr(spec, "compile", resources.compile),
-        "graphs": getattr(spec, "graphs", resources.graphs and not (isinstance(spec, Train) and group.world_size > 1)),
+        "graphs": getattr(spec, "graphs", resources.graphs and (recorded_steps(spec) if isinstance(spec, Evaluate) else group.world_size == 1)),
         "precision_flags": in_force,
         "kernels": kernels.used(),
         "seconds": round(seconds, 2),

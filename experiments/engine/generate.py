@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from experiments.engine import preemption
-from experiments.engine.capture import Kept
+from experiments.engine.capture import Kept, keeping_no_weights
 from experiments.engine.cascade import ClassifierGradient, System, conditioned
 from experiments.engine.diffusion import Model
 from experiments.engine.flow_samplers import Launch, Step, directly
@@ -19,6 +20,9 @@ from experiments.engine.quantise import from_uint8, to_uint8
 from experiments.engine.randomness import seed_at
 from experiments.engine.samplers import Guided, bind, recordable
 from experiments.engine.spec import Checkpoint, Evaluate, Sampler, Train
+
+
+AHEAD = 2  # steps that a GPU is given before it has done them
 
 
 class Counted:
@@ -33,6 +37,7 @@ class Counted:
         self.model, self.own = model, 0
         self.graphs = Kept() if recorded else None
         self.evaluations: dict[torch.Size, int] = {}  # images given to the network in a recorded step, by the shape of x
+        self.under_way: deque[torch.cuda.Event] = deque()
         self.classifier, self.upsampler = None, None
         if isinstance(model, System):
             self.model, self.classifier = model.base, model.classifier
@@ -57,14 +62,28 @@ class Counted:
             _stop_if_asked()
             before = self.own
             if x.shape not in self.evaluations:
-                out = step(x, *rest)
+                with keeping_no_weights():
+                    out = step(x, *rest)
                 self.evaluations[x.shape] = self.own - before
             else:
                 out = graph(x, *rest)
                 self.own = before + self.evaluations[x.shape]
+            self._pace(x.device)
             return out
 
         return launched
+
+    def _pace(self, device: torch.device) -> None:
+        """Wait until at most AHEAD steps are under way: a request to stop would wait for all that are, and their noise take memory."""
+        if device.type == "cuda":
+            self.under_way.append(torch.cuda.Event(blocking=True))
+            self.under_way[-1].record()
+            if len(self.under_way) > AHEAD:
+                self.under_way.popleft().synchronize()
+
+    def forget(self) -> None:
+        """Let go of the graphs, whose steps hold this in turn, and of their memory."""
+        self.graphs = None
 
 
 def _stop_if_asked() -> None:

@@ -114,6 +114,7 @@ def draw(spec: Evaluate, folder: Path, model: nn.Module, decode: Callable[[Tenso
         return {"evaluated": np.array(counted.evaluated - before)}
 
     evaluated = sum(int(found["evaluated"]) for found in results(group, folder / "counts", len(paths), chunk, beat))
+    counted.forget()
     return Samples(spec, folder, group.share(evaluated) / spec.num)
 
 
@@ -134,20 +135,18 @@ def network_of(spec: Evaluate, folder: Path, resources: Resources) -> tuple[nn.M
     """The finished run's EMA network, or all networks of a system, or the published one whose file is given; in eval mode.
 
     With the key under which its weights lay: a spec with the default one takes them from where published files usually have them.
-    Where resources have graphs, a call of the network is one, unless its caller records whole steps of the sampler (`recorded_steps`).
     """
     device, source = torch.device(resources.device), spec.train
     if resources.graphs:
         require_gpu(device)
-    graphs = resources.graphs and not recorded_steps(spec)
     if not isinstance(source, Checkpoint):
-        base = accelerate(load_ema(source, folder, device), resources.compile, graphs)
+        base = accelerate(load_ema(source, folder, device), resources.compile)
         parts = [stage and load_ema(stage, folder.parent / spec_id(stage), device) for stage in (spec.classifier, spec.upsampler)]
         return (System(base, *parts).eval() if any(parts) else base), "ema"
     assert resources.checkpoint is not None, "a published checkpoint needs its file"
     model = build(source.backbone, 0, device)
     key = backbones.load_published(model, resources.checkpoint, None if source.key == Checkpoint.key else source.key)
-    return accelerate(model.eval(), resources.compile, graphs), key
+    return accelerate(model.eval(), resources.compile), key
 
 
 def decoder_of(data: Data, device: torch.device) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:

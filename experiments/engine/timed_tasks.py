@@ -104,7 +104,7 @@ def sampling(network: Cost, spec: Timing, device: torch.device, inputs: tuple[Te
         require_gpu(device)
     data, diffusion = data_of(network), diffusion_of(network, model)
     steps, launch = process(diffusion).respaced(spec.num_steps).to(device), Kept() if spec.graphs else directly
-    accelerate(model, spec.compile, graphs=False)
+    accelerate(model, spec.compile)
     low = None if diffusion.low_res is None else F.interpolate(x[:, : data.channels], diffusion.low_res, mode="area")
     called = model if low is None else conditioned(model, torch.cat([low, low]))
     guided = Guided(called, SCALE, network.num_classes if has_null_label(network) else 0, channels=None)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import gc
 import math
 import statistics
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones import kernels
-from experiments.engine.capture import accelerate
+from experiments.engine.capture import Captured, accelerate
 from experiments.engine.energy import joules
 from experiments.engine.operators import Operators
 from experiments.engine.precision import flags, precision
@@ -41,18 +40,19 @@ def run(spec: Timing) -> dict[str, Any]:
     own = Cost(spec.backbone, spec.size, spec.channels, spec.num_classes)
     other = Cost(spec.baseline or spec.backbone, *(spec.baseline_input or (spec.size, spec.channels)), spec.num_classes)
     systems = [(own, *spec.parts)] + [(other,)] * ((other,) != (own, *spec.parts))
-    with precision(spec.precision, device), kernels.use(**spec.kernels), _autotuned(spec):
+    with precision(spec.precision, device), kernels.use(**spec.kernels):
         for network in {str(each): each for system in systems for each in system}.values():
             check(network, spec, device)
         kernels.reset_used()  # the record names what is timed, not what it was checked with
         forget(device)
+        replayed, compiled = Captured.replayed, _compiled()
         tasks: list[Task] = []
         warmed: list[tuple[int, bool, int | None]] = []
         for system in systems:  # the subject first, so that its peak is its own
             _forget_peak(device)
             tasks.append(together([task(network, spec, device) for network in system]))
             warmed.append(_warm(tasks[-1], device, spec.graphs))
-        in_force = _read_back(device) | tasks[0].seen | {"compiled": spec.compile}
+        in_force = _read_back(device) | tasks[0].seen | {"compiled": _compiled() > compiled, "graphs": Captured.replayed > replayed}
         moved = None if spec.compile or spec.graphs else _moved(tasks[0], device)
         repeats = max(each[0] for each in warmed)
         pairs, used, started = [], [], time.perf_counter()
@@ -83,7 +83,7 @@ def run(spec: Timing) -> dict[str, Any]:
 def check(network: Cost, spec: Timing, device: torch.device) -> None:
     """Refuse to time what does not compute what the reference kernels compute, by relative RMS error on one sample.
 
-    Of training the gradients are checked too, all parameters' as one vector; half the digits go in a backward pass. Where a network is
+    Of training the gradients are checked too, all parameters' as one vector; half the digits go in a backward pass, or a second step. Where a network is
     compiled or recorded that is what runs, at the batch that is timed; of training the trainer's passes over it, of recorded sampling a loop
     of two steps.
     """
@@ -100,7 +100,7 @@ def check(network: Cost, spec: Timing, device: torch.device) -> None:
     else:
         given = [torch.cat([part] * (2 if spec.what == "sampling" else 1)) for part in inputs]  # guidance doubles a batch
         timed = [_results(accelerate(model, spec.compile, spec.graphs), given, False)[0][:1]]
-    for what, out, truth, limit in zip(("loss" if training and fast else "output", "gradient"), timed, expected, (1, 2), strict=False):
+    for what, out, truth, limit in zip(("loss" if training and fast else "output", "gradient"), timed, expected, (1 if whole is not _looped else 2, 2), strict=False):
         error = ((out - truth).float().square().mean().sqrt() / truth.float().square().mean().sqrt().clamp_min(1e-12)).item()
         limit *= LIMITS.get(spec.precision, 1e-4)
         if not error <= limit:
@@ -197,15 +197,10 @@ def half_quartiles(values: list[float]) -> float:
     return (high - low) / 2
 
 
-@contextmanager
-def _autotuned(spec: Timing) -> Iterator[None]:
-    """cuDNN chooses its fastest convolution by trial, except in the authors' mode, which left the default."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = spec.precision != "as_published"
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
+def _compiled() -> int:
+    """Graphs that the compiler has made in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
 
 
 def _read_back(device: torch.device) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The trainer: one loop for every backbone, resumable at any step with the same weights to the last bit."""
+"""The trainer: one loop for every backbone, resumable at any step with the same weights, on a CPU to the last bit."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Resources:
     Device; samples at a time on each, in training and in sampling; steps between checkpoints, how many of the newest are
     kept, and which steps for good (multiples of `milestones`); whether each process keeps only its part of the
     optimiser's state; the seconds after which a collective operation gives up; the file of a published checkpoint; whether the network is
-    compiled, and whether a sampler's steps (its calls of the network, where steps differ), and the passes of a training by one process, are
-    launched as a CUDA graph. Neither changes more than rounding.
+    compiled, and whether a sampler's steps, where all do the same (`recorded_steps`), and the passes of a training by one process, are launched
+    as a CUDA graph. Neither changes more than rounding.
     """
 
     device: str = "cpu"
