@@ -46,7 +46,7 @@ ASKED = {  # by task, device and numeric mode: how many times as long as ours th
     ("sampling", "cuda", "bf16"): 2.0,
 }
 SHARE = {"dit_xl_2": 0.5, "dico_xl": 0.4}  # of the device's matrix product, at least, in training in bf16 on a GPU
-MOST = 1.02  # overhead
+MOST = 1.02  # times as long as the bare step
 BATCH = {"cpu": 8, "cuda": 64}
 SAMPLED = {"cpu": 2, "cuda": 10}  # steps of a loop of sampling
 

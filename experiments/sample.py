@@ -73,8 +73,6 @@ def _run(args: argparse.Namespace) -> int:
     sampler = replace(spec.sampler, name=args.sampler or spec.sampler.name, num_steps=args.steps or spec.sampler.num_steps)
     spec = replace(spec, num=args.num or spec.num, sampler=sampler)
     require_data(spec.data)
-    store = Store(args.results, REPOSITORY / "results" / "reference")
-    store.check_writable()
 
     import torch
 
@@ -88,8 +86,9 @@ def _run(args: argparse.Namespace) -> int:
     bind(sampler, process(spec.train.diffusion))  # an unknown sampler is said before anything is drawn
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     require_device(device)
+    resources, store = Resources(device, sample_batch=args.batch, **fast(args, device)), Store(args.results, REPOSITORY / "results" / "reference")
+    store.check_writable()
     out, job = args.out or store.run_dir(spec) / "samples.npz", Job(f"{args.row}, {spec.num} images", (spec,))
-    resources = Resources(device, sample_batch=args.batch, **fast(args, device))
     group = distributed.join(device, resources.timeout)
     with ExitStack() as held:
         progress = held.enter_context(Progress(total=1, lines=True)) if group.first else None

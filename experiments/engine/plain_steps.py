@@ -1,4 +1,4 @@
-"""Steps in the shortest loops: what the suite's own, and other implementations' networks, are timed beside."""
+"""Steps in the plainest loops, beside which the suite's own are timed: around its own networks, and around those of other implementations."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ def bare(model: nn.Module, batch: int) -> Callable[[], None]:
 
 
 def plain_training(model: nn.Module, batch: int, _: int) -> Callable[[], None]:
+    """iDDPM's loss, backward, PyTorch's default AdamW, and the EMA by parameter."""
     ema = copy.deepcopy(model).requires_grad_(False)
     x, t, y = _batch(model, batch)
     optimizer, diffusion = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0), IDDPM.linear().to(x.device)
@@ -50,6 +51,7 @@ def plain_training(model: nn.Module, batch: int, _: int) -> Callable[[], None]:
 
 
 def plain_sampling(model: nn.Module, batch: int, steps: int) -> Callable[[], None]:
+    """So many of 250 guided ancestral steps, from the middle of the way."""
     model.eval()
     x, t, y = _batch(model, batch)
     diffusion, guided = IDDPM.linear().respaced(250).to(x.device), Guided(model, 1.5, 1000, channels=None)
@@ -64,6 +66,6 @@ def plain_sampling(model: nn.Module, batch: int, steps: int) -> Callable[[], Non
     return loop
 
 
-def _batch(model: nn.Module, batch: int) -> tuple:
+def _batch(model: nn.Module, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     device = next(model.parameters()).device
     return torch.randn(batch, 4, 32, 32, device=device), torch.full((batch,), 400, device=device), torch.arange(batch, device=device)
