@@ -9,7 +9,8 @@
     python experiments/efficiency.py --profile DiCo-S              where the time of a row goes, and a trace
 
 Everything runs once and is kept as a record; `--report` prints what there is without running anything, `--cluster slurm` sends
-every network as a job of its own.
+every network as a job of its own. Tables, sweeps and the figure with --compile or --graphs are timings, records and sheets of their
+own, of compiled or recorded networks.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import argparse
 from collections.abc import Callable, Sequence
 
 from experiments import speed, speed_claims
-from experiments.engine.cli import Parser, add_run_options, carry_out, device_of, guarded
+from experiments.engine.cli import Parser, add_run_options, carry_out, device_of, fast, guarded
 from experiments.engine.plan import Listed, Plan
 from experiments.engine.render import FORMATS, render
 from experiments.engine.report import Sheet
@@ -64,6 +65,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--sweep goes with --table and --rows: it times each of them at many batch sizes")
     if args.modes and (args.sweep or not args.table):
         parser.error("--modes goes with --table, without --sweep")
+    if (args.compile or args.graphs) and not (args.table or args.figure):
+        parser.error("--compile and --graphs go with --table or --figure: claims and profiles are about networks as they are called")
     if args.task != "forward" and not (args.table or args.profile):
         parser.error("--task goes with --table or --profile")
     return args
@@ -71,6 +74,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _choose(args: argparse.Namespace, device: str, store: Store) -> tuple[Plan, Callable[[], list[Sheet]]]:
     """What has to run, and a function that gives the sheets to print."""
+    how = fast(args, device)
     costs = tuple(cost for system in SYSTEMS for cost in system.costs)
     if args.counts:
         return Listed("cpu", costs), lambda: [counts_sheet(store)]
@@ -78,18 +82,18 @@ def _choose(args: argparse.Namespace, device: str, store: Store) -> tuple[Plan, 
         claims = store.published("claims.csv", ("id",)).values()
         return Listed(device, costs, speed_claims.jobs(claims, device)), lambda: [speed_claims.claims_sheet(device, store)]
     if args.figure:
-        return Listed(device, alone=speed.figure_3_jobs(device)), lambda: [speed.runtime_sheet(device, store)]
+        return Listed(device, alone=speed.figure_3_jobs(device, **how)), lambda: [speed.runtime_sheet(device, store, **how)]
     table = TIMED[args.table or 1]
     if args.profile:
         row = table.row(args.profile)
         return Listed(device, alone=(speed.ceilings_job(device), speed.profile_job(row, device, args.task))), lambda: speed.profile_sheets(row, device, args.task, store)
     rows = [row for row in ([table.row(label) for label in args.rows] if args.rows else table.rows) if row.backbone]
     if args.sweep:
-        sweeps = tuple(sweep for row in rows for sweep in speed.sweeps(row, table.baseline, device, args.task))
-        return Listed(device, alone=sweeps), lambda: [speed.sweep_sheet(row, table.baseline, device, args.task, store) for row in rows]
+        sweeps = tuple(sweep for row in rows for sweep in speed.sweeps(row, table.baseline, device, args.task, **how))
+        return Listed(device, alone=sweeps), lambda: [speed.sweep_sheet(row, table.baseline, device, args.task, store, **how) for row in rows]
     counts = tuple(cost for row in rows for cost in cost_stages(row))
-    timed = speed.jobs(table, rows, device, args.task, args.rows is not None, args.modes)
-    return Listed(device, counts, (speed.ceilings_job(device), *timed)), lambda: [speed.speed_sheet(table, rows, device, args.task, store)]
+    timed = speed.jobs(table, rows, device, args.task, args.rows is not None, args.modes, **how)
+    return Listed(device, counts, (speed.ceilings_job(device), *timed)), lambda: [speed.speed_sheet(table, rows, device, args.task, store, **how)]
 
 
 if __name__ == "__main__":

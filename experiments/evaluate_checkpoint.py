@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.checkpoint import options_of
-from experiments.engine.cli import Parser, add_run_options, carry_out, device_of, guarded, require_device
+from experiments.engine.cli import Parser, add_run_options, carry_out, device_of, fast, guarded, require_device
 from experiments.engine.launch import Job
 from experiments.engine.manifest import score_name
 from experiments.engine.plan import Listed
@@ -74,6 +74,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _main(args: argparse.Namespace, arguments: Sequence[str] | None) -> int:
     protocol, device = PROTOCOLS[args.protocol], device_of(args, args.backbone)
+    resources = {"checkpoint": args.checkpoint.resolve()} | ({"sample_batch": args.batch} if args.batch else {}) | fast(args, device)
     spec, model, key = evaluation_of(args, protocol)
     seconds = None
     if args.dry_run:
@@ -82,7 +83,6 @@ def _main(args: argparse.Namespace, arguments: Sequence[str] | None) -> int:
         text, seconds = _plan(spec, model, device if args.cluster != "slurm" else None)
         print(f"{args.checkpoint.name}: weights under the key {key}\n{text}")
     store = Store(args.results, REPOSITORY / "results" / "reference")
-    resources = {"checkpoint": args.checkpoint.resolve()} | ({"sample_batch": args.batch} if args.batch else {})
     job = Job(f"{args.checkpoint.name}, {spec.num} images", (spec,), row=args.backbone)
     good = carry_out(Listed(device, together=(job,), resources=resources, seconds={spec_id(spec): seconds} if seconds else {}), args, store, arguments, lambda: require_features(spec))
     if good and (record := store.latest(spec)):

@@ -6,9 +6,10 @@ packages, as pytest or fla-core for DiG, can travel as wheels: put them on PYTHO
 
     python -m experiments.measure_gpu --minutes 9 --against dico_xl=theirs/models.py:DiCo_XL --bundle out/measured.tar.gz
 
-Parts run in the order of their importance: the kernels' tests, the scan's bandwidth, steps eager and by CUDA graphs, the share of the
-device's ceilings, profiles, steps compiled, loops of 250 sampling steps in bf16 and TF32, the claims about speed, kernels, tables, Figure 3
-and, last, the loops in fp32 and as published, one of which takes minutes. Every stage's record is written as it ends, and
+Parts run in the order of their importance: the kernels' tests, the scan's bandwidth, steps eager, by CUDA graphs and so compiled, the share
+of the device's ceilings, profiles, steps compiled alone, loops of 250 sampling steps by CUDA graphs in bf16 and TF32, precision and recall,
+the claims about speed, kernels, tables, tests of compiled networks, Figure 3 and, last, the loops eager in every mode, one of which takes
+minutes. Not all of it fits nine minutes. Every stage's record is written as it ends, and
 the bundle, all that was measured so far, is written anew every few seconds, so a cut costs one stage at most. To go on, unpack it in the
 results folder and call again, `--from` the part that was cut off; what has a record is not measured again, but steps and kernels are.
 $DICO_COMMIT names the commit in the records where the tree has no history.
@@ -49,18 +50,18 @@ def parts(device: str, against: list[str]) -> dict[str, list[str]]:
         "scan": [*kernels, "--kernels", "selective_scan", *(["--batch", "256"] if cuda else [])],
         "steps": steps,
         "steps by CUDA graphs": [*steps, "--graphs"],
+        "steps compiled, by CUDA graphs": [*steps, "--compile", "--graphs"],
         "training beside the ceilings": [*efficiency, "--table", "1", "--task", "training", "--rows", *ROWS[device]],
         **{f"profile of {row}": [*efficiency, "--profile", row, "--task", "training"] for row in ROWS[device]},
         "steps compiled": [*steps, "--compile"],
-        "sampling loops": [*loops, *(["--modes", "bf16", "tf32"] if cuda else [])],
+        "sampling loops": [*loops, *(["--graphs", "--modes", "bf16", "tf32"] if cuda else [])],
         "precision and recall": ["experiments/benchmark.py", "--neighbours", *on],
         "claims": [*efficiency, "--claims"],
         "kernels": kernels,
         **{f"table {number}, {task}": [*efficiency, "--table", str(number), "--task", task] for number, task in ((1, "forward"), (2, "forward"), (1, "training"))},
-        "steps compiled, by CUDA graphs": [*steps, "--compile", "--graphs"],
         "tests of compiled networks": [*tests, "-m", "gpu and slow"],
         "figure 3": [*efficiency, "--figure", "3"],
-        **({"sampling loops without TF32": loops} if cuda else {}),  # minutes a loop
+        **({"sampling loops, eager": loops} if cuda else {}),  # minutes a loop
     }
     return {name: command for name, command in found.items() if cuda or not ("--graphs" in command or "pytest" in command)}
 

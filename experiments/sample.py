@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments import ablation, main_results
-from experiments.engine.cli import Parser, guarded
+from experiments.engine.cli import Parser, add_fast_options, fast, guarded
 from experiments.engine.launch import Job
 from experiments.engine.progress import Progress
 from experiments.engine.rows import table_of
@@ -57,6 +57,7 @@ def _main() -> int:
     parser.add_argument("--batch", type=int, default=250, metavar="N", help="images at a time on a GPU, which changes no image but by rounding (default: 250)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     parser.add_argument("--results", type=Path, default=os.environ.get("RESULTS") or None, metavar="DIR", help="results folder (default: $RESULTS, else results)")
+    add_fast_options(parser)
     return _run(parser.parse_args())
 
 
@@ -72,8 +73,6 @@ def _run(args: argparse.Namespace) -> int:
     sampler = replace(spec.sampler, name=args.sampler or spec.sampler.name, num_steps=args.steps or spec.sampler.num_steps)
     spec = replace(spec, num=args.num or spec.num, sampler=sampler)
     require_data(spec.data)
-    store = Store(args.results, REPOSITORY / "results" / "reference")
-    store.check_writable()
 
     import torch
 
@@ -87,8 +86,9 @@ def _run(args: argparse.Namespace) -> int:
     bind(sampler, process(spec.train.diffusion))  # an unknown sampler is said before anything is drawn
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     require_device(device)
+    resources, store = Resources(device, sample_batch=args.batch, **fast(args, device)), Store(args.results, REPOSITORY / "results" / "reference")
+    store.check_writable()
     out, job = args.out or store.run_dir(spec) / "samples.npz", Job(f"{args.row}, {spec.num} images", (spec,))
-    resources = Resources(device, sample_batch=args.batch)
     group = distributed.join(device, resources.timeout)
     with ExitStack() as held:
         progress = held.enter_context(Progress(total=1, lines=True)) if group.first else None

@@ -2,7 +2,8 @@
 
 A row is timed in every numeric mode of a device, its batch and input as the paper's, with the kernels that the suite
 chooses; in the authors' mode linear layers and 1x1 convolutions stay what they are called, since the mode treats them differently,
-and tensors are laid out as PyTorch's default has them.
+and tensors are laid out as PyTorch's default has them. `fast` are `compile` and `graphs` of a Timing,
+which that mode does not have.
 """
 
 from __future__ import annotations
@@ -32,23 +33,33 @@ UNFUSED = {  # what runs in plain PyTorch where a GPU has a fused kernel, as rec
 A100_FP32 = 19.5e12              # operations a second without tensor cores (NVIDIA A100 data sheet)
 
 
-def in_mode(stage: Timing, mode: str, what: str = "forward") -> Timing:
+def modes_of(device: str, **fast: bool) -> tuple[str, ...]:
+    """In which a device is timed: nothing compiled or recorded is as published."""
+    return tuple(mode for mode in MODES[device] if not (any(fast.values()) and mode == "as_published"))
+
+
+def how_fast(compile: bool = False, graphs: bool = False) -> str:
+    """In words that follow others; nothing of what is neither."""
+    return ", networks compiled" * compile + ", by CUDA graphs" * graphs
+
+
+def in_mode(stage: Timing, mode: str, what: str = "forward", **fast: bool) -> Timing:
     """The stage timed in a numeric mode; with what a kernel of the authors' needs installed is no part of it, but the record says which ran."""
-    stage = replace(stage, precision=mode, kernels={}, what=what, num_steps=STEPS[stage.device] if what == "sampling" else stage.num_steps)
+    stage = replace(stage, precision=mode, kernels={}, what=what, num_steps=STEPS[stage.device] if what == "sampling" else stage.num_steps, **fast)
     return replace(stage, kernels={"linear": "reference", "pointwise": "reference"}, layout="contiguous") if mode == "as_published" else stage
 
 
-def stages(table: Table, rows: Sequence[Row], device: str, what: str, named: bool, modes: Sequence[str] | None = None) -> list[Timing]:
+def stages(table: Table, rows: Sequence[Row], device: str, what: str, named: bool, modes: Sequence[str] | None = None, **fast: bool) -> list[Timing]:
     """Each network of the rows once in every mode, or in these of the device's, beside the table's baseline."""
     chosen = {str(row.backbone): row for row in timed_rows(table, rows, device, named)}.values()
-    if unknown := sorted(set(modes or ()) - set(MODES[device])):
-        raise ValueError(f"{', '.join(unknown)} is no numeric mode of {device}; known: {', '.join(MODES[device])}")
-    return [in_mode(timing_stage(row, table.baseline, device), mode, what) for row in chosen for mode in modes or MODES[device]]
+    if unknown := sorted(set(modes or ()) - set(known := modes_of(device, **fast))):
+        raise ValueError(f"{', '.join(unknown)} is no numeric mode of {device}{how_fast(**fast)}; known: {', '.join(known)}")
+    return [in_mode(timing_stage(row, table.baseline, device), mode, what, **fast) for row in chosen for mode in modes or known]
 
 
-def jobs(table: Table, rows: Sequence[Row], device: str, what: str, named: bool, modes: Sequence[str] | None = None) -> tuple[Job, ...]:
+def jobs(table: Table, rows: Sequence[Row], device: str, what: str, named: bool, modes: Sequence[str] | None = None, **fast: bool) -> tuple[Job, ...]:
     """A job a network: its modes are timed on one machine."""
-    timed = stages(table, rows, device, what, named, modes)
+    timed = stages(table, rows, device, what, named, modes, **fast)
     labels = {str(row.backbone): row.label for row in reversed(rows)}
     return tuple(Job(labels[network], tuple(stage for stage in timed if str(stage.backbone) == network)) for network in dict.fromkeys(str(stage.backbone) for stage in timed))
 
@@ -61,23 +72,25 @@ def ceilings(device: str) -> list[Ceilings]:
     return [Ceilings(device, mode) for mode in MODES[device] if mode != "as_published"]
 
 
-def sweeps(row: Row, baseline: Row, device: str, what: str) -> list[Sweep]:
-    """The row alone at growing batches, a job a mode, in the order of MODES."""
+def sweeps(row: Row, baseline: Row, device: str, what: str, **fast: bool) -> list[Sweep]:
+    """The row alone at growing batches, a job a mode, in the order of `modes_of`."""
     alone = replace(timing_stage(row, baseline, device), baseline=None, baseline_input=None)
     batches = [2**power for power in range(11 if device == "cuda" else 5)]
-    return [Sweep(f"{row.label}, {mode}", tuple(replace(in_mode(alone, mode, what), batch=batch) for batch in batches), row=row.label) for mode in MODES[device]]
+    at = {mode: in_mode(alone, mode, what, **fast) for mode in modes_of(device, **fast)}
+    return [Sweep(f"{row.label}, {mode}", tuple(replace(stage, batch=batch) for batch in batches), row=row.label) for mode, stage in at.items()]
 
 
-def figure_3(device: str) -> list[Timing]:
+def figure_3(device: str, **fast: bool) -> list[Timing]:
     """DiT, DiS, DiG and DiCo at latents of side 32, 64 and 128 (images of 256 to 1024 pixels); on a CPU size S at the first two."""
     networks = [f"{family}_{size}{patch}" for size in ("s", "b", "l", "xl") for family, patch in (("dit", "_2"), ("dis", "_2"), ("dig", "_2"), ("dico", ""))]
     known = [name.replace("dis_xl", "dis_h") for name in networks if device == "cuda" or name.split("_")[1] == "s"]
     sides = (32, 64, 128) if device == "cuda" else (32, 64)
-    return [in_mode(Timing(Backbone(name), side, 4, 1000, 64 * 32**2 // side**2 if device == "cuda" else 1, device), mode) for side in sides for name in known for mode in MODES[device]]
+    timed = [Timing(Backbone(name), side, 4, 1000, 64 * 32**2 // side**2 if device == "cuda" else 1, device) for side in sides for name in known]
+    return [in_mode(stage, mode, **fast) for stage in timed for mode in modes_of(device, **fast)]
 
 
-def figure_3_jobs(device: str) -> tuple[Job, ...]:
-    timed = figure_3(device)
+def figure_3_jobs(device: str, **fast: bool) -> tuple[Job, ...]:
+    timed = figure_3(device, **fast)
     return tuple(Job(name, tuple(stage for stage in timed if stage.backbone.name == name)) for name in dict.fromkeys(stage.backbone.name for stage in timed))
 
 
@@ -113,15 +126,15 @@ def profile_sheets(row: Row, device: str, what: str, store: Store, where: str = 
     return sheets
 
 
-def speed_sheet(table: Table, rows: Sequence[Row], device: str, what: str, store: Store, where: str = "records") -> Sheet:
+def speed_sheet(table: Table, rows: Sequence[Row], device: str, what: str, store: Store, where: str = "records", **fast: bool) -> Sheet:
     """Images a second in every mode, relative to the baseline, as a share of the device's own matrix product; of a forward pass the paper's too."""
     published = store.published(table.published, table.key)
-    columns = [("", "row"), ("Gflops", "core")]
-    for mode in MODES[device]:
+    columns, modes = [("", "row"), ("Gflops", "core")], modes_of(device, **fast)
+    for mode in modes:
         columns += [(mode, name) for name in ("img/s", "rel.", "% of matmul", "% of copy")] + [(mode, "GiB"), (mode, "J/img")] * (device == "cuda")
     beside = what == "forward"  # all that the paper timed
     columns += [("paper, A100", name) for name in ("img/s", "rel.", "% of fp32 peak")] * beside
-    sheet = Sheet(f"Table {table.number}: {what} on this {device.upper().replace('CUDA', 'GPU')}, by numeric mode ({table.source})", columns)
+    sheet = Sheet(f"Table {table.number}: {what} on this {device.upper().replace('CUDA', 'GPU')}{how_fast(**fast)}, by numeric mode ({table.source})", columns)
     base = _number(published[table.baseline.published], "throughput_img_s")
     for row in rows:
         if row.backbone is None:
@@ -129,13 +142,13 @@ def speed_sheet(table: Table, rows: Sequence[Row], device: str, what: str, store
         macs = [store.latest(cost, where) for cost in cost_stages(row)]
         core = sum(record.values["macs_core"] for record in macs) if all(macs) else None
         cells = [Cell(words=row.label), Cell(core / 1e9 if core else None, records=tuple(filter(None, macs)))]
-        for mode in MODES[device]:
-            cells += _timed(in_mode(timing_stage(row, table.baseline, device), mode, what), core, store, where)
+        for mode in modes:
+            cells += _timed(in_mode(timing_stage(row, table.baseline, device), mode, what, **fast), core, store, where)
         paper = published[row.published] if row.published else {}
         speed, gflops = _number(paper, "throughput_img_s"), _number(paper, "gflops")
         cells += [Cell(speed, None, 1), Cell(speed / base if speed and base else None), Cell(100 * 2e9 * speed * gflops / A100_FP32 if speed and gflops else None, None, 0)] * beside
         sheet.rows.append(cells)
-    sheet.notes += _notes(table, rows, device, what, store, where)
+    sheet.notes += _notes(table, rows, device, what, store, where, **fast)
     return sheet
 
 
@@ -157,7 +170,7 @@ def _timed(stage: Timing, core: float | None, store: Store, where: str) -> list[
     return cells + more * (stage.device == "cuda")
 
 
-def _notes(table: Table, rows: Sequence[Row], device: str, what: str, store: Store, where: str) -> list[str]:
+def _notes(table: Table, rows: Sequence[Row], device: str, what: str, store: Store, where: str, **fast: bool) -> list[str]:
     tasks = {
         "forward": "one forward pass of full batches of x, t and y",
         "training": "a step of the trainer by the common recipe, from loading the batch to the EMA; three forward passes of multiply-accumulates",
@@ -169,6 +182,8 @@ def _notes(table: Table, rows: Sequence[Row], device: str, what: str, store: Sto
         if top := store.latest(stage, where):
             notes.append(f"measured ceilings, {stage.precision}: {2e-12 * top.values['macs_per_s']:.2f} TFLOP/s in large matrix products, {1e-9 * top.values['bytes_per_s']:.0f} GB/s copying.")
     notes.append("% of copy: what its operators, one by one, read and write, at the rate of a copy, which caches let small tensors exceed; the suite's kernels in Triton are not seen.")
+    if how := how_fast(**fast):
+        notes.append(f"{what}{how}: the baseline too. as_published, the authors' own, is neither and stands in the table without them; of compiled and recorded operators nothing is seen.")
     if device == "cpu":
         notes.append("a CPU has one numeric mode here; its ratios are no GPU's.")
         if any(row.heavy for row in timed_rows(table, rows, device, named=True)):
@@ -179,8 +194,8 @@ def _notes(table: Table, rows: Sequence[Row], device: str, what: str, store: Sto
     plain: dict[str, list[str]] = {}
     timed: list[tuple[str, Record]] = []
     for row in rows:
-        for mode in MODES[device] if row.backbone else ():
-            stage = in_mode(timing_stage(row, table.baseline, device), mode, what)
+        for mode in modes_of(device, **fast) if row.backbone else ():
+            stage = in_mode(timing_stage(row, table.baseline, device), mode, what, **fast)
             record = store.latest(stage, where)
             for how in unfused(record) if record else ():
                 plain.setdefault(how, []).append(f"{row.label} ({mode})")
@@ -209,13 +224,14 @@ def _kinds(rows: Sequence[Row], what: str) -> list[str]:
     return notes + [f"{unguided}: without a null label; the second half of a batch has real ones, and the classifier that guides in its place is not timed."] * bool(unguided)
 
 
-def sweep_sheet(row: Row, baseline: Row, device: str, what: str, store: Store, where: str = "records") -> Sheet:
+def sweep_sheet(row: Row, baseline: Row, device: str, what: str, store: Store, where: str = "records", **fast: bool) -> Sheet:
     """Throughput over the batch size, and the best."""
-    sheet = Sheet(f"{row.label}: {what} over the batch size on this {device}", [("", "batch")] + [(mode, "img/s") for mode in MODES[device]])
-    tried = zip(MODES[device], sweeps(row, baseline, device, what), strict=True)
+    modes = modes_of(device, **fast)
+    sheet = Sheet(f"{row.label}: {what} over the batch size on this {device}{how_fast(**fast)}", [("", "batch")] + [(mode, "img/s") for mode in modes])
+    tried = zip(modes, sweeps(row, baseline, device, what, **fast), strict=True)
     found = {mode: [(stage.batch, record) for stage in sweep.stages if (record := store.latest(stage, where))] for mode, sweep in tried}
     for batch in sorted({batch for records in found.values() for batch, _ in records}):
-        at = [dict(found[mode]).get(batch) for mode in MODES[device]]
+        at = [dict(found[mode]).get(batch) for mode in modes]
         sheet.rows.append([Cell(words=str(batch))] + [Cell(r.values["images_per_s"], r.values["images_per_s_spread"], 1, records=(r,)) if r else Cell() for r in at])
     for mode, records in found.items():
         if records:
@@ -224,11 +240,11 @@ def sweep_sheet(row: Row, baseline: Row, device: str, what: str, store: Store, w
     return sheet
 
 
-def runtime_sheet(device: str, store: Store, where: str = "records") -> Sheet:
+def runtime_sheet(device: str, store: Store, where: str = "records", **fast: bool) -> Sheet:
     """Milliseconds an image of Figure 3's networks."""
-    sheet = Sheet(f"Figure 3: runtime of a forward pass on this {device}, ms an image", [("", "network"), ("", "latent")] + [(mode, "ms") for mode in MODES[device]])
+    sheet = Sheet(f"Figure 3: runtime of a forward pass on this {device}{how_fast(**fast)}, ms an image", [("", "network"), ("", "latent")] + [(mode, "ms") for mode in modes_of(device, **fast)])
     rows: dict[tuple[str, int], list[Cell]] = {}
-    for stage in figure_3(device):
+    for stage in figure_3(device, **fast):
         cells = rows.setdefault((stage.backbone.name, stage.size), [Cell(words=stage.backbone.name), Cell(words=str(stage.size))])
         record = store.latest(stage, where)
         rate = record.values["images_per_s"] if record else None

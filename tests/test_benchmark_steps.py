@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -48,10 +49,12 @@ def test_a_record_holds_both_and_the_kernels_of_ours_alone(tmp_path: Path, monke
     assert all(record.values[name] > 0 for name in ("ours_s", "plain_s", "theirs_s", "theirs / ours", "theirs / plain"))
 
 
-def test_alone_the_overhead_is_that_over_the_bare_loop(tmp_path: Path, small: None):
+def test_alone_the_overhead_is_that_over_the_bare_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: None):
     store = Store(tmp_path)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     assert measure(Steps("dit_s_2", "training", 2, "cpu", "fp32"), None, 3, store)
     values = recorded(store).values
+    assert values["cudnn_benchmark"] is True
     assert {"ours_s", "bare_s"} <= set(values) and not {"plain_s", "theirs_s"} & set(values) and values["overhead, ours / bare"] > 0
     counted = cost.run(Cost(Backbone("dit_s_2"), 32, 4, 1000))["macs_core"]
     ceiling = store.latest(Ceilings("cpu")).values["macs_per_s"]
@@ -79,6 +82,44 @@ def test_steps_of_what_computes_something_else_are_a_failed_record(tmp_path: Pat
     monkeypatch.setattr(attention, "choices", {"wrong": Choice("wrong", lambda q, k, v, bias=None: 1.1 * reference(q, k, v, bias))} | attention.choices)
     assert not measure(Steps("dit_s_2", "sampling", 2, "cpu", "fp32"), None, 3, store := Store(tmp_path))
     assert "its output differs from its reference" in recorded(store).error
+
+
+@pytest.mark.parametrize("fast", [{"compile": True}, {"graphs": True}])
+def test_a_bare_loop_stands_beside_what_is_as_eager_alone(fast: dict[str, bool], monkeypatch: pytest.MonkeyPatch, small: None):
+    monkeypatch.setattr(timed_tasks, "task", lambda *_: None)
+    spec = Steps("dit_s_2", "training", 2, "cpu", "fp32")
+    assert [list(benchmark_steps._tasks(one, None, torch.device("cpu"))) for one in (spec, replace(spec, **fast))] == [["ours", "bare"], ["ours"]]
+
+
+OVERHEAD = "overhead, ours / bare"
+
+
+@pytest.mark.parametrize(
+    ("spec", "values", "asked", "missed"),
+    [
+        (("dico_s", "training", 8, "cpu", "fp32"), {"theirs / ours": 1.17, OVERHEAD: 1.01}, {"theirs / ours": 1.3, OVERHEAD: 1.02}, {"theirs / ours": 0.1}),
+        (("dico_s", "sampling", 8, "cpu", "fp32"), {"theirs / ours": 1.3, "theirs / plain": 0.9}, {"theirs / ours": 1.3}, {}),
+        (("dit_s_2", "training", 8, "cpu", "fp32"), {OVERHEAD: 1.071}, {OVERHEAD: 1.02}, {OVERHEAD: 0.05}),
+        (("dit_s_2", "training", 8, "cpu", "bf16"), {"theirs / ours": 0.5, "share_of_matmul": 0.1}, {}, {}),
+        (("dico_xl", "training", 64, "cuda", "tf32"), {"theirs / ours": 1.2, "share_of_matmul": 0.1}, {"theirs / ours": 1.5}, {"theirs / ours": 0.2}),
+        (("dico_xl", "training", 64, "cuda", "bf16"), {"theirs / ours": 2.1, "share_of_matmul": 0.3}, {"theirs / ours": 2, "share_of_matmul": 0.4}, {"share_of_matmul": 0.25}),
+        (("dit_xl_2", "training", 64, "cuda", "bf16"), {"share_of_matmul": 0.6}, {"share_of_matmul": 0.5}, {}),
+        (("dit_xl_2", "sampling", 64, "cuda", "tf32"), {"theirs / ours": 1.8}, {"theirs / ours": 2}, {"theirs / ours": 0.1}),
+        (("dit_xl_2", "sampling", 64, "cuda", "fp32"), {"theirs / ours": 1.8}, {}, {}),
+    ],
+)
+def test_what_is_asked_of_a_step_and_by_how_much_it_is_missed(spec: tuple, values: dict[str, float], asked: dict[str, float], missed: dict[str, float]):
+    found = benchmark_steps.judged(Steps(*spec), values)
+    assert found["asked"] == asked and found["missed"] == pytest.approx(missed)
+
+
+def test_a_record_and_its_line_say_what_was_asked_and_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: None, capsys: pytest.CaptureFixture[str]):
+    timed = {"ours_s": 0.01, "theirs / ours": 1.222, "theirs / ours, spread": 0.04, OVERHEAD: 1.01, f"{OVERHEAD}, spread": 0.02, "matmul_tf32": False, "cudnn_tf32": False}
+    monkeypatch.setattr(benchmark_steps, "_compare", lambda *_: (dict(timed), {}))
+    assert measure(Steps("dit_s_2", "training", 2, "cpu", "fp32"), None, 3, store := Store(tmp_path))
+    values, said = recorded(store).values, capsys.readouterr().out
+    assert values["asked"] == {"theirs / ours": 1.3, OVERHEAD: 1.02} and values["missed"] == {"theirs / ours": pytest.approx(0.06)}
+    assert "theirs / ours 1.222 ±0.040 (asked 1.3: missed by 6 %); overhead, ours / bare 1.010 ±0.020 (asked 1.02: reached); ours " in said
 
 
 def test_without_another_implementation_a_call_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: None, capsys: pytest.CaptureFixture[str]):

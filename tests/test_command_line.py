@@ -72,6 +72,7 @@ def error_of(*arguments: object) -> str:
         (["--table", 4, "--seeds", 1, 1], "different numbers"),
         (["--table", 4, "--epochs", 3], "--epochs"),
         (["--table", 4, "--cluster", "moon"], "'moon'"),
+        (["--table", 4, "--graphs", "--device", "cpu"], "CUDA graphs need a GPU, and this is for cpu; leave out --graphs"),
     ],
 )
 def test_bad_arguments_are_one_line_and_write_nothing(arguments: list[object], words: str, tmp_path: Path):
@@ -238,6 +239,20 @@ def test_every_format_says_the_same(tmp_path: Path):
     assert len({len(row) for row in rows}) == 1 and rows[1][rows[0].index("Gflops: ours")] == repr(4.25)
     assert texts["latex"].count("{") == texts["latex"].count("}") and texts["latex"].count("\\\\") == len(TABLES[4].rows) + 2
     assert len({line.count("|") for line in texts["markdown"].splitlines() if line.startswith("|")}) == 1
+
+
+@pytest.mark.parametrize(
+    ("where", "options", "given"),
+    [(["--device", "cpu"], [], {}), (["--device", "cpu"], ["--compile"], {"compile": True}), (["--cluster", "slurm"], ["--compile", "--graphs"], {"compile": True, "graphs": True})],
+)
+def test_what_makes_runs_faster_is_a_resource_of_them(where: list[str], options: list[str], given: dict[str, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[cli.Plan] = []
+    monkeypatch.setenv("DICO_SLURM_GPUS_PER_NODE", "8")
+    monkeypatch.setattr(cli, "_run", lambda plan, *_: seen.append(plan) or True)
+    monkeypatch.setattr(cli.slurm, "send", lambda plan, *_: seen.append(plan) or "")
+    assert cli.main(TABLES, None, ["--table", "3", "--rows", "DiCo (iso.)", *where, *options, "--results", str(tmp_path)]) == 0
+    (plan,) = seen
+    assert plan.resources == given and not any(stage.compile or stage.graphs for job in plan.timings() for stage in job.stages)
 
 
 def test_the_plan_counts_shared_networks_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -134,6 +134,37 @@ def test_a_sweep_stops_where_larger_batches_do_not_pay(tmp_path: Path, monkeypat
         assert len(list((tmp_path / "records" / "timing").iterdir())) == 4
 
 
+@pytest.mark.parametrize("fast", [{"compile": True}, {"graphs": True}, {"compile": True, "graphs": True}])
+def test_timings_of_compiled_or_recorded_networks_have_ids_and_sheets_of_their_own(fast: dict[str, bool], tmp_path: Path):
+    store = Store(tmp_path)
+    for given in (
+        lambda **how: speed.stages(TABLE_1, [DICO], "cuda", "sampling", False, **how),
+        lambda **how: [stage for sweep in speed.sweeps(DICO, TABLE_1.baseline, "cuda", "training", **how) for stage in sweep.stages],
+        lambda **how: speed.figure_3("cuda", **how),
+    ):
+        eager, others = given(), given(**fast)
+        assert [replace(stage, compile=False, graphs=False) for stage in others] == [stage for stage in eager if stage.precision != "as_published"]
+        assert all((stage.compile, stage.graphs) == ("compile" in fast, "graphs" in fast) for stage in others) and len(others) < len(eager)
+        for stage, rate in ((eager[0], 10.0), (others[0], 40.0)):
+            fill(store, stage, **timed(rate, 1.0))
+    for sheet in (
+        lambda **how: speed.speed_sheet(TABLE_1, [DICO], "cuda", "sampling", store, **how),
+        lambda **how: speed.sweep_sheet(DICO, TABLE_1.baseline, "cuda", "training", store, **how),
+        lambda **how: speed.runtime_sheet("cuda", store, **how),
+    ):
+        (usual, eager), (title, own) = ((found.title, {cell.value for row in found.rows for cell in row}) for found in (sheet(), sheet(**fast)))
+        assert title != usual and ("compiled" in title) == ("compile" in fast) and ("CUDA graphs" in title) == ("graphs" in fast)
+        assert {10.0, 100.0} & eager and {40.0, 25.0} & own and not {40.0, 25.0} & eager and not {10.0, 100.0} & own
+
+
+def test_the_command_times_and_prints_what_its_options_ask_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(execute.timing, "run", lambda stage: timed(8.0 if stage.compile else 4.0, 1.0))
+    monkeypatch.setattr(execute.ceilings, "run", lambda stage: dict(macs_per_s=1e12, bytes_per_s=1e10))
+    for options, rate in (([], "4.0 ±1.0"), (["--compile"], "8.0 ±1.0"), (["--report"], "4.0 ±1.0"), (["--compile", "--report"], "8.0 ±1.0")):
+        assert efficiency.main(["--table", "1", "--rows", "DiCo-S", "--device", "cpu", "--cluster", "debug", "--results", str(tmp_path), *options]) == 0
+        assert re.findall(r"[48]\.0 ±1\.0", capsys.readouterr().out) == [rate]
+
+
 def test_a_sweep_goes_on_where_it_stopped_and_ends_where_a_batch_does_not_fit(tmp_path: Path):
     store, (sweep,) = Store(tmp_path), speed.sweeps(DICO, TABLE_1.baseline, "cpu", "forward")
     assert sweep.left(store) == sweep and [stage.batch for stage in sweep.stages] == [1, 2, 4, 8, 16]
@@ -162,7 +193,10 @@ def test_a_plan_for_a_cluster_gives_every_network_a_gpu_to_itself(arguments: lis
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [(["--table", "1", "--sweep"], "--sweep goes with"), (["--counts", "--task", "training"], "--task goes with"), (["--claims", "--modes", "bf16"], "--modes goes with"),
-     (["--table", "1", "--modes", "bf16", "--device", "cpu"], "bf16 is no numeric mode of cpu; known: fp32"), (["--table", "8"], "invalid choice"), ([], "is required")],
+     (["--table", "1", "--modes", "bf16", "--device", "cpu"], "bf16 is no numeric mode of cpu; known: fp32"), (["--claims", "--compile"], "--compile and --graphs go with"),
+     (["--table", "1", "--graphs", "--device", "cpu"], "CUDA graphs need a GPU"), (["--profile", "DiCo-S", "--graphs"], "--compile and --graphs go with"),
+     (["--table", "1", "--graphs", "--modes", "as_published", "--device", "cuda"], "as_published is no numeric mode of cuda, by CUDA graphs; known: fp32, tf32, bf16"),
+     (["--table", "8"], "invalid choice"), ([], "is required")],
 )
 def test_contradictions_are_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]):
     assert efficiency.main(arguments) == 2

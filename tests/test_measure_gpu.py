@@ -61,6 +61,8 @@ def test_parts_are_commands_of_this_tree_and_the_tests_of_kernels_come_first():
             assert all((REPOSITORY / word).is_file() for word in command if word.endswith(".py"))
             assert ("--against" in command) == any("benchmark_steps" in word for word in command)
     assert list(measure_gpu.parts("cuda", []))[:3] == ["kernel tests", "scan", "steps"]
+    compared = [command[command.index("--precision") + 3 :] for command in measure_gpu.parts("cuda", []).values() if "experiments/benchmark_steps.py" in command]
+    assert compared == [[], ["--graphs"], ["--compile", "--graphs"], ["--compile"]]
     loops = {name: command for name, command in measure_gpu.parts("cuda", []).items() if "sampling" in command}
-    assert [command[command.index("--modes") + 1 :] if "--modes" in command else [] for command in loops.values()] == [["bf16", "tf32"], []] and list(measure_gpu.parts("cuda", []))[-1] in loops
+    assert [command[command.index("--modes") + 1 :] if "--modes" in command else [] for command in loops.values()] == [["bf16", "tf32"], []] and ["--graphs" in command for command in loops.values()] == [True, False] and list(measure_gpu.parts("cuda", []))[-1] in loops
     assert not any("--graphs" in command for command in measure_gpu.parts("cpu", []).values())

@@ -213,20 +213,22 @@ def test_without_a_terminal_each_chunk_of_a_drawing_is_a_line(capsys: pytest.Cap
 def test_another_sampler_is_another_set_and_an_unknown_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     from experiments import sample
 
-    asked = []
+    asked, given = [], []
 
-    def drawn(spec: Evaluate, *_: object) -> None:
+    def drawn(spec: Evaluate, store: object, resources: Resources, *_: object) -> None:
         asked.append(spec.sampler)
+        given.append((resources.compile, resources.graphs))
         raise ValueError("enough")
 
     monkeypatch.setattr(sample, "_drawn", drawn)
-    for options in ([], ["--sampler", "dpm_solver_diffusers", "--steps", "20"], ["--sampler", "heun"], ["--steps", "0"]):
-        monkeypatch.setattr("sys.argv", ["sample.py", "--row", "DiCo-S", "--results", str(tmp_path), *options])
+    for options in ([], ["--sampler", "dpm_solver_diffusers", "--steps", "20", "--compile"], ["--sampler", "heun"], ["--steps", "0"], ["--graphs"]):
+        monkeypatch.setattr("sys.argv", ["sample.py", "--row", "DiCo-S", "--device", "cpu", "--results", str(tmp_path), *options])
         assert sample.main() == 2
     plain, other = asked
     assert (other.name, other.num_steps) == ("dpm_solver_diffusers", 20) and other == replace(plain, name=other.name, num_steps=20)
     said = capsys.readouterr().err.splitlines()
-    assert said[2:] == ["error: unknown sampler 'heun'; known: ancestral, ddim, dpm_solver, dpm_solver_diffusers", "error: --num, --steps and --batch take numbers from 1 on"]
+    assert said[2:] == ["error: unknown sampler 'heun'; known: ancestral, ddim, dpm_solver, dpm_solver_diffusers", "error: --num, --steps and --batch take numbers from 1 on", "error: CUDA graphs need a GPU, and this is for cpu; leave out --graphs"]
+    assert given == [(False, False), (True, False)]
 
 
 FAILING = """

@@ -220,6 +220,18 @@ def test_a_network_is_sampled_by_its_own_objectives_sampler(name: str, size: int
     assert status == 2 and "NAME=VALUE" in err
 
 
+def test_what_makes_the_sampling_of_a_checkpoint_faster_is_a_resource(tmp_path: Path, capsys, monkeypatch):
+    plans = []
+    monkeypatch.setattr(evaluate_checkpoint, "_load", lambda backbone, args: (None, "ema"))
+    monkeypatch.setattr(evaluate_checkpoint, "carry_out", lambda plan, *_: plans.append(plan))
+    (tmp_path / "net.pt").write_bytes(b"")
+    arguments = "--backbone", "dico_s", "--checkpoint", tmp_path / "net.pt", "--protocol", "imagenet256", "--device"
+    assert run(evaluate_checkpoint, capsys, monkeypatch, *arguments, "cpu", "--compile")[0] == run(evaluate_checkpoint, capsys, monkeypatch, *arguments, "cuda", "--graphs", "--batch", "3")[0] == 0
+    assert [{name: value for name, value in plan.resources.items() if name != "checkpoint"} for plan in plans] == [{"compile": True}, {"sample_batch": 3, "graphs": True}]
+    status, _, err = run(evaluate_checkpoint, capsys, monkeypatch, *arguments, "cpu", "--graphs")
+    assert (status, err) == (2, "error: CUDA graphs need a GPU, and this is for cpu; leave out --graphs\n")
+
+
 def test_a_checkpoint_is_sampled_scored_and_recorded(grey, tmp_path: Path, capsys, monkeypatch):
     """The whole path in small: pixels of 8 x 8, twelve images, a stand-in for Inception, the set's own images as reference."""
     data = Data("pixels", size=8, channels=3, num_classes=10)

@@ -69,7 +69,7 @@ def _main(tables: dict[int, Table], description: str | None, arguments: Sequence
     device, *others = dict.fromkeys(device_of(args, row.label) for row in rows)
     if others:
         raise ValueError("the site computes some of these rows on GPUs and others on CPUs; name those of one kind with --rows")
-    chosen = Chosen(table, rows, protocol, args.seeds, device, named=args.rows is not None)
+    chosen = Chosen(table, rows, protocol, args.seeds, device, named=args.rows is not None, resources=fast(args, device))
     if args.cluster == "slurm":
         warn_of_unknown_rows(row.label for each in tables.values() for row in (*each.rows, *each.outside))
 
@@ -164,6 +164,19 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cancel", action="store_true", help="cancel what this command submitted, and nothing else")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one; on Slurm the site's")
     parser.add_argument("--results", type=Path, default=os.environ.get("RESULTS") or None, metavar="DIR", help="results folder (default: $RESULTS, else results)")
+    add_fast_options(parser)
+
+
+def add_fast_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--compile", action="store_true", help="networks by torch.compile")
+    parser.add_argument("--graphs", action="store_true", help="steps by CUDA graphs, on a GPU")
+
+
+def fast(args: argparse.Namespace, device: str) -> dict[str, bool]:
+    """Those of --compile and --graphs that are asked for, as resources of the trainer name them; on Slurm they come on top of the site's."""
+    if args.graphs and device != "cuda":
+        raise ValueError(f"CUDA graphs need a GPU, and this is for {device}; leave out --graphs")
+    return {name: True for name in ("compile", "graphs") if getattr(args, name)}
 
 
 def require_device(device: str) -> None:

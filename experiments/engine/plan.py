@@ -18,7 +18,7 @@ from experiments.protocols import Protocol, cost_stages, evaluate_stage, timed_r
 
 @dataclass(frozen=True)
 class Chosen:
-    """The part of a table that a command is about; `named` says that its rows were asked for by name."""
+    """The part of a table that a command is about; `named` says that its rows were asked for by name, `resources` are further ones of the trainer."""
 
     table: Table
     rows: Sequence[Row]
