@@ -17,6 +17,7 @@ from backbones.kernels.op import Choice, Op
 
 _ONEDNN = torch.backends.mkldnn.is_available()
 WORTHWHILE = 2**22  # multiply-accumulates; below, a call costs more than it saves
+FEW = 256             # rows
 WIDE = 128  # channels from which other sums than the reference's are asked for; the committed records of narrower networks hold its bits
 
 
@@ -55,8 +56,11 @@ class _OneDNN(torch.autograd.Function):
 
 
 def _wide(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b, (M, p), (M, q) -> (p, q), with the wider of the two as the weight, which oneDNN repacks faster."""
-    return _product(b.t(), a.t()).t() if a.shape[1] > b.shape[1] else _product(a.t(), b.t())
+    """a^T b, (M, p), (M, q) -> (p, q), with the wider of the two as the weight, which oneDNN repacks faster.
+
+    Of few rows, as a condition has, that is less than it costs to lay the result out as the weight is.
+    """
+    return _product(b.t(), a.t()).t() if a.shape[1] > b.shape[1] and len(a) > FEW else _product(a.t(), b.t())
 
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
