@@ -226,6 +226,8 @@ CASES: dict[str, Callable[[int], list[Tensor]]] = {
     "linear_attention": linear_attention,
     "diagonal_ssm": diagonal_ssm,
     "adaln": adaln,
+    "addcmul": lambda batch: [_image(batch), _image(batch)[..., :1, :1].clone(), _image(batch)],
+    "pointwise": pointwise_gelu,
     "depthwise_gelu": depthwise_gelu,
     "pointwise_gelu": pointwise_gelu,
 }

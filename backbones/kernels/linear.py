@@ -84,7 +84,9 @@ def as_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _rows_pay(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """oneDNN's convolution is the faster of the two in several threads, forward and backward, and the slower in one."""
+    """oneDNN's convolution is the faster of the two in several threads, forward and backward, and the slower in one, and of single pixels."""
+    if x.shape[2] * x.shape[3] == 1 and min(weight.shape[:2]) >= WIDE:
+        return supports(x, weight)
     if torch.compiler.is_compiling():  # which cannot ask for threads
         return False
     return torch.get_num_threads() == 1 and x.is_contiguous(memory_format=torch.channels_last) and supports(x, weight) and _pays(x, weight)
