@@ -277,7 +277,7 @@ def test_a_compiled_graph_tells_at_every_call_what_it_runs():
 
 
 @pytest.mark.parametrize("choices, words", [
-    ({"attend": "sdpa"}, "unknown kernel 'attend'; known: adaln, attention"), ({"attention": "fast"}, "no implementation 'fast'; known: flash, sdpa, reference"),
+    ({"attend": "sdpa"}, "unknown kernel 'attend'; known: adaln, addcmul, attention"), ({"attention": "fast"}, "no implementation 'fast'; known: flash, sdpa, reference"),
 ])
 def test_unknown_kernels_list_the_known(choices: dict[str, str], words: str):
     with pytest.raises(ValueError, match=words), kernels.use(**choices):
