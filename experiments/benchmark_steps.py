@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.engine.cli import Parser, guarded, require_device
+from experiments.engine.cli import Parser, fast, guarded, require_device
 from experiments.engine.spec import Backbone, Ceilings, Cost, Timing
 from experiments.engine.store import Store, provenance
 
@@ -87,6 +87,7 @@ def _main() -> int:
     others, store = dict(_other(text) for text in args.against), Store(args.results)
     if args.rounds < 3 or (args.batch or 1) < 1:
         parser.error("--rounds must be at least 3 and --batch at least 1")
+    fast(args, args.device)  # refuses graphs on a CPU
     store.check_writable()
     require_device(args.device)
     for name in args.networks:

@@ -126,3 +126,9 @@ def test_without_another_implementation_a_call_says_what_is_missing(tmp_path: Pa
     monkeypatch.setattr("sys.argv", ["benchmark_steps.py", "--networks", "dit_s_2", "--tasks", "sampling", "--rounds", "3", "--batch", "1", "--results", str(tmp_path)])
     assert benchmark_steps.main() == 0
     assert capsys.readouterr().out.startswith("dit_s_2: without --against dit_s_2=FILE:NAME no step of another implementation is measured\n")
+
+
+def test_graphs_on_a_cpu_are_refused_before_anything_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr("sys.argv", ["benchmark_steps.py", "--graphs", "--results", str(tmp_path / "results")])
+    assert benchmark_steps.main() == 2 and not (tmp_path / "results").exists()
+    assert capsys.readouterr().err == "error: CUDA graphs need a GPU, and this is for cpu; leave out --graphs\n"

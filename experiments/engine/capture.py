@@ -12,12 +12,19 @@ from torch import Tensor, nn
 
 from experiments.engine.precision import flags
 
+Step = Callable[..., Tensor]         # from x (N,C,H,W) and other tensors, which may lie elsewhere and differ in value from call to call
+Launch = Callable[[Step], Step]
 Recording = tuple[Callable[[], None], tuple[Tensor, ...], Tensor]  # what runs it, where it reads its inputs, where it leaves its result
 
 
 def require_gpu(device: torch.device) -> None:
     if device.type != "cuda":
         raise ValueError("CUDA graphs need a GPU; leave graphs out")
+
+
+def directly(step: Step) -> Step:
+    """The step as it is."""
+    return step
 
 
 def accelerate(model: nn.Module, compiled: bool, graphs: bool = False) -> nn.Module:
@@ -85,6 +92,6 @@ class Kept:
     def __init__(self) -> None:
         self.captured: Captured | None = None
 
-    def __call__(self, step: Callable[..., Tensor]) -> Captured:
+    def __call__(self, step: Step) -> Captured:
         self.captured = self.captured or Captured(step)
         return self.captured

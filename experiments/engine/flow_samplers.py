@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from experiments.engine.capture import Launch, directly
 from experiments.engine.diffusion import Model
 from experiments.engine.flow import Flow, velocity
 from experiments.engine.noise import ImageNoise
@@ -38,15 +39,6 @@ FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "increasing-decreasing": lambda s, t: (math.pi * t).sin() ** 2,
 }
 LAST_STEPS = ("mean", "tweedie", "euler")
-
-
-Step = Callable[..., Tensor]         # from x (N,C,H,W) and other tensors, which may lie elsewhere and differ in value from call to call
-Launch = Callable[[Step], Step]
-
-
-def directly(step: Step) -> Step:
-    """The step as it is."""
-    return step
 
 
 @torch.no_grad()

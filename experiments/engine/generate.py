@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from experiments.engine import preemption
-from experiments.engine.capture import Kept, keeping_no_weights
+from experiments.engine.capture import Kept, Launch, Step, directly, keeping_no_weights
 from experiments.engine.cascade import ClassifierGradient, System, conditioned
 from experiments.engine.diffusion import Model
-from experiments.engine.flow_samplers import Launch, Step, directly
 from experiments.engine.noise import ImageNoise
 from experiments.engine.precision import precision
 from experiments.engine.process import process

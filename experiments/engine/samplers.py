@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from experiments.engine import flow_samplers
+from experiments.engine.capture import Launch, directly
 from experiments.engine.diffusion import IDDPM, Model, at, split_prediction
-from experiments.engine.flow_samplers import Launch, directly
 from experiments.engine.noise import ImageNoise
 from experiments.engine.process import Process
 from experiments.engine.spec import Sampler

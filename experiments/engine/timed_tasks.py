@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import backbones
-from experiments.engine.capture import Kept, accelerate, require_gpu
+from experiments.engine.capture import Kept, accelerate, directly, require_gpu
 from experiments.engine.cascade import conditioned
 from experiments.engine.data import ImageSet
-from experiments.engine.flow_samplers import directly
 from experiments.engine.noise import ImageNoise
 from experiments.engine.process import process
 from experiments.engine.randomness import generator_at, seed_at
