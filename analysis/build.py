@@ -44,13 +44,31 @@ def main() -> int:
 
 def _main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", action="store_true", help="tables, claims and the pages on small protocols only, no figures")
-    parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="results folder (default: results)")
-    parser.add_argument("--published", type=Path, default=None, metavar="DIR", help="folder of published numbers (default: results/published)")
+    parser.add_argument(
+        "--tables",
+        action="store_true",
+        help="tables, claims and the pages on small protocols only, no figures",
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="results folder (default: results)",
+    )
+    parser.add_argument(
+        "--published",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="folder of published numbers (default: results/published)",
+    )
     args = parser.parse_args()
     store = Sources(args.results, args.published)
     problems = build(store, with_figures=not args.tables)
-    print(f"built {store.root / 'tables'}" + ("" if args.tables else f" and {store.root / 'figures'}"))
+    print(
+        f"built {store.root / 'tables'}" + ("" if args.tables else f" and {store.root / 'figures'}")
+    )
     for problem in problems:
         print(f"problem: {problem}")
     return 1 if problems else 0
@@ -64,7 +82,12 @@ def build(store: Sources, with_figures: bool = True) -> list[str]:
     for protocol in (DIGITS, CIFAR10_SMALL):
         attempt(protocol.name, lambda protocol=protocol: _page(store, protocol), None, problems)
     for name, draw in FIGURES.items() if with_figures else ():
-        attempt(f"figure {name}", lambda name=name, draw=draw: save(draw(store), store.root / "figures", name), None, problems)
+        attempt(
+            f"figure {name}",
+            lambda name=name, draw=draw: save(draw(store), store.root / "figures", name),
+            None,
+            problems,
+        )
     return store.problems + problems
 
 

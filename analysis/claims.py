@@ -6,7 +6,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from analysis import claims_probes, claims_scores
-from analysis.findings import COUNTED, LEVELS, MEASURED, NOT_YET, PUBLISHED, REDUCED, VERDICTS, Finding, consistent, published
+from analysis.findings import (
+    COUNTED,
+    LEVELS,
+    MEASURED,
+    NOT_YET,
+    PUBLISHED,
+    REDUCED,
+    VERDICTS,
+    Finding,
+    consistent,
+    published,
+)
 from analysis.query import Sources
 from analysis.tables import with_caveats
 from experiments import speed_claims
@@ -20,7 +31,9 @@ def judge(claim: Claim, store: Sources) -> Finding:
     kind = claim["metric"], claim["relation"]
     rule = claims_scores.BY_ID.get(claim["id"]) or BY_KIND.get(kind)
     if rule is None:
-        raise ValueError(f"claim {claim['id']}: no rule for {' and '.join(map(repr, kind))}; known: {', '.join(map(repr, BY_KIND))}, or by id {', '.join(claims_scores.BY_ID)}")
+        raise ValueError(
+            f"claim {claim['id']}: no rule for {' and '.join(map(repr, kind))}; known: {', '.join(map(repr, BY_KIND))}, or by id {', '.join(claims_scores.BY_ID)}"
+        )
     try:
         return rule(claim, store)
     except ValueError as error:
@@ -36,13 +49,29 @@ def claims_sheet(store: Sources) -> Sheet:
         with store.noting() as noted:
             finding = judge(claim, store)
         levels.append(finding.evidence)
-        words = [claim["id"], claim["claim"], claim["value"] or "-", finding.evidence, finding.value or "-", finding.error or "-", finding.verdict, finding.basis]
-        cells = [Cell(words=text) for text in (*words, claim["source"].removeprefix("arXiv:2505.11196v1 "))]
+        words = [
+            claim["id"],
+            claim["claim"],
+            claim["value"] or "-",
+            finding.evidence,
+            finding.value or "-",
+            finding.error or "-",
+            finding.verdict,
+            finding.basis,
+        ]
+        cells = [
+            Cell(words=text)
+            for text in (*words, claim["source"].removeprefix("arXiv:2505.11196v1 "))
+        ]
         own = finding.records if any(character.isdigit() for character in finding.error) else ()
         for at, records in ((4, finding.records), (5, own), (7, tuple(noted.values()))):
             cells[at] = replace(cells[at], records=records)
         sheet.rows.append(cells)
-    sheet.notes.append(f"{len(levels)} claims: " + ", ".join(f"{levels.count(level)} {level}" for level in LEVELS if level in levels) + ".")
+    sheet.notes.append(
+        f"{len(levels)} claims: "
+        + ", ".join(f"{levels.count(level)} {level}" for level in LEVELS if level in levels)
+        + "."
+    )
     sheet.notes += [f"{verdict}: {meaning}." for verdict, meaning in VERDICTS.items()]
     return with_caveats(sheet)
 
@@ -64,21 +93,41 @@ def _throughput(claim: Claim, store: Sources) -> Finding:
     basis = printed + (f". Not the claim's, for scale: {small}" if small else "")
     if missing:
         return Finding(NOT_YET, "", "open", basis)
-    return Finding(PUBLISHED, f"{speeds[0] / speeds[1]:.2f}", consistent(speeds[0] / speeds[1], claim["value"]), basis, "one figure each, none given")
+    return Finding(
+        PUBLISHED,
+        f"{speeds[0] / speeds[1]:.2f}",
+        consistent(speeds[0] / speeds[1], claim["value"]),
+        basis,
+        "one figure each, none given",
+    )
 
 
 def _measured_speed(claim: Claim, store: Sources, device: str) -> Finding | None:
     """Ratio of two networks' throughput in every numeric mode that they were timed in, in turn."""
     if not (found := speed_claims.ratios(claim, device, store, "reference")):
         return None
-    value = "; ".join(f"{ratio.value:.2f} ±{ratio.error:.2f} ({ratio.mode}, {ratio.device})" for ratio in found)
+    value = "; ".join(
+        f"{ratio.value:.2f} ±{ratio.error:.2f} ({ratio.mode}, {ratio.device})" for ratio in found
+    )
     records = sum((ratio.records for ratio in found), ())
     if device == "cuda":
-        evidence, basis = MEASURED, "full batches timed in turn, synchronised but in the authors' own mode (as_published)" + _unfused(found)
+        evidence, basis = (
+            MEASURED,
+            "full batches timed in turn, synchronised but in the authors' own mode (as_published)"
+            + _unfused(found),
+        )
     else:
-        scans = "; the scan as a loop over tokens, for which GPUs have a fused kernel, so the claim cannot be judged so" * speed_claims.looped(records)
-        evidence, basis = REDUCED, f"the claim's networks on a CPU, timed in turn at batch {records[0].spec['batch']}{scans}"
-    return Finding(evidence, value, speed_claims.verdict(found, device), basis, "within each value", records)
+        scans = (
+            "; the scan as a loop over tokens, for which GPUs have a fused kernel, so the claim cannot be judged so"
+            * speed_claims.looped(records)
+        )
+        evidence, basis = (
+            REDUCED,
+            f"the claim's networks on a CPU, timed in turn at batch {records[0].spec['batch']}{scans}",
+        )
+    return Finding(
+        evidence, value, speed_claims.verdict(found, device), basis, "within each value", records
+    )
 
 
 def _unfused(found: Sequence[speed_claims.Ratio]) -> str:
@@ -87,15 +136,34 @@ def _unfused(found: Sequence[speed_claims.Ratio]) -> str:
     for ratio in found:
         for how in unfused(ratio.records[0]):
             modes.setdefault(how, []).append(ratio.mode)
-    return "".join(f"; {how}, without its fused kernel, in {' and '.join(names)}" for how, names in modes.items())
+    return "".join(
+        f"; {how}, without its fused kernel, in {' and '.join(names)}"
+        for how, names in modes.items()
+    )
 
 
 def _gflops(claim: Claim, store: Sources) -> Finding:
     cell, same, counts = speed_claims.gflops(claim, store, "reference")
     if same is None:
-        return Finding(NOT_YET, "", "open", "not every network of it has a count that reproduces the paper's counter")
-    off = "" if "-" in claim["value"] else f": off by {cell.value - float(claim['value']):+.1f} points"
-    return Finding(COUNTED, cell.words, "reproduced" if same else "not to the printed digit" + off, f"{counts} Gflops, counted here by the paper's counter", "exact", cell.records)
+        return Finding(
+            NOT_YET,
+            "",
+            "open",
+            "not every network of it has a count that reproduces the paper's counter",
+        )
+    off = (
+        ""
+        if "-" in claim["value"]
+        else f": off by {cell.value - float(claim['value']):+.1f} points"
+    )
+    return Finding(
+        COUNTED,
+        cell.words,
+        "reproduced" if same else "not to the printed digit" + off,
+        f"{counts} Gflops, counted here by the paper's counter",
+        "exact",
+        cell.records,
+    )
 
 
 BY_KIND: dict[tuple[str, str], Callable[[Claim, Sources], Finding]] = {

@@ -18,7 +18,11 @@ from experiments.engine.store import Record
 from experiments.protocols import DIGITS, IMAGENET256
 from experiments.speed_claims import Claim
 
-NAMED = {"DiTTransformer2DModel": "DiT-XL/2-512", "PixArtTransformer2DModel": "PixArt-alpha-512", "FluxTransformer2DModel": "FLUX.1-dev"}
+NAMED = {
+    "DiTTransformer2DModel": "DiT-XL/2-512",
+    "PixArtTransformer2DModel": "PixArt-alpha-512",
+    "FluxTransformer2DModel": "FLUX.1-dev",
+}
 
 
 def attention(claim: Claim, store: Sources) -> Finding:
@@ -26,33 +30,90 @@ def attention(claim: Claim, store: Sources) -> Finding:
     if named := _named(store):
         ratios = {name: _near(record) for name, record in named.items()}
         missing = sorted(set(NAMED.values()) - set(named))
-        verdict = _verdict([1 if ratio > 1 else -1 for ratio in ratios.values()], single=True).removesuffix(", one seed") + f", {len(named)} of {len(NAMED)} checkpoints" * bool(missing)
-        basis = f"attention of {', '.join(named)}, mean over layers and heads: mass on near tokens over the uniform value" + f"; not probed: {', '.join(missing)}" * bool(missing)
-        return Finding(MEASURED, ", ".join(f"{ratio:.2f}" for ratio in ratios.values()), verdict, basis, "one checkpoint each, none", tuple(named.values()))
-    groups = {row.label: _of_seeds([declared("locality", row, DIGITS, seed) for seed in REFERENCE_SEEDS], store, "attention") for row in TABLE_3.rows if row.backbone}
+        verdict = _verdict(
+            [1 if ratio > 1 else -1 for ratio in ratios.values()], single=True
+        ).removesuffix(", one seed") + f", {len(named)} of {len(NAMED)} checkpoints" * bool(missing)
+        basis = (
+            f"attention of {', '.join(named)}, mean over layers and heads: mass on near tokens over the uniform value"
+            + f"; not probed: {', '.join(missing)}" * bool(missing)
+        )
+        return Finding(
+            MEASURED,
+            ", ".join(f"{ratio:.2f}" for ratio in ratios.values()),
+            verdict,
+            basis,
+            "one checkpoint each, none",
+            tuple(named.values()),
+        )
+    groups = {
+        row.label: _of_seeds(
+            [declared("locality", row, DIGITS, seed) for seed in REFERENCE_SEEDS],
+            store,
+            "attention",
+        )
+        for row in TABLE_3.rows
+        if row.backbone
+    }
     groups = {label: records for label, records in groups.items() if records}
     if not groups:
-        return Finding(NOT_YET, "", "open", "needs the named checkpoints at 512; no probe record is committed")
-    judged = [_beside_zero([_near(record) - 1 for record in records], len(groups)) for records in groups.values()]
-    distances = ", ".join(f"{statistics.fmean(record.values['attention']['distance'] for record in records):.2f}" for records in groups.values())
+        return Finding(
+            NOT_YET, "", "open", "needs the named checkpoints at 512; no probe record is committed"
+        )
+    judged = [
+        _beside_zero([_near(record) - 1 for record in records], len(groups))
+        for records in groups.values()
+    ]
+    distances = ", ".join(
+        f"{statistics.fmean(record.values['attention']['distance'] for record in records):.2f}"
+        for records in groups.values()
+    )
     basis = f"attention of {', '.join(groups)} on digits, mean over layers and heads: mass on near tokens over the uniform value; mean distance {distances} of the uniform one. The named checkpoints were not probed"
-    value, error = ", ".join(f"{1 + mean:.2f}" for mean, _, _ in judged), _error([(1 + mean, width) for mean, width, _ in judged])
-    return Finding(REDUCED, value, _verdict([sign for _, _, sign in judged], single=None in (width for _, width, _ in judged)), basis, error, tuple(record for records in groups.values() for record in records))
+    value, error = (
+        ", ".join(f"{1 + mean:.2f}" for mean, _, _ in judged),
+        _error([(1 + mean, width) for mean, width, _ in judged]),
+    )
+    return Finding(
+        REDUCED,
+        value,
+        _verdict([sign for _, _, sign in judged], single=None in (width for _, width, _ in judged)),
+        basis,
+        error,
+        tuple(record for records in groups.values() for record in records),
+    )
 
 
 def channels(claim: Claim, store: Sources) -> Finding:
     """Near-dead channels and effective rank of the last layer's mixer, with CCA less without: of our trainings on ImageNet, else on digits."""
     for protocol, evidence in ((IMAGENET256, MEASURED), (DIGITS, REDUCED)):
-        pairs = [[store.latest(declared("channels", TABLE_4.row(label), protocol, seed), "reference") for label in ("DiCo-S", "w/o CCA")] for seed in REFERENCE_SEEDS]
+        pairs = [
+            [
+                store.latest(declared("channels", TABLE_4.row(label), protocol, seed), "reference")
+                for label in ("DiCo-S", "w/o CCA")
+            ]
+            for seed in REFERENCE_SEEDS
+        ]
         if pairs := [pair for pair in pairs if None not in pair]:
             break
     else:
         return Finding(NOT_YET, "", "open", "no probe record is committed")
     names = ("near_dead", "relative_rank")
-    (dead, width, more_dead), (_, _, more_rank) = (_beside_zero([pair[0].values[name] - pair[1].values[name] for pair in pairs], 2) for name in names)
-    shares, ranks = ([statistics.fmean(pair[side].values[name] for pair in pairs) for side in (0, 1)] for name in names)
+    (dead, width, more_dead), (_, _, more_rank) = (
+        _beside_zero([pair[0].values[name] - pair[1].values[name] for pair in pairs], 2)
+        for name in names
+    )
+    shares, ranks = (
+        [statistics.fmean(pair[side].values[name] for pair in pairs) for side in (0, 1)]
+        for name in names
+    )
     basis = f"DiCo-S and w/o CCA on {protocol.name}: share of near-dead channels {shares[0]:.2f} and {shares[1]:.2f}; effective rank over channels {ranks[0]:.2f} and {ranks[1]:.2f}"
-    return Finding(evidence, f"{dead:+.2f} near-dead", _verdict([-more_dead, more_rank], single=width is None), basis, _error([(dead, width)]), tuple(record for pair in pairs for record in pair))
+    return Finding(
+        evidence,
+        f"{dead:+.2f} near-dead",
+        _verdict([-more_dead, more_rank], single=width is None),
+        basis,
+        _error([(dead, width)]),
+        tuple(record for pair in pairs for record in pair),
+    )
 
 
 def _named(store: Sources) -> dict[str, Record]:
@@ -61,7 +122,12 @@ def _named(store: Sources) -> dict[str, Record]:
     for records in store.records("reference").values():
         spec, values = records[-1].spec, records[-1].values
         name = NAMED.get(spec.get("model", "")) if records[-1].kind == "diffuserslocality" else None
-        if records[-1].kind == "locality" and spec.get("weights") and (spec["train"]["backbone"]["name"], spec["train"]["data"]["size"]) == ("dit_xl_2", 64):
+        if (
+            records[-1].kind == "locality"
+            and spec.get("weights")
+            and (spec["train"]["backbone"]["name"], spec["train"]["data"]["size"])
+            == ("dit_xl_2", 64)
+        ):
             name = "DiT-XL/2-512"
         if name and "attention" in values:
             found[name] = records[-1]
@@ -80,13 +146,21 @@ def _near(record: Record) -> float:
 
 def _beside_zero(values: Sequence[float], comparisons: int) -> tuple[float, float | None, int]:
     """Mean, half of its 95 % interval over all comparisons (Student; None for a single value) and its sign, 0 within that."""
-    mean, spread = statistics.fmean(values), pooled("value", [[{"value": value} for value in values]])
+    mean, spread = (
+        statistics.fmean(values),
+        pooled("value", [[{"value": value} for value in values]]),
+    )
     width = reach(spread, 2 * len(values), 2 * len(values), comparisons) if spread else None
     return mean, width, 0 if abs(mean) <= (width or 0.0) else 1 if mean > 0 else -1
 
 
 def _error(found: Sequence[tuple[float, float | None]]) -> str:
-    return "one seed, none" if None in (width for _, width in found) else "95 %: " + ", ".join(f"{mean - width:.2f} to {mean + width:.2f}" for mean, width in found)
+    return (
+        "one seed, none"
+        if None in (width for _, width in found)
+        else "95 %: "
+        + ", ".join(f"{mean - width:.2f} to {mean + width:.2f}" for mean, width in found)
+    )
 
 
 def _verdict(signs: Sequence[int], single: bool) -> str:

@@ -64,12 +64,18 @@ def is_of(row: dict[str, str], name: str) -> bool:
     """Whether a row of Table 1 or 2 is that of a subject."""
     model, _, rest = name.partition("@")
     state = rest.partition(" ")[2]
-    fits = {"": True, "cfg": row["cfg"] == "yes"}.get(state, row["train_steps"] == state.replace("K", "000"))
+    fits = {"": True, "cfg": row["cfg"] == "yes"}.get(
+        state, row["train_steps"] == state.replace("K", "000")
+    )
     return row["model"] == model and fits
 
 
 def consistent(value: float, printed: str) -> str:
-    return "consistent" if abs(value - float(printed)) <= half_digit(printed) + 1e-9 else f"inconsistent: {value:.2f}, not {printed}"
+    return (
+        "consistent"
+        if abs(value - float(printed)) <= half_digit(printed) + 1e-9
+        else f"inconsistent: {value:.2f}, not {printed}"
+    )
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,12 @@ class Mean:
     width: float
 
 
-def means(name: str, groups: Sequence[Sequence[Record]], comparisons: int = 1, spread: tuple[float, int] | None = None) -> list[Mean]:
+def means(
+    name: str,
+    groups: Sequence[Sequence[Record]],
+    comparisons: int = 1,
+    spread: tuple[float, int] | None = None,
+) -> list[Mean]:
     """ValueError where a single seed has no sampling error."""
     values = [[record.values for record in records] for records in groups]
     spread = spread or pooled(name, values)
@@ -89,8 +100,14 @@ def means(name: str, groups: Sequence[Sequence[Record]], comparisons: int = 1, s
     for records, found in zip(groups, values, strict=True):
         value = math.exp(statistics.fmean(scaled(name, found)))
         if spread is None and found[0].get(f"{name}_se") is None:
-            raise ValueError(f"record {records[0].name} has one seed and no sampling error of {name}")
-        width = reach(spread, 2 * len(found), 2 * len(found), comparisons) if spread else 2 * found[0][f"{name}_se"] / value
+            raise ValueError(
+                f"record {records[0].name} has one seed and no sampling error of {name}"
+            )
+        width = (
+            reach(spread, 2 * len(found), 2 * len(found), comparisons)
+            if spread
+            else 2 * found[0][f"{name}_se"] / value
+        )
         made.append(Mean(value, width))
     return made
 
@@ -100,4 +117,10 @@ def direction(signs: Sequence[int]) -> str:
     resolved = [sign for sign in signs if sign]
     if not resolved:
         return "not resolved"
-    return "against the claim" if min(resolved) < 0 else "reproduced" if len(resolved) == len(signs) else f"same direction, {len(resolved)} of {len(signs)} resolved"
+    return (
+        "against the claim"
+        if min(resolved) < 0
+        else "reproduced"
+        if len(resolved) == len(signs)
+        else f"same direction, {len(resolved)} of {len(signs)} resolved"
+    )

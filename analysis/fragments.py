@@ -22,7 +22,11 @@ BROAD = 860  # pixels of width from which a figure takes the whole page
 
 def table(sheet: Sheet, name: str = "", records: Iterable[Record] = ()) -> str:
     """A sheet as a table in a frame that scrolls sideways; its title leads to all records that it was made from."""
-    made = render([sheet], "html").replace("<table>", f'<div class="wide"><table{f" id={name}" if name else ""}>').replace("</table>", "</table></div>")
+    made = (
+        render([sheet], "html")
+        .replace("<table>", f'<div class="wide"><table{f" id={name}" if name else ""}>')
+        .replace("</table>", "</table></div>")
+    )
     made = re.sub(r"<thead><tr>(<th colspan=\"\d+\"></th>)</tr>", "<thead>", made)
     made = made.replace("<figcaption></figcaption>\n", "").replace("<ul></ul>\n", "")
     return made.replace("<figcaption>", f"<figcaption{named(records)}>", 1)
@@ -31,7 +35,10 @@ def table(sheet: Sheet, name: str = "", records: Iterable[Record] = ()) -> str:
 def tiles(claims: Sheet) -> str:
     """A button for each level of evidence, with the number of its claims."""
     levels = [row[3].words for row in claims.rows if len(row) > 3]
-    made = (f'<button type="button" aria-pressed="false" data-level="{level}"><strong>{levels.count(level)}</strong>{level}</button>' for level in LEVELS)
+    made = (
+        f'<button type="button" aria-pressed="false" data-level="{level}"><strong>{levels.count(level)}</strong>{level}</button>'
+        for level in LEVELS
+    )
     return f'<div class="tiles">{"".join(made)}</div>'
 
 
@@ -68,10 +75,19 @@ def grids(folder: Path, store: Sources, problems: list[str]) -> str:
         try:
             about = Image.open(path).info
         except OSError:
-            problems.append(f"samples: {path.name} is no image; draw it again with python -m analysis.grid")
+            problems.append(
+                f"samples: {path.name} is no image; draw it again with python -m analysis.grid"
+            )
             continue
         caption = about.get(CAPTION) or f"{path.name}: its file does not say of which run"
-        made.append(figure(path.read_bytes(), caption, [committed[name] for name in about.get(RECORDS, "").split() if name in committed], "plot samples"))
+        made.append(
+            figure(
+                path.read_bytes(),
+                caption,
+                [committed[name] for name in about.get(RECORDS, "").split() if name in committed],
+                "plot samples",
+            )
+        )
     if not made:
         return "<p>No grid of samples is committed: <code>python -m analysis.grid</code> draws one of any run that finished on a machine.</p>"
     return f'<div class="grid small">{"".join(made)}</div>'
@@ -90,12 +106,24 @@ def prose(blocks: Sequence[Block]) -> str:
 
 
 def problem_list(problems: Sequence[str]) -> str:
-    return "<p>Could not be built or was left out:</p><ul>" + "".join(f"<li>{html.escape(problem)}</li>" for problem in problems) + "</ul>" if problems else ""
+    return (
+        "<p>Could not be built or was left out:</p><ul>"
+        + "".join(f"<li>{html.escape(problem)}</li>" for problem in problems)
+        + "</ul>"
+        if problems
+        else ""
+    )
 
 
 def record_data(store: Sources) -> str:
     """Every committed record by name, as JSON, with the file that it is."""
-    return json.dumps({record.name: vars(record) | {"file": store.file_of(record)} for record in store.all_records()}, sort_keys=True)
+    return json.dumps(
+        {
+            record.name: vars(record) | {"file": store.file_of(record)}
+            for record in store.all_records()
+        },
+        sort_keys=True,
+    )
 
 
 def inert(text: str) -> str:

@@ -33,7 +33,10 @@ Block = Text | Sheet | Origins
 
 def origins(sheet: Sheet) -> Origins:
     """Those of a table's cells, row by row."""
-    rows = ((row[0].text(), once(record for cell in row for record in cell.records)) for row in sheet.rows)
+    rows = (
+        (row[0].text(), once(record for cell in row for record in cell.records))
+        for row in sheet.rows
+    )
     return Origins(tuple((label, records) for label, records in rows if records))
 
 
@@ -50,7 +53,9 @@ def _markdown(block: Block, store: Sources) -> str:
     if isinstance(block, Text):
         return f"{'#' * block.level} {block.words}".strip()
     if isinstance(block, Sheet):
-        return "\n".join(line for line in render([block], "markdown").splitlines() if line.startswith("|"))
+        return "\n".join(
+            line for line in render([block], "markdown").splitlines() if line.startswith("|")
+        )
     return folded(block, store)
 
 
@@ -58,7 +63,25 @@ def folded(found: Origins, store: Sources) -> str:
     """A list that opens on a click: a line a row, a link a record; '' where there are none."""
     lines = []
     for label, records in found.rows:
-        kinds = itertools.groupby(sorted(records, key=lambda record: record.kind), key=lambda record: record.kind)
-        links = (f"{kind} " + " ".join(f"[{record.id[:6]}](../reference/{store.file_of(record)})" for record in own) for kind, own in kinds)
+        kinds = itertools.groupby(
+            sorted(records, key=lambda record: record.kind), key=lambda record: record.kind
+        )
+        links = (
+            f"{kind} "
+            + " ".join(f"[{record.id[:6]}](../reference/{store.file_of(record)})" for record in own)
+            for kind, own in kinds
+        )
         lines.append(f"- {label}: {', '.join(links)}")
-    return "\n".join(["<details><summary>The records behind these numbers</summary>", "", *lines, "", "</details>"]) if lines else ""
+    return (
+        "\n".join(
+            [
+                "<details><summary>The records behind these numbers</summary>",
+                "",
+                *lines,
+                "",
+                "</details>",
+            ]
+        )
+        if lines
+        else ""
+    )

@@ -16,9 +16,25 @@ from experiments.engine.spec import Backbone, Stage, canonical
 from experiments.engine.store import REPOSITORY, Record, Store
 from experiments.protocols import DIGITS, PROTOCOLS, Protocol, evaluate_stage
 
-TRAINED = {number: table for number, table in sorted((ablation.TABLES | main_results.TABLES).items()) if not table.counts_only}
+TRAINED = {
+    number: table
+    for number, table in sorted((ablation.TABLES | main_results.TABLES).items())
+    if not table.counts_only
+}
 SCORES = "fid is precision recall"
-SCORED = ("fd", "fid", "sfid", "is_", "precision_", "recall_", "density", "coverage", "kid", "mind", "agreement")  # how the names of our scores begin
+SCORED = (
+    "fd",
+    "fid",
+    "sfid",
+    "is_",
+    "precision_",
+    "recall_",
+    "density",
+    "coverage",
+    "kid",
+    "mind",
+    "agreement",
+)  # how the names of our scores begin
 COLUMNS = {  # of every published file: columns of words, columns of numbers
     "table1.csv": ("group model cfg", f"train_steps gflops throughput_img_s {SCORES}"),
     "table2.csv": ("group model cfg", f"train_steps gflops throughput_img_s {SCORES}"),
@@ -33,7 +49,15 @@ COLUMNS = {  # of every published file: columns of words, columns of numbers
     "claims.csv": ("id claim metric subject baseline relation value", ""),
     "dico_logs.csv": ("model", "first_step last_step lines loss loss_sd hours"),
 }  # fmt: skip
-POSITIVE = {"gflops", "throughput_img_s", "params_m", "gflops_ratio_to_dit", "lines", "sfid", *SCORES.split()}  # numbers that others are divided by
+POSITIVE = {
+    "gflops",
+    "throughput_img_s",
+    "params_m",
+    "gflops_ratio_to_dit",
+    "lines",
+    "sfid",
+    *SCORES.split(),
+}  # numbers that others are divided by
 PAPER_BATCH = 64  # of its throughput
 
 
@@ -54,7 +78,9 @@ class Sources(Store):
     def records(self, where: str) -> dict[str, list[Record]]:
         if where not in self._cache:
             found = super().records(where)
-            del self._cache[where]  # nothing unscreened stays, should a record be worse than foreseen
+            del self._cache[
+                where
+            ]  # nothing unscreened stays, should a record be worse than foreseen
             read = {record.name for records in found.values() for record in records}
             folder = self.reference if where == "reference" else self.root / where
             for path in sorted(folder.glob("*/*.json")):
@@ -62,8 +88,14 @@ class Sources(Store):
                 if where == "reference":
                     self._files[name] = f"{path.parent.name}/{path.name}"
                 if name not in read:
-                    self.problems.append(f"record {path.parent.name}/{path.name}: not of this version of the suite, or damaged; left out")
-            self._cache[where] = {name: kept for name, records in found.items() if (kept := [record for record in records if self._fit(record)])}
+                    self.problems.append(
+                        f"record {path.parent.name}/{path.name}: not of this version of the suite, or damaged; left out"
+                    )
+            self._cache[where] = {
+                name: kept
+                for name, records in found.items()
+                if (kept := [record for record in records if self._fit(record)])
+            }
         return self._cache[where]
 
     def latest(self, spec: Stage, where: str = "records", status: str = "done") -> Record | None:
@@ -105,26 +137,38 @@ class Sources(Store):
             with open(path, newline="", encoding="utf-8") as file:
                 rows = list(csv.DictReader(file))
         except OSError as error:
-            raise ValueError(f"published data {name}: {error.strerror}; restore it with git checkout results/published") from None
+            raise ValueError(
+                f"published data {name}: {error.strerror}; restore it with git checkout results/published"
+            ) from None
         except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"published data {name}: no CSV in UTF-8 ({error}); restore it with git checkout results/published") from None
+            raise ValueError(
+                f"published data {name}: no CSV in UTF-8 ({error}); restore it with git checkout results/published"
+            ) from None
         if not rows:
             raise ValueError(f"published data {name}: holds no rows")
         words, numbers = (columns.split() for columns in COLUMNS[name])
         if missing := [column for column in [*words, *numbers, "source"] if column not in rows[0]]:
-            raise ValueError(f"published data {name}: no column {', '.join(missing)}; found: {', '.join(rows[0])}")
+            raise ValueError(
+                f"published data {name}: no column {', '.join(missing)}; found: {', '.join(rows[0])}"
+            )
         for line, row in enumerate(rows, 2):
             if not row["source"]:
                 raise ValueError(f"published data {name}, line {line}: no source")
             for column in numbers:
                 if row[column] and not _finite(row[column]):
-                    raise ValueError(f"published data {name}, line {line}: {column} is {row[column]!r}, not a number; leave a gap empty")
+                    raise ValueError(
+                        f"published data {name}, line {line}: {column} is {row[column]!r}, not a number; leave a gap empty"
+                    )
                 if row[column] and column in POSITIVE and float(row[column]) <= 0:
-                    raise ValueError(f"published data {name}, line {line}: {column} is {row[column]}, which is not above 0; leave a gap empty")
+                    raise ValueError(
+                        f"published data {name}, line {line}: {column} is {row[column]}, which is not above 0; leave a gap empty"
+                    )
         return rows
 
     def published(self, name: str, key: tuple[str, ...]) -> dict[str, dict[str, str]]:
-        return {" ".join(filter(None, (row[column] for column in key))): row for row in self.rows(name)}
+        return {
+            " ".join(filter(None, (row[column] for column in key))): row for row in self.rows(name)
+        }
 
     def _fit(self, record: Record) -> bool:
         if unfit := _unfit(record):
@@ -153,11 +197,17 @@ def _unfit(record: Record) -> str:
     if bad := [name for name, value in record.values.items() if not _all_finite(value)]:
         return f"{', '.join(bad)} is no number"
     if record.kind == "evaluate":
-        if bad := [name for name, value in record.values.items() if name.startswith(SCORED) and not isinstance(value, int | float | None)]:
+        if bad := [
+            name
+            for name, value in record.values.items()
+            if name.startswith(SCORED) and not isinstance(value, int | float | None)
+        ]:
             return f"{', '.join(bad)} is no number"
         if absent := {"train", "num", "features", "labels"} - set(record.spec):
             return f"its spec lacks {', '.join(sorted(absent))}"
-        data = (record.spec.get("upsampler") or record.spec["train"])["data"]["name"].removesuffix("_pixels")
+        data = (record.spec.get("upsampler") or record.spec["train"])["data"]["name"].removesuffix(
+            "_pixels"
+        )
         scored = (data, *(record.spec[name] for name in ("num", "features", "labels")))
         if scored not in [(p.data.name, p.num, p.features, p.labels) for p in PROTOCOLS.values()]:
             return f"scores of no declared protocol ({', '.join(map(str, scored))})"
@@ -173,36 +223,57 @@ def trained_row(table: Table, label: str) -> Row:
     """ValueError for a label that is unknown or is one of published numbers alone."""
     row = table.row(label)
     if row.backbone is None:
-        raise ValueError(f"row {label!r} of table {table.number} holds published numbers only: no network is known")
+        raise ValueError(
+            f"row {label!r} of table {table.number} holds published numbers only: no network is known"
+        )
     return row
 
 
 def train_command(table: Table, labels: Sequence[str], protocol: Protocol, seed: int) -> str:
     """What trains these rows here."""
-    script, named = "main_results" if table.number in main_results.TABLES else "ablation", " ".join(f'"{label}"' for label in labels)
+    script, named = (
+        "main_results" if table.number in main_results.TABLES else "ablation",
+        " ".join(f'"{label}"' for label in labels),
+    )
     return f"python experiments/{script}.py --table {table.number} --rows {named} --protocol {protocol.name} --seeds {seed}"
 
 
 def reference_seeds(table: Table, store: Store) -> list[int]:
     """Training seeds that the committed records hold of a table's first row; seed 0 where there are none."""
-    return [seed for seed in REFERENCE_SEEDS if store.latest(evaluate_stage(table.baseline, DIGITS, seed), "reference")] or [0]
+    return [
+        seed
+        for seed in REFERENCE_SEEDS
+        if store.latest(evaluate_stage(table.baseline, DIGITS, seed), "reference")
+    ] or [0]
 
 
 def scores_of(row: Row, protocol: Protocol, store: Store) -> list[Record]:
     """The committed scores of a row under a protocol, one record a training seed."""
-    return [record for seed in REFERENCE_SEEDS if (record := store.latest(evaluate_stage(row, protocol, seed), "reference"))]
+    return [
+        record
+        for seed in REFERENCE_SEEDS
+        if (record := store.latest(evaluate_stage(row, protocol, seed), "reference"))
+    ]
 
 
 def digits_scores(row: Row, store: Store) -> list[Record]:
     return scores_of(row, DIGITS, store)
 
 
-def rankable(rows: Sequence[Row], protocol: Protocol, store: Store) -> tuple[list[list[Record]], dict[str, list[str]]]:
+def rankable(
+    rows: Sequence[Row], protocol: Protocol, store: Store
+) -> tuple[list[list[Record]], dict[str, list[str]]]:
     """Every row's scores, none where they are known to be of another protocol than the first row's; and, by label, the fields that differ."""
     scores = [scores_of(row, protocol, store) for row in rows]
     first = next(filter(None, scores), [])
-    other = {row.label: fields for row, found in zip(rows, scores, strict=True) if (fields := clashes(found, first))}
-    return [[] if row.label in other else found for row, found in zip(rows, scores, strict=True)], other
+    other = {
+        row.label: fields
+        for row, found in zip(rows, scores, strict=True)
+        if (fields := clashes(found, first))
+    }
+    return [
+        [] if row.label in other else found for row, found in zip(rows, scores, strict=True)
+    ], other
 
 
 def latest(stages: Sequence[Stage], store: Store) -> Iterator[Record]:
@@ -237,12 +308,19 @@ def numeric_mode(record: Record) -> str:
     return f"{record.spec['precision']}, TF32 {' and '.join(on) if on else 'off'}{written_out}"
 
 
-def at_one_batch(timings: Mapping[str, Sequence[Record]]) -> dict[tuple[str, str, int], dict[str, Record]]:
+def at_one_batch(
+    timings: Mapping[str, Sequence[Record]],
+) -> dict[tuple[str, str, int], dict[str, Record]]:
     """The newest timing of each network by numeric mode, device and the one batch up to the paper's at which most of them were timed, the largest of several."""
     found: dict[tuple[str, str], dict[int, dict[str, Record]]] = {}
     for name, records in timings.items():
         for record in records:
             if record.spec["batch"] <= PAPER_BATCH:
-                found.setdefault((numeric_mode(record), record.provenance["device"]), {}).setdefault(record.spec["batch"], {})[name] = record
-    best = {mode: max(batches, key=lambda batch: (len(batches[batch]), batch)) for mode, batches in found.items()}
+                found.setdefault(
+                    (numeric_mode(record), record.provenance["device"]), {}
+                ).setdefault(record.spec["batch"], {})[name] = record
+    best = {
+        mode: max(batches, key=lambda batch: (len(batches[batch]), batch))
+        for mode, batches in found.items()
+    }
     return {(*mode, batch): found[mode][batch] for mode, batch in best.items()}

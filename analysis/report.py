@@ -17,7 +17,17 @@ from analysis import science
 from analysis.browser import timing
 from analysis.build import FIGURES, attempt
 from analysis.claims import claims_sheet
-from analysis.fragments import figure, grids, inert, lacking, problem_list, prose, record_data, table, tiles
+from analysis.fragments import (
+    figure,
+    grids,
+    inert,
+    lacking,
+    problem_list,
+    prose,
+    record_data,
+    table,
+    tiles,
+)
 from analysis.pages import Text
 from analysis.query import Sources
 from analysis.style import png
@@ -30,7 +40,16 @@ from experiments.engine.store import Record
 from experiments.protocols import CIFAR10_SMALL, DIGITS
 
 HERE = Path(__file__).resolve().parent
-SECTIONS = ("claims", "scatter-section", "tables", "figures", "samples", "digits", "counts", "provenance")
+SECTIONS = (
+    "claims",
+    "scatter-section",
+    "tables",
+    "figures",
+    "samples",
+    "digits",
+    "counts",
+    "provenance",
+)
 
 
 def main() -> int:
@@ -39,10 +58,32 @@ def main() -> int:
 
 def _main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="results folder (default: results)")
-    parser.add_argument("--published", type=Path, default=None, metavar="DIR", help="folder of published numbers (default: results/published)")
-    parser.add_argument("--output", type=Path, default=None, metavar="FILE", help="page to write (default: results/report.html)")
-    parser.add_argument("--time", action="store_true", help="then open it in a headless Chromium and say after how long it answers")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="results folder (default: results)",
+    )
+    parser.add_argument(
+        "--published",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="folder of published numbers (default: results/published)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="page to write (default: results/report.html)",
+    )
+    parser.add_argument(
+        "--time",
+        action="store_true",
+        help="then open it in a headless Chromium and say after how long it answers",
+    )
     args = parser.parse_args()
     store = Sources(args.results, args.published)
     page, problems = build_page(store)
@@ -64,13 +105,29 @@ def build_page(store: Sources) -> tuple[str, list[str]]:
 
     def sheet(name: str, make: Callable[[Sources], Sheet], identifier: str) -> tuple[Sheet, str]:
         with store.noting() as noted:
-            made = attempt(name, lambda: make(store), None, problems) or Sheet(f"{name}: {problems[-1].partition(': ')[2]}", [("", "gap")])
+            made = attempt(name, lambda: make(store), None, problems) or Sheet(
+                f"{name}: {problems[-1].partition(': ')[2]}", [("", "gap")]
+            )
         return made, table(made, identifier, noted.values())
 
     claims, claimed = sheet("claims", claims_sheet, "claims-table")
-    shown = [f'<div{" class=words" if name == "table6" else ""}>{sheet(name, make, name)[1]}</div>' for name, make in SHEETS.items() if name != "counts"]
+    shown = [
+        f"<div{' class=words' if name == 'table6' else ''}>{sheet(name, make, name)[1]}</div>"
+        for name, make in SHEETS.items()
+        if name != "counts"
+    ]
     drawn = [_figure(name, draw, store, problems) for name, draw in FIGURES.items()]
-    pages = [prose(attempt(p.name, lambda p=p: science.blocks(store, p), [Text(f"{p.name} could not be built", 1)], problems)) for p in (DIGITS, CIFAR10_SMALL)]
+    pages = [
+        prose(
+            attempt(
+                p.name,
+                lambda p=p: science.blocks(store, p),
+                [Text(f"{p.name} could not be built", 1)],
+                problems,
+            )
+        )
+        for p in (DIGITS, CIFAR10_SMALL)
+    ]
     scattered = attempt("scatter", lambda: views(store), [], problems)
     parts = [
         f'<section id="claims"><h2>Claims</h2>{tiles(claims)}<div class="words">{claimed}</div></section>',
@@ -83,8 +140,15 @@ def build_page(store: Sources) -> tuple[str, list[str]]:
         f'<section id="provenance"><h2>Environment and provenance</h2><div class="words">{sheet("provenance", provenance_sheet, "provenance-table")[1]}</div></section>',
     ]
     problems = store.problems + problems
-    data = {"datatables": datatables, "plotly": plotly, "records": record_data(store), "views": json.dumps(scattered)}
-    navigation = "".join(f'<a href="#{name}">{name.removesuffix("-section")}</a>' for name in SECTIONS)
+    data = {
+        "datatables": datatables,
+        "plotly": plotly,
+        "records": record_data(store),
+        "views": json.dumps(scattered),
+    }
+    navigation = "".join(
+        f'<a href="#{name}">{name.removesuffix("-section")}</a>' for name in SECTIONS
+    )
     page = [
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>DiCo bench: what was reproduced</title><style>{style}</style><style>{(HERE / 'page' / 'page.css').read_text()}</style></head><body>",
@@ -92,7 +156,10 @@ def build_page(store: Sources) -> tuple[str, list[str]]:
         f"Numbers with a dotted line lead to their records, as do the links below tables, figures and paragraphs. A dash is a gap.</p>{problem_list(problems)}</header><main><nav>{navigation}</nav>",
         *parts,
         "</main><dialog><form method=dialog><button autofocus>close</button></form><h3></h3><div></div></dialog>",
-        *(f'<script type="text/plain" id="{name}">{inert(text)}</script>' for name, text in data.items()),
+        *(
+            f'<script type="text/plain" id="{name}">{inert(text)}</script>'
+            for name, text in data.items()
+        ),
         f'<script type="module">{(HERE / "page" / "page.js").read_text()}</script></body></html>',
     ]
     return "\n".join(page), problems
@@ -100,16 +167,45 @@ def build_page(store: Sources) -> tuple[str, list[str]]:
 
 def provenance_sheet(store: Sources) -> Sheet:
     """One row a kind of record and environment that it comes from."""
-    columns = ["records", "kind", "status", "commit", "uncommitted changes", "device", "torch", "python", "precision flags"]
+    columns = [
+        "records",
+        "kind",
+        "status",
+        "commit",
+        "uncommitted changes",
+        "device",
+        "torch",
+        "python",
+        "precision flags",
+    ]
     sheet = Sheet("Where the committed records come from", [("", name) for name in columns])
     found: dict[tuple[str, ...], list[Record]] = {}
     for record in store.all_records():
         made = record.provenance
-        flags = ", ".join(f"{name} {'on' if on else 'off'}" for name, on in sorted(made["precision_flags"].items()))
-        device = made["device"] if made["device"] != "cpu" else f"{made['cpu']}, {made['cpu_count']} cores"
-        key = record.kind, record.status, (made["commit"] or "unknown")[:12], "yes" if made["dirty"] else "no", device, made["torch"], made["python"], flags
+        flags = ", ".join(
+            f"{name} {'on' if on else 'off'}"
+            for name, on in sorted(made["precision_flags"].items())
+        )
+        device = (
+            made["device"]
+            if made["device"] != "cpu"
+            else f"{made['cpu']}, {made['cpu_count']} cores"
+        )
+        key = (
+            record.kind,
+            record.status,
+            (made["commit"] or "unknown")[:12],
+            "yes" if made["dirty"] else "no",
+            device,
+            made["torch"],
+            made["python"],
+            flags,
+        )
         found.setdefault(key, []).append(record)
-    sheet.rows = [[Cell(float(len(own)), None, 0, records=tuple(own)), *(Cell(words=word) for word in key)] for key, own in sorted(found.items())]
+    sheet.rows = [
+        [Cell(float(len(own)), None, 0, records=tuple(own)), *(Cell(words=word) for word in key)]
+        for key, own in sorted(found.items())
+    ]
     return sheet
 
 
@@ -118,16 +214,26 @@ def _libraries() -> tuple[str, str, str]:
     try:
         plotly = files("plotly") / "package_data" / "plotly.min.js"
         bundle = files("itables") / "html"
-        return plotly.read_text(encoding="utf-8"), (bundle / "dt_bundle.js").read_text(encoding="utf-8"), (bundle / "dt_bundle.css").read_text(encoding="utf-8")
+        return (
+            plotly.read_text(encoding="utf-8"),
+            (bundle / "dt_bundle.js").read_text(encoding="utf-8"),
+            (bundle / "dt_bundle.css").read_text(encoding="utf-8"),
+        )
     except (ModuleNotFoundError, FileNotFoundError) as error:
-        raise ValueError(f"the page embeds plotly.js and DataTables, and {error}; pip install -e .[report]") from None
+        raise ValueError(
+            f"the page embeds plotly.js and DataTables, and {error}; pip install -e .[report]"
+        ) from None
 
 
 def _figure(name: str, draw: Callable[[Sources], Any], store: Sources, problems: list[str]) -> str:
     caption = " ".join(inspect.cleandoc(draw.__doc__).split())
     with store.noting() as noted:
         image = attempt(f"figure {name}", lambda: png(draw(store)), None, problems)
-    return figure(image, caption, noted.values()) if image else lacking(f"{name} could not be built: {problems[-1].partition(': ')[2]}")
+    return (
+        figure(image, caption, noted.values())
+        if image
+        else lacking(f"{name} could not be built: {problems[-1].partition(': ')[2]}")
+    )
 
 
 if __name__ == "__main__":

@@ -19,11 +19,16 @@ from experiments.engine.spread import LEVEL, pooled, reach, scaled
 from experiments.engine.store import Record
 from experiments.protocols import CIFAR10_CLASSIFIER, CIFAR10_SMALL, DIGITS, Protocol, timing_stage
 
-PAPER = {"fd": "fid", "is": "is", "precision": "precision", "recall": "recall"}  # our scores by the start of their names
+PAPER = {
+    "fd": "fid",
+    "is": "is",
+    "precision": "precision",
+    "recall": "recall",
+}  # our scores by the start of their names
 FULL = {CIFAR10_SMALL.name: CIFAR10_CLASSIFIER}  # of what a protocol is the small form
 DRAWS, FEW = 2000, 10  # redrawn orders; repeated runs below which a spread is poorly known
-EXACT = 7              # rows up to which every order is counted
-NORMAL = 1.4826        # a normal distribution's standard deviation over half its interquartile range
+EXACT = 7  # rows up to which every order is counted
+NORMAL = 1.4826  # a normal distribution's standard deviation over half its interquartile range
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,12 @@ def kendall(a: Sequence[float], b: Sequence[float]) -> float:
     for i in range(len(a)):
         for j in range(i):
             da, db = (a[i] > a[j]) - (a[i] < a[j]), (b[i] > b[j]) - (b[i] < b[j])
-            score, ties_a, ties_b, pairs = score + da * db, ties_a + (da == 0), ties_b + (db == 0), pairs + 1
+            score, ties_a, ties_b, pairs = (
+                score + da * db,
+                ties_a + (da == 0),
+                ties_b + (db == 0),
+                pairs + 1,
+            )
     scale = math.sqrt((pairs - ties_a) * (pairs - ties_b))
     return score / scale if scale else math.nan
 
@@ -62,7 +72,11 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
     """Spearman's rho: correlation of the ranks, ties at their mean rank; nan where one side has no order."""
 
     def places(values: Sequence[float]) -> list[float]:
-        return [sum(other < value for other in values) + (sum(other == value for other in values) + 1) / 2 for value in values]
+        return [
+            sum(other < value for other in values)
+            + (sum(other == value for other in values) + 1) / 2
+            for value in values
+        ]
 
     try:
         return statistics.correlation(places(a), places(b))
@@ -70,16 +84,27 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
         return math.nan
 
 
-def _scored(table: Table, store: Sources, protocol: Protocol) -> list[tuple[Row, list[dict[str, float]]]]:
+def _scored(
+    table: Table, store: Sources, protocol: Protocol
+) -> list[tuple[Row, list[dict[str, float]]]]:
     """Rows with the values of their scores, as far as they may be ranked together."""
     scores, _ = rankable(table.rows, protocol, store)
-    return [(row, [record.values for record in records]) for row, records in zip(table.rows, scores, strict=True) if records]
+    return [
+        (row, [record.values for record in records])
+        for row, records in zip(table.rows, scores, strict=True)
+        if records
+    ]
 
 
-def agreement(name: str, table: Table, store: Sources, protocol: Protocol = DIGITS) -> Agreement | None:
+def agreement(
+    name: str, table: Table, store: Sources, protocol: Protocol = DIGITS
+) -> Agreement | None:
     """How a score orders a table's rows against the paper; None without repeats or with fewer than three rows."""
     published, column = store.published(table.published, table.key), PAPER[name.partition("_")[0]]
-    rows = [(float(published[row.published][column]), values) for row, values in _scored(table, store, protocol)]
+    rows = [
+        (float(published[row.published][column]), values)
+        for row, values in _scored(table, store, protocol)
+    ]
     spread = pooled(name, [values for _, values in rows])
     if spread is None or len(rows) < 3:
         return None
@@ -118,7 +143,9 @@ def chance(ours: Sequence[float], paper: Sequence[float], dice: random.Random) -
     if len(ours) <= EXACT:
         every = [kendall(order, paper) >= tau - 1e-12 for order in itertools.permutations(ours)]
         return sum(every) / len(every)
-    return (1 + sum(kendall(dice.sample(ours, len(ours)), paper) >= tau - 1e-12 for _ in range(DRAWS))) / (1 + DRAWS)
+    return (
+        1 + sum(kendall(dice.sample(ours, len(ours)), paper) >= tau - 1e-12 for _ in range(DRAWS))
+    ) / (1 + DRAWS)
 
 
 def _span(counts: Sequence[int]) -> str:
@@ -144,7 +171,12 @@ def resolved_pairs(table: Table, store: Sources, protocol: Protocol = DIGITS) ->
     spread, total = pooled(name, values), len(values) * (len(values) - 1) // 2
     if spread is None:
         return None
-    made = Pairs([], [], [], sum(rank is not None and rank[0] == rank[1] for rank in ranks(name, "lower", values)))
+    made = Pairs(
+        [],
+        [],
+        [],
+        sum(rank is not None and rank[0] == rank[1] for rank in ranks(name, "lower", values)),
+    )
     for (one, first), (two, second) in itertools.combinations(scored, 2):
         ours = statistics.fmean(scaled(name, first)) - statistics.fmean(scaled(name, second))
         paper = float(published[one.published]["fid"]) - float(published[two.published]["fid"])
@@ -158,9 +190,24 @@ def resolved_pairs(table: Table, store: Sources, protocol: Protocol = DIGITS) ->
 def _in_words(pairs: Pairs) -> str:
     """How many pairs are resolved, and which: the shorter of the two lists by name."""
     resolved, total = len(pairs.resolved), len(pairs.resolved) + len(pairs.open)
-    words = f"Of {total} pairs of rows the seeds resolve {resolved}" + f", and the paper orders {resolved - len(pairs.against)} of these alike" * (resolved > 0) + "."
-    shorter = ("Resolved", " before ", pairs.resolved) if resolved <= len(pairs.open) else ("Not resolved", " and ", pairs.open)
-    named = (f"{name}: {'; '.join(map(word.join, some))}." for name, word, some in (shorter, ("Resolved against the paper's order", " before ", pairs.against)) if some)
+    words = (
+        f"Of {total} pairs of rows the seeds resolve {resolved}"
+        + f", and the paper orders {resolved - len(pairs.against)} of these alike" * (resolved > 0)
+        + "."
+    )
+    shorter = (
+        ("Resolved", " before ", pairs.resolved)
+        if resolved <= len(pairs.open)
+        else ("Not resolved", " and ", pairs.open)
+    )
+    named = (
+        f"{name}: {'; '.join(map(word.join, some))}."
+        for name, word, some in (
+            shorter,
+            ("Resolved against the paper's order", " before ", pairs.against),
+        )
+        if some
+    )
     return " ".join([words, *named])
 
 
@@ -180,11 +227,17 @@ class SpeedAgreement:
 def speed_agreement(table: Table, store: Sources) -> SpeedAgreement | None:
     """None with fewer than three rows timed."""
     published, dice = store.published(table.published, table.key), random.Random(0)
-    found = [(record, float(published[row.published]["throughput_img_s"])) for row in table.rows if (record := store.latest(timing_stage(row, table.baseline, "cpu"), "reference"))]
+    found = [
+        (record, float(published[row.published]["throughput_img_s"]))
+        for row in table.rows
+        if (record := store.latest(timing_stage(row, table.baseline, "cpu"), "reference"))
+    ]
     if len(found) < 3:
         return None
     records, paper = zip(*found, strict=True)
-    ours = [(record.values["relative"], NORMAL * record.values["relative_spread"]) for record in records]
+    ours = [
+        (record.values["relative"], NORMAL * record.values["relative_spread"]) for record in records
+    ]
     low, high = _central([kendall([dice.gauss(*one) for one in ours], paper) for _ in range(DRAWS)])
     return SpeedAgreement(kendall([value for value, _ in ours], paper), low, high, records)
 
@@ -205,17 +258,30 @@ def blocks(store: Sources, protocol: Protocol = DIGITS) -> list[Block]:
         ),
     ]
     for number in (3, 4):
-        made += [Text(f"Table {number}: {TABLES[number].title}", 2), *_section(TABLES[number], store, protocol)]
+        made += [
+            Text(f"Table {number}: {TABLES[number].title}", 2),
+            *_section(TABLES[number], store, protocol),
+        ]
         if full:
             made += _scores_alone(TABLES[number], store, protocol)
-        made += [*_caveats(TABLES[number], store, protocol), _origins(TABLES[number], store, protocol)]
+        made += [
+            *_caveats(TABLES[number], store, protocol),
+            _origins(TABLES[number], store, protocol),
+        ]
     if full:
         made += [
             Text(f"The same rows at full size: protocol {full.name}", 2),
-            Text(f"{full.recipe.steps} steps of {full.recipe.batch}, {full.num} images. A row without a committed record is a gap."),
+            Text(
+                f"{full.recipe.steps} steps of {full.recipe.batch}, {full.num} images. A row without a committed record is a gap."
+            ),
         ]
         for number in (3, 4):
-            made += [*_section(TABLES[number], store, full), *_scores_alone(TABLES[number], store, full), *_caveats(TABLES[number], store, full), _origins(TABLES[number], store, full)]
+            made += [
+                *_section(TABLES[number], store, full),
+                *_scores_alone(TABLES[number], store, full),
+                *_caveats(TABLES[number], store, full),
+                _origins(TABLES[number], store, full),
+            ]
     made += [
         Text("How this was computed", 2),
         Text(
@@ -243,12 +309,28 @@ def _origins(table: Table, store: Sources, protocol: Protocol) -> Origins:
 
 def _scores_alone(table: Table, store: Sources, protocol: Protocol) -> list[Block]:
     """The scores of a table beside the paper's; a row without a record is a gap."""
-    seeds = sorted({record.spec["train"]["seed"] for row in table.rows for record in scores_of(row, protocol, store)}) or [0]
+    seeds = sorted(
+        {
+            record.spec["train"]["seed"]
+            for row in table.rows
+            for record in scores_of(row, protocol, store)
+        }
+    ) or [0]
     sheet = main_sheet(table, table.rows, protocol, seeds, "cpu", store, where="reference")
-    kept = [i for i, (group, name) in enumerate(sheet.columns) if name == "row" or group.startswith((f"{protocol.name} (", "paper: "))]
-    alone = Sheet("", [sheet.columns[i] for i in kept], [[cells[i] for i in kept] for cells in sheet.rows])
+    kept = [
+        i
+        for i, (group, name) in enumerate(sheet.columns)
+        if name == "row" or group.startswith((f"{protocol.name} (", "paper: "))
+    ]
+    alone = Sheet(
+        "", [sheet.columns[i] for i in kept], [[cells[i] for i in kept] for cells in sheet.rows]
+    )
     fewer = [note for note in sheet.notes if note.endswith(f"of {len(seeds)} seeds")]
-    notes = [f"± is the standard error over seeds, with one seed that of sampling. {'; '.join(fewer)}."] if fewer else []
+    notes = (
+        [f"± is the standard error over seeds, with one seed that of sampling. {'; '.join(fewer)}."]
+        if fewer
+        else []
+    )
     notes += [note for note in sheet.notes if note.startswith("warning: ")]
     return [Text(f"Table {table.number} on {protocol.name}", 3), alone, *map(Text, notes)]
 
@@ -267,24 +349,62 @@ def _section(table: Table, store: Sources, protocol: Protocol) -> list[Block]:
         return [Text("No committed records with repeated seeds: nothing can be said.")]
     records = once(record for row in table.rows for record in scores_of(row, protocol, store))
     pairs = resolved_pairs(table, store, protocol)
-    poorly = f" The spread over seeds is known from {main.freedom} repeated {'run' if main.freedom == 1 else 'runs'} only, so the interval is itself uncertain." if main.freedom < FEW else ""
+    poorly = (
+        f" The spread over seeds is known from {main.freedom} repeated {'run' if main.freedom == 1 else 'runs'} only, so the interval is itself uncertain."
+        if main.freedom < FEW
+        else ""
+    )
     order = f"The order by {scored[0]} agrees with the paper's order by FID with tau {main.tau:.2f} (95 % over seeds: {main.low:.2f} to {main.high:.2f}); {_verdict(main)}."
     made: list[Block] = [
         Text(f"{main.rows} rows, {main.seeds} seeds each. {order}{poorly}", records=records),
-        Text(f"{_in_words(pairs)} {pairs.certain} of {main.rows} rows have a rank that is known for certain.", records=records),
+        Text(
+            f"{_in_words(pairs)} {pairs.certain} of {main.rows} rows have a rank that is known for certain.",
+            records=records,
+        ),
     ]
     if other := rankable(table.rows, protocol, store)[1]:
         refused = (f"{label} ({', '.join(fields)})" for label, fields in other.items())
         made.append(Text(f"Left out, scored by another protocol: {'; '.join(refused)}."))
     if protocol is DIGITS and (speed := speed_agreement(table, store)):
-        words = f"tau {speed.tau:.2f} (95 % over rounds of timing: {speed.low:.2f} to {speed.high:.2f})"
-        made.append(Text(f"The order by throughput on the CPU (fp32, {len(speed.records)} rows) agrees with the paper's on an A100 with {words}.", records=speed.records))
-    sheet = Sheet("", [("", name) for name in ("score", "paper's", "tau", "95 % over seeds", "rho", "chance", "ceiling")])
+        words = (
+            f"tau {speed.tau:.2f} (95 % over rounds of timing: {speed.low:.2f} to {speed.high:.2f})"
+        )
+        made.append(
+            Text(
+                f"The order by throughput on the CPU (fp32, {len(speed.records)} rows) agrees with the paper's on an A100 with {words}.",
+                records=speed.records,
+            )
+        )
+    sheet = Sheet(
+        "",
+        [
+            ("", name)
+            for name in ("score", "paper's", "tau", "95 % over seeds", "rho", "chance", "ceiling")
+        ],
+    )
     for name, result in found.items():
         if result:
             span = Cell(words=f"{result.low:.2f} to {result.high:.2f}", records=records)
-            tau, rho, share, ceiling = (Cell(value, None, digits, records=records) for value, digits in ((result.tau, 2), (result.rho, 2), (result.chance, 4), (result.ceiling, 2)))
-            sheet.rows.append([Cell(words=name), Cell(words=PAPER[name.partition("_")[0]]), tau, span, rho, share, ceiling])
+            tau, rho, share, ceiling = (
+                Cell(value, None, digits, records=records)
+                for value, digits in (
+                    (result.tau, 2),
+                    (result.rho, 2),
+                    (result.chance, 4),
+                    (result.ceiling, 2),
+                )
+            )
+            sheet.rows.append(
+                [
+                    Cell(words=name),
+                    Cell(words=PAPER[name.partition("_")[0]]),
+                    tau,
+                    span,
+                    rho,
+                    share,
+                    ceiling,
+                ]
+            )
     return [*made, sheet]
 
 
@@ -292,4 +412,8 @@ def _verdict(result: Agreement) -> str:
     if result.chance <= LEVEL and result.low > 0:
         return f"chance alone would do as well in {result.chance:.2%} of orders, so the protocol orders these rows as the paper does more than by chance"
     weak = f"random orders do as well in {result.chance:.0%} of cases, so no agreement is shown"
-    return weak + (f"; with this noise two runs of this very protocol would agree with each other with tau {result.ceiling:.2f} only" if result.ceiling < 0.8 else "")
+    return weak + (
+        f"; with this noise two runs of this very protocol would agree with each other with tau {result.ceiling:.2f} only"
+        if result.ceiling < 0.8
+        else ""
+    )

@@ -19,16 +19,29 @@ FAMILIES = ("DiT", "DiCo", "DiG", "DiC", "DiS", "DiM", "U-ViT", "ADM", "DiffuSSM
 SIZES = ("DiCo-S", "DiCo-B", "DiCo-L", "DiCo-XL")
 MARKS = ("o", "s", "^", "D")
 PUBLISHED = dict(mfc="white", mew=1.4)
-NO_DATE: dict[str, dict[str, Any]] = {"png": {"Software": None}, "pdf": {"CreationDate": None, "Creator": None, "Producer": None}}
+NO_DATE: dict[str, dict[str, Any]] = {
+    "png": {"Software": None},
+    "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+}
 
 
-def figure(width: float, height: float, rows: int = 1, columns: int = 1, **more: Any) -> tuple[Figure, Any]:
+def figure(
+    width: float, height: float, rows: int = 1, columns: int = 1, **more: Any
+) -> tuple[Figure, Any]:
     """A figure and its axes in the common look; sizes in inches."""
     import seaborn as sns
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rc = {"pdf.fonttype": 42, "axes.axisbelow": True, "axes.titlesize": 9, "axes.labelsize": 8.5, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 7.5}
+    rc = {
+        "pdf.fonttype": 42,
+        "axes.axisbelow": True,
+        "axes.titlesize": 9,
+        "axes.labelsize": 8.5,
+        "xtick.labelsize": 8,
+        "ytick.labelsize": 8,
+        "legend.fontsize": 7.5,
+    }
     sns.set_theme(style="whitegrid", palette="colorblind", context="paper", rc=rc)
     made = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(made)
@@ -43,31 +56,54 @@ def colour(index: int) -> Any:
 
 def family_colour(name: str) -> Any:
     """The colour of the longest family name that a system's name begins with."""
-    return colour(FAMILIES.index(max((family for family in FAMILIES if name.startswith(family)), key=len)))
+    return colour(
+        FAMILIES.index(max((family for family in FAMILIES if name.startswith(family)), key=len))
+    )
 
 
 def errors(axes: Axes, x: Any, y: Any, colour: Any, **errors: Any) -> None:
     """Error bars, `xerr` or `yerr`, on marks that are drawn; none where an error is None."""
-    known = {name: [math.nan if error is None else error for error in found] for name, found in errors.items()}
+    known = {
+        name: [math.nan if error is None else error for error in found]
+        for name, found in errors.items()
+    }
     axes.errorbar(x, y, fmt="none", ecolor=colour, elinewidth=0.8, zorder=5, **known)
 
 
 def note(axes: Axes, text: str, bottom: bool = False) -> None:
     """A remark in the panel's right corner, where a reader who sees only the panel needs it."""
-    axes.text(0.98, 0.03 if bottom else 0.97, text, transform=axes.transAxes, ha="right", va="bottom" if bottom else "top", fontsize=7, color="0.35")
+    axes.text(
+        0.98,
+        0.03 if bottom else 0.97,
+        text,
+        transform=axes.transAxes,
+        ha="right",
+        va="bottom" if bottom else "top",
+        fontsize=7,
+        color="0.35",
+    )
 
 
 def below(made: Figure, lines: Sequence[str]) -> None:
     """Remarks under a whole figure, where they cover nothing."""
     if lines:
-        made.supxlabel("\n".join(textwrap.fill(line, int(15 * made.get_figwidth())) for line in lines), fontsize=7, color="0.35")
+        made.supxlabel(
+            "\n".join(textwrap.fill(line, int(15 * made.get_figwidth())) for line in lines),
+            fontsize=7,
+            color="0.35",
+        )
 
 
 def save(made: Figure, folder: Path, name: str, about: dict[str, str] | None = None) -> None:
     """PNG and PDF, whole or absent, without dates, so that equal figures are equal files; `about` goes into the PNG's text."""
     for form, metadata in NO_DATE.items():
         with written_whole(folder / f"{name}.{form}") as file:
-            made.savefig(file, format=form, dpi=130, metadata=metadata | (about or {} if form == "png" else {}))
+            made.savefig(
+                file,
+                format=form,
+                dpi=130,
+                metadata=metadata | (about or {} if form == "png" else {}),
+            )
 
 
 def png(made: Figure) -> bytes:

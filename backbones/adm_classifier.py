@@ -26,8 +26,10 @@ class AttentionPool(nn.Module):
         self.c_proj = nn.Conv1d(dim, dim_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.flatten(2)                                                       # (N, C, T)
-        x = torch.cat([x.mean(dim=-1, keepdim=True), x], dim=-1) + self.positional_embedding  # (N, C, 1 + T)
+        x = x.flatten(2)  # (N, C, T)
+        x = (
+            torch.cat([x.mean(dim=-1, keepdim=True), x], dim=-1) + self.positional_embedding
+        )  # (N, C, 1 + T)
         return self.c_proj(attend(self.qkv_proj(x), self.heads, "new"))[:, :, 0]  # (N, K)
 
 
@@ -48,28 +50,52 @@ class ADMClassifier(nn.Module):
     ) -> None:
         super().__init__()
         widths, last = [int(dim * m) for m in multipliers], len(multipliers) - 1
-        attending = [width for level, width in enumerate(widths) if level == last or input_size >> level in attention_at]
+        attending = [
+            width
+            for level, width in enumerate(widths)
+            if level == last or input_size >> level in attention_at
+        ]
         if any(dim * m % 32 for m in multipliers) or any(width % head_dim for width in attending):
-            raise ValueError(f"ADM's classifier needs widths divisible by 32, and where it attends by head_dim {head_dim}, got {widths}")
+            raise ValueError(
+                f"ADM's classifier needs widths divisible by 32, and where it attends by head_dim {head_dim}, got {widths}"
+            )
         if input_size % 2**last:
-            raise ValueError(f"ADM's classifier halves its input {last} times: input_size must be divisible by {2**last}, got {input_size}")
-        self.input_size, self.in_channels, self.num_classes, self.dim, dim_emb = input_size, in_channels, num_classes, dim, 4 * dim
+            raise ValueError(
+                f"ADM's classifier halves its input {last} times: input_size must be divisible by {2**last}, got {input_size}"
+            )
+        self.input_size, self.in_channels, self.num_classes, self.dim, dim_emb = (
+            input_size,
+            in_channels,
+            num_classes,
+            dim,
+            4 * dim,
+        )
 
         def attention(width: int) -> AttentionBlock:
             return AttentionBlock(width, width // head_dim, "legacy")
 
         self.time_embed = nn.Sequential(Linear(dim, dim_emb), nn.SiLU(), Linear(dim_emb, dim_emb))
         width = widths[0]
-        self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(in_channels, width, 3, padding=1)])])
+        self.input_blocks = nn.ModuleList(
+            [nn.ModuleList([nn.Conv2d(in_channels, width, 3, padding=1)])]
+        )
         for level in range(last + 1):
             for _ in range(num_res_blocks):
                 block = nn.ModuleList([ResBlock(width, widths[level], dim_emb)])
                 width = widths[level]
-                self.input_blocks.append(block.append(attention(width)) if input_size >> level in attention_at else block)
+                self.input_blocks.append(
+                    block.append(attention(width)) if input_size >> level in attention_at else block
+                )
             if level < last:
                 self.input_blocks.append(nn.ModuleList([ResBlock(width, width, dim_emb, halve)]))
-        self.middle_block = nn.ModuleList([ResBlock(width, width, dim_emb), attention(width), ResBlock(width, width, dim_emb)])
-        self.out = nn.Sequential(nn.GroupNorm(32, width), nn.SiLU(), AttentionPool(input_size >> last, width, head_dim, num_classes))
+        self.middle_block = nn.ModuleList(
+            [ResBlock(width, width, dim_emb), attention(width), ResBlock(width, width, dim_emb)]
+        )
+        self.out = nn.Sequential(
+            nn.GroupNorm(32, width),
+            nn.SiLU(),
+            AttentionPool(input_size >> last, width, head_dim, num_classes),
+        )
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -79,10 +105,12 @@ class ADMClassifier(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         check_grid(x, self.input_size, 1, "ADM's classifier")
-        c = self.time_embed(timestep_sinusoid(t, self.dim).to(self.time_embed[0].weight.dtype))  # (N, E)
+        c = self.time_embed(
+            timestep_sinusoid(t, self.dim).to(self.time_embed[0].weight.dtype)
+        )  # (N, E)
         for block in self.input_blocks:
-            x = run_block(block, x, c)                                         # (N, C, H / 2^level, W / 2^level)
-        return self.out(run_block(self.middle_block, x, c))                    # (N, K)
+            x = run_block(block, x, c)  # (N, C, H / 2^level, W / 2^level)
+        return self.out(run_block(self.middle_block, x, c))  # (N, K)
 
 
 register(
@@ -93,6 +121,13 @@ register(
         adm_classifier_256=dict(input_size=256, multipliers=(1, 1, 2, 2, 4, 4)),
         adm_classifier_512=dict(input_size=512, multipliers=(0.5, 1, 1, 2, 2, 4, 4)),
     ),
-    tiny=dict(input_size=16, dim=64, multipliers=(0.5, 1, 2), num_res_blocks=1, attention_at=(8, 4), head_dim=16),
+    tiny=dict(
+        input_size=16,
+        dim=64,
+        multipliers=(0.5, 1, 2),
+        num_res_blocks=1,
+        attention_at=(8, 4),
+        head_dim=16,
+    ),
     classifier=True,
 )

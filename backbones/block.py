@@ -22,7 +22,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         modulation = self.adaLN_modulation(c)[..., None, None].chunk(6, dim=1)
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation                 # (N, C, 1, 1)
-        x = gated(x, gate1, self.mixer(adaln2d(x, shift1, scale1)))               # (N, C, H, W)
-        h = self.fc1(adaln2d(x, shift2, scale2))                                  # (N, rC, H, W)
-        return gated(x, gate2, self.fc2(F.gelu(h, approximate=self.gelu)))        # (N, C, H, W)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation  # (N, C, 1, 1)
+        x = gated(x, gate1, self.mixer(adaln2d(x, shift1, scale1)))  # (N, C, H, W)
+        h = self.fc1(adaln2d(x, shift2, scale2))  # (N, rC, H, W)
+        return gated(x, gate2, self.fc2(F.gelu(h, approximate=self.gelu)))  # (N, C, H, W)

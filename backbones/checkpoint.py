@@ -18,7 +18,10 @@ class Unread:
 
 
 # The authors' trainers save their arguments; LDM's the class of a callback beside the weights.
-ADMITTED = [argparse.Namespace, (Unread, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
+ADMITTED = [
+    argparse.Namespace,
+    (Unread, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
+]
 
 
 def read_weights(path: str | Path, key: str | None = None) -> tuple[dict[str, Tensor], str]:
@@ -40,20 +43,38 @@ def read_weights(path: str | Path, key: str | None = None) -> tuple[dict[str, Te
     except Exception as error:
         reason = "it is damaged, cut short or no torch archive: a download page, a git-lfs pointer?"
         if "GLOBAL" in str(error):
-            reason = "it holds pickled code or objects, which are not run here; export plain tensors"
+            reason = (
+                "it holds pickled code or objects, which are not run here; export plain tensors"
+            )
         raise ValueError(f"{path.name}: not a readable checkpoint ({reason})") from None
-    held = {name: value for name, value in weights.items() if isinstance(value, dict)} if isinstance(weights, dict) else {}
+    held = (
+        {name: value for name, value in weights.items() if isinstance(value, dict)}
+        if isinstance(weights, dict)
+        else {}
+    )
     if key is not None and key not in held:
-        raise ValueError(f"{path.name}: holds no weights under {key!r}; its keys: {_listed(weights)}")
+        raise ValueError(
+            f"{path.name}: holds no weights under {key!r}; its keys: {_listed(weights)}"
+        )
     found = key if key is not None else next((name for name in USUAL if name in held), FLAT)
     weights = held.get(found, weights)
-    if not isinstance(weights, dict) or not weights or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError(f"{path.name}: expected tensors by name, flat or under {' or '.join(map(repr, (key,) if key else USUAL))}; found {_listed(weights)}")
+    if (
+        not isinstance(weights, dict)
+        or not weights
+        or not all(isinstance(value, Tensor) for value in weights.values())
+    ):
+        raise ValueError(
+            f"{path.name}: expected tensors by name, flat or under {' or '.join(map(repr, (key,) if key else USUAL))}; found {_listed(weights)}"
+        )
     return weights, found
 
 
 def _listed(weights: object) -> str:
-    return ", ".join(map(str, list(weights)[:8])).replace("\n", " ") or "nothing" if isinstance(weights, dict) else type(weights).__name__
+    return (
+        ", ".join(map(str, list(weights)[:8])).replace("\n", " ") or "nothing"
+        if isinstance(weights, dict)
+        else type(weights).__name__
+    )
 
 
 def load_published(model: nn.Module, path: str | Path, key: str | None = None) -> str:
@@ -66,11 +87,23 @@ def load_published(model: nn.Module, path: str | Path, key: str | None = None) -
     if hasattr(model, "from_checkpoint"):
         weights = model.from_checkpoint(weights)
     expected = model.state_dict()
-    shapes = [f"{name} is {tuple(weights[name].shape)}, needs {tuple(tensor.shape)}" for name, tensor in expected.items() if name in weights and weights[name].shape != tensor.shape]
-    problems = [[f"missing {name}" for name in expected if name not in weights], [f"unexpected {name}" for name in weights if name not in expected], shapes]
+    shapes = [
+        f"{name} is {tuple(weights[name].shape)}, needs {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    problems = [
+        [f"missing {name}" for name in expected if name not in weights],
+        [f"unexpected {name}" for name in weights if name not in expected],
+        shapes,
+    ]
     if number := sum(map(len, problems)):
         named = [text for kind in problems for text in kind[:NAMED]]
         more = f"; and {number - len(named)} more" if number > len(named) else ""
-        raise ValueError(f"{Path(path).name} is a checkpoint of another model ({number} keys differ): " + "; ".join(named).replace("\n", " ") + more)
+        raise ValueError(
+            f"{Path(path).name} is a checkpoint of another model ({number} keys differ): "
+            + "; ".join(named).replace("\n", " ")
+            + more
+        )
     model.load_state_dict(weights, strict=True)
     return found

@@ -42,10 +42,10 @@ class DiCBlock(nn.Module):
         self.skip = Pointwise(in_dim, dim) if in_dim != dim else nn.Identity()
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        gate, scale, shift = self.affine(c)[..., None, None].chunk(3, dim=1)        # (N, C, 1, 1)
-        h = self.conv0(F.gelu(self.norm0(x)))                                       # (N, C_in, H, W) -> (N, C, H, W)
-        h = self.conv1(F.gelu(modulate(self.norm1(h), shift, scale)))               # (N, C, H, W)
-        return gate * h + self.skip(x)                                              # (N, C, H, W)
+        gate, scale, shift = self.affine(c)[..., None, None].chunk(3, dim=1)  # (N, C, 1, 1)
+        h = self.conv0(F.gelu(self.norm0(x)))  # (N, C_in, H, W) -> (N, C, H, W)
+        h = self.conv1(F.gelu(modulate(self.norm1(h), shift, scale)))  # (N, C, H, W)
+        return gate * h + self.skip(x)  # (N, C, H, W)
 
 
 def _group_norm(dim: int) -> nn.GroupNorm:
@@ -65,11 +65,17 @@ class DiC(nn.Module):
     ) -> None:
         super().__init__()
         if input_size % 4:
-            raise ValueError(f"DiC halves its input twice: input_size must be divisible by 4, got {input_size}")
+            raise ValueError(
+                f"DiC halves its input twice: input_size must be divisible by 4, got {input_size}"
+            )
         if dim % 4 or any(width % min(32, width // 4) for width in (dim, 2 * dim, 4 * dim)):
-            raise ValueError(f"DiC normalises in groups of 4 channels, from width 128 on in 32 groups: dim, 2 dim and 4 dim must divide so, got dim {dim}")
+            raise ValueError(
+                f"DiC normalises in groups of 4 channels, from width 128 on in 32 groups: dim, 2 dim and 4 dim must divide so, got dim {dim}"
+            )
         if any(_num_skips(depths[i]) != _num_skips(depths[-1 - i]) for i in (0, 1)):
-            raise ValueError(f"DiC takes a skip from every {SKIP_EVERY}rd block: encoder and decoder need equally many, got depths {depths}")
+            raise ValueError(
+                f"DiC takes a skip from every {SKIP_EVERY}rd block: encoder and decoder need equally many, got depths {depths}"
+            )
         self.input_size, self.in_channels, self.num_classes = input_size, in_channels, num_classes
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         widths = d1, d2, d3 = dim, 2 * dim, 4 * dim
@@ -78,7 +84,9 @@ class DiC(nn.Module):
         self.y_embedder_ls = nn.ModuleList(LabelEmbedder(num_classes, d) for d in widths)
         self.enc_blocks = nn.ModuleList([_stage(d1, depths[0]), _stage(d2, depths[1])])
         self.lat_blocks = nn.ModuleList([_stage(d3, depths[2])])
-        self.dec_blocks = nn.ModuleList([_stage(d2, depths[3], skips=True), _stage(d1, depths[4], skips=True)])
+        self.dec_blocks = nn.ModuleList(
+            [_stage(d2, depths[3], skips=True), _stage(d1, depths[4], skips=True)]
+        )
         self.downs = nn.ModuleList([Downsample(d1), Downsample(d2)])
         self.ups = nn.ModuleList([Upsample(d3), Upsample(d2)])
         self.output = nn.Conv2d(d1, d1, 3, padding=1)
@@ -98,22 +106,26 @@ class DiC(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         check_grid(x, None, 4, "DiC")
         embedders = zip(self.t_embedder_ls, self.y_embedder_ls, strict=True)
-        c1, c2, c3 = (embed_t(t) + embed_y(y) for embed_t, embed_y in embedders)  # (N, D), (N, 2D), (N, 4D)
+        c1, c2, c3 = (
+            embed_t(t) + embed_y(y) for embed_t, embed_y in embedders
+        )  # (N, D), (N, 2D), (N, 4D)
         skips: list[Tensor] = []
-        x = _encode(self.enc_blocks[0], self.x_embedder(x), c1, skips)            # (N, D, H, W)
-        x = _encode(self.enc_blocks[1], self.downs[0](x), c2, skips)              # (N, 2D, H/2, W/2)
-        x = self.downs[1](x)                                                      # (N, 4D, H/4, W/4)
+        x = _encode(self.enc_blocks[0], self.x_embedder(x), c1, skips)  # (N, D, H, W)
+        x = _encode(self.enc_blocks[1], self.downs[0](x), c2, skips)  # (N, 2D, H/2, W/2)
+        x = self.downs[1](x)  # (N, 4D, H/4, W/4)
         for block in self.lat_blocks[0]:
-            x = block["conv"](x, c3)                                              # (N, 4D, H/4, W/4)
-        x = _decode(self.dec_blocks[0], self.ups[0](x), c2, skips)                # (N, 2D, H/2, W/2)
-        x = _decode(self.dec_blocks[1], self.ups[1](x), c1, skips)                # (N, D, H, W)
-        return self.final_layer(self.output(x), c1)                               # (N, C_out, H, W)
+            x = block["conv"](x, c3)  # (N, 4D, H/4, W/4)
+        x = _decode(self.dec_blocks[0], self.ups[0](x), c2, skips)  # (N, 2D, H/2, W/2)
+        x = _decode(self.dec_blocks[1], self.ups[1](x), c1, skips)  # (N, D, H, W)
+        return self.final_layer(self.output(x), c1)  # (N, C_out, H, W)
 
 
 def _stage(dim: int, depth: int, skips: bool = False) -> nn.ModuleList:
     """Blocks under the authors' names, which have a level `conv`."""
     joined = [skips and i % SKIP_EVERY == 0 for i in range(depth)]
-    return nn.ModuleList(nn.ModuleDict({"conv": DiCBlock(2 * dim if join else dim, dim)}) for join in joined)
+    return nn.ModuleList(
+        nn.ModuleDict({"conv": DiCBlock(2 * dim if join else dim, dim)}) for join in joined
+    )
 
 
 def _num_skips(depth: int) -> int:

@@ -46,11 +46,15 @@ class DiCoBlock(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         modulation = self.adaLN_modulation(c)[..., None, None].chunk(6, dim=1)
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation                           # (N, C, 1, 1)
-        h = depthwise_gelu(self.conv1(adaln2d(x, shift1, scale1)), self.conv2.weight, self.conv2.bias)  # (N, C, H, W)
-        x = gated(x, gate1, self.conv3(h * self.ca(h)))                                     # (N, C, H, W)
-        h = pointwise_gelu(adaln2d(x, shift2, scale2), self.conv4.weight, self.conv4.bias)  # (N, rC, H, W)
-        return gated(x, gate2, self.conv5(h))                                               # (N, C, H, W)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation  # (N, C, 1, 1)
+        h = depthwise_gelu(
+            self.conv1(adaln2d(x, shift1, scale1)), self.conv2.weight, self.conv2.bias
+        )  # (N, C, H, W)
+        x = gated(x, gate1, self.conv3(h * self.ca(h)))  # (N, C, H, W)
+        h = pointwise_gelu(
+            adaln2d(x, shift2, scale2), self.conv4.weight, self.conv4.bias
+        )  # (N, rC, H, W)
+        return gated(x, gate2, self.conv5(h))  # (N, C, H, W)
 
 
 class LabelEmbedders(nn.Module):
@@ -79,7 +83,9 @@ class DiCo(nn.Module):
     ) -> None:
         super().__init__()
         if input_size % 4:
-            raise ValueError(f"DiCo halves its input twice: input_size must be divisible by 4, got {input_size}")
+            raise ValueError(
+                f"DiCo halves its input twice: input_size must be divisible by 4, got {input_size}"
+            )
         check_stages(dim, 2, depths=depths)
         self.input_size, self.in_channels, self.num_classes = input_size, in_channels, num_classes
         self.out_channels = in_channels * (2 if learn_sigma else 1)
@@ -110,24 +116,26 @@ class DiCo(nn.Module):
     def _init_weights(self) -> None:
         xavier_init(self)
         xavier_flat_(self.x_embedder.proj)
-        zero_(*(block.adaLN_modulation[1] for block in self.modules() if isinstance(block, DiCoBlock)))
+        zero_(
+            *(block.adaLN_modulation[1] for block in self.modules() if isinstance(block, DiCoBlock))
+        )
         zero_(self.final_layer.adaLN_modulation[1], self.final_layer.out_proj)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         check_grid(x, None, 4, "DiCo")
         y1, y2, y3 = self.y_embedder(y)
-        c1 = self.t_embedder_1(t) + y1                                        # (N, D)
-        c2 = self.t_embedder_2(t) + y2                                        # (N, 2D)
-        c3 = self.t_embedder_3(t) + y3                                        # (N, 4D)
+        c1 = self.t_embedder_1(t) + y1  # (N, D)
+        c2 = self.t_embedder_2(t) + y2  # (N, 2D)
+        c3 = self.t_embedder_3(t) + y3  # (N, 4D)
 
-        x1 = _run(self.encoder_level_1, self.x_embedder(x), c1)               # (N, D, H, W)
-        x2 = _run(self.encoder_level_2, self.down1_2(x1), c2)                 # (N, 2D, H/2, W/2)
-        x3 = _run(self.latent, self.down2_3(x2), c3)                          # (N, 4D, H/4, W/4)
+        x1 = _run(self.encoder_level_1, self.x_embedder(x), c1)  # (N, D, H, W)
+        x2 = _run(self.encoder_level_2, self.down1_2(x1), c2)  # (N, 2D, H/2, W/2)
+        x3 = _run(self.latent, self.down2_3(x2), c3)  # (N, 4D, H/4, W/4)
         u2 = self.reduce_chan_level2(torch.cat([self.up3_2(x3), x2], dim=1))  # (N, 2D, H/2, W/2)
         u2 = _run(self.decoder_level_2, u2, c2)
         u1 = self.reduce_chan_level1(torch.cat([self.up2_1(u2), x1], dim=1))  # (N, 2D, H, W)
         u1 = _run(self.decoder_level_1, u1, c2)
-        return self.final_layer(u1, c2)                                       # (N, C_out, H, W)
+        return self.final_layer(u1, c2)  # (N, C_out, H, W)
 
 
 def _run(stage: nn.ModuleList, x: Tensor, c: Tensor) -> Tensor:

@@ -17,7 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.kernels import diagonal_ssm
-from backbones.layers import LabelEmbedder, Linear, TimestepEmbedder, check_grid, gated, modulate, sincos_position, xavier_init, zero_
+from backbones.layers import (
+    LabelEmbedder,
+    Linear,
+    TimestepEmbedder,
+    check_grid,
+    gated,
+    modulate,
+    sincos_position,
+    xavier_init,
+    zero_,
+)
 from backbones.registry import register
 
 
@@ -33,9 +43,9 @@ class S4D(nn.Module):
         self.skip = nn.Parameter(torch.ones(dim, 1))
 
     def forward(self, u: Tensor) -> Tensor:
-        a = torch.complex(-self.log_decay.exp(), self.frequency)                             # (S,)
-        z = self.log_dt.exp() * a                                                            # (D, S)
-        w = torch.view_as_complex(self.out) * torch.expm1(z) / a                             # (D, S)
+        a = torch.complex(-self.log_decay.exp(), self.frequency)  # (S,)
+        z = self.log_dt.exp() * a  # (D, S)
+        w = torch.view_as_complex(self.out) * torch.expm1(z) / a  # (D, S)
         return diagonal_ssm(u, z, w) + self.skip * u
 
 
@@ -59,14 +69,20 @@ class HourglassLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 3 * dim))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale, gate = self.adaLN_modulation(c)[:, None].chunk(3, dim=-1)              # (N, 1, D)
-        h = modulate(self.norm(x), shift, scale)                                             # (N, J, D)
-        u = F.gelu(self.up(F.gelu(self.w0(h)))).unflatten(-1, (self.group, -1)).flatten(1, 2)  # (N, L, D)
-        u = self.mix(u).mT                                                                   # (N, D, L)
-        y = torch.cat([self.ssm_forward(u), self.ssm_backward(u.flip(-1)).flip(-1)], dim=1)  # (N, 2D, L)
-        pixels = y.mT.unflatten(1, (-1, self.group)).unbind(dim=2)                           # M x (N, J, 2D)
-        y = torch.cat([F.gelu(down(pixel)) for down, pixel in zip(self.down, pixels, strict=True)], dim=-1)  # (N, J, 2D)
-        return gated(x, gate, self.w3(F.gelu(self.w2(y)) * F.gelu(self.w1(h))))              # (N, J, D)
+        shift, scale, gate = self.adaLN_modulation(c)[:, None].chunk(3, dim=-1)  # (N, 1, D)
+        h = modulate(self.norm(x), shift, scale)  # (N, J, D)
+        u = (
+            F.gelu(self.up(F.gelu(self.w0(h)))).unflatten(-1, (self.group, -1)).flatten(1, 2)
+        )  # (N, L, D)
+        u = self.mix(u).mT  # (N, D, L)
+        y = torch.cat(
+            [self.ssm_forward(u), self.ssm_backward(u.flip(-1)).flip(-1)], dim=1
+        )  # (N, 2D, L)
+        pixels = y.mT.unflatten(1, (-1, self.group)).unbind(dim=2)  # M x (N, J, 2D)
+        y = torch.cat(
+            [F.gelu(down(pixel)) for down, pixel in zip(self.down, pixels, strict=True)], dim=-1
+        )  # (N, J, 2D)
+        return gated(x, gate, self.w3(F.gelu(self.w2(y)) * F.gelu(self.w1(h))))  # (N, J, D)
 
 
 class Head(nn.Module):
@@ -98,13 +114,22 @@ class DiffuSSM(nn.Module):
     ) -> None:
         super().__init__()
         if input_size % group or 2 * dim % group or dim % 4:
-            raise ValueError(f"DiffuSSM needs input_size and twice the dim divisible by group and dim by 4, got input_size {input_size}, dim {dim}, group {group}")
-        self.input_size, self.in_channels, self.num_classes, self.group = input_size, in_channels, num_classes, group
+            raise ValueError(
+                f"DiffuSSM needs input_size and twice the dim divisible by group and dim by 4, got input_size {input_size}, dim {dim}, group {group}"
+            )
+        self.input_size, self.in_channels, self.num_classes, self.group = (
+            input_size,
+            in_channels,
+            num_classes,
+            group,
+        )
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.x_embedder = Linear(group * in_channels, dim)
         self.t_embedder = TimestepEmbedder(dim)
         self.y_embedder = LabelEmbedder(num_classes, dim)
-        self.pos_embed = nn.Parameter(sincos_position(dim, (input_size, input_size // group)), requires_grad=False)
+        self.pos_embed = nn.Parameter(
+            sincos_position(dim, (input_size, input_size // group)), requires_grad=False
+        )
         self.blocks = nn.ModuleList(HourglassLayer(dim, group, states) for _ in range(depth))
         self.final_layer = Head(dim, group * self.out_channels)
         self._init_weights()
@@ -117,14 +142,14 @@ class DiffuSSM(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         check_grid(x, self.input_size, self.group, "DiffuSSM")
         size = x.shape[2:]
-        x = x.flatten(2).mT.unflatten(1, (-1, self.group)).flatten(2)                        # (N, J, M*C)
-        x = self.x_embedder(x) + self.pos_embed                                              # (N, J, D)
-        c = self.t_embedder(t) + self.y_embedder(y)                                          # (N, D)
+        x = x.flatten(2).mT.unflatten(1, (-1, self.group)).flatten(2)  # (N, J, M*C)
+        x = self.x_embedder(x) + self.pos_embed  # (N, J, D)
+        c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
         for block in self.blocks:
-            x = block(x, c)                                                                  # (N, J, D)
-        x = self.final_layer(x, c)                                                           # (N, J, M*C_out)
-        x = x.unflatten(-1, (self.group, -1)).flatten(1, 2)                                  # (N, L, C_out)
-        return x.mT.unflatten(-1, size)                                                      # (N, C_out, H, W)
+            x = block(x, c)  # (N, J, D)
+        x = self.final_layer(x, c)  # (N, J, M*C_out)
+        x = x.unflatten(-1, (self.group, -1)).flatten(1, 2)  # (N, L, C_out)
+        return x.mT.unflatten(-1, size)  # (N, C_out, H, W)
 
 
 register(DiffuSSM, dict(diffussm_xl=dict(dim=1152, depth=29)), tiny=dict(dim=12, depth=2, states=5))

@@ -45,14 +45,16 @@ class GatedLinearAttention(nn.Module):
         self.o_proj = Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        decay = F.logsigmoid(self.gk_proj(x)) / 16                                           # (N, T, D/2)
-        q, k, v, decay = (self._split(part) for part in (self.q_proj(x), self.k_proj(x), self.v_proj(x), decay))
-        o = gated_linear(q, k, v, decay).transpose(1, 2)                                     # (N, T, h, D/h)
-        o = self.g_norm_swish_gate(o).flatten(2) * F.silu(self.g_proj(x))                    # (N, T, D)
+        decay = F.logsigmoid(self.gk_proj(x)) / 16  # (N, T, D/2)
+        q, k, v, decay = (
+            self._split(part) for part in (self.q_proj(x), self.k_proj(x), self.v_proj(x), decay)
+        )
+        o = gated_linear(q, k, v, decay).transpose(1, 2)  # (N, T, h, D/h)
+        o = self.g_norm_swish_gate(o).flatten(2) * F.silu(self.g_proj(x))  # (N, T, D)
         return self.o_proj(o)
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)                             # (N, h, T, e)
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (N, h, T, e)
 
 
 class SwiGlu(nn.Module):
@@ -65,7 +67,7 @@ class SwiGlu(nn.Module):
         self.down_proj = Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = self.gate_proj(x).chunk(2, dim=-1)                                            # (N, T, I)
+        a, b = self.gate_proj(x).chunk(2, dim=-1)  # (N, T, I)
         return self.down_proj(F.silu(a) * b)
 
 
@@ -83,11 +85,13 @@ class DiGBlock(nn.Module):
         self.dw_conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)  # (N, 1, D)
-        x = gated(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1)))              # (N, T, D)
-        x = gated(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))               # (N, T, D)
-        x = self.dw_conv(x.mT.unflatten(-1, self.grid))                                      # (N, D, H, W)
-        return x.flatten(2).mT                                                               # (N, T, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(
+            6, dim=-1
+        )  # (N, 1, D)
+        x = gated(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1)))  # (N, T, D)
+        x = gated(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))  # (N, T, D)
+        x = self.dw_conv(x.mT.unflatten(-1, self.grid))  # (N, D, H, W)
+        return x.flatten(2).mT  # (N, T, D)
 
 
 class DiG(nn.Module):
@@ -105,10 +109,19 @@ class DiG(nn.Module):
     ) -> None:
         super().__init__()
         if input_size % patch or dim % (2 * heads) or dim % 4:
-            raise ValueError(f"DiG needs input_size divisible by patch and dim by twice the heads and by 4, got input_size {input_size}, patch {patch}, dim {dim}, heads {heads}")
+            raise ValueError(
+                f"DiG needs input_size divisible by patch and dim by twice the heads and by 4, got input_size {input_size}, patch {patch}, dim {dim}, heads {heads}"
+            )
         if depth % 4:
-            raise ValueError(f"DiG scans in four directions by turns and ends where it began: depth must be divisible by 4, got {depth}")
-        self.input_size, self.in_channels, self.num_classes, self.patch = input_size, in_channels, num_classes, patch
+            raise ValueError(
+                f"DiG scans in four directions by turns and ends where it began: depth must be divisible by 4, got {depth}"
+            )
+        self.input_size, self.in_channels, self.num_classes, self.patch = (
+            input_size,
+            in_channels,
+            num_classes,
+            patch,
+        )
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.grid = (input_size // patch, input_size // patch)
         self.x_embedder = PatchEmbed(in_channels, dim, patch)
@@ -132,14 +145,14 @@ class DiG(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         check_grid(x, self.input_size, self.patch, "DiG")
-        x = self.x_embedder(x) + self.pos_embed              # (N, T, D)
-        c = self.t_embedder(t) + self.y_embedder(y)          # (N, D)
+        x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
+        c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
         for i, block in enumerate(self.blocks):
-            x = block(x, c).flip(1)                          # (N, T, D)
+            x = block(x, c).flip(1)  # (N, T, D)
             if i % 2:
                 x = x.unflatten(1, self.grid).transpose(1, 2).flatten(1, 2)
-        x = self.final_layer(x, c)                           # (N, T, p*p*C_out)
-        return unpatchify(x, self.grid, self.patch)          # (N, C_out, H, W)
+        x = self.final_layer(x, c)  # (N, T, p*p*C_out)
+        return unpatchify(x, self.grid, self.patch)  # (N, C_out, H, W)
 
 
 register(

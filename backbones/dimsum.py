@@ -28,7 +28,17 @@ from backbones.layers import (
     xavier_flat_,
     zero_,
 )
-from backbones.mamba import COLUMNS, COLUMNS_BACK, ROWS, ROWS_BACK, Mamba, float32_or_wider, mamba_init, reorder, restore
+from backbones.mamba import (
+    COLUMNS,
+    COLUMNS_BACK,
+    ROWS,
+    ROWS_BACK,
+    Mamba,
+    float32_or_wider,
+    mamba_init,
+    reorder,
+    restore,
+)
 from backbones.registry import register
 
 _ORDERS = (ROWS, ROWS_BACK, COLUMNS, COLUMNS_BACK)
@@ -75,13 +85,15 @@ class WaveletBranch(SpatialBranch):
         self.idwt.register_buffer("filters", signs.view(4, 1, 2, 2))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        x = windows(self.packet(x), self.grid, self.by_column)               # (N, T, E)
+        x = windows(self.packet(x), self.grid, self.by_column)  # (N, T, E)
         return self.unpacket(unwindows(self.scan(x, c), self.grid, self.by_column))
 
     def packet(self, x: Tensor) -> Tensor:
         """Both levels over 4, and the 16 bands dealt over the tokens of a cell, as `fold` does: (N, T, E) -> same."""
         filters = torch.cat([self.dwt.w_ll, self.dwt.w_lh, self.dwt.w_hl, self.dwt.w_hh]).flatten(1)
-        bands = haar(haar(x.transpose(1, 2).unflatten(2, self.grid), filters), filters)     # (N, 16E, G/4, G/4): second, first
+        bands = haar(
+            haar(x.transpose(1, 2).unflatten(2, self.grid), filters), filters
+        )  # (N, 16E, G/4, G/4): second, first
         return fold(bands.unflatten(1, (4, 4, -1)).transpose(1, 2).flatten(1, 3) / 4)
 
     def unpacket(self, x: Tensor) -> Tensor:
@@ -119,12 +131,18 @@ def unfold(x: Tensor, grid: tuple[int, int]) -> Tensor:
 def windows(x: Tensor, grid: tuple[int, int], by_column: bool) -> Tensor:
     """4x4 windows one after the other; by column, both they and their tokens are column-major: (N, T, C) -> same."""
     x = x.unflatten(1, (4, grid[0] // 4, 4, grid[1] // 4))
-    return x.permute(0, 3, 1, 4, 2, 5).flatten(1, 4) if by_column else x.transpose(2, 3).flatten(1, 4)
+    return (
+        x.permute(0, 3, 1, 4, 2, 5).flatten(1, 4) if by_column else x.transpose(2, 3).flatten(1, 4)
+    )
 
 
 def unwindows(x: Tensor, grid: tuple[int, int], by_column: bool) -> Tensor:
     if by_column:
-        return x.unflatten(1, (4, 4, grid[1] // 4, grid[0] // 4)).permute(0, 2, 4, 1, 3, 5).flatten(1, 4)
+        return (
+            x.unflatten(1, (4, 4, grid[1] // 4, grid[0] // 4))
+            .permute(0, 2, 4, 1, 3, 5)
+            .flatten(1, 4)
+        )
     return x.unflatten(1, (4, 4, grid[0] // 4, grid[1] // 4)).transpose(2, 3).flatten(1, 4)
 
 
@@ -139,10 +157,12 @@ class CrossFusion(nn.Module):
         self.proj = Linear(dim, dim)
 
     def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
-        q1, k1, v1 = self._split(self.qkv1(x1))                                             # (N, h, T, e)
+        q1, k1, v1 = self._split(self.qkv1(x1))  # (N, h, T, e)
         q2, k2, v2 = self._split(self.qkv2(x2))
         answers = attention(q1, k2, v2), attention(q2, k1, v1)
-        return self.proj(torch.cat([answer.transpose(1, 2).flatten(2) for answer in answers], dim=-1))
+        return self.proj(
+            torch.cat([answer.transpose(1, 2).flatten(2) for answer in answers], dim=-1)
+        )
 
     def _split(self, qkv: Tensor) -> Tensor:
         return qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -172,12 +192,14 @@ class DiMSUMBlock(nn.Module):
         self.mlp = GatedMlp(dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 3 * dim))
 
-    def forward(self, h: Tensor, r: Tensor | None, c: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        r = float32_or_wider(h) if r is None else r + (h if kept is None else h * kept)     # (N, T, D)
+    def forward(
+        self, h: Tensor, r: Tensor | None, c: Tensor, kept: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        r = float32_or_wider(h) if r is None else r + (h if kept is None else h * kept)  # (N, T, D)
         u = self.norm(r)
-        x1, x2 = u.chunk(2, dim=-1)                                                         # (N, T, E)
-        h = u + self.proj(self.spatial_mamba(x1, c), self.freq_mamba(x2, c))                # (N, T, D)
-        shift, scale, gate = self.adaLN_modulation(c)[:, None].chunk(3, dim=-1)             # (N, 1, D)
+        x1, x2 = u.chunk(2, dim=-1)  # (N, T, E)
+        h = u + self.proj(self.spatial_mamba(x1, c), self.freq_mamba(x2, c))  # (N, T, D)
+        shift, scale, gate = self.adaLN_modulation(c)[:, None].chunk(3, dim=-1)  # (N, 1, D)
         return gated(h, gate, self.mlp(modulate(self.norm_2(h), shift, scale))), r
 
 
@@ -193,9 +215,11 @@ class SharedBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)  # (N, 1, D)
-        x = gated(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1)))             # (N, T, D)
-        return gated(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))           # (N, T, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(
+            6, dim=-1
+        )  # (N, 1, D)
+        x = gated(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1)))  # (N, T, D)
+        return gated(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))  # (N, T, D)
 
 
 class DiMSUM(nn.Module):
@@ -219,14 +243,24 @@ class DiMSUM(nn.Module):
                 "DiMSUM needs input_size divisible by 4 patches, dim by 4 and by heads and half of it by fusion_heads, "
                 f"got input_size {input_size}, patch {patch}, dim {dim}, heads {heads}, fusion_heads {fusion_heads}"
             )
-        self.input_size, self.in_channels, self.num_classes, self.patch = input_size, in_channels, num_classes, patch
+        self.input_size, self.in_channels, self.num_classes, self.patch = (
+            input_size,
+            in_channels,
+            num_classes,
+            patch,
+        )
         self.out_channels = in_channels * (2 if learn_sigma else 1)
-        self.grid, self.attention_every = (input_size // patch, input_size // patch), attention_every
+        self.grid, self.attention_every = (
+            (input_size // patch, input_size // patch),
+            attention_every,
+        )
         self.x_embedder = PatchEmbed(in_channels, dim, patch)
         self.t_embedder = TimestepEmbedder(dim)
         self.y_embedder = LabelEmbedder(num_classes, dim)
         self.pos_embed = nn.Parameter(sincos_position(dim, self.grid))
-        self.blocks = nn.ModuleList(DiMSUMBlock(dim, fusion_heads, self.grid, i) for i in range(depth))
+        self.blocks = nn.ModuleList(
+            DiMSUMBlock(dim, fusion_heads, self.grid, i) for i in range(depth)
+        )
         self.attn_block = SharedBlock(dim, heads)
         self.final_layer = PatchFinal(dim, patch, self.out_channels)
         self._init_weights()
@@ -249,15 +283,15 @@ class DiMSUM(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor, kept: Tensor | None = None) -> Tensor:
         """`kept` (N, K): what the increments to the stream are multiplied by, if not by 1."""
         check_grid(x, self.input_size, self.patch, "DiMSUM")
-        h, r = self.x_embedder(x) + self.pos_embed, None     # (N, T, D)
-        c = self.t_embedder(t) + self.y_embedder(y)          # (N, D)
+        h, r = self.x_embedder(x) + self.pos_embed, None  # (N, T, D)
+        c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
         for i, block in enumerate(self.blocks, start=1):
             weight = None if kept is None or r is None else kept[:, i - 2, None, None]
-            h, r = block(h, r, c, weight)                    # (N, T, D) twice
+            h, r = block(h, r, c, weight)  # (N, T, D) twice
             if i % self.attention_every == 0:
-                h = self.attn_block(h, c)                    # (N, T, D)
-        h = self.final_layer(h, c)                           # (N, T, p*p*C_out)
-        return unpatchify(h, self.grid, self.patch)          # (N, C_out, G*p, G*p)
+                h = self.attn_block(h, c)  # (N, T, D)
+        h = self.final_layer(h, c)  # (N, T, p*p*C_out)
+        return unpatchify(h, self.grid, self.patch)  # (N, C_out, G*p, G*p)
 
 
 register(

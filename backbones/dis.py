@@ -11,7 +11,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from backbones.layers import LabelEmbedder, Linear, PatchEmbed, PatchFinal, check_grid, timestep_sinusoid, unpatchify
+from backbones.layers import (
+    LabelEmbedder,
+    Linear,
+    PatchEmbed,
+    PatchFinal,
+    check_grid,
+    timestep_sinusoid,
+    unpatchify,
+)
 from backbones.mamba import Mamba, float32_or_wider, mamba_init, selective_ssm
 from backbones.registry import register
 
@@ -29,10 +37,20 @@ class BidirectionalMamba(Mamba):
         self.D_b = nn.Parameter(torch.ones(inner))
 
     def forward(self, x: Tensor) -> Tensor:
-        x, z = self.in_proj(x).transpose(1, 2).chunk(2, dim=1)                                       # (N, I, T)
-        ahead = selective_ssm(x, z, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)      # (N, I, T)
-        back = selective_ssm(x.flip(-1), z.flip(-1), self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
-        return self.out_proj((ahead + back.flip(-1)).transpose(1, 2))                                # (N, T, D)
+        x, z = self.in_proj(x).transpose(1, 2).chunk(2, dim=1)  # (N, I, T)
+        ahead = selective_ssm(
+            x, z, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D
+        )  # (N, I, T)
+        back = selective_ssm(
+            x.flip(-1),
+            z.flip(-1),
+            self.conv1d_b,
+            self.x_proj_b,
+            self.dt_proj_b,
+            self.A_b_log,
+            self.D_b,
+        )
+        return self.out_proj((ahead + back.flip(-1)).transpose(1, 2))  # (N, T, D)
 
 
 class DiSBlock(nn.Module):
@@ -44,7 +62,9 @@ class DiSBlock(nn.Module):
         self.norm = nn.RMSNorm(dim, eps=1e-5)
         self.skip_linear = Linear(2 * dim, dim) if skip else None
 
-    def forward(self, h: Tensor, r: Tensor | None, skip: Tensor | None = None, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, h: Tensor, r: Tensor | None, skip: Tensor | None = None, kept: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         if skip is not None:
             h = self.skip_linear(torch.cat([h, skip], dim=-1))
         r = float32_or_wider(h) if r is None else r + (h if kept is None else h * kept)
@@ -66,8 +86,15 @@ class DiS(nn.Module):
         """`depth` blocks in the two arms of the U together, and one between them."""
         super().__init__()
         if input_size % patch or depth % 2 or dim % 2:
-            raise ValueError(f"DiS needs input_size divisible by patch and an even depth and dim, got input_size {input_size}, patch {patch}, depth {depth}, dim {dim}")
-        self.input_size, self.in_channels, self.num_classes, self.patch = input_size, in_channels, num_classes, patch
+            raise ValueError(
+                f"DiS needs input_size divisible by patch and an even depth and dim, got input_size {input_size}, patch {patch}, depth {depth}, dim {dim}"
+            )
+        self.input_size, self.in_channels, self.num_classes, self.patch = (
+            input_size,
+            in_channels,
+            num_classes,
+            patch,
+        )
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.grid = (input_size // patch, input_size // patch)
         self.patch_embed = PatchEmbed(in_channels, dim, patch)
@@ -89,21 +116,28 @@ class DiS(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor, kept: Tensor | None = None) -> Tensor:
         """`kept` (N, K): what the increments to the stream are multiplied by, if not by 1."""
         check_grid(x, self.input_size, self.patch, "DiS")
-        weights = iter([None] * (len(self.in_blocks) + len(self.out_blocks) + 1) if kept is None else kept[..., None, None].unbind(1))
+        weights = iter(
+            [None] * (len(self.in_blocks) + len(self.out_blocks) + 1)
+            if kept is None
+            else kept[..., None, None].unbind(1)
+        )
         sinusoid = timestep_sinusoid(t, self.pos_embed.shape[-1])
-        time, label = self.time_embed(sinusoid.to(self.pos_embed.dtype)), self.label_emb(y)   # (N, D)
-        h = torch.cat([label[:, None], time[:, None], self.patch_embed(x)], dim=1)            # (N, T, D)
+        time, label = (
+            self.time_embed(sinusoid.to(self.pos_embed.dtype)),
+            self.label_emb(y),
+        )  # (N, D)
+        h = torch.cat([label[:, None], time[:, None], self.patch_embed(x)], dim=1)  # (N, T, D)
         h, r, skips = h + self.pos_embed, None, []
         for block in self.in_blocks:
-            h, r = block(h, r, kept=None if r is None else next(weights))                     # (N, T, D) twice
+            h, r = block(h, r, kept=None if r is None else next(weights))  # (N, T, D) twice
             skips.append(h)
         h, r = self.mid_block(h, r, kept=next(weights))
         for block in self.out_blocks:
             h, r = block(h, r, skips.pop(), next(weights))
         last = next(weights)
         h = self.norm_f(r + (h if last is None else h * last))
-        h = self.final_layer(h, time + label)[:, 2:]                                          # (N, L, p*p*C_out)
-        return unpatchify(h, self.grid, self.patch)                                           # (N, C_out, H, W)
+        h = self.final_layer(h, time + label)[:, 2:]  # (N, L, p*p*C_out)
+        return unpatchify(h, self.grid, self.patch)  # (N, C_out, H, W)
 
 
 register(

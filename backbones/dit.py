@@ -35,8 +35,10 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, t, d = x.shape
-        q, k, v = self.qkv(x).view(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # 3 x (N, h, T, e)
-        return self.proj(attention(q, k, v).transpose(1, 2).reshape(n, t, d))       # (N, T, D)
+        q, k, v = (
+            self.qkv(x).view(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        )  # 3 x (N, h, T, e)
+        return self.proj(attention(q, k, v).transpose(1, 2).reshape(n, t, d))  # (N, T, D)
 
 
 class DiTBlock(nn.Module):
@@ -49,7 +51,9 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)  # (N, 1, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(
+            6, dim=-1
+        )  # (N, 1, D)
         x = gated(x, gate1, self.attn(adaln(x, shift1, scale1)))  # (N, T, D)
         return gated(x, gate2, self.mlp(adaln(x, shift2, scale2)))  # (N, T, D)
 
@@ -70,8 +74,15 @@ class DiT(nn.Module):
     ) -> None:
         super().__init__()
         if input_size % patch or dim % heads or dim % 4:
-            raise ValueError(f"DiT needs input_size divisible by patch and dim by heads and by 4, got input_size {input_size}, patch {patch}, dim {dim}, heads {heads}")
-        self.input_size, self.in_channels, self.num_classes, self.patch = input_size, in_channels, num_classes, patch
+            raise ValueError(
+                f"DiT needs input_size divisible by patch and dim by heads and by 4, got input_size {input_size}, patch {patch}, dim {dim}, heads {heads}"
+            )
+        self.input_size, self.in_channels, self.num_classes, self.patch = (
+            input_size,
+            in_channels,
+            num_classes,
+            patch,
+        )
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.grid = (input_size // patch, input_size // patch)
         self.x_embedder = PatchEmbed(in_channels, dim, patch)
@@ -90,12 +101,12 @@ class DiT(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         check_grid(x, self.input_size, self.patch, "DiT")
-        x = self.x_embedder(x) + self.pos_embed              # (N, T, D)
-        c = self.t_embedder(t) + self.y_embedder(y)          # (N, D)
+        x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
+        c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
         for block in self.blocks:
-            x = block(x, c)                                  # (N, T, D)
-        x = self.final_layer(x, c)                           # (N, T, p*p*C_out)
-        return unpatchify(x, self.grid, self.patch)          # (N, C_out, H, W)
+            x = block(x, c)  # (N, T, D)
+        x = self.final_layer(x, c)  # (N, T, p*p*C_out)
+        return unpatchify(x, self.grid, self.patch)  # (N, C_out, H, W)
 
 
 _WIDTHS = {
@@ -107,6 +118,10 @@ _WIDTHS = {
 
 register(
     DiT,
-    {f"dit_{size}_{patch}": options | dict(patch=patch) for size, options in _WIDTHS.items() for patch in (2, 4, 8)},
+    {
+        f"dit_{size}_{patch}": options | dict(patch=patch)
+        for size, options in _WIDTHS.items()
+        for patch in (2, 4, 8)
+    },
     tiny=dict(depth=2, dim=24, heads=3),
 )

@@ -52,19 +52,31 @@ class Isotropic(nn.Module):
     ) -> None:
         super().__init__()
         if input_size % patch or dim % 4:
-            raise ValueError(f"the isotropic stack needs input_size divisible by patch and dim by 4, got {input_size}, {patch} and {dim}")
+            raise ValueError(
+                f"the isotropic stack needs input_size divisible by patch and dim by 4, got {input_size}, {patch} and {dim}"
+            )
         if gelu not in ("none", "tanh"):
             raise ValueError(f"gelu is 'none' (erf) or 'tanh', got {gelu!r}")
-        self.input_size, self.in_channels, self.num_classes, self.patch = input_size, in_channels, num_classes, patch
+        self.input_size, self.in_channels, self.num_classes, self.patch = (
+            input_size,
+            in_channels,
+            num_classes,
+            patch,
+        )
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.grid = (input_size // patch, input_size // patch)
         self.x_embedder = PatchEmbed(in_channels, dim, patch)
         self.t_embedder = TimestepEmbedder(dim)
         self.y_embedder = LabelEmbedder(num_classes, dim)
         self.position = nn.Parameter(sincos_position(dim, self.grid), requires_grad=False)
-        mixers = [build_mixer(mixer, dim, self.grid, index, **(mixer_options or {})) for index in range(depth)]
+        mixers = [
+            build_mixer(mixer, dim, self.grid, index, **(mixer_options or {}))
+            for index in range(depth)
+        ]
         self.blocks = nn.ModuleList(Block(dim, m, mlp_ratio, gelu) for m in mixers)
-        self.reduce = nn.ModuleList(Pointwise(2 * dim, dim) for _ in range((depth - 1) // 2 if skips else 0))
+        self.reduce = nn.ModuleList(
+            Pointwise(2 * dim, dim) for _ in range((depth - 1) // 2 if skips else 0)
+        )
         self.final = PatchFinal(dim, patch, self.out_channels)
         xavier_init(self)
         xavier_flat_(self.x_embedder.proj)
@@ -73,19 +85,19 @@ class Isotropic(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         check_grid(x, self.input_size, self.patch, "isotropic stack")
-        x = self.x_embedder(x) + self.position                          # (N, T, D)
-        x = x.transpose(1, 2).unflatten(2, self.grid)                   # (N, D, h, w)
-        c = self.t_embedder(t) + self.y_embedder(y)                     # (N, D)
+        x = self.x_embedder(x) + self.position  # (N, T, D)
+        x = x.transpose(1, 2).unflatten(2, self.grid)  # (N, D, h, w)
+        c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
         kept: list[Tensor] = []
         first_decoder = len(self.blocks) - len(self.reduce)
         for i, block in enumerate(self.blocks):
             if i >= first_decoder:
                 x = self.reduce[i - first_decoder](torch.cat([x, kept.pop()], dim=1))
-            x = block(x, c)                                             # (N, D, h, w)
+            x = block(x, c)  # (N, D, h, w)
             if i < len(self.reduce):
                 kept.append(x)
-        x = self.final(x.flatten(2).transpose(1, 2), c)                 # (N, T, p*p*C_out)
-        return unpatchify(x, self.grid, self.patch)                     # (N, C_out, H, W)
+        x = self.final(x.flatten(2).transpose(1, 2), c)  # (N, T, p*p*C_out)
+        return unpatchify(x, self.grid, self.patch)  # (N, C_out, H, W)
 
 
 register(Isotropic, {"isotropic": {}}, tiny=dict(dim=12, depth=3, mlp_ratio=2.0))

@@ -44,7 +44,9 @@ class TimestepEmbedder(nn.Module):
 def timestep_sinusoid(t: Tensor, dim: int) -> Tensor:
     """[cos(t w), sin(t w)], w_i = 10000^(-2i/dim), in float32: (N,) -> (N, dim)."""
     half = dim // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    frequencies = torch.exp(
+        -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+    )
     angles = t[:, None].float() * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -121,7 +123,7 @@ class GlobalPool(nn.Module):
 
 def adaln2d(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm over the channels of each pixel, shifted and scaled: (N, C, H, W), (N, C, 1, 1) twice -> (N, C, H, W)."""
-    rows = x.permute(0, 2, 3, 1).flatten(1, 2)                                           # (N, HW, C), as it lies where channels are last
+    rows = x.permute(0, 2, 3, 1).flatten(1, 2)  # (N, HW, C), as it lies where channels are last
     rows = kernels.adaln(rows, shift.flatten(1)[:, None], scale.flatten(1)[:, None])
     return rows.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
@@ -131,7 +133,9 @@ class Downsample(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(dim, dim // 2, 3, padding=1, bias=False), nn.PixelUnshuffle(2))
+        self.body = nn.Sequential(
+            nn.Conv2d(dim, dim // 2, 3, padding=1, bias=False), nn.PixelUnshuffle(2)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x)
@@ -142,7 +146,9 @@ class Upsample(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(dim, dim * 2, 3, padding=1, bias=False), nn.PixelShuffle(2))
+        self.body = nn.Sequential(
+            nn.Conv2d(dim, dim * 2, 3, padding=1, bias=False), nn.PixelShuffle(2)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x)
@@ -191,7 +197,9 @@ def sincos_position(dim: int, grid: tuple[int, int]) -> Tensor:
     frequencies = 10000.0 ** (-np.arange(dim // 4) / (dim / 4))
     row, column = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
     angles = [np.outer(position.reshape(-1), frequencies) for position in (column, row)]
-    table = np.concatenate([part for angle in angles for part in (np.sin(angle), np.cos(angle))], axis=1)
+    table = np.concatenate(
+        [part for angle in angles for part in (np.sin(angle), np.cos(angle))], axis=1
+    )
     return torch.tensor(table, dtype=torch.float32)[None]
 
 
@@ -226,9 +234,13 @@ def check_grid(x: Tensor, input_size: int | None, multiple: int, family: str) ->
     """Raise ValueError where a family cannot take inputs of this height and width."""
     height, width = x.shape[-2:]
     if input_size is not None and (height, width) != (input_size, input_size):
-        raise ValueError(f"this {family} takes inputs of {input_size}x{input_size}, got {height}x{width}; build it with input_size={height}")
+        raise ValueError(
+            f"this {family} takes inputs of {input_size}x{input_size}, got {height}x{width}; build it with input_size={height}"
+        )
     if height % multiple or width % multiple:
-        raise ValueError(f"{family} takes heights and widths divisible by {multiple}, got {height}x{width}")
+        raise ValueError(
+            f"{family} takes heights and widths divisible by {multiple}, got {height}x{width}"
+        )
 
 
 def check_stages(dim: int, multiple: int, **per_stage: tuple[int, ...] | None) -> None:
@@ -243,4 +255,6 @@ def check_stages(dim: int, multiple: int, **per_stage: tuple[int, ...] | None) -
 def check_size(x: Tensor, size: tuple[int, int], part: str) -> None:
     """Raise ValueError where a part was built for another grid than x (N, C, H, W) has."""
     if tuple(x.shape[-2:]) != size:
-        raise ValueError(f"this {part} was built for a grid of {size}, got {tuple(x.shape[-2:])}; build it with the input size it is to take")
+        raise ValueError(
+            f"this {part} was built for a grid of {size}, got {tuple(x.shape[-2:])}; build it with the input size it is to take"
+        )

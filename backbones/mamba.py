@@ -30,22 +30,41 @@ class Mamba(nn.Module):
         self.out_proj = Linear(inner, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, z = self.in_proj(x).transpose(1, 2).chunk(2, dim=1)                             # (N, I, T)
-        y = selective_ssm(x, z, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)  # (N, I, T)
-        return self.out_proj(y.transpose(1, 2))                                            # (N, T, D)
+        x, z = self.in_proj(x).transpose(1, 2).chunk(2, dim=1)  # (N, I, T)
+        y = selective_ssm(
+            x, z, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D
+        )  # (N, I, T)
+        return self.out_proj(y.transpose(1, 2))  # (N, T, D)
 
 
-def selective_ssm(x: Tensor, z: Tensor, conv: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, a_log: Tensor, d: Tensor) -> Tensor:
+def selective_ssm(
+    x: Tensor,
+    z: Tensor,
+    conv: nn.Conv1d,
+    x_proj: nn.Linear,
+    dt_proj: nn.Linear,
+    a_log: Tensor,
+    d: Tensor,
+) -> Tensor:
     """Convolution, input-dependent steps and matrices, scan gated by z: (N, I, T) -> same."""
     rank, states = dt_proj.in_features, a_log.shape[1]
-    x = causal_conv(x, conv.weight, conv.bias)                                             # (N, I, T)
-    step, b, c = x_proj(x.transpose(1, 2)).split([rank, states, states], dim=-1)           # (N, T, R), (N, T, S) twice
-    delta = F.linear(step, dt_proj.weight).transpose(1, 2)                                 # (N, I, T), its bias is added in the scan
-    a = -torch.exp(float32_or_wider(a_log))                                                # (I, S)
+    x = causal_conv(x, conv.weight, conv.bias)  # (N, I, T)
+    step, b, c = x_proj(x.transpose(1, 2)).split(
+        [rank, states, states], dim=-1
+    )  # (N, T, R), (N, T, S) twice
+    delta = F.linear(step, dt_proj.weight).transpose(
+        1, 2
+    )  # (N, I, T), its bias is added in the scan
+    a = -torch.exp(float32_or_wider(a_log))  # (I, S)
     return selective_scan(x, delta, a, b.transpose(1, 2), c.transpose(1, 2), d, z, dt_proj.bias)
 
 
-ROWS, ROWS_BACK, COLUMNS, COLUMNS_BACK = (False, False), (False, True), (True, False), (True, True)  # by column, from the end
+ROWS, ROWS_BACK, COLUMNS, COLUMNS_BACK = (
+    (False, False),
+    (False, True),
+    (True, False),
+    (True, True),
+)  # by column, from the end
 
 
 def reorder(x: Tensor, grid: tuple[int, int], order: tuple[bool, bool]) -> Tensor:

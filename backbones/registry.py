@@ -12,7 +12,12 @@ _REGISTRY: dict[str, tuple[type[nn.Module], dict[str, Any], dict[str, Any]]] = {
 _CLASSIFIERS: set[str] = set()
 
 
-def register(cls: type[nn.Module], sizes: dict[str, dict[str, Any]], tiny: dict[str, Any], classifier: bool = False) -> None:
+def register(
+    cls: type[nn.Module],
+    sizes: dict[str, dict[str, Any]],
+    tiny: dict[str, Any],
+    classifier: bool = False,
+) -> None:
     """Register one line per published size; `tiny` are the overrides with which the tests build the family.
 
     A `classifier` maps (x, t) to logits; it is built like a backbone and listed apart.
@@ -37,7 +42,9 @@ def list_classifiers(pattern: str = "*") -> list[str]:
 
 def _entry(name: str) -> tuple[type[nn.Module], dict[str, Any], dict[str, Any]]:
     if name not in _REGISTRY:
-        raise ValueError(f"unknown backbone {name!r}; known: {', '.join([*list_backbones(), *list_classifiers()])}")
+        raise ValueError(
+            f"unknown backbone {name!r}; known: {', '.join([*list_backbones(), *list_classifiers()])}"
+        )
     return _REGISTRY[name]
 
 
@@ -62,5 +69,7 @@ def build(name: str, **options: Any) -> nn.Module:
     cls, _, _ = _entry(name)
     known = options_of(name)
     if unknown := sorted(set(options) - set(known)):
-        raise ValueError(f"{name} has no option {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        raise ValueError(
+            f"{name} has no option {', '.join(unknown)}; known: {', '.join(sorted(known))}"
+        )
     return cls(**(known | options))

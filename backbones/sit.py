@@ -41,7 +41,7 @@ class SiT(DiT):
         self.out_channels = in_channels
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return super().forward(x, t, y)[:, :self.out_channels]  # (N, C, H, W)
+        return super().forward(x, t, y)[:, : self.out_channels]  # (N, C, H, W)
 
 
 _WIDTHS = {
@@ -53,6 +53,10 @@ _WIDTHS = {
 
 register(
     SiT,
-    {f"sit_{size}_{patch}": options | dict(patch=patch) for size, options in _WIDTHS.items() for patch in (2, 4, 8)},
+    {
+        f"sit_{size}_{patch}": options | dict(patch=patch)
+        for size, options in _WIDTHS.items()
+        for patch in (2, 4, 8)
+    },
     tiny=dict(depth=2, dim=24, heads=3),
 )

@@ -48,16 +48,20 @@ class DownsampledAttention(nn.Module):
 
     def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
         n, c, height, width = x.shape
-        x = x + self.downsampler["layer"](x)                                             # (N, C, H, W)
-        x = x.reshape(n, c, height // 2, 2, width // 2, 2).permute(0, 3, 5, 2, 4, 1)     # (N, 2, 2, H/2, W/2, C)
-        qkv = self.to_qkv(x.reshape(4 * n, -1, c))                                       # (4N, T, 3C)
-        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)           # 3 x (4N, h, T, e)
+        x = x + self.downsampler["layer"](x)  # (N, C, H, W)
+        x = x.reshape(n, c, height // 2, 2, width // 2, 2).permute(
+            0, 3, 5, 2, 4, 1
+        )  # (N, 2, 2, H/2, W/2, C)
+        qkv = self.to_qkv(x.reshape(4 * n, -1, c))  # (4N, T, 3C)
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x (4N, h, T, e)
         q, k = (F.normalize(_rotate(part, rotation), dim=-1) for part in (q, k))
-        scale = self.logit_scale.clamp(max=math.log(100)).exp()                          # (h, 1, 1)
-        weights = (q @ k.transpose(-2, -1) * scale).softmax(dim=-1)                      # (4N, h, T, T)
-        x = (weights.to(v.dtype) @ v).transpose(1, 2)                                    # (4N, T, h, e)
-        x = x.reshape(n, 2, 2, height // 2, width // 2, c).permute(0, 5, 3, 1, 4, 2)     # (N, C, H/2, 2, W/2, 2)
-        return self.to_out(x.reshape(n, c, height, width))                               # (N, C, H, W)
+        scale = self.logit_scale.clamp(max=math.log(100)).exp()  # (h, 1, 1)
+        weights = (q @ k.transpose(-2, -1) * scale).softmax(dim=-1)  # (4N, h, T, T)
+        x = (weights.to(v.dtype) @ v).transpose(1, 2)  # (4N, T, h, e)
+        x = x.reshape(n, 2, 2, height // 2, width // 2, c).permute(
+            0, 5, 3, 1, 4, 2
+        )  # (N, C, H/2, 2, W/2, 2)
+        return self.to_out(x.reshape(n, c, height, width))  # (N, C, H, W)
 
 
 def rotary_table(grid: tuple[int, int], dim: int, like: Tensor) -> Tensor:
@@ -66,8 +70,15 @@ def rotary_table(grid: tuple[int, int], dim: int, like: Tensor) -> Tensor:
     Pairs alternate between the column's and the row's angle; the i-th of dim / 4 frequencies is 10000^(-4i/dim).
     """
     periods = 10000 ** (torch.arange(0, dim, 4, dtype=torch.float64, device=like.device) / dim)
-    row, column = (torch.arange(side, dtype=torch.float64, device=like.device)[:, None] / periods for side in grid)
-    angles = torch.stack(torch.broadcast_tensors(column[None], row[:, None]), dim=-1).flatten(0, 1).flatten(1)
+    row, column = (
+        torch.arange(side, dtype=torch.float64, device=like.device)[:, None] / periods
+        for side in grid
+    )
+    angles = (
+        torch.stack(torch.broadcast_tensors(column[None], row[:, None]), dim=-1)
+        .flatten(0, 1)
+        .flatten(1)
+    )
     dtype = torch.promote_types(like.dtype, torch.float32)
     return torch.complex(angles.cos().to(dtype), angles.sin().to(dtype))
 
@@ -92,7 +103,9 @@ class RepFeedForward(nn.Module):
         hidden = int(dim * mlp_ratio)
         half = hidden // 2
         self.project_in = nn.Sequential(Pointwise(dim, half), Pointwise(half, hidden))
-        self.dwconv = nn.ModuleList(nn.Conv2d(hidden, hidden, k, padding=k // 2, groups=hidden) for k in (5, 3, 1))
+        self.dwconv = nn.ModuleList(
+            nn.Conv2d(hidden, hidden, k, padding=k // 2, groups=hidden) for k in (5, 3, 1)
+        )
         self.project_out = nn.Sequential(Pointwise(hidden, half), Pointwise(half, dim))
         self._fused: tuple[Tensor, ...] = ()
         self._fused_from: list[tuple[int, int]] = []
@@ -100,7 +113,7 @@ class RepFeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
             return self._forward_fused(x)
-        h = F.gelu(self.project_in(x))                               # (N, rC, H, W)
+        h = F.gelu(self.project_in(x))  # (N, rC, H, W)
         conv5, conv3, conv1 = self.dwconv
         return self.project_out(h + conv5(h) + conv3(h) + conv1(h))  # (N, C, H, W)
 
@@ -108,9 +121,9 @@ class RepFeedForward(nn.Module):
         if self._fused_from != self._versions():
             self._fuse()
         weight_in, bias_in, weight, bias, weight_out, bias_out = self._fused
-        h = F.gelu(F.conv2d(x, weight_in, bias_in))                  # (N, rC, H, W)
+        h = F.gelu(F.conv2d(x, weight_in, bias_in))  # (N, rC, H, W)
         h = F.conv2d(h, weight, bias, padding=2, groups=len(weight))
-        return F.conv2d(h, weight_out, bias_out)                     # (N, C, H, W)
+        return F.conv2d(h, weight_out, bias_out)  # (N, C, H, W)
 
     def train(self, mode: bool = True) -> RepFeedForward:
         super().train(mode)
@@ -122,7 +135,11 @@ class RepFeedForward(nn.Module):
     @torch.no_grad()
     def _fuse(self) -> None:
         """In float64, so that neither TF32 nor autocast touches the kernels."""
-        kernels = (*_fuse_pointwise(*self.project_in), *_fuse_depthwise(*self.dwconv), *_fuse_pointwise(*self.project_out))
+        kernels = (
+            *_fuse_pointwise(*self.project_in),
+            *_fuse_depthwise(*self.dwconv),
+            *_fuse_pointwise(*self.project_out),
+        )
         self._fused = tuple(kernel.to(self.dwconv[0].weight.dtype) for kernel in kernels)
         self._fused_from = self._versions()
 
@@ -161,9 +178,11 @@ class UDiTBlock(nn.Module):
         first = self.adaLN_modulation1, self.attn1, self.mlp1
         for modulation, attn, mlp in (first, (self.adaLN_modulation2, self.attn2, self.mlp2)):
             parts = modulation(c)[..., None, None].chunk(6, dim=1)
-            shift1, scale1, gate1, shift2, scale2, gate2 = parts                            # (N, C, 1, 1)
-            x = gated(x, gate1, attn(modulate(self.norm(x), shift1, scale1), rotation))     # (N, C, H, W)
-            x = gated(x, gate2, mlp(modulate(self.norm(x), shift2, scale2)))                # (N, C, H, W)
+            shift1, scale1, gate1, shift2, scale2, gate2 = parts  # (N, C, 1, 1)
+            x = gated(
+                x, gate1, attn(modulate(self.norm(x), shift1, scale1), rotation)
+            )  # (N, C, H, W)
+            x = gated(x, gate2, mlp(modulate(self.norm(x), shift2, scale2)))  # (N, C, H, W)
         return x
 
 
@@ -182,9 +201,13 @@ class UDiT(nn.Module):
     ) -> None:
         super().__init__()
         if input_size % 8:
-            raise ValueError(f"U-DiT halves its input twice and splits that in sub-grids: input_size must be divisible by 8, got {input_size}")
+            raise ValueError(
+                f"U-DiT halves its input twice and splits that in sub-grids: input_size must be divisible by 8, got {input_size}"
+            )
         if dim % (4 * heads):
-            raise ValueError(f"U-DiT rotates channels of a head in fours: dim must be divisible by 4 heads, got dim {dim}, heads {heads}")
+            raise ValueError(
+                f"U-DiT rotates channels of a head in fours: dim must be divisible by 4 heads, got dim {dim}, heads {heads}"
+            )
         self.input_size, self.in_channels, self.num_classes = input_size, in_channels, num_classes
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         d1, d2, d3 = dim, 2 * dim, 4 * dim
@@ -221,18 +244,18 @@ class UDiT(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         check_grid(x, None, 8, "U-DiT")
-        c1 = self.t_embedder_1(t) + self.y_embedder_1(y)                      # (N, D)
-        c2 = self.t_embedder_2(t) + self.y_embedder_2(y)                      # (N, 2D)
-        c3 = self.t_embedder_3(t) + self.y_embedder_3(y)                      # (N, 4D)
+        c1 = self.t_embedder_1(t) + self.y_embedder_1(y)  # (N, D)
+        c2 = self.t_embedder_2(t) + self.y_embedder_2(y)  # (N, 2D)
+        c3 = self.t_embedder_3(t) + self.y_embedder_3(y)  # (N, 4D)
 
-        x1 = _run(self.encoder_level_1, self.x_embedder(x), c1)               # (N, D, H, W)
-        x2 = _run(self.encoder_level_2, self.down1_2(x1), c2)                 # (N, 2D, H/2, W/2)
-        x3 = _run(self.latent, self.down2_3(x2), c3)                          # (N, 4D, H/4, W/4)
+        x1 = _run(self.encoder_level_1, self.x_embedder(x), c1)  # (N, D, H, W)
+        x2 = _run(self.encoder_level_2, self.down1_2(x1), c2)  # (N, 2D, H/2, W/2)
+        x3 = _run(self.latent, self.down2_3(x2), c3)  # (N, 4D, H/4, W/4)
         u2 = self.reduce_chan_level2(torch.cat([self.up3_2(x3), x2], dim=1))  # (N, 2D, H/2, W/2)
         u2 = _run(self.decoder_level_2, u2, c2)
         u1 = self.reduce_chan_level1(torch.cat([self.up2_1(u2), x1], dim=1))  # (N, 2D, H, W)
         u1 = _run(self.decoder_level_1, u1, c2)
-        return self.final_layer(self.output(u1), c2)                          # (N, C_out, H, W)
+        return self.final_layer(self.output(u1), c2)  # (N, C_out, H, W)
 
 
 def _run(stage: nn.ModuleList, x: Tensor, c: Tensor) -> Tensor:

@@ -23,8 +23,10 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, s, d = x.shape
-        q, k, v = self.qkv(x).view(n, s, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # 3 x (N, h, S, e)
-        return self.proj(attention(q, k, v).transpose(1, 2).reshape(n, s, d))       # (N, S, D)
+        q, k, v = (
+            self.qkv(x).view(n, s, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        )  # 3 x (N, h, S, e)
+        return self.proj(attention(q, k, v).transpose(1, 2).reshape(n, s, d))  # (N, S, D)
 
 
 class UViTBlock(nn.Module):
@@ -41,8 +43,8 @@ class UViTBlock(nn.Module):
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         if self.skip_linear is not None:
             x = self.skip_linear(torch.cat([x, skip], dim=-1))  # (N, S, 2D) -> (N, S, D)
-        x = x + self.attn(self.norm1(x))                        # (N, S, D)
-        return x + self.mlp(self.norm2(x))                      # (N, S, D)
+        x = x + self.attn(self.norm1(x))  # (N, S, D)
+        return x + self.mlp(self.norm2(x))  # (N, S, D)
 
 
 class UViT(nn.Module):
@@ -63,8 +65,15 @@ class UViT(nn.Module):
     ) -> None:
         super().__init__()
         if input_size % patch or dim % heads or dim % 2 or depth % 2:
-            raise ValueError(f"U-ViT needs input_size divisible by patch, dim by heads, an even dim and depth, got input_size {input_size}, patch {patch}, dim {dim}, heads {heads}, depth {depth}")
-        self.input_size, self.in_channels, self.num_classes, self.patch = input_size, in_channels, num_classes, patch
+            raise ValueError(
+                f"U-ViT needs input_size divisible by patch, dim by heads, an even dim and depth, got input_size {input_size}, patch {patch}, dim {dim}, heads {heads}, depth {depth}"
+            )
+        self.input_size, self.in_channels, self.num_classes, self.patch = (
+            input_size,
+            in_channels,
+            num_classes,
+            patch,
+        )
         self.out_channels = in_channels
         self.grid = (input_size // patch, input_size // patch)
 
@@ -79,7 +88,9 @@ class UViT(nn.Module):
         self.out_blocks = half(skip=True)
         self.norm = nn.LayerNorm(dim, eps=1e-5)
         self.decoder_pred = Linear(dim, patch * patch * in_channels)
-        self.final_layer = nn.Conv2d(in_channels, in_channels, 3, padding=1) if conv_head else nn.Identity()
+        self.final_layer = (
+            nn.Conv2d(in_channels, in_channels, 3, padding=1) if conv_head else nn.Identity()
+        )
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -93,19 +104,19 @@ class UViT(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         check_grid(x, self.input_size, self.patch, "U-ViT")
-        x = self.patch_embed(x)                                                  # (N, T, D)
-        time = timestep_sinusoid(t, x.shape[-1]).to(x.dtype)                     # (N, D)
-        x = torch.cat([self.label_emb(y)[:, None], time[:, None], x], dim=1)     # (N, S, D)
+        x = self.patch_embed(x)  # (N, T, D)
+        time = timestep_sinusoid(t, x.shape[-1]).to(x.dtype)  # (N, D)
+        x = torch.cat([self.label_emb(y)[:, None], time[:, None], x], dim=1)  # (N, S, D)
         x = x + self.pos_embed
         skips: list[Tensor] = []
         for block in self.in_blocks:
-            x = block(x)                                                         # (N, S, D)
+            x = block(x)  # (N, S, D)
             skips.append(x)
         x = self.mid_block(x)
         for block in self.out_blocks:
-            x = block(x, skips.pop())                                            # (N, S, D)
-        x = self.decoder_pred(self.norm(x))[:, 2:]                               # (N, T, p*p*C)
-        return self.final_layer(unpatchify(x, self.grid, self.patch))            # (N, C, H, W)
+            x = block(x, skips.pop())  # (N, S, D)
+        x = self.decoder_pred(self.norm(x))[:, 2:]  # (N, T, p*p*C)
+        return self.final_layer(unpatchify(x, self.grid, self.patch))  # (N, C, H, W)
 
 
 register(

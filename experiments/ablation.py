@@ -37,10 +37,26 @@ TABLE_3 = Table(
     key=("model", "structure"),
     rows=(
         Row("DiT (iso.)", Backbone("dit_s_2"), SMALL_DIT, "DiT isotropic"),
-        Row("DiCo (iso.)", Backbone("isotropic", dict(dim=256, depth=24, mlp_ratio=6.0, mixer="conv")), SMALL_ISO, "DiCo isotropic"),
+        Row(
+            "DiCo (iso.)",
+            Backbone("isotropic", dict(dim=256, depth=24, mlp_ratio=6.0, mixer="conv")),
+            SMALL_ISO,
+            "DiCo isotropic",
+        ),
         Row(
             "DiT (iso.&skip)",
-            Backbone("isotropic", dict(dim=384, depth=12, mlp_ratio=4.0, mixer="softmax", mixer_options=dict(heads=6), skips=True, gelu="tanh")),
+            Backbone(
+                "isotropic",
+                dict(
+                    dim=384,
+                    depth=12,
+                    mlp_ratio=4.0,
+                    mixer="softmax",
+                    mixer_options=dict(heads=6),
+                    skips=True,
+                    gelu="tanh",
+                ),
+            ),
             dict(dim=96, depth=4, mixer_options=dict(heads=3)),
             "DiT isotropic+skip",
         ),
@@ -51,7 +67,14 @@ TABLE_3 = Table(
     outside=(
         Row(
             "DiT (U-shape) (alt)",
-            u_shape("softmax", dim=112, depths=(2, 2, 6, 2, 1), mlp_ratio=4.0, heads=(4, 8, 16, 8, 8), position=True),
+            u_shape(
+                "softmax",
+                dim=112,
+                depths=(2, 2, 6, 2, 1),
+                mlp_ratio=4.0,
+                heads=(4, 8, 16, 8, 8),
+                position=True,
+            ),
             SMALL_U | HEADS_U,
             "DiT u-shape",
         ),
@@ -72,22 +95,48 @@ TABLE_4 = Table(
         Row("GELU->ReLU", conv(activation="relu"), SMALL_U, "GELU -> ReLU"),
         Row("DWC 5x5", conv(kernel=5), SMALL_U, "3x3 -> 5x5 DWC"),
         Row("DWC 7x7", conv(kernel=7), SMALL_U, "3x3 -> 7x7 DWC"),
-        Row("w/o CCA", u_shape(mixer_options=dict(channel="none"), depths=(6, 3, 5, 3, 4)), SMALL_U, "w/o CCA"),
-        Row("CCA->SE", u_shape(mixer_options=dict(channel="se", reduction=8), depths=(3, 5, 4, 5, 4)), SMALL_U, "CCA -> SE module"),
+        Row(
+            "w/o CCA",
+            u_shape(mixer_options=dict(channel="none"), depths=(6, 3, 5, 3, 4)),
+            SMALL_U,
+            "w/o CCA",
+        ),
+        Row(
+            "CCA->SE",
+            u_shape(mixer_options=dict(channel="se", reduction=8), depths=(3, 5, 4, 5, 4)),
+            SMALL_U,
+            "CCA -> SE module",
+        ),
         Row(
             "CCA->Channel Self-Attn",
-            u_shape(mixer_options=dict(channel="mdta"), dim=96, depths=(3, 7, 8, 7, 4), heads=(2, 4, 8, 4, 4)),
+            u_shape(
+                mixer_options=dict(channel="mdta"),
+                dim=96,
+                depths=(3, 7, 8, 7, 4),
+                heads=(2, 4, 8, 4, 4),
+            ),
             SMALL_U | HEADS_U,
             "CCA -> Channel Self-Attn",
         ),
-        Row("CM->Self-Attn", DIT_U, SMALL_U | HEADS_U, "CM -> Self-Attn", note="the same network as DiT (U-shape) of Table 3"),
+        Row(
+            "CM->Self-Attn",
+            DIT_U,
+            SMALL_U | HEADS_U,
+            "CM -> Self-Attn",
+            note="the same network as DiT (U-shape) of Table 3",
+        ),
         Row(
             "CM->Window Attn",
             u_shape("window", **WINDOWED, heads=(4, 8, 16, 8, 8), mixer_options=dict(window=8)),
             SMALL_U | HEADS_U | dict(mixer_options=dict(window=4)),
             "CM -> Window Attn",
         ),
-        Row("CM->Focused Linear Attn", u_shape("focused_linear", **WINDOWED, heads=MIRRORED_HEADS), SMALL_U | HEADS_U, "CM -> Focused Linear Attn"),
+        Row(
+            "CM->Focused Linear Attn",
+            u_shape("focused_linear", **WINDOWED, heads=MIRRORED_HEADS),
+            SMALL_U | HEADS_U,
+            "CM -> Focused Linear Attn",
+        ),
         Row(
             "CM->Agent Attn",
             u_shape("agent", **WINDOWED, heads=MIRRORED_HEADS, mixer_options=dict(agents=16)),
@@ -96,29 +145,62 @@ TABLE_4 = Table(
         ),
     ),
     outside=(
-        Row("w/o CCA (alt)", u_shape(mixer_options=dict(channel="none"), depths=(2, 3, 5, 3, 5)), SMALL_U, "w/o CCA"),
-        Row("CCA->SE (alt)", u_shape(mixer_options=dict(channel="se", reduction=8), depths=(7, 5, 4, 5, 3)), SMALL_U, "CCA -> SE module"),
+        Row(
+            "w/o CCA (alt)",
+            u_shape(mixer_options=dict(channel="none"), depths=(2, 3, 5, 3, 5)),
+            SMALL_U,
+            "w/o CCA",
+        ),
+        Row(
+            "CCA->SE (alt)",
+            u_shape(mixer_options=dict(channel="se", reduction=8), depths=(7, 5, 4, 5, 3)),
+            SMALL_U,
+            "CCA -> SE module",
+        ),
         Row(
             "CCA->Channel Self-Attn (alt)",
-            u_shape(mixer_options=dict(channel="mdta", project=True), dim=96, depths=(3, 3, 9, 3, 5), heads=(8, 8, 8, 8, 8)),
+            u_shape(
+                mixer_options=dict(channel="mdta", project=True),
+                dim=96,
+                depths=(3, 3, 9, 3, 5),
+                heads=(8, 8, 8, 8, 8),
+            ),
             SMALL_U | HEADS_U,
             "CCA -> Channel Self-Attn",
         ),
         Row(
             "CM->Window Attn (alt)",
-            u_shape("window", dim=96, depths=(2, 1, 11, 1, 8), heads=(3, 6, 12, 6, 6), mixer_options=dict(window=8)),
+            u_shape(
+                "window",
+                dim=96,
+                depths=(2, 1, 11, 1, 8),
+                heads=(3, 6, 12, 6, 6),
+                mixer_options=dict(window=8),
+            ),
             SMALL_U | HEADS_U | dict(mixer_options=dict(window=4)),
             "CM -> Window Attn",
         ),
         Row(
             "CM->Focused Linear Attn (alt)",
-            u_shape("focused_linear", dim=96, depths=(6, 5, 8, 5, 6), heads=(8, 8, 8, 8, 8), mixer_options=dict(position=True)),
+            u_shape(
+                "focused_linear",
+                dim=96,
+                depths=(6, 5, 8, 5, 6),
+                heads=(8, 8, 8, 8, 8),
+                mixer_options=dict(position=True),
+            ),
             SMALL_U | HEADS_U,
             "CM -> Focused Linear Attn",
         ),
         Row(
             "CM->Agent Attn (alt)",
-            u_shape("agent", dim=112, depths=(5, 5, 6, 5, 3), heads=(4, 8, 16, 8, 8), mixer_options=dict(agents=16, biases=False)),
+            u_shape(
+                "agent",
+                dim=112,
+                depths=(5, 5, 6, 5, 3),
+                heads=(4, 8, 16, 8, 8),
+                mixer_options=dict(agents=16, biases=False),
+            ),
             SMALL_U | HEADS_U | dict(mixer_options=dict(agents=4, biases=False)),
             "CM -> Agent Attn",
         ),
@@ -131,7 +213,10 @@ TABLE_5 = Table(
     source="DiCo paper, Table 5",
     published="table5.csv",
     key=("model",),
-    rows=tuple(Row(f"DiCo-{size.upper()}", Backbone(f"dico_{size}"), {}, f"DiCo-{size.upper()}") for size in ("s", "b", "l", "xl", "h")),
+    rows=tuple(
+        Row(f"DiCo-{size.upper()}", Backbone(f"dico_{size}"), {}, f"DiCo-{size.upper()}")
+        for size in ("s", "b", "l", "xl", "h")
+    ),
     counts_only=True,
 )
 

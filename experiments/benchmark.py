@@ -53,20 +53,49 @@ def main() -> int:
 
 def _main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--main-job", action="store_true", help="run the whole main job and report seconds and peak memory")
-    parser.add_argument("--latents", action="store_true", help="time the loader of latents and nothing else")
-    parser.add_argument("--checkpoints", action="store_true", help="measure what a checkpoint costs and nothing else")
-    parser.add_argument("--neighbours", action="store_true", help="time precision and recall and nothing else")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of --neighbours (default: cpu)")
-    parser.add_argument("--sizes", type=int, nargs=3, metavar=("SAMPLES", "REFERENCE", "DIM"), help="of --neighbours (default: 5000 2000 2048, on CUDA 50000 10000 2048)")
-    parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="results folder for the records of --neighbours and --latents (default: results)")
+    parser.add_argument(
+        "--main-job",
+        action="store_true",
+        help="run the whole main job and report seconds and peak memory",
+    )
+    parser.add_argument(
+        "--latents", action="store_true", help="time the loader of latents and nothing else"
+    )
+    parser.add_argument(
+        "--checkpoints",
+        action="store_true",
+        help="measure what a checkpoint costs and nothing else",
+    )
+    parser.add_argument(
+        "--neighbours", action="store_true", help="time precision and recall and nothing else"
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="of --neighbours (default: cpu)"
+    )
+    parser.add_argument(
+        "--sizes",
+        type=int,
+        nargs=3,
+        metavar=("SAMPLES", "REFERENCE", "DIM"),
+        help="of --neighbours (default: 5000 2000 2048, on CUDA 50000 10000 2048)",
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="results folder for the records of --neighbours and --latents (default: results)",
+    )
     args = parser.parse_args()
     if args.neighbours:
         require_device(args.device)
         store = Store(args.results)
         store.check_writable()
         for arithmetic in ("exact", "half"):
-            _neighbours(Neighbours(arithmetic, args.device, *(args.sizes or (*ROWS[args.device], 2048))), store)
+            _neighbours(
+                Neighbours(arithmetic, args.device, *(args.sizes or (*ROWS[args.device], 2048))),
+                store,
+            )
         return 0
     if args.checkpoints:
         _checkpoints()
@@ -86,7 +115,9 @@ def _main() -> int:
 def _report() -> None:
     code = f"import runpy, sys; sys.argv = ['ablation.py', '--table', '4', '--report']\ntry: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\nfinally: print('torch' in sys.modules)"
     started = time.perf_counter()
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    ).stdout
     print(f"--report: {time.perf_counter() - started:.2f} s, torch imported: {out.split()[-1]}")
 
 
@@ -99,8 +130,13 @@ def _counts() -> None:
 
     options = {name: backbones.options_of(name) for name in backbones.list_backbones()}
     groups = {
-        "registered networks": [Cost(Backbone(name), own["input_size"], own["in_channels"], own["num_classes"]) for name, own in options.items()],
-        "rows of ablations": [cost_stage(row) for table in TABLES.values() for row in (*table.rows, *table.outside)],
+        "registered networks": [
+            Cost(Backbone(name), own["input_size"], own["in_channels"], own["num_classes"])
+            for name, own in options.items()
+        ],
+        "rows of ablations": [
+            cost_stage(row) for table in TABLES.values() for row in (*table.rows, *table.outside)
+        ],
     }
     for what, specs in groups.items():
         started = time.perf_counter()
@@ -122,7 +158,11 @@ def _checkpoints() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data, batch = Data("random", 32, 4, 1000), 256 if device.type == "cuda" else BATCH
     drawn = np.random.default_rng(0)
-    images = ImageSet(drawn.standard_normal((512, 4, 32, 32), dtype=np.float32), drawn.integers(1000, size=512), data)
+    images = ImageSet(
+        drawn.standard_normal((512, 4, 32, 32), dtype=np.float32),
+        drawn.integers(1000, size=512),
+        data,
+    )
     trainer = Trainer(Train(Backbone("dico_s"), data, Recipe(steps=10**6, batch=batch)), device)
     stepping = trainer.steps(images)
     with tempfile.TemporaryDirectory() as folder, Writer(Path(folder)) as writer:
@@ -134,11 +174,16 @@ def _checkpoints() -> None:
         copied = _seconds(lambda: writer.save(trainer.step, trainer.state()))
         while writer.busy:
             during.append(_seconds(lambda: next(stepping).item()))
-        seconds, size = time.perf_counter() - started, max(path.stat().st_size for path in Path(folder).iterdir())
+        seconds, size = (
+            time.perf_counter() - started,
+            max(path.stat().st_size for path in Path(folder).iterdir()),
+        )
     stepping.close()
     usual, every = statistics.median(plain), Resources().checkpoint_every
     slowed = sum(during) - usual * len(during)
-    print(f"checkpoint of {size / 1e9:.2f} GB: copied in {copied:.2f} s, written in {seconds:.1f} s beside {len(during)} steps, which took {slowed:.2f} s longer")
+    print(
+        f"checkpoint of {size / 1e9:.2f} GB: copied in {copied:.2f} s, written in {seconds:.1f} s beside {len(during)} steps, which took {slowed:.2f} s longer"
+    )
     print(f"stall every {every} steps of {usual:.3f} s: {(copied + slowed) / (every * usual):.3%}")
 
 
@@ -164,23 +209,41 @@ def _neighbours(spec: Neighbours, store: Store) -> None:
     from experiments.engine.timing import seconds
 
     if spec.samples <= NEIGHBOURS or spec.reference <= NEIGHBOURS or spec.dim < 1:
-        raise ValueError(f"--sizes takes more than {NEIGHBOURS} samples and reference points and a width from 1 on")
+        raise ValueError(
+            f"--sizes takes more than {NEIGHBOURS} samples and reference points and a width from 1 on"
+        )
     device, draw = torch.device(spec.device), np.random.default_rng(0)
-    reference, samples = (np.maximum(draw.standard_normal((n, spec.dim), np.float32), 0) for n in (spec.reference, spec.samples))
+    reference, samples = (
+        np.maximum(draw.standard_normal((n, spec.dim), np.float32), 0)
+        for n in (spec.reference, spec.samples)
+    )
     block = 2000 if spec.arithmetic == "exact" and device.type == "cpu" else ADM_BLOCK
     shares = neighbour_shares if spec.arithmetic == "exact" else precision_recall_half
-    about = provenance() | described(device) | {"precision_flags": flags()}  # before anything is timed: memory is kept from here on
+    about = (
+        provenance() | described(device) | {"precision_flags": flags()}
+    )  # before anything is timed: memory is kept from here on
     taken, found = [], ()
     for _ in range(2):
         started = time.perf_counter()
         found = shares(reference, samples, NEIGHBOURS, block, device)
         taken.append(time.perf_counter() - started)
     side = min(4096 if device.type == "cuda" else 1024, block)
-    square = torch.ones(side, side, dtype=torch.float64 if spec.arithmetic == "exact" else torch.float32, device=device)
+    square = torch.ones(
+        side,
+        side,
+        dtype=torch.float64 if spec.arithmetic == "exact" else torch.float32,
+        device=device,
+    )
     ceiling = max(side**3 / seconds(lambda: square @ square, device, 3) for _ in range(3)) / 1e9
     pairs = spec.samples**2 + spec.reference**2 + spec.samples * spec.reference
     rate = spec.dim * pairs / taken[-1] / 1e9
-    values = {"seconds": taken[-1], "pairs_per_s": pairs / taken[-1], "gmacs_per_s": rate, "product_gmacs_per_s": ceiling, "share_of_product": rate / ceiling}
+    values = {
+        "seconds": taken[-1],
+        "pairs_per_s": pairs / taken[-1],
+        "gmacs_per_s": rate,
+        "product_gmacs_per_s": ceiling,
+        "share_of_product": rate / ceiling,
+    }
     store.append(spec, "done", values | {"precision": found[0], "recall": found[1]}, about)
     print(
         f"neighbours, {spec.arithmetic}: {spec.samples} x {spec.reference} x {spec.dim} in {taken[-1]:.2f} s, {pairs / taken[-1]:.3g} pairs/s, "
@@ -202,7 +265,11 @@ def _latents(spec: Loader, store: Store) -> None:
     from experiments.engine.precision import flags
     from experiments.engine.spec import Data
 
-    about = provenance() | described("cpu") | {"precision_flags": flags(), "threads": 2, "cores": len(_cores())}
+    about = (
+        provenance()
+        | described("cpu")
+        | {"precision_flags": flags(), "threads": 2, "cores": len(_cores())}
+    )
     batch, size, shards, each, steps = spec.batch, spec.size, 8, 512, 40
     with tempfile.TemporaryDirectory() as name:
         folder, draw = Path(name), np.random.default_rng(0)
@@ -210,9 +277,20 @@ def _latents(spec: Loader, store: Store) -> None:
             np.save(shard_path(folder, number), draw.random((each, 2, 8, size, size), np.float32))
         np.save(folder / "labels.npy", draw.integers(0, 1000, shards * each))
         vae = {"name": "none", "encoder": "none"}
-        manifest = {"latents": "moments", "shape": [2, 8, size, size], "num_classes": 1000, "shards": [each] * shards, "sha256": "", "vae": vae}
-        (folder / "manifest.json").write_text(json.dumps(manifest | {"statistics": {"as_expected": False}}))
-        images = LatentSet(folder, Data("latents", size=size, channels=4, num_classes=1000, flip=True, vae="none"))
+        manifest = {
+            "latents": "moments",
+            "shape": [2, 8, size, size],
+            "num_classes": 1000,
+            "shards": [each] * shards,
+            "sha256": "",
+            "vae": vae,
+        }
+        (folder / "manifest.json").write_text(
+            json.dumps(manifest | {"statistics": {"as_expected": False}})
+        )
+        images = LatentSet(
+            folder, Data("latents", size=size, channels=4, num_classes=1000, flip=True, vae="none")
+        )
         for _ in batches(images, batch, 0, range(len(images) // batch), torch.device("cpu")):
             pass
         rates, busy = [], time.process_time()
@@ -222,17 +300,28 @@ def _latents(spec: Loader, store: Store) -> None:
                 pass
             rates.append(steps * batch / (time.perf_counter() - started))
         busy = (time.process_time() - busy) / (PAIRS * steps * batch)
-    values = {"latents_per_s": statistics.median(rates), "least": min(rates), "most": max(rates), "runs": PAIRS, "core_s_each": busy}
+    values = {
+        "latents_per_s": statistics.median(rates),
+        "least": min(rates),
+        "most": max(rates),
+        "runs": PAIRS,
+        "core_s_each": busy,
+    }
     store.append(spec, "done", values, about)
     spread = f"{min(rates):,.0f} to {max(rates):,.0f} over {PAIRS} runs"
-    print(f"latents: {statistics.median(rates):,.0f} a second ({spread}), {1e6 * busy:.0f} us of a core each; batch {batch}, 2 threads, {len(_cores())} cores")
+    print(
+        f"latents: {statistics.median(rates):,.0f} a second ({spread}), {1e6 * busy:.0f} us of a core each; batch {batch}, 2 threads, {len(_cores())} cores"
+    )
 
 
 def _main_job() -> None:
     """Peak memory is the largest sum over the process tree, sampled four times a second."""
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        job = subprocess.Popen([sys.executable, str(SCRIPT), "--table", "4", "--results", folder], start_new_session=True)
+        job = subprocess.Popen(
+            [sys.executable, str(SCRIPT), "--table", "4", "--results", folder],
+            start_new_session=True,
+        )
         peak, ended = [0], threading.Event()
 
         def watch() -> None:
@@ -244,7 +333,9 @@ def _main_job() -> None:
         status = job.wait()
         ended.set()
         watcher.join()
-        print(f"main job: exit status {status}, {time.perf_counter() - started:.0f} s, at most {peak[0] / 2**30:.2f} GiB on {len(_cores())} cores")
+        print(
+            f"main job: exit status {status}, {time.perf_counter() - started:.0f} s, at most {peak[0] / 2**30:.2f} GiB on {len(_cores())} cores"
+        )
 
 
 def _cores() -> set[int]:
@@ -260,7 +351,9 @@ def _tree_bytes(session: int) -> int:
         try:
             if int(stat.read_text().rpartition(")")[2].split()[3]) == session:
                 lines = (stat.parent / "smaps_rollup").read_text().splitlines()
-                total += next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+                total += next(
+                    int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")
+                )
         except (OSError, StopIteration):
             continue
     return total

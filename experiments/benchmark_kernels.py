@@ -29,7 +29,11 @@ if TYPE_CHECKING:
     from backbones.kernels.op import Op
 
 TOKENS, DIM = 256, 384
-LIMITS = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 4e-2}  # relative RMS error of the output and of every gradient
+LIMITS = {
+    "fp32": 1e-4,
+    "tf32": 1e-2,
+    "bf16": 4e-2,
+}  # relative RMS error of the output and of every gradient
 
 TF32 = {("gated_linear", "fla")}  # their products are TF32 in every mode, and are judged so
 LEAST = {("selective_scan", "triton"): 0.4}  # of a copy's bandwidth
@@ -54,22 +58,53 @@ def main() -> int:
 
 def _main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernels", nargs="+", choices=list(CASES), default=list(CASES), help="which to time (default: all)")
+    parser.add_argument(
+        "--kernels",
+        nargs="+",
+        choices=list(CASES),
+        default=list(CASES),
+        help="which to time (default: all)",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--precision", nargs="+", choices=list(LIMITS), default=None, help="numeric modes (default: fp32; on CUDA all)")
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        choices=list(LIMITS),
+        default=None,
+        help="numeric modes (default: fp32; on CUDA all)",
+    )
     parser.add_argument("--batch", type=int, default=None, help="default: 1 on a CPU, 64 on CUDA")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="results folder (default: results)")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="results folder (default: results)",
+    )
     args = parser.parse_args()
     store, batch = Store(args.results), args.batch or {"cpu": 1, "cuda": 64}[args.device]
     if args.runs < 2 or batch < 1:
         parser.error("--runs must be at least 2 and --batch at least 1")
     store.check_writable()
     require_device(args.device)
-    return 0 if run(args.kernels, args.device, args.precision or {"cpu": ["fp32"], "cuda": list(LIMITS)}[args.device], batch, args.runs, store) else 1
+    return (
+        0
+        if run(
+            args.kernels,
+            args.device,
+            args.precision or {"cpu": ["fp32"], "cuda": list(LIMITS)}[args.device],
+            batch,
+            args.runs,
+            store,
+        )
+        else 1
+    )
 
 
-def run(names: Sequence[str], device: str, modes: Sequence[str], batch: int, runs: int, store: Store) -> bool:
+def run(
+    names: Sequence[str], device: str, modes: Sequence[str], batch: int, runs: int, store: Store
+) -> bool:
     """Measure, print and record; whether every implementation computes what its reference does."""
     import torch
 
@@ -80,15 +115,22 @@ def run(names: Sequence[str], device: str, modes: Sequence[str], batch: int, run
 
     keep_memory()
     copied, good = max(copy_rates(torch.device(device))), True
-    print(f"T = {TOKENS}, D = {DIM}, batch {batch}, {device}, {torch.get_num_threads()} threads, median of {runs} runs; a copy moves {copied / 1e9:.1f} GB/s")
-    print("GB/s: inputs read twice, the output written, its gradient read and those of the inputs written, over the time of forward + backward")
+    print(
+        f"T = {TOKENS}, D = {DIM}, batch {batch}, {device}, {torch.get_num_threads()} threads, median of {runs} runs; a copy moves {copied / 1e9:.1f} GB/s"
+    )
+    print(
+        "GB/s: inputs read twice, the output written, its gradient read and those of the inputs written, over the time of forward + backward"
+    )
     for name in names:
         op, make = getattr(backbones.kernels, name), CASES[name]
         for mode in modes:
             torch.manual_seed(0)
             inputs = [part.to(device) for part in make(batch)]
             if mode == "bf16":
-                inputs = [part.bfloat16() if part.ndim > 2 and len(part) == batch else part for part in inputs]  # parameters stay
+                inputs = [
+                    part.bfloat16() if part.ndim > 2 and len(part) == batch else part
+                    for part in inputs
+                ]  # parameters stay
             with precision(mode, torch.device(device)):
                 measured = compare(op, inputs, LIMITS[mode], runs)
             for choice, values in measured.items():
@@ -108,23 +150,39 @@ def compare(op: Op, inputs: list[Tensor], limit: float, runs: int) -> dict[str, 
     device, reference = inputs[0].device, list(op.choices)[-1]
     found: dict[str, dict[str, Any]] = {}
     with use(**{op.name: reference}), torch.autocast(device.type, enabled=False):
-        truths = _results(op, [part.detach().to(torch.promote_types(part.dtype, torch.float32)).requires_grad_() for part in inputs])
+        truths = _results(
+            op,
+            [
+                part.detach().to(torch.promote_types(part.dtype, torch.float32)).requires_grad_()
+                for part in inputs
+            ],
+        )
     for choice in (choice.name for choice in op.choices.values() if choice.supports(*inputs)):
         with use(**{op.name: choice}):
-            errors = [_relative(value, truth) for value, truth in zip(_results(op, inputs), truths, strict=True)]
+            errors = [
+                _relative(value, truth)
+                for value, truth in zip(_results(op, inputs), truths, strict=True)
+            ]
         found[choice] = {"error_forward": errors[0], "error_backward": max(errors[1:])}
         most = max(limit, LIMITS["tf32"]) if (op.name, choice) in TF32 else limit
         if not max(errors) <= most:
-            found[choice] = {"error": f"differs from its reference by {max(errors):.1e} (limit {most:.0e}) and is not timed"}
+            found[choice] = {
+                "error": f"differs from its reference by {max(errors):.1e} (limit {most:.0e}) and is not timed"
+            }
     timed = [choice for choice, values in found.items() if "error" not in values]
     times: dict[str, list[tuple[float, float]]] = {choice: [] for choice in timed}
     for i in range(runs + 1):
         for choice in timed:
             with use(**{op.name: choice}):
-                taken = _seconds(lambda: _forward(op, inputs), device), _seconds(lambda: _results(op, inputs), device)
+                taken = (
+                    _seconds(lambda: _forward(op, inputs), device),
+                    _seconds(lambda: _results(op, inputs), device),
+                )
             if i:  # the first warms up
                 times[choice].append(taken)
-    moved = sum(3 * part.nbytes for part in inputs) + 2 * truths[0].numel() * inputs[0].element_size()
+    moved = (
+        sum(3 * part.nbytes for part in inputs) + 2 * truths[0].numel() * inputs[0].element_size()
+    )
     for choice, pairs in times.items():
         forward, both = ([pair[i] for pair in pairs] for i in range(2))
         low, _, high = statistics.quantiles(both, n=4)
@@ -132,7 +190,9 @@ def compare(op: Op, inputs: list[Tensor], limit: float, runs: int) -> dict[str, 
             "forward_ms": 1e3 * statistics.median(forward),
             "forward_backward_ms": 1e3 * statistics.median(both),
             "forward_backward_ms_spread": 1e3 * (high - low) / 2,
-            "times_as_fast_as_reference": statistics.median(slow / fast for (_, slow), (_, fast) in zip(times[reference], pairs, strict=True)),
+            "times_as_fast_as_reference": statistics.median(
+                slow / fast for (_, slow), (_, fast) in zip(times[reference], pairs, strict=True)
+            ),
             "gb_per_s": moved / statistics.median(both) / 1e9,
             "runs": runs,
         }
@@ -145,7 +205,12 @@ def gated_linear(batch: int) -> list[Tensor]:
 
     heads, e = DIM // 64, 32
     q, k, logits = (torch.randn(batch, heads, TOKENS, e) for _ in range(3))
-    return [q, k, torch.randn(batch, heads, TOKENS, 2 * e), torch.nn.functional.logsigmoid(logits) / 16]
+    return [
+        q,
+        k,
+        torch.randn(batch, heads, TOKENS, 2 * e),
+        torch.nn.functional.logsigmoid(logits) / 16,
+    ]
 
 
 def diagonal_ssm(batch: int) -> list[Tensor]:
@@ -172,7 +237,11 @@ def causal_conv(batch: int) -> list[Tensor]:
     """Mamba's: twice the width in channels, 4 taps."""
     import torch
 
-    return [torch.randn(batch, 2 * DIM, TOKENS), torch.randn(2 * DIM, 1, 4) / 2, torch.zeros(2 * DIM)]
+    return [
+        torch.randn(batch, 2 * DIM, TOKENS),
+        torch.randn(2 * DIM, 1, 4) / 2,
+        torch.zeros(2 * DIM),
+    ]
 
 
 def linear_attention(batch: int) -> list[Tensor]:
@@ -236,17 +305,25 @@ CASES: dict[str, Callable[[int], list[Tensor]]] = {
 def _record(store: Store, spec: Kernel, values: dict[str, Any], copied: float) -> None:
     from experiments.engine.machine import described
 
-    about = provenance() | described(spec.device) | {
-        "precision_flags": {name: spec.precision == "tf32" for name in ("matmul_tf32", "cudnn_tf32")},
-        "kernels": {spec.op: [spec.choice]},
-    }
+    about = (
+        provenance()
+        | described(spec.device)
+        | {
+            "precision_flags": {
+                name: spec.precision == "tf32" for name in ("matmul_tf32", "cudnn_tf32")
+            },
+            "kernels": {spec.op: [spec.choice]},
+        }
+    )
     what = f"{spec.op}, {spec.precision}: {spec.choice}"
     if error := values.get("error"):
         store.append(spec, "failed", {}, about, error)
         print(f"{what} {error}", flush=True)
         return
     share = 1e9 * values["gb_per_s"] / copied
-    store.append(spec, "done", values | {"copy_gb_per_s": copied / 1e9, "share_of_copy": share}, about)
+    store.append(
+        spec, "done", values | {"copy_gb_per_s": copied / 1e9, "share_of_copy": share}, about
+    )
     print(
         f"{what} {values['forward_ms']:.2f} ms forward, {values['forward_backward_ms']:.2f} ms forward + backward, {values['times_as_fast_as_reference']:.1f} x the reference's speed, "
         f"{values['gb_per_s']:.2f} GB/s, {100 * share:.1f} % of a copy's{verdict(spec, share)}",
@@ -278,7 +355,14 @@ def _results(op: Op, inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _relative(value: Tensor, truth: Tensor) -> float:
-    return ((value.detach() - truth.detach()).abs().square().mean() / truth.detach().abs().square().mean()).sqrt().item()
+    return (
+        (
+            (value.detach() - truth.detach()).abs().square().mean()
+            / truth.detach().abs().square().mean()
+        )
+        .sqrt()
+        .item()
+    )
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:

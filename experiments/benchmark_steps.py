@@ -36,7 +36,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 OTHERS, OVERHEAD, PRODUCT = "theirs / ours", "overhead, ours / bare", "share_of_matmul"
-SHOWN = ((OTHERS, "theirs", "ours"), ("theirs / plain", "theirs", "plain"), (OVERHEAD, "ours", "bare"))
+SHOWN = (
+    (OTHERS, "theirs", "ours"),
+    ("theirs / plain", "theirs", "plain"),
+    (OVERHEAD, "ours", "bare"),
+)
 ASKED = {  # by task, device and numeric mode: how many times as long as ours the other implementation takes at least
     ("training", "cpu", "fp32"): 1.3,
     ("sampling", "cpu", "fp32"): 1.3,
@@ -45,7 +49,10 @@ ASKED = {  # by task, device and numeric mode: how many times as long as ours th
     ("sampling", "cuda", "tf32"): 2.0,
     ("sampling", "cuda", "bf16"): 2.0,
 }
-SHARE = {"dit_xl_2": 0.5, "dico_xl": 0.4}  # of the device's matrix product, at least, in training in bf16 on a GPU
+SHARE = {
+    "dit_xl_2": 0.5,
+    "dico_xl": 0.4,
+}  # of the device's matrix product, at least, in training in bf16 on a GPU
 MOST = 1.02  # times as long as the bare step
 BATCH = {"cpu": 8, "cuda": 64}
 SAMPLED = {"cpu": 2, "cuda": 10}  # steps of a loop of sampling
@@ -74,15 +81,31 @@ def _main() -> int:
 
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=["dico_s", "dit_s_2"], metavar="BACKBONE")
-    parser.add_argument("--against", nargs="*", default=[], metavar="BACKBONE=FILE:NAME", help="other implementations")
+    parser.add_argument(
+        "--against",
+        nargs="*",
+        default=[],
+        metavar="BACKBONE=FILE:NAME",
+        help="other implementations",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--precision", nargs="+", choices=("fp32", "tf32", "bf16"), default=["fp32"])
+    parser.add_argument(
+        "--precision", nargs="+", choices=("fp32", "tf32", "bf16"), default=["fp32"]
+    )
     parser.add_argument("--batch", type=int, default=None, help="default: 8 on a CPU, 64 on a GPU")
-    parser.add_argument("--tasks", nargs="+", choices=("training", "sampling"), default=["training", "sampling"])
+    parser.add_argument(
+        "--tasks", nargs="+", choices=("training", "sampling"), default=["training", "sampling"]
+    )
     parser.add_argument("--compile", action="store_true", help="ours by torch.compile")
     parser.add_argument("--graphs", action="store_true", help="ours by CUDA graphs")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="results folder (default: results)")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="results folder (default: results)",
+    )
     args = parser.parse_args()
     others, store = dict(_other(text) for text in args.against), Store(args.results)
     if args.rounds < 3 or (args.batch or 1) < 1:
@@ -93,12 +116,23 @@ def _main() -> int:
     for name in args.networks:
         backbones.options_of(name)  # refuses a name that it does not know
         if name not in others:
-            print(f"{name}: without --against {name}=FILE:NAME no step of another implementation is measured", flush=True)
+            print(
+                f"{name}: without --against {name}=FILE:NAME no step of another implementation is measured",
+                flush=True,
+            )
     good = True
     for mode in args.precision:
         for name in args.networks:
             for what in args.tasks:
-                spec = Steps(name, what, args.batch or BATCH[args.device], args.device, mode, args.compile, args.graphs)
+                spec = Steps(
+                    name,
+                    what,
+                    args.batch or BATCH[args.device],
+                    args.device,
+                    mode,
+                    args.compile,
+                    args.graphs,
+                )
                 good &= measure(spec, others.get(name), args.rounds, store)
     return 0 if good else 1
 
@@ -123,7 +157,12 @@ def measure(spec: Steps, other: tuple[Path, str] | None, rounds: int, store: Sto
     if other:
         spec = replace(spec, other=hashlib.sha256(other[0].read_bytes()).hexdigest())
     about = described(device)
-    what, asked, found, error = f"{spec.network} {spec.what}, {spec.precision}, {spec.device}", spec, None, None
+    what, asked, found, error = (
+        f"{spec.network} {spec.what}, {spec.precision}, {spec.device}",
+        spec,
+        None,
+        None,
+    )
     ceiling = _ceiling(spec, store) if spec.what == "training" else {}
     while found is None and spec.batch:
         forget(device)
@@ -141,20 +180,35 @@ def measure(spec: Steps, other: tuple[Path, str] | None, rounds: int, store: Sto
         return False
     values, ran = found
     if ceiling:
-        values |= ceiling | {PRODUCT: 3 * ceiling["macs_core"] * spec.batch / values["ours_s"] / ceiling["ceiling_macs_per_s"]}
+        values |= ceiling | {
+            PRODUCT: 3
+            * ceiling["macs_core"]
+            * spec.batch
+            / values["ours_s"]
+            / ceiling["ceiling_macs_per_s"]
+        }
     values |= judged(spec, values)
     print(f"{what}, batch {spec.batch}: {_words(values)}", flush=True)
     in_force = {name: values[name] for name in flags()}
-    store.append(spec, "done", values, provenance() | about | {"kernels": ran, "precision_flags": in_force})
+    store.append(
+        spec, "done", values, provenance() | about | {"kernels": ran, "precision_flags": in_force}
+    )
     return True
 
 
 def judged(spec: Steps, values: dict[str, Any]) -> dict[str, dict[str, float]]:
     """What is `asked` of the values that were measured, and by what part of it those that do not reach it have `missed` it."""
     share = SHARE.get(spec.network) if (spec.device, spec.precision) == ("cuda", "bf16") else None
-    asked = {OTHERS: ASKED.get((spec.what, spec.device, spec.precision)), OVERHEAD: MOST, PRODUCT: share}
+    asked = {
+        OTHERS: ASKED.get((spec.what, spec.device, spec.precision)),
+        OVERHEAD: MOST,
+        PRODUCT: share,
+    }
     asked = {label: number for label, number in asked.items() if number and label in values}
-    short = {label: (values[label] / number - 1) * (1 if label == OVERHEAD else -1) for label, number in asked.items()}
+    short = {
+        label: (values[label] / number - 1) * (1 if label == OVERHEAD else -1)
+        for label, number in asked.items()
+    }
     return {"asked": asked, "missed": {label: part for label, part in short.items() if part > 0}}
 
 
@@ -166,10 +220,16 @@ def _words(values: dict[str, Any]) -> str:
         return f" (asked {values['asked'][label]:g}: {'reached' if missed is None else f'missed by {100 * missed:.2g} %'})"
 
     said = [f"ours {1e3 * values['ours_s']:.1f} ms"]
-    said += [f"{label} {values[label]:.3f} ±{values[f'{label}, spread']:.3f}{against(label)}" for label, _, _ in SHOWN if label in values]
+    said += [
+        f"{label} {values[label]:.3f} ±{values[f'{label}, spread']:.3f}{against(label)}"
+        for label, _, _ in SHOWN
+        if label in values
+    ]
     if PRODUCT in values:
         peak = 2e-12 * values["ceiling_macs_per_s"]
-        said.append(f"ours {100 * values[PRODUCT]:.1f} % of the {peak:.2f} TFLOP/s of a large matrix product{against(PRODUCT)}")
+        said.append(
+            f"ours {100 * values[PRODUCT]:.1f} % of the {peak:.2f} TFLOP/s of a large matrix product{against(PRODUCT)}"
+        )
     return "; ".join(said)
 
 
@@ -179,10 +239,15 @@ def _ceiling(spec: Steps, store: Store) -> dict[str, float]:
     from experiments.engine.execute import execute
     from experiments.engine.train import Resources
 
-    record = execute(Ceilings(spec.device, spec.precision), store, Resources(spec.device), lambda *progress: None)
+    record = execute(
+        Ceilings(spec.device, spec.precision), store, Resources(spec.device), lambda *progress: None
+    )
     if record.status != "done":
         raise ValueError(f"the device's ceilings could not be measured: {record.error}")
-    return {"macs_core": cost.run(_timing(spec)[0])["macs_core"], "ceiling_macs_per_s": record.values["macs_per_s"]}
+    return {
+        "macs_core": cost.run(_timing(spec)[0])["macs_core"],
+        "ceiling_macs_per_s": record.values["macs_per_s"],
+    }
 
 
 def _refusal(spec: Steps, device: torch.device) -> str | None:
@@ -201,11 +266,19 @@ def _refusal(spec: Steps, device: torch.device) -> str | None:
 
 def _timing(spec: Steps) -> tuple[Cost, Timing]:
     network = Cost(Backbone(spec.network), 32, 4, 1000)
-    about = dict(precision=spec.precision, what=spec.what, num_steps=SAMPLED[spec.device], compile=spec.compile, graphs=spec.graphs)
+    about = dict(
+        precision=spec.precision,
+        what=spec.what,
+        num_steps=SAMPLED[spec.device],
+        compile=spec.compile,
+        graphs=spec.graphs,
+    )
     return network, Timing(network.backbone, 32, 4, 1000, spec.batch, spec.device, **about)
 
 
-def _compare(spec: Steps, other: tuple[Path, str] | None, rounds: int, device: torch.device) -> tuple[dict[str, Any], dict[str, list[str]]]:
+def _compare(
+    spec: Steps, other: tuple[Path, str] | None, rounds: int, device: torch.device
+) -> tuple[dict[str, Any], dict[str, list[str]]]:
     """(values, the kernels of `ours`)."""
     import torch
 
@@ -221,10 +294,19 @@ def _compare(spec: Steps, other: tuple[Path, str] | None, rounds: int, device: t
             for _ in range(3):
                 task()
             ran[name] = kernels.used()
-        repeats = max(1, round(0.2 / seconds(tasks["ours"], device))) if device.type == "cuda" else 1
-        found = [{name: seconds(task, device, repeats) for name, task in tasks.items()} for _ in range(rounds)]
+        repeats = (
+            max(1, round(0.2 / seconds(tasks["ours"], device))) if device.type == "cuda" else 1
+        )
+        found = [
+            {name: seconds(task, device, repeats) for name, task in tasks.items()}
+            for _ in range(rounds)
+        ]
         in_force = flags() | {"cudnn_benchmark": torch.backends.cudnn.benchmark}
-    values: dict[str, Any] = {f"{name}_s": statistics.median(one[name] for one in found) for name in tasks} | {"rounds": rounds} | in_force
+    values: dict[str, Any] = (
+        {f"{name}_s": statistics.median(one[name] for one in found) for name in tasks}
+        | {"rounds": rounds}
+        | in_force
+    )
     for label, above, below in SHOWN:
         if above in tasks and below in tasks:
             ratios = [one[above] / one[below] for one in found]
@@ -253,7 +335,9 @@ def _tasks(spec: Steps, other: nn.Module | None, device: Any) -> dict[str, Calla
 
     network, timed = _timing(spec)
     tasks = {"ours": task(network, timed, device)}
-    if spec.what == "training" and not (spec.compile or spec.graphs):  # an eager loop beside another network's kernels or launches says nothing
+    if spec.what == "training" and not (
+        spec.compile or spec.graphs
+    ):  # an eager loop beside another network's kernels or launches says nothing
         tasks["bare"] = bare(drawn(sized(network), device), spec.batch)
     loop = plain_training if spec.what == "training" else plain_sampling
     if other is not None:

@@ -23,7 +23,9 @@ def options_of(texts: Sequence[str]) -> dict[str, Any]:
         try:
             options[name] = json.loads(value)
         except ValueError:
-            raise ValueError(f"--option takes NAME=VALUE with a JSON value, e.g. learn_sigma=false, got {text!r}") from None
+            raise ValueError(
+                f"--option takes NAME=VALUE with a JSON value, e.g. learn_sigma=false, got {text!r}"
+            ) from None
     return options
 
 
@@ -35,9 +37,22 @@ def _main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("backbone", help="registered name, e.g. dico_xl or dit_xl_2")
     parser.add_argument("file", type=Path)
-    parser.add_argument("--input-size", type=int, help="side of the latent, e.g. 64 for DiT at 512 pixels (default: the network's own)")
-    parser.add_argument("--key", help="where a .pt file keeps its weights (default: ema, else state_dict, else flat)")
-    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the network: learn_sigma=false for SiT's 512 model, raster_padding=true for DiM's")
+    parser.add_argument(
+        "--input-size",
+        type=int,
+        help="side of the latent, e.g. 64 for DiT at 512 pixels (default: the network's own)",
+    )
+    parser.add_argument(
+        "--key",
+        help="where a .pt file keeps its weights (default: ema, else state_dict, else flat)",
+    )
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of the network: learn_sigma=false for SiT's 512 model, raster_padding=true for DiM's",
+    )
     args = parser.parse_args()
     import torch
 
@@ -53,7 +68,9 @@ def _main() -> int:
     if not finite:
         raise ValueError(f"{args.file.name} loads, but its output is not finite")
     total = sum(p.numel() for p in model.parameters())
-    print(f"{args.file.name}: {args.backbone}, {len(model.state_dict())} tensors, {total:,} parameters, loaded strictly (key {key})")
+    print(
+        f"{args.file.name}: {args.backbone}, {len(model.state_dict())} tensors, {total:,} parameters, loaded strictly (key {key})"
+    )
     return 0
 
 

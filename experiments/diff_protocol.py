@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from experiments.engine.cli import Parser, guarded
-from experiments.engine.manifest import ABSENT, NAMED, WITHOUT, differences, effect, incomparable, of_record
+from experiments.engine.manifest import (
+    ABSENT,
+    NAMED,
+    WITHOUT,
+    differences,
+    effect,
+    incomparable,
+    of_record,
+)
 from experiments.engine.store import SCORES, Record, read_record
 
 HARDWARE = ("device", "cpu", "world_size", "sample_batch", "commit", "dirty")
@@ -32,9 +40,15 @@ def _main() -> int:
     found = _without(differences(*manifests))
     for key, left, right in (one for one in found if ABSENT not in one):
         size, source = effect(key)
-        print(f"{key}: {left} | {right}" + (f"\n    known effect: {size}" if size else "") + (f" ({source})" if source else ""))
+        print(
+            f"{key}: {left} | {right}"
+            + (f"\n    known effect: {size}" if size else "")
+            + (f" ({source})" if source else "")
+        )
         if key == "measure.guidance.scale":
-            print(f"    as w in U-ViT's formula, (1 + w) conditional - w null: {left - 1:g} | {right - 1:g}")
+            print(
+                f"    as w in U-ViT's formula, (1 + w) conditional - w null: {left - 1:g} | {right - 1:g}"
+            )
     for side, column in ((args.a, 1), (args.b, 2)):
         if silent := [one[0] for one in found if one[column] == ABSENT]:
             print(f"{side.name} does not record {', '.join(silent)}")
@@ -44,7 +58,9 @@ def _main() -> int:
     if clash := incomparable(*manifests):
         print(f"the protocols differ in {len(clash)} fields: these scores must not be ranked")
         return 1
-    print("one protocol, as far as both records say: these scores may be compared, within their errors")
+    print(
+        "one protocol, as far as both records say: these scores may be compared, within their errors"
+    )
     return 0
 
 
@@ -53,7 +69,13 @@ def _without(found: list[tuple[str, Any, Any]]) -> list[tuple[str, Any, Any]]:
     renamed = tuple(f"{part}." for part in NAMED if any(key == f"{part}.name" for key, *_ in found))
     said = []
     for key, *values in found:
-        words = "not set" if key.startswith("model.backbone.options.") else WITHOUT if key.startswith(renamed) else ABSENT
+        words = (
+            "not set"
+            if key.startswith("model.backbone.options.")
+            else WITHOUT
+            if key.startswith(renamed)
+            else ABSENT
+        )
         said.append((key, *(words if value == ABSENT else value for value in values)))
     return said
 
@@ -61,7 +83,9 @@ def _without(found: list[tuple[str, Any, Any]]) -> list[tuple[str, Any, Any]]:
 def _record(path: Path) -> Record:
     record = read_record(path)
     if record.kind not in ("evaluate", SCORES) or record.status != "done":
-        raise ValueError(f"{path.name}: a {record.status} {record.kind} record; only finished evaluate records, and evaluate.py's, have scores")
+        raise ValueError(
+            f"{path.name}: a {record.status} {record.kind} record; only finished evaluate records, and evaluate.py's, have scores"
+        )
     return record
 
 

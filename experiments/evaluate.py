@@ -22,7 +22,21 @@ from experiments.engine.store import SCORES, Record, provenance, timestamp, writ
 if TYPE_CHECKING:
     from experiments.engine.npz import Images
 
-SHOWN = ("fid", "fid_corrected", "sfid", "is", "is_shuffled", "precision", "recall", "precision_half", "recall_half", "density", "coverage", "kid", "mind")
+SHOWN = (
+    "fid",
+    "fid_corrected",
+    "sfid",
+    "is",
+    "is_shuffled",
+    "precision",
+    "recall",
+    "precision_half",
+    "recall_half",
+    "density",
+    "coverage",
+    "kid",
+    "mind",
+)
 TRAININGS = 0.013  # coefficient of variation of FID between trainings (arXiv:2606.20536)
 
 
@@ -32,13 +46,38 @@ def main() -> int:
 
 def _main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("samples", nargs="+", type=Path, help="one .npz, or several to score in turn")
-    parser.add_argument("--against", type=Path, required=True, metavar="REFERENCE", help="an .npz with statistics, images or both")
-    parser.add_argument("--inception", type=Path, default=inception_path(), metavar="FILE", help="weights (default: $DICO_INCEPTION, or in data/)")
+    parser.add_argument(
+        "samples", nargs="+", type=Path, help="one .npz, or several to score in turn"
+    )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        required=True,
+        metavar="REFERENCE",
+        help="an .npz with statistics, images or both",
+    )
+    parser.add_argument(
+        "--inception",
+        type=Path,
+        default=inception_path(),
+        metavar="FILE",
+        help="weights (default: $DICO_INCEPTION, or in data/)",
+    )
     parser.add_argument("--paired", action="store_true", help="compare two files from common seeds")
-    parser.add_argument("--half", action="store_true", help="also precision and recall in the half-precision arithmetic of ADM's evaluator")
-    parser.add_argument("--record", type=Path, metavar="FILE.json", help="write the scores of one file of images with their manifest")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+    parser.add_argument(
+        "--half",
+        action="store_true",
+        help="also precision and recall in the half-precision arithmetic of ADM's evaluator",
+    )
+    parser.add_argument(
+        "--record",
+        type=Path,
+        metavar="FILE.json",
+        help="write the scores of one file of images with their manifest",
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: the GPU if there is one"
+    )
     _run(parser.parse_args())
     return 0
 
@@ -58,33 +97,71 @@ def _run(args: argparse.Namespace) -> None:
     require_device(device)
     for path in args.samples:
         if not has_images(path) and not (statistics(path) and not args.paired):
-            raise ValueError(f"{path.name}: holds no images (arr_0)" + ("" if statistics(path) else " and no statistics (mu, sigma)"))
+            raise ValueError(
+                f"{path.name}: holds no images (arr_0)"
+                + ("" if statistics(path) else " and no statistics (mu, sigma)")
+            )
     files = [Images(path) for path in args.samples if has_images(path)]
     if args.record and not files:
-        raise ValueError(f"--record keeps the scores of images; {args.samples[0].name} holds statistics only")
+        raise ValueError(
+            f"--record keeps the scores of images; {args.samples[0].name} holds statistics only"
+        )
     order = _common_order(*files) if args.paired else None
     extractor = inception.load(args.inception, device)
     reference = scores.read_reference(extractor, args.against)
     for path in (path for path in args.samples if not has_images(path)):
         found = scores.distances(statistics(path), reference)
-        print("\n".join([f"{path.name} against {args.against.name}, statistics only: N and errors are unknown", *(f"  {name:15} {value:.4f}" for name, value in found.items())]))
+        print(
+            "\n".join(
+                [
+                    f"{path.name} against {args.against.name}, statistics only: N and errors are unknown",
+                    *(f"  {name:15} {value:.4f}" for name, value in found.items()),
+                ]
+            )
+        )
     measured = []
     for images in files:
         with about(images.path):
             measured.append(scores.measure(extractor, images.batches()))
-            values = scores.score(measured[-1], reference, images.labels, balanced=_balanced(images), half=args.half, device=device)
+            values = scores.score(
+                measured[-1],
+                reference,
+                images.labels,
+                balanced=_balanced(images),
+                half=args.half,
+                device=device,
+            )
         if images.stray:
-            values["warnings"].append(f"{images.path.name} carries {', '.join(images.stray)}, which was ignored: ADM's evaluator would score that instead of the images")
+            values["warnings"].append(
+                f"{images.path.name} carries {', '.join(images.stray)}, which was ignored: ADM's evaluator would score that instead of the images"
+            )
         if args.record:
-            write_record(args.record, _recorded(images, values, scores.identity(extractor, reference), device))
-        print(_shown(images.path.name, values | {key: images.made[key] for key in ("nfe",) if images.made and key in images.made}, args.against.name))
+            write_record(
+                args.record,
+                _recorded(images, values, scores.identity(extractor, reference), device),
+            )
+        print(
+            _shown(
+                images.path.name,
+                values
+                | {key: images.made[key] for key in ("nfe",) if images.made and key in images.made},
+                args.against.name,
+            )
+        )
     if order is not None:
-        sides = [scores.Measured(m.pool[rows], m.spatial[rows], m.probabilities[rows]) for m, rows in zip(measured, order, strict=True)]
+        sides = [
+            scores.Measured(m.pool[rows], m.spatial[rows], m.probabilities[rows])
+            for m, rows in zip(measured, order, strict=True)
+        ]
         labels = None if files[0].labels is None else files[0].labels[order[0]]
-        print(_compared(scores.paired(*sides, reference, labels, _balanced(files[0])), args.samples))
+        print(
+            _compared(scores.paired(*sides, reference, labels, _balanced(files[0])), args.samples)
+        )
 
 
-def _recorded(images: Images, values: dict[str, Any], identity: dict[str, Any], device: str) -> Record:
+def _recorded(
+    images: Images, values: dict[str, Any], identity: dict[str, Any], device: str
+) -> Record:
     """The scores with both files' hashes, what the sampler wrote of itself, and how they were measured, in the form of an Evaluate record."""
     import torch
 
@@ -93,24 +170,56 @@ def _recorded(images: Images, values: dict[str, Any], identity: dict[str, Any], 
     from experiments.engine.precision import flags, precision
 
     with precision("fp32", torch.device(device)):
-        found = {"num": len(images), "image": {"size": images.shape[1], "format": "uint8"}, "flags": flags()}
-    found |= {"labels": {"histogram_sha256": histogram(images.labels)}} if images.labels is not None else {}
+        found = {
+            "num": len(images),
+            "image": {"size": images.shape[1], "format": "uint8"},
+            "flags": flags(),
+        }
+    found |= (
+        {"labels": {"histogram_sha256": histogram(images.labels)}}
+        if images.labels is not None
+        else {}
+    )
     found |= {"versions": versions("numpy", "scipy", "torch-fidelity"), **identity}
-    whole = of_samples(images.made or {}, {"samples": {"name": images.path.name, "sha256": sha256(images.path)}}, found)
-    place = {"torch": torch.__version__, "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "precision_flags": found["flags"]}
+    whole = of_samples(
+        images.made or {},
+        {"samples": {"name": images.path.name, "sha256": sha256(images.path)}},
+        found,
+    )
+    place = {
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "precision_flags": found["flags"],
+    }
     name = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
-    return Record(name, SCORES, "done", values | {"made": images.made, "manifest": whole}, provenance() | place, timestamp(), {})
+    return Record(
+        name,
+        SCORES,
+        "done",
+        values | {"made": images.made, "manifest": whole},
+        provenance() | place,
+        timestamp(),
+        {},
+    )
 
 
 def _common_order(a: Images, b: Images) -> tuple[Any, Any]:
     """Rows of both files in the order of generation; ValueError unless they come from the same seeds and labels."""
     for images in (a, b):
         if images.index is None or images.labels is None or (images.made or {}).get("seed") is None:
-            raise ValueError(f"{images.path.name} does not say from which seeds it was made; pairs need files that sample.py wrote")
+            raise ValueError(
+                f"{images.path.name} does not say from which seeds it was made; pairs need files that sample.py wrote"
+            )
     rows = a.index.argsort(), b.index.argsort()
-    same = len(a) == len(b) and (a.index[rows[0]] == b.index[rows[1]]).all() and (a.labels[rows[0]] == b.labels[rows[1]]).all()
+    same = (
+        len(a) == len(b)
+        and (a.index[rows[0]] == b.index[rows[1]]).all()
+        and (a.labels[rows[0]] == b.labels[rows[1]]).all()
+    )
     if not same or a.made["seed"] != b.made["seed"]:
-        raise ValueError(f"{a.path.name} and {b.path.name} were made from different seeds or labels: compare them unpaired")
+        raise ValueError(
+            f"{a.path.name} and {b.path.name} were made from different seeds or labels: compare them unpaired"
+        )
     return rows
 
 
@@ -120,15 +229,36 @@ def _balanced(images: Images) -> bool:
 
 def _shown(name: str, values: dict[str, Any], reference: str) -> str:
     lines = [f"{name} against {reference}"]
-    for key in (key for key in SHOWN if values.get(key, float("nan")) == values.get(key, float("nan")) and key in values):
+    for key in (
+        key
+        for key in SHOWN
+        if values.get(key, float("nan")) == values.get(key, float("nan")) and key in values
+    ):
         base, _, kind = key.partition("_")
-        words = {"": "", "corrected": ", without its finite-N bias", "shuffled": ", order shuffled", "half": ", ADM's half precision"}[kind]
+        words = {
+            "": "",
+            "corrected": ", without its finite-N bias",
+            "shuffled": ", order shuffled",
+            "half": ", ADM's half precision",
+        }[kind]
         error = values.get(f"{key}_se")
-        spread = f" ± {error:.4f}" if error is not None and error == error else " (deviation over subsets " + f"{values['kid_sd']:.6f})" if key == "kid" else ""
+        spread = (
+            f" ± {error:.4f}"
+            if error is not None and error == error
+            else " (deviation over subsets " + f"{values['kid_sd']:.6f})"
+            if key == "kid"
+            else ""
+        )
         digits = 6 if base == "kid" else 4
-        counts = f", k 3, {values['num_reference']} reference rows" if base in ("precision", "recall", "density", "coverage") else ""
+        counts = (
+            f", k 3, {values['num_reference']} reference rows"
+            if base in ("precision", "recall", "density", "coverage")
+            else ""
+        )
         counts += f", over {values['mind_rows']} rows of each" if base == "mind" else ""
-        lines.append(f"  {score_name(base, values['num']):15} {values[key]:.{digits}f}{spread}{words}{counts}")
+        lines.append(
+            f"  {score_name(base, values['num']):15} {values[key]:.{digits}f}{spread}{words}{counts}"
+        )
     lines += [f"  network evaluations per image: {values['nfe']}"] if "nfe" in values else []
     return "\n".join([*lines, *(f"  warning: {text}" for text in values["warnings"])])
 
@@ -139,7 +269,11 @@ def _compared(values: dict[str, Any], paths: list[Path]) -> str:
         line += f" ± {values['fid_difference_se']:.4f} (paired; ± {values['fid_difference_se_unpaired']:.4f} unpaired)"
     else:
         line += " (too few samples for its error)"
-    caution = f"; between two trainings, one each, differences below {TRAININGS:.1%} say nothing" if abs(values["fid_relative"]) < TRAININGS else ""
+    caution = (
+        f"; between two trainings, one each, differences below {TRAININGS:.1%} say nothing"
+        if abs(values["fid_relative"]) < TRAININGS
+        else ""
+    )
     return f"{line}, {values['fid_relative']:+.1%}: {values['verdict']}{caution}"
 
 

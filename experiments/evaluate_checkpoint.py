@@ -16,13 +16,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.checkpoint import options_of
-from experiments.engine.cli import Parser, add_run_options, carry_out, device_of, fast, guarded, require_device
+from experiments.engine.cli import (
+    Parser,
+    add_run_options,
+    carry_out,
+    device_of,
+    fast,
+    guarded,
+    require_device,
+)
 from experiments.engine.launch import Job
 from experiments.engine.manifest import score_name
 from experiments.engine.plan import Listed
 from experiments.engine.report import SCORES as CLASSIFIED
 from experiments.engine.rows import Row
-from experiments.engine.sources import FACTOR, inception_path, is_latent, missing_features, reference_path, require_features, vae_source
+from experiments.engine.sources import (
+    FACTOR,
+    inception_path,
+    is_latent,
+    missing_features,
+    reference_path,
+    require_features,
+    vae_source,
+)
 from experiments.engine.spec import Backbone, Checkpoint, Diffusion, Evaluate, Sampler, spec_id
 from experiments.engine.store import REPOSITORY, Store
 from experiments.main_results import TABLES
@@ -31,7 +47,10 @@ from experiments.protocols import PROTOCOLS, Protocol, cost_stages, sampler_of
 if TYPE_CHECKING:
     from torch import nn
 
-PAPERS = {"imagenet256": (1, 8), "imagenet512": (2, 9)}  # tables of scores; where the second has a row of the first, it is rounded
+PAPERS = {
+    "imagenet256": (1, 8),
+    "imagenet512": (2, 9),
+}  # tables of scores; where the second has a row of the first, it is rounded
 SCORES = ("fid", "fid_corrected", "sfid", "is", "precision", "recall", "kid")
 
 
@@ -46,10 +65,18 @@ class Published:
     @property
     def networks(self) -> list[str]:
         """More than one where the row is a system."""
-        return [part.backbone.name for part in (self.row, self.row.classifier, self.row.upsampler) if part]
+        return [
+            part.backbone.name
+            for part in (self.row, self.row.classifier, self.row.upsampler)
+            if part
+        ]
 
     def text(self) -> str:
-        steps = f"{int(self.values['train_steps']):,} training steps, " if self.values.get("train_steps") else ""
+        steps = (
+            f"{int(self.values['train_steps']):,} training steps, "
+            if self.values.get("train_steps")
+            else ""
+        )
         return f"{self.values['source']}, {self.values['model']}, {steps}{_words(self.guided)}"
 
 
@@ -61,10 +88,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", required=True, help="registered name, e.g. dico_xl")
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help=".pt or .safetensors")
-    parser.add_argument("--protocol", choices=[name for name, protocol in PROTOCOLS.items() if not protocol.small], required=True)
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="FILE", help=".pt or .safetensors"
+    )
+    parser.add_argument(
+        "--protocol",
+        choices=[name for name, protocol in PROTOCOLS.items() if not protocol.small],
+        required=True,
+    )
     add_network_options(parser)
-    parser.add_argument("--batch", type=int, metavar="N", help="images at a time on a GPU (default: 250, on Slurm the site's sample_batch)")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        metavar="N",
+        help="images at a time on a GPU (default: 250, on Slurm the site's sample_batch)",
+    )
     add_run_options(parser)
     args = parser.parse_args(arguments)
     if args.batch is not None and args.batch < 1:
@@ -74,7 +112,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _main(args: argparse.Namespace, arguments: Sequence[str] | None) -> int:
     protocol, device = PROTOCOLS[args.protocol], device_of(args, args.backbone)
-    resources = {"checkpoint": args.checkpoint.resolve()} | ({"sample_batch": args.batch} if args.batch else {}) | fast(args, device)
+    resources = (
+        {"checkpoint": args.checkpoint.resolve()}
+        | ({"sample_batch": args.batch} if args.batch else {})
+        | fast(args, device)
+    )
     spec, model, key = evaluation_of(args, protocol)
     seconds = None
     if args.dry_run:
@@ -84,18 +126,47 @@ def _main(args: argparse.Namespace, arguments: Sequence[str] | None) -> int:
         print(f"{args.checkpoint.name}: weights under the key {key}\n{text}")
     store = Store(args.results, REPOSITORY / "results" / "reference")
     job = Job(f"{args.checkpoint.name}, {spec.num} images", (spec,), row=args.backbone)
-    good = carry_out(Listed(device, together=(job,), resources=resources, seconds={spec_id(spec): seconds} if seconds else {}), args, store, arguments, lambda: require_features(spec))
+    good = carry_out(
+        Listed(
+            device,
+            together=(job,),
+            resources=resources,
+            seconds={spec_id(spec): seconds} if seconds else {},
+        ),
+        args,
+        store,
+        arguments,
+        lambda: require_features(spec),
+    )
     if good and (record := store.latest(spec)):
-        print("\n".join([f"{args.checkpoint.name} (key {key}), {args.protocol}, manifest {record.values['manifest']['hash']}", *_beside(record.values, args.backbone, spec, store)]))
+        print(
+            "\n".join(
+                [
+                    f"{args.checkpoint.name} (key {key}), {args.protocol}, manifest {record.values['manifest']['hash']}",
+                    *_beside(record.values, args.backbone, spec, store),
+                ]
+            )
+        )
     elif good:
-        raise ValueError(f"there is no record of {args.checkpoint.name} under {args.protocol} yet; leave out --report")
+        raise ValueError(
+            f"there is no record of {args.checkpoint.name} under {args.protocol} yet; leave out --report"
+        )
     return 1 if good is False else 0
 
 
 def add_network_options(parser: argparse.ArgumentParser) -> None:
     """What `evaluation_of` takes beside --backbone and --checkpoint."""
-    parser.add_argument("--key", help="where a .pt file keeps its weights (default: ema, else state_dict, else flat)")
-    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the network: learn_sigma=false for SiT's 512 model, raster_padding=true for DiM's")
+    parser.add_argument(
+        "--key",
+        help="where a .pt file keeps its weights (default: ema, else state_dict, else flat)",
+    )
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of the network: learn_sigma=false for SiT's 512 model, raster_padding=true for DiM's",
+    )
 
 
 def evaluation_of(args: argparse.Namespace, protocol: Protocol) -> tuple[Evaluate, nn.Module, str]:
@@ -104,18 +175,51 @@ def evaluation_of(args: argparse.Namespace, protocol: Protocol) -> tuple[Evaluat
 
     data = protocol.data
     row = _declared(args.backbone, protocol)
-    own = row.backbone.options if row and (row.backbone.name, cost_stages(row)[0].size) == (args.backbone, data.size) else {}
+    own = (
+        row.backbone.options
+        if row and (row.backbone.name, cost_stages(row)[0].size) == (args.backbone, data.size)
+        else {}
+    )
     size = dict(input_size=data.size, in_channels=data.channels, num_classes=data.num_classes)
     backbone = Backbone(args.backbone, own | size | options_of(args.option))
     model, key = _load(backbone, args)
-    weights = Checkpoint(backbone, data, sha256(args.checkpoint), args.key or Checkpoint.key, row.method.diffusion if row else Diffusion())
-    return Evaluate(weights, sampler_of(row, protocol) if row else protocol.sampler, protocol.num, protocol.features, protocol.labels), model, key
+    weights = Checkpoint(
+        backbone,
+        data,
+        sha256(args.checkpoint),
+        args.key or Checkpoint.key,
+        row.method.diffusion if row else Diffusion(),
+    )
+    return (
+        Evaluate(
+            weights,
+            sampler_of(row, protocol) if row else protocol.sampler,
+            protocol.num,
+            protocol.features,
+            protocol.labels,
+        ),
+        model,
+        key,
+    )
 
 
 def _declared(name: str, protocol: Protocol) -> Row | None:
     """The row whose objective and sampler are the network's: its own at this size, guided where there is one, else of its size, else of its family."""
-    rows = [row for table in TABLES.values() for row in table.rows if row.method and row.backbone.name.partition("_")[0] == name.partition("_")[0]]
-    return min(rows, key=lambda row: (row.backbone.name != name, cost_stages(row)[0].size != protocol.data.size, sampler_of(row, protocol).scale == 1), default=None)
+    rows = [
+        row
+        for table in TABLES.values()
+        for row in table.rows
+        if row.method and row.backbone.name.partition("_")[0] == name.partition("_")[0]
+    ]
+    return min(
+        rows,
+        key=lambda row: (
+            row.backbone.name != name,
+            cost_stages(row)[0].size != protocol.data.size,
+            sampler_of(row, protocol).scale == 1,
+        ),
+        default=None,
+    )
 
 
 def _load(backbone: Backbone, args: argparse.Namespace) -> tuple[nn.Module, str]:
@@ -132,18 +236,31 @@ def _load(backbone: Backbone, args: argparse.Namespace) -> tuple[nn.Module, str]
 
 def _plan(spec: Evaluate, model: nn.Module, device: str | None) -> tuple[str, float | None]:
     """What is missing, and the seconds of drawing N images on this device, if it is the one: the network timed here, times its evaluations."""
-    lines = [f"{spec_id(spec)}  {spec.num} images, {spec.sampler.name}, {spec.sampler.num_steps} steps, guidance scale {spec.sampler.scale:g}, {spec.labels} labels, {spec.precision}"]
+    lines = [
+        f"{spec_id(spec)}  {spec.num} images, {spec.sampler.name}, {spec.sampler.num_steps} steps, guidance scale {spec.sampler.scale:g}, {spec.labels} labels, {spec.precision}"
+    ]
     lines += _state(spec) or ["nothing is missing"]
     passes, total = spec.sampler.num_steps * (1 if spec.sampler.scale == 1 else 2), None
     if spec.sampler.name == "dopri5":
-        lines.append("sampling: its steps are as many as each image needs, so what it takes is unknown")
+        lines.append(
+            "sampling: its steps are as many as each image needs, so what it takes is unknown"
+        )
     elif device:
         seconds = _seconds_per_pass(spec, model, device)
         total = spec.num * passes * seconds
-        lines.append(f"sampling: {passes} evaluations an image at {seconds * 1000:.3g} ms each on this device: about {total / 3600:.3g} hours; decoding and features come on top")
+        lines.append(
+            f"sampling: {passes} evaluations an image at {seconds * 1000:.3g} ms each on this device: about {total / 3600:.3g} hours; decoding and features come on top"
+        )
     else:
-        lines.append(f"sampling: {passes} evaluations an image; what one costs, this command says on a node, without --cluster slurm")
-    gigabytes = spec.num * 3 * (FACTOR * spec.data.size if is_latent(spec.data) else spec.data.size) ** 2 / 1e9
+        lines.append(
+            f"sampling: {passes} evaluations an image; what one costs, this command says on a node, without --cluster slurm"
+        )
+    gigabytes = (
+        spec.num
+        * 3
+        * (FACTOR * spec.data.size if is_latent(spec.data) else spec.data.size) ** 2
+        / 1e9
+    )
     return "\n".join([*lines, f"disk: {gigabytes:.1f} GB of images"]), total
 
 
@@ -157,7 +274,9 @@ def _state(spec: Evaluate) -> list[str]:
 
     missing, warnings, checks = missing_features(spec), [], []
     if spec.features == "inception":
-        checks += [lambda: inception.load(inception_path(), "cpu")] * (inception_path().is_file() and find_spec("torch_fidelity") is not None)
+        checks += [lambda: inception.load(inception_path(), "cpu")] * (
+            inception_path().is_file() and find_spec("torch_fidelity") is not None
+        )
         path = reference_path(spec.data)
         checks += [lambda: require_reference(spec.data)] * (path is None or path.is_file())
     if is_latent(spec.data) and find_spec("diffusers"):
@@ -165,14 +284,22 @@ def _state(spec: Evaluate) -> list[str]:
 
         lacking = missing_vae(vae_source())
         missing += filter(None, [lacking])
-        checks += [lambda: warnings.extend(decoder_warnings(spec.data, decoder_of(spec.data, torch.device("cpu"))[1]))] * (not lacking)
+        checks += [
+            lambda: warnings.extend(
+                decoder_warnings(spec.data, decoder_of(spec.data, torch.device("cpu"))[1])
+            )
+        ] * (not lacking)
     unusable = []
     for check in checks:
         try:
             check()
         except ValueError as error:
             unusable.append(str(error))
-    return [f"{word}: {text}" for word, texts in (("missing", missing), ("unusable", unusable), ("warning", warnings)) for text in texts]
+    return [
+        f"{word}: {text}"
+        for word, texts in (("missing", missing), ("unusable", unusable), ("warning", warnings))
+        for text in texts
+    ]
 
 
 def _seconds_per_pass(spec: Evaluate, model: nn.Module, device: str) -> float:
@@ -183,7 +310,11 @@ def _seconds_per_pass(spec: Evaluate, model: nn.Module, device: str) -> float:
 
     data, batch = spec.data, 64 if device == "cuda" else 1
     model.to(device)
-    given = torch.zeros(batch, data.channels, data.size, data.size, device=device), torch.zeros(batch, device=device), torch.zeros(batch, dtype=torch.long, device=device)
+    given = (
+        torch.zeros(batch, data.channels, data.size, data.size, device=device),
+        torch.zeros(batch, device=device),
+        torch.zeros(batch, dtype=torch.long, device=device),
+    )
     times = []
     with torch.inference_mode(), precision(spec.precision, torch.device(device)):
         for _ in range(4):
@@ -197,7 +328,11 @@ def _beside(values: dict[str, Any], backbone: str, spec: Evaluate, store: Store)
     """Our scores, each with the paper's value for the same network, guided or not as the images were, where it has one."""
     rows, guided = _published(backbone, spec, store), spec.sampler.scale != 1
     alike = next((one for one in rows if one.guided == guided and len(one.networks) == 1), None)
-    named = {key: score_name(key.partition("_")[0], values["num"]) for key in SCORES} if spec.features == "inception" else {key: key for key in CLASSIFIED[spec.features]}
+    named = (
+        {key: score_name(key.partition("_")[0], values["num"]) for key in SCORES}
+        if spec.features == "inception"
+        else {key: key for key in CLASSIFIED[spec.features]}
+    )
     lines = []
     for key, name in named.items():
         if (value := values.get(key)) is None or value != value:
@@ -205,10 +340,20 @@ def _beside(values: dict[str, Any], backbone: str, spec: Evaluate, store: Store)
         error, known = values.get(f"{key}_se"), alike and alike.values.get(key)
         spread = f" ± {error:.4f}" if error is not None and error == error else ""
         words = ", without its finite-N bias" if key == "fid_corrected" else ""
-        lines.append(f"  {name:14} {value:.4f}{spread}{words}" + (f"   paper {known}" if known else ""))
+        lines.append(
+            f"  {name:14} {value:.4f}{spread}{words}" + (f"   paper {known}" if known else "")
+        )
     lines += [f"  network evaluations per image: {values['nfe']:.4g}"] if "nfe" in values else []
-    notes = [f"paper: {alike.text()}", *_drawn_otherwise(alike.row, spec)] if alike else [_no_such_row(rows, guided)]
-    return [*lines, *(f"  {text}" for text in notes), *(f"  warning: {text}" for text in values.get("warnings", []))]
+    notes = (
+        [f"paper: {alike.text()}", *_drawn_otherwise(alike.row, spec)]
+        if alike
+        else [_no_such_row(rows, guided)]
+    )
+    return [
+        *lines,
+        *(f"  {text}" for text in notes),
+        *(f"  warning: {text}" for text in values.get("warnings", [])),
+    ]
 
 
 def _published(backbone: str, spec: Evaluate, store: Store) -> list[Published]:
@@ -221,9 +366,16 @@ def _published(backbone: str, spec: Evaluate, store: Store) -> list[Published]:
         published = store.published(table.published, table.key)
         for row in (row for row in table.rows if row.backbone):
             values, sampler = published[row.published], row.method and row.method.sampler
-            guided = values["cfg"] == "yes" if values.get("cfg") else sampler is not None and (sampler.scale, sampler.classifier_scale) != (1, 0)
+            guided = (
+                values["cfg"] == "yes"
+                if values.get("cfg")
+                else sampler is not None and (sampler.scale, sampler.classifier_scale) != (1, 0)
+            )
             found.append(Published(row, values, guided))
-    return sorted((one for one in found if backbone in one.networks), key=lambda one: -int(one.values.get("train_steps") or 0))
+    return sorted(
+        (one for one in found if backbone in one.networks),
+        key=lambda one: -int(one.values.get("train_steps") or 0),
+    )
 
 
 def _drawn_otherwise(row: Row, spec: Evaluate) -> list[str]:
@@ -231,9 +383,18 @@ def _drawn_otherwise(row: Row, spec: Evaluate) -> list[str]:
     notes = [f"{row.label}: {row.note}"] if row.note else []
     if row.method:
         own = sampler_of(row, PROTOCOLS[f"{spec.data.name}_own"])
-        ours, theirs = ({f.name: getattr(sampler, f.name) for f in fields(Sampler)} for sampler in (spec.sampler, own))
-        if other := ", ".join(f"{name} {ours[name]}, not {theirs[name]}" for name in ours if ours[name] != theirs[name]):
-            notes.append(f"drawn otherwise than its own recipe says: {other} (--protocol {spec.data.name}_own follows it)")
+        ours, theirs = (
+            {f.name: getattr(sampler, f.name) for f in fields(Sampler)}
+            for sampler in (spec.sampler, own)
+        )
+        if other := ", ".join(
+            f"{name} {ours[name]}, not {theirs[name]}"
+            for name in ours
+            if ours[name] != theirs[name]
+        ):
+            notes.append(
+                f"drawn otherwise than its own recipe says: {other} (--protocol {spec.data.name}_own follows it)"
+            )
     return notes
 
 
@@ -243,7 +404,11 @@ def _no_such_row(rows: list[Published], guided: bool) -> str:
         return "the paper has no such row"
     first = rows[0]
     if len(first.networks) > 1:
-        scores = ", ".join(f"{score_name(key, 50_000)} {first.values[key]}" for key in SCORES if first.values.get(key))
+        scores = ", ".join(
+            f"{score_name(key, 50_000)} {first.values[key]}"
+            for key in SCORES
+            if first.values.get(key)
+        )
         return f"the paper has this network only within a system of {', '.join(first.networks)}: {first.text()}: {scores}"
     return f"the paper has no {_words(guided)} row of this network, only {first.text()}"
 

@@ -26,11 +26,22 @@ DIM = Backbone("dim_l", dict(dim=32, depth=5))
 DIS = Backbone("dis_s_2", dict(dim=48, depth=2))
 DIMSUM = Backbone("dimsum_l_2", dict(dim=48, depth=4, heads=3, fusion_heads=2, attention_every=2))
 DIFFUSSM = Backbone("diffussm_xl", dict(dim=64, depth=4, states=16))
-ADM = Backbone("adm_base_64", dict(dim=32, multipliers=(1, 2), num_res_blocks=1, attention_at=(4,), head_dim=32))
-ADM_UP = Backbone("adm_up_256", dict(dim=32, multipliers=(1, 2), num_res_blocks=1, attention_at=(4,), heads=None, head_dim=32))
-ADM_CLASSIFIER = Backbone("adm_classifier_64", dict(dim=32, multipliers=(1, 2), num_res_blocks=1, attention_at=(4, 2), head_dim=32))
+ADM = Backbone(
+    "adm_base_64",
+    dict(dim=32, multipliers=(1, 2), num_res_blocks=1, attention_at=(4,), head_dim=32),
+)
+ADM_UP = Backbone(
+    "adm_up_256",
+    dict(dim=32, multipliers=(1, 2), num_res_blocks=1, attention_at=(4,), heads=None, head_dim=32),
+)
+ADM_CLASSIFIER = Backbone(
+    "adm_classifier_64",
+    dict(dim=32, multipliers=(1, 2), num_res_blocks=1, attention_at=(4, 2), head_dim=32),
+)
 UDIT = Backbone("udit_s", dict(dim=24, depths=(1, 1, 1, 1, 1), heads=2))
-LDM = Backbone("ldm_4", dict(dim=32, multipliers=(1, 2), num_res_blocks=1, attention_at=(2,), context_dim=32))
+LDM = Backbone(
+    "ldm_4", dict(dim=32, multipliers=(1, 2), num_res_blocks=1, attention_at=(2,), context_dim=32)
+)
 
 CASCADE = "a base model that a classifier of noisy images guides, and an upsampler; counted are one step of each without the classifier. In pixels all three are trained, on digits from 4x4 to 8x8; on a protocol's latents the base alone, unguided"
 UNGUIDED = "not in the paper: the base model of ADM-U alone on a protocol's data"
@@ -38,34 +49,77 @@ GUIDED = "not in the paper; ADM's single network, guided by a classifier of nois
 PIXELS = "published on latents of its own, at which it is timed; it is trained on a protocol's data like all others"
 VELOCITY = "predicts a velocity and has its own objective and sampler under every protocol"
 NOISE = "predicts the noise alone and has its own schedule and sampler under every protocol"
-NOT_PUBLISHED = "not in the paper; on 8x8 digits its innermost attention sees single tokens, whose softmax is 1"
+NOT_PUBLISHED = (
+    "not in the paper; on 8x8 digits its innermost attention sees single tokens, whose softmax is 1"
+)
 RECONSTRUCTION = "a reconstruction: no code was published, and no variant meets the published counts at both resolutions"
 
 
-def row(label: str, name: str, small: Backbone, method: Method | None = None, note: str = "", *, key: str | None = None, heavy: bool = True, costs: tuple[Cost, ...] = (), **parts: Row) -> Row:
+def row(
+    label: str,
+    name: str,
+    small: Backbone,
+    method: Method | None = None,
+    note: str = "",
+    *,
+    key: str | None = None,
+    heavy: bool = True,
+    costs: tuple[Cost, ...] = (),
+    **parts: Row,
+) -> Row:
     return Row(label, Backbone(name), small, key or label, note, method, costs, heavy, **parts)
 
 
 def classifier(size: int, method: Method = recipes.ADM_CLASSIFIER) -> Row:
-    return Row(f"ADM's classifier at {size}", Backbone(f"adm_classifier_{size}"), ADM_CLASSIFIER, None, method=method)
+    return Row(
+        f"ADM's classifier at {size}",
+        Backbone(f"adm_classifier_{size}"),
+        ADM_CLASSIFIER,
+        None,
+        method=method,
+    )
 
 
 def upsampler(size: int, method: Method) -> Row:
-    return Row(f"ADM's upsampler to {size}", Backbone(f"adm_up_{size}"), ADM_UP, None, method=method)
+    return Row(
+        f"ADM's upsampler to {size}", Backbone(f"adm_up_{size}"), ADM_UP, None, method=method
+    )
 
 
 def adm_alone(size: int, method: Method) -> Row:
     """ADM's base model for one side, without what ADM-U adds to it."""
-    return Row(f"ADM-{size}", Backbone(f"adm_base_{size}"), ADM, None, UNGUIDED, method, latent(f"adm_base_{size}", size, 3), heavy=True)
+    return Row(
+        f"ADM-{size}",
+        Backbone(f"adm_base_{size}"),
+        ADM,
+        None,
+        UNGUIDED,
+        method,
+        latent(f"adm_base_{size}", size, 3),
+        heavy=True,
+    )
 
 
 def adm_guided(size: int, method: Method) -> Row:
-    return Row("ADM-G", Backbone(f"adm_{size}"), ADM, None, GUIDED, method, latent(f"adm_{size}", size, 3), heavy=True, classifier=classifier(size))
+    return Row(
+        "ADM-G",
+        Backbone(f"adm_{size}"),
+        ADM,
+        None,
+        GUIDED,
+        method,
+        latent(f"adm_{size}", size, 3),
+        heavy=True,
+        classifier=classifier(size),
+    )
 
 
 def at_512(rows: tuple[Row, ...]) -> tuple[Row, ...]:
     """Rows whose network sees a 64 x 64 latent."""
-    return tuple(r if r.costs or not r.backbone else replace(r, costs=(Cost(r.backbone, 64, 4, 1000),)) for r in rows)
+    return tuple(
+        r if r.costs or not r.backbone else replace(r, costs=(Cost(r.backbone, 64, 4, 1000),))
+        for r in rows
+    )
 
 
 def published(*models: str) -> tuple[Row, ...]:
@@ -75,9 +129,20 @@ def published(*models: str) -> tuple[Row, ...]:
 
 def scale(size: str, *, heavy: bool, cfg: str = "no", without: str = "") -> tuple[Row, ...]:
     """One size of DiT, DiC, DiG and DiCo after 400K steps, by the common recipe, which is theirs."""
-    families = (("DiT", "/2", "dit_{}_2", DIT), ("DiC", "", "dic_{}", DIC), ("DiG", "/2", "dig_{}_2", DIG), ("DiCo", "", "dico_{}", DICO))
+    families = (
+        ("DiT", "/2", "dit_{}_2", DIT),
+        ("DiC", "", "dic_{}", DIC),
+        ("DiG", "/2", "dig_{}_2", DIG),
+        ("DiCo", "", "dico_{}", DICO),
+    )
     return tuple(
-        row(f"{family}-{size}{patch}", name.format(size.lower()), small, key=f"{family}-{size}{patch} 400000 {cfg}", heavy=heavy)
+        row(
+            f"{family}-{size}{patch}",
+            name.format(size.lower()),
+            small,
+            key=f"{family}-{size}{patch} 400000 {cfg}",
+            heavy=heavy,
+        )
         for family, patch, name, small in families
         if family != without
     )
@@ -96,7 +161,14 @@ UVIT_L = row("U-ViT-L/2", "uvit_l_2", UVIT, recipes.UVIT_L, NOISE)
 UVIT_H = row("U-ViT-H/2", "uvit_h_2", UVIT, recipes.UVIT_H, NOISE)
 DIM_H = row("DiM-H", "dim_h", DIM, recipes.DIM, NOISE)
 DIS_H = row("DiS-H/2", "dis_h_2", DIS, recipes.DIS)
-DIFFUSSM_XL = row("DiffuSSM-XL (reconstruction)", "diffussm_xl", DIFFUSSM, recipes.DIFFUSSM, RECONSTRUCTION, key="DiffuSSM-XL")
+DIFFUSSM_XL = row(
+    "DiffuSSM-XL (reconstruction)",
+    "diffussm_xl",
+    DIFFUSSM,
+    recipes.DIFFUSSM,
+    RECONSTRUCTION,
+    key="DiffuSSM-XL",
+)
 DIMSUM_L = row("DiMSUM-L/2", "dimsum_l_2", DIMSUM, recipes.DIMSUM, VELOCITY)
 SIT_XL = row("SiT-XL", "sit_xl_2", SIT, recipes.SIT, VELOCITY)
 
@@ -127,7 +199,18 @@ TABLE_1 = Table(
         *(with_cfg(r) for r in (DIT_XL, DIG_XL, DICO_XL, DIC_H, DICO_H)),
     ),
     outside=(
-        *(Row(f"U-DiT-{size}", Backbone(f"udit_{size.lower()}"), UDIT, None, NOT_PUBLISHED, recipes.UDIT, heavy=size == "L") for size in "SBL"),
+        *(
+            Row(
+                f"U-DiT-{size}",
+                Backbone(f"udit_{size.lower()}"),
+                UDIT,
+                None,
+                NOT_PUBLISHED,
+                recipes.UDIT,
+                heavy=size == "L",
+            )
+            for size in "SBL"
+        ),
         adm_alone(64, recipes.ADM_64),
         adm_guided(256, recipes.ADM_256),
     ),
@@ -142,15 +225,33 @@ ADM_U_512 = row(
     classifier=classifier(128), upsampler=upsampler(512, recipes.ADM_UP_512),
 )  # fmt: skip
 OTHERS_512 = (ADM_U_512, UVIT_L_512, UVIT_H_512)
-DIM_H_512 = replace(DIM_H, backbone=DIM_H.backbone.but(raster_padding=True), method=recipes.DIM_512, start=replace(DIM_H, method=recipes.DIM_START), costs=latent("dim_h", 64))  # pads cost alike
+DIM_H_512 = replace(
+    DIM_H,
+    backbone=DIM_H.backbone.but(raster_padding=True),
+    method=recipes.DIM_512,
+    start=replace(DIM_H, method=recipes.DIM_START),
+    costs=latent("dim_h", 64),
+)  # pads cost alike
 MAMBA_512 = (DIM_H_512, DIS_H, replace(DIFFUSSM_XL, method=recipes.DIFFUSSM_512))
-DIT_XL_512, DICO_XL_512 = replace(DIT_XL, method=recipes.DIT_512), replace(DICO_XL, method=recipes.DICO_XL_512)
+DIT_XL_512, DICO_XL_512 = (
+    replace(DIT_XL, method=recipes.DIT_512),
+    replace(DICO_XL, method=recipes.DICO_XL_512),
+)
 
 
 def after(r: Row, steps: int) -> Row:
     """A network without guidance after so many steps."""
-    method = replace(r.method, recipe=replace(r.method.recipe, steps=steps), sampler=replace(r.method.sampler, scale=1.0))
-    return replace(r, label=f"{r.label}, {steps / 1e6:.1f}M".replace(".0M", "M"), published=f"{r.label} {steps} no", method=method)
+    method = replace(
+        r.method,
+        recipe=replace(r.method.recipe, steps=steps),
+        sampler=replace(r.method.sampler, scale=1.0),
+    )
+    return replace(
+        r,
+        label=f"{r.label}, {steps / 1e6:.1f}M".replace(".0M", "M"),
+        published=f"{r.label} {steps} no",
+        method=method,
+    )
 
 
 TABLE_2 = Table(
@@ -163,7 +264,11 @@ TABLE_2 = Table(
         (
             *OTHERS_512,
             *MAMBA_512,
-            *(after(r, steps) for steps in (1_300_000, 3_000_000) for r in (DIT_XL_512, DICO_XL_512)),
+            *(
+                after(r, steps)
+                for steps in (1_300_000, 3_000_000)
+                for r in (DIT_XL_512, DICO_XL_512)
+            ),
             *(with_cfg(r) for r in (DIT_XL_512, DICO_XL_512)),
         )
     ),
@@ -179,7 +284,18 @@ TABLE_8 = Table(
     published="table8.csv",
     key=("model",),
     rows=(
-        *published("BigGAN-deep", "GigaGAN", "StyleGAN-XL", "MaskGIT", "RCG", "TiTok-S-128", "VQ-GAN-re", "ViTVQ-re", "RQTran.-re", "LLamaGen-3B"),
+        *published(
+            "BigGAN-deep",
+            "GigaGAN",
+            "StyleGAN-XL",
+            "MaskGIT",
+            "RCG",
+            "TiTok-S-128",
+            "VQ-GAN-re",
+            "ViTVQ-re",
+            "RQTran.-re",
+            "LLamaGen-3B",
+        ),
         *published("MAR-H", "PAR-3B", "RandAR-XXL", "VAR-d16", "VAR-d20", "VAR-d24", "VAR-d30"),
         ADM_U,
         UVIT_L,

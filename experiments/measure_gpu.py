@@ -30,7 +30,7 @@ from experiments.engine.cli import Parser, guarded, require_device
 from experiments.engine.files import written_whole
 from experiments.engine.store import REPOSITORY, Store
 
-LEAST = 5.0   # seconds; with less left a part is not begun
+LEAST = 5.0  # seconds; with less left a part is not begun
 OFTEN = 10.0  # seconds between two bundles
 GRACE = 10.0  # seconds that a part has to end once it is told to
 NETWORKS = {"cuda": ("dico_xl", "dit_xl_2"), "cpu": ("dico_s", "dit_s_2")}
@@ -40,9 +40,29 @@ ROWS = {"cuda": ("DiCo-XL", "DiT-XL/2"), "cpu": ("DiCo-S", "DiT-S/2")}
 def parts(device: str, against: list[str]) -> dict[str, list[str]]:
     """Commands after the interpreter, by name, in order of importance; on a CPU what it can do of them, with small networks."""
     on, cuda = ["--device", device], device == "cuda"
-    tests = ["-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", *(f"tests/test_{name}.py" for name in ("kernels_choices", "kernels_ssm", "accelerate"))]
-    efficiency, kernels = ["experiments/efficiency.py", *on], ["experiments/benchmark_kernels.py", *on]
-    steps = ["experiments/benchmark_steps.py", *on, "--rounds", "3", "--networks", *NETWORKS[device], *(["--precision", "bf16", "tf32"] if cuda else [])]
+    tests = [
+        "-m",
+        "pytest",
+        "-q",
+        "-o",
+        "addopts=",
+        "-p",
+        "no:cacheprovider",
+        *(f"tests/test_{name}.py" for name in ("kernels_choices", "kernels_ssm", "accelerate")),
+    ]
+    efficiency, kernels = (
+        ["experiments/efficiency.py", *on],
+        ["experiments/benchmark_kernels.py", *on],
+    )
+    steps = [
+        "experiments/benchmark_steps.py",
+        *on,
+        "--rounds",
+        "3",
+        "--networks",
+        *NETWORKS[device],
+        *(["--precision", "bf16", "tf32"] if cuda else []),
+    ]
     steps += ["--against", *against] if against else []
     loops = [*efficiency, "--table", "1", "--task", "sampling", "--rows", *ROWS[device]]
     found = {
@@ -51,19 +71,37 @@ def parts(device: str, against: list[str]) -> dict[str, list[str]]:
         "steps": steps,
         "steps by CUDA graphs": [*steps, "--graphs"],
         "steps compiled, by CUDA graphs": [*steps, "--compile", "--graphs"],
-        "training beside the ceilings": [*efficiency, "--table", "1", "--task", "training", "--rows", *ROWS[device]],
-        **{f"profile of {row}": [*efficiency, "--profile", row, "--task", "training"] for row in ROWS[device]},
+        "training beside the ceilings": [
+            *efficiency,
+            "--table",
+            "1",
+            "--task",
+            "training",
+            "--rows",
+            *ROWS[device],
+        ],
+        **{
+            f"profile of {row}": [*efficiency, "--profile", row, "--task", "training"]
+            for row in ROWS[device]
+        },
         "steps compiled": [*steps, "--compile"],
         "sampling loops": [*loops, *(["--graphs", "--modes", "bf16", "tf32"] if cuda else [])],
         "precision and recall": ["experiments/benchmark.py", "--neighbours", *on],
         "claims": [*efficiency, "--claims"],
         "kernels": kernels,
-        **{f"table {number}, {task}": [*efficiency, "--table", str(number), "--task", task] for number, task in ((1, "forward"), (2, "forward"), (1, "training"))},
+        **{
+            f"table {number}, {task}": [*efficiency, "--table", str(number), "--task", task]
+            for number, task in ((1, "forward"), (2, "forward"), (1, "training"))
+        },
         "tests of compiled networks": [*tests, "-m", "gpu and slow"],
         "figure 3": [*efficiency, "--figure", "3"],
         **({"sampling loops, eager": loops} if cuda else {}),  # minutes a loop
     }
-    return {name: command for name, command in found.items() if cuda or not ("--graphs" in command or "pytest" in command)}
+    return {
+        name: command
+        for name, command in found.items()
+        if cuda or not ("--graphs" in command or "pytest" in command)
+    }
 
 
 def main() -> int:
@@ -73,13 +111,42 @@ def main() -> int:
 def _main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0, help="for all of it (default: 9)")
-    parser.add_argument("--against", nargs="*", default=[], metavar="BACKBONE=FILE:NAME", help="other implementations to compare steps with, as in benchmark_steps.py")
-    parser.add_argument("--from", dest="first", metavar="PART", help="begin with this part, by name")
-    parser.add_argument("--bundle", type=Path, metavar="FILE.tar.gz", help="keep all that was measured in this file too")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="a CPU rehearses, with small networks (default: cuda)")
-    parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="results folder (default: results)")
+    parser.add_argument(
+        "--against",
+        nargs="*",
+        default=[],
+        metavar="BACKBONE=FILE:NAME",
+        help="other implementations to compare steps with, as in benchmark_steps.py",
+    )
+    parser.add_argument(
+        "--from", dest="first", metavar="PART", help="begin with this part, by name"
+    )
+    parser.add_argument(
+        "--bundle",
+        type=Path,
+        metavar="FILE.tar.gz",
+        help="keep all that was measured in this file too",
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda",
+        help="a CPU rehearses, with small networks (default: cuda)",
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="results folder (default: results)",
+    )
     args = parser.parse_args()
-    end, good, chosen, store = time.monotonic() + 60 * args.minutes, True, parts(args.device, args.against), Store(args.results)
+    end, good, chosen, store = (
+        time.monotonic() + 60 * args.minutes,
+        True,
+        parts(args.device, args.against),
+        Store(args.results),
+    )
     if args.first:
         if args.first not in chosen:
             parser.error(f"--from takes a part: {'; '.join(chosen)}")
@@ -103,7 +170,12 @@ def _main() -> int:
 def _run(command: list[str], end: float, store: Store, bundle: Path | None) -> str:
     """Run a part until it ends or the time does; what became of it."""
     paths = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
-    running = subprocess.Popen([sys.executable, *command], cwd=REPOSITORY, start_new_session=True, env=os.environ | {"PYTHONPATH": paths})
+    running = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=REPOSITORY,
+        start_new_session=True,
+        env=os.environ | {"PYTHONPATH": paths},
+    )
     status = None
     while status is None and (left := end - time.monotonic()) > 0:
         try:

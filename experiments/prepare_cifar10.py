@@ -28,8 +28,14 @@ def _main() -> int:
     for split in ("train", "test"):
         if sources.find_cifar10(folder, split):
             images = cifar10(CIFAR10.data, split)
-            converted = f"; converted to RGB: {images.identity['data_converted']}" if "data_converted" in images.identity else ""
-            print(f"{split}: {len(images)} images from {images.identity['data_source']}, sha256 {images.identity['data_sha256'][:16]}{converted}")
+            converted = (
+                f"; converted to RGB: {images.identity['data_converted']}"
+                if "data_converted" in images.identity
+                else ""
+            )
+            print(
+                f"{split}: {len(images)} images from {images.identity['data_source']}, sha256 {images.identity['data_sha256'][:16]}{converted}"
+            )
     return 0
 
 

@@ -19,7 +19,9 @@ from experiments.engine.progress import images_line
 from experiments.engine.sources import folder_of
 from experiments.protocols import PROTOCOLS
 
-LATENT_PROTOCOLS = {name: protocol for name, protocol in PROTOCOLS.items() if name.startswith("imagenet")}
+LATENT_PROTOCOLS = {
+    name: protocol for name, protocol in PROTOCOLS.items() if name.startswith("imagenet")
+}
 
 
 def main() -> int:
@@ -29,14 +31,44 @@ def main() -> int:
 def _main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--protocol", required=True, choices=LATENT_PROTOCOLS)
-    parser.add_argument("--images", required=True, type=Path, help="folder that holds one folder of images for each class")
-    parser.add_argument("--out", type=Path, help="where the latents go (default: $DICO_DATA/<protocol>, or data/<protocol>)")
-    parser.add_argument("--vae", default="sd-vae-ft-ema", help="sd-vae-ft-ema, sd-vae-ft-mse, or a diffusers folder with safetensors (default: sd-vae-ft-ema)")
-    parser.add_argument("--corrupt", choices=("refuse", "skip"), default="refuse", help="files that cannot be decoded: stop (default), or leave out and count")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU where there is one)")
-    parser.add_argument("--batch", type=int, default=32, help="images and flips that the VAE takes at a time on a GPU; a CPU takes one (default: 32)")
+    parser.add_argument(
+        "--images",
+        required=True,
+        type=Path,
+        help="folder that holds one folder of images for each class",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="where the latents go (default: $DICO_DATA/<protocol>, or data/<protocol>)",
+    )
+    parser.add_argument(
+        "--vae",
+        default="sd-vae-ft-ema",
+        help="sd-vae-ft-ema, sd-vae-ft-mse, or a diffusers folder with safetensors (default: sd-vae-ft-ema)",
+    )
+    parser.add_argument(
+        "--corrupt",
+        choices=("refuse", "skip"),
+        default="refuse",
+        help="files that cannot be decoded: stop (default), or leave out and count",
+    )
+    parser.add_argument(
+        "--device", help="cpu, cuda or cuda:N (default: the GPU where there is one)"
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=32,
+        help="images and flips that the VAE takes at a time on a GPU; a CPU takes one (default: 32)",
+    )
     parser.add_argument("--shard", type=int, default=1024, help="images a shard (default: 1024)")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads that decode and crop (default: the cores)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="threads that decode and crop (default: the cores)",
+    )
     return _prepare(parser.parse_args())
 
 
@@ -55,15 +87,32 @@ def _prepare(args: argparse.Namespace) -> int:
     require_device(device.partition(":")[0])
     pictures = find_pictures(args.images, data.num_classes)
     vae = load_autoencoder(args.vae, device, args.batch)
-    work = Work(pictures, vae, data.size * vae.factor, data.latents, args.shard, args.corrupt == "skip", args.workers)
+    work = Work(
+        pictures,
+        vae,
+        data.size * vae.factor,
+        data.latents,
+        args.shard,
+        args.corrupt == "skip",
+        args.workers,
+    )
     manifest = prepare(work, args.out or folder_of(data), _Progress())
     for name, reason in manifest["skipped"].items():
         print(f"skipped {name}: {reason}")
-    converted = counted(manifest["converted"]) or "none" if "converted" in manifest else "unknown, older shards do not say"
-    print(f"{manifest['num_images']} images in {len(manifest['shards'])} shards, {len(manifest['skipped'])} skipped; converted to RGB: {converted}")
+    converted = (
+        counted(manifest["converted"]) or "none"
+        if "converted" in manifest
+        else "unknown, older shards do not say"
+    )
+    print(
+        f"{manifest['num_images']} images in {len(manifest['shards'])} shards, {len(manifest['skipped'])} skipped; converted to RGB: {converted}"
+    )
     print(describe(manifest["statistics"]))
     if not manifest["statistics"]["as_expected"]:
-        print(f"warning: {args.protocol} takes only sd-vae-ft's latents; a run on these declares Data(vae={vae.encoder!r})", file=sys.stderr)
+        print(
+            f"warning: {args.protocol} takes only sd-vae-ft's latents; a run on these declares Data(vae={vae.encoder!r})",
+            file=sys.stderr,
+        )
     return 0
 
 

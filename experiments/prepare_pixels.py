@@ -25,15 +25,39 @@ def main() -> int:
 
 def _main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", required=True, type=int, choices=(64, 128, 256, 512), help="pixels a side")
-    parser.add_argument("--images", required=True, type=Path, help="folder that holds one folder of images for each of the 1000 classes")
-    parser.add_argument("--out", type=Path, help="where the two files go (default: $DICO_DATA/imagenet<size>_pixels, or data/imagenet<size>_pixels)")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads that decode and crop (default: the cores)")
+    parser.add_argument(
+        "--size", required=True, type=int, choices=(64, 128, 256, 512), help="pixels a side"
+    )
+    parser.add_argument(
+        "--images",
+        required=True,
+        type=Path,
+        help="folder that holds one folder of images for each of the 1000 classes",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="where the two files go (default: $DICO_DATA/imagenet<size>_pixels, or data/imagenet<size>_pixels)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="threads that decode and crop (default: the cores)",
+    )
     args = parser.parse_args()
     if args.workers < 1:
         parser.error("--workers takes a number from 1 on")
-    num, converted = prepare(args.images, args.out or folder_of(pixels(args.size)), args.size, pixels(args.size).num_classes, args.workers)
-    print(f"{num} images of {args.size} x {args.size} pixels; converted to RGB: {converted or 'none'}")
+    num, converted = prepare(
+        args.images,
+        args.out or folder_of(pixels(args.size)),
+        args.size,
+        pixels(args.size).num_classes,
+        args.workers,
+    )
+    print(
+        f"{num} images of {args.size} x {args.size} pixels; converted to RGB: {converted or 'none'}"
+    )
     return 0
 
 
@@ -50,7 +74,10 @@ def prepare(images: Path, out: Path, size: int, num_classes: int, workers: int) 
     with written_whole(out / "images.npy") as file, ThreadPoolExecutor(workers) as threads:
         np.lib.format.write_array_header_2_0(file, header)
         for start in range(0, len(found.files), 1024):
-            for picture, mode in threads.map(lambda name: read_picture(found.root / name, size), found.files[start : start + 1024]):
+            for picture, mode in threads.map(
+                lambda name: read_picture(found.root / name, size),
+                found.files[start : start + 1024],
+            ):
                 file.write(picture.transpose(2, 0, 1).tobytes())
                 converted.update([mode] * (mode != "RGB"))
     with written_whole(out / "labels.npy") as file:

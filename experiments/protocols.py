@@ -134,7 +134,12 @@ IMAGENET512 = Protocol(
     source="DiCo paper, Tables 2 and 6",
 )
 
-IMAGENET512_FIXED = replace(IMAGENET512, name="imagenet512_fixed", data=replace(IMAGENET512.data, latents="fixed"), source=IMAGENET256_FIXED.source)
+IMAGENET512_FIXED = replace(
+    IMAGENET512,
+    name="imagenet512_fixed",
+    data=replace(IMAGENET512.data, latents="fixed"),
+    source=IMAGENET256_FIXED.source,
+)
 
 OWN = "each system by the recipe and the sampler of its own paper"
 IMAGENET256_OWN = replace(IMAGENET256, name="imagenet256_own", own=True, source=OWN)
@@ -152,7 +157,9 @@ def network(row: Row, protocol: Protocol) -> Backbone:
     data, backbone, images = at_data(row, protocol).data, row.backbone, 2 if _upsamples(row) else 1
     if protocol.small:
         backbone = row.small if isinstance(row.small, Backbone) else row.backbone.but(**row.small)
-    return backbone.but(input_size=data.size, in_channels=images * data.channels, num_classes=data.num_classes)
+    return backbone.but(
+        input_size=data.size, in_channels=images * data.channels, num_classes=data.num_classes
+    )
 
 
 def at_data(row: Row, protocol: Protocol) -> Protocol:
@@ -170,8 +177,17 @@ def train_stage(row: Row, protocol: Protocol, seed: int) -> Train:
     stage = Train(network(row, protocol), at_data(row, protocol).data, protocol.recipe, seed=seed)
     if row.method is None:
         return stage
-    undropped, diffusion = replace(protocol.recipe, label_dropout=0.0), row.method.diffusion  # a network without a null label takes none
-    recipe = row.method.recipe if protocol.own else protocol.recipe if row.method.recipe.label_dropout else undropped
+    undropped, diffusion = (
+        replace(protocol.recipe, label_dropout=0.0),
+        row.method.diffusion,
+    )  # a network without a null label takes none
+    recipe = (
+        row.method.recipe
+        if protocol.own
+        else protocol.recipe
+        if row.method.recipe.label_dropout
+        else undropped
+    )
     if _upsamples(row) and not protocol.own:
         diffusion = replace(diffusion, low_res=protocol.data.size // 2)
     start = train_stage(row.start, IMAGENET256_OWN, seed) if row.start and protocol.own else None
@@ -181,11 +197,17 @@ def train_stage(row: Row, protocol: Protocol, seed: int) -> Train:
 def evaluate_stage(row: Row, protocol: Protocol, seed: int) -> Evaluate:
     """Of the whole system; on latents of its network alone, for a classifier that guides and an upsampler are made for pixels."""
     train, at = train_stage(row, protocol, seed), at_data(row, protocol)
-    stage = Evaluate(train, sampler_of(row, protocol), protocol.num, protocol.features, protocol.labels)
+    stage = Evaluate(
+        train, sampler_of(row, protocol), protocol.num, protocol.features, protocol.labels
+    )
     if row.classifier and not is_latent(train.data):
         stage = replace(stage, classifier=train_stage(row.classifier, at, seed))
     if row.upsampler and not is_latent(train.data):
-        stage = replace(stage, upsampler=train_stage(row.upsampler, protocol, seed), upsampling=sampler_of(row.upsampler, protocol))
+        stage = replace(
+            stage,
+            upsampler=train_stage(row.upsampler, protocol, seed),
+            upsampling=sampler_of(row.upsampler, protocol),
+        )
     return stage
 
 
@@ -199,7 +221,10 @@ def sampler_of(row: Row, protocol: Protocol) -> Sampler:
     if method is None:
         return common
     latent = is_latent(at_data(row, protocol).data)  # clipping and classifiers are made for pixels
-    pixels = dict(clip=method.sampler.clip and not latent, classifier_scale=method.sampler.classifier_scale if row.classifier and not latent else 0.0)
+    pixels = dict(
+        clip=method.sampler.clip and not latent,
+        classifier_scale=method.sampler.classifier_scale if row.classifier and not latent else 0.0,
+    )
     if protocol.own:
         return replace(method.sampler, **pixels)
     common = replace(common, **pixels | dict(clip=pixels["clip"] or common.clip))
@@ -207,12 +232,19 @@ def sampler_of(row: Row, protocol: Protocol) -> Sampler:
         common = replace(common, scale=1.0)
     if (method.diffusion.name, method.diffusion.variance) == ("iddpm", "learned"):
         return common
-    return replace(method.sampler, num_steps=min(method.sampler.num_steps, common.num_steps), scale=common.scale, channels=common.channels)
+    return replace(
+        method.sampler,
+        num_steps=min(method.sampler.num_steps, common.num_steps),
+        scale=common.scale,
+        channels=common.channels,
+    )
 
 
 def cost_stages(row: Row) -> tuple[Cost, ...]:
     """Counts of what makes the published system, else of its network at a 32 x 32 x 4 latent and 1000 classes."""
-    return row.costs or ((Cost(row.backbone, size=32, channels=4, num_classes=1000),) if row.backbone else ())
+    return row.costs or (
+        (Cost(row.backbone, size=32, channels=4, num_classes=1000),) if row.backbone else ()
+    )
 
 
 def cost_stage(row: Row) -> Cost:
@@ -230,7 +262,19 @@ def timing_stage(row: Row, baseline: Row, device: str) -> Timing:
     batch = 4 if device != "cuda" else 16 if max(part.size for part in (own, *parts)) > 256 else 64
     other = None if (own.size, own.channels) == (at.size, at.channels) else (at.size, at.channels)
     kernels = {"attention": "reference"}
-    return Timing(row.backbone, own.size, own.channels, own.num_classes, batch, device, "fp32", kernels, baseline.backbone, other, tuple(parts))
+    return Timing(
+        row.backbone,
+        own.size,
+        own.channels,
+        own.num_classes,
+        batch,
+        device,
+        "fp32",
+        kernels,
+        baseline.backbone,
+        other,
+        tuple(parts),
+    )
 
 
 def timed_rows(table: Table, rows: Sequence[Row], device: str, named: bool) -> list[Row]:

@@ -35,12 +35,24 @@ def main() -> int:
 def _main() -> int:
     """Exit status: 0 done, 1 a stage failed, 2 bad input, 75 stopped before the end and able to go on, 137 lost a process."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", type=int, choices=list(TABLES), required=True, help="table that declares the row")
+    parser.add_argument(
+        "--table", type=int, choices=list(TABLES), required=True, help="table that declares the row"
+    )
     parser.add_argument("--row", required=True, help="its label")
     parser.add_argument("--protocol", choices=list(PROTOCOLS), default="digits")
     parser.add_argument("--seed", type=int, default=0, help="training seed (default: 0)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the site's, which is GPUs unless gpus_per_node is 0")
-    parser.add_argument("--results", type=Path, default=os.environ.get("RESULTS") or None, metavar="DIR", help="results folder (default: $RESULTS, else results)")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="default: the site's, which is GPUs unless gpus_per_node is 0",
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=os.environ.get("RESULTS") or None,
+        metavar="DIR",
+        help="results folder (default: $RESULTS, else results)",
+    )
     args = parser.parse_args()
     table, protocol = TABLES[args.table], PROTOCOLS[args.protocol]
     row = table.row(args.row)
@@ -52,7 +64,9 @@ def _main() -> int:
         require_data(training.data)
     require_features(stage)
     site = load_site(row.label)
-    warn_of_unknown_rows(row.label for table in TABLES.values() for row in (*table.rows, *table.outside))
+    warn_of_unknown_rows(
+        row.label for table in TABLES.values() for row in (*table.rows, *table.outside)
+    )
     error = work_in_job(job, root, **given(site) | {"device": args.device or site.device})
     if error:
         print(f"error: {error}", file=sys.stderr)

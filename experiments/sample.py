@@ -45,32 +45,76 @@ def _cannot_write(error: OSError) -> str:
 
 def _main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", type=int, choices=sorted(TABLES), help="that declares the row (default: the one that does)")
+    parser.add_argument(
+        "--table",
+        type=int,
+        choices=sorted(TABLES),
+        help="that declares the row (default: the one that does)",
+    )
     parser.add_argument("--row", required=True, help="by its label")
     parser.add_argument("--protocol", choices=list(PROTOCOLS), default="digits")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the training run (default: 0)")
-    parser.add_argument("--num", type=int, metavar="N", help="images (default: as the protocol scores)")
-    parser.add_argument("--sampler", metavar="NAME", help="another than the protocol's: ancestral, ddim, dpm_solver, dpm_solver_diffusers; of flows euler, heun, dopri5, sde")
-    parser.add_argument("--steps", type=int, metavar="N", help="of the sampler (default: as the protocol's)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the .npz (default: samples.npz in the run's folder)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="of the training run (default: 0)"
+    )
+    parser.add_argument(
+        "--num", type=int, metavar="N", help="images (default: as the protocol scores)"
+    )
+    parser.add_argument(
+        "--sampler",
+        metavar="NAME",
+        help="another than the protocol's: ancestral, ddim, dpm_solver, dpm_solver_diffusers; of flows euler, heun, dopri5, sde",
+    )
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="of the sampler (default: as the protocol's)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the .npz (default: samples.npz in the run's folder)",
+    )
     parser.add_argument("--png", type=Path, metavar="DIR", help="also one PNG an image")
-    parser.add_argument("--batch", type=int, default=250, metavar="N", help="images at a time on a GPU, which changes no image but by rounding (default: 250)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
-    parser.add_argument("--results", type=Path, default=os.environ.get("RESULTS") or None, metavar="DIR", help="results folder (default: $RESULTS, else results)")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=250,
+        metavar="N",
+        help="images at a time on a GPU, which changes no image but by rounding (default: 250)",
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: the GPU if there is one"
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=os.environ.get("RESULTS") or None,
+        metavar="DIR",
+        help="results folder (default: $RESULTS, else results)",
+    )
     add_fast_options(parser)
     return _run(parser.parse_args())
 
 
 def _run(args: argparse.Namespace) -> int:
     protocol = PROTOCOLS[args.protocol]
-    table = TABLES[args.table] if args.table else table_of(args.row, TABLES, lambda row: evaluate_stage(row, protocol, args.seed))
+    table = (
+        TABLES[args.table]
+        if args.table
+        else table_of(args.row, TABLES, lambda row: evaluate_stage(row, protocol, args.seed))
+    )
     row = table.row(args.row)
     if row.backbone is None:
-        raise ValueError(f"row {args.row!r} holds published numbers only: there is no network to sample")
+        raise ValueError(
+            f"row {args.row!r} holds published numbers only: there is no network to sample"
+        )
     if min(args.batch, *(value for value in (args.num, args.steps) if value is not None), 1) < 1:
         raise ValueError("--num, --steps and --batch take numbers from 1 on")
     spec = evaluate_stage(row, protocol, args.seed)
-    sampler = replace(spec.sampler, name=args.sampler or spec.sampler.name, num_steps=args.steps or spec.sampler.num_steps)
+    sampler = replace(
+        spec.sampler,
+        name=args.sampler or spec.sampler.name,
+        num_steps=args.steps or spec.sampler.num_steps,
+    )
     spec = replace(spec, num=args.num or spec.num, sampler=sampler)
     require_data(spec.data)
 
@@ -83,12 +127,20 @@ def _run(args: argparse.Namespace) -> int:
     from experiments.engine.samples import decoder_warnings
     from experiments.engine.train import Resources
 
-    bind(sampler, process(spec.train.diffusion))  # an unknown sampler is said before anything is drawn
+    bind(
+        sampler, process(spec.train.diffusion)
+    )  # an unknown sampler is said before anything is drawn
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     require_device(device)
-    resources, store = Resources(device, sample_batch=args.batch, **fast(args, device)), Store(args.results, REPOSITORY / "results" / "reference")
+    resources, store = (
+        Resources(device, sample_batch=args.batch, **fast(args, device)),
+        Store(args.results, REPOSITORY / "results" / "reference"),
+    )
     store.check_writable()
-    out, job = args.out or store.run_dir(spec) / "samples.npz", Job(f"{args.row}, {spec.num} images", (spec,))
+    out, job = (
+        args.out or store.run_dir(spec) / "samples.npz",
+        Job(f"{args.row}, {spec.num} images", (spec,)),
+    )
     group = distributed.join(device, resources.timeout)
     with ExitStack() as held:
         progress = held.enter_context(Progress(total=1, lines=True)) if group.first else None
@@ -105,11 +157,15 @@ def _run(args: argparse.Namespace) -> int:
             samples.write_png(args.png)
     for text in decoder_warnings(spec.data, samples.made["decoder"]):
         print(f"warning: {text}", file=sys.stderr)
-    print(f"{spec.num} images {samples.shape[1]} x {samples.shape[2]}, {spec.labels} labels, seed {spec.seed}, {samples.nfe:g} network evaluations each: {out}")
+    print(
+        f"{spec.num} images {samples.shape[1]} x {samples.shape[2]}, {spec.labels} labels, seed {spec.seed}, {samples.nfe:g} network evaluations each: {out}"
+    )
     return 0
 
 
-def _drawn(spec: Evaluate, store: Store, resources: Resources, group: Group, held: ExitStack, report: Any) -> Samples:
+def _drawn(
+    spec: Evaluate, store: Store, resources: Resources, group: Group, held: ExitStack, report: Any
+) -> Samples:
     """The set, drawn by all ranks; the first one's hold on its folder lasts as long as `held`. Where one rank fails all end, each with its error."""
     from experiments.engine import distributed, preemption
     from experiments.engine.heartbeat import claimed
@@ -125,7 +181,9 @@ def _drawn(spec: Evaluate, store: Store, resources: Resources, group: Group, hel
     if refusal := group.share(refusal):  # every rank says so
         raise refusal
     try:
-        with distributed.Watch(group, folder, lambda error: print(f"error: {error}", file=sys.stderr, flush=True)):
+        with distributed.Watch(
+            group, folder, lambda error: print(f"error: {error}", file=sys.stderr, flush=True)
+        ):
             return sampled(spec, store.run_dir(spec.train), resources, report, group, beat)
     except Exception as failure:
         if group.world_size == 1:
@@ -133,7 +191,9 @@ def _drawn(spec: Evaluate, store: Store, resources: Resources, group: Group, hel
         try:
             raise ValueError(distributed.cause(folder, group, failure)) from None
         except distributed.Lost as lost:
-            print(f"error: {lost}; the same command goes on where this one stopped", file=sys.stderr)
+            print(
+                f"error: {lost}; the same command goes on where this one stopped", file=sys.stderr
+            )
             raise SystemExit(preemption.LOST) from None
 
 

@@ -79,7 +79,9 @@ def dim_fvcore(tokens: int, dim: int = 1536, depth: int = 49) -> Callable[[Count
 def dimsum_calflops(counts: Counts) -> float:
     """calflops on DiMSUM-L/2: no `@` products (in_proj, dt_proj), no attention products, no scan."""
     tokens, dim, blocks, shared, state, rank = 256, 1024, 16, 4, 16, 32
-    mamba = 2 * blocks * tokens * dim * (dim + rank + 2 * state)  # two half-width branches a block, each dim wide inside
+    mamba = (
+        2 * blocks * tokens * dim * (dim + rank + 2 * state)
+    )  # two half-width branches a block, each dim wide inside
     return counts["macs_core"] - mamba - (blocks + shared) * 2 * tokens**2 * dim
 
 
@@ -89,7 +91,9 @@ def published(table: int, model: str) -> tuple[str, str]:
 
 def plain(label: str, name: str, table: int, **more: object) -> System:
     """A 256-pixel row that torchprofile reproduces."""
-    return System(label, 256, latent(name, 32), torchprofile, "torchprofile", published(table, label), **more)
+    return System(
+        label, 256, latent(name, 32), torchprofile, "torchprofile", published(table, label), **more
+    )
 
 
 UNET_NOTE = "the DiT paper's figure: one step of the base model and one of the upsampler, without the classifier that guides"
@@ -144,16 +148,54 @@ SYSTEMS = (
 
 def counts_sheet(store: Store, where: str = "records") -> Sheet:
     """One row a system: published, ours in the published convention, and core. No torch."""
-    columns = [("", "system"), ("", "pixels"), ("params, M", "paper"), ("params, M", "ours"), ("Gflops", "paper"), ("Gflops", "ours, same counter")]
-    columns += [("Gflops", "diff. %"), ("Gflops", "core"), ("Gflops", "core, diff. %"), ("", "counter")]
-    sheet = Sheet("Parameters and Gflops of the compared systems (DiCo paper, Tables 1, 2, 5, 8, 9)", columns)
+    columns = [
+        ("", "system"),
+        ("", "pixels"),
+        ("params, M", "paper"),
+        ("params, M", "ours"),
+        ("Gflops", "paper"),
+        ("Gflops", "ours, same counter"),
+    ]
+    columns += [
+        ("Gflops", "diff. %"),
+        ("Gflops", "core"),
+        ("Gflops", "core, diff. %"),
+        ("", "counter"),
+    ]
+    sheet = Sheet(
+        "Parameters and Gflops of the compared systems (DiCo paper, Tables 1, 2, 5, 8, 9)", columns
+    )
     for system in SYSTEMS:
         paper = _published(store, system.gflops, "gflops")
         params, ours, core = counted(system, store, where)
-        cells = [Cell(words=system.title), Cell(words=str(system.resolution)), _params(store, system), params, paper]
-        sheet.rows.append([*cells, ours, difference(ours, paper), core, difference(core, paper), Cell(words=system.convention or "-")])
-    sheet.notes = notes([(f"{system.title} at {system.resolution}", system, row[4]) for system, row in zip(SYSTEMS, sheet.rows, strict=True)], store, where)
-    sheet.notes.append("Gflops are multiply-accumulates at batch 1; params are all parameters, frozen position tables included.")
+        cells = [
+            Cell(words=system.title),
+            Cell(words=str(system.resolution)),
+            _params(store, system),
+            params,
+            paper,
+        ]
+        sheet.rows.append(
+            [
+                *cells,
+                ours,
+                difference(ours, paper),
+                core,
+                difference(core, paper),
+                Cell(words=system.convention or "-"),
+            ]
+        )
+    sheet.notes = notes(
+        [
+            (f"{system.title} at {system.resolution}", system, row[4])
+            for system, row in zip(SYSTEMS, sheet.rows, strict=True)
+        ],
+        store,
+        where,
+    )
+    sheet.notes.append(
+        "Gflops are multiply-accumulates at batch 1; params are all parameters, frozen position tables included."
+    )
     return sheet
 
 
@@ -163,7 +205,10 @@ def notes(named: Iterable[tuple[str, System, Cell]], store: Store, where: str) -
     for one in named:
         if one[1].note:
             together.setdefault(one[1].note, []).append(one)
-    return [f"{', '.join(name for name, _, _ in group)}: {_filled(note, group, store, where)}." for note, group in together.items()]
+    return [
+        f"{', '.join(name for name, _, _ in group)}: {_filled(note, group, store, where)}."
+        for note, group in together.items()
+    ]
 
 
 def _filled(note: str, group: list[tuple[str, System, Cell]], store: Store, where: str) -> str:
@@ -172,11 +217,25 @@ def _filled(note: str, group: list[tuple[str, System, Cell]], store: Store, wher
     quadruple: four times the figure of the same network at 256.
     """
     measured = [(paper, *counted(system, store, where)[1:]) for _, system, paper in group]
-    hidden = [-100 * (same.value / core.value - 1) for _, same, core in measured if same.value and core.value]
-    above = [100 * (core.value / paper.value - 1) for paper, _, core in measured if paper.value and core.value]
-    at_256 = [counted(other, store, where)[1] for other in SYSTEMS if (other.label, other.resolution) == (group[0][1].label, 256)]
+    hidden = [
+        -100 * (same.value / core.value - 1)
+        for _, same, core in measured
+        if same.value and core.value
+    ]
+    above = [
+        100 * (core.value / paper.value - 1)
+        for paper, _, core in measured
+        if paper.value and core.value
+    ]
+    at_256 = [
+        counted(other, store, where)[1]
+        for other in SYSTEMS
+        if (other.label, other.resolution) == (group[0][1].label, 256)
+    ]
     quadruple = [Cell(4 * cell.value).text() for cell in at_256 if cell.value]
-    return note.format(hidden=_span(hidden), above=_span(above), quadruple=quadruple[0] if quadruple else "-")
+    return note.format(
+        hidden=_span(hidden), above=_span(above), quadruple=quadruple[0] if quadruple else "-"
+    )
 
 
 def _span(shares: list[float]) -> str:
@@ -191,12 +250,20 @@ def counted(system: System, store: Store, where: str) -> tuple[Cell, Cell, Cell]
         return Cell(), Cell(), Cell()
     total = {name: sum(record.values[name] for record in records) for name in records[0].values}
     same = Cell(system.saw(total) / 1e9, records=records) if system.saw else Cell()
-    return Cell(total["params_total"] / 1e6, None, 1, records=records), same, Cell(total["macs_core"] / 1e9, records=records)
+    return (
+        Cell(total["params_total"] / 1e6, None, 1, records=records),
+        same,
+        Cell(total["macs_core"] / 1e9, records=records),
+    )
 
 
 def difference(ours: Cell, paper: Cell) -> Cell:
     """In per cent of the published number."""
-    return Cell() if ours.value is None or paper.value is None else Cell(100 * (ours.value / paper.value - 1), records=ours.records)
+    return (
+        Cell()
+        if ours.value is None or paper.value is None
+        else Cell(100 * (ours.value / paper.value - 1), records=ours.records)
+    )
 
 
 def _published(store: Store, where: tuple[str, str] | None, column: str) -> Cell:

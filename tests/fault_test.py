@@ -36,22 +36,40 @@ from experiments.engine.spec import Backbone, Data, Recipe, Train
 from experiments.engine.store import REPOSITORY, Store
 
 CLUSTER = REPOSITORY / "tests" / "slurm_cluster.sh"
-SITE = Site(nodes=2, gpus_per_node=0, cpus_per_task=1, time="02:00:00", signal_seconds=60, checkpoint_every=20)
+SITE = Site(
+    nodes=2,
+    gpus_per_node=0,
+    cpus_per_task=1,
+    time="02:00:00",
+    signal_seconds=60,
+    checkpoint_every=20,
+)
 PATIENCE = 300.0
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
-STEPS = "FAULT_TEST_STEPS"   # environment variable: the folder of the steps that processes finish
+STEPS = "FAULT_TEST_STEPS"  # environment variable: the folder of the steps that processes finish
 
 
 def training(steps: int) -> Train:
-    backbone = Backbone("dico_s", dict(dim=8, depths=(1, 1, 1, 1, 1), input_size=8, in_channels=1, num_classes=10))
-    return Train(backbone, Data("digits", size=8, channels=1, num_classes=10), Recipe(steps=steps, batch=16, lr=1e-3, ema=0.99))
+    backbone = Backbone(
+        "dico_s", dict(dim=8, depths=(1, 1, 1, 1, 1), input_size=8, in_channels=1, num_classes=10)
+    )
+    return Train(
+        backbone,
+        Data("digits", size=8, channels=1, num_classes=10),
+        Recipe(steps=steps, batch=16, lr=1e-3, ema=0.99),
+    )
 
 
 def witnessed(job: Job, root: Path, resources: dict[str, Any]) -> None:
     """What a submitted job's processes run: first and last step of this attempt are in a file of its own at any moment."""
     from experiments.engine.train import Trainer
 
-    steps, name = Trainer.steps, "-".join(os.environ.get(f"SLURM_{part}", "0") for part in ("JOB_ID", "RESTART_COUNT", "PROCID"))
+    steps, name = (
+        Trainer.steps,
+        "-".join(
+            os.environ.get(f"SLURM_{part}", "0") for part in ("JOB_ID", "RESTART_COUNT", "PROCID")
+        ),
+    )
 
     def written(trainer: Trainer, *arguments: Any) -> Any:
         with open(Path(os.environ[STEPS]) / name, "wb", buffering=0) as file:
@@ -67,9 +85,17 @@ def witnessed(job: Job, root: Path, resources: dict[str, Any]) -> None:
 
 def lost(folder: Path) -> int:
     """Steps that were made and not gone on from, over all attempts."""
-    attempts = sorted((tuple(map(int, path.name.split("-"))), path.read_text().split()) for path in folder.iterdir())
-    ranks = [[tuple(map(int, steps)) for _, steps in found] for _, found in groupby(attempts, lambda attempt: attempt[0][:2])]
-    return sum(max(0, max(last for _, last in before) - after[0][0]) for before, after in pairwise(ranks))
+    attempts = sorted(
+        (tuple(map(int, path.name.split("-"))), path.read_text().split())
+        for path in folder.iterdir()
+    )
+    ranks = [
+        [tuple(map(int, steps)) for _, steps in found]
+        for _, found in groupby(attempts, lambda attempt: attempt[0][:2])
+    ]
+    return sum(
+        max(0, max(last for _, last in before) - after[0][0]) for before, after in pairwise(ranks)
+    )
 
 
 class Cluster:
@@ -82,7 +108,13 @@ class Cluster:
         self.submission = None
 
     def script(self, *command: str) -> str:
-        return subprocess.run(["bash", CLUSTER, *command], env=self.environment, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            ["bash", CLUSTER, *command],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
 
     def send(self) -> None:
         (self.submission,) = submit([(SITE, [self.job])], self.store, "fault_test.py")
@@ -98,15 +130,29 @@ class Cluster:
 
     def newest(self) -> int:
         """Step of the newest checkpoint."""
-        return max((int(path.name.split("-")[1]) for path in self.checkpoints.glob("step-*-*.pt")), default=0)
+        return max(
+            (int(path.name.split("-")[1]) for path in self.checkpoints.glob("step-*-*.pt")),
+            default=0,
+        )
 
     def ranks(self) -> list[int]:
         """Processes of the job, by rank."""
         found = {}
         for process in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
-                names = dict(line.split("=", 1) for line in (process / "environ").read_bytes().decode(errors="replace").split("\0") if "=" in line)
-                if names.get("SLURM_JOB_ID") == self.submission.job and "SLURM_PROCID" in names and b"submitit" in (process / "cmdline").read_bytes():
+                names = dict(
+                    line.split("=", 1)
+                    for line in (process / "environ")
+                    .read_bytes()
+                    .decode(errors="replace")
+                    .split("\0")
+                    if "=" in line
+                )
+                if (
+                    names.get("SLURM_JOB_ID") == self.submission.job
+                    and "SLURM_PROCID" in names
+                    and b"submitit" in (process / "cmdline").read_bytes()
+                ):
                     found[int(names["SLURM_PROCID"])] = int(process.name)
         return [found[rank] for rank in sorted(found)]
 
@@ -119,7 +165,9 @@ class Cluster:
         end = time.monotonic() + patience
         while not what():
             if time.monotonic() > end:
-                raise TimeoutError(f"not within {patience:.0f} s: {words} (the job is {self.state().lower()})")
+                raise TimeoutError(
+                    f"not within {patience:.0f} s: {words} (the job is {self.state().lower()})"
+                )
             time.sleep(0.1)
 
 
@@ -129,8 +177,18 @@ def kill_rank(cluster: Cluster) -> None:
 
 
 def kill_step(cluster: Cluster) -> None:
-    listed = subprocess.run(["squeue", "--steps", "-h", "-j", cluster.submission.job, "-o", "%i"], capture_output=True, text=True, check=True, timeout=60)
-    subprocess.run(["scancel", "--signal=KILL", *re.findall(r"^\d+\.\d+$", listed.stdout, re.M)], check=True, timeout=60)
+    listed = subprocess.run(
+        ["squeue", "--steps", "-h", "-j", cluster.submission.job, "-o", "%i"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    subprocess.run(
+        ["scancel", "--signal=KILL", *re.findall(r"^\d+\.\d+$", listed.stdout, re.M)],
+        check=True,
+        timeout=60,
+    )
 
 
 def kill_node(cluster: Cluster) -> None:
@@ -145,14 +203,27 @@ def kill_slurmd(cluster: Cluster) -> None:
 def lose(cluster: Cluster, how: str) -> None:
     number = cluster.rng.choice((1, 2))
     cluster.script(how, str(number))
-    subprocess.run(["scontrol", "update", f"nodename=127.0.0.1{number}", "state=down", "reason=fault"], check=True, timeout=60)
+    subprocess.run(
+        ["scontrol", "update", f"nodename=127.0.0.1{number}", "state=down", "reason=fault"],
+        check=True,
+        timeout=60,
+    )
     cluster.until(lambda: cluster.state() != "RUNNING", "the loss of a node is noticed")
     cluster.script("node-start", str(number))
 
 
 def preempt(cluster: Cluster) -> None:
     """A job of a higher partition takes the nodes; its scheduler sends SIGTERM and waits for a grace time."""
-    command = ["sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 2"]
+    command = [
+        "sbatch",
+        "--parsable",
+        "--partition=high",
+        "--nodes=2",
+        "--exclusive",
+        "--output=/dev/null",
+        "--wrap",
+        "sleep 2",
+    ]
     subprocess.run(command, check=True, timeout=60, stdout=subprocess.DEVNULL)
 
 
@@ -195,12 +266,26 @@ def fill_disk(cluster: Cluster) -> None:
     with suppress(OSError), open(filler, "wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
-    cluster.until(lambda: cluster.state() in ("FAILED", "COMPLETED"), "the run stops on a full disk")
+    cluster.until(
+        lambda: cluster.state() in ("FAILED", "COMPLETED"), "the run stops on a full disk"
+    )
     filler.unlink()
     cluster.send()
 
 
-FAULTS = (kill_rank, kill_step, kill_node, kill_slurmd, preempt, signal_usr2, requeue, restart_controller, truncate, flip_bit, fill_disk)
+FAULTS = (
+    kill_rank,
+    kill_step,
+    kill_node,
+    kill_slurmd,
+    preempt,
+    signal_usr2,
+    requeue,
+    restart_controller,
+    truncate,
+    flip_bit,
+    fill_disk,
+)
 
 
 def disturb(cluster: Cluster, faults: list[Callable[[Cluster], None]]) -> int:
@@ -209,11 +294,17 @@ def disturb(cluster: Cluster, faults: list[Callable[[Cluster], None]]) -> int:
     for number, fault in enumerate(faults):
         reached = cluster.newest()
         try:
-            cluster.until(lambda: cluster.newest() > reached and cluster.state() == "RUNNING", "the run goes on and keeps a checkpoint")
+            cluster.until(
+                lambda: cluster.newest() > reached and cluster.state() == "RUNNING",
+                "the run goes on and keeps a checkpoint",
+            )
             target = cluster.newest() + cluster.rng.randrange(2 * SITE.checkpoint_every)
             cluster.until(lambda: cluster.newest() >= target, f"the run comes to step {target}")
             time.sleep(cluster.rng.uniform(0, 0.5))  # a moment between two steps
-            print(f"fault {number + 1:2}, after step {cluster.newest():5}: {fault.__name__.replace('_', ' ')}", flush=True)
+            print(
+                f"fault {number + 1:2}, after step {cluster.newest():5}: {fault.__name__.replace('_', ' ')}",
+                flush=True,
+            )
             fault(cluster)
         except TimeoutError as error:
             print(f"not survived: {error}")
@@ -227,21 +318,44 @@ def undisturbed(root: Path, steps: int) -> list[subprocess.Popen[bytes]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    group = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": f"{REPOSITORY}:{CLUSTER.parent}"}
+    group = os.environ | {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "PYTHONPATH": f"{REPOSITORY}:{CLUSTER.parent}",
+    }
     command = [sys.executable, "-c", code, str(root), str(steps)]
-    return [subprocess.Popen(command, env=group | {"RANK": str(rank)}, stdout=subprocess.DEVNULL) for rank in range(2)]
+    return [
+        subprocess.Popen(command, env=group | {"RANK": str(rank)}, stdout=subprocess.DEVNULL)
+        for rank in range(2)
+    ]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--faults", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of kinds and moments")
-    parser.add_argument("--steps", type=int, default=6000, help="of the training; it has to be under way as long as faults come")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=6000,
+        help="of the training; it has to be under way as long as faults come",
+    )
     args = parser.parse_args()
-    if absent := [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None]:
-        parser.error(f"{', '.join(absent)} not installed: apt-get install --no-install-recommends slurm-wlm munge")
+    if absent := [
+        name
+        for name in PROGRAMS
+        if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None
+    ]:
+        parser.error(
+            f"{', '.join(absent)} not installed: apt-get install --no-install-recommends slurm-wlm munge"
+        )
     rng, spec = random.Random(args.seed), training(args.steps)
-    kinds = [fault for fault in FAULTS if fault is not fill_disk or os.geteuid() == 0]  # a small disk has to be mounted
+    kinds = [
+        fault for fault in FAULTS if fault is not fill_disk or os.geteuid() == 0
+    ]  # a small disk has to be mounted
     rng.shuffle(kinds)
     faults = [kinds[number % len(kinds)] for number in range(args.faults)]
     rng.shuffle(faults)
@@ -258,7 +372,11 @@ def main() -> int:
         cluster.script("start")
         stack.callback(cluster.script, "stop")
         (place / "steps").mkdir()
-        os.environ |= {"SLURM_CONF": str(place / "cluster" / "slurm.conf"), STEPS: str(place / "steps"), "PYTHONPATH": f"{REPOSITORY}:{CLUSTER.parent}"}
+        os.environ |= {
+            "SLURM_CONF": str(place / "cluster" / "slurm.conf"),
+            STEPS: str(place / "steps"),
+            "PYTHONPATH": f"{REPOSITORY}:{CLUSTER.parent}",
+        }
         engine_cluster.task = witnessed
         survived = disturb(cluster, faults)
         with suppress(TimeoutError):
@@ -266,11 +384,18 @@ def main() -> int:
         for process in calm:
             process.wait()
         record = Store(place / "undisturbed").latest(spec)
-        weights = [record and record.values["weights_sha256"], cluster.values().get("weights_sha256")]
+        weights = [
+            record and record.values["weights_sha256"],
+            cluster.values().get("weights_sha256"),
+        ]
         attempts = cluster.values().get("attempts", [])
         same = weights[0] == weights[1] is not None
-        print(f"faults injected: {len(faults)}; survived: {survived}; attempts: {len(attempts)}; steps lost: {lost(place / 'steps')} of {args.steps}, a checkpoint every {SITE.checkpoint_every}")
-        print(f"final weights: {weights[1]}, undisturbed {weights[0]}: {'identical' if same else 'NOT identical'}")
+        print(
+            f"faults injected: {len(faults)}; survived: {survived}; attempts: {len(attempts)}; steps lost: {lost(place / 'steps')} of {args.steps}, a checkpoint every {SITE.checkpoint_every}"
+        )
+        print(
+            f"final weights: {weights[1]}, undisturbed {weights[0]}: {'identical' if same else 'NOT identical'}"
+        )
         if not same:
             print((disk / cluster.submission.log).read_text()[-3000:])
     return 0 if same and survived == len(faults) else 1

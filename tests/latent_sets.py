@@ -16,8 +16,14 @@ SIZES = ((70, 91), (64, 64), (131, 200), (90, 77))
 def picture(seed: int, width: int, height: int) -> Image.Image:
     """Smooth colours with some noise, as photographs have them."""
     draw = np.random.default_rng(seed)
-    coarse = Image.fromarray(draw.integers(0, 256, (5, 7, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
-    return Image.fromarray((np.asarray(coarse, float) + draw.normal(0, 6, (height, width, 3))).clip(0, 255).astype(np.uint8))
+    coarse = Image.fromarray(draw.integers(0, 256, (5, 7, 3), dtype=np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
+    return Image.fromarray(
+        (np.asarray(coarse, float) + draw.normal(0, 6, (height, width, 3)))
+        .clip(0, 255)
+        .astype(np.uint8)
+    )
 
 
 def write_pictures(root: Path, each: int = 4, classes: int = 3) -> Path:
@@ -40,8 +46,18 @@ def write_vae(folder: Path, seed: int = 0, **options: object) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         widths = options.pop("block_out_channels", (4, 4, 8, 8))
-        blocks = dict(down_block_types=("DownEncoderBlock2D",) * len(widths), up_block_types=("UpDecoderBlock2D",) * len(widths))
-        vae = AutoencoderKL(block_out_channels=widths, norm_num_groups=2, latent_channels=4, sample_size=64, **blocks, **options)
+        blocks = dict(
+            down_block_types=("DownEncoderBlock2D",) * len(widths),
+            up_block_types=("UpDecoderBlock2D",) * len(widths),
+        )
+        vae = AutoencoderKL(
+            block_out_channels=widths,
+            norm_num_groups=2,
+            latent_channels=4,
+            sample_size=64,
+            **blocks,
+            **options,
+        )
     vae.save_pretrained(folder)
     return folder
 
@@ -52,4 +68,7 @@ def small_vae(folder: Path) -> Autoencoder:
 
 def declared(autoencoder: Autoencoder, **options: object) -> Data:
     """The set that 64-pixel pictures of three classes become."""
-    return replace(Data("tiny", size=8, channels=4, num_classes=3, flip=True, vae=autoencoder.encoder), **options)
+    return replace(
+        Data("tiny", size=8, channels=4, num_classes=3, flip=True, vae=autoencoder.encoder),
+        **options,
+    )

@@ -28,7 +28,9 @@ GPU = torch.device("cuda")
 WIDE = FAMILIES["dit"].but(depth=1, dim=384, heads=6)  # its layers run on oneDNN
 TRAINED = Train(DICO, DIGITS, Recipe(steps=6, batch=16, lr=1e-2, ema=0.9))
 DROPPING = Train(FAMILIES["dis"], DIGITS, replace(TRAINED.recipe, drop_path=0.5))
-NOISE = ImageSet(np.random.default_rng(0).standard_normal((64, 1, 8, 8), np.float32), np.arange(64) % 10, DIGITS)  # a bare machine with a GPU may lack the digits
+NOISE = ImageSet(
+    np.random.default_rng(0).standard_normal((64, 1, 8, 8), np.float32), np.arange(64) % 10, DIGITS
+)  # a bare machine with a GPU may lack the digits
 
 
 @pytest.mark.parametrize(("spec", "micro_batch"), [(TRAINED, None), (TRAINED, 6), (replace(TRAINED, recipe=replace(TRAINED.recipe, grad_clip=0.1)), None), (DROPPING, 6)],
@@ -37,11 +39,18 @@ def test_a_recorded_training_has_the_same_losses_and_weights(spec: Train, micro_
     usual, recorded = (Trainer(spec, CPU, micro_batch) for _ in range(2))
     recorded.passes = Rerun(recorded._passes, recorded.model)
     losses = [list(trainer.steps(load(DIGITS))) for trainer in (usual, recorded)]
-    assert [loss.item() for loss in losses[0]] == [loss.item() for loss in losses[1]] and len(set(losses[0])) == 6
-    assert (digest(usual.model), digest(usual.ema)) == (digest(recorded.model), digest(recorded.ema)) and len(recorded.passes.recordings) == 1
+    assert [loss.item() for loss in losses[0]] == [loss.item() for loss in losses[1]] and len(
+        set(losses[0])
+    ) == 6
+    assert (digest(usual.model), digest(usual.ema)) == (
+        digest(recorded.model),
+        digest(recorded.ema),
+    ) and len(recorded.passes.recordings) == 1
 
 
-def test_a_recording_lets_other_threads_go_on_and_runs_the_function_aside_before(monkeypatch: pytest.MonkeyPatch):
+def test_a_recording_lets_other_threads_go_on_and_runs_the_function_aside_before(
+    monkeypatch: pytest.MonkeyPatch,
+):
     """With stand-ins for the device: the threads that load batches and draw noise pin memory, for which a global capture would end in an error."""
     heard: list[str] = []
 
@@ -59,15 +68,24 @@ def test_a_recording_lets_other_threads_go_on_and_runs_the_function_aside_before
     for n, flag in ((2, False), (2, False), (3, False), (3, True)):
         with precision("as_published" if flag else "fp32", CPU):
             captured(torch.ones(n))
-    assert heard == (["ran"] * 3 + ["thread_local", "ran", "captured"]) * 3  # a shape and a mode once each
+    assert (
+        heard == (["ran"] * 3 + ["thread_local", "ran", "captured"]) * 3
+    )  # a shape and a mode once each
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_step_of_the_trainer_waits_for_no_value(name: str, monkeypatch: pytest.MonkeyPatch):
     """On a GPU reading one back stops the host, and no graph can hold it."""
-    monkeypatch.setattr(sys.modules[gated_linear.choices["chunked"].run.__module__], "_mild", lambda decay: False)  # on a CPU DiG looks, as nothing waits there
+    monkeypatch.setattr(
+        sys.modules[gated_linear.choices["chunked"].run.__module__], "_mild", lambda decay: False
+    )  # on a CPU DiG looks, as nothing waits there
     dropping = 0.1 if name in ("dis", "dimsum") else 0.0
-    spec = Train(FAMILIES[name], DIGITS, Recipe(steps=3, batch=4, grad_clip=1.0, drop_path=dropping), OBJECTIVES.get(name, Diffusion()))
+    spec = Train(
+        FAMILIES[name],
+        DIGITS,
+        Recipe(steps=3, batch=4, grad_clip=1.0, drop_path=dropping),
+        OBJECTIVES.get(name, Diffusion()),
+    )
     stepping = Trainer(spec, CPU, micro_batch=3).steps(load(DIGITS))
     next(stepping)
     with Heard() as heard:
@@ -101,7 +119,10 @@ def test_compiled_networks_compute_what_they_computed(network: Backbone):
 @pytest.mark.parametrize("network", [DICO, WIDE], ids=lambda b: b.name)
 def test_a_compiled_training_has_the_same_losses(network: Backbone):
     spec = Train(network, DIGITS, Recipe(steps=4, batch=16, lr=1e-3))
-    eager, compiled = (torch.stack(list(Trainer(spec, CPU, compiled=flag).steps(load(DIGITS)))) for flag in (False, True))
+    eager, compiled = (
+        torch.stack(list(Trainer(spec, CPU, compiled=flag).steps(load(DIGITS))))
+        for flag in (False, True)
+    )
     assert eager.isfinite().all() and (compiled - eager).abs().max() < 1e-4 * eager.abs().max()
 
 
@@ -111,9 +132,18 @@ def test_a_captured_network_computes_what_it_computed_for_every_shape_and_mode()
     fill(model)
     captured = Captured(model)
     for n, mode in ((3, False), (5, False), (3, True), (3, False)):
-        inputs = torch.randn(n, 1, 8, 8, device="cuda"), torch.arange(n, device="cuda"), torch.arange(n, device="cuda")
+        inputs = (
+            torch.randn(n, 1, 8, 8, device="cuda"),
+            torch.arange(n, device="cuda"),
+            torch.arange(n, device="cuda"),
+        )
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, mode):
-            assert torch.allclose(captured(*inputs), model(*inputs), rtol=1e-2 if mode else 1e-4, atol=1e-2 if mode else 1e-5)
+            assert torch.allclose(
+                captured(*inputs),
+                model(*inputs),
+                rtol=1e-2 if mode else 1e-4,
+                atol=1e-2 if mode else 1e-5,
+            )
     assert len(captured.recordings) == 3
 
 
@@ -121,16 +151,27 @@ def test_a_captured_network_computes_what_it_computed_for_every_shape_and_mode()
 @pytest.mark.parametrize("micro_batch", [None, 6])
 @pytest.mark.parametrize("mode", ["fp32", "bf16"])
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_captured_training_has_the_same_losses(micro_batch: int | None, mode: str, compiled: bool):
+def test_a_captured_training_has_the_same_losses(
+    micro_batch: int | None, mode: str, compiled: bool
+):
     spec = replace(TRAINED, recipe=replace(TRAINED.recipe, grad_clip=1.0, precision=mode))
-    usual, captured = (torch.stack(list(Trainer(spec, GPU, micro_batch, compiled=compiled, graphs=graphs).steps(NOISE))) for graphs in (False, True))
-    assert len(captured.unique()) == 6 and torch.allclose(captured, usual, rtol=1e-2 if mode == "bf16" else 1e-4)
+    usual, captured = (
+        torch.stack(
+            list(Trainer(spec, GPU, micro_batch, compiled=compiled, graphs=graphs).steps(NOISE))
+        )
+        for graphs in (False, True)
+    )
+    assert len(captured.unique()) == 6 and torch.allclose(
+        captured, usual, rtol=1e-2 if mode == "bf16" else 1e-4
+    )
 
 
 @needs_gpu
 @pytest.mark.parametrize("graphs", [False, True])
 def test_a_step_on_a_gpu_does_not_stop_the_host(graphs: bool):
-    stepping = Trainer(replace(TRAINED, recipe=replace(TRAINED.recipe, grad_clip=1.0)), GPU, graphs=graphs).steps(NOISE)
+    stepping = Trainer(
+        replace(TRAINED, recipe=replace(TRAINED.recipe, grad_clip=1.0)), GPU, graphs=graphs
+    ).steps(NOISE)
     next(stepping)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -139,9 +180,21 @@ def test_a_step_on_a_gpu_does_not_stop_the_host(graphs: bool):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("network", [DICO, Backbone("dit_s_2", dict(depth=1, dim=384)), Backbone("hourglass", dict(dim=8, depths=(1, 1, 1, 1, 1)))], ids=lambda b: b.name)
+@pytest.mark.parametrize(
+    "network",
+    [
+        DICO,
+        Backbone("dit_s_2", dict(depth=1, dim=384)),
+        Backbone("hourglass", dict(dim=8, depths=(1, 1, 1, 1, 1))),
+    ],
+    ids=lambda b: b.name,
+)
 def test_a_network_compiles_as_one_graph(network: Backbone):
     """Where the compiler has to stop, at the choice of a kernel for example, it loses what it is for."""
     model = build(network.but(input_size=16, in_channels=4, num_classes=10), 0, CPU)
-    found = torch._dynamo.explain(model)(torch.randn(2, 4, 16, 16), torch.tensor([3, 4]), torch.tensor([1, 2]))
-    assert (found.graph_count, found.graph_break_count) == (1, 0), [str(reason.reason)[:200] for reason in found.break_reasons]
+    found = torch._dynamo.explain(model)(
+        torch.randn(2, 4, 16, 16), torch.tensor([3, 4]), torch.tensor([1, 2])
+    )
+    assert (found.graph_count, found.graph_break_count) == (1, 0), [
+        str(reason.reason)[:200] for reason in found.break_reasons
+    ]

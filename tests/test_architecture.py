@@ -12,12 +12,50 @@ import pytest
 import backbones
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = {str(path.relative_to(ROOT)): path for folder in ("backbones", "experiments", "analysis", "tests") for path in sorted((ROOT / folder).rglob("*.py"))}
+FILES = {
+    str(path.relative_to(ROOT)): path
+    for folder in ("backbones", "experiments", "analysis", "tests")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+}
 CODE = [name for name in FILES if not name.startswith("tests/")]
 GPU_LIBRARIES = {"flash_attn", "mamba_ssm", "fla", "causal_conv1d"}
-OPTIONAL = GPU_LIBRARIES | {"torchvision", "torch_fidelity", "submitit", "diffusers", "plotly", "itables", "selenium", "nbclient", "nbformat"}
-LIGHT_ENGINE = [f"experiments/engine/{name}.py" for name in ("spec", "files", "sources", "store", "cli", "launch", "site", "scheduler", "plan", "slurm", "cluster", "report", "caveats", "spread", "render", "progress", "manifest")]
-LIGHT = [*LIGHT_ENGINE, *(name for name in CODE if re.fullmatch(r"(experiments|analysis)/\w+\.py", name))]
+OPTIONAL = GPU_LIBRARIES | {
+    "torchvision",
+    "torch_fidelity",
+    "submitit",
+    "diffusers",
+    "plotly",
+    "itables",
+    "selenium",
+    "nbclient",
+    "nbformat",
+}
+LIGHT_ENGINE = [
+    f"experiments/engine/{name}.py"
+    for name in (
+        "spec",
+        "files",
+        "sources",
+        "store",
+        "cli",
+        "launch",
+        "site",
+        "scheduler",
+        "plan",
+        "slurm",
+        "cluster",
+        "report",
+        "caveats",
+        "spread",
+        "render",
+        "progress",
+        "manifest",
+    )
+]
+LIGHT = [
+    *LIGHT_ENGINE,
+    *(name for name in CODE if re.fullmatch(r"(experiments|analysis)/\w+\.py", name)),
+]
 
 
 def imports(name: str, lazy: bool = True) -> Iterator[str]:
@@ -30,12 +68,19 @@ def imports(name: str, lazy: bool = True) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             module = "." * node.level + (node.module or "")
             yield from (module, *(f"{module}.{alias.name}" for alias in node.names))
-        elif lazy or not (isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or _for_types_only(node)):
+        elif lazy or not (
+            isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            or _for_types_only(node)
+        ):
             waiting += ast.iter_child_nodes(node)
 
 
 def _for_types_only(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+    return (
+        isinstance(node, ast.If)
+        and isinstance(node.test, ast.Name)
+        and node.test.id == "TYPE_CHECKING"
+    )
 
 
 def packages(name: str, lazy: bool = True) -> set[str]:
@@ -43,7 +88,9 @@ def packages(name: str, lazy: bool = True) -> set[str]:
 
 
 def within(name: str, folder: str) -> list[str]:
-    return [module for module in imports(name) if module == folder or module.startswith(f"{folder}.")]
+    return [
+        module for module in imports(name) if module == folder or module.startswith(f"{folder}.")
+    ]
 
 
 def tracked() -> list[Path]:
@@ -66,7 +113,9 @@ def test_backbones_import_torch_and_nothing_of_the_suite(name: str):
     assert packages(name) <= known
 
 
-@pytest.mark.parametrize("name", [name for name in CODE if name.startswith(("backbones/mixers/", "backbones/kernels/"))])
+@pytest.mark.parametrize(
+    "name", [name for name in CODE if name.startswith(("backbones/mixers/", "backbones/kernels/"))]
+)
 def test_parts_of_networks_import_downward(name: str):
     below = {"kernels", "mixers", "layers"} if name.startswith("backbones/mixers/") else {"kernels"}
     assert {module.split(".")[1] for module in within(name, "backbones")} <= below
@@ -79,27 +128,49 @@ def test_experiments_do_not_import_analysis(name: str):
 
 @pytest.mark.parametrize("name", [name for name in CODE if name.startswith("experiments/engine/")])
 def test_engine_knows_no_declaration_but_the_protocols(name: str):
-    others = {module for module in within(name, "experiments") if not module.startswith("experiments.engine")}
-    assert not {module for module in others if not module.startswith("experiments.protocols")} - {"experiments"}
+    others = {
+        module
+        for module in within(name, "experiments")
+        if not module.startswith("experiments.engine")
+    }
+    assert not {module for module in others if not module.startswith("experiments.protocols")} - {
+        "experiments"
+    }
 
 
 @pytest.mark.parametrize("name", [name for name in CODE if name.startswith("experiments/engine/")])
 def test_engine_names_no_backbone(name: str):
     assert set(within(name, "backbones")) <= {"backbones", "backbones.kernels"}
-    strings = [node.value for node in ast.walk(ast.parse(FILES[name].read_text())) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    strings = [
+        node.value
+        for node in ast.walk(ast.parse(FILES[name].read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
     words = {word for text in strings for word in re.findall(r"\w+", text)}
     assert not words & set(backbones.list_backbones())
 
 
 @pytest.mark.parametrize("name", LIGHT)
 def test_declarations_and_reports_import_no_torch_at_the_top(name: str):
-    assert not packages(name, lazy=False) & {"torch", "timm", "numpy", "scipy", "sklearn", "rich", "backbones"}
+    assert not packages(name, lazy=False) & {
+        "torch",
+        "timm",
+        "numpy",
+        "scipy",
+        "sklearn",
+        "rich",
+        "backbones",
+    }
 
 
 def test_no_torch_is_loaded_by_declarations_and_reports():
-    modules = ", ".join(name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in LIGHT)
+    modules = ", ".join(
+        name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in LIGHT
+    )
     code = f"import sys, {modules}\nprint(*{{'torch', 'timm', 'numpy'}} & set(sys.modules))"
-    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert not loaded.stdout.strip()
 
 
@@ -120,6 +191,13 @@ def test_the_lock_names_no_server():
 
 
 def test_no_committed_file_holds_a_machine_path():
-    machine = re.compile(rb"(?<![\w.:/-])/(?:home|root|Users|work|mnt|scratch)/\w|\b[A-Z]:\\Users\\")
-    found = [(str(path.relative_to(ROOT)), match.group()) for path in tracked() if b"\0" not in (text := path.read_bytes()) for match in machine.finditer(text)]
+    machine = re.compile(
+        rb"(?<![\w.:/-])/(?:home|root|Users|work|mnt|scratch)/\w|\b[A-Z]:\\Users\\"
+    )
+    found = [
+        (str(path.relative_to(ROOT)), match.group())
+        for path in tracked()
+        if b"\0" not in (text := path.read_bytes())
+        for match in machine.finditer(text)
+    ]
     assert not found

@@ -22,7 +22,14 @@ def state(value: float = 0.0) -> dict[str, Any]:
     model = torch.nn.BatchNorm2d(3)
     model.running_mean.fill_(value)
     weights = torch.full((2, 3, 4, 4), value).to(memory_format=torch.channels_last)
-    return {"model": model.state_dict(), "ema": {"w": weights}, "optimizer": {"state": {0: {"step": torch.tensor(value)}}, "param_groups": [{"lr": value, "betas": (0.9, 0.99)}]}}
+    return {
+        "model": model.state_dict(),
+        "ema": {"w": weights},
+        "optimizer": {
+            "state": {0: {"step": torch.tensor(value)}},
+            "param_groups": [{"lr": value, "betas": (0.9, 0.99)}],
+        },
+    }
 
 
 def steps(folder: Path) -> list[int]:
@@ -39,7 +46,9 @@ def test_the_newest_and_the_milestones_are_kept(tmp_path: Path):
     assert steps(tmp_path) == [100, 110]
 
 
-def test_damaged_files_of_later_steps_do_not_push_out_new_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_damaged_files_of_later_steps_do_not_push_out_new_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     for step in (10, 20, 30):
         save(tmp_path, step, state(step), keep=3)
     for path in tmp_path.glob("step-000000[23]0-*"):
@@ -56,7 +65,9 @@ def test_a_damaged_file_of_the_same_step_goes_and_the_one_before_stays(tmp_path:
     assert steps(tmp_path) == [20, 40] and load_newest(tmp_path)[0] == 40
 
 
-def test_a_background_save_holds_the_state_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_background_save_holds_the_state_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     go, write = threading.Event(), checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda *arguments: go.wait() and write(*arguments))
     given = state(1.0)
@@ -68,25 +79,38 @@ def test_a_background_save_holds_the_state_as_it_was(tmp_path: Path, monkeypatch
         go.set()
         writer.wait()
         first = load_newest(tmp_path)[1]
-        assert first["ema"]["w"].eq(1).all() and first["optimizer"] == {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 1.0, "betas": (0.9, 0.99)}]}
+        assert first["ema"]["w"].eq(1).all() and first["optimizer"] == {
+            "state": {0: {"step": torch.tensor(1.0)}},
+            "param_groups": [{"lr": 1.0, "betas": (0.9, 0.99)}],
+        }
         assert first["model"]._metadata == state()["model"]._metadata
         buffer = writer._copy["ema"]["w"]
         writer.save(2, given)
         assert writer._copy["ema"]["w"] is buffer and writer.stalled > 0
     step, second = load_newest(tmp_path)
-    assert step == 2 and second["ema"]["w"].eq(2).all() and second["ema"]["w"].is_contiguous(memory_format=torch.channels_last)
+    assert (
+        step == 2
+        and second["ema"]["w"].eq(2).all()
+        and second["ema"]["w"].is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 def test_too_little_space_is_known_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     save(tmp_path, 1, state(1))
     before = list(tmp_path.iterdir())
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**12, 10**12, 2**20))
-    with pytest.raises(OSError, match=r"No space left on device: a checkpoint takes 0.00 GB and 0.00 GB are free") as failure:
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**12, 10**12, 2**20)
+    )
+    with pytest.raises(
+        OSError, match=r"No space left on device: a checkpoint takes 0.00 GB and 0.00 GB are free"
+    ) as failure:
         save(tmp_path, 2, state(2))
     assert failure.value.errno == errno.ENOSPC and list(tmp_path.iterdir()) == before
 
 
-def test_a_disk_that_fills_up_in_the_background_stops_the_run_and_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_disk_that_fills_up_in_the_background_stops_the_run_and_leaves_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     class Full(io.FileIO):
         def write(self, data: bytes) -> int:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -25,14 +25,20 @@ def file_of(pixels: np.ndarray, kind: str = "PNG", mode: str = "RGB") -> bytes:
     return file.getvalue()
 
 
-def write_parquet(path: Path, files: list[bytes], labels: list, columns: tuple[str, str] = ("img", "label")) -> None:
+def write_parquet(
+    path: Path, files: list[bytes], labels: list, columns: tuple[str, str] = ("img", "label")
+) -> None:
     import pyarrow
     import pyarrow.parquet
 
     cells = [{"bytes": file, "path": None} for file in files]
     path.parent.mkdir(parents=True, exist_ok=True)
-    cells, labels, num = (cells, labels, len(files)) if files else ([{"bytes": b"", "path": None}], [0], 0)  # an empty list has no type
-    pyarrow.parquet.write_table(pyarrow.table(dict(zip(columns, (cells, labels), strict=True))).slice(0, num), path)
+    cells, labels, num = (
+        (cells, labels, len(files)) if files else ([{"bytes": b"", "path": None}], [0], 0)
+    )  # an empty list has no type
+    pyarrow.parquet.write_table(
+        pyarrow.table(dict(zip(columns, (cells, labels), strict=True))).slice(0, num), path
+    )
 
 
 def pixels(num: int, seed: int = 0) -> np.ndarray:
@@ -48,27 +54,43 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_parquet_files_are_read_in_their_order(folder: Path):
     images = pixels(12)
     for part, rows in enumerate((slice(0, 7), slice(7, 12))):
-        write_parquet(folder / f"train-{part:05d}-of-00002.parquet", [file_of(image) for image in images[rows]], list(range(10))[:7] if part == 0 else [9, 8, 7, 6, 5])
+        write_parquet(
+            folder / f"train-{part:05d}-of-00002.parquet",
+            [file_of(image) for image in images[rows]],
+            list(range(10))[:7] if part == 0 else [9, 8, 7, 6, 5],
+        )
     write_parquet(folder / "test.parquet", [file_of(images[0])], [3])
     found = load(CIFAR10.data)
     x, y = found.take(torch.arange(12))
     assert y.tolist() == [0, 1, 2, 3, 4, 5, 6, 9, 8, 7, 6, 5] and found.flip
     assert np.abs(x.numpy() - (images.transpose(0, 3, 1, 2) / 127.5 - 1)).max() < 1e-6
-    assert found.identity == {"data_source": "parquet", "data_sha256": found.identity["data_sha256"]}
+    assert found.identity == {
+        "data_source": "parquet",
+        "data_sha256": found.identity["data_sha256"],
+    }
     assert len(read_cifar10(find_cifar10(folder, "test"), "test")[0]) == 1
 
 
 def test_the_digest_is_of_the_pixels_and_labels(folder: Path):
     digests = []
-    for name, images, label in (("a", pixels(2), 1), ("b", pixels(2), 2), ("c", pixels(2, seed=1), 1), ("d", pixels(2), 1)):
-        write_parquet(folder / name / "train.parquet", [file_of(image) for image in images], [label, label])
+    for name, images, label in (
+        ("a", pixels(2), 1),
+        ("b", pixels(2), 2),
+        ("c", pixels(2, seed=1), 1),
+        ("d", pixels(2), 1),
+    ):
+        write_parquet(
+            folder / name / "train.parquet", [file_of(image) for image in images], [label, label]
+        )
         digests.append(read_cifar10([folder / name / "train.parquet"], "train")[2]["data_sha256"])
     assert len(set(digests)) == 3 and digests[0] == digests[3]
 
 
 def test_jpeg_and_grey_images_are_read(folder: Path):
     images = np.repeat(np.repeat(pixels(2)[:, ::8, ::8], 8, 1), 8, 2)
-    write_parquet(folder / "train.parquet", [file_of(images[0], "JPEG"), file_of(images[1], mode="L")], [0, 1])
+    write_parquet(
+        folder / "train.parquet", [file_of(images[0], "JPEG"), file_of(images[1], mode="L")], [0, 1]
+    )
     found, _, identity = read_cifar10([folder / "train.parquet"], "train")
     assert identity["data_converted"] == "1 L"
     assert found.shape == (2, 3, 32, 32) and (found[1] == found[1, :1]).all()
@@ -78,16 +100,28 @@ def test_jpeg_and_grey_images_are_read(folder: Path):
 @pytest.mark.parametrize(
     "files, labels, columns, words",
     [
-        ([file_of(pixels(1)[0]), b"no image"], [0, 1], ("img", "label"), "row 1 cannot be decoded: cannot identify"),
+        (
+            [file_of(pixels(1)[0]), b"no image"],
+            [0, 1],
+            ("img", "label"),
+            "row 1 cannot be decoded: cannot identify",
+        ),
         ([file_of(pixels(1)[0])[:1000]], [0], ("img", "label"), "row 0 cannot be decoded: "),
-        ([file_of(np.zeros((32, 31, 3), np.uint8))], [0], ("img", "label"), "row 0 is 31 x 32 pixels"),
+        (
+            [file_of(np.zeros((32, 31, 3), np.uint8))],
+            [0],
+            ("img", "label"),
+            "row 0 is 31 x 32 pixels",
+        ),
         ([file_of(pixels(1)[0])], [0], ("image", "label"), "img"),
         ([file_of(pixels(1)[0])], [0.5], ("img", "label"), "float64"),
         ([file_of(pixels(1)[0])], ["cat"], ("img", "label"), "label"),
         ([None], [0], ("img", "label"), "label"),
     ],
 )
-def test_parquet_files_of_another_kind_are_refused_in_a_line(files: list, labels: list, columns: tuple[str, str], words: str, folder: Path):
+def test_parquet_files_of_another_kind_are_refused_in_a_line(
+    files: list, labels: list, columns: tuple[str, str], words: str, folder: Path
+):
     write_parquet(folder / "train.parquet", files, labels, columns)
     with pytest.raises(ValueError, match=f"train.parquet is not CIFAR-10 .*{words}") as failure:
         load(CIFAR10.data)
@@ -100,15 +134,33 @@ def test_labels_of_more_classes_are_refused(folder: Path):
         load(CIFAR10.data)
 
 
-@pytest.mark.parametrize("files, labels, words", [([], [], "expected images"), ([file_of(pixels(1)[0])], [13], r"must lie in 0\.\.9"), ([file_of(pixels(1)[0], mode="P")], [3], "")])
-def test_the_command_checks_what_is_there(files: list, labels: list, words: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize(
+    "files, labels, words",
+    [
+        ([], [], "expected images"),
+        ([file_of(pixels(1)[0])], [13], r"must lie in 0\.\.9"),
+        ([file_of(pixels(1)[0], mode="P")], [3], ""),
+    ],
+)
+def test_the_command_checks_what_is_there(
+    files: list,
+    labels: list,
+    words: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
     write_parquet(folder / "train.parquet", files, labels)
     monkeypatch.setattr("sys.argv", ["prepare_cifar10.py"])
     status, printed = prepare_cifar10.main(), capsys.readouterr()
     if words:
         assert status == 2 and re.search(words, printed.err) and printed.err.count("\n") == 1
     else:
-        assert status == 0 and printed.out.startswith("train: 1 images from parquet, ") and printed.out.endswith("converted to RGB: 1 P\n")
+        assert (
+            status == 0
+            and printed.out.startswith("train: 1 images from parquet, ")
+            and printed.out.endswith("converted to RGB: 1 P\n")
+        )
 
 
 def test_a_file_that_is_no_parquet_is_refused(folder: Path):
@@ -131,16 +183,24 @@ def write_torchvision(folder: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarr
     (base / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
     monkeypatch.setattr(Published, "train_list", table[:1])
     monkeypatch.setattr(Published, "test_list", table[1:])
-    monkeypatch.setattr(Published, "meta", Published.meta | {"md5": hashlib.md5((base / "batches.meta").read_bytes()).hexdigest()})
+    monkeypatch.setattr(
+        Published,
+        "meta",
+        Published.meta | {"md5": hashlib.md5((base / "batches.meta").read_bytes()).hexdigest()},
+    )
     return images
 
 
 def test_torchvisions_folder_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch):
     images = write_torchvision(folder, monkeypatch)
     found = load(CIFAR10.data)
-    assert (found.images == images[:4].transpose(0, 3, 1, 2)).all() and found.labels.tolist() == [1] * 4
+    assert (found.images == images[:4].transpose(0, 3, 1, 2)).all() and found.labels.tolist() == [
+        1
+    ] * 4
     assert found.identity["data_source"] == "torchvision"
-    assert (read_cifar10(find_cifar10(folder, "test"), "test")[0] == images[4:].transpose(0, 3, 1, 2)).all()
+    assert (
+        read_cifar10(find_cifar10(folder, "test"), "test")[0] == images[4:].transpose(0, 3, 1, 2)
+    ).all()
 
 
 class Harm:
@@ -148,7 +208,9 @@ class Harm:
         return Path.touch, (Path("harm"),)
 
 
-def test_a_pickle_with_another_checksum_is_not_opened(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_pickle_with_another_checksum_is_not_opened(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
     write_torchvision(folder, monkeypatch)
     monkeypatch.chdir(folder)
     (folder / "cifar-10-batches-py" / "data_batch_1").write_bytes(pickle.dumps(Harm()))
@@ -162,6 +224,8 @@ def test_without_a_network_the_download_is_one_line(folder: Path, monkeypatch: p
         raise OSError("no route\nto the host")
 
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", refused)
-    with pytest.raises(ValueError, match="cannot be downloaded .no route to the host.; put train.parquet") as failure:
+    with pytest.raises(
+        ValueError, match="cannot be downloaded .no route to the host.; put train.parquet"
+    ) as failure:
         cifar.download(folder)
     assert "\n" not in str(failure.value)

@@ -21,17 +21,38 @@ from experiments.engine.spec import Backbone, Evaluate, Recipe, Sampler, Train
 from experiments.engine.train import Resources
 from experiments.protocols import CIFAR10, CIFAR10_SMALL
 
-SMALL = Backbone("dico_s", dict(dim=8, depths=(1, 1, 1, 1, 1), input_size=32, in_channels=3, num_classes=10))
-SPEC = Evaluate(Train(SMALL, CIFAR10.data, Recipe(steps=1, batch=4)), Sampler("ddim", num_steps=2), 7, "cifar_classifier", "balanced")
-SCORES = ("fd_cifar_classifier", "is_cifar_classifier", "precision_cifar_classifier", "recall_cifar_classifier", "agreement")
+SMALL = Backbone(
+    "dico_s", dict(dim=8, depths=(1, 1, 1, 1, 1), input_size=32, in_channels=3, num_classes=10)
+)
+SPEC = Evaluate(
+    Train(SMALL, CIFAR10.data, Recipe(steps=1, batch=4)),
+    Sampler("ddim", num_steps=2),
+    7,
+    "cifar_classifier",
+    "balanced",
+)
+SCORES = (
+    "fd_cifar_classifier",
+    "is_cifar_classifier",
+    "precision_cifar_classifier",
+    "recall_cifar_classifier",
+    "agreement",
+)
 
 
 def write(folder: Path, split: str, num: int, seed: int) -> None:
     """Images whose colours and stripes tell their class, with noise."""
     draw, labels = np.random.default_rng(seed), np.arange(num) % 10
-    wave = np.sin(np.arange(32) * (1 + labels[:, None] % 5) / 3) * np.where(labels < 5, 60, -60)[:, None]
+    wave = (
+        np.sin(np.arange(32) * (1 + labels[:, None] % 5) / 3)
+        * np.where(labels < 5, 60, -60)[:, None]
+    )
     levels = 128 + wave[:, None, :, None] * (1, 0.5, -1) + draw.normal(0, 15, (num, 32, 32, 3))
-    write_parquet(folder / f"{split}.parquet", [file_of(image) for image in levels.clip(0, 255).astype(np.uint8)], labels.tolist())
+    write_parquet(
+        folder / f"{split}.parquet",
+        [file_of(image) for image in levels.clip(0, 255).astype(np.uint8)],
+        labels.tolist(),
+    )
 
 
 @pytest.fixture
@@ -47,28 +68,47 @@ def test_the_classifier_learns_is_cached_by_its_data_and_tested_on_other_images(
     test = cifar10(CIFAR10.data, "test")
     model, identity = cifar_classifier(CIFAR10.data, test, folder / "cache")
     assert identity["classifier_accuracy"] > 0.6 and not model.training
-    assert cifar_classifier(CIFAR10.data, test, folder / "cache")[1] == identity and len(list((folder / "cache").glob("*.safetensors"))) == 1
+    assert (
+        cifar_classifier(CIFAR10.data, test, folder / "cache")[1] == identity
+        and len(list((folder / "cache").glob("*.safetensors"))) == 1
+    )
     write(folder / "cifar10", "train", 200, 2)
-    assert cifar_classifier(CIFAR10.data, test, folder / "cache")[1]["classifier_sha256"] != identity["classifier_sha256"]
+    assert (
+        cifar_classifier(CIFAR10.data, test, folder / "cache")[1]["classifier_sha256"]
+        != identity["classifier_sha256"]
+    )
 
 
 def test_scores_are_of_quantised_images_against_the_test_images(folder: Path):
     train.run(SPEC.train, folder / "run", Resources(), lambda *progress: None)
     values = evaluate.run(SPEC, folder / "run", folder / "cache", Resources(sample_batch=3))
-    assert {name for name in values if "fid" in name} == set() and {*SCORES, *(f"{name}_se" for name in SCORES)} <= set(values)
+    assert {name for name in values if "fid" in name} == set() and {
+        *SCORES,
+        *(f"{name}_se" for name in SCORES),
+    } <= set(values)
     test = cifar10(CIFAR10.data, "test")
     classifier, identity = cifar_classifier(CIFAR10.data, test, folder / "cache")
     network = train.load_ema(SPEC.train, folder / "run", torch.device("cpu"))
     x = torch.cat([x for x, _ in images(SPEC, network, torch.device("cpu"), 7)])
-    real, fake = (extract(classifier, part)[0] for part in (test.take(torch.arange(50))[0], from_uint8(to_uint8(x))))
+    real, fake = (
+        extract(classifier, part)[0]
+        for part in (test.take(torch.arange(50))[0], from_uint8(to_uint8(x)))
+    )
     sides = [metrics.Moments(64), metrics.Moments(64)]
     for side, rows in zip(sides, (fake, real), strict=True):
         side.update(rows)
     assert values["fd_cifar_classifier"] == pytest.approx(metrics.frechet(*sides), rel=1e-4)
     assert (values["classifier_accuracy"], values["nfe"]) == (identity["classifier_accuracy"], 2)
     measure = values["manifest"]["measure"]
-    assert measure["extractor"] == {"name": "cifar_classifier", "sha256": identity["classifier_sha256"], "dtype": "fp32"}
-    assert measure["quantiser"] == QUANTISER and measure["reference"].pop("sha256") == test.identity["data_sha256"]
+    assert measure["extractor"] == {
+        "name": "cifar_classifier",
+        "sha256": identity["classifier_sha256"],
+        "dtype": "fp32",
+    }
+    assert (
+        measure["quantiser"] == QUANTISER
+        and measure["reference"].pop("sha256") == test.identity["data_sha256"]
+    )
     assert measure["reference"] == {"name": "cifar10", "num_images": 50, "split": "test"}
 
 

@@ -15,7 +15,13 @@ from experiments.engine.spec import Backbone
 from experiments.engine.store import Store
 from experiments.protocols import DIGITS, IMAGENET256, IMAGENET512
 
-PROVENANCE = {"device": "cpu", "torch": "2", "dirty": False, "precision_flags": {}, "weights_sha256": "1"}
+PROVENANCE = {
+    "device": "cpu",
+    "torch": "2",
+    "dirty": False,
+    "precision_flags": {},
+    "weights_sha256": "1",
+}
 FLUX, PIXART = (DiffusersLocality(f"{name}Transformer2DModel", "ab") for name in ("Flux", "PixArt"))
 
 
@@ -42,36 +48,79 @@ def digits(label: str, seed: int) -> Probe:
     ((0.30,), (), "same direction, one seed", "one seed, none"),
     ((0.20,), (), "against the claim, one seed", "one seed, none"),
 ])  # fmt: skip
-def test_attention_is_judged_over_networks_and_seeds(tmp_path: Path, iso: tuple[float, ...], skip: tuple[float, ...], verdict: str, error: str | None):
+def test_attention_is_judged_over_networks_and_seeds(
+    tmp_path: Path, iso: tuple[float, ...], skip: tuple[float, ...], verdict: str, error: str | None
+):
     rows = (("DiT (iso.)", iso), ("DiT (U-shape)", skip))
-    found = claims_probes.attention({}, sources(tmp_path, *((digits(label, seed), looks(near)) for label, values in rows for seed, near in enumerate(values))))
-    assert (found.evidence, found.verdict, len(found.records)) == ("measured at reduced scale", verdict, len(iso) + len(skip))
+    found = claims_probes.attention(
+        {},
+        sources(
+            tmp_path,
+            *(
+                (digits(label, seed), looks(near))
+                for label, values in rows
+                for seed, near in enumerate(values)
+            ),
+        ),
+    )
+    assert (found.evidence, found.verdict, len(found.records)) == (
+        "measured at reduced scale",
+        verdict,
+        len(iso) + len(skip),
+    )
     assert error in (None, found.error) and "The named checkpoints were not probed" in found.basis
 
 
 def test_the_named_checkpoints_are_what_is_judged_when_they_were_probed(tmp_path: Path):
     dit = replace(declared("locality", TABLE_3.baseline, IMAGENET512, 0), weights="ab")
     dit = replace(dit, train=replace(dit.train, backbone=Backbone("dit_xl_2", dict(input_size=64))))
-    store = sources(tmp_path, (digits("DiT (iso.)", 0), looks(0.2)), (FLUX, looks(0.5)), (PIXART, looks(0.3)), (dit, looks(0.4)))
+    store = sources(
+        tmp_path,
+        (digits("DiT (iso.)", 0), looks(0.2)),
+        (FLUX, looks(0.5)),
+        (PIXART, looks(0.3)),
+        (dit, looks(0.4)),
+    )
     found = claims_probes.attention({}, store)
-    assert (found.evidence, found.value, found.verdict) == ("measured here", "1.60, 2.00, 1.20", "same direction") and len(found.records) == 3
+    assert (found.evidence, found.value, found.verdict) == (
+        "measured here",
+        "1.60, 2.00, 1.20",
+        "same direction",
+    ) and len(found.records) == 3
     (tmp_path / "one").mkdir()
     found = claims_probes.attention({}, sources(tmp_path / "one", (FLUX, looks(0.2))))
-    assert found.verdict == "against the claim, 1 of 3 checkpoints" and found.basis.endswith("not probed: DiT-XL/2-512, PixArt-alpha-512")
+    assert found.verdict == "against the claim, 1 of 3 checkpoints" and found.basis.endswith(
+        "not probed: DiT-XL/2-512, PixArt-alpha-512"
+    )
 
 
 def test_nothing_probed_is_open(tmp_path: Path):
     (tmp_path / "reference").mkdir()
     for rule in (claims_probes.attention, claims_probes.channels):
-        assert (rule({}, Sources(tmp_path)).evidence, rule({}, Sources(tmp_path)).verdict) == ("not yet", "open")
+        assert (rule({}, Sources(tmp_path)).evidence, rule({}, Sources(tmp_path)).verdict) == (
+            "not yet",
+            "open",
+        )
 
 
-@pytest.mark.parametrize("protocol, evidence", [(DIGITS, "measured at reduced scale"), (IMAGENET256, "measured here")])
+@pytest.mark.parametrize(
+    "protocol, evidence", [(DIGITS, "measured at reduced scale"), (IMAGENET256, "measured here")]
+)
 def test_channels_are_judged_with_the_spread_over_seeds(tmp_path: Path, protocol, evidence: str):
     made = []
     for seed in range(3):
         for label, dead, rank in (("DiCo-S", 0.10, 0.5), ("w/o CCA", 0.20, 0.3)):
-            made.append((declared("channels", TABLE_4.row(label), protocol, seed), {"near_dead": dead + 0.01 * seed * (label == "DiCo-S"), "relative_rank": rank}))
+            made.append(
+                (
+                    declared("channels", TABLE_4.row(label), protocol, seed),
+                    {"near_dead": dead + 0.01 * seed * (label == "DiCo-S"), "relative_rank": rank},
+                )
+            )
     found = claims_probes.channels({}, sources(tmp_path, *made))
-    assert (found.evidence, found.verdict, found.value, found.error) == (evidence, "reproduced", "-0.09 near-dead", "95 %: -0.13 to -0.05")
+    assert (found.evidence, found.verdict, found.value, found.error) == (
+        evidence,
+        "reproduced",
+        "-0.09 near-dead",
+        "95 %: -0.13 to -0.05",
+    )
     assert len(found.records) == 6 and protocol.name in found.basis

@@ -32,7 +32,14 @@ def cost(dim: int) -> Cost:
 
 def call(*arguments: object) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run([*ABLATION, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=120, check=False)
+    return subprocess.run(
+        [*ABLATION, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+        check=False,
+    )
 
 
 def files(root: Path) -> set[Path]:
@@ -45,7 +52,13 @@ def run(root: Path, *jobs: Job, workers: int = 2) -> tuple[bool, list[tuple[str,
 
     def notify(job: Job, event: str, payload: Any) -> None:
         if event in ("record", "error"):
-            heard.append((job.label, event, payload if event == "error" else f"{kind_of(payload[0])} {payload[1].status}"))
+            heard.append(
+                (
+                    job.label,
+                    event,
+                    payload if event == "error" else f"{kind_of(payload[0])} {payload[1].status}",
+                )
+            )
 
     return run_here(jobs, root, "cpu", workers, 1, notify), heard
 
@@ -68,7 +81,13 @@ def full(job: Job, *given: Any) -> None:
 
 def test_a_worker_that_dies_costs_its_own_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(launch, "_work", dying)
-    good, heard = run(tmp_path, Job("killed", (cost(8),)), Job("lives", (cost(12), cost(16))), Job("leaves", (cost(20),)), workers=1)
+    good, heard = run(
+        tmp_path,
+        Job("killed", (cost(8),)),
+        Job("lives", (cost(12), cost(16))),
+        Job("leaves", (cost(20),)),
+        workers=1,
+    )
     assert not good
     assert heard == [
         ("killed", "error", "its process ended with signal SIGKILL"),
@@ -78,35 +97,71 @@ def test_a_worker_that_dies_costs_its_own_job(tmp_path: Path, monkeypatch: pytes
     ]
 
 
-def test_a_full_disk_is_one_line_a_job_and_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_is_one_line_a_job_and_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(launch, "_work", full)
     good, heard = run(tmp_path, Job("a", (cost(8),)))
     assert not good and not list(tmp_path.rglob("*.json")) and not list(tmp_path.rglob("*.tmp"))
-    assert heard == [("a", "error", "cannot write results (No space left on device); free space or choose another folder with --results")]
+    assert heard == [
+        (
+            "a",
+            "error",
+            "cannot write results (No space left on device); free space or choose another folder with --results",
+        )
+    ]
 
 
-UNTRAINED = Train(BROKEN.backbone, Data("digits", size=8, channels=1, num_classes=10), Recipe(steps=3, batch=4))
+UNTRAINED = Train(
+    BROKEN.backbone, Data("digits", size=8, channels=1, num_classes=10), Recipe(steps=3, batch=4)
+)
 
 
-@pytest.mark.parametrize("chain, broken, goes_on", [(True, UNTRAINED, False), (True, BROKEN, True), (False, UNTRAINED, True)])
-def test_a_training_that_fails_ends_a_chain_and_nothing_else_does(chain: bool, broken: Stage, goes_on: bool, tmp_path: Path):
+@pytest.mark.parametrize(
+    "chain, broken, goes_on",
+    [(True, UNTRAINED, False), (True, BROKEN, True), (False, UNTRAINED, True)],
+)
+def test_a_training_that_fails_ends_a_chain_and_nothing_else_does(
+    chain: bool, broken: Stage, goes_on: bool, tmp_path: Path
+):
     good, heard = run(tmp_path, Job("a", (cost(8), broken, cost(12)), chain))
-    assert not good and heard == [("a", "record", "cost done"), ("a", "record", f"{kind_of(broken)} failed"), *[("a", "record", "cost done")] * goes_on]
-    (failed,) = Store(tmp_path).records("records")[Store(tmp_path).latest(broken, status="failed").id]
-    assert failed.error.startswith("ValueError: dico_s has no option width; known: ") and failed.values == {}
+    assert not good and heard == [
+        ("a", "record", "cost done"),
+        ("a", "record", f"{kind_of(broken)} failed"),
+        *[("a", "record", "cost done")] * goes_on,
+    ]
+    (failed,) = Store(tmp_path).records("records")[
+        Store(tmp_path).latest(broken, status="failed").id
+    ]
+    assert (
+        failed.error.startswith("ValueError: dico_s has no option width; known: ")
+        and failed.values == {}
+    )
 
 
 def test_a_stage_runs_once_however_many_ask_for_it(tmp_path: Path):
     data = Data("digits", size=8, channels=1, num_classes=10)
-    stages: tuple[Stage, ...] = (cost(8), Train(TINY.but(input_size=8, in_channels=1, num_classes=10), data, Recipe(steps=3, batch=4)))
+    stages: tuple[Stage, ...] = (
+        cost(8),
+        Train(
+            TINY.but(input_size=8, in_channels=1, num_classes=10), data, Recipe(steps=3, batch=4)
+        ),
+    )
     good, heard = run(tmp_path, Job("a", stages), Job("b", stages), workers=2)
     assert good and len(heard) == 4
     before = files(tmp_path)
-    assert sorted(path.parent.name for path in tmp_path.glob("records/*/*.json")) == ["cost", "train"]
+    assert sorted(path.parent.name for path in tmp_path.glob("records/*/*.json")) == [
+        "cost",
+        "train",
+    ]
     assert run(tmp_path, Job("c", stages))[0] and files(tmp_path) == before
 
 
-@pytest.mark.parametrize("arguments", [("--workers", 0), ("--workers", -1), ("--seeds", -1), ("--seeds", "x"), ("--device", "tpu")], ids=lambda arguments: " ".join(map(str, arguments)))
+@pytest.mark.parametrize(
+    "arguments",
+    [("--workers", 0), ("--workers", -1), ("--seeds", -1), ("--seeds", "x"), ("--device", "tpu")],
+    ids=lambda arguments: " ".join(map(str, arguments)),
+)
 def test_absurd_options_are_one_line(arguments: tuple[object, ...], tmp_path: Path):
     done = call("--table", 5, *arguments, "--results", tmp_path / "results")
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
@@ -126,8 +181,16 @@ def test_table_5_from_nothing_and_again(tmp_path: Path):
     assert first.returncode == 0, first.stderr
     written = {path: path.read_bytes() for path in files(tmp_path)}
     assert len(list(tmp_path.glob("records/cost/*.json"))) == 5
-    for row, params, gflops in zip(csv.DictReader(io.StringIO(first.stdout)), (33.1, 130.0, 463.9, 701.2, 1037.4), (4.25, 16.88, 60.24, 87.30, 194.15), strict=True):
-        assert (round(float(row["params, M: ours"]), 1), round(float(row["Gflops: ours"]), 2)) == (params, gflops)
+    for row, params, gflops in zip(
+        csv.DictReader(io.StringIO(first.stdout)),
+        (33.1, 130.0, 463.9, 701.2, 1037.4),
+        (4.25, 16.88, 60.24, 87.30, 194.15),
+        strict=True,
+    ):
+        assert (round(float(row["params, M: ours"]), 1), round(float(row["Gflops: ours"]), 2)) == (
+            params,
+            gflops,
+        )
     for arguments in ((), ("--report",)):
         again = call("--table", 5, "--results", tmp_path, "--format", "csv", *arguments)
         assert (again.returncode, again.stdout, again.stderr) == (0, first.stdout, "")
@@ -139,7 +202,10 @@ def _loading(pid: int, root: Path) -> bool:
     """Whether a child of the process is about to load torch."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
-            if int(stat.read_text().rpartition(")")[2].split()[1]) == pid and "libtorch" in (stat.parent / "maps").read_text():
+            if (
+                int(stat.read_text().rpartition(")")[2].split()[1]) == pid
+                and "libtorch" in (stat.parent / "maps").read_text()
+            ):
                 return True
     return False
 

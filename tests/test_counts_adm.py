@@ -41,19 +41,35 @@ def resize_cost(size: int) -> int:
 @every_row
 def test_counts_are_those_of_the_authors_modules(row: dict[str, str]):
     name, size = row["name"], int(row["size"])
-    ours = count(Cost(Backbone(name), size=size, channels=backbones.options_of(name)["in_channels"], num_classes=1000))
+    ours = count(
+        Cost(
+            Backbone(name),
+            size=size,
+            channels=backbones.options_of(name)["in_channels"],
+            num_classes=1000,
+        )
+    )
     before = resize_cost(size) if "up" in name else 0
-    assert ours["params_total"] == ours["params_trainable"] == int(row["params"]) + LABEL_TABLES.get(name, 0)
+    assert (
+        ours["params_total"]
+        == ours["params_trainable"]
+        == int(row["params"]) + LABEL_TABLES.get(name, 0)
+    )
     assert abs(ours["macs_core"] / 1e9 - float(row["core_g"])) < 0.51e-4
     assert abs((ours["macs_torchprofile"] + before) / 1e9 - float(row["torchprofile_g"])) < 0.51e-4
 
 
 def test_counts_cover_every_published_size():
-    assert {row["name"] for row in AUTHORS} == set(backbones.list_backbones("adm_*") + backbones.list_backbones("ldm_*"))
+    assert {row["name"] for row in AUTHORS} == set(
+        backbones.list_backbones("adm_*") + backbones.list_backbones("ldm_*")
+    )
 
 
 def test_the_parameters_of_adm_u_and_of_ldm_with_its_class_table():
-    total = {name: sum(p.numel() for p in published(name).parameters()) for name in (row["name"] for row in AUTHORS)}
+    total = {
+        name: sum(p.numel() for p in published(name).parameters())
+        for name in (row["name"] for row in AUTHORS)
+    }
     assert total["adm_base_64"] + total["adm_up_256"] == 607_700_364
     assert total["adm_base_128"] + total["adm_up_512"] == 730_364_876
     assert (total["ldm_4"], total["ldm_8"]) == (401_433_091, 395_496_196)
@@ -69,17 +85,26 @@ def test_state_dict_has_the_authors_keys(row: dict[str, str]):
     assert hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] == row["keys"]
 
 
-@pytest.mark.parametrize("name, heads, order", [
-    ("adm_base_64", [6] * 3 + [9] * 3 + [12] * 8 + [9] * 4 + [6] * 4, "new"),
-    ("adm_base_128", [4] * 16, "legacy"),
-    ("adm_256", [8] * 2 + [16] * 11 + [8] * 3, "legacy"),
-    ("adm_512", [8] * 2 + [16] * 11 + [8] * 3, "legacy"),
-    ("adm_up_256", [4] * 16, "legacy"),
-    ("adm_up_512", [12] * 11, "legacy"),
-    ("ldm_4", [1] * 32, None),
-    ("ldm_8", [8] * 4 + [16] * 4 + [32] * 12 + [16] * 6 + [8] * 6, None),
-])
-def test_heads_and_their_order_which_no_count_and_no_key_shows(name: str, heads: list[int], order: str | None):
-    blocks = [module for module in published(name).modules() if isinstance(module, AttentionBlock | CrossAttention)]
+@pytest.mark.parametrize(
+    "name, heads, order",
+    [
+        ("adm_base_64", [6] * 3 + [9] * 3 + [12] * 8 + [9] * 4 + [6] * 4, "new"),
+        ("adm_base_128", [4] * 16, "legacy"),
+        ("adm_256", [8] * 2 + [16] * 11 + [8] * 3, "legacy"),
+        ("adm_512", [8] * 2 + [16] * 11 + [8] * 3, "legacy"),
+        ("adm_up_256", [4] * 16, "legacy"),
+        ("adm_up_512", [12] * 11, "legacy"),
+        ("ldm_4", [1] * 32, None),
+        ("ldm_8", [8] * 4 + [16] * 4 + [32] * 12 + [16] * 6 + [8] * 6, None),
+    ],
+)
+def test_heads_and_their_order_which_no_count_and_no_key_shows(
+    name: str, heads: list[int], order: str | None
+):
+    blocks = [
+        module
+        for module in published(name).modules()
+        if isinstance(module, AttentionBlock | CrossAttention)
+    ]
     assert [block.heads for block in blocks] == heads
     assert {getattr(block, "order", None) for block in blocks} == {order}

@@ -27,4 +27,8 @@ def test_counts(row: dict[str, str]):
 
 
 def test_every_size_is_counted():
-    assert {row["name"] for row in ROWS} == {name for family in ("dim_*", "dimsum_*", "dis_*") for name in backbones.list_backbones(family)}
+    assert {row["name"] for row in ROWS} == {
+        name
+        for family in ("dim_*", "dimsum_*", "dis_*")
+        for name in backbones.list_backbones(family)
+    }

@@ -6,12 +6,21 @@ import numpy as np
 import pytest
 import torch
 
+from experiments.ablation import TABLE_4
 from experiments.engine import sources
 from experiments.engine.data import ImageSet, batch_indices, batches, load
 from experiments.engine.sources import require_data, require_features
 from experiments.engine.spec import Data
-from experiments.protocols import CIFAR10, DIGITS, IMAGENET256, IMAGENET256_FIXED, IMAGENET512, IMAGENET512_FIXED, Protocol, evaluate_stage
-from experiments.ablation import TABLE_4
+from experiments.protocols import (
+    CIFAR10,
+    DIGITS,
+    IMAGENET256,
+    IMAGENET256_FIXED,
+    IMAGENET512,
+    IMAGENET512_FIXED,
+    Protocol,
+    evaluate_stage,
+)
 
 SET = Data("latents", size=4, channels=2, num_classes=3)
 BIG = (CIFAR10, IMAGENET256, IMAGENET256_FIXED, IMAGENET512)
@@ -23,7 +32,9 @@ def arrays(num: int = 11) -> tuple[np.ndarray, np.ndarray]:
 
 def sequence(size: int, batch: int, seed: int, length: int) -> list[int]:
     steps = -(-length // batch)
-    return torch.cat([batch_indices(size, batch, seed, step) for step in range(steps)]).tolist()[:length]
+    return torch.cat([batch_indices(size, batch, seed, step) for step in range(steps)]).tolist()[
+        :length
+    ]
 
 
 @pytest.fixture
@@ -112,7 +123,10 @@ def test_other_number_types_are_converted(root: Path):
 def test_grey_levels_become_pixels():
     levels = np.random.default_rng(0).integers(0, 256, (11, 2, 4, 4), dtype=np.uint8)
     x, _ = ImageSet(levels, np.zeros(11, int), SET).take(torch.tensor([4, 0]))
-    assert x.dtype == torch.float32 and np.abs(x.numpy() - (levels[[4, 0]].astype(float) / 127.5 - 1)).max() < 1e-6
+    assert (
+        x.dtype == torch.float32
+        and np.abs(x.numpy() - (levels[[4, 0]].astype(float) / 127.5 - 1)).max() < 1e-6
+    )
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -141,12 +155,20 @@ def test_an_error_in_a_worker_reaches_the_trainer():
     [
         (CIFAR10, ("train.parquet", "cifar-10-batches-py", "prepare_cifar10.py")),
         (IMAGENET256, ("prepare_latents.py --protocol imagenet256 ", "1000 class folders")),
-        (IMAGENET256_FIXED, ("prepare_latents.py --protocol imagenet256_fixed ", "DICO_DATA/imagenet256_fixed)")),
-        (IMAGENET512_FIXED, ("prepare_latents.py --protocol imagenet512_fixed ", "DICO_DATA/imagenet512_fixed)")),
+        (
+            IMAGENET256_FIXED,
+            ("prepare_latents.py --protocol imagenet256_fixed ", "DICO_DATA/imagenet256_fixed)"),
+        ),
+        (
+            IMAGENET512_FIXED,
+            ("prepare_latents.py --protocol imagenet512_fixed ", "DICO_DATA/imagenet512_fixed)"),
+        ),
         (IMAGENET512, ("prepare_latents.py --protocol imagenet512 ",)),
     ],
 )
-def test_missing_data_is_one_line_that_says_what_to_provide(protocol: Protocol, words: tuple[str, ...], root: Path):
+def test_missing_data_is_one_line_that_says_what_to_provide(
+    protocol: Protocol, words: tuple[str, ...], root: Path
+):
     with pytest.raises(ValueError) as failure:
         load(protocol.data)
     line = str(failure.value)

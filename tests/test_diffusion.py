@@ -11,7 +11,9 @@ from experiments.engine.diffusion import IDDPM, split_prediction
 
 def waves(frequency: float, shape: tuple[int, ...] = (4, 2, 3, 5)) -> Tensor:
     """Values in [-1, 1] that no random number generator can change."""
-    return torch.sin(frequency * torch.arange(1, np.prod(shape) + 1, dtype=torch.float32)).reshape(shape)
+    return torch.sin(frequency * torch.arange(1, np.prod(shape) + 1, dtype=torch.float32)).reshape(
+        shape
+    )
 
 
 def schedule() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -44,14 +46,21 @@ def test_tables_are_the_closed_forms():
     betas, cumprod, previous = schedule()
     diffusion = IDDPM.linear()
     expected = {
-        "betas": betas, "alphas_cumprod": cumprod, "signal": cumprod ** 0.5, "noise": (1 - cumprod) ** 0.5,
-        "inverse_signal": cumprod ** -0.5, "inverse_noise": (1 / cumprod - 1) ** 0.5, "log_beta": np.log(betas),
-        "posterior_x0": betas * previous ** 0.5 / (1 - cumprod),
+        "betas": betas,
+        "alphas_cumprod": cumprod,
+        "signal": cumprod**0.5,
+        "noise": (1 - cumprod) ** 0.5,
+        "inverse_signal": cumprod**-0.5,
+        "inverse_noise": (1 / cumprod - 1) ** 0.5,
+        "log_beta": np.log(betas),
+        "posterior_x0": betas * previous**0.5 / (1 - cumprod),
         "posterior_x_t": (1 - previous) * (1 - betas) ** 0.5 / (1 - cumprod),
     }
     for name, table in expected.items():
         assert getattr(diffusion, name).dtype == torch.float64
-        np.testing.assert_allclose(getattr(diffusion, name), table, rtol=1e-10, atol=1e-13, err_msg=name)
+        np.testing.assert_allclose(
+            getattr(diffusion, name), table, rtol=1e-10, atol=1e-13, err_msg=name
+        )
     variance = betas * (1 - previous) / (1 - cumprod)
     np.testing.assert_allclose(diffusion.log_posterior[1:], np.log(variance[1:]), rtol=1e-10)
     assert diffusion.log_posterior[0] == diffusion.log_posterior[1]
@@ -62,7 +71,9 @@ def test_posterior_mean_undoes_q_sample():
     """The posterior mean, averaged over x_t given x0, is sqrt(A_{t-1}) x0."""
     diffusion = IDDPM.linear().respaced(50)
     previous = torch.cat([torch.ones(1, dtype=torch.float64), diffusion.signal[:-1]])
-    torch.testing.assert_close(diffusion.posterior_x0 + diffusion.posterior_x_t * diffusion.signal, previous)
+    torch.testing.assert_close(
+        diffusion.posterior_x0 + diffusion.posterior_x_t * diffusion.signal, previous
+    )
 
 
 @pytest.mark.parametrize("num_steps", [2, 3, 25, 250, 1000])
@@ -71,14 +82,20 @@ def test_respacing_keeps_the_marginals(num_steps: int):
     respaced = original.respaced(num_steps)
     taken = respaced.timesteps.tolist()
     assert taken[0] == 0 and taken[-1] == 999 and len(set(taken)) == num_steps == respaced.num_steps
-    torch.testing.assert_close(respaced.alphas_cumprod, original.alphas_cumprod[taken], rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        respaced.alphas_cumprod, original.alphas_cumprod[taken], rtol=1e-12, atol=0
+    )
     assert respaced.posterior_x0[0] == 1 and respaced.posterior_x_t[0] == 0
 
 
 def test_the_250_steps():
     taken = IDDPM.linear().respaced(250).timesteps.tolist()
-    assert taken[:4] == [0, 4, 8, 12] and taken[62:65] == [249, 253, 257] and taken[-3:] == [991, 995, 999]
-    assert IDDPM.linear().respaced(3).timesteps.tolist() == [0, 500, 999]     # 499.5 rounds to even
+    assert (
+        taken[:4] == [0, 4, 8, 12]
+        and taken[62:65] == [249, 253, 257]
+        and taken[-3:] == [991, 995, 999]
+    )
+    assert IDDPM.linear().respaced(3).timesteps.tolist() == [0, 500, 999]  # 499.5 rounds to even
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, 1001])
@@ -102,15 +119,20 @@ def test_network_is_given_original_timesteps():
 
 def float64_moments(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
     """Mean and deviation of the true and of the predicted reverse step, from the recursion alone."""
-    betas, cumprod, previous = (torch.from_numpy(table)[inputs["t"]].reshape(-1, 1, 1, 1) for table in schedule())
+    betas, cumprod, previous = (
+        torch.from_numpy(table)[inputs["t"]].reshape(-1, 1, 1, 1) for table in schedule()
+    )
     x0, noise = inputs["x0"], inputs["eps"]
     x_t = cumprod.sqrt() * x0 + (1 - cumprod).sqrt() * noise
     eps, u = predict(x_t, inputs["t"].double(), inputs["y"]).chunk(2, dim=1)
     variance = betas * (1 - previous) / (1 - cumprod)
     variance[inputs["t"] == 0] = schedule()[0][1] * (1 - schedule()[2][1]) / (1 - schedule()[1][1])
     x0_hat = (x_t - (1 - cumprod).sqrt() * eps) / cumprod.sqrt()
-    means = [(betas * previous.sqrt() * clean + (1 - previous) * (1 - betas).sqrt() * x_t) / (1 - cumprod)
-             for clean in (x0, x0_hat)]
+    means = [
+        (betas * previous.sqrt() * clean + (1 - previous) * (1 - betas).sqrt() * x_t)
+        / (1 - cumprod)
+        for clean in (x0, x0_hat)
+    ]
     deviation = betas.pow((u + 1) / 4) * variance.pow((1 - u) / 4)
     return means[0], variance.sqrt().expand_as(x0), means[1], deviation
 
@@ -118,7 +140,9 @@ def float64_moments(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
 def test_bound_is_the_kl_in_bits():
     inputs = batch(torch.float64)
     true_mean, true_std, mean, std = float64_moments(inputs)
-    expected = kl_divergence(Normal(true_mean, true_std), Normal(mean, std)).mean(dim=(1, 2, 3)) / np.log(2)
+    expected = kl_divergence(Normal(true_mean, true_std), Normal(mean, std)).mean(
+        dim=(1, 2, 3)
+    ) / np.log(2)
     later = inputs["t"] > 0
     vb = IDDPM.linear().losses(predict, **inputs)["vb"]
     torch.testing.assert_close(vb[later], expected[later], rtol=1e-5, atol=1e-9)
@@ -131,7 +155,7 @@ def test_first_step_is_the_pixel_likelihood_in_bits():
 
     def cdf(edge: np.ndarray) -> np.ndarray:
         z = (edge - mean) / std
-        return (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z ** 3))) / 2
+        return (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))) / 2
 
     upper = np.where(x0 > 0.999, 1, cdf(x0 + 1 / 255))
     lower = np.where(x0 < -0.999, 0, cdf(x0 - 1 / 255))
@@ -145,9 +169,17 @@ def test_losses_are_those_of_the_authors():
     """Numbers from facebookresearch/DiT ed81ce2, create_diffusion("").training_losses on the same inputs."""
     x0, eps, t = 1.5 * waves(0.7), 1.3 * waves(1.1), torch.tensor([0, 1, 500, 999])
     losses = IDDPM.linear().losses(
-        lambda x, t, y: torch.cat([0.9 * x + 1e-3 * t.reshape(-1, 1, 1, 1), torch.sin(x)], dim=1), x0, t, t, eps)
-    expected = {"loss": [4.816149, 2.994222, 0.3282705, 1.024742], "mse": [1.82202, 1.81351, 0.3256803, 1.009875],
-                "vb": [2.994129, 1.180712, 0.002590161, 0.01486738]}
+        lambda x, t, y: torch.cat([0.9 * x + 1e-3 * t.reshape(-1, 1, 1, 1), torch.sin(x)], dim=1),
+        x0,
+        t,
+        t,
+        eps,
+    )
+    expected = {
+        "loss": [4.816149, 2.994222, 0.3282705, 1.024742],
+        "mse": [1.82202, 1.81351, 0.3256803, 1.009875],
+        "vb": [2.994129, 1.180712, 0.002590161, 0.01486738],
+    }
     for name, values in expected.items():
         torch.testing.assert_close(losses[name], torch.tensor(values), rtol=2e-6, atol=0)
 
@@ -160,7 +192,9 @@ def test_bound_trains_the_variance_alone():
         IDDPM.linear().losses(lambda x, t, y: output, **inputs)[name].mean().backward()
         gradients[name] = output.grad
     eps, u = slice(0, 4), slice(4, 8)
-    assert gradients["vb"][:, eps].count_nonzero() == 0 and gradients["mse"][:, u].count_nonzero() == 0
+    assert (
+        gradients["vb"][:, eps].count_nonzero() == 0 and gradients["mse"][:, u].count_nonzero() == 0
+    )
     assert gradients["vb"][:, u].abs().sum() > 0 and gradients["mse"][:, eps].abs().sum() > 0
     torch.testing.assert_close(gradients["loss"], gradients["vb"] + gradients["mse"])
 
@@ -170,7 +204,9 @@ def test_a_network_trains_on_an_odd_grid():
     net = torch.nn.Conv2d(4, 8, 3, padding=1)
     losses = IDDPM.linear().losses(lambda x, t, y: net(x), **batch())
     losses["loss"].mean().backward()
-    assert {name: value.shape for name, value in losses.items()} == dict.fromkeys(("loss", "mse", "vb"), (64,))
+    assert {name: value.shape for name, value in losses.items()} == dict.fromkeys(
+        ("loss", "mse", "vb"), (64,)
+    )
     assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in net.parameters())
 
 
@@ -180,5 +216,7 @@ def test_a_prediction_without_variance_is_refused():
 
 
 def test_low_precision_predictions_are_widened():
-    eps, u = split_prediction(torch.zeros(2, 8, 5, 7, dtype=torch.bfloat16), torch.zeros(2, 4, 5, 7))
+    eps, u = split_prediction(
+        torch.zeros(2, 8, 5, 7, dtype=torch.bfloat16), torch.zeros(2, 4, 5, 7)
+    )
     assert eps.dtype == u.dtype == torch.float32

@@ -26,13 +26,17 @@ DEAD_IN_LDM = ("attn2.to_q.weight", "attn2.to_k.weight", "norm2.weight", "norm2.
 
 
 def network(name: str, **options: Any) -> nn.Module:
-    return backbones.build(name, **backbones.tiny_options_of(name) | dict(num_classes=CLASSES) | options)
+    return backbones.build(
+        name, **backbones.tiny_options_of(name) | dict(num_classes=CLASSES) | options
+    )
 
 
 def inputs(name: str, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """x, t and y of a batch of three; the last label is the last of those that have a row."""
     options = backbones.options_of(name)
-    x = torch.randn(3, options["in_channels"], size, size, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(
+        3, options["in_channels"], size, size, generator=torch.Generator().manual_seed(1)
+    )
     return x, torch.tensor([0, 37, 999]), torch.tensor([0, 3, CLASSES - 1 + options["null_label"]])
 
 
@@ -47,12 +51,21 @@ def test_starts_at_zero_the_same_from_a_seed_and_on_the_meta_device(name: str):
         torch.manual_seed(5)
         models.append(network(name))
     first, second = (model.state_dict() for model in models)
-    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    assert first.keys() == second.keys() and all(
+        torch.equal(first[key], second[key]) for key in first
+    )
     assert not models[0](*inputs(name, 16)).any()
     with torch.device("meta"):
         meta = network(name)
-    assert {key: value.shape for key, value in meta.state_dict().items()} == {key: value.shape for key, value in first.items()}
-    assert meta(*(part.to("meta") for part in inputs(name, 16))).shape == (3, out_channels(name), 16, 16)
+    assert {key: value.shape for key, value in meta.state_dict().items()} == {
+        key: value.shape for key, value in first.items()
+    }
+    assert meta(*(part.to("meta") for part in inputs(name, 16))).shape == (
+        3,
+        out_channels(name),
+        16,
+        16,
+    )
 
 
 @every_network
@@ -61,10 +74,13 @@ def test_is_a_function_of_each_sample(name: str, size: int):
     x, t, y = inputs(name, size)
     with torch.no_grad():
         out = model(x, t, y)
-        assert out.shape == (3, out_channels(name), size, size) == (3, model.out_channels, size, size) and out.isfinite().all()
+        assert (
+            out.shape == (3, out_channels(name), size, size) == (3, model.out_channels, size, size)
+            and out.isfinite().all()
+        )
         assert torch.equal(out, model(x, t, y)) and torch.equal(out, model.eval()(x, t, y))
         for i in range(3):
-            assert relative_rms(model(x[i:i + 1], t[i:i + 1], y[i:i + 1])[0], out[i]) <= 1e-5
+            assert relative_rms(model(x[i : i + 1], t[i : i + 1], y[i : i + 1])[0], out[i]) <= 1e-5
         for other in ((x.flip(0), t, y), (x, t.flip(0), y), (x, t, y.flip(0))):
             assert relative_rms(model(*other)[0], out[0]) > 1e-3
         exact = model.double()(x.double(), t, y)
@@ -77,7 +93,10 @@ def test_output_is_that_of_the_authors_module(name: str):
     """Measured on their modules in float64 with these weights and inputs: one pixel of the second sample."""
     model = randomise(network(name)).double()
     x, t, y = inputs(name, 16)
-    ours, theirs = model(x.double(), t, y)[1, :, 5, 3], torch.tensor(AUTHORS[name], dtype=torch.float64)
+    ours, theirs = (
+        model(x.double(), t, y)[1, :, 5, 3],
+        torch.tensor(AUTHORS[name], dtype=torch.float64),
+    )
     assert ours.shape == theirs.shape and relative_rms(ours, theirs) < 1e-9
 
 
@@ -103,17 +122,20 @@ def test_sizes_it_cannot_take_are_refused_in_a_line(name: str):
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("name, options, words", [
-    ("adm_256", {"input_size": 100}, ["divisible by 32", "100"]),
-    ("adm_256", {"dim": 48}, ["widths divisible by 32", "48, 48, 96"]),
-    ("adm_256", {"head_dim": 48}, ["head_dim 48", "256"]),
-    ("adm_base_128", {"heads": 3}, ["heads 3", "256"]),
-    ("adm_256", {"order": "newer"}, ["'newer'", "legacy, new"]),
-    ("adm_up_256", {"in_channels": 3}, ["in_channels must be even", "3"]),
-    ("ldm_4", {"input_size": 20}, ["divisible by 8", "20"]),
-    ("ldm_8", {"dim": 40}, ["widths divisible by 32", "40, 80, 160"]),
-    ("ldm_8", {"head_dim": 48}, ["head_dim 48", "256"]),
-])
+@pytest.mark.parametrize(
+    "name, options, words",
+    [
+        ("adm_256", {"input_size": 100}, ["divisible by 32", "100"]),
+        ("adm_256", {"dim": 48}, ["widths divisible by 32", "48, 48, 96"]),
+        ("adm_256", {"head_dim": 48}, ["head_dim 48", "256"]),
+        ("adm_base_128", {"heads": 3}, ["heads 3", "256"]),
+        ("adm_256", {"order": "newer"}, ["'newer'", "legacy, new"]),
+        ("adm_up_256", {"in_channels": 3}, ["in_channels must be even", "3"]),
+        ("ldm_4", {"input_size": 20}, ["divisible by 8", "20"]),
+        ("ldm_8", {"dim": 40}, ["widths divisible by 32", "40, 80, 160"]),
+        ("ldm_8", {"head_dim": 48}, ["head_dim 48", "256"]),
+    ],
+)
 def test_errors_say_what_is_wrong(name: str, options: dict[str, Any], words: list[str]):
     with torch.device("meta"), pytest.raises(ValueError) as refusal:
         backbones.build(name, **options)
@@ -130,7 +152,10 @@ def test_the_null_label_has_a_row_where_asked_for(name: str):
 
 
 def test_learn_sigma_doubles_the_image_channels():
-    found = {name: [network(name, learn_sigma=sigma).out_channels for sigma in (False, True)] for name in ("adm_256", "adm_up_256", "ldm_8")}
+    found = {
+        name: [network(name, learn_sigma=sigma).out_channels for sigma in (False, True)]
+        for name in ("adm_256", "adm_up_256", "ldm_8")
+    }
     assert found == {"adm_256": [3, 6], "adm_up_256": [3, 6], "ldm_8": [4, 8]}
 
 
@@ -155,11 +180,19 @@ def test_adm_attention_is_what_its_order_says(order: str, heads: int):
     for head in range(heads):
         q, k, v = (qkv[:, channels_of(order, part, head, heads, e)] for part in range(3))
         logits = torch.einsum("ncq,nck->nqk", q, k) / e**0.5
-        attended.append(torch.einsum("nqk,nck->ncq", logits.exp() / logits.exp().sum(-1, keepdim=True), v))
-    truth = x + (block.proj_out.weight[:, :, 0] @ torch.cat(attended, dim=1) + block.proj_out.bias[:, None]).view(x.shape)
+        attended.append(
+            torch.einsum("nqk,nck->ncq", logits.exp() / logits.exp().sum(-1, keepdim=True), v)
+        )
+    truth = x + (
+        block.proj_out.weight[:, :, 0] @ torch.cat(attended, dim=1) + block.proj_out.bias[:, None]
+    ).view(x.shape)
     assert relative_rms(block(x), truth) < 1e-12
     block.order = {"legacy": "new", "new": "legacy"}[order]
-    assert relative_rms(block(x), truth) < 1e-12 if heads == 1 else relative_rms(block(x), truth) > 0.05
+    assert (
+        relative_rms(block(x), truth) < 1e-12
+        if heads == 1
+        else relative_rms(block(x), truth) > 0.05
+    )
 
 
 @torch.no_grad()
@@ -175,7 +208,10 @@ def test_ldm_attention_against_loops_over_heads(tokens: int, heads: int):
     dim, dim_context, e = 12, 7, 12 // heads
     block = randomise(CrossAttention(dim, dim_context, heads).double())
     draw = torch.Generator().manual_seed(1)
-    x, context = torch.randn(2, 6, dim, generator=draw).double(), torch.randn(2, tokens, dim_context, generator=draw).double()
+    x, context = (
+        torch.randn(2, 6, dim, generator=draw).double(),
+        torch.randn(2, tokens, dim_context, generator=draw).double(),
+    )
     q, k, v = x @ block.to_q.weight.T, context @ block.to_k.weight.T, context @ block.to_v.weight.T
     parts = []
     for head in range(heads):
@@ -198,23 +234,46 @@ def bilinear(size: int, new: int) -> Tensor:
 
 def test_the_low_resolution_image_is_resized_and_put_after_x():
     draw = torch.Generator().manual_seed(1)
-    x, low_res = torch.randn(2, 3, 16, 12, generator=draw).double(), torch.randn(2, 3, 4, 3, generator=draw).double()
+    x, low_res = (
+        torch.randn(2, 3, 16, 12, generator=draw).double(),
+        torch.randn(2, 3, 4, 3, generator=draw).double(),
+    )
     joined = with_low_res(x, low_res)
     assert joined.shape == (2, 6, 16, 12) and torch.equal(joined[:, :3], x)
     assert relative_rms(joined[:, 3:], bilinear(4, 16) @ low_res @ bilinear(3, 12).T) < 1e-12
     model = randomise(network("adm_up_256"))
-    assert model(joined.float(), torch.zeros(2), torch.zeros(2, dtype=torch.long)).shape == (2, 6, 16, 12)
+    assert model(joined.float(), torch.zeros(2), torch.zeros(2, dtype=torch.long)).shape == (
+        2,
+        6,
+        16,
+        12,
+    )
 
 
 def test_a_published_ldm_checkpoint_is_renamed_and_its_other_parts_left_out(tmp_path: Path):
     model, loaded = randomise(network("ldm_4")), network("ldm_4")
     own = model.state_dict()
-    theirs = {key if key.startswith("cond_stage_model.") else f"model.diffusion_model.{key}": value for key, value in own.items()}
-    assert "cond_stage_model.embedding.weight" in theirs and "model.diffusion_model.input_blocks.0.0.weight" in theirs
-    theirs |= {key: torch.zeros(1) for key in ("betas", "first_stage_model.quantize.embedding.weight", "model_ema.decay")}
-    averaged = {"model_ema.diffusion_model" + key.replace(".", ""): 2 * own[key] for key in own if not key.startswith("cond_stage_model.")}
+    theirs = {
+        key if key.startswith("cond_stage_model.") else f"model.diffusion_model.{key}": value
+        for key, value in own.items()
+    }
+    assert (
+        "cond_stage_model.embedding.weight" in theirs
+        and "model.diffusion_model.input_blocks.0.0.weight" in theirs
+    )
+    theirs |= {
+        key: torch.zeros(1)
+        for key in ("betas", "first_stage_model.quantize.embedding.weight", "model_ema.decay")
+    }
+    averaged = {
+        "model_ema.diffusion_model" + key.replace(".", ""): 2 * own[key]
+        for key in own
+        if not key.startswith("cond_stage_model.")
+    }
     for name, extra, factor in [("plain", {}, 1), ("averaged", averaged, 2)]:
         torch.save({"state_dict": theirs | extra, "global_step": 3}, tmp_path / f"{name}.ckpt")
         load_published(loaded, tmp_path / f"{name}.ckpt")
         for key, value in loaded.state_dict().items():
-            assert torch.equal(value, own[key] if key.startswith("cond_stage_model.") else factor * own[key])
+            assert torch.equal(
+                value, own[key] if key.startswith("cond_stage_model.") else factor * own[key]
+            )

@@ -19,10 +19,18 @@ from backbones.kernels import use
 from backbones.mamba import COLUMNS, COLUMNS_BACK, ROWS, ROWS_BACK, Mamba, reorder, restore
 
 CHANNELS, CLASSES = 3, 7
-FAMILIES = {"dis_s_2": 6, "dim_l": 6, "dimsum_l_2": 24}  # one size stands for its family; the side of the input
+FAMILIES = {
+    "dis_s_2": 6,
+    "dim_l": 6,
+    "dimsum_l_2": 24,
+}  # one size stands for its family; the side of the input
 LEARNS_SIGMA = {"dis_s_2"}
 STARTS_AT_ZERO = {"dimsum_l_2"}  # DiS and DiM have an open head
-DEAD = {"dis_s_2": (), "dim_l": (), "dimsum_l_2": ("mixer.cond_proj.weight", "mixer.cond_proj.bias")}  # the authors' kernel never reads these
+DEAD = {
+    "dis_s_2": (),
+    "dim_l": (),
+    "dimsum_l_2": ("mixer.cond_proj.weight", "mixer.cond_proj.bias"),
+}  # the authors' kernel never reads these
 AUTHORS = json.loads((Path(__file__).parent / "data" / "outputs_ssm.json").read_text())
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
@@ -34,7 +42,9 @@ def network(name: str, **options: Any) -> nn.Module:
 
 def inputs(name: str, batch: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     """x, t and y; the last label is the null label."""
-    x = torch.randn(batch, CHANNELS, FAMILIES[name], FAMILIES[name], generator=torch.Generator().manual_seed(1))
+    x = torch.randn(
+        batch, CHANNELS, FAMILIES[name], FAMILIES[name], generator=torch.Generator().manual_seed(1)
+    )
     return x, torch.tensor([0, 37, 999])[-batch:], torch.tensor([0, 3, CLASSES])[-batch:]
 
 
@@ -49,13 +59,17 @@ def test_starts_the_same_from_a_seed_and_on_the_meta_device(name: str):
         torch.manual_seed(5)
         models.append(network(name))
     first, second = (model.state_dict() for model in models)
-    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    assert first.keys() == second.keys() and all(
+        torch.equal(first[key], second[key]) for key in first
+    )
     with torch.no_grad():
         out = models[0](*inputs(name))
     assert out.any() == (name not in STARTS_AT_ZERO) and out.isfinite().all()
     with torch.device("meta"):
         meta = network(name).to("meta")
-    assert {key: value.shape for key, value in meta.state_dict().items()} == {key: value.shape for key, value in first.items()}
+    assert {key: value.shape for key, value in meta.state_dict().items()} == {
+        key: value.shape for key, value in first.items()
+    }
     assert meta(*(part.to("meta") for part in inputs(name))).shape == out.shape
 
 
@@ -63,14 +77,19 @@ def test_starts_the_same_from_a_seed_and_on_the_meta_device(name: str):
 def test_is_a_function_of_each_sample(name: str):
     model = randomise(network(name))
     size = FAMILIES[name]
-    assert (model.input_size, model.in_channels, model.num_classes, model.out_channels) == (size, CHANNELS, CLASSES, out_channels(name))
+    assert (model.input_size, model.in_channels, model.num_classes, model.out_channels) == (
+        size,
+        CHANNELS,
+        CLASSES,
+        out_channels(name),
+    )
     x, t, y = inputs(name)
     with torch.no_grad():
         out = model(x, t, y)
         assert out.shape == (3, out_channels(name), size, size) and out.isfinite().all()
         assert torch.equal(out, model(x, t, y)) and torch.equal(out, model.eval()(x, t, y))
         for i in range(3):
-            assert relative_rms(out[i], model(x[i:i + 1], t[i:i + 1], y[i:i + 1])[0]) <= 1e-5
+            assert relative_rms(out[i], model(x[i : i + 1], t[i : i + 1], y[i : i + 1])[0]) <= 1e-5
         exact = model.double()(x.double(), t, y)
         assert exact.dtype == torch.float64 and relative_rms(out, exact) <= 1e-5
 
@@ -79,14 +98,19 @@ def test_is_a_function_of_each_sample(name: str):
 def test_every_choice_of_kernels_gives_the_same(name: str):
     model = randomise(network(name)).double()
     x, t, y = inputs(name)
-    with torch.no_grad(), use(selective_scan="reference", causal_conv="reference", attention="reference"):
+    with (
+        torch.no_grad(),
+        use(selective_scan="reference", causal_conv="reference", attention="reference"),
+    ):
         truth = model(x.double(), t, y)
     with torch.no_grad():
         assert relative_rms(model(x.double(), t, y), truth) <= 1e-12
 
 
 def drawn(key: str, shape: tuple[int, ...]) -> Tensor:
-    return torch.from_numpy(np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape)).float()
+    return torch.from_numpy(
+        np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape)
+    ).float()
 
 
 @pytest.mark.parametrize("case", AUTHORS)
@@ -98,8 +122,12 @@ def test_outputs_are_those_of_the_authors_code(case: str):
         if "A_log" not in key and "A_b_log" not in key:
             p.data = drawn(key, tuple(p.shape)) * (p[0].numel() ** -0.5 if p.ndim > 1 else 0.3)
     with torch.no_grad():
-        out = model(drawn("x", (2, 4, model.input_size, model.input_size)), torch.tensor(row["t"]), torch.tensor([3, 10]))
-    assert relative_rms(out.flatten()[::row["stride"]], torch.tensor(row["output"])) < 1e-5
+        out = model(
+            drawn("x", (2, 4, model.input_size, model.input_size)),
+            torch.tensor(row["t"]),
+            torch.tensor([3, 10]),
+        )
+    assert relative_rms(out.flatten()[:: row["stride"]], torch.tensor(row["output"])) < 1e-5
 
 
 @every_family
@@ -135,14 +163,17 @@ def test_another_input_size_is_refused_in_a_line(name: str):
         assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("name, options, words", [
-    ("dis_s_2", {"input_size": 7}, ["divisible by patch", "7"]),
-    ("dis_s_2", {"depth": 3}, ["even depth", "3"]),
-    ("dim_l", {"input_size": 7}, ["divisible by patch", "7"]),
-    ("dim_l", {"depth": 4}, ["odd depth", "4"]),
-    ("dimsum_l_2", {"input_size": 20}, ["divisible by 4 patches", "20"]),
-    ("dimsum_l_2", {"fusion_heads": 7}, ["fusion_heads 7"]),
-])
+@pytest.mark.parametrize(
+    "name, options, words",
+    [
+        ("dis_s_2", {"input_size": 7}, ["divisible by patch", "7"]),
+        ("dis_s_2", {"depth": 3}, ["even depth", "3"]),
+        ("dim_l", {"input_size": 7}, ["divisible by patch", "7"]),
+        ("dim_l", {"depth": 4}, ["odd depth", "4"]),
+        ("dimsum_l_2", {"input_size": 20}, ["divisible by 4 patches", "20"]),
+        ("dimsum_l_2", {"fusion_heads": 7}, ["fusion_heads 7"]),
+    ],
+)
 def test_errors_name_what_is_known(name: str, options: dict[str, Any], words: list[str]):
     with pytest.raises(ValueError) as refusal:
         backbones.build(name, **options)
@@ -158,7 +189,10 @@ def test_learn_sigma_doubles_the_head(name: str):
 
 def depends(out: Tensor, x: Tensor) -> Tensor:
     """Which positions of x (1, T, D) each position of the output (1, T, D) depends on."""
-    rows = [torch.autograd.grad(out[0, i].sum(), x, retain_graph=True)[0][0].abs().sum(-1) > 0 for i in range(out.shape[1])]
+    rows = [
+        torch.autograd.grad(out[0, i].sum(), x, retain_graph=True)[0][0].abs().sum(-1) > 0
+        for i in range(out.shape[1])
+    ]
     return torch.stack(rows)
 
 
@@ -170,7 +204,9 @@ def test_mamba_is_causal_and_its_twin_reads_both_ways():
     assert depends(mixer(x), x).all()
     for silent, seen in (("_b", past), ("", past.T)):
         mixer = randomise(BidirectionalMamba(12))
-        nn.init.zeros_(getattr(mixer, f"x_proj{silent}").weight)  # no b and no c: the scan keeps and reads nothing
+        nn.init.zeros_(
+            getattr(mixer, f"x_proj{silent}").weight
+        )  # no b and no c: the scan keeps and reads nothing
         nn.init.zeros_(getattr(mixer, f"D{silent}"))
         assert torch.equal(depends(mixer(x), x), seen)
 
@@ -184,7 +220,9 @@ def test_dis_skips_carry_the_increments_of_the_in_blocks_last_in_first_out():
     for block in model.out_blocks:
         block.register_forward_pre_hook(lambda block, args: taken.append(args[2]))
     model(*inputs("dis_s_2"))
-    assert len(made) == 2 and all(skip is out for skip, out in zip(taken, reversed(made), strict=True))
+    assert len(made) == 2 and all(
+        skip is out for skip, out in zip(taken, reversed(made), strict=True)
+    )
 
 
 def test_dis_has_the_label_in_front_of_the_time_in_front_of_the_patches():
@@ -214,7 +252,12 @@ def test_orders_of_a_grid_are_these_permutations(order: tuple[bool, bool]):
 
 def test_dim_cycles_through_the_orders_and_back():
     codes = {ROWS: 0, ROWS_BACK: -2, COLUMNS: 1, COLUMNS_BACK: -1}
-    assert [codes[scan_order(i, 49)] for i in range(49)] == [0] + [-2, 1, -1, 0] * 6 + [-1, 1, -2, 0] * 6
+    assert [codes[scan_order(i, 49)] for i in range(49)] == [0] + [-2, 1, -1, 0] * 6 + [
+        -1,
+        1,
+        -2,
+        0,
+    ] * 6
 
 
 class Silent(nn.Module):
@@ -231,7 +274,11 @@ def test_dim_blocks_read_the_framed_grid_in_their_order_behind_the_leading_token
         block.register_forward_pre_hook(lambda block, args: seen.append(args[0][0]))
         if block.skip_linear is not None:
             nn.init.eye_(block.skip_linear[0].weight)
-            for part in (block.skip_linear[0].bias, block.skip_linear[1].weight, block.skip_linear[1].bias):
+            for part in (
+                block.skip_linear[0].bias,
+                block.skip_linear[1].weight,
+                block.skip_linear[1].bias,
+            ):
                 nn.init.zeros_(part)
     with torch.no_grad():
         model(*inputs("dim_l"))
@@ -248,9 +295,13 @@ def test_dim_skips_join_blocks_that_read_the_grid_in_one_order():
     for block in model.transformer_blocks:
         block.register_forward_hook(lambda block, args, out: made.append(out))
         if block.skip_linear is not None:
-            block.skip_linear[1].register_forward_pre_hook(lambda linear, args: taken.append(args[0]))
+            block.skip_linear[1].register_forward_pre_hook(
+                lambda linear, args: taken.append(args[0])
+            )
     model(*inputs("dim_l"))
-    assert len(made) == 7 and all(skip is out for skip, out in zip(taken, (made[3], made[2], made[1]), strict=True))
+    assert len(made) == 7 and all(
+        skip is out for skip, out in zip(taken, (made[3], made[2], made[1]), strict=True)
+    )
 
 
 @pytest.mark.parametrize("raster", [False, True])
@@ -265,7 +316,9 @@ def test_dim_frames_its_grid_with_padding_tokens(raster: bool):
         out = frame(x)
         assert torch.equal(frame.take_off(out), x[:, 2:])
     assert out.shape == (2, 2 + 3 + 35, 3)
-    assert torch.equal(out[:, :2], x[:, :2]) and torch.equal(out[0, 2:5], frame.pad_token_dec_split[0])
+    assert torch.equal(out[:, :2], x[:, :2]) and torch.equal(
+        out[0, 2:5], frame.pad_token_dec_split[0]
+    )
     count = 0
     for r in range(5):
         for c in range(7):
@@ -286,13 +339,21 @@ def test_dimsum_spatial_scans_change_order_and_its_blocks_put_it_back():
         branch = randomise(DiMSUMBlock(24, 3, (4, 4), index + 4)).spatial_mamba
         x = torch.randn(1, 16, 12, requires_grad=True)
         position[explicit(order, 4, 4)] = torch.arange(16)
-        assert torch.equal(depends(branch(x, torch.randn(1, 24)), x), position[:, None] >= position[None])
+        assert torch.equal(
+            depends(branch(x, torch.randn(1, 24)), x), position[:, None] >= position[None]
+        )
 
 
 @pytest.mark.parametrize("by_column", [False, True])
 def test_dimsum_windows_are_this_permutation(by_column: bool):
     """4x4 windows of 3x3 on a grid of 12; by column, rows and columns change places."""
-    places = [(3 * wr + r, 3 * wc + c) for wr in range(4) for wc in range(4) for r in range(3) for c in range(3)]
+    places = [
+        (3 * wr + r, 3 * wc + c)
+        for wr in range(4)
+        for wc in range(4)
+        for r in range(3)
+        for c in range(3)
+    ]
     expected = [12 * c + r if by_column else 12 * r + c for r, c in places]
     tokens = torch.arange(144).view(1, 144, 1)
     assert windows(tokens, (12, 12), by_column).flatten().tolist() == expected
@@ -302,7 +363,9 @@ def test_dimsum_windows_are_this_permutation(by_column: bool):
     branch.packet = branch.unpacket = lambda x: x
     x, position = torch.randn(1, 144, 12, requires_grad=True), torch.empty(144, dtype=torch.long)
     position[expected] = torch.arange(144)
-    assert torch.equal(depends(branch(x, torch.randn(1, 24)), x), position[:, None] >= position[None])
+    assert torch.equal(
+        depends(branch(x, torch.randn(1, 24)), x), position[:, None] >= position[None]
+    )
 
 
 def test_dimsum_wavelet_packet_is_the_authors_arrangement():
@@ -321,7 +384,9 @@ def test_dimsum_wavelet_packet_is_the_authors_arrangement():
     for r in range(side):
         for c in range(side):
             channels = [16 * j + 4 * (r % 4) + c % 4 for j in range(dim)]
-            assert torch.allclose(packet[:, r, c], flat[:, channels, r // 4, c // 4], rtol=0, atol=1e-14)
+            assert torch.allclose(
+                packet[:, r, c], flat[:, channels, r // 4, c // 4], rtol=0, atol=1e-14
+            )
     assert relative_rms(branch.unpacket(branch.packet(x)), x) < 1e-15
     filters = torch.cat([branch.dwt.w_ll, branch.dwt.w_lh, branch.dwt.w_hl, branch.dwt.w_hh])
     assert torch.equal(filters, branch.idwt.filters)
@@ -342,24 +407,46 @@ def test_dimsum_shares_one_block_and_drops_the_residual_stream():
     assert asked[0][0] is made[1] and asked[1][0] is made[3] and read[0] is asked[1][1]
 
 
-def mamba_keys(dim: int, rank: int, kernel: int = 4, suffix: str = "") -> dict[str, tuple[int, ...]]:
+def mamba_keys(
+    dim: int, rank: int, kernel: int = 4, suffix: str = ""
+) -> dict[str, tuple[int, ...]]:
     """One direction of a mixer."""
     inner, b = 2 * dim, suffix
-    keys = {f"A{b}_log": (inner, 16), f"D{b}": (inner,), f"conv1d{b}.weight": (inner, 1, kernel), f"conv1d{b}.bias": (inner,)}
-    keys |= {f"x_proj{b}.weight": (rank + 32, inner), f"dt_proj{b}.weight": (inner, rank), f"dt_proj{b}.bias": (inner,)}
+    keys = {
+        f"A{b}_log": (inner, 16),
+        f"D{b}": (inner,),
+        f"conv1d{b}.weight": (inner, 1, kernel),
+        f"conv1d{b}.bias": (inner,),
+    }
+    keys |= {
+        f"x_proj{b}.weight": (rank + 32, inner),
+        f"dt_proj{b}.weight": (inner, rank),
+        f"dt_proj{b}.bias": (inner,),
+    }
     return keys | {"in_proj.weight": (2 * inner, dim), "out_proj.weight": (dim, inner)}
 
 
 def dis_h_2_keys() -> dict[str, tuple[int, ...]]:
     d = 1536
-    keys = weights_and_biases({
-        "patch_embed.proj": (d, 4, 2, 2), "time_embed.0": (4 * d, d), "time_embed.2": (d, 4 * d),
-        "final_layer.linear": (32, d), "final_layer.adaLN_modulation.1": (2 * d, d),
-    })
-    keys |= {"pos_embed": (1, 258, d), "label_emb.embedding_table.weight": (1001, d), "norm_f.weight": (d,)}
+    keys = weights_and_biases(
+        {
+            "patch_embed.proj": (d, 4, 2, 2),
+            "time_embed.0": (4 * d, d),
+            "time_embed.2": (d, 4 * d),
+            "final_layer.linear": (32, d),
+            "final_layer.adaLN_modulation.1": (2 * d, d),
+        }
+    )
+    keys |= {
+        "pos_embed": (1, 258, d),
+        "label_emb.embedding_table.weight": (1001, d),
+        "norm_f.weight": (d,),
+    }
     mixer = mamba_keys(d, 96) | mamba_keys(d, 96, suffix="_b")
     for block in [*(f"{arm}_blocks.{i}" for arm in ("in", "out") for i in range(24)), "mid_block"]:
-        keys |= {f"{block}.mixer.{key}": shape for key, shape in mixer.items()} | {f"{block}.norm.weight": (d,)}
+        keys |= {f"{block}.mixer.{key}": shape for key, shape in mixer.items()} | {
+            f"{block}.norm.weight": (d,)
+        }
         if block.startswith("out"):
             keys |= weights_and_biases({f"{block}.skip_linear": (d, 2 * d)})
     return keys
@@ -367,36 +454,89 @@ def dis_h_2_keys() -> dict[str, tuple[int, ...]]:
 
 def dim_h_keys() -> dict[str, tuple[int, ...]]:
     d, single = 1536, "adaln_single.emb.timestep_embedder.linear_"
-    keys = weights_and_biases({
-        "pos_embed.proj": (d, 4, 2, 2), f"{single}1": (d, 256), f"{single}2": (d, d), "adaln_single.linear": (3 * d, d),
-        "a4m_adapter.first_smoother": (d, 1, 3, 3), "a4m_adapter.last_smoother": (d, 1, 3, 3), "proj_out_1": (2 * d, d), "proj_out_2": (16, d),
-    })
-    keys |= {"additional_embed": (1, 258, d), "label_emb.weight": (1001, d), "adaln_single.emb.class_embedder.embedding_table.weight": (1001, d)}
-    keys |= {"a4m_adapter.pad_token": (1, d, 3), "a4m_adapter.pad_token_dec_split": (1, 3, d), "norm_out.norm.weight": (d,)}
-    block = {"scale_shift_table": (3, d), "norm1.norm.weight": (d,)} | {f"attn1.{key}": shape for key, shape in mamba_keys(d, 96, kernel=3).items()}
+    keys = weights_and_biases(
+        {
+            "pos_embed.proj": (d, 4, 2, 2),
+            f"{single}1": (d, 256),
+            f"{single}2": (d, d),
+            "adaln_single.linear": (3 * d, d),
+            "a4m_adapter.first_smoother": (d, 1, 3, 3),
+            "a4m_adapter.last_smoother": (d, 1, 3, 3),
+            "proj_out_1": (2 * d, d),
+            "proj_out_2": (16, d),
+        }
+    )
+    keys |= {
+        "additional_embed": (1, 258, d),
+        "label_emb.weight": (1001, d),
+        "adaln_single.emb.class_embedder.embedding_table.weight": (1001, d),
+    }
+    keys |= {
+        "a4m_adapter.pad_token": (1, d, 3),
+        "a4m_adapter.pad_token_dec_split": (1, 3, d),
+        "norm_out.norm.weight": (d,),
+    }
+    block = {"scale_shift_table": (3, d), "norm1.norm.weight": (d,)} | {
+        f"attn1.{key}": shape for key, shape in mamba_keys(d, 96, kernel=3).items()
+    }
     for i in range(49):
-        skips = weights_and_biases({"skip_linear.0": (d, d), "skip_linear.1": (d, d)}) if i > 24 else {}
+        skips = (
+            weights_and_biases({"skip_linear.0": (d, d), "skip_linear.1": (d, d)}) if i > 24 else {}
+        )
         keys |= {f"transformer_blocks.{i}.{key}": shape for key, shape in (block | skips).items()}
     return keys
 
 
 def dimsum_l_2_keys() -> dict[str, tuple[int, ...]]:
     d, e = 1024, 512
-    layers = {"x_embedder.proj": (d, 4, 2, 2), "t_embedder.mlp.0": (d, 256), "t_embedder.mlp.2": (d, d)}
-    layers |= {"final_layer.linear": (16, d), "final_layer.adaLN_modulation.1": (2 * d, d), "attn_block.adaLN_modulation.1": (6 * d, d)}
-    layers |= {"attn_block.attn.qkv": (3 * d, d), "attn_block.attn.proj": (d, d), "attn_block.mlp.w12": (8 * d, d), "attn_block.mlp.w3": (d, 4 * d)}
-    block = {"proj.qkv1": (3 * e, e), "proj.qkv2": (3 * e, e), "proj.proj": (d, d), "mlp.w12": (8 * d, d), "mlp.w3": (d, 4 * d)}
+    layers = {
+        "x_embedder.proj": (d, 4, 2, 2),
+        "t_embedder.mlp.0": (d, 256),
+        "t_embedder.mlp.2": (d, d),
+    }
+    layers |= {
+        "final_layer.linear": (16, d),
+        "final_layer.adaLN_modulation.1": (2 * d, d),
+        "attn_block.adaLN_modulation.1": (6 * d, d),
+    }
+    layers |= {
+        "attn_block.attn.qkv": (3 * d, d),
+        "attn_block.attn.proj": (d, d),
+        "attn_block.mlp.w12": (8 * d, d),
+        "attn_block.mlp.w3": (d, 4 * d),
+    }
+    block = {
+        "proj.qkv1": (3 * e, e),
+        "proj.qkv2": (3 * e, e),
+        "proj.proj": (d, d),
+        "mlp.w12": (8 * d, d),
+        "mlp.w3": (d, 4 * d),
+    }
     block |= {"adaLN_modulation.1": (3 * d, d)}
     for branch in ("spatial_mamba", "freq_mamba"):
         block |= {f"{branch}.adaLN_modulation.1": (3 * e, d), f"{branch}.mixer.cond_proj": (d, d)}
-    block = weights_and_biases(block) | {"norm.weight": (d,), "norm_2.weight": (d,), "freq_mamba.idwt.filters": (4, 1, 2, 2)}
+    block = weights_and_biases(block) | {
+        "norm.weight": (d,),
+        "norm_2.weight": (d,),
+        "freq_mamba.idwt.filters": (4, 1, 2, 2),
+    }
     block |= {f"freq_mamba.dwt.w_{band}": (1, 1, 2, 2) for band in ("ll", "lh", "hl", "hh")}
-    block |= {f"{branch}.mixer.{key}": shape for branch in ("spatial_mamba", "freq_mamba") for key, shape in mamba_keys(e, 32).items()}
-    keys = weights_and_biases(layers) | {"pos_embed": (1, 256, d), "y_embedder.embedding_table.weight": (1001, d)}
+    block |= {
+        f"{branch}.mixer.{key}": shape
+        for branch in ("spatial_mamba", "freq_mamba")
+        for key, shape in mamba_keys(e, 32).items()
+    }
+    keys = weights_and_biases(layers) | {
+        "pos_embed": (1, 256, d),
+        "y_embedder.embedding_table.weight": (1001, d),
+    }
     return keys | {f"blocks.{i}.{key}": shape for i in range(16) for key, shape in block.items()}
 
 
-@pytest.mark.parametrize("name, keys", [("dis_h_2", dis_h_2_keys()), ("dim_h", dim_h_keys()), ("dimsum_l_2", dimsum_l_2_keys())])
+@pytest.mark.parametrize(
+    "name, keys",
+    [("dis_h_2", dis_h_2_keys()), ("dim_h", dim_h_keys()), ("dimsum_l_2", dimsum_l_2_keys())],
+)
 def test_state_dict_has_the_authors_keys(name: str, keys: dict[str, tuple[int, ...]]):
     with torch.device("meta"):
         state = backbones.build(name).state_dict()

@@ -18,7 +18,9 @@ from experiments.engine import attempts, heartbeat, preemption
 from experiments.engine.files import take_lock
 from experiments.engine.heartbeat import STALE, Heartbeat, claimed, live, read
 
-NOW = dict(state="training", step=7, host="elsewhere", job_id="41", owner="other", reason=None, pid=5)
+NOW = dict(
+    state="training", step=7, host="elsewhere", job_id="41", owner="other", reason=None, pid=5
+)
 
 
 def leave(folder: Path, age: float = 0.0, **changes: Any) -> None:
@@ -33,18 +35,29 @@ def job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "42")
 
 
-def test_it_says_who_works_where_and_how_far(tmp_path: Path, job: None, monkeypatch: pytest.MonkeyPatch):
+def test_it_says_who_works_where_and_how_far(
+    tmp_path: Path, job: None, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     monkeypatch.setattr(heartbeat, "EVERY", 0.01)
     with claimed(tmp_path, world_size=4) as beat:
         started = read(tmp_path)
-        assert {"state": "starting", "job_id": "42", "attempt": 3, "world_size": 4, "host": socket.gethostname(), "pid": os.getpid()}.items() <= started.items()
+        assert {
+            "state": "starting",
+            "job_id": "42",
+            "attempt": 3,
+            "world_size": 4,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }.items() <= started.items()
         beat.tell(state="training", step=8, steps=9)
         while read(tmp_path)["step"] != 8 or read(tmp_path)["updated"] == started["updated"]:
             pass
         assert live(read(tmp_path)) and read(tmp_path)["age"] < STALE
         beat.end("failed", "why")
-    assert (read(tmp_path)["state"], read(tmp_path)["reason"]) == ("failed", "why") and not live(read(tmp_path))
+    assert (read(tmp_path)["state"], read(tmp_path)["reason"]) == ("failed", "why") and not live(
+        read(tmp_path)
+    )
     with pytest.raises(KeyboardInterrupt), claimed(tmp_path):
         raise KeyboardInterrupt
     assert (read(tmp_path)["state"], read(tmp_path)["reason"]) == ("stopped", "interrupted")
@@ -53,19 +66,39 @@ def test_it_says_who_works_where_and_how_far(tmp_path: Path, job: None, monkeypa
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"updated": "now"}'])
 def test_a_broken_heartbeat_is_none(text: str, tmp_path: Path):
     (tmp_path / "heartbeat.json").write_text(text)
-    assert read(tmp_path) is None and not live(read(tmp_path)) and read(tmp_path / "nowhere") is None
+    assert (
+        read(tmp_path) is None and not live(read(tmp_path)) and read(tmp_path / "nowhere") is None
+    )
 
 
 @pytest.mark.parametrize("skew", [0.0, -2 * STALE, 2 * STALE])
-def test_a_live_job_on_another_host_keeps_its_run_whatever_its_clock_says(skew: float, tmp_path: Path, job: None):
+def test_a_live_job_on_another_host_keeps_its_run_whatever_its_clock_says(
+    skew: float, tmp_path: Path, job: None
+):
     leave(tmp_path, updated=time.time() + skew)
-    with pytest.raises(ValueError, match=f"^run {tmp_path.name} is being worked on by job 41 on elsewhere") as refusal, claimed(tmp_path):
+    with (
+        pytest.raises(
+            ValueError, match=f"^run {tmp_path.name} is being worked on by job 41 on elsewhere"
+        ) as refusal,
+        claimed(tmp_path),
+    ):
         pass
     assert "\n" not in str(refusal.value) and read(tmp_path)["owner"] == "other"
 
 
-@pytest.mark.parametrize("changes", [dict(age=2 * STALE), dict(age=2 * STALE, updated=time.time() + 2 * STALE), dict(job_id="42"), dict(state="failed"), dict(state="requeued")])
-def test_a_stale_or_finished_one_and_its_own_are_taken_over(changes: dict[str, Any], tmp_path: Path, job: None):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(age=2 * STALE),
+        dict(age=2 * STALE, updated=time.time() + 2 * STALE),
+        dict(job_id="42"),
+        dict(state="failed"),
+        dict(state="requeued"),
+    ],
+)
+def test_a_stale_or_finished_one_and_its_own_are_taken_over(
+    changes: dict[str, Any], tmp_path: Path, job: None
+):
     leave(tmp_path, **changes)
     with claimed(tmp_path) as beat:
         assert read(tmp_path)["owner"] == beat.fields["owner"] and beat.before["owner"] == "other"
@@ -78,7 +111,9 @@ def hold(folder: Path, number: str, held: Any, release: Any) -> None:
         release.wait()
 
 
-def test_another_job_on_the_same_host_is_refused_and_a_dead_one_is_not_waited_for(tmp_path: Path, job: None):
+def test_another_job_on_the_same_host_is_refused_and_a_dead_one_is_not_waited_for(
+    tmp_path: Path, job: None
+):
     context = multiprocessing.get_context("forkserver")
     held, release = context.Event(), context.Event()
     holder = context.Process(target=hold, args=(tmp_path, "41", held, release))
@@ -88,7 +123,9 @@ def test_another_job_on_the_same_host_is_refused_and_a_dead_one_is_not_waited_fo
         pass
     holder.kill()
     holder.join()
-    assert live(read(tmp_path))  # its last words are fresh, and yet the system knows that it is dead
+    assert live(
+        read(tmp_path)
+    )  # its last words are fresh, and yet the system knows that it is dead
     with claimed(tmp_path) as beat:
         assert beat.before["job_id"] == "41"
 
@@ -100,7 +137,9 @@ def fall_silent(folder: Path, held: Any, release: Any) -> None:
         release.wait()
 
 
-def test_a_lock_whose_holder_is_silent_is_taken_over(tmp_path: Path, job: None, monkeypatch: pytest.MonkeyPatch):
+def test_a_lock_whose_holder_is_silent_is_taken_over(
+    tmp_path: Path, job: None, monkeypatch: pytest.MonkeyPatch
+):
     context = multiprocessing.get_context("forkserver")
     held, release = context.Event(), context.Event()
     holder = context.Process(target=fall_silent, args=(tmp_path, held, release))
@@ -132,7 +171,9 @@ def test_two_processes_of_one_job_take_turns(tmp_path: Path):
     assert order == [1, 2]
 
 
-def test_a_job_that_was_replaced_notices_and_writes_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_job_that_was_replaced_notices_and_writes_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(heartbeat, "EVERY", 0.01)
     beat = Heartbeat(tmp_path)
     leave(tmp_path)
@@ -142,34 +183,58 @@ def test_a_job_that_was_replaced_notices_and_writes_no_more(tmp_path: Path, monk
     assert beat.taken_over["job_id"] == "41" and read(tmp_path)["owner"] == "other"
 
 
-def test_attempts_are_listed_and_a_killed_one_is_closed_from_its_heartbeat(tmp_path: Path, job: None):
+def test_attempts_are_listed_and_a_killed_one_is_closed_from_its_heartbeat(
+    tmp_path: Path, job: None
+):
     leave(tmp_path, state="stopped", reason=None)
-    (tmp_path / "attempts.json").write_text(json.dumps([dict(start=0, end=None, reason=None, job_id="41", host="elsewhere", world_size=1)]))
+    (tmp_path / "attempts.json").write_text(
+        json.dumps(
+            [dict(start=0, end=None, reason=None, job_id="41", host="elsewhere", world_size=1)]
+        )
+    )
     with claimed(tmp_path, world_size=2) as beat:
         attempts.begin(beat, 5)
         attempts.end(tmp_path, 9, "done")
     first, second = attempts.read(tmp_path)
     assert (first["start"], first["end"], first["reason"]) == (0, 7, "killed")
-    assert {"start": 5, "end": 9, "reason": "done", "job_id": "42", "host": socket.gethostname(), "world_size": 2}.items() <= second.items()
+    assert {
+        "start": 5,
+        "end": 9,
+        "reason": "done",
+        "job_id": "42",
+        "host": socket.gethostname(),
+        "world_size": 2,
+    }.items() <= second.items()
 
 
-def test_a_killed_attempt_came_at_least_as_far_as_the_checkpoint_that_it_left(tmp_path: Path, job: None):
+def test_a_killed_attempt_came_at_least_as_far_as_the_checkpoint_that_it_left(
+    tmp_path: Path, job: None
+):
     leave(tmp_path, state="stopped", reason=None)
-    (tmp_path / "attempts.json").write_text(json.dumps([dict(start=0, end=None, reason=None, job_id="41", host="elsewhere", world_size=1)]))
+    (tmp_path / "attempts.json").write_text(
+        json.dumps(
+            [dict(start=0, end=None, reason=None, job_id="41", host="elsewhere", world_size=1)]
+        )
+    )
     with claimed(tmp_path) as beat:
         attempts.begin(beat, 10)  # saved after the last heartbeat, which said 7
     first, second = attempts.read(tmp_path)
     assert (first["end"], second["start"]) == (10, 10)
 
 
-def test_restarts_without_progress_come_to_an_end(tmp_path: Path, job: None, monkeypatch: pytest.MonkeyPatch):
+def test_restarts_without_progress_come_to_an_end(
+    tmp_path: Path, job: None, monkeypatch: pytest.MonkeyPatch
+):
     def attempt(step: int) -> None:
         with claimed(tmp_path) as beat:
             attempts.begin(beat, step)
 
     for step in (0, 0, 0, 0, 5, 5, 5, 5, 5):
         attempt(step)
-    with pytest.raises(ValueError, match="^5 attempts of job 42 started at step 5 and kept no later one; the last ended: ") as refusal:
+    with pytest.raises(
+        ValueError,
+        match="^5 attempts of job 42 started at step 5 and kept no later one; the last ended: ",
+    ) as refusal:
         attempt(5)
     assert "\n" not in str(refusal.value)
     monkeypatch.setenv("SLURM_JOB_ID", "43")
@@ -202,27 +267,40 @@ def test_signals_set_a_flag_and_requeueing_wins(signals: None):
 @pytest.mark.parametrize(
     "said, back",
     [
-        ("JobState=RUNNING Reason=None", True),              # inside the grace time of a preemption
+        ("JobState=RUNNING Reason=None", True),  # inside the grace time of a preemption
         ("JobState=COMPLETING Reason=TimeLimit", True),
         ("JobState=CANCELLED Reason=None", False),
-        ("JobState=COMPLETING Reason=None Restarts=1", False),   # it is requeued already
+        ("JobState=COMPLETING Reason=None Restarts=1", False),  # it is requeued already
     ],
 )
-def test_a_signal_means_what_the_scheduler_says(said: str, back: bool, tmp_path: Path, job: None, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "scontrol").write_text(f'#!/bin/sh\n[ "$*" = "-o show job 42" ] && echo "JobId=42 {said} Restarts=0"\n')
+def test_a_signal_means_what_the_scheduler_says(
+    said: str, back: bool, tmp_path: Path, job: None, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "scontrol").write_text(
+        f'#!/bin/sh\n[ "$*" = "-o show job 42" ] && echo "JobId=42 {said} Restarts=0"\n'
+    )
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert [preemption.meant(how) for how in (preemption.STOP, preemption.REQUEUE)] == [preemption.REQUEUE if back else preemption.STOP] * 2
+    assert [preemption.meant(how) for how in (preemption.STOP, preemption.REQUEUE)] == [
+        preemption.REQUEUE if back else preemption.STOP
+    ] * 2
     assert preemption.meant(preemption.TAKEN_OVER) == preemption.TAKEN_OVER
     monkeypatch.setenv("PATH", "")
-    assert [preemption.meant(how) for how in (preemption.STOP, preemption.REQUEUE)] == [preemption.STOP, preemption.REQUEUE]
+    assert [preemption.meant(how) for how in (preemption.STOP, preemption.REQUEUE)] == [
+        preemption.STOP,
+        preemption.REQUEUE,
+    ]
 
 
-def test_a_refused_requeue_says_the_scheduler_s_words(tmp_path: Path, job: None, monkeypatch: pytest.MonkeyPatch):
+def test_a_refused_requeue_says_the_scheduler_s_words(
+    tmp_path: Path, job: None, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "scontrol" in preemption.requeue(patience=0)
     script = tmp_path / "scontrol"
-    script.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n[ "$2" = 42 ] || {{ echo "slurm_requeue error: Invalid job id" >&2; exit 1; }}\n')
+    script.write_text(
+        f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n[ "$2" = 42 ] || {{ echo "slurm_requeue error: Invalid job id" >&2; exit 1; }}\n'
+    )
     script.chmod(0o755)
     assert preemption.requeue() is None and (tmp_path / "asked").read_text() == "requeue 42\n"
     monkeypatch.setenv("SLURM_JOB_ID", "9")

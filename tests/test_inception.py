@@ -36,7 +36,9 @@ def resized(images: ndarray) -> ndarray:
     return along(along(images.astype(np.float32), 2), 1)
 
 
-def test_features_have_the_published_shapes_and_probabilities_are_probabilities(extractor: Inception):
+def test_features_have_the_published_shapes_and_probabilities_are_probabilities(
+    extractor: Inception,
+):
     pool, spatial, probabilities = extractor(IMAGES)
     assert (pool.shape, spatial.shape, probabilities.shape) == ((3, 2048), (3, 2023), (3, 1008))
     assert {part.dtype for part in (pool, spatial, probabilities)} == {np.dtype(np.float32)}
@@ -53,24 +55,36 @@ def test_probabilities_come_without_the_bias_of_the_last_layer(extractor: Incept
         after = extractor(IMAGES[:1])[2]
         extractor.network.fc.bias.copy_(bias)
     np.testing.assert_array_equal(before, after)
-    np.testing.assert_allclose(after, (pool @ extractor.network.fc.weight.T).softmax(1), rtol=1e-4, atol=1e-9)
+    np.testing.assert_allclose(
+        after, (pool @ extractor.network.fc.weight.T).softmax(1), rtol=1e-4, atol=1e-9
+    )
 
 
 def test_the_network_sees_the_tensorflow_resize_and_range(extractor: Inception):
     seen = []
-    handle = extractor.network.Conv2d_1a_3x3.register_forward_pre_hook(lambda module, given: seen.append(given[0].clone()))
+    handle = extractor.network.Conv2d_1a_3x3.register_forward_pre_hook(
+        lambda module, given: seen.append(given[0].clone())
+    )
     extractor(IMAGES)
     handle.remove()
-    np.testing.assert_allclose(seen[0].permute(0, 2, 3, 1).numpy(), (resized(IMAGES) - 128) / 128, atol=1e-5)
+    np.testing.assert_allclose(
+        seen[0].permute(0, 2, 3, 1).numpy(), (resized(IMAGES) - 128) / 128, atol=1e-5
+    )
 
 
-def test_the_spatial_layer_is_the_first_branch_of_the_third_17_x_17_block_after_its_relu(extractor: Inception):
+def test_the_spatial_layer_is_the_first_branch_of_the_third_17_x_17_block_after_its_relu(
+    extractor: Inception,
+):
     seen = []
-    handle = extractor.network.Mixed_6d.branch1x1.bn.register_forward_hook(lambda module, given, out: seen.append(out.clone()))
+    handle = extractor.network.Mixed_6d.branch1x1.bn.register_forward_hook(
+        lambda module, given, out: seen.append(out.clone())
+    )
     spatial = extractor(IMAGES)[1]
     handle.remove()
     assert seen[0].shape == (3, 192, 17, 17)
-    np.testing.assert_array_equal(spatial.reshape(3, 17, 17, 7), seen[0].relu()[:, :7].permute(0, 2, 3, 1).numpy())
+    np.testing.assert_array_equal(
+        spatial.reshape(3, 17, 17, 7), seen[0].relu()[:, :7].permute(0, 2, 3, 1).numpy()
+    )
 
 
 def test_spatial_entries_lie_rows_then_columns_then_channels():
@@ -80,7 +94,9 @@ def test_spatial_entries_lie_rows_then_columns_then_channels():
         assert torch.equal(vector[:, (h * 17 + w) * 7 + c], maps[:, c, h, w])
 
 
-def test_batches_of_any_size_are_cut_to_at_most_the_batch_of_the_evaluator(monkeypatch: pytest.MonkeyPatch):
+def test_batches_of_any_size_are_cut_to_at_most_the_batch_of_the_evaluator(
+    monkeypatch: pytest.MonkeyPatch,
+):
     cut = Inception.__new__(Inception)
     monkeypatch.setattr(Inception, "__call__", lambda self, images: (len(images),))
     assert [n for (n,) in cut.features(iter([np.zeros(150), np.zeros(3)]))] == [64, 64, 22, 3]
@@ -92,14 +108,21 @@ def test_other_images_are_refused(images: ndarray, extractor: Inception):
         extractor(images)
 
 
-def test_an_untrained_network_is_the_same_every_time_and_leaves_the_generator_alone(extractor: Inception):
+def test_an_untrained_network_is_the_same_every_time_and_leaves_the_generator_alone(
+    extractor: Inception,
+):
     state = torch.get_rng_state()
     again = architecture()
     assert torch.equal(torch.get_rng_state(), state) and not again.training
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), extractor.network.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(again.parameters(), extractor.network.parameters(), strict=True)
+    )
 
 
-def test_weights_are_loaded_only_if_their_hash_and_names_are_right(tmp_path: Path, extractor: Inception, monkeypatch: pytest.MonkeyPatch):
+def test_weights_are_loaded_only_if_their_hash_and_names_are_right(
+    tmp_path: Path, extractor: Inception, monkeypatch: pytest.MonkeyPatch
+):
     path = tmp_path / "weights.pth"
     with pytest.raises(ValueError, match="no Inception weights"):
         inception.load(path)
@@ -111,7 +134,10 @@ def test_weights_are_loaded_only_if_their_hash_and_names_are_right(tmp_path: Pat
         inception.load(path)
     torch.save({name: tensor + 1 for name, tensor in extractor.network.state_dict().items()}, path)
     loaded = inception.load(path)
-    assert torch.equal(loaded.network.fc.bias, extractor.network.fc.bias + 1) and len(loaded.sha256) == 64
+    assert (
+        torch.equal(loaded.network.fc.bias, extractor.network.fc.bias + 1)
+        and len(loaded.sha256) == 64
+    )
 
 
 def test_weights_that_hold_code_are_refused_unrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -17,7 +17,11 @@ from backbones import kernels
 from backbones.kernels.op import Op
 from experiments.engine.precision import precision
 
-LIMITS = {"fp32": 1e-5, "tf32": 5e-3, "bf16": 2e-2}  # TF32 keeps 10 bits of a factor, bf16 7, also of what is kept between passes
+LIMITS = {
+    "fp32": 1e-5,
+    "tf32": 5e-3,
+    "bf16": 2e-2,
+}  # TF32 keeps 10 bits of a factor, bf16 7, also of what is kept between passes
 LIBRARIES = {  # what runs on a GPU alone: the module, and the modes whose arithmetic it has
     "mamba_ssm": ("mamba_ssm", tuple(LIMITS)),
     "causal_conv1d": ("causal_conv1d", tuple(LIMITS)),
@@ -34,7 +38,9 @@ def draw(*shapes: tuple[int, ...]) -> list[Tensor]:
 
 def selective_scan(large: bool) -> tuple[list[Tensor], list[Tensor]]:
     n, d, t, s = (3, 37, 67, 16) if large else (2, 5, 19, 3)
-    u, delta, z, b, c, a, skip, bias = draw((n, d, t), (n, d, t), (n, d, t), (n, s, t), (n, s, t), (d, s), (d,), (d,))
+    u, delta, z, b, c, a, skip, bias = draw(
+        (n, d, t), (n, d, t), (n, d, t), (n, s, t), (n, s, t), (d, s), (d,), (d,)
+    )
     return [u, delta, b, c, z], [-a.exp(), skip, bias]
 
 
@@ -86,8 +92,14 @@ def pointwise(large: bool) -> tuple[list[Tensor], list[Tensor]]:
 
 def addcmul(large: bool) -> tuple[list[Tensor], list[Tensor]]:
     n, channels, height, width = (3, 131, 9, 7) if large else (2, 13, 5, 3)
-    x, gate, branch = draw((n, channels, height, width), (n, channels, 1, 1), (n, channels, height, width))
-    return [x.contiguous(memory_format=torch.channels_last), gate, branch.contiguous(memory_format=torch.channels_last)], []
+    x, gate, branch = draw(
+        (n, channels, height, width), (n, channels, 1, 1), (n, channels, height, width)
+    )
+    return [
+        x.contiguous(memory_format=torch.channels_last),
+        gate,
+        branch.contiguous(memory_format=torch.channels_last),
+    ], []
 
 
 def pool(large: bool) -> tuple[list[Tensor], list[Tensor]]:
@@ -101,42 +113,77 @@ def depthwise_gelu(large: bool) -> tuple[list[Tensor], list[Tensor]]:
     return [x.contiguous(memory_format=torch.channels_last)], [weight, bias]
 
 
-ORDER = {"selective_scan": (0, 1, 5, 2, 3, 6, 4, 7)}  # of the op's arguments, where parameters stand between activations
+ORDER = {
+    "selective_scan": (0, 1, 5, 2, 3, 6, 4, 7)
+}  # of the op's arguments, where parameters stand between activations
 CASES = {
     case.__name__: case
     for case in (selective_scan, causal_conv, attention, gated_linear, linear_attention, diagonal_ssm, linear, adaln, addcmul, pool, pointwise, depthwise_gelu)
 } | {"pointwise_gelu": pointwise}  # fmt: skip
-RUNS = [
-    pytest.param("cuda", *run, marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")])
-    for run in ((op, choice, mode) for op in CASES for choice in getattr(kernels, op).choices for mode in LIBRARIES.get(choice, (None, LIMITS))[1])
-    if run[1] not in ("shape", "onednn", "row")
-] + [  # a CPU has no TF32; oneDNN's GELU, which takes no gradients, is tested with the fused kernels
-    pytest.param("cpu", op, choice, mode)
-    for op in CASES
-    for choice in getattr(kernels, op).choices
-    for mode in ("fp32", "bf16")
-    if (choice == "triton" if INTERPRETED else choice not in LIBRARIES and choice != "shape") and (choice not in ("onednn", "row") or (op, choice, mode) in (("linear", "onednn", "fp32"), ("pointwise", "row", "fp32")))
-]
+RUNS = (
+    [
+        pytest.param(
+            "cuda",
+            *run,
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+            ],
+        )
+        for run in (
+            (op, choice, mode)
+            for op in CASES
+            for choice in getattr(kernels, op).choices
+            for mode in LIBRARIES.get(choice, (None, LIMITS))[1]
+        )
+        if run[1] not in ("shape", "onednn", "row")
+    ]
+    + [  # a CPU has no TF32; oneDNN's GELU, which takes no gradients, is tested with the fused kernels
+        pytest.param("cpu", op, choice, mode)
+        for op in CASES
+        for choice in getattr(kernels, op).choices
+        for mode in ("fp32", "bf16")
+        if (choice == "triton" if INTERPRETED else choice not in LIBRARIES and choice != "shape")
+        and (
+            choice not in ("onednn", "row")
+            or (op, choice, mode) in (("linear", "onednn", "fp32"), ("pointwise", "row", "fp32"))
+        )
+    ]
+)
 
 
 def test_every_op_is_tested():
-    assert set(CASES) == {name for name in kernels.__all__ if isinstance(getattr(kernels, name), Op)} == set(kernels.references())
+    assert (
+        set(CASES)
+        == {name for name in kernels.__all__ if isinstance(getattr(kernels, name), Op)}
+        == set(kernels.references())
+    )
 
 
 @pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
 @pytest.mark.parametrize(("device", "name", "choice", "mode"), RUNS)
-def test_a_choice_computes_what_the_reference_computes(device: str, name: str, choice: str, mode: str, large: bool):
+def test_a_choice_computes_what_the_reference_computes(
+    device: str, name: str, choice: str, mode: str, large: bool
+):
     """Activations are of the mode's type and parameters float32, as in a network; each gradient by itself."""
     op, (activations, parameters) = getattr(kernels, name), CASES[name](large)
     kind = torch.bfloat16 if mode == "bf16" else torch.float32
-    inputs = [part.to(kind) for part in activations] + [part.to(torch.complex64 if part.is_complex() else torch.float32) for part in parameters]
+    inputs = [part.to(kind) for part in activations] + [
+        part.to(torch.complex64 if part.is_complex() else torch.float32) for part in parameters
+    ]
     inputs = [inputs[i] for i in ORDER.get(name, range(len(inputs)))]
-    truths = with_gradients(op.choices["reference"].run, [part.to(torch.complex128 if part.is_complex() else torch.float64) for part in inputs])
+    truths = with_gradients(
+        op.choices["reference"].run,
+        [part.to(torch.complex128 if part.is_complex() else torch.float64) for part in inputs],
+    )
     inputs = [part.to(device) for part in inputs]
     inputs = [part.requires_grad_() for part in inputs]
     if device == "cuda" and choice in LIBRARIES:
         pytest.importorskip(LIBRARIES[choice][0])
-    with precision(mode, torch.device(device)), kernels.use(**({} if INTERPRETED else {name: choice})):
+    with (
+        precision(mode, torch.device(device)),
+        kernels.use(**({} if INTERPRETED else {name: choice})),
+    ):
         out = (op.choices[choice].run if INTERPRETED else op)(*inputs)
         with torch.autocast(device, enabled=False):  # as the trainer's backward pass
             gradients = torch.autograd.grad(out, inputs, weights_of(out).to(out))

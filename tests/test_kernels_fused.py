@@ -31,7 +31,9 @@ def depthwise_written_out(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     half, (height, width) = weight.shape[-1] // 2, x.shape[-2:]
     padded = torch.nn.functional.pad(x, [half] * 4)
     taps = [(i, j) for i in range(2 * half + 1) for j in range(2 * half + 1)]
-    z = bias[:, None, None] + sum(weight[:, :, i, j, None] * padded[..., i : i + height, j : j + width] for i, j in taps)
+    z = bias[:, None, None] + sum(
+        weight[:, :, i, j, None] * padded[..., i : i + height, j : j + width] for i, j in taps
+    )
     return z * torch.special.ndtr(z)
 
 
@@ -50,9 +52,14 @@ def run(choice: str, op: str, *inputs: Tensor) -> Tensor:
 
 
 def agree(op: str, choice: str, inputs: list[Tensor], truth: list[Tensor]) -> None:
-    values = with_gradients(lambda *args: run(choice, op, *args), [part.to(HERE, torch.float32) for part in inputs])
+    values = with_gradients(
+        lambda *args: run(choice, op, *args), [part.to(HERE, torch.float32) for part in inputs]
+    )
     for value, expected in zip(values, truth, strict=True):
-        assert value.shape == expected.shape and (value.cpu() - expected).norm() < 2e-6 * expected.norm()
+        assert (
+            value.shape == expected.shape
+            and (value.cpu() - expected).norm() < 2e-6 * expected.norm()
+        )
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -63,8 +70,12 @@ def test_fused_adaln_is_its_formula(choice: str, n: int, tokens: int, dim: int):
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize(("n", "channels", "size", "kernel"), [(1, 3, (1, 1), 3), (2, 70, (5, 7), 3), (2, 13, (9, 4), 5)])
-def test_fused_depthwise_is_its_formula(choice: str, n: int, channels: int, size: tuple[int, int], kernel: int):
+@pytest.mark.parametrize(
+    ("n", "channels", "size", "kernel"), [(1, 3, (1, 1), 3), (2, 70, (5, 7), 3), (2, 13, (9, 4), 5)]
+)
+def test_fused_depthwise_is_its_formula(
+    choice: str, n: int, channels: int, size: tuple[int, int], kernel: int
+):
     inputs = normal((n, channels, *size), (channels, 1, kernel, kernel), (channels,))
     agree("depthwise_gelu", choice, inputs, with_gradients(depthwise_written_out, inputs))
 
@@ -82,7 +93,9 @@ def test_pointwise_gelu_is_its_formula(n: int, channels: int, out: int, size: tu
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter has nothing to do with it")
 @pytest.mark.parametrize(("op", "groups"), [("depthwise_gelu", 150), ("pointwise_gelu", 1)])
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_wide_convolutions_without_gradients_apply_gelu_themselves(op: str, groups: int, layout: torch.memory_format):
+def test_wide_convolutions_without_gradients_apply_gelu_themselves(
+    op: str, groups: int, layout: torch.memory_format
+):
     side = 3 if groups > 1 else 1
     exact = normal((2, 150, 5, 7), (150, 150 // groups, side, side), (150,))
     z = torch.nn.functional.conv2d(*exact, padding=side // 2, groups=groups)
@@ -91,10 +104,18 @@ def test_wide_convolutions_without_gradients_apply_gelu_themselves(op: str, grou
     kernels.reset_used()
     with torch.no_grad(), Operators(CPU) as operators:
         y = getattr(kernels, op)(x, weight, bias)
-    assert kernels.used() == {op: ["onednn"]} and (y - z * torch.special.ndtr(z)).norm() < 2e-6 * y.norm()
-    assert operators.classes["depthwise convolution" if groups > 1 else "convolution"]["macs"] == y.numel() * weight[0].numel()
+    assert (
+        kernels.used() == {op: ["onednn"]}
+        and (y - z * torch.special.ndtr(z)).norm() < 2e-6 * y.norm()
+    )
+    assert (
+        operators.classes["depthwise convolution" if groups > 1 else "convolution"]["macs"]
+        == y.numel() * weight[0].numel()
+    )
     with torch.no_grad():
-        getattr(kernels, op)(x[:, :36], weight[:36, : 36 if groups == 1 else 1], bias[:36])  # a narrow one keeps its bits
+        getattr(kernels, op)(
+            x[:, :36], weight[:36, : 36 if groups == 1 else 1], bias[:36]
+        )  # a narrow one keeps its bits
     getattr(kernels, op)(x, weight.requires_grad_(), bias)
     assert kernels.used()[op] == ["onednn", "reference"]
 
@@ -111,13 +132,28 @@ def test_fused_kernels_run_in_the_interpreter():
     [(m, n, c) for m, c, names in (("adaln_triton", dict(ROWS=16, BLOCK=2048), ("_forward", "_backward")),
                                    ("depthwise_triton", dict(K=3, PIXELS=64, CHANNELS=64), ("_forward", "_backward_z", "_backward_x"))) for n in names],
 )  # fmt: skip
-def test_fused_kernels_compile_for_a_gpu_that_is_not_here(module: str, name: str, constants: dict[str, int]):
+def test_fused_kernels_compile_for_a_gpu_that_is_not_here(
+    module: str, name: str, constants: dict[str, int]
+):
     triton = pytest.importorskip("triton")
     from importlib import import_module
 
     from triton.backends.compiler import GPUTarget
 
     kernel = getattr(import_module(f"backbones.kernels.{module}"), name)
-    types = {arg: "*fp32" if arg.endswith(("ptr", "terms")) else "fp32" if arg == "eps" else "constexpr" if arg in constants else "i32" for arg in kernel.arg_names}
-    source = triton.compiler.ASTSource(kernel, types, {(kernel.arg_names.index(arg),): value for arg, value in constants.items()})
-    assert triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["cubin"]
+    types = {
+        arg: "*fp32"
+        if arg.endswith(("ptr", "terms"))
+        else "fp32"
+        if arg == "eps"
+        else "constexpr"
+        if arg in constants
+        else "i32"
+        for arg in kernel.arg_names
+    }
+    source = triton.compiler.ASTSource(
+        kernel, types, {(kernel.arg_names.index(arg),): value for arg, value in constants.items()}
+    )
+    assert triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm[
+        "cubin"
+    ]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from latent_sets import write_vae
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -23,7 +24,6 @@ from experiments.engine.shards import Work, prepare
 from experiments.engine.spec import Backbone, Data, Evaluate, Recipe, Sampler, Train, spec_id
 from experiments.engine.store import Store
 from experiments.engine.train import Resources, Trainer
-from latent_sets import write_vae
 
 SIDE, NUM = 64, 9
 
@@ -38,10 +38,14 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / "pictures" / name).mkdir(parents=True)
         for place in range(6):
             top, left = 213 * (place // 3), 213 * (place % 3)
-            Image.fromarray(photograph[top : top + 213, left : left + 213]).save(root / "pictures" / name / f"{place}.jpg", quality=95)
+            Image.fromarray(photograph[top : top + 213, left : left + 213]).save(
+                root / "pictures" / name / f"{place}.jpg", quality=95
+            )
     network, draw = inception.architecture(), torch.Generator().manual_seed(0)
     for weight in (weight for weight in network.parameters() if weight.dim() == 4):
-        torch.nn.init.kaiming_normal_(weight, generator=draw)  # as it is made, its features hardly depend on the image
+        torch.nn.init.kaiming_normal_(
+            weight, generator=draw
+        )  # as it is made, its features hardly depend on the image
     torch.save(network.state_dict(), root / "inception.pth")
     write_vae(root / "vae")
     return root
@@ -60,7 +64,13 @@ def whole_path(given: Path, root: Path, dies: str) -> None:
 
     torch.set_num_threads(1)
     os.environ |= {"DICO_VAE": str(given / "vae"), "DICO_INCEPTION": str(given / "inception.pth")}
-    sources.ROOT, inception.SHA256, samples.CHUNK, scores.PIECE, inception.BATCH = root / "data", "", 4, 4, 2
+    sources.ROOT, inception.SHA256, samples.CHUNK, scores.PIECE, inception.BATCH = (
+        root / "data",
+        "",
+        4,
+        4,
+        2,
+    )
     pieces = []
     if dies == "encoding":
         shards.read_picture = dying(read_picture, lambda path, size: path.parent.name == "flower")
@@ -71,14 +81,27 @@ def whole_path(given: Path, root: Path, dies: str) -> None:
     elif dies == "scoring":
         scores._piece = dying(scores._piece, lambda *piece: pieces.append(0) or len(pieces) == 2)
     pictures, vae = find_pictures(given / "pictures", 2), load_autoencoder(str(given / "vae"))
-    data = Data("photographs", size=SIDE // vae.factor, channels=4, num_classes=2, flip=True, vae=vae.encoder)
+    data = Data(
+        "photographs",
+        size=SIDE // vae.factor,
+        channels=4,
+        num_classes=2,
+        flip=True,
+        vae=vae.encoder,
+    )
     prepare(Work(pictures, vae, SIDE, shard=5), root / "data" / data.name, lambda *counts: None)
     real = np.stack([read_picture(pictures.root / file, SIDE)[0] for file in pictures.files])
     np.savez(root / "data" / data.name / "reference.npz", arr_0=real)
-    network = Backbone("dico_s", dict(dim=8, depths=(1, 1, 1, 1, 1), input_size=data.size, in_channels=4, num_classes=2))
+    network = Backbone(
+        "dico_s",
+        dict(dim=8, depths=(1, 1, 1, 1, 1), input_size=data.size, in_channels=4, num_classes=2),
+    )
     train = Train(network, data, Recipe(steps=8, batch=4))
     store = Store(root / "results")
-    for stage in (train, Evaluate(train, Sampler("ddim", num_steps=2), NUM, "inception", "balanced")):
+    for stage in (
+        train,
+        Evaluate(train, Sampler("ddim", num_steps=2), NUM, "inception", "balanced"),
+    ):
         record = execute(stage, store, Resources(checkpoint_every=3), lambda *progress: None)
         assert record.status == "done", record.error
     (root / "ids").write_text(f"{spec_id(train)} {record.id}")
@@ -86,7 +109,9 @@ def whole_path(given: Path, root: Path, dies: str) -> None:
 
 def end_of(given: Path, root: Path, dies: str = "") -> int:
     """Exit code of a new process: a fork of one that has run a backward pass could not run another."""
-    process = multiprocessing.get_context("spawn").Process(target=whole_path, args=(given, root, dies))
+    process = multiprocessing.get_context("spawn").Process(
+        target=whole_path, args=(given, root, dies)
+    )
     process.start()
     process.join()
     return process.exitcode
@@ -96,10 +121,23 @@ def left(root: Path) -> tuple[dict[str, bytes], dict[str, Any], dict[str, str]]:
     """Latents, the training's values and the scores."""
     train, evaluate = (root / "ids").read_text().split()
     (data,) = (root / "data").iterdir()
-    latents = {path.name: path.read_bytes() for path in data.iterdir() if path.suffix == ".npy" or path.name == "manifest.json"}
-    drawn = {path.name: path.read_bytes() for path in (root / "results" / "runs" / evaluate / "samples").glob("*.npy")}
-    values = [Store(root / "results").records("records")[name][-1].values for name in (train, evaluate)]
-    return latents | drawn, values[0], {name: repr(value) for name, value in values[1].items() if name != "attempts"}
+    latents = {
+        path.name: path.read_bytes()
+        for path in data.iterdir()
+        if path.suffix == ".npy" or path.name == "manifest.json"
+    }
+    drawn = {
+        path.name: path.read_bytes()
+        for path in (root / "results" / "runs" / evaluate / "samples").glob("*.npy")
+    }
+    values = [
+        Store(root / "results").records("records")[name][-1].values for name in (train, evaluate)
+    ]
+    return (
+        latents | drawn,
+        values[0],
+        {name: repr(value) for name, value in values[1].items() if name != "attempts"},
+    )
 
 
 @pytest.mark.slow
@@ -111,7 +149,31 @@ def test_killed_at_every_stage_the_path_ends_with_the_same_bits(given: Path, tmp
     files, trained, scored = left(tmp_path / "whole")
     again_files, again_trained, again_scored = left(tmp_path / "killed")
     assert len(files) == 3 + 1 + 1 + 3 and again_files == files and again_scored == scored
-    assert (again_trained["resumed_at"], again_trained["weights_sha256"]) == (3, trained["weights_sha256"])
-    found = {name: float(scored[name]) for name in ("fid", "sfid", "is", "precision", "recall", "density", "coverage", "kid", "mind")}
-    assert all(np.isfinite(value) for value in found.values()) and found["fid"] > 1e-6 and found["is"] > 1 - 1e-9
-    assert "'num_images': 12" in scored["manifest"] and "'name': 'vae'" in scored["manifest"] and "fewer than the 2048" in scored["warnings"]
+    assert (again_trained["resumed_at"], again_trained["weights_sha256"]) == (
+        3,
+        trained["weights_sha256"],
+    )
+    found = {
+        name: float(scored[name])
+        for name in (
+            "fid",
+            "sfid",
+            "is",
+            "precision",
+            "recall",
+            "density",
+            "coverage",
+            "kid",
+            "mind",
+        )
+    }
+    assert (
+        all(np.isfinite(value) for value in found.values())
+        and found["fid"] > 1e-6
+        and found["is"] > 1 - 1e-9
+    )
+    assert (
+        "'num_images': 12" in scored["manifest"]
+        and "'name': 'vae'" in scored["manifest"]
+        and "fewer than the 2048" in scored["warnings"]
+    )

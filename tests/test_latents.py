@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from latent_sets import declared, small_vae, write_pictures, write_vae
 
 from experiments import prepare_latents
 from experiments.engine import shards, sources
@@ -26,7 +27,6 @@ from experiments.engine.sources import read_manifest
 from experiments.engine.spec import Backbone, Recipe, Train
 from experiments.engine.train import Trainer
 from experiments.protocols import IMAGENET256
-from latent_sets import declared, small_vae, write_pictures, write_vae
 
 
 @pytest.fixture(scope="module")
@@ -84,19 +84,41 @@ def test_shards_hold_the_posterior_of_each_picture_and_of_its_flip(work: Work, m
 
 def test_the_manifest_says_what_was_made(work: Work, made: Path):
     manifest = json.loads((made / "manifest.json").read_text())
-    stored = np.concatenate([np.load(made / f"shard-{number:05d}.npy") for number in range(3)]).astype(float)
-    mean, variance = stored[:, :, :4].mean((0, 1, 3, 4)), stored[:, :, :4].var((0, 1, 3, 4)) + (stored[:, :, 4:] ** 2).mean((0, 1, 3, 4))
-    assert manifest["num_images"] == 12 and manifest["shards"] == [5, 5, 2] and manifest["skipped"] == {} and manifest["converted"] == {"L": 1, "CMYK": 1}
-    assert manifest["vae"]["encoder"] == work.vae.encoder and manifest["vae"]["scale"] == SCALE == 0.18215
-    assert np.allclose(manifest["statistics"]["mean"], mean, atol=1e-4) and np.allclose(manifest["statistics"]["deviation"], variance**0.5, atol=1e-4)
+    stored = np.concatenate(
+        [np.load(made / f"shard-{number:05d}.npy") for number in range(3)]
+    ).astype(float)
+    mean, variance = (
+        stored[:, :, :4].mean((0, 1, 3, 4)),
+        stored[:, :, :4].var((0, 1, 3, 4)) + (stored[:, :, 4:] ** 2).mean((0, 1, 3, 4)),
+    )
+    assert (
+        manifest["num_images"] == 12
+        and manifest["shards"] == [5, 5, 2]
+        and manifest["skipped"] == {}
+        and manifest["converted"] == {"L": 1, "CMYK": 1}
+    )
+    assert (
+        manifest["vae"]["encoder"] == work.vae.encoder
+        and manifest["vae"]["scale"] == SCALE == 0.18215
+    )
+    assert np.allclose(manifest["statistics"]["mean"], mean, atol=1e-4) and np.allclose(
+        manifest["statistics"]["deviation"], variance**0.5, atol=1e-4
+    )
     assert not manifest["statistics"]["as_expected"]
     assert np.load(made / "labels.npy").tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    assert not [path for path in made.iterdir() if path.name.startswith(".") or path.name.startswith("shard") and path.suffix == ".lock"]
+    assert not [
+        path
+        for path in made.iterdir()
+        if path.name.startswith(".") or path.name.startswith("shard") and path.suffix == ".lock"
+    ]
 
 
 def test_two_processes_and_another_batch_make_the_same_bits(work: Work, made: Path, tmp_path: Path):
     other = Autoencoder(work.vae.vae, work.vae.name, work.vae.device, batch=7)
-    jobs = [lambda part=replace(work, vae=other, workers=n): prepare(part, tmp_path, quiet) for n in (1, 3)]
+    jobs = [
+        lambda part=replace(work, vae=other, workers=n): prepare(part, tmp_path, quiet)
+        for n in (1, 3)
+    ]
     assert in_processes(*jobs) == [0, 0]
     assert contents(tmp_path) == contents(made)
 
@@ -104,12 +126,20 @@ def test_two_processes_and_another_batch_make_the_same_bits(work: Work, made: Pa
 def test_another_shard_size_changes_no_latent(work: Work, made: Path, tmp_path: Path):
     prepare(replace(work, shard=7), tmp_path, quiet)
     one, other = (LatentSet(folder, declared(work.vae)) for folder in (made, tmp_path))
-    assert torch.equal(*(found.take(torch.arange(12), 0, torch.arange(12))[0] for found in (one, other)))
+    assert torch.equal(
+        *(found.take(torch.arange(12), 0, torch.arange(12))[0] for found in (one, other))
+    )
 
 
 @pytest.mark.parametrize("place", ["encoding", "writing", "shard-00001.json", "manifest.json"])
-def test_a_killed_run_leaves_nothing_half_and_goes_on(place: str, work: Work, made: Path, tmp_path: Path):
-    def dying(function: Callable, when: Callable[..., bool], first: Callable[..., object] = lambda *_: None) -> Callable:
+def test_a_killed_run_leaves_nothing_half_and_goes_on(
+    place: str, work: Work, made: Path, tmp_path: Path
+):
+    def dying(
+        function: Callable,
+        when: Callable[..., bool],
+        first: Callable[..., object] = lambda *_: None,
+    ) -> Callable:
         def called(*arguments):
             if when(*arguments):
                 first(*arguments)
@@ -131,7 +161,10 @@ def test_a_killed_run_leaves_nothing_half_and_goes_on(place: str, work: Work, ma
     assert in_processes(killed) == [-signal.SIGKILL]
     assert not (tmp_path / "manifest.json").exists()
     done = {path.stem for path in tmp_path.glob("shard-*.json")}
-    assert all((tmp_path / f"{name}.npy").read_bytes() == (made / f"{name}.npy").read_bytes() for name in done)
+    assert all(
+        (tmp_path / f"{name}.npy").read_bytes() == (made / f"{name}.npy").read_bytes()
+        for name in done
+    )
     before = {name: (tmp_path / f"{name}.npy").stat().st_mtime_ns for name in done}
     prepare(work, tmp_path, quiet)
     assert contents(tmp_path) == contents(made)
@@ -142,18 +175,31 @@ def test_a_finished_folder_is_left_as_it_is(work: Work, made: Path):
     before = {path.name: path.stat().st_mtime_ns for path in made.glob("shard-*.npy")}
     reports = []
     prepare(work, made, lambda *counts: reports.append(counts))
-    assert {path.name: path.stat().st_mtime_ns for path in made.glob("shard-*.npy")} == before and set(reports) == {(12, 12)}
+    assert {
+        path.name: path.stat().st_mtime_ns for path in made.glob("shard-*.npy")
+    } == before and set(reports) == {(12, 12)}
 
 
 def test_fixed_samples_are_one_draw_of_the_moments(work: Work, made: Path, tmp_path: Path):
     prepare(replace(work, latents="fixed"), tmp_path, quiet)
-    fixed, moments = (np.concatenate([np.load(folder / f"shard-{number:05d}.npy") for number in range(3)]) for folder in (tmp_path, made))
+    fixed, moments = (
+        np.concatenate([np.load(folder / f"shard-{number:05d}.npy") for number in range(3)])
+        for folder in (tmp_path, made)
+    )
     assert fixed.shape == (12, 2, 4, 8, 8)
     noise = (fixed / SCALE - moments[:, :, :4]) / moments[:, :, 4:]
-    assert abs(noise.mean()) < 0.04 and abs(noise.std() - 1) < 0.03 and abs(np.corrcoef(noise[:, 0].ravel(), noise[:, 1].ravel())[0, 1]) < 0.06
+    assert (
+        abs(noise.mean()) < 0.04
+        and abs(noise.std() - 1) < 0.03
+        and abs(np.corrcoef(noise[:, 0].ravel(), noise[:, 1].ravel())[0, 1]) < 0.06
+    )
     found = LatentSet(tmp_path, declared(work.vae, latents="fixed"))
-    visits = torch.stack([found.take(torch.tensor([3]), 0, torch.tensor([position]))[0][0] for position in range(40)])
-    assert {tuple(visit.flatten().tolist()) for visit in visits} == {tuple(row.ravel().tolist()) for row in fixed[3]}
+    visits = torch.stack(
+        [found.take(torch.tensor([3]), 0, torch.tensor([position]))[0][0] for position in range(40)]
+    )
+    assert {tuple(visit.flatten().tolist()) for visit in visits} == {
+        tuple(row.ravel().tolist()) for row in fixed[3]
+    }
 
 
 def test_moments_are_drawn_anew_and_flips_are_half(work: Work, made: Path):
@@ -177,15 +223,23 @@ def test_without_flips_the_picture_itself_is_seen(work: Work, made: Path):
 
 
 @pytest.mark.parametrize("batch, shares, workers", [(4, 1, 1), (4, 2, 2), (12, 3, 4)])
-def test_any_batch_share_and_worker_sees_the_same_sequence(work: Work, made: Path, batch: int, shares: int, workers: int):
+def test_any_batch_share_and_worker_sees_the_same_sequence(
+    work: Work, made: Path, batch: int, shares: int, workers: int
+):
     found = LatentSet(made, declared(work.vae))
-    whole = found.take(torch.cat([batch_indices(12, 8, 5, step) for step in range(3)]), 5, torch.arange(24))
+    whole = found.take(
+        torch.cat([batch_indices(12, 8, 5, step) for step in range(3)]), 5, torch.arange(24)
+    )
     parts = []
     for rank in range(shares):
         part = slice(rank * batch // shares, (rank + 1) * batch // shares)
-        parts.append(list(batches(found, batch, 5, range(24 // batch), torch.device("cpu"), part, workers)))
+        parts.append(
+            list(batches(found, batch, 5, range(24 // batch), torch.device("cpu"), part, workers))
+        )
     for kind in (0, 1):
-        seen = torch.cat([torch.cat([steps[step][kind] for steps in parts]) for step in range(24 // batch)])
+        seen = torch.cat(
+            [torch.cat([steps[step][kind] for steps in parts]) for step in range(24 // batch)]
+        )
         assert torch.equal(seen, whole[kind])
 
 
@@ -194,12 +248,17 @@ def test_another_seed_sees_other_noise(work: Work, made: Path):
     assert not torch.equal(found.take(at, 0, at)[0], found.take(at, 1, at)[0])
 
 
-def test_the_set_is_found_by_its_manifest(work: Work, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_set_is_found_by_its_manifest(
+    work: Work, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(sources, "ROOT", tmp_path)
     shutil.copytree(made, tmp_path / "tiny")
     found = load(declared(work.vae))
     assert isinstance(found, LatentSet) and len(found) == 12 and not found.flip
-    assert found.identity["vae"]["weights"] == work.vae.weights and len(found.identity["data_sha256"]) == 64
+    assert (
+        found.identity["vae"]["weights"] == work.vae.weights
+        and len(found.identity["data_sha256"]) == 64
+    )
 
 
 @pytest.mark.parametrize(
@@ -233,11 +292,17 @@ def test_damaged_folders_are_refused_in_a_line(work: Work, made: Path, tmp_path:
 
 
 @pytest.mark.parametrize("change", ["vae", "size", "pictures", "shard", "latents"])
-def test_a_folder_is_not_filled_with_something_else(change: str, work: Work, made: Path, tmp_path: Path):
+def test_a_folder_is_not_filled_with_something_else(
+    change: str, work: Work, made: Path, tmp_path: Path
+):
     other = {
-        "vae": lambda: replace(work, vae=load_autoencoder(str(write_vae(tmp_path / "vae", seed=1)))),
+        "vae": lambda: replace(
+            work, vae=load_autoencoder(str(write_vae(tmp_path / "vae", seed=1)))
+        ),
         "size": lambda: replace(work, size=72),
-        "pictures": lambda: replace(work, pictures=find_pictures(write_pictures(tmp_path / "other", each=3), 3)),
+        "pictures": lambda: replace(
+            work, pictures=find_pictures(write_pictures(tmp_path / "other", each=3), 3)
+        ),
         "shard": lambda: replace(work, shard=6),
         "latents": lambda: replace(work, latents="fixed"),
     }[change]()
@@ -251,11 +316,19 @@ def test_a_damaged_picture_stops_the_run_or_is_counted(work: Work, pictures: Pat
     shutil.copytree(pictures, root)
     (root / "n01" / "1.JPEG").write_bytes(b"\xff\xd8 no picture")
     damaged = replace(work, pictures=find_pictures(root, 3))
-    with pytest.raises(ValueError, match=r"n01/1\.JPEG cannot be decoded: .*--corrupt skip") as failure:
+    with pytest.raises(
+        ValueError, match=r"n01/1\.JPEG cannot be decoded: .*--corrupt skip"
+    ) as failure:
         prepare(damaged, tmp_path / "latents", quiet)
-    assert "\n" not in str(failure.value) and not (tmp_path / "latents" / "shard-00001.json").exists()
+    assert (
+        "\n" not in str(failure.value) and not (tmp_path / "latents" / "shard-00001.json").exists()
+    )
     manifest = prepare(replace(damaged, skip=True), tmp_path / "latents", quiet)
-    assert list(manifest["skipped"]) == ["n01/1.JPEG"] and manifest["num_images"] == 11 and manifest["shards"] == [5, 4, 2]
+    assert (
+        list(manifest["skipped"]) == ["n01/1.JPEG"]
+        and manifest["num_images"] == 11
+        and manifest["shards"] == [5, 4, 2]
+    )
     found = LatentSet(tmp_path / "latents", declared(work.vae))
     assert found.labels.tolist() == [0] * 4 + [1] * 3 + [2] * 4
     for path in (root / "n01").iterdir():
@@ -264,40 +337,92 @@ def test_a_damaged_picture_stops_the_run_or_is_counted(work: Work, pictures: Pat
         prepare(replace(damaged, skip=True), tmp_path / "none", quiet)
 
 
-def test_the_trainer_sees_the_set_as_it_is_drawn(work: Work, made: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_trainer_sees_the_set_as_it_is_drawn(
+    work: Work, made: Path, monkeypatch: pytest.MonkeyPatch
+):
     found, seen, losses = LatentSet(made, declared(work.vae)), [], IDDPM.losses
-    spec = Train(Backbone("dico_s", dict(dim=8, depths=(1, 1, 1, 1, 1), input_size=8, in_channels=4, num_classes=3)), found.data, Recipe(steps=3, batch=8), seed=5)
-    monkeypatch.setattr(IDDPM, "losses", lambda self, model, x0, *rest: (seen.append(x0), losses(self, model, x0, *rest))[1])
+    spec = Train(
+        Backbone(
+            "dico_s",
+            dict(dim=8, depths=(1, 1, 1, 1, 1), input_size=8, in_channels=4, num_classes=3),
+        ),
+        found.data,
+        Recipe(steps=3, batch=8),
+        seed=5,
+    )
+    monkeypatch.setattr(
+        IDDPM,
+        "losses",
+        lambda self, model, x0, *rest: (seen.append(x0), losses(self, model, x0, *rest))[1],
+    )
     assert all(loss.isfinite() for loss in Trainer(spec, torch.device("cpu")).steps(found))
     order = torch.cat([batch_indices(12, 8, 5, step) for step in range(3)])
     assert torch.equal(torch.cat(seen), found.take(order, 5, torch.arange(24))[0])
 
 
-def test_the_command_prepares_a_protocol_and_goes_on(work: Work, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_the_command_prepares_a_protocol_and_goes_on(
+    work: Work,
+    made: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
     protocol = replace(IMAGENET256, data=declared(work.vae))
     monkeypatch.setattr(prepare_latents, "LATENT_PROTOCOLS", {"imagenet256": protocol})
     vae, pictures = write_vae(tmp_path / "vae"), str(work.pictures.root)
-    monkeypatch.setattr(sys, "argv", f"prepare --protocol imagenet256 --images {pictures} --vae {vae} --out {tmp_path / 'out'} --shard 5 --device cpu".split())
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        f"prepare --protocol imagenet256 --images {pictures} --vae {vae} --out {tmp_path / 'out'} --shard 5 --device cpu".split(),
+    )
     assert prepare_latents.main() == 0
     printed = capsys.readouterr()
-    assert "12 images in 3 shards, 0 skipped; converted to RGB: 1 CMYK, 1 L\n" in printed.out and "differ from sd-vae-ft's" in printed.out
-    assert "5 of 12 images, " in printed.err and printed.err.count(" left") == 3 and work.vae.encoder in printed.err
+    assert (
+        "12 images in 3 shards, 0 skipped; converted to RGB: 1 CMYK, 1 L\n" in printed.out
+        and "differ from sd-vae-ft's" in printed.out
+    )
+    assert (
+        "5 of 12 images, " in printed.err
+        and printed.err.count(" left") == 3
+        and work.vae.encoder in printed.err
+    )
     for number in range(3):
-        assert (tmp_path / "out" / f"shard-{number:05d}.npy").read_bytes() == (made / f"shard-{number:05d}.npy").read_bytes()
+        assert (tmp_path / "out" / f"shard-{number:05d}.npy").read_bytes() == (
+            made / f"shard-{number:05d}.npy"
+        ).read_bytes()
     assert prepare_latents.main() == 0 and " left" not in capsys.readouterr().err
     older = tmp_path / "out" / "shard-00001.json"
-    older.write_text(json.dumps({key: value for key, value in json.loads(older.read_text()).items() if key != "converted"}))
-    assert prepare_latents.main() == 0 and "converted to RGB: unknown, older shards do not say" in capsys.readouterr().out
+    older.write_text(
+        json.dumps(
+            {
+                key: value
+                for key, value in json.loads(older.read_text()).items()
+                if key != "converted"
+            }
+        )
+    )
+    assert (
+        prepare_latents.main() == 0
+        and "converted to RGB: unknown, older shards do not say" in capsys.readouterr().out
+    )
     monkeypatch.setattr(sys, "argv", [*sys.argv[:-4], "--shard", "6"])
     assert prepare_latents.main() == 2
-    assert capsys.readouterr().err.startswith("error: ") and json.loads((tmp_path / "out" / "manifest.json").read_text())["num_images"] == 12
+    assert (
+        capsys.readouterr().err.startswith("error: ")
+        and json.loads((tmp_path / "out" / "manifest.json").read_text())["num_images"] == 12
+    )
 
 
 def test_published_statistics_are_expected_within_the_tolerance():
     mean, deviation = np.array(shards.MEAN), np.array(shards.DEVIATION)
     assert compare(mean, deviation, 1_281_167, 256)["as_expected"]
     assert compare(mean + 0.04 * deviation, deviation * 0.96, 1_281_167, 256)["as_expected"]
-    for wrong in ((mean * 0.18215, deviation * 0.18215), (mean, deviation * 1.1), (np.array([5.81, 3.25, 0.12, -2.15]), deviation), (mean[[1, 0, 2, 3]], deviation)):
+    for wrong in (
+        (mean * 0.18215, deviation * 0.18215),
+        (mean, deviation * 1.1),
+        (np.array([5.81, 3.25, 0.12, -2.15]), deviation),
+        (mean[[1, 0, 2, 3]], deviation),
+    ):
         assert not compare(*wrong, 1_281_167, 256)["as_expected"]
     assert not compare(mean[:3], deviation[:3], 1_281_167, 256)["as_expected"]
 
@@ -309,8 +434,12 @@ def test_a_published_name_with_other_statistics_is_refused(work: Work, tmp_path:
     assert not (tmp_path / "manifest.json").exists()
 
 
-def test_a_full_disk_is_seen_before_the_work(work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(shards.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+def test_a_full_disk_is_seen_before_the_work(
+    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(
+        shards.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000)
+    )
     with pytest.raises(ValueError, match="the disk has 0.0 GB free"):
         prepare(work, tmp_path, quiet)
 
@@ -322,7 +451,10 @@ def test_a_vae_that_cannot_be_fetched_says_what_to_give_instead(monkeypatch: pyt
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(ValueError) as failure:
         load_autoencoder("sd-vae-ft-ema")
-    assert str(failure.value) == "VAE sd-vae-ft-ema cannot be loaded; give --vae a folder with its config.json and diffusion_pytorch_model.safetensors (no network)"
+    assert (
+        str(failure.value)
+        == "VAE sd-vae-ft-ema cannot be loaded; give --vae a folder with its config.json and diffusion_pytorch_model.safetensors (no network)"
+    )
 
 
 def test_decoding_does_not_depend_on_how_many_are_asked_for(work: Work):
@@ -334,10 +466,23 @@ def test_decoding_does_not_depend_on_how_many_are_asked_for(work: Work):
     assert (images - direct).abs().max() < 1e-5 * direct.abs().max()
 
 
-@pytest.mark.parametrize("what, words", [("nowhere", "is neither sd-vae-ft-ema nor sd-vae-ft-mse nor a folder"), ("weights", "cannot be loaded"), ("scale", "scales its latents by 0.5"), ("size", "makes 4 channels of 4 pixels")])
+@pytest.mark.parametrize(
+    "what, words",
+    [
+        ("nowhere", "is neither sd-vae-ft-ema nor sd-vae-ft-mse nor a folder"),
+        ("weights", "cannot be loaded"),
+        ("scale", "scales its latents by 0.5"),
+        ("size", "makes 4 channels of 4 pixels"),
+    ],
+)
 def test_a_vae_that_will_not_do_is_refused_in_a_line(what: str, words: str, tmp_path: Path):
     if what != "nowhere":
-        write_vae(tmp_path / "vae", **{"scale": dict(scaling_factor=0.5), "size": dict(block_out_channels=(4, 4, 8))}.get(what, {}))
+        write_vae(
+            tmp_path / "vae",
+            **{"scale": dict(scaling_factor=0.5), "size": dict(block_out_channels=(4, 4, 8))}.get(
+                what, {}
+            ),
+        )
     if what == "weights":
         (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut")
     with pytest.raises(ValueError, match=words) as failure:

@@ -32,15 +32,33 @@ def loading_torch(pid: int) -> bool:
 
 
 def test_an_interrupt_while_workers_load_is_one_line(tmp_path: Path):
-    command = [sys.executable, "experiments/ablation.py", "--table", "5", "--results", str(tmp_path)]
+    command = [
+        sys.executable,
+        "experiments/ablation.py",
+        "--table",
+        "5",
+        "--results",
+        str(tmp_path),
+    ]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    running = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hear_interrupts)
+    running = subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=hear_interrupts,
+    )
     while not loading_torch(running.pid):
         assert running.poll() is None
         time.sleep(0.005)
     os.killpg(running.pid, signal.SIGINT)
     errors = running.communicate()[1]
-    assert errors.splitlines() == ["interrupted; the same command goes on where this one stopped"] and running.returncode == 130
+    assert (
+        errors.splitlines() == ["interrupted; the same command goes on where this one stopped"]
+        and running.returncode == 130
+    )
 
 
 def write_for_ever(folder: Path, pipe: Connection) -> None:

@@ -23,7 +23,18 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(not keep_memory(), reason="this C library cannot be told to keep freed memory")
 def test_blocks_of_a_kept_process_are_not_handed_out_page_by_page_again():
-    faults = [int(subprocess.run([sys.executable, "-c", FAULTS.format(kept=kept)], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout) for kept in (False, True)]
+    faults = [
+        int(
+            subprocess.run(
+                [sys.executable, "-c", FAULTS.format(kept=kept)],
+                cwd=REPOSITORY,
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        )
+        for kept in (False, True)
+    ]
     assert faults[1] < faults[0] / 2  # small blocks that stay cut the large ones now and then
 
 

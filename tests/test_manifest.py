@@ -12,7 +12,19 @@ from typing import Any
 import pytest
 
 from experiments.ablation import TABLE_4
-from experiments.engine.manifest import ABSENT, EFFECTS, WITHOUT, declared, differences, effect, incomparable, manifest, not_recorded, of_record, score_name
+from experiments.engine.manifest import (
+    ABSENT,
+    EFFECTS,
+    WITHOUT,
+    declared,
+    differences,
+    effect,
+    incomparable,
+    manifest,
+    not_recorded,
+    of_record,
+    score_name,
+)
 from experiments.engine.report import comparison_sheet, main_sheet
 from experiments.engine.spec import Sampler, canonical
 from experiments.engine.store import REPOSITORY, Store
@@ -20,80 +32,158 @@ from experiments.main_results import TABLE_1
 from experiments.protocols import DIGITS, IMAGENET256, IMAGENET256_FIXED, evaluate_stage
 
 SPEC = evaluate_stage(TABLE_4.rows[0], IMAGENET256, 0)
-FOUND = {"extractor": {"sha256": "ab"}, "flags": {"matmul_tf32": False, "cudnn_tf32": False}, "versions": {"torch": "2"}}
+FOUND = {
+    "extractor": {"sha256": "ab"},
+    "flags": {"matmul_tf32": False, "cudnn_tf32": False},
+    "versions": {"torch": "2"},
+}
 PROVENANCE = {"device": "cpu", "cpu": "a", "torch": "2", "dirty": False, "seconds": 1.0}
 
 
-def made(spec: Any = SPEC, model: dict[str, Any] | None = None, batch: int = 250, **found: Any) -> dict[str, Any]:
-    return manifest(canonical(spec, full=True), model or {"weights_sha256": "1", "key": "ema"}, FOUND | found, batch=batch)
+def made(
+    spec: Any = SPEC, model: dict[str, Any] | None = None, batch: int = 250, **found: Any
+) -> dict[str, Any]:
+    return manifest(
+        canonical(spec, full=True),
+        model or {"weights_sha256": "1", "key": "ema"},
+        FOUND | found,
+        batch=batch,
+    )
 
 
 def test_the_hash_names_how_was_measured_and_not_what():
-    assert made()["hash"] == made(batch=100)["hash"] and differences(made(), made(batch=100)) == [("run.batch", 250, 100)]
-    assert made()["hash"] == made(model={"weights_sha256": "2", "key": "ema"})["hash"] != made(model={"weights_sha256": "1", "key": "raw"})["hash"]
+    assert made()["hash"] == made(batch=100)["hash"] and differences(made(), made(batch=100)) == [
+        ("run.batch", 250, 100)
+    ]
+    assert (
+        made()["hash"]
+        == made(model={"weights_sha256": "2", "key": "ema"})["hash"]
+        != made(model={"weights_sha256": "1", "key": "raw"})["hash"]
+    )
     assert made()["hash"] == made(evaluate_stage(TABLE_4.rows[1], IMAGENET256, 3))["hash"]
 
 
-@pytest.mark.parametrize("field, changed", [
-    ("measure.num", dict(num=10_000)),
-    ("measure.labels.policy", dict(labels="balanced")),
-    ("measure.seed", dict(seed=1)),
-    ("measure.precision", dict(precision="bf16")),
-    ("measure.sampler.name", dict(sampler=Sampler(name="ddim"))),
-    ("measure.sampler.num_steps", dict(sampler=Sampler(num_steps=50))),
-    ("measure.guidance.scale", dict(sampler=Sampler(scale=1.4))),
-    ("measure.guidance.channels", dict(sampler=Sampler(channels=4))),
-    ("measure.guidance.interval", dict(sampler=Sampler(interval=(0, 500)))),
-])
+@pytest.mark.parametrize(
+    "field, changed",
+    [
+        ("measure.num", dict(num=10_000)),
+        ("measure.labels.policy", dict(labels="balanced")),
+        ("measure.seed", dict(seed=1)),
+        ("measure.precision", dict(precision="bf16")),
+        ("measure.sampler.name", dict(sampler=Sampler(name="ddim"))),
+        ("measure.sampler.num_steps", dict(sampler=Sampler(num_steps=50))),
+        ("measure.guidance.scale", dict(sampler=Sampler(scale=1.4))),
+        ("measure.guidance.channels", dict(sampler=Sampler(channels=4))),
+        ("measure.guidance.interval", dict(sampler=Sampler(interval=(0, 500)))),
+    ],
+)
 def test_every_declared_choice_changes_the_hash_and_is_named(field: str, changed: dict[str, Any]):
     other = made(replace(SPEC, **changed))
-    assert other["hash"] != made()["hash"] and [key for key, *_ in differences(made(), other)] == [field] == incomparable(made(), other)
+    assert other["hash"] != made()["hash"] and [key for key, *_ in differences(made(), other)] == [
+        field
+    ] == incomparable(made(), other)
     assert all(effect(field))
 
 
-@pytest.mark.parametrize("field, found", [
-    ("measure.extractor.sha256", dict(extractor={"sha256": "cd"})),
-    ("measure.reference.sha256", dict(reference={"sha256": "ef"})),
-    ("measure.decoder.sha256", dict(decoder={"sha256": "ef"})),
-    ("measure.flags.cudnn_tf32", dict(flags={"matmul_tf32": False, "cudnn_tf32": True})),
-    ("measure.versions.torch", dict(versions={"torch": "3"})),
-    ("measure.quantiser", dict(quantiser="floor")),
-    ("measure.labels.order", dict(labels={"order": "by class"})),
-])
-def test_everything_found_changes_the_hash_and_has_a_known_effect(field: str, found: dict[str, Any]):
-    assert made(**found)["hash"] != made()["hash"] and field in [key for key, *_ in differences(made(), made(**found))] and all(effect(field))
+@pytest.mark.parametrize(
+    "field, found",
+    [
+        ("measure.extractor.sha256", dict(extractor={"sha256": "cd"})),
+        ("measure.reference.sha256", dict(reference={"sha256": "ef"})),
+        ("measure.decoder.sha256", dict(decoder={"sha256": "ef"})),
+        ("measure.flags.cudnn_tf32", dict(flags={"matmul_tf32": False, "cudnn_tf32": True})),
+        ("measure.versions.torch", dict(versions={"torch": "3"})),
+        ("measure.quantiser", dict(quantiser="floor")),
+        ("measure.labels.order", dict(labels={"order": "by class"})),
+    ],
+)
+def test_everything_found_changes_the_hash_and_has_a_known_effect(
+    field: str, found: dict[str, Any]
+):
+    assert (
+        made(**found)["hash"] != made()["hash"]
+        and field in [key for key, *_ in differences(made(), made(**found))]
+        and all(effect(field))
+    )
 
 
 def test_what_the_networks_saw_is_recorded_beyond_its_name():
     other = made(evaluate_stage(TABLE_4.rows[0], IMAGENET256_FIXED, 0))
-    assert differences(made(), other) == [("model.data.latents", "moments", "fixed")] and other["hash"] == made()["hash"]
-    longer = made(evaluate_stage(TABLE_4.rows[0], replace(IMAGENET256, recipe=replace(IMAGENET256.recipe, steps=80_000)), 0))
-    assert [key for key, *_ in differences(made(), longer)] == ["model.recipe.steps"] and all(effect("model.recipe.steps"))
+    assert (
+        differences(made(), other) == [("model.data.latents", "moments", "fixed")]
+        and other["hash"] == made()["hash"]
+    )
+    longer = made(
+        evaluate_stage(
+            TABLE_4.rows[0],
+            replace(IMAGENET256, recipe=replace(IMAGENET256.recipe, steps=80_000)),
+            0,
+        )
+    )
+    assert [key for key, *_ in differences(made(), longer)] == ["model.recipe.steps"] and all(
+        effect("model.recipe.steps")
+    )
 
 
 def test_a_model_may_differ_and_what_one_does_not_record_is_no_clash():
     other = made(evaluate_stage(TABLE_4.rows[1], IMAGENET256, 1))
     assert differences(made(), other) and not incomparable(made(), other)
     bare = declared(canonical(SPEC, full=True))
-    assert ("measure.extractor.sha256", "ab", ABSENT) in differences(made(), bare) and not incomparable(made(), bare)
+    assert ("measure.extractor.sha256", "ab", ABSENT) in differences(
+        made(), bare
+    ) and not incomparable(made(), bare)
 
 
 def test_what_a_model_did_without_is_a_difference_and_no_gap():
     """A classifier that guides and an upsampler are one field each; an older record of ADM alone knows nothing of either."""
-    whole, alone = (declared(canonical(evaluate_stage(row, DIGITS, 0), full=True)) for row in (TABLE_1.row("ADM-U"), TABLE_1.row("ADM-64")))
+    whole, alone = (
+        declared(canonical(evaluate_stage(row, DIGITS, 0), full=True))
+        for row in (TABLE_1.row("ADM-U"), TABLE_1.row("ADM-64"))
+    )
     del alone["model"]["init_from"]
     found = {key: values for key, *values in differences(whole, alone)}
-    assert not [values for values in found.values() if ABSENT in values] and "model.init_from" not in found
-    assert found["measure.guidance.classifier"] == ["mean + scale variance gradient of log p(y | x_t), scale 1.0", WITHOUT]
-    assert "name ancestral, num_steps 50" in found["measure.upsampling"][0] and found["measure.upsampling"][1] == found["model.upsampler"][1] == WITHOUT
+    assert (
+        not [values for values in found.values() if ABSENT in values]
+        and "model.init_from" not in found
+    )
+    assert found["measure.guidance.classifier"] == [
+        "mean + scale variance gradient of log p(y | x_t), scale 1.0",
+        WITHOUT,
+    ]
+    assert (
+        "name ancestral, num_steps 50" in found["measure.upsampling"][0]
+        and found["measure.upsampling"][1] == found["model.upsampler"][1] == WITHOUT
+    )
     assert {key: values[::-1] for key, *values in differences(alone, whole)} == found
-    assert {"measure.guidance.classifier", "measure.upsampling"} <= set(incomparable(alone, whole)) and not incomparable(whole, whole)
+    assert {"measure.guidance.classifier", "measure.upsampling"} <= set(
+        incomparable(alone, whole)
+    ) and not incomparable(whole, whole)
 
 
 def test_every_effect_has_its_source_and_reaches_a_field_of_a_manifest():
-    fields = {key for key, *_ in differences(made(reference={}, decoder={}, neighbours={}, image={}, quantiser="", nfe=1, upsampling={}, guidance={"classifier": ""}, labels={"order": ""}), {})}
+    fields = {
+        key
+        for key, *_ in differences(
+            made(
+                reference={},
+                decoder={},
+                neighbours={},
+                image={},
+                quantiser="",
+                nfe=1,
+                upsampling={},
+                guidance={"classifier": ""},
+                labels={"order": ""},
+            ),
+            {},
+        )
+    }
     for prefix, (words, source) in EFFECTS.items():
-        assert words and (source or prefix == "model") and any(key == prefix or key.startswith(f"{prefix}.") for key in fields), prefix
+        assert (
+            words
+            and (source or prefix == "model")
+            and any(key == prefix or key.startswith(f"{prefix}.") for key in fields)
+        ), prefix
 
 
 def test_older_records_say_what_they_can():
@@ -101,7 +191,10 @@ def test_older_records_say_what_they_can():
     record = json.loads(path.read_text())
     record["values"].pop("manifest", None)
     found = of_record(record["spec"], record["values"], record["provenance"])
-    assert found["measure"]["num"] == 500 and found["measure"]["extractor"]["sha256"] == record["values"]["classifier_sha256"]
+    assert (
+        found["measure"]["num"] == 500
+        and found["measure"]["extractor"]["sha256"] == record["values"]["classifier_sha256"]
+    )
 
 
 @pytest.mark.parametrize("num, name", [(50_000, "FID-50K"), (500, "FID-500"), (1500, "FID-1500")])
@@ -122,7 +215,18 @@ def test_tables_refuse_to_rank_across_protocols(tmp_path: Path):
     for row in range(3):
         for seed in range(3):
             spec = evaluate_stage(TABLE_4.rows[row], DIGITS, seed)
-            Store(tmp_path).append(spec, "done", {"fd_digits": 10 + seed, "is_digits": 8.0, "precision_digits": 0.6, "recall_digits": 0.8, "agreement": 0.9}, PROVENANCE)
+            Store(tmp_path).append(
+                spec,
+                "done",
+                {
+                    "fd_digits": 10 + seed,
+                    "is_digits": 8.0,
+                    "precision_digits": 0.6,
+                    "recall_digits": 0.8,
+                    "agreement": 0.9,
+                },
+                PROVENANCE,
+            )
     (tmp_path / "records").rename(reference)
     store = Store(tmp_path / "here", reference)
     scored(store, 0, 10.0)
@@ -130,16 +234,35 @@ def test_tables_refuse_to_rank_across_protocols(tmp_path: Path):
     scored(store, 2, 1.0)
     sheet = main_sheet(TABLE_4, TABLE_4.rows[:3], DIGITS, (0,), "cpu", store)
     (note,) = [note for note in sheet.notes if note.startswith("fd_digits against")]
-    assert f"not compared, measured under another protocol: {TABLE_4.rows[1].label} (other extractor.sha256)" in note
-    assert TABLE_4.rows[1].label not in note.partition("not compared")[0] and f"better: {TABLE_4.rows[2].label}" in note
+    assert (
+        f"not compared, measured under another protocol: {TABLE_4.rows[1].label} (other extractor.sha256)"
+        in note
+    )
+    assert (
+        TABLE_4.rows[1].label not in note.partition("not compared")[0]
+        and f"better: {TABLE_4.rows[2].label}" in note
+    )
 
 
 def test_a_table_names_the_fields_that_not_all_its_records_hold(tmp_path: Path):
     """A field that is declared, or belongs to a part of another name, is no gap."""
     store = Store(tmp_path)
-    for row, found in enumerate((dict(nfe=50, reference={"name": "a", "sha256": "b"}), dict(reference={"name": "a"}, sampler={"eta": 0.0}), dict(nfe=50, decoder={"name": "vae", "scale": 3}))):
+    for row, found in enumerate(
+        (
+            dict(nfe=50, reference={"name": "a", "sha256": "b"}),
+            dict(reference={"name": "a"}, sampler={"eta": 0.0}),
+            dict(nfe=50, decoder={"name": "vae", "scale": 3}),
+        )
+    ):
         scored(store, row, 1.0, **found)
-    notes = [[note for note in main_sheet(TABLE_4, TABLE_4.rows[:num], DIGITS, (0,), "cpu", store).notes if "not recorded by all" in note] for num in (1, 2)]
+    notes = [
+        [
+            note
+            for note in main_sheet(TABLE_4, TABLE_4.rows[:num], DIGITS, (0,), "cpu", store).notes
+            if "not recorded by all" in note
+        ]
+        for num in (1, 2)
+    ]
     assert notes == [[], ["not recorded by all, and taken as agreeing: nfe, reference.sha256."]]
     records = [store.latest(evaluate_stage(row, DIGITS, 0)) for row in TABLE_4.rows[:3]]
     assert "decoder" not in not_recorded(records)[0] and not not_recorded([])
@@ -156,37 +279,86 @@ def test_no_verdict_is_given_across_protocols(tmp_path: Path):
     scored(store, 0, 90.0, flags={"matmul_tf32": True, "cudnn_tf32": False})
     scored(store, 1, 90.0, versions={"torch": "3"}, extractor={"sha256": "cd"})
     sheet = comparison_sheet(TABLE_4, TABLE_4.rows[:3], DIGITS, (0,), "cpu", store)
-    assert [row[-1].text().partition(",")[0] for row in sheet.rows] == ["other protocol", "no: fd_digits", "-"]
-    assert any("other protocol: no verdict, for the reference was measured with another flags.matmul_tf32 (" in note for note in sheet.notes)
-    assert any("compared all the same: another machine measures with another extractor.sha256, versions.torch (" in note for note in sheet.notes) and any("all 5 comparisons" in note for note in sheet.notes)
+    assert [row[-1].text().partition(",")[0] for row in sheet.rows] == [
+        "other protocol",
+        "no: fd_digits",
+        "-",
+    ]
+    assert any(
+        "other protocol: no verdict, for the reference was measured with another flags.matmul_tf32 ("
+        in note
+        for note in sheet.notes
+    )
+    assert any(
+        "compared all the same: another machine measures with another extractor.sha256, versions.torch ("
+        in note
+        for note in sheet.notes
+    ) and any("all 5 comparisons" in note for note in sheet.notes)
 
 
 def diff(*paths: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "experiments/diff_protocol.py", *map(str, paths)], cwd=REPOSITORY, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "experiments/diff_protocol.py", *map(str, paths)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_the_script_prints_what_differs_and_what_that_does(tmp_path: Path):
     store = Store(tmp_path)
-    a, b, c = scored(store, 0, 1.0), scored(store, 1, 1.0), scored(store, 2, 1.0, labels={"policy": "random"})
+    a, b, c = (
+        scored(store, 0, 1.0),
+        scored(store, 1, 1.0),
+        scored(store, 2, 1.0, labels={"policy": "random"}),
+    )
     same, other = diff(a, b), diff(a, c)
-    assert same.returncode == 0 and "may be compared" in same.stdout and "mixer_options.activation: not set | relu" in same.stdout
-    guided, raw = (scored(store, 3 + k, 1.0, **changed) for k, changed in enumerate((dict(guidance={"scale": 1.5}), {})))
+    assert (
+        same.returncode == 0
+        and "may be compared" in same.stdout
+        and "mixer_options.activation: not set | relu" in same.stdout
+    )
+    guided, raw = (
+        scored(store, 3 + k, 1.0, **changed)
+        for k, changed in enumerate((dict(guidance={"scale": 1.5}), {}))
+    )
     record = json.loads(raw.read_text())
     record["values"]["manifest"]["model"]["key"] = "none: flat"
     raw.write_text(json.dumps(record))
-    assert "as w in U-ViT's formula, (1 + w) conditional - w null: 0 | 0.5\n" in diff(a, guided).stdout
+    assert (
+        "as w in U-ViT's formula, (1 + w) conditional - w null: 0 | 0.5\n" in diff(a, guided).stdout
+    )
     assert diff(a, raw).returncode == 1 and "6.06 against 8.1" in diff(a, raw).stdout
-    assert other.returncode == 1 and "measure.labels.policy: balanced | random" in other.stdout and "about 0.1" in other.stdout and "RAE README" in other.stdout
+    assert (
+        other.returncode == 1
+        and "measure.labels.policy: balanced | random" in other.stdout
+        and "about 0.1" in other.stdout
+        and "RAE README" in other.stdout
+    )
 
 
 def test_the_script_tells_what_was_done_without_from_what_is_not_recorded(tmp_path: Path):
     store = Store(tmp_path)
     plain = scored(store, 0, 1.0, reference={"name": "a"}, decoder={"name": "none"})
-    guided = scored(store, 1, 1.0, guidance={"classifier": "p", "classifier_scale": 2.0}, reference={"name": "a", "sha256": "b"}, decoder={"name": "vae", "scale": 3})
+    guided = scored(
+        store,
+        1,
+        1.0,
+        guidance={"classifier": "p", "classifier_scale": 2.0},
+        reference={"name": "a", "sha256": "b"},
+        decoder={"name": "vae", "scale": 3},
+    )
     done = diff(plain, guided)
-    assert done.returncode == 1 and "measure.guidance.classifier: without | p, scale 2.0\n    known effect: 10.94 without, 4.59 with" in done.stdout
+    assert (
+        done.returncode == 1
+        and "measure.guidance.classifier: without | p, scale 2.0\n    known effect: 10.94 without, 4.59 with"
+        in done.stdout
+    )
     assert "measure.decoder.scale: without | 3\n" in done.stdout
-    assert f"{plain.name} does not record measure.reference.sha256\n" in done.stdout and done.stdout.count("does not record") == 1
+    assert (
+        f"{plain.name} does not record measure.reference.sha256\n" in done.stdout
+        and done.stdout.count("does not record") == 1
+    )
 
 
 def test_the_script_refuses_what_is_no_evaluate_record(tmp_path: Path):
@@ -194,13 +366,21 @@ def test_the_script_refuses_what_is_no_evaluate_record(tmp_path: Path):
     train = next((REPOSITORY / "results" / "reference" / "train").glob("*.json"))
     for bad in (tmp_path / "a.json", tmp_path / "missing.json", train):
         done = diff(bad, bad)
-        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+        assert (
+            done.returncode == 2
+            and done.stderr.startswith("error: ")
+            and done.stderr.count("\n") == 1
+        )
     assert diff("none.json", "none.json").stderr.startswith("error: none.json: no record")
 
 
 def test_every_committed_score_holds_what_decided_it():
     paths = sorted((REPOSITORY / "results" / "reference" / "evaluate").glob("*.json"))
-    assert paths and not [path.name for path in paths if "hash" not in json.loads(path.read_text())["values"].get("manifest", {})]
+    assert paths and not [
+        path.name
+        for path in paths
+        if "hash" not in json.loads(path.read_text())["values"].get("manifest", {})
+    ]
 
 
 def test_a_field_that_older_records_lack_leaves_them_comparable():
@@ -210,4 +390,7 @@ def test_a_field_that_older_records_lack_leaves_them_comparable():
     for part, key in (("reference", "sha256"), ("labels", "order")):
         old["measure"][part].pop(key, None)
         new["measure"][part][key] = "said"
-    assert not incomparable(old, new) and differences(old, new) == [("measure.labels.order", ABSENT, "said"), ("measure.reference.sha256", ABSENT, "said")]
+    assert not incomparable(old, new) and differences(old, new) == [
+        ("measure.labels.order", ABSENT, "said"),
+        ("measure.reference.sha256", ABSENT, "said"),
+    ]

@@ -26,12 +26,23 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     record = "import sys; from pathlib import Path; from experiments.engine.spec import Ceilings; from experiments.engine.store import Store; "
     record += "Store(Path(sys.argv[-1])).append(Ceilings('cpu', 'bf16'), 'done', {}, {})"
     stays = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('stays', flush=True); time.sleep(600)"
-    monkeypatch.setattr(measure_gpu, "parts", lambda *_: {"records": ["-c", record], "fails": ["-c", "raise SystemExit(3)"], "stays": ["-c", stays], "last": ["-c", ""]})
+    monkeypatch.setattr(
+        measure_gpu,
+        "parts",
+        lambda *_: {
+            "records": ["-c", record],
+            "fails": ["-c", "raise SystemExit(3)"],
+            "stays": ["-c", stays],
+            "last": ["-c", ""],
+        },
+    )
     monkeypatch.setattr(measure_gpu, "OFTEN", 0.2)
     monkeypatch.setattr(measure_gpu, "GRACE", 0.2)
 
 
-def test_what_was_measured_outlasts_parts_that_fail_and_the_end_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], quick: None):
+def test_what_was_measured_outlasts_parts_that_fail_and_the_end_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], quick: None
+):
     bundle, left = tmp_path / "out" / "measured.tar.gz", iter([300.0] * 2)
     run = measure_gpu._run
 
@@ -41,13 +52,20 @@ def test_what_was_measured_outlasts_parts_that_fail_and_the_end_of_the_time(tmp_
     monkeypatch.setattr(measure_gpu, "_run", short)
     assert call(monkeypatch, "--results", str(tmp_path / "results"), "--bundle", str(bundle)) == 1
     ends = re.findall(r"== (\w+): (.*?)(?: after|$)", capsys.readouterr().out, re.MULTILINE)
-    assert ends == [("records", "done"), ("fails", "ended with 3"), ("stays", "cut off by the time"), ("last", "done")]
+    assert ends == [
+        ("records", "done"),
+        ("fails", "ended with 3"),
+        ("stays", "cut off by the time"),
+        ("last", "done"),
+    ]
     with tarfile.open(bundle) as archive:
         archive.extractall(tmp_path / "elsewhere", filter="data")
     assert Store(tmp_path / "elsewhere").latest(Ceilings("cpu", "bf16")).status == "done"
 
 
-def test_a_later_call_goes_on_with_the_part_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], quick: None):
+def test_a_later_call_goes_on_with_the_part_that_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], quick: None
+):
     assert call(monkeypatch, "--results", str(tmp_path), "--from", "last") == 0
     assert "== last: done" in (out := capsys.readouterr().out) and "fails" not in out
     assert call(monkeypatch, "--results", str(tmp_path), "--from", "middle") == 2
@@ -61,8 +79,24 @@ def test_parts_are_commands_of_this_tree_and_the_tests_of_kernels_come_first():
             assert all((REPOSITORY / word).is_file() for word in command if word.endswith(".py"))
             assert ("--against" in command) == any("benchmark_steps" in word for word in command)
     assert list(measure_gpu.parts("cuda", []))[:3] == ["kernel tests", "scan", "steps"]
-    compared = [command[command.index("--precision") + 3 :] for command in measure_gpu.parts("cuda", []).values() if "experiments/benchmark_steps.py" in command]
+    compared = [
+        command[command.index("--precision") + 3 :]
+        for command in measure_gpu.parts("cuda", []).values()
+        if "experiments/benchmark_steps.py" in command
+    ]
     assert compared == [[], ["--graphs"], ["--compile", "--graphs"], ["--compile"]]
-    loops = {name: command for name, command in measure_gpu.parts("cuda", []).items() if "sampling" in command}
-    assert [command[command.index("--modes") + 1 :] if "--modes" in command else [] for command in loops.values()] == [["bf16", "tf32"], []] and ["--graphs" in command for command in loops.values()] == [True, False] and list(measure_gpu.parts("cuda", []))[-1] in loops
+    loops = {
+        name: command
+        for name, command in measure_gpu.parts("cuda", []).items()
+        if "sampling" in command
+    }
+    assert (
+        [
+            command[command.index("--modes") + 1 :] if "--modes" in command else []
+            for command in loops.values()
+        ]
+        == [["bf16", "tf32"], []]
+        and ["--graphs" in command for command in loops.values()] == [True, False]
+        and list(measure_gpu.parts("cuda", []))[-1] in loops
+    )
     assert not any("--graphs" in command for command in measure_gpu.parts("cpu", []).values())

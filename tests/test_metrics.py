@@ -10,7 +10,12 @@ from scipy.spatial.distance import cdist
 from scipy.special import rel_entr
 
 from experiments.engine.metrics import (
-    Moments, frechet, frechet_jackknife, frechet_se, inception_score, proportion_se,
+    Moments,
+    frechet,
+    frechet_jackknife,
+    frechet_se,
+    inception_score,
+    proportion_se,
 )
 from experiments.engine.neighbours import neighbour_shares, precision_recall
 
@@ -38,29 +43,43 @@ def test_moments_equal_one_shot_in_any_order():
     x = rng.standard_normal((1003, 13)) @ rng.standard_normal((13, 13)) + 1e3
     parts = np.split(x, [1, 8, 8, 300, 777])
     streams = [
-        moments(x), moments(*parts), moments(*parts[::-1]),
-        moments(*parts[:3]) + moments(*parts[3:]), moments(*parts[4:]) + moments(*parts[:4]), Moments(13) + moments(x) + Moments(13),
+        moments(x),
+        moments(*parts),
+        moments(*parts[::-1]),
+        moments(*parts[:3]) + moments(*parts[3:]),
+        moments(*parts[4:]) + moments(*parts[:4]),
+        Moments(13) + moments(x) + Moments(13),
     ]
     for stream in streams:
         assert stream.n == len(x)
         np.testing.assert_allclose(stream.mean, x.mean(0), rtol=1e-10)
-        np.testing.assert_allclose(stream.cov, np.cov(x, rowvar=False), rtol=1e-10, atol=1e-10 * x.var())
+        np.testing.assert_allclose(
+            stream.cov, np.cov(x, rowvar=False), rtol=1e-10, atol=1e-10 * x.var()
+        )
 
 
 def test_moments_accumulate_float32_in_float64_and_leave_operands_alone():
     x = (np.random.default_rng(1).standard_normal((5000, 6)) + 100).astype(np.float32)
     first, second = moments(x[:2000]), moments(x[2000:])
     before = first.n, first.mean.copy(), first.scatter.copy()
-    np.testing.assert_allclose((first + second).cov, np.cov(x.astype(float), rowvar=False), rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(
+        (first + second).cov, np.cov(x.astype(float), rowvar=False), rtol=1e-10, atol=1e-10
+    )
     second.update(x)
-    assert first.n == before[0] and (first.mean == before[1]).all() and (first.scatter == before[2]).all()
+    assert (
+        first.n == before[0]
+        and (first.mean == before[1]).all()
+        and (first.scatter == before[2]).all()
+    )
 
 
 def test_frechet_closed_forms():
     rng = np.random.default_rng(2)
     mean1, mean2, s1, s2 = *rng.standard_normal((2, 9)), *rng.uniform(0.2, 2, (2, 9))
     commuting = np.square(mean1 - mean2).sum() + np.square(np.sqrt(s1) - np.sqrt(s2)).sum()
-    assert frechet(gaussian(mean1, np.diag(s1)), gaussian(mean2, np.diag(s2))) == pytest.approx(commuting, rel=1e-9)
+    assert frechet(gaussian(mean1, np.diag(s1)), gaussian(mean2, np.diag(s2))) == pytest.approx(
+        commuting, rel=1e-9
+    )
     c1, c2 = spd(rng, 9), spd(rng, 9)
     general = np.square(mean1 - mean2).sum() + np.trace(c1 + c2 - 2 * sqrtm(c1 @ c2).real)
     a, b = gaussian(mean1, c1), gaussian(mean2, c2)
@@ -80,17 +99,33 @@ def test_frechet_rank_deficient_equals_nuclear_norm():
     x, y = rng.standard_normal((40, 150)), 1.5 * rng.standard_normal((60, 150)) + 0.3
     xc, yc = x - x.mean(0), y - y.mean(0)
     cross = np.linalg.norm(xc @ yc.T, "nuc") / np.sqrt(39 * 59)
-    truth = np.square(x.mean(0) - y.mean(0)).sum() + np.square(xc).sum() / 39 + np.square(yc).sum() / 59 - 2 * cross
-    assert frechet(moments(x), moments(y)) == pytest.approx(truth, abs=1e-9) == frechet(moments(y), moments(x))
+    truth = (
+        np.square(x.mean(0) - y.mean(0)).sum()
+        + np.square(xc).sum() / 39
+        + np.square(yc).sum() / 59
+        - 2 * cross
+    )
+    assert (
+        frechet(moments(x), moments(y))
+        == pytest.approx(truth, abs=1e-9)
+        == frechet(moments(y), moments(x))
+    )
     known = Moments.known(y.mean(0), np.cov(y, rowvar=False))
-    assert (known.cov == np.cov(y, rowvar=False)).all() and frechet(moments(x), known) == pytest.approx(truth, abs=1e-6)
+    assert (known.cov == np.cov(y, rowvar=False)).all() and frechet(
+        moments(x), known
+    ) == pytest.approx(truth, abs=1e-6)
 
 
 def test_frechet_of_features_like_inceptions():
     """Non-negative, mostly small, spectrum over ten decades: against scipy's root of the product."""
     rng = np.random.default_rng(16)
     decay = np.logspace(0, -5, 60)
-    x, y = (np.maximum(rng.standard_normal((n, 60)) * decay @ spd(np.random.default_rng(17), 60) + shift, 0) for n, shift in ((900, 0.1), (700, 0.15)))
+    x, y = (
+        np.maximum(
+            rng.standard_normal((n, 60)) * decay @ spd(np.random.default_rng(17), 60) + shift, 0
+        )
+        for n, shift in ((900, 0.1), (700, 0.15))
+    )
     c1, c2 = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
     truth = np.square(x.mean(0) - y.mean(0)).sum() + np.trace(c1 + c2 - 2 * sqrtm(c1 @ c2).real)
     assert frechet(moments(x), moments(y)) == pytest.approx(truth, rel=1e-6)
@@ -128,18 +163,29 @@ def test_influence_se_is_the_derivative():
 
     def tilted(i: int) -> float:
         mean, cov = (1 - weight) * sample.mean + weight * x[i], (1 - weight) * sample.cov
-        return frechet(gaussian(mean, cov + weight * (1 - weight) * np.outer(x[i] - sample.mean, x[i] - sample.mean)), reference)
+        return frechet(
+            gaussian(
+                mean, cov + weight * (1 - weight) * np.outer(x[i] - sample.mean, x[i] - sample.mean)
+            ),
+            reference,
+        )
 
     psi = np.array([(tilted(i) - value) / weight for i in range(60)])
-    assert frechet_se(x, sample, reference) == pytest.approx(psi.std(ddof=1) / np.sqrt(60), rel=1e-4)
+    assert frechet_se(x, sample, reference) == pytest.approx(
+        psi.std(ddof=1) / np.sqrt(60), rel=1e-4
+    )
     shuffled = rng.permutation(60)
-    assert frechet_se(x[shuffled], sample, reference) == pytest.approx(frechet_se(x, sample, reference), rel=1e-9)
+    assert frechet_se(x[shuffled], sample, reference) == pytest.approx(
+        frechet_se(x, sample, reference), rel=1e-9
+    )
 
 
 def test_influence_se_with_flat_reference_directions_and_few_samples():
     rng = np.random.default_rng(7)
     x, flat = rng.standard_normal((400, 5)), np.diag([1.0, 2.0, 0.5, 0.0, 0.0])
-    expected = np.square(x - x.mean(0)) @ (1 - np.sqrt(np.diag(flat))) - 2 * (x - x.mean(0)) @ np.ones(5)
+    expected = np.square(x - x.mean(0)) @ (1 - np.sqrt(np.diag(flat))) - 2 * (
+        x - x.mean(0)
+    ) @ np.ones(5)
     se = frechet_se(x, moments(x), gaussian(x.mean(0) + 1, flat))
     assert se == pytest.approx(expected.std() / 20, rel=0.1)
     assert np.isnan(frechet_se(x[:19], moments(x[:19]), moments(x)))
@@ -163,10 +209,17 @@ def test_jackknife_removes_most_of_the_bias():
 
 def test_jackknife_of_equal_blocks_is_the_textbook_formula():
     rng = np.random.default_rng(15)
-    blocks, reference = [moments(rng.standard_normal((20, 3))) for _ in range(4)], gaussian(np.ones(3), np.eye(3))
-    left = np.array([frechet(sum(blocks[:j] + blocks[j + 1 :], Moments(3)), reference) for j in range(4)])
+    blocks, reference = (
+        [moments(rng.standard_normal((20, 3))) for _ in range(4)],
+        gaussian(np.ones(3), np.eye(3)),
+    )
+    left = np.array(
+        [frechet(sum(blocks[:j] + blocks[j + 1 :], Moments(3)), reference) for j in range(4)]
+    )
     value, error = frechet_jackknife(blocks, reference)
-    assert value == pytest.approx(4 * frechet(sum(blocks, Moments(3)), reference) - 3 * left.mean(), rel=1e-9)
+    assert value == pytest.approx(
+        4 * frechet(sum(blocks, Moments(3)), reference) - 3 * left.mean(), rel=1e-9
+    )
     assert error == pytest.approx(np.sqrt(3 / 4 * np.square(left - left.mean()).sum()), rel=1e-9)
 
 
@@ -177,9 +230,14 @@ def softmax(logits: ndarray) -> ndarray:
 
 def test_inception_score_split_rule():
     p = softmax(2 * np.random.default_rng(9).standard_normal((230, 7)))
-    scores = [np.exp(rel_entr(part, part.mean(0)).sum(1).mean()) for part in (p[:100], p[100:200], p[200:])]
+    scores = [
+        np.exp(rel_entr(part, part.mean(0)).sum(1).mean())
+        for part in (p[:100], p[100:200], p[200:])
+    ]
     assert inception_score(p, block=100)[0] == pytest.approx(np.mean(scores), rel=1e-12)
-    assert inception_score(p)[0] == pytest.approx(np.exp(rel_entr(p, p.mean(0)).sum(1).mean()), rel=1e-12)
+    assert inception_score(p)[0] == pytest.approx(
+        np.exp(rel_entr(p, p.mean(0)).sum(1).mean()), rel=1e-12
+    )
     assert np.isnan(inception_score(p[:9])[1])
 
 
@@ -187,22 +245,30 @@ def test_inception_score_extremes_and_class_order():
     one_hot = np.eye(10)[np.arange(1000) % 10]
     assert inception_score(np.full((50, 8), 1 / 8)) == pytest.approx((1, 0), abs=1e-7)
     assert inception_score(one_hot) == pytest.approx((10, 0), abs=1e-6)
-    assert inception_score(one_hot[np.argsort(one_hot.argmax(1), kind="stable")], block=100)[0] == pytest.approx(1)
+    assert inception_score(one_hot[np.argsort(one_hot.argmax(1), kind="stable")], block=100)[
+        0
+    ] == pytest.approx(1)
 
 
 def test_inception_score_error_matches_monte_carlo():
     rng = np.random.default_rng(10)
-    runs = np.array([inception_score(softmax(2 * rng.standard_normal((500, 10)))) for _ in range(200)])
+    runs = np.array(
+        [inception_score(softmax(2 * rng.standard_normal((500, 10)))) for _ in range(200)]
+    )
     assert runs[:, 1].mean() == pytest.approx(runs[:, 0].std(ddof=1), rel=0.25)
 
 
 def brute_force(reference: ndarray, samples: ndarray, k: int) -> tuple[float, float]:
     cross = np.square(reference[:, None] - samples).sum(2)
-    return (cross <= reach(reference, k)[:, None]).any(0).mean(), (cross <= reach(samples, k)).any(1).mean()
+    return (cross <= reach(reference, k)[:, None]).any(0).mean(), (cross <= reach(samples, k)).any(
+        1
+    ).mean()
 
 
 def reach(x: ndarray, k: int) -> ndarray:
-    return np.array([np.sort(np.delete(np.square(x - row).sum(1), i))[k - 1] for i, row in enumerate(x)])
+    return np.array(
+        [np.sort(np.delete(np.square(x - row).sum(1), i))[k - 1] for i, row in enumerate(x)]
+    )
 
 
 def cloud(rng: np.random.Generator, n: int) -> ndarray:
@@ -210,15 +276,21 @@ def cloud(rng: np.random.Generator, n: int) -> ndarray:
 
 
 def offset_cloud(rng: np.random.Generator, n: int) -> ndarray:
-    return rng.standard_normal((n, 5)) + 1e5  # norms swamp distances: |a|^2 + |b|^2 - 2ab alone keeps few digits
+    return (
+        rng.standard_normal((n, 5)) + 1e5
+    )  # norms swamp distances: |a|^2 + |b|^2 - 2ab alone keeps few digits
 
 
 def tied_lattice(rng: np.random.Generator, n: int) -> ndarray:
-    return rng.integers(0, 4, (n, 4)) * 0.1  # duplicates within and between sets, distances tied up to rounding
+    return (
+        rng.integers(0, 4, (n, 4)) * 0.1
+    )  # duplicates within and between sets, distances tied up to rounding
 
 
 @pytest.mark.parametrize("draw", [cloud, offset_cloud, tied_lattice])
-def test_precision_recall_equals_brute_force_for_every_block(draw: Callable[[np.random.Generator, int], ndarray]):
+def test_precision_recall_equals_brute_force_for_every_block(
+    draw: Callable[[np.random.Generator, int], ndarray],
+):
     rng = np.random.default_rng(11)
     reference, samples = draw(rng, 211), draw(rng, 307)
     for k in (1, 3):
@@ -229,14 +301,19 @@ def test_precision_recall_equals_brute_force_for_every_block(draw: Callable[[np.
 
 @pytest.mark.parametrize("draw", [cloud, offset_cloud, tied_lattice])
 @pytest.mark.parametrize("k", [3, 5])
-def test_density_and_coverage_equal_brute_force_for_every_block(draw: Callable[[np.random.Generator, int], ndarray], k: int):
+def test_density_and_coverage_equal_brute_force_for_every_block(
+    draw: Callable[[np.random.Generator, int], ndarray], k: int
+):
     rng = np.random.default_rng(18)
     reference, samples = draw(rng, 211), draw(rng, 307)
     inside = np.square(reference[:, None] - samples).sum(2) <= reach(reference, k)[:, None]
     held = inside.sum(0) / k
     for block in (7, 100, 307):
         found = neighbour_shares(reference, samples, k, block)
-        assert (found.density, found.coverage) == (pytest.approx(held.mean(), rel=1e-12), inside.any(1).mean())
+        assert (found.density, found.coverage) == (
+            pytest.approx(held.mean(), rel=1e-12),
+            inside.any(1).mean(),
+        )
         assert found.density_se == pytest.approx(held.std(ddof=1) / np.sqrt(307), rel=1e-9)
 
 
@@ -245,23 +322,40 @@ def test_density_and_coverage_of_one_distribution_and_of_half_its_modes():
     mode = np.arange(2000) % 4
     whole, again = (20 * np.eye(4)[mode] + rng.standard_normal((2000, 4)) for _ in range(2))
     same, half = neighbour_shares(whole, again, 5), neighbour_shares(whole, again[mode < 2], 5)
-    assert same.density == pytest.approx(1, abs=4 * same.density_se) and same.coverage == pytest.approx(1 - 0.5**5, abs=0.02)  # Naeem et al. 2020, section 3.2
-    assert half.density == pytest.approx(1, abs=0.15) and half.coverage < 0.5 and neighbour_shares(again[mode < 2], whole, 5).density < 0.6
+    assert same.density == pytest.approx(
+        1, abs=4 * same.density_se
+    ) and same.coverage == pytest.approx(1 - 0.5**5, abs=0.02)  # Naeem et al. 2020, section 3.2
+    assert (
+        half.density == pytest.approx(1, abs=0.15)
+        and half.coverage < 0.5
+        and neighbour_shares(again[mode < 2], whole, 5).density < 0.6
+    )
 
 
 def test_precision_recall_counts_ties_and_excludes_self():
     line = np.arange(10.0)[:, None]
-    assert precision_recall(line, np.full((4, 1), 10.0), k=1) == (1.0, 0.0)  # distance 1 equals the reach of 9
+    assert precision_recall(line, np.full((4, 1), 10.0), k=1) == (
+        1.0,
+        0.0,
+    )  # distance 1 equals the reach of 9
     assert precision_recall(line, np.full((4, 1), 10.0 + 1e-9), k=1) == (0.0, 0.0)
-    assert precision_recall(line, np.array([[4.5], [40.0]]), k=1) == (0.5, 1.0)  # with self the sample balls would be points
+    assert precision_recall(line, np.array([[4.5], [40.0]]), k=1) == (
+        0.5,
+        1.0,
+    )  # with self the sample balls would be points
     twins = np.repeat(10 * np.arange(5.0), 2)[:, None]
-    assert precision_recall(twins, twins + 1, k=1) == (0.0, 0.0)  # a duplicate is a neighbour at distance 0
+    assert precision_recall(twins, twins + 1, k=1) == (
+        0.0,
+        0.0,
+    )  # a duplicate is a neighbour at distance 0
 
 
 def test_precision_recall_orientation():
     rng = np.random.default_rng(12)
     centres = 20 * np.eye(4)
-    full, part = (centres[rng.integers(m, size=400)] + rng.standard_normal((400, 4)) for m in (4, 2))
+    full, part = (
+        centres[rng.integers(m, size=400)] + rng.standard_normal((400, 4)) for m in (4, 2)
+    )
     precision, recall = precision_recall(full, part)
     assert precision > 0.85 and recall < 0.6
     assert precision_recall(part, full) == (recall, precision)
@@ -270,7 +364,9 @@ def test_precision_recall_orientation():
 def test_precision_recall_symmetric_under_permutation():
     rng = np.random.default_rng(13)
     a, b = rng.standard_normal((150, 3)), rng.standard_normal((90, 3)) + 1
-    assert precision_recall(a, b) == precision_recall(rng.permutation(a), rng.permutation(b), block=11)
+    assert precision_recall(a, b) == precision_recall(
+        rng.permutation(a), rng.permutation(b), block=11
+    )
     assert precision_recall(a, b)[0] == (cdist(a, b) <= np.sort(cdist(a, a))[:, 3:4]).any(0).mean()
 
 
@@ -283,33 +379,36 @@ X, BAD = np.random.default_rng(14).standard_normal((40, 3)), np.full((4, 3), np.
 WIDE = np.ones((40, 4))
 
 
-@pytest.mark.parametrize("call", [
-    lambda: moments(X).update(WIDE),
-    lambda: moments(X).update(X[0]),
-    lambda: moments(BAD),
-    lambda: moments(X) + moments(WIDE),
-    lambda: moments(X[:1]).cov,
-    lambda: frechet(moments(X[:1]), moments(X)),
-    lambda: frechet(moments(X), moments(WIDE)),
-    lambda: frechet(moments(X), gaussian(np.zeros(3), np.diag([1, np.inf, 1]))),
-    lambda: frechet_se(X[:30], moments(X), moments(X)),
-    lambda: frechet_se(X, moments(X), moments(X), np.zeros(30)),
-    lambda: frechet_se(X, moments(X), moments(X), np.arange(40)),
-    lambda: frechet_jackknife([moments(X)], moments(X)),
-    lambda: frechet_jackknife([moments(X), Moments(3)], moments(X)),
-    lambda: inception_score(X),
-    lambda: inception_score(np.full((20, 4), 0.5)),
-    lambda: inception_score(np.full(4, 0.25)),
-    lambda: inception_score(np.empty((0, 4))),
-    lambda: inception_score(np.full((20, 4), 0.25), block=0),
-    lambda: precision_recall(X, WIDE),
-    lambda: precision_recall(X, X[:3]),
-    lambda: precision_recall(X, X, k=0),
-    lambda: precision_recall(X, X, block=0),
-    lambda: precision_recall(X, np.vstack([X, BAD])),
-    lambda: proportion_se(1.2, 10),
-    lambda: proportion_se(0.5, 0),
-])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: moments(X).update(WIDE),
+        lambda: moments(X).update(X[0]),
+        lambda: moments(BAD),
+        lambda: moments(X) + moments(WIDE),
+        lambda: moments(X[:1]).cov,
+        lambda: frechet(moments(X[:1]), moments(X)),
+        lambda: frechet(moments(X), moments(WIDE)),
+        lambda: frechet(moments(X), gaussian(np.zeros(3), np.diag([1, np.inf, 1]))),
+        lambda: frechet_se(X[:30], moments(X), moments(X)),
+        lambda: frechet_se(X, moments(X), moments(X), np.zeros(30)),
+        lambda: frechet_se(X, moments(X), moments(X), np.arange(40)),
+        lambda: frechet_jackknife([moments(X)], moments(X)),
+        lambda: frechet_jackknife([moments(X), Moments(3)], moments(X)),
+        lambda: inception_score(X),
+        lambda: inception_score(np.full((20, 4), 0.5)),
+        lambda: inception_score(np.full(4, 0.25)),
+        lambda: inception_score(np.empty((0, 4))),
+        lambda: inception_score(np.full((20, 4), 0.25), block=0),
+        lambda: precision_recall(X, WIDE),
+        lambda: precision_recall(X, X[:3]),
+        lambda: precision_recall(X, X, k=0),
+        lambda: precision_recall(X, X, block=0),
+        lambda: precision_recall(X, np.vstack([X, BAD])),
+        lambda: proportion_se(1.2, 10),
+        lambda: proportion_se(0.5, 0),
+    ],
+)
 def test_bad_input_raises(call: Callable[[], object]):
     with pytest.raises(ValueError):
         call()

@@ -28,7 +28,9 @@ def written(path: Path, save: Callable[..., None] = np.savez, **arrays: Any) -> 
 def test_images_come_in_batches_in_file_order(save: Callable[..., None], size: int, tmp_path: Path):
     images = Images(written(tmp_path / "a.npz", save, arr_0=IMAGES, arr_1=np.arange(7)))
     batches = list(images.batches(size))
-    assert len(images) == 7 and [len(batch) for batch in batches[:-1]] == [size] * (len(batches) - 1)
+    assert len(images) == 7 and [len(batch) for batch in batches[:-1]] == [size] * (
+        len(batches) - 1
+    )
     np.testing.assert_array_equal(np.concatenate(batches), IMAGES)
     np.testing.assert_array_equal(images.labels, np.arange(7))
 
@@ -43,12 +45,18 @@ def test_the_second_npy_version_is_read(tmp_path: Path):
 
 def test_what_is_written_reads_back_with_numpy_and_here(tmp_path: Path):
     path, made = tmp_path / "a.npz", {"seed": 3, "labels": "random"}
-    write(path, iter([IMAGES[:4], IMAGES[4:]]), IMAGES.shape, np.arange(7), np.arange(7)[::-1], made)
+    write(
+        path, iter([IMAGES[:4], IMAGES[4:]]), IMAGES.shape, np.arange(7), np.arange(7)[::-1], made
+    )
     with np.load(path, allow_pickle=False) as plain:
         np.testing.assert_array_equal(plain["arr_0"], IMAGES)
         np.testing.assert_array_equal(plain["arr_1"], np.arange(7))
     images = Images(path)
-    assert images.made == made and images.index.tolist() == [6, 5, 4, 3, 2, 1, 0] and images.stray == []
+    assert (
+        images.made == made
+        and images.index.tolist() == [6, 5, 4, 3, 2, 1, 0]
+        and images.stray == []
+    )
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path):
@@ -67,7 +75,10 @@ def test_stray_statistics_in_a_sample_file_are_seen(tmp_path: Path):
 
 
 def test_statistics_keep_their_covariance(tmp_path: Path):
-    mean, root = np.random.default_rng(1).standard_normal(SPATIAL), np.random.default_rng(2).standard_normal(SPATIAL)
+    mean, root = (
+        np.random.default_rng(1).standard_normal(SPATIAL),
+        np.random.default_rng(2).standard_normal(SPATIAL),
+    )
     path = written(tmp_path / "a.npz", mu_s=mean, sigma_s=np.outer(root, root))
     found = statistics(path)
     assert set(found) == {"spatial"} and not has_images(path)
@@ -86,44 +97,64 @@ def object_array() -> ndarray:
     return array
 
 
-@pytest.mark.parametrize("arrays, complaint", [
-    (dict(images=IMAGES), "holds no images"),
-    (dict(arr_0=IMAGES / 255), "float64"),
-    (dict(arr_0=IMAGES.astype(np.int64)), "int64"),
-    (dict(arr_0=IMAGES.transpose(0, 3, 1, 2)), "expected images"),
-    (dict(arr_0=IMAGES[0]), "expected images"),
-    (dict(arr_0=IMAGES[:0]), "expected images"),
-    (dict(arr_0=np.asfortranarray(IMAGES)), "Fortran"),
-    (dict(arr_0=IMAGES, arr_1=np.arange(6)), "arr_1"),
-    (dict(arr_0=IMAGES, arr_1=np.zeros(7)), "arr_1"),
-    (dict(arr_0=object_array()), "object"),
-    (dict(arr_0=IMAGES, arr_1=object_array()), "arr_1 is object"),
-    (dict(arr_0=IMAGES, arr_1=np.arange(7) - 1), "arr_1 holds -1"),
-    (dict(arr_0=IMAGES, made=np.array("[1]")), "made, .* is no JSON object"),
-    (dict(arr_0=IMAGES, made=np.array("{")), "made, .* is no JSON object"),
-])
-def test_bad_sample_files_are_refused_in_one_line(arrays: dict[str, Any], complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    "arrays, complaint",
+    [
+        (dict(images=IMAGES), "holds no images"),
+        (dict(arr_0=IMAGES / 255), "float64"),
+        (dict(arr_0=IMAGES.astype(np.int64)), "int64"),
+        (dict(arr_0=IMAGES.transpose(0, 3, 1, 2)), "expected images"),
+        (dict(arr_0=IMAGES[0]), "expected images"),
+        (dict(arr_0=IMAGES[:0]), "expected images"),
+        (dict(arr_0=np.asfortranarray(IMAGES)), "Fortran"),
+        (dict(arr_0=IMAGES, arr_1=np.arange(6)), "arr_1"),
+        (dict(arr_0=IMAGES, arr_1=np.zeros(7)), "arr_1"),
+        (dict(arr_0=object_array()), "object"),
+        (dict(arr_0=IMAGES, arr_1=object_array()), "arr_1 is object"),
+        (dict(arr_0=IMAGES, arr_1=np.arange(7) - 1), "arr_1 holds -1"),
+        (dict(arr_0=IMAGES, made=np.array("[1]")), "made, .* is no JSON object"),
+        (dict(arr_0=IMAGES, made=np.array("{")), "made, .* is no JSON object"),
+    ],
+)
+def test_bad_sample_files_are_refused_in_one_line(
+    arrays: dict[str, Any], complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.chdir(tmp_path)
     path = written(tmp_path / "a.npz", **arrays)
     with pytest.raises(ValueError, match=complaint) as caught:
         Images(path)
-    assert "\n" not in str(caught.value) and "a.npz" in str(caught.value) and not Path("pickled-code-ran").exists()
+    assert (
+        "\n" not in str(caught.value)
+        and "a.npz" in str(caught.value)
+        and not Path("pickled-code-ran").exists()
+    )
 
 
-@pytest.mark.parametrize("arrays", [
-    dict(mu=np.zeros(POOL)),
-    dict(mu_s=np.zeros(SPATIAL), sigma_s=np.eye(3)),
-    dict(mu_s=np.full(SPATIAL, np.nan), sigma_s=np.zeros((SPATIAL, SPATIAL), np.float32)),
-    dict(mu_s=np.zeros(SPATIAL), sigma_s=-np.eye(SPATIAL, dtype=np.float32)),
-    dict(mu_s=np.zeros(SPATIAL), sigma_s=np.eye(SPATIAL, dtype=np.float32) + np.eye(SPATIAL, k=1, dtype=np.float32)),
-])
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        dict(mu=np.zeros(POOL)),
+        dict(mu_s=np.zeros(SPATIAL), sigma_s=np.eye(3)),
+        dict(mu_s=np.full(SPATIAL, np.nan), sigma_s=np.zeros((SPATIAL, SPATIAL), np.float32)),
+        dict(mu_s=np.zeros(SPATIAL), sigma_s=-np.eye(SPATIAL, dtype=np.float32)),
+        dict(
+            mu_s=np.zeros(SPATIAL),
+            sigma_s=np.eye(SPATIAL, dtype=np.float32) + np.eye(SPATIAL, k=1, dtype=np.float32),
+        ),
+    ],
+)
 def test_bad_statistics_are_refused(arrays: dict[str, ndarray], tmp_path: Path):
     with pytest.raises(ValueError, match="a.npz"):
         statistics(written(tmp_path / "a.npz", **arrays))
 
 
-@pytest.mark.parametrize("shape, complaint", [((10**12,), r"arr_1 is int64 \(1000000000000,\)"), ((7,), "arr_1 is not readable")])
-def test_a_header_that_claims_what_is_not_there_is_refused(shape: tuple[int, ...], complaint: str, tmp_path: Path):
+@pytest.mark.parametrize(
+    "shape, complaint",
+    [((10**12,), r"arr_1 is int64 \(1000000000000,\)"), ((7,), "arr_1 is not readable")],
+)
+def test_a_header_that_claims_what_is_not_there_is_refused(
+    shape: tuple[int, ...], complaint: str, tmp_path: Path
+):
     header, images = io.BytesIO(), io.BytesIO()
     npy.write_array_header_1_0(header, {"descr": "<i8", "fortran_order": False, "shape": shape})
     npy.write_array(images, IMAGES)
@@ -153,7 +184,9 @@ def test_what_is_no_archive_or_cut_short_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="not a readable"):
         Images(path)
     header = io.BytesIO()
-    npy.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (9, 5, 4, 3)})
+    npy.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": (9, 5, 4, 3)}
+    )
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("arr_0.npy", header.getvalue() + IMAGES.tobytes())
     with pytest.raises(ValueError, match="cut short after"):

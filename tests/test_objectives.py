@@ -15,7 +15,14 @@ from experiments.engine.flow import Flow
 from experiments.engine.generate import Counted
 from experiments.engine.noise import ImageNoise
 from experiments.engine.process import process
-from experiments.engine.samplers import Guided, ancestral, bind, ddim, dpm_solver, dpm_solver_diffusers
+from experiments.engine.samplers import (
+    Guided,
+    ancestral,
+    bind,
+    ddim,
+    dpm_solver,
+    dpm_solver_diffusers,
+)
 from experiments.engine.spec import Diffusion, Sampler
 
 MEAN, STD = 0.3, 0.7
@@ -28,7 +35,9 @@ def gaussian(diffusion: IDDPM) -> Model:
 
     def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         index = t.double().numpy() - diffusion.timesteps[0].item()
-        a = torch.from_numpy(np.exp(np.interp(index, np.arange(len(log_a)), log_a))).reshape(-1, 1, 1, 1)
+        a = torch.from_numpy(np.exp(np.interp(index, np.arange(len(log_a)), log_a))).reshape(
+            -1, 1, 1, 1
+        )
         return (1 - a**2).sqrt() * (x - a * MEAN) / (a**2 * STD**2 + 1 - a**2)
 
     return model
@@ -60,13 +69,30 @@ def test_betas_are_the_closed_forms():
 
 def test_a_declaration_becomes_its_process():
     old, new = IDDPM.linear(), process(Diffusion())
-    assert new.learned and torch.equal(old.betas, new.betas) and torch.equal(old.timesteps, new.timesteps)
+    assert (
+        new.learned
+        and torch.equal(old.betas, new.betas)
+        and torch.equal(old.timesteps, new.timesteps)
+    )
     uvit = process(UVIT)
-    assert (uvit.timesteps[0], uvit.timesteps[-1], uvit.learned, uvit.respaced(10).learned) == (1, 1000, False, False)
+    assert (uvit.timesteps[0], uvit.timesteps[-1], uvit.learned, uvit.respaced(10).learned) == (
+        1,
+        1000,
+        False,
+        False,
+    )
     assert isinstance(process(Diffusion("flow", path="gvp")), Flow)
 
 
-@pytest.mark.parametrize("change, words", [(dict(name="edm"), "iddpm, classify, flow"), (dict(betas="sigmoid"), "linear, cosine"), (dict(variance="none"), "learned, fixed"), (dict(name="flow", path="vp"), "linear, gvp")])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(name="edm"), "iddpm, classify, flow"),
+        (dict(betas="sigmoid"), "linear, cosine"),
+        (dict(variance="none"), "learned, fixed"),
+        (dict(name="flow", path="vp"), "linear, gvp"),
+    ],
+)
 def test_what_is_not_known_is_refused_with_what_is(change: dict[str, str], words: str):
     with pytest.raises(ValueError, match=f"known: {words}"):
         process(replace(Diffusion(), **change))
@@ -83,10 +109,18 @@ def test_the_loss_of_a_network_that_predicts_the_noise_alone():
 
     found = diffusion.losses(model, x0, labels(6), t, eps)
     a = np.sqrt(np.cumprod(1 - BETAS["stable_diffusion"](1000).numpy()))[t]
-    x_t = a[:, None, None, None] * x0.double().numpy() + np.sqrt(1 - a**2)[:, None, None, None] * eps.double().numpy()
+    x_t = (
+        a[:, None, None, None] * x0.double().numpy()
+        + np.sqrt(1 - a**2)[:, None, None, None] * eps.double().numpy()
+    )
     assert found.keys() == {"loss", "mse"} and torch.equal(seen[0][1], t + 1)
-    np.testing.assert_allclose(found["loss"].numpy(), ((eps.numpy() - np.sin(x_t)) ** 2).mean((1, 2, 3)), rtol=1e-5)
-    with pytest.raises(ValueError, match="fixed variance needs 2 output channels for 2 of data, the prediction has 4"):
+    np.testing.assert_allclose(
+        found["loss"].numpy(), ((eps.numpy() - np.sin(x_t)) ** 2).mean((1, 2, 3)), rtol=1e-5
+    )
+    with pytest.raises(
+        ValueError,
+        match="fixed variance needs 2 output channels for 2 of data, the prediction has 4",
+    ):
         diffusion.losses(lambda x, time, y: torch.cat([x, x], 1), x0, labels(6), t, eps)
 
 
@@ -98,15 +132,20 @@ def test_ancestral_sampling_with_the_posteriors_variance(betas: str):
     for i in reversed(range(200)):
         here, before = cumprod[i], cumprod[i - 1] if i else 1.0
         beta = 1 - here / before
-        gain = here**0.5 * STD**2 / (here * STD**2 + 1 - here)                       # slope of E[x0 | x]
+        gain = here**0.5 * STD**2 / (here * STD**2 + 1 - here)  # slope of E[x0 | x]
         c1, c2 = beta * before**0.5 / (1 - here), (1 - before) * (1 - beta) ** 0.5 / (1 - here)
         slope = c1 * gain + c2
-        mean, variance = slope * mean + c1 * MEAN * (1 - gain * here**0.5), slope**2 * variance + (beta * (1 - before) / (1 - here) if i else 0)
+        mean, variance = (
+            slope * mean + c1 * MEAN * (1 - gain * here**0.5),
+            slope**2 * variance + (beta * (1 - before) / (1 - here) if i else 0),
+        )
     original = process(Diffusion(betas=betas, variance="fixed"))
     first = torch.zeros(202, 1, 1, 1)
     first[0] = 1
     x = last(ancestral, diffusion, gaussian(original), labels(202), Given(first))
-    assert x[-1].item() == pytest.approx(mean, rel=1e-4) and (x[:-1] - x[-1]).square().sum().item() == pytest.approx(variance, rel=1e-4)
+    assert x[-1].item() == pytest.approx(mean, rel=1e-4) and (
+        x[:-1] - x[-1]
+    ).square().sum().item() == pytest.approx(variance, rel=1e-4)
     assert mean == pytest.approx(MEAN, rel=0.02) and variance == pytest.approx(STD**2, rel=0.1)
 
 
@@ -121,10 +160,20 @@ def test_dpm_solver_converges_to_the_flow_at_order_two():
     diffusion, first = process(UVIT), torch.linspace(-2, 2, 5).reshape(5, 1, 1, 1)
 
     def error(sampler, process: IDDPM, **options) -> float:
-        return (last(sampler, process, gaussian(diffusion), labels(5), Given(first), **options) - flowed(diffusion, first)).abs().max().item()
+        return (
+            (
+                last(sampler, process, gaussian(diffusion), labels(5), Given(first), **options)
+                - flowed(diffusion, first)
+            )
+            .abs()
+            .max()
+            .item()
+        )
 
     errors = [error(dpm_solver, diffusion, num_steps=n) for n in (64, 512, 1024, 2048)]
-    assert math.log2(errors[1] / errors[2]) == pytest.approx(2, abs=0.15) and math.log2(errors[2] / errors[3]) == pytest.approx(2, abs=0.1), errors
+    assert math.log2(errors[1] / errors[2]) == pytest.approx(2, abs=0.15) and math.log2(
+        errors[2] / errors[3]
+    ) == pytest.approx(2, abs=0.1), errors
     assert errors[0] < 0.7 * error(ddim, diffusion.respaced(64))
 
 
@@ -133,7 +182,13 @@ def test_dpm_solver_against_diffusers(num_steps: int):
     """These numbers divide 999, so that all times are steps, which is all that its scheduler knows."""
     scheduling = pytest.importorskip("diffusers.schedulers.scheduling_dpmsolver_multistep")
     diffusion = process(UVIT)
-    scheduler = scheduling.DPMSolverMultistepScheduler(trained_betas=diffusion.betas.numpy(), solver_order=2, algorithm_type="dpmsolver++", lower_order_final=False, final_sigmas_type="sigma_min")
+    scheduler = scheduling.DPMSolverMultistepScheduler(
+        trained_betas=diffusion.betas.numpy(),
+        solver_order=2,
+        algorithm_type="dpmsolver++",
+        lower_order_final=False,
+        final_sigmas_type="sigma_min",
+    )
     scheduler.set_timesteps(timesteps=list(range(999, 0, -999 // num_steps)))
     first = torch.randn(3, 2, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -142,15 +197,22 @@ def test_dpm_solver_against_diffusers(num_steps: int):
 
     expected = first
     for t in scheduler.timesteps:
-        expected = scheduler.step(model(expected, t.expand(3) + 1, labels(3)), t, expected).prev_sample
+        expected = scheduler.step(
+            model(expected, t.expand(3) + 1, labels(3)), t, expected
+        ).prev_sample
     found = last(dpm_solver, diffusion, model, labels(3), Given(first), num_steps=num_steps)
     torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("declared", [UVIT, Diffusion()], ids=["fixed variance", "learned variance"])
+@pytest.mark.parametrize(
+    "declared", [UVIT, Diffusion()], ids=["fixed variance", "learned variance"]
+)
 def test_the_scheduler_of_diffusers_leads_where_the_flow_does(declared: Diffusion):
     pytest.importorskip("diffusers")
-    diffusion, first = process(declared), torch.linspace(-2, 2, 5, dtype=torch.float64).reshape(5, 1, 1, 1)
+    diffusion, first = (
+        process(declared),
+        torch.linspace(-2, 2, 5, dtype=torch.float64).reshape(5, 1, 1, 1),
+    )
     exact, times = gaussian(diffusion), []
 
     def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -158,16 +220,31 @@ def test_the_scheduler_of_diffusers_leads_where_the_flow_does(declared: Diffusio
         return torch.cat([exact(x, t, y), torch.full_like(x, 7.0)][: 1 + diffusion.learned], dim=1)
 
     a = diffusion.alphas_cumprod[-1].sqrt()
-    end = MEAN + STD * (first - a * MEAN) / (a**2 * STD**2 + 1 - a**2).sqrt()         # no noise is left
-    coarse, fine = ((last(dpm_solver_diffusers, diffusion, model, labels(5), Given(first), num_steps=n) - end).abs().max().item() for n in (10, 100))
+    end = MEAN + STD * (first - a * MEAN) / (a**2 * STD**2 + 1 - a**2).sqrt()  # no noise is left
+    coarse, fine = (
+        (last(dpm_solver_diffusers, diffusion, model, labels(5), Given(first), num_steps=n) - end)
+        .abs()
+        .max()
+        .item()
+        for n in (10, 100)
+    )
     assert fine < 0.02 and fine < coarse / 4
-    assert len(times) == 110 and times[10] == 999 + declared.first_step and all(time == int(time) for time in times)
+    assert (
+        len(times) == 110
+        and times[10] == 999 + declared.first_step
+        and all(time == int(time) for time in times)
+    )
 
 
 def test_without_diffusers_its_scheduler_is_one_line(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "diffusers.schedulers.scheduling_dpmsolver_multistep", None)
     with pytest.raises(ValueError, match="dpm_solver_diffusers needs diffusers: pip install"):
-        last(bind(Sampler("dpm_solver_diffusers", num_steps=2), process(UVIT)), lambda x, t, y: x, labels(2), ImageNoise([0, 1], (1, 2, 2)))
+        last(
+            bind(Sampler("dpm_solver_diffusers", num_steps=2), process(UVIT)),
+            lambda x, t, y: x,
+            labels(2),
+            ImageNoise([0, 1], (1, 2, 2)),
+        )
 
 
 def test_dpm_solver_is_guided_at_every_step_of_its_recipe():
@@ -184,7 +261,12 @@ def test_an_image_depends_on_its_seed_and_not_on_the_batch(name: str):
     sample, seeds = bind(Sampler(name, num_steps=7), process(UVIT)), [3, 4, 5, 6]
 
     def sampled(start: int, stop: int) -> Tensor:
-        return last(sample, lambda x, t, y: torch.sin(x.flip(-1)), labels(stop - start), ImageNoise(seeds[start:stop], (1, 3, 5)))
+        return last(
+            sample,
+            lambda x, t, y: torch.sin(x.flip(-1)),
+            labels(stop - start),
+            ImageNoise(seeds[start:stop], (1, 3, 5)),
+        )
 
     torch.testing.assert_close(torch.cat([sampled(0, 1), sampled(1, 4)]), sampled(0, 4))
 
@@ -197,5 +279,13 @@ def test_a_sampler_of_another_process_is_refused_with_those_of_this_one():
 
 
 def test_eta_reaches_ddim():
-    drawn = [last(bind(Sampler("ddim", num_steps=4, eta=eta), process(UVIT)), lambda x, t, y: 0.1 * x, labels(2), ImageNoise([0, 1], (1, 2, 2))) for eta in (0.0, 1.0)]
+    drawn = [
+        last(
+            bind(Sampler("ddim", num_steps=4, eta=eta), process(UVIT)),
+            lambda x, t, y: 0.1 * x,
+            labels(2),
+            ImageNoise([0, 1], (1, 2, 2)),
+        )
+        for eta in (0.0, 1.0)
+    ]
     assert not torch.allclose(*drawn)

@@ -19,7 +19,17 @@ from experiments.engine.store import Store
 from experiments.main_results import TABLE_1
 from experiments.protocols import IMAGENET256, cost_stage, evaluate_stage, train_stage
 
-PROVENANCE = {"device": "a GPU", "cpu": "a", "cpu_count": 2, "torch": "b", "python": "3", "dirty": False, "commit": "c" * 40, "world_size": 8, "precision_flags": {"matmul_tf32": False}}
+PROVENANCE = {
+    "device": "a GPU",
+    "cpu": "a",
+    "cpu_count": 2,
+    "torch": "b",
+    "python": "3",
+    "dirty": False,
+    "commit": "c" * 40,
+    "world_size": 8,
+    "precision_flags": {"matmul_tf32": False},
+}
 
 
 def sources(store: Store) -> Sources:
@@ -29,11 +39,26 @@ def sources(store: Store) -> Sources:
 
 def scored(store: Store, stage: Any, fid: float, error: float | None = 0.5) -> None:
     values = {"fid": fid, "fid_se": error, "sfid": 9.0, "is": 20.0, "precision": 0.5, "recall": 0.5}
-    store.append(stage, "done", values | {"manifest": manifest(canonical(stage, full=True), {}, {})}, PROVENANCE)
+    store.append(
+        stage,
+        "done",
+        values | {"manifest": manifest(canonical(stage, full=True), {}, {})},
+        PROVENANCE,
+    )
 
 
 def timed(store: Store, stage: Timing, rate: float, spread: float) -> None:
-    store.append(stage, "done", {"images_per_s": rate, "images_per_s_spread": spread, "relative": 1.0, "relative_spread": 0.0}, PROVENANCE)
+    store.append(
+        stage,
+        "done",
+        {
+            "images_per_s": rate,
+            "images_per_s_spread": spread,
+            "relative": 1.0,
+            "relative_spread": 0.0,
+        },
+        PROVENANCE,
+    )
 
 
 def on_gpu(name: str, side: int) -> Timing:
@@ -43,7 +68,12 @@ def on_gpu(name: str, side: int) -> Timing:
 def bars(axes: Any) -> list[list[tuple[float, float]]]:
     """Both ends of every error bar, in drawing order, without those of unknown length."""
     lines = [container.lines[2] for container in axes.containers if hasattr(container, "has_xerr")]
-    ends = [[tuple(map(float, point)) for point in segment] for found in lines for part in found for segment in part.get_segments()]
+    ends = [
+        [tuple(map(float, point)) for point in segment]
+        for found in lines
+        for part in found
+        for segment in part.get_segments()
+    ]
     return [bar for bar in ends if bar and not math.isnan(sum(map(sum, bar)))]
 
 
@@ -59,16 +89,34 @@ def test_figure_9_draws_our_longest_training_over_the_authors(tmp_path: Path):
     store = Store(tmp_path)
     for steps, loss in ((50_000, 0.17), (100_000, 0.16)):
         curve = {"every": 40_000, "losses": [loss] * -(-steps // 40_000)}
-        store.append(train_stage(progress_row("DiCo-S"), stopped(steps), 0), "done", {"steps": steps, "curve": curve}, PROVENANCE)
-    store.append(train_stage(progress_row("DiCo-B"), stopped(50_000), 0), "done", {"steps": 50_000}, PROVENANCE)
+        store.append(
+            train_stage(progress_row("DiCo-S"), stopped(steps), 0),
+            "done",
+            {"steps": steps, "curve": curve},
+            PROVENANCE,
+        )
+    store.append(
+        train_stage(progress_row("DiCo-B"), stopped(50_000), 0),
+        "done",
+        {"steps": 50_000},
+        PROVENANCE,
+    )
     whole = {"steps": 3_750_000, "curve": {"every": 2_000_000, "losses": [0.15, 0.14]}}
     store.append(train_stage(*CONFIGURATIONS["DiCo-XL 256"], 0), "done", whole, PROVENANCE)
-    assert said(figures.losses(Sources(tmp_path / "none"))) == "ours on ImageNet 256: 0 of the 4 trainings are recorded here"
+    assert (
+        said(figures.losses(Sources(tmp_path / "none")))
+        == "ours on ImageNet 256: 0 of the 4 trainings are recorded here"
+    )
     made = figures.losses(sources(store))
     for panel in made.axes[:2]:
         ours = labelled(panel)
-        assert ours["DiCo-S, ours"].get_xdata().tolist() == [20.0, 60.0, 90.0] and set(ours["DiCo-S, ours"].get_ydata()) == {0.16}
-        assert ours["DiCo-XL, ours"].get_xdata().tolist() == [1000.0, 2875.0] and "DiCo-B, ours" not in ours
+        assert ours["DiCo-S, ours"].get_xdata().tolist() == [20.0, 60.0, 90.0] and set(
+            ours["DiCo-S, ours"].get_ydata()
+        ) == {0.16}
+        assert (
+            ours["DiCo-XL, ours"].get_xdata().tolist() == [1000.0, 2875.0]
+            and "DiCo-B, ours" not in ours
+        )
     assert said(made) == "ours on ImageNet 256: 2 of the 4 trainings are recorded here"
 
 
@@ -78,14 +126,31 @@ def test_training_efficiency_draws_our_trainings_by_counts_and_hours(tmp_path: P
     scored(store, evaluate_stage(row, stopped(100_000), 0), 70.0)
     scored(store, evaluate_stage(progress_row("DiCo-B"), stopped(50_000), 0), 60.0)
     store.append(cost_stage(row), "done", {"macs_torchprofile": 4e9}, PROVENANCE)
-    store.append(train_stage(row, stopped(100_000), 0), "done", {"steps": 100_000, "images_per_s": 2560.0}, PROVENANCE)
-    store.append(train_stage(row, stopped(50_000), 0), "done", {"steps": 50_000, "images_per_s": 2560.0}, PROVENANCE | {"device": "cpu"})
-    assert said(figures_efficiency.training_efficiency(Sources(tmp_path / "none"))) == "ours on ImageNet 256: 0 of the 32 published points left, 0 in the middle"
+    store.append(
+        train_stage(row, stopped(100_000), 0),
+        "done",
+        {"steps": 100_000, "images_per_s": 2560.0},
+        PROVENANCE,
+    )
+    store.append(
+        train_stage(row, stopped(50_000), 0),
+        "done",
+        {"steps": 50_000, "images_per_s": 2560.0},
+        PROVENANCE | {"device": "cpu"},
+    )
+    assert (
+        said(figures_efficiency.training_efficiency(Sources(tmp_path / "none")))
+        == "ours on ImageNet 256: 0 of the 32 published points left, 0 in the middle"
+    )
     made = figures_efficiency.training_efficiency(sources(store))
     left, middle = made.axes[:2]
     macs, hours = (labelled(panel)["DiCo-S, ours"] for panel in (left, middle))
-    assert macs.get_xdata().tolist() == [3 * 256 * 4e9 * steps for steps in (50_000, 100_000)] and macs.get_ydata().tolist() == [90.0, 70.0]
-    assert hours.get_xdata().tolist() == pytest.approx([8 * 100_000 * 256 / 2560 / 3600]) and hours.get_ydata().tolist() == [70.0]
+    assert macs.get_xdata().tolist() == [
+        3 * 256 * 4e9 * steps for steps in (50_000, 100_000)
+    ] and macs.get_ydata().tolist() == [90.0, 70.0]
+    assert hours.get_xdata().tolist() == pytest.approx(
+        [8 * 100_000 * 256 / 2560 / 3600]
+    ) and hours.get_ydata().tolist() == [70.0]
     assert [[y for _, y in bar] for bar in bars(left)] == [[89.5, 90.5], [69.5, 70.5]]
     assert said(made) == "ours on ImageNet 256: 2 of the 32 published points left, 1 in the middle"
 
@@ -107,7 +172,11 @@ def test_figure_2_has_the_errors_of_score_and_speed(tmp_path: Path):
 def test_figure_3_has_the_spread_of_runtimes(tmp_path: Path):
     store = Store(tmp_path)
     timed(store, on_gpu("dico_xl", 64), 50.0, 5.0)
-    (size,) = [stage for stage in speed.figure_3("cuda") if (stage.backbone.name, stage.size, stage.precision) == ("dit_s_2", 64, "bf16")]
+    (size,) = [
+        stage
+        for stage in speed.figure_3("cuda")
+        if (stage.backbone.name, stage.size, stage.precision) == ("dit_s_2", 64, "bf16")
+    ]
     timed(store, size, 100.0, 1.0)
     left, _, right = figures.runtime(sources(store)).axes
     assert [[x for x, _ in bar] for bar in bars(left)] == [pytest.approx([18.0, 22.0])]

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from latent_sets import picture, write_pictures
 from PIL import Image
 
 from experiments.engine.pictures import centre_crop, counted, find_pictures, read_picture
-from latent_sets import picture, write_pictures
 
 
 def resampled(rows: np.ndarray, size: int, kernel: str) -> np.ndarray:
@@ -22,13 +22,21 @@ def resampled(rows: np.ndarray, size: int, kernel: str) -> np.ndarray:
         centre = (place + 0.5) * step
         at = np.arange(max(0, int(centre - reach + 0.5)), min(n, int(centre + reach + 0.5)))
         distance = (at + 0.5 - centre) / max(step, 1.0)
-        weights = np.where((distance > -0.5) & (distance <= 0.5), 1.0, 0.0) if kernel == "box" else cubic(np.abs(distance))
+        weights = (
+            np.where((distance > -0.5) & (distance <= 0.5), 1.0, 0.0)
+            if kernel == "box"
+            else cubic(np.abs(distance))
+        )
         out.append(np.tensordot(weights / weights.sum(), rows[at].astype(float), axes=1))
     return np.array(out)
 
 
 def cubic(d: np.ndarray) -> np.ndarray:
-    return np.where(d < 1, 1.5 * d**3 - 2.5 * d**2 + 1, np.where(d < 2, -0.5 * d**3 + 2.5 * d**2 - 4 * d + 2, 0.0))
+    return np.where(
+        d < 1,
+        1.5 * d**3 - 2.5 * d**2 + 1,
+        np.where(d < 2, -0.5 * d**3 + 2.5 * d**2 - 4 * d + 2, 0.0),
+    )
 
 
 def half_even(value: Fraction) -> int:
@@ -41,19 +49,38 @@ def crop(pixels: np.ndarray, size: int) -> np.ndarray:
     def resize(pixels: np.ndarray, height: int, width: int, kernel: str) -> np.ndarray:
         for axis, length in ((1, width), (0, height)):
             if pixels.shape[axis] != length:
-                pixels = np.moveaxis(resampled(np.moveaxis(pixels, axis, 0), length, kernel), 0, axis)
+                pixels = np.moveaxis(
+                    resampled(np.moveaxis(pixels, axis, 0), length, kernel), 0, axis
+                )
                 pixels = np.floor(pixels + 0.5).clip(0, 255)
         return pixels
 
     while min(pixels.shape[:2]) >= 2 * size:
         pixels = resize(pixels, pixels.shape[0] // 2, pixels.shape[1] // 2, "box")
     short = min(pixels.shape[:2])
-    pixels = resize(pixels, *(half_even(Fraction(length * size, short)) for length in pixels.shape[:2]), "bicubic")
+    pixels = resize(
+        pixels,
+        *(half_even(Fraction(length * size, short)) for length in pixels.shape[:2]),
+        "bicubic",
+    )
     top, left = ((length - size) // 2 for length in pixels.shape[:2])
     return pixels[top : top + size, left : left + size]
 
 
-@pytest.mark.parametrize("width, height", [(64, 64), (91, 70), (127, 200), (128, 128), (301, 257), (50, 33), (65, 64), (64, 67), (519, 260)])
+@pytest.mark.parametrize(
+    "width, height",
+    [
+        (64, 64),
+        (91, 70),
+        (127, 200),
+        (128, 128),
+        (301, 257),
+        (50, 33),
+        (65, 64),
+        (64, 67),
+        (519, 260),
+    ],
+)
 def test_the_crop_is_adms(width: int, height: int):
     image = picture(width, width, height)
     found, expected = centre_crop(image, 64), crop(np.asarray(image), 64)
@@ -106,7 +133,11 @@ def test_pictures_are_listed_by_class_and_name(tmp_path: Path):
 
 def test_folders_that_do_not_fit_are_refused_in_a_line(tmp_path: Path):
     root = write_pictures(tmp_path / "train")
-    for path, words in ((tmp_path / "no", "is no folder"), (root, "holds 3 class folders, 1000 are needed"), (tmp_path, "train may be meant")):
+    for path, words in (
+        (tmp_path / "no", "is no folder"),
+        (root, "holds 3 class folders, 1000 are needed"),
+        (tmp_path, "train may be meant"),
+    ):
         with pytest.raises(ValueError, match=words):
             find_pictures(path, 1000)
     (root / "n03").mkdir()
@@ -114,7 +145,9 @@ def test_folders_that_do_not_fit_are_refused_in_a_line(tmp_path: Path):
         find_pictures(root, 4)
 
 
-def test_a_class_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_class_folder_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     root, listing = write_pictures(tmp_path), Path.iterdir
 
     def refuse(path: Path):
@@ -127,7 +160,10 @@ def test_a_class_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch
         find_pictures(root, 3)
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"\0" * len(data)])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"\0" * len(data)],
+)
 def test_a_damaged_picture_is_named(tmp_path: Path, damage):
     root = write_pictures(tmp_path)
     path = root / "n02" / "0.JPEG"
@@ -140,6 +176,8 @@ def test_a_damaged_picture_is_named(tmp_path: Path, damage):
 def test_sixteen_bits_a_level_are_refused_and_not_clipped_to_white(tmp_path: Path):
     levels = np.random.default_rng(0).integers(0, 2**16, (70, 64), dtype=np.uint16)
     Image.fromarray(levels).save(tmp_path / "deep.png")
-    with pytest.raises(ValueError, match=r"deep\.png cannot be decoded: its levels are no bytes") as failure:
+    with pytest.raises(
+        ValueError, match=r"deep\.png cannot be decoded: its levels are no bytes"
+    ) as failure:
         read_picture(tmp_path / "deep.png", 64)
     assert "\n" not in str(failure.value)

@@ -23,14 +23,20 @@ def pictures(tmp_path: Path) -> Path:
     for name, sides in (("b", [(37, 90), (64, 33)]), ("a", [(40, 41)])):
         (tmp_path / "pictures" / name).mkdir(parents=True)
         for i, (height, width) in enumerate(sides):
-            Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(tmp_path / "pictures" / name / f"{i}.png")
+            Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(
+                tmp_path / "pictures" / name / f"{i}.png"
+            )
     return tmp_path / "pictures"
 
 
-def test_what_is_written_is_what_is_loaded(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_is_written_is_what_is_loaded(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(sources, "ROOT", tmp_path / "data")
     wanted = Data("imagenet16_pixels", 16, 3, 2)
-    with pytest.raises(ValueError, match="needs images.npy and labels.npy in data/imagenet16_pixels"):
+    with pytest.raises(
+        ValueError, match="needs images.npy and labels.npy in data/imagenet16_pixels"
+    ):
         sources.require_data(wanted)
     assert prepare_pixels.prepare(pictures, sources.folder_of(wanted), 16, 2, workers=2) == (3, "")
     images, labels = data.load(wanted).take(torch.arange(3))
@@ -49,7 +55,11 @@ def test_a_broken_picture_leaves_nothing_behind(pictures: Path, tmp_path: Path):
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
-def test_a_wrong_folder_is_one_line(pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setattr(sys, "argv", ["prepare_pixels.py", "--size", "64", "--images", str(pictures)])
+def test_a_wrong_folder_is_one_line(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(
+        sys, "argv", ["prepare_pixels.py", "--size", "64", "--images", str(pictures)]
+    )
     assert prepare_pixels.main() == 2
     assert capsys.readouterr().err == f"error: {pictures} holds 2 class folders, 1000 are needed\n"

@@ -8,7 +8,14 @@ import torch
 from torch import nn
 
 import backbones
-from analysis.probes.channels import Redundancy, effective_rank, first_stage, last_mixer, mean_correlation, record
+from analysis.probes.channels import (
+    Redundancy,
+    effective_rank,
+    first_stage,
+    last_mixer,
+    mean_correlation,
+    record,
+)
 
 
 def features(n: int, c: int, h: int, w: int) -> torch.Tensor:
@@ -19,7 +26,9 @@ def test_effective_rank_of_known_matrices():
     assert effective_rank(torch.eye(5).double()) == pytest.approx(5)
     assert effective_rank(torch.ones(5, 5).double()) == pytest.approx(1, abs=1e-5)
     singular = torch.tensor([3.0, 1.0]).double()  # p = 3/4, 1/4
-    assert effective_rank(torch.diag(singular**2)) == pytest.approx(math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)))
+    assert effective_rank(torch.diag(singular**2)) == pytest.approx(
+        math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
+    )
     with pytest.raises(ValueError, match="do not vary"):
         effective_rank(torch.zeros(3, 3))
 
@@ -46,7 +55,9 @@ def test_streaming_equals_one_shot():
     torch.testing.assert_close(parts.activation(), x.clamp(min=0).mean((0, 2, 3)))
     rank = torch.linalg.svdvals((x - x.mean((0, 2, 3), keepdim=True)).movedim(1, -1).reshape(-1, 5))
     share = rank / rank.sum()
-    assert whole.scalars()["effective_rank"] == pytest.approx(math.exp(-(share * share.log()).sum()))
+    assert whole.scalars()["effective_rank"] == pytest.approx(
+        math.exp(-(share * share.log()).sum())
+    )
 
 
 def test_near_dead_channels_are_counted():
@@ -61,7 +72,12 @@ def test_near_dead_channels_are_counted():
 
 def tiny(name: str, **options: object) -> nn.Module:
     torch.manual_seed(0)
-    model = backbones.build(name, **backbones.tiny_options_of(name) | dict(input_size=8, in_channels=3, num_classes=5) | options)
+    model = backbones.build(
+        name,
+        **backbones.tiny_options_of(name)
+        | dict(input_size=8, in_channels=3, num_classes=5)
+        | options,
+    )
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
     return model.eval()
@@ -79,15 +95,23 @@ def test_the_last_mixer_is_what_the_last_gate_multiplies(name: str):
     x, t, y = features(2, 3, 8, 8).float(), torch.tensor([5, 5]), torch.tensor([0, 4])
     module = last_mixer(model)
     arrays, values = record(model, module, walk, keep_maps=False)
-    assert arrays["activation"].shape[0] == 2 and (arrays["activation"] >= 0).all() and set(values) == {"near_dead", "effective_rank", "relative_rank", "correlation"}
-    block = [part for part in model.modules() if type(part).__name__ in ("DiCoBlock", "DiTBlock", "Block")][-1]
+    assert (
+        arrays["activation"].shape[0] == 2
+        and (arrays["activation"] >= 0).all()
+        and set(values) == {"near_dead", "effective_rank", "relative_rank", "correlation"}
+    )
+    block = [
+        part
+        for part in model.modules()
+        if type(part).__name__ in ("DiCoBlock", "DiTBlock", "Block")
+    ][-1]
     with torch.no_grad():
         handle = module.register_forward_hook(lambda _, __, out: torch.zeros_like(out))
         silenced = model(x, t, y)
         handle.remove()
         rows = block.adaLN_modulation[1].weight.shape[0] // 6
-        block.adaLN_modulation[1].weight[2 * rows:3 * rows].zero_()
-        block.adaLN_modulation[1].bias[2 * rows:3 * rows].zero_()
+        block.adaLN_modulation[1].weight[2 * rows : 3 * rows].zero_()
+        block.adaLN_modulation[1].bias[2 * rows : 3 * rows].zero_()
         torch.testing.assert_close(model(x, t, y), silenced)
 
 
@@ -100,7 +124,12 @@ def test_features_are_the_first_stages_output():
         walk(model)
     handle.remove()
     assert arrays["maps"].shape == (2, 12, 8, 8)
-    torch.testing.assert_close(torch.from_numpy(arrays["maps"]).float(), torch.stack([x[0] for x in seen]), rtol=2e-3, atol=1e-3)
+    torch.testing.assert_close(
+        torch.from_numpy(arrays["maps"]).float(),
+        torch.stack([x[0] for x in seen]),
+        rtol=2e-3,
+        atol=1e-3,
+    )
 
 
 def test_networks_without_what_is_probed_say_so():

@@ -19,12 +19,37 @@ def transformer(name: str) -> nn.Module:
     torch.manual_seed(0)
     small = dict(num_attention_heads=2, attention_head_dim=8)
     if name == "DiT":
-        return diffusers.DiTTransformer2DModel(**small, in_channels=4, out_channels=8, num_layers=2, sample_size=6, patch_size=2, num_embeds_ada_norm=10)
+        return diffusers.DiTTransformer2DModel(
+            **small,
+            in_channels=4,
+            out_channels=8,
+            num_layers=2,
+            sample_size=6,
+            patch_size=2,
+            num_embeds_ada_norm=10,
+        )
     if name == "PixArt":
-        return diffusers.PixArtTransformer2DModel(**small, in_channels=4, out_channels=8, num_layers=2, sample_size=6, patch_size=2,
-                                                  caption_channels=12, cross_attention_dim=16)
-    return diffusers.FluxTransformer2DModel(**small, patch_size=1, in_channels=8, num_layers=1, num_single_layers=2, joint_attention_dim=12,
-                                            pooled_projection_dim=10, axes_dims_rope=(2, 2, 4), guidance_embeds=True)
+        return diffusers.PixArtTransformer2DModel(
+            **small,
+            in_channels=4,
+            out_channels=8,
+            num_layers=2,
+            sample_size=6,
+            patch_size=2,
+            caption_channels=12,
+            cross_attention_dim=16,
+        )
+    return diffusers.FluxTransformer2DModel(
+        **small,
+        patch_size=1,
+        in_channels=8,
+        num_layers=1,
+        num_single_layers=2,
+        joint_attention_dim=12,
+        pooled_projection_dim=10,
+        axes_dims_rope=(2, 2, 4),
+        guidance_embeds=True,
+    )
 
 
 def adapted(name: str) -> Adapted:
@@ -41,7 +66,12 @@ def test_rows_are_the_models_own_attention(name: str):
             out = func(*args, **(kwargs or {}))
             if func is torch.nn.functional.scaled_dot_product_attention:
                 given = kwargs or {}
-                outputs.append(tuple(given[name] if name in given else args[i] for i, name in enumerate(("query", "key"))))
+                outputs.append(
+                    tuple(
+                        given[name] if name in given else args[i]
+                        for i, name in enumerate(("query", "key"))
+                    )
+                )
             return out
 
     x = torch.randn(2, model.channels, *model.input_grid)
@@ -56,23 +86,40 @@ def test_rows_are_the_models_own_attention(name: str):
     for call, (q, k) in zip(seen, own, strict=True):
         full = ((q @ k.mT) / q.shape[-1] ** 0.5).softmax(-1)
         image = full[:, 1, text:, text:]
-        torch.testing.assert_close(call.weights.rows(1, torch.arange(tokens)), image / image.sum(-1, keepdim=True), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(
+            call.weights.rows(1, torch.arange(tokens)),
+            image / image.sum(-1, keepdim=True),
+            rtol=1e-5,
+            atol=1e-7,
+        )
 
 
 @pytest.mark.parametrize("name", ["DiT", "PixArt", "Flux"])
 def test_the_whole_walk(name: str):
     model = adapted(name)
-    spec = DiffusersLocality(type(model.model).__name__, "0" * 64, steps=3, images=2, gradient_queries=4 if name == "DiT" else 0)
+    spec = DiffusersLocality(
+        type(model.model).__name__,
+        "0" * 64,
+        steps=3,
+        images=2,
+        gradient_queries=4 if name == "DiT" else 0,
+    )
     arrays, values = run(spec, model, torch.device("cpu"), memory=64)
-    assert arrays["timesteps"].shape == (3,) and values["attention"]["parts"] == 2 * len(model.layers())
-    assert 0 < values["attention"]["distance"] < 2 and ("network gradient" in values) == (name == "DiT")
+    assert arrays["timesteps"].shape == (3,) and values["attention"]["parts"] == 2 * len(
+        model.layers()
+    )
+    assert 0 < values["attention"]["distance"] < 2 and ("network gradient" in values) == (
+        name == "DiT"
+    )
 
 
 def test_a_folder_is_loaded_without_code(tmp_path):
     model = transformer("PixArt")
     model.save_pretrained(tmp_path / "pipeline" / "transformer")
     loaded = load(tmp_path / "pipeline")
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True)
+    )
 
 
 def test_bad_folders_and_embeddings(tmp_path):

@@ -48,8 +48,18 @@ print(1024 * (status("VmHWM") - before))
 def taken(depth: int, heads: int, held: bool = False) -> float:
     """Peak memory of a probed pass over what was resident before it, in MiB."""
     command = [sys.executable, "-c", PASS, str(depth), str(heads), str(int(held))]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}  # what is freed is given back: resident is what is held
-    return int(subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True).stdout) / MIB
+    environment = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "0",
+    }  # what is freed is given back: resident is what is held
+    return (
+        int(
+            subprocess.run(
+                command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True
+            ).stdout
+        )
+        / MIB
+    )
 
 
 def weights_of_a_layer(heads: int) -> float:
@@ -63,7 +73,9 @@ def test_memory_grows_with_neither_layers_nor_heads():
     base = taken(2, 16)
     assert taken(5, 16) - base < weights_of_a_layer(16) / 8
     assert taken(2, 48) - base < weights_of_a_layer(48 - 16) / 8
-    activations = 4 * TOKENS * (4 + 4 + 3 + 2) * WIDTH / MIB  # MLP before and after its activation, q k v, input and output
+    activations = (
+        4 * TOKENS * (4 + 4 + 3 + 2) * WIDTH / MIB
+    )  # MLP before and after its activation, q k v, input and output
     assert base < activations + 8  # the probe's own allowance
 
 

@@ -16,9 +16,15 @@ def test_every_level_survives_the_way_there_and_back():
 
 def test_it_rounds_half_up_and_clips():
     values = np.random.default_rng(0).uniform(-1.3, 1.3, (7, 3, 5, 11))
-    expected = np.clip(np.floor(127.5 * values.astype(np.float32).astype(np.float64) + 127.5 + 0.5), 0, 255)
+    expected = np.clip(
+        np.floor(127.5 * values.astype(np.float32).astype(np.float64) + 127.5 + 0.5), 0, 255
+    )
     got = to_uint8(torch.from_numpy(values).float())
-    assert got.dtype == torch.uint8 and (got.numpy() == expected).mean() > 0.9999 and np.abs(got.numpy() - expected).max() <= 1
+    assert (
+        got.dtype == torch.uint8
+        and (got.numpy() == expected).mean() > 0.9999
+        and np.abs(got.numpy() - expected).max() <= 1
+    )
     assert to_uint8(torch.tensor([-1, 0, 1, 9.0, -9.0])).tolist() == [0, 128, 255, 255, 0]
 
 

@@ -28,7 +28,9 @@ def mamba(mixer: nn.Module, x: Tensor, z: Tensor, end: str = "") -> Tensor:
     rank, (inner, states), taps = dt_proj.in_features, a.shape, conv.kernel_size[0]
     h, rows = torch.zeros(inner, states, dtype=x.dtype), []
     for t in range(len(x)):
-        past = sum(conv.weight[:, 0, taps - 1 - back] * x[t - back] for back in range(min(taps, t + 1)))
+        past = sum(
+            conv.weight[:, 0, taps - 1 - back] * x[t - back] for back in range(min(taps, t + 1))
+        )
         u = silu(past + conv.bias)
         step, b, c = (x_proj.weight @ u).split([rank, states, states])
         dt = torch.log1p(torch.exp(dt_proj.weight @ step + dt_proj.bias))
@@ -44,7 +46,9 @@ def one_way(mixer: nn.Module, x: Tensor) -> Tensor:
 
 def both_ways(mixer: nn.Module, x: Tensor) -> Tensor:
     inner, z = (x @ mixer.in_proj.weight.T).chunk(2, dim=-1)
-    return (mamba(mixer, inner, z) + mamba(mixer, inner.flip(0), z.flip(0), "_b").flip(0)) @ mixer.out_proj.weight.T
+    return (
+        mamba(mixer, inner, z) + mamba(mixer, inner.flip(0), z.flip(0), "_b").flip(0)
+    ) @ mixer.out_proj.weight.T
 
 
 def gated_linear(mixer: nn.Module, x: Tensor) -> Tensor:
@@ -55,7 +59,9 @@ def gated_linear(mixer: nn.Module, x: Tensor) -> Tensor:
         state, rows = torch.zeros(4, 8, dtype=x.dtype), []
         for token in x:
             decay = torch.sigmoid(mixer.gk_proj(token)[key]) ** (1 / 16)
-            state = decay[:, None] * state + torch.outer(mixer.k_proj(token)[key], mixer.v_proj(token)[value])
+            state = decay[:, None] * state + torch.outer(
+                mixer.k_proj(token)[key], mixer.v_proj(token)[value]
+            )
             o = mixer.q_proj(token)[key] / 2 @ state
             o = o / (o.square().mean() + 1e-6).sqrt() * mixer.g_norm_swish_gate.weight
             rows.append(o * silu(mixer.g_proj(token)[value]))
@@ -69,7 +75,9 @@ def zero_order_hold(ssm: nn.Module, u: Tensor) -> Tensor:
     dt, state, columns = ssm.log_dt.exp(), torch.zeros(4, 3, dtype=torch.complex128), []
     for t in range(u.shape[1]):
         state = (dt * a).exp() * state + ((dt * a).exp() - 1) / a * u[:, t, None]
-        columns.append((torch.view_as_complex(ssm.out) * state).sum(dim=-1).real + ssm.skip[:, 0] * u[:, t])
+        columns.append(
+            (torch.view_as_complex(ssm.out) * state).sum(dim=-1).real + ssm.skip[:, 0] * u[:, t]
+        )
     return torch.stack(columns, dim=-1)
 
 
@@ -81,17 +89,35 @@ MIXERS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], T
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("choices", [{}, dict(selective_scan="reference", causal_conv="reference", gated_linear="reference", diagonal_ssm="reference")], ids=["chosen", "references"])
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {},
+        dict(
+            selective_scan="reference",
+            causal_conv="reference",
+            gated_linear="reference",
+            diagonal_ssm="reference",
+        ),
+    ],
+    ids=["chosen", "references"],
+)
 @pytest.mark.parametrize("name", MIXERS)
 def test_a_mixer_is_its_recurrence(name: str, choices: dict[str, str]):
     """Outputs, and the gradients of the input and of every parameter."""
     make, recurrence, shape = MIXERS[name]
     mixer = make().double()
-    x, probe = torch.randn(2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    x, probe = torch.randn(
+        2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5)
+    )
     wanted = [x.requires_grad_(), *(p for p in mixer.parameters() if p.requires_grad)]
     truth = recurrence(mixer, x)
     with use(**choices):
         out = mixer(x[None])[0]
-    found = zip((out, *torch.autograd.grad(out, wanted, probe)), (truth, *torch.autograd.grad(truth, wanted, probe)), strict=True)
+    found = zip(
+        (out, *torch.autograd.grad(out, wanted, probe)),
+        (truth, *torch.autograd.grad(truth, wanted, probe)),
+        strict=True,
+    )
     for value, expected in found:
         assert expected.any() and relative_rms(value, expected) <= 1e-11

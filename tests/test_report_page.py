@@ -25,7 +25,9 @@ from experiments.engine.store import REPOSITORY
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of the committed records, with two figures only, since a slow test has all."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "FIGURES", {name: FIGURES[name] for name in ("figure3_runtime", "seed_spread")})
+        patch.setattr(
+            report, "FIGURES", {name: FIGURES[name] for name in ("figure3_runtime", "seed_spread")}
+        )
         return built(tmp_path_factory.mktemp("page"))
 
 
@@ -52,23 +54,36 @@ def browser() -> Iterator[Any]:
 
 
 def column(browser: Any, table: str, index: int) -> list[str]:
-    return browser.execute_script(f"return [...document.querySelectorAll('#{table} tbody tr')].map(row => row.cells[{index}].textContent.trim())")
+    return browser.execute_script(
+        f"return [...document.querySelectorAll('#{table} tbody tr')].map(row => row.cells[{index}].textContent.trim())"
+    )
 
 
 def test_the_page_is_one_file_of_at_most_15_mb_that_asks_for_nothing(page: Path):
     text = page.read_text(encoding="utf-8")
-    shell = re.sub(r'<script type="text/plain".*?</script>|<style>.*?</style>|src="data:[^"]*"', "", text, flags=re.DOTALL)
-    assert page.stat().st_size < 15e6 and not re.search(r"""(?:src|href)=["'](?!#)|url\(|@import|https?://""", shell)
+    shell = re.sub(
+        r'<script type="text/plain".*?</script>|<style>.*?</style>|src="data:[^"]*"',
+        "",
+        text,
+        flags=re.DOTALL,
+    )
+    assert page.stat().st_size < 15e6 and not re.search(
+        r"""(?:src|href)=["'](?!#)|url\(|@import|https?://""", shell
+    )
 
 
-def test_libraries_that_are_missing_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+def test_libraries_that_are_missing_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
     def gone(name: str) -> Path:
         raise ModuleNotFoundError(f"No module named {name!r}")
 
     monkeypatch.setattr(report, "files", gone)
     monkeypatch.setattr("sys.argv", ["report", "--output", str(tmp_path / "page.html")])
     assert report.main() == 2 and not list(tmp_path.iterdir())
-    assert capsys.readouterr().err.splitlines() == ["error: the page embeds plotly.js and DataTables, and No module named 'plotly'; pip install -e .[report]"]
+    assert capsys.readouterr().err.splitlines() == [
+        "error: the page embeds plotly.js and DataTables, and No module named 'plotly'; pip install -e .[report]"
+    ]
 
 
 def test_what_could_not_be_built_stands_on_the_page(tmp_path: Path):
@@ -81,8 +96,18 @@ def test_what_could_not_be_built_stands_on_the_page(tmp_path: Path):
     assert "Could not be built" in text and text.count("table7.csv: No such file") >= 3
 
 
-@pytest.mark.parametrize("wrong", [IndexError("list index out of range"), ZeroDivisionError("division by zero"), KeyError("fid"), None])
-def test_a_figure_that_fails_leaves_the_page_and_the_build(wrong: Exception | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        IndexError("list index out of range"),
+        ZeroDivisionError("division by zero"),
+        KeyError("fid"),
+        None,
+    ],
+)
+def test_a_figure_that_fails_leaves_the_page_and_the_build(
+    wrong: Exception | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Of an unforeseen kind, or Figure 3 of a table without a throughput."""
     published = shutil.copytree(REPOSITORY / "results" / "published", tmp_path / "published")
     with open(published / "table2.csv", newline="") as file:
@@ -96,10 +121,14 @@ def test_a_figure_that_fails_leaves_the_page_and_the_build(wrong: Exception | No
         """Never drawn."""
         raise wrong
 
-    monkeypatch.setattr(report, "FIGURES", {"figure3": fails if wrong else FIGURES["figure3_runtime"]})
+    monkeypatch.setattr(
+        report, "FIGURES", {"figure3": fails if wrong else FIGURES["figure3_runtime"]}
+    )
     monkeypatch.setattr(report, "SHEETS", {"counts": report.SHEETS["counts"]})
     text, problems = report.build_page(Sources(None, published))
-    assert [problem.partition(":")[0] for problem in problems] == ["figure figure3"] and str(wrong or "table2.csv: no row has a throughput") in problems[0]
+    assert [problem.partition(":")[0] for problem in problems] == ["figure figure3"] and str(
+        wrong or "table2.csv: no row has a throughput"
+    ) in problems[0]
     assert "figure3 could not be built" in text
 
 
@@ -112,7 +141,9 @@ def test_the_page_loads_without_errors_and_fits(width: int, browser: Any, page: 
     assert browser.execute_script("return document.images.length") >= 3
 
 
-def test_the_page_is_timed_from_its_navigation_on(browser: Any, page: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_page_is_timed_from_its_navigation_on(
+    browser: Any, page: Path, monkeypatch: pytest.MonkeyPatch
+):
     """A line a width, in whose seconds the answer comes before the scatter."""
     monkeypatch.setattr(driver, "chromium", lambda: nullcontext(browser))
     monkeypatch.setattr(driver, "ROUNDS", 1)
@@ -120,7 +151,9 @@ def test_the_page_is_timed_from_its_navigation_on(browser: Any, page: Path, monk
     assert [line.partition(" ")[0] for line in lines] == ["1400", "390"]
     for line in lines:
         ready, drawn = (float(seconds) for seconds in re.findall(r"after ([0-9.]+) s", line))
-        assert 0 < ready <= drawn and line.endswith(f"1 loads, Chromium {browser.capabilities['browserVersion']}")
+        assert 0 < ready <= drawn and line.endswith(
+            f"1 loads, Chromium {browser.capabilities['browserVersion']}"
+        )
 
 
 def test_a_machine_without_a_browser_is_one_line(monkeypatch: pytest.MonkeyPatch):
@@ -131,18 +164,23 @@ def test_a_machine_without_a_browser_is_one_line(monkeypatch: pytest.MonkeyPatch
 
 def fits(browser: Any, width: int) -> bool:
     """Whether the page has nothing to scroll to sideways, and what is wide scrolls inside a frame that the window holds."""
-    return browser.execute_script("""
+    return browser.execute_script(
+        """
         const inside = (element) => { const box = element.getBoundingClientRect(); return box.left >= 0 && box.right <= innerWidth && box.width > 0; };
         const framed = (element, frame) => frame && inside(frame) && (inside(element) || getComputedStyle(frame).overflowX === 'auto');
         return innerWidth === arguments[0] && document.scrollingElement.scrollWidth <= innerWidth
             && [...document.images].every((image) => image.complete && image.naturalWidth > 300 && framed(image, image.closest('.frame')))
             && [...document.querySelectorAll('table')].every((table) => framed(table, table.parentElement))
             && ['#scatter', '#view', 'nav', 'header', '.tiles'].every((part) => inside(document.querySelector(part)));
-    """, width)
+    """,
+        width,
+    )
 
 
 @pytest.mark.parametrize("width", [1400, 390])
-def test_wide_tables_scroll_in_their_frames_and_keep_their_first_column(width: int, browser: Any, page: Path):
+def test_wide_tables_scroll_in_their_frames_and_keep_their_first_column(
+    width: int, browser: Any, page: Path
+):
     opened(browser, page, width)
     moved, kept = browser.execute_script("""
         const frame = document.querySelector('#table1').parentElement, name = document.querySelector('#table1 tbody td'), before = name.getBoundingClientRect().left;
@@ -158,15 +196,23 @@ def test_navigation_leads_to_sections_that_are_laid_out_late(browser: Any, page:
     opened(browser, page, 1400)
     for name in ("provenance", "figures", "counts", "claims"):
         browser.execute_script(f"document.querySelector('nav a[href=\"#{name}\"]').click()")
-        top = browser.execute_async_script(f"requestAnimationFrame(() => requestAnimationFrame(() => arguments[0](document.getElementById('{name}').getBoundingClientRect().top)))")
-        assert -5 <= top < 450 or browser.execute_script("return scrollY + innerHeight >= document.scrollingElement.scrollHeight - 1"), (name, top)
+        top = browser.execute_async_script(
+            f"requestAnimationFrame(() => requestAnimationFrame(() => arguments[0](document.getElementById('{name}').getBoundingClientRect().top)))"
+        )
+        assert -5 <= top < 450 or browser.execute_script(
+            "return scrollY + innerHeight >= document.scrollingElement.scrollHeight - 1"
+        ), (name, top)
 
 
 def test_what_does_not_fit_is_noticed(browser: Any, page: Path):
     """A table out of its frame, an image that is none and a wide block each fail the check above."""
     opened(browser, page, 390)
     assert fits(browser, 390)
-    for spoil in ("document.querySelector('main').append(document.querySelector('#table1'))", "document.images[0].src = ''", "document.body.append(Object.assign(document.createElement('pre'), {style: 'width: 800px; height: 9px'}))"):
+    for spoil in (
+        "document.querySelector('main').append(document.querySelector('#table1'))",
+        "document.images[0].src = ''",
+        "document.body.append(Object.assign(document.createElement('pre'), {style: 'width: 800px; height: 9px'}))",
+    ):
         opened(browser, page, 390)
         browser.execute_script(spoil)
         assert not fits(browser, 390)
@@ -179,7 +225,9 @@ def test_tables_sort_and_filter(browser: Any, page: Path):
         browser.execute_script(f"document.querySelector('{heading}').click()")
         core = [float(text) for text in column(browser, "table1", 6)]
         assert core == sorted(core, key=lambda value: direction * value) and len(set(core)) > 10
-    browser.execute_script("const box = document.querySelector('#table8_wrapper input'); box.value = 'DiT-XL'; box.dispatchEvent(new Event('input', { bubbles: true }))")
+    browser.execute_script(
+        "const box = document.querySelector('#table8_wrapper input'); box.value = 'DiT-XL'; box.dispatchEvent(new Event('input', { bubbles: true }))"
+    )
     assert column(browser, "table8", 0) == ["DiT-XL/2"]
 
 
@@ -190,7 +238,9 @@ def test_claims_filter_by_their_evidence(browser: Any, page: Path):
         tile = f"document.querySelector('[data-level=\"{level}\"]')"
         browser.execute_script(f"{tile}.click()")
         shown = column(browser, "claims-table", 3)
-        assert set(shown) == {level} and len(shown) == int(browser.execute_script(f"return {tile}.querySelector('strong').innerText"))
+        assert set(shown) == {level} and len(shown) == int(
+            browser.execute_script(f"return {tile}.querySelector('strong').innerText")
+        )
     browser.execute_script(f"{tile}.click()")
     assert len(column(browser, "claims-table", 0)) == total == 20
 
@@ -198,17 +248,30 @@ def test_claims_filter_by_their_evidence(browser: Any, page: Path):
 def test_a_number_shows_its_record(browser: Any, page: Path):
     opened(browser, page, 1400)
     browser.execute_script("document.querySelector('#table5 td[data-records] a').click()")
-    shown = browser.execute_script("const dialog = document.querySelector('dialog'); return dialog.open && dialog.querySelector('pre').innerText")
+    shown = browser.execute_script(
+        "const dialog = document.querySelector('dialog'); return dialog.open && dialog.querySelector('pre').innerText"
+    )
     assert '"macs_core"' in shown and '"commit"' in shown
     file = browser.execute_script("return document.querySelector('dialog summary').innerText")
     assert file.startswith("results/reference/cost/") and (REPOSITORY / file).is_file()
 
 
-@pytest.mark.parametrize("where", ["#digits p[data-records]", "#digits td[data-records]", "figcaption[data-records]", "#samples figcaption", "#claims-table td:nth-child(8)[data-records]"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "#digits p[data-records]",
+        "#digits td[data-records]",
+        "figcaption[data-records]",
+        "#samples figcaption",
+        "#claims-table td:nth-child(8)[data-records]",
+    ],
+)
 def test_text_figures_and_samples_lead_to_their_records(where: str, browser: Any, page: Path):
     opened(browser, page, 1400)
     browser.execute_script(f"document.querySelector('{where} a.records').click()")
-    files = browser.execute_script("return document.querySelector('dialog').open && [...document.querySelectorAll('dialog summary')].map(entry => entry.innerText)")
+    files = browser.execute_script(
+        "return document.querySelector('dialog').open && [...document.querySelectorAll('dialog summary')].map(entry => entry.innerText)"
+    )
     assert files and all((REPOSITORY / file).is_file() for file in files)
 
 
@@ -226,14 +289,19 @@ def test_a_page_without_grids_says_so_and_one_that_is_damaged_is_a_problem(tmp_p
     problems: list[str] = []
     (tmp_path / "digits.png").write_bytes(b"no image")
     assert grids(tmp_path, Sources(), problems).startswith("<p>No grid of samples is committed")
-    assert problems == ["samples: digits.png is no image; draw it again with python -m analysis.grid"]
+    assert problems == [
+        "samples: digits.png is no image; draw it again with python -m analysis.grid"
+    ]
 
 
 def test_a_committed_grid_names_a_run_with_a_committed_record():
     problems: list[str] = []
     folder = REPOSITORY / "results" / "figures" / "samples"
     shown = grids(folder, Sources(), problems)
-    assert not problems and shown.count("<figcaption data-records=") == len(list(folder.glob("*.png"))) > 0
+    assert (
+        not problems
+        and shown.count("<figcaption data-records=") == len(list(folder.glob("*.png"))) > 0
+    )
 
 
 @pytest.mark.slow
@@ -243,9 +311,15 @@ def test_the_whole_page_is_at_most_15_mb_and_runs_to_its_end(width: int, browser
     assert whole.stat().st_size < 15e6
     opened(browser, whole, width)
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-    assert browser.execute_script("return performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd > 0 && Number(document.body.dataset.ready) > 0")
-    assert browser.execute_script("return document.querySelectorAll('#figures .plot img').length") == len(FIGURES)
-    assert browser.execute_script("return document.querySelectorAll('table.dataTable').length == document.querySelectorAll('table').length")
+    assert browser.execute_script(
+        "return performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd > 0 && Number(document.body.dataset.ready) > 0"
+    )
+    assert browser.execute_script(
+        "return document.querySelectorAll('#figures .plot img').length"
+    ) == len(FIGURES)
+    assert browser.execute_script(
+        "return document.querySelectorAll('table.dataTable').length == document.querySelectorAll('table').length"
+    )
     assert fits(browser, width)
 
 
@@ -255,22 +329,35 @@ def test_the_scatter_holds_its_points_inside_the_window(width: int, browser: Any
     opened(browser, page, width)
     views = browser.execute_script("return document.getElementById('view').options.length")
     for index in range(views):
-        browser.execute_script("const view = document.getElementById('view'); view.value = arguments[0]; view.dispatchEvent(new Event('change'))", index)
+        browser.execute_script(
+            "const view = document.getElementById('view'); view.value = arguments[0]; view.dispatchEvent(new Event('change'))",
+            index,
+        )
         wanted, boxes = browser.execute_script("""
             const scatter = document.getElementById('scatter'), marks = [...scatter.querySelectorAll('.point')].map((mark) => mark.getBoundingClientRect());
             return [scatter.data.reduce((total, trace) => total + trace.x.length, 0), marks.map((box) => [box.left, box.right])];
         """)
-        assert len(boxes) == wanted >= 4 and all(0 <= left < right <= width for left, right in boxes)
+        assert len(boxes) == wanted >= 4 and all(
+            0 <= left < right <= width for left, right in boxes
+        )
     assert views >= 4
 
 
 def test_the_scatter_changes_its_view_and_answers_the_pointer(browser: Any, page: Path):
     opened(browser, page, 1400)
     assert browser.execute_script("return document.querySelectorAll('#scatter .point').length") > 8
-    browser.execute_script("const view = document.getElementById('view'); view.value = view.options.length - 1; view.dispatchEvent(new Event('change'))")
+    browser.execute_script(
+        "const view = document.getElementById('view'); view.value = view.options.length - 1; view.dispatchEvent(new Event('change'))"
+    )
     browser.execute_script("Plotly.Fx.hover('scatter', [{ curveNumber: 0, pointNumber: 0 }])")
-    words = browser.execute_script("return document.querySelector('#scatter .hoverlayer').textContent")
+    words = browser.execute_script(
+        "return document.querySelector('#scatter .hoverlayer').textContent"
+    )
     assert "DiCo-S" in words and "seeds" in words and "click for 4 records" in words
-    browser.execute_script("const scatter = document.getElementById('scatter'); scatter.emit('plotly_click', { points: [{ customdata: scatter.data[0].customdata[0] }] })")
-    kinds = browser.execute_script("return document.querySelector('dialog').open && [...document.querySelectorAll('dialog summary')].map(entry => entry.innerText.split('/')[2])")
+    browser.execute_script(
+        "const scatter = document.getElementById('scatter'); scatter.emit('plotly_click', { points: [{ customdata: scatter.data[0].customdata[0] }] })"
+    )
+    kinds = browser.execute_script(
+        "return document.querySelector('dialog').open && [...document.querySelectorAll('dialog summary')].map(entry => entry.innerText.split('/')[2])"
+    )
     assert sorted(kinds) == ["evaluate"] * 3 + ["timing"]

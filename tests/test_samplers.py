@@ -24,7 +24,7 @@ def gaussian(u: float, mean: float = MEAN, std: float = STD) -> Model:
 
     def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         a = cumprod[t].reshape(-1, 1, 1, 1)
-        eps = (1 - a).sqrt() * (x - a.sqrt() * mean) / (a * std ** 2 + 1 - a)
+        eps = (1 - a).sqrt() * (x - a.sqrt() * mean) / (a * std**2 + 1 - a)
         return torch.cat([eps, torch.full_like(x, u)], dim=1)
 
     return model
@@ -62,7 +62,9 @@ class Waves:
 def probe(sampler, num_steps: int, model: Model, **options) -> tuple[Tensor, Tensor]:
     """The affine map of a chain: gains of its num_steps + 1 draws, and its offset."""
     noise = Impulses(num_steps)
-    *_, last = sampler(IDDPM.linear().respaced(num_steps), model, labels(noise.num), noise, **options)
+    *_, last = sampler(
+        IDDPM.linear().respaced(num_steps), model, labels(noise.num), noise, **options
+    )
     assert noise.drawn == num_steps + 1
     last = last.flatten()
     return last[:-1] - last[-1], last[-1]
@@ -75,13 +77,15 @@ def moments_by_recursion(timesteps: list[int], fraction: float) -> tuple[float, 
     betas = 1 - cumprod / previous
     mean, variance = 0.0, 1.0
     for i in reversed(range(len(timesteps))):
-        gain = cumprod[i] ** 0.5 * STD ** 2 / (cumprod[i] * STD ** 2 + 1 - cumprod[i])    # slope of E[x0 | x]
+        gain = (
+            cumprod[i] ** 0.5 * STD**2 / (cumprod[i] * STD**2 + 1 - cumprod[i])
+        )  # slope of E[x0 | x]
         c1 = betas[i] * previous[i] ** 0.5 / (1 - cumprod[i])
         c2 = (1 - previous[i]) * (1 - betas[i]) ** 0.5 / (1 - cumprod[i])
         slope, offset = c1 * gain + c2, c1 * MEAN * (1 - gain * cumprod[i] ** 0.5)
         true = betas[i] * (1 - previous[i]) / (1 - cumprod[i])
         step = betas[i] ** fraction * true ** (1 - fraction) if i > 0 else 0.0
-        mean, variance = slope * mean + offset, slope ** 2 * variance + step
+        mean, variance = slope * mean + offset, slope**2 * variance + step
     return mean, variance
 
 
@@ -91,7 +95,7 @@ def test_ancestral_follows_the_recursion(num_steps: int, u: float):
     timesteps = IDDPM.linear().respaced(num_steps).timesteps.tolist()
     mean, variance = moments_by_recursion(timesteps, (u + 1) / 2)
     gains, offset = probe(ancestral, num_steps, gaussian(u))
-    assert gains[-1] == 0                                     # the last draw is masked
+    assert gains[-1] == 0  # the last draw is masked
     assert offset.item() == pytest.approx(mean, rel=1e-5)
     assert gains.square().sum().item() == pytest.approx(variance, rel=1e-5)
 
@@ -99,7 +103,7 @@ def test_ancestral_follows_the_recursion(num_steps: int, u: float):
 def test_ancestral_reaches_the_data():
     gains, offset = probe(ancestral, 1000, gaussian(-1.0))
     assert offset.item() == pytest.approx(MEAN, rel=1e-3)
-    assert gains.square().sum().item() == pytest.approx(STD ** 2, rel=0.02)
+    assert gains.square().sum().item() == pytest.approx(STD**2, rel=0.02)
 
 
 def test_ancestral_yields_every_step_and_ends_on_the_clean_estimate():
@@ -114,12 +118,12 @@ def test_ancestral_yields_every_step_and_ends_on_the_clean_estimate():
 def test_ddim_converges_to_the_probability_flow():
     """The flow of Gaussian data: (x - sqrt(A) mean) / deviation is constant in time."""
     cumprod = IDDPM.linear().alphas_cumprod[-1].item()
-    slope = STD / math.sqrt(cumprod * STD ** 2 + 1 - cumprod)
+    slope = STD / math.sqrt(cumprod * STD**2 + 1 - cumprod)
     offset = MEAN * (1 - slope * math.sqrt(cumprod))
     errors = []
     for num_steps in (10, 50, 250, 1000):
         gains, start = probe(ddim, num_steps, gaussian(0.0))
-        assert gains[1:].count_nonzero() == 0                 # eta 0 uses the first draw alone
+        assert gains[1:].count_nonzero() == 0  # eta 0 uses the first draw alone
         errors.append(math.hypot(gains[0].item() - slope, start.item() - offset))
     assert errors[0] > 3 * errors[1] > 9 * errors[2] > 18 * errors[3] and errors[3] < 3e-3, errors
 
@@ -132,12 +136,17 @@ def test_ddim_at_eta_1_is_ancestral_with_the_posterior_variance(num_steps: int):
     torch.testing.assert_close(offset, expected_offset, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("sampler, options, expected", [
-    ("ancestral", {}, [0.2710633, 0.2454858, 0.3100594, 0.3169348]),
-    ("ddim", {}, [0.9213606, -0.2717592, -0.3931387, -0.5058284]),
-    ("ddim", {"eta": 0.5}, [0.4392892, 0.1612971, 0.1236946, 0.1209899]),
-])
-def test_samples_are_those_of_the_authors(sampler: str, options: dict[str, float], expected: list[float]):
+@pytest.mark.parametrize(
+    "sampler, options, expected",
+    [
+        ("ancestral", {}, [0.2710633, 0.2454858, 0.3100594, 0.3169348]),
+        ("ddim", {}, [0.9213606, -0.2717592, -0.3931387, -0.5058284]),
+        ("ddim", {"eta": 0.5}, [0.4392892, 0.1612971, 0.1236946, 0.1209899]),
+    ],
+)
+def test_samples_are_those_of_the_authors(
+    sampler: str, options: dict[str, float], expected: list[float]
+):
     """Numbers from facebookresearch/DiT ed81ce2, create_diffusion("250") on the same network and draws."""
     base = gaussian(0.0)
 
@@ -153,31 +162,41 @@ def test_samples_are_those_of_the_authors(sampler: str, options: dict[str, float
 @pytest.mark.parametrize("eta", [-0.1, 1.1])
 def test_impossible_eta_is_refused(eta: float):
     with pytest.raises(ValueError, match="between 0"):
-        next(ddim(IDDPM.linear().respaced(5), gaussian(0.0), labels(1), ImageNoise([0], (1, 3, 5)), eta=eta))
+        next(
+            ddim(
+                IDDPM.linear().respaced(5),
+                gaussian(0.0),
+                labels(1),
+                ImageNoise([0], (1, 3, 5)),
+                eta=eta,
+            )
+        )
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 def test_sampling_records_no_gradient(sampler):
     net = torch.nn.Conv2d(3, 6, 1)
-    steps = sampler(IDDPM.linear().respaced(2), lambda x, t, y: net(x), labels(1), ImageNoise([0], (3, 3, 5)))
+    steps = sampler(
+        IDDPM.linear().respaced(2), lambda x, t, y: net(x), labels(1), ImageNoise([0], (3, 3, 5))
+    )
     for x in steps:
         assert not x.requires_grad and torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize("parts", [[5], [1, 4], [2, 3], [1, 1, 1, 1, 1]])
 def test_noise_of_an_image_ignores_its_batch(parts: list[int]):
-    seeds, shape = [11, 7, 2 ** 32 - 1, 0, 7], (4, 5, 7)
+    seeds, shape = [11, 7, 2**32 - 1, 0, 7], (4, 5, 7)
     whole = ImageNoise(seeds, shape)
     expected = torch.stack([whole.draw() for _ in range(3)])
     pieces = [ImageNoise(part.tolist(), shape) for part in torch.tensor(seeds).split(parts)]
     drawn = torch.stack([torch.cat([piece.draw() for piece in pieces]) for _ in range(3)])
     assert torch.equal(drawn, expected)
-    assert torch.equal(expected[:, 1], expected[:, 4])        # equal seeds, equal images
+    assert torch.equal(expected[:, 1], expected[:, 4])  # equal seeds, equal images
     assert expected.unique().numel() == expected[:, :4].numel()
     assert abs(expected[:, :4].mean()) < 0.1 and abs(expected[:, :4].std() - 1) < 0.1
 
 
-@pytest.mark.parametrize("seed", [-1, 2 ** 32])
+@pytest.mark.parametrize("seed", [-1, 2**32])
 def test_a_seed_that_would_repeat_another_is_refused(seed: int):
     with pytest.raises(ValueError, match="seeds lie in"):
         ImageNoise([0, seed], (1, 3, 5))
@@ -197,7 +216,11 @@ class Recorder:
 
     def __init__(self):
         torch.manual_seed(0)
-        self.net, self.table, self.calls = torch.nn.Conv2d(4, 8, 3, padding=1), torch.nn.Embedding(11, 8), []
+        self.net, self.table, self.calls = (
+            torch.nn.Conv2d(4, 8, 3, padding=1),
+            torch.nn.Embedding(11, 8),
+            [],
+        )
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         self.calls.append((len(x), y.tolist()))
@@ -217,7 +240,9 @@ def test_guidance_algebra(channels: int | None, scale: float):
     output, k = guided(x, t, y), channels or 4
     assert model.calls == [(6, [2, 9, 0, 10, 10, 10])]
     conditional, null = model(x, t, y), model(x, t, torch.full_like(y, 10))
-    torch.testing.assert_close(output[:, :k], scale * conditional[:, :k] + (1 - scale) * null[:, :k])
+    torch.testing.assert_close(
+        output[:, :k], scale * conditional[:, :k] + (1 - scale) * null[:, :k]
+    )
     torch.testing.assert_close(output[:, k:], conditional[:, k:])
     output.square().mean().backward()
     assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in model.net.parameters())
@@ -251,9 +276,14 @@ def test_guidance_tells_the_times_of_a_batch_apart():
 
 def test_nfe_of_a_run_counts_both_halves():
     counted = Counted(Recorder())
-    for _ in ancestral(IDDPM.linear().respaced(10), Guided(counted, 1.5, 10, interval=(0, 500)), labels(2), ImageNoise([0, 1], (4, 5, 7))):
+    for _ in ancestral(
+        IDDPM.linear().respaced(10),
+        Guided(counted, 1.5, 10, interval=(0, 500)),
+        labels(2),
+        ImageNoise([0, 1], (4, 5, 7)),
+    ):
         pass
-    assert counted.evaluated / 2 == 10 + 5                            # 0, 111, ..., 444 of 0, 111, ..., 999 are guided
+    assert counted.evaluated / 2 == 10 + 5  # 0, 111, ..., 444 of 0, 111, ..., 999 are guided
 
 
 def test_guiding_channels_that_do_not_exist_is_refused():
@@ -269,6 +299,8 @@ def test_clipped_estimates_keep_a_wild_network_within_pixels(name: str):
     highest = {}
     for clip in (False, True):
         noise = ImageNoise([3, 4], (2, 5, 3))
-        *_, x = bind(Sampler(name=name, num_steps=20, clip=clip), cosine)(wild, torch.zeros(2, dtype=torch.long), noise)
+        *_, x = bind(Sampler(name=name, num_steps=20, clip=clip), cosine)(
+            wild, torch.zeros(2, dtype=torch.long), noise
+        )
         highest[clip] = x.abs().max().item()
     assert highest[True] <= 1 < highest[False]

@@ -25,12 +25,19 @@ def tiny() -> Evaluate:
     """DiCo at width 8 for a few steps, 7 images in 4 sampling steps."""
     stage = evaluate_stage(replace(DICO_S, small=dict(dim=8, depths=(1, 1, 1, 1, 1))), DIGITS, 0)
     recipe = replace(stage.train.recipe, steps=3, batch=8, warmup=1)
-    return replace(stage, train=replace(stage.train, recipe=recipe), sampler=Sampler(num_steps=4, channels=None), num=7)
+    return replace(
+        stage,
+        train=replace(stage.train, recipe=recipe),
+        sampler=Sampler(num_steps=4, channels=None),
+        num=7,
+    )
 
 
 def sampled(spec: Evaluate, batch: int) -> torch.Tensor:
     model = build(spec.train.backbone, 0, CPU).eval()
-    torch.nn.init.normal_(model.final_layer.out_proj.weight, std=0.1, generator=torch.Generator().manual_seed(1))
+    torch.nn.init.normal_(
+        model.final_layer.out_proj.weight, std=0.1, generator=torch.Generator().manual_seed(1)
+    )
     return torch.cat([x for x, _ in images(spec, model, CPU, batch)])
 
 
@@ -54,7 +61,9 @@ def test_seeds_differ_within_a_set_and_between_sets():
 def test_label_policies():
     assert labels("balanced", 25, 10, 0).bincount(minlength=10).tolist() == [3] * 5 + [2] * 5
     random = labels("random", 4000, 10, 0)
-    assert torch.equal(random[:9], labels("random", 9, 10, 0)) and not torch.equal(random, labels("random", 4000, 10, 1))
+    assert torch.equal(random[:9], labels("random", 9, 10, 0)) and not torch.equal(
+        random, labels("random", 4000, 10, 1)
+    )
     assert (random.bincount(minlength=10) - 400).abs().max() < 5 * math.sqrt(360)
     with pytest.raises(ValueError, match="balanced, random"):
         labels("sorted", 4, 10, 0)
@@ -74,13 +83,27 @@ def test_the_classifier_is_cached_by_content_and_scores_are_named_for_what_they_
     written = file.stat().st_mtime_ns
     again = evaluate.run(spec, tmp_path / "run", cache, Resources(sample_batch=3))
     assert file.stat().st_mtime_ns == written and list(cache.glob("*.safetensors")) == [file]
-    assert {"fd_digits", "is_digits", "precision_digits", "recall_digits", "agreement"} <= set(first)
+    assert {"fd_digits", "is_digits", "precision_digits", "recall_digits", "agreement"} <= set(
+        first
+    )
     assert not {"fid", "is", "precision", "recall"} & set(first)
-    assert first["classifier_accuracy"] > 0.95 and first["classifier_sha256"] == again["classifier_sha256"]
+    assert (
+        first["classifier_accuracy"] > 0.95
+        and first["classifier_sha256"] == again["classifier_sha256"]
+    )
     assert repr(again) == repr(first) and first["manifest"]["run"] == {"batch": evaluate.ON_CPU}
-    by_diffusers = evaluate.run(replace(spec, sampler=replace(spec.sampler, name="dpm_solver_diffusers")), tmp_path / "run", cache, Resources())
-    assert ["diffusers" in values["manifest"]["measure"]["versions"] for values in (first, by_diffusers)] == [False, True]
-    assert math.isfinite(first["fd_digits"]) and math.isnan(first["fd_digits_se"])  # 7 images are too few for an error
+    by_diffusers = evaluate.run(
+        replace(spec, sampler=replace(spec.sampler, name="dpm_solver_diffusers")),
+        tmp_path / "run",
+        cache,
+        Resources(),
+    )
+    assert [
+        "diffusers" in values["manifest"]["measure"]["versions"] for values in (first, by_diffusers)
+    ] == [False, True]
+    assert math.isfinite(first["fd_digits"]) and math.isnan(
+        first["fd_digits_se"]
+    )  # 7 images are too few for an error
 
 
 def test_real_digits_score_as_real(tmp_path: Path):

@@ -15,7 +15,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from experiments.engine import distributed, evaluate, inception, npz, samples, scores, sources, train
+from experiments.engine import (
+    distributed,
+    evaluate,
+    inception,
+    npz,
+    samples,
+    scores,
+    sources,
+    train,
+)
 from experiments.engine.inception import Inception
 from experiments.engine.scores import measure, measure_shared
 from experiments.engine.spec import Backbone, Data, Evaluate, Recipe, Sampler, Train
@@ -48,15 +57,22 @@ def member(rank: int, world: int, port: int, root: Path) -> None:
     """One rank that scores a finished run; the first leaves the values."""
     torch.set_num_threads(1)
     if world > 1:
-        names = dict(RANK=rank, WORLD_SIZE=world, LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        names = dict(
+            RANK=rank, WORLD_SIZE=world, LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+        )
         os.environ.update({name: str(value) for name, value in names.items()})
     sources.ROOT = root / "data"
-    inception.load, evaluate.require_features = lambda path, device: Inception(Tiny().eval(), "f" * 64, device), lambda spec: None
+    inception.load, evaluate.require_features = (
+        lambda path, device: Inception(Tiny().eval(), "f" * 64, device),
+        lambda spec: None,
+    )
     inception.BATCH, scores.PIECE, samples.CHUNK = 2, 6, 5
     group, asked = distributed.join("cpu", 60.0), []
     piece = scores._piece
     scores._piece = lambda *given: asked.append(0) or piece(*given)
-    values = evaluate.run(SCORE, root / f"runs-{world}" / "a", root, Resources(sample_batch=4), group)
+    values = evaluate.run(
+        SCORE, root / f"runs-{world}" / "a", root, Resources(sample_batch=4), group
+    )
     (root / f"asked-{world}-{rank}").write_text(str(len(asked)))
     if group.first:
         (root / f"values-{world}.json").write_text(json.dumps(values, sort_keys=True))
@@ -68,7 +84,9 @@ def scored(world: int, root: Path) -> dict[str, Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = [context.Process(target=member, args=(rank, world, port, root)) for rank in range(world)]
+    ranks = [
+        context.Process(target=member, args=(rank, world, port, root)) for rank in range(world)
+    ]
     for rank in ranks:
         rank.start()
     for rank in ranks:
@@ -77,7 +95,9 @@ def scored(world: int, root: Path) -> dict[str, Any]:
     return json.loads((root / f"values-{world}.json").read_text())
 
 
-def test_two_processes_extract_their_shares_and_score_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_two_processes_extract_their_shares_and_score_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     folder = tmp_path / "data" / "pixels"
     folder.mkdir(parents=True)
     np.save(folder / "images.npy", DRAW.uniform(-1, 1, (20, 3, 8, 8)).astype(np.float32))
@@ -91,7 +111,9 @@ def test_two_processes_extract_their_shares_and_score_as_one(tmp_path: Path, mon
     assert not list(tmp_path.glob("runs-*/*/features-*"))
 
 
-def test_pieces_add_up_to_the_whole_and_are_not_taken_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_pieces_add_up_to_the_whole_and_are_not_taken_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(inception, "BATCH", 2)
     monkeypatch.setattr(scores, "PIECE", 4)
     images = DRAW.integers(0, 256, (11, 9, 7, 3), dtype=np.uint8)

@@ -13,9 +13,32 @@ import pytest
 
 from experiments import ablation, main_results
 from experiments.engine.rows import Row, Table
-from experiments.engine.spec import Backbone, Cost, Data, Diffusion, Evaluate, Recipe, Sampler, Stage, Timing, Train, canonical, kind_of, spec_id
+from experiments.engine.spec import (
+    Backbone,
+    Cost,
+    Data,
+    Diffusion,
+    Evaluate,
+    Recipe,
+    Sampler,
+    Stage,
+    Timing,
+    Train,
+    canonical,
+    kind_of,
+    spec_id,
+)
 from experiments.engine.store import Store
-from experiments.protocols import DIGITS, IMAGENET256, PROTOCOLS, Protocol, cost_stage, evaluate_stage, timing_stage, train_stage
+from experiments.protocols import (
+    DIGITS,
+    IMAGENET256,
+    PROTOCOLS,
+    Protocol,
+    cost_stage,
+    evaluate_stage,
+    timing_stage,
+    train_stage,
+)
 
 TABLES = ablation.TABLES | main_results.TABLES
 GOLDEN = {
@@ -40,7 +63,11 @@ GOLDEN = {
 }
 
 PINNED = ((4, "DiCo-S"), (4, "CM->Window Attn"), (3, "DiCo (iso.&skip)"))
-ROWS = [pytest.param(table, row, id=f"{table.number} {row.label}") for table in TABLES.values() for row in (*table.rows, *table.outside)]
+ROWS = [
+    pytest.param(table, row, id=f"{table.number} {row.label}")
+    for table in TABLES.values()
+    for row in (*table.rows, *table.outside)
+]
 DATA = Data("digits", size=8, channels=1, num_classes=10)
 TRAIN = Train(Backbone("net", dict(dim=8)), DATA, Recipe(steps=10, batch=4))
 STAGES: tuple[Stage, ...] = (
@@ -54,7 +81,10 @@ def stages(number: int, label: str) -> dict[str, Stage]:
     table = TABLES[number]
     row = next(row for row in table.rows if row.label == label)
     name = f"{number} {label}"
-    found: dict[str, Stage] = {f"{name}, cost": cost_stage(row), f"{name}, timing on cpu": timing_stage(row, table.baseline, "cpu")}
+    found: dict[str, Stage] = {
+        f"{name}, cost": cost_stage(row),
+        f"{name}, timing on cpu": timing_stage(row, table.baseline, "cpu"),
+    }
     for protocol in (DIGITS, IMAGENET256):
         found[f"{name}, {protocol.name} train"] = train_stage(row, protocol, 0)
         found[f"{name}, {protocol.name} evaluate"] = evaluate_stage(row, protocol, 0)
@@ -67,7 +97,10 @@ def changes(value: Any) -> Iterator[tuple[str, Any]]:
         old = getattr(value, f.name)
         yield f.name, dataclasses.replace(value, **{f.name: _other(old)})
         if dataclasses.is_dataclass(old):
-            yield from ((f"{f.name}.{name}", dataclasses.replace(value, **{f.name: new})) for name, new in changes(old))
+            yield from (
+                (f"{f.name}.{name}", dataclasses.replace(value, **{f.name: new}))
+                for name, new in changes(old)
+            )
 
 
 def _other(value: Any) -> Any:
@@ -84,14 +117,23 @@ def _other(value: Any) -> Any:
     return Diffusion("another", 7)
 
 
-@pytest.mark.parametrize("name, spec", [pytest.param(name, spec, id=name) for pinned in PINNED for name, spec in stages(*pinned).items()])
+@pytest.mark.parametrize(
+    "name, spec",
+    [
+        pytest.param(name, spec, id=name)
+        for pinned in PINNED
+        for name, spec in stages(*pinned).items()
+    ],
+)
 def test_ids_of_existing_records_hold(name: str, spec: Stage):
     assert GOLDEN[name] == spec_id(spec)
 
 
 def test_canonical_form_leaves_defaults_out():
     assert canonical(Recipe(steps=10, batch=4)) == {"kind": "Recipe", "steps": 10, "batch": 4}
-    assert canonical(Recipe(steps=10, batch=4, lr=1e-4, betas=(0.9, 0.999), warmup=0)) == canonical(Recipe(steps=10, batch=4))
+    assert canonical(Recipe(steps=10, batch=4, lr=1e-4, betas=(0.9, 0.999), warmup=0)) == canonical(
+        Recipe(steps=10, batch=4)
+    )
     assert canonical(TRAIN) == {
         "kind": "Train",
         "backbone": {"kind": "Backbone", "name": "net", "options": {"dim": 8}},
@@ -102,7 +144,11 @@ def test_canonical_form_leaves_defaults_out():
 
 def test_a_field_added_with_a_default_keeps_ids():
     old = dataclasses.make_dataclass("Thing", [("a", int)], frozen=True)
-    new = dataclasses.make_dataclass("Thing", [("a", int), ("b", dict, dataclasses.field(default_factory=dict)), ("c", float, 0.5)], frozen=True)
+    new = dataclasses.make_dataclass(
+        "Thing",
+        [("a", int), ("b", dict, dataclasses.field(default_factory=dict)), ("c", float, 0.5)],
+        frozen=True,
+    )
     assert spec_id(old(1)) == spec_id(new(1)) == spec_id(new(1, {}, 0.5))
     assert len({spec_id(new(1)), spec_id(new(1, {"x": 0})), spec_id(new(1, {}, 0.25))}) == 3
 
@@ -117,8 +163,12 @@ def test_ids_are_16_digits_and_tell_kinds_apart():
 def test_ids_do_not_depend_on_the_order_of_options():
     options = dict(dim=8, depths=(1, 2), mixer_options=dict(window=4, heads=2))
     reverse = dict(mixer_options=dict(heads=2, window=4), depths=[1, 2], dim=8)
-    assert spec_id(Cost(Backbone("net", options), 8, 1, 10)) == spec_id(Cost(Backbone("net", reverse), 8, 1, 10))
-    assert spec_id(Cost(Backbone("net", options), 8, 1, 10)) != spec_id(Cost(Backbone("net", options | dict(depths=(2, 1))), 8, 1, 10))
+    assert spec_id(Cost(Backbone("net", options), 8, 1, 10)) == spec_id(
+        Cost(Backbone("net", reverse), 8, 1, 10)
+    )
+    assert spec_id(Cost(Backbone("net", options), 8, 1, 10)) != spec_id(
+        Cost(Backbone("net", options | dict(depths=(2, 1))), 8, 1, 10)
+    )
 
 
 @pytest.mark.parametrize("spec", STAGES, ids=kind_of)
@@ -127,10 +177,16 @@ def test_every_field_changes_the_id(spec: Stage):
     ids = [spec_id(spec), *(spec_id(other) for other in changed.values())]
     assert len(set(ids)) == len(ids)
     if isinstance(spec, Evaluate):
-        assert {f"train.recipe.{f.name}" for f in dataclasses.fields(Recipe)} | {f"sampler.{f.name}" for f in dataclasses.fields(Sampler)} <= set(changed)
+        assert {f"train.recipe.{f.name}" for f in dataclasses.fields(Recipe)} | {
+            f"sampler.{f.name}" for f in dataclasses.fields(Sampler)
+        } <= set(changed)
 
 
-@pytest.mark.parametrize("value", [object(), {1, 2}, len, Path("x"), b"x", 1j, np.ones(2), np.float32(1), np.int64(1)], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "value",
+    [object(), {1, 2}, len, Path("x"), b"x", 1j, np.ones(2), np.float32(1), np.int64(1)],
+    ids=lambda value: type(value).__name__,
+)
 def test_values_without_a_stable_form_are_refused(value: Any):
     with pytest.raises(TypeError, match="no canonical form"):
         spec_id(Cost(Backbone("net", dict(deep=dict(x=[value]))), 8, 1, 10))
@@ -157,7 +213,9 @@ def test_declared_rows_are_published_rows(table: Table, row: Row):
 def test_labels_are_unique_and_every_published_row_is_declared(table: Table):
     labels = [row.label for row in (*table.rows, *table.outside)]
     assert len(set(labels)) == len(labels)
-    assert [row.published for row in table.rows] == list(Store().published(table.published, table.key))
+    assert [row.published for row in table.rows] == list(
+        Store().published(table.published, table.key)
+    )
 
 
 @pytest.mark.parametrize("stage", [train_stage, evaluate_stage])
@@ -169,4 +227,13 @@ def test_rows_and_seeds_are_different_runs(protocol: Protocol, stage: Callable[.
 
 
 if __name__ == "__main__":
-    print("GOLDEN = {", *(f'    "{name}": "{spec_id(spec)}",' for pinned in PINNED for name, spec in stages(*pinned).items()), "}", sep="\n")
+    print(
+        "GOLDEN = {",
+        *(
+            f'    "{name}": "{spec_id(spec)}",'
+            for pinned in PINNED
+            for name, spec in stages(*pinned).items()
+        ),
+        "}",
+        sep="\n",
+    )

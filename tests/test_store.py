@@ -22,7 +22,11 @@ OTHER = Cost(Backbone("net", dict(dim=16)), 8, 1, 10)
 
 
 def everything(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def no_space(*_: object) -> None:
@@ -34,7 +38,13 @@ def test_a_record_comes_back_as_it_was_written(tmp_path: Path):
     written = Store(tmp_path).append(SPEC, "done", values, {"commit": "abc", "seconds": 1.5})
     (read,) = Store(tmp_path).records("records")[spec_id(SPEC)]
     assert read == written
-    assert (read.kind, read.status, read.error, read.values, read.spec) == ("cost", "done", None, values, canonical(SPEC, full=True))
+    assert (read.kind, read.status, read.error, read.values, read.spec) == (
+        "cost",
+        "done",
+        None,
+        values,
+        canonical(SPEC, full=True),
+    )
 
 
 def test_numbers_that_are_none_survive(tmp_path: Path):
@@ -54,13 +64,24 @@ def test_records_are_only_ever_added(tmp_path: Path):
 
 def test_the_newest_record_of_a_status_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for minute, status in ((3, "failed"), (2, "done"), (1, "done"), (4, "failed")):
-        clock = SimpleNamespace(gmtime=lambda _: None, strftime=lambda *_, minute=minute: f"20200101T00{minute:02}00Z")
+        clock = SimpleNamespace(
+            gmtime=lambda _: None, strftime=lambda *_, minute=minute: f"20200101T00{minute:02}00Z"
+        )
         monkeypatch.setattr(store, "time", clock)
-        Store(tmp_path).append(SPEC, status, {"minute": minute}, {}, "ValueError: no" if status == "failed" else None)
+        Store(tmp_path).append(
+            SPEC, status, {"minute": minute}, {}, "ValueError: no" if status == "failed" else None
+        )
     found = Store(tmp_path)
-    assert [record.values["minute"] for record in found.records("records")[spec_id(SPEC)]] == [1, 2, 3, 4]
+    assert [record.values["minute"] for record in found.records("records")[spec_id(SPEC)]] == [
+        1,
+        2,
+        3,
+        4,
+    ]
     assert found.latest(SPEC).values["minute"] == 2
-    assert (failed := found.latest(SPEC, status="failed")).values["minute"] == 4 and failed.error == "ValueError: no"
+    assert (failed := found.latest(SPEC, status="failed")).values[
+        "minute"
+    ] == 4 and failed.error == "ValueError: no"
     assert found.latest(OTHER) is None and found.latest(SPEC, "reference") is None
 
 
@@ -81,10 +102,23 @@ def test_an_open_store_sees_its_own_records_and_others_after_a_refresh(tmp_path:
 def test_reference_and_records_are_kept_apart(tmp_path: Path):
     Store(tmp_path).append(SPEC, "done", {}, {})
     (tmp_path / "records").rename(tmp_path / "reference")
-    assert Store(tmp_path).latest(SPEC) is None and Store(tmp_path).latest(SPEC, "reference") is not None
+    assert (
+        Store(tmp_path).latest(SPEC) is None
+        and Store(tmp_path).latest(SPEC, "reference") is not None
+    )
 
 
-GOOD = {"format": 1, "id": "f" * 16, "kind": "cost", "status": "done", "values": {}, "provenance": {}, "utc": "", "spec": {}, "error": None}
+GOOD = {
+    "format": 1,
+    "id": "f" * 16,
+    "kind": "cost",
+    "status": "done",
+    "values": {},
+    "provenance": {},
+    "utc": "",
+    "spec": {},
+    "error": None,
+}
 STRANGERS = {
     "empty": b"",
     "cut": json.dumps(GOOD).encode()[:-9],
@@ -96,7 +130,9 @@ STRANGERS = {
     "another program's": b'{"name": "x"}',
     "another format": json.dumps(GOOD | {"format": 2}).encode(),
     "a field too many": json.dumps(GOOD | {"more": 1}).encode(),
-    "a field too few": json.dumps({key: value for key, value in GOOD.items() if key != "spec"}).encode(),
+    "a field too few": json.dumps(
+        {key: value for key, value in GOOD.items() if key != "spec"}
+    ).encode(),
     "another id": json.dumps(GOOD | {"id": "e" * 16}).encode(),
     "no id": json.dumps(GOOD | {"id": ""}).encode(),
     "another kind": json.dumps(GOOD | {"kind": "train"}).encode(),
@@ -106,15 +142,21 @@ STRANGERS = {
 
 
 @pytest.mark.parametrize("content", STRANGERS.values(), ids=STRANGERS)
-def test_what_is_no_record_is_reported_and_skipped(content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_what_is_no_record_is_reported_and_skipped(
+    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     Store(tmp_path).append(SPEC, "done", {"a": 1}, {})
-    (tmp_path / "records" / "cost" / f"{'f' * 16}-20200101T000000Z-abcdef.json").write_bytes(content)
+    (tmp_path / "records" / "cost" / f"{'f' * 16}-20200101T000000Z-abcdef.json").write_bytes(
+        content
+    )
     assert list(Store(tmp_path).records("records")) == [spec_id(SPEC)]
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: skipped cost/ffff") and str(tmp_path) not in line
 
 
-def test_a_folder_named_like_a_record_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_folder_named_like_a_record_is_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     (tmp_path / "records" / "cost" / "folder.json").mkdir(parents=True)
     assert Store(tmp_path).records("records") == {}
     assert len(capsys.readouterr().err.splitlines()) == 1
@@ -125,10 +167,15 @@ def test_writers_side_by_side_lose_nothing(tmp_path: Path, capsys: pytest.Captur
         "import sys; from pathlib import Path; from experiments.engine.spec import *; from experiments.engine.store import Store\n"
         "for number in range(20): Store(Path(sys.argv[1])).append(Cost(Backbone('net', dict(dim=number % 4)), 8, 1, 10), 'done', {'writer': int(sys.argv[2]), 'number': number, 'bulk': [0.1] * 2000}, {})"
     )
-    writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(writer)]) for writer in range(8)]
+    writers = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(writer)])
+        for writer in range(8)
+    ]
     assert [writer.wait() for writer in writers] == [0] * 8
     records = [record for found in Store(tmp_path).records("records").values() for record in found]
-    assert {(record.values["writer"], record.values["number"]) for record in records} == {(writer, number) for writer in range(8) for number in range(20)}
+    assert {(record.values["writer"], record.values["number"]) for record in records} == {
+        (writer, number) for writer in range(8) for number in range(20)
+    }
     assert len(records) == 160 and all(record.values["bulk"] == [0.1] * 2000 for record in records)
     assert not capsys.readouterr().err and not list(tmp_path.rglob("*.tmp"))
 
@@ -145,7 +192,9 @@ def test_a_lock_keeps_a_second_process_out(tmp_path: Path):
         pass
 
 
-def test_a_file_system_without_locks_lets_everyone_through_and_other_errors_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_system_without_locks_lets_everyone_through_and_other_errors_show(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     def refuse(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
@@ -171,14 +220,25 @@ def _raises(file: object) -> None:
 
 @pytest.mark.parametrize(
     "body, broken",
-    [(_raises, None), (KeyboardInterrupt, None), (no_space, None), (lambda file: file.write(b"new"), "fsync"), (lambda file: file.write(b"new"), "replace")],
+    [
+        (_raises, None),
+        (KeyboardInterrupt, None),
+        (no_space, None),
+        (lambda file: file.write(b"new"), "fsync"),
+        (lambda file: file.write(b"new"), "replace"),
+    ],
     ids=["body raises", "interrupted", "full while writing", "full at the end", "not renamed"],
 )
-def test_a_file_that_fails_leaves_the_old_one_and_nothing_else(body: Callable, broken: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_that_fails_leaves_the_old_one_and_nothing_else(
+    body: Callable, broken: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     (tmp_path / "target").write_bytes(b"old")
     if broken:
         monkeypatch.setattr(files.os, broken, no_space)
-    with pytest.raises((RuntimeError, KeyboardInterrupt, OSError)), written_whole(tmp_path / "target") as file:
+    with (
+        pytest.raises((RuntimeError, KeyboardInterrupt, OSError)),
+        written_whole(tmp_path / "target") as file,
+    ):
         if body is KeyboardInterrupt:
             raise body
         body(file)
@@ -201,7 +261,9 @@ def test_a_path_under_a_file_cannot_be_written(tmp_path: Path):
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_a_full_or_read_only_folder_is_known_before_any_work(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_or_read_only_folder_is_known_before_any_work(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     def refuse(*_: object) -> None:
         raise OSError(code, os.strerror(code))
 

@@ -16,7 +16,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from analysis.probes.declared import PROBES, DiffusersLocality, Locality, Probe, declared, of_training
+from analysis.probes.declared import (
+    PROBES,
+    DiffusersLocality,
+    Locality,
+    Probe,
+    declared,
+    of_training,
+)
 from analysis.query import TRAINED, train_command, trained_row, trained_rows
 from experiments.engine.cli import Parser, guarded
 from experiments.engine.rows import table_of
@@ -33,39 +40,119 @@ def main(arguments: list[str] | None = None) -> int:
 def _main(arguments: list[str] | None) -> int:
     args = _parse(arguments)
     store = Store(args.results, REPOSITORY / "results" / "reference")
-    asked = _diffusers(args) if args.diffusers else _published(args) if args.checkpoint else _rows(args, store)
+    asked = (
+        _diffusers(args)
+        if args.diffusers
+        else _published(args)
+        if args.checkpoint
+        else _rows(args, store)
+    )
     store.check_writable()
     return _run(asked, args, store)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m analysis.probes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="python -m analysis.probes",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("probe", choices=list(PROBES))
-    parser.add_argument("--table", type=int, choices=list(TRAINED), help="table of the paper whose rows are probed (default: the one that declares the first of --rows)")
+    parser.add_argument(
+        "--table",
+        type=int,
+        choices=list(TRAINED),
+        help="table of the paper whose rows are probed (default: the one that declares the first of --rows)",
+    )
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, by label")
-    parser.add_argument("--protocol", choices=list(PROTOCOLS), default="digits", help="under which the rows were trained (default: digits)")
+    parser.add_argument(
+        "--protocol",
+        choices=list(PROTOCOLS),
+        default="digits",
+        help="under which the rows were trained (default: digits)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the training (default: 0)")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="a published checkpoint in place of a row")
-    parser.add_argument("--backbone", metavar="NAME", help="the network in it, e.g. dico_xl; the protocol gives its input")
-    parser.add_argument("--diffusers", type=Path, metavar="DIR", help="locality: a local diffusers model or pipeline with a DiT, PixArt or Flux transformer")
-    parser.add_argument("--conditioning", type=Path, metavar="NPZ", help="its text embeddings, by the names of the model's arguments (default: zeros)")
-    parser.add_argument("--grid", type=int, nargs=2, metavar=("H", "W"), help="Flux: packed latent tokens, 32 32 for 512 pixels (default)")
-    parser.add_argument("--images", type=int, help="in the batch that is probed (default: the probe's own)")
-    parser.add_argument("--steps", type=int, help="of the sampler on the way from noise to images (default: the probe's own)")
-    parser.add_argument("--gradients", type=int, metavar="N", help="locality: tokens whose gradients are taken, 0 for none (default: the probe's own)")
-    parser.add_argument("--anchors", nargs="+", metavar="ROW,COLUMN", help="locality: tokens whose maps are kept, as fractions of a grid from 0 to 1 (default: the probe's own)")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="a published checkpoint in place of a row"
+    )
+    parser.add_argument(
+        "--backbone",
+        metavar="NAME",
+        help="the network in it, e.g. dico_xl; the protocol gives its input",
+    )
+    parser.add_argument(
+        "--diffusers",
+        type=Path,
+        metavar="DIR",
+        help="locality: a local diffusers model or pipeline with a DiT, PixArt or Flux transformer",
+    )
+    parser.add_argument(
+        "--conditioning",
+        type=Path,
+        metavar="NPZ",
+        help="its text embeddings, by the names of the model's arguments (default: zeros)",
+    )
+    parser.add_argument(
+        "--grid",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="Flux: packed latent tokens, 32 32 for 512 pixels (default)",
+    )
+    parser.add_argument(
+        "--images", type=int, help="in the batch that is probed (default: the probe's own)"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help="of the sampler on the way from noise to images (default: the probe's own)",
+    )
+    parser.add_argument(
+        "--gradients",
+        type=int,
+        metavar="N",
+        help="locality: tokens whose gradients are taken, 0 for none (default: the probe's own)",
+    )
+    parser.add_argument(
+        "--anchors",
+        nargs="+",
+        metavar="ROW,COLUMN",
+        help="locality: tokens whose maps are kept, as fractions of a grid from 0 to 1 (default: the probe's own)",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--memory", type=int, default=512, metavar="MIB", help="for a chunk of weights (default: 512)")
+    parser.add_argument(
+        "--memory",
+        type=int,
+        default=512,
+        metavar="MIB",
+        help="for a chunk of weights (default: 512)",
+    )
     parser.add_argument("--again", action="store_true", help="probe also what has a record")
-    parser.add_argument("--results", type=Path, default=None, metavar="DIR", help="results folder (default: results)")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="results folder (default: results)",
+    )
     args = parser.parse_args(arguments)
     if args.rows and (args.table, args.checkpoint, args.diffusers) == (None, None, None):
-        args.table = table_of(args.rows[0], TRAINED, lambda row: declared(args.probe, row, PROTOCOLS[args.protocol], args.seed)).number
+        args.table = table_of(
+            args.rows[0],
+            TRAINED,
+            lambda row: declared(args.probe, row, PROTOCOLS[args.protocol], args.seed),
+        ).number
     sources = (args.table, args.checkpoint, args.diffusers)
-    if sum(source is not None for source in sources) != 1 or (args.checkpoint is None) != (args.backbone is None):
-        raise ValueError("name one of --table or --rows, --checkpoint with --backbone, and --diffusers; --help lists the options")
+    if sum(source is not None for source in sources) != 1 or (args.checkpoint is None) != (
+        args.backbone is None
+    ):
+        raise ValueError(
+            "name one of --table or --rows, --checkpoint with --backbone, and --diffusers; --help lists the options"
+        )
     if args.diffusers and args.probe != "locality":
-        raise ValueError(f"diffusers' transformers are probed for locality alone, not for {args.probe}")
+        raise ValueError(
+            f"diffusers' transformers are probed for locality alone, not for {args.probe}"
+        )
     for name in ("images", "steps", "memory"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} takes a number from 1 on")
@@ -83,7 +170,9 @@ def _anchor(text: str) -> tuple[float, float]:
     except ValueError:
         row = column = -1.0
     if not (0 <= row <= 1 and 0 <= column <= 1):
-        raise ValueError(f"--anchors takes a row and a column, fractions from 0 to 1 such as 0.5,0.25, not {text!r}")
+        raise ValueError(
+            f"--anchors takes a row and a column, fractions from 0 to 1 such as 0.5,0.25, not {text!r}"
+        )
     return row, column
 
 
@@ -91,10 +180,22 @@ def _rows(args: argparse.Namespace, store: Store) -> list[tuple[str, Probe]]:
     """The probes of the rows, each of whose runs must be finished here."""
     table = TRAINED[args.table]
     labels = args.rows or [row.label for row in table.rows if row.backbone]
-    asked = [(label, declared(args.probe, trained_row(table, label), PROTOCOLS[args.protocol], args.seed)) for label in labels]
-    untrained = [label for label, spec in asked if not list((store.run_dir(spec.train) / "checkpoints").glob("step-*.pt"))]
+    asked = [
+        (
+            label,
+            declared(args.probe, trained_row(table, label), PROTOCOLS[args.protocol], args.seed),
+        )
+        for label in labels
+    ]
+    untrained = [
+        label
+        for label, spec in asked
+        if not list((store.run_dir(spec.train) / "checkpoints").glob("step-*.pt"))
+    ]
     if untrained:
-        raise ValueError(f"not trained here: {', '.join(untrained)}; train with: {train_command(table, untrained, PROTOCOLS[args.protocol], args.seed)}")
+        raise ValueError(
+            f"not trained here: {', '.join(untrained)}; train with: {train_command(table, untrained, PROTOCOLS[args.protocol], args.seed)}"
+        )
     return [(label, _chosen(spec, args)) for label, spec in asked]
 
 
@@ -102,15 +203,31 @@ def _published(args: argparse.Namespace) -> list[tuple[str, Probe]]:
     import backbones
 
     if not args.checkpoint.is_file():
-        raise ValueError(f"{args.checkpoint}: no such checkpoint; give the path of a .pt or .safetensors file")
+        raise ValueError(
+            f"{args.checkpoint}: no such checkpoint; give the path of a .pt or .safetensors file"
+        )
     with open(args.checkpoint, "rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()
     protocol = PROTOCOLS[args.protocol]
     known = backbones.options_of(args.backbone)  # raises for unknown names
-    options = dict(input_size=protocol.data.size, in_channels=protocol.data.channels, num_classes=protocol.data.num_classes)
-    methods = [row.method for table in TRAINED.values() for row in trained_rows(table).values() if row.backbone.name == args.backbone and row.method]
+    options = dict(
+        input_size=protocol.data.size,
+        in_channels=protocol.data.channels,
+        num_classes=protocol.data.num_classes,
+    )
+    methods = [
+        row.method
+        for table in TRAINED.values()
+        for row in trained_rows(table).values()
+        if row.backbone.name == args.backbone and row.method
+    ]
     diffusion = methods[0].diffusion if methods else Diffusion()
-    spec = Train(Backbone(args.backbone, {name: value for name, value in options.items() if name in known}), protocol.data, protocol.recipe, diffusion)
+    spec = Train(
+        Backbone(args.backbone, {name: value for name, value in options.items() if name in known}),
+        protocol.data,
+        protocol.recipe,
+        diffusion,
+    )
     return [(args.checkpoint.name, _chosen(of_training(args.probe, spec, weights), args))]
 
 
@@ -119,9 +236,20 @@ def _diffusers(args: argparse.Namespace) -> list[tuple[str, DiffusersLocality]]:
 
     model = type(diffusers_models.load(args.diffusers)).__name__
     text = diffusers_models.conditioning_from(args.conditioning)[1] if args.conditioning else None
-    given = dict(steps=args.steps, images=args.images, gradient_queries=args.gradients, anchors=args.anchors, grid=args.grid and tuple(args.grid))
+    given = dict(
+        steps=args.steps,
+        images=args.images,
+        gradient_queries=args.gradients,
+        anchors=args.anchors,
+        grid=args.grid and tuple(args.grid),
+    )
     chosen = {name: value for name, value in given.items() if value is not None}
-    return [(args.diffusers.name, DiffusersLocality(model, diffusers_models.digest(args.diffusers), text, **chosen))]
+    return [
+        (
+            args.diffusers.name,
+            DiffusersLocality(model, diffusers_models.digest(args.diffusers), text, **chosen),
+        )
+    ]
 
 
 def _chosen(spec: Probe, args: argparse.Namespace) -> Probe:
@@ -136,7 +264,11 @@ def _chosen(spec: Probe, args: argparse.Namespace) -> Probe:
     return spec
 
 
-def _run(asked: list[tuple[str, Probe]] | list[tuple[str, DiffusersLocality]], args: argparse.Namespace, store: Store) -> int:
+def _run(
+    asked: list[tuple[str, Probe]] | list[tuple[str, DiffusersLocality]],
+    args: argparse.Namespace,
+    store: Store,
+) -> int:
     import torch
 
     from analysis.probes.execute import Files, execute
@@ -149,16 +281,28 @@ def _run(asked: list[tuple[str, Probe]] | list[tuple[str, DiffusersLocality]], a
             print(f"{label}: done before, {record.kind} {record.id}")
             continue
         try:
-            record = execute(spec, store, Files(args.checkpoint, args.diffusers, args.conditioning), torch.device(args.device), args.memory)
+            record = execute(
+                spec,
+                store,
+                Files(args.checkpoint, args.diffusers, args.conditioning),
+                torch.device(args.device),
+                args.memory,
+            )
         except ValueError as error:
             failed.append(label)
             print(f"{label}: {error}", file=sys.stderr)
             continue
         except (MemoryError, torch.OutOfMemoryError):
             failed.append(label)
-            print(f"{label}: out of memory; probe fewer images (--images) or a smaller chunk (--memory)", file=sys.stderr)
+            print(
+                f"{label}: out of memory; probe fewer images (--images) or a smaller chunk (--memory)",
+                file=sys.stderr,
+            )
             continue
-        print(f"{label}: {record.kind} {spec_id(spec)}, {record.provenance['seconds']:.0f} s: {_shown(record.values)}", flush=True)
+        print(
+            f"{label}: {record.kind} {spec_id(spec)}, {record.provenance['seconds']:.0f} s: {_shown(record.values)}",
+            flush=True,
+        )
     if failed:
         print(f"error: not probed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed and len(failed) < len(asked) else 2 if failed else 0
@@ -168,7 +312,11 @@ def _done(spec: Probe | DiffusersLocality, store: Store) -> Record | None:
     """The probe's record, unless it is of weights that a later training has replaced."""
     record = store.latest(spec)
     if record and spec.weights is None and (trained := store.latest(spec.train)):
-        return record if record.provenance["weights_sha256"] == trained.values["weights_sha256"] else None
+        return (
+            record
+            if record.provenance["weights_sha256"] == trained.values["weights_sha256"]
+            else None
+        )
     return record
 
 

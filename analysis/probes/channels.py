@@ -29,10 +29,15 @@ class Redundancy:
 
     def add(self, x: Tensor) -> None:
         if not x.isfinite().all():
-            raise ValueError("the features are not finite; the network's weights have diverged or are of another network")
-        flat = (x.flatten(2).mT if x.ndim == 4 else x).double().flatten(0, 1).cpu()                # (N*T, C)
+            raise ValueError(
+                "the features are not finite; the network's weights have diverged or are of another network"
+            )
+        flat = (x.flatten(2).mT if x.ndim == 4 else x).double().flatten(0, 1).cpu()  # (N*T, C)
         if not self.count:
-            self.relu, self.sum, self.squares = (flat.new_zeros(shape) for shape in (flat.shape[1:], flat.shape[1:], (flat.shape[1],) * 2))
+            self.relu, self.sum, self.squares = (
+                flat.new_zeros(shape)
+                for shape in (flat.shape[1:], flat.shape[1:], (flat.shape[1],) * 2)
+            )
         self.relu += flat.relu().sum(0)
         self.sum += flat.sum(0)
         self.squares += flat.mT @ flat
@@ -72,16 +77,30 @@ def mean_correlation(covariance: Tensor) -> float:
         raise ValueError("fewer than two channels vary; the layer is dead or the network untrained")
     covariance, deviation = covariance[alive][:, alive], deviation[alive]
     correlation = (covariance / deviation / deviation[:, None]).abs()
-    return ((correlation.sum() - correlation.trace()) / (len(deviation) * (len(deviation) - 1))).item()
+    return (
+        (correlation.sum() - correlation.trace()) / (len(deviation) * (len(deviation) - 1))
+    ).item()
 
 
 def last_mixer(model: nn.Module) -> nn.Module:
     """The module that puts out the last layer's mixer; ValueError for families whose blocks are not known here."""
-    blocks = [module for module in model.modules() if isinstance(module, Block | DiTBlock | dico.DiCoBlock)]
+    blocks = [
+        module
+        for module in model.modules()
+        if isinstance(module, Block | DiTBlock | dico.DiCoBlock)
+    ]
     if not blocks:
-        raise ValueError(f"{type(model).__name__} has no block whose mixer is known to this probe; it takes DiCo, DiT, SiT and the stacks of Tables 3 and 4")
+        raise ValueError(
+            f"{type(model).__name__} has no block whose mixer is known to this probe; it takes DiCo, DiT, SiT and the stacks of Tables 3 and 4"
+        )
     last = blocks[-1]
-    return last.mixer if isinstance(last, Block) else last.attn if isinstance(last, DiTBlock) else last.conv3
+    return (
+        last.mixer
+        if isinstance(last, Block)
+        else last.attn
+        if isinstance(last, DiTBlock)
+        else last.conv3
+    )
 
 
 def first_stage(model: nn.Module) -> nn.Module:
@@ -90,10 +109,14 @@ def first_stage(model: nn.Module) -> nn.Module:
         return model.encoder_level_1[-1]
     if isinstance(model, Hourglass):
         return model.encoder_1[-1]
-    raise ValueError(f"{type(model).__name__} has no first stage; feature maps are of DiCo and the U-shapes of Tables 3 and 4")
+    raise ValueError(
+        f"{type(model).__name__} has no first stage; feature maps are of DiCo and the U-shapes of Tables 3 and 4"
+    )
 
 
-def record(model: nn.Module, module: nn.Module, walk: Callable[[Any], None], *, keep_maps: bool) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def record(
+    model: nn.Module, module: nn.Module, walk: Callable[[Any], None], *, keep_maps: bool
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """What a module puts out on the network's way through S steps: activations (S, C) and, if kept, the first image's maps
 
     (S, C, H, W) as float16; scalars of each step and, second, their means.
@@ -118,8 +141,16 @@ def record(model: nn.Module, module: nn.Module, walk: Callable[[Any], None], *, 
     finally:
         handle.remove()
     scalars = [step.scalars() for step in steps]
-    arrays = {"timesteps": np.array(timesteps), "activation": torch.stack([step.activation() for step in steps]).float().numpy()}
-    arrays |= {name: np.array([scalar[name] for scalar in scalars], dtype=np.float32) for name in scalars[0]}
+    arrays = {
+        "timesteps": np.array(timesteps),
+        "activation": torch.stack([step.activation() for step in steps]).float().numpy(),
+    }
+    arrays |= {
+        name: np.array([scalar[name] for scalar in scalars], dtype=np.float32)
+        for name in scalars[0]
+    }
     if keep_maps:
         arrays["maps"] = torch.stack(maps).half().numpy()
-    return arrays, {name: round(float(np.mean([scalar[name] for scalar in scalars])), 5) for name in scalars[0]}
+    return arrays, {
+        name: round(float(np.mean([scalar[name] for scalar in scalars])), 5) for name in scalars[0]
+    }

@@ -90,7 +90,13 @@ def of_training(probe: str, train: Train, weights: str | None = None) -> Probe:
     return PROBES[probe](train, sampler, weights=weights)
 
 
-def keep(store: Store, spec: Probe | DiffusersLocality, arrays: dict[str, np.ndarray], values: dict[str, Any], provenance: dict[str, Any]) -> Record:
+def keep(
+    store: Store,
+    spec: Probe | DiffusersLocality,
+    arrays: dict[str, np.ndarray],
+    values: dict[str, Any],
+    provenance: dict[str, Any],
+) -> Record:
     """Write the arrays, then the record that names them."""
     import numpy as np
 
@@ -109,9 +115,13 @@ def arrays_of(store: Store, record: Record, where: str = "records") -> dict[str,
     folder = store.reference if where == "reference" else store.root / where
     path = folder / record.kind / record.values["arrays"]
     if not path.is_file():
-        raise ValueError(f"{record.kind} {record.id}: {path.name} is missing beside its record; probe again with --again")
+        raise ValueError(
+            f"{record.kind} {record.id}: {path.name} is missing beside its record; probe again with --again"
+        )
     packed = path.read_bytes()
     if hashlib.sha256(packed).hexdigest()[:16] != path.stem:
-        raise ValueError(f"{record.kind} {record.id}: {path.name} is damaged; probe again with --again")
+        raise ValueError(
+            f"{record.kind} {record.id}: {path.name} is damaged; probe again with --again"
+        )
     with np.load(io.BytesIO(packed), allow_pickle=False) as stored:
         return {name: stored[name] for name in stored.files}

@@ -31,11 +31,19 @@ class Files:
     conditioning: Path | None = None
 
 
-def network(spec: Probe | DiffusersLocality, store: Store, files: Files, device: torch.device) -> nn.Module:
+def network(
+    spec: Probe | DiffusersLocality, store: Store, files: Files, device: torch.device
+) -> nn.Module:
     """The finished run's EMA network or, where the probe names weights, the network in `files`."""
     if isinstance(spec, DiffusersLocality):
-        text = diffusers_models.conditioning_from(files.conditioning)[0] if files.conditioning else None
-        return diffusers_models.Adapted(diffusers_models.load(files.diffusers), text, spec.grid).to(device)
+        text = (
+            diffusers_models.conditioning_from(files.conditioning)[0]
+            if files.conditioning
+            else None
+        )
+        return diffusers_models.Adapted(diffusers_models.load(files.diffusers), text, spec.grid).to(
+            device
+        )
     if spec.weights is None:
         return load_ema(spec.train, store.run_dir(spec.train), device)
     assert files.checkpoint is not None, spec
@@ -51,16 +59,22 @@ def walk(spec: Probe, device: torch.device) -> Callable[[Any], None]:
     def run(model: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         for images, _ in generate.images(sampling, model, device, spec.images):
             if not images.isfinite().all():
-                raise ValueError("the samples are not finite; the network's weights have diverged or are of another network")
+                raise ValueError(
+                    "the samples are not finite; the network's weights have diverged or are of another network"
+                )
 
     return run
 
 
-def run(spec: Probe | DiffusersLocality, model: nn.Module, device: torch.device, memory: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def run(
+    spec: Probe | DiffusersLocality, model: nn.Module, device: torch.device, memory: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The probe's arrays and scalars. ValueError where the network has not what is probed, or a figure is not finite."""
     with precision("fp32", device):
         if isinstance(spec, DiffusersLocality):
-            return locality.probe(model, model.layers(), settings(spec, memory), diffusers_models.walk(model, spec))
+            return locality.probe(
+                model, model.layers(), settings(spec, memory), diffusers_models.walk(model, spec)
+            )
         way = walk(spec, device)
         if isinstance(spec, Locality):
             return locality.probe(model, layers(model), settings(spec, memory), way)
@@ -71,10 +85,19 @@ def run(spec: Probe | DiffusersLocality, model: nn.Module, device: torch.device,
 
 
 def settings(spec: Locality | DiffusersLocality, memory: int) -> locality.Settings:
-    return locality.Settings(spec.queries, spec.anchors, spec.gradient_queries, spec.gradient_images, spec.directions, memory)
+    return locality.Settings(
+        spec.queries,
+        spec.anchors,
+        spec.gradient_queries,
+        spec.gradient_images,
+        spec.directions,
+        memory,
+    )
 
 
-def execute(spec: Probe | DiffusersLocality, store: Store, files: Files, device: torch.device, memory: int) -> Record:
+def execute(
+    spec: Probe | DiffusersLocality, store: Store, files: Files, device: torch.device, memory: int
+) -> Record:
     """Probe and record; a failure is raised and leaves nothing behind."""
     started = time.perf_counter()
     model = network(spec, store, files, device)

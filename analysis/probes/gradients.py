@@ -24,9 +24,26 @@ class Gradients:
 
     heads = 1
 
-    def __init__(self, kind: str, f: Callable[[Tensor], Tensor], x: Tensor, place: Tensor | None, directions: int, generator: torch.Generator) -> None:
-        self.kind, self.f, self.x, self.place, self.directions, self.generator = kind, f, x.detach(), place, directions, generator
-        self.floats = (_kept(f, self.x.repeat_interleave(2, dim=0)) - _kept(f, self.x)) // (8 * len(x))
+    def __init__(
+        self,
+        kind: str,
+        f: Callable[[Tensor], Tensor],
+        x: Tensor,
+        place: Tensor | None,
+        directions: int,
+        generator: torch.Generator,
+    ) -> None:
+        self.kind, self.f, self.x, self.place, self.directions, self.generator = (
+            kind,
+            f,
+            x.detach(),
+            place,
+            directions,
+            generator,
+        )
+        self.floats = (_kept(f, self.x.repeat_interleave(2, dim=0)) - _kept(f, self.x)) // (
+            8 * len(x)
+        )
 
     def rows(self, head: int, queries: Tensor) -> Tensor:
         total = sum(self._squares(queries) for _ in range(self.directions))
@@ -36,9 +53,9 @@ class Gradients:
     def _squares(self, queries: Tensor) -> Tensor:
         """|u^T J_ij|^2 for one u: (N, R, T). A query is an item of the batch, since items do not see each other."""
         count = len(queries)
-        x = self.x.repeat_interleave(count, dim=0).requires_grad_()                               # (N*R, ...)
-        out = self._tokens(self.f(x))                                                             # (N*R, T, C')
-        at = out[torch.arange(len(out), device=x.device), queries.repeat(len(self.x))]            # (N*R, C')
+        x = self.x.repeat_interleave(count, dim=0).requires_grad_()  # (N*R, ...)
+        out = self._tokens(self.f(x))  # (N*R, T, C')
+        at = out[torch.arange(len(out), device=x.device), queries.repeat(len(self.x))]  # (N*R, C')
         signs = torch.randint(2, at.shape, generator=self.generator).to(at) * 2 - 1
         (gradient,) = torch.autograd.grad((at * signs).sum(), x)
         return self._tokens(gradient).double().square().sum(-1).unflatten(0, (-1, count))
@@ -54,6 +71,8 @@ def _kept(f: Callable[[Tensor], Tensor], x: Tensor) -> int:
     What two operations need counts twice.
     """
     heard: list[int] = []
-    with saved_tensors_hooks(lambda tensor: heard.append(tensor.numel() * tensor.element_size()), lambda nothing: nothing):
+    with saved_tensors_hooks(
+        lambda tensor: heard.append(tensor.numel() * tensor.element_size()), lambda nothing: nothing
+    ):
         f(x.detach().requires_grad_())
     return sum(heard)

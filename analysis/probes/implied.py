@@ -23,7 +23,9 @@ def normalised(sizes: Tensor) -> Tensor:
     """Sizes (..., T) >= 0 over their sum; ValueError where there is no finite sum to share out."""
     total = sizes.sum(-1, keepdim=True)
     if not (total.isfinite() & (total > 0)).all():
-        raise ValueError("a token has weights that are not finite or all zero; the network's weights are untrained, diverged or of another network")
+        raise ValueError(
+            "a token has weights that are not finite or all zero; the network's weights are untrained, diverged or of another network"
+        )
     return sizes / total
 
 
@@ -32,17 +34,33 @@ class Softmax:
 
     kind = ATTENTION
 
-    def __init__(self, q: Tensor, k: Tensor, place: Tensor, bias: Tensor | None = None, scale: float | None = None, keys: Tensor | None = None) -> None:
-        self.q, self.k, self.place, self.bias, self.keys = q, k, place, bias, place if keys is None else keys
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        place: Tensor,
+        bias: Tensor | None = None,
+        scale: float | None = None,
+        keys: Tensor | None = None,
+    ) -> None:
+        self.q, self.k, self.place, self.bias, self.keys = (
+            q,
+            k,
+            place,
+            bias,
+            place if keys is None else keys,
+        )
         self.scale = q.shape[-1] ** -0.5 if scale is None else scale
         self.heads, self.floats = q.shape[1], 3 * k.shape[2]
 
     def rows(self, head: int, queries: Tensor) -> Tensor:
         at = self.place[queries]
-        logits = (self.q[:, head, at] * self.scale) @ self.k[:, head].mT                         # (N, R, S)
+        logits = (self.q[:, head, at] * self.scale) @ self.k[:, head].mT  # (N, R, S)
         if self.bias is not None:
             bias = self.bias.expand(*self.q.shape[:3], self.k.shape[2])[:, head, at]
-            logits = logits.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else logits + bias
+            logits = (
+                logits.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else logits + bias
+            )
         return normalised(logits.float().softmax(-1)[..., self.keys])
 
 
@@ -66,12 +84,17 @@ class Partitioned:
         self.inner, self.cells, self.kind = inner, cells, inner.kind
         self.heads, self.floats = inner.heads, inner.floats * len(cells) + 2 * cells.numel()
         self.where = torch.empty(cells.numel(), dtype=torch.long, device=cells.device)
-        self.where[cells.flatten()] = torch.arange(cells.numel(), device=cells.device)           # token -> part, place in it
+        self.where[cells.flatten()] = torch.arange(
+            cells.numel(), device=cells.device
+        )  # token -> part, place in it
 
     def rows(self, head: int, queries: Tensor) -> Tensor:
-        part, place = self.where[queries] // self.cells.shape[1], self.where[queries] % self.cells.shape[1]
-        inside = self.inner.rows(head, place).unflatten(0, (-1, len(self.cells)))                # (N, P, R, L)
-        inside = inside[:, part, torch.arange(len(queries), device=queries.device)]              # (N, R, L)
+        part, place = (
+            self.where[queries] // self.cells.shape[1],
+            self.where[queries] % self.cells.shape[1],
+        )
+        inside = self.inner.rows(head, place).unflatten(0, (-1, len(self.cells)))  # (N, P, R, L)
+        inside = inside[:, part, torch.arange(len(queries), device=queries.device)]  # (N, R, L)
         rows = inside.new_zeros(*inside.shape[:2], self.cells.numel())
         return rows.scatter_(-1, self.cells[part].expand(inside.shape), inside)
 
@@ -114,9 +137,11 @@ class GatedLinear:
 
     def rows(self, head: int, queries: Tensor) -> Tensor:
         i, j = self.place[queries], self.place
-        between = self.decay[:, head, i, None] - self.decay[:, head, None, j]                    # (N, R, T, e)
+        between = self.decay[:, head, i, None] - self.decay[:, head, None, j]  # (N, R, T, e)
         between = between.masked_fill((j > i[:, None])[..., None], -torch.inf).exp()
-        sizes = torch.einsum("nrc,njc,nrjc->nrj", self.q[:, head, i].double(), self.k[:, head, j].double(), between).abs()
+        sizes = torch.einsum(
+            "nrc,njc,nrjc->nrj", self.q[:, head, i].double(), self.k[:, head, j].double(), between
+        ).abs()
         return normalised(sizes)
 
 
@@ -128,10 +153,26 @@ class Scan:
 
     kind, heads = IMPLIED, 1
 
-    def __init__(self, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, z: Tensor, bias: Tensor, place: Tensor) -> None:
-        self.dt = F.softplus(delta.double() + bias[:, None])                                     # (N, D, S)
+    def __init__(
+        self,
+        delta: Tensor,
+        a: Tensor,
+        b: Tensor,
+        c: Tensor,
+        d: Tensor,
+        z: Tensor,
+        bias: Tensor,
+        place: Tensor,
+    ) -> None:
+        self.dt = F.softplus(delta.double() + bias[:, None])  # (N, D, S)
         self.passed, self.gate = self.dt.cumsum(-1), F.silu(z.double()).abs()
-        self.a, self.b, self.c, self.d, self.place = a.double(), b.double(), c.double(), d.double(), place
+        self.a, self.b, self.c, self.d, self.place = (
+            a.double(),
+            b.double(),
+            c.double(),
+            d.double(),
+            place,
+        )
         self.floats = 8 * len(place) * self.dt.shape[1]
 
     def rows(self, head: int, queries: Tensor) -> Tensor:
@@ -139,11 +180,11 @@ class Scan:
 
     def sizes(self, queries: Tensor) -> Tensor:
         i, j = self.place[queries], self.place
-        passed = self.passed[:, :, i, None] - self.passed[:, :, None, j]                         # (N, D, R, T)
-        passed = passed.masked_fill(j > i[:, None], torch.inf)                                   # a < 0: nothing comes from later
+        passed = self.passed[:, :, i, None] - self.passed[:, :, None, j]  # (N, D, R, T)
+        passed = passed.masked_fill(j > i[:, None], torch.inf)  # a < 0: nothing comes from later
         total = torch.zeros_like(passed)
         for s in range(self.a.shape[1]):
-            states = self.c[:, None, s, i, None] * self.b[:, None, s, None, j]                   # (N, 1, R, T)
+            states = self.c[:, None, s, i, None] * self.b[:, None, s, None, j]  # (N, 1, R, T)
             total += states * torch.exp(passed * self.a[:, s, None, None])
         total = total * self.dt[:, :, None, j] + self.d[:, None, None] * (i[:, None] == j)
         return (self.gate[:, :, i, None] * total).abs().sum(1)
@@ -167,13 +208,17 @@ class Kernel:
     kind, heads = FIELD, 1
 
     def __init__(self, kernel: Tensor, grid: tuple[int, int], images: int) -> None:
-        self.size, self.grid, self.images = kernel.detach().abs().mean((0, 1)), grid, images     # (k, k)
+        self.size, self.grid, self.images = (
+            kernel.detach().abs().mean((0, 1)),
+            grid,
+            images,
+        )  # (k, k)
         self.floats = 6 * grid[0] * grid[1]
 
     def rows(self, head: int, queries: Tensor) -> Tensor:
         width, half = self.grid[1], self.size.shape[0] // 2
         token = torch.arange(self.grid[0] * width, device=queries.device)
-        down = token // width - (queries // width)[:, None] + half                               # (R, T)
+        down = token // width - (queries // width)[:, None] + half  # (R, T)
         right = token % width - (queries % width)[:, None] + half
         inside = (down >= 0) & (down <= 2 * half) & (right >= 0) & (right <= 2 * half)
         sizes = self.size[down.clamp(0, 2 * half), right.clamp(0, 2 * half)] * inside

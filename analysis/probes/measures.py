@@ -17,7 +17,10 @@ HELD = 0.9
 
 def distances(grid: tuple[int, int], queries: Tensor) -> Tensor:
     """From queries (R,) to all tokens, row-major: (R, T), float64."""
-    row, column = torch.meshgrid(*(torch.arange(side, dtype=torch.float64, device=queries.device) for side in grid), indexing="ij")
+    row, column = torch.meshgrid(
+        *(torch.arange(side, dtype=torch.float64, device=queries.device) for side in grid),
+        indexing="ij",
+    )
     row, column = row.flatten(), column.flatten()
     return torch.hypot(row[queries, None] - row, column[queries, None] - column)
 
@@ -34,11 +37,13 @@ def locality(weights: Tensor, distance: Tensor, within: Tensor) -> tuple[Tensor,
     the query that holds HELD of its weight. entropy: exp of it is the effective number of tokens.
     """
     order = distance.argsort(dim=-1, stable=True)
-    outward = distance.gather(-1, order)                                                        # (R, T)
-    held = weights.double().gather(-1, order.expand(weights.shape)).cumsum(-1)                  # (..., R, T)
-    inside = torch.searchsorted(outward, within.to(outward) + 1e-9 + torch.zeros_like(outward[:, :1]))  # (R, K) tokens
+    outward = distance.gather(-1, order)  # (R, T)
+    held = weights.double().gather(-1, order.expand(weights.shape)).cumsum(-1)  # (..., R, T)
+    inside = torch.searchsorted(
+        outward, within.to(outward) + 1e-9 + torch.zeros_like(outward[:, :1])
+    )  # (R, K) tokens
     mass = held.gather(-1, (inside - 1).expand(*held.shape[:-1], -1))
-    enough = (held < HELD - 1e-9).sum(-1).clamp(max=held.shape[-1] - 1)                          # (..., R)
+    enough = (held < HELD - 1e-9).sum(-1).clamp(max=held.shape[-1] - 1)  # (..., R)
     field = outward.expand(held.shape).gather(-1, enough[..., None])[..., 0]
     mean = (weights * distance).sum(-1)
     entropy = torch.special.entr(weights.double()).sum(-1)
@@ -48,5 +53,7 @@ def locality(weights: Tensor, distance: Tensor, within: Tensor) -> tuple[Tensor,
 def uniform(grid: tuple[int, int], queries: Tensor) -> tuple[Tensor, Tensor]:
     """What uniform weights give, as means over these queries: MEASURES (3,) and masses (K,)."""
     distance = distances(grid, queries)
-    values, mass = locality(torch.full_like(distance, 1 / distance.shape[-1]), distance, radii(grid).to(distance))
+    values, mass = locality(
+        torch.full_like(distance, 1 / distance.shape[-1]), distance, radii(grid).to(distance)
+    )
     return values.mean(0), mass.mean(0)

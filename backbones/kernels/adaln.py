@@ -30,11 +30,20 @@ def triton(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def on_gpu(x: Tensor) -> bool:
     """Whether kernels in Triton that compute in float32 take it."""
-    return x.is_cuda and x.dtype in (torch.float32, torch.float16, torch.bfloat16) and find_spec("triton") is not None
+    return (
+        x.is_cuda
+        and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and find_spec("triton") is not None
+    )
 
 
 def _supports(x: Tensor, shift: Tensor, scale: Tensor) -> bool:
-    return on_gpu(x) and x.ndim == 3 and shift.shape == scale.shape == (len(x), 1, x.shape[-1]) and x.shape[-1] <= 8192
+    return (
+        on_gpu(x)
+        and x.ndim == 3
+        and shift.shape == scale.shape == (len(x), 1, x.shape[-1])
+        and x.shape[-1] <= 8192
+    )
 
 
 def unmeasured(*args: Tensor) -> bool:
@@ -42,4 +51,6 @@ def unmeasured(*args: Tensor) -> bool:
     return False
 
 
-adaln = Op("adaln", [Choice("triton", triton, _supports, unmeasured), Choice("reference", reference)])
+adaln = Op(
+    "adaln", [Choice("triton", triton, _supports, unmeasured), Choice("reference", reference)]
+)

@@ -27,7 +27,9 @@ def _normal(x, real, D, eps):
 
 
 @triton.jit
-def _forward(x_ptr, shift_ptr, scale_ptr, y_ptr, T, D, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _forward(
+    x_ptr, shift_ptr, scale_ptr, y_ptr, T, D, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     n, column = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)
     real = column < D
     shift = tl.load(shift_ptr + n * D + column, mask=real, other=0.0).to(tl.float32)
@@ -40,7 +42,19 @@ def _forward(x_ptr, shift_ptr, scale_ptr, y_ptr, T, D, eps, ROWS: tl.constexpr, 
 
 
 @triton.jit
-def _backward(x_ptr, scale_ptr, grad_ptr, grad_x_ptr, shift_terms, scale_terms, T, D, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _backward(
+    x_ptr,
+    scale_ptr,
+    grad_ptr,
+    grad_x_ptr,
+    shift_terms,
+    scale_terms,
+    T,
+    D,
+    eps,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     n, column = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)
     real = column < D
     scale = 1.0 + tl.load(scale_ptr + n * D + column, mask=real, other=0.0).to(tl.float32)
@@ -54,7 +68,11 @@ def _backward(x_ptr, scale_ptr, grad_ptr, grad_x_ptr, shift_terms, scale_terms, 
         scale_sum += grad * u
         through = grad * scale  # dL/du
         mean, along = tl.sum(through, axis=0) / D, tl.sum(through * u, axis=0) / D
-        tl.store(grad_x_ptr + at, (r * (through - mean - u * along)).to(grad_x_ptr.dtype.element_ty), mask=mask)
+        tl.store(
+            grad_x_ptr + at,
+            (r * (through - mean - u * along)).to(grad_x_ptr.dtype.element_ty),
+            mask=mask,
+        )
     term = (n * tl.num_programs(0) + tl.program_id(0)) * D + column
     tl.store(shift_terms + term, shift_sum, mask=real)
     tl.store(scale_terms + term, scale_sum, mask=real)
@@ -85,7 +103,9 @@ class _AdaLN(torch.autograd.Function):
         grad_x = torch.empty_like(x)
         terms = [x.new_empty(len(x), grid[0], x.shape[-1], dtype=torch.float32) for _ in range(2)]
         with torch.cuda.device_of(x):
-            _backward[grid](x, scale, grad.contiguous(), grad_x, *terms, *x.shape[1:], ctx.eps, **blocks)
+            _backward[grid](
+                x, scale, grad.contiguous(), grad_x, *terms, *x.shape[1:], ctx.eps, **blocks
+            )
         shift, scale = (term.sum(1, keepdim=True).to(scale.dtype) for term in terms)
         return grad_x, shift, scale, None
 

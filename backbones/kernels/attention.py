@@ -42,7 +42,17 @@ def _flash_installed() -> bool:
 
 
 def _flash_supports(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> bool:
-    return q.is_cuda and q.dtype == k.dtype == v.dtype and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256 and bias is None and _flash_installed()
+    return (
+        q.is_cuda
+        and q.dtype == k.dtype == v.dtype
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[-1] <= 256
+        and bias is None
+        and _flash_installed()
+    )
 
 
-attention = Op("attention", [Choice("flash", flash, _flash_supports), Choice("sdpa", sdpa), Choice("reference", reference)])
+attention = Op(
+    "attention",
+    [Choice("flash", flash, _flash_supports), Choice("sdpa", sdpa), Choice("reference", reference)],
+)

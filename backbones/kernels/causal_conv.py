@@ -18,11 +18,17 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Shifted copies of the input, weighted and added."""
     taps = weight.shape[-1]
     padded = F.pad(x, (taps - 1, 0))
-    return F.silu(sum(weight[:, :, j] * padded[..., j:j + x.shape[-1]] for j in range(taps)) + bias[:, None])
+    return F.silu(
+        sum(weight[:, :, j] * padded[..., j : j + x.shape[-1]] for j in range(taps)) + bias[:, None]
+    )
 
 
 def conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.silu(F.conv1d(x, weight, bias, padding=weight.shape[-1] - 1, groups=len(weight))[..., :x.shape[-1]])
+    return F.silu(
+        F.conv1d(x, weight, bias, padding=weight.shape[-1] - 1, groups=len(weight))[
+            ..., : x.shape[-1]
+        ]
+    )
 
 
 @torch.compiler.disable
@@ -47,7 +53,12 @@ def _installed() -> bool:
 
 
 def _supports(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
-    return x.is_cuda and x.dtype in (torch.float32, torch.float16, torch.bfloat16) and 2 <= weight.shape[-1] <= 4 and _installed()
+    return (
+        x.is_cuda
+        and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and 2 <= weight.shape[-1] <= 4
+        and _installed()
+    )
 
 
 causal_conv = Op(

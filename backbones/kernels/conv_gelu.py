@@ -16,7 +16,6 @@ from backbones.kernels.linear import supports as onednn_supports
 from backbones.kernels.op import Choice, Op
 
 
-
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight)))
 
@@ -27,7 +26,9 @@ def separate(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     groups, padding = x.shape[1] // weight.shape[1], [weight.shape[-1] // 2] * 2
-    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, padding, [1, 1], [1, 1], groups, "gelu", [], "none")
+    return torch.ops.mkldnn._convolution_pointwise(
+        x, weight, bias, padding, [1, 1], [1, 1], groups, "gelu", [], "none"
+    )
 
 
 def _without_gradient(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
@@ -50,5 +51,12 @@ def _triton_supports(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
 
 
 _ONEDNN = Choice("onednn", onednn, _without_gradient, _pays)
-depthwise_gelu = Op("depthwise_gelu", [Choice("triton", triton, _triton_supports, unmeasured), _ONEDNN, Choice("reference", depthwise)])
+depthwise_gelu = Op(
+    "depthwise_gelu",
+    [
+        Choice("triton", triton, _triton_supports, unmeasured),
+        _ONEDNN,
+        Choice("reference", depthwise),
+    ],
+)
 pointwise_gelu = Op("pointwise_gelu", [_ONEDNN, Choice("reference", separate)])

@@ -38,15 +38,33 @@ def _neighbour(pointer, at, h, w, dy, dx, H, W, C, real):
 
 @triton.jit
 def _convolved(x_ptr, weight_ptr, bias_ptr, at, h, w, channel, real, H, W, C, K: tl.constexpr):
-    z = tl.load(bias_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)[None, :] + tl.zeros(at.shape, tl.float32)
+    z = tl.load(bias_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)[None, :] + tl.zeros(
+        at.shape, tl.float32
+    )
     for tap in tl.static_range(K * K):
-        weight = tl.load(weight_ptr + channel * K * K + tap, mask=channel < C, other=0.0).to(tl.float32)
-        z += weight[None, :] * _neighbour(x_ptr, at, h, w, tap // K - K // 2, tap % K - K // 2, H, W, C, real)
+        weight = tl.load(weight_ptr + channel * K * K + tap, mask=channel < C, other=0.0).to(
+            tl.float32
+        )
+        z += weight[None, :] * _neighbour(
+            x_ptr, at, h, w, tap // K - K // 2, tap % K - K // 2, H, W, C, real
+        )
     return z
 
 
 @triton.jit
-def _forward(x_ptr, weight_ptr, bias_ptr, y_ptr, N, H, W, C, K: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+def _forward(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    N,
+    H,
+    W,
+    C,
+    K: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     at, h, w, channel, real = _places(N, H, W, C, PIXELS, CHANNELS)
     z = _convolved(x_ptr, weight_ptr, bias_ptr, at, h, w, channel, real, H, W, C, K)
     y = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
@@ -55,12 +73,26 @@ def _forward(x_ptr, weight_ptr, bias_ptr, y_ptr, N, H, W, C, K: tl.constexpr, PI
 
 @triton.jit
 def _backward_z(
-    x_ptr, weight_ptr, bias_ptr, grad_ptr, grad_z_ptr, weight_terms, bias_terms, N, H, W, C,
-    K: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    grad_ptr,
+    grad_z_ptr,
+    weight_terms,
+    bias_terms,
+    N,
+    H,
+    W,
+    C,
+    K: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):
     at, h, w, channel, real = _places(N, H, W, C, PIXELS, CHANNELS)
     z = _convolved(x_ptr, weight_ptr, bias_ptr, at, h, w, channel, real, H, W, C, K)
-    slope = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
+    slope = (
+        0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
+    )
     grad_z = tl.load(grad_ptr + at, mask=real, other=0.0).to(tl.float32) * slope
     tl.store(grad_z_ptr + at, grad_z.to(grad_z_ptr.dtype.element_ty), mask=real)
     term = tl.program_id(0).to(tl.int64) * C + channel
@@ -71,12 +103,27 @@ def _backward_z(
 
 
 @triton.jit
-def _backward_x(grad_z_ptr, weight_ptr, grad_x_ptr, N, H, W, C, K: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+def _backward_x(
+    grad_z_ptr,
+    weight_ptr,
+    grad_x_ptr,
+    N,
+    H,
+    W,
+    C,
+    K: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     at, h, w, channel, real = _places(N, H, W, C, PIXELS, CHANNELS)
     grad_x = tl.zeros(at.shape, tl.float32)
     for tap in tl.static_range(K * K):
-        weight = tl.load(weight_ptr + channel * K * K + tap, mask=channel < C, other=0.0).to(tl.float32)
-        grad_x += weight[None, :] * _neighbour(grad_z_ptr, at, h, w, K // 2 - tap // K, K // 2 - tap % K, H, W, C, real)
+        weight = tl.load(weight_ptr + channel * K * K + tap, mask=channel < C, other=0.0).to(
+            tl.float32
+        )
+        grad_x += weight[None, :] * _neighbour(
+            grad_z_ptr, at, h, w, K // 2 - tap // K, K // 2 - tap % K, H, W, C, real
+        )
     tl.store(grad_x_ptr + at, grad_x.to(grad_x_ptr.dtype.element_ty), mask=real)
 
 
@@ -96,7 +143,9 @@ class _DepthwiseGelu(torch.autograd.Function):
         ctx.side = round(weight.shape[1] ** 0.5)
         y = torch.empty_like(x)
         with torch.cuda.device_of(x):
-            _forward[_grid(x)](x, weight, bias, y, *_sizes(x), K=ctx.side, PIXELS=PIXELS, CHANNELS=CHANNELS)
+            _forward[_grid(x)](
+                x, weight, bias, y, *_sizes(x), K=ctx.side, PIXELS=PIXELS, CHANNELS=CHANNELS
+            )
         ctx.save_for_backward(x, weight, bias)
         return y
 
@@ -104,12 +153,18 @@ class _DepthwiseGelu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         x, weight, bias = ctx.saved_tensors
-        grad, grid, blocks = grad.contiguous(memory_format=torch.channels_last), _grid(x), dict(K=ctx.side, PIXELS=PIXELS, CHANNELS=CHANNELS)
+        grad, grid, blocks = (
+            grad.contiguous(memory_format=torch.channels_last),
+            _grid(x),
+            dict(K=ctx.side, PIXELS=PIXELS, CHANNELS=CHANNELS),
+        )
         grad_z, grad_x = torch.empty_like(x), torch.empty_like(x)
         weight_terms = x.new_empty(grid[0], *weight.shape, dtype=torch.float32)
         bias_terms = x.new_empty(grid[0], len(weight), dtype=torch.float32)
         with torch.cuda.device_of(x):
-            _backward_z[grid](x, weight, bias, grad, grad_z, weight_terms, bias_terms, *_sizes(x), **blocks)
+            _backward_z[grid](
+                x, weight, bias, grad, grad_z, weight_terms, bias_terms, *_sizes(x), **blocks
+            )
             _backward_x[grid](grad_z, weight, grad_x, *_sizes(x), **blocks)
         grad_weight = weight_terms.sum(0).to(weight.dtype).view(len(weight), 1, ctx.side, ctx.side)
         return grad_x, grad_weight, bias_terms.sum(0).to(bias.dtype)

@@ -22,8 +22,8 @@ def reference(u: Tensor, z: Tensor, w: Tensor) -> Tensor:
     """The recurrence, token by token."""
     decay, state, out = z.exp(), 0.0, []
     for t in range(u.shape[-1]):
-        state = decay * state + u[..., t, None]      # (N, D, S)
-        out.append((w * state).sum(dim=-1).real)     # (N, D)
+        state = decay * state + u[..., t, None]  # (N, D, S)
+        out.append((w * state).sum(dim=-1).real)  # (N, D)
     return torch.stack(out, dim=-1)
 
 
@@ -31,7 +31,9 @@ def reference(u: Tensor, z: Tensor, w: Tensor) -> Tensor:
 def fft(u: Tensor, z: Tensor, w: Tensor) -> Tensor:
     """Causal convolution with the impulse response, as a product of spectra at twice the length."""
     tokens = u.shape[-1]
-    spectrum = torch.fft.rfft(u, 2 * tokens) * torch.fft.rfft(_response(z, w, tokens).to(u.dtype), 2 * tokens)
+    spectrum = torch.fft.rfft(u, 2 * tokens) * torch.fft.rfft(
+        _response(z, w, tokens).to(u.dtype), 2 * tokens
+    )
     return torch.fft.irfft(spectrum, 2 * tokens)[..., :tokens]
 
 
@@ -42,9 +44,11 @@ def _response(z: Tensor, w: Tensor, tokens: int) -> Tensor:
     """
     fine = math.isqrt(tokens - 1) + 1
     coarse = -(-tokens // fine)
-    exact = z.to(torch.complex128)[:, None]                                                      # (D, 1, S)
-    left = w[:, None] * _powers(exact, torch.arange(coarse, device=z.device) * fine).to(w.dtype)  # (D, c, S)
-    right = _powers(exact, torch.arange(fine, device=z.device)).to(w.dtype)                      # (D, b, S)
+    exact = z.to(torch.complex128)[:, None]  # (D, 1, S)
+    left = w[:, None] * _powers(exact, torch.arange(coarse, device=z.device) * fine).to(
+        w.dtype
+    )  # (D, c, S)
+    right = _powers(exact, torch.arange(fine, device=z.device)).to(w.dtype)  # (D, b, S)
     left, right = torch.cat([left.real, -left.imag], -1), torch.cat([right.real, right.imag], -1)
     return (left @ right.mT).flatten(1)[:, :tokens]
 
@@ -65,6 +69,10 @@ def macs(u: Tensor, z: Tensor, w: Tensor) -> int:
 
 diagonal_ssm = Op(
     "diagonal_ssm",
-    [Choice("shape", shape, lambda u, *rest: u.is_meta), Choice("fft", fft), Choice("reference", reference)],
+    [
+        Choice("shape", shape, lambda u, *rest: u.is_meta),
+        Choice("fft", fft),
+        Choice("reference", reference),
+    ],
     macs,
 )

@@ -28,8 +28,10 @@ def reference(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     """The recurrence, token by token."""
     q, state, out = q * q.shape[-1] ** -0.5, 0.0, []
     for t in range(q.shape[2]):
-        state = g[:, :, t, :, None].exp() * state + k[:, :, t, :, None] * v[:, :, t, None]  # (N, h, e, f)
-        out.append(q[:, :, t, None] @ state)                                                # (N, h, 1, f)
+        state = (
+            g[:, :, t, :, None].exp() * state + k[:, :, t, :, None] * v[:, :, t, None]
+        )  # (N, h, e, f)
+        out.append(q[:, :, t, None] @ state)  # (N, h, 1, f)
     return torch.cat(out, dim=2)
 
 
@@ -38,9 +40,9 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     """Matrix products inside chunks of 32 tokens, one step of the recurrence from chunk to chunk (section 4)."""
     tokens = q.shape[2]
     q, k, v, g = (_chunks(x) for x in (q * q.shape[-1] ** -0.5, k, v, g))  # (N, h, T/C, C, e), v: f
-    b = g.cumsum(dim=-2)                                                   # decay since the chunk began
+    b = g.cumsum(dim=-2)  # decay since the chunk began
     last = b[..., -1:, :]
-    update = (k * (last - b).exp()).mT @ v                                 # (N, h, T/C, e, f)
+    update = (k * (last - b).exp()).mT @ v  # (N, h, T/C, e, f)
     decay, state, states = last.exp().mT, torch.zeros_like(update[:, :, 0]), []
     for i in range(update.shape[2]):
         states.append(state)
@@ -56,7 +58,7 @@ def _chunks(x: Tensor) -> Tensor:
 
 
 def _middle(b: Tensor) -> Tensor:
-    return b[..., CHUNK // 2 - 1:CHUNK // 2, :]
+    return b[..., CHUNK // 2 - 1 : CHUNK // 2, :]
 
 
 def _mild(b: Tensor) -> bool:
@@ -88,7 +90,9 @@ def _halved(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
 def fla(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     from fla.ops.gla import chunk_gla
 
-    out, _ = chunk_gla(*(x.transpose(1, 2).contiguous() for x in (q, k, v, g)))  # its layout is (N, T, heads, e)
+    out, _ = chunk_gla(
+        *(x.transpose(1, 2).contiguous() for x in (q, k, v, g))
+    )  # its layout is (N, T, heads, e)
     return out.transpose(1, 2)
 
 
@@ -102,11 +106,17 @@ def _fla_installed() -> bool:
 
 
 def _fla_supports(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> bool:
-    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16, torch.float32) and _fla_installed()
+    return (
+        q.is_cuda and q.dtype in (torch.float16, torch.bfloat16, torch.float32) and _fla_installed()
+    )
 
 
 def _fla_pays(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> bool:
-    return q.dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+    return (
+        q.dtype != torch.float32
+        or torch.backends.cuda.matmul.allow_tf32
+        or torch.backends.cudnn.allow_tf32
+    )
 
 
 def shape(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:

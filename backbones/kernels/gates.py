@@ -25,7 +25,11 @@ class _AddCMul(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, b = ctx.saved_tensors
         of_x, of_a, of_b = ctx.needs_input_grad
-        return grad if of_x else None, grad * b if of_a else None, grad * a if of_b else None  # autograd sums what was broadcast
+        return (
+            grad if of_x else None,
+            grad * b if of_a else None,
+            grad * a if of_b else None,
+        )  # autograd sums what was broadcast
 
 
 class _Mean(torch.autograd.Function):
@@ -37,15 +41,28 @@ class _Mean(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return (grad / (ctx.shape[2] * ctx.shape[3])).expand(ctx.shape)  # added as it is to the other gradients of x
+        return (grad / (ctx.shape[2] * ctx.shape[3])).expand(
+            ctx.shape
+        )  # added as it is to the other gradients of x
 
 
 def _pays(*args: Tensor) -> bool:
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()  # a compiler leaves such passes out by itself
+    return (
+        torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    )  # a compiler leaves such passes out by itself
 
 
-addcmul = Op("addcmul", [Choice("fewer_passes", _AddCMul.apply, pays=_pays), Choice("reference", torch.addcmul)])
+addcmul = Op(
+    "addcmul",
+    [Choice("fewer_passes", _AddCMul.apply, pays=_pays), Choice("reference", torch.addcmul)],
+)
 """x + a b, of shapes that broadcast to one."""
 
-pool = Op("pool", [Choice("fewer_passes", _Mean.apply, pays=_pays), Choice("reference", lambda x: F.adaptive_avg_pool2d(x, 1))])
+pool = Op(
+    "pool",
+    [
+        Choice("fewer_passes", _Mean.apply, pays=_pays),
+        Choice("reference", lambda x: F.adaptive_avg_pool2d(x, 1)),
+    ],
+)
 """Global average pooling: (N, C, H, W) -> (N, C, 1, 1)."""

@@ -17,11 +17,15 @@ from backbones.kernels.op import Choice, Op
 
 _ONEDNN = torch.backends.mkldnn.is_available()
 WORTHWHILE = 2**22  # multiply-accumulates; below, a call costs more than it saves
-FEW = 256             # rows
+FEW = 256  # rows
 WIDE = 128  # channels from which other sums than the reference's are asked for; the committed records of narrower networks hold its bits
 
 
-@torch.library.custom_op("backbones::product", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+@torch.library.custom_op(
+    "backbones::product",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+)
 def _opaque(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """For the compiler, whose own version of oneDNN's product takes constant weights only."""
     return _product(x, weight, bias)
@@ -49,7 +53,10 @@ class _OneDNN(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])  # (M, in), (M, out)
+        rows, grads = (
+            x.reshape(-1, x.shape[-1]),
+            grad.reshape(-1, grad.shape[-1]),
+        )  # (M, in), (M, out)
         grad_x = _product(grads, weight.t()).view(x.shape) if wants_x else None
         grad_weight = _wide(grads, rows) if wants_weight else None
         return grad_x, grad_weight, grads.sum(0) if wants_bias else None
@@ -60,7 +67,11 @@ def _wide(a: Tensor, b: Tensor) -> Tensor:
 
     Of few rows, as a condition has, that is less than it costs to lay the result out as the weight is.
     """
-    return _product(b.t(), a.t()).t() if a.shape[1] > b.shape[1] and len(a) > FEW else _product(a.t(), b.t())
+    return (
+        _product(b.t(), a.t()).t()
+        if a.shape[1] > b.shape[1] and len(a) > FEW
+        else _product(a.t(), b.t())
+    )
 
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -68,7 +79,12 @@ def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def supports(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    return x.is_cpu and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and _ONEDNN
+    return (
+        x.is_cpu
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and _ONEDNN
+    )
 
 
 def _pays(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -89,7 +105,12 @@ def _rows_pay(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         return supports(x, weight)
     if torch.compiler.is_compiling():  # which cannot ask for threads
         return False
-    return torch.get_num_threads() == 1 and x.is_contiguous(memory_format=torch.channels_last) and supports(x, weight) and _pays(x, weight)
+    return (
+        torch.get_num_threads() == 1
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and supports(x, weight)
+        and _pays(x, weight)
+    )
 
 
 class _Row(torch.autograd.Function):
@@ -108,9 +129,22 @@ class _Row(torch.autograd.Function):
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
         row = _one_row(grad)
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-            row, _one_row(x), weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [wants_x, wants_weight, False])
+            row,
+            _one_row(x),
+            weight,
+            None,
+            [1, 1],
+            [0, 0],
+            [1, 1],
+            False,
+            [0, 0],
+            1,
+            [wants_x, wants_weight, False],
+        )
         if wants_x:
-            grad_x = grad_x.permute(0, 2, 3, 1).reshape(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
+            grad_x = (
+                grad_x.permute(0, 2, 3, 1).reshape(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
+            )
         return grad_x, grad_weight, row.sum((0, 2, 3)) if wants_bias else None
 
 
@@ -129,5 +163,12 @@ def _row_pays(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last) and x.shape[2] * x.shape[3] > 1
 
 
-pointwise = Op("pointwise", [Choice("linear", as_linear, pays=_rows_pay), Choice("row", as_row, supports, _row_pays), Choice("reference", F.conv2d)])
+pointwise = Op(
+    "pointwise",
+    [
+        Choice("linear", as_linear, pays=_rows_pay),
+        Choice("row", as_row, supports, _row_pays),
+        Choice("reference", F.conv2d),
+    ],
+)
 """A 1x1 convolution: x (N, C, H, W), weight (C_out, C, 1, 1), bias (C_out,) or None -> (N, C_out, H, W)."""

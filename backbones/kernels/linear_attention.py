@@ -15,7 +15,7 @@ EPS = 1e-6
 
 def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The weights of all pairs of tokens, written out."""
-    weights = q @ k.transpose(-2, -1) / k.shape[-2]                             # (N, h, T, T)
+    weights = q @ k.transpose(-2, -1) / k.shape[-2]  # (N, h, T, T)
     return weights @ v / (weights.sum(dim=-1, keepdim=True) + EPS)
 
 
@@ -26,4 +26,6 @@ def associated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return q @ ((k * root).transpose(-2, -1) @ (v * root)) * normaliser
 
 
-linear_attention = Op("linear_attention", [Choice("associated", associated), Choice("reference", reference)])
+linear_attention = Op(
+    "linear_attention", [Choice("associated", associated), Choice("reference", reference)]
+)

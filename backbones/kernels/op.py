@@ -31,8 +31,14 @@ class Op:
     `macs` is the closed-form count of a call, for an operation whose implementations differ in what a counter sees.
     """
 
-    def __init__(self, name: str, choices: list[Choice], macs: Callable[..., int] | None = None) -> None:
-        self.name, self.choices, self.macs = name, {choice.name: replace(choice) for choice in choices}, macs
+    def __init__(
+        self, name: str, choices: list[Choice], macs: Callable[..., int] | None = None
+    ) -> None:
+        self.name, self.choices, self.macs = (
+            name,
+            {choice.name: replace(choice) for choice in choices},
+            macs,
+        )
         _ops[name] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -49,9 +55,15 @@ class Op:
         if forced := _forced.get(self.name):
             choice = self.choices[forced]
             if not choice.supports(*args, **kwargs):
-                raise ValueError(f"{self.name} was forced to {forced!r}, which is not installed or does not take this device, dtype or bias")
+                raise ValueError(
+                    f"{self.name} was forced to {forced!r}, which is not installed or does not take this device, dtype or bias"
+                )
             return choice
-        return next(choice for choice in self.choices.values() if choice.supports(*args, **kwargs) and choice.pays(*args, **kwargs))
+        return next(
+            choice
+            for choice in self.choices.values()
+            if choice.supports(*args, **kwargs) and choice.pays(*args, **kwargs)
+        )
 
 
 @contextmanager
@@ -81,7 +93,9 @@ def use(**choices: str) -> Iterator[None]:
         if name not in _ops:
             raise ValueError(f"unknown kernel {name!r}; known: {', '.join(sorted(_ops))}")
         if choice not in _ops[name].choices:
-            raise ValueError(f"{name} has no implementation {choice!r}; known: {', '.join(_ops[name].choices)}")
+            raise ValueError(
+                f"{name} has no implementation {choice!r}; known: {', '.join(_ops[name].choices)}"
+            )
     before = dict(_forced)
     _forced.update(choices)
     try:
@@ -98,7 +112,10 @@ def references() -> dict[str, str]:
 
 def used() -> dict[str, list[str]]:
     """The implementations that ran since `reset_used`, by op; in a replay of a CUDA graph nothing is heard of them."""
-    found = {name: sorted(choice.name for choice in op.choices.values() if choice.ran) for name, op in sorted(_ops.items())}
+    found = {
+        name: sorted(choice.name for choice in op.choices.values() if choice.ran)
+        for name, op in sorted(_ops.items())
+    }
     return {name: choices for name, choices in found.items() if choices}
 
 

@@ -15,6 +15,8 @@ def at_least_float32(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(run)
     def wrapped(*args: Tensor) -> Tensor:
         with torch.autocast(args[0].device.type, enabled=False):
-            return run(*(x.to(torch.promote_types(x.dtype, torch.float32)) for x in args)).to(args[0].dtype)
+            return run(*(x.to(torch.promote_types(x.dtype, torch.float32)) for x in args)).to(
+                args[0].dtype
+            )
 
     return wrapped

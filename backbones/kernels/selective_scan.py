@@ -19,14 +19,18 @@ from torch.autograd.function import once_differentiable
 from backbones.kernels.op import Choice, Op
 
 
-def reference(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, z: Tensor, bias: Tensor) -> Tensor:
+def reference(
+    u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, z: Tensor, bias: Tensor
+) -> Tensor:
     """The recurrence, a step at a time."""
     dtype = u.dtype
     u, delta, a, b, c, d, z, bias = _exact(u, delta, a, b, c, d, z, bias)
     dt = F.softplus(delta + bias[:, None])
     h, ys = u.new_zeros(*u.shape[:2], a.shape[1]), []
     for t in range(u.shape[2]):
-        h = torch.exp(dt[:, :, t, None] * a) * h + (dt * u)[:, :, t, None] * b[:, None, :, t]  # (N, D, S)
+        h = (
+            torch.exp(dt[:, :, t, None] * a) * h + (dt * u)[:, :, t, None] * b[:, None, :, t]
+        )  # (N, D, S)
         ys.append((h * c[:, None, :, t]).sum(-1))
     return ((torch.stack(ys, -1) + d[:, None] * u) * F.silu(z)).to(dtype)
 
@@ -72,12 +76,12 @@ class _Loop(torch.autograd.Function):
             for t in range(last - 1, first - 1, -1):
                 i = t - first
                 torch.matmul(grad_y[t, :, None], states[i + 1], out=grad_c[t, :, None])
-                torch.mul(grad_y[t, :, :, None], c[t, :, None], out=grad_h).add_(carried)         # dL/dh_t
+                torch.mul(grad_y[t, :, :, None], c[t, :, None], out=grad_h).add_(carried)  # dL/dh_t
                 torch.matmul(grad_h, b[t, :, :, None], out=grad_x[t, :, :, None])
                 torch.matmul(x[t, :, None], grad_h, out=grad_b[t, :, None])
                 torch.mul(dt[t, :, :, None], a, out=decay).exp_()
-                torch.mul(grad_h, decay, out=carried)                                             # dL/dh_{t-1} through h_t
-                torch.mul(carried, states[i], out=grad_h)                                         # dL/d(dt_t a)
+                torch.mul(grad_h, decay, out=carried)  # dL/dh_{t-1} through h_t
+                torch.mul(carried, states[i], out=grad_h)  # dL/d(dt_t a)
                 torch.sum(decay.copy_(grad_h).mul_(a), -1, out=grad_dt[t])
                 grad_a.addcmul_(grad_h, dt[t, :, :, None])
         return grad_dt, grad_x, grad_a.sum(0), grad_b, grad_c
@@ -90,30 +94,42 @@ def _step(h: Tensor, decay: Tensor, dt: Tensor, x: Tensor, a: Tensor, b: Tensor)
 
 
 @torch.compiler.disable
-def loop(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, z: Tensor, bias: Tensor) -> Tensor:
+def loop(
+    u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, z: Tensor, bias: Tensor
+) -> Tensor:
     """The recurrence with its state in place and a backward pass by hand."""
     dtype = u.dtype
     with torch.autocast(u.device.type, enabled=False):
         u, delta, a, b, c, d, z, bias = _exact(u, delta, a, b, c, d, z, bias)
-        u, delta, b, c, z = (part.permute(2, 0, 1).contiguous() for part in (u, delta, b, c, z))  # (T, N, D or S)
+        u, delta, b, c, z = (
+            part.permute(2, 0, 1).contiguous() for part in (u, delta, b, c, z)
+        )  # (T, N, D or S)
         dt = F.softplus(delta + bias)
         scanned = dt, dt * u, a, b, c
         if not torch.is_grad_enabled():
-            scanned = tuple(part.detach() for part in scanned)  # a parameter asks for its gradient even then
+            scanned = tuple(
+                part.detach() for part in scanned
+            )  # a parameter asks for its gradient even then
         y = _Loop.apply(*scanned) + d * u
         return (y * F.silu(z)).permute(1, 2, 0).to(dtype)
 
 
 @torch.compiler.disable
-def mamba_ssm(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, z: Tensor, bias: Tensor) -> Tensor:
+def mamba_ssm(
+    u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, z: Tensor, bias: Tensor
+) -> Tensor:
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     u, delta, b, c, z = (part.contiguous() for part in (u, delta, b, c, z))
-    return selective_scan_fn(u, delta, a.float(), b, c, d.float(), z, bias.float(), delta_softplus=True)
+    return selective_scan_fn(
+        u, delta, a.float(), b, c, d.float(), z, bias.float(), delta_softplus=True
+    )
 
 
 @torch.compiler.disable
-def triton(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, z: Tensor, bias: Tensor) -> Tensor:
+def triton(
+    u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, z: Tensor, bias: Tensor
+) -> Tensor:
     from backbones.kernels.selective_scan_triton import selective_scan as run
 
     return run(u, delta, a, b, c, d, z, bias)
@@ -139,14 +155,26 @@ def _triton_installed() -> bool:
 
 
 def _on_gpu(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, *rest: Tensor) -> bool:
-    return u.is_cuda and u.dtype in (torch.float32, torch.float16, torch.bfloat16) and a.shape[1] <= 256
+    return (
+        u.is_cuda
+        and u.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and a.shape[1] <= 256
+    )
 
 
-def _mamba_ssm_supports(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, z: Tensor, bias: Tensor) -> bool:
-    return _on_gpu(u, delta, a, b, c) and all(part.dtype == u.dtype for part in (delta, b, c, z)) and _mamba_ssm_installed()
+def _mamba_ssm_supports(
+    u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, z: Tensor, bias: Tensor
+) -> bool:
+    return (
+        _on_gpu(u, delta, a, b, c)
+        and all(part.dtype == u.dtype for part in (delta, b, c, z))
+        and _mamba_ssm_installed()
+    )
 
 
-def _triton_supports(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, *rest: Tensor) -> bool:
+def _triton_supports(
+    u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, *rest: Tensor
+) -> bool:
     return _on_gpu(u, delta, a, b, c) and _triton_installed()
 
 

@@ -16,7 +16,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_BLOCK_T, _STATES, _WARPS = 16, 256, 8  # 16 values per thread and operand of the scan: its two and the results fit the registers
+_BLOCK_T, _STATES, _WARPS = (
+    16,
+    256,
+    8,
+)  # 16 values per thread and operand of the scan: its two and the results fit the registers
 
 
 @triton.jit
@@ -52,11 +56,30 @@ def _states(x, dt, a, b, h):
 
 @triton.jit
 def _forward(
-    u_ptr, delta_ptr, a_ptr, b_ptr, c_ptr, d_ptr, z_ptr, bias_ptr, out_ptr, states_ptr, D, S, T,
-    KEEP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
+    u_ptr,
+    delta_ptr,
+    a_ptr,
+    b_ptr,
+    c_ptr,
+    d_ptr,
+    z_ptr,
+    bias_ptr,
+    out_ptr,
+    states_ptr,
+    D,
+    S,
+    T,
+    KEEP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
     n = tl.program_id(1).to(tl.int64)
-    channel, state, step = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_T)
+    channel, state, step = (
+        tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D),
+        tl.arange(0, BLOCK_S),
+        tl.arange(0, BLOCK_T),
+    )
     real_d, real_s = channel < D, state < S
     real_ds = real_d[:, None] & real_s[None, :]
     a = _load(a_ptr, channel[:, None] * S + state[None, :], real_ds)
@@ -65,49 +88,106 @@ def _forward(
     chunks = tl.cdiv(T, BLOCK_T)
     for chunk in range(chunks):
         if KEEP:
-            tl.store(states_ptr + ((n * chunks + chunk) * D + channel[:, None]) * S + state[None, :], h, mask=real_ds)
+            tl.store(
+                states_ptr + ((n * chunks + chunk) * D + channel[:, None]) * S + state[None, :],
+                h,
+                mask=real_ds,
+            )
         t = chunk * BLOCK_T + step
-        dt_at, st_at = (n * D + channel[:, None]) * T + t[None, :], (n * S + state[:, None]) * T + t[None, :]
+        dt_at, st_at = (
+            (n * D + channel[:, None]) * T + t[None, :],
+            (n * S + state[:, None]) * T + t[None, :],
+        )
         real_dt, real_st = real_d[:, None] & (t < T)[None, :], real_s[:, None] & (t < T)[None, :]
         u, z = _load(u_ptr, dt_at, real_dt), _load(z_ptr, dt_at, real_dt)
         dt = tl.where(real_dt, _softplus(_load(delta_ptr, dt_at, real_dt) + bias[:, None]), 0.0)
         states = _states(dt * u, dt, a, _load(b_ptr, st_at, real_st), h)
         y = tl.sum(states * _load(c_ptr, st_at, real_st)[None, :, :], axis=1) + d[:, None] * u
-        tl.store(out_ptr + dt_at, (y * z * tl.sigmoid(z)).to(out_ptr.dtype.element_ty), mask=real_dt)
+        tl.store(
+            out_ptr + dt_at, (y * z * tl.sigmoid(z)).to(out_ptr.dtype.element_ty), mask=real_dt
+        )
         h = tl.sum(tl.where((step == BLOCK_T - 1)[None, None, :], states, 0.0), axis=2)
 
 
 @triton.jit
 def _backward(
-    u_ptr, delta_ptr, a_ptr, b_ptr, c_ptr, d_ptr, z_ptr, bias_ptr, states_ptr, grad_ptr,
-    grad_u_ptr, grad_delta_ptr, grad_a_ptr, grad_b_ptr, grad_c_ptr, grad_d_ptr, grad_z_ptr, grad_bias_ptr, D, S, T,
-    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
+    u_ptr,
+    delta_ptr,
+    a_ptr,
+    b_ptr,
+    c_ptr,
+    d_ptr,
+    z_ptr,
+    bias_ptr,
+    states_ptr,
+    grad_ptr,
+    grad_u_ptr,
+    grad_delta_ptr,
+    grad_a_ptr,
+    grad_b_ptr,
+    grad_c_ptr,
+    grad_d_ptr,
+    grad_z_ptr,
+    grad_bias_ptr,
+    D,
+    S,
+    T,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
     n = tl.program_id(1).to(tl.int64)
-    channel, state, step = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_T)
+    channel, state, step = (
+        tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D),
+        tl.arange(0, BLOCK_S),
+        tl.arange(0, BLOCK_T),
+    )
     real_d, real_s = channel < D, state < S
     real_ds = real_d[:, None] & real_s[None, :]
     a = _load(a_ptr, channel[:, None] * S + state[None, :], real_ds)
     d, bias = _load(d_ptr, channel, real_d), _load(bias_ptr, channel, real_d)
-    grad_a, carried = tl.zeros((BLOCK_D, BLOCK_S), tl.float32), tl.zeros((BLOCK_D, BLOCK_S), tl.float32)
+    grad_a, carried = (
+        tl.zeros((BLOCK_D, BLOCK_S), tl.float32),
+        tl.zeros((BLOCK_D, BLOCK_S), tl.float32),
+    )
     grad_d, grad_bias = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
     chunks = tl.cdiv(T, BLOCK_T)
     for back in range(chunks):
         chunk = chunks - 1 - back
         t = chunk * BLOCK_T + step
-        dt_at, st_at = (n * D + channel[:, None]) * T + t[None, :], (n * S + state[:, None]) * T + t[None, :]
+        dt_at, st_at = (
+            (n * D + channel[:, None]) * T + t[None, :],
+            (n * S + state[:, None]) * T + t[None, :],
+        )
         real_dt, real_st = real_d[:, None] & (t < T)[None, :], real_s[:, None] & (t < T)[None, :]
-        real_next, real_before = real_d[:, None] & (t + 1 < T)[None, :], real_d[:, None] & ((step > 0) & (t <= T))[None, :]
-        u, z, grad = _load(u_ptr, dt_at, real_dt), _load(z_ptr, dt_at, real_dt), _load(grad_ptr, dt_at, real_dt)
+        real_next, real_before = (
+            real_d[:, None] & (t + 1 < T)[None, :],
+            real_d[:, None] & ((step > 0) & (t <= T))[None, :],
+        )
+        u, z, grad = (
+            _load(u_ptr, dt_at, real_dt),
+            _load(z_ptr, dt_at, real_dt),
+            _load(grad_ptr, dt_at, real_dt),
+        )
         b, c = _load(b_ptr, st_at, real_st), _load(c_ptr, st_at, real_st)
         raw = _load(delta_ptr, dt_at, real_dt) + bias[:, None]
         dt = tl.where(real_dt, _softplus(raw), 0.0)
-        dt_next = tl.where(real_next, _softplus(_load(delta_ptr, dt_at + 1, real_next) + bias[:, None]), 0.0)
-        dt_before = tl.where(real_before, _softplus(_load(delta_ptr, dt_at - 1, real_before) + bias[:, None]), 0.0)
+        dt_next = tl.where(
+            real_next, _softplus(_load(delta_ptr, dt_at + 1, real_next) + bias[:, None]), 0.0
+        )
+        dt_before = tl.where(
+            real_before, _softplus(_load(delta_ptr, dt_at - 1, real_before) + bias[:, None]), 0.0
+        )
         b_before = _load(b_ptr, st_at - 1, real_s[:, None] & ((step > 0) & (t <= T))[None, :])
-        h = _load(states_ptr, ((n * chunks + chunk) * D + channel[:, None]) * S + state[None, :], real_ds)
-        before = _decay(dt, a) * _states(dt_before * _load(u_ptr, dt_at - 1, real_before), dt_before, a, b_before, h)
-        states = before + (dt * u)[:, None, :] * b[None, :, :]  # from h_{t-1}: h_t - dt_t u_t b_t would cancel in `through`
+        h = _load(
+            states_ptr, ((n * chunks + chunk) * D + channel[:, None]) * S + state[None, :], real_ds
+        )
+        before = _decay(dt, a) * _states(
+            dt_before * _load(u_ptr, dt_at - 1, real_before), dt_before, a, b_before, h
+        )
+        states = (
+            before + (dt * u)[:, None, :] * b[None, :, :]
+        )  # from h_{t-1}: h_t - dt_t u_t b_t would cancel in `through`
 
         y = tl.sum(states * c[None, :, :], axis=1) + d[:, None] * u
         gate = tl.sigmoid(z)
@@ -116,7 +196,9 @@ def _backward(
         grad_y = grad * z * gate
 
         # dL/dh_t = grad_y_t c_t + exp(dt_{t+1} a) dL/dh_{t+1}: the same scan from the end
-        decays, adds = tl.associative_scan((_decay(dt_next, a), grad_y[:, None, :] * c[None, :, :]), 2, _then, reverse=True)
+        decays, adds = tl.associative_scan(
+            (_decay(dt_next, a), grad_y[:, None, :] * c[None, :, :]), 2, _then, reverse=True
+        )
         grad_h = decays * carried[:, :, None] + adds
         carried = tl.sum(tl.where((step == 0)[None, None, :], grad_h, 0.0), axis=2)
 
@@ -127,7 +209,9 @@ def _backward(
         grad_raw = tl.where(real_dt, grad_dt * tl.where(raw > 20.0, 1.0, tl.sigmoid(raw)), 0.0)
         tl.store(grad_u_ptr + dt_at, grad_u.to(grad_u_ptr.dtype.element_ty), mask=real_dt)
         tl.store(grad_delta_ptr + dt_at, grad_raw.to(grad_delta_ptr.dtype.element_ty), mask=real_dt)
-        term_at = ((n * tl.num_programs(0) + tl.program_id(0)) * S + state[:, None]) * T + t[None, :]
+        term_at = ((n * tl.num_programs(0) + tl.program_id(0)) * S + state[:, None]) * T + t[
+            None, :
+        ]
         tl.store(grad_b_ptr + term_at, tl.sum(grad_h * (dt * u)[:, None, :], axis=0), mask=real_st)
         tl.store(grad_c_ptr + term_at, tl.sum(states * grad_y[:, None, :], axis=0), mask=real_st)
         grad_a += tl.sum(through * dt[:, None, :], axis=2)
@@ -140,7 +224,11 @@ def _backward(
 
 def _blocks(channels: int, states: int) -> dict[str, int]:
     block_s = triton.next_power_of_2(states)
-    return dict(BLOCK_D=min(max(1, _STATES // block_s), triton.next_power_of_2(channels)), BLOCK_S=block_s, BLOCK_T=_BLOCK_T)
+    return dict(
+        BLOCK_D=min(max(1, _STATES // block_s), triton.next_power_of_2(channels)),
+        BLOCK_S=block_s,
+        BLOCK_T=_BLOCK_T,
+    )
 
 
 class _Scan(torch.autograd.Function):
@@ -148,12 +236,22 @@ class _Scan(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Tensor) -> Tensor:
         inputs = tuple(part.contiguous() for part in inputs)
         u, _, a, *_ = inputs
-        (samples, channels, steps), blocks, keep = u.shape, _blocks(*a.shape), any(ctx.needs_input_grad)
+        (samples, channels, steps), blocks, keep = (
+            u.shape,
+            _blocks(*a.shape),
+            any(ctx.needs_input_grad),
+        )
         out = torch.empty_like(u)
-        states = a.new_empty(samples, triton.cdiv(steps, _BLOCK_T), *a.shape, dtype=torch.float32) if keep else out
+        states = (
+            a.new_empty(samples, triton.cdiv(steps, _BLOCK_T), *a.shape, dtype=torch.float32)
+            if keep
+            else out
+        )
         grid = triton.cdiv(channels, blocks["BLOCK_D"]), samples
         with torch.cuda.device_of(u):
-            _forward[grid](*inputs, out, states, *a.shape, steps, KEEP=keep, **blocks, num_warps=_WARPS)
+            _forward[grid](
+                *inputs, out, states, *a.shape, steps, KEEP=keep, **blocks, num_warps=_WARPS
+            )
         if keep:
             ctx.save_for_backward(*inputs, states)
         return out
@@ -174,15 +272,36 @@ class _Scan(torch.autograd.Function):
         b_terms, c_terms = (terms(grid[0], *b.shape[1:]) for _ in range(2))
         with torch.cuda.device_of(u):
             _backward[grid](
-                *inputs, states, grad.contiguous(), *whole[:2], a_terms, b_terms, c_terms, d_terms, whole[2], bias_terms,
-                *a.shape, steps, **blocks, num_warps=_WARPS,
+                *inputs,
+                states,
+                grad.contiguous(),
+                *whole[:2],
+                a_terms,
+                b_terms,
+                c_terms,
+                d_terms,
+                whole[2],
+                bias_terms,
+                *a.shape,
+                steps,
+                **blocks,
+                num_warps=_WARPS,
             )
-        sums = a_terms.sum(0).to(a.dtype), b_terms.sum(1).to(b.dtype), c_terms.sum(1).to(c.dtype), d_terms.sum(0).to(d.dtype)
+        sums = (
+            a_terms.sum(0).to(a.dtype),
+            b_terms.sum(1).to(b.dtype),
+            c_terms.sum(1).to(c.dtype),
+            d_terms.sum(0).to(d.dtype),
+        )
         return *whole[:2], *sums, whole[2], bias_terms.sum(0).to(bias.dtype)
 
 
-def selective_scan(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, z: Tensor, bias: Tensor) -> Tensor:
+def selective_scan(
+    u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, z: Tensor, bias: Tensor
+) -> Tensor:
     inputs = u, delta, a, b, c, d, z, bias
     if not torch.is_grad_enabled():
-        inputs = tuple(part.detach() for part in inputs)  # a parameter asks for its gradient even then, and states would be kept
+        inputs = tuple(
+            part.detach() for part in inputs
+        )  # a parameter asks for its gradient even then, and states would be kept
     return _Scan.apply(*inputs)

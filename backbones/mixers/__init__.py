@@ -26,14 +26,22 @@ MIXERS: dict[str, type[nn.Module]] = {
 }
 
 
-def build_mixer(name: str, dim: int, size: tuple[int, int], index: int, **options: Any) -> nn.Module:
+def build_mixer(
+    name: str, dim: int, size: tuple[int, int], index: int, **options: Any
+) -> nn.Module:
     """Build a mixer by name; ValueError lists the known names or options."""
     if name not in MIXERS:
         raise ValueError(f"unknown mixer {name!r}; known: {', '.join(sorted(MIXERS))}")
     parameters = inspect.signature(MIXERS[name].__init__).parameters
     known = set(parameters) - {"self", "dim", "size", "index"}
     if unknown := sorted(set(options) - known):
-        raise ValueError(f"mixer {name} has no option {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-    if missing := sorted(option for option in known - set(options) if parameters[option].default is inspect.Parameter.empty):
+        raise ValueError(
+            f"mixer {name} has no option {', '.join(unknown)}; known: {', '.join(sorted(known))}"
+        )
+    if missing := sorted(
+        option
+        for option in known - set(options)
+        if parameters[option].default is inspect.Parameter.empty
+    ):
         raise ValueError(f"mixer {name} needs {', '.join(missing)}")
     return MIXERS[name](dim, size=size, index=index, **options)

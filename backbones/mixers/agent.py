@@ -18,11 +18,22 @@ class AgentAttention(nn.Module):
     `biases` adds the position biases of both softmaxes: a bilinearly resized 7x7 table plus a row and a column term.
     """
 
-    def __init__(self, dim: int, *, size: tuple[int, int], index: int, heads: int, agents: int = 16, biases: bool = True) -> None:
+    def __init__(
+        self,
+        dim: int,
+        *,
+        size: tuple[int, int],
+        index: int,
+        heads: int,
+        agents: int = 16,
+        biases: bool = True,
+    ) -> None:
         super().__init__()
         side = math.isqrt(agents)
         if side * side != agents or dim % heads:
-            raise ValueError(f"agent attention needs a square number of agents and a width divisible by its heads, got {agents}, {dim}, {heads}")
+            raise ValueError(
+                f"agent attention needs a square number of agents and a width divisible by its heads, got {agents}, {dim}, {heads}"
+            )
         self.size, self.heads, self.side, self.biases = size, heads, side, biases
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
@@ -40,23 +51,33 @@ class AgentAttention(nn.Module):
         if self.biases:
             check_size(x, self.size, "agent attention with position biases")
         n, c, height, width = x.shape
-        q, k, v = self.qkv(x.flatten(2).transpose(1, 2)).chunk(3, dim=-1)                    # (N, T, C)
+        q, k, v = self.qkv(x.flatten(2).transpose(1, 2)).chunk(3, dim=-1)  # (N, T, C)
         pooled = F.adaptive_avg_pool2d(q.transpose(1, 2).reshape(n, c, height, width), self.side)
-        agents = self._split(pooled.flatten(2).transpose(1, 2))                              # (N, h, agents, e)
+        agents = self._split(pooled.flatten(2).transpose(1, 2))  # (N, h, agents, e)
         to_agents, to_queries = self._position_biases() if self.biases else (None, None)
-        gathered = attention(agents, self._split(k), self._split(v), to_agents)              # (N, h, agents, e)
-        out = attention(self._split(q), agents, gathered, to_queries)                        # (N, h, T, e)
+        gathered = attention(agents, self._split(k), self._split(v), to_agents)  # (N, h, agents, e)
+        out = attention(self._split(q), agents, gathered, to_queries)  # (N, h, T, e)
         out = out.transpose(1, 2).reshape(n, -1, c)
-        local = self.dwc(v.transpose(1, 2).reshape(n, c, height, width))                     # (N, C, H, W)
-        return self.proj(out + local.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(n, c, height, width)
+        local = self.dwc(v.transpose(1, 2).reshape(n, c, height, width))  # (N, C, H, W)
+        return (
+            self.proj(out + local.flatten(2).transpose(1, 2))
+            .transpose(1, 2)
+            .reshape(n, c, height, width)
+        )
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def _position_biases(self) -> tuple[Tensor, Tensor]:
         """Biases of the two softmaxes: (1, h, agents, T) and (1, h, T, agents)."""
-        to_agents = F.interpolate(self.agent_table, size=self.size, mode="bilinear") + (self.agent_row + self.agent_column)
-        to_queries = F.interpolate(self.query_table, size=self.size, mode="bilinear").flatten(2).transpose(1, 2)
+        to_agents = F.interpolate(self.agent_table, size=self.size, mode="bilinear") + (
+            self.agent_row + self.agent_column
+        )
+        to_queries = (
+            F.interpolate(self.query_table, size=self.size, mode="bilinear")
+            .flatten(2)
+            .transpose(1, 2)
+        )
         to_queries = to_queries + (self.query_row + self.query_column).flatten(1, 2)
         return to_agents.flatten(2)[None], to_queries[None]
 

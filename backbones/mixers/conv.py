@@ -54,12 +54,12 @@ class ConvModule(nn.Module):
         self.pointwise_out = Pointwise(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.pointwise_in(x)                                             # (N, C, H, W)
+        x = self.pointwise_in(x)  # (N, C, H, W)
         if self.activation is F.gelu:
             x = depthwise_gelu(x, self.depthwise.weight, self.depthwise.bias)
         else:
             x = self.activation(self.depthwise(x))
-        return self.pointwise_out(self.channel(x))                           # (N, C, H, W)
+        return self.pointwise_out(self.channel(x))  # (N, C, H, W)
 
 
 class CompactChannelAttention(nn.Module):
@@ -79,7 +79,9 @@ class SqueezeExcitation(nn.Module):
     def __init__(self, dim: int, reduction: int) -> None:
         super().__init__()
         if not 1 <= reduction <= dim:
-            raise ValueError(f"squeeze-and-excitation needs a reduction from 1 to the width {dim}, got {reduction}")
+            raise ValueError(
+                f"squeeze-and-excitation needs a reduction from 1 to the width {dim}, got {reduction}"
+            )
         self.squeeze = Pointwise(dim, dim // reduction)
         self.excite = Pointwise(dim // reduction, dim)
 
@@ -96,7 +98,9 @@ class ChannelSelfAttention(nn.Module):
     def __init__(self, dim: int, heads: int, project: bool) -> None:
         super().__init__()
         if dim % heads:
-            raise ValueError(f"channel attention needs a width divisible by its heads, got {dim} and {heads}")
+            raise ValueError(
+                f"channel attention needs a width divisible by its heads, got {dim} and {heads}"
+            )
         self.heads = heads
         self.qkv = Pointwise(dim, 3 * dim, bias=False)
         self.depthwise = nn.Conv2d(3 * dim, 3 * dim, 3, padding=1, groups=3 * dim, bias=False)
@@ -105,6 +109,13 @@ class ChannelSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, height, width = x.shape
-        q, k, v = self.depthwise(self.qkv(x)).flatten(2).view(n, 3, self.heads, c // self.heads, -1).unbind(1)  # (N, h, e, T)
-        logits = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * self.temperature         # (N, h, e, e)
+        q, k, v = (
+            self.depthwise(self.qkv(x))
+            .flatten(2)
+            .view(n, 3, self.heads, c // self.heads, -1)
+            .unbind(1)
+        )  # (N, h, e, T)
+        logits = (
+            F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * self.temperature
+        )  # (N, h, e, e)
         return self.project((logits.softmax(dim=-1) @ v).reshape(n, c, height, width))

@@ -17,10 +17,22 @@ class FocusedLinearAttention(nn.Module):
     heads are split (as in the authors' code). `position` adds their trainable encoding to the keys.
     """
 
-    def __init__(self, dim: int, *, size: tuple[int, int], index: int, heads: int, power: int = 3, kernel: int = 5, position: bool = False) -> None:
+    def __init__(
+        self,
+        dim: int,
+        *,
+        size: tuple[int, int],
+        index: int,
+        heads: int,
+        power: int = 3,
+        kernel: int = 5,
+        position: bool = False,
+    ) -> None:
         super().__init__()
         if dim % heads or kernel % 2 == 0:
-            raise ValueError(f"focused linear attention needs a width divisible by its heads and an odd kernel, got {dim}, {heads} and {kernel}")
+            raise ValueError(
+                f"focused linear attention needs a width divisible by its heads and an odd kernel, got {dim}, {heads} and {kernel}"
+            )
         self.size, self.heads, self.power = size, heads, power
         head_dim = dim // heads
         self.qkv = Linear(dim, 3 * dim)
@@ -33,15 +45,23 @@ class FocusedLinearAttention(nn.Module):
         if self.position is not None:
             check_size(x, self.size, "focused linear attention with position encoding")
         n, c, height, width = x.shape
-        q, k, v = self.qkv(x.flatten(2).transpose(1, 2)).chunk(3, dim=-1)                    # (N, T, C)
+        q, k, v = self.qkv(x.flatten(2).transpose(1, 2)).chunk(3, dim=-1)  # (N, T, C)
         if self.position is not None:
             k = k + self.position
         scale = F.softplus(self.sigma)
-        q, k, v = (self._split(part) for part in (self._focus(q, scale), self._focus(k, scale), v))  # (N, h, T, e)
-        out = linear_attention(q, k, v)                                                      # (N, h, T, e)
-        local = self.dwc(v.transpose(-2, -1).reshape(n * self.heads, -1, height, width))     # (N*h, e, H, W)
-        out = out.transpose(-2, -1).reshape(n, c, height, width) + local.reshape(n, c, height, width)
-        return self.proj(out.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(n, c, height, width)
+        q, k, v = (
+            self._split(part) for part in (self._focus(q, scale), self._focus(k, scale), v)
+        )  # (N, h, T, e)
+        out = linear_attention(q, k, v)  # (N, h, T, e)
+        local = self.dwc(
+            v.transpose(-2, -1).reshape(n * self.heads, -1, height, width)
+        )  # (N*h, e, H, W)
+        out = out.transpose(-2, -1).reshape(n, c, height, width) + local.reshape(
+            n, c, height, width
+        )
+        return (
+            self.proj(out.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(n, c, height, width)
+        )
 
     def _focus(self, x: Tensor, scale: Tensor) -> Tensor:
         u = (F.relu(x) + 1e-6) / scale

@@ -15,13 +15,17 @@ class WindowAttention(nn.Module):
     A pair of tokens that the roll brought together from different regions gets -100 on its logit.
     """
 
-    def __init__(self, dim: int, *, size: tuple[int, int], index: int, heads: int, window: int = 8) -> None:
+    def __init__(
+        self, dim: int, *, size: tuple[int, int], index: int, heads: int, window: int = 8
+    ) -> None:
         super().__init__()
         self.size, self.heads = size, heads
         self.window = min(window, *size)
         self.shift = self.window // 2 if index % 2 and self.window < min(size) else 0
         if size[0] % self.window or size[1] % self.window or dim % heads:
-            raise ValueError(f"window attention needs a grid divisible by its window and a width by its heads, got {size}, {window}, {dim}, {heads}")
+            raise ValueError(
+                f"window attention needs a grid divisible by its window and a width by its heads, got {size}, {window}, {dim}, {heads}"
+            )
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
         self.bias_table = nn.Parameter(torch.empty((2 * self.window - 1) ** 2, heads))
@@ -33,23 +37,29 @@ class WindowAttention(nn.Module):
         n, c, height, width = x.shape
         check_size(x, self.size, "window attention")
         w, h, e = self.window, self.heads, c // self.heads
-        x = x.permute(0, 2, 3, 1)                                                            # (N, H, W, C)
+        x = x.permute(0, 2, 3, 1)  # (N, H, W, C)
         if self.shift:
             x = x.roll((-self.shift, -self.shift), dims=(1, 2))
         rows, columns = height // w, width // w
-        x = x.reshape(n, rows, w, columns, w, c).transpose(2, 3)                             # (N, rows, columns, w, w, C)
-        qkv = self.qkv(x).view(n, rows * columns, w * w, 3, h, e).permute(3, 0, 1, 4, 2, 5)  # 3 x (N, windows, h, w*w, e)
-        q, k, v = qkv.flatten(2, 3)                                                          # (N, windows*h, w*w, e)
+        x = x.reshape(n, rows, w, columns, w, c).transpose(2, 3)  # (N, rows, columns, w, w, C)
+        qkv = (
+            self.qkv(x).view(n, rows * columns, w * w, 3, h, e).permute(3, 0, 1, 4, 2, 5)
+        )  # 3 x (N, windows, h, w*w, e)
+        q, k, v = qkv.flatten(2, 3)  # (N, windows*h, w*w, e)
         out = attention(q, k, v, self._bias())
-        out = out.view(n, rows * columns, h, w * w, e).transpose(2, 3).reshape(n, rows, columns, w, w, c)
-        out = self.proj(out.transpose(2, 3).reshape(n, height, width, c))                    # (N, H, W, C)
+        out = (
+            out.view(n, rows * columns, h, w * w, e)
+            .transpose(2, 3)
+            .reshape(n, rows, columns, w, w, c)
+        )
+        out = self.proj(out.transpose(2, 3).reshape(n, height, width, c))  # (N, H, W, C)
         if self.shift:
             out = out.roll((self.shift, self.shift), dims=(1, 2))
         return out.permute(0, 3, 1, 2)
 
     def _bias(self) -> Tensor:
         """Relative position bias plus shift mask: (1, windows*h, w*w, w*w)."""
-        bias = self.bias_table[self.bias_index].permute(2, 0, 1)                             # (h, w*w, w*w)
+        bias = self.bias_table[self.bias_index].permute(2, 0, 1)  # (h, w*w, w*w)
         return (bias + self.mask[:, None]).flatten(0, 1)[None]
 
 
@@ -66,8 +76,16 @@ def _shift_mask(size: tuple[int, int], window: int, shift: int) -> Tensor:
 
     def bands(length: int) -> Tensor:
         position = torch.arange(length)
-        return (position >= length - window).long() + (position >= length - shift).long() if shift else position * 0
+        return (
+            (position >= length - window).long() + (position >= length - shift).long()
+            if shift
+            else position * 0
+        )
 
     region = bands(size[0])[:, None] * 3 + bands(size[1])
-    region = region.view(size[0] // window, window, size[1] // window, window).transpose(1, 2).reshape(-1, window * window)
+    region = (
+        region.view(size[0] // window, window, size[1] // window, window)
+        .transpose(1, 2)
+        .reshape(-1, window * window)
+    )
     return (region[:, None] != region[:, :, None]).float() * -100.0

@@ -11,7 +11,7 @@ from typing import Any
 from experiments.engine.files import written_whole
 from experiments.engine.heartbeat import Heartbeat
 
-LIMIT = 5   # attempts of one job that may start at the same step
+LIMIT = 5  # attempts of one job that may start at the same step
 
 
 def begin(beat: Heartbeat, step: int) -> None:
@@ -22,18 +22,29 @@ def begin(beat: Heartbeat, step: int) -> None:
     attempts = read(beat.folder)
     if attempts and attempts[-1]["end"] is None:
         last = beat.before or {}
-        attempts[-1] |= {"end": max(last.get("step") or 0, attempts[-1]["start"], step), "reason": last.get("reason") or "killed"}
+        attempts[-1] |= {
+            "end": max(last.get("step") or 0, attempts[-1]["start"], step),
+            "reason": last.get("reason") or "killed",
+        }
     same = 0
     for attempt in reversed(attempts):
-        if beat.fields["job_id"] is None or (attempt["job_id"], attempt["start"]) != (beat.fields["job_id"], step):
+        if beat.fields["job_id"] is None or (attempt["job_id"], attempt["start"]) != (
+            beat.fields["job_id"],
+            step,
+        ):
             break
         same += 1
     if same >= LIMIT:
         _write(beat.folder, attempts)
-        raise ValueError(f"{same} attempts of job {beat.fields['job_id']} started at step {step} and kept no later one; the last ended: {attempts[-1]['reason']}")
+        raise ValueError(
+            f"{same} attempts of job {beat.fields['job_id']} started at step {step} and kept no later one; the last ended: {attempts[-1]['reason']}"
+        )
     who = {name: beat.fields[name] for name in ("job_id", "host", "world_size")}
     started = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    _write(beat.folder, [*attempts, {"start": step, "end": None, "reason": None, "started": started, **who}])
+    _write(
+        beat.folder,
+        [*attempts, {"start": step, "end": None, "reason": None, "started": started, **who}],
+    )
 
 
 def end(folder: Path, step: int, reason: str) -> None:

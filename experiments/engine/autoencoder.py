@@ -28,9 +28,15 @@ class Autoencoder:
     def __init__(self, vae: nn.Module, name: str, device: torch.device, batch: int) -> None:
         self.vae = vae.to(device).eval().requires_grad_(False)
         self.name, self.device, self.batch = name, device, 1 if device.type == "cpu" else batch
-        self.channels, self.factor = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+        self.channels, self.factor = (
+            vae.config.latent_channels,
+            2 ** (len(vae.config.block_out_channels) - 1),
+        )
         parts = {"encoder": vae.encoder, "quant_conv": vae.quant_conv}
-        self.encoder, self.weights = digest(nn.ModuleDict({name: part for name, part in parts.items() if part is not None})), digest(vae)
+        self.encoder, self.weights = (
+            digest(nn.ModuleDict({name: part for name, part in parts.items() if part is not None})),
+            digest(vae),
+        )
 
     def moments(self, images: Tensor) -> Tensor:
         """Means and deviations (N, 2C, h, w) of the posteriors of images (N, 3, H, W) in [-1, 1], unscaled, on the CPU."""
@@ -64,14 +70,24 @@ def missing_vae(source: str) -> str:
     """What is not on this machine of a VAE, in a line, or ''. A published one that is missing would be downloaded."""
     if source not in PUBLISHED:
         here = (Path(source) / FILES[0]).is_file()
-        return "" if here else f"VAE {source} is neither {' nor '.join(PUBLISHED)} nor a folder with {' and '.join(FILES)}"
+        return (
+            ""
+            if here
+            else f"VAE {source} is neither {' nor '.join(PUBLISHED)} nor a folder with {' and '.join(FILES)}"
+        )
     from huggingface_hub import try_to_load_from_cache
 
     here = all(isinstance(try_to_load_from_cache(PUBLISHED[source], name), str) for name in FILES)
-    return "" if here else f"the VAE {source}, which the run would download; $DICO_VAE names a folder instead"
+    return (
+        ""
+        if here
+        else f"the VAE {source}, which the run would download; $DICO_VAE names a folder instead"
+    )
 
 
-def load_autoencoder(source: str, device: torch.device | str = "cpu", batch: int = 32) -> Autoencoder:
+def load_autoencoder(
+    source: str, device: torch.device | str = "cpu", batch: int = 32
+) -> Autoencoder:
     """A published VAE by name (downloaded where the network allows it), or a diffusers folder with its weights as safetensors.
 
     ValueError in one line if it is not to be had, scales its latents by another factor or makes them of another size.
@@ -88,15 +104,26 @@ def load_autoencoder(source: str, device: torch.device | str = "cpu", batch: int
     try:
         if source in PUBLISHED:
             folder = snapshot_download(PUBLISHED[source], allow_patterns=list(FILES))
-        vae = AutoencoderKL.from_pretrained(folder, use_safetensors=True, torch_dtype=torch.float32, low_cpu_mem_usage=False)
-    except Exception as error:  # diffusers raises half a dozen kinds here, and each means the same to the user
+        vae = AutoencoderKL.from_pretrained(
+            folder, use_safetensors=True, torch_dtype=torch.float32, low_cpu_mem_usage=False
+        )
+    except (
+        Exception
+    ) as error:  # diffusers raises half a dozen kinds here, and each means the same to the user
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        advice = f"; give --vae a folder with its {' and '.join(FILES)}" if source in PUBLISHED else ""
+        advice = (
+            f"; give --vae a folder with its {' and '.join(FILES)}" if source in PUBLISHED else ""
+        )
         raise ValueError(f"VAE {source} cannot be loaded{advice} ({reason})") from None
     if vae.config.scaling_factor != SCALE or vae.config.shift_factor:
-        raise ValueError(f"VAE {source} scales its latents by {vae.config.scaling_factor} and shifts them by {vae.config.shift_factor}; only {SCALE} without a shift is known")
-    found = Autoencoder(vae, source if source in PUBLISHED else Path(source).resolve().name, device, batch)
+        raise ValueError(
+            f"VAE {source} scales its latents by {vae.config.scaling_factor} and shifts them by {vae.config.shift_factor}; only {SCALE} without a shift is known"
+        )
+    found = Autoencoder(
+        vae, source if source in PUBLISHED else Path(source).resolve().name, device, batch
+    )
     if (found.factor, found.channels) != (FACTOR, CHANNELS):
-        raise ValueError(f"VAE {source} makes {found.channels} channels of {found.factor} pixels a side; the latents of every protocol are {CHANNELS} of {FACTOR}")
+        raise ValueError(
+            f"VAE {source} makes {found.channels} channels of {found.factor} pixels a side; the latents of every protocol are {CHANNELS} of {FACTOR}"
+        )
     return found
-

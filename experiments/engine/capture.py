@@ -12,9 +12,13 @@ from torch import Tensor, nn
 
 from experiments.engine.precision import flags
 
-Step = Callable[..., Tensor]         # from x (N,C,H,W) and other tensors, which may lie elsewhere and differ in value from call to call
+Step = Callable[
+    ..., Tensor
+]  # from x (N,C,H,W) and other tensors, which may lie elsewhere and differ in value from call to call
 Launch = Callable[[Step], Step]
-Recording = tuple[Callable[[], None], tuple[Tensor, ...], Tensor]  # what runs it, where it reads its inputs, where it leaves its result
+Recording = tuple[
+    Callable[[], None], tuple[Tensor, ...], Tensor
+]  # what runs it, where it reads its inputs, where it leaves its result
 
 
 def require_gpu(device: torch.device) -> None:
@@ -55,7 +59,11 @@ class Captured:
         self.recordings: dict[tuple[Any, ...], Recording] = {}
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        mode = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), *flags().values()
+        mode = (
+            torch.is_autocast_enabled("cuda"),
+            torch.get_autocast_dtype("cuda"),
+            *flags().values(),
+        )
         key = *((tuple(part.shape), part.dtype) for part in inputs), *mode
         if key not in self.recordings:
             with keeping_no_weights():
@@ -71,19 +79,28 @@ class Captured:
         gc.collect()  # graphs that are garbage may not go while another is recorded
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # libraries set themselves up in the first calls, which a graph cannot hold
+        with torch.cuda.stream(
+            aside
+        ):  # libraries set themselves up in the first calls, which a graph cannot hold
             for _ in range(3):
                 self.function(*places)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads go on pinning batches and noise, which a global capture forbids
+        with torch.cuda.graph(
+            graph, capture_error_mode="thread_local"
+        ):  # other threads go on pinning batches and noise, which a global capture forbids
             out = self.function(*places)
         return graph.replay, places, out
 
 
 def keeping_no_weights() -> AbstractContextManager[None]:
     """Autocast as it is, but for the weights it keeps in bf16, which end with the block, and a recording does not."""
-    return torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), cache_enabled=False)
+    return torch.autocast(
+        "cuda",
+        torch.get_autocast_dtype("cuda"),
+        torch.is_autocast_enabled("cuda"),
+        cache_enabled=False,
+    )
 
 
 class Kept:

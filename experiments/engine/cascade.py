@@ -17,7 +17,9 @@ from experiments.engine.diffusion import IDDPM, Model
 class System(nn.Module):
     """The networks of a system; only the parts run."""
 
-    def __init__(self, base: nn.Module, classifier: nn.Module | None, upsampler: nn.Module | None) -> None:
+    def __init__(
+        self, base: nn.Module, classifier: nn.Module | None, upsampler: nn.Module | None
+    ) -> None:
         super().__init__()
         self.base, self.classifier, self.upsampler = base, classifier, upsampler
 
@@ -25,9 +27,20 @@ class System(nn.Module):
 class NoisyClassification(IDDPM):
     """The objective of a classifier (x_t, t) -> logits: cross-entropy with the label of the clean image, at uniform times."""
 
-    def losses(self, model: Callable[[Tensor, Tensor], Tensor], x0: Tensor, y: Tensor, t: Tensor, eps: Tensor) -> dict[str, Tensor]:
+    def losses(
+        self,
+        model: Callable[[Tensor, Tensor], Tensor],
+        x0: Tensor,
+        y: Tensor,
+        t: Tensor,
+        eps: Tensor,
+    ) -> dict[str, Tensor]:
         """Per-sample 'loss' (N,) in nats."""
-        return {"loss": F.cross_entropy(model(self.q_sample(x0, t, eps), self.timesteps[t]).float(), y, reduction="none")}
+        return {
+            "loss": F.cross_entropy(
+                model(self.q_sample(x0, t, eps), self.timesteps[t]).float(), y, reduction="none"
+            )
+        }
 
 
 class Upsampling(IDDPM):
@@ -35,7 +48,9 @@ class Upsampling(IDDPM):
 
     low_res: int
 
-    def losses(self, model: Model, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor) -> dict[str, Tensor]:
+    def losses(
+        self, model: Model, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor
+    ) -> dict[str, Tensor]:
         low = F.interpolate(x0, self.low_res, mode="area")
         return super().losses(conditioned(model, low), x0, y, t, eps)
 

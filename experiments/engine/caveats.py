@@ -13,7 +13,9 @@ def timing_caveats(timed: Sequence[tuple[str, Record]]) -> list[str]:
 
     They do not where the baseline, timed beside each row, itself ranges over more than the printed intervals, whose median width is taken.
     """
-    early = [label for label, record in timed if not record.values.get("stable", True)]  # older records do not say, nor hold the baseline's rate
+    early = [
+        label for label, record in timed if not record.values.get("stable", True)
+    ]  # older records do not say, nor hold the baseline's rate
     notes = [f"{', '.join(early)}: timed before the warm-up was stable."] * bool(early)
     beside: dict[tuple[str, ...], list[Record]] = {}
     for _, record in timed:
@@ -22,7 +24,10 @@ def timing_caveats(timed: Sequence[tuple[str, Record]]) -> list[str]:
     for (_, name, mode, batch, *_), records in beside.items():
         rates = [record.values["baseline_images_per_s"] for record in records]
         low, high = min(rates), max(rates)
-        width = statistics.median(2 * record.values["images_per_s_spread"] / record.values["images_per_s"] for record in records)
+        width = statistics.median(
+            2 * record.values["images_per_s_spread"] / record.values["images_per_s"]
+            for record in records
+        )
         if high / low - 1 > width:
             notes.append(
                 f"img/s of different rows do not compare, ratios timed in turn (rel.) do: beside {len(records)} rows the baseline {name} ({mode}, batch {batch}) itself "
@@ -36,15 +41,39 @@ def _conditions(record: Record) -> tuple[str, ...]:
     spec, made = record.spec, record.provenance
     side = list(spec.get("baseline_input") or (spec["size"], spec["channels"]))
     machine = made["cpu"] if spec["device"] == "cpu" else made["device"]
-    return tuple(map(str, (spec["baseline"], spec["baseline"]["name"], spec["precision"], spec["batch"], side, spec["kernels"], spec.get("what"), machine)))
+    return tuple(
+        map(
+            str,
+            (
+                spec["baseline"],
+                spec["baseline"]["name"],
+                spec["precision"],
+                spec["batch"],
+                side,
+                spec["kernels"],
+                spec.get("what"),
+                machine,
+            ),
+        )
+    )
 
 
 def run_caveats(scored: Sequence[Record], shown: Sequence[Record]) -> list[str]:
     """Where the scored runs ran and what they warn of, and whether any record that is shown is of a changed tree."""
-    places = {f"{r.provenance['device'] if r.provenance['device'] != 'cpu' else r.provenance['cpu']}, torch {r.provenance['torch']}" for r in scored}
+    places = {
+        f"{r.provenance['device'] if r.provenance['device'] != 'cpu' else r.provenance['cpu']}, torch {r.provenance['torch']}"
+        for r in scored
+    }
     notes = [f"run on {'; '.join(sorted(places))}"] * bool(places)
-    notes += [f"warning: {text}" for text in sorted({text for record in scored for text in record.values.get("warnings", [])})]
-    return notes + ["some records come from a tree with uncommitted changes"] * any(record.provenance["dirty"] for record in shown)
+    notes += [
+        f"warning: {text}"
+        for text in sorted(
+            {text for record in scored for text in record.values.get("warnings", [])}
+        )
+    ]
+    return notes + ["some records come from a tree with uncommitted changes"] * any(
+        record.provenance["dirty"] for record in shown
+    )
 
 
 def evaluations(scores: dict[str, list[dict[str, float]]]) -> list[str]:
@@ -53,6 +82,12 @@ def evaluations(scores: dict[str, list[dict[str, float]]]) -> list[str]:
     for label, found in scores.items():
         counts = [values["nfe"] for values in found if "nfe" in values]
         if found:
-            labels.setdefault(f"{statistics.fmean(counts):.4g}" if counts else "not recorded", []).append(label)
-    said = next(iter(labels)) if len(labels) == 1 else "; ".join(f"{nfe}: {', '.join(names)}" for nfe, names in labels.items())
+            labels.setdefault(
+                f"{statistics.fmean(counts):.4g}" if counts else "not recorded", []
+            ).append(label)
+    said = (
+        next(iter(labels))
+        if len(labels) == 1
+        else "; ".join(f"{nfe}: {', '.join(names)}" for nfe, names in labels.items())
+    )
     return [f"network evaluations per image: {said}."] * bool(labels)

@@ -14,15 +14,21 @@ from experiments.engine.spec import Ceilings
 from experiments.engine.timing import half_quartiles, seconds
 
 RUNS = 9
-SIDES = {"cuda": (4096, 8192, 8064), "cpu": (1152, 1536, 2048)}  # of square matrices; caches dislike some powers of two
-COPIED = {"cuda": 2**30, "cpu": 2**28}                           # bytes, more than any cache holds
+SIDES = {
+    "cuda": (4096, 8192, 8064),
+    "cpu": (1152, 1536, 2048),
+}  # of square matrices; caches dislike some powers of two
+COPIED = {"cuda": 2**30, "cpu": 2**28}  # bytes, more than any cache holds
 
 
 def run(spec: Ceilings) -> dict[str, Any]:
     """Multiply-accumulates a second, of the best of some sizes, and bytes a second, read plus written; medians."""
     device = torch.device(spec.device)
     with torch.inference_mode(), precision(spec.precision, device):
-        rates = {side: _rates(side**3, _product(side, spec.precision, device), device) for side in SIDES[device.type]}
+        rates = {
+            side: _rates(side**3, _product(side, spec.precision, device), device)
+            for side in SIDES[device.type]
+        }
         in_force = flags()
     copied = copy_rates(device)
     best = max(rates, key=lambda side: statistics.median(rates[side]))

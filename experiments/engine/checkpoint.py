@@ -93,14 +93,18 @@ class Writer:
         self._join()
 
 
-def save(folder: Path, step: int, state: dict[str, Any], keep: int = 2, milestones: int | None = None) -> Path:
+def save(
+    folder: Path, step: int, state: dict[str, Any], keep: int = 2, milestones: int | None = None
+) -> Path:
     """Write `state` as step-<step>-<sha256>.pt; keep the newest `keep` and every step that `milestones` divides.
 
     Raises OSError, and leaves the older ones, where the disk is or becomes full. Other files of this step and of
     later ones were found damaged by the run that now comes past them, and go.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".step.staged.*.tmp"):  # by processes that were killed: a run has one writer
+    for left in folder.glob(
+        ".step.staged.*.tmp"
+    ):  # by processes that were killed: a run has one writer
         left.unlink()
     _require_space(folder, state)
     staged = folder / "step.staged"
@@ -127,7 +131,10 @@ def newest_intact(folder: Path) -> Path | None:
             found = hashlib.file_digest(file, "sha256").hexdigest()[:16]
         if found == _NAME.fullmatch(path.name).group(2):
             return path
-        print(f"warning: checkpoint {path.name} is damaged (its checksum is {found}); trying the one before", file=sys.stderr)
+        print(
+            f"warning: checkpoint {path.name} is damaged (its checksum is {found}); trying the one before",
+            file=sys.stderr,
+        )
     return None
 
 
@@ -136,14 +143,18 @@ def load(path: Path, map_location: torch.device | str = "cpu") -> tuple[int, dic
     return _step(path), torch.load(path, map_location=map_location, weights_only=True)
 
 
-def load_newest(folder: Path, map_location: torch.device | str = "cpu") -> tuple[int, dict[str, Any]] | None:
+def load_newest(
+    folder: Path, map_location: torch.device | str = "cpu"
+) -> tuple[int, dict[str, Any]] | None:
     """Step and state of the newest intact checkpoint, or None."""
     path = newest_intact(folder)
     return load(path, map_location) if path else None
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted((path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name)), reverse=True)
+    return sorted(
+        (path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name)), reverse=True
+    )
 
 
 def _step(path: Path) -> int:
@@ -153,16 +164,26 @@ def _step(path: Path) -> int:
 def _copied(value: Any, before: Any) -> Any:
     """`value` with its tensors in host memory, in the buffers of an earlier copy where they fit; pinned if it came from a GPU."""
     if isinstance(value, Tensor):
-        fits = isinstance(before, Tensor) and (before.shape, before.dtype, before.stride()) == (value.shape, value.dtype, value.stride())
+        fits = isinstance(before, Tensor) and (before.shape, before.dtype, before.stride()) == (
+            value.shape,
+            value.dtype,
+            value.stride(),
+        )
         buffer = before if fits else torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
         return buffer.copy_(value.detach(), non_blocking=True)
     if isinstance(value, dict):
         earlier = before if isinstance(before, dict) else {}
-        result = copy.copy(value)  # with the version numbers that a state_dict carries as an attribute
+        result = copy.copy(
+            value
+        )  # with the version numbers that a state_dict carries as an attribute
         result.update((name, _copied(item, earlier.get(name))) for name, item in value.items())
         return result
     if isinstance(value, list | tuple):
-        earlier = before if isinstance(before, list | tuple) and len(before) == len(value) else [None] * len(value)
+        earlier = (
+            before
+            if isinstance(before, list | tuple) and len(before) == len(value)
+            else [None] * len(value)
+        )
         return type(value)(_copied(item, old) for item, old in zip(value, earlier, strict=True))
     return value
 
@@ -170,11 +191,20 @@ def _copied(value: Any, before: Any) -> Any:
 def _require_space(folder: Path, state: Any) -> None:
     needed, free = _num_bytes(state) + 2**20, shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(errno.ENOSPC, f"No space left on device: a checkpoint takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free")
+        raise OSError(
+            errno.ENOSPC,
+            f"No space left on device: a checkpoint takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free",
+        )
 
 
 def _num_bytes(value: Any) -> int:
     if isinstance(value, Tensor):
         return value.nbytes
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    items = (
+        value.values()
+        if isinstance(value, dict)
+        else value
+        if isinstance(value, list | tuple)
+        else ()
+    )
     return sum(map(_num_bytes, items))

@@ -23,7 +23,9 @@ def read_cifar10(found: list[Path], split: str) -> tuple[np.ndarray, np.ndarray,
         converted: Counter[str] = Counter()
         parts = [_parquet(path, converted) for path in found]
         images, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
-        source = {"data_source": "parquet"} | ({"data_converted": counted(converted)} if converted else {})
+        source = {"data_source": "parquet"} | (
+            {"data_converted": counted(converted)} if converted else {}
+        )
     else:
         images, labels = _torchvision(found[0].parent, split)
         source = {"data_source": "torchvision"}
@@ -57,14 +59,24 @@ def _parquet(path: Path, converted: Counter[str]) -> tuple[np.ndarray, np.ndarra
             try:
                 with Image.open(io.BytesIO(cell["bytes"].as_py())) as image:
                     pixels, mode = np.asarray(image.convert("RGB")), image.mode
-            except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
+            except (
+                OSError,
+                SyntaxError,
+                TypeError,
+                ValueError,
+                Image.DecompressionBombError,
+            ) as error:
                 raise ValueError(f"row {row} cannot be decoded: {error}") from None
             if pixels.shape != SHAPE:
-                raise ValueError(f"row {row} is {pixels.shape[1]} x {pixels.shape[0]} pixels, not 32 x 32")
+                raise ValueError(
+                    f"row {row} is {pixels.shape[1]} x {pixels.shape[0]} pixels, not 32 x 32"
+                )
             converted.update([mode] * (mode != "RGB"))
             images[row] = pixels
     except (OSError, KeyError, TypeError, ValueError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{path.name} is not CIFAR-10 with columns img (struct with bytes) and label: {' '.join(str(error).split())}") from None
+        raise ValueError(
+            f"{path.name} is not CIFAR-10 with columns img (struct with bytes) and label: {' '.join(str(error).split())}"
+        ) from None
     return images, labels
 
 
@@ -75,7 +87,9 @@ def _torchvision(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     try:
         found = CIFAR10(folder, train=split == "train")
     except RuntimeError:
-        raise ValueError("cifar-10-batches-py is not the published CIFAR-10: a file is missing or its checksum is another; remove it and download it again") from None
+        raise ValueError(
+            "cifar-10-batches-py is not the published CIFAR-10: a file is missing or its checksum is another; remove it and download it again"
+        ) from None
     return found.data, np.array(found.targets, np.int64)
 
 

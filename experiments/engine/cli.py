@@ -30,7 +30,9 @@ from experiments.protocols import PROTOCOLS, cost_stages, evaluate_stage
 CLUSTERS = ("here", "debug", "local", "slurm")
 
 
-def main(tables: dict[int, Table], description: str | None, arguments: Sequence[str] | None = None) -> int:
+def main(
+    tables: dict[int, Table], description: str | None, arguments: Sequence[str] | None = None
+) -> int:
     """Run, plan or print a table; the exit status is `guarded`'s."""
     return guarded(lambda: _main(tables, description, arguments))
 
@@ -60,30 +62,63 @@ def guarded(run: Callable[[], int], words: Callable[[OSError], str] = _cannot_wr
         signal.signal(signal.SIGTERM, before)
 
 
-def _main(tables: dict[int, Table], description: str | None, arguments: Sequence[str] | None) -> int:
+def _main(
+    tables: dict[int, Table], description: str | None, arguments: Sequence[str] | None
+) -> int:
     args = _parse(tables, description, arguments)
-    table, protocol, store = tables[args.table], PROTOCOLS[args.protocol], Store(args.results, REPOSITORY / "results" / "reference")
+    table, protocol, store = (
+        tables[args.table],
+        PROTOCOLS[args.protocol],
+        Store(args.results, REPOSITORY / "results" / "reference"),
+    )
     rows = _choose(table, args.rows)
     if protocol.own and (side := cost_stages(table.baseline)[0].size) != protocol.data.size:
-        raise ValueError(f"the recipes of table {table.number} are for latents of side {side}, protocol {protocol.name} has {protocol.data.size}; take imagenet{8 * side}_own")
+        raise ValueError(
+            f"the recipes of table {table.number} are for latents of side {side}, protocol {protocol.name} has {protocol.data.size}; take imagenet{8 * side}_own"
+        )
     device, *others = dict.fromkeys(device_of(args, row.label) for row in rows)
     if others:
-        raise ValueError("the site computes some of these rows on GPUs and others on CPUs; name those of one kind with --rows")
-    chosen = Chosen(table, rows, protocol, args.seeds, device, named=args.rows is not None, resources=fast(args, device))
+        raise ValueError(
+            "the site computes some of these rows on GPUs and others on CPUs; name those of one kind with --rows"
+        )
+    chosen = Chosen(
+        table,
+        rows,
+        protocol,
+        args.seeds,
+        device,
+        named=args.rows is not None,
+        resources=fast(args, device),
+    )
     if args.cluster == "slurm":
-        warn_of_unknown_rows(row.label for each in tables.values() for row in (*each.rows, *each.outside))
+        warn_of_unknown_rows(
+            row.label for each in tables.values() for row in (*each.rows, *each.outside)
+        )
 
     def require_sources() -> None:
-        for data in {stage.data.name: stage.data for row in chosen.networks for stage in evaluate_stage(row, protocol, 0).trainings}.values():
+        for data in {
+            stage.data.name: stage.data
+            for row in chosen.networks
+            for stage in evaluate_stage(row, protocol, 0).trainings
+        }.values():
             require_data(data)
         require_features(evaluate_stage(table.baseline, protocol, 0))
 
-    good = carry_out(chosen, args, store, arguments, (lambda: None) if table.counts_only else require_sources, args.workers)
+    good = carry_out(
+        chosen,
+        args,
+        store,
+        arguments,
+        (lambda: None) if table.counts_only else require_sources,
+        args.workers,
+    )
     if good is None:
         return 0
     sheets = [main_sheet(table, rows, protocol, args.seeds, chosen.device, store)]
     if not table.counts_only and protocol.small:
-        sheets.append(comparison_sheet(table, chosen.networks, protocol, args.seeds, chosen.device, store))
+        sheets.append(
+            comparison_sheet(table, chosen.networks, protocol, args.seeds, chosen.device, store)
+        )
     print(render(sheets, args.format))
     return 0 if good else 1
 
@@ -94,12 +129,19 @@ def device_of(args: argparse.Namespace, row: str) -> str:
         return args.device or ("cuda" if Path("/dev/nvidia0").exists() else "cpu")
     device = load_site(row).device
     if args.device not in (None, device):
-        raise ValueError(f"--device {args.device} contradicts the site, whose nodes compute on {device}; leave it out, or change gpus_per_node in slurm/site.toml")
+        raise ValueError(
+            f"--device {args.device} contradicts the site, whose nodes compute on {device}; leave it out, or change gpus_per_node in slurm/site.toml"
+        )
     return device
 
 
 def carry_out(
-    plan: Plan, args: argparse.Namespace, store: Store, arguments: Sequence[str] | None, require_sources: Callable[[], None] = lambda: None, workers: int | None = None
+    plan: Plan,
+    args: argparse.Namespace,
+    store: Store,
+    arguments: Sequence[str] | None,
+    require_sources: Callable[[], None] = lambda: None,
+    workers: int | None = None,
 ) -> bool | None:
     """Do with a plan what the options of `add_run_options` ask for: None if all is said with that, else whether every job is done.
 
@@ -121,7 +163,19 @@ def carry_out(
         return True
     require_sources()
     if on_slurm:
-        print(slurm.send(plan, store, shlex.join(["python", os.path.relpath(sys.argv[0]), *(sys.argv[1:] if arguments is None else arguments)])))
+        print(
+            slurm.send(
+                plan,
+                store,
+                shlex.join(
+                    [
+                        "python",
+                        os.path.relpath(sys.argv[0]),
+                        *(sys.argv[1:] if arguments is None else arguments),
+                    ]
+                ),
+            )
+        )
         return None
     require_device(plan.device)
     store.check_writable()
@@ -137,14 +191,40 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; --help lists the options")
 
 
-def _parse(tables: dict[int, Table], description: str | None, arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse(
+    tables: dict[int, Table], description: str | None, arguments: Sequence[str] | None
+) -> argparse.Namespace:
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbers = ", ".join(f"{number} ({table.title})" for number, table in tables.items())
-    parser.add_argument("--table", type=int, choices=list(tables), required=True, help=f"table of the paper: {numbers}")
-    parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, by label; also reaches the '(alt)' rows")
-    parser.add_argument("--protocol", choices=list(PROTOCOLS), default="digits", help="data, recipe, sampler and scores (default: digits)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="training seeds (default: 0)")
-    parser.add_argument("--workers", type=int, default=None, metavar="N", help="trainings side by side (default: one a core, on a GPU one)")
+    parser.add_argument(
+        "--table",
+        type=int,
+        choices=list(tables),
+        required=True,
+        help=f"table of the paper: {numbers}",
+    )
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        metavar="ROW",
+        help="only these rows, by label; also reaches the '(alt)' rows",
+    )
+    parser.add_argument(
+        "--protocol",
+        choices=list(PROTOCOLS),
+        default="digits",
+        help="data, recipe, sampler and scores (default: digits)",
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0], metavar="N", help="training seeds (default: 0)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=None,
+        metavar="N",
+        help="trainings side by side (default: one a core, on a GPU one)",
+    )
     parser.add_argument("--format", choices=FORMATS, default="text", help="of the printed table")
     add_run_options(parser)
     args = parser.parse_args(arguments)
@@ -157,13 +237,40 @@ def _parse(tables: dict[int, Table], description: str | None, arguments: Sequenc
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """What every command that runs stages has: where, on what, into which folder, and whether at all."""
-    parser.add_argument("--dry-run", action="store_true", help="print what would run, what is done and what it will cost")
-    parser.add_argument("--report", action="store_true", help="print from records without running anything")
-    parser.add_argument("--cluster", choices=CLUSTERS, default="here", help="where to run: here, through submitit here (local: a process a job; debug: all in this process, one by one, where a breakpoint() of yours can stop; nothing else opens a debugger) or on Slurm")
-    parser.add_argument("--status", action="store_true", help="print every run's state: waiting, running, done or failed")
-    parser.add_argument("--cancel", action="store_true", help="cancel what this command submitted, and nothing else")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one; on Slurm the site's")
-    parser.add_argument("--results", type=Path, default=os.environ.get("RESULTS") or None, metavar="DIR", help="results folder (default: $RESULTS, else results)")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what would run, what is done and what it will cost",
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="print from records without running anything"
+    )
+    parser.add_argument(
+        "--cluster",
+        choices=CLUSTERS,
+        default="here",
+        help="where to run: here, through submitit here (local: a process a job; debug: all in this process, one by one, where a breakpoint() of yours can stop; nothing else opens a debugger) or on Slurm",
+    )
+    parser.add_argument(
+        "--status",
+        action="store_true",
+        help="print every run's state: waiting, running, done or failed",
+    )
+    parser.add_argument(
+        "--cancel", action="store_true", help="cancel what this command submitted, and nothing else"
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="default: the GPU if there is one; on Slurm the site's",
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=os.environ.get("RESULTS") or None,
+        metavar="DIR",
+        help="results folder (default: $RESULTS, else results)",
+    )
     add_fast_options(parser)
 
 
@@ -183,7 +290,13 @@ def require_device(device: str) -> None:
     """Ask torch, in a process of its own, whether it can use the GPU; ValueError if not."""
     if device == "cuda":
         code = "from experiments.engine.execute import require_device; require_device('cuda')"
-        asked = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        asked = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if asked.returncode:
             raise ValueError(asked.stderr.strip().splitlines()[-1].removeprefix("ValueError: "))
 
@@ -197,15 +310,46 @@ def _choose(table: Table, labels: list[str] | None) -> list[Row]:
 def _run(plan: Plan, store: Store, cluster: str, workers: int | None) -> bool:
     """Count first; then time, each network alone on the machine; then train and score, side by side."""
     cores = available_cores()
-    counts, timings, trainings = (missing(jobs, store) for jobs in (plan.counts(), plan.timings(), plan.trainings()))
+    counts, timings, trainings = (
+        missing(jobs, store) for jobs in (plan.counts(), plan.timings(), plan.trainings())
+    )
     workers = workers or (1 if plan.device == "cuda" else cores)
-    with Progress(total=sum(len(job.stages) for job in (*counts, *timings, *trainings))) as progress:
+    with Progress(
+        total=sum(len(job.stages) for job in (*counts, *timings, *trainings))
+    ) as progress:
         good = run_here(counts, store.root, plan.device, 1, cores, progress.notify)
         if cluster != "here":
             from experiments.engine.cluster import run_locally
 
-            good = run_locally(timings, store.root, plan.device, 1, cluster == "debug", progress.notify) and good
-            return run_locally(trainings, store.root, plan.device, workers, cluster == "debug", progress.notify, **plan.resources) and good
+            good = (
+                run_locally(
+                    timings, store.root, plan.device, 1, cluster == "debug", progress.notify
+                )
+                and good
+            )
+            return (
+                run_locally(
+                    trainings,
+                    store.root,
+                    plan.device,
+                    workers,
+                    cluster == "debug",
+                    progress.notify,
+                    **plan.resources,
+                )
+                and good
+            )
         good = run_here(timings, store.root, plan.device, 1, cores, progress.notify) and good
         threads = cores if plan.device == "cuda" else max(1, cores // workers)
-        return run_here(trainings, store.root, plan.device, workers, threads, progress.notify, **plan.resources) and good
+        return (
+            run_here(
+                trainings,
+                store.root,
+                plan.device,
+                workers,
+                threads,
+                progress.notify,
+                **plan.resources,
+            )
+            and good
+        )

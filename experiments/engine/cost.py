@@ -26,7 +26,9 @@ aten = torch.ops.aten
 
 
 def _conv(args: tuple[Any, ...], out: Tensor) -> int:
-    weight = args[1]  # (out, in/groups, k, k); transposed convolutions do not occur in these networks
+    weight = args[
+        1
+    ]  # (out, in/groups, k, k); transposed convolutions do not occur in these networks
     return out.numel() * math.prod(weight.shape[1:])
 
 
@@ -96,7 +98,13 @@ class MacCounter(TorchDispatchMode):
         yield
         self.core, self.extra = before
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         if func in MACS:
             self.core += MACS[func](args, out)
@@ -104,7 +112,9 @@ class MacCounter(TorchDispatchMode):
             self.norms += out[0].numel() if func in _NORMS else 0
             self.extra += _EXTRA[func](args, out)
         elif "scaled_dot_product" in func.name():
-            raise RuntimeError(f"{func.name()} hides attention's products from the counter; count with the reference kernel")
+            raise RuntimeError(
+                f"{func.name()} hides attention's products from the counter; count with the reference kernel"
+            )
         return out
 
 
@@ -130,7 +140,9 @@ def count(model: nn.Module, size: int, channels: int) -> dict[str, int]:
 
 def run(spec: Cost) -> dict[str, int]:
     """Counts of a declared backbone."""
-    options = spec.backbone.options | dict(input_size=spec.size, in_channels=spec.channels, num_classes=spec.num_classes)
+    options = spec.backbone.options | dict(
+        input_size=spec.size, in_channels=spec.channels, num_classes=spec.num_classes
+    )
     with torch.device("meta"):
         model = backbones.build(spec.backbone.name, **options)
     return count(model, spec.size, spec.channels)

@@ -17,29 +17,55 @@ from experiments.engine.randomness import generator_at
 from experiments.engine.sources import find_cifar10, folder_of, require_data
 from experiments.engine.spec import Data
 
+
 class ImageSet:
     """Images (M, C, H, W), pixels in [-1, 1] or grey levels 0..255 as uint8, and labels (M,), in memory or memory-mapped.
 
     `flip` asks the trainer to mirror half of them; `identity` goes into the records of what is trained on them.
     """
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, data: Data, identity: dict[str, str] | None = None) -> None:
-        if images.shape[1:] != (data.channels, data.size, data.size) or labels.shape != images.shape[:1] or not len(labels):
-            raise ValueError(f"{data.name}: expected images (M, {data.channels}, {data.size}, {data.size}) and labels (M,), got {images.shape} and {labels.shape}")
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        data: Data,
+        identity: dict[str, str] | None = None,
+    ) -> None:
+        if (
+            images.shape[1:] != (data.channels, data.size, data.size)
+            or labels.shape != images.shape[:1]
+            or not len(labels)
+        ):
+            raise ValueError(
+                f"{data.name}: expected images (M, {data.channels}, {data.size}, {data.size}) and labels (M,), got {images.shape} and {labels.shape}"
+            )
         if not np.issubdtype(labels.dtype, np.integer):
             raise ValueError(f"{data.name}: labels must be integers, got {labels.dtype}")
         if labels.min() < 0 or labels.max() >= data.num_classes:
-            raise ValueError(f"{data.name}: labels must lie in 0..{data.num_classes - 1}, got {labels.min()}..{labels.max()}")
-        self.images, self.labels, self.flip, self.identity = images, labels, data.flip, identity or {}
+            raise ValueError(
+                f"{data.name}: labels must lie in 0..{data.num_classes - 1}, got {labels.min()}..{labels.max()}"
+            )
+        self.images, self.labels, self.flip, self.identity = (
+            images,
+            labels,
+            data.flip,
+            identity or {},
+        )
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, indices: Tensor, seed: int = 0, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def take(
+        self, indices: Tensor, seed: int = 0, positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Images (N, C, H, W) float32 and labels (N,) at these indices, the same at every position of a run."""
         where = indices.numpy()
         taken = self.images[where]
-        images = from_uint8(torch.from_numpy(taken)) if taken.dtype == np.uint8 else torch.from_numpy(np.asarray(taken, dtype=np.float32))
+        images = (
+            from_uint8(torch.from_numpy(taken))
+            if taken.dtype == np.uint8
+            else torch.from_numpy(np.asarray(taken, dtype=np.float32))
+        )
         return images, torch.from_numpy(np.asarray(self.labels[where], dtype=np.int64))
 
 
@@ -51,7 +77,9 @@ def load(data: Data) -> ImageSet | LatentSet:
 
         digits, factor = load_digits(), 8 // data.size
         if data.size * factor != 8:
-            raise ValueError(f"digits have 8 x 8 pixels, or means over areas of them: size 1, 2, 4 or 8, not {data.size}")
+            raise ValueError(
+                f"digits have 8 x 8 pixels, or means over areas of them: size 1, 2, 4 or 8, not {data.size}"
+            )
         images = digits.images.reshape(-1, 1, data.size, factor, data.size, factor).mean((3, 5))
         return ImageSet(images.astype(np.float32) / 8 - 1, digits.target, data)
     folder = folder_of(data)
@@ -59,19 +87,29 @@ def load(data: Data) -> ImageSet | LatentSet:
         return cifar10(data, "train")
     if (folder / "manifest.json").is_file():
         return LatentSet(folder, data)
-    return ImageSet(np.load(folder / "images.npy", mmap_mode="r"), np.load(folder / "labels.npy"), data)
+    return ImageSet(
+        np.load(folder / "images.npy", mmap_mode="r"), np.load(folder / "labels.npy"), data
+    )
 
 
 def cifar10(data: Data, split: str) -> ImageSet:
     """CIFAR-10's 'train' or 'test' images; ValueError in one line where they are not there."""
     if not (found := find_cifar10(folder_of(data), split)):
-        raise ValueError(f"CIFAR-10's {split} images are not in data/cifar10 (or $DICO_DATA/cifar10): {split}.parquet or cifar-10-batches-py")
+        raise ValueError(
+            f"CIFAR-10's {split} images are not in data/cifar10 (or $DICO_DATA/cifar10): {split}.parquet or cifar-10-batches-py"
+        )
     images, labels, identity = read_cifar10(found, split)
     return ImageSet(images, labels, data, identity)
 
 
 def batches(
-    images: ImageSet | LatentSet, batch: int, seed: int, steps: range, device: torch.device, part: slice = slice(None), workers: int = 2
+    images: ImageSet | LatentSet,
+    batch: int,
+    seed: int,
+    steps: range,
+    device: torch.device,
+    part: slice = slice(None),
+    workers: int = 2,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images and labels of each step's batch on the device, made ahead by `workers` threads, pinned for a GPU.
 
@@ -90,7 +128,10 @@ def batches(
 def batch_indices(size: int, batch: int, seed: int, step: int) -> Tensor:
     """Indices (batch,) of a step: consecutive positions of an endless sequence of per-epoch permutations."""
     positions = torch.arange(step * batch, (step + 1) * batch)
-    parts = [_permutation(size, seed, int(epoch))[positions[positions // size == epoch] % size] for epoch in (positions // size).unique()]
+    parts = [
+        _permutation(size, seed, int(epoch))[positions[positions // size == epoch] % size]
+        for epoch in (positions // size).unique()
+    ]
     return torch.cat(parts)
 
 

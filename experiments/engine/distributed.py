@@ -31,7 +31,10 @@ from torch.nn.parallel import DistributedDataParallel
 from experiments.engine import preemption
 from experiments.engine.files import written_whole
 
-POLL, GRACE = 1.0, 10.0   # seconds between looks at the other ranks' errors, and from an error to the end of this process
+POLL, GRACE = (
+    1.0,
+    10.0,
+)  # seconds between looks at the other ranks' errors, and from an error to the end of this process
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,9 @@ class Group:
     def part(self, num: int) -> slice:
         """This rank's share of `num` samples; ValueError where they do not divide evenly."""
         if num % self.world_size:
-            raise ValueError(f"{self.world_size} processes do not divide a batch of {num}; take a number of processes that does")
+            raise ValueError(
+                f"{self.world_size} processes do not divide a batch of {num}; take a number of processes that does"
+            )
         size = num // self.world_size
         return slice(self.rank * size, (self.rank + 1) * size)
 
@@ -104,8 +109,12 @@ def exchanging(model: nn.Module, static: bool) -> DistributedDataParallel:
     A graph declared `static` may leave parameters unused; PyTorch excludes that with accumulation and compilation.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # newer versions rename broadcast_buffers, older ones know no other name
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=static)
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # newer versions rename broadcast_buffers, older ones know no other name
+        return DistributedDataParallel(
+            model, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=static
+        )
 
 
 ALONE = Group()
@@ -116,9 +125,17 @@ _broken = False
 def place(environment: Mapping[str, str]) -> Group:
     """Rank, world size and local rank that the environment declares. A scheduler's count is the step's, not the job's: an interactive shell is a step of one."""
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        return Group(int(environment["RANK"]), int(environment["WORLD_SIZE"]), int(environment.get("LOCAL_RANK", "0")))
+        return Group(
+            int(environment["RANK"]),
+            int(environment["WORLD_SIZE"]),
+            int(environment.get("LOCAL_RANK", "0")),
+        )
     if "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
-        return Group(int(environment["SLURM_PROCID"]), int(environment.get("SLURM_STEP_NUM_TASKS", "1")), int(environment.get("SLURM_LOCALID", "0")))
+        return Group(
+            int(environment["SLURM_PROCID"]),
+            int(environment.get("SLURM_STEP_NUM_TASKS", "1")),
+            int(environment.get("SLURM_LOCALID", "0")),
+        )
     return ALONE
 
 
@@ -144,9 +161,18 @@ def join(device: str, seconds: float) -> Group:
             backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
             try:
                 _name_master()
-                dist.init_process_group(backend, rank=group.rank, world_size=group.world_size, timeout=timedelta(seconds=seconds))
+                dist.init_process_group(
+                    backend,
+                    rank=group.rank,
+                    world_size=group.world_size,
+                    timeout=timedelta(seconds=seconds),
+                )
             except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-                print(f"error: rank {group.rank} cannot join the others at {_master()}: {one_line(error)}", file=sys.stderr, flush=True)
+                print(
+                    f"error: rank {group.rank} cannot join the others at {_master()}: {one_line(error)}",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 raise SystemExit(preemption.LOST) from None
             atexit.register(dist.destroy_process_group)
         _joined = group
@@ -157,10 +183,18 @@ def _name_master() -> None:
     """Agree on where rank 0 listens: what a launcher says, else the first host of the scheduler's step."""
     if "MASTER_ADDR" not in os.environ:
         hosts = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
-        listed = subprocess.run(["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, timeout=60, check=True)
+        listed = subprocess.run(
+            ["scontrol", "show", "hostnames", hosts],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
         os.environ["MASTER_ADDR"] = listed.stdout.split()[0]
     if "MASTER_PORT" not in os.environ:
-        job, step, restart = (os.environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
+        job, step, restart = (
+            os.environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT")
+        )
         os.environ["MASTER_PORT"] = str(master_port(job, step, restart))
 
 
@@ -210,7 +244,10 @@ def cause(folder: Path, group: Group, failure: Exception) -> str:
     if group.world_size == 1:
         return one_line(failure)
     _broken = True
-    follows = isinstance(failure, dist.DistError) or (isinstance(failure, RuntimeError) and any(word in str(failure).lower() for word in ("gloo", "nccl")))
+    follows = isinstance(failure, dist.DistError) or (
+        isinstance(failure, RuntimeError)
+        and any(word in str(failure).lower() for word in ("gloo", "nccl"))
+    )
     if not follows:
         report_error(folder, group, one_line(failure))
     end = time.monotonic() + GRACE
@@ -219,7 +256,11 @@ def cause(folder: Path, group: Group, failure: Exception) -> str:
     if found is None and follows:
         words = re.sub(r"\[\S*\.cc:\d+\] ", "", str(failure)).partition(". ")[0].splitlines()[0]
         raise Lost(f"rank {group.rank} lost another rank ({words})")
-    return f"rank {found['rank']}: {found['error']}" if found else f"rank {group.rank}: {one_line(failure)}"
+    return (
+        f"rank {found['rank']}: {found['error']}"
+        if found
+        else f"rank {group.rank}: {one_line(failure)}"
+    )
 
 
 class Watch:
@@ -228,7 +269,9 @@ class Watch:
     `tell(error)` is called before. A rank whose own work ends first is left alone; the first rank, which tells, goes first.
     """
 
-    def __init__(self, group: Group, folder: Path, tell: Callable[[str], object] = lambda error: None) -> None:
+    def __init__(
+        self, group: Group, folder: Path, tell: Callable[[str], object] = lambda error: None
+    ) -> None:
         self.group, self.folder, self.tell = group, folder, tell
         self._over = threading.Event()
 

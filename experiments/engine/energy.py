@@ -10,7 +10,10 @@ import torch
 
 def joules(device: torch.device) -> float | None:
     """Joules since the driver was loaded, of all work launched so far; None on a CPU and where the driver does not tell."""
-    if device.type != "cuda" or (driver := _driver(torch.cuda.get_device_properties(device).uuid)) is None:
+    if (
+        device.type != "cuda"
+        or (driver := _driver(torch.cuda.get_device_properties(device).uuid)) is None
+    ):
         return None
     library, handle = driver
     torch.cuda.synchronize(device)
@@ -27,6 +30,8 @@ def _driver(uuid: object) -> tuple[ctypes.CDLL, ctypes.c_void_p] | None:
     except OSError:
         return None
     handle = ctypes.c_void_p()
-    if library.nvmlInit_v2() or library.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode(), ctypes.byref(handle)):
+    if library.nvmlInit_v2() or library.nvmlDeviceGetHandleByUUID(
+        f"GPU-{uuid}".encode(), ctypes.byref(handle)
+    ):
         return None
     return library, handle

@@ -25,19 +25,35 @@ from experiments.engine.neighbours import precision_recall
 from experiments.engine.npz import Images, about, has_images, sha256
 from experiments.engine.precision import flags, precision
 from experiments.engine.quantise import from_uint8, to_uint8
-from experiments.engine.samples import ORDER, QUANTISER, batch_on, decoder_warnings, network_of, sampled
+from experiments.engine.samples import (
+    ORDER,
+    QUANTISER,
+    batch_on,
+    decoder_warnings,
+    network_of,
+    sampled,
+)
 from experiments.engine.sharding import results
 from experiments.engine.sources import inception_path, reference_path, require_features
 from experiments.engine.spec import Data, Evaluate, canonical, spec_id
 from experiments.engine.train import Resources, digest
 
 Report = Callable[[int, int, float, float], None]
-ADM_REFERENCE = 10_000  # images in the file of each size, beside the statistics of all training images
+ADM_REFERENCE = (
+    10_000  # images in the file of each size, beside the statistics of all training images
+)
 ON_CPU = 250  # images that are drawn and classified at a time whatever is asked: both round by the batch there
 
 
-def run(spec: Evaluate, folder: Path, cache: Path, resources: Resources, group: Group = ALONE, beat: Heartbeat | None = None,
-        report: Report = lambda *progress: None) -> dict[str, Any]:
+def run(
+    spec: Evaluate,
+    folder: Path,
+    cache: Path,
+    resources: Resources,
+    group: Group = ALONE,
+    beat: Heartbeat | None = None,
+    report: Report = lambda *progress: None,
+) -> dict[str, Any]:
     """Sample with the run's EMA network and score: floats with their standard errors beside them, and the manifest.
 
     folder: of the network's run; cache: of the classifiers; `report(done, num, nan, images per second)`. Every rank
@@ -53,15 +69,47 @@ def run(spec: Evaluate, folder: Path, cache: Path, resources: Resources, group: 
     if not group.first:
         return {}
     with precision(spec.precision, torch.device(resources.device)):
-        scored, by_diffusers = spec.features == "inception", any(sampler.name.endswith("_diffusers") for sampler in (spec.sampler, spec.upsampling) if sampler)
-        found |= {"flags": flags(), "versions": versions("numpy", "scipy", *["torch-fidelity"] * scored, *["diffusers"] * (scored or by_diffusers))}
-    model, batch = {"weights_sha256": found.pop("network"), "key": found.pop("key")}, found.pop("batch")
+        scored, by_diffusers = (
+            spec.features == "inception",
+            any(
+                sampler.name.endswith("_diffusers")
+                for sampler in (spec.sampler, spec.upsampling)
+                if sampler
+            ),
+        )
+        found |= {
+            "flags": flags(),
+            "versions": versions(
+                "numpy",
+                "scipy",
+                *["torch-fidelity"] * scored,
+                *["diffusers"] * (scored or by_diffusers),
+            ),
+        }
+    model, batch = (
+        {"weights_sha256": found.pop("network"), "key": found.pop("key")},
+        found.pop("batch"),
+    )
     if model["key"] != getattr(spec.train, "key", "ema"):
-        values["warnings"] = [*values.get("warnings", []), f"the weights' key is {model['key']}, not ema: the file does not say whether they are averaged"]
-    return values | {"manifest": manifest(canonical(spec, full=True), model, found | {"nfe": values["nfe"]}, batch=batch)}
+        values["warnings"] = [
+            *values.get("warnings", []),
+            f"the weights' key is {model['key']}, not ema: the file does not say whether they are averaged",
+        ]
+    return values | {
+        "manifest": manifest(
+            canonical(spec, full=True), model, found | {"nfe": values["nfe"]}, batch=batch
+        )
+    }
 
 
-def _classified(spec: Evaluate, folder: Path, cache: Path, resources: Resources, group: Group, beat: Heartbeat | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def _classified(
+    spec: Evaluate,
+    folder: Path,
+    cache: Path,
+    resources: Resources,
+    group: Group,
+    beat: Heartbeat | None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Scores on a small classifier's features, named by it: of digits against all digits, of quantised images against CIFAR-10's test images.
 
     Errors: influence function for fd, delete-a-block jackknife for is, binomial for the shares.
@@ -79,9 +127,16 @@ def _classified(spec: Evaluate, folder: Path, cache: Path, resources: Resources,
 
     def scored(piece: int) -> dict[str, np.ndarray]:
         before = counted.evaluated
-        ((x, y),) = images(spec, counted, device, size, range(piece * size, min((piece + 1) * size, spec.num)))
+        ((x, y),) = images(
+            spec, counted, device, size, range(piece * size, min((piece + 1) * size, spec.num))
+        )
         features, probabilities = extract(classifier, x if on_digits else from_uint8(to_uint8(x)))
-        return {"features": features, "probabilities": probabilities, "labels": y.numpy(), "evaluated": np.array(counted.evaluated - before)}
+        return {
+            "features": features,
+            "probabilities": probabilities,
+            "labels": y.numpy(),
+            "evaluated": np.array(counted.evaluated - before),
+        }
 
     parts = folder / f"samples-{spec_id(spec)}-{size}-{digest(network)}"
     found = list(results(group, parts, math.ceil(spec.num / size), scored, beat))
@@ -91,7 +146,10 @@ def _classified(spec: Evaluate, folder: Path, cache: Path, resources: Resources,
     moments = metrics.Moments(found[0]["features"].shape[1])
     for part in found:
         moments.update(part["features"])
-    fake, y, p = (np.concatenate([part[name] for part in found]) for name in ("features", "labels", "probabilities"))
+    fake, y, p = (
+        np.concatenate([part[name] for part in found])
+        for name in ("features", "labels", "probabilities")
+    )
     real, _ = extract(classifier, reference.take(torch.arange(len(reference)))[0])
     real_moments = metrics.Moments(real.shape[1])
     real_moments.update(real)
@@ -100,7 +158,9 @@ def _classified(spec: Evaluate, folder: Path, cache: Path, resources: Resources,
     score, score_se = metrics.inception_score(p)
     values = {
         "fd": metrics.frechet(moments, real_moments),
-        "fd_se": metrics.frechet_se(fake, moments, real_moments, y if spec.labels == "balanced" else None),
+        "fd_se": metrics.frechet_se(
+            fake, moments, real_moments, y if spec.labels == "balanced" else None
+        ),
         "is": score,
         "is_se": score_se,
         "precision": precision,
@@ -108,7 +168,10 @@ def _classified(spec: Evaluate, folder: Path, cache: Path, resources: Resources,
         "recall": recall,
         "recall_se": metrics.proportion_se(recall, len(real)),
     }
-    named = {f"{name.removesuffix('_se')}_{spec.features}{'_se' if name.endswith('_se') else ''}": value for name, value in values.items()}
+    named = {
+        f"{name.removesuffix('_se')}_{spec.features}{'_se' if name.endswith('_se') else ''}": value
+        for name, value in values.items()
+    }
     shutil.rmtree(parts, ignore_errors=True)
     return {
         "num": spec.num,
@@ -126,24 +189,43 @@ def _classified(spec: Evaluate, folder: Path, cache: Path, resources: Resources,
         "image": {"size": spec.data.size, "format": "float32" if on_digits else "uint8"},
         "labels": {"histogram_sha256": histogram(y), "order": "as drawn"},
         "extractor": {"sha256": identity["classifier_sha256"], "dtype": "fp32"},
-        "reference": {"name": spec.data.name, "num_images": len(reference), "sha256": hashlib.sha256(reference.images.tobytes() + reference.labels.tobytes()).hexdigest()}
+        "reference": {
+            "name": spec.data.name,
+            "num_images": len(reference),
+            "sha256": hashlib.sha256(
+                reference.images.tobytes() + reference.labels.tobytes()
+            ).hexdigest(),
+        }
         | ({} if on_digits else {"split": "test"}),
         "neighbours": {"k": 3, "arithmetic": "float64", "num_reference": len(real)},
     }
 
 
-def _inception(spec: Evaluate, folder: Path, resources: Resources, group: Group, beat: Heartbeat | None, report: Report) -> tuple[dict[str, Any], dict[str, Any]]:
+def _inception(
+    spec: Evaluate,
+    folder: Path,
+    resources: Resources,
+    group: Group,
+    beat: Heartbeat | None,
+    report: Report,
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Scores of quantised images on Inception features, against ADM's reference file or a pixel set's own images."""
     device = torch.device(resources.device)
     extractor = inception.load(inception_path(), device)
     require_reference(spec.data)
     samples = sampled(spec, folder, resources, report, group, beat)
-    parts = folder.parent / spec_id(spec) / f"measured-{samples.made['network']}-{extractor.sha256[:16]}"
+    parts = (
+        folder.parent
+        / spec_id(spec)
+        / f"measured-{samples.made['network']}-{extractor.sha256[:16]}"
+    )
     measured = scores.measure_shared(extractor, samples, group, parts / "samples", beat)
     reference = _reference(spec.data, extractor, parts, group, beat)
     if measured is None or reference is None:
         return {}, {}
-    values = scores.score(measured, reference, samples.labels, balanced=spec.labels == "balanced", device=device)
+    values = scores.score(
+        measured, reference, samples.labels, balanced=spec.labels == "balanced", device=device
+    )
     values["warnings"] += decoder_warnings(spec.data, samples.made["decoder"])
     shutil.rmtree(parts, ignore_errors=True)
     return values | {"nfe": samples.nfe}, {
@@ -168,7 +250,12 @@ class _Pixels:
         return len(self.images)
 
     def part(self, start: int, stop: int) -> ndarray:
-        return to_uint8(self.images.take(torch.arange(start, stop))[0]).permute(0, 2, 3, 1).contiguous().numpy()
+        return (
+            to_uint8(self.images.take(torch.arange(start, stop))[0])
+            .permute(0, 2, 3, 1)
+            .contiguous()
+            .numpy()
+        )
 
 
 def require_reference(data: Data) -> None:
@@ -179,16 +266,29 @@ def require_reference(data: Data) -> None:
         load(data)
 
 
-def _reference(data: Data, extractor: inception.Inception, parts: Path, group: Group, beat: Heartbeat | None) -> scores.Reference | None:
+def _reference(
+    data: Data, extractor: inception.Inception, parts: Path, group: Group, beat: Heartbeat | None
+) -> scores.Reference | None:
     """What the samples are scored against; None on all ranks but the first."""
     if path := reference_path(data):
         with about(path):
-            measured = scores.measure_shared(extractor, Images(path), group, parts / sha256(path)[:16], beat) if has_images(path) else None
+            measured = (
+                scores.measure_shared(
+                    extractor, Images(path), group, parts / sha256(path)[:16], beat
+                )
+                if has_images(path)
+                else None
+            )
             if not group.first:
                 return None
             reference = scores.reference_of(path, measured)
-        if reference.identity["num_images"] != ADM_REFERENCE or not reference.identity["statistics"]:
-            reference.warnings.append(f"{path.name} is not ADM's reference, which holds statistics and {ADM_REFERENCE:,} images: FID against another one is another number")
+        if (
+            reference.identity["num_images"] != ADM_REFERENCE
+            or not reference.identity["statistics"]
+        ):
+            reference.warnings.append(
+                f"{path.name} is not ADM's reference, which holds statistics and {ADM_REFERENCE:,} images: FID against another one is another number"
+            )
         return reference
     real, total = _Pixels(load(data)), hashlib.sha256()
     for start in range(0, len(real), scores.PIECE):
@@ -197,13 +297,20 @@ def _reference(data: Data, extractor: inception.Inception, parts: Path, group: G
     if measured is None:
         return None
     moments = {layer: scores.blocks_sum(getattr(measured, layer)) for layer in ("pool", "spatial")}
-    named = {"name": f"{data.name}, training images", "sha256": total.hexdigest(), "statistics": False, "num_images": len(real)}
+    named = {
+        "name": f"{data.name}, training images",
+        "sha256": total.hexdigest(),
+        "statistics": False,
+        "num_images": len(real),
+    }
     return scores.Reference(moments, measured.pool, named, size=measured.size)
 
 
 def histogram(labels: ndarray) -> str:
     """A short hash of the classes that occur and how often."""
-    return hashlib.sha256(np.stack(np.unique(labels, return_counts=True)).astype("<i8").tobytes()).hexdigest()[:16]
+    return hashlib.sha256(
+        np.stack(np.unique(labels, return_counts=True)).astype("<i8").tobytes()
+    ).hexdigest()[:16]
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -12,7 +12,19 @@ from typing import Any, NoReturn
 import torch
 
 from backbones import kernels
-from experiments.engine import attempts, ceilings, cost, distributed, evaluate, heartbeat, machine, preemption, profiling, timing, train
+from experiments.engine import (
+    attempts,
+    ceilings,
+    cost,
+    distributed,
+    evaluate,
+    heartbeat,
+    machine,
+    preemption,
+    profiling,
+    timing,
+    train,
+)
 from experiments.engine.distributed import Group
 from experiments.engine.generate import recorded_steps
 from experiments.engine.heartbeat import Heartbeat
@@ -58,7 +70,13 @@ def execute(spec: Stage, store: Store, resources: Resources, report: Report) -> 
                 attempts.end(folder, beat.fields["step"] or 0, error or status)
                 if found := attempts.read(folder):
                     values = values | {"attempts": found}
-            record = store.append(spec, status, values, _provenance(spec, resources, group, time.perf_counter() - started), error)
+            record = store.append(
+                spec,
+                status,
+                values,
+                _provenance(spec, resources, group, time.perf_counter() - started),
+                error,
+            )
             if beat:
                 beat.end(status, error)
             return record
@@ -97,7 +115,9 @@ def _follow(spec: Stage, store: Store, resources: Resources, group: Group) -> Re
         _leave(stop, folder, group, None)
     except Exception as failure:
         try:
-            print(f"error: {distributed.cause(folder, group, failure)}", file=sys.stderr, flush=True)
+            print(
+                f"error: {distributed.cause(folder, group, failure)}", file=sys.stderr, flush=True
+            )
             _outlast_the_record(folder)
         except distributed.Lost as lost:
             _leave(lost, folder, group, None)
@@ -116,10 +136,16 @@ def _outlast_the_record(folder: Path) -> None:
 
 def _held(spec: Stage, store: Store, group: Group) -> AbstractContextManager[Heartbeat | None]:
     """The stage's lock; a stage of hours also shows a heartbeat."""
-    return heartbeat.claimed(store.run_dir(spec), group.world_size) if isinstance(spec, Train | Evaluate) else store.lock(spec)
+    return (
+        heartbeat.claimed(store.run_dir(spec), group.world_size)
+        if isinstance(spec, Train | Evaluate)
+        else store.lock(spec)
+    )
 
 
-def _leave(why: preemption.Preempted | distributed.Lost, folder: Path, group: Group, beat: Heartbeat | None) -> NoReturn:
+def _leave(
+    why: preemption.Preempted | distributed.Lost, folder: Path, group: Group, beat: Heartbeat | None
+) -> NoReturn:
     """End this process before the end of its stage; if it was asked to make room, the job goes back into the queue.
 
     Ranks that stop together wait for what the first one has to write and to ask for: a scheduler may end all when one ends.
@@ -127,7 +153,13 @@ def _leave(why: preemption.Preempted | distributed.Lost, folder: Path, group: Gr
     how, reason = preemption.NO, str(why)
     if isinstance(why, preemption.Preempted):
         how = _agreed(group, preemption.meant(why.how) if group.first else preemption.STOP)
-        reason += "" if how == why.how else ", to make room" if how == preemption.REQUEUE else ", and to end"
+        reason += (
+            ""
+            if how == why.how
+            else ", to make room"
+            if how == preemption.REQUEUE
+            else ", and to end"
+        )
     back = how == preemption.REQUEUE and heartbeat.job_id() is not None
     if back:
         preemption.yield_to_terminations()
@@ -159,10 +191,19 @@ def _agreed(group: Group, answer: Any) -> Any:
 def require_device(device: str) -> None:
     """Raise ValueError in one line if a GPU was asked for and torch cannot use one."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"no usable GPU: torch {torch.__version__} was built for CUDA {torch.version.cuda}; update the driver or pass --device cpu")
+        raise ValueError(
+            f"no usable GPU: torch {torch.__version__} was built for CUDA {torch.version.cuda}; update the driver or pass --device cpu"
+        )
 
 
-def _run(spec: Stage, store: Store, resources: Resources, report: Report, group: Group, beat: Heartbeat | None) -> dict[str, Any]:
+def _run(
+    spec: Stage,
+    store: Store,
+    resources: Resources,
+    report: Report,
+    group: Group,
+    beat: Heartbeat | None,
+) -> dict[str, Any]:
     if isinstance(spec, Cost):
         return cost.run(spec)
     if isinstance(spec, Timing):
@@ -174,20 +215,37 @@ def _run(spec: Stage, store: Store, resources: Resources, report: Report, group:
     if isinstance(spec, Train):
         return train.run(spec, store.run_dir(spec), resources, report, group, beat)
     assert isinstance(spec, Evaluate), spec
-    return evaluate.run(spec, store.run_dir(spec.train), store.root / "runs" / "classifiers", resources, group, beat, report)
+    return evaluate.run(
+        spec,
+        store.run_dir(spec.train),
+        store.root / "runs" / "classifiers",
+        resources,
+        group,
+        beat,
+        report,
+    )
 
 
 def _provenance(spec: Stage, resources: Resources, group: Group, seconds: float) -> dict[str, Any]:
     device = torch.device(resources.device)
     with precision(getattr(getattr(spec, "recipe", spec), "precision", "fp32"), device):
         in_force = flags()
-    return provenance() | machine.described(device) | {
-        "world_size": group.world_size,
-        "micro_batch": resources.micro_batch,
-        "sample_batch": resources.sample_batch,
-        "compiled": getattr(spec, "compile", resources.compile),
-        "graphs": getattr(spec, "graphs", resources.graphs and (recorded_steps(spec) if isinstance(spec, Evaluate) else group.world_size == 1)),
-        "precision_flags": in_force,
-        "kernels": kernels.used(),
-        "seconds": round(seconds, 2),
-    }
+    return (
+        provenance()
+        | machine.described(device)
+        | {
+            "world_size": group.world_size,
+            "micro_batch": resources.micro_batch,
+            "sample_batch": resources.sample_batch,
+            "compiled": getattr(spec, "compile", resources.compile),
+            "graphs": getattr(
+                spec,
+                "graphs",
+                resources.graphs
+                and (recorded_steps(spec) if isinstance(spec, Evaluate) else group.world_size == 1),
+            ),
+            "precision_flags": in_force,
+            "kernels": kernels.used(),
+            "seconds": round(seconds, 2),
+        }
+    )

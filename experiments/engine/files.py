@@ -31,7 +31,9 @@ def sync_folder(folder: Path) -> None:
     """Put a folder's names on disk: a file that was renamed into it is there after a power cut only then."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with suppress(OSError):  # some network file systems know no such call; they keep names on their server
+        with suppress(
+            OSError
+        ):  # some network file systems know no such call; they keep names on their server
             os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from experiments.engine.diffusion import Model
 
-Coefficients = tuple[Tensor, Tensor, Tensor, Tensor]   # a, s, a', s'
+Coefficients = tuple[Tensor, Tensor, Tensor, Tensor]  # a, s, a', s'
 
 
 def _linear(t: Tensor) -> Coefficients:
@@ -33,7 +33,7 @@ PATHS: dict[str, Callable[[Tensor], Coefficients]] = {"linear": _linear, "gvp": 
 class Flow:
     """A path and what follows from it."""
 
-    times = 0.0, 1.0          # the first and last that the network is given
+    times = 0.0, 1.0  # the first and last that the network is given
 
     def __init__(self, path: str):
         self.path = PATHS[path]
@@ -46,11 +46,13 @@ class Flow:
         """Uniform times (n,), on the generator's device."""
         return torch.rand(n, generator=generator, device=generator.device)
 
-    def losses(self, model: Model, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor) -> dict[str, Tensor]:
+    def losses(
+        self, model: Model, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor
+    ) -> dict[str, Tensor]:
         """Per-sample squared error of the velocity at times `t`, unweighted, as 'loss' and 'mse', (N,)."""
-        a, s, da, ds = self.coefficients(t)                                   # (N,1,1,1) each
-        x_t, v = a * x0 + s * eps, da * x0 + ds * eps                         # (N,C,H,W)
-        mse = ((velocity(model, x_t, t, y) - v) ** 2).mean(dim=(1, 2, 3))     # (N,)
+        a, s, da, ds = self.coefficients(t)  # (N,1,1,1) each
+        x_t, v = a * x0 + s * eps, da * x0 + ds * eps  # (N,C,H,W)
+        mse = ((velocity(model, x_t, t, y) - v) ** 2).mean(dim=(1, 2, 3))  # (N,)
         return {"loss": mse, "mse": mse}
 
     def score(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
@@ -67,5 +69,7 @@ def velocity(model: Model, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
     """The network's (N,C,H,W), in the precision of x."""
     v = model(x, t, y)
     if v.shape != x.shape:
-        raise ValueError(f"a flow needs a velocity of {x.shape[1]} channels, the prediction has {v.shape[1]}")
+        raise ValueError(
+            f"a flow needs a velocity of {x.shape[1]} channels, the prediction has {v.shape[1]}"
+        )
     return v.to(x.dtype)

@@ -42,8 +42,11 @@ LAST_STEPS = ("mean", "tweedie", "euler")
 
 
 @torch.no_grad()
-def euler(model: Model, y: Tensor, noise: ImageNoise, *, num_steps: int, launch: Launch = directly) -> Iterator[Tensor]:
+def euler(
+    model: Model, y: Tensor, noise: ImageNoise, *, num_steps: int, launch: Launch = directly
+) -> Iterator[Tensor]:
     """Yields x (N,C,H,W) after each of `num_steps` even steps, one evaluation each."""
+
     def step(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return x + velocity(model, x, t.repeat(len(x)), y) / num_steps
 
@@ -54,8 +57,11 @@ def euler(model: Model, y: Tensor, noise: ImageNoise, *, num_steps: int, launch:
 
 
 @torch.no_grad()
-def heun(model: Model, y: Tensor, noise: ImageNoise, *, num_steps: int, launch: Launch = directly) -> Iterator[Tensor]:
+def heun(
+    model: Model, y: Tensor, noise: ImageNoise, *, num_steps: int, launch: Launch = directly
+) -> Iterator[Tensor]:
     """Yields x (N,C,H,W) after each of `num_steps` even steps, two evaluations each."""
+
     def step(x: Tensor, t: Tensor, after: Tensor, y: Tensor) -> Tensor:
         here = velocity(model, x, t.repeat(len(x)), y)
         there = velocity(model, x + here / num_steps, after.repeat(len(x)), y)
@@ -73,7 +79,9 @@ def _times(x: Tensor, times: Iterable[float]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def dopri5(model: Model, y: Tensor, noise: ImageNoise, *, atol: float, rtol: float) -> Iterator[Tensor]:
+def dopri5(
+    model: Model, y: Tensor, noise: ImageNoise, *, atol: float, rtol: float
+) -> Iterator[Tensor]:
     """Yields x (N,C,H,W) after each attempted step; every image has a clock, a step size and an error of its own.
 
     So an image takes the same steps in any batch, up to what rounding does to a decision; the error of an image is the
@@ -83,39 +91,50 @@ def dopri5(model: Model, y: Tensor, noise: ImageNoise, *, atol: float, rtol: flo
     x = noise.draw()
     t = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     slope = velocity(model, x, t.float(), y)
-    h = _first_step(model, x, slope, y, atol, rtol)                                   # (N,) float64
+    h = _first_step(model, x, slope, y, atol, rtol)  # (N,) float64
     rejected = torch.zeros_like(t, dtype=torch.bool)
     while len(active := (t < 1).nonzero()[:, 0]):
         last = h[active] >= 1 - t[active]
-        step = torch.where(last, 1 - t[active], h[active])                            # (n,) of the n images under way
+        step = torch.where(last, 1 - t[active], h[active])  # (n,) of the n images under way
         if not (step > FINEST).logical_or(last).all():
-            raise ValueError(f"dopri5 does not reach its tolerance (atol {atol}, rtol {rtol}) at t = {t[active].min():.4f}; the velocity is not smooth or not finite there")
+            raise ValueError(
+                f"dopri5 does not reach its tolerance (atol {atol}, rtol {rtol}) at t = {t[active].min():.4f}; the velocity is not smooth or not finite there"
+            )
         width, old = step.to(x.dtype).reshape(-1, 1, 1, 1), x[active]
-        slopes = [slope[active]]                                                      # (n,C,H,W) each
+        slopes = [slope[active]]  # (n,C,H,W) each
         for node, weights in zip(NODES, STAGES, strict=True):
             new = old + width * _weighted(weights, slopes)
             slopes.append(velocity(model, new, (t[active] + node * step).float(), y[active]))
         scale = atol + rtol * torch.maximum(old.abs(), new.abs())
-        error = _rms(width * _weighted(ERROR, slopes) / scale)                        # (n,)
+        error = _rms(width * _weighted(ERROR, slopes) / scale)  # (n,)
         good = error < 1
-        factor = (SAFETY * error ** -0.2).nan_to_num(nan=SLOWEST).clamp(SLOWEST, FASTEST)
+        factor = (SAFETY * error**-0.2).nan_to_num(nan=SLOWEST).clamp(SLOWEST, FASTEST)
         h[active] = step * torch.where(rejected[active] & good, factor.clamp(max=1), factor)
         rejected[active] = ~good
         arrived = active[good]
-        x, slope = x.index_copy(0, arrived, new[good]), slope.index_copy(0, arrived, slopes[-1][good])
+        x, slope = (
+            x.index_copy(0, arrived, new[good]),
+            slope.index_copy(0, arrived, slopes[-1][good]),
+        )
         t[arrived] = torch.where(last[good], 1.0, t[arrived] + step[good])
         yield x
 
 
-def _first_step(model: Model, x: Tensor, slope: Tensor, y: Tensor, atol: float, rtol: float) -> Tensor:
+def _first_step(
+    model: Model, x: Tensor, slope: Tensor, y: Tensor, atol: float, rtol: float
+) -> Tensor:
     """A step size for each image, (N,) float64, from the curvature at its start: Hairer et al., section II.4."""
     scale = atol + rtol * x.abs()
-    size, speed = _rms(x / scale), _rms(slope / scale)                                # (N,) each
+    size, speed = _rms(x / scale), _rms(slope / scale)  # (N,) each
     h = torch.where((size < 1e-5) | (speed < 1e-5), 1e-6, 0.01 * size / speed).clamp(max=1)
     ahead = velocity(model, x + h.to(x.dtype).reshape(-1, 1, 1, 1) * slope, h.float(), y)
     bend = _rms((ahead - slope) / scale) / h
     fast = torch.maximum(speed, bend)
-    return torch.where(fast <= 1e-15, (h * 1e-3).clamp(min=1e-6), (0.01 / fast) ** 0.2).minimum(100 * h).clamp(max=1)
+    return (
+        torch.where(fast <= 1e-15, (h * 1e-3).clamp(min=1e-6), (0.01 / fast) ** 0.2)
+        .minimum(100 * h)
+        .clamp(max=1)
+    )
 
 
 def _rms(value: Tensor) -> Tensor:
@@ -128,8 +147,18 @@ def _weighted(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def sde(flow: Flow, model: Model, y: Tensor, noise: ImageNoise, *, num_steps: int, form: str, last_step: str, last_size: float,
-        launch: Launch = directly) -> Iterator[Tensor]:
+def sde(
+    flow: Flow,
+    model: Model,
+    y: Tensor,
+    noise: ImageNoise,
+    *,
+    num_steps: int,
+    form: str,
+    last_step: str,
+    last_size: float,
+    launch: Launch = directly,
+) -> Iterator[Tensor]:
     """Yields x (N,C,H,W) after each of `num_steps` steps: Euler-Maruyama on dx = (v + w score) dt + sqrt(2 w) dW.
 
     All but the last are even and end at 1 - last_size; the last is free of noise and leads to 1: 'mean' along the drift,
@@ -139,12 +168,14 @@ def sde(flow: Flow, model: Model, y: Tensor, noise: ImageNoise, *, num_steps: in
     if form not in FORMS:
         raise ValueError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
     if last_step not in LAST_STEPS or not 0 < last_size < 1 or num_steps < 2:
-        raise ValueError(f"an sde takes two steps or more, the last {', '.join(LAST_STEPS)} and of a size between 0 and 1, got {num_steps}, {last_step!r}, {last_size}")
+        raise ValueError(
+            f"an sde takes two steps or more, the last {', '.join(LAST_STEPS)} and of a size between 0 and 1, got {num_steps}, {last_step!r}, {last_size}"
+        )
     dt = (1 - last_size) / (num_steps - 1)
 
     def slopes(x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         t = t.repeat(len(x))
-        a, s, _, _ = flow.coefficients(t)                                             # (N,1,1,1) each
+        a, s, _, _ = flow.coefficients(t)  # (N,1,1,1) each
         v = velocity(model, x, t, y)
         return a, s, v, flow.score(v, x, t), FORMS[form](s, t.reshape(-1, 1, 1, 1))
 
@@ -158,4 +189,8 @@ def sde(flow: Flow, model: Model, y: Tensor, noise: ImageNoise, *, num_steps: in
         x = step(x, t, y, noise.draw())
         yield x
     a, s, v, score, w = slopes(x, end, y)
-    yield (x + s ** 2 * score) / a if last_step == "tweedie" else x + (v + (w * score if last_step == "mean" else 0)) * last_size
+    yield (
+        (x + s**2 * score) / a
+        if last_step == "tweedie"
+        else x + (v + (w * score if last_step == "mean" else 0)) * last_size
+    )

@@ -20,7 +20,6 @@ from experiments.engine.randomness import seed_at
 from experiments.engine.samplers import Guided, bind, recordable
 from experiments.engine.spec import Checkpoint, Evaluate, Sampler, Train
 
-
 AHEAD = 2  # steps that a GPU is given before it has done them
 
 
@@ -35,7 +34,9 @@ class Counted:
     def __init__(self, model: Model | System, recorded: bool = False) -> None:
         self.model, self.own = model, 0
         self.graphs = Kept() if recorded else None
-        self.evaluations: dict[torch.Size, int] = {}  # images given to the network in a recorded step, by the shape of x
+        self.evaluations: dict[
+            torch.Size, int
+        ] = {}  # images given to the network in a recorded step, by the shape of x
         self.under_way: deque[torch.cuda.Event] = deque()
         self.classifier, self.upsampler = None, None
         if isinstance(model, System):
@@ -110,28 +111,73 @@ def image_seeds(seed: int, num: int, of: str = "image") -> list[int]:
     return [(base + index) % 2**32 for index in range(num)]
 
 
-def images(spec: Evaluate, model: Model | System | Counted, device: torch.device, batch: int, within: range | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+def images(
+    spec: Evaluate,
+    model: Model | System | Counted,
+    device: torch.device,
+    batch: int,
+    within: range | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Sampled images (n, C, H, W) and their labels (n,), `batch` at a time, in order of their index; `within` limits the indices."""
     model = model if isinstance(model, Counted) else Counted(model)
-    gradient = ClassifierGradient(model.classifier, spec.sampler.classifier_scale) if spec.classifier else None
-    y, within = labels(spec.labels, spec.num, spec.data.num_classes, spec.seed), within or range(spec.num)
-    seeds, seeds_above = (image_seeds(spec.seed, spec.num, of) for of in ("image", "upsampled image"))
+    gradient = (
+        ClassifierGradient(model.classifier, spec.sampler.classifier_scale)
+        if spec.classifier
+        else None
+    )
+    y, within = (
+        labels(spec.labels, spec.num, spec.data.num_classes, spec.seed),
+        within or range(spec.num),
+    )
+    seeds, seeds_above = (
+        image_seeds(spec.seed, spec.num, of) for of in ("image", "upsampled image")
+    )
     for start in range(within.start, within.stop, batch):
         part = slice(start, min(start + batch, within.stop))
         with precision(spec.precision, device):
-            x = _sample(spec.train, spec.sampler, model, y[part].to(device), seeds[part], gradient, model.launch)
-            if spec.upsampler:  # between them, as ADM's scripts have it, lies a file of 8-bit images
+            x = _sample(
+                spec.train,
+                spec.sampler,
+                model,
+                y[part].to(device),
+                seeds[part],
+                gradient,
+                model.launch,
+            )
+            if (
+                spec.upsampler
+            ):  # between them, as ADM's scripts have it, lies a file of 8-bit images
                 upsampler = conditioned(model.upsampler, from_uint8(to_uint8(x)))
-                x = _sample(spec.upsampler, spec.upsampling, upsampler, y[part].to(device), seeds_above[part])
+                x = _sample(
+                    spec.upsampler,
+                    spec.upsampling,
+                    upsampler,
+                    y[part].to(device),
+                    seeds_above[part],
+                )
         yield x.cpu(), y[part]
 
 
-def _sample(train: Train | Checkpoint, sampler: Sampler, model: Model, y: Tensor, seeds: list[int], gradient: Model | None = None,
-            launch: Launch = directly) -> Tensor:
+def _sample(
+    train: Train | Checkpoint,
+    sampler: Sampler,
+    model: Model,
+    y: Tensor,
+    seeds: list[int],
+    gradient: Model | None = None,
+    launch: Launch = directly,
+) -> Tensor:
     """Samples (n, C, H, W) of a network for labels (n,), on their device."""
     data, diffusion = train.data, process(train.diffusion)
     sample = bind(sampler, diffusion.to(y.device), gradient, launch)
-    network = Guided(model, sampler.scale, data.num_classes, channels=sampler.channels, interval=sampler.interval, times=diffusion.times)
+    network = Guided(
+        model,
+        sampler.scale,
+        data.num_classes,
+        channels=sampler.channels,
+        interval=sampler.interval,
+        times=diffusion.times,
+    )
     for x in sample(network, y, ImageNoise(seeds, (data.channels, data.size, data.size), y.device)):
         pass
     return x

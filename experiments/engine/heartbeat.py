@@ -20,7 +20,10 @@ from typing import Any
 
 from experiments.engine.files import take_lock, written_whole
 
-EVERY, STALE = 5.0, 60.0   # seconds between two signs of life, and without one until a process counts as dead
+EVERY, STALE = (
+    5.0,
+    60.0,
+)  # seconds between two signs of life, and without one until a process counts as dead
 LIVE = ("starting", "training", "evaluating", "saving")
 
 
@@ -44,11 +47,17 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 def _read(folder: Path) -> dict[str, Any] | None:
     try:
-        with open(folder / "heartbeat.json", "rb") as file:  # a network file system looks again when a file is opened
+        with open(
+            folder / "heartbeat.json", "rb"
+        ) as file:  # a network file system looks again when a file is opened
             found, written = json.loads(file.read()), os.fstat(file.fileno()).st_mtime
     except (OSError, ValueError):
         return None
-    return found | {"written": written} if isinstance(found, dict) and isinstance(found.get("updated"), int | float) else None
+    return (
+        found | {"written": written}
+        if isinstance(found, dict) and isinstance(found.get("updated"), int | float)
+        else None
+    )
 
 
 def _now(folder: Path) -> float:
@@ -75,8 +84,22 @@ class Heartbeat:
     def __init__(self, folder: Path, world_size: int = 1) -> None:
         self.folder, self.before, self.taken_over = folder, read(folder), None
         attempt = int(os.environ.get("SLURM_RESTART_COUNT", "0")) + 1
-        self.fields: dict[str, Any] = dict(state="starting", step=None, steps=None, images_per_s=None, loss=None, host=socket.gethostname(), pid=os.getpid())
-        self.fields |= dict(job_id=job_id(), attempt=attempt, world_size=world_size, reason=None, owner=uuid.uuid4().hex)
+        self.fields: dict[str, Any] = dict(
+            state="starting",
+            step=None,
+            steps=None,
+            images_per_s=None,
+            loss=None,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+        )
+        self.fields |= dict(
+            job_id=job_id(),
+            attempt=attempt,
+            world_size=world_size,
+            reason=None,
+            owner=uuid.uuid4().hex,
+        )
         self._changed, self._ended, self._written = threading.Event(), False, False
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._write()
@@ -134,7 +157,11 @@ def claimed(folder: Path, world_size: int = 1) -> Iterator[Heartbeat]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     there = read(folder)
-    if live(there) and there.get("host") != socket.gethostname() and (job_id() is None or there.get("job_id") != job_id()):
+    if (
+        live(there)
+        and there.get("host") != socket.gethostname()
+        and (job_id() is None or there.get("job_id") != job_id())
+    ):
         raise ValueError(_refusal(folder, there))
     with open(folder / "lock", "wb") as file:
         heard = time.monotonic()

@@ -33,7 +33,10 @@ class LatentSet:
         self.starts = np.cumsum([0, *manifest["shards"]])
         self.labels = _opened(folder / "labels.npy", (int(self.starts[-1]),), np.int64)
         rows = (2, data.channels * (2 if data.latents == "moments" else 1), data.size, data.size)
-        self.shards = [_opened(shard_path(folder, number), (int(b - a), *rows), np.float32) for number, (a, b) in enumerate(pairwise(self.starts))]
+        self.shards = [
+            _opened(shard_path(folder, number), (int(b - a), *rows), np.float32)
+            for number, (a, b) in enumerate(pairwise(self.starts))
+        ]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -44,9 +47,13 @@ class LatentSet:
         latents = torch.empty(len(indices), channels, self.data.size, self.data.size)
         noise, where = torch.Generator(), indices.numpy()
         numbers = np.searchsorted(self.starts, where, side="right") - 1
-        for out, number, row, position in zip(latents, numbers, where - self.starts[numbers], positions.tolist(), strict=True):
+        for out, number, row, position in zip(
+            latents, numbers, where - self.starts[numbers], positions.tolist(), strict=True
+        ):
             draw = seed_at("latent", seed, position)
-            flipped = draw >> 48 & 1 if self.data.flip else 0  # a bit that the noise's generator does not read: it takes 32
+            flipped = (
+                draw >> 48 & 1 if self.data.flip else 0
+            )  # a bit that the noise's generator does not read: it takes 32
             stored, filled = self.shards[number][row, flipped], out.numpy()
             if moments:
                 out.normal_(generator=noise.manual_seed(draw))
@@ -64,9 +71,15 @@ def shard_path(folder: Path, number: int) -> Path:
 
 def _opened(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
     try:
-        stored = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))  # as a plain array: a memmap's slices are slow
+        stored = np.asarray(
+            np.load(path, mmap_mode="r", allow_pickle=False)
+        )  # as a plain array: a memmap's slices are slow
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); remove it and prepare the latents again") from None
+        raise ValueError(
+            f"{path} cannot be read ({error}); remove it and prepare the latents again"
+        ) from None
     if stored.shape != shape or stored.dtype != dtype:
-        raise ValueError(f"{path} holds {stored.dtype} {stored.shape} where {np.dtype(dtype)} {shape} belongs; remove it and prepare the latents again")
+        raise ValueError(
+            f"{path} holds {stored.dtype} {stored.shape} where {np.dtype(dtype)} {shape} belongs; remove it and prepare the latents again"
+        )
     return stored

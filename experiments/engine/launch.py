@@ -39,11 +39,15 @@ class Job:
 
     def left(self, store: Store) -> Job:
         """The job without its stages that are done."""
-        return replace(self, stages=tuple(stage for stage in self.stages if store.latest(stage) is None))
+        return replace(
+            self, stages=tuple(stage for stage in self.stages if store.latest(stage) is None)
+        )
 
     def ended(self, records: Sequence[Record]) -> bool:
         """Whether nothing is to run after the stages that gave these."""
-        return self.chain and any(record.status != "done" and record.kind == "train" for record in records)
+        return self.chain and any(
+            record.status != "done" and record.kind == "train" for record in records
+        )
 
     def failed(self, records: Sequence[Record]) -> bool:
         return any(record.status != "done" for record in records)
@@ -60,7 +64,9 @@ class Sweep(Job):
         return replace(self, stages=() if self.ended(tried) else untried, before=tuple(tried))
 
     def ended(self, records: Sequence[Record]) -> bool:
-        rates = [record.values["images_per_s"] if record.status == "done" else 0.0 for record in records]
+        rates = [
+            record.values["images_per_s"] if record.status == "done" else 0.0 for record in records
+        ]
         return 0.0 in rates or (len(rates) > 2 and max(rates[-2:]) < GAIN * max(rates[:-2]))
 
     def failed(self, records: Sequence[Record]) -> bool:
@@ -68,14 +74,26 @@ class Sweep(Job):
         return bool(records) and records[0].status != "done"
 
 
-def run_here(jobs: Sequence[Job], root: Path, device: str, workers: int, threads: int, notify: Callable[[Job, str, Any], None], **resources: Any) -> bool:
+def run_here(
+    jobs: Sequence[Job],
+    root: Path,
+    device: str,
+    workers: int,
+    threads: int,
+    notify: Callable[[Job, str, Any], None],
+    **resources: Any,
+) -> bool:
     """Run jobs, `workers` at a time with `threads` threads each and further `resources` of the trainer; True if every one is done.
 
     `notify(job, event, payload)` hears 'progress' (step, steps, loss, images per second), 'record' (stage, record),
     'error' (text) and 'end' (None). An interrupt stops every process; what they wrote is whole.
     """
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that spin for long starve each other on a busy machine
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's tracer tells of its own doings otherwise
+    os.environ.setdefault(
+        "GOMP_SPINCOUNT", "10000"
+    )  # threads that spin for long starve each other on a busy machine
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "5"
+    )  # the profiler's tracer tells of its own doings otherwise
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["experiments.engine.execute"])
     _start_server()
@@ -86,7 +104,9 @@ def run_here(jobs: Sequence[Job], root: Path, device: str, workers: int, threads
             while waiting and len(running) < workers:
                 job = waiting.pop(0)
                 ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_work, args=(job, root, device, threads, theirs, resources), daemon=True)
+                process = context.Process(
+                    target=_work, args=(job, root, device, threads, theirs, resources), daemon=True
+                )
                 process.start()
                 theirs.close()
                 running[ours] = (job, process, list(job.before))
@@ -133,7 +153,9 @@ def _start_server() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _work(job: Job, root: Path, device: str, threads: int, pipe: Connection, resources: dict[str, Any]) -> None:
+def _work(
+    job: Job, root: Path, device: str, threads: int, pipe: Connection, resources: dict[str, Any]
+) -> None:
     signal.signal(signal.SIGTERM, unwind)
     if not mp.parent_process().is_alive():  # it was interrupted while this process was being made
         return
@@ -145,20 +167,33 @@ def _work(job: Job, root: Path, device: str, threads: int, pipe: Connection, res
     store, records = Store(root), list(job.before)
     try:
         for stage in job.stages:
-            records.append(execute(stage, store, Resources(device=device, **resources), lambda *progress: pipe.send(("progress", progress))))
+            records.append(
+                execute(
+                    stage,
+                    store,
+                    Resources(device=device, **resources),
+                    lambda *progress: pipe.send(("progress", progress)),
+                )
+            )
             pipe.send(("record", (stage, records[-1])))
             if job.ended(records):
                 break
     except BrokenPipeError:
         return  # nobody listens any more
     except (OSError, ValueError) as error:
-        full = f"cannot write results ({error.strerror}); free space or choose another folder with --results" if isinstance(error, OSError) else ""
+        full = (
+            f"cannot write results ({error.strerror}); free space or choose another folder with --results"
+            if isinstance(error, OSError)
+            else ""
+        )
         pipe.send(("error", full or str(error)))
     finally:
         pipe.close()
 
 
-def work_in_job(job: Job, root: Path, device: str, threads: int | None = None, **resources: Any) -> str | None:
+def work_in_job(
+    job: Job, root: Path, device: str, threads: int | None = None, **resources: Any
+) -> str | None:
     """What one process of a scheduled job runs: its stages in order, with `resources` of the trainer. The first error in one line, or None.
 
     Several processes are one group, of which each calls this. Where the batch script asks for signs ($DICO_JOB, a path
@@ -193,7 +228,11 @@ def work_in_job(job: Job, root: Path, device: str, threads: int | None = None, *
             if job.ended(records):
                 break
     except (OSError, ValueError) as failure:
-        full = f"cannot write results ({failure.strerror}); free space there" if isinstance(failure, OSError) else str(failure)
+        full = (
+            f"cannot write results ({failure.strerror}); free space there"
+            if isinstance(failure, OSError)
+            else str(failure)
+        )
         error = f"{socket.gethostname()}: {full}"
     if error:
         _sign("failed", error)

@@ -9,7 +9,11 @@ from typing import Any
 import torch
 
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # parameters of mallopt(3)
-KEPT = {TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 2**26, MMAP_MAX: 0}  # two in bytes, and how many blocks are asked of the system one by one
+KEPT = {
+    TRIM_THRESHOLD: 2**31 - 1,
+    TOP_PAD: 2**26,
+    MMAP_MAX: 0,
+}  # two in bytes, and how many blocks are asked of the system one by one
 
 
 @cache
@@ -20,7 +24,9 @@ def keep_memory() -> bool:
     hangs on what the process did before.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and all([mallopt(parameter, value) for parameter, value in KEPT.items()])
+    return mallopt is not None and all(
+        [mallopt(parameter, value) for parameter, value in KEPT.items()]
+    )
 
 
 def described(device: torch.device | str) -> dict[str, Any]:

@@ -63,7 +63,9 @@ class Moments:
             raise ValueError(f"feature widths differ: {self.mean.size} and {other.mean.size}")
         if other.n:
             n, gap = self.n + other.n, other.mean - self.mean
-            self.scatter = self.scatter + other.scatter + np.outer(gap, gap) * (self.n * other.n / n)
+            self.scatter = (
+                self.scatter + other.scatter + np.outer(gap, gap) * (self.n * other.n / n)
+            )
             self.mean = self.mean + gap * (other.n / n)
             self.n = n
 
@@ -75,7 +77,9 @@ def frechet(a: Moments, b: Moments) -> float:
     """
     (mean1, cov1), (mean2, cov2) = _statistics(a, b)
     root = _root(cov1)
-    rank = min(a.n, b.n, mean1.size + 1) - 1  # at most: fewer samples leave eigenvalues of rounding alone, whose roots would add up
+    rank = (
+        min(a.n, b.n, mean1.size + 1) - 1
+    )  # at most: fewer samples leave eigenvalues of rounding alone, whose roots would add up
     cross = np.sqrt(np.linalg.eigvalsh(root @ cov2 @ root)[-rank:].clip(0)).sum()
     return float(np.square(mean1 - mean2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * cross)
 
@@ -89,15 +93,21 @@ def frechet_influence(features: ndarray, sample: Moments, reference: Moments) ->
     (mean, cov), (mean_r, cov_r) = _statistics(sample, reference)
     n, dim = sample.n, mean.size
     if np.shape(features) != (n, dim):
-        raise ValueError(f"features have shape {np.shape(features)}, the sample statistics say {(n, dim)}")
+        raise ValueError(
+            f"features have shape {np.shape(features)}, the sample statistics say {(n, dim)}"
+        )
     root = _root(cov_r)
     values, vectors = np.linalg.eigh(root @ cov @ root)
-    kept = values > dim * np.finfo(float).eps * values.max()  # the others lie outside the reference's span, where T is 0
+    kept = (
+        values > dim * np.finfo(float).eps * values.max()
+    )  # the others lie outside the reference's span, where T is 0
     half = root @ vectors[:, kept] / values[kept] ** 0.25  # T = half half^T
     psi = np.empty(n)
     for i in range(0, n, 4096):
         x = np.asarray(features[i : i + 4096], float) - mean
-        psi[i : i + 4096] = 2 * x @ (mean - mean_r) + np.square(x).sum(1) - np.square(x @ half).sum(1)
+        psi[i : i + 4096] = (
+            2 * x @ (mean - mean_r) + np.square(x).sum(1) - np.square(x @ half).sum(1)
+        )
     return psi
 
 
@@ -118,7 +128,9 @@ def influence_se(psi: ndarray, labels: ndarray | None = None) -> float:
     return sqrt(np.square(centred).sum() / (n - len(counts)) / n)
 
 
-def frechet_se(features: ndarray, sample: Moments, reference: Moments, labels: ndarray | None = None) -> float:
+def frechet_se(
+    features: ndarray, sample: Moments, reference: Moments, labels: ndarray | None = None
+) -> float:
     """Standard error of `frechet(sample, reference)` over redraws of the samples, the reference held fixed.
 
     It vanishes with the distance itself. nan (not available) below n = 4 d; labels as in `influence_se`.
@@ -134,9 +146,15 @@ def frechet_jackknife(blocks: Sequence[Moments], reference: Moments) -> tuple[fl
     Blocks must be exchangeable (random rows, not one class each); they may differ in size.
     """
     if len(blocks) < 2 or any(block.n < 1 for block in blocks):
-        raise ValueError(f"the jackknife needs at least 2 blocks with samples, got counts {[block.n for block in blocks]}")
-    deleted = [frechet(reduce(add, [*blocks[:j], *blocks[j + 1 :]]), reference) for j in range(len(blocks))]
-    return _jackknife(frechet(reduce(add, blocks), reference), deleted, [block.n for block in blocks])
+        raise ValueError(
+            f"the jackknife needs at least 2 blocks with samples, got counts {[block.n for block in blocks]}"
+        )
+    deleted = [
+        frechet(reduce(add, [*blocks[:j], *blocks[j + 1 :]]), reference) for j in range(len(blocks))
+    ]
+    return _jackknife(
+        frechet(reduce(add, blocks), reference), deleted, [block.n for block in blocks]
+    )
 
 
 def inception_score(probabilities: ndarray, block: int = IS_BLOCK) -> tuple[float, float]:
@@ -147,8 +165,12 @@ def inception_score(probabilities: ndarray, block: int = IS_BLOCK) -> tuple[floa
     """
     n = len(probabilities)
     if n < 1 or block < 1:
-        raise ValueError(f"need at least one row and a positive block, got {n} rows and block {block}")
-    value = float(np.mean([_score([_sums(probabilities[i : i + block])]) for i in range(0, n, block)]))
+        raise ValueError(
+            f"need at least one row and a positive block, got {n} rows and block {block}"
+        )
+    value = float(
+        np.mean([_score([_sums(probabilities[i : i + block])]) for i in range(0, n, block)])
+    )
     if n < 10:
         return value, nan
     tenths = [_sums(part) for part in np.array_split(probabilities, 10)]
@@ -156,7 +178,9 @@ def inception_score(probabilities: ndarray, block: int = IS_BLOCK) -> tuple[floa
     return value, _jackknife(_score(tenths), deleted, [tenth[0] for tenth in tenths])[1]
 
 
-def kid(samples: ndarray, reference: ndarray, subsets: int = 100, size: int = 1000, seed: int = 2020) -> tuple[float, float]:
+def kid(
+    samples: ndarray, reference: ndarray, subsets: int = 100, size: int = 1000, seed: int = 2020
+) -> tuple[float, float]:
     """Kernel distance, kernel (x.y / d + 1)^3, unbiased: mean and standard deviation over random subsets of `size` rows.
 
     Subsets are drawn as torch-fidelity draws them, from the samples and then from the reference. The deviation is that of
@@ -166,12 +190,20 @@ def kid(samples: ndarray, reference: ndarray, subsets: int = 100, size: int = 10
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"feature widths differ: {x.shape[1]} and {y.shape[1]}")
     if subsets < 1 or not 2 <= size <= min(len(x), len(y)):
-        raise ValueError(f"need subsets >= 1 and 2 <= size <= rows, got {subsets} subsets of {size}, rows {len(x)} and {len(y)}")
+        raise ValueError(
+            f"need subsets >= 1 and 2 <= size <= rows, got {subsets} subsets of {size}, rows {len(x)} and {len(y)}"
+        )
     draw, values = np.random.RandomState(seed), np.empty(subsets)
     for i in range(subsets):
-        a, b = x[draw.choice(len(x), size, replace=False)], y[draw.choice(len(y), size, replace=False)]
+        a, b = (
+            x[draw.choice(len(x), size, replace=False)],
+            y[draw.choice(len(y), size, replace=False)],
+        )
         within = [_cubic(part, part) for part in (a, b)]
-        values[i] = sum((k.sum() - k.trace()) / (size * (size - 1)) for k in within) - 2 * _cubic(a, b).mean()
+        values[i] = (
+            sum((k.sum() - k.trace()) / (size * (size - 1)) for k in within)
+            - 2 * _cubic(a, b).mean()
+        )
     return float(values.mean()), float(values.std())
 
 

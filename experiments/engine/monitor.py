@@ -16,8 +16,12 @@ from typing import Any
 from experiments.engine.bands import Band, departures
 from experiments.engine.files import written_whole
 
-WANDB = "DICO_WANDB"                        # environment variable: the Weights & Biases project that runs go to
-SPIKE, HISTORY, FEWEST = 5.0, 20, 10        # a spike is SPIKE times the median of the last HISTORY means, of at least FEWEST
+WANDB = "DICO_WANDB"  # environment variable: the Weights & Biases project that runs go to
+SPIKE, HISTORY, FEWEST = (
+    5.0,
+    20,
+    10,
+)  # a spike is SPIKE times the median of the last HISTORY means, of at least FEWEST
 
 
 class Diverged(ValueError):
@@ -47,7 +51,9 @@ def trouble(losses: Sequence[float], means: Sequence[float]) -> tuple[int, str] 
 def require_boards() -> None:
     """ValueError in one line if Weights & Biases is asked for and not installed."""
     if os.environ.get(WANDB) and not importlib.util.find_spec("wandb"):
-        raise ValueError(f"${WANDB} asks for Weights & Biases, which is not installed: pip install wandb, or unset {WANDB}")
+        raise ValueError(
+            f"${WANDB} asks for Weights & Biases, which is not installed: pip install wandb, or unset {WANDB}"
+        )
 
 
 class Log:
@@ -64,7 +70,11 @@ class Log:
             with suppress(ValueError):  # the last line of a killed run can be cut
                 kept.append(json.loads(line))
         kept = [entry for entry in kept if entry["step"] <= first]
-        self.losses, self.steps, self.bands = [entry["loss"] for entry in kept], [entry["step"] for entry in kept], list(bands)
+        self.losses, self.steps, self.bands = (
+            [entry["loss"] for entry in kept],
+            [entry["step"] for entry in kept],
+            list(bands),
+        )
         with written_whole(path) as file:  # whatever ends this process, the lines stay
             file.write("".join(json.dumps(entry) + "\n" for entry in kept).encode())
         self.file = path.open("a")
@@ -74,7 +84,9 @@ class Log:
         """One line: step, loss, lr, images_per_s."""
         self.steps.append(entry["step"])
         self.losses.append(entry["loss"])
-        for words in departures([band for band in self.bands if band[1] == entry["step"]], self.steps, self.losses):
+        for words in departures(
+            [band for band in self.bands if band[1] == entry["step"]], self.steps, self.losses
+        ):
             print(f"warning: {words}", file=sys.stderr, flush=True)
         self.file.write(json.dumps(entry) + "\n")
         self.file.flush()
@@ -109,7 +121,9 @@ class _Wandb:
         self.run, self.close = run, run.finish
 
     def write(self, entry: dict[str, Any]) -> None:
-        self.run.log({name: value for name, value in entry.items() if name != "step"}, step=entry["step"])
+        self.run.log(
+            {name: value for name, value in entry.items() if name != "step"}, step=entry["step"]
+        )
 
 
 def _tensorboard(folder: Path, first: int) -> _TensorBoard | None:
@@ -127,11 +141,22 @@ def _wandb(folder: Path) -> _Wandb | None:
     require_boards()
     import wandb
 
-    return _Wandb(wandb.init(project=os.environ[WANDB], id=folder.name, name=folder.name, dir=str(folder), resume="allow"))
+    return _Wandb(
+        wandb.init(
+            project=os.environ[WANDB],
+            id=folder.name,
+            name=folder.name,
+            dir=str(folder),
+            resume="allow",
+        )
+    )
 
 
 def curve(means: Sequence[float], every: int) -> dict[str, Any]:
     """The loss over a run in at most 100 points: means of windows, of which the last can be shorter, of means over `every` steps."""
     wide = math.ceil(len(means) / 100) or 1
     windows = [means[at : at + wide] for at in range(0, len(means), wide)]
-    return {"every": wide * every, "losses": [round(sum(window) / len(window), 6) for window in windows]}
+    return {
+        "every": wide * every,
+        "losses": [round(sum(window) / len(window), 6) for window in windows],
+    }

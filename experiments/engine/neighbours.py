@@ -31,12 +31,24 @@ class Shares(NamedTuple):
     coverage: float
 
 
-def precision_recall(reference: ndarray, samples: ndarray, k: int = 3, block: int = 2000, device: torch.device | str = "cpu") -> tuple[float, float]:
+def precision_recall(
+    reference: ndarray,
+    samples: ndarray,
+    k: int = 3,
+    block: int = 2000,
+    device: torch.device | str = "cpu",
+) -> tuple[float, float]:
     """The first two of `neighbour_shares`."""
     return neighbour_shares(reference, samples, k, block, device)[:2]
 
 
-def neighbour_shares(reference: ndarray, samples: ndarray, k: int = 3, block: int = 2000, device: torch.device | str = "cpu") -> Shares:
+def neighbour_shares(
+    reference: ndarray,
+    samples: ndarray,
+    k: int = 3,
+    block: int = 2000,
+    device: torch.device | str = "cpu",
+) -> Shares:
     """Shares of samples (n, d) and reference points (m, d).
 
     Exact in float64: the result does not depend on `block`, which bounds memory at a few block x block and block x d
@@ -48,17 +60,34 @@ def neighbour_shares(reference: ndarray, samples: ndarray, k: int = 3, block: in
     balls = torch.zeros(len(fake), dtype=torch.long, device=device)
     for at, to, near, slack in _distances(real, fake, block):
         outer, inner = reach_real[at, None], reach_fake[to]
-        _refine(near, ((near - outer).abs() <= slack) | ((near - inner).abs() <= slack), real[at], fake[to])
+        _refine(
+            near,
+            ((near - outer).abs() <= slack) | ((near - inner).abs() <= slack),
+            real[at],
+            fake[to],
+        )
         inside = near <= outer
         balls[to] += inside.sum(0)
         covered[at] |= inside.any(1)
         hit[at] |= (near <= inner).any(1)
     precision, recall, coverage = ((x > 0).double().mean().item() for x in (balls, hit, covered))
     density = balls.double() / k
-    return Shares(precision, recall, density.mean().item(), (density.std() / len(fake) ** 0.5).item(), coverage)
+    return Shares(
+        precision,
+        recall,
+        density.mean().item(),
+        (density.std() / len(fake) ** 0.5).item(),
+        coverage,
+    )
 
 
-def precision_recall_half(reference: ndarray, samples: ndarray, k: int = 3, block: int = ADM_BLOCK, device: torch.device | str = "cpu") -> tuple[float, float]:
+def precision_recall_half(
+    reference: ndarray,
+    samples: ndarray,
+    k: int = 3,
+    block: int = ADM_BLOCK,
+    device: torch.device | str = "cpu",
+) -> tuple[float, float]:
     """The same shares in the arithmetic of ADM's evaluator, approximately: they come out 0.0005 to 0.003 higher.
 
     Features, norms, products and sums are rounded to half precision, which makes ties, and a tie is a hit. The k-th
@@ -72,7 +101,9 @@ def precision_recall_half(reference: ndarray, samples: ndarray, k: int = 3, bloc
 
 def _half_shares(real: Tensor, fake: Tensor, k: int, block: int) -> tuple[float, float]:
     reach_real, reach_fake = (_half_radii(x, k, block) for x in (real, fake))
-    hit_real, hit_fake = (torch.zeros(len(x), dtype=torch.bool, device=x.device) for x in (real, fake))
+    hit_real, hit_fake = (
+        torch.zeros(len(x), dtype=torch.bool, device=x.device) for x in (real, fake)
+    )
     for i in range(0, len(real), block):
         for j in range(0, len(fake), block):
             at, to = slice(i, i + block), slice(j, j + block)
@@ -82,12 +113,16 @@ def _half_shares(real: Tensor, fake: Tensor, k: int, block: int) -> tuple[float,
     return hit_fake.double().mean().item(), hit_real.double().mean().item()
 
 
-def _pair(reference: ndarray, samples: ndarray, k: int, block: int, device: torch.device | str) -> list[Tensor]:
+def _pair(
+    reference: ndarray, samples: ndarray, k: int, block: int, device: torch.device | str
+) -> list[Tensor]:
     real, fake = rows("reference", reference), rows("samples", samples)
     if real.shape[1] != fake.shape[1]:
         raise ValueError(f"feature widths differ: {real.shape[1]} and {fake.shape[1]}")
     if block < 1 or not 1 <= k < min(len(real), len(fake)):
-        raise ValueError(f"need block >= 1 and 1 <= k < rows, got block {block}, k {k}, rows {len(real)} and {len(fake)}")
+        raise ValueError(
+            f"need block >= 1 and 1 <= k < rows, got block {block}, k {k}, rows {len(real)} and {len(fake)}"
+        )
     return [torch.from_numpy(x).to(device) for x in (real, fake)]
 
 
@@ -141,7 +176,9 @@ def _half_distances(a: Tensor, b: Tensor) -> Tensor:
 def _half_radii(x: Tensor, k: int, block: int) -> Tensor:
     reach = torch.empty(len(x), device=x.device)
     for i in range(0, len(x), block):
-        nearest = [_half_distances(x[i : i + block], x[j : j + block]) for j in range(0, len(x), block)]
+        nearest = [
+            _half_distances(x[i : i + block], x[j : j + block]) for j in range(0, len(x), block)
+        ]
         nearest = [part.topk(min(k + 1, part.shape[1]), largest=False).values for part in nearest]
         reach[i : i + block] = torch.cat(nearest, 1).topk(k + 1, largest=False).values[:, -1]
     return reach

@@ -10,9 +10,11 @@ from torch import Tensor
 class ImageNoise:
     """Standard normals; every image has a CPU stream of its own, so batching cannot change an image's noise."""
 
-    def __init__(self, seeds: Sequence[int], shape: tuple[int, int, int], device: torch.device | str = "cpu"):
+    def __init__(
+        self, seeds: Sequence[int], shape: tuple[int, int, int], device: torch.device | str = "cpu"
+    ):
         """seeds: one an image, below 2^32 because the CPU generator drops higher bits; shape: one image's (C, H, W)."""
-        if not all(0 <= seed < 2 ** 32 for seed in seeds):
+        if not all(0 <= seed < 2**32 for seed in seeds):
             raise ValueError(f"seeds lie in 0..2^32-1, these span {min(seeds)}..{max(seeds)}")
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.shape = shape

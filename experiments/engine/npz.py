@@ -37,16 +37,28 @@ class Images:
         self.path = path
         with _opened(path) as archive:
             if "arr_0" not in (names := _names(archive)):
-                raise ValueError(f"{path.name}: holds no images (arr_0), only {', '.join(names) or 'nothing'}")
+                raise ValueError(
+                    f"{path.name}: holds no images (arr_0), only {', '.join(names) or 'nothing'}"
+                )
             self.stray = sorted({"mu", "sigma", "mu_s", "sigma_s"} & set(names))
             with archive.open("arr_0.npy") as file:
                 self.shape = _image_shape(path, file)
-            self.labels = _small(path, archive, "arr_1", "iu", self.shape[:1]) if "arr_1" in names else None
-            self.index = _small(path, archive, "index", "iu", self.shape[:1]) if "index" in names else None
-            self.made = _origin(path, str(_small(path, archive, "made", "U", ()))) if "made" in names else None
+            self.labels = (
+                _small(path, archive, "arr_1", "iu", self.shape[:1]) if "arr_1" in names else None
+            )
+            self.index = (
+                _small(path, archive, "index", "iu", self.shape[:1]) if "index" in names else None
+            )
+            self.made = (
+                _origin(path, str(_small(path, archive, "made", "U", ())))
+                if "made" in names
+                else None
+            )
         for name, numbers in (("arr_1", self.labels), ("index", self.index)):
             if numbers is not None and numbers.min() < 0:
-                raise ValueError(f"{path.name}: {name} holds {numbers.min()}; labels and indices count from 0")
+                raise ValueError(
+                    f"{path.name}: {name} holds {numbers.min()}; labels and indices count from 0"
+                )
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -82,16 +94,29 @@ def statistics(path: Path) -> dict[str, Moments]:
     found = {}
     with _opened(path) as archive:
         names = _names(archive)
-        for layer, mean, cov, dim in (("pool", "mu", "sigma", POOL), ("spatial", "mu_s", "sigma_s", SPATIAL)):
+        for layer, mean, cov, dim in (
+            ("pool", "mu", "sigma", POOL),
+            ("spatial", "mu_s", "sigma_s", SPATIAL),
+        ):
             if (mean in names) != (cov in names):
                 raise ValueError(f"{path.name}: holds only one of {mean} and {cov}")
             if mean in names:
-                found[layer] = Moments.known(_small(path, archive, mean, "f", (dim,)).astype(float), _small(path, archive, cov, "f", (dim, dim)).astype(float))
+                found[layer] = Moments.known(
+                    _small(path, archive, mean, "f", (dim,)).astype(float),
+                    _small(path, archive, cov, "f", (dim, dim)).astype(float),
+                )
                 matrix = found[layer].cov
                 if not (np.isfinite(found[layer].mean).all() and np.isfinite(matrix).all()):
-                    raise ValueError(f"{path.name}: {mean} or {cov} holds values that are not finite")
-                if matrix.diagonal().min() < 0 or np.abs(matrix - matrix.T).max() > 1e-5 * np.abs(matrix).max():
-                    raise ValueError(f"{path.name}: {cov} is no covariance, which is symmetric without a negative variance")
+                    raise ValueError(
+                        f"{path.name}: {mean} or {cov} holds values that are not finite"
+                    )
+                if (
+                    matrix.diagonal().min() < 0
+                    or np.abs(matrix - matrix.T).max() > 1e-5 * np.abs(matrix).max()
+                ):
+                    raise ValueError(
+                        f"{path.name}: {cov} is no covariance, which is symmetric without a negative variance"
+                    )
     return found
 
 
@@ -100,14 +125,30 @@ def has_images(path: Path) -> bool:
         return "arr_0" in _names(archive)
 
 
-def write(path: Path, images: Iterable[ndarray], shape: tuple[int, ...], labels: ndarray, index: ndarray, made: dict[str, Any]) -> None:
+def write(
+    path: Path,
+    images: Iterable[ndarray],
+    shape: tuple[int, ...],
+    labels: ndarray,
+    index: ndarray,
+    made: dict[str, Any],
+) -> None:
     """Write images (uint8 (n, H, W, 3) parts that add up to `shape`) and what lies beside them; the file is whole or absent."""
-    with written_whole(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with (
+        written_whole(path) as file,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+    ):
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-            npy.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            npy.write_array_header_1_0(
+                member, {"descr": "|u1", "fortran_order": False, "shape": shape}
+            )
             for part in images:
                 member.write(np.ascontiguousarray(part).tobytes())
-        for name, array in (("arr_1", labels), ("index", index), ("made", np.array(json.dumps(made, sort_keys=True)))):
+        for name, array in (
+            ("arr_1", labels),
+            ("index", index),
+            ("made", np.array(json.dumps(made, sort_keys=True))),
+        ):
             with archive.open(f"{name}.npy", "w") as member:
                 npy.write_array(member, np.asarray(array), allow_pickle=False)
 
@@ -124,7 +165,9 @@ def about(path: Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(str(error) if str(error).startswith(path.name) else f"{path.name}: {error}") from None
+        raise ValueError(
+            str(error) if str(error).startswith(path.name) else f"{path.name}: {error}"
+        ) from None
 
 
 @contextmanager
@@ -135,7 +178,9 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
         with zipfile.ZipFile(path) as archive:
             yield archive
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"{path.name}: not a readable .npz ({str(error).strip() or 'cut short'}): damaged, a download page, a git-lfs pointer?") from None
+        raise ValueError(
+            f"{path.name}: not a readable .npz ({str(error).strip() or 'cut short'}): damaged, a download page, a git-lfs pointer?"
+        ) from None
 
 
 def _names(archive: zipfile.ZipFile) -> list[str]:
@@ -148,7 +193,9 @@ def _origin(path: Path, text: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         made = None
     if not isinstance(made, dict):
-        raise ValueError(f"{path.name}: made, which says where the images are from, is no JSON object; sample.py writes one, and files without it are scored too")
+        raise ValueError(
+            f"{path.name}: made, which says where the images are from, is no JSON object; sample.py writes one, and files without it are scored too"
+        )
     return made
 
 
@@ -162,21 +209,29 @@ def _header(path: Path, name: str, file: BinaryIO) -> tuple[tuple[int, ...], boo
 def _image_shape(path: Path, file: BinaryIO) -> tuple[int, ...]:
     shape, fortran, dtype = _header(path, "arr_0", file)
     if dtype != np.uint8:
-        raise ValueError(f"{path.name}: arr_0 is {dtype}; scores are of uint8 images 0..255, so quantise before writing (engine/quantise.py)")
+        raise ValueError(
+            f"{path.name}: arr_0 is {dtype}; scores are of uint8 images 0..255, so quantise before writing (engine/quantise.py)"
+        )
     if fortran or len(shape) != 4 or shape[3] != 3 or not all(shape):
         order = "Fortran-ordered " if fortran else ""
         raise ValueError(f"{path.name}: arr_0 is {order}{shape}; expected images (N, H, W, 3)")
     return shape
 
 
-def _small(path: Path, archive: zipfile.ZipFile, name: str, kinds: str, shape: tuple[int, ...]) -> ndarray:
+def _small(
+    path: Path, archive: zipfile.ZipFile, name: str, kinds: str, shape: tuple[int, ...]
+) -> ndarray:
     """A whole array of this kind and shape; any other is refused by its header, before room is made for it."""
     with archive.open(f"{name}.npy") as file:
         found, _, dtype = _header(path, name, file)
     if dtype.kind not in kinds or found != shape:
-        raise ValueError(f"{path.name}: {name} is {dtype} {found}, expected {shape} of kind {' or '.join(kinds)}")
+        raise ValueError(
+            f"{path.name}: {name} is {dtype} {found}, expected {shape} of kind {' or '.join(kinds)}"
+        )
     try:
         with archive.open(f"{name}.npy") as file:
             return npy.read_array(file, allow_pickle=False)
     except (ValueError, MemoryError) as error:
-        raise ValueError(f"{path.name}: {name} is not readable ({str(error).splitlines()[0]})") from None
+        raise ValueError(
+            f"{path.name}: {name} is not readable ({str(error).splitlines()[0]})"
+        ) from None

@@ -16,10 +16,31 @@ from experiments.engine.cost import MACS
 CLASSES = {  # by the beginning of an operator's name; the first that fits
     "product": ("mm", "addmm", "bmm", "baddbmm", "mv", "dot", "_linear_pointwise", "linear"),
     "convolution": ("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution"),
-    "attention": ("_scaled_dot_product", "scaled_dot_product", "_softmax", "_flash_attention", "_efficient_attention"),
+    "attention": (
+        "_scaled_dot_product",
+        "scaled_dot_product",
+        "_softmax",
+        "_flash_attention",
+        "_efficient_attention",
+    ),
     "normalisation": ("native_layer_norm", "native_group_norm"),
     "optimiser and EMA": ("_fused_adam", "_foreach", "lerp"),
-    "copy": ("copy", "clone", "cat", "stack", "_to_copy", "pixel_", "index", "embedding", "constant_pad", "new_", "zeros", "empty", "fill", "zero"),
+    "copy": (
+        "copy",
+        "clone",
+        "cat",
+        "stack",
+        "_to_copy",
+        "pixel_",
+        "index",
+        "embedding",
+        "constant_pad",
+        "new_",
+        "zeros",
+        "empty",
+        "fill",
+        "zero",
+    ),
     "reduction": ("sum", "mean", "_adaptive_avg_pool2d", "avg_pool2d", "any", "max", "min"),
     "random numbers": ("randn", "rand", "normal", "randint", "uniform"),
 }
@@ -39,7 +60,13 @@ class Operators(TorchDispatchMode):
         """Bytes that all of them read and wrote, each its inputs and its output once; kernels outside PyTorch's operators are not seen."""
         return sum(one["bytes"] for one in self.classes.values())
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         with self:  # an operator that is only a name for others is these
             if (parts := func.decompose(*args, **(kwargs or {}))) is not NotImplemented:
                 return parts
@@ -50,10 +77,15 @@ class Operators(TorchDispatchMode):
         seconds = time.perf_counter() - started
         inputs, outputs = _tensors((*args, *(kwargs or {}).values())), _tensors([out])
         if not _is_view(func, inputs, outputs):
-            one = self.classes.setdefault(class_of(func, args), dict(seconds=0.0, macs=0, bytes=0, calls=0))
+            one = self.classes.setdefault(
+                class_of(func, args), dict(seconds=0.0, macs=0, bytes=0, calls=0)
+            )
             one["seconds"] += seconds
             one["macs"] += macs_of(func, args, out)
-            one["bytes"] += sum(tensor.numel() * tensor.element_size() for tensor in {t.data_ptr(): t for t in (*inputs, *outputs)}.values())
+            one["bytes"] += sum(
+                tensor.numel() * tensor.element_size()
+                for tensor in {t.data_ptr(): t for t in (*inputs, *outputs)}.values()
+            )
             one["calls"] += 1
         return out
 
@@ -100,7 +132,11 @@ def _is_view(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
     """Whether nothing was computed: the output lies where an input does, and the operator does not write in place."""
     places = {tensor.untyped_storage().data_ptr() for tensor in inputs}
     writes = func._schema.is_mutable
-    return not writes and bool(outputs) and all(tensor.untyped_storage().data_ptr() in places for tensor in outputs)
+    return (
+        not writes
+        and bool(outputs)
+        and all(tensor.untyped_storage().data_ptr() in places for tensor in outputs)
+    )
 
 
 def _tensors(values: Sequence[Any]) -> list[Tensor]:

@@ -25,20 +25,32 @@ class Pictures:
 def find_pictures(root: Path, num_classes: int) -> Pictures:
     """List a folder of class folders. ValueError in one line for a wrong number of classes or one that is empty or unreadable."""
     if not root.is_dir():
-        raise ValueError(f"{root} is no folder; give one that holds a folder of images for each class")
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        raise ValueError(
+            f"{root} is no folder; give one that holds a folder of images for each class"
+        )
+    classes = sorted(
+        entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")
+    )
     if len(classes) != num_classes:
         hint = f"; {root / 'train'} may be meant" if (root / "train").is_dir() else ""
-        raise ValueError(f"{root} holds {len(classes)} class folders, {num_classes} are needed{hint}")
+        raise ValueError(
+            f"{root} holds {len(classes)} class folders, {num_classes} are needed{hint}"
+        )
     files: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
         try:
-            found = sorted(entry.name for entry in (root / name).iterdir() if entry.suffix.lower() in SUFFIXES)
+            found = sorted(
+                entry.name for entry in (root / name).iterdir() if entry.suffix.lower() in SUFFIXES
+            )
         except OSError as error:
-            raise ValueError(f"class folder {root / name} cannot be read: {error.strerror}") from None
+            raise ValueError(
+                f"class folder {root / name} cannot be read: {error.strerror}"
+            ) from None
         if not found:
-            raise ValueError(f"class folder {root / name} holds no image; known endings: {', '.join(sorted(SUFFIXES))}")
+            raise ValueError(
+                f"class folder {root / name} holds no image; known endings: {', '.join(sorted(SUFFIXES))}"
+            )
         files += (f"{name}/{file}" for file in found)
         labels += [label] * len(found)
     return Pictures(root, tuple(classes), tuple(files), tuple(labels))
@@ -49,7 +61,9 @@ def read_picture(path: Path, size: int) -> tuple[np.ndarray, str]:
     try:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):  # PIL would clip them to white
-                raise ValueError(f"its levels are no bytes (mode {image.mode}); save it with 8 bits a channel")
+                raise ValueError(
+                    f"its levels are no bytes (mode {image.mode}); save it with 8 bits a channel"
+                )
             rgb, mode = image.convert("RGB"), image.mode
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be decoded: {' '.join(str(error).split())}") from None
@@ -58,7 +72,9 @@ def read_picture(path: Path, size: int) -> tuple[np.ndarray, str]:
 
 def counted(modes: Mapping[str, int]) -> str:
     """Numbers of images by PIL's name of their mode, the most first: '15 L, 2 CMYK'."""
-    return ", ".join(f"{num} {mode}" for mode, num in sorted(modes.items(), key=lambda item: (-item[1], item[0])))
+    return ", ".join(
+        f"{num} {mode}" for mode, num in sorted(modes.items(), key=lambda item: (-item[1], item[0]))
+    )
 
 
 def centre_crop(image: Image.Image, size: int) -> np.ndarray:
@@ -69,7 +85,9 @@ def centre_crop(image: Image.Image, size: int) -> np.ndarray:
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    image = image.resize(
+        (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
+    )
     pixels = np.asarray(image)
     top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
     return pixels[top : top + size, left : left + size]

@@ -15,7 +15,9 @@ from experiments.engine.samplers import Guided
 def bare(model: nn.Module, batch: int) -> Callable[[], None]:
     """The least that a training step can be: the network on noise, backward, AdamW."""
     x, t, y = _batch(model, batch)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, fused=True)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], 1e-4, fused=True
+    )
     model.train()
 
     def step() -> None:
@@ -33,7 +35,10 @@ def plain_training(model: nn.Module, batch: int, _: int) -> Callable[[], None]:
     """iDDPM's loss, backward, PyTorch's default AdamW, and the EMA by parameter."""
     ema = copy.deepcopy(model).requires_grad_(False)
     x, t, y = _batch(model, batch)
-    optimizer, diffusion = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0), IDDPM.linear().to(x.device)
+    optimizer, diffusion = (
+        torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0),
+        IDDPM.linear().to(x.device),
+    )
     model.train()
 
     def step() -> None:
@@ -54,7 +59,10 @@ def plain_sampling(model: nn.Module, batch: int, steps: int) -> Callable[[], Non
     """So many of 250 guided ancestral steps, from the middle of the way."""
     model.eval()
     x, t, y = _batch(model, batch)
-    diffusion, guided = IDDPM.linear().respaced(250).to(x.device), Guided(model, 1.5, 1000, channels=None)
+    diffusion, guided = (
+        IDDPM.linear().respaced(250).to(x.device),
+        Guided(model, 1.5, 1000, channels=None),
+    )
 
     @torch.no_grad()
     def loop() -> None:
@@ -68,4 +76,8 @@ def plain_sampling(model: nn.Module, batch: int, steps: int) -> Callable[[], Non
 
 def _batch(model: nn.Module, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     device = next(model.parameters()).device
-    return torch.randn(batch, 4, 32, 32, device=device), torch.full((batch,), 400, device=device), torch.arange(batch, device=device)
+    return (
+        torch.randn(batch, 4, 32, 32, device=device),
+        torch.full((batch,), 400, device=device),
+        torch.arange(batch, device=device),
+    )

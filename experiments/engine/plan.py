@@ -13,7 +13,14 @@ from experiments.engine.rows import Row, Table
 from experiments.engine.sources import FACTOR, is_latent
 from experiments.engine.spec import Cost, Stage, Train, kind_of, spec_id
 from experiments.engine.store import Record, Store
-from experiments.protocols import Protocol, cost_stages, evaluate_stage, timed_rows, timing_stage, train_stage
+from experiments.protocols import (
+    Protocol,
+    cost_stages,
+    evaluate_stage,
+    timed_rows,
+    timing_stage,
+    train_stage,
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,16 @@ class Chosen:
 
     def counts(self) -> list[Job]:
         """One job: the first count is slow, the others are not."""
-        return [Job("counts", tuple({spec_id(stage): stage for row in self.networks for stage in cost_stages(row)}.values()))]
+        return [
+            Job(
+                "counts",
+                tuple(
+                    {
+                        spec_id(stage): stage for row in self.networks for stage in cost_stages(row)
+                    }.values()
+                ),
+            )
+        ]
 
     def timings(self) -> list[Job]:
         """One job a network, however many rows it has."""
@@ -56,8 +72,20 @@ class Chosen:
                 if not shared:
                     shared = [Job(f"{row.label}, seed {seed}", (), chain=True, row=row.label)]
                     jobs += shared
-                stages = {spec_id(one): one for one in (*(one for job in shared for one in job.stages), *stage.trainings, stage)}
-                jobs[jobs.index(shared[0])] = replace(shared[0], stages=tuple(sorted(stages.values(), key=lambda one: not isinstance(one, Train))))
+                stages = {
+                    spec_id(one): one
+                    for one in (
+                        *(one for job in shared for one in job.stages),
+                        *stage.trainings,
+                        stage,
+                    )
+                }
+                jobs[jobs.index(shared[0])] = replace(
+                    shared[0],
+                    stages=tuple(
+                        sorted(stages.values(), key=lambda one: not isinstance(one, Train))
+                    ),
+                )
                 jobs = [job for job in jobs if job not in shared[1:]]
         return jobs
 
@@ -104,14 +132,27 @@ def describe(plan: Plan, store: Store) -> str:
         seen.add(name)
         state, cost = "done", ""
         if store.latest(stage) is None:
-            state = "failed before, would run again" if store.latest(stage, status="failed") else "would run"
+            state = (
+                "failed before, would run again"
+                if store.latest(stage, status="failed")
+                else "would run"
+            )
             expected = _expected_seconds(stage, row, plan, store)
             unknown += expected is None
             seconds += expected or 0
             cost = "" if expected is None else f"about {duration(expected)}"
         lines.append(f"{name}  {kind_of(stage):8}  {label:34}  {state}  {cost}".rstrip())
-    known, rest = f"about {duration(seconds)} of {'GPU' if plan.device == 'cuda' else 'process'} time", f"{unknown} stage{'s' * (unknown != 1)} of unknown length"
-    return "\n".join([*lines, "total: " + (rest if unknown and not seconds else f"{known}, and {rest}" if unknown else known)])
+    known, rest = (
+        f"about {duration(seconds)} of {'GPU' if plan.device == 'cuda' else 'process'} time",
+        f"{unknown} stage{'s' * (unknown != 1)} of unknown length",
+    )
+    return "\n".join(
+        [
+            *lines,
+            "total: "
+            + (rest if unknown and not seconds else f"{known}, and {rest}" if unknown else known),
+        ]
+    )
 
 
 def _stages(plan: Plan) -> Iterator[tuple[str, str, Stage]]:
@@ -127,18 +168,26 @@ def _stages(plan: Plan) -> Iterator[tuple[str, str, Stage]]:
 
 def _expected_seconds(stage: Stage, row: str, plan: Plan, store: Store) -> float | None:
     for where in ("records", "reference"):
-        if (record := store.latest(stage, where)) and (isinstance(stage, Cost) or _on_such_a_device(record, plan)):
+        if (record := store.latest(stage, where)) and (
+            isinstance(stage, Cost) or _on_such_a_device(record, plan)
+        ):
             return record.provenance["seconds"]
     if isinstance(stage, Train) and isinstance(plan, Chosen):
         if found := training_seconds(stage, plan.table.row(row), plan, store):
             return found[0]
-        return plan.protocol.cost_hours * 3600 if plan.protocol.cost_hours and plan.device == "cpu" else None
+        return (
+            plan.protocol.cost_hours * 3600
+            if plan.protocol.cost_hours and plan.device == "cpu"
+            else None
+        )
     if isinstance(plan, Listed) and (found := plan.seconds.get(spec_id(stage))):
         return found
     return 1.0 if isinstance(stage, Cost) else None
 
 
-def training_seconds(train: Train, row: Row, chosen: Chosen, store: Store) -> tuple[float, str] | None:
+def training_seconds(
+    train: Train, row: Row, chosen: Chosen, store: Store
+) -> tuple[float, str] | None:
     """Expected seconds of one GPU (of one process on CPUs) for a training of a row's system, and where that is known from."""
     found = _recorded_training(train, chosen, store)
     if found is None and train == train_stage(row, chosen.protocol, train.seed):
@@ -156,10 +205,22 @@ def seconds_an_image(row: Row, chosen: Chosen, store: Store) -> tuple[float, str
         if found := known(row, chosen, store):
             return found
         if ours := _macs(row, chosen, store):
-            others = [(other, macs) for other in (*chosen.table.rows, *chosen.table.outside) if (macs := _macs(other, chosen, store))]
-            if scaled := [(found[0] * ours / macs, found[1], other.label) for other, macs in others if (found := known(other, chosen, store))]:
-                sources, labels = (dict.fromkeys(part) for part in list(zip(*scaled, strict=True))[1:])
-                return statistics.median(seconds for seconds, _, _ in scaled), f"{', '.join(sources)} of {', '.join(labels)}, scaled by counted Gflops"
+            others = [
+                (other, macs)
+                for other in (*chosen.table.rows, *chosen.table.outside)
+                if (macs := _macs(other, chosen, store))
+            ]
+            if scaled := [
+                (found[0] * ours / macs, found[1], other.label)
+                for other, macs in others
+                if (found := known(other, chosen, store))
+            ]:
+                sources, labels = (
+                    dict.fromkeys(part) for part in list(zip(*scaled, strict=True))[1:]
+                )
+                return statistics.median(
+                    seconds for seconds, _, _ in scaled
+                ), f"{', '.join(sources)} of {', '.join(labels)}, scaled by counted Gflops"
     return None
 
 
@@ -176,19 +237,30 @@ def _recorded_training(train: Train, chosen: Chosen, store: Store) -> tuple[floa
     for where in ("records", "reference"):
         for seed in (*chosen.seeds, *range(10)):
             record = store.latest(replace(train, seed=seed), where)
-            if record and _on_such_a_device(record, chosen) and (rate := record.values.get("images_per_s")):
-                return record.provenance["world_size"] / rate, f"recorded throughput on {record.provenance['device']}"
+            if (
+                record
+                and _on_such_a_device(record, chosen)
+                and (rate := record.values.get("images_per_s"))
+            ):
+                return record.provenance[
+                    "world_size"
+                ] / rate, f"recorded throughput on {record.provenance['device']}"
     return None
 
 
 def _published(row: Row, chosen: Chosen, store: Store) -> tuple[float, str] | None:
-    side, name = FACTOR * chosen.protocol.data.size, re.split(r",| \(", row.label)[0]  # without the steps and the guidance
+    side, name = (
+        FACTOR * chosen.protocol.data.size,
+        re.split(r",| \(", row.label)[0],
+    )  # without the steps and the guidance
     if chosen.device == "cpu" or not is_latent(chosen.protocol.data):
         return None
     if found := store.published("table6.csv", ("model", "resolution")).get(f"{name} {side}"):
         gpus, _, kind = found["gpus"].partition("x")
         images = int(found["training_steps"]) * int(found["global_batch_size"])
-        return int(gpus) * float(found["training_hours"]) * 3600 / images, f"the paper's training time on {kind} (Table 6)"
+        return int(gpus) * float(
+            found["training_hours"]
+        ) * 3600 / images, f"the paper's training time on {kind} (Table 6)"
     return None
 
 
@@ -202,4 +274,10 @@ def _macs(row: Row, chosen: Chosen, store: Store) -> float | None:
 
 
 def duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.0f} h"
+    )

@@ -36,4 +36,7 @@ def precision(mode: str, device: torch.device) -> Iterator[None]:
 
 def flags() -> dict[str, bool]:
     """The TF32 flags as they are in force."""
-    return {"matmul_tf32": torch.backends.cuda.matmul.allow_tf32, "cudnn_tf32": torch.backends.cudnn.allow_tf32}
+    return {
+        "matmul_tf32": torch.backends.cuda.matmul.allow_tf32,
+        "cudnn_tf32": torch.backends.cudnn.allow_tf32,
+    }

@@ -16,9 +16,16 @@ from contextlib import suppress
 
 from experiments.engine.heartbeat import job_id, queue_id
 
-TRY_AGAIN, LOST = 75, 137   # exit status of a job that was stopped and can go on (EX_TEMPFAIL); and as if killed: restart it
+TRY_AGAIN, LOST = (
+    75,
+    137,
+)  # exit status of a job that was stopped and can go on (EX_TEMPFAIL); and as if killed: restart it
 NO, STOP, REQUEUE, TAKEN_OVER = range(4)
-_REASONS = {STOP: "asked to stop (SIGTERM)", REQUEUE: "asked to make room (SIGUSR2)", TAKEN_OVER: "another job took this run over"}
+_REASONS = {
+    STOP: "asked to stop (SIGTERM)",
+    REQUEUE: "asked to make room (SIGUSR2)",
+    TAKEN_OVER: "another job took this run over",
+}
 _asked = NO
 
 
@@ -52,9 +59,17 @@ def meant(how: int) -> int:
     if how not in (STOP, REQUEUE) or job_id() is None:
         return how
     with suppress(OSError, subprocess.TimeoutExpired):
-        shown = subprocess.run(["scontrol", "-o", "show", "job", queue_id()], capture_output=True, text=True, timeout=20, check=False).stdout
+        shown = subprocess.run(
+            ["scontrol", "-o", "show", "job", queue_id()],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        ).stdout
         if "JobState=" in shown:
-            return REQUEUE if re.search(r"\bJobState=RUNNING\b|\bReason=TimeLimit\b", shown) else STOP
+            return (
+                REQUEUE if re.search(r"\bJobState=RUNNING\b|\bReason=TimeLimit\b", shown) else STOP
+            )
     return how
 
 
@@ -73,10 +88,20 @@ def requeue(patience: float = 120.0, pause: float = 5.0) -> str | None:
 
 def _ask_to_requeue() -> str | None:
     try:
-        done = subprocess.run(["scontrol", "requeue", queue_id()], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            ["scontrol", "requeue", queue_id()],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"scontrol: {error}"
-    return (done.stderr.strip() or f"scontrol ended with status {done.returncode}") if done.returncode else None
+    return (
+        (done.stderr.strip() or f"scontrol ended with status {done.returncode}")
+        if done.returncode
+        else None
+    )
 
 
 def wait_for_the_end(seconds: float = 60.0) -> None:

@@ -10,7 +10,9 @@ from typing import TypeVar
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
-def ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: int, depth: int) -> Iterator[Result]:
+def ahead(
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int, depth: int
+) -> Iterator[Result]:
     """`function` of every item, in the items' order, at most `depth` results in flight. Exceptions surface at their item."""
     with ThreadPoolExecutor(workers) as pool:
         flying: deque = deque()

@@ -36,7 +36,9 @@ def run(spec: Profile, folder: Path) -> dict[str, Any]:
             task()
         in_force = flags()
         folder.mkdir(parents=True, exist_ok=True)
-        activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
+        activities = [torch.profiler.ProfilerActivity.CPU] + [
+            torch.profiler.ProfilerActivity.CUDA
+        ] * (device.type == "cuda")
         with torch.profiler.profile(activities=activities) as trace:
             task()
         trace.export_chrome_trace(str(folder / "trace.json.gz"))

@@ -20,7 +20,13 @@ class Progress:
     """`notify` takes the events of `launch.run_here`; `total` counts stages. `lines` says each piece of a drawing where there are no bars."""
 
     def __init__(self, total: int, lines: bool = False) -> None:
-        self.lines, self.total, self.done, self.started, self.bars = lines, total, 0, time.monotonic(), None
+        self.lines, self.total, self.done, self.started, self.bars = (
+            lines,
+            total,
+            0,
+            time.monotonic(),
+            None,
+        )
         self.tasks: dict[str, Any] = {}
 
     def __enter__(self) -> Progress:
@@ -29,7 +35,13 @@ class Progress:
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bars
 
-            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[state]}")
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[state]}"),
+            )
             self.bars = Bars(*columns, console=Console(stderr=True))
             self.bars.start()
             self.whole = self.bars.add_task("stages", total=self.total, state="")
@@ -44,7 +56,9 @@ class Progress:
             step, steps, loss, rate = payload
             if job.label not in self.tasks:
                 self.tasks[job.label] = self.bars.add_task(job.label, total=steps, state="")
-            state = f"{rate:.1f} images/s" if loss != loss else f"loss {loss:.4f}, {rate:.0f} images/s"  # sampling has no loss
+            state = (
+                f"{rate:.1f} images/s" if loss != loss else f"loss {loss:.4f}, {rate:.0f} images/s"
+            )  # sampling has no loss
             self.bars.update(self.tasks[job.label], completed=step, total=steps, state=state)
         elif event == "progress" and self.lines:
             done, num, _, rate = payload
@@ -55,7 +69,9 @@ class Progress:
             if self.bars:
                 self.bars.update(self.whole, completed=self.done)
             outcome = record.error or f"done in {record.provenance['seconds']:.1f} s"
-            self._say(f"[{self.done}/{self.total}, {time.monotonic() - self.started:.0f} s] {job.label}: {kind_of(stage)} {outcome}")
+            self._say(
+                f"[{self.done}/{self.total}, {time.monotonic() - self.started:.0f} s] {job.label}: {kind_of(stage)} {outcome}"
+            )
         elif event == "error":
             self._say(f"error: {job.label}: {payload}")
         elif event == "end" and job.label in self.tasks:

@@ -13,7 +13,9 @@ def to_uint8(images: Tensor) -> Tensor:
     """
     levels = images.float().mul(127.5).add_(128)
     if not torch.isfinite(levels).all():
-        raise ValueError("images hold values that are not finite; the network or the decoder that made them diverged")
+        raise ValueError(
+            "images hold values that are not finite; the network or the decoder that made them diverged"
+        )
     return levels.clamp_(0, 255).to(torch.uint8)
 
 

@@ -73,15 +73,26 @@ class Table:
         """The row of this label, `outside` ones too; ValueError names the known ones."""
         known = {row.label: row for row in (*self.rows, *self.outside)}
         if label not in known:
-            raise ValueError(f"table {self.number} has no row {label!r}; known: {', '.join(map(repr, known))}")
+            raise ValueError(
+                f"table {self.number} has no row {label!r}; known: {', '.join(map(repr, known))}"
+            )
         return known[label]
 
 
 def table_of(label: str, tables: Mapping[int, Table], meaning: Callable[[Row], object]) -> Table:
     """The table that declares a row of this label with a network, the first of several if `meaning` makes the same of it in all; else ValueError."""
-    found = [table for _, table in sorted(tables.items()) if not table.counts_only and any(row.label == label and row.backbone for row in (*table.rows, *table.outside))]
+    found = [
+        table
+        for _, table in sorted(tables.items())
+        if not table.counts_only
+        and any(row.label == label and row.backbone for row in (*table.rows, *table.outside))
+    ]
     if not found:
-        raise ValueError(f"no table has a network as row {label!r}; --table with one of {', '.join(map(str, sorted(tables)))} lists that table's")
+        raise ValueError(
+            f"no table has a network as row {label!r}; --table with one of {', '.join(map(str, sorted(tables)))} lists that table's"
+        )
     if any(meaning(table.row(label)) != meaning(found[0].row(label)) for table in found[1:]):
-        raise ValueError(f"row {label!r} is not the same in all of tables {', '.join(str(table.number) for table in found)}; say which with --table")
+        raise ValueError(
+            f"row {label!r} is not the same in all of tables {', '.join(str(table.number) for table in found)}; say which with --table"
+        )
     return found[0]

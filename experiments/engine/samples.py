@@ -48,8 +48,13 @@ class Samples:
     def __init__(self, spec: Evaluate, folder: Path, nfe: float) -> None:
         self.spec, self.nfe, self.made = spec, nfe, json.loads((folder / "made.json").read_text())
         self.index = np.random.default_rng(0).permutation(spec.num)
-        self.labels = labels(spec.labels, spec.num, spec.data.num_classes, spec.seed).numpy()[self.index]
-        self._chunks = [np.load(path, mmap_mode="r", allow_pickle=False) for path in _chunk_paths(folder, spec.num)]
+        self.labels = labels(spec.labels, spec.num, spec.data.num_classes, spec.seed).numpy()[
+            self.index
+        ]
+        self._chunks = [
+            np.load(path, mmap_mode="r", allow_pickle=False)
+            for path in _chunk_paths(folder, spec.num)
+        ]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -70,7 +75,14 @@ class Samples:
     def pack(self, path: Path) -> None:
         """One ADM-readable .npz with the labels (arr_1), indices and origin beside the images."""
         spec = self.spec
-        said = {"data": spec.data.name, "labels": spec.labels, "order": ORDER, "seed": spec.seed, "precision": spec.precision, "nfe": self.nfe}
+        said = {
+            "data": spec.data.name,
+            "labels": spec.labels,
+            "order": ORDER,
+            "seed": spec.seed,
+            "precision": spec.precision,
+            "nfe": self.nfe,
+        }
         npz.write(path, self.batches(), self.shape, self.labels, self.index, self.made | said)
 
     def write_png(self, folder: Path) -> None:
@@ -78,13 +90,26 @@ class Samples:
         from PIL import Image
 
         for start, batch in zip(range(0, self.spec.num, 64), self.batches(), strict=True):
-            for i, y, image in zip(self.index[start : start + 64], self.labels[start : start + 64], batch, strict=True):
+            for i, y, image in zip(
+                self.index[start : start + 64], self.labels[start : start + 64], batch, strict=True
+            ):
                 with written_whole(folder / f"{i:06d}-{y}.png") as file:
                     Image.fromarray(image).save(file, "PNG")
 
 
-def draw(spec: Evaluate, folder: Path, model: nn.Module, decode: Callable[[Tensor], Tensor], made: dict[str, Any], device: torch.device,
-         batch: int, report: Report, group: Group = ALONE, beat: Heartbeat | None = None, recorded: bool = False) -> Samples:
+def draw(
+    spec: Evaluate,
+    folder: Path,
+    model: nn.Module,
+    decode: Callable[[Tensor], Tensor],
+    made: dict[str, Any],
+    device: torch.device,
+    batch: int,
+    report: Report,
+    group: Group = ALONE,
+    beat: Heartbeat | None = None,
+    recorded: bool = False,
+) -> Samples:
     """Draw the chunks that are missing, each rank its share, and return the set on every rank.
 
     `report(done, num, nan, images per second)` hears of each chunk of this rank.
@@ -95,30 +120,55 @@ def draw(spec: Evaluate, folder: Path, model: nn.Module, decode: Callable[[Tenso
     origin = folder / "made.json"
     if origin.exists():
         if (found := json.loads(origin.read_text())) != made:
-            changed = ", ".join(sorted(key for key in found.keys() | made.keys() if found.get(key) != made.get(key)))
-            raise ValueError(f"the images in runs/{folder.parent.name}/{folder.name} were made with another {changed}; remove that folder to draw them anew")
+            changed = ", ".join(
+                sorted(key for key in found.keys() | made.keys() if found.get(key) != made.get(key))
+            )
+            raise ValueError(
+                f"the images in runs/{folder.parent.name}/{folder.name} were made with another {changed}; remove that folder to draw them anew"
+            )
     elif group.first:
         with written_whole(origin) as file:
             file.write(json.dumps(made, indent=1, sort_keys=True).encode())
     batch = batch_on(device, batch)
-    started, paths, drawn, counted = time.perf_counter(), _chunk_paths(folder, spec.num), [0], Counted(model, recorded)
+    started, paths, drawn, counted = (
+        time.perf_counter(),
+        _chunk_paths(folder, spec.num),
+        [0],
+        Counted(model, recorded),
+    )
 
     def chunk(piece: int) -> dict[str, ndarray]:
         before = counted.evaluated
         within = range(piece * CHUNK, min((piece + 1) * CHUNK, spec.num))
-        levels = torch.cat([to_uint8(decode(x)) for x, _ in images(spec, counted, device, batch, within)])
-        with written_whole(paths[piece]) as file:                                      # (n, H, W, 3)
-            np.save(file, levels.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous().numpy(), allow_pickle=False)
+        levels = torch.cat(
+            [to_uint8(decode(x)) for x, _ in images(spec, counted, device, batch, within)]
+        )
+        with written_whole(paths[piece]) as file:  # (n, H, W, 3)
+            np.save(
+                file,
+                levels.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous().numpy(),
+                allow_pickle=False,
+            )
         drawn[0] += len(within)
         report(within.stop, spec.num, float("nan"), drawn[0] / (time.perf_counter() - started))
         return {"evaluated": np.array(counted.evaluated - before)}
 
-    evaluated = sum(int(found["evaluated"]) for found in results(group, folder / "counts", len(paths), chunk, beat))
+    evaluated = sum(
+        int(found["evaluated"])
+        for found in results(group, folder / "counts", len(paths), chunk, beat)
+    )
     counted.forget()
     return Samples(spec, folder, group.share(evaluated) / spec.num)
 
 
-def sampled(spec: Evaluate, folder: Path, resources: Resources, report: Report, group: Group = ALONE, beat: Heartbeat | None = None) -> Samples:
+def sampled(
+    spec: Evaluate,
+    folder: Path,
+    resources: Resources,
+    report: Report,
+    group: Group = ALONE,
+    beat: Heartbeat | None = None,
+) -> Samples:
     """The set of a spec, drawn as far as it is missing: what the Evaluate stage scores and sample.py packs.
 
     folder: of the network's run; the images lie beside it under the spec's own id.
@@ -126,9 +176,26 @@ def sampled(spec: Evaluate, folder: Path, resources: Resources, report: Report, 
     device = torch.device(resources.device)
     model, key = network_of(spec, folder, resources)
     decode, decoder = decoder_of(spec.data, device)
-    made = {"network": digest(model), "key": key, "sampler": canonical(spec.sampler, full=True), "decoder": decoder, "quantiser": QUANTISER}
-    return draw(spec, folder.parent / spec_id(spec) / "samples", model, decode, made, device, resources.sample_batch, report, group, beat,
-                resources.graphs and recorded_steps(spec))
+    made = {
+        "network": digest(model),
+        "key": key,
+        "sampler": canonical(spec.sampler, full=True),
+        "decoder": decoder,
+        "quantiser": QUANTISER,
+    }
+    return draw(
+        spec,
+        folder.parent / spec_id(spec) / "samples",
+        model,
+        decode,
+        made,
+        device,
+        resources.sample_batch,
+        report,
+        group,
+        beat,
+        resources.graphs and recorded_steps(spec),
+    )
 
 
 def network_of(spec: Evaluate, folder: Path, resources: Resources) -> tuple[nn.Module, str]:
@@ -141,15 +208,22 @@ def network_of(spec: Evaluate, folder: Path, resources: Resources) -> tuple[nn.M
         require_gpu(device)
     if not isinstance(source, Checkpoint):
         base = accelerate(load_ema(source, folder, device), resources.compile)
-        parts = [stage and load_ema(stage, folder.parent / spec_id(stage), device) for stage in (spec.classifier, spec.upsampler)]
+        parts = [
+            stage and load_ema(stage, folder.parent / spec_id(stage), device)
+            for stage in (spec.classifier, spec.upsampler)
+        ]
         return (System(base, *parts).eval() if any(parts) else base), "ema"
     assert resources.checkpoint is not None, "a published checkpoint needs its file"
     model = build(source.backbone, 0, device)
-    key = backbones.load_published(model, resources.checkpoint, None if source.key == Checkpoint.key else source.key)
+    key = backbones.load_published(
+        model, resources.checkpoint, None if source.key == Checkpoint.key else source.key
+    )
     return accelerate(model.eval(), resources.compile), key
 
 
-def decoder_of(data: Data, device: torch.device) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
+def decoder_of(
+    data: Data, device: torch.device
+) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
     """From samples to images in [-1, 1], and what identifies it: nothing for pixels, the VAE for latents.
 
     ValueError for another VAE than made the latents: the one that the set declares, and that its manifest names where that is here.
@@ -161,7 +235,9 @@ def decoder_of(data: Data, device: torch.device) -> tuple[Callable[[Tensor], Ten
     vae, folder = load_autoencoder(vae_source(), device), folder_of(data)
     made_by = read_manifest(folder, data)["vae"]["encoder"] if has_manifest(data) else data.vae
     if made_by not in ("sd-vae-ft", vae.encoder):
-        raise ValueError(f"set {folder.name} holds latents of another VAE (encoder {made_by}) than $DICO_VAE names ({vae.name}, encoder {vae.encoder})")
+        raise ValueError(
+            f"set {folder.name} holds latents of another VAE (encoder {made_by}) than $DICO_VAE names ({vae.name}, encoder {vae.encoder})"
+        )
     return vae.decode, {"name": vae.name, "sha256": vae.weights, "scale": SCALE, "dtype": "fp32"}
 
 
@@ -174,7 +250,9 @@ def decoder_warnings(data: Data, decoder: dict[str, Any]) -> list[str]:
     if decoder["name"] in PUBLISHED:
         return []
     named = f"the VAE {decoder['name']} (SHA-256 {decoder['sha256']})"
-    return [f"decoded with {named}, which is not known to be {' or '.join(PUBLISHED)}: there are no latents of {data.name} here to hold it against"]
+    return [
+        f"decoded with {named}, which is not known to be {' or '.join(PUBLISHED)}: there are no latents of {data.name} here to hold it against"
+    ]
 
 
 def batch_on(device: torch.device, asked: int) -> int:

@@ -15,7 +15,17 @@ from pathlib import Path
 from experiments.engine.heartbeat import queue_id
 
 TIMEOUT = 60
-OVER = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"}
+OVER = {
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "TIMEOUT",
+}
 
 
 @dataclass(frozen=True)
@@ -49,8 +59,12 @@ class Queued:
 
 def require_slurm() -> None:
     """Raise ValueError in one line where Slurm's clients are not on this machine."""
-    if absent := [name for name in ("sbatch", "squeue", "srun", "scancel") if shutil.which(name) is None]:
-        raise ValueError(f"no Slurm on this machine ({', '.join(absent)} not found); run on a login node of the cluster, or with --cluster here")
+    if absent := [
+        name for name in ("sbatch", "squeue", "srun", "scancel") if shutil.which(name) is None
+    ]:
+        raise ValueError(
+            f"no Slurm on this machine ({', '.join(absent)} not found); run on a login node of the cluster, or with --cluster here"
+        )
 
 
 def client(*command: str) -> str:
@@ -58,7 +72,9 @@ def client(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     except subprocess.TimeoutExpired:
-        raise ValueError(f"{command[0]} did not answer within {TIMEOUT} s; is the Slurm controller up?") from None
+        raise ValueError(
+            f"{command[0]} did not answer within {TIMEOUT} s; is the Slurm controller up?"
+        ) from None
     if done.returncode:
         raise ValueError(f"{command[0]}: {words(done.stderr)}")
     return done.stdout
@@ -66,13 +82,20 @@ def client(*command: str) -> str:
 
 def set_for_sbatch() -> str:
     """The variables of this shell that sbatch puts before a batch script's own options."""
-    return ", ".join(f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("SBATCH_"))
+    return ", ".join(
+        f"{name}={value}"
+        for name, value in sorted(os.environ.items())
+        if name.startswith("SBATCH_")
+    )
 
 
 def words(text: str) -> str:
     """A client's complaint on one line, each part without the client's own name."""
     lines = (line.strip() for line in text.splitlines())
-    return "; ".join(dict.fromkeys(line.partition("error: ")[2] or line for line in lines if line)) or "it failed without a word"
+    return (
+        "; ".join(dict.fromkeys(line.partition("error: ")[2] or line for line in lines if line))
+        or "it failed without a word"
+    )
 
 
 def queue(names: Iterable[str]) -> dict[str, Queued]:
@@ -80,7 +103,18 @@ def queue(names: Iterable[str]) -> dict[str, Queued]:
     if not (wanted := ",".join(sorted(set(names)))):
         return {}
     found = {}
-    for line in client("squeue", "-h", "-r", "-t", "all", "-u", getpass.getuser(), f"--name={wanted}", "-o", "%i|%T|%r|%j").splitlines():
+    for line in client(
+        "squeue",
+        "-h",
+        "-r",
+        "-t",
+        "all",
+        "-u",
+        getpass.getuser(),
+        f"--name={wanted}",
+        "-o",
+        "%i|%T|%r|%j",
+    ).splitlines():
         job, state, reason, name = line.strip().split("|", 3)
         found[job] = Queued(name, state, reason)
     return found
@@ -99,10 +133,26 @@ def remember(root: Path, submissions: Iterable[Submission]) -> None:
 def remember_this_job(root: Path, label: str, stages: Iterable[str]) -> None:
     """Add the job that this process belongs to, once, whoever submitted it; nothing outside of one."""
     job, stages = queue_id(), tuple(stages)
-    if job is None or os.environ.get("SLURM_PROCID", "0") != "0" or any(there.job == job for there in submitted(root, stages)):
+    if (
+        job is None
+        or os.environ.get("SLURM_PROCID", "0") != "0"
+        or any(there.job == job for there in submitted(root, stages))
+    ):
         return
     ledger(root).parent.mkdir(parents=True, exist_ok=True)
-    remember(root, [Submission(stages, label, job, os.environ.get("SLURM_JOB_NAME", ""), os.environ.get("DICO_LOG", ""), ours=False)])
+    remember(
+        root,
+        [
+            Submission(
+                stages,
+                label,
+                job,
+                os.environ.get("SLURM_JOB_NAME", ""),
+                os.environ.get("DICO_LOG", ""),
+                ours=False,
+            )
+        ],
+    )
 
 
 def submitted(root: Path, stages: Iterable[str]) -> list[Submission]:
@@ -121,17 +171,28 @@ def waiting_or_running(root: Path, stages: Iterable[str]) -> list[Submission]:
     """The jobs for any of these stages that are in the queue, oldest first."""
     there = submitted(root, stages)
     states = queue(submission.name for submission in there)
-    return [submission for submission in there if submission.job in states and not states[submission.job].over]
+    return [
+        submission
+        for submission in there
+        if submission.job in states and not states[submission.job].over
+    ]
 
 
 def cancel(root: Path, stages: Iterable[str], experiment: str) -> list[Submission]:
     """End the jobs that this experiment's command submitted for these stages from this folder, and no other; returns them."""
-    entries = [submission for submission in waiting_or_running(root, stages) if submission.ours and submission.experiment == experiment]
+    entries = [
+        submission
+        for submission in waiting_or_running(root, stages)
+        if submission.ours and submission.experiment == experiment
+    ]
     if entries:
         try:
             client("scancel", *(submission.job for submission in entries))
         except ValueError:  # one has ended since; the others are cancelled all the same
             states = queue(submission.name for submission in entries)
-            if any(job in states and not states[job].over and states[job].state != "COMPLETING" for job in (one.job for one in entries)):
+            if any(
+                job in states and not states[job].over and states[job].state != "COMPLETING"
+                for job in (one.job for one in entries)
+            ):
                 raise
     return entries

@@ -67,14 +67,22 @@ def measure(inception: Inception, batches: Iterable[ndarray]) -> Measured:
     return _joined([_piece(inception, batches)])
 
 
-def measure_shared(inception: Inception, images: Readable, group: Group, folder: Path, beat: Heartbeat | None = None) -> Measured | None:
+def measure_shared(
+    inception: Inception,
+    images: Readable,
+    group: Group,
+    folder: Path,
+    beat: Heartbeat | None = None,
+) -> Measured | None:
     """The same on the first rank, None on the others, each of which takes its share of the pieces; they wait in `folder` until all are there.
 
     A piece is whole batches of the network's, so no bit depends on the number of ranks.
     """
 
     def piece(number: int) -> dict[str, ndarray]:
-        return _piece(inception, [images.part(number * PIECE, min((number + 1) * PIECE, len(images)))])
+        return _piece(
+            inception, [images.part(number * PIECE, min((number + 1) * PIECE, len(images)))]
+        )
 
     found = list(results(group, folder, math.ceil(len(images) / PIECE), piece, beat))
     return _joined(found) if group.first else None
@@ -95,21 +103,37 @@ def _piece(inception: Inception, batches: Iterable[ndarray]) -> dict[str, ndarra
     if not parts:
         raise ValueError("there are no images to measure")
     pool, spatial, probabilities = (np.concatenate(layer) for layer in zip(*parts, strict=True))
-    return {"pool": pool, "spatial": spatial, "probabilities": probabilities, "levels": seen, "size": np.array(size)}
+    return {
+        "pool": pool,
+        "spatial": spatial,
+        "probabilities": probabilities,
+        "levels": seen,
+        "size": np.array(size),
+    }
 
 
 def _joined(pieces: list[dict[str, ndarray]]) -> Measured:
     levels = np.flatnonzero(np.any([piece["levels"] for piece in pieces], axis=0))
     if len(levels) < LEVELS:
-        raise ValueError(f"{', '.join(map(str, levels))} are all the levels that the images have: were they cast to uint8 before they were scaled to 0..255?")
+        raise ValueError(
+            f"{', '.join(map(str, levels))} are all the levels that the images have: were they cast to uint8 before they were scaled to 0..255?"
+        )
     height, width = pieces[0]["size"].tolist()
-    return Measured(*(np.concatenate([piece[layer] for piece in pieces]) for layer in ("pool", "spatial", "probabilities")), (height, width))
+    return Measured(
+        *(
+            np.concatenate([piece[layer] for piece in pieces])
+            for layer in ("pool", "spatial", "probabilities")
+        ),
+        (height, width),
+    )
 
 
 def read_reference(inception: Inception, path: Path) -> Reference:
     """A file with statistics, images or both, as ADM's evaluator reads it; ValueError if it holds neither."""
     with about(path):
-        return reference_of(path, measure(inception, Images(path).batches()) if has_images(path) else None)
+        return reference_of(
+            path, measure(inception, Images(path).batches()) if has_images(path) else None
+        )
 
 
 def check_reference(path: Path) -> None:
@@ -128,19 +152,47 @@ def reference_of(path: Path, measured: Measured | None) -> Reference:
     num = 0 if measured is None else len(measured.pool)
     warnings, names = [], {"pool": "mu, sigma", "spatial": "mu_s, sigma_s"}
     if missing := [layer for layer in names if layer not in moments]:
-        instead = "there is no sFID" if measured is None else f"distances by them are to those of its {num} images"
-        warnings.append(f"{path.name} holds no statistics ({', '.join(names[layer] for layer in missing)}): {instead}")
-        moments = moments | {layer: blocks_sum(getattr(measured, layer)) for layer in missing if measured is not None}
-    identity = {"name": path.name, "sha256": sha256(path), "statistics": not warnings, "num_images": num}
-    return Reference(moments, measured.pool if measured else None, identity, warnings, measured.size if measured else None)
+        instead = (
+            "there is no sFID"
+            if measured is None
+            else f"distances by them are to those of its {num} images"
+        )
+        warnings.append(
+            f"{path.name} holds no statistics ({', '.join(names[layer] for layer in missing)}): {instead}"
+        )
+        moments = moments | {
+            layer: blocks_sum(getattr(measured, layer)) for layer in missing if measured is not None
+        }
+    identity = {
+        "name": path.name,
+        "sha256": sha256(path),
+        "statistics": not warnings,
+        "num_images": num,
+    }
+    return Reference(
+        moments,
+        measured.pool if measured else None,
+        identity,
+        warnings,
+        measured.size if measured else None,
+    )
 
 
 def identity(inception: Inception, reference: Reference) -> dict[str, Any]:
     """The part of a manifest that names extractor, reference and neighbours."""
     return {
-        "extractor": {"sha256": inception.sha256, "dtype": "fp32", "batch": BATCH, "resize": "TensorFlow 1 bilinear, 299"},
+        "extractor": {
+            "sha256": inception.sha256,
+            "dtype": "fp32",
+            "batch": BATCH,
+            "resize": "TensorFlow 1 bilinear, 299",
+        },
         "reference": reference.identity,
-        "neighbours": {"k": NEIGHBOURS, "arithmetic": "float64", "num_reference": 0 if reference.rows is None else len(reference.rows)},
+        "neighbours": {
+            "k": NEIGHBOURS,
+            "arithmetic": "float64",
+            "num_reference": 0 if reference.rows is None else len(reference.rows),
+        },
     }
 
 
@@ -152,7 +204,9 @@ def blocks_sum(features: ndarray) -> Moments:
 def blocks(features: ndarray, labels: ndarray | None = None) -> list[Moments]:
     """Ten sets of statistics of rows dealt at random; with labels (N,) every class is spread evenly over the ten."""
     n = len(features)
-    order = np.lexsort((np.random.default_rng(0).permutation(n), np.zeros(n) if labels is None else labels))
+    order = np.lexsort(
+        (np.random.default_rng(0).permutation(n), np.zeros(n) if labels is None else labels)
+    )
     parts = []
     for j in range(min(BLOCKS, n)):
         part = Moments(features.shape[1])
@@ -161,8 +215,15 @@ def blocks(features: ndarray, labels: ndarray | None = None) -> list[Moments]:
     return parts
 
 
-def score(sample: Measured, reference: Reference, labels: ndarray | None = None, *, balanced: bool = False, half: bool = False,
-          device: torch.device | str = "cpu") -> dict[str, Any]:
+def score(
+    sample: Measured,
+    reference: Reference,
+    labels: ndarray | None = None,
+    *,
+    balanced: bool = False,
+    half: bool = False,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
     """All scores of N samples by name, each with its error `_se` where it has one, `num` and `warnings`.
 
     labels (N,) are those the images were made for, in file order; balanced says that every class's count was fixed. half adds
@@ -174,81 +235,157 @@ def score(sample: Measured, reference: Reference, labels: ndarray | None = None,
         if layer in reference.moments:
             values |= _distance(name, getattr(sample, layer), reference.moments[layer], within)
     values["is"], values["is_se"] = metrics.inception_score(sample.probabilities)
-    values["is_shuffled"] = metrics.inception_score(sample.probabilities[np.random.RandomState(2020).permutation(n)])[0]
+    values["is_shuffled"] = metrics.inception_score(
+        sample.probabilities[np.random.RandomState(2020).permutation(n)]
+    )[0]
     if reference.rows is not None and min(n, len(reference.rows)) > NEIGHBOURS:
         values |= _neighbourhoods(sample.pool, reference.rows, half, device)
         size = min(KID_SIZE, n, len(reference.rows))
         values["kid"], values["kid_sd"] = metrics.kid(sample.pool, reference.rows, size=size)
         values["kid_subset"] = size
-        values["mind"], values["mind_rows"] = mind(sample.pool, reference.rows, device=device), min(n, len(reference.rows))
+        values["mind"], values["mind_rows"] = (
+            mind(sample.pool, reference.rows, device=device),
+            min(n, len(reference.rows)),
+        )
     warnings = [*reference.warnings, *_warnings(values, labels)]
     if sample.size and reference.size and sample.size != reference.size:
-        warnings.append(f"the samples have {' x '.join(map(str, sample.size))} pixels and the reference's images {' x '.join(map(str, reference.size))}: resized twice, they compare with nothing")
+        warnings.append(
+            f"the samples have {' x '.join(map(str, sample.size))} pixels and the reference's images {' x '.join(map(str, reference.size))}: resized twice, they compare with nothing"
+        )
     return values | {"warnings": warnings}
 
 
-def paired(a: Measured, b: Measured, reference: Reference, labels: ndarray | None, balanced: bool) -> dict[str, Any]:
+def paired(
+    a: Measured, b: Measured, reference: Reference, labels: ndarray | None, balanced: bool
+) -> dict[str, Any]:
     """FID of a less that of b, with its error over redraws of the common seeds and as if the sets were independent.
 
     Rows i of both are made from the same seed for the same label; ValueError if their numbers differ.
     """
     if len(a.pool) != len(b.pool):
-        raise ValueError(f"a paired comparison needs as many samples of each model, got {len(a.pool)} and {len(b.pool)}")
+        raise ValueError(
+            f"a paired comparison needs as many samples of each model, got {len(a.pool)} and {len(b.pool)}"
+        )
     within = _fixed(labels, balanced)
     moments = [blocks_sum(side.pool) for side in (a, b)]
     fids = [metrics.frechet(side, reference.moments["pool"]) for side in moments]
-    values: dict[str, Any] = {"num": len(a.pool), "fid_difference": fids[0] - fids[1], "fid_difference_se": math.nan, "fid_difference_se_unpaired": math.nan}
+    values: dict[str, Any] = {
+        "num": len(a.pool),
+        "fid_difference": fids[0] - fids[1],
+        "fid_difference_se": math.nan,
+        "fid_difference_se_unpaired": math.nan,
+    }
     if len(a.pool) >= 4 * POOL:
-        psi = [metrics.frechet_influence(side.pool, own, reference.moments["pool"]) for side, own in zip((a, b), moments, strict=True)]
+        psi = [
+            metrics.frechet_influence(side.pool, own, reference.moments["pool"])
+            for side, own in zip((a, b), moments, strict=True)
+        ]
         values["fid_difference_se"] = metrics.influence_se(psi[0] - psi[1], within)
-        values["fid_difference_se_unpaired"] = float(np.hypot(*(metrics.influence_se(part, within) for part in psi)))
+        values["fid_difference_se_unpaired"] = float(
+            np.hypot(*(metrics.influence_se(part, within) for part in psi))
+        )
     resolved = abs(values["fid_difference"]) > 2 * values["fid_difference_se"]
-    return values | {"fid_relative": 2 * (fids[0] - fids[1]) / (fids[0] + fids[1]), "verdict": "resolved" if resolved else "not resolved"}
+    return values | {
+        "fid_relative": 2 * (fids[0] - fids[1]) / (fids[0] + fids[1]),
+        "verdict": "resolved" if resolved else "not resolved",
+    }
 
 
 def distances(sample: dict[str, Moments], reference: Reference) -> dict[str, float]:
     """FID and sFID between statistics: all that a file without images allows."""
     layers = {"fid": "pool", "sfid": "spatial"}
-    return {name: metrics.frechet(sample[layer], reference.moments[layer]) for name, layer in layers.items() if layer in sample and layer in reference.moments}
+    return {
+        name: metrics.frechet(sample[layer], reference.moments[layer])
+        for name, layer in layers.items()
+        if layer in sample and layer in reference.moments
+    }
 
 
 def _fixed(labels: ndarray | None, balanced: bool) -> ndarray | None:
     """Labels whose counts were fixed in advance, if there are enough of each to see their spread."""
-    return labels if balanced and labels is not None and len(labels) >= 2 * len(np.unique(labels)) else None
+    return (
+        labels
+        if balanced and labels is not None and len(labels) >= 2 * len(np.unique(labels))
+        else None
+    )
 
 
-def _distance(name: str, features: ndarray, reference: Moments, labels: ndarray | None) -> dict[str, float]:
+def _distance(
+    name: str, features: ndarray, reference: Moments, labels: ndarray | None
+) -> dict[str, float]:
     """The distance, its sampling error from N = 4 d on, and from 2 d on its value without the O(1/N) bias."""
     parts = blocks(features, labels)
     whole = reduce(add, parts)
-    values = {name: metrics.frechet(whole, reference), f"{name}_se": metrics.frechet_se(features, whole, reference, labels)}
-    corrected = metrics.frechet_jackknife(parts, reference) if name == "fid" and len(features) >= 2 * whole.mean.size else (math.nan, math.nan)
-    return values | ({f"{name}_corrected": corrected[0], f"{name}_corrected_se": corrected[1]} if name == "fid" else {})
+    values = {
+        name: metrics.frechet(whole, reference),
+        f"{name}_se": metrics.frechet_se(features, whole, reference, labels),
+    }
+    corrected = (
+        metrics.frechet_jackknife(parts, reference)
+        if name == "fid" and len(features) >= 2 * whole.mean.size
+        else (math.nan, math.nan)
+    )
+    return values | (
+        {f"{name}_corrected": corrected[0], f"{name}_corrected_se": corrected[1]}
+        if name == "fid"
+        else {}
+    )
 
 
-def _neighbourhoods(pool: ndarray, rows: ndarray, half: bool, device: torch.device | str) -> dict[str, float]:
-    found = neighbour_shares(rows, pool, NEIGHBOURS, 2000 if torch.device(device).type == "cpu" else ADM_BLOCK, device)._asdict()
+def _neighbourhoods(
+    pool: ndarray, rows: ndarray, half: bool, device: torch.device | str
+) -> dict[str, float]:
+    found = neighbour_shares(
+        rows, pool, NEIGHBOURS, 2000 if torch.device(device).type == "cpu" else ADM_BLOCK, device
+    )._asdict()
     if half:
-        found |= zip(("precision_half", "recall_half"), precision_recall_half(rows, pool, NEIGHBOURS, ADM_BLOCK, device), strict=True)
-    counts = {name: len(pool) if name.startswith("precision") else len(rows) for name in found if not name.startswith("density")}
-    return {"num_reference": len(rows)} | found | {f"{name}_se": metrics.proportion_se(found[name], n) for name, n in counts.items()}
+        found |= zip(
+            ("precision_half", "recall_half"),
+            precision_recall_half(rows, pool, NEIGHBOURS, ADM_BLOCK, device),
+            strict=True,
+        )
+    counts = {
+        name: len(pool) if name.startswith("precision") else len(rows)
+        for name in found
+        if not name.startswith("density")
+    }
+    return (
+        {"num_reference": len(rows)}
+        | found
+        | {f"{name}_se": metrics.proportion_se(found[name], n) for name, n in counts.items()}
+    )
 
 
 def _warnings(values: dict[str, Any], labels: ndarray | None) -> list[str]:
     n, found = values["num"], []
     if n < POOL:
-        found.append(f"{n} samples are fewer than the {POOL} feature dimensions: FID and sFID are mostly finite-sample bias and compare with nothing")
+        found.append(
+            f"{n} samples are fewer than the {POOL} feature dimensions: FID and sFID are mostly finite-sample bias and compare with nothing"
+        )
     if n < 4 * POOL:
-        found.append(f"{n} samples are fewer than {4 * POOL}: no sampling error of FID" + (", no bias correction" if n < 2 * POOL else ""))
+        found.append(
+            f"{n} samples are fewer than {4 * POOL}: no sampling error of FID"
+            + (", no bias correction" if n < 2 * POOL else "")
+        )
     if values.get("kid_subset", KID_SIZE) < KID_SIZE:
         found.append(f"KID is over subsets of {values['kid_subset']}, not {KID_SIZE}")
     if labels is not None and n > 1:
         _, counts = np.unique(labels, return_counts=True)
-        expected, together = float(np.square(counts / n).sum()), float((labels[1:] == labels[:-1]).mean())
+        expected, together = (
+            float(np.square(counts / n).sum()),
+            float((labels[1:] == labels[:-1]).mean()),
+        )
         if together > (1 + expected) / 2:
             one = f"IS of {n} is one block, whose value keeps but whose error, over parts in file order, does not hold"
             several = f"IS over blocks of {metrics.IS_BLOCK} in file order is far too low"
-            found.append(f"the samples are ordered by class ({together:.0%} follow one of their own class): {several if n > metrics.IS_BLOCK else one}; shuffle the file")
-    if not any("ordered by class" in text for text in found) and values["is"] < 0.95 * values["is_shuffled"]:
-        found.append(f"IS is {values['is']:.2f} in file order and {values['is_shuffled']:.2f} shuffled: the samples are ordered; shuffle the file")
+            found.append(
+                f"the samples are ordered by class ({together:.0%} follow one of their own class): {several if n > metrics.IS_BLOCK else one}; shuffle the file"
+            )
+    if (
+        not any("ordered by class" in text for text in found)
+        and values["is"] < 0.95 * values["is_shuffled"]
+    ):
+        found.append(
+            f"IS is {values['is']:.2f} in file order and {values['is_shuffled']:.2f} shuffled: the samples are ordered; shuffle the file"
+        )
     return found

@@ -18,7 +18,13 @@ from experiments.engine.heartbeat import Heartbeat
 Result = dict[str, np.ndarray]
 
 
-def results(group: Group, folder: Path, num: int, compute: Callable[[int], Result], beat: Heartbeat | None = None) -> Iterator[Result]:
+def results(
+    group: Group,
+    folder: Path,
+    num: int,
+    compute: Callable[[int], Result],
+    beat: Heartbeat | None = None,
+) -> Iterator[Result]:
     """compute(0) to compute(num - 1), in this order, on the first rank; the others compute their share and get nothing.
 
     A restart goes on from the pieces in `folder`, whatever the number of ranks; the caller removes it in the end. All
@@ -32,9 +38,19 @@ def results(group: Group, folder: Path, num: int, compute: Callable[[int], Resul
                 _keep(folder, piece, compute(piece))
                 made += 1
         if beat:
-            done, each = min(start + group.world_size, num), (time.monotonic() - began) / max(1, made) / group.world_size
-            beat.tell(state="evaluating", step=done, steps=num, seconds_left=(num - done) * each if made else None)
-        if how := group.highest(preemption.TAKEN_OVER if beat and beat.taken_over else preemption.asked()):
+            done, each = (
+                min(start + group.world_size, num),
+                (time.monotonic() - began) / max(1, made) / group.world_size,
+            )
+            beat.tell(
+                state="evaluating",
+                step=done,
+                steps=num,
+                seconds_left=(num - done) * each if made else None,
+            )
+        if how := group.highest(
+            preemption.TAKEN_OVER if beat and beat.taken_over else preemption.asked()
+        ):
             raise preemption.Preempted(how)
     if group.first:
         for piece in range(num):

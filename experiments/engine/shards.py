@@ -31,7 +31,10 @@ Report = Callable[[int, int], None]
 
 # Of unscaled latents of ImageNet's training set at 256 pixels under sd-vae-ft-ema and -mse, whose encoders are one.
 # Source: the constants of improved MeanFlow's ImageNet-256 code. EDM2's differ: its training/encoders.py gives the VAE pixels in [0, 1].
-MEAN, DEVIATION = (0.86488, -0.27787343, 0.21616915, 0.3738409), (4.85503674, 5.31922414, 3.93725398, 3.9870003)
+MEAN, DEVIATION = (
+    (0.86488, -0.27787343, 0.21616915, 0.3738409),
+    (4.85503674, 5.31922414, 3.93725398, 3.9870003),
+)
 
 
 @dataclass(frozen=True)
@@ -69,12 +72,21 @@ class Work:
             "num_files": len(self.pictures.files),
             "listing": hashlib.sha256("\n".join(self.pictures.files).encode()).hexdigest()[:16],
             "shard": self.shard,
-            "vae": {"name": self.vae.name, "encoder": self.vae.encoder, "weights": self.vae.weights, "scale": SCALE},
+            "vae": {
+                "name": self.vae.name,
+                "encoder": self.vae.encoder,
+                "weights": self.vae.weights,
+                "scale": SCALE,
+            },
             "crop": "ADM centre crop: box halving, bicubic, middle",
             "precision": "fp32",
             "device": self.vae.device.type,
             "batch": self.vae.batch,
-            "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__, "pillow": PIL.__version__},
+            "versions": {
+                "torch": torch.__version__,
+                "diffusers": diffusers.__version__,
+                "pillow": PIL.__version__,
+            },
         }
 
 
@@ -84,7 +96,9 @@ def prepare(work: Work, folder: Path, report: Report) -> dict[str, Any]:
     `report(done, total)` counts pictures of all processes. ValueError in one line for what the folder or a picture refuses.
     """
     if work.size % work.vae.factor or work.latents not in ("moments", "fixed"):
-        raise ValueError(f"{work.size} pixels as {work.latents!r}: the size must be a multiple of {work.vae.factor}, the latents 'moments' or 'fixed'")
+        raise ValueError(
+            f"{work.size} pixels as {work.latents!r}: the size must be a multiple of {work.vae.factor}, the latents 'moments' or 'fixed'"
+        )
     _agree(work.plan(), folder)
     _require_space(work, folder)
     report(_made(work, folder), len(work.pictures.files))
@@ -106,26 +120,40 @@ def _agree(plan: dict[str, Any], folder: Path) -> None:
         if not path.exists():
             _write_json(path, plan)
         found = json.loads(path.read_text())
-    if changed := [f"{name} {found.get(name)} there, {plan[name]} here" for name in plan if found.get(name) != plan[name]]:
-        raise ValueError(f"{folder} is being filled otherwise: {'; '.join(changed)}; name another --out or remove the folder")
+    if changed := [
+        f"{name} {found.get(name)} there, {plan[name]} here"
+        for name in plan
+        if found.get(name) != plan[name]
+    ]:
+        raise ValueError(
+            f"{folder} is being filled otherwise: {'; '.join(changed)}; name another --out or remove the folder"
+        )
 
 
 def _require_space(work: Work, folder: Path) -> None:
     needed = (len(work.pictures.files) - _made(work, folder)) * math.prod(work.stored) * 4
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise ValueError(f"{folder} needs {needed / 1e9:.1f} GB more and the disk has {free / 1e9:.1f} GB free; name another --out")
+        raise ValueError(
+            f"{folder} needs {needed / 1e9:.1f} GB more and the disk has {free / 1e9:.1f} GB free; name another --out"
+        )
 
 
 def _made(work: Work, folder: Path) -> int:
     """Pictures of the shards that are done, by whomever."""
-    return sum(min(work.shard, len(work.pictures.files) - number * work.shard) for number in range(work.num_shards) if _done(folder, number))
+    return sum(
+        min(work.shard, len(work.pictures.files) - number * work.shard)
+        for number in range(work.num_shards)
+        if _done(folder, number)
+    )
 
 
 def _make(work: Work, folder: Path, number: int) -> None:
     """Encode one shard. Its .npy is written first and its .json last, each whole."""
     path, first = shard_path(folder, number), number * work.shard
-    for stale in folder.glob(f".{path.stem}.*.tmp"):  # we hold the lock: whoever wrote it was killed
+    for stale in folder.glob(
+        f".{path.stem}.*.tmp"
+    ):  # we hold the lock: whoever wrote it was killed
         stale.unlink()
     indices, skipped, converted = [], {}, Counter()
     rows = np.empty((min(work.shard, len(work.pictures.files) - first), *work.stored), np.float32)
@@ -139,10 +167,21 @@ def _make(work: Work, folder: Path, number: int) -> None:
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     labels = [work.pictures.labels[index] for index in indices]
-    _write_json(path.with_suffix(".json"), {"labels": labels, "skipped": skipped, "converted": converted, "sums": sums.tolist(), "sha256": sha256})
+    _write_json(
+        path.with_suffix(".json"),
+        {
+            "labels": labels,
+            "skipped": skipped,
+            "converted": converted,
+            "sums": sums.tolist(),
+            "sha256": sha256,
+        },
+    )
 
 
-def _encoded(work: Work, first: int, num: int, skipped: dict[str, str], converted: Counter[str]) -> Iterator[tuple[int, np.ndarray]]:
+def _encoded(
+    work: Work, first: int, num: int, skipped: dict[str, str], converted: Counter[str]
+) -> Iterator[tuple[int, np.ndarray]]:
     """Index and moments (2, 2C, h, w) of each picture and its flip; those that cannot be decoded are named in `skipped`, other modes than RGB counted."""
 
     def read(index: int) -> tuple[np.ndarray, str] | str:
@@ -151,19 +190,31 @@ def _encoded(work: Work, first: int, num: int, skipped: dict[str, str], converte
             return read_picture(work.pictures.root / name, work.size)
         except ValueError as error:
             if not work.skip:
-                raise ValueError(f"{error}; --corrupt skip leaves such files out and counts them") from None
+                raise ValueError(
+                    f"{error}; --corrupt skip leaves such files out and counts them"
+                ) from None
             return str(error)
 
     group: list[tuple[int, np.ndarray]] = []
 
     def flush() -> Iterator[tuple[int, np.ndarray]]:
-        images = from_uint8(torch.from_numpy(np.stack([pixels for _, pixels in group]))).permute(0, 3, 1, 2)
-        moments = work.vae.moments(torch.stack([images, images.flip(-1)], 1).flatten(0, 1)).unflatten(0, (-1, 2)).numpy()
+        images = from_uint8(torch.from_numpy(np.stack([pixels for _, pixels in group]))).permute(
+            0, 3, 1, 2
+        )
+        moments = (
+            work.vae.moments(torch.stack([images, images.flip(-1)], 1).flatten(0, 1))
+            .unflatten(0, (-1, 2))
+            .numpy()
+        )
         yield from zip([index for index, _ in group], moments, strict=True)
         group.clear()
 
     indices = range(first, first + num)
-    for index, found in zip(indices, ahead(read, indices, work.workers, 4 * max(work.workers, work.vae.batch)), strict=True):
+    for index, found in zip(
+        indices,
+        ahead(read, indices, work.workers, 4 * max(work.workers, work.vae.batch)),
+        strict=True,
+    ):
         if isinstance(found, str):
             skipped[work.pictures.files[index]] = found
             continue
@@ -191,12 +242,19 @@ def _sums(moments: np.ndarray) -> np.ndarray:
 
 def _finish(work: Work, folder: Path) -> dict[str, Any]:
     """labels.npy and the manifest from the shards' own records; whoever ends last writes them, and all would write the same."""
-    parts = [json.loads(shard_path(folder, number).with_suffix(".json").read_text()) for number in range(work.num_shards)]
+    parts = [
+        json.loads(shard_path(folder, number).with_suffix(".json").read_text())
+        for number in range(work.num_shards)
+    ]
     labels = np.array([label for part in parts for label in part["labels"]], np.int64)
     if empty := sorted(set(range(len(work.pictures.classes))) - set(labels.tolist())):
-        raise ValueError(f"no image of {work.pictures.classes[empty[0]]} could be decoded, nor of {len(empty) - 1} other classes; repair them and remove {folder}")
+        raise ValueError(
+            f"no image of {work.pictures.classes[empty[0]]} could be decoded, nor of {len(empty) - 1} other classes; repair them and remove {folder}"
+        )
     skipped = {name: reason for part in parts for name, reason in part["skipped"].items()}
-    modes = [part.get("converted") for part in parts]  # shards that were made before modes were counted do not say
+    modes = [
+        part.get("converted") for part in parts
+    ]  # shards that were made before modes were counted do not say
     converted = {} if None in modes else {"converted": sum(map(Counter, modes), Counter())}
     count = len(labels) * 2 * work.stored[-1] ** 2
     mean, square = sum(np.array(part["sums"]) for part in parts) / count
@@ -210,7 +268,9 @@ def _finish(work: Work, folder: Path) -> dict[str, Any]:
         "statistics": compare(mean, deviation, len(labels), work.size),
     }
     if work.vae.name in PUBLISHED and not manifest["statistics"]["as_expected"]:
-        raise ValueError(f"{describe(manifest['statistics'])}: the pictures or the VAE are not what their names say")
+        raise ValueError(
+            f"{describe(manifest['statistics'])}: the pictures or the VAE are not what their names say"
+        )
     with locked(folder / "plan.lock"):
         with written_whole(folder / "labels.npy") as file:
             np.save(file, labels)
@@ -220,7 +280,9 @@ def _finish(work: Work, folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def compare(mean: np.ndarray, deviation: np.ndarray, num_images: int, pixels: int) -> dict[str, Any]:
+def compare(
+    mean: np.ndarray, deviation: np.ndarray, num_images: int, pixels: int
+) -> dict[str, Any]:
     """Per-channel statistics beside sd-vae-ft's, and whether every channel agrees within the tolerance.
 
     The tolerance, in expected deviations, is 0.05 at the 256 pixels of the published values and 0.15 at other sizes,
@@ -229,7 +291,11 @@ def compare(mean: np.ndarray, deviation: np.ndarray, num_images: int, pixels: in
     """
     tolerance = min((0.05 if pixels == 256 else 0.15) + 4 / math.sqrt(num_images), 0.25)
     known = len(mean) == len(MEAN)
-    off = max(np.abs(np.concatenate([mean - MEAN, deviation - DEVIATION])) / np.tile(DEVIATION, 2)) if known else math.inf
+    off = (
+        max(np.abs(np.concatenate([mean - MEAN, deviation - DEVIATION])) / np.tile(DEVIATION, 2))
+        if known
+        else math.inf
+    )
     return {
         "mean": [round(float(value), 5) for value in mean],
         "deviation": [round(float(value), 5) for value in deviation],
@@ -243,8 +309,14 @@ def compare(mean: np.ndarray, deviation: np.ndarray, num_images: int, pixels: in
 def describe(statistics: dict[str, Any]) -> str:
     """The comparison in a line."""
     verdict = "agree with" if statistics["as_expected"] else "differ from"
-    shown = "; ".join(f"{what} {', '.join(f'{value:.3f}' for value in statistics[what])}" for what in ("mean", "deviation"))
-    expected = "; ".join(", ".join(f"{value:.3f}" for value in statistics[f"expected_{what}"]) for what in ("mean", "deviation"))
+    shown = "; ".join(
+        f"{what} {', '.join(f'{value:.3f}' for value in statistics[what])}"
+        for what in ("mean", "deviation")
+    )
+    expected = "; ".join(
+        ", ".join(f"{value:.3f}" for value in statistics[f"expected_{what}"])
+        for what in ("mean", "deviation")
+    )
     return f"latent statistics ({shown}) {verdict} sd-vae-ft's ({expected}; tolerance {statistics['tolerance']} deviations)"
 
 

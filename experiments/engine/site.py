@@ -19,7 +19,21 @@ from experiments.engine.store import REPOSITORY
 
 PREFIX = "DICO_SLURM_"
 FILE = REPOSITORY / "slurm" / "site.toml"
-OURS = {"array", "error", "gpus", "gpus-per-task", "job-name", "no-requeue", "ntasks", "ntasks-per-node", "open-mode", "output", "requeue", "signal", "wrap"}  # sbatch's, beside the site's own keys
+OURS = {
+    "array",
+    "error",
+    "gpus",
+    "gpus-per-task",
+    "job-name",
+    "no-requeue",
+    "ntasks",
+    "ntasks-per-node",
+    "open-mode",
+    "output",
+    "requeue",
+    "signal",
+    "wrap",
+}  # sbatch's, beside the site's own keys
 
 
 @dataclass(frozen=True)
@@ -80,7 +94,9 @@ class Site:
 
     def alone(self) -> Site:
         """One process on one GPU, one job after another: what a timing takes."""
-        return replace(self, nodes=1, tasks_per_node=1, gpus_per_node=min(1, self.gpus_per_node), concurrent=1)
+        return replace(
+            self, nodes=1, tasks_per_node=1, gpus_per_node=min(1, self.gpus_per_node), concurrent=1
+        )
 
 
 MAY_BE_0 = {"gpus_per_node", "tasks_per_node", "signal_seconds", "milestones", "micro_batch"}
@@ -96,25 +112,47 @@ def load_site(label: str, environment: Mapping[str, str] = os.environ) -> Site:
     rows = content.pop("rows", {})
     if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
         raise ValueError(f'{path.name}: rows are tables, one a row: [rows."{label}"]')
-    given = {name.removeprefix(PREFIX).lower(): text for name, text in environment.items() if name.startswith(PREFIX) and name != f"{PREFIX}SITE"}
+    given = {
+        name.removeprefix(PREFIX).lower(): text
+        for name, text in environment.items()
+        if name.startswith(PREFIX) and name != f"{PREFIX}SITE"
+    }
     for row, values in rows.items():
         _require_known(values, f'{path.name}, rows."{row}"')
     _require_known(content, path.name)
     _require_known(given, f"environment {PREFIX}*")
-    site = Site(**(content | rows.get(label, {}) | {name: _parse(name, text) for name, text in given.items()}))
+    site = Site(
+        **(
+            content
+            | rows.get(label, {})
+            | {name: _parse(name, text) for name, text in given.items()}
+        )
+    )
     for name in (name for name, kind in KNOWN.items() if kind is int):
         if (value := getattr(site, name)) < (least := 0 if name in MAY_BE_0 else 1):
             raise ValueError(f"{path.name}: {name} is {least} or more, not {value}")
     if site.tasks_per_node > site.gpus_per_node > 0:
-        raise ValueError(f"{path.name}: {site.tasks_per_node} processes a node need as many GPUs, not {site.gpus_per_node}; lower tasks_per_node")
+        raise ValueError(
+            f"{path.name}: {site.tasks_per_node} processes a node need as many GPUs, not {site.gpus_per_node}; lower tasks_per_node"
+        )
     ours = OURS | {key.replace("_", "-") for key in KNOWN}
-    if taken := sorted(name for name, value in site.options.items() if name.replace("_", "-") in ours or name == "gres" and "gpu" in str(value)):
-        raise ValueError(f"{path.name}: options cannot set {', '.join(taken)}; a key of the site file sets it, or the suite does")
-    site = replace(site, options={name: value for name, value in site.options.items() if value is not False})
+    if taken := sorted(
+        name
+        for name, value in site.options.items()
+        if name.replace("_", "-") in ours or name == "gres" and "gpu" in str(value)
+    ):
+        raise ValueError(
+            f"{path.name}: options cannot set {', '.join(taken)}; a key of the site file sets it, or the suite does"
+        )
+    site = replace(
+        site, options={name: value for name, value in site.options.items() if value is not False}
+    )
     if not re.fullmatch(r"(\d+-)?\d+:\d\d:\d\d", site.time):
         raise ValueError(f"{path.name}: time is [days-]hours:minutes:seconds, not {site.time!r}")
     if site.seconds < 60 + site.signal_seconds:
-        raise ValueError(f"{path.name}: a time limit of {site.time} leaves less than a minute before the signal, {site.signal_seconds} s before its end")
+        raise ValueError(
+            f"{path.name}: a time limit of {site.time} leaves less than a minute before the signal, {site.signal_seconds} s before its end"
+        )
     return site
 
 
@@ -130,11 +168,16 @@ def _content(environment: Mapping[str, str]) -> tuple[Path, dict[str, Any]]:
     return path, content
 
 
-def warn_of_unknown_rows(labels: Iterable[str], environment: Mapping[str, str] = os.environ) -> None:
+def warn_of_unknown_rows(
+    labels: Iterable[str], environment: Mapping[str, str] = os.environ
+) -> None:
     """One line on standard error where the site file has resources for rows that are not among `labels`; a run goes on."""
     _, content = _content(environment)
     if unknown := sorted(set(content.get("rows", {})) - set(labels)):
-        print(f"warning: the site file has resources for {', '.join(map(repr, unknown))}, which no table of this script declares", file=sys.stderr)
+        print(
+            f"warning: the site file has resources for {', '.join(map(repr, unknown))}, which no table of this script declares",
+            file=sys.stderr,
+        )
 
 
 def _require_known(values: dict[str, Any], where: str) -> None:
@@ -156,4 +199,6 @@ def _parse(name: str, text: str) -> Any:
     try:
         return kind(text) if kind is not bool else int("")
     except ValueError:
-        raise ValueError(f"environment {PREFIX}{name.upper()}: {name} is a {kind.__name__}, not {text!r}") from None
+        raise ValueError(
+            f"environment {PREFIX}{name.upper()}: {name} is a {kind.__name__}, not {text!r}"
+        ) from None

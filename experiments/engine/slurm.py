@@ -42,7 +42,9 @@ def _trainings(job: Job) -> list[Train]:
 def _check(job: Job, site: Site, plan: Plan, store: Store) -> None:
     for train in _trainings(job):
         if train.recipe.batch % site.world_size:
-            raise ValueError(f"{job.label}: {site.nodes} nodes of {site.tasks} processes do not divide the batch of {train.recipe.batch}; change nodes, gpus_per_node or tasks_per_node")
+            raise ValueError(
+                f"{job.label}: {site.nodes} nodes of {site.tasks} processes do not divide the batch of {train.recipe.batch}; change nodes, gpus_per_node or tasks_per_node"
+            )
         expected = training_seconds(train, plan.table.row(job.row), plan, store)
         if expected is None:
             continue
@@ -62,22 +64,40 @@ def describe(plan: Plan, store: Store) -> str:
     folder, lines, total = store.root.resolve() / "submissions" / "dico-YYYYMMDD-XXXXXXXX", [], 0.0
     unknown, unit = 0, "GPU-hours" if plan.device == "cuda" else "process-hours"
     for site, jobs in groups(plan, store):
-        lines += ["", f"an array of {len(jobs)} jobs: {', '.join(job.label for job in jobs)}" if len(jobs) > 1 else f"one job: {jobs[0].label}"]
-        lines += [f"    {line}".rstrip() for line in sbatch_text(site, folder, len(jobs)).splitlines()]
+        lines += [
+            "",
+            f"an array of {len(jobs)} jobs: {', '.join(job.label for job in jobs)}"
+            if len(jobs) > 1
+            else f"one job: {jobs[0].label}",
+        ]
+        lines += [
+            f"    {line}".rstrip() for line in sbatch_text(site, folder, len(jobs)).splitlines()
+        ]
         for job in jobs:
-            expected = [training_seconds(train, plan.table.row(job.row), plan, store) for train in _trainings(job)]
+            expected = [
+                training_seconds(train, plan.table.row(job.row), plan, store)
+                for train in _trainings(job)
+            ]
             if None in expected:
                 unknown += 1
                 lines.append(f"{job.label}: {unit} of training unknown")
             elif expected:
                 hours = sum(seconds for seconds, _ in expected) / 3600
                 total += hours
-                lines.append(f"{job.label}: about {_amount(hours)} {unit} of training, by {', '.join(dict.fromkeys(source for _, source in expected))}")
+                lines.append(
+                    f"{job.label}: about {_amount(hours)} {unit} of training, by {', '.join(dict.fromkeys(source for _, source in expected))}"
+                )
     if set_here := scheduler.set_for_sbatch():
         lines += ["", f"this shell sets what sbatch puts before the text above: {set_here}"]
     known = [f"{_amount(total)} {unit} of training"] if total else []
     more = [f"{unknown} of unknown cost"] if unknown else []
-    return "\n".join([*lines, "", f"estimated: {', and '.join(known + more) or 'no training'}; evaluations and timings come on top"])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"estimated: {', and '.join(known + more) or 'no training'}; evaluations and timings come on top",
+        ]
+    )
 
 
 def _amount(hours: float) -> str:
@@ -92,35 +112,57 @@ def send(plan: Plan, store: Store, command: str) -> str:
     store.check_writable()
     wanted = groups(plan, store)
     if set_here := scheduler.set_for_sbatch():
-        print(f"warning: sbatch puts what this shell sets before the site's: {set_here}", file=sys.stderr)
+        print(
+            f"warning: sbatch puts what this shell sets before the site's: {set_here}",
+            file=sys.stderr,
+        )
     counts = missing(plan.counts(), store)
     with Progress(total=sum(len(job.stages) for job in counts)) as progress:
         if not run_here(counts, store.root, "cpu", 1, available_cores(), progress.notify):
             raise ValueError("a count failed; nothing was submitted")
     sent = submit(wanted, store, _experiment(plan), **plan.resources)
     lines = [f"submitted job {one.job}: {one.label}" for one in sent]
-    there = {stage for one in scheduler.waiting_or_running(store.root, _ids(job for _, jobs in wanted for job in jobs)) for stage in one.stages}
+    there = {
+        stage
+        for one in scheduler.waiting_or_running(
+            store.root, _ids(job for _, jobs in wanted for job in jobs)
+        )
+        for stage in one.stages
+    }
     late = [job.label for _, jobs in wanted for job in jobs if not set(_ids([job])) <= there]
     if waiting := sum(len(jobs) for _, jobs in wanted) - len(sent) - len(late):
         lines.append(f"{waiting} jobs are in the queue or at work already")
     if late:
-        lines.append(f"not submitted, as another command's job is at work on a part: {', '.join(late)}; call this again once that is done")
+        lines.append(
+            f"not submitted, as another command's job is at work on a part: {', '.join(late)}; call this again once that is done"
+        )
     if not wanted:
         lines.append(f"every stage has its record; {command} --report prints the table")
-    return "\n".join([*lines, *([f"watch: {command} --status", f"end:   {command} --cancel"] if wanted else [])])
+    return "\n".join(
+        [*lines, *([f"watch: {command} --status", f"end:   {command} --cancel"] if wanted else [])]
+    )
 
 
 def cancel(plan: Plan, store: Store) -> str:
     """End what was submitted for these jobs from this results folder."""
     scheduler.require_slurm()
-    ended = scheduler.cancel(store.root, _ids((*plan.timings(), *plan.trainings())), _experiment(plan))
-    return "\n".join(f"cancelled job {one.job}: {one.label}" for one in ended) or "nothing of this is in the queue"
+    ended = scheduler.cancel(
+        store.root, _ids((*plan.timings(), *plan.trainings())), _experiment(plan)
+    )
+    return (
+        "\n".join(f"cancelled job {one.job}: {one.label}" for one in ended)
+        or "nothing of this is in the queue"
+    )
 
 
 def _experiment(plan: Plan) -> str:
     """The script that this process runs, and its table: what --cancel may end, also where another table holds the same runs."""
     script = Path(sys.argv[0]).name
-    return f"{script} --table {plan.table.number} --protocol {plan.protocol.name}" if isinstance(plan, Chosen) else script
+    return (
+        f"{script} --table {plan.table.number} --protocol {plan.protocol.name}"
+        if isinstance(plan, Chosen)
+        else script
+    )
 
 
 def _ids(jobs: Iterable[Job]) -> list[str]:
@@ -136,12 +178,23 @@ def status(plan: Plan, store: Store) -> str:
     queued, lines = _asked([*(one.name for one in there), *names.values()])
     for job in jobs:
         name = spec_id(job.stages[0])
-        submission = next((newest[spec_id(stage)] for stage in job.stages if spec_id(stage) in newest), None)
+        submission = next(
+            (newest[spec_id(stage)] for stage in job.stages if spec_id(stage) in newest), None
+        )
         state, detail = _state(job, store, submission, queued)
         log = store.root / submission.log if submission else None
-        if state == "not submitted" and (found := [(number, of) for number, of in (queued or {}).items() if of.name == names.get(job.label) and of.state not in ("COMPLETED", "CANCELLED")]):
+        if state == "not submitted" and (
+            found := [
+                (number, of)
+                for number, of in (queued or {}).items()
+                if of.name == names.get(job.label) and of.state not in ("COMPLETED", "CANCELLED")
+            ]
+        ):
             number, last = found[-1]
-            state, log = "failed" if last.over else "waiting", store.root / f"slurm-{last.name}-{number}.log"  # as its header says
+            state, log = (
+                "failed" if last.over else "waiting",
+                store.root / f"slurm-{last.name}-{number}.log",
+            )  # as its header says
             detail = f"{last.state.lower()}: {last.reason} (job {number}, by the batch script of this name)"
         kind = "" if job.label == "counts" else kind_of(job.stages[0])
         lines.append(f"{name}  {kind:8}  {job.label:34}  {state:13}  {detail}".rstrip())
@@ -155,7 +208,10 @@ def _script_names(chosen: Chosen) -> dict[str, str]:
     found = {}
     for script in sorted(FILE.parent.glob("*.sh")):
         text = script.read_text()
-        name, run = re.search(r"--job-name=(\S+)", text), re.search(r"--table (\d+) --row (\S+) --protocol (\S+)", text)
+        name, run = (
+            re.search(r"--job-name=(\S+)", text),
+            re.search(r"--table (\d+) --row (\S+) --protocol (\S+)", text),
+        )
         if name and run and (int(run[1]), run[3]) == (chosen.table.number, chosen.protocol.name):
             found[f"{run[2]}, seed 0"] = name[1]
     return found
@@ -164,31 +220,47 @@ def _script_names(chosen: Chosen) -> dict[str, str]:
 def _asked(names: list[str]) -> tuple[dict[str, scheduler.Queued] | None, list[str]]:
     """What the queue says, None where it cannot be asked, and a line that says so."""
     if shutil.which("squeue") is None:
-        return None, ["squeue is not on this machine: what waits is unknown, what runs is told by its heartbeat"] if names else []
+        return None, [
+            "squeue is not on this machine: what waits is unknown, what runs is told by its heartbeat"
+        ] if names else []
     try:
         return scheduler.queue(names), []
     except ValueError as error:
         return None, [f"{error}: what waits is unknown, what runs is told by its heartbeat"]
 
 
-def _state(job: Job, store: Store, submission: scheduler.Submission | None, queue: dict[str, scheduler.Queued] | None) -> tuple[str, str]:
+def _state(
+    job: Job,
+    store: Store,
+    submission: scheduler.Submission | None,
+    queue: dict[str, scheduler.Queued] | None,
+) -> tuple[str, str]:
     queued = (queue or {}).get(submission.job) if submission else None
     left = job.left(store).stages
     if not left:
         return "done", ""
     train = next((stage for stage in job.stages if isinstance(stage, Train)), None)
-    beats = [heartbeat.read(store.run_dir(stage)) for stage in job.stages if isinstance(stage, Train | Evaluate)]
+    beats = [
+        heartbeat.read(store.run_dir(stage))
+        for stage in job.stages
+        if isinstance(stage, Train | Evaluate)
+    ]
     beat = min(filter(None, beats), key=lambda beat: beat["age"], default=None)
     where = f"job {submission.job}" if submission else ""
     if queued and not queued.over:
         reached = f", at {_progress(beat, train)}" if beat and beat.get("step") else ""
         if queued.state in ("RUNNING", "COMPLETING"):
-            return "running", f"{_progress(beat, train) if beat and heartbeat.live(beat) else 'starting'} ({where})"
+            return (
+                "running",
+                f"{_progress(beat, train) if beat and heartbeat.live(beat) else 'starting'} ({where})",
+            )
         return "waiting", f"{queued.state.lower()}: {queued.reason} ({where}{reached})"
     if heartbeat.live(beat):
         return "running", f"{_progress(beat, train)} (on {beat['host']})"
     failed = [record for stage in left if (record := store.latest(stage, status="failed"))]
-    died = beat is not None and beat.get("state") in heartbeat.LIVE  # without a word, and since the failure if there was one
+    died = (
+        beat is not None and beat.get("state") in heartbeat.LIVE
+    )  # without a word, and since the failure if there was one
     if failed and not (died and timestamp(beat["updated"]) > failed[-1].utc):
         return "failed", _reason(failed[-1])
     if submission and queue is None:
@@ -197,13 +269,21 @@ def _state(job: Job, store: Store, submission: scheduler.Submission | None, queu
     if queued and queued.state == "CANCELLED":
         return "cancelled", where + heard
     if submission:
-        return "failed", f"{queued.state.lower() if queued else 'its job left the queue'} without a record ({where}){heard}"
+        return (
+            "failed",
+            f"{queued.state.lower() if queued else 'its job left the queue'} without a record ({where}){heard}",
+        )
     return "not submitted", ""
 
 
 def _progress(beat: dict[str, Any], train: Train) -> str:
     """State, step, rate and time left from a heartbeat."""
-    text, step, steps, rate = beat["state"], beat.get("step"), beat.get("steps"), beat.get("images_per_s")
+    text, step, steps, rate = (
+        beat["state"],
+        beat.get("step"),
+        beat.get("steps"),
+        beat.get("images_per_s"),
+    )
     if steps:
         text += f", step {step} of {steps}"
     if rate:
@@ -223,6 +303,8 @@ def _last_lines(log: Path, num: int = 5) -> list[str]:
     try:
         with open(log, "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 8192))
-            return [line for line in file.read().decode(errors="replace").splitlines() if line.strip()][-num:]
+            return [
+                line for line in file.read().decode(errors="replace").splitlines() if line.strip()
+            ][-num:]
     except OSError:
         return ["its log is not there"]

@@ -13,7 +13,10 @@ from experiments.engine.spec import Data, Evaluate
 ROOT = Path(os.environ.get("DICO_DATA", Path(__file__).resolve().parents[2] / "data"))
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 CHANNELS, FACTOR = 4, 8  # of latents, and the pixels a side that one of their places stands for
-REFERENCES = {"imagenet256": "VIRTUAL_imagenet256_labeled.npz", "imagenet512": "VIRTUAL_imagenet512.npz"}
+REFERENCES = {
+    "imagenet256": "VIRTUAL_imagenet256_labeled.npz",
+    "imagenet512": "VIRTUAL_imagenet512.npz",
+}
 
 
 def folder_of(data: Data) -> Path:
@@ -41,8 +44,14 @@ def require_data(data: Data) -> None:
             )
         read_manifest(folder, data)
     elif not (folder / "manifest.json").is_file():
-        if missing := [name for name in ("images.npy", "labels.npy") if not (folder / name).is_file()]:
-            made = f"; python experiments/prepare_pixels.py --size {data.size} --images FOLDER makes them" if data.name.endswith("_pixels") else ""
+        if missing := [
+            name for name in ("images.npy", "labels.npy") if not (folder / name).is_file()
+        ]:
+            made = (
+                f"; python experiments/prepare_pixels.py --size {data.size} --images FOLDER makes them"
+                if data.name.endswith("_pixels")
+                else ""
+            )
             raise ValueError(
                 f"set {data.name} needs {' and '.join(missing)} in {where}: images.npy, pixels (M, {data.channels}, {data.size}, {data.size}), "
                 f"uint8 or float32 in [-1, 1], and labels.npy integers (M,) below {data.num_classes}{made}"
@@ -66,15 +75,33 @@ def read_manifest(folder: Path, data: Data) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         found = {name: manifest[name] for name in ("latents", "shape", "num_classes")}
-        as_expected, encoder, vae = manifest["statistics"]["as_expected"], manifest["vae"]["encoder"], manifest["vae"]["name"]
+        as_expected, encoder, vae = (
+            manifest["statistics"]["as_expected"],
+            manifest["vae"]["encoder"],
+            manifest["vae"]["name"],
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder.name}/manifest.json cannot be read ({type(error).__name__}: {error}); prepare the latents again") from None
+        raise ValueError(
+            f"{folder.name}/manifest.json cannot be read ({type(error).__name__}: {error}); prepare the latents again"
+        ) from None
     channels = data.channels * (2 if data.latents == "moments" else 1)
-    declared = {"latents": data.latents, "shape": [2, channels, data.size, data.size], "num_classes": data.num_classes}
-    if other := [f"{name} {found[name]}, not {value}" for name, value in declared.items() if found[name] != value]:
-        raise ValueError(f"the latents in {folder.name} do not fit protocol {data.name}: {'; '.join(other)}; prepare them again elsewhere ($DICO_DATA)")
+    declared = {
+        "latents": data.latents,
+        "shape": [2, channels, data.size, data.size],
+        "num_classes": data.num_classes,
+    }
+    if other := [
+        f"{name} {found[name]}, not {value}"
+        for name, value in declared.items()
+        if found[name] != value
+    ]:
+        raise ValueError(
+            f"the latents in {folder.name} do not fit protocol {data.name}: {'; '.join(other)}; prepare them again elsewhere ($DICO_DATA)"
+        )
     if not (as_expected if data.vae == "sd-vae-ft" else encoder == data.vae):
-        raise ValueError(f"the latents in {folder.name} were made with another VAE ({vae}, encoder {encoder}); this run declares {data.vae}")
+        raise ValueError(
+            f"the latents in {folder.name} were made with another VAE ({vae}, encoder {encoder}); this run declares {data.vae}"
+        )
     return manifest
 
 
@@ -86,7 +113,11 @@ def inception_path() -> Path:
 def reference_path(data: Data) -> Path | None:
     """ADM's reference file of a latent set, in the set's folder, which serves ImageNet's pixels too; None for another set of pixels, which is its own."""
     name = data.name.removesuffix("_pixels")
-    return ROOT / name / REFERENCES.get(name, "reference.npz") if is_latent(data) or name in REFERENCES else None
+    return (
+        ROOT / name / REFERENCES.get(name, "reference.npz")
+        if is_latent(data) or name in REFERENCES
+        else None
+    )
 
 
 def vae_source() -> str:
@@ -103,16 +134,28 @@ def missing_features(spec: Evaluate) -> list[str]:
     if spec.features == "digits":
         return []
     if spec.features == "cifar_classifier":
-        return [] if find_cifar10(folder_of(spec.data), "test") else ["CIFAR-10's test images (test.parquet or cifar-10-batches-py) in data/cifar10 (or $DICO_DATA/cifar10)"]
+        return (
+            []
+            if find_cifar10(folder_of(spec.data), "test")
+            else [
+                "CIFAR-10's test images (test.parquet or cifar-10-batches-py) in data/cifar10 (or $DICO_DATA/cifar10)"
+            ]
+        )
     missing = []
     if find_spec("torch_fidelity") is None:
         missing.append("the package torch-fidelity")
     if not inception_path().is_file():
-        missing.append(f"the Inception weights {INCEPTION} in data/ (or $DICO_INCEPTION; calibrate.py --download fetches them)")
+        missing.append(
+            f"the Inception weights {INCEPTION} in data/ (or $DICO_INCEPTION; calibrate.py --download fetches them)"
+        )
     if (reference := reference_path(spec.data)) and not reference.is_file():
-        missing.append(f"the reference {reference.name} of ADM's evaluator in data/{reference.parent.name} (or $DICO_DATA/{reference.parent.name})")
+        missing.append(
+            f"the reference {reference.name} of ADM's evaluator in data/{reference.parent.name} (or $DICO_DATA/{reference.parent.name})"
+        )
     if is_latent(spec.data) and find_spec("diffusers") is None:
-        missing.append("the package diffusers for the VAE (and $DICO_VAE, a folder, where it cannot be downloaded)")
+        missing.append(
+            "the package diffusers for the VAE (and $DICO_VAE, a folder, where it cannot be downloaded)"
+        )
     return missing
 
 
@@ -121,5 +164,9 @@ def require_features(spec: Evaluate) -> None:
     if missing := missing_features(spec):
         otherwise = "its networks can be built, counted and timed (--protocol digits, --table 5)"
         if (spec.data.name, spec.features) == ("cifar10", "inception"):
-            otherwise = "protocol cifar10_classifier scores the same trainings on a classifier's features"
-        raise ValueError(f"protocol {spec.data.name} is scored on {spec.features} features and lacks {'; '.join(missing)}. Without them {otherwise}")
+            otherwise = (
+                "protocol cifar10_classifier scores the same trainings on a classifier's features"
+            )
+        raise ValueError(
+            f"protocol {spec.data.name} is scored on {spec.features} features and lacks {'; '.join(missing)}. Without them {otherwise}"
+        )

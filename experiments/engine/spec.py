@@ -162,7 +162,12 @@ class Evaluate:
     @property
     def trainings(self) -> tuple[Train, ...]:
         """The runs that it needs, in an order in which they can run."""
-        return tuple(run for stage in (self.train, self.classifier, self.upsampler) if isinstance(stage, Train) for run in stage.trainings)
+        return tuple(
+            run
+            for stage in (self.train, self.classifier, self.upsampler)
+            if isinstance(stage, Train)
+            for run in stage.trainings
+        )
 
 
 @dataclass(frozen=True)
@@ -225,7 +230,9 @@ def canonical(value: Any, full: bool = False) -> Any:
     """JSON-ready form, without the fields that have their defaults unless `full`; TypeError for what has no stable form."""
     if is_dataclass(value):
         shown = (f.name for f in fields(value) if full or getattr(value, f.name) != _default(f))
-        return {"kind": type(value).__name__} | {name: canonical(getattr(value, name), full) for name in shown}
+        return {"kind": type(value).__name__} | {
+            name: canonical(getattr(value, name), full) for name in shown
+        }
     if isinstance(value, dict):
         return {str(key): canonical(item, full) for key, item in value.items()}
     if isinstance(value, tuple | list):

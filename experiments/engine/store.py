@@ -63,14 +63,18 @@ class Store:
                 file.write(b"\0" * 65536)
             probe.unlink()
         except OSError as error:
-            raise ValueError(f"cannot write results ({error.strerror}); free space or choose another folder with --results") from None
+            raise ValueError(
+                f"cannot write results ({error.strerror}); free space or choose another folder with --results"
+            ) from None
 
     def records(self, where: str) -> dict[str, list[Record]]:
         """All intact records of 'records' or 'reference' by id, oldest first; others are reported and skipped."""
         if where not in self._cache:
             found: dict[str, list[Record]] = {}
             folder = self.reference if where == "reference" else self.root / where
-            for path in sorted(folder.glob("*/*.json"), key=lambda path: path.name.partition("-")[2]):
+            for path in sorted(
+                folder.glob("*/*.json"), key=lambda path: path.name.partition("-")[2]
+            ):
                 if (record := _read(path)) is not None:
                     found.setdefault(record.id, []).append(record)
             self._cache[where] = found
@@ -78,14 +82,37 @@ class Store:
 
     def latest(self, spec: Stage, where: str = "records", status: str = "done") -> Record | None:
         """The newest record of a stage with this status, or None."""
-        matching = [record for record in self.records(where).get(spec_id(spec), []) if record.status == status]
+        matching = [
+            record
+            for record in self.records(where).get(spec_id(spec), [])
+            if record.status == status
+        ]
         return matching[-1] if matching else None
 
-    def append(self, spec: Stage, status: str, values: dict[str, Any], provenance: dict[str, Any], error: str | None = None) -> Record:
+    def append(
+        self,
+        spec: Stage,
+        status: str,
+        values: dict[str, Any],
+        provenance: dict[str, Any],
+        error: str | None = None,
+    ) -> Record:
         """Write a new record; nothing is ever overwritten."""
         utc = timestamp()
-        record = Record(spec_id(spec), kind_of(spec), status, values, provenance, utc, canonical(spec, full=True), error)
-        write_record(self.root / "records" / record.kind / f"{record.id}-{utc}-{uuid.uuid4().hex[:6]}.json", record)
+        record = Record(
+            spec_id(spec),
+            kind_of(spec),
+            status,
+            values,
+            provenance,
+            utc,
+            canonical(spec, full=True),
+            error,
+        )
+        write_record(
+            self.root / "records" / record.kind / f"{record.id}-{utc}-{uuid.uuid4().hex[:6]}.json",
+            record,
+        )
         self._cache.pop("records", None)
         return record
 
@@ -104,7 +131,10 @@ class Store:
     def published(self, name: str, key: tuple[str, ...]) -> dict[str, dict[str, str]]:
         """Rows of a published table by its key columns, those that are filled, joined with blanks. Every row carries its `source`."""
         with open(REPOSITORY / "results" / "published" / name, newline="") as file:
-            return {" ".join(row[column] for column in key if row[column]): row for row in csv.DictReader(file)}
+            return {
+                " ".join(row[column] for column in key if row[column]): row
+                for row in csv.DictReader(file)
+            }
 
 
 def timestamp(seconds: float | None = None) -> str:
@@ -114,7 +144,9 @@ def timestamp(seconds: float | None = None) -> str:
 
 def write_record(path: Path, record: Record) -> None:
     with written_whole(path) as file:
-        file.write(json.dumps({"format": FORMAT} | vars(record), indent=1, allow_nan=True).encode() + b"\n")
+        file.write(
+            json.dumps({"format": FORMAT} | vars(record), indent=1, allow_nan=True).encode() + b"\n"
+        )
 
 
 def read_record(path: Path) -> Record:
@@ -126,18 +158,24 @@ def read_record(path: Path) -> Record:
         record = Record(**fields)
         if len(record.id) != 16:
             raise ValueError("its id has not 16 digits")
-        if not all(isinstance(part, dict) for part in (record.values, record.provenance, record.spec)):
+        if not all(
+            isinstance(part, dict) for part in (record.values, record.provenance, record.spec)
+        ):
             raise ValueError("values, provenance and spec are not all objects")
         return record
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
-        raise ValueError(f"{Path(*path.parts[-2:])}: no record of this suite ({type(error).__name__}: {error})") from None
+        raise ValueError(
+            f"{Path(*path.parts[-2:])}: no record of this suite ({type(error).__name__}: {error})"
+        ) from None
 
 
 def _read(path: Path) -> Record | None:
     try:
         record = read_record(path)
         if record.kind != path.parent.name or not path.name.startswith(f"{record.id}-"):
-            raise ValueError(f"{path.parent.name}/{path.name}: no record of this suite (ValueError: its name does not fit its content)")
+            raise ValueError(
+                f"{path.parent.name}/{path.name}: no record of this suite (ValueError: its name does not fit its content)"
+            )
         return record
     except ValueError as error:
         print(f"warning: skipped {error}", file=sys.stderr)
@@ -148,11 +186,14 @@ def provenance() -> dict[str, Any]:
     """What produced a record, as far as the standard library knows; None where it cannot tell."""
     changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
-        "commit": _git("rev-parse", "HEAD") or os.environ.get("DICO_COMMIT"),  # a copied tree may have no history
+        "commit": _git("rev-parse", "HEAD")
+        or os.environ.get("DICO_COMMIT"),  # a copied tree may have no history
         "dirty": None if changes is None else bool(changes),
         "python": platform.python_version(),
         "cpu": _cpu(),
-        "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_count": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "job_id": os.environ.get("SLURM_JOB_ID"),
     }
 
@@ -160,7 +201,9 @@ def provenance() -> dict[str, Any]:
 @functools.cache
 def _git(*command: str) -> str | None:
     try:
-        done = subprocess.run(["git", *command], cwd=REPOSITORY, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            ["git", *command], cwd=REPOSITORY, capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -170,6 +213,8 @@ def _git(*command: str) -> str | None:
 def _cpu() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.partition(":")[2].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

@@ -28,9 +28,9 @@ from experiments.engine.samplers import Guided, ancestral
 from experiments.engine.spec import Backbone, Cost, Data, Diffusion, Recipe, Timing, Train
 from experiments.engine.train import Trainer, build
 
-SCALE = 1.5        # guidance; its value costs nothing
-KEPT = 2           # networks, as they were drawn
-UPSAMPLED = 4      # times a side, ADM's
+SCALE = 1.5  # guidance; its value costs nothing
+KEPT = 2  # networks, as they were drawn
+UPSAMPLED = 4  # times a side, ADM's
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 _drawn: dict[str, nn.Module] = {}
@@ -51,8 +51,13 @@ def together(tasks: Sequence[Task]) -> Task:
     """A system of several networks, one after the other; of what was seen of them, all that there is."""
     if len(tasks) == 1:
         return tasks[0]
-    layouts = sorted({layout for task in tasks for layout in task.seen["memory_format"].split(", ")} - {"any"})
-    seen = {"memory_format": ", ".join(layouts) or "any", "one_condition": all(task.seen["one_condition"] for task in tasks)}
+    layouts = sorted(
+        {layout for task in tasks for layout in task.seen["memory_format"].split(", ")} - {"any"}
+    )
+    seen = {
+        "memory_format": ", ".join(layouts) or "any",
+        "one_condition": all(task.seen["one_condition"] for task in tasks),
+    }
     return Task(lambda: [task() for task in tasks], seen)
 
 
@@ -93,7 +98,12 @@ def _takes_one_condition(model: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> b
     return True
 
 
-def sampling(network: Cost, spec: Timing, device: torch.device, inputs: tuple[Tensor, Tensor, Tensor] | None = None) -> Task:
+def sampling(
+    network: Cost,
+    spec: Timing,
+    device: torch.device,
+    inputs: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Task:
     """Guided by the null label; without one the second half of the batch has a real one's, which costs the same. Run, it returns the images.
 
     `inputs`: x, t and y instead of the usual, of which an upsampler's low-resolution images and the labels are taken.
@@ -102,19 +112,36 @@ def sampling(network: Cost, spec: Timing, device: torch.device, inputs: tuple[Te
     if spec.graphs:
         require_gpu(device)
     data, diffusion = data_of(network), diffusion_of(network, model)
-    steps, launch = process(diffusion).respaced(spec.num_steps).to(device), Kept() if spec.graphs else directly
+    steps, launch = (
+        process(diffusion).respaced(spec.num_steps).to(device),
+        Kept() if spec.graphs else directly,
+    )
     accelerate(model, spec.compile)
-    low = None if diffusion.low_res is None else F.interpolate(x[:, : data.channels], diffusion.low_res, mode="area")
+    low = (
+        None
+        if diffusion.low_res is None
+        else F.interpolate(x[:, : data.channels], diffusion.low_res, mode="area")
+    )
     called = model if low is None else conditioned(model, torch.cat([low, low]))
-    guided = Guided(called, SCALE, network.num_classes if has_null_label(network) else 0, channels=None)
+    guided = Guided(
+        called, SCALE, network.num_classes if has_null_label(network) else 0, channels=None
+    )
 
     @torch.inference_mode()
     def sample() -> Tensor:
-        for images in ancestral(steps, guided, y, ImageNoise(range(len(x)), (data.channels, data.size, data.size), device), launch=launch):
+        for images in ancestral(
+            steps,
+            guided,
+            y,
+            ImageNoise(range(len(x)), (data.channels, data.size, data.size), device),
+            launch=launch,
+        ):
             pass
         return images
 
-    return Task(sample, {"memory_format": layout_of(x, *model.parameters()), "one_condition": False})
+    return Task(
+        sample, {"memory_format": layout_of(x, *model.parameters()), "one_condition": False}
+    )
 
 
 def _training(network: Cost, spec: Timing, device: torch.device) -> Task:
@@ -122,13 +149,27 @@ def _training(network: Cost, spec: Timing, device: torch.device) -> Task:
     trainer, draw = trainer_of(network, spec, device), np.random.default_rng(0)
     data = trainer.spec.data
     shape = (4 * spec.batch, data.channels, data.size, data.size)
-    stepping = trainer.steps(ImageSet(draw.standard_normal(shape, dtype=np.float32), draw.integers(data.num_classes, size=shape[0]), data))
-    return Task(lambda: next(stepping), {"memory_format": layout_of(*trainer.model.parameters()), "one_condition": False})
+    stepping = trainer.steps(
+        ImageSet(
+            draw.standard_normal(shape, dtype=np.float32),
+            draw.integers(data.num_classes, size=shape[0]),
+            data,
+        )
+    )
+    return Task(
+        lambda: next(stepping),
+        {"memory_format": layout_of(*trainer.model.parameters()), "one_condition": False},
+    )
 
 
 def trainer_of(network: Cost, spec: Timing, device: torch.device) -> Trainer:
     """By the common recipe, whose steps cost what any other's do, without label dropout where there is no null label to drop to."""
-    recipe = Recipe(steps=10**9, batch=spec.batch, precision=spec.precision, label_dropout=0.1 if has_null_label(network) else 0.0)
+    recipe = Recipe(
+        steps=10**9,
+        batch=spec.batch,
+        precision=spec.precision,
+        label_dropout=0.1 if has_null_label(network) else 0.0,
+    )
     model = drawn(sized(network), device).to(memory_format=_layout(spec))
     declared = Train(sized(network), data_of(network), recipe, diffusion_of(network, model))
     trainer = Trainer(declared, device, compiled=spec.compile, graphs=spec.graphs, model=model)
@@ -138,14 +179,21 @@ def trainer_of(network: Cost, spec: Timing, device: torch.device) -> Trainer:
 
 def data_of(network: Cost) -> Data:
     """The images that a network is trained on and makes; of an upsampler those of half its input's channels."""
-    return Data("random", network.size, network.channels // 2 if upsamples(network) else network.channels, network.num_classes)
+    return Data(
+        "random",
+        network.size,
+        network.channels // 2 if upsamples(network) else network.channels,
+        network.num_classes,
+    )
 
 
 def diffusion_of(network: Cost, model: nn.Module) -> Diffusion:
     """DiT's steps, with the variance learned where the network predicts one."""
     data = data_of(network)
     low_res = max(1, data.size // UPSAMPLED) if upsamples(network) else None
-    return Diffusion(variance="learned" if model.out_channels == 2 * data.channels else "fixed", low_res=low_res)
+    return Diffusion(
+        variance="learned" if model.out_channels == 2 * data.channels else "fixed", low_res=low_res
+    )
 
 
 def upsamples(network: Cost) -> bool:
@@ -157,19 +205,27 @@ def has_null_label(network: Cost) -> bool:
 
 
 def _option(network: Cost, name: str, default: bool) -> bool:
-    return (backbones.options_of(network.backbone.name) | network.backbone.options).get(name, default)
+    return (backbones.options_of(network.backbone.name) | network.backbone.options).get(
+        name, default
+    )
 
 
 def sized(network: Cost) -> Backbone:
-    return network.backbone.but(input_size=network.size, in_channels=network.channels, num_classes=network.num_classes)
+    return network.backbone.but(
+        input_size=network.size, in_channels=network.channels, num_classes=network.num_classes
+    )
 
 
 def fill(model: nn.Module) -> None:
     """Random weights where an initialisation left zeros: zero heads would make any kernel look right."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not parameter.any():
-            std = 0.02 if parameter.ndim > 1 else 0.5  # biases open the gates, so that a branch's error reaches the output
-            torch.nn.init.normal_(parameter, std=std, generator=generator_at("timing", name, device=parameter.device))
+            std = (
+                0.02 if parameter.ndim > 1 else 0.5
+            )  # biases open the gates, so that a branch's error reaches the output
+            torch.nn.init.normal_(
+                parameter, std=std, generator=generator_at("timing", name, device=parameter.device)
+            )
 
 
 def drawn(spec: Backbone, device: torch.device) -> nn.Module:
@@ -205,5 +261,8 @@ def _layout(spec: Timing) -> torch.memory_format:
 def layout_of(*tensors: Tensor) -> str:
     """The layouts of the four-dimensional ones that lie in one alone, as those of several channels and pixels do; 'any' where there are none."""
     images = [tensor for tensor in tensors if tensor.ndim == 4]
-    held = [[name for name, layout in LAYOUTS.items() if image.is_contiguous(memory_format=layout)] for image in images]
+    held = [
+        [name for name, layout in LAYOUTS.items() if image.is_contiguous(memory_format=layout)]
+        for image in images
+    ]
     return ", ".join(sorted({name for names in held if len(names) == 1 for name in names})) or "any"

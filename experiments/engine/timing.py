@@ -20,12 +20,24 @@ from experiments.engine.operators import Operators
 from experiments.engine.precision import flags, precision
 from experiments.engine.randomness import generator_at
 from experiments.engine.spec import Cost, Timing
-from experiments.engine.timed_tasks import Task, inputs_of, network_of, sampling, task, together, trainer_of
+from experiments.engine.timed_tasks import (
+    Task,
+    inputs_of,
+    network_of,
+    sampling,
+    task,
+    together,
+    trainer_of,
+)
 
 PAIRS, FEWEST = 7, 3
 WARM_UP, STABLE = 10, 0.05  # runs at most, until two in a row take the same time to this part
-PATIENCE = 10.0             # seconds; on a busy machine the pairs stop here once there are FEWEST
-LIMITS = {"bf16": 2e-2, "tf32": 5e-3, "as_published": 5e-3}  # relative RMS error of an output against the reference kernels'
+PATIENCE = 10.0  # seconds; on a busy machine the pairs stop here once there are FEWEST
+LIMITS = {
+    "bf16": 2e-2,
+    "tf32": 5e-3,
+    "as_published": 5e-3,
+}  # relative RMS error of an output against the reference kernels'
 
 
 def run(spec: Timing) -> dict[str, Any]:
@@ -38,7 +50,11 @@ def run(spec: Timing) -> dict[str, Any]:
     device = torch.device(spec.device)
     forget(device)
     own = Cost(spec.backbone, spec.size, spec.channels, spec.num_classes)
-    other = Cost(spec.baseline or spec.backbone, *(spec.baseline_input or (spec.size, spec.channels)), spec.num_classes)
+    other = Cost(
+        spec.baseline or spec.backbone,
+        *(spec.baseline_input or (spec.size, spec.channels)),
+        spec.num_classes,
+    )
     systems = [(own, *spec.parts)] + [(other,)] * ((other,) != (own, *spec.parts))
     with precision(spec.precision, device), kernels.use(**spec.kernels):
         for network in {str(each): each for system in systems for each in system}.values():
@@ -52,15 +68,26 @@ def run(spec: Timing) -> dict[str, Any]:
             _forget_peak(device)
             tasks.append(together([task(network, spec, device) for network in system]))
             warmed.append(_warm(tasks[-1], device, spec.graphs))
-        in_force = _read_back(device) | tasks[0].seen | {"compiled": _compiled() > compiled, "graphs": Captured.replayed > replayed}
+        in_force = (
+            _read_back(device)
+            | tasks[0].seen
+            | {"compiled": _compiled() > compiled, "graphs": Captured.replayed > replayed}
+        )
         moved = None if spec.compile or spec.graphs else _moved(tasks[0], device)
         repeats = max(each[0] for each in warmed)
         pairs, used, started = [], [], time.perf_counter()
-        while len(pairs) < FEWEST or (len(pairs) < PAIRS and time.perf_counter() - started < PATIENCE):
+        while len(pairs) < FEWEST or (
+            len(pairs) < PAIRS and time.perf_counter() - started < PATIENCE
+        ):
             before = joules(device)
             pairs.append([seconds(tasks[0], device, repeats, spec.precision != "as_published")])
-            used.append(None if before is None else (joules(device) - before) / (repeats * spec.batch))
-            pairs[-1] += [seconds(each, device, repeats, spec.precision != "as_published") for each in tasks[1:]]
+            used.append(
+                None if before is None else (joules(device) - before) / (repeats * spec.batch)
+            )
+            pairs[-1] += [
+                seconds(each, device, repeats, spec.precision != "as_published")
+                for each in tasks[1:]
+            ]
     rates = [spec.batch / pair[0] for pair in pairs]
     ratios = [pair[-1] / pair[0] for pair in pairs]
     return {
@@ -68,7 +95,9 @@ def run(spec: Timing) -> dict[str, Any]:
         "images_per_s_spread": half_quartiles(rates),
         "relative": statistics.median(ratios),
         "relative_spread": half_quartiles(ratios) if len(systems) > 1 else 0.0,
-        "baseline_images_per_s": statistics.median(spec.batch / pair[-1] for pair in pairs) if spec.baseline else None,
+        "baseline_images_per_s": statistics.median(spec.batch / pair[-1] for pair in pairs)
+        if spec.baseline
+        else None,
         "baseline_one_condition": tasks[-1].seen["one_condition"] if spec.baseline else None,
         "runs": len(pairs),
         "repeats": repeats,
@@ -88,41 +117,80 @@ def check(network: Cost, spec: Timing, device: torch.device) -> None:
     of two steps.
     """
     training, fast = spec.what == "training", spec.compile or spec.graphs
-    whole = _passed if training and fast else _looped if spec.what == "sampling" and spec.graphs else None
+    whole = (
+        _passed
+        if training and fast
+        else _looped
+        if spec.what == "sampling" and spec.graphs
+        else None
+    )
     model, inputs = network_of(network, spec, device), inputs_of(network, spec, device)
     sample = [part[:1] for part in inputs]
     with kernels.use(**kernels.references()):
-        expected = whole(network, replace(spec, batch=1, compile=False, graphs=False), device, sample) if whole else _results(model, sample, training)
+        expected = (
+            whole(network, replace(spec, batch=1, compile=False, graphs=False), device, sample)
+            if whole
+            else _results(model, sample, training)
+        )
     if whole:
         timed = whole(network, spec, device, sample)
     elif not fast:
         timed = _results(model, sample, training)
     else:
-        given = [torch.cat([part] * (2 if spec.what == "sampling" else 1)) for part in inputs]  # guidance doubles a batch
+        given = [
+            torch.cat([part] * (2 if spec.what == "sampling" else 1)) for part in inputs
+        ]  # guidance doubles a batch
         timed = [_results(accelerate(model, spec.compile, spec.graphs), given, False)[0][:1]]
-    for what, out, truth, limit in zip(("loss" if training and fast else "output", "gradient"), timed, expected, (1 if whole is not _looped else 2, 2), strict=False):
-        error = ((out - truth).float().square().mean().sqrt() / truth.float().square().mean().sqrt().clamp_min(1e-12)).item()
+    for what, out, truth, limit in zip(
+        ("loss" if training and fast else "output", "gradient"),
+        timed,
+        expected,
+        (1 if whole is not _looped else 2, 2),
+        strict=False,
+    ):
+        error = (
+            (out - truth).float().square().mean().sqrt()
+            / truth.float().square().mean().sqrt().clamp_min(1e-12)
+        ).item()
         limit *= LIMITS.get(spec.precision, 1e-4)
         if not error <= limit:
             how = ", compiled" * spec.compile + ", by CUDA graphs" * spec.graphs
-            raise ValueError(f"{network.backbone.name} with kernels {spec.kernels or 'auto'}{how}: its {what} differs from its reference by {error:.1e} (limit {limit:.0e}); it is not timed")
+            raise ValueError(
+                f"{network.backbone.name} with kernels {spec.kernels or 'auto'}{how}: its {what} differs from its reference by {error:.1e} (limit {limit:.0e}); it is not timed"
+            )
 
 
-def _passed(network: Cost, spec: Timing, device: torch.device, sample: list[Tensor]) -> list[Tensor]:
+def _passed(
+    network: Cost, spec: Timing, device: torch.device, sample: list[Tensor]
+) -> list[Tensor]:
     """Loss and gradients that the trainer's passes leave of a batch of one `sample` (x, t, y) over and over: those of the sample."""
     forget(device)
     trainer = trainer_of(network, spec, device)
     x, t, y = sample
-    x = x[:, : trainer.spec.data.channels]  # an upsampler is given images, and makes its own input of them
+    x = x[
+        :, : trainer.spec.data.channels
+    ]  # an upsampler is given images, and makes its own input of them
     eps = torch.randn(x.shape, generator=generator_at("check", device=device), device=device)
     x0, t, y, eps = (torch.cat([part] * spec.batch) for part in (x, t, y, eps))
     loss = trainer.passes(x0, y, t, eps).clone()
-    return [loss, torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])]
+    return [
+        loss,
+        torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]),
+    ]
 
 
-def _looped(network: Cost, spec: Timing, device: torch.device, sample: list[Tensor]) -> list[Tensor]:
+def _looped(
+    network: Cost, spec: Timing, device: torch.device, sample: list[Tensor]
+) -> list[Tensor]:
     """The first image of a loop of sampling, whose batch is one `sample` (x, t, y) over and over; the first one's noise does not depend on the batch."""
-    return [sampling(network, replace(spec, num_steps=2), device, tuple(torch.cat([part] * spec.batch) for part in sample)).run()[:1]]
+    return [
+        sampling(
+            network,
+            replace(spec, num_steps=2),
+            device,
+            tuple(torch.cat([part] * spec.batch) for part in sample),
+        ).run()[:1]
+    ]
 
 
 def _results(model: nn.Module, inputs: tuple[Tensor, ...], backward: bool) -> list[Tensor]:
@@ -132,10 +200,15 @@ def _results(model: nn.Module, inputs: tuple[Tensor, ...], backward: bool) -> li
             return [model(*inputs)]
     model.zero_grad()
     out = model(*inputs)
-    noise = torch.randn(out.shape, generator=generator_at("check", device=out.device), device=out.device)
+    noise = torch.randn(
+        out.shape, generator=generator_at("check", device=out.device), device=out.device
+    )
     with torch.autocast(out.device.type, enabled=False):
         (out.float() * noise).sum().backward()
-    found = [out.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])]
+    found = [
+        out.detach(),
+        torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]),
+    ]
     model.zero_grad()
     return found
 
@@ -204,5 +277,9 @@ def _compiled() -> int:
 
 
 def _read_back(device: torch.device) -> dict[str, Any]:
-    autocast = str(torch.get_autocast_dtype(device.type)).removeprefix("torch.") if torch.is_autocast_enabled(device.type) else None
+    autocast = (
+        str(torch.get_autocast_dtype(device.type)).removeprefix("torch.")
+        if torch.is_autocast_enabled(device.type)
+        else None
+    )
     return flags() | {"autocast": autocast, "cudnn_benchmark": torch.backends.cudnn.benchmark}

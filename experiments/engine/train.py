@@ -70,9 +70,13 @@ def lr_at(recipe: Recipe, step: int) -> float:
     if step < recipe.warmup:
         return recipe.lr * (step + 1) / recipe.warmup
     if recipe.decay == "cosine":
-        return recipe.lr_min + (recipe.lr - recipe.lr_min) * 0.5 * (1 + math.cos(math.pi * (step - recipe.warmup) / (recipe.steps - recipe.warmup)))
+        return recipe.lr_min + (recipe.lr - recipe.lr_min) * 0.5 * (
+            1 + math.cos(math.pi * (step - recipe.warmup) / (recipe.steps - recipe.warmup))
+        )
     if recipe.decay == "linear":
-        return recipe.lr_min + (recipe.lr - recipe.lr_min) * (recipe.steps - step) / (recipe.steps - recipe.warmup)
+        return recipe.lr_min + (recipe.lr - recipe.lr_min) * (recipe.steps - step) / (
+            recipe.steps - recipe.warmup
+        )
     if recipe.decay != "constant":
         raise ValueError(f"unknown decay {recipe.decay!r}; known: constant, linear, cosine")
     return recipe.lr
@@ -81,8 +85,17 @@ def lr_at(recipe: Recipe, step: int) -> float:
 class Trainer:
     """Model, EMA and optimiser of a run, and the step it has reached; each process of a group has its own, all alike; `model`: as `build` makes it, where at hand."""
 
-    def __init__(self, spec: Train, device: torch.device, micro_batch: int | None = None, group: Group = ALONE, shard_optimizer: bool = False,
-                 compiled: bool = False, graphs: bool = False, model: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        spec: Train,
+        device: torch.device,
+        micro_batch: int | None = None,
+        group: Group = ALONE,
+        shard_optimizer: bool = False,
+        compiled: bool = False,
+        graphs: bool = False,
+        model: nn.Module | None = None,
+    ) -> None:
         self.spec, self.device, self.group = spec, device, group
         self.mine = group.part(spec.recipe.batch)
         self.micro_batch = micro_batch or spec.recipe.batch
@@ -91,14 +104,27 @@ class Trainer:
         recipe = spec.recipe
         self.forward: nn.Module = self.model
         if group.world_size > 1:
-            self.forward = exchanging(self.model, static=not compiled and self.micro_batch >= self.mine.stop - self.mine.start)
+            self.forward = exchanging(
+                self.model,
+                static=not compiled and self.micro_batch >= self.mine.stop - self.mine.start,
+            )
         self.without_exchange = self.forward.no_sync if group.world_size > 1 else nullcontext
         if compiled:
             self.forward = torch.compile(self.forward)
         trainable = [p for p in self.model.parameters() if p.requires_grad]
-        options = dict(lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay, fused=True)
+        options = dict(
+            lr=recipe.lr,
+            betas=recipe.betas,
+            eps=recipe.eps,
+            weight_decay=recipe.weight_decay,
+            fused=True,
+        )
         self.sharded = shard_optimizer and group.world_size > 1
-        self.optimizer = ZeroRedundancyOptimizer(trainable, torch.optim.AdamW, **options) if self.sharded else torch.optim.AdamW(trainable, **options)
+        self.optimizer = (
+            ZeroRedundancyOptimizer(trainable, torch.optim.AdamW, **options)
+            if self.sharded
+            else torch.optim.AdamW(trainable, **options)
+        )
         self.diffusion = process(spec.diffusion).to(device)
         self.passes: Callable[..., Tensor] = self._passes
         if graphs:
@@ -113,7 +139,11 @@ class Trainer:
             self.optimizer.consolidate_state_dict(to=0)
         if not self.group.first:
             return {}
-        return {"model": self.model.state_dict(), "ema": self.ema.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
 
     def restore(self, step: int, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
@@ -131,7 +161,14 @@ class Trainer:
     def steps(self, images: ImageSet) -> Iterator[Tensor]:
         """Train from the step reached to the last, yielding each step's loss (0-d, on the device): this rank's share of the sum."""
         recipe = self.spec.recipe
-        for x0, y in batches(images, recipe.batch, self.spec.seed, range(self.step, recipe.steps), self.device, self.mine):
+        for x0, y in batches(
+            images,
+            recipe.batch,
+            self.spec.seed,
+            range(self.step, recipe.steps),
+            self.device,
+            self.mine,
+        ):
             loss = self._update(x0, y, images.flip)
             self.step += 1
             yield loss
@@ -144,7 +181,11 @@ class Trainer:
         eps = torch.randn((n, *x0.shape[1:]), generator=noise, device=self.device)[mine]
         dropped = torch.rand(n, generator=noise, device=self.device)[mine] < recipe.label_dropout
         flipped = torch.rand(n, generator=noise, device=self.device)[mine] < 0.5
-        kept = [increment_weights(self.model, recipe.drop_path, n, noise)[mine]] if recipe.drop_path else []
+        kept = (
+            [increment_weights(self.model, recipe.drop_path, n, noise)[mine]]
+            if recipe.drop_path
+            else []
+        )
         y = torch.where(dropped, self.spec.data.num_classes, y)
         if flip:
             x0 = torch.where(flipped[:, None, None, None], x0.flip(-1), x0)
@@ -169,9 +210,16 @@ class Trainer:
             exchange = nullcontext() if at.stop >= len(x0) else self.without_exchange()
             with exchange, precision(self.spec.recipe.precision, self.device):
                 forward = partial(self.forward, kept=kept[0][at]) if kept else self.forward
-                loss = self.diffusion.losses(forward, x0[at], y[at], t[at], eps[at])["loss"].sum() / self.spec.recipe.batch
-                with torch.autocast(self.device.type, enabled=False):  # each op's backward runs in its forward's type
-                    (loss * self.group.world_size).backward()          # the exchange takes the mean over ranks, and this is a sum
+                loss = (
+                    self.diffusion.losses(forward, x0[at], y[at], t[at], eps[at])["loss"].sum()
+                    / self.spec.recipe.batch
+                )
+                with torch.autocast(
+                    self.device.type, enabled=False
+                ):  # each op's backward runs in its forward's type
+                    (
+                        loss * self.group.world_size
+                    ).backward()  # the exchange takes the mean over ranks, and this is a sum
             total += loss.detach()
         return total
 
@@ -185,7 +233,12 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 def run(
-    spec: Train, folder: Path, resources: Resources, report: Callable[[int, int, float, float], None], group: Group = ALONE, beat: Heartbeat | None = None
+    spec: Train,
+    folder: Path,
+    resources: Resources,
+    report: Callable[[int, int, float, float], None],
+    group: Group = ALONE,
+    beat: Heartbeat | None = None,
 ) -> dict[str, Any]:
     """Train, or go on training, in `folder`; `report(step, steps, loss, images per second)` hears of the progress.
 
@@ -195,20 +248,38 @@ def run(
     """
     recipe = spec.recipe
     require_boards()
-    trainer = Trainer(spec, torch.device(resources.device), resources.micro_batch, group, resources.shard_optimizer, resources.compile, resources.graphs)
+    trainer = Trainer(
+        spec,
+        torch.device(resources.device),
+        resources.micro_batch,
+        group,
+        resources.shard_optimizer,
+        resources.compile,
+        resources.graphs,
+    )
     losses: list[Tensor] = []  # since the last line of the log
-    if found := group.share(checkpoint.newest_intact(folder / "checkpoints") if group.first else None):
+    if found := group.share(
+        checkpoint.newest_intact(folder / "checkpoints") if group.first else None
+    ):
         step, state = checkpoint.load(found)
         trainer.restore(step, state)
-        losses += [loss if group.first else torch.zeros_like(loss) for loss in state.get("losses", torch.empty(0)).to(trainer.device)]
+        losses += [
+            loss if group.first else torch.zeros_like(loss)
+            for loss in state.get("losses", torch.empty(0)).to(trainer.device)
+        ]
     elif spec.init_from:
-        trainer.begin(load_ema(spec.init_from, folder.parent / spec_id(spec.init_from), trainer.device))
+        trainer.begin(
+            load_ema(spec.init_from, folder.parent / spec_id(spec.init_from), trainer.device)
+        )
     first, started, saved = trainer.step, time.perf_counter(), [trainer.step]
     if beat:
         attempts.begin(beat, first)
         beat.tell(state="training", step=first, steps=recipe.steps)
     images, stop = load(spec.data), Agreement(group)
-    with Log(folder, first, bands.bands_of(spec)) if group.first else nullcontext() as log, checkpoint.Writer(folder / "checkpoints", resources.keep, resources.milestones) as writer:
+    with (
+        Log(folder, first, bands.bands_of(spec)) if group.first else nullcontext() as log,
+        checkpoint.Writer(folder / "checkpoints", resources.keep, resources.milestones) as writer,
+    ):
         means = list(group.share(log.losses if group.first else None))  # the log appends to its own
         for loss in trainer.steps(images):
             losses.append(loss)
@@ -221,18 +292,30 @@ def run(
             saves = done % resources.checkpoint_every == 0 or last or bool(how)
             if logs or saves:
                 latest = group.sum(torch.stack(losses))
-                usual = means if len(latest) >= LOG_EVERY else ()  # a few losses can be high by chance
+                usual = (
+                    means if len(latest) >= LOG_EVERY else ()
+                )  # a few losses can be high by chance
                 _check(latest.tolist(), usual, trainer, len(images), saved)
             if saves and not _finite(trainer.model):
-                raise _diverged("the update made weights that are not finite", done, trainer, len(images), saved)
+                raise _diverged(
+                    "the update made weights that are not finite", done, trainer, len(images), saved
+                )
             if logs:
-                mean, rate = latest.mean().item(), (done - first) * recipe.batch / (time.perf_counter() - started)
+                mean, rate = (
+                    latest.mean().item(),
+                    (done - first) * recipe.batch / (time.perf_counter() - started),
+                )
                 losses, latest = [], latest[:0]
                 means.append(mean)
                 if group.first:
                     if not writer.busy:
                         writer.wait()  # a full disk is known now, not at the next save
-                    log.write(step=done, loss=mean, lr=lr_at(recipe, done - 1), images_per_s=round(rate, 1))
+                    log.write(
+                        step=done,
+                        loss=mean,
+                        lr=lr_at(recipe, done - 1),
+                        images_per_s=round(rate, 1),
+                    )
                     report(done, recipe.steps, mean, rate)
                 if beat:
                     beat.tell(loss=mean, images_per_s=round(rate, 1))
@@ -257,17 +340,24 @@ def run(
         "steps": trainer.step,
         "curve": curve(means, LOG_EVERY),
         "resumed_at": first,
-        "checkpoint_stall_s": round(writer.stalled, 3),  # of this attempt: copies, and the wait for the last to be on disk
+        "checkpoint_stall_s": round(
+            writer.stalled, 3
+        ),  # of this attempt: copies, and the wait for the last to be on disk
         "images_per_s": (trainer.step - first) * recipe.batch / (time.perf_counter() - started),
         "weights_sha256": weights,
-        **images.identity, **(log.warnings() if log else {}),
+        **images.identity,
+        **(log.warnings() if log else {}),
     }
 
 
-def _check(losses: list[float], means: Sequence[float], trainer: Trainer, size: int, saved: Sequence[int]) -> None:
+def _check(
+    losses: list[float], means: Sequence[float], trainer: Trainer, size: int, saved: Sequence[int]
+) -> None:
     """Raise Diverged if the latest losses, which end at the trainer's step, are bad."""
     if bad := trouble(losses, means):
-        raise _diverged(f"the loss {bad[1]}", trainer.step - len(losses) + 1 + bad[0], trainer, size, saved)
+        raise _diverged(
+            f"the loss {bad[1]}", trainer.step - len(losses) + 1 + bad[0], trainer, size, saved
+        )
 
 
 def _finite(model: nn.Module) -> bool:
@@ -278,15 +368,26 @@ def _finite(model: nn.Module) -> bool:
 def _diverged(what: str, step: int, trainer: Trainer, size: int, saved: Sequence[int]) -> Diverged:
     recipe = trainer.spec.recipe
     batch = batch_indices(size, recipe.batch, trainer.spec.seed, step - 1).tolist()
-    advice = f"lower the learning rate ({recipe.lr}) or lengthen the warm-up ({recipe.warmup} steps)"
-    return Diverged(f"{what} at step {step}; {advice}", {"stopped_at": step, "batch": batch, "last_checkpoint": max((at for at in saved if at < step), default=saved[0])})
+    advice = (
+        f"lower the learning rate ({recipe.lr}) or lengthen the warm-up ({recipe.warmup} steps)"
+    )
+    return Diverged(
+        f"{what} at step {step}; {advice}",
+        {
+            "stopped_at": step,
+            "batch": batch,
+            "last_checkpoint": max((at for at in saved if at < step), default=saved[0]),
+        },
+    )
 
 
 def load_ema(spec: Train, folder: Path, device: torch.device) -> nn.Module:
     """The finished run's EMA network in eval mode; ValueError if the run has not finished."""
     found = checkpoint.load_newest(folder / "checkpoints", device)
     if found is None or found[0] < spec.recipe.steps:
-        raise ValueError(f"run {folder.name} has no finished checkpoint; if it was removed, remove records/train/{folder.name}-*.json too and train again")
+        raise ValueError(
+            f"run {folder.name} has no finished checkpoint; if it was removed, remove records/train/{folder.name}-*.json too and train again"
+        )
     model = build(spec.backbone, spec.seed, device)
     model.load_state_dict(found[1]["ema"])
     return model.eval()
