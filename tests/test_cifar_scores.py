@@ -80,7 +80,7 @@ def test_the_classifier_learns_is_cached_by_its_data_and_tested_on_other_images(
 
 
 def test_scores_are_of_quantised_images_against_the_test_images(folder: Path):
-    train.run(SPEC.train, folder / "run", Resources(), lambda *progress: None)
+    train.run_training(SPEC.train, folder / "run", Resources(), lambda *progress: None)
     values = evaluate.run(SPEC, folder / "run", folder / "cache", Resources(sample_batch=3))
     assert {name for name in values if "fid" in name} == set() and {
         *SCORES,

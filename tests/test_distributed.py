@@ -358,7 +358,7 @@ def test_a_killed_rank_ends_the_group_and_costs_the_steps_since_the_checkpoint(
         values["resumed_at"] == 10
         and values["weights_sha256"] == outcome(pair).values["weights_sha256"]
     )
-    assert [attempt["start"] for attempt in values["attempts"]] == [0, 10, 10] and attempts.read(
+    assert [attempt["start"] for attempt in values["attempts"]] == [0, 10, 10] and attempts.read_attempts(
         tmp_path / "runs" / spec_id(TRAIN)
     ) == values["attempts"]
 

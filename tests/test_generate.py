@@ -125,7 +125,7 @@ def test_scores_are_finite_shares_are_shares_and_every_one_has_its_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(features, "DIGITS", replace(features.DIGITS, steps=40))
-    train.run(SPEC.train, tmp_path / "run", Resources(), lambda *progress: None)
+    train.run_training(SPEC.train, tmp_path / "run", Resources(), lambda *progress: None)
     values = evaluate.run(SPEC, tmp_path / "run", tmp_path / "cache", Resources(sample_batch=100))
     scores = ("fd_digits", "is_digits", "precision_digits", "recall_digits", "agreement")
     found, data = values.pop("manifest"), load(DIGITS.data)

@@ -193,9 +193,9 @@ def test_attempts_are_listed_and_a_killed_one_is_closed_from_its_heartbeat(
         )
     )
     with claimed(tmp_path, world_size=2) as beat:
-        attempts.begin(beat, 5)
-        attempts.end(tmp_path, 9, "done")
-    first, second = attempts.read(tmp_path)
+        attempts.begin_attempt(beat, 5)
+        attempts.end_attempt(tmp_path, 9, "done")
+    first, second = attempts.read_attempts(tmp_path)
     assert (first["start"], first["end"], first["reason"]) == (0, 7, "killed")
     assert {
         "start": 5,
@@ -217,8 +217,8 @@ def test_a_killed_attempt_came_at_least_as_far_as_the_checkpoint_that_it_left(
         )
     )
     with claimed(tmp_path) as beat:
-        attempts.begin(beat, 10)  # saved after the last heartbeat, which said 7
-    first, second = attempts.read(tmp_path)
+        attempts.begin_attempt(beat, 10)  # saved after the last heartbeat, which said 7
+    first, second = attempts.read_attempts(tmp_path)
     assert (first["end"], second["start"]) == (10, 10)
 
 
@@ -227,7 +227,7 @@ def test_restarts_without_progress_come_to_an_end(
 ):
     def attempt(step: int) -> None:
         with claimed(tmp_path) as beat:
-            attempts.begin(beat, step)
+            attempts.begin_attempt(beat, step)
 
     for step in (0, 0, 0, 0, 5, 5, 5, 5, 5):
         attempt(step)

@@ -85,7 +85,7 @@ def test_a_training_that_goes_wrong_says_where_and_keeps_its_last_good_checkpoin
     )
     assert record.values["batch"] == batch_indices(len(load(SPEC.data)), 8, 0, bad - 1).tolist()
     assert (
-        record.values["attempts"] == attempts.read(store.run_dir(SPEC))
+        record.values["attempts"] == attempts.read_attempts(store.run_dir(SPEC))
         and record.values["attempts"][-1]["reason"] == record.error
     )
     assert checkpoint.load_newest(store.run_dir(SPEC) / "checkpoints")[0] == 32
@@ -104,7 +104,7 @@ def test_a_bad_loss_between_two_lines_of_the_log_is_not_saved(
         lambda self, *batch: update(self, *batch) * (math.nan if self.step >= 10 else 1),
     )
     with pytest.raises(ValueError, match="^the loss is nan at step 11;"):
-        train.run(SPEC, tmp_path, Resources(checkpoint_every=8), lambda *progress: None)
+        train.run_training(SPEC, tmp_path, Resources(checkpoint_every=8), lambda *progress: None)
     assert [path.name[:13] for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000008"]
 
 
@@ -121,7 +121,7 @@ def test_a_save_that_failed_ends_the_run_at_the_next_line_of_the_log(
     )  # every save is over at once
     steps: list[int] = []
     with pytest.raises(OSError, match="No space left"):
-        train.run(
+        train.run_training(
             SPEC,
             tmp_path,
             Resources(checkpoint_every=10),
@@ -146,7 +146,7 @@ def test_weights_that_are_not_finite_are_not_saved(
     with pytest.raises(
         train.Diverged, match=f"^the update made weights that are not finite at step {last}; lower"
     ) as caught:
-        train.run(SPEC, tmp_path, Resources(checkpoint_every=8, keep=9), lambda *progress: None)
+        train.run_training(SPEC, tmp_path, Resources(checkpoint_every=8, keep=9), lambda *progress: None)
     assert (
         caught.value.values["last_checkpoint"] == last - 8
         and max(checkpoint._step(path) for path in (tmp_path / "checkpoints").iterdir()) == last - 8
@@ -225,7 +225,7 @@ def test_a_board_that_is_not_installed_is_one_line_before_any_work(
         ValueError,
         match=f"^.{WANDB} asks for Weights & Biases, which is not installed: pip install wandb, or unset {WANDB}$",
     ):
-        train.run(SPEC, tmp_path / "run", Resources(), lambda *progress: None)
+        train.run_training(SPEC, tmp_path / "run", Resources(), lambda *progress: None)
     assert not (tmp_path / "run").exists()
     monkeypatch.delenv(WANDB)
     require_boards()

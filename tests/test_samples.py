@@ -302,7 +302,7 @@ def test_the_inception_stage_runs_from_weights_to_record(
         "inception",
         "balanced",
     )
-    train.run(spec.train, tmp_path / "runs" / "a", Resources(), lambda *progress: None)
+    train.run_training(spec.train, tmp_path / "runs" / "a", Resources(), lambda *progress: None)
     with pytest.raises(ValueError, match="not that of the published Inception"):
         evaluate.run(spec, tmp_path / "runs" / "a", tmp_path, Resources())
     monkeypatch.setattr(inception, "SHA256", "")

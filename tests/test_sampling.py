@@ -77,7 +77,7 @@ def test_unknown_sampler_lists_the_known():
 
 def test_the_classifier_is_cached_by_content_and_scores_are_named_for_what_they_are(tmp_path: Path):
     spec, cache = tiny(), tmp_path / "classifiers"
-    train.run(spec.train, tmp_path / "run", Resources(), lambda *progress: None)
+    train.run_training(spec.train, tmp_path / "run", Resources(), lambda *progress: None)
     first = evaluate.run(spec, tmp_path / "run", cache, Resources())
     (file,) = cache.glob("*.safetensors")
     written = file.stat().st_mtime_ns

@@ -103,7 +103,7 @@ def test_two_processes_extract_their_shares_and_score_as_one(
     np.save(folder / "images.npy", DRAW.uniform(-1, 1, (20, 3, 8, 8)).astype(np.float32))
     np.save(folder / "labels.npy", np.arange(20) % 10)
     monkeypatch.setattr(sources, "ROOT", tmp_path / "data")
-    train.run(TRAIN, tmp_path / "runs-1" / "a", Resources(), lambda *progress: None)
+    train.run_training(TRAIN, tmp_path / "runs-1" / "a", Resources(), lambda *progress: None)
     shutil.copytree(tmp_path / "runs-1", tmp_path / "runs-2")
     assert scored(2, tmp_path) == scored(1, tmp_path)
     asked = [int((tmp_path / f"asked-{name}").read_text()) for name in ("1-0", "2-0", "2-1")]

@@ -280,7 +280,7 @@ def test_the_authors_mode_is_pytorchs_default_and_conditions_on_one_image(
 def test_ceilings_are_rates_of_this_device(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(ceilings.SIDES, "cpu", (64, 256))
     monkeypatch.setitem(ceilings.COPIED, "cpu", 2**20)
-    values = ceilings.run(Ceilings("cpu"))
+    values = ceilings.measure_ceilings(Ceilings("cpu"))
     assert (
         values["macs_per_s"] > 1e9 and values["bytes_per_s"] > 1e8 and values["cudnn_tf32"] is False
     )

@@ -30,7 +30,7 @@ from experiments.engine.diffusion import IDDPM
 from experiments.engine.monitor import curve
 from experiments.engine.precision import MODES, flags, precision
 from experiments.engine.spec import Backbone, Data, Diffusion, Recipe, Train
-from experiments.engine.train import Resources, Trainer, digest, load_ema, lr_at, run
+from experiments.engine.train import Resources, Trainer, digest, load_ema, lr_at, run_training
 
 TRACES = Path(__file__).parent / "data" / "loss_traces.json"
 CPU = torch.device("cpu")
@@ -351,7 +351,7 @@ def test_a_loss_that_is_no_number_ends_the_run_in_one_line(
     with pytest.raises(
         ValueError, match="^the loss is .* at step 1; lower the learning rate"
     ) as failure:
-        run(recipe(lr=lr), tmp_path, Resources(), quiet)
+        run_training(recipe(lr=lr), tmp_path, Resources(), quiet)
     assert "\n" not in str(failure.value)
     assert failure.value.values == {
         "stopped_at": 1,
@@ -446,7 +446,7 @@ def live(folder: Path, checkpoint_every: int, death: str, step: int) -> None:
         Trainer._update = dying_update
     if death == "save":
         files.os.replace = dying_replace
-    result = run(SPEC, folder, Resources(checkpoint_every=checkpoint_every), quiet)
+    result = run_training(SPEC, folder, Resources(checkpoint_every=checkpoint_every), quiet)
     (folder / "result.json").write_text(json.dumps(result))
 
 
@@ -480,7 +480,7 @@ def log(folder: Path) -> list[tuple[int, float, float]]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run(SPEC, tmp_path_factory.mktemp("whole"), Resources(checkpoint_every=3), quiet)
+    return run_training(SPEC, tmp_path_factory.mktemp("whole"), Resources(checkpoint_every=3), quiet)
 
 
 def _flip(path: Path) -> None:
@@ -505,12 +505,12 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ):
-    run(SPEC, tmp_path, Resources(checkpoint_every=3), quiet)
+    run_training(SPEC, tmp_path, Resources(checkpoint_every=3), quiet)
     kept = sorted((tmp_path / "checkpoints").iterdir(), reverse=True)
     assert [path.name[:13] for path in kept] == ["step-00000014", "step-00000012"]
     for path in kept[:num]:
         damage(path)
-    again = run(SPEC, tmp_path, Resources(checkpoint_every=3), quiet)
+    again = run_training(SPEC, tmp_path, Resources(checkpoint_every=3), quiet)
     assert (again["resumed_at"], again["weights_sha256"]) == (resumed_at, whole["weights_sha256"])
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == num and all(
@@ -539,9 +539,9 @@ def test_a_full_disk_is_said_to_be_full_and_leaves_no_checkpoint(
 
 
 def test_a_finished_run_is_not_run_again(whole: dict[str, Any], tmp_path: Path):
-    first = run(SPEC, tmp_path, Resources(), quiet)
+    first = run_training(SPEC, tmp_path, Resources(), quiet)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").iterdir()}
-    again = run(SPEC, tmp_path, Resources(), quiet)
+    again = run_training(SPEC, tmp_path, Resources(), quiet)
     assert (again["resumed_at"], again["weights_sha256"], again["loss"]) == (
         STEPS,
         whole["weights_sha256"],
@@ -563,7 +563,7 @@ def test_an_unfinished_run_is_not_sampled_from(tmp_path: Path):
 
 def test_checkpoint_cadence_and_cut_logs_change_nothing(whole: dict[str, Any], tmp_path: Path):
     seen_by: list[tuple[Any, ...]] = []
-    result = run(
+    result = run_training(
         SPEC,
         tmp_path,
         Resources(checkpoint_every=5, micro_batch=16),
@@ -574,7 +574,7 @@ def test_checkpoint_cadence_and_cut_logs_change_nothing(whole: dict[str, Any], t
     ] == [(STEPS, STEPS)]
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"step": 14, "lo')
-    assert run(SPEC, tmp_path, Resources(), quiet)["loss"] == result["loss"]
+    assert run_training(SPEC, tmp_path, Resources(), quiet)["loss"] == result["loss"]
     assert [step for step, _, _ in log(tmp_path)] == [STEPS]
 
 

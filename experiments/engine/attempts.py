@@ -11,15 +11,15 @@ from typing import Any
 from experiments.engine.files import written_whole
 from experiments.engine.heartbeat import Heartbeat
 
-LIMIT = 5  # attempts of one job that may start at the same step
+ATTEMPT_LIMIT = 5  # attempts of one job that may start at the same step
 
 
-def begin(beat: Heartbeat, step: int) -> None:
+def begin_attempt(beat: Heartbeat, step: int) -> None:
     """Note that an attempt starts at `step`; one that was killed is closed with what its heartbeat, or its checkpoint, said last.
 
     Raises ValueError in one line when too many attempts of this job made no step that was kept: restarting has no end else.
     """
-    attempts = read(beat.folder)
+    attempts = read_attempts(beat.folder)
     if attempts and attempts[-1]["end"] is None:
         last = beat.before or {}
         attempts[-1] |= {
@@ -34,29 +34,29 @@ def begin(beat: Heartbeat, step: int) -> None:
         ):
             break
         same += 1
-    if same >= LIMIT:
-        _write(beat.folder, attempts)
+    if same >= ATTEMPT_LIMIT:
+        _write_attempts(beat.folder, attempts)
         raise ValueError(
             f"{same} attempts of job {beat.fields['job_id']} started at step {step} and kept no later one; the last ended: {attempts[-1]['reason']}"
         )
     who = {name: beat.fields[name] for name in ("job_id", "host", "world_size")}
     started = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    _write(
+    _write_attempts(
         beat.folder,
         [*attempts, {"start": step, "end": None, "reason": None, "started": started, **who}],
     )
 
 
-def end(folder: Path, step: int, reason: str) -> None:
+def end_attempt(folder: Path, step: int, reason: str) -> None:
     """Close the attempt that is open, if there is one."""
-    attempts = read(folder)
+    attempts = read_attempts(folder)
     if attempts and attempts[-1]["end"] is None:
         attempts[-1] |= {"end": step, "reason": reason}
         with suppress(OSError):  # on a full disk the next attempt closes it
-            _write(folder, attempts)
+            _write_attempts(folder, attempts)
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
+def read_attempts(folder: Path) -> list[dict[str, Any]]:
     """All attempts so far, oldest first."""
     try:
         return json.loads((folder / "attempts.json").read_bytes())
@@ -64,6 +64,6 @@ def read(folder: Path) -> list[dict[str, Any]]:
         return []
 
 
-def _write(folder: Path, attempts: list[dict[str, Any]]) -> None:
+def _write_attempts(folder: Path, attempts: list[dict[str, Any]]) -> None:
     with written_whole(folder / "attempts.json") as file:
         file.write(json.dumps(attempts, indent=1).encode())

@@ -21,7 +21,7 @@ SIDES = {
 COPIED = {"cuda": 2**30, "cpu": 2**28}  # bytes, more than any cache holds
 
 
-def run(spec: Ceilings) -> dict[str, Any]:
+def measure_ceilings(spec: Ceilings) -> dict[str, Any]:
     """Multiply-accumulates a second, of the best of some sizes, and bytes a second, read plus written; medians."""
     device = torch.device(spec.device)
     with torch.inference_mode(), precision(spec.precision, device):

@@ -67,8 +67,8 @@ def execute(spec: Stage, store: Store, resources: Resources, report: Report) -> 
 
         def finish(status: str, values: dict[str, Any], error: str | None = None) -> Record:
             if beat:
-                attempts.end(folder, beat.fields["step"] or 0, error or status)
-                if found := attempts.read(folder):
+                attempts.end_attempt(folder, beat.fields["step"] or 0, error or status)
+                if found := attempts.read_attempts(folder):
                     values = values | {"attempts": found}
             record = store.append(
                 spec,
@@ -89,7 +89,7 @@ def execute(spec: Stage, store: Store, resources: Resources, report: Report) -> 
         except OSError as error:
             distributed.report_error(folder, group, distributed.one_line(error))
             if beat:
-                attempts.end(folder, beat.fields["step"] or 0, distributed.one_line(error))
+                attempts.end_attempt(folder, beat.fields["step"] or 0, distributed.one_line(error))
                 beat.end("failed", distributed.one_line(error))
             raise
         except Exception as failure:  # a failed row is a result, and the others go on
@@ -165,7 +165,7 @@ def _leave(
         preemption.yield_to_terminations()
     if beat:
         if how != preemption.TAKEN_OVER:
-            attempts.end(folder, beat.fields["step"] or 0, reason)
+            attempts.end_attempt(folder, beat.fields["step"] or 0, reason)
         beat.end("requeued" if back else "stopped", reason)
         print(f"stopped: {reason}", file=sys.stderr, flush=True)
     refusal = preemption.requeue() if back and group.first else None
@@ -209,11 +209,11 @@ def _run(
     if isinstance(spec, Timing):
         return timing.run(spec)
     if isinstance(spec, Ceilings):
-        return ceilings.run(spec)
+        return ceilings.measure_ceilings(spec)
     if isinstance(spec, Profile):
         return profiling.run(spec, store.run_dir(spec))
     if isinstance(spec, Train):
-        return train.run(spec, store.run_dir(spec), resources, report, group, beat)
+        return train.run_training(spec, store.run_dir(spec), resources, report, group, beat)
     assert isinstance(spec, Evaluate), spec
     return evaluate.run(
         spec,

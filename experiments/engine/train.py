@@ -232,7 +232,7 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
         averaged.copy_(buffer)
 
 
-def run(
+def run_training(
     spec: Train,
     folder: Path,
     resources: Resources,
@@ -273,7 +273,7 @@ def run(
         )
     first, started, saved = trainer.step, time.perf_counter(), [trainer.step]
     if beat:
-        attempts.begin(beat, first)
+        attempts.begin_attempt(beat, first)
         beat.tell(state="training", step=first, steps=recipe.steps)
     images, stop = load(spec.data), Agreement(group)
     with (
