@@ -10,17 +10,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from analysis import figures, figures_efficiency, figures_probes, science
-from analysis.claims import claims_sheet
-from analysis.pages import folded, origins
+from analysis.claims.judge import claims_sheet
+from analysis.figures import own as figures_efficiency
+from analysis.figures import paper as figures
+from analysis.figures import probes as figures_probes
+from analysis.figures.style import save
 from analysis.query import Sources
-from analysis.style import save
-from analysis.tables import SHEETS
+from analysis.tables import agreement as science
+from analysis.tables.pages import folded, origins
+from analysis.tables.paper import SHEETS
+from experiments.declared.protocols import CIFAR10_SMALL, DIGITS
 from experiments.engine.cli import Parser, guarded
-from experiments.engine.files import written_whole
-from experiments.engine.render import render
-from experiments.engine.report import Sheet
-from experiments.protocols import CIFAR10_SMALL, DIGITS, Protocol
+from experiments.engine.records.files import written_whole
+from experiments.engine.reporting.render import render
+from experiments.engine.reporting.sheet import Sheet
+from experiments.engine.specs.stages import Protocol
 
 FIGURES = {  # a figure's function takes the sources; its docstring is the caption
     "figure2_fid_throughput": figures.fid_against_throughput,

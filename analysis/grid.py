@@ -13,14 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from analysis.figures.style import figure, save
 from analysis.query import TRAINED, train_command, trained_row
-from analysis.style import figure, save
+from experiments.declared.protocols import PROTOCOLS
 from experiments.engine.cli import Parser, guarded
-from experiments.engine.rows import table_of
-from experiments.engine.spec import Evaluate
-from experiments.engine.store import REPOSITORY, Store
+from experiments.engine.records.store import REPOSITORY, Store
+from experiments.engine.specs.rows import table_of
+from experiments.engine.specs.spec import Evaluate
+from experiments.engine.specs.stages import Protocol, evaluate_stage
 from experiments.evaluate_checkpoint import add_network_options, evaluation_of
-from experiments.protocols import PROTOCOLS, Protocol, evaluate_stage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -168,9 +169,9 @@ def draw(
     """
     import torch
 
-    from experiments.engine.execute import require_device
-    from experiments.engine.samples import decoder_of, network_of
-    from experiments.engine.train import Resources
+    from experiments.engine.jobs.execute import require_device
+    from experiments.engine.sampling.samples import decoder_of, network_of
+    from experiments.engine.training.trainer import Resources
 
     require_device(device)
     decode, _ = decoder_of(spec.data, torch.device(device))
@@ -218,7 +219,7 @@ def _images(
     """Samples (C, H, W) by (row, class); neighbouring classes are drawn in one batch, which changes no image."""
     import torch
 
-    from experiments.engine.generate import images
+    from experiments.engine.sampling.generate import images
 
     count = spec.data.num_classes
     spec = replace(spec, num=rows * count, labels="balanced")  # image i is of class i mod K

@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from experiments import ablation, main_results
-from experiments.engine.manifest import clashes
-from experiments.engine.report import REFERENCE_SEEDS
-from experiments.engine.rows import Row, Table
-from experiments.engine.spec import Backbone, Stage, canonical
-from experiments.engine.store import REPOSITORY, Record, Store
-from experiments.protocols import DIGITS, PROTOCOLS, Protocol, evaluate_stage
+from experiments.declared.protocols import DIGITS, PROTOCOLS
+from experiments.engine.records.manifest import clashes
+from experiments.engine.records.store import REPOSITORY, Record, Store
+from experiments.engine.reporting.lookup import REFERENCE_SEEDS
+from experiments.engine.specs.rows import Row, Table
+from experiments.engine.specs.spec import Backbone, Stage, canonical
+from experiments.engine.specs.stages import Protocol, evaluate_stage
 
 TRAINED = {
     number: table

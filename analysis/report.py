@@ -13,11 +13,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from analysis import science
-from analysis.browser import timing
 from analysis.build import FIGURES, attempt
-from analysis.claims import claims_sheet
-from analysis.fragments import (
+from analysis.claims.judge import claims_sheet
+from analysis.figures.style import png
+from analysis.page.browser import timing
+from analysis.page.fragments import (
     figure,
     grids,
     inert,
@@ -28,16 +28,16 @@ from analysis.fragments import (
     table,
     tiles,
 )
-from analysis.pages import Text
+from analysis.page.scatter import views
 from analysis.query import Sources
-from analysis.style import png
-from analysis.tables import SHEETS
-from analysis.views import views
+from analysis.tables import agreement as science
+from analysis.tables.pages import Text
+from analysis.tables.paper import SHEETS
+from experiments.declared.protocols import CIFAR10_SMALL, DIGITS
 from experiments.engine.cli import Parser, guarded
-from experiments.engine.files import written_whole
-from experiments.engine.report import Cell, Sheet
-from experiments.engine.store import Record
-from experiments.protocols import CIFAR10_SMALL, DIGITS
+from experiments.engine.records.files import written_whole
+from experiments.engine.records.store import Record
+from experiments.engine.reporting.sheet import Cell, Sheet
 
 HERE = Path(__file__).resolve().parent
 SECTIONS = (

@@ -7,9 +7,10 @@ printed digits exactly it is declared beside the table, as `<row> (alt)`.
 
 from __future__ import annotations
 
+from experiments.declared.protocols import PROTOCOLS
 from experiments.engine.cli import main
-from experiments.engine.rows import Row, Table
-from experiments.engine.spec import Backbone
+from experiments.engine.specs.rows import Row, Table
+from experiments.engine.specs.spec import Backbone
 
 SMALL_U = dict(dim=24, depths=(2, 1, 1, 1, 1))
 SMALL_ISO = dict(dim=64, depth=6)
@@ -223,4 +224,4 @@ TABLE_5 = Table(
 TABLES = {table.number: table for table in (TABLE_3, TABLE_4, TABLE_5)}
 
 if __name__ == "__main__":
-    raise SystemExit(main(TABLES, __doc__))
+    raise SystemExit(main(TABLES, PROTOCOLS, __doc__))

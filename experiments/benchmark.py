@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.engine.cli import Parser, guarded, require_device
-from experiments.engine.store import REPOSITORY, Store, provenance
+from experiments.engine.records.store import REPOSITORY, Store, provenance
 
 SCRIPT = REPOSITORY / "experiments" / "ablation.py"
 BATCH, PAIRS = 4, 7
@@ -124,9 +124,9 @@ def _report() -> None:
 def _counts() -> None:
     import backbones
     from experiments.ablation import TABLES
-    from experiments.engine import cost
-    from experiments.engine.spec import Backbone, Cost
-    from experiments.protocols import cost_stage
+    from experiments.engine.specs.spec import Backbone, Cost
+    from experiments.engine.specs.stages import cost_stage
+    from experiments.engine.timing import cost
 
     options = {name: backbones.options_of(name) for name in backbones.list_backbones()}
     groups = {
@@ -150,10 +150,10 @@ def _checkpoints() -> None:
     import numpy as np
     import torch
 
-    from experiments.engine.checkpoint import Writer
-    from experiments.engine.data import ImageSet
-    from experiments.engine.spec import Backbone, Data, Recipe, Train
-    from experiments.engine.train import Resources, Trainer
+    from experiments.engine.data.sets import ImageSet
+    from experiments.engine.specs.spec import Backbone, Data, Recipe, Train
+    from experiments.engine.training.checkpoint import Writer
+    from experiments.engine.training.trainer import Resources, Trainer
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data, batch = Data("random", 32, 4, 1000), 256 if device.type == "cuda" else BATCH
@@ -202,11 +202,15 @@ def _neighbours(spec: Neighbours, store: Store) -> None:
     import numpy as np
     import torch
 
-    from experiments.engine.machine import described
-    from experiments.engine.neighbours import ADM_BLOCK, neighbour_shares, precision_recall_half
-    from experiments.engine.precision import flags
-    from experiments.engine.scores import NEIGHBOURS
-    from experiments.engine.timing import seconds
+    from experiments.engine.numerics.device import described
+    from experiments.engine.numerics.precision import flags
+    from experiments.engine.scoring.measure import NEIGHBOURS
+    from experiments.engine.scoring.neighbours import (
+        ADM_BLOCK,
+        neighbour_shares,
+        precision_recall_half,
+    )
+    from experiments.engine.timing.stage import seconds
 
     if spec.samples <= NEIGHBOURS or spec.reference <= NEIGHBOURS or spec.dim < 1:
         raise ValueError(
@@ -259,11 +263,11 @@ def _latents(spec: Loader, store: Store) -> None:
     import numpy as np
     import torch
 
-    from experiments.engine.data import batches
-    from experiments.engine.latents import LatentSet, shard_path
-    from experiments.engine.machine import described
-    from experiments.engine.precision import flags
-    from experiments.engine.spec import Data
+    from experiments.engine.data.latents import LatentSet, shard_path
+    from experiments.engine.data.sets import batches
+    from experiments.engine.numerics.device import described
+    from experiments.engine.numerics.precision import flags
+    from experiments.engine.specs.spec import Data
 
     about = (
         provenance()

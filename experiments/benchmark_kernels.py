@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.engine.cli import Parser, guarded, require_device
-from experiments.engine.store import Store, provenance
+from experiments.engine.records.store import Store, provenance
 
 if TYPE_CHECKING:
     import torch
@@ -109,9 +109,9 @@ def run(
     import torch
 
     import backbones.kernels
-    from experiments.engine.ceilings import copy_rates
-    from experiments.engine.machine import keep_memory
-    from experiments.engine.precision import precision
+    from experiments.engine.numerics.device import keep_memory
+    from experiments.engine.numerics.precision import precision
+    from experiments.engine.timing.profile import copy_rates
 
     keep_memory()
     copied, good = max(copy_rates(torch.device(device))), True
@@ -303,7 +303,7 @@ CASES: dict[str, Callable[[int], list[Tensor]]] = {
 
 
 def _record(store: Store, spec: Kernel, values: dict[str, Any], copied: float) -> None:
-    from experiments.engine.machine import described
+    from experiments.engine.numerics.device import described
 
     about = (
         provenance()

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.engine.cli import Parser, fast, guarded, require_device
-from experiments.engine.spec import Backbone, Ceilings, Cost, Timing
-from experiments.engine.store import Store, provenance
+from experiments.engine.records.store import Store, provenance
+from experiments.engine.specs.spec import Backbone, Ceilings, Cost, Timing
 
 if TYPE_CHECKING:
     import torch
@@ -149,9 +149,9 @@ def measure(spec: Steps, other: tuple[Path, str] | None, rounds: int, store: Sto
     """Time the tasks of a comparison in turn, at the batch or the first half of a half of it that fits, print and record it; False where none was timed."""
     import torch
 
-    from experiments.engine.machine import described
-    from experiments.engine.precision import flags
-    from experiments.engine.timing import forget
+    from experiments.engine.numerics.device import described
+    from experiments.engine.numerics.precision import flags
+    from experiments.engine.timing.stage import forget
 
     device = torch.device(spec.device)
     if other:
@@ -235,9 +235,9 @@ def _words(values: dict[str, Any]) -> str:
 
 def _ceiling(spec: Steps, store: Store) -> dict[str, float]:
     """Multiply-accumulates of a forward pass, by the rule of `efficiency.py --counts`, and the most a second that the device reaches, of its record."""
-    from experiments.engine import cost
-    from experiments.engine.execute import execute
-    from experiments.engine.train import Resources
+    from experiments.engine.jobs.execute import execute
+    from experiments.engine.timing import cost
+    from experiments.engine.training.trainer import Resources
 
     record = execute(
         Ceilings(spec.device, spec.precision), store, Resources(spec.device), lambda *progress: None
@@ -252,8 +252,8 @@ def _ceiling(spec: Steps, store: Store) -> dict[str, float]:
 
 def _refusal(spec: Steps, device: torch.device) -> str | None:
     """Why `ours` must not be timed, in words."""
-    from experiments.engine.precision import precision
-    from experiments.engine.timing import check, forget
+    from experiments.engine.numerics.precision import precision
+    from experiments.engine.timing.stage import check, forget
 
     try:
         with precision(spec.precision, device):
@@ -283,8 +283,8 @@ def _compare(
     import torch
 
     from backbones import kernels
-    from experiments.engine.precision import flags, precision
-    from experiments.engine.timing import half_quartiles, seconds
+    from experiments.engine.numerics.precision import flags, precision
+    from experiments.engine.timing.stage import half_quartiles, seconds
 
     with precision(spec.precision, device):
         tasks = _tasks(spec, _load(*other) if other else None, device)
@@ -330,8 +330,8 @@ def _load(file: Path, constructor: str) -> nn.Module:
 
 
 def _tasks(spec: Steps, other: nn.Module | None, device: Any) -> dict[str, Callable[[], Any]]:
-    from experiments.engine.plain_steps import bare, plain_sampling, plain_training
-    from experiments.engine.timed_tasks import drawn, sized, task
+    from experiments.engine.timing.plain_steps import bare, plain_sampling, plain_training
+    from experiments.engine.timing.tasks import drawn, sized, task
 
     network, timed = _timing(spec)
     tasks = {"ours": task(network, timed, device)}

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from experiments.engine.cli import Parser, guarded
-from experiments.engine.sources import inception_path
+from experiments.engine.data.locate import inception_path
 
 # Scores that torch-fidelity's Inception with exact distances gives (lavinal712/ADM-evaluation-suite-pytorch), the tolerance of
 # each, and what ADM's own evaluator gives (openai/guided-diffusion README), whose half precision raises precision and recall.
@@ -71,8 +71,8 @@ def _main() -> int:
 def _run(args: argparse.Namespace) -> int:
     import torch
 
-    from experiments.engine import inception
-    from experiments.engine.execute import require_device
+    from experiments.engine.jobs.execute import require_device
+    from experiments.engine.scoring import inception
 
     if args.pair and args.pair[0] not in PAIRS:
         raise ValueError(f"unknown pair {args.pair[0]!r}; published are {', '.join(PAIRS)}")
@@ -107,14 +107,16 @@ def _table(checks: Iterator[tuple[str, float, float, float, str]]) -> bool:
 def _published(
     name: str, reference: str, samples: str, weights: Path, device: str
 ) -> Iterator[tuple[str, float, float, float, str]]:
-    from experiments.engine import inception, scores
-    from experiments.engine.npz import Images
+    from experiments.engine.data.image_files import Images
+    from experiments.engine.scoring import inception, scores
+    from experiments.engine.scoring.measure import measure
+    from experiments.engine.scoring.reference import read_reference
 
     images = Images(Path(samples))
     extractor = inception.load(weights, device)
     found = scores.score(
-        scores.measure(extractor, images.batches()),
-        scores.read_reference(extractor, Path(reference)),
+        measure(extractor, images.batches()),
+        read_reference(extractor, Path(reference)),
         device=device,
     )
     for score, (expected, tolerance, adm) in PAIRS[name].items():
@@ -129,9 +131,9 @@ def _synthetic(device: str) -> Iterator[tuple[str, float, float, float, str]]:
     """Sets whose scores are known: moved and scaled Gaussians, one-hot classes, separate clusters, equal kernels."""
     import numpy as np
 
-    from experiments.engine import metrics
-    from experiments.engine.neighbours import precision_recall
-    from experiments.engine.scores import blocks, blocks_sum
+    from experiments.engine.scoring import metrics
+    from experiments.engine.scoring.measure import blocks, blocks_sum
+    from experiments.engine.scoring.neighbours import precision_recall
 
     draw, dim = np.random.default_rng(0), 64
     x, scale, shift = (

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.engine.cli import Parser, guarded
-from experiments.engine.manifest import (
+from experiments.engine.records.manifest import (
     ABSENT,
     NAMED,
     WITHOUT,
@@ -21,7 +21,7 @@ from experiments.engine.manifest import (
     incomparable,
     of_record,
 )
-from experiments.engine.store import SCORES, Record, read_record
+from experiments.engine.records.store import SCORES, Record, read_record
 
 HARDWARE = ("device", "cpu", "world_size", "sample_batch", "commit", "dirty")
 

@@ -18,15 +18,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 
-from experiments import speed, speed_claims
+from experiments.declared import speed_claims
+from experiments.declared import timings as speed
+from experiments.declared.systems import SYSTEMS, counts_sheet
 from experiments.engine.cli import Parser, add_run_options, carry_out, device_of, fast, guarded
-from experiments.engine.plan import Listed, Plan
-from experiments.engine.render import FORMATS, render
-from experiments.engine.report import Sheet
-from experiments.engine.store import REPOSITORY, Store
+from experiments.engine.jobs.plan import Listed, Plan
+from experiments.engine.records.store import REPOSITORY, Store
+from experiments.engine.reporting.render import FORMATS, render
+from experiments.engine.reporting.sheet import Sheet
+from experiments.engine.specs.stages import cost_stages
 from experiments.main_results import TABLES
-from experiments.protocols import cost_stages
-from experiments.systems import SYSTEMS, counts_sheet
 
 TIMED = {number: table for number, table in TABLES.items() if table.timed}
 

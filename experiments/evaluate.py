@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.engine.cli import Parser, guarded
-from experiments.engine.manifest import of_samples, score_name
-from experiments.engine.sources import inception_path
-from experiments.engine.store import SCORES, Record, provenance, timestamp, write_record
+from experiments.engine.data.locate import inception_path
+from experiments.engine.records.manifest import of_samples, score_name
+from experiments.engine.records.store import SCORES, Record, provenance, timestamp, write_record
 
 if TYPE_CHECKING:
-    from experiments.engine.npz import Images
+    from experiments.engine.data.image_files import Images
 
 SHOWN = (
     "fid",
@@ -85,9 +85,11 @@ def _main() -> int:
 def _run(args: argparse.Namespace) -> None:
     import torch
 
-    from experiments.engine import inception, scores
-    from experiments.engine.execute import require_device
-    from experiments.engine.npz import Images, about, has_images, statistics
+    from experiments.engine.data.image_files import Images, about, has_images
+    from experiments.engine.jobs.execute import require_device
+    from experiments.engine.scoring import inception, scores
+    from experiments.engine.scoring.measure import Measured, measure
+    from experiments.engine.scoring.reference import identity, read_reference, statistics
 
     if args.paired and len(args.samples) != 2:
         raise ValueError(f"--paired compares two sample files, got {len(args.samples)}")
@@ -108,7 +110,7 @@ def _run(args: argparse.Namespace) -> None:
         )
     order = _common_order(*files) if args.paired else None
     extractor = inception.load(args.inception, device)
-    reference = scores.read_reference(extractor, args.against)
+    reference = read_reference(extractor, args.against)
     for path in (path for path in args.samples if not has_images(path)):
         found = scores.distances(statistics(path), reference)
         print(
@@ -122,7 +124,7 @@ def _run(args: argparse.Namespace) -> None:
     measured = []
     for images in files:
         with about(images.path):
-            measured.append(scores.measure(extractor, images.batches()))
+            measured.append(measure(extractor, images.batches()))
             values = scores.score(
                 measured[-1],
                 reference,
@@ -138,7 +140,7 @@ def _run(args: argparse.Namespace) -> None:
         if args.record:
             write_record(
                 args.record,
-                _recorded(images, values, scores.identity(extractor, reference), device),
+                _recorded(images, values, identity(extractor, reference), device),
             )
         print(
             _shown(
@@ -150,7 +152,7 @@ def _run(args: argparse.Namespace) -> None:
         )
     if order is not None:
         sides = [
-            scores.Measured(m.pool[rows], m.spatial[rows], m.probabilities[rows])
+            Measured(m.pool[rows], m.spatial[rows], m.probabilities[rows])
             for m, rows in zip(measured, order, strict=True)
         ]
         labels = None if files[0].labels is None else files[0].labels[order[0]]
@@ -165,9 +167,9 @@ def _recorded(
     """The scores with both files' hashes, what the sampler wrote of itself, and how they were measured, in the form of an Evaluate record."""
     import torch
 
-    from experiments.engine.evaluate import histogram, versions
-    from experiments.engine.npz import sha256
-    from experiments.engine.precision import flags, precision
+    from experiments.engine.data.image_files import sha256
+    from experiments.engine.numerics.precision import flags, precision
+    from experiments.engine.scoring.stage import histogram, versions
 
     with precision("fp32", torch.device(device)):
         found = {

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.checkpoint import options_of
+from experiments.declared.protocols import PROTOCOLS
 from experiments.engine.cli import (
     Parser,
     add_run_options,
@@ -25,24 +26,31 @@ from experiments.engine.cli import (
     guarded,
     require_device,
 )
-from experiments.engine.launch import Job
-from experiments.engine.manifest import score_name
-from experiments.engine.plan import Listed
-from experiments.engine.report import SCORES as CLASSIFIED
-from experiments.engine.rows import Row
-from experiments.engine.sources import (
-    FACTOR,
+from experiments.engine.data.locate import (
     inception_path,
-    is_latent,
     missing_features,
     reference_path,
     require_features,
     vae_source,
 )
-from experiments.engine.spec import Backbone, Checkpoint, Diffusion, Evaluate, Sampler, spec_id
-from experiments.engine.store import REPOSITORY, Store
+from experiments.engine.jobs.plan import Listed
+from experiments.engine.jobs.pool import Job
+from experiments.engine.records.manifest import score_name
+from experiments.engine.records.store import REPOSITORY, Store
+from experiments.engine.reporting.lookup import SCORES as CLASSIFIED
+from experiments.engine.specs.rows import Row
+from experiments.engine.specs.spec import (
+    FACTOR,
+    Backbone,
+    Checkpoint,
+    Diffusion,
+    Evaluate,
+    Sampler,
+    is_latent,
+    spec_id,
+)
+from experiments.engine.specs.stages import Protocol, cost_stages, sampler_of
 from experiments.main_results import TABLES
-from experiments.protocols import PROTOCOLS, Protocol, cost_stages, sampler_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -171,7 +179,7 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
 
 def evaluation_of(args: argparse.Namespace, protocol: Protocol) -> tuple[Evaluate, nn.Module, str]:
     """The stage that scores a published file, its network, and the key under which its weights lie; ValueError for a file of another network."""
-    from experiments.engine.npz import sha256
+    from experiments.engine.data.image_files import sha256
 
     data = protocol.data
     row = _declared(args.backbone, protocol)
@@ -268,9 +276,9 @@ def _state(spec: Evaluate) -> list[str]:
     """What the run lacks, what of its files it would refuse, and what its record would warn of: each file is opened as the run opens it."""
     import torch
 
-    from experiments.engine import inception
-    from experiments.engine.evaluate import require_reference
-    from experiments.engine.samples import decoder_of, decoder_warnings
+    from experiments.engine.sampling.samples import decoder_of, decoder_warnings
+    from experiments.engine.scoring import inception
+    from experiments.engine.scoring.stage import require_reference
 
     missing, warnings, checks = missing_features(spec), [], []
     if spec.features == "inception":
@@ -280,7 +288,7 @@ def _state(spec: Evaluate) -> list[str]:
         path = reference_path(spec.data)
         checks += [lambda: require_reference(spec.data)] * (path is None or path.is_file())
     if is_latent(spec.data) and find_spec("diffusers"):
-        from experiments.engine.autoencoder import missing_vae
+        from experiments.engine.data.autoencoder import missing_vae
 
         lacking = missing_vae(vae_source())
         missing += filter(None, [lacking])
@@ -306,7 +314,7 @@ def _seconds_per_pass(spec: Evaluate, model: nn.Module, device: str) -> float:
     """Seconds an image and evaluation: the fastest of three small batches after a warm-up."""
     import torch
 
-    from experiments.engine.precision import precision
+    from experiments.engine.numerics.precision import precision
 
     data, batch = spec.data, 64 if device == "cuda" else 1
     model.to(device)

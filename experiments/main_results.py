@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from experiments import recipes
 from experiments.ablation import SMALL_DIT, SMALL_U
+from experiments.declared import recipes
+from experiments.declared.protocols import PROTOCOLS
+from experiments.declared.systems import latent
 from experiments.engine.cli import main
-from experiments.engine.rows import Method, Row, Table
-from experiments.engine.spec import Backbone, Cost
-from experiments.systems import latent
+from experiments.engine.specs.rows import Method, Row, Table
+from experiments.engine.specs.spec import Backbone, Cost
 
 DIT = Backbone("dit_s_2", SMALL_DIT)
 SIT = Backbone("sit_s_2", SMALL_DIT)
@@ -342,4 +343,4 @@ TABLE_9 = Table(
 TABLES = {table.number: table for table in (TABLE_1, TABLE_2, TABLE_8, TABLE_9)}
 
 if __name__ == "__main__":
-    raise SystemExit(main(TABLES, __doc__))
+    raise SystemExit(main(TABLES, PROTOCOLS, __doc__))

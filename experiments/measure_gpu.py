@@ -27,8 +27,8 @@ import time
 from pathlib import Path
 
 from experiments.engine.cli import Parser, guarded, require_device
-from experiments.engine.files import written_whole
-from experiments.engine.store import REPOSITORY, Store
+from experiments.engine.records.files import written_whole
+from experiments.engine.records.store import REPOSITORY, Store
 
 LEAST = 5.0  # seconds; with less left a part is not begun
 OFTEN = 10.0  # seconds between two bundles

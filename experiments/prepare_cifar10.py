@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 
-from experiments.engine import sources
+from experiments.declared.protocols import CIFAR10
 from experiments.engine.cli import Parser, guarded
-from experiments.protocols import CIFAR10
+from experiments.engine.data import locate as sources
 
 
 def main() -> int:
@@ -19,8 +19,8 @@ def main() -> int:
 
 def _main() -> int:
     Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    from experiments.engine.cifar import download
-    from experiments.engine.data import cifar10
+    from experiments.engine.data.cifar10 import download
+    from experiments.engine.data.sets import cifar10
 
     folder = sources.folder_of(CIFAR10.data)
     if not sources.find_cifar10(folder, "train"):

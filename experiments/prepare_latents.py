@@ -14,10 +14,10 @@ import sys
 import time
 from pathlib import Path
 
+from experiments.declared.protocols import PROTOCOLS
 from experiments.engine.cli import Parser, guarded
-from experiments.engine.progress import images_line
-from experiments.engine.sources import folder_of
-from experiments.protocols import PROTOCOLS
+from experiments.engine.data.locate import folder_of
+from experiments.engine.jobs.progress import images_line
 
 LATENT_PROTOCOLS = {
     name: protocol for name, protocol in PROTOCOLS.items() if name.startswith("imagenet")
@@ -77,10 +77,10 @@ def _prepare(args: argparse.Namespace) -> int:
         raise ValueError("--batch, --shard and --workers take numbers from 1")
     import torch
 
-    from experiments.engine.autoencoder import load_autoencoder
-    from experiments.engine.execute import require_device
-    from experiments.engine.pictures import counted, find_pictures
-    from experiments.engine.shards import Work, describe, prepare
+    from experiments.engine.data.autoencoder import load_autoencoder
+    from experiments.engine.data.encode import Work, describe, prepare
+    from experiments.engine.data.pictures import counted, find_pictures
+    from experiments.engine.jobs.execute import require_device
 
     data = LATENT_PROTOCOLS[args.protocol].data
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

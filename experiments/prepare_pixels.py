@@ -13,10 +13,10 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from experiments.declared.recipes import pixels
 from experiments.engine.cli import Parser, guarded
-from experiments.engine.files import written_whole
-from experiments.engine.sources import folder_of
-from experiments.recipes import pixels
+from experiments.engine.data.locate import folder_of
+from experiments.engine.records.files import written_whole
 
 
 def main() -> int:
@@ -65,7 +65,7 @@ def prepare(images: Path, out: Path, size: int, num_classes: int, workers: int) 
     """Write both files, the images first; returns their number, and that of images of other modes than RGB. ValueError in one line for what cannot be read or is there already."""
     import numpy as np
 
-    from experiments.engine.pictures import counted, find_pictures, read_picture
+    from experiments.engine.data.pictures import counted, find_pictures, read_picture
 
     if (out / "labels.npy").exists():
         raise ValueError(f"{out / 'labels.npy'} is there already; remove it to crop anew")

@@ -14,16 +14,17 @@ from contextlib import suppress
 from pathlib import Path
 
 from experiments import ablation, main_results
+from experiments.declared.protocols import PROTOCOLS
 from experiments.engine.cli import Parser, guarded
-from experiments.engine.cluster import given
-from experiments.engine.launch import work_in_job
-from experiments.engine.plan import Chosen
-from experiments.engine.scheduler import remember_this_job
-from experiments.engine.site import load_site, warn_of_unknown_rows
-from experiments.engine.sources import require_data, require_features
-from experiments.engine.spec import spec_id
-from experiments.engine.store import Store
-from experiments.protocols import PROTOCOLS, evaluate_stage
+from experiments.engine.cluster.client import remember_this_job
+from experiments.engine.cluster.site import load_site, warn_of_unknown_rows
+from experiments.engine.cluster.submit import given
+from experiments.engine.data.locate import require_data, require_features
+from experiments.engine.jobs.plan import Chosen
+from experiments.engine.jobs.pool import work_in_job
+from experiments.engine.records.store import Store
+from experiments.engine.specs.spec import spec_id
+from experiments.engine.specs.stages import evaluate_stage
 
 TABLES = ablation.TABLES | main_results.TABLES
 

@@ -18,19 +18,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments import ablation, main_results
+from experiments.declared.protocols import PROTOCOLS
 from experiments.engine.cli import Parser, add_fast_options, fast, guarded
-from experiments.engine.launch import Job
-from experiments.engine.progress import Progress
-from experiments.engine.rows import table_of
-from experiments.engine.sources import require_data
-from experiments.engine.store import REPOSITORY, Store
-from experiments.protocols import PROTOCOLS, evaluate_stage
+from experiments.engine.data.locate import require_data
+from experiments.engine.jobs.pool import Job
+from experiments.engine.jobs.progress import Progress
+from experiments.engine.records.store import REPOSITORY, Store
+from experiments.engine.specs.rows import table_of
+from experiments.engine.specs.stages import evaluate_stage
 
 if TYPE_CHECKING:
-    from experiments.engine.distributed import Group
-    from experiments.engine.samples import Samples
-    from experiments.engine.spec import Evaluate
-    from experiments.engine.train import Resources
+    from experiments.engine.runtime.group import Group
+    from experiments.engine.sampling.samples import Samples
+    from experiments.engine.specs.spec import Evaluate
+    from experiments.engine.training.trainer import Resources
 
 TABLES = ablation.TABLES | main_results.TABLES
 
@@ -120,12 +121,12 @@ def _run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from experiments.engine import distributed
-    from experiments.engine.execute import require_device
-    from experiments.engine.process import process
-    from experiments.engine.samplers import bind
-    from experiments.engine.samples import decoder_warnings
-    from experiments.engine.train import Resources
+    from experiments.engine.diffusion.build import process
+    from experiments.engine.diffusion.samplers import bind
+    from experiments.engine.jobs.execute import require_device
+    from experiments.engine.runtime import group as distributed
+    from experiments.engine.sampling.samples import decoder_warnings
+    from experiments.engine.training.trainer import Resources
 
     bind(
         sampler, process(spec.train.diffusion)
@@ -167,9 +168,10 @@ def _drawn(
     spec: Evaluate, store: Store, resources: Resources, group: Group, held: ExitStack, report: Any
 ) -> Samples:
     """The set, drawn by all ranks; the first one's hold on its folder lasts as long as `held`. Where one rank fails all end, each with its error."""
-    from experiments.engine import distributed, preemption
-    from experiments.engine.heartbeat import claimed
-    from experiments.engine.samples import sampled
+    from experiments.engine.runtime import group as distributed
+    from experiments.engine.runtime import preemption
+    from experiments.engine.runtime.heartbeat import claimed
+    from experiments.engine.sampling.samples import sampled
 
     folder, refusal, beat = store.run_dir(spec), None, None
     if group.first:

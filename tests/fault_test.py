@@ -27,13 +27,13 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
-from experiments.engine import cluster as engine_cluster
-from experiments.engine.cluster import given, submit, task
-from experiments.engine.launch import Job, work_in_job
-from experiments.engine.scheduler import queue
-from experiments.engine.site import Site
-from experiments.engine.spec import Backbone, Data, Recipe, Train
-from experiments.engine.store import REPOSITORY, Store
+from experiments.engine.cluster import submit as engine_cluster
+from experiments.engine.cluster.client import queue
+from experiments.engine.cluster.site import Site
+from experiments.engine.cluster.submit import given, submit, task
+from experiments.engine.jobs.pool import Job, work_in_job
+from experiments.engine.records.store import REPOSITORY, Store
+from experiments.engine.specs.spec import Backbone, Data, Recipe, Train
 
 CLUSTER = REPOSITORY / "tests" / "slurm_cluster.sh"
 SITE = Site(
@@ -62,7 +62,7 @@ def training(steps: int) -> Train:
 
 def witnessed(job: Job, root: Path, resources: dict[str, Any]) -> None:
     """What a submitted job's processes run: first and last step of this attempt are in a file of its own at any moment."""
-    from experiments.engine.train import Trainer
+    from experiments.engine.training.trainer import Trainer
 
     steps, name = (
         Trainer.steps,

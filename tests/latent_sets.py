@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from experiments.engine.autoencoder import Autoencoder, load_autoencoder
-from experiments.engine.spec import Data
+from experiments.engine.data.autoencoder import Autoencoder, load_autoencoder
+from experiments.engine.specs.spec import Data
 
 SIZES = ((70, 91), (64, 64), (131, 200), (90, 77))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from experiments.engine.capture import Captured
+from experiments.engine.numerics.cuda_graphs import Captured
 
 SYNCHRONISING = (
     "_local_scalar_dense",

@@ -17,12 +17,13 @@ from recording import SYNCHRONISING, Heard, Rerun, needs_gpu
 from test_train import CPU, DICO, DIGITS, FAMILIES, OBJECTIVES
 
 from backbones.kernels import gated_linear
-from experiments.engine.capture import Captured, accelerate
-from experiments.engine.data import ImageSet, load
-from experiments.engine.precision import precision
-from experiments.engine.spec import Backbone, Diffusion, Recipe, Train
-from experiments.engine.timed_tasks import fill
-from experiments.engine.train import Trainer, build, digest
+from experiments.engine.data.sets import ImageSet, load
+from experiments.engine.numerics.cuda_graphs import Captured, accelerate
+from experiments.engine.numerics.precision import precision
+from experiments.engine.numerics.weights import digest
+from experiments.engine.specs.spec import Backbone, Diffusion, Recipe, Train
+from experiments.engine.timing.tasks import fill
+from experiments.engine.training.trainer import Trainer, build
 
 GPU = torch.device("cuda")
 WIDE = FAMILIES["dit"].but(depth=1, dim=384, heads=6)  # its layers run on oneDNN

@@ -19,14 +19,16 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from analysis import build, figures, figures_probes
-from analysis.claims import claims_sheet, judge
-from analysis.figures_efficiency import front, score_against_speed
-from analysis.findings import LEVELS
-from analysis.pages import Origins, Text
+from analysis import build
+from analysis.claims.finding import LEVELS
+from analysis.claims.judge import claims_sheet, judge
+from analysis.figures.own import front, score_against_speed
+from analysis.figures import paper as figures
+from analysis.figures import probes as figures_probes
+from analysis.page.scatter import views
 from analysis.probes.declared import declared
 from analysis.query import COLUMNS, Sources, gpu_timings, numeric_mode, rankable
-from analysis.science import (
+from analysis.tables.agreement import (
     agreement,
     blocks,
     chance,
@@ -36,22 +38,17 @@ from analysis.science import (
     spearman,
     speed_agreement,
 )
-from analysis.tables import CONFIGURATIONS, RECONSTRUCTED, SHEETS, ranks, recipe_sheet
-from analysis.views import views
-from experiments import speed, speed_claims
+from analysis.tables.pages import Origins, Text
+from analysis.tables.paper import CONFIGURATIONS, RECONSTRUCTED, SHEETS, ranks, recipe_sheet
 from experiments.ablation import TABLE_3, TABLE_4
-from experiments.engine.render import render
-from experiments.engine.report import Cell, Sheet
-from experiments.engine.spec import Backbone, Timing, spec_id
-from experiments.engine.store import REPOSITORY, Store
-from experiments.protocols import (
-    CIFAR10_SMALL,
-    DIGITS,
-    IMAGENET256,
-    evaluate_stage,
-    timing_stage,
-    train_stage,
-)
+from experiments.declared import speed_claims
+from experiments.declared import timings as speed
+from experiments.declared.protocols import CIFAR10_SMALL, DIGITS, IMAGENET256
+from experiments.engine.records.store import REPOSITORY, Store
+from experiments.engine.reporting.render import render
+from experiments.engine.reporting.sheet import Cell, Sheet
+from experiments.engine.specs.spec import Backbone, Timing, spec_id
+from experiments.engine.specs.stages import evaluate_stage, timing_stage, train_stage
 
 PUBLISHED = REPOSITORY / "results" / "published"
 PROVENANCE = {
@@ -1069,8 +1066,8 @@ def test_every_published_row_names_its_source():
 
 def test_tables_load_no_torch_and_no_plots():
     code = (
-        "import sys; from pathlib import Path; from analysis.claims import claims_sheet; from analysis.query import Sources; from analysis.science import page; "
-        "from analysis.tables import SHEETS; s = Sources(); [make(s) for make in SHEETS.values()]; claims_sheet(s); page(s); "
+        "import sys; from pathlib import Path; from analysis.claims.judge import claims_sheet; from analysis.query import Sources; from analysis.tables.agreement import page; "
+        "from analysis.tables.paper import SHEETS; s = Sources(); [make(s) for make in SHEETS.values()]; claims_sheet(s); page(s); "
         "print(sorted({'torch', 'timm', 'sklearn', 'matplotlib', 'pandas'} & set(sys.modules)))"
     )
     assert (

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import backbones
 from backbones.dico import DiCo
 from experiments.ablation import TABLES
-from experiments.engine.cost import run as count
-from experiments.engine.spec import Backbone, Cost
+from experiments.engine.specs.spec import Backbone, Cost
+from experiments.engine.timing.cost import run as count
 
 CHANNELS, CLASSES = 3, 7
 ELSEWHERE = [

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from experiments.ablation import TABLE_4
-from experiments.engine.bands import bands_of
-from experiments.engine.monitor import Log
-from experiments.engine.spec import Backbone
+from experiments.declared.protocols import DIGITS, IMAGENET256, IMAGENET256_GUIDED, IMAGENET512
+from experiments.engine.specs.spec import Backbone
+from experiments.engine.specs.stages import train_stage
+from experiments.engine.training.log import Log, bands_of
 from experiments.main_results import TABLES
-from experiments.protocols import DIGITS, IMAGENET256, IMAGENET256_GUIDED, IMAGENET512, train_stage
 
 SPEC = train_stage(TABLE_4.row("DiCo-S"), IMAGENET256, 0)
 

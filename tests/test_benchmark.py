@@ -10,8 +10,8 @@ import pytest
 
 from experiments import benchmark
 from experiments.benchmark import Loader, Neighbours
-from experiments.engine import data
-from experiments.engine.store import Store
+from experiments.engine.data import sets as data
+from experiments.engine.records.store import Store
 
 
 @pytest.fixture

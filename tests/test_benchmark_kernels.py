@@ -11,8 +11,8 @@ from backbones.kernels.attention import reference
 from backbones.kernels.op import Choice
 from experiments import benchmark_kernels
 from experiments.benchmark_kernels import CASES, Kernel, attention, compare, run
-from experiments.engine import ceilings
-from experiments.engine.store import Store
+from experiments.engine.records.store import Store
+from experiments.engine.timing import profile as ceilings
 
 
 @pytest.fixture(autouse=True)

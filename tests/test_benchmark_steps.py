@@ -15,9 +15,11 @@ from backbones.kernels.attention import attention, reference
 from backbones.kernels.op import Choice
 from experiments import benchmark_steps
 from experiments.benchmark_steps import Steps, measure
-from experiments.engine import ceilings, cost, timed_tasks
-from experiments.engine.spec import Backbone, Ceilings, Cost
-from experiments.engine.store import Record, Store
+from experiments.engine.records.store import Record, Store
+from experiments.engine.specs.spec import Backbone, Ceilings, Cost
+from experiments.engine.timing import cost
+from experiments.engine.timing import profile as ceilings
+from experiments.engine.timing import tasks as timed_tasks
 
 OTHER = (
     "import backbones\ndef make(): return backbones.build('dit_s_2', dim=24, depth=1, heads=3)\n"

@@ -13,20 +13,21 @@ from torch import Tensor, nn
 
 import backbones
 from backbones.checkpoint import load_published
-from experiments.engine.cascade import ClassifierGradient, System
-from experiments.engine.cost import MacCounter
-from experiments.engine.data import load
-from experiments.engine.execute import execute
-from experiments.engine.generate import Counted, images
-from experiments.engine.noise import ImageNoise
-from experiments.engine.process import process
-from experiments.engine.quantise import from_uint8, to_uint8
-from experiments.engine.samplers import ancestral, bind, ddim
-from experiments.engine.spec import Data, Diffusion, Sampler
-from experiments.engine.store import Store
-from experiments.engine.train import Resources
+from experiments.declared.protocols import DIGITS
+from experiments.engine.data.quantise import from_uint8, to_uint8
+from experiments.engine.data.sets import load
+from experiments.engine.diffusion.build import process
+from experiments.engine.diffusion.cascade import ClassifierGradient, System
+from experiments.engine.diffusion.samplers import ancestral, bind, ddim
+from experiments.engine.jobs.execute import execute
+from experiments.engine.numerics.randomness import ImageNoise
+from experiments.engine.records.store import Store
+from experiments.engine.sampling.generate import Counted, images
+from experiments.engine.specs.spec import Data, Diffusion, Sampler
+from experiments.engine.specs.stages import evaluate_stage
+from experiments.engine.timing.cost import MacCounter
+from experiments.engine.training.trainer import Resources
 from experiments.main_results import TABLE_1
-from experiments.protocols import DIGITS, evaluate_stage
 
 CLASSES = 7
 PUBLISHED = {  # parameters and core Gmacs measured on the authors' module, entries and digest of its state_dict's names and shapes

@@ -7,17 +7,18 @@ from typing import Any
 
 import pytest
 
-from analysis.claims import claims_sheet
+from analysis.claims.judge import claims_sheet
 from analysis.query import Sources
-from analysis.tables import SHEETS
-from experiments import speed
+from analysis.tables.paper import SHEETS
 from experiments.ablation import TABLE_3, TABLE_4
-from experiments.engine.caveats import timing_caveats
-from experiments.engine.report import main_sheet
-from experiments.engine.spec import Backbone, Cost, Timing
-from experiments.engine.store import Store
+from experiments.declared import timings as speed
+from experiments.declared.protocols import DIGITS
+from experiments.engine.records.store import Store
+from experiments.engine.reporting.notes import timing_caveats
+from experiments.engine.reporting.tables import main_sheet
+from experiments.engine.specs.spec import Backbone, Cost, Timing
+from experiments.engine.specs.stages import cost_stage, timing_stage
 from experiments.main_results import TABLE_1
-from experiments.protocols import DIGITS, cost_stage, timing_stage
 
 PROVENANCE = {
     "device": "cpu",

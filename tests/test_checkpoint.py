@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.engine import checkpoint, files
-from experiments.engine.checkpoint import Writer, load_newest, save
+from experiments.engine.records import files
+from experiments.engine.training import checkpoint
+from experiments.engine.training.checkpoint import Writer, load_newest, save
 
 
 def state(value: float = 0.0) -> dict[str, Any]:

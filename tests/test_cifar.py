@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 
 from experiments import prepare_cifar10
-from experiments.engine import cifar, sources
-from experiments.engine.cifar import read_cifar10
-from experiments.engine.data import load
-from experiments.engine.sources import find_cifar10
-from experiments.protocols import CIFAR10
+from experiments.declared.protocols import CIFAR10
+from experiments.engine.data import cifar10 as cifar
+from experiments.engine.data import locate as sources
+from experiments.engine.data.cifar10 import read_cifar10
+from experiments.engine.data.locate import find_cifar10
+from experiments.engine.data.sets import load
 
 
 def file_of(pixels: np.ndarray, kind: str = "PNG", mode: str = "RGB") -> bytes:

@@ -10,16 +10,20 @@ import pytest
 import torch
 from test_cifar import file_of, write_parquet
 
-from experiments.engine import evaluate, features, metrics, sources, train
-from experiments.engine.data import cifar10
-from experiments.engine.features import cifar_classifier, extract
-from experiments.engine.generate import images
-from experiments.engine.quantise import from_uint8, to_uint8
-from experiments.engine.samples import QUANTISER
-from experiments.engine.sources import require_features
-from experiments.engine.spec import Backbone, Evaluate, Recipe, Sampler, Train
-from experiments.engine.train import Resources
-from experiments.protocols import CIFAR10, CIFAR10_SMALL
+from experiments.declared.protocols import CIFAR10, CIFAR10_SMALL
+from experiments.engine.data import locate as sources
+from experiments.engine.data.locate import require_features
+from experiments.engine.data.quantise import from_uint8, to_uint8
+from experiments.engine.data.sets import cifar10
+from experiments.engine.sampling.generate import images
+from experiments.engine.sampling.samples import QUANTISER
+from experiments.engine.scoring import features, metrics
+from experiments.engine.scoring import stage as evaluate
+from experiments.engine.scoring.features import cifar_classifier, extract
+from experiments.engine.specs.spec import Backbone, Evaluate, Recipe, Sampler, Train
+from experiments.engine.training import stage as training_stage
+from experiments.engine.training import trainer as train
+from experiments.engine.training.trainer import Resources
 
 SMALL = Backbone(
     "dico_s", dict(dim=8, depths=(1, 1, 1, 1, 1), input_size=32, in_channels=3, num_classes=10)
@@ -80,7 +84,7 @@ def test_the_classifier_learns_is_cached_by_its_data_and_tested_on_other_images(
 
 
 def test_scores_are_of_quantised_images_against_the_test_images(folder: Path):
-    train.run_training(SPEC.train, folder / "run", Resources(), lambda *progress: None)
+    training_stage.run_training(SPEC.train, folder / "run", Resources(), lambda *progress: None)
     values = evaluate.run(SPEC, folder / "run", folder / "cache", Resources(sample_batch=3))
     assert {name for name in values if "fid" in name} == set() and {
         *SCORES,

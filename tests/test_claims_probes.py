@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from analysis import claims_probes
+from analysis.claims import probes as claims_probes
 from analysis.probes.declared import DiffusersLocality, Probe, declared
 from analysis.query import Sources
 from experiments.ablation import TABLE_3, TABLE_4
-from experiments.engine.spec import Backbone
-from experiments.engine.store import Store
-from experiments.protocols import DIGITS, IMAGENET256, IMAGENET512
+from experiments.declared.protocols import DIGITS, IMAGENET256, IMAGENET512
+from experiments.engine.records.store import Store
+from experiments.engine.specs.spec import Backbone
 
 PROVENANCE = {
     "device": "cpu",

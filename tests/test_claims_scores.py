@@ -8,27 +8,19 @@ from typing import Any
 
 import pytest
 
-from analysis.claims import claims_sheet, judge
-from analysis.conditions import progress_row, same_conditions, stopped
-from analysis.findings import VERDICTS, Finding
+from analysis.claims.finding import VERDICTS, Finding
+from analysis.claims.judge import claims_sheet, judge
 from analysis.query import Sources
+from analysis.tables.conditions import progress_row, same_conditions, stopped
 from experiments.ablation import TABLE_3, TABLE_4
-from experiments.engine.manifest import manifest
-from experiments.engine.report import Cell
-from experiments.engine.rows import Row
-from experiments.engine.spec import Checkpoint, Evaluate, canonical
-from experiments.engine.store import Store
+from experiments.declared.protocols import DIGITS, IMAGENET256, IMAGENET256_OWN, IMAGENET512_OWN
+from experiments.engine.records.manifest import manifest
+from experiments.engine.records.store import Store
+from experiments.engine.reporting.sheet import Cell
+from experiments.engine.specs.rows import Row
+from experiments.engine.specs.spec import Checkpoint, Evaluate, canonical
+from experiments.engine.specs.stages import Protocol, evaluate_stage, timing_stage, train_stage
 from experiments.main_results import TABLE_1, TABLE_2
-from experiments.protocols import (
-    DIGITS,
-    IMAGENET256,
-    IMAGENET256_OWN,
-    IMAGENET512_OWN,
-    Protocol,
-    evaluate_stage,
-    timing_stage,
-    train_stage,
-)
 
 PROVENANCE = {
     "device": "GPU",

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from experiments.engine import launch
-from experiments.engine.launch import Job, run_here
-from experiments.engine.spec import Backbone, Cost, Data, Recipe, Stage, Train, kind_of
-from experiments.engine.store import REPOSITORY, Store
+from experiments.engine.jobs import pool as launch
+from experiments.engine.jobs.pool import Job, run_here
+from experiments.engine.records.store import REPOSITORY, Store
+from experiments.engine.specs.spec import Backbone, Cost, Data, Recipe, Stage, Train, kind_of
 
 ABLATION = [sys.executable, str(REPOSITORY / "experiments" / "ablation.py")]
 TINY = Backbone("dico_s", dict(dim=8, depths=(1, 1, 1, 1, 1)))

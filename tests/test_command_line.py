@@ -17,21 +17,25 @@ import numpy as np
 import pytest
 
 from experiments.ablation import TABLES
-from experiments.engine import cli, heartbeat, report
-from experiments.engine.render import FORMATS, render
-from experiments.engine.spec import Stage
-from experiments.engine.store import REPOSITORY, Store
-from experiments.protocols import DIGITS, cost_stage, evaluate_stage, timing_stage, train_stage
+from experiments.declared.protocols import DIGITS, PROTOCOLS
+from experiments.engine import cli
+from experiments.engine.records.store import REPOSITORY, Store
+from experiments.engine.reporting import sheet as reporting_sheet
+from experiments.engine.reporting import tables as report
+from experiments.engine.reporting.render import FORMATS, render
+from experiments.engine.runtime import heartbeat
+from experiments.engine.specs.spec import Stage
+from experiments.engine.specs.stages import cost_stage, evaluate_stage, timing_stage, train_stage
 
 ABLATION = REPOSITORY / "experiments" / "ablation.py"
 PROVENANCE = {"device": "cpu", "cpu": "a", "torch": "b", "dirty": False, "seconds": 1.0}
 
 TABLE = """
 from dataclasses import replace
-from experiments import protocols
+from experiments.declared import protocols
 from experiments.engine.cli import main
-from experiments.engine.rows import Row, Table
-from experiments.engine.spec import Backbone
+from experiments.engine.specs.rows import Row, Table
+from experiments.engine.specs.spec import Backbone
 
 DIGITS = protocols.DIGITS
 recipe = replace(DIGITS.recipe, steps={steps}, batch=8, warmup=1)
@@ -44,7 +48,7 @@ last = Row("last", Backbone("hourglass", tiny), {{}}, None)
 table = Table(4, "tiny", "a test", "table4.csv", ("variant",), rows=(good, bad, last))
 
 if __name__ == "__main__":
-    raise SystemExit(main({{4: table}}, "tiny"))
+    raise SystemExit(main({{4: table}}, protocols.PROTOCOLS, "tiny"))
 """
 
 
@@ -100,7 +104,7 @@ def test_a_results_folder_that_cannot_be_written(tmp_path: Path):
 
 
 def test_help_plan_and_report_load_no_torch(tmp_path: Path):
-    code = "import sys; from experiments.ablation import TABLES; from experiments.engine.cli import main; [main(TABLES, '', a.split()) for a in sys.argv[1:]]; assert 'torch' not in sys.modules"
+    code = "import sys; from experiments.ablation import TABLES; from experiments.declared.protocols import PROTOCOLS; from experiments.engine.cli import main; [main(TABLES, PROTOCOLS, '', a.split()) for a in sys.argv[1:]]; assert 'torch' not in sys.modules"
     arguments = [
         f"--table 4 {flag} --results {tmp_path}"
         for flag in ("--dry-run", "--report", "--report --format csv")
@@ -279,7 +283,7 @@ def fill(store: Store, where: str, seeds: int, shift: float = 0.0) -> None:
     store.refresh()
 
 
-def sheets(store: Store, seeds: int = 1) -> list[report.Sheet]:
+def sheets(store: Store, seeds: int = 1) -> list[reporting_sheet.Sheet]:
     arguments = TABLES[4], TABLES[4].rows, DIGITS, range(seeds), "cpu", store
     return [report.main_sheet(*arguments), report.comparison_sheet(*arguments)]
 
@@ -363,6 +367,7 @@ def test_what_makes_runs_faster_is_a_resource_of_them(
     assert (
         cli.main(
             TABLES,
+            PROTOCOLS,
             None,
             ["--table", "3", "--rows", "DiCo (iso.)", *where, *options, "--results", str(tmp_path)],
         )
@@ -375,6 +380,6 @@ def test_what_makes_runs_faster_is_a_resource_of_them(
 
 
 def test_the_plan_counts_shared_networks_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    cli.main(TABLES, None, ["--table", "3", "--dry-run", "--results", str(tmp_path)])
+    cli.main(TABLES, PROTOCOLS, None, ["--table", "3", "--dry-run", "--results", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6 * 4 + 1 and len({line.split()[0] for line in lines}) == len(lines)

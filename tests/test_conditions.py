@@ -10,20 +10,22 @@ from typing import Any
 import pytest
 from matplotlib.collections import PathCollection
 
-from analysis import figures, figures_efficiency
-from analysis.claims import judge
-from analysis.conditions import progress_row, stopped
+from analysis.claims.judge import judge
+from analysis.figures import own as figures_efficiency
+from analysis.figures import paper as figures
 from analysis.query import Sources, at_one_batch, gpu_timings
-from analysis.tables import SHEETS
-from experiments import speed
+from analysis.tables.conditions import progress_row, stopped
+from analysis.tables.paper import SHEETS
 from experiments.ablation import TABLE_4
-from experiments.engine.manifest import manifest
-from experiments.engine.report import Cell, Sheet
-from experiments.engine.rows import Row
-from experiments.engine.spec import Backbone, Timing, canonical
-from experiments.engine.store import REPOSITORY, Store
+from experiments.declared import timings as speed
+from experiments.declared.protocols import IMAGENET256
+from experiments.engine.records.manifest import manifest
+from experiments.engine.records.store import REPOSITORY, Store
+from experiments.engine.reporting.sheet import Cell, Sheet
+from experiments.engine.specs.rows import Row
+from experiments.engine.specs.spec import Backbone, Timing, canonical
+from experiments.engine.specs.stages import Protocol, evaluate_stage, timing_stage
 from experiments.main_results import TABLE_1
-from experiments.protocols import IMAGENET256, Protocol, evaluate_stage, timing_stage
 
 PROVENANCE = {
     "device": "a GPU",

@@ -14,11 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from backbones import kernels
 from experiments.ablation import TABLE_4, TABLES
-from experiments.engine.cost import MacCounter, count, run
-from experiments.engine.rows import Row, Table
-from experiments.engine.spec import Cost
-from experiments.engine.store import REPOSITORY, Store
-from experiments.protocols import CIFAR10_BF16, cost_stage
+from experiments.declared.protocols import CIFAR10_BF16
+from experiments.engine.records.store import REPOSITORY, Store
+from experiments.engine.specs.rows import Row, Table
+from experiments.engine.specs.spec import Cost
+from experiments.engine.specs.stages import cost_stage
+from experiments.engine.timing.cost import MacCounter, count, run
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"
 ROWS = {

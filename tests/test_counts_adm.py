@@ -15,10 +15,10 @@ from torch import nn
 import backbones
 from backbones.adm import AttentionBlock
 from backbones.ldm import CrossAttention
-from experiments.engine.cascade import with_low_res
-from experiments.engine.cost import MacCounter
-from experiments.engine.cost import run as count
-from experiments.engine.spec import Backbone, Cost
+from experiments.engine.diffusion.cascade import with_low_res
+from experiments.engine.specs.spec import Backbone, Cost
+from experiments.engine.timing.cost import MacCounter
+from experiments.engine.timing.cost import run as count
 
 AUTHORS = list(csv.DictReader((Path(__file__).parent / "data" / "counts_adm.csv").open()))
 LABEL_TABLES = {"ldm_4": 1001 * 512, "ldm_8": 1000 * 512}

@@ -14,8 +14,8 @@ import torch
 
 import backbones
 from backbones import kernels
-from experiments.engine import cost
-from experiments.engine.spec import Backbone, Cost
+from experiments.engine.specs.spec import Backbone, Cost
+from experiments.engine.timing import cost
 
 ROWS = list(csv.DictReader((Path(__file__).parent / "data" / "counts_gla.csv").open()))
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import backbones
-from experiments.engine.cost import run as count
-from experiments.engine.spec import Backbone, Cost
+from experiments.engine.specs.spec import Backbone, Cost
+from experiments.engine.timing.cost import run as count
 
 ROWS = list(csv.DictReader((Path(__file__).parent / "data" / "counts_ssm.csv").open()))
 

@@ -7,20 +7,19 @@ import pytest
 import torch
 
 from experiments.ablation import TABLE_4
-from experiments.engine import sources
-from experiments.engine.data import ImageSet, batch_indices, batches, load
-from experiments.engine.sources import require_data, require_features
-from experiments.engine.spec import Data
-from experiments.protocols import (
+from experiments.declared.protocols import (
     CIFAR10,
     DIGITS,
     IMAGENET256,
     IMAGENET256_FIXED,
     IMAGENET512,
     IMAGENET512_FIXED,
-    Protocol,
-    evaluate_stage,
 )
+from experiments.engine.data import locate as sources
+from experiments.engine.data.locate import require_data, require_features
+from experiments.engine.data.sets import ImageSet, batch_indices, batches, load
+from experiments.engine.specs.spec import Data
+from experiments.engine.specs.stages import Protocol, evaluate_stage
 
 SET = Data("latents", size=4, channels=2, num_classes=3)
 BIG = (CIFAR10, IMAGENET256, IMAGENET256_FIXED, IMAGENET512)

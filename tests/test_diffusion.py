@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from experiments.engine.diffusion import IDDPM, split_prediction
+from experiments.engine.diffusion.iddpm import IDDPM, split_prediction
 
 
 def waves(frequency: float, shape: tuple[int, ...] = (4, 2, 3, 5)) -> Tensor:

@@ -20,23 +20,30 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments.engine import (
-    attempts,
-    distributed,
-    evaluate,
-    generate,
-    heartbeat,
-    preemption,
-    train,
+from experiments.engine.data.sets import batch_indices, load
+from experiments.engine.diffusion.iddpm import IDDPM
+from experiments.engine.jobs.execute import execute
+from experiments.engine.records.store import REPOSITORY, Store
+from experiments.engine.runtime import group as distributed
+from experiments.engine.runtime import heartbeat, preemption
+from experiments.engine.runtime import heartbeat as attempts
+from experiments.engine.runtime.group import Group, master_port, place
+from experiments.engine.runtime.preemption import LOST, TRY_AGAIN
+from experiments.engine.sampling import generate
+from experiments.engine.scoring import stage as evaluate
+from experiments.engine.specs.spec import (
+    Backbone,
+    Data,
+    Evaluate,
+    Recipe,
+    Sampler,
+    Stage,
+    Train,
+    spec_id,
 )
-from experiments.engine.data import batch_indices, load
-from experiments.engine.diffusion import IDDPM
-from experiments.engine.distributed import Group, master_port, place
-from experiments.engine.execute import execute
-from experiments.engine.preemption import LOST, TRY_AGAIN
-from experiments.engine.spec import Backbone, Data, Evaluate, Recipe, Sampler, Stage, Train, spec_id
-from experiments.engine.store import REPOSITORY, Store
-from experiments.engine.train import Resources, Trainer, build
+from experiments.engine.training import stage as training_stage
+from experiments.engine.training import trainer as train
+from experiments.engine.training.trainer import Resources, Trainer, build
 
 SMALL = dict(dim=8, depths=(1, 1, 1, 1, 1), input_size=8, in_channels=1, num_classes=10)
 TRAIN = Train(
@@ -60,7 +67,7 @@ def member(
     """One rank at work; at a step of a rank a fault strikes: 'raise', 'kill', 'stop', 'requeue', 'raise while others hang', 'hang' until the others have left, or, from there on, a loss of 'nan' or a 'spike'."""
     torch.set_num_threads(1)
     preemption.listen()
-    train.LOG_EVERY, distributed.POLL, distributed.GRACE, evaluate.ON_CPU = 3, 0.1, 2.0, 5
+    training_stage.LOG_EVERY, distributed.POLL, distributed.GRACE, evaluate.ON_CPU = 3, 0.1, 2.0, 5
     if group.world_size > 1:
         names = dict(
             RANK=group.rank,
@@ -128,7 +135,7 @@ def group(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         [
-            "experiments.engine.execute",
+            "experiments.engine.jobs.execute",
             "sklearn.datasets",
             "torch._dynamo",
             "torch.utils.tensorboard",
@@ -228,7 +235,7 @@ def test_a_group_that_cannot_meet_says_so_in_one_line_and_asks_for_a_restart(
 ):
     (tmp_path / "scontrol").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "scontrol").chmod(0o755)
-    code = "from experiments.engine.distributed import join; join('cpu', 2.0)"
+    code = "from experiments.engine.runtime.group import join; join('cpu', 2.0)"
     with socket.socket() as taken:
         taken.bind(("0.0.0.0", 0))
         taken.listen()
@@ -358,9 +365,11 @@ def test_a_killed_rank_ends_the_group_and_costs_the_steps_since_the_checkpoint(
         values["resumed_at"] == 10
         and values["weights_sha256"] == outcome(pair).values["weights_sha256"]
     )
-    assert [attempt["start"] for attempt in values["attempts"]] == [0, 10, 10] and attempts.read_attempts(
-        tmp_path / "runs" / spec_id(TRAIN)
-    ) == values["attempts"]
+    assert [attempt["start"] for attempt in values["attempts"]] == [
+        0,
+        10,
+        10,
+    ] and attempts.read_attempts(tmp_path / "runs" / spec_id(TRAIN)) == values["attempts"]
 
 
 @pytest.mark.slow

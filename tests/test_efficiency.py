@@ -10,11 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from experiments import efficiency, speed, speed_claims
-from experiments.engine import cost, execute, profiling
-from experiments.engine.operators import Operators
-from experiments.engine.spec import Backbone, Ceilings, Cost, Profile, Stage, Timing
-from experiments.engine.store import Store
+from experiments import efficiency
+from experiments.declared import speed_claims
+from experiments.declared import timings as speed
+from experiments.engine.jobs import execute
+from experiments.engine.records.store import Store
+from experiments.engine.specs.spec import Backbone, Ceilings, Cost, Profile, Stage, Timing
+from experiments.engine.timing import cost
+from experiments.engine.timing import profile as profiling
+from experiments.engine.timing.operators import Operators
 from experiments.main_results import TABLE_1
 
 DICO = TABLE_1.row("DiCo-S")

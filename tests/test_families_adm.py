@@ -13,7 +13,7 @@ import backbones
 from backbones.adm import AttentionBlock
 from backbones.checkpoint import load_published
 from backbones.ldm import CrossAttention
-from experiments.engine.cascade import with_low_res
+from experiments.engine.diffusion.cascade import with_low_res
 
 CLASSES = 7
 AUTHORS = json.loads((Path(__file__).parent / "data" / "outputs_adm.json").read_text())

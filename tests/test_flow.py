@@ -8,13 +8,14 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from experiments.engine.diffusion import Model
-from experiments.engine.flow import PATHS, Flow
-from experiments.engine.flow_samplers import FORMS, dopri5, euler, heun, sde
-from experiments.engine.generate import Counted
-from experiments.engine.noise import ImageNoise
-from experiments.engine.samplers import Guided, bind
-from experiments.engine.spec import Sampler
+from experiments.engine.diffusion.flow import PATHS, Flow
+from experiments.engine.diffusion.flow_samplers import FORMS, dopri5, euler, heun, sde
+from experiments.engine.diffusion.guidance import Guided
+from experiments.engine.diffusion.iddpm import Model
+from experiments.engine.diffusion.samplers import bind
+from experiments.engine.numerics.randomness import ImageNoise
+from experiments.engine.sampling.generate import Counted
+from experiments.engine.specs.spec import Sampler
 
 MEAN, STD = 0.3, 0.7
 paths = pytest.mark.parametrize("path", PATHS)

@@ -11,16 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.engine import evaluate, features, preemption, train
-from experiments.engine.data import load
-from experiments.engine.distributed import ALONE
-from experiments.engine.features import digits_classifier
-from experiments.engine.generate import Counted, image_seeds, images, labels
-from experiments.engine.noise import ImageNoise
-from experiments.engine.sharding import results
-from experiments.engine.spec import Backbone, Evaluate, Recipe, Sampler, Train
-from experiments.engine.train import Resources, build
-from experiments.protocols import DIGITS
+from experiments.declared.protocols import DIGITS
+from experiments.engine.data.sets import load
+from experiments.engine.numerics.randomness import ImageNoise
+from experiments.engine.runtime import preemption
+from experiments.engine.runtime.group import ALONE
+from experiments.engine.runtime.pieces import results
+from experiments.engine.sampling.generate import Counted, image_seeds, images, labels
+from experiments.engine.scoring import features
+from experiments.engine.scoring import stage as evaluate
+from experiments.engine.scoring.features import digits_classifier
+from experiments.engine.specs.spec import Backbone, Evaluate, Recipe, Sampler, Train
+from experiments.engine.training import stage as training_stage
+from experiments.engine.training import trainer as train
+from experiments.engine.training.trainer import Resources, build
 
 CPU = torch.device("cpu")
 TINY = Backbone(
@@ -125,7 +129,7 @@ def test_scores_are_finite_shares_are_shares_and_every_one_has_its_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(features, "DIGITS", replace(features.DIGITS, steps=40))
-    train.run_training(SPEC.train, tmp_path / "run", Resources(), lambda *progress: None)
+    training_stage.run_training(SPEC.train, tmp_path / "run", Resources(), lambda *progress: None)
     values = evaluate.run(SPEC, tmp_path / "run", tmp_path / "cache", Resources(sample_batch=100))
     scores = ("fd_digits", "is_digits", "precision_digits", "recall_digits", "agreement")
     found, data = values.pop("manifest"), load(DIGITS.data)

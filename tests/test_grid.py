@@ -15,13 +15,14 @@ import backbones
 from analysis import grid
 from analysis.query import TRAINED, trained_row, trained_rows
 from experiments.ablation import TABLE_4
-from experiments.engine import generate
-from experiments.engine.execute import execute
-from experiments.engine.npz import sha256
-from experiments.engine.store import Store
-from experiments.engine.train import Resources, load_ema
+from experiments.declared.protocols import DIGITS, IMAGENET256
+from experiments.engine.data.image_files import sha256
+from experiments.engine.jobs.execute import execute
+from experiments.engine.records.store import Store
+from experiments.engine.sampling import generate
+from experiments.engine.specs.stages import evaluate_stage, train_stage
+from experiments.engine.training.trainer import Resources, load_ema
 from experiments.main_results import TABLE_1
-from experiments.protocols import DIGITS, IMAGENET256, evaluate_stage, train_stage
 
 SHORT = replace(
     DIGITS,

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from experiments.engine import attempts, heartbeat, preemption
-from experiments.engine.files import take_lock
-from experiments.engine.heartbeat import STALE, Heartbeat, claimed, live, read
+from experiments.engine.records.files import take_lock
+from experiments.engine.runtime import heartbeat, preemption
+from experiments.engine.runtime import heartbeat as attempts
+from experiments.engine.runtime.heartbeat import STALE, Heartbeat, claimed, live, read
 
 NOW = dict(
     state="training", step=7, host="elsewhere", job_id="41", owner="other", reason=None, pid=5

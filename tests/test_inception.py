@@ -10,8 +10,8 @@ import pytest
 import torch
 from numpy import ndarray
 
-from experiments.engine import inception
-from experiments.engine.inception import Inception, architecture, spatial_vector
+from experiments.engine.scoring import inception
+from experiments.engine.scoring.inception import Inception, architecture, spatial_vector
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 20, 16, 3), dtype=np.uint8)
 

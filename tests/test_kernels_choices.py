@@ -15,7 +15,7 @@ from torch import Tensor
 
 from backbones import kernels
 from backbones.kernels.op import Op
-from experiments.engine.precision import precision
+from experiments.engine.numerics.precision import precision
 
 LIMITS = {
     "fp32": 1e-5,

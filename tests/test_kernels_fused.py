@@ -9,7 +9,7 @@ from test_kernels_gla import with_gradients
 from torch import Tensor
 
 from backbones import kernels
-from experiments.engine.operators import Operators
+from experiments.engine.timing.operators import Operators
 
 CPU = torch.device("cpu")
 HERE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from backbones import kernels
 from backbones.kernels import diagonal_ssm, gated_linear
-from experiments.engine.precision import precision
+from experiments.engine.numerics.precision import precision
 
 GATES = {"none": 0.0, "mild": 1 / 16, "strong": 8.0, "very strong": 60.0}
 

@@ -7,7 +7,7 @@ from test_backbones import relative_rms
 from torch import Tensor
 
 from backbones.kernels import causal_conv, selective_scan, use
-from experiments.engine.cost import MacCounter
+from experiments.engine.timing.cost import MacCounter
 
 SIZES = {  # samples, channels, steps, states
     "odd": (2, 5, 37, 3),

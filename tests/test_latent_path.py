@@ -16,14 +16,18 @@ from latent_sets import write_vae
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from experiments.engine import inception, samples, scores, shards, sources
-from experiments.engine.autoencoder import load_autoencoder
-from experiments.engine.execute import execute
-from experiments.engine.pictures import find_pictures, read_picture
-from experiments.engine.shards import Work, prepare
-from experiments.engine.spec import Backbone, Data, Evaluate, Recipe, Sampler, Train, spec_id
-from experiments.engine.store import Store
-from experiments.engine.train import Resources, Trainer
+from experiments.engine.data import encode as shards
+from experiments.engine.data import locate as sources
+from experiments.engine.data.autoencoder import load_autoencoder
+from experiments.engine.data.encode import Work, prepare
+from experiments.engine.data.pictures import find_pictures, read_picture
+from experiments.engine.jobs.execute import execute
+from experiments.engine.records.store import Store
+from experiments.engine.sampling import samples
+from experiments.engine.scoring import inception, scores
+from experiments.engine.scoring import measure as scoring_measure
+from experiments.engine.specs.spec import Backbone, Data, Evaluate, Recipe, Sampler, Train, spec_id
+from experiments.engine.training.trainer import Resources, Trainer
 
 SIDE, NUM = 64, 9
 
@@ -64,7 +68,7 @@ def whole_path(given: Path, root: Path, dies: str) -> None:
 
     torch.set_num_threads(1)
     os.environ |= {"DICO_VAE": str(given / "vae"), "DICO_INCEPTION": str(given / "inception.pth")}
-    sources.ROOT, inception.SHA256, samples.CHUNK, scores.PIECE, inception.BATCH = (
+    sources.ROOT, inception.SHA256, samples.CHUNK, scoring_measure.PIECE, inception.BATCH = (
         root / "data",
         "",
         4,
@@ -79,7 +83,9 @@ def whole_path(given: Path, root: Path, dies: str) -> None:
     elif dies == "sampling":
         samples.to_uint8 = dying(samples.to_uint8, lambda x: pieces.append(0) or len(pieces) == 2)
     elif dies == "scoring":
-        scores._piece = dying(scores._piece, lambda *piece: pieces.append(0) or len(pieces) == 2)
+        scoring_measure._piece = dying(
+            scoring_measure._piece, lambda *piece: pieces.append(0) or len(pieces) == 2
+        )
     pictures, vae = find_pictures(given / "pictures", 2), load_autoencoder(str(given / "vae"))
     data = Data(
         "photographs",

@@ -16,17 +16,18 @@ import torch
 from latent_sets import declared, small_vae, write_pictures, write_vae
 
 from experiments import prepare_latents
-from experiments.engine import shards, sources
-from experiments.engine.autoencoder import Autoencoder, load_autoencoder
-from experiments.engine.data import batch_indices, batches, load
-from experiments.engine.diffusion import IDDPM
-from experiments.engine.latents import SCALE, LatentSet
-from experiments.engine.pictures import find_pictures, read_picture
-from experiments.engine.shards import Work, compare, prepare
-from experiments.engine.sources import read_manifest
-from experiments.engine.spec import Backbone, Recipe, Train
-from experiments.engine.train import Trainer
-from experiments.protocols import IMAGENET256
+from experiments.declared.protocols import IMAGENET256
+from experiments.engine.data import encode as shards
+from experiments.engine.data import locate as sources
+from experiments.engine.data.autoencoder import Autoencoder, load_autoencoder
+from experiments.engine.data.encode import Work, compare, prepare
+from experiments.engine.data.latents import SCALE, LatentSet
+from experiments.engine.data.locate import read_manifest
+from experiments.engine.data.pictures import find_pictures, read_picture
+from experiments.engine.data.sets import batch_indices, batches, load
+from experiments.engine.diffusion.iddpm import IDDPM
+from experiments.engine.specs.spec import Backbone, Recipe, Train
+from experiments.engine.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")

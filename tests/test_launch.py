@@ -15,11 +15,12 @@ from pathlib import Path
 from test_command_line import hear_interrupts
 
 from experiments.ablation import TABLES
-from experiments.engine import execute, launch
-from experiments.engine.files import written_whole
-from experiments.engine.launch import Job
-from experiments.engine.store import REPOSITORY
-from experiments.protocols import cost_stage
+from experiments.engine.jobs import execute
+from experiments.engine.jobs import pool as launch
+from experiments.engine.jobs.pool import Job
+from experiments.engine.records.files import written_whole
+from experiments.engine.records.store import REPOSITORY
+from experiments.engine.specs.stages import cost_stage
 
 
 def loading_torch(pid: int) -> bool:

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from experiments.engine.machine import described, keep_memory
-from experiments.engine.store import REPOSITORY
+from experiments.engine.numerics.device import described, keep_memory
+from experiments.engine.records.store import REPOSITORY
 
 FAULTS = """
 import resource, torch
-from experiments.engine.machine import keep_memory
+from experiments.engine.numerics.device import keep_memory
 assert not {kept} or keep_memory()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for megabytes in [16] * 20 + [100] * 20:

@@ -11,19 +11,36 @@ import pytest
 import torch
 
 import backbones
-from experiments import recipes
 from experiments.ablation import DICO_S
-from experiments.engine.cascade import System
+from experiments.declared import recipes
+from experiments.declared.protocols import (
+    DIGITS,
+    IMAGENET256,
+    IMAGENET256_OWN,
+    IMAGENET512,
+    PROTOCOLS,
+)
+from experiments.declared.systems import SYSTEMS
 from experiments.engine.cli import main
-from experiments.engine.data import load
-from experiments.engine.generate import Counted, images
-from experiments.engine.process import process
-from experiments.engine.report import main_sheet
-from experiments.engine.rows import Method, Row, Table
-from experiments.engine.samplers import bind
-from experiments.engine.spec import Cost, Data, Train, spec_id
-from experiments.engine.store import Store
-from experiments.engine.train import Trainer, build, digest
+from experiments.engine.data.sets import load
+from experiments.engine.diffusion.build import process
+from experiments.engine.diffusion.cascade import System
+from experiments.engine.diffusion.samplers import bind
+from experiments.engine.numerics.weights import digest
+from experiments.engine.records.store import Store
+from experiments.engine.reporting.tables import main_sheet
+from experiments.engine.sampling.generate import Counted, images
+from experiments.engine.specs.rows import Method, Row, Table
+from experiments.engine.specs.spec import Cost, Data, Train, spec_id
+from experiments.engine.specs.stages import (
+    cost_stages,
+    evaluate_stage,
+    network,
+    timed_rows,
+    timing_stage,
+    train_stage,
+)
+from experiments.engine.training.trainer import Trainer, build
 from experiments.main_results import (
     ADM_U,
     DIM_H,
@@ -35,20 +52,6 @@ from experiments.main_results import (
     TABLES,
     UVIT_H,
 )
-from experiments.protocols import (
-    DIGITS,
-    IMAGENET256,
-    IMAGENET256_OWN,
-    IMAGENET512,
-    PROTOCOLS,
-    cost_stages,
-    evaluate_stage,
-    network,
-    timed_rows,
-    timing_stage,
-    train_stage,
-)
-from experiments.systems import SYSTEMS
 
 ROWS = [
     pytest.param(table, row, id=f"{table.number} {row.label}")

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from experiments.ablation import TABLE_4
-from experiments.engine.manifest import (
+from experiments.declared.protocols import DIGITS, IMAGENET256, IMAGENET256_FIXED
+from experiments.engine.records.manifest import (
     ABSENT,
     EFFECTS,
     WITHOUT,
@@ -25,11 +26,11 @@ from experiments.engine.manifest import (
     of_record,
     score_name,
 )
-from experiments.engine.report import comparison_sheet, main_sheet
-from experiments.engine.spec import Sampler, canonical
-from experiments.engine.store import REPOSITORY, Store
+from experiments.engine.records.store import REPOSITORY, Store
+from experiments.engine.reporting.tables import comparison_sheet, main_sheet
+from experiments.engine.specs.spec import Sampler, canonical
+from experiments.engine.specs.stages import evaluate_stage
 from experiments.main_results import TABLE_1
-from experiments.protocols import DIGITS, IMAGENET256, IMAGENET256_FIXED, evaluate_stage
 
 SPEC = evaluate_stage(TABLE_4.rows[0], IMAGENET256, 0)
 FOUND = {

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from experiments import measure_gpu
-from experiments.engine.spec import Ceilings
-from experiments.engine.store import REPOSITORY, Store
+from experiments.engine.records.store import REPOSITORY, Store
+from experiments.engine.specs.spec import Ceilings
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -23,7 +23,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts that leave a record, fail, and never end."""
-    record = "import sys; from pathlib import Path; from experiments.engine.spec import Ceilings; from experiments.engine.store import Store; "
+    record = "import sys; from pathlib import Path; from experiments.engine.specs.spec import Ceilings; from experiments.engine.records.store import Store; "
     record += "Store(Path(sys.argv[-1])).append(Ceilings('cpu', 'bf16'), 'done', {}, {})"
     stays = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('stays', flush=True); time.sleep(600)"
     monkeypatch.setattr(

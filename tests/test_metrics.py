@@ -9,7 +9,7 @@ from scipy.linalg import sqrtm
 from scipy.spatial.distance import cdist
 from scipy.special import rel_entr
 
-from experiments.engine.metrics import (
+from experiments.engine.scoring.metrics import (
     Moments,
     frechet,
     frechet_jackknife,
@@ -17,7 +17,7 @@ from experiments.engine.metrics import (
     inception_score,
     proportion_se,
 )
-from experiments.engine.neighbours import neighbour_shares, precision_recall
+from experiments.engine.scoring.neighbours import neighbour_shares, precision_recall
 
 
 def moments(*batches: ndarray) -> Moments:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy import ndarray
 
-from experiments.engine.mind import mind
+from experiments.engine.scoring.metrics import mind
 
 
 def drawn(n: int, seed: int, shift: float) -> ndarray:

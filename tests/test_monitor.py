@@ -14,13 +14,16 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.engine import attempts, checkpoint, train
-from experiments.engine.data import batch_indices, load
-from experiments.engine.execute import execute
-from experiments.engine.monitor import FEWEST, SPIKE, WANDB, Log, require_boards, trouble
-from experiments.engine.spec import Backbone, Data, Recipe, Train
-from experiments.engine.store import Store
-from experiments.engine.train import Resources
+from experiments.engine.data.sets import batch_indices, load
+from experiments.engine.jobs.execute import execute
+from experiments.engine.records.store import Store
+from experiments.engine.runtime import heartbeat as attempts
+from experiments.engine.specs.spec import Backbone, Data, Recipe, Train
+from experiments.engine.training import checkpoint
+from experiments.engine.training import stage as training_stage
+from experiments.engine.training import trainer as train
+from experiments.engine.training.log import FEWEST, SPIKE, WANDB, Log, require_boards, trouble
+from experiments.engine.training.trainer import Resources
 
 SMALL = dict(dim=8, depths=(1, 1, 1, 1, 1), input_size=8, in_channels=1, num_classes=10)
 SPEC = Train(
@@ -62,7 +65,7 @@ def test_committed_and_heavy_tailed_curves_are_no_spikes():
 def test_a_training_that_goes_wrong_says_where_and_keeps_its_last_good_checkpoint(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(train, "LOG_EVERY", 3)
+    monkeypatch.setattr(training_stage, "LOG_EVERY", 3)
     update, bad = train.Trainer._update, 38 if kind == "jump" else 35
 
     def worse(self: train.Trainer, *batch: torch.Tensor) -> torch.Tensor:
@@ -104,7 +107,9 @@ def test_a_bad_loss_between_two_lines_of_the_log_is_not_saved(
         lambda self, *batch: update(self, *batch) * (math.nan if self.step >= 10 else 1),
     )
     with pytest.raises(ValueError, match="^the loss is nan at step 11;"):
-        train.run_training(SPEC, tmp_path, Resources(checkpoint_every=8), lambda *progress: None)
+        training_stage.run_training(
+            SPEC, tmp_path, Resources(checkpoint_every=8), lambda *progress: None
+        )
     assert [path.name[:13] for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000008"]
 
 
@@ -114,14 +119,14 @@ def test_a_save_that_failed_ends_the_run_at_the_next_line_of_the_log(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(train, "LOG_EVERY", 3)
+    monkeypatch.setattr(training_stage, "LOG_EVERY", 3)
     monkeypatch.setattr(checkpoint, "save", full)
     monkeypatch.setattr(
         checkpoint.Writer, "busy", property(lambda self: self._thread and self._thread.join())
     )  # every save is over at once
     steps: list[int] = []
     with pytest.raises(OSError, match="No space left"):
-        train.run_training(
+        training_stage.run_training(
             SPEC,
             tmp_path,
             Resources(checkpoint_every=10),
@@ -146,7 +151,9 @@ def test_weights_that_are_not_finite_are_not_saved(
     with pytest.raises(
         train.Diverged, match=f"^the update made weights that are not finite at step {last}; lower"
     ) as caught:
-        train.run_training(SPEC, tmp_path, Resources(checkpoint_every=8, keep=9), lambda *progress: None)
+        training_stage.run_training(
+            SPEC, tmp_path, Resources(checkpoint_every=8, keep=9), lambda *progress: None
+        )
     assert (
         caught.value.values["last_checkpoint"] == last - 8
         and max(checkpoint._step(path) for path in (tmp_path / "checkpoints").iterdir()) == last - 8
@@ -225,7 +232,7 @@ def test_a_board_that_is_not_installed_is_one_line_before_any_work(
         ValueError,
         match=f"^.{WANDB} asks for Weights & Biases, which is not installed: pip install wandb, or unset {WANDB}$",
     ):
-        train.run_training(SPEC, tmp_path / "run", Resources(), lambda *progress: None)
+        training_stage.run_training(SPEC, tmp_path / "run", Resources(), lambda *progress: None)
     assert not (tmp_path / "run").exists()
     monkeypatch.delenv(WANDB)
     require_boards()

@@ -13,7 +13,8 @@ import pytest
 from numpy import ndarray
 from numpy.lib import format as npy
 
-from experiments.engine.npz import POOL, SPATIAL, Images, has_images, statistics, write
+from experiments.engine.data.image_files import POOL, SPATIAL, Images, has_images, write
+from experiments.engine.scoring.reference import statistics
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 5, 4, 3), dtype=np.uint8)
 

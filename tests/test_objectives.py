@@ -10,20 +10,20 @@ import torch
 from test_flow import Given
 from torch import Tensor
 
-from experiments.engine.diffusion import BETAS, IDDPM, Model
-from experiments.engine.flow import Flow
-from experiments.engine.generate import Counted
-from experiments.engine.noise import ImageNoise
-from experiments.engine.process import process
-from experiments.engine.samplers import (
-    Guided,
+from experiments.engine.diffusion.build import process
+from experiments.engine.diffusion.flow import Flow
+from experiments.engine.diffusion.guidance import Guided
+from experiments.engine.diffusion.iddpm import BETAS, IDDPM, Model
+from experiments.engine.diffusion.samplers import (
     ancestral,
     bind,
     ddim,
     dpm_solver,
     dpm_solver_diffusers,
 )
-from experiments.engine.spec import Diffusion, Sampler
+from experiments.engine.numerics.randomness import ImageNoise
+from experiments.engine.sampling.generate import Counted
+from experiments.engine.specs.spec import Diffusion, Sampler
 
 MEAN, STD = 0.3, 0.7
 UVIT = Diffusion(betas="stable_diffusion", variance="fixed", first_step=1)

@@ -8,16 +8,18 @@ from typing import Any
 
 import pytest
 
-from analysis import figures, figures_efficiency
-from analysis.conditions import progress_row, stopped
+from analysis.figures import own as figures_efficiency
+from analysis.figures import paper as figures
 from analysis.query import Sources
-from analysis.tables import CONFIGURATIONS
-from experiments import speed
-from experiments.engine.manifest import manifest
-from experiments.engine.spec import Backbone, Timing, canonical
-from experiments.engine.store import Store
+from analysis.tables.conditions import progress_row, stopped
+from analysis.tables.paper import CONFIGURATIONS
+from experiments.declared import timings as speed
+from experiments.declared.protocols import IMAGENET256
+from experiments.engine.records.manifest import manifest
+from experiments.engine.records.store import Store
+from experiments.engine.specs.spec import Backbone, Timing, canonical
+from experiments.engine.specs.stages import cost_stage, evaluate_stage, train_stage
 from experiments.main_results import TABLE_1
-from experiments.protocols import IMAGENET256, cost_stage, evaluate_stage, train_stage
 
 PROVENANCE = {
     "device": "a GPU",

@@ -9,7 +9,7 @@ import pytest
 from latent_sets import picture, write_pictures
 from PIL import Image
 
-from experiments.engine.pictures import centre_crop, counted, find_pictures, read_picture
+from experiments.engine.data.pictures import centre_crop, counted, find_pictures, read_picture
 
 
 def resampled(rows: np.ndarray, size: int, kernel: str) -> np.ndarray:

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from experiments import prepare_pixels
-from experiments.engine import data, sources
-from experiments.engine.pictures import read_picture
-from experiments.engine.spec import Data
+from experiments.engine.data import locate as sources
+from experiments.engine.data import sets as data
+from experiments.engine.data.pictures import read_picture
+from experiments.engine.specs.spec import Data
 
 
 @pytest.fixture

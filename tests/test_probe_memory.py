@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 
-from experiments.engine.store import REPOSITORY
+from experiments.engine.records.store import REPOSITORY
 
 MIB = 2**20
 TOKENS, WIDTH = 1024, 1152

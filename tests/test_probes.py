@@ -8,18 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from analysis import figures_probes
+from analysis.figures import probes as figures_probes
+from analysis.figures.style import figure, save
 from analysis.probes.__main__ import main
 from analysis.probes.declared import PROBES, Channels, arrays_of, declared
 from analysis.query import TRAINED, trained_rows
-from analysis.style import figure, save
 from experiments.ablation import TABLE_4
-from experiments.engine import checkpoint
-from experiments.engine.report import REFERENCE_SEEDS
-from experiments.engine.spec import spec_id
-from experiments.engine.store import Store
-from experiments.engine.train import build
-from experiments.protocols import DIGITS, PROTOCOLS, evaluate_stage, train_stage
+from experiments.declared.protocols import DIGITS, PROTOCOLS
+from experiments.engine.records.store import Store
+from experiments.engine.reporting.lookup import REFERENCE_SEEDS
+from experiments.engine.specs.spec import spec_id
+from experiments.engine.specs.stages import evaluate_stage, train_stage
+from experiments.engine.training import checkpoint
+from experiments.engine.training.trainer import build
 
 DICO = TABLE_4.rows[0]
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.engine.quantise import from_uint8, to_uint8
+from experiments.engine.data.quantise import from_uint8, to_uint8
 
 
 def test_every_level_survives_the_way_there_and_back():

@@ -18,13 +18,15 @@ from test_train import CPU, DIGITS, FAMILIES, OBJECTIVES, SPEC
 from torch import Tensor, nn
 
 from backbones.kernels import gated_linear
-from experiments import recipes
-from experiments.engine import capture, preemption, samples
-from experiments.engine.capture import Captured
-from experiments.engine.generate import Counted, _sample, images, recorded_steps
-from experiments.engine.spec import Diffusion, Evaluate, Sampler, Train
-from experiments.engine.timed_tasks import fill
-from experiments.engine.train import build
+from experiments.declared import recipes
+from experiments.engine.numerics import cuda_graphs as capture
+from experiments.engine.numerics.cuda_graphs import Captured
+from experiments.engine.runtime import preemption
+from experiments.engine.sampling import samples
+from experiments.engine.sampling.generate import Counted, _sample, images, recorded_steps
+from experiments.engine.specs.spec import Diffusion, Evaluate, Sampler, Train
+from experiments.engine.timing.tasks import fill
+from experiments.engine.training.trainer import build
 
 GPU = torch.device("cuda")
 SAMPLERS = {

@@ -15,21 +15,15 @@ import numpy as np
 import pytest
 
 from experiments.ablation import TABLE_3, TABLE_4, TABLE_5
-from experiments.engine import metrics
-from experiments.engine.render import render
-from experiments.engine.report import Cell, Sheet, comparison_sheet, main_sheet
-from experiments.engine.rows import Row
-from experiments.engine.spread import OUTLIERS, made_by_few
-from experiments.engine.store import REPOSITORY, Store
-from experiments.protocols import (
-    DIGITS,
-    IMAGENET256,
-    PROTOCOLS,
-    cost_stage,
-    evaluate_stage,
-    timing_stage,
-    train_stage,
-)
+from experiments.declared.protocols import DIGITS, IMAGENET256, PROTOCOLS
+from experiments.engine.records.store import REPOSITORY, Store
+from experiments.engine.reporting.render import render
+from experiments.engine.reporting.sheet import Cell, Sheet
+from experiments.engine.reporting.statistics import OUTLIERS, made_by_few
+from experiments.engine.reporting.tables import comparison_sheet, main_sheet
+from experiments.engine.scoring import metrics
+from experiments.engine.specs.rows import Row
+from experiments.engine.specs.stages import cost_stage, evaluate_stage, timing_stage, train_stage
 
 ROWS = TABLE_4.rows[:3]
 PROVENANCE = {"device": "cpu", "cpu": "a", "torch": "b", "dirty": False, "seconds": 1.0}
@@ -377,8 +371,8 @@ def test_text_lines_up_and_names_every_column():
 
 def test_a_report_loads_no_torch():
     code = (
-        "import sys; from pathlib import Path; from experiments.ablation import TABLES; from experiments.engine.render import FORMATS, render; from experiments.engine.report import *; "
-        "from experiments.engine.store import Store; from experiments.protocols import DIGITS; t = TABLES[4]; a = (t, t.rows, DIGITS, range(3), 'cpu', Store()); "
+        "import sys; from pathlib import Path; from experiments.ablation import TABLES; from experiments.engine.reporting.render import FORMATS, render; from experiments.engine.reporting.tables import *; "
+        "from experiments.engine.records.store import Store; from experiments.declared.protocols import DIGITS; t = TABLES[4]; a = (t, t.rows, DIGITS, range(3), 'cpu', Store()); "
         "[render([main_sheet(*a), comparison_sheet(*a)], form) for form in FORMATS]; print(sorted({'torch', 'timm', 'sklearn', 'matplotlib'} & set(sys.modules)))"
     )
     assert (

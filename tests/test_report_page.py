@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from analysis import browser as driver
 from analysis import report
-from analysis.browser import chromium, opened, waited
 from analysis.build import FIGURES
-from analysis.fragments import grids
+from analysis.page import browser as driver
+from analysis.page.browser import chromium, opened, waited
+from analysis.page.fragments import grids
 from analysis.query import Sources
-from experiments.engine.store import REPOSITORY
+from experiments.engine.records.store import REPOSITORY
 
 
 @pytest.fixture(scope="module")

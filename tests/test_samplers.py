@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments.engine.diffusion import IDDPM, Model
-from experiments.engine.generate import Counted
-from experiments.engine.noise import ImageNoise
-from experiments.engine.process import process
-from experiments.engine.samplers import Guided, ancestral, bind, ddim
-from experiments.engine.spec import Diffusion, Sampler
+from experiments.engine.diffusion.build import process
+from experiments.engine.diffusion.guidance import Guided
+from experiments.engine.diffusion.iddpm import IDDPM, Model
+from experiments.engine.diffusion.samplers import ancestral, bind, ddim
+from experiments.engine.numerics.randomness import ImageNoise
+from experiments.engine.sampling.generate import Counted
+from experiments.engine.specs.spec import Diffusion, Sampler
 
 MEAN, STD = 0.3, 0.7
 SAMPLERS = {"ancestral": ancestral, "ddim": ddim}

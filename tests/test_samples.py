@@ -19,16 +19,21 @@ import torch
 from test_backbones import randomise
 from torch import Tensor
 
-from experiments.engine import evaluate, inception, samples, sources, train
-from experiments.engine.autoencoder import load_autoencoder
-from experiments.engine.data import ImageSet, load
-from experiments.engine.generate import images, labels
-from experiments.engine.launch import Job
-from experiments.engine.npz import Images
-from experiments.engine.progress import Progress
-from experiments.engine.quantise import to_uint8
-from experiments.engine.samples import decoder_of, decoder_warnings, draw, sampled
-from experiments.engine.spec import (
+from experiments.declared.protocols import DIGITS
+from experiments.engine.data.autoencoder import load_autoencoder
+from experiments.engine.data.image_files import Images
+from experiments.engine.data.quantise import to_uint8
+from experiments.engine.data.sets import ImageSet, load
+from experiments.engine.data import locate as sources
+from experiments.engine.jobs.pool import Job
+from experiments.engine.jobs.progress import Progress
+from experiments.engine.records.store import REPOSITORY
+from experiments.engine.sampling import samples
+from experiments.engine.sampling.generate import images, labels
+from experiments.engine.sampling.samples import decoder_of, decoder_warnings, draw, sampled
+from experiments.engine.scoring import inception
+from experiments.engine.scoring import stage as evaluate
+from experiments.engine.specs.spec import (
     Backbone,
     Checkpoint,
     Data,
@@ -38,9 +43,9 @@ from experiments.engine.spec import (
     Train,
     spec_id,
 )
-from experiments.engine.store import REPOSITORY
-from experiments.engine.train import Resources, build
-from experiments.protocols import DIGITS
+from experiments.engine.training import stage as training_stage
+from experiments.engine.training import trainer as train
+from experiments.engine.training.trainer import Resources, build
 
 CPU = torch.device("cpu")
 TINY = Backbone(
@@ -302,7 +307,9 @@ def test_the_inception_stage_runs_from_weights_to_record(
         "inception",
         "balanced",
     )
-    train.run_training(spec.train, tmp_path / "runs" / "a", Resources(), lambda *progress: None)
+    training_stage.run_training(
+        spec.train, tmp_path / "runs" / "a", Resources(), lambda *progress: None
+    )
     with pytest.raises(ValueError, match="not that of the published Inception"):
         evaluate.run(spec, tmp_path / "runs" / "a", tmp_path, Resources())
     monkeypatch.setattr(inception, "SHA256", "")
@@ -390,7 +397,8 @@ def test_another_sampler_is_another_set_and_an_unknown_one_is_refused(
 FAILING = """
 import sys, time
 from experiments import sample
-from experiments.engine import distributed, samples
+from experiments.engine.runtime import group as distributed
+from experiments.engine.sampling import samples
 
 def sampled(spec, folder, resources, report, group, beat):
     if group.rank == 1:

@@ -10,13 +10,16 @@ import pytest
 import torch
 
 from experiments.ablation import DICO_S
-from experiments.engine import evaluate, train
-from experiments.engine.data import load
-from experiments.engine.features import digits_classifier, extract
-from experiments.engine.generate import image_seeds, images, labels
-from experiments.engine.spec import Evaluate, Sampler
-from experiments.engine.train import Resources, build
-from experiments.protocols import DIGITS, evaluate_stage
+from experiments.declared.protocols import DIGITS
+from experiments.engine.data.sets import load
+from experiments.engine.sampling.generate import image_seeds, images, labels
+from experiments.engine.scoring import stage as evaluate
+from experiments.engine.scoring.features import digits_classifier, extract
+from experiments.engine.specs.spec import Evaluate, Sampler
+from experiments.engine.specs.stages import evaluate_stage
+from experiments.engine.training import stage as training_stage
+from experiments.engine.training import trainer as train
+from experiments.engine.training.trainer import Resources, build
 
 CPU = torch.device("cpu")
 
@@ -77,7 +80,7 @@ def test_unknown_sampler_lists_the_known():
 
 def test_the_classifier_is_cached_by_content_and_scores_are_named_for_what_they_are(tmp_path: Path):
     spec, cache = tiny(), tmp_path / "classifiers"
-    train.run_training(spec.train, tmp_path / "run", Resources(), lambda *progress: None)
+    training_stage.run_training(spec.train, tmp_path / "run", Resources(), lambda *progress: None)
     first = evaluate.run(spec, tmp_path / "run", cache, Resources())
     (file,) = cache.glob("*.safetensors")
     written = file.stat().st_mtime_ns

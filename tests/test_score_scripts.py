@@ -15,15 +15,18 @@ from test_scores import Grey
 
 from backbones import build, list_backbones, tiny_options_of
 from experiments import calibrate, diff_protocol, evaluate, evaluate_checkpoint, sample
-from experiments.engine import evaluate as stage
-from experiments.engine import inception, npz, scores, sources
-from experiments.engine.data import ImageSet
-from experiments.engine.distributed import ALONE
-from experiments.engine.spec import Backbone, Checkpoint, Data, Evaluate, Sampler
-from experiments.engine.store import Store, read_record
-from experiments.engine.train import Resources
+from experiments.declared.protocols import CIFAR10, PROTOCOLS
+from experiments.engine.data import image_files as npz
+from experiments.engine.data import locate as sources
+from experiments.engine.data.sets import ImageSet
+from experiments.engine.records.store import Store, read_record
+from experiments.engine.runtime.group import ALONE
+from experiments.engine.scoring import inception, scores, stage
+from experiments.engine.scoring import measure as scoring_measure
+from experiments.engine.specs.spec import Backbone, Checkpoint, Data, Evaluate, Sampler
+from experiments.engine.specs.stages import evaluate_stage
+from experiments.engine.training.trainer import Resources
 from experiments.main_results import TABLE_1, TABLES
-from experiments.protocols import CIFAR10, PROTOCOLS, evaluate_stage
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (80, 4, 4, 3), dtype=np.uint8)
 
@@ -240,7 +243,7 @@ def test_the_arithmetic_is_calibrated_on_synthetic_sets(capsys, monkeypatch):
 
 
 def test_a_wrong_arithmetic_fails_calibration(capsys, monkeypatch):
-    from experiments.engine import metrics
+    from experiments.engine.scoring import metrics
 
     right = metrics.frechet
     monkeypatch.setattr(metrics, "frechet", lambda a, b: 1.001 * right(a, b))
@@ -732,7 +735,7 @@ def test_a_reference_that_is_not_adms_is_warned_of_in_the_record(
     reference = stage._reference(
         PROTOCOLS["imagenet256"].data, Grey(), tmp_path / "parts", ALONE, None
     )
-    found = scores.score(scores.measure(Grey(), iter([IMAGES])), reference)["warnings"]
+    found = scores.score(scoring_measure.measure(Grey(), iter([IMAGES])), reference)["warnings"]
     assert (
         any(
             "other.npz is not ADM's reference, which holds statistics and 30 images" in text

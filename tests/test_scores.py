@@ -9,28 +9,24 @@ import pytest
 from numpy import ndarray
 from scipy.special import rel_entr
 
-from experiments.engine import metrics, scores
-from experiments.engine.metrics import (
+from experiments.engine.scoring import metrics, scores
+from experiments.engine.scoring.measure import Measured, blocks, blocks_sum, measure
+from experiments.engine.scoring.metrics import (
     Moments,
     frechet,
     frechet_influence,
     frechet_se,
     influence_se,
     kid,
+    mind,
 )
-from experiments.engine.mind import mind
-from experiments.engine.neighbours import neighbour_shares, precision_recall, precision_recall_half
-from experiments.engine.scores import (
-    Measured,
-    Reference,
-    blocks,
-    blocks_sum,
-    measure,
-    paired,
-    read_reference,
-    reference_of,
-    score,
+from experiments.engine.scoring.neighbours import (
+    neighbour_shares,
+    precision_recall,
+    precision_recall_half,
 )
+from experiments.engine.scoring.reference import Reference, read_reference, reference_of
+from experiments.engine.scoring.scores import paired, score
 
 DIM = 6
 

@@ -15,20 +15,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from experiments.engine import (
-    distributed,
-    evaluate,
-    inception,
-    npz,
-    samples,
-    scores,
-    sources,
-    train,
-)
-from experiments.engine.inception import Inception
-from experiments.engine.scores import measure, measure_shared
-from experiments.engine.spec import Backbone, Data, Evaluate, Recipe, Sampler, Train
-from experiments.engine.train import Resources
+from experiments.engine.data import image_files as npz
+from experiments.engine.data import locate as sources
+from experiments.engine.runtime import group as distributed
+from experiments.engine.sampling import samples
+from experiments.engine.scoring import inception, scores
+from experiments.engine.scoring import measure as scoring_measure
+from experiments.engine.scoring import stage as evaluate
+from experiments.engine.scoring.inception import Inception
+from experiments.engine.scoring.measure import measure, measure_shared
+from experiments.engine.specs.spec import Backbone, Data, Evaluate, Recipe, Sampler, Train
+from experiments.engine.training import stage as training_stage
+from experiments.engine.training import trainer as train
+from experiments.engine.training.trainer import Resources
 
 SMALL = dict(dim=8, depths=(1, 1, 1, 1, 1), input_size=8, in_channels=3, num_classes=10)
 TRAIN = Train(Backbone("dico_s", SMALL), Data("pixels", 8, 3, 10), Recipe(steps=2, batch=4))
@@ -66,10 +65,10 @@ def member(rank: int, world: int, port: int, root: Path) -> None:
         lambda path, device: Inception(Tiny().eval(), "f" * 64, device),
         lambda spec: None,
     )
-    inception.BATCH, scores.PIECE, samples.CHUNK = 2, 6, 5
+    inception.BATCH, scoring_measure.PIECE, samples.CHUNK = 2, 6, 5
     group, asked = distributed.join("cpu", 60.0), []
-    piece = scores._piece
-    scores._piece = lambda *given: asked.append(0) or piece(*given)
+    piece = scoring_measure._piece
+    scoring_measure._piece = lambda *given: asked.append(0) or piece(*given)
     values = evaluate.run(
         SCORE, root / f"runs-{world}" / "a", root, Resources(sample_batch=4), group
     )
@@ -80,7 +79,7 @@ def member(rank: int, world: int, port: int, root: Path) -> None:
 
 def scored(world: int, root: Path) -> dict[str, Any]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["experiments.engine.execute"])
+    context.set_forkserver_preload(["experiments.engine.jobs.execute"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -103,7 +102,9 @@ def test_two_processes_extract_their_shares_and_score_as_one(
     np.save(folder / "images.npy", DRAW.uniform(-1, 1, (20, 3, 8, 8)).astype(np.float32))
     np.save(folder / "labels.npy", np.arange(20) % 10)
     monkeypatch.setattr(sources, "ROOT", tmp_path / "data")
-    train.run_training(TRAIN, tmp_path / "runs-1" / "a", Resources(), lambda *progress: None)
+    training_stage.run_training(
+        TRAIN, tmp_path / "runs-1" / "a", Resources(), lambda *progress: None
+    )
     shutil.copytree(tmp_path / "runs-1", tmp_path / "runs-2")
     assert scored(2, tmp_path) == scored(1, tmp_path)
     asked = [int((tmp_path / f"asked-{name}").read_text()) for name in ("1-0", "2-0", "2-1")]
@@ -115,7 +116,7 @@ def test_pieces_add_up_to_the_whole_and_are_not_taken_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(inception, "BATCH", 2)
-    monkeypatch.setattr(scores, "PIECE", 4)
+    monkeypatch.setattr(scoring_measure, "PIECE", 4)
     images = DRAW.integers(0, 256, (11, 9, 7, 3), dtype=np.uint8)
     np.savez_compressed(tmp_path / "a.npz", arr_0=images)
     stored, extractor, read = npz.Images(tmp_path / "a.npz"), Inception(Tiny().eval(), "tiny"), []

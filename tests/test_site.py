@@ -15,16 +15,21 @@ from test_command_line import TABLE as TINY
 
 from experiments import run
 from experiments.ablation import TABLES
-from experiments.engine import heartbeat, plan, scheduler, site, slurm
+from experiments.declared.protocols import DIGITS, IMAGENET256, PROTOCOLS
 from experiments.engine.cli import main
-from experiments.engine.cluster import _tell, given, parameters, sbatch_text
-from experiments.engine.files import written_whole
-from experiments.engine.launch import Job
-from experiments.engine.plan import Chosen
-from experiments.engine.site import Site, load_site
-from experiments.engine.spec import spec_id
-from experiments.engine.store import REPOSITORY, Store
-from experiments.protocols import DIGITS, IMAGENET256, PROTOCOLS, Protocol, cost_stage, train_stage
+from experiments.engine.cluster import client as scheduler
+from experiments.engine.cluster import site
+from experiments.engine.cluster import status as slurm
+from experiments.engine.cluster.site import Site, load_site
+from experiments.engine.cluster.submit import _tell, given, parameters, sbatch_text
+from experiments.engine.jobs import plan
+from experiments.engine.jobs.plan import Chosen
+from experiments.engine.jobs.pool import Job
+from experiments.engine.records.files import written_whole
+from experiments.engine.records.store import REPOSITORY, Store
+from experiments.engine.runtime import heartbeat
+from experiments.engine.specs.spec import spec_id
+from experiments.engine.specs.stages import Protocol, cost_stage, train_stage
 
 TABLE = TABLES[4]
 RUN_TABLES = run.TABLES
@@ -109,7 +114,7 @@ def test_a_bad_site_is_one_line(text: str, environment: dict[str, str], words: s
 
 
 def test_the_trainer_takes_what_the_site_gives_and_its_own_defaults_are_the_same(tmp_path: Path):
-    from experiments.engine.train import Resources
+    from experiments.engine.training.trainer import Resources
 
     assert Resources(**given(Site(gpus_per_node=0))) == Resources()
     text = "keep = 5\nmilestones = 100\nmicro_batch = 8\nsample_batch = 4\ncollective_seconds = 60"
@@ -354,6 +359,7 @@ def test_resources_for_a_row_that_no_table_declares_are_reported(
     assert (
         main(
             TABLES,
+            PROTOCOLS,
             None,
             [
                 "--table",
@@ -401,7 +407,13 @@ def test_results_go_where_the_environment_says_unless_the_command_does(
     monkeypatch.setenv("RESULTS", str(tmp_path / "a"))
     for options, folder in (([], "a"), (["--results", str(tmp_path / "b")], "b")):
         assert (
-            main(TABLES, None, ["--table", "4", "--cluster", "slurm", "--dry-run", *options]) == 0
+            main(
+                TABLES,
+                PROTOCOLS,
+                None,
+                ["--table", "4", "--cluster", "slurm", "--dry-run", *options],
+            )
+            == 0
         )
         assert f"SUBMITTED_FROM={tmp_path / folder}\n" in capsys.readouterr().out
 
@@ -656,7 +668,12 @@ def test_a_device_that_the_site_lacks_is_refused(
 ):
     monkeypatch.setenv("DICO_SLURM_GPUS_PER_NODE", "8")
     assert (
-        main(TABLES, None, ["--table", "4", "--cluster", "slurm", "--device", "cpu", "--dry-run"])
+        main(
+            TABLES,
+            PROTOCOLS,
+            None,
+            ["--table", "4", "--cluster", "slurm", "--device", "cpu", "--dry-run"],
+        )
         == 2
     )
     assert re.fullmatch(

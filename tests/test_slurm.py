@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from test_command_line import TABLE
 
-from experiments.engine import heartbeat
-from experiments.engine.store import REPOSITORY
+from experiments.engine.records.store import REPOSITORY
+from experiments.engine.runtime import heartbeat
 
 CLUSTER = REPOSITORY / "tests" / "slurm_cluster.sh"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
@@ -31,8 +31,8 @@ CLIENTS: dict[str, str] = {}  # the environment of the cluster's clients, once i
 TIMED = """
 from dataclasses import replace
 from experiments import efficiency
-from experiments.engine.rows import Row
-from experiments.engine.spec import Backbone, Cost
+from experiments.engine.specs.rows import Row
+from experiments.engine.specs.spec import Backbone, Cost
 
 network = Backbone("dico_s", dict(dim=8, depths=(1, 1, 1, 1, 1)))
 row = Row("tiny", network, {}, None, costs=(Cost(network, 8, 3, 10),))

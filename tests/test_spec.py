@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from experiments import ablation, main_results
-from experiments.engine.rows import Row, Table
-from experiments.engine.spec import (
+from experiments.declared.protocols import DIGITS, IMAGENET256, PROTOCOLS
+from experiments.engine.records.store import Store
+from experiments.engine.specs.rows import Row, Table
+from experiments.engine.specs.spec import (
     Backbone,
     Cost,
     Data,
@@ -28,11 +30,7 @@ from experiments.engine.spec import (
     kind_of,
     spec_id,
 )
-from experiments.engine.store import Store
-from experiments.protocols import (
-    DIGITS,
-    IMAGENET256,
-    PROTOCOLS,
+from experiments.engine.specs.stages import (
     Protocol,
     cost_stage,
     evaluate_stage,

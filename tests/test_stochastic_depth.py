@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 import backbones
 from backbones.layers import timestep_sinusoid, unpatchify
-from experiments.engine.data import load
-from experiments.engine.execute import execute
-from experiments.engine.spec import Backbone, Data, Diffusion, Recipe, Train, spec_id
-from experiments.engine.stochastic_depth import increment_weights
-from experiments.engine.store import Store
-from experiments.engine.train import Resources, Trainer, load_ema
+from experiments.declared.protocols import DIGITS, IMAGENET256_OWN, PROTOCOLS
+from experiments.engine.data.sets import load
+from experiments.engine.jobs.execute import execute
+from experiments.engine.records.store import Store
+from experiments.engine.specs.spec import Backbone, Data, Diffusion, Recipe, Train, spec_id
+from experiments.engine.specs.stages import evaluate_stage, train_stage
+from experiments.engine.training.trainer import Resources, Trainer, increment_weights, load_ema
 from experiments.main_results import DIMSUM_L, DIS_H, TABLES
-from experiments.protocols import DIGITS, IMAGENET256_OWN, PROTOCOLS, evaluate_stage, train_stage
 
 CPU = torch.device("cpu")
 NAMES = ("dis_s_2", "dimsum_l_2")

@@ -12,10 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments.engine import files, store
-from experiments.engine.files import claimed, locked, written_whole
-from experiments.engine.spec import Backbone, Cost, canonical, spec_id
-from experiments.engine.store import Store
+from experiments.engine.records import files, store
+from experiments.engine.records.files import claimed, locked, written_whole
+from experiments.engine.records.store import Store
+from experiments.engine.specs.spec import Backbone, Cost, canonical, spec_id
 
 SPEC = Cost(Backbone("net", dict(dim=8)), 8, 1, 10)
 OTHER = Cost(Backbone("net", dict(dim=16)), 8, 1, 10)
@@ -164,7 +164,7 @@ def test_a_folder_named_like_a_record_is_skipped(
 
 def test_writers_side_by_side_lose_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     code = (
-        "import sys; from pathlib import Path; from experiments.engine.spec import *; from experiments.engine.store import Store\n"
+        "import sys; from pathlib import Path; from experiments.engine.specs.spec import *; from experiments.engine.records.store import Store\n"
         "for number in range(20): Store(Path(sys.argv[1])).append(Cost(Backbone('net', dict(dim=number % 4)), 8, 1, 10), 'done', {'writer': int(sys.argv[2]), 'number': number, 'bulk': [0.1] * 2000}, {})"
     )
     writers = [
@@ -182,7 +182,7 @@ def test_writers_side_by_side_lose_nothing(tmp_path: Path, capsys: pytest.Captur
 
 def test_a_lock_keeps_a_second_process_out(tmp_path: Path):
     code = (
-        "import sys, time; from pathlib import Path; from experiments.engine.files import locked; folder = Path(sys.argv[1])\n"
+        "import sys, time; from pathlib import Path; from experiments.engine.records.files import locked; folder = Path(sys.argv[1])\n"
         "with locked(folder / 'lock'):\n"
         "    (folder / 'inside').touch(exist_ok=False); time.sleep(0.02); (folder / 'inside').unlink()"
     )

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from experiments.engine import cost
-from experiments.engine.store import Store
-from experiments.systems import SYSTEMS, System, counts_sheet
+from experiments.declared.systems import SYSTEMS, System, counts_sheet
+from experiments.engine.records.store import Store
+from experiments.engine.timing import cost
 
 # DiffuSSM's figures have no convention that gives them; DiCo-XL at 512 cannot be reached by any; U-ViT-L/2's 77 is 76.51 rounded.
 LOOSE = {("U-ViT-L/2", 256): 0.7, ("DiCo-XL", 512): 0.5, ("DiC-S", 256): 0.5, ("DiM-H", 256): 0.4}

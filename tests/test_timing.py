@@ -16,13 +16,18 @@ import backbones
 from backbones import kernels
 from backbones.kernels.attention import attention, reference
 from backbones.kernels.op import Choice
-from experiments.engine import capture, ceilings, cost, timed_tasks, timing, train
-from experiments.engine.execute import execute
-from experiments.engine.precision import flags, precision
-from experiments.engine.spec import Backbone, Ceilings, Cost, Recipe, Timing, Train
-from experiments.engine.store import Store
-from experiments.engine.timed_tasks import Task
-from experiments.engine.train import Resources
+from experiments.engine.jobs.execute import execute
+from experiments.engine.numerics import cuda_graphs as capture
+from experiments.engine.numerics.precision import flags, precision
+from experiments.engine.records.store import Store
+from experiments.engine.specs.spec import Backbone, Ceilings, Cost, Recipe, Timing, Train
+from experiments.engine.timing import cost
+from experiments.engine.timing import profile as ceilings
+from experiments.engine.timing import stage as timing
+from experiments.engine.timing import tasks as timed_tasks
+from experiments.engine.timing.tasks import Task
+from experiments.engine.training import trainer as train
+from experiments.engine.training.trainer import Resources
 
 DIT = Backbone("dit_s_2", dict(depth=1, dim=24, heads=3))
 DICO = Backbone("dico_s", dict(dim=8, depths=(1, 1, 1, 1, 1)))

@@ -24,13 +24,18 @@ import torch
 from torch import Tensor
 
 from backbones.mixers import MIXERS
-from experiments.engine import checkpoint, files, train
-from experiments.engine.data import batch_indices, load
-from experiments.engine.diffusion import IDDPM
-from experiments.engine.monitor import curve
-from experiments.engine.precision import MODES, flags, precision
-from experiments.engine.spec import Backbone, Data, Diffusion, Recipe, Train
-from experiments.engine.train import Resources, Trainer, digest, load_ema, lr_at, run_training
+from experiments.engine.data.sets import batch_indices, load
+from experiments.engine.diffusion.iddpm import IDDPM
+from experiments.engine.numerics.precision import MODES, flags, precision
+from experiments.engine.numerics.weights import digest
+from experiments.engine.records import files
+from experiments.engine.specs.spec import Backbone, Data, Diffusion, Recipe, Train
+from experiments.engine.training import checkpoint
+from experiments.engine.training import stage as training_stage
+from experiments.engine.training import trainer as train
+from experiments.engine.training.log import curve
+from experiments.engine.training.stage import run_training
+from experiments.engine.training.trainer import Resources, Trainer, load_ema, lr_at
 
 TRACES = Path(__file__).parent / "data" / "loss_traces.json"
 CPU = torch.device("cpu")
@@ -425,7 +430,7 @@ def test_bf16_trains_fp32_weights():
 def live(folder: Path, checkpoint_every: int, death: str, step: int) -> None:
     """A process that trains, and is killed at a step of the run or while a checkpoint is written."""
     torch.set_num_threads(1)
-    train.LOG_EVERY = 3
+    training_stage.LOG_EVERY = 3
     update, replace = Trainer._update, os.replace
 
     def dying_update(self: Trainer, *inputs: Tensor) -> Tensor:
@@ -454,7 +459,7 @@ def lives(folder: Path, *deaths: tuple[str, int]) -> dict[str, Any]:
     """Processes one after another in one folder; the last one lives."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["experiments.engine.execute", "sklearn.datasets", "torch._dynamo"]
+        ["experiments.engine.jobs.execute", "sklearn.datasets", "torch._dynamo"]
     )
     for death, step in (*deaths, ("", 0)):
         process = context.Process(target=live, args=(folder, 3, death, step))
@@ -480,7 +485,9 @@ def log(folder: Path) -> list[tuple[int, float, float]]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_training(SPEC, tmp_path_factory.mktemp("whole"), Resources(checkpoint_every=3), quiet)
+    return run_training(
+        SPEC, tmp_path_factory.mktemp("whole"), Resources(checkpoint_every=3), quiet
+    )
 
 
 def _flip(path: Path) -> None:

@@ -25,11 +25,11 @@ from analysis.probes.declared import (
     of_training,
 )
 from analysis.query import TRAINED, train_command, trained_row, trained_rows
+from experiments.declared.protocols import PROTOCOLS
 from experiments.engine.cli import Parser, guarded
-from experiments.engine.rows import table_of
-from experiments.engine.spec import Backbone, Diffusion, Train, spec_id
-from experiments.engine.store import REPOSITORY, Record, Store
-from experiments.protocols import PROTOCOLS
+from experiments.engine.records.store import REPOSITORY, Record, Store
+from experiments.engine.specs.rows import table_of
+from experiments.engine.specs.spec import Backbone, Diffusion, Train, spec_id
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -272,7 +272,7 @@ def _run(
     import torch
 
     from analysis.probes.execute import Files, execute
-    from experiments.engine.execute import require_device
+    from experiments.engine.jobs.execute import require_device
 
     require_device(args.device)
     failed = []

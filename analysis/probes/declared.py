@@ -10,11 +10,11 @@ import io
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from experiments.engine.files import written_whole
-from experiments.engine.rows import Row
-from experiments.engine.spec import Sampler, Train, kind_of
-from experiments.engine.store import Record, Store
-from experiments.protocols import Protocol, train_stage
+from experiments.engine.records.files import written_whole
+from experiments.engine.records.store import Record, Store
+from experiments.engine.specs.rows import Row
+from experiments.engine.specs.spec import Sampler, Train, kind_of
+from experiments.engine.specs.stages import Protocol, train_stage
 
 if TYPE_CHECKING:
     import numpy as np

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from analysis.probes.declared import DiffusersLocality
 from analysis.probes.layers import Layer, attention_of
-from experiments.engine.diffusion import IDDPM
-from experiments.engine.generate import image_seeds
-from experiments.engine.samplers import ImageNoise, ddim
+from experiments.engine.diffusion.iddpm import IDDPM
+from experiments.engine.diffusion.samplers import ImageNoise, ddim
+from experiments.engine.sampling.generate import image_seeds
 
 CLASSES = ("DiTTransformer2DModel", "PixArtTransformer2DModel", "FluxTransformer2DModel")
 

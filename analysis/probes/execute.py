@@ -15,11 +15,12 @@ import backbones
 from analysis.probes import channels, diffusers_models, locality
 from analysis.probes.declared import Channels, DiffusersLocality, Features, Locality, Probe, keep
 from analysis.probes.layers import layers
-from experiments.engine import generate
-from experiments.engine.precision import flags, precision
-from experiments.engine.spec import Evaluate
-from experiments.engine.store import Record, Store, provenance
-from experiments.engine.train import build, digest, load_ema
+from experiments.engine.numerics.precision import flags, precision
+from experiments.engine.numerics.weights import digest
+from experiments.engine.records.store import Record, Store, provenance
+from experiments.engine.sampling import generate
+from experiments.engine.specs.spec import Evaluate
+from experiments.engine.training.trainer import build, load_ema
 
 
 @dataclass(frozen=True)

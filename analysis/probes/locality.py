@@ -19,7 +19,7 @@ from analysis.probes.gradients import Gradients
 from analysis.probes.implied import KINDS, Weights
 from analysis.probes.layers import Call, Grid, Layer, watching
 from analysis.probes.measures import MEASURES, distances, locality, radii, uniform
-from experiments.engine.randomness import generator_at
+from experiments.engine.numerics.randomness import generator_at
 
 MIXER_GRADIENT, NETWORK_GRADIENT = "input gradient", "network gradient"
 ALL_KINDS = (*KINDS, MIXER_GRADIENT, NETWORK_GRADIENT)

@@ -15,26 +15,29 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from experiments.engine import slurm
-from experiments.engine.launch import available_cores, run_here, unwind
-from experiments.engine.plan import Chosen, Plan, describe, missing
-from experiments.engine.progress import Progress
-from experiments.engine.render import FORMATS, render
-from experiments.engine.report import comparison_sheet, main_sheet
-from experiments.engine.rows import Row, Table
-from experiments.engine.site import load_site, warn_of_unknown_rows
-from experiments.engine.sources import require_data, require_features
-from experiments.engine.store import REPOSITORY, Store
-from experiments.protocols import PROTOCOLS, cost_stages, evaluate_stage
+from experiments.engine.cluster import status as slurm
+from experiments.engine.cluster.site import load_site, warn_of_unknown_rows
+from experiments.engine.data.locate import require_data, require_features
+from experiments.engine.jobs.plan import Chosen, Plan, describe, missing
+from experiments.engine.jobs.pool import available_cores, run_here, unwind
+from experiments.engine.jobs.progress import Progress
+from experiments.engine.records.store import REPOSITORY, Store
+from experiments.engine.reporting.render import FORMATS, render
+from experiments.engine.reporting.tables import comparison_sheet, main_sheet
+from experiments.engine.specs.rows import Row, Table
+from experiments.engine.specs.stages import Protocol, cost_stages, evaluate_stage
 
 CLUSTERS = ("here", "debug", "local", "slurm")
 
 
 def main(
-    tables: dict[int, Table], description: str | None, arguments: Sequence[str] | None = None
+    tables: dict[int, Table],
+    protocols: dict[str, Protocol],
+    description: str | None,
+    arguments: Sequence[str] | None = None,
 ) -> int:
     """Run, plan or print a table; the exit status is `guarded`'s."""
-    return guarded(lambda: _main(tables, description, arguments))
+    return guarded(lambda: _main(tables, protocols, description, arguments))
 
 
 def _cannot_write(error: OSError) -> str:
@@ -63,12 +66,15 @@ def guarded(run: Callable[[], int], words: Callable[[OSError], str] = _cannot_wr
 
 
 def _main(
-    tables: dict[int, Table], description: str | None, arguments: Sequence[str] | None
+    tables: dict[int, Table],
+    protocols: dict[str, Protocol],
+    description: str | None,
+    arguments: Sequence[str] | None,
 ) -> int:
-    args = _parse(tables, description, arguments)
+    args = _parse(tables, protocols, description, arguments)
     table, protocol, store = (
         tables[args.table],
-        PROTOCOLS[args.protocol],
+        protocols[args.protocol],
         Store(args.results, REPOSITORY / "results" / "reference"),
     )
     rows = _choose(table, args.rows)
@@ -192,7 +198,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def _parse(
-    tables: dict[int, Table], description: str | None, arguments: Sequence[str] | None
+    tables: dict[int, Table],
+    protocols: dict[str, Protocol],
+    description: str | None,
+    arguments: Sequence[str] | None,
 ) -> argparse.Namespace:
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbers = ", ".join(f"{number} ({table.title})" for number, table in tables.items())
@@ -211,7 +220,7 @@ def _parse(
     )
     parser.add_argument(
         "--protocol",
-        choices=list(PROTOCOLS),
+        choices=list(protocols),
         default="digits",
         help="data, recipe, sampler and scores (default: digits)",
     )
@@ -289,7 +298,7 @@ def fast(args: argparse.Namespace, device: str) -> dict[str, bool]:
 def require_device(device: str) -> None:
     """Ask torch, in a process of its own, whether it can use the GPU; ValueError if not."""
     if device == "cuda":
-        code = "from experiments.engine.execute import require_device; require_device('cuda')"
+        code = "from experiments.engine.jobs.execute import require_device; require_device('cuda')"
         asked = subprocess.run(
             [sys.executable, "-c", code],
             cwd=REPOSITORY,
@@ -319,7 +328,7 @@ def _run(plan: Plan, store: Store, cluster: str, workers: int | None) -> bool:
     ) as progress:
         good = run_here(counts, store.root, plan.device, 1, cores, progress.notify)
         if cluster != "here":
-            from experiments.engine.cluster import run_locally
+            from experiments.engine.cluster.submit import run_locally
 
             good = (
                 run_locally(

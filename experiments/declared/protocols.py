@@ -1,0 +1,133 @@
+"""Named bundles of data, recipe, sampler and scores. A table's rows are run under one of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from experiments.engine.specs.spec import (
+    Data,
+    Recipe,
+    Sampler,
+)
+from experiments.engine.specs.stages import Protocol
+
+DIGITS = Protocol(
+    name="digits",
+    data=Data("digits", size=8, channels=1, num_classes=10),
+    recipe=Recipe(steps=650, batch=64, lr=5e-3, warmup=50, decay="cosine", ema=0.99),
+    sampler=Sampler(num_steps=50, channels=None),
+    num=500,
+    features="digits",
+    labels="balanced",
+    small=True,
+    source="this suite: scikit-learn's 8x8 digits, scores on a small classifier's features",
+    cost_hours=40 / 3600,
+)
+
+DIGITS_LONG = replace(
+    DIGITS,
+    name="digits_long",
+    recipe=replace(DIGITS.recipe, steps=2000),
+    source="protocol digits with three times its steps, for the families that it leaves near chance: U-ViT, DiS, DiM, DiffuSSM",
+    cost_hours=300 / 3600,
+)
+
+CIFAR10 = Protocol(
+    name="cifar10",
+    data=Data("cifar10", size=32, channels=3, num_classes=10, flip=True),
+    recipe=Recipe(steps=400_000, batch=256),
+    sampler=Sampler(),
+    num=50_000,
+    features="inception",
+    labels="random",
+    small=False,
+    source="the ImageNet recipe in pixel space",
+)
+
+CIFAR10_CLASSIFIER = replace(
+    CIFAR10,
+    name="cifar10_classifier",
+    features="cifar_classifier",
+    source="protocol cifar10, its very trainings, scored without Inception on the features of a CIFAR-10 classifier that the suite trains",
+)
+
+CIFAR10_BF16 = replace(
+    CIFAR10_CLASSIFIER,
+    name="cifar10_bf16",
+    recipe=replace(CIFAR10.recipe, steps=4000, precision="bf16", ema=0.999),
+    sampler=Sampler("ddim", num_steps=25, channels=None, clip=True),
+    num=5000,
+    source="protocol cifar10_classifier cut down to an hour of one H200 for a seed of Table 4, by its rows' counted Gflops and the assumption "
+    "of 100 TFLOP/s in bf16, a tenth of the peak, and 20 TFLOP/s in the sampler's fp32: 48 minutes of training and 10 of sampling",
+)
+
+CIFAR10_SMALL = Protocol(
+    name="cifar10_small",
+    data=CIFAR10.data,
+    recipe=Recipe(steps=300, batch=16, lr=5e-3, warmup=30, decay="cosine", ema=0.98),
+    sampler=Sampler("ddim", num_steps=10, channels=None, clip=True),
+    num=500,
+    features="cifar_classifier",
+    labels="balanced",
+    small=True,
+    source="this suite: protocol cifar10_classifier cut down to what a CPU finishes, with small networks",
+    cost_hours=75 / 3600,
+)
+
+IMAGENET256 = Protocol(
+    name="imagenet256",
+    data=Data("imagenet256", size=32, channels=4, num_classes=1000, flip=True),
+    recipe=Recipe(steps=400_000, batch=256),
+    sampler=Sampler(),
+    num=50_000,
+    features="inception",
+    labels="random",
+    small=False,
+    source="DiCo paper, Table 6 and section 4.1",
+)
+
+IMAGENET256_GUIDED = replace(
+    IMAGENET256,
+    name="imagenet256_guided",
+    recipe=replace(IMAGENET256.recipe, steps=3_750_000),
+    sampler=Sampler(scale=1.4),
+    source="DiCo paper, Tables 1 and 6; the guidance scale is the authors' (README)",
+)
+
+IMAGENET256_FIXED = replace(
+    IMAGENET256,
+    name="imagenet256_fixed",
+    data=replace(IMAGENET256.data, latents="fixed"),
+    source="DiCo's code: one stored posterior sample of each image and of its flip, where DiT draws anew at every visit",
+)
+
+IMAGENET512 = Protocol(
+    name="imagenet512",
+    data=Data("imagenet512", size=64, channels=4, num_classes=1000, flip=True),
+    recipe=Recipe(steps=1_300_000, batch=256),
+    sampler=Sampler(),
+    num=50_000,
+    features="inception",
+    labels="random",
+    small=False,
+    source="DiCo paper, Tables 2 and 6",
+)
+
+IMAGENET512_FIXED = replace(
+    IMAGENET512,
+    name="imagenet512_fixed",
+    data=replace(IMAGENET512.data, latents="fixed"),
+    source=IMAGENET256_FIXED.source,
+)
+
+OWN = "each system by the recipe and the sampler of its own paper"
+IMAGENET256_OWN = replace(IMAGENET256, name="imagenet256_own", own=True, source=OWN)
+IMAGENET512_OWN = replace(
+    IMAGENET512, name="imagenet512_own", own=True, source=OWN, start_from=IMAGENET256_OWN
+)
+
+_ALL = (
+    DIGITS, DIGITS_LONG, CIFAR10, CIFAR10_CLASSIFIER, CIFAR10_BF16, CIFAR10_SMALL,
+    IMAGENET256, IMAGENET256_FIXED, IMAGENET256_GUIDED, IMAGENET512, IMAGENET512_FIXED, IMAGENET256_OWN, IMAGENET512_OWN,
+)  # fmt: skip
+PROTOCOLS = {protocol.name: protocol for protocol in _ALL}
