@@ -48,7 +48,14 @@ def parts(device: str, against: list[str]) -> dict[str, list[str]]:
         "addopts=",
         "-p",
         "no:cacheprovider",
-        *(f"tests/test_{name}.py" for name in ("kernels_choices", "kernels_ssm", "accelerate")),
+        *(
+            f"tests/{name}.py"
+            for name in (
+                "backbones/test_kernels_choices",
+                "backbones/test_kernels_ssm",
+                "engine/training/test_accelerate",
+            )
+        ),
     ]
     efficiency, kernels = (
         ["experiments/efficiency.py", *on],

@@ -30,8 +30,8 @@ from typing import Any
 from experiments.engine.cluster import submit as engine_cluster
 from experiments.engine.cluster.client import queue
 from experiments.engine.cluster.site import Site
-from experiments.engine.cluster.submit import given, submit, task
-from experiments.engine.jobs.pool import Job, work_in_job
+from experiments.engine.cluster.submit import submit, task
+from experiments.engine.jobs.pool import Job
 from experiments.engine.records.store import REPOSITORY, Store
 from experiments.engine.specs.spec import Backbone, Data, Recipe, Train
 

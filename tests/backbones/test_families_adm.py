@@ -1,0 +1,280 @@
+"""ADM and LDM in small: every registered name, and what is particular to each family."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import backbones
+from backbones.adm import AttentionBlock
+from backbones.checkpoint import load_published
+from backbones.ldm import CrossAttention
+from experiments.engine.diffusion.cascade import with_low_res
+from tests.support.networks import randomise, relative_rms
+from tests.support.paths import DATA
+
+CLASSES = 7
+AUTHORS = json.loads((DATA / "outputs_adm.json").read_text())
+NAMES = backbones.list_backbones("adm_*") + backbones.list_backbones("ldm_*")
+CASES = [(name, size) for name in NAMES for size in (12, 16)]
+every_network = pytest.mark.parametrize("name, size", CASES)
+every_name = pytest.mark.parametrize("name", NAMES)
+# One context token: its softmax is 1 whatever the queries and keys are, so what makes them has a gradient of 0.
+DEAD_IN_LDM = ("attn2.to_q.weight", "attn2.to_k.weight", "norm2.weight", "norm2.bias")
+
+
+def network(name: str, **options: Any) -> nn.Module:
+    return backbones.build(
+        name, **backbones.tiny_options_of(name) | dict(num_classes=CLASSES) | options
+    )
+
+
+def inputs(name: str, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x, t and y of a batch of three; the last label is the last of those that have a row."""
+    options = backbones.options_of(name)
+    x = torch.randn(
+        3, options["in_channels"], size, size, generator=torch.Generator().manual_seed(1)
+    )
+    return x, torch.tensor([0, 37, 999]), torch.tensor([0, 3, CLASSES - 1 + options["null_label"]])
+
+
+def out_channels(name: str) -> int:
+    return {"ldm_4": 3, "ldm_8": 4}.get(name, 6)
+
+
+@every_name
+def test_starts_at_zero_the_same_from_a_seed_and_on_the_meta_device(name: str):
+    models = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        models.append(network(name))
+    first, second = (model.state_dict() for model in models)
+    assert first.keys() == second.keys() and all(
+        torch.equal(first[key], second[key]) for key in first
+    )
+    assert not models[0](*inputs(name, 16)).any()
+    with torch.device("meta"):
+        meta = network(name)
+    assert {key: value.shape for key, value in meta.state_dict().items()} == {
+        key: value.shape for key, value in first.items()
+    }
+    assert meta(*(part.to("meta") for part in inputs(name, 16))).shape == (
+        3,
+        out_channels(name),
+        16,
+        16,
+    )
+
+
+@every_network
+def test_is_a_function_of_each_sample(name: str, size: int):
+    model = randomise(network(name, input_size=size))
+    x, t, y = inputs(name, size)
+    with torch.no_grad():
+        out = model(x, t, y)
+        assert (
+            out.shape == (3, out_channels(name), size, size) == (3, model.out_channels, size, size)
+            and out.isfinite().all()
+        )
+        assert torch.equal(out, model(x, t, y)) and torch.equal(out, model.eval()(x, t, y))
+        for i in range(3):
+            assert relative_rms(model(x[i : i + 1], t[i : i + 1], y[i : i + 1])[0], out[i]) <= 1e-5
+        for other in ((x.flip(0), t, y), (x, t.flip(0), y), (x, t, y.flip(0))):
+            assert relative_rms(model(*other)[0], out[0]) > 1e-3
+        exact = model.double()(x.double(), t, y)
+        assert exact.dtype == torch.float64 and relative_rms(out, exact) <= 1e-5
+
+
+@every_name
+@torch.no_grad()
+def test_output_is_that_of_the_authors_module(name: str):
+    """Measured on their modules in float64 with these weights and inputs: one pixel of the second sample."""
+    model = randomise(network(name)).double()
+    x, t, y = inputs(name, 16)
+    ours, theirs = (
+        model(x.double(), t, y)[1, :, 5, 3],
+        torch.tensor(AUTHORS[name], dtype=torch.float64),
+    )
+    assert ours.shape == theirs.shape and relative_rms(ours, theirs) < 1e-9
+
+
+@every_network
+def test_gradients_reach_every_parameter_but_the_queries_of_a_single_token(name: str, size: int):
+    model = randomise(network(name, input_size=size)).double()
+    x, t, y = inputs(name, size)
+    x = x.double().requires_grad_()
+    out = model(x, t, y)
+    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).double())
+    for key, p in [("x", x), *model.named_parameters()]:
+        assert p.grad is not None and p.grad.isfinite().all(), key
+        dead = name.startswith("ldm") and key.endswith(DEAD_IN_LDM)
+        assert not p.grad.any() if dead else p.grad.norm() > 1e-6 * p.norm(), key
+
+
+@every_name
+def test_sizes_it_cannot_take_are_refused_in_a_line(name: str):
+    model, (x, t, y) = network(name), inputs(name, 24)
+    assert model(x, t, y).shape == (3, out_channels(name), 24, 24)
+    with pytest.raises(ValueError, match="divisible by 4, got 18x18") as refusal:
+        model(x[..., :18, :18], t, y)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "name, options, words",
+    [
+        ("adm_256", {"input_size": 100}, ["divisible by 32", "100"]),
+        ("adm_256", {"dim": 48}, ["widths divisible by 32", "48, 48, 96"]),
+        ("adm_256", {"head_dim": 48}, ["head_dim 48", "256"]),
+        ("adm_base_128", {"heads": 3}, ["heads 3", "256"]),
+        ("adm_256", {"order": "newer"}, ["'newer'", "legacy, new"]),
+        ("adm_up_256", {"in_channels": 3}, ["in_channels must be even", "3"]),
+        ("ldm_4", {"input_size": 20}, ["divisible by 8", "20"]),
+        ("ldm_8", {"dim": 40}, ["widths divisible by 32", "40, 80, 160"]),
+        ("ldm_8", {"head_dim": 48}, ["head_dim 48", "256"]),
+    ],
+)
+def test_errors_say_what_is_wrong(name: str, options: dict[str, Any], words: list[str]):
+    with torch.device("meta"), pytest.raises(ValueError) as refusal:
+        backbones.build(name, **options)
+    assert "\n" not in str(refusal.value) and all(word in str(refusal.value) for word in words)
+
+
+@every_name
+def test_the_null_label_has_a_row_where_asked_for(name: str):
+    x, t, _ = inputs(name, 16)
+    null = torch.full((3,), CLASSES)
+    assert network(name, null_label=True)(x, t, null).shape == (3, out_channels(name), 16, 16)
+    with pytest.raises(IndexError):
+        network(name, null_label=False)(x, t, null)
+
+
+def test_learn_sigma_doubles_the_image_channels():
+    found = {
+        name: [network(name, learn_sigma=sigma).out_channels for sigma in (False, True)]
+        for name in ("adm_256", "adm_up_256", "ldm_8")
+    }
+    assert found == {"adm_256": [3, 6], "adm_up_256": [3, 6], "ldm_8": [4, 8]}
+
+
+def channels_of(order: str, part: int, head: int, heads: int, e: int) -> slice:
+    """Where queries (part 0), keys (1) and values (2) of a head lie among the 3C channels of qkv."""
+    first = (3 * head + part if order == "legacy" else part * heads + head) * e
+    return slice(first, first + e)
+
+
+@pytest.mark.parametrize("order", ["legacy", "new"])
+@pytest.mark.parametrize("heads", [1, 3])
+@torch.no_grad()
+def test_adm_attention_is_what_its_order_says(order: str, heads: int):
+    dim, e = 96, 96 // heads
+    block = randomise(AttentionBlock(dim, heads, order).double())
+    x = torch.randn(2, dim, 3, 5, generator=torch.Generator().manual_seed(1)).double()
+    h = x.view(2, 32, -1)
+    h = (h - h.mean(-1, keepdim=True)) / (h.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    h = h.view(2, dim, 15) * block.norm.weight[:, None] + block.norm.bias[:, None]
+    qkv = block.qkv.weight[:, :, 0] @ h + block.qkv.bias[:, None]
+    attended = []
+    for head in range(heads):
+        q, k, v = (qkv[:, channels_of(order, part, head, heads, e)] for part in range(3))
+        logits = torch.einsum("ncq,nck->nqk", q, k) / e**0.5
+        attended.append(
+            torch.einsum("nqk,nck->ncq", logits.exp() / logits.exp().sum(-1, keepdim=True), v)
+        )
+    truth = x + (
+        block.proj_out.weight[:, :, 0] @ torch.cat(attended, dim=1) + block.proj_out.bias[:, None]
+    ).view(x.shape)
+    assert relative_rms(block(x), truth) < 1e-12
+    block.order = {"legacy": "new", "new": "legacy"}[order]
+    assert (
+        relative_rms(block(x), truth) < 1e-12
+        if heads == 1
+        else relative_rms(block(x), truth) > 0.05
+    )
+
+
+@torch.no_grad()
+def test_a_wrong_order_loads_silently_and_changes_the_output():
+    legacy, new = (randomise(network("adm_256", order=order)) for order in ("legacy", "new"))
+    new.load_state_dict(legacy.state_dict(), strict=True)
+    assert relative_rms(new(*inputs("adm_256", 16)), legacy(*inputs("adm_256", 16))) > 1e-3
+
+
+@pytest.mark.parametrize("tokens, heads", [(1, 2), (5, 3)])
+@torch.no_grad()
+def test_ldm_attention_against_loops_over_heads(tokens: int, heads: int):
+    dim, dim_context, e = 12, 7, 12 // heads
+    block = randomise(CrossAttention(dim, dim_context, heads).double())
+    draw = torch.Generator().manual_seed(1)
+    x, context = (
+        torch.randn(2, 6, dim, generator=draw).double(),
+        torch.randn(2, tokens, dim_context, generator=draw).double(),
+    )
+    q, k, v = x @ block.to_q.weight.T, context @ block.to_k.weight.T, context @ block.to_v.weight.T
+    parts = []
+    for head in range(heads):
+        at = slice(head * e, (head + 1) * e)
+        logits = q[..., at] @ k[..., at].transpose(1, 2) / e**0.5
+        parts.append(logits.exp() / logits.exp().sum(-1, keepdim=True) @ v[..., at])
+    truth = torch.cat(parts, dim=-1) @ block.to_out[0].weight.T + block.to_out[0].bias
+    assert relative_rms(block(x, context), truth) < 1e-12
+
+
+def bilinear(size: int, new: int) -> Tensor:
+    """(new, size) weights of a linear resize whose pixels are areas, clamped at the border."""
+    weights = torch.zeros(new, size, dtype=torch.float64)
+    for i in range(new):
+        place = min(max((i + 0.5) * size / new - 0.5, 0), size - 1)
+        low = min(int(place), size - 2)
+        weights[i, low], weights[i, low + 1] = 1 - (place - low), place - low
+    return weights
+
+
+def test_the_low_resolution_image_is_resized_and_put_after_x():
+    draw = torch.Generator().manual_seed(1)
+    x, low_res = (
+        torch.randn(2, 3, 16, 12, generator=draw).double(),
+        torch.randn(2, 3, 4, 3, generator=draw).double(),
+    )
+    joined = with_low_res(x, low_res)
+    assert joined.shape == (2, 6, 16, 12) and torch.equal(joined[:, :3], x)
+    assert relative_rms(joined[:, 3:], bilinear(4, 16) @ low_res @ bilinear(3, 12).T) < 1e-12
+    model = randomise(network("adm_up_256"))
+    assert model(joined.float(), torch.zeros(2), torch.zeros(2, dtype=torch.long)).shape == (
+        2,
+        6,
+        16,
+        12,
+    )
+
+
+def test_a_published_ldm_checkpoint_is_renamed_and_its_other_parts_left_out(tmp_path: Path):
+    model, loaded = randomise(network("ldm_4")), network("ldm_4")
+    own = model.state_dict()
+    theirs = {
+        key if key.startswith("cond_stage_model.") else f"model.diffusion_model.{key}": value
+        for key, value in own.items()
+    }
+    assert (
+        "cond_stage_model.embedding.weight" in theirs
+        and "model.diffusion_model.input_blocks.0.0.weight" in theirs
+    )
+    theirs |= {
+        key: torch.zeros(1)
+        for key in ("betas", "first_stage_model.quantize.embedding.weight", "model_ema.decay")
+    }
+    averaged = {
+        "model_ema.diffusion_model" + key.replace(".", ""): 2 * own[key]
+        for key in own
+        if not key.startswith("cond_stage_model.")
+    }
+    for name, extra, factor in [("plain", {}, 1), ("averaged", averaged, 2)]:
+        torch.save({"state_dict": theirs | extra, "global_step": 3}, tmp_path / f"{name}.ckpt")
+        load_published(loaded, tmp_path / f"{name}.ckpt")
+        for key, value in loaded.state_dict().items():
+            assert torch.equal(
+                value, own[key] if key.startswith("cond_stage_model.") else factor * own[key]
+            )

@@ -1,0 +1,398 @@
+"""Token mixers and kernels against naive float64 truths, forward and backward."""
+
+import math
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backbones import kernels
+from backbones.kernels.attention import reference, sdpa
+from backbones.mixers import build_mixer
+from tests.support.networks import randomise, relative_rms
+
+Parameters = dict[str, Tensor]
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+def agree(
+    mixer: nn.Module,
+    truth: Callable[[Parameters, Tensor], Tensor],
+    shape: tuple[int, int, int, int],
+) -> None:
+    """Output and the gradients of x and of every parameter, in both dtypes and with both attention kernels."""
+    randomise(mixer)
+    x, probe = torch.randn(2, *shape, generator=torch.Generator().manual_seed(3))
+    exact = {name: p.detach().double().requires_grad_() for name, p in mixer.named_parameters()}
+    exact_x = x.double().requires_grad_()
+    exact_out = truth(exact, exact_x)
+    expected = [
+        exact_out,
+        *torch.autograd.grad((exact_out * probe).sum(), [exact_x, *exact.values()]),
+    ]
+    for dtype, tolerance in TOLERANCE.items():
+        for choice in ("sdpa", "reference"):
+            m, own_x = deepcopy(mixer).to(dtype), x.to(dtype, copy=True).requires_grad_()
+            with kernels.use(attention=choice):
+                out = m(own_x)
+            grads = torch.autograd.grad((out * probe.to(dtype)).sum(), [own_x, *m.parameters()])
+            for name, value, wanted in zip(
+                ["out", "x", *exact], [out, *grads], expected, strict=True
+            ):
+                assert value.dtype == dtype and value.shape == wanted.shape
+                assert relative_rms(value, wanted) <= tolerance, f"{name} in {dtype} with {choice}"
+
+
+def tokens_of(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, T, C), row by row."""
+    return torch.stack([x[:, :, i, j] for i in range(x.shape[2]) for j in range(x.shape[3])], dim=1)
+
+
+def grid_of(tokens: Tensor, height: int, width: int) -> Tensor:
+    rows = [
+        torch.stack([tokens[:, i * width + j] for j in range(width)], dim=-1) for i in range(height)
+    ]
+    return torch.stack(rows, dim=-2)
+
+
+def linear(p: Parameters, name: str, x: Tensor) -> Tensor:
+    return torch.einsum("oc,ntc->nto", p[f"{name}.weight"], x) + p[f"{name}.bias"]
+
+
+def pointwise(p: Parameters, name: str, x: Tensor) -> Tensor:
+    out = torch.einsum("oc,nchw->nohw", p[f"{name}.weight"][:, :, 0, 0], x)
+    return out + p[f"{name}.bias"][:, None, None] if f"{name}.bias" in p else out
+
+
+def depthwise(p: Parameters, name: str, x: Tensor) -> Tensor:
+    """Every pixel as the weighted sum of its shifted neighbours, zero outside."""
+    weight, (height, width) = p[f"{name}.weight"], x.shape[2:]
+    radius = weight.shape[-1] // 2
+    padded = F.pad(x, (radius,) * 4)
+    offsets = [(i, j) for i in range(2 * radius + 1) for j in range(2 * radius + 1)]
+    out = sum(
+        weight[:, :, i, j][:, :, None] * padded[:, :, i : i + height, j : j + width]
+        for i, j in offsets
+    )
+    return out + p[f"{name}.bias"][:, None, None] if f"{name}.bias" in p else out
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | float = 0.0) -> Tensor:
+    """One head of softmax attention by its explicit matrix: (N, T_q, e), (N, T_k, e) twice -> (N, T_q, e)."""
+    weights = (torch.einsum("nie,nje->nij", q, k) / math.sqrt(q.shape[-1]) + bias).exp()
+    return torch.einsum("nij,nje->nie", weights / weights.sum(dim=-1, keepdim=True), v)
+
+
+def heads_of(x: Tensor, heads: int) -> list[Tensor]:
+    return list(x.split(x.shape[-1] // heads, dim=-1))
+
+
+def full_attention(p: Parameters, x: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
+    """Multi-head attention over all tokens; `bias` (heads, T, T) may forbid pairs with -inf."""
+    q, k, v = (heads_of(part, heads) for part in linear(p, "qkv", tokens_of(x)).chunk(3, dim=-1))
+    out = [attend(q[h], k[h], v[h], 0.0 if bias is None else bias[h]) for h in range(heads)]
+    return grid_of(linear(p, "proj", torch.cat(out, dim=-1)), *x.shape[2:])
+
+
+def test_softmax_attention():
+    agree(
+        build_mixer("softmax", 21, (5, 7), 0, heads=3),
+        lambda p, x: full_attention(p, x, 3),
+        (2, 21, 5, 7),
+    )
+
+
+def window_bias(table: Tensor, size: tuple[int, int], window: int, shift: int) -> Tensor:
+    """Dense bias (heads, T, T): the table's row of the offset within a window, -inf for pairs that do not attend.
+
+    After the roll two tokens meet if they share a window and the roll has not changed their distance.
+    """
+    row, column = (
+        part.flatten()
+        for part in torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
+    )
+    index, together = 0, True
+    for place, length in ((row, size[0]), (column, size[1])):
+        rolled = (place - shift) % length
+        offset = rolled[:, None] - rolled
+        together = (
+            together
+            & (rolled[:, None] // window == rolled // window)
+            & (place[:, None] - place == offset)
+        )
+        index = index * (2 * window - 1) + offset.clamp(1 - window, window - 1) + window - 1
+    return table[index].permute(2, 0, 1).masked_fill(~together, -torch.inf)
+
+
+@pytest.mark.parametrize(
+    "size, window, index, used_window, shift",
+    [
+        ((12, 12), 4, 0, 4, 0),
+        ((12, 12), 4, 1, 4, 2),
+        ((12, 12), 3, 5, 3, 1),
+        ((6, 9), 3, 1, 3, 1),
+        ((5, 5), 5, 1, 5, 0),
+        ((5, 5), 8, 3, 5, 0),
+    ],
+)
+def test_window_attention(
+    size: tuple[int, int], window: int, index: int, used_window: int, shift: int
+):
+    mixer = build_mixer("window", 15, size, index, heads=3, window=window)
+    agree(
+        mixer,
+        lambda p, x: full_attention(
+            p, x, 3, window_bias(p["bias_table"], size, used_window, shift)
+        ),
+        (2, 15, *size),
+    )
+
+
+def test_shifted_windows_are_windows_of_the_rolled_grid():
+    """Only the last row and the last column of windows hold a seam, and differ."""
+    shifted, plain = (
+        randomise(build_mixer("window", 15, (12, 12), index, heads=3, window=4)) for index in (1, 0)
+    )
+    x = torch.randn(2, 15, 12, 12, generator=torch.Generator().manual_seed(4))
+    left, right = shifted(x).roll((-2, -2), (2, 3)), plain(x.roll((-2, -2), (2, 3)))
+    assert relative_rms(left[..., :8, :8], right[..., :8, :8]) <= 1e-6
+    assert (
+        relative_rms(left[..., 8:, :], right[..., 8:, :]) > 1e-2
+        and relative_rms(left[..., 8:], right[..., 8:]) > 1e-2
+    )
+
+
+def focused(p: Parameters, x: Tensor, heads: int, power: int) -> Tensor:
+    """Focused linear attention by its explicit T x T matrix: phi(q) phi(k)^T over its own row mean."""
+    q, k, v = linear(p, "qkv", tokens_of(x)).chunk(3, dim=-1)
+    k = k + p.get("position", 0.0)
+
+    def phi(features: Tensor) -> list[Tensor]:
+        u = (features.clamp(min=0) + 1e-6) / (1 + p["sigma"].exp()).log()
+        sharp = u**power
+        return heads_of(
+            sharp * ((u**2).sum(-1, keepdim=True) / (sharp**2).sum(-1, keepdim=True)).sqrt(), heads
+        )
+
+    out = []
+    for phi_q, phi_k, value in zip(phi(q), phi(k), heads_of(v, heads), strict=True):
+        matrix = torch.einsum("nie,nje->nij", phi_q, phi_k) / phi_k.shape[1]
+        mixed = torch.einsum(
+            "nij,nje->nie", matrix / (matrix.sum(dim=-1, keepdim=True) + 1e-6), value
+        )
+        out.append(mixed + tokens_of(depthwise(p, "dwc", grid_of(value, *x.shape[2:]))))
+    return grid_of(linear(p, "proj", torch.cat(out, dim=-1)), *x.shape[2:])
+
+
+@pytest.mark.parametrize("options", [{}, dict(position=True), dict(power=2, kernel=3)])
+def test_focused_linear_attention(options: dict[str, Any]):
+    mixer = build_mixer("focused_linear", 21, (7, 5), 0, heads=3, **options)
+    agree(mixer, lambda p, x: focused(p, x, 3, options.get("power", 3)), (2, 21, 7, 5))
+
+
+def bilinear(length: int) -> Tensor:
+    """Rows interpolate 7 samples at `length` pixel centres, clamped at the ends: (length, 7)."""
+    matrix = torch.zeros(length, 7, dtype=torch.float64)
+    for i in range(length):
+        place = max((i + 0.5) * 7 / length - 0.5, 0.0)
+        low = min(int(place), 6)
+        matrix[i, low] += 1 - (place - low)
+        matrix[i, min(low + 1, 6)] += place - low
+    return matrix
+
+
+def agent_tokens(q: Tensor, side: int) -> Tensor:
+    """Means over side x side bins that cover the grid and may overlap: (N, C, H, W) -> (N, side^2, C)."""
+    edges = [[(i * n // side, -(-(i + 1) * n // side)) for i in range(side)] for n in q.shape[2:]]
+    return torch.stack(
+        [
+            q[:, :, top:bottom, left:right].mean(dim=(2, 3))
+            for top, bottom in edges[0]
+            for left, right in edges[1]
+        ],
+        dim=1,
+    )
+
+
+def agents_attend(p: Parameters, x: Tensor, heads: int, side: int) -> Tensor:
+    size, biases = tuple(x.shape[2:]), "agent_table" in p
+    q, k, v = linear(p, "qkv", tokens_of(x)).chunk(3, dim=-1)
+    agents, gather, spread = heads_of(agent_tokens(grid_of(q, *size), side), heads), 0.0, 0.0
+    out = []
+    for h, (query, key, value) in enumerate(
+        zip(*(heads_of(part, heads) for part in (q, k, v)), strict=True)
+    ):
+        if biases:
+            tables = [
+                torch.einsum("ir,nrc,jc->nij", bilinear(size[0]), p[name][h], bilinear(size[1]))
+                for name in ("agent_table", "query_table")
+            ]
+            gather = (tables[0] + p["agent_row"][h] + p["agent_column"][h]).flatten(1)
+            spread = (
+                tables[1].permute(1, 2, 0) + p["query_row"][h] + p["query_column"][h]
+            ).flatten(0, 1)
+        out.append(attend(query, agents[h], attend(agents[h], key, value, gather), spread))
+    local = tokens_of(depthwise(p, "dwc", grid_of(v, *size)))
+    return grid_of(linear(p, "proj", torch.cat(out, dim=-1) + local), *size)
+
+
+@pytest.mark.parametrize(
+    "size, agents, biases",
+    [((12, 12), 16, True), ((5, 9), 4, True), ((3, 10), 9, True), ((7, 6), 9, False)],
+)
+def test_agent_attention(size: tuple[int, int], agents: int, biases: bool):
+    mixer = build_mixer("agent", 15, size, 0, heads=3, agents=agents, biases=biases)
+    agree(mixer, lambda p, x: agents_attend(p, x, 3, math.isqrt(agents)), (2, 15, *size))
+
+
+def channel_attention(p: Parameters, x: Tensor, heads: int) -> Tensor:
+    parts = (
+        depthwise(p, "channel.depthwise", pointwise(p, "channel.qkv", x)).flatten(2).chunk(3, dim=1)
+    )
+    out = []
+    for h, (q, k, v) in enumerate(zip(*(part.chunk(heads, dim=1) for part in parts), strict=True)):
+        cosine = torch.einsum("nct,ndt->ncd", q, k) / (
+            (q**2).sum(-1).sqrt()[:, :, None] * (k**2).sum(-1).sqrt()[:, None]
+        )
+        weights = (cosine * p["channel.temperature"][h]).exp()
+        out.append(torch.einsum("ncd,ndt->nct", weights / weights.sum(dim=-1, keepdim=True), v))
+    x = torch.cat(out, dim=1).unflatten(2, x.shape[2:])
+    return pointwise(p, "channel.project", x) if "channel.project.weight" in p else x
+
+
+def conv_module(
+    p: Parameters, x: Tensor, activation: str = "gelu", channel: str = "cca", heads: int = 1
+) -> Tensor:
+    x = depthwise(p, "depthwise", pointwise(p, "pointwise_in", x))
+    x = x.clamp(min=0) if activation == "relu" else x * (1 + torch.erf(x / math.sqrt(2))) / 2
+    pooled = x.mean(dim=(2, 3), keepdim=True)
+    if channel == "cca":
+        x = x / (1 + (-pointwise(p, "channel.weight", pooled)).exp())
+    elif channel == "se":
+        x = x / (
+            1
+            + (
+                -pointwise(
+                    p, "channel.excite", pointwise(p, "channel.squeeze", pooled).clamp(min=0)
+                )
+            ).exp()
+        )
+    elif channel == "mdta":
+        x = channel_attention(p, x, heads)
+    return pointwise(p, "pointwise_out", x)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(kernel=5),
+        dict(kernel=7, activation="relu"),
+        dict(activation="relu"),
+        dict(channel="none"),
+        dict(channel="none", kernel=7),
+        dict(channel="se", reduction=4),
+        dict(channel="mdta", heads=3),
+        dict(channel="mdta", heads=5, project=True, kernel=5),
+    ],
+    ids=str,
+)
+def test_conv_module(options: dict[str, Any]):
+    known = {
+        key: value for key, value in options.items() if key in ("activation", "channel", "heads")
+    }
+    agree(
+        build_mixer("conv", 15, (5, 7), 0, **options),
+        lambda p, x: conv_module(p, x, **known),
+        (2, 15, 5, 7),
+    )
+
+
+@pytest.mark.parametrize("bias_shape", [None, (2, 3, 7, 13), (1, 3, 7, 13), (1, 1, 1, 13)])
+def test_attention_kernels_agree(bias_shape: tuple[int, ...] | None):
+    generator = torch.Generator().manual_seed(6)
+    shapes = [(2, 3, 7, 9), (2, 3, 13, 9), (2, 3, 13, 9)] + ([bias_shape] if bias_shape else [])
+    args, probe = (
+        [torch.randn(shape, generator=generator) for shape in shapes],
+        torch.randn(2, 3, 7, 9, generator=generator),
+    )
+
+    def results(kernel: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        own = [arg.to(dtype, copy=True).requires_grad_() for arg in args]
+        out = kernel(*own)
+        return [out, *torch.autograd.grad((out * probe.to(dtype)).sum(), own)]
+
+    def naive(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        bias = torch.zeros((), dtype=q.dtype) if bias is None else bias
+        heads = [
+            attend(q[:, h], k[:, h], v[:, h], bias.expand(2, 3, 7, 13)[:, h]) for h in range(3)
+        ]
+        return torch.stack(heads, dim=1)
+
+    truth = results(naive, torch.float64)
+    for kernel in (sdpa, reference):
+        for dtype, tolerance in TOLERANCE.items():
+            assert all(
+                relative_rms(a, b) <= tolerance
+                for a, b in zip(results(kernel, dtype), truth, strict=True)
+            ), (kernel, dtype)
+
+
+def test_kernels_are_forced_restored_and_recorded():
+    q = torch.randn(1, 2, 3, 4)
+
+    def ran() -> list[str]:
+        kernels.reset_used()
+        assert kernels.used() == {}
+        kernels.attention(q, q, q, bias=None)
+        return kernels.used()["attention"]
+
+    assert ran() == ["sdpa"]
+    with pytest.raises(KeyError), kernels.use(attention="reference"):
+        with kernels.use(attention="sdpa"):
+            assert ran() == ["sdpa"]
+        assert ran() == ["reference"]
+        raise KeyError
+    assert ran() == ["sdpa"]
+    with kernels.use(attention="reference"):
+        kernels.attention(q, q, q)
+    assert kernels.used() == {"attention": ["reference", "sdpa"]}
+    with kernels.use(attention="flash"), pytest.raises(ValueError, match="forced to 'flash'"):
+        kernels.attention(q, q, q)
+
+
+def test_a_compiled_graph_tells_at_every_call_what_it_runs():
+    """Traced once, it is called with other kernels in between, and after the record was cleared."""
+    q, compiled = (
+        torch.randn(1, 2, 3, 4),
+        torch.compile(kernels.attention, backend="eager", fullgraph=True),
+    )
+
+    def ran(**forced: str) -> dict[str, list[str]]:
+        kernels.reset_used()
+        with kernels.use(**forced):
+            compiled(q, q, q)
+        return kernels.used()
+
+    torch._dynamo.utils.counters.clear()
+    for _ in range(2):
+        assert ran() == {"attention": ["sdpa"]} and ran(attention="reference") == {
+            "attention": ["reference"]
+        }
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the record decides nothing
+
+
+@pytest.mark.parametrize(
+    "choices, words",
+    [
+        ({"attend": "sdpa"}, "unknown kernel 'attend'; known: adaln, addcmul, attention"),
+        ({"attention": "fast"}, "no implementation 'fast'; known: flash, sdpa, reference"),
+    ],
+)
+def test_unknown_kernels_list_the_known(choices: dict[str, str], words: str):
+    with pytest.raises(ValueError, match=words), kernels.use(**choices):
+        pass

@@ -1,0 +1,236 @@
+"""Reading published checkpoints: every form they come in, and every way in which a file can be the wrong one."""
+
+import pickle
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import backbones
+from backbones.checkpoint import FLAT, load_published, read_weights
+from tests.support.networks import randomise
+
+Weights = dict[str, Tensor]
+
+
+def tiny(name: str, seed: int) -> nn.Module:
+    return randomise(
+        backbones.build(name, **backbones.tiny_options_of(name), input_size=8, num_classes=7), seed
+    )
+
+
+def trained(weights: Weights) -> dict[str, Any]:
+    """What the authors' training scripts save; the EMA is the one to load."""
+    model = {name: torch.zeros_like(value) for name, value in weights.items()}
+    return {
+        "model": model,
+        "ema": weights,
+        "opt": {"state": {0: {"step": 3}}, "param_groups": [{"lr": 1e-4, "params": [0]}]},
+    }
+
+
+def same(model: nn.Module, weights: Weights) -> bool:
+    state = model.state_dict()
+    return state.keys() == weights.keys() and all(
+        torch.equal(state[name], weights[name]) for name in state
+    )
+
+
+def refused(action: Callable[[], object]) -> str:
+    """The one line of the ValueError."""
+    with pytest.raises(ValueError) as refusal:
+        action()
+    assert "\n" not in str(refusal.value)
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["dico_s", "dit_s_2"])
+@pytest.mark.parametrize(
+    "file, write",
+    [
+        ("flat.pt", torch.save),
+        ("ema.pt", lambda weights, path: torch.save(trained(weights), path)),
+        ("flat.safetensors", save_file),
+        (
+            "legacy.pt",
+            lambda weights, path: torch.save(
+                trained(weights), path, _use_new_zipfile_serialization=False
+            ),
+        ),
+        (
+            "with_args.pt",
+            lambda weights, path: torch.save(
+                trained(weights) | {"args": Namespace(model="DiCo-S", global_seed=0)}, path
+            ),
+        ),
+    ],
+)
+def test_round_trip(tmp_path: Path, name: str, file: str, write: Callable[[Weights, Path], None]):
+    weights, model = tiny(name, seed=1).state_dict(), tiny(name, seed=2)
+    write({key: value.clone() for key, value in weights.items()}, tmp_path / file)
+    assert not same(model, weights)
+    assert load_published(model, tmp_path / file) == (FLAT if file.startswith("flat") else "ema")
+    assert same(model, weights)
+
+
+def test_a_file_that_names_its_trainer_s_callback_is_read_without_that_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """LDM's files hold a class of PyTorch Lightning as a key beside the weights."""
+    for name in (
+        "pytorch_lightning",
+        "pytorch_lightning.callbacks",
+        module := "pytorch_lightning.callbacks.model_checkpoint",
+    ):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    callback = type("ModelCheckpoint", (), {"__module__": module})
+    monkeypatch.setattr(sys.modules[module], "ModelCheckpoint", callback, raising=False)
+    weights = tiny("dico_s", seed=1).state_dict()
+    torch.save(
+        {"state_dict": weights, "epoch": 1, "callbacks": {callback: {"best_model_path": "a.ckpt"}}},
+        tmp_path / "model.ckpt",
+    )
+    monkeypatch.undo()
+    found, key = read_weights(tmp_path / "model.ckpt")
+    assert key == "state_dict" and all(
+        torch.equal(found[name], value) for name, value in weights.items()
+    )
+
+
+def test_another_key_can_be_read(tmp_path: Path):
+    weights = tiny("dico_s", seed=1).state_dict()
+    torch.save(trained(weights), tmp_path / "run.pt")
+    found, key = read_weights(tmp_path / "run.pt", key="model")
+    assert key == "model" and not any(value.any() for value in found.values())
+
+
+def test_a_key_that_is_asked_for_is_not_replaced_by_another(tmp_path: Path):
+    weights = tiny("dico_s", seed=1).state_dict()
+    torch.save({"state_dict": weights, "epoch": 3}, tmp_path / "other.pt")
+    assert read_weights(tmp_path / "other.pt")[1] == "state_dict"
+    for key in ("ema", "epoch"):
+        assert (
+            refused(lambda: load_published(tiny("dico_s", seed=2), tmp_path / "other.pt", key))
+            == f"other.pt: holds no weights under {key!r}; its keys: state_dict, epoch"
+        )
+    torch.save(weights, tmp_path / "flat.pt")
+    assert "holds no weights under 'ema'; its keys: x_embedder.proj.weight" in refused(
+        lambda: read_weights(tmp_path / "flat.pt", "ema")
+    )
+
+
+def test_a_wrong_model_is_named_key_by_key_and_nothing_is_loaded(tmp_path: Path):
+    model = tiny("dico_s", seed=1)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    weights = tiny("dico_s", seed=2).state_dict()
+    weights["stem.weight"] = weights.pop("x_embedder.proj.weight")
+    weights["latent.0.conv1.bias"] = torch.zeros(5)
+    torch.save(weights, tmp_path / "almost.pt")
+    words = refused(lambda: load_published(model, tmp_path / "almost.pt"))
+    assert all(
+        part in words
+        for part in (
+            "almost.pt",
+            "3 keys",
+            "missing x_embedder.proj.weight",
+            "unexpected stem.weight",
+        )
+    )
+    assert "latent.0.conv1.bias is (5,), needs (48,)" in words
+    torch.save(tiny("dit_s_2", seed=2).state_dict(), tmp_path / "dit.pt")
+    words = refused(lambda: load_published(model, tmp_path / "dit.pt"))
+    assert "missing x_embedder.proj.weight" in words or "x_embedder.proj.weight is" in words
+    assert (
+        "unexpected pos_embed" in words
+        and words.count("missing ") == words.count("unexpected ") == 6
+        and " more" in words
+        and len(words) < 1500
+    )
+    assert same(model, before)
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.5, 0.999])
+@pytest.mark.parametrize("file, write", [("cut.pt", torch.save), ("cut.safetensors", save_file)])
+def test_truncated(tmp_path: Path, file: str, write: Callable[[Weights, Path], None], keep: float):
+    write({"weight": torch.randn(50, 40)}, tmp_path / file)
+    data = (tmp_path / file).read_bytes()
+    (tmp_path / file).write_bytes(data[: keep if isinstance(keep, int) else int(keep * len(data))])
+    words = refused(lambda: read_weights(tmp_path / file))
+    assert file in words and "pickled" not in words
+
+
+@pytest.mark.parametrize(
+    "content, found",
+    [
+        ([torch.zeros(3)], "list"),
+        (torch.zeros(3), "Tensor"),
+        ({}, "tensors by name"),
+        ({"ema": {}}, "tensors by name"),
+        ({"ema": {"weight": 3}}, "weight"),
+        ({"model": {"weight": torch.zeros(3)}, "step": 7}, "model, step"),
+        ("weights", "str"),
+    ],
+)
+def test_not_tensors_by_name(tmp_path: Path, content: Any, found: str):
+    torch.save(content, tmp_path / "other.pt")
+    assert found in refused(lambda: read_weights(tmp_path / "other.pt"))
+
+
+class Touch:
+    """Creates a file when it is unpickled by a reader that runs code."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("file", ["code.pt", "legacy.pt", "raw.pt", "code.safetensors"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda touch: touch,
+        lambda touch: {"ema": touch},
+        lambda touch: {"ema": {"w": torch.zeros(3)}, "args": touch},
+    ],
+    ids=["whole", "ema", "beside"],
+)
+def test_pickled_code_is_not_run(tmp_path: Path, file: str, wrap: Callable[[Touch], Any]):
+    content, marker = wrap(Touch(tmp_path / "marker")), tmp_path / "marker"
+    if file == "raw.pt":
+        (tmp_path / file).write_bytes(pickle.dumps(content, protocol=2))
+    else:
+        torch.save(content, tmp_path / file, _use_new_zipfile_serialization=file != "legacy.pt")
+    words = refused(lambda: read_weights(tmp_path / file))
+    assert not marker.exists() and ("pickled code" in words or file.endswith(".safetensors"))
+    pickle.loads(
+        pickle.dumps(
+            content["args"] if isinstance(content, dict) and "args" in content else content
+        )
+    )
+    assert marker.exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "<!DOCTYPE html>\n<html>\n"],
+    ids=["git-lfs", "html"],
+)
+@pytest.mark.parametrize("file", ["pointer.pt", "pointer.safetensors"])
+def test_text_is_no_checkpoint_and_no_pickled_code(tmp_path: Path, file: str, text: str):
+    (tmp_path / file).write_text(text)
+    words = refused(lambda: read_weights(tmp_path / file))
+    assert file in words and "pickled" not in words
+
+
+def test_missing(tmp_path: Path):
+    assert "no such checkpoint" in refused(lambda: read_weights(tmp_path / "none.pt"))
+    assert "no such checkpoint" in refused(lambda: read_weights(tmp_path))

@@ -1,0 +1,123 @@
+"""The mixers of DiG, DiS, DiM, DiMSUM and DiffuSSM token by token from their published equations, forward and backward, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import backbones
+from backbones.dis import BidirectionalMamba
+from backbones.kernels import use
+from backbones.mamba import Mamba
+from tests.support.networks import randomise, relative_rms
+
+TOKENS = 7
+
+
+def silu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+def mamba(mixer: nn.Module, x: Tensor, z: Tensor, end: str = "") -> Tensor:
+    """Gu & Dao, algorithm 2 with figure 3's convolution and gate: the inner tokens x and z (T, I) -> (T, I)."""
+    conv, x_proj, dt_proj = (getattr(mixer, name + end) for name in ("conv1d", "x_proj", "dt_proj"))
+    a, skip = -torch.exp(mixer.A_log if not end else mixer.A_b_log), getattr(mixer, f"D{end}")
+    rank, (inner, states), taps = dt_proj.in_features, a.shape, conv.kernel_size[0]
+    h, rows = torch.zeros(inner, states, dtype=x.dtype), []
+    for t in range(len(x)):
+        past = sum(
+            conv.weight[:, 0, taps - 1 - back] * x[t - back] for back in range(min(taps, t + 1))
+        )
+        u = silu(past + conv.bias)
+        step, b, c = (x_proj.weight @ u).split([rank, states, states])
+        dt = torch.log1p(torch.exp(dt_proj.weight @ step + dt_proj.bias))
+        h = torch.exp(dt[:, None] * a) * h + (dt * u)[:, None] * b
+        rows.append((h @ c + skip * u) * silu(z[t]))
+    return torch.stack(rows)
+
+
+def one_way(mixer: nn.Module, x: Tensor) -> Tensor:
+    inner, z = (x @ mixer.in_proj.weight.T).chunk(2, dim=-1)
+    return mamba(mixer, inner, z) @ mixer.out_proj.weight.T
+
+
+def both_ways(mixer: nn.Module, x: Tensor) -> Tensor:
+    inner, z = (x @ mixer.in_proj.weight.T).chunk(2, dim=-1)
+    return (
+        mamba(mixer, inner, z) + mamba(mixer, inner.flip(0), z.flip(0), "_b").flip(0)
+    ) @ mixer.out_proj.weight.T
+
+
+def gated_linear(mixer: nn.Module, x: Tensor) -> Tensor:
+    """Yang et al., equations 3 and 4, for three heads with keys of 4 and values of 8, normalised and gated as DiG has it."""
+    heads = []
+    for head in range(3):
+        key, value = slice(4 * head, 4 * head + 4), slice(8 * head, 8 * head + 8)
+        state, rows = torch.zeros(4, 8, dtype=x.dtype), []
+        for token in x:
+            decay = torch.sigmoid(mixer.gk_proj(token)[key]) ** (1 / 16)
+            state = decay[:, None] * state + torch.outer(
+                mixer.k_proj(token)[key], mixer.v_proj(token)[value]
+            )
+            o = mixer.q_proj(token)[key] / 2 @ state
+            o = o / (o.square().mean() + 1e-6).sqrt() * mixer.g_norm_swish_gate.weight
+            rows.append(o * silu(mixer.g_proj(token)[value]))
+        heads.append(torch.stack(rows))
+    return mixer.o_proj(torch.cat(heads, dim=-1))
+
+
+def zero_order_hold(ssm: nn.Module, u: Tensor) -> Tensor:
+    """S4D's continuous system, integrated exactly over each step: u (D, T) -> same."""
+    a = torch.complex(-ssm.log_decay.exp(), ssm.frequency)
+    dt, state, columns = ssm.log_dt.exp(), torch.zeros(4, 3, dtype=torch.complex128), []
+    for t in range(u.shape[1]):
+        state = (dt * a).exp() * state + ((dt * a).exp() - 1) / a * u[:, t, None]
+        columns.append(
+            (torch.view_as_complex(ssm.out) * state).sum(dim=-1).real + ssm.skip[:, 0] * u[:, t]
+        )
+    return torch.stack(columns, dim=-1)
+
+
+MIXERS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], Tensor], tuple[int, int]]] = {
+    "DiM's and DiMSUM's": (lambda: randomise(Mamba(12)), one_way, (TOKENS, 12)),
+    "DiS's": (lambda: randomise(BidirectionalMamba(12)), both_ways, (TOKENS, 12)),
+    "DiG's": (lambda: randomise(backbones.build("dig_s_2", dim=24, heads=3, depth=4).blocks[0].attn), gated_linear, (TOKENS, 24)),
+    "DiffuSSM's": (lambda: backbones.build("diffussm_xl", dim=4, depth=1, states=3, input_size=4).blocks[0].ssm_forward, zero_order_hold, (4, TOKENS)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {},
+        dict(
+            selective_scan="reference",
+            causal_conv="reference",
+            gated_linear="reference",
+            diagonal_ssm="reference",
+        ),
+    ],
+    ids=["chosen", "references"],
+)
+@pytest.mark.parametrize("name", MIXERS)
+def test_a_mixer_is_its_recurrence(name: str, choices: dict[str, str]):
+    """Outputs, and the gradients of the input and of every parameter."""
+    make, recurrence, shape = MIXERS[name]
+    mixer = make().double()
+    x, probe = torch.randn(
+        2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5)
+    )
+    wanted = [x.requires_grad_(), *(p for p in mixer.parameters() if p.requires_grad)]
+    truth = recurrence(mixer, x)
+    with use(**choices):
+        out = mixer(x[None])[0]
+    found = zip(
+        (out, *torch.autograd.grad(out, wanted, probe)),
+        (truth, *torch.autograd.grad(truth, wanted, probe)),
+        strict=True,
+    )
+    for value, expected in found:
+        assert expected.any() and relative_rms(value, expected) <= 1e-11

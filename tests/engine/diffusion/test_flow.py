@@ -1,0 +1,315 @@
+"""Flows on Gaussian data, where velocity, score and every chain are known in closed form."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import solve_ivp
+from torch import Tensor
+
+from experiments.engine.diffusion.flow import PATHS, Flow
+from experiments.engine.diffusion.flow_samplers import FORMS, dopri5, euler, heun, sde
+from experiments.engine.diffusion.guidance import Guided
+from experiments.engine.diffusion.iddpm import Model
+from experiments.engine.diffusion.samplers import bind
+from experiments.engine.numerics.randomness import ImageNoise
+from experiments.engine.sampling.generate import Counted
+from experiments.engine.specs.spec import Sampler
+from tests.support.flows import Given
+
+MEAN, STD = 0.3, 0.7
+paths = pytest.mark.parametrize("path", PATHS)
+
+
+def gaussian(path: str) -> Model:
+    """The expected velocity of data N(MEAN, STD^2)."""
+    flow = Flow(path)
+
+    def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        a, s, da, ds = flow.coefficients(t.double())
+        weight = (x - a * MEAN) / (a**2 * STD**2 + s**2)  # of the deviation from the mean
+        return da * (MEAN + a * STD**2 * weight) + ds * s * weight
+
+    return model
+
+
+def labels(num: int) -> Tensor:
+    return torch.zeros(num, dtype=torch.long)
+
+
+def last(sampler, *inputs, **options) -> Tensor:
+    *_, x = sampler(*inputs, **options)
+    return x
+
+
+@paths
+def test_paths_lead_from_noise_to_data_at_their_own_rates(path: str):
+    t = torch.linspace(0, 1, 9, dtype=torch.float64, requires_grad=True)
+    a, s, da, ds = PATHS[path](t)
+    assert torch.allclose(
+        torch.stack([a[0], s[0], a[-1], s[-1]]),
+        torch.tensor([0.0, 1, 1, 0], dtype=torch.float64),
+        atol=1e-12,
+    )
+    for value, rate in ((a, da), (s, ds)):
+        torch.testing.assert_close(torch.autograd.grad(value.sum(), t, retain_graph=True)[0], rate)
+
+
+@paths
+def test_the_loss_is_the_squared_error_of_the_velocity_and_smallest_at_its_expectation(path: str):
+    draw = torch.Generator().manual_seed(0)
+    flow, t = Flow(path), torch.rand(4000, generator=draw, dtype=torch.float64)
+    x0 = MEAN + STD * torch.randn(4000, 1, 3, 5, generator=draw, dtype=torch.float64)
+    eps = torch.randn(x0.shape, generator=draw, dtype=torch.float64)
+    found = flow.losses(gaussian(path), x0, labels(4000), t, eps)
+    assert torch.equal(found["loss"], found["mse"]) and found["loss"].shape == (4000,)
+    a, s, da, ds = PATHS[path](t[7])
+    x_t = a * x0[7:8] + s * eps[7:8]
+    naive = (
+        (gaussian(path)(x_t, t[7:8], labels(1)) - (da * x0[7:8] + ds * eps[7:8])).square().mean()
+    )
+    assert found["loss"][7].item() == pytest.approx(naive.item(), rel=1e-12)
+    for change in (0.2, -0.2):
+        worse = flow.losses(
+            lambda x, t, y, change=change: gaussian(path)(x, t, y) + change,
+            x0,
+            labels(4000),
+            t,
+            eps,
+        )
+        assert (worse["loss"].mean() - found["loss"].mean()).item() == pytest.approx(0.04, abs=0.01)
+
+
+def test_a_network_with_other_channels_is_refused():
+    x = torch.zeros(2, 3, 4, 4)
+    with pytest.raises(ValueError, match="velocity of 3 channels, the prediction has 6"):
+        Flow("linear").losses(lambda x, t, y: torch.cat([x, x], 1), x, labels(2), torch.rand(2), x)
+
+
+@paths
+def test_times_are_uniform_and_reproducible(path: str):
+    t = Flow(path).draw_times(4000, torch.Generator().manual_seed(3))
+    assert torch.equal(t, Flow(path).draw_times(4000, torch.Generator().manual_seed(3)))
+    assert 0 <= t.min() and t.max() < 1 and (t.histc(10, 0, 1) - 400).abs().max() < 100
+
+
+@paths
+def test_the_score_behind_a_velocity(path: str):
+    x, t = (
+        torch.linspace(-2, 2, 30, dtype=torch.float64).reshape(6, 1, 1, 5),
+        torch.linspace(0, 0.95, 6, dtype=torch.float64),
+    )
+    a, s, _, _ = Flow(path).coefficients(t)
+    expected = -(x - a * MEAN) / (a**2 * STD**2 + s**2)
+    torch.testing.assert_close(Flow(path).score(gaussian(path)(x, t, labels(6)), x, t), expected)
+
+
+@paths
+@pytest.mark.parametrize("solver, order", [(euler, 1), (heun, 2)])
+def test_solvers_converge_to_the_flow_at_their_order(solver, order: int, path: str):
+    first = torch.linspace(-2, 2, 5).reshape(5, 1, 1, 1)
+    errors = [
+        (last(solver, gaussian(path), labels(5), Given(first), num_steps=n) - (MEAN + STD * first))
+        .abs()
+        .max()
+        .item()
+        for n in (32, 64, 128)
+    ]
+    assert (
+        math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.2)
+        and math.log2(errors[1] / errors[2]) == pytest.approx(order, abs=0.1)
+        and errors[-1] < 0.02
+    ), errors
+
+
+def curved(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    """A velocity that couples an image's entries, bends in time and is rougher for some images."""
+    rate = (1 + 4 * y.double()).reshape(-1, 1, 1, 1)
+    time = t.double().reshape(-1, 1, 1, 1)
+    return rate * torch.sin(x.flip(-1) * 3 + 5 * rate * time) - x * x.mean(
+        dim=(1, 2, 3), keepdim=True
+    )
+
+
+@pytest.mark.parametrize("atol, rtol", [(1e-6, 1e-3), (1e-8, 1e-6)])
+def test_every_image_takes_the_steps_of_a_solver_of_its_own(atol: float, rtol: float):
+    first, y = (
+        torch.randn(4, 2, 3, 5, generator=torch.Generator().manual_seed(0)).double(),
+        torch.arange(4),
+    )
+    counted = Counted(curved)
+    found = last(dopri5, counted, y, Given(first), atol=atol, rtol=rtol)
+    evaluated = 0
+    for image, label, ours in zip(first, y, found, strict=True):
+
+        def rhs(
+            t: float, state: np.ndarray, image: Tensor = image, label: Tensor = label
+        ) -> np.ndarray:
+            return (
+                curved(
+                    torch.from_numpy(state).reshape(1, *image.shape),
+                    torch.tensor([t]).float(),
+                    label[None],
+                )
+                .flatten()
+                .numpy()
+            )
+
+        theirs = solve_ivp(
+            rhs, (0, 1), image.flatten().numpy(), method="RK45", atol=atol, rtol=rtol
+        )
+        evaluated += theirs.nfev
+        np.testing.assert_allclose(ours.flatten().numpy(), theirs.y[:, -1], rtol=1e-6, atol=1e-6)
+    assert counted.evaluated == evaluated > 4 * 14
+
+
+@paths
+def test_dopri5_reaches_the_data_within_its_tolerance(path: str):
+    first = torch.linspace(-2, 2, 5).reshape(5, 1, 1, 1)
+    for rtol in (1e-2, 1e-4, 1e-6):
+        error = last(dopri5, gaussian(path), labels(5), Given(first), atol=1e-7, rtol=rtol) - (
+            MEAN + STD * first
+        )
+        assert error.abs().max() < 10 * rtol
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_velocity_that_is_no_number_ends_dopri5_in_one_line(bad: float):
+    with pytest.raises(ValueError, match="dopri5 does not reach its tolerance") as failure:
+        last(
+            dopri5,
+            lambda x, t, y: torch.where(t.reshape(-1, 1, 1, 1) > 0.5, bad, x),
+            labels(2),
+            Given(torch.ones(2, 1, 1, 1)),
+            atol=1e-6,
+            rtol=1e-3,
+        )
+    assert "\n" not in str(failure.value)
+
+
+def sde_by_recursion(
+    path: str, form: str, num_steps: int, last_step: str, size: float
+) -> tuple[float, float]:
+    """Mean and variance of the chain from N(0, 1), in numpy."""
+    mean, variance, dt = 0.0, 1.0, (1 - size) / (num_steps - 1)
+    for i in range(num_steps):
+        t = i * dt
+        if path == "linear":
+            a, s, da, ds = t, 1 - t, 1.0, -1.0
+        else:
+            a, s, da, ds = (
+                math.sin(math.pi * t / 2),
+                math.cos(math.pi * t / 2),
+                math.pi / 2 * math.cos(math.pi * t / 2),
+                -math.pi / 2 * math.sin(math.pi * t / 2),
+            )
+        spread = a**2 * STD**2 + s**2
+        w = {
+            "constant": 1,
+            "sigma": s,
+            "linear": 1 - t,
+            "decreasing": 0.25 * (math.cos(math.pi * t) + 1) ** 2,
+            "increasing-decreasing": math.sin(math.pi * t) ** 2,
+        }[form]
+        rate = (
+            da * a * STD**2 + ds * s
+        ) / spread  # slope of the velocity; of the score it is -1 / spread
+        if i == num_steps - 1 and last_step == "tweedie":
+            slope, centre = a * STD**2 / spread, MEAN
+        else:
+            slope = 1 + (rate - (w / spread if i < num_steps - 1 or last_step == "mean" else 0)) * (
+                dt if i < num_steps - 1 else size
+            )
+            centre = a * MEAN + da * MEAN * (dt if i < num_steps - 1 else size)
+        variance = slope**2 * variance + (2 * w * dt if i < num_steps - 1 else 0)
+        mean = centre + slope * (mean - a * MEAN)
+    return mean, variance
+
+
+@paths
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("last_step", ["mean", "tweedie", "euler"])
+def test_the_sde_follows_the_recursion(path: str, form: str, last_step: str):
+    num_steps = 20
+    first = torch.zeros(num_steps + 1, 1, 1, 1)
+    first[0] = 1
+    noise = Given(first)
+    *steps, x = sde(
+        Flow(path),
+        gaussian(path),
+        labels(len(first)),
+        noise,
+        num_steps=num_steps,
+        form=form,
+        last_step=last_step,
+        last_size=0.04,
+    )
+    gains, offset = (
+        (x[:-1] - x[-1]).flatten(),
+        x[-1].item(),
+    )  # image k sees draw k alone, the last one none
+    mean, variance = sde_by_recursion(path, form, num_steps, last_step, 0.04)
+    assert len(steps) == num_steps - 1 and noise.drawn == num_steps - 1
+    assert offset == pytest.approx(
+        mean, rel=1e-5, abs=1e-6
+    ) and gains.square().sum().item() == pytest.approx(variance, rel=1e-5)
+
+
+@paths
+def test_the_sde_converges_to_the_data(path: str):
+    errors = []
+    for num_steps in (50, 200, 800):
+        mean, variance = sde_by_recursion(path, "sigma", num_steps, "mean", 1 / num_steps)
+        errors.append(abs(mean - MEAN) + abs(variance - STD**2))
+    assert errors[0] > 3 * errors[1] > 9 * errors[2] and errors[2] < 5e-3, errors
+
+
+def test_what_an_sde_cannot_be_is_refused():
+    options = dict(num_steps=4, form="sigma", last_step="mean", last_size=0.04)
+    for change, words in (
+        (dict(form="sbdm"), "known: constant, sigma"),
+        (dict(last_step="none"), "mean, tweedie, euler"),
+        (dict(last_size=0.0), "between 0 and 1"),
+        (dict(num_steps=1), "two steps"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            last(
+                sde,
+                Flow("linear"),
+                gaussian("linear"),
+                labels(1),
+                Given(torch.zeros(1, 1, 1, 1)),
+                **options | change,
+            )
+
+
+@pytest.mark.parametrize("name, nfe", [("euler", 6), ("heun", 12), ("sde", 6), ("dopri5", None)])
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+def test_an_image_of_a_flow_depends_on_its_seed_and_not_on_the_batch(
+    name: str, nfe: int | None, scale: float
+):
+    sample, seeds, y = (
+        bind(Sampler(name, num_steps=6), Flow("linear")),
+        [5, 6, 7, 8, 9],
+        torch.arange(5),
+    )
+
+    def sampled(start: int, stop: int) -> tuple[Tensor, float]:
+        counted = Counted(lambda x, t, y: curved(x, t, y % 3).float())
+        x = last(
+            sample,
+            Guided(counted, scale, 10, channels=None),
+            y[start:stop],
+            ImageNoise(seeds[start:stop], (1, 3, 3)),
+        )
+        return x, counted.evaluated / (stop - start)
+
+    whole, evaluations = sampled(0, 5)
+    parts = [sampled(i, i + 1) for i in range(5)]
+    torch.testing.assert_close(torch.cat([x for x, _ in parts]), whole, rtol=1e-4, atol=1e-4)
+    if name == "dopri5":
+        nfe_alone = [count for _, count in parts]
+        assert evaluations == pytest.approx(np.mean(nfe_alone)) and len(set(nfe_alone)) > 1
+    else:
+        assert evaluations == nfe * (2 if scale > 1 else 1)

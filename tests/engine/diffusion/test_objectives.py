@@ -1,0 +1,291 @@
+"""What families other than DiT's ask of the trainer: their schedules, networks that predict the noise alone, and DPM-Solver++."""
+
+import math
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from experiments.engine.diffusion.build import process
+from experiments.engine.diffusion.flow import Flow
+from experiments.engine.diffusion.guidance import Guided
+from experiments.engine.diffusion.iddpm import BETAS, IDDPM, Model
+from experiments.engine.diffusion.samplers import (
+    ancestral,
+    bind,
+    ddim,
+    dpm_solver,
+    dpm_solver_diffusers,
+)
+from experiments.engine.numerics.randomness import ImageNoise
+from experiments.engine.sampling.generate import Counted
+from experiments.engine.specs.spec import Diffusion, Sampler
+from tests.support.flows import Given
+
+MEAN, STD = 0.3, 0.7
+UVIT = Diffusion(betas="stable_diffusion", variance="fixed", first_step=1)
+
+
+def gaussian(diffusion: IDDPM) -> Model:
+    """The expected noise of data N(MEAN, STD^2), in between of the diffusion's steps too."""
+    log_a = 0.5 * np.log(np.cumprod(1 - diffusion.betas.numpy()))
+
+    def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        index = t.double().numpy() - diffusion.timesteps[0].item()
+        a = torch.from_numpy(np.exp(np.interp(index, np.arange(len(log_a)), log_a))).reshape(
+            -1, 1, 1, 1
+        )
+        return (1 - a**2).sqrt() * (x - a * MEAN) / (a**2 * STD**2 + 1 - a**2)
+
+    return model
+
+
+def labels(num: int) -> Tensor:
+    return torch.zeros(num, dtype=torch.long)
+
+
+def last(sampler, *inputs, **options) -> Tensor:
+    *_, x = sampler(*inputs, **options)
+    return x
+
+
+def test_betas_are_the_closed_forms():
+    i = np.arange(1000)
+    bar = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
+    expected = {
+        "linear": 1e-4 + i * (2e-2 - 1e-4) / 999,
+        "stable_diffusion": (0.00085**0.5 + i * (0.012**0.5 - 0.00085**0.5) / 999) ** 2,
+        "ldm_imagenet": (0.0015**0.5 + i * (0.0195**0.5 - 0.0015**0.5) / 999) ** 2,
+        "cosine": np.minimum(1 - bar[1:] / bar[:-1], 0.999),
+    }
+    assert expected.keys() == BETAS.keys()
+    for name, betas in expected.items():
+        np.testing.assert_allclose(BETAS[name](1000).numpy(), betas, rtol=1e-10, atol=1e-15)
+    assert 1 - np.cumprod(1 - expected["cosine"])[-1] == pytest.approx(1, abs=1e-6)
+
+
+def test_a_declaration_becomes_its_process():
+    old, new = IDDPM.linear(), process(Diffusion())
+    assert (
+        new.learned
+        and torch.equal(old.betas, new.betas)
+        and torch.equal(old.timesteps, new.timesteps)
+    )
+    uvit = process(UVIT)
+    assert (uvit.timesteps[0], uvit.timesteps[-1], uvit.learned, uvit.respaced(10).learned) == (
+        1,
+        1000,
+        False,
+        False,
+    )
+    assert isinstance(process(Diffusion("flow", path="gvp")), Flow)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(name="edm"), "iddpm, classify, flow"),
+        (dict(betas="sigmoid"), "linear, cosine"),
+        (dict(variance="none"), "learned, fixed"),
+        (dict(name="flow", path="vp"), "linear, gvp"),
+    ],
+)
+def test_what_is_not_known_is_refused_with_what_is(change: dict[str, str], words: str):
+    with pytest.raises(ValueError, match=f"known: {words}"):
+        process(replace(Diffusion(), **change))
+
+
+def test_the_loss_of_a_network_that_predicts_the_noise_alone():
+    diffusion, draw = process(UVIT), torch.Generator().manual_seed(0)
+    x0, eps = (torch.randn(6, 2, 3, 5, generator=draw) for _ in range(2))
+    t, seen = torch.tensor([0, 1, 500, 998, 999, 3]), []
+
+    def model(x: Tensor, time: Tensor, y: Tensor) -> Tensor:
+        seen.append((x, time))
+        return torch.sin(x)
+
+    found = diffusion.losses(model, x0, labels(6), t, eps)
+    a = np.sqrt(np.cumprod(1 - BETAS["stable_diffusion"](1000).numpy()))[t]
+    x_t = (
+        a[:, None, None, None] * x0.double().numpy()
+        + np.sqrt(1 - a**2)[:, None, None, None] * eps.double().numpy()
+    )
+    assert found.keys() == {"loss", "mse"} and torch.equal(seen[0][1], t + 1)
+    np.testing.assert_allclose(
+        found["loss"].numpy(), ((eps.numpy() - np.sin(x_t)) ** 2).mean((1, 2, 3)), rtol=1e-5
+    )
+    with pytest.raises(
+        ValueError,
+        match="fixed variance needs 2 output channels for 2 of data, the prediction has 4",
+    ):
+        diffusion.losses(lambda x, time, y: torch.cat([x, x], 1), x0, labels(6), t, eps)
+
+
+@pytest.mark.parametrize("betas", ["stable_diffusion", "ldm_imagenet", "cosine"])
+def test_ancestral_sampling_with_the_posteriors_variance(betas: str):
+    """Against the recursion of mean and variance in numpy, and near the data."""
+    diffusion = process(Diffusion(betas=betas, variance="fixed")).respaced(200)
+    cumprod, mean, variance = diffusion.alphas_cumprod.numpy(), 0.0, 1.0
+    for i in reversed(range(200)):
+        here, before = cumprod[i], cumprod[i - 1] if i else 1.0
+        beta = 1 - here / before
+        gain = here**0.5 * STD**2 / (here * STD**2 + 1 - here)  # slope of E[x0 | x]
+        c1, c2 = beta * before**0.5 / (1 - here), (1 - before) * (1 - beta) ** 0.5 / (1 - here)
+        slope = c1 * gain + c2
+        mean, variance = (
+            slope * mean + c1 * MEAN * (1 - gain * here**0.5),
+            slope**2 * variance + (beta * (1 - before) / (1 - here) if i else 0),
+        )
+    original = process(Diffusion(betas=betas, variance="fixed"))
+    first = torch.zeros(202, 1, 1, 1)
+    first[0] = 1
+    x = last(ancestral, diffusion, gaussian(original), labels(202), Given(first))
+    assert x[-1].item() == pytest.approx(mean, rel=1e-4) and (
+        x[:-1] - x[-1]
+    ).square().sum().item() == pytest.approx(variance, rel=1e-4)
+    assert mean == pytest.approx(MEAN, rel=0.02) and variance == pytest.approx(STD**2, rel=0.1)
+
+
+def flowed(diffusion: IDDPM, first: Tensor, end: int = 0) -> Tensor:
+    """Where the probability flow leads: deviations from the mean over their standard deviation are constant in time."""
+    a = diffusion.alphas_cumprod.sqrt()
+    deviation = (a**2 * STD**2 + 1 - a**2).sqrt()
+    return a[end] * MEAN + deviation[end] * (first.double() - a[-1] * MEAN) / deviation[-1]
+
+
+def test_dpm_solver_converges_to_the_flow_at_order_two():
+    diffusion, first = process(UVIT), torch.linspace(-2, 2, 5).reshape(5, 1, 1, 1)
+
+    def error(sampler, process: IDDPM, **options) -> float:
+        return (
+            (
+                last(sampler, process, gaussian(diffusion), labels(5), Given(first), **options)
+                - flowed(diffusion, first)
+            )
+            .abs()
+            .max()
+            .item()
+        )
+
+    errors = [error(dpm_solver, diffusion, num_steps=n) for n in (64, 512, 1024, 2048)]
+    assert math.log2(errors[1] / errors[2]) == pytest.approx(2, abs=0.15) and math.log2(
+        errors[2] / errors[3]
+    ) == pytest.approx(2, abs=0.1), errors
+    assert errors[0] < 0.7 * error(ddim, diffusion.respaced(64))
+
+
+@pytest.mark.parametrize("num_steps", [27, 37, 111])
+def test_dpm_solver_against_diffusers(num_steps: int):
+    """These numbers divide 999, so that all times are steps, which is all that its scheduler knows."""
+    scheduling = pytest.importorskip("diffusers.schedulers.scheduling_dpmsolver_multistep")
+    diffusion = process(UVIT)
+    scheduler = scheduling.DPMSolverMultistepScheduler(
+        trained_betas=diffusion.betas.numpy(),
+        solver_order=2,
+        algorithm_type="dpmsolver++",
+        lower_order_final=False,
+        final_sigmas_type="sigma_min",
+    )
+    scheduler.set_timesteps(timesteps=list(range(999, 0, -999 // num_steps)))
+    first = torch.randn(3, 2, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return torch.sin(2 * x.flip(-1)) + t.double().reshape(-1, 1, 1, 1) / 1000
+
+    expected = first
+    for t in scheduler.timesteps:
+        expected = scheduler.step(
+            model(expected, t.expand(3) + 1, labels(3)), t, expected
+        ).prev_sample
+    found = last(dpm_solver, diffusion, model, labels(3), Given(first), num_steps=num_steps)
+    torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "declared", [UVIT, Diffusion()], ids=["fixed variance", "learned variance"]
+)
+def test_the_scheduler_of_diffusers_leads_where_the_flow_does(declared: Diffusion):
+    pytest.importorskip("diffusers")
+    diffusion, first = (
+        process(declared),
+        torch.linspace(-2, 2, 5, dtype=torch.float64).reshape(5, 1, 1, 1),
+    )
+    exact, times = gaussian(diffusion), []
+
+    def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        times.append(t[0].item())
+        return torch.cat([exact(x, t, y), torch.full_like(x, 7.0)][: 1 + diffusion.learned], dim=1)
+
+    a = diffusion.alphas_cumprod[-1].sqrt()
+    end = MEAN + STD * (first - a * MEAN) / (a**2 * STD**2 + 1 - a**2).sqrt()  # no noise is left
+    coarse, fine = (
+        (last(dpm_solver_diffusers, diffusion, model, labels(5), Given(first), num_steps=n) - end)
+        .abs()
+        .max()
+        .item()
+        for n in (10, 100)
+    )
+    assert fine < 0.02 and fine < coarse / 4
+    assert (
+        len(times) == 110
+        and times[10] == 999 + declared.first_step
+        and all(time == int(time) for time in times)
+    )
+
+
+def test_without_diffusers_its_scheduler_is_one_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "diffusers.schedulers.scheduling_dpmsolver_multistep", None)
+    with pytest.raises(ValueError, match="dpm_solver_diffusers needs diffusers: pip install"):
+        last(
+            bind(Sampler("dpm_solver_diffusers", num_steps=2), process(UVIT)),
+            lambda x, t, y: x,
+            labels(2),
+            ImageNoise([0, 1], (1, 2, 2)),
+        )
+
+
+def test_dpm_solver_is_guided_at_every_step_of_its_recipe():
+    sampler = Sampler("dpm_solver", num_steps=50, scale=1.4, channels=None, interval=(0, 1001))
+    counted, times = Counted(lambda x, t, y: times.append(t[0].item()) or 0.1 * x), []
+    guided = Guided(counted, sampler.scale, 10, channels=None, interval=sampler.interval)
+    last(bind(sampler, process(UVIT)), guided, labels(2), ImageNoise([0, 1], (1, 2, 2)))
+    assert counted.evaluated / 2 == 100 and len(times) == 50 and times[0] == 1000 and min(times) > 1
+    np.testing.assert_allclose(np.diff(times), -999 / 50, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ancestral", "ddim", "dpm_solver", "dpm_solver_diffusers"])
+def test_an_image_depends_on_its_seed_and_not_on_the_batch(name: str):
+    sample, seeds = bind(Sampler(name, num_steps=7), process(UVIT)), [3, 4, 5, 6]
+
+    def sampled(start: int, stop: int) -> Tensor:
+        return last(
+            sample,
+            lambda x, t, y: torch.sin(x.flip(-1)),
+            labels(stop - start),
+            ImageNoise(seeds[start:stop], (1, 3, 5)),
+        )
+
+    torch.testing.assert_close(torch.cat([sampled(0, 1), sampled(1, 4)]), sampled(0, 4))
+
+
+def test_a_sampler_of_another_process_is_refused_with_those_of_this_one():
+    with pytest.raises(ValueError, match="known: ancestral, ddim, dpm_solver"):
+        bind(Sampler("heun"), process(Diffusion()))
+    with pytest.raises(ValueError, match="known: euler, heun, dopri5, sde"):
+        bind(Sampler(), process(Diffusion("flow")))
+
+
+def test_eta_reaches_ddim():
+    drawn = [
+        last(
+            bind(Sampler("ddim", num_steps=4, eta=eta), process(UVIT)),
+            lambda x, t, y: 0.1 * x,
+            labels(2),
+            ImageNoise([0, 1], (1, 2, 2)),
+        )
+        for eta in (0.0, 1.0)
+    ]
+    assert not torch.allclose(*drawn)

@@ -1,0 +1,157 @@
+"""What scoring rests on: noise by image, a classifier with the same bits everywhere, and scores that are finite."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from experiments.declared.protocols import DIGITS
+from experiments.engine.data.sets import load
+from experiments.engine.numerics.randomness import ImageNoise
+from experiments.engine.runtime import preemption
+from experiments.engine.runtime.group import ALONE
+from experiments.engine.runtime.pieces import results
+from experiments.engine.sampling.generate import Counted, image_seeds, images, labels
+from experiments.engine.scoring import features
+from experiments.engine.scoring import stage as evaluate
+from experiments.engine.scoring.features import digits_classifier
+from experiments.engine.specs.spec import Backbone, Evaluate, Recipe, Sampler, Train
+from experiments.engine.training import stage as training_stage
+from experiments.engine.training.trainer import Resources, build
+
+CPU = torch.device("cpu")
+TINY = Backbone(
+    "dico_s", dict(dim=8, depths=(1, 1, 1, 1, 1), input_size=8, in_channels=1, num_classes=10)
+)
+SPEC = Evaluate(
+    Train(TINY, DIGITS.data, Recipe(steps=5, batch=16, lr=1e-3)),
+    Sampler(num_steps=4, channels=None),
+    260,
+    "digits",
+    "balanced",
+)
+
+
+def test_the_noise_of_an_image_is_the_same_to_the_bit_in_every_batch():
+    seeds = image_seeds(0, 7)
+    whole = ImageNoise(seeds, (1, 8, 8))
+    parts = [ImageNoise(seeds[start : start + 3], (1, 8, 8)) for start in (0, 3, 6)]
+    for _ in range(5):
+        assert torch.equal(whole.draw(), torch.cat([part.draw() for part in parts]))
+
+
+def test_a_job_that_is_asked_to_stop_stops_within_a_piece_and_keeps_the_whole_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    counted = Counted(lambda x, t, y: x)
+
+    def compute(piece: int) -> dict[str, np.ndarray]:
+        for call in range(5):
+            monkeypatch.setattr(
+                preemption, "_asked", preemption.STOP if (piece, call) == (2, 3) else preemption.NO
+            )
+            counted(torch.zeros(1), torch.zeros(1), torch.zeros(1))
+        return {"piece": np.array(piece)}
+
+    with pytest.raises(preemption.Preempted, match="SIGTERM"):
+        list(results(ALONE, tmp_path, 4, compute))
+    assert counted.evaluated == 5 + 5 + 3 and sorted(path.name for path in tmp_path.iterdir()) == [
+        "000000.npz",
+        "000001.npz",
+    ]
+
+
+def test_images_come_in_order_with_their_labels():
+    spec = replace(SPEC, num=10, labels="random")
+    model = build(TINY, 0, CPU).eval()
+    parts = list(images(spec, model, CPU, 4))
+    assert [len(x) for x, _ in parts] == [4, 4, 2] and {x.dtype for x, _ in parts} == {
+        torch.float32
+    }
+    assert torch.equal(torch.cat([y for _, y in parts]), labels("random", 10, 10, 0))
+
+
+def test_sampling_neither_reads_nor_moves_the_global_generator():
+    spec, model = replace(SPEC, num=3), build(TINY, 0, CPU).eval()
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = next(images(spec, model, CPU, 3))[0]
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert torch.equal(next(images(spec, model, CPU, 3))[0], first)
+
+
+def test_the_classifier_has_the_same_bits_whatever_surrounds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(features, "DIGITS", replace(features.DIGITS, steps=40))
+    data, threads, identities = load(DIGITS.data), torch.get_num_threads(), []
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            torch.manual_seed(number)
+            identities.append(
+                digits_classifier(data, tmp_path / str(number))[1]["classifier_sha256"]
+            )
+            assert torch.get_num_threads() == number
+    finally:
+        torch.set_num_threads(threads)
+    assert identities[0] == identities[1]
+
+
+def test_a_cached_classifier_is_read_and_another_recipe_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(features, "DIGITS", replace(features.DIGITS, steps=5))
+    data, trained = load(DIGITS.data), []
+    train_once = features._train
+    monkeypatch.setattr(
+        features, "_train", lambda *lesson: trained.append(0) or train_once(*lesson)
+    )
+    first, again = (digits_classifier(data, tmp_path) for _ in range(2))
+    assert first[1] == again[1] and len(trained) == 1
+    assert all(
+        torch.equal(a, b) for a, b in zip(first[0].parameters(), again[0].parameters(), strict=True)
+    )
+    monkeypatch.setattr(features, "DIGITS", replace(features.DIGITS, steps=6))
+    digits_classifier(data, tmp_path)
+    assert len(trained) == 2
+
+
+def test_scores_are_finite_shares_are_shares_and_every_one_has_its_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(features, "DIGITS", replace(features.DIGITS, steps=40))
+    training_stage.run_training(SPEC.train, tmp_path / "run", Resources(), lambda *progress: None)
+    values = evaluate.run(SPEC, tmp_path / "run", tmp_path / "cache", Resources(sample_batch=100))
+    scores = ("fd_digits", "is_digits", "precision_digits", "recall_digits", "agreement")
+    found, data = values.pop("manifest"), load(DIGITS.data)
+    assert len(found["hash"]) == 16 and found["measure"]["labels"]["order"] == "as drawn"
+    assert (
+        found["measure"]["reference"]["sha256"]
+        == hashlib.sha256(data.images.tobytes() + data.labels.tobytes()).hexdigest()
+    )
+    assert set(values) == {
+        "num",
+        "nfe",
+        "classifier_accuracy",
+        "classifier_sha256",
+        *scores,
+        *(f"{name}_se" for name in scores),
+    }
+    assert all(
+        math.isfinite(values[name]) and values[name] >= 0
+        for name in values
+        if name != "classifier_sha256"
+    )
+    assert (
+        all(values[name] <= 1 for name in scores[2:])
+        and 1 <= values["is_digits"] <= 10
+        and (values["num"], values["nfe"]) == (260, 4)
+    )

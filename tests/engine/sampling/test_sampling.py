@@ -1,0 +1,125 @@
+"""Sampling by index, the digits classifier, and scoring end to end."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments.ablation import DICO_S
+from experiments.declared.protocols import DIGITS
+from experiments.engine.data.sets import load
+from experiments.engine.sampling.generate import image_seeds, images, labels
+from experiments.engine.scoring import stage as evaluate
+from experiments.engine.scoring.features import digits_classifier, extract
+from experiments.engine.specs.spec import Evaluate, Sampler
+from experiments.engine.specs.stages import evaluate_stage
+from experiments.engine.training import stage as training_stage
+from experiments.engine.training.trainer import Resources, build
+
+CPU = torch.device("cpu")
+
+
+def tiny() -> Evaluate:
+    """DiCo at width 8 for a few steps, 7 images in 4 sampling steps."""
+    stage = evaluate_stage(replace(DICO_S, small=dict(dim=8, depths=(1, 1, 1, 1, 1))), DIGITS, 0)
+    recipe = replace(stage.train.recipe, steps=3, batch=8, warmup=1)
+    return replace(
+        stage,
+        train=replace(stage.train, recipe=recipe),
+        sampler=Sampler(num_steps=4, channels=None),
+        num=7,
+    )
+
+
+def sampled(spec: Evaluate, batch: int) -> torch.Tensor:
+    model = build(spec.train.backbone, 0, CPU).eval()
+    torch.nn.init.normal_(
+        model.final_layer.out_proj.weight, std=0.1, generator=torch.Generator().manual_seed(1)
+    )
+    return torch.cat([x for x, _ in images(spec, model, CPU, batch)])
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
+@pytest.mark.parametrize("scale", [1.0, 1.7])
+def test_an_image_depends_on_its_seed_and_not_on_the_batch(sampler: str, scale: float):
+    spec = replace(tiny(), sampler=Sampler(sampler, num_steps=4, scale=scale, channels=None))
+    whole = sampled(spec, 7)
+    for batch in (1, 3):
+        torch.testing.assert_close(sampled(spec, batch), whole, rtol=1e-4, atol=1e-4)
+    assert (whole[0] - whole[1]).abs().max() > 0.1
+    assert not torch.allclose(sampled(replace(spec, seed=1), 7), whole)
+
+
+def test_seeds_differ_within_a_set_and_between_sets():
+    first, second = image_seeds(0, 5000), image_seeds(1, 5000)
+    assert len(set(first)) == 5000 and not set(first) & set(second)
+    assert image_seeds(0, 7) == first[:7] and max(first) < 2**32
+
+
+def test_label_policies():
+    assert labels("balanced", 25, 10, 0).bincount(minlength=10).tolist() == [3] * 5 + [2] * 5
+    random = labels("random", 4000, 10, 0)
+    assert torch.equal(random[:9], labels("random", 9, 10, 0)) and not torch.equal(
+        random, labels("random", 4000, 10, 1)
+    )
+    assert (random.bincount(minlength=10) - 400).abs().max() < 5 * math.sqrt(360)
+    with pytest.raises(ValueError, match="balanced, random"):
+        labels("sorted", 4, 10, 0)
+
+
+def test_unknown_sampler_lists_the_known():
+    spec = replace(tiny(), sampler=Sampler("euler", num_steps=4))
+    with pytest.raises(ValueError, match="ancestral, ddim"):
+        next(images(spec, build(spec.train.backbone, 0, CPU), CPU, 7))
+
+
+def test_the_classifier_is_cached_by_content_and_scores_are_named_for_what_they_are(tmp_path: Path):
+    spec, cache = tiny(), tmp_path / "classifiers"
+    training_stage.run_training(spec.train, tmp_path / "run", Resources(), lambda *progress: None)
+    first = evaluate.run(spec, tmp_path / "run", cache, Resources())
+    (file,) = cache.glob("*.safetensors")
+    written = file.stat().st_mtime_ns
+    again = evaluate.run(spec, tmp_path / "run", cache, Resources(sample_batch=3))
+    assert file.stat().st_mtime_ns == written and list(cache.glob("*.safetensors")) == [file]
+    assert {"fd_digits", "is_digits", "precision_digits", "recall_digits", "agreement"} <= set(
+        first
+    )
+    assert not {"fid", "is", "precision", "recall"} & set(first)
+    assert (
+        first["classifier_accuracy"] > 0.95
+        and first["classifier_sha256"] == again["classifier_sha256"]
+    )
+    assert repr(again) == repr(first) and first["manifest"]["run"] == {"batch": evaluate.ON_CPU}
+    by_diffusers = evaluate.run(
+        replace(spec, sampler=replace(spec.sampler, name="dpm_solver_diffusers")),
+        tmp_path / "run",
+        cache,
+        Resources(),
+    )
+    assert [
+        "diffusers" in values["manifest"]["measure"]["versions"] for values in (first, by_diffusers)
+    ] == [False, True]
+    assert math.isfinite(first["fd_digits"]) and math.isnan(
+        first["fd_digits_se"]
+    )  # 7 images are too few for an error
+
+
+def test_real_digits_score_as_real(tmp_path: Path):
+    data = load(DIGITS.data)
+    x, y = data.take(torch.arange(len(data)))
+    classifier, _ = digits_classifier(data, tmp_path)
+    features, probabilities = extract(classifier, x)
+    assert features.shape == (len(data), 64) and (features >= 0).all()
+    assert (probabilities.argmax(1) == y.numpy()).mean() > 0.98
+
+
+def test_scoring_needs_a_finished_run(tmp_path: Path):
+    spec = tiny()
+    with pytest.raises(ValueError, match="no finished checkpoint"):
+        evaluate.run(spec, tmp_path / "run", tmp_path, Resources())
+    with pytest.raises(ValueError, match="inception features"):
+        evaluate.run(replace(spec, features="inception"), tmp_path / "run", tmp_path, Resources())

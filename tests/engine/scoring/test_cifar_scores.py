@@ -1,0 +1,125 @@
+"""Scores of CIFAR-10 rows on a classifier trained here: named so, of quantised images, against the test images."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from experiments.declared.protocols import CIFAR10, CIFAR10_SMALL
+from experiments.engine.data import locate as sources
+from experiments.engine.data.locate import require_features
+from experiments.engine.data.quantise import from_uint8, to_uint8
+from experiments.engine.data.sets import cifar10
+from experiments.engine.sampling.generate import images
+from experiments.engine.sampling.samples import QUANTISER
+from experiments.engine.scoring import features, metrics
+from experiments.engine.scoring import stage as evaluate
+from experiments.engine.scoring.features import cifar_classifier, extract
+from experiments.engine.specs.spec import Backbone, Evaluate, Recipe, Sampler, Train
+from experiments.engine.training import stage as training_stage
+from experiments.engine.training import trainer as train
+from experiments.engine.training.trainer import Resources
+from tests.support.cifar import file_of, write_parquet
+
+SMALL = Backbone(
+    "dico_s", dict(dim=8, depths=(1, 1, 1, 1, 1), input_size=32, in_channels=3, num_classes=10)
+)
+SPEC = Evaluate(
+    Train(SMALL, CIFAR10.data, Recipe(steps=1, batch=4)),
+    Sampler("ddim", num_steps=2),
+    7,
+    "cifar_classifier",
+    "balanced",
+)
+SCORES = (
+    "fd_cifar_classifier",
+    "is_cifar_classifier",
+    "precision_cifar_classifier",
+    "recall_cifar_classifier",
+    "agreement",
+)
+
+
+def write(folder: Path, split: str, num: int, seed: int) -> None:
+    """Images whose colours and stripes tell their class, with noise."""
+    draw, labels = np.random.default_rng(seed), np.arange(num) % 10
+    wave = (
+        np.sin(np.arange(32) * (1 + labels[:, None] % 5) / 3)
+        * np.where(labels < 5, 60, -60)[:, None]
+    )
+    levels = 128 + wave[:, None, :, None] * (1, 0.5, -1) + draw.normal(0, 15, (num, 32, 32, 3))
+    write_parquet(
+        folder / f"{split}.parquet",
+        [file_of(image) for image in levels.clip(0, 255).astype(np.uint8)],
+        labels.tolist(),
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(sources, "ROOT", tmp_path)
+    monkeypatch.setattr(features, "CIFAR", replace(features.CIFAR, steps=40, batch=32))
+    write(tmp_path / "cifar10", "train", 200, 0)
+    write(tmp_path / "cifar10", "test", 50, 1)
+    return tmp_path
+
+
+def test_the_classifier_learns_is_cached_by_its_data_and_tested_on_other_images(folder: Path):
+    test = cifar10(CIFAR10.data, "test")
+    model, identity = cifar_classifier(CIFAR10.data, test, folder / "cache")
+    assert identity["classifier_accuracy"] > 0.6 and not model.training
+    assert (
+        cifar_classifier(CIFAR10.data, test, folder / "cache")[1] == identity
+        and len(list((folder / "cache").glob("*.safetensors"))) == 1
+    )
+    write(folder / "cifar10", "train", 200, 2)
+    assert (
+        cifar_classifier(CIFAR10.data, test, folder / "cache")[1]["classifier_sha256"]
+        != identity["classifier_sha256"]
+    )
+
+
+def test_scores_are_of_quantised_images_against_the_test_images(folder: Path):
+    training_stage.run_training(SPEC.train, folder / "run", Resources(), lambda *progress: None)
+    values = evaluate.run(SPEC, folder / "run", folder / "cache", Resources(sample_batch=3))
+    assert {name for name in values if "fid" in name} == set() and {
+        *SCORES,
+        *(f"{name}_se" for name in SCORES),
+    } <= set(values)
+    test = cifar10(CIFAR10.data, "test")
+    classifier, identity = cifar_classifier(CIFAR10.data, test, folder / "cache")
+    network = train.load_ema(SPEC.train, folder / "run", torch.device("cpu"))
+    x = torch.cat([x for x, _ in images(SPEC, network, torch.device("cpu"), 7)])
+    real, fake = (
+        extract(classifier, part)[0]
+        for part in (test.take(torch.arange(50))[0], from_uint8(to_uint8(x)))
+    )
+    sides = [metrics.Moments(64), metrics.Moments(64)]
+    for side, rows in zip(sides, (fake, real), strict=True):
+        side.update(rows)
+    assert values["fd_cifar_classifier"] == pytest.approx(metrics.frechet(*sides), rel=1e-4)
+    assert (values["classifier_accuracy"], values["nfe"]) == (identity["classifier_accuracy"], 2)
+    measure = values["manifest"]["measure"]
+    assert measure["extractor"] == {
+        "name": "cifar_classifier",
+        "sha256": identity["classifier_sha256"],
+        "dtype": "fp32",
+    }
+    assert (
+        measure["quantiser"] == QUANTISER
+        and measure["reference"].pop("sha256") == test.identity["data_sha256"]
+    )
+    assert measure["reference"] == {"name": "cifar10", "num_images": 50, "split": "test"}
+
+
+def test_without_test_images_one_line_says_what_is_missing(folder: Path):
+    (folder / "cifar10" / "test.parquet").unlink()
+    with pytest.raises(ValueError, match="test.parquet or cifar-10-batches-py") as caught:
+        require_features(replace(SPEC, num=CIFAR10_SMALL.num))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="CIFAR-10's test images are not in data/cifar10"):
+        cifar10(CIFAR10.data, "test")

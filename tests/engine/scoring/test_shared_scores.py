@@ -1,0 +1,150 @@
+"""Inception features shared by the processes of a group: the same scores to the last bit, and a stopped run goes on."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from experiments.engine.data import image_files as npz
+from experiments.engine.data import locate as sources
+from experiments.engine.runtime import group as distributed
+from experiments.engine.sampling import samples
+from experiments.engine.scoring import inception
+from experiments.engine.scoring import measure as scoring_measure
+from experiments.engine.scoring import stage as evaluate
+from experiments.engine.scoring.inception import Inception
+from experiments.engine.scoring.measure import measure, measure_shared
+from experiments.engine.specs.spec import Backbone, Data, Evaluate, Recipe, Sampler, Train
+from experiments.engine.training import stage as training_stage
+from experiments.engine.training.trainer import Resources
+
+SMALL = dict(dim=8, depths=(1, 1, 1, 1, 1), input_size=8, in_channels=3, num_classes=10)
+TRAIN = Train(Backbone("dico_s", SMALL), Data("pixels", 8, 3, 10), Recipe(steps=2, batch=4))
+SCORE = Evaluate(TRAIN, Sampler(num_steps=2), 23, "inception", "balanced")
+DRAW = np.random.default_rng(0)
+
+
+class Tiny(nn.Module):
+    """A network of Inception's inputs and outputs, narrow, with one layer for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.Mixed_6d = nn.Module()
+            self.Mixed_6d.branch1x1 = nn.Conv2d(3, 192, 3, padding=1)
+            self.pool, self.logits = nn.Linear(192, 12), nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = nn.functional.interpolate(x.float() / 128 - 1, (3, 3), mode="bilinear")
+        pool = self.pool(self.Mixed_6d.branch1x1(x).relu().mean((2, 3)))
+        return pool, self.logits(pool)
+
+
+def member(rank: int, world: int, port: int, root: Path) -> None:
+    """One rank that scores a finished run; the first leaves the values."""
+    torch.set_num_threads(1)
+    if world > 1:
+        names = dict(
+            RANK=rank, WORLD_SIZE=world, LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+        )
+        os.environ.update({name: str(value) for name, value in names.items()})
+    sources.ROOT = root / "data"
+    inception.load, evaluate.require_features = (
+        lambda path, device: Inception(Tiny().eval(), "f" * 64, device),
+        lambda spec: None,
+    )
+    inception.BATCH, scoring_measure.PIECE, samples.CHUNK = 2, 6, 5
+    group, asked = distributed.join("cpu", 60.0), []
+    piece = scoring_measure._piece
+    scoring_measure._piece = lambda *given: asked.append(0) or piece(*given)
+    values = evaluate.run(
+        SCORE, root / f"runs-{world}" / "a", root, Resources(sample_batch=4), group
+    )
+    (root / f"asked-{world}-{rank}").write_text(str(len(asked)))
+    if group.first:
+        (root / f"values-{world}.json").write_text(json.dumps(values, sort_keys=True))
+
+
+def scored(world: int, root: Path) -> dict[str, Any]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["experiments.engine.jobs.execute"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [
+        context.Process(target=member, args=(rank, world, port, root)) for rank in range(world)
+    ]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+    assert [rank.exitcode for rank in ranks] == [0] * world
+    return json.loads((root / f"values-{world}.json").read_text())
+
+
+def test_two_processes_extract_their_shares_and_score_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = tmp_path / "data" / "pixels"
+    folder.mkdir(parents=True)
+    np.save(folder / "images.npy", DRAW.uniform(-1, 1, (20, 3, 8, 8)).astype(np.float32))
+    np.save(folder / "labels.npy", np.arange(20) % 10)
+    monkeypatch.setattr(sources, "ROOT", tmp_path / "data")
+    training_stage.run_training(
+        TRAIN, tmp_path / "runs-1" / "a", Resources(), lambda *progress: None
+    )
+    shutil.copytree(tmp_path / "runs-1", tmp_path / "runs-2")
+    assert scored(2, tmp_path) == scored(1, tmp_path)
+    asked = [int((tmp_path / f"asked-{name}").read_text()) for name in ("1-0", "2-0", "2-1")]
+    assert asked == [8, 4, 4]  # four pieces of 23 images, four of 20
+    assert not list(tmp_path.glob("runs-*/*/features-*"))
+
+
+def test_pieces_add_up_to_the_whole_and_are_not_taken_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(inception, "BATCH", 2)
+    monkeypatch.setattr(scoring_measure, "PIECE", 4)
+    images = DRAW.integers(0, 256, (11, 9, 7, 3), dtype=np.uint8)
+    np.savez_compressed(tmp_path / "a.npz", arr_0=images)
+    stored, extractor, read = npz.Images(tmp_path / "a.npz"), Inception(Tiny().eval(), "tiny"), []
+    whole = measure(extractor, stored.batches(4))
+
+    class Stopped:
+        def __len__(self) -> int:
+            return len(stored)
+
+        def part(self, start: int, stop: int) -> np.ndarray:
+            read.append((start, stop))
+            if start == 8:
+                raise KeyboardInterrupt
+            return stored.part(start, stop)
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_shared(extractor, Stopped(), distributed.ALONE, tmp_path / "parts")
+    assert read == [(0, 4), (4, 8), (8, 11)]
+    found = measure_shared(extractor, stored, distributed.ALONE, tmp_path / "parts")
+    for layer in ("pool", "spatial", "probabilities"):
+        np.testing.assert_array_equal(getattr(found, layer), getattr(whole, layer))
+
+
+def test_any_part_of_a_file_is_what_its_batches_say(tmp_path: Path):
+    images = DRAW.integers(0, 256, (13, 5, 4, 3), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", arr_0=images)
+    stored = npz.Images(tmp_path / "a.npz")
+    np.testing.assert_array_equal(np.concatenate(list(stored.batches(5))), images)
+    for start, stop in ((0, 13), (3, 4), (12, 13), (5, 11)):
+        np.testing.assert_array_equal(stored.part(start, stop), images[start:stop])
+    with pytest.raises(ValueError, match="cut short"):
+        stored.part(10, 14)

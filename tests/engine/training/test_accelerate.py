@@ -1,0 +1,201 @@
+"""Compiled networks and CUDA graphs compute what was computed, in training and sampling; graphs ask for a GPU."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+from unittest.mock import MagicMock
+
+import numpy as np
+import pytest
+import torch
+
+from backbones.kernels import gated_linear
+from experiments.engine.data.sets import ImageSet, load
+from experiments.engine.numerics.cuda_graphs import Captured, accelerate
+from experiments.engine.numerics.precision import precision
+from experiments.engine.numerics.weights import digest
+from experiments.engine.specs.spec import Backbone, Diffusion, Recipe, Train
+from experiments.engine.timing.tasks import fill
+from experiments.engine.training.trainer import Trainer, build
+from tests.support.recording import SYNCHRONISING, Heard, Rerun, needs_gpu
+from tests.support.trainings import CPU, DICO, DIGITS, FAMILIES, OBJECTIVES
+
+GPU = torch.device("cuda")
+WIDE = FAMILIES["dit"].but(depth=1, dim=384, heads=6)  # its layers run on oneDNN
+TRAINED = Train(DICO, DIGITS, Recipe(steps=6, batch=16, lr=1e-2, ema=0.9))
+DROPPING = Train(FAMILIES["dis"], DIGITS, replace(TRAINED.recipe, drop_path=0.5))
+NOISE = ImageSet(
+    np.random.default_rng(0).standard_normal((64, 1, 8, 8), np.float32), np.arange(64) % 10, DIGITS
+)  # a bare machine with a GPU may lack the digits
+
+
+@pytest.mark.parametrize(("spec", "micro_batch"), [(TRAINED, None), (TRAINED, 6), (replace(TRAINED, recipe=replace(TRAINED.recipe, grad_clip=0.1)), None), (DROPPING, 6)],
+                         ids=["whole", "in parts", "clipped", "with stochastic depth"])  # fmt: skip
+def test_a_recorded_training_has_the_same_losses_and_weights(spec: Train, micro_batch: int | None):
+    usual, recorded = (Trainer(spec, CPU, micro_batch) for _ in range(2))
+    recorded.passes = Rerun(recorded._passes, recorded.model)
+    losses = [list(trainer.steps(load(DIGITS))) for trainer in (usual, recorded)]
+    assert [loss.item() for loss in losses[0]] == [loss.item() for loss in losses[1]] and len(
+        set(losses[0])
+    ) == 6
+    assert (digest(usual.model), digest(usual.ema)) == (
+        digest(recorded.model),
+        digest(recorded.ema),
+    ) and len(recorded.passes.recordings) == 1
+
+
+def test_a_recording_lets_other_threads_go_on_and_runs_the_function_aside_before(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """With stand-ins for the device: the threads that load batches and draw noise pin memory, for which a global capture would end in an error."""
+    heard: list[str] = []
+
+    @contextmanager
+    def capture(graph: Any, capture_error_mode: str = "global") -> Iterator[None]:
+        heard.append(capture_error_mode)
+        yield
+        heard.append("captured")
+
+    for name in ("Stream", "current_stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    captured = Captured(lambda x: heard.append("ran") or x + 1)
+    for n, flag in ((2, False), (2, False), (3, False), (3, True)):
+        with precision("as_published" if flag else "fp32", CPU):
+            captured(torch.ones(n))
+    assert (
+        heard == (["ran"] * 3 + ["thread_local", "ran", "captured"]) * 3
+    )  # a shape and a mode once each
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_step_of_the_trainer_waits_for_no_value(name: str, monkeypatch: pytest.MonkeyPatch):
+    """On a GPU reading one back stops the host, and no graph can hold it."""
+    monkeypatch.setattr(
+        sys.modules[gated_linear.choices["chunked"].run.__module__], "_mild", lambda decay: False
+    )  # on a CPU DiG looks, as nothing waits there
+    dropping = 0.1 if name in ("dis", "dimsum") else 0.0
+    spec = Train(
+        FAMILIES[name],
+        DIGITS,
+        Recipe(steps=3, batch=4, grad_clip=1.0, drop_path=dropping),
+        OBJECTIVES.get(name, Diffusion()),
+    )
+    stepping = Trainer(spec, CPU, micro_batch=3).steps(load(DIGITS))
+    next(stepping)
+    with Heard() as heard:
+        next(stepping)
+    assert len(heard.names) > 20 and not heard.names.keys() & set(SYNCHRONISING)
+
+
+def test_graphs_without_a_gpu_are_refused():
+    with pytest.raises(ValueError, match="CUDA graphs need a GPU"):
+        accelerate(build(DICO, 0, CPU), compiled=False, graphs=True)
+    with pytest.raises(ValueError, match="CUDA graphs need a GPU"):
+        Trainer(TRAINED, CPU, graphs=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("network", [DICO, WIDE], ids=lambda b: b.name)
+def test_compiled_networks_compute_what_they_computed(network: Backbone):
+    model, compiled = (build(network, 0, CPU).eval() for _ in range(2))
+    fill(model)
+    fill(compiled)
+    accelerate(compiled, compiled=True, graphs=False)
+    inputs = torch.randn(3, 1, 8, 8), torch.tensor([3, 500, 999]), torch.tensor([0, 4, 10])
+    with torch.no_grad():
+        expected, out = model(*inputs), compiled(*inputs)
+    assert (out - expected).norm() < 1e-5 * expected.norm() and digest(model) == digest(compiled)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("network", [DICO, WIDE], ids=lambda b: b.name)
+def test_a_compiled_training_has_the_same_losses(network: Backbone):
+    spec = Train(network, DIGITS, Recipe(steps=4, batch=16, lr=1e-3))
+    eager, compiled = (
+        torch.stack(list(Trainer(spec, CPU, compiled=flag).steps(load(DIGITS))))
+        for flag in (False, True)
+    )
+    assert eager.isfinite().all() and (compiled - eager).abs().max() < 1e-4 * eager.abs().max()
+
+
+@needs_gpu
+def test_a_captured_network_computes_what_it_computed_for_every_shape_and_mode():
+    model = build(DICO, 0, GPU).eval()
+    fill(model)
+    captured = Captured(model)
+    for n, mode in ((3, False), (5, False), (3, True), (3, False)):
+        inputs = (
+            torch.randn(n, 1, 8, 8, device="cuda"),
+            torch.arange(n, device="cuda"),
+            torch.arange(n, device="cuda"),
+        )
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, mode):
+            assert torch.allclose(
+                captured(*inputs),
+                model(*inputs),
+                rtol=1e-2 if mode else 1e-4,
+                atol=1e-2 if mode else 1e-5,
+            )
+    assert len(captured.recordings) == 3
+
+
+@needs_gpu
+@pytest.mark.parametrize("micro_batch", [None, 6])
+@pytest.mark.parametrize("mode", ["fp32", "bf16"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_captured_training_has_the_same_losses(
+    micro_batch: int | None, mode: str, compiled: bool
+):
+    spec = replace(TRAINED, recipe=replace(TRAINED.recipe, grad_clip=1.0, precision=mode))
+    usual, captured = (
+        torch.stack(
+            list(Trainer(spec, GPU, micro_batch, compiled=compiled, graphs=graphs).steps(NOISE))
+        )
+        for graphs in (False, True)
+    )
+    assert len(captured.unique()) == 6 and torch.allclose(
+        captured, usual, rtol=1e-2 if mode == "bf16" else 1e-4
+    )
+
+
+@needs_gpu
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_step_on_a_gpu_does_not_stop_the_host(graphs: bool):
+    stepping = Trainer(
+        replace(TRAINED, recipe=replace(TRAINED.recipe, grad_clip=1.0)), GPU, graphs=graphs
+    ).steps(NOISE)
+    next(stepping)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        next(stepping)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        DICO,
+        Backbone("dit_s_2", dict(depth=1, dim=384)),
+        Backbone("hourglass", dict(dim=8, depths=(1, 1, 1, 1, 1))),
+    ],
+    ids=lambda b: b.name,
+)
+def test_a_network_compiles_as_one_graph(network: Backbone):
+    """Where the compiler has to stop, at the choice of a kernel for example, it loses what it is for."""
+    model = build(network.but(input_size=16, in_channels=4, num_classes=10), 0, CPU)
+    found = torch._dynamo.explain(model)(
+        torch.randn(2, 4, 16, 16), torch.tensor([3, 4]), torch.tensor([1, 2])
+    )
+    assert (found.graph_count, found.graph_break_count) == (1, 0), [
+        str(reason.reason)[:200] for reason in found.break_reasons
+    ]

@@ -1,0 +1,224 @@
+"""Stochastic depth as an input of the network, seeded by position; and a training that starts from another's weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import backbones
+from backbones.layers import timestep_sinusoid, unpatchify
+from experiments.declared.protocols import DIGITS, IMAGENET256_OWN, PROTOCOLS
+from experiments.engine.data.sets import load
+from experiments.engine.jobs.execute import execute
+from experiments.engine.records.store import Store
+from experiments.engine.specs.spec import Backbone, Data, Diffusion, Recipe, Train, spec_id
+from experiments.engine.specs.stages import evaluate_stage, train_stage
+from experiments.engine.training.trainer import Resources, Trainer, increment_weights, load_ema
+from experiments.main_results import DIMSUM_L, DIS_H, TABLES
+from tests.support.networks import randomise, relative_rms
+
+CPU = torch.device("cpu")
+NAMES = ("dis_s_2", "dimsum_l_2")
+
+
+def network(name: str) -> nn.Module:
+    return randomise(
+        backbones.build(
+            name,
+            **backbones.tiny_options_of(name)
+            | dict(input_size=8, in_channels=1, num_classes=5, depth=6),
+        )
+    ).double()
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64),
+        torch.tensor([0.2, 0.5, 0.9]),
+        torch.tensor([0, 3, 5]),
+    )
+
+
+def dis_by_sums(model: nn.Module, x: Tensor, t: Tensor, y: Tensor, kept: Tensor) -> Tensor:
+    """DiS with the stream as an explicit sum of weighted increments: the first block's input, then K of them."""
+    time, label = (
+        model.time_embed(timestep_sinusoid(t, model.pos_embed.shape[-1]).double()),
+        model.label_emb(y),
+    )
+    increments = [
+        torch.cat([label[:, None], time[:, None], model.patch_embed(x)], dim=1) + model.pos_embed
+    ]
+    weights, skips = torch.cat([torch.ones(len(x), 1, dtype=kept.dtype), kept], dim=1), []
+
+    def stream() -> Tensor:
+        return sum(weights[:, k, None, None] * increment for k, increment in enumerate(increments))
+
+    half = len(model.in_blocks)
+    for k, block in enumerate([*model.in_blocks, model.mid_block, *model.out_blocks]):
+        if k > half:
+            increments[-1] = block.skip_linear(torch.cat([increments[-1], skips.pop()], dim=-1))
+        increments.append(block.mixer(block.norm(stream())))
+        if k < half:
+            skips.append(increments[-1])
+    return unpatchify(
+        model.final_layer(model.norm_f(stream()), time + label)[:, 2:], model.grid, model.patch
+    )
+
+
+def dimsum_by_sums(model: nn.Module, x: Tensor, t: Tensor, y: Tensor, kept: Tensor) -> Tensor:
+    """DiMSUM likewise; a block is asked for its answer to a stream that is handed to it whole."""
+    increments, c = (
+        [model.x_embedder(x) + model.pos_embed],
+        model.t_embedder(t) + model.y_embedder(y),
+    )
+    weights = torch.cat([torch.ones(len(x), 1, dtype=kept.dtype), kept], dim=1)
+    for k, block in enumerate(model.blocks):
+        h, _ = block(
+            sum(weights[:, j, None, None] * increment for j, increment in enumerate(increments)),
+            None,
+            c,
+        )
+        increments.append(model.attn_block(h, c) if (k + 1) % model.attention_every == 0 else h)
+    return unpatchify(model.final_layer(increments[-1], c), model.grid, model.patch)
+
+
+@pytest.mark.parametrize("name, by_sums", zip(NAMES, (dis_by_sums, dimsum_by_sums), strict=True))
+@torch.no_grad()
+def test_increments_are_weighed_sample_by_sample(name: str, by_sums):
+    model, (x, t, y) = network(name), inputs()
+    count = len(model.drop_rates(0.1))
+    whole = model(x, t, y)
+    assert torch.equal(model(x, t, y, torch.ones(3, count, dtype=torch.float64)), whole)
+    kept = increment_weights(model, 0.6, 3, torch.Generator().manual_seed(2)).double()
+    assert 0 in kept and kept.max() > 1
+    out = model(x, t, y, kept)
+    assert (
+        relative_rms(out, by_sums(model, x, t, y, kept)) < 1e-6
+    )  # the stream is float32 or wider, norms are as wide as the weights
+    assert relative_rms(model(x[1:2], t[1:2], y[1:2], kept[1:2])[0], out[1]) < 1e-9
+
+
+def test_rates_are_the_authors():
+    """Largest 0.1 over DiS's 48 + 1 and DiMSUM's 16 blocks; the first block adds nothing to drop, the next drops nothing."""
+    with torch.device("meta"):
+        dis, dimsum = (backbones.build(name).drop_rates(0.1) for name in ("dis_h_2", "dimsum_l_2"))
+    for rates, length, last in ((dis, 49, 0.1), (dimsum, 15, 0.1 * 14 / 15)):
+        assert (
+            len(rates) == length
+            and rates[0] == 0
+            and rates == sorted(rates)
+            and rates[-1] == pytest.approx(last)
+        )
+    assert dis[24] == pytest.approx(0.1 * 24 / 47) and dimsum[7] == pytest.approx(0.1 * 7 / 15)
+    weights = increment_weights(network("dis_s_2"), 0.5, 4000, torch.Generator().manual_seed(0))
+    assert (weights.mean(0) - 1).abs().max() < 0.06 and (
+        (weights == 0).float().mean(0) - torch.tensor([0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.5])
+    ).abs().max() < 0.03
+    with pytest.raises(ValueError, match="DiT has no stochastic depth"):
+        increment_weights(backbones.build("dit_s_2", depth=1), 0.1, 2, torch.Generator())
+
+
+def losses(spec: Train, micro_batch: int | None = None) -> list[float]:
+    trainer = Trainer(spec, CPU, micro_batch)
+    return [loss.item() for loss in trainer.steps(load(spec.data))]
+
+
+@pytest.mark.parametrize("row", [DIS_H, DIMSUM_L], ids=lambda row: row.label)
+def test_training_drops_by_position_and_sampling_never(row):
+    spec = train_stage(row, DIGITS, 0)
+    spec = replace(spec, recipe=replace(spec.recipe, steps=2, batch=4))
+    dropping = replace(spec, recipe=replace(spec.recipe, drop_path=0.7))
+    plain, dropped, micro = losses(spec), losses(dropping), losses(dropping, micro_batch=3)
+    assert dropped != plain and micro == pytest.approx(dropped, rel=1e-4)
+    assert (
+        losses(replace(spec, recipe=replace(spec.recipe, drop_path=1e-9))) == plain
+    )  # the draw moves no other
+    own = train_stage(row, IMAGENET256_OWN, 0).recipe.drop_path
+    assert own == 0.1 and spec.recipe.drop_path == 0
+
+
+def test_dim_at_512_starts_from_its_256_pixel_model():
+    stage = evaluate_stage(TABLES[2].row("DiM-H"), PROTOCOLS["imagenet512_own"], 1)
+    first, second = stage.trainings
+    assert second is stage.train and first is second.init_from
+    assert (
+        first.data.name,
+        first.backbone.options["input_size"],
+        first.recipe.steps,
+        first.seed,
+    ) == ("imagenet256", 32, 425_000, 1)
+    assert (
+        second.data.name,
+        second.recipe.steps,
+        second.recipe.lr,
+        second.backbone.options["raster_padding"],
+    ) == ("imagenet512", 64_000, 1e-4, True)
+    assert all(
+        evaluate_stage(TABLES[2].row("DiM-H"), protocol, 0).train.init_from is None
+        for protocol in (DIGITS, PROTOCOLS["imagenet512"])
+    )
+
+
+def test_position_embeddings_are_interpolated_and_everything_else_is_kept():
+    tiny = backbones.tiny_options_of("dim_h") | dict(in_channels=1, num_classes=5)
+    small, large = (
+        randomise(backbones.build("dim_h", **tiny, input_size=6)),
+        backbones.build("dim_h", **tiny, input_size=12, raster_padding=True),
+    )
+    old = small.state_dict()
+    new = large.resized(old)
+    large.load_state_dict(new)
+    assert all(torch.equal(new[key], old[key]) for key in old if key != "additional_embed")
+    assert torch.equal(new["additional_embed"][:, :2], old["additional_embed"][:, :2])
+    grid, wide = (
+        old["additional_embed"][0, 2:].view(3, 3, -1),
+        new["additional_embed"][0, 2:].view(6, 6, -1),
+    )
+    assert (
+        relative_rms(wide[0, 0], grid[0, 0]) < 1e-6 and relative_rms(wide[5, 0], grid[2, 0]) < 1e-6
+    )
+    by_hand = (0.75 * grid[0, 1] + 0.25 * grid[1, 1]) * 0.25 + (
+        0.75 * grid[0, 0] + 0.25 * grid[1, 0]
+    ) * 0.75
+    assert relative_rms(wide[1, 1], by_hand) < 1e-6
+    assert torch.equal(large.resized(new)["additional_embed"], new["additional_embed"])
+
+
+def test_a_training_starts_from_anothers_averaged_weights(tmp_path: Path):
+    store, network = (
+        Store(tmp_path),
+        Backbone("dim_h", dict(dim=20, depth=3, in_channels=1, num_classes=10)),
+    )
+    objective, recipe = (
+        Diffusion(betas="stable_diffusion", variance="fixed", first_step=1),
+        Recipe(steps=2, batch=4, lr=1e-2, ema=0.5),
+    )
+    first = Train(network.but(input_size=4), Data("digits", 4, 1, 10), recipe, objective)
+    second = Train(
+        network.but(input_size=8, raster_padding=True),
+        Data("digits", 8, 1, 10),
+        replace(recipe, lr=0.0),
+        objective,
+        init_from=first,
+    )
+    assert (
+        spec_id(second)
+        != spec_id(replace(second, init_from=None))
+        != spec_id(replace(second, init_from=replace(first, seed=1)))
+    )
+    refused = execute(second, store, Resources(), lambda *progress: None)
+    assert (
+        refused.status == "failed"
+        and f"run {spec_id(first)} has no finished checkpoint" in refused.error
+    )
+    assert [
+        execute(stage, store, Resources(), lambda *progress: None).status
+        for stage in second.trainings
+    ] == ["done", "done"]
+    ends = [load_ema(stage, store.run_dir(stage), CPU) for stage in (first, second)]
+    expected = ends[1].resized(ends[0].state_dict())
+    assert all(torch.equal(value, expected[key]) for key, value in ends[1].state_dict().items())

@@ -1,0 +1,538 @@
+"""The trainer against naive loops, stored loss traces, and runs that are killed.
+
+`python -m tests.engine.training.test_train --write` writes the traces anew; do it only for a change that means to change numbers.
+"""
+
+import copy
+import errno
+import io
+import json
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from experiments.engine.data.sets import batch_indices, load
+from experiments.engine.diffusion.iddpm import IDDPM
+from experiments.engine.numerics.precision import MODES, flags, precision
+from experiments.engine.numerics.weights import digest
+from experiments.engine.records import files
+from experiments.engine.specs.spec import Data, Diffusion, Recipe, Train
+from experiments.engine.training import checkpoint
+from experiments.engine.training import stage as training_stage
+from experiments.engine.training.log import curve
+from experiments.engine.training.stage import run_training
+from experiments.engine.training.trainer import Resources, Trainer, load_ema, lr_at
+from tests.support.paths import DATA
+from tests.support.trainings import (
+    CPU,
+    DICO,
+    DIGITS,
+    FAMILIES,
+    FLOW,
+    OBJECTIVES,
+    SPEC,
+    STEPS,
+)
+
+TRACES = DATA / "loss_traces.json"
+
+
+def recipe(**changes: Any) -> Train:
+    return Train(DICO, DIGITS, Recipe(**(dict(steps=STEPS, batch=16, lr=1e-3) | changes)))
+
+
+def losses(spec: Train, micro_batch: int | None = None) -> list[float]:
+    return [loss.item() for loss in Trainer(spec, CPU, micro_batch).steps(load(spec.data))]
+
+
+def trace(name: str) -> list[float]:
+    """Losses of five steps from weights that are zero nowhere: behind closed gates a change could not be seen."""
+    spec = Train(
+        FAMILIES[name],
+        DIGITS,
+        Recipe(steps=5, batch=16, lr=1e-3),
+        OBJECTIVES.get(name, Diffusion()),
+    )
+    trainer, draw = Trainer(spec, CPU), torch.Generator().manual_seed(0)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1, generator=draw)
+    return [loss.item() for loss in trainer.steps(load(DIGITS))]
+
+
+@pytest.mark.parametrize(
+    ("num", "every", "points"),
+    [(0, 50, 0), (1, 50, 1), (100, 50, 100), (101, 100, 51), (8000, 4000, 100)],
+)
+def test_a_records_loss_curve_is_short_and_keeps_the_mean(num: int, every: int, points: int):
+    means = [float(number) for number in range(num)]
+    found = curve(means, 50)
+    assert (found["every"], len(found["losses"])) == (every, points)
+    wide = every // 50
+    assert found["losses"][: num // wide] == [
+        sum(means[at : at + wide]) / wide for at in range(0, num - num % wide, wide)
+    ]
+
+
+def quiet(*_: Any) -> None:
+    pass
+
+
+def seen(spec: Train, steps: int, micro_batch: int | None = None) -> list[list[Tensor]]:
+    """x0, y, t and eps that the loss is given, a batch a step."""
+    trainer, parts = Trainer(spec, CPU, micro_batch), []
+
+    def record(model: Any, *inputs: Tensor) -> dict[str, Tensor]:
+        parts.append(inputs)
+        return {"loss": next(trainer.model.parameters()).sum() * torch.zeros(len(inputs[0]))}
+
+    trainer.diffusion.losses = record
+    stepping, batches = trainer.steps(load(spec.data)), []
+    for _ in range(steps):
+        next(stepping)
+        batches.append([torch.cat(part) for part in zip(*parts, strict=True)])
+        parts.clear()
+    return batches
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_losses_are_the_stored_ones(name: str):
+    stored = json.loads(TRACES.read_text())
+    if not torch.__version__.startswith(stored["torch"]):
+        pytest.skip(
+            f"the traces are torch {stored['torch']}'s; other versions draw other initial weights"
+        )
+    assert trace(name) == pytest.approx(stored[name], rel=1e-4)
+
+
+def test_stored_losses_tell_the_families_apart():
+    last = sorted(
+        values[-1] for name, values in json.loads(TRACES.read_text()).items() if name != "torch"
+    )
+    assert len(last) == len(FAMILIES) and min(np.diff(last) / last[1:]) > 2e-4
+
+
+def test_learning_rate_in_closed_form():
+    constant, cosine = (
+        Recipe(steps=100, batch=1, lr=2.0, warmup=10),
+        Recipe(steps=110, batch=1, lr=2.0, warmup=10, decay="cosine"),
+    )
+    for rates in (constant, cosine):
+        assert [lr_at(rates, step) for step in (0, 4, 9, 10)] == pytest.approx([0.2, 1.0, 2.0, 2.0])
+    assert lr_at(constant, 99) == 2.0
+    assert [lr_at(cosine, step) for step in (35, 60, 85, 110)] == pytest.approx(
+        [
+            2 * math.cos(angle / 2) ** 2
+            for angle in (math.pi / 4, math.pi / 2, 3 * math.pi / 4, math.pi)
+        ],
+        abs=1e-12,
+    )
+    assert all(lr_at(cosine, step) > lr_at(cosine, step + 1) for step in range(10, 109))
+    linear = Recipe(steps=110, batch=1, lr=2.0, warmup=10, decay="linear")
+    assert [lr_at(linear, step) for step in (9, 10, 60, 110)] == pytest.approx([2.0, 2.0, 1.0, 0.0])
+    with pytest.raises(ValueError, match="known: constant, linear, cosine"):
+        lr_at(Recipe(steps=1, batch=1, decay="quadratic"), 0)
+
+
+def test_learning_rate_ends_where_it_is_declared():
+    rates = Recipe(steps=110, batch=1, lr=2.0, lr_min=0.5, warmup=10, decay="cosine")
+    assert [lr_at(rates, step) for step in (9, 10, 60, 110)] == pytest.approx([2.0, 2.0, 1.25, 0.5])
+
+
+def test_gradients_are_clipped_to_the_declared_norm():
+    norms: dict[float | None, float] = {}
+    for limit in (None, 1e-3, 1e9):
+        trainer = Trainer(recipe(grad_clip=limit), CPU)
+        trainer.optimizer.step = lambda trainer=trainer, limit=limit: norms.update(
+            {limit: torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).norm().item()}
+        )
+        next(trainer.steps(load(DIGITS)))
+    assert norms[1e-3] == pytest.approx(1e-3, rel=1e-3) and norms[1e9] == norms[None] > 1e-2
+
+
+def test_the_optimisers_epsilon_is_the_declared_one():
+    assert (
+        losses(recipe(steps=3))
+        == losses(recipe(steps=3, eps=1e-8))
+        != losses(recipe(steps=3, eps=1e-2))
+    )
+
+
+def test_flows_draw_times_between_0_and_1_and_leave_the_rest_as_it_is():
+    flow = replace(SPEC, diffusion=FLOW)
+    (x0, y, t, eps), (x0_other, y_other, steps, _) = seen(flow, 1)[0], seen(SPEC, 1)[0]
+    assert t.dtype == torch.float32 and 0 <= t.min() and t.max() < 1 and len(t.unique()) == len(t)
+    assert (
+        torch.equal(x0, x0_other)
+        and eps.shape == x0.shape
+        and steps.dtype == torch.long
+        and y.shape == y_other.shape
+    )
+
+
+def test_labels_are_dropped_one_by_one_at_the_declared_rate():
+    spec = recipe(batch=64, steps=60, label_dropout=0.25)
+    dropped = torch.stack([y == 10 for _, y, _, _ in seen(spec, 60, micro_batch=24)])  # (60, 64)
+    assert abs(dropped.double().mean() - 0.25) < 4 * math.sqrt(0.25 * 0.75 / dropped.numel())
+    assert (
+        dropped.double().mean(1).std() < 2 * math.sqrt(0.25 * 0.75 / 64)
+        and not dropped.all(1).any()
+    )
+    for rate, share in ((0.0, 0.0), (1.0, 1.0)):
+        assert (seen(recipe(label_dropout=rate), 1)[0][1] == 10).double().mean() == share
+
+
+def test_a_batch_is_drawn_whole_however_it_is_cut():
+    whole, cut = seen(SPEC, 3), seen(SPEC, 3, micro_batch=5)
+    assert all(
+        torch.equal(a, b)
+        for one, other in zip(whole, cut, strict=True)
+        for a, b in zip(one, other, strict=True)
+    )
+    eps, t = torch.cat([batch[3] for batch in whole]), torch.cat([batch[2] for batch in whole])
+    assert (
+        len(eps.flatten(1).unique(dim=0)) == 48
+        and 0 <= t.min()
+        and t.max() < 1000
+        and len(t.unique()) > 40
+    )
+
+
+def test_half_of_the_images_are_flipped_where_declared():
+    straight = torch.cat([batch[0] for batch in seen(SPEC, STEPS)])
+    mirrored = torch.cat(
+        [
+            batch[0]
+            for batch in seen(Train(DICO, Data("digits", 8, 1, 10, flip=True), SPEC.recipe), STEPS)
+        ]
+    )
+    kept = (mirrored == straight).flatten(1).all(1)
+    assert (
+        torch.equal(mirrored[~kept], straight[~kept].flip(-1))
+        and 0.35 < kept.double().mean() < 0.65
+    )
+
+
+def test_gradients_accumulate_to_those_of_the_whole_batch():
+    gradients: list[dict[str, Tensor]] = []
+    for micro_batch in (None, 5):
+        trainer = Trainer(recipe(lr=1e-2), CPU, micro_batch)
+        for parameter in trainer.model.parameters():
+            torch.nn.init.normal_(
+                parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel())
+            )
+        trainer.optimizer.step = lambda trainer=trainer: gradients.append(
+            {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
+        )
+        next(trainer.steps(load(DIGITS)))
+    whole, cut = gradients
+    scale = max(gradient.norm() for gradient in whole.values())
+    assert all(
+        (cut[name] - gradient).norm() < 1e-5 * scale and gradient.any()
+        for name, gradient in whole.items()
+    )
+    assert losses(SPEC, micro_batch=5) == pytest.approx(losses(SPEC), rel=1e-5)
+
+
+@pytest.mark.parametrize("mixer", ["conv", "window"])
+def test_average_of_the_weights_against_a_naive_loop(mixer: str):
+    trainer = Trainer(Train(FAMILIES[f"hourglass {mixer}"], DIGITS, recipe(ema=0.7).recipe), CPU)
+    expected = copy.deepcopy(dict(trainer.model.named_parameters()))
+    for _, _ in zip(trainer.steps(load(DIGITS)), range(5), strict=False):
+        for name, value in trainer.model.named_parameters():
+            expected[name] = 0.7 * expected[name] + (1 - 0.7) * value.detach()
+        averaged = dict(trainer.ema.named_parameters())
+        assert averaged.keys() == expected.keys()
+        assert all(
+            torch.allclose(averaged[name], expected[name], rtol=1e-5, atol=1e-7)
+            for name in expected
+        )
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(trainer.model.buffers(), trainer.ema.buffers(), strict=True)
+    )
+
+
+def test_the_average_starts_at_the_weights_and_is_not_trained():
+    trainer = Trainer(SPEC, CPU)
+    assert digest(trainer.ema) == digest(trainer.model)
+    assert not any(parameter.requires_grad for parameter in trainer.ema.parameters())
+
+
+def test_the_seed_decides_everything():
+    first = losses(recipe(steps=3))
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    assert losses(recipe(steps=3)) == first
+    assert torch.equal(torch.get_rng_state(), state)
+    assert losses(Train(DICO, DIGITS, recipe(steps=3).recipe, seed=1)) != first
+
+
+def test_the_loss_decreases():
+    values = losses(recipe(steps=60, lr=5e-3))
+    assert sum(values[-10:]) < 0.6 * sum(values[:10])
+
+
+@pytest.mark.parametrize("lr", [1e6, 1e30])
+def test_a_loss_that_is_no_number_ends_the_run_in_one_line(
+    lr: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(
+        IDDPM,
+        "losses",
+        lambda self, model, x, y, t, eps: {
+            "loss": model(x, t, y).sum(dim=(1, 2, 3)) * lr * math.inf
+        },
+    )
+    with pytest.raises(
+        ValueError, match="^the loss is .* at step 1; lower the learning rate"
+    ) as failure:
+        run_training(recipe(lr=lr), tmp_path, Resources(), quiet)
+    assert "\n" not in str(failure.value)
+    assert failure.value.values == {
+        "stopped_at": 1,
+        "batch": batch_indices(len(load(DIGITS)), 16, 0, 0).tolist(),
+        "last_checkpoint": 0,
+    }
+    assert not list(tmp_path.glob("checkpoints/*"))
+
+
+@pytest.fixture
+def tf32() -> Iterator[Callable[[bool], None]]:
+    """Sets both TF32 flags for a test."""
+    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    def allow(value: bool) -> None:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = value
+
+    yield allow
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+
+
+def both(value: bool) -> dict[str, bool]:
+    return {"matmul_tf32": value, "cudnn_tf32": value}
+
+
+IN_FORCE = {
+    "fp32": both(False),
+    "tf32": both(True),
+    "bf16": both(False),
+    "as_published": {"matmul_tf32": False, "cudnn_tf32": True},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("before", [True, False])
+def test_precision_is_set_inside_and_restored(
+    mode: str, before: bool, tf32: Callable[[bool], None]
+):
+    tf32(before)
+    with pytest.raises(RuntimeError, match="inside"), precision(mode, CPU):
+        assert flags() == IN_FORCE[mode] and torch.is_autocast_enabled("cpu") == (mode == "bf16")
+        raise RuntimeError("inside")
+    assert flags() == both(before) and not torch.is_autocast_enabled("cpu")
+
+
+def test_unknown_precision_lists_the_known():
+    with pytest.raises(ValueError, match="fp32, tf32, bf16"), precision("fp16", CPU):
+        pass
+
+
+@pytest.mark.parametrize("mode", ["fp32", "tf32"])
+def test_the_backward_pass_runs_in_the_declared_precision(mode: str, tf32: Callable[[bool], None]):
+    tf32(mode != "tf32")
+    trainer, found = Trainer(recipe(precision=mode), CPU), []
+    next(trainer.model.parameters()).register_hook(lambda gradient: found.append(flags()))
+    next(trainer.steps(load(DIGITS)))
+    assert found == [both(mode == "tf32")]
+
+
+def test_bf16_trains_fp32_weights():
+    trainer = Trainer(recipe(steps=4, precision="bf16"), CPU)
+    values = [loss.item() for loss in trainer.steps(load(DIGITS))]
+    assert values == pytest.approx(losses(recipe(steps=4)), rel=0.05) and values != losses(
+        recipe(steps=4)
+    )
+    assert {
+        parameter.dtype for parameter in (*trainer.model.parameters(), *trainer.ema.parameters())
+    } == {torch.float32}
+
+
+def live(folder: Path, checkpoint_every: int, death: str, step: int) -> None:
+    """A process that trains, and is killed at a step of the run or while a checkpoint is written."""
+    torch.set_num_threads(1)
+    training_stage.LOG_EVERY = 3
+    update, replace = Trainer._update, os.replace
+
+    def dying_update(self: Trainer, *inputs: Tensor) -> Tensor:
+        if self.step < step:
+            return update(self, *inputs)
+        while not list(
+            folder.glob(f"checkpoints/step-{step - step % checkpoint_every:08d}-*.pt")
+        ):  # it is written in the background
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def dying_replace(source: Path, target: Path) -> None:
+        if target.name == "step.staged":
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    if death == "step":
+        Trainer._update = dying_update
+    if death == "save":
+        files.os.replace = dying_replace
+    result = run_training(SPEC, folder, Resources(checkpoint_every=checkpoint_every), quiet)
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+def lives(folder: Path, *deaths: tuple[str, int]) -> dict[str, Any]:
+    """Processes one after another in one folder; the last one lives."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["experiments.engine.jobs.execute", "sklearn.datasets", "torch._dynamo"]
+    )
+    for death, step in (*deaths, ("", 0)):
+        process = context.Process(target=live, args=(folder, 3, death, step))
+        process.start()
+        process.join()
+        assert process.exitcode == (-signal.SIGKILL if death else 0)
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_goes_on_with_the_same_weights(tmp_path: Path):
+    whole = lives(tmp_path / "whole")
+    killed = lives(tmp_path / "killed", ("step", 4), ("step", 7), ("save", 0), ("step", 11))
+    assert (whole["resumed_at"], killed["resumed_at"]) == (0, 9)
+    assert killed["weights_sha256"] == whole["weights_sha256"] and killed["loss"] == whole["loss"]
+    assert log(tmp_path / "killed") == log(tmp_path / "whole")
+
+
+def log(folder: Path) -> list[tuple[int, float, float]]:
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [(entry["step"], entry["loss"], entry["lr"]) for entry in entries]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run_training(
+        SPEC, tmp_path_factory.mktemp("whole"), Resources(checkpoint_every=3), quiet
+    )
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    "damage", [_flip, _cut, lambda path: path.write_bytes(b"")], ids=["a bit", "cut", "empty"]
+)
+@pytest.mark.parametrize("num, resumed_at", [(1, 12), (2, 0)])
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(
+    damage: Callable[[Path], None],
+    num: int,
+    resumed_at: int,
+    whole: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    run_training(SPEC, tmp_path, Resources(checkpoint_every=3), quiet)
+    kept = sorted((tmp_path / "checkpoints").iterdir(), reverse=True)
+    assert [path.name[:13] for path in kept] == ["step-00000014", "step-00000012"]
+    for path in kept[:num]:
+        damage(path)
+    again = run_training(SPEC, tmp_path, Resources(checkpoint_every=3), quiet)
+    assert (again["resumed_at"], again["weights_sha256"]) == (resumed_at, whole["weights_sha256"])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == num and all(
+        "is damaged" in line and str(tmp_path) not in line for line in lines
+    )
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+    assert (
+        checkpoint.load_newest(tmp_path / "checkpoints")[0] == STEPS and not capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("room", [0, 1000, 20_000])
+def test_a_full_disk_is_said_to_be_full_and_leaves_no_checkpoint(
+    room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    class Full(io.FileIO):
+        def write(self, data: bytes) -> int:
+            if self.tell() + len(data) > room:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data)
+
+    monkeypatch.setattr(files, "open", Full, raising=False)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(tmp_path, 1, Trainer(SPEC, CPU).state())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_run_is_not_run_again(whole: dict[str, Any], tmp_path: Path):
+    first = run_training(SPEC, tmp_path, Resources(), quiet)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").iterdir()}
+    again = run_training(SPEC, tmp_path, Resources(), quiet)
+    assert (again["resumed_at"], again["weights_sha256"], again["loss"]) == (
+        STEPS,
+        whole["weights_sha256"],
+        first["loss"],
+    )
+    assert {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").iterdir()
+    } == before
+    assert digest(load_ema(SPEC, tmp_path, CPU)) == first["weights_sha256"]
+
+
+def test_an_unfinished_run_is_not_sampled_from(tmp_path: Path):
+    with pytest.raises(ValueError, match="no finished checkpoint"):
+        load_ema(SPEC, tmp_path, CPU)
+    checkpoint.save(tmp_path / "checkpoints", STEPS - 1, Trainer(SPEC, CPU).state())
+    with pytest.raises(ValueError, match="no finished checkpoint"):
+        load_ema(SPEC, tmp_path, CPU)
+
+
+def test_checkpoint_cadence_and_cut_logs_change_nothing(whole: dict[str, Any], tmp_path: Path):
+    seen_by: list[tuple[Any, ...]] = []
+    result = run_training(
+        SPEC,
+        tmp_path,
+        Resources(checkpoint_every=5, micro_batch=16),
+        lambda *progress: seen_by.append(progress),
+    )
+    assert result["weights_sha256"] == whole["weights_sha256"] and [
+        entry[:2] for entry in seen_by
+    ] == [(STEPS, STEPS)]
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 14, "lo')
+    assert run_training(SPEC, tmp_path, Resources(), quiet)["loss"] == result["loss"]
+    assert [step for step, _, _ in log(tmp_path)] == [STEPS]
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--write"]:
+        raise SystemExit("usage: python -m tests.engine.training.test_train --write")
+    torch.set_num_threads(1)
+    version = {"torch": ".".join(torch.__version__.split(".")[:2])}
+    TRACES.write_text(
+        json.dumps(version | {name: trace(name) for name in FAMILIES}, indent=1) + "\n"
+    )
