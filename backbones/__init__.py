@@ -21,7 +21,7 @@ from backbones import (
     sit,
     udit,
     uvit,
-)  # noqa: F401  (importing a family registers it)
+)
 from backbones.checkpoint import load_published
 from backbones.registry import (
     build,
