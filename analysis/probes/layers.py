@@ -19,8 +19,9 @@ from torch.overrides import TorchFunctionMode
 
 from analysis.probes import implied
 from analysis.probes.implied import Weights
-from backbones import adm, dico, dig, dim, dimsum, dis, dit, ldm, udit, uvit
+from backbones import adm, dico, dig, dim, dimsum, dis, ldm, udit, uvit
 from backbones.kernels import observing, use
+from backbones.layers import SelfAttention
 from backbones.mamba import COLUMNS, COLUMNS_BACK, ROWS, ROWS_BACK, Mamba, reorder
 from backbones.mixers import agent, conv, focused_linear, softmax, window
 
@@ -82,16 +83,12 @@ def layers(model: nn.Module) -> list[Layer]:
     found: list[Layer] = []
     for name, module in model.named_modules():
         grid, index = getattr(model, "grid", None), len(found)
-        if isinstance(module, dit.SelfAttention):
-            found.append(
-                Layer(name, module, attention_of, grid, torch.arange(_tokens(grid)), module)
-            )
-        elif isinstance(module, uvit.SelfAttention):
-            found.append(
-                Layer(name, module, attention_of, grid, 2 + torch.arange(_tokens(grid)), module)
-            )
-        elif isinstance(module, softmax.SelfAttention):
+        if isinstance(module, softmax.SoftmaxAttention):
             found.append(Layer(name, module, attention_of, mix=module))
+        elif isinstance(module, SelfAttention):
+            leading = 2 if isinstance(model, uvit.UViT) else 0  # label and time
+            place = leading + torch.arange(_tokens(grid))
+            found.append(Layer(name, module, attention_of, grid, place, module))
         elif isinstance(module, window.WindowAttention):
             found.append(Layer(name, module, partial(_windows, module), mix=module))
         elif isinstance(module, agent.AgentAttention):
