@@ -14,7 +14,7 @@ from experiments.engine.records.manifest import clashes
 from experiments.engine.records.store import REPOSITORY, Record, RecordFolder, Store
 from experiments.engine.reporting.lookup import REFERENCE_SEEDS
 from experiments.engine.specs.rows import Row, Table
-from experiments.engine.specs.spec import Backbone, Stage, canonical
+from experiments.engine.specs.spec import Backbone, Spec, canonical
 from experiments.engine.specs.stages import Protocol, evaluate_stage
 
 TRAINED = {
@@ -80,7 +80,7 @@ class ScreenedFolder(RecordFolder):
         self._note = note
         self._files: dict[str, str] = {}
 
-    def latest(self, spec: Stage, status: str = "done") -> Record | None:
+    def latest(self, spec: Spec, status: str = "done") -> Record | None:
         record = super().latest(spec, status)
         self._note([record] if record else [])
         return record

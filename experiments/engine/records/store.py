@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.engine.records.files import locked, written_whole
-from experiments.engine.specs.spec import Stage, canonical, kind_of, spec_id
+from experiments.engine.specs.spec import Spec, canonical, kind_of, spec_id
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 FORMAT = 1
@@ -67,7 +67,7 @@ class RecordFolder:
         """Return the intact records, those of one id after each other."""
         return [record for records in self.by_id().values() for record in records]
 
-    def latest(self, spec: Stage, status: str = "done") -> Record | None:
+    def latest(self, spec: Spec, status: str = "done") -> Record | None:
         """Return the newest record of a stage with this status, or None."""
         records = self.by_id().get(spec_id(spec), [])
         matching = [record for record in records if record.status == status]
@@ -126,7 +126,7 @@ class Store:
 
     def append(
         self,
-        spec: Stage,
+        spec: Spec,
         status: str,
         values: dict[str, Any],
         provenance: dict[str, Any],
@@ -151,11 +151,11 @@ class Store:
         self.here.refresh()
         return record
 
-    def run_dir(self, spec: Stage) -> Path:
+    def run_dir(self, spec: Spec) -> Path:
         """Folder of a stage's checkpoints, logs and samples."""
         return self.root / "runs" / spec_id(spec)
 
-    def lock(self, spec: Stage) -> AbstractContextManager[None]:
+    def lock(self, spec: Spec) -> AbstractContextManager[None]:
         """Held while a stage runs; a second process waits, then finds the record."""
         return locked(self.run_dir(spec) / "lock")
 
