@@ -57,8 +57,7 @@ def combine_tasks(tasks: Sequence[Task]) -> Task:
     if len(tasks) == 1:
         return tasks[0]
     layouts = sorted(
-        {layout for task in tasks for layout in task.seen["memory_format"].split(", ")}
-        - {"any"}
+        {layout for task in tasks for layout in task.seen["memory_format"].split(", ")} - {"any"}
     )
     seen = {
         "memory_format": ", ".join(layouts) or "any",
