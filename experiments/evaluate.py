@@ -168,14 +168,14 @@ def _recorded(
     import torch
 
     from experiments.engine.data.image_files import sha256
-    from experiments.engine.numerics.precision import flags, precision
+    from experiments.engine.numerics.precision import precision, read_tf32_flags
     from experiments.engine.scoring.stage import histogram, versions
 
     with precision("fp32", torch.device(device)):
         found = {
             "num": len(images),
             "image": {"size": images.shape[1], "format": "uint8"},
-            "flags": flags(),
+            "flags": read_tf32_flags(),
         }
     found |= (
         {"labels": {"histogram_sha256": histogram(images.labels)}}

@@ -17,7 +17,7 @@ from backbones.ldm import CrossAttention
 from experiments.engine.diffusion.cascade import with_low_res
 from experiments.engine.specs.spec import Backbone, Cost
 from experiments.engine.timing.cost import MacCounter
-from experiments.engine.timing.cost import run as count
+from experiments.engine.timing.cost import count_backbone as count
 from tests.support.paths import DATA
 
 AUTHORS = list(csv.DictReader((DATA / "counts_adm.csv").open()))

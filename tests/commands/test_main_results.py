@@ -29,7 +29,7 @@ from experiments.engine.diffusion.samplers import bind
 from experiments.engine.numerics.weights import digest
 from experiments.engine.records.store import Store
 from experiments.engine.reporting.tables import main_sheet
-from experiments.engine.sampling.generate import Counted, images
+from experiments.engine.sampling.generate import CountingModel, images
 from experiments.engine.specs.rows import Method, Row, Table
 from experiments.engine.specs.spec import Cost, Data, Train, spec_id
 from experiments.engine.specs.stages import (
@@ -211,7 +211,7 @@ def test_every_family_trains_and_samples_on_digits(row: Row):
         upsampling=stage.upsampling and replace(stage.upsampling, num_steps=3),
         num=2,
     )
-    counted = Counted(
+    counted = CountingModel(
         System(networks["train"], networks.get("classifier"), networks.get("upsampler"))
         if len(networks) > 1
         else networks["train"]

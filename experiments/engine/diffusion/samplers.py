@@ -16,7 +16,7 @@ from experiments.engine.diffusion import flow_samplers
 from experiments.engine.diffusion.build import Process
 from experiments.engine.diffusion.guidance import always
 from experiments.engine.diffusion.iddpm import IDDPM, Model, at, split_prediction
-from experiments.engine.numerics.cuda_graphs import Launch, directly
+from experiments.engine.numerics.cuda_graphs import Launch, run_eagerly
 from experiments.engine.numerics.randomness import ImageNoise
 from experiments.engine.specs.spec import Sampler
 
@@ -30,7 +30,7 @@ def ancestral(
     *,
     clip: bool = False,
     gradient: Model | None = None,
-    launch: Launch = directly,
+    launch: Launch = run_eagerly,
 ) -> Iterator[Tensor]:
     """Yields x (N,C,H,W) after each step of an already respaced diffusion: DDPM algorithm 2, learned variance.
 
@@ -62,7 +62,7 @@ def ddim(
     eta: float = 0.0,
     clip: bool = False,
     gradient: Model | None = None,
-    launch: Launch = directly,
+    launch: Launch = run_eagerly,
 ) -> Iterator[Tensor]:
     """Yields x (N,C,H,W) after each step of an already respaced diffusion: DDIM eq. 12, sigma of eq. 16.
 
@@ -106,7 +106,7 @@ def dpm_solver(
     noise: ImageNoise,
     *,
     num_steps: int,
-    launch: Launch = directly,
+    launch: Launch = run_eagerly,
 ) -> Iterator[Tensor]:
     """Yields x (N,C,H,W) after each step: DPM-Solver++(2M), algorithm 2 of its paper, the first step of order 1.
 
@@ -181,7 +181,7 @@ def recordable(spec: Sampler, times: tuple[float, float]) -> bool:
 
 
 def bind(
-    spec: Sampler, process: Process, gradient: Model | None = None, launch: Launch = directly
+    spec: Sampler, process: Process, gradient: Model | None = None, launch: Launch = run_eagerly
 ) -> Bound:
     """The declared sampler of a process, to be called with a network, labels and noise; ValueError lists the known.
 

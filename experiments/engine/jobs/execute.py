@@ -13,7 +13,7 @@ import torch
 
 from backbones import kernels
 from experiments.engine.numerics import device as machine
-from experiments.engine.numerics.precision import flags, precision
+from experiments.engine.numerics.precision import precision, read_tf32_flags
 from experiments.engine.records.store import Record, Store, provenance
 from experiments.engine.runtime import group as distributed
 from experiments.engine.runtime import heartbeat, preemption
@@ -202,13 +202,13 @@ def _run(
     beat: Heartbeat | None,
 ) -> dict[str, Any]:
     if isinstance(spec, Cost):
-        return cost.run(spec)
+        return cost.count_backbone(spec)
     if isinstance(spec, Timing):
-        return timing.run(spec)
+        return timing.measure_speed(spec)
     if isinstance(spec, Ceilings):
         return ceilings.measure_ceilings(spec)
     if isinstance(spec, Profile):
-        return profiling.run(spec, store.run_dir(spec))
+        return profiling.profile_task(spec, store.run_dir(spec))
     if isinstance(spec, Train):
         return run_training(spec, store.run_dir(spec), resources, report, group, beat)
     assert isinstance(spec, Evaluate), spec
@@ -226,10 +226,10 @@ def _run(
 def _provenance(spec: Stage, resources: Resources, group: Group, seconds: float) -> dict[str, Any]:
     device = torch.device(resources.device)
     with precision(getattr(getattr(spec, "recipe", spec), "precision", "fp32"), device):
-        in_force = flags()
+        in_force = read_tf32_flags()
     return (
         provenance()
-        | machine.described(device)
+        | machine.describe_device(device)
         | {
             "world_size": group.world_size,
             "micro_batch": resources.micro_batch,

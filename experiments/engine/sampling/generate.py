@@ -14,7 +14,13 @@ from experiments.engine.diffusion.cascade import ClassifierGradient, System, con
 from experiments.engine.diffusion.guidance import Guided
 from experiments.engine.diffusion.iddpm import Model
 from experiments.engine.diffusion.samplers import bind, recordable
-from experiments.engine.numerics.cuda_graphs import Kept, Launch, Step, directly, keeping_no_weights
+from experiments.engine.numerics.cuda_graphs import (
+    Launch,
+    SharedGraph,
+    Step,
+    run_eagerly,
+    without_weight_cache,
+)
 from experiments.engine.numerics.precision import precision
 from experiments.engine.numerics.randomness import ImageNoise, seed_at
 from experiments.engine.runtime import preemption
@@ -23,7 +29,7 @@ from experiments.engine.specs.spec import Checkpoint, Evaluate, Sampler, Train
 AHEAD = 2  # steps that a GPU is given before it has done them
 
 
-class Counted:
+class CountingModel:
     """A network that counts the images it is given; over the images sampled, that is evaluations per image (NFE).
 
     Of a system base and upsampler count, and the gradients of its classifier do not. Raises Preempted where the job is
@@ -33,7 +39,7 @@ class Counted:
 
     def __init__(self, model: Model | System, recorded: bool = False) -> None:
         self.model, self.own = model, 0
-        self.graphs = Kept() if recorded else None
+        self.graphs = SharedGraph() if recorded else None
         self.evaluations: dict[
             torch.Size, int
         ] = {}  # images given to the network in a recorded step, by the shape of x
@@ -41,7 +47,7 @@ class Counted:
         self.classifier, self.upsampler = None, None
         if isinstance(model, System):
             self.model, self.classifier = model.base, model.classifier
-            self.upsampler = Counted(model.upsampler) if model.upsampler else None
+            self.upsampler = CountingModel(model.upsampler) if model.upsampler else None
 
     @property
     def evaluated(self) -> int:
@@ -62,7 +68,7 @@ class Counted:
             _stop_if_asked()
             before = self.own
             if x.shape not in self.evaluations:
-                with keeping_no_weights():
+                with without_weight_cache():
                     out = step(x, *rest)
                 self.evaluations[x.shape] = self.own - before
             else:
@@ -113,13 +119,13 @@ def image_seeds(seed: int, num: int, of: str = "image") -> list[int]:
 
 def images(
     spec: Evaluate,
-    model: Model | System | Counted,
+    model: Model | System | CountingModel,
     device: torch.device,
     batch: int,
     within: range | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Sampled images (n, C, H, W) and their labels (n,), `batch` at a time, in order of their index; `within` limits the indices."""
-    model = model if isinstance(model, Counted) else Counted(model)
+    model = model if isinstance(model, CountingModel) else CountingModel(model)
     gradient = (
         ClassifierGradient(model.classifier, spec.sampler.classifier_scale)
         if spec.classifier
@@ -165,7 +171,7 @@ def _sample(
     y: Tensor,
     seeds: list[int],
     gradient: Model | None = None,
-    launch: Launch = directly,
+    launch: Launch = run_eagerly,
 ) -> Tensor:
     """Samples (n, C, H, W) of a network for labels (n,), on their device."""
     data, diffusion = train.data, process(train.diffusion)

@@ -28,7 +28,7 @@ from experiments.engine.records.files import written_whole
 from experiments.engine.runtime.group import ALONE, Group
 from experiments.engine.runtime.heartbeat import Heartbeat
 from experiments.engine.runtime.pieces import results
-from experiments.engine.sampling.generate import Counted, images, labels, recorded_steps
+from experiments.engine.sampling.generate import CountingModel, images, labels, recorded_steps
 from experiments.engine.specs.spec import Checkpoint, Data, Evaluate, canonical, is_latent, spec_id
 from experiments.engine.training.trainer import Resources, build, load_ema
 
@@ -116,7 +116,7 @@ def draw(
     `report(done, num, nan, images per second)` hears of each chunk of this rank.
     decode: samples (n, C, H, W) to images (n, 1 or 3, H', W') in [-1, 1]; one channel is written as three equal ones.
     made: what identifies the network and the decoder; ValueError if the folder's images were made otherwise.
-    recorded: as `Counted` has it.
+    recorded: as `CountingModel` has it.
     """
     origin = folder / "made.json"
     if origin.exists():
@@ -135,7 +135,7 @@ def draw(
         time.perf_counter(),
         _chunk_paths(folder, spec.num),
         [0],
-        Counted(model, recorded),
+        CountingModel(model, recorded),
     )
 
     def chunk(piece: int) -> dict[str, ndarray]:

@@ -18,13 +18,13 @@ from experiments.engine.data.image_files import Images, about, has_images, sha25
 from experiments.engine.data.locate import inception_path, reference_path, require_features
 from experiments.engine.data.quantise import from_uint8, to_uint8
 from experiments.engine.data.sets import ImageSet, cifar10, load
-from experiments.engine.numerics.precision import flags, precision
+from experiments.engine.numerics.precision import precision, read_tf32_flags
 from experiments.engine.numerics.weights import digest
 from experiments.engine.records.manifest import manifest
 from experiments.engine.runtime.group import ALONE, Group
 from experiments.engine.runtime.heartbeat import Heartbeat
 from experiments.engine.runtime.pieces import results
-from experiments.engine.sampling.generate import Counted, images, recorded_steps
+from experiments.engine.sampling.generate import CountingModel, images, recorded_steps
 from experiments.engine.sampling.samples import (
     ORDER,
     QUANTISER,
@@ -81,7 +81,7 @@ def run(
             ),
         )
         found |= {
-            "flags": flags(),
+            "flags": read_tf32_flags(),
             "versions": versions(
                 "numpy",
                 "scipy",
@@ -126,7 +126,7 @@ def _classified(
         reference = cifar10(spec.data, "test")
         classifier, identity = cifar_classifier(spec.data, reference, cache)
     network, key = network_of(spec, folder, resources)
-    counted = Counted(network, resources.graphs and recorded_steps(spec))
+    counted = CountingModel(network, resources.graphs and recorded_steps(spec))
 
     def scored(piece: int) -> dict[str, np.ndarray]:
         before = counted.evaluated

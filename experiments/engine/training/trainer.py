@@ -18,7 +18,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 import backbones
 from experiments.engine.data.sets import ImageSet, batches
 from experiments.engine.diffusion.build import process
-from experiments.engine.numerics.cuda_graphs import Captured, require_gpu
+from experiments.engine.numerics.cuda_graphs import CudaGraph, require_gpu
 from experiments.engine.numerics.precision import precision
 from experiments.engine.numerics.randomness import generator_at, seed_at
 from experiments.engine.runtime.group import ALONE, Group, exchanging
@@ -123,7 +123,7 @@ class Trainer:
         if graphs:
             require_gpu(device)
             if group.world_size == 1:  # the exchange between processes stays outside of graphs
-                self.passes = Captured(self._passes)
+                self.passes = CudaGraph(self._passes)
         self.step = 0
 
     def state(self) -> dict[str, Any]:

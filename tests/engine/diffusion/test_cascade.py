@@ -21,7 +21,7 @@ from experiments.engine.diffusion.samplers import ancestral, bind, ddim
 from experiments.engine.jobs.execute import execute
 from experiments.engine.numerics.randomness import ImageNoise
 from experiments.engine.records.store import Store
-from experiments.engine.sampling.generate import Counted, images
+from experiments.engine.sampling.generate import CountingModel, images
 from experiments.engine.specs.spec import Data, Diffusion, Sampler
 from experiments.engine.specs.stages import evaluate_stage
 from experiments.engine.timing.cost import MacCounter
@@ -302,7 +302,7 @@ def test_the_upsampler_is_given_the_base_models_8_bit_images():
     ]
     given: list[Tensor] = []
     networks[2].register_forward_pre_hook(lambda module, args: given.append(args[0]))
-    counted = Counted(System(*networks))
+    counted = CountingModel(System(*networks))
     quick = replace(
         stage,
         sampler=replace(stage.sampler, num_steps=3),

@@ -21,7 +21,7 @@ from experiments.engine.diffusion.samplers import (
     dpm_solver_diffusers,
 )
 from experiments.engine.numerics.randomness import ImageNoise
-from experiments.engine.sampling.generate import Counted
+from experiments.engine.sampling.generate import CountingModel
 from experiments.engine.specs.spec import Diffusion, Sampler
 from tests.support.flows import Given
 
@@ -249,7 +249,7 @@ def test_without_diffusers_its_scheduler_is_one_line(monkeypatch: pytest.MonkeyP
 
 def test_dpm_solver_is_guided_at_every_step_of_its_recipe():
     sampler = Sampler("dpm_solver", num_steps=50, scale=1.4, channels=None, interval=(0, 1001))
-    counted, times = Counted(lambda x, t, y: times.append(t[0].item()) or 0.1 * x), []
+    counted, times = CountingModel(lambda x, t, y: times.append(t[0].item()) or 0.1 * x), []
     guided = Guided(counted, sampler.scale, 10, channels=None, interval=sampler.interval)
     last(bind(sampler, process(UVIT)), guided, labels(2), ImageNoise([0, 1], (1, 2, 2)))
     assert counted.evaluated / 2 == 100 and len(times) == 50 and times[0] == 1000 and min(times) > 1

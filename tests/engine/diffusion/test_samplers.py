@@ -12,7 +12,7 @@ from experiments.engine.diffusion.guidance import Guided
 from experiments.engine.diffusion.iddpm import IDDPM, Model
 from experiments.engine.diffusion.samplers import ancestral, bind, ddim
 from experiments.engine.numerics.randomness import ImageNoise
-from experiments.engine.sampling.generate import Counted
+from experiments.engine.sampling.generate import CountingModel
 from experiments.engine.specs.spec import Diffusion, Sampler
 
 MEAN, STD = 0.3, 0.7
@@ -276,7 +276,7 @@ def test_guidance_tells_the_times_of_a_batch_apart():
 
 
 def test_nfe_of_a_run_counts_both_halves():
-    counted = Counted(Recorder())
+    counted = CountingModel(Recorder())
     for _ in ancestral(
         IDDPM.linear().respaced(10),
         Guided(counted, 1.5, 10, interval=(0, 500)),

@@ -17,7 +17,7 @@ from experiments.engine.numerics.randomness import ImageNoise
 from experiments.engine.runtime import preemption
 from experiments.engine.runtime.group import ALONE
 from experiments.engine.runtime.pieces import results
-from experiments.engine.sampling.generate import Counted, image_seeds, images, labels
+from experiments.engine.sampling.generate import CountingModel, image_seeds, images, labels
 from experiments.engine.scoring import features
 from experiments.engine.scoring import stage as evaluate
 from experiments.engine.scoring.features import digits_classifier
@@ -49,7 +49,7 @@ def test_the_noise_of_an_image_is_the_same_to_the_bit_in_every_batch():
 def test_a_job_that_is_asked_to_stop_stops_within_a_piece_and_keeps_the_whole_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    counted = Counted(lambda x, t, y: x)
+    counted = CountingModel(lambda x, t, y: x)
 
     def compute(piece: int) -> dict[str, np.ndarray]:
         for call in range(5):

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from experiments.engine.data.sets import batch_indices, load
 from experiments.engine.diffusion.iddpm import IDDPM
-from experiments.engine.numerics.precision import MODES, flags, precision
+from experiments.engine.numerics.precision import MODES, precision, read_tf32_flags
 from experiments.engine.numerics.weights import digest
 from experiments.engine.records import files
 from experiments.engine.specs.spec import Data, Diffusion, Recipe, Train
@@ -340,9 +340,11 @@ def test_precision_is_set_inside_and_restored(
 ):
     tf32(before)
     with pytest.raises(RuntimeError, match="inside"), precision(mode, CPU):
-        assert flags() == IN_FORCE[mode] and torch.is_autocast_enabled("cpu") == (mode == "bf16")
+        assert read_tf32_flags() == IN_FORCE[mode] and torch.is_autocast_enabled("cpu") == (
+            mode == "bf16"
+        )
         raise RuntimeError("inside")
-    assert flags() == both(before) and not torch.is_autocast_enabled("cpu")
+    assert read_tf32_flags() == both(before) and not torch.is_autocast_enabled("cpu")
 
 
 def test_unknown_precision_lists_the_known():
@@ -354,7 +356,7 @@ def test_unknown_precision_lists_the_known():
 def test_the_backward_pass_runs_in_the_declared_precision(mode: str, tf32: Callable[[bool], None]):
     tf32(mode != "tf32")
     trainer, found = Trainer(recipe(precision=mode), CPU), []
-    next(trainer.model.parameters()).register_hook(lambda gradient: found.append(flags()))
+    next(trainer.model.parameters()).register_hook(lambda gradient: found.append(read_tf32_flags()))
     next(trainer.steps(load(DIGITS)))
     assert found == [both(mode == "tf32")]
 
