@@ -14,7 +14,7 @@ from experiments.engine.records.manifest import clashes
 from experiments.engine.records.store import REPOSITORY, Record, RecordFolder, Store
 from experiments.engine.reporting.lookup import REFERENCE_SEEDS
 from experiments.engine.specs.rows import Row, Table
-from experiments.engine.specs.spec import Backbone, Spec, canonical
+from experiments.engine.specs.spec import Backbone, Spec, Stage, canonical
 from experiments.engine.specs.stages import Protocol, evaluate_stage
 
 TRAINED = {
@@ -269,7 +269,7 @@ def reference_seeds(table: Table, store: Store) -> list[int]:
     return [
         seed
         for seed in REFERENCE_SEEDS
-        if store.reference.latest(evaluate_stage(table.baseline, DIGITS, seed))
+        if store.reference.here.latest(evaluate_stage(table.baseline, DIGITS, seed))
     ] or [0]
 
 
@@ -278,7 +278,7 @@ def scores_of(row: Row, protocol: Protocol, store: Store) -> list[Record]:
     return [
         record
         for seed in REFERENCE_SEEDS
-        if (record := store.reference.latest(evaluate_stage(row, protocol, seed)))
+        if (record := store.reference.here.latest(evaluate_stage(row, protocol, seed)))
     ]
 
 
@@ -304,7 +304,7 @@ def rankable(
 
 def latest(stages: Sequence[Stage], store: Store) -> Iterator[Record]:
     """The committed records of these stages, without the gaps."""
-    return (record for stage in stages if (record := store.reference.latest(stage)))
+    return (record for stage in stages if (record := store.reference.here.latest(stage)))
 
 
 def gpu_timings(backbone: Backbone, size: int, store: Sources) -> list[Record]:

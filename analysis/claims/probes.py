@@ -87,7 +87,9 @@ def channels(claim: Claim, store: Sources) -> Finding:
     for protocol, evidence in ((IMAGENET256, MEASURED), (DIGITS, REDUCED)):
         pairs = [
             [
-                store.reference.latest(declared("channels", TABLE_4.row(label), protocol, seed))
+                store.reference.here.latest(
+                    declared("channels", TABLE_4.row(label), protocol, seed)
+                )
                 for label in ("DiCo-S", "w/o CCA")
             ]
             for seed in REFERENCE_SEEDS
@@ -136,7 +138,7 @@ def _named(store: Sources) -> dict[str, Record]:
 
 
 def _of_seeds(probes: Sequence[Probe], store: Sources, kind: str) -> list[Record]:
-    found = (store.reference.latest(probe) for probe in probes)
+    found = (store.reference.here.latest(probe) for probe in probes)
     return [record for record in found if record is not None and kind in record.values]
 
 

@@ -50,7 +50,7 @@ def score_against_speed(table: Table, store: Sources) -> Figure:
     missing, points = [], []
     scores, other = rankable(table.rows, DIGITS, store)
     for index, (row, found) in enumerate(zip(table.rows, scores, strict=True)):
-        timed = store.reference.latest(timing_stage(row, table.baseline, "cpu"))
+        timed = store.reference.here.latest(timing_stage(row, table.baseline, "cpu"))
         scored = [record.values["fd_digits"] for record in found]
         if timed is None or not scored:
             missing += [row.label] * (row.label not in other)
@@ -223,7 +223,7 @@ def training_efficiency(store: Sources) -> Figure:
 def _macs(model: str, record: Record, store: Sources) -> float | None:
     """Multiply-accumulates of the training behind a score: three forward passes an image, counted as the paper counts; None without the count."""
     count, recipe = (
-        store.reference.latest(cost_stage(progress_row(model))),
+        store.reference.here.latest(cost_stage(progress_row(model))),
         record.spec["train"]["recipe"],
     )
     return (
@@ -233,7 +233,7 @@ def _macs(model: str, record: Record, store: Sources) -> float | None:
 
 def _gpu_hours(model: str, steps: int, store: Sources) -> float | None:
     """Of our training of a model to so many steps, by the images a second of its last attempt on all its GPUs; None without its record or off a GPU."""
-    record = store.reference.latest(train_stage(progress_row(model), stopped(steps), 0))
+    record = store.reference.here.latest(train_stage(progress_row(model), stopped(steps), 0))
     if (
         record is None
         or record.provenance["device"] == "cpu"
@@ -259,7 +259,7 @@ def _digits_cost(
         trained = [
             record
             for seed in REFERENCE_SEEDS
-            if (record := store.reference.latest(train_stage(row, DIGITS, seed)))
+            if (record := store.reference.here.latest(train_stage(row, DIGITS, seed)))
         ]
         if trained and scored:
             costs.append(
@@ -282,7 +282,7 @@ def pareto(store: Sources) -> Figure:
         system.label: sum(record.values["macs_core"] for record in records) / 1e9
         for system in SYSTEMS
         if system.resolution == 256
-        and all(records := [store.reference.latest(cost) for cost in system.costs])
+        and all(records := [store.reference.here.latest(cost) for cost in system.costs])
     }
     panels = (
         (

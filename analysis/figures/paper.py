@@ -108,7 +108,7 @@ def _own_scores_and_speeds(axes: Axes, store: Sources) -> str:
     ):
         label = f"ours: {mode}, {device}, batch {batch}"
         for name, timed in at.items():
-            counts = [store.reference.latest(cost) for cost in cost_stages(table.row(name))]
+            counts = [store.reference.here.latest(cost) for cost in cost_stages(table.row(name))]
             if all(counts):
                 both.add(name)
                 rate, fid = (
@@ -230,7 +230,7 @@ def _own_sizes(axes: Axes, store: Sources) -> list[str]:
         device: [
             (stage, record)
             for stage in figure_3(device)
-            if stage.size == 64 and (record := store.reference.latest(stage))
+            if stage.size == 64 and (record := store.reference.here.latest(stage))
         ]
         for device in ("cuda", "cpu")
     }
@@ -381,7 +381,7 @@ def _own_trainings(panels: Sequence[Axes], store: Sources) -> str:
     """Draws our trainings on ImageNet 256 over the authors', of each size the whole one, else the longest that Table 7 asks for; in words, how many there are."""
     steps, drawn = sorted({int(row["train_steps"]) for row in store.rows("table7.csv")}), 0
     for index, model in enumerate(SIZES):
-        whole = store.reference.latest(train_stage(*CONFIGURATIONS[f"{model} 256"], 0))
+        whole = store.reference.here.latest(train_stage(*CONFIGURATIONS[f"{model} 256"], 0))
         record = (
             whole if whole and whole.values.get("curve") else progress_curve(model, steps, store)
         )
@@ -413,7 +413,7 @@ def _own_losses(axes: Axes, store: Sources) -> None:
     axes.set_title(f"ours: Table 4's rows on {DIGITS.name}")
     windows = set()
     for index, row in enumerate(TABLE_4.rows):
-        record = store.reference.latest(train_stage(row, DIGITS, 0))
+        record = store.reference.here.latest(train_stage(row, DIGITS, 0))
         if record and (curve := record.values.get("curve")):
             axes.plot(
                 _middles(record),

@@ -233,7 +233,7 @@ def speed_agreement(table: Table, store: Sources) -> SpeedAgreement | None:
     found = [
         (record, float(published[row.published]["throughput_img_s"]))
         for row in table.rows
-        if (record := store.reference.latest(timing_stage(row, table.baseline, "cpu")))
+        if (record := store.reference.here.latest(timing_stage(row, table.baseline, "cpu")))
     ]
     if len(found) < 3:
         return None
@@ -305,7 +305,7 @@ def _origins(table: Table, store: Sources, protocol: Protocol) -> Origins:
         with store.noting() as noted:
             scores_of(row, protocol, store)
             if protocol is DIGITS:
-                store.reference.latest(timing_stage(row, table.baseline, "cpu"))
+                store.reference.here.latest(timing_stage(row, table.baseline, "cpu"))
         rows.append((row.label, tuple(noted.values())))
     return Origins(tuple((label, records) for label, records in rows if records))
 

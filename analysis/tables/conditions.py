@@ -194,7 +194,7 @@ def _score(record: Record | None, name: str) -> Cell:
 def _scored(row: Row, paper: dict[str, str], resolution: int, store: Sources) -> Record | None:
     """Of our scores under the published row's conditions."""
     return (
-        store.reference.latest(evaluate_stage(row, same_conditions(paper, resolution), 0))
+        store.reference.here.latest(evaluate_stage(row, same_conditions(paper, resolution), 0))
         if row.backbone
         else None
     )
@@ -215,7 +215,7 @@ def progress_row(model: str) -> Row:
 
 def progress_score(paper: dict[str, str], store: Sources) -> Record | None:
     """Of our scores that of a row of Table 7."""
-    return store.reference.latest(
+    return store.reference.here.latest(
         evaluate_stage(progress_row(paper["model"]), stopped(int(paper["train_steps"])), 0)
     )
 
@@ -223,7 +223,7 @@ def progress_score(paper: dict[str, str], store: Sources) -> Record | None:
 def progress_curve(model: str, steps: Sequence[int], store: Sources) -> Record | None:
     """The longest of our trainings of a model of Table 7 to one of these ascending numbers of steps, of those whose record holds a loss curve."""
     trained = (
-        store.reference.latest(train_stage(progress_row(model), stopped(step), 0))
+        store.reference.here.latest(train_stage(progress_row(model), stopped(step), 0))
         for step in reversed(steps)
     )
     return next((record for record in trained if record and record.values.get("curve")), None)

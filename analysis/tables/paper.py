@@ -175,7 +175,7 @@ def _timed_elsewhere(table: Table, store: Sources) -> str:
     labels = [
         row.label
         for row in _in_modes("cpu", "forward", store)
-        if not store.reference.latest(timing_stage(row, table.baseline, "cpu"))
+        if not store.reference.here.latest(timing_stage(row, table.baseline, "cpu"))
     ]
     return (
         f"; the throughput of {', '.join(labels)} was timed with fused attention and stands in speed_forward"

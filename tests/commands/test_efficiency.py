@@ -326,7 +326,7 @@ def test_a_sweep_goes_on_where_it_stopped_and_ends_where_a_batch_does_not_fit(tm
     ]
     store.append(sweep.stages[0], "failed", {}, {}, "RuntimeError: a busy device")
     assert sweep.left(store).stages == sweep.stages and sweep.failed(
-        [store.here.latest(sweep.stages[0], status="failed")]
+        [store.here.here.latest(sweep.stages[0], status="failed")]
     )
     for stage, rate in zip(sweep.stages, (10.0, 20.0), strict=False):
         fill(store, stage, **timed(rate, 1.0))
@@ -418,18 +418,18 @@ def test_an_unknown_row_lists_the_known(capsys: pytest.CaptureFixture[str]):
 
 
 def test_a_profile_counts_what_the_network_computes_and_leaves_a_trace(tmp_path: Path):
-    values = profiling.run(Profile(SMALL), tmp_path)
+    values = profiling.profile_task(Profile(SMALL), tmp_path)
     classes = values["classes"]
     assert (tmp_path / values["trace"]).stat().st_size > 1000
     assert (
         classes["depthwise convolution"]["calls"] == 5 and classes["normalisation"]["calls"] == 11
     )
     counted = sum(one["macs"] for one in classes.values())
-    expected = cost.run(Cost(SMALL.backbone, SMALL.size, SMALL.channels, SMALL.num_classes))[
-        "macs_core"
-    ]
+    expected = cost.count_backbone(
+        Cost(SMALL.backbone, SMALL.size, SMALL.channels, SMALL.num_classes)
+    )["macs_core"]
     assert counted == 2 * expected  # a batch of two
-    training = profiling.run(Profile(replace(SMALL, what="training")), tmp_path)["classes"]
+    training = profiling.profile_task(Profile(replace(SMALL, what="training")), tmp_path)["classes"]
     assert (
         training["optimiser and EMA"]["calls"] >= 2
         and 2.5 < sum(one["macs"] for one in training.values()) / counted <= 3
