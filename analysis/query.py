@@ -118,7 +118,7 @@ class ScreenedFolder(RecordFolder):
         return not reason
 
 
-class Sources(Store):
+class ReferenceStore(Store):
     """A store whose reference holds only records that a table may use; `problems` says in words what was left out and why.
 
     `noting` hears which records are looked up, so that every figure and paragraph can name its own.
@@ -269,7 +269,7 @@ def reference_seeds(table: Table, store: Store) -> list[int]:
     return [
         seed
         for seed in REFERENCE_SEEDS
-        if store.reference.here.latest(evaluate_stage(table.baseline, DIGITS, seed))
+        if store.reference.latest(evaluate_stage(table.baseline, DIGITS, seed))
     ] or [0]
 
 
@@ -278,7 +278,7 @@ def scores_of(row: Row, protocol: Protocol, store: Store) -> list[Record]:
     return [
         record
         for seed in REFERENCE_SEEDS
-        if (record := store.reference.here.latest(evaluate_stage(row, protocol, seed)))
+        if (record := store.reference.latest(evaluate_stage(row, protocol, seed)))
     ]
 
 
@@ -304,10 +304,10 @@ def rankable(
 
 def latest(stages: Sequence[Stage], store: Store) -> Iterator[Record]:
     """The committed records of these stages, without the gaps."""
-    return (record for stage in stages if (record := store.reference.here.latest(stage)))
+    return (record for stage in stages if (record := store.reference.latest(stage)))
 
 
-def gpu_timings(backbone: Backbone, size: int, store: Sources) -> list[Record]:
+def gpu_timings(backbone: Backbone, size: int, store: ReferenceStore) -> list[Record]:
     """Committed GPU timings of a network's forward pass at a latent size, in every numeric mode that was recorded, oldest first."""
     wanted = canonical(backbone, full=True)
     found = [

@@ -42,7 +42,7 @@ Found = list[tuple[str, dict[str, "np.ndarray"], dict[str, Any]]]
 def _found(probe: str, rows: tuple[Row, ...], store: Store) -> tuple[Found, str]:
     """(label, arrays, values) of every row with a reference record, and words for the others; ValueError if there is none."""
     records = {
-        row.label: store.reference.here.latest(declared(probe, row, DIGITS, seed=0)) for row in rows
+        row.label: store.reference.latest(declared(probe, row, DIGITS, seed=0)) for row in rows
     }
     found = [
         (label, arrays_of(store, record, store.reference), record.values)

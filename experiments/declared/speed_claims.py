@@ -68,7 +68,7 @@ def ratios(claim: Claim, device: str, store: Store, source: RecordFolder) -> lis
     """What was measured of a claim; it holds where the ratio, within two errors and the printed digit, is at least the claimed one."""
     found = []
     for stage in claim_stages(claim, device):
-        if record := source.here.latest(stage):
+        if record := source.latest(stage):
             value, error = record.values["relative"], record.values["relative_spread"]
             holds = value >= float(claim["value"]) - half_digit(claim["value"]) - 2 * error
             name = record.provenance["device"] if device == "cuda" else record.provenance["cpu"]
@@ -89,14 +89,14 @@ def small_on_cpu(claim: Claim, store: Store, source: RecordFolder) -> str:
     if None in stages:
         return ""
     (pair,) = _in_turn(*(stage.backbone.name for stage in stages), side, "cpu")
-    if record := source.here.latest(pair):
+    if record := source.latest(pair):
         records = [record]
         value, error, how = (
             record.values["relative"],
             record.values["relative_spread"],
             f"timed in turn at batch {pair.batch}",
         )
-    elif all(records := [source.here.latest(stage) for stage in stages]):
+    elif all(records := [source.latest(stage) for stage in stages]):
         one, two = (record.values["images_per_s"] for record in records)
         value, how = one / two, f"each timed alone at batch {stages[0].batch}"
         error = value * math.hypot(

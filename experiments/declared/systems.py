@@ -250,7 +250,7 @@ def _span(shares: list[float]) -> str:
 
 def counted(system: System, store: Store, source: RecordFolder) -> tuple[Cell, Cell, Cell]:
     """All parameters in millions, Gflops in the convention of the published figure, and core Gflops; gaps where a record lacks."""
-    records = tuple(record for cost in system.costs if (record := source.here.latest(cost)))
+    records = tuple(record for cost in system.costs if (record := source.latest(cost)))
     if len(records) < len(system.costs):
         return Cell(), Cell(), Cell()
     total = {name: sum(record.values[name] for record in records) for name in records[0].values}

@@ -193,8 +193,8 @@ def profile_sheets(
             ],
         )
         record, top = (
-            source.here.latest(stage),
-            source.here.latest(Ceilings(device, "fp32" if mode == "as_published" else mode)),
+            source.latest(stage),
+            source.latest(Ceilings(device, "fp32" if mode == "as_published" else mode)),
         )
         sheets.append(sheet)
         if record is None or top is None:
@@ -255,7 +255,7 @@ def speed_sheet(
     for row in rows:
         if row.backbone is None:
             continue
-        macs = [source.here.latest(cost) for cost in cost_stages(row)]
+        macs = [source.latest(cost) for cost in cost_stages(row)]
         core = sum(record.values["macs_core"] for record in macs) if all(macs) else None
         cells = [
             Cell(label=row.label),
@@ -281,14 +281,14 @@ def speed_sheet(
 
 
 def _timed(stage: Timing, core: float | None, store: Store, source: RecordFolder) -> list[Cell]:
-    record = source.here.latest(stage)
+    record = source.latest(stage)
     wide = 6 if stage.device == "cuda" else 4
     if record is None:
-        return [Cell(label="failed") if source.here.latest(stage, status="failed") else Cell()] + [
+        return [Cell(label="failed") if source.latest(stage, status="failed") else Cell()] + [
             Cell()
         ] * (wide - 1)
     values, own = record.values, (record,)
-    top = source.here.latest(
+    top = source.latest(
         Ceilings(stage.device, "fp32" if stage.precision == "as_published" else stage.precision)
     )
     passes = {"forward": 1, "training": 3, "sampling": 2 * stage.num_steps}[stage.what]
@@ -342,7 +342,7 @@ def _notes(
         "fp32: no TF32; tf32: everywhere; bf16: autocast; as_published: PyTorch's defaults (convolutions in TF32, linear layers in fp32), t and y of one image, no final synchronisation."
     )
     for stage in ceilings(device):
-        if top := source.here.latest(stage):
+        if top := source.latest(stage):
             notes.append(
                 f"measured ceilings, {stage.precision}: {2e-12 * top.values['macs_per_s']:.2f} TFLOP/s in large matrix products, {1e-9 * top.values['bytes_per_s']:.0f} GB/s copying."
             )
@@ -373,10 +373,10 @@ def _notes(
     for row in rows:
         for mode in modes_of(device, **fast) if row.backbone else ():
             stage = in_mode(timing_stage(row, table.baseline, device), mode, what, **fast)
-            record = source.here.latest(stage)
+            record = source.latest(stage)
             for how in unfused(record) if record else ():
                 plain.setdefault(how, []).append(f"{row.label} ({mode})")
-            if record is None and (failed := source.here.latest(stage, status="failed")):
+            if record is None and (failed := source.latest(stage, status="failed")):
                 notes.append(f"{row.label}, {mode}: {failed.error}")
             timed += [(f"{row.label} ({mode})", record)] * (record is not None)
             if (
@@ -444,9 +444,7 @@ def sweep_sheet(
     )
     tried = zip(modes, sweeps(row, baseline, device, what, **fast), strict=True)
     found = {
-        mode: [
-            (stage.batch, record) for stage in sweep.stages if (record := source.here.latest(stage))
-        ]
+        mode: [(stage.batch, record) for stage in sweep.stages if (record := source.latest(stage))]
         for mode, sweep in tried
     }
     for batch in sorted({batch for records in found.values() for batch, _ in records}):
@@ -484,7 +482,7 @@ def runtime_sheet(
             (stage.backbone.name, stage.size),
             [Cell(label=stage.backbone.name), Cell(label=str(stage.size))],
         )
-        record = source.here.latest(stage)
+        record = source.latest(stage)
         rate = record.values["images_per_s"] if record else None
         cells.append(
             Cell(

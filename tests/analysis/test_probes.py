@@ -134,12 +134,10 @@ def test_committed_probes_and_scores_are_of_the_committed_weights():
             trained_rows(table).values(), PROTOCOLS.values(), REFERENCE_SEEDS
         ):
             evaluate = evaluate_stage(row, protocol, seed)
-            trained = store.reference.here.latest(evaluate.train)
+            trained = store.reference.latest(evaluate.train)
             alone = evaluate.trainings == evaluate.train.trainings
             for spec in (evaluate, *(declared(probe, row, protocol, seed) for probe in PROBES)):
-                if (record := store.reference.here.latest(spec)) and (
-                    alone or spec is not evaluate
-                ):
+                if (record := store.reference.latest(spec)) and (alone or spec is not evaluate):
                     told = (
                         record.values["manifest"]["model"]
                         if spec is evaluate

@@ -92,6 +92,6 @@ def test_what_is_not_the_reference_is_a_failed_record_and_not_timed(
     monkeypatch.setattr(op, "choices", {"wrong": Choice("wrong", wrong)} | op.choices)
     store = Store(tmp_path)
     assert not run(["attention"], "cpu", ["fp32"], 1, 2, store)
-    record = store.here.here.latest(Kernel("attention", "wrong", "cpu", 1), status="failed")
+    record = store.here.latest(Kernel("attention", "wrong", "cpu", 1), status="failed")
     assert record.values == {} and "differs from its reference" in record.error
-    assert store.here.here.latest(Kernel("attention", "sdpa", "cpu", 1)) is not None
+    assert store.here.latest(Kernel("attention", "sdpa", "cpu", 1)) is not None

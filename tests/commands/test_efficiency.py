@@ -326,7 +326,7 @@ def test_a_sweep_goes_on_where_it_stopped_and_ends_where_a_batch_does_not_fit(tm
     ]
     store.append(sweep.stages[0], "failed", {}, {}, "RuntimeError: a busy device")
     assert sweep.left(store).stages == sweep.stages and sweep.failed(
-        [store.here.here.latest(sweep.stages[0], status="failed")]
+        [store.here.latest(sweep.stages[0], status="failed")]
     )
     for stage, rate in zip(sweep.stages, (10.0, 20.0), strict=False):
         fill(store, stage, **timed(rate, 1.0))

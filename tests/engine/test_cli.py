@@ -131,7 +131,7 @@ def test_a_training_that_fails_ends_a_chain_and_nothing_else_does(
         *[("a", "record", "cost done")] * goes_on,
     ]
     (failed,) = Store(tmp_path).here.by_id()[
-        Store(tmp_path).here.here.latest(broken, status="failed").id
+        Store(tmp_path).here.latest(broken, status="failed").id
     ]
     assert (
         failed.error.startswith("ValueError: dico_s has no option width; known: ")

@@ -254,7 +254,7 @@ def _tell(
 ) -> bool:
     """Report what a finished job has recorded since `began`; True if every stage is done."""
     records = [
-        (stage, store.here.here.latest(stage) or store.here.here.latest(stage, status="failed"))
+        (stage, store.here.latest(stage) or store.here.latest(stage, status="failed"))
         for stage in job.stages
     ]
     records = [(stage, record) for stage, record in records if record and record.utc >= began]

@@ -130,10 +130,10 @@ def describe(plan: Plan, store: Store) -> str:
             continue
         seen.add(name)
         state, cost = "done", ""
-        if store.here.here.latest(stage) is None:
+        if store.here.latest(stage) is None:
             state = (
                 "failed before, would run again"
-                if store.here.here.latest(stage, status="failed")
+                if store.here.latest(stage, status="failed")
                 else "would run"
             )
             expected = _expected_seconds(stage, row, plan, store)
@@ -167,7 +167,7 @@ def _stages(plan: Plan) -> Iterator[tuple[str, str, Stage]]:
 
 def _expected_seconds(stage: Stage, row: str, plan: Plan, store: Store) -> float | None:
     for source in (store.here, store.reference):
-        if (record := source.here.latest(stage)) and (
+        if (record := source.latest(stage)) and (
             isinstance(stage, Cost) or _on_such_a_device(record, plan)
         ):
             return record.provenance["seconds"]
@@ -235,7 +235,7 @@ def _recorded_training(train: Train, chosen: Chosen, store: Store) -> tuple[floa
     """From this training with whatever seed, on the kind of device that is planned with."""
     for source in (store.here, store.reference):
         for seed in (*chosen.seeds, *range(10)):
-            record = source.here.latest(replace(train, seed=seed))
+            record = source.latest(replace(train, seed=seed))
             if (
                 record
                 and _on_such_a_device(record, chosen)
@@ -268,7 +268,7 @@ def _macs(row: Row, chosen: Chosen, store: Store) -> float | None:
     stages = cost_stages(row)
     if len(stages) != 1 or chosen.protocol.small or stages[0].size != chosen.protocol.data.size:
         return None
-    record = store.here.here.latest(stages[0]) or store.reference.here.latest(stages[0])
+    record = store.here.latest(stages[0]) or store.reference.latest(stages[0])
     return record and record.values["macs_core"]
 
 

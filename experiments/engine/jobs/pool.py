@@ -41,7 +41,7 @@ class Job:
         """The job without its stages that are done."""
         return replace(
             self,
-            stages=tuple(stage for stage in self.stages if store.here.here.latest(stage) is None),
+            stages=tuple(stage for stage in self.stages if store.here.latest(stage) is None),
         )
 
     def ended(self, records: Sequence[Record]) -> bool:
@@ -62,7 +62,7 @@ class Sweep(Job):
             takewhile(lambda record: record is not None, map(store.here.latest, self.stages))
         )
         untried = self.stages[len(tried) :]
-        if tried and untried and (failed := store.here.here.latest(untried[0], status="failed")):
+        if tried and untried and (failed := store.here.latest(untried[0], status="failed")):
             tried.append(failed)
         return replace(self, stages=() if self.ended(tried) else untried, before=tuple(tried))
 

@@ -42,7 +42,7 @@ REFERENCE_SEEDS = range(10)
 
 
 def _latest(store: Store, stage: Stage, source: RecordFolder) -> Record | None:
-    return source.here.latest(stage) or source.here.latest(stage, status="failed")
+    return source.latest(stage) or source.latest(stage, status="failed")
 
 
 def seed_values(
@@ -55,7 +55,7 @@ def seed_values(
 def _records(
     store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], source: RecordFolder
 ) -> list[Record]:
-    found = (source.here.latest(evaluate_stage(row, protocol, seed)) for seed in seeds)
+    found = (source.latest(evaluate_stage(row, protocol, seed)) for seed in seeds)
     return [record for record in found if record is not None]
 
 

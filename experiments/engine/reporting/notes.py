@@ -136,7 +136,7 @@ def _notes(
             [
                 (row.label, record)
                 for row in timed
-                if (record := source.here.latest(timing_stage(row, table.baseline, device)))
+                if (record := source.latest(timing_stage(row, table.baseline, device)))
             ]
         )
     if device != "cuda" and any(row.heavy for row in timed_rows(table, rows, device, named=True)):
@@ -170,9 +170,9 @@ def _notes(
         ]
         stages += [stage for seed in seeds for stage in _run(row, protocol, seed)]
         for stage in stages:
-            if record := source.here.latest(stage):
+            if record := source.latest(stage):
                 shown.append(record)
-            elif failed := source.here.latest(stage, status="failed"):
+            elif failed := source.latest(stage, status="failed"):
                 notes.append(f"{row.label}: {failed.kind} failed: {failed.error}")
     evaluated = [record for row in rows for record in _records(store, row, protocol, seeds, source)]
     return (

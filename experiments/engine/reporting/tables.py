@@ -278,7 +278,7 @@ def _score(
     if not records:
         stages = [stage for seed in seeds for stage in _run(row, protocol, seed)]
         failed = any(
-            source.here.latest(stage) is None and source.here.latest(stage, status="failed")
+            source.latest(stage) is None and source.latest(stage, status="failed")
             for stage in stages
         )
         return Cell(label="failed") if failed else Cell()

@@ -49,7 +49,7 @@ def test_a_record_comes_back_as_it_was_written(tmp_path: Path):
 
 def test_numbers_that_are_none_survive(tmp_path: Path):
     Store(tmp_path).append(SPEC, "done", {"a": math.nan, "b": math.inf, "c": -math.inf}, {})
-    values = Store(tmp_path).here.here.latest(SPEC).values
+    values = Store(tmp_path).here.latest(SPEC).values
     assert math.isnan(values["a"]) and (values["b"], values["c"]) == (math.inf, -math.inf)
 
 
@@ -78,33 +78,33 @@ def test_the_newest_record_of_a_status_is_found(tmp_path: Path, monkeypatch: pyt
         3,
         4,
     ]
-    assert found.here.here.latest(SPEC).values["minute"] == 2
-    assert (failed := found.here.here.latest(SPEC, status="failed")).values[
+    assert found.here.latest(SPEC).values["minute"] == 2
+    assert (failed := found.here.latest(SPEC, status="failed")).values[
         "minute"
     ] == 4 and failed.error == "ValueError: no"
-    assert found.here.here.latest(OTHER) is None and found.reference.here.latest(SPEC) is None
+    assert found.here.latest(OTHER) is None and found.reference.latest(SPEC) is None
 
 
 def test_a_failure_is_no_result(tmp_path: Path):
     Store(tmp_path).append(SPEC, "failed", {}, {}, "ValueError: no")
-    assert Store(tmp_path).here.here.latest(SPEC) is None
+    assert Store(tmp_path).here.latest(SPEC) is None
 
 
 def test_an_open_store_sees_its_own_records_and_others_after_a_refresh(tmp_path: Path):
     ours, theirs = Store(tmp_path), Store(tmp_path)
-    assert ours.here.here.latest(SPEC) is None and theirs.here.here.latest(SPEC) is None
+    assert ours.here.latest(SPEC) is None and theirs.here.latest(SPEC) is None
     ours.append(SPEC, "done", {}, {})
-    assert ours.here.here.latest(SPEC) is not None and theirs.here.here.latest(SPEC) is None
+    assert ours.here.latest(SPEC) is not None and theirs.here.latest(SPEC) is None
     theirs.refresh()
-    assert theirs.here.here.latest(SPEC) is not None
+    assert theirs.here.latest(SPEC) is not None
 
 
 def test_reference_and_records_are_kept_apart(tmp_path: Path):
     Store(tmp_path).append(SPEC, "done", {}, {})
     (tmp_path / "records").rename(tmp_path / "reference")
     assert (
-        Store(tmp_path).here.here.latest(SPEC) is None
-        and Store(tmp_path).reference.here.latest(SPEC) is not None
+        Store(tmp_path).here.latest(SPEC) is None
+        and Store(tmp_path).reference.latest(SPEC) is not None
     )
 
 
