@@ -264,7 +264,7 @@ def _latents(spec: Loader, store: Store) -> None:
     import torch
 
     from experiments.engine.data.latents import LatentSet, shard_path
-    from experiments.engine.data.sets import batches
+    from experiments.engine.data.sets import iterate_batches
     from experiments.engine.numerics.device import describe_device
     from experiments.engine.numerics.precision import read_tf32_flags
     from experiments.engine.specs.spec import Data
@@ -295,12 +295,14 @@ def _latents(spec: Loader, store: Store) -> None:
         images = LatentSet(
             folder, Data("latents", size=size, channels=4, num_classes=1000, flip=True, vae="none")
         )
-        for _ in batches(images, batch, 0, range(len(images) // batch), torch.device("cpu")):
+        for _ in iterate_batches(
+            images, batch, 0, range(len(images) // batch), torch.device("cpu")
+        ):
             pass
         rates, busy = [], time.process_time()
         for seed in range(PAIRS):
             started = time.perf_counter()
-            for _ in batches(images, batch, seed, range(steps), torch.device("cpu")):
+            for _ in iterate_batches(images, batch, seed, range(steps), torch.device("cpu")):
                 pass
             rates.append(steps * batch / (time.perf_counter() - started))
         busy = (time.process_time() - busy) / (PAIRS * steps * batch)

@@ -58,7 +58,7 @@ def walk(spec: Probe, device: torch.device) -> Callable[[Any], None]:
     sampling = Evaluate(spec.train, spec.sampler, spec.images, features="", labels="balanced")
 
     def run(model: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
-        for images, _ in generate.images(sampling, model, device, spec.images):
+        for images, _ in generate.generate_images(sampling, model, device, spec.images):
             if not images.isfinite().all():
                 raise ValueError(
                     "the samples are not finite; the network's weights have diverged or are of another network"

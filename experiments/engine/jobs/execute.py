@@ -20,7 +20,7 @@ from experiments.engine.runtime import heartbeat, preemption
 from experiments.engine.runtime import heartbeat as attempts
 from experiments.engine.runtime.group import Group
 from experiments.engine.runtime.heartbeat import Heartbeat
-from experiments.engine.sampling.generate import recorded_steps
+from experiments.engine.sampling.generate import can_capture_steps
 from experiments.engine.scoring import stage as evaluate
 from experiments.engine.specs.spec import Ceilings, Cost, Evaluate, Profile, Stage, Timing, Train
 from experiments.engine.timing import cost
@@ -239,7 +239,9 @@ def _provenance(spec: Stage, resources: Resources, group: Group, seconds: float)
                 spec,
                 "graphs",
                 resources.graphs
-                and (recorded_steps(spec) if isinstance(spec, Evaluate) else group.world_size == 1),
+                and (
+                    can_capture_steps(spec) if isinstance(spec, Evaluate) else group.world_size == 1
+                ),
             ),
             "precision_flags": in_force,
             "kernels": kernels.used(),

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from experiments.engine.data.quantise import from_uint8, to_uint8
-from experiments.engine.diffusion.build import process
-from experiments.engine.diffusion.cascade import ClassifierGradient, System, conditioned
+from experiments.engine.diffusion.build import build_diffusion
+from experiments.engine.diffusion.cascade import ClassifierGradient, System, condition_on_low_res
 from experiments.engine.diffusion.guidance import Guided
 from experiments.engine.diffusion.iddpm import Model
-from experiments.engine.diffusion.samplers import bind, recordable
+from experiments.engine.diffusion.samplers import bind_sampler, has_uniform_steps
 from experiments.engine.numerics.cuda_graphs import (
     Launch,
     SharedGraph,
@@ -97,12 +97,14 @@ def _stop_if_asked() -> None:
         raise preemption.Preempted(how)
 
 
-def recorded_steps(spec: Evaluate) -> bool:
+def can_capture_steps(spec: Evaluate) -> bool:
     """Whether a recording can hold the steps of a set's sampler: none is made of a classifier's gradient either."""
-    return spec.classifier is None and recordable(spec.sampler, process(spec.train.diffusion).times)
+    return spec.classifier is None and has_uniform_steps(
+        spec.sampler, build_diffusion(spec.train.diffusion).times
+    )
 
 
-def labels(policy: str, num: int, num_classes: int, seed: int) -> Tensor:
+def image_labels(policy: str, num: int, num_classes: int, seed: int) -> Tensor:
     """Labels (num,) of the images: 'balanced' cycles through the classes, 'random' draws each from (seed, index)."""
     if policy == "balanced":
         return torch.arange(num) % num_classes
@@ -117,7 +119,7 @@ def image_seeds(seed: int, num: int, of: str = "image") -> list[int]:
     return [(base + index) % 2**32 for index in range(num)]
 
 
-def images(
+def generate_images(
     spec: Evaluate,
     model: Model | System | CountingModel,
     device: torch.device,
@@ -132,7 +134,7 @@ def images(
         else None
     )
     y, within = (
-        labels(spec.labels, spec.num, spec.data.num_classes, spec.seed),
+        image_labels(spec.labels, spec.num, spec.data.num_classes, spec.seed),
         within or range(spec.num),
     )
     seeds, seeds_above = (
@@ -153,7 +155,7 @@ def images(
             if (
                 spec.upsampler
             ):  # between them, as ADM's scripts have it, lies a file of 8-bit images
-                upsampler = conditioned(model.upsampler, from_uint8(to_uint8(x)))
+                upsampler = condition_on_low_res(model.upsampler, from_uint8(to_uint8(x)))
                 x = _sample(
                     spec.upsampler,
                     spec.upsampling,
@@ -174,8 +176,8 @@ def _sample(
     launch: Launch = run_eagerly,
 ) -> Tensor:
     """Samples (n, C, H, W) of a network for labels (n,), on their device."""
-    data, diffusion = train.data, process(train.diffusion)
-    sample = bind(sampler, diffusion.to(y.device), gradient, launch)
+    data, diffusion = train.data, build_diffusion(train.diffusion)
+    sample = bind_sampler(sampler, diffusion.to(y.device), gradient, launch)
     network = Guided(
         model,
         sampler.scale,

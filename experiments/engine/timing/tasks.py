@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import backbones
 from experiments.engine.data.sets import ImageSet
-from experiments.engine.diffusion.build import process
-from experiments.engine.diffusion.cascade import conditioned
+from experiments.engine.diffusion.build import build_diffusion
+from experiments.engine.diffusion.cascade import condition_on_low_res
 from experiments.engine.diffusion.guidance import Guided
 from experiments.engine.diffusion.samplers import ancestral
 from experiments.engine.numerics.cuda_graphs import (
@@ -123,7 +123,7 @@ def build_sampling(
         require_gpu(device)
     data, diffusion = training_data(network), training_diffusion(network, model)
     steps, launch = (
-        process(diffusion).respaced(spec.num_steps).to(device),
+        build_diffusion(diffusion).respaced(spec.num_steps).to(device),
         SharedGraph() if spec.graphs else run_eagerly,
     )
     accelerate(model, spec.compile)
@@ -132,7 +132,7 @@ def build_sampling(
         if diffusion.low_res is None
         else F.interpolate(x[:, : data.channels], diffusion.low_res, mode="area")
     )
-    called = model if low is None else conditioned(model, torch.cat([low, low]))
+    called = model if low is None else condition_on_low_res(model, torch.cat([low, low]))
     guided = Guided(
         called, SCALE, network.num_classes if has_null_label(network) else 0, channels=None
     )

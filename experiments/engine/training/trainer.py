@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import backbones
-from experiments.engine.data.sets import ImageSet, batches
-from experiments.engine.diffusion.build import process
+from experiments.engine.data.sets import ImageSet, iterate_batches
+from experiments.engine.diffusion.build import build_diffusion
 from experiments.engine.numerics.cuda_graphs import CudaGraph, require_gpu
 from experiments.engine.numerics.precision import precision
 from experiments.engine.numerics.randomness import generator_at, seed_at
@@ -118,7 +118,7 @@ class Trainer:
             if self.sharded
             else torch.optim.AdamW(trainable, **options)
         )
-        self.diffusion = process(spec.diffusion).to(device)
+        self.diffusion = build_diffusion(spec.diffusion).to(device)
         self.passes: Callable[..., Tensor] = self._passes
         if graphs:
             require_gpu(device)
@@ -154,7 +154,7 @@ class Trainer:
     def steps(self, images: ImageSet) -> Iterator[Tensor]:
         """Train from the step reached to the last, yielding each step's loss (0-d, on the device): this rank's share of the sum."""
         recipe = self.spec.recipe
-        for x0, y in batches(
+        for x0, y in iterate_batches(
             images,
             recipe.batch,
             self.spec.seed,

@@ -12,7 +12,7 @@ from experiments.engine.diffusion.flow import PATHS, Flow
 from experiments.engine.diffusion.flow_samplers import FORMS, dopri5, euler, heun, sde
 from experiments.engine.diffusion.guidance import Guided
 from experiments.engine.diffusion.iddpm import Model
-from experiments.engine.diffusion.samplers import bind
+from experiments.engine.diffusion.samplers import bind_sampler
 from experiments.engine.numerics.randomness import ImageNoise
 from experiments.engine.sampling.generate import CountingModel
 from experiments.engine.specs.spec import Sampler
@@ -290,7 +290,7 @@ def test_an_image_of_a_flow_depends_on_its_seed_and_not_on_the_batch(
     name: str, nfe: int | None, scale: float
 ):
     sample, seeds, y = (
-        bind(Sampler(name, num_steps=6), Flow("linear")),
+        bind_sampler(Sampler(name, num_steps=6), Flow("linear")),
         [5, 6, 7, 8, 9],
         torch.arange(5),
     )

@@ -21,7 +21,12 @@ from experiments.engine.numerics import cuda_graphs as capture
 from experiments.engine.numerics.cuda_graphs import CudaGraph
 from experiments.engine.runtime import preemption
 from experiments.engine.sampling import samples
-from experiments.engine.sampling.generate import CountingModel, _sample, images, recorded_steps
+from experiments.engine.sampling.generate import (
+    CountingModel,
+    _sample,
+    can_capture_steps,
+    generate_images,
+)
 from experiments.engine.specs.spec import Diffusion, Evaluate, Sampler, Train
 from experiments.engine.timing.tasks import fill_zeros
 from experiments.engine.training.trainer import build
@@ -100,7 +105,7 @@ def test_recorded_steps_make_the_same_images_and_count_the_same_evaluations(
     usual, recorded = CountingModel(network(spec)), CountingModel(network(spec), recorded=True)
     for within in (range(3), range(3, 8)):  # as chunks are: batches of 3, then of 3 and 2
         found = [
-            torch.cat([x for x, _ in images(spec, counted, CPU, 3, within)])
+            torch.cat([x for x, _ in generate_images(spec, counted, CPU, 3, within)])
             for counted in (usual, recorded)
         ]
         assert (
@@ -157,7 +162,7 @@ def test_a_job_that_is_asked_to_stop_stops_between_recorded_steps(monkeypatch: p
     counted = CountingModel(network(spec), recorded=True)
     monkeypatch.setattr(preemption, "asked", lambda: next(left, preemption.STOP))
     with pytest.raises(preemption.Preempted):
-        list(images(spec, counted, CPU, 8))
+        list(generate_images(spec, counted, CPU, 8))
     assert 0 < counted.evaluated < 8 * 2 * 5
 
 
@@ -168,7 +173,9 @@ def test_steps_are_recorded_where_all_do_the_same(sampler: Sampler, whole: bool)
         evaluation(sampler, Diffusion("flow") if sampler.name == "dopri5" else Diffusion()),
         sampler=sampler,
     )
-    assert recorded_steps(spec) is whole and not recorded_steps(replace(spec, classifier=SPEC))
+    assert can_capture_steps(spec) is whole and not can_capture_steps(
+        replace(spec, classifier=SPEC)
+    )
 
 
 def test_a_set_of_images_is_drawn_by_one_recording_a_shape_which_is_let_go(
@@ -187,7 +194,7 @@ def test_a_set_of_images_is_drawn_by_one_recording_a_shape_which_is_let_go(
     monkeypatch.setattr(samples, "CHUNK", 3)
     spec, found = evaluation(Sampler()), []
     for recorded in (False, True):
-        drawn = samples.draw(
+        drawn = samples.fill_sample_folder(
             spec,
             tmp_path / str(recorded),
             network(spec),
@@ -222,7 +229,7 @@ def test_captured_steps_make_the_same_images(sampler: Sampler, diffusion: Diffus
     usual, recorded = (CountingModel(network(spec, GPU), recorded) for recorded in (False, True))
     for within in (range(3), range(3, 8)):
         found = [
-            torch.cat([x for x, _ in images(spec, counted, GPU, 3, within)])
+            torch.cat([x for x, _ in generate_images(spec, counted, GPU, 3, within)])
             for counted in (usual, recorded)
         ]
         assert (found[1] - found[0]).norm() < 1e-4 * found[0].norm()
