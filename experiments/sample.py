@@ -29,7 +29,7 @@ from experiments.engine.specs.stages import evaluate_stage
 
 if TYPE_CHECKING:
     from experiments.engine.runtime.group import Group
-    from experiments.engine.sampling.samples import Samples
+    from experiments.engine.sampling.samples import SampleSet
     from experiments.engine.specs.spec import Evaluate
     from experiments.engine.training.trainer import Resources
 
@@ -121,15 +121,15 @@ def _run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from experiments.engine.diffusion.build import process
-    from experiments.engine.diffusion.samplers import bind
+    from experiments.engine.diffusion.build import build_diffusion
+    from experiments.engine.diffusion.samplers import bind_sampler
     from experiments.engine.jobs.execute import require_device
     from experiments.engine.runtime import group as distributed
     from experiments.engine.sampling.samples import decoder_warnings
     from experiments.engine.training.trainer import Resources
 
-    bind(
-        sampler, process(spec.train.diffusion)
+    bind_sampler(
+        sampler, build_diffusion(spec.train.diffusion)
     )  # an unknown sampler is said before anything is drawn
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     require_device(device)
@@ -166,12 +166,12 @@ def _run(args: argparse.Namespace) -> int:
 
 def _drawn(
     spec: Evaluate, store: Store, resources: Resources, group: Group, held: ExitStack, report: Any
-) -> Samples:
+) -> SampleSet:
     """The set, drawn by all ranks; the first one's hold on its folder lasts as long as `held`. Where one rank fails all end, each with its error."""
     from experiments.engine.runtime import group as distributed
     from experiments.engine.runtime import preemption
     from experiments.engine.runtime.heartbeat import claimed
-    from experiments.engine.sampling.samples import sampled
+    from experiments.engine.sampling.samples import generate_samples
 
     folder, refusal, beat = store.run_dir(spec), None, None
     if group.first:
@@ -186,7 +186,7 @@ def _drawn(
         with distributed.Watch(
             group, folder, lambda error: print(f"error: {error}", file=sys.stderr, flush=True)
         ):
-            return sampled(spec, store.run_dir(spec.train), resources, report, group, beat)
+            return generate_samples(spec, store.run_dir(spec.train), resources, report, group, beat)
     except Exception as failure:
         if group.world_size == 1:
             raise

@@ -18,7 +18,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from analysis.probes.declared import PROBES, DiffusersLocality, Probe, as_stage, declared
+from analysis.probes.declared import PROBES, DiffusersLocality, Probe, declared
 from analysis.probes.targets import (
     Overrides,
     Request,
@@ -270,11 +270,11 @@ def probe_one(target: Target, args: argparse.Namespace, store: Store) -> bool:
 
 def current_record(spec: Probe | DiffusersLocality, store: Store) -> Record | None:
     """Return the probe's record, unless a later training has replaced the weights that it is of."""
-    record = store.latest(as_stage(spec))
+    record = store.here.latest(spec)
     if record is None or spec.weights is not None:
         return record
     assert isinstance(spec, Probe), spec
-    trained = store.latest(spec.train)
+    trained = store.here.latest(spec.train)
     if trained and record.provenance["weights_sha256"] != trained.values["weights_sha256"]:
         return None
     return record

@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import io
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from experiments.engine.records.files import written_whole
-from experiments.engine.records.store import Record, Store
+from experiments.engine.records.store import Record, RecordFolder, Store
 from experiments.engine.specs.rows import Row
-from experiments.engine.specs.spec import Sampler, Stage, Train, kind_of
+from experiments.engine.specs.spec import Sampler, Train, kind_of
 from experiments.engine.specs.stages import Protocol, train_stage
 
 if TYPE_CHECKING:
@@ -102,11 +102,6 @@ def of_training(probe: str, train: Train, weights: str | None = None) -> Probe:
     return PROBES[probe](train, sampler, weights=weights)
 
 
-def as_stage(spec: Probe | DiffusersLocality) -> Stage:
-    """Return a probe as the type of specs that a store's signatures name; it takes any spec."""
-    return cast("Stage", spec)
-
-
 def keep(
     store: Store,
     spec: Probe | DiffusersLocality,
@@ -120,21 +115,20 @@ def keep(
     packed = io.BytesIO()
     np.savez_compressed(packed, **arrays)  # type: ignore[arg-type]
     name = f"{_checksum(packed.getvalue())}.npz"
-    with written_whole(store.root / "records" / kind_of(as_stage(spec)) / name) as file:
+    with written_whole(store.here.folder / kind_of(spec) / name) as file:
         file.write(packed.getvalue())
-    return store.append(as_stage(spec), "done", values | {"arrays": name}, provenance)
+    return store.append(spec, "done", values | {"arrays": name}, provenance)
 
 
-def arrays_of(store: Store, record: Record, where: str = "records") -> dict[str, np.ndarray]:
-    """Return the arrays of a record.
+def arrays_of(folder: RecordFolder, record: Record) -> dict[str, np.ndarray]:
+    """Return the arrays of a record in a folder.
 
     Raises:
         ValueError: if their file is missing, or is not the one that the record names.
     """
     import numpy as np
 
-    folder = store.reference if where == "reference" else store.root / where
-    path = folder / record.kind / record.values["arrays"]
+    path = folder.folder / record.kind / record.values["arrays"]
     name = f"{record.kind} {record.id}: {path.name}"
     if not path.is_file():
         raise ValueError(f"{name} is missing beside its record; probe again with --again")

@@ -19,7 +19,6 @@ from analysis.probes.channels import (
     record,
 )
 
-
 BLOCKS = ("DiCoBlock", "DiTBlock", "Block")
 
 
@@ -138,5 +137,5 @@ def test_features_are_the_first_stages_output():
 def test_networks_without_what_is_probed_say_so():
     with pytest.raises(ValueError, match="Isotropic has no first stage"):
         first_stage(tiny("isotropic"))
-    with pytest.raises(ValueError, match="has no block whose mixer is known"):
+    with pytest.raises(ValueError, match="has no block whose mixer this probe knows"):
         last_mixer(nn.Conv2d(1, 1, 1))

@@ -60,8 +60,7 @@ def probe(results: Path, name: str, *options: str) -> int:
 
 
 def records_of(results: Path, kind: str) -> list[Record]:
-    records = itertools.chain(*Store(results).records("records").values())
-    return [record for record in records if record.kind == kind]
+    return [record for record in Store(results).here.all() if record.kind == kind]
 
 
 @pytest.mark.parametrize("name", ["locality", "channels", "features"])
@@ -101,7 +100,7 @@ def test_anchors_are_chosen_and_all_of_them_drawn(results: Path):
     (record,) = [
         record for record in records_of(results, "locality") if len(record.spec["anchors"]) == 3
     ]
-    arrays = arrays_of(Store(results), record)
+    arrays = arrays_of(Store(results).here, record)
     height, width = arrays["grid_0"]
     tokens = [[0, 0], [height // 4, width - 1], [height // 2, width // 2]]
     assert arrays["anchors_0"].tolist() == tokens
@@ -148,12 +147,12 @@ def test_committed_probes_and_scores_are_of_the_committed_weights():
     ):
         for row in trained_rows(table).values():
             evaluate = evaluate_stage(row, protocol, seed)
-            trained = store.latest(evaluate.train, "reference")
+            trained = store.reference.latest(evaluate.train)
             specs = [declared(name, row, protocol, seed) for name in PROBES]
             if evaluate.trainings == evaluate.train.trainings:
                 specs.append(evaluate)
             for spec in specs:
-                record = store.latest(spec, "reference")
+                record = store.reference.latest(spec)
                 if record is None:
                     continue
                 checked += 1
@@ -234,7 +233,7 @@ def test_a_published_checkpoint_is_probed_by_its_checksum(
     }
     file = tmp_path / "dico.pt"
     torch.save(weights, file)
-    size = ["--images", "1", "--steps", "1", "--results", str(tmp_path)]
+    size = ["--images", "1", "--steps", "2", "--results", str(tmp_path)]
     assert main(["channels", "--checkpoint", str(file), "--backbone", "dico_s", *size]) == 0
     (path,) = (tmp_path / "records" / "channels").glob("*.json")
     assert len(json.loads(path.read_text())["spec"]["weights"]) == 64
@@ -269,7 +268,7 @@ def test_damaged_arrays_are_refused(results: Path):
     path = results / "records" / "features" / record.values["arrays"]
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="damaged"):
-        arrays_of(Store(results), record)
+        arrays_of(Store(results).here, record)
     path.unlink()
     with pytest.raises(ValueError, match="missing beside its record"):
-        arrays_of(Store(results), record)
+        arrays_of(Store(results).here, record)
