@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments import ablation, main_results
 from experiments.declared.protocols import PROTOCOLS
-from experiments.engine.cli import Parser, add_fast_options, fast, guarded
+from experiments.engine.cli import Parser, acceleration_flags, add_acceleration_options, run_command
 from experiments.engine.data.locate import require_data
 from experiments.engine.jobs.pool import Job
 from experiments.engine.jobs.progress import Progress
@@ -37,7 +37,7 @@ TABLES = ablation.TABLES | main_results.TABLES
 
 
 def main() -> int:
-    return guarded(_main, _cannot_write)
+    return run_command(_main, _cannot_write)
 
 
 def _cannot_write(error: OSError) -> str:
@@ -92,7 +92,7 @@ def _main() -> int:
         metavar="DIR",
         help="results folder (default: $RESULTS, else results)",
     )
-    add_fast_options(parser)
+    add_acceleration_options(parser)
     return _run(parser.parse_args())
 
 
@@ -134,7 +134,7 @@ def _run(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     require_device(device)
     resources, store = (
-        Resources(device, sample_batch=args.batch, **fast(args, device)),
+        Resources(device, sample_batch=args.batch, **acceleration_flags(args, device)),
         Store(args.results, REPOSITORY / "results" / "reference"),
     )
     store.check_writable()

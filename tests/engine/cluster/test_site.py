@@ -20,7 +20,12 @@ from experiments.engine.cluster import client as scheduler
 from experiments.engine.cluster import site
 from experiments.engine.cluster import status as slurm
 from experiments.engine.cluster.site import Site, load_site
-from experiments.engine.cluster.submit import _tell, given, parameters, sbatch_text
+from experiments.engine.cluster.submit import (
+    _tell,
+    sbatch_text,
+    submitit_parameters,
+    trainer_resources,
+)
 from experiments.engine.jobs import plan
 from experiments.engine.jobs.plan import Chosen
 from experiments.engine.jobs.pool import Job
@@ -116,10 +121,10 @@ def test_a_bad_site_is_one_line(text: str, environment: dict[str, str], words: s
 def test_the_trainer_takes_what_the_site_gives_and_its_own_defaults_are_the_same(tmp_path: Path):
     from experiments.engine.training.trainer import Resources
 
-    assert Resources(**given(Site(gpus_per_node=0))) == Resources()
+    assert Resources(**trainer_resources(Site(gpus_per_node=0))) == Resources()
     text = "keep = 5\nmilestones = 100\nmicro_batch = 8\nsample_batch = 4\ncollective_seconds = 60"
     site = load_site("DiCo-S", written(tmp_path, text))
-    assert Resources(**given(site)) == Resources(
+    assert Resources(**trainer_resources(site)) == Resources(
         "cuda", micro_batch=8, sample_batch=4, keep=5, milestones=100, timeout=60.0
     )
 
@@ -132,7 +137,7 @@ def test_time_limits(text: str, seconds: int):
 
 
 def test_a_batch_script_holds_what_the_site_gives(tmp_path: Path):
-    given = Site(
+    trainer_resources = Site(
         nodes=2,
         gpus_per_node=4,
         cpus_per_task=6,
@@ -144,7 +149,7 @@ def test_a_batch_script_holds_what_the_site_gives(tmp_path: Path):
         concurrent=3,
         options={"exclusive": True},
     )
-    text = sbatch_text(given, tmp_path / "submissions" / "dico-x", 5)
+    text = sbatch_text(trainer_resources, tmp_path / "submissions" / "dico-x", 5)
     flags = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", text, re.M))
     assert (
         flags["array"] == "0-4%3"
@@ -166,14 +171,14 @@ def test_a_batch_script_holds_what_the_site_gives(tmp_path: Path):
         re.search(r"^srun .*--cpus-per-task=6 --kill-on-bad-exit=1 .*submitit", text, re.M)
         and "source slurm/job.sh" in text
     )
-    assert "array" not in sbatch_text(given, tmp_path / "submissions" / "dico-x", 1)
+    assert "array" not in sbatch_text(trainer_resources, tmp_path / "submissions" / "dico-x", 1)
     assert "#SBATCH --gpus-per-node=a100:4\n" in sbatch_text(
-        replace(given, gpu_type="a100"), tmp_path / "submissions" / "dico-x", 1
+        replace(trainer_resources, gpu_type="a100"), tmp_path / "submissions" / "dico-x", 1
     )
 
 
 def test_only_a_cpu_site_asks_for_no_gpu(tmp_path: Path):
-    assert "gpus_per_node" not in parameters(Site(gpus_per_node=0), tmp_path / "a" / "b")
+    assert "gpus_per_node" not in submitit_parameters(Site(gpus_per_node=0), tmp_path / "a" / "b")
     assert (Site(gpus_per_node=0).device, Site(gpus_per_node=0).world_size) == ("cpu", 1)
     assert (Site(nodes=3).device, Site(nodes=3).world_size, Site(nodes=3).alone().world_size) == (
         "cuda",
@@ -717,7 +722,7 @@ def test_an_account_that_the_scheduler_does_not_know_is_refused_in_its_words(tmp
         (tmp_path / name).chmod(0o755)
     script, root = tmp_path / "tiny.py", tmp_path / "results"
     script.write_text(TINY.format(steps=5))
-    given = {
+    trainer_resources = {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "DICO_SLURM_GPUS_PER_NODE": "0",
         "DICO_SLURM_ACCOUNT": "moon",
@@ -736,7 +741,12 @@ def test_an_account_that_the_scheduler_does_not_know_is_refused_in_its_words(tmp
         str(root),
     ]
     done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | given, timeout=300, check=False
+        command,
+        capture_output=True,
+        text=True,
+        env=os.environ | trainer_resources,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 2 and done.stderr.splitlines()[-1] == f"error: sbatch: {words}"
     assert not list(root.glob("submissions/dico-*")) and not scheduler.submitted(root, [])
