@@ -203,7 +203,7 @@ def provenance_sheet(store: Sources) -> Sheet:
         )
         found.setdefault(key, []).append(record)
     sheet.rows = [
-        [Cell(float(len(own)), None, 0, records=tuple(own)), *(Cell(words=word) for word in key)]
+        [Cell(float(len(own)), None, 0, records=tuple(own)), *(Cell(label=word) for word in key)]
         for key, own in sorted(found.items())
     ]
     return sheet

@@ -52,7 +52,7 @@ LIGHT_ENGINE = (
     "cli cluster/client cluster/site cluster/status cluster/submit data/locate jobs/plan jobs/pool "
     "jobs/progress records/files records/manifest records/store reporting/lookup reporting/notes "
     "reporting/render reporting/sheet reporting/statistics reporting/tables specs/rows specs/spec "
-    "specs/stages"
+    "specs/selection specs/stages"
 )
 LIGHT = [
     *(f"experiments/engine/{name}.py" for name in LIGHT_ENGINE.split()),

@@ -61,7 +61,7 @@ def claims_sheet(store: Sources) -> Sheet:
             finding.basis,
         ]
         cells = [
-            Cell(words=text)
+            Cell(label=text)
             for text in (*words, claim["source"].removeprefix("arXiv:2505.11196v1 "))
         ]
         own = finding.records if any(character.isdigit() for character in finding.error) else ()
@@ -159,7 +159,7 @@ def _gflops(claim: Claim, store: Sources) -> Finding:
     )
     return Finding(
         COUNTED,
-        cell.words,
+        cell.label,
         "reproduced" if same else "not to the printed digit" + off,
         f"{counts} Gflops, counted here by the paper's counter",
         "exact",

@@ -387,7 +387,7 @@ def _section(table: Table, store: Sources, protocol: Protocol) -> list[Block]:
     )
     for name, result in found.items():
         if result:
-            span = Cell(words=f"{result.low:.2f} to {result.high:.2f}", records=records)
+            span = Cell(label=f"{result.low:.2f} to {result.high:.2f}", records=records)
             tau, rho, share, ceiling = (
                 Cell(value, None, digits, records=records)
                 for value, digits in (
@@ -399,8 +399,8 @@ def _section(table: Table, store: Sources, protocol: Protocol) -> list[Block]:
             )
             sheet.rows.append(
                 [
-                    Cell(words=name),
-                    Cell(words=PAPER[name.partition("_")[0]]),
+                    Cell(label=name),
+                    Cell(label=PAPER[name.partition("_")[0]]),
                     tau,
                     span,
                     rho,

@@ -217,15 +217,15 @@ def recipe_sheet(store: Sources) -> Sheet:
     )
     differing = []
     for name in (*RECIPE, *UNDECLARED):
-        cells = [Cell(words=name.replace("_", " "))]
+        cells = [Cell(label=name.replace("_", " "))]
         for label, paper in published.items():
             stage = evaluate_stage(*CONFIGURATIONS[label], 0) if label in CONFIGURATIONS else None
             declared = (
                 RECIPE[name](stage.train, stage.sampler) if name in RECIPE and stage else None
             )
             cells += [
-                Cell(words=paper[name]),
-                Cell() if declared is None else Cell(words=str(declared)),
+                Cell(label=paper[name]),
+                Cell() if declared is None else Cell(label=str(declared)),
             ]
             if declared is not None and not _same(paper[name], declared):
                 differing.append(f"{label}: {name.replace('_', ' ')}")
@@ -275,7 +275,7 @@ def progress_sheet(store: Sources) -> Sheet:
         found.append(record)
         sheet.rows.append(
             [
-                Cell(words=paper["model"]),
+                Cell(label=paper["model"]),
                 *(number_cell(paper[name]) for name in ("train_steps", *names)),
                 *score_cells(record, paper, names),
             ]
@@ -409,7 +409,7 @@ def _rank(sheet: Sheet, rows: Sequence[Row], store: Sources) -> None:
         at + 1,
         (sheet.columns[at][0], "rank"),
         [
-            Cell(words=word, records=tuple(records))
+            Cell(label=word, records=tuple(records))
             for word, records in zip(words, scores, strict=True)
         ],
     )

@@ -115,7 +115,7 @@ def test_tables_of_systems_hold_every_published_row(committed: Sources):
         paper = [(row["model"], row["fid"]) for row in committed.rows(f"table{number}.csv")]
         assert sorted(row[at].text() for row in sheet.rows) == sorted(fid for _, fid in paper)
         assert all(
-            any(row[0].words.startswith(model) and row[at].text() == fid for row in sheet.rows)
+            any(row[0].label.startswith(model) and row[at].text() == fid for row in sheet.rows)
             for model, fid in paper
         )
 
@@ -123,7 +123,7 @@ def test_tables_of_systems_hold_every_published_row(committed: Sources):
 def test_differences_are_in_per_cent_of_the_paper(committed: Sources):
     sheet = SHEETS["table2"](committed)
     names = sheet.columns
-    row = next(row for row in sheet.rows if row[0].words == "DiCo-XL, 3M")
+    row = next(row for row in sheet.rows if row[0].label == "DiCo-XL, 3M")
     paper, ours, off = (
         row[names.index(("Gflops", name))].value
         for name in ("paper", "ours, same counter", "diff. %")
@@ -183,7 +183,7 @@ def test_only_what_is_first_for_certain_is_bold(tmp_path: Path):
     )
     clear = {label: [100.0, 101.0, 102.0] for label in close} | {"w/o CCA": [1.0, 1.01, 1.02]}
     sheet = SHEETS["table4"](with_scores(tmp_path / "b", clear))
-    assert [row[0].words for row in sheet.rows if any(cell.best for cell in row)] == ["w/o CCA"]
+    assert [row[0].label for row in sheet.rows if any(cell.best for cell in row)] == ["w/o CCA"]
     assert "<b>1.0 ±0.0</b>" in render([sheet], "html") and "\\textbf{1.0 $\\pm$0.0}" in render(
         [sheet], "latex"
     )
@@ -195,7 +195,7 @@ def test_html_escapes_and_keeps_full_precision():
             Sheet(
                 "a < b",
                 [("", "row"), ("g & h", "x")],
-                [[Cell(words="<script>"), Cell(1 / 3)], [Cell(words="gap"), Cell()]],
+                [[Cell(label="<script>"), Cell(1 / 3)], [Cell(label="gap"), Cell()]],
                 ["n > m"],
             )
         ],
@@ -462,7 +462,7 @@ def test_every_block_of_a_page_with_a_figure_of_ours_names_its_records(committed
 
 def test_a_claims_basis_leads_to_what_was_read_for_it(committed: Sources):
     sheet = claims_sheet(committed)
-    rows = {row[0].words: row for row in sheet.rows}
+    rows = {row[0].label: row for row in sheet.rows}
     assert [record.kind for record in rows["speed-xl-256"][7].records] == ["timing"] and not rows[
         "speed-xl-256"
     ][4].records
@@ -652,7 +652,7 @@ def test_numeric_modes_of_a_gpu_stand_side_by_side(tmp_path: Path):
         )
     (tmp_path / "records").rename(tmp_path / "reference")
     sheet = SHEETS["table1"](Sources(tmp_path))
-    (row,) = [row for row in sheet.rows if row[0].words == "DiCo-XL"]
+    (row,) = [row for row in sheet.rows if row[0].label == "DiCo-XL"]
     shown = {
         name: cell.text()
         for (group, name), cell in zip(sheet.columns, row, strict=True)
@@ -722,7 +722,7 @@ def test_what_ran_under_the_papers_conditions_stands_beside_its_rows(tmp_path: P
             "recall-50K": "0.60",
             "R diff. %": "3.45",
         }
-        assert row[0].words == "DiCo-S" and ours == expected | (
+        assert row[0].label == "DiCo-S" and ours == expected | (
             {"sFID-50K": "11.00", "sFID diff. %": "-3.59", "P diff. %": "3.95", "R diff. %": "3.09"}
             if number == 7
             else {}
@@ -742,7 +742,7 @@ def test_the_papers_own_units_stand_beside_ours(committed: Sources):
     assert [row[at].text() for row in table4.rows] == [
         row["throughput_img_s"] for row in committed.rows("table4.csv")
     ]
-    (dit,) = [row for row in table8.rows if row[0].words == "DiT-XL/2"]
+    (dit,) = [row for row in table8.rows if row[0].label == "DiT-XL/2"]
     paper, ours, off = (
         dit[table8.columns.index(("params, M", side))] for side in ("paper", "ours", "diff. %")
     )
@@ -764,7 +764,7 @@ def test_frozen_parameters_are_told_apart(committed: Sources):
             note for note in sheet.notes if note.startswith("params: ours are those that train")
         ]
         (row,), at = (
-            [row for row in sheet.rows if row[0].words == label],
+            [row for row in sheet.rows if row[0].label == label],
             {name: sheet.columns.index(("params, M", name)) for name in ("paper", "diff. %")},
         )
         assert row[at["diff. %"]].value == pytest.approx(

@@ -343,7 +343,7 @@ def test_every_verdict_of_the_committed_records_is_in_the_legend():
     sheet = claims_sheet(Sources())
     at = [name for _, name in sheet.columns].index("verdict")
     cells: list[Cell] = [row[at] for row in sheet.rows]
-    assert all(any(cell.words.startswith(verdict) for verdict in VERDICTS) for cell in cells)
+    assert all(any(cell.label.startswith(verdict) for verdict in VERDICTS) for cell in cells)
     assert all(
         any(f"{verdict}: " in note for note in sheet.notes)
         for verdict in ("holds", "holds only as published", "does not hold")

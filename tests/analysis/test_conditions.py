@@ -85,7 +85,7 @@ def scored(
 
 
 def shown(sheet: Sheet, label: str) -> dict[tuple[str, str], str]:
-    (row,) = [row for row in sheet.rows if row[0].words == label]
+    (row,) = [row for row in sheet.rows if row[0].label == label]
     return dict(zip(sheet.columns, (cell.text() for cell in row), strict=True))
 
 

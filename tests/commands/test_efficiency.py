@@ -197,7 +197,7 @@ def test_a_claim_about_a_network_that_nobody_described_is_not_timed():
 
 def test_the_committed_counts_judge_the_claims_about_gflops():
     verdicts = {
-        row[0].words: row[3].words
+        row[0].label: row[3].label
         for row in speed_claims.claims_sheet("cuda", Store(), "reference").rows
     }
     assert verdicts["gflops-xl-256"] == verdicts["gflops-family"] == "holds" and len(verdicts) == 10

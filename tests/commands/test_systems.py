@@ -26,7 +26,7 @@ def test_published_gflops_are_met_by_their_own_counter(store: Store):
     sheet = counts_sheet(store)
     compared = 0
     for system, row in zip(SYSTEMS, sheet.rows, strict=True):
-        assert all(cell.words or cell.value is not None for cell in (row[3], row[7])), system.label
+        assert all(cell.label or cell.value is not None for cell in (row[3], row[7])), system.label
         if system.saw and system.gflops:
             compared += 1
             assert abs(row[6].value) < LOOSE.get((system.label, system.resolution), 0.2), (
