@@ -1,4 +1,4 @@
-"""The command line that the scripts share. It chooses among declarations: no hyper-parameter has a flag.
+"""The shared command line. It chooses among declarations: no hyper-parameter has a flag.
 
 This module does not import torch, so `--help`, `--dry-run` and `--report` answer at once.
 """

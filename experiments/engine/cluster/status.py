@@ -177,7 +177,7 @@ def _newest_heartbeat(job: Job, store: Store) -> dict[str, Any] | None:
 
 
 def _died_since(beat: dict[str, Any] | None, failure: Record) -> bool:
-    """Return whether a later attempt than the failed one ended while its heartbeat said it lived."""
+    """Return whether a later attempt than the failed one died without a last heartbeat."""
     if beat is None or beat.get("state") not in heartbeat.LIVE:
         return False
     return timestamp(beat["updated"]) > failure.utc
