@@ -25,6 +25,7 @@ from backbones import (  # noqa: F401  (importing a family registers it)
 from backbones.checkpoint import load_published
 from backbones.registry import (
     build,
+    guided_channels_of,
     list_backbones,
     list_classifiers,
     options_of,
@@ -34,6 +35,7 @@ from backbones.registry import (
 
 __all__ = [
     "build",
+    "guided_channels_of",
     "list_backbones",
     "list_classifiers",
     "load_published",

@@ -43,7 +43,7 @@ from experiments.engine.specs.stages import evaluate_stage
 
 if TYPE_CHECKING:
     from experiments.engine.runtime.group import Group
-    from experiments.engine.sampling.samples import Samples
+    from experiments.engine.sampling.samples import SampleSet
     from experiments.engine.training.trainer import Resources
 
 TABLES = ablation.TABLES | main_results.TABLES
@@ -118,15 +118,15 @@ def _draw(args: argparse.Namespace) -> int:
 
     import torch
 
-    from experiments.engine.diffusion.build import process
-    from experiments.engine.diffusion.samplers import bind
+    from experiments.engine.diffusion.build import build_diffusion
+    from experiments.engine.diffusion.samplers import bind_sampler
     from experiments.engine.jobs.execute import require_device
     from experiments.engine.runtime import group as distributed
     from experiments.engine.sampling.samples import decoder_warnings
     from experiments.engine.training.trainer import Resources
 
     # An unknown sampler raises ValueError here, before any work.
-    bind(spec.sampler, process(spec.train.diffusion))
+    bind_sampler(spec.sampler, build_diffusion(spec.train.diffusion))
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     require_device(device)
     resources = Resources(device, sample_batch=args.batch, **acceleration_flags(args, device))
@@ -200,7 +200,7 @@ def _progress_report(label: str, spec: Evaluate, group: Group, held: ExitStack) 
 
 def _draw_all(
     spec: Evaluate, store: Store, resources: Resources, group: Group, held: ExitStack, report: Any
-) -> Samples:
+) -> SampleSet:
     """Draw the set on all ranks.
 
     The first rank holds the run's folder for as long as `held` is open. If one rank fails, all end,
@@ -208,7 +208,7 @@ def _draw_all(
     """
     from experiments.engine.runtime import group as distributed
     from experiments.engine.runtime.heartbeat import claimed
-    from experiments.engine.sampling.samples import sampled
+    from experiments.engine.sampling.samples import generate_samples
 
     # The first rank claims the folder. All ranks raise if it is refused.
     folder, refusal, beat = store.run_dir(spec), None, None
@@ -227,7 +227,7 @@ def _draw_all(
 
     try:
         with distributed.Watch(group, folder, print_error):
-            return sampled(spec, store.run_dir(spec.train), resources, report, group, beat)
+            return generate_samples(spec, store.run_dir(spec.train), resources, report, group, beat)
     except Exception as failure:
         if group.world_size == 1:
             raise

@@ -141,19 +141,19 @@ idle_nodes() {
     SLURM_CONF=$conf timeout -k 1 5 sinfo -h -N -p main -t idle -o %N 2>/dev/null | wc -l
 }
 
-start() {
+start_cluster() {
     local program port=21000 tries
     for program in munged slurmctld slurmd sbatch srun; do
-        command -v $program >/dev/null ||
+        command -v "$program" >/dev/null ||
             fail "$program is missing: apt-get install --no-install-recommends slurm-wlm munge"
     done
     mkdir "$DIR" || fail "$DIR has to be a new folder"
     mkdir "$DIR"/{log,pid,state}
-    until ports_are_free $port; do
+    until ports_are_free "$port"; do
         port=$((port + 4))
-        [ $port -lt 22000 ] || fail "no free ports"
+        [ "$port" -lt 22000 ] || fail "no free ports"
     done
-    write_conf $port
+    write_conf "$port"
     (umask 077 && head -c 128 /dev/urandom >"$DIR/munge.key")
     launch munged munged --foreground --force --group-check-mtime=0 \
         --key-file="$DIR/munge.key" --socket="$DIR/munge.socket" --seed-file="$DIR/munge.seed" \
@@ -178,7 +178,7 @@ reidle_nodes() {
     SLURM_CONF=$conf timeout -k 1 5 sinfo -h -N -p main -t idle -o %N 2>/dev/null | wc -l
 }
 
-start() {
+start_cluster() {
     kill_all "$(alive slurmctld)"
     launch slurmctld slurmctld -D -f "$conf"
 }
@@ -192,7 +192,7 @@ stop() {
 }
 
 case ${1:-} in
-    start) start ;;
+    start) start_cluster ;;
     env) echo "export SLURM_CONF='$conf'" ;;
     node-kill) node_kill "${2:?1 or 2}" ;;
     slurmd-kill) slurmd_kill "${2:?1 or 2}" ;;

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from experiments.engine.numerics.cuda_graphs import Captured
+from experiments.engine.numerics.cuda_graphs import CudaGraph
 
 SYNCHRONISING = (
     "_local_scalar_dense",
@@ -30,7 +30,7 @@ def needs_gpu(test: Any) -> Any:
     )
 
 
-class Rerun(Captured):
+class Rerun(CudaGraph):
     """A recording that a CPU can make: it runs the function again where it recorded, and as a replay writes to the same memory and runs no Python."""
 
     def __init__(self, function: Callable[..., Tensor], model: nn.Module | None = None) -> None:

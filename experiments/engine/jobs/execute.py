@@ -13,14 +13,14 @@ import torch
 
 from backbones import kernels
 from experiments.engine.numerics import device as machine
-from experiments.engine.numerics.precision import flags, precision
+from experiments.engine.numerics.precision import precision, read_tf32_flags
 from experiments.engine.records.store import Record, Store, provenance
 from experiments.engine.runtime import group as distributed
 from experiments.engine.runtime import heartbeat, preemption
 from experiments.engine.runtime import heartbeat as attempts
 from experiments.engine.runtime.group import Group
 from experiments.engine.runtime.heartbeat import Heartbeat
-from experiments.engine.sampling.generate import recorded_steps
+from experiments.engine.sampling.generate import can_capture_steps
 from experiments.engine.scoring import stage as evaluate
 from experiments.engine.specs.spec import Ceilings, Cost, Evaluate, Profile, Stage, Timing, Train
 from experiments.engine.timing import cost
@@ -202,13 +202,13 @@ def _run(
     beat: Heartbeat | None,
 ) -> dict[str, Any]:
     if isinstance(spec, Cost):
-        return cost.run(spec)
+        return cost.count_backbone(spec)
     if isinstance(spec, Timing):
-        return timing.run(spec)
+        return timing.measure_speed(spec)
     if isinstance(spec, Ceilings):
         return ceilings.measure_ceilings(spec)
     if isinstance(spec, Profile):
-        return profiling.run(spec, store.run_dir(spec))
+        return profiling.profile_task(spec, store.run_dir(spec))
     if isinstance(spec, Train):
         return run_training(spec, store.run_dir(spec), resources, report, group, beat)
     assert isinstance(spec, Evaluate), spec
@@ -226,10 +226,10 @@ def _run(
 def _provenance(spec: Stage, resources: Resources, group: Group, seconds: float) -> dict[str, Any]:
     device = torch.device(resources.device)
     with precision(getattr(getattr(spec, "recipe", spec), "precision", "fp32"), device):
-        in_force = flags()
+        in_force = read_tf32_flags()
     return (
         provenance()
-        | machine.described(device)
+        | machine.describe_device(device)
         | {
             "world_size": group.world_size,
             "micro_batch": resources.micro_batch,
@@ -239,7 +239,9 @@ def _provenance(spec: Stage, resources: Resources, group: Group, seconds: float)
                 spec,
                 "graphs",
                 resources.graphs
-                and (recorded_steps(spec) if isinstance(spec, Evaluate) else group.world_size == 1),
+                and (
+                    can_capture_steps(spec) if isinstance(spec, Evaluate) else group.world_size == 1
+                ),
             ),
             "precision_flags": in_force,
             "kernels": kernels.used(),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.engine.numerics.precision import flags
+from experiments.engine.numerics.precision import read_tf32_flags
 
 Step = Callable[
     ..., Tensor
@@ -26,7 +26,7 @@ def require_gpu(device: torch.device) -> None:
         raise ValueError("CUDA graphs need a GPU; leave graphs out")
 
 
-def directly(step: Step) -> Step:
+def run_eagerly(step: Step) -> Step:
     """The step as it is."""
     return step
 
@@ -34,18 +34,18 @@ def directly(step: Step) -> Step:
 def accelerate(model: nn.Module, compiled: bool, graphs: bool = False) -> nn.Module:
     """The same network, whose inference is compiled, or one launch a call on a GPU, or both; ValueError for graphs elsewhere.
 
-    What one launch a call returns is overwritten by the next (`Captured`), so samplers record their steps instead.
+    What one launch a call returns is overwritten by the next (`CudaGraph`), so samplers record their steps instead.
     """
     if graphs:
         require_gpu(next(model.parameters()).device)
     if compiled:
         model.forward = torch.compile(model.forward)
     if graphs:
-        model.forward = Captured(torch.no_grad()(model.forward))
+        model.forward = CudaGraph(torch.no_grad()(model.forward))
     return model
 
 
-class Captured:
+class CudaGraph:
     """Called like the function, on a GPU; a graph is captured for every new shape and numeric mode.
 
     Python runs in the capture alone. The result, and whatever else the function leaves, as gradients on parameters, lies in
@@ -62,13 +62,13 @@ class Captured:
         mode = (
             torch.is_autocast_enabled("cuda"),
             torch.get_autocast_dtype("cuda"),
-            *flags().values(),
+            *read_tf32_flags().values(),
         )
         key = *((tuple(part.shape), part.dtype) for part in inputs), *mode
         if key not in self.recordings:
-            with keeping_no_weights():
+            with without_weight_cache():
                 self.recordings[key] = self._record(tuple(part.clone() for part in inputs))
-        Captured.replayed += 1
+        CudaGraph.replayed += 1
         replay, places, out = self.recordings[key]
         for place, part in zip(places, inputs, strict=True):
             place.copy_(part)
@@ -93,7 +93,7 @@ class Captured:
         return graph.replay, places, out
 
 
-def keeping_no_weights() -> AbstractContextManager[None]:
+def without_weight_cache() -> AbstractContextManager[None]:
     """Autocast as it is, but for the weights it keeps in bf16, which end with the block, and a recording does not."""
     return torch.autocast(
         "cuda",
@@ -103,12 +103,12 @@ def keeping_no_weights() -> AbstractContextManager[None]:
     )
 
 
-class Kept:
+class SharedGraph:
     """Steps as one launch, of which the first is recorded for all: they do the same with the tensors they are given."""
 
     def __init__(self) -> None:
-        self.captured: Captured | None = None
+        self.captured: CudaGraph | None = None
 
-    def __call__(self, step: Step) -> Captured:
-        self.captured = self.captured or Captured(step)
+    def __call__(self, step: Step) -> CudaGraph:
+        self.captured = self.captured or CudaGraph(step)
         return self.captured

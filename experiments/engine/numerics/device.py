@@ -29,7 +29,7 @@ def keep_memory() -> bool:
     )
 
 
-def described(device: torch.device | str) -> dict[str, Any]:
+def describe_device(device: torch.device | str) -> dict[str, Any]:
     """The part of a record's provenance that torch knows, with freed memory kept from now on."""
     return {
         "torch": torch.__version__,
@@ -40,7 +40,7 @@ def described(device: torch.device | str) -> dict[str, Any]:
 
 
 # The energy a GPU has used, as its driver counts it.
-def joules(device: torch.device) -> float | None:
+def read_joules(device: torch.device) -> float | None:
     """Joules since the driver was loaded, of all work launched so far; None on a CPU and where the driver does not tell."""
     if (
         device.type != "cuda"

@@ -20,7 +20,7 @@ def precision(mode: str, device: torch.device) -> Iterator[None]:
     """
     if mode not in MODES:
         raise ValueError(f"unknown precision {mode!r}; known: {', '.join(MODES)}")
-    before, tried = flags(), torch.backends.cudnn.benchmark
+    before, tried = read_tf32_flags(), torch.backends.cudnn.benchmark
     torch.backends.cuda.matmul.allow_tf32 = mode == "tf32"
     torch.backends.cudnn.allow_tf32 = mode in ("tf32", "as_published")
     torch.backends.cudnn.benchmark = mode != "as_published"
@@ -34,7 +34,7 @@ def precision(mode: str, device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.benchmark = tried
 
 
-def flags() -> dict[str, bool]:
+def read_tf32_flags() -> dict[str, bool]:
     """The TF32 flags as they are in force."""
     return {
         "matmul_tf32": torch.backends.cuda.matmul.allow_tf32,

@@ -14,24 +14,24 @@ import numpy as np
 import torch
 from numpy import ndarray
 
-from experiments.engine.data.image_files import Images, about, has_images, sha256
+from experiments.engine.data.image_files import ImageFile, file_sha256, has_images, name_in_errors
 from experiments.engine.data.locate import inception_path, reference_path, require_features
 from experiments.engine.data.quantise import from_uint8, to_uint8
-from experiments.engine.data.sets import ImageSet, cifar10, load
-from experiments.engine.numerics.precision import flags, precision
+from experiments.engine.data.sets import ImageSet, load_cifar10, load_data
+from experiments.engine.numerics.precision import precision, read_tf32_flags
 from experiments.engine.numerics.weights import digest
 from experiments.engine.records.manifest import manifest
 from experiments.engine.runtime.group import ALONE, Group
 from experiments.engine.runtime.heartbeat import Heartbeat
 from experiments.engine.runtime.pieces import results
-from experiments.engine.sampling.generate import Counted, images, recorded_steps
+from experiments.engine.sampling.generate import CountingModel, can_capture_steps, generate_images
 from experiments.engine.sampling.samples import (
     ORDER,
     QUANTISER,
-    batch_on,
     decoder_warnings,
-    network_of,
-    sampled,
+    generate_samples,
+    load_networks,
+    sampling_batch,
 )
 from experiments.engine.scoring import inception, metrics, scores
 from experiments.engine.scoring.features import cifar_classifier, digits_classifier, extract
@@ -81,7 +81,7 @@ def run(
             ),
         )
         found |= {
-            "flags": flags(),
+            "flags": read_tf32_flags(),
             "versions": versions(
                 "numpy",
                 "scipy",
@@ -120,17 +120,17 @@ def _classified(
     device, on_digits = torch.device(resources.device), spec.features == "digits"
     size = ON_CPU if device.type == "cpu" else resources.sample_batch
     if on_digits:
-        reference = load(spec.data)
+        reference = load_data(spec.data)
         classifier, identity = digits_classifier(reference, cache)
     else:
-        reference = cifar10(spec.data, "test")
+        reference = load_cifar10(spec.data, "test")
         classifier, identity = cifar_classifier(spec.data, reference, cache)
-    network, key = network_of(spec, folder, resources)
-    counted = Counted(network, resources.graphs and recorded_steps(spec))
+    network, key = load_networks(spec, folder, resources)
+    counted = CountingModel(network, resources.graphs and can_capture_steps(spec))
 
     def scored(piece: int) -> dict[str, np.ndarray]:
         before = counted.evaluated
-        ((x, y),) = images(
+        ((x, y),) = generate_images(
             spec, counted, device, size, range(piece * size, min((piece + 1) * size, spec.num))
         )
         features, probabilities = extract(classifier, x if on_digits else from_uint8(to_uint8(x)))
@@ -216,7 +216,7 @@ def _inception(
     device = torch.device(resources.device)
     extractor = inception.load(inception_path(), device)
     require_reference(spec.data)
-    samples = sampled(spec, folder, resources, report, group, beat)
+    samples = generate_samples(spec, folder, resources, report, group, beat)
     parts = (
         folder.parent
         / spec_id(spec)
@@ -234,7 +234,7 @@ def _inception(
     return values | {"nfe": samples.nfe}, {
         "network": samples.made["network"],
         "key": samples.made["key"],
-        "batch": batch_on(device, resources.sample_batch),
+        "batch": sampling_batch(device, resources.sample_batch),
         "decoder": samples.made["decoder"],
         "quantiser": QUANTISER,
         "image": {"size": samples.shape[1], "format": "uint8"},
@@ -266,7 +266,7 @@ def require_reference(data: Data) -> None:
     if path := reference_path(data):
         check_reference(path)
     else:
-        load(data)
+        load_data(data)
 
 
 def _reference(
@@ -274,9 +274,11 @@ def _reference(
 ) -> Reference | None:
     """What the samples are scored against; None on all ranks but the first."""
     if path := reference_path(data):
-        with about(path):
+        with name_in_errors(path):
             measured = (
-                measure_shared(extractor, Images(path), group, parts / sha256(path)[:16], beat)
+                measure_shared(
+                    extractor, ImageFile(path), group, parts / file_sha256(path)[:16], beat
+                )
                 if has_images(path)
                 else None
             )
@@ -291,7 +293,7 @@ def _reference(
                 f"{path.name} is not ADM's reference, which holds statistics and {ADM_REFERENCE:,} images: FID against another one is another number"
             )
         return reference
-    real, total = _Pixels(load(data)), hashlib.sha256()
+    real, total = _Pixels(load_data(data)), hashlib.sha256()
     for start in range(0, len(real), PIECE):
         total.update(real.part(start, min(start + PIECE, len(real))).tobytes())
     measured = measure_shared(extractor, real, group, parts / total.hexdigest()[:16], beat)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.engine.data.sets import batch_indices, load
+from experiments.engine.data.sets import batch_indices, load_data
 from experiments.engine.numerics.weights import digest
 from experiments.engine.runtime import heartbeat as attempts
 from experiments.engine.runtime import preemption
@@ -67,7 +67,7 @@ def run_training(
     if beat:
         attempts.begin_attempt(beat, first)
         beat.tell(state="training", step=first, steps=recipe.steps)
-    images, stop = load(spec.data), Agreement(group)
+    images, stop = load_data(spec.data), Agreement(group)
     with (
         Log(folder, first, bands.bands_of(spec)) if group.first else nullcontext() as log,
         checkpoint.Writer(folder / "checkpoints", resources.keep, resources.milestones) as writer,

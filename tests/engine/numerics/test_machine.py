@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from experiments.engine.numerics.device import described, keep_memory
+from experiments.engine.numerics.device import describe_device, keep_memory
 from experiments.engine.records.store import REPOSITORY
 
 FAULTS = """
@@ -39,4 +39,7 @@ def test_blocks_of_a_kept_process_are_not_handed_out_page_by_page_again():
 
 
 def test_records_say_what_the_process_keeps():
-    assert described("cpu")["memory_kept"] is keep_memory() and described("cpu")["device"] == "cpu"
+    assert (
+        describe_device("cpu")["memory_kept"] is keep_memory()
+        and describe_device("cpu")["device"] == "cpu"
+    )
