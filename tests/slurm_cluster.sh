@@ -141,6 +141,7 @@ idle_nodes() {
     SLURM_CONF=$conf timeout -k 1 5 sinfo -h -N -p main -t idle -o %N 2>/dev/null | wc -l
 }
 
+# shellcheck disable=SC2329 # the case at the end calls it
 start_cluster() {
     local program port=21000 tries
     for program in munged slurmctld slurmd sbatch srun; do
@@ -178,6 +179,7 @@ reidle_nodes() {
     SLURM_CONF=$conf timeout -k 1 5 sinfo -h -N -p main -t idle -o %N 2>/dev/null | wc -l
 }
 
+# shellcheck disable=SC2329 # the case at the end calls it
 start_cluster() {
     kill_all "$(alive slurmctld)"
     launch slurmctld slurmctld -D -f "$conf"

@@ -101,7 +101,7 @@ def test_the_printed_batch_script_is_the_one_that_submitit_submits(
     assert [first.job, second.job] == ["7_0", "7_1"]
 
     folder = store.root.resolve() / "submissions" / first.name
-    written = (folder / "7_0_submission.sh").read_text()
+    written = (folder / "7_submission.sh").read_text()
     assert batch_script_text(site, folder, 2).strip() == written.strip()
     assert client.submitted(store.root, [first.stages[0], second.stages[0]]) == [first, second]
 
