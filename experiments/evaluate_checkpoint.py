@@ -148,7 +148,7 @@ def _main(args: argparse.Namespace, arguments: Sequence[str] | None) -> int:
         arguments,
         lambda: require_features(spec),
     )
-    if outcome is Outcome.DONE and (record := store.latest(spec)):
+    if outcome is Outcome.DONE and (record := store.here.latest(spec)):
         print(
             "\n".join(
                 [

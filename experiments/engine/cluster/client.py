@@ -181,8 +181,9 @@ def submitted(root: Path, stages: Iterable[str]) -> list[Submission]:
     with suppress(FileNotFoundError):
         for line in ledger(root).read_text().splitlines():
             # A full disk may have cut a line.
-            with suppress(ValueError, TypeError):
-                submission = Submission(**json.loads(line))
+            with suppress(ValueError, TypeError, KeyError):
+                fields = json.loads(line)
+                submission = Submission(**fields | {"stages": tuple(fields["stages"])})
                 if wanted & set(submission.stages):
                     submissions.append(submission)
     return submissions

@@ -88,7 +88,7 @@ def report_end(
     """Report what a job has recorded since `began`, and its error if no record holds one."""
     failed = False
     for stage in job.stages:
-        record = store.latest(stage) or store.latest(stage, status="failed")
+        record = store.here.latest(stage) or store.here.latest(stage, status="failed")
         if record and record.utc >= began:
             failed = failed or record.status == "failed"
             notify(job, "record", (stage, record))

@@ -108,7 +108,7 @@ def job_status(
         return JobStatus(State.RUNNING, f"{_progress(beat, job)} (on {beat['host']})")
 
     # A failure counts until a later attempt dies without a record.
-    failures = [store.latest(stage, status="failed") for stage in left]
+    failures = [store.here.latest(stage, status="failed") for stage in left]
     failure = next((record for record in reversed(failures) if record), None)
     if failure and not _died_since(beat, failure):
         return JobStatus(State.FAILED, f"{failure.kind} {failure.error} ({failure.utc})", log)
