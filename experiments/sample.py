@@ -22,7 +22,7 @@ from experiments.declared.protocols import PROTOCOLS
 from experiments.engine.cli import Parser, add_fast_options, fast, guarded
 from experiments.engine.data.locate import require_data
 from experiments.engine.jobs.pool import Job
-from experiments.engine.jobs.progress import Progress
+from experiments.engine.jobs.progress import ProgressDisplay
 from experiments.engine.records.store import REPOSITORY, Store
 from experiments.engine.specs.rows import table_of
 from experiments.engine.specs.stages import evaluate_stage
@@ -142,9 +142,9 @@ def _run(args: argparse.Namespace) -> int:
         args.out or store.run_dir(spec) / "samples.npz",
         Job(f"{args.row}, {spec.num} images", (spec,)),
     )
-    group = distributed.join(device, resources.timeout)
+    group = distributed.join_group(device, resources.timeout)
     with ExitStack() as held:
-        progress = held.enter_context(Progress(total=1, lines=True)) if group.first else None
+        progress = held.enter_context(ProgressDisplay(total=1, lines=True)) if group.first else None
 
         def report(done: int, num: int, loss: float, rate: float) -> None:
             if progress:  # the other ranks draw as fast
@@ -170,20 +170,20 @@ def _drawn(
     """The set, drawn by all ranks; the first one's hold on its folder lasts as long as `held`. Where one rank fails all end, each with its error."""
     from experiments.engine.runtime import group as distributed
     from experiments.engine.runtime import preemption
-    from experiments.engine.runtime.heartbeat import claimed
+    from experiments.engine.runtime.heartbeat import claim_run
     from experiments.engine.sampling.samples import sampled
 
     folder, refusal, beat = store.run_dir(spec), None, None
     if group.first:
         try:
-            beat = held.enter_context(claimed(folder, group.world_size))
+            beat = held.enter_context(claim_run(folder, group.world_size))
             distributed.clear_errors(folder)
         except (ValueError, OSError) as error:
             refusal = error
     if refusal := group.share(refusal):  # every rank says so
         raise refusal
     try:
-        with distributed.Watch(
+        with distributed.FailureWatch(
             group, folder, lambda error: print(f"error: {error}", file=sys.stderr, flush=True)
         ):
             return sampled(spec, store.run_dir(spec.train), resources, report, group, beat)
@@ -191,8 +191,8 @@ def _drawn(
         if group.world_size == 1:
             raise
         try:
-            raise ValueError(distributed.cause(folder, group, failure)) from None
-        except distributed.Lost as lost:
+            raise ValueError(distributed.explain_failure(folder, group, failure)) from None
+        except distributed.RankLost as lost:
             print(
                 f"error: {lost}; the same command goes on where this one stopped", file=sys.stderr
             )

@@ -20,7 +20,7 @@ from experiments.engine.cluster.site import load_site, warn_of_unknown_rows
 from experiments.engine.data.locate import require_data, require_features
 from experiments.engine.jobs.plan import Chosen, Plan, describe, missing
 from experiments.engine.jobs.pool import available_cores, run_here, unwind
-from experiments.engine.jobs.progress import Progress
+from experiments.engine.jobs.progress import ProgressDisplay
 from experiments.engine.records.store import REPOSITORY, Store
 from experiments.engine.reporting.render import FORMATS, render
 from experiments.engine.reporting.tables import comparison_sheet, main_sheet
@@ -323,7 +323,7 @@ def _run(plan: Plan, store: Store, cluster: str, workers: int | None) -> bool:
         missing(jobs, store) for jobs in (plan.counts(), plan.timings(), plan.trainings())
     )
     workers = workers or (1 if plan.device == "cuda" else cores)
-    with Progress(
+    with ProgressDisplay(
         total=sum(len(job.stages) for job in (*counts, *timings, *trainings))
     ) as progress:
         good = run_here(counts, store.root, plan.device, 1, cores, progress.notify)

@@ -14,7 +14,7 @@ from experiments.engine.cluster import client as scheduler
 from experiments.engine.cluster.site import FILE, Site, load_site
 from experiments.engine.jobs.plan import Chosen, Plan, duration, missing, training_seconds
 from experiments.engine.jobs.pool import Job, available_cores, run_here
-from experiments.engine.jobs.progress import Progress
+from experiments.engine.jobs.progress import ProgressDisplay
 from experiments.engine.records.store import Record, Store, timestamp
 from experiments.engine.runtime import heartbeat
 from experiments.engine.specs.spec import Evaluate, Train, kind_of, spec_id
@@ -118,7 +118,7 @@ def send(plan: Plan, store: Store, command: str) -> str:
             file=sys.stderr,
         )
     counts = missing(plan.counts(), store)
-    with Progress(total=sum(len(job.stages) for job in counts)) as progress:
+    with ProgressDisplay(total=sum(len(job.stages) for job in counts)) as progress:
         if not run_here(counts, store.root, "cpu", 1, available_cores(), progress.notify):
             raise ValueError("a count failed; nothing was submitted")
     sent = submit(wanted, store, _experiment(plan), **plan.resources)
@@ -242,7 +242,7 @@ def _state(
         return "done", ""
     train = next((stage for stage in job.stages if isinstance(stage, Train)), None)
     beats = [
-        heartbeat.read(store.run_dir(stage))
+        heartbeat.read_heartbeat(store.run_dir(stage))
         for stage in job.stages
         if isinstance(stage, Train | Evaluate)
     ]
@@ -253,14 +253,14 @@ def _state(
         if queued.state in ("RUNNING", "COMPLETING"):
             return (
                 "running",
-                f"{_progress(beat, train) if beat and heartbeat.live(beat) else 'starting'} ({where})",
+                f"{_progress(beat, train) if beat and heartbeat.is_live(beat) else 'starting'} ({where})",
             )
         return "waiting", f"{queued.state.lower()}: {queued.reason} ({where}{reached})"
-    if heartbeat.live(beat):
+    if heartbeat.is_live(beat):
         return "running", f"{_progress(beat, train)} (on {beat['host']})"
     failed = [record for stage in left if (record := store.latest(stage, status="failed"))]
     died = (
-        beat is not None and beat.get("state") in heartbeat.LIVE
+        beat is not None and beat.get("state") in heartbeat.LIVE_STATES
     )  # without a word, and since the failure if there was one
     if failed and not (died and timestamp(beat["updated"]) > failed[-1].utc):
         return "failed", _reason(failed[-1])

@@ -43,7 +43,7 @@ def execute(spec: Stage, store: Store, resources: Resources, report: Report) -> 
     """
     require_device(resources.device)
     machine.keep_memory()
-    group = distributed.join(resources.device, resources.timeout)
+    group = distributed.join_group(resources.device, resources.timeout)
     folder = store.run_dir(spec)
     if not group.first:
         return _follow(spec, store, resources, group)
@@ -79,7 +79,7 @@ def execute(spec: Stage, store: Store, resources: Resources, report: Report) -> 
             return record
 
         try:
-            with distributed.Watch(group, folder, lambda error: finish("failed", {}, error)):
+            with distributed.FailureWatch(group, folder, lambda error: finish("failed", {}, error)):
                 values = _run(spec, store, resources, report, group, beat)
         except preemption.Preempted as stop:
             _leave(stop, folder, group, beat)
@@ -91,8 +91,8 @@ def execute(spec: Stage, store: Store, resources: Resources, report: Report) -> 
             raise
         except Exception as failure:  # a failed row is a result, and the others go on
             try:
-                error = distributed.cause(folder, group, failure)
-            except distributed.Lost as lost:
+                error = distributed.explain_failure(folder, group, failure)
+            except distributed.RankLost as lost:
                 _leave(lost, folder, group, beat)
             return finish("failed", getattr(failure, "values", {}), error)
         return group.share(finish("done", values))
@@ -104,7 +104,7 @@ def _follow(spec: Stage, store: Store, resources: Resources, group: Group) -> Re
     try:
         answer = group.share(None)
         if answer is None:
-            with distributed.Watch(group, folder):
+            with distributed.FailureWatch(group, folder):
                 if isinstance(spec, Train | Evaluate):
                     _run(spec, store, resources, lambda *_: None, group, None)
             answer = group.share(None)
@@ -113,10 +113,12 @@ def _follow(spec: Stage, store: Store, resources: Resources, group: Group) -> Re
     except Exception as failure:
         try:
             print(
-                f"error: {distributed.cause(folder, group, failure)}", file=sys.stderr, flush=True
+                f"error: {distributed.explain_failure(folder, group, failure)}",
+                file=sys.stderr,
+                flush=True,
             )
             _outlast_the_record(folder)
-        except distributed.Lost as lost:
+        except distributed.RankLost as lost:
             _leave(lost, folder, group, None)
         raise SystemExit(1) from None
     if isinstance(answer, ValueError):  # another job has the run: every rank says so
@@ -127,21 +129,24 @@ def _follow(spec: Stage, store: Store, resources: Resources, group: Group) -> Re
 def _outlast_the_record(folder: Path) -> None:
     """Wait until the first rank has written why the run failed: a scheduler may end it as soon as this rank ends."""
     end = time.monotonic() + distributed.POLL + 2 * distributed.GRACE
-    while heartbeat.live(heartbeat.read(folder)) and time.monotonic() < end:
+    while heartbeat.is_live(heartbeat.read_heartbeat(folder)) and time.monotonic() < end:
         time.sleep(0.1)
 
 
 def _held(spec: Stage, store: Store, group: Group) -> AbstractContextManager[Heartbeat | None]:
     """The stage's lock; a stage of hours also shows a heartbeat."""
     return (
-        heartbeat.claimed(store.run_dir(spec), group.world_size)
+        heartbeat.claim_run(store.run_dir(spec), group.world_size)
         if isinstance(spec, Train | Evaluate)
         else store.lock(spec)
     )
 
 
 def _leave(
-    why: preemption.Preempted | distributed.Lost, folder: Path, group: Group, beat: Heartbeat | None
+    why: preemption.Preempted | distributed.RankLost,
+    folder: Path,
+    group: Group,
+    beat: Heartbeat | None,
 ) -> NoReturn:
     """End this process before the end of its stage; if it was asked to make room, the job goes back into the queue.
 
@@ -149,7 +154,7 @@ def _leave(
     """
     how, reason = preemption.NO, str(why)
     if isinstance(why, preemption.Preempted):
-        how = _agreed(group, preemption.meant(why.how) if group.first else preemption.STOP)
+        how = _agreed(group, preemption.resolve_stop(why.how) if group.first else preemption.STOP)
         reason += (
             ""
             if how == why.how
@@ -175,7 +180,9 @@ def _leave(
         refusal = _agreed(group, refusal)
     if back and not refusal:
         preemption.wait_for_the_end()
-    raise SystemExit(preemption.LOST if isinstance(why, distributed.Lost) else preemption.TRY_AGAIN)
+    raise SystemExit(
+        preemption.LOST if isinstance(why, distributed.RankLost) else preemption.TRY_AGAIN
+    )
 
 
 def _agreed(group: Group, answer: Any) -> Any:

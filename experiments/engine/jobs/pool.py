@@ -213,15 +213,15 @@ def work_in_job(
     def report(step: int, steps: int, loss: float, rate: float) -> None:
         of = "" if loss != loss else f", loss {loss:.4f}"  # sampling has none
         print(f"{job.label}: step {step} of {steps}{of}, {rate:.0f} images/s", flush=True)
-        _sign("restarts", None)
+        _write_marker("restarts", None)
 
     try:
         store.check_writable()
         for stage in job.stages:
-            _sign("run", str(store.run_dir(stage)))
+            _write_marker("run", str(store.run_dir(stage)))
             record = execute(stage, store, Resources(device=device, **resources), report)
             print(f"{job.label}: {kind_of(stage)} {record.error or 'done'}", flush=True)
-            _sign("restarts", None)
+            _write_marker("restarts", None)
             records.append(record)
             if record.status != "done" and job.failed(records):
                 error = f"{job.label}: {kind_of(stage)} failed: {record.error}"
@@ -235,11 +235,11 @@ def work_in_job(
         )
         error = f"{socket.gethostname()}: {full}"
     if error:
-        _sign("failed", error)
+        _write_marker("failed", error)
     return error
 
 
-def _sign(end: str, text: str | None) -> None:
+def _write_marker(end: str, text: str | None) -> None:
     """Write, or remove, a sign for the batch script."""
     if start := os.environ.get("DICO_JOB"):
         with suppress(OSError):

@@ -16,7 +16,7 @@ def images_line(done: int, total: int, rate: float) -> str:
     return f"{done} of {total} images, {rate:.1f} images/s, {minutes // 60}:{minutes % 60:02d}:{seconds:02d} left"
 
 
-class Progress:
+class ProgressDisplay:
     """`notify` takes the events of `launch.run_here`; `total` counts stages. `lines` says each piece of a drawing where there are no bars."""
 
     def __init__(self, total: int, lines: bool = False) -> None:
@@ -29,7 +29,7 @@ class Progress:
         )
         self.tasks: dict[str, Any] = {}
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressDisplay:
         if sys.stderr.isatty() and self.total:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn

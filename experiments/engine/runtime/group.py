@@ -86,7 +86,7 @@ class Group:
         return self.highest(number) == -self.highest(-number)
 
 
-class Agreement:
+class DelayedMaximum:
     """The largest value that any rank gave at the call before, on every rank: what is said now travels while they work."""
 
     def __init__(self, group: Group) -> None:
@@ -103,7 +103,7 @@ class Agreement:
         return int(before[1])
 
 
-def exchanging(model: nn.Module, static: bool) -> DistributedDataParallel:
+def average_gradients(model: nn.Module, static: bool) -> DistributedDataParallel:
     """The network with its gradients averaged over the ranks while the backward pass runs; its buffers are constants and stay.
 
     A graph declared `static` may leave parameters unused; PyTorch excludes that with accumulation and compilation.
@@ -122,7 +122,7 @@ _joined: Group | None = None
 _broken = False
 
 
-def place(environment: Mapping[str, str]) -> Group:
+def group_from_environment(environment: Mapping[str, str]) -> Group:
     """Rank, world size and local rank that the environment declares. A scheduler's count is the step's, not the job's: an interactive shell is a step of one."""
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return Group(
@@ -144,7 +144,7 @@ def master_port(job: str, step: str, restart: str) -> int:
     return 20000 + int(hashlib.sha256(f"{job}.{step}.{restart}".encode()).hexdigest(), 16) % 10000
 
 
-def join(device: str, seconds: float) -> Group:
+def join_group(device: str, seconds: float) -> Group:
     """Enter the group that the environment declares, once a process; no collective waits longer than `seconds`.
 
     Where the others cannot be reached (a port in use, a host without an address) one line says so and SystemExit asks for
@@ -154,7 +154,7 @@ def join(device: str, seconds: float) -> Group:
     if _broken:
         raise SystemExit(1)  # an earlier stage took a rank with it
     if _joined is None:
-        group = place(os.environ)
+        group = group_from_environment(os.environ)
         if group.world_size > 1:
             if device == "cuda":
                 torch.cuda.set_device(group.local_rank % torch.cuda.device_count())
@@ -230,11 +230,11 @@ def first_error(folder: Path) -> dict[str, Any] | None:
     return min(found, key=lambda entry: entry["at"], default=None)
 
 
-class Lost(Exception):
+class RankLost(Exception):
     """A rank ended without a word: killed, or on a node that died. No result of the stage, which another attempt can finish."""
 
 
-def cause(folder: Path, group: Group, failure: Exception) -> str:
+def explain_failure(folder: Path, group: Group, failure: Exception) -> str:
     """Why the run fails, in one line: this rank's error, or the one on another rank that it follows from.
 
     A rank leaves its error before its connections close, so what breaks only because of that finds it. Raises Lost where
@@ -255,7 +255,7 @@ def cause(folder: Path, group: Group, failure: Exception) -> str:
         time.sleep(0.1)
     if found is None and follows:
         words = re.sub(r"\[\S*\.cc:\d+\] ", "", str(failure)).partition(". ")[0].splitlines()[0]
-        raise Lost(f"rank {group.rank} lost another rank ({words})")
+        raise RankLost(f"rank {group.rank} lost another rank ({words})")
     return (
         f"rank {found['rank']}: {found['error']}"
         if found
@@ -263,7 +263,7 @@ def cause(folder: Path, group: Group, failure: Exception) -> str:
     )
 
 
-class Watch:
+class FailureWatch:
     """Looks for other ranks' errors while this rank works, and ends it: one that waits in a collective cannot notice.
 
     `tell(error)` is called before. A rank whose own work ends first is left alone; the first rank, which tells, goes first.
@@ -275,7 +275,7 @@ class Watch:
         self.group, self.folder, self.tell = group, folder, tell
         self._over = threading.Event()
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> FailureWatch:
         if self.group.world_size > 1:
             threading.Thread(target=self._look, daemon=True).start()
         return self

@@ -20,11 +20,11 @@ from typing import Any
 
 from experiments.engine.records.files import take_lock, written_whole
 
-EVERY, STALE = (
+INTERVAL, STALE_AFTER = (
     5.0,
     60.0,
 )  # seconds between two signs of life, and without one until a process counts as dead
-LIVE = ("starting", "training", "evaluating", "saving")
+LIVE_STATES = ("starting", "training", "evaluating", "saving")
 
 
 def job_id() -> str | None:
@@ -39,7 +39,7 @@ def queue_id() -> str | None:
     return job_id()
 
 
-def read(folder: Path) -> dict[str, Any] | None:
+def read_heartbeat(folder: Path) -> dict[str, Any] | None:
     """The last heartbeat of a run, with its `age` in seconds when it was read, or None."""
     found = _read(folder)
     return found and found | {"age": _now(folder) - found["written"]}
@@ -73,16 +73,16 @@ def _now(folder: Path) -> float:
         return time.time()
 
 
-def live(beat: dict[str, Any] | None) -> bool:
+def is_live(beat: dict[str, Any] | None) -> bool:
     """Whether the process that wrote it worked, and had been heard of lately, when it was read."""
-    return beat is not None and beat.get("state") in LIVE and beat["age"] < STALE
+    return beat is not None and beat.get("state") in LIVE_STATES and beat["age"] < STALE_AFTER
 
 
 class Heartbeat:
     """Writes the file every few seconds from a thread of its own; `before` is what it found, `taken_over` who replaced it."""
 
     def __init__(self, folder: Path, world_size: int = 1) -> None:
-        self.folder, self.before, self.taken_over = folder, read(folder), None
+        self.folder, self.before, self.taken_over = folder, read_heartbeat(folder), None
         attempt = int(os.environ.get("SLURM_RESTART_COUNT", "0")) + 1
         self.fields: dict[str, Any] = dict(
             state="starting",
@@ -129,7 +129,7 @@ class Heartbeat:
 
     def _beat(self) -> None:
         while not self._ended:
-            self._changed.wait(EVERY)
+            self._changed.wait(INTERVAL)
             self._changed.clear()
             if not self._ended:
                 self._write()
@@ -148,7 +148,7 @@ class Heartbeat:
 
 
 @contextmanager
-def claimed(folder: Path, world_size: int = 1) -> Iterator[Heartbeat]:
+def claim_run(folder: Path, world_size: int = 1) -> Iterator[Heartbeat]:
     """Hold a run's folder and its heartbeat.
 
     A process of the same job, or of none on the same host, is waited for; ValueError in one line where another live job
@@ -156,17 +156,17 @@ def claimed(folder: Path, world_size: int = 1) -> Iterator[Heartbeat]:
     every file system shares such locks, the heartbeat decides, and one that is stale is taken over.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    there = read(folder)
+    there = read_heartbeat(folder)
     if (
-        live(there)
+        is_live(there)
         and there.get("host") != socket.gethostname()
         and (job_id() is None or there.get("job_id") != job_id())
     ):
         raise ValueError(_refusal(folder, there))
     with open(folder / "lock", "wb") as file:
         heard = time.monotonic()
-        while not take_lock(file, wait=False) and time.monotonic() - heard < STALE:
-            if live(there := read(folder)):
+        while not take_lock(file, wait=False) and time.monotonic() - heard < STALE_AFTER:
+            if is_live(there := read_heartbeat(folder)):
                 if there.get("job_id") != job_id():
                     raise ValueError(_refusal(folder, there))
                 heard = time.monotonic()

@@ -18,7 +18,7 @@ from experiments.engine.runtime.heartbeat import Heartbeat
 Result = dict[str, np.ndarray]
 
 
-def results(
+def compute_pieces(
     group: Group,
     folder: Path,
     num: int,
@@ -49,7 +49,7 @@ def results(
                 seconds_left=(num - done) * each if made else None,
             )
         if how := group.highest(
-            preemption.TAKEN_OVER if beat and beat.taken_over else preemption.asked()
+            preemption.TAKEN_OVER if beat and beat.taken_over else preemption.requested_stop()
         ):
             raise preemption.Preempted(how)
     if group.first:

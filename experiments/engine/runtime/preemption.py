@@ -44,12 +44,12 @@ def listen() -> None:
         signal.signal(signal.SIGTERM, _note)
 
 
-def asked() -> int:
+def requested_stop() -> int:
     """What this process was asked so far: NO, STOP or REQUEUE."""
     return _asked
 
 
-def meant(how: int) -> int:
+def resolve_stop(how: int) -> int:
     """What a request asks of this job: STOP or REQUEUE, whichever the signal was.
 
     TERM is also how a scheduler that sends no USR2 makes room or ends a job's time, and a job that was told to make room

@@ -87,7 +87,7 @@ class Counted:
 
 
 def _stop_if_asked() -> None:
-    if how := preemption.asked():
+    if how := preemption.requested_stop():
         raise preemption.Preempted(how)
 
 

@@ -27,7 +27,7 @@ from experiments.engine.numerics.weights import digest
 from experiments.engine.records.files import written_whole
 from experiments.engine.runtime.group import ALONE, Group
 from experiments.engine.runtime.heartbeat import Heartbeat
-from experiments.engine.runtime.pieces import results
+from experiments.engine.runtime.pieces import compute_pieces
 from experiments.engine.sampling.generate import Counted, images, labels, recorded_steps
 from experiments.engine.specs.spec import Checkpoint, Data, Evaluate, canonical, is_latent, spec_id
 from experiments.engine.training.trainer import Resources, build, load_ema
@@ -156,7 +156,7 @@ def draw(
 
     evaluated = sum(
         int(found["evaluated"])
-        for found in results(group, folder / "counts", len(paths), chunk, beat)
+        for found in compute_pieces(group, folder / "counts", len(paths), chunk, beat)
     )
     counted.forget()
     return Samples(spec, folder, group.share(evaluated) / spec.num)

@@ -13,7 +13,7 @@ from numpy import ndarray
 
 from experiments.engine.runtime.group import Group
 from experiments.engine.runtime.heartbeat import Heartbeat
-from experiments.engine.runtime.pieces import results
+from experiments.engine.runtime.pieces import compute_pieces
 from experiments.engine.scoring.inception import BATCH, Inception
 from experiments.engine.scoring.metrics import Moments
 
@@ -66,7 +66,7 @@ def measure_shared(
             inception, [images.part(number * PIECE, min((number + 1) * PIECE, len(images)))]
         )
 
-    found = list(results(group, folder, math.ceil(len(images) / PIECE), piece, beat))
+    found = list(compute_pieces(group, folder, math.ceil(len(images) / PIECE), piece, beat))
     return _joined(found) if group.first else None
 
 

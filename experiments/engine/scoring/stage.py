@@ -23,7 +23,7 @@ from experiments.engine.numerics.weights import digest
 from experiments.engine.records.manifest import manifest
 from experiments.engine.runtime.group import ALONE, Group
 from experiments.engine.runtime.heartbeat import Heartbeat
-from experiments.engine.runtime.pieces import results
+from experiments.engine.runtime.pieces import compute_pieces
 from experiments.engine.sampling.generate import Counted, images, recorded_steps
 from experiments.engine.sampling.samples import (
     ORDER,
@@ -142,7 +142,7 @@ def _classified(
         }
 
     parts = folder / f"samples-{spec_id(spec)}-{size}-{digest(network)}"
-    found = list(results(group, parts, math.ceil(spec.num / size), scored, beat))
+    found = list(compute_pieces(group, parts, math.ceil(spec.num / size), scored, beat))
     counted.forget()
     if not group.first:
         return {}, {}

@@ -13,7 +13,7 @@ from experiments.engine.data.sets import batch_indices, load
 from experiments.engine.numerics.weights import digest
 from experiments.engine.runtime import heartbeat as attempts
 from experiments.engine.runtime import preemption
-from experiments.engine.runtime.group import ALONE, Agreement, Group
+from experiments.engine.runtime.group import ALONE, DelayedMaximum, Group
 from experiments.engine.runtime.heartbeat import Heartbeat
 from experiments.engine.specs.spec import Train, spec_id
 from experiments.engine.training import checkpoint
@@ -67,7 +67,7 @@ def run_training(
     if beat:
         attempts.begin_attempt(beat, first)
         beat.tell(state="training", step=first, steps=recipe.steps)
-    images, stop = load(spec.data), Agreement(group)
+    images, stop = load(spec.data), DelayedMaximum(group)
     with (
         Log(folder, first, bands.bands_of(spec)) if group.first else nullcontext() as log,
         checkpoint.Writer(folder / "checkpoints", resources.keep, resources.milestones) as writer,
@@ -76,7 +76,9 @@ def run_training(
         for loss in trainer.steps(images):
             losses.append(loss)
             done = trainer.step
-            how = stop(preemption.TAKEN_OVER if beat and beat.taken_over else preemption.asked())
+            how = stop(
+                preemption.TAKEN_OVER if beat and beat.taken_over else preemption.requested_stop()
+            )
             if how == preemption.TAKEN_OVER:
                 raise preemption.Preempted(how)
             last = done == recipe.steps

@@ -21,7 +21,7 @@ from experiments.engine.diffusion.build import process
 from experiments.engine.numerics.cuda_graphs import Captured, require_gpu
 from experiments.engine.numerics.precision import precision
 from experiments.engine.numerics.randomness import generator_at, seed_at
-from experiments.engine.runtime.group import ALONE, Group, exchanging
+from experiments.engine.runtime.group import ALONE, Group, average_gradients
 from experiments.engine.specs.spec import Backbone, Recipe, Train
 from experiments.engine.training import checkpoint
 
@@ -97,7 +97,7 @@ class Trainer:
         recipe = spec.recipe
         self.forward: nn.Module = self.model
         if group.world_size > 1:
-            self.forward = exchanging(
+            self.forward = average_gradients(
                 self.model,
                 static=not compiled and self.micro_batch >= self.mine.stop - self.mine.start,
             )

@@ -546,7 +546,7 @@ def test_a_death_after_a_failure_of_old_is_what_shows(
     train = runs.trainings()[0].stages[0]
     store.append(train, "failed", {}, {}, "ValueError: long ago")
     assert "ValueError: long ago" in slurm.status(runs, store)
-    monkeypatch.setattr(heartbeat, "STALE", -1.0)
+    monkeypatch.setattr(heartbeat, "STALE_AFTER", -1.0)
     monkeypatch.setattr(heartbeat.time, "time", lambda: 4e9)
     beat = heartbeat.Heartbeat(store.run_dir(train))
     beat.tell(state="training", step=1, steps=2)

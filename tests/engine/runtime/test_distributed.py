@@ -27,7 +27,7 @@ from experiments.engine.records.store import REPOSITORY, Store
 from experiments.engine.runtime import group as distributed
 from experiments.engine.runtime import heartbeat, preemption
 from experiments.engine.runtime import heartbeat as attempts
-from experiments.engine.runtime.group import Group, master_port, place
+from experiments.engine.runtime.group import Group, group_from_environment, master_port
 from experiments.engine.runtime.preemption import LOST, TRY_AGAIN
 from experiments.engine.sampling import generate
 from experiments.engine.scoring import stage as evaluate
@@ -87,7 +87,9 @@ def member(
         ):
             return update(self, *batch) * (math.nan if fault[0] == "nan" else 1000)
         if fault and (group.rank, self.step) == fault[1:]:
-            while fault[0] == "hang" and heartbeat.live(heartbeat.read(Store(root).run_dir(spec))):
+            while fault[0] == "hang" and heartbeat.is_live(
+                heartbeat.read_heartbeat(Store(root).run_dir(spec))
+            ):
                 time.sleep(0.1)
             if fault[0].startswith("raise"):
                 raise KeyError("boom")
@@ -193,15 +195,19 @@ def test_ranks_come_from_the_environment():
         SLURM_STEP_NUM_TASKS="8",
         SLURM_LOCALID="1",
     )
-    assert place(step) == Group(5, 8, 1)
-    assert place({**step, "RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "2"}) == Group(2, 4, 2)
+    assert group_from_environment(step) == Group(5, 8, 1)
+    assert group_from_environment(
+        {**step, "RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "2"}
+    ) == Group(2, 4, 2)
     assert (
-        place({name: value for name, value in step.items() if name != "SLURM_STEP_ID"})
+        group_from_environment(
+            {name: value for name, value in step.items() if name != "SLURM_STEP_ID"}
+        )
         == Group()
-        == place({})
+        == group_from_environment({})
     )
     assert (
-        place(
+        group_from_environment(
             step
             | dict(
                 SLURM_STEP_ID="4294967290",
@@ -307,8 +313,8 @@ def test_a_stopped_group_saves_at_one_step_and_goes_on_to_the_same_weights(
     ]
     assert 7 <= saved <= 8 and outcome(tmp_path) is None
     assert (
-        heartbeat.read(folder)["state"] == "stopped"
-        and "SIGUSR2" in heartbeat.read(folder)["reason"]
+        heartbeat.read_heartbeat(folder)["state"] == "stopped"
+        and "SIGUSR2" in heartbeat.read_heartbeat(folder)["reason"]
     )
     assert group(2, tmp_path, fault=("stop", 0, 11)) == [TRY_AGAIN] * 2
     assert group(2, tmp_path, shard_optimizer=True) == [0, 0]
@@ -340,7 +346,7 @@ def test_a_sharded_optimiser_goes_on_in_one_process(alone: Path, tmp_path: Path)
 @pytest.mark.parametrize("kind, rank", [("raise", 0), ("raise", 1), ("raise while others hang", 1)])
 def test_a_failing_rank_ends_the_group_with_its_error(kind: str, rank: int, tmp_path: Path):
     assert group(2, tmp_path, fault=(kind, rank, 6)) == [1, 1]
-    record, beat = outcome(tmp_path), heartbeat.read(tmp_path / "runs" / spec_id(TRAIN))
+    record, beat = outcome(tmp_path), heartbeat.read_heartbeat(tmp_path / "runs" / spec_id(TRAIN))
     assert (
         (record.status, record.error)
         == ("failed", f"rank {rank}: KeyError: 'boom'")
@@ -355,7 +361,8 @@ def test_a_killed_rank_ends_the_group_and_costs_the_steps_since_the_checkpoint(
 ):
     assert group(2, tmp_path, fault=("kill", 1, 12)) == [LOST, -signal.SIGKILL]
     assert outcome(tmp_path) is None and re.match(
-        "rank 0 lost another rank", heartbeat.read(tmp_path / "runs" / spec_id(TRAIN))["reason"]
+        "rank 0 lost another rank",
+        heartbeat.read_heartbeat(tmp_path / "runs" / spec_id(TRAIN))["reason"],
     )
     assert group(2, tmp_path, fault=("kill", 0, 13)) == [-signal.SIGKILL, LOST]
     assert group(2, tmp_path) == [0, 0]
@@ -376,7 +383,7 @@ def test_a_rank_that_falls_silent_ends_the_group_at_the_bound_of_its_collectives
     pair: Path, tmp_path: Path
 ):
     assert group(2, tmp_path, fault=("hang", 1, 12), timeout=10.0) == [LOST, LOST]
-    beat = heartbeat.read(tmp_path / "runs" / spec_id(TRAIN))
+    beat = heartbeat.read_heartbeat(tmp_path / "runs" / spec_id(TRAIN))
     assert (
         outcome(tmp_path) is None
         and beat["state"] == "stopped"
@@ -474,7 +481,7 @@ def test_a_job_that_does_not_go_back_ends_with_the_reason(
     )
     process.start()
     process.join(BOUND)
-    beat = heartbeat.read(tmp_path / "runs" / spec_id(TRAIN))
+    beat = heartbeat.read_heartbeat(tmp_path / "runs" / spec_id(TRAIN))
     assert (
         process.exitcode == TRY_AGAIN
         and (beat["state"], outcome(tmp_path)) == ("stopped", None)

@@ -16,7 +16,7 @@ from experiments.engine.data.sets import load
 from experiments.engine.numerics.randomness import ImageNoise
 from experiments.engine.runtime import preemption
 from experiments.engine.runtime.group import ALONE
-from experiments.engine.runtime.pieces import results
+from experiments.engine.runtime.pieces import compute_pieces
 from experiments.engine.sampling.generate import Counted, image_seeds, images, labels
 from experiments.engine.scoring import features
 from experiments.engine.scoring import stage as evaluate
@@ -60,7 +60,7 @@ def test_a_job_that_is_asked_to_stop_stops_within_a_piece_and_keeps_the_whole_on
         return {"piece": np.array(piece)}
 
     with pytest.raises(preemption.Preempted, match="SIGTERM"):
-        list(results(ALONE, tmp_path, 4, compute))
+        list(compute_pieces(ALONE, tmp_path, 4, compute))
     assert counted.evaluated == 5 + 5 + 3 and sorted(path.name for path in tmp_path.iterdir()) == [
         "000000.npz",
         "000001.npz",

@@ -155,7 +155,7 @@ def test_a_job_that_is_asked_to_stop_stops_between_recorded_steps(monkeypatch: p
         iter([preemption.NO] * 6),
     )  # the first step asks twice, as its network does
     counted = Counted(network(spec), recorded=True)
-    monkeypatch.setattr(preemption, "asked", lambda: next(left, preemption.STOP))
+    monkeypatch.setattr(preemption, "requested_stop", lambda: next(left, preemption.STOP))
     with pytest.raises(preemption.Preempted):
         list(images(spec, counted, CPU, 8))
     assert 0 < counted.evaluated < 8 * 2 * 5

@@ -25,7 +25,7 @@ from experiments.engine.data.image_files import Images
 from experiments.engine.data.quantise import to_uint8
 from experiments.engine.data.sets import ImageSet, load
 from experiments.engine.jobs.pool import Job
-from experiments.engine.jobs.progress import Progress
+from experiments.engine.jobs.progress import ProgressDisplay
 from experiments.engine.records.store import REPOSITORY
 from experiments.engine.sampling import samples
 from experiments.engine.sampling.generate import images, labels
@@ -342,7 +342,7 @@ def test_the_inception_stage_runs_from_weights_to_record(
 
 def test_without_a_terminal_each_chunk_of_a_drawing_is_a_line(capsys: pytest.CaptureFixture[str]):
     for lines, said in ((True, "250 of 9250 images, 2.0 images/s, 1:15:00 left\n"), (False, "")):
-        with Progress(total=1, lines=lines) as progress:
+        with ProgressDisplay(total=1, lines=lines) as progress:
             progress.notify(Job("a", (SPEC,)), "progress", (250, 9250, float("nan"), 2.0))
         assert capsys.readouterr().err == said
 

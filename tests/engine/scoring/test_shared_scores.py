@@ -65,7 +65,7 @@ def member(rank: int, world: int, port: int, root: Path) -> None:
         lambda spec: None,
     )
     inception.BATCH, scoring_measure.PIECE, samples.CHUNK = 2, 6, 5
-    group, asked = distributed.join("cpu", 60.0), []
+    group, asked = distributed.join_group("cpu", 60.0), []
     piece = scoring_measure._piece
     scoring_measure._piece = lambda *given: asked.append(0) or piece(*given)
     values = evaluate.run(
