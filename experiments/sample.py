@@ -15,7 +15,7 @@ import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from experiments import ablation, main_results
 from experiments.declared.protocols import PROTOCOLS
@@ -24,14 +24,14 @@ from experiments.engine.data.locate import require_data
 from experiments.engine.jobs.pool import Job
 from experiments.engine.jobs.progress import ProgressDisplay
 from experiments.engine.records.store import REPOSITORY, Store
+from experiments.engine.runtime.progress import Progress
 from experiments.engine.specs.rows import table_of
 from experiments.engine.specs.stages import evaluate_stage
 
 if TYPE_CHECKING:
-    from experiments.engine.runtime.group import Group
+    from experiments.engine.runtime.context import RunContext
     from experiments.engine.sampling.samples import Samples
     from experiments.engine.specs.spec import Evaluate
-    from experiments.engine.training.trainer import Resources
 
 TABLES = ablation.TABLES | main_results.TABLES
 
@@ -125,8 +125,8 @@ def _run(args: argparse.Namespace) -> int:
     from experiments.engine.diffusion.samplers import bind
     from experiments.engine.jobs.execute import require_device
     from experiments.engine.runtime import group as distributed
+    from experiments.engine.runtime.context import Resources, RunContext
     from experiments.engine.sampling.samples import decoder_warnings
-    from experiments.engine.training.trainer import Resources
 
     bind(
         sampler, process(spec.train.diffusion)
@@ -144,13 +144,15 @@ def _run(args: argparse.Namespace) -> int:
     )
     group = distributed.join_group(device, resources.timeout)
     with ExitStack() as held:
-        progress = held.enter_context(ProgressDisplay(total=1, lines=True)) if group.first else None
+        display = held.enter_context(ProgressDisplay(total=1, lines=True)) if group.first else None
 
-        def report(done: int, num: int, loss: float, rate: float) -> None:
-            if progress:  # the other ranks draw as fast
-                progress.notify(job, "progress", (done, num, loss, rate * group.world_size))
+        def report(progress: Progress) -> None:
+            if display:  # the other ranks draw as fast
+                rate = progress.rate * group.world_size
+                display.notify(job, "progress", replace(progress, rate=rate))
 
-        samples = _drawn(spec, store, resources, group, held, report)
+        context = RunContext(store.run_dir(spec.train), resources, group, report=report)
+        samples = _drawn(spec, store, context, held)
         if not group.first:
             return 0
         samples.pack(out)
@@ -164,35 +166,33 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _drawn(
-    spec: Evaluate, store: Store, resources: Resources, group: Group, held: ExitStack, report: Any
-) -> Samples:
+def _drawn(spec: Evaluate, store: Store, context: RunContext, held: ExitStack) -> Samples:
     """The set, drawn by all ranks; the first one's hold on its folder lasts as long as `held`. Where one rank fails all end, each with its error."""
-    from experiments.engine.runtime import group as distributed
-    from experiments.engine.runtime import preemption
+    from experiments.engine.runtime import failures, preemption
     from experiments.engine.runtime.heartbeat import claim_run
     from experiments.engine.sampling.samples import sampled
 
-    folder, refusal, beat = store.run_dir(spec), None, None
+    group, heartbeat = context.group, None
+    folder, refusal = store.run_dir(spec), None
     if group.first:
         try:
-            beat = held.enter_context(claim_run(folder, group.world_size))
-            distributed.clear_errors(folder)
+            heartbeat = held.enter_context(claim_run(folder, group.world_size))
+            failures.clear_errors(folder)
         except (ValueError, OSError) as error:
             refusal = error
-    if refusal := group.share(refusal):  # every rank says so
+    if refusal := group.broadcast(refusal):  # every rank says so
         raise refusal
     try:
-        with distributed.FailureWatch(
+        with failures.FailureWatch(
             group, folder, lambda error: print(f"error: {error}", file=sys.stderr, flush=True)
         ):
-            return sampled(spec, store.run_dir(spec.train), resources, report, group, beat)
+            return sampled(spec, replace(context, heartbeat=heartbeat))
     except Exception as failure:
         if group.world_size == 1:
             raise
         try:
-            raise ValueError(distributed.explain_failure(folder, group, failure)) from None
-        except distributed.RankLost as lost:
+            raise ValueError(failures.explain_failure(folder, group, failure)) from None
+        except failures.RankLost as lost:
             print(
                 f"error: {lost}; the same command goes on where this one stopped", file=sys.stderr
             )

@@ -53,16 +53,23 @@ class ProgressDisplay:
 
     def notify(self, job: Job, event: str, payload: Any) -> None:
         if event == "progress" and self.bars:
-            step, steps, loss, rate = payload
+            progress = payload
             if job.label not in self.tasks:
-                self.tasks[job.label] = self.bars.add_task(job.label, total=steps, state="")
-            state = (
-                f"{rate:.1f} images/s" if loss != loss else f"loss {loss:.4f}, {rate:.0f} images/s"
-            )  # sampling has no loss
-            self.bars.update(self.tasks[job.label], completed=step, total=steps, state=state)
+                self.tasks[job.label] = self.bars.add_task(
+                    job.label, total=progress.total, state=""
+                )
+            if progress.loss is None:  # of a sampling
+                state = f"{progress.rate:.1f} images/s"
+            else:
+                state = f"loss {progress.loss:.4f}, {progress.rate:.0f} images/s"
+            self.bars.update(
+                self.tasks[job.label],
+                completed=progress.step,
+                total=progress.total,
+                state=state,
+            )
         elif event == "progress" and self.lines:
-            done, num, _, rate = payload
-            self._say(images_line(done, num, rate))
+            self._say(images_line(payload.step, payload.total, payload.rate))
         elif event == "record":
             stage, record = payload
             self.done += 1

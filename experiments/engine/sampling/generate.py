@@ -17,7 +17,7 @@ from experiments.engine.diffusion.samplers import bind, recordable
 from experiments.engine.numerics.cuda_graphs import Kept, Launch, Step, directly, keeping_no_weights
 from experiments.engine.numerics.precision import precision
 from experiments.engine.numerics.randomness import ImageNoise, seed_at
-from experiments.engine.runtime import preemption
+from experiments.engine.runtime.preemption import Preempted, requested_stop
 from experiments.engine.specs.spec import Checkpoint, Evaluate, Sampler, Train
 
 AHEAD = 2  # steps that a GPU is given before it has done them
@@ -87,8 +87,8 @@ class Counted:
 
 
 def _stop_if_asked() -> None:
-    if how := preemption.requested_stop():
-        raise preemption.Preempted(how)
+    if request := requested_stop():
+        raise Preempted(request)
 
 
 def recorded_steps(spec: Evaluate) -> bool:

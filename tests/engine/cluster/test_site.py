@@ -114,7 +114,7 @@ def test_a_bad_site_is_one_line(text: str, environment: dict[str, str], words: s
 
 
 def test_the_trainer_takes_what_the_site_gives_and_its_own_defaults_are_the_same(tmp_path: Path):
-    from experiments.engine.training.trainer import Resources
+    from experiments.engine.runtime.context import Resources
 
     assert Resources(**given(Site(gpus_per_node=0))) == Resources()
     text = "keep = 5\nmilestones = 100\nmicro_batch = 8\nsample_batch = 4\ncollective_seconds = 60"
@@ -549,7 +549,7 @@ def test_a_death_after_a_failure_of_old_is_what_shows(
     monkeypatch.setattr(heartbeat, "STALE_AFTER", -1.0)
     monkeypatch.setattr(heartbeat.time, "time", lambda: 4e9)
     beat = heartbeat.Heartbeat(store.run_dir(train))
-    beat.tell(state="training", step=1, steps=2)
+    beat.update(state="training", step=1, steps=2)
     beat.end("training")
     assert "ValueError: long ago" not in slurm.status(runs, store)
 
@@ -631,7 +631,7 @@ def test_a_run_nobody_submitted_shows_by_its_heartbeat(tmp_path: Path):
     folder = store.run_dir(runs.trainings()[0].stages[0])
     folder.mkdir(parents=True)
     beat = heartbeat.Heartbeat(folder)
-    beat.tell(state="training", step=100, steps=650, images_per_s=64.0)
+    beat.update(state="training", step=100, steps=650, images_per_s=64.0)
     beat.end("training")
     text = slurm.status(runs, store)
     assert re.search(
@@ -641,7 +641,7 @@ def test_a_run_nobody_submitted_shows_by_its_heartbeat(tmp_path: Path):
     folder = store.run_dir(runs.trainings()[0].stages[1])
     folder.mkdir(parents=True)
     beat = heartbeat.Heartbeat(folder)
-    beat.tell(state="evaluating", step=2, steps=9, seconds_left=600.0)
+    beat.update(state="evaluating", step=2, steps=9, seconds_left=600.0)
     beat.end("evaluating")
     assert re.search(
         r"train +DiCo-S, seed 0 +running +evaluating, step 2 of 9, 10 min left \(on",

@@ -24,9 +24,8 @@ from experiments.engine.data.sets import batch_indices, load
 from experiments.engine.diffusion.iddpm import IDDPM
 from experiments.engine.jobs.execute import execute
 from experiments.engine.records.store import REPOSITORY, Store
-from experiments.engine.runtime import group as distributed
-from experiments.engine.runtime import heartbeat, preemption
-from experiments.engine.runtime import heartbeat as attempts
+from experiments.engine.runtime import attempts, failures, heartbeat, preemption
+from experiments.engine.runtime.context import Resources, RunContext
 from experiments.engine.runtime.group import Group, group_from_environment, master_port
 from experiments.engine.runtime.preemption import LOST, TRY_AGAIN
 from experiments.engine.sampling import generate
@@ -42,7 +41,7 @@ from experiments.engine.specs.spec import (
     spec_id,
 )
 from experiments.engine.training import stage as training_stage
-from experiments.engine.training.trainer import Resources, Trainer, build
+from experiments.engine.training.trainer import Trainer, build
 
 SMALL = dict(dim=8, depths=(1, 1, 1, 1, 1), input_size=8, in_channels=1, num_classes=10)
 TRAIN = Train(
@@ -66,7 +65,7 @@ def member(
     """One rank at work; at a step of a rank a fault strikes: 'raise', 'kill', 'stop', 'requeue', 'raise while others hang', 'hang' until the others have left, or, from there on, a loss of 'nan' or a 'spike'."""
     torch.set_num_threads(1)
     preemption.listen()
-    training_stage.LOG_EVERY, distributed.POLL, distributed.GRACE, evaluate.ON_CPU = 3, 0.1, 2.0, 5
+    training_stage.LOG_EVERY, failures.POLL, failures.GRACE, evaluate.ON_CPU = 3, 0.1, 2.0, 5
     if group.world_size > 1:
         names = dict(
             RANK=group.rank,
@@ -112,7 +111,7 @@ def member(
     if seen:
         IDDPM.losses = recording
     try:
-        record = execute(spec, Store(root), resources, lambda *progress: None)
+        record = execute(spec, Store(root), resources)
     except ValueError as refusal:
         (root / f"refusal-{group.rank}").write_text(str(refusal))
         raise SystemExit(1) from None
@@ -271,7 +270,7 @@ def test_a_group_that_cannot_meet_says_so_in_one_line_and_asks_for_a_restart(
 
 
 def test_a_batch_is_cut_into_equal_parts_or_refused():
-    assert [Group(rank, 4).part(20) for rank in range(4)] == [
+    assert [Group(rank, 4).shard(20) for rank in range(4)] == [
         slice(0, 5),
         slice(5, 10),
         slice(10, 15),
@@ -279,9 +278,9 @@ def test_a_batch_is_cut_into_equal_parts_or_refused():
     ]
     with pytest.raises(
         ValueError,
-        match="^3 processes do not divide a batch of 16; take a number of processes that does$",
+        match="^3 processes do not divide a batch of 16; choose a number of processes that does$",
     ):
-        Group(0, 3).part(16)
+        Group(0, 3).shard(16)
 
 
 def test_a_group_sees_the_samples_of_one_process_and_has_its_losses(
@@ -511,7 +510,7 @@ def test_an_element_of_an_array_asks_for_itself_until_the_controller_answers(
 def test_processes_that_do_not_divide_the_batch_are_refused_in_one_line(tmp_path: Path):
     assert set(group(3, tmp_path)) == {1}
     assert re.fullmatch(
-        r"rank \d: ValueError: 3 processes do not divide a batch of 16; take a number of processes that does",
+        r"rank \d: ValueError: 3 processes do not divide a batch of 16; choose a number of processes that does",
         outcome(tmp_path).error,
     )
 
@@ -534,8 +533,8 @@ def test_scores_do_not_depend_on_the_group_and_sampling_goes_on_from_finished_ba
     monkeypatch.setattr(evaluate, "ON_CPU", 5)
     torch.set_num_threads(1)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.run(SCORE, run, alone / "runs" / "classifiers", Resources())
-    values = evaluate.run(SCORE, run, alone / "runs" / "classifiers", Resources())
+        evaluate.run(SCORE, alone / "runs" / "classifiers", RunContext(run))
+    values = evaluate.run(SCORE, alone / "runs" / "classifiers", RunContext(run))
     assert [part.start for part in drawn] == [0, 5, 10, 10, 15, 20]
     assert {name: repr(value) for name, value in outcome(alone, SCORE).values.items()} == {
         name: repr(value) for name, value in values.items()

@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 
 from experiments.engine.records.files import take_lock
-from experiments.engine.runtime import heartbeat, preemption
-from experiments.engine.runtime import heartbeat as attempts
+from experiments.engine.runtime import attempts, heartbeat, preemption
 from experiments.engine.runtime.heartbeat import (
     STALE_AFTER,
     Heartbeat,
@@ -24,6 +23,7 @@ from experiments.engine.runtime.heartbeat import (
     is_live,
     read_heartbeat,
 )
+from experiments.engine.runtime.preemption import StopRequest
 
 NOW = dict(
     state="training", step=7, host="elsewhere", job_id="41", owner="other", reason=None, pid=5
@@ -57,7 +57,7 @@ def test_it_says_who_works_where_and_how_far(
             "host": socket.gethostname(),
             "pid": os.getpid(),
         }.items() <= started.items()
-        beat.tell(state="training", step=8, steps=9)
+        beat.update(state="training", step=8, steps=9)
         while (
             read_heartbeat(tmp_path)["step"] != 8
             or read_heartbeat(tmp_path)["updated"] == started["updated"]
@@ -119,7 +119,7 @@ def test_a_stale_or_finished_one_and_its_own_are_taken_over(
     with claim_run(tmp_path) as beat:
         assert (
             read_heartbeat(tmp_path)["owner"] == beat.fields["owner"]
-            and beat.before["owner"] == "other"
+            and beat.previous["owner"] == "other"
         )
 
 
@@ -149,7 +149,7 @@ def test_another_job_on_the_same_host_is_refused_and_a_dead_one_is_not_waited_fo
         read_heartbeat(tmp_path)
     )  # its last words are fresh, and yet the system knows that it is dead
     with claim_run(tmp_path) as beat:
-        assert beat.before["job_id"] == "41"
+        assert beat.previous["job_id"] == "41"
 
 
 def fall_silent(folder: Path, held: Any, release: Any) -> None:
@@ -271,19 +271,19 @@ def signals() -> Any:
     """Gives the signals and the flag back as they were."""
     before = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
     yield
-    preemption._asked = preemption.NO
+    preemption.SIGNALS.request = StopRequest.NONE
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 def test_signals_set_a_flag_and_requeueing_wins(signals: None):
     preemption.listen()
-    assert preemption.requested_stop() == preemption.NO
+    assert preemption.requested_stop() == StopRequest.NONE
     os.kill(os.getpid(), signal.SIGTERM)
-    assert preemption.requested_stop() == preemption.STOP
+    assert preemption.requested_stop() == StopRequest.STOP
     os.kill(os.getpid(), signal.SIGUSR2)
     os.kill(os.getpid(), signal.SIGTERM)
-    assert preemption.requested_stop() == preemption.REQUEUE
+    assert preemption.requested_stop() == StopRequest.REQUEUE
 
 
 @pytest.mark.parametrize(
@@ -303,14 +303,14 @@ def test_a_signal_means_what_the_scheduler_says(
     )
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert [preemption.resolve_stop(how) for how in (preemption.STOP, preemption.REQUEUE)] == [
-        preemption.REQUEUE if back else preemption.STOP
+    assert [preemption.resolve_stop(how) for how in (StopRequest.STOP, StopRequest.REQUEUE)] == [
+        StopRequest.REQUEUE if back else StopRequest.STOP
     ] * 2
-    assert preemption.resolve_stop(preemption.TAKEN_OVER) == preemption.TAKEN_OVER
+    assert preemption.resolve_stop(StopRequest.TAKEN_OVER) == StopRequest.TAKEN_OVER
     monkeypatch.setenv("PATH", "")
-    assert [preemption.resolve_stop(how) for how in (preemption.STOP, preemption.REQUEUE)] == [
-        preemption.STOP,
-        preemption.REQUEUE,
+    assert [preemption.resolve_stop(how) for how in (StopRequest.STOP, StopRequest.REQUEUE)] == [
+        StopRequest.STOP,
+        StopRequest.REQUEUE,
     ]
 
 

@@ -19,8 +19,9 @@ from backbones.kernels import gated_linear
 from experiments.declared import recipes
 from experiments.engine.numerics import cuda_graphs as capture
 from experiments.engine.numerics.cuda_graphs import Captured
-from experiments.engine.runtime import preemption
-from experiments.engine.sampling import samples
+from experiments.engine.runtime.context import Resources, RunContext
+from experiments.engine.runtime.preemption import Preempted, StopRequest
+from experiments.engine.sampling import generate, samples
 from experiments.engine.sampling.generate import Counted, _sample, images, recorded_steps
 from experiments.engine.specs.spec import Diffusion, Evaluate, Sampler, Train
 from experiments.engine.timing.tasks import fill
@@ -152,11 +153,11 @@ def test_a_job_that_is_asked_to_stop_stops_between_recorded_steps(monkeypatch: p
     monkeypatch.setattr(capture, "Captured", Rerun)
     spec, left = (
         evaluation(Sampler()),
-        iter([preemption.NO] * 6),
+        iter([StopRequest.NONE] * 6),
     )  # the first step asks twice, as its network does
     counted = Counted(network(spec), recorded=True)
-    monkeypatch.setattr(preemption, "requested_stop", lambda: next(left, preemption.STOP))
-    with pytest.raises(preemption.Preempted):
+    monkeypatch.setattr(generate, "requested_stop", lambda: next(left, StopRequest.STOP))
+    with pytest.raises(Preempted):
         list(images(spec, counted, CPU, 8))
     assert 0 < counted.evaluated < 8 * 2 * 5
 
@@ -193,10 +194,7 @@ def test_a_set_of_images_is_drawn_by_one_recording_a_shape_which_is_let_go(
             network(spec),
             lambda x: x,
             {},
-            CPU,
-            3,
-            lambda *progress: None,
-            recorded=recorded,
+            RunContext(tmp_path, Resources(sample_batch=3, graphs=recorded)),
         )
         found.append((drawn.nfe, drawn.part(0, 8).tolist()))
     gc.collect()
