@@ -15,7 +15,7 @@ from analysis.figures import own as figures_efficiency
 from analysis.figures import paper as figures
 from analysis.figures import probes as figures_probes
 from analysis.figures.style import save
-from analysis.query import Sources
+from analysis.query import ReferenceStore
 from analysis.tables import agreement as science
 from analysis.tables.pages import folded, origins
 from analysis.tables.paper import SHEETS
@@ -68,7 +68,7 @@ def _main() -> int:
         help="folder of published numbers (default: results/published)",
     )
     args = parser.parse_args()
-    store = Sources(args.results, args.published)
+    store = ReferenceStore(args.results, args.published)
     problems = build(store, with_figures=not args.tables)
     print(
         f"built {store.root / 'tables'}" + ("" if args.tables else f" and {store.root / 'figures'}")
@@ -78,7 +78,7 @@ def _main() -> int:
     return 1 if problems else 0
 
 
-def build(store: Sources, with_figures: bool = True) -> list[str]:
+def build(store: ReferenceStore, with_figures: bool = True) -> list[str]:
     """Write every table, page and figure; what was wrong, in words."""
     problems: list[str] = []
     for name, make in (SHEETS | {"claims": claims_sheet}).items():
@@ -108,12 +108,12 @@ def attempt(name: str, make: Callable[[], Any], otherwise: Any, problems: list[s
     return otherwise
 
 
-def _page(store: Sources, protocol: Protocol) -> None:
+def _page(store: ReferenceStore, protocol: Protocol) -> None:
     with written_whole(store.root / "tables" / f"{protocol.name}.md") as file:
         file.write(science.page(store, protocol).encode())
 
 
-def _write(store: Sources, name: str, sheet: Sheet) -> None:
+def _write(store: ReferenceStore, name: str, sheet: Sheet) -> None:
     """The table in every form; below the Markdown stand links to its records, which HTML holds in its cells."""
     for form, suffix in SUFFIXES.items():
         text = render([sheet], form)

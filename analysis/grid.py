@@ -171,12 +171,12 @@ def draw(
 
     from experiments.engine.jobs.execute import require_device
     from experiments.engine.runtime.context import Resources
-    from experiments.engine.sampling.samples import decoder_of, network_of
+    from experiments.engine.sampling.samples import load_decoder, load_networks
 
     require_device(device)
-    decode, _ = decoder_of(spec.data, torch.device(device))
+    decode, _ = load_decoder(spec.data, torch.device(device))
     records = [store.latest(training) for training in spec.trainings]
-    model, key = network_of(
+    model, key = load_networks(
         spec, store.run_dir(spec.train), Resources(device, checkpoint=checkpoint)
     )
     shown = _images(spec, model, classes, rows, device)
@@ -219,7 +219,7 @@ def _images(
     """Samples (C, H, W) by (row, class); neighbouring classes are drawn in one batch, which changes no image."""
     import torch
 
-    from experiments.engine.sampling.generate import images
+    from experiments.engine.sampling.generate import generate_images
 
     count = spec.data.num_classes
     spec = replace(spec, num=rows * count, labels="balanced")  # image i is of class i mod K
@@ -230,7 +230,9 @@ def _images(
     for line in range(rows):
         for start, end in zip(starts, ends, strict=True):
             within = range(line * count + start, line * count + end)
-            for x, y in images(spec, model, torch.device(device), min(len(within), 100), within):
+            for x, y in generate_images(
+                spec, model, torch.device(device), min(len(within), 100), within
+            ):
                 found |= {(line, label): image for image, label in zip(x, y.tolist(), strict=True)}
     return found
 

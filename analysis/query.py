@@ -62,7 +62,7 @@ POSITIVE = {
 PAPER_BATCH = 64  # of its throughput
 
 
-class Sources(Store):
+class ReferenceStore(Store):
     """A store whose reference holds only records that a table may use; `problems` says in words what was left out and why.
 
     `noting` hears which records are looked up, so that every figure and paragraph can name its own.
@@ -282,7 +282,7 @@ def latest(stages: Sequence[Stage], store: Store) -> Iterator[Record]:
     return (record for stage in stages if (record := store.latest(stage, "reference")))
 
 
-def gpu_timings(backbone: Backbone, size: int, store: Sources) -> list[Record]:
+def gpu_timings(backbone: Backbone, size: int, store: ReferenceStore) -> list[Record]:
     """Committed GPU timings of a network's forward pass at a latent size, in every numeric mode that was recorded, oldest first."""
     wanted = canonical(backbone, full=True)
     found = [

@@ -4,7 +4,7 @@ x (N, C, H, W) noisy input, t (N,) time, y (N,) labels in 0..num_classes (num_cl
 -> (N, C_out, H, W), with C_out = 2C where the variance is learned. Classifiers of noisy images, `(x, t) -> logits`, are built alike.
 """
 
-from backbones import (
+from backbones import (  # noqa: F401  (importing a family registers it)
     adm,
     adm_classifier,
     dic,
@@ -21,10 +21,11 @@ from backbones import (
     sit,
     udit,
     uvit,
-)  # noqa: F401  (importing a family registers it)
+)
 from backbones.checkpoint import load_published
 from backbones.registry import (
     build,
+    guided_channels_of,
     list_backbones,
     list_classifiers,
     options_of,
@@ -34,6 +35,7 @@ from backbones.registry import (
 
 __all__ = [
     "build",
+    "guided_channels_of",
     "list_backbones",
     "list_classifiers",
     "load_published",

@@ -152,4 +152,9 @@ class DiffuSSM(nn.Module):
         return x.mT.unflatten(-1, size)  # (N, C_out, H, W)
 
 
-register(DiffuSSM, dict(diffussm_xl=dict(dim=1152, depth=29)), tiny=dict(dim=12, depth=2, states=5))
+register(
+    DiffuSSM,
+    dict(diffussm_xl=dict(dim=1152, depth=29)),
+    tiny=dict(dim=12, depth=2, states=5),
+    guided_channels=3,
+)

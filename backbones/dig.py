@@ -164,4 +164,5 @@ register(
         dig_xl_2=dict(depth=28, dim=1152, heads=18),
     ),
     tiny=dict(depth=4, dim=24, heads=3),
+    guided_channels=3,
 )

@@ -150,4 +150,5 @@ register(
         dis_h_2=dict(dim=1536, depth=48),
     ),
     tiny=dict(dim=20, depth=4),
+    guided_channels=3,
 )

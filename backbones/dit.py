@@ -124,4 +124,5 @@ register(
         for patch in (2, 4, 8)
     },
     tiny=dict(depth=2, dim=24, heads=3),
+    guided_channels=3,
 )

@@ -117,4 +117,4 @@ def _run(stage: nn.ModuleList, x: Tensor, c: Tensor) -> Tensor:
     return x
 
 
-register(Hourglass, {"hourglass": {}}, tiny=dict(dim=12, depths=(2, 1, 1, 1, 1)))
+register(Hourglass, {"hourglass": {}}, tiny=dict(dim=12, depths=(2, 1, 1, 1, 1)), guided_channels=3)

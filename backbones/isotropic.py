@@ -100,4 +100,4 @@ class Isotropic(nn.Module):
         return unpatchify(x, self.grid, self.patch)  # (N, C_out, H, W)
 
 
-register(Isotropic, {"isotropic": {}}, tiny=dict(dim=12, depth=3, mlp_ratio=2.0))
+register(Isotropic, {"isotropic": {}}, tiny=dict(dim=12, depth=3, mlp_ratio=2.0), guided_channels=3)

@@ -10,6 +10,7 @@ from torch import nn
 
 _REGISTRY: dict[str, tuple[type[nn.Module], dict[str, Any], dict[str, Any]]] = {}
 _CLASSIFIERS: set[str] = set()
+_GUIDED_CHANNELS: dict[type[nn.Module], int | None] = {}
 
 
 def register(
@@ -17,11 +18,14 @@ def register(
     sizes: dict[str, dict[str, Any]],
     tiny: dict[str, Any],
     classifier: bool = False,
+    guided_channels: int | None = None,
 ) -> None:
     """Register one line per published size; `tiny` are the overrides with which the tests build the family.
 
     A `classifier` maps (x, t) to logits; it is built like a backbone and listed apart.
+    `guided_channels` is the number of leading channels that the family's authors guide; None guides all.
     """
+    _GUIDED_CHANNELS[cls] = guided_channels
     for name, options in sizes.items():
         if name in _REGISTRY:
             raise ValueError(f"backbone {name!r} is registered twice")
@@ -59,6 +63,16 @@ def options_of(name: str) -> dict[str, Any]:
 def tiny_options_of(name: str) -> dict[str, Any]:
     """Overrides that shrink a backbone to a test's size."""
     return dict(_entry(name)[2])
+
+
+def guided_channels_of(model: nn.Module) -> int | None:
+    """Number of leading channels that classifier-free guidance changes; None means all of them.
+
+    Raises ValueError if the network's class is not registered.
+    """
+    if type(model) not in _GUIDED_CHANNELS:
+        raise ValueError(f"{type(model).__name__} is not a registered backbone; give its channels")
+    return _GUIDED_CHANNELS[type(model)]
 
 
 def build(name: str, **options: Any) -> nn.Module:

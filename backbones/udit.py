@@ -275,4 +275,5 @@ register(
         udit_l=dict(dim=384, heads=16),
     ),
     tiny=dict(dim=16, depths=(1, 1, 1, 1, 1), heads=2),
+    guided_channels=3,
 )

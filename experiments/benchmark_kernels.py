@@ -303,11 +303,11 @@ CASES: dict[str, Callable[[int], list[Tensor]]] = {
 
 
 def _record(store: Store, spec: Kernel, values: dict[str, Any], copied: float) -> None:
-    from experiments.engine.numerics.device import described
+    from experiments.engine.numerics.device import describe_device
 
     about = (
         provenance()
-        | described(spec.device)
+        | describe_device(spec.device)
         | {
             "precision_flags": {
                 name: spec.precision == "tf32" for name in ("matmul_tf32", "cudnn_tf32")

@@ -149,14 +149,14 @@ def measure(spec: Steps, other: tuple[Path, str] | None, rounds: int, store: Sto
     """Time the tasks of a comparison in turn, at the batch or the first half of a half of it that fits, print and record it; False where none was timed."""
     import torch
 
-    from experiments.engine.numerics.device import described
-    from experiments.engine.numerics.precision import flags
-    from experiments.engine.timing.stage import forget
+    from experiments.engine.numerics.device import describe_device
+    from experiments.engine.numerics.precision import read_tf32_flags
+    from experiments.engine.timing.stage import free_memory
 
     device = torch.device(spec.device)
     if other:
         spec = replace(spec, other=hashlib.sha256(other[0].read_bytes()).hexdigest())
-    about = described(device)
+    about = describe_device(device)
     what, asked, found, error = (
         f"{spec.network} {spec.what}, {spec.precision}, {spec.device}",
         spec,
@@ -165,7 +165,7 @@ def measure(spec: Steps, other: tuple[Path, str] | None, rounds: int, store: Sto
     )
     ceiling = _ceiling(spec, store) if spec.what == "training" else {}
     while found is None and spec.batch:
-        forget(device)
+        free_memory(device)
         try:
             if error := _refusal(spec, device):
                 break
@@ -189,7 +189,7 @@ def measure(spec: Steps, other: tuple[Path, str] | None, rounds: int, store: Sto
         }
     values |= judged(spec, values)
     print(f"{what}, batch {spec.batch}: {_words(values)}", flush=True)
-    in_force = {name: values[name] for name in flags()}
+    in_force = {name: values[name] for name in read_tf32_flags()}
     store.append(
         spec, "done", values, provenance() | about | {"kernels": ran, "precision_flags": in_force}
     )
@@ -243,7 +243,7 @@ def _ceiling(spec: Steps, store: Store) -> dict[str, float]:
     if record.status != "done":
         raise ValueError(f"the device's ceilings could not be measured: {record.error}")
     return {
-        "macs_core": cost.run(_timing(spec)[0])["macs_core"],
+        "macs_core": cost.count_backbone(_timing(spec)[0])["macs_core"],
         "ceiling_macs_per_s": record.values["macs_per_s"],
     }
 
@@ -251,14 +251,14 @@ def _ceiling(spec: Steps, store: Store) -> dict[str, float]:
 def _refusal(spec: Steps, device: torch.device) -> str | None:
     """Why `ours` must not be timed, in words."""
     from experiments.engine.numerics.precision import precision
-    from experiments.engine.timing.stage import check, forget
+    from experiments.engine.timing.stage import check_against_reference, free_memory
 
     try:
         with precision(spec.precision, device):
-            check(*_timing(spec), device)
+            check_against_reference(*_timing(spec), device)
     except ValueError as refusal:
         return str(refusal)
-    forget(device)
+    free_memory(device)
     return None
 
 
@@ -281,8 +281,8 @@ def _compare(
     import torch
 
     from backbones import kernels
-    from experiments.engine.numerics.precision import flags, precision
-    from experiments.engine.timing.stage import half_quartiles, seconds
+    from experiments.engine.numerics.precision import precision, read_tf32_flags
+    from experiments.engine.timing.stage import half_interquartile_range, time_call
 
     with precision(spec.precision, device):
         tasks = _tasks(spec, _load(*other) if other else None, device)
@@ -293,13 +293,13 @@ def _compare(
                 task()
             ran[name] = kernels.used()
         repeats = (
-            max(1, round(0.2 / seconds(tasks["ours"], device))) if device.type == "cuda" else 1
+            max(1, round(0.2 / time_call(tasks["ours"], device))) if device.type == "cuda" else 1
         )
         found = [
-            {name: seconds(task, device, repeats) for name, task in tasks.items()}
+            {name: time_call(task, device, repeats) for name, task in tasks.items()}
             for _ in range(rounds)
         ]
-        in_force = flags() | {"cudnn_benchmark": torch.backends.cudnn.benchmark}
+        in_force = read_tf32_flags() | {"cudnn_benchmark": torch.backends.cudnn.benchmark}
     values: dict[str, Any] = (
         {f"{name}_s": statistics.median(one[name] for one in found) for name in tasks}
         | {"rounds": rounds}
@@ -308,7 +308,10 @@ def _compare(
     for label, above, below in SHOWN:
         if above in tasks and below in tasks:
             ratios = [one[above] / one[below] for one in found]
-            values |= {label: statistics.median(ratios), f"{label}, spread": half_quartiles(ratios)}
+            values |= {
+                label: statistics.median(ratios),
+                f"{label}, spread": half_interquartile_range(ratios),
+            }
     return values, ran["ours"]
 
 
@@ -328,18 +331,20 @@ def _load(file: Path, constructor: str) -> nn.Module:
 
 
 def _tasks(spec: Steps, other: nn.Module | None, device: Any) -> dict[str, Callable[[], Any]]:
-    from experiments.engine.timing.plain_steps import bare, plain_sampling, plain_training
-    from experiments.engine.timing.tasks import drawn, sized, task
+    from experiments.engine.timing.plain_steps import bare_training, plain_sampling, plain_training
+    from experiments.engine.timing.tasks import build_task, draw_network, size_backbone
 
     network, timed = _timing(spec)
-    tasks = {"ours": task(network, timed, device)}
+    tasks = {"ours": build_task(network, timed, device)}
     if spec.what == "training" and not (
         spec.compile or spec.graphs
     ):  # an eager loop beside another network's kernels or launches says nothing
-        tasks["bare"] = bare(drawn(sized(network), device), spec.batch)
+        tasks["bare"] = bare_training(draw_network(size_backbone(network), device), spec.batch)
     loop = plain_training if spec.what == "training" else plain_sampling
     if other is not None:
-        tasks["plain"] = loop(drawn(sized(network), device), spec.batch, SAMPLED[spec.device])
+        tasks["plain"] = loop(
+            draw_network(size_backbone(network), device), spec.batch, SAMPLED[spec.device]
+        )
         tasks["theirs"] = loop(other.to(device), spec.batch, SAMPLED[spec.device])
     return tasks
 

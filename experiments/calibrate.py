@@ -107,12 +107,12 @@ def _table(checks: Iterator[tuple[str, float, float, float, str]]) -> bool:
 def _published(
     name: str, reference: str, samples: str, weights: Path, device: str
 ) -> Iterator[tuple[str, float, float, float, str]]:
-    from experiments.engine.data.image_files import Images
+    from experiments.engine.data.image_files import ImageFile
     from experiments.engine.scoring import inception, scores
     from experiments.engine.scoring.measure import measure
     from experiments.engine.scoring.reference import read_reference
 
-    images = Images(Path(samples))
+    images = ImageFile(Path(samples))
     extractor = inception.load(weights, device)
     found = scores.score(
         measure(extractor, images.batches()),

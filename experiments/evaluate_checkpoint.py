@@ -179,7 +179,7 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
 
 def evaluation_of(args: argparse.Namespace, protocol: Protocol) -> tuple[Evaluate, nn.Module, str]:
     """The stage that scores a published file, its network, and the key under which its weights lie; ValueError for a file of another network."""
-    from experiments.engine.data.image_files import sha256
+    from experiments.engine.data.image_files import file_sha256
 
     data = protocol.data
     row = _declared(args.backbone, protocol)
@@ -194,7 +194,7 @@ def evaluation_of(args: argparse.Namespace, protocol: Protocol) -> tuple[Evaluat
     weights = Checkpoint(
         backbone,
         data,
-        sha256(args.checkpoint),
+        file_sha256(args.checkpoint),
         args.key or Checkpoint.key,
         row.method.diffusion if row else Diffusion(),
     )
@@ -276,7 +276,7 @@ def _state(spec: Evaluate) -> list[str]:
     """What the run lacks, what of its files it would refuse, and what its record would warn of: each file is opened as the run opens it."""
     import torch
 
-    from experiments.engine.sampling.samples import decoder_of, decoder_warnings
+    from experiments.engine.sampling.samples import decoder_warnings, load_decoder
     from experiments.engine.scoring import inception
     from experiments.engine.scoring.stage import require_reference
 
@@ -294,7 +294,7 @@ def _state(spec: Evaluate) -> list[str]:
         missing += filter(None, [lacking])
         checks += [
             lambda: warnings.extend(
-                decoder_warnings(spec.data, decoder_of(spec.data, torch.device("cpu"))[1])
+                decoder_warnings(spec.data, load_decoder(spec.data, torch.device("cpu"))[1])
             )
         ] * (not lacking)
     unusable = []

@@ -20,14 +20,14 @@ def main() -> int:
 def _main() -> int:
     Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     from experiments.engine.data.cifar10 import download
-    from experiments.engine.data.sets import cifar10
+    from experiments.engine.data.sets import load_cifar10
 
     folder = sources.folder_of(CIFAR10.data)
     if not sources.find_cifar10(folder, "train"):
         download(folder)
     for split in ("train", "test"):
         if sources.find_cifar10(folder, split):
-            images = cifar10(CIFAR10.data, split)
+            images = load_cifar10(CIFAR10.data, split)
             converted = (
                 f"; converted to RGB: {images.identity['data_converted']}"
                 if "data_converted" in images.identity

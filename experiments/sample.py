@@ -30,7 +30,7 @@ from experiments.engine.specs.stages import evaluate_stage
 
 if TYPE_CHECKING:
     from experiments.engine.runtime.context import RunContext
-    from experiments.engine.sampling.samples import Samples
+    from experiments.engine.sampling.samples import SampleSet
     from experiments.engine.specs.spec import Evaluate
 
 TABLES = ablation.TABLES | main_results.TABLES
@@ -121,15 +121,15 @@ def _run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from experiments.engine.diffusion.build import process
-    from experiments.engine.diffusion.samplers import bind
+    from experiments.engine.diffusion.build import build_diffusion
+    from experiments.engine.diffusion.samplers import bind_sampler
     from experiments.engine.jobs.execute import require_device
     from experiments.engine.runtime import group as distributed
     from experiments.engine.runtime.context import Resources, RunContext
     from experiments.engine.sampling.samples import decoder_warnings
 
-    bind(
-        sampler, process(spec.train.diffusion)
+    bind_sampler(
+        sampler, build_diffusion(spec.train.diffusion)
     )  # an unknown sampler is said before anything is drawn
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     require_device(device)
@@ -166,11 +166,11 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _drawn(spec: Evaluate, store: Store, context: RunContext, held: ExitStack) -> Samples:
+def _drawn(spec: Evaluate, store: Store, context: RunContext, held: ExitStack) -> SampleSet:
     """The set, drawn by all ranks; the first one's hold on its folder lasts as long as `held`. Where one rank fails all end, each with its error."""
     from experiments.engine.runtime import failures, preemption
     from experiments.engine.runtime.heartbeat import claim_run
-    from experiments.engine.sampling.samples import sampled
+    from experiments.engine.sampling.samples import generate_samples
 
     group, heartbeat = context.group, None
     folder, refusal = store.run_dir(spec), None
@@ -186,7 +186,7 @@ def _drawn(spec: Evaluate, store: Store, context: RunContext, held: ExitStack) -
         with failures.FailureWatch(
             group, folder, lambda error: print(f"error: {error}", file=sys.stderr, flush=True)
         ):
-            return sampled(spec, replace(context, heartbeat=heartbeat))
+            return generate_samples(spec, replace(context, heartbeat=heartbeat))
     except Exception as failure:
         if group.world_size == 1:
             raise

@@ -22,6 +22,7 @@ FILES = {
 CODE = [name for name in FILES if not name.startswith("tests/")]
 GPU_LIBRARIES = {"flash_attn", "mamba_ssm", "fla", "causal_conv1d"}
 OPTIONAL = GPU_LIBRARIES | {
+    "pynvml",
     "torchvision",
     "torch_fidelity",
     "submitit",
@@ -52,7 +53,7 @@ LIGHT_ENGINE = (
     "cli cluster/client cluster/site cluster/status cluster/submit data/locate jobs/plan jobs/pool "
     "jobs/progress records/files records/manifest records/store reporting/lookup reporting/notes "
     "reporting/render reporting/sheet reporting/statistics reporting/tables specs/rows specs/spec "
-    "specs/stages"
+    "specs/selection specs/stages"
 )
 LIGHT = [
     *(f"experiments/engine/{name}.py" for name in LIGHT_ENGINE.split()),

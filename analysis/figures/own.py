@@ -19,7 +19,14 @@ from analysis.figures.style import (
     figure,
     note,
 )
-from analysis.query import Sources, at_one_batch, digits_scores, gpu_timings, rankable, runtime_of
+from analysis.query import (
+    ReferenceStore,
+    at_one_batch,
+    digits_scores,
+    gpu_timings,
+    rankable,
+    runtime_of,
+)
 from analysis.tables.conditions import progress_row, stopped
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.declared.protocols import DIGITS
@@ -43,7 +50,7 @@ ROUNDED = 1.0  # per cent, within which one rule meets a published count
 A100_FP32 = 19.5  # TFLOP/s without tensor cores (NVIDIA A100 data sheet)
 
 
-def score_against_speed(table: Table, store: Sources) -> Figure:
+def score_against_speed(table: Table, store: ReferenceStore) -> Figure:
     """fd_digits of every row (mean and range over seeds) against its throughput relative to the table's first row; the front joins the
     rows that no other row beats in both."""
     made, axes = figure(7.6, 4.2)
@@ -88,19 +95,19 @@ def score_against_speed(table: Table, store: Sources) -> Figure:
     return made
 
 
-def table3_score_speed(store: Sources) -> Figure:
+def table3_score_speed(store: ReferenceStore) -> Figure:
     """Table 3's rows on digits: fd_digits (mean and range over training seeds, log scale) against throughput on a CPU in fp32, relative to
     DiT (iso.). The grey line is the Pareto front of the means."""
     return score_against_speed(TABLE_3, store)
 
 
-def table4_score_speed(store: Sources) -> Figure:
+def table4_score_speed(store: ReferenceStore) -> Figure:
     """Table 4's rows on digits: fd_digits (mean and range over training seeds) against throughput on a CPU in fp32, relative to DiCo-S. The
     grey line is the Pareto front of the means, whose order the seeds need not resolve."""
     return score_against_speed(TABLE_4, store)
 
 
-def seed_spread(store: Sources) -> Figure:
+def seed_spread(store: ReferenceStore) -> Figure:
     """fd_digits of every training seed (dots) and their mean (bar) for the rows of Tables 3 and 4 on digits. Rows that are one network
     in both tables share their records."""
     made, axes = figure(8.2, 4.2, columns=2, width_ratios=(1, 1.25))
@@ -127,7 +134,7 @@ def seed_spread(store: Sources) -> Figure:
     return made
 
 
-def training_efficiency(store: Sources) -> Figure:
+def training_efficiency(store: ReferenceStore) -> Figure:
     """What training costs. Left: FID (Table 7, no guidance) against multiply-accumulates of training, three forward passes an image of Table
     6's batch. Middle: against GPU-hours, from the authors' logs and Table 6's GPU counts. Filled in both, ours: Gflops counted here, hours
     by the rate of a training's last attempt; a note says how many there are. Right: ours on digits, fd_digits (mean of seeds)
@@ -220,7 +227,7 @@ def training_efficiency(store: Sources) -> Figure:
     return made
 
 
-def _macs(model: str, record: Record, store: Sources) -> float | None:
+def _macs(model: str, record: Record, store: ReferenceStore) -> float | None:
     """Multiply-accumulates of the training behind a score: three forward passes an image, counted as the paper counts; None without the count."""
     count, recipe = (
         store.latest(cost_stage(progress_row(model)), "reference"),
@@ -231,7 +238,7 @@ def _macs(model: str, record: Record, store: Sources) -> float | None:
     )
 
 
-def _gpu_hours(model: str, steps: int, store: Sources) -> float | None:
+def _gpu_hours(model: str, steps: int, store: ReferenceStore) -> float | None:
     """Of our training of a model to so many steps, by the images a second of its last attempt on all its GPUs; None without its record or off a GPU."""
     record = store.latest(train_stage(progress_row(model), stopped(steps), 0), "reference")
     if (
@@ -250,7 +257,7 @@ def _gpu_hours(model: str, steps: int, store: Sources) -> float | None:
 
 
 def _digits_cost(
-    table: Table, store: Sources
+    table: Table, store: ReferenceStore
 ) -> tuple[list[float], list[float], dict[str, list[str]]]:
     """Seconds times threads of the fastest training, and fd_digits, a mean over seeds, of the rows that have both; and rows of another protocol."""
     costs, means = [], []
@@ -272,7 +279,7 @@ def _digits_cost(
     return costs, means, other
 
 
-def pareto(store: Sources) -> Figure:
+def pareto(store: ReferenceStore) -> Figure:
     """Pareto fronts of the published ImageNet 256 results after 400K steps (Table 1): FID against Gflops as the paper prints them, against
     Gflops counted here by one rule for all (filled), and against published throughput. The second panel names the systems whose count by
     one rule is further from the published one than its rounding."""
@@ -350,7 +357,7 @@ def pareto(store: Sources) -> Figure:
     return made
 
 
-def numeric_modes(store: Sources) -> Figure:
+def numeric_modes(store: ReferenceStore) -> Figure:
     """Does the speed-up depend on the numeric mode? Left: arithmetic rate that the published throughput implies (two operations a published
     multiply-accumulate) against an A100's peak in fp32 without tensor cores: a rate well above the line cannot be fp32. Right: ours, the
     speed-up of DiCo-XL over DiT-XL/2 in every numeric mode in which both were timed at one batch on a GPU here, with the spread of both."""

@@ -21,7 +21,14 @@ from analysis.figures.style import (
     figure,
     note,
 )
-from analysis.query import Sources, at_one_batch, gpu_timings, numeric_mode, rankable, runtime_of
+from analysis.query import (
+    ReferenceStore,
+    at_one_batch,
+    gpu_timings,
+    numeric_mode,
+    rankable,
+    runtime_of,
+)
 from analysis.tables.conditions import progress_curve, progress_score
 from analysis.tables.paper import CONFIGURATIONS
 from experiments.ablation import TABLE_4
@@ -41,7 +48,7 @@ if TYPE_CHECKING:
 SCALES = ("S", "B", "L", "XL", "H")
 
 
-def fid_against_throughput(store: Sources) -> Figure:
+def fid_against_throughput(store: ReferenceStore) -> Figure:
     """Figure 2: FID-50K on ImageNet 256 after 400K steps without guidance against inference throughput, the published (Table 1) on an
     A100; the bubble's area is the Gflops. Ours, filled, where a network has both a score and a GPU timing here: in each numeric mode at
     the one batch that most of them were timed at, its Gflops counted here, with the errors of both. Which numeric modes published throughput can be in, the figure of modes shows."""
@@ -88,7 +95,7 @@ def fid_against_throughput(store: Sources) -> Figure:
     return made
 
 
-def _own_scores_and_speeds(axes: Axes, store: Sources) -> str:
+def _own_scores_and_speeds(axes: Axes, store: ReferenceStore) -> str:
     """Draws Figure 2's networks of ours; in words, how many have what it takes, and whose scores are of another protocol than the first's."""
     table = TABLES[1]
     papers = store.published(table.published, table.key)
@@ -140,7 +147,7 @@ def _own_scores_and_speeds(axes: Axes, store: Sources) -> str:
     return words + (f"; left out, scored by another protocol: {', '.join(other)}" if other else "")
 
 
-def runtime(store: Sources) -> Figure:
+def runtime(store: ReferenceStore) -> Figure:
     """Figure 3 as far as it was printed in numbers: runtime of one forward pass an image on ImageNet 512 (Table 2, A100, batch 64) and
     FID with guidance against it. The paper's panel over model sizes has no numbers in print; the third panel holds ours, each network
     timed alone at one batch, on a GPU where any was, else on a CPU, which is no measure of a GPU. Bars: half the interquartile range."""
@@ -189,7 +196,7 @@ def runtime(store: Sources) -> Figure:
     return made
 
 
-def _own_runtimes(axes: Axes, store: Sources, names: set[str]) -> list[str]:
+def _own_runtimes(axes: Axes, store: ReferenceStore, names: set[str]) -> list[str]:
     """Draws ours, a mark for every numeric mode and device, each at one batch; in words, what has no timing at it and what ran unfused."""
     systems = [system for system in SYSTEMS if system.resolution == 512 and system.label in names]
     timings = {
@@ -224,7 +231,7 @@ def _own_runtimes(axes: Axes, store: Sources, names: set[str]) -> list[str]:
     return [f"{what}: {', '.join(where)}" for what, where in said.items()]
 
 
-def _own_sizes(axes: Axes, store: Sources) -> list[str]:
+def _own_sizes(axes: Axes, store: ReferenceStore) -> list[str]:
     """Draws our runtimes over model sizes at 512 pixels in the numeric mode that most networks were timed in; in words, what ran unfused."""
     found = {
         device: [
@@ -271,7 +278,7 @@ def _own_sizes(axes: Axes, store: Sources) -> list[str]:
     ]
 
 
-def scores_over_training(store: Sources) -> Figure:
+def scores_over_training(store: ReferenceStore) -> Figure:
     """Figure 8 and Table 7: scores of 50K images over training on ImageNet 256 without guidance. Open marks are published, filled ones
     ours, of a training of so many steps under the same protocol, ± their sampling standard error; a note says how many there are."""
     made, axes = figure(8.2, 4.6, 2, 3)
@@ -326,7 +333,7 @@ def scores_over_training(store: Sources) -> Figure:
 
 
 def own_progress(
-    rows: Sequence[dict[str, str]], store: Sources
+    rows: Sequence[dict[str, str]], store: ReferenceStore
 ) -> tuple[dict[tuple[str, int], Record], list[str]]:
     """Our scores of Table 7's rows by model and steps, all by the first one's protocol, and in words those that are not."""
     found = {(row["model"], int(row["train_steps"])): progress_score(row, store) for row in rows}
@@ -339,7 +346,7 @@ def own_progress(
     return {key: record for key, record in kept.items() if key not in other}, words
 
 
-def losses(store: Sources) -> Figure:
+def losses(store: ReferenceStore) -> Figure:
     """Figure 9. Left and middle, theirs: training loss of DiCo on ImageNet 256 from the authors' own logs, means over windows of 1000 steps
     (10 000 beyond step 400 000); the band is two standard errors of a window's mean. Dashed over them, ours by the same recipe, means over
     windows of their own; a note says how many there are. Right, ours: Table 4's rows on the digits protocol, the newest training of seed
@@ -377,7 +384,7 @@ def losses(store: Sources) -> Figure:
     return made
 
 
-def _own_trainings(panels: Sequence[Axes], store: Sources) -> str:
+def _own_trainings(panels: Sequence[Axes], store: ReferenceStore) -> str:
     """Draws our trainings on ImageNet 256 over the authors', of each size the whole one, else the longest that Table 7 asks for; in words, how many there are."""
     steps, drawn = sorted({int(row["train_steps"]) for row in store.rows("table7.csv")}), 0
     for index, model in enumerate(SIZES):
@@ -409,7 +416,7 @@ def _middles(record: Record) -> list[float]:
     return [(start + end) / 2 for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def _own_losses(axes: Axes, store: Sources) -> None:
+def _own_losses(axes: Axes, store: ReferenceStore) -> None:
     axes.set_title(f"ours: Table 4's rows on {DIGITS.name}")
     windows = set()
     for index, row in enumerate(TABLE_4.rows):

@@ -15,7 +15,7 @@ import backbones
 from analysis.probes import channels, diffusers_models, locality
 from analysis.probes.declared import Channels, DiffusersLocality, Features, Locality, Probe, keep
 from analysis.probes.layers import layers
-from experiments.engine.numerics.precision import flags, precision
+from experiments.engine.numerics.precision import precision, read_tf32_flags
 from experiments.engine.numerics.weights import digest
 from experiments.engine.records.store import Record, Store, provenance
 from experiments.engine.sampling import generate
@@ -58,7 +58,7 @@ def walk(spec: Probe, device: torch.device) -> Callable[[Any], None]:
     sampling = Evaluate(spec.train, spec.sampler, spec.images, features="", labels="balanced")
 
     def run(model: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
-        for images, _ in generate.images(sampling, model, device, spec.images):
+        for images, _ in generate.generate_images(sampling, model, device, spec.images):
             if not images.isfinite().all():
                 raise ValueError(
                     "the samples are not finite; the network's weights have diverged or are of another network"
@@ -104,7 +104,7 @@ def execute(
     model = network(spec, store, files, device)
     arrays, values = run(spec, model, device, memory)
     with precision("fp32", device):
-        in_force = flags()
+        in_force = read_tf32_flags()
     about = provenance() | {
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",

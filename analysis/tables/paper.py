@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from analysis.query import Sources, digits_scores, latest, rankable, reference_seeds
+from analysis.query import ReferenceStore, digits_scores, latest, rankable, reference_seeds
 from analysis.tables.conditions import (
     SCORES_NOTE,
     add_conditions,
@@ -58,7 +58,7 @@ RECONSTRUCTED = (
 )
 
 
-def ablation_sheet(table: Table, store: Sources) -> Sheet:
+def ablation_sheet(table: Table, store: ReferenceStore) -> Sheet:
     """Tables 3, 4 and 5: counts with their differences, throughput, scores on digits with ranks, and what a GPU gave under the paper's conditions."""
     sheet = main_sheet(
         table, table.rows, DIGITS, reference_seeds(table, store), "cpu", store, where="reference"
@@ -84,7 +84,7 @@ def ablation_sheet(table: Table, store: Sources) -> Sheet:
     return sheet
 
 
-def systems_sheet(table: Table, resolution: int, store: Sources) -> Sheet:
+def systems_sheet(table: Table, resolution: int, store: ReferenceStore) -> Sheet:
     """Tables 1, 2, 8 and 9: every published row; counts, also in the convention of each published figure; our GPU throughput and scores."""
     sheet = main_sheet(
         table, table.rows, DIGITS, reference_seeds(table, store), "cpu", store, where="reference"
@@ -154,7 +154,7 @@ def systems_sheet(table: Table, resolution: int, store: Sources) -> Sheet:
     return sheet
 
 
-def _timed_elsewhere(table: Table, store: Sources) -> str:
+def _timed_elsewhere(table: Table, store: ReferenceStore) -> str:
     """In words: rows whose forward pass was timed here, but not in the numeric mode of the table's own column of throughput."""
     if table is not main_results.TABLE_1 or _in_modes(
         "cuda", "forward", store
@@ -171,7 +171,7 @@ def _timed_elsewhere(table: Table, store: Sources) -> str:
     )
 
 
-def _in_modes(device: str, what: str, store: Sources) -> list[Row]:
+def _in_modes(device: str, what: str, store: ReferenceStore) -> list[Row]:
     """Table 1's rows that were timed in a numeric mode of a device."""
     table = main_results.TABLE_1
     return [
@@ -182,7 +182,7 @@ def _in_modes(device: str, what: str, store: Sources) -> list[Row]:
     ]
 
 
-def throughput_sheet(what: str, store: Sources) -> Sheet:
+def throughput_sheet(what: str, store: ReferenceStore) -> Sheet:
     """Table 1's rows that were timed on a GPU or, as long as none was, on a CPU; gaps where none was at all."""
     table, device = main_results.TABLE_1, "cuda" if _in_modes("cuda", what, store) else "cpu"
     rows = _in_modes(device, what, store) or [
@@ -208,7 +208,7 @@ RECIPE: dict[str, Callable[[Train, Sampler], object]] = {
 UNDECLARED = ("optimizer", "vae", "gpus", "training_hours")
 
 
-def recipe_sheet(store: Sources) -> Sheet:
+def recipe_sheet(store: ReferenceStore) -> Sheet:
     """Table 6, field by field: the paper's recipe beside the one declared here, and the hours that the authors' logs show."""
     published = {f"{row['model']} {row['resolution']}": row for row in store.rows("table6.csv")}
     sheet = Sheet(
@@ -217,15 +217,15 @@ def recipe_sheet(store: Sources) -> Sheet:
     )
     differing = []
     for name in (*RECIPE, *UNDECLARED):
-        cells = [Cell(words=name.replace("_", " "))]
+        cells = [Cell(label=name.replace("_", " "))]
         for label, paper in published.items():
             stage = evaluate_stage(*CONFIGURATIONS[label], 0) if label in CONFIGURATIONS else None
             declared = (
                 RECIPE[name](stage.train, stage.sampler) if name in RECIPE and stage else None
             )
             cells += [
-                Cell(words=paper[name]),
-                Cell() if declared is None else Cell(words=str(declared)),
+                Cell(label=paper[name]),
+                Cell() if declared is None else Cell(label=str(declared)),
             ]
             if declared is not None and not _same(paper[name], declared):
                 differing.append(f"{label}: {name.replace('_', ' ')}")
@@ -260,7 +260,7 @@ def recipe_sheet(store: Sources) -> Sheet:
     return sheet
 
 
-def progress_sheet(store: Sources) -> Sheet:
+def progress_sheet(store: ReferenceStore) -> Sheet:
     """Table 7: scores over training without guidance, and ours where a record of that length exists."""
     names = {"fid": "FID", "sfid": "sFID", "is": "IS", "precision": "P", "recall": "R"}
     columns = [
@@ -275,7 +275,7 @@ def progress_sheet(store: Sources) -> Sheet:
         found.append(record)
         sheet.rows.append(
             [
-                Cell(words=paper["model"]),
+                Cell(label=paper["model"]),
                 *(number_cell(paper[name]) for name in ("train_steps", *names)),
                 *score_cells(record, paper, names),
             ]
@@ -292,7 +292,7 @@ def progress_sheet(store: Sources) -> Sheet:
     return sheet
 
 
-SHEETS: dict[str, Callable[[Sources], Sheet]] = {
+SHEETS: dict[str, Callable[[ReferenceStore], Sheet]] = {
     "table1": lambda store: systems_sheet(main_results.TABLE_1, 256, store),
     "table2": lambda store: systems_sheet(main_results.TABLE_2, 512, store),
     **{
@@ -393,7 +393,7 @@ def _compare(sheet: Sheet, group: str) -> None:
     )
 
 
-def _rank(sheet: Sheet, rows: Sequence[Row], store: Sources) -> None:
+def _rank(sheet: Sheet, rows: Sequence[Row], store: ReferenceStore) -> None:
     name, better = next(iter(SCORES[DIGITS.features].items()))
     (at,) = [i for i, (_, column) in enumerate(sheet.columns) if column == name]
     scores, other = rankable(rows, DIGITS, store)
@@ -409,7 +409,7 @@ def _rank(sheet: Sheet, rows: Sequence[Row], store: Sources) -> None:
         at + 1,
         (sheet.columns[at][0], "rank"),
         [
-            Cell(words=word, records=tuple(records))
+            Cell(label=word, records=tuple(records))
             for word, records in zip(words, scores, strict=True)
         ],
     )
@@ -422,7 +422,7 @@ def _rank(sheet: Sheet, rows: Sequence[Row], store: Sources) -> None:
     ]
 
 
-def _dit_ratio(sheet: Sheet, table: Table, store: Sources) -> None:
+def _dit_ratio(sheet: Sheet, table: Table, store: ReferenceStore) -> None:
     """Gflops over those of the DiT of the same size, as the paper's Table 5 gives them."""
     gflops = {
         system.label: counted(system, store, "reference")[1]

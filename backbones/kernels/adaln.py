@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backbones.kernels.gates import addcmul
-from backbones.kernels.op import Choice, Op
+from backbones.kernels.op import Choice, Op, outside_graphs
 
 EPS = 1e-6
 
@@ -21,7 +21,7 @@ def reference(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale)
 
 
-@torch.compiler.disable
+@outside_graphs
 def triton(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     from backbones.kernels.adaln_triton import adaln as run
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbones.kernels.op import Choice, Op
+from backbones.kernels.op import Choice, Op, outside_graphs
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     )
 
 
-@torch.compiler.disable
+@outside_graphs
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     from causal_conv1d import causal_conv1d_fn
 

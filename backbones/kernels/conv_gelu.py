@@ -13,7 +13,7 @@ from torch import Tensor
 from backbones.kernels.adaln import on_gpu, unmeasured
 from backbones.kernels.linear import WIDE, pointwise
 from backbones.kernels.linear import supports as onednn_supports
-from backbones.kernels.op import Choice, Op
+from backbones.kernels.op import Choice, Op, outside_graphs
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def _pays(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     return len(weight) >= WIDE and not torch.compiler.is_compiling()  # a compiler fuses by itself
 
 
-@torch.compiler.disable
+@outside_graphs
 def triton(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     from backbones.kernels.depthwise_triton import depthwise_gelu as run
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from typing import Any
+
+import torch
 
 _forced: dict[str, str] = {}
 _ops: dict[str, Op] = {}
@@ -23,6 +27,26 @@ class Choice:
     supports: Callable[..., bool] = lambda *args, **kwargs: True
     pays: Callable[..., bool] = lambda *args, **kwargs: True
     ran: bool = field(default=False, init=False)
+
+
+def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Leave a function out of compiled graphs, as `torch.compiler.disable` does.
+
+    `torch.compiler.disable` imports the compiler, which takes seconds. This waits until something
+    else has imported it: before that, nothing can be compiled.
+    """
+    disabled: Callable[..., Any] | None = None
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        nonlocal disabled
+        if "torch._dynamo" not in sys.modules:
+            return function(*args)
+        if disabled is None:
+            disabled = torch.compiler.disable(function)
+        return disabled(*args)
+
+    return call
 
 
 class Op:

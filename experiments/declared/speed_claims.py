@@ -164,7 +164,7 @@ def claims_sheet(device: str, store: Store, where: str = "records") -> Sheet:
                 if claim_stages(claim, device)
                 else "not measurable: nobody described one of the two"
             )
-            cell = Cell(words=words or "-", records=sum((ratio.records for ratio in found), ()))
+            cell = Cell(label=words or "-", records=sum((ratio.records for ratio in found), ()))
         elif claim["metric"] == "gflops":
             cell, same, _ = gflops(claim, store, where)
             said = (
@@ -174,11 +174,11 @@ def claims_sheet(device: str, store: Store, where: str = "records") -> Sheet:
             continue
         sheet.rows.append(
             [
-                Cell(words=name),
-                Cell(words=claim["value"]),
+                Cell(label=name),
+                Cell(label=claim["value"]),
                 cell,
-                Cell(words=said),
-                Cell(words=claim["source"]),
+                Cell(label=said),
+                Cell(label=claim["source"]),
             ]
         )
     sheet.notes.append(
@@ -206,7 +206,7 @@ def gflops(claim: Claim, store: Store, where: str) -> tuple[Cell, bool | None, s
     words = " to ".join(f"{value:.1f}" for value in sorted({min(found), max(found)})) + " %"
     return (
         Cell(
-            words=words,
+            label=words,
             value=statistics.fmean(found),
             records=sum((cell.records for pair in pairs for cell in pair), ()),
         ),

@@ -169,8 +169,8 @@ def counts_sheet(store: Store, where: str = "records") -> Sheet:
         paper = _published(store, system.gflops, "gflops")
         params, ours, core = counted(system, store, where)
         cells = [
-            Cell(words=system.title),
-            Cell(words=str(system.resolution)),
+            Cell(label=system.title),
+            Cell(label=str(system.resolution)),
             _params(store, system),
             params,
             paper,
@@ -182,7 +182,7 @@ def counts_sheet(store: Store, where: str = "records") -> Sheet:
                 difference(ours, paper),
                 core,
                 difference(core, paper),
-                Cell(words=system.convention or "-"),
+                Cell(label=system.convention or "-"),
             ]
         )
     sheet.notes = notes(
@@ -276,4 +276,4 @@ def _params(store: Store, system: System) -> Cell:
     if system.params is None:
         return Cell()
     row = store.published(system.params[0], ("model",))[system.params[1]]
-    return Cell(words=row.get("params") or row["params_m"])
+    return Cell(label=row.get("params") or row["params_m"])

@@ -214,7 +214,7 @@ def profile_sheets(
                 (100 * least / one["seconds"], 0),
             )
             sheet.rows.append(
-                [Cell(words=name), Cell(words=str(one["calls"]))]
+                [Cell(label=name), Cell(label=str(one["calls"]))]
                 + [Cell(value, None, digits, records=(record, top)) for value, digits in numbers]
             )
         sheet.notes.append(
@@ -256,7 +256,7 @@ def speed_sheet(
         macs = [store.latest(cost, where) for cost in cost_stages(row)]
         core = sum(record.values["macs_core"] for record in macs) if all(macs) else None
         cells = [
-            Cell(words=row.label),
+            Cell(label=row.label),
             Cell(core / 1e9 if core else None, records=tuple(filter(None, macs))),
         ]
         for mode in modes:
@@ -282,7 +282,7 @@ def _timed(stage: Timing, core: float | None, store: Store, where: str) -> list[
     record = store.latest(stage, where)
     wide = 6 if stage.device == "cuda" else 4
     if record is None:
-        return [Cell(words="failed") if store.latest(stage, where, status="failed") else Cell()] + [
+        return [Cell(label="failed") if store.latest(stage, where, status="failed") else Cell()] + [
             Cell()
         ] * (wide - 1)
     values, own = record.values, (record,)
@@ -452,7 +452,7 @@ def sweep_sheet(
     for batch in sorted({batch for records in found.values() for batch, _ in records}):
         at = [dict(found[mode]).get(batch) for mode in modes]
         sheet.rows.append(
-            [Cell(words=str(batch))]
+            [Cell(label=str(batch))]
             + [
                 Cell(r.values["images_per_s"], r.values["images_per_s_spread"], 1, records=(r,))
                 if r
@@ -479,7 +479,7 @@ def runtime_sheet(device: str, store: Store, where: str = "records", **fast: boo
     for stage in figure_3(device, **fast):
         cells = rows.setdefault(
             (stage.backbone.name, stage.size),
-            [Cell(words=stage.backbone.name), Cell(words=str(stage.size))],
+            [Cell(label=stage.backbone.name), Cell(label=str(stage.size))],
         )
         record = store.latest(stage, where)
         rate = record.values["images_per_s"] if record else None

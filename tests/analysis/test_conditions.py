@@ -13,7 +13,7 @@ from matplotlib.collections import PathCollection
 from analysis.claims.judge import judge
 from analysis.figures import own as figures_efficiency
 from analysis.figures import paper as figures
-from analysis.query import Sources, at_one_batch, gpu_timings
+from analysis.query import ReferenceStore, at_one_batch, gpu_timings
 from analysis.tables.conditions import progress_row, stopped
 from analysis.tables.paper import SHEETS
 from experiments.ablation import TABLE_4
@@ -47,9 +47,9 @@ SPEED = {
 }
 
 
-def sources(store: Store) -> Sources:
+def sources(store: Store) -> ReferenceStore:
     (store.root / "records").rename(store.root / "reference")
-    return Sources(store.root)
+    return ReferenceStore(store.root)
 
 
 def timed(
@@ -85,7 +85,7 @@ def scored(
 
 
 def shown(sheet: Sheet, label: str) -> dict[tuple[str, str], str]:
-    (row,) = [row for row in sheet.rows if row[0].words == label]
+    (row,) = [row for row in sheet.rows if row[0].label == label]
     return dict(zip(sheet.columns, (cell.text() for cell in row), strict=True))
 
 
@@ -195,7 +195,7 @@ def test_every_metric_with_the_papers_beside_it_has_its_difference(tmp_path: Pat
 
 
 def test_table_5_gives_the_difference_of_its_ratio():
-    row = shown(SHEETS["table5"](Sources()), "DiCo-S")
+    row = shown(SHEETS["table5"](ReferenceStore()), "DiCo-S")
     paper, ours, off = (
         float(row["Gflops over DiT's", name]) for name in ("paper", "ours", "diff. %")
     )
@@ -226,7 +226,7 @@ def test_a_published_zero_that_is_divided_by_is_named(
     (published / name).write_text(
         "\n".join([head, *([first] if name == "table1.csv" else []), ",".join(cells), *rest]) + "\n"
     )
-    store = Sources(None, published)
+    store = ReferenceStore(None, published)
     found = judge(next(row for row in store.rows("claims.csv") if row["id"] == claim), store)
     assert (
         found.verdict == "open"
@@ -353,7 +353,9 @@ def test_figure_2_draws_ours_where_a_network_has_score_and_timing(tmp_path: Path
     for name in ("dit_s_2", "dico_s", "dico_b", "dico_l"):
         timed(store, name, 32, 64, 1000.0)
     shutil.copytree(REPOSITORY / "results" / "reference" / "cost", store.root / "records" / "cost")
-    published = len(figures.fid_against_throughput(Sources(tmp_path / "none")).axes[0].collections)
+    published = len(
+        figures.fid_against_throughput(ReferenceStore(tmp_path / "none")).axes[0].collections
+    )
     made = figures.fid_against_throughput(sources(store))
     (axes,) = made.axes
     ours = [
@@ -382,7 +384,7 @@ def test_figure_8_draws_our_scores_over_training(tmp_path: Path):
     ):
         scored(store, progress_row("DiCo-S"), stopped(steps), fid, quantiser)
     bare, drawn = (
-        figures.scores_over_training(Sources(tmp_path / "none")),
+        figures.scores_over_training(ReferenceStore(tmp_path / "none")),
         figures.scores_over_training(sources(store)),
     )
     assert [len(axes.lines) for axes in bare.axes] == [4] * 5 + [0] and [

@@ -10,7 +10,7 @@ import pytest
 
 from analysis.figures import own as figures_efficiency
 from analysis.figures import paper as figures
-from analysis.query import Sources
+from analysis.query import ReferenceStore
 from analysis.tables.conditions import progress_row, stopped
 from analysis.tables.paper import CONFIGURATIONS
 from experiments.declared import timings as speed
@@ -34,9 +34,9 @@ PROVENANCE = {
 }
 
 
-def sources(store: Store) -> Sources:
+def sources(store: Store) -> ReferenceStore:
     (store.root / "records").rename(store.root / "reference")
-    return Sources(store.root)
+    return ReferenceStore(store.root)
 
 
 def scored(store: Store, stage: Any, fid: float, error: float | None = 0.5) -> None:
@@ -106,7 +106,7 @@ def test_figure_9_draws_our_longest_training_over_the_authors(tmp_path: Path):
     whole = {"steps": 3_750_000, "curve": {"every": 2_000_000, "losses": [0.15, 0.14]}}
     store.append(train_stage(*CONFIGURATIONS["DiCo-XL 256"], 0), "done", whole, PROVENANCE)
     assert (
-        said(figures.losses(Sources(tmp_path / "none")))
+        said(figures.losses(ReferenceStore(tmp_path / "none")))
         == "ours on ImageNet 256: 0 of the 4 trainings are recorded here"
     )
     made = figures.losses(sources(store))
@@ -141,7 +141,7 @@ def test_training_efficiency_draws_our_trainings_by_counts_and_hours(tmp_path: P
         PROVENANCE | {"device": "cpu"},
     )
     assert (
-        said(figures_efficiency.training_efficiency(Sources(tmp_path / "none")))
+        said(figures_efficiency.training_efficiency(ReferenceStore(tmp_path / "none")))
         == "ours on ImageNet 256: 0 of the 32 published points left, 0 in the middle"
     )
     made = figures_efficiency.training_efficiency(sources(store))

@@ -61,7 +61,7 @@ def test_the_loader_is_timed_over_every_latent_it_gives(
 ):
     """In small: the rate is that of latents counted here, the record its median, and the temporary set is gone."""
     given, spec = [], Loader(size=8, batch=24)
-    make = data.batches
+    make = data.iterate_batches
 
     def counted(*arguments: Any) -> Iterator[Any]:
         given.append(0)
@@ -70,7 +70,7 @@ def test_the_loader_is_timed_over_every_latent_it_gives(
             assert x.shape == (24, 4, 8, 8) and len(y) == 24
             yield x, y
 
-    monkeypatch.setattr(data, "batches", counted)
+    monkeypatch.setattr(data, "iterate_batches", counted)
     monkeypatch.setattr(benchmark, "Loader", lambda: spec)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "made"))
     (tmp_path / "made").mkdir()

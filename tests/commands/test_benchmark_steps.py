@@ -29,7 +29,7 @@ OTHER = (
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = backbones.build("dit_s_2", dim=24, depth=1, heads=3)
-    monkeypatch.setattr(timed_tasks, "drawn", lambda spec, device: copy.deepcopy(drawn))
+    monkeypatch.setattr(timed_tasks, "draw_network", lambda spec, device: copy.deepcopy(drawn))
     monkeypatch.setitem(ceilings.SIDES, "cpu", (64,))
     monkeypatch.setitem(ceilings.COPIED, "cpu", 2**16)
 
@@ -90,7 +90,7 @@ def test_alone_the_overhead_is_that_over_the_bare_loop(
         and not {"plain_s", "theirs_s"} & set(values)
         and values["overhead, ours / bare"] > 0
     )
-    counted = cost.run(Cost(Backbone("dit_s_2"), 32, 4, 1000))["macs_core"]
+    counted = cost.count_backbone(Cost(Backbone("dit_s_2"), 32, 4, 1000))["macs_core"]
     ceiling = store.latest(Ceilings("cpu")).values["macs_per_s"]
     assert (
         values["share_of_matmul"] * values["ours_s"] * ceiling == pytest.approx(3 * 2 * counted)
@@ -144,7 +144,7 @@ def test_steps_of_what_computes_something_else_are_a_failed_record(
 def test_a_bare_loop_stands_beside_what_is_as_eager_alone(
     fast: dict[str, bool], monkeypatch: pytest.MonkeyPatch, small: None
 ):
-    monkeypatch.setattr(timed_tasks, "task", lambda *_: None)
+    monkeypatch.setattr(timed_tasks, "build_task", lambda *_: None)
     spec = Steps("dit_s_2", "training", 2, "cpu", "fp32")
     assert [
         list(benchmark_steps._tasks(one, None, torch.device("cpu")))

@@ -49,7 +49,7 @@ def grey(monkeypatch: pytest.MonkeyPatch):
 
 def sampled(path: Path, images: np.ndarray, seed: int = 0, order: int = 0) -> Path:
     index = np.random.default_rng(order).permutation(len(images))
-    npz.write(
+    npz.write_images(
         path,
         iter([images[index]]),
         images.shape,
@@ -148,11 +148,11 @@ def test_scores_are_recorded_with_all_that_decided_them(grey, tmp_path: Path, ca
     assert (
         measure["guidance"]["scale"] == 1.5
         and measure["sampler"] == {"name": "ddim"}
-        and measure["reference"]["sha256"] == npz.sha256(tmp_path / "real.npz")
+        and measure["reference"]["sha256"] == npz.file_sha256(tmp_path / "real.npz")
     )
     assert (
         values["manifest"]["model"]["samples"]
-        == {"name": "a.npz", "sha256": npz.sha256(tmp_path / "a.npz")}
+        == {"name": "a.npz", "sha256": npz.file_sha256(tmp_path / "a.npz")}
         and values["made"]["seed"] == 0
     )
     assert (
@@ -221,7 +221,7 @@ def test_bad_files_are_one_line(
         arr_0=np.linspace(-1, 1, 960).reshape(20, 4, 4, 3).astype(np.int8).astype(np.uint8),
     )
     np.savez("one.npz", arr_0=IMAGES[:1])
-    npz.write(
+    npz.write_images(
         tmp_path / "seedless.npz",
         iter([IMAGES]),
         IMAGES.shape,
@@ -428,7 +428,7 @@ def test_a_reference_that_cannot_be_read_is_known_before_anything_is_drawn(
     drawn = []
     monkeypatch.setattr(stage, "require_features", lambda spec: None)
     monkeypatch.setattr(stage, "reference_path", lambda data: tmp_path / "other.npz")
-    monkeypatch.setattr(stage, "sampled", lambda *given: drawn.append(given))
+    monkeypatch.setattr(stage, "generate_samples", lambda *given: drawn.append(given))
     with pytest.raises(ValueError, match=f"other.npz: .*{complaint}"):
         stage.run(
             Evaluate(
@@ -536,7 +536,7 @@ def test_a_checkpoint_is_sampled_scored_and_recorded(grey, tmp_path: Path, capsy
         np.arange(30) % 10,
         data,
     )
-    monkeypatch.setattr(stage, "load", lambda asked: pixels)
+    monkeypatch.setattr(stage, "load_data", lambda asked: pixels)
     (tmp_path / "weights").write_bytes(b"")
     monkeypatch.setenv("DICO_INCEPTION", str(tmp_path / "weights"))
     arguments = (
@@ -568,7 +568,7 @@ def test_a_checkpoint_is_sampled_scored_and_recorded(grey, tmp_path: Path, capsy
     ), err
     (path,) = (tmp_path / "results" / "records" / "evaluate").glob("*.json")
     values = read_record(path).values
-    assert values["nfe"] == 2 and values["manifest"]["model"]["sha256"] == npz.sha256(
+    assert values["nfe"] == 2 and values["manifest"]["model"]["sha256"] == npz.file_sha256(
         tmp_path / "net.pt"
     )
     again = run(evaluate_checkpoint, capsys, monkeypatch, *arguments)
@@ -741,9 +741,9 @@ def test_a_reference_that_is_not_adms_is_warned_of_in_the_record(
         )
         == warned
     )
-    assert reference.identity["num_images"] == num and reference.identity["sha256"] == npz.sha256(
-        tmp_path / "other.npz"
-    )
+    assert reference.identity["num_images"] == num and reference.identity[
+        "sha256"
+    ] == npz.file_sha256(tmp_path / "other.npz")
 
 
 @pytest.mark.parametrize(

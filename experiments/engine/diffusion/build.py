@@ -7,10 +7,10 @@ from experiments.engine.diffusion.flow import PATHS, Flow
 from experiments.engine.diffusion.iddpm import BETAS, IDDPM
 from experiments.engine.specs.spec import Diffusion
 
-Process = IDDPM | Flow
+DiffusionProcess = IDDPM | Flow
 
 
-def process(spec: Diffusion) -> Process:
+def build_diffusion(spec: Diffusion) -> DiffusionProcess:
     """What has `draw_times` and `losses`; ValueError lists what is known."""
     _require("diffusion", spec.name, ("iddpm", "classify", "flow"))
     if spec.name == "flow":

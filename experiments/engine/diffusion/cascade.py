@@ -52,15 +52,15 @@ class Upsampling(IDDPM):
         self, model: Model, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor
     ) -> dict[str, Tensor]:
         low = F.interpolate(x0, self.low_res, mode="area")
-        return super().losses(conditioned(model, low), x0, y, t, eps)
+        return super().losses(condition_on_low_res(model, low), x0, y, t, eps)
 
 
-def conditioned(model: Model, low_res: Tensor) -> Model:
+def condition_on_low_res(model: Model, low_res: Tensor) -> Model:
     """An upsampler that is called like any other network, for these images (N, C, h, w)."""
-    return lambda x, t, y: model(with_low_res(x, low_res), t, y)
+    return lambda x, t, y: model(append_low_res(x, low_res), t, y)
 
 
-def with_low_res(x: Tensor, low_res: Tensor) -> Tensor:
+def append_low_res(x: Tensor, low_res: Tensor) -> Tensor:
     """Upsampler input: low_res, in [-1, 1], resized and put after x: (N, C, H, W), (N, C, h, w) -> (N, 2C, H, W)."""
     resized = F.interpolate(low_res, x.shape[-2:], mode="bilinear", align_corners=False)
     return torch.cat([x, resized.to(x.dtype)], dim=1)

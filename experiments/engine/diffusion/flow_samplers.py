@@ -13,7 +13,7 @@ from torch import Tensor
 
 from experiments.engine.diffusion.flow import Flow, velocity
 from experiments.engine.diffusion.iddpm import Model
-from experiments.engine.numerics.cuda_graphs import Launch, directly
+from experiments.engine.numerics.cuda_graphs import Launch, run_eagerly
 from experiments.engine.numerics.randomness import ImageNoise
 
 # Dormand & Prince's pair of orders 5 and 4: nodes, stages, and the difference of the two results. The last row of stages
@@ -43,7 +43,7 @@ LAST_STEPS = ("mean", "tweedie", "euler")
 
 @torch.no_grad()
 def euler(
-    model: Model, y: Tensor, noise: ImageNoise, *, num_steps: int, launch: Launch = directly
+    model: Model, y: Tensor, noise: ImageNoise, *, num_steps: int, launch: Launch = run_eagerly
 ) -> Iterator[Tensor]:
     """Yields x (N,C,H,W) after each of `num_steps` even steps, one evaluation each."""
 
@@ -58,7 +58,7 @@ def euler(
 
 @torch.no_grad()
 def heun(
-    model: Model, y: Tensor, noise: ImageNoise, *, num_steps: int, launch: Launch = directly
+    model: Model, y: Tensor, noise: ImageNoise, *, num_steps: int, launch: Launch = run_eagerly
 ) -> Iterator[Tensor]:
     """Yields x (N,C,H,W) after each of `num_steps` even steps, two evaluations each."""
 
@@ -157,7 +157,7 @@ def sde(
     form: str,
     last_step: str,
     last_size: float,
-    launch: Launch = directly,
+    launch: Launch = run_eagerly,
 ) -> Iterator[Tensor]:
     """Yields x (N,C,H,W) after each of `num_steps` steps: Euler-Maruyama on dx = (v + w score) dt + sqrt(2 w) dW.
 

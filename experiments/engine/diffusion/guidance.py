@@ -8,7 +8,7 @@ from experiments.engine.diffusion.iddpm import Model
 ALWAYS = (0, 1000)
 
 
-def always(interval: tuple[float, float], times: tuple[float, float]) -> bool:
+def guides_every_step(interval: tuple[float, float], times: tuple[float, float]) -> bool:
     """Whether an interval holds all times, of which these are the first and the last."""
     return interval == ALWAYS or interval[0] <= times[0] and times[1] < interval[1]
 
@@ -37,7 +37,7 @@ class Guided:
         self.scale = scale
         self.null = num_classes
         self.channels = channels
-        self.always = always(interval, times)
+        self.always = guides_every_step(interval, times)
         self.interval = interval
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from experiments.engine.diffusion import flow_samplers
-from experiments.engine.diffusion.build import Process
-from experiments.engine.diffusion.guidance import always
+from experiments.engine.diffusion.build import DiffusionProcess
+from experiments.engine.diffusion.guidance import guides_every_step
 from experiments.engine.diffusion.iddpm import IDDPM, Model, at, split_prediction
-from experiments.engine.numerics.cuda_graphs import Launch, directly
+from experiments.engine.numerics.cuda_graphs import Launch, run_eagerly
 from experiments.engine.numerics.randomness import ImageNoise
 from experiments.engine.specs.spec import Sampler
 
@@ -30,7 +30,7 @@ def ancestral(
     *,
     clip: bool = False,
     gradient: Model | None = None,
-    launch: Launch = directly,
+    launch: Launch = run_eagerly,
 ) -> Iterator[Tensor]:
     """Yields x (N,C,H,W) after each step of an already respaced diffusion: DDPM algorithm 2, learned variance.
 
@@ -62,7 +62,7 @@ def ddim(
     eta: float = 0.0,
     clip: bool = False,
     gradient: Model | None = None,
-    launch: Launch = directly,
+    launch: Launch = run_eagerly,
 ) -> Iterator[Tensor]:
     """Yields x (N,C,H,W) after each step of an already respaced diffusion: DDIM eq. 12, sigma of eq. 16.
 
@@ -106,7 +106,7 @@ def dpm_solver(
     noise: ImageNoise,
     *,
     num_steps: int,
-    launch: Launch = directly,
+    launch: Launch = run_eagerly,
 ) -> Iterator[Tensor]:
     """Yields x (N,C,H,W) after each step: DPM-Solver++(2M), algorithm 2 of its paper, the first step of order 1.
 
@@ -167,29 +167,32 @@ def dpm_solver_diffusers(
         yield x
 
 
-Bound = Callable[[Model, Tensor, ImageNoise], Iterator[Tensor]]
+BoundSampler = Callable[[Model, Tensor, ImageNoise], Iterator[Tensor]]
 
 
-def recordable(spec: Sampler, times: tuple[float, float]) -> bool:
+def has_uniform_steps(spec: Sampler, times: tuple[float, float]) -> bool:
     """Whether every step does the same, so that one recording holds them all.
 
     Not where steps adapt to the images, are another library's, or guidance comes and goes between the `times` that the network is given.
     """
     return spec.name not in ("dopri5", "dpm_solver_diffusers") and (
-        spec.scale == 1 or always(spec.interval, times)
+        spec.scale == 1 or guides_every_step(spec.interval, times)
     )
 
 
-def bind(
-    spec: Sampler, process: Process, gradient: Model | None = None, launch: Launch = directly
-) -> Bound:
+def bind_sampler(
+    spec: Sampler,
+    process: DiffusionProcess,
+    gradient: Model | None = None,
+    launch: Launch = run_eagerly,
+) -> BoundSampler:
     """The declared sampler of a process, to be called with a network, labels and noise; ValueError lists the known.
 
     launch: makes of a step, a function of tensors alone, what is called in its place. Ignored where there is no such step (`recordable`).
     """
     if gradient is not None and spec.name not in ("ancestral", "ddim"):
         raise ValueError(f"a classifier guides the samplers ancestral and ddim, not {spec.name!r}")
-    known: dict[str, Callable[[], Bound]]
+    known: dict[str, Callable[[], BoundSampler]]
     if isinstance(process, IDDPM):
         known = {
             "ancestral": lambda: partial(

@@ -13,7 +13,7 @@ import torch
 
 from backbones import kernels
 from experiments.engine.numerics import device as machine
-from experiments.engine.numerics.precision import flags, precision
+from experiments.engine.numerics.precision import precision, read_tf32_flags
 from experiments.engine.records.store import Record, Store, provenance
 from experiments.engine.runtime import failures, preemption
 from experiments.engine.runtime.attempts import end_attempt, read_attempts
@@ -30,7 +30,7 @@ from experiments.engine.runtime.heartbeat import (
 )
 from experiments.engine.runtime.preemption import Preempted, StopRequest, resolve_stop
 from experiments.engine.runtime.progress import Report, ignore_progress
-from experiments.engine.sampling.generate import recorded_steps
+from experiments.engine.sampling.generate import can_capture_steps
 from experiments.engine.scoring import stage as evaluate
 from experiments.engine.specs.spec import Ceilings, Evaluate, Profile, Stage, Timing, Train
 from experiments.engine.timing import cost
@@ -277,28 +277,28 @@ def _run_stage(spec: Stage, store: Store, context: RunContext) -> dict[str, Any]
         training = replace(context, folder=store.run_dir(spec.train))
         return evaluate.run(spec, store.root / "runs" / "classifiers", training)
     if isinstance(spec, Profile):
-        return profiling.run(spec, context.folder)
+        return profiling.profile_task(spec, context.folder)
     if isinstance(spec, Ceilings):
         return profiling.measure_ceilings(spec)
     if isinstance(spec, Timing):
-        return timing.run(spec)
-    return cost.run(spec)
+        return timing.measure_speed(spec)
+    return cost.count_backbone(spec)
 
 
 def _provenance(spec: Stage, context: RunContext, seconds: float) -> dict[str, Any]:
     """Return what produced a record: code, machine, processes, numerics and time."""
     resources, group = context.resources, context.group
     with precision(_precision_of(spec), context.device):
-        in_force = flags()
+        in_force = read_tf32_flags()
 
     # A timing declares itself whether it is compiled or runs by CUDA graphs.
     if isinstance(spec, Evaluate):
-        uses_graphs = resources.graphs and recorded_steps(spec)
+        uses_graphs = resources.graphs and can_capture_steps(spec)
     else:
         uses_graphs = resources.graphs and group.world_size == 1
     return (
         provenance()
-        | machine.described(context.device)
+        | machine.describe_device(context.device)
         | {
             "world_size": group.world_size,
             "micro_batch": resources.micro_batch,

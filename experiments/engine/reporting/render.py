@@ -11,7 +11,7 @@ import shutil
 import sys
 import textwrap
 
-from experiments.engine.reporting.sheet import Cell, Sheet
+from experiments.engine.reporting.sheet import Cell, Sheet, upgraded
 
 FORMATS = ("text", "markdown", "latex", "csv", "html")
 LATEX = {
@@ -25,6 +25,7 @@ LATEX = {
 
 def render(sheets: list[Sheet], form: str) -> str:
     """All sheets in one of FORMATS; text for a terminal is fitted to its width and coloured."""
+    sheets = [_positional(upgraded(sheet)) for sheet in sheets]
     if form == "text" and sys.stdout.isatty():
         width = shutil.get_terminal_size().columns
         return "\n".join(_coloured(_text(sheet, width)) for sheet in sheets)
@@ -34,6 +35,13 @@ def render(sheets: list[Sheet], form: str) -> str:
         )
         for sheet in sheets
     )
+
+
+def _positional(sheet: Sheet) -> Sheet:
+    """TRANSITION, to go: a sheet of the new types as the renderers below read it."""
+    columns = [(column.group, column.title) for column in sheet.columns]
+    rows = [[cell for _, cell in sheet.cells(row)] for row in sheet.rows]
+    return Sheet(sheet.title, columns, rows, [note.text for note in sheet.notes])
 
 
 def _text(sheet: Sheet, width: int = 10**6) -> str:
@@ -183,7 +191,7 @@ def _csv(sheet: Sheet) -> str:
 
 
 def _raw(cell: Cell, error: bool) -> list[str]:
-    value = cell.words or ("" if cell.value is None else repr(cell.value))
+    value = cell.label or ("" if cell.value is None else repr(cell.value))
     return [value, "" if cell.error is None else repr(cell.error)] if error else [value]
 
 
@@ -208,7 +216,7 @@ def _html(sheet: Sheet) -> str:
 def _html_cell(cell: Cell) -> str:
     attributes = (
         ""
-        if cell.words and cell.value is None
+        if cell.label and cell.value is None
         else f' data-order="{"" if cell.value is None else repr(cell.value)}"'
     )
     if cell.records:

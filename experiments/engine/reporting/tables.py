@@ -74,8 +74,8 @@ def main_sheet(
     first = published[table.baseline.published] if table.baseline.published else {}
     for row in rows:
         paper = published[row.published] if row.published else {}
-        cells = [Cell(words=row.label)] + [
-            Cell(words=paper.get("type", "")) for name in ("type",) if name in given
+        cells = [Cell(label=row.label)] + [
+            Cell(label=paper.get("type", "")) for name in ("type",) if name in given
         ]
         cells += [_paper(paper, params)] * (params is not None) + [
             _count(store, row, where, "params_trainable", 1e6, 1)
@@ -100,7 +100,7 @@ def main_sheet(
                 ]
             cells += [_score(store, row, protocol, seeds, name, where) for name in scores]
             cells += [
-                Cell(words=paper.get(name) or "-")
+                Cell(label=paper.get(name) or "-")
                 for name in PAPER_CONDITIONS.values()
                 if name in given
             ]
@@ -150,7 +150,7 @@ def comparison_sheet(
     compared = {label for label in other if reference[label] and here[label] and not other[label]}
     comparisons = len(compared) * len(scores)
     for row in rows:
-        cells = [Cell(words=row.label)]
+        cells = [Cell(label=row.label)]
         timed = timed_rows(table, [row], device, named=True)
         cells += [
             _of(_latest(store, timing_stage(row, table.baseline, device), where), "relative", 2)
@@ -179,7 +179,7 @@ def comparison_sheet(
             if off
             else "yes"
         )
-        sheet.rows.append([*cells, Cell(words=verdict)])
+        sheet.rows.append([*cells, Cell(label=verdict)])
     sheet.notes.append(
         "reproduced: every score lies within the reference's spread over training seeds, pooled over the rows "
         f"(two-sided {1 - LEVEL:.0%} for all {comparisons} comparisons together, Bonferroni; fd on a log scale)"
@@ -221,7 +221,7 @@ def _of(record: Record | None, name: str, digits: int) -> Cell:
     if record is None:
         return Cell()
     if record.status != "done":
-        return Cell(words="failed")
+        return Cell(label="failed")
     return Cell(
         record.values.get(name), record.values.get(f"{name}_spread"), digits, records=(record,)
     )
@@ -233,7 +233,7 @@ def _count(store: Store, row: Row, where: str, name: str, unit: float, digits: i
     if not all(records):
         return Cell()
     if any(record.status != "done" for record in records):
-        return Cell(words="failed")
+        return Cell(label="failed")
     return (
         Cell(
             sum(record.values[name] for record in records) / unit,
@@ -250,7 +250,7 @@ def _paper(row: dict[str, str], key: str) -> Cell:
     """A published number with the digits that were published; in its own words, a number of millions, where it has a unit (675M)."""
     text = row.get(key, "")
     if text and text[-1] in "MB":
-        return Cell(float(text[:-1]) * (1000 if text[-1] == "B" else 1), words=text)
+        return Cell(float(text[:-1]) * (1000 if text[-1] == "B" else 1), label=text)
     return Cell(float(text), None, len(text.partition(".")[2])) if text else Cell()
 
 
@@ -272,7 +272,7 @@ def _score(
             store.latest(stage, where) is None and store.latest(stage, where, status="failed")
             for stage in stages
         )
-        return Cell(words="failed") if failed else Cell()
+        return Cell(label="failed") if failed else Cell()
     return replace(
         mean_cell(
             name,

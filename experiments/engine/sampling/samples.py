@@ -28,7 +28,12 @@ from experiments.engine.records.files import written_whole
 from experiments.engine.runtime.context import Resources, RunContext
 from experiments.engine.runtime.pieces import compute_pieces
 from experiments.engine.runtime.progress import Progress
-from experiments.engine.sampling.generate import Counted, images, labels, recorded_steps
+from experiments.engine.sampling.generate import (
+    CountingModel,
+    can_capture_steps,
+    generate_images,
+    image_labels,
+)
 from experiments.engine.specs.spec import Checkpoint, Data, Evaluate, canonical, is_latent, spec_id
 from experiments.engine.training.trainer import build, load_ema
 
@@ -38,7 +43,7 @@ QUANTISER = "trunc(clamp(127.5 x + 128, 0, 255))"
 ORDER = "shuffled by numpy's default_rng(0)"
 
 
-class Samples:
+class SampleSet:
     """The finished set of a spec, in the order in which it is scored and packed: shuffled with a fixed seed.
 
     `labels` and `index` (N,) are in that order; index is each image's place in the order of generation; `nfe` is how often
@@ -48,7 +53,7 @@ class Samples:
     def __init__(self, spec: Evaluate, folder: Path, nfe: float) -> None:
         self.spec, self.nfe, self.made = spec, nfe, json.loads((folder / "made.json").read_text())
         self.index = np.random.default_rng(0).permutation(spec.num)
-        self.labels = labels(spec.labels, spec.num, spec.data.num_classes, spec.seed).numpy()[
+        self.labels = image_labels(spec.labels, spec.num, spec.data.num_classes, spec.seed).numpy()[
             self.index
         ]
         self._chunks = [
@@ -83,7 +88,9 @@ class Samples:
             "precision": spec.precision,
             "nfe": self.nfe,
         }
-        npz.write(path, self.batches(), self.shape, self.labels, self.index, self.made | said)
+        npz.write_images(
+            path, self.batches(), self.shape, self.labels, self.index, self.made | said
+        )
 
     def write_png(self, folder: Path) -> None:
         """One PNG an image, by index and label: 000012-207.png."""
@@ -97,14 +104,14 @@ class Samples:
                     Image.fromarray(image).save(file, "PNG")
 
 
-def draw(
+def fill_sample_folder(
     spec: Evaluate,
     folder: Path,
     model: nn.Module,
     decode: Callable[[Tensor], Tensor],
     made: dict[str, Any],
     context: RunContext,
-) -> Samples:
+) -> SampleSet:
     """Draw the chunks that are missing, each rank its share, and return the set on every rank.
 
     The context's report hears of each chunk of this rank.
@@ -124,20 +131,20 @@ def draw(
         with written_whole(origin) as file:
             file.write(json.dumps(made, indent=1, sort_keys=True).encode())
     device = context.device
-    batch = batch_on(device, context.resources.sample_batch)
-    recorded = context.resources.graphs and recorded_steps(spec)
+    batch = sampling_batch(device, context.resources.sample_batch)
+    recorded = context.resources.graphs and can_capture_steps(spec)
     started, paths, drawn, counted = (
         time.perf_counter(),
         _chunk_paths(folder, spec.num),
         [0],
-        Counted(model, recorded),
+        CountingModel(model, recorded),
     )
 
     def chunk(piece: int) -> dict[str, ndarray]:
         before = counted.evaluated
         within = range(piece * CHUNK, min((piece + 1) * CHUNK, spec.num))
         levels = torch.cat(
-            [to_uint8(decode(x)) for x, _ in images(spec, counted, device, batch, within)]
+            [to_uint8(decode(x)) for x, _ in generate_images(spec, counted, device, batch, within)]
         )
         with written_whole(paths[piece]) as file:  # (n, H, W, 3)
             np.save(
@@ -155,16 +162,16 @@ def draw(
         for found in compute_pieces(context, folder / "counts", len(paths), chunk)
     )
     counted.forget()
-    return Samples(spec, folder, context.group.broadcast(evaluated) / spec.num)
+    return SampleSet(spec, folder, context.group.broadcast(evaluated) / spec.num)
 
 
-def sampled(spec: Evaluate, context: RunContext) -> Samples:
+def generate_samples(spec: Evaluate, context: RunContext) -> SampleSet:
     """The set of a spec, drawn as far as it is missing: what the Evaluate stage scores and sample.py packs.
 
     The images lie under the spec's own id, beside the folder of the network's run.
     """
-    model, key = network_of(spec, context.folder, context.resources)
-    decode, decoder = decoder_of(spec.data, context.device)
+    model, key = load_networks(spec, context.folder, context.resources)
+    decode, decoder = load_decoder(spec.data, context.device)
     made = {
         "network": digest(model),
         "key": key,
@@ -172,10 +179,12 @@ def sampled(spec: Evaluate, context: RunContext) -> Samples:
         "decoder": decoder,
         "quantiser": QUANTISER,
     }
-    return draw(spec, context.folder_of(spec) / "samples", model, decode, made, context)
+    return fill_sample_folder(
+        spec, context.folder_of(spec) / "samples", model, decode, made, context
+    )
 
 
-def network_of(spec: Evaluate, folder: Path, resources: Resources) -> tuple[nn.Module, str]:
+def load_networks(spec: Evaluate, folder: Path, resources: Resources) -> tuple[nn.Module, str]:
     """The finished run's EMA network, or all networks of a system, or the published one whose file is given; in eval mode.
 
     With the key under which its weights lay: a spec with the default one takes them from where published files usually have them.
@@ -198,7 +207,7 @@ def network_of(spec: Evaluate, folder: Path, resources: Resources) -> tuple[nn.M
     return accelerate(model.eval(), resources.compile), key
 
 
-def decoder_of(
+def load_decoder(
     data: Data, device: torch.device
 ) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
     """From samples to images in [-1, 1], and what identifies it: nothing for pixels, the VAE for latents.
@@ -232,7 +241,7 @@ def decoder_warnings(data: Data, decoder: dict[str, Any]) -> list[str]:
     ]
 
 
-def batch_on(device: torch.device, asked: int) -> int:
+def sampling_batch(device: torch.device, asked: int) -> int:
     """Images at a time that a device draws."""
     return ON_CPU if device.type == "cpu" else asked
 

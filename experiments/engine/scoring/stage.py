@@ -13,23 +13,23 @@ import numpy as np
 import torch
 from numpy import ndarray
 
-from experiments.engine.data.image_files import Images, about, has_images, sha256
+from experiments.engine.data.image_files import ImageFile, file_sha256, has_images, name_in_errors
 from experiments.engine.data.locate import inception_path, reference_path, require_features
 from experiments.engine.data.quantise import from_uint8, to_uint8
-from experiments.engine.data.sets import ImageSet, cifar10, load
-from experiments.engine.numerics.precision import flags, precision
+from experiments.engine.data.sets import ImageSet, load_cifar10, load_data
+from experiments.engine.numerics.precision import precision, read_tf32_flags
 from experiments.engine.numerics.weights import digest
 from experiments.engine.records.manifest import manifest
 from experiments.engine.runtime.context import RunContext
 from experiments.engine.runtime.pieces import compute_pieces
-from experiments.engine.sampling.generate import Counted, images, recorded_steps
+from experiments.engine.sampling.generate import CountingModel, can_capture_steps, generate_images
 from experiments.engine.sampling.samples import (
     ORDER,
     QUANTISER,
-    batch_on,
     decoder_warnings,
-    network_of,
-    sampled,
+    generate_samples,
+    load_networks,
+    sampling_batch,
 )
 from experiments.engine.scoring import inception, metrics, scores
 from experiments.engine.scoring.features import cifar_classifier, digits_classifier, extract
@@ -47,7 +47,8 @@ ON_CPU = 250  # images that are drawn and classified at a time whatever is asked
 def run(spec: Evaluate, cache: Path, context: RunContext) -> dict[str, Any]:
     """Sample with the run's EMA network and score: floats with their standard errors beside them, and the manifest.
 
-    The context's folder is that of the network's run; cache: of the classifiers. Every rank of the group samples its share of the batches, cut as one process would cut them, so that no number depends on the
+    The context's folder is that of the network's run; cache: of the classifiers. Every rank of the group samples its
+    share of the batches, cut as one process would cut them, so that no number depends on the
     group, nor on a CPU on the batch that is asked for; a GPU may round by it, and the manifest says it. The first rank scores, the
     others return {}.
     """
@@ -68,7 +69,7 @@ def run(spec: Evaluate, cache: Path, context: RunContext) -> dict[str, Any]:
             ),
         )
         found |= {
-            "flags": flags(),
+            "flags": read_tf32_flags(),
             "versions": versions(
                 "numpy",
                 "scipy",
@@ -103,17 +104,17 @@ def _classified(
     device, on_digits = context.device, spec.features == "digits"
     size = ON_CPU if device.type == "cpu" else resources.sample_batch
     if on_digits:
-        reference = load(spec.data)
+        reference = load_data(spec.data)
         classifier, identity = digits_classifier(reference, cache)
     else:
-        reference = cifar10(spec.data, "test")
+        reference = load_cifar10(spec.data, "test")
         classifier, identity = cifar_classifier(spec.data, reference, cache)
-    network, key = network_of(spec, context.folder, resources)
-    counted = Counted(network, resources.graphs and recorded_steps(spec))
+    network, key = load_networks(spec, context.folder, resources)
+    counted = CountingModel(network, resources.graphs and can_capture_steps(spec))
 
     def scored(piece: int) -> dict[str, np.ndarray]:
         before = counted.evaluated
-        ((x, y),) = images(
+        ((x, y),) = generate_images(
             spec, counted, device, size, range(piece * size, min((piece + 1) * size, spec.num))
         )
         features, probabilities = extract(classifier, x if on_digits else from_uint8(to_uint8(x)))
@@ -192,7 +193,7 @@ def _inception(spec: Evaluate, context: RunContext) -> tuple[dict[str, Any], dic
     device = context.device
     extractor = inception.load(inception_path(), device)
     require_reference(spec.data)
-    samples = sampled(spec, context)
+    samples = generate_samples(spec, context)
     parts = context.folder_of(spec) / f"measured-{samples.made['network']}-{extractor.sha256[:16]}"
     measured = measure_shared(extractor, samples, parts / "samples", context)
     reference = _reference(spec.data, extractor, parts, context)
@@ -206,7 +207,7 @@ def _inception(spec: Evaluate, context: RunContext) -> tuple[dict[str, Any], dic
     return values | {"nfe": samples.nfe}, {
         "network": samples.made["network"],
         "key": samples.made["key"],
-        "batch": batch_on(device, context.resources.sample_batch),
+        "batch": sampling_batch(device, context.resources.sample_batch),
         "decoder": samples.made["decoder"],
         "quantiser": QUANTISER,
         "image": {"size": samples.shape[1], "format": "uint8"},
@@ -238,7 +239,7 @@ def require_reference(data: Data) -> None:
     if path := reference_path(data):
         check_reference(path)
     else:
-        load(data)
+        load_data(data)
 
 
 def _reference(
@@ -246,9 +247,9 @@ def _reference(
 ) -> Reference | None:
     """What the samples are scored against; None on all ranks but the first."""
     if path := reference_path(data):
-        with about(path):
+        with name_in_errors(path):
             measured = (
-                measure_shared(extractor, Images(path), parts / sha256(path)[:16], context)
+                measure_shared(extractor, ImageFile(path), parts / file_sha256(path)[:16], context)
                 if has_images(path)
                 else None
             )
@@ -263,7 +264,7 @@ def _reference(
                 f"{path.name} is not ADM's reference, which holds statistics and {ADM_REFERENCE:,} images: FID against another one is another number"
             )
         return reference
-    real, total = _Pixels(load(data)), hashlib.sha256()
+    real, total = _Pixels(load_data(data)), hashlib.sha256()
     for start in range(0, len(real), PIECE):
         total.update(real.part(start, min(start + PIECE, len(real))).tobytes())
     measured = measure_shared(extractor, real, parts / total.hexdigest()[:16], context)

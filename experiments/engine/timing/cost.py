@@ -118,7 +118,7 @@ class MacCounter(TorchDispatchMode):
         return out
 
 
-def count(model: nn.Module, size: int, channels: int) -> dict[str, int]:
+def count_network(model: nn.Module, size: int, channels: int) -> dict[str, int]:
     """Counts of a network on the meta device for one (channels, size, size) input.
 
     Attention runs as explicit products, so that none of it escapes.
@@ -138,11 +138,11 @@ def count(model: nn.Module, size: int, channels: int) -> dict[str, int]:
     }
 
 
-def run(spec: Cost) -> dict[str, int]:
+def count_backbone(spec: Cost) -> dict[str, int]:
     """Counts of a declared backbone."""
     options = spec.backbone.options | dict(
         input_size=spec.size, in_channels=spec.channels, num_classes=spec.num_classes
     )
     with torch.device("meta"):
         model = backbones.build(spec.backbone.name, **options)
-    return count(model, spec.size, spec.channels)
+    return count_network(model, spec.size, spec.channels)

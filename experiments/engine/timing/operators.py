@@ -78,10 +78,10 @@ class Operators(TorchDispatchMode):
         inputs, outputs = _tensors((*args, *(kwargs or {}).values())), _tensors([out])
         if not _is_view(func, inputs, outputs):
             one = self.classes.setdefault(
-                class_of(func, args), dict(seconds=0.0, macs=0, bytes=0, calls=0)
+                classify(func, args), dict(seconds=0.0, macs=0, bytes=0, calls=0)
             )
             one["seconds"] += seconds
-            one["macs"] += macs_of(func, args, out)
+            one["macs"] += count_macs(func, args, out)
             one["bytes"] += sum(
                 tensor.numel() * tensor.element_size()
                 for tensor in {t.data_ptr(): t for t in (*inputs, *outputs)}.values()
@@ -94,7 +94,7 @@ class Operators(TorchDispatchMode):
             torch.cuda.synchronize()
 
 
-def class_of(func: Any, args: Sequence[Any]) -> str:
+def classify(func: Any, args: Sequence[Any]) -> str:
     name = func.name().partition("::")[2].partition(".")[0]
     for found, beginnings in CLASSES.items():
         if name.startswith(beginnings):
@@ -102,7 +102,7 @@ def class_of(func: Any, args: Sequence[Any]) -> str:
     return ELEMENTWISE
 
 
-def macs_of(func: Any, args: Sequence[Any], out: Any) -> int:
+def count_macs(func: Any, args: Sequence[Any], out: Any) -> int:
     """Multiply-accumulates of a product, a convolution or fused attention; of a backward pass, of each gradient that is asked for."""
     if func in MACS:
         return MACS[func](args, out)

@@ -12,7 +12,7 @@ from experiments.engine.diffusion.guidance import Guided
 from experiments.engine.diffusion.iddpm import IDDPM
 
 
-def bare(model: nn.Module, batch: int) -> Callable[[], None]:
+def bare_training(model: nn.Module, batch: int) -> Callable[[], None]:
     """The least that a training step can be: the network on noise, backward, AdamW."""
     x, t, y = _batch(model, batch)
     optimizer = torch.optim.AdamW(

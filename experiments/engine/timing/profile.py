@@ -10,17 +10,17 @@ from typing import Any
 import torch
 
 from backbones import kernels
-from experiments.engine.numerics.precision import flags, precision
+from experiments.engine.numerics.precision import precision, read_tf32_flags
 from experiments.engine.specs.spec import Ceilings, Cost, Profile
 from experiments.engine.timing import stage as timing
 from experiments.engine.timing import tasks as timed_tasks
 from experiments.engine.timing.operators import Operators
-from experiments.engine.timing.stage import half_quartiles, seconds
+from experiments.engine.timing.stage import half_interquartile_range, time_call
 
 WARM_UP = 3
 
 
-def run(spec: Profile, folder: Path) -> dict[str, Any]:
+def profile_task(spec: Profile, folder: Path) -> dict[str, Any]:
     """Seconds of a call as a whole, and of its operators one by one, by class; the trace goes to `trace.json.gz` in the folder.
 
     An operator is timed alone, between two synchronisations, so their sum is more than the call takes; what a call spends
@@ -30,15 +30,15 @@ def run(spec: Profile, folder: Path) -> dict[str, Any]:
     device = torch.device(timed.device)
     network = Cost(timed.backbone, timed.size, timed.channels, timed.num_classes)
     with precision(timed.precision, device), kernels.use(**timed.kernels):
-        timing.check(network, timed, device)
+        timing.check_against_reference(network, timed, device)
         kernels.reset_used()
-        task = timed_tasks.task(network, timed, device)
+        task = timed_tasks.build_task(network, timed, device)
         for _ in range(WARM_UP):
             task()
-        whole = sorted(timing.seconds(task, device) for _ in range(WARM_UP))[WARM_UP // 2]
+        whole = sorted(timing.time_call(task, device) for _ in range(WARM_UP))[WARM_UP // 2]
         with Operators(device) as operators:
             task()
-        in_force = flags()
+        in_force = read_tf32_flags()
         folder.mkdir(parents=True, exist_ok=True)
         activities = [torch.profiler.ProfilerActivity.CPU] + [
             torch.profiler.ProfilerActivity.CUDA
@@ -66,15 +66,15 @@ def measure_ceilings(spec: Ceilings) -> dict[str, Any]:
             side: _rates(side**3, _product(side, spec.precision, device), device)
             for side in SIDES[device.type]
         }
-        in_force = flags()
+        in_force = read_tf32_flags()
     copied = copy_rates(device)
     best = max(rates, key=lambda side: statistics.median(rates[side]))
     return {
         "macs_per_s": statistics.median(rates[best]),
-        "macs_per_s_spread": half_quartiles(rates[best]),
+        "macs_per_s_spread": half_interquartile_range(rates[best]),
         "side": best,
         "bytes_per_s": statistics.median(copied),
-        "bytes_per_s_spread": half_quartiles(copied),
+        "bytes_per_s_spread": half_interquartile_range(copied),
         **in_force,
     }
 
@@ -98,4 +98,4 @@ def _rates(amount: int, task: Callable[[], Any], device: torch.device) -> list[f
     for _ in range(3):
         task()
     repeats = 10 if device.type == "cuda" else 1
-    return [amount / seconds(task, device, repeats) for _ in range(RUNS)]
+    return [amount / time_call(task, device, repeats) for _ in range(RUNS)]

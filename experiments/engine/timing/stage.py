@@ -14,20 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from backbones import kernels
-from experiments.engine.numerics.cuda_graphs import Captured, accelerate
-from experiments.engine.numerics.device import joules
-from experiments.engine.numerics.precision import flags, precision
+from experiments.engine.numerics.cuda_graphs import CudaGraph, accelerate
+from experiments.engine.numerics.device import read_joules
+from experiments.engine.numerics.precision import precision, read_tf32_flags
 from experiments.engine.numerics.randomness import generator_at
 from experiments.engine.specs.spec import Cost, Timing
 from experiments.engine.timing.operators import Operators
 from experiments.engine.timing.tasks import (
     Task,
-    inputs_of,
-    network_of,
-    sampling,
-    task,
-    together,
-    trainer_of,
+    build_network,
+    build_sampling,
+    build_task,
+    build_trainer,
+    combine_tasks,
+    draw_inputs,
 )
 
 PAIRS, FEWEST = 7, 3
@@ -40,7 +40,7 @@ LIMITS = {
 }  # relative RMS error of an output against the reference kernels'
 
 
-def run(spec: Timing) -> dict[str, Any]:
+def measure_speed(spec: Timing) -> dict[str, Any]:
     """Median images per second, its spread, and the ratio to the baseline, both timed in turn; a system of several networks is all of them.
 
     The machine's speed drifts, so the ratio is the median of the ratios of neighbouring runs. Peak memory is that of the subject
@@ -48,7 +48,7 @@ def run(spec: Timing) -> dict[str, Any]:
     ValueError where what would be timed does not compute what the reference computes, forward and, for training, backward.
     """
     device = torch.device(spec.device)
-    forget(device)
+    free_memory(device)
     own = Cost(spec.backbone, spec.size, spec.channels, spec.num_classes)
     other = Cost(
         spec.baseline or spec.backbone,
@@ -58,20 +58,20 @@ def run(spec: Timing) -> dict[str, Any]:
     systems = [(own, *spec.parts)] + [(other,)] * ((other,) != (own, *spec.parts))
     with precision(spec.precision, device), kernels.use(**spec.kernels):
         for network in {str(each): each for system in systems for each in system}.values():
-            check(network, spec, device)
+            check_against_reference(network, spec, device)
         kernels.reset_used()  # the record names what is timed, not what it was checked with
-        forget(device)
-        replayed, compiled = Captured.replayed, _compiled()
+        free_memory(device)
+        replayed, compiled = CudaGraph.replayed, _compiled()
         tasks: list[Task] = []
         warmed: list[tuple[int, bool, int | None]] = []
         for system in systems:  # the subject first, so that its peak is its own
             _forget_peak(device)
-            tasks.append(together([task(network, spec, device) for network in system]))
+            tasks.append(combine_tasks([build_task(network, spec, device) for network in system]))
             warmed.append(_warm(tasks[-1], device, spec.graphs))
         in_force = (
             _read_back(device)
             | tasks[0].seen
-            | {"compiled": _compiled() > compiled, "graphs": Captured.replayed > replayed}
+            | {"compiled": _compiled() > compiled, "graphs": CudaGraph.replayed > replayed}
         )
         moved = None if spec.compile or spec.graphs else _moved(tasks[0], device)
         repeats = max(each[0] for each in warmed)
@@ -79,22 +79,22 @@ def run(spec: Timing) -> dict[str, Any]:
         while len(pairs) < FEWEST or (
             len(pairs) < PAIRS and time.perf_counter() - started < PATIENCE
         ):
-            before = joules(device)
-            pairs.append([seconds(tasks[0], device, repeats, spec.precision != "as_published")])
+            before = read_joules(device)
+            pairs.append([time_call(tasks[0], device, repeats, spec.precision != "as_published")])
             used.append(
-                None if before is None else (joules(device) - before) / (repeats * spec.batch)
+                None if before is None else (read_joules(device) - before) / (repeats * spec.batch)
             )
             pairs[-1] += [
-                seconds(each, device, repeats, spec.precision != "as_published")
+                time_call(each, device, repeats, spec.precision != "as_published")
                 for each in tasks[1:]
             ]
     rates = [spec.batch / pair[0] for pair in pairs]
     ratios = [pair[-1] / pair[0] for pair in pairs]
     return {
         "images_per_s": statistics.median(rates),
-        "images_per_s_spread": half_quartiles(rates),
+        "images_per_s_spread": half_interquartile_range(rates),
         "relative": statistics.median(ratios),
-        "relative_spread": half_quartiles(ratios) if len(systems) > 1 else 0.0,
+        "relative_spread": half_interquartile_range(ratios) if len(systems) > 1 else 0.0,
         "baseline_images_per_s": statistics.median(spec.batch / pair[-1] for pair in pairs)
         if spec.baseline
         else None,
@@ -109,7 +109,7 @@ def run(spec: Timing) -> dict[str, Any]:
     }
 
 
-def check(network: Cost, spec: Timing, device: torch.device) -> None:
+def check_against_reference(network: Cost, spec: Timing, device: torch.device) -> None:
     """Refuse to time what does not compute what the reference kernels compute, by relative RMS error on one sample.
 
     Of training the gradients are checked too, all parameters' as one vector; half the digits go in a backward pass, or a second step. Where a network is
@@ -124,7 +124,7 @@ def check(network: Cost, spec: Timing, device: torch.device) -> None:
         if spec.what == "sampling" and spec.graphs
         else None
     )
-    model, inputs = network_of(network, spec, device), inputs_of(network, spec, device)
+    model, inputs = build_network(network, spec, device), draw_inputs(network, spec, device)
     sample = [part[:1] for part in inputs]
     with kernels.use(**kernels.references()):
         expected = (
@@ -164,8 +164,8 @@ def _passed(
     network: Cost, spec: Timing, device: torch.device, sample: list[Tensor]
 ) -> list[Tensor]:
     """Loss and gradients that the trainer's passes leave of a batch of one `sample` (x, t, y) over and over: those of the sample."""
-    forget(device)
-    trainer = trainer_of(network, spec, device)
+    free_memory(device)
+    trainer = build_trainer(network, spec, device)
     x, t, y = sample
     x = x[
         :, : trainer.spec.data.channels
@@ -184,7 +184,7 @@ def _looped(
 ) -> list[Tensor]:
     """The first image of a loop of sampling, whose batch is one `sample` (x, t, y) over and over; the first one's noise does not depend on the batch."""
     return [
-        sampling(
+        build_sampling(
             network,
             replace(spec, num_steps=2),
             device,
@@ -213,7 +213,7 @@ def _results(model: nn.Module, inputs: tuple[Tensor, ...], backward: bool) -> li
     return found
 
 
-def forget(device: torch.device) -> None:
+def free_memory(device: torch.device) -> None:
     """Give back the memory of earlier tasks on a GPU, where recordings and their owners hold each other, and drop what was compiled.
 
     Of a function with more than eight compiled versions the compiler would run the next as it is.
@@ -233,7 +233,7 @@ def _warm(call: Task, device: torch.device, recorded: bool) -> tuple[int, bool, 
     for i in range(WARM_UP):
         if i == 1 and not recorded:
             _forget_peak(device)
-        before, latest = latest, seconds(call, device)
+        before, latest = latest, time_call(call, device)
         stable = abs(latest - before) <= STABLE * latest
         if stable or time.perf_counter() - started > PATIENCE:
             break
@@ -253,7 +253,9 @@ def _forget_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def seconds(call: Task, device: torch.device, repeats: int = 1, synchronise: bool = True) -> float:
+def time_call(
+    call: Task, device: torch.device, repeats: int = 1, synchronise: bool = True
+) -> float:
     """Seconds of one run, the mean of `repeats`, from an idle device to an idle device; not `synchronise`: until all is launched."""
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -265,7 +267,7 @@ def seconds(call: Task, device: torch.device, repeats: int = 1, synchronise: boo
     return (time.perf_counter() - started) / repeats
 
 
-def half_quartiles(values: list[float]) -> float:
+def half_interquartile_range(values: list[float]) -> float:
     low, _, high = statistics.quantiles(values, n=4)
     return (high - low) / 2
 
@@ -282,4 +284,7 @@ def _read_back(device: torch.device) -> dict[str, Any]:
         if torch.is_autocast_enabled(device.type)
         else None
     )
-    return flags() | {"autocast": autocast, "cudnn_benchmark": torch.backends.cudnn.benchmark}
+    return read_tf32_flags() | {
+        "autocast": autocast,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+    }

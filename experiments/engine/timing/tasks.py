@@ -19,11 +19,16 @@ from torch import Tensor, nn
 
 import backbones
 from experiments.engine.data.sets import ImageSet
-from experiments.engine.diffusion.build import process
-from experiments.engine.diffusion.cascade import conditioned
+from experiments.engine.diffusion.build import build_diffusion
+from experiments.engine.diffusion.cascade import condition_on_low_res
 from experiments.engine.diffusion.guidance import Guided
 from experiments.engine.diffusion.samplers import ancestral
-from experiments.engine.numerics.cuda_graphs import Kept, accelerate, directly, require_gpu
+from experiments.engine.numerics.cuda_graphs import (
+    SharedGraph,
+    accelerate,
+    require_gpu,
+    run_eagerly,
+)
 from experiments.engine.numerics.randomness import ImageNoise, generator_at, seed_at
 from experiments.engine.specs.spec import Backbone, Cost, Data, Diffusion, Recipe, Timing, Train
 from experiments.engine.training.trainer import Trainer, build
@@ -47,7 +52,7 @@ class Task:
         self.run()
 
 
-def together(tasks: Sequence[Task]) -> Task:
+def combine_tasks(tasks: Sequence[Task]) -> Task:
     """A system of several networks, one after the other; of what was seen of them, all that there is."""
     if len(tasks) == 1:
         return tasks[0]
@@ -61,20 +66,20 @@ def together(tasks: Sequence[Task]) -> Task:
     return Task(lambda: [task() for task in tasks], seen)
 
 
-def task(network: Cost, spec: Timing, device: torch.device) -> Task:
+def build_task(network: Cost, spec: Timing, device: torch.device) -> Task:
     """ValueError lists what can be timed.
 
     `one_condition` of what it has seen: whether time and label of a single image served the whole batch, as in the authors' script, which
     a network that makes tokens of them cannot take.
     """
-    known = {"forward": _forward, "training": _training, "sampling": sampling}
+    known = {"forward": _forward, "training": _training, "sampling": build_sampling}
     if spec.what not in known:
         raise ValueError(f"unknown task {spec.what!r} to time; known: {', '.join(known)}")
     return known[spec.what](network, spec, device)
 
 
 def _forward(network: Cost, spec: Timing, device: torch.device) -> Task:
-    model, (x, t, y) = network_of(network, spec, device), inputs_of(network, spec, device)
+    model, (x, t, y) = build_network(network, spec, device), draw_inputs(network, spec, device)
     one = spec.precision == "as_published" and _takes_one_condition(model, x, t, y)
     if one:
         t, y = t[:1], y[:1]
@@ -84,7 +89,9 @@ def _forward(network: Cost, spec: Timing, device: torch.device) -> Task:
     def forward() -> None:
         model(x, t, y)
 
-    return Task(forward, {"memory_format": layout_of(x, *model.parameters()), "one_condition": one})
+    return Task(
+        forward, {"memory_format": read_layout(x, *model.parameters()), "one_condition": one}
+    )
 
 
 @torch.inference_mode()
@@ -98,7 +105,7 @@ def _takes_one_condition(model: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> b
     return True
 
 
-def sampling(
+def build_sampling(
     network: Cost,
     spec: Timing,
     device: torch.device,
@@ -108,13 +115,16 @@ def sampling(
 
     `inputs`: x, t and y instead of the usual, of which an upsampler's low-resolution images and the labels are taken.
     """
-    model, (x, _, y) = network_of(network, spec, device), inputs or inputs_of(network, spec, device)
+    model, (x, _, y) = (
+        build_network(network, spec, device),
+        inputs or draw_inputs(network, spec, device),
+    )
     if spec.graphs:
         require_gpu(device)
-    data, diffusion = data_of(network), diffusion_of(network, model)
+    data, diffusion = training_data(network), training_diffusion(network, model)
     steps, launch = (
-        process(diffusion).respaced(spec.num_steps).to(device),
-        Kept() if spec.graphs else directly,
+        build_diffusion(diffusion).respaced(spec.num_steps).to(device),
+        SharedGraph() if spec.graphs else run_eagerly,
     )
     accelerate(model, spec.compile)
     low = (
@@ -122,7 +132,7 @@ def sampling(
         if diffusion.low_res is None
         else F.interpolate(x[:, : data.channels], diffusion.low_res, mode="area")
     )
-    called = model if low is None else conditioned(model, torch.cat([low, low]))
+    called = model if low is None else condition_on_low_res(model, torch.cat([low, low]))
     guided = Guided(
         called, SCALE, network.num_classes if has_null_label(network) else 0, channels=None
     )
@@ -140,13 +150,13 @@ def sampling(
         return images
 
     return Task(
-        sample, {"memory_format": layout_of(x, *model.parameters()), "one_condition": False}
+        sample, {"memory_format": read_layout(x, *model.parameters()), "one_condition": False}
     )
 
 
 def _training(network: Cost, spec: Timing, device: torch.device) -> Task:
     """A step of the trainer as runs take it, loading included, on random images in memory."""
-    trainer, draw = trainer_of(network, spec, device), np.random.default_rng(0)
+    trainer, draw = build_trainer(network, spec, device), np.random.default_rng(0)
     data = trainer.spec.data
     shape = (4 * spec.batch, data.channels, data.size, data.size)
     stepping = trainer.steps(
@@ -158,11 +168,11 @@ def _training(network: Cost, spec: Timing, device: torch.device) -> Task:
     )
     return Task(
         lambda: next(stepping),
-        {"memory_format": layout_of(*trainer.model.parameters()), "one_condition": False},
+        {"memory_format": read_layout(*trainer.model.parameters()), "one_condition": False},
     )
 
 
-def trainer_of(network: Cost, spec: Timing, device: torch.device) -> Trainer:
+def build_trainer(network: Cost, spec: Timing, device: torch.device) -> Trainer:
     """By the common recipe, whose steps cost what any other's do, without label dropout where there is no null label to drop to."""
     recipe = Recipe(
         steps=10**9,
@@ -170,33 +180,35 @@ def trainer_of(network: Cost, spec: Timing, device: torch.device) -> Trainer:
         precision=spec.precision,
         label_dropout=0.1 if has_null_label(network) else 0.0,
     )
-    model = drawn(sized(network), device).to(memory_format=_layout(spec))
-    declared = Train(sized(network), data_of(network), recipe, diffusion_of(network, model))
+    model = draw_network(size_backbone(network), device).to(memory_format=_layout(spec))
+    declared = Train(
+        size_backbone(network), training_data(network), recipe, training_diffusion(network, model)
+    )
     trainer = Trainer(declared, device, compiled=spec.compile, graphs=spec.graphs, model=model)
-    fill(model)
+    fill_zeros(model)
     return trainer
 
 
-def data_of(network: Cost) -> Data:
+def training_data(network: Cost) -> Data:
     """The images that a network is trained on and makes; of an upsampler those of half its input's channels."""
     return Data(
         "random",
         network.size,
-        network.channels // 2 if upsamples(network) else network.channels,
+        network.channels // 2 if is_upsampler(network) else network.channels,
         network.num_classes,
     )
 
 
-def diffusion_of(network: Cost, model: nn.Module) -> Diffusion:
+def training_diffusion(network: Cost, model: nn.Module) -> Diffusion:
     """DiT's steps, with the variance learned where the network predicts one."""
-    data = data_of(network)
-    low_res = max(1, data.size // UPSAMPLED) if upsamples(network) else None
+    data = training_data(network)
+    low_res = max(1, data.size // UPSAMPLED) if is_upsampler(network) else None
     return Diffusion(
         variance="learned" if model.out_channels == 2 * data.channels else "fixed", low_res=low_res
     )
 
 
-def upsamples(network: Cost) -> bool:
+def is_upsampler(network: Cost) -> bool:
     return _option(network, "low_res", False)
 
 
@@ -210,13 +222,13 @@ def _option(network: Cost, name: str, default: bool) -> bool:
     )
 
 
-def sized(network: Cost) -> Backbone:
+def size_backbone(network: Cost) -> Backbone:
     return network.backbone.but(
         input_size=network.size, in_channels=network.channels, num_classes=network.num_classes
     )
 
 
-def fill(model: nn.Module) -> None:
+def fill_zeros(model: nn.Module) -> None:
     """Random weights where an initialisation left zeros: zero heads would make any kernel look right."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not parameter.any():
@@ -228,7 +240,7 @@ def fill(model: nn.Module) -> None:
             )
 
 
-def drawn(spec: Backbone, device: torch.device) -> nn.Module:
+def draw_network(spec: Backbone, device: torch.device) -> nn.Module:
     """`build` of seed 0, the latest of which are kept on the CPU: drawing a large network's weights takes longer than timing it."""
     if (name := str(spec)) not in _drawn:
         while len(_drawn) >= KEPT:
@@ -237,13 +249,13 @@ def drawn(spec: Backbone, device: torch.device) -> nn.Module:
     return copy.deepcopy(_drawn[name]).to(device)
 
 
-def network_of(network: Cost, spec: Timing, device: torch.device) -> nn.Module:
-    model = drawn(sized(network), device).to(memory_format=_layout(spec)).eval()
-    fill(model)
+def build_network(network: Cost, spec: Timing, device: torch.device) -> nn.Module:
+    model = draw_network(size_backbone(network), device).to(memory_format=_layout(spec)).eval()
+    fill_zeros(model)
     return model
 
 
-def inputs_of(network: Cost, spec: Timing, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def draw_inputs(network: Cost, spec: Timing, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """What the network is called with: x, t and y of a batch."""
     draw = torch.Generator().manual_seed(seed_at("timing"))
     x = torch.randn(spec.batch, network.channels, network.size, network.size, generator=draw)
@@ -258,7 +270,7 @@ def _layout(spec: Timing) -> torch.memory_format:
     return LAYOUTS[spec.layout]
 
 
-def layout_of(*tensors: Tensor) -> str:
+def read_layout(*tensors: Tensor) -> str:
     """The layouts of the four-dimensional ones that lie in one alone, as those of several channels and pixels do; 'any' where there are none."""
     images = [tensor for tensor in tensors if tensor.ndim == 4]
     held = [

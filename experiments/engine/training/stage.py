@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.engine.data.sets import batch_indices, load
+from experiments.engine.data.sets import batch_indices, load_data
 from experiments.engine.numerics.weights import digest
 from experiments.engine.runtime.attempts import begin_attempt
 from experiments.engine.runtime.context import RunContext
@@ -65,7 +65,7 @@ def run_training(
     if beat:
         begin_attempt(beat, first)
         beat.update(state="training", step=first, steps=recipe.steps)
-    images, stop = load(spec.data), DelayedMaximum(group)
+    images, stop = load_data(spec.data), DelayedMaximum(group)
     with (
         Log(folder, first, bands.bands_of(spec)) if group.first else nullcontext() as log,
         checkpoint.Writer(folder / "checkpoints", resources.keep, resources.milestones) as writer,

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import backbones
-from experiments.engine.data.sets import ImageSet, batches
-from experiments.engine.diffusion.build import process
-from experiments.engine.numerics.cuda_graphs import Captured, require_gpu
+from experiments.engine.data.sets import ImageSet, iterate_batches
+from experiments.engine.diffusion.build import build_diffusion
+from experiments.engine.numerics.cuda_graphs import CudaGraph, require_gpu
 from experiments.engine.numerics.precision import precision
 from experiments.engine.numerics.randomness import generator_at, seed_at
 from experiments.engine.runtime.group import ALONE, Group, average_gradients
@@ -93,12 +93,12 @@ class Trainer:
             if self.sharded
             else torch.optim.AdamW(trainable, **options)
         )
-        self.diffusion = process(spec.diffusion).to(device)
+        self.diffusion = build_diffusion(spec.diffusion).to(device)
         self.passes: Callable[..., Tensor] = self._passes
         if graphs:
             require_gpu(device)
             if group.world_size == 1:  # the exchange between processes stays outside of graphs
-                self.passes = Captured(self._passes)
+                self.passes = CudaGraph(self._passes)
         self.step = 0
 
     def state(self) -> dict[str, Any]:
@@ -129,7 +129,7 @@ class Trainer:
     def steps(self, images: ImageSet) -> Iterator[Tensor]:
         """Train from the step reached to the last, yielding each step's loss (0-d, on the device): this rank's share of the sum."""
         recipe = self.spec.recipe
-        for x0, y in batches(
+        for x0, y in iterate_batches(
             images,
             recipe.batch,
             self.spec.seed,

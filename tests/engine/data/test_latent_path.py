@@ -18,7 +18,7 @@ from sklearn.datasets import load_sample_images
 from experiments.engine.data import encode as shards
 from experiments.engine.data import locate as sources
 from experiments.engine.data.autoencoder import load_autoencoder
-from experiments.engine.data.encode import Work, prepare
+from experiments.engine.data.encode import EncodingJob, encode_pictures
 from experiments.engine.data.pictures import find_pictures, read_picture
 from experiments.engine.jobs.execute import execute
 from experiments.engine.records.store import Store
@@ -96,7 +96,9 @@ def whole_path(given: Path, root: Path, dies: str) -> None:
         flip=True,
         vae=vae.encoder,
     )
-    prepare(Work(pictures, vae, SIDE, shard=5), root / "data" / data.name, lambda *counts: None)
+    encode_pictures(
+        EncodingJob(pictures, vae, SIDE, shard=5), root / "data" / data.name, lambda *counts: None
+    )
     real = np.stack([read_picture(pictures.root / file, SIDE)[0] for file in pictures.files])
     np.savez(root / "data" / data.name / "reference.npz", arr_0=real)
     network = Backbone(

@@ -12,9 +12,9 @@ from experiments.engine.diffusion.flow import PATHS, Flow
 from experiments.engine.diffusion.flow_samplers import FORMS, dopri5, euler, heun, sde
 from experiments.engine.diffusion.guidance import Guided
 from experiments.engine.diffusion.iddpm import Model
-from experiments.engine.diffusion.samplers import bind
+from experiments.engine.diffusion.samplers import bind_sampler
 from experiments.engine.numerics.randomness import ImageNoise
-from experiments.engine.sampling.generate import Counted
+from experiments.engine.sampling.generate import CountingModel
 from experiments.engine.specs.spec import Sampler
 from tests.support.flows import Given
 
@@ -138,7 +138,7 @@ def test_every_image_takes_the_steps_of_a_solver_of_its_own(atol: float, rtol: f
         torch.randn(4, 2, 3, 5, generator=torch.Generator().manual_seed(0)).double(),
         torch.arange(4),
     )
-    counted = Counted(curved)
+    counted = CountingModel(curved)
     found = last(dopri5, counted, y, Given(first), atol=atol, rtol=rtol)
     evaluated = 0
     for image, label, ours in zip(first, y, found, strict=True):
@@ -290,13 +290,13 @@ def test_an_image_of_a_flow_depends_on_its_seed_and_not_on_the_batch(
     name: str, nfe: int | None, scale: float
 ):
     sample, seeds, y = (
-        bind(Sampler(name, num_steps=6), Flow("linear")),
+        bind_sampler(Sampler(name, num_steps=6), Flow("linear")),
         [5, 6, 7, 8, 9],
         torch.arange(5),
     )
 
     def sampled(start: int, stop: int) -> tuple[Tensor, float]:
-        counted = Counted(lambda x, t, y: curved(x, t, y % 3).float())
+        counted = CountingModel(lambda x, t, y: curved(x, t, y % 3).float())
         x = last(
             sample,
             Guided(counted, scale, 10, channels=None),

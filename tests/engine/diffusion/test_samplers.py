@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments.engine.diffusion.build import process
+from experiments.engine.diffusion.build import build_diffusion
 from experiments.engine.diffusion.guidance import Guided
 from experiments.engine.diffusion.iddpm import IDDPM, Model
-from experiments.engine.diffusion.samplers import ancestral, bind, ddim
+from experiments.engine.diffusion.samplers import ancestral, bind_sampler, ddim
 from experiments.engine.numerics.randomness import ImageNoise
-from experiments.engine.sampling.generate import Counted
+from experiments.engine.sampling.generate import CountingModel
 from experiments.engine.specs.spec import Diffusion, Sampler
 
 MEAN, STD = 0.3, 0.7
@@ -199,7 +199,7 @@ def test_noise_of_an_image_ignores_its_batch(parts: list[int]):
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_a_seed_that_would_repeat_another_is_refused(seed: int):
-    with pytest.raises(ValueError, match="seeds lie in"):
+    with pytest.raises(ValueError, match="seeds must be from"):
         ImageNoise([0, seed], (1, 3, 5))
 
 
@@ -276,7 +276,7 @@ def test_guidance_tells_the_times_of_a_batch_apart():
 
 
 def test_nfe_of_a_run_counts_both_halves():
-    counted = Counted(Recorder())
+    counted = CountingModel(Recorder())
     for _ in ancestral(
         IDDPM.linear().respaced(10),
         Guided(counted, 1.5, 10, interval=(0, 500)),
@@ -295,12 +295,12 @@ def test_guiding_channels_that_do_not_exist_is_refused():
 @pytest.mark.parametrize("name", ["ancestral", "ddim"])
 def test_clipped_estimates_keep_a_wild_network_within_pixels(name: str):
     """Cosine betas amplify an error of the first step by 1 / sqrt(A) of some 1e4; the last step's x is its estimate."""
-    cosine = process(Diffusion(betas="cosine"))
+    cosine = build_diffusion(Diffusion(betas="cosine"))
     wild = lambda x, t, y: torch.full((len(x), 2 * x.shape[1], *x.shape[2:]), 0.3)  # noqa: E731
     highest = {}
     for clip in (False, True):
         noise = ImageNoise([3, 4], (2, 5, 3))
-        *_, x = bind(Sampler(name=name, num_steps=20, clip=clip), cosine)(
+        *_, x = bind_sampler(Sampler(name=name, num_steps=20, clip=clip), cosine)(
             wild, torch.zeros(2, dtype=torch.long), noise
         )
         highest[clip] = x.abs().max().item()

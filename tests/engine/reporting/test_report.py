@@ -95,7 +95,7 @@ def compared(store: Store, seeds: tuple[int, ...] = (0,)) -> list[str]:
         (Cell(1.234, 0.056), "1.23 ±0.06"),
         (Cell(1.234, math.nan, 1), "1.2"),
         (Cell(0.0), "0.00"),
-        (Cell(3.0, words="failed"), "failed"),
+        (Cell(3.0, label="failed"), "failed"),
     ],
 )
 def test_what_a_cell_says(cell: Cell, text: str):
@@ -330,7 +330,7 @@ def test_csv_is_rectangular_and_holds_the_notes_of_the_markdown(tmp_path: Path):
 HARD = Sheet(
     "50% & more_of it",
     [("", "row"), ("a_b & c", "x"), ("a_b & c", "y#")],
-    [[Cell(words="A->B & 5%"), Cell(1.5, 0.25), Cell(words="failed")]],
+    [[Cell(label="A->B & 5%"), Cell(1.5, 0.25), Cell(label="failed")]],
     ["100% sure_thing"],
 )
 

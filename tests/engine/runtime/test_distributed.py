@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments.engine.data.sets import batch_indices, load
+from experiments.engine.data.sets import batch_indices, load_data
 from experiments.engine.diffusion.iddpm import IDDPM
 from experiments.engine.jobs.execute import execute
 from experiments.engine.records.store import REPOSITORY, Store
@@ -407,7 +407,7 @@ def test_a_bad_loss_of_one_rank_is_everybody_s(kind: str, bad: int, words: str, 
     assert record.values["last_checkpoint"] == 35 and record.values["stopped_at"] >= bad + 1
     assert (
         record.values["batch"]
-        == batch_indices(len(load(spec.data)), 16, 0, record.values["stopped_at"] - 1).tolist()
+        == batch_indices(len(load_data(spec.data)), 16, 0, record.values["stopped_at"] - 1).tolist()
     )
 
 
@@ -529,7 +529,7 @@ def test_scores_do_not_depend_on_the_group_and_sampling_goes_on_from_finished_ba
             raise KeyboardInterrupt
         return sampled(*arguments)
 
-    monkeypatch.setattr(evaluate, "images", interrupted)
+    monkeypatch.setattr(evaluate, "generate_images", interrupted)
     monkeypatch.setattr(evaluate, "ON_CPU", 5)
     torch.set_num_threads(1)
     with pytest.raises(KeyboardInterrupt):
@@ -540,12 +540,14 @@ def test_scores_do_not_depend_on_the_group_and_sampling_goes_on_from_finished_ba
         name: repr(value) for name, value in values.items()
     }
     model = build(TRAIN.backbone, 0, torch.device("cpu")).eval()
-    images = torch.cat([x for x, _ in generate.images(SCORE, model, torch.device("cpu"), 5)])
+    images = torch.cat(
+        [x for x, _ in generate.generate_images(SCORE, model, torch.device("cpu"), 5)]
+    )
     parts = torch.cat(
         [
             x
             for start in range(0, 23, 5)
-            for x, _ in generate.images(
+            for x, _ in generate.generate_images(
                 SCORE, model, torch.device("cpu"), 5, range(start, min(start + 5, 23))
             )
         ]

@@ -21,17 +21,22 @@ from torch import Tensor
 from experiments.declared.protocols import DIGITS
 from experiments.engine.data import locate as sources
 from experiments.engine.data.autoencoder import load_autoencoder
-from experiments.engine.data.image_files import Images
+from experiments.engine.data.image_files import ImageFile
 from experiments.engine.data.quantise import to_uint8
-from experiments.engine.data.sets import ImageSet, load
+from experiments.engine.data.sets import ImageSet, load_data
 from experiments.engine.jobs.pool import Job
 from experiments.engine.jobs.progress import ProgressDisplay
 from experiments.engine.records.store import REPOSITORY
 from experiments.engine.runtime.context import Resources, RunContext
 from experiments.engine.runtime.progress import Progress
 from experiments.engine.sampling import samples
-from experiments.engine.sampling.generate import images, labels
-from experiments.engine.sampling.samples import decoder_of, decoder_warnings, draw, sampled
+from experiments.engine.sampling.generate import generate_images, image_labels
+from experiments.engine.sampling.samples import (
+    decoder_warnings,
+    fill_sample_folder,
+    generate_samples,
+    load_decoder,
+)
 from experiments.engine.scoring import inception
 from experiments.engine.scoring import stage as evaluate
 from experiments.engine.specs.spec import (
@@ -74,8 +79,8 @@ def drawn(
     decode: Callable[[Tensor], Tensor] = lambda x: x,
     spec: Evaluate = SPEC,
     **made: Any,
-) -> samples.Samples:
-    return draw(
+) -> samples.SampleSet:
+    return fill_sample_folder(
         spec,
         folder,
         build(TINY, 0, CPU).eval(),
@@ -85,13 +90,13 @@ def drawn(
     )
 
 
-def levels(found: samples.Samples) -> np.ndarray:
+def levels(found: samples.SampleSet) -> np.ndarray:
     return np.concatenate(list(found.batches(7)))
 
 
 def test_a_set_holds_every_image_once_quantised_in_the_order_of_its_labels(tmp_path: Path):
     found = drawn(tmp_path)
-    x = torch.cat([x for x, _ in images(SPEC, build(TINY, 0, CPU).eval(), CPU, 4)])
+    x = torch.cat([x for x, _ in generate_images(SPEC, build(TINY, 0, CPU).eval(), CPU, 4)])
     expected = to_uint8(x).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
     assert (
         found.shape == (23, 8, 8, 3)
@@ -99,7 +104,9 @@ def test_a_set_holds_every_image_once_quantised_in_the_order_of_its_labels(tmp_p
         and list(found.index) != list(range(23))
     )
     assert np.abs(levels(found).astype(int) - expected[found.index]).max() <= 1
-    np.testing.assert_array_equal(found.labels, labels("random", 23, 10, 0).numpy()[found.index])
+    np.testing.assert_array_equal(
+        found.labels, image_labels("random", 23, 10, 0).numpy()[found.index]
+    )
 
 
 def test_another_batch_size_draws_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -113,7 +120,7 @@ def test_another_batch_size_draws_the_same_bits(tmp_path: Path, monkeypatch: pyt
     )
     model = randomise(build(wide, 0, CPU)).eval()
     found = [
-        samples.draw(
+        samples.fill_sample_folder(
             spec,
             tmp_path / str(batch),
             model,
@@ -159,7 +166,7 @@ def test_images_of_another_network_or_decoder_are_not_mixed(tmp_path: Path):
 def test_packed_files_read_back_with_labels_order_and_origin(tmp_path: Path):
     found = drawn(tmp_path / "samples")
     found.pack(tmp_path / "a.npz")
-    packed = Images(tmp_path / "a.npz")
+    packed = ImageFile(tmp_path / "a.npz")
     np.testing.assert_array_equal(np.concatenate(list(packed.batches())), levels(found))
     np.testing.assert_array_equal(packed.labels, found.labels)
     np.testing.assert_array_equal(packed.index, found.index)
@@ -204,7 +211,7 @@ def test_a_published_checkpoint_is_sampled_under_its_own_id(tmp_path: Path):
         )
         == 3
     )
-    found = sampled(
+    found = generate_samples(
         spec,
         RunContext(
             tmp_path / "runs" / "x", Resources(checkpoint=tmp_path / "a.pt", sample_batch=4)
@@ -228,9 +235,9 @@ def test_latents_are_decoded_by_the_declared_vae(tmp_path: Path, monkeypatch: py
     spec = replace(SPEC, train=Checkpoint(backbone, data, "0" * 64), num=6)
     resources = Resources(checkpoint=tmp_path / "a.pt", sample_batch=4)
     context = RunContext(tmp_path / "runs" / "x", resources)
-    found = sampled(spec, context)
+    found = generate_samples(spec, context)
     vae = load_autoencoder(str(tmp_path / "vae"))
-    x = vae.decode(torch.cat([x for x, _ in images(spec, model.eval(), CPU, 4)]))
+    x = vae.decode(torch.cat([x for x, _ in generate_images(spec, model.eval(), CPU, 4)]))
     assert (
         np.abs(
             levels(found).astype(int) - to_uint8(x).permute(0, 2, 3, 1).numpy()[found.index]
@@ -243,10 +250,10 @@ def test_latents_are_decoded_by_the_declared_vae(tmp_path: Path, monkeypatch: py
     )
     monkeypatch.setenv("DICO_VAE", str(write_vae(tmp_path / "other", seed=1)))
     with pytest.raises(ValueError, match="another decoder"):
-        sampled(spec, context)
+        generate_samples(spec, context)
     foreign = replace(spec, train=replace(spec.train, data=replace(data, vae="0" * 16)))
     with pytest.raises(ValueError, match="latents of another VAE"):
-        sampled(foreign, context)
+        generate_samples(foreign, context)
 
 
 def test_latents_are_decoded_by_the_vae_that_their_manifest_names(
@@ -259,7 +266,7 @@ def test_latents_are_decoded_by_the_vae_that_their_manifest_names(
     monkeypatch.setenv("DICO_VAE", str(write_vae(tmp_path / "vae")))
     monkeypatch.setattr(sources, "ROOT", tmp_path)
     data = Data("latents", size=8, channels=4, num_classes=10)
-    _, decoder = decoder_of(data, CPU)
+    _, decoder = load_decoder(data, CPU)
     (warning,) = decoder_warnings(data, decoder)
     assert (
         "not known to be sd-vae-ft-ema or sd-vae-ft-mse" in warning and decoder["sha256"] in warning
@@ -289,7 +296,7 @@ def test_latents_are_decoded_by_the_vae_that_their_manifest_names(
                 match=f"set latents holds latents of another VAE .encoder {named}. than .DICO_VAE names .vae, encoder {encoder}",
             )
         ):
-            decoder_of(data, CPU)
+            load_decoder(data, CPU)
 
 
 @pytest.mark.slow
@@ -302,7 +309,9 @@ def test_the_inception_stage_runs_from_weights_to_record(
     given = np.random.default_rng(0).uniform(-1, 1, (9, 3, 8, 8)).astype(np.float32)
     pixels = ImageSet(given, np.arange(9), data)
     for module in (train, evaluate):
-        monkeypatch.setattr(module, "load", lambda asked: pixels if asked == data else load(asked))
+        monkeypatch.setattr(
+            module, "load_data", lambda asked: pixels if asked == data else load_data(asked)
+        )
     torch.save(inception.architecture().state_dict(), tmp_path / "weights.pth")
     monkeypatch.setenv("DICO_INCEPTION", str(tmp_path / "weights.pth"))
     backbone = Backbone("dico_s", TINY.options | dict(in_channels=3))
@@ -411,7 +420,7 @@ def sampled(spec, context):
         raise KeyError("boom")
     time.sleep(600)
 
-failures.POLL, failures.GRACE, samples.sampled = 0.1, 1.0, sampled
+failures.POLL, failures.GRACE, samples.generate_samples = 0.1, 1.0, sampled
 sys.argv = ["sample.py", "--row", "DiCo-S", "--device", "cpu", "--results", sys.argv[1]]
 sys.exit(sample.main())
 """

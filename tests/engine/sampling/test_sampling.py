@@ -11,9 +11,9 @@ import torch
 
 from experiments.ablation import DICO_S
 from experiments.declared.protocols import DIGITS
-from experiments.engine.data.sets import load
+from experiments.engine.data.sets import load_data
 from experiments.engine.runtime.context import Resources, RunContext
-from experiments.engine.sampling.generate import image_seeds, images, labels
+from experiments.engine.sampling.generate import generate_images, image_labels, image_seeds
 from experiments.engine.scoring import stage as evaluate
 from experiments.engine.scoring.features import digits_classifier, extract
 from experiments.engine.specs.spec import Evaluate, Sampler
@@ -41,7 +41,7 @@ def sampled(spec: Evaluate, batch: int) -> torch.Tensor:
     torch.nn.init.normal_(
         model.final_layer.out_proj.weight, std=0.1, generator=torch.Generator().manual_seed(1)
     )
-    return torch.cat([x for x, _ in images(spec, model, CPU, batch)])
+    return torch.cat([x for x, _ in generate_images(spec, model, CPU, batch)])
 
 
 @pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
@@ -62,20 +62,20 @@ def test_seeds_differ_within_a_set_and_between_sets():
 
 
 def test_label_policies():
-    assert labels("balanced", 25, 10, 0).bincount(minlength=10).tolist() == [3] * 5 + [2] * 5
-    random = labels("random", 4000, 10, 0)
-    assert torch.equal(random[:9], labels("random", 9, 10, 0)) and not torch.equal(
-        random, labels("random", 4000, 10, 1)
+    assert image_labels("balanced", 25, 10, 0).bincount(minlength=10).tolist() == [3] * 5 + [2] * 5
+    random = image_labels("random", 4000, 10, 0)
+    assert torch.equal(random[:9], image_labels("random", 9, 10, 0)) and not torch.equal(
+        random, image_labels("random", 4000, 10, 1)
     )
     assert (random.bincount(minlength=10) - 400).abs().max() < 5 * math.sqrt(360)
     with pytest.raises(ValueError, match="balanced, random"):
-        labels("sorted", 4, 10, 0)
+        image_labels("sorted", 4, 10, 0)
 
 
 def test_unknown_sampler_lists_the_known():
     spec = replace(tiny(), sampler=Sampler("euler", num_steps=4))
     with pytest.raises(ValueError, match="ancestral, ddim"):
-        next(images(spec, build(spec.train.backbone, 0, CPU), CPU, 7))
+        next(generate_images(spec, build(spec.train.backbone, 0, CPU), CPU, 7))
 
 
 def test_the_classifier_is_cached_by_content_and_scores_are_named_for_what_they_are(tmp_path: Path):
@@ -109,7 +109,7 @@ def test_the_classifier_is_cached_by_content_and_scores_are_named_for_what_they_
 
 
 def test_real_digits_score_as_real(tmp_path: Path):
-    data = load(DIGITS.data)
+    data = load_data(DIGITS.data)
     x, y = data.take(torch.arange(len(data)))
     classifier, _ = digits_classifier(data, tmp_path)
     features, probabilities = extract(classifier, x)

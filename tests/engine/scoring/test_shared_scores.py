@@ -116,7 +116,11 @@ def test_pieces_add_up_to_the_whole_and_are_not_taken_twice(
     monkeypatch.setattr(scoring_measure, "PIECE", 4)
     images = DRAW.integers(0, 256, (11, 9, 7, 3), dtype=np.uint8)
     np.savez_compressed(tmp_path / "a.npz", arr_0=images)
-    stored, extractor, read = npz.Images(tmp_path / "a.npz"), Inception(Tiny().eval(), "tiny"), []
+    stored, extractor, read = (
+        npz.ImageFile(tmp_path / "a.npz"),
+        Inception(Tiny().eval(), "tiny"),
+        [],
+    )
     whole = measure(extractor, stored.batches(4))
 
     class Stopped:
@@ -140,7 +144,7 @@ def test_pieces_add_up_to_the_whole_and_are_not_taken_twice(
 def test_any_part_of_a_file_is_what_its_batches_say(tmp_path: Path):
     images = DRAW.integers(0, 256, (13, 5, 4, 3), dtype=np.uint8)
     np.savez(tmp_path / "a.npz", arr_0=images)
-    stored = npz.Images(tmp_path / "a.npz")
+    stored = npz.ImageFile(tmp_path / "a.npz")
     np.testing.assert_array_equal(np.concatenate(list(stored.batches(5))), images)
     for start, stop in ((0, 13), (3, 4), (12, 13), (5, 11)):
         np.testing.assert_array_equal(stored.part(start, stop), images[start:stop])

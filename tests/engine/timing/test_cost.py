@@ -17,7 +17,7 @@ from experiments.engine.records.store import REPOSITORY, Store
 from experiments.engine.specs.rows import Row, Table
 from experiments.engine.specs.spec import Cost
 from experiments.engine.specs.stages import cost_stage
-from experiments.engine.timing.cost import MacCounter, count, run
+from experiments.engine.timing.cost import MacCounter, count_backbone, count_network
 from tests.support.networks import CASES, CHANNELS, inputs, network
 from tests.support.paths import ROOT
 
@@ -57,7 +57,7 @@ OURS = {  # row: (millions of trainable parameters, torchprofile Gflops) by the 
 @cache
 def counted(label: str) -> tuple[float, float]:
     """Millions of trainable parameters and Gflops as the paper counts them."""
-    counts = run(Cost(ROWS[label][1].backbone, size=32, channels=4, num_classes=1000))
+    counts = count_backbone(Cost(ROWS[label][1].backbone, size=32, channels=4, num_classes=1000))
     return counts["params_trainable"] / 1e6, counts["macs_torchprofile"] / 1e9
 
 
@@ -114,7 +114,7 @@ def test_core_is_half_of_what_torch_counts(case: str):
     ):
         model(*inputs(case, batch=1))
     assert (
-        2 * count(model.to("meta"), CASES[case][1]["input_size"], CHANNELS)["macs_core"]
+        2 * count_network(model.to("meta"), CASES[case][1]["input_size"], CHANNELS)["macs_core"]
         == flops.get_total_flops()
     )
 

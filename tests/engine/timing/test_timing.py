@@ -17,7 +17,7 @@ from backbones.kernels.attention import attention, reference
 from backbones.kernels.op import Choice
 from experiments.engine.jobs.execute import execute
 from experiments.engine.numerics import cuda_graphs as capture
-from experiments.engine.numerics.precision import flags, precision
+from experiments.engine.numerics.precision import precision, read_tf32_flags
 from experiments.engine.records.store import Store
 from experiments.engine.runtime.context import Resources
 from experiments.engine.specs.spec import Backbone, Ceilings, Cost, Recipe, Timing, Train
@@ -74,19 +74,21 @@ def nearly(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_what_a_timing_holds():
-    values = timing.run(spec(baseline=DICO))
+    values = timing.measure_speed(spec(baseline=DICO))
     assert set(values) == KEYS and values["images_per_s"] > 0 and values["relative"] > 0
     assert timing.FEWEST <= values["runs"] <= timing.PAIRS and values["peak_memory_bytes"] is None
 
 
 def test_a_timing_says_what_its_operators_move():
-    two, three, four = (timing.run(spec(batch=batch))["bytes_moved"] for batch in (2, 3, 4))
-    weights = 4 * cost.run(Cost(DIT, 8, 1, 10))["params_total"]
+    two, three, four = (
+        timing.measure_speed(spec(batch=batch))["bytes_moved"] for batch in (2, 3, 4)
+    )
+    weights = 4 * cost.count_backbone(Cost(DIT, 8, 1, 10))["params_total"]
     assert (
         two > weights / 2 and four - three == three - two > 4 * 2 * 16 * 24
     )  # the table of labels is read in part; a block's tokens in and out at least
     assert (
-        timing.run(spec(compile=True))["bytes_moved"] is None
+        timing.measure_speed(spec(compile=True))["bytes_moved"] is None
     )  # what is compiled into one is not seen
 
 
@@ -97,14 +99,14 @@ def test_a_timing_says_what_its_operators_move():
 )
 def test_neither_network_is_timed_unchecked(networks: dict[str, Backbone], nearly: str):
     with pytest.raises(ValueError, match="dit_s_2 .*differs from its reference"):
-        timing.run(spec(**networks, kernels={"attention": nearly}))
+        timing.measure_speed(spec(**networks, kernels={"attention": nearly}))
 
 
 def test_a_system_of_several_networks_is_timed_whole_each_at_its_own_input(
     monkeypatch: pytest.MonkeyPatch,
 ):
     ran: list[tuple[str, tuple[int, ...]]] = []
-    make = timed_tasks.network_of
+    make = timed_tasks.build_network
 
     def heard(cost: Cost, spec: Timing, device: torch.device) -> torch.nn.Module:
         model = make(cost, spec, device)
@@ -114,11 +116,11 @@ def test_a_system_of_several_networks_is_timed_whole_each_at_its_own_input(
         return model
 
     for module in (timing, timed_tasks):
-        monkeypatch.setattr(module, "network_of", heard)
+        monkeypatch.setattr(module, "build_network", heard)
     upsampler = Backbone(
         "adm_up_256", dict(dim=32, multipliers=(1, 2), num_res_blocks=1, attention_at=(8,))
     )
-    values = timing.run(
+    values = timing.measure_speed(
         spec(parts=(Cost(upsampler, 16, 2, 10),), baseline=DICO, baseline_input=(32, 4))
     )
     shapes = {("DiT", 1, 8), ("ADM", 2, 16), ("DiCo", 4, 32)}
@@ -134,19 +136,19 @@ def test_coarse_modes_let_rounding_pass_and_nothing_else(mode: str, nearly: str)
         backbone=Backbone("dit_s_2", dict(depth=6)), size=32, channels=4, batch=1, precision=mode
     )
     with pytest.raises(ValueError, match="differs from its reference"):
-        timing.run(replace(real, kernels={"attention": nearly}))
-    values = timing.run(replace(real, kernels={"attention": "sdpa"}))
+        timing.measure_speed(replace(real, kernels={"attention": nearly}))
+    values = timing.measure_speed(replace(real, kernels={"attention": "sdpa"}))
     assert values["matmul_tf32"] is values["cudnn_tf32"] is (mode == "tf32")
 
 
 @pytest.mark.parametrize("choice", ["nearly", "sdpa"])
 def test_a_timing_leaves_no_trace(choice: str, nearly: str):
-    before, threads = flags(), torch.get_num_threads()
+    before, threads = read_tf32_flags(), torch.get_num_threads()
     try:
-        timing.run(spec(kernels={"attention": choice}))
+        timing.measure_speed(spec(kernels={"attention": choice}))
     except ValueError:
         assert choice == nearly
-    assert flags() == before and torch.get_num_threads() == threads
+    assert read_tf32_flags() == before and torch.get_num_threads() == threads
     assert not torch.is_autocast_enabled("cpu") and not torch.is_inference_mode_enabled()
     q = torch.randn(1, 1, 4, 8)
     kernels.reset_used()
@@ -194,17 +196,17 @@ def test_a_refusal_is_a_failed_record(tmp_path: Path, nearly: str):
 
 
 def test_the_baseline_itself_is_one_and_unknown_kernels_list_the_known():
-    assert timing.run(spec(baseline=DIT))["relative"] == 1.0
+    assert timing.measure_speed(spec(baseline=DIT))["relative"] == 1.0
     with pytest.raises(ValueError, match="flash, sdpa, reference"):
-        timing.run(spec(kernels={"attention": "fast"}))
+        timing.measure_speed(spec(kernels={"attention": "fast"}))
     with pytest.raises(ValueError, match="forward, training, sampling"):
-        timing.run(spec(what="everything"))
+        timing.measure_speed(spec(what="everything"))
     with pytest.raises(ValueError, match="channels_last, contiguous"):
-        timing.run(spec(layout="blocked"))
+        timing.measure_speed(spec(layout="blocked"))
 
 
 def test_no_weight_that_matters_is_zero():
-    model = timed_tasks.network_of(Cost(DIT, 8, 1, 10), spec(), torch.device("cpu"))
+    model = timed_tasks.build_network(Cost(DIT, 8, 1, 10), spec(), torch.device("cpu"))
     assert model(torch.randn(1, 1, 8, 8), torch.tensor([3]), torch.tensor([1])).abs().max() > 0
 
 
@@ -227,15 +229,15 @@ def test_steps_of_training_and_loops_of_sampling_are_timed_whole(
     what: str, monkeypatch: pytest.MonkeyPatch
 ):
     sizes: list[int] = []
-    draw = timed_tasks.drawn
+    draw = timed_tasks.draw_network
 
     def heard(*args: object) -> torch.nn.Module:
         model = draw(*args)
         model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
         return model
 
-    monkeypatch.setattr(timed_tasks, "drawn", heard)
-    values = timing.run(spec(what=what, num_steps=3, batch=5))
+    monkeypatch.setattr(timed_tasks, "draw_network", heard)
+    values = timing.measure_speed(spec(what=what, num_steps=3, batch=5))
     runs = values["runs"] * values["repeats"] * (3 if what == "sampling" else 1)
     assert values["images_per_s"] > 0 and sizes.count(10 if what == "sampling" else 5) >= runs
 
@@ -249,15 +251,15 @@ def test_a_wrong_gradient_is_not_timed(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
         attention, "choices", {"forgets": Choice("forgets", forgets)} | attention.choices
     )
-    assert timing.run(spec())["images_per_s"] > 0
+    assert timing.measure_speed(spec())["images_per_s"] > 0
     with pytest.raises(ValueError, match="its gradient differs from its reference"):
-        timing.run(spec(what="training"))
+        timing.measure_speed(spec(what="training"))
 
 
 def test_the_authors_mode_is_pytorchs_default_and_conditions_on_one_image(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    values = timing.run(
+    values = timing.measure_speed(
         spec(precision="as_published", kernels={"linear": "reference", "pointwise": "reference"})
     )
     assert (
@@ -267,7 +269,7 @@ def test_the_authors_mode_is_pytorchs_default_and_conditions_on_one_image(
         values["autocast"],
     ) == (True, False, False, None)
     seen: list[tuple[int, ...]] = []
-    make = timed_tasks.network_of
+    make = timed_tasks.build_network
 
     def heard(*args: object) -> torch.nn.Module:
         model = make(*args)
@@ -275,8 +277,8 @@ def test_the_authors_mode_is_pytorchs_default_and_conditions_on_one_image(
         return model
 
     for module in (timing, timed_tasks):
-        monkeypatch.setattr(module, "network_of", heard)
-    timing.run(spec(precision="as_published"))
+        monkeypatch.setattr(module, "build_network", heard)
+    timing.measure_speed(spec(precision="as_published"))
     assert set(seen) == {(1, 1, 1), (2, 1, 1)}
 
 
@@ -313,15 +315,15 @@ def test_the_peak_is_the_subjects_alone_and_leaves_its_first_run_out(
     )
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: held["peak"])
     stand_ins = {
-        "check": lambda *args: None,
-        "forget": lambda device: None,
-        "joules": lambda device: None,
-        "task": task,
-        "seconds": lambda call, *rest: call() or 1.0,
+        "check_against_reference": lambda *args: None,
+        "free_memory": lambda device: None,
+        "read_joules": lambda device: None,
+        "build_task": task,
+        "time_call": lambda call, *rest: call() or 1.0,
     }
     for name, stand_in in (stand_ins | {"precision": lambda *args: nullcontext()}).items():
         monkeypatch.setattr(timing, name, stand_in)
-    values = timing.run(spec(device="cuda", baseline=DICO, graphs=graphs))
+    values = timing.measure_speed(spec(device="cuda", baseline=DICO, graphs=graphs))
     assert values["peak_memory_bytes"] == peak and held["now"] == 5100
 
 
@@ -332,7 +334,7 @@ def test_a_timing_says_whether_its_warm_up_became_stable(
     taken: list[float], stable: bool, runs: int, monkeypatch: pytest.MonkeyPatch
 ):
     left = iter(taken)
-    monkeypatch.setattr(timing, "seconds", lambda *args: next(left))
+    monkeypatch.setattr(timing, "time_call", lambda *args: next(left))
     assert (
         timing._warm(lambda: None, torch.device("cpu"), False) == (1, stable, None)
         and len(list(left)) == len(taken) - runs
@@ -341,17 +343,17 @@ def test_a_timing_says_whether_its_warm_up_became_stable(
 
 def test_the_baselines_own_rate_stands_beside_the_ratio(monkeypatch: pytest.MonkeyPatch):
     tasks = {name: Task(lambda: None, SEEN) for name in (DIT.name, DICO.name)}
-    monkeypatch.setattr(timing, "task", lambda network, *rest: tasks[network.backbone.name])
+    monkeypatch.setattr(timing, "build_task", lambda network, *rest: tasks[network.backbone.name])
     monkeypatch.setattr(
-        timing, "seconds", lambda call, *rest: 0.125 if call is tasks[DIT.name] else 0.5
+        timing, "time_call", lambda call, *rest: 0.125 if call is tasks[DIT.name] else 0.5
     )
-    values = timing.run(spec(baseline=DICO))
+    values = timing.measure_speed(spec(baseline=DICO))
     assert (values["images_per_s"], values["baseline_images_per_s"], values["relative"]) == (
         16,
         4,
         4,
     )
-    assert timing.run(spec())["baseline_images_per_s"] is None
+    assert timing.measure_speed(spec())["baseline_images_per_s"] is None
 
 
 @pytest.mark.parametrize("wrong", [False, True], ids=["right", "wrong"])
@@ -376,13 +378,13 @@ def test_what_is_compiled_or_recorded_is_what_is_checked(
     for module in (capture, train, timed_tasks):
         monkeypatch.setattr(module, "require_gpu", lambda device: None)
     for module in (capture, train):
-        monkeypatch.setattr(module, "Captured", stand_in)
+        monkeypatch.setattr(module, "CudaGraph", stand_in)
     timed = spec(what=what, num_steps=2, batch=3, **fast)
     if wrong:
         with pytest.raises(ValueError, match="compiled|by CUDA graphs"):
-            timing.run(timed)
+            timing.measure_speed(timed)
     else:
-        timing.run(timed)
+        timing.measure_speed(timed)
     assert sizes == {
         6 if what == "sampling" and "compile" in fast else 3
     }  # guidance doubles a batch; a step has it in it
@@ -414,7 +416,7 @@ TOKENS = ("uvit", "dim", "dis")  # families that make tokens of time and label
 @pytest.fixture
 def briefly(monkeypatch: pytest.MonkeyPatch) -> None:
     """A call, warm or timed, is made once and takes a second."""
-    monkeypatch.setattr(timing, "seconds", lambda call, *rest: call() or 1.0)
+    monkeypatch.setattr(timing, "time_call", lambda call, *rest: call() or 1.0)
 
 
 @pytest.mark.parametrize("what", ["forward", "training", "sampling", "as_published"])
@@ -424,7 +426,7 @@ def test_every_family_is_timed_at_every_task_and_as_published(
 ):
     """Every image of a batch passes the network: once, forward and backward; in sampling with a second one for guidance, in every step."""
     seen: list[tuple[int, ...]] = []
-    draw = timed_tasks.drawn
+    draw = timed_tasks.draw_network
 
     def heard(*args: object) -> torch.nn.Module:
         model = draw(*args)
@@ -433,14 +435,14 @@ def test_every_family_is_timed_at_every_task_and_as_published(
         )
         return model
 
-    monkeypatch.setattr(timed_tasks, "drawn", heard)
+    monkeypatch.setattr(timed_tasks, "draw_network", heard)
     timed = every_family()[family]
     timed = (
         replace(timed, precision="as_published", layout="contiguous")
         if what == "as_published"
         else replace(timed, what=what, num_steps=2)
     )
-    values = timing.run(timed)
+    values = timing.measure_speed(timed)
     shared = what == "as_published" and family not in TOKENS
     given = 4 if what == "sampling" else 2
     assert values["images_per_s"] == 2 and values["one_condition"] is shared
@@ -452,8 +454,8 @@ def test_one_condition_for_all_is_the_same_for_each(family: str):
     timed = every_family()[family]
     network = Cost(timed.backbone, timed.size, timed.channels, timed.num_classes)
     model, (x, t, y) = (
-        timed_tasks.network_of(network, timed, torch.device("cpu")),
-        timed_tasks.inputs_of(network, timed, torch.device("cpu")),
+        timed_tasks.build_network(network, timed, torch.device("cpu")),
+        timed_tasks.draw_inputs(network, timed, torch.device("cpu")),
     )
     with torch.inference_mode():
         assert torch.allclose(
@@ -466,9 +468,9 @@ def test_the_layout_is_read_back(layout: str, briefly: None, monkeypatch: pytest
     monkeypatch.setattr(timed_tasks, "_layout", lambda spec: timed_tasks.LAYOUTS[layout])
     for what in ("forward", "training", "sampling"):
         assert (
-            timing.run(spec(backbone=DICO, channels=3, what=what, num_steps=2, layout="asked for"))[
-                "memory_format"
-            ]
+            timing.measure_speed(
+                spec(backbone=DICO, channels=3, what=what, num_steps=2, layout="asked for")
+            )["memory_format"]
             == layout
         )
 
@@ -480,7 +482,7 @@ def test_a_layout_is_that_of_tensors_that_tell():
     )
     pixels, single = torch.zeros(2, 3, 1, 1), torch.zeros(2, 1, 4, 5)
     assert [
-        timed_tasks.layout_of(*tensors)
+        timed_tasks.read_layout(*tensors)
         for tensors in ([image, pixels], [other, single], [image, other], [pixels, single])
     ] == ["contiguous", "channels_last", "channels_last, contiguous", "any"]
 
@@ -490,7 +492,7 @@ def test_the_compiled_passes_of_an_upsampler_are_checked_on_images(
 ):
     monkeypatch.setattr(torch, "compile", lambda function: function)
     assert (
-        timing.run(replace(every_family()["upsampler"], what="training", compile=True))[
+        timing.measure_speed(replace(every_family()["upsampler"], what="training", compile=True))[
             "images_per_s"
         ]
         == 2

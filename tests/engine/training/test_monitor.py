@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.engine.data.sets import batch_indices, load
+from experiments.engine.data.sets import batch_indices, load_data
 from experiments.engine.jobs.execute import execute
 from experiments.engine.records.store import Store
 from experiments.engine.runtime import attempts
@@ -94,7 +94,9 @@ def test_a_training_that_goes_wrong_says_where_and_keeps_its_last_good_checkpoin
         record.error.startswith(f"Diverged: {words}")
         and f"at step {bad}; lower the learning rate" in record.error
     )
-    assert record.values["batch"] == batch_indices(len(load(SPEC.data)), 8, 0, bad - 1).tolist()
+    assert (
+        record.values["batch"] == batch_indices(len(load_data(SPEC.data)), 8, 0, bad - 1).tolist()
+    )
     assert (
         record.values["attempts"] == attempts.read_attempts(store.run_dir(SPEC))
         and record.values["attempts"][-1]["reason"] == record.error

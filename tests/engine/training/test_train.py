@@ -23,9 +23,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments.engine.data.sets import batch_indices, load
+from experiments.engine.data.sets import batch_indices, load_data
 from experiments.engine.diffusion.iddpm import IDDPM
-from experiments.engine.numerics.precision import MODES, flags, precision
+from experiments.engine.numerics.precision import MODES, precision, read_tf32_flags
 from experiments.engine.numerics.weights import digest
 from experiments.engine.records import files
 from experiments.engine.runtime.context import Resources, RunContext
@@ -55,7 +55,7 @@ def recipe(**changes: Any) -> Train:
 
 
 def losses(spec: Train, micro_batch: int | None = None) -> list[float]:
-    return [loss.item() for loss in Trainer(spec, CPU, micro_batch).steps(load(spec.data))]
+    return [loss.item() for loss in Trainer(spec, CPU, micro_batch).steps(load_data(spec.data))]
 
 
 def trace(name: str) -> list[float]:
@@ -70,7 +70,7 @@ def trace(name: str) -> list[float]:
     for parameter in trainer.model.parameters():
         if parameter.requires_grad and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1, generator=draw)
-    return [loss.item() for loss in trainer.steps(load(DIGITS))]
+    return [loss.item() for loss in trainer.steps(load_data(DIGITS))]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def seen(spec: Train, steps: int, micro_batch: int | None = None) -> list[list[T
         return {"loss": next(trainer.model.parameters()).sum() * torch.zeros(len(inputs[0]))}
 
     trainer.diffusion.losses = record
-    stepping, batches = trainer.steps(load(spec.data)), []
+    stepping, batches = trainer.steps(load_data(spec.data)), []
     for _ in range(steps):
         next(stepping)
         batches.append([torch.cat(part) for part in zip(*parts, strict=True)])
@@ -159,7 +159,7 @@ def test_gradients_are_clipped_to_the_declared_norm():
         trainer.optimizer.step = lambda trainer=trainer, limit=limit: norms.update(
             {limit: torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).norm().item()}
         )
-        next(trainer.steps(load(DIGITS)))
+        next(trainer.steps(load_data(DIGITS)))
     assert norms[1e-3] == pytest.approx(1e-3, rel=1e-3) and norms[1e9] == norms[None] > 1e-2
 
 
@@ -237,7 +237,7 @@ def test_gradients_accumulate_to_those_of_the_whole_batch():
         trainer.optimizer.step = lambda trainer=trainer: gradients.append(
             {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
         )
-        next(trainer.steps(load(DIGITS)))
+        next(trainer.steps(load_data(DIGITS)))
     whole, cut = gradients
     scale = max(gradient.norm() for gradient in whole.values())
     assert all(
@@ -251,7 +251,7 @@ def test_gradients_accumulate_to_those_of_the_whole_batch():
 def test_average_of_the_weights_against_a_naive_loop(mixer: str):
     trainer = Trainer(Train(FAMILIES[f"hourglass {mixer}"], DIGITS, recipe(ema=0.7).recipe), CPU)
     expected = copy.deepcopy(dict(trainer.model.named_parameters()))
-    for _, _ in zip(trainer.steps(load(DIGITS)), range(5), strict=False):
+    for _, _ in zip(trainer.steps(load_data(DIGITS)), range(5), strict=False):
         for name, value in trainer.model.named_parameters():
             expected[name] = 0.7 * expected[name] + (1 - 0.7) * value.detach()
         averaged = dict(trainer.ema.named_parameters())
@@ -304,7 +304,7 @@ def test_a_loss_that_is_no_number_ends_the_run_in_one_line(
     assert "\n" not in str(failure.value)
     assert failure.value.values == {
         "stopped_at": 1,
-        "batch": batch_indices(len(load(DIGITS)), 16, 0, 0).tolist(),
+        "batch": batch_indices(len(load_data(DIGITS)), 16, 0, 0).tolist(),
         "last_checkpoint": 0,
     }
     assert not list(tmp_path.glob("checkpoints/*"))
@@ -341,9 +341,11 @@ def test_precision_is_set_inside_and_restored(
 ):
     tf32(before)
     with pytest.raises(RuntimeError, match="inside"), precision(mode, CPU):
-        assert flags() == IN_FORCE[mode] and torch.is_autocast_enabled("cpu") == (mode == "bf16")
+        assert read_tf32_flags() == IN_FORCE[mode] and torch.is_autocast_enabled("cpu") == (
+            mode == "bf16"
+        )
         raise RuntimeError("inside")
-    assert flags() == both(before) and not torch.is_autocast_enabled("cpu")
+    assert read_tf32_flags() == both(before) and not torch.is_autocast_enabled("cpu")
 
 
 def test_unknown_precision_lists_the_known():
@@ -355,14 +357,14 @@ def test_unknown_precision_lists_the_known():
 def test_the_backward_pass_runs_in_the_declared_precision(mode: str, tf32: Callable[[bool], None]):
     tf32(mode != "tf32")
     trainer, found = Trainer(recipe(precision=mode), CPU), []
-    next(trainer.model.parameters()).register_hook(lambda gradient: found.append(flags()))
-    next(trainer.steps(load(DIGITS)))
+    next(trainer.model.parameters()).register_hook(lambda gradient: found.append(read_tf32_flags()))
+    next(trainer.steps(load_data(DIGITS)))
     assert found == [both(mode == "tf32")]
 
 
 def test_bf16_trains_fp32_weights():
     trainer = Trainer(recipe(steps=4, precision="bf16"), CPU)
-    values = [loss.item() for loss in trainer.steps(load(DIGITS))]
+    values = [loss.item() for loss in trainer.steps(load_data(DIGITS))]
     assert values == pytest.approx(losses(recipe(steps=4)), rel=0.05) and values != losses(
         recipe(steps=4)
     )
