@@ -122,7 +122,7 @@ def _lead(spec: Stage, store: Store, context: RunContext) -> Record:
             raise
         store.refresh()
         failures.clear_errors(context.folder)
-        done = group.broadcast(store.latest(spec))
+        done = group.broadcast(store.here.latest(spec))
         if done:
             if heartbeat:
                 heartbeat.end(RunState.DONE)

@@ -161,7 +161,7 @@ def group(
 
 def outcome(root: Path, spec: Stage = TRAIN) -> Any:
     """The newest record of a stage, whatever its status."""
-    found = Store(root).records("records").get(spec_id(spec))
+    found = Store(root).here.by_id().get(spec_id(spec))
     return found[-1] if found else None
 
 
@@ -239,7 +239,7 @@ def test_a_group_that_cannot_meet_says_so_in_one_line_and_asks_for_a_restart(
 ):
     (tmp_path / "scontrol").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "scontrol").chmod(0o755)
-    code = "from experiments.engine.runtime.group import join; join('cpu', 2.0)"
+    code = "from experiments.engine.runtime.group import join_group; join_group('cpu', 2.0)"
     with socket.socket() as taken:
         taken.bind(("0.0.0.0", 0))
         taken.listen()
@@ -521,7 +521,7 @@ def test_scores_do_not_depend_on_the_group_and_sampling_goes_on_from_finished_ba
     assert group(2, alone, SCORE) == [0, 0]
     run, drawn = alone / "runs" / spec_id(TRAIN), []
     assert not list(run.glob("samples-*"))
-    sampled = evaluate.images
+    sampled = evaluate.generate_images
 
     def interrupted(*arguments: Any) -> Any:
         drawn.append(arguments[-1])
