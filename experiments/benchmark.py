@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.engine.cli import Parser, guarded, require_device
+from experiments.engine.cli import Parser, require_device, run_command
 from experiments.engine.records.store import REPOSITORY, Store, provenance
 
 SCRIPT = REPOSITORY / "experiments" / "ablation.py"
@@ -48,7 +48,7 @@ class Loader:
 
 
 def main() -> int:
-    return guarded(_main)
+    return run_command(_main)
 
 
 def _main() -> int:

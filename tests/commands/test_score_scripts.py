@@ -512,7 +512,7 @@ def test_what_makes_the_sampling_of_a_checkpoint_faster_is_a_resource(
     status, _, err = run(evaluate_checkpoint, capsys, monkeypatch, *arguments, "cpu", "--graphs")
     assert (status, err) == (
         2,
-        "error: CUDA graphs need a GPU, and this is for cpu; leave out --graphs\n",
+        "error: CUDA graphs need a GPU, but this command uses cpu; leave out --graphs\n",
     )
 
 

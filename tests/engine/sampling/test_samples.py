@@ -374,7 +374,7 @@ def test_another_sampler_is_another_set_and_an_unknown_one_is_refused(
         given.append((context.resources.compile, context.resources.graphs))
         raise ValueError("enough")
 
-    monkeypatch.setattr(sample, "_drawn", drawn)
+    monkeypatch.setattr(sample, "_draw_all", drawn)
     for options in (
         [],
         ["--sampler", "dpm_solver_diffusers", "--steps", "20", "--compile"],
@@ -404,7 +404,7 @@ def test_another_sampler_is_another_set_and_an_unknown_one_is_refused(
     assert said[2:] == [
         "error: unknown sampler 'heun'; known: ancestral, ddim, dpm_solver, dpm_solver_diffusers",
         "error: --num, --steps and --batch take numbers from 1 on",
-        "error: CUDA graphs need a GPU, and this is for cpu; leave out --graphs",
+        "error: CUDA graphs need a GPU, but this command uses cpu; leave out --graphs",
     ]
     assert given == [(False, False), (True, False)]
 
