@@ -21,11 +21,11 @@ from experiments.engine.diffusion.samplers import DDIM, Ancestral, bind_sampler
 from experiments.engine.jobs.execute import execute
 from experiments.engine.numerics.randomness import ImageNoise
 from experiments.engine.records.store import Store
+from experiments.engine.runtime.context import Resources
 from experiments.engine.sampling.generate import CountingModel, generate_images
 from experiments.engine.specs.spec import Data, Diffusion, Sampler
 from experiments.engine.specs.stages import evaluate_stage
 from experiments.engine.timing.cost import MacCounter
-from experiments.engine.training.trainer import Resources
 from experiments.main_results import TABLE_1
 from tests.support.flows import sample
 from tests.support.networks import randomise, relative_rms
@@ -340,8 +340,8 @@ def test_a_cascade_runs_from_its_specs(tmp_path: Path):
     )
     stage, store = evaluate_stage(TABLE_1.row("ADM-U"), short, 0), Store(tmp_path)
     for training in stage.trainings:
-        assert execute(training, store, Resources(), lambda *progress: None).status == "done"
-    record = execute(stage, store, Resources(), lambda *progress: None)
+        assert execute(training, store, Resources()).status == "done"
+    record = execute(stage, store, Resources())
     assert record.status == "done", record.error
     assert record.values["nfe"] == 6 and record.values["manifest"]["measure"]["image"]["size"] == 8
     assert record.values["manifest"]["measure"]["guidance"]["classifier_scale"] == 1.0
