@@ -181,7 +181,8 @@ def _draw_digits_cost(axes: Axes, store: ReferenceStore) -> list[str]:
     axes.margins(x=0.12)
     axes.set_xlabel("wall seconds x threads, fastest seed (ours)")
     axes.set_ylabel("fd_digits (ours)")
-    axes.legend(loc="upper right")
+    if points:
+        axes.legend(loc="upper right")
     label_points(axes, list(points.values()), fontsize=6.5)
     if not left_out:
         return []

@@ -29,14 +29,14 @@ from analysis.probes.targets import (
 )
 from analysis.query import TRAINED
 from experiments.declared.protocols import PROTOCOLS
-from experiments.engine.cli import Parser, guarded
+from experiments.engine.cli import Parser, run_command
 from experiments.engine.records.store import REPOSITORY, Record, Store
 from experiments.engine.specs.rows import Table, table_of
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command. Exit status: 0 all probed, 1 some not probed, 2 none probed or bad input."""
-    return guarded(lambda: probe_targets(arguments))
+    return run_command(lambda: probe_targets(arguments))
 
 
 def probe_targets(arguments: list[str] | None) -> int:

@@ -22,7 +22,8 @@ from analysis.probes.declared import DiffusersLocality
 from analysis.probes.layers import read_attention
 from analysis.probes.watch import Grid, Layer, num_tokens
 from experiments.engine.diffusion.iddpm import IDDPM
-from experiments.engine.diffusion.samplers import ImageNoise, ddim
+from experiments.engine.diffusion.samplers import DDIM
+from experiments.engine.numerics.randomness import ImageNoise
 from experiments.engine.sampling.generate import image_seeds
 
 TEXT_TOKENS = 16  # of the zeros that stand in for missing text embeddings
@@ -284,8 +285,8 @@ def walk(adapted: Adapted, spec: DiffusersLocality) -> Callable[[Any], None]:
         _check_finite(x)
 
     def take_ddim_steps(model: Callable[..., Tensor]) -> None:
-        schedule = IDDPM.linear().respaced(spec.steps).to(device)
-        for latents in ddim(schedule, model, y, noise):
+        sample = DDIM(IDDPM.linear().respaced(spec.steps).to(device))
+        for latents in sample(model, y, noise):
             x = latents
         _check_finite(x)
 

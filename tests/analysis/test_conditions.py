@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from analysis.runtime import runtime
 from matplotlib.collections import PathCollection
 
 from analysis.claims.judge import judge
 from analysis.figures.modes import numeric_modes
+from analysis.figures.runtime import runtime
 from analysis.figures.throughput import fid_against_throughput
 from analysis.figures.training import scores_over_training
 from analysis.query import ReferenceStore, at_one_batch, gpu_timings

@@ -10,7 +10,7 @@ import pytest
 
 from analysis.figures.efficiency import training_efficiency
 from analysis.figures.modes import numeric_modes
-from analysis.runtime import runtime
+from analysis.figures.runtime import runtime
 from analysis.figures.throughput import fid_against_throughput
 from analysis.figures.training import losses, scores_over_training
 from analysis.query import ReferenceStore
