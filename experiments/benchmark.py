@@ -164,7 +164,8 @@ def _checkpoints() -> None:
         drawn.integers(1000, size=512),
         data,
     )
-    trainer = Trainer(Train(Backbone("dico_s"), data, Recipe(steps=10**6, batch=batch)), device)
+    spec = Train(Backbone("dico_s"), data, Recipe(steps=10**6, batch=batch))
+    trainer = Trainer(spec, Resources(str(device)))
     stepping = trainer.steps(images)
     with tempfile.TemporaryDirectory() as folder, Writer(Path(folder)) as writer:
         next(stepping).item()

@@ -172,7 +172,7 @@ def _passed(
     ]  # an upsampler is given images, and makes its own input of them
     eps = torch.randn(x.shape, generator=generator_at("check", device=device), device=device)
     x0, t, y, eps = (torch.cat([part] * spec.batch) for part in (x, t, y, eps))
-    loss = trainer.passes(x0, y, t, eps).clone()
+    loss = trainer.forward_backward(x0, y, t, eps).clone()
     return [
         loss,
         torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]),

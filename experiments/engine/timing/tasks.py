@@ -30,6 +30,7 @@ from experiments.engine.numerics.cuda_graphs import (
     run_eagerly,
 )
 from experiments.engine.numerics.randomness import ImageNoise, generator_at, seed_at
+from experiments.engine.runtime.context import Resources
 from experiments.engine.specs.spec import Backbone, Cost, Data, Diffusion, Recipe, Timing, Train
 from experiments.engine.training.trainer import Trainer, build
 
@@ -179,7 +180,8 @@ def build_trainer(network: Cost, spec: Timing, device: torch.device) -> Trainer:
     declared = Train(
         size_backbone(network), training_data(network), recipe, training_diffusion(network, model)
     )
-    trainer = Trainer(declared, device, compiled=spec.compile, graphs=spec.graphs, model=model)
+    resources = Resources(str(device), compile=spec.compile, graphs=spec.graphs)
+    trainer = Trainer(declared, resources, model=model)
     fill_zeros(model)
     return trainer
 
