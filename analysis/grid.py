@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from analysis.figures.style import figure, save
 from analysis.query import TRAINED, train_command, trained_row
 from experiments.declared.protocols import PROTOCOLS
-from experiments.engine.cli import Parser, guarded
+from experiments.engine.cli import Parser, run_command
 from experiments.engine.records.store import REPOSITORY, Store
 from experiments.engine.specs.rows import table_of
 from experiments.engine.specs.spec import Evaluate
@@ -33,7 +33,7 @@ CAPTION, RECORDS = (
 
 
 def main() -> int:
-    return guarded(_main)
+    return run_command(_main)
 
 
 def _main() -> int:
@@ -96,7 +96,7 @@ def _run(args: argparse.Namespace) -> Path:
         raise ValueError(
             f"--rows takes a number from 1 on and --classes labels from 0 to {spec.data.num_classes - 1}"
         )
-    if not all(store.latest(training) for training in spec.trainings):
+    if not all(store.here.latest(training) for training in spec.trainings):
         raise ValueError(f"no finished run of {args.row!r} here; train it with: {train}")
     scale = "" if args.scale is None else f"_scale{args.scale:g}"
     return draw(
@@ -170,12 +170,12 @@ def draw(
     import torch
 
     from experiments.engine.jobs.execute import require_device
+    from experiments.engine.runtime.context import Resources
     from experiments.engine.sampling.samples import load_decoder, load_networks
-    from experiments.engine.training.trainer import Resources
 
     require_device(device)
     decode, _ = load_decoder(spec.data, torch.device(device))
-    records = [store.latest(training) for training in spec.trainings]
+    records = [store.here.latest(training) for training in spec.trainings]
     model, key = load_networks(
         spec, store.run_dir(spec.train), Resources(device, checkpoint=checkpoint)
     )

@@ -90,7 +90,7 @@ def _throughput(claim: Claim, store: ReferenceStore) -> Finding:
         printed = f"Table {1 if names[0].endswith('@256') else 2}: {speeds[0]:g} over {speeds[1]:g} img/s on an A100; no GPU record here"
     if proxy := _measured_speed(claim, store, "cpu"):
         return replace(proxy, basis=f"{proxy.basis}; {printed}")
-    small = speed_claims.small_on_cpu(claim, store, "reference")
+    small = speed_claims.small_on_cpu(claim, store, store.reference)
     basis = printed + (f". Not the claim's, for scale: {small}" if small else "")
     if missing:
         return Finding(NOT_YET, "", "open", basis)
@@ -105,7 +105,7 @@ def _throughput(claim: Claim, store: ReferenceStore) -> Finding:
 
 def _measured_speed(claim: Claim, store: ReferenceStore, device: str) -> Finding | None:
     """Ratio of two networks' throughput in every numeric mode that they were timed in, in turn."""
-    if not (found := speed_claims.ratios(claim, device, store, "reference")):
+    if not (found := speed_claims.ratios(claim, device, store, store.reference)):
         return None
     value = "; ".join(
         f"{ratio.value:.2f} ±{ratio.error:.2f} ({ratio.mode}, {ratio.device})" for ratio in found
@@ -144,7 +144,7 @@ def _unfused(found: Sequence[speed_claims.Ratio]) -> str:
 
 
 def _gflops(claim: Claim, store: ReferenceStore) -> Finding:
-    cell, same, counts = speed_claims.gflops(claim, store, "reference")
+    cell, same, counts = speed_claims.gflops(claim, store, store.reference)
     if same is None:
         return Finding(
             NOT_YET,

@@ -87,7 +87,7 @@ def channels(claim: Claim, store: ReferenceStore) -> Finding:
     for protocol, evidence in ((IMAGENET256, MEASURED), (DIGITS, REDUCED)):
         pairs = [
             [
-                store.latest(declared("channels", TABLE_4.row(label), protocol, seed), "reference")
+                store.reference.latest(declared("channels", TABLE_4.row(label), protocol, seed))
                 for label in ("DiCo-S", "w/o CCA")
             ]
             for seed in REFERENCE_SEEDS
@@ -119,7 +119,7 @@ def channels(claim: Claim, store: ReferenceStore) -> Finding:
 def _named(store: ReferenceStore) -> dict[str, Record]:
     """The newest locality record of each checkpoint that the claim names: of diffusers' class, or of DiT's own file at 512."""
     found = {}
-    for records in store.records("reference").values():
+    for records in store.reference.by_id().values():
         spec, values = records[-1].spec, records[-1].values
         name = NAMED.get(spec.get("model", "")) if records[-1].kind == "diffuserslocality" else None
         if (
@@ -136,7 +136,7 @@ def _named(store: ReferenceStore) -> dict[str, Record]:
 
 
 def _of_seeds(probes: Sequence[Probe], store: ReferenceStore, kind: str) -> list[Record]:
-    found = (store.latest(probe, "reference") for probe in probes)
+    found = (store.reference.latest(probe) for probe in probes)
     return [record for record in found if record is not None and kind in record.values]
 
 

@@ -226,7 +226,7 @@ def kernels(claim: Claim, store: ReferenceStore) -> Finding:
     rows = [TABLE_4.row(name) for name in names]
     timed = {
         device: [
-            store.latest(timing_stage(row, TABLE_4.baseline, device), "reference") for row in rows
+            store.reference.latest(timing_stage(row, TABLE_4.baseline, device)) for row in rows
         ]
         for device in ("cuda", "cpu")
     }

@@ -235,7 +235,7 @@ def speed_agreement(table: Table, store: ReferenceStore) -> SpeedAgreement | Non
     found = [
         (record, float(published[row.published]["throughput_img_s"]))
         for row in table.rows
-        if (record := store.latest(timing_stage(row, table.baseline, "cpu"), "reference"))
+        if (record := store.reference.latest(timing_stage(row, table.baseline, "cpu")))
     ]
     if len(found) < 3:
         return None
@@ -307,7 +307,7 @@ def _origins(table: Table, store: ReferenceStore, protocol: Protocol) -> Origins
         with store.noting() as noted:
             scores_of(row, protocol, store)
             if protocol is DIGITS:
-                store.latest(timing_stage(row, table.baseline, "cpu"), "reference")
+                store.reference.latest(timing_stage(row, table.baseline, "cpu"))
         rows.append((row.label, tuple(noted.values())))
     return Origins(tuple((label, records) for label, records in rows if records))
 
@@ -321,7 +321,7 @@ def _scores_alone(table: Table, store: ReferenceStore, protocol: Protocol) -> li
             for record in scores_of(row, protocol, store)
         }
     ) or [0]
-    sheet = main_sheet(table, table.rows, protocol, seeds, "cpu", store, where="reference")
+    sheet = main_sheet(table, table.rows, protocol, seeds, "cpu", store, source=store.reference)
     kept = [
         i
         for i, (group, name) in enumerate(sheet.columns)

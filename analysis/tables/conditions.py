@@ -198,7 +198,7 @@ def _scored(
 ) -> Record | None:
     """Of our scores under the published row's conditions."""
     return (
-        store.latest(evaluate_stage(row, same_conditions(paper, resolution), 0), "reference")
+        store.reference.latest(evaluate_stage(row, same_conditions(paper, resolution), 0))
         if row.backbone
         else None
     )
@@ -219,16 +219,15 @@ def progress_row(model: str) -> Row:
 
 def progress_score(paper: dict[str, str], store: ReferenceStore) -> Record | None:
     """Of our scores that of a row of Table 7."""
-    return store.latest(
-        evaluate_stage(progress_row(paper["model"]), stopped(int(paper["train_steps"])), 0),
-        "reference",
+    return store.reference.latest(
+        evaluate_stage(progress_row(paper["model"]), stopped(int(paper["train_steps"])), 0)
     )
 
 
 def progress_curve(model: str, steps: Sequence[int], store: ReferenceStore) -> Record | None:
     """The longest of our trainings of a model of Table 7 to one of these ascending numbers of steps, of those whose record holds a loss curve."""
     trained = (
-        store.latest(train_stage(progress_row(model), stopped(step), 0), "reference")
+        store.reference.latest(train_stage(progress_row(model), stopped(step), 0))
         for step in reversed(steps)
     )
     return next((record for record in trained if record and record.values.get("curve")), None)

@@ -61,7 +61,13 @@ RECONSTRUCTED = (
 def ablation_sheet(table: Table, store: ReferenceStore) -> Sheet:
     """Tables 3, 4 and 5: counts with their differences, throughput, scores on digits with ranks, and what a GPU gave under the paper's conditions."""
     sheet = main_sheet(
-        table, table.rows, DIGITS, reference_seeds(table, store), "cpu", store, where="reference"
+        table,
+        table.rows,
+        DIGITS,
+        reference_seeds(table, store),
+        "cpu",
+        store,
+        source=store.reference,
     )
     for group in ("params, M", "Gflops"):
         _compare(sheet, group)
@@ -87,14 +93,20 @@ def ablation_sheet(table: Table, store: ReferenceStore) -> Sheet:
 def systems_sheet(table: Table, resolution: int, store: ReferenceStore) -> Sheet:
     """Tables 1, 2, 8 and 9: every published row; counts, also in the convention of each published figure; our GPU throughput and scores."""
     sheet = main_sheet(
-        table, table.rows, DIGITS, reference_seeds(table, store), "cpu", store, where="reference"
+        table,
+        table.rows,
+        DIGITS,
+        reference_seeds(table, store),
+        "cpu",
+        store,
+        source=store.reference,
     )
     if ("params, M", "paper") in sheet.columns:
         _compare(sheet, "params, M")
     published = store.published(table.published, table.key)
     systems = {system.label: system for system in SYSTEMS if system.resolution == resolution}
     known = [systems.get(published[row.published]["model"]) for row in table.rows]
-    same = [counted(system, store, "reference")[1] if system else Cell() for system in known]
+    same = [counted(system, store, store.reference)[1] if system else Cell() for system in known]
     at = sheet.columns.index(("Gflops", "ours"))
     sheet.columns[at] = ("Gflops", "ours, torchprofile")
     insert(sheet, at + 1, ("Gflops", "ours, same counter"), same)
@@ -108,7 +120,7 @@ def systems_sheet(table: Table, resolution: int, store: ReferenceStore) -> Sheet
     frozen, compared = {}, ("params, M", "diff. %") in sheet.columns
     for row, system, cells in zip(table.rows, known, sheet.rows, strict=True):
         every, ours = (
-            counted(system, store, "reference")[0] if system else Cell(),
+            counted(system, store, store.reference)[0] if system else Cell(),
             cells[sheet.columns.index(("params, M", "ours"))],
         )
         if every.text() != ours.text():
@@ -137,7 +149,7 @@ def systems_sheet(table: Table, resolution: int, store: ReferenceStore) -> Sheet
             if system
         ],
         store,
-        "reference",
+        store.reference,
     )
     sheet.notes += [
         "same counter: Gflops in the convention of the tool that gave the published figure; core counts all systems by one rule.",
@@ -163,7 +175,7 @@ def _timed_elsewhere(table: Table, store: ReferenceStore) -> str:
     labels = [
         row.label
         for row in _in_modes("cpu", "forward", store)
-        if not store.latest(timing_stage(row, table.baseline, "cpu"), "reference")
+        if not store.reference.latest(timing_stage(row, table.baseline, "cpu"))
     ]
     return (
         f"; the throughput of {', '.join(labels)} was timed with fused attention and stands in speed_forward"
@@ -188,7 +200,7 @@ def throughput_sheet(what: str, store: ReferenceStore) -> Sheet:
     rows = _in_modes(device, what, store) or [
         row for row in table.rows if row.backbone and not row.heavy
     ]
-    return with_caveats(speed.speed_sheet(table, rows, device, what, store, "reference"))
+    return with_caveats(speed.speed_sheet(table, rows, device, what, store, store.reference))
 
 
 RECIPE: dict[str, Callable[[Train, Sampler], object]] = {
@@ -303,7 +315,7 @@ SHEETS: dict[str, Callable[[ReferenceStore], Sheet]] = {
     "table7": progress_sheet,
     "table8": lambda store: systems_sheet(main_results.TABLE_8, 256, store),
     "table9": lambda store: systems_sheet(main_results.TABLE_9, 512, store),
-    "counts": lambda store: with_caveats(counts_sheet(store, where="reference")),
+    "counts": lambda store: with_caveats(counts_sheet(store, source=store.reference)),
     **{
         f"speed_{what}": lambda store, what=what: throughput_sheet(what, store)
         for what in speed.TASKS
@@ -425,7 +437,7 @@ def _rank(sheet: Sheet, rows: Sequence[Row], store: ReferenceStore) -> None:
 def _dit_ratio(sheet: Sheet, table: Table, store: ReferenceStore) -> None:
     """Gflops over those of the DiT of the same size, as the paper's Table 5 gives them."""
     gflops = {
-        system.label: counted(system, store, "reference")[1]
+        system.label: counted(system, store, store.reference)[1]
         for system in SYSTEMS
         if system.resolution == 256
     }

@@ -17,7 +17,7 @@ from experiments.engine.diffusion.build import build_diffusion
 from experiments.engine.diffusion.cascade import condition_on_low_res
 from experiments.engine.diffusion.guidance import Guided
 from experiments.engine.diffusion.iddpm import IDDPM, Model
-from experiments.engine.diffusion.samplers import ancestral
+from experiments.engine.diffusion.samplers import Ancestral
 from experiments.engine.numerics.cuda_graphs import (
     Launch,
     SharedGraph,
@@ -164,7 +164,7 @@ def build_sampling(
     def sample() -> Tensor:
         noise = ImageNoise(range(len(x)), shape, device)
         # Keep the latest images alone: all of a loop's steps would not fit the memory.
-        return deque(ancestral(steps, guided, y, noise, launch=launch), maxlen=1).pop()
+        return deque(Ancestral(steps, launch=launch)(guided, y, noise), maxlen=1).pop()
 
     return Task(sample, read_layout(x, *model.parameters()))
 

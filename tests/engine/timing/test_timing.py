@@ -14,12 +14,12 @@ from backbones.kernels.attention import attention
 from experiments.engine.jobs.execute import execute
 from experiments.engine.numerics.precision import precision, read_tf32_flags
 from experiments.engine.records.store import Store
+from experiments.engine.runtime.context import Resources
 from experiments.engine.specs.spec import Backbone, Ceilings, Cost, Recipe, Timing, Train
 from experiments.engine.timing import ceilings, clock, cost, stage
 from experiments.engine.timing.clock import WarmUp, warm_up
 from experiments.engine.timing.stage import measure_speed
 from experiments.engine.timing.tasks import Task
-from experiments.engine.training.trainer import Resources
 from tests.support.timing import CPU, DICO, DIT, declare_timing, hear_calls
 from tests.support.trainings import DIGITS
 
@@ -117,7 +117,7 @@ def test_a_record_names_the_kernels_that_were_timed(
     forced: dict[str, str], used: list[str], tmp_path: Path
 ):
     spec = declare_timing(kernels=forced)
-    record = execute(spec, Store(tmp_path), Resources(), lambda *progress: None)
+    record = execute(spec, Store(tmp_path), Resources())
     assert record.status == "done"
     assert record.provenance["kernels"]["attention"] == used
 
@@ -135,14 +135,14 @@ def test_a_record_names_the_kernels_of_the_compiled_graph(
 ):
     """The check before it runs another graph, whose kernels are not named."""
     resources = Resources(compile=isinstance(spec, Train))
-    record = execute(spec, Store(tmp_path), resources, lambda *progress: None)
+    record = execute(spec, Store(tmp_path), resources)
     assert record.status == "done", record.error
     assert record.provenance["kernels"]["attention"] == [compiled_choice]
 
 
 def test_a_refusal_is_a_failed_record(tmp_path: Path, nearly: str):
     spec = declare_timing(kernels={"attention": nearly})
-    record = execute(spec, Store(tmp_path), Resources(), lambda *progress: None)
+    record = execute(spec, Store(tmp_path), Resources())
     assert record.status == "failed"
     assert record.values == {}
     assert record.error.startswith("ValueError: dit_s_2 with kernels")
