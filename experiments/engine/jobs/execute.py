@@ -33,7 +33,7 @@ from experiments.engine.runtime.progress import Report, ignore_progress
 from experiments.engine.sampling.generate import can_capture_steps
 from experiments.engine.scoring import stage as evaluate
 from experiments.engine.specs.spec import Ceilings, Evaluate, Profile, Stage, Timing, Train
-from experiments.engine.timing import cost
+from experiments.engine.timing import ceilings, cost
 from experiments.engine.timing import profile as profiling
 from experiments.engine.timing import stage as timing
 from experiments.engine.training.stage import run_training
