@@ -212,7 +212,7 @@ def _neighbours(spec: Neighbours, store: Store) -> None:
         neighbour_shares,
         precision_recall_half,
     )
-    from experiments.engine.timing.stage import time_call
+    from experiments.engine.timing.clock import time_call
 
     if spec.samples <= NEIGHBOURS or spec.reference <= NEIGHBOURS or spec.dim < 1:
         raise ValueError(
