@@ -11,39 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from analysis.claims.judge import claims_sheet
-from analysis.figures import own as figures_efficiency
-from analysis.figures import paper as figures
-from analysis.figures import probes as figures_probes
+from analysis.figures.catalogue import FIGURES
 from analysis.figures.style import save
-from analysis.query import Sources
+from analysis.query import ReferenceStore
 from analysis.tables import agreement as science
 from analysis.tables.pages import folded, origins
 from analysis.tables.paper import SHEETS
 from experiments.declared.protocols import CIFAR10_SMALL, DIGITS
-from experiments.engine.cli import Parser, guarded
+from experiments.engine.cli import Parser, run_command
 from experiments.engine.records.files import written_whole
 from experiments.engine.reporting.render import render
 from experiments.engine.reporting.sheet import Sheet
 from experiments.engine.specs.stages import Protocol
 
-FIGURES = {  # a figure's function takes the sources; its docstring is the caption
-    "figure2_fid_throughput": figures.fid_against_throughput,
-    "figure3_runtime": figures.runtime,
-    "figure8_scores_over_training": figures.scores_over_training,
-    "figure9_losses": figures.losses,
-    "table3_score_speed": figures_efficiency.table3_score_speed,
-    "table4_score_speed": figures_efficiency.table4_score_speed,
-    "seed_spread": figures_efficiency.seed_spread,
-    "training_efficiency": figures_efficiency.training_efficiency,
-    "pareto": figures_efficiency.pareto,
-    "numeric_modes": figures_efficiency.numeric_modes,
-    **figures_probes.FIGURES,
-}
 SUFFIXES = {"text": "txt", "markdown": "md", "latex": "tex", "csv": "csv", "html": "html"}
 
 
 def main() -> int:
-    return guarded(_main)
+    return run_command(_main)
 
 
 def _main() -> int:
@@ -68,7 +53,7 @@ def _main() -> int:
         help="folder of published numbers (default: results/published)",
     )
     args = parser.parse_args()
-    store = Sources(args.results, args.published)
+    store = ReferenceStore(args.results, args.published)
     problems = build(store, with_figures=not args.tables)
     print(
         f"built {store.root / 'tables'}" + ("" if args.tables else f" and {store.root / 'figures'}")
@@ -78,7 +63,7 @@ def _main() -> int:
     return 1 if problems else 0
 
 
-def build(store: Sources, with_figures: bool = True) -> list[str]:
+def build(store: ReferenceStore, with_figures: bool = True) -> list[str]:
     """Write every table, page and figure; what was wrong, in words."""
     problems: list[str] = []
     for name, make in (SHEETS | {"claims": claims_sheet}).items():
@@ -108,12 +93,12 @@ def attempt(name: str, make: Callable[[], Any], otherwise: Any, problems: list[s
     return otherwise
 
 
-def _page(store: Sources, protocol: Protocol) -> None:
+def _page(store: ReferenceStore, protocol: Protocol) -> None:
     with written_whole(store.root / "tables" / f"{protocol.name}.md") as file:
         file.write(science.page(store, protocol).encode())
 
 
-def _write(store: Sources, name: str, sheet: Sheet) -> None:
+def _write(store: ReferenceStore, name: str, sheet: Sheet) -> None:
     """The table in every form; below the Markdown stand links to its records, which HTML holds in its cells."""
     for form, suffix in SUFFIXES.items():
         text = render([sheet], form)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from analysis.figures.style import figure, save
 from analysis.query import TRAINED, train_command, trained_row
 from experiments.declared.protocols import PROTOCOLS
-from experiments.engine.cli import Parser, guarded
+from experiments.engine.cli import Parser, run_command
 from experiments.engine.records.store import REPOSITORY, Store
 from experiments.engine.specs.rows import table_of
 from experiments.engine.specs.spec import Evaluate
@@ -33,7 +33,7 @@ CAPTION, RECORDS = (
 
 
 def main() -> int:
-    return guarded(_main)
+    return run_command(_main)
 
 
 def _main() -> int:
@@ -96,7 +96,7 @@ def _run(args: argparse.Namespace) -> Path:
         raise ValueError(
             f"--rows takes a number from 1 on and --classes labels from 0 to {spec.data.num_classes - 1}"
         )
-    if not all(store.latest(training) for training in spec.trainings):
+    if not all(store.here.latest(training) for training in spec.trainings):
         raise ValueError(f"no finished run of {args.row!r} here; train it with: {train}")
     scale = "" if args.scale is None else f"_scale{args.scale:g}"
     return draw(
@@ -170,13 +170,13 @@ def draw(
     import torch
 
     from experiments.engine.jobs.execute import require_device
-    from experiments.engine.sampling.samples import decoder_of, network_of
-    from experiments.engine.training.trainer import Resources
+    from experiments.engine.runtime.context import Resources
+    from experiments.engine.sampling.samples import load_decoder, load_networks
 
     require_device(device)
-    decode, _ = decoder_of(spec.data, torch.device(device))
-    records = [store.latest(training) for training in spec.trainings]
-    model, key = network_of(
+    decode, _ = load_decoder(spec.data, torch.device(device))
+    records = [store.here.latest(training) for training in spec.trainings]
+    model, key = load_networks(
         spec, store.run_dir(spec.train), Resources(device, checkpoint=checkpoint)
     )
     shown = _images(spec, model, classes, rows, device)
@@ -219,7 +219,7 @@ def _images(
     """Samples (C, H, W) by (row, class); neighbouring classes are drawn in one batch, which changes no image."""
     import torch
 
-    from experiments.engine.sampling.generate import images
+    from experiments.engine.sampling.generate import generate_images
 
     count = spec.data.num_classes
     spec = replace(spec, num=rows * count, labels="balanced")  # image i is of class i mod K
@@ -230,7 +230,9 @@ def _images(
     for line in range(rows):
         for start, end in zip(starts, ends, strict=True):
             within = range(line * count + start, line * count + end)
-            for x, y in images(spec, model, torch.device(device), min(len(within), 100), within):
+            for x, y in generate_images(
+                spec, model, torch.device(device), min(len(within), 100), within
+            ):
                 found |= {(line, label): image for image, label in zip(x, y.tolist(), strict=True)}
     return found
 

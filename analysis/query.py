@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from experiments import ablation, main_results
 from experiments.declared.protocols import DIGITS, PROTOCOLS
 from experiments.engine.records.manifest import clashes
-from experiments.engine.records.store import REPOSITORY, Record, Store
+from experiments.engine.records.store import REPOSITORY, Record, RecordFolder, Store
 from experiments.engine.reporting.lookup import REFERENCE_SEEDS
 from experiments.engine.specs.rows import Row, Table
-from experiments.engine.specs.spec import Backbone, Stage, canonical
+from experiments.engine.specs.spec import Backbone, Spec, Stage, canonical
 from experiments.engine.specs.stages import Protocol, evaluate_stage
 
 TRAINED = {
@@ -62,7 +62,63 @@ POSITIVE = {
 PAPER_BATCH = 64  # of its throughput
 
 
-class Sources(Store):
+class ScreenedFolder(RecordFolder):
+    """A folder of records without those that no table may use.
+
+    `problems` collects a sentence on every record that was left out; `note` hears which records are
+    looked up.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        problems: list[str],
+        note: Callable[[Sequence[Record]], None] = lambda records: None,
+    ) -> None:
+        super().__init__(folder)
+        self._problems = problems
+        self._note = note
+        self._files: dict[str, str] = {}
+
+    def latest(self, spec: Spec, status: str = "done") -> Record | None:
+        record = super().latest(spec, status)
+        self._note([record] if record else [])
+        return record
+
+    def file_of(self, record: Record) -> str:
+        """Return a record's file, relative to this folder."""
+        self.by_id()
+        return self._files[record.name]
+
+    def _read(self) -> dict[str, list[Record]]:
+        found = super()._read()
+
+        # Report the files that are no records.
+        read = {record.name for records in found.values() for record in records}
+        for path in sorted(self.folder.glob("*/*.json")):
+            name = f"{path.parent.name}/{path.stem.rpartition('-')[0]}"
+            self._files[name] = f"{path.parent.name}/{path.name}"
+            if name not in read:
+                self._problems.append(
+                    f"record {path.parent.name}/{path.name}: "
+                    "not of this version of the suite, or damaged; left out"
+                )
+
+        # Leave out the records that no table may use.
+        screened = {
+            name: [record for record in records if self._fits(record)]
+            for name, records in found.items()
+        }
+        return {name: records for name, records in screened.items() if records}
+
+    def _fits(self, record: Record) -> bool:
+        reason = _unfit(record)
+        if reason:
+            self._problems.append(f"record {record.name}: {reason}; left out")
+        return not reason
+
+
+class ReferenceStore(Store):
     """A store whose reference holds only records that a table may use; `problems` says in words what was left out and why.
 
     `noting` hears which records are looked up, so that every figure and paragraph can name its own.
@@ -73,36 +129,11 @@ class Sources(Store):
         self.published_folder = published or REPOSITORY / "results" / "published"
         self.problems: list[str] = []
         self._rows: dict[str, list[dict[str, str]]] = {}
-        self._files: dict[str, str] = {}
         self._notes: list[dict[str, Record]] = []
-
-    def records(self, where: str) -> dict[str, list[Record]]:
-        if where not in self._cache:
-            found = super().records(where)
-            del self._cache[
-                where
-            ]  # nothing unscreened stays, should a record be worse than foreseen
-            read = {record.name for records in found.values() for record in records}
-            folder = self.reference if where == "reference" else self.root / where
-            for path in sorted(folder.glob("*/*.json")):
-                name = f"{path.parent.name}/{path.stem.rpartition('-')[0]}"
-                if where == "reference":
-                    self._files[name] = f"{path.parent.name}/{path.name}"
-                if name not in read:
-                    self.problems.append(
-                        f"record {path.parent.name}/{path.name}: not of this version of the suite, or damaged; left out"
-                    )
-            self._cache[where] = {
-                name: kept
-                for name, records in found.items()
-                if (kept := [record for record in records if self._fit(record)])
-            }
-        return self._cache[where]
-
-    def latest(self, spec: Stage, where: str = "records", status: str = "done") -> Record | None:
-        record = super().latest(spec, where, status)
-        self.note([record] if record and where == "reference" else [])
-        return record
+        self.here = ScreenedFolder(self.here.folder, self.problems)
+        self.reference: ScreenedFolder = ScreenedFolder(
+            self.reference.folder, self.problems, self.note
+        )
 
     def note(self, records: Sequence[Record]) -> None:
         for noted in self._notes:
@@ -120,11 +151,10 @@ class Sources(Store):
 
     def file_of(self, record: Record) -> str:
         """A committed record's file under the reference folder."""
-        self.records("reference")
-        return self._files[record.name]
+        return self.reference.file_of(record)
 
     def all_records(self) -> list[Record]:
-        return [record for records in self.records("reference").values() for record in records]
+        return self.reference.all()
 
     def rows(self, name: str) -> list[dict[str, str]]:
         """A published table's rows. ValueError where a column is missing, a row has no source or a number is none."""
@@ -170,11 +200,6 @@ class Sources(Store):
         return {
             " ".join(filter(None, (row[column] for column in key))): row for row in self.rows(name)
         }
-
-    def _fit(self, record: Record) -> bool:
-        if unfit := _unfit(record):
-            self.problems.append(f"record {record.name}: {unfit}; left out")
-        return not unfit
 
 
 def _finite(text: str) -> bool:
@@ -244,7 +269,7 @@ def reference_seeds(table: Table, store: Store) -> list[int]:
     return [
         seed
         for seed in REFERENCE_SEEDS
-        if store.latest(evaluate_stage(table.baseline, DIGITS, seed), "reference")
+        if store.reference.latest(evaluate_stage(table.baseline, DIGITS, seed))
     ] or [0]
 
 
@@ -253,7 +278,7 @@ def scores_of(row: Row, protocol: Protocol, store: Store) -> list[Record]:
     return [
         record
         for seed in REFERENCE_SEEDS
-        if (record := store.latest(evaluate_stage(row, protocol, seed), "reference"))
+        if (record := store.reference.latest(evaluate_stage(row, protocol, seed)))
     ]
 
 
@@ -279,10 +304,10 @@ def rankable(
 
 def latest(stages: Sequence[Stage], store: Store) -> Iterator[Record]:
     """The committed records of these stages, without the gaps."""
-    return (record for stage in stages if (record := store.latest(stage, "reference")))
+    return (record for stage in stages if (record := store.reference.latest(stage)))
 
 
-def gpu_timings(backbone: Backbone, size: int, store: Sources) -> list[Record]:
+def gpu_timings(backbone: Backbone, size: int, store: ReferenceStore) -> list[Record]:
     """Committed GPU timings of a network's forward pass at a latent size, in every numeric mode that was recorded, oldest first."""
     wanted = canonical(backbone, full=True)
     found = [

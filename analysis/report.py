@@ -29,12 +29,12 @@ from analysis.page.fragments import (
     tiles,
 )
 from analysis.page.scatter import views
-from analysis.query import Sources
+from analysis.query import ReferenceStore
 from analysis.tables import agreement as science
 from analysis.tables.pages import Text
 from analysis.tables.paper import SHEETS
 from experiments.declared.protocols import CIFAR10_SMALL, DIGITS
-from experiments.engine.cli import Parser, guarded
+from experiments.engine.cli import Parser, run_command
 from experiments.engine.records.files import written_whole
 from experiments.engine.records.store import Record
 from experiments.engine.reporting.sheet import Cell, Sheet
@@ -53,7 +53,7 @@ SECTIONS = (
 
 
 def main() -> int:
-    return guarded(_main)
+    return run_command(_main)
 
 
 def _main() -> int:
@@ -85,7 +85,7 @@ def _main() -> int:
         help="then open it in a headless Chromium and say after how long it answers",
     )
     args = parser.parse_args()
-    store = Sources(args.results, args.published)
+    store = ReferenceStore(args.results, args.published)
     page, problems = build_page(store)
     output = args.output or store.root / "report.html"
     with written_whole(output) as file:
@@ -98,12 +98,14 @@ def _main() -> int:
     return 1 if problems else 0
 
 
-def build_page(store: Sources) -> tuple[str, list[str]]:
+def build_page(store: ReferenceStore) -> tuple[str, list[str]]:
     """The page, and what could not be built, which the page names too. ValueError where the extra `report` is missing."""
     plotly, datatables, style = _libraries()
     problems: list[str] = []
 
-    def sheet(name: str, make: Callable[[Sources], Sheet], identifier: str) -> tuple[Sheet, str]:
+    def sheet(
+        name: str, make: Callable[[ReferenceStore], Sheet], identifier: str
+    ) -> tuple[Sheet, str]:
         with store.noting() as noted:
             made = attempt(name, lambda: make(store), None, problems) or Sheet(
                 f"{name}: {problems[-1].partition(': ')[2]}", [("", "gap")]
@@ -165,7 +167,7 @@ def build_page(store: Sources) -> tuple[str, list[str]]:
     return "\n".join(page), problems
 
 
-def provenance_sheet(store: Sources) -> Sheet:
+def provenance_sheet(store: ReferenceStore) -> Sheet:
     """One row a kind of record and environment that it comes from."""
     columns = [
         "records",
@@ -225,7 +227,9 @@ def _libraries() -> tuple[str, str, str]:
         ) from None
 
 
-def _figure(name: str, draw: Callable[[Sources], Any], store: Sources, problems: list[str]) -> str:
+def _figure(
+    name: str, draw: Callable[[ReferenceStore], Any], store: ReferenceStore, problems: list[str]
+) -> str:
     caption = " ".join(inspect.cleandoc(draw.__doc__).split())
     with store.noting() as noted:
         image = attempt(f"figure {name}", lambda: png(draw(store)), None, problems)

@@ -184,4 +184,5 @@ register(
         dic_h=dict(dim=384, depths=(14, 14, 10, 14, 14)),
     ),
     tiny=dict(dim=12, depths=(4, 2, 1, 3, 4)),
+    guided_channels=3,
 )

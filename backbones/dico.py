@@ -163,4 +163,5 @@ register(
         dico_h=dict(dim=416, depths=(14, 12, 10, 12, 14), mlp_ratio=4.0),
     ),
     tiny=dict(dim=12, depths=(2, 1, 1, 1, 1)),
+    guided_channels=3,
 )

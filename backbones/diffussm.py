@@ -174,5 +174,6 @@ register(
     DiffuSSM,
     dict(diffussm_xl=dict(dim=1152, depth=29)),
     tiny=dict(dim=12, depth=2, states=5),
+    guided_channels=3,
     exceptions=Exceptions(frozen={"pos_embed": "positions are a fixed sine-cosine table"}),
 )

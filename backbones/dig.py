@@ -178,5 +178,6 @@ register(
         dig_xl_2=dict(depth=28, dim=1152, heads=18),
     ),
     tiny=dict(depth=4, dim=24, heads=3),
+    guided_channels=3,
     exceptions=Exceptions(frozen={"pos_embed": "positions are a fixed sine-cosine table"}),
 )

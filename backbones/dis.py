@@ -184,5 +184,6 @@ register(
         dis_h_2=dict(dim=1536, depth=48),
     ),
     tiny=dict(dim=20, depth=4),
+    guided_channels=3,
     exceptions=Exceptions(open_head="the authors keep torch's default weights in the head"),
 )

@@ -123,5 +123,6 @@ register(
         dit_xl_8=WIDTHS["xl"] | dict(patch=8),
     ),
     tiny=dict(depth=2, dim=24, heads=3),
+    guided_channels=3,
     exceptions=Exceptions(frozen={"pos_embed": "positions are a fixed sine-cosine table"}),
 )

@@ -137,6 +137,7 @@ register(
     Hourglass,
     dict(hourglass={}),
     tiny=dict(dim=12, depths=(2, 1, 1, 1, 1)),
+    guided_channels=3,
     exceptions=Exceptions(
         frozen={"position": "positions are a fixed sine-cosine table"},
         uncounted="the published counts are those of the rows of the ablations, not of a size",

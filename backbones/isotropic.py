@@ -114,6 +114,7 @@ register(
     Isotropic,
     dict(isotropic={}),
     tiny=dict(dim=12, depth=3, mlp_ratio=2.0),
+    guided_channels=3,
     exceptions=Exceptions(
         frozen={"position": "positions are a fixed sine-cosine table"},
         uncounted="the published counts are those of the rows of the ablations, not of a size",

@@ -39,7 +39,7 @@ class Mamba(nn.Module):
         return self.out_proj(y.transpose(1, 2))  # (N, T, D)
 
 
-def selective_ssm(  # noqa: PLR0913  (the parameters of one direction, as the checkpoints name them)
+def selective_ssm(
     x: Tensor,
     z: Tensor,
     conv: nn.Conv1d,

@@ -64,6 +64,9 @@ class Entry:
     exceptions: Exceptions
     """Departures from the contract test."""
 
+    guided_channels: int | None
+    """Leading channels that the authors' classifier-free guidance changes; None for all."""
+
     classifier: bool
     """The network maps (x, t) to logits and is no backbone."""
 
@@ -78,6 +81,7 @@ def register(
     tiny: dict[str, Any],
     aliases: dict[str, str] | None = None,
     exceptions: Exceptions = NO_EXCEPTIONS,
+    guided_channels: int | None = None,
     classifier: bool = False,
 ) -> None:
     """Register one line per published model.
@@ -88,12 +92,21 @@ def register(
         tiny: Options with which the tests build the family.
         aliases: Further names of options, each with the option that it sets.
         exceptions: Departures from the contract test.
+        guided_channels: How many leading channels the authors guide; None for all.
         classifier: The network maps (x, t) to logits; it is listed apart from the backbones.
     """
     for name, options in sizes.items():
         if name in _ENTRIES:
             raise ValueError(f"backbone {name!r} is registered twice")
-        _ENTRIES[name] = Entry(cls, options, tiny, aliases or {}, exceptions, classifier)
+        _ENTRIES[name] = Entry(
+            cls=cls,
+            options=options,
+            tiny=tiny,
+            aliases=aliases or {},
+            exceptions=exceptions,
+            guided_channels=guided_channels,
+            classifier=classifier,
+        )
 
 
 def list_backbones(pattern: str = "*") -> list[str]:
@@ -131,6 +144,18 @@ def tiny_options_of(name: str) -> dict[str, Any]:
 def exceptions_of(name: str) -> Exceptions:
     """Return where a backbone departs from the contract test."""
     return _entry(name).exceptions
+
+
+def guided_channels_of(model: nn.Module) -> int | None:
+    """Return how many leading channels classifier-free guidance changes; None for all.
+
+    Raises:
+        ValueError: If the network's class is not registered.
+    """
+    for entry in _ENTRIES.values():
+        if entry.cls is type(model):
+            return entry.guided_channels
+    raise ValueError(f"{type(model).__name__} is not a registered backbone; give its channels")
 
 
 def build(name: str, **options: Any) -> nn.Module:

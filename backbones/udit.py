@@ -84,17 +84,17 @@ def rotary_table(grid: tuple[int, int], dim: int, like: Tensor) -> Tensor:
     """
     channels = torch.arange(0, dim, 4, dtype=torch.float64, device=like.device)  # (dim/4,)
     periods = 10000 ** (channels / dim)
-    row = (
-        torch.arange(grid[0], dtype=torch.float64, device=like.device)[:, None] / periods
-    )  # (H/2, dim/4)
-    column = (
-        torch.arange(grid[1], dtype=torch.float64, device=like.device)[:, None] / periods
-    )  # (W/2, dim/4)
+    row = _positions(grid[0], like)[:, None] / periods  # (H/2, dim/4)
+    column = _positions(grid[1], like)[:, None] / periods  # (W/2, dim/4)
 
     angles = torch.stack(torch.broadcast_tensors(column[None], row[:, None]), dim=-1)
     angles = angles.flatten(0, 1).flatten(1)  # (T, dim/2)
     dtype = torch.promote_types(like.dtype, torch.float32)
     return torch.complex(angles.cos().to(dtype), angles.sin().to(dtype))
+
+
+def _positions(length: int, like: Tensor) -> Tensor:
+    return torch.arange(length, dtype=torch.float64, device=like.device)
 
 
 def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
@@ -313,6 +313,7 @@ register(
         udit_l=dict(dim=384, heads=16),
     ),
     tiny=dict(dim=16, depths=(1, 1, 1, 1, 1), heads=2),
+    guided_channels=3,
     exceptions=Exceptions(
         sizes=(16, 24),  # at 8 a sub-grid of the middle is one token: attention learns nothing
         fuses="evaluation runs each group of convolutions as the one that it equals",

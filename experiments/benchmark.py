@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.engine.cli import Parser, guarded, require_device
+from experiments.engine.cli import Parser, require_device, run_command
 from experiments.engine.records.store import REPOSITORY, Store, provenance
 
 SCRIPT = REPOSITORY / "experiments" / "ablation.py"
@@ -48,7 +48,7 @@ class Loader:
 
 
 def main() -> int:
-    return guarded(_main)
+    return run_command(_main)
 
 
 def _main() -> int:
@@ -141,7 +141,7 @@ def _counts() -> None:
     for what, specs in groups.items():
         started = time.perf_counter()
         for spec in specs:
-            cost.run(spec)
+            cost.count_backbone(spec)
         print(f"counts: {len(specs)} {what} in {time.perf_counter() - started:.1f} s", flush=True)
 
 
@@ -151,9 +151,10 @@ def _checkpoints() -> None:
     import torch
 
     from experiments.engine.data.sets import ImageSet
+    from experiments.engine.runtime.context import Resources
     from experiments.engine.specs.spec import Backbone, Data, Recipe, Train
     from experiments.engine.training.checkpoint import Writer
-    from experiments.engine.training.trainer import Resources, Trainer
+    from experiments.engine.training.trainer import Trainer
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data, batch = Data("random", 32, 4, 1000), 256 if device.type == "cuda" else BATCH
@@ -163,7 +164,8 @@ def _checkpoints() -> None:
         drawn.integers(1000, size=512),
         data,
     )
-    trainer = Trainer(Train(Backbone("dico_s"), data, Recipe(steps=10**6, batch=batch)), device)
+    spec = Train(Backbone("dico_s"), data, Recipe(steps=10**6, batch=batch))
+    trainer = Trainer(spec, Resources(str(device)))
     stepping = trainer.steps(images)
     with tempfile.TemporaryDirectory() as folder, Writer(Path(folder)) as writer:
         next(stepping).item()
@@ -202,15 +204,15 @@ def _neighbours(spec: Neighbours, store: Store) -> None:
     import numpy as np
     import torch
 
-    from experiments.engine.numerics.device import described
-    from experiments.engine.numerics.precision import flags
+    from experiments.engine.numerics.device import describe_device
+    from experiments.engine.numerics.precision import read_tf32_flags
     from experiments.engine.scoring.measure import NEIGHBOURS
     from experiments.engine.scoring.neighbours import (
         ADM_BLOCK,
         neighbour_shares,
         precision_recall_half,
     )
-    from experiments.engine.timing.stage import seconds
+    from experiments.engine.timing.clock import time_call
 
     if spec.samples <= NEIGHBOURS or spec.reference <= NEIGHBOURS or spec.dim < 1:
         raise ValueError(
@@ -224,7 +226,7 @@ def _neighbours(spec: Neighbours, store: Store) -> None:
     block = 2000 if spec.arithmetic == "exact" and device.type == "cpu" else ADM_BLOCK
     shares = neighbour_shares if spec.arithmetic == "exact" else precision_recall_half
     about = (
-        provenance() | described(device) | {"precision_flags": flags()}
+        provenance() | describe_device(device) | {"precision_flags": read_tf32_flags()}
     )  # before anything is timed: memory is kept from here on
     taken, found = [], ()
     for _ in range(2):
@@ -238,7 +240,7 @@ def _neighbours(spec: Neighbours, store: Store) -> None:
         dtype=torch.float64 if spec.arithmetic == "exact" else torch.float32,
         device=device,
     )
-    ceiling = max(side**3 / seconds(lambda: square @ square, device, 3) for _ in range(3)) / 1e9
+    ceiling = max(side**3 / time_call(lambda: square @ square, device, 3) for _ in range(3)) / 1e9
     pairs = spec.samples**2 + spec.reference**2 + spec.samples * spec.reference
     rate = spec.dim * pairs / taken[-1] / 1e9
     values = {
@@ -264,15 +266,15 @@ def _latents(spec: Loader, store: Store) -> None:
     import torch
 
     from experiments.engine.data.latents import LatentSet, shard_path
-    from experiments.engine.data.sets import batches
-    from experiments.engine.numerics.device import described
-    from experiments.engine.numerics.precision import flags
+    from experiments.engine.data.sets import iterate_batches
+    from experiments.engine.numerics.device import describe_device
+    from experiments.engine.numerics.precision import read_tf32_flags
     from experiments.engine.specs.spec import Data
 
     about = (
         provenance()
-        | described("cpu")
-        | {"precision_flags": flags(), "threads": 2, "cores": len(_cores())}
+        | describe_device("cpu")
+        | {"precision_flags": read_tf32_flags(), "threads": 2, "cores": len(_cores())}
     )
     batch, size, shards, each, steps = spec.batch, spec.size, 8, 512, 40
     with tempfile.TemporaryDirectory() as name:
@@ -295,12 +297,14 @@ def _latents(spec: Loader, store: Store) -> None:
         images = LatentSet(
             folder, Data("latents", size=size, channels=4, num_classes=1000, flip=True, vae="none")
         )
-        for _ in batches(images, batch, 0, range(len(images) // batch), torch.device("cpu")):
+        for _ in iterate_batches(
+            images, batch, 0, range(len(images) // batch), torch.device("cpu")
+        ):
             pass
         rates, busy = [], time.process_time()
         for seed in range(PAIRS):
             started = time.perf_counter()
-            for _ in batches(images, batch, seed, range(steps), torch.device("cpu")):
+            for _ in iterate_batches(images, batch, seed, range(steps), torch.device("cpu")):
                 pass
             rates.append(steps * batch / (time.perf_counter() - started))
         busy = (time.process_time() - busy) / (PAIRS * steps * batch)

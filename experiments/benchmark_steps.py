@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.engine.cli import Parser, fast, guarded, require_device
+from experiments.engine.cli import Parser, acceleration_flags, require_device, run_command
 from experiments.engine.records.store import Store, provenance
 from experiments.engine.specs.spec import Backbone, Ceilings, Cost, Timing
 
@@ -73,7 +73,7 @@ class Steps:
 
 
 def main() -> int:
-    return guarded(_main)
+    return run_command(_main)
 
 
 def _main() -> int:
@@ -110,7 +110,7 @@ def _main() -> int:
     others, store = dict(_other(text) for text in args.against), Store(args.results)
     if args.rounds < 3 or (args.batch or 1) < 1:
         parser.error("--rounds must be at least 3 and --batch at least 1")
-    fast(args, args.device)  # refuses graphs on a CPU
+    acceleration_flags(args, args.device)  # refuses graphs on a CPU
     store.check_writable()
     require_device(args.device)
     for name in args.networks:
@@ -149,14 +149,14 @@ def measure(spec: Steps, other: tuple[Path, str] | None, rounds: int, store: Sto
     """Time the tasks of a comparison in turn, at the batch or the first half of a half of it that fits, print and record it; False where none was timed."""
     import torch
 
-    from experiments.engine.numerics.device import described
-    from experiments.engine.numerics.precision import flags
-    from experiments.engine.timing.stage import forget
+    from experiments.engine.numerics.device import describe_device
+    from experiments.engine.numerics.precision import read_tf32_flags
+    from experiments.engine.timing.clock import free_memory
 
     device = torch.device(spec.device)
     if other:
         spec = replace(spec, other=hashlib.sha256(other[0].read_bytes()).hexdigest())
-    about = described(device)
+    about = describe_device(device)
     what, asked, found, error = (
         f"{spec.network} {spec.what}, {spec.precision}, {spec.device}",
         spec,
@@ -165,7 +165,7 @@ def measure(spec: Steps, other: tuple[Path, str] | None, rounds: int, store: Sto
     )
     ceiling = _ceiling(spec, store) if spec.what == "training" else {}
     while found is None and spec.batch:
-        forget(device)
+        free_memory(device)
         try:
             if error := _refusal(spec, device):
                 break
@@ -189,7 +189,7 @@ def measure(spec: Steps, other: tuple[Path, str] | None, rounds: int, store: Sto
         }
     values |= judged(spec, values)
     print(f"{what}, batch {spec.batch}: {_words(values)}", flush=True)
-    in_force = {name: values[name] for name in flags()}
+    in_force = {name: values[name] for name in read_tf32_flags()}
     store.append(
         spec, "done", values, provenance() | about | {"kernels": ran, "precision_flags": in_force}
     )
@@ -236,16 +236,14 @@ def _words(values: dict[str, Any]) -> str:
 def _ceiling(spec: Steps, store: Store) -> dict[str, float]:
     """Multiply-accumulates of a forward pass, by the rule of `efficiency.py --counts`, and the most a second that the device reaches, of its record."""
     from experiments.engine.jobs.execute import execute
+    from experiments.engine.runtime.context import Resources
     from experiments.engine.timing import cost
-    from experiments.engine.training.trainer import Resources
 
-    record = execute(
-        Ceilings(spec.device, spec.precision), store, Resources(spec.device), lambda *progress: None
-    )
+    record = execute(Ceilings(spec.device, spec.precision), store, Resources(spec.device))
     if record.status != "done":
         raise ValueError(f"the device's ceilings could not be measured: {record.error}")
     return {
-        "macs_core": cost.run(_timing(spec)[0])["macs_core"],
+        "macs_core": cost.count_backbone(_timing(spec)[0])["macs_core"],
         "ceiling_macs_per_s": record.values["macs_per_s"],
     }
 
@@ -253,14 +251,15 @@ def _ceiling(spec: Steps, store: Store) -> dict[str, float]:
 def _refusal(spec: Steps, device: torch.device) -> str | None:
     """Why `ours` must not be timed, in words."""
     from experiments.engine.numerics.precision import precision
-    from experiments.engine.timing.stage import check, forget
+    from experiments.engine.timing.check import check_against_reference
+    from experiments.engine.timing.clock import free_memory
 
     try:
         with precision(spec.precision, device):
-            check(*_timing(spec), device)
+            check_against_reference(*_timing(spec), device)
     except ValueError as refusal:
         return str(refusal)
-    forget(device)
+    free_memory(device)
     return None
 
 
@@ -283,8 +282,8 @@ def _compare(
     import torch
 
     from backbones import kernels
-    from experiments.engine.numerics.precision import flags, precision
-    from experiments.engine.timing.stage import half_quartiles, seconds
+    from experiments.engine.numerics.precision import precision, read_tf32_flags
+    from experiments.engine.timing.clock import half_interquartile_range, time_call
 
     with precision(spec.precision, device):
         tasks = _tasks(spec, _load(*other) if other else None, device)
@@ -295,13 +294,13 @@ def _compare(
                 task()
             ran[name] = kernels.used()
         repeats = (
-            max(1, round(0.2 / seconds(tasks["ours"], device))) if device.type == "cuda" else 1
+            max(1, round(0.2 / time_call(tasks["ours"], device))) if device.type == "cuda" else 1
         )
         found = [
-            {name: seconds(task, device, repeats) for name, task in tasks.items()}
+            {name: time_call(task, device, repeats) for name, task in tasks.items()}
             for _ in range(rounds)
         ]
-        in_force = flags() | {"cudnn_benchmark": torch.backends.cudnn.benchmark}
+        in_force = read_tf32_flags() | {"cudnn_benchmark": torch.backends.cudnn.benchmark}
     values: dict[str, Any] = (
         {f"{name}_s": statistics.median(one[name] for one in found) for name in tasks}
         | {"rounds": rounds}
@@ -310,7 +309,10 @@ def _compare(
     for label, above, below in SHOWN:
         if above in tasks and below in tasks:
             ratios = [one[above] / one[below] for one in found]
-            values |= {label: statistics.median(ratios), f"{label}, spread": half_quartiles(ratios)}
+            values |= {
+                label: statistics.median(ratios),
+                f"{label}, spread": half_interquartile_range(ratios),
+            }
     return values, ran["ours"]
 
 
@@ -330,19 +332,25 @@ def _load(file: Path, constructor: str) -> nn.Module:
 
 
 def _tasks(spec: Steps, other: nn.Module | None, device: Any) -> dict[str, Callable[[], Any]]:
-    from experiments.engine.timing.plain_steps import bare, plain_sampling, plain_training
-    from experiments.engine.timing.tasks import drawn, sized, task
+    from experiments.engine.timing.networks import draw_network, size_backbone
+    from experiments.engine.timing.plain_steps import bare_training, plain_sampling, plain_training
+    from experiments.engine.timing.tasks import build_task
 
     network, timed = _timing(spec)
-    tasks = {"ours": task(network, timed, device)}
+    tasks = {"ours": build_task(network, timed, device)}
     if spec.what == "training" and not (
         spec.compile or spec.graphs
     ):  # an eager loop beside another network's kernels or launches says nothing
-        tasks["bare"] = bare(drawn(sized(network), device), spec.batch)
-    loop = plain_training if spec.what == "training" else plain_sampling
+        tasks["bare"] = bare_training(draw_network(size_backbone(network), device), spec.batch)
+
+    def loop(model: nn.Module) -> Callable[[], None]:
+        if spec.what == "training":
+            return plain_training(model, spec.batch)
+        return plain_sampling(model, spec.batch, SAMPLED[spec.device])
+
     if other is not None:
-        tasks["plain"] = loop(drawn(sized(network), device), spec.batch, SAMPLED[spec.device])
-        tasks["theirs"] = loop(other.to(device), spec.batch, SAMPLED[spec.device])
+        tasks["plain"] = loop(draw_network(size_backbone(network), device))
+        tasks["theirs"] = loop(other.to(device))
     return tasks
 
 

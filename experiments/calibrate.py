@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from experiments.engine.cli import Parser, guarded
+from experiments.engine.cli import Parser, run_command
 from experiments.engine.data.locate import inception_path
 
 # Scores that torch-fidelity's Inception with exact distances gives (lavinal712/ADM-evaluation-suite-pytorch), the tolerance of
@@ -39,7 +39,7 @@ NAMES = {
 
 
 def main() -> int:
-    return guarded(_main, str)
+    return run_command(_main, str)
 
 
 def _main() -> int:
@@ -107,12 +107,12 @@ def _table(checks: Iterator[tuple[str, float, float, float, str]]) -> bool:
 def _published(
     name: str, reference: str, samples: str, weights: Path, device: str
 ) -> Iterator[tuple[str, float, float, float, str]]:
-    from experiments.engine.data.image_files import Images
+    from experiments.engine.data.image_files import ImageFile
     from experiments.engine.scoring import inception, scores
     from experiments.engine.scoring.measure import measure
     from experiments.engine.scoring.reference import read_reference
 
-    images = Images(Path(samples))
+    images = ImageFile(Path(samples))
     extractor = inception.load(weights, device)
     found = scores.score(
         measure(extractor, images.batches()),

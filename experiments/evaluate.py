@@ -14,13 +14,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.engine.cli import Parser, guarded
+from experiments.engine.cli import Parser, run_command
 from experiments.engine.data.locate import inception_path
 from experiments.engine.records.manifest import of_samples, score_name
 from experiments.engine.records.store import SCORES, Record, provenance, timestamp, write_record
 
 if TYPE_CHECKING:
-    from experiments.engine.data.image_files import Images
+    from experiments.engine.data.image_files import ImageFile
 
 SHOWN = (
     "fid",
@@ -41,7 +41,7 @@ TRAININGS = 0.013  # coefficient of variation of FID between trainings (arXiv:26
 
 
 def main() -> int:
-    return guarded(_main, str)
+    return run_command(_main, str)
 
 
 def _main() -> int:
@@ -85,7 +85,7 @@ def _main() -> int:
 def _run(args: argparse.Namespace) -> None:
     import torch
 
-    from experiments.engine.data.image_files import Images, about, has_images
+    from experiments.engine.data.image_files import ImageFile, has_images, name_in_errors
     from experiments.engine.jobs.execute import require_device
     from experiments.engine.scoring import inception, scores
     from experiments.engine.scoring.measure import Measured, measure
@@ -103,7 +103,7 @@ def _run(args: argparse.Namespace) -> None:
                 f"{path.name}: holds no images (arr_0)"
                 + ("" if statistics(path) else " and no statistics (mu, sigma)")
             )
-    files = [Images(path) for path in args.samples if has_images(path)]
+    files = [ImageFile(path) for path in args.samples if has_images(path)]
     if args.record and not files:
         raise ValueError(
             f"--record keeps the scores of images; {args.samples[0].name} holds statistics only"
@@ -123,7 +123,7 @@ def _run(args: argparse.Namespace) -> None:
         )
     measured = []
     for images in files:
-        with about(images.path):
+        with name_in_errors(images.path):
             measured.append(measure(extractor, images.batches()))
             values = scores.score(
                 measured[-1],
@@ -162,20 +162,20 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _recorded(
-    images: Images, values: dict[str, Any], identity: dict[str, Any], device: str
+    images: ImageFile, values: dict[str, Any], identity: dict[str, Any], device: str
 ) -> Record:
     """The scores with both files' hashes, what the sampler wrote of itself, and how they were measured, in the form of an Evaluate record."""
     import torch
 
-    from experiments.engine.data.image_files import sha256
-    from experiments.engine.numerics.precision import flags, precision
+    from experiments.engine.data.image_files import file_sha256
+    from experiments.engine.numerics.precision import precision, read_tf32_flags
     from experiments.engine.scoring.stage import histogram, versions
 
     with precision("fp32", torch.device(device)):
         found = {
             "num": len(images),
             "image": {"size": images.shape[1], "format": "uint8"},
-            "flags": flags(),
+            "flags": read_tf32_flags(),
         }
     found |= (
         {"labels": {"histogram_sha256": histogram(images.labels)}}
@@ -185,7 +185,7 @@ def _recorded(
     found |= {"versions": versions("numpy", "scipy", "torch-fidelity"), **identity}
     whole = of_samples(
         images.made or {},
-        {"samples": {"name": images.path.name, "sha256": sha256(images.path)}},
+        {"samples": {"name": images.path.name, "sha256": file_sha256(images.path)}},
         found,
     )
     place = {
@@ -205,7 +205,7 @@ def _recorded(
     )
 
 
-def _common_order(a: Images, b: Images) -> tuple[Any, Any]:
+def _common_order(a: ImageFile, b: ImageFile) -> tuple[Any, Any]:
     """Rows of both files in the order of generation; ValueError unless they come from the same seeds and labels."""
     for images in (a, b):
         if images.index is None or images.labels is None or (images.made or {}).get("seed") is None:
@@ -225,7 +225,7 @@ def _common_order(a: Images, b: Images) -> tuple[Any, Any]:
     return rows
 
 
-def _balanced(images: Images) -> bool:
+def _balanced(images: ImageFile) -> bool:
     return images.made is not None and images.made.get("labels") == "balanced"
 
 

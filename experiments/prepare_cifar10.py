@@ -9,25 +9,25 @@ from __future__ import annotations
 import argparse
 
 from experiments.declared.protocols import CIFAR10
-from experiments.engine.cli import Parser, guarded
+from experiments.engine.cli import Parser, run_command
 from experiments.engine.data import locate as sources
 
 
 def main() -> int:
-    return guarded(_main, str)
+    return run_command(_main, str)
 
 
 def _main() -> int:
     Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     from experiments.engine.data.cifar10 import download
-    from experiments.engine.data.sets import cifar10
+    from experiments.engine.data.sets import load_cifar10
 
     folder = sources.folder_of(CIFAR10.data)
     if not sources.find_cifar10(folder, "train"):
         download(folder)
     for split in ("train", "test"):
         if sources.find_cifar10(folder, split):
-            images = cifar10(CIFAR10.data, split)
+            images = load_cifar10(CIFAR10.data, split)
             converted = (
                 f"; converted to RGB: {images.identity['data_converted']}"
                 if "data_converted" in images.identity

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from experiments.declared.protocols import PROTOCOLS
-from experiments.engine.cli import Parser, guarded
+from experiments.engine.cli import Parser, run_command
 from experiments.engine.data.locate import folder_of
 from experiments.engine.jobs.progress import images_line
 
@@ -25,7 +25,7 @@ LATENT_PROTOCOLS = {
 
 
 def main() -> int:
-    return guarded(_main, str)
+    return run_command(_main, str)
 
 
 def _main() -> int:
@@ -78,8 +78,8 @@ def _prepare(args: argparse.Namespace) -> int:
     import torch
 
     from experiments.engine.data.autoencoder import load_autoencoder
-    from experiments.engine.data.encode import Work, describe, prepare
-    from experiments.engine.data.pictures import counted, find_pictures
+    from experiments.engine.data.encode import EncodingJob, describe_statistics, encode_pictures
+    from experiments.engine.data.pictures import describe_modes, find_pictures
     from experiments.engine.jobs.execute import require_device
 
     data = LATENT_PROTOCOLS[args.protocol].data
@@ -87,7 +87,7 @@ def _prepare(args: argparse.Namespace) -> int:
     require_device(device.partition(":")[0])
     pictures = find_pictures(args.images, data.num_classes)
     vae = load_autoencoder(args.vae, device, args.batch)
-    work = Work(
+    work = EncodingJob(
         pictures,
         vae,
         data.size * vae.factor,
@@ -96,18 +96,18 @@ def _prepare(args: argparse.Namespace) -> int:
         args.corrupt == "skip",
         args.workers,
     )
-    manifest = prepare(work, args.out or folder_of(data), _Progress())
+    manifest = encode_pictures(work, args.out or folder_of(data), _Progress())
     for name, reason in manifest["skipped"].items():
         print(f"skipped {name}: {reason}")
     converted = (
-        counted(manifest["converted"]) or "none"
+        describe_modes(manifest["converted"]) or "none"
         if "converted" in manifest
         else "unknown, older shards do not say"
     )
     print(
         f"{manifest['num_images']} images in {len(manifest['shards'])} shards, {len(manifest['skipped'])} skipped; converted to RGB: {converted}"
     )
-    print(describe(manifest["statistics"]))
+    print(describe_statistics(manifest["statistics"]))
     if not manifest["statistics"]["as_expected"]:
         print(
             f"warning: {args.protocol} takes only sd-vae-ft's latents; a run on these declares Data(vae={vae.encoder!r})",

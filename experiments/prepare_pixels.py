@@ -14,13 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from experiments.declared.recipes import pixels
-from experiments.engine.cli import Parser, guarded
+from experiments.engine.cli import Parser, run_command
 from experiments.engine.data.locate import folder_of
 from experiments.engine.records.files import written_whole
 
 
 def main() -> int:
-    return guarded(_main, str)
+    return run_command(_main, str)
 
 
 def _main() -> int:
@@ -65,7 +65,7 @@ def prepare(images: Path, out: Path, size: int, num_classes: int, workers: int) 
     """Write both files, the images first; returns their number, and that of images of other modes than RGB. ValueError in one line for what cannot be read or is there already."""
     import numpy as np
 
-    from experiments.engine.data.pictures import counted, find_pictures, read_picture
+    from experiments.engine.data.pictures import describe_modes, find_pictures, read_picture
 
     if (out / "labels.npy").exists():
         raise ValueError(f"{out / 'labels.npy'} is there already; remove it to crop anew")
@@ -82,7 +82,7 @@ def prepare(images: Path, out: Path, size: int, num_classes: int, workers: int) 
                 converted.update([mode] * (mode != "RGB"))
     with written_whole(out / "labels.npy") as file:
         np.save(file, np.asarray(found.labels, dtype=np.int64), allow_pickle=False)
-    return len(found.files), counted(converted)
+    return len(found.files), describe_modes(converted)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from typing import Any
 from experiments.engine.cluster import submit as engine_cluster
 from experiments.engine.cluster.client import queue
 from experiments.engine.cluster.site import Site
-from experiments.engine.cluster.submit import submit, task
+from experiments.engine.cluster.submit import Array, run_job, submit
 from experiments.engine.jobs.pool import Job
 from experiments.engine.records.store import REPOSITORY, Store
 from experiments.engine.specs.spec import Backbone, Data, Recipe, Train
@@ -80,7 +80,7 @@ def witnessed(job: Job, root: Path, resources: dict[str, Any]) -> None:
                 yield loss
 
     Trainer.steps = written
-    task(job, root, resources)
+    run_job(job, root, resources)
 
 
 def lost(folder: Path) -> int:
@@ -117,16 +117,16 @@ class Cluster:
         ).stdout
 
     def send(self) -> None:
-        (self.submission,) = submit([(SITE, [self.job])], self.store, "fault_test.py")
+        (self.submission,) = submit([Array(SITE, (self.job,))], self.store, "fault_test.py")
 
     def state(self) -> str:
         with suppress(ValueError):  # the controller may be restarting
-            return queue([self.submission.name])[self.submission.job].state
+            return queue()[self.submission.job].state
         return "UNKNOWN"
 
     def done(self) -> bool:
         self.store.refresh()
-        return self.store.latest(self.job.stages[0]) is not None
+        return self.store.here.latest(self.job.stages[0]) is not None
 
     def newest(self) -> int:
         """Step of the newest checkpoint."""
@@ -158,7 +158,7 @@ class Cluster:
 
     def values(self) -> dict[str, Any]:
         """Of the finished run's record."""
-        record = self.store.latest(self.job.stages[0])
+        record = self.store.here.latest(self.job.stages[0])
         return record.values if record else {}
 
     def until(self, what: Callable[[], bool], words: str, patience: float = PATIENCE) -> None:
@@ -377,13 +377,13 @@ def main() -> int:
             STEPS: str(place / "steps"),
             "PYTHONPATH": f"{REPOSITORY}:{CLUSTER.parent}",
         }
-        engine_cluster.task = witnessed
+        engine_cluster.run_job = witnessed
         survived = disturb(cluster, faults)
         with suppress(TimeoutError):
             cluster.until(cluster.done, "the run ends", 4 * PATIENCE)
         for process in calm:
             process.wait()
-        record = Store(place / "undisturbed").latest(spec)
+        record = Store(place / "undisturbed").here.latest(spec)
         weights = [
             record and record.values["weights_sha256"],
             cluster.values().get("weights_sha256"),

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from analysis.query import Sources
+from analysis.query import ReferenceStore
 from experiments.declared.speed_claims import half_digit
 from experiments.engine.records.store import Record
 from experiments.engine.reporting.statistics import pooled, reach, scaled
@@ -51,7 +51,7 @@ class Finding:
     records: tuple[Record, ...] = ()
 
 
-def published(name: str, column: str, store: Sources) -> float | None:
+def published(name: str, column: str, store: ReferenceStore) -> float | None:
     """A number of Table 1 or 2 for a subject such as `DiCo-XL@256 cfg` or `DiG-XL/2@256 400K`."""
     resolution = name.partition("@")[2].partition(" ")[0]
     for row in store.rows("table1.csv" if resolution == "256" else "table2.csv"):

@@ -19,7 +19,7 @@ from analysis.claims.finding import (
     consistent,
     published,
 )
-from analysis.query import Sources
+from analysis.query import ReferenceStore
 from analysis.tables.paper import with_caveats
 from experiments.declared import speed_claims
 from experiments.declared.speed_claims import Claim
@@ -27,7 +27,7 @@ from experiments.declared.timings import unfused
 from experiments.engine.reporting.sheet import Cell, Sheet
 
 
-def judge(claim: Claim, store: Sources) -> Finding:
+def judge(claim: Claim, store: ReferenceStore) -> Finding:
     """The strongest evidence there is; open where published data that it needs is unfit. ValueError for a claim that no rule judges."""
     kind = claim["metric"], claim["relation"]
     rule = claims_scores.BY_ID.get(claim["id"]) or BY_KIND.get(kind)
@@ -41,7 +41,7 @@ def judge(claim: Claim, store: Sources) -> Finding:
         return Finding(NOT_YET, "", "open", str(error))
 
 
-def claims_sheet(store: Sources) -> Sheet:
+def claims_sheet(store: ReferenceStore) -> Sheet:
     """One row a claim of results/published/claims.csv; its basis leads to all records that were read to judge it."""
     columns = ["claim", "says", "paper", "evidence", "value", "error", "verdict", "basis", "source"]
     sheet = Sheet("Claims of the paper", [("", name) for name in columns])
@@ -77,7 +77,7 @@ def claims_sheet(store: Sources) -> Sheet:
     return with_caveats(sheet)
 
 
-def _throughput(claim: Claim, store: Sources) -> Finding:
+def _throughput(claim: Claim, store: ReferenceStore) -> Finding:
     """On a GPU; else by the claim's networks on a CPU, a proxy; else by the published table, small networks on a CPU beside it for scale."""
     if measured := _measured_speed(claim, store, "cuda"):
         return measured
@@ -90,7 +90,7 @@ def _throughput(claim: Claim, store: Sources) -> Finding:
         printed = f"Table {1 if names[0].endswith('@256') else 2}: {speeds[0]:g} over {speeds[1]:g} img/s on an A100; no GPU record here"
     if proxy := _measured_speed(claim, store, "cpu"):
         return replace(proxy, basis=f"{proxy.basis}; {printed}")
-    small = speed_claims.small_on_cpu(claim, store, "reference")
+    small = speed_claims.small_on_cpu(claim, store, store.reference)
     basis = printed + (f". Not the claim's, for scale: {small}" if small else "")
     if missing:
         return Finding(NOT_YET, "", "open", basis)
@@ -103,9 +103,9 @@ def _throughput(claim: Claim, store: Sources) -> Finding:
     )
 
 
-def _measured_speed(claim: Claim, store: Sources, device: str) -> Finding | None:
+def _measured_speed(claim: Claim, store: ReferenceStore, device: str) -> Finding | None:
     """Ratio of two networks' throughput in every numeric mode that they were timed in, in turn."""
-    if not (found := speed_claims.ratios(claim, device, store, "reference")):
+    if not (found := speed_claims.ratios(claim, device, store, store.reference)):
         return None
     value = "; ".join(
         f"{ratio.value:.2f} ±{ratio.error:.2f} ({ratio.mode}, {ratio.device})" for ratio in found
@@ -143,8 +143,8 @@ def _unfused(found: Sequence[speed_claims.Ratio]) -> str:
     )
 
 
-def _gflops(claim: Claim, store: Sources) -> Finding:
-    cell, same, counts = speed_claims.gflops(claim, store, "reference")
+def _gflops(claim: Claim, store: ReferenceStore) -> Finding:
+    cell, same, counts = speed_claims.gflops(claim, store, store.reference)
     if same is None:
         return Finding(
             NOT_YET,
@@ -167,7 +167,7 @@ def _gflops(claim: Claim, store: Sources) -> Finding:
     )
 
 
-BY_KIND: dict[tuple[str, str], Callable[[Claim, Sources], Finding]] = {
+BY_KIND: dict[tuple[str, str], Callable[[Claim, ReferenceStore], Finding]] = {
     ("throughput", "ratio"): _throughput,
     ("gflops", "reduction_percent"): _gflops,
     ("gflops", "ratio_percent"): _gflops,

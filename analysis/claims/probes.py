@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from analysis.claims.finding import MEASURED, NOT_YET, REDUCED, Finding, direction
 from analysis.probes.declared import Probe, declared
-from analysis.query import Sources
+from analysis.query import ReferenceStore
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.declared.protocols import DIGITS, IMAGENET256
 from experiments.declared.speed_claims import Claim
@@ -25,7 +25,7 @@ NAMED = {
 }
 
 
-def attention(claim: Claim, store: Sources) -> Finding:
+def attention(claim: Claim, store: ReferenceStore) -> Finding:
     """Attention's mass within one token over that of uniform attention: of the named checkpoints, else of every softmax network probed on digits."""
     if named := _named(store):
         ratios = {name: _near(record) for name, record in named.items()}
@@ -82,12 +82,12 @@ def attention(claim: Claim, store: Sources) -> Finding:
     )
 
 
-def channels(claim: Claim, store: Sources) -> Finding:
+def channels(claim: Claim, store: ReferenceStore) -> Finding:
     """Near-dead channels and effective rank of the last layer's mixer, with CCA less without: of our trainings on ImageNet, else on digits."""
     for protocol, evidence in ((IMAGENET256, MEASURED), (DIGITS, REDUCED)):
         pairs = [
             [
-                store.latest(declared("channels", TABLE_4.row(label), protocol, seed), "reference")
+                store.reference.latest(declared("channels", TABLE_4.row(label), protocol, seed))
                 for label in ("DiCo-S", "w/o CCA")
             ]
             for seed in REFERENCE_SEEDS
@@ -116,10 +116,10 @@ def channels(claim: Claim, store: Sources) -> Finding:
     )
 
 
-def _named(store: Sources) -> dict[str, Record]:
+def _named(store: ReferenceStore) -> dict[str, Record]:
     """The newest locality record of each checkpoint that the claim names: of diffusers' class, or of DiT's own file at 512."""
     found = {}
-    for records in store.records("reference").values():
+    for records in store.reference.by_id().values():
         spec, values = records[-1].spec, records[-1].values
         name = NAMED.get(spec.get("model", "")) if records[-1].kind == "diffuserslocality" else None
         if (
@@ -135,8 +135,8 @@ def _named(store: Sources) -> dict[str, Record]:
     return dict(sorted(found.items()))
 
 
-def _of_seeds(probes: Sequence[Probe], store: Sources, kind: str) -> list[Record]:
-    found = (store.latest(probe, "reference") for probe in probes)
+def _of_seeds(probes: Sequence[Probe], store: ReferenceStore, kind: str) -> list[Record]:
+    found = (store.reference.latest(probe) for probe in probes)
     return [record for record in found if record is not None and kind in record.values]
 
 

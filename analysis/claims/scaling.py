@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from analysis.claims.finding import MEASURED, PUBLISHED, Finding, direction, means
-from analysis.query import Sources, scores_of
+from analysis.query import ReferenceStore, scores_of
 from analysis.tables.conditions import progress_curve, progress_row, stopped
 from analysis.tables.pages import once
 from experiments.declared.speed_claims import Claim
@@ -18,7 +18,7 @@ MODELS = ("DiCo-S", "DiCo-B", "DiCo-L", "DiCo-XL")
 Pairs = Sequence[tuple[str, str]]
 
 
-def scaling(claim: Claim, store: Sources) -> Finding:
+def scaling(claim: Claim, store: ReferenceStore) -> Finding:
     """Orders in Table 7 at every step, and in the authors' logs window by window; ours in their place where neighbouring sizes were trained."""
     fid = {
         (row["model"], row["train_steps"]): float(row["fid"]) for row in store.rows("table7.csv")
@@ -62,7 +62,7 @@ def scaling(claim: Claim, store: Sources) -> Finding:
 
 
 def _own_scaling(
-    pairs: Pairs, steps: Sequence[int], theirs: Finding, store: Sources
+    pairs: Pairs, steps: Sequence[int], theirs: Finding, store: ReferenceStore
 ) -> Finding | None:
     """None where no two neighbouring sizes have a score of ours after the same number of steps."""
     scores = {
@@ -109,7 +109,7 @@ def _own_scaling(
 
 
 def _own_losses(
-    pairs: Pairs, steps: Sequence[int], store: Sources
+    pairs: Pairs, steps: Sequence[int], store: ReferenceStore
 ) -> tuple[list[bool], list[Record]]:
     """Whether the larger of two neighbouring sizes has the lower mean loss, for every window of their longest recorded trainings that both have."""
     curves = {model: record for model in MODELS if (record := progress_curve(model, steps, store))}

@@ -20,7 +20,7 @@ from analysis.claims.finding import (
     published,
 )
 from analysis.claims.scaling import scaling
-from analysis.query import Sources, rankable, scores_of
+from analysis.query import ReferenceStore, rankable, scores_of
 from analysis.tables.conditions import same_conditions
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.declared.protocols import DIGITS, IMAGENET256
@@ -37,7 +37,7 @@ from experiments.main_results import TABLES
 Pairs = Sequence[tuple[str, str]]
 
 
-def _own(subjects: Sequence[str], store: Sources) -> tuple[list[list[Record]], str]:
+def _own(subjects: Sequence[str], store: ReferenceStore) -> tuple[list[list[Record]], str]:
     """Our scores of each subject under its published conditions, all by one protocol; else none, and why."""
     found = [_of_subject(subject, store) for subject in subjects]
     if missing := [
@@ -49,7 +49,7 @@ def _own(subjects: Sequence[str], store: Sources) -> tuple[list[list[Record]], s
     return found, ""
 
 
-def _of_subject(subject: str, store: Sources) -> list[Record]:
+def _of_subject(subject: str, store: ReferenceStore) -> list[Record]:
     """Of our trainings, else of the published weights, which stand for a row that names no number of steps."""
     resolution = int(subject.partition("@")[2].partition(" ")[0])
     table = TABLES[1 if resolution == 256 else 2]
@@ -64,7 +64,7 @@ def _of_subject(subject: str, store: Sources) -> list[Record]:
     return []
 
 
-def _of_weights(stage: Evaluate, store: Sources) -> list[Record]:
+def _of_weights(stage: Evaluate, store: ReferenceStore) -> list[Record]:
     """The newest score of published weights of a stage's network, drawn and measured as the stage says."""
     wanted = canonical(stage, full=True)
 
@@ -86,7 +86,7 @@ def _of_weights(stage: Evaluate, store: Sources) -> list[Record]:
     return found
 
 
-def fid_value(claim: Claim, store: Sources) -> Finding:
+def fid_value(claim: Claim, store: ReferenceStore) -> Finding:
     fid = published(claim["subject"], "fid", store)
     if fid is None:
         return Finding(NOT_YET, "", "open", "the paper's tables hold no such row")
@@ -127,7 +127,7 @@ def fid_value(claim: Claim, store: Sources) -> Finding:
     )
 
 
-def fid_ratio(claim: Claim, store: Sources) -> Finding:
+def fid_ratio(claim: Claim, store: ReferenceStore) -> Finding:
     ours, other = (published(claim[side], "fid", store) for side in ("subject", "baseline"))
     found, why = _own([claim["subject"], claim["baseline"]], store)
     table = f"Table 1: {other:g} over {ours:g}"
@@ -152,7 +152,7 @@ def fid_ratio(claim: Claim, store: Sources) -> Finding:
     )
 
 
-def cca(claim: Claim, store: Sources) -> Finding:
+def cca(claim: Claim, store: ReferenceStore) -> Finding:
     fid = {
         name: float(row["fid"]) for name, row in store.published("table4.csv", ("variant",)).items()
     }
@@ -209,7 +209,7 @@ def _interval(value: float, error: float, repeated: bool) -> str:
     return f"{'95 %' if repeated else 'two sampling errors'}: {value - error:.2f} to {value + error:.2f}"
 
 
-def structures(claim: Claim, store: Sources) -> Finding:
+def structures(claim: Claim, store: ReferenceStore) -> Finding:
     pairs = [(f"DiT ({name})", f"DiCo ({name})") for name in ("iso.", "iso.&skip", "U-shape")]
     return _order(
         TABLE_3,
@@ -219,14 +219,14 @@ def structures(claim: Claim, store: Sources) -> Finding:
     )
 
 
-def kernels(claim: Claim, store: Sources) -> Finding:
+def kernels(claim: Claim, store: ReferenceStore) -> Finding:
     """By FID; where that is measured at the claim's scale, by throughput on a GPU too."""
     names = ["DiCo-S", "DWC 5x5", "DWC 7x7"]
     pairs = list(zip(names, names[1:], strict=False))
     rows = [TABLE_4.row(name) for name in names]
     timed = {
         device: [
-            store.latest(timing_stage(row, TABLE_4.baseline, device), "reference") for row in rows
+            store.reference.latest(timing_stage(row, TABLE_4.baseline, device)) for row in rows
         ]
         for device in ("cuda", "cpu")
     }
@@ -264,7 +264,7 @@ def kernels(claim: Claim, store: Sources) -> Finding:
     return replace(found, verdict=verdict, records=(*found.records, *filter(None, timed[device])))
 
 
-def _order(table: Table, pairs: Pairs, paper: str, store: Sources) -> Finding:
+def _order(table: Table, pairs: Pairs, paper: str, store: ReferenceStore) -> Finding:
     """Fréchet distance of the first row over the second's for every pair, which the claim says is above 1: at the claim's scale, else on digits."""
     for protocol, evidence in ((IMAGENET256, MEASURED), (DIGITS, REDUCED)):
         scores, spread, why = _of_rows(table, pairs, protocol, store)
@@ -311,7 +311,7 @@ def _order(table: Table, pairs: Pairs, paper: str, store: Sources) -> Finding:
 
 
 def _of_rows(
-    table: Table, pairs: Pairs, protocol: Protocol, store: Sources
+    table: Table, pairs: Pairs, protocol: Protocol, store: ReferenceStore
 ) -> tuple[dict[str, list[Record]], tuple[float, int] | None, str | None]:
     """Scores of the pairs' rows, the spread over seeds pooled over the table, and why they cannot be judged, '' where nothing was run at the claim's scale; else None.
 
@@ -342,7 +342,7 @@ def _of_rows(
     return scores, spread, None
 
 
-def _ordered(table: Table, pairs: Pairs, column: str, store: Sources) -> int:
+def _ordered(table: Table, pairs: Pairs, column: str, store: ReferenceStore) -> int:
     """Pairs whose second row has the lower published number."""
     rows, keys = (
         store.published(table.published, table.key),
@@ -351,7 +351,7 @@ def _ordered(table: Table, pairs: Pairs, column: str, store: Sources) -> int:
     return sum(float(rows[keys[a]][column]) > float(rows[keys[b]][column]) for a, b in pairs)
 
 
-BY_KIND: dict[tuple[str, str], Callable[[Claim, Sources], Finding]] = {
+BY_KIND: dict[tuple[str, str], Callable[[Claim, ReferenceStore], Finding]] = {
     ("fid", "value"): fid_value,
     ("fid", "ratio"): fid_ratio,
 }

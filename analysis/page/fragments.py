@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from analysis.claims.finding import LEVELS
-from analysis.query import Sources
+from analysis.query import ReferenceStore
 from analysis.tables.pages import Block, Origins, Text
 from experiments.engine.records.store import Record
 from experiments.engine.reporting.render import render
@@ -63,7 +63,7 @@ def lacking(caption: str) -> str:
     return f'<figure class="plot"><figcaption>{html.escape(caption)}</figcaption></figure>'
 
 
-def grids(folder: Path, store: Sources, problems: list[str]) -> str:
+def grids(folder: Path, store: ReferenceStore, problems: list[str]) -> str:
     """The sample grids in a folder, each with what its file says of its run; a sentence where there are none. Damaged files become problems."""
     from PIL import Image
 
@@ -115,7 +115,7 @@ def problem_list(problems: Sequence[str]) -> str:
     )
 
 
-def record_data(store: Sources) -> str:
+def record_data(store: ReferenceStore) -> str:
     """Every committed record by name, as JSON, with the file that it is."""
     return json.dumps(
         {

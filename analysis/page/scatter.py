@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from analysis.query import Sources, rankable
+from analysis.query import ReferenceStore, rankable
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.declared.protocols import DIGITS
 from experiments.declared.systems import SYSTEMS
@@ -18,13 +18,13 @@ COLOURS = {"DiT": "#0173b2", "DiCo": "#de8f05", "DiG": "#029e73", "DiC": "#d55e0
 FID = "FID-50K, ImageNet 256, 400K steps (published)"
 
 
-def views(store: Sources) -> list[dict[str, Any]]:
+def views(store: ReferenceStore) -> list[dict[str, Any]]:
     """Published and own numbers never share a trace: open circles are the paper's, filled diamonds are ours and carry the names of
     their records."""
     rows = [row for row in store.rows("table1.csv") if row["train_steps"] == "400000"]
     counts = {}
     for system in SYSTEMS:
-        records = [store.latest(cost, "reference") for cost in system.costs]
+        records = [store.reference.latest(cost) for cost in system.costs]
         if system.resolution == 256 and all(records):
             counts[system.label] = records
     return [
@@ -112,11 +112,11 @@ def _counted(
     return [trace for trace in data if trace["x"]]
 
 
-def _digits(table: Table, store: Sources) -> dict[str, Any]:
+def _digits(table: Table, store: ReferenceStore) -> dict[str, Any]:
     x, y, low, high, words, found = [], [], [], [], [], []
     scores, other = rankable(table.rows, DIGITS, store)
     for row, scored in zip(table.rows, scores, strict=True):
-        timed = store.latest(timing_stage(row, table.baseline, "cpu"), "reference")
+        timed = store.reference.latest(timing_stage(row, table.baseline, "cpu"))
         if timed and scored:
             values = [record.values["fd_digits"] for record in scored]
             found.append([timed, *scored])

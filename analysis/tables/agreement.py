@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from analysis.query import Sources, rankable, scores_of
+from analysis.query import ReferenceStore, rankable, scores_of
 from analysis.tables.pages import Block, Origins, Text, markdown, once
 from analysis.tables.paper import RECONSTRUCTED, caveats, ranks
 from experiments.ablation import TABLES
@@ -88,7 +88,7 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def _scored(
-    table: Table, store: Sources, protocol: Protocol
+    table: Table, store: ReferenceStore, protocol: Protocol
 ) -> list[tuple[Row, list[dict[str, float]]]]:
     """Rows with the values of their scores, as far as they may be ranked together."""
     scores, _ = rankable(table.rows, protocol, store)
@@ -100,7 +100,7 @@ def _scored(
 
 
 def agreement(
-    name: str, table: Table, store: Sources, protocol: Protocol = DIGITS
+    name: str, table: Table, store: ReferenceStore, protocol: Protocol = DIGITS
 ) -> Agreement | None:
     """How a score orders a table's rows against the paper; None without repeats or with fewer than three rows."""
     published, column = store.published(table.published, table.key), PAPER[name.partition("_")[0]]
@@ -165,7 +165,9 @@ class Pairs:
     certain: int
 
 
-def resolved_pairs(table: Table, store: Sources, protocol: Protocol = DIGITS) -> Pairs | None:
+def resolved_pairs(
+    table: Table, store: ReferenceStore, protocol: Protocol = DIGITS
+) -> Pairs | None:
     """Of all pairs of rows with a score; None without repeated seeds."""
     name = f"fd_{protocol.features}"
     published = store.published(table.published, table.key)
@@ -227,13 +229,13 @@ class SpeedAgreement:
     records: tuple[Record, ...]
 
 
-def speed_agreement(table: Table, store: Sources) -> SpeedAgreement | None:
+def speed_agreement(table: Table, store: ReferenceStore) -> SpeedAgreement | None:
     """None with fewer than three rows timed."""
     published, dice = store.published(table.published, table.key), random.Random(0)
     found = [
         (record, float(published[row.published]["throughput_img_s"]))
         for row in table.rows
-        if (record := store.latest(timing_stage(row, table.baseline, "cpu"), "reference"))
+        if (record := store.reference.latest(timing_stage(row, table.baseline, "cpu")))
     ]
     if len(found) < 3:
         return None
@@ -245,12 +247,12 @@ def speed_agreement(table: Table, store: Sources) -> SpeedAgreement | None:
     return SpeedAgreement(kendall([value for value, _ in ours], paper), low, high, records)
 
 
-def page(store: Sources, protocol: Protocol = DIGITS) -> str:
+def page(store: ReferenceStore, protocol: Protocol = DIGITS) -> str:
     """Markdown of `blocks`."""
     return markdown(blocks(store, protocol), store)
 
 
-def blocks(store: Sources, protocol: Protocol = DIGITS) -> list[Block]:
+def blocks(store: ReferenceStore, protocol: Protocol = DIGITS) -> list[Block]:
     """Every figure is computed; the sentences follow from the figures."""
     recipe, full = protocol.recipe, FULL.get(protocol.name)
     made: list[Block] = [
@@ -298,19 +300,19 @@ def blocks(store: Sources, protocol: Protocol = DIGITS) -> list[Block]:
     return made
 
 
-def _origins(table: Table, store: Sources, protocol: Protocol) -> Origins:
+def _origins(table: Table, store: ReferenceStore, protocol: Protocol) -> Origins:
     """The records that a table's sections read, by row."""
     rows = []
     for row in table.rows:
         with store.noting() as noted:
             scores_of(row, protocol, store)
             if protocol is DIGITS:
-                store.latest(timing_stage(row, table.baseline, "cpu"), "reference")
+                store.reference.latest(timing_stage(row, table.baseline, "cpu"))
         rows.append((row.label, tuple(noted.values())))
     return Origins(tuple((label, records) for label, records in rows if records))
 
 
-def _scores_alone(table: Table, store: Sources, protocol: Protocol) -> list[Block]:
+def _scores_alone(table: Table, store: ReferenceStore, protocol: Protocol) -> list[Block]:
     """The scores of a table beside the paper's; a row without a record is a gap."""
     seeds = sorted(
         {
@@ -319,7 +321,7 @@ def _scores_alone(table: Table, store: Sources, protocol: Protocol) -> list[Bloc
             for record in scores_of(row, protocol, store)
         }
     ) or [0]
-    sheet = main_sheet(table, table.rows, protocol, seeds, "cpu", store, where="reference")
+    sheet = main_sheet(table, table.rows, protocol, seeds, "cpu", store, source=store.reference)
     kept = [
         i
         for i, (group, name) in enumerate(sheet.columns)
@@ -338,13 +340,13 @@ def _scores_alone(table: Table, store: Sources, protocol: Protocol) -> list[Bloc
     return [Text(f"Table {table.number} on {protocol.name}", 3), alone, *map(Text, notes)]
 
 
-def _caveats(table: Table, store: Sources, protocol: Protocol) -> list[Block]:
+def _caveats(table: Table, store: ReferenceStore, protocol: Protocol) -> list[Block]:
     """What the records of a table's sections say about themselves."""
     records = once(record for _, found in _origins(table, store, protocol).rows for record in found)
     return [Text(note, records=records) for note in caveats(records)]
 
 
-def _section(table: Table, store: Sources, protocol: Protocol) -> list[Block]:
+def _section(table: Table, store: ReferenceStore, protocol: Protocol) -> list[Block]:
     scored = [name for name in SCORES[protocol.features] if name.partition("_")[0] in PAPER]
     found = {name: agreement(name, table, store, protocol) for name in scored}
     main = found[scored[0]]

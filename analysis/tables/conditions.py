@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from analysis.query import PAPER_BATCH, Sources, gpu_timings, numeric_mode
+from analysis.query import PAPER_BATCH, ReferenceStore, gpu_timings, numeric_mode
 from experiments.declared.protocols import (
     IMAGENET256,
     IMAGENET256_OWN,
@@ -34,7 +34,9 @@ SCORES_NOTE = (
 )
 
 
-def add_conditions(sheet: Sheet, table: Table, resolution: int, store: Sources) -> list[Record]:
+def add_conditions(
+    sheet: Sheet, table: Table, resolution: int, store: ReferenceStore
+) -> list[Record]:
     """Append the columns of our GPU timings and of our scores to a table of the paper's; the records that they hold."""
     published = store.published(table.published, table.key)
     papers = [published[row.published] if row.published else {} for row in table.rows]
@@ -191,10 +193,12 @@ def _score(record: Record | None, name: str) -> Cell:
     )
 
 
-def _scored(row: Row, paper: dict[str, str], resolution: int, store: Sources) -> Record | None:
+def _scored(
+    row: Row, paper: dict[str, str], resolution: int, store: ReferenceStore
+) -> Record | None:
     """Of our scores under the published row's conditions."""
     return (
-        store.latest(evaluate_stage(row, same_conditions(paper, resolution), 0), "reference")
+        store.reference.latest(evaluate_stage(row, same_conditions(paper, resolution), 0))
         if row.backbone
         else None
     )
@@ -213,18 +217,17 @@ def progress_row(model: str) -> Row:
     return Row(model, Backbone(model.lower().replace("-", "_")), {}, None)
 
 
-def progress_score(paper: dict[str, str], store: Sources) -> Record | None:
+def progress_score(paper: dict[str, str], store: ReferenceStore) -> Record | None:
     """Of our scores that of a row of Table 7."""
-    return store.latest(
-        evaluate_stage(progress_row(paper["model"]), stopped(int(paper["train_steps"])), 0),
-        "reference",
+    return store.reference.latest(
+        evaluate_stage(progress_row(paper["model"]), stopped(int(paper["train_steps"])), 0)
     )
 
 
-def progress_curve(model: str, steps: Sequence[int], store: Sources) -> Record | None:
+def progress_curve(model: str, steps: Sequence[int], store: ReferenceStore) -> Record | None:
     """The longest of our trainings of a model of Table 7 to one of these ascending numbers of steps, of those whose record holds a loss curve."""
     trained = (
-        store.latest(train_stage(progress_row(model), stopped(step), 0), "reference")
+        store.reference.latest(train_stage(progress_row(model), stopped(step), 0))
         for step in reversed(steps)
     )
     return next((record for record in trained if record and record.values.get("curve")), None)

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from analysis.query import Sources
+from analysis.query import ReferenceStore
 from experiments.engine.records.store import Record
 from experiments.engine.reporting.render import render
 from experiments.engine.reporting.sheet import Sheet
@@ -44,12 +44,12 @@ def once(records: Iterable[Record]) -> tuple[Record, ...]:
     return tuple({record.name: record for record in records}.values())
 
 
-def markdown(blocks: Sequence[Block], store: Sources) -> str:
+def markdown(blocks: Sequence[Block], store: ReferenceStore) -> str:
     """A page as it lies in results/tables; its links lead to the files of the records."""
     return "\n\n".join(part for block in blocks if (part := _markdown(block, store))) + "\n"
 
 
-def _markdown(block: Block, store: Sources) -> str:
+def _markdown(block: Block, store: ReferenceStore) -> str:
     if isinstance(block, Text):
         return f"{'#' * block.level} {block.words}".strip()
     if isinstance(block, Sheet):
@@ -59,7 +59,7 @@ def _markdown(block: Block, store: Sources) -> str:
     return folded(block, store)
 
 
-def folded(found: Origins, store: Sources) -> str:
+def folded(found: Origins, store: ReferenceStore) -> str:
     """A list that opens on a click: a line a row, a link a record; '' where there are none."""
     lines = []
     for label, records in found.rows:

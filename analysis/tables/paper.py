@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from analysis.query import Sources, digits_scores, latest, rankable, reference_seeds
+from analysis.query import ReferenceStore, digits_scores, latest, rankable, reference_seeds
 from analysis.tables.conditions import (
     SCORES_NOTE,
     add_conditions,
@@ -58,10 +58,16 @@ RECONSTRUCTED = (
 )
 
 
-def ablation_sheet(table: Table, store: Sources) -> Sheet:
+def ablation_sheet(table: Table, store: ReferenceStore) -> Sheet:
     """Tables 3, 4 and 5: counts with their differences, throughput, scores on digits with ranks, and what a GPU gave under the paper's conditions."""
     sheet = main_sheet(
-        table, table.rows, DIGITS, reference_seeds(table, store), "cpu", store, where="reference"
+        table,
+        table.rows,
+        DIGITS,
+        reference_seeds(table, store),
+        "cpu",
+        store,
+        source=store.reference,
     )
     for group in ("params, M", "Gflops"):
         _compare(sheet, group)
@@ -84,17 +90,23 @@ def ablation_sheet(table: Table, store: Sources) -> Sheet:
     return sheet
 
 
-def systems_sheet(table: Table, resolution: int, store: Sources) -> Sheet:
+def systems_sheet(table: Table, resolution: int, store: ReferenceStore) -> Sheet:
     """Tables 1, 2, 8 and 9: every published row; counts, also in the convention of each published figure; our GPU throughput and scores."""
     sheet = main_sheet(
-        table, table.rows, DIGITS, reference_seeds(table, store), "cpu", store, where="reference"
+        table,
+        table.rows,
+        DIGITS,
+        reference_seeds(table, store),
+        "cpu",
+        store,
+        source=store.reference,
     )
     if ("params, M", "paper") in sheet.columns:
         _compare(sheet, "params, M")
     published = store.published(table.published, table.key)
     systems = {system.label: system for system in SYSTEMS if system.resolution == resolution}
     known = [systems.get(published[row.published]["model"]) for row in table.rows]
-    same = [counted(system, store, "reference")[1] if system else Cell() for system in known]
+    same = [counted(system, store, store.reference)[1] if system else Cell() for system in known]
     at = sheet.columns.index(("Gflops", "ours"))
     sheet.columns[at] = ("Gflops", "ours, torchprofile")
     insert(sheet, at + 1, ("Gflops", "ours, same counter"), same)
@@ -108,7 +120,7 @@ def systems_sheet(table: Table, resolution: int, store: Sources) -> Sheet:
     frozen, compared = {}, ("params, M", "diff. %") in sheet.columns
     for row, system, cells in zip(table.rows, known, sheet.rows, strict=True):
         every, ours = (
-            counted(system, store, "reference")[0] if system else Cell(),
+            counted(system, store, store.reference)[0] if system else Cell(),
             cells[sheet.columns.index(("params, M", "ours"))],
         )
         if every.text() != ours.text():
@@ -137,7 +149,7 @@ def systems_sheet(table: Table, resolution: int, store: Sources) -> Sheet:
             if system
         ],
         store,
-        "reference",
+        store.reference,
     )
     sheet.notes += [
         "same counter: Gflops in the convention of the tool that gave the published figure; core counts all systems by one rule.",
@@ -154,7 +166,7 @@ def systems_sheet(table: Table, resolution: int, store: Sources) -> Sheet:
     return sheet
 
 
-def _timed_elsewhere(table: Table, store: Sources) -> str:
+def _timed_elsewhere(table: Table, store: ReferenceStore) -> str:
     """In words: rows whose forward pass was timed here, but not in the numeric mode of the table's own column of throughput."""
     if table is not main_results.TABLE_1 or _in_modes(
         "cuda", "forward", store
@@ -163,7 +175,7 @@ def _timed_elsewhere(table: Table, store: Sources) -> str:
     labels = [
         row.label
         for row in _in_modes("cpu", "forward", store)
-        if not store.latest(timing_stage(row, table.baseline, "cpu"), "reference")
+        if not store.reference.latest(timing_stage(row, table.baseline, "cpu"))
     ]
     return (
         f"; the throughput of {', '.join(labels)} was timed with fused attention and stands in speed_forward"
@@ -171,7 +183,7 @@ def _timed_elsewhere(table: Table, store: Sources) -> str:
     )
 
 
-def _in_modes(device: str, what: str, store: Sources) -> list[Row]:
+def _in_modes(device: str, what: str, store: ReferenceStore) -> list[Row]:
     """Table 1's rows that were timed in a numeric mode of a device."""
     table = main_results.TABLE_1
     return [
@@ -182,13 +194,13 @@ def _in_modes(device: str, what: str, store: Sources) -> list[Row]:
     ]
 
 
-def throughput_sheet(what: str, store: Sources) -> Sheet:
+def throughput_sheet(what: str, store: ReferenceStore) -> Sheet:
     """Table 1's rows that were timed on a GPU or, as long as none was, on a CPU; gaps where none was at all."""
     table, device = main_results.TABLE_1, "cuda" if _in_modes("cuda", what, store) else "cpu"
     rows = _in_modes(device, what, store) or [
         row for row in table.rows if row.backbone and not row.heavy
     ]
-    return with_caveats(speed.speed_sheet(table, rows, device, what, store, "reference"))
+    return with_caveats(speed.speed_sheet(table, rows, device, what, store, store.reference))
 
 
 RECIPE: dict[str, Callable[[Train, Sampler], object]] = {
@@ -208,7 +220,7 @@ RECIPE: dict[str, Callable[[Train, Sampler], object]] = {
 UNDECLARED = ("optimizer", "vae", "gpus", "training_hours")
 
 
-def recipe_sheet(store: Sources) -> Sheet:
+def recipe_sheet(store: ReferenceStore) -> Sheet:
     """Table 6, field by field: the paper's recipe beside the one declared here, and the hours that the authors' logs show."""
     published = {f"{row['model']} {row['resolution']}": row for row in store.rows("table6.csv")}
     sheet = Sheet(
@@ -260,7 +272,7 @@ def recipe_sheet(store: Sources) -> Sheet:
     return sheet
 
 
-def progress_sheet(store: Sources) -> Sheet:
+def progress_sheet(store: ReferenceStore) -> Sheet:
     """Table 7: scores over training without guidance, and ours where a record of that length exists."""
     names = {"fid": "FID", "sfid": "sFID", "is": "IS", "precision": "P", "recall": "R"}
     columns = [
@@ -292,7 +304,7 @@ def progress_sheet(store: Sources) -> Sheet:
     return sheet
 
 
-SHEETS: dict[str, Callable[[Sources], Sheet]] = {
+SHEETS: dict[str, Callable[[ReferenceStore], Sheet]] = {
     "table1": lambda store: systems_sheet(main_results.TABLE_1, 256, store),
     "table2": lambda store: systems_sheet(main_results.TABLE_2, 512, store),
     **{
@@ -303,7 +315,7 @@ SHEETS: dict[str, Callable[[Sources], Sheet]] = {
     "table7": progress_sheet,
     "table8": lambda store: systems_sheet(main_results.TABLE_8, 256, store),
     "table9": lambda store: systems_sheet(main_results.TABLE_9, 512, store),
-    "counts": lambda store: with_caveats(counts_sheet(store, where="reference")),
+    "counts": lambda store: with_caveats(counts_sheet(store, source=store.reference)),
     **{
         f"speed_{what}": lambda store, what=what: throughput_sheet(what, store)
         for what in speed.TASKS
@@ -393,7 +405,7 @@ def _compare(sheet: Sheet, group: str) -> None:
     )
 
 
-def _rank(sheet: Sheet, rows: Sequence[Row], store: Sources) -> None:
+def _rank(sheet: Sheet, rows: Sequence[Row], store: ReferenceStore) -> None:
     name, better = next(iter(SCORES[DIGITS.features].items()))
     (at,) = [i for i, (_, column) in enumerate(sheet.columns) if column == name]
     scores, other = rankable(rows, DIGITS, store)
@@ -422,10 +434,10 @@ def _rank(sheet: Sheet, rows: Sequence[Row], store: Sources) -> None:
     ]
 
 
-def _dit_ratio(sheet: Sheet, table: Table, store: Sources) -> None:
+def _dit_ratio(sheet: Sheet, table: Table, store: ReferenceStore) -> None:
     """Gflops over those of the DiT of the same size, as the paper's Table 5 gives them."""
     gflops = {
-        system.label: counted(system, store, "reference")[1]
+        system.label: counted(system, store, store.reference)[1]
         for system in SYSTEMS
         if system.resolution == 256
     }

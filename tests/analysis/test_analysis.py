@@ -22,12 +22,12 @@ from scipy import stats
 from analysis import build
 from analysis.claims.finding import LEVELS
 from analysis.claims.judge import claims_sheet, judge
-from analysis.figures import paper as figures
 from analysis.figures import probes as figures_probes
-from analysis.figures.own import front, score_against_speed
+from analysis.figures.tradeoffs import front, score_against_speed
+from analysis.figures.training import losses
 from analysis.page.scatter import views
 from analysis.probes.declared import declared
-from analysis.query import COLUMNS, Sources, gpu_timings, numeric_mode, rankable
+from analysis.query import COLUMNS, ReferenceStore, gpu_timings, numeric_mode, rankable
 from analysis.tables.agreement import (
     agreement,
     blocks,
@@ -58,17 +58,17 @@ PROVENANCE = {
 
 
 @pytest.fixture
-def committed() -> Sources:
-    return Sources()
+def committed() -> ReferenceStore:
+    return ReferenceStore()
 
 
-def empty(folder: Path) -> Sources:
-    return Sources(folder)
+def empty(folder: Path) -> ReferenceStore:
+    return ReferenceStore(folder)
 
 
 def with_scores(
     folder: Path, scores: dict[str, list[float]], table: Any = TABLE_4, protocol: Any = DIGITS
-) -> Sources:
+) -> ReferenceStore:
     """Reference records that hold one Fréchet distance a seed for these rows; other scores are constant."""
     store, features = Store(folder), protocol.features
     for row in table.rows:
@@ -82,7 +82,7 @@ def with_scores(
             }
             store.append(evaluate_stage(row, protocol, seed), "done", values, PROVENANCE)
     (folder / "records").rename(folder / "reference")
-    return Sources(folder)
+    return ReferenceStore(folder)
 
 
 def column(sheet: Sheet, name: str) -> list[str]:
@@ -90,14 +90,14 @@ def column(sheet: Sheet, name: str) -> list[str]:
     return [row[index].text() for row in sheet.rows]
 
 
-def finding(name: str, store: Sources) -> Any:
+def finding(name: str, store: ReferenceStore) -> Any:
     return judge(next(row for row in store.rows("claims.csv") if row["id"] == name), store)
 
 
 @pytest.mark.parametrize("name", SHEETS)
 @pytest.mark.parametrize("form", ("text", "markdown", "latex", "csv", "html"))
 def test_every_table_prints_with_and_without_records(
-    name: str, form: str, committed: Sources, tmp_path: Path
+    name: str, form: str, committed: ReferenceStore, tmp_path: Path
 ):
     for store in (committed, empty(tmp_path)):
         sheet = SHEETS[name](store)
@@ -108,7 +108,7 @@ def test_every_table_prints_with_and_without_records(
         )
 
 
-def test_tables_of_systems_hold_every_published_row(committed: Sources):
+def test_tables_of_systems_hold_every_published_row(committed: ReferenceStore):
     for number in (1, 2, 8, 9):
         sheet = SHEETS[f"table{number}"](committed)
         at = [name for _, name in sheet.columns].index("FID")
@@ -120,7 +120,7 @@ def test_tables_of_systems_hold_every_published_row(committed: Sources):
         )
 
 
-def test_differences_are_in_per_cent_of_the_paper(committed: Sources):
+def test_differences_are_in_per_cent_of_the_paper(committed: ReferenceStore):
     sheet = SHEETS["table2"](committed)
     names = sheet.columns
     row = next(row for row in sheet.rows if row[0].label == "DiCo-XL, 3M")
@@ -133,7 +133,7 @@ def test_differences_are_in_per_cent_of_the_paper(committed: Sources):
     )
 
 
-def test_a_number_leads_to_its_records(committed: Sources):
+def test_a_number_leads_to_its_records(committed: ReferenceStore):
     for name in ("table1", "table3", "table5", "counts"):
         sheet = SHEETS[name](committed)
         for row in sheet.rows:
@@ -143,7 +143,7 @@ def test_a_number_leads_to_its_records(committed: Sources):
 
 
 def test_table_6_names_every_field_that_differs(
-    committed: Sources, monkeypatch: pytest.MonkeyPatch
+    committed: ReferenceStore, monkeypatch: pytest.MonkeyPatch
 ):
     (same,) = [note for note in recipe_sheet(committed).notes if "declared fields equal" in note]
     other = replace(IMAGENET256, recipe=replace(IMAGENET256.recipe, lr=3e-4))
@@ -227,7 +227,9 @@ def test_rank_correlations_equal_scipys():
 
 def test_agreement_with_the_paper_is_found_and_its_absence_too(tmp_path: Path):
     fid = {
-        row.label: float(Sources().published("table4.csv", ("variant",))[row.published]["fid"])
+        row.label: float(
+            ReferenceStore().published("table4.csv", ("variant",))[row.published]["fid"]
+        )
         for row in TABLE_4.rows
     }
     same = agreement(
@@ -299,7 +301,7 @@ def test_the_order_by_speed_has_an_interval(spread: float, width: float, tmp_pat
         }
         store.append(timing_stage(row, TABLE_4.baseline, "cpu"), "done", values, PROVENANCE)
     (tmp_path / "records").rename(tmp_path / "reference")
-    found = speed_agreement(TABLE_4, Sources(tmp_path))
+    found = speed_agreement(TABLE_4, ReferenceStore(tmp_path))
     assert (
         found.tau == pytest.approx(1)
         and found.high - found.low >= width
@@ -333,7 +335,9 @@ def test_the_page_names_the_pairs_of_the_shorter_list(tmp_path: Path):
     best, second, *others = sorted(
         (row.label for row in TABLE_3.rows),
         key=lambda label: float(
-            Sources().published(TABLE_3.published, TABLE_3.key)[TABLE_3.row(label).published]["fid"]
+            ReferenceStore().published(TABLE_3.published, TABLE_3.key)[
+                TABLE_3.row(label).published
+            ]["fid"]
         ),
     )
     one = page(
@@ -370,7 +374,7 @@ def test_the_page_names_the_pairs_of_the_shorter_list(tmp_path: Path):
     )
 
 
-def test_the_digits_page_follows_the_records(committed: Sources, tmp_path: Path):
+def test_the_digits_page_follows_the_records(committed: ReferenceStore, tmp_path: Path):
     assert "nothing can be said" in page(
         empty(tmp_path)
     ) and f"tau {agreement('fd_digits', TABLE_3, committed).tau:.2f}" in page(committed)
@@ -416,7 +420,7 @@ def test_the_page_on_small_cifar_keeps_what_its_records_warn_of(tmp_path: Path):
         PROVENANCE | {"dirty": True},
     )
     (tmp_path / "records").rename(tmp_path / "reference")
-    text = page(Sources(tmp_path), CIFAR10_SMALL)
+    text = page(ReferenceStore(tmp_path), CIFAR10_SMALL)
     assert (
         text.count("warning: the images are grey") == 1
         and "1 records of commit cccccccccccc; precision flags in force" in text
@@ -435,7 +439,7 @@ def test_links_of_markdown_lead_to_records():
         assert links or path.stem in ("table6", "table7"), path.name
 
 
-def test_every_block_of_a_page_with_a_figure_of_ours_names_its_records(committed: Sources):
+def test_every_block_of_a_page_with_a_figure_of_ours_names_its_records(committed: ReferenceStore):
     found = blocks(committed)
     sheets = [block for block in found if isinstance(block, Sheet)]
     assert len(sheets) == 2 and all(
@@ -460,7 +464,7 @@ def test_every_block_of_a_page_with_a_figure_of_ours_names_its_records(committed
     )
 
 
-def test_a_claims_basis_leads_to_what_was_read_for_it(committed: Sources):
+def test_a_claims_basis_leads_to_what_was_read_for_it(committed: ReferenceStore):
     sheet = claims_sheet(committed)
     rows = {row[0].label: row for row in sheet.rows}
     assert [record.kind for record in rows["speed-xl-256"][7].records] == ["timing"] and not rows[
@@ -473,7 +477,7 @@ def test_a_claims_basis_leads_to_what_was_read_for_it(committed: Sources):
     )
 
 
-def test_every_claim_gets_a_verdict(committed: Sources, tmp_path: Path):
+def test_every_claim_gets_a_verdict(committed: ReferenceStore, tmp_path: Path):
     for store in (committed, empty(tmp_path)):
         sheet = claims_sheet(store)
         assert column(sheet, "claim") == [row["id"] for row in store.rows("claims.csv")]
@@ -490,7 +494,7 @@ def test_every_claim_gets_a_verdict(committed: Sources, tmp_path: Path):
     assert {"counted", "measured at reduced scale"} & set(column(sheet, "evidence")) == set()
 
 
-def test_counted_claims_are_judged_to_the_printed_digit(committed: Sources):
+def test_counted_claims_are_judged_to_the_printed_digit(committed: ReferenceStore):
     assert (
         finding("gflops-xl-256", committed).verdict == "reproduced"
         and finding("gflops-family", committed).verdict == "reproduced"
@@ -522,7 +526,7 @@ def test_a_gpu_timing_outranks_published_throughput(tmp_path: Path):
     for what in ("forward", "training"):
         store.append(replace(spec, what=what), "done", values, PROVENANCE | {"device": "GPU"})
     (tmp_path / "records").rename(tmp_path / "reference")
-    sources = Sources(tmp_path)
+    sources = ReferenceStore(tmp_path)
     found = finding("speed-xl-256", sources)
     assert (found.evidence, found.verdict, found.value) == (
         "measured here",
@@ -569,8 +573,8 @@ def test_a_cpu_timing_of_a_claims_networks_is_a_proxy_until_a_gpus(
     store.append(spec, "done", values, PROVENANCE | {"cpu": "some CPU", "kernels": kernels})
     (tmp_path / "records").rename(tmp_path / "reference")
     found, other = (
-        finding("speed-dis-small-512", Sources(tmp_path)),
-        finding("speed-dis-512", Sources(tmp_path)),
+        finding("speed-dis-small-512", ReferenceStore(tmp_path)),
+        finding("speed-dis-512", ReferenceStore(tmp_path)),
     )
     assert (found.evidence, found.verdict) == (
         "measured at reduced scale",
@@ -585,14 +589,14 @@ def test_a_cpu_timing_of_a_claims_networks_is_a_proxy_until_a_gpus(
         in other.basis
         and other.basis.endswith("its scan as a loop over tokens") == bool(kernels)
     )
-    assert finding("speed-dim-512", Sources(tmp_path)).basis.endswith("no GPU record here")
+    assert finding("speed-dim-512", ReferenceStore(tmp_path)).basis.endswith("no GPU record here")
     (tmp_path / "reference").rename(tmp_path / "records")
     for gpu in speed_claims.claim_stages(
         dict(subject="DiCo-S@512", baseline="DiS-S/2@512"), "cuda"
     ):
         store.append(gpu, "done", values | {"relative": 3.0}, PROVENANCE | {"device": "GPU"})
     (tmp_path / "records").rename(tmp_path / "reference")
-    assert finding("speed-dis-small-512", Sources(tmp_path)).evidence == "measured here"
+    assert finding("speed-dis-small-512", ReferenceStore(tmp_path)).evidence == "measured here"
 
 
 def test_a_claim_names_the_modes_that_ran_without_their_fused_kernel(tmp_path: Path):
@@ -607,7 +611,7 @@ def test_a_claim_names_the_modes_that_ran_without_their_fused_kernel(tmp_path: P
             PROVENANCE | {"device": "a GPU", "kernels": ran},
         )
     (tmp_path / "records").rename(tmp_path / "reference")
-    assert finding("speed-dig-256", Sources(tmp_path)).basis.endswith(
+    assert finding("speed-dig-256", ReferenceStore(tmp_path)).basis.endswith(
         "; gated linear attention in chunks of plain PyTorch, without its fused kernel, in fp32"
     )
 
@@ -628,10 +632,10 @@ def test_small_networks_timed_alone_give_a_ratio_with_the_error_of_both(tmp_path
             PROVENANCE,
         )
     (tmp_path / "records").rename(tmp_path / "reference")
-    assert finding("speed-xl-512", Sources(tmp_path)).basis.endswith(
+    assert finding("speed-xl-512", ReferenceStore(tmp_path)).basis.endswith(
         "DiCo-S against DiT-S is 2.00 ±0.10, each timed alone at batch 1"
     )
-    assert "for scale" not in finding("speed-dis-512", Sources(tmp_path)).basis
+    assert "for scale" not in finding("speed-dis-512", ReferenceStore(tmp_path)).basis
 
 
 def test_numeric_modes_of_a_gpu_stand_side_by_side(tmp_path: Path):
@@ -651,7 +655,7 @@ def test_numeric_modes_of_a_gpu_stand_side_by_side(tmp_path: Path):
             PROVENANCE | {"device": "GPU", "precision_flags": flags},
         )
     (tmp_path / "records").rename(tmp_path / "reference")
-    sheet = SHEETS["table1"](Sources(tmp_path))
+    sheet = SHEETS["table1"](ReferenceStore(tmp_path))
     (row,) = [row for row in sheet.rows if row[0].label == "DiCo-XL"]
     shown = {
         name: cell.text()
@@ -696,7 +700,7 @@ def test_what_ran_under_the_papers_conditions_stands_beside_its_rows(tmp_path: P
         PROVENANCE | {"device": "GPU"},
     )
     (tmp_path / "records").rename(tmp_path / "reference")
-    sources = Sources(tmp_path)
+    sources = ReferenceStore(tmp_path)
     for number in (1, 4, 7):
         sheet = SHEETS[f"table{number}"](sources)
         (row,) = [
@@ -736,7 +740,7 @@ def test_what_ran_under_the_papers_conditions_stands_beside_its_rows(tmp_path: P
     assert [row[at].text() for row in table.rows] == ["-"] * 4 + ["1234.00 ±5.00"] + ["-"] * 6
 
 
-def test_the_papers_own_units_stand_beside_ours(committed: Sources):
+def test_the_papers_own_units_stand_beside_ours(committed: ReferenceStore):
     table4, table8 = SHEETS["table4"](committed), SHEETS["table8"](committed)
     at = table4.columns.index(("paper, A100", "img/s"))
     assert [row[at].text() for row in table4.rows] == [
@@ -753,7 +757,7 @@ def test_the_papers_own_units_stand_beside_ours(committed: Sources):
     assert any("DiC-H, DiCo-H: published in billions" in note for note in table8.notes)
 
 
-def test_frozen_parameters_are_told_apart(committed: Sources):
+def test_frozen_parameters_are_told_apart(committed: ReferenceStore):
     for number, label, every in (
         (8, "DiT-XL/2", "675.1"),
         (8, "DiMSUM-L/2", "459.9"),
@@ -784,7 +788,7 @@ def test_table_6_without_a_model_or_its_log_says_so(tmp_path: Path):
                 if not line.startswith(f"{model},")
             )
         )
-    notes = recipe_sheet(Sources(None, tmp_path / "published")).notes
+    notes = recipe_sheet(ReferenceStore(None, tmp_path / "published")).notes
     assert any(
         "DiCo-B: its hours cannot be compared, since table6.csv has no row" in note
         for note in notes
@@ -796,8 +800,8 @@ def test_table_6_without_a_model_or_its_log_says_so(tmp_path: Path):
 
 
 def test_figure_9_draws_our_curves_apart_from_the_authors(tmp_path: Path):
-    def panels(store: Sources) -> list[Any]:
-        return figures.losses(store).axes
+    def panels(store: ReferenceStore) -> list[Any]:
+        return losses(store).axes
 
     whole, early, ours = panels(empty(tmp_path / "none"))
     theirs = [len(whole.lines), len(early.lines)]
@@ -811,7 +815,7 @@ def test_figure_9_draws_our_curves_apart_from_the_authors(tmp_path: Path):
     store.append(train_stage(TABLE_4.rows[3], DIGITS, 0), "done", values, PROVENANCE)
     store.append(train_stage(TABLE_4.rows[4], DIGITS, 0), "done", {"steps": 650}, PROVENANCE)
     (tmp_path / "some" / "records").rename(tmp_path / "some" / "reference")
-    whole, early, ours = panels(Sources(tmp_path / "some"))
+    whole, early, ours = panels(ReferenceStore(tmp_path / "some"))
     assert (
         [len(whole.lines), len(early.lines)] == theirs
         and "ImageNet" in whole.get_title()
@@ -848,7 +852,7 @@ def test_probe_records_bear_on_the_channel_claim(
             PROVENANCE,
         )
     (tmp_path / "records").rename(tmp_path / "reference")
-    found = finding("channel-redundancy", Sources(tmp_path))
+    found = finding("channel-redundancy", ReferenceStore(tmp_path))
     assert (
         found.evidence == "measured at reduced scale"
         and found.verdict.startswith(verdict)
@@ -860,7 +864,7 @@ def test_published_inconsistencies_are_seen(tmp_path: Path):
     shutil.copytree(PUBLISHED, tmp_path / "published")
     path = tmp_path / "published" / "table1.csv"
     path.write_text(path.read_text().replace("208.47", "153.80"))
-    assert finding("speed-xl-256", Sources(None, tmp_path / "published")).verdict.startswith(
+    assert finding("speed-xl-256", ReferenceStore(None, tmp_path / "published")).verdict.startswith(
         "inconsistent"
     )
 
@@ -916,7 +920,12 @@ def test_two_builds_of_the_figures_are_equal_to_the_byte(tmp_path: Path):
     }
 
 
-@pytest.mark.parametrize("name", sorted(build.FIGURES.keys() - figures_probes.FIGURES.keys()))
+OTHER_FIGURES = [  # those that read more than the arrays of probes
+    name for name, draw in build.FIGURES.items() if draw.__module__ != figures_probes.__name__
+]
+
+
+@pytest.mark.parametrize("name", OTHER_FIGURES)
 def test_every_figure_has_a_caption_and_is_drawn_without_records(name: str, tmp_path: Path):
     draw = build.FIGURES[name]
     assert len(draw.__doc__ or "") > 80 and draw(empty(tmp_path)).axes
@@ -987,7 +996,7 @@ def test_a_row_of_another_protocol_is_not_ranked(tmp_path: Path):
         record = json.loads(path.read_text())
         record["values"]["manifest"]["measure"]["quantiser"] = "rounds to nearest"
         path.write_text(json.dumps(record))
-    store = Sources(tmp_path / "results")
+    store = ReferenceStore(tmp_path / "results")
     scores, other = rankable(TABLE_4.rows, DIGITS, store)
     assert list(other) == [row.label] and [bool(found) for found in scores] == [
         one != row for one in TABLE_4.rows
@@ -1005,13 +1014,13 @@ def test_a_record_of_another_extractor_is_ordered_by_nothing(tmp_path: Path):
     """Not by the claim that asks for it, nor by a front or the page's scatter; other claims keep their verdicts."""
     reference = copied(tmp_path / "results") / "reference"
     (row,) = [row for row in TABLE_4.rows if row.label == "w/o CCA"]
-    kept = finding("kernel-order", Sources())
-    assert finding("cca-fid", Sources()).evidence == "measured at reduced scale"
+    kept = finding("kernel-order", ReferenceStore())
+    assert finding("cca-fid", ReferenceStore()).evidence == "measured at reduced scale"
     (path,) = (reference / "evaluate").glob(f"{spec_id(evaluate_stage(row, DIGITS, 0))}-*.json")
     record = json.loads(path.read_text())
     record["values"]["manifest"]["measure"]["extractor"]["sha256"] = "0" * 64
     path.write_text(json.dumps(record))
-    store = Sources(tmp_path / "results")
+    store = ReferenceStore(tmp_path / "results")
     found = finding("cca-fid", store)
     assert (found.evidence, found.verdict, found.value) == (
         "not yet",
@@ -1036,14 +1045,14 @@ def test_a_record_of_another_extractor_is_ordered_by_nothing(tmp_path: Path):
 
 def test_a_published_file_that_is_missing_or_unsourced_is_one_line(tmp_path: Path):
     with pytest.raises(ValueError, match="restore it"):
-        Sources(None, tmp_path).rows("table1.csv")
+        ReferenceStore(None, tmp_path).rows("table1.csv")
     words, numbers = COLUMNS["table7.csv"]
     names = [*words.split(), *numbers.split(), "source"]
     (tmp_path / "table7.csv").write_text(
         ",".join(names) + "\n" + "DiCo-S," + ",".join("1" for _ in names[1:-1]) + ",\n"
     )
     with pytest.raises(ValueError, match="line 2: no source"):
-        Sources(None, tmp_path).rows("table7.csv")
+        ReferenceStore(None, tmp_path).rows("table7.csv")
 
 
 @pytest.mark.parametrize("content", [b"model," + b"x" * 140_000, b"model\n\xff\n"])
@@ -1053,14 +1062,14 @@ def test_a_published_file_that_is_no_csv_is_one_line(content: bytes, tmp_path: P
         ValueError,
         match="^published data table7.csv: no CSV in UTF-8 .*; restore it with git checkout results/published$",
     ):
-        Sources(None, tmp_path).rows("table7.csv")
+        ReferenceStore(None, tmp_path).rows("table7.csv")
 
 
 def test_every_published_row_names_its_source():
     for name in COLUMNS:
         assert all(
             "2505.11196" in row["source"] or "authors' log" in row["source"]
-            for row in Sources().rows(name)
+            for row in ReferenceStore().rows(name)
         )
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from analysis.claims import probes as claims_probes
 from analysis.probes.declared import DiffusersLocality, Probe, declared
-from analysis.query import Sources
+from analysis.query import ReferenceStore
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.declared.protocols import DIGITS, IMAGENET256, IMAGENET512
 from experiments.engine.records.store import Store
@@ -25,11 +25,13 @@ PROVENANCE = {
 FLUX, PIXART = (DiffusersLocality(f"{name}Transformer2DModel", "ab") for name in ("Flux", "PixArt"))
 
 
-def sources(folder: Path, *made: tuple[Probe | DiffusersLocality, dict[str, object]]) -> Sources:
+def sources(
+    folder: Path, *made: tuple[Probe | DiffusersLocality, dict[str, object]]
+) -> ReferenceStore:
     for probe, values in made:
         Store(folder).append(probe, "done", values, PROVENANCE)
     (folder / "records").rename(folder / "reference")
-    return Sources(folder)
+    return ReferenceStore(folder)
 
 
 def looks(near: float, uniform: float = 0.25) -> dict[str, object]:
@@ -97,7 +99,10 @@ def test_the_named_checkpoints_are_what_is_judged_when_they_were_probed(tmp_path
 def test_nothing_probed_is_open(tmp_path: Path):
     (tmp_path / "reference").mkdir()
     for rule in (claims_probes.attention, claims_probes.channels):
-        assert (rule({}, Sources(tmp_path)).evidence, rule({}, Sources(tmp_path)).verdict) == (
+        assert (
+            rule({}, ReferenceStore(tmp_path)).evidence,
+            rule({}, ReferenceStore(tmp_path)).verdict,
+        ) == (
             "not yet",
             "open",
         )

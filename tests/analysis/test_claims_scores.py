@@ -10,7 +10,7 @@ import pytest
 
 from analysis.claims.finding import VERDICTS, Finding
 from analysis.claims.judge import claims_sheet, judge
-from analysis.query import Sources
+from analysis.query import ReferenceStore
 from analysis.tables.conditions import progress_row, same_conditions, stopped
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.declared.protocols import DIGITS, IMAGENET256, IMAGENET256_OWN, IMAGENET512_OWN
@@ -75,7 +75,7 @@ class Made:
         records, reference = self.store.root / "records", self.store.root / "reference"
         if records.exists():
             records.rename(reference)
-        sources = Sources(self.store.root)
+        sources = ReferenceStore(self.store.root)
         return judge(next(row for row in sources.rows("claims.csv") if row["id"] == name), sources)
 
 
@@ -340,7 +340,7 @@ def test_a_single_seed_without_a_sampling_error_is_open(made: Made):
 
 
 def test_every_verdict_of_the_committed_records_is_in_the_legend():
-    sheet = claims_sheet(Sources())
+    sheet = claims_sheet(ReferenceStore())
     at = [name for _, name in sheet.columns].index("verdict")
     cells: list[Cell] = [row[at] for row in sheet.rows]
     assert all(any(cell.label.startswith(verdict) for verdict in VERDICTS) for cell in cells)
@@ -351,7 +351,7 @@ def test_every_verdict_of_the_committed_records_is_in_the_legend():
 
 
 def test_a_published_row_has_one_protocol():
-    papers = Sources().published(TABLE_1.published, TABLE_1.key)
+    papers = ReferenceStore().published(TABLE_1.published, TABLE_1.key)
     assert {
         label: same_conditions(papers[system(label).published], 256).name
         for label in ("DiCo-XL", "DiCo-XL (w/ CFG)")

@@ -15,12 +15,13 @@ from analysis import grid
 from analysis.query import TRAINED, trained_row, trained_rows
 from experiments.ablation import TABLE_4
 from experiments.declared.protocols import DIGITS, IMAGENET256
-from experiments.engine.data.image_files import sha256
+from experiments.engine.data.image_files import file_sha256
 from experiments.engine.jobs.execute import execute
 from experiments.engine.records.store import Store
+from experiments.engine.runtime.context import Resources
 from experiments.engine.sampling import generate
 from experiments.engine.specs.stages import evaluate_stage, train_stage
-from experiments.engine.training.trainer import Resources, load_ema
+from experiments.engine.training.trainer import load_ema
 from experiments.main_results import TABLE_1
 from tests.support.networks import randomise
 
@@ -39,10 +40,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = Store(folder)
     for row in (TABLE_4.rows[0], TABLE_1.rows[0]):
         for training in evaluate_stage(row, SHORT, 0).trainings:
-            assert (
-                execute(training, store, Resources(device="cpu"), lambda *progress: None).status
-                == "done"
-            )
+            assert execute(training, store, Resources(device="cpu")).status == "done"
     return folder
 
 
@@ -74,7 +72,7 @@ def test_a_grid_carries_the_caption_that_names_its_run(
     )
     path = results / "figures" / "samples" / "digits_table4_DiCo-S_seed0.png"
     about = Image.open(path).info
-    record = Store(results).latest(train_stage(TABLE_4.rows[0], SHORT, 0))
+    record = Store(results).here.latest(train_stage(TABLE_4.rows[0], SHORT, 0))
     assert (
         record.id in about[grid.CAPTION]
         and record.values["weights_sha256"] in about[grid.CAPTION]
@@ -163,11 +161,11 @@ def test_a_published_checkpoint_is_drawn_from_its_file(
             == 0
         )
         image = Image.open(
-            tmp_path / "figures" / "samples" / f"digits_{name}_{sha256(file)[:8]}.png"
+            tmp_path / "figures" / "samples" / f"digits_{name}_{file_sha256(file)[:8]}.png"
         )
         assert (
             f"the published {name} under digits" in image.info[grid.CAPTION]
-            and f"({file.name}, SHA-256 {sha256(file)}, key ema)" in image.info[grid.CAPTION]
+            and f"({file.name}, SHA-256 {file_sha256(file)}, key ema)" in image.info[grid.CAPTION]
         )
         assert grid.RECORDS not in image.info or image.info[grid.RECORDS] == ""
         shown.append(image.tobytes())
@@ -179,7 +177,7 @@ def test_the_images_are_those_of_the_evaluation(results: Path):
     spec = evaluate_stage(TABLE_4.rows[0], SHORT, 0)
     network = load_ema(spec.train, Store(results).run_dir(spec.train), torch.device("cpu"))
     scored = torch.cat(
-        [x for x, _ in generate.images(spec, network, torch.device("cpu"), batch=20)]
+        [x for x, _ in generate.generate_images(spec, network, torch.device("cpu"), batch=20)]
     )
     shown = grid._images(spec, network, [3, 0, 4, 9], 2, "cpu")
     assert set(shown) == {(line, label) for line in range(2) for label in (0, 3, 4, 9)}

@@ -17,7 +17,7 @@ from analysis.build import FIGURES
 from analysis.page import browser as driver
 from analysis.page.browser import chromium, opened, waited
 from analysis.page.fragments import grids
-from analysis.query import Sources
+from analysis.query import ReferenceStore
 from experiments.engine.records.store import REPOSITORY
 
 
@@ -37,7 +37,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def built(folder: Path) -> Path:
-    text, problems = report.build_page(Sources())
+    text, problems = report.build_page(ReferenceStore())
     assert not problems
     (folder / "report.html").write_text(text, encoding="utf-8")
     return folder / "report.html"
@@ -91,7 +91,7 @@ def test_what_could_not_be_built_stands_on_the_page(tmp_path: Path):
     (published / "table7.csv").unlink()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "FIGURES", {"figure8": FIGURES["figure8_scores_over_training"]})
-        text, problems = report.build_page(Sources(None, published))
+        text, problems = report.build_page(ReferenceStore(None, published))
     assert {problem.partition(":")[0] for problem in problems} == {"table7", "figure figure8"}
     assert "Could not be built" in text and text.count("table7.csv: No such file") >= 3
 
@@ -117,7 +117,7 @@ def test_a_figure_that_fails_leaves_the_page_and_the_build(
         writer.writeheader()
         writer.writerows(row | {"throughput_img_s": ""} for row in rows)
 
-    def fails(store: Sources) -> None:
+    def fails(store: ReferenceStore) -> None:
         """Never drawn."""
         raise wrong
 
@@ -125,7 +125,7 @@ def test_a_figure_that_fails_leaves_the_page_and_the_build(
         report, "FIGURES", {"figure3": fails if wrong else FIGURES["figure3_runtime"]}
     )
     monkeypatch.setattr(report, "SHEETS", {"counts": report.SHEETS["counts"]})
-    text, problems = report.build_page(Sources(None, published))
+    text, problems = report.build_page(ReferenceStore(None, published))
     assert [problem.partition(":")[0] for problem in problems] == ["figure figure3"] and str(
         wrong or "table2.csv: no row has a throughput"
     ) in problems[0]
@@ -288,7 +288,9 @@ def test_every_number_of_ours_on_the_page_of_text_is_a_link(browser: Any, page: 
 def test_a_page_without_grids_says_so_and_one_that_is_damaged_is_a_problem(tmp_path: Path):
     problems: list[str] = []
     (tmp_path / "digits.png").write_bytes(b"no image")
-    assert grids(tmp_path, Sources(), problems).startswith("<p>No grid of samples is committed")
+    assert grids(tmp_path, ReferenceStore(), problems).startswith(
+        "<p>No grid of samples is committed"
+    )
     assert problems == [
         "samples: digits.png is no image; draw it again with python -m analysis.grid"
     ]
@@ -297,7 +299,7 @@ def test_a_page_without_grids_says_so_and_one_that_is_damaged_is_a_problem(tmp_p
 def test_a_committed_grid_names_a_run_with_a_committed_record():
     problems: list[str] = []
     folder = REPOSITORY / "results" / "figures" / "samples"
-    shown = grids(folder, Sources(), problems)
+    shown = grids(folder, ReferenceStore(), problems)
     assert (
         not problems
         and shown.count("<figcaption data-records=") == len(list(folder.glob("*.png"))) > 0

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import backbones
 from backbones.dico import DiCo
 from experiments.engine.specs.spec import Backbone, Cost
-from experiments.engine.timing.cost import run as count
+from experiments.engine.timing.cost import count_backbone as count
 from tests.support.networks import (
     CASES,
     CHANNELS,

@@ -14,10 +14,10 @@ from torch import nn
 import backbones
 from backbones.adm import AttentionBlock
 from backbones.ldm import CrossAttention
-from experiments.engine.diffusion.cascade import with_low_res
+from experiments.engine.diffusion.cascade import append_low_res
 from experiments.engine.specs.spec import Backbone, Cost
 from experiments.engine.timing.cost import MacCounter
-from experiments.engine.timing.cost import run as count
+from experiments.engine.timing.cost import count_backbone as count
 from tests.support.paths import DATA
 
 AUTHORS = list(csv.DictReader((DATA / "counts_adm.csv").open()))
@@ -33,7 +33,7 @@ def published(name: str) -> nn.Module:
 def resize_cost(size: int) -> int:
     x = torch.empty(1, 3, size, size, device="meta")
     with MacCounter() as macs:
-        with_low_res(x, torch.empty(1, 3, size // 4, size // 4, device="meta"))
+        append_low_res(x, torch.empty(1, 3, size // 4, size // 4, device="meta"))
     assert macs.core == 0
     return macs.extra
 

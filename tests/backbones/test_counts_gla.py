@@ -22,7 +22,7 @@ ROWS = list(csv.DictReader((DATA / "counts_gla.csv").open()))
 
 @cache
 def counts(name: str, size: int) -> dict[str, int]:
-    return cost.run(Cost(Backbone(name), size=size, channels=4, num_classes=1000))
+    return cost.count_backbone(Cost(Backbone(name), size=size, channels=4, num_classes=1000))
 
 
 def seen_by_fvcore(name: str, size: int) -> int:
@@ -82,5 +82,5 @@ def test_a_recurrence_counts_the_same_whatever_runs(name: str, choices: tuple[st
         with torch.no_grad(), kernels.use(**{op: choice}), cost.MacCounter() as macs:
             model(torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.long))
         seen.append((macs.core, macs.extra))
-    meta = cost.count(model.to("meta"), 8, 4)
+    meta = cost.count_network(model.to("meta"), 8, 4)
     assert seen[0] == seen[1] == (meta["macs_core"], meta["macs_torchprofile"] - meta["macs_core"])

@@ -11,7 +11,7 @@ import pytest
 
 import backbones
 from experiments.engine.specs.spec import Backbone, Cost
-from experiments.engine.timing.cost import run as count
+from experiments.engine.timing.cost import count_backbone as count
 from tests.support.paths import DATA
 
 ROWS = list(csv.DictReader((DATA / "counts_ssm.csv").open()))

@@ -12,7 +12,7 @@ import backbones
 from backbones.adm import AttentionBlock
 from backbones.checkpoint import load_published
 from backbones.ldm import CrossAttention
-from experiments.engine.diffusion.cascade import with_low_res
+from experiments.engine.diffusion.cascade import append_low_res
 from tests.support.networks import randomise, relative_rms
 from tests.support.paths import DATA
 
@@ -239,7 +239,7 @@ def test_the_low_resolution_image_is_resized_and_put_after_x():
         torch.randn(2, 3, 16, 12, generator=draw).double(),
         torch.randn(2, 3, 4, 3, generator=draw).double(),
     )
-    joined = with_low_res(x, low_res)
+    joined = append_low_res(x, low_res)
     assert joined.shape == (2, 6, 16, 12) and torch.equal(joined[:, :3], x)
     assert relative_rms(joined[:, 3:], bilinear(4, 16) @ low_res @ bilinear(3, 12).T) < 1e-12
     model = randomise(network("adm_up_256"))

@@ -17,8 +17,7 @@ from experiments import benchmark_steps
 from experiments.benchmark_steps import Steps, measure
 from experiments.engine.records.store import Record, Store
 from experiments.engine.specs.spec import Backbone, Ceilings, Cost
-from experiments.engine.timing import cost
-from experiments.engine.timing import profile as ceilings
+from experiments.engine.timing import ceilings, cost, networks
 from experiments.engine.timing import tasks as timed_tasks
 
 OTHER = (
@@ -29,7 +28,8 @@ OTHER = (
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = backbones.build("dit_s_2", dim=24, depth=1, heads=3)
-    monkeypatch.setattr(timed_tasks, "drawn", lambda spec, device: copy.deepcopy(drawn))
+    for module in (networks, timed_tasks):
+        monkeypatch.setattr(module, "draw_network", lambda spec, device: copy.deepcopy(drawn))
     monkeypatch.setitem(ceilings.SIDES, "cpu", (64,))
     monkeypatch.setitem(ceilings.COPIED, "cpu", 2**16)
 
@@ -37,7 +37,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def recorded(store: Store) -> Record:
     (found,) = (
         record
-        for records in store.records("records").values()
+        for records in store.here.by_id().values()
         for record in records
         if record.kind == "steps"
     )
@@ -90,8 +90,8 @@ def test_alone_the_overhead_is_that_over_the_bare_loop(
         and not {"plain_s", "theirs_s"} & set(values)
         and values["overhead, ours / bare"] > 0
     )
-    counted = cost.run(Cost(Backbone("dit_s_2"), 32, 4, 1000))["macs_core"]
-    ceiling = store.latest(Ceilings("cpu")).values["macs_per_s"]
+    counted = cost.count_backbone(Cost(Backbone("dit_s_2"), 32, 4, 1000))["macs_core"]
+    ceiling = store.here.latest(Ceilings("cpu")).values["macs_per_s"]
     assert (
         values["share_of_matmul"] * values["ours_s"] * ceiling == pytest.approx(3 * 2 * counted)
         and values["ceiling_macs_per_s"] == ceiling
@@ -144,7 +144,7 @@ def test_steps_of_what_computes_something_else_are_a_failed_record(
 def test_a_bare_loop_stands_beside_what_is_as_eager_alone(
     fast: dict[str, bool], monkeypatch: pytest.MonkeyPatch, small: None
 ):
-    monkeypatch.setattr(timed_tasks, "task", lambda *_: None)
+    monkeypatch.setattr(timed_tasks, "build_task", lambda *_: None)
     spec = Steps("dit_s_2", "training", 2, "cpu", "fp32")
     assert [
         list(benchmark_steps._tasks(one, None, torch.device("cpu")))
@@ -276,5 +276,5 @@ def test_graphs_on_a_cpu_are_refused_before_anything_is_timed(
     assert benchmark_steps.main() == 2 and not (tmp_path / "results").exists()
     assert (
         capsys.readouterr().err
-        == "error: CUDA graphs need a GPU, and this is for cpu; leave out --graphs\n"
+        == "error: CUDA graphs need a GPU, but this command uses cpu; leave out --graphs\n"
     )

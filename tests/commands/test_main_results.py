@@ -22,14 +22,14 @@ from experiments.declared.protocols import (
 )
 from experiments.declared.systems import SYSTEMS
 from experiments.engine.cli import main
-from experiments.engine.data.sets import load
-from experiments.engine.diffusion.build import process
+from experiments.engine.data.sets import load_data
+from experiments.engine.diffusion.build import build_diffusion
 from experiments.engine.diffusion.cascade import System
-from experiments.engine.diffusion.samplers import bind
+from experiments.engine.diffusion.samplers import bind_sampler
 from experiments.engine.numerics.weights import digest
 from experiments.engine.records.store import Store
 from experiments.engine.reporting.tables import main_sheet
-from experiments.engine.sampling.generate import Counted, images
+from experiments.engine.sampling.generate import CountingModel, generate_images
 from experiments.engine.specs.rows import Method, Row, Table
 from experiments.engine.specs.spec import Cost, Data, Train, spec_id
 from experiments.engine.specs.stages import (
@@ -146,7 +146,9 @@ def test_a_reconstruction_is_marked(row: Row):
 @pytest.mark.parametrize("table, row", NETWORKS)
 def test_network_objective_and_sampler_fit_each_other(table: Table, row: Row, protocol: Any):
     stage = evaluate_stage(row, protocol, 0)
-    bind(stage.sampler, process(stage.train.diffusion))  # the process has this sampler
+    bind_sampler(
+        stage.sampler, build_diffusion(stage.train.diffusion)
+    )  # the process has this sampler
     options = (
         backbones.registry.options_of(stage.train.backbone.name) | stage.train.backbone.options
     )
@@ -162,7 +164,7 @@ def test_network_objective_and_sampler_fit_each_other(table: Table, row: Row, pr
 def test_a_familys_loss_trains_all_of_its_small_network(spec: Train):
     """Every parameter but the dead ones has a gradient once no gate is closed; the loss is finite."""
     draw = torch.Generator().manual_seed(0)
-    model, objective = build(spec.backbone, 0, torch.device("cpu")), process(spec.diffusion)
+    model, objective = build(spec.backbone, 0, torch.device("cpu")), build_diffusion(spec.diffusion)
     for parameter in model.parameters():
         if parameter.requires_grad and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1, generator=draw)
@@ -193,12 +195,9 @@ def test_every_family_trains_and_samples_on_digits(row: Row):
     stage, networks = evaluate_stage(row, DIGITS, 0), {}
     for name in ("train", "classifier", "upsampler"):
         if training := getattr(stage, name):
-            trainer = Trainer(
-                replace(training, recipe=replace(training.recipe, steps=2, batch=4)),
-                torch.device("cpu"),
-            )
+            trainer = Trainer(replace(training, recipe=replace(training.recipe, steps=2, batch=4)))
             before = digest(trainer.model)
-            losses = [loss.item() for loss in trainer.steps(load(training.data))]
+            losses = [loss.item() for loss in trainer.steps(load_data(training.data))]
             assert (
                 len(losses) == 2
                 and all(math.isfinite(loss) for loss in losses)
@@ -211,12 +210,12 @@ def test_every_family_trains_and_samples_on_digits(row: Row):
         upsampling=stage.upsampling and replace(stage.upsampling, num_steps=3),
         num=2,
     )
-    counted = Counted(
+    counted = CountingModel(
         System(networks["train"], networks.get("classifier"), networks.get("upsampler"))
         if len(networks) > 1
         else networks["train"]
     )
-    ((x, y),) = images(stage, counted, torch.device("cpu"), 2)
+    ((x, y),) = generate_images(stage, counted, torch.device("cpu"), 2)
     assert (
         x.shape == (2, 1, 8, 8)
         and x.isfinite().all()

@@ -19,12 +19,11 @@ from experiments.engine.data import image_files as npz
 from experiments.engine.data import locate as sources
 from experiments.engine.data.sets import ImageSet
 from experiments.engine.records.store import Store, read_record
-from experiments.engine.runtime.group import ALONE
+from experiments.engine.runtime.context import RunContext
 from experiments.engine.scoring import inception, scores, stage
 from experiments.engine.scoring import measure as scoring_measure
 from experiments.engine.specs.spec import Backbone, Checkpoint, Data, Evaluate, Sampler
 from experiments.engine.specs.stages import evaluate_stage
-from experiments.engine.training.trainer import Resources
 from experiments.main_results import TABLE_1, TABLES
 from tests.support.extractors import Grey
 
@@ -50,7 +49,7 @@ def grey(monkeypatch: pytest.MonkeyPatch):
 
 def sampled(path: Path, images: np.ndarray, seed: int = 0, order: int = 0) -> Path:
     index = np.random.default_rng(order).permutation(len(images))
-    npz.write(
+    npz.write_images(
         path,
         iter([images[index]]),
         images.shape,
@@ -149,11 +148,11 @@ def test_scores_are_recorded_with_all_that_decided_them(grey, tmp_path: Path, ca
     assert (
         measure["guidance"]["scale"] == 1.5
         and measure["sampler"] == {"name": "ddim"}
-        and measure["reference"]["sha256"] == npz.sha256(tmp_path / "real.npz")
+        and measure["reference"]["sha256"] == npz.file_sha256(tmp_path / "real.npz")
     )
     assert (
         values["manifest"]["model"]["samples"]
-        == {"name": "a.npz", "sha256": npz.sha256(tmp_path / "a.npz")}
+        == {"name": "a.npz", "sha256": npz.file_sha256(tmp_path / "a.npz")}
         and values["made"]["seed"] == 0
     )
     assert (
@@ -222,7 +221,7 @@ def test_bad_files_are_one_line(
         arr_0=np.linspace(-1, 1, 960).reshape(20, 4, 4, 3).astype(np.int8).astype(np.uint8),
     )
     np.savez("one.npz", arr_0=IMAGES[:1])
-    npz.write(
+    npz.write_images(
         tmp_path / "seedless.npz",
         iter([IMAGES]),
         IMAGES.shape,
@@ -374,7 +373,7 @@ def test_a_dry_run_opens_what_the_run_would_open(
 ):
     pytest.importorskip("torch_fidelity")
     pytest.importorskip("diffusers")
-    from latent_sets import write_vae
+    from tests.support.latent_sets import write_vae
 
     folder = tmp_path / "data" / "imagenet256"
     folder.mkdir(parents=True)
@@ -429,7 +428,7 @@ def test_a_reference_that_cannot_be_read_is_known_before_anything_is_drawn(
     drawn = []
     monkeypatch.setattr(stage, "require_features", lambda spec: None)
     monkeypatch.setattr(stage, "reference_path", lambda data: tmp_path / "other.npz")
-    monkeypatch.setattr(stage, "sampled", lambda *given: drawn.append(given))
+    monkeypatch.setattr(stage, "generate_samples", lambda *given: drawn.append(given))
     with pytest.raises(ValueError, match=f"other.npz: .*{complaint}"):
         stage.run(
             Evaluate(
@@ -439,8 +438,7 @@ def test_a_reference_that_cannot_be_read_is_known_before_anything_is_drawn(
                 "inception",
             ),
             tmp_path,
-            tmp_path,
-            Resources(),
+            RunContext(tmp_path),
         )
     assert not drawn
 
@@ -514,7 +512,7 @@ def test_what_makes_the_sampling_of_a_checkpoint_faster_is_a_resource(
     status, _, err = run(evaluate_checkpoint, capsys, monkeypatch, *arguments, "cpu", "--graphs")
     assert (status, err) == (
         2,
-        "error: CUDA graphs need a GPU, and this is for cpu; leave out --graphs\n",
+        "error: CUDA graphs need a GPU, but this command uses cpu; leave out --graphs\n",
     )
 
 
@@ -538,7 +536,7 @@ def test_a_checkpoint_is_sampled_scored_and_recorded(grey, tmp_path: Path, capsy
         np.arange(30) % 10,
         data,
     )
-    monkeypatch.setattr(stage, "load", lambda asked: pixels)
+    monkeypatch.setattr(stage, "load_data", lambda asked: pixels)
     (tmp_path / "weights").write_bytes(b"")
     monkeypatch.setenv("DICO_INCEPTION", str(tmp_path / "weights"))
     arguments = (
@@ -570,7 +568,7 @@ def test_a_checkpoint_is_sampled_scored_and_recorded(grey, tmp_path: Path, capsy
     ), err
     (path,) = (tmp_path / "results" / "records" / "evaluate").glob("*.json")
     values = read_record(path).values
-    assert values["nfe"] == 2 and values["manifest"]["model"]["sha256"] == npz.sha256(
+    assert values["nfe"] == 2 and values["manifest"]["model"]["sha256"] == npz.file_sha256(
         tmp_path / "net.pt"
     )
     again = run(evaluate_checkpoint, capsys, monkeypatch, *arguments)
@@ -733,7 +731,7 @@ def test_a_reference_that_is_not_adms_is_warned_of_in_the_record(
     )
     monkeypatch.setattr(stage, "reference_path", lambda data: tmp_path / "other.npz")
     reference = stage._reference(
-        PROTOCOLS["imagenet256"].data, Grey(), tmp_path / "parts", ALONE, None
+        PROTOCOLS["imagenet256"].data, Grey(), tmp_path / "parts", RunContext(tmp_path)
     )
     found = scores.score(scoring_measure.measure(Grey(), iter([IMAGES])), reference)["warnings"]
     assert (
@@ -743,9 +741,9 @@ def test_a_reference_that_is_not_adms_is_warned_of_in_the_record(
         )
         == warned
     )
-    assert reference.identity["num_images"] == num and reference.identity["sha256"] == npz.sha256(
-        tmp_path / "other.npz"
-    )
+    assert reference.identity["num_images"] == num and reference.identity[
+        "sha256"
+    ] == npz.file_sha256(tmp_path / "other.npz")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.engine.data.pictures import counted
+from experiments.engine.data.pictures import describe_modes
 
 SHAPE = (32, 32, 3)
 
@@ -24,7 +24,7 @@ def read_cifar10(found: list[Path], split: str) -> tuple[np.ndarray, np.ndarray,
         parts = [_parquet(path, converted) for path in found]
         images, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
         source = {"data_source": "parquet"} | (
-            {"data_converted": counted(converted)} if converted else {}
+            {"data_converted": describe_modes(converted)} if converted else {}
         )
     else:
         images, labels = _torchvision(found[0].parent, split)

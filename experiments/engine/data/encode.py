@@ -23,7 +23,7 @@ from experiments.engine.data.autoencoder import PUBLISHED, Autoencoder
 from experiments.engine.data.latents import SCALE, shard_path
 from experiments.engine.data.pictures import Pictures, read_picture
 from experiments.engine.data.quantise import from_uint8
-from experiments.engine.data.sets import ahead
+from experiments.engine.data.sets import prefetch
 from experiments.engine.numerics.randomness import generator_at
 from experiments.engine.records.files import claimed, locked, written_whole
 
@@ -38,7 +38,7 @@ MEAN, DEVIATION = (
 
 
 @dataclass(frozen=True)
-class Work:
+class EncodingJob:
     """What is made of which pictures. `skip` goes on past files that cannot be decoded, and names them in the manifest."""
 
     pictures: Pictures
@@ -90,7 +90,7 @@ class Work:
         }
 
 
-def prepare(work: Work, folder: Path, report: Report) -> dict[str, Any]:
+def encode_pictures(work: EncodingJob, folder: Path, report: Report) -> dict[str, Any]:
     """Make every shard that is missing and nobody else is making, wait for the others, and return the manifest.
 
     `report(done, total)` counts pictures of all processes. ValueError in one line for what the folder or a picture refuses.
@@ -130,7 +130,7 @@ def _agree(plan: dict[str, Any], folder: Path) -> None:
         )
 
 
-def _require_space(work: Work, folder: Path) -> None:
+def _require_space(work: EncodingJob, folder: Path) -> None:
     needed = (len(work.pictures.files) - _made(work, folder)) * math.prod(work.stored) * 4
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -139,7 +139,7 @@ def _require_space(work: Work, folder: Path) -> None:
         )
 
 
-def _made(work: Work, folder: Path) -> int:
+def _made(work: EncodingJob, folder: Path) -> int:
     """Pictures of the shards that are done, by whomever."""
     return sum(
         min(work.shard, len(work.pictures.files) - number * work.shard)
@@ -148,7 +148,7 @@ def _made(work: Work, folder: Path) -> int:
     )
 
 
-def _make(work: Work, folder: Path, number: int) -> None:
+def _make(work: EncodingJob, folder: Path, number: int) -> None:
     """Encode one shard. Its .npy is written first and its .json last, each whole."""
     path, first = shard_path(folder, number), number * work.shard
     for stale in folder.glob(
@@ -180,7 +180,7 @@ def _make(work: Work, folder: Path, number: int) -> None:
 
 
 def _encoded(
-    work: Work, first: int, num: int, skipped: dict[str, str], converted: Counter[str]
+    work: EncodingJob, first: int, num: int, skipped: dict[str, str], converted: Counter[str]
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Index and moments (2, 2C, h, w) of each picture and its flip; those that cannot be decoded are named in `skipped`, other modes than RGB counted."""
 
@@ -212,7 +212,7 @@ def _encoded(
     indices = range(first, first + num)
     for index, found in zip(
         indices,
-        ahead(read, indices, work.workers, 4 * max(work.workers, work.vae.batch)),
+        prefetch(read, indices, work.workers, 4 * max(work.workers, work.vae.batch)),
         strict=True,
     ):
         if isinstance(found, str):
@@ -240,7 +240,7 @@ def _sums(moments: np.ndarray) -> np.ndarray:
     return np.stack([mean.sum((0, 2, 3)), (mean**2 + deviation**2).sum((0, 2, 3))])
 
 
-def _finish(work: Work, folder: Path) -> dict[str, Any]:
+def _finish(work: EncodingJob, folder: Path) -> dict[str, Any]:
     """labels.npy and the manifest from the shards' own records; whoever ends last writes them, and all would write the same."""
     parts = [
         json.loads(shard_path(folder, number).with_suffix(".json").read_text())
@@ -265,11 +265,11 @@ def _finish(work: Work, folder: Path) -> dict[str, Any]:
         "skipped": skipped,
         **converted,
         "sha256": hashlib.sha256("".join(part["sha256"] for part in parts).encode()).hexdigest(),
-        "statistics": compare(mean, deviation, len(labels), work.size),
+        "statistics": compare_statistics(mean, deviation, len(labels), work.size),
     }
     if work.vae.name in PUBLISHED and not manifest["statistics"]["as_expected"]:
         raise ValueError(
-            f"{describe(manifest['statistics'])}: the pictures or the VAE are not what their names say"
+            f"{describe_statistics(manifest['statistics'])}: the pictures or the VAE are not what their names say"
         )
     with locked(folder / "plan.lock"):
         with written_whole(folder / "labels.npy") as file:
@@ -280,7 +280,7 @@ def _finish(work: Work, folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def compare(
+def compare_statistics(
     mean: np.ndarray, deviation: np.ndarray, num_images: int, pixels: int
 ) -> dict[str, Any]:
     """Per-channel statistics beside sd-vae-ft's, and whether every channel agrees within the tolerance.
@@ -306,7 +306,7 @@ def compare(
     }
 
 
-def describe(statistics: dict[str, Any]) -> str:
+def describe_statistics(statistics: dict[str, Any]) -> str:
     """The comparison in a line."""
     verdict = "agree with" if statistics["as_expected"] else "differ from"
     shown = "; ".join(

@@ -25,7 +25,7 @@ POOL, SPATIAL = 2048, 7 * 17 * 17
 HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
-class Images:
+class ImageFile:
     """The images of a file, read in batches, and what lies beside them: `labels` (N,), `index` (N,) and `made`, or None.
 
     index: each image's place in the order of generation; made: what the sampler wrote about itself.
@@ -90,7 +90,7 @@ def has_images(path: Path) -> bool:
         return "arr_0" in _names(archive)
 
 
-def write(
+def write_images(
     path: Path,
     images: Iterable[ndarray],
     shape: tuple[int, ...],
@@ -118,14 +118,14 @@ def write(
                 npy.write_array(member, np.asarray(array), allow_pickle=False)
 
 
-def sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     """Of a whole file, 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
-def about(path: Path) -> Iterator[None]:
+def name_in_errors(path: Path) -> Iterator[None]:
     """A ValueError within says which file it is about."""
     try:
         yield

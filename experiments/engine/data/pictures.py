@@ -70,7 +70,7 @@ def read_picture(path: Path, size: int) -> tuple[np.ndarray, str]:
     return centre_crop(rgb, size), mode
 
 
-def counted(modes: Mapping[str, int]) -> str:
+def describe_modes(modes: Mapping[str, int]) -> str:
     """Numbers of images by PIL's name of their mode, the most first: '15 L, 2 CMYK'."""
     return ", ".join(
         f"{num} {mode}" for mode, num in sorted(modes.items(), key=lambda item: (-item[1], item[0]))

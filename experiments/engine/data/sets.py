@@ -71,7 +71,7 @@ class ImageSet:
         return images, torch.from_numpy(np.asarray(self.labels[where], dtype=np.int64))
 
 
-def load(data: Data) -> ImageSet | LatentSet:
+def load_data(data: Data) -> ImageSet | LatentSet:
     """The declared set: scikit-learn's bundled digits, CIFAR-10's training images, a folder of latents, or a folder of two .npy files."""
     require_data(data)
     if data.name == "digits":
@@ -86,7 +86,7 @@ def load(data: Data) -> ImageSet | LatentSet:
         return ImageSet(images.astype(np.float32) / 8 - 1, digits.target, data)
     folder = folder_of(data)
     if data.name == "cifar10":
-        return cifar10(data, "train")
+        return load_cifar10(data, "train")
     if (folder / "manifest.json").is_file():
         return LatentSet(folder, data)
     return ImageSet(
@@ -94,7 +94,7 @@ def load(data: Data) -> ImageSet | LatentSet:
     )
 
 
-def cifar10(data: Data, split: str) -> ImageSet:
+def load_cifar10(data: Data, split: str) -> ImageSet:
     """CIFAR-10's 'train' or 'test' images; ValueError in one line where they are not there."""
     if not (found := find_cifar10(folder_of(data), split)):
         raise ValueError(
@@ -104,7 +104,7 @@ def cifar10(data: Data, split: str) -> ImageSet:
     return ImageSet(images, labels, data, identity)
 
 
-def batches(
+def iterate_batches(
     images: ImageSet | LatentSet,
     batch: int,
     seed: int,
@@ -123,7 +123,7 @@ def batches(
         made = images.take(batch_indices(len(images), batch, seed, step)[part], seed, positions)
         return tuple(tensor.pin_memory() for tensor in made) if device.type == "cuda" else made
 
-    for x, y in ahead(make, steps, workers, 2 * workers):
+    for x, y in prefetch(make, steps, workers, 2 * workers):
         yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 
@@ -146,7 +146,7 @@ def _permutation(size: int, seed: int, epoch: int) -> Tensor:
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
-def ahead(
+def prefetch(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int, depth: int
 ) -> Iterator[Result]:
     """`function` of every item, in the items' order, at most `depth` results in flight. Exceptions surface at their item."""

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from experiments.engine.records.store import Record, Store
+from experiments.engine.records.store import Record, RecordFolder, Store
 from experiments.engine.specs.rows import Row
 from experiments.engine.specs.spec import Stage
 from experiments.engine.specs.stages import Protocol, evaluate_stage
@@ -41,21 +41,21 @@ PAPER_CONDITIONS = {"steps": "train_steps", "guided": "cfg"}
 REFERENCE_SEEDS = range(10)
 
 
-def _latest(store: Store, stage: Stage, where: str) -> Record | None:
-    return store.latest(stage, where) or store.latest(stage, where, status="failed")
+def _latest(store: Store, stage: Stage, source: RecordFolder) -> Record | None:
+    return source.latest(stage) or source.latest(stage, status="failed")
 
 
 def seed_values(
-    store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], where: str
+    store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], source: RecordFolder
 ) -> list[dict[str, float]]:
     """Scores of a row's training seeds, of those that have a record."""
-    return [record.values for record in _records(store, row, protocol, seeds, where)]
+    return [record.values for record in _records(store, row, protocol, seeds, source)]
 
 
 def _records(
-    store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], where: str
+    store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], source: RecordFolder
 ) -> list[Record]:
-    found = (store.latest(evaluate_stage(row, protocol, seed), where) for seed in seeds)
+    found = (source.latest(evaluate_stage(row, protocol, seed)) for seed in seeds)
     return [record for record in found if record is not None]
 
 

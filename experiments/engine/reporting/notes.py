@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 
 from experiments.engine.records.manifest import clashes, not_recorded
-from experiments.engine.records.store import Record, Store
+from experiments.engine.records.store import Record, RecordFolder, Store
 from experiments.engine.reporting.lookup import REFERENCE_SEEDS, SCORES, _records, _run, seed_values
 from experiments.engine.reporting.statistics import LEVEL, made_by_few, pooled, reach, scaled
 from experiments.engine.specs.rows import Row, Table
@@ -111,7 +111,7 @@ def _notes(
     seeds: Sequence[int],
     device: str,
     store: Store,
-    where: str,
+    source: RecordFolder,
 ) -> list[str]:
     size, channels = cost_stages(table.baseline)[0].size, cost_stages(table.baseline)[0].channels
     notes = [
@@ -136,7 +136,7 @@ def _notes(
             [
                 (row.label, record)
                 for row in timed
-                if (record := store.latest(timing_stage(row, table.baseline, device), where))
+                if (record := source.latest(timing_stage(row, table.baseline, device)))
             ]
         )
     if device != "cuda" and any(row.heavy for row in timed_rows(table, rows, device, named=True)):
@@ -151,13 +151,13 @@ def _notes(
     rows = [row for row in rows if row.backbone]
     if len({spec_id(evaluate_stage(row, protocol, 0)) for row in rows}) < len(rows):
         notes.append(f"rows that are one network on {protocol.name} share its runs and scores.")
-    scores = {row.label: seed_values(store, row, protocol, seeds, where) for row in rows}
+    scores = {row.label: seed_values(store, row, protocol, seeds, source) for row in rows}
     counts = {label: len(values) for label, values in scores.items()}
     for found in sorted(set(counts.values()) & set(range(1, len(seeds)))):
         notes.append(
             f"{', '.join(label for label, count in counts.items() if count == found)}: {found} of {len(seeds)} seeds"
         )
-    if resolved := _resolved(table, rows, protocol, seeds, store, where):
+    if resolved := _resolved(table, rows, protocol, seeds, store, source):
         notes.append(resolved)
     shown: list[Record] = []
     for row in rows:
@@ -170,11 +170,11 @@ def _notes(
         ]
         stages += [stage for seed in seeds for stage in _run(row, protocol, seed)]
         for stage in stages:
-            if record := store.latest(stage, where):
+            if record := source.latest(stage):
                 shown.append(record)
-            elif failed := store.latest(stage, where, status="failed"):
+            elif failed := source.latest(stage, status="failed"):
                 notes.append(f"{row.label}: {failed.kind} failed: {failed.error}")
-    evaluated = [record for row in rows for record in _records(store, row, protocol, seeds, where)]
+    evaluated = [record for row in rows for record in _records(store, row, protocol, seeds, source)]
     return (
         notes
         + made_by_few(next(iter(SCORES[protocol.features])), scores)
@@ -204,17 +204,17 @@ def _resolved(
     protocol: Protocol,
     seeds: Sequence[int],
     store: Store,
-    where: str,
+    source: RecordFolder,
 ) -> str:
     """Which rows differ from the baseline in the first score by more than the spread over training seeds explains."""
     name, better = next(iter(SCORES[protocol.features].items()))
     here = {
-        row.label: seed_values(store, row, protocol, seeds, where)
+        row.label: seed_values(store, row, protocol, seeds, source)
         for row in (table.baseline, *rows)
     }
-    first = _records(store, table.baseline, protocol, seeds, where)
+    first = _records(store, table.baseline, protocol, seeds, source)
     other = {
-        row.label: clashes(_records(store, row, protocol, seeds, where), first)
+        row.label: clashes(_records(store, row, protocol, seeds, source), first)
         for row in (table.baseline, *rows)
     }
     spread, whose = (
@@ -226,7 +226,7 @@ def _resolved(
             pooled(
                 name,
                 [
-                    seed_values(store, row, protocol, REFERENCE_SEEDS, "reference")
+                    seed_values(store, row, protocol, REFERENCE_SEEDS, store.reference)
                     for row in table.rows
                     if row.backbone
                 ],

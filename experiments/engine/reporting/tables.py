@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from experiments.engine.records.manifest import clashes, machines, not_recorded, score_name
-from experiments.engine.records.store import Record, Store
+from experiments.engine.records.store import Record, RecordFolder, Store
 from experiments.engine.reporting.lookup import (
     PAPER_CONDITIONS,
     PAPER_SCORES,
@@ -38,14 +38,15 @@ def main_sheet(
     seeds: Sequence[int],
     device: str,
     store: Store,
-    where: str = "records",
+    source: RecordFolder | None = None,
 ) -> Sheet:
     """Counts, throughput and scores of this machine (or of the reference) beside the paper's."""
+    source = source or store.here
     scores = [] if table.counts_only else list(SCORES[protocol.features])
     published = store.published(table.published, table.key)
     given = next(iter(published.values())).keys()  # a published table has the columns that it has
     params = next((name for name in ("params_m", "params") if name in given), None)
-    machine = "this machine" if where == "records" else "reference"
+    machine = "this machine" if source is store.here else "reference"
     columns = [("", "row")] + [("", name) for name in ("type",) if name in given]
     columns += [("params, M", "paper")] * (params is not None) + [
         ("params, M", "ours"),
@@ -78,17 +79,17 @@ def main_sheet(
             Cell(label=paper.get("type", "")) for name in ("type",) if name in given
         ]
         cells += [_paper(paper, params)] * (params is not None) + [
-            _count(store, row, where, "params_trainable", 1e6, 1)
+            _count(store, row, source, "params_trainable", 1e6, 1)
         ]
         cells += [
             _paper(paper, "gflops"),
-            _count(store, row, where, "macs_torchprofile", 1e9, 2),
-            _count(store, row, where, "macs_core", 1e9, 2),
+            _count(store, row, source, "macs_torchprofile", 1e9, 2),
+            _count(store, row, source, "macs_core", 1e9, 2),
         ]
         if not table.counts_only:
             if table.timed:
                 timed = (
-                    _latest(store, timing_stage(row, table.baseline, device), where)
+                    _latest(store, timing_stage(row, table.baseline, device), source)
                     if timed_rows(table, [row], device, named=True)
                     else None
                 )
@@ -98,7 +99,7 @@ def main_sheet(
                     _paper(paper, "throughput_img_s"),
                     _relative(paper, first),
                 ]
-            cells += [_score(store, row, protocol, seeds, name, where) for name in scores]
+            cells += [_score(store, row, protocol, seeds, name, source) for name in scores]
             cells += [
                 Cell(label=paper.get(name) or "-")
                 for name in PAPER_CONDITIONS.values()
@@ -106,7 +107,7 @@ def main_sheet(
             ]
             cells += [_paper(paper, key) for key in PAPER_SCORES]
         sheet.rows.append(cells)
-    sheet.notes += _notes(table, rows, protocol, seeds, device, store, where)
+    sheet.notes += _notes(table, rows, protocol, seeds, device, store, source)
     return sheet
 
 
@@ -132,14 +133,15 @@ def comparison_sheet(
         f"Table {table.number} on {protocol.name}: this machine against the reference", columns
     )
     reference = {
-        row.label: seed_values(store, row, protocol, REFERENCE_SEEDS, "reference") for row in rows
+        row.label: seed_values(store, row, protocol, REFERENCE_SEEDS, store.reference)
+        for row in rows
     }
-    here = {row.label: seed_values(store, row, protocol, seeds, "records") for row in rows}
+    here = {row.label: seed_values(store, row, protocol, seeds, store.here) for row in rows}
     spread = {name: pooled(name, [records for records in reference.values()]) for name in scores}
     differ = {
         row.label: clashes(
-            _records(store, row, protocol, seeds, "records"),
-            _records(store, row, protocol, REFERENCE_SEEDS, "reference"),
+            _records(store, row, protocol, seeds, store.here),
+            _records(store, row, protocol, REFERENCE_SEEDS, store.reference),
         )
         for row in rows
     }
@@ -153,10 +155,10 @@ def comparison_sheet(
         cells = [Cell(label=row.label)]
         timed = timed_rows(table, [row], device, named=True)
         cells += [
-            _of(_latest(store, timing_stage(row, table.baseline, device), where), "relative", 2)
+            _of(_latest(store, timing_stage(row, table.baseline, device), source), "relative", 2)
             if timed
             else Cell()
-            for where in ("reference", "records")
+            for source in (store.reference, store.here)
         ]
         known, off = row.label in compared, []
         for name in scores:
@@ -199,8 +201,8 @@ def comparison_sheet(
         [
             record
             for row in rows
-            for where, given in (("records", seeds), ("reference", REFERENCE_SEEDS))
-            for record in _records(store, row, protocol, given, where)
+            for source, given in ((store.here, seeds), (store.reference, REFERENCE_SEEDS))
+            for record in _records(store, row, protocol, given, source)
         ]
     )
     return sheet
@@ -227,9 +229,11 @@ def _of(record: Record | None, name: str, digits: int) -> Cell:
     )
 
 
-def _count(store: Store, row: Row, where: str, name: str, unit: float, digits: int) -> Cell:
+def _count(
+    store: Store, row: Row, source: RecordFolder, name: str, unit: float, digits: int
+) -> Cell:
     """The sum over the networks of the published system."""
-    records = [_latest(store, cost, where) for cost in cost_stages(row)]
+    records = [_latest(store, cost, source) for cost in cost_stages(row)]
     if not all(records):
         return Cell()
     if any(record.status != "done" for record in records):
@@ -260,16 +264,21 @@ def _relative(paper: dict[str, str], first: dict[str, str]) -> Cell:
 
 
 def _score(
-    store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], name: str, where: str
+    store: Store,
+    row: Row,
+    protocol: Protocol,
+    seeds: Sequence[int],
+    name: str,
+    source: RecordFolder,
 ) -> Cell:
     """`mean_cell` of a row's records, or that it failed."""
     if not row.backbone:
         return Cell()
-    records = tuple(_records(store, row, protocol, seeds, where))
+    records = tuple(_records(store, row, protocol, seeds, source))
     if not records:
         stages = [stage for seed in seeds for stage in _run(row, protocol, seed)]
         failed = any(
-            store.latest(stage, where) is None and store.latest(stage, where, status="failed")
+            source.latest(stage) is None and source.latest(stage, status="failed")
             for stage in stages
         )
         return Cell(label="failed") if failed else Cell()

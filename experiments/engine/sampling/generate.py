@@ -9,21 +9,27 @@ import torch
 from torch import Tensor
 
 from experiments.engine.data.quantise import from_uint8, to_uint8
-from experiments.engine.diffusion.build import process
-from experiments.engine.diffusion.cascade import ClassifierGradient, System, conditioned
+from experiments.engine.diffusion.build import build_diffusion
+from experiments.engine.diffusion.cascade import ClassifierGradient, System, condition_on_low_res
 from experiments.engine.diffusion.guidance import Guided
 from experiments.engine.diffusion.iddpm import Model
-from experiments.engine.diffusion.samplers import bind, recordable
-from experiments.engine.numerics.cuda_graphs import Kept, Launch, Step, directly, keeping_no_weights
+from experiments.engine.diffusion.samplers import bind_sampler, has_uniform_steps
+from experiments.engine.numerics.cuda_graphs import (
+    Launch,
+    SharedGraph,
+    Step,
+    run_eagerly,
+    without_weight_cache,
+)
 from experiments.engine.numerics.precision import precision
 from experiments.engine.numerics.randomness import ImageNoise, seed_at
-from experiments.engine.runtime import preemption
+from experiments.engine.runtime.preemption import Preempted, requested_stop
 from experiments.engine.specs.spec import Checkpoint, Evaluate, Sampler, Train
 
 AHEAD = 2  # steps that a GPU is given before it has done them
 
 
-class Counted:
+class CountingModel:
     """A network that counts the images it is given; over the images sampled, that is evaluations per image (NFE).
 
     Of a system base and upsampler count, and the gradients of its classifier do not. Raises Preempted where the job is
@@ -33,7 +39,7 @@ class Counted:
 
     def __init__(self, model: Model | System, recorded: bool = False) -> None:
         self.model, self.own = model, 0
-        self.graphs = Kept() if recorded else None
+        self.graphs = SharedGraph() if recorded else None
         self.evaluations: dict[
             torch.Size, int
         ] = {}  # images given to the network in a recorded step, by the shape of x
@@ -41,7 +47,7 @@ class Counted:
         self.classifier, self.upsampler = None, None
         if isinstance(model, System):
             self.model, self.classifier = model.base, model.classifier
-            self.upsampler = Counted(model.upsampler) if model.upsampler else None
+            self.upsampler = CountingModel(model.upsampler) if model.upsampler else None
 
     @property
     def evaluated(self) -> int:
@@ -62,7 +68,7 @@ class Counted:
             _stop_if_asked()
             before = self.own
             if x.shape not in self.evaluations:
-                with keeping_no_weights():
+                with without_weight_cache():
                     out = step(x, *rest)
                 self.evaluations[x.shape] = self.own - before
             else:
@@ -87,16 +93,18 @@ class Counted:
 
 
 def _stop_if_asked() -> None:
-    if how := preemption.asked():
-        raise preemption.Preempted(how)
+    if request := requested_stop():
+        raise Preempted(request)
 
 
-def recorded_steps(spec: Evaluate) -> bool:
+def can_capture_steps(spec: Evaluate) -> bool:
     """Whether a recording can hold the steps of a set's sampler: none is made of a classifier's gradient either."""
-    return spec.classifier is None and recordable(spec.sampler, process(spec.train.diffusion).times)
+    return spec.classifier is None and has_uniform_steps(
+        spec.sampler, build_diffusion(spec.train.diffusion).times
+    )
 
 
-def labels(policy: str, num: int, num_classes: int, seed: int) -> Tensor:
+def image_labels(policy: str, num: int, num_classes: int, seed: int) -> Tensor:
     """Labels (num,) of the images: 'balanced' cycles through the classes, 'random' draws each from (seed, index)."""
     if policy == "balanced":
         return torch.arange(num) % num_classes
@@ -111,22 +119,22 @@ def image_seeds(seed: int, num: int, of: str = "image") -> list[int]:
     return [(base + index) % 2**32 for index in range(num)]
 
 
-def images(
+def generate_images(
     spec: Evaluate,
-    model: Model | System | Counted,
+    model: Model | System | CountingModel,
     device: torch.device,
     batch: int,
     within: range | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Sampled images (n, C, H, W) and their labels (n,), `batch` at a time, in order of their index; `within` limits the indices."""
-    model = model if isinstance(model, Counted) else Counted(model)
+    model = model if isinstance(model, CountingModel) else CountingModel(model)
     gradient = (
         ClassifierGradient(model.classifier, spec.sampler.classifier_scale)
         if spec.classifier
         else None
     )
     y, within = (
-        labels(spec.labels, spec.num, spec.data.num_classes, spec.seed),
+        image_labels(spec.labels, spec.num, spec.data.num_classes, spec.seed),
         within or range(spec.num),
     )
     seeds, seeds_above = (
@@ -147,7 +155,7 @@ def images(
             if (
                 spec.upsampler
             ):  # between them, as ADM's scripts have it, lies a file of 8-bit images
-                upsampler = conditioned(model.upsampler, from_uint8(to_uint8(x)))
+                upsampler = condition_on_low_res(model.upsampler, from_uint8(to_uint8(x)))
                 x = _sample(
                     spec.upsampler,
                     spec.upsampling,
@@ -165,11 +173,11 @@ def _sample(
     y: Tensor,
     seeds: list[int],
     gradient: Model | None = None,
-    launch: Launch = directly,
+    launch: Launch = run_eagerly,
 ) -> Tensor:
     """Samples (n, C, H, W) of a network for labels (n,), on their device."""
-    data, diffusion = train.data, process(train.diffusion)
-    sample = bind(sampler, diffusion.to(y.device), gradient, launch)
+    data, diffusion = train.data, build_diffusion(train.diffusion)
+    sample = bind_sampler(sampler, diffusion.to(y.device), gradient, launch)
     network = Guided(
         model,
         sampler.scale,

@@ -25,21 +25,25 @@ from experiments.engine.diffusion.cascade import System
 from experiments.engine.numerics.cuda_graphs import accelerate, require_gpu
 from experiments.engine.numerics.weights import digest
 from experiments.engine.records.files import written_whole
-from experiments.engine.runtime.group import ALONE, Group
-from experiments.engine.runtime.heartbeat import Heartbeat
-from experiments.engine.runtime.pieces import results
-from experiments.engine.sampling.generate import Counted, images, labels, recorded_steps
+from experiments.engine.runtime.context import Resources, RunContext
+from experiments.engine.runtime.pieces import compute_pieces
+from experiments.engine.runtime.progress import Progress
+from experiments.engine.sampling.generate import (
+    CountingModel,
+    can_capture_steps,
+    generate_images,
+    image_labels,
+)
 from experiments.engine.specs.spec import Checkpoint, Data, Evaluate, canonical, is_latent, spec_id
-from experiments.engine.training.trainer import Resources, build, load_ema
+from experiments.engine.training.trainer import build, load_ema
 
-Report = Callable[[int, int, float, float], None]
 CHUNK = 250
 ON_CPU = 25  # images at a time whatever is asked: convolutions there round by the batch
 QUANTISER = "trunc(clamp(127.5 x + 128, 0, 255))"
 ORDER = "shuffled by numpy's default_rng(0)"
 
 
-class Samples:
+class SampleSet:
     """The finished set of a spec, in the order in which it is scored and packed: shuffled with a fixed seed.
 
     `labels` and `index` (N,) are in that order; index is each image's place in the order of generation; `nfe` is how often
@@ -49,7 +53,7 @@ class Samples:
     def __init__(self, spec: Evaluate, folder: Path, nfe: float) -> None:
         self.spec, self.nfe, self.made = spec, nfe, json.loads((folder / "made.json").read_text())
         self.index = np.random.default_rng(0).permutation(spec.num)
-        self.labels = labels(spec.labels, spec.num, spec.data.num_classes, spec.seed).numpy()[
+        self.labels = image_labels(spec.labels, spec.num, spec.data.num_classes, spec.seed).numpy()[
             self.index
         ]
         self._chunks = [
@@ -84,7 +88,9 @@ class Samples:
             "precision": spec.precision,
             "nfe": self.nfe,
         }
-        npz.write(path, self.batches(), self.shape, self.labels, self.index, self.made | said)
+        npz.write_images(
+            path, self.batches(), self.shape, self.labels, self.index, self.made | said
+        )
 
     def write_png(self, folder: Path) -> None:
         """One PNG an image, by index and label: 000012-207.png."""
@@ -98,25 +104,19 @@ class Samples:
                     Image.fromarray(image).save(file, "PNG")
 
 
-def draw(
+def fill_sample_folder(
     spec: Evaluate,
     folder: Path,
     model: nn.Module,
     decode: Callable[[Tensor], Tensor],
     made: dict[str, Any],
-    device: torch.device,
-    batch: int,
-    report: Report,
-    group: Group = ALONE,
-    beat: Heartbeat | None = None,
-    recorded: bool = False,
-) -> Samples:
+    context: RunContext,
+) -> SampleSet:
     """Draw the chunks that are missing, each rank its share, and return the set on every rank.
 
-    `report(done, num, nan, images per second)` hears of each chunk of this rank.
+    The context's report hears of each chunk of this rank.
     decode: samples (n, C, H, W) to images (n, 1 or 3, H', W') in [-1, 1]; one channel is written as three equal ones.
     made: what identifies the network and the decoder; ValueError if the folder's images were made otherwise.
-    recorded: as `Counted` has it.
     """
     origin = folder / "made.json"
     if origin.exists():
@@ -127,22 +127,24 @@ def draw(
             raise ValueError(
                 f"the images in runs/{folder.parent.name}/{folder.name} were made with another {changed}; remove that folder to draw them anew"
             )
-    elif group.first:
+    elif context.group.first:
         with written_whole(origin) as file:
             file.write(json.dumps(made, indent=1, sort_keys=True).encode())
-    batch = batch_on(device, batch)
+    device = context.device
+    batch = sampling_batch(device, context.resources.sample_batch)
+    recorded = context.resources.graphs and can_capture_steps(spec)
     started, paths, drawn, counted = (
         time.perf_counter(),
         _chunk_paths(folder, spec.num),
         [0],
-        Counted(model, recorded),
+        CountingModel(model, recorded),
     )
 
     def chunk(piece: int) -> dict[str, ndarray]:
         before = counted.evaluated
         within = range(piece * CHUNK, min((piece + 1) * CHUNK, spec.num))
         levels = torch.cat(
-            [to_uint8(decode(x)) for x, _ in images(spec, counted, device, batch, within)]
+            [to_uint8(decode(x)) for x, _ in generate_images(spec, counted, device, batch, within)]
         )
         with written_whole(paths[piece]) as file:  # (n, H, W, 3)
             np.save(
@@ -151,32 +153,25 @@ def draw(
                 allow_pickle=False,
             )
         drawn[0] += len(within)
-        report(within.stop, spec.num, float("nan"), drawn[0] / (time.perf_counter() - started))
+        rate = drawn[0] / (time.perf_counter() - started)
+        context.report(Progress(within.stop, spec.num, rate))
         return {"evaluated": np.array(counted.evaluated - before)}
 
     evaluated = sum(
         int(found["evaluated"])
-        for found in results(group, folder / "counts", len(paths), chunk, beat)
+        for found in compute_pieces(context, folder / "counts", len(paths), chunk)
     )
     counted.forget()
-    return Samples(spec, folder, group.share(evaluated) / spec.num)
+    return SampleSet(spec, folder, context.group.broadcast(evaluated) / spec.num)
 
 
-def sampled(
-    spec: Evaluate,
-    folder: Path,
-    resources: Resources,
-    report: Report,
-    group: Group = ALONE,
-    beat: Heartbeat | None = None,
-) -> Samples:
+def generate_samples(spec: Evaluate, context: RunContext) -> SampleSet:
     """The set of a spec, drawn as far as it is missing: what the Evaluate stage scores and sample.py packs.
 
-    folder: of the network's run; the images lie beside it under the spec's own id.
+    The images lie under the spec's own id, beside the folder of the network's run.
     """
-    device = torch.device(resources.device)
-    model, key = network_of(spec, folder, resources)
-    decode, decoder = decoder_of(spec.data, device)
+    model, key = load_networks(spec, context.folder, context.resources)
+    decode, decoder = load_decoder(spec.data, context.device)
     made = {
         "network": digest(model),
         "key": key,
@@ -184,22 +179,12 @@ def sampled(
         "decoder": decoder,
         "quantiser": QUANTISER,
     }
-    return draw(
-        spec,
-        folder.parent / spec_id(spec) / "samples",
-        model,
-        decode,
-        made,
-        device,
-        resources.sample_batch,
-        report,
-        group,
-        beat,
-        resources.graphs and recorded_steps(spec),
+    return fill_sample_folder(
+        spec, context.folder_of(spec) / "samples", model, decode, made, context
     )
 
 
-def network_of(spec: Evaluate, folder: Path, resources: Resources) -> tuple[nn.Module, str]:
+def load_networks(spec: Evaluate, folder: Path, resources: Resources) -> tuple[nn.Module, str]:
     """The finished run's EMA network, or all networks of a system, or the published one whose file is given; in eval mode.
 
     With the key under which its weights lay: a spec with the default one takes them from where published files usually have them.
@@ -222,7 +207,7 @@ def network_of(spec: Evaluate, folder: Path, resources: Resources) -> tuple[nn.M
     return accelerate(model.eval(), resources.compile), key
 
 
-def decoder_of(
+def load_decoder(
     data: Data, device: torch.device
 ) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
     """From samples to images in [-1, 1], and what identifies it: nothing for pixels, the VAE for latents.
@@ -256,7 +241,7 @@ def decoder_warnings(data: Data, decoder: dict[str, Any]) -> list[str]:
     ]
 
 
-def batch_on(device: torch.device, asked: int) -> int:
+def sampling_batch(device: torch.device, asked: int) -> int:
     """Images at a time that a device draws."""
     return ON_CPU if device.type == "cpu" else asked
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from experiments.engine.data.cifar10 import file_digest
 from experiments.engine.data.locate import find_cifar10, folder_of
-from experiments.engine.data.sets import ImageSet, load
+from experiments.engine.data.sets import ImageSet, load_data
 from experiments.engine.numerics.randomness import generator_at, seed_at
 from experiments.engine.records.files import locked, written_whole
 from experiments.engine.specs.spec import Data
@@ -98,7 +98,7 @@ def cifar_classifier(
     """The classifier of CIFAR-10's training images, with its accuracy on the test images."""
 
     def training() -> tuple[ImageSet, Tensor]:
-        images = load(data)
+        images = load_data(data)
         return images, torch.arange(len(images))
 
     return _classifier(

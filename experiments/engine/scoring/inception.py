@@ -19,7 +19,7 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
-from experiments.engine.data.image_files import sha256
+from experiments.engine.data.image_files import file_sha256
 from experiments.engine.data.locate import INCEPTION
 from experiments.engine.numerics.precision import precision
 from experiments.engine.records.files import written_whole
@@ -131,7 +131,7 @@ def download(path: Path) -> None:
 
 
 def _checked(path: Path) -> str:
-    if not (digest := sha256(path)).startswith(SHA256):
+    if not (digest := file_sha256(path)).startswith(SHA256):
         raise ValueError(
             f"{path.name}: SHA-256 {digest[:8]}... is not that of the published Inception weights ({SHA256}...); torchvision's are another network"
         )

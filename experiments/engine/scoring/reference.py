@@ -10,13 +10,13 @@ from numpy import ndarray
 from experiments.engine.data.image_files import (
     POOL,
     SPATIAL,
-    Images,
+    ImageFile,
     _names,
     _opened,
     _small,
-    about,
+    file_sha256,
     has_images,
-    sha256,
+    name_in_errors,
 )
 from experiments.engine.scoring.inception import BATCH, Inception
 from experiments.engine.scoring.measure import NEIGHBOURS, Measured, blocks_sum, measure
@@ -36,16 +36,16 @@ class Reference:
 
 def read_reference(inception: Inception, path: Path) -> Reference:
     """A file with statistics, images or both, as ADM's evaluator reads it; ValueError if it holds neither."""
-    with about(path):
+    with name_in_errors(path):
         return reference_of(
-            path, measure(inception, Images(path).batches()) if has_images(path) else None
+            path, measure(inception, ImageFile(path).batches()) if has_images(path) else None
         )
 
 
 def check_reference(path: Path) -> None:
     """Read all of a reference but its images; ValueError in one line for what `read_reference` would refuse only after them."""
     if has_images(path):
-        Images(path)
+        ImageFile(path)
     if not statistics(path) and not has_images(path):
         raise ValueError(f"{path.name}: holds neither images (arr_0) nor statistics (mu, sigma)")
 
@@ -71,7 +71,7 @@ def reference_of(path: Path, measured: Measured | None) -> Reference:
         }
     identity = {
         "name": path.name,
-        "sha256": sha256(path),
+        "sha256": file_sha256(path),
         "statistics": not warnings,
         "num_images": num,
     }

@@ -18,15 +18,16 @@ from sklearn.datasets import load_sample_images
 from experiments.engine.data import encode as shards
 from experiments.engine.data import locate as sources
 from experiments.engine.data.autoencoder import load_autoencoder
-from experiments.engine.data.encode import Work, prepare
+from experiments.engine.data.encode import EncodingJob, encode_pictures
 from experiments.engine.data.pictures import find_pictures, read_picture
 from experiments.engine.jobs.execute import execute
 from experiments.engine.records.store import Store
+from experiments.engine.runtime.context import Resources
 from experiments.engine.sampling import samples
 from experiments.engine.scoring import inception
 from experiments.engine.scoring import measure as scoring_measure
 from experiments.engine.specs.spec import Backbone, Data, Evaluate, Recipe, Sampler, Train, spec_id
-from experiments.engine.training.trainer import Resources, Trainer
+from experiments.engine.training.trainer import Trainer
 from tests.support.latent_sets import write_vae
 
 SIDE, NUM = 64, 9
@@ -95,7 +96,9 @@ def whole_path(given: Path, root: Path, dies: str) -> None:
         flip=True,
         vae=vae.encoder,
     )
-    prepare(Work(pictures, vae, SIDE, shard=5), root / "data" / data.name, lambda *counts: None)
+    encode_pictures(
+        EncodingJob(pictures, vae, SIDE, shard=5), root / "data" / data.name, lambda *counts: None
+    )
     real = np.stack([read_picture(pictures.root / file, SIDE)[0] for file in pictures.files])
     np.savez(root / "data" / data.name / "reference.npz", arr_0=real)
     network = Backbone(
@@ -108,7 +111,7 @@ def whole_path(given: Path, root: Path, dies: str) -> None:
         train,
         Evaluate(train, Sampler("ddim", num_steps=2), NUM, "inception", "balanced"),
     ):
-        record = execute(stage, store, Resources(checkpoint_every=3), lambda *progress: None)
+        record = execute(stage, store, Resources(checkpoint_every=3))
         assert record.status == "done", record.error
     (root / "ids").write_text(f"{spec_id(train)} {record.id}")
 
@@ -136,9 +139,7 @@ def left(root: Path) -> tuple[dict[str, bytes], dict[str, Any], dict[str, str]]:
         path.name: path.read_bytes()
         for path in (root / "results" / "runs" / evaluate / "samples").glob("*.npy")
     }
-    values = [
-        Store(root / "results").records("records")[name][-1].values for name in (train, evaluate)
-    ]
+    values = [Store(root / "results").here.by_id()[name][-1].values for name in (train, evaluate)]
     return (
         latents | drawn,
         values[0],

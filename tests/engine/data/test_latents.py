@@ -19,11 +19,11 @@ from experiments.declared.protocols import IMAGENET256
 from experiments.engine.data import encode as shards
 from experiments.engine.data import locate as sources
 from experiments.engine.data.autoencoder import Autoencoder, load_autoencoder
-from experiments.engine.data.encode import Work, compare, prepare
+from experiments.engine.data.encode import EncodingJob, compare_statistics, encode_pictures
 from experiments.engine.data.latents import SCALE, LatentSet
 from experiments.engine.data.locate import read_manifest
 from experiments.engine.data.pictures import find_pictures, read_picture
-from experiments.engine.data.sets import batch_indices, batches, load
+from experiments.engine.data.sets import batch_indices, iterate_batches, load_data
 from experiments.engine.diffusion.iddpm import IDDPM
 from experiments.engine.specs.spec import Backbone, Recipe, Train
 from experiments.engine.training.trainer import Trainer
@@ -41,14 +41,14 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def work(vae: Autoencoder, pictures: Path) -> Work:
-    return Work(find_pictures(pictures, 3), vae, 64, shard=5)
+def work(vae: Autoencoder, pictures: Path) -> EncodingJob:
+    return EncodingJob(find_pictures(pictures, 3), vae, 64, shard=5)
 
 
 @pytest.fixture(scope="module")
-def made(work: Work, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(work: EncodingJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("latents")
-    prepare(work, folder, quiet)
+    encode_pictures(work, folder, quiet)
     return folder
 
 
@@ -70,7 +70,7 @@ def in_processes(*jobs: Callable[[], object]) -> list[int]:
     return [process.exitcode for process in started]
 
 
-def test_shards_hold_the_posterior_of_each_picture_and_of_its_flip(work: Work, made: Path):
+def test_shards_hold_the_posterior_of_each_picture_and_of_its_flip(work: EncodingJob, made: Path):
     stored = np.concatenate([np.load(made / f"shard-{number:05d}.npy") for number in range(3)])
     assert stored.shape == (12, 2, 8, 8, 8) and stored.dtype == np.float32
     for index in (0, 1, 4, 11):
@@ -83,7 +83,7 @@ def test_shards_hold_the_posterior_of_each_picture_and_of_its_flip(work: Work, m
             assert np.abs(stored[index, flip] - expected).max() < 1e-5 * np.abs(expected).max()
 
 
-def test_the_manifest_says_what_was_made(work: Work, made: Path):
+def test_the_manifest_says_what_was_made(work: EncodingJob, made: Path):
     manifest = json.loads((made / "manifest.json").read_text())
     stored = np.concatenate(
         [np.load(made / f"shard-{number:05d}.npy") for number in range(3)]
@@ -114,18 +114,20 @@ def test_the_manifest_says_what_was_made(work: Work, made: Path):
     ]
 
 
-def test_two_processes_and_another_batch_make_the_same_bits(work: Work, made: Path, tmp_path: Path):
+def test_two_processes_and_another_batch_make_the_same_bits(
+    work: EncodingJob, made: Path, tmp_path: Path
+):
     other = Autoencoder(work.vae.vae, work.vae.name, work.vae.device, batch=7)
     jobs = [
-        lambda part=replace(work, vae=other, workers=n): prepare(part, tmp_path, quiet)
+        lambda part=replace(work, vae=other, workers=n): encode_pictures(part, tmp_path, quiet)
         for n in (1, 3)
     ]
     assert in_processes(*jobs) == [0, 0]
     assert contents(tmp_path) == contents(made)
 
 
-def test_another_shard_size_changes_no_latent(work: Work, made: Path, tmp_path: Path):
-    prepare(replace(work, shard=7), tmp_path, quiet)
+def test_another_shard_size_changes_no_latent(work: EncodingJob, made: Path, tmp_path: Path):
+    encode_pictures(replace(work, shard=7), tmp_path, quiet)
     one, other = (LatentSet(folder, declared(work.vae)) for folder in (made, tmp_path))
     assert torch.equal(
         *(found.take(torch.arange(12), 0, torch.arange(12))[0] for found in (one, other))
@@ -134,7 +136,7 @@ def test_another_shard_size_changes_no_latent(work: Work, made: Path, tmp_path: 
 
 @pytest.mark.parametrize("place", ["encoding", "writing", "shard-00001.json", "manifest.json"])
 def test_a_killed_run_leaves_nothing_half_and_goes_on(
-    place: str, work: Work, made: Path, tmp_path: Path
+    place: str, work: EncodingJob, made: Path, tmp_path: Path
 ):
     def dying(
         function: Callable,
@@ -157,7 +159,7 @@ def test_a_killed_run_leaves_nothing_half_and_goes_on(
             shards.np.save = dying(np.save, lambda file, rows: "shard-00001" in file.name, half)
         else:
             shards._write_json = dying(shards._write_json, lambda path, value: path.name == place)
-        prepare(work, tmp_path, quiet)
+        encode_pictures(work, tmp_path, quiet)
 
     assert in_processes(killed) == [-signal.SIGKILL]
     assert not (tmp_path / "manifest.json").exists()
@@ -167,22 +169,22 @@ def test_a_killed_run_leaves_nothing_half_and_goes_on(
         for name in done
     )
     before = {name: (tmp_path / f"{name}.npy").stat().st_mtime_ns for name in done}
-    prepare(work, tmp_path, quiet)
+    encode_pictures(work, tmp_path, quiet)
     assert contents(tmp_path) == contents(made)
     assert {name: (tmp_path / f"{name}.npy").stat().st_mtime_ns for name in done} == before
 
 
-def test_a_finished_folder_is_left_as_it_is(work: Work, made: Path):
+def test_a_finished_folder_is_left_as_it_is(work: EncodingJob, made: Path):
     before = {path.name: path.stat().st_mtime_ns for path in made.glob("shard-*.npy")}
     reports = []
-    prepare(work, made, lambda *counts: reports.append(counts))
+    encode_pictures(work, made, lambda *counts: reports.append(counts))
     assert {
         path.name: path.stat().st_mtime_ns for path in made.glob("shard-*.npy")
     } == before and set(reports) == {(12, 12)}
 
 
-def test_fixed_samples_are_one_draw_of_the_moments(work: Work, made: Path, tmp_path: Path):
-    prepare(replace(work, latents="fixed"), tmp_path, quiet)
+def test_fixed_samples_are_one_draw_of_the_moments(work: EncodingJob, made: Path, tmp_path: Path):
+    encode_pictures(replace(work, latents="fixed"), tmp_path, quiet)
     fixed, moments = (
         np.concatenate([np.load(folder / f"shard-{number:05d}.npy") for number in range(3)])
         for folder in (tmp_path, made)
@@ -203,7 +205,7 @@ def test_fixed_samples_are_one_draw_of_the_moments(work: Work, made: Path, tmp_p
     }
 
 
-def test_moments_are_drawn_anew_and_flips_are_half(work: Work, made: Path):
+def test_moments_are_drawn_anew_and_flips_are_half(work: EncodingJob, made: Path):
     found, visits = LatentSet(made, declared(work.vae)), 400
     latents, labels = found.take(torch.full((visits,), 6), 3, torch.arange(visits))
     assert labels.tolist() == [1] * visits and len(latents.unique(dim=0)) == visits
@@ -216,7 +218,7 @@ def test_moments_are_drawn_anew_and_flips_are_half(work: Work, made: Path):
     assert noise.mean(0).abs().max() < 0.3 and abs((noise[1:] * noise[:-1]).mean()) < 0.02
 
 
-def test_without_flips_the_picture_itself_is_seen(work: Work, made: Path):
+def test_without_flips_the_picture_itself_is_seen(work: EncodingJob, made: Path):
     found = LatentSet(made, declared(work.vae, flip=False))
     latents = found.take(torch.full((200,), 6), 3, torch.arange(200))[0]
     mean, deviation = np.split(np.load(made / "shard-00001.npy")[1, 0], 2)
@@ -225,7 +227,7 @@ def test_without_flips_the_picture_itself_is_seen(work: Work, made: Path):
 
 @pytest.mark.parametrize("batch, shares, workers", [(4, 1, 1), (4, 2, 2), (12, 3, 4)])
 def test_any_batch_share_and_worker_sees_the_same_sequence(
-    work: Work, made: Path, batch: int, shares: int, workers: int
+    work: EncodingJob, made: Path, batch: int, shares: int, workers: int
 ):
     found = LatentSet(made, declared(work.vae))
     whole = found.take(
@@ -235,7 +237,11 @@ def test_any_batch_share_and_worker_sees_the_same_sequence(
     for rank in range(shares):
         part = slice(rank * batch // shares, (rank + 1) * batch // shares)
         parts.append(
-            list(batches(found, batch, 5, range(24 // batch), torch.device("cpu"), part, workers))
+            list(
+                iterate_batches(
+                    found, batch, 5, range(24 // batch), torch.device("cpu"), part, workers
+                )
+            )
         )
     for kind in (0, 1):
         seen = torch.cat(
@@ -244,17 +250,17 @@ def test_any_batch_share_and_worker_sees_the_same_sequence(
         assert torch.equal(seen, whole[kind])
 
 
-def test_another_seed_sees_other_noise(work: Work, made: Path):
+def test_another_seed_sees_other_noise(work: EncodingJob, made: Path):
     found, at = LatentSet(made, declared(work.vae)), torch.arange(12)
     assert not torch.equal(found.take(at, 0, at)[0], found.take(at, 1, at)[0])
 
 
 def test_the_set_is_found_by_its_manifest(
-    work: Work, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    work: EncodingJob, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(sources, "ROOT", tmp_path)
     shutil.copytree(made, tmp_path / "tiny")
-    found = load(declared(work.vae))
+    found = load_data(declared(work.vae))
     assert isinstance(found, LatentSet) and len(found) == 12 and not found.flip
     assert (
         found.identity["vae"]["weights"] == work.vae.weights
@@ -272,13 +278,15 @@ def test_the_set_is_found_by_its_manifest(
         (dict(latents="fixed"), "latents moments, not fixed"),
     ],
 )
-def test_latents_of_another_kind_are_refused(options: dict, words: str, work: Work, made: Path):
+def test_latents_of_another_kind_are_refused(
+    options: dict, words: str, work: EncodingJob, made: Path
+):
     with pytest.raises(ValueError, match=words) as failure:
         LatentSet(made, declared(work.vae, **options))
     assert "\n" not in str(failure.value)
 
 
-def test_damaged_folders_are_refused_in_a_line(work: Work, made: Path, tmp_path: Path):
+def test_damaged_folders_are_refused_in_a_line(work: EncodingJob, made: Path, tmp_path: Path):
     folder = tmp_path / "cut"
     shutil.copytree(made, folder)
     whole = (folder / "shard-00002.npy").read_bytes()
@@ -294,7 +302,7 @@ def test_damaged_folders_are_refused_in_a_line(work: Work, made: Path, tmp_path:
 
 @pytest.mark.parametrize("change", ["vae", "size", "pictures", "shard", "latents"])
 def test_a_folder_is_not_filled_with_something_else(
-    change: str, work: Work, made: Path, tmp_path: Path
+    change: str, work: EncodingJob, made: Path, tmp_path: Path
 ):
     other = {
         "vae": lambda: replace(
@@ -308,11 +316,13 @@ def test_a_folder_is_not_filled_with_something_else(
         "latents": lambda: replace(work, latents="fixed"),
     }[change]()
     with pytest.raises(ValueError, match="is being filled otherwise: ") as failure:
-        prepare(other, made, quiet)
+        encode_pictures(other, made, quiet)
     assert "\n" not in str(failure.value)
 
 
-def test_a_damaged_picture_stops_the_run_or_is_counted(work: Work, pictures: Path, tmp_path: Path):
+def test_a_damaged_picture_stops_the_run_or_is_counted(
+    work: EncodingJob, pictures: Path, tmp_path: Path
+):
     root = tmp_path / "pictures"
     shutil.copytree(pictures, root)
     (root / "n01" / "1.JPEG").write_bytes(b"\xff\xd8 no picture")
@@ -320,11 +330,11 @@ def test_a_damaged_picture_stops_the_run_or_is_counted(work: Work, pictures: Pat
     with pytest.raises(
         ValueError, match=r"n01/1\.JPEG cannot be decoded: .*--corrupt skip"
     ) as failure:
-        prepare(damaged, tmp_path / "latents", quiet)
+        encode_pictures(damaged, tmp_path / "latents", quiet)
     assert (
         "\n" not in str(failure.value) and not (tmp_path / "latents" / "shard-00001.json").exists()
     )
-    manifest = prepare(replace(damaged, skip=True), tmp_path / "latents", quiet)
+    manifest = encode_pictures(replace(damaged, skip=True), tmp_path / "latents", quiet)
     assert (
         list(manifest["skipped"]) == ["n01/1.JPEG"]
         and manifest["num_images"] == 11
@@ -335,11 +345,11 @@ def test_a_damaged_picture_stops_the_run_or_is_counted(work: Work, pictures: Pat
     for path in (root / "n01").iterdir():
         path.write_bytes(b"no picture")
     with pytest.raises(ValueError, match="no image of n01 could be decoded"):
-        prepare(replace(damaged, skip=True), tmp_path / "none", quiet)
+        encode_pictures(replace(damaged, skip=True), tmp_path / "none", quiet)
 
 
 def test_the_trainer_sees_the_set_as_it_is_drawn(
-    work: Work, made: Path, monkeypatch: pytest.MonkeyPatch
+    work: EncodingJob, made: Path, monkeypatch: pytest.MonkeyPatch
 ):
     found, seen, losses = LatentSet(made, declared(work.vae)), [], IDDPM.losses
     spec = Train(
@@ -356,13 +366,13 @@ def test_the_trainer_sees_the_set_as_it_is_drawn(
         "losses",
         lambda self, model, x0, *rest: (seen.append(x0), losses(self, model, x0, *rest))[1],
     )
-    assert all(loss.isfinite() for loss in Trainer(spec, torch.device("cpu")).steps(found))
+    assert all(loss.isfinite() for loss in Trainer(spec).steps(found))
     order = torch.cat([batch_indices(12, 8, 5, step) for step in range(3)])
     assert torch.equal(torch.cat(seen), found.take(order, 5, torch.arange(24))[0])
 
 
 def test_the_command_prepares_a_protocol_and_goes_on(
-    work: Work,
+    work: EncodingJob,
     made: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -416,33 +426,35 @@ def test_the_command_prepares_a_protocol_and_goes_on(
 
 def test_published_statistics_are_expected_within_the_tolerance():
     mean, deviation = np.array(shards.MEAN), np.array(shards.DEVIATION)
-    assert compare(mean, deviation, 1_281_167, 256)["as_expected"]
-    assert compare(mean + 0.04 * deviation, deviation * 0.96, 1_281_167, 256)["as_expected"]
+    assert compare_statistics(mean, deviation, 1_281_167, 256)["as_expected"]
+    assert compare_statistics(mean + 0.04 * deviation, deviation * 0.96, 1_281_167, 256)[
+        "as_expected"
+    ]
     for wrong in (
         (mean * 0.18215, deviation * 0.18215),
         (mean, deviation * 1.1),
         (np.array([5.81, 3.25, 0.12, -2.15]), deviation),
         (mean[[1, 0, 2, 3]], deviation),
     ):
-        assert not compare(*wrong, 1_281_167, 256)["as_expected"]
-    assert not compare(mean[:3], deviation[:3], 1_281_167, 256)["as_expected"]
+        assert not compare_statistics(*wrong, 1_281_167, 256)["as_expected"]
+    assert not compare_statistics(mean[:3], deviation[:3], 1_281_167, 256)["as_expected"]
 
 
-def test_a_published_name_with_other_statistics_is_refused(work: Work, tmp_path: Path):
+def test_a_published_name_with_other_statistics_is_refused(work: EncodingJob, tmp_path: Path):
     impostor = Autoencoder(work.vae.vae, "sd-vae-ft-ema", work.vae.device, 1)
     with pytest.raises(ValueError, match="not what their names say"):
-        prepare(replace(work, vae=impostor), tmp_path, quiet)
+        encode_pictures(replace(work, vae=impostor), tmp_path, quiet)
     assert not (tmp_path / "manifest.json").exists()
 
 
 def test_a_full_disk_is_seen_before_the_work(
-    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    work: EncodingJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(
         shards.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000)
     )
     with pytest.raises(ValueError, match="the disk has 0.0 GB free"):
-        prepare(work, tmp_path, quiet)
+        encode_pictures(work, tmp_path, quiet)
 
 
 def test_a_vae_that_cannot_be_fetched_says_what_to_give_instead(monkeypatch: pytest.MonkeyPatch):
@@ -458,7 +470,7 @@ def test_a_vae_that_cannot_be_fetched_says_what_to_give_instead(monkeypatch: pyt
     )
 
 
-def test_decoding_does_not_depend_on_how_many_are_asked_for(work: Work):
+def test_decoding_does_not_depend_on_how_many_are_asked_for(work: EncodingJob):
     latents = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     images = work.vae.decode(latents)
     assert images.shape == (5, 3, 64, 64) and torch.equal(images[3:], work.vae.decode(latents[3:]))

@@ -13,7 +13,7 @@ import pytest
 from numpy import ndarray
 from numpy.lib import format as npy
 
-from experiments.engine.data.image_files import POOL, SPATIAL, Images, has_images, write
+from experiments.engine.data.image_files import POOL, SPATIAL, ImageFile, has_images, write_images
 from experiments.engine.scoring.reference import statistics
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 5, 4, 3), dtype=np.uint8)
@@ -27,7 +27,7 @@ def written(path: Path, save: Callable[..., None] = np.savez, **arrays: Any) -> 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 @pytest.mark.parametrize("size", [1, 3, 64])
 def test_images_come_in_batches_in_file_order(save: Callable[..., None], size: int, tmp_path: Path):
-    images = Images(written(tmp_path / "a.npz", save, arr_0=IMAGES, arr_1=np.arange(7)))
+    images = ImageFile(written(tmp_path / "a.npz", save, arr_0=IMAGES, arr_1=np.arange(7)))
     batches = list(images.batches(size))
     assert len(images) == 7 and [len(batch) for batch in batches[:-1]] == [size] * (
         len(batches) - 1
@@ -41,18 +41,18 @@ def test_the_second_npy_version_is_read(tmp_path: Path):
     npy.write_array(member, IMAGES, version=(2, 0))
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("arr_0.npy", member.getvalue())
-    np.testing.assert_array_equal(next(Images(tmp_path / "a.npz").batches()), IMAGES)
+    np.testing.assert_array_equal(next(ImageFile(tmp_path / "a.npz").batches()), IMAGES)
 
 
 def test_what_is_written_reads_back_with_numpy_and_here(tmp_path: Path):
     path, made = tmp_path / "a.npz", {"seed": 3, "labels": "random"}
-    write(
+    write_images(
         path, iter([IMAGES[:4], IMAGES[4:]]), IMAGES.shape, np.arange(7), np.arange(7)[::-1], made
     )
     with np.load(path, allow_pickle=False) as plain:
         np.testing.assert_array_equal(plain["arr_0"], IMAGES)
         np.testing.assert_array_equal(plain["arr_1"], np.arange(7))
-    images = Images(path)
+    images = ImageFile(path)
     assert (
         images.made == made
         and images.index.tolist() == [6, 5, 4, 3, 2, 1, 0]
@@ -66,13 +66,13 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path):
         raise RuntimeError("no more")
 
     with pytest.raises(RuntimeError):
-        write(tmp_path / "a.npz", broken(), IMAGES.shape, np.arange(7), np.arange(7), {})
+        write_images(tmp_path / "a.npz", broken(), IMAGES.shape, np.arange(7), np.arange(7), {})
     assert not list(tmp_path.iterdir())
 
 
 def test_stray_statistics_in_a_sample_file_are_seen(tmp_path: Path):
     path = written(tmp_path / "a.npz", arr_0=IMAGES, mu=np.zeros(POOL), sigma=np.eye(2))
-    assert Images(path).stray == ["mu", "sigma"]
+    assert ImageFile(path).stray == ["mu", "sigma"]
 
 
 def test_statistics_keep_their_covariance(tmp_path: Path):
@@ -123,7 +123,7 @@ def test_bad_sample_files_are_refused_in_one_line(
     monkeypatch.chdir(tmp_path)
     path = written(tmp_path / "a.npz", **arrays)
     with pytest.raises(ValueError, match=complaint) as caught:
-        Images(path)
+        ImageFile(path)
     assert (
         "\n" not in str(caught.value)
         and "a.npz" in str(caught.value)
@@ -163,27 +163,27 @@ def test_a_header_that_claims_what_is_not_there_is_refused(
         archive.writestr("arr_0.npy", images.getvalue())
         archive.writestr("arr_1.npy", header.getvalue())
     with pytest.raises(ValueError, match=f"a.npz: {complaint}"):
-        Images(tmp_path / "a.npz")
+        ImageFile(tmp_path / "a.npz")
 
 
 def test_a_member_that_is_no_npy_file_is_no_array(tmp_path: Path):
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("arr_0", IMAGES.tobytes())
     with pytest.raises(ValueError, match="a.npz: holds no images .arr_0., only nothing"):
-        Images(tmp_path / "a.npz")
+        ImageFile(tmp_path / "a.npz")
 
 
 def test_what_is_no_archive_or_cut_short_is_refused(tmp_path: Path):
     path = tmp_path / "a.npz"
     with pytest.raises(ValueError, match="no such file"):
-        Images(path)
+        ImageFile(path)
     path.write_bytes(b"<html>")
     with pytest.raises(ValueError, match="not a readable"):
-        Images(path)
+        ImageFile(path)
     whole = written(tmp_path / "b.npz", arr_0=IMAGES).read_bytes()
     path.write_bytes(whole[:200])
     with pytest.raises(ValueError, match="not a readable"):
-        Images(path)
+        ImageFile(path)
     header = io.BytesIO()
     npy.write_array_header_1_0(
         header, {"descr": "|u1", "fortran_order": False, "shape": (9, 5, 4, 3)}
@@ -191,4 +191,4 @@ def test_what_is_no_archive_or_cut_short_is_refused(tmp_path: Path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("arr_0.npy", header.getvalue() + IMAGES.tobytes())
     with pytest.raises(ValueError, match="cut short after"):
-        list(Images(path).batches(4))
+        list(ImageFile(path).batches(4))

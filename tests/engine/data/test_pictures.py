@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.engine.data.pictures import centre_crop, counted, find_pictures, read_picture
+from experiments.engine.data.pictures import (
+    centre_crop,
+    describe_modes,
+    find_pictures,
+    read_picture,
+)
 from tests.support.latent_sets import picture, write_pictures
 
 
@@ -119,7 +124,7 @@ def test_alpha_and_palettes_are_named_as_what_they_were(tmp_path: Path):
         picture(0, 70, 64).convert(mode).save(tmp_path / "a.png")
         pixels, found = read_picture(tmp_path / "a.png", 64)
         assert found == mode and pixels.shape == (64, 64, 3)
-    assert counted({"CMYK": 2, "P": 15, "L": 2}) == "15 P, 2 CMYK, 2 L"
+    assert describe_modes({"CMYK": 2, "P": 15, "L": 2}) == "15 P, 2 CMYK, 2 L"
 
 
 def test_pictures_are_listed_by_class_and_name(tmp_path: Path):

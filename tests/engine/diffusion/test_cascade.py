@@ -14,19 +14,20 @@ import backbones
 from backbones.checkpoint import load_published
 from experiments.declared.protocols import DIGITS
 from experiments.engine.data.quantise import from_uint8, to_uint8
-from experiments.engine.data.sets import load
-from experiments.engine.diffusion.build import process
+from experiments.engine.data.sets import load_data
+from experiments.engine.diffusion.build import build_diffusion
 from experiments.engine.diffusion.cascade import ClassifierGradient, System
-from experiments.engine.diffusion.samplers import ancestral, bind, ddim
+from experiments.engine.diffusion.samplers import DDIM, Ancestral, bind_sampler
 from experiments.engine.jobs.execute import execute
 from experiments.engine.numerics.randomness import ImageNoise
 from experiments.engine.records.store import Store
-from experiments.engine.sampling.generate import Counted, images
+from experiments.engine.runtime.context import Resources
+from experiments.engine.sampling.generate import CountingModel, generate_images
 from experiments.engine.specs.spec import Data, Diffusion, Sampler
 from experiments.engine.specs.stages import evaluate_stage
 from experiments.engine.timing.cost import MacCounter
-from experiments.engine.training.trainer import Resources
 from experiments.main_results import TABLE_1
+from tests.support.flows import sample
 from tests.support.networks import randomise, relative_rms
 
 CLASSES = 7
@@ -183,11 +184,11 @@ def predict(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
 def test_a_guided_step_against_the_paper_written_out(name: str, clip: bool):
     """ADM algorithms 1 and 2, in float64, from the schedule's own numbers."""
     scale, y = 3.0, torch.tensor([1, 2])
-    diffusion = process(Diffusion()).respaced(5)
+    diffusion = build_diffusion(Diffusion()).respaced(5)
     gradient = ClassifierGradient(logits, scale)
-    steps = {"ancestral": ancestral, "ddim": ddim}[name](
-        diffusion, predict, y, ImageNoise([5, 6], (1, 3, 3)), clip=clip, gradient=gradient
-    )
+    kind = {"ancestral": Ancestral, "ddim": DDIM}[name]
+    sampler = kind(diffusion, clip=clip, gradient=gradient)
+    steps = sampler(predict, y, ImageNoise([5, 6], (1, 3, 3)))
     drawn = ImageNoise([5, 6], (1, 3, 3))
     x = drawn.draw()
     for i, found in zip(reversed(range(5)), steps, strict=True):
@@ -226,26 +227,27 @@ def test_a_guided_step_against_the_paper_written_out(name: str, clip: bool):
 
 
 def test_scale_zero_is_no_guidance_and_other_samplers_refuse_it():
-    diffusion, y = process(Diffusion()).respaced(4), torch.tensor([1, 2])
+    diffusion, y = build_diffusion(Diffusion()).respaced(4), torch.tensor([1, 2])
     ends = [
-        list(
-            ancestral(
-                diffusion, predict, y, ImageNoise([5, 6], (1, 3, 3)), clip=True, gradient=gradient
-            )
-        )[-1]
+        sample(
+            Ancestral(diffusion, clip=True, gradient=gradient),
+            predict,
+            y,
+            ImageNoise([5, 6], (1, 3, 3)),
+        )
         for gradient in (None, ClassifierGradient(logits, 0.0))
     ]
     assert torch.equal(*ends)
     with pytest.raises(ValueError, match="ancestral and ddim, not 'dpm_solver'"):
-        bind(
+        bind_sampler(
             Sampler("dpm_solver"),
-            process(Diffusion(variance="fixed")),
+            build_diffusion(Diffusion(variance="fixed")),
             ClassifierGradient(logits, 1.0),
         )
 
 
 def test_the_classifiers_loss_is_cross_entropy_on_noisy_images():
-    objective = process(Diffusion("classify"))
+    objective = build_diffusion(Diffusion("classify"))
     draw = torch.Generator().manual_seed(0)
     x0, eps, t, y = (
         torch.randn(4, 1, 3, 3, generator=draw),
@@ -268,7 +270,7 @@ def test_an_upsampler_learns_from_means_over_areas():
         return torch.zeros(len(x), 2, 6, 6)
 
     x0 = torch.randn(2, 1, 6, 6, generator=torch.Generator().manual_seed(0))
-    process(Diffusion(low_res=3)).losses(
+    build_diffusion(Diffusion(low_res=3)).losses(
         model, x0, torch.tensor([0, 1]), torch.tensor([3, 900]), torch.zeros_like(x0)
     )
     means = torch.stack(
@@ -284,13 +286,13 @@ def test_an_upsampler_learns_from_means_over_areas():
 
 
 def test_small_digits_are_means_over_areas_and_whole_digits_as_they_were():
-    whole, half = (load(Data("digits", size, 1, 10)).images for size in (8, 4))
+    whole, half = (load_data(Data("digits", size, 1, 10)).images for size in (8, 4))
     assert (
         half.shape == (1797, 1, 4, 4)
         and abs(half[3, 0, 1, 2] - whole[3, 0, 2:4, 4:6].mean()) < 1e-6
     )
     with pytest.raises(ValueError, match="size 1, 2, 4 or 8, not 5"):
-        load(Data("digits", 5, 1, 10))
+        load_data(Data("digits", 5, 1, 10))
 
 
 def test_the_upsampler_is_given_the_base_models_8_bit_images():
@@ -302,15 +304,15 @@ def test_the_upsampler_is_given_the_base_models_8_bit_images():
     ]
     given: list[Tensor] = []
     networks[2].register_forward_pre_hook(lambda module, args: given.append(args[0]))
-    counted = Counted(System(*networks))
+    counted = CountingModel(System(*networks))
     quick = replace(
         stage,
         sampler=replace(stage.sampler, num_steps=3),
         upsampling=replace(stage.upsampling, num_steps=4),
     )
-    x, y = next(images(quick, counted, torch.device("cpu"), 3))
+    x, y = next(generate_images(quick, counted, torch.device("cpu"), 3))
     assert x.shape == (3, 1, 8, 8) and counted.evaluated == 3 * (3 + 4) and len(given) == 4
-    (base, _), *_ = images(
+    (base, _), *_ = generate_images(
         replace(quick, upsampler=None, upsampling=None),
         System(networks[0], networks[1], None),
         torch.device("cpu"),
@@ -323,7 +325,7 @@ def test_the_upsampler_is_given_the_base_models_8_bit_images():
         given[0][:, :1], given[1][:, :1]
     )
     pieces = torch.cat(
-        [part for part, _ in images(quick, System(*networks), torch.device("cpu"), 2)]
+        [part for part, _ in generate_images(quick, System(*networks), torch.device("cpu"), 2)]
     )
     assert relative_rms(pieces, x) < 1e-4
 
@@ -338,8 +340,8 @@ def test_a_cascade_runs_from_its_specs(tmp_path: Path):
     )
     stage, store = evaluate_stage(TABLE_1.row("ADM-U"), short, 0), Store(tmp_path)
     for training in stage.trainings:
-        assert execute(training, store, Resources(), lambda *progress: None).status == "done"
-    record = execute(stage, store, Resources(), lambda *progress: None)
+        assert execute(training, store, Resources()).status == "done"
+    record = execute(stage, store, Resources())
     assert record.status == "done", record.error
     assert record.values["nfe"] == 6 and record.values["manifest"]["measure"]["image"]["size"] == 8
     assert record.values["manifest"]["measure"]["guidance"]["classifier_scale"] == 1.0

@@ -9,21 +9,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments.engine.diffusion.build import process
+from experiments.engine.diffusion.build import build_diffusion
 from experiments.engine.diffusion.flow import Flow
 from experiments.engine.diffusion.guidance import Guided
 from experiments.engine.diffusion.iddpm import BETAS, IDDPM, Model
 from experiments.engine.diffusion.samplers import (
-    ancestral,
-    bind,
-    ddim,
-    dpm_solver,
-    dpm_solver_diffusers,
+    DDIM,
+    Ancestral,
+    BoundSampler,
+    DiffusersDPMSolver,
+    DPMSolver,
+    bind_sampler,
 )
 from experiments.engine.numerics.randomness import ImageNoise
-from experiments.engine.sampling.generate import Counted
+from experiments.engine.sampling.generate import CountingModel
 from experiments.engine.specs.spec import Diffusion, Sampler
-from tests.support.flows import Given
+from tests.support.flows import ImpulseNoise, labels, sample
 
 MEAN, STD = 0.3, 0.7
 UVIT = Diffusion(betas="stable_diffusion", variance="fixed", first_step=1)
@@ -43,15 +44,6 @@ def gaussian(diffusion: IDDPM) -> Model:
     return model
 
 
-def labels(num: int) -> Tensor:
-    return torch.zeros(num, dtype=torch.long)
-
-
-def last(sampler, *inputs, **options) -> Tensor:
-    *_, x = sampler(*inputs, **options)
-    return x
-
-
 def test_betas_are_the_closed_forms():
     i = np.arange(1000)
     bar = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
@@ -68,20 +60,20 @@ def test_betas_are_the_closed_forms():
 
 
 def test_a_declaration_becomes_its_process():
-    old, new = IDDPM.linear(), process(Diffusion())
+    old, new = IDDPM.linear(), build_diffusion(Diffusion())
     assert (
         new.learned
         and torch.equal(old.betas, new.betas)
         and torch.equal(old.timesteps, new.timesteps)
     )
-    uvit = process(UVIT)
+    uvit = build_diffusion(UVIT)
     assert (uvit.timesteps[0], uvit.timesteps[-1], uvit.learned, uvit.respaced(10).learned) == (
         1,
         1000,
         False,
         False,
     )
-    assert isinstance(process(Diffusion("flow", path="gvp")), Flow)
+    assert isinstance(build_diffusion(Diffusion("flow", path="gvp")), Flow)
 
 
 @pytest.mark.parametrize(
@@ -95,11 +87,11 @@ def test_a_declaration_becomes_its_process():
 )
 def test_what_is_not_known_is_refused_with_what_is(change: dict[str, str], words: str):
     with pytest.raises(ValueError, match=f"known: {words}"):
-        process(replace(Diffusion(), **change))
+        build_diffusion(replace(Diffusion(), **change))
 
 
 def test_the_loss_of_a_network_that_predicts_the_noise_alone():
-    diffusion, draw = process(UVIT), torch.Generator().manual_seed(0)
+    diffusion, draw = build_diffusion(UVIT), torch.Generator().manual_seed(0)
     x0, eps = (torch.randn(6, 2, 3, 5, generator=draw) for _ in range(2))
     t, seen = torch.tensor([0, 1, 500, 998, 999, 3]), []
 
@@ -127,7 +119,7 @@ def test_the_loss_of_a_network_that_predicts_the_noise_alone():
 @pytest.mark.parametrize("betas", ["stable_diffusion", "ldm_imagenet", "cosine"])
 def test_ancestral_sampling_with_the_posteriors_variance(betas: str):
     """Against the recursion of mean and variance in numpy, and near the data."""
-    diffusion = process(Diffusion(betas=betas, variance="fixed")).respaced(200)
+    diffusion = build_diffusion(Diffusion(betas=betas, variance="fixed")).respaced(200)
     cumprod, mean, variance = diffusion.alphas_cumprod.numpy(), 0.0, 1.0
     for i in reversed(range(200)):
         here, before = cumprod[i], cumprod[i - 1] if i else 1.0
@@ -139,10 +131,10 @@ def test_ancestral_sampling_with_the_posteriors_variance(betas: str):
             slope * mean + c1 * MEAN * (1 - gain * here**0.5),
             slope**2 * variance + (beta * (1 - before) / (1 - here) if i else 0),
         )
-    original = process(Diffusion(betas=betas, variance="fixed"))
+    original = build_diffusion(Diffusion(betas=betas, variance="fixed"))
     first = torch.zeros(202, 1, 1, 1)
     first[0] = 1
-    x = last(ancestral, diffusion, gaussian(original), labels(202), Given(first))
+    x = sample(Ancestral(diffusion), gaussian(original), labels(202), ImpulseNoise(first))
     assert x[-1].item() == pytest.approx(mean, rel=1e-4) and (
         x[:-1] - x[-1]
     ).square().sum().item() == pytest.approx(variance, rel=1e-4)
@@ -157,31 +149,24 @@ def flowed(diffusion: IDDPM, first: Tensor, end: int = 0) -> Tensor:
 
 
 def test_dpm_solver_converges_to_the_flow_at_order_two():
-    diffusion, first = process(UVIT), torch.linspace(-2, 2, 5).reshape(5, 1, 1, 1)
+    diffusion, first = build_diffusion(UVIT), torch.linspace(-2, 2, 5).reshape(5, 1, 1, 1)
 
-    def error(sampler, process: IDDPM, **options) -> float:
-        return (
-            (
-                last(sampler, process, gaussian(diffusion), labels(5), Given(first), **options)
-                - flowed(diffusion, first)
-            )
-            .abs()
-            .max()
-            .item()
-        )
+    def error(sampler: BoundSampler) -> float:
+        x = sample(sampler, gaussian(diffusion), labels(5), ImpulseNoise(first))
+        return (x - flowed(diffusion, first)).abs().max().item()
 
-    errors = [error(dpm_solver, diffusion, num_steps=n) for n in (64, 512, 1024, 2048)]
+    errors = [error(DPMSolver(diffusion, n)) for n in (64, 512, 1024, 2048)]
     assert math.log2(errors[1] / errors[2]) == pytest.approx(2, abs=0.15) and math.log2(
         errors[2] / errors[3]
     ) == pytest.approx(2, abs=0.1), errors
-    assert errors[0] < 0.7 * error(ddim, diffusion.respaced(64))
+    assert errors[0] < 0.7 * error(DDIM(diffusion.respaced(64)))
 
 
 @pytest.mark.parametrize("num_steps", [27, 37, 111])
 def test_dpm_solver_against_diffusers(num_steps: int):
     """These numbers divide 999, so that all times are steps, which is all that its scheduler knows."""
     scheduling = pytest.importorskip("diffusers.schedulers.scheduling_dpmsolver_multistep")
-    diffusion = process(UVIT)
+    diffusion = build_diffusion(UVIT)
     scheduler = scheduling.DPMSolverMultistepScheduler(
         trained_betas=diffusion.betas.numpy(),
         solver_order=2,
@@ -200,7 +185,7 @@ def test_dpm_solver_against_diffusers(num_steps: int):
         expected = scheduler.step(
             model(expected, t.expand(3) + 1, labels(3)), t, expected
         ).prev_sample
-    found = last(dpm_solver, diffusion, model, labels(3), Given(first), num_steps=num_steps)
+    found = sample(DPMSolver(diffusion, num_steps), model, labels(3), ImpulseNoise(first))
     torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-4)
 
 
@@ -210,7 +195,7 @@ def test_dpm_solver_against_diffusers(num_steps: int):
 def test_the_scheduler_of_diffusers_leads_where_the_flow_does(declared: Diffusion):
     pytest.importorskip("diffusers")
     diffusion, first = (
-        process(declared),
+        build_diffusion(declared),
         torch.linspace(-2, 2, 5, dtype=torch.float64).reshape(5, 1, 1, 1),
     )
     exact, times = gaussian(diffusion), []
@@ -222,7 +207,7 @@ def test_the_scheduler_of_diffusers_leads_where_the_flow_does(declared: Diffusio
     a = diffusion.alphas_cumprod[-1].sqrt()
     end = MEAN + STD * (first - a * MEAN) / (a**2 * STD**2 + 1 - a**2).sqrt()  # no noise is left
     coarse, fine = (
-        (last(dpm_solver_diffusers, diffusion, model, labels(5), Given(first), num_steps=n) - end)
+        (sample(DiffusersDPMSolver(diffusion, n), model, labels(5), ImpulseNoise(first)) - end)
         .abs()
         .max()
         .item()
@@ -239,8 +224,8 @@ def test_the_scheduler_of_diffusers_leads_where_the_flow_does(declared: Diffusio
 def test_without_diffusers_its_scheduler_is_one_line(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "diffusers.schedulers.scheduling_dpmsolver_multistep", None)
     with pytest.raises(ValueError, match="dpm_solver_diffusers needs diffusers: pip install"):
-        last(
-            bind(Sampler("dpm_solver_diffusers", num_steps=2), process(UVIT)),
+        sample(
+            bind_sampler(Sampler("dpm_solver_diffusers", num_steps=2), build_diffusion(UVIT)),
             lambda x, t, y: x,
             labels(2),
             ImageNoise([0, 1], (1, 2, 2)),
@@ -249,20 +234,26 @@ def test_without_diffusers_its_scheduler_is_one_line(monkeypatch: pytest.MonkeyP
 
 def test_dpm_solver_is_guided_at_every_step_of_its_recipe():
     sampler = Sampler("dpm_solver", num_steps=50, scale=1.4, channels=None, interval=(0, 1001))
-    counted, times = Counted(lambda x, t, y: times.append(t[0].item()) or 0.1 * x), []
+    counted, times = CountingModel(lambda x, t, y: times.append(t[0].item()) or 0.1 * x), []
     guided = Guided(counted, sampler.scale, 10, channels=None, interval=sampler.interval)
-    last(bind(sampler, process(UVIT)), guided, labels(2), ImageNoise([0, 1], (1, 2, 2)))
+    sample(
+        bind_sampler(sampler, build_diffusion(UVIT)),
+        guided,
+        labels(2),
+        ImageNoise([0, 1], (1, 2, 2)),
+    )
     assert counted.evaluated / 2 == 100 and len(times) == 50 and times[0] == 1000 and min(times) > 1
     np.testing.assert_allclose(np.diff(times), -999 / 50, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["ancestral", "ddim", "dpm_solver", "dpm_solver_diffusers"])
 def test_an_image_depends_on_its_seed_and_not_on_the_batch(name: str):
-    sample, seeds = bind(Sampler(name, num_steps=7), process(UVIT)), [3, 4, 5, 6]
+    sampler = bind_sampler(Sampler(name, num_steps=7), build_diffusion(UVIT))
+    seeds = [3, 4, 5, 6]
 
     def sampled(start: int, stop: int) -> Tensor:
-        return last(
-            sample,
+        return sample(
+            sampler,
             lambda x, t, y: torch.sin(x.flip(-1)),
             labels(stop - start),
             ImageNoise(seeds[start:stop], (1, 3, 5)),
@@ -273,15 +264,15 @@ def test_an_image_depends_on_its_seed_and_not_on_the_batch(name: str):
 
 def test_a_sampler_of_another_process_is_refused_with_those_of_this_one():
     with pytest.raises(ValueError, match="known: ancestral, ddim, dpm_solver"):
-        bind(Sampler("heun"), process(Diffusion()))
+        bind_sampler(Sampler("heun"), build_diffusion(Diffusion()))
     with pytest.raises(ValueError, match="known: euler, heun, dopri5, sde"):
-        bind(Sampler(), process(Diffusion("flow")))
+        bind_sampler(Sampler(), build_diffusion(Diffusion("flow")))
 
 
 def test_eta_reaches_ddim():
     drawn = [
-        last(
-            bind(Sampler("ddim", num_steps=4, eta=eta), process(UVIT)),
+        sample(
+            bind_sampler(Sampler("ddim", num_steps=4, eta=eta), build_diffusion(UVIT)),
             lambda x, t, y: 0.1 * x,
             labels(2),
             ImageNoise([0, 1], (1, 2, 2)),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from analysis.claims.judge import claims_sheet
-from analysis.query import Sources
+from analysis.query import ReferenceStore
 from analysis.tables.paper import SHEETS
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.declared import timings as speed
@@ -43,9 +43,9 @@ def speeds(rate: float = 50.0, spread: float = 1.0, **more: Any) -> dict[str, An
     } | more
 
 
-def sources(store: Store) -> Sources:
+def sources(store: Store) -> ReferenceStore:
     (store.root / "records").rename(store.root / "reference")
-    return Sources(store.root)
+    return ReferenceStore(store.root)
 
 
 def pair(
@@ -57,7 +57,7 @@ def pair(
     store = Store(folder)
     for stage, found, cpu in zip(stages, values, cpus, strict=True):
         store.append(stage, "done", found, PROVENANCE | {"cpu": cpu})
-    return [(stage.backbone.name, store.latest(stage)) for stage in stages]
+    return [(stage.backbone.name, store.here.latest(stage)) for stage in stages]
 
 
 STAGES = [
@@ -184,7 +184,7 @@ def test_a_timing_of_a_changed_tree_marks_this_machines_table(tmp_path: Path):
 
 
 def test_table_1_says_which_gaps_were_timed_in_another_mode(tmp_path: Path):
-    def said(store: Sources) -> str:
+    def said(store: ReferenceStore) -> str:
         (note,) = [
             note
             for note in SHEETS["table1"](store).notes
@@ -193,7 +193,7 @@ def test_table_1_says_which_gaps_were_timed_in_another_mode(tmp_path: Path):
         return note.partition(". The paper")[0]
 
     store, rows = Store(tmp_path), [TABLE_1.row(label) for label in ("DiT-S/2", "DiC-S", "DiCo-B")]
-    assert said(Sources(tmp_path)) == "A gap in our columns is what has not been run here"
+    assert said(ReferenceStore(tmp_path)) == "A gap in our columns is what has not been run here"
     for row in rows:
         store.append(
             speed.in_mode(timing_stage(row, TABLE_1.baseline, "cpu"), "fp32"),

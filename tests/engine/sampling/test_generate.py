@@ -12,18 +12,24 @@ import pytest
 import torch
 
 from experiments.declared.protocols import DIGITS
-from experiments.engine.data.sets import load
+from experiments.engine.data.sets import load_data
 from experiments.engine.numerics.randomness import ImageNoise
 from experiments.engine.runtime import preemption
-from experiments.engine.runtime.group import ALONE
-from experiments.engine.runtime.pieces import results
-from experiments.engine.sampling.generate import Counted, image_seeds, images, labels
+from experiments.engine.runtime.context import Resources, RunContext
+from experiments.engine.runtime.pieces import compute_pieces
+from experiments.engine.runtime.preemption import Preempted, StopRequest
+from experiments.engine.sampling.generate import (
+    CountingModel,
+    generate_images,
+    image_labels,
+    image_seeds,
+)
 from experiments.engine.scoring import features
 from experiments.engine.scoring import stage as evaluate
 from experiments.engine.scoring.features import digits_classifier
 from experiments.engine.specs.spec import Backbone, Evaluate, Recipe, Sampler, Train
 from experiments.engine.training import stage as training_stage
-from experiments.engine.training.trainer import Resources, build
+from experiments.engine.training.trainer import build
 
 CPU = torch.device("cpu")
 TINY = Backbone(
@@ -49,18 +55,17 @@ def test_the_noise_of_an_image_is_the_same_to_the_bit_in_every_batch():
 def test_a_job_that_is_asked_to_stop_stops_within_a_piece_and_keeps_the_whole_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    counted = Counted(lambda x, t, y: x)
+    counted = CountingModel(lambda x, t, y: x)
 
     def compute(piece: int) -> dict[str, np.ndarray]:
         for call in range(5):
-            monkeypatch.setattr(
-                preemption, "_asked", preemption.STOP if (piece, call) == (2, 3) else preemption.NO
-            )
+            request = StopRequest.STOP if (piece, call) == (2, 3) else StopRequest.NONE
+            monkeypatch.setattr(preemption.SIGNALS, "request", request)
             counted(torch.zeros(1), torch.zeros(1), torch.zeros(1))
         return {"piece": np.array(piece)}
 
-    with pytest.raises(preemption.Preempted, match="SIGTERM"):
-        list(results(ALONE, tmp_path, 4, compute))
+    with pytest.raises(Preempted, match="SIGTERM"):
+        list(compute_pieces(RunContext(tmp_path), tmp_path, 4, compute))
     assert counted.evaluated == 5 + 5 + 3 and sorted(path.name for path in tmp_path.iterdir()) == [
         "000000.npz",
         "000001.npz",
@@ -70,28 +75,28 @@ def test_a_job_that_is_asked_to_stop_stops_within_a_piece_and_keeps_the_whole_on
 def test_images_come_in_order_with_their_labels():
     spec = replace(SPEC, num=10, labels="random")
     model = build(TINY, 0, CPU).eval()
-    parts = list(images(spec, model, CPU, 4))
+    parts = list(generate_images(spec, model, CPU, 4))
     assert [len(x) for x, _ in parts] == [4, 4, 2] and {x.dtype for x, _ in parts} == {
         torch.float32
     }
-    assert torch.equal(torch.cat([y for _, y in parts]), labels("random", 10, 10, 0))
+    assert torch.equal(torch.cat([y for _, y in parts]), image_labels("random", 10, 10, 0))
 
 
 def test_sampling_neither_reads_nor_moves_the_global_generator():
     spec, model = replace(SPEC, num=3), build(TINY, 0, CPU).eval()
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    first = next(images(spec, model, CPU, 3))[0]
+    first = next(generate_images(spec, model, CPU, 3))[0]
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
-    assert torch.equal(next(images(spec, model, CPU, 3))[0], first)
+    assert torch.equal(next(generate_images(spec, model, CPU, 3))[0], first)
 
 
 def test_the_classifier_has_the_same_bits_whatever_surrounds_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(features, "DIGITS", replace(features.DIGITS, steps=40))
-    data, threads, identities = load(DIGITS.data), torch.get_num_threads(), []
+    data, threads, identities = load_data(DIGITS.data), torch.get_num_threads(), []
     try:
         for number in (1, 2):
             torch.set_num_threads(number)
@@ -109,7 +114,7 @@ def test_a_cached_classifier_is_read_and_another_recipe_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(features, "DIGITS", replace(features.DIGITS, steps=5))
-    data, trained = load(DIGITS.data), []
+    data, trained = load_data(DIGITS.data), []
     train_once = features._train
     monkeypatch.setattr(
         features, "_train", lambda *lesson: trained.append(0) or train_once(*lesson)
@@ -128,10 +133,12 @@ def test_scores_are_finite_shares_are_shares_and_every_one_has_its_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(features, "DIGITS", replace(features.DIGITS, steps=40))
-    training_stage.run_training(SPEC.train, tmp_path / "run", Resources(), lambda *progress: None)
-    values = evaluate.run(SPEC, tmp_path / "run", tmp_path / "cache", Resources(sample_batch=100))
+    training_stage.run_training(SPEC.train, RunContext(tmp_path / "run"))
+    values = evaluate.run(
+        SPEC, tmp_path / "cache", RunContext(tmp_path / "run", Resources(sample_batch=100))
+    )
     scores = ("fd_digits", "is_digits", "precision_digits", "recall_digits", "agreement")
-    found, data = values.pop("manifest"), load(DIGITS.data)
+    found, data = values.pop("manifest"), load_data(DIGITS.data)
     assert len(found["hash"]) == 16 and found["measure"]["labels"]["order"] == "as drawn"
     assert (
         found["measure"]["reference"]["sha256"]

@@ -18,12 +18,18 @@ from torch import Tensor, nn
 from backbones.kernels import gated_linear
 from experiments.declared import recipes
 from experiments.engine.numerics import cuda_graphs as capture
-from experiments.engine.numerics.cuda_graphs import Captured
-from experiments.engine.runtime import preemption
-from experiments.engine.sampling import samples
-from experiments.engine.sampling.generate import Counted, _sample, images, recorded_steps
+from experiments.engine.numerics.cuda_graphs import CudaGraph
+from experiments.engine.runtime.context import Resources, RunContext
+from experiments.engine.runtime.preemption import Preempted, StopRequest
+from experiments.engine.sampling import generate, samples
+from experiments.engine.sampling.generate import (
+    CountingModel,
+    _sample,
+    can_capture_steps,
+    generate_images,
+)
 from experiments.engine.specs.spec import Diffusion, Evaluate, Sampler, Train
-from experiments.engine.timing.tasks import fill
+from experiments.engine.timing.networks import fill_zeros
 from experiments.engine.training.trainer import build
 from tests.support.recording import SYNCHRONISING, Heard, Rerun, needs_gpu
 from tests.support.trainings import CPU, DIGITS, FAMILIES, OBJECTIVES, SPEC
@@ -86,7 +92,7 @@ def evaluation(sampler: Sampler, diffusion: Diffusion = Diffusion()) -> Evaluate
 
 def network(spec: Evaluate, device: torch.device = CPU) -> nn.Module:
     model = build(spec.train.backbone, 0, device).eval()
-    fill(model)
+    fill_zeros(model)
     return model
 
 
@@ -95,12 +101,12 @@ def test_recorded_steps_make_the_same_images_and_count_the_same_evaluations(
     sampler: Sampler, diffusion: Diffusion, monkeypatch: pytest.MonkeyPatch
 ):
     """By a stand-in for the recording, one a shape for all batches."""
-    monkeypatch.setattr(capture, "Captured", Rerun)
+    monkeypatch.setattr(capture, "CudaGraph", Rerun)
     spec = evaluation(sampler, diffusion)
-    usual, recorded = Counted(network(spec)), Counted(network(spec), recorded=True)
+    usual, recorded = CountingModel(network(spec)), CountingModel(network(spec), recorded=True)
     for within in (range(3), range(3, 8)):  # as chunks are: batches of 3, then of 3 and 2
         found = [
-            torch.cat([x for x, _ in images(spec, counted, CPU, 3, within)])
+            torch.cat([x for x, _ in generate_images(spec, counted, CPU, 3, within)])
             for counted in (usual, recorded)
         ]
         assert (
@@ -110,7 +116,7 @@ def test_recorded_steps_make_the_same_images_and_count_the_same_evaluations(
         )
     assert (
         usual.evaluated == recorded.evaluated == 8 * 2 * {"heun": 10}.get(sampler.name, 5)
-        and len(recorded.graphs.captured.recordings) == 2
+        and len(recorded.graphs.graph.captures) == 2
     )
 
 
@@ -120,15 +126,15 @@ def test_beside_its_launch_a_recorded_step_only_copies(
 ):
     """Noise is drawn and copied by another thread on a GPU."""
 
-    class Idle(Captured):
-        def _record(self, places: tuple[Tensor, ...]) -> tuple[Any, ...]:
-            return lambda: None, places, self.function(*places)
+    class Idle(CudaGraph):
+        def _capture(self, places: tuple[Tensor, ...]) -> tuple[Any, ...]:
+            return capture.Capture(lambda: None, places, self.function(*places))
 
-    monkeypatch.setattr(capture, "Captured", Idle)
+    monkeypatch.setattr(capture, "CudaGraph", Idle)
     heard: list[Counter[str]] = []
     for num_steps in (12, 32):
         spec = evaluation(sampler, diffusion)
-        counted = Counted(network(spec), recorded=True)
+        counted = CountingModel(network(spec), recorded=True)
         with torch.no_grad(), Heard() as names:
             _sample(
                 spec.train,
@@ -149,15 +155,15 @@ def test_beside_its_launch_a_recorded_step_only_copies(
 
 
 def test_a_job_that_is_asked_to_stop_stops_between_recorded_steps(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(capture, "Captured", Rerun)
+    monkeypatch.setattr(capture, "CudaGraph", Rerun)
     spec, left = (
         evaluation(Sampler()),
-        iter([preemption.NO] * 6),
+        iter([StopRequest.NONE] * 6),
     )  # the first step asks twice, as its network does
-    counted = Counted(network(spec), recorded=True)
-    monkeypatch.setattr(preemption, "asked", lambda: next(left, preemption.STOP))
-    with pytest.raises(preemption.Preempted):
-        list(images(spec, counted, CPU, 8))
+    counted = CountingModel(network(spec), recorded=True)
+    monkeypatch.setattr(generate, "requested_stop", lambda: next(left, StopRequest.STOP))
+    with pytest.raises(Preempted):
+        list(generate_images(spec, counted, CPU, 8))
     assert 0 < counted.evaluated < 8 * 2 * 5
 
 
@@ -168,7 +174,9 @@ def test_steps_are_recorded_where_all_do_the_same(sampler: Sampler, whole: bool)
         evaluation(sampler, Diffusion("flow") if sampler.name == "dopri5" else Diffusion()),
         sampler=sampler,
     )
-    assert recorded_steps(spec) is whole and not recorded_steps(replace(spec, classifier=SPEC))
+    assert can_capture_steps(spec) is whole and not can_capture_steps(
+        replace(spec, classifier=SPEC)
+    )
 
 
 def test_a_set_of_images_is_drawn_by_one_recording_a_shape_which_is_let_go(
@@ -178,25 +186,22 @@ def test_a_set_of_images_is_drawn_by_one_recording_a_shape_which_is_let_go(
     shapes: list[tuple[int, ...]] = []
 
     class Noted(Rerun):
-        def _record(self, places: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        def _capture(self, places: tuple[Tensor, ...]) -> tuple[Any, ...]:
             made.append(weakref.ref(self))
             shapes.append(places[0].shape)
-            return super()._record(places)
+            return super()._capture(places)
 
-    monkeypatch.setattr(capture, "Captured", Noted)
+    monkeypatch.setattr(capture, "CudaGraph", Noted)
     monkeypatch.setattr(samples, "CHUNK", 3)
     spec, found = evaluation(Sampler()), []
     for recorded in (False, True):
-        drawn = samples.draw(
+        drawn = samples.fill_sample_folder(
             spec,
             tmp_path / str(recorded),
             network(spec),
             lambda x: x,
             {},
-            CPU,
-            3,
-            lambda *progress: None,
-            recorded=recorded,
+            RunContext(tmp_path, Resources(sample_batch=3, graphs=recorded)),
         )
         found.append((drawn.nfe, drawn.part(0, 8).tolist()))
     gc.collect()
@@ -207,7 +212,7 @@ def test_a_set_of_images_is_drawn_by_one_recording_a_shape_which_is_let_go(
 def test_a_gpu_is_given_few_steps_before_it_has_done_them(monkeypatch: pytest.MonkeyPatch):
     events = [MagicMock() for _ in range(5)]
     monkeypatch.setattr(torch.cuda, "Event", lambda blocking, left=iter(events): next(left))
-    counted = Counted(lambda x, t, y: x, recorded=True)
+    counted = CountingModel(lambda x, t, y: x, recorded=True)
     for _ in events:
         counted._pace(GPU)
     assert [event.synchronize.call_count for event in events] == [1, 1, 1, 0, 0] and all(
@@ -219,10 +224,10 @@ def test_a_gpu_is_given_few_steps_before_it_has_done_them(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(("sampler", "diffusion"), STEPPED, ids=lambda each: each.name)
 def test_captured_steps_make_the_same_images(sampler: Sampler, diffusion: Diffusion):
     spec = evaluation(sampler, diffusion)
-    usual, recorded = (Counted(network(spec, GPU), recorded) for recorded in (False, True))
+    usual, recorded = (CountingModel(network(spec, GPU), recorded) for recorded in (False, True))
     for within in (range(3), range(3, 8)):
         found = [
-            torch.cat([x for x, _ in images(spec, counted, GPU, 3, within)])
+            torch.cat([x for x, _ in generate_images(spec, counted, GPU, 3, within)])
             for counted in (usual, recorded)
         ]
         assert (found[1] - found[0]).norm() < 1e-4 * found[0].norm()

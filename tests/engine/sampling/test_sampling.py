@@ -11,14 +11,15 @@ import torch
 
 from experiments.ablation import DICO_S
 from experiments.declared.protocols import DIGITS
-from experiments.engine.data.sets import load
-from experiments.engine.sampling.generate import image_seeds, images, labels
+from experiments.engine.data.sets import load_data
+from experiments.engine.runtime.context import Resources, RunContext
+from experiments.engine.sampling.generate import generate_images, image_labels, image_seeds
 from experiments.engine.scoring import stage as evaluate
 from experiments.engine.scoring.features import digits_classifier, extract
 from experiments.engine.specs.spec import Evaluate, Sampler
 from experiments.engine.specs.stages import evaluate_stage
 from experiments.engine.training import stage as training_stage
-from experiments.engine.training.trainer import Resources, build
+from experiments.engine.training.trainer import build
 
 CPU = torch.device("cpu")
 
@@ -40,7 +41,7 @@ def sampled(spec: Evaluate, batch: int) -> torch.Tensor:
     torch.nn.init.normal_(
         model.final_layer.out_proj.weight, std=0.1, generator=torch.Generator().manual_seed(1)
     )
-    return torch.cat([x for x, _ in images(spec, model, CPU, batch)])
+    return torch.cat([x for x, _ in generate_images(spec, model, CPU, batch)])
 
 
 @pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
@@ -61,29 +62,29 @@ def test_seeds_differ_within_a_set_and_between_sets():
 
 
 def test_label_policies():
-    assert labels("balanced", 25, 10, 0).bincount(minlength=10).tolist() == [3] * 5 + [2] * 5
-    random = labels("random", 4000, 10, 0)
-    assert torch.equal(random[:9], labels("random", 9, 10, 0)) and not torch.equal(
-        random, labels("random", 4000, 10, 1)
+    assert image_labels("balanced", 25, 10, 0).bincount(minlength=10).tolist() == [3] * 5 + [2] * 5
+    random = image_labels("random", 4000, 10, 0)
+    assert torch.equal(random[:9], image_labels("random", 9, 10, 0)) and not torch.equal(
+        random, image_labels("random", 4000, 10, 1)
     )
     assert (random.bincount(minlength=10) - 400).abs().max() < 5 * math.sqrt(360)
     with pytest.raises(ValueError, match="balanced, random"):
-        labels("sorted", 4, 10, 0)
+        image_labels("sorted", 4, 10, 0)
 
 
 def test_unknown_sampler_lists_the_known():
     spec = replace(tiny(), sampler=Sampler("euler", num_steps=4))
     with pytest.raises(ValueError, match="ancestral, ddim"):
-        next(images(spec, build(spec.train.backbone, 0, CPU), CPU, 7))
+        next(generate_images(spec, build(spec.train.backbone, 0, CPU), CPU, 7))
 
 
 def test_the_classifier_is_cached_by_content_and_scores_are_named_for_what_they_are(tmp_path: Path):
     spec, cache = tiny(), tmp_path / "classifiers"
-    training_stage.run_training(spec.train, tmp_path / "run", Resources(), lambda *progress: None)
-    first = evaluate.run(spec, tmp_path / "run", cache, Resources())
+    training_stage.run_training(spec.train, RunContext(tmp_path / "run"))
+    first = evaluate.run(spec, cache, RunContext(tmp_path / "run"))
     (file,) = cache.glob("*.safetensors")
     written = file.stat().st_mtime_ns
-    again = evaluate.run(spec, tmp_path / "run", cache, Resources(sample_batch=3))
+    again = evaluate.run(spec, cache, RunContext(tmp_path / "run", Resources(sample_batch=3)))
     assert file.stat().st_mtime_ns == written and list(cache.glob("*.safetensors")) == [file]
     assert {"fd_digits", "is_digits", "precision_digits", "recall_digits", "agreement"} <= set(
         first
@@ -96,9 +97,8 @@ def test_the_classifier_is_cached_by_content_and_scores_are_named_for_what_they_
     assert repr(again) == repr(first) and first["manifest"]["run"] == {"batch": evaluate.ON_CPU}
     by_diffusers = evaluate.run(
         replace(spec, sampler=replace(spec.sampler, name="dpm_solver_diffusers")),
-        tmp_path / "run",
         cache,
-        Resources(),
+        RunContext(tmp_path / "run"),
     )
     assert [
         "diffusers" in values["manifest"]["measure"]["versions"] for values in (first, by_diffusers)
@@ -109,7 +109,7 @@ def test_the_classifier_is_cached_by_content_and_scores_are_named_for_what_they_
 
 
 def test_real_digits_score_as_real(tmp_path: Path):
-    data = load(DIGITS.data)
+    data = load_data(DIGITS.data)
     x, y = data.take(torch.arange(len(data)))
     classifier, _ = digits_classifier(data, tmp_path)
     features, probabilities = extract(classifier, x)
@@ -120,6 +120,6 @@ def test_real_digits_score_as_real(tmp_path: Path):
 def test_scoring_needs_a_finished_run(tmp_path: Path):
     spec = tiny()
     with pytest.raises(ValueError, match="no finished checkpoint"):
-        evaluate.run(spec, tmp_path / "run", tmp_path, Resources())
+        evaluate.run(spec, tmp_path, RunContext(tmp_path / "run"))
     with pytest.raises(ValueError, match="inception features"):
-        evaluate.run(replace(spec, features="inception"), tmp_path / "run", tmp_path, Resources())
+        evaluate.run(replace(spec, features="inception"), tmp_path, RunContext(tmp_path / "run"))

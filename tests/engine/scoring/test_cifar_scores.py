@@ -13,8 +13,9 @@ from experiments.declared.protocols import CIFAR10, CIFAR10_SMALL
 from experiments.engine.data import locate as sources
 from experiments.engine.data.locate import require_features
 from experiments.engine.data.quantise import from_uint8, to_uint8
-from experiments.engine.data.sets import cifar10
-from experiments.engine.sampling.generate import images
+from experiments.engine.data.sets import load_cifar10
+from experiments.engine.runtime.context import Resources, RunContext
+from experiments.engine.sampling.generate import generate_images
 from experiments.engine.sampling.samples import QUANTISER
 from experiments.engine.scoring import features, metrics
 from experiments.engine.scoring import stage as evaluate
@@ -22,7 +23,6 @@ from experiments.engine.scoring.features import cifar_classifier, extract
 from experiments.engine.specs.spec import Backbone, Evaluate, Recipe, Sampler, Train
 from experiments.engine.training import stage as training_stage
 from experiments.engine.training import trainer as train
-from experiments.engine.training.trainer import Resources
 from tests.support.cifar import file_of, write_parquet
 
 SMALL = Backbone(
@@ -69,7 +69,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_classifier_learns_is_cached_by_its_data_and_tested_on_other_images(folder: Path):
-    test = cifar10(CIFAR10.data, "test")
+    test = load_cifar10(CIFAR10.data, "test")
     model, identity = cifar_classifier(CIFAR10.data, test, folder / "cache")
     assert identity["classifier_accuracy"] > 0.6 and not model.training
     assert (
@@ -84,16 +84,18 @@ def test_the_classifier_learns_is_cached_by_its_data_and_tested_on_other_images(
 
 
 def test_scores_are_of_quantised_images_against_the_test_images(folder: Path):
-    training_stage.run_training(SPEC.train, folder / "run", Resources(), lambda *progress: None)
-    values = evaluate.run(SPEC, folder / "run", folder / "cache", Resources(sample_batch=3))
+    training_stage.run_training(SPEC.train, RunContext(folder / "run"))
+    values = evaluate.run(
+        SPEC, folder / "cache", RunContext(folder / "run", Resources(sample_batch=3))
+    )
     assert {name for name in values if "fid" in name} == set() and {
         *SCORES,
         *(f"{name}_se" for name in SCORES),
     } <= set(values)
-    test = cifar10(CIFAR10.data, "test")
+    test = load_cifar10(CIFAR10.data, "test")
     classifier, identity = cifar_classifier(CIFAR10.data, test, folder / "cache")
     network = train.load_ema(SPEC.train, folder / "run", torch.device("cpu"))
-    x = torch.cat([x for x, _ in images(SPEC, network, torch.device("cpu"), 7)])
+    x = torch.cat([x for x, _ in generate_images(SPEC, network, torch.device("cpu"), 7)])
     real, fake = (
         extract(classifier, part)[0]
         for part in (test.take(torch.arange(50))[0], from_uint8(to_uint8(x)))
@@ -122,4 +124,4 @@ def test_without_test_images_one_line_says_what_is_missing(folder: Path):
         require_features(replace(SPEC, num=CIFAR10_SMALL.num))
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="CIFAR-10's test images are not in data/cifar10"):
-        cifar10(CIFAR10.data, "test")
+        load_cifar10(CIFAR10.data, "test")

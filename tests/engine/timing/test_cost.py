@@ -1,4 +1,6 @@
-"""Counts of every declared row against the paper, the reconstruction's notes and torch's own counter."""
+"""Counts of every declared row equal the paper's, the closed forms and torch's own counter."""
+
+from __future__ import annotations
 
 import csv
 from collections.abc import Callable
@@ -17,7 +19,7 @@ from experiments.engine.records.store import REPOSITORY, Store
 from experiments.engine.specs.rows import Row, Table
 from experiments.engine.specs.spec import Cost
 from experiments.engine.specs.stages import cost_stage
-from experiments.engine.timing.cost import MacCounter, count, run
+from experiments.engine.timing.cost import MacCounter, count_backbone, count_network
 from tests.support.networks import CASES, CHANNELS, inputs, network
 from tests.support.paths import ROOT
 
@@ -27,7 +29,8 @@ ROWS = {
     for table in TABLES.values()
     for row in table.rows + table.outside
 }
-OURS = {  # row: (millions of trainable parameters, torchprofile Gflops) by the reconstruction's closed forms
+# By the reconstruction's closed forms: millions of trainable parameters, torchprofile Gflops.
+OURS = {
     "3 DiT (iso.)": "32.865 6.0617",
     "3 DiCo (iso.)": "33.722 5.6737",
     "3 DiT (iso.&skip)": "34.342 6.4392",
@@ -57,7 +60,7 @@ OURS = {  # row: (millions of trainable parameters, torchprofile Gflops) by the 
 @cache
 def counted(label: str) -> tuple[float, float]:
     """Millions of trainable parameters and Gflops as the paper counts them."""
-    counts = run(Cost(ROWS[label][1].backbone, size=32, channels=4, num_classes=1000))
+    counts = count_backbone(Cost(ROWS[label][1].backbone, size=32, channels=4, num_classes=1000))
     return counts["params_trainable"] / 1e6, counts["macs_torchprofile"] / 1e9
 
 
@@ -114,7 +117,7 @@ def test_core_is_half_of_what_torch_counts(case: str):
     ):
         model(*inputs(case, batch=1))
     assert (
-        2 * count(model.to("meta"), CASES[case][1]["input_size"], CHANNELS)["macs_core"]
+        2 * count_network(model.to("meta"), CASES[case][1]["input_size"], CHANNELS)["macs_core"]
         == flops.get_total_flops()
     )
 
@@ -174,7 +177,7 @@ def test_a_seed_of_table_4_under_cifar10_bf16_is_an_hour_by_what_the_protocol_as
         (CIFAR10_BF16.recipe, CIFAR10_BF16.num * CIFAR10_BF16.sampler.num_steps),
     )
     flops = sum(
-        2 * store.latest(cost_stage(row), "reference").values["macs_core"] for row in TABLE_4.rows
+        2 * store.reference.latest(cost_stage(row)).values["macs_core"] for row in TABLE_4.rows
     )
     training, sampling = flops * 3 * recipe.batch * recipe.steps / 100e12, flops * images / 20e12
     assert (round(training / 60), round(sampling / 60)) == (48, 10) and training + sampling < 3600

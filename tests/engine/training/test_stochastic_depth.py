@@ -12,12 +12,14 @@ from torch import Tensor, nn
 import backbones
 from backbones.layers import timestep_sinusoid, unpatchify
 from experiments.declared.protocols import DIGITS, IMAGENET256_OWN, PROTOCOLS
-from experiments.engine.data.sets import load
+from experiments.engine.data.sets import load_data
 from experiments.engine.jobs.execute import execute
 from experiments.engine.records.store import Store
+from experiments.engine.runtime.context import Resources
 from experiments.engine.specs.spec import Backbone, Data, Diffusion, Recipe, Train, spec_id
 from experiments.engine.specs.stages import evaluate_stage, train_stage
-from experiments.engine.training.trainer import Resources, Trainer, increment_weights, load_ema
+from experiments.engine.training.stochastic_depth import increment_weights
+from experiments.engine.training.trainer import Trainer, load_ema
 from experiments.main_results import DIMSUM_L, DIS_H, TABLES
 from tests.support.networks import randomise, relative_rms
 
@@ -123,8 +125,8 @@ def test_rates_are_the_authors():
 
 
 def losses(spec: Train, micro_batch: int | None = None) -> list[float]:
-    trainer = Trainer(spec, CPU, micro_batch)
-    return [loss.item() for loss in trainer.steps(load(spec.data))]
+    trainer = Trainer(spec, Resources(micro_batch=micro_batch))
+    return [loss.item() for loss in trainer.steps(load_data(spec.data))]
 
 
 @pytest.mark.parametrize("row", [DIS_H, DIMSUM_L], ids=lambda row: row.label)
@@ -210,15 +212,15 @@ def test_a_training_starts_from_anothers_averaged_weights(tmp_path: Path):
         != spec_id(replace(second, init_from=None))
         != spec_id(replace(second, init_from=replace(first, seed=1)))
     )
-    refused = execute(second, store, Resources(), lambda *progress: None)
+    refused = execute(second, store, Resources())
     assert (
         refused.status == "failed"
         and f"run {spec_id(first)} has no finished checkpoint" in refused.error
     )
-    assert [
-        execute(stage, store, Resources(), lambda *progress: None).status
-        for stage in second.trainings
-    ] == ["done", "done"]
+    assert [execute(stage, store, Resources()).status for stage in second.trainings] == [
+        "done",
+        "done",
+    ]
     ends = [load_ema(stage, store.run_dir(stage), CPU) for stage in (first, second)]
     expected = ends[1].resized(ends[0].state_dict())
     assert all(torch.equal(value, expected[key]) for key, value in ends[1].state_dict().items())

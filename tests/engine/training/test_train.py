@@ -23,17 +23,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments.engine.data.sets import batch_indices, load
+from experiments.engine.data.sets import batch_indices, load_data
 from experiments.engine.diffusion.iddpm import IDDPM
-from experiments.engine.numerics.precision import MODES, flags, precision
+from experiments.engine.numerics.precision import MODES, precision, read_tf32_flags
 from experiments.engine.numerics.weights import digest
 from experiments.engine.records import files
+from experiments.engine.runtime.context import Resources, RunContext
 from experiments.engine.specs.spec import Data, Diffusion, Recipe, Train
 from experiments.engine.training import checkpoint
 from experiments.engine.training import stage as training_stage
 from experiments.engine.training.log import curve
 from experiments.engine.training.stage import run_training
-from experiments.engine.training.trainer import Resources, Trainer, load_ema, lr_at
+from experiments.engine.training.trainer import Trainer, load_ema, lr_at
 from tests.support.paths import DATA
 from tests.support.trainings import (
     CPU,
@@ -54,7 +55,10 @@ def recipe(**changes: Any) -> Train:
 
 
 def losses(spec: Train, micro_batch: int | None = None) -> list[float]:
-    return [loss.item() for loss in Trainer(spec, CPU, micro_batch).steps(load(spec.data))]
+    return [
+        loss.item()
+        for loss in Trainer(spec, Resources(micro_batch=micro_batch)).steps(load_data(spec.data))
+    ]
 
 
 def trace(name: str) -> list[float]:
@@ -65,11 +69,11 @@ def trace(name: str) -> list[float]:
         Recipe(steps=5, batch=16, lr=1e-3),
         OBJECTIVES.get(name, Diffusion()),
     )
-    trainer, draw = Trainer(spec, CPU), torch.Generator().manual_seed(0)
+    trainer, draw = Trainer(spec), torch.Generator().manual_seed(0)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1, generator=draw)
-    return [loss.item() for loss in trainer.steps(load(DIGITS))]
+    return [loss.item() for loss in trainer.steps(load_data(DIGITS))]
 
 
 @pytest.mark.parametrize(
@@ -92,14 +96,14 @@ def quiet(*_: Any) -> None:
 
 def seen(spec: Train, steps: int, micro_batch: int | None = None) -> list[list[Tensor]]:
     """x0, y, t and eps that the loss is given, a batch a step."""
-    trainer, parts = Trainer(spec, CPU, micro_batch), []
+    trainer, parts = Trainer(spec, Resources(micro_batch=micro_batch)), []
 
     def record(model: Any, *inputs: Tensor) -> dict[str, Tensor]:
         parts.append(inputs)
         return {"loss": next(trainer.model.parameters()).sum() * torch.zeros(len(inputs[0]))}
 
     trainer.diffusion.losses = record
-    stepping, batches = trainer.steps(load(spec.data)), []
+    stepping, batches = trainer.steps(load_data(spec.data)), []
     for _ in range(steps):
         next(stepping)
         batches.append([torch.cat(part) for part in zip(*parts, strict=True)])
@@ -154,11 +158,11 @@ def test_learning_rate_ends_where_it_is_declared():
 def test_gradients_are_clipped_to_the_declared_norm():
     norms: dict[float | None, float] = {}
     for limit in (None, 1e-3, 1e9):
-        trainer = Trainer(recipe(grad_clip=limit), CPU)
+        trainer = Trainer(recipe(grad_clip=limit))
         trainer.optimizer.step = lambda trainer=trainer, limit=limit: norms.update(
             {limit: torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).norm().item()}
         )
-        next(trainer.steps(load(DIGITS)))
+        next(trainer.steps(load_data(DIGITS)))
     assert norms[1e-3] == pytest.approx(1e-3, rel=1e-3) and norms[1e9] == norms[None] > 1e-2
 
 
@@ -228,7 +232,7 @@ def test_half_of_the_images_are_flipped_where_declared():
 def test_gradients_accumulate_to_those_of_the_whole_batch():
     gradients: list[dict[str, Tensor]] = []
     for micro_batch in (None, 5):
-        trainer = Trainer(recipe(lr=1e-2), CPU, micro_batch)
+        trainer = Trainer(recipe(lr=1e-2), Resources(micro_batch=micro_batch))
         for parameter in trainer.model.parameters():
             torch.nn.init.normal_(
                 parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel())
@@ -236,7 +240,7 @@ def test_gradients_accumulate_to_those_of_the_whole_batch():
         trainer.optimizer.step = lambda trainer=trainer: gradients.append(
             {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
         )
-        next(trainer.steps(load(DIGITS)))
+        next(trainer.steps(load_data(DIGITS)))
     whole, cut = gradients
     scale = max(gradient.norm() for gradient in whole.values())
     assert all(
@@ -248,9 +252,9 @@ def test_gradients_accumulate_to_those_of_the_whole_batch():
 
 @pytest.mark.parametrize("mixer", ["conv", "window"])
 def test_average_of_the_weights_against_a_naive_loop(mixer: str):
-    trainer = Trainer(Train(FAMILIES[f"hourglass {mixer}"], DIGITS, recipe(ema=0.7).recipe), CPU)
+    trainer = Trainer(Train(FAMILIES[f"hourglass {mixer}"], DIGITS, recipe(ema=0.7).recipe))
     expected = copy.deepcopy(dict(trainer.model.named_parameters()))
-    for _, _ in zip(trainer.steps(load(DIGITS)), range(5), strict=False):
+    for _, _ in zip(trainer.steps(load_data(DIGITS)), range(5), strict=False):
         for name, value in trainer.model.named_parameters():
             expected[name] = 0.7 * expected[name] + (1 - 0.7) * value.detach()
         averaged = dict(trainer.ema.named_parameters())
@@ -266,7 +270,7 @@ def test_average_of_the_weights_against_a_naive_loop(mixer: str):
 
 
 def test_the_average_starts_at_the_weights_and_is_not_trained():
-    trainer = Trainer(SPEC, CPU)
+    trainer = Trainer(SPEC)
     assert digest(trainer.ema) == digest(trainer.model)
     assert not any(parameter.requires_grad for parameter in trainer.ema.parameters())
 
@@ -299,11 +303,11 @@ def test_a_loss_that_is_no_number_ends_the_run_in_one_line(
     with pytest.raises(
         ValueError, match="^the loss is .* at step 1; lower the learning rate"
     ) as failure:
-        run_training(recipe(lr=lr), tmp_path, Resources(), quiet)
+        run_training(recipe(lr=lr), RunContext(tmp_path))
     assert "\n" not in str(failure.value)
     assert failure.value.values == {
         "stopped_at": 1,
-        "batch": batch_indices(len(load(DIGITS)), 16, 0, 0).tolist(),
+        "batch": batch_indices(len(load_data(DIGITS)), 16, 0, 0).tolist(),
         "last_checkpoint": 0,
     }
     assert not list(tmp_path.glob("checkpoints/*"))
@@ -340,9 +344,11 @@ def test_precision_is_set_inside_and_restored(
 ):
     tf32(before)
     with pytest.raises(RuntimeError, match="inside"), precision(mode, CPU):
-        assert flags() == IN_FORCE[mode] and torch.is_autocast_enabled("cpu") == (mode == "bf16")
+        assert read_tf32_flags() == IN_FORCE[mode] and torch.is_autocast_enabled("cpu") == (
+            mode == "bf16"
+        )
         raise RuntimeError("inside")
-    assert flags() == both(before) and not torch.is_autocast_enabled("cpu")
+    assert read_tf32_flags() == both(before) and not torch.is_autocast_enabled("cpu")
 
 
 def test_unknown_precision_lists_the_known():
@@ -353,15 +359,15 @@ def test_unknown_precision_lists_the_known():
 @pytest.mark.parametrize("mode", ["fp32", "tf32"])
 def test_the_backward_pass_runs_in_the_declared_precision(mode: str, tf32: Callable[[bool], None]):
     tf32(mode != "tf32")
-    trainer, found = Trainer(recipe(precision=mode), CPU), []
-    next(trainer.model.parameters()).register_hook(lambda gradient: found.append(flags()))
-    next(trainer.steps(load(DIGITS)))
+    trainer, found = Trainer(recipe(precision=mode)), []
+    next(trainer.model.parameters()).register_hook(lambda gradient: found.append(read_tf32_flags()))
+    next(trainer.steps(load_data(DIGITS)))
     assert found == [both(mode == "tf32")]
 
 
 def test_bf16_trains_fp32_weights():
-    trainer = Trainer(recipe(steps=4, precision="bf16"), CPU)
-    values = [loss.item() for loss in trainer.steps(load(DIGITS))]
+    trainer = Trainer(recipe(steps=4, precision="bf16"))
+    values = [loss.item() for loss in trainer.steps(load_data(DIGITS))]
     assert values == pytest.approx(losses(recipe(steps=4)), rel=0.05) and values != losses(
         recipe(steps=4)
     )
@@ -394,7 +400,7 @@ def live(folder: Path, checkpoint_every: int, death: str, step: int) -> None:
         Trainer._update = dying_update
     if death == "save":
         files.os.replace = dying_replace
-    result = run_training(SPEC, folder, Resources(checkpoint_every=checkpoint_every), quiet)
+    result = run_training(SPEC, RunContext(folder, Resources(checkpoint_every=checkpoint_every)))
     (folder / "result.json").write_text(json.dumps(result))
 
 
@@ -429,7 +435,7 @@ def log(folder: Path) -> list[tuple[int, float, float]]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run_training(
-        SPEC, tmp_path_factory.mktemp("whole"), Resources(checkpoint_every=3), quiet
+        SPEC, RunContext(tmp_path_factory.mktemp("whole"), Resources(checkpoint_every=3))
     )
 
 
@@ -455,12 +461,12 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ):
-    run_training(SPEC, tmp_path, Resources(checkpoint_every=3), quiet)
+    run_training(SPEC, RunContext(tmp_path, Resources(checkpoint_every=3)))
     kept = sorted((tmp_path / "checkpoints").iterdir(), reverse=True)
     assert [path.name[:13] for path in kept] == ["step-00000014", "step-00000012"]
     for path in kept[:num]:
         damage(path)
-    again = run_training(SPEC, tmp_path, Resources(checkpoint_every=3), quiet)
+    again = run_training(SPEC, RunContext(tmp_path, Resources(checkpoint_every=3)))
     assert (again["resumed_at"], again["weights_sha256"]) == (resumed_at, whole["weights_sha256"])
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == num and all(
@@ -484,14 +490,14 @@ def test_a_full_disk_is_said_to_be_full_and_leaves_no_checkpoint(
 
     monkeypatch.setattr(files, "open", Full, raising=False)
     with pytest.raises(OSError, match="No space left"):
-        checkpoint.save(tmp_path, 1, Trainer(SPEC, CPU).state())
+        checkpoint.save(tmp_path, 1, Trainer(SPEC).state())
     assert not list(tmp_path.iterdir())
 
 
 def test_a_finished_run_is_not_run_again(whole: dict[str, Any], tmp_path: Path):
-    first = run_training(SPEC, tmp_path, Resources(), quiet)
+    first = run_training(SPEC, RunContext(tmp_path))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").iterdir()}
-    again = run_training(SPEC, tmp_path, Resources(), quiet)
+    again = run_training(SPEC, RunContext(tmp_path))
     assert (again["resumed_at"], again["weights_sha256"], again["loss"]) == (
         STEPS,
         whole["weights_sha256"],
@@ -506,7 +512,7 @@ def test_a_finished_run_is_not_run_again(whole: dict[str, Any], tmp_path: Path):
 def test_an_unfinished_run_is_not_sampled_from(tmp_path: Path):
     with pytest.raises(ValueError, match="no finished checkpoint"):
         load_ema(SPEC, tmp_path, CPU)
-    checkpoint.save(tmp_path / "checkpoints", STEPS - 1, Trainer(SPEC, CPU).state())
+    checkpoint.save(tmp_path / "checkpoints", STEPS - 1, Trainer(SPEC).state())
     with pytest.raises(ValueError, match="no finished checkpoint"):
         load_ema(SPEC, tmp_path, CPU)
 
@@ -515,16 +521,18 @@ def test_checkpoint_cadence_and_cut_logs_change_nothing(whole: dict[str, Any], t
     seen_by: list[tuple[Any, ...]] = []
     result = run_training(
         SPEC,
-        tmp_path,
-        Resources(checkpoint_every=5, micro_batch=16),
-        lambda *progress: seen_by.append(progress),
+        RunContext(
+            tmp_path,
+            Resources(checkpoint_every=5, micro_batch=16),
+            report=lambda progress: seen_by.append((progress.step, progress.total)),
+        ),
     )
     assert result["weights_sha256"] == whole["weights_sha256"] and [
         entry[:2] for entry in seen_by
     ] == [(STEPS, STEPS)]
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"step": 14, "lo')
-    assert run_training(SPEC, tmp_path, Resources(), quiet)["loss"] == result["loss"]
+    assert run_training(SPEC, RunContext(tmp_path))["loss"] == result["loss"]
     assert [step for step, _, _ in log(tmp_path)] == [STEPS]
 
 
