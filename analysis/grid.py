@@ -170,8 +170,8 @@ def draw(
     import torch
 
     from experiments.engine.jobs.execute import require_device
+    from experiments.engine.runtime.context import Resources
     from experiments.engine.sampling.samples import load_decoder, load_networks
-    from experiments.engine.training.trainer import Resources
 
     require_device(device)
     decode, _ = load_decoder(spec.data, torch.device(device))

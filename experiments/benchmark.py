@@ -151,9 +151,10 @@ def _checkpoints() -> None:
     import torch
 
     from experiments.engine.data.sets import ImageSet
+    from experiments.engine.runtime.context import Resources
     from experiments.engine.specs.spec import Backbone, Data, Recipe, Train
     from experiments.engine.training.checkpoint import Writer
-    from experiments.engine.training.trainer import Resources, Trainer
+    from experiments.engine.training.trainer import Trainer
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data, batch = Data("random", 32, 4, 1000), 256 if device.type == "cuda" else BATCH

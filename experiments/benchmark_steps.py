@@ -236,12 +236,10 @@ def _words(values: dict[str, Any]) -> str:
 def _ceiling(spec: Steps, store: Store) -> dict[str, float]:
     """Multiply-accumulates of a forward pass, by the rule of `efficiency.py --counts`, and the most a second that the device reaches, of its record."""
     from experiments.engine.jobs.execute import execute
+    from experiments.engine.runtime.context import Resources
     from experiments.engine.timing import cost
-    from experiments.engine.training.trainer import Resources
 
-    record = execute(
-        Ceilings(spec.device, spec.precision), store, Resources(spec.device), lambda *progress: None
-    )
+    record = execute(Ceilings(spec.device, spec.precision), store, Resources(spec.device))
     if record.status != "done":
         raise ValueError(f"the device's ceilings could not be measured: {record.error}")
     return {

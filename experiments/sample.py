@@ -19,7 +19,7 @@ import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from experiments import ablation, main_results
 from experiments.declared.protocols import PROTOCOLS
@@ -35,16 +35,17 @@ from experiments.engine.cli import (
 )
 from experiments.engine.data.locate import require_data
 from experiments.engine.jobs.pool import Job
-from experiments.engine.jobs.progress import Progress
+from experiments.engine.jobs.progress import ProgressDisplay
 from experiments.engine.records.store import Store
+from experiments.engine.runtime.progress import Progress, Report, ignore_progress
 from experiments.engine.specs.rows import Row, table_of
 from experiments.engine.specs.spec import Evaluate
 from experiments.engine.specs.stages import evaluate_stage
 
 if TYPE_CHECKING:
+    from experiments.engine.runtime.context import RunContext
     from experiments.engine.runtime.group import Group
     from experiments.engine.sampling.samples import SampleSet
-    from experiments.engine.training.trainer import Resources
 
 TABLES = ablation.TABLES | main_results.TABLES
 
@@ -122,8 +123,8 @@ def _draw(args: argparse.Namespace) -> int:
     from experiments.engine.diffusion.samplers import bind_sampler
     from experiments.engine.jobs.execute import require_device
     from experiments.engine.runtime import group as distributed
+    from experiments.engine.runtime.context import Resources, RunContext
     from experiments.engine.sampling.samples import decoder_warnings
-    from experiments.engine.training.trainer import Resources
 
     # An unknown sampler raises ValueError here, before any work.
     bind_sampler(spec.sampler, build_diffusion(spec.train.diffusion))
@@ -134,11 +135,12 @@ def _draw(args: argparse.Namespace) -> int:
     store.check_writable()
 
     # All ranks draw, and the first one writes the files.
-    group = distributed.join(device, resources.timeout)
+    group = distributed.join_group(device, resources.timeout)
     out = args.out or store.run_dir(spec) / "samples.npz"
     with ExitStack() as held:
         report = _progress_report(f"{args.row}, {spec.num} images", spec, group, held)
-        samples = _draw_all(spec, store, resources, group, held, report)
+        context = RunContext(store.run_dir(spec.train), resources, group, report=report)
+        samples = _draw_all(spec, store, context, held)
         if not group.first:
             return 0
         samples.pack(out)
@@ -181,44 +183,44 @@ def _spec_of(args: argparse.Namespace, row: Row) -> Evaluate:
     return replace(spec, num=args.num or spec.num, sampler=sampler)
 
 
-def _progress_report(label: str, spec: Evaluate, group: Group, held: ExitStack) -> Any:
+def _progress_report(label: str, spec: Evaluate, group: Group, held: ExitStack) -> Report:
     """Return the function that reports progress: on the first rank it prints, elsewhere nothing.
 
     The progress display is closed with `held`.
     """
     if not group.first:
-        return lambda *_: None
+        return ignore_progress
     job = Job(label, (spec,))
-    progress = held.enter_context(Progress(total=1, lines=True))
+    display = held.enter_context(ProgressDisplay(total=1, lines=True))
 
-    def report(done: int, num: int, loss: float, rate: float) -> None:
+    def report(progress: Progress) -> None:
         # The other ranks draw as fast as this one.
-        progress.notify(job, "progress", (done, num, loss, rate * group.world_size))
+        rate = progress.rate * group.world_size
+        display.notify(job, "progress", replace(progress, rate=rate))
 
     return report
 
 
-def _draw_all(
-    spec: Evaluate, store: Store, resources: Resources, group: Group, held: ExitStack, report: Any
-) -> SampleSet:
+def _draw_all(spec: Evaluate, store: Store, context: RunContext, held: ExitStack) -> SampleSet:
     """Draw the set on all ranks.
 
     The first rank holds the run's folder for as long as `held` is open. If one rank fails, all end,
     each with its own error.
     """
-    from experiments.engine.runtime import group as distributed
-    from experiments.engine.runtime.heartbeat import claimed
+    from experiments.engine.runtime.failures import FailureWatch, clear_errors
+    from experiments.engine.runtime.heartbeat import claim_run
     from experiments.engine.sampling.samples import generate_samples
 
     # The first rank claims the folder. All ranks raise if it is refused.
-    folder, refusal, beat = store.run_dir(spec), None, None
+    group, folder = context.group, store.run_dir(spec)
+    heartbeat, refusal = None, None
     if group.first:
         try:
-            beat = held.enter_context(claimed(folder, group.world_size))
-            distributed.clear_errors(folder)
+            heartbeat = held.enter_context(claim_run(folder, group.world_size))
+            clear_errors(folder)
         except (ValueError, OSError) as error:
             refusal = error
-    refusal = group.share(refusal)
+    refusal = group.broadcast(refusal)
     if refusal:
         raise refusal
 
@@ -226,8 +228,8 @@ def _draw_all(
         print(f"error: {error}", file=sys.stderr, flush=True)
 
     try:
-        with distributed.Watch(group, folder, print_error):
-            return generate_samples(spec, store.run_dir(spec.train), resources, report, group, beat)
+        with FailureWatch(group, folder, print_error):
+            return generate_samples(spec, replace(context, heartbeat=heartbeat))
     except Exception as failure:
         if group.world_size == 1:
             raise
@@ -236,12 +238,12 @@ def _draw_all(
 
 def _shared_failure(folder: Path, group: Group, failure: Exception) -> BaseException:
     """Return the error that all ranks end with, or the exit if a rank died without one."""
-    from experiments.engine.runtime import group as distributed
     from experiments.engine.runtime import preemption
+    from experiments.engine.runtime.failures import RankLost, explain_failure
 
     try:
-        return ValueError(distributed.cause(folder, group, failure))
-    except distributed.Lost as lost:
+        return ValueError(explain_failure(folder, group, failure))
+    except RankLost as lost:
         print(f"error: {lost}; run the same command again to continue", file=sys.stderr)
         return SystemExit(preemption.LOST)
 

@@ -223,7 +223,9 @@ def test_an_interrupt_leaves_nothing_broken_and_nobody_at_work(
     assert sent == signal.SIGTERM or (tmp_path / "errors").read_text().splitlines()[-1].startswith(
         "interrupted; run the same command again"
     )
-    assert not any(heartbeat.live(heartbeat.read(folder)) for folder in root.glob("runs/*"))
+    assert not any(
+        heartbeat.is_live(heartbeat.read_heartbeat(folder)) for folder in root.glob("runs/*")
+    )
     assert not list(root.rglob("*.tmp")) and set(records(root)) == {"cost done", "timing done"}
 
 

@@ -10,7 +10,7 @@ from enum import StrEnum
 
 from experiments.engine.jobs.plan import Plan, missing
 from experiments.engine.jobs.pool import Job, available_cores, run_here
-from experiments.engine.jobs.progress import Progress
+from experiments.engine.jobs.progress import ProgressDisplay
 from experiments.engine.records.store import Store
 
 
@@ -39,7 +39,7 @@ def run_plan(plan: Plan, store: Store, cluster: Cluster, workers: int | None = N
     trainings = missing(plan.trainings(), store)
     num_stages = sum(len(job.stages) for job in (*counts, *timings, *trainings))
 
-    with Progress(total=num_stages) as progress:
+    with ProgressDisplay(total=num_stages) as progress:
 
         def run(jobs: Sequence[Job], side_by_side: int, threads: int, **resources: object) -> bool:
             return run_here(

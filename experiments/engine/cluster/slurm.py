@@ -16,7 +16,7 @@ from experiments.engine.cluster.site import Site, load_site
 from experiments.engine.cluster.submit import Array, batch_script_text, stage_ids, submit
 from experiments.engine.jobs.plan import Chosen, Plan, duration, missing, training_seconds
 from experiments.engine.jobs.pool import Job, available_cores, run_here
-from experiments.engine.jobs.progress import Progress
+from experiments.engine.jobs.progress import ProgressDisplay
 from experiments.engine.records.store import Store
 from experiments.engine.specs.spec import Train
 
@@ -189,7 +189,7 @@ def send(plan: Plan, store: Store, command: str) -> str:
 
 def _count_here(plan: Plan, store: Store) -> None:
     counts = missing(plan.counts(), store)
-    with Progress(total=sum(len(job.stages) for job in counts)) as progress:
+    with ProgressDisplay(total=sum(len(job.stages) for job in counts)) as progress:
         if not run_here(counts, store.root, "cpu", 1, available_cores(), progress.notify):
             raise ValueError("a count failed; nothing was submitted")
 

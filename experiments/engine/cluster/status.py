@@ -104,7 +104,7 @@ def job_status(
     # Signs of life come first: the queue's, then the heartbeat's.
     if submission and queued and not queued.over:
         return _in_queue(job, submission, queued, beat)
-    if beat and heartbeat.live(beat):
+    if beat and heartbeat.is_live(beat):
         return JobStatus(State.RUNNING, f"{_progress(beat, job)} (on {beat['host']})")
 
     # A failure counts until a later attempt dies without a record.
@@ -126,7 +126,7 @@ def _in_queue(
     """Return the state of a job that Slurm has not finished with."""
     name = f"job {submission.job}"
     if queued.state in ("RUNNING", "COMPLETING"):
-        progress = _progress(beat, job) if beat and heartbeat.live(beat) else "starting"
+        progress = _progress(beat, job) if beat and heartbeat.is_live(beat) else "starting"
         return JobStatus(State.RUNNING, f"{progress} ({name})")
     reached = f", at {_progress(beat, job)}" if beat and beat.get("step") else ""
     detail = f"{queued.state.lower()}: {queued.reason} ({name}{reached})"
@@ -172,13 +172,13 @@ def batch_script_log(name: str, number: str) -> str:
 
 def _newest_heartbeat(job: Job, store: Store) -> dict[str, Any] | None:
     folders = [store.run_dir(stage) for stage in job.stages if isinstance(stage, Train | Evaluate)]
-    beats = [beat for folder in folders if (beat := heartbeat.read(folder))]
+    beats = [beat for folder in folders if (beat := heartbeat.read_heartbeat(folder))]
     return min(beats, key=lambda beat: beat["age"], default=None)
 
 
 def _died_since(beat: dict[str, Any] | None, failure: Record) -> bool:
     """Return whether a later attempt than the failed one died without a last heartbeat."""
-    if beat is None or beat.get("state") not in heartbeat.LIVE:
+    if beat is None or beat.get("state") not in heartbeat.LIVE_STATES:
         return False
     return timestamp(beat["updated"]) > failure.utc
 

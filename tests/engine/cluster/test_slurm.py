@@ -328,7 +328,7 @@ def test_a_job_that_a_higher_partition_takes_the_nodes_from_goes_on_and_a_cancel
     )
     (run,) = (path.parent for path in tmp_path.glob("results/runs/*/attempts.json"))
     until(
-        lambda: ((heartbeat.read(run) or {}).get("step") or 0) > second["start"],
+        lambda: ((heartbeat.read_heartbeat(run) or {}).get("step") or 0) > second["start"],
         "the run trains again",
     )
     assert call(slurm, script, *rows, "--cancel").stdout == f"cancelled job {job}: good, seed 0\n"
@@ -365,9 +365,9 @@ def test_a_run_whose_slurmd_died_is_not_made_twice(slurm: dict[str, str], tmp_pa
         "the job runs elsewhere",
     )
     (run,) = (path.parent for path in tmp_path.glob("results/runs/*/attempts.json"))
-    before = heartbeat.read(run)  # of the process that nobody hears of
-    until(lambda: heartbeat.read(run)["step"] > before["step"], "it goes on")
-    assert heartbeat.read(run)["pid"] == before["pid"] and [
+    before = heartbeat.read_heartbeat(run)  # of the process that nobody hears of
+    until(lambda: heartbeat.read_heartbeat(run)["step"] > before["step"], "it goes on")
+    assert heartbeat.read_heartbeat(run)["pid"] == before["pid"] and [
         len(found) for found in attempts(script).values()
     ] == [1]
     subprocess.run(["bash", CLUSTER, "node-start", node[-1]], env=cluster, check=True)
@@ -376,7 +376,10 @@ def test_a_run_whose_slurmd_died_is_not_made_twice(slurm: dict[str, str], tmp_pa
         "the other attempt goes on",
     )
     ((first, second),) = attempts(script).values()
-    assert 0 < second["start"] <= first["end"] and heartbeat.read(run)["pid"] != before["pid"]
+    assert (
+        0 < second["start"] <= first["end"]
+        and heartbeat.read_heartbeat(run)["pid"] != before["pid"]
+    )
     assert call(slurm, script, *rows, "--cancel").returncode == 0
     until(lambda: not client(slurm, "squeue", "-h"), "the queue empties")
     until(

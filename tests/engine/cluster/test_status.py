@@ -60,7 +60,7 @@ def beat_of(store: Store, stage: Stage, **fields: object) -> heartbeat.Heartbeat
     folder = store.run_dir(stage)
     folder.mkdir(parents=True, exist_ok=True)
     beat = heartbeat.Heartbeat(folder)
-    beat.tell(**fields)
+    beat.update(**fields)
     beat.end(str(fields["state"]))
     return beat
 
@@ -226,7 +226,7 @@ def test_a_death_after_an_old_failure_is_what_shows(
     assert "ValueError: long ago" in status(runs, store)
 
     # A later attempt dies without a record, and is not heard of any more.
-    monkeypatch.setattr(heartbeat, "STALE", -1.0)
+    monkeypatch.setattr(heartbeat, "STALE_AFTER", -1.0)
     monkeypatch.setattr(heartbeat.time, "time", lambda: 4e9)
     beat_of(store, train, state="training", step=1, steps=2)
     assert "ValueError: long ago" not in status(runs, store)

@@ -35,7 +35,7 @@ def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_trainer_takes_what_the_site_gives_and_has_the_same_defaults(tmp_path: Path):
-    from experiments.engine.training.trainer import Resources
+    from experiments.engine.runtime.context import Resources
 
     assert Resources(**trainer_resources(Site(gpus_per_node=0))) == Resources()
     text = "keep = 5\nmilestones = 100\nmicro_batch = 8\nsample_batch = 4\ncollective_seconds = 60"
