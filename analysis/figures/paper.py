@@ -34,9 +34,10 @@ from analysis.tables.paper import CONFIGURATIONS
 from experiments.ablation import TABLE_4
 from experiments.declared.protocols import DIGITS, IMAGENET256
 from experiments.declared.systems import SYSTEMS
-from experiments.declared.timings import figure_3, unfused
+from experiments.declared.timings import figure_3
 from experiments.engine.records.manifest import clashes
 from experiments.engine.records.store import Record
+from experiments.engine.reporting.efficiency.speed import unfused
 from experiments.engine.reporting.tables import mean_cell
 from experiments.engine.specs.stages import cost_stages, train_stage
 from experiments.main_results import TABLES

@@ -124,19 +124,18 @@ def small_on_cpu(
         pair: the two networks timed in turn, which counts more than each alone.
         alone: each network timed alone.
     """
+    # A record counts as evidence once it is read, so the single timings are read last.
     in_turn = source.latest(pair)
-    singles = [record for record in map(source.latest, alone) if record]
+    records = [in_turn] if in_turn else [record for record in map(source.latest, alone) if record]
     if in_turn:
-        records = [in_turn]
         value, error = in_turn.values["relative"], in_turn.values["relative_spread"]
         how = f"timed in turn at batch {pair.batch}"
-    elif len(singles) == len(alone):
-        records = singles
-        first, second = (record.values["images_per_s"] for record in singles)
+    elif len(records) == len(alone):
+        first, second = (record.values["images_per_s"] for record in records)
         value = first / second
         shares = [
             record.values["images_per_s_spread"] / record.values["images_per_s"]
-            for record in singles
+            for record in records
         ]
         error = value * math.hypot(*shares)
         how = f"each timed alone at batch {alone[0].batch}"
