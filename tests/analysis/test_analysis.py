@@ -545,7 +545,7 @@ def test_a_gpu_timing_outranks_published_throughput(tmp_path: Path):
 
 
 LOOP = {"selective_scan": ["loop"]}
-UNFUSED = "direction on this CPU, whose scan has no fused kernel"
+UNFUSED = "direction, on this CPU, whose scan has no fused kernel"
 
 
 @pytest.mark.parametrize(
