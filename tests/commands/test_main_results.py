@@ -195,10 +195,7 @@ def test_every_family_trains_and_samples_on_digits(row: Row):
     stage, networks = evaluate_stage(row, DIGITS, 0), {}
     for name in ("train", "classifier", "upsampler"):
         if training := getattr(stage, name):
-            trainer = Trainer(
-                replace(training, recipe=replace(training.recipe, steps=2, batch=4)),
-                torch.device("cpu"),
-            )
+            trainer = Trainer(replace(training, recipe=replace(training.recipe, steps=2, batch=4)))
             before = digest(trainer.model)
             losses = [loss.item() for loss in trainer.steps(load_data(training.data))]
             assert (
