@@ -29,7 +29,7 @@ from experiments.engine.cli import (
     chosen_device,
     run_command,
 )
-from experiments.engine.jobs.plan import Listed, Plan
+from experiments.engine.jobs.plan import ListPlan, Plan
 from experiments.engine.records.store import REPOSITORY, Store
 from experiments.engine.reporting.render import FORMATS, render
 from experiments.engine.reporting.sheet import Sheet
@@ -118,20 +118,20 @@ def _choose(
     how = acceleration_flags(args, device)
     costs = tuple(cost for system in SYSTEMS for cost in system.costs)
     if args.counts:
-        return Listed("cpu", costs), lambda: [counts_sheet(store)]
+        return ListPlan("cpu", costs), lambda: [counts_sheet(store)]
     if args.claims:
         claims = store.published("claims.csv", ("id",)).values()
-        return Listed(device, costs, speed_claims.jobs(claims, device)), lambda: [
+        return ListPlan(device, costs, speed_claims.jobs(claims, device)), lambda: [
             speed_claims.claims_sheet(device, store)
         ]
     if args.figure:
-        return Listed(device, alone=speed.figure_3_jobs(device, **how)), lambda: [
+        return ListPlan(device, alone=speed.figure_3_jobs(device, **how)), lambda: [
             speed.runtime_sheet(device, store, **how)
         ]
     table = TIMED[args.table or 1]
     if args.profile:
         row = table.row(args.profile)
-        return Listed(
+        return ListPlan(
             device, alone=(speed.ceilings_job(device), speed.profile_job(row, device, args.task))
         ), lambda: speed.profile_sheets(row, device, args.task, store)
     rows = [
@@ -145,12 +145,12 @@ def _choose(
             for row in rows
             for sweep in speed.sweeps(row, table.baseline, device, args.task, **how)
         )
-        return Listed(device, alone=sweeps), lambda: [
+        return ListPlan(device, alone=sweeps), lambda: [
             speed.sweep_sheet(row, table.baseline, device, args.task, store, **how) for row in rows
         ]
     counts = tuple(cost for row in rows for cost in cost_stages(row))
     timed = speed.jobs(table, rows, device, args.task, args.rows is not None, args.modes, **how)
-    return Listed(device, counts, (speed.ceilings_job(device), *timed)), lambda: [
+    return ListPlan(device, counts, (speed.ceilings_job(device), *timed)), lambda: [
         speed.speed_sheet(table, rows, device, args.task, store, **how)
     ]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from experiments.declared.systems import SYSTEMS, counted
 from experiments.declared.timings import MODES, figure_3, in_mode
-from experiments.engine.jobs.pool import Job
+from experiments.engine.jobs.job import Job
 from experiments.engine.records.store import Record, RecordFolder, Store
 from experiments.engine.reporting.sheet import Cell, Sheet
 from experiments.engine.specs.spec import Backbone, Timing

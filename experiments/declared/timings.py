@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from experiments.engine.jobs.pool import Job, Sweep
+from experiments.engine.jobs.job import Job, Sweep
 from experiments.engine.records.store import Record, RecordFolder, Store
 from experiments.engine.reporting.notes import timing_caveats
 from experiments.engine.reporting.sheet import Cell, Sheet
