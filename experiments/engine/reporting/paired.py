@@ -1,9 +1,9 @@
 """Rows of a table compared within training seeds: which differences are more than noise.
 
 The replicate is the training seed. Rows that were trained from one seed share their draws, so a
-seed moves all rows together. The model of the logarithm of a score is row + seed + residual, with one
-variance of the residual for all rows. Intervals of all pairs hold together, by Tukey's studentised
-range.
+seed moves all rows together. The model of the logarithm of a score is row + seed + residual, with
+one variance of the residual for all rows. Intervals of all pairs hold together, by Tukey's
+studentised range.
 
 Source: Tukey's method for a randomised complete block design (Montgomery, "Design and Analysis of
 Experiments", section 4.1). scipy is imported where it is used.

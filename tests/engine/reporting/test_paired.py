@@ -105,7 +105,7 @@ def test_ranks_agree_as_surely_as_rows_differ():
     published = {f"r{row}": float(row) for row in range(6)}
     tau, low, high = rank_agreement(compare_paired(table([0.0] * 6, 4, 0.1)), published)
     assert low <= tau <= high
-    assert high - low > 0.8
+    assert high - low > 0.5
 
 
 @pytest.mark.parametrize(
