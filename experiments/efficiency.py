@@ -33,7 +33,7 @@ from experiments.engine.cli import (
     open_store,
     run_command,
 )
-from experiments.engine.jobs.plan import Listed, Plan
+from experiments.engine.jobs.plan import ListPlan, Plan
 from experiments.engine.records.store import Store
 from experiments.engine.reporting.efficiency.claims import claims_sheet
 from experiments.engine.reporting.efficiency.counts import counts_sheet
@@ -138,7 +138,7 @@ def _choose(args: argparse.Namespace, device: str, store: Store) -> Work:
     """Return the work that the options ask for."""
     acceleration = Acceleration(**acceleration_flags(args, device))
     if args.counts:
-        return Work(Listed("cpu", _all_costs()), lambda store: [counts_sheet(SYSTEMS, store)])
+        return Work(ListPlan("cpu", _all_costs()), lambda store: [counts_sheet(SYSTEMS, store)])
     if args.claims:
         return _claims(device, store)
     if args.figure:
@@ -163,11 +163,11 @@ def _claims(device: str, store: Store) -> Work:
 
         return [claims_sheet(device, SYSTEMS, stages_of, store)]
 
-    return Work(Listed(device, _all_costs(), speed_claims.jobs(claims, device)), sheets)
+    return Work(ListPlan(device, _all_costs(), speed_claims.jobs(claims, device)), sheets)
 
 
 def _figure_3(device: str, acceleration: Acceleration) -> Work:
-    plan = Listed(device, alone=timings.figure_3_jobs(device, acceleration))
+    plan = ListPlan(device, alone=timings.figure_3_jobs(device, acceleration))
     stages = timings.figure_3(device, acceleration)
     return Work(plan, lambda store: [runtime_sheet(stages, device, store.here, acceleration)])
 
@@ -177,7 +177,7 @@ def _profile(args: argparse.Namespace, device: str) -> Work:
     profiles = timings.profiles(row, device, args.task)
     jobs = (timings.ceilings_job(device), timings.profile_job(row, device, args.task))
     return Work(
-        Listed(device, alone=jobs),
+        ListPlan(device, alone=jobs),
         lambda store: profile_sheets(row.label, profiles, device, args.task, store.here),
     )
 
@@ -190,7 +190,7 @@ def _sweeps(args: argparse.Namespace, device: str, acceleration: Acceleration) -
     ]
     jobs = tuple(job for row in swept for job in timings.sweeps(row))
     return Work(
-        Listed(device, alone=jobs),
+        ListPlan(device, alone=jobs),
         lambda store: [sweep_sheet(row, store.here) for row in swept],
     )
 
@@ -213,7 +213,7 @@ def _table(args: argparse.Namespace, device: str, acceleration: Acceleration) ->
         stages = [stage for stage in stages if stage.precision in args.modes]
     jobs = (timings.ceilings_job(device), *timings.jobs(rows, stages))
     timed = timings.timed_table(table, rows, device, args.task, acceleration)
-    return Work(Listed(device, costs, jobs), lambda store: [speed_sheet(timed, store)])
+    return Work(ListPlan(device, costs, jobs), lambda store: [speed_sheet(timed, store)])
 
 
 if __name__ == "__main__":

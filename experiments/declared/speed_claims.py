@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from experiments.declared.timings import MODES, figure_3, in_mode
-from experiments.engine.jobs.pool import Job
+from experiments.engine.jobs.job import Job
 from experiments.engine.reporting.efficiency.claims import Claim
 from experiments.engine.specs.spec import FACTOR, Backbone, Timing
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from experiments.engine.jobs.pool import Job, Sweep
+from experiments.engine.jobs.job import Job, Sweep
 from experiments.engine.reporting.efficiency.details import SweptRow
 from experiments.engine.reporting.efficiency.speed import (
     AS_PUBLISHED,
