@@ -52,7 +52,9 @@ FLOORS = (  # of experiments/engine, from top to bottom: a file imports its own 
 LIGHT_ENGINE = (
     "cli cluster/client cluster/launch cluster/local cluster/site cluster/slurm cluster/status "
     "cluster/submit data/locate jobs/estimate jobs/job jobs/plan jobs/pool jobs/progress "
-    "jobs/scheduled records/files records/manifest records/store reporting/lookup reporting/notes "
+    "jobs/scheduled records/files records/manifest records/store reporting/efficiency/claims "
+    "reporting/efficiency/counts reporting/efficiency/details reporting/efficiency/speed "
+    "reporting/lookup reporting/notes "
     "reporting/render reporting/sheet reporting/statistics reporting/tables specs/rows specs/spec "
     "runtime/attempts runtime/heartbeat runtime/preemption runtime/progress specs/selection "
     "specs/stages"
