@@ -276,7 +276,7 @@ def _run_steps(args: argparse.Namespace) -> int:
         others[network] = Other(file, constructor)
     if args.rounds < 3 or (args.batch or 1) < 1:
         args.parser.error("--rounds must be at least 3 and --batch at least 1")
-    flags = acceleration_flags(args, args.device)
+    acceleration_flags(args, args.device)
     store = _open_store(args.results)
     require_device(args.device)
     for network in args.networks:
@@ -293,7 +293,7 @@ def _run_steps(args: argparse.Namespace) -> int:
     for mode in args.precision:
         for network in args.networks:
             for task in args.tasks:
-                spec = Steps(network, task, batch, args.device, mode, **flags)
+                spec = Steps(network, task, batch, args.device, mode, args.compile, args.graphs)
                 timed = measure_steps(spec, others.get(network), args.rounds, store, TARGETS)
                 good = good and timed
     return 0 if good else 1

@@ -35,8 +35,8 @@ from experiments.engine.data.locate import (
     require_features,
     vae_source,
 )
-from experiments.engine.jobs.plan import Listed
-from experiments.engine.jobs.pool import Job
+from experiments.engine.jobs.job import Job
+from experiments.engine.jobs.plan import ListPlan
 from experiments.engine.records.manifest import score_name
 from experiments.engine.records.store import REPOSITORY, Store
 from experiments.engine.reporting.lookup import SCORES as CLASSIFIED
@@ -137,7 +137,7 @@ def _main(args: argparse.Namespace, arguments: Sequence[str] | None) -> int:
     store = Store(args.results, REPOSITORY / "results" / "reference")
     job = Job(f"{args.checkpoint.name}, {spec.num} images", (spec,), row=args.backbone)
     outcome = carry_out(
-        Listed(
+        ListPlan(
             device,
             together=(job,),
             resources=resources,
@@ -278,7 +278,7 @@ def _state(spec: Evaluate) -> list[str]:
     """What the run lacks, what of its files it would refuse, and what its record would warn of: each file is opened as the run opens it."""
     import torch
 
-    from experiments.engine.sampling.samples import decoder_warnings, load_decoder
+    from experiments.engine.sampling.networks import decoder_warnings, load_decoder
     from experiments.engine.scoring import inception
     from experiments.engine.scoring.stage import require_reference
 
@@ -296,7 +296,7 @@ def _state(spec: Evaluate) -> list[str]:
         missing += filter(None, [lacking])
         checks += [
             lambda: warnings.extend(
-                decoder_warnings(spec.data, load_decoder(spec.data, torch.device("cpu"))[1])
+                decoder_warnings(spec.data, load_decoder(spec.data, torch.device("cpu")).identity)
             )
         ] * (not lacking)
     unusable = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,9 @@ DATA = Data("random", 32, 4, 1000)
 def measure_checkpoint(backbone: Backbone, device: torch.device) -> None:
     """Time training steps before and during a save, and print the stall."""
     recipe = Recipe(steps=10**6, batch=BATCH[device.type])
-    trainer = Trainer(Train(backbone, DATA, recipe), device)
+    trainer = Trainer(Train(backbone, DATA, recipe), Resources(str(device)))
     steps = trainer.steps(_draw_images())
+    assert isinstance(steps, Generator)
 
     def step() -> None:
         next(steps).item()

@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import backbones.kernels
-from backbones.kernels import use
-from backbones.kernels.op import Op
+from backbones import kernels
 from experiments.engine.benchmarks import kernel_cases
 from experiments.engine.benchmarks.kernel_cases import CASES
 from experiments.engine.benchmarks.spec import Kernel
@@ -77,7 +75,7 @@ def measure_kernels(
     for name in names:
         for mode in modes:
             inputs = _make_inputs(name, mode, setup)
-            op = getattr(backbones.kernels, name)
+            op = getattr(kernels, name)
             with precision(mode, device):
                 results = compare(op, inputs, LIMITS[mode], setup.runs)
             for choice, result in results.items():
@@ -96,7 +94,7 @@ def _make_inputs(name: str, mode: str, setup: Setup) -> list[Tensor]:
     return [x.bfloat16() if x.ndim > 2 and len(x) == setup.batch else x for x in inputs]
 
 
-def compare(op: Op, inputs: list[Tensor], limit: float, runs: int) -> dict[str, Result]:
+def compare(op: kernels.Op, inputs: list[Tensor], limit: float, runs: int) -> dict[str, Result]:
     """Check and time every implementation that takes the inputs and keeps gradients.
 
     Args:
@@ -123,25 +121,27 @@ def compare(op: Op, inputs: list[Tensor], limit: float, runs: int) -> dict[str, 
     return results
 
 
-def _reference_of(op: Op) -> str:
+def _reference_of(op: kernels.Op) -> str:
     return list(op.choices)[-1]
 
 
-def _run_reference(op: Op, inputs: list[Tensor]) -> list[Tensor]:
+def _run_reference(op: kernels.Op, inputs: list[Tensor]) -> list[Tensor]:
     """Return the reference's output and gradients, in float32 or better."""
     exact = [
         x.detach().to(torch.promote_types(x.dtype, torch.float32)).requires_grad_() for x in inputs
     ]
     with (
-        use(**{op.name: _reference_of(op)}),
+        kernels.use(**{op.name: _reference_of(op)}),
         torch.autocast(inputs[0].device.type, enabled=False),
     ):
         return _run_backward(op, exact)
 
 
-def _check(op: Op, choice: str, inputs: list[Tensor], truths: list[Tensor], limit: float) -> Result:
+def _check(
+    op: kernels.Op, choice: str, inputs: list[Tensor], truths: list[Tensor], limit: float
+) -> Result:
     """Compare an implementation's output and gradients with the truth."""
-    with use(**{op.name: choice}):
+    with kernels.use(**{op.name: choice}):
         values = _run_backward(op, inputs)
     errors = [_relative_rms(value, truth) for value, truth in zip(values, truths, strict=True)]
     if (op.name, choice) in ALWAYS_TF32:
@@ -157,7 +157,7 @@ def _check(op: Op, choice: str, inputs: list[Tensor], truths: list[Tensor], limi
 
 
 def _time_in_turn(
-    op: Op, choices: list[str], inputs: list[Tensor], runs: int
+    op: kernels.Op, choices: list[str], inputs: list[Tensor], runs: int
 ) -> dict[str, list[tuple[float, float]]]:
     """Return seconds of forward, and of forward and backward, of each run of each choice."""
     device = inputs[0].device
@@ -165,7 +165,7 @@ def _time_in_turn(
     times: dict[str, list[tuple[float, float]]] = {choice: [] for choice in choices}
     for i in range(runs + 1):
         for choice in choices:
-            with use(**{op.name: choice}):
+            with kernels.use(**{op.name: choice}):
                 forward = time_call(_bind(_run_forward, op, inputs), device, repeats)
                 both = time_call(_bind(_run_backward, op, inputs), device, repeats)
             # The first run warms up.
@@ -175,7 +175,7 @@ def _time_in_turn(
 
 
 def _bind(
-    run: Callable[[Op, list[Tensor]], object], op: Op, inputs: list[Tensor]
+    run: Callable[[kernels.Op, list[Tensor]], object], op: kernels.Op, inputs: list[Tensor]
 ) -> Callable[[], object]:
     return lambda: run(op, inputs)
 
@@ -237,12 +237,12 @@ def record_kernel(
 
 
 @torch.no_grad()
-def _run_forward(op: Op, inputs: Sequence[Tensor]) -> Tensor:
+def _run_forward(op: kernels.Op, inputs: Sequence[Tensor]) -> Tensor:
     """Run as in sampling: nothing is kept for a backward pass."""
     return op(*inputs)
 
 
-def _run_backward(op: Op, inputs: Sequence[Tensor]) -> list[Tensor]:
+def _run_backward(op: kernels.Op, inputs: Sequence[Tensor]) -> list[Tensor]:
     """Return the output, and the gradient of every input from a gradient of ones."""
     out = op(*inputs)
     return [out, *torch.autograd.grad(out, inputs, torch.ones_like(out))]
