@@ -20,7 +20,7 @@ from analysis.tables import agreement as science
 from analysis.tables.pages import folded, origins
 from analysis.tables.paper import SHEETS
 from experiments.declared.protocols import CIFAR10_SMALL, DIGITS
-from experiments.engine.cli import Parser, guarded
+from experiments.engine.cli import Parser, run_command
 from experiments.engine.records.files import written_whole
 from experiments.engine.reporting.render import render
 from experiments.engine.reporting.sheet import Sheet
@@ -43,7 +43,7 @@ SUFFIXES = {"text": "txt", "markdown": "md", "latex": "tex", "csv": "csv", "html
 
 
 def main() -> int:
-    return guarded(_main)
+    return run_command(_main)
 
 
 def _main() -> int:

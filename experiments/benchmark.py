@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.engine.cli import Parser, guarded, require_device
+from experiments.engine.cli import Parser, require_device, run_command
 from experiments.engine.records.store import REPOSITORY, Store, provenance
 
 SCRIPT = REPOSITORY / "experiments" / "ablation.py"
@@ -48,7 +48,7 @@ class Loader:
 
 
 def main() -> int:
-    return guarded(_main)
+    return run_command(_main)
 
 
 def _main() -> int:
@@ -151,9 +151,10 @@ def _checkpoints() -> None:
     import torch
 
     from experiments.engine.data.sets import ImageSet
+    from experiments.engine.runtime.context import Resources
     from experiments.engine.specs.spec import Backbone, Data, Recipe, Train
     from experiments.engine.training.checkpoint import Writer
-    from experiments.engine.training.trainer import Resources, Trainer
+    from experiments.engine.training.trainer import Trainer
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data, batch = Data("random", 32, 4, 1000), 256 if device.type == "cuda" else BATCH
@@ -204,10 +205,10 @@ def _neighbours(spec: Neighbours, store: Store) -> None:
 
     from experiments.engine.numerics.device import describe_device
     from experiments.engine.numerics.precision import read_tf32_flags
-    from experiments.engine.scoring.measure import NEIGHBOURS
     from experiments.engine.scoring.neighbours import (
         ADM_BLOCK,
-        neighbour_shares,
+        NEIGHBOURS,
+        precision_recall,
         precision_recall_half,
     )
     from experiments.engine.timing.stage import time_call
@@ -222,14 +223,14 @@ def _neighbours(spec: Neighbours, store: Store) -> None:
         for n in (spec.reference, spec.samples)
     )
     block = 2000 if spec.arithmetic == "exact" and device.type == "cpu" else ADM_BLOCK
-    shares = neighbour_shares if spec.arithmetic == "exact" else precision_recall_half
+    shares = precision_recall if spec.arithmetic == "exact" else precision_recall_half
     about = (
         provenance() | describe_device(device) | {"precision_flags": read_tf32_flags()}
     )  # before anything is timed: memory is kept from here on
     taken, found = [], ()
     for _ in range(2):
         started = time.perf_counter()
-        found = shares(reference, samples, NEIGHBOURS, block, device)
+        found = shares(samples=samples, reference=reference, block=block, device=device)
         taken.append(time.perf_counter() - started)
     side = min(4096 if device.type == "cuda" else 1024, block)
     square = torch.ones(

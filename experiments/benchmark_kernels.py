@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.engine.cli import Parser, guarded, require_device
+from experiments.engine.cli import Parser, require_device, run_command
 from experiments.engine.records.store import Store, provenance
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Kernel:
 
 
 def main() -> int:
-    return guarded(_main)
+    return run_command(_main)
 
 
 def _main() -> int:

@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.engine.cli import Parser, fast, guarded, require_device
+from experiments.engine.cli import Parser, acceleration_flags, require_device, run_command
 from experiments.engine.records.store import Store, provenance
 from experiments.engine.specs.spec import Backbone, Ceilings, Cost, Timing
 
@@ -73,7 +73,7 @@ class Steps:
 
 
 def main() -> int:
-    return guarded(_main)
+    return run_command(_main)
 
 
 def _main() -> int:
@@ -110,7 +110,7 @@ def _main() -> int:
     others, store = dict(_other(text) for text in args.against), Store(args.results)
     if args.rounds < 3 or (args.batch or 1) < 1:
         parser.error("--rounds must be at least 3 and --batch at least 1")
-    fast(args, args.device)  # refuses graphs on a CPU
+    acceleration_flags(args, args.device)  # refuses graphs on a CPU
     store.check_writable()
     require_device(args.device)
     for name in args.networks:
@@ -236,12 +236,10 @@ def _words(values: dict[str, Any]) -> str:
 def _ceiling(spec: Steps, store: Store) -> dict[str, float]:
     """Multiply-accumulates of a forward pass, by the rule of `efficiency.py --counts`, and the most a second that the device reaches, of its record."""
     from experiments.engine.jobs.execute import execute
+    from experiments.engine.runtime.context import Resources
     from experiments.engine.timing import cost
-    from experiments.engine.training.trainer import Resources
 
-    record = execute(
-        Ceilings(spec.device, spec.precision), store, Resources(spec.device), lambda *progress: None
-    )
+    record = execute(Ceilings(spec.device, spec.precision), store, Resources(spec.device))
     if record.status != "done":
         raise ValueError(f"the device's ceilings could not be measured: {record.error}")
     return {

@@ -35,7 +35,7 @@ from experiments.ablation import TABLE_4
 from experiments.declared.protocols import DIGITS, IMAGENET256
 from experiments.declared.systems import SYSTEMS
 from experiments.declared.timings import figure_3, unfused
-from experiments.engine.records.manifest import clashes
+from experiments.engine.records.comparison import clashes
 from experiments.engine.records.store import Record
 from experiments.engine.reporting.tables import mean_cell
 from experiments.engine.specs.stages import cost_stages, train_stage

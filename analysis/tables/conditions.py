@@ -14,7 +14,8 @@ from experiments.declared.protocols import (
 )
 from experiments.declared.systems import difference
 from experiments.declared.timings import WRITTEN_OUT, unfused
-from experiments.engine.records.manifest import clashes, not_recorded, score_name
+from experiments.engine.records.comparison import clashes, not_recorded
+from experiments.engine.records.manifest import score_name
 from experiments.engine.records.store import Record
 from experiments.engine.reporting.notes import timing_caveats
 from experiments.engine.reporting.sheet import Cell, Sheet

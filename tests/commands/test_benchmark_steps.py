@@ -276,5 +276,5 @@ def test_graphs_on_a_cpu_are_refused_before_anything_is_timed(
     assert benchmark_steps.main() == 2 and not (tmp_path / "results").exists()
     assert (
         capsys.readouterr().err
-        == "error: CUDA graphs need a GPU, and this is for cpu; leave out --graphs\n"
+        == "error: CUDA graphs need a GPU, but this command uses cpu; leave out --graphs\n"
     )

@@ -123,9 +123,7 @@ def frechet_jackknife(blocks: Sequence[Moments], reference: Moments) -> tuple[fl
     """
     sizes = [block.n for block in blocks]
     if len(blocks) < 2 or min(sizes) < 1:
-        raise ValueError(
-            f"the jackknife needs at least 2 blocks with samples, got counts {sizes}"
-        )
+        raise ValueError(f"the jackknife needs at least 2 blocks with samples, got counts {sizes}")
     whole = frechet(reduce(add, blocks), reference)
     deleted = [
         frechet(reduce(add, [*blocks[:j], *blocks[j + 1 :]]), reference) for j in range(len(blocks))

@@ -11,9 +11,8 @@ from typing import Protocol
 import numpy as np
 from numpy import ndarray
 
-from experiments.engine.runtime.group import Group
-from experiments.engine.runtime.heartbeat import Heartbeat
-from experiments.engine.runtime.pieces import Result, results
+from experiments.engine.runtime.context import RunContext
+from experiments.engine.runtime.pieces import Arrays, compute_pieces
 from experiments.engine.scoring.inception import BATCH, Inception
 
 # Grey levels that real images have at least. Images in [0, 1] or [-1, 1] that are cast to uint8
@@ -65,9 +64,8 @@ def measure(inception: Inception, batches: Iterable[ndarray]) -> Measured:
 def measure_shared(
     inception: Inception,
     images: Readable,
-    group: Group,
     folder: Path,
-    beat: Heartbeat | None = None,
+    context: RunContext,
 ) -> Measured | None:
     """Return the features on the first rank and None on the others, which take their share.
 
@@ -76,17 +74,17 @@ def measure_shared(
     Args:
         inception: the network.
         images: what is measured.
-        group: the ranks that share the work.
         folder: where the pieces wait until all are there; the caller removes it.
-        beat: hears of the progress.
+        context: whose group shares the work.
     """
 
-    def measure_piece(number: int) -> Result:
+    def measure_piece(number: int) -> Arrays:
         stop = min((number + 1) * PIECE, len(images))
         return _measure_piece(inception, [images.part(number * PIECE, stop)])
 
-    pieces = list(results(group, folder, math.ceil(len(images) / PIECE), measure_piece, beat))
-    return _join(pieces) if group.first else None
+    num_pieces = math.ceil(len(images) / PIECE)
+    pieces = list(compute_pieces(context, folder, num_pieces, measure_piece))
+    return _join(pieces) if context.group.first else None
 
 
 class _Watcher:
@@ -105,8 +103,8 @@ class _Watcher:
             yield batch
 
 
-def _measure_piece(inception: Inception, batches: Iterable[ndarray]) -> Result:
-    """Return the layers of some images, with what their check needs, in a form that a file holds."""
+def _measure_piece(inception: Inception, batches: Iterable[ndarray]) -> Arrays:
+    """Return the layers of some images, and what their check needs, as arrays."""
     watcher = _Watcher()
     batch_features = list(inception.features(watcher.watch(batches)))
     if not batch_features:
@@ -118,7 +116,7 @@ def _measure_piece(inception: Inception, batches: Iterable[ndarray]) -> Result:
     }
 
 
-def _join(pieces: list[Result]) -> Measured:
+def _join(pieces: list[Arrays]) -> Measured:
     levels = np.flatnonzero(np.any([piece["levels"] for piece in pieces], axis=0))
     if len(levels) < MIN_LEVELS:
         raise ValueError(

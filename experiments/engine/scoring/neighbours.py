@@ -66,9 +66,7 @@ def precision_recall(
     device: torch.device | str = "cpu",
 ) -> tuple[float, float]:
     """Return precision and recall of `neighbour_shares`."""
-    shares = neighbour_shares(
-        samples=samples, reference=reference, k=k, block=block, device=device
-    )
+    shares = neighbour_shares(samples=samples, reference=reference, k=k, block=block, device=device)
     return shares.precision, shares.recall
 
 

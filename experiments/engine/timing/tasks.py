@@ -22,7 +22,7 @@ from experiments.engine.data.sets import ImageSet
 from experiments.engine.diffusion.build import build_diffusion
 from experiments.engine.diffusion.cascade import condition_on_low_res
 from experiments.engine.diffusion.guidance import Guided
-from experiments.engine.diffusion.samplers import ancestral
+from experiments.engine.diffusion.samplers import Ancestral
 from experiments.engine.numerics.cuda_graphs import (
     SharedGraph,
     accelerate,
@@ -139,13 +139,8 @@ def build_sampling(
 
     @torch.inference_mode()
     def sample() -> Tensor:
-        for images in ancestral(
-            steps,
-            guided,
-            y,
-            ImageNoise(range(len(x)), (data.channels, data.size, data.size), device),
-            launch=launch,
-        ):
+        noise = ImageNoise(range(len(x)), (data.channels, data.size, data.size), device)
+        for images in Ancestral(steps, launch=launch)(guided, y, noise):
             pass
         return images
 

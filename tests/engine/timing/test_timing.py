@@ -19,6 +19,7 @@ from experiments.engine.jobs.execute import execute
 from experiments.engine.numerics import cuda_graphs as capture
 from experiments.engine.numerics.precision import precision, read_tf32_flags
 from experiments.engine.records.store import Store
+from experiments.engine.runtime.context import Resources
 from experiments.engine.specs.spec import Backbone, Ceilings, Cost, Recipe, Timing, Train
 from experiments.engine.timing import cost
 from experiments.engine.timing import profile as ceilings
@@ -26,7 +27,6 @@ from experiments.engine.timing import stage as timing
 from experiments.engine.timing import tasks as timed_tasks
 from experiments.engine.timing.tasks import Task
 from experiments.engine.training import trainer as train
-from experiments.engine.training.trainer import Resources
 from tests.support.trainings import DIGITS
 
 DIT = Backbone("dit_s_2", dict(depth=1, dim=24, heads=3))
@@ -158,7 +158,7 @@ def test_a_timing_leaves_no_trace(choice: str, nearly: str):
 
 def test_a_record_names_the_kernels_that_were_timed(tmp_path: Path):
     for forced, used in (({}, ["sdpa"]), ({"attention": "reference"}, ["reference"])):
-        record = execute(spec(kernels=forced), Store(tmp_path), Resources(), lambda *progress: None)
+        record = execute(spec(kernels=forced), Store(tmp_path), Resources())
         assert record.status == "done" and record.provenance["kernels"]["attention"] == used
 
 
@@ -183,15 +183,13 @@ def test_a_record_names_the_kernels_of_the_compiled_graph(
         }
         | attention.choices,
     )
-    record = execute(stage, Store(tmp_path), Resources(compile=True), lambda *progress: None)
+    record = execute(stage, Store(tmp_path), Resources(compile=True))
     assert record.status == "done", record.error
     assert record.provenance["kernels"]["attention"] == ["compiled"]
 
 
 def test_a_refusal_is_a_failed_record(tmp_path: Path, nearly: str):
-    record = execute(
-        spec(kernels={"attention": nearly}), Store(tmp_path), Resources(), lambda *progress: None
-    )
+    record = execute(spec(kernels={"attention": nearly}), Store(tmp_path), Resources())
     assert (record.status, record.values) == ("failed", {}) and record.error.startswith(
         "ValueError: dit_s_2 with kernels"
     )
