@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.claims.judge import claims_sheet
-from analysis.figures import own as figures_efficiency
-from analysis.figures import paper as figures
-from analysis.figures import probes as figures_probes
+from analysis.figures.catalogue import FIGURES
 from analysis.figures.style import save
 from analysis.query import ReferenceStore
 from analysis.tables import agreement as science
@@ -26,19 +24,6 @@ from experiments.engine.reporting.render import render
 from experiments.engine.reporting.sheet import Sheet
 from experiments.engine.specs.stages import Protocol
 
-FIGURES = {  # a figure's function takes the sources; its docstring is the caption
-    "figure2_fid_throughput": figures.fid_against_throughput,
-    "figure3_runtime": figures.runtime,
-    "figure8_scores_over_training": figures.scores_over_training,
-    "figure9_losses": figures.losses,
-    "table3_score_speed": figures_efficiency.table3_score_speed,
-    "table4_score_speed": figures_efficiency.table4_score_speed,
-    "seed_spread": figures_efficiency.seed_spread,
-    "training_efficiency": figures_efficiency.training_efficiency,
-    "pareto": figures_efficiency.pareto,
-    "numeric_modes": figures_efficiency.numeric_modes,
-    **figures_probes.FIGURES,
-}
 SUFFIXES = {"text": "txt", "markdown": "md", "latex": "tex", "csv": "csv", "html": "html"}
 
 

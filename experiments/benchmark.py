@@ -164,7 +164,8 @@ def _checkpoints() -> None:
         drawn.integers(1000, size=512),
         data,
     )
-    trainer = Trainer(Train(Backbone("dico_s"), data, Recipe(steps=10**6, batch=batch)), device)
+    spec = Train(Backbone("dico_s"), data, Recipe(steps=10**6, batch=batch))
+    trainer = Trainer(spec, Resources(str(device)))
     stepping = trainer.steps(images)
     with tempfile.TemporaryDirectory() as folder, Writer(Path(folder)) as writer:
         next(stepping).item()
@@ -211,7 +212,7 @@ def _neighbours(spec: Neighbours, store: Store) -> None:
         precision_recall,
         precision_recall_half,
     )
-    from experiments.engine.timing.stage import time_call
+    from experiments.engine.timing.clock import time_call
 
     if spec.samples <= NEIGHBOURS or spec.reference <= NEIGHBOURS or spec.dim < 1:
         raise ValueError(

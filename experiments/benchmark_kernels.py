@@ -111,10 +111,10 @@ def run(
     import backbones.kernels
     from experiments.engine.numerics.device import keep_memory
     from experiments.engine.numerics.precision import precision
-    from experiments.engine.timing.profile import copy_rates
+    from experiments.engine.timing.ceilings import measure_copy_rates
 
     keep_memory()
-    copied, good = max(copy_rates(torch.device(device))), True
+    copied, good = max(measure_copy_rates(torch.device(device))), True
     print(
         f"T = {TOKENS}, D = {DIM}, batch {batch}, {device}, {torch.get_num_threads()} threads, median of {runs} runs; a copy moves {copied / 1e9:.1f} GB/s"
     )

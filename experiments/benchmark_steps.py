@@ -151,7 +151,7 @@ def measure(spec: Steps, other: tuple[Path, str] | None, rounds: int, store: Sto
 
     from experiments.engine.numerics.device import describe_device
     from experiments.engine.numerics.precision import read_tf32_flags
-    from experiments.engine.timing.stage import free_memory
+    from experiments.engine.timing.clock import free_memory
 
     device = torch.device(spec.device)
     if other:
@@ -251,7 +251,8 @@ def _ceiling(spec: Steps, store: Store) -> dict[str, float]:
 def _refusal(spec: Steps, device: torch.device) -> str | None:
     """Why `ours` must not be timed, in words."""
     from experiments.engine.numerics.precision import precision
-    from experiments.engine.timing.stage import check_against_reference, free_memory
+    from experiments.engine.timing.check import check_against_reference
+    from experiments.engine.timing.clock import free_memory
 
     try:
         with precision(spec.precision, device):
@@ -282,7 +283,7 @@ def _compare(
 
     from backbones import kernels
     from experiments.engine.numerics.precision import precision, read_tf32_flags
-    from experiments.engine.timing.stage import half_interquartile_range, time_call
+    from experiments.engine.timing.clock import half_interquartile_range, time_call
 
     with precision(spec.precision, device):
         tasks = _tasks(spec, _load(*other) if other else None, device)
@@ -331,8 +332,9 @@ def _load(file: Path, constructor: str) -> nn.Module:
 
 
 def _tasks(spec: Steps, other: nn.Module | None, device: Any) -> dict[str, Callable[[], Any]]:
+    from experiments.engine.timing.networks import draw_network, size_backbone
     from experiments.engine.timing.plain_steps import bare_training, plain_sampling, plain_training
-    from experiments.engine.timing.tasks import build_task, draw_network, size_backbone
+    from experiments.engine.timing.tasks import build_task
 
     network, timed = _timing(spec)
     tasks = {"ours": build_task(network, timed, device)}
@@ -340,12 +342,15 @@ def _tasks(spec: Steps, other: nn.Module | None, device: Any) -> dict[str, Calla
         spec.compile or spec.graphs
     ):  # an eager loop beside another network's kernels or launches says nothing
         tasks["bare"] = bare_training(draw_network(size_backbone(network), device), spec.batch)
-    loop = plain_training if spec.what == "training" else plain_sampling
+
+    def loop(model: nn.Module) -> Callable[[], None]:
+        if spec.what == "training":
+            return plain_training(model, spec.batch)
+        return plain_sampling(model, spec.batch, SAMPLED[spec.device])
+
     if other is not None:
-        tasks["plain"] = loop(
-            draw_network(size_backbone(network), device), spec.batch, SAMPLED[spec.device]
-        )
-        tasks["theirs"] = loop(other.to(device), spec.batch, SAMPLED[spec.device])
+        tasks["plain"] = loop(draw_network(size_backbone(network), device))
+        tasks["theirs"] = loop(other.to(device))
     return tasks
 
 

@@ -213,8 +213,8 @@ def _score_images(images: ImageFile, scorer: Scorer, record: Path | None) -> Mea
         write_record(record, _record_of(images, values, identity, scorer.device))
 
     shown = dict(values)
-    if images.made and "nfe" in images.made:
-        shown["nfe"] = images.made["nfe"]
+    if images.origin and "nfe" in images.origin:
+        shown["nfe"] = images.origin["nfe"]
     print(_text_of_scores(images.path.name, shown, scorer.against.name))
     return measured
 
@@ -248,13 +248,13 @@ def _record_of(
 
     # No spec names the samples, so the record is named by its manifest.
     samples = {"name": images.path.name, "sha256": file_sha256(images.path)}
-    manifest = samples_manifest(images.made or {}, {"samples": samples}, measure)
+    manifest = samples_manifest(images.origin or {}, {"samples": samples}, measure)
     text = json.dumps(manifest, sort_keys=True)
     return Record(
         hashlib.sha256(text.encode()).hexdigest()[:16],
         SCORES,
         "done",
-        values | {"made": images.made, "manifest": manifest},
+        values | {"made": images.origin, "manifest": manifest},
         provenance()
         | {
             "torch": torch.__version__,
@@ -273,7 +273,7 @@ def _common_order(a: ImageFile, b: ImageFile) -> tuple[ndarray, ndarray]:
         ValueError: unless both come from the same seeds and labels.
     """
     for images in (a, b):
-        seeded = images.made is not None and images.made.get("seed") is not None
+        seeded = images.origin is not None and images.origin.get("seed") is not None
         if images.index is None or images.labels is None or not seeded:
             raise ValueError(
                 f"{images.path.name} does not say from which seeds it was made; "
@@ -297,17 +297,17 @@ def _are_of_common_seeds(a: ImageFile, b: ImageFile, rows_a: ndarray, rows_b: nd
     """Return whether two files were made from the same seeds and labels, in these orders."""
     import numpy as np
 
-    assert a.made and b.made and a.index is not None and b.index is not None
+    assert a.origin and b.origin and a.index is not None and b.index is not None
     assert a.labels is not None and b.labels is not None
     return (
-        a.made["seed"] == b.made["seed"]
+        a.origin["seed"] == b.origin["seed"]
         and np.array_equal(a.index[rows_a], b.index[rows_b])
         and np.array_equal(a.labels[rows_a], b.labels[rows_b])
     )
 
 
 def _is_balanced(images: ImageFile) -> bool:
-    return images.made is not None and images.made.get("labels") == "balanced"
+    return images.origin is not None and images.origin.get("labels") == "balanced"
 
 
 def _text_of_scores(name: str, values: dict[str, Any], reference: str) -> str:

@@ -46,8 +46,8 @@ from experiments.engine.data.locate import (
     require_features,
     vae_source,
 )
-from experiments.engine.jobs.plan import Listed
-from experiments.engine.jobs.pool import Job
+from experiments.engine.jobs.job import Job
+from experiments.engine.jobs.plan import ListPlan
 from experiments.engine.records.store import REPOSITORY, Store
 from experiments.engine.specs.spec import FACTOR, Evaluate, is_latent, spec_id
 from experiments.main_results import TABLES
@@ -121,7 +121,7 @@ def _evaluate(args: argparse.Namespace, arguments: Sequence[str] | None) -> int:
     # Run, print or submit it, as the options say.
     store = Store(args.results, REPOSITORY / "results" / "reference")
     job = Job(f"{args.checkpoint.name}, {spec.num} images", (spec,), row=args.backbone)
-    plan = Listed(device, together=(job,), resources=resources, seconds=seconds)
+    plan = ListPlan(device, together=(job,), resources=resources, seconds=seconds)
     outcome = carry_out(plan, args, store, arguments, lambda: require_features(spec))
     if outcome is Outcome.DONE:
         _print_scores(args, spec, key, store)
@@ -206,10 +206,10 @@ def _feature_checks(spec: Evaluate) -> list[Callable[[], object]]:
 def _decoder_warnings(spec: Evaluate) -> list[str]:
     import torch
 
-    from experiments.engine.sampling.samples import decoder_warnings, load_decoder
+    from experiments.engine.sampling.networks import decoder_warnings, load_decoder
 
-    _, decoder = load_decoder(spec.data, torch.device("cpu"))
-    return decoder_warnings(spec.data, decoder)
+    decoder = load_decoder(spec.data, torch.device("cpu"))
+    return decoder_warnings(spec.data, decoder.identity)
 
 
 def _estimate(spec: Evaluate, model: nn.Module, args: argparse.Namespace, device: str) -> Estimate:

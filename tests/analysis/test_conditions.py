@@ -11,8 +11,10 @@ import pytest
 from matplotlib.collections import PathCollection
 
 from analysis.claims.judge import judge
-from analysis.figures import own as figures_efficiency
-from analysis.figures import paper as figures
+from analysis.figures.modes import numeric_modes
+from analysis.figures.runtime import runtime
+from analysis.figures.throughput import fid_against_throughput
+from analysis.figures.training import scores_over_training
 from analysis.query import ReferenceStore, at_one_batch, gpu_timings
 from analysis.tables.conditions import progress_row, stopped
 from analysis.tables.paper import SHEETS
@@ -270,7 +272,7 @@ def test_the_speed_up_by_numeric_mode_is_of_one_batch(tmp_path: Path):
         ("dit_xl_2", 128, 100.0),
     ):
         timed(store, name, 32, batch, rate)
-    _, right = figures_efficiency.numeric_modes(sources(store)).axes
+    _, right = numeric_modes(sources(store)).axes
     assert rates(right) == [3.0] and [
         "batch 16" in label.get_text() for label in right.get_yticklabels()
     ] == [True]
@@ -283,7 +285,7 @@ def test_our_runtimes_in_figure_3_are_of_one_batch_and_say_what_ran_unfused(tmp_
     timed(store, "dit_xl_2", 64, 16, 10.0)
     timed(store, "dis_h_2", 64, 16, 5.0, selective_scan=["loop"])
     timed(store, "dim_h", 64, 32, 5.0)
-    made = figures.runtime(sources(store))
+    made = runtime(sources(store))
     left = made.axes[0]
     assert sorted(float(x) for line in left.lines for x in line.get_xdata()) == [25.0, 100.0, 200.0]
     assert [text.get_text() for text in left.get_legend().get_texts()] == [
@@ -308,7 +310,7 @@ def test_figure_3_draws_our_model_sizes_on_a_gpu_else_on_a_cpu(tmp_path: Path):
         SPEED | {"images_per_s": 2.0},
         PROVENANCE | {"device": "cpu", "cpu": "a CPU"},
     )
-    axes = figures.runtime(sources(store)).axes[2]
+    axes = runtime(sources(store)).axes[2]
     assert axes.get_xlabel() == "model size (fp32, a CPU, batch 1)" and axes.lines[
         1
     ].get_ydata().tolist() == [500.0]
@@ -325,7 +327,7 @@ def test_figure_3_draws_our_model_sizes_on_a_gpu_else_on_a_cpu(tmp_path: Path):
             SPEED | {"images_per_s": rate},
             PROVENANCE | {"kernels": kernels},
         )
-    made = figures.runtime(sources(store))
+    made = runtime(sources(store))
     drawn = {
         line.get_label(): (list(line.get_xdata(orig=True)), line.get_ydata().tolist())
         for line in made.axes[2].lines[1:]
@@ -353,10 +355,8 @@ def test_figure_2_draws_ours_where_a_network_has_score_and_timing(tmp_path: Path
     for name in ("dit_s_2", "dico_s", "dico_b", "dico_l"):
         timed(store, name, 32, 64, 1000.0)
     shutil.copytree(REPOSITORY / "results" / "reference" / "cost", store.root / "records" / "cost")
-    published = len(
-        figures.fid_against_throughput(ReferenceStore(tmp_path / "none")).axes[0].collections
-    )
-    made = figures.fid_against_throughput(sources(store))
+    published = len(fid_against_throughput(ReferenceStore(tmp_path / "none")).axes[0].collections)
+    made = fid_against_throughput(sources(store))
     (axes,) = made.axes
     ours = [
         mark for mark in axes.collections[published:] if isinstance(mark, PathCollection)
@@ -384,8 +384,8 @@ def test_figure_8_draws_our_scores_over_training(tmp_path: Path):
     ):
         scored(store, progress_row("DiCo-S"), stopped(steps), fid, quantiser)
     bare, drawn = (
-        figures.scores_over_training(ReferenceStore(tmp_path / "none")),
-        figures.scores_over_training(sources(store)),
+        scores_over_training(ReferenceStore(tmp_path / "none")),
+        scores_over_training(sources(store)),
     )
     assert [len(axes.lines) for axes in bare.axes] == [4] * 5 + [0] and [
         len(axes.lines) for axes in drawn.axes

@@ -17,8 +17,7 @@ from experiments import benchmark_steps
 from experiments.benchmark_steps import Steps, measure
 from experiments.engine.records.store import Record, Store
 from experiments.engine.specs.spec import Backbone, Ceilings, Cost
-from experiments.engine.timing import cost
-from experiments.engine.timing import profile as ceilings
+from experiments.engine.timing import ceilings, cost, networks
 from experiments.engine.timing import tasks as timed_tasks
 
 OTHER = (
@@ -29,7 +28,8 @@ OTHER = (
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = backbones.build("dit_s_2", dim=24, depth=1, heads=3)
-    monkeypatch.setattr(timed_tasks, "draw_network", lambda spec, device: copy.deepcopy(drawn))
+    for module in (networks, timed_tasks):
+        monkeypatch.setattr(module, "draw_network", lambda spec, device: copy.deepcopy(drawn))
     monkeypatch.setitem(ceilings.SIDES, "cpu", (64,))
     monkeypatch.setitem(ceilings.COPIED, "cpu", 2**16)
 

@@ -29,7 +29,8 @@ from experiments.engine.diffusion.samplers import bind_sampler
 from experiments.engine.numerics.weights import digest
 from experiments.engine.records.store import Store
 from experiments.engine.reporting.tables import main_sheet
-from experiments.engine.sampling.generate import CountingModel, generate_images
+from experiments.engine.sampling.counting import CountingModel
+from experiments.engine.sampling.generate import generate_images
 from experiments.engine.specs.rows import Method, Row, Table
 from experiments.engine.specs.spec import Cost, Data, Train, spec_id
 from experiments.engine.specs.stages import (
@@ -195,10 +196,7 @@ def test_every_family_trains_and_samples_on_digits(row: Row):
     stage, networks = evaluate_stage(row, DIGITS, 0), {}
     for name in ("train", "classifier", "upsampler"):
         if training := getattr(stage, name):
-            trainer = Trainer(
-                replace(training, recipe=replace(training.recipe, steps=2, batch=4)),
-                torch.device("cpu"),
-            )
+            trainer = Trainer(replace(training, recipe=replace(training.recipe, steps=2, batch=4)))
             before = digest(trainer.model)
             losses = [loss.item() for loss in trainer.steps(load_data(training.data))]
             assert (

@@ -33,7 +33,7 @@ from experiments.engine.runtime.progress import Report, ignore_progress
 from experiments.engine.sampling.generate import can_capture_steps
 from experiments.engine.scoring import stage as evaluate
 from experiments.engine.specs.spec import Ceilings, Evaluate, Profile, Stage, Timing, Train
-from experiments.engine.timing import cost
+from experiments.engine.timing import ceilings, cost
 from experiments.engine.timing import profile as profiling
 from experiments.engine.timing import stage as timing
 from experiments.engine.training.stage import run_training
@@ -279,7 +279,7 @@ def _run_stage(spec: Stage, store: Store, context: RunContext) -> dict[str, Any]
     if isinstance(spec, Profile):
         return profiling.profile_task(spec, context.folder)
     if isinstance(spec, Ceilings):
-        return profiling.measure_ceilings(spec)
+        return ceilings.measure_ceilings(spec)
     if isinstance(spec, Timing):
         return timing.measure_speed(spec)
     return cost.count_backbone(spec)

@@ -5,9 +5,9 @@ two trainings is a difference of the networks and not of their draws. Every para
 family's own distribution: the constructor runs unchanged, and only the source of its random numbers
 is replaced.
 
-The numbers of a tensor are nested. A wider layer holds the narrower layer's numbers in its first rows
-and columns, and a larger odd kernel holds the smaller kernel's numbers in its middle. Both are scaled
-by what the constructor asks for, such as a bound that depends on the number of inputs.
+The numbers of a tensor are nested. A wider layer holds the narrower layer's numbers in its first
+rows and columns, and a larger odd kernel holds the smaller kernel's numbers in its middle. Both are
+scaled by what the constructor asks for, such as a bound that depends on the number of inputs.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def build_by_name(
 ) -> nn.Module:
     """Build a network whose random parameters are drawn by (seed, name), each from its own stream.
 
-    The constructor runs twice: first to learn which draw ends in which parameter, then with the draws
-    replaced. `shared_name` maps a parameter's name to the name that other families know it by.
+    The constructor runs twice: first to learn which draw ends in which parameter, then with the
+    draws replaced. `shared_name` maps a parameter's name to the name that other families know.
 
     Raises ValueError if a parameter comes from a random operator that cannot be drawn by name.
     """
@@ -57,7 +57,7 @@ def nested_numbers(key: str, shape: tuple[int, ...], distribution: str) -> NDArr
 
     Args:
         key: names the stream.
-        shape: of the tensor. The last two of four dimensions are a kernel if they are equal and odd.
+        shape: of the tensor. The last two of four dimensions are a kernel if equal and odd.
             Kernels are nested about their middle, other dimensions from the front.
         distribution: "uniform" or "normal".
     """

@@ -19,8 +19,10 @@ from experiments.engine.data.sets import ImageSet, load_cifar10, load_data
 from experiments.engine.numerics.weights import digest
 from experiments.engine.runtime.context import RunContext
 from experiments.engine.runtime.pieces import Arrays, compute_pieces
-from experiments.engine.sampling.generate import CountingModel, can_capture_steps, generate_images
-from experiments.engine.sampling.samples import QUANTISER, load_networks
+from experiments.engine.sampling.counting import CountingModel
+from experiments.engine.sampling.generate import can_capture_steps, generate_images
+from experiments.engine.sampling.networks import load_networks
+from experiments.engine.sampling.samples import QUANTISER
 from experiments.engine.scoring.features import (
     Identity,
     cifar_classifier,
@@ -84,7 +86,7 @@ def score_classified(spec: Evaluate, cache: Path, context: RunContext) -> Scored
     device = context.device
     batch = BATCH_ON_CPU if device.type == "cpu" else context.resources.sample_batch
     classifier = _load_classifier(spec, cache)
-    network, key = load_networks(spec, context.folder, context.resources)
+    network, key = load_networks(spec, context)
 
     # The pieces wait in a folder that names all that decides them.
     weights = digest(network)
@@ -135,7 +137,7 @@ def _draw_samples(
     # Batches are cut as one process would cut them, so that no number depends on the group.
     num_batches = math.ceil(spec.num / batch)
     batches = list(compute_pieces(context, folder, num_batches, draw_batch))
-    counting.forget()
+    counting.release_graphs()
     if not context.group.first:
         return None
 

@@ -28,7 +28,7 @@ class Readable(Protocol):
 
     def __len__(self) -> int: ...
 
-    def part(self, start: int, stop: int) -> ndarray:
+    def read(self, start: int, stop: int) -> ndarray:
         """Return images start to stop - 1, uint8 (stop - start, H, W, 3)."""
         ...
 
@@ -80,7 +80,7 @@ def measure_shared(
 
     def measure_piece(number: int) -> Arrays:
         stop = min((number + 1) * PIECE, len(images))
-        return _measure_piece(inception, [images.part(number * PIECE, stop)])
+        return _measure_piece(inception, [images.read(number * PIECE, stop)])
 
     num_pieces = math.ceil(len(images) / PIECE)
     pieces = list(compute_pieces(context, folder, num_pieces, measure_piece))

@@ -22,10 +22,10 @@ from experiments.engine.data.sets import ImageSet, load_data
 from experiments.engine.numerics.precision import precision, read_tf32_flags
 from experiments.engine.records.manifest import manifest
 from experiments.engine.runtime.context import RunContext
+from experiments.engine.sampling.networks import decoder_warnings
 from experiments.engine.sampling.samples import (
     ORDER,
     QUANTISER,
-    decoder_warnings,
     generate_samples,
     sampling_batch,
 )
@@ -115,7 +115,7 @@ def _score_inception(spec: Evaluate, context: RunContext) -> Scored | None:
 
     # Features wait in a folder that names the weights and the extractor.
     samples = generate_samples(spec, context)
-    name = f"measured-{samples.made['network']}-{extractor.sha256[:16]}"
+    name = f"measured-{samples.origin['network']}-{extractor.sha256[:16]}"
     parts = context.folder_of(spec) / name
     measured = measure_shared(extractor, samples, parts / "samples", context)
     reference = _measure_reference(spec.data, extractor, parts, context)
@@ -129,11 +129,11 @@ def _score_inception(spec: Evaluate, context: RunContext) -> Scored | None:
         balanced=spec.labels == "balanced",
         device=context.device,
     )
-    values["warnings"] += decoder_warnings(spec.data, samples.made["decoder"])
+    values["warnings"] += decoder_warnings(spec.data, samples.origin["decoder"])
     values["nfe"] = samples.nfe
     shutil.rmtree(parts, ignore_errors=True)
     measure = {
-        "decoder": samples.made["decoder"],
+        "decoder": samples.origin["decoder"],
         "quantiser": QUANTISER,
         "image": {"size": samples.shape[1], "format": "uint8"},
         "labels": {"histogram_sha256": label_histogram(samples.labels), "order": ORDER},
@@ -141,8 +141,8 @@ def _score_inception(spec: Evaluate, context: RunContext) -> Scored | None:
     }
     return Scored(
         values,
-        samples.made["network"],
-        samples.made["key"],
+        samples.origin["network"],
+        samples.origin["key"],
         sampling_batch(context.device, context.resources.sample_batch),
         measure,
     )
@@ -157,7 +157,7 @@ class _GreyLevels:
     def __len__(self) -> int:
         return len(self.images)
 
-    def part(self, start: int, stop: int) -> ndarray:
+    def read(self, start: int, stop: int) -> ndarray:
         """Return images start to stop - 1, uint8 (stop - start, H, W, 3)."""
         pixels, _ = self.images.take(torch.arange(start, stop))  # (n, 3, H, W)
         return to_uint8(pixels).permute(0, 2, 3, 1).contiguous().numpy()
@@ -166,7 +166,7 @@ class _GreyLevels:
         """Return the SHA-256 of all grey levels."""
         total = hashlib.sha256()
         for start in range(0, len(self), PIECE):
-            total.update(self.part(start, min(start + PIECE, len(self))).tobytes())
+            total.update(self.read(start, min(start + PIECE, len(self))).tobytes())
         return total.hexdigest()
 
 

@@ -366,7 +366,7 @@ def test_the_trainer_sees_the_set_as_it_is_drawn(
         "losses",
         lambda self, model, x0, *rest: (seen.append(x0), losses(self, model, x0, *rest))[1],
     )
-    assert all(loss.isfinite() for loss in Trainer(spec, torch.device("cpu")).steps(found))
+    assert all(loss.isfinite() for loss in Trainer(spec).steps(found))
     order = torch.cat([batch_indices(12, 8, 5, step) for step in range(3)])
     assert torch.equal(torch.cat(seen), found.take(order, 5, torch.arange(24))[0])
 

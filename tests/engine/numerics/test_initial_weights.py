@@ -1,4 +1,4 @@
-"""Weights drawn by name are equal where names are, nested where sizes differ, and the family's own."""
+"""Weights drawn by name are equal where names are, nested over sizes, and the family's own."""
 
 from __future__ import annotations
 
