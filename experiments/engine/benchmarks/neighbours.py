@@ -9,9 +9,9 @@ from experiments.engine.benchmarks.spec import Neighbours
 from experiments.engine.numerics.device import describe_device
 from experiments.engine.numerics.precision import read_tf32_flags
 from experiments.engine.records.store import Store, provenance
-from experiments.engine.scoring.measure import NEIGHBOURS
 from experiments.engine.scoring.neighbours import (
     ADM_BLOCK,
+    NEIGHBOURS,
     neighbour_shares,
     precision_recall_half,
 )
