@@ -11,12 +11,12 @@ from experiments.engine.data.image_files import (
     POOL,
     SPATIAL,
     ImageFile,
-    _names,
-    _opened,
-    _small,
+    array_names,
     file_sha256,
     has_images,
     name_in_errors,
+    open_archive,
+    read_small_array,
 )
 from experiments.engine.scoring.inception import BATCH, Inception
 from experiments.engine.scoring.measure import NEIGHBOURS, Measured, blocks_sum, measure
@@ -108,8 +108,8 @@ def statistics(path: Path) -> dict[str, Moments]:
     Their count is not in the file.
     """
     found = {}
-    with _opened(path) as archive:
-        names = _names(archive)
+    with open_archive(path) as archive:
+        names = array_names(archive)
         for layer, mean, cov, dim in (
             ("pool", "mu", "sigma", POOL),
             ("spatial", "mu_s", "sigma_s", SPATIAL),
@@ -118,8 +118,8 @@ def statistics(path: Path) -> dict[str, Moments]:
                 raise ValueError(f"{path.name}: holds only one of {mean} and {cov}")
             if mean in names:
                 found[layer] = Moments.known(
-                    _small(path, archive, mean, "f", (dim,)).astype(float),
-                    _small(path, archive, cov, "f", (dim, dim)).astype(float),
+                    read_small_array(path, archive, mean, "f", (dim,)).astype(float),
+                    read_small_array(path, archive, cov, "f", (dim, dim)).astype(float),
                 )
                 matrix = found[layer].cov
                 if not (np.isfinite(found[layer].mean).all() and np.isfinite(matrix).all()):
