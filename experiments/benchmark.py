@@ -206,10 +206,10 @@ def _neighbours(spec: Neighbours, store: Store) -> None:
 
     from experiments.engine.numerics.device import describe_device
     from experiments.engine.numerics.precision import read_tf32_flags
-    from experiments.engine.scoring.measure import NEIGHBOURS
     from experiments.engine.scoring.neighbours import (
         ADM_BLOCK,
-        neighbour_shares,
+        NEIGHBOURS,
+        precision_recall,
         precision_recall_half,
     )
     from experiments.engine.timing.clock import time_call
@@ -224,14 +224,14 @@ def _neighbours(spec: Neighbours, store: Store) -> None:
         for n in (spec.reference, spec.samples)
     )
     block = 2000 if spec.arithmetic == "exact" and device.type == "cpu" else ADM_BLOCK
-    shares = neighbour_shares if spec.arithmetic == "exact" else precision_recall_half
+    shares = precision_recall if spec.arithmetic == "exact" else precision_recall_half
     about = (
         provenance() | describe_device(device) | {"precision_flags": read_tf32_flags()}
     )  # before anything is timed: memory is kept from here on
     taken, found = [], ()
     for _ in range(2):
         started = time.perf_counter()
-        found = shares(reference, samples, NEIGHBOURS, block, device)
+        found = shares(samples=samples, reference=reference, block=block, device=device)
         taken.append(time.perf_counter() - started)
     side = min(4096 if device.type == "cuda" else 1024, block)
     square = torch.ones(

@@ -24,7 +24,7 @@ from experiments.engine.data.autoencoder import load_autoencoder
 from experiments.engine.data.image_files import ImageFile
 from experiments.engine.data.quantise import to_uint8
 from experiments.engine.data.sets import ImageSet, load_data
-from experiments.engine.jobs.pool import Job
+from experiments.engine.jobs.job import Job
 from experiments.engine.jobs.progress import ProgressDisplay
 from experiments.engine.records.store import REPOSITORY
 from experiments.engine.runtime.context import Resources, RunContext
@@ -308,7 +308,7 @@ def test_the_inception_stage_runs_from_weights_to_record(
         monkeypatch.setattr(
             module, "load_data", lambda asked: pixels if asked == data else load_data(asked)
         )
-    torch.save(inception.architecture().state_dict(), tmp_path / "weights.pth")
+    torch.save(inception.build_network().state_dict(), tmp_path / "weights.pth")
     monkeypatch.setenv("DICO_INCEPTION", str(tmp_path / "weights.pth"))
     backbone = Backbone("dico_s", TINY.options | dict(in_channels=3))
     spec = Evaluate(
@@ -320,10 +320,10 @@ def test_the_inception_stage_runs_from_weights_to_record(
     )
     training_stage.run_training(spec.train, RunContext(tmp_path / "runs" / "a"))
     with pytest.raises(ValueError, match="not that of the published Inception"):
-        evaluate.run(spec, tmp_path, RunContext(tmp_path / "runs" / "a"))
+        evaluate.run_evaluation(spec, tmp_path, RunContext(tmp_path / "runs" / "a"))
     monkeypatch.setattr(inception, "SHA256", "")
     heard: list[int] = []
-    values = evaluate.run(
+    values = evaluate.run_evaluation(
         spec,
         tmp_path,
         RunContext(
