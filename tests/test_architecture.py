@@ -36,6 +36,7 @@ OPTIONAL = GPU_LIBRARIES | {
 FLOORS = (  # of experiments/engine, from top to bottom: a file imports its own floor and those below
     "cli",
     "cluster",
+    "benchmarks",
     "jobs",
     "scoring",
     "sampling",
@@ -50,7 +51,8 @@ FLOORS = (  # of experiments/engine, from top to bottom: a file imports its own 
     "specs",
 )
 LIGHT_ENGINE = (
-    "cli cluster/client cluster/launch cluster/local cluster/site cluster/slurm cluster/status "
+    "benchmarks/footprint benchmarks/session benchmarks/spec benchmarks/targets cli "
+    "cluster/client cluster/launch cluster/local cluster/site cluster/slurm cluster/status "
     "cluster/submit data/locate jobs/estimate jobs/job jobs/plan jobs/pool jobs/progress "
     "jobs/scheduled records/comparison records/effects records/files records/manifest "
     "records/store reporting/lookup reporting/notes "

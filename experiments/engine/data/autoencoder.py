@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from experiments.engine.data.latents import SCALE
 from experiments.engine.numerics.precision import precision
 from experiments.engine.numerics.weights import digest
-from experiments.engine.specs.spec import CHANNELS, FACTOR
+from experiments.engine.specs.spec import FACTOR, LATENT_CHANNELS
 
 PUBLISHED = {name: f"stabilityai/{name}" for name in ("sd-vae-ft-ema", "sd-vae-ft-mse")}
 FILES = ("config.json", "diffusion_pytorch_model.safetensors")
@@ -127,10 +127,10 @@ def load_autoencoder(
         )
     name = source if source in PUBLISHED else Path(source).resolve().name
     autoencoder = Autoencoder(vae, name, torch.device(device), batch)
-    if (autoencoder.factor, autoencoder.channels) != (FACTOR, CHANNELS):
+    if (autoencoder.factor, autoencoder.channels) != (FACTOR, LATENT_CHANNELS):
         raise ValueError(
             f"VAE {source} makes {autoencoder.channels} channels of {autoencoder.factor} pixels a "
-            f"side; the latents of every protocol are {CHANNELS} of {FACTOR}"
+            f"side; the latents of every protocol are {LATENT_CHANNELS} of {FACTOR}"
         )
     return autoencoder
 

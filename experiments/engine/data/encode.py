@@ -31,7 +31,7 @@ from experiments.engine.data.pictures import Pictures, read_picture
 from experiments.engine.data.quantise import from_uint8
 from experiments.engine.data.sets import prefetch
 from experiments.engine.numerics.randomness import generator_at
-from experiments.engine.records.files import claimed, locked, written_whole
+from experiments.engine.records.files import locked, try_lock, written_whole
 
 Report = Callable[[int, int], None]  # hears how many pictures are done, of how many
 
@@ -195,7 +195,7 @@ def _encode_shard_once(job: EncodingJob, folder: Path, number: int, wait: bool) 
             if not _is_done(folder, number):
                 _encode_shard(job, folder, number)
     else:
-        with claimed(path) as mine:
+        with try_lock(path) as mine:
             if mine and not _is_done(folder, number):
                 _encode_shard(job, folder, number)
 
