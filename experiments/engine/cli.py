@@ -240,7 +240,7 @@ def chosen_device(args: argparse.Namespace, row: str) -> str:
     return device
 
 
-def acceleration_flags(args: argparse.Namespace, device: str) -> dict[str, bool]:
+def acceleration_flags(args: argparse.Namespace, device: str) -> dict[str, Any]:
     """Return --compile and --graphs, where they are set, as resources of the trainer.
 
     On Slurm they are added to what the site file sets.
