@@ -170,21 +170,20 @@ def draw(
     import torch
 
     from experiments.engine.jobs.execute import require_device
-    from experiments.engine.runtime.context import Resources
-    from experiments.engine.sampling.samples import load_decoder, load_networks
+    from experiments.engine.runtime.context import Resources, RunContext
+    from experiments.engine.sampling.networks import load_decoder, load_networks
 
     require_device(device)
-    decode, _ = load_decoder(spec.data, torch.device(device))
+    decoder = load_decoder(spec.data, torch.device(device))
     records = [store.here.latest(training) for training in spec.trainings]
-    model, key = load_networks(
-        spec, store.run_dir(spec.train), Resources(device, checkpoint=checkpoint)
-    )
+    context = RunContext(store.run_dir(spec.train), Resources(device, checkpoint=checkpoint))
+    model, key = load_networks(spec, context)
     shown = _images(spec, model, classes, rows, device)
     made, axes = figure(0.62 * len(classes), 0.62 * rows + 0.35, rows, len(classes), squeeze=False)
     for place, label in enumerate(classes):
         for line in range(rows):
             axes[line, place].axis("off")
-            pixels = (decode(shown[line, label][None])[0].clamp(-1, 1) + 1) / 2
+            pixels = (decoder.decode(shown[line, label][None])[0].clamp(-1, 1) + 1) / 2
             axes[line, place].imshow(
                 pixels.permute(1, 2, 0).squeeze(-1),
                 cmap="gray",

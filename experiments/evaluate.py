@@ -146,7 +146,11 @@ def _run(args: argparse.Namespace) -> None:
             _shown(
                 images.path.name,
                 values
-                | {key: images.made[key] for key in ("nfe",) if images.made and key in images.made},
+                | {
+                    key: images.origin[key]
+                    for key in ("nfe",)
+                    if images.origin and key in images.origin
+                },
                 args.against.name,
             )
         )
@@ -184,7 +188,7 @@ def _recorded(
     )
     found |= {"versions": versions("numpy", "scipy", "torch-fidelity"), **identity}
     whole = of_samples(
-        images.made or {},
+        images.origin or {},
         {"samples": {"name": images.path.name, "sha256": file_sha256(images.path)}},
         found,
     )
@@ -198,7 +202,7 @@ def _recorded(
         name,
         SCORES,
         "done",
-        values | {"made": images.made, "manifest": whole},
+        values | {"made": images.origin, "manifest": whole},
         provenance() | place,
         timestamp(),
         {},
@@ -208,7 +212,11 @@ def _recorded(
 def _common_order(a: ImageFile, b: ImageFile) -> tuple[Any, Any]:
     """Rows of both files in the order of generation; ValueError unless they come from the same seeds and labels."""
     for images in (a, b):
-        if images.index is None or images.labels is None or (images.made or {}).get("seed") is None:
+        if (
+            images.index is None
+            or images.labels is None
+            or (images.origin or {}).get("seed") is None
+        ):
             raise ValueError(
                 f"{images.path.name} does not say from which seeds it was made; pairs need files that sample.py wrote"
             )
@@ -218,7 +226,7 @@ def _common_order(a: ImageFile, b: ImageFile) -> tuple[Any, Any]:
         and (a.index[rows[0]] == b.index[rows[1]]).all()
         and (a.labels[rows[0]] == b.labels[rows[1]]).all()
     )
-    if not same or a.made["seed"] != b.made["seed"]:
+    if not same or a.origin["seed"] != b.origin["seed"]:
         raise ValueError(
             f"{a.path.name} and {b.path.name} were made from different seeds or labels: compare them unpaired"
         )
@@ -226,7 +234,7 @@ def _common_order(a: ImageFile, b: ImageFile) -> tuple[Any, Any]:
 
 
 def _balanced(images: ImageFile) -> bool:
-    return images.made is not None and images.made.get("labels") == "balanced"
+    return images.origin is not None and images.origin.get("labels") == "balanced"
 
 
 def _shown(name: str, values: dict[str, Any], reference: str) -> str:

@@ -278,7 +278,7 @@ def _state(spec: Evaluate) -> list[str]:
     """What the run lacks, what of its files it would refuse, and what its record would warn of: each file is opened as the run opens it."""
     import torch
 
-    from experiments.engine.sampling.samples import decoder_warnings, load_decoder
+    from experiments.engine.sampling.networks import decoder_warnings, load_decoder
     from experiments.engine.scoring import inception
     from experiments.engine.scoring.stage import require_reference
 
@@ -296,7 +296,7 @@ def _state(spec: Evaluate) -> list[str]:
         missing += filter(None, [lacking])
         checks += [
             lambda: warnings.extend(
-                decoder_warnings(spec.data, load_decoder(spec.data, torch.device("cpu"))[1])
+                decoder_warnings(spec.data, load_decoder(spec.data, torch.device("cpu")).identity)
             )
         ] * (not lacking)
     unusable = []

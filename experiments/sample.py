@@ -124,7 +124,7 @@ def _draw(args: argparse.Namespace) -> int:
     from experiments.engine.jobs.execute import require_device
     from experiments.engine.runtime import group as distributed
     from experiments.engine.runtime.context import Resources, RunContext
-    from experiments.engine.sampling.samples import decoder_warnings
+    from experiments.engine.sampling.networks import decoder_warnings
 
     # An unknown sampler raises ValueError here, before any work.
     bind_sampler(spec.sampler, build_diffusion(spec.train.diffusion))
@@ -147,7 +147,7 @@ def _draw(args: argparse.Namespace) -> int:
         if args.png:
             samples.write_png(args.png)
 
-    for text in decoder_warnings(spec.data, samples.made["decoder"]):
+    for text in decoder_warnings(spec.data, samples.origin["decoder"]):
         print(f"warning: {text}", file=sys.stderr)
     height, width = samples.shape[1], samples.shape[2]
     print(

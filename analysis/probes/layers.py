@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from analysis.probes import implied
 from analysis.probes.implied import Weights
 from analysis.probes.watch import Grid, Layer, Operation, num_tokens
-from backbones import adm, dico, dig, dim, dimsum, dis, dit, ldm, udit, uvit
+from backbones import adm, dico, dig, dim, dimsum, dis, ldm, udit, uvit
+from backbones.layers import SelfAttention
 from backbones.mamba import COLUMNS, COLUMNS_BACK, ROWS, ROWS_BACK, Mamba, reorder
 from backbones.mixers import agent, conv, focused_linear, softmax, window
 
@@ -69,13 +70,10 @@ def layers(model: nn.Module) -> list[Layer]:
 # How each kind of mixer becomes a layer; None if this one has no weights over tokens of the grid.
 
 
-def _dit_attention(candidate: Candidate) -> Layer:
-    return candidate.sequence_layer(read_attention, torch.arange(num_tokens(candidate.grid)))
-
-
-def _uvit_attention(candidate: Candidate) -> Layer:
-    # Two tokens, of time and label, stand before the grid.
-    place = 2 + torch.arange(num_tokens(candidate.grid))
+def _token_attention(candidate: Candidate) -> Layer:
+    # U-ViT has two tokens, of label and time, in front of the grid.
+    leading = 2 if isinstance(candidate.model, uvit.UViT) else 0
+    place = leading + torch.arange(num_tokens(candidate.grid))
     return candidate.sequence_layer(read_attention, place)
 
 
@@ -163,9 +161,8 @@ def _udit_attention(candidate: Candidate) -> Layer:
 
 # The first kind that a module is an instance of decides.
 FINDERS: tuple[tuple[type[nn.Module], Callable[[Candidate], Layer | None]], ...] = (
-    (dit.SelfAttention, _dit_attention),
-    (uvit.SelfAttention, _uvit_attention),
-    (softmax.SelfAttention, _softmax),
+    (softmax.SoftmaxAttention, _softmax),  # before the class that it derives from
+    (SelfAttention, _token_attention),
     (window.WindowAttention, _window),
     (agent.AgentAttention, _agent),
     (focused_linear.FocusedLinearAttention, _focused_linear),

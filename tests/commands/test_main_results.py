@@ -29,7 +29,8 @@ from experiments.engine.diffusion.samplers import bind_sampler
 from experiments.engine.numerics.weights import digest
 from experiments.engine.records.store import Store
 from experiments.engine.reporting.tables import main_sheet
-from experiments.engine.sampling.generate import CountingModel, generate_images
+from experiments.engine.sampling.counting import CountingModel
+from experiments.engine.sampling.generate import generate_images
 from experiments.engine.specs.rows import Method, Row, Table
 from experiments.engine.specs.spec import Cost, Data, Train, spec_id
 from experiments.engine.specs.stages import (

@@ -48,7 +48,7 @@ class ImageFile:
             self.index = (
                 _small(path, archive, "index", "iu", self.shape[:1]) if "index" in names else None
             )
-            self.made = (
+            self.origin = (
                 _origin(path, str(_small(path, archive, "made", "U", ())))
                 if "made" in names
                 else None
@@ -69,7 +69,7 @@ class ImageFile:
             for start in range(0, len(self), size):
                 yield self._read(file, start, min(start + size, len(self)))
 
-    def part(self, start: int, stop: int) -> ndarray:
+    def read(self, start: int, stop: int) -> ndarray:
         """uint8 (stop - start, H, W, 3) from any place."""
         with _opened(self.path) as archive, archive.open("arr_0.npy") as file:
             _image_shape(self.path, file)

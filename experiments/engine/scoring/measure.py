@@ -30,7 +30,7 @@ class Readable(Protocol):
 
     def __len__(self) -> int: ...
 
-    def part(self, start: int, stop: int) -> ndarray: ...
+    def read(self, start: int, stop: int) -> ndarray: ...
 
 
 @dataclass
@@ -61,7 +61,7 @@ def measure_shared(
 
     def piece(number: int) -> dict[str, ndarray]:
         return _piece(
-            inception, [images.part(number * PIECE, min((number + 1) * PIECE, len(images)))]
+            inception, [images.read(number * PIECE, min((number + 1) * PIECE, len(images)))]
         )
 
     found = list(compute_pieces(context, folder, math.ceil(len(images) / PIECE), piece))

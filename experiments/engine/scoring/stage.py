@@ -22,13 +22,13 @@ from experiments.engine.numerics.weights import digest
 from experiments.engine.records.manifest import manifest
 from experiments.engine.runtime.context import RunContext
 from experiments.engine.runtime.pieces import compute_pieces
-from experiments.engine.sampling.generate import CountingModel, can_capture_steps, generate_images
+from experiments.engine.sampling.counting import CountingModel
+from experiments.engine.sampling.generate import can_capture_steps, generate_images
+from experiments.engine.sampling.networks import decoder_warnings, load_networks
 from experiments.engine.sampling.samples import (
     ORDER,
     QUANTISER,
-    decoder_warnings,
     generate_samples,
-    load_networks,
     sampling_batch,
 )
 from experiments.engine.scoring import inception, metrics, scores
@@ -109,7 +109,7 @@ def _classified(
     else:
         reference = load_cifar10(spec.data, "test")
         classifier, identity = cifar_classifier(spec.data, reference, cache)
-    network, key = load_networks(spec, context.folder, resources)
+    network, key = load_networks(spec, context)
     counted = CountingModel(network, resources.graphs and can_capture_steps(spec))
 
     def scored(piece: int) -> dict[str, np.ndarray]:
@@ -127,7 +127,7 @@ def _classified(
 
     parts = context.folder / f"samples-{spec_id(spec)}-{size}-{digest(network)}"
     found = list(compute_pieces(context, parts, math.ceil(spec.num / size), scored))
-    counted.forget()
+    counted.release_graphs()
     if not context.group.first:
         return {}, {}
     moments = metrics.Moments(found[0]["features"].shape[1])
@@ -194,7 +194,9 @@ def _inception(spec: Evaluate, context: RunContext) -> tuple[dict[str, Any], dic
     extractor = inception.load(inception_path(), device)
     require_reference(spec.data)
     samples = generate_samples(spec, context)
-    parts = context.folder_of(spec) / f"measured-{samples.made['network']}-{extractor.sha256[:16]}"
+    parts = (
+        context.folder_of(spec) / f"measured-{samples.origin['network']}-{extractor.sha256[:16]}"
+    )
     measured = measure_shared(extractor, samples, parts / "samples", context)
     reference = _reference(spec.data, extractor, parts, context)
     if measured is None or reference is None:
@@ -202,13 +204,13 @@ def _inception(spec: Evaluate, context: RunContext) -> tuple[dict[str, Any], dic
     values = scores.score(
         measured, reference, samples.labels, balanced=spec.labels == "balanced", device=device
     )
-    values["warnings"] += decoder_warnings(spec.data, samples.made["decoder"])
+    values["warnings"] += decoder_warnings(spec.data, samples.origin["decoder"])
     shutil.rmtree(parts, ignore_errors=True)
     return values | {"nfe": samples.nfe}, {
-        "network": samples.made["network"],
-        "key": samples.made["key"],
+        "network": samples.origin["network"],
+        "key": samples.origin["key"],
         "batch": sampling_batch(device, context.resources.sample_batch),
-        "decoder": samples.made["decoder"],
+        "decoder": samples.origin["decoder"],
         "quantiser": QUANTISER,
         "image": {"size": samples.shape[1], "format": "uint8"},
         "labels": {"histogram_sha256": histogram(samples.labels), "order": ORDER},
@@ -225,7 +227,7 @@ class _Pixels:
     def __len__(self) -> int:
         return len(self.images)
 
-    def part(self, start: int, stop: int) -> ndarray:
+    def read(self, start: int, stop: int) -> ndarray:
         return (
             to_uint8(self.images.take(torch.arange(start, stop))[0])
             .permute(0, 2, 3, 1)
@@ -266,7 +268,7 @@ def _reference(
         return reference
     real, total = _Pixels(load_data(data)), hashlib.sha256()
     for start in range(0, len(real), PIECE):
-        total.update(real.part(start, min(start + PIECE, len(real))).tobytes())
+        total.update(real.read(start, min(start + PIECE, len(real))).tobytes())
     measured = measure_shared(extractor, real, parts / total.hexdigest()[:16], context)
     if measured is None:
         return None
