@@ -138,9 +138,7 @@ class Builder:
         draw = FIGURES[name]
         caption = " ".join(inspect.cleandoc(draw.__doc__ or "").split())
         with self.store.noting() as noted:
-            image = attempt(
-                f"figure {name}", lambda: png(draw(self.store)), None, self.problems
-            )
+            image = attempt(f"figure {name}", lambda: png(draw(self.store)), None, self.problems)
         if image is None:
             return Missing(self._last_problem(f"{name} could not be built"))
         return Image(image, caption, tuple(noted.values()))

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from experiments.engine.reporting.markup import grouped
+
 from analysis.claims.finding import Evidence
 from analysis.query import ReferenceStore
 from analysis.tables.pages import Block, Origins, Text
 from experiments.engine.records.store import Record
-from experiments.engine.reporting.markup import grouped
 from experiments.engine.reporting.sheet import Sheet
 
 BROAD = 860  # pixels of width from which an image takes the whole page
