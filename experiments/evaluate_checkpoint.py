@@ -35,8 +35,8 @@ from experiments.engine.data.locate import (
     require_features,
     vae_source,
 )
-from experiments.engine.jobs.plan import Listed
-from experiments.engine.jobs.pool import Job
+from experiments.engine.jobs.job import Job
+from experiments.engine.jobs.plan import ListPlan
 from experiments.engine.records.manifest import score_name
 from experiments.engine.records.store import REPOSITORY, Store
 from experiments.engine.reporting.lookup import SCORES as CLASSIFIED
@@ -137,7 +137,7 @@ def _main(args: argparse.Namespace, arguments: Sequence[str] | None) -> int:
     store = Store(args.results, REPOSITORY / "results" / "reference")
     job = Job(f"{args.checkpoint.name}, {spec.num} images", (spec,), row=args.backbone)
     outcome = carry_out(
-        Listed(
+        ListPlan(
             device,
             together=(job,),
             resources=resources,

@@ -34,7 +34,7 @@ from experiments.engine.cli import (
     run_command,
 )
 from experiments.engine.data.locate import require_data
-from experiments.engine.jobs.pool import Job
+from experiments.engine.jobs.job import Job, JobEvent
 from experiments.engine.jobs.progress import ProgressDisplay
 from experiments.engine.records.store import Store
 from experiments.engine.runtime.progress import Progress, Report, ignore_progress
@@ -196,7 +196,7 @@ def _progress_report(label: str, spec: Evaluate, group: Group, held: ExitStack) 
     def report(progress: Progress) -> None:
         # The other ranks draw as fast as this one.
         rate = progress.rate * group.world_size
-        display.notify(job, "progress", replace(progress, rate=rate))
+        display.notify(job, JobEvent.PROGRESS, replace(progress, rate=rate))
 
     return report
 

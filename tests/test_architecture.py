@@ -51,9 +51,11 @@ FLOORS = (  # of experiments/engine, from top to bottom: a file imports its own 
 )
 LIGHT_ENGINE = (
     "cli cluster/client cluster/launch cluster/local cluster/site cluster/slurm cluster/status "
-    "cluster/submit data/locate jobs/plan jobs/pool jobs/progress records/files records/manifest records/store reporting/lookup reporting/notes "
+    "cluster/submit data/locate jobs/estimate jobs/job jobs/plan jobs/pool jobs/progress "
+    "jobs/scheduled records/files records/manifest records/store reporting/lookup reporting/notes "
     "reporting/render reporting/sheet reporting/statistics reporting/tables specs/rows specs/spec "
-    "specs/selection specs/stages"
+    "runtime/attempts runtime/heartbeat runtime/preemption runtime/progress specs/selection "
+    "specs/stages"
 )
 LIGHT = [
     *(f"experiments/engine/{name}.py" for name in LIGHT_ENGINE.split()),

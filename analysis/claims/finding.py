@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from analysis.query import ReferenceStore
-from experiments.declared.speed_claims import half_digit
 from experiments.engine.records.store import Record
+from experiments.engine.reporting.efficiency.claims import half_digit
 from experiments.engine.reporting.statistics import pooled, reach, scaled
 
 COUNTED, MEASURED, REDUCED, PUBLISHED, NOT_YET = LEVELS = (

@@ -22,8 +22,17 @@ from analysis.claims.finding import (
 from analysis.query import ReferenceStore
 from analysis.tables.paper import with_caveats
 from experiments.declared import speed_claims
-from experiments.declared.speed_claims import Claim
-from experiments.declared.timings import unfused
+from experiments.declared.systems import SYSTEMS
+from experiments.engine.reporting.efficiency.claims import (
+    Claim,
+    Ratio,
+    judge_gflops,
+    judge_speed,
+    looped,
+    ratios,
+    small_on_cpu,
+)
+from experiments.engine.reporting.efficiency.speed import unfused
 from experiments.engine.reporting.sheet import Cell, Sheet
 
 
@@ -90,7 +99,10 @@ def _throughput(claim: Claim, store: ReferenceStore) -> Finding:
         printed = f"Table {1 if names[0].endswith('@256') else 2}: {speeds[0]:g} over {speeds[1]:g} img/s on an A100; no GPU record here"
     if proxy := _measured_speed(claim, store, "cpu"):
         return replace(proxy, basis=f"{proxy.basis}; {printed}")
-    small = speed_claims.small_on_cpu(claim, store, store.reference)
+    networks = speed_claims.small_networks(claim)
+    small = networks and small_on_cpu(
+        networks.families, networks.pair, networks.alone, store.reference
+    )
     basis = printed + (f". Not the claim's, for scale: {small}" if small else "")
     if missing:
         return Finding(NOT_YET, "", "open", basis)
@@ -105,7 +117,8 @@ def _throughput(claim: Claim, store: ReferenceStore) -> Finding:
 
 def _measured_speed(claim: Claim, store: ReferenceStore, device: str) -> Finding | None:
     """Ratio of two networks' throughput in every numeric mode that they were timed in, in turn."""
-    if not (found := speed_claims.ratios(claim, device, store, store.reference)):
+    stages = speed_claims.claim_stages(claim, device)
+    if not (found := ratios(claim, stages, store.reference)):
         return None
     value = "; ".join(
         f"{ratio.value:.2f} ±{ratio.error:.2f} ({ratio.mode}, {ratio.device})" for ratio in found
@@ -120,18 +133,18 @@ def _measured_speed(claim: Claim, store: ReferenceStore, device: str) -> Finding
     else:
         scans = (
             "; the scan as a loop over tokens, for which GPUs have a fused kernel, so the claim cannot be judged so"
-            * speed_claims.looped(records)
+            * looped(records)
         )
         evidence, basis = (
             REDUCED,
             f"the claim's networks on a CPU, timed in turn at batch {records[0].spec['batch']}{scans}",
         )
     return Finding(
-        evidence, value, speed_claims.verdict(found, device), basis, "within each value", records
+        evidence, value, str(judge_speed(found, stages)), basis, "within each value", records
     )
 
 
-def _unfused(found: Sequence[speed_claims.Ratio]) -> str:
+def _unfused(found: Sequence[Ratio]) -> str:
     """In words: what ran on a GPU without the fused kernel that there is for it, and in which modes."""
     modes: dict[str, list[str]] = {}
     for ratio in found:
@@ -144,8 +157,8 @@ def _unfused(found: Sequence[speed_claims.Ratio]) -> str:
 
 
 def _gflops(claim: Claim, store: ReferenceStore) -> Finding:
-    cell, same, counts = speed_claims.gflops(claim, store, store.reference)
-    if same is None:
+    result = judge_gflops(claim, SYSTEMS, store.reference)
+    if result is None:
         return Finding(
             NOT_YET,
             "",
@@ -155,15 +168,15 @@ def _gflops(claim: Claim, store: ReferenceStore) -> Finding:
     off = (
         ""
         if "-" in claim["value"]
-        else f": off by {cell.value - float(claim['value']):+.1f} points"
+        else f": off by {result.cell.value - float(claim['value']):+.1f} points"
     )
     return Finding(
         COUNTED,
-        cell.label,
-        "reproduced" if same else "not to the printed digit" + off,
-        f"{counts} Gflops, counted here by the paper's counter",
+        result.cell.label,
+        "reproduced" if result.holds else "not to the printed digit" + off,
+        f"{result.counts} Gflops, counted here by the paper's counter",
         "exact",
-        cell.records,
+        result.cell.records,
     )
 
 

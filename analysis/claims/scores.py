@@ -24,9 +24,9 @@ from analysis.query import ReferenceStore, rankable, scores_of
 from analysis.tables.conditions import same_conditions
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.declared.protocols import DIGITS, IMAGENET256
-from experiments.declared.speed_claims import Claim, half_digit
 from experiments.engine.records.manifest import clashes
 from experiments.engine.records.store import Record
+from experiments.engine.reporting.efficiency.claims import Claim, half_digit
 from experiments.engine.reporting.lookup import SCORES
 from experiments.engine.reporting.statistics import pooled
 from experiments.engine.specs.rows import Table

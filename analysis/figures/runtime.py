@@ -21,8 +21,9 @@ from analysis.figures.style import (
 )
 from analysis.query import ReferenceStore, at_one_batch, gpu_timings, numeric_mode, runtime_of
 from experiments.declared.systems import SYSTEMS
-from experiments.declared.timings import figure_3, unfused
+from experiments.declared.timings import figure_3
 from experiments.engine.records.store import Record
+from experiments.engine.reporting.efficiency.speed import unfused
 from experiments.engine.specs.spec import Timing
 
 if TYPE_CHECKING:

@@ -12,10 +12,11 @@ from experiments.declared.protocols import (
     IMAGENET512,
     IMAGENET512_OWN,
 )
-from experiments.declared.systems import difference
-from experiments.declared.timings import WRITTEN_OUT, unfused
+from experiments.declared.timings import is_written_out
 from experiments.engine.records.manifest import clashes, not_recorded, score_name
 from experiments.engine.records.store import Record
+from experiments.engine.reporting.efficiency.counts import difference
+from experiments.engine.reporting.efficiency.speed import unfused
 from experiments.engine.reporting.notes import timing_caveats
 from experiments.engine.reporting.sheet import Cell, Sheet
 from experiments.engine.specs.rows import Row, Table
@@ -95,7 +96,7 @@ def _timing_notes(rows: Sequence[Row], shown: Sequence[dict[tuple[str, str], Rec
             batches.setdefault(record.spec["batch"], []).append(f"{row.label} ({mode})")
             for how in unfused(record):
                 plain.setdefault(how, []).append(f"{row.label} ({mode})")
-        if found and row.backbone.name.partition("_")[0] in WRITTEN_OUT:
+        if found and is_written_out(row):
             plain.setdefault("attention written out as in the authors' code", []).append(row.label)
     notes = [
         f"ours on a GPU: in each numeric mode at the largest batch timed up to the paper's {PAPER_BATCH}; diff. %: of the paper's figure, which is an A100's."

@@ -26,10 +26,18 @@ from experiments import main_results
 from experiments.ablation import TABLES
 from experiments.declared import timings as speed
 from experiments.declared.protocols import DIGITS, IMAGENET256, IMAGENET256_OWN, IMAGENET512_OWN
-from experiments.declared.systems import SYSTEMS, counted, counts_sheet, difference, notes
+from experiments.declared.systems import SYSTEMS
 from experiments.engine.records.store import Record
+from experiments.engine.reporting.efficiency.counts import (
+    Named,
+    counted,
+    counts_sheet,
+    difference,
+    system_notes,
+)
+from experiments.engine.reporting.efficiency.speed import speed_sheet
 from experiments.engine.reporting.lookup import SCORES
-from experiments.engine.reporting.sheet import Cell, Sheet
+from experiments.engine.reporting.sheet import Cell, Column, Sheet
 from experiments.engine.reporting.statistics import pooled, reach, scaled
 from experiments.engine.reporting.tables import main_sheet
 from experiments.engine.specs.rows import Row, Table
@@ -106,7 +114,7 @@ def systems_sheet(table: Table, resolution: int, store: ReferenceStore) -> Sheet
     published = store.published(table.published, table.key)
     systems = {system.label: system for system in SYSTEMS if system.resolution == resolution}
     known = [systems.get(published[row.published]["model"]) for row in table.rows]
-    same = [counted(system, store, store.reference)[1] if system else Cell() for system in known]
+    same = [counted(system, store.reference)[1] if system else Cell() for system in known]
     at = sheet.columns.index(("Gflops", "ours"))
     sheet.columns[at] = ("Gflops", "ours, torchprofile")
     insert(sheet, at + 1, ("Gflops", "ours, same counter"), same)
@@ -120,7 +128,7 @@ def systems_sheet(table: Table, resolution: int, store: ReferenceStore) -> Sheet
     frozen, compared = {}, ("params, M", "diff. %") in sheet.columns
     for row, system, cells in zip(table.rows, known, sheet.rows, strict=True):
         every, ours = (
-            counted(system, store, store.reference)[0] if system else Cell(),
+            counted(system, store.reference)[0] if system else Cell(),
             cells[sheet.columns.index(("params, M", "ours"))],
         )
         if every.text() != ours.text():
@@ -142,13 +150,13 @@ def systems_sheet(table: Table, resolution: int, store: ReferenceStore) -> Sheet
         sheet.notes.append(
             f"params of {', '.join(rounded)}: published in billions to one decimal, whose rounding alone can differ by 5 %."
         )
-    sheet.notes += notes(
+    sheet.notes += system_notes(
         [
-            (row.label, system, cells[at - 1])
+            Named(row.label, system, cells[at - 1])
             for row, system, cells in zip(table.rows, known, sheet.rows, strict=True)
             if system
         ],
-        store,
+        SYSTEMS,
         store.reference,
     )
     sheet.notes += [
@@ -200,7 +208,8 @@ def throughput_sheet(what: str, store: ReferenceStore) -> Sheet:
     rows = _in_modes(device, what, store) or [
         row for row in table.rows if row.backbone and not row.heavy
     ]
-    return with_caveats(speed.speed_sheet(table, rows, device, what, store, store.reference))
+    timed = speed.timed_table(table, rows, device, what)
+    return with_caveats(speed_sheet(timed, store, store.reference))
 
 
 RECIPE: dict[str, Callable[[Train, Sampler], object]] = {
@@ -315,7 +324,7 @@ SHEETS: dict[str, Callable[[ReferenceStore], Sheet]] = {
     "table7": progress_sheet,
     "table8": lambda store: systems_sheet(main_results.TABLE_8, 256, store),
     "table9": lambda store: systems_sheet(main_results.TABLE_9, 512, store),
-    "counts": lambda store: with_caveats(counts_sheet(store, source=store.reference)),
+    "counts": lambda store: with_caveats(counts_sheet(SYSTEMS, store, store.reference)),
     **{
         f"speed_{what}": lambda store, what=what: throughput_sheet(what, store)
         for what in speed.TASKS
@@ -360,8 +369,26 @@ def caveats(records: Sequence[Record]) -> list[str]:
     ]
 
 
+def _flat(sheet: Sheet) -> Sheet:
+    """TRANSITION, to go: a sheet of the new types as lists of cells and plain notes."""
+    return Sheet(
+        sheet.title,
+        [(column.group, column.title) for column in sheet.columns],
+        [
+            [
+                replace(cell, digits=column.digits if cell.digits is None else cell.digits)
+                for column, cell in sheet.cells(row)
+            ]
+            for row in sheet.rows
+        ],
+        [note.text for note in sheet.notes],
+    )
+
+
 def with_caveats(sheet: Sheet) -> Sheet:
     """The sheet with those of the records in its cells among its notes."""
+    if sheet.columns and isinstance(sheet.columns[0], Column):
+        sheet = _flat(sheet)
     sheet.notes += caveats(
         once(record for row in sheet.rows for cell in row for record in cell.records)
     )
@@ -437,7 +464,7 @@ def _rank(sheet: Sheet, rows: Sequence[Row], store: ReferenceStore) -> None:
 def _dit_ratio(sheet: Sheet, table: Table, store: ReferenceStore) -> None:
     """Gflops over those of the DiT of the same size, as the paper's Table 5 gives them."""
     gflops = {
-        system.label: counted(system, store, store.reference)[1]
+        system.label: counted(system, store.reference)[1]
         for system in SYSTEMS
         if system.resolution == 256
     }

@@ -21,12 +21,13 @@ from experiments.engine.cluster.launch import Cluster, run_plan
 from experiments.engine.cluster.site import load_site, warn_of_unknown_rows
 from experiments.engine.cluster.status import status
 from experiments.engine.data.locate import require_data, require_features
-from experiments.engine.jobs.plan import Chosen, Plan, describe
+from experiments.engine.jobs.plan import Plan, TablePlan, describe
 from experiments.engine.jobs.pool import unwind
 from experiments.engine.records.store import REPOSITORY, Store
 from experiments.engine.reporting.render import FORMATS, render
 from experiments.engine.reporting.tables import comparison_sheet, main_sheet
 from experiments.engine.specs.rows import Table
+from experiments.engine.specs.selection import Selection
 from experiments.engine.specs.spec import FACTOR, Data
 from experiments.engine.specs.stages import Protocol, cost_stages, evaluate_stage
 
@@ -103,22 +104,23 @@ def _run_table(
 ) -> int:
     args = _parse_table_options(tables, protocols, description, arguments)
     store = open_store(args.results)
-    selection = _select(tables[args.table], protocols[args.protocol], args)
+    plan = _select(tables[args.table], protocols[args.protocol], args)
+    selection = plan.selection
 
     # A label in the site file that nothing declares is most likely a typing error.
     if args.cluster == Cluster.SLURM:
         warn_of_unknown_rows(labels_of(tables.values()))
 
     outcome = carry_out(
-        selection, args, store, arguments, lambda: _require_sources(selection), args.workers
+        plan, args, store, arguments, lambda: _require_sources(selection), args.workers
     )
     if outcome is not Outcome.ANSWERED:
         _print_table(selection, store, args.format)
     return exit_status(outcome)
 
 
-def _select(table: Table, protocol: Protocol, args: argparse.Namespace) -> Chosen:
-    """Return the selected part of a table. Raise ValueError if it cannot run as one command."""
+def _select(table: Table, protocol: Protocol, args: argparse.Namespace) -> TablePlan:
+    """Return a plan for the selected part of a table. Raise ValueError if it cannot run as one command."""
     rows = list(table.rows) if args.rows is None else [table.row(label) for label in args.rows]
 
     # A paper's own recipe holds for one resolution.
@@ -137,18 +139,12 @@ def _select(table: Table, protocol: Protocol, args: argparse.Namespace) -> Chose
             "use --rows to select rows of one kind"
         )
     (device,) = devices
-    return Chosen(
-        table,
-        rows,
-        protocol,
-        args.seeds,
-        device,
-        named=args.rows is not None,
-        resources=acceleration_flags(args, device),
-    )
+    named = args.rows is not None
+    selection = Selection(table, rows, protocol, args.seeds, device, named)
+    return TablePlan(selection, acceleration_flags(args, device))
 
 
-def _require_sources(selection: Chosen) -> None:
+def _require_sources(selection: Selection) -> None:
     """Raise ValueError if data or score features of the selection are missing here."""
     if selection.table.counts_only:
         return
@@ -161,7 +157,7 @@ def _require_sources(selection: Chosen) -> None:
     require_features(evaluate_stage(selection.table.baseline, selection.protocol, 0))
 
 
-def _print_table(selection: Chosen, store: Store, style: str) -> None:
+def _print_table(selection: Selection, store: Store, style: str) -> None:
     table, protocol, seeds = selection.table, selection.protocol, selection.seeds
     device = selection.device
     sheets = [main_sheet(table, selection.rows, protocol, seeds, device, store)]

@@ -530,7 +530,7 @@ def test_a_gpu_timing_outranks_published_throughput(tmp_path: Path):
     found = finding("speed-xl-256", sources)
     assert (found.evidence, found.verdict, found.value) == (
         "measured here",
-        "does not hold; not measured in tf32, bf16, as_published",
+        "does not hold, not measured in tf32, bf16, as_published",
         "1.36 ±0.01 (fp32, GPU)",
     )
     assert [numeric_mode(record) for record in gpu_timings(Backbone("dico_xl"), 32, sources)] == [
@@ -545,14 +545,14 @@ def test_a_gpu_timing_outranks_published_throughput(tmp_path: Path):
 
 
 LOOP = {"selective_scan": ["loop"]}
-UNFUSED = "direction on this CPU, whose scan has no fused kernel"
+UNFUSED = "direction, on this CPU, whose scan has no fused kernel"
 
 
 @pytest.mark.parametrize(
     ("ratio", "kernels", "said"),
     [
-        (3.3, {}, "holds on this CPU, a proxy"),
-        (3.2, {}, "does not hold on this CPU, a proxy"),
+        (3.3, {}, "holds, on this CPU, a proxy"),
+        (3.2, {}, "does not hold, on this CPU, a proxy"),
         (3.3, LOOP, f"same {UNFUSED}"),
         (1.005, LOOP, f"no {UNFUSED}"),
         (0.9, LOOP, f"other {UNFUSED}"),
@@ -1075,8 +1075,8 @@ def test_every_published_row_names_its_source():
 
 def test_tables_load_no_torch_and_no_plots():
     code = (
-        "import sys; from pathlib import Path; from analysis.claims.judge import claims_sheet; from analysis.query import Sources; from analysis.tables.agreement import page; "
-        "from analysis.tables.paper import SHEETS; s = Sources(); [make(s) for make in SHEETS.values()]; claims_sheet(s); page(s); "
+        "import sys; from pathlib import Path; from analysis.claims.judge import claims_sheet; from analysis.query import ReferenceStore; from analysis.tables.agreement import page; "
+        "from analysis.tables.paper import SHEETS; s = ReferenceStore(); [make(s) for make in SHEETS.values()]; claims_sheet(s); page(s); "
         "print(sorted({'torch', 'timm', 'sklearn', 'matplotlib', 'pandas'} & set(sys.modules)))"
     )
     assert (

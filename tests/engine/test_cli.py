@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from experiments.engine.jobs import pool as launch
-from experiments.engine.jobs.pool import Job, run_here
+from experiments.engine.jobs.job import Job
+from experiments.engine.jobs.pool import run_here
 from experiments.engine.records.store import REPOSITORY, Store
 from experiments.engine.specs.spec import Backbone, Cost, Data, Recipe, Stage, Train, kind_of
 

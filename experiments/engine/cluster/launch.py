@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import StrEnum
 
+from experiments.engine.jobs.job import Job
 from experiments.engine.jobs.plan import Plan, missing
-from experiments.engine.jobs.pool import Job, available_cores, run_here
+from experiments.engine.jobs.pool import available_cores, run_here
 from experiments.engine.jobs.progress import ProgressDisplay
 from experiments.engine.records.store import Store
 

@@ -24,7 +24,7 @@ from experiments.engine.data.autoencoder import load_autoencoder
 from experiments.engine.data.image_files import ImageFile
 from experiments.engine.data.quantise import to_uint8
 from experiments.engine.data.sets import ImageSet, load_data
-from experiments.engine.jobs.pool import Job
+from experiments.engine.jobs.job import Job
 from experiments.engine.jobs.progress import ProgressDisplay
 from experiments.engine.records.store import REPOSITORY
 from experiments.engine.runtime.context import Resources, RunContext
