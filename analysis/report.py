@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from analysis.build import FIGURES, PAGES, attempt
+from analysis.build import FIGURES, attempt
 from analysis.claims.judge import claims_sheet
 from analysis.figures.style import png
 from analysis.page.browser import timing
@@ -18,6 +18,7 @@ from analysis.page.content import (
     Image,
     Missing,
     Table,
+    evidence_column,
     records_json,
     sample_grids,
     text_and_tables,
@@ -27,13 +28,16 @@ from analysis.page.provenance import provenance_sheet
 from analysis.page.scatter import views
 from analysis.page.templating import load_libraries, render_template
 from analysis.query import ReferenceStore
-from analysis.tables.agreement_page import agreement_blocks
+from analysis.tables.agreement import blocks as agreement_blocks
 from analysis.tables.pages import Block, Text
 from analysis.tables.paper import SHEETS
+from experiments.declared.protocols import CIFAR10_SMALL, DIGITS
 from experiments.engine.cli import Parser, run_command
 from experiments.engine.records.files import written_whole
-from experiments.engine.reporting.sheet import Column, Kind, Sheet
+from experiments.engine.reporting.sheet import Column, Kind, Sheet, upgraded
 from experiments.engine.specs.stages import Protocol
+
+PAGES = (DIGITS, CIFAR10_SMALL)
 
 
 def main() -> int:
@@ -98,6 +102,7 @@ def build_page(store: ReferenceStore) -> tuple[str, list[str]]:
     content = {
         "claims": claims,
         "tiles": tiles(claims.sheet),
+        "evidence_column": evidence_column(claims.sheet),
         "tables": [
             builder.table(name, make_sheet, name)
             for name, make_sheet in SHEETS.items()
@@ -128,7 +133,7 @@ class Builder:
     ) -> Table:
         """Return a table that knows the records that were read for it."""
         with self.store.noting() as noted:
-            sheet = attempt(name, lambda: make_sheet(self.store), None, self.problems)
+            sheet = attempt(name, lambda: upgraded(make_sheet(self.store)), None, self.problems)
         if sheet is None:
             sheet = Sheet(self._last_problem(name), [Column("gap", "gap", kind=Kind.PROSE)])
         return Table(sheet, identifier, tuple(noted.values()))

@@ -21,7 +21,7 @@ for (const table of document.querySelectorAll("table")) {
 }
 
 // A tile shows only the claims of its level of evidence; a second click shows all again.
-const evidence = headings.findIndex((heading) => heading.dataset.key === "evidence");
+const evidence = Number(document.querySelector(".tiles").dataset.column);
 const tiles = [...document.querySelectorAll(".tiles button")];
 for (const tile of tiles) {
   tile.addEventListener("click", () => {
