@@ -18,13 +18,20 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.figures.style import figure, save
 from analysis.query import TRAINED, train_command, trained_row
+from experiments.declared.checkpoints import (
+    CheckpointFile,
+    add_network_options,
+    load_network,
+    published_evaluation,
+    published_network,
+)
 from experiments.declared.protocols import PROTOCOLS
 from experiments.engine.cli import Parser, run_command
 from experiments.engine.records.store import REPOSITORY, Record, Store
 from experiments.engine.specs.rows import table_of
 from experiments.engine.specs.spec import Checkpoint, Evaluate
 from experiments.engine.specs.stages import Protocol, evaluate_stage
-from experiments.evaluate_checkpoint import add_network_options, evaluation_of
+from experiments.main_results import TABLES
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -185,9 +192,10 @@ def published_subject(args: argparse.Namespace, protocol: Protocol) -> Subject:
         raise ValueError(
             "--backbone and --checkpoint go together, and without --table, --row and --seed"
         )
-    spec, _, _ = evaluation_of(args, protocol)
+    file = CheckpointFile.from_arguments(args)
+    load_network(published_network(file, protocol, TABLES), file)  # refuses another network
+    spec = published_evaluation(file, protocol, TABLES)
     assert isinstance(spec.train, Checkpoint), spec
-    return Subject(
         spec,
         _file_name(protocol.name, args.backbone, spec.train.sha256[:8]),
         f"the published {args.backbone} under {protocol.name}",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from experiments.engine.data.latents import SCALE
 from experiments.engine.numerics.precision import precision
 from experiments.engine.numerics.weights import digest
-from experiments.engine.specs.spec import CHANNELS, FACTOR
+from experiments.engine.specs.spec import FACTOR, LATENT_CHANNELS
 
 PUBLISHED = {name: f"stabilityai/{name}" for name in ("sd-vae-ft-ema", "sd-vae-ft-mse")}
 FILES = ("config.json", "diffusion_pytorch_model.safetensors")
@@ -122,8 +122,8 @@ def load_autoencoder(
     found = Autoencoder(
         vae, source if source in PUBLISHED else Path(source).resolve().name, device, batch
     )
-    if (found.factor, found.channels) != (FACTOR, CHANNELS):
+    if (found.factor, found.channels) != (FACTOR, LATENT_CHANNELS):
         raise ValueError(
-            f"VAE {source} makes {found.channels} channels of {found.factor} pixels a side; the latents of every protocol are {CHANNELS} of {FACTOR}"
+            f"VAE {source} makes {found.channels} channels of {found.factor} pixels a side; the latents of every protocol are {LATENT_CHANNELS} of {FACTOR}"
         )
     return found

@@ -25,7 +25,7 @@ from experiments.engine.data.pictures import Pictures, read_picture
 from experiments.engine.data.quantise import from_uint8
 from experiments.engine.data.sets import prefetch
 from experiments.engine.numerics.randomness import generator_at
-from experiments.engine.records.files import claimed, locked, written_whole
+from experiments.engine.records.files import locked, try_lock, written_whole
 
 Report = Callable[[int, int], None]
 
@@ -106,7 +106,7 @@ def encode_pictures(work: EncodingJob, folder: Path, report: Report) -> dict[str
         for number in range(work.num_shards):
             if _done(folder, number):
                 continue
-            with locked(_lock(folder, number)) if wait else claimed(_lock(folder, number)) as mine:
+            with locked(_lock(folder, number)) if wait else try_lock(_lock(folder, number)) as mine:
                 if (mine or wait) and not _done(folder, number):
                     _make(work, folder, number)
             report(_made(work, folder), len(work.pictures.files))

@@ -533,8 +533,8 @@ def test_scores_do_not_depend_on_the_group_and_sampling_goes_on_from_finished_ba
     monkeypatch.setattr(evaluate, "ON_CPU", 5)
     torch.set_num_threads(1)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.run(SCORE, alone / "runs" / "classifiers", RunContext(run))
-    values = evaluate.run(SCORE, alone / "runs" / "classifiers", RunContext(run))
+        evaluate.run_evaluation(SCORE, alone / "runs" / "classifiers", RunContext(run))
+    values = evaluate.run_evaluation(SCORE, alone / "runs" / "classifiers", RunContext(run))
     assert [part.start for part in drawn] == [0, 5, 10, 10, 15, 20]
     assert {name: repr(value) for name, value in outcome(alone, SCORE).values.items()} == {
         name: repr(value) for name, value in values.items()
