@@ -59,7 +59,7 @@ def error_of(*arguments: object) -> str:
         ([], "--table"),
         (["--table", 4, "--rows", "DiCo-Q"], "known: 'DiCo-S', 'GELU->ReLU'"),
         (["--table", 4, "--protocol", "imagenet"], "imagenet256"),
-        (["--table", 4, "--protocol", "imagenet256"], "prepare_latents.py --protocol imagenet256 "),
+        (["--table", 4, "--protocol", "imagenet256"], "prepare.py latents --protocol imagenet256 "),
         (["--table", 4, "--seeds", 1, 1], "different numbers"),
         (["--table", 4, "--epochs", 3], "--epochs"),
         (["--table", 4, "--cluster", "moon"], "'moon'"),
