@@ -196,6 +196,7 @@ def published_subject(args: argparse.Namespace, protocol: Protocol) -> Subject:
     load_network(published_network(file, protocol, TABLES), file)  # refuses another network
     spec = published_evaluation(file, protocol, TABLES)
     assert isinstance(spec.train, Checkpoint), spec
+    return Subject(
         spec,
         _file_name(protocol.name, args.backbone, spec.train.sha256[:8]),
         f"the published {args.backbone} under {protocol.name}",
