@@ -15,13 +15,20 @@ from typing import TYPE_CHECKING
 
 from analysis.figures.style import figure, save
 from analysis.query import TRAINED, train_command, trained_row
+from experiments.declared.checkpoints import (
+    CheckpointFile,
+    add_network_options,
+    load_network,
+    published_evaluation,
+    published_network,
+)
 from experiments.declared.protocols import PROTOCOLS
 from experiments.engine.cli import Parser, run_command
 from experiments.engine.records.store import REPOSITORY, Store
 from experiments.engine.specs.rows import table_of
 from experiments.engine.specs.spec import Evaluate
 from experiments.engine.specs.stages import Protocol, evaluate_stage
-from experiments.evaluate_checkpoint import add_network_options, evaluation_of
+from experiments.main_results import TABLES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,7 +151,9 @@ def _published(args: argparse.Namespace, protocol: Protocol) -> tuple[Evaluate, 
         raise ValueError(
             "--backbone and --checkpoint go together, and without --table, --row and --seed"
         )
-    spec = evaluation_of(args, protocol)[0]
+    file = CheckpointFile.from_arguments(args)
+    load_network(published_network(file, protocol, TABLES), file)  # refuses another network
+    spec = published_evaluation(file, protocol, TABLES)
     return (
         spec,
         f"{protocol.name}_{args.backbone}_{spec.train.sha256[:8]}",

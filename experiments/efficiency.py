@@ -10,7 +10,7 @@
 
 Everything runs once and becomes a record. `--report` prints existing records and runs nothing.
 `--cluster slurm` submits one job per network. With --compile or --graphs, tables, sweeps and the
-figure are about compiled networks or CUDA graphs; these are timings, records and sheets of their own.
+figure are about compiled networks or CUDA graphs, with records and sheets of their own.
 """
 
 from __future__ import annotations
@@ -206,9 +206,11 @@ def _table(args: argparse.Namespace, device: str, acceleration: Acceleration) ->
         device,
         args.task,
         named=args.rows is not None,
-        modes=args.modes,
         acceleration=acceleration,
     )
+    if args.modes:
+        timings.require_modes(args.modes, device, acceleration)
+        stages = [stage for stage in stages if stage.precision in args.modes]
     jobs = (timings.ceilings_job(device), *timings.jobs(rows, stages))
     timed = timings.timed_table(table, rows, device, args.task, acceleration)
     return Work(ListPlan(device, costs, jobs), lambda store: [speed_sheet(timed, store)])

@@ -9,7 +9,7 @@ from analysis.claims.finding import MEASURED, PUBLISHED, Finding, direction, mea
 from analysis.query import ReferenceStore, scores_of
 from analysis.tables.conditions import progress_curve, progress_row, stopped
 from analysis.tables.pages import once
-from experiments.engine.records.manifest import clashes
+from experiments.engine.records.comparison import clashes
 from experiments.engine.records.store import Record
 from experiments.engine.reporting.efficiency.claims import Claim
 from experiments.engine.reporting.statistics import pooled

@@ -24,7 +24,7 @@ from analysis.query import ReferenceStore, rankable, scores_of
 from analysis.tables.conditions import same_conditions
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.declared.protocols import DIGITS, IMAGENET256
-from experiments.engine.records.manifest import clashes
+from experiments.engine.records.comparison import clashes
 from experiments.engine.records.store import Record
 from experiments.engine.reporting.efficiency.claims import Claim, half_digit
 from experiments.engine.reporting.lookup import SCORES

@@ -21,7 +21,7 @@ from analysis.tables.conditions import progress_curve, progress_score
 from analysis.tables.paper import CONFIGURATIONS
 from experiments.ablation import TABLE_4
 from experiments.declared.protocols import DIGITS
-from experiments.engine.records.manifest import clashes
+from experiments.engine.records.comparison import clashes
 from experiments.engine.records.store import Record
 from experiments.engine.specs.stages import train_stage
 

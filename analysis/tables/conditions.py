@@ -13,7 +13,8 @@ from experiments.declared.protocols import (
     IMAGENET512_OWN,
 )
 from experiments.declared.timings import is_written_out
-from experiments.engine.records.manifest import clashes, not_recorded, score_name
+from experiments.engine.records.comparison import clashes, not_recorded
+from experiments.engine.records.manifest import score_name
 from experiments.engine.records.store import Record
 from experiments.engine.reporting.efficiency.counts import difference
 from experiments.engine.reporting.efficiency.speed import unfused

@@ -10,6 +10,9 @@ from experiments.engine.jobs.job import Job
 from experiments.engine.reporting.efficiency.claims import Claim
 from experiments.engine.specs.spec import FACTOR, Backbone, Timing
 
+# Images per batch at 256 pixels, and at more.
+BATCHES = {"cpu": (4, 1), "cuda": (64, 16)}
+
 # The paper compares with a DiS-XL that its authors never described.
 NOT_DESCRIBED = {"dis_xl"}
 
@@ -36,10 +39,8 @@ def claim_stages(claim: Claim, device: str) -> list[Timing]:
 
 
 def _in_turn(subject: str, baseline: str, size: int, device: str) -> list[Timing]:
-    if device == "cpu":
-        batch = 4 if size == 32 else 1
-    else:
-        batch = 64 if size == 32 else 16
+    at_256_pixels, larger = BATCHES[device]
+    batch = at_256_pixels if size == 32 else larger
     stage = Timing(Backbone(subject), size, 4, 1000, batch, device, baseline=Backbone(baseline))
     return [in_mode(stage, mode) for mode in MODES[device]]
 

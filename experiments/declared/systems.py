@@ -8,6 +8,7 @@ say how much that is, from our counts. No torch.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from experiments.engine.reporting.efficiency.counts import Counts, System
 from experiments.engine.specs.spec import Backbone, Cost
@@ -112,6 +113,14 @@ DICO_512_NOTE = (
 # ---- Systems
 
 
+@dataclass(frozen=True)
+class Printed:
+    """The numbers of the paper's tables that print a system's Gflops and its parameters."""
+
+    gflops: int | None = None
+    params: int | None = None
+
+
 def published(table: int | None, model: str) -> tuple[str, str] | None:
     """Return where a model stands among the published numbers of a table."""
     return None if table is None else (f"table{table}.csv", model)
@@ -123,11 +132,11 @@ def system(
     costs: tuple[Cost, ...],
     counter: tuple[str, Callable[[Counts], float] | None] = ("", None),
     *,
-    gflops: int | None = None,
-    params: int | None = None,
+    printed: Printed | None = None,
     note: str = "",
 ) -> System:
-    """Return a system with the numbers of the tables that print its Gflops and its parameters."""
+    """Return a system with its published numbers."""
+    printed = printed or Printed()
     convention, function = counter
     return System(
         label,
@@ -135,8 +144,8 @@ def system(
         costs,
         function,
         convention,
-        published(gflops, label),
-        published(params, label),
+        published(printed.gflops, label),
+        published(printed.params, label),
         note,
         reconstruction=note == DIFFUSSM_NOTE,
     )
@@ -149,45 +158,43 @@ CALFLOPS = ("calflops", dimsum_calflops)
 DERIVED = ("derived", None)
 OPAQUE = "fvcore, opaque"
 
-ADM_U_256 = latent("adm_base_64", 64, 3) + latent("adm_up_256", 256, 6)
-ADM_U_512 = latent("adm_base_128", 128, 3) + latent("adm_up_512", 512, 6)
+ADM_U_COSTS_256 = latent("adm_base_64", 64, 3) + latent("adm_up_256", 256, 6)
+ADM_U_COSTS_512 = latent("adm_base_128", 128, 3) + latent("adm_up_512", 512, 6)
 
 SYSTEMS = (
-    system("ADM-U", 256, ADM_U_256, NORMS, gflops=1, params=8, note=UNET_NOTE),
-    system("ADM-U", 512, ADM_U_512, NORMS, gflops=2, params=9, note=UNET_NOTE),
+    system("ADM-U", 256, ADM_U_COSTS_256, NORMS, printed=Printed(1, 8), note=UNET_NOTE),
+    system("ADM-U", 512, ADM_U_COSTS_512, NORMS, printed=Printed(2, 9), note=UNET_NOTE),
     system("LDM-4", 256, latent("ldm_4", 64, 3), note=LDM_NOTE),
-    system("U-ViT-L/2", 256, latent("uvit_l_2", 32), FVCORE, gflops=8, params=8, note=UVIT_L_NOTE),
+    system(
+        "U-ViT-L/2", 256, latent("uvit_l_2", 32), FVCORE, printed=Printed(8, 8), note=UVIT_L_NOTE
+    ),
     system(
         "U-ViT-H/2",
         256,
         latent("uvit_h_2", 32),
         ("torchprofile", uvit_torchprofile(29, 1152)),
-        gflops=1,
-        params=8,
+        printed=Printed(1, 8),
     ),
     system(
         "U-ViT-L/4",
         512,
         latent("uvit_l_4", 64),
         ("torchprofile", uvit_torchprofile(21, 1024)),
-        gflops=2,
-        params=9,
+        printed=Printed(2, 9),
     ),
     system(
         "U-ViT-H/4",
         512,
         latent("uvit_h_4", 64),
         ("torchprofile", uvit_torchprofile(29, 1152)),
-        gflops=2,
-        params=9,
+        printed=Printed(2, 9),
     ),
     system(
         "DiM-H",
         256,
         latent("dim_h", 32),
         (OPAQUE, dim_fvcore(366)),
-        gflops=1,
-        params=8,
+        printed=Printed(1, 8),
         note=DIM_NOTE,
     ),
     system(
@@ -195,19 +202,17 @@ SYSTEMS = (
         512,
         latent("dim_h", 64),
         (OPAQUE, dim_fvcore(1230)),
-        gflops=2,
-        params=9,
+        printed=Printed(2, 9),
         note=DIM_NOTE,
     ),
-    system("DiS-H/2", 256, latent("dis_h_2", 32), params=8, note=DIS_NOTE),
-    system("DiS-H/2", 512, latent("dis_h_2", 64), params=9, note=DIS_NOTE),
+    system("DiS-H/2", 256, latent("dis_h_2", 32), printed=Printed(params=8), note=DIS_NOTE),
+    system("DiS-H/2", 512, latent("dis_h_2", 64), printed=Printed(params=9), note=DIS_NOTE),
     system(
         "DiffuSSM-XL",
         256,
         latent("diffussm_xl", 32),
         DERIVED,
-        gflops=1,
-        params=8,
+        printed=Printed(1, 8),
         note=DIFFUSSM_NOTE,
     ),
     system(
@@ -215,30 +220,38 @@ SYSTEMS = (
         512,
         latent("diffussm_xl", 64),
         DERIVED,
-        gflops=2,
-        params=9,
+        printed=Printed(2, 9),
         note=DIFFUSSM_NOTE,
     ),
     system(
-        "DiMSUM-L/2", 256, latent("dimsum_l_2", 32), CALFLOPS, gflops=1, params=8, note=DIMSUM_NOTE
+        "DiMSUM-L/2",
+        256,
+        latent("dimsum_l_2", 32),
+        CALFLOPS,
+        printed=Printed(1, 8),
+        note=DIMSUM_NOTE,
     ),
-    system("DiT-S/2", 256, latent("dit_s_2", 32), TORCHPROFILE, gflops=1),
-    system("DiT-B/2", 256, latent("dit_b_2", 32), TORCHPROFILE, gflops=1),
-    system("DiT-L/2", 256, latent("dit_l_2", 32), TORCHPROFILE, gflops=1),
-    system("DiT-XL/2", 256, latent("dit_xl_2", 32), TORCHPROFILE, gflops=1, params=8),
-    system("DiT-XL/2", 512, latent("dit_xl_2", 64), TORCHPROFILE, gflops=2, params=9),
-    system("SiT-XL", 256, latent("sit_xl_2", 32), TORCHPROFILE, gflops=8, params=8, note=SIT_NOTE),
-    system("SiT-XL", 512, latent("sit_xl_2", 64), TORCHPROFILE, gflops=9, params=9, note=SIT_NOTE),
-    system("DiC-S", 256, latent("dic_s", 32), TORCHPROFILE, gflops=1),
-    system("DiC-B", 256, latent("dic_b", 32), TORCHPROFILE, gflops=1),
-    system("DiC-XL", 256, latent("dic_xl", 32), TORCHPROFILE, gflops=1),
-    system("DiC-H", 256, latent("dic_h", 32), TORCHPROFILE, gflops=1, params=8),
+    system("DiT-S/2", 256, latent("dit_s_2", 32), TORCHPROFILE, printed=Printed(gflops=1)),
+    system("DiT-B/2", 256, latent("dit_b_2", 32), TORCHPROFILE, printed=Printed(gflops=1)),
+    system("DiT-L/2", 256, latent("dit_l_2", 32), TORCHPROFILE, printed=Printed(gflops=1)),
+    system("DiT-XL/2", 256, latent("dit_xl_2", 32), TORCHPROFILE, printed=Printed(1, 8)),
+    system("DiT-XL/2", 512, latent("dit_xl_2", 64), TORCHPROFILE, printed=Printed(2, 9)),
+    system(
+        "SiT-XL", 256, latent("sit_xl_2", 32), TORCHPROFILE, printed=Printed(8, 8), note=SIT_NOTE
+    ),
+    system(
+        "SiT-XL", 512, latent("sit_xl_2", 64), TORCHPROFILE, printed=Printed(9, 9), note=SIT_NOTE
+    ),
+    system("DiC-S", 256, latent("dic_s", 32), TORCHPROFILE, printed=Printed(gflops=1)),
+    system("DiC-B", 256, latent("dic_b", 32), TORCHPROFILE, printed=Printed(gflops=1)),
+    system("DiC-XL", 256, latent("dic_xl", 32), TORCHPROFILE, printed=Printed(gflops=1)),
+    system("DiC-H", 256, latent("dic_h", 32), TORCHPROFILE, printed=Printed(1, 8)),
     system(
         "DiG-S/2",
         256,
         latent("dig_s_2", 32),
         (OPAQUE, dig_fvcore(384, 12, 6, 1024)),
-        gflops=1,
+        printed=Printed(gflops=1),
         note=DIG_NOTE,
     ),
     system(
@@ -246,7 +259,7 @@ SYSTEMS = (
         256,
         latent("dig_b_2", 32),
         (OPAQUE, dig_fvcore(768, 12, 12, 2048)),
-        gflops=1,
+        printed=Printed(gflops=1),
         note=DIG_NOTE,
     ),
     system(
@@ -254,7 +267,7 @@ SYSTEMS = (
         256,
         latent("dig_l_2", 32),
         (OPAQUE, dig_fvcore(1024, 24, 16, 2816)),
-        gflops=1,
+        printed=Printed(gflops=1),
         note=DIG_NOTE,
     ),
     system(
@@ -262,16 +275,20 @@ SYSTEMS = (
         256,
         latent("dig_xl_2", 32),
         (OPAQUE, dig_fvcore(1152, 28, 18, 3072)),
-        gflops=1,
-        params=8,
+        printed=Printed(1, 8),
         note=DIG_NOTE,
     ),
-    system("DiCo-S", 256, latent("dico_s", 32), TORCHPROFILE, gflops=5, params=5),
-    system("DiCo-B", 256, latent("dico_b", 32), TORCHPROFILE, gflops=5, params=5),
-    system("DiCo-L", 256, latent("dico_l", 32), TORCHPROFILE, gflops=5, params=5),
-    system("DiCo-XL", 256, latent("dico_xl", 32), TORCHPROFILE, gflops=5, params=5),
-    system("DiCo-H", 256, latent("dico_h", 32), TORCHPROFILE, gflops=5, params=5),
+    system("DiCo-S", 256, latent("dico_s", 32), TORCHPROFILE, printed=Printed(5, 5)),
+    system("DiCo-B", 256, latent("dico_b", 32), TORCHPROFILE, printed=Printed(5, 5)),
+    system("DiCo-L", 256, latent("dico_l", 32), TORCHPROFILE, printed=Printed(5, 5)),
+    system("DiCo-XL", 256, latent("dico_xl", 32), TORCHPROFILE, printed=Printed(5, 5)),
+    system("DiCo-H", 256, latent("dico_h", 32), TORCHPROFILE, printed=Printed(5, 5)),
     system(
-        "DiCo-XL", 512, latent("dico_xl", 64), TORCHPROFILE, gflops=2, params=9, note=DICO_512_NOTE
+        "DiCo-XL",
+        512,
+        latent("dico_xl", 64),
+        TORCHPROFILE,
+        printed=Printed(2, 9),
+        note=DICO_512_NOTE,
     ),
 )

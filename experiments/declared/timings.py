@@ -121,33 +121,32 @@ def stages(
     device: str,
     task: str,
     named: bool,
-    *,
-    modes: Sequence[str] | None = None,
     acceleration: Acceleration = EAGER,
 ) -> list[Timing]:
-    """Return the timings of each network once, in all modes of the device or in those named.
+    """Return the timings of each network once, in all modes of the device.
 
     Args:
         named: whether the user named the rows, so that a CPU times heavy ones.
-
-    Raises:
-        ValueError: if a mode is not one of the device's.
     """
-    known = modes_of(device, acceleration)
-    unknown = sorted(set(modes or ()) - set(known))
-    if unknown:
-        raise ValueError(
-            f"{', '.join(unknown)} is no numeric mode of {device}{acceleration}; "
-            f"known: {', '.join(known)}"
-        )
-
     # Rows of one network share its timing; the last one's is taken.
     by_network = {str(row.backbone): row for row in timed_rows(table, rows, device, named)}
     timed = []
     for row in by_network.values():
         stage = timing_stage(row, table.baseline, device)
-        timed += [in_mode(stage, mode, task, acceleration) for mode in modes or known]
+        for mode in modes_of(device, acceleration):
+            timed.append(in_mode(stage, mode, task, acceleration))
     return timed
+
+
+def require_modes(modes: Sequence[str], device: str, acceleration: Acceleration = EAGER) -> None:
+    """Raise ValueError if a mode is not one of the device's."""
+    known = modes_of(device, acceleration)
+    unknown = sorted(set(modes) - set(known))
+    if unknown:
+        raise ValueError(
+            f"{', '.join(unknown)} is no numeric mode of {device}{acceleration}; "
+            f"known: {', '.join(known)}"
+        )
 
 
 def jobs(rows: Sequence[Row], timed: Sequence[Timing]) -> tuple[Job, ...]:

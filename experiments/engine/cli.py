@@ -120,7 +120,7 @@ def _run_table(
 
 
 def _select(table: Table, protocol: Protocol, args: argparse.Namespace) -> TablePlan:
-    """Return a plan for the selected part of a table. Raise ValueError if it cannot run as one command."""
+    """Return the plan of the selected rows. Raise ValueError if one command cannot run them."""
     rows = list(table.rows) if args.rows is None else [table.row(label) for label in args.rows]
 
     # A paper's own recipe holds for one resolution.

@@ -277,7 +277,7 @@ def _run_stage(spec: Stage, store: Store, context: RunContext) -> dict[str, Any]
         return run_training(spec, context)
     if isinstance(spec, Evaluate):
         training = replace(context, folder=store.run_dir(spec.train))
-        return evaluate.run(spec, store.root / "runs" / "classifiers", training)
+        return evaluate.run_evaluation(spec, store.root / "runs" / "classifiers", training)
     if isinstance(spec, Profile):
         return profiling.profile_task(spec, context.folder)
     if isinstance(spec, Ceilings):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from experiments.engine.records.manifest import clashes, not_recorded
+from experiments.engine.records.comparison import clashes, not_recorded
 from experiments.engine.records.store import Record, RecordFolder, Store
 from experiments.engine.reporting.lookup import REFERENCE_SEEDS, SCORES, _records, _run, seed_values
 from experiments.engine.reporting.statistics import LEVEL, made_by_few, pooled, reach, scaled

@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
-from experiments.engine.records.manifest import clashes, machines, not_recorded, score_name
+from experiments.engine.records.comparison import clashes, machines, not_recorded
+from experiments.engine.records.manifest import score_name
 from experiments.engine.records.store import Record, RecordFolder, Store
 from experiments.engine.reporting.lookup import (
     PAPER_CONDITIONS,

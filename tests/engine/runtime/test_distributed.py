@@ -244,8 +244,8 @@ def test_scores_do_not_depend_on_the_group_and_resume_from_finished_batches(
     torch.set_num_threads(1)
     cache, context = alone / "runs" / "classifiers", RunContext(run_folder(alone))
     with pytest.raises(KeyboardInterrupt):
-        scoring.run(SCORE, cache, context)
-    values = scoring.run(SCORE, cache, context)
+        scoring.run_evaluation(SCORE, cache, context)
+    values = scoring.run_evaluation(SCORE, cache, context)
     assert [part.start for part in drawn] == [0, 5, 10, 10, 15, 20]
 
     # NaN is not equal to itself, but its text is.

@@ -130,7 +130,7 @@ def test_scores_are_finite_shares_are_shares_and_every_one_has_its_error(
 ):
     monkeypatch.setattr(features, "DIGITS", replace(features.DIGITS, steps=40))
     training_stage.run_training(SPEC.train, RunContext(tmp_path / "run"))
-    values = evaluate.run(
+    values = evaluate.run_evaluation(
         SPEC, tmp_path / "cache", RunContext(tmp_path / "run", Resources(sample_batch=100))
     )
     scores = ("fd_digits", "is_digits", "precision_digits", "recall_digits", "agreement")

@@ -308,7 +308,7 @@ def test_the_inception_stage_runs_from_weights_to_record(
         monkeypatch.setattr(
             module, "load_data", lambda asked: pixels if asked == data else load_data(asked)
         )
-    torch.save(inception.architecture().state_dict(), tmp_path / "weights.pth")
+    torch.save(inception.build_network().state_dict(), tmp_path / "weights.pth")
     monkeypatch.setenv("DICO_INCEPTION", str(tmp_path / "weights.pth"))
     backbone = Backbone("dico_s", TINY.options | dict(in_channels=3))
     spec = Evaluate(
@@ -320,10 +320,10 @@ def test_the_inception_stage_runs_from_weights_to_record(
     )
     training_stage.run_training(spec.train, RunContext(tmp_path / "runs" / "a"))
     with pytest.raises(ValueError, match="not that of the published Inception"):
-        evaluate.run(spec, tmp_path, RunContext(tmp_path / "runs" / "a"))
+        evaluate.run_evaluation(spec, tmp_path, RunContext(tmp_path / "runs" / "a"))
     monkeypatch.setattr(inception, "SHA256", "")
     heard: list[int] = []
-    values = evaluate.run(
+    values = evaluate.run_evaluation(
         spec,
         tmp_path,
         RunContext(

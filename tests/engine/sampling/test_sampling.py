@@ -92,10 +92,12 @@ def test_the_classifier_is_cached_by_content_and_scores_are_named_for_what_they_
     spec = tiny()
     cache = classifiers
     training_stage.run_training(spec.train, RunContext(tmp_path / "run"))
-    first = evaluate.run(spec, cache, RunContext(tmp_path / "run"))
+    first = evaluate.run_evaluation(spec, cache, RunContext(tmp_path / "run"))
     (file,) = cache.glob("*.safetensors")
     written = file.stat().st_mtime_ns
-    again = evaluate.run(spec, cache, RunContext(tmp_path / "run", Resources(sample_batch=3)))
+    again = evaluate.run_evaluation(
+        spec, cache, RunContext(tmp_path / "run", Resources(sample_batch=3))
+    )
     assert file.stat().st_mtime_ns == written and list(cache.glob("*.safetensors")) == [file]
     assert {"fd_digits", "is_digits", "precision_digits", "recall_digits", "agreement"} <= set(
         first
@@ -106,7 +108,7 @@ def test_the_classifier_is_cached_by_content_and_scores_are_named_for_what_they_
         and first["classifier_sha256"] == again["classifier_sha256"]
     )
     assert repr(again) == repr(first) and first["manifest"]["run"] == {"batch": evaluate.ON_CPU}
-    by_diffusers = evaluate.run(
+    by_diffusers = evaluate.run_evaluation(
         replace(spec, sampler=replace(spec.sampler, name="dpm_solver_diffusers")),
         cache,
         RunContext(tmp_path / "run"),
@@ -131,6 +133,8 @@ def test_real_digits_score_as_real(classifiers: Path):
 def test_scoring_needs_a_finished_run(tmp_path: Path, classifiers: Path):
     spec = tiny()
     with pytest.raises(ValueError, match="no finished checkpoint"):
-        evaluate.run(spec, classifiers, RunContext(tmp_path / "run"))
+        evaluate.run_evaluation(spec, classifiers, RunContext(tmp_path / "run"))
     with pytest.raises(ValueError, match="inception features"):
-        evaluate.run(replace(spec, features="inception"), classifiers, RunContext(tmp_path / "run"))
+        evaluate.run_evaluation(
+            replace(spec, features="inception"), classifiers, RunContext(tmp_path / "run")
+        )

@@ -60,15 +60,15 @@ def member(rank: int, world: int, port: int, root: Path) -> None:
         )
         os.environ.update({name: str(value) for name, value in names.items()})
     sources.ROOT = root / "data"
-    inception.load, evaluate.require_features = (
+    evaluate.load_inception, evaluate.require_features = (
         lambda path, device: Inception(Tiny().eval(), "f" * 64, device),
         lambda spec: None,
     )
     inception.BATCH, scoring_measure.PIECE, samples.CHUNK = 2, 6, 5
     group, asked = distributed.join_group("cpu", 60.0), []
-    piece = scoring_measure._piece
-    scoring_measure._piece = lambda *given: asked.append(0) or piece(*given)
-    values = evaluate.run(
+    piece = scoring_measure._measure_piece
+    scoring_measure._measure_piece = lambda *given: asked.append(0) or piece(*given)
+    values = evaluate.run_evaluation(
         SCORE, root, RunContext(root / f"runs-{world}" / "a", Resources(sample_batch=4), group)
     )
     (root / f"asked-{world}-{rank}").write_text(str(len(asked)))

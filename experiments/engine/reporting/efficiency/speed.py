@@ -1,4 +1,4 @@
-"""Tables of throughput: every numeric mode of a device beside its ceilings and the paper. No torch."""
+"""Tables of throughput in every numeric mode, beside ceilings and the paper. No torch."""
 
 from __future__ import annotations
 
