@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments.engine.data.sets import batch_indices, load_data
+from experiments.engine.data.sets import batch_indices, load
 from experiments.engine.diffusion.iddpm import IDDPM
 from experiments.engine.jobs.execute import execute
 from experiments.engine.records.store import REPOSITORY, Store
@@ -407,7 +407,7 @@ def test_a_bad_loss_of_one_rank_is_everybody_s(kind: str, bad: int, words: str, 
     assert record.values["last_checkpoint"] == 35 and record.values["stopped_at"] >= bad + 1
     assert (
         record.values["batch"]
-        == batch_indices(len(load_data(spec.data)), 16, 0, record.values["stopped_at"] - 1).tolist()
+        == batch_indices(len(load(spec.data)), 16, 0, record.values["stopped_at"] - 1).tolist()
     )
 
 
