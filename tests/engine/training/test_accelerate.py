@@ -79,7 +79,9 @@ def test_a_recording_lets_other_threads_go_on_and_runs_the_function_aside_before
 def test_a_step_of_the_trainer_waits_for_no_value(name: str, monkeypatch: pytest.MonkeyPatch):
     """On a GPU reading one back stops the host, and no graph can hold it."""
     monkeypatch.setattr(
-        sys.modules[gated_linear.choices["chunked"].run.__module__], "_mild", lambda decay: False
+        sys.modules[gated_linear.choices["chunked"].run.__module__],
+        "_decays_mildly",
+        lambda decay: False,
     )  # on a CPU DiG looks, as nothing waits there
     dropping = 0.1 if name in ("dis", "dimsum") else 0.0
     spec = Train(
