@@ -135,7 +135,7 @@ def test_flas_tf32_is_taken_where_a_flag_allows_it_and_no_decay_is_read_back_fro
     module = sys.modules[gated_linear.choices["fla"].run.__module__]
     monkeypatch.setattr(module, "_fla_installed", lambda: True)
     on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32)
-    assert gated_linear.choices["fla"].supports(*[on_gpu] * 4) and not module._mild(on_gpu)
+    assert gated_linear.choices["fla"].supports(*[on_gpu] * 4) and not module._decays_mildly(on_gpu)
 
 
 def ssm_inputs(tokens: int, dt: float) -> list[Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.engine.data.sets import batch_indices, load_data
+from experiments.engine.data.sets import batch_indices, load
 from experiments.engine.runtime.attempts import read_attempts
 from experiments.engine.runtime.context import Resources, RunContext
 from experiments.engine.runtime.heartbeat import read_heartbeat
@@ -184,7 +184,7 @@ def assert_diverged(root: Path, work: Work, problem: str, last_checkpoint: int) 
     assert record.values["last_checkpoint"] == last_checkpoint
     step = record.values["stopped_at"]
     assert work.fault is not None and step >= work.fault.step + 1
-    batch = batch_indices(len(load_data(TRAIN.data)), BATCH, 0, step - 1)
+    batch = batch_indices(len(load(TRAIN.data)), BATCH, 0, step - 1)
     assert record.values["batch"] == batch.tolist()
 
 
