@@ -23,7 +23,7 @@ from experiments.engine.data.latent_statistics import compare_statistics
 from experiments.engine.data.latents import SCALE, LatentSet
 from experiments.engine.data.locate import read_manifest
 from experiments.engine.data.pictures import find_pictures, read_picture
-from experiments.engine.data.sets import batch_indices, iterate_batches, load_data
+from experiments.engine.data.sets import batch_indices, iterate_batches, load
 from experiments.engine.diffusion.iddpm import IDDPM
 from experiments.engine.specs.spec import Backbone, Recipe, Train
 from experiments.engine.training.trainer import Trainer
@@ -241,7 +241,7 @@ def test_the_set_is_found_by_its_manifest(
 ):
     monkeypatch.setattr(sources, "ROOT", tmp_path)
     shutil.copytree(latents, tmp_path / "tiny")
-    found = load_data(declared(job.vae))
+    found = load(declared(job.vae))
     assert isinstance(found, LatentSet) and len(found) == 12 and not found.flip
     assert (
         found.identity["vae"]["weights"] == job.vae.weights

@@ -14,7 +14,7 @@ import backbones
 from backbones.checkpoint import load_published
 from experiments.declared.protocols import DIGITS
 from experiments.engine.data.quantise import from_uint8, to_uint8
-from experiments.engine.data.sets import load_data
+from experiments.engine.data.sets import load
 from experiments.engine.diffusion.build import build_diffusion
 from experiments.engine.diffusion.cascade import ClassifierGradient, System
 from experiments.engine.diffusion.samplers import DDIM, Ancestral, bind_sampler
@@ -290,13 +290,13 @@ def test_an_upsampler_learns_from_means_over_areas():
 
 
 def test_small_digits_are_means_over_areas_and_whole_digits_as_they_were():
-    whole, half = (load_data(Data("digits", size, 1, 10)).images for size in (8, 4))
+    whole, half = (load(Data("digits", size, 1, 10)).images for size in (8, 4))
     assert (
         half.shape == (1797, 1, 4, 4)
         and abs(half[3, 0, 1, 2] - whole[3, 0, 2:4, 4:6].mean()) < 1e-6
     )
     with pytest.raises(ValueError, match="size 1, 2, 4 or 8, not 5"):
-        load_data(Data("digits", 5, 1, 10))
+        load(Data("digits", 5, 1, 10))
 
 
 def test_the_upsampler_is_given_the_base_models_8_bit_images():

@@ -52,7 +52,9 @@ SAMPLERS |= {
 def test_a_step_of_a_sampler_waits_for_no_value(name: str, monkeypatch: pytest.MonkeyPatch):
     """Guided, by the family's own sampler: more steps read no more values back."""
     monkeypatch.setattr(
-        sys.modules[gated_linear.choices["chunked"].run.__module__], "_mild", lambda decay: False
+        sys.modules[gated_linear.choices["chunked"].run.__module__],
+        "_decays_mildly",
+        lambda decay: False,
     )
     train = Train(FAMILIES[name], DIGITS, SPEC.recipe, OBJECTIVES.get(name, Diffusion()))
     model, sampler = (

@@ -23,7 +23,7 @@ from experiments.engine.data import locate as sources
 from experiments.engine.data.autoencoder import load_autoencoder
 from experiments.engine.data.image_files import ImageFile
 from experiments.engine.data.quantise import to_uint8
-from experiments.engine.data.sets import ImageSet, load_data
+from experiments.engine.data.sets import ImageSet, load
 from experiments.engine.jobs.job import Job
 from experiments.engine.jobs.progress import ProgressDisplay
 from experiments.engine.records.store import REPOSITORY
@@ -306,9 +306,7 @@ def test_the_inception_stage_runs_from_weights_to_record(
     given = np.random.default_rng(0).uniform(-1, 1, (9, 3, 8, 8)).astype(np.float32)
     pixels = ImageSet(given, np.arange(9), data)
     for module in (train, evaluate):
-        monkeypatch.setattr(
-            module, "load_data", lambda asked: pixels if asked == data else load_data(asked)
-        )
+        monkeypatch.setattr(module, "load", lambda asked: pixels if asked == data else load(asked))
     torch.save(inception.build_network().state_dict(), tmp_path / "weights.pth")
     monkeypatch.setenv("DICO_INCEPTION", str(tmp_path / "weights.pth"))
     backbone = Backbone("dico_s", TINY.options | dict(in_channels=3))

@@ -11,7 +11,7 @@ import torch
 
 from experiments.ablation import DICO_S
 from experiments.declared.protocols import DIGITS
-from experiments.engine.data.sets import load_data
+from experiments.engine.data.sets import load
 from experiments.engine.runtime.context import Resources, RunContext
 from experiments.engine.sampling.generate import generate_images, image_labels, image_seeds
 from experiments.engine.scoring import classified
@@ -41,7 +41,7 @@ def tiny() -> Evaluate:
 def classifiers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache with the trained digits classifier, which takes seconds to train."""
     cache = tmp_path_factory.mktemp("classifiers")
-    digits_classifier(load_data(DIGITS.data), cache)
+    digits_classifier(load(DIGITS.data), cache)
     return cache
 
 
@@ -125,7 +125,7 @@ def test_the_classifier_is_cached_by_content_and_scores_are_named_for_what_they_
 
 
 def test_real_digits_score_as_real(classifiers: Path):
-    data = load_data(DIGITS.data)
+    data = load(DIGITS.data)
     x, y = data.take(torch.arange(len(data)))
     classifier, _ = digits_classifier(data, classifiers)
     features, probabilities = extract(classifier, x)
