@@ -14,11 +14,15 @@ to rounding; digits are scored before they are rounded to 8 bits.
 
 from __future__ import annotations
 
-import argparse
 import sys
+from pathlib import Path
+
+# The code is this file's tree, whatever the current folder and PYTHONPATH offer.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import argparse
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments import ablation, main_results

@@ -32,7 +32,8 @@ from experiments.engine.cluster.client import queue
 from experiments.engine.cluster.site import Site
 from experiments.engine.cluster.submit import Array, run_job, submit
 from experiments.engine.jobs.job import Job
-from experiments.engine.records.store import REPOSITORY, Store
+from experiments.engine.records.store import Store
+from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.specs.spec import Backbone, Data, Recipe, Train
 
 CLUSTER = REPOSITORY / "tests" / "slurm_cluster.sh"
@@ -60,7 +61,7 @@ def training(steps: int) -> Train:
     )
 
 
-def witnessed(job: Job, root: Path, resources: dict[str, Any]) -> None:
+def witnessed(job: Job, root: Path, resources: dict[str, Any], code: str) -> None:
     """What a submitted job's processes run: first and last step of this attempt are in a file of its own at any moment."""
     from experiments.engine.training.trainer import Trainer
 
@@ -80,7 +81,7 @@ def witnessed(job: Job, root: Path, resources: dict[str, Any]) -> None:
                 yield loss
 
     Trainer.steps = written
-    run_job(job, root, resources)
+    run_job(job, root, resources, code)
 
 
 def lost(folder: Path) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.engine.records.store import REPOSITORY
+from experiments.engine.records.tree import REPOSITORY
 
 NOTEBOOKS = sorted((REPOSITORY / "analysis" / "notebooks").glob("*.ipynb"))
 
