@@ -48,7 +48,7 @@ from experiments.engine.cli import (
 )
 from experiments.engine.jobs.pool import available_cores
 from experiments.engine.records.store import Store
-from experiments.engine.records.tree import REPOSITORY
+from experiments.engine.records.tree import REPOSITORY, warn_without_commit
 
 ABLATION = REPOSITORY / "experiments" / "ablation.py"
 
@@ -390,6 +390,7 @@ def _open_store(results: Path | None) -> Store:
     """Open a results folder that can be written."""
     store = Store(results)
     store.check_writable()
+    warn_without_commit()
     return store
 
 
