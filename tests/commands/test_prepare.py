@@ -89,7 +89,10 @@ def test_the_command_prepares_a_protocol_and_goes_on(
     monkeypatch.setattr(
         sys,
         "argv",
-        f"prepare.py latents --protocol imagenet256 --images {pictures} --vae {vae} --out {tmp_path / 'out'} --shard 5 --device cpu".split(),
+        [
+            *f"prepare.py latents --protocol imagenet256 --images {pictures} --vae {vae}".split(),
+            *f"--out {tmp_path / 'out'} --shard 5 --device cpu".split(),
+        ],
     )
     assert prepare.main() == 0
     printed = capsys.readouterr()

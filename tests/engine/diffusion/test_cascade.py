@@ -1,4 +1,4 @@
-"""ADM's classifier of noisy images, its gradient in the samplers, and the upsampler behind a base model."""
+"""ADM's classifier of noisy images, its gradient in samplers, and the upsampler."""
 
 from __future__ import annotations
 
@@ -33,13 +33,15 @@ from tests.support.flows import sample
 from tests.support.networks import randomise, relative_rms
 
 CLASSES = 7
-PUBLISHED = {  # parameters and core Gmacs measured on the authors' module, entries and digest of its state_dict's names and shapes
+# Measured on the authors' modules: parameters, core Gmacs, entries of the state_dict, and a digest
+# of their names and shapes.
+PUBLISHED = {
     "adm_classifier_64": (65_438_568, 19.0790, 307, "0b7fc9917ffd8325"),
     "adm_classifier_128": (42_568_040, 21.0403, 221, "e717337216e06448"),
     "adm_classifier_256": (54_096_360, 73.3486, 249, "bc098f973cf9f8b9"),
     "adm_classifier_512": (54_448_360, 112.7669, 281, "2a24b6c641814825"),
 }
-# Logits of the second sample, measured on the authors' module in float64 with these weights and inputs.
+# Logits of the second sample, from the authors' module in float64 with these weights and inputs.
 THEIRS = [
     0.369861287336,
     0.044598441025,

@@ -1,4 +1,4 @@
-"""What scoring rests on: noise by image, a classifier with the same bits everywhere, and scores that are finite."""
+"""What scoring rests on: noise by image, a reproducible classifier, and finite scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images on disk: the same whatever the batch, resumed, shuffled with their labels, and scored as they were drawn."""
+"""Images on disk: independent of the batch, resumed, shuffled with their labels, and scored."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ def test_latents_are_decoded_by_the_declared_vae(tmp_path: Path, monkeypatch: py
 def test_latents_are_decoded_by_the_vae_that_their_manifest_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Without a manifest nothing says whose they are, which is warned of unless VAE or declaration is known."""
+    """Without a manifest a warning is given, unless the VAE or the declaration is known."""
     pytest.importorskip("diffusers")
     from tests.support.latent_sets import write_vae
 
@@ -289,7 +289,8 @@ def test_latents_are_decoded_by_the_vae_that_their_manifest_names(
             if fits
             else pytest.raises(
                 ValueError,
-                match=f"set latents holds latents of another VAE .encoder {named}. than .DICO_VAE names .vae, encoder {encoder}",
+                match=f"set latents holds latents of another VAE .encoder {named}. than .DICO_VAE "
+                f"names .vae, encoder {encoder}",
             )
         ):
             load_decoder(data, CPU)
@@ -299,7 +300,7 @@ def test_latents_are_decoded_by_the_vae_that_their_manifest_names(
 def test_the_inception_stage_runs_from_weights_to_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Untrained Inception weights in a file, pixels of three channels, the training images as reference, drawn before the score."""
+    """Untrained Inception in a file, pixels of three channels, training images as reference."""
     pytest.importorskip("torch_fidelity")
     data = Data("pixels", size=8, channels=3, num_classes=10)
     given = np.random.default_rng(0).uniform(-1, 1, (9, 3, 8, 8)).astype(np.float32)

@@ -14,6 +14,7 @@ from experiments.declared.protocols import DIGITS
 from experiments.engine.data.sets import load
 from experiments.engine.runtime.context import Resources, RunContext
 from experiments.engine.sampling.generate import generate_images, image_labels, image_seeds
+from experiments.engine.scoring import classified
 from experiments.engine.scoring import stage as evaluate
 from experiments.engine.scoring.features import digits_classifier, extract
 from experiments.engine.specs.spec import Evaluate, Sampler
@@ -107,7 +108,9 @@ def test_the_classifier_is_cached_by_content_and_scores_are_named_for_what_they_
         first["classifier_accuracy"] > 0.95
         and first["classifier_sha256"] == again["classifier_sha256"]
     )
-    assert repr(again) == repr(first) and first["manifest"]["run"] == {"batch": evaluate.ON_CPU}
+    assert repr(again) == repr(first) and first["manifest"]["run"] == {
+        "batch": classified.BATCH_ON_CPU
+    }
     by_diffusers = evaluate.run_evaluation(
         replace(spec, sampler=replace(spec.sampler, name="dpm_solver_diffusers")),
         cache,
