@@ -19,6 +19,7 @@ from experiments.engine.specs.stages import timing_stage
 FID = "FID-50K, ImageNet 256, 400K steps (published)"
 OURS = "ours"
 GRID_COLOR = "#d5dbe1"
+LABEL_PLACES = ("top center", "bottom center")
 View = dict[str, Any]
 
 
@@ -179,6 +180,8 @@ def _digits_view(table: Table, store: ReferenceStore) -> View:
 
 
 def _trace(name: str, marks: Sequence[Mark], symbol: str, color: Color) -> View:
+    """Return a trace; labels stand above and below their marks in turn, from left to right."""
+    marks = sorted(marks, key=lambda mark: mark.x)
     red, green, blue = (round(255 * part) for part in color)
     trace = dict(
         type="scatter",
@@ -187,7 +190,7 @@ def _trace(name: str, marks: Sequence[Mark], symbol: str, color: Color) -> View:
         x=[mark.x for mark in marks],
         y=[mark.y for mark in marks],
         text=[mark.label for mark in marks],
-        textposition="top center",
+        textposition=[LABEL_PLACES[number % 2] for number in range(len(marks))],
         textfont=dict(size=10),
         hovertext=[_hover(mark) for mark in marks],
         hovertemplate="%{hovertext}<extra></extra>",
