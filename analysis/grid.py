@@ -229,12 +229,12 @@ def draw(subject: Subject, layout: Layout, store: Store) -> Path:
     """
     import torch
 
-    from experiments.engine.jobs.execute import require_device
+    from experiments.engine.numerics.device import prepare_torch
     from experiments.engine.runtime.context import Resources, RunContext
     from experiments.engine.sampling.networks import load_decoder, load_networks
 
     # What samples, and what decodes the samples.
-    require_device(layout.device)
+    prepare_torch(layout.device)
     spec = subject.spec
     decoder = load_decoder(spec.data, torch.device(layout.device))
     resources = Resources(layout.device, checkpoint=subject.checkpoint)

@@ -47,6 +47,7 @@ from experiments.engine.cli import (
     run_command,
 )
 from experiments.engine.jobs.pool import available_cores
+from experiments.engine.machine.gpu import choose_device
 from experiments.engine.records.store import Store
 from experiments.engine.records.tree import REPOSITORY, warn_without_commit
 
@@ -175,8 +176,9 @@ def _run_loop(args: argparse.Namespace) -> int:
 
 def _run_neighbours(args: argparse.Namespace) -> None:
     from experiments.engine.benchmarks.neighbours import measure_neighbours
+    from experiments.engine.numerics.device import prepare_torch
 
-    require_device(args.device)
+    prepare_torch(args.device)
     store = _open_store(args.results)
     samples, reference, dim = args.sizes or NEIGHBOUR_SIZES[args.device]
     for arithmetic in ("exact", "half"):
@@ -187,10 +189,12 @@ def _run_checkpoints() -> None:
     import torch
 
     from experiments.engine.benchmarks.checkpoints import measure_checkpoint
+    from experiments.engine.numerics.device import prepare_torch
     from experiments.engine.specs.spec import Backbone
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    measure_checkpoint(Backbone(CHECKPOINT_NETWORK), device)
+    device = choose_device(None)
+    prepare_torch(device)
+    measure_checkpoint(Backbone(CHECKPOINT_NETWORK), torch.device(device))
 
 
 def _run_counts() -> None:
@@ -273,6 +277,7 @@ def _add_steps(commands: argparse._SubParsersAction[Parser]) -> None:
 def _run_steps(args: argparse.Namespace) -> int:
     import backbones
     from experiments.engine.benchmarks.steps import Other, measure_steps
+    from experiments.engine.numerics.device import prepare_torch
 
     # Refuse what cannot be measured before anything is timed.
     others = {}
@@ -283,7 +288,7 @@ def _run_steps(args: argparse.Namespace) -> int:
         args.parser.error("--rounds must be at least 3 and --batch at least 1")
     acceleration_flags(args, args.device)
     store = _open_store(args.results)
-    require_device(args.device)
+    prepare_torch(args.device)
     for network in args.networks:
         backbones.options_of(network)
         if network not in others:
@@ -343,9 +348,11 @@ def _run_kernels(args: argparse.Namespace) -> int:
     if args.runs < 2 or batch < 1:
         args.parser.error("--runs must be at least 2 and --batch at least 1")
     store = _open_store(args.results)
-    require_device(args.device)
 
     from experiments.engine.benchmarks.kernels import Setup, measure_kernels
+    from experiments.engine.numerics.device import prepare_torch
+
+    prepare_torch(args.device)
 
     modes = args.precision or KERNEL_MODES[args.device]
     setup = Setup(args.device, batch, args.runs)

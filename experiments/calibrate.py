@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from experiments.engine.cli import Parser, run_command
 from experiments.engine.data.locate import inception_path
+from experiments.engine.machine.gpu import choose_device
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -83,15 +84,14 @@ def main() -> int:
 
 def _calibrate() -> int:
     args = _parse()
-    import torch
 
-    from experiments.engine.jobs.execute import require_device
+    from experiments.engine.numerics.device import prepare_torch
     from experiments.engine.scoring.inception import download_inception
 
     if args.pair and args.pair[0] not in PAIRS:
         raise ValueError(f"unknown pair {args.pair[0]!r}; published are {', '.join(PAIRS)}")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    require_device(device)
+    device = choose_device(args.device)
+    prepare_torch(device)
     if args.download:
         download_inception(args.inception)
 

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.engine.cli import Parser, run_command
 from experiments.engine.data.locate import inception_path
+from experiments.engine.machine.gpu import choose_device
 from experiments.engine.records.manifest import samples_manifest, score_name
 from experiments.engine.records.store import SCORES, Record, provenance, timestamp, write_record
 
@@ -129,17 +130,16 @@ def _parse() -> argparse.Namespace:
 
 def _evaluate() -> int:
     args = _parse()
-    import torch
 
     from experiments.engine.data.image_files import ImageFile, has_images
-    from experiments.engine.jobs.execute import require_device
+    from experiments.engine.numerics.device import prepare_torch
     from experiments.engine.scoring.inception import load_inception
     from experiments.engine.scoring.reference import read_reference
 
     # Refuse what cannot be scored before anything is measured.
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(args.device)
     _check_numbers(args)
-    require_device(device)
+    prepare_torch(device)
     _check_contents(args)
     files = [ImageFile(path) for path in args.samples if has_images(path)]
     if args.record and not files:

@@ -41,7 +41,6 @@ from experiments.engine.cli import (
     carry_out,
     device_of,
     exit_status,
-    require_device,
     run_command,
 )
 from experiments.engine.data.locate import (
@@ -222,7 +221,9 @@ def _estimate(spec: Evaluate, model: nn.Module, args: argparse.Namespace, device
     """Estimate sampling by the network's time on this device times its evaluations."""
     sampler = spec.sampler
     if args.cluster != "slurm":
-        require_device(device)
+        from experiments.engine.numerics.device import prepare_torch
+
+        prepare_torch(device)
     if sampler.name == "dopri5":
         return Estimate(
             "sampling: its steps are as many as each image needs, so what it takes is unknown"

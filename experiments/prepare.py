@@ -14,15 +14,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
-import os
 import time
 from typing import Any
 
 from experiments.declared.protocols import CIFAR10, PROTOCOLS
 from experiments.declared.recipes import pixels
-from experiments.engine.cli import Parser, require_device, run_command
+from experiments.engine.cli import Parser, run_command
 from experiments.engine.data.locate import find_cifar10, folder_of
 from experiments.engine.jobs.progress import images_line
+from experiments.engine.machine.cores import find_cores
+from experiments.engine.machine.gpu import choose_device
 
 CIFAR10_HELP = """Download CIFAR-10 and check it.
 
@@ -131,7 +132,7 @@ def _add_workers(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--workers",
         type=int,
-        default=len(os.sched_getaffinity(0)),
+        default=find_cores().number,
         help="threads that decode and crop (default: number of cores)",
     )
 
@@ -161,14 +162,14 @@ def prepare_latents(args: argparse.Namespace) -> int:
     """Encode the pictures of a folder for a protocol, and describe the latents."""
     if min(args.batch, args.shard, args.workers) < 1:
         raise ValueError("--batch, --shard and --workers take numbers from 1")
-    import torch
 
     from experiments.engine.data.autoencoder import load_autoencoder
     from experiments.engine.data.encode import EncodingJob, encode_pictures
     from experiments.engine.data.pictures import find_pictures
+    from experiments.engine.numerics.device import prepare_torch
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    require_device(device.partition(":")[0])
+    device = choose_device(args.device)
+    prepare_torch(device.partition(":")[0])
     data = LATENT_PROTOCOLS[args.protocol].data
     pictures = find_pictures(args.images, data.num_classes)
     vae = load_autoencoder(args.vae, device, args.batch)

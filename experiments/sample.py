@@ -40,6 +40,7 @@ from experiments.engine.cli import (
 from experiments.engine.data.locate import require_data
 from experiments.engine.jobs.job import Job, JobEvent
 from experiments.engine.jobs.progress import ProgressDisplay
+from experiments.engine.machine.gpu import choose_device
 from experiments.engine.records.store import Store
 from experiments.engine.records.tree import warn_without_commit
 from experiments.engine.runtime.progress import Progress, Report, ignore_progress
@@ -122,19 +123,17 @@ def _draw(args: argparse.Namespace) -> int:
     spec = _spec_of(args, row)
     require_data(spec.data)
 
-    import torch
-
     from experiments.engine.diffusion.build import build_diffusion
     from experiments.engine.diffusion.samplers import bind_sampler
-    from experiments.engine.jobs.execute import require_device
+    from experiments.engine.numerics.device import prepare_torch
     from experiments.engine.runtime import group as distributed
     from experiments.engine.runtime.context import Resources, RunContext
     from experiments.engine.sampling.networks import decoder_warnings
 
     # An unknown sampler raises ValueError here, before any work.
     bind_sampler(spec.sampler, build_diffusion(spec.train.diffusion))
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    require_device(device)
+    device = choose_device(args.device)
+    prepare_torch(device)
     resources = Resources(device, sample_batch=args.batch, **acceleration_flags(args, device))
     store = open_store(args.results)
     store.check_writable()

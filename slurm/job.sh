@@ -6,6 +6,23 @@
 # lost node, the job goes back into the queue and continues from its last checkpoint. After five
 # restarts without progress it stays ended. Progress removes $DICO_JOB.restarts.
 # shellcheck shell=bash disable=SC1091
+
+# sbatch passes its own environment on. Called from a shell inside another job, it passes on what that
+# job may use, and srun would read it as options (srun(1), INPUT ENVIRONMENT VARIABLES). Without these
+# variables the steps of this job take all that the scheduler gave to this job.
+unset "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_@}" "${!SLURM_STEP@}" "${!SLURM_SRUN_@}" "${!SRUN_@}"
+unset SLURM_NTASKS SLURM_NPROCS SLURM_NTASKS_PER_GPU SLURM_NTASKS_PER_TRES SLURM_TRES_PER_TASK
+unset SLURM_EXACT SLURM_OVERLAP SLURM_HOSTFILE SLURM_ARBITRARY_NODELIST SLURM_TIMELIMIT
+unset SLURM_EXPORT_ENV SLURM_LAUNCH_NODE_IPADDR "${!PMI_@}" "${!PMIX_@}"
+if [ -z "${SUBMITTED_FROM:-}" ]; then
+    # The suite's own submissions have left these behind, so there they are options of the site.
+    unset SLURM_DISTRIBUTION SLURM_DIST_PLANESIZE SLURM_GPU_BIND SLURM_GPU_FREQ SLURM_CPUS_PER_GPU
+    unset SLURM_GPUS SLURM_GPUS_PER_TASK SLURM_GPUS_PER_SOCKET SLURM_GRES SLURM_HINT
+    unset SLURM_THREADS_PER_CORE SLURM_NTASKS_PER_CORE SLURM_NTASKS_PER_SOCKET
+fi
+# Ranks are those of this job's own steps.
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
+
 source slurm/env.sh || {
     echo "error: slurm/env.sh failed; is this the repository's root?" >&2
     exit 2

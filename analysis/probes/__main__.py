@@ -237,9 +237,9 @@ def probe_one(target: Target, args: argparse.Namespace, store: Store) -> bool:
     import torch
 
     from analysis.probes.execute import Files, Machine, execute
-    from experiments.engine.jobs.execute import require_device
+    from experiments.engine.numerics.device import prepare_torch
 
-    require_device(args.device)
+    prepare_torch(args.device)
     record = None if args.again else current_record(target.spec, store)
     if record:
         print(f"{target.label}: done before, {record.kind} {record.id}")

@@ -9,7 +9,6 @@ import argparse
 import os
 import shlex
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
@@ -22,6 +21,9 @@ from experiments.engine.cluster.site import load_site, warn_of_unknown_rows
 from experiments.engine.cluster.status import status
 from experiments.engine.jobs.plan import Plan, TablePlan, describe
 from experiments.engine.jobs.pool import unwind
+from experiments.engine.machine.environment import read_variable
+from experiments.engine.machine.gpu import choose_device, require_device
+from experiments.engine.machine.streams import replace_unprintable
 from experiments.engine.records.store import Store
 from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.reporting.render import FORMATS, render
@@ -75,6 +77,7 @@ def run_command(
         The exit status: the command's own, 2 for bad input, 130 after an interrupt.
         SIGTERM ends the process with status 143.
     """
+    replace_unprintable()
     # Without a handler the workers would outlive this process.
     previous = signal.signal(signal.SIGTERM, unwind)
     try:
@@ -229,7 +232,7 @@ def labels_of(tables: Iterable[Table]) -> list[str]:
 def device_of(args: argparse.Namespace, row: str) -> str:
     """Return the device of a row: that of --device, of the site on Slurm, or of this machine."""
     if args.cluster != Cluster.SLURM:
-        return args.device or ("cuda" if Path("/dev/nvidia0").exists() else "cpu")
+        return choose_device(args.device)
 
     # The devices of this login node say nothing of the cluster's nodes.
     device = load_site(row).device
@@ -251,23 +254,6 @@ def acceleration_flags(args: argparse.Namespace, device: str) -> dict[str, Any]:
             f"CUDA graphs need a GPU, but this command uses {device}; leave out --graphs"
         )
     return {name: True for name in ("compile", "graphs") if getattr(args, name)}
-
-
-def require_device(device: str) -> None:
-    """Raise ValueError if torch, asked in a process of its own, cannot use the GPU."""
-    if device != "cuda":
-        return
-    code = "from experiments.engine.jobs.execute import require_device; require_device('cuda')"
-    check = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if check.returncode:
-        last_line = check.stderr.strip().splitlines()[-1]
-        raise ValueError(last_line.removeprefix("ValueError: "))
 
 
 # ---- Options
@@ -385,12 +371,12 @@ def add_device_option(
 
 def add_results_option(parser: argparse.ArgumentParser, use_environment: bool = True) -> None:
     """Add --results, which defaults to $RESULTS where `use_environment` is set, else to results."""
-    environment = os.environ.get("RESULTS") if use_environment else None
+    environment = read_variable("RESULTS") if use_environment else None
     default = "$RESULTS, else results" if use_environment else "results"
     parser.add_argument(
         "--results",
         type=Path,
-        default=environment or None,
+        default=environment,
         metavar="DIR",
         help=f"results folder (default: {default})",
     )

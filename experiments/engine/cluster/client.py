@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from experiments.engine.machine.environment import read_number, read_variable
 from experiments.engine.runtime.heartbeat import queue_id
 
 TIMEOUT = 60  # seconds for one command of Slurm
@@ -92,8 +93,14 @@ def client(*command: str) -> str:
         ValueError: with the command's own message if it fails, or if it does not answer in time.
     """
     try:
+        # Names of jobs may be in any encoding.
         process = subprocess.run(
-            command, capture_output=True, text=True, timeout=TIMEOUT, check=False
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=TIMEOUT,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         raise ValueError(
@@ -117,8 +124,9 @@ def one_line(complaint: str) -> str:
 
 def variables_for_sbatch() -> str:
     """Return the SBATCH_ variables of this shell, which override a batch script's own options."""
-    variables = sorted(os.environ.items())
-    return ", ".join(f"{name}={value}" for name, value in variables if name.startswith("SBATCH_"))
+    names = sorted(name for name in os.environ if name.startswith("SBATCH_"))
+    variables = {name: read_variable(name) for name in names}
+    return ", ".join(f"{name}={value}" for name, value in variables.items() if value)
 
 
 def queue() -> dict[str, Queued]:
@@ -160,7 +168,7 @@ def remember(root: Path, submissions: Iterable[Submission]) -> None:
 def remember_this_job(root: Path, label: str, stages: Iterable[str]) -> None:
     """Add the Slurm job that this process belongs to, once. Outside of a job do nothing."""
     job = queue_id()
-    if job is None or os.environ.get("SLURM_PROCID", "0") != "0":
+    if job is None or read_number("SLURM_PROCID"):
         return
 
     # A job that this suite submitted, or that was requeued, is in the ledger already.
@@ -169,8 +177,8 @@ def remember_this_job(root: Path, label: str, stages: Iterable[str]) -> None:
         return
 
     ledger(root).parent.mkdir(parents=True, exist_ok=True)
-    name = os.environ.get("SLURM_JOB_NAME", "")
-    log = os.environ.get("DICO_LOG", "")
+    name = read_variable("SLURM_JOB_NAME") or ""
+    log = read_variable("DICO_LOG") or ""
     remember(root, [Submission(stage_ids, label, job, name, log, ours=False)])
 
 

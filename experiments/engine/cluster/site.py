@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from experiments.engine.machine.environment import read_variable
 from experiments.engine.records.tree import REPOSITORY
 
 PREFIX = "DICO_SLURM_"
@@ -160,13 +161,14 @@ def warn_of_unknown_rows(
 
 def _read_site_file(environment: Mapping[str, str]) -> tuple[Path, dict[str, Any]]:
     """Return the path and the content of the site file. Without a file the content is empty."""
-    path = Path(environment.get(SITE_VARIABLE, FILE))
+    named = read_variable(SITE_VARIABLE, environment)
+    path = Path(named or FILE)
     if not path.is_file():
-        if SITE_VARIABLE in environment:
+        if named:
             raise ValueError(f"{SITE_VARIABLE} names {path}, which is not a file")
         return path, {}
     try:
-        return path, tomllib.loads(path.read_text())
+        return path, tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"{path.name} cannot be read: {error}") from None
 
@@ -189,8 +191,9 @@ def _values_from(environment: Mapping[str, str]) -> dict[str, Any]:
     """Return the keys that variables DICO_SLURM_<KEY> set, in their types."""
     texts = {
         name.removeprefix(PREFIX).lower(): text
-        for name, text in environment.items()
+        for name in environment
         if name.startswith(PREFIX) and name != SITE_VARIABLE
+        if (text := read_variable(name, environment)) is not None
     }
     _check_names(texts, f"environment {PREFIX}*")
     return {name: _parse(name, text) for name, text in texts.items()}

@@ -13,7 +13,13 @@ from pathlib import Path
 from experiments.engine.cluster import client as scheduler
 from experiments.engine.cluster.client import Submission
 from experiments.engine.cluster.site import Site, load_site
-from experiments.engine.cluster.submit import Array, batch_script_text, stage_ids, submit
+from experiments.engine.cluster.submit import (
+    Array,
+    batch_script_text,
+    require_plain_path,
+    stage_ids,
+    submit,
+)
 from experiments.engine.jobs.estimate import duration, training_seconds
 from experiments.engine.jobs.job import Job
 from experiments.engine.jobs.plan import Plan, TablePlan, missing
@@ -168,6 +174,7 @@ def send(plan: Plan, store: Store, command: str) -> str:
         command: the command line that the user typed, for the lines that say how to go on.
     """
     scheduler.require_slurm()
+    require_plain_path(store.root)
     store.check_writable()
     warn_without_commit()
     wanted = arrays(plan, store)

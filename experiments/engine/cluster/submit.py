@@ -22,6 +22,7 @@ from experiments.engine.cluster.client import (
     remember,
     waiting_or_running,
 )
+from experiments.engine.cluster.nested import outside_of_jobs
 from experiments.engine.cluster.site import Site
 from experiments.engine.jobs.job import Job
 from experiments.engine.jobs.scheduled import work_in_job
@@ -65,9 +66,31 @@ def new_folder(root: Path) -> Path:
     """Return the path of a new folder for one submission.
 
     Schedulers use job ids again, and submitit would take an old job's files for those of a new one.
+
+    Raises:
+        ValueError: if submitit or Slurm would take the path for another.
     """
+    require_plain_path(root)
     day = time.strftime("%Y%m%d", time.gmtime())
     return root.resolve() / "submissions" / f"dico-{day}-{uuid.uuid4().hex[:8]}"
+
+
+def require_plain_path(root: Path) -> None:
+    """Raise ValueError if submitit or Slurm could not name files in a results folder.
+
+    Both replace patterns such as %j in the names of logs. Slurm reads backslashes as escapes and
+    the script line by line, and submitit writes the script as UTF-8.
+    """
+    path = str(root.resolve())
+    unfit = {"%": "%", "\\": "a backslash", "\n": "a line break", "\r": "a line break"}
+    problems = {words for character, words in unfit.items() if character in path}
+    if not path.isprintable() and not problems:
+        problems = {"a character that cannot be printed"}
+    if problems:
+        raise ValueError(
+            f"jobs cannot be submitted from the results folder {ascii(path)}, whose path holds "
+            f"{' and '.join(sorted(problems))}; choose another folder with --results"
+        )
 
 
 def trainer_resources(site: Site) -> dict[str, Any]:
@@ -157,7 +180,7 @@ def submit(
     submissions: list[Submission] = []
 
     # A second command waits here, and then sees the jobs of the first in the queue.
-    with locked(folder / "lock"):
+    with locked(folder / "lock"), outside_of_jobs():
         waiting = _without_queued(arrays, store)
         folders = [new_folder(store.root) for _ in waiting]
         for array, new in zip(waiting, folders, strict=True):
@@ -240,7 +263,7 @@ def _require_acceptance(script: str, root: Path) -> None:
     queues it all the same.
     """
     path = root / "submissions" / f".{uuid.uuid4().hex}.sh"
-    path.write_text(script)
+    path.write_text(script, encoding="utf-8")
     try:
         client("sbatch", "--test-only", str(path))
     except ValueError as refusal:

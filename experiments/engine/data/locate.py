@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from experiments.engine.machine.environment import read_variable
 from experiments.engine.specs.spec import Data, Evaluate, is_latent
 
-ROOT = Path(os.environ.get("DICO_DATA", Path(__file__).resolve().parents[3] / "data"))
+ROOT = Path(read_variable("DICO_DATA") or Path(__file__).resolve().parents[3] / "data")
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 REFERENCES = {
     "imagenet256": "VIRTUAL_imagenet256_labeled.npz",
@@ -142,7 +142,7 @@ def read_manifest(folder: Path, data: Data) -> dict[str, Any]:
 
 def inception_path() -> Path:
     """Where the Inception weights are expected: $DICO_INCEPTION, or in the data folder."""
-    return Path(os.environ.get("DICO_INCEPTION", ROOT / INCEPTION))
+    return Path(read_variable("DICO_INCEPTION") or ROOT / INCEPTION)
 
 
 def reference_path(data: Data) -> Path | None:
@@ -159,7 +159,7 @@ def reference_path(data: Data) -> Path | None:
 
 def vae_source() -> str:
     """The VAE that decodes latents: $DICO_VAE (a name or a folder), or the papers' one."""
-    return os.environ.get("DICO_VAE", "sd-vae-ft-ema")
+    return read_variable("DICO_VAE") or "sd-vae-ft-ema"
 
 
 def missing_features(spec: Evaluate) -> list[str]:

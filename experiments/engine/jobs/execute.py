@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
 from backbones import kernels
+from experiments.engine.machine.gpu import require_device
 from experiments.engine.numerics import device as machine
 from experiments.engine.numerics.precision import precision, read_tf32_flags
 from experiments.engine.records.store import Record, Store, provenance
@@ -101,15 +100,6 @@ def execute(
     if group.first:
         return _lead(spec, store, replace(context, report=report))
     return _follow(spec, store, context)
-
-
-def require_device(device: str) -> None:
-    """Raise ValueError if a GPU was asked for and PyTorch cannot use one."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"no usable GPU: torch {torch.__version__} was built for CUDA {torch.version.cuda}; "
-            "update the driver or pass --device cpu"
-        )
 
 
 def _lead(spec: Stage, store: Store, context: RunContext) -> Record:

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from experiments.engine.jobs.job import Job, JobEvent
+from experiments.engine.machine.cores import find_cores
+from experiments.engine.machine.sockets import prepare_socket_folder
 from experiments.engine.records.store import Record, Store
 from experiments.engine.records.tree import own_environment, require_tree, tree_digest
 
@@ -57,9 +59,7 @@ def run_here(
 
 def available_cores() -> int:
     """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return find_cores().number
 
 
 def unwind(number: int, _: Any) -> NoReturn:
@@ -156,6 +156,7 @@ def _start_server() -> None:
 
     The parent decides what an interrupt means, and ends the workers.
     """
+    prepare_socket_folder()
     # The server would start the tracker itself, which unblocks interrupts.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.engine.jobs.job import Job
+from experiments.engine.machine.cores import find_cores
+from experiments.engine.machine.environment import read_variable
+from experiments.engine.machine.streams import replace_unprintable
 from experiments.engine.records.store import Record, Store
 from experiments.engine.records.tree import warn_without_commit
 from experiments.engine.runtime import preemption
@@ -40,17 +43,16 @@ def work_in_job(
         job: What to run.
         root: The results folder.
         device: "cpu" or "cuda".
-        threads: How many threads this process has. None: as many as the scheduler gave it cores.
+        threads: How many threads this process has. None: as many as it has cores.
         resources: Further resources of the trainer.
     """
     # A signal must find a listener before the slow imports.
     if preemption.in_a_job():
         preemption.listen()
+    replace_unprintable()
     import torch
 
-    threads = threads or int(os.environ.get("SLURM_CPUS_PER_TASK", "0"))
-    if threads:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads or find_cores().number)
 
     try:
         error = _run_stages(job, Store(root), device, resources)
@@ -98,7 +100,7 @@ def _lost_its_group(record: Record) -> bool:
 
 def _write_marker(marker: Marker, text: str | None) -> None:
     """Write a marker for the batch script, or remove it if there is no text."""
-    start = os.environ.get("DICO_JOB")
+    start = read_variable("DICO_JOB")
     if not start:
         return
     path = Path(f"{start}.{marker}")
@@ -106,4 +108,4 @@ def _write_marker(marker: Marker, text: str | None) -> None:
         if text is None:
             path.unlink(missing_ok=True)
         else:
-            path.write_text(text)
+            path.write_bytes(os.fsencode(text))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import functools
 import json
-import os
 import platform
 import sys
 import time
@@ -19,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.engine.machine.cores import find_cores
+from experiments.engine.machine.environment import read_variable
 from experiments.engine.records.files import locked, written_whole
 from experiments.engine.records.tree import REPOSITORY, tree_commit, tree_digest
 from experiments.engine.specs.spec import Spec, canonical, kind_of, spec_id
@@ -176,7 +177,9 @@ class Store:
             name: file under results/published.
             key: columns that name a row: those that are filled, joined with blanks.
         """
-        with open(REPOSITORY / "results" / "published" / name, newline="") as file:
+        with open(
+            REPOSITORY / "results" / "published" / name, newline="", encoding="utf-8"
+        ) as file:
             rows = list(csv.DictReader(file))
         return {" ".join(row[column] for column in key if row[column]): row for row in rows}
 
@@ -245,6 +248,7 @@ def provenance() -> dict[str, Any]:
     A value is None where it cannot be told.
     """
     commit = tree_commit()
+    cores = find_cores()
     return {
         # A copied tree may have no history.
         "commit": commit.hash,
@@ -252,16 +256,11 @@ def provenance() -> dict[str, Any]:
         "code": tree_digest(),
         "python": platform.python_version(),
         "cpu": _cpu_name(),
-        "cpu_count": _cpu_count(),
-        "job_id": os.environ.get("SLURM_JOB_ID"),
+        "cpu_count": cores.number,
+        "cores_decided_by": cores.decided_by,
+        "core_limits": cores.limits,
+        "job_id": read_variable("SLURM_JOB_ID"),
     }
-
-
-def _cpu_count() -> int | None:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
 
 
 @functools.cache

@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiments.engine.machine.environment import read_variable
+
 REPOSITORY = Path(__file__).resolve().parents[3]
 PACKAGES = ("backbones", "experiments", "analysis")
 
@@ -41,7 +43,7 @@ def tree_commit() -> Commit:
         if commit:
             return Commit(commit, None if changes is None else bool(changes))
 
-    named = os.environ.get("DICO_COMMIT")
+    named = read_variable("DICO_COMMIT")
     if named:
         return Commit(named, None)
     if top is None:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from experiments.engine.machine.environment import read_number, read_variable
 from experiments.engine.runtime import preemption
 
 
@@ -140,17 +141,17 @@ def group_from_environment(environment: Mapping[str, str]) -> Group:
     A scheduler's count is that of the step, not of the job: an interactive shell inside an
     allocation is a step of one process.
     """
-    if "RANK" in environment and "WORLD_SIZE" in environment:
+    launched = read_number("RANK", environment)
+    world_size = read_number("WORLD_SIZE", environment)
+    if launched is not None and world_size is not None:
+        return Group(launched, world_size, read_number("LOCAL_RANK", environment) or 0)
+
+    scheduled = read_number("SLURM_PROCID", environment)
+    if scheduled is not None and read_variable("SLURM_STEP_ID", environment):
         return Group(
-            int(environment["RANK"]),
-            int(environment["WORLD_SIZE"]),
-            int(environment.get("LOCAL_RANK", "0")),
-        )
-    if "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
-        return Group(
-            int(environment["SLURM_PROCID"]),
-            int(environment.get("SLURM_STEP_NUM_TASKS", "1")),
-            int(environment.get("SLURM_LOCALID", "0")),
+            scheduled,
+            read_number("SLURM_STEP_NUM_TASKS", environment) or 1,
+            read_number("SLURM_LOCALID", environment) or 0,
         )
     return ALONE
 
@@ -193,8 +194,8 @@ def _connect(group: Group, device: str, seconds: float) -> None:
             timeout=timedelta(seconds=seconds),
         )
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        address = os.environ.get("MASTER_ADDR", "the first host")
-        port = os.environ.get("MASTER_PORT", "")
+        address = read_variable("MASTER_ADDR") or "the first host"
+        port = read_variable("MASTER_PORT") or ""
         print(
             f"error: rank {group.rank} cannot join the others at {address}:{port}: "
             f"{one_line(error)}",
@@ -207,8 +208,8 @@ def _connect(group: Group, device: str, seconds: float) -> None:
 
 def _name_master() -> None:
     """Set where rank 0 listens, unless a launcher says it: the first host of the step."""
-    if "MASTER_ADDR" not in os.environ:
-        hosts = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
+    if read_variable("MASTER_ADDR") is None:
+        hosts = read_variable("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
         listed = subprocess.run(
             ["scontrol", "show", "hostnames", hosts],
             capture_output=True,
@@ -217,10 +218,10 @@ def _name_master() -> None:
             check=True,
         )
         os.environ["MASTER_ADDR"] = listed.stdout.split()[0]
-    if "MASTER_PORT" not in os.environ:
-        job = os.environ.get("SLURM_JOB_ID", "0")
-        step = os.environ.get("SLURM_STEP_ID", "0")
-        restart = os.environ.get("SLURM_RESTART_COUNT", "0")
+    if read_variable("MASTER_PORT") is None:
+        job = read_variable("SLURM_JOB_ID") or "0"
+        step = read_variable("SLURM_STEP_ID") or "0"
+        restart = read_variable("SLURM_RESTART_COUNT") or "0"
         os.environ["MASTER_PORT"] = str(master_port(job, step, restart))
 
 

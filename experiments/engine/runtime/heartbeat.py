@@ -32,6 +32,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from experiments.engine.machine.environment import read_number, read_variable
 from experiments.engine.records.files import take_lock, written_whole
 
 INTERVAL = 5.0  # seconds between two heartbeats
@@ -56,7 +57,7 @@ LIVE_STATES = (RunState.STARTING, RunState.TRAINING, RunState.EVALUATING, RunSta
 
 def job_id() -> str | None:
     """Return the scheduler's id of the job that this process belongs to."""
-    return os.environ.get("SLURM_JOB_ID")
+    return read_variable("SLURM_JOB_ID")
 
 
 def queue_id() -> str | None:
@@ -64,8 +65,8 @@ def queue_id() -> str | None:
 
     It differs from the id for the last element of an array, which has the id of the whole array.
     """
-    array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    element = os.environ.get("SLURM_ARRAY_TASK_ID")
+    array = read_variable("SLURM_ARRAY_JOB_ID")
+    element = read_variable("SLURM_ARRAY_TASK_ID")
     if array is not None and element is not None:
         return f"{array}_{element}"
     return job_id()
@@ -136,7 +137,7 @@ class Heartbeat:
             host=socket.gethostname(),
             pid=os.getpid(),
             job_id=job_id(),
-            attempt=int(os.environ.get("SLURM_RESTART_COUNT", "0")) + 1,
+            attempt=(read_number("SLURM_RESTART_COUNT") or 0) + 1,
             world_size=world_size,
             reason=None,
             owner=uuid.uuid4().hex,

@@ -7,7 +7,6 @@ listen, so both signals keep their usual meaning there. Standard library only.
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
@@ -16,6 +15,7 @@ import time
 from contextlib import suppress
 from enum import IntEnum
 
+from experiments.engine.machine.environment import read_variable
 from experiments.engine.runtime.heartbeat import job_id, queue_id
 
 TRY_AGAIN = 75  # exit status of a job that was stopped and can go on (EX_TEMPFAIL)
@@ -159,4 +159,4 @@ def wait_for_the_end(seconds: float = 60.0) -> None:
 
 def in_a_job() -> bool:
     """Return whether a scheduler, or a launcher of several processes, started this process."""
-    return job_id() is not None or "RANK" in os.environ
+    return job_id() is not None or read_variable("RANK") is not None

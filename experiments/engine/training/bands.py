@@ -48,7 +48,7 @@ def bands_of(spec: Train) -> list[Band]:
     if not is_published:
         return []
 
-    with open(LOGS, newline="") as file:
+    with open(LOGS, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return [_band(row) for row in rows if row["loss_sd"] and _name(row) == spec.backbone.name]
 

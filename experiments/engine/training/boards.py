@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
+
+from experiments.engine.machine.environment import read_variable
 
 WANDB = "DICO_WANDB"  # environment variable: the Weights & Biases project that runs go to
 
@@ -21,7 +22,7 @@ class Board(Protocol):
 
 def require_boards() -> None:
     """Raise ValueError if Weights & Biases is asked for and not installed."""
-    if os.environ.get(WANDB) and not importlib.util.find_spec("wandb"):
+    if read_variable(WANDB) and not importlib.util.find_spec("wandb"):
         raise ValueError(
             f"${WANDB} asks for Weights & Biases, which is not installed: "
             f"pip install wandb, or unset {WANDB}"
@@ -33,7 +34,7 @@ def open_boards(folder: Path, first: int) -> list[Board]:
     boards: list[Board] = []
     with suppress(ImportError):
         boards.append(_TensorBoard(folder, first))
-    if os.environ.get(WANDB):
+    if read_variable(WANDB):
         require_boards()
         boards.append(_Wandb(folder))
     return boards
@@ -60,7 +61,7 @@ class _Wandb:
         import wandb
 
         self.run = wandb.init(
-            project=os.environ[WANDB],
+            project=read_variable(WANDB),
             id=folder.name,
             name=folder.name,
             dir=str(folder),
