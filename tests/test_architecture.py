@@ -49,12 +49,15 @@ FLOORS = (  # of experiments/engine, from top to bottom: a file imports its own 
     "records",
     "numerics",
     "specs",
+    "machine",
 )
 LIGHT_ENGINE = (
     "benchmarks/footprint benchmarks/session benchmarks/spec benchmarks/targets cli "
-    "cluster/client cluster/launch cluster/local cluster/site cluster/slurm cluster/status "
-    "cluster/submit data/locate jobs/estimate jobs/job jobs/plan jobs/pool jobs/progress "
-    "jobs/scheduled records/comparison records/effects records/files records/manifest "
+    "cluster/client cluster/launch cluster/local cluster/nested cluster/site cluster/slurm "
+    "cluster/status cluster/submit data/locate jobs/estimate jobs/job jobs/plan jobs/pool "
+    "jobs/progress "
+    "jobs/scheduled machine/cores machine/environment machine/gpu machine/sockets machine/streams "
+    "records/comparison records/effects records/files records/manifest "
     "records/store reporting/efficiency/claims reporting/efficiency/counts "
     "reporting/efficiency/details reporting/efficiency/speed reporting/lookup reporting/notes "
     "reporting/render reporting/sheet reporting/statistics reporting/tables specs/rows specs/spec "

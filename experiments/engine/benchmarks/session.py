@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiments.engine.machine.environment import read_variable
 from experiments.engine.records.files import written_whole
 from experiments.engine.records.store import Store
 from experiments.engine.records.tree import REPOSITORY
@@ -65,7 +66,7 @@ class Session:
         # Tests write no records; everything else writes to this session's folder.
         if "pytest" not in command:
             command = [*command, "--results", str(self.store.root.resolve())]
-        paths = [str(REPOSITORY), os.environ.get("PYTHONPATH")]
+        paths = [str(REPOSITORY), read_variable("PYTHONPATH")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
         process = subprocess.Popen(
             [sys.executable, *command], cwd=REPOSITORY, start_new_session=True, env=environment

@@ -115,7 +115,7 @@ def _groups(root: Path) -> Iterator[Path]:
 
 def _memberships(root: Path) -> dict[str, str]:
     """Return this process's group by controller. The hierarchy of version 2 has the name ""."""
-    groups = {}
+    groups: dict[str, str] = {}
     for line in _lines(root / "proc/self/cgroup"):
         _, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")

@@ -209,7 +209,9 @@ def _connect(group: Group, device: str, seconds: float) -> None:
 def _name_master() -> None:
     """Set where rank 0 listens, unless a launcher says it: the first host of the step."""
     if read_variable("MASTER_ADDR") is None:
-        hosts = read_variable("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
+        hosts = read_variable("SLURM_STEP_NODELIST") or read_variable("SLURM_JOB_NODELIST")
+        if hosts is None:
+            raise ValueError("several processes need MASTER_ADDR, the address of rank 0; set it")
         listed = subprocess.run(
             ["scontrol", "show", "hostnames", hosts],
             capture_output=True,
