@@ -96,7 +96,7 @@ def _run(args: argparse.Namespace) -> Path:
         raise ValueError(
             f"--rows takes a number from 1 on and --classes labels from 0 to {spec.data.num_classes - 1}"
         )
-    if not all(store.latest(training) for training in spec.trainings):
+    if not all(store.here.latest(training) for training in spec.trainings):
         raise ValueError(f"no finished run of {args.row!r} here; train it with: {train}")
     scale = "" if args.scale is None else f"_scale{args.scale:g}"
     return draw(
@@ -175,7 +175,7 @@ def draw(
 
     require_device(device)
     decode, _ = load_decoder(spec.data, torch.device(device))
-    records = [store.latest(training) for training in spec.trainings]
+    records = [store.here.latest(training) for training in spec.trainings]
     model, key = load_networks(
         spec, store.run_dir(spec.train), Resources(device, checkpoint=checkpoint)
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from analysis.published import read_published
 from experiments.declared.protocols import PROTOCOLS
 from experiments.engine.records.store import REPOSITORY, Record, RecordFolder, Store
-from experiments.engine.specs.spec import Stage
+from experiments.engine.specs.spec import Spec
 
 # How the names of our scores begin: their values must be numbers or absent.
 SCORE_PREFIXES = (
@@ -36,13 +36,13 @@ class ScreenedFolder(RecordFolder):
         files: by a record's name, its file under the folder.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, problems: list[str]) -> None:
         super().__init__(folder)
-        self.problems: list[str] = []
+        self.problems = problems
         self.files: dict[str, str] = {}
         self._listeners: list[dict[str, Record]] = []
 
-    def latest(self, spec: Stage, status: str = "done") -> Record | None:
+    def latest(self, spec: Spec, status: str = "done") -> Record | None:
         """Return the newest record of a stage, and tell who listens."""
         record = super().latest(spec, status)
         if record is not None:
@@ -94,24 +94,24 @@ class ScreenedFolder(RecordFolder):
 
 
 class ReferenceStore(Store):
-    """A store whose reference holds only records that a table may use.
+    """A store of which only records are seen that a table may use.
 
-    Published numbers are checked as well. `noting` hears which records are looked up, so that
-    every figure and paragraph can name its own.
+    Published numbers are checked as well. `noting` hears which committed records are looked up,
+    so that every figure and paragraph can name its own.
+
+    Attributes:
+        problems: the records that were left out, and why.
     """
 
     reference: ScreenedFolder
 
     def __init__(self, root: Path | None = None, published: Path | None = None) -> None:
         super().__init__(root)
-        self.reference = ScreenedFolder(self.reference.folder)
+        self.problems: list[str] = []
+        self.here = ScreenedFolder(self.here.folder, self.problems)
+        self.reference = ScreenedFolder(self.reference.folder, self.problems)
         self.published_folder = published or REPOSITORY / "results" / "published"
         self._rows: dict[str, list[dict[str, str]]] = {}
-
-    @property
-    def problems(self) -> list[str]:
-        """The records that were left out, and why."""
-        return self.reference.problems
 
     def note(self, records: Sequence[Record]) -> None:
         """Tell who listens that these committed records are looked up."""

@@ -30,7 +30,7 @@ from analysis.page.fragments import (
 )
 from analysis.page.scatter import views
 from analysis.query import ReferenceStore
-from analysis.tables import agreement as science
+from analysis.tables.agreement_page import agreement_blocks
 from analysis.tables.pages import Text
 from analysis.tables.paper import SHEETS
 from experiments.declared.protocols import CIFAR10_SMALL, DIGITS
@@ -123,7 +123,7 @@ def build_page(store: ReferenceStore) -> tuple[str, list[str]]:
         prose(
             attempt(
                 p.name,
-                lambda p=p: science.blocks(store, p),
+                lambda p=p: agreement_blocks(store, p),
                 [Text(f"{p.name} could not be built", 1)],
                 problems,
             )

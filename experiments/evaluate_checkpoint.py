@@ -146,7 +146,7 @@ def _main(args: argparse.Namespace, arguments: Sequence[str] | None) -> int:
         arguments,
         lambda: require_features(spec),
     )
-    if good and (record := store.latest(spec)):
+    if good and (record := store.here.latest(spec)):
         print(
             "\n".join(
                 [

@@ -126,7 +126,7 @@ class Cluster:
 
     def done(self) -> bool:
         self.store.refresh()
-        return self.store.latest(self.job.stages[0]) is not None
+        return self.store.here.latest(self.job.stages[0]) is not None
 
     def newest(self) -> int:
         """Step of the newest checkpoint."""
@@ -158,7 +158,7 @@ class Cluster:
 
     def values(self) -> dict[str, Any]:
         """Of the finished run's record."""
-        record = self.store.latest(self.job.stages[0])
+        record = self.store.here.latest(self.job.stages[0])
         return record.values if record else {}
 
     def until(self, what: Callable[[], bool], words: str, patience: float = PATIENCE) -> None:
@@ -383,7 +383,7 @@ def main() -> int:
             cluster.until(cluster.done, "the run ends", 4 * PATIENCE)
         for process in calm:
             process.wait()
-        record = Store(place / "undisturbed").latest(spec)
+        record = Store(place / "undisturbed").here.latest(spec)
         weights = [
             record and record.values["weights_sha256"],
             cluster.values().get("weights_sha256"),

@@ -22,6 +22,7 @@ FILES = {
 CODE = [name for name in FILES if not name.startswith("tests/")]
 GPU_LIBRARIES = {"flash_attn", "mamba_ssm", "fla", "causal_conv1d"}
 OPTIONAL = GPU_LIBRARIES | {
+    "pynvml",
     "torchvision",
     "torch_fidelity",
     "submitit",

@@ -27,7 +27,7 @@ from analysis.query import (
     rankable,
     runtime_of,
 )
-from analysis.tables.conditions import progress_row, stopped
+from analysis.tables.progress import progress_row, stopped
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.declared.protocols import DIGITS
 from experiments.declared.systems import SYSTEMS
@@ -57,7 +57,7 @@ def score_against_speed(table: Table, store: ReferenceStore) -> Figure:
     missing, points = [], []
     scores, other = rankable(table.rows, DIGITS, store)
     for index, (row, found) in enumerate(zip(table.rows, scores, strict=True)):
-        timed = store.latest(timing_stage(row, table.baseline, "cpu"), "reference")
+        timed = store.reference.latest(timing_stage(row, table.baseline, "cpu"))
         scored = [record.values["fd_digits"] for record in found]
         if timed is None or not scored:
             missing += [row.label] * (row.label not in other)
@@ -230,7 +230,7 @@ def training_efficiency(store: ReferenceStore) -> Figure:
 def _macs(model: str, record: Record, store: ReferenceStore) -> float | None:
     """Multiply-accumulates of the training behind a score: three forward passes an image, counted as the paper counts; None without the count."""
     count, recipe = (
-        store.latest(cost_stage(progress_row(model)), "reference"),
+        store.reference.latest(cost_stage(progress_row(model))),
         record.spec["train"]["recipe"],
     )
     return (
@@ -240,7 +240,7 @@ def _macs(model: str, record: Record, store: ReferenceStore) -> float | None:
 
 def _gpu_hours(model: str, steps: int, store: ReferenceStore) -> float | None:
     """Of our training of a model to so many steps, by the images a second of its last attempt on all its GPUs; None without its record or off a GPU."""
-    record = store.latest(train_stage(progress_row(model), stopped(steps), 0), "reference")
+    record = store.reference.latest(train_stage(progress_row(model), stopped(steps), 0))
     if (
         record is None
         or record.provenance["device"] == "cpu"
@@ -266,7 +266,7 @@ def _digits_cost(
         trained = [
             record
             for seed in REFERENCE_SEEDS
-            if (record := store.latest(train_stage(row, DIGITS, seed), "reference"))
+            if (record := store.reference.latest(train_stage(row, DIGITS, seed)))
         ]
         if trained and scored:
             costs.append(
@@ -289,7 +289,7 @@ def pareto(store: ReferenceStore) -> Figure:
         system.label: sum(record.values["macs_core"] for record in records) / 1e9
         for system in SYSTEMS
         if system.resolution == 256
-        and all(records := [store.latest(cost, "reference") for cost in system.costs])
+        and all(records := [store.reference.latest(cost) for cost in system.costs])
     }
     panels = (
         (

@@ -29,15 +29,15 @@ from analysis.query import (
     rankable,
     runtime_of,
 )
-from analysis.tables.conditions import progress_curve, progress_score
-from analysis.tables.paper import CONFIGURATIONS
+from analysis.tables.progress import progress_curve, progress_score
+from analysis.tables.recipes import CONFIGURATIONS
 from experiments.ablation import TABLE_4
 from experiments.declared.protocols import DIGITS, IMAGENET256
 from experiments.declared.systems import SYSTEMS
 from experiments.declared.timings import figure_3, unfused
 from experiments.engine.records.manifest import clashes
 from experiments.engine.records.store import Record
-from experiments.engine.reporting.tables import mean_cell
+from experiments.engine.reporting.cells import mean_cell
 from experiments.engine.specs.stages import cost_stages, train_stage
 from experiments.main_results import TABLES
 
@@ -115,7 +115,7 @@ def _own_scores_and_speeds(axes: Axes, store: ReferenceStore) -> str:
     ):
         label = f"ours: {mode}, {device}, batch {batch}"
         for name, timed in at.items():
-            counts = [store.latest(cost, "reference") for cost in cost_stages(table.row(name))]
+            counts = [store.reference.latest(cost) for cost in cost_stages(table.row(name))]
             if all(counts):
                 both.add(name)
                 rate, fid = (
@@ -237,7 +237,7 @@ def _own_sizes(axes: Axes, store: ReferenceStore) -> list[str]:
         device: [
             (stage, record)
             for stage in figure_3(device)
-            if stage.size == 64 and (record := store.latest(stage, "reference"))
+            if stage.size == 64 and (record := store.reference.latest(stage))
         ]
         for device in ("cuda", "cpu")
     }
@@ -388,7 +388,7 @@ def _own_trainings(panels: Sequence[Axes], store: ReferenceStore) -> str:
     """Draws our trainings on ImageNet 256 over the authors', of each size the whole one, else the longest that Table 7 asks for; in words, how many there are."""
     steps, drawn = sorted({int(row["train_steps"]) for row in store.rows("table7.csv")}), 0
     for index, model in enumerate(SIZES):
-        whole = store.latest(train_stage(*CONFIGURATIONS[f"{model} 256"], 0), "reference")
+        whole = store.reference.latest(train_stage(*CONFIGURATIONS[f"{model} 256"], 0))
         record = (
             whole if whole and whole.values.get("curve") else progress_curve(model, steps, store)
         )
@@ -420,7 +420,7 @@ def _own_losses(axes: Axes, store: ReferenceStore) -> None:
     axes.set_title(f"ours: Table 4's rows on {DIGITS.name}")
     windows = set()
     for index, row in enumerate(TABLE_4.rows):
-        record = store.latest(train_stage(row, DIGITS, 0), "reference")
+        record = store.reference.latest(train_stage(row, DIGITS, 0))
         if record and (curve := record.values.get("curve")):
             axes.plot(
                 _middles(record),

@@ -42,10 +42,10 @@ Found = list[tuple[str, dict[str, "np.ndarray"], dict[str, Any]]]
 def _found(probe: str, rows: tuple[Row, ...], store: Store) -> tuple[Found, str]:
     """(label, arrays, values) of every row with a reference record, and words for the others; ValueError if there is none."""
     records = {
-        row.label: store.latest(declared(probe, row, DIGITS, seed=0), "reference") for row in rows
+        row.label: store.reference.latest(declared(probe, row, DIGITS, seed=0)) for row in rows
     }
     found = [
-        (label, arrays_of(store, record, "reference"), record.values)
+        (label, arrays_of(store, record, store.reference), record.values)
         for label, record in records.items()
         if record
     ]

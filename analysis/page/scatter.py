@@ -24,7 +24,7 @@ def views(store: ReferenceStore) -> list[dict[str, Any]]:
     rows = [row for row in store.rows("table1.csv") if row["train_steps"] == "400000"]
     counts = {}
     for system in SYSTEMS:
-        records = [store.latest(cost, "reference") for cost in system.costs]
+        records = [store.reference.latest(cost) for cost in system.costs]
         if system.resolution == 256 and all(records):
             counts[system.label] = records
     return [
@@ -116,7 +116,7 @@ def _digits(table: Table, store: ReferenceStore) -> dict[str, Any]:
     x, y, low, high, words, found = [], [], [], [], [], []
     scores, other = rankable(table.rows, DIGITS, store)
     for row, scored in zip(table.rows, scores, strict=True):
-        timed = store.latest(timing_stage(row, table.baseline, "cpu"), "reference")
+        timed = store.reference.latest(timing_stage(row, table.baseline, "cpu"))
         if timed and scored:
             values = [record.values["fd_digits"] for record in scored]
             found.append([timed, *scored])

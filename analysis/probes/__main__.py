@@ -310,8 +310,8 @@ def _run(
 
 def _done(spec: Probe | DiffusersLocality, store: Store) -> Record | None:
     """The probe's record, unless it is of weights that a later training has replaced."""
-    record = store.latest(spec)
-    if record and spec.weights is None and (trained := store.latest(spec.train)):
+    record = store.here.latest(spec)
+    if record and spec.weights is None and (trained := store.here.latest(spec.train)):
         return (
             record
             if record.provenance["weights_sha256"] == trained.values["weights_sha256"]

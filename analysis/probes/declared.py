@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from experiments.engine.records.files import written_whole
-from experiments.engine.records.store import Record, Store
+from experiments.engine.records.store import Record, RecordFolder, Store
 from experiments.engine.specs.rows import Row
 from experiments.engine.specs.spec import Sampler, Train, kind_of
 from experiments.engine.specs.stages import Protocol, train_stage
@@ -103,16 +103,18 @@ def keep(
     packed = io.BytesIO()
     np.savez_compressed(packed, **arrays)
     name = f"{hashlib.sha256(packed.getvalue()).hexdigest()[:16]}.npz"
-    with written_whole(store.root / "records" / kind_of(spec) / name) as file:
+    with written_whole(store.here.folder / kind_of(spec) / name) as file:
         file.write(packed.getvalue())
     return store.append(spec, "done", values | {"arrays": name}, provenance)
 
 
-def arrays_of(store: Store, record: Record, where: str = "records") -> dict[str, np.ndarray]:
+def arrays_of(
+    store: Store, record: Record, source: RecordFolder | None = None
+) -> dict[str, np.ndarray]:
     """The arrays of a record; ValueError if their file is gone or is not what the record names."""
     import numpy as np
 
-    folder = store.reference if where == "reference" else store.root / where
+    folder = (source or store.here).folder
     path = folder / record.kind / record.values["arrays"]
     if not path.is_file():
         raise ValueError(

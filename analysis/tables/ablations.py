@@ -38,7 +38,7 @@ DIT_OF = {
 
 
 def ablation_sheet(table: Table, store: ReferenceStore) -> Sheet:
-    """Counts, throughput, scores on digits with ranks, and GPU results under the paper's conditions."""
+    """Counts, throughput, ranked scores on digits, and GPU results."""
     sheet = main_sheet(reference_selection(table, DIGITS, store), store, store.reference)
     for key, group in (("params", "params, M"), ("gflops", "Gflops")):
         add_difference(sheet, key, group)

@@ -13,11 +13,10 @@ from functools import partial
 from analysis.query import ReferenceStore
 from analysis.tables.ablations import ablation_sheet
 from analysis.tables.caveats import add_caveats
-from analysis.tables.families import families_sheet
 from analysis.tables.progress import progress_sheet
 from analysis.tables.recipes import recipe_sheet
 from analysis.tables.speeds import throughput_sheet
-from analysis.tables.systems import systems_sheet
+from analysis.tables.systems import families_sheet, systems_sheet
 from experiments import main_results
 from experiments.ablation import TABLES
 from experiments.declared import timings

@@ -55,9 +55,7 @@ def rank_rows(name: str, better: Better, values: Sequence[Values]) -> list[Rank 
     return ranks
 
 
-def add_ranks(
-    sheet: Sheet, rows: Sequence[Row], protocol: Protocol, store: ReferenceStore
-) -> None:
+def add_ranks(sheet: Sheet, rows: Sequence[Row], protocol: Protocol, store: ReferenceStore) -> None:
     """Add a column of ranks behind the ranking score, and mark the row that is best for certain."""
     name = ranking_score(protocol.features)
     scores, refused = rankable(rows, protocol, store)
@@ -80,8 +78,7 @@ def add_ranks(
         f"rank: by {name}, as far as the seeds resolve it (95 % over all pairs, Bonferroni). "
         "Bold is rank 1 for certain.",
         *(
-            f"{label} is not ranked, since it was scored by another protocol "
-            f"({', '.join(fields)})."
+            f"{label} is not ranked, since it was scored by another protocol ({', '.join(fields)})."
             for label, fields in refused.items()
         ),
     )

@@ -22,9 +22,7 @@ def throughput_sheet(task: str, store: ReferenceStore) -> Sheet:
     rows = rows_in_modes(device, task, store)
     if not rows:
         rows = [row for row in table.rows if row.backbone and not row.heavy]
-    return add_caveats(
-        timings.speed_sheet(table, rows, device, task, store, store.reference)
-    )
+    return add_caveats(timings.speed_sheet(table, rows, device, task, store, store.reference))
 
 
 def rows_in_modes(device: str, task: str, store: ReferenceStore) -> list[Row]:

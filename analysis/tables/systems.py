@@ -1,10 +1,13 @@
-"""Tables 1, 2, 8 and 9 of the paper beside the committed records. No torch."""
+"""Tables 1, 2, 8 and 9 of the paper beside the committed records. No torch.
+
+Their scores on digits stand apart, one row per network that was trained: see `families_sheet`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from analysis.query import ReferenceStore, latest, reference_selection
+from analysis.query import ReferenceStore, digits_scores, latest, reference_selection
 from analysis.tables.ablations import add_difference
 from analysis.tables.caveats import record_caveats
 from analysis.tables.conditions import add_conditions
@@ -15,15 +18,18 @@ from experiments.declared.protocols import DIGITS
 from experiments.declared.systems import SYSTEMS, System, counted
 from experiments.engine.reporting.cells import difference_cell
 from experiments.engine.reporting.lookup import PublishedTable
-from experiments.engine.reporting.sheet import GAP, Column, Note, NoteKind, Sheet, Topic
-from experiments.engine.reporting.tables import main_sheet
-from experiments.engine.specs.rows import Table
-from experiments.engine.specs.spec import Stage
+from experiments.engine.reporting.sheet import GAP, Cell, Column, Note, NoteKind, Sheet, Topic
+from experiments.engine.reporting.tables import family_sheet, main_sheet
+from experiments.engine.specs.rows import Row, Table
+from experiments.engine.specs.selection import Selection
+from experiments.engine.specs.spec import Stage, spec_id
 from experiments.engine.specs.stages import cost_stages, timed_rows, timing_stage
+
+TABLES = tuple(main_results.TABLES[number] for number in (1, 2, 8, 9))
 
 
 def systems_sheet(table: Table, resolution: int, store: ReferenceStore) -> Sheet:
-    """Every published row: counts, also by the counter behind each published figure; GPU results."""
+    """Every published row, with counts by the counter behind each figure, and GPU results."""
     sheet = main_sheet(reference_selection(table, DIGITS, store), store, store.reference)
     paper = PublishedTable(table, store)
     by_label = {system.label: system for system in SYSTEMS if system.resolution == resolution}
@@ -83,7 +89,7 @@ def _add_same_counter(sheet: Sheet, known: list[System | None], store: Reference
 def _compare_all_parameters(
     sheet: Sheet, table: Table, known: list[System | None], store: ReferenceStore
 ) -> None:
-    """Compare all parameters with the paper's if not all train; a note says which rows those are."""
+    """Compare all parameters with the paper's, and name the rows in which not all train."""
     compared = sheet.has("params_diff")
     digits = sheet.column("params").digits
     frozen = []
@@ -98,8 +104,8 @@ def _compare_all_parameters(
         compared_words = " diff. compares all parameters." if compared else ""
         sheet.note(
             NoteKind.COUNTS,
-            "params: ours are those that train. All parameters, with those that are frozen or never "
-            f"used, as published figures can count them: {', '.join(frozen)}.{compared_words}",
+            "params: ours are those that train. All parameters, with those that are frozen or "
+            f"never used, as published figures can count them: {', '.join(frozen)}.{compared_words}",
         )
 
 
@@ -133,7 +139,7 @@ def _system_notes(
 
 
 def _timed_elsewhere(table: Table, store: ReferenceStore) -> str:
-    """Rows that were timed here, but not in the numeric mode of the table's throughput; in words."""
+    """Rows that were timed, but not in the numeric mode of the table's throughput, in words."""
     # a GPU's modes all stand in the table
     if table is not main_results.TABLE_1 or rows_in_modes("cuda", "forward", store):
         return ""
@@ -145,3 +151,43 @@ def _timed_elsewhere(table: Table, store: ReferenceStore) -> str:
     if not labels:
         return ""
     return f"; {', '.join(labels)} were timed with fused attention, see speed_forward"
+
+
+def families_sheet(store: ReferenceStore) -> Sheet:
+    """The scores of every family on digits, and the rows that it stands for."""
+    families = _families()
+    rows = tuple(family[0][1] for family in families)
+    table = replace(TABLES[0], rows=rows, against=TABLES[0].baseline.label)
+    sheet = family_sheet(reference_selection(table, DIGITS, store), store, store.reference)
+    sheet.title = f"The families of Tables 1, 2, 8 and 9 on {DIGITS.name}"
+
+    for cells, family in zip(sheet.rows, families, strict=True):
+        cells["stands_for"] = Cell(label=_describe(family))
+    records = [record for row in rows for record in digits_scores(row, store)]
+    sheet.notes += record_caveats(records)
+    return sheet
+
+
+def _families() -> list[list[tuple[Table, Row]]]:
+    """The rows of the tables by the network that digits trains for them, under unique labels."""
+    families: dict[str, list[tuple[Table, Row]]] = {}
+    for table in TABLES:
+        for run in Selection(table, table.rows, DIGITS, [0], "cpu").runs:
+            families.setdefault(spec_id(run.stage), []).append((table, run.row))
+
+    # the first row names the family; two networks of one label are told apart by their tables
+    labels: set[str] = set()
+    for family in families.values():
+        table, row = family[0]
+        if row.label in labels:
+            family[0] = (table, replace(row, label=f"{row.label}, Table {table.number}"))
+        labels.add(family[0][1].label)
+    return list(families.values())
+
+
+def _describe(family: list[tuple[Table, Row]]) -> str:
+    """The rows that a network stands for, table by table."""
+    labels: dict[int, list[str]] = {}
+    for table, row in family:
+        labels.setdefault(table.number, []).append(row.label)
+    return "; ".join(f"Table {number}: {', '.join(names)}" for number, names in labels.items())

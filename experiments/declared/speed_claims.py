@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from experiments.declared.systems import SYSTEMS, counted
 from experiments.declared.timings import MODES, figure_3, in_mode
 from experiments.engine.jobs.pool import Job
-from experiments.engine.records.store import Record, Store
+from experiments.engine.records.store import Record, RecordFolder, Store
 from experiments.engine.reporting.sheet import Cell, Sheet
+from experiments.engine.reporting.verdict import Judgement, Qualifier, Verdict
 from experiments.engine.specs.spec import Backbone, Timing
 
 Claim = dict[str, str]
@@ -64,11 +65,11 @@ def _network(name: str) -> tuple[str, int] | None:
     return None if network == "dis_xl" else (network, int(resolution) // 8)
 
 
-def ratios(claim: Claim, device: str, store: Store, where: str) -> list[Ratio]:
+def ratios(claim: Claim, device: str, store: Store, source: RecordFolder) -> list[Ratio]:
     """What was measured of a claim; it holds where the ratio, within two errors and the printed digit, is at least the claimed one."""
     found = []
     for stage in claim_stages(claim, device):
-        if record := store.latest(stage, where):
+        if record := source.latest(stage):
             value, error = record.values["relative"], record.values["relative_spread"]
             holds = value >= float(claim["value"]) - half_digit(claim["value"]) - 2 * error
             name = record.provenance["device"] if device == "cuda" else record.provenance["cpu"]
@@ -76,7 +77,7 @@ def ratios(claim: Claim, device: str, store: Store, where: str) -> list[Ratio]:
     return found
 
 
-def small_on_cpu(claim: Claim, store: Store, where: str) -> str:
+def small_on_cpu(claim: Claim, store: Store, source: RecordFolder) -> str:
     """In words: size S of the families of a claim at its resolution on a CPU, in turn where they were timed so, else each alone; '' without records."""
     families = [claim[side].partition("-")[0] for side in ("subject", "baseline")]
     side = int(claim["subject"].rpartition("@")[2]) // 8
@@ -89,14 +90,14 @@ def small_on_cpu(claim: Claim, store: Store, where: str) -> str:
     if None in stages:
         return ""
     (pair,) = _in_turn(*(stage.backbone.name for stage in stages), side, "cpu")
-    if record := store.latest(pair, where):
+    if record := source.latest(pair):
         records = [record]
         value, error, how = (
             record.values["relative"],
             record.values["relative_spread"],
             f"timed in turn at batch {pair.batch}",
         )
-    elif all(records := [store.latest(stage, where) for stage in stages]):
+    elif all(records := [source.latest(stage) for stage in stages]):
         one, two = (record.values["images_per_s"] for record in records)
         value, how = one / two, f"each timed alone at batch {stages[0].batch}"
         error = value * math.hypot(
@@ -110,31 +111,40 @@ def small_on_cpu(claim: Claim, store: Store, where: str) -> str:
     return f"on a CPU in fp32, {families[0]}-S against {families[1]}-S is {value:.2f} ±{error:.2f}, {how}{', its scan as a loop over tokens' * looped(records)}"
 
 
-def verdict(found: Sequence[Ratio], device: str) -> str:
-    """In words, of at least one ratio, with the modes that lack one; a CPU's says no more than its direction where it lacks the kernel that GPUs have."""
-    modes = [ratio.mode for ratio in found if ratio.holds]
-    some = (
-        "holds only as published"
-        if modes == ["as_published"]
-        else f"holds only in {' and '.join(modes)}"
-    )
-    if device == "cpu" and looped(record for ratio in found for record in ratio.records):
-        (ratio,) = found
-        side = (
-            "no"
-            if abs(ratio.value - 1) <= 2 * ratio.error
-            else "same"
-            if ratio.value > 1
-            else "other"
-        )
-        return f"{side} direction on this CPU, whose scan has no fused kernel"
-    words = "holds" if len(modes) == len(found) else some if modes else "does not hold"
-    lacking = [mode for mode in MODES[device] if mode not in {ratio.mode for ratio in found}]
-    return (
-        words
-        + " on this CPU, a proxy" * (device == "cpu")
-        + f"; not measured in {', '.join(lacking)}" * bool(lacking)
-    )
+def judge_ratios(ratios: Sequence[Ratio], device: str) -> Judgement:
+    """The verdict on at least one ratio, with the modes that were not measured.
+
+    A CPU says no more than a direction if it lacks the kernel that GPUs have.
+    """
+    if device == "cpu" and looped(record for ratio in ratios for record in ratio.records):
+        (ratio,) = ratios
+        return Judgement(_direction(ratio), (Qualifier.CPU_SCAN_LOOP,))
+
+    # in which modes the claim holds
+    modes = [ratio.mode for ratio in ratios if ratio.holds]
+    if len(modes) == len(ratios):
+        judgement = Judgement(Verdict.HOLDS)
+    elif modes == ["as_published"]:
+        judgement = Judgement(Verdict.HOLDS_AS_PUBLISHED)
+    elif modes:
+        judgement = Judgement(Verdict.HOLDS_IN_SOME_MODES, (" and ".join(modes),))
+    else:
+        judgement = Judgement(Verdict.DOES_NOT_HOLD)
+
+    # what restricts it
+    if device == "cpu":
+        judgement = judgement.qualified(Qualifier.CPU_PROXY)
+    measured = {ratio.mode for ratio in ratios}
+    lacking = [mode for mode in MODES[device] if mode not in measured]
+    if lacking:
+        judgement = judgement.qualified(f"not measured in {' and '.join(lacking)}")
+    return judgement
+
+
+def _direction(ratio: Ratio) -> Verdict:
+    if abs(ratio.value - 1) <= 2 * ratio.error:
+        return Verdict.NO_DIRECTION
+    return Verdict.SAME_DIRECTION if ratio.value > 1 else Verdict.OTHER_DIRECTION
 
 
 def looped(records: Iterable[Record]) -> bool:
@@ -145,20 +155,21 @@ def looped(records: Iterable[Record]) -> bool:
     )
 
 
-def claims_sheet(device: str, store: Store, where: str = "records") -> Sheet:
+def claims_sheet(device: str, store: Store, source: RecordFolder | None = None) -> Sheet:
     """Every claim about throughput or Gflops: value, error and verdict by mode."""
+    source = source or store.here
     sheet = Sheet(
         f"Claims about speed and Gflops, measured on this {device}",
         [("", name) for name in ("claim", "paper", "measured", "verdict", "source")],
     )
     for name, claim in store.published("claims.csv", ("id",)).items():
         if claim["metric"] == "throughput":
-            found = ratios(claim, device, store, where)
+            found = ratios(claim, device, store, source)
             words = "; ".join(
                 f"{ratio.value:.2f} ±{ratio.error:.2f} ({ratio.mode})" for ratio in found
             )
             said = (
-                verdict(found, device)
+                str(judge_ratios(found, device))
                 if found
                 else "not measured"
                 if claim_stages(claim, device)
@@ -166,7 +177,7 @@ def claims_sheet(device: str, store: Store, where: str = "records") -> Sheet:
             )
             cell = Cell(label=words or "-", records=sum((ratio.records for ratio in found), ()))
         elif claim["metric"] == "gflops":
-            cell, same, _ = gflops(claim, store, where)
+            cell, same, _ = gflops(claim, store, source)
             said = (
                 "not counted" if same is None else "holds" if same else "not to the printed digit"
             )
@@ -187,11 +198,11 @@ def claims_sheet(device: str, store: Store, where: str = "records") -> Sheet:
     return sheet
 
 
-def gflops(claim: Claim, store: Store, where: str) -> tuple[Cell, bool | None, str]:
+def gflops(claim: Claim, store: Store, source: RecordFolder) -> tuple[Cell, bool | None, str]:
     """The counted percentage, or range over sizes, whether it rounds to the claimed one, and what it is of; None where a network is not counted."""
     sizes = ("S", "B", "L", "XL") if "{" in claim["subject"] else ("",)
     pairs = [
-        [_counted(_of_size(claim[side], size), store, where) for side in ("subject", "baseline")]
+        [_counted(_of_size(claim[side], size), store, source) for side in ("subject", "baseline")]
         for size in sizes
     ]
     if any(cell.value is None for pair in pairs for cell in pair):
@@ -220,11 +231,11 @@ def _of_size(name: str, size: str) -> str:
     return name if not brace else before + size + after.partition("}")[2]
 
 
-def _counted(name: str, store: Store, where: str) -> Cell:
+def _counted(name: str, store: Store, source: RecordFolder) -> Cell:
     label, _, resolution = name.partition("@")
     return next(
         (
-            counted(system, store, where)[1]
+            counted(system, store, source)[1]
             for system in SYSTEMS
             if (system.label, str(system.resolution)) == (label, resolution)
         ),

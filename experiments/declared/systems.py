@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from experiments.engine.records.store import Store
+from experiments.engine.records.store import RecordFolder, Store
 from experiments.engine.reporting.sheet import Cell, Sheet
 from experiments.engine.specs.spec import Backbone, Cost
 
@@ -146,8 +146,9 @@ SYSTEMS = (
 )  # fmt: skip
 
 
-def counts_sheet(store: Store, where: str = "records") -> Sheet:
+def counts_sheet(store: Store, source: RecordFolder | None = None) -> Sheet:
     """One row a system: published, ours in the published convention, and core. No torch."""
+    source = source or store.here
     columns = [
         ("", "system"),
         ("", "pixels"),
@@ -167,7 +168,7 @@ def counts_sheet(store: Store, where: str = "records") -> Sheet:
     )
     for system in SYSTEMS:
         paper = _published(store, system.gflops, "gflops")
-        params, ours, core = counted(system, store, where)
+        params, ours, core = counted(system, store, source)
         cells = [
             Cell(label=system.title),
             Cell(label=str(system.resolution)),
@@ -191,7 +192,7 @@ def counts_sheet(store: Store, where: str = "records") -> Sheet:
             for system, row in zip(SYSTEMS, sheet.rows, strict=True)
         ],
         store,
-        where,
+        source,
     )
     sheet.notes.append(
         "Gflops are multiply-accumulates at batch 1; params are all parameters, frozen position tables included."
@@ -199,24 +200,28 @@ def counts_sheet(store: Store, where: str = "records") -> Sheet:
     return sheet
 
 
-def notes(named: Iterable[tuple[str, System, Cell]], store: Store, where: str) -> list[str]:
+def notes(
+    named: Iterable[tuple[str, System, Cell]], store: Store, source: RecordFolder
+) -> list[str]:
     """What is said of systems by name, beside their published Gflops, once where it is said of several; a number without its record is a gap."""
     together: dict[str, list[tuple[str, System, Cell]]] = {}
     for one in named:
         if one[1].note:
             together.setdefault(one[1].note, []).append(one)
     return [
-        f"{', '.join(name for name, _, _ in group)}: {_filled(note, group, store, where)}."
+        f"{', '.join(name for name, _, _ in group)}: {_filled(note, group, store, source)}."
         for note, group in together.items()
     ]
 
 
-def _filled(note: str, group: list[tuple[str, System, Cell]], store: Store, where: str) -> str:
+def _filled(
+    note: str, group: list[tuple[str, System, Cell]], store: Store, source: RecordFolder
+) -> str:
     """hidden: by how much the published counter's figure is below core; above: by how much core is above the published figure;
 
     quadruple: four times the figure of the same network at 256.
     """
-    measured = [(paper, *counted(system, store, where)[1:]) for _, system, paper in group]
+    measured = [(paper, *counted(system, store, source)[1:]) for _, system, paper in group]
     hidden = [
         -100 * (same.value / core.value - 1)
         for _, same, core in measured
@@ -228,7 +233,7 @@ def _filled(note: str, group: list[tuple[str, System, Cell]], store: Store, wher
         if paper.value and core.value
     ]
     at_256 = [
-        counted(other, store, where)[1]
+        counted(other, store, source)[1]
         for other in SYSTEMS
         if (other.label, other.resolution) == (group[0][1].label, 256)
     ]
@@ -243,9 +248,9 @@ def _span(shares: list[float]) -> str:
     return f"{' to '.join(dict.fromkeys(ends))} %"
 
 
-def counted(system: System, store: Store, where: str) -> tuple[Cell, Cell, Cell]:
+def counted(system: System, store: Store, source: RecordFolder) -> tuple[Cell, Cell, Cell]:
     """All parameters in millions, Gflops in the convention of the published figure, and core Gflops; gaps where a record lacks."""
-    records = tuple(record for cost in system.costs if (record := store.latest(cost, where)))
+    records = tuple(record for cost in system.costs if (record := source.latest(cost)))
     if len(records) < len(system.costs):
         return Cell(), Cell(), Cell()
     total = {name: sum(record.values[name] for record in records) for name in records[0].values}

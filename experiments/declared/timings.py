@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from experiments.engine.jobs.pool import Job, Sweep
-from experiments.engine.records.store import Record, Store
-from experiments.engine.reporting.notes import timing_caveats
+from experiments.engine.records.store import Record, RecordFolder, Store
+from experiments.engine.reporting.caveats import timing_caveats
 from experiments.engine.reporting.sheet import Cell, Sheet
 from experiments.engine.specs.rows import Row, Table
 from experiments.engine.specs.spec import Backbone, Ceilings, Profile, Timing
@@ -172,9 +172,10 @@ def profiles(row: Row, device: str, what: str) -> list[Profile]:
 
 
 def profile_sheets(
-    row: Row, device: str, what: str, store: Store, where: str = "records"
+    row: Row, device: str, what: str, store: Store, source: RecordFolder | None = None
 ) -> list[Sheet]:
     """Time per class of operator against what the device's ceilings allow, a sheet a mode."""
+    source = source or store.here
     sheets = []
     for stage in profiles(row, device, what):
         mode = stage.timing.precision
@@ -192,8 +193,8 @@ def profile_sheets(
             ],
         )
         record, top = (
-            store.latest(stage, where),
-            store.latest(Ceilings(device, "fp32" if mode == "as_published" else mode), where),
+            source.latest(stage),
+            source.latest(Ceilings(device, "fp32" if mode == "as_published" else mode)),
         )
         sheets.append(sheet)
         if record is None or top is None:
@@ -232,10 +233,11 @@ def speed_sheet(
     device: str,
     what: str,
     store: Store,
-    where: str = "records",
+    source: RecordFolder | None = None,
     **fast: bool,
 ) -> Sheet:
     """Images a second in every mode, relative to the baseline, as a share of the device's own matrix product; of a forward pass the paper's too."""
+    source = source or store.here
     published = store.published(table.published, table.key)
     columns, modes = [("", "row"), ("Gflops", "core")], modes_of(device, **fast)
     for mode in modes:
@@ -253,7 +255,7 @@ def speed_sheet(
     for row in rows:
         if row.backbone is None:
             continue
-        macs = [store.latest(cost, where) for cost in cost_stages(row)]
+        macs = [source.latest(cost) for cost in cost_stages(row)]
         core = sum(record.values["macs_core"] for record in macs) if all(macs) else None
         cells = [
             Cell(label=row.label),
@@ -264,7 +266,7 @@ def speed_sheet(
                 in_mode(timing_stage(row, table.baseline, device), mode, what, **fast),
                 core,
                 store,
-                where,
+                source,
             )
         paper = published[row.published] if row.published else {}
         speed, gflops = _number(paper, "throughput_img_s"), _number(paper, "gflops")
@@ -274,21 +276,20 @@ def speed_sheet(
             Cell(100 * 2e9 * speed * gflops / A100_FP32 if speed and gflops else None, None, 0),
         ] * beside
         sheet.rows.append(cells)
-    sheet.notes += _notes(table, rows, device, what, store, where, **fast)
+    sheet.notes += _notes(table, rows, device, what, store, source, **fast)
     return sheet
 
 
-def _timed(stage: Timing, core: float | None, store: Store, where: str) -> list[Cell]:
-    record = store.latest(stage, where)
+def _timed(stage: Timing, core: float | None, store: Store, source: RecordFolder) -> list[Cell]:
+    record = source.latest(stage)
     wide = 6 if stage.device == "cuda" else 4
     if record is None:
-        return [Cell(label="failed") if store.latest(stage, where, status="failed") else Cell()] + [
+        return [Cell(label="failed") if source.latest(stage, status="failed") else Cell()] + [
             Cell()
         ] * (wide - 1)
     values, own = record.values, (record,)
-    top = store.latest(
-        Ceilings(stage.device, "fp32" if stage.precision == "as_published" else stage.precision),
-        where,
+    top = source.latest(
+        Ceilings(stage.device, "fp32" if stage.precision == "as_published" else stage.precision)
     )
     passes = {"forward": 1, "training": 3, "sampling": 2 * stage.num_steps}[stage.what]
     share = (
@@ -326,7 +327,7 @@ def _notes(
     device: str,
     what: str,
     store: Store,
-    where: str,
+    source: RecordFolder,
     **fast: bool,
 ) -> list[str]:
     tasks = {
@@ -341,7 +342,7 @@ def _notes(
         "fp32: no TF32; tf32: everywhere; bf16: autocast; as_published: PyTorch's defaults (convolutions in TF32, linear layers in fp32), t and y of one image, no final synchronisation."
     )
     for stage in ceilings(device):
-        if top := store.latest(stage, where):
+        if top := source.latest(stage):
             notes.append(
                 f"measured ceilings, {stage.precision}: {2e-12 * top.values['macs_per_s']:.2f} TFLOP/s in large matrix products, {1e-9 * top.values['bytes_per_s']:.0f} GB/s copying."
             )
@@ -372,10 +373,10 @@ def _notes(
     for row in rows:
         for mode in modes_of(device, **fast) if row.backbone else ():
             stage = in_mode(timing_stage(row, table.baseline, device), mode, what, **fast)
-            record = store.latest(stage, where)
+            record = source.latest(stage)
             for how in unfused(record) if record else ():
                 plain.setdefault(how, []).append(f"{row.label} ({mode})")
-            if record is None and (failed := store.latest(stage, where, status="failed")):
+            if record is None and (failed := source.latest(stage, status="failed")):
                 notes.append(f"{row.label}, {mode}: {failed.error}")
             timed += [(f"{row.label} ({mode})", record)] * (record is not None)
             if (
@@ -431,10 +432,11 @@ def sweep_sheet(
     device: str,
     what: str,
     store: Store,
-    where: str = "records",
+    source: RecordFolder | None = None,
     **fast: bool,
 ) -> Sheet:
     """Throughput over the batch size, and the best."""
+    source = source or store.here
     modes = modes_of(device, **fast)
     sheet = Sheet(
         f"{row.label}: {what} over the batch size on this {device}{how_fast(**fast)}",
@@ -442,11 +444,7 @@ def sweep_sheet(
     )
     tried = zip(modes, sweeps(row, baseline, device, what, **fast), strict=True)
     found = {
-        mode: [
-            (stage.batch, record)
-            for stage in sweep.stages
-            if (record := store.latest(stage, where))
-        ]
+        mode: [(stage.batch, record) for stage in sweep.stages if (record := source.latest(stage))]
         for mode, sweep in tried
     }
     for batch in sorted({batch for records in found.values() for batch, _ in records}):
@@ -469,8 +467,11 @@ def sweep_sheet(
     return sheet
 
 
-def runtime_sheet(device: str, store: Store, where: str = "records", **fast: bool) -> Sheet:
+def runtime_sheet(
+    device: str, store: Store, source: RecordFolder | None = None, **fast: bool
+) -> Sheet:
     """Milliseconds an image of Figure 3's networks."""
+    source = source or store.here
     sheet = Sheet(
         f"Figure 3: runtime of a forward pass on this {device}{how_fast(**fast)}, ms an image",
         [("", "network"), ("", "latent")] + [(mode, "ms") for mode in modes_of(device, **fast)],
@@ -481,7 +482,7 @@ def runtime_sheet(device: str, store: Store, where: str = "records", **fast: boo
             (stage.backbone.name, stage.size),
             [Cell(label=stage.backbone.name), Cell(label=str(stage.size))],
         )
-        record = store.latest(stage, where)
+        record = source.latest(stage)
         rate = record.values["images_per_s"] if record else None
         cells.append(
             Cell(

@@ -23,8 +23,9 @@ from experiments.engine.jobs.pool import available_cores, run_here, unwind
 from experiments.engine.jobs.progress import Progress
 from experiments.engine.records.store import REPOSITORY, Store
 from experiments.engine.reporting.render import FORMATS, render
-from experiments.engine.reporting.tables import comparison_sheet, main_sheet
+from experiments.engine.reporting.tables import report_sheets
 from experiments.engine.specs.rows import Row, Table
+from experiments.engine.specs.selection import Selection
 from experiments.engine.specs.stages import Protocol, cost_stages, evaluate_stage
 
 CLUSTERS = ("here", "debug", "local", "slurm")
@@ -120,11 +121,8 @@ def _main(
     )
     if good is None:
         return 0
-    sheets = [main_sheet(table, rows, protocol, args.seeds, chosen.device, store)]
-    if not table.counts_only and protocol.small:
-        sheets.append(
-            comparison_sheet(table, chosen.networks, protocol, args.seeds, chosen.device, store)
-        )
+    selection = Selection(table, rows, protocol, args.seeds, chosen.device, chosen.named)
+    sheets = report_sheets(selection, store)
     print(render(sheets, args.format))
     return 0 if good else 1
 

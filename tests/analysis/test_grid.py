@@ -74,7 +74,7 @@ def test_a_grid_carries_the_caption_that_names_its_run(
     )
     path = results / "figures" / "samples" / "digits_table4_DiCo-S_seed0.png"
     about = Image.open(path).info
-    record = Store(results).latest(train_stage(TABLE_4.rows[0], SHORT, 0))
+    record = Store(results).here.latest(train_stage(TABLE_4.rows[0], SHORT, 0))
     assert (
         record.id in about[grid.CAPTION]
         and record.values["weights_sha256"] in about[grid.CAPTION]

@@ -92,7 +92,7 @@ def test_anchors_are_chosen_and_all_of_them_drawn(results, capsys):
     store = Store(results)
     (record,) = [
         record
-        for records in store.records("records").values()
+        for records in store.here.by_id().values()
         for record in records
         if record.kind == "locality" and len(record.spec["anchors"]) == 3
     ]
@@ -134,10 +134,10 @@ def test_committed_probes_and_scores_are_of_the_committed_weights():
             trained_rows(table).values(), PROTOCOLS.values(), REFERENCE_SEEDS
         ):
             evaluate = evaluate_stage(row, protocol, seed)
-            trained = store.latest(evaluate.train, "reference")
+            trained = store.reference.latest(evaluate.train)
             alone = evaluate.trainings == evaluate.train.trainings
             for spec in (evaluate, *(declared(probe, row, protocol, seed) for probe in PROBES)):
-                if (record := store.latest(spec, "reference")) and (alone or spec is not evaluate):
+                if (record := store.reference.latest(spec)) and (alone or spec is not evaluate):
                     told = (
                         record.values["manifest"]["model"]
                         if spec is evaluate
@@ -299,7 +299,7 @@ def test_damaged_arrays_are_refused(results):
     store = Store(results)
     record = [
         record
-        for records in store.records("records").values()
+        for records in store.here.by_id().values()
         for record in records
         if record.kind == "features"
     ][-1]

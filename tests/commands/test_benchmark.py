@@ -32,7 +32,7 @@ def test_both_arithmetics_are_timed_and_recorded(
     assert capsys.readouterr().out.count("61 x 37 x 19 in ") == 2
     store = Store(tmp_path)
     for arithmetic in ("exact", "half"):
-        values = store.latest(Neighbours(arithmetic, "cpu", 61, 37, 19)).values
+        values = store.here.latest(Neighbours(arithmetic, "cpu", 61, 37, 19)).values
         assert values["pairs_per_s"] * values["seconds"] == pytest.approx(
             61 * 61 + 37 * 37 + 61 * 37
         )
@@ -75,7 +75,7 @@ def test_the_loader_is_timed_over_every_latent_it_gives(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "made"))
     (tmp_path / "made").mkdir()
     assert run("--latents") == 0
-    values = Store(tmp_path).latest(spec).values
+    values = Store(tmp_path).here.latest(spec).values
     assert (
         values["runs"] == benchmark.PAIRS
         and given[1:] == [40 * 24] * benchmark.PAIRS

@@ -26,7 +26,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_implementation_here_is_checked_timed_and_recorded(tmp_path: Path, mode: str):
     store = Store(tmp_path)
     assert run(list(CASES), "cpu", [mode], 2, 2, store)
-    found = [record for records in store.records("records").values() for record in records]
+    found = [record for records in store.here.by_id().values() for record in records]
     assert {
         (record.kind, record.status, record.spec["precision"], record.provenance["device"])
         for record in found
@@ -92,6 +92,6 @@ def test_what_is_not_the_reference_is_a_failed_record_and_not_timed(
     monkeypatch.setattr(op, "choices", {"wrong": Choice("wrong", wrong)} | op.choices)
     store = Store(tmp_path)
     assert not run(["attention"], "cpu", ["fp32"], 1, 2, store)
-    record = store.latest(Kernel("attention", "wrong", "cpu", 1), status="failed")
+    record = store.here.latest(Kernel("attention", "wrong", "cpu", 1), status="failed")
     assert record.values == {} and "differs from its reference" in record.error
-    assert store.latest(Kernel("attention", "sdpa", "cpu", 1)) is not None
+    assert store.here.latest(Kernel("attention", "sdpa", "cpu", 1)) is not None

@@ -37,7 +37,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def recorded(store: Store) -> Record:
     (found,) = (
         record
-        for records in store.records("records").values()
+        for records in store.here.by_id().values()
         for record in records
         if record.kind == "steps"
     )
@@ -91,7 +91,7 @@ def test_alone_the_overhead_is_that_over_the_bare_loop(
         and values["overhead, ours / bare"] > 0
     )
     counted = cost.count_backbone(Cost(Backbone("dit_s_2"), 32, 4, 1000))["macs_core"]
-    ceiling = store.latest(Ceilings("cpu")).values["macs_per_s"]
+    ceiling = store.here.latest(Ceilings("cpu")).values["macs_per_s"]
     assert (
         values["share_of_matmul"] * values["ours_s"] * ceiling == pytest.approx(3 * 2 * counted)
         and values["ceiling_macs_per_s"] == ceiling

@@ -123,7 +123,7 @@ def test_verdicts_name_the_modes_in_which_a_claim_holds(
         assert (stage.backbone.name, stage.baseline.name, stage.size) == ("dico_xl", "dit_xl_2", 32)
         fill(store, stage, **timed(100.0, ratio))
     assert (
-        speed_claims.verdict(speed_claims.ratios(CLAIM, "cuda", store, "records"), "cuda") == said
+        speed_claims.verdict(speed_claims.ratios(CLAIM, "cuda", store, store.here), "cuda") == said
     )
 
 
@@ -140,7 +140,7 @@ def test_a_verdict_names_the_modes_that_lack_a_record(tmp_path: Path, modes: int
         fill(store, stage, **timed(100.0, 1.4))
     store.append(stages[-1], "failed", {}, {}, "RuntimeError: no room")
     assert (
-        speed_claims.verdict(speed_claims.ratios(CLAIM, "cuda", store, "records"), "cuda") == said
+        speed_claims.verdict(speed_claims.ratios(CLAIM, "cuda", store, store.here), "cuda") == said
     )
 
 
@@ -188,7 +188,9 @@ def test_an_error_can_carry_a_claim(tmp_path: Path):
     store = Store(tmp_path)
     stage = speed_claims.claim_stages(CLAIM, "cuda")[0]
     fill(store, stage, **timed(100.0, 2.5, 0.1))
-    assert [ratio.holds for ratio in speed_claims.ratios(CLAIM, "cuda", store, "records")] == [True]
+    assert [ratio.holds for ratio in speed_claims.ratios(CLAIM, "cuda", store, store.here)] == [
+        True
+    ]
 
 
 def test_a_claim_about_a_network_that_nobody_described_is_not_timed():
@@ -198,7 +200,7 @@ def test_a_claim_about_a_network_that_nobody_described_is_not_timed():
 def test_the_committed_counts_judge_the_claims_about_gflops():
     verdicts = {
         row[0].label: row[3].label
-        for row in speed_claims.claims_sheet("cuda", Store(), "reference").rows
+        for row in speed_claims.claims_sheet("cuda", Store(), Store().reference).rows
     }
     assert verdicts["gflops-xl-256"] == verdicts["gflops-family"] == "holds" and len(verdicts) == 10
     assert verdicts["speed-dis-xl-512"].startswith("not measurable")
@@ -324,7 +326,7 @@ def test_a_sweep_goes_on_where_it_stopped_and_ends_where_a_batch_does_not_fit(tm
     ]
     store.append(sweep.stages[0], "failed", {}, {}, "RuntimeError: a busy device")
     assert sweep.left(store).stages == sweep.stages and sweep.failed(
-        [store.latest(sweep.stages[0], status="failed")]
+        [store.here.latest(sweep.stages[0], status="failed")]
     )
     for stage, rate in zip(sweep.stages, (10.0, 20.0), strict=False):
         fill(store, stage, **timed(rate, 1.0))

@@ -60,7 +60,7 @@ def test_what_was_measured_outlasts_parts_that_fail_and_the_end_of_the_time(
     ]
     with tarfile.open(bundle) as archive:
         archive.extractall(tmp_path / "elsewhere", filter="data")
-    assert Store(tmp_path / "elsewhere").latest(Ceilings("cpu", "bf16")).status == "done"
+    assert Store(tmp_path / "elsewhere").here.latest(Ceilings("cpu", "bf16")).status == "done"
 
 
 def test_a_later_call_goes_on_with_the_part_that_is_named(

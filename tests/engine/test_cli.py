@@ -130,8 +130,8 @@ def test_a_training_that_fails_ends_a_chain_and_nothing_else_does(
         ("a", "record", f"{kind_of(broken)} failed"),
         *[("a", "record", "cost done")] * goes_on,
     ]
-    (failed,) = Store(tmp_path).records("records")[
-        Store(tmp_path).latest(broken, status="failed").id
+    (failed,) = Store(tmp_path).here.by_id()[
+        Store(tmp_path).here.latest(broken, status="failed").id
     ]
     assert (
         failed.error.startswith("ValueError: dico_s has no option width; known: ")

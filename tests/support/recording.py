@@ -1,4 +1,4 @@
-"""A stand-in for the recording of CUDA graphs, and what hears the operators that run."""
+"""A stand-in for CUDA graphs that works on a CPU, and a mode that hears which operators run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from experiments.engine.numerics.cuda_graphs import CudaGraph
+from experiments.engine.numerics.cuda_graphs import Capture, CudaGraph
 
+# Operators that make the host wait for a value of the device.
 SYNCHRONISING = (
     "_local_scalar_dense",
     "nonzero",
@@ -25,34 +26,40 @@ SYNCHRONISING = (
 
 
 def needs_gpu(test: Any) -> Any:
+    """Mark a test that only runs on a GPU."""
     return pytest.mark.gpu(
         pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")(test)
     )
 
 
 class Rerun(CudaGraph):
-    """A recording that a CPU can make: it runs the function again where it recorded, and as a replay writes to the same memory and runs no Python."""
+    """A graph for a CPU: a replay runs the function again and writes to the memory of the capture.
+
+    As in a real replay, parameters keep their own gradient tensors.
+    """
 
     def __init__(self, function: Callable[..., Tensor], model: nn.Module | None = None) -> None:
         super().__init__(function)
         self.parameters = [p for p in model.parameters() if p.requires_grad] if model else []
 
-    def _record(self, places: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        out = self.function(*places)
-        gradients = [p.grad for p in self.parameters]
+    def _capture(self, inputs: tuple[Tensor, ...]) -> Capture:
+        output = self.function(*inputs)
+        captured_gradients = [p.grad for p in self.parameters]
 
         def replay() -> None:
-            seen = [p.grad for p in self.parameters]
-            out.copy_(self.function(*places))
-            for parameter, gradient, before in zip(self.parameters, gradients, seen, strict=True):
-                gradient.copy_(parameter.grad)
-                parameter.grad = before
+            gradients = [p.grad for p in self.parameters]
+            output.copy_(self.function(*inputs))
+            for p, captured, before in zip(
+                self.parameters, captured_gradients, gradients, strict=True
+            ):
+                captured.copy_(p.grad)
+                p.grad = before
 
-        return replay, places, out
+        return Capture(replay, inputs, output)
 
 
 class Heard(TorchDispatchMode):
-    """Names of the operators that ran."""
+    """Count the operators that run, by name."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -258,7 +258,7 @@ def _state(
         return "waiting", f"{queued.state.lower()}: {queued.reason} ({where}{reached})"
     if heartbeat.live(beat):
         return "running", f"{_progress(beat, train)} (on {beat['host']})"
-    failed = [record for stage in left if (record := store.latest(stage, status="failed"))]
+    failed = [record for stage in left if (record := store.here.latest(stage, status="failed"))]
     died = (
         beat is not None and beat.get("state") in heartbeat.LIVE
     )  # without a word, and since the failure if there was one

@@ -254,7 +254,8 @@ def _tell(
 ) -> bool:
     """Report what a finished job has recorded since `began`; True if every stage is done."""
     records = [
-        (stage, store.latest(stage) or store.latest(stage, status="failed")) for stage in job.stages
+        (stage, store.here.latest(stage) or store.here.latest(stage, status="failed"))
+        for stage in job.stages
     ]
     records = [(stage, record) for stage, record in records if record and record.utc >= began]
     for stage, record in records:

@@ -55,7 +55,7 @@ def execute(spec: Stage, store: Store, resources: Resources, report: Report) -> 
             raise
         store.refresh()
         distributed.clear_errors(folder)
-        if done := group.share(store.latest(spec)):
+        if done := group.share(store.here.latest(spec)):
             if beat:
                 beat.end("done")
             return done

@@ -130,10 +130,10 @@ def describe(plan: Plan, store: Store) -> str:
             continue
         seen.add(name)
         state, cost = "done", ""
-        if store.latest(stage) is None:
+        if store.here.latest(stage) is None:
             state = (
                 "failed before, would run again"
-                if store.latest(stage, status="failed")
+                if store.here.latest(stage, status="failed")
                 else "would run"
             )
             expected = _expected_seconds(stage, row, plan, store)
@@ -166,8 +166,8 @@ def _stages(plan: Plan) -> Iterator[tuple[str, str, Stage]]:
 
 
 def _expected_seconds(stage: Stage, row: str, plan: Plan, store: Store) -> float | None:
-    for where in ("records", "reference"):
-        if (record := store.latest(stage, where)) and (
+    for source in (store.here, store.reference):
+        if (record := source.latest(stage)) and (
             isinstance(stage, Cost) or _on_such_a_device(record, plan)
         ):
             return record.provenance["seconds"]
@@ -233,9 +233,9 @@ def _on_such_a_device(record: Record, plan: Plan) -> bool:
 
 def _recorded_training(train: Train, chosen: Chosen, store: Store) -> tuple[float, str] | None:
     """From this training with whatever seed, on the kind of device that is planned with."""
-    for where in ("records", "reference"):
+    for source in (store.here, store.reference):
         for seed in (*chosen.seeds, *range(10)):
-            record = store.latest(replace(train, seed=seed), where)
+            record = source.latest(replace(train, seed=seed))
             if (
                 record
                 and _on_such_a_device(record, chosen)
@@ -268,7 +268,7 @@ def _macs(row: Row, chosen: Chosen, store: Store) -> float | None:
     stages = cost_stages(row)
     if len(stages) != 1 or chosen.protocol.small or stages[0].size != chosen.protocol.data.size:
         return None
-    record = store.latest(stages[0]) or store.latest(stages[0], "reference")
+    record = store.here.latest(stages[0]) or store.reference.latest(stages[0])
     return record and record.values["macs_core"]
 
 

@@ -40,7 +40,8 @@ class Job:
     def left(self, store: Store) -> Job:
         """The job without its stages that are done."""
         return replace(
-            self, stages=tuple(stage for stage in self.stages if store.latest(stage) is None)
+            self,
+            stages=tuple(stage for stage in self.stages if store.here.latest(stage) is None),
         )
 
     def ended(self, records: Sequence[Record]) -> bool:
@@ -57,9 +58,11 @@ class Sweep(Job):
     """Timings at growing batches until two in a row, of which one may be a busy moment, do not pay, or one fails, as for want of memory."""
 
     def left(self, store: Store) -> Sweep:
-        tried = list(takewhile(lambda record: record is not None, map(store.latest, self.stages)))
+        tried = list(
+            takewhile(lambda record: record is not None, map(store.here.latest, self.stages))
+        )
         untried = self.stages[len(tried) :]
-        if tried and untried and (failed := store.latest(untried[0], status="failed")):
+        if tried and untried and (failed := store.here.latest(untried[0], status="failed")):
             tried.append(failed)
         return replace(self, stages=() if self.ended(tried) else untried, before=tuple(tried))
 

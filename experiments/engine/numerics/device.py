@@ -1,4 +1,4 @@
-"""The process on its machine: freed memory that it keeps, and what records say of both."""
+"""What a process knows of its machine: memory settings, software versions and energy used."""
 
 from __future__ import annotations
 
@@ -8,62 +8,81 @@ from typing import Any
 
 import torch
 
-TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # parameters of mallopt(3)
-KEPT = {
-    TRIM_THRESHOLD: 2**31 - 1,
-    TOP_PAD: 2**26,
-    MMAP_MAX: 0,
-}  # two in bytes, and how many blocks are asked of the system one by one
+# Parameters of mallopt(3), by their numbers in malloc.h.
+TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
+MALLOPT_VALUES = {
+    TRIM_THRESHOLD: 2**31 - 1,  # bytes of free memory that the process keeps
+    TOP_PAD: 2**26,  # bytes that the process requests beyond its need
+    MMAP_MAX: 0,  # large blocks that are mapped one by one
+}
 
 
 @cache
 def keep_memory() -> bool:
-    """Keep up to 2 GiB of freed memory from now on, and ask for more by 64 MiB at least; False where the C library has no such setting.
+    """Make glibc keep up to 2 GiB of freed memory and grow by at least 64 MiB.
 
-    By default glibc gives large blocks back at once and is given the next ones page by page: what a network takes on a CPU then
-    hangs on what the process did before.
+    glibc returns large blocks and faults them in again, so timings depend on what ran before.
+
+    Returns:
+        False if the C library has no such setting.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and all(
-        [mallopt(parameter, value) for parameter, value in KEPT.items()]
-    )
+    if mallopt is None:
+        return False
+    accepted = [mallopt(parameter, value) for parameter, value in MALLOPT_VALUES.items()]
+    return all(accepted)
 
 
 def describe_device(device: torch.device | str) -> dict[str, Any]:
-    """The part of a record's provenance that torch knows, with freed memory kept from now on."""
+    """Return what torch knows of the machine, for a record's provenance.
+
+    The process keeps freed memory from now on.
+    """
+    on_gpu = torch.device(device).type == "cuda"
     return {
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if torch.device(device).type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "threads": torch.get_num_threads(),
         "memory_kept": keep_memory(),
     }
 
 
-# The energy a GPU has used, as its driver counts it.
 def read_joules(device: torch.device) -> float | None:
-    """Joules since the driver was loaded, of all work launched so far; None on a CPU and where the driver does not tell."""
-    if (
-        device.type != "cuda"
-        or (driver := _driver(torch.cuda.get_device_properties(device).uuid)) is None
-    ):
+    """Read the energy that a GPU has used since its driver was loaded.
+
+    The GPU finishes all launched work first, so that the figure contains it.
+
+    Returns:
+        Joules, or None on a CPU, without the package `nvidia-ml-py`, or if the driver cannot tell.
+    """
+    if device.type != "cuda":
         return None
-    library, handle = driver
+    handle = _open_nvml(str(torch.cuda.get_device_properties(device).uuid))
+    if handle is None:
+        return None
+
+    import pynvml
+
     torch.cuda.synchronize(device)
-    used = ctypes.c_ulonglong()
-    failed = library.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(used))
-    return None if failed else used.value / 1000
+    try:
+        millijoules = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except pynvml.NVMLError:
+        return None
+    return float(millijoules / 1000)
 
 
 @cache
-def _driver(uuid: object) -> tuple[ctypes.CDLL, ctypes.c_void_p] | None:
-    """NVML and the device of this identity, whatever number it has among the visible ones."""
+def _open_nvml(uuid: str) -> Any | None:
+    """Return NVML's handle of a GPU.
+
+    The UUID names the GPU whatever its number among the visible ones.
+    """
     try:
-        library = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
+        import pynvml
+    except ImportError:
         return None
-    handle = ctypes.c_void_p()
-    if library.nvmlInit_v2() or library.nvmlDeviceGetHandleByUUID(
-        f"GPU-{uuid}".encode(), ctypes.byref(handle)
-    ):
+    try:
+        pynvml.nvmlInit()
+        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+    except pynvml.NVMLError:
         return None
-    return library, handle

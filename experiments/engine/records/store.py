@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.engine.records.files import locked, written_whole
-from experiments.engine.specs.spec import Stage, canonical, kind_of, spec_id
+from experiments.engine.specs.spec import Spec, canonical, kind_of, spec_id
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 FORMAT = 1
@@ -47,51 +47,86 @@ class Record:
         return f"{self.kind}/{self.id}-{self.utc}"
 
 
+class RecordFolder:
+    """The records in one folder, read when they are first asked for and then kept.
+
+    The folder holds one JSON file per record, under `<kind>/<id>-<utc>-<suffix>.json`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._by_id: dict[str, list[Record]] | None = None
+
+    def by_id(self) -> dict[str, list[Record]]:
+        """Return the intact records by id, oldest first; report the other files and skip them."""
+        if self._by_id is None:
+            self._by_id = self._read()
+        return self._by_id
+
+    def all(self) -> list[Record]:
+        """Return the intact records, those of one id after each other."""
+        return [record for records in self.by_id().values() for record in records]
+
+    def latest(self, spec: Spec, status: str = "done") -> Record | None:
+        """Return the newest record of a stage with this status, or None."""
+        records = self.by_id().get(spec_id(spec), [])
+        matching = [record for record in records if record.status == status]
+        return matching[-1] if matching else None
+
+    def refresh(self) -> None:
+        """Forget what was read, so that new records are seen."""
+        self._by_id = None
+
+    def paths(self) -> list[Path]:
+        """Return the files of records, oldest first."""
+        return sorted(self.folder.glob("*/*.json"), key=lambda path: path.name.partition("-")[2])
+
+    def _read(self) -> dict[str, list[Record]]:
+        records: dict[str, list[Record]] = {}
+        for path in self.paths():
+            record = _read(path)
+            if record is not None:
+                records.setdefault(record.id, []).append(record)
+        return records
+
+
 class Store:
-    """A results folder and the reference records that its runs are compared with (default: those in the same folder)."""
+    """A results folder, and the reference records that its runs are compared with.
+
+    Attributes:
+        root: the results folder.
+        here: the records of what ran here, in `root/records`.
+        reference: the committed records; by default those in `root/reference`.
+    """
+
+    here: RecordFolder
+    reference: RecordFolder
 
     def __init__(self, root: Path | None = None, reference: Path | None = None) -> None:
         self.root = Path(root) if root else REPOSITORY / "results"
-        self.reference = reference or self.root / "reference"
-        self._cache: dict[str, dict[str, list[Record]]] = {}
+        self.here = RecordFolder(self.root / "records")
+        self.reference = RecordFolder(reference or self.root / "reference")
 
     def check_writable(self) -> None:
-        """Write and remove a probe, so that a read-only or full folder is known before any work."""
+        """Write and remove a probe, so that a read-only or full folder is known before any work.
+
+        Raises:
+            ValueError: if the folder cannot be written.
+        """
         try:
-            probe = self.root / "records" / f".probe-{uuid.uuid4().hex}"
+            probe = self.here.folder / f".probe-{uuid.uuid4().hex}"
             with written_whole(probe) as file:
                 file.write(b"\0" * 65536)
             probe.unlink()
         except OSError as error:
             raise ValueError(
-                f"cannot write results ({error.strerror}); free space or choose another folder with --results"
+                f"cannot write results ({error.strerror}); "
+                "free space or choose another folder with --results"
             ) from None
-
-    def records(self, where: str) -> dict[str, list[Record]]:
-        """All intact records of 'records' or 'reference' by id, oldest first; others are reported and skipped."""
-        if where not in self._cache:
-            found: dict[str, list[Record]] = {}
-            folder = self.reference if where == "reference" else self.root / where
-            for path in sorted(
-                folder.glob("*/*.json"), key=lambda path: path.name.partition("-")[2]
-            ):
-                if (record := _read(path)) is not None:
-                    found.setdefault(record.id, []).append(record)
-            self._cache[where] = found
-        return self._cache[where]
-
-    def latest(self, spec: Stage, where: str = "records", status: str = "done") -> Record | None:
-        """The newest record of a stage with this status, or None."""
-        matching = [
-            record
-            for record in self.records(where).get(spec_id(spec), [])
-            if record.status == status
-        ]
-        return matching[-1] if matching else None
 
     def append(
         self,
-        spec: Stage,
+        spec: Spec,
         status: str,
         values: dict[str, Any],
         provenance: dict[str, Any],
@@ -110,23 +145,24 @@ class Store:
             error,
         )
         write_record(
-            self.root / "records" / record.kind / f"{record.id}-{utc}-{uuid.uuid4().hex[:6]}.json",
+            self.here.folder / record.kind / f"{record.id}-{utc}-{uuid.uuid4().hex[:6]}.json",
             record,
         )
-        self._cache.pop("records", None)
+        self.here.refresh()
         return record
 
-    def run_dir(self, spec: Stage) -> Path:
+    def run_dir(self, spec: Spec) -> Path:
         """Folder of a stage's checkpoints, logs and samples."""
         return self.root / "runs" / spec_id(spec)
 
-    def lock(self, spec: Stage) -> AbstractContextManager[None]:
+    def lock(self, spec: Spec) -> AbstractContextManager[None]:
         """Held while a stage runs; a second process waits, then finds the record."""
         return locked(self.run_dir(spec) / "lock")
 
     def refresh(self) -> None:
         """Forget what was read, so that another process's new records are seen."""
-        self._cache.clear()
+        self.here.refresh()
+        self.reference.refresh()
 
     def published(self, name: str, key: tuple[str, ...]) -> dict[str, dict[str, str]]:
         """Rows of a published table by its key columns, those that are filled, joined with blanks. Every row carries its `source`."""

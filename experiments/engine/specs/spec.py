@@ -9,7 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import Any, ClassVar, Protocol
+
+
+class Spec(Protocol):
+    """Any frozen dataclass whose content names a record, of whatever module."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -242,13 +248,13 @@ def canonical(value: Any, full: bool = False) -> Any:
     raise TypeError(f"{value!r} has no canonical form")
 
 
-def spec_id(spec: Stage) -> str:
+def spec_id(spec: Spec) -> str:
     """16 hexadecimal digits that name a spec by its content."""
     text = json.dumps(canonical(spec), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def kind_of(spec: Stage) -> str:
+def kind_of(spec: Spec) -> str:
     """Folder name of a stage's records: train, evaluate, timing, ceilings, profile or cost."""
     return type(spec).__name__.lower()
 

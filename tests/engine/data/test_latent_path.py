@@ -138,9 +138,7 @@ def left(root: Path) -> tuple[dict[str, bytes], dict[str, Any], dict[str, str]]:
         path.name: path.read_bytes()
         for path in (root / "results" / "runs" / evaluate / "samples").glob("*.npy")
     }
-    values = [
-        Store(root / "results").records("records")[name][-1].values for name in (train, evaluate)
-    ]
+    values = [Store(root / "results").here.by_id()[name][-1].values for name in (train, evaluate)]
     return (
         latents | drawn,
         values[0],

@@ -199,7 +199,7 @@ def test_noise_of_an_image_ignores_its_batch(parts: list[int]):
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_a_seed_that_would_repeat_another_is_refused(seed: int):
-    with pytest.raises(ValueError, match="seeds lie in"):
+    with pytest.raises(ValueError, match="seeds must be from"):
         ImageNoise([0, seed], (1, 3, 5))
 
 

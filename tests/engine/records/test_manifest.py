@@ -265,7 +265,7 @@ def test_a_table_names_the_fields_that_not_all_its_records_hold(tmp_path: Path):
         for num in (1, 2)
     ]
     assert notes == [[], ["not recorded by all, and taken as agreeing: nfe, reference.sha256."]]
-    records = [store.latest(evaluate_stage(row, DIGITS, 0)) for row in TABLE_4.rows[:3]]
+    records = [store.here.latest(evaluate_stage(row, DIGITS, 0)) for row in TABLE_4.rows[:3]]
     assert "decoder" not in not_recorded(records)[0] and not not_recorded([])
 
 

@@ -36,7 +36,7 @@ def no_space(*_: object) -> None:
 def test_a_record_comes_back_as_it_was_written(tmp_path: Path):
     values = {"a": 1, "b": 0.1 + 0.2, "c": [1, None, "±"], "d": {"e": True}}
     written = Store(tmp_path).append(SPEC, "done", values, {"commit": "abc", "seconds": 1.5})
-    (read,) = Store(tmp_path).records("records")[spec_id(SPEC)]
+    (read,) = Store(tmp_path).here.by_id()[spec_id(SPEC)]
     assert read == written
     assert (read.kind, read.status, read.error, read.values, read.spec) == (
         "cost",
@@ -49,7 +49,7 @@ def test_a_record_comes_back_as_it_was_written(tmp_path: Path):
 
 def test_numbers_that_are_none_survive(tmp_path: Path):
     Store(tmp_path).append(SPEC, "done", {"a": math.nan, "b": math.inf, "c": -math.inf}, {})
-    values = Store(tmp_path).latest(SPEC).values
+    values = Store(tmp_path).here.latest(SPEC).values
     assert math.isnan(values["a"]) and (values["b"], values["c"]) == (math.inf, -math.inf)
 
 
@@ -72,39 +72,39 @@ def test_the_newest_record_of_a_status_is_found(tmp_path: Path, monkeypatch: pyt
             SPEC, status, {"minute": minute}, {}, "ValueError: no" if status == "failed" else None
         )
     found = Store(tmp_path)
-    assert [record.values["minute"] for record in found.records("records")[spec_id(SPEC)]] == [
+    assert [record.values["minute"] for record in found.here.by_id()[spec_id(SPEC)]] == [
         1,
         2,
         3,
         4,
     ]
-    assert found.latest(SPEC).values["minute"] == 2
-    assert (failed := found.latest(SPEC, status="failed")).values[
+    assert found.here.latest(SPEC).values["minute"] == 2
+    assert (failed := found.here.latest(SPEC, status="failed")).values[
         "minute"
     ] == 4 and failed.error == "ValueError: no"
-    assert found.latest(OTHER) is None and found.latest(SPEC, "reference") is None
+    assert found.here.latest(OTHER) is None and found.reference.latest(SPEC) is None
 
 
 def test_a_failure_is_no_result(tmp_path: Path):
     Store(tmp_path).append(SPEC, "failed", {}, {}, "ValueError: no")
-    assert Store(tmp_path).latest(SPEC) is None
+    assert Store(tmp_path).here.latest(SPEC) is None
 
 
 def test_an_open_store_sees_its_own_records_and_others_after_a_refresh(tmp_path: Path):
     ours, theirs = Store(tmp_path), Store(tmp_path)
-    assert ours.latest(SPEC) is None and theirs.latest(SPEC) is None
+    assert ours.here.latest(SPEC) is None and theirs.here.latest(SPEC) is None
     ours.append(SPEC, "done", {}, {})
-    assert ours.latest(SPEC) is not None and theirs.latest(SPEC) is None
+    assert ours.here.latest(SPEC) is not None and theirs.here.latest(SPEC) is None
     theirs.refresh()
-    assert theirs.latest(SPEC) is not None
+    assert theirs.here.latest(SPEC) is not None
 
 
 def test_reference_and_records_are_kept_apart(tmp_path: Path):
     Store(tmp_path).append(SPEC, "done", {}, {})
     (tmp_path / "records").rename(tmp_path / "reference")
     assert (
-        Store(tmp_path).latest(SPEC) is None
-        and Store(tmp_path).latest(SPEC, "reference") is not None
+        Store(tmp_path).here.latest(SPEC) is None
+        and Store(tmp_path).reference.latest(SPEC) is not None
     )
 
 
@@ -149,7 +149,7 @@ def test_what_is_no_record_is_reported_and_skipped(
     (tmp_path / "records" / "cost" / f"{'f' * 16}-20200101T000000Z-abcdef.json").write_bytes(
         content
     )
-    assert list(Store(tmp_path).records("records")) == [spec_id(SPEC)]
+    assert list(Store(tmp_path).here.by_id()) == [spec_id(SPEC)]
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: skipped cost/ffff") and str(tmp_path) not in line
 
@@ -158,7 +158,7 @@ def test_a_folder_named_like_a_record_is_skipped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     (tmp_path / "records" / "cost" / "folder.json").mkdir(parents=True)
-    assert Store(tmp_path).records("records") == {}
+    assert Store(tmp_path).here.by_id() == {}
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
@@ -172,7 +172,7 @@ def test_writers_side_by_side_lose_nothing(tmp_path: Path, capsys: pytest.Captur
         for writer in range(8)
     ]
     assert [writer.wait() for writer in writers] == [0] * 8
-    records = [record for found in Store(tmp_path).records("records").values() for record in found]
+    records = [record for found in Store(tmp_path).here.by_id().values() for record in found]
     assert {(record.values["writer"], record.values["number"]) for record in records} == {
         (writer, number) for writer in range(8) for number in range(20)
     }
@@ -256,7 +256,7 @@ def test_a_path_under_a_file_cannot_be_written(tmp_path: Path):
         with pytest.raises(ValueError, match="^cannot write results .*--results$") as failure:
             Store(folder).check_writable()
         assert str(tmp_path) not in str(failure.value)
-        assert Store(folder).records("records") == {}
+        assert Store(folder).here.by_id() == {}
     assert everything(tmp_path) == {"file": b"x"}
 
 

@@ -57,7 +57,7 @@ def pair(
     store = Store(folder)
     for stage, found, cpu in zip(stages, values, cpus, strict=True):
         store.append(stage, "done", found, PROVENANCE | {"cpu": cpu})
-    return [(stage.backbone.name, store.latest(stage)) for stage in stages]
+    return [(stage.backbone.name, store.here.latest(stage)) for stage in stages]
 
 
 STAGES = [

@@ -211,7 +211,7 @@ def test_nothing_is_reproduced_where_the_spread_is_unknown_or_the_score_is_no_nu
 def test_a_reference_is_no_record_of_this_machine(tmp_path: Path):
     store = reference(tmp_path, *ROWS)
     assert set(column(main(store), "fd_digits")) == {"-"} and compared(store) == ["-"] * 3
-    assert column(main(store, (0, 1, 2), where="reference"), "fd_digits") == ["10.0 ±0.1"] * 3
+    assert column(main(store, (0, 1, 2), source=store.reference), "fd_digits") == ["10.0 ±0.1"] * 3
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def group(
 
 def outcome(root: Path, spec: Stage = TRAIN) -> Any:
     """The newest record of a stage, whatever its status."""
-    found = Store(root).records("records").get(spec_id(spec))
+    found = Store(root).here.by_id().get(spec_id(spec))
     return found[-1] if found else None
 
 

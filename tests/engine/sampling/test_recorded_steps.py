@@ -115,7 +115,7 @@ def test_recorded_steps_make_the_same_images_and_count_the_same_evaluations(
         )
     assert (
         usual.evaluated == recorded.evaluated == 8 * 2 * {"heun": 10}.get(sampler.name, 5)
-        and len(recorded.graphs.captured.recordings) == 2
+        and len(recorded.graphs.graph.captures) == 2
     )
 
 
@@ -126,8 +126,8 @@ def test_beside_its_launch_a_recorded_step_only_copies(
     """Noise is drawn and copied by another thread on a GPU."""
 
     class Idle(CudaGraph):
-        def _record(self, places: tuple[Tensor, ...]) -> tuple[Any, ...]:
-            return lambda: None, places, self.function(*places)
+        def _capture(self, places: tuple[Tensor, ...]) -> tuple[Any, ...]:
+            return capture.Capture(lambda: None, places, self.function(*places))
 
     monkeypatch.setattr(capture, "CudaGraph", Idle)
     heard: list[Counter[str]] = []
@@ -185,10 +185,10 @@ def test_a_set_of_images_is_drawn_by_one_recording_a_shape_which_is_let_go(
     shapes: list[tuple[int, ...]] = []
 
     class Noted(Rerun):
-        def _record(self, places: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        def _capture(self, places: tuple[Tensor, ...]) -> tuple[Any, ...]:
             made.append(weakref.ref(self))
             shapes.append(places[0].shape)
-            return super()._record(places)
+            return super()._capture(places)
 
     monkeypatch.setattr(capture, "CudaGraph", Noted)
     monkeypatch.setattr(samples, "CHUNK", 3)

@@ -174,7 +174,7 @@ def test_a_seed_of_table_4_under_cifar10_bf16_is_an_hour_by_what_the_protocol_as
         (CIFAR10_BF16.recipe, CIFAR10_BF16.num * CIFAR10_BF16.sampler.num_steps),
     )
     flops = sum(
-        2 * store.latest(cost_stage(row), "reference").values["macs_core"] for row in TABLE_4.rows
+        2 * store.reference.latest(cost_stage(row)).values["macs_core"] for row in TABLE_4.rows
     )
     training, sampling = flops * 3 * recipe.batch * recipe.steps / 100e12, flops * images / 20e12
     assert (round(training / 60), round(sampling / 60)) == (48, 10) and training + sampling < 3600

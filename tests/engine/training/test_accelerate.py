@@ -46,7 +46,7 @@ def test_a_recorded_training_has_the_same_losses_and_weights(spec: Train, micro_
     assert (digest(usual.model), digest(usual.ema)) == (
         digest(recorded.model),
         digest(recorded.ema),
-    ) and len(recorded.passes.recordings) == 1
+    ) and len(recorded.passes.captures) == 1
 
 
 def test_a_recording_lets_other_threads_go_on_and_runs_the_function_aside_before(
@@ -145,7 +145,7 @@ def test_a_captured_network_computes_what_it_computed_for_every_shape_and_mode()
                 rtol=1e-2 if mode else 1e-4,
                 atol=1e-2 if mode else 1e-5,
             )
-    assert len(captured.recordings) == 3
+    assert len(captured.captures) == 3
 
 
 @needs_gpu
