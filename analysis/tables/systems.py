@@ -156,33 +156,34 @@ def _timed_elsewhere(table: Table, store: ReferenceStore) -> str:
 def families_sheet(store: ReferenceStore) -> Sheet:
     """The scores of every family on digits, and the rows that it stands for."""
     families = _families()
-    rows = tuple(family[0][1] for family in families)
+    rows = tuple(replace(family[0][1], label=label) for label, family in families.items())
     table = replace(TABLES[0], rows=rows, against=TABLES[0].baseline.label)
     sheet = family_sheet(reference_selection(table, DIGITS, store), store, store.reference)
     sheet.title = f"The families of Tables 1, 2, 8 and 9 on {DIGITS.name}"
 
-    for cells, family in zip(sheet.rows, families, strict=True):
+    for cells, family in zip(sheet.rows, families.values(), strict=True):
         cells["stands_for"] = Cell(label=_describe(family))
     records = [record for row in rows for record in digits_scores(row, store)]
     sheet.notes += record_caveats(records)
     return sheet
 
 
-def _families() -> list[list[tuple[Table, Row]]]:
-    """The rows of the tables by the network that digits trains for them, under unique labels."""
+def _families() -> dict[str, list[tuple[Table, Row]]]:
+    """The rows of the tables by the network that digits trains for them.
+
+    The first row's label names the network; the table tells two networks of one label apart.
+    """
     families: dict[str, list[tuple[Table, Row]]] = {}
     for table in TABLES:
         for run in Selection(table, table.rows, DIGITS, [0], "cpu").runs:
             families.setdefault(spec_id(run.stage), []).append((table, run.row))
 
-    # the first row names the family; two networks of one label are told apart by their tables
-    labels: set[str] = set()
+    labelled: dict[str, list[tuple[Table, Row]]] = {}
     for family in families.values():
         table, row = family[0]
-        if row.label in labels:
-            family[0] = (table, replace(row, label=f"{row.label}, Table {table.number}"))
-        labels.add(family[0][1].label)
-    return list(families.values())
+        label = f"{row.label} of Table {table.number}" if row.label in labelled else row.label
+        labelled[label] = family
+    return labelled
 
 
 def _describe(family: list[tuple[Table, Row]]) -> str:

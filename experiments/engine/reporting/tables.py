@@ -107,14 +107,14 @@ def family_sheet(selection: Selection, store: Store, folder: RecordFolder) -> Sh
     lookup = Lookup(networks, folder)
     machine = "this machine" if folder is store.here else "reference"
     filled = [
-        Filled(Column("row", "first row", kind=Kind.PROSE), lambda row: Cell(label=row.label)),
+        Filled(Column("row", "family", kind=Kind.PROSE), lambda row: Cell(label=row.label)),
         Filled(
-            Column("network", "network that is shrunk", kind=Kind.PROSE),
+            Column("network", "shrunk network", kind=Kind.PROSE),
             lambda row: Cell(label=names[row.label]),
         ),
         *_score_columns(lookup, machine),
         Filled(
-            Column("stands_for", "stands for the rows", kind=Kind.PROSE),
+            Column("stands_for", "stands for", kind=Kind.PROSE),
             lambda row: Cell(label=", ".join(labels[row.label])),
         ),
     ]
