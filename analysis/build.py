@@ -21,7 +21,7 @@ from analysis.tables.agreement_page import agreement_page
 from analysis.tables.pages import folded, origins
 from analysis.tables.paper import SHEETS
 from experiments.declared.protocols import CIFAR10_SMALL, DIGITS
-from experiments.engine.cli import Parser, guarded
+from experiments.engine.cli import Parser, run_command
 from experiments.engine.records.files import written_whole
 from experiments.engine.reporting.markup import csv_table, markdown_rows
 from experiments.engine.reporting.sheet import Sheet, Topic
@@ -51,7 +51,7 @@ T = TypeVar("T")
 
 
 def main() -> int:
-    return guarded(_main)
+    return run_command(_main)
 
 
 def _main() -> int:

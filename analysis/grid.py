@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from analysis.figures.style import figure, save
 from analysis.query import TRAINED, train_command, trained_row
 from experiments.declared.protocols import PROTOCOLS
-from experiments.engine.cli import Parser, guarded
+from experiments.engine.cli import Parser, run_command
 from experiments.engine.records.store import REPOSITORY, Store
 from experiments.engine.specs.rows import table_of
 from experiments.engine.specs.spec import Evaluate
@@ -33,7 +33,7 @@ CAPTION, RECORDS = (
 
 
 def main() -> int:
-    return guarded(_main)
+    return run_command(_main)
 
 
 def _main() -> int:
@@ -170,8 +170,8 @@ def draw(
     import torch
 
     from experiments.engine.jobs.execute import require_device
+    from experiments.engine.runtime.context import Resources
     from experiments.engine.sampling.samples import load_decoder, load_networks
-    from experiments.engine.training.trainer import Resources
 
     require_device(device)
     decode, _ = load_decoder(spec.data, torch.device(device))

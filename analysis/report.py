@@ -34,7 +34,7 @@ from analysis.tables.agreement_page import agreement_blocks
 from analysis.tables.pages import Text
 from analysis.tables.paper import SHEETS
 from experiments.declared.protocols import CIFAR10_SMALL, DIGITS
-from experiments.engine.cli import Parser, guarded
+from experiments.engine.cli import Parser, run_command
 from experiments.engine.records.files import written_whole
 from experiments.engine.records.store import Record
 from experiments.engine.reporting.sheet import Cell, Sheet
@@ -53,7 +53,7 @@ SECTIONS = (
 
 
 def main() -> int:
-    return guarded(_main)
+    return run_command(_main)
 
 
 def _main() -> int:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.engine.cli import Parser, guarded, require_device
+from experiments.engine.cli import Parser, require_device, run_command
 from experiments.engine.records.store import REPOSITORY, Store, provenance
 
 SCRIPT = REPOSITORY / "experiments" / "ablation.py"
@@ -48,7 +48,7 @@ class Loader:
 
 
 def main() -> int:
-    return guarded(_main)
+    return run_command(_main)
 
 
 def _main() -> int:
@@ -151,9 +151,10 @@ def _checkpoints() -> None:
     import torch
 
     from experiments.engine.data.sets import ImageSet
+    from experiments.engine.runtime.context import Resources
     from experiments.engine.specs.spec import Backbone, Data, Recipe, Train
     from experiments.engine.training.checkpoint import Writer
-    from experiments.engine.training.trainer import Resources, Trainer
+    from experiments.engine.training.trainer import Trainer
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data, batch = Data("random", 32, 4, 1000), 256 if device.type == "cuda" else BATCH
@@ -210,7 +211,7 @@ def _neighbours(spec: Neighbours, store: Store) -> None:
         neighbour_shares,
         precision_recall_half,
     )
-    from experiments.engine.timing.stage import time_call
+    from experiments.engine.timing.clock import time_call
 
     if spec.samples <= NEIGHBOURS or spec.reference <= NEIGHBOURS or spec.dim < 1:
         raise ValueError(

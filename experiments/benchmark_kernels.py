@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.engine.cli import Parser, guarded, require_device
+from experiments.engine.cli import Parser, require_device, run_command
 from experiments.engine.records.store import Store, provenance
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Kernel:
 
 
 def main() -> int:
-    return guarded(_main)
+    return run_command(_main)
 
 
 def _main() -> int:
@@ -111,10 +111,10 @@ def run(
     import backbones.kernels
     from experiments.engine.numerics.device import keep_memory
     from experiments.engine.numerics.precision import precision
-    from experiments.engine.timing.profile import copy_rates
+    from experiments.engine.timing.ceilings import measure_copy_rates
 
     keep_memory()
-    copied, good = max(copy_rates(torch.device(device))), True
+    copied, good = max(measure_copy_rates(torch.device(device))), True
     print(
         f"T = {TOKENS}, D = {DIM}, batch {batch}, {device}, {torch.get_num_threads()} threads, median of {runs} runs; a copy moves {copied / 1e9:.1f} GB/s"
     )

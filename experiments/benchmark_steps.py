@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.engine.cli import Parser, fast, guarded, require_device
+from experiments.engine.cli import Parser, acceleration_flags, require_device, run_command
 from experiments.engine.records.store import Store, provenance
 from experiments.engine.specs.spec import Backbone, Ceilings, Cost, Timing
 
@@ -73,7 +73,7 @@ class Steps:
 
 
 def main() -> int:
-    return guarded(_main)
+    return run_command(_main)
 
 
 def _main() -> int:
@@ -110,7 +110,7 @@ def _main() -> int:
     others, store = dict(_other(text) for text in args.against), Store(args.results)
     if args.rounds < 3 or (args.batch or 1) < 1:
         parser.error("--rounds must be at least 3 and --batch at least 1")
-    fast(args, args.device)  # refuses graphs on a CPU
+    acceleration_flags(args, args.device)  # refuses graphs on a CPU
     store.check_writable()
     require_device(args.device)
     for name in args.networks:
@@ -151,7 +151,7 @@ def measure(spec: Steps, other: tuple[Path, str] | None, rounds: int, store: Sto
 
     from experiments.engine.numerics.device import describe_device
     from experiments.engine.numerics.precision import read_tf32_flags
-    from experiments.engine.timing.stage import free_memory
+    from experiments.engine.timing.clock import free_memory
 
     device = torch.device(spec.device)
     if other:
@@ -236,12 +236,10 @@ def _words(values: dict[str, Any]) -> str:
 def _ceiling(spec: Steps, store: Store) -> dict[str, float]:
     """Multiply-accumulates of a forward pass, by the rule of `efficiency.py --counts`, and the most a second that the device reaches, of its record."""
     from experiments.engine.jobs.execute import execute
+    from experiments.engine.runtime.context import Resources
     from experiments.engine.timing import cost
-    from experiments.engine.training.trainer import Resources
 
-    record = execute(
-        Ceilings(spec.device, spec.precision), store, Resources(spec.device), lambda *progress: None
-    )
+    record = execute(Ceilings(spec.device, spec.precision), store, Resources(spec.device))
     if record.status != "done":
         raise ValueError(f"the device's ceilings could not be measured: {record.error}")
     return {
@@ -253,7 +251,8 @@ def _ceiling(spec: Steps, store: Store) -> dict[str, float]:
 def _refusal(spec: Steps, device: torch.device) -> str | None:
     """Why `ours` must not be timed, in words."""
     from experiments.engine.numerics.precision import precision
-    from experiments.engine.timing.stage import check_against_reference, free_memory
+    from experiments.engine.timing.check import check_against_reference
+    from experiments.engine.timing.clock import free_memory
 
     try:
         with precision(spec.precision, device):
@@ -284,7 +283,7 @@ def _compare(
 
     from backbones import kernels
     from experiments.engine.numerics.precision import precision, read_tf32_flags
-    from experiments.engine.timing.stage import half_interquartile_range, time_call
+    from experiments.engine.timing.clock import half_interquartile_range, time_call
 
     with precision(spec.precision, device):
         tasks = _tasks(spec, _load(*other) if other else None, device)
@@ -333,8 +332,9 @@ def _load(file: Path, constructor: str) -> nn.Module:
 
 
 def _tasks(spec: Steps, other: nn.Module | None, device: Any) -> dict[str, Callable[[], Any]]:
+    from experiments.engine.timing.networks import draw_network, size_backbone
     from experiments.engine.timing.plain_steps import bare_training, plain_sampling, plain_training
-    from experiments.engine.timing.tasks import build_task, draw_network, size_backbone
+    from experiments.engine.timing.tasks import build_task
 
     network, timed = _timing(spec)
     tasks = {"ours": build_task(network, timed, device)}
@@ -342,12 +342,15 @@ def _tasks(spec: Steps, other: nn.Module | None, device: Any) -> dict[str, Calla
         spec.compile or spec.graphs
     ):  # an eager loop beside another network's kernels or launches says nothing
         tasks["bare"] = bare_training(draw_network(size_backbone(network), device), spec.batch)
-    loop = plain_training if spec.what == "training" else plain_sampling
+
+    def loop(model: nn.Module) -> Callable[[], None]:
+        if spec.what == "training":
+            return plain_training(model, spec.batch)
+        return plain_sampling(model, spec.batch, SAMPLED[spec.device])
+
     if other is not None:
-        tasks["plain"] = loop(
-            draw_network(size_backbone(network), device), spec.batch, SAMPLED[spec.device]
-        )
-        tasks["theirs"] = loop(other.to(device), spec.batch, SAMPLED[spec.device])
+        tasks["plain"] = loop(draw_network(size_backbone(network), device))
+        tasks["theirs"] = loop(other.to(device))
     return tasks
 
 

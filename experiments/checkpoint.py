@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.engine.cli import Parser, guarded
+from experiments.engine.cli import Parser, run_command
 
 
 def options_of(texts: Sequence[str]) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def options_of(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def main() -> int:
-    return guarded(_main, str)
+    return run_command(_main, str)
 
 
 def _main() -> int:

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from experiments.engine.cli import Parser, guarded
+from experiments.engine.cli import Parser, run_command
 from experiments.engine.records.manifest import (
     ABSENT,
     NAMED,
@@ -27,7 +27,7 @@ HARDWARE = ("device", "cpu", "world_size", "sample_batch", "commit", "dirty")
 
 
 def main() -> int:
-    return guarded(_main, str)
+    return run_command(_main, str)
 
 
 def _main() -> int:

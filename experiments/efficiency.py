@@ -21,7 +21,14 @@ from collections.abc import Callable, Sequence
 from experiments.declared import speed_claims
 from experiments.declared import timings as speed
 from experiments.declared.systems import SYSTEMS, counts_sheet
-from experiments.engine.cli import Parser, add_run_options, carry_out, device_of, fast, guarded
+from experiments.engine.cli import (
+    Parser,
+    acceleration_flags,
+    add_run_options,
+    carry_out,
+    chosen_device,
+    run_command,
+)
 from experiments.engine.jobs.plan import Listed, Plan
 from experiments.engine.records.store import REPOSITORY, Store
 from experiments.engine.reporting.render import FORMATS, render
@@ -34,12 +41,12 @@ TIMED = {number: table for number, table in TABLES.items() if table.timed}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what lacks a record, then print; the exit status is `guarded`'s."""
-    return guarded(lambda: _main(_parse(arguments), arguments))
+    return run_command(lambda: _main(_parse(arguments), arguments))
 
 
 def _main(args: argparse.Namespace, arguments: Sequence[str] | None) -> int:
     store = Store(args.results, REPOSITORY / "results" / "reference")
-    device = device_of(args, (args.rows or [args.profile or ""])[0])
+    device = chosen_device(args, (args.rows or [args.profile or ""])[0])
     plan, sheets = _choose(args, device, store)
     good = carry_out(plan, args, store, arguments)
     if good is not None:
@@ -108,7 +115,7 @@ def _choose(
     args: argparse.Namespace, device: str, store: Store
 ) -> tuple[Plan, Callable[[], list[Sheet]]]:
     """What has to run, and a function that gives the sheets to print."""
-    how = fast(args, device)
+    how = acceleration_flags(args, device)
     costs = tuple(cost for system in SYSTEMS for cost in system.costs)
     if args.counts:
         return Listed("cpu", costs), lambda: [counts_sheet(store)]

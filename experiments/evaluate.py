@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.engine.cli import Parser, guarded
+from experiments.engine.cli import Parser, run_command
 from experiments.engine.data.locate import inception_path
 from experiments.engine.records.manifest import of_samples, score_name
 from experiments.engine.records.store import SCORES, Record, provenance, timestamp, write_record
@@ -41,7 +41,7 @@ TRAININGS = 0.013  # coefficient of variation of FID between trainings (arXiv:26
 
 
 def main() -> int:
-    return guarded(_main, str)
+    return run_command(_main, str)
 
 
 def _main() -> int:

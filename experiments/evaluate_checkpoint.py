@@ -18,13 +18,15 @@ from typing import TYPE_CHECKING, Any
 from experiments.checkpoint import options_of
 from experiments.declared.protocols import PROTOCOLS
 from experiments.engine.cli import (
+    Outcome,
     Parser,
+    acceleration_flags,
     add_run_options,
     carry_out,
-    device_of,
-    fast,
-    guarded,
+    chosen_device,
+    exit_status,
     require_device,
+    run_command,
 )
 from experiments.engine.data.locate import (
     inception_path,
@@ -89,8 +91,8 @@ class Published:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Score, plan or print; the exit status is `guarded`'s."""
-    return guarded(lambda: _main(_parse(arguments), arguments))
+    """Score, plan or print; the exit status is that of `run_command`."""
+    return run_command(lambda: _main(_parse(arguments), arguments))
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -119,11 +121,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _main(args: argparse.Namespace, arguments: Sequence[str] | None) -> int:
-    protocol, device = PROTOCOLS[args.protocol], device_of(args, args.backbone)
+    protocol, device = PROTOCOLS[args.protocol], chosen_device(args, args.backbone)
     resources = (
         {"checkpoint": args.checkpoint.resolve()}
         | ({"sample_batch": args.batch} if args.batch else {})
-        | fast(args, device)
+        | acceleration_flags(args, device)
     )
     spec, model, key = evaluation_of(args, protocol)
     seconds = None
@@ -134,7 +136,7 @@ def _main(args: argparse.Namespace, arguments: Sequence[str] | None) -> int:
         print(f"{args.checkpoint.name}: weights under the key {key}\n{text}")
     store = Store(args.results, REPOSITORY / "results" / "reference")
     job = Job(f"{args.checkpoint.name}, {spec.num} images", (spec,), row=args.backbone)
-    good = carry_out(
+    outcome = carry_out(
         Listed(
             device,
             together=(job,),
@@ -146,7 +148,7 @@ def _main(args: argparse.Namespace, arguments: Sequence[str] | None) -> int:
         arguments,
         lambda: require_features(spec),
     )
-    if good and (record := store.here.latest(spec)):
+    if outcome is Outcome.DONE and (record := store.here.latest(spec)):
         print(
             "\n".join(
                 [
@@ -155,11 +157,11 @@ def _main(args: argparse.Namespace, arguments: Sequence[str] | None) -> int:
                 ]
             )
         )
-    elif good:
+    elif outcome is Outcome.DONE:
         raise ValueError(
             f"there is no record of {args.checkpoint.name} under {args.protocol} yet; leave out --report"
         )
-    return 1 if good is False else 0
+    return exit_status(outcome)
 
 
 def add_network_options(parser: argparse.ArgumentParser) -> None:

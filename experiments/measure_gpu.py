@@ -26,7 +26,7 @@ import tarfile
 import time
 from pathlib import Path
 
-from experiments.engine.cli import Parser, guarded, require_device
+from experiments.engine.cli import Parser, require_device, run_command
 from experiments.engine.records.files import written_whole
 from experiments.engine.records.store import REPOSITORY, Store
 
@@ -112,7 +112,7 @@ def parts(device: str, against: list[str]) -> dict[str, list[str]]:
 
 
 def main() -> int:
-    return guarded(_main)
+    return run_command(_main)
 
 
 def _main() -> int:

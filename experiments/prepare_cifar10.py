@@ -9,12 +9,12 @@ from __future__ import annotations
 import argparse
 
 from experiments.declared.protocols import CIFAR10
-from experiments.engine.cli import Parser, guarded
+from experiments.engine.cli import Parser, run_command
 from experiments.engine.data import locate as sources
 
 
 def main() -> int:
-    return guarded(_main, str)
+    return run_command(_main, str)
 
 
 def _main() -> int:

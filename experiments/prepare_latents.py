@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from experiments.declared.protocols import PROTOCOLS
-from experiments.engine.cli import Parser, guarded
+from experiments.engine.cli import Parser, run_command
 from experiments.engine.data.locate import folder_of
 from experiments.engine.jobs.progress import images_line
 
@@ -25,7 +25,7 @@ LATENT_PROTOCOLS = {
 
 
 def main() -> int:
-    return guarded(_main, str)
+    return run_command(_main, str)
 
 
 def _main() -> int:

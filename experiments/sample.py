@@ -1,122 +1,120 @@
 """Draw images of a declared row: `python experiments/sample.py --row DiCo-S --num 50000`.
 
-Each image comes from its own seed, so the set depends on neither the batch nor the number of processes (srun or torchrun starts
-several, one a GPU) but by rounding, and not on where a stopped run went on. Labels follow the
-protocol's policy. Writes an ADM-readable .npz (arr_0 images, arr_1 labels, shuffled with a fixed seed) and, with --png,
-one PNG an image. The Evaluate stage of the same row and number scores the same images: with Inception these very files, on a
-classifier's features drawn anew in other batches, so the same to rounding (of digits before they are rounded to 8 bits).
+Every image has its own seed. The set is therefore the same, up to rounding, at any batch size and
+number of processes, and after any interruption. `srun` or `torchrun` starts one process per GPU.
+Labels follow the protocol's policy.
+
+The command writes an .npz file in ADM's format: arr_0 images, arr_1 labels, shuffled with a fixed
+seed. With --png it also writes one PNG per image.
+
+The Evaluate stage of the same row and number scores the same images. With Inception it scores these
+very files. On a classifier's features it draws the images again in other batches, so they agree up
+to rounding; digits are scored before they are rounded to 8 bits.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from experiments import ablation, main_results
 from experiments.declared.protocols import PROTOCOLS
-from experiments.engine.cli import Parser, add_fast_options, fast, guarded
+from experiments.engine.cli import (
+    Parser,
+    acceleration_flags,
+    add_acceleration_options,
+    add_device_option,
+    add_protocol_option,
+    add_results_option,
+    open_store,
+    run_command,
+)
 from experiments.engine.data.locate import require_data
 from experiments.engine.jobs.pool import Job
-from experiments.engine.jobs.progress import Progress
-from experiments.engine.records.store import REPOSITORY, Store
-from experiments.engine.specs.rows import table_of
+from experiments.engine.jobs.progress import ProgressDisplay
+from experiments.engine.records.store import Store
+from experiments.engine.runtime.progress import Progress, Report, ignore_progress
+from experiments.engine.specs.rows import Row, table_of
+from experiments.engine.specs.spec import Evaluate
 from experiments.engine.specs.stages import evaluate_stage
 
 if TYPE_CHECKING:
+    from experiments.engine.runtime.context import RunContext
     from experiments.engine.runtime.group import Group
     from experiments.engine.sampling.samples import SampleSet
-    from experiments.engine.specs.spec import Evaluate
-    from experiments.engine.training.trainer import Resources
 
 TABLES = ablation.TABLES | main_results.TABLES
 
 
 def main() -> int:
-    return guarded(_main, _cannot_write)
+    """Draw the images. The exit status is that of `run_command`, or 137 if a process died."""
+    return run_command(lambda: _draw(_parse()), _cannot_write)
 
 
 def _cannot_write(error: OSError) -> str:
-    return f"cannot write images ({error.strerror}); free space or choose another folder with --results or --out"
+    return (
+        f"cannot write images ({error.strerror}); "
+        "free space or choose another folder with --results or --out"
+    )
 
 
-def _main() -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parse() -> argparse.Namespace:
+    parser = Parser(__doc__)
     parser.add_argument(
         "--table",
         type=int,
         choices=sorted(TABLES),
-        help="that declares the row (default: the one that does)",
+        help="table that declares the row; needed if several tables differ on it",
     )
-    parser.add_argument("--row", required=True, help="by its label")
-    parser.add_argument("--protocol", choices=list(PROTOCOLS), default="digits")
+    parser.add_argument("--row", required=True, help="label of the row")
+    add_protocol_option(parser, PROTOCOLS)
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="of the training run (default: 0)"
+        "--seed", type=int, default=0, metavar="S", help="training seed (default: 0)"
     )
     parser.add_argument(
-        "--num", type=int, metavar="N", help="images (default: as the protocol scores)"
+        "--num", type=int, metavar="N", help="number of images (default: as many as are scored)"
     )
     parser.add_argument(
         "--sampler",
         metavar="NAME",
-        help="another than the protocol's: ancestral, ddim, dpm_solver, dpm_solver_diffusers; of flows euler, heun, dopri5, sde",
+        help="ancestral, ddim, dpm_solver or dpm_solver_diffusers; for flows euler, heun, dopri5 "
+        "or sde (default: the protocol's)",
     )
     parser.add_argument(
-        "--steps", type=int, metavar="N", help="of the sampler (default: as the protocol's)"
+        "--steps", type=int, metavar="N", help="steps of the sampler (default: the protocol's)"
     )
     parser.add_argument(
         "--out",
         type=Path,
         metavar="FILE",
-        help="the .npz (default: samples.npz in the run's folder)",
+        help=".npz file to write (default: samples.npz in the run's folder)",
     )
-    parser.add_argument("--png", type=Path, metavar="DIR", help="also one PNG an image")
+    parser.add_argument("--png", type=Path, metavar="DIR", help="folder for one PNG per image")
     parser.add_argument(
         "--batch",
         type=int,
         default=250,
         metavar="N",
-        help="images at a time on a GPU, which changes no image but by rounding (default: 250)",
+        help="images at a time on a GPU; changes images by rounding alone (default: 250)",
     )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="default: the GPU if there is one"
-    )
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=os.environ.get("RESULTS") or None,
-        metavar="DIR",
-        help="results folder (default: $RESULTS, else results)",
-    )
-    add_fast_options(parser)
-    return _run(parser.parse_args())
+    add_device_option(parser)
+    add_results_option(parser)
+    add_acceleration_options(parser)
+
+    args = parser.parse_args()
+    numbers = [value for value in (args.batch, args.num, args.steps) if value is not None]
+    if min(numbers) < 1:
+        parser.error("--num, --steps and --batch take numbers from 1 on")
+    return args
 
 
-def _run(args: argparse.Namespace) -> int:
-    protocol = PROTOCOLS[args.protocol]
-    table = (
-        TABLES[args.table]
-        if args.table
-        else table_of(args.row, TABLES, lambda row: evaluate_stage(row, protocol, args.seed))
-    )
-    row = table.row(args.row)
-    if row.backbone is None:
-        raise ValueError(
-            f"row {args.row!r} holds published numbers only: there is no network to sample"
-        )
-    if min(args.batch, *(value for value in (args.num, args.steps) if value is not None), 1) < 1:
-        raise ValueError("--num, --steps and --batch take numbers from 1 on")
-    spec = evaluate_stage(row, protocol, args.seed)
-    sampler = replace(
-        spec.sampler,
-        name=args.sampler or spec.sampler.name,
-        num_steps=args.steps or spec.sampler.num_steps,
-    )
-    spec = replace(spec, num=args.num or spec.num, sampler=sampler)
+def _draw(args: argparse.Namespace) -> int:
+    row = _row_of(args)
+    spec = _spec_of(args, row)
     require_data(spec.data)
 
     import torch
@@ -125,78 +123,129 @@ def _run(args: argparse.Namespace) -> int:
     from experiments.engine.diffusion.samplers import bind_sampler
     from experiments.engine.jobs.execute import require_device
     from experiments.engine.runtime import group as distributed
+    from experiments.engine.runtime.context import Resources, RunContext
     from experiments.engine.sampling.samples import decoder_warnings
-    from experiments.engine.training.trainer import Resources
 
-    bind_sampler(
-        sampler, build_diffusion(spec.train.diffusion)
-    )  # an unknown sampler is said before anything is drawn
+    # An unknown sampler raises ValueError here, before any work.
+    bind_sampler(spec.sampler, build_diffusion(spec.train.diffusion))
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     require_device(device)
-    resources, store = (
-        Resources(device, sample_batch=args.batch, **fast(args, device)),
-        Store(args.results, REPOSITORY / "results" / "reference"),
-    )
+    resources = Resources(device, sample_batch=args.batch, **acceleration_flags(args, device))
+    store = open_store(args.results)
     store.check_writable()
-    out, job = (
-        args.out or store.run_dir(spec) / "samples.npz",
-        Job(f"{args.row}, {spec.num} images", (spec,)),
-    )
-    group = distributed.join(device, resources.timeout)
+
+    # All ranks draw, and the first one writes the files.
+    group = distributed.join_group(device, resources.timeout)
+    out = args.out or store.run_dir(spec) / "samples.npz"
     with ExitStack() as held:
-        progress = held.enter_context(Progress(total=1, lines=True)) if group.first else None
-
-        def report(done: int, num: int, loss: float, rate: float) -> None:
-            if progress:  # the other ranks draw as fast
-                progress.notify(job, "progress", (done, num, loss, rate * group.world_size))
-
-        samples = _drawn(spec, store, resources, group, held, report)
+        report = _progress_report(f"{args.row}, {spec.num} images", spec, group, held)
+        context = RunContext(store.run_dir(spec.train), resources, group, report=report)
+        samples = _draw_all(spec, store, context, held)
         if not group.first:
             return 0
         samples.pack(out)
         if args.png:
             samples.write_png(args.png)
+
     for text in decoder_warnings(spec.data, samples.made["decoder"]):
         print(f"warning: {text}", file=sys.stderr)
+    height, width = samples.shape[1], samples.shape[2]
     print(
-        f"{spec.num} images {samples.shape[1]} x {samples.shape[2]}, {spec.labels} labels, seed {spec.seed}, {samples.nfe:g} network evaluations each: {out}"
+        f"{spec.num} images {height} x {width}, {spec.labels} labels, seed {spec.seed}, "
+        f"{samples.nfe:g} network evaluations per image: {out}"
     )
     return 0
 
 
-def _drawn(
-    spec: Evaluate, store: Store, resources: Resources, group: Group, held: ExitStack, report: Any
-) -> SampleSet:
-    """The set, drawn by all ranks; the first one's hold on its folder lasts as long as `held`. Where one rank fails all end, each with its error."""
-    from experiments.engine.runtime import group as distributed
-    from experiments.engine.runtime import preemption
-    from experiments.engine.runtime.heartbeat import claimed
+def _row_of(args: argparse.Namespace) -> Row:
+    """Return the row that the options name. Raise ValueError if it has no network."""
+    protocol = PROTOCOLS[args.protocol]
+    if args.table:
+        table = TABLES[args.table]
+    else:
+        table = table_of(args.row, TABLES, lambda row: evaluate_stage(row, protocol, args.seed))
+    row = table.row(args.row)
+    if row.backbone is None:
+        raise ValueError(
+            f"row {args.row!r} holds published numbers only: there is no network to sample"
+        )
+    return row
+
+
+def _spec_of(args: argparse.Namespace, row: Row) -> Evaluate:
+    """Return the row's evaluation with the number of images and the sampler of the options."""
+    spec = evaluate_stage(row, PROTOCOLS[args.protocol], args.seed)
+    sampler = replace(
+        spec.sampler,
+        name=args.sampler or spec.sampler.name,
+        num_steps=args.steps or spec.sampler.num_steps,
+    )
+    return replace(spec, num=args.num or spec.num, sampler=sampler)
+
+
+def _progress_report(label: str, spec: Evaluate, group: Group, held: ExitStack) -> Report:
+    """Return the function that reports progress: on the first rank it prints, elsewhere nothing.
+
+    The progress display is closed with `held`.
+    """
+    if not group.first:
+        return ignore_progress
+    job = Job(label, (spec,))
+    display = held.enter_context(ProgressDisplay(total=1, lines=True))
+
+    def report(progress: Progress) -> None:
+        # The other ranks draw as fast as this one.
+        rate = progress.rate * group.world_size
+        display.notify(job, "progress", replace(progress, rate=rate))
+
+    return report
+
+
+def _draw_all(spec: Evaluate, store: Store, context: RunContext, held: ExitStack) -> SampleSet:
+    """Draw the set on all ranks.
+
+    The first rank holds the run's folder for as long as `held` is open. If one rank fails, all end,
+    each with its own error.
+    """
+    from experiments.engine.runtime.failures import FailureWatch, clear_errors
+    from experiments.engine.runtime.heartbeat import claim_run
     from experiments.engine.sampling.samples import generate_samples
 
-    folder, refusal, beat = store.run_dir(spec), None, None
+    # The first rank claims the folder. All ranks raise if it is refused.
+    group, folder = context.group, store.run_dir(spec)
+    heartbeat, refusal = None, None
     if group.first:
         try:
-            beat = held.enter_context(claimed(folder, group.world_size))
-            distributed.clear_errors(folder)
+            heartbeat = held.enter_context(claim_run(folder, group.world_size))
+            clear_errors(folder)
         except (ValueError, OSError) as error:
             refusal = error
-    if refusal := group.share(refusal):  # every rank says so
+    refusal = group.broadcast(refusal)
+    if refusal:
         raise refusal
+
+    def print_error(error: str) -> None:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+
     try:
-        with distributed.Watch(
-            group, folder, lambda error: print(f"error: {error}", file=sys.stderr, flush=True)
-        ):
-            return generate_samples(spec, store.run_dir(spec.train), resources, report, group, beat)
+        with FailureWatch(group, folder, print_error):
+            return generate_samples(spec, replace(context, heartbeat=heartbeat))
     except Exception as failure:
         if group.world_size == 1:
             raise
-        try:
-            raise ValueError(distributed.cause(folder, group, failure)) from None
-        except distributed.Lost as lost:
-            print(
-                f"error: {lost}; the same command goes on where this one stopped", file=sys.stderr
-            )
-            raise SystemExit(preemption.LOST) from None
+        raise _shared_failure(folder, group, failure) from None
+
+
+def _shared_failure(folder: Path, group: Group, failure: Exception) -> BaseException:
+    """Return the error that all ranks end with, or the exit if a rank died without one."""
+    from experiments.engine.runtime import preemption
+    from experiments.engine.runtime.failures import RankLost, explain_failure
+
+    try:
+        return ValueError(explain_failure(folder, group, failure))
+    except RankLost as lost:
+        print(f"error: {lost}; run the same command again to continue", file=sys.stderr)
+        return SystemExit(preemption.LOST)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
 #!/usr/bin/env bash
-#SBATCH --job-name=dico_l --output=results/slurm-%x-%j.log --open-mode=append
+# Train and score DiCo-L: table 1, protocol imagenet256.
+# The comment is the id of the training, by which --status finds a job that waits.
+#SBATCH --job-name=dico_l --comment=0f8c70f61eabab49
+#SBATCH --output=results/slurm-%x-%j.log --open-mode=append
 #SBATCH --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=8
 #SBATCH --time=24:00:00 --signal=USR2@180 --requeue
 source slurm/job.sh || exit 2
-srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" "$PYTHON" -u experiments/run.py --table 1 --row DiCo-L --protocol imagenet256 --results "$RESULTS"
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" "$PYTHON" -u experiments/run.py \
+    --table 1 --row DiCo-L --protocol imagenet256 --results "$RESULTS"

@@ -30,7 +30,7 @@ from typing import Any
 from experiments.engine.cluster import submit as engine_cluster
 from experiments.engine.cluster.client import queue
 from experiments.engine.cluster.site import Site
-from experiments.engine.cluster.submit import submit, task
+from experiments.engine.cluster.submit import Array, run_job, submit
 from experiments.engine.jobs.pool import Job
 from experiments.engine.records.store import REPOSITORY, Store
 from experiments.engine.specs.spec import Backbone, Data, Recipe, Train
@@ -80,7 +80,7 @@ def witnessed(job: Job, root: Path, resources: dict[str, Any]) -> None:
                 yield loss
 
     Trainer.steps = written
-    task(job, root, resources)
+    run_job(job, root, resources)
 
 
 def lost(folder: Path) -> int:
@@ -117,11 +117,11 @@ class Cluster:
         ).stdout
 
     def send(self) -> None:
-        (self.submission,) = submit([(SITE, [self.job])], self.store, "fault_test.py")
+        (self.submission,) = submit([Array(SITE, (self.job,))], self.store, "fault_test.py")
 
     def state(self) -> str:
         with suppress(ValueError):  # the controller may be restarting
-            return queue([self.submission.name])[self.submission.job].state
+            return queue()[self.submission.job].state
         return "UNKNOWN"
 
     def done(self) -> bool:
@@ -377,7 +377,7 @@ def main() -> int:
             STEPS: str(place / "steps"),
             "PYTHONPATH": f"{REPOSITORY}:{CLUSTER.parent}",
         }
-        engine_cluster.task = witnessed
+        engine_cluster.run_job = witnessed
         survived = disturb(cluster, faults)
         with suppress(TimeoutError):
             cluster.until(cluster.done, "the run ends", 4 * PATIENCE)

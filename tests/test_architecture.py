@@ -50,8 +50,8 @@ FLOORS = (  # of experiments/engine, from top to bottom: a file imports its own 
     "specs",
 )
 LIGHT_ENGINE = (
-    "cli cluster/client cluster/site cluster/status cluster/submit data/locate jobs/plan jobs/pool "
-    "jobs/progress records/files records/manifest records/store reporting/lookup reporting/notes "
+    "cli cluster/client cluster/launch cluster/local cluster/site cluster/slurm cluster/status "
+    "cluster/submit data/locate jobs/plan jobs/pool jobs/progress records/files records/manifest records/store reporting/lookup reporting/notes "
     "reporting/render reporting/sheet reporting/statistics reporting/tables specs/rows specs/spec "
     "specs/selection specs/stages"
 )

@@ -26,7 +26,7 @@ from analysis.probes.declared import (
 )
 from analysis.query import TRAINED, train_command, trained_row, trained_rows
 from experiments.declared.protocols import PROTOCOLS
-from experiments.engine.cli import Parser, guarded
+from experiments.engine.cli import Parser, run_command
 from experiments.engine.records.store import REPOSITORY, Record, Store
 from experiments.engine.specs.rows import table_of
 from experiments.engine.specs.spec import Backbone, Diffusion, Train, spec_id
@@ -34,7 +34,7 @@ from experiments.engine.specs.spec import Backbone, Diffusion, Train, spec_id
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 a probe had nothing to probe in some rows, 2 bad input."""
-    return guarded(lambda: _main(arguments))
+    return run_command(lambda: _main(arguments))
 
 
 def _main(arguments: list[str] | None) -> int:

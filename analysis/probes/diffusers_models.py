@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from analysis.probes.declared import DiffusersLocality
 from analysis.probes.layers import Layer, attention_of
 from experiments.engine.diffusion.iddpm import IDDPM
-from experiments.engine.diffusion.samplers import ImageNoise, ddim
+from experiments.engine.diffusion.samplers import DDIM
+from experiments.engine.numerics.randomness import ImageNoise
 from experiments.engine.sampling.generate import image_seeds
 
 CLASSES = ("DiTTransformer2DModel", "PixArtTransformer2DModel", "FluxTransformer2DModel")
@@ -196,7 +197,7 @@ def walk(adapted: Adapted, spec: DiffusersLocality) -> Callable[[Any], None]:
         _check(x)
 
     def denoise(model: Callable[..., Tensor]) -> None:
-        for x in ddim(IDDPM.linear().respaced(spec.steps).to(device), model, y, noise):
+        for x in DDIM(IDDPM.linear().respaced(spec.steps).to(device))(model, y, noise):
             pass
         _check(x)
 

@@ -1,6 +1,6 @@
-"""The command line that every experiment script shares. It chooses among declarations; no hyper-parameter has a flag.
+"""The shared command line. It chooses among declarations: no hyper-parameter has a flag.
 
-No torch here: `--help`, `--dry-run` and `--report` answer at once, and runs happen in processes of their own.
+This module does not import torch, so `--help`, `--dry-run` and `--report` answer at once.
 """
 
 from __future__ import annotations
@@ -11,24 +11,38 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from enum import Enum
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from experiments.engine.cluster import status as slurm
+from experiments.engine.cluster import slurm
+from experiments.engine.cluster.launch import Cluster, run_plan
 from experiments.engine.cluster.site import load_site, warn_of_unknown_rows
+from experiments.engine.cluster.status import status
 from experiments.engine.data.locate import require_data, require_features
-from experiments.engine.jobs.plan import Chosen, Plan, describe, missing
-from experiments.engine.jobs.pool import available_cores, run_here, unwind
-from experiments.engine.jobs.progress import Progress
+from experiments.engine.jobs.plan import Chosen, Plan, describe
+from experiments.engine.jobs.pool import unwind
 from experiments.engine.records.store import REPOSITORY, Store
 from experiments.engine.reporting.render import FORMATS, render
 from experiments.engine.reporting.tables import report_sheets
-from experiments.engine.specs.rows import Row, Table
+from experiments.engine.specs.rows import Table
 from experiments.engine.specs.selection import Selection
+from experiments.engine.specs.spec import FACTOR, Data
 from experiments.engine.specs.stages import Protocol, cost_stages, evaluate_stage
 
-CLUSTERS = ("here", "debug", "local", "slurm")
+DEVICES = ("cpu", "cuda")
+
+
+class Outcome(Enum):
+    """How a command's work ended."""
+
+    ANSWERED = "the options asked for an answer alone, and it is printed"
+    DONE = "every stage has its record"
+    FAILED = "a stage failed"
+
+
+# ---- Commands
 
 
 def main(
@@ -37,106 +51,120 @@ def main(
     description: str | None,
     arguments: Sequence[str] | None = None,
 ) -> int:
-    """Run, plan or print a table; the exit status is `guarded`'s."""
-    return guarded(lambda: _main(tables, protocols, description, arguments))
+    """Run, plan or print one table. The exit status is that of `run_command`."""
+    return run_command(lambda: _run_table(tables, protocols, description, arguments))
 
 
 def _cannot_write(error: OSError) -> str:
-    return f"cannot write results ({error.strerror}); free space or choose another folder with --results"
+    return (
+        f"cannot write results ({error.strerror}); "
+        "free space or choose another folder with --results"
+    )
 
 
-def guarded(run: Callable[[], int], words: Callable[[OSError], str] = _cannot_write) -> int:
-    """A command whose bad input is one line. Exit status: 0 done, 1 some stage failed, 2 bad input, 130 interrupted, 143 terminated."""
-    before = signal.signal(signal.SIGTERM, unwind)  # its workers would outlive it otherwise
+def run_command(
+    command: Callable[[], int], describe_error: Callable[[OSError], str] = _cannot_write
+) -> int:
+    """Run a command and report bad input as one line on standard error.
+
+    Args:
+        command: returns 0 when everything is done and 1 when a stage failed.
+        describe_error: gives the line for an error of the file system.
+
+    Returns:
+        The exit status: the command's own, 2 for bad input, 130 after an interrupt.
+        SIGTERM ends the process with status 143.
+    """
+    # Without a handler the workers would outlive this process.
+    previous = signal.signal(signal.SIGTERM, unwind)
     try:
-        return run()
+        return command()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # whoever read the table has enough
+    except BrokenPipeError:
+        # Whoever read the table has closed the pipe, as `head` does.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        print(f"error: {words(error)}", file=sys.stderr)
+        print(f"error: {describe_error(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        print("interrupted; run the same command again to continue", file=sys.stderr)
         return 130
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
 
 
-def _main(
+def _run_table(
     tables: dict[int, Table],
     protocols: dict[str, Protocol],
     description: str | None,
     arguments: Sequence[str] | None,
 ) -> int:
-    args = _parse(tables, protocols, description, arguments)
-    table, protocol, store = (
-        tables[args.table],
-        protocols[args.protocol],
-        Store(args.results, REPOSITORY / "results" / "reference"),
+    args = _parse_table_options(tables, protocols, description, arguments)
+    store = open_store(args.results)
+    selection = _select(tables[args.table], protocols[args.protocol], args)
+
+    # A label in the site file that nothing declares is most likely a typing error.
+    if args.cluster == Cluster.SLURM:
+        warn_of_unknown_rows(labels_of(tables.values()))
+
+    outcome = carry_out(
+        selection, args, store, arguments, lambda: _require_sources(selection), args.workers
     )
-    rows = _choose(table, args.rows)
-    if protocol.own and (side := cost_stages(table.baseline)[0].size) != protocol.data.size:
+    if outcome is not Outcome.ANSWERED:
+        _print_table(selection, store, args.format)
+    return exit_status(outcome)
+
+
+def _select(table: Table, protocol: Protocol, args: argparse.Namespace) -> Chosen:
+    """Return the selected part of a table. Raise ValueError if it cannot run as one command."""
+    rows = list(table.rows) if args.rows is None else [table.row(label) for label in args.rows]
+
+    # A paper's own recipe holds for one resolution.
+    size = cost_stages(table.baseline)[0].size
+    if protocol.own and size != protocol.data.size:
         raise ValueError(
-            f"the recipes of table {table.number} are for latents of side {side}, protocol {protocol.name} has {protocol.data.size}; take imagenet{8 * side}_own"
+            f"the recipes of table {table.number} are for latents of side {size}, but protocol "
+            f"{protocol.name} has {protocol.data.size}; choose imagenet{FACTOR * size}_own"
         )
-    device, *others = dict.fromkeys(device_of(args, row.label) for row in rows)
-    if others:
+
+    # Counts, timings and scores of one sheet come from one kind of device.
+    devices = {chosen_device(args, row.label) for row in rows}
+    if len(devices) > 1:
         raise ValueError(
-            "the site computes some of these rows on GPUs and others on CPUs; name those of one kind with --rows"
+            "the site file puts some of these rows on GPUs and others on CPUs; "
+            "use --rows to select rows of one kind"
         )
-    chosen = Chosen(
+    (device,) = devices
+    return Chosen(
         table,
         rows,
         protocol,
         args.seeds,
         device,
         named=args.rows is not None,
-        resources=fast(args, device),
+        resources=acceleration_flags(args, device),
     )
-    if args.cluster == "slurm":
-        warn_of_unknown_rows(
-            row.label for each in tables.values() for row in (*each.rows, *each.outside)
-        )
-
-    def require_sources() -> None:
-        for data in {
-            stage.data.name: stage.data
-            for row in chosen.networks
-            for stage in evaluate_stage(row, protocol, 0).trainings
-        }.values():
-            require_data(data)
-        require_features(evaluate_stage(table.baseline, protocol, 0))
-
-    good = carry_out(
-        chosen,
-        args,
-        store,
-        arguments,
-        (lambda: None) if table.counts_only else require_sources,
-        args.workers,
-    )
-    if good is None:
-        return 0
-    selection = Selection(table, rows, protocol, args.seeds, chosen.device, chosen.named)
-    sheets = report_sheets(selection, store)
-    print(render(sheets, args.format))
-    return 0 if good else 1
 
 
-def device_of(args: argparse.Namespace, row: str) -> str:
-    """What --device says; else what this machine has, or on Slurm what the site gives to the row: this machine's devices say nothing of it."""
-    if args.cluster != "slurm":
-        return args.device or ("cuda" if Path("/dev/nvidia0").exists() else "cpu")
-    device = load_site(row).device
-    if args.device not in (None, device):
-        raise ValueError(
-            f"--device {args.device} contradicts the site, whose nodes compute on {device}; leave it out, or change gpus_per_node in slurm/site.toml"
-        )
-    return device
+def _require_sources(selection: Chosen) -> None:
+    """Raise ValueError if data or score features of the selection are missing here."""
+    if selection.table.counts_only:
+        return
+    sets: dict[str, Data] = {}
+    for row in selection.networks:
+        for training in evaluate_stage(row, selection.protocol, 0).trainings:
+            sets[training.data.name] = training.data
+    for data in sets.values():
+        require_data(data)
+    require_features(evaluate_stage(selection.table.baseline, selection.protocol, 0))
+
+
+def _print_table(plan: Chosen, store: Store, style: str) -> None:
+    selection = Selection(plan.table, plan.rows, plan.protocol, plan.seeds, plan.device, plan.named)
+    print(render(report_sheets(selection, store), style))
 
 
 def carry_out(
@@ -144,96 +172,166 @@ def carry_out(
     args: argparse.Namespace,
     store: Store,
     arguments: Sequence[str] | None,
-    require_sources: Callable[[], None] = lambda: None,
+    require_sources: Callable[[], None] | None = None,
     workers: int | None = None,
-) -> bool | None:
-    """Do with a plan what the options of `add_run_options` ask for: None if all is said with that, else whether every job is done.
+) -> Outcome:
+    """Do with a plan what the options of `add_run_options` ask for.
 
-    `require_sources` raises ValueError where something is missing that the jobs read; `workers` jobs train side by side here.
+    Args:
+        arguments: the command line that was parsed, None for the process's own.
+        require_sources: raises ValueError if something that the jobs read is missing.
+        workers: trainings that run side by side on this machine.
     """
-    on_slurm = args.cluster == "slurm"
-    if args.dry_run:
-        print(describe(plan, store))
-        if on_slurm:
-            print(slurm.describe(plan, store))
-        return None
-    if args.status:
-        print(slurm.status(plan, store))
-        return None
-    if args.cancel:
-        print(slurm.cancel(plan, store))
-        return None
+    answer = _answer(plan, args, store)
+    if answer is not None:
+        print(answer)
+        return Outcome.ANSWERED
     if args.report:
-        return True
-    require_sources()
-    if on_slurm:
-        print(
-            slurm.send(
-                plan,
-                store,
-                shlex.join(
-                    [
-                        "python",
-                        os.path.relpath(sys.argv[0]),
-                        *(sys.argv[1:] if arguments is None else arguments),
-                    ]
-                ),
-            )
-        )
-        return None
+        return Outcome.DONE
+
+    if require_sources:
+        require_sources()
+    if args.cluster == Cluster.SLURM:
+        print(slurm.send(plan, store, _command_line(arguments)))
+        return Outcome.ANSWERED
+
     require_device(plan.device)
     store.check_writable()
-    good = _run(plan, store, args.cluster, workers)
+    all_done = run_plan(plan, store, Cluster(args.cluster), workers)
     store.refresh()
-    return good
+    return Outcome.DONE if all_done else Outcome.FAILED
+
+
+def _answer(plan: Plan, args: argparse.Namespace, store: Store) -> str | None:
+    """Return what --dry-run, --status or --cancel prints, or None without these options."""
+    if args.dry_run:
+        text = describe(plan, store)
+        if args.cluster == Cluster.SLURM:
+            text += "\n" + slurm.describe(plan, store)
+        return text
+    if args.status:
+        return status(plan, store)
+    if args.cancel:
+        return slurm.cancel(plan, store)
+    return None
+
+
+def _command_line(arguments: Sequence[str] | None) -> str:
+    """Return this command as a user types it."""
+    script = os.path.relpath(sys.argv[0])
+    return shlex.join(["python", script, *(sys.argv[1:] if arguments is None else arguments)])
+
+
+def exit_status(outcome: Outcome) -> int:
+    """Return 1 if a stage failed, else 0."""
+    return 1 if outcome is Outcome.FAILED else 0
+
+
+# ---- What options mean
+
+
+def open_store(results: Path | None) -> Store:
+    """Open a results folder beside the reference records of this repository."""
+    return Store(results, REPOSITORY / "results" / "reference")
+
+
+def labels_of(tables: Iterable[Table]) -> list[str]:
+    """Return the labels of all rows that these tables declare."""
+    return [row.label for table in tables for row in (*table.rows, *table.outside)]
+
+
+def chosen_device(args: argparse.Namespace, row: str) -> str:
+    """Return the device of a row: that of --device, of the site on Slurm, or of this machine."""
+    if args.cluster != Cluster.SLURM:
+        return args.device or ("cuda" if Path("/dev/nvidia0").exists() else "cpu")
+
+    # The devices of this login node say nothing of the cluster's nodes.
+    device = load_site(row).device
+    if args.device not in (None, device):
+        raise ValueError(
+            f"--device {args.device} contradicts the site file, whose nodes compute on {device}; "
+            "leave it out, or change gpus_per_node in slurm/site.toml"
+        )
+    return device
+
+
+def acceleration_flags(args: argparse.Namespace, device: str) -> dict[str, bool]:
+    """Return --compile and --graphs, where they are set, as resources of the trainer.
+
+    On Slurm they are added to what the site file sets.
+    """
+    if args.graphs and device != "cuda":
+        raise ValueError(
+            f"CUDA graphs need a GPU, but this command uses {device}; leave out --graphs"
+        )
+    return {name: True for name in ("compile", "graphs") if getattr(args, name)}
+
+
+def require_device(device: str) -> None:
+    """Raise ValueError if torch, asked in a process of its own, cannot use the GPU."""
+    if device != "cuda":
+        return
+    code = "from experiments.engine.jobs.execute import require_device; require_device('cuda')"
+    check = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if check.returncode:
+        last_line = check.stderr.strip().splitlines()[-1]
+        raise ValueError(last_line.removeprefix("ValueError: "))
+
+
+# ---- Options
 
 
 class Parser(argparse.ArgumentParser):
-    """Bad arguments are one line, like every other bad input."""
+    """Show the description as it is written, and report bad arguments as one line."""
+
+    def __init__(self, description: str | None = None, **options: Any) -> None:
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(description=description, **options)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; --help lists the options")
 
 
-def _parse(
+def _parse_table_options(
     tables: dict[int, Table],
     protocols: dict[str, Protocol],
     description: str | None,
     arguments: Sequence[str] | None,
 ) -> argparse.Namespace:
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    numbers = ", ".join(f"{number} ({table.title})" for number, table in tables.items())
+    titles = ", ".join(f"{number} ({table.title})" for number, table in tables.items())
+    parser = Parser(description)
     parser.add_argument(
         "--table",
         type=int,
         choices=list(tables),
         required=True,
-        help=f"table of the paper: {numbers}",
+        help=f"number of the paper's table: {titles}",
     )
     parser.add_argument(
         "--rows",
         nargs="+",
         metavar="ROW",
-        help="only these rows, by label; also reaches the '(alt)' rows",
+        help="select rows by label, also the '(alt)' rows that a table leaves out",
     )
-    parser.add_argument(
-        "--protocol",
-        choices=list(protocols),
-        default="digits",
-        help="data, recipe, sampler and scores (default: digits)",
-    )
+    add_protocol_option(parser, protocols)
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[0], metavar="N", help="training seeds (default: 0)"
     )
     parser.add_argument(
         "--workers",
         type=int,
-        default=None,
         metavar="N",
-        help="trainings side by side (default: one a core, on a GPU one)",
+        help="trainings side by side (default: one per core, or one on a GPU)",
     )
-    parser.add_argument("--format", choices=FORMATS, default="text", help="of the printed table")
+    add_format_option(parser)
     add_run_options(parser)
+
     args = parser.parse_args(arguments)
     if args.workers is not None and args.workers < 1:
         parser.error("--workers takes a number from 1 on")
@@ -243,120 +341,75 @@ def _parse(
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """What every command that runs stages has: where, on what, into which folder, and whether at all."""
+    """Add the options of every command that runs stages: where, on what, and whether at all."""
     parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print what would run, what is done and what it will cost",
+        "--dry-run", action="store_true", help="print what would run and what it would cost"
     )
     parser.add_argument(
-        "--report", action="store_true", help="print from records without running anything"
+        "--report", action="store_true", help="print from existing records, run nothing"
     )
     parser.add_argument(
         "--cluster",
-        choices=CLUSTERS,
-        default="here",
-        help="where to run: here, through submitit here (local: a process a job; debug: all in this process, one by one, where a breakpoint() of yours can stop; nothing else opens a debugger) or on Slurm",
+        choices=[str(cluster) for cluster in Cluster],
+        default=str(Cluster.HERE),
+        help="here: worker processes; local: submitit on this machine; "
+        "debug: one process, for breakpoints; slurm: submit (default: here)",
     )
     parser.add_argument(
-        "--status",
-        action="store_true",
-        help="print every run's state: waiting, running, done or failed",
+        "--status", action="store_true", help="print the state of every run: waiting, running, ..."
     )
     parser.add_argument(
-        "--cancel", action="store_true", help="cancel what this command submitted, and nothing else"
+        "--cancel", action="store_true", help="cancel the jobs that this command submitted"
     )
+    add_device_option(parser, "the GPU if there is one; on Slurm that of the site file")
+    add_results_option(parser)
+    add_acceleration_options(parser)
+
+
+def add_protocol_option(
+    parser: argparse.ArgumentParser, protocols: dict[str, Protocol] | Sequence[str]
+) -> None:
+    parser.add_argument(
+        "--protocol",
+        choices=list(protocols),
+        default="digits",
+        help="data, recipe, sampler and scores (default: digits)",
+    )
+
+
+def add_format_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--format", choices=FORMATS, default="text", help="format of printed tables (default: text)"
+    )
+
+
+def add_device_option(
+    parser: argparse.ArgumentParser,
+    meaning: str = "the GPU if there is one",
+    default: str | None = None,
+) -> None:
+    """Add --device. `meaning` says what runs without it, when `default` is None."""
     parser.add_argument(
         "--device",
-        choices=("cpu", "cuda"),
-        help="default: the GPU if there is one; on Slurm the site's",
+        choices=DEVICES,
+        default=default,
+        help=f"device to compute on (default: {default or meaning})",
     )
+
+
+def add_results_option(parser: argparse.ArgumentParser, use_environment: bool = True) -> None:
+    """Add --results, which defaults to $RESULTS where `use_environment` is set, else to results."""
+    environment = os.environ.get("RESULTS") if use_environment else None
+    default = "$RESULTS, else results" if use_environment else "results"
     parser.add_argument(
         "--results",
         type=Path,
-        default=os.environ.get("RESULTS") or None,
+        default=environment or None,
         metavar="DIR",
-        help="results folder (default: $RESULTS, else results)",
+        help=f"results folder (default: {default})",
     )
-    add_fast_options(parser)
 
 
-def add_fast_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--compile", action="store_true", help="networks by torch.compile")
-    parser.add_argument("--graphs", action="store_true", help="steps by CUDA graphs, on a GPU")
-
-
-def fast(args: argparse.Namespace, device: str) -> dict[str, bool]:
-    """Those of --compile and --graphs that are asked for, as resources of the trainer name them; on Slurm they come on top of the site's."""
-    if args.graphs and device != "cuda":
-        raise ValueError(f"CUDA graphs need a GPU, and this is for {device}; leave out --graphs")
-    return {name: True for name in ("compile", "graphs") if getattr(args, name)}
-
-
-def require_device(device: str) -> None:
-    """Ask torch, in a process of its own, whether it can use the GPU; ValueError if not."""
-    if device == "cuda":
-        code = "from experiments.engine.jobs.execute import require_device; require_device('cuda')"
-        asked = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=REPOSITORY,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if asked.returncode:
-            raise ValueError(asked.stderr.strip().splitlines()[-1].removeprefix("ValueError: "))
-
-
-def _choose(table: Table, labels: list[str] | None) -> list[Row]:
-    if labels is None:
-        return list(table.rows)
-    return [table.row(label) for label in labels]
-
-
-def _run(plan: Plan, store: Store, cluster: str, workers: int | None) -> bool:
-    """Count first; then time, each network alone on the machine; then train and score, side by side."""
-    cores = available_cores()
-    counts, timings, trainings = (
-        missing(jobs, store) for jobs in (plan.counts(), plan.timings(), plan.trainings())
-    )
-    workers = workers or (1 if plan.device == "cuda" else cores)
-    with Progress(
-        total=sum(len(job.stages) for job in (*counts, *timings, *trainings))
-    ) as progress:
-        good = run_here(counts, store.root, plan.device, 1, cores, progress.notify)
-        if cluster != "here":
-            from experiments.engine.cluster.submit import run_locally
-
-            good = (
-                run_locally(
-                    timings, store.root, plan.device, 1, cluster == "debug", progress.notify
-                )
-                and good
-            )
-            return (
-                run_locally(
-                    trainings,
-                    store.root,
-                    plan.device,
-                    workers,
-                    cluster == "debug",
-                    progress.notify,
-                    **plan.resources,
-                )
-                and good
-            )
-        good = run_here(timings, store.root, plan.device, 1, cores, progress.notify) and good
-        threads = cores if plan.device == "cuda" else max(1, cores // workers)
-        return (
-            run_here(
-                trainings,
-                store.root,
-                plan.device,
-                workers,
-                threads,
-                progress.notify,
-                **plan.resources,
-            )
-            and good
-        )
+def add_acceleration_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--compile", action="store_true", help="compile networks (torch.compile)")
+    parser.add_argument("--graphs", action="store_true", help="run steps as CUDA graphs (GPU only)")

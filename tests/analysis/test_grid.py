@@ -18,9 +18,10 @@ from experiments.declared.protocols import DIGITS, IMAGENET256
 from experiments.engine.data.image_files import file_sha256
 from experiments.engine.jobs.execute import execute
 from experiments.engine.records.store import Store
+from experiments.engine.runtime.context import Resources
 from experiments.engine.sampling import generate
 from experiments.engine.specs.stages import evaluate_stage, train_stage
-from experiments.engine.training.trainer import Resources, load_ema
+from experiments.engine.training.trainer import load_ema
 from experiments.main_results import TABLE_1
 from tests.support.networks import randomise
 
@@ -39,10 +40,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = Store(folder)
     for row in (TABLE_4.rows[0], TABLE_1.rows[0]):
         for training in evaluate_stage(row, SHORT, 0).trainings:
-            assert (
-                execute(training, store, Resources(device="cpu"), lambda *progress: None).status
-                == "done"
-            )
+            assert execute(training, store, Resources(device="cpu")).status == "done"
     return folder
 
 

@@ -12,7 +12,7 @@ from backbones.kernels.op import Choice
 from experiments import benchmark_kernels
 from experiments.benchmark_kernels import CASES, Kernel, attention, compare, run
 from experiments.engine.records.store import Store
-from experiments.engine.timing import profile as ceilings
+from experiments.engine.timing import ceilings
 
 
 @pytest.fixture(autouse=True)

@@ -17,8 +17,7 @@ from experiments import benchmark_steps
 from experiments.benchmark_steps import Steps, measure
 from experiments.engine.records.store import Record, Store
 from experiments.engine.specs.spec import Backbone, Ceilings, Cost
-from experiments.engine.timing import cost
-from experiments.engine.timing import profile as ceilings
+from experiments.engine.timing import ceilings, cost, networks
 from experiments.engine.timing import tasks as timed_tasks
 
 OTHER = (
@@ -29,7 +28,8 @@ OTHER = (
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = backbones.build("dit_s_2", dim=24, depth=1, heads=3)
-    monkeypatch.setattr(timed_tasks, "draw_network", lambda spec, device: copy.deepcopy(drawn))
+    for module in (networks, timed_tasks):
+        monkeypatch.setattr(module, "draw_network", lambda spec, device: copy.deepcopy(drawn))
     monkeypatch.setitem(ceilings.SIDES, "cpu", (64,))
     monkeypatch.setitem(ceilings.COPIED, "cpu", 2**16)
 
@@ -276,5 +276,5 @@ def test_graphs_on_a_cpu_are_refused_before_anything_is_timed(
     assert benchmark_steps.main() == 2 and not (tmp_path / "results").exists()
     assert (
         capsys.readouterr().err
-        == "error: CUDA graphs need a GPU, and this is for cpu; leave out --graphs\n"
+        == "error: CUDA graphs need a GPU, but this command uses cpu; leave out --graphs\n"
     )

@@ -65,7 +65,7 @@ def error_of(*arguments: object) -> str:
         (["--table", 4, "--cluster", "moon"], "'moon'"),
         (
             ["--table", 4, "--graphs", "--device", "cpu"],
-            "CUDA graphs need a GPU, and this is for cpu; leave out --graphs",
+            "CUDA graphs need a GPU, but this command uses cpu; leave out --graphs",
         ),
     ],
 )
@@ -221,9 +221,11 @@ def test_an_interrupt_leaves_nothing_broken_and_nobody_at_work(
         running.send_signal(sent)
         assert running.wait() == status
     assert sent == signal.SIGTERM or (tmp_path / "errors").read_text().splitlines()[-1].startswith(
-        "interrupted; the same command goes on"
+        "interrupted; run the same command again"
     )
-    assert not any(heartbeat.live(heartbeat.read(folder)) for folder in root.glob("runs/*"))
+    assert not any(
+        heartbeat.is_live(heartbeat.read_heartbeat(folder)) for folder in root.glob("runs/*")
+    )
     assert not list(root.rglob("*.tmp")) and set(records(root)) == {"cost done", "timing done"}
 
 
@@ -337,7 +339,7 @@ def test_what_makes_runs_faster_is_a_resource_of_them(
 ):
     seen: list[cli.Plan] = []
     monkeypatch.setenv("DICO_SLURM_GPUS_PER_NODE", "8")
-    monkeypatch.setattr(cli, "_run", lambda plan, *_: seen.append(plan) or True)
+    monkeypatch.setattr(cli, "run_plan", lambda plan, *_: seen.append(plan) or True)
     monkeypatch.setattr(cli.slurm, "send", lambda plan, *_: seen.append(plan) or "")
     assert (
         cli.main(

@@ -210,7 +210,9 @@ def test_a_sweep_stops_where_larger_batches_do_not_pay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     rates = {1: 10.0, 2: 15.0, 4: 15.1, 8: 15.0, 16: 60.0}
-    monkeypatch.setattr(execute.timing, "run", lambda stage: timed(rates[stage.batch], 1.0))
+    monkeypatch.setattr(
+        execute.timing, "measure_speed", lambda stage: timed(rates[stage.batch], 1.0)
+    )
     arguments = [
         "--table",
         "1",
@@ -283,10 +285,10 @@ def test_the_command_times_and_prints_what_its_options_ask_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(
-        execute.timing, "run", lambda stage: timed(8.0 if stage.compile else 4.0, 1.0)
+        execute.timing, "measure_speed", lambda stage: timed(8.0 if stage.compile else 4.0, 1.0)
     )
     monkeypatch.setattr(
-        execute.ceilings, "run", lambda stage: dict(macs_per_s=1e12, bytes_per_s=1e10)
+        execute.ceilings, "measure_ceilings", lambda stage: dict(macs_per_s=1e12, bytes_per_s=1e10)
     )
     for options, rate in (
         ([], "4.0 ±1.0"),

@@ -19,12 +19,11 @@ from experiments.engine.data import image_files as npz
 from experiments.engine.data import locate as sources
 from experiments.engine.data.sets import ImageSet
 from experiments.engine.records.store import Store, read_record
-from experiments.engine.runtime.group import ALONE
+from experiments.engine.runtime.context import RunContext
 from experiments.engine.scoring import inception, scores, stage
 from experiments.engine.scoring import measure as scoring_measure
 from experiments.engine.specs.spec import Backbone, Checkpoint, Data, Evaluate, Sampler
 from experiments.engine.specs.stages import evaluate_stage
-from experiments.engine.training.trainer import Resources
 from experiments.main_results import TABLE_1, TABLES
 from tests.support.extractors import Grey
 
@@ -374,7 +373,7 @@ def test_a_dry_run_opens_what_the_run_would_open(
 ):
     pytest.importorskip("torch_fidelity")
     pytest.importorskip("diffusers")
-    from latent_sets import write_vae
+    from tests.support.latent_sets import write_vae
 
     folder = tmp_path / "data" / "imagenet256"
     folder.mkdir(parents=True)
@@ -439,8 +438,7 @@ def test_a_reference_that_cannot_be_read_is_known_before_anything_is_drawn(
                 "inception",
             ),
             tmp_path,
-            tmp_path,
-            Resources(),
+            RunContext(tmp_path),
         )
     assert not drawn
 
@@ -514,7 +512,7 @@ def test_what_makes_the_sampling_of_a_checkpoint_faster_is_a_resource(
     status, _, err = run(evaluate_checkpoint, capsys, monkeypatch, *arguments, "cpu", "--graphs")
     assert (status, err) == (
         2,
-        "error: CUDA graphs need a GPU, and this is for cpu; leave out --graphs\n",
+        "error: CUDA graphs need a GPU, but this command uses cpu; leave out --graphs\n",
     )
 
 
@@ -733,7 +731,7 @@ def test_a_reference_that_is_not_adms_is_warned_of_in_the_record(
     )
     monkeypatch.setattr(stage, "reference_path", lambda data: tmp_path / "other.npz")
     reference = stage._reference(
-        PROTOCOLS["imagenet256"].data, Grey(), tmp_path / "parts", ALONE, None
+        PROTOCOLS["imagenet256"].data, Grey(), tmp_path / "parts", RunContext(tmp_path)
     )
     found = scores.score(scoring_measure.measure(Grey(), iter([IMAGES])), reference)["warnings"]
     assert (

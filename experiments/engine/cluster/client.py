@@ -1,4 +1,7 @@
-"""Slurm's clients, each bounded by a time-out, and what was submitted to it. Standard library only; sacct is not needed."""
+"""Slurm's own commands, each with a time-out, and the ledger of what was submitted.
+
+Standard library only. `sacct` is not needed.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,10 @@ from pathlib import Path
 
 from experiments.engine.runtime.heartbeat import queue_id
 
-TIMEOUT = 60
+TIMEOUT = 60  # seconds for one command of Slurm
+COMMANDS = ("sbatch", "squeue", "srun", "scancel")
+
+# States of a job that the scheduler has finished with.
 OVER = {
     "BOOT_FAIL",
     "CANCELLED",
@@ -27,20 +33,27 @@ OVER = {
     "TIMEOUT",
 }
 
+# Id, state, reason, name and comment of a job, on one line of squeue. Tabs separate them, since
+# names and comments may hold any printable character.
+QUEUE_FORMAT = "%i\t%T\t%r\t%j\t%k"
+
 
 @dataclass(frozen=True)
 class Submission:
-    """A job in the queue: its stages by id, its scheduler's id, the name that it shares with its array, and its log.
+    """A job that was submitted from a results folder, as its ledger keeps it."""
 
-    `ours` is one that an experiment's command submitted, and `experiment` which; others are batch scripts of their own, which only show.
-    """
-
+    # Ids of the job's stages.
     stages: tuple[str, ...]
     label: str
+    # The scheduler's id.
     job: str
+    # The scheduler's name, which the jobs of one array share.
     name: str
+    # Path of the log: relative to the results folder, or absolute.
     log: str
+    # Whether a command of this suite submitted it. A batch script's job only shows in --status.
     ours: bool = True
+    # The command that submitted it, and may cancel it.
     experiment: str = ""
 
 
@@ -51,148 +64,167 @@ class Queued:
     name: str
     state: str
     reason: str
+    # Batch scripts of this suite put the id of their run here.
+    comment: str = ""
 
     @property
     def over(self) -> bool:
         return self.state in OVER
 
 
+# ---- Commands of Slurm
+
+
 def require_slurm() -> None:
-    """Raise ValueError in one line where Slurm's clients are not on this machine."""
-    if absent := [
-        name for name in ("sbatch", "squeue", "srun", "scancel") if shutil.which(name) is None
-    ]:
+    """Raise ValueError in one line if Slurm's commands are not on this machine."""
+    absent = [name for name in COMMANDS if shutil.which(name) is None]
+    if absent:
         raise ValueError(
-            f"no Slurm on this machine ({', '.join(absent)} not found); run on a login node of the cluster, or with --cluster here"
+            f"no Slurm on this machine ({', '.join(absent)} not found); "
+            "run on a login node of the cluster, or with --cluster here"
         )
 
 
 def client(*command: str) -> str:
-    """The output of one of Slurm's clients; ValueError with its own words where it refuses or does not answer."""
+    """Return the output of one of Slurm's commands.
+
+    Raises:
+        ValueError: with the command's own message if it fails, or if it does not answer in time.
+    """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        process = subprocess.run(
+            command, capture_output=True, text=True, timeout=TIMEOUT, check=False
+        )
     except subprocess.TimeoutExpired:
         raise ValueError(
             f"{command[0]} did not answer within {TIMEOUT} s; is the Slurm controller up?"
         ) from None
-    if done.returncode:
-        raise ValueError(f"{command[0]}: {words(done.stderr)}")
-    return done.stdout
+    if process.returncode:
+        raise ValueError(f"{command[0]}: {one_line(process.stderr)}")
+    return process.stdout
 
 
-def set_for_sbatch() -> str:
-    """The variables of this shell that sbatch puts before a batch script's own options."""
-    return ", ".join(
-        f"{name}={value}"
-        for name, value in sorted(os.environ.items())
-        if name.startswith("SBATCH_")
-    )
+def one_line(complaint: str) -> str:
+    """Return a Slurm command's complaint on one line, without the command's name."""
+    parts = []
+    for line in complaint.splitlines():
+        text = line.strip()
+        message = text.partition("error: ")[2] or text
+        if message and message not in parts:
+            parts.append(message)
+    return "; ".join(parts) or "it failed without a message"
 
 
-def words(text: str) -> str:
-    """A client's complaint on one line, each part without the client's own name."""
-    lines = (line.strip() for line in text.splitlines())
-    return (
-        "; ".join(dict.fromkeys(line.partition("error: ")[2] or line for line in lines if line))
-        or "it failed without a word"
-    )
+def variables_for_sbatch() -> str:
+    """Return the SBATCH_ variables of this shell, which override a batch script's own options."""
+    variables = sorted(os.environ.items())
+    return ", ".join(f"{name}={value}" for name, value in variables if name.startswith("SBATCH_"))
 
 
-def queue(names: Iterable[str]) -> dict[str, Queued]:
-    """What the queue says of each job of these names, by id, as long as the controller remembers it."""
-    if not (wanted := ",".join(sorted(set(names)))):
-        return {}
-    found = {}
-    for line in client(
-        "squeue",
-        "-h",
-        "-r",
-        "-t",
-        "all",
-        "-u",
-        getpass.getuser(),
-        f"--name={wanted}",
-        "-o",
-        "%i|%T|%r|%j",
-    ).splitlines():
-        job, state, reason, name = line.strip().split("|", 3)
-        found[job] = Queued(name, state, reason)
-    return found
+def queue() -> dict[str, Queued]:
+    """Return what the queue says of each of this user's jobs, by job id.
+
+    A job that ended stays visible for as long as the controller remembers it.
+    """
+    listing = client("squeue", "-h", "-r", "-t", "all", "-u", getpass.getuser(), "-o", QUEUE_FORMAT)
+    jobs = {}
+    for line in listing.splitlines():
+        fields = line.strip(" ").split("\t")
+        # A line break in the comment of some other job gives lines of other lengths.
+        if len(fields) == 5:
+            job, state, reason, name, comment = fields
+            jobs[job] = Queued(name, state, reason, comment)
+    return jobs
+
+
+def find_in_queue(submission: Submission, jobs: dict[str, Queued]) -> Queued | None:
+    """Return what the queue says of a submission. Ids come again, but not under the same name."""
+    queued = jobs.get(submission.job)
+    return queued if queued and queued.name == submission.name else None
+
+
+# ---- What was submitted
 
 
 def ledger(root: Path) -> Path:
+    """Return the path of the list of what was submitted from a results folder."""
     return root / "submissions" / "jobs.jsonl"
 
 
 def remember(root: Path, submissions: Iterable[Submission]) -> None:
-    """Add to what was submitted from this results folder."""
+    """Add submissions to the ledger."""
     with open(ledger(root), "a") as file:
         file.writelines(json.dumps(asdict(submission)) + "\n" for submission in submissions)
 
 
 def remember_this_job(root: Path, label: str, stages: Iterable[str]) -> None:
-    """Add the job that this process belongs to, once, whoever submitted it; nothing outside of one."""
-    job, stages = queue_id(), tuple(stages)
-    if (
-        job is None
-        or os.environ.get("SLURM_PROCID", "0") != "0"
-        or any(there.job == job for there in submitted(root, stages))
-    ):
+    """Add the Slurm job that this process belongs to, once. Outside of a job do nothing."""
+    job = queue_id()
+    if job is None or os.environ.get("SLURM_PROCID", "0") != "0":
         return
+
+    # A job that this suite submitted, or that was requeued, is in the ledger already.
+    stage_ids = tuple(stages)
+    if any(submission.job == job for submission in submitted(root, stage_ids)):
+        return
+
     ledger(root).parent.mkdir(parents=True, exist_ok=True)
-    remember(
-        root,
-        [
-            Submission(
-                stages,
-                label,
-                job,
-                os.environ.get("SLURM_JOB_NAME", ""),
-                os.environ.get("DICO_LOG", ""),
-                ours=False,
-            )
-        ],
-    )
+    name = os.environ.get("SLURM_JOB_NAME", "")
+    log = os.environ.get("DICO_LOG", "")
+    remember(root, [Submission(stage_ids, label, job, name, log, ours=False)])
 
 
 def submitted(root: Path, stages: Iterable[str]) -> list[Submission]:
-    """What was submitted for any of these stages, oldest first."""
-    wanted, found = set(stages), []
+    """Return what was submitted for any of these stages, oldest first."""
+    wanted = set(stages)
+    submissions = []
     with suppress(FileNotFoundError):
         for line in ledger(root).read_text().splitlines():
-            with suppress(ValueError, TypeError):  # a line that a full disk cut
-                submission = Submission(**json.loads(line))
+            # A full disk may have cut a line.
+            with suppress(ValueError, TypeError, KeyError):
+                fields = json.loads(line)
+                submission = Submission(**fields | {"stages": tuple(fields["stages"])})
                 if wanted & set(submission.stages):
-                    found.append(submission)
-    return found
+                    submissions.append(submission)
+    return submissions
 
 
 def waiting_or_running(root: Path, stages: Iterable[str]) -> list[Submission]:
-    """The jobs for any of these stages that are in the queue, oldest first."""
-    there = submitted(root, stages)
-    states = queue(submission.name for submission in there)
-    return [
-        submission
-        for submission in there
-        if submission.job in states and not states[submission.job].over
-    ]
+    """Return the jobs for any of these stages that are in the queue, oldest first."""
+    submissions = submitted(root, stages)
+    if not submissions:
+        return []
+    jobs = queue()
+    return [submission for submission in submissions if _lives(find_in_queue(submission, jobs))]
+
+
+def _lives(queued: Queued | None) -> bool:
+    return queued is not None and not queued.over
 
 
 def cancel(root: Path, stages: Iterable[str], experiment: str) -> list[Submission]:
-    """End the jobs that this experiment's command submitted for these stages from this folder, and no other; returns them."""
-    entries = [
+    """Cancel the jobs that this experiment submitted for these stages, and return them."""
+    submissions = [
         submission
         for submission in waiting_or_running(root, stages)
         if submission.ours and submission.experiment == experiment
     ]
-    if entries:
-        try:
-            client("scancel", *(submission.job for submission in entries))
-        except ValueError:  # one has ended since; the others are cancelled all the same
-            states = queue(submission.name for submission in entries)
-            if any(
-                job in states and not states[job].over and states[job].state != "COMPLETING"
-                for job in (one.job for one in entries)
-            ):
-                raise
-    return entries
+    if not submissions:
+        return []
+    try:
+        client("scancel", *(submission.job for submission in submissions))
+    except ValueError:
+        # scancel also complains of a job that has just ended; then the others are cancelled.
+        if _any_lives(submissions):
+            raise
+    return submissions
+
+
+def _any_lives(submissions: Iterable[Submission]) -> bool:
+    """Return whether any of these jobs still waits or runs."""
+    jobs = queue()
+    for submission in submissions:
+        queued = find_in_queue(submission, jobs)
+        if queued and not queued.over and queued.state != "COMPLETING":
+            return True
+    return False

@@ -1,311 +1,213 @@
-"""A table's runs on Slurm: what is sent, with which resources and at what cost; how they fare; their end. No torch."""
+"""How the jobs of a plan fare, told by records, heartbeats and Slurm's queue. No torch."""
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
-import sys
-from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from experiments.engine.cluster import client as scheduler
-from experiments.engine.cluster.site import FILE, Site, load_site
-from experiments.engine.jobs.plan import Chosen, Plan, duration, missing, training_seconds
-from experiments.engine.jobs.pool import Job, available_cores, run_here
-from experiments.engine.jobs.progress import Progress
+from experiments.engine.cluster.client import Queued, Submission, find_in_queue
+from experiments.engine.cluster.submit import stage_ids
+from experiments.engine.jobs.plan import Plan, duration
+from experiments.engine.jobs.pool import Job
 from experiments.engine.records.store import Record, Store, timestamp
 from experiments.engine.runtime import heartbeat
 from experiments.engine.specs.spec import Evaluate, Train, kind_of, spec_id
 
-
-def groups(plan: Plan, store: Store) -> list[tuple[Site, list[Job]]]:
-    """What lacks a record, by the resources that it takes: a training with its evaluations is a job, a timing is another.
-
-    Raises ValueError in one line where a run cannot work with the site's resources.
-    """
-    found: dict[str, tuple[Site, list[Job]]] = {}
-    for jobs, alone in ((plan.timings(), True), (plan.trainings(), False)):
-        for job in missing(jobs, store):
-            site = load_site(job.row or job.label)
-            if not alone:
-                _check(job, site, plan, store)
-            site = site.alone() if alone else site
-            found.setdefault(repr(site), (site, []))[1].append(job)
-    return list(found.values())
+LOG_LINES = 5  # of a failed job, that --status prints
+LOG_TAIL_BYTES = 8192
+UNKNOWN_QUEUE = "the queue is unknown, and running jobs are told by their heartbeats"
 
 
-def _trainings(job: Job) -> list[Train]:
-    return [stage for stage in job.stages if isinstance(stage, Train)]
+class State(StrEnum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    SUBMITTED = "submitted"  # Slurm does not answer whether it waits or runs
+    NOT_SUBMITTED = "not submitted"
 
 
-def _check(job: Job, site: Site, plan: Plan, store: Store) -> None:
-    for train in _trainings(job):
-        if train.recipe.batch % site.world_size:
-            raise ValueError(
-                f"{job.label}: {site.nodes} nodes of {site.tasks} processes do not divide the batch of {train.recipe.batch}; change nodes, gpus_per_node or tasks_per_node"
-            )
-        expected = training_seconds(train, plan.table.row(job.row), plan, store)
-        if expected is None:
-            continue
-        steps = min(site.checkpoint_every, train.recipe.steps)
-        interval = expected[0] * steps / train.recipe.steps / site.world_size
-        if interval > site.seconds - site.signal_seconds:
-            raise ValueError(
-                f"{job.label}: a time limit of {site.time} is shorter than one checkpoint interval, about {duration(interval)} "
-                f"for {steps} steps; raise time or lower checkpoint_every"
-            )
+@dataclass(frozen=True)
+class JobStatus:
+    """The state of one job, with what is known about it."""
+
+    state: State
+    detail: str = ""
+    log: Path | None = None
 
 
-def describe(plan: Plan, store: Store) -> str:
-    """Resources, the batch script of each array, and the expected GPU-hours of each training: how many and by what, or unknown."""
-    from experiments.engine.cluster.submit import sbatch_text
+@dataclass(frozen=True)
+class _Queue:
+    """What Slurm's queue holds for this user; `jobs` is None if it cannot be read."""
 
-    folder, lines, total = store.root.resolve() / "submissions" / "dico-YYYYMMDD-XXXXXXXX", [], 0.0
-    unknown, unit = 0, "GPU-hours" if plan.device == "cuda" else "process-hours"
-    for site, jobs in groups(plan, store):
-        lines += [
-            "",
-            f"an array of {len(jobs)} jobs: {', '.join(job.label for job in jobs)}"
-            if len(jobs) > 1
-            else f"one job: {jobs[0].label}",
-        ]
-        lines += [
-            f"    {line}".rstrip() for line in sbatch_text(site, folder, len(jobs)).splitlines()
-        ]
-        for job in jobs:
-            expected = [
-                training_seconds(train, plan.table.row(job.row), plan, store)
-                for train in _trainings(job)
-            ]
-            if None in expected:
-                unknown += 1
-                lines.append(f"{job.label}: {unit} of training unknown")
-            elif expected:
-                hours = sum(seconds for seconds, _ in expected) / 3600
-                total += hours
-                lines.append(
-                    f"{job.label}: about {_amount(hours)} {unit} of training, by {', '.join(dict.fromkeys(source for _, source in expected))}"
-                )
-    if set_here := scheduler.set_for_sbatch():
-        lines += ["", f"this shell sets what sbatch puts before the text above: {set_here}"]
-    known = [f"{_amount(total)} {unit} of training"] if total else []
-    more = [f"{unknown} of unknown cost"] if unknown else []
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"estimated: {', and '.join(known + more) or 'no training'}; evaluations and timings come on top",
-        ]
-    )
-
-
-def _amount(hours: float) -> str:
-    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"
-
-
-def send(plan: Plan, store: Store, command: str) -> str:
-    """Count here, submit the rest, and say what was submitted and how to watch it."""
-    from experiments.engine.cluster.submit import submit
-
-    scheduler.require_slurm()
-    store.check_writable()
-    wanted = groups(plan, store)
-    if set_here := scheduler.set_for_sbatch():
-        print(
-            f"warning: sbatch puts what this shell sets before the site's: {set_here}",
-            file=sys.stderr,
-        )
-    counts = missing(plan.counts(), store)
-    with Progress(total=sum(len(job.stages) for job in counts)) as progress:
-        if not run_here(counts, store.root, "cpu", 1, available_cores(), progress.notify):
-            raise ValueError("a count failed; nothing was submitted")
-    sent = submit(wanted, store, _experiment(plan), **plan.resources)
-    lines = [f"submitted job {one.job}: {one.label}" for one in sent]
-    there = {
-        stage
-        for one in scheduler.waiting_or_running(
-            store.root, _ids(job for _, jobs in wanted for job in jobs)
-        )
-        for stage in one.stages
-    }
-    late = [job.label for _, jobs in wanted for job in jobs if not set(_ids([job])) <= there]
-    if waiting := sum(len(jobs) for _, jobs in wanted) - len(sent) - len(late):
-        lines.append(f"{waiting} jobs are in the queue or at work already")
-    if late:
-        lines.append(
-            f"not submitted, as another command's job is at work on a part: {', '.join(late)}; call this again once that is done"
-        )
-    if not wanted:
-        lines.append(f"every stage has its record; {command} --report prints the table")
-    return "\n".join(
-        [*lines, *([f"watch: {command} --status", f"end:   {command} --cancel"] if wanted else [])]
-    )
-
-
-def cancel(plan: Plan, store: Store) -> str:
-    """End what was submitted for these jobs from this results folder."""
-    scheduler.require_slurm()
-    ended = scheduler.cancel(
-        store.root, _ids((*plan.timings(), *plan.trainings())), _experiment(plan)
-    )
-    return (
-        "\n".join(f"cancelled job {one.job}: {one.label}" for one in ended)
-        or "nothing of this is in the queue"
-    )
-
-
-def _experiment(plan: Plan) -> str:
-    """The script that this process runs, and its table: what --cancel may end, also where another table holds the same runs."""
-    script = Path(sys.argv[0]).name
-    return (
-        f"{script} --table {plan.table.number} --protocol {plan.protocol.name}"
-        if isinstance(plan, Chosen)
-        else script
-    )
-
-
-def _ids(jobs: Iterable[Job]) -> list[str]:
-    return [spec_id(stage) for job in jobs for stage in job.stages]
+    jobs: dict[str, Queued] | None
+    # What the user is told if the queue cannot be read.
+    warning: str = ""
 
 
 def status(plan: Plan, store: Store) -> str:
-    """A line a job: waiting, running, done, failed, cancelled or not submitted; under a failed one the last lines of its log."""
-    jobs = [job for job in (*plan.counts(), *plan.timings(), *plan.trainings()) if job.stages]
-    there = scheduler.submitted(store.root, _ids(jobs))
-    newest = {stage: one for one in there for stage in one.stages}
-    names = _script_names(plan) if isinstance(plan, Chosen) else {}
-    queued, lines = _asked([*(one.name for one in there), *names.values()])
+    """Return one line per job. Under a failed job stand the last lines of its log."""
+    all_jobs = (*plan.counts(), *plan.timings(), *plan.trainings())
+    jobs = [job for job in all_jobs if job.stages]
+    submissions = scheduler.submitted(store.root, stage_ids(jobs))
+    newest = {stage: submission for submission in submissions for stage in submission.stages}
+    queue = _read_queue(bool(submissions))
+
+    lines = [queue.warning] if queue.warning else []
     for job in jobs:
-        name = spec_id(job.stages[0])
-        submission = next(
-            (newest[spec_id(stage)] for stage in job.stages if spec_id(stage) in newest), None
-        )
-        state, detail = _state(job, store, submission, queued)
-        log = store.root / submission.log if submission else None
-        if state == "not submitted" and (
-            found := [
-                (number, of)
-                for number, of in (queued or {}).items()
-                if of.name == names.get(job.label) and of.state not in ("COMPLETED", "CANCELLED")
-            ]
-        ):
-            number, last = found[-1]
-            state, log = (
-                "failed" if last.over else "waiting",
-                store.root / f"slurm-{last.name}-{number}.log",
-            )  # as its header says
-            detail = f"{last.state.lower()}: {last.reason} (job {number}, by the batch script of this name)"
-        kind = "" if job.label == "counts" else kind_of(job.stages[0])
-        lines.append(f"{name}  {kind:8}  {job.label:34}  {state:13}  {detail}".rstrip())
-        if state == "failed" and log:
-            lines += [f"    | {line}" for line in _last_lines(log)]
+        own = [newest[stage] for stage in stage_ids([job]) if stage in newest]
+        lines += _lines(job, job_status(job, store, own[0] if own else None, queue.jobs))
     return "\n".join(lines)
 
 
-def _script_names(chosen: Chosen) -> dict[str, str]:
-    """By label of a training, the name under which a script beside the site file queues it: it leaves no other trace until it starts."""
-    found = {}
-    for script in sorted(FILE.parent.glob("*.sh")):
-        text = script.read_text()
-        name, run = (
-            re.search(r"--job-name=(\S+)", text),
-            re.search(r"--table (\d+) --row (\S+) --protocol (\S+)", text),
-        )
-        if name and run and (int(run[1]), run[3]) == (chosen.table.number, chosen.protocol.name):
-            found[f"{run[2]}, seed 0"] = name[1]
-    return found
-
-
-def _asked(names: list[str]) -> tuple[dict[str, scheduler.Queued] | None, list[str]]:
-    """What the queue says, None where it cannot be asked, and a line that says so."""
+def _read_queue(anything_submitted: bool) -> _Queue:
     if shutil.which("squeue") is None:
-        return None, [
-            "squeue is not on this machine: what waits is unknown, what runs is told by its heartbeat"
-        ] if names else []
+        warning = f"squeue is not on this machine: {UNKNOWN_QUEUE}"
+        return _Queue(None, warning if anything_submitted else "")
     try:
-        return scheduler.queue(names), []
+        return _Queue(scheduler.queue())
     except ValueError as error:
-        return None, [f"{error}: what waits is unknown, what runs is told by its heartbeat"]
+        return _Queue(None, f"{error}: {UNKNOWN_QUEUE}")
 
 
-def _state(
-    job: Job,
-    store: Store,
-    submission: scheduler.Submission | None,
-    queue: dict[str, scheduler.Queued] | None,
-) -> tuple[str, str]:
-    queued = (queue or {}).get(submission.job) if submission else None
+def _lines(job: Job, found: JobStatus) -> list[str]:
+    name = spec_id(job.stages[0])
+    kind = "" if job.label == "counts" else kind_of(job.stages[0])
+    lines = [f"{name}  {kind:8}  {job.label:34}  {found.state:13}  {found.detail}".rstrip()]
+    if found.state is State.FAILED and found.log:
+        lines += [f"    | {line}" for line in _last_lines(found.log)]
+    return lines
+
+
+def job_status(
+    job: Job, store: Store, submission: Submission | None, jobs: dict[str, Queued] | None
+) -> JobStatus:
+    """Return the state of a job.
+
+    Args:
+        submission: the newest submission of one of the job's stages.
+        jobs: Slurm's queue; None if it cannot be read.
+    """
     left = job.left(store).stages
     if not left:
-        return "done", ""
-    train = next((stage for stage in job.stages if isinstance(stage, Train)), None)
-    beats = [
-        heartbeat.read(store.run_dir(stage))
-        for stage in job.stages
-        if isinstance(stage, Train | Evaluate)
-    ]
-    beat = min(filter(None, beats), key=lambda beat: beat["age"], default=None)
-    where = f"job {submission.job}" if submission else ""
-    if queued and not queued.over:
-        reached = f", at {_progress(beat, train)}" if beat and beat.get("step") else ""
-        if queued.state in ("RUNNING", "COMPLETING"):
-            return (
-                "running",
-                f"{_progress(beat, train) if beat and heartbeat.live(beat) else 'starting'} ({where})",
-            )
-        return "waiting", f"{queued.state.lower()}: {queued.reason} ({where}{reached})"
-    if heartbeat.live(beat):
-        return "running", f"{_progress(beat, train)} (on {beat['host']})"
-    failed = [record for stage in left if (record := store.here.latest(stage, status="failed"))]
-    died = (
-        beat is not None and beat.get("state") in heartbeat.LIVE
-    )  # without a word, and since the failure if there was one
-    if failed and not (died and timestamp(beat["updated"]) > failed[-1].utc):
-        return "failed", _reason(failed[-1])
-    if submission and queue is None:
-        return "submitted", where
-    heard = f"; last heard of: {beat['reason']}" if beat and beat.get("reason") else ""
+        return JobStatus(State.DONE)
+    beat = _newest_heartbeat(job, store)
+    queued = find_in_queue(submission, jobs) if submission and jobs else None
+    log = store.root / submission.log if submission else None
+
+    # Signs of life come first: the queue's, then the heartbeat's.
+    if submission and queued and not queued.over:
+        return _in_queue(job, submission, queued, beat)
+    if beat and heartbeat.is_live(beat):
+        return JobStatus(State.RUNNING, f"{_progress(beat, job)} (on {beat['host']})")
+
+    # A failure counts until a later attempt dies without a record.
+    failures = [store.here.latest(stage, status="failed") for stage in left]
+    failure = next((record for record in reversed(failures) if record), None)
+    if failure and not _died_since(beat, failure):
+        return JobStatus(State.FAILED, f"{failure.kind} {failure.error} ({failure.utc})", log)
+
+    if submission is None:
+        return _batch_script_status(job, store, jobs or {})
+    if jobs is None:
+        return JobStatus(State.SUBMITTED, f"job {submission.job}")
+    return _ended(submission, queued, beat, log)
+
+
+def _in_queue(
+    job: Job, submission: Submission, queued: Queued, beat: dict[str, Any] | None
+) -> JobStatus:
+    """Return the state of a job that Slurm has not finished with."""
+    name = f"job {submission.job}"
+    if queued.state in ("RUNNING", "COMPLETING"):
+        progress = _progress(beat, job) if beat and heartbeat.is_live(beat) else "starting"
+        return JobStatus(State.RUNNING, f"{progress} ({name})")
+    reached = f", at {_progress(beat, job)}" if beat and beat.get("step") else ""
+    detail = f"{queued.state.lower()}: {queued.reason} ({name}{reached})"
+    return JobStatus(State.WAITING, detail)
+
+
+def _ended(
+    submission: Submission, queued: Queued | None, beat: dict[str, Any] | None, log: Path | None
+) -> JobStatus:
+    """Return the state of a submitted job that left the queue without finishing its stages."""
+    reason = beat.get("reason") if beat else None
+    last_heard = f"; last heard of: {reason}" if reason else ""
+    name = f"job {submission.job}"
     if queued and queued.state == "CANCELLED":
-        return "cancelled", where + heard
-    if submission:
-        return (
-            "failed",
-            f"{queued.state.lower() if queued else 'its job left the queue'} without a record ({where}){heard}",
-        )
-    return "not submitted", ""
+        return JobStatus(State.CANCELLED, name + last_heard)
+    ending = queued.state.lower() if queued else "its job left the queue"
+    return JobStatus(State.FAILED, f"{ending} without a record ({name}){last_heard}", log)
 
 
-def _progress(beat: dict[str, Any], train: Train) -> str:
-    """State, step, rate and time left from a heartbeat."""
-    text, step, steps, rate = (
-        beat["state"],
-        beat.get("step"),
-        beat.get("steps"),
-        beat.get("images_per_s"),
-    )
+def _batch_script_status(job: Job, store: Store, jobs: dict[str, Queued]) -> JobStatus:
+    """Return the state of a run that a script under slurm/ has queued, but that has not started.
+
+    Such a job is not in the ledger before Python starts. Its comment is the id of its training.
+    """
+    ids = stage_ids([job])
+    own = [
+        (number, queued)
+        for number, queued in jobs.items()
+        if queued.comment in ids and queued.state not in ("COMPLETED", "CANCELLED")
+    ]
+    if not own:
+        return JobStatus(State.NOT_SUBMITTED)
+    number, queued = own[-1]
+    state = State.FAILED if queued.over else State.WAITING
+    detail = f"{queued.state.lower()}: {queued.reason} (job {number}, by a batch script)"
+    return JobStatus(state, detail, store.root / batch_script_log(queued.name, number))
+
+
+def batch_script_log(name: str, number: str) -> str:
+    """Return the log's name, as the headers of slurm/*.sh have it: --output=slurm-%x-%j.log."""
+    return f"slurm-{name}-{number}.log"
+
+
+def _newest_heartbeat(job: Job, store: Store) -> dict[str, Any] | None:
+    folders = [store.run_dir(stage) for stage in job.stages if isinstance(stage, Train | Evaluate)]
+    beats = [beat for folder in folders if (beat := heartbeat.read_heartbeat(folder))]
+    return min(beats, key=lambda beat: beat["age"], default=None)
+
+
+def _died_since(beat: dict[str, Any] | None, failure: Record) -> bool:
+    """Return whether a later attempt than the failed one died without a last heartbeat."""
+    if beat is None or beat.get("state") not in heartbeat.LIVE_STATES:
+        return False
+    return timestamp(beat["updated"]) > failure.utc
+
+
+def _progress(beat: dict[str, Any], job: Job) -> str:
+    """Return state, step, rate and time left as a heartbeat has them."""
+    step, steps, rate = beat.get("step"), beat.get("steps"), beat.get("images_per_s")
+    parts = [beat["state"]]
     if steps:
-        text += f", step {step} of {steps}"
+        parts.append(f"step {step} of {steps}")
     if rate:
-        text += f", {rate:.0f} images/s"
+        parts.append(f"{rate:.0f} images/s")
+
+    # A training tells its rate, an evaluation its time.
+    train = next((stage for stage in job.stages if isinstance(stage, Train)), None)
     if train and steps and rate and step < steps:
-        text += f", {duration((steps - step) * train.recipe.batch / rate)} left"
+        parts.append(f"{duration((steps - step) * train.recipe.batch / rate)} left")
     elif beat.get("seconds_left"):
-        text += f", {duration(beat['seconds_left'])} left"
-    return text
+        parts.append(f"{duration(beat['seconds_left'])} left")
+    return ", ".join(parts)
 
 
-def _reason(record: Record) -> str:
-    return f"{record.kind} {record.error} ({record.utc})"
-
-
-def _last_lines(log: Path, num: int = 5) -> list[str]:
+def _last_lines(log: Path) -> list[str]:
+    """Return the last lines of a log that are not empty."""
     try:
         with open(log, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 8192))
-            return [
-                line for line in file.read().decode(errors="replace").splitlines() if line.strip()
-            ][-num:]
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(0, size - LOG_TAIL_BYTES))
+            text = file.read().decode(errors="replace")
     except OSError:
         return ["its log is not there"]
+    return [line for line in text.splitlines() if line.strip()][-LOG_LINES:]

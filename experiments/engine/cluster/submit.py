@@ -1,6 +1,7 @@
-"""Jobs through submitit: arrays on a Slurm cluster, processes of their own here ('local'), or this process ('debug').
+"""Submit jobs to Slurm through submitit, as arrays of jobs with the same resources.
 
-A run saves and requeues itself when it is told to; submitit only starts it, and its own checkpoints and limits stay out of the way.
+A run saves and requeues itself when Slurm tells it to stop. submitit only starts it: its own
+checkpoints and time limits stay out of the way.
 """
 
 from __future__ import annotations
@@ -9,82 +10,95 @@ import shlex
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from experiments.engine.cluster.client import (
     Submission,
     client,
+    one_line,
     remember,
     waiting_or_running,
-    words,
 )
 from experiments.engine.cluster.site import Site
-from experiments.engine.jobs.pool import Job, available_cores, work_in_job
+from experiments.engine.jobs.pool import Job, work_in_job
 from experiments.engine.records.files import locked
-from experiments.engine.records.store import REPOSITORY, Store, timestamp
+from experiments.engine.records.store import REPOSITORY, Store
 from experiments.engine.specs.spec import spec_id
 
+# What sbatch says of resources that exist but are drained or reserved today.
 NOT_NOW = "Requested node configuration is not available"
-UNBOUNDED = 10**6  # submitit's count of time-outs; the trainer bounds restarts by progress
+
+# submitit counts time-outs and gives up. The trainer bounds restarts by progress instead.
+UNBOUNDED_TIMEOUTS = 10**6
+
+PYTHON = '"$PYTHON"'  # slurm/job.sh sets it
 
 
-def task(job: Job, root: Path, resources: dict[str, Any]) -> None:
-    """What every process of a submitted job runs; a failed stage is a failed job, so that the queue shows it."""
-    if error := work_in_job(job, root, **resources):
+@dataclass(frozen=True)
+class Array:
+    """Jobs that take the same resources. Slurm runs them as one array."""
+
+    site: Site
+    jobs: tuple[Job, ...]
+
+
+def run_job(job: Job, root: Path, resources: dict[str, Any]) -> None:
+    """Run a job in each of its processes. Raise RuntimeError if a stage failed.
+
+    The error makes the job itself fail, so that the queue shows it.
+    """
+    error = work_in_job(job, root, **resources)
+    if error:
         raise RuntimeError(error)
 
 
 def new_folder(root: Path) -> Path:
-    """A folder of its own for every submission: job ids can come again, and submitit would take an old job's files for new ones."""
-    return (
-        root.resolve()
-        / "submissions"
-        / f"dico-{time.strftime('%Y%m%d', time.gmtime())}-{uuid.uuid4().hex[:8]}"
-    )
+    """Return the path of a new folder for one submission.
+
+    Schedulers use job ids again, and submitit would take an old job's files for those of a new one.
+    """
+    day = time.strftime("%Y%m%d", time.gmtime())
+    return root.resolve() / "submissions" / f"dico-{day}-{uuid.uuid4().hex[:8]}"
 
 
-def given(site: Site) -> dict[str, Any]:
-    """What a site gives to the trainer."""
-    same = {
-        name: getattr(site, name)
-        for name in (
-            "device",
-            "checkpoint_every",
-            "keep",
-            "sample_batch",
-            "shard_optimizer",
-            "compile",
-            "graphs",
-        )
-    }
-    return same | {
+def trainer_resources(site: Site) -> dict[str, Any]:
+    """Return what a site gives to the trainer, by the names of `trainer.Resources`."""
+    return {
+        "device": site.device,
+        "checkpoint_every": site.checkpoint_every,
+        "keep": site.keep,
         "milestones": site.milestones or None,
         "micro_batch": site.micro_batch or None,
+        "sample_batch": site.sample_batch,
         "timeout": float(site.collective_seconds),
+        "shard_optimizer": site.shard_optimizer,
+        "compile": site.compile,
+        "graphs": site.graphs,
     }
 
 
-def parameters(site: Site, folder: Path) -> dict[str, Any]:
-    """submitit's names for what a site gives."""
-    found = {
-        name: value
-        for name in ("partition", "account", "qos", "constraint", "mem")
-        if (value := getattr(site, name))
-    }
+def submitit_parameters(site: Site, folder: Path) -> dict[str, Any]:
+    """Return what a site gives to sbatch, by submitit's names."""
+    # Empty strings leave the choice to the cluster.
+    named = {name: getattr(site, name) for name in ("partition", "account", "qos", "constraint")}
+    named["mem"] = site.mem
+    parameters: dict[str, Any] = {name: value for name, value in named.items() if value}
+
     if site.gpus_per_node:
-        found["gpus_per_node"] = (
-            f"{site.gpu_type}:{site.gpus_per_node}" if site.gpu_type else site.gpus_per_node
-        )
-    python = shlex.quote(sys.executable)
+        kind = f"{site.gpu_type}:" if site.gpu_type else ""
+        parameters["gpus_per_node"] = f"{kind}{site.gpus_per_node}" if kind else site.gpus_per_node
+
+    # The batch script goes to the repository, and job.sh takes care of restarts.
     setup = [
         f"cd {shlex.quote(str(REPOSITORY))}",
         f"SUBMITTED_FROM={shlex.quote(str(folder.parents[1]))}",
-        f"PYTHON=${{PYTHON:-{python}}}",
+        f"PYTHON=${{PYTHON:-{shlex.quote(sys.executable)}}}",
         "source slurm/job.sh || exit 2",
     ]
-    return found | {
+    return parameters | {
         "job_name": folder.name,
         "nodes": site.nodes,
         "ntasks_per_node": site.tasks,
@@ -100,167 +114,129 @@ def parameters(site: Site, folder: Path) -> dict[str, Any]:
     }
 
 
-def sbatch_text(site: Site, folder: Path, num: int) -> str:
-    """The batch script that submitit writes for `num` jobs."""
+def batch_script_text(site: Site, folder: Path, num_jobs: int) -> str:
+    """Return the batch script that submitit writes for an array of `num_jobs`.
+
+    submitit has no public function for this text, which --dry-run prints and `sbatch --test-only`
+    judges. This is the only use of a private one; tests/engine/cluster/test_submit.py compares its
+    text with the script that a submission writes.
+    """
     from submitit.slurm.slurm import _make_sbatch_string
 
-    command = f'"$PYTHON" -u -m submitit.core._submit {shlex.quote(str(folder))}'
+    command = f"{PYTHON} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    map_count = num_jobs if num_jobs > 1 else None
     return _make_sbatch_string(
-        command, folder, map_count=num if num > 1 else None, **parameters(site, folder)
+        command, folder, map_count=map_count, **submitit_parameters(site, folder)
     )
 
 
 def submit(
-    groups: Sequence[tuple[Site, Sequence[Job]]], store: Store, experiment: str, **resources: Any
+    arrays: Sequence[Array], store: Store, experiment: str, **resources: Any
 ) -> list[Submission]:
-    """Send each group to Slurm as one array, leaving out stages that are in the queue; returns at once with what was sent.
+    """Submit arrays to Slurm without the jobs that are in the queue, and return at once.
 
-    `experiment` is whose they are, for its --cancel; `resources` are the trainer's, beside those that a site gives.
+    Args:
+        experiment: the command that submits, which alone may cancel these jobs.
+        resources: resources of the trainer that override those of the sites.
 
-    Raises ValueError with the scheduler's words, before anything is sent where it says so when asked.
+    Raises:
+        ValueError: with the scheduler's message. Where it refuses a script that it was asked to
+            judge, nothing was submitted.
     """
-    import submitit
-
     folder = store.root / "submissions"
     folder.mkdir(parents=True, exist_ok=True)
+    submissions: list[Submission] = []
+
+    # A second command waits here, and then sees the jobs of the first in the queue.
     with locked(folder / "lock"):
-        queued = waiting_or_running(
-            store.root,
-            [spec_id(stage) for _, jobs in groups for job in jobs for stage in job.stages],
-        )
-        queued = {stage for submission in queued for stage in submission.stages}
-        left = [
-            (
-                site,
-                [job for job in jobs if not any(spec_id(stage) in queued for stage in job.stages)],
-            )
-            for site, jobs in groups
-        ]
-        left = [(site, jobs, new_folder(store.root)) for site, jobs in left if jobs]
-        for site, jobs, folder in left:
-            _ask(sbatch_text(site, folder, len(jobs)), store.root)
-        sent = []
-        for site, jobs, folder in left:
-            executor = submitit.SlurmExecutor(folder, max_num_timeout=UNBOUNDED, python='"$PYTHON"')
-            executor.update_parameters(**parameters(site, folder))
+        waiting = _without_queued(arrays, store)
+        folders = [new_folder(store.root) for _ in waiting]
+        for array, new in zip(waiting, folders, strict=True):
+            _require_acceptance(batch_script_text(array.site, new, len(array.jobs)), store.root)
+
+        for array, new in zip(waiting, folders, strict=True):
             try:
-                handles = executor.map_array(
-                    task,
-                    jobs,
-                    [store.root.resolve()] * len(jobs),
-                    [given(site) | resources] * len(jobs),
-                )
-            except submitit.core.utils.FailedJobError as error:
-                before = (
-                    f"; sent before it: {', '.join(f'job {one.job}' for one in sent)}"
-                    if sent
-                    else ""
-                )
-                raise ValueError(f"sbatch: {words(str(error))}{before}") from None
-            part = []
-            for job, handle in zip(jobs, handles, strict=True):
-                log = handle.paths.stdout.relative_to(store.root.resolve())
-                part.append(
-                    Submission(
-                        tuple(spec_id(stage) for stage in job.stages),
-                        job.label,
-                        handle.job_id,
-                        folder.name,
-                        str(log),
-                        experiment=experiment,
-                    )
-                )
-            remember(store.root, part)
-            sent += part
-    return sent
+                sent = _submit_array(array, new, store, experiment, resources)
+            except ValueError as error:
+                raise ValueError(f"{error}{_sent_before(submissions)}") from None
+            remember(store.root, sent)
+            submissions += sent
+    return submissions
 
 
-def _ask(text: str, root: Path) -> None:
-    """Let the scheduler judge a batch script without queueing it; ValueError with its words where it refuses.
+def _without_queued(arrays: Sequence[Array], store: Store) -> list[Array]:
+    """Return the arrays without jobs of which a stage is in the queue, and without empty arrays."""
+    jobs = [job for array in arrays for job in array.jobs]
+    in_queue = waiting_or_running(store.root, stage_ids(jobs))
+    queued = {stage for submission in in_queue for stage in submission.stages}
 
-    What it would refuse today only, while nodes are drained or reserved, it queues all the same: that is a warning.
-    """
-    script = root / "submissions" / f".{uuid.uuid4().hex}.sh"
-    script.write_text(text)
+    waiting = []
+    for array in arrays:
+        kept = tuple(job for job in array.jobs if not queued & set(stage_ids([job])))
+        if kept:
+            waiting.append(Array(array.site, kept))
+    return waiting
+
+
+def stage_ids(jobs: Sequence[Job]) -> list[str]:
+    """Return the ids of all stages of some jobs."""
+    return [spec_id(stage) for job in jobs for stage in job.stages]
+
+
+def _submit_array(
+    array: Array, folder: Path, store: Store, experiment: str, resources: dict[str, Any]
+) -> list[Submission]:
+    """Submit one array. Raise ValueError with the scheduler's message if it refuses."""
+    import submitit
+
+    executor = submitit.SlurmExecutor(folder, max_num_timeout=UNBOUNDED_TIMEOUTS, python=PYTHON)
+    executor.update_parameters(**submitit_parameters(array.site, folder))
+    root, num_jobs = store.root.resolve(), len(array.jobs)
+    all_resources = trainer_resources(array.site) | resources
     try:
-        client("sbatch", "--test-only", str(script))
+        handles = executor.map_array(
+            run_job, array.jobs, [root] * num_jobs, [all_resources] * num_jobs
+        )
+    except submitit.core.utils.FailedJobError as error:
+        raise ValueError(f"sbatch: {one_line(str(error))}") from None
+
+    return [
+        Submission(
+            stages=tuple(stage_ids([job])),
+            label=job.label,
+            job=handle.job_id,
+            name=folder.name,
+            log=str(handle.paths.stdout.relative_to(root)),
+            experiment=experiment,
+        )
+        for job, handle in zip(array.jobs, handles, strict=True)
+    ]
+
+
+def _sent_before(submissions: Sequence[Submission]) -> str:
+    """Return what an error adds when earlier arrays were submitted already."""
+    if not submissions:
+        return ""
+    return "; submitted before it: " + ", ".join(f"job {sent.job}" for sent in submissions)
+
+
+def _require_acceptance(script: str, root: Path) -> None:
+    """Let the scheduler judge a batch script without queueing it. Raise ValueError if it refuses.
+
+    A script that Slurm refuses only today, while nodes are drained or reserved, is a warning: Slurm
+    queues it all the same.
+    """
+    path = root / "submissions" / f".{uuid.uuid4().hex}.sh"
+    path.write_text(script)
+    try:
+        client("sbatch", "--test-only", str(path))
     except ValueError as refusal:
         if NOT_NOW not in str(refusal):
             raise
         print(
-            f"warning: {refusal}; sent all the same, for nodes may be drained or reserved: --status shows the reason",
+            f"warning: {refusal}; submitted all the same, since nodes may be drained or reserved. "
+            "--status shows the reason",
             file=sys.stderr,
         )
     finally:
-        script.unlink()
-
-
-def run_locally(
-    jobs: Sequence[Job],
-    root: Path,
-    device: str,
-    workers: int,
-    debug: bool,
-    notify: Callable[[Job, str, Any], None],
-    **resources: Any,
-) -> bool:
-    """As `launch.run_here`, but through submitit: `workers` at a time, or one by one in this process."""
-    import submitit
-
-    folder, began = new_folder(root), timestamp()
-    resources |= {
-        "device": device,
-        "threads": max(1, available_cores() // (1 if debug else workers)),
-    }
-    if debug:
-        executor = submitit.core.plugins.get_executors()["debug"](folder)
-    else:
-        executor = submitit.LocalExecutor(folder)
-        executor.update_parameters(
-            timeout_min=60 * 24 * 365,
-            gpus_per_node=1 if device == "cuda" else 0,
-            stderr_to_stdout=True,
-        )
-    waiting, running, good = list(jobs), list[tuple[Job, Any]](), True
-    try:
-        while waiting or running:
-            while waiting and len(running) < (1 if debug else workers):
-                job = waiting.pop(0)
-                running.append((job, executor.submit(task, job, root.resolve(), resources)))
-            for job, handle in list(running):
-                if debug or handle.done():
-                    running.remove((job, handle))
-                    good = (
-                        _tell(
-                            job, handle.exception(), Store(root), handle.paths.stdout, began, notify
-                        )
-                        and good
-                    )
-            if running:
-                time.sleep(0.2)
-    finally:
-        for _, handle in running:
-            handle.cancel(check=False)
-    return good
-
-
-def _tell(
-    job: Job,
-    error: BaseException | None,
-    store: Store,
-    log: Path,
-    began: str,
-    notify: Callable[[Job, str, Any], None],
-) -> bool:
-    """Report what a finished job has recorded since `began`; True if every stage is done."""
-    records = [
-        (stage, store.here.latest(stage) or store.here.latest(stage, status="failed"))
-        for stage in job.stages
-    ]
-    records = [(stage, record) for stage, record in records if record and record.utc >= began]
-    for stage, record in records:
-        notify(job, "record", (stage, record))
-    if error and not any(record.status == "failed" for _, record in records):
-        notify(job, "error", f"{str(error).strip().splitlines()[-1]} (its log: {log})")
-    notify(job, "end", None)
-    return error is None
+        path.unlink()

@@ -1,4 +1,8 @@
-"""From a declared diffusion to the object that the trainer and the samplers ask."""
+"""Build the diffusion that a spec declares, for training and for sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
 
 import torch
 
@@ -11,21 +15,30 @@ DiffusionProcess = IDDPM | Flow
 
 
 def build_diffusion(spec: Diffusion) -> DiffusionProcess:
-    """What has `draw_times` and `losses`; ValueError lists what is known."""
-    _require("diffusion", spec.name, ("iddpm", "classify", "flow"))
+    """Build a diffusion; it has `draw_times` and `losses`.
+
+    Raises:
+        ValueError: a word of the spec is unknown; the message lists the known ones.
+    """
+    _require_known("diffusion", spec.name, ("iddpm", "classify", "flow"))
     if spec.name == "flow":
-        _require("path", spec.path, PATHS)
+        _require_known("path", spec.path, PATHS)
         return Flow(spec.path)
-    _require("betas", spec.betas, BETAS)
-    _require("variance", spec.variance, ("learned", "fixed"))
+
+    _require_known("betas", spec.betas, BETAS)
+    _require_known("variance", spec.variance, ("learned", "fixed"))
+    betas = BETAS[spec.betas](spec.num_steps)
     timesteps = torch.arange(spec.first_step, spec.first_step + spec.num_steps)
-    kind = NoisyClassification if spec.name == "classify" else Upsampling if spec.low_res else IDDPM
-    made = kind(BETAS[spec.betas](spec.num_steps), timesteps, learned=spec.variance == "learned")
+    learned = spec.variance == "learned"
+
+    # A classifier and an upsampler share the schedule and differ in their loss.
+    if spec.name == "classify":
+        return NoisyClassification(betas, timesteps, learned)
     if spec.low_res:
-        made.low_res = spec.low_res
-    return made
+        return Upsampling(betas, timesteps, learned, low_res=spec.low_res)
+    return IDDPM(betas, timesteps, learned)
 
 
-def _require(what: str, name: str, known: object) -> None:
+def _require_known(field: str, name: str, known: Collection[str]) -> None:
     if name not in known:
-        raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}")
+        raise ValueError(f"unknown {field} {name!r}; known: {', '.join(known)}")

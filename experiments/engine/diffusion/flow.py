@@ -1,10 +1,13 @@
-"""Flow matching between noise and data: paths, training loss, and the score behind a velocity.
+"""Flow matching between noise and data: paths, the training loss, and the score behind a velocity.
 
-Sources: SiT (arXiv:2401.08740) on stochastic interpolants (arXiv:2303.08797). Time runs from noise at 0 to data at 1 and
-is what the network is given.
+Sources: SiT (arXiv:2401.08740) on stochastic interpolants (arXiv:2303.08797).
 
-N batch, C channels, t (N,) in [0, 1];  x0 clean, eps noise, x_t = a(t) x0 + s(t) eps, velocity v = a'(t) x0 + s'(t) eps
+N batch, C channels
+t (N,) time, from 0 (noise) to 1 (data); the network is given it as it is
+x0 clean, eps noise, x_t = a(t) x0 + s(t) eps, velocity v = a'(t) x0 + s'(t) eps
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Callable
@@ -22,8 +25,10 @@ def _linear(t: Tensor) -> Coefficients:
 
 
 def _gvp(t: Tensor) -> Coefficients:
-    """Generalised variance-preserving: a^2 + s^2 = 1."""
-    a, s, rate = (math.pi / 2 * t).sin(), (math.pi / 2 * t).cos(), math.pi / 2
+    """The generalised variance-preserving path: a^2 + s^2 = 1."""
+    rate = math.pi / 2
+    a = (math.pi / 2 * t).sin()
+    s = (math.pi / 2 * t).cos()
     return a, s, rate * s, -rate * a
 
 
@@ -31,42 +36,47 @@ PATHS: dict[str, Callable[[Tensor], Coefficients]] = {"linear": _linear, "gvp": 
 
 
 class Flow:
-    """A path and what follows from it."""
+    """A path from noise to data, its training loss and its score."""
 
-    times = 0.0, 1.0  # the first and last that the network is given
+    times = (0.0, 1.0)  # the first and last time that the network is given
 
-    def __init__(self, path: str):
+    def __init__(self, path: str) -> None:
         self.path = PATHS[path]
 
-    def to(self, device: torch.device | str) -> "Flow":
-        """Itself: there are no tables to move."""
+    def to(self, device: torch.device | str) -> Flow:
+        """Return self: a flow has no tables to move."""
         return self
 
     def draw_times(self, n: int, generator: torch.Generator) -> Tensor:
-        """Uniform times (n,), on the generator's device."""
+        """Draw uniform times (n,) on the generator's device."""
         return torch.rand(n, generator=generator, device=generator.device)
 
     def losses(
         self, model: Model, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor
     ) -> dict[str, Tensor]:
-        """Per-sample squared error of the velocity at times `t`, unweighted, as 'loss' and 'mse', (N,)."""
+        """Compute the squared error of the velocity per sample, as 'loss' and 'mse', each (N,)."""
         a, s, da, ds = self.coefficients(t)  # (N,1,1,1) each
-        x_t, v = a * x0 + s * eps, da * x0 + ds * eps  # (N,C,H,W)
+        x_t = a * x0 + s * eps  # (N,C,H,W)
+        v = da * x0 + ds * eps  # (N,C,H,W)
         mse = ((velocity(model, x_t, t, y) - v) ** 2).mean(dim=(1, 2, 3))  # (N,)
         return {"loss": mse, "mse": mse}
 
     def score(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """Gradient of the log density of x_t (N,C,H,W) from the velocity there, for t < 1."""
+        """Compute the gradient of the log density at x (N,C,H,W) from its velocity, for t < 1."""
         a, s, da, ds = self.coefficients(t)
         return (a * v - da * x) / (s * (da * s - a * ds))
 
     def coefficients(self, t: Tensor) -> Coefficients:
-        """a, s, a', s' at t (N,), each (N,1,1,1)."""
+        """Evaluate a, s, a' and s' at t (N,), each (N,1,1,1)."""
         return self.path(t.reshape(-1, 1, 1, 1))
 
 
 def velocity(model: Model, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-    """The network's (N,C,H,W), in the precision of x."""
+    """Predict the velocity (N,C,H,W) in the precision of x.
+
+    Raises:
+        ValueError: the network predicts another number of channels than x has.
+    """
     v = model(x, t, y)
     if v.shape != x.shape:
         raise ValueError(

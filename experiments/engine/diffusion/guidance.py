@@ -1,25 +1,40 @@
+"""Classifier-free guidance (arXiv:2207.12598), everywhere or in an interval (arXiv:2404.07724)."""
+
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from enum import Enum
 
+import torch
+from torch import Tensor, nn
+
+import backbones
 from experiments.engine.diffusion.iddpm import Model
 
-ALWAYS = (0, 1000)
+ALWAYS = (0, 1000)  # the interval that stands for all times, as specs declare it
+
+
+class GuidedChannels(Enum):
+    """A choice of guided channels that is no number."""
+
+    OF_FAMILY = "the number that the network's family declares at its registration"
 
 
 def guides_every_step(interval: tuple[float, float], times: tuple[float, float]) -> bool:
-    """Whether an interval holds all times, of which these are the first and the last."""
-    return interval == ALWAYS or interval[0] <= times[0] and times[1] < interval[1]
+    """Tell whether an interval holds all times; `times` are the first and the last of them."""
+    if interval == ALWAYS:
+        return True
+    return interval[0] <= times[0] and times[1] < interval[1]
 
 
 class Guided:
-    """A network with classifier-free guidance, null + scale (conditional - null), called like the network itself.
+    """A network with classifier-free guidance: null + scale (conditional - null).
 
-    Only the first `channels` outputs are guided, None meaning all C of eps; the others are the conditional ones. DiT
-    and its descendants guide 3 of 4 latent channels. Guidance acts where interval[0] <= t < interval[1], and at every t
-    by the interval (0, 1000) or one that holds all times; where it acts on no image, and at scale 1, the network runs once on
-    the plain batch. Only an interval that leaves times out is compared with t, in every step, which waits for a GPU.
+    It is called like the network itself. Only the leading output channels are guided; the others
+    are the conditional ones. DiT and its descendants guide three of four latent channels.
+
+    Guidance acts where interval[0] <= t < interval[1]. Where it acts on no image of the batch, and
+    at scale 1, the network runs once on the plain batch. An interval that leaves out some time is
+    compared with t at every step, which waits for the GPU.
     """
 
     def __init__(
@@ -28,36 +43,77 @@ class Guided:
         scale: float,
         num_classes: int,
         *,
-        channels: int | None = 3,
+        channels: int | None | GuidedChannels = GuidedChannels.OF_FAMILY,
         interval: tuple[float, float] = ALWAYS,
         times: tuple[float, float] = (0, 999),
-    ):
-        """num_classes: also the index of the null label; interval: in the timesteps that the network is given; times: the first and last of these."""
+    ) -> None:
+        """Wrap a network.
+
+        Args:
+            model: (x, t, y) -> prediction.
+            scale: guidance scale; 1 means no guidance.
+            num_classes: number of classes, which is also the index of the null label.
+            channels: number of leading channels to guide; None guides all. By default the
+                network's family decides, and data with fewer channels are guided as a whole.
+            interval: first time that is guided and first time after it that is not, in the
+                timesteps that the network is given; (0, 1000) means all.
+            times: the first and last timestep that the network is given.
+
+        Raises:
+            ValueError: `channels` is left out and the network is not a registered backbone.
+        """
         self.model = model
         self.scale = scale
         self.null = num_classes
-        self.channels = channels
-        self.always = guides_every_step(interval, times)
         self.interval = interval
+        self.always = guides_every_step(interval, times)
+        self.channels_of_family = isinstance(channels, GuidedChannels)
+        self.channels: int | None
+        if isinstance(channels, GuidedChannels):
+            self.channels = _declared_channels(model)
+        else:
+            self.channels = channels
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """(N,C,H,W), (N,), (N,) -> (N,C_out,H,W)."""
         if self.scale == 1:
             return self.model(x, t, y)
+
+        # Leave the null half out where no image is guided.
         low, high = self.interval
         inside = None if self.always else (low <= t) & (t < high)  # (N,)
         if inside is not None and not inside.any():
             return self.model(x, t, y)
-        num_guided = x.shape[1] if self.channels is None else self.channels
-        if num_guided > x.shape[1]:
-            raise ValueError(
-                f"cannot guide {num_guided} channels of data that have {x.shape[1]}; None guides all"
-            )
+
+        # One pass over the conditional and the null half together.
+        num_guided = self._num_guided(x.shape[1])
         labels = torch.cat([y, torch.full_like(y, self.null)])  # (2N,)
         both = self.model(torch.cat([x, x]), torch.cat([t, t]), labels)  # (2N,C_out,H,W)
         conditional, null = both.chunk(2)  # (N,C_out,H,W) twice
-        eps_c, eps_u = conditional[:, :num_guided], null[:, :num_guided]
+
+        # Extrapolate the guided channels; the others stay conditional.
+        eps_c = conditional[:, :num_guided]
+        eps_u = null[:, :num_guided]
         guided = eps_u + self.scale * (eps_c - eps_u)
         if inside is not None:
             guided = torch.where(inside.reshape(-1, 1, 1, 1), guided, eps_c)
         return torch.cat([guided, conditional[:, num_guided:]], dim=1)
+
+    def _num_guided(self, channels: int) -> int:
+        """Number of guided channels of data that have `channels`."""
+        if self.channels is None:
+            return channels
+        if self.channels_of_family:
+            return min(self.channels, channels)
+        if self.channels > channels:
+            raise ValueError(
+                f"cannot guide {self.channels} channels of data that have {channels}; "
+                "None guides all"
+            )
+        return self.channels
+
+
+def _declared_channels(model: Model) -> int | None:
+    if not isinstance(model, nn.Module):
+        raise ValueError("only a registered backbone declares its guided channels; give `channels`")
+    return backbones.guided_channels_of(model)

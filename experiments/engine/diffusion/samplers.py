@@ -1,236 +1,301 @@
-"""Samplers as iterators over their own steps, per-image noise, and guidance as a wrapper around the network.
+"""Samplers of discrete diffusions, as iterators over their own steps, and samplers by name.
 
-Sources: DDPM (arXiv:2006.11239), DDIM (arXiv:2010.02502), DPM-Solver++ (arXiv:2211.01095), classifier-free guidance
-(arXiv:2207.12598), guidance in an interval (arXiv:2404.07724). N images, C channels; a sampler's last x is the sample;
-`clip` keeps the estimates of clean data within the pixels' [-1, 1].
+A sampler is the algorithm alone: it turns noise into samples with a network that somebody else
+built. `engine/sampling` runs samplers over many images and keeps the results.
+
+Sources: DDPM (arXiv:2006.11239), DDIM (arXiv:2010.02502), DPM-Solver++ (arXiv:2211.01095), and ADM
+(arXiv:2105.05233) for the classifier's gradient.
+
+A sampler is built with its settings and called with (model, y, noise). It yields x (N,C,H,W) after
+each step; the last x is the sample.
+
+N images, C channels; y (N,) labels
+noise   a source of noise, or a plain tensor (N,C,H,W) to start from; with a tensor, the noise of
+        later steps comes from PyTorch's global generator
+launch  makes of a step, a function of tensors alone, what is called in its place
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.engine.diffusion import flow_samplers
 from experiments.engine.diffusion.build import DiffusionProcess
+from experiments.engine.diffusion.flow import Flow
+from experiments.engine.diffusion.flow_samplers import SDE, Dopri5, Euler, Heun
 from experiments.engine.diffusion.guidance import guides_every_step
 from experiments.engine.diffusion.iddpm import IDDPM, Model, at, split_prediction
+from experiments.engine.diffusion.noise import NoiseSource, noise_source
 from experiments.engine.numerics.cuda_graphs import Launch, run_eagerly
-from experiments.engine.numerics.randomness import ImageNoise
 from experiments.engine.specs.spec import Sampler
 
+# (network, labels, noise) -> x after each step.
+BoundSampler = Callable[[Model, Tensor, NoiseSource | Tensor], Iterator[Tensor]]
 
-@torch.no_grad()
-def ancestral(
-    diffusion: IDDPM,
-    model: Model,
-    y: Tensor,
-    noise: ImageNoise,
-    *,
-    clip: bool = False,
-    gradient: Model | None = None,
-    launch: Launch = run_eagerly,
-) -> Iterator[Tensor]:
-    """Yields x (N,C,H,W) after each step of an already respaced diffusion: DDPM algorithm 2, learned variance.
 
-    gradient: of a log-probability to sample by, (x, t, y) -> (N,C,H,W); the mean moves by the variance times it (ADM algorithm 1).
+@dataclass(frozen=True)
+class Ancestral:
+    """DDPM's algorithm 2 with the network's variance.
+
+    diffusion: already respaced to the steps to take.
+    clip: whether estimates of clean data are kept within the pixels' [-1, 1].
+    gradient: (x, t, y) -> (N,C,H,W), the gradient of a log-probability to sample by; the mean moves
+        by the variance times it (ADM algorithm 1).
+    launch: see above.
     """
 
-    def step(x: Tensor, i: Tensor, y: Tensor, z: Tensor) -> Tensor:
-        t = diffusion.timesteps[i].repeat(len(x))  # (N,)
-        mean, log_variance, _ = diffusion.posterior(x, i, model(x, t, y), clip)
-        if gradient is not None:
-            mean = mean + log_variance.exp() * gradient(x, t, y)
-        return torch.where(i > 0, mean + (0.5 * log_variance).exp() * z, mean)
+    diffusion: IDDPM
+    clip: bool = False
+    gradient: Model | None = None
+    launch: Launch = run_eagerly
 
-    step, x = launch(step), noise.draw()
-    for i in _backwards(diffusion):
-        x = step(
-            x, i, y, noise.draw()
-        )  # noise is drawn at i = 0 too, as in the field: T + 1 draws an image
-        yield x
+    @torch.no_grad()
+    def __call__(self, model: Model, y: Tensor, noise: NoiseSource | Tensor) -> Iterator[Tensor]:
+        """Yield x after each step."""
+
+        def step(x: Tensor, i: Tensor, y: Tensor, z: Tensor) -> Tensor:
+            t = self.diffusion.timesteps[i].repeat(len(x))  # (N,)
+            mean, log_variance, _ = self.diffusion.posterior(x, i, model(x, t, y), self.clip)
+            if self.gradient is not None:
+                mean = mean + log_variance.exp() * self.gradient(x, t, y)
+            return torch.where(i > 0, mean + (0.5 * log_variance).exp() * z, mean)
+
+        launched = self.launch(step)
+        source = noise_source(noise)
+        x = source.draw()
+        for i in _indices_backwards(self.diffusion):
+            # Noise is drawn at i = 0 too, as in the field: T + 1 draws for each image.
+            x = launched(x, i, y, source.draw())
+            yield x
 
 
-@torch.no_grad()
-def ddim(
-    diffusion: IDDPM,
-    model: Model,
-    y: Tensor,
-    noise: ImageNoise,
-    *,
-    eta: float = 0.0,
-    clip: bool = False,
-    gradient: Model | None = None,
-    launch: Launch = run_eagerly,
-) -> Iterator[Tensor]:
-    """Yields x (N,C,H,W) after each step of an already respaced diffusion: DDIM eq. 12, sigma of eq. 16.
+@dataclass(frozen=True)
+class DDIM:
+    """DDIM eq. 12 with the sigma of eq. 16.
 
-    eta 0 is deterministic after the first draw; eta 1 is ancestral sampling with the variance of the true posterior. The noise
-    estimate moves against `gradient` (ADM algorithm 2), after clipping.
+    diffusion: already respaced to the steps to take.
+    eta: 0 is deterministic after the first draw; 1 is ancestral sampling with the variance of the
+        true posterior.
+    clip: whether estimates of clean data are kept within the pixels' [-1, 1].
+    gradient: as for `Ancestral`; the noise estimate moves against it after clipping (ADM
+        algorithm 2).
+    launch: see above.
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta lies between 0 (deterministic) and 1 (ancestral), not {eta}")
-    here = diffusion.alphas_cumprod
-    after = torch.cat([here.new_ones(1), here[:-1]])
-    sigma = eta * ((1 - after) / (1 - here) * (1 - here / after)).sqrt()
-    signal, towards = after.sqrt(), (1 - after - sigma**2).sqrt()
 
-    def step(x: Tensor, i: Tensor, y: Tensor, z: Tensor) -> Tensor:
-        t = diffusion.timesteps[i].repeat(len(x))  # (N,)
-        _, _, x0_hat = diffusion.posterior(x, i, model(x, t, y), clip)
-        eps = (x - at(diffusion.signal, i) * x0_hat) / at(diffusion.noise, i)
-        if gradient is not None:
-            eps = eps - at(diffusion.noise, i) * gradient(x, t, y)
-            x0_hat = (x - at(diffusion.noise, i) * eps) / at(diffusion.signal, i)
-        return at(signal, i) * x0_hat + at(towards, i) * eps + at(sigma, i) * z
+    diffusion: IDDPM
+    eta: float = 0.0
+    clip: bool = False
+    gradient: Model | None = None
+    launch: Launch = run_eagerly
 
-    step, x = launch(step), noise.draw()
-    for i in _backwards(diffusion):
-        x = step(x, i, y, noise.draw())
-        yield x
+    @torch.no_grad()
+    def __call__(self, model: Model, y: Tensor, noise: NoiseSource | Tensor) -> Iterator[Tensor]:
+        """Yield x after each step; ValueError if eta lies outside [0, 1]."""
+        if not 0 <= self.eta <= 1:
+            raise ValueError(
+                f"eta lies between 0 (deterministic) and 1 (ancestral), not {self.eta}"
+            )
+        diffusion = self.diffusion
+
+        # Coefficients of the clean estimate, of the noise estimate and of the fresh noise.
+        here = diffusion.alphas_cumprod
+        after = torch.cat([here.new_ones(1), here[:-1]])
+        sigma = self.eta * ((1 - after) / (1 - here) * (1 - here / after)).sqrt()
+        signal = after.sqrt()
+        towards = (1 - after - sigma**2).sqrt()
+
+        def step(x: Tensor, i: Tensor, y: Tensor, z: Tensor) -> Tensor:
+            t = diffusion.timesteps[i].repeat(len(x))  # (N,)
+            _, _, x0_hat = diffusion.posterior(x, i, model(x, t, y), self.clip)
+            eps = (x - at(diffusion.signal, i) * x0_hat) / at(diffusion.noise, i)
+            if self.gradient is not None:
+                eps = eps - at(diffusion.noise, i) * self.gradient(x, t, y)
+                x0_hat = (x - at(diffusion.noise, i) * eps) / at(diffusion.signal, i)
+            return at(signal, i) * x0_hat + at(towards, i) * eps + at(sigma, i) * z
+
+        launched = self.launch(step)
+        source = noise_source(noise)
+        x = source.draw()
+        for i in _indices_backwards(diffusion):
+            x = launched(x, i, y, source.draw())
+            yield x
 
 
-def _backwards(diffusion: IDDPM) -> list[Tensor]:
-    """The indices of its steps from the last on, each (1,) and where its tables are."""
-    return list(
-        torch.arange(diffusion.num_steps, device=diffusion.timesteps.device).flip(0).split(1)
-    )
+def _indices_backwards(diffusion: IDDPM) -> list[Tensor]:
+    """Indices of the steps from the last to the first, each (1,), where the tables are."""
+    indices = torch.arange(diffusion.num_steps, device=diffusion.timesteps.device)
+    return list(indices.flip(0).split(1))
 
 
-@torch.no_grad()
-def dpm_solver(
-    diffusion: IDDPM,
-    model: Model,
-    y: Tensor,
-    noise: ImageNoise,
-    *,
-    num_steps: int,
-    launch: Launch = run_eagerly,
-) -> Iterator[Tensor]:
-    """Yields x (N,C,H,W) after each step: DPM-Solver++(2M), algorithm 2 of its paper, the first step of order 1.
+@dataclass(frozen=True)
+class DPMSolver:
+    """DPM-Solver++(2M), algorithm 2 of its paper, with a first step of order 1.
 
-    Times are even, from the last of the diffusion's steps to its first, in between as fractions that the network is
-    given; there log a, with x = a x0 + s eps, is linear. The noise of the first step stays, as U-ViT and DiM leave it.
+    Times are even, from the last of the diffusion's steps to its first. In between, the network is
+    given fractions of timesteps. The noise of the first timestep stays in the sample, as U-ViT and
+    DiM leave it.
+
+    diffusion: not respaced.
+    num_steps: number of steps, one evaluation each.
+    launch: see above.
     """
-    indices = np.linspace(diffusion.num_steps - 1, 0, num_steps + 1)
-    log_a = np.interp(
-        indices, np.arange(diffusion.num_steps), 0.5 * diffusion.alphas_cumprod.log().cpu().numpy()
-    )
-    a, s = np.exp(log_a), np.sqrt(-np.expm1(2 * log_a))
-    h = np.diff(log_a - np.log(s))  # of lambda, half the log of the signal-to-noise ratio
-    times = indices + diffusion.timesteps[0].item()
-    order_2 = np.append(0, h[1:] / h[:-1] / 2)
-    rows = np.stack(
-        [times[:-1], s[:-1], a[:-1], s[1:] / s[:-1], a[1:] * np.expm1(-h), order_2], axis=1
-    )
 
-    def step(x: Tensor, row: Tensor, y: Tensor, before: Tensor) -> Tensor:
-        t, s, a, shrink, gain, order_2 = row.unbind()
-        eps, _ = split_prediction(model(x, t.repeat(len(x)), y), x, diffusion.learned)
-        x0_hat = (x - s * eps) / a  # (N,C,H,W)
-        return torch.stack([shrink * x - gain * (x0_hat + order_2 * (x0_hat - before)), x0_hat])
+    diffusion: IDDPM
+    num_steps: int
+    launch: Launch = run_eagerly
 
-    step, x = launch(step), noise.draw()
-    before = torch.zeros_like(x)  # of weight 0 in the first step
-    for row in torch.from_numpy(rows).float().to(x.device):
-        x, before = step(x, row, y, before)
-        yield x
+    @torch.no_grad()
+    def __call__(self, model: Model, y: Tensor, noise: NoiseSource | Tensor) -> Iterator[Tensor]:
+        """Yield x after each step."""
+
+        def step(x: Tensor, row: Tensor, y: Tensor, before: Tensor) -> Tensor:
+            t, s, a, shrink, gain, order_2 = row.unbind()
+            prediction = model(x, t.repeat(len(x)), y)
+            eps, _ = split_prediction(prediction, x, self.diffusion.learned)
+            x0_hat = (x - s * eps) / a  # (N,C,H,W)
+            new = shrink * x - gain * (x0_hat + order_2 * (x0_hat - before))
+            return torch.stack([new, x0_hat])
+
+        launched = self.launch(step)
+        x = noise_source(noise).draw()
+        before = torch.zeros_like(x)  # has weight 0 in the first step
+        for row in self._coefficients().to(x.device):
+            x, before = launched(x, row, y, before)
+            yield x
+
+    def _coefficients(self) -> Tensor:
+        """One row for each step, float32 (num_steps, 6): time, s, a, and weights of the update.
+
+        x = a x0 + s eps; between the diffusion's steps log a is linear.
+        """
+        diffusion = self.diffusion
+        indices = np.linspace(diffusion.num_steps - 1, 0, self.num_steps + 1)
+        log_a_of_steps = 0.5 * diffusion.alphas_cumprod.log().cpu().numpy()
+        log_a = np.interp(indices, np.arange(diffusion.num_steps), log_a_of_steps)
+        a = np.exp(log_a)
+        s = np.sqrt(-np.expm1(2 * log_a))
+
+        # Steps in lambda, half the log of the signal-to-noise ratio; the first step has order 1.
+        h = np.diff(log_a - np.log(s))
+        order_2 = np.append(0, h[1:] / h[:-1] / 2)
+
+        times = indices + diffusion.timesteps[0].item()
+        shrink = s[1:] / s[:-1]
+        gain = a[1:] * np.expm1(-h)
+        rows = np.stack([times[:-1], s[:-1], a[:-1], shrink, gain, order_2], axis=1)
+        return torch.from_numpy(rows).float()
 
 
-@torch.no_grad()
-def dpm_solver_diffusers(
-    diffusion: IDDPM, model: Model, y: Tensor, noise: ImageNoise, *, num_steps: int
-) -> Iterator[Tensor]:
-    """Yields x (N,C,H,W) after each step: DPM-Solver++(2M) by diffusers' scheduler as it comes, at whole times and down to no noise.
+@dataclass(frozen=True)
+class DiffusersDPMSolver:
+    """DPM-Solver++(2M) of the diffusers library, with the scheduler's defaults.
 
-    `dpm_solver` is U-ViT's and DiM's, which differs in its times and its end. Raises ValueError where diffusers is not installed.
+    It differs from `DPMSolver`, which is U-ViT's and DiM's, in its times, which are whole
+    timesteps, and in its end, which is free of noise.
+
+    diffusion: not respaced.
+    num_steps: number of steps, one evaluation each.
     """
-    try:
-        from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
-    except ImportError:
-        raise ValueError(
-            "sampler dpm_solver_diffusers needs diffusers: pip install -e .[latents]"
-        ) from None
-    scheduler = DPMSolverMultistepScheduler(
-        diffusion.num_steps,
-        trained_betas=diffusion.betas.cpu().numpy(),
-        solver_order=2,
-        algorithm_type="dpmsolver++",
-    )
-    x = noise.draw()
-    scheduler.set_timesteps(num_steps)
-    for i in scheduler.timesteps.tolist():
-        t = diffusion.timesteps[i].repeat(len(x))  # (N,)
-        eps, _ = split_prediction(model(x, t, y), x, diffusion.learned)
-        x = scheduler.step(eps, i, x).prev_sample
-        yield x
 
+    diffusion: IDDPM
+    num_steps: int
 
-BoundSampler = Callable[[Model, Tensor, ImageNoise], Iterator[Tensor]]
+    @torch.no_grad()
+    def __call__(self, model: Model, y: Tensor, noise: NoiseSource | Tensor) -> Iterator[Tensor]:
+        """Yield x after each step; ValueError if diffusers is not installed."""
+        try:
+            from diffusers.schedulers.scheduling_dpmsolver_multistep import (
+                DPMSolverMultistepScheduler,
+            )
+        except ImportError:
+            raise ValueError(
+                "sampler dpm_solver_diffusers needs diffusers: pip install -e .[latents]"
+            ) from None
+        diffusion = self.diffusion
+        scheduler = DPMSolverMultistepScheduler(
+            diffusion.num_steps,
+            trained_betas=diffusion.betas.cpu().numpy(),
+            solver_order=2,
+            algorithm_type="dpmsolver++",
+        )
+
+        # The library's scheduler makes the steps; only the prediction is ours.
+        x = noise_source(noise).draw()
+        scheduler.set_timesteps(self.num_steps)
+        for i in scheduler.timesteps.tolist():
+            t = diffusion.timesteps[i].repeat(len(x))  # (N,)
+            eps, _ = split_prediction(model(x, t, y), x, diffusion.learned)
+            x = scheduler.step(eps, i, x).prev_sample
+            yield x
 
 
 def has_uniform_steps(spec: Sampler, times: tuple[float, float]) -> bool:
-    """Whether every step does the same, so that one recording holds them all.
+    """Tell whether all steps do the same operations, so that one CUDA graph serves them all.
 
-    Not where steps adapt to the images, are another library's, or guidance comes and goes between the `times` that the network is given.
+    They do not if steps adapt to the images, if another library takes them, or if guidance comes
+    and goes between `times`, the first and the last that the network is given.
     """
-    return spec.name not in ("dopri5", "dpm_solver_diffusers") and (
-        spec.scale == 1 or guides_every_step(spec.interval, times)
-    )
+    if spec.name in ("dopri5", "dpm_solver_diffusers"):
+        return False
+    return spec.scale == 1 or guides_every_step(spec.interval, times)
 
 
 def bind_sampler(
     spec: Sampler,
-    process: DiffusionProcess,
+    diffusion: DiffusionProcess,
     gradient: Model | None = None,
     launch: Launch = run_eagerly,
 ) -> BoundSampler:
-    """The declared sampler of a process, to be called with a network, labels and noise; ValueError lists the known.
+    """Bind the sampler that a spec declares to its settings; call it with network, labels, noise.
 
-    launch: makes of a step, a function of tensors alone, what is called in its place. Ignored where there is no such step (`recordable`).
+    Args:
+        spec: name and settings of the sampler.
+        diffusion: the diffusion to sample from, not respaced.
+        gradient: a classifier's gradient, for the samplers that take one.
+        launch: see above; ignored by samplers without uniform steps (`has_uniform_steps`).
+
+    Raises:
+        ValueError: the diffusion has no such sampler (the message lists those it has), or the
+            sampler takes no gradient.
     """
     if gradient is not None and spec.name not in ("ancestral", "ddim"):
         raise ValueError(f"a classifier guides the samplers ancestral and ddim, not {spec.name!r}")
-    known: dict[str, Callable[[], BoundSampler]]
-    if isinstance(process, IDDPM):
-        known = {
-            "ancestral": lambda: partial(
-                ancestral,
-                process.respaced(spec.num_steps),
-                clip=spec.clip,
-                gradient=gradient,
-                launch=launch,
-            ),
-            "ddim": lambda: partial(
-                ddim,
-                process.respaced(spec.num_steps),
-                eta=spec.eta,
-                clip=spec.clip,
-                gradient=gradient,
-                launch=launch,
-            ),
-            "dpm_solver": lambda: partial(
-                dpm_solver, process, num_steps=spec.num_steps, launch=launch
-            ),
-            "dpm_solver_diffusers": lambda: partial(
-                dpm_solver_diffusers, process, num_steps=spec.num_steps
-            ),
-        }
-    else:
-        sde = dict(
-            num_steps=spec.num_steps,
-            form=spec.form,
-            last_step=spec.last_step,
-            last_size=spec.last_size,
-            launch=launch,
-        )
-        known = {
-            "euler": lambda: partial(flow_samplers.euler, num_steps=spec.num_steps, launch=launch),
-            "heun": lambda: partial(flow_samplers.heun, num_steps=spec.num_steps, launch=launch),
-            "dopri5": lambda: partial(flow_samplers.dopri5, atol=spec.atol, rtol=spec.rtol),
-            "sde": lambda: partial(flow_samplers.sde, process, **sde),
-        }
-    if spec.name not in known:
-        raise ValueError(f"unknown sampler {spec.name!r}; known: {', '.join(known)}")
-    return known[spec.name]()
+    if isinstance(diffusion, IDDPM):
+        return _bind_to_iddpm(spec, diffusion, gradient, launch)
+    return _bind_to_flow(spec, diffusion, launch)
+
+
+def _bind_to_iddpm(
+    spec: Sampler, diffusion: IDDPM, gradient: Model | None, launch: Launch
+) -> BoundSampler:
+    match spec.name:
+        case "ancestral":
+            respaced = diffusion.respaced(spec.num_steps)
+            return Ancestral(respaced, spec.clip, gradient, launch)
+        case "ddim":
+            respaced = diffusion.respaced(spec.num_steps)
+            return DDIM(respaced, spec.eta, spec.clip, gradient, launch)
+        case "dpm_solver":
+            return DPMSolver(diffusion, spec.num_steps, launch)
+        case "dpm_solver_diffusers":
+            return DiffusersDPMSolver(diffusion, spec.num_steps)
+    raise ValueError(
+        f"unknown sampler {spec.name!r}; known: ancestral, ddim, dpm_solver, dpm_solver_diffusers"
+    )
+
+
+def _bind_to_flow(spec: Sampler, flow: Flow, launch: Launch) -> BoundSampler:
+    match spec.name:
+        case "euler":
+            return Euler(spec.num_steps, launch)
+        case "heun":
+            return Heun(spec.num_steps, launch)
+        case "dopri5":
+            return Dopri5(spec.atol, spec.rtol)
+        case "sde":
+            return SDE(flow, spec.num_steps, spec.form, spec.last_step, spec.last_size, launch)
+    raise ValueError(f"unknown sampler {spec.name!r}; known: euler, heun, dopri5, sde")

@@ -1,11 +1,11 @@
-"""From a spec to its record: run a stage once, keep what it gave or why it failed."""
+"""From a spec to its record: run a stage once, and keep its results or the reason of its failure."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,236 +15,305 @@ from backbones import kernels
 from experiments.engine.numerics import device as machine
 from experiments.engine.numerics.precision import precision, read_tf32_flags
 from experiments.engine.records.store import Record, Store, provenance
-from experiments.engine.runtime import group as distributed
-from experiments.engine.runtime import heartbeat, preemption
-from experiments.engine.runtime import heartbeat as attempts
-from experiments.engine.runtime.group import Group
-from experiments.engine.runtime.heartbeat import Heartbeat
+from experiments.engine.runtime import failures, preemption
+from experiments.engine.runtime.attempts import end_attempt, read_attempts
+from experiments.engine.runtime.context import Resources, RunContext
+from experiments.engine.runtime.failures import FailureWatch, RankLost
+from experiments.engine.runtime.group import Group, join_group, one_line
+from experiments.engine.runtime.heartbeat import (
+    Heartbeat,
+    RunState,
+    claim_run,
+    is_live,
+    job_id,
+    read_heartbeat,
+)
+from experiments.engine.runtime.preemption import Preempted, StopRequest, resolve_stop
+from experiments.engine.runtime.progress import Report, ignore_progress
 from experiments.engine.sampling.generate import can_capture_steps
 from experiments.engine.scoring import stage as evaluate
-from experiments.engine.specs.spec import Ceilings, Cost, Evaluate, Profile, Stage, Timing, Train
-from experiments.engine.timing import cost
-from experiments.engine.timing import profile as ceilings
+from experiments.engine.specs.spec import Ceilings, Evaluate, Profile, Stage, Timing, Train
+from experiments.engine.timing import ceilings, cost
 from experiments.engine.timing import profile as profiling
 from experiments.engine.timing import stage as timing
 from experiments.engine.training.stage import run_training
-from experiments.engine.training.trainer import Resources
-
-Report = Callable[[int, int, float, float], None]
 
 
-def execute(spec: Stage, store: Store, resources: Resources, report: Report) -> Record:
-    """The stage's record: an old one if it is done, else a new one. Failures are records too.
+@dataclass(frozen=True)
+class _Execution:
+    """One execution of a stage by one process of a group."""
 
-    In a group of processes every rank calls this and gets the record; the first one writes it. A rank that fails ends the
-    whole group: the record holds its error, and all ranks but the first exit. Another process at the same stage is waited
-    for, another job refused (ValueError). Raises OSError where results cannot be written, and SystemExit, with status
-    75 when the job was asked to stop (`preemption.listen` makes it hear) and has saved, with 137 when it has lost a rank.
+    spec: Stage
+    store: Store
+    # Its folder is the stage's own: there lie the lock, the heartbeat and the errors of ranks.
+    context: RunContext
+    # When the execution started, by `time.perf_counter`.
+    started: float
+
+    @property
+    def step(self) -> int:
+        """The step of the last heartbeat."""
+        return (self.context.heartbeat and self.context.heartbeat.fields["step"]) or 0
+
+    def finish(self, status: str, values: dict[str, Any], error: str | None = None) -> Record:
+        """Append the record, then close the attempt and the heartbeat."""
+        folder, heartbeat = self.context.folder, self.context.heartbeat
+        if heartbeat:
+            end_attempt(folder, self.step, error or status)
+            attempts = read_attempts(folder)
+            if attempts:
+                values = values | {"attempts": attempts}
+        seconds = time.perf_counter() - self.started
+        origin = _provenance(self.spec, self.context, seconds)
+        record = self.store.append(self.spec, status, values, origin, error)
+        if heartbeat:
+            heartbeat.end(RunState(status), error)
+        return record
+
+    def give_up(self, error: str) -> None:
+        """Close the attempt and the heartbeat without a record."""
+        if self.context.heartbeat:
+            end_attempt(self.context.folder, self.step, error)
+            self.context.heartbeat.end(RunState.FAILED, error)
+
+
+def execute(
+    spec: Stage, store: Store, resources: Resources, report: Report = ignore_progress
+) -> Record:
+    """Return the stage's record: an old one if it is done, else a new one. Failures are records too.
+
+    In a group, every rank calls this and gets the record, which rank 0 writes. If a rank fails,
+    the whole group ends: the record holds the error, and all ranks but rank 0 exit. Another
+    process that works on the stage is waited for.
+
+    Raises:
+        ValueError: Another job works on the stage.
+        OSError: Results cannot be written.
+        SystemExit: With status 75 after the job was asked to stop and has saved, with status 137
+            after another rank was lost.
     """
     require_device(resources.device)
     machine.keep_memory()
-    group = distributed.join(resources.device, resources.timeout)
-    folder = store.run_dir(spec)
-    if not group.first:
-        return _follow(spec, store, resources, group)
+    group = join_group(resources.device, resources.timeout)
+    context = RunContext(store.run_dir(spec), resources, group)
+    if group.first:
+        return _lead(spec, store, replace(context, report=report))
+    return _follow(spec, store, context)
+
+
+def require_device(device: str) -> None:
+    """Raise ValueError if a GPU was asked for and PyTorch cannot use one."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"no usable GPU: torch {torch.__version__} was built for CUDA {torch.version.cuda}; "
+            "update the driver or pass --device cpu"
+        )
+
+
+def _lead(spec: Stage, store: Store, context: RunContext) -> Record:
+    """Run the stage as rank 0, which holds its lock and writes its record."""
+    group = context.group
     with ExitStack() as held:
+        # The other ranks wait for an answer: a refusal, an old record, or None for work.
         try:
-            beat = held.enter_context(_held(spec, store, group))
+            heartbeat = held.enter_context(_hold(spec, store, group))
         except ValueError as refusal:
-            group.share(refusal)
+            group.broadcast(refusal)
             raise
         store.refresh()
-        distributed.clear_errors(folder)
-        if done := group.share(store.here.latest(spec)):
-            if beat:
-                beat.end("done")
+        failures.clear_errors(context.folder)
+        done = group.broadcast(store.here.latest(spec))
+        if done:
+            if heartbeat:
+                heartbeat.end(RunState.DONE)
             return done
+
         kernels.reset_used()
-        started = time.perf_counter()
-
-        def finish(status: str, values: dict[str, Any], error: str | None = None) -> Record:
-            if beat:
-                attempts.end_attempt(folder, beat.fields["step"] or 0, error or status)
-                if found := attempts.read_attempts(folder):
-                    values = values | {"attempts": found}
-            record = store.append(
-                spec,
-                status,
-                values,
-                _provenance(spec, resources, group, time.perf_counter() - started),
-                error,
-            )
-            if beat:
-                beat.end(status, error)
-            return record
-
-        try:
-            with distributed.Watch(group, folder, lambda error: finish("failed", {}, error)):
-                values = _run(spec, store, resources, report, group, beat)
-        except preemption.Preempted as stop:
-            _leave(stop, folder, group, beat)
-        except OSError as error:
-            distributed.report_error(folder, group, distributed.one_line(error))
-            if beat:
-                attempts.end_attempt(folder, beat.fields["step"] or 0, distributed.one_line(error))
-                beat.end("failed", distributed.one_line(error))
-            raise
-        except Exception as failure:  # a failed row is a result, and the others go on
-            try:
-                error = distributed.cause(folder, group, failure)
-            except distributed.Lost as lost:
-                _leave(lost, folder, group, beat)
-            return finish("failed", getattr(failure, "values", {}), error)
-        return group.share(finish("done", values))
+        execution = _Execution(
+            spec, store, replace(context, heartbeat=heartbeat), time.perf_counter()
+        )
+        return _work(execution)
 
 
-def _follow(spec: Stage, store: Store, resources: Resources, group: Group) -> Record:
-    """A rank after the first: works on its part, and exits where any rank fails."""
-    folder = store.run_dir(spec)
+def _work(execution: _Execution) -> Record:
+    """Run the stage on rank 0, and turn whatever happens into a record or an exit status."""
+    context = execution.context
+    folder, group = context.folder, context.group
+
+    def fail(error: str) -> Record:
+        return execution.finish("failed", {}, error)
+
     try:
-        answer = group.share(None)
+        with FailureWatch(group, folder, fail):
+            values = _run_stage(execution.spec, execution.store, context)
+    except Preempted as stop:
+        _leave(stop, context)
+    except OSError as failure:
+        failures.report_error(folder, group, one_line(failure))
+        execution.give_up(one_line(failure))
+        raise
+    except Exception as failure:  # a failed row is a result, and the others go on
+        try:
+            error = failures.explain_failure(folder, group, failure)
+        except RankLost as lost:
+            _leave(lost, context)
+        return execution.finish("failed", getattr(failure, "values", {}), error)
+    return group.broadcast(execution.finish("done", values))
+
+
+def _follow(spec: Stage, store: Store, context: RunContext) -> Record:
+    """Run this rank's share of a stage that rank 0 leads, and exit if any rank fails."""
+    folder, group = context.folder, context.group
+    try:
+        answer = group.broadcast(None)
         if answer is None:
-            with distributed.Watch(group, folder):
+            with FailureWatch(group, folder):
                 if isinstance(spec, Train | Evaluate):
-                    _run(spec, store, resources, lambda *_: None, group, None)
-            answer = group.share(None)
-    except preemption.Preempted as stop:
-        _leave(stop, folder, group, None)
+                    _run_stage(spec, store, context)
+            answer = group.broadcast(None)
+    except Preempted as stop:
+        _leave(stop, context)
     except Exception as failure:
         try:
-            print(
-                f"error: {distributed.cause(folder, group, failure)}", file=sys.stderr, flush=True
-            )
+            error = failures.explain_failure(folder, group, failure)
+            print(f"error: {error}", file=sys.stderr, flush=True)
             _outlast_the_record(folder)
-        except distributed.Lost as lost:
-            _leave(lost, folder, group, None)
+        except RankLost as lost:
+            _leave(lost, context)
         raise SystemExit(1) from None
-    if isinstance(answer, ValueError):  # another job has the run: every rank says so
+
+    # Another job has the run: every rank says so.
+    if isinstance(answer, ValueError):
         raise answer
     return answer
 
 
 def _outlast_the_record(folder: Path) -> None:
-    """Wait until the first rank has written why the run failed: a scheduler may end it as soon as this rank ends."""
-    end = time.monotonic() + distributed.POLL + 2 * distributed.GRACE
-    while heartbeat.live(heartbeat.read(folder)) and time.monotonic() < end:
+    """Wait until rank 0 has recorded the failure: a scheduler may end it once this rank ends."""
+    end = time.monotonic() + failures.POLL + 2 * failures.GRACE
+    while is_live(read_heartbeat(folder)) and time.monotonic() < end:
         time.sleep(0.1)
 
 
-def _held(spec: Stage, store: Store, group: Group) -> AbstractContextManager[Heartbeat | None]:
-    """The stage's lock; a stage of hours also shows a heartbeat."""
-    return (
-        heartbeat.claimed(store.run_dir(spec), group.world_size)
-        if isinstance(spec, Train | Evaluate)
-        else store.lock(spec)
-    )
+def _hold(spec: Stage, store: Store, group: Group) -> AbstractContextManager[Heartbeat | None]:
+    """Hold the stage's lock. Stages that can take hours also show a heartbeat."""
+    if isinstance(spec, Train | Evaluate):
+        return claim_run(store.run_dir(spec), group.world_size)
+    return store.lock(spec)
 
 
-def _leave(
-    why: preemption.Preempted | distributed.Lost, folder: Path, group: Group, beat: Heartbeat | None
-) -> NoReturn:
-    """End this process before the end of its stage; if it was asked to make room, the job goes back into the queue.
+def _leave(why: Preempted | RankLost, context: RunContext) -> NoReturn:
+    """End this process before the end of its stage, and requeue the job if it should make room.
 
-    Ranks that stop together wait for what the first one has to write and to ask for: a scheduler may end all when one ends.
+    Ranks that stop together wait until rank 0 has written and requeued: a scheduler may end all
+    ranks once one of them ends.
     """
-    how, reason = preemption.NO, str(why)
-    if isinstance(why, preemption.Preempted):
-        how = _agreed(group, preemption.meant(why.how) if group.first else preemption.STOP)
-        reason += (
-            ""
-            if how == why.how
-            else ", to make room"
-            if how == preemption.REQUEUE
-            else ", and to end"
-        )
-    back = how == preemption.REQUEUE and heartbeat.job_id() is not None
-    if back:
+    group, heartbeat = context.group, context.heartbeat
+    if isinstance(why, RankLost):
+        _close(heartbeat, context.folder, RunState.STOPPED, str(why))
+        raise SystemExit(preemption.LOST)
+
+    # Rank 0 asks the scheduler what the signal means, and all ranks follow its answer.
+    request = resolve_stop(why.request) if group.first else StopRequest.STOP
+    request = _agree(group, request)
+    returns_to_queue = request == StopRequest.REQUEUE and job_id() is not None
+    if returns_to_queue:
         preemption.yield_to_terminations()
-    if beat:
-        if how != preemption.TAKEN_OVER:
-            attempts.end_attempt(folder, beat.fields["step"] or 0, reason)
-        beat.end("requeued" if back else "stopped", reason)
-        print(f"stopped: {reason}", file=sys.stderr, flush=True)
-    refusal = preemption.requeue() if back and group.first else None
+
+    reason = _reason(why, request)
+    state = RunState.REQUEUED if returns_to_queue else RunState.STOPPED
+    _close(heartbeat, context.folder, state, reason, request != StopRequest.TAKEN_OVER)
+
+    # A scheduler that refuses leaves a job that is stopped after all.
+    refusal = preemption.requeue() if returns_to_queue and group.first else None
     if refusal:
         refusal = f"{reason}; saved, but the job could not be requeued: {refusal}"
         print(f"error: {refusal}; submit it again", file=sys.stderr, flush=True)
-        if beat:
-            beat.correct("stopped", refusal)
-    if isinstance(why, preemption.Preempted):
-        refusal = _agreed(group, refusal)
-    if back and not refusal:
+        if heartbeat:
+            heartbeat.correct(RunState.STOPPED, refusal)
+    refusal = _agree(group, refusal)
+    if returns_to_queue and not refusal:
         preemption.wait_for_the_end()
-    raise SystemExit(preemption.LOST if isinstance(why, distributed.Lost) else preemption.TRY_AGAIN)
+    raise SystemExit(preemption.TRY_AGAIN)
 
 
-def _agreed(group: Group, answer: Any) -> Any:
-    """The first rank's answer; one's own where the scheduler has ended a rank already."""
+def _reason(why: Preempted, request: StopRequest) -> str:
+    """Return why the run stops, with the scheduler's meaning if that differs from the signal's."""
+    if request == why.request:
+        return str(why)
+    if request == StopRequest.REQUEUE:
+        return f"{why}, to make room"
+    return f"{why}, and to end"
+
+
+def _close(
+    heartbeat: Heartbeat | None,
+    folder: Path,
+    state: RunState,
+    reason: str,
+    ends_attempt: bool = True,
+) -> None:
+    """Close the attempt and the heartbeat of a run that stops early, on the rank that has them."""
+    if heartbeat is None:
+        return
+    if ends_attempt:
+        end_attempt(folder, heartbeat.fields["step"] or 0, reason)
+    heartbeat.end(state, reason)
+    print(f"stopped: {reason}", file=sys.stderr, flush=True)
+
+
+def _agree(group: Group, answer: Any) -> Any:
+    """Return rank 0's answer, or this rank's own if the scheduler has already ended a rank."""
     with suppress(RuntimeError):
-        return group.share(answer)
+        return group.broadcast(answer)
     return answer
 
 
-def require_device(device: str) -> None:
-    """Raise ValueError in one line if a GPU was asked for and torch cannot use one."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"no usable GPU: torch {torch.__version__} was built for CUDA {torch.version.cuda}; update the driver or pass --device cpu"
-        )
-
-
-def _run(
-    spec: Stage,
-    store: Store,
-    resources: Resources,
-    report: Report,
-    group: Group,
-    beat: Heartbeat | None,
-) -> dict[str, Any]:
-    if isinstance(spec, Cost):
-        return cost.count_backbone(spec)
-    if isinstance(spec, Timing):
-        return timing.measure_speed(spec)
+def _run_stage(spec: Stage, store: Store, context: RunContext) -> dict[str, Any]:
+    """Do the work of a stage and return the values of its record."""
+    if isinstance(spec, Train):
+        return run_training(spec, context)
+    if isinstance(spec, Evaluate):
+        training = replace(context, folder=store.run_dir(spec.train))
+        return evaluate.run(spec, store.root / "runs" / "classifiers", training)
+    if isinstance(spec, Profile):
+        return profiling.profile_task(spec, context.folder)
     if isinstance(spec, Ceilings):
         return ceilings.measure_ceilings(spec)
-    if isinstance(spec, Profile):
-        return profiling.profile_task(spec, store.run_dir(spec))
-    if isinstance(spec, Train):
-        return run_training(spec, store.run_dir(spec), resources, report, group, beat)
-    assert isinstance(spec, Evaluate), spec
-    return evaluate.run(
-        spec,
-        store.run_dir(spec.train),
-        store.root / "runs" / "classifiers",
-        resources,
-        group,
-        beat,
-        report,
-    )
+    if isinstance(spec, Timing):
+        return timing.measure_speed(spec)
+    return cost.count_backbone(spec)
 
 
-def _provenance(spec: Stage, resources: Resources, group: Group, seconds: float) -> dict[str, Any]:
-    device = torch.device(resources.device)
-    with precision(getattr(getattr(spec, "recipe", spec), "precision", "fp32"), device):
+def _provenance(spec: Stage, context: RunContext, seconds: float) -> dict[str, Any]:
+    """Return what produced a record: code, machine, processes, numerics and time."""
+    resources, group = context.resources, context.group
+    with precision(_precision_of(spec), context.device):
         in_force = read_tf32_flags()
+
+    # A timing declares itself whether it is compiled or runs by CUDA graphs.
+    if isinstance(spec, Evaluate):
+        uses_graphs = resources.graphs and can_capture_steps(spec)
+    else:
+        uses_graphs = resources.graphs and group.world_size == 1
     return (
         provenance()
-        | machine.describe_device(device)
+        | machine.describe_device(context.device)
         | {
             "world_size": group.world_size,
             "micro_batch": resources.micro_batch,
             "sample_batch": resources.sample_batch,
             "compiled": getattr(spec, "compile", resources.compile),
-            "graphs": getattr(
-                spec,
-                "graphs",
-                resources.graphs
-                and (
-                    can_capture_steps(spec) if isinstance(spec, Evaluate) else group.world_size == 1
-                ),
-            ),
+            "graphs": getattr(spec, "graphs", uses_graphs),
             "precision_flags": in_force,
             "kernels": kernels.used(),
             "seconds": round(seconds, 2),
         }
     )
+
+
+def _precision_of(spec: Stage) -> str:
+    """Return the declared precision. A training declares it in its recipe, a count has none."""
+    if isinstance(spec, Train):
+        return spec.recipe.precision
+    return getattr(spec, "precision", "fp32")

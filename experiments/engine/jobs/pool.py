@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from experiments.engine.records.store import Record, Store
 from experiments.engine.runtime import preemption
+from experiments.engine.runtime.progress import Progress
 from experiments.engine.specs.spec import Stage, kind_of
 
 GAIN = 1.02  # in images a second, for which a sweep goes on to the next batch
@@ -88,7 +89,7 @@ def run_here(
 ) -> bool:
     """Run jobs, `workers` at a time with `threads` threads each and further `resources` of the trainer; True if every one is done.
 
-    `notify(job, event, payload)` hears 'progress' (step, steps, loss, images per second), 'record' (stage, record),
+    `notify(job, event, payload)` hears 'progress' (a Progress), 'record' (stage, record),
     'error' (text) and 'end' (None). An interrupt stops every process; what they wrote is whole.
     """
     os.environ.setdefault(
@@ -164,7 +165,8 @@ def _work(
         return
     import torch
 
-    from experiments.engine.jobs.execute import Resources, execute
+    from experiments.engine.jobs.execute import execute
+    from experiments.engine.runtime.context import Resources
 
     torch.set_num_threads(threads)
     store, records = Store(root), list(job.before)
@@ -175,7 +177,7 @@ def _work(
                     stage,
                     store,
                     Resources(device=device, **resources),
-                    lambda *progress: pipe.send(("progress", progress)),
+                    lambda progress: pipe.send(("progress", progress)),
                 )
             )
             pipe.send(("record", (stage, records[-1])))
@@ -207,28 +209,30 @@ def work_in_job(
         preemption.listen()
     import torch
 
-    from experiments.engine.jobs.execute import Resources, execute
+    from experiments.engine.jobs.execute import execute
+    from experiments.engine.runtime.context import Resources
 
     if threads := threads or int(os.environ.get("SLURM_CPUS_PER_TASK", "0")):
         torch.set_num_threads(threads)
     store, error, records = Store(root), None, list(job.before)
 
-    def report(step: int, steps: int, loss: float, rate: float) -> None:
-        of = "" if loss != loss else f", loss {loss:.4f}"  # sampling has none
-        print(f"{job.label}: step {step} of {steps}{of}, {rate:.0f} images/s", flush=True)
-        _sign("restarts", None)
+    def report(progress: Progress) -> None:
+        loss = "" if progress.loss is None else f", loss {progress.loss:.4f}"
+        position = f"step {progress.step} of {progress.total}"
+        print(f"{job.label}: {position}{loss}, {progress.rate:.0f} images/s", flush=True)
+        _write_marker("restarts", None)
 
     try:
         store.check_writable()
         for stage in job.stages:
-            _sign("run", str(store.run_dir(stage)))
+            _write_marker("run", str(store.run_dir(stage)))
             record = execute(stage, store, Resources(device=device, **resources), report)
             print(f"{job.label}: {kind_of(stage)} {record.error or 'done'}", flush=True)
-            _sign("restarts", None)
+            _write_marker("restarts", None)
             records.append(record)
             if record.status != "done" and job.failed(records):
                 error = f"{job.label}: {kind_of(stage)} failed: {record.error}"
-            if job.ended(records):
+            if job.ended(records) or _lost_its_group(record):
                 break
     except (OSError, ValueError) as failure:
         full = (
@@ -238,11 +242,16 @@ def work_in_job(
         )
         error = f"{socket.gethostname()}: {full}"
     if error:
-        _sign("failed", error)
+        _write_marker("failed", error)
     return error
 
 
-def _sign(end: str, text: str | None) -> None:
+def _lost_its_group(record: Record) -> bool:
+    """Whether a stage failed in a group of processes, of which only the first one is left."""
+    return record.status != "done" and record.provenance["world_size"] > 1
+
+
+def _write_marker(end: str, text: str | None) -> None:
     """Write, or remove, a sign for the batch script."""
     if start := os.environ.get("DICO_JOB"):
         with suppress(OSError):

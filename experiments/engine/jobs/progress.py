@@ -16,7 +16,7 @@ def images_line(done: int, total: int, rate: float) -> str:
     return f"{done} of {total} images, {rate:.1f} images/s, {minutes // 60}:{minutes % 60:02d}:{seconds:02d} left"
 
 
-class Progress:
+class ProgressDisplay:
     """`notify` takes the events of `launch.run_here`; `total` counts stages. `lines` says each piece of a drawing where there are no bars."""
 
     def __init__(self, total: int, lines: bool = False) -> None:
@@ -29,7 +29,7 @@ class Progress:
         )
         self.tasks: dict[str, Any] = {}
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressDisplay:
         if sys.stderr.isatty() and self.total:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -53,16 +53,23 @@ class Progress:
 
     def notify(self, job: Job, event: str, payload: Any) -> None:
         if event == "progress" and self.bars:
-            step, steps, loss, rate = payload
+            progress = payload
             if job.label not in self.tasks:
-                self.tasks[job.label] = self.bars.add_task(job.label, total=steps, state="")
-            state = (
-                f"{rate:.1f} images/s" if loss != loss else f"loss {loss:.4f}, {rate:.0f} images/s"
-            )  # sampling has no loss
-            self.bars.update(self.tasks[job.label], completed=step, total=steps, state=state)
+                self.tasks[job.label] = self.bars.add_task(
+                    job.label, total=progress.total, state=""
+                )
+            if progress.loss is None:  # of a sampling
+                state = f"{progress.rate:.1f} images/s"
+            else:
+                state = f"loss {progress.loss:.4f}, {progress.rate:.0f} images/s"
+            self.bars.update(
+                self.tasks[job.label],
+                completed=progress.step,
+                total=progress.total,
+                state=state,
+            )
         elif event == "progress" and self.lines:
-            done, num, _, rate = payload
-            self._say(images_line(done, num, rate))
+            self._say(images_line(payload.step, payload.total, payload.rate))
         elif event == "record":
             stage, record = payload
             self.done += 1

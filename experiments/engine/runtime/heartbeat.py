@@ -1,8 +1,21 @@
-"""A run's sign of life and its lock: who works on it and how far it is. Standard library only.
+"""A run's sign of life and its lock: who works on it, and how far it is. Standard library only.
 
-`heartbeat.json` in a run's folder holds the state (starting, training, evaluating, saving; at the end requeued, stopped,
-done or failed), step, steps, images_per_s, seconds_left (of an evaluation), loss, updated (unix seconds by the writer's clock),
-host, pid, job_id, attempt, world_size, reason and owner (one random name an attempt). Its age is told by the file system's clock alone: nodes' differ.
+`heartbeat.json` in a run's folder holds these fields:
+
+    state         a RunState
+    step, steps   how far the run is, and where it ends
+    images_per_s  throughput since the attempt started
+    seconds_left  of an evaluation
+    loss          mean loss of the latest steps
+    updated       unix time of the last change, by the writer's clock
+    host, pid     where the process runs
+    job_id        the scheduler's id, or null
+    attempt       1 more than the scheduler's count of restarts
+    world_size    how many processes share the run
+    reason        why the run ended, or null
+    owner         a random name, one for each attempt
+
+Clocks of nodes differ, so only the file system's clock tells how old a heartbeat is.
 """
 
 from __future__ import annotations
@@ -15,53 +28,80 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from experiments.engine.records.files import take_lock, written_whole
 
-EVERY, STALE = (
-    5.0,
-    60.0,
-)  # seconds between two signs of life, and without one until a process counts as dead
-LIVE = ("starting", "training", "evaluating", "saving")
+INTERVAL = 5.0  # seconds between two heartbeats
+STALE_AFTER = 60.0  # seconds without a heartbeat after which a process counts as dead
+
+
+class RunState(StrEnum):
+    """What a run is doing, or how it ended."""
+
+    STARTING = "starting"
+    TRAINING = "training"
+    EVALUATING = "evaluating"
+    SAVING = "saving"
+    REQUEUED = "requeued"
+    STOPPED = "stopped"
+    DONE = "done"
+    FAILED = "failed"
+
+
+LIVE_STATES = (RunState.STARTING, RunState.TRAINING, RunState.EVALUATING, RunState.SAVING)
 
 
 def job_id() -> str | None:
-    """The scheduler's id of the job that this process belongs to."""
+    """Return the scheduler's id of the job that this process belongs to."""
     return os.environ.get("SLURM_JOB_ID")
 
 
 def queue_id() -> str | None:
-    """What the scheduler's clients call this job: the last element of an array has the id of the whole array."""
-    if "SLURM_ARRAY_JOB_ID" in os.environ and "SLURM_ARRAY_TASK_ID" in os.environ:
-        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    """Return the name by which the scheduler's clients call this job.
+
+    It differs from the id for the last element of an array, which has the id of the whole array.
+    """
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    element = os.environ.get("SLURM_ARRAY_TASK_ID")
+    if array is not None and element is not None:
+        return f"{array}_{element}"
     return job_id()
 
 
-def read(folder: Path) -> dict[str, Any] | None:
-    """The last heartbeat of a run, with its `age` in seconds when it was read, or None."""
-    found = _read(folder)
-    return found and found | {"age": _now(folder) - found["written"]}
+def read_heartbeat(folder: Path) -> dict[str, Any] | None:
+    """Return the last heartbeat of a run and its `age` in seconds, or None."""
+    fields = _read(folder)
+    if fields is None:
+        return None
+    return fields | {"age": _now(folder) - fields["written"]}
+
+
+def is_live(heartbeat: dict[str, Any] | None) -> bool:
+    """Return whether the process behind a heartbeat was at work when the heartbeat was read."""
+    if heartbeat is None:
+        return False
+    return heartbeat.get("state") in LIVE_STATES and heartbeat["age"] < STALE_AFTER
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
+    """Return the fields of a heartbeat and the time at which it was `written`, or None."""
     try:
-        with open(
-            folder / "heartbeat.json", "rb"
-        ) as file:  # a network file system looks again when a file is opened
-            found, written = json.loads(file.read()), os.fstat(file.fileno()).st_mtime
+        # Opening the file makes a network file system look again.
+        with open(folder / "heartbeat.json", "rb") as file:
+            fields = json.loads(file.read())
+            written = os.fstat(file.fileno()).st_mtime
     except (OSError, ValueError):
         return None
-    return (
-        found | {"written": written}
-        if isinstance(found, dict) and isinstance(found.get("updated"), int | float)
-        else None
-    )
+    if not isinstance(fields, dict) or not isinstance(fields.get("updated"), int | float):
+        return None
+    return fields | {"written": written}
 
 
 def _now(folder: Path) -> float:
-    """The time by the clock that stamps the folder's files; this machine's where none can be written."""
+    """Return the time by the clock that stamps files of a folder, or this machine's time."""
     probe = folder / f".clock.{uuid.uuid4().hex}.tmp"
     try:
         probe.touch()
@@ -73,170 +113,137 @@ def _now(folder: Path) -> float:
         return time.time()
 
 
-def live(beat: dict[str, Any] | None) -> bool:
-    """Whether the process that wrote it worked, and had been heard of lately, when it was read."""
-    return beat is not None and beat.get("state") in LIVE and beat["age"] < STALE
-
-
 class Heartbeat:
-    """Writes the file every few seconds from a thread of its own; `before` is what it found, `taken_over` who replaced it."""
+    """Writes the file every few seconds from a thread of its own.
+
+    Attributes:
+        fields: What the file holds.
+        previous: The heartbeat of an earlier attempt, or None.
+        taken_over: The heartbeat of another process that replaced this one, or None.
+    """
 
     def __init__(self, folder: Path, world_size: int = 1) -> None:
-        self.folder, self.before, self.taken_over = folder, read(folder), None
-        attempt = int(os.environ.get("SLURM_RESTART_COUNT", "0")) + 1
+        self.folder = folder
+        self.previous = read_heartbeat(folder)
+        self.taken_over: dict[str, Any] | None = None
+        # The order is fixed: slurm/job.sh looks for state and job_id in the text.
         self.fields: dict[str, Any] = dict(
-            state="starting",
+            state=RunState.STARTING,
             step=None,
             steps=None,
             images_per_s=None,
             loss=None,
             host=socket.gethostname(),
             pid=os.getpid(),
-        )
-        self.fields |= dict(
             job_id=job_id(),
-            attempt=attempt,
+            attempt=int(os.environ.get("SLURM_RESTART_COUNT", "0")) + 1,
             world_size=world_size,
             reason=None,
             owner=uuid.uuid4().hex,
         )
-        self._changed, self._ended, self._written = threading.Event(), False, False
-        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+        # The first heartbeat is on disk before anything else happens.
+        self._changed = threading.Event()
+        self._ended = False
+        self._written = False
+        self._thread = threading.Thread(target=self._write_until_the_end, daemon=True)
         self._write()
         self._thread.start()
 
-    def tell(self, **changes: Any) -> None:
-        """Change fields; a new state is written at once, by the thread, so that nobody waits for the file system."""
-        urgent = changes.get("state", self.fields["state"]) != self.fields["state"]
+    def update(self, **changes: Any) -> None:
+        """Change fields.
+
+        The thread writes a new state at once, and other changes with its next heartbeat, so that
+        a training step never waits for the file system.
+        """
+        is_new_state = changes.get("state", self.fields["state"]) != self.fields["state"]
         self.fields |= changes
-        if urgent:
+        if is_new_state:
             self._changed.set()
 
-    def end(self, state: str, reason: str | None = None) -> None:
-        """Write the last state and stop; only the first call does anything."""
+    def end(self, state: RunState, reason: str | None = None) -> None:
+        """Write the last state and stop. Later calls do nothing."""
         if self._ended:
             return
         self._ended = True
         self._changed.set()
         self._thread.join()
-        self.fields |= dict(state=state, reason=reason)
-        self._write()
+        self.correct(state, reason)
 
-    def correct(self, state: str, reason: str) -> None:
+    def correct(self, state: RunState, reason: str | None) -> None:
         """Write another last state after `end`."""
         self.fields |= dict(state=state, reason=reason)
         self._write()
 
-    def _beat(self) -> None:
+    def _write_until_the_end(self) -> None:
         while not self._ended:
-            self._changed.wait(EVERY)
+            self._changed.wait(INTERVAL)
             self._changed.clear()
             if not self._ended:
                 self._write()
 
     def _write(self) -> None:
-        there = _read(self.folder)
-        if self._written and there and there.get("owner") != self.fields["owner"]:
-            self.taken_over = there
+        # A heartbeat of another owner means that another job works here now.
+        current = _read(self.folder)
+        if self._written and current and current.get("owner") != self.fields["owner"]:
+            self.taken_over = current
         if self.taken_over:
             return
+
+        # On a full disk the run itself fails, and says so.
         self.fields["updated"] = time.time()
-        with suppress(OSError):  # on a full disk the run itself says so
+        with suppress(OSError):
             with written_whole(self.folder / "heartbeat.json") as file:
                 file.write(json.dumps(self.fields).encode())
             self._written = True
 
 
 @contextmanager
-def claimed(folder: Path, world_size: int = 1) -> Iterator[Heartbeat]:
+def claim_run(folder: Path, world_size: int = 1) -> Iterator[Heartbeat]:
     """Hold a run's folder and its heartbeat.
 
-    A process of the same job, or of none on the same host, is waited for; ValueError in one line where another live job
-    has the run. On one host the kernel's file lock decides, which a dead process frees at once; across hosts, where not
-    every file system shares such locks, the heartbeat decides, and one that is stale is taken over.
+    On one host the kernel's file lock decides, which a dead process frees at once. Not every file
+    system shares such locks between hosts; there the heartbeat decides, and a stale one is taken
+    over. A process of the same job, or of no job on the same host, is waited for.
+
+    Raises:
+        ValueError: Another live job has the run.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    there = read(folder)
-    if (
-        live(there)
-        and there.get("host") != socket.gethostname()
-        and (job_id() is None or there.get("job_id") != job_id())
-    ):
-        raise ValueError(_refusal(folder, there))
+    current = read_heartbeat(folder)
+    if current is not None and is_live(current) and _is_elsewhere(current):
+        raise ValueError(_refusal(folder, current))
+
     with open(folder / "lock", "wb") as file:
+        # A holder that is silent for long is dead, or on a host that does not share the lock.
         heard = time.monotonic()
-        while not take_lock(file, wait=False) and time.monotonic() - heard < STALE:
-            if live(there := read(folder)):
-                if there.get("job_id") != job_id():
-                    raise ValueError(_refusal(folder, there))
+        while not take_lock(file, wait=False) and time.monotonic() - heard < STALE_AFTER:
+            current = read_heartbeat(folder)
+            if current is not None and is_live(current):
+                if current.get("job_id") != job_id():
+                    raise ValueError(_refusal(folder, current))
                 heard = time.monotonic()
             time.sleep(0.1)
-        beat = Heartbeat(folder, world_size)
+
+        heartbeat = Heartbeat(folder, world_size)
         try:
-            yield beat
+            yield heartbeat
         finally:
-            beat.end("stopped", "interrupted")
+            heartbeat.end(RunState.STOPPED, "interrupted")
 
 
-def _refusal(folder: Path, there: dict[str, Any]) -> str:
-    job = f"job {there['job_id']}" if there.get("job_id") else f"process {there.get('pid')}"
-    return f"run {folder.name} is being worked on by {job} on {there.get('host')} ({there.get('state')}, heard of {there['age']:.0f} s ago); wait for it or end it first"
+def _is_elsewhere(heartbeat: dict[str, Any]) -> bool:
+    """Return whether a heartbeat is of another host, and not of this job."""
+    if heartbeat.get("host") == socket.gethostname():
+        return False
+    return job_id() is None or heartbeat.get("job_id") != job_id()
 
 
-# Every attempt at a run, in `attempts.json` of its folder: where it started, how far it came and why it ended. Standard library only.
-ATTEMPT_LIMIT = 5  # attempts of one job that may start at the same step
-
-
-def begin_attempt(beat: Heartbeat, step: int) -> None:
-    """Note that an attempt starts at `step`; one that was killed is closed with what its heartbeat, or its checkpoint, said last.
-
-    Raises ValueError in one line when too many attempts of this job made no step that was kept: restarting has no end else.
-    """
-    attempts = read_attempts(beat.folder)
-    if attempts and attempts[-1]["end"] is None:
-        last = beat.before or {}
-        attempts[-1] |= {
-            "end": max(last.get("step") or 0, attempts[-1]["start"], step),
-            "reason": last.get("reason") or "killed",
-        }
-    same = 0
-    for attempt in reversed(attempts):
-        if beat.fields["job_id"] is None or (attempt["job_id"], attempt["start"]) != (
-            beat.fields["job_id"],
-            step,
-        ):
-            break
-        same += 1
-    if same >= ATTEMPT_LIMIT:
-        _write_attempts(beat.folder, attempts)
-        raise ValueError(
-            f"{same} attempts of job {beat.fields['job_id']} started at step {step} and kept no later one; the last ended: {attempts[-1]['reason']}"
-        )
-    who = {name: beat.fields[name] for name in ("job_id", "host", "world_size")}
-    started = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    _write_attempts(
-        beat.folder,
-        [*attempts, {"start": step, "end": None, "reason": None, "started": started, **who}],
+def _refusal(folder: Path, current: dict[str, Any]) -> str:
+    number = current.get("job_id")
+    holder = f"job {number}" if number else f"process {current.get('pid')}"
+    return (
+        f"run {folder.name} is being worked on by {holder} on {current.get('host')} "
+        f"({current.get('state')}, last heartbeat {current['age']:.0f} s ago); "
+        "wait for it or end it first"
     )
-
-
-def end_attempt(folder: Path, step: int, reason: str) -> None:
-    """Close the attempt that is open, if there is one."""
-    attempts = read_attempts(folder)
-    if attempts and attempts[-1]["end"] is None:
-        attempts[-1] |= {"end": step, "reason": reason}
-        with suppress(OSError):  # on a full disk the next attempt closes it
-            _write_attempts(folder, attempts)
-
-
-def read_attempts(folder: Path) -> list[dict[str, Any]]:
-    """All attempts so far, oldest first."""
-    try:
-        return json.loads((folder / "attempts.json").read_bytes())
-    except (OSError, ValueError):
-        return []
-
-
-def _write_attempts(folder: Path, attempts: list[dict[str, Any]]) -> None:
-    with written_whole(folder / "attempts.json") as file:
-        file.write(json.dumps(attempts, indent=1).encode())

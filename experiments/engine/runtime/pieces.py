@@ -6,52 +6,62 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 
 from experiments.engine.records.files import written_whole
-from experiments.engine.runtime import preemption
-from experiments.engine.runtime.group import Group
-from experiments.engine.runtime.heartbeat import Heartbeat
+from experiments.engine.runtime.context import RunContext
+from experiments.engine.runtime.heartbeat import RunState
+from experiments.engine.runtime.preemption import Preempted, StopRequest
 
-Result = dict[str, np.ndarray]
+Arrays = dict[str, np.ndarray[Any, Any]]
 
 
-def results(
-    group: Group,
-    folder: Path,
-    num: int,
-    compute: Callable[[int], Result],
-    beat: Heartbeat | None = None,
-) -> Iterator[Result]:
-    """compute(0) to compute(num - 1), in this order, on the first rank; the others compute their share and get nothing.
+def compute_pieces(
+    context: RunContext, folder: Path, num: int, compute: Callable[[int], Arrays]
+) -> Iterator[Arrays]:
+    """Compute pieces 0 to num - 1, each rank its share, and yield all of them in order on rank 0.
 
-    A restart goes on from the pieces in `folder`, whatever the number of ranks; the caller removes it in the end. All
-    ranks meet after each round, where a job that is asked to stop raises Preempted; a piece that raises it is not kept.
+    The other ranks yield nothing. A restart goes on from the pieces in `folder`, with any number
+    of ranks. The caller removes the folder in the end.
+
+    Args:
+        context: Whose group shares the work, and whose heartbeat shows how far it is.
+        folder: Where results wait until all are there.
+        num: How many pieces there are.
+        compute: From a piece's number to its arrays.
+
+    Raises:
+        Preempted: The job was asked to stop. All ranks agree on it after each round; a piece that
+            raises it itself is not kept.
     """
-    began, made = time.monotonic(), 0
+    group = context.group
+    started = time.monotonic()
+    computed = 0
     for start in range(0, num, group.world_size):
+        # A stop within a piece is raised below, where the ranks agree on it.
         piece = start + group.rank
         if piece < num and not _path(folder, piece).exists():
-            with suppress(preemption.Preempted):  # all ranks stop below, where they agree
+            with suppress(Preempted):
                 _keep(folder, piece, compute(piece))
-                made += 1
-        if beat:
-            done, each = (
-                min(start + group.world_size, num),
-                (time.monotonic() - began) / max(1, made) / group.world_size,
+                computed += 1
+
+        # Show the progress of the whole group.
+        done = min(start + group.world_size, num)
+        if context.heartbeat:
+            each = (time.monotonic() - started) / max(1, computed) / group.world_size
+            seconds_left = (num - done) * each if computed else None
+            context.heartbeat.update(
+                state=RunState.EVALUATING, step=done, steps=num, seconds_left=seconds_left
             )
-            beat.tell(
-                state="evaluating",
-                step=done,
-                steps=num,
-                seconds_left=(num - done) * each if made else None,
-            )
-        if how := group.highest(
-            preemption.TAKEN_OVER if beat and beat.taken_over else preemption.asked()
-        ):
-            raise preemption.Preempted(how)
+
+        request = StopRequest(group.maximum(context.requested_stop()))
+        if request:
+            raise Preempted(request)
+
+    # A damaged result is computed again.
     if group.first:
         for piece in range(num):
             yield _read(folder, piece) or compute(piece)
@@ -61,13 +71,13 @@ def _path(folder: Path, piece: int) -> Path:
     return folder / f"{piece:06d}.npz"
 
 
-def _keep(folder: Path, piece: int, result: Result) -> None:
+def _keep(folder: Path, piece: int, arrays: Arrays) -> None:
     with written_whole(_path(folder, piece)) as file:
-        np.savez(file, **result)
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
-def _read(folder: Path, piece: int) -> Result | None:
-    """A result, or None where its file is gone or damaged: the archive's own checksums tell."""
+def _read(folder: Path, piece: int) -> Arrays | None:
+    """Return a result, or None if its file is gone or damaged: the archive has checksums."""
     try:
         with np.load(_path(folder, piece), allow_pickle=False) as stored:
             return dict(stored)

@@ -1,7 +1,8 @@
-"""Signals that ask a job to stop: they set a flag, and the run stops at its next step. Standard library only.
+"""Signals that ask a job to stop. They set a flag; the run stops at its next step.
 
-USR2 (what a scheduler sends before a time limit or a preemption) means save and go back to the queue; TERM means save and
-end, unless the scheduler that sent it means the former. Local runs, which an interrupt ends, keep the system's meaning of both.
+SIGUSR2 means: save and go back into the queue. A scheduler sends it before a time limit or a
+preemption. SIGTERM means: save and exit, unless the scheduler meant a requeue. Local runs do not
+listen, so both signals keep their usual meaning there. Standard library only.
 """
 
 from __future__ import annotations
@@ -13,107 +14,149 @@ import subprocess
 import threading
 import time
 from contextlib import suppress
+from enum import IntEnum
 
 from experiments.engine.runtime.heartbeat import job_id, queue_id
 
-TRY_AGAIN, LOST = (
-    75,
-    137,
-)  # exit status of a job that was stopped and can go on (EX_TEMPFAIL); and as if killed: restart it
-NO, STOP, REQUEUE, TAKEN_OVER = range(4)
+TRY_AGAIN = 75  # exit status of a job that was stopped and can go on (EX_TEMPFAIL)
+LOST = 137  # exit status of a killed process: the job should be restarted
+
+_IS_RUNNING = re.compile(r"\bJobState=RUNNING\b|\bReason=TimeLimit\b")
+
+
+class StopRequest(IntEnum):
+    """Whether a run should stop, and what happens to its job then. The largest request wins."""
+
+    NONE = 0
+    # Save and exit.
+    STOP = 1
+    # Save and go back into the queue.
+    REQUEUE = 2
+    # Exit without saving: another job writes to this run now.
+    TAKEN_OVER = 3
+
+    @property
+    def reason(self) -> str:
+        """Why the run stops, for the heartbeat and the list of attempts."""
+        return _REASONS[self]
+
+
 _REASONS = {
-    STOP: "asked to stop (SIGTERM)",
-    REQUEUE: "asked to make room (SIGUSR2)",
-    TAKEN_OVER: "another job took this run over",
+    StopRequest.NONE: "not asked to stop",
+    StopRequest.STOP: "asked to stop (SIGTERM)",
+    StopRequest.REQUEUE: "asked to make room (SIGUSR2)",
+    StopRequest.TAKEN_OVER: "another job took this run over",
 }
-_asked = NO
 
 
 class Preempted(Exception):
-    """The run stops before its end: STOP and REQUEUE after it has saved, TAKEN_OVER without, as another job writes there now."""
+    """The run stops before its end. Unless it was taken over, it has saved."""
 
-    def __init__(self, how: int) -> None:
-        super().__init__(_REASONS[how])
-        self.how = how
+    def __init__(self, request: StopRequest) -> None:
+        super().__init__(request.reason)
+        self.request = request
+
+
+class StopSignals:
+    """Remembers the strongest request that a signal made of this process."""
+
+    def __init__(self) -> None:
+        self.request = StopRequest.NONE
+
+    def listen(self) -> None:
+        """Note SIGUSR2 and SIGTERM from now on, instead of dying of them."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGUSR2, self._note)
+            signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, number: int, _: object) -> None:
+        request = StopRequest.REQUEUE if number == signal.SIGUSR2 else StopRequest.STOP
+        self.request = max(self.request, request)
+
+
+SIGNALS = StopSignals()  # signals reach a process, so a process has one of these
 
 
 def listen() -> None:
-    """Note USR2 and TERM from now on instead of dying of them. The sooner a job calls this, the less a signal can hit."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGUSR2, _note)
-        signal.signal(signal.SIGTERM, _note)
+    """Note stop signals from now on. Call it early: until then a signal kills the process."""
+    SIGNALS.listen()
 
 
-def asked() -> int:
-    """What this process was asked so far: NO, STOP or REQUEUE."""
-    return _asked
+def requested_stop() -> StopRequest:
+    """Return the strongest request so far: NONE, STOP or REQUEUE."""
+    return SIGNALS.request
 
 
-def meant(how: int) -> int:
-    """What a request asks of this job: STOP or REQUEUE, whichever the signal was.
+def resolve_stop(request: StopRequest) -> StopRequest:
+    """Return what a request means for this job: STOP or REQUEUE, whichever signal it was.
 
-    TERM is also how a scheduler that sends no USR2 makes room or ends a job's time, and a job that was told to make room
-    may be cancelled since. The job's state tells. A running one is to make room (in the grace time of a preemption), or
-    hears a signal of its last attempt that came late; one that is cancelled, or in the queue again already, is to stop.
+    A scheduler that sends no SIGUSR2 also sends SIGTERM to make room or at the time limit. A job
+    that should make room may have been cancelled since. So the scheduler's state of the job
+    decides: a running job goes back into the queue, a cancelled or already queued job stops.
     """
-    if how not in (STOP, REQUEUE) or job_id() is None:
-        return how
+    if request not in (StopRequest.STOP, StopRequest.REQUEUE):
+        return request
+    name = queue_id()
+    if name is None:
+        return request
+
+    # Without an answer the signal is all that is known.
     with suppress(OSError, subprocess.TimeoutExpired):
-        shown = subprocess.run(
-            ["scontrol", "-o", "show", "job", queue_id()],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=False,
-        ).stdout
+        shown = _scontrol("-o", "show", "job", name, timeout=20).stdout
         if "JobState=" in shown:
-            return (
-                REQUEUE if re.search(r"\bJobState=RUNNING\b|\bReason=TimeLimit\b", shown) else STOP
-            )
-    return how
+            return StopRequest.REQUEUE if _IS_RUNNING.search(shown) else StopRequest.STOP
+    return request
 
 
 def yield_to_terminations() -> None:
-    """Let TERM end this process again: the job has saved, and the scheduler should not have to wait to kill it."""
+    """Let SIGTERM end this process again: the job has saved, and need not be killed."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def requeue(patience: float = 120.0, pause: float = 5.0) -> str | None:
-    """Put this job back into the queue; the scheduler's words if it still refuses after `patience` seconds: it may be restarting."""
+    """Put this job back into the queue.
+
+    Args:
+        patience: Seconds of trying again, since the scheduler may be restarting.
+        pause: Seconds between two tries.
+
+    Returns:
+        None, or the scheduler's last refusal.
+    """
     end = time.monotonic() + patience
-    while (refusal := _ask_to_requeue()) and time.monotonic() < end:
+    refusal = _try_to_requeue()
+    while refusal and time.monotonic() < end:
         time.sleep(pause)
+        refusal = _try_to_requeue()
     return refusal
 
 
-def _ask_to_requeue() -> str | None:
+def _try_to_requeue() -> str | None:
+    name = queue_id()
+    assert name is not None, "only a scheduler's job can be requeued"
     try:
-        done = subprocess.run(
-            ["scontrol", "requeue", queue_id()],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        result = _scontrol("requeue", name, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"scontrol: {error}"
-    return (
-        (done.stderr.strip() or f"scontrol ended with status {done.returncode}")
-        if done.returncode
-        else None
+    if result.returncode == 0:
+        return None
+    return result.stderr.strip() or f"scontrol ended with status {result.returncode}"
+
+
+def _scontrol(*arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["scontrol", *arguments], capture_output=True, text=True, timeout=timeout, check=False
     )
 
 
 def wait_for_the_end(seconds: float = 60.0) -> None:
-    """Wait until the scheduler ends this process: leaving first could let it count the job as finished."""
+    """Wait for the scheduler to end this process.
+
+    A process that exits first could make the scheduler count the job as finished.
+    """
     time.sleep(seconds)
 
 
-def _note(number: int, _: object) -> None:
-    global _asked
-    _asked = max(_asked, REQUEUE if number == signal.SIGUSR2 else STOP)
-
-
 def in_a_job() -> bool:
-    """Whether a scheduler or a launcher of several processes started this one."""
+    """Return whether a scheduler, or a launcher of several processes, started this process."""
     return job_id() is not None or "RANK" in os.environ

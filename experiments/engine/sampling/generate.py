@@ -23,7 +23,7 @@ from experiments.engine.numerics.cuda_graphs import (
 )
 from experiments.engine.numerics.precision import precision
 from experiments.engine.numerics.randomness import ImageNoise, seed_at
-from experiments.engine.runtime import preemption
+from experiments.engine.runtime.preemption import Preempted, requested_stop
 from experiments.engine.specs.spec import Checkpoint, Evaluate, Sampler, Train
 
 AHEAD = 2  # steps that a GPU is given before it has done them
@@ -93,8 +93,8 @@ class CountingModel:
 
 
 def _stop_if_asked() -> None:
-    if how := preemption.asked():
-        raise preemption.Preempted(how)
+    if request := requested_stop():
+        raise Preempted(request)
 
 
 def can_capture_steps(spec: Evaluate) -> bool:

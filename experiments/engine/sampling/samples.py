@@ -25,9 +25,9 @@ from experiments.engine.diffusion.cascade import System
 from experiments.engine.numerics.cuda_graphs import accelerate, require_gpu
 from experiments.engine.numerics.weights import digest
 from experiments.engine.records.files import written_whole
-from experiments.engine.runtime.group import ALONE, Group
-from experiments.engine.runtime.heartbeat import Heartbeat
-from experiments.engine.runtime.pieces import results
+from experiments.engine.runtime.context import Resources, RunContext
+from experiments.engine.runtime.pieces import compute_pieces
+from experiments.engine.runtime.progress import Progress
 from experiments.engine.sampling.generate import (
     CountingModel,
     can_capture_steps,
@@ -35,9 +35,8 @@ from experiments.engine.sampling.generate import (
     image_labels,
 )
 from experiments.engine.specs.spec import Checkpoint, Data, Evaluate, canonical, is_latent, spec_id
-from experiments.engine.training.trainer import Resources, build, load_ema
+from experiments.engine.training.trainer import build, load_ema
 
-Report = Callable[[int, int, float, float], None]
 CHUNK = 250
 ON_CPU = 25  # images at a time whatever is asked: convolutions there round by the batch
 QUANTISER = "trunc(clamp(127.5 x + 128, 0, 255))"
@@ -111,19 +110,13 @@ def fill_sample_folder(
     model: nn.Module,
     decode: Callable[[Tensor], Tensor],
     made: dict[str, Any],
-    device: torch.device,
-    batch: int,
-    report: Report,
-    group: Group = ALONE,
-    beat: Heartbeat | None = None,
-    recorded: bool = False,
+    context: RunContext,
 ) -> SampleSet:
     """Draw the chunks that are missing, each rank its share, and return the set on every rank.
 
-    `report(done, num, nan, images per second)` hears of each chunk of this rank.
+    The context's report hears of each chunk of this rank.
     decode: samples (n, C, H, W) to images (n, 1 or 3, H', W') in [-1, 1]; one channel is written as three equal ones.
     made: what identifies the network and the decoder; ValueError if the folder's images were made otherwise.
-    recorded: as `CountingModel` has it.
     """
     origin = folder / "made.json"
     if origin.exists():
@@ -134,10 +127,12 @@ def fill_sample_folder(
             raise ValueError(
                 f"the images in runs/{folder.parent.name}/{folder.name} were made with another {changed}; remove that folder to draw them anew"
             )
-    elif group.first:
+    elif context.group.first:
         with written_whole(origin) as file:
             file.write(json.dumps(made, indent=1, sort_keys=True).encode())
-    batch = sampling_batch(device, batch)
+    device = context.device
+    batch = sampling_batch(device, context.resources.sample_batch)
+    recorded = context.resources.graphs and can_capture_steps(spec)
     started, paths, drawn, counted = (
         time.perf_counter(),
         _chunk_paths(folder, spec.num),
@@ -158,32 +153,25 @@ def fill_sample_folder(
                 allow_pickle=False,
             )
         drawn[0] += len(within)
-        report(within.stop, spec.num, float("nan"), drawn[0] / (time.perf_counter() - started))
+        rate = drawn[0] / (time.perf_counter() - started)
+        context.report(Progress(within.stop, spec.num, rate))
         return {"evaluated": np.array(counted.evaluated - before)}
 
     evaluated = sum(
         int(found["evaluated"])
-        for found in results(group, folder / "counts", len(paths), chunk, beat)
+        for found in compute_pieces(context, folder / "counts", len(paths), chunk)
     )
     counted.forget()
-    return SampleSet(spec, folder, group.share(evaluated) / spec.num)
+    return SampleSet(spec, folder, context.group.broadcast(evaluated) / spec.num)
 
 
-def generate_samples(
-    spec: Evaluate,
-    folder: Path,
-    resources: Resources,
-    report: Report,
-    group: Group = ALONE,
-    beat: Heartbeat | None = None,
-) -> SampleSet:
+def generate_samples(spec: Evaluate, context: RunContext) -> SampleSet:
     """The set of a spec, drawn as far as it is missing: what the Evaluate stage scores and sample.py packs.
 
-    folder: of the network's run; the images lie beside it under the spec's own id.
+    The images lie under the spec's own id, beside the folder of the network's run.
     """
-    device = torch.device(resources.device)
-    model, key = load_networks(spec, folder, resources)
-    decode, decoder = load_decoder(spec.data, device)
+    model, key = load_networks(spec, context.folder, context.resources)
+    decode, decoder = load_decoder(spec.data, context.device)
     made = {
         "network": digest(model),
         "key": key,
@@ -192,17 +180,7 @@ def generate_samples(
         "quantiser": QUANTISER,
     }
     return fill_sample_folder(
-        spec,
-        folder.parent / spec_id(spec) / "samples",
-        model,
-        decode,
-        made,
-        device,
-        resources.sample_batch,
-        report,
-        group,
-        beat,
-        resources.graphs and can_capture_steps(spec),
+        spec, context.folder_of(spec) / "samples", model, decode, made, context
     )
 
 

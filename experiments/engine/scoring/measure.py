@@ -11,9 +11,8 @@ from typing import Protocol
 import numpy as np
 from numpy import ndarray
 
-from experiments.engine.runtime.group import Group
-from experiments.engine.runtime.heartbeat import Heartbeat
-from experiments.engine.runtime.pieces import results
+from experiments.engine.runtime.context import RunContext
+from experiments.engine.runtime.pieces import compute_pieces
 from experiments.engine.scoring.inception import BATCH, Inception
 from experiments.engine.scoring.metrics import Moments
 
@@ -52,9 +51,8 @@ def measure(inception: Inception, batches: Iterable[ndarray]) -> Measured:
 def measure_shared(
     inception: Inception,
     images: Readable,
-    group: Group,
     folder: Path,
-    beat: Heartbeat | None = None,
+    context: RunContext,
 ) -> Measured | None:
     """The same on the first rank, None on the others, each of which takes its share of the pieces; they wait in `folder` until all are there.
 
@@ -66,8 +64,8 @@ def measure_shared(
             inception, [images.part(number * PIECE, min((number + 1) * PIECE, len(images)))]
         )
 
-    found = list(results(group, folder, math.ceil(len(images) / PIECE), piece, beat))
-    return _joined(found) if group.first else None
+    found = list(compute_pieces(context, folder, math.ceil(len(images) / PIECE), piece))
+    return _joined(found) if context.group.first else None
 
 
 def _piece(inception: Inception, batches: Iterable[ndarray]) -> dict[str, ndarray]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,8 @@ from experiments.engine.data.sets import ImageSet, load_cifar10, load_data
 from experiments.engine.numerics.precision import precision, read_tf32_flags
 from experiments.engine.numerics.weights import digest
 from experiments.engine.records.manifest import manifest
-from experiments.engine.runtime.group import ALONE, Group
-from experiments.engine.runtime.heartbeat import Heartbeat
-from experiments.engine.runtime.pieces import results
+from experiments.engine.runtime.context import RunContext
+from experiments.engine.runtime.pieces import compute_pieces
 from experiments.engine.sampling.generate import CountingModel, can_capture_steps, generate_images
 from experiments.engine.sampling.samples import (
     ORDER,
@@ -39,39 +37,29 @@ from experiments.engine.scoring.measure import PIECE, blocks_sum, measure_shared
 from experiments.engine.scoring.neighbours import precision_recall
 from experiments.engine.scoring.reference import Reference, check_reference, identity, reference_of
 from experiments.engine.specs.spec import Data, Evaluate, canonical, spec_id
-from experiments.engine.training.trainer import Resources
 
-Report = Callable[[int, int, float, float], None]
 ADM_REFERENCE = (
     10_000  # images in the file of each size, beside the statistics of all training images
 )
 ON_CPU = 250  # images that are drawn and classified at a time whatever is asked: both round by the batch there
 
 
-def run(
-    spec: Evaluate,
-    folder: Path,
-    cache: Path,
-    resources: Resources,
-    group: Group = ALONE,
-    beat: Heartbeat | None = None,
-    report: Report = lambda *progress: None,
-) -> dict[str, Any]:
+def run(spec: Evaluate, cache: Path, context: RunContext) -> dict[str, Any]:
     """Sample with the run's EMA network and score: floats with their standard errors beside them, and the manifest.
 
-    folder: of the network's run; cache: of the classifiers; `report(done, num, nan, images per second)`. Every rank
-    of the group samples its share of the batches, cut as one process would cut them, so that no number depends on the
+    The context's folder is that of the network's run; cache: of the classifiers. Every rank of the group samples its
+    share of the batches, cut as one process would cut them, so that no number depends on the
     group, nor on a CPU on the batch that is asked for; a GPU may round by it, and the manifest says it. The first rank scores, the
     others return {}.
     """
     require_features(spec)
     if spec.features == "inception":
-        values, found = _inception(spec, folder, resources, group, beat, report)
+        values, found = _inception(spec, context)
     else:
-        values, found = _classified(spec, folder, cache, resources, group, beat)
-    if not group.first:
+        values, found = _classified(spec, cache, context)
+    if not context.group.first:
         return {}
-    with precision(spec.precision, torch.device(resources.device)):
+    with precision(spec.precision, context.device):
         scored, by_diffusers = (
             spec.features == "inception",
             any(
@@ -106,18 +94,14 @@ def run(
 
 
 def _classified(
-    spec: Evaluate,
-    folder: Path,
-    cache: Path,
-    resources: Resources,
-    group: Group,
-    beat: Heartbeat | None,
+    spec: Evaluate, cache: Path, context: RunContext
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Scores on a small classifier's features, named by it: of digits against all digits, of quantised images against CIFAR-10's test images.
 
     Errors: influence function for fd, delete-a-block jackknife for is, binomial for the shares.
     """
-    device, on_digits = torch.device(resources.device), spec.features == "digits"
+    resources = context.resources
+    device, on_digits = context.device, spec.features == "digits"
     size = ON_CPU if device.type == "cpu" else resources.sample_batch
     if on_digits:
         reference = load_data(spec.data)
@@ -125,7 +109,7 @@ def _classified(
     else:
         reference = load_cifar10(spec.data, "test")
         classifier, identity = cifar_classifier(spec.data, reference, cache)
-    network, key = load_networks(spec, folder, resources)
+    network, key = load_networks(spec, context.folder, resources)
     counted = CountingModel(network, resources.graphs and can_capture_steps(spec))
 
     def scored(piece: int) -> dict[str, np.ndarray]:
@@ -141,10 +125,10 @@ def _classified(
             "evaluated": np.array(counted.evaluated - before),
         }
 
-    parts = folder / f"samples-{spec_id(spec)}-{size}-{digest(network)}"
-    found = list(results(group, parts, math.ceil(spec.num / size), scored, beat))
+    parts = context.folder / f"samples-{spec_id(spec)}-{size}-{digest(network)}"
+    found = list(compute_pieces(context, parts, math.ceil(spec.num / size), scored))
     counted.forget()
-    if not group.first:
+    if not context.group.first:
         return {}, {}
     moments = metrics.Moments(found[0]["features"].shape[1])
     for part in found:
@@ -204,26 +188,15 @@ def _classified(
     }
 
 
-def _inception(
-    spec: Evaluate,
-    folder: Path,
-    resources: Resources,
-    group: Group,
-    beat: Heartbeat | None,
-    report: Report,
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _inception(spec: Evaluate, context: RunContext) -> tuple[dict[str, Any], dict[str, Any]]:
     """Scores of quantised images on Inception features, against ADM's reference file or a pixel set's own images."""
-    device = torch.device(resources.device)
+    device = context.device
     extractor = inception.load(inception_path(), device)
     require_reference(spec.data)
-    samples = generate_samples(spec, folder, resources, report, group, beat)
-    parts = (
-        folder.parent
-        / spec_id(spec)
-        / f"measured-{samples.made['network']}-{extractor.sha256[:16]}"
-    )
-    measured = measure_shared(extractor, samples, group, parts / "samples", beat)
-    reference = _reference(spec.data, extractor, parts, group, beat)
+    samples = generate_samples(spec, context)
+    parts = context.folder_of(spec) / f"measured-{samples.made['network']}-{extractor.sha256[:16]}"
+    measured = measure_shared(extractor, samples, parts / "samples", context)
+    reference = _reference(spec.data, extractor, parts, context)
     if measured is None or reference is None:
         return {}, {}
     values = scores.score(
@@ -234,7 +207,7 @@ def _inception(
     return values | {"nfe": samples.nfe}, {
         "network": samples.made["network"],
         "key": samples.made["key"],
-        "batch": sampling_batch(device, resources.sample_batch),
+        "batch": sampling_batch(device, context.resources.sample_batch),
         "decoder": samples.made["decoder"],
         "quantiser": QUANTISER,
         "image": {"size": samples.shape[1], "format": "uint8"},
@@ -270,19 +243,17 @@ def require_reference(data: Data) -> None:
 
 
 def _reference(
-    data: Data, extractor: inception.Inception, parts: Path, group: Group, beat: Heartbeat | None
+    data: Data, extractor: inception.Inception, parts: Path, context: RunContext
 ) -> Reference | None:
     """What the samples are scored against; None on all ranks but the first."""
     if path := reference_path(data):
         with name_in_errors(path):
             measured = (
-                measure_shared(
-                    extractor, ImageFile(path), group, parts / file_sha256(path)[:16], beat
-                )
+                measure_shared(extractor, ImageFile(path), parts / file_sha256(path)[:16], context)
                 if has_images(path)
                 else None
             )
-            if not group.first:
+            if not context.group.first:
                 return None
             reference = reference_of(path, measured)
         if (
@@ -296,7 +267,7 @@ def _reference(
     real, total = _Pixels(load_data(data)), hashlib.sha256()
     for start in range(0, len(real), PIECE):
         total.update(real.part(start, min(start + PIECE, len(real))).tobytes())
-    measured = measure_shared(extractor, real, group, parts / total.hexdigest()[:16], beat)
+    measured = measure_shared(extractor, real, parts / total.hexdigest()[:16], context)
     if measured is None:
         return None
     moments = {layer: blocks_sum(getattr(measured, layer)) for layer in ("pool", "spatial")}

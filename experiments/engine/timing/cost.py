@@ -1,10 +1,12 @@
 """Parameters and multiply-accumulates of any backbone, counted on the meta device.
 
-Conventions, all at batch 1 and in multiply-accumulates (what the paper calls Gflops):
-`core` is every convolution, linear layer, matrix product and recurrence, attention's two included whichever kernel runs;
-`torchprofile` is the paper's: core plus one per output element of every multiply, affine norm and pooling, four per
-output element of a bilinear resize. A third, `norms`, is core plus one per output element of every norm: DiT's own table
-and its ADM rows follow it.
+All counts are at batch 1. What the paper calls Gflops are multiply-accumulates. Conventions:
+
+    core          every convolution, linear layer, matrix product and recurrence; also attention's
+                  two products, whichever kernel runs
+    torchprofile  the paper's: core, one per output element of every multiplication, affine norm
+                  and pooling, and four per output element of a bilinear resize
+    norms         core, and one per output element of every norm: DiT's own table and its ADM rows
 """
 
 from __future__ import annotations
@@ -24,62 +26,76 @@ from experiments.engine.specs.spec import Cost
 
 aten = torch.ops.aten
 
+# Counts an operator from its arguments and its output.
+Rule = Callable[[tuple[Any, ...], Any], int]
 
-def _conv(args: tuple[Any, ...], out: Tensor) -> int:
-    weight = args[
-        1
-    ]  # (out, in/groups, k, k); transposed convolutions do not occur in these networks
+
+def _count_convolution(args: tuple[Any, ...], out: Tensor) -> int:
+    """Count a convolution; transposed ones do not occur in these networks."""
+    weight = args[1]  # (out, in / groups, k, k)
     return out.numel() * math.prod(weight.shape[1:])
 
 
-def _inner(position: int) -> Callable[[tuple[Any, ...], Tensor], int]:
-    """A matrix product: output elements times the length of the contracted axis of argument `position`."""
+def _count_dot(args: tuple[Any, ...], out: Tensor) -> int:
+    return args[0].numel()
+
+
+def _product(position: int) -> Rule:
+    """Return the rule of a matrix product, whose contracted axis is the last of one argument."""
     return lambda args, out: out.numel() * args[position].shape[-1]
 
 
-MACS: dict[Any, Callable[[tuple[Any, ...], Any], int]] = {
-    aten.convolution.default: _conv,
-    aten.mm.default: _inner(0),
-    aten.bmm.default: _inner(0),
-    aten.addmm.default: _inner(1),
-    aten.baddbmm.default: _inner(1),
-    aten.mv.default: _inner(0),
-    aten.dot.default: lambda args, out: args[0].numel(),
-}
-
-
-def _affine(weight: int) -> Callable[[tuple[Any, ...], Any], int]:
+def _affine(weight: int) -> Rule:
+    """Return the rule of a norm: one per output element if it has a weight."""
     return lambda args, out: out[0].numel() if args[weight] is not None else 0
 
 
-def _each(times: int) -> Callable[[tuple[Any, ...], Any], int]:
+def _per_element(times: int) -> Rule:
+    """Return the rule of an operator that costs `times` per output element."""
     return lambda args, out: times * out.numel()
 
 
-_EXTRA: dict[Any, Callable[[tuple[Any, ...], Any], int]] = {
-    aten.mul.Tensor: _each(1),
-    aten.mul.Scalar: _each(1),
-    aten.mul_.Tensor: _each(1),
-    aten.addcmul.default: _each(1),
-    aten.native_layer_norm.default: _affine(2),
-    aten.native_group_norm.default: _affine(1),
-    aten.mean.dim: _each(1),
-    aten._adaptive_avg_pool2d.default: _each(1),
-    aten.avg_pool2d.default: _each(1),
-    aten.leaky_relu.default: _each(1),
-    aten.upsample_bilinear2d.default: _each(4),
+MACS: dict[Any, Rule] = {
+    aten.convolution.default: _count_convolution,
+    aten.mm.default: _product(0),
+    aten.bmm.default: _product(0),
+    aten.addmm.default: _product(1),
+    aten.baddbmm.default: _product(1),
+    aten.mv.default: _product(0),
+    aten.dot.default: _count_dot,
 }
 
+# What the torchprofile convention adds to core.
+_EXTRA: dict[Any, Rule] = {
+    aten.mul.Tensor: _per_element(1),
+    aten.mul.Scalar: _per_element(1),
+    aten.mul_.Tensor: _per_element(1),
+    aten.addcmul.default: _per_element(1),
+    aten.native_layer_norm.default: _affine(2),
+    aten.native_group_norm.default: _affine(1),
+    aten.mean.dim: _per_element(1),
+    aten._adaptive_avg_pool2d.default: _per_element(1),
+    aten.avg_pool2d.default: _per_element(1),
+    aten.leaky_relu.default: _per_element(1),
+    aten.upsample_bilinear2d.default: _per_element(4),
+}
 
 _NORMS = {aten.native_layer_norm.default, aten.native_group_norm.default}
 
 
 class MacCounter(TorchDispatchMode):
-    """Adds up `core`, the `extra` terms of the torchprofile convention and the outputs of `norms` while it is active."""
+    """Count multiply-accumulates while it is active.
+
+    core: by the core convention.
+    extra: what the torchprofile convention adds.
+    norms: output elements of all norms.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.core = self.extra = self.norms = 0
+        self.core = 0
+        self.extra = 0
+        self.norms = 0
 
     def __enter__(self) -> MacCounter:
         self._hook = kernels.counting(self._closed_form)
@@ -92,11 +108,11 @@ class MacCounter(TorchDispatchMode):
 
     @contextmanager
     def _closed_form(self, macs: int) -> Iterator[None]:
-        """An op's own count, in place of what is seen while it runs."""
+        """Add an op's own count, and nothing that is seen while the op runs."""
         self.core += macs
-        before = self.core, self.extra
+        core, extra = self.core, self.extra
         yield
-        self.core, self.extra = before
+        self.core, self.extra = core, extra
 
     def __torch_dispatch__(
         self,
@@ -109,25 +125,29 @@ class MacCounter(TorchDispatchMode):
         if func in MACS:
             self.core += MACS[func](args, out)
         elif func in _EXTRA:
-            self.norms += out[0].numel() if func in _NORMS else 0
+            if func in _NORMS:
+                self.norms += out[0].numel()
             self.extra += _EXTRA[func](args, out)
         elif "scaled_dot_product" in func.name():
             raise RuntimeError(
-                f"{func.name()} hides attention's products from the counter; count with the reference kernel"
+                f"{func.name()} hides attention's products from the counter; "
+                "count with the reference kernel"
             )
         return out
 
 
 def count_network(model: nn.Module, size: int, channels: int) -> dict[str, int]:
-    """Counts of a network on the meta device for one (channels, size, size) input.
-
-    Attention runs as explicit products, so that none of it escapes.
-    """
+    """Count a network on the meta device for one (channels, size, size) input."""
     x = torch.empty(1, channels, size, size, device="meta")
     t = torch.zeros(1, dtype=torch.long, device="meta")
-    model.eval()  # before the counter starts: some networks fuse weights here, once and not per image
+    y = torch.zeros_like(t)
+
+    # Some networks fuse weights when they leave training, once and not per image.
+    model.eval()
+    # Explicit products keep attention in sight of the counter.
     with torch.no_grad(), kernels.use(attention="reference"), MacCounter() as macs:
-        model(x, t, torch.zeros_like(t))
+        model(x, t, y)
+
     parameters = list(model.parameters())
     return {
         "params_total": sum(p.numel() for p in parameters),
@@ -139,7 +159,7 @@ def count_network(model: nn.Module, size: int, channels: int) -> dict[str, int]:
 
 
 def count_backbone(spec: Cost) -> dict[str, int]:
-    """Counts of a declared backbone."""
+    """Count a declared backbone."""
     options = spec.backbone.options | dict(
         input_size=spec.size, in_channels=spec.channels, num_classes=spec.num_classes
     )

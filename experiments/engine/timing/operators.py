@@ -1,4 +1,4 @@
-"""What every operator of a task takes, computes and moves, by class, seen one by one as PyTorch runs them."""
+"""Time, multiply-accumulates and bytes of every operator that PyTorch runs, by class."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from experiments.engine.timing.cost import MACS
 
-CLASSES = {  # by the beginning of an operator's name; the first that fits
+# The beginnings of the operators' names; the first class that fits is taken.
+CLASSES = {
     "product": ("mm", "addmm", "bmm", "baddbmm", "mv", "dot", "_linear_pointwise", "linear"),
     "convolution": ("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution"),
     "attention": (
@@ -44,11 +45,15 @@ CLASSES = {  # by the beginning of an operator's name; the first that fits
     "reduction": ("sum", "mean", "_adaptive_avg_pool2d", "avg_pool2d", "any", "max", "min"),
     "random numbers": ("randn", "rand", "normal", "randint", "uniform"),
 }
-ELEMENTWISE, DEPTHWISE = "elementwise", "depthwise convolution"
+CONVOLUTION, DEPTHWISE, ELEMENTWISE = "convolution", "depthwise convolution", "elementwise"
 
 
 class Operators(TorchDispatchMode):
-    """Times every operator, forward and backward, between two synchronisations, and adds up what it computes and moves by class."""
+    """Time every operator between two synchronisations, and add up its work by class.
+
+    Forward and backward operators are both seen. `classes` has the fields `seconds`, `macs`,
+    `bytes` and `calls` for each class.
+    """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -57,8 +62,12 @@ class Operators(TorchDispatchMode):
 
     @property
     def moved(self) -> int:
-        """Bytes that all of them read and wrote, each its inputs and its output once; kernels outside PyTorch's operators are not seen."""
-        return sum(one["bytes"] for one in self.classes.values())
+        """Return the bytes that all operators read and wrote.
+
+        An operator reads each input and writes its output once. Kernels outside PyTorch's
+        operators are not seen.
+        """
+        return sum(int(totals["bytes"]) for totals in self.classes.values())
 
     def __torch_dispatch__(
         self,
@@ -67,45 +76,54 @@ class Operators(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        with self:  # an operator that is only a name for others is these
-            if (parts := func.decompose(*args, **(kwargs or {}))) is not NotImplemented:
-                return parts
-        self._wait()
+        kwargs = kwargs or {}
+        # An operator that only stands for other operators is seen as those.
+        with self:
+            decomposed = func.decompose(*args, **kwargs)
+        if decomposed is not NotImplemented:
+            return decomposed
+
+        # Not `time_call`, which returns no result and would run the operator for its time alone.
+        self._synchronise()
         started = time.perf_counter()
-        out = func(*args, **(kwargs or {}))
-        self._wait()
+        out = func(*args, **kwargs)
+        self._synchronise()
         seconds = time.perf_counter() - started
-        inputs, outputs = _tensors((*args, *(kwargs or {}).values())), _tensors([out])
+
+        inputs = _collect_tensors((*args, *kwargs.values()))
+        outputs = _collect_tensors([out])
         if not _is_view(func, inputs, outputs):
-            one = self.classes.setdefault(
+            totals = self.classes.setdefault(
                 classify(func, args), dict(seconds=0.0, macs=0, bytes=0, calls=0)
             )
-            one["seconds"] += seconds
-            one["macs"] += count_macs(func, args, out)
-            one["bytes"] += sum(
-                tensor.numel() * tensor.element_size()
-                for tensor in {t.data_ptr(): t for t in (*inputs, *outputs)}.values()
-            )
-            one["calls"] += 1
+            totals["seconds"] += seconds
+            totals["macs"] += count_macs(func, args, out)
+            totals["bytes"] += _count_bytes(inputs, outputs)
+            totals["calls"] += 1
         return out
 
-    def _wait(self) -> None:
+    def _synchronise(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
 
 def classify(func: Any, args: Sequence[Any]) -> str:
+    """Return the class of an operator."""
     name = func.name().partition("::")[2].partition(".")[0]
-    for found, beginnings in CLASSES.items():
+    for class_name, beginnings in CLASSES.items():
         if name.startswith(beginnings):
-            return DEPTHWISE if found == "convolution" and _groups(args) > 1 else found
+            depthwise = class_name == CONVOLUTION and _read_groups(args) > 1
+            return DEPTHWISE if depthwise else class_name
     return ELEMENTWISE
 
 
 def count_macs(func: Any, args: Sequence[Any], out: Any) -> int:
-    """Multiply-accumulates of a product, a convolution or fused attention; of a backward pass, of each gradient that is asked for."""
+    """Count multiply-accumulates of a product, a convolution or fused attention.
+
+    In a backward pass, each gradient that is requested counts.
+    """
     if func in MACS:
-        return MACS[func](args, out)
+        return MACS[func](tuple(args), out)
     name = func.name()
     if "convolution_backward" in name:
         grad, weight, wanted = args[0], args[2], args[-1]
@@ -115,35 +133,46 @@ def count_macs(func: Any, args: Sequence[Any], out: Any) -> int:
     if "_convolution_pointwise" in name:
         return out.numel() * math.prod(args[1].shape[1:])
     if "scaled_dot_product" in name:
+        # A backward pass has four products, and the output's gradient before q and k.
         backward = "backward" in name
         q, k = (args[1], args[2]) if backward else (args[0], args[1])
         return (4 if backward else 2) * q.numel() * k.shape[-2]
     return 0
 
 
-def _groups(args: Sequence[Any]) -> int:
-    """Of a convolution, one with an activation, whose name comes last, or a backward pass, whose gradient mask does."""
-    if isinstance(args[-1], str):
+def _read_groups(args: Sequence[Any]) -> int:
+    """Read a convolution's number of groups from its arguments.
+
+    They end with an activation's name, with a backward pass's gradient mask, or with the groups.
+    """
+    last = args[-1]
+    if isinstance(last, str):
         return args[6]
-    return args[-2] if isinstance(args[-1], list | tuple) else args[-1]
+    if isinstance(last, list | tuple):
+        return args[-2]
+    return last
 
 
 def _is_view(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
-    """Whether nothing was computed: the output lies where an input does, and the operator does not write in place."""
-    places = {tensor.untyped_storage().data_ptr() for tensor in inputs}
-    writes = func._schema.is_mutable
-    return (
-        not writes
-        and bool(outputs)
-        and all(tensor.untyped_storage().data_ptr() in places for tensor in outputs)
-    )
+    """Tell whether nothing was computed: all outputs share the inputs' memory, unwritten."""
+    if func._schema.is_mutable or not outputs:
+        return False
+    storages = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    return all(tensor.untyped_storage().data_ptr() in storages for tensor in outputs)
 
 
-def _tensors(values: Sequence[Any]) -> list[Tensor]:
-    found: list[Tensor] = []
+def _count_bytes(inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    """Count the bytes of all tensors, each address once."""
+    tensors = {tensor.data_ptr(): tensor for tensor in (*inputs, *outputs)}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _collect_tensors(values: Sequence[Any]) -> list[Tensor]:
+    """Return the tensors among values and nested lists of values."""
+    tensors: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
-            found.append(value)
+            tensors.append(value)
         elif isinstance(value, list | tuple):
-            found += _tensors(value)
-    return found
+            tensors += _collect_tensors(value)
+    return tensors

@@ -1,9 +1,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,33 +10,32 @@ from torch import Tensor, nn
 
 from experiments.engine.data.sets import batch_indices, load_data
 from experiments.engine.numerics.weights import digest
-from experiments.engine.runtime import heartbeat as attempts
-from experiments.engine.runtime import preemption
-from experiments.engine.runtime.group import ALONE, Agreement, Group
-from experiments.engine.runtime.heartbeat import Heartbeat
+from experiments.engine.runtime.attempts import begin_attempt
+from experiments.engine.runtime.context import RunContext
+from experiments.engine.runtime.group import DelayedMaximum
+from experiments.engine.runtime.preemption import Preempted, StopRequest
+from experiments.engine.runtime.progress import Progress
 from experiments.engine.specs.spec import Train, spec_id
 from experiments.engine.training import checkpoint
 from experiments.engine.training import log as bands
 from experiments.engine.training.log import Diverged, Log, curve, require_boards, trouble
-from experiments.engine.training.trainer import Resources, Trainer, load_ema, lr_at
+from experiments.engine.training.trainer import Trainer, load_ema, lr_at
 
 LOG_EVERY = 50
 
 
 def run_training(
     spec: Train,
-    folder: Path,
-    resources: Resources,
-    report: Callable[[int, int, float, float], None],
-    group: Group = ALONE,
-    beat: Heartbeat | None = None,
+    context: RunContext,
 ) -> dict[str, Any]:
-    """Train, or go on training, in `folder`; `report(step, steps, loss, images per second)` hears of the progress.
+    """Train, or go on training, in the context's folder.
 
     Every rank of the group calls this; the first one writes, and has the heartbeat. Raises Diverged (a ValueError in one
     line, with values for the record) when the loss or a weight is not finite or the loss jumps, and Preempted, once it has saved, when the job
     is asked to stop.
     """
+    folder, resources, group = context.folder, context.resources, context.group
+    beat = context.heartbeat
     recipe = spec.recipe
     require_boards()
     trainer = Trainer(
@@ -50,7 +48,7 @@ def run_training(
         resources.graphs,
     )
     losses: list[Tensor] = []  # since the last line of the log
-    if found := group.share(
+    if found := group.broadcast(
         checkpoint.newest_intact(folder / "checkpoints") if group.first else None
     ):
         step, state = checkpoint.load(found)
@@ -65,20 +63,22 @@ def run_training(
         )
     first, started, saved = trainer.step, time.perf_counter(), [trainer.step]
     if beat:
-        attempts.begin_attempt(beat, first)
-        beat.tell(state="training", step=first, steps=recipe.steps)
-    images, stop = load_data(spec.data), Agreement(group)
+        begin_attempt(beat, first)
+        beat.update(state="training", step=first, steps=recipe.steps)
+    images, stop = load_data(spec.data), DelayedMaximum(group)
     with (
         Log(folder, first, bands.bands_of(spec)) if group.first else nullcontext() as log,
         checkpoint.Writer(folder / "checkpoints", resources.keep, resources.milestones) as writer,
     ):
-        means = list(group.share(log.losses if group.first else None))  # the log appends to its own
+        means = list(
+            group.broadcast(log.losses if group.first else None)
+        )  # the log appends to its own
         for loss in trainer.steps(images):
             losses.append(loss)
             done = trainer.step
-            how = stop(preemption.TAKEN_OVER if beat and beat.taken_over else preemption.asked())
-            if how == preemption.TAKEN_OVER:
-                raise preemption.Preempted(how)
+            how = StopRequest(stop(context.requested_stop()))
+            if how == StopRequest.TAKEN_OVER:
+                raise Preempted(how)
             last = done == recipe.steps
             logs = done % LOG_EVERY == 0 or last
             saves = done % resources.checkpoint_every == 0 or last or bool(how)
@@ -108,11 +108,11 @@ def run_training(
                         lr=lr_at(recipe, done - 1),
                         images_per_s=round(rate, 1),
                     )
-                    report(done, recipe.steps, mean, rate)
+                    context.report(Progress(done, recipe.steps, rate, mean))
                 if beat:
-                    beat.tell(loss=mean, images_per_s=round(rate, 1))
+                    beat.update(loss=mean, images_per_s=round(rate, 1))
             if beat:
-                beat.tell(step=done, state="saving" if saves and (last or how) else "training")
+                beat.update(step=done, state="saving" if saves and (last or how) else "training")
             if saves:
                 state = trainer.state()
                 if group.first:
@@ -120,11 +120,11 @@ def run_training(
                 saved.append(done)
             if how and not last:
                 writer.wait()
-                group.share(None)  # the first rank that leaves can take the others with it
-                raise preemption.Preempted(how)
+                group.broadcast(None)  # the first rank that leaves can take the others with it
+                raise Preempted(how)
         writer.wait()
     weights = digest(trainer.ema)
-    if not group.equal(weights):
+    if not group.agrees_on(weights):
         raise RuntimeError("the ranks' weights differ at the end of the training")
     tail = means[-max(1, 200 // LOG_EVERY) :]
     return {

@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,33 +20,9 @@ from experiments.engine.diffusion.build import build_diffusion
 from experiments.engine.numerics.cuda_graphs import CudaGraph, require_gpu
 from experiments.engine.numerics.precision import precision
 from experiments.engine.numerics.randomness import generator_at, seed_at
-from experiments.engine.runtime.group import ALONE, Group, exchanging
+from experiments.engine.runtime.group import ALONE, Group, average_gradients
 from experiments.engine.specs.spec import Backbone, Recipe, Train
 from experiments.engine.training import checkpoint
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What a run is given, which does not name it.
-
-    Device; samples at a time on each, in training and in sampling; steps between checkpoints, how many of the newest are
-    kept, and which steps for good (multiples of `milestones`); whether each process keeps only its part of the
-    optimiser's state; the seconds after which a collective operation gives up; the file of a published checkpoint; whether the network is
-    compiled, and whether a sampler's steps, where all do the same (`recorded_steps`), and the passes of a training by one process, are launched
-    as a CUDA graph. Neither changes more than rounding.
-    """
-
-    device: str = "cpu"
-    micro_batch: int | None = None
-    sample_batch: int = 250
-    checkpoint_every: int = 2000
-    keep: int = 2
-    milestones: int | None = None
-    shard_optimizer: bool = False
-    timeout: float = 1800.0
-    checkpoint: Path | None = None
-    compile: bool = False
-    graphs: bool = False
 
 
 def build(spec: Backbone, seed: int, device: torch.device) -> nn.Module:
@@ -90,14 +65,14 @@ class Trainer:
         model: nn.Module | None = None,
     ) -> None:
         self.spec, self.device, self.group = spec, device, group
-        self.mine = group.part(spec.recipe.batch)
+        self.mine = group.shard(spec.recipe.batch)
         self.micro_batch = micro_batch or spec.recipe.batch
         self.model = model or build(spec.backbone, spec.seed, device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         recipe = spec.recipe
         self.forward: nn.Module = self.model
         if group.world_size > 1:
-            self.forward = exchanging(
+            self.forward = average_gradients(
                 self.model,
                 static=not compiled and self.micro_batch >= self.mine.stop - self.mine.start,
             )

@@ -1,4 +1,7 @@
-"""The command line, batch scripts and requeueing on a real Slurm with two virtual nodes (tests/slurm_cluster.sh)."""
+"""The command line, batch scripts and requeueing on a real Slurm.
+
+tests/slurm_cluster.sh brings it up, with two virtual nodes on this machine.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,8 @@ pytestmark = [
     pytest.mark.slurm,
     pytest.mark.skipif(
         bool(MISSING),
-        reason=f"{', '.join(MISSING)} not installed: apt-get install --no-install-recommends slurm-wlm munge",
+        reason=f"{', '.join(MISSING)} not installed; "
+        "apt-get install --no-install-recommends slurm-wlm munge",
     ),
 ]
 
@@ -124,7 +128,7 @@ def until(what: Callable[[], bool], words: str, seconds: float = 400) -> None:
 
 
 def told() -> str:
-    """What the cluster says of its jobs, and the ends of its logs: of a wait in vain nothing else is left."""
+    """Return the scheduler's jobs and the ends of its logs, for the message of a failed wait."""
     said = subprocess.run(
         ["scontrol", "show", "job"],
         env=CLIENTS,
@@ -184,7 +188,7 @@ def test_a_table_is_sent_watched_and_done(slurm: dict[str, str], tmp_path: Path)
     assert set(first) == {"good", "bad", "last"} and set(first.values()) <= {"waiting", "running"}
     again = call(slurm, script)
     assert (
-        "6 jobs are in the queue or at work already" in again.stdout
+        "6 jobs are in the queue or running already" in again.stdout
         and "submitted" not in again.stdout
     )
 
@@ -245,7 +249,7 @@ def test_what_was_sent_is_cancelled_and_nothing_else(slurm: dict[str, str], tmp_
     )
     assert (
         call(slurm, script, "--rows", "good", "--cancel").stdout
-        == "nothing of this is in the queue\n"
+        == "no job of this command is in the queue\n"
     )
     client(slurm, "scancel", other)
 
@@ -324,7 +328,7 @@ def test_a_job_that_a_higher_partition_takes_the_nodes_from_goes_on_and_a_cancel
     )
     (run,) = (path.parent for path in tmp_path.glob("results/runs/*/attempts.json"))
     until(
-        lambda: ((heartbeat.read(run) or {}).get("step") or 0) > second["start"],
+        lambda: ((heartbeat.read_heartbeat(run) or {}).get("step") or 0) > second["start"],
         "the run trains again",
     )
     assert call(slurm, script, *rows, "--cancel").stdout == f"cancelled job {job}: good, seed 0\n"
@@ -361,9 +365,9 @@ def test_a_run_whose_slurmd_died_is_not_made_twice(slurm: dict[str, str], tmp_pa
         "the job runs elsewhere",
     )
     (run,) = (path.parent for path in tmp_path.glob("results/runs/*/attempts.json"))
-    before = heartbeat.read(run)  # of the process that nobody hears of
-    until(lambda: heartbeat.read(run)["step"] > before["step"], "it goes on")
-    assert heartbeat.read(run)["pid"] == before["pid"] and [
+    before = heartbeat.read_heartbeat(run)  # of the process that nobody hears of
+    until(lambda: heartbeat.read_heartbeat(run)["step"] > before["step"], "it goes on")
+    assert heartbeat.read_heartbeat(run)["pid"] == before["pid"] and [
         len(found) for found in attempts(script).values()
     ] == [1]
     subprocess.run(["bash", CLUSTER, "node-start", node[-1]], env=cluster, check=True)
@@ -372,7 +376,10 @@ def test_a_run_whose_slurmd_died_is_not_made_twice(slurm: dict[str, str], tmp_pa
         "the other attempt goes on",
     )
     ((first, second),) = attempts(script).values()
-    assert 0 < second["start"] <= first["end"] and heartbeat.read(run)["pid"] != before["pid"]
+    assert (
+        0 < second["start"] <= first["end"]
+        and heartbeat.read_heartbeat(run)["pid"] != before["pid"]
+    )
     assert call(slurm, script, *rows, "--cancel").returncode == 0
     until(lambda: not client(slurm, "squeue", "-h"), "the queue empties")
     until(
@@ -424,7 +431,8 @@ def test_a_results_folder_that_a_node_cannot_write_is_named(slurm: dict[str, str
         client(slurm, "scontrol", "release", held)
     until(lambda: not client(slurm, "squeue", "-h"), "the queue empties")
     assert re.search(
-        r"good, seed 0 +failed +failed without a record .*\n( +\| .*\n)* +\| .*cannot write results \(File exists\)",
+        r"good, seed 0 +failed +failed without a record .*\n( +\| .*\n)* +\| .*"
+        r"cannot write results \(File exists\)",
         call(slurm, script, *rows, "--status").stdout,
     )
     nowhere = {"RESULTS": str(tmp_path / "site.py" / "results")}
@@ -457,7 +465,7 @@ def test_what_the_scheduler_would_refuse_only_today_is_queued(
         r"^submitted job \d+: good, seed 0$", sent.stdout, re.M
     ), sent.stderr
     assert re.search(
-        "^warning: sbatch: .*Requested node configuration is not available; sent all the same",
+        "^warning: sbatch: .*Requested node configuration is not available; submitted all the same",
         sent.stderr,
         re.M,
     )
@@ -491,11 +499,12 @@ def test_a_batch_script_gives_the_same_records_in_two_processes(
 ):
     script, root = table(tmp_path, steps=5), tmp_path / "results"
     (tmp_path / "one.py").write_text(
-        "import sys, tiny\nfrom experiments import run\nrun.TABLES[4] = tiny.table\nsys.exit(run.main())\n"
+        "import sys, tiny\nfrom experiments import run\n"
+        "run.TABLES[4] = tiny.table\nsys.exit(run.main())\n"
     )
     text = (REPOSITORY / "slurm" / "dico_s.sh").read_text()
     text = text.replace(
-        "experiments/run.py --table 1 --row DiCo-S --protocol imagenet256",
+        "experiments/run.py \\\n    --table 1 --row DiCo-S --protocol imagenet256",
         f"{tmp_path}/one.py --table 4 --row good",
     )
     (tmp_path / "run.sh").write_text(text)

@@ -22,11 +22,12 @@ from experiments.engine.data.encode import EncodingJob, encode_pictures
 from experiments.engine.data.pictures import find_pictures, read_picture
 from experiments.engine.jobs.execute import execute
 from experiments.engine.records.store import Store
+from experiments.engine.runtime.context import Resources
 from experiments.engine.sampling import samples
 from experiments.engine.scoring import inception
 from experiments.engine.scoring import measure as scoring_measure
 from experiments.engine.specs.spec import Backbone, Data, Evaluate, Recipe, Sampler, Train, spec_id
-from experiments.engine.training.trainer import Resources, Trainer
+from experiments.engine.training.trainer import Trainer
 from tests.support.latent_sets import write_vae
 
 SIDE, NUM = 64, 9
@@ -110,7 +111,7 @@ def whole_path(given: Path, root: Path, dies: str) -> None:
         train,
         Evaluate(train, Sampler("ddim", num_steps=2), NUM, "inception", "balanced"),
     ):
-        record = execute(stage, store, Resources(checkpoint_every=3), lambda *progress: None)
+        record = execute(stage, store, Resources(checkpoint_every=3))
         assert record.status == "done", record.error
     (root / "ids").write_text(f"{spec_id(train)} {record.id}")
 

@@ -17,16 +17,17 @@ from experiments.engine.data.quantise import from_uint8, to_uint8
 from experiments.engine.data.sets import load_data
 from experiments.engine.diffusion.build import build_diffusion
 from experiments.engine.diffusion.cascade import ClassifierGradient, System
-from experiments.engine.diffusion.samplers import ancestral, bind_sampler, ddim
+from experiments.engine.diffusion.samplers import DDIM, Ancestral, bind_sampler
 from experiments.engine.jobs.execute import execute
 from experiments.engine.numerics.randomness import ImageNoise
 from experiments.engine.records.store import Store
+from experiments.engine.runtime.context import Resources
 from experiments.engine.sampling.generate import CountingModel, generate_images
 from experiments.engine.specs.spec import Data, Diffusion, Sampler
 from experiments.engine.specs.stages import evaluate_stage
 from experiments.engine.timing.cost import MacCounter
-from experiments.engine.training.trainer import Resources
 from experiments.main_results import TABLE_1
+from tests.support.flows import sample
 from tests.support.networks import randomise, relative_rms
 
 CLASSES = 7
@@ -185,9 +186,9 @@ def test_a_guided_step_against_the_paper_written_out(name: str, clip: bool):
     scale, y = 3.0, torch.tensor([1, 2])
     diffusion = build_diffusion(Diffusion()).respaced(5)
     gradient = ClassifierGradient(logits, scale)
-    steps = {"ancestral": ancestral, "ddim": ddim}[name](
-        diffusion, predict, y, ImageNoise([5, 6], (1, 3, 3)), clip=clip, gradient=gradient
-    )
+    kind = {"ancestral": Ancestral, "ddim": DDIM}[name]
+    sampler = kind(diffusion, clip=clip, gradient=gradient)
+    steps = sampler(predict, y, ImageNoise([5, 6], (1, 3, 3)))
     drawn = ImageNoise([5, 6], (1, 3, 3))
     x = drawn.draw()
     for i, found in zip(reversed(range(5)), steps, strict=True):
@@ -228,11 +229,12 @@ def test_a_guided_step_against_the_paper_written_out(name: str, clip: bool):
 def test_scale_zero_is_no_guidance_and_other_samplers_refuse_it():
     diffusion, y = build_diffusion(Diffusion()).respaced(4), torch.tensor([1, 2])
     ends = [
-        list(
-            ancestral(
-                diffusion, predict, y, ImageNoise([5, 6], (1, 3, 3)), clip=True, gradient=gradient
-            )
-        )[-1]
+        sample(
+            Ancestral(diffusion, clip=True, gradient=gradient),
+            predict,
+            y,
+            ImageNoise([5, 6], (1, 3, 3)),
+        )
         for gradient in (None, ClassifierGradient(logits, 0.0))
     ]
     assert torch.equal(*ends)
@@ -338,8 +340,8 @@ def test_a_cascade_runs_from_its_specs(tmp_path: Path):
     )
     stage, store = evaluate_stage(TABLE_1.row("ADM-U"), short, 0), Store(tmp_path)
     for training in stage.trainings:
-        assert execute(training, store, Resources(), lambda *progress: None).status == "done"
-    record = execute(stage, store, Resources(), lambda *progress: None)
+        assert execute(training, store, Resources()).status == "done"
+    record = execute(stage, store, Resources())
     assert record.status == "done", record.error
     assert record.values["nfe"] == 6 and record.values["manifest"]["measure"]["image"]["size"] == 8
     assert record.values["manifest"]["measure"]["guidance"]["classifier_scale"] == 1.0

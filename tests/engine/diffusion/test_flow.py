@@ -9,14 +9,14 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from experiments.engine.diffusion.flow import PATHS, Flow
-from experiments.engine.diffusion.flow_samplers import FORMS, dopri5, euler, heun, sde
+from experiments.engine.diffusion.flow_samplers import FORMS, SDE, Dopri5, Euler, Heun
 from experiments.engine.diffusion.guidance import Guided
 from experiments.engine.diffusion.iddpm import Model
 from experiments.engine.diffusion.samplers import bind_sampler
 from experiments.engine.numerics.randomness import ImageNoise
 from experiments.engine.sampling.generate import CountingModel
 from experiments.engine.specs.spec import Sampler
-from tests.support.flows import Given
+from tests.support.flows import ImpulseNoise, labels, sample
 
 MEAN, STD = 0.3, 0.7
 paths = pytest.mark.parametrize("path", PATHS)
@@ -32,15 +32,6 @@ def gaussian(path: str) -> Model:
         return da * (MEAN + a * STD**2 * weight) + ds * s * weight
 
     return model
-
-
-def labels(num: int) -> Tensor:
-    return torch.zeros(num, dtype=torch.long)
-
-
-def last(sampler, *inputs, **options) -> Tensor:
-    *_, x = sampler(*inputs, **options)
-    return x
 
 
 @paths
@@ -106,11 +97,11 @@ def test_the_score_behind_a_velocity(path: str):
 
 
 @paths
-@pytest.mark.parametrize("solver, order", [(euler, 1), (heun, 2)])
+@pytest.mark.parametrize("solver, order", [(Euler, 1), (Heun, 2)])
 def test_solvers_converge_to_the_flow_at_their_order(solver, order: int, path: str):
     first = torch.linspace(-2, 2, 5).reshape(5, 1, 1, 1)
     errors = [
-        (last(solver, gaussian(path), labels(5), Given(first), num_steps=n) - (MEAN + STD * first))
+        (sample(solver(n), gaussian(path), labels(5), ImpulseNoise(first)) - (MEAN + STD * first))
         .abs()
         .max()
         .item()
@@ -139,7 +130,7 @@ def test_every_image_takes_the_steps_of_a_solver_of_its_own(atol: float, rtol: f
         torch.arange(4),
     )
     counted = CountingModel(curved)
-    found = last(dopri5, counted, y, Given(first), atol=atol, rtol=rtol)
+    found = sample(Dopri5(atol, rtol), counted, y, ImpulseNoise(first))
     evaluated = 0
     for image, label, ours in zip(first, y, found, strict=True):
 
@@ -168,7 +159,7 @@ def test_every_image_takes_the_steps_of_a_solver_of_its_own(atol: float, rtol: f
 def test_dopri5_reaches_the_data_within_its_tolerance(path: str):
     first = torch.linspace(-2, 2, 5).reshape(5, 1, 1, 1)
     for rtol in (1e-2, 1e-4, 1e-6):
-        error = last(dopri5, gaussian(path), labels(5), Given(first), atol=1e-7, rtol=rtol) - (
+        error = sample(Dopri5(1e-7, rtol), gaussian(path), labels(5), ImpulseNoise(first)) - (
             MEAN + STD * first
         )
         assert error.abs().max() < 10 * rtol
@@ -177,13 +168,11 @@ def test_dopri5_reaches_the_data_within_its_tolerance(path: str):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_velocity_that_is_no_number_ends_dopri5_in_one_line(bad: float):
     with pytest.raises(ValueError, match="dopri5 does not reach its tolerance") as failure:
-        last(
-            dopri5,
+        sample(
+            Dopri5(1e-6, 1e-3),
             lambda x, t, y: torch.where(t.reshape(-1, 1, 1, 1) > 0.5, bad, x),
             labels(2),
-            Given(torch.ones(2, 1, 1, 1)),
-            atol=1e-6,
-            rtol=1e-3,
+            ImpulseNoise(torch.ones(2, 1, 1, 1)),
         )
     assert "\n" not in str(failure.value)
 
@@ -234,23 +223,15 @@ def test_the_sde_follows_the_recursion(path: str, form: str, last_step: str):
     num_steps = 20
     first = torch.zeros(num_steps + 1, 1, 1, 1)
     first[0] = 1
-    noise = Given(first)
-    *steps, x = sde(
-        Flow(path),
-        gaussian(path),
-        labels(len(first)),
-        noise,
-        num_steps=num_steps,
-        form=form,
-        last_step=last_step,
-        last_size=0.04,
-    )
+    noise = ImpulseNoise(first)
+    sampler = SDE(Flow(path), num_steps, form, last_step, last_size=0.04)
+    *steps, x = sampler(gaussian(path), labels(len(first)), noise)
     gains, offset = (
         (x[:-1] - x[-1]).flatten(),
         x[-1].item(),
     )  # image k sees draw k alone, the last one none
     mean, variance = sde_by_recursion(path, form, num_steps, last_step, 0.04)
-    assert len(steps) == num_steps - 1 and noise.drawn == num_steps - 1
+    assert len(steps) == num_steps - 1 and noise.num_later_draws == num_steps - 1
     assert offset == pytest.approx(
         mean, rel=1e-5, abs=1e-6
     ) and gains.square().sum().item() == pytest.approx(variance, rel=1e-5)
@@ -274,13 +255,11 @@ def test_what_an_sde_cannot_be_is_refused():
         (dict(num_steps=1), "two steps"),
     ):
         with pytest.raises(ValueError, match=words):
-            last(
-                sde,
-                Flow("linear"),
+            sample(
+                SDE(Flow("linear"), **options | change),
                 gaussian("linear"),
                 labels(1),
-                Given(torch.zeros(1, 1, 1, 1)),
-                **options | change,
+                ImpulseNoise(torch.zeros(1, 1, 1, 1)),
             )
 
 
@@ -289,16 +268,14 @@ def test_what_an_sde_cannot_be_is_refused():
 def test_an_image_of_a_flow_depends_on_its_seed_and_not_on_the_batch(
     name: str, nfe: int | None, scale: float
 ):
-    sample, seeds, y = (
-        bind_sampler(Sampler(name, num_steps=6), Flow("linear")),
-        [5, 6, 7, 8, 9],
-        torch.arange(5),
-    )
+    sampler = bind_sampler(Sampler(name, num_steps=6), Flow("linear"))
+    seeds = [5, 6, 7, 8, 9]
+    y = torch.arange(5)
 
     def sampled(start: int, stop: int) -> tuple[Tensor, float]:
         counted = CountingModel(lambda x, t, y: curved(x, t, y % 3).float())
-        x = last(
-            sample,
+        x = sample(
+            sampler,
             Guided(counted, scale, 10, channels=None),
             y[start:stop],
             ImageNoise(seeds[start:stop], (1, 3, 3)),

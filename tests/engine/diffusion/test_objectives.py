@@ -14,16 +14,17 @@ from experiments.engine.diffusion.flow import Flow
 from experiments.engine.diffusion.guidance import Guided
 from experiments.engine.diffusion.iddpm import BETAS, IDDPM, Model
 from experiments.engine.diffusion.samplers import (
-    ancestral,
+    DDIM,
+    Ancestral,
+    BoundSampler,
+    DiffusersDPMSolver,
+    DPMSolver,
     bind_sampler,
-    ddim,
-    dpm_solver,
-    dpm_solver_diffusers,
 )
 from experiments.engine.numerics.randomness import ImageNoise
 from experiments.engine.sampling.generate import CountingModel
 from experiments.engine.specs.spec import Diffusion, Sampler
-from tests.support.flows import Given
+from tests.support.flows import ImpulseNoise, labels, sample
 
 MEAN, STD = 0.3, 0.7
 UVIT = Diffusion(betas="stable_diffusion", variance="fixed", first_step=1)
@@ -41,15 +42,6 @@ def gaussian(diffusion: IDDPM) -> Model:
         return (1 - a**2).sqrt() * (x - a * MEAN) / (a**2 * STD**2 + 1 - a**2)
 
     return model
-
-
-def labels(num: int) -> Tensor:
-    return torch.zeros(num, dtype=torch.long)
-
-
-def last(sampler, *inputs, **options) -> Tensor:
-    *_, x = sampler(*inputs, **options)
-    return x
 
 
 def test_betas_are_the_closed_forms():
@@ -142,7 +134,7 @@ def test_ancestral_sampling_with_the_posteriors_variance(betas: str):
     original = build_diffusion(Diffusion(betas=betas, variance="fixed"))
     first = torch.zeros(202, 1, 1, 1)
     first[0] = 1
-    x = last(ancestral, diffusion, gaussian(original), labels(202), Given(first))
+    x = sample(Ancestral(diffusion), gaussian(original), labels(202), ImpulseNoise(first))
     assert x[-1].item() == pytest.approx(mean, rel=1e-4) and (
         x[:-1] - x[-1]
     ).square().sum().item() == pytest.approx(variance, rel=1e-4)
@@ -159,22 +151,15 @@ def flowed(diffusion: IDDPM, first: Tensor, end: int = 0) -> Tensor:
 def test_dpm_solver_converges_to_the_flow_at_order_two():
     diffusion, first = build_diffusion(UVIT), torch.linspace(-2, 2, 5).reshape(5, 1, 1, 1)
 
-    def error(sampler, process: IDDPM, **options) -> float:
-        return (
-            (
-                last(sampler, process, gaussian(diffusion), labels(5), Given(first), **options)
-                - flowed(diffusion, first)
-            )
-            .abs()
-            .max()
-            .item()
-        )
+    def error(sampler: BoundSampler) -> float:
+        x = sample(sampler, gaussian(diffusion), labels(5), ImpulseNoise(first))
+        return (x - flowed(diffusion, first)).abs().max().item()
 
-    errors = [error(dpm_solver, diffusion, num_steps=n) for n in (64, 512, 1024, 2048)]
+    errors = [error(DPMSolver(diffusion, n)) for n in (64, 512, 1024, 2048)]
     assert math.log2(errors[1] / errors[2]) == pytest.approx(2, abs=0.15) and math.log2(
         errors[2] / errors[3]
     ) == pytest.approx(2, abs=0.1), errors
-    assert errors[0] < 0.7 * error(ddim, diffusion.respaced(64))
+    assert errors[0] < 0.7 * error(DDIM(diffusion.respaced(64)))
 
 
 @pytest.mark.parametrize("num_steps", [27, 37, 111])
@@ -200,7 +185,7 @@ def test_dpm_solver_against_diffusers(num_steps: int):
         expected = scheduler.step(
             model(expected, t.expand(3) + 1, labels(3)), t, expected
         ).prev_sample
-    found = last(dpm_solver, diffusion, model, labels(3), Given(first), num_steps=num_steps)
+    found = sample(DPMSolver(diffusion, num_steps), model, labels(3), ImpulseNoise(first))
     torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-4)
 
 
@@ -222,7 +207,7 @@ def test_the_scheduler_of_diffusers_leads_where_the_flow_does(declared: Diffusio
     a = diffusion.alphas_cumprod[-1].sqrt()
     end = MEAN + STD * (first - a * MEAN) / (a**2 * STD**2 + 1 - a**2).sqrt()  # no noise is left
     coarse, fine = (
-        (last(dpm_solver_diffusers, diffusion, model, labels(5), Given(first), num_steps=n) - end)
+        (sample(DiffusersDPMSolver(diffusion, n), model, labels(5), ImpulseNoise(first)) - end)
         .abs()
         .max()
         .item()
@@ -239,7 +224,7 @@ def test_the_scheduler_of_diffusers_leads_where_the_flow_does(declared: Diffusio
 def test_without_diffusers_its_scheduler_is_one_line(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "diffusers.schedulers.scheduling_dpmsolver_multistep", None)
     with pytest.raises(ValueError, match="dpm_solver_diffusers needs diffusers: pip install"):
-        last(
+        sample(
             bind_sampler(Sampler("dpm_solver_diffusers", num_steps=2), build_diffusion(UVIT)),
             lambda x, t, y: x,
             labels(2),
@@ -251,7 +236,7 @@ def test_dpm_solver_is_guided_at_every_step_of_its_recipe():
     sampler = Sampler("dpm_solver", num_steps=50, scale=1.4, channels=None, interval=(0, 1001))
     counted, times = CountingModel(lambda x, t, y: times.append(t[0].item()) or 0.1 * x), []
     guided = Guided(counted, sampler.scale, 10, channels=None, interval=sampler.interval)
-    last(
+    sample(
         bind_sampler(sampler, build_diffusion(UVIT)),
         guided,
         labels(2),
@@ -263,11 +248,12 @@ def test_dpm_solver_is_guided_at_every_step_of_its_recipe():
 
 @pytest.mark.parametrize("name", ["ancestral", "ddim", "dpm_solver", "dpm_solver_diffusers"])
 def test_an_image_depends_on_its_seed_and_not_on_the_batch(name: str):
-    sample, seeds = bind_sampler(Sampler(name, num_steps=7), build_diffusion(UVIT)), [3, 4, 5, 6]
+    sampler = bind_sampler(Sampler(name, num_steps=7), build_diffusion(UVIT))
+    seeds = [3, 4, 5, 6]
 
     def sampled(start: int, stop: int) -> Tensor:
-        return last(
-            sample,
+        return sample(
+            sampler,
             lambda x, t, y: torch.sin(x.flip(-1)),
             labels(stop - start),
             ImageNoise(seeds[start:stop], (1, 3, 5)),
@@ -285,7 +271,7 @@ def test_a_sampler_of_another_process_is_refused_with_those_of_this_one():
 
 def test_eta_reaches_ddim():
     drawn = [
-        last(
+        sample(
             bind_sampler(Sampler("ddim", num_steps=4, eta=eta), build_diffusion(UVIT)),
             lambda x, t, y: 0.1 * x,
             labels(2),

@@ -7,16 +7,25 @@ import pytest
 import torch
 from torch import Tensor
 
+import backbones
 from experiments.engine.diffusion.build import build_diffusion
 from experiments.engine.diffusion.guidance import Guided
 from experiments.engine.diffusion.iddpm import IDDPM, Model
-from experiments.engine.diffusion.samplers import ancestral, bind_sampler, ddim
+from experiments.engine.diffusion.samplers import (
+    DDIM,
+    Ancestral,
+    BoundSampler,
+    DiffusersDPMSolver,
+    bind_sampler,
+)
 from experiments.engine.numerics.randomness import ImageNoise
 from experiments.engine.sampling.generate import CountingModel
 from experiments.engine.specs.spec import Diffusion, Sampler
+from tests.support.flows import labels, sample
+from tests.support.networks import randomise
 
 MEAN, STD = 0.3, 0.7
-SAMPLERS = {"ancestral": ancestral, "ddim": ddim}
+SAMPLERS = {"ancestral": Ancestral, "ddim": DDIM}
 
 
 def gaussian(u: float, mean: float = MEAN, std: float = STD) -> Model:
@@ -29,10 +38,6 @@ def gaussian(u: float, mean: float = MEAN, std: float = STD) -> Model:
         return torch.cat([eps, torch.full_like(x, u)], dim=1)
 
     return model
-
-
-def labels(num: int) -> Tensor:
-    return torch.zeros(num, dtype=torch.long)
 
 
 class Impulses:
@@ -63,9 +68,8 @@ class Waves:
 def probe(sampler, num_steps: int, model: Model, **options) -> tuple[Tensor, Tensor]:
     """The affine map of a chain: gains of its num_steps + 1 draws, and its offset."""
     noise = Impulses(num_steps)
-    *_, last = sampler(
-        IDDPM.linear().respaced(num_steps), model, labels(noise.num), noise, **options
-    )
+    bound = sampler(IDDPM.linear().respaced(num_steps), **options)
+    last = sample(bound, model, labels(noise.num), noise)
     assert noise.drawn == num_steps + 1
     last = last.flatten()
     return last[:-1] - last[-1], last[-1]
@@ -95,21 +99,21 @@ def moments_by_recursion(timesteps: list[int], fraction: float) -> tuple[float, 
 def test_ancestral_follows_the_recursion(num_steps: int, u: float):
     timesteps = IDDPM.linear().respaced(num_steps).timesteps.tolist()
     mean, variance = moments_by_recursion(timesteps, (u + 1) / 2)
-    gains, offset = probe(ancestral, num_steps, gaussian(u))
+    gains, offset = probe(Ancestral, num_steps, gaussian(u))
     assert gains[-1] == 0  # the last draw is masked
     assert offset.item() == pytest.approx(mean, rel=1e-5)
     assert gains.square().sum().item() == pytest.approx(variance, rel=1e-5)
 
 
 def test_ancestral_reaches_the_data():
-    gains, offset = probe(ancestral, 1000, gaussian(-1.0))
+    gains, offset = probe(Ancestral, 1000, gaussian(-1.0))
     assert offset.item() == pytest.approx(MEAN, rel=1e-3)
     assert gains.square().sum().item() == pytest.approx(STD**2, rel=0.02)
 
 
 def test_ancestral_yields_every_step_and_ends_on_the_clean_estimate():
     diffusion, model = IDDPM.linear().respaced(7), gaussian(0.0)
-    steps = list(ancestral(diffusion, model, labels(2), ImageNoise([0, 1], (2, 3, 5))))
+    steps = list(Ancestral(diffusion)(model, labels(2), ImageNoise([0, 1], (2, 3, 5))))
     t = diffusion.timesteps[0].repeat(2)
     _, _, x0_hat = diffusion.posterior(steps[-2], 0, model(steps[-2], t, labels(2)))
     assert len(steps) == 7
@@ -123,7 +127,7 @@ def test_ddim_converges_to_the_probability_flow():
     offset = MEAN * (1 - slope * math.sqrt(cumprod))
     errors = []
     for num_steps in (10, 50, 250, 1000):
-        gains, start = probe(ddim, num_steps, gaussian(0.0))
+        gains, start = probe(DDIM, num_steps, gaussian(0.0))
         assert gains[1:].count_nonzero() == 0  # eta 0 uses the first draw alone
         errors.append(math.hypot(gains[0].item() - slope, start.item() - offset))
     assert errors[0] > 3 * errors[1] > 9 * errors[2] > 18 * errors[3] and errors[3] < 3e-3, errors
@@ -131,8 +135,8 @@ def test_ddim_converges_to_the_probability_flow():
 
 @pytest.mark.parametrize("num_steps", [20, 1000])
 def test_ddim_at_eta_1_is_ancestral_with_the_posterior_variance(num_steps: int):
-    gains, offset = probe(ddim, num_steps, gaussian(0.0), eta=1.0)
-    expected_gains, expected_offset = probe(ancestral, num_steps, gaussian(-1.0))
+    gains, offset = probe(DDIM, num_steps, gaussian(0.0), eta=1.0)
+    expected_gains, expected_offset = probe(Ancestral, num_steps, gaussian(-1.0))
     torch.testing.assert_close(gains, expected_gains, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(offset, expected_offset, rtol=1e-4, atol=1e-6)
 
@@ -155,31 +159,23 @@ def test_samples_are_those_of_the_authors(
         eps, _ = base(x.double(), t, y).float().chunk(2, dim=1)
         return torch.cat([eps + 0.1 * x.flip(1).sin(), 1.2 * x.cos()], dim=1)
 
-    *_, last = SAMPLERS[sampler](IDDPM.linear().respaced(250), model, labels(2), Waves(), **options)
-    values = last.flatten()[[0, 7, 31, 59]]
+    bound = SAMPLERS[sampler](IDDPM.linear().respaced(250), **options)
+    values = sample(bound, model, labels(2), Waves()).flatten()[[0, 7, 31, 59]]
     torch.testing.assert_close(values, torch.tensor(expected), rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("eta", [-0.1, 1.1])
 def test_impossible_eta_is_refused(eta: float):
     with pytest.raises(ValueError, match="between 0"):
-        next(
-            ddim(
-                IDDPM.linear().respaced(5),
-                gaussian(0.0),
-                labels(1),
-                ImageNoise([0], (1, 3, 5)),
-                eta=eta,
-            )
-        )
+        sampler = DDIM(IDDPM.linear().respaced(5), eta=eta)
+        next(sampler(gaussian(0.0), labels(1), ImageNoise([0], (1, 3, 5))))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 def test_sampling_records_no_gradient(sampler):
     net = torch.nn.Conv2d(3, 6, 1)
-    steps = sampler(
-        IDDPM.linear().respaced(2), lambda x, t, y: net(x), labels(1), ImageNoise([0], (3, 3, 5))
-    )
+    bound = sampler(IDDPM.linear().respaced(2))
+    steps = bound(lambda x, t, y: net(x), labels(1), ImageNoise([0], (3, 3, 5)))
     for x in steps:
         assert not x.requires_grad and torch.is_grad_enabled()
 
@@ -205,10 +201,12 @@ def test_a_seed_that_would_repeat_another_is_refused(seed: int):
 
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 def test_sample_of_an_image_ignores_its_batch(sampler):
-    diffusion, model, seeds = IDDPM.linear().respaced(8), gaussian(0.0), [3, 1, 4, 1, 5]
-    *_, whole = sampler(diffusion, model, labels(5), ImageNoise(seeds, (2, 3, 5)))
-    *_, first = sampler(diffusion, model, labels(1), ImageNoise(seeds[:1], (2, 3, 5)))
-    *_, rest = sampler(diffusion, model, labels(4), ImageNoise(seeds[1:], (2, 3, 5)))
+    bound = sampler(IDDPM.linear().respaced(8))
+    model = gaussian(0.0)
+    seeds = [3, 1, 4, 1, 5]
+    whole = sample(bound, model, labels(5), ImageNoise(seeds, (2, 3, 5)))
+    first = sample(bound, model, labels(1), ImageNoise(seeds[:1], (2, 3, 5)))
+    rest = sample(bound, model, labels(4), ImageNoise(seeds[1:], (2, 3, 5)))
     torch.testing.assert_close(torch.cat([first, rest]), whole, rtol=1e-6, atol=1e-6)
 
 
@@ -251,7 +249,7 @@ def test_guidance_algebra(channels: int | None, scale: float):
 
 def test_scale_1_is_the_plain_network():
     model, inputs = Recorder(), call_inputs()
-    guided = Guided(model, 1.0, 10)
+    guided = Guided(model, 1.0, 10, channels=3)
     assert torch.equal(guided(*inputs), model(*inputs))
     assert model.calls[0] == (3, [2, 9, 0])
 
@@ -259,7 +257,7 @@ def test_scale_1_is_the_plain_network():
 @pytest.mark.parametrize("t, doubled", [(199, False), (200, True), (699, True), (700, False)])
 def test_guidance_acts_inside_its_interval(t: int, doubled: bool):
     model, inputs = Recorder(), call_inputs(t)
-    guided = Guided(model, 1.5, 10, interval=(200, 700))
+    guided = Guided(model, 1.5, 10, channels=3, interval=(200, 700))
     output = guided(*inputs)
     assert model.calls[0][0] == 3 * (1 + doubled)
     assert torch.equal(output, model(*inputs)) != doubled
@@ -268,7 +266,7 @@ def test_guidance_acts_inside_its_interval(t: int, doubled: bool):
 def test_guidance_tells_the_times_of_a_batch_apart():
     model, (x, _, y) = Recorder(), call_inputs()
     t = torch.tensor([100, 300, 800])
-    output = Guided(model, 1.5, 10, interval=(200, 700))(x, t, y)
+    output = Guided(model, 1.5, 10, channels=3, interval=(200, 700))(x, t, y)
     conditional, null = model(x, t, y), model(x, t, torch.full_like(y, 10))
     expected = conditional.clone()
     expected[1, :3] = 1.5 * conditional[1, :3] - 0.5 * null[1, :3]
@@ -277,13 +275,12 @@ def test_guidance_tells_the_times_of_a_batch_apart():
 
 def test_nfe_of_a_run_counts_both_halves():
     counted = CountingModel(Recorder())
-    for _ in ancestral(
-        IDDPM.linear().respaced(10),
-        Guided(counted, 1.5, 10, interval=(0, 500)),
+    sample(
+        Ancestral(IDDPM.linear().respaced(10)),
+        Guided(counted, 1.5, 10, channels=3, interval=(0, 500)),
         labels(2),
         ImageNoise([0, 1], (4, 5, 7)),
-    ):
-        pass
+    )
     assert counted.evaluated / 2 == 10 + 5  # 0, 111, ..., 444 of 0, 111, ..., 999 are guided
 
 
@@ -305,3 +302,51 @@ def test_clipped_estimates_keep_a_wild_network_within_pixels(name: str):
         )
         highest[clip] = x.abs().max().item()
     assert highest[True] <= 1 < highest[False]
+
+
+def test_guided_channels_default_to_what_the_family_declares():
+    shape = dict(input_size=8, in_channels=4, num_classes=10)
+    expected = {"dit_s_2": 3, "dico_s": 3, "uvit_l_2": None, "ldm_4": None, "dimsum_l_2": None}
+    for name, channels in expected.items():
+        network = backbones.build(name, **backbones.tiny_options_of(name) | shape)
+        assert Guided(network, 1.5, 10).channels == channels, name
+    with pytest.raises(ValueError, match="declares its guided channels"):
+        Guided(Recorder(), 1.5, 10)
+
+
+def test_a_family_that_guides_three_channels_guides_all_of_fewer():
+    name = "dit_s_2"
+    shape = dict(input_size=8, in_channels=1, num_classes=10)
+    network = randomise(backbones.build(name, **backbones.tiny_options_of(name) | shape))
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    inputs = x, torch.tensor([3, 500]), torch.tensor([1, 2])
+    with torch.no_grad():
+        output = Guided(network, 1.5, 10)(*inputs)
+        assert torch.equal(output, Guided(network, 1.5, 10, channels=None)(*inputs))
+        with pytest.raises(ValueError, match="cannot guide 3 channels"):
+            Guided(network, 1.5, 10, channels=3)(*inputs)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [DDIM(IDDPM.linear().respaced(5)), DiffusersDPMSolver(IDDPM.linear(), 5)],
+    ids=["ddim", "dpm"],
+)
+def test_a_tensor_of_initial_noise_gives_the_image_of_its_seed(sampler: BoundSampler):
+    seeds, shape = [3, 4], (2, 3, 5)
+    start = ImageNoise(seeds, shape).draw()
+    from_tensor = sample(sampler, gaussian(0.0), labels(2), start)
+    assert torch.equal(
+        from_tensor, sample(sampler, gaussian(0.0), labels(2), ImageNoise(seeds, shape))
+    )
+
+
+def test_after_a_tensor_the_noise_of_steps_comes_from_the_global_generator():
+    sampler = Ancestral(IDDPM.linear().respaced(5))
+    start = torch.ones(2, 2, 3, 5)
+    images = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        images.append(sample(sampler, gaussian(0.0), labels(2), start))
+    assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
+    assert torch.equal(start, torch.ones(2, 2, 3, 5))

@@ -56,7 +56,7 @@ def test_an_interrupt_while_workers_load_is_one_line(tmp_path: Path):
     os.killpg(running.pid, signal.SIGINT)
     errors = running.communicate()[1]
     assert (
-        errors.splitlines() == ["interrupted; the same command goes on where this one stopped"]
+        errors.splitlines() == ["interrupted; run the same command again to continue"]
         and running.returncode == 130
     )
 

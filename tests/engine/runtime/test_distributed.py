@@ -24,10 +24,9 @@ from experiments.engine.data.sets import batch_indices, load_data
 from experiments.engine.diffusion.iddpm import IDDPM
 from experiments.engine.jobs.execute import execute
 from experiments.engine.records.store import REPOSITORY, Store
-from experiments.engine.runtime import group as distributed
-from experiments.engine.runtime import heartbeat, preemption
-from experiments.engine.runtime import heartbeat as attempts
-from experiments.engine.runtime.group import Group, master_port, place
+from experiments.engine.runtime import attempts, failures, heartbeat, preemption
+from experiments.engine.runtime.context import Resources, RunContext
+from experiments.engine.runtime.group import Group, group_from_environment, master_port
 from experiments.engine.runtime.preemption import LOST, TRY_AGAIN
 from experiments.engine.sampling import generate
 from experiments.engine.scoring import stage as evaluate
@@ -42,7 +41,7 @@ from experiments.engine.specs.spec import (
     spec_id,
 )
 from experiments.engine.training import stage as training_stage
-from experiments.engine.training.trainer import Resources, Trainer, build
+from experiments.engine.training.trainer import Trainer, build
 
 SMALL = dict(dim=8, depths=(1, 1, 1, 1, 1), input_size=8, in_channels=1, num_classes=10)
 TRAIN = Train(
@@ -66,7 +65,7 @@ def member(
     """One rank at work; at a step of a rank a fault strikes: 'raise', 'kill', 'stop', 'requeue', 'raise while others hang', 'hang' until the others have left, or, from there on, a loss of 'nan' or a 'spike'."""
     torch.set_num_threads(1)
     preemption.listen()
-    training_stage.LOG_EVERY, distributed.POLL, distributed.GRACE, evaluate.ON_CPU = 3, 0.1, 2.0, 5
+    training_stage.LOG_EVERY, failures.POLL, failures.GRACE, evaluate.ON_CPU = 3, 0.1, 2.0, 5
     if group.world_size > 1:
         names = dict(
             RANK=group.rank,
@@ -87,7 +86,9 @@ def member(
         ):
             return update(self, *batch) * (math.nan if fault[0] == "nan" else 1000)
         if fault and (group.rank, self.step) == fault[1:]:
-            while fault[0] == "hang" and heartbeat.live(heartbeat.read(Store(root).run_dir(spec))):
+            while fault[0] == "hang" and heartbeat.is_live(
+                heartbeat.read_heartbeat(Store(root).run_dir(spec))
+            ):
                 time.sleep(0.1)
             if fault[0].startswith("raise"):
                 raise KeyError("boom")
@@ -110,7 +111,7 @@ def member(
     if seen:
         IDDPM.losses = recording
     try:
-        record = execute(spec, Store(root), resources, lambda *progress: None)
+        record = execute(spec, Store(root), resources)
     except ValueError as refusal:
         (root / f"refusal-{group.rank}").write_text(str(refusal))
         raise SystemExit(1) from None
@@ -193,15 +194,19 @@ def test_ranks_come_from_the_environment():
         SLURM_STEP_NUM_TASKS="8",
         SLURM_LOCALID="1",
     )
-    assert place(step) == Group(5, 8, 1)
-    assert place({**step, "RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "2"}) == Group(2, 4, 2)
+    assert group_from_environment(step) == Group(5, 8, 1)
+    assert group_from_environment(
+        {**step, "RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "2"}
+    ) == Group(2, 4, 2)
     assert (
-        place({name: value for name, value in step.items() if name != "SLURM_STEP_ID"})
+        group_from_environment(
+            {name: value for name, value in step.items() if name != "SLURM_STEP_ID"}
+        )
         == Group()
-        == place({})
+        == group_from_environment({})
     )
     assert (
-        place(
+        group_from_environment(
             step
             | dict(
                 SLURM_STEP_ID="4294967290",
@@ -234,7 +239,7 @@ def test_a_group_that_cannot_meet_says_so_in_one_line_and_asks_for_a_restart(
 ):
     (tmp_path / "scontrol").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "scontrol").chmod(0o755)
-    code = "from experiments.engine.runtime.group import join; join('cpu', 2.0)"
+    code = "from experiments.engine.runtime.group import join_group; join_group('cpu', 2.0)"
     with socket.socket() as taken:
         taken.bind(("0.0.0.0", 0))
         taken.listen()
@@ -265,7 +270,7 @@ def test_a_group_that_cannot_meet_says_so_in_one_line_and_asks_for_a_restart(
 
 
 def test_a_batch_is_cut_into_equal_parts_or_refused():
-    assert [Group(rank, 4).part(20) for rank in range(4)] == [
+    assert [Group(rank, 4).shard(20) for rank in range(4)] == [
         slice(0, 5),
         slice(5, 10),
         slice(10, 15),
@@ -273,9 +278,9 @@ def test_a_batch_is_cut_into_equal_parts_or_refused():
     ]
     with pytest.raises(
         ValueError,
-        match="^3 processes do not divide a batch of 16; take a number of processes that does$",
+        match="^3 processes do not divide a batch of 16; choose a number of processes that does$",
     ):
-        Group(0, 3).part(16)
+        Group(0, 3).shard(16)
 
 
 def test_a_group_sees_the_samples_of_one_process_and_has_its_losses(
@@ -307,8 +312,8 @@ def test_a_stopped_group_saves_at_one_step_and_goes_on_to_the_same_weights(
     ]
     assert 7 <= saved <= 8 and outcome(tmp_path) is None
     assert (
-        heartbeat.read(folder)["state"] == "stopped"
-        and "SIGUSR2" in heartbeat.read(folder)["reason"]
+        heartbeat.read_heartbeat(folder)["state"] == "stopped"
+        and "SIGUSR2" in heartbeat.read_heartbeat(folder)["reason"]
     )
     assert group(2, tmp_path, fault=("stop", 0, 11)) == [TRY_AGAIN] * 2
     assert group(2, tmp_path, shard_optimizer=True) == [0, 0]
@@ -340,7 +345,7 @@ def test_a_sharded_optimiser_goes_on_in_one_process(alone: Path, tmp_path: Path)
 @pytest.mark.parametrize("kind, rank", [("raise", 0), ("raise", 1), ("raise while others hang", 1)])
 def test_a_failing_rank_ends_the_group_with_its_error(kind: str, rank: int, tmp_path: Path):
     assert group(2, tmp_path, fault=(kind, rank, 6)) == [1, 1]
-    record, beat = outcome(tmp_path), heartbeat.read(tmp_path / "runs" / spec_id(TRAIN))
+    record, beat = outcome(tmp_path), heartbeat.read_heartbeat(tmp_path / "runs" / spec_id(TRAIN))
     assert (
         (record.status, record.error)
         == ("failed", f"rank {rank}: KeyError: 'boom'")
@@ -355,7 +360,8 @@ def test_a_killed_rank_ends_the_group_and_costs_the_steps_since_the_checkpoint(
 ):
     assert group(2, tmp_path, fault=("kill", 1, 12)) == [LOST, -signal.SIGKILL]
     assert outcome(tmp_path) is None and re.match(
-        "rank 0 lost another rank", heartbeat.read(tmp_path / "runs" / spec_id(TRAIN))["reason"]
+        "rank 0 lost another rank",
+        heartbeat.read_heartbeat(tmp_path / "runs" / spec_id(TRAIN))["reason"],
     )
     assert group(2, tmp_path, fault=("kill", 0, 13)) == [-signal.SIGKILL, LOST]
     assert group(2, tmp_path) == [0, 0]
@@ -376,7 +382,7 @@ def test_a_rank_that_falls_silent_ends_the_group_at_the_bound_of_its_collectives
     pair: Path, tmp_path: Path
 ):
     assert group(2, tmp_path, fault=("hang", 1, 12), timeout=10.0) == [LOST, LOST]
-    beat = heartbeat.read(tmp_path / "runs" / spec_id(TRAIN))
+    beat = heartbeat.read_heartbeat(tmp_path / "runs" / spec_id(TRAIN))
     assert (
         outcome(tmp_path) is None
         and beat["state"] == "stopped"
@@ -474,7 +480,7 @@ def test_a_job_that_does_not_go_back_ends_with_the_reason(
     )
     process.start()
     process.join(BOUND)
-    beat = heartbeat.read(tmp_path / "runs" / spec_id(TRAIN))
+    beat = heartbeat.read_heartbeat(tmp_path / "runs" / spec_id(TRAIN))
     assert (
         process.exitcode == TRY_AGAIN
         and (beat["state"], outcome(tmp_path)) == ("stopped", None)
@@ -504,7 +510,7 @@ def test_an_element_of_an_array_asks_for_itself_until_the_controller_answers(
 def test_processes_that_do_not_divide_the_batch_are_refused_in_one_line(tmp_path: Path):
     assert set(group(3, tmp_path)) == {1}
     assert re.fullmatch(
-        r"rank \d: ValueError: 3 processes do not divide a batch of 16; take a number of processes that does",
+        r"rank \d: ValueError: 3 processes do not divide a batch of 16; choose a number of processes that does",
         outcome(tmp_path).error,
     )
 
@@ -515,7 +521,7 @@ def test_scores_do_not_depend_on_the_group_and_sampling_goes_on_from_finished_ba
     assert group(2, alone, SCORE) == [0, 0]
     run, drawn = alone / "runs" / spec_id(TRAIN), []
     assert not list(run.glob("samples-*"))
-    sampled = evaluate.images
+    sampled = evaluate.generate_images
 
     def interrupted(*arguments: Any) -> Any:
         drawn.append(arguments[-1])
@@ -527,8 +533,8 @@ def test_scores_do_not_depend_on_the_group_and_sampling_goes_on_from_finished_ba
     monkeypatch.setattr(evaluate, "ON_CPU", 5)
     torch.set_num_threads(1)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.run(SCORE, run, alone / "runs" / "classifiers", Resources())
-    values = evaluate.run(SCORE, run, alone / "runs" / "classifiers", Resources())
+        evaluate.run(SCORE, alone / "runs" / "classifiers", RunContext(run))
+    values = evaluate.run(SCORE, alone / "runs" / "classifiers", RunContext(run))
     assert [part.start for part in drawn] == [0, 5, 10, 10, 15, 20]
     assert {name: repr(value) for name, value in outcome(alone, SCORE).values.items()} == {
         name: repr(value) for name, value in values.items()

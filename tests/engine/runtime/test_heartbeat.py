@@ -15,9 +15,15 @@ from typing import Any
 import pytest
 
 from experiments.engine.records.files import take_lock
-from experiments.engine.runtime import heartbeat, preemption
-from experiments.engine.runtime import heartbeat as attempts
-from experiments.engine.runtime.heartbeat import STALE, Heartbeat, claimed, live, read
+from experiments.engine.runtime import attempts, heartbeat, preemption
+from experiments.engine.runtime.heartbeat import (
+    STALE_AFTER,
+    Heartbeat,
+    claim_run,
+    is_live,
+    read_heartbeat,
+)
+from experiments.engine.runtime.preemption import StopRequest
 
 NOW = dict(
     state="training", step=7, host="elsewhere", job_id="41", owner="other", reason=None, pid=5
@@ -40,9 +46,9 @@ def test_it_says_who_works_where_and_how_far(
     tmp_path: Path, job: None, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-    monkeypatch.setattr(heartbeat, "EVERY", 0.01)
-    with claimed(tmp_path, world_size=4) as beat:
-        started = read(tmp_path)
+    monkeypatch.setattr(heartbeat, "INTERVAL", 0.01)
+    with claim_run(tmp_path, world_size=4) as beat:
+        started = read_heartbeat(tmp_path)
         assert {
             "state": "starting",
             "job_id": "42",
@@ -51,28 +57,37 @@ def test_it_says_who_works_where_and_how_far(
             "host": socket.gethostname(),
             "pid": os.getpid(),
         }.items() <= started.items()
-        beat.tell(state="training", step=8, steps=9)
-        while read(tmp_path)["step"] != 8 or read(tmp_path)["updated"] == started["updated"]:
+        beat.update(state="training", step=8, steps=9)
+        while (
+            read_heartbeat(tmp_path)["step"] != 8
+            or read_heartbeat(tmp_path)["updated"] == started["updated"]
+        ):
             pass
-        assert live(read(tmp_path)) and read(tmp_path)["age"] < STALE
+        assert is_live(read_heartbeat(tmp_path)) and read_heartbeat(tmp_path)["age"] < STALE_AFTER
         beat.end("failed", "why")
-    assert (read(tmp_path)["state"], read(tmp_path)["reason"]) == ("failed", "why") and not live(
-        read(tmp_path)
-    )
-    with pytest.raises(KeyboardInterrupt), claimed(tmp_path):
+    assert (read_heartbeat(tmp_path)["state"], read_heartbeat(tmp_path)["reason"]) == (
+        "failed",
+        "why",
+    ) and not is_live(read_heartbeat(tmp_path))
+    with pytest.raises(KeyboardInterrupt), claim_run(tmp_path):
         raise KeyboardInterrupt
-    assert (read(tmp_path)["state"], read(tmp_path)["reason"]) == ("stopped", "interrupted")
+    assert (read_heartbeat(tmp_path)["state"], read_heartbeat(tmp_path)["reason"]) == (
+        "stopped",
+        "interrupted",
+    )
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"updated": "now"}'])
 def test_a_broken_heartbeat_is_none(text: str, tmp_path: Path):
     (tmp_path / "heartbeat.json").write_text(text)
     assert (
-        read(tmp_path) is None and not live(read(tmp_path)) and read(tmp_path / "nowhere") is None
+        read_heartbeat(tmp_path) is None
+        and not is_live(read_heartbeat(tmp_path))
+        and read_heartbeat(tmp_path / "nowhere") is None
     )
 
 
-@pytest.mark.parametrize("skew", [0.0, -2 * STALE, 2 * STALE])
+@pytest.mark.parametrize("skew", [0.0, -2 * STALE_AFTER, 2 * STALE_AFTER])
 def test_a_live_job_on_another_host_keeps_its_run_whatever_its_clock_says(
     skew: float, tmp_path: Path, job: None
 ):
@@ -81,17 +96,17 @@ def test_a_live_job_on_another_host_keeps_its_run_whatever_its_clock_says(
         pytest.raises(
             ValueError, match=f"^run {tmp_path.name} is being worked on by job 41 on elsewhere"
         ) as refusal,
-        claimed(tmp_path),
+        claim_run(tmp_path),
     ):
         pass
-    assert "\n" not in str(refusal.value) and read(tmp_path)["owner"] == "other"
+    assert "\n" not in str(refusal.value) and read_heartbeat(tmp_path)["owner"] == "other"
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(age=2 * STALE),
-        dict(age=2 * STALE, updated=time.time() + 2 * STALE),
+        dict(age=2 * STALE_AFTER),
+        dict(age=2 * STALE_AFTER, updated=time.time() + 2 * STALE_AFTER),
         dict(job_id="42"),
         dict(state="failed"),
         dict(state="requeued"),
@@ -101,13 +116,16 @@ def test_a_stale_or_finished_one_and_its_own_are_taken_over(
     changes: dict[str, Any], tmp_path: Path, job: None
 ):
     leave(tmp_path, **changes)
-    with claimed(tmp_path) as beat:
-        assert read(tmp_path)["owner"] == beat.fields["owner"] and beat.before["owner"] == "other"
+    with claim_run(tmp_path) as beat:
+        assert (
+            read_heartbeat(tmp_path)["owner"] == beat.fields["owner"]
+            and beat.previous["owner"] == "other"
+        )
 
 
 def hold(folder: Path, number: str, held: Any, release: Any) -> None:
     os.environ["SLURM_JOB_ID"] = number
-    with claimed(folder):
+    with claim_run(folder):
         held.set()
         release.wait()
 
@@ -120,15 +138,18 @@ def test_another_job_on_the_same_host_is_refused_and_a_dead_one_is_not_waited_fo
     holder = context.Process(target=hold, args=(tmp_path, "41", held, release))
     holder.start()
     held.wait()
-    with pytest.raises(ValueError, match=f"by job 41 on {socket.gethostname()}"), claimed(tmp_path):
+    with (
+        pytest.raises(ValueError, match=f"by job 41 on {socket.gethostname()}"),
+        claim_run(tmp_path),
+    ):
         pass
     holder.kill()
     holder.join()
-    assert live(
-        read(tmp_path)
+    assert is_live(
+        read_heartbeat(tmp_path)
     )  # its last words are fresh, and yet the system knows that it is dead
-    with claimed(tmp_path) as beat:
-        assert beat.before["job_id"] == "41"
+    with claim_run(tmp_path) as beat:
+        assert beat.previous["job_id"] == "41"
 
 
 def fall_silent(folder: Path, held: Any, release: Any) -> None:
@@ -146,10 +167,10 @@ def test_a_lock_whose_holder_is_silent_is_taken_over(
     holder = context.Process(target=fall_silent, args=(tmp_path, held, release))
     holder.start()
     held.wait()
-    leave(tmp_path, age=2 * STALE)
-    monkeypatch.setattr(heartbeat, "STALE", 1.0)
-    with claimed(tmp_path) as beat:
-        assert holder.is_alive() and read(tmp_path)["owner"] == beat.fields["owner"]
+    leave(tmp_path, age=2 * STALE_AFTER)
+    monkeypatch.setattr(heartbeat, "STALE_AFTER", 1.0)
+    with claim_run(tmp_path) as beat:
+        assert holder.is_alive() and read_heartbeat(tmp_path)["owner"] == beat.fields["owner"]
     release.set()
     holder.join()
 
@@ -160,12 +181,12 @@ def test_two_processes_of_one_job_take_turns(tmp_path: Path):
 
     def second() -> None:
         inside.wait()
-        with claimed(tmp_path):
+        with claim_run(tmp_path):
             order.append(2)
 
     other = threading.Thread(target=second)
     other.start()
-    with claimed(tmp_path):
+    with claim_run(tmp_path):
         inside.set()
         order.append(1)
     other.join()
@@ -175,13 +196,13 @@ def test_two_processes_of_one_job_take_turns(tmp_path: Path):
 def test_a_job_that_was_replaced_notices_and_writes_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(heartbeat, "EVERY", 0.01)
+    monkeypatch.setattr(heartbeat, "INTERVAL", 0.01)
     beat = Heartbeat(tmp_path)
     leave(tmp_path)
     while not beat.taken_over:
         pass
     beat.end("done")
-    assert beat.taken_over["job_id"] == "41" and read(tmp_path)["owner"] == "other"
+    assert beat.taken_over["job_id"] == "41" and read_heartbeat(tmp_path)["owner"] == "other"
 
 
 def test_attempts_are_listed_and_a_killed_one_is_closed_from_its_heartbeat(
@@ -193,7 +214,7 @@ def test_attempts_are_listed_and_a_killed_one_is_closed_from_its_heartbeat(
             [dict(start=0, end=None, reason=None, job_id="41", host="elsewhere", world_size=1)]
         )
     )
-    with claimed(tmp_path, world_size=2) as beat:
+    with claim_run(tmp_path, world_size=2) as beat:
         attempts.begin_attempt(beat, 5)
         attempts.end_attempt(tmp_path, 9, "done")
     first, second = attempts.read_attempts(tmp_path)
@@ -217,7 +238,7 @@ def test_a_killed_attempt_came_at_least_as_far_as_the_checkpoint_that_it_left(
             [dict(start=0, end=None, reason=None, job_id="41", host="elsewhere", world_size=1)]
         )
     )
-    with claimed(tmp_path) as beat:
+    with claim_run(tmp_path) as beat:
         attempts.begin_attempt(beat, 10)  # saved after the last heartbeat, which said 7
     first, second = attempts.read_attempts(tmp_path)
     assert (first["end"], second["start"]) == (10, 10)
@@ -227,7 +248,7 @@ def test_restarts_without_progress_come_to_an_end(
     tmp_path: Path, job: None, monkeypatch: pytest.MonkeyPatch
 ):
     def attempt(step: int) -> None:
-        with claimed(tmp_path) as beat:
+        with claim_run(tmp_path) as beat:
             attempts.begin_attempt(beat, step)
 
     for step in (0, 0, 0, 0, 5, 5, 5, 5, 5):
@@ -250,19 +271,19 @@ def signals() -> Any:
     """Gives the signals and the flag back as they were."""
     before = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
     yield
-    preemption._asked = preemption.NO
+    preemption.SIGNALS.request = StopRequest.NONE
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 def test_signals_set_a_flag_and_requeueing_wins(signals: None):
     preemption.listen()
-    assert preemption.asked() == preemption.NO
+    assert preemption.requested_stop() == StopRequest.NONE
     os.kill(os.getpid(), signal.SIGTERM)
-    assert preemption.asked() == preemption.STOP
+    assert preemption.requested_stop() == StopRequest.STOP
     os.kill(os.getpid(), signal.SIGUSR2)
     os.kill(os.getpid(), signal.SIGTERM)
-    assert preemption.asked() == preemption.REQUEUE
+    assert preemption.requested_stop() == StopRequest.REQUEUE
 
 
 @pytest.mark.parametrize(
@@ -282,14 +303,14 @@ def test_a_signal_means_what_the_scheduler_says(
     )
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert [preemption.meant(how) for how in (preemption.STOP, preemption.REQUEUE)] == [
-        preemption.REQUEUE if back else preemption.STOP
+    assert [preemption.resolve_stop(how) for how in (StopRequest.STOP, StopRequest.REQUEUE)] == [
+        StopRequest.REQUEUE if back else StopRequest.STOP
     ] * 2
-    assert preemption.meant(preemption.TAKEN_OVER) == preemption.TAKEN_OVER
+    assert preemption.resolve_stop(StopRequest.TAKEN_OVER) == StopRequest.TAKEN_OVER
     monkeypatch.setenv("PATH", "")
-    assert [preemption.meant(how) for how in (preemption.STOP, preemption.REQUEUE)] == [
-        preemption.STOP,
-        preemption.REQUEUE,
+    assert [preemption.resolve_stop(how) for how in (StopRequest.STOP, StopRequest.REQUEUE)] == [
+        StopRequest.STOP,
+        StopRequest.REQUEUE,
     ]
 
 

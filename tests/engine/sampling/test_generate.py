@@ -15,8 +15,9 @@ from experiments.declared.protocols import DIGITS
 from experiments.engine.data.sets import load_data
 from experiments.engine.numerics.randomness import ImageNoise
 from experiments.engine.runtime import preemption
-from experiments.engine.runtime.group import ALONE
-from experiments.engine.runtime.pieces import results
+from experiments.engine.runtime.context import Resources, RunContext
+from experiments.engine.runtime.pieces import compute_pieces
+from experiments.engine.runtime.preemption import Preempted, StopRequest
 from experiments.engine.sampling.generate import (
     CountingModel,
     generate_images,
@@ -28,7 +29,7 @@ from experiments.engine.scoring import stage as evaluate
 from experiments.engine.scoring.features import digits_classifier
 from experiments.engine.specs.spec import Backbone, Evaluate, Recipe, Sampler, Train
 from experiments.engine.training import stage as training_stage
-from experiments.engine.training.trainer import Resources, build
+from experiments.engine.training.trainer import build
 
 CPU = torch.device("cpu")
 TINY = Backbone(
@@ -58,14 +59,13 @@ def test_a_job_that_is_asked_to_stop_stops_within_a_piece_and_keeps_the_whole_on
 
     def compute(piece: int) -> dict[str, np.ndarray]:
         for call in range(5):
-            monkeypatch.setattr(
-                preemption, "_asked", preemption.STOP if (piece, call) == (2, 3) else preemption.NO
-            )
+            request = StopRequest.STOP if (piece, call) == (2, 3) else StopRequest.NONE
+            monkeypatch.setattr(preemption.SIGNALS, "request", request)
             counted(torch.zeros(1), torch.zeros(1), torch.zeros(1))
         return {"piece": np.array(piece)}
 
-    with pytest.raises(preemption.Preempted, match="SIGTERM"):
-        list(results(ALONE, tmp_path, 4, compute))
+    with pytest.raises(Preempted, match="SIGTERM"):
+        list(compute_pieces(RunContext(tmp_path), tmp_path, 4, compute))
     assert counted.evaluated == 5 + 5 + 3 and sorted(path.name for path in tmp_path.iterdir()) == [
         "000000.npz",
         "000001.npz",
@@ -133,8 +133,10 @@ def test_scores_are_finite_shares_are_shares_and_every_one_has_its_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(features, "DIGITS", replace(features.DIGITS, steps=40))
-    training_stage.run_training(SPEC.train, tmp_path / "run", Resources(), lambda *progress: None)
-    values = evaluate.run(SPEC, tmp_path / "run", tmp_path / "cache", Resources(sample_batch=100))
+    training_stage.run_training(SPEC.train, RunContext(tmp_path / "run"))
+    values = evaluate.run(
+        SPEC, tmp_path / "cache", RunContext(tmp_path / "run", Resources(sample_batch=100))
+    )
     scores = ("fd_digits", "is_digits", "precision_digits", "recall_digits", "agreement")
     found, data = values.pop("manifest"), load_data(DIGITS.data)
     assert len(found["hash"]) == 16 and found["measure"]["labels"]["order"] == "as drawn"

@@ -19,8 +19,9 @@ from backbones.kernels import gated_linear
 from experiments.declared import recipes
 from experiments.engine.numerics import cuda_graphs as capture
 from experiments.engine.numerics.cuda_graphs import CudaGraph
-from experiments.engine.runtime import preemption
-from experiments.engine.sampling import samples
+from experiments.engine.runtime.context import Resources, RunContext
+from experiments.engine.runtime.preemption import Preempted, StopRequest
+from experiments.engine.sampling import generate, samples
 from experiments.engine.sampling.generate import (
     CountingModel,
     _sample,
@@ -28,7 +29,7 @@ from experiments.engine.sampling.generate import (
     generate_images,
 )
 from experiments.engine.specs.spec import Diffusion, Evaluate, Sampler, Train
-from experiments.engine.timing.tasks import fill_zeros
+from experiments.engine.timing.networks import fill_zeros
 from experiments.engine.training.trainer import build
 from tests.support.recording import SYNCHRONISING, Heard, Rerun, needs_gpu
 from tests.support.trainings import CPU, DIGITS, FAMILIES, OBJECTIVES, SPEC
@@ -157,11 +158,11 @@ def test_a_job_that_is_asked_to_stop_stops_between_recorded_steps(monkeypatch: p
     monkeypatch.setattr(capture, "CudaGraph", Rerun)
     spec, left = (
         evaluation(Sampler()),
-        iter([preemption.NO] * 6),
+        iter([StopRequest.NONE] * 6),
     )  # the first step asks twice, as its network does
     counted = CountingModel(network(spec), recorded=True)
-    monkeypatch.setattr(preemption, "asked", lambda: next(left, preemption.STOP))
-    with pytest.raises(preemption.Preempted):
+    monkeypatch.setattr(generate, "requested_stop", lambda: next(left, StopRequest.STOP))
+    with pytest.raises(Preempted):
         list(generate_images(spec, counted, CPU, 8))
     assert 0 < counted.evaluated < 8 * 2 * 5
 
@@ -200,10 +201,7 @@ def test_a_set_of_images_is_drawn_by_one_recording_a_shape_which_is_let_go(
             network(spec),
             lambda x: x,
             {},
-            CPU,
-            3,
-            lambda *progress: None,
-            recorded=recorded,
+            RunContext(tmp_path, Resources(sample_batch=3, graphs=recorded)),
         )
         found.append((drawn.nfe, drawn.part(0, 8).tolist()))
     gc.collect()

@@ -25,8 +25,10 @@ from experiments.engine.data.image_files import ImageFile
 from experiments.engine.data.quantise import to_uint8
 from experiments.engine.data.sets import ImageSet, load_data
 from experiments.engine.jobs.pool import Job
-from experiments.engine.jobs.progress import Progress
+from experiments.engine.jobs.progress import ProgressDisplay
 from experiments.engine.records.store import REPOSITORY
+from experiments.engine.runtime.context import Resources, RunContext
+from experiments.engine.runtime.progress import Progress
 from experiments.engine.sampling import samples
 from experiments.engine.sampling.generate import generate_images, image_labels
 from experiments.engine.sampling.samples import (
@@ -49,7 +51,7 @@ from experiments.engine.specs.spec import (
 )
 from experiments.engine.training import stage as training_stage
 from experiments.engine.training import trainer as train
-from experiments.engine.training.trainer import Resources, build
+from experiments.engine.training.trainer import build
 from tests.support.networks import randomise
 
 CPU = torch.device("cpu")
@@ -84,9 +86,7 @@ def drawn(
         build(TINY, 0, CPU).eval(),
         decode,
         MADE | made,
-        CPU,
-        batch,
-        lambda *progress: None,
+        RunContext(folder, Resources(sample_batch=batch)),
     )
 
 
@@ -121,7 +121,12 @@ def test_another_batch_size_draws_the_same_bits(tmp_path: Path, monkeypatch: pyt
     model = randomise(build(wide, 0, CPU)).eval()
     found = [
         samples.fill_sample_folder(
-            spec, tmp_path / str(batch), model, lambda x: x, {}, CPU, batch, lambda *_: None
+            spec,
+            tmp_path / str(batch),
+            model,
+            lambda x: x,
+            {},
+            RunContext(tmp_path, Resources(sample_batch=batch)),
         )
         for batch in (3, 8)
     ]
@@ -208,9 +213,9 @@ def test_a_published_checkpoint_is_sampled_under_its_own_id(tmp_path: Path):
     )
     found = generate_samples(
         spec,
-        tmp_path / "runs" / "x",
-        Resources(checkpoint=tmp_path / "a.pt", sample_batch=4),
-        lambda *progress: None,
+        RunContext(
+            tmp_path / "runs" / "x", Resources(checkpoint=tmp_path / "a.pt", sample_batch=4)
+        ),
     )
     assert (tmp_path / "runs" / spec_id(spec) / "samples").is_dir()
     np.testing.assert_array_equal(levels(found), levels(drawn(tmp_path / "direct")))
@@ -218,7 +223,7 @@ def test_a_published_checkpoint_is_sampled_under_its_own_id(tmp_path: Path):
 
 def test_latents_are_decoded_by_the_declared_vae(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("diffusers")
-    from latent_sets import write_vae
+    from tests.support.latent_sets import write_vae
 
     monkeypatch.setenv("DICO_VAE", str(write_vae(tmp_path / "vae")))
     data, backbone = (
@@ -229,7 +234,8 @@ def test_latents_are_decoded_by_the_declared_vae(tmp_path: Path, monkeypatch: py
     torch.save(model.state_dict(), tmp_path / "a.pt")
     spec = replace(SPEC, train=Checkpoint(backbone, data, "0" * 64), num=6)
     resources = Resources(checkpoint=tmp_path / "a.pt", sample_batch=4)
-    found = generate_samples(spec, tmp_path / "runs" / "x", resources, lambda *progress: None)
+    context = RunContext(tmp_path / "runs" / "x", resources)
+    found = generate_samples(spec, context)
     vae = load_autoencoder(str(tmp_path / "vae"))
     x = vae.decode(torch.cat([x for x, _ in generate_images(spec, model.eval(), CPU, 4)]))
     assert (
@@ -244,10 +250,10 @@ def test_latents_are_decoded_by_the_declared_vae(tmp_path: Path, monkeypatch: py
     )
     monkeypatch.setenv("DICO_VAE", str(write_vae(tmp_path / "other", seed=1)))
     with pytest.raises(ValueError, match="another decoder"):
-        generate_samples(spec, tmp_path / "runs" / "x", resources, lambda *progress: None)
+        generate_samples(spec, context)
     foreign = replace(spec, train=replace(spec.train, data=replace(data, vae="0" * 16)))
     with pytest.raises(ValueError, match="latents of another VAE"):
-        generate_samples(foreign, tmp_path / "runs" / "x", resources, lambda *progress: None)
+        generate_samples(foreign, context)
 
 
 def test_latents_are_decoded_by_the_vae_that_their_manifest_names(
@@ -255,7 +261,7 @@ def test_latents_are_decoded_by_the_vae_that_their_manifest_names(
 ):
     """Without a manifest nothing says whose they are, which is warned of unless VAE or declaration is known."""
     pytest.importorskip("diffusers")
-    from latent_sets import write_vae
+    from tests.support.latent_sets import write_vae
 
     monkeypatch.setenv("DICO_VAE", str(write_vae(tmp_path / "vae")))
     monkeypatch.setattr(sources, "ROOT", tmp_path)
@@ -316,19 +322,19 @@ def test_the_inception_stage_runs_from_weights_to_record(
         "inception",
         "balanced",
     )
-    training_stage.run_training(
-        spec.train, tmp_path / "runs" / "a", Resources(), lambda *progress: None
-    )
+    training_stage.run_training(spec.train, RunContext(tmp_path / "runs" / "a"))
     with pytest.raises(ValueError, match="not that of the published Inception"):
-        evaluate.run(spec, tmp_path / "runs" / "a", tmp_path, Resources())
+        evaluate.run(spec, tmp_path, RunContext(tmp_path / "runs" / "a"))
     monkeypatch.setattr(inception, "SHA256", "")
     heard: list[int] = []
     values = evaluate.run(
         spec,
-        tmp_path / "runs" / "a",
         tmp_path,
-        Resources(sample_batch=4),
-        report=lambda done, *rest: heard.append(done),
+        RunContext(
+            tmp_path / "runs" / "a",
+            Resources(sample_batch=4),
+            report=lambda progress: heard.append(progress.step),
+        ),
     )
     assert heard == [5, 10, 11] and values["num"] == 11 and values["num_reference"] == 9
     assert (
@@ -351,8 +357,8 @@ def test_the_inception_stage_runs_from_weights_to_record(
 
 def test_without_a_terminal_each_chunk_of_a_drawing_is_a_line(capsys: pytest.CaptureFixture[str]):
     for lines, said in ((True, "250 of 9250 images, 2.0 images/s, 1:15:00 left\n"), (False, "")):
-        with Progress(total=1, lines=lines) as progress:
-            progress.notify(Job("a", (SPEC,)), "progress", (250, 9250, float("nan"), 2.0))
+        with ProgressDisplay(total=1, lines=lines) as display:
+            display.notify(Job("a", (SPEC,)), "progress", Progress(250, 9250, 2.0))
         assert capsys.readouterr().err == said
 
 
@@ -363,12 +369,12 @@ def test_another_sampler_is_another_set_and_an_unknown_one_is_refused(
 
     asked, given = [], []
 
-    def drawn(spec: Evaluate, store: object, resources: Resources, *_: object) -> None:
+    def drawn(spec: Evaluate, store: object, context: RunContext, *_: object) -> None:
         asked.append(spec.sampler)
-        given.append((resources.compile, resources.graphs))
+        given.append((context.resources.compile, context.resources.graphs))
         raise ValueError("enough")
 
-    monkeypatch.setattr(sample, "_drawn", drawn)
+    monkeypatch.setattr(sample, "_draw_all", drawn)
     for options in (
         [],
         ["--sampler", "dpm_solver_diffusers", "--steps", "20", "--compile"],
@@ -398,7 +404,7 @@ def test_another_sampler_is_another_set_and_an_unknown_one_is_refused(
     assert said[2:] == [
         "error: unknown sampler 'heun'; known: ancestral, ddim, dpm_solver, dpm_solver_diffusers",
         "error: --num, --steps and --batch take numbers from 1 on",
-        "error: CUDA graphs need a GPU, and this is for cpu; leave out --graphs",
+        "error: CUDA graphs need a GPU, but this command uses cpu; leave out --graphs",
     ]
     assert given == [(False, False), (True, False)]
 
@@ -406,15 +412,15 @@ def test_another_sampler_is_another_set_and_an_unknown_one_is_refused(
 FAILING = """
 import sys, time
 from experiments import sample
-from experiments.engine.runtime import group as distributed
+from experiments.engine.runtime import failures
 from experiments.engine.sampling import samples
 
-def sampled(spec, folder, resources, report, group, beat):
-    if group.rank == 1:
+def sampled(spec, context):
+    if context.group.rank == 1:
         raise KeyError("boom")
     time.sleep(600)
 
-distributed.POLL, distributed.GRACE, samples.sampled = 0.1, 1.0, sampled
+failures.POLL, failures.GRACE, samples.generate_samples = 0.1, 1.0, sampled
 sys.argv = ["sample.py", "--row", "DiCo-S", "--device", "cpu", "--results", sys.argv[1]]
 sys.exit(sample.main())
 """

@@ -12,13 +12,14 @@ import torch
 from experiments.ablation import DICO_S
 from experiments.declared.protocols import DIGITS
 from experiments.engine.data.sets import load_data
+from experiments.engine.runtime.context import Resources, RunContext
 from experiments.engine.sampling.generate import generate_images, image_labels, image_seeds
 from experiments.engine.scoring import stage as evaluate
 from experiments.engine.scoring.features import digits_classifier, extract
 from experiments.engine.specs.spec import Evaluate, Sampler
 from experiments.engine.specs.stages import evaluate_stage
 from experiments.engine.training import stage as training_stage
-from experiments.engine.training.trainer import Resources, build
+from experiments.engine.training.trainer import build
 
 CPU = torch.device("cpu")
 
@@ -79,11 +80,11 @@ def test_unknown_sampler_lists_the_known():
 
 def test_the_classifier_is_cached_by_content_and_scores_are_named_for_what_they_are(tmp_path: Path):
     spec, cache = tiny(), tmp_path / "classifiers"
-    training_stage.run_training(spec.train, tmp_path / "run", Resources(), lambda *progress: None)
-    first = evaluate.run(spec, tmp_path / "run", cache, Resources())
+    training_stage.run_training(spec.train, RunContext(tmp_path / "run"))
+    first = evaluate.run(spec, cache, RunContext(tmp_path / "run"))
     (file,) = cache.glob("*.safetensors")
     written = file.stat().st_mtime_ns
-    again = evaluate.run(spec, tmp_path / "run", cache, Resources(sample_batch=3))
+    again = evaluate.run(spec, cache, RunContext(tmp_path / "run", Resources(sample_batch=3)))
     assert file.stat().st_mtime_ns == written and list(cache.glob("*.safetensors")) == [file]
     assert {"fd_digits", "is_digits", "precision_digits", "recall_digits", "agreement"} <= set(
         first
@@ -96,9 +97,8 @@ def test_the_classifier_is_cached_by_content_and_scores_are_named_for_what_they_
     assert repr(again) == repr(first) and first["manifest"]["run"] == {"batch": evaluate.ON_CPU}
     by_diffusers = evaluate.run(
         replace(spec, sampler=replace(spec.sampler, name="dpm_solver_diffusers")),
-        tmp_path / "run",
         cache,
-        Resources(),
+        RunContext(tmp_path / "run"),
     )
     assert [
         "diffusers" in values["manifest"]["measure"]["versions"] for values in (first, by_diffusers)
@@ -120,6 +120,6 @@ def test_real_digits_score_as_real(tmp_path: Path):
 def test_scoring_needs_a_finished_run(tmp_path: Path):
     spec = tiny()
     with pytest.raises(ValueError, match="no finished checkpoint"):
-        evaluate.run(spec, tmp_path / "run", tmp_path, Resources())
+        evaluate.run(spec, tmp_path, RunContext(tmp_path / "run"))
     with pytest.raises(ValueError, match="inception features"):
-        evaluate.run(replace(spec, features="inception"), tmp_path / "run", tmp_path, Resources())
+        evaluate.run(replace(spec, features="inception"), tmp_path, RunContext(tmp_path / "run"))

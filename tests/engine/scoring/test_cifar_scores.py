@@ -14,6 +14,7 @@ from experiments.engine.data import locate as sources
 from experiments.engine.data.locate import require_features
 from experiments.engine.data.quantise import from_uint8, to_uint8
 from experiments.engine.data.sets import load_cifar10
+from experiments.engine.runtime.context import Resources, RunContext
 from experiments.engine.sampling.generate import generate_images
 from experiments.engine.sampling.samples import QUANTISER
 from experiments.engine.scoring import features, metrics
@@ -22,7 +23,6 @@ from experiments.engine.scoring.features import cifar_classifier, extract
 from experiments.engine.specs.spec import Backbone, Evaluate, Recipe, Sampler, Train
 from experiments.engine.training import stage as training_stage
 from experiments.engine.training import trainer as train
-from experiments.engine.training.trainer import Resources
 from tests.support.cifar import file_of, write_parquet
 
 SMALL = Backbone(
@@ -84,8 +84,10 @@ def test_the_classifier_learns_is_cached_by_its_data_and_tested_on_other_images(
 
 
 def test_scores_are_of_quantised_images_against_the_test_images(folder: Path):
-    training_stage.run_training(SPEC.train, folder / "run", Resources(), lambda *progress: None)
-    values = evaluate.run(SPEC, folder / "run", folder / "cache", Resources(sample_batch=3))
+    training_stage.run_training(SPEC.train, RunContext(folder / "run"))
+    values = evaluate.run(
+        SPEC, folder / "cache", RunContext(folder / "run", Resources(sample_batch=3))
+    )
     assert {name for name in values if "fid" in name} == set() and {
         *SCORES,
         *(f"{name}_se" for name in SCORES),

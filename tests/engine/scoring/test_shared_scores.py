@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from experiments.engine.data import image_files as npz
 from experiments.engine.data import locate as sources
 from experiments.engine.runtime import group as distributed
+from experiments.engine.runtime.context import Resources, RunContext
 from experiments.engine.sampling import samples
 from experiments.engine.scoring import inception
 from experiments.engine.scoring import measure as scoring_measure
@@ -26,7 +27,6 @@ from experiments.engine.scoring.inception import Inception
 from experiments.engine.scoring.measure import measure, measure_shared
 from experiments.engine.specs.spec import Backbone, Data, Evaluate, Recipe, Sampler, Train
 from experiments.engine.training import stage as training_stage
-from experiments.engine.training.trainer import Resources
 
 SMALL = dict(dim=8, depths=(1, 1, 1, 1, 1), input_size=8, in_channels=3, num_classes=10)
 TRAIN = Train(Backbone("dico_s", SMALL), Data("pixels", 8, 3, 10), Recipe(steps=2, batch=4))
@@ -65,11 +65,11 @@ def member(rank: int, world: int, port: int, root: Path) -> None:
         lambda spec: None,
     )
     inception.BATCH, scoring_measure.PIECE, samples.CHUNK = 2, 6, 5
-    group, asked = distributed.join("cpu", 60.0), []
+    group, asked = distributed.join_group("cpu", 60.0), []
     piece = scoring_measure._piece
     scoring_measure._piece = lambda *given: asked.append(0) or piece(*given)
     values = evaluate.run(
-        SCORE, root / f"runs-{world}" / "a", root, Resources(sample_batch=4), group
+        SCORE, root, RunContext(root / f"runs-{world}" / "a", Resources(sample_batch=4), group)
     )
     (root / f"asked-{world}-{rank}").write_text(str(len(asked)))
     if group.first:
@@ -101,9 +101,7 @@ def test_two_processes_extract_their_shares_and_score_as_one(
     np.save(folder / "images.npy", DRAW.uniform(-1, 1, (20, 3, 8, 8)).astype(np.float32))
     np.save(folder / "labels.npy", np.arange(20) % 10)
     monkeypatch.setattr(sources, "ROOT", tmp_path / "data")
-    training_stage.run_training(
-        TRAIN, tmp_path / "runs-1" / "a", Resources(), lambda *progress: None
-    )
+    training_stage.run_training(TRAIN, RunContext(tmp_path / "runs-1" / "a"))
     shutil.copytree(tmp_path / "runs-1", tmp_path / "runs-2")
     assert scored(2, tmp_path) == scored(1, tmp_path)
     asked = [int((tmp_path / f"asked-{name}").read_text()) for name in ("1-0", "2-0", "2-1")]
@@ -136,9 +134,9 @@ def test_pieces_add_up_to_the_whole_and_are_not_taken_twice(
             return stored.part(start, stop)
 
     with pytest.raises(KeyboardInterrupt):
-        measure_shared(extractor, Stopped(), distributed.ALONE, tmp_path / "parts")
+        measure_shared(extractor, Stopped(), tmp_path / "parts", RunContext(tmp_path))
     assert read == [(0, 4), (4, 8), (8, 11)]
-    found = measure_shared(extractor, stored, distributed.ALONE, tmp_path / "parts")
+    found = measure_shared(extractor, stored, tmp_path / "parts", RunContext(tmp_path))
     for layer in ("pool", "spatial", "probabilities"):
         np.testing.assert_array_equal(getattr(found, layer), getattr(whole, layer))
 

@@ -20,7 +20,7 @@ from experiments.engine.numerics.cuda_graphs import CudaGraph, accelerate
 from experiments.engine.numerics.precision import precision
 from experiments.engine.numerics.weights import digest
 from experiments.engine.specs.spec import Backbone, Diffusion, Recipe, Train
-from experiments.engine.timing.tasks import fill_zeros
+from experiments.engine.timing.networks import fill_zeros
 from experiments.engine.training.trainer import Trainer, build
 from tests.support.recording import SYNCHRONISING, Heard, Rerun, needs_gpu
 from tests.support.trainings import CPU, DICO, DIGITS, FAMILIES, OBJECTIVES

@@ -17,13 +17,21 @@ import torch
 from experiments.engine.data.sets import batch_indices, load_data
 from experiments.engine.jobs.execute import execute
 from experiments.engine.records.store import Store
-from experiments.engine.runtime import heartbeat as attempts
+from experiments.engine.runtime import attempts
+from experiments.engine.runtime.context import Resources, RunContext
 from experiments.engine.specs.spec import Backbone, Data, Recipe, Train
 from experiments.engine.training import checkpoint
 from experiments.engine.training import stage as training_stage
 from experiments.engine.training import trainer as train
-from experiments.engine.training.log import FEWEST, SPIKE, WANDB, Log, require_boards, trouble
-from experiments.engine.training.trainer import Resources
+from experiments.engine.training.log import (
+    FEWEST,
+    SPIKE,
+    WANDB,
+    Diverged,
+    Log,
+    require_boards,
+    trouble,
+)
 
 SMALL = dict(dim=8, depths=(1, 1, 1, 1, 1), input_size=8, in_channels=1, num_classes=10)
 SPEC = Train(
@@ -74,7 +82,7 @@ def test_a_training_that_goes_wrong_says_where_and_keeps_its_last_good_checkpoin
 
     monkeypatch.setattr(train.Trainer, "_update", worse)
     store = Store(tmp_path)
-    record = execute(SPEC, store, Resources(checkpoint_every=8), lambda *progress: None)
+    record = execute(SPEC, store, Resources(checkpoint_every=8))
     expected = (
         {"stopped_at": 35, "last_checkpoint": 32}
         if kind == "nan"
@@ -95,7 +103,7 @@ def test_a_training_that_goes_wrong_says_where_and_keeps_its_last_good_checkpoin
     )
     assert checkpoint.load_newest(store.run_dir(SPEC) / "checkpoints")[0] == 32
     monkeypatch.undo()
-    again = execute(SPEC, store, Resources(checkpoint_every=8), lambda *progress: None)
+    again = execute(SPEC, store, Resources(checkpoint_every=8))
     assert (again.status, again.values["resumed_at"]) == ("done", 32)
 
 
@@ -109,9 +117,7 @@ def test_a_bad_loss_between_two_lines_of_the_log_is_not_saved(
         lambda self, *batch: update(self, *batch) * (math.nan if self.step >= 10 else 1),
     )
     with pytest.raises(ValueError, match="^the loss is nan at step 11;"):
-        training_stage.run_training(
-            SPEC, tmp_path, Resources(checkpoint_every=8), lambda *progress: None
-        )
+        training_stage.run_training(SPEC, RunContext(tmp_path, Resources(checkpoint_every=8)))
     assert [path.name[:13] for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000008"]
 
 
@@ -130,9 +136,11 @@ def test_a_save_that_failed_ends_the_run_at_the_next_line_of_the_log(
     with pytest.raises(OSError, match="No space left"):
         training_stage.run_training(
             SPEC,
-            tmp_path,
-            Resources(checkpoint_every=10),
-            lambda step, *progress: steps.append(step),
+            RunContext(
+                tmp_path,
+                Resources(checkpoint_every=10),
+                report=lambda progress: steps.append(progress.step),
+            ),
         )
     assert steps == [3, 6, 9]
 
@@ -151,10 +159,10 @@ def test_weights_that_are_not_finite_are_not_saved(
 
     monkeypatch.setattr(train.Trainer, "_update", spoilt)
     with pytest.raises(
-        train.Diverged, match=f"^the update made weights that are not finite at step {last}; lower"
+        Diverged, match=f"^the update made weights that are not finite at step {last}; lower"
     ) as caught:
         training_stage.run_training(
-            SPEC, tmp_path, Resources(checkpoint_every=8, keep=9), lambda *progress: None
+            SPEC, RunContext(tmp_path, Resources(checkpoint_every=8, keep=9))
         )
     assert (
         caught.value.values["last_checkpoint"] == last - 8
@@ -234,7 +242,7 @@ def test_a_board_that_is_not_installed_is_one_line_before_any_work(
         ValueError,
         match=f"^.{WANDB} asks for Weights & Biases, which is not installed: pip install wandb, or unset {WANDB}$",
     ):
-        training_stage.run_training(SPEC, tmp_path / "run", Resources(), lambda *progress: None)
+        training_stage.run_training(SPEC, RunContext(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     monkeypatch.delenv(WANDB)
     require_boards()

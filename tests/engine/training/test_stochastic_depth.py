@@ -15,9 +15,10 @@ from experiments.declared.protocols import DIGITS, IMAGENET256_OWN, PROTOCOLS
 from experiments.engine.data.sets import load_data
 from experiments.engine.jobs.execute import execute
 from experiments.engine.records.store import Store
+from experiments.engine.runtime.context import Resources
 from experiments.engine.specs.spec import Backbone, Data, Diffusion, Recipe, Train, spec_id
 from experiments.engine.specs.stages import evaluate_stage, train_stage
-from experiments.engine.training.trainer import Resources, Trainer, increment_weights, load_ema
+from experiments.engine.training.trainer import Trainer, increment_weights, load_ema
 from experiments.main_results import DIMSUM_L, DIS_H, TABLES
 from tests.support.networks import randomise, relative_rms
 
@@ -210,15 +211,15 @@ def test_a_training_starts_from_anothers_averaged_weights(tmp_path: Path):
         != spec_id(replace(second, init_from=None))
         != spec_id(replace(second, init_from=replace(first, seed=1)))
     )
-    refused = execute(second, store, Resources(), lambda *progress: None)
+    refused = execute(second, store, Resources())
     assert (
         refused.status == "failed"
         and f"run {spec_id(first)} has no finished checkpoint" in refused.error
     )
-    assert [
-        execute(stage, store, Resources(), lambda *progress: None).status
-        for stage in second.trainings
-    ] == ["done", "done"]
+    assert [execute(stage, store, Resources()).status for stage in second.trainings] == [
+        "done",
+        "done",
+    ]
     ends = [load_ema(stage, store.run_dir(stage), CPU) for stage in (first, second)]
     expected = ends[1].resized(ends[0].state_dict())
     assert all(torch.equal(value, expected[key]) for key, value in ends[1].state_dict().items())

@@ -28,12 +28,13 @@ from experiments.engine.diffusion.iddpm import IDDPM
 from experiments.engine.numerics.precision import MODES, precision, read_tf32_flags
 from experiments.engine.numerics.weights import digest
 from experiments.engine.records import files
+from experiments.engine.runtime.context import Resources, RunContext
 from experiments.engine.specs.spec import Data, Diffusion, Recipe, Train
 from experiments.engine.training import checkpoint
 from experiments.engine.training import stage as training_stage
 from experiments.engine.training.log import curve
 from experiments.engine.training.stage import run_training
-from experiments.engine.training.trainer import Resources, Trainer, load_ema, lr_at
+from experiments.engine.training.trainer import Trainer, load_ema, lr_at
 from tests.support.paths import DATA
 from tests.support.trainings import (
     CPU,
@@ -299,7 +300,7 @@ def test_a_loss_that_is_no_number_ends_the_run_in_one_line(
     with pytest.raises(
         ValueError, match="^the loss is .* at step 1; lower the learning rate"
     ) as failure:
-        run_training(recipe(lr=lr), tmp_path, Resources(), quiet)
+        run_training(recipe(lr=lr), RunContext(tmp_path))
     assert "\n" not in str(failure.value)
     assert failure.value.values == {
         "stopped_at": 1,
@@ -396,7 +397,7 @@ def live(folder: Path, checkpoint_every: int, death: str, step: int) -> None:
         Trainer._update = dying_update
     if death == "save":
         files.os.replace = dying_replace
-    result = run_training(SPEC, folder, Resources(checkpoint_every=checkpoint_every), quiet)
+    result = run_training(SPEC, RunContext(folder, Resources(checkpoint_every=checkpoint_every)))
     (folder / "result.json").write_text(json.dumps(result))
 
 
@@ -431,7 +432,7 @@ def log(folder: Path) -> list[tuple[int, float, float]]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run_training(
-        SPEC, tmp_path_factory.mktemp("whole"), Resources(checkpoint_every=3), quiet
+        SPEC, RunContext(tmp_path_factory.mktemp("whole"), Resources(checkpoint_every=3))
     )
 
 
@@ -457,12 +458,12 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ):
-    run_training(SPEC, tmp_path, Resources(checkpoint_every=3), quiet)
+    run_training(SPEC, RunContext(tmp_path, Resources(checkpoint_every=3)))
     kept = sorted((tmp_path / "checkpoints").iterdir(), reverse=True)
     assert [path.name[:13] for path in kept] == ["step-00000014", "step-00000012"]
     for path in kept[:num]:
         damage(path)
-    again = run_training(SPEC, tmp_path, Resources(checkpoint_every=3), quiet)
+    again = run_training(SPEC, RunContext(tmp_path, Resources(checkpoint_every=3)))
     assert (again["resumed_at"], again["weights_sha256"]) == (resumed_at, whole["weights_sha256"])
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == num and all(
@@ -491,9 +492,9 @@ def test_a_full_disk_is_said_to_be_full_and_leaves_no_checkpoint(
 
 
 def test_a_finished_run_is_not_run_again(whole: dict[str, Any], tmp_path: Path):
-    first = run_training(SPEC, tmp_path, Resources(), quiet)
+    first = run_training(SPEC, RunContext(tmp_path))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").iterdir()}
-    again = run_training(SPEC, tmp_path, Resources(), quiet)
+    again = run_training(SPEC, RunContext(tmp_path))
     assert (again["resumed_at"], again["weights_sha256"], again["loss"]) == (
         STEPS,
         whole["weights_sha256"],
@@ -517,16 +518,18 @@ def test_checkpoint_cadence_and_cut_logs_change_nothing(whole: dict[str, Any], t
     seen_by: list[tuple[Any, ...]] = []
     result = run_training(
         SPEC,
-        tmp_path,
-        Resources(checkpoint_every=5, micro_batch=16),
-        lambda *progress: seen_by.append(progress),
+        RunContext(
+            tmp_path,
+            Resources(checkpoint_every=5, micro_batch=16),
+            report=lambda progress: seen_by.append((progress.step, progress.total)),
+        ),
     )
     assert result["weights_sha256"] == whole["weights_sha256"] and [
         entry[:2] for entry in seen_by
     ] == [(STEPS, STEPS)]
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"step": 14, "lo')
-    assert run_training(SPEC, tmp_path, Resources(), quiet)["loss"] == result["loss"]
+    assert run_training(SPEC, RunContext(tmp_path))["loss"] == result["loss"]
     assert [step for step, _, _ in log(tmp_path)] == [STEPS]
 
 

@@ -1,0 +1,99 @@
+"""Run jobs on this machine through submitit, as Slurm would start them, or inside this process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.engine.cluster.submit import new_folder, run_job
+from experiments.engine.jobs.pool import Job, available_cores
+from experiments.engine.records.store import Store, timestamp
+
+UNBOUNDED_MINUTES = 60 * 24 * 365  # submitit wants a limit
+POLL_SECONDS = 0.2
+
+
+def run_locally(
+    jobs: Sequence[Job],
+    root: Path,
+    device: str,
+    workers: int,
+    debug: bool,
+    notify: Callable[[Job, str, Any], None],
+    **resources: Any,
+) -> bool:
+    """Run jobs as `pool.run_here` does, but through submitit. Return True if every one is done.
+
+    Args:
+        workers: jobs that run side by side. With `debug` jobs run one by one in this process.
+        resources: resources of the trainer.
+    """
+    workers = 1 if debug else workers
+    threads = max(1, available_cores() // workers)
+    all_resources = resources | {"device": device, "threads": threads}
+    executor = _executor(new_folder(root), device, debug)
+    began = timestamp()
+
+    waiting = list(jobs)
+    running: list[tuple[Job, Any]] = []
+    all_done = True
+    try:
+        while waiting or running:
+            # Start jobs while there is room.
+            while waiting and len(running) < workers:
+                job = waiting.pop(0)
+                handle = executor.submit(run_job, job, root.resolve(), all_resources)
+                running.append((job, handle))
+
+            # Report the jobs that have ended. In this process `exception` runs the job.
+            for job, handle in list(running):
+                if debug or handle.done():
+                    running.remove((job, handle))
+                    error = handle.exception()
+                    report_end(job, error, Store(root), handle.paths.stdout, began, notify)
+                    all_done = all_done and error is None
+            if running:
+                time.sleep(POLL_SECONDS)
+    finally:
+        for _, handle in running:
+            handle.cancel(check=False)
+    return all_done
+
+
+def _executor(folder: Path, device: str, debug: bool) -> Any:
+    """Return submitit's executor for this process or for this machine."""
+    import submitit
+
+    if debug:
+        return submitit.core.plugins.get_executors()["debug"](folder)
+    executor = submitit.LocalExecutor(folder)
+    executor.update_parameters(
+        timeout_min=UNBOUNDED_MINUTES,
+        gpus_per_node=1 if device == "cuda" else 0,
+        stderr_to_stdout=True,
+    )
+    return executor
+
+
+def report_end(
+    job: Job,
+    error: BaseException | None,
+    store: Store,
+    log: Path,
+    began: str,
+    notify: Callable[[Job, str, Any], None],
+) -> None:
+    """Report what a job has recorded since `began`, and its error if no record holds one."""
+    failed = False
+    for stage in job.stages:
+        record = store.here.latest(stage) or store.here.latest(stage, status="failed")
+        if record and record.utc >= began:
+            failed = failed or record.status == "failed"
+            notify(job, "record", (stage, record))
+
+    if error and not failed:
+        last_line = str(error).strip().splitlines()[-1]
+        notify(job, "error", f"{last_line} (its log: {log})")
+    notify(job, "end", None)
