@@ -34,7 +34,7 @@ def table(sheet: Sheet, name: str = "", records: Iterable[Record] = ()) -> str:
 
 def tiles(claims: Sheet) -> str:
     """A button for each level of evidence, with the number of its claims."""
-    levels = [row[3].label for row in claims.rows if len(row) > 3]
+    levels = [cell.label for cell in claims.values("evidence")] if claims.has("evidence") else []
     made = (
         f'<button type="button" aria-pressed="false" data-level="{level}"><strong>{levels.count(level)}</strong>{level}</button>'
         for level in LEVELS

@@ -74,8 +74,6 @@ def measure_agreement(
     name: str, table: Table, store: ReferenceStore, protocol: Protocol = DIGITS
 ) -> Agreement | None:
     """How a score orders a table's rows; None without repeats or with fewer than three rows."""
-    from scipy.stats import spearmanr
-
     published = store.published(table.published, table.key)
     scored = _scored(table, store, protocol)
     spread = pool_spread(name, [values for _, values in scored])
@@ -101,7 +99,7 @@ def measure_agreement(
         rows=len(scored),
         seeds=_describe_range([len(values) for _, values in scored]),
         tau=kendall_tau(means, paper),
-        rho=float(spearmanr(means, paper).statistic),
+        rho=spearman_rho(means, paper),
         low=low,
         high=high,
         chance=chance,
@@ -127,6 +125,15 @@ def kendall_tau(a: Sequence[float], b: Sequence[float]) -> float:
     from scipy.stats import kendalltau
 
     return float(kendalltau(a, b).statistic)
+
+
+def spearman_rho(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's rho; nan if one of the two has no order."""
+    from scipy.stats import spearmanr
+
+    if len(set(a)) == 1 or len(set(b)) == 1:
+        return math.nan
+    return float(spearmanr(a, b).statistic)
 
 
 def kendall_taus(a: Draws, b: Draws) -> list[float]:

@@ -247,8 +247,8 @@ def clash_notes(labels: Sequence[str], scores: Sequence[Record | None]) -> list[
         if fields:
             others.setdefault(tuple(fields), []).append(label)
     texts = [
-        f"ours: {', '.join(names)} are not ranked against {first_label}, since they were scored "
-        f"by another protocol ({', '.join(fields)})."
+        f"ours: not ranked against {first_label}, since scored by another protocol "
+        f"({', '.join(fields)}): {', '.join(names)}."
         for fields, names in others.items()
     ]
     texts += not_recorded([record for _, record in scored])

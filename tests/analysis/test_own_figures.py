@@ -11,8 +11,8 @@ import pytest
 from analysis.figures import own as figures_efficiency
 from analysis.figures import paper as figures
 from analysis.query import ReferenceStore
-from analysis.tables.conditions import progress_row, stopped
-from analysis.tables.paper import CONFIGURATIONS
+from analysis.tables.progress import progress_row, stopped
+from analysis.tables.recipes import CONFIGURATIONS
 from experiments.declared import timings as speed
 from experiments.declared.protocols import IMAGENET256
 from experiments.engine.records.manifest import manifest
