@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from analysis.claims.judge import claims_sheet
-from analysis.figures import own as figures_efficiency
-from analysis.figures import paper as figures
-from analysis.figures import probes as figures_probes
+from analysis.figures.catalogue import FIGURES
 from analysis.figures.style import save
 from analysis.query import ReferenceStore
 from analysis.tables.agreement_page import agreement_page
@@ -26,21 +24,6 @@ from experiments.engine.records.files import written_whole
 from experiments.engine.reporting.markup import csv_table, markdown_rows
 from experiments.engine.reporting.sheet import Sheet, Topic
 from experiments.engine.specs.stages import Protocol
-
-# A figure's function takes the store; its docstring is the caption.
-FIGURES = {
-    "figure2_fid_throughput": figures.fid_against_throughput,
-    "figure3_runtime": figures.runtime,
-    "figure8_scores_over_training": figures.scores_over_training,
-    "figure9_losses": figures.losses,
-    "table3_score_speed": figures_efficiency.table3_score_speed,
-    "table4_score_speed": figures_efficiency.table4_score_speed,
-    "seed_spread": figures_efficiency.seed_spread,
-    "training_efficiency": figures_efficiency.training_efficiency,
-    "pareto": figures_efficiency.pareto,
-    "numeric_modes": figures_efficiency.numeric_modes,
-    **figures_probes.FIGURES,
-}
 
 PAGES = (DIGITS, CIFAR10_SMALL)
 

@@ -15,13 +15,20 @@ from typing import TYPE_CHECKING
 
 from analysis.figures.style import figure, save
 from analysis.query import TRAINED, train_command, trained_row
+from experiments.declared.checkpoints import (
+    CheckpointFile,
+    add_network_options,
+    load_network,
+    published_evaluation,
+    published_network,
+)
 from experiments.declared.protocols import PROTOCOLS
 from experiments.engine.cli import Parser, run_command
 from experiments.engine.records.store import REPOSITORY, Store
 from experiments.engine.specs.rows import table_of
 from experiments.engine.specs.spec import Evaluate
 from experiments.engine.specs.stages import Protocol, evaluate_stage
-from experiments.evaluate_checkpoint import add_network_options, evaluation_of
+from experiments.main_results import TABLES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,7 +151,9 @@ def _published(args: argparse.Namespace, protocol: Protocol) -> tuple[Evaluate, 
         raise ValueError(
             "--backbone and --checkpoint go together, and without --table, --row and --seed"
         )
-    spec = evaluation_of(args, protocol)[0]
+    file = CheckpointFile.from_arguments(args)
+    load_network(published_network(file, protocol, TABLES), file)  # refuses another network
+    spec = published_evaluation(file, protocol, TABLES)
     return (
         spec,
         f"{protocol.name}_{args.backbone}_{spec.train.sha256[:8]}",
@@ -170,21 +179,20 @@ def draw(
     import torch
 
     from experiments.engine.jobs.execute import require_device
-    from experiments.engine.runtime.context import Resources
-    from experiments.engine.sampling.samples import load_decoder, load_networks
+    from experiments.engine.runtime.context import Resources, RunContext
+    from experiments.engine.sampling.networks import load_decoder, load_networks
 
     require_device(device)
-    decode, _ = load_decoder(spec.data, torch.device(device))
+    decoder = load_decoder(spec.data, torch.device(device))
     records = [store.here.latest(training) for training in spec.trainings]
-    model, key = load_networks(
-        spec, store.run_dir(spec.train), Resources(device, checkpoint=checkpoint)
-    )
+    context = RunContext(store.run_dir(spec.train), Resources(device, checkpoint=checkpoint))
+    model, key = load_networks(spec, context)
     shown = _images(spec, model, classes, rows, device)
     made, axes = figure(0.62 * len(classes), 0.62 * rows + 0.35, rows, len(classes), squeeze=False)
     for place, label in enumerate(classes):
         for line in range(rows):
             axes[line, place].axis("off")
-            pixels = (decode(shown[line, label][None])[0].clamp(-1, 1) + 1) / 2
+            pixels = (decoder.decode(shown[line, label][None])[0].clamp(-1, 1) + 1) / 2
             axes[line, place].imshow(
                 pixels.permute(1, 2, 0).squeeze(-1),
                 cmap="gray",

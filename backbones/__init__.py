@@ -1,7 +1,11 @@
 """Class-conditional diffusion backbones behind one interface: `(x, t, y) -> prediction`.
 
-x (N, C, H, W) noisy input, t (N,) time, y (N,) labels in 0..num_classes (num_classes is the null label)
--> (N, C_out, H, W), with C_out = 2C where the variance is learned. Classifiers of noisy images, `(x, t) -> logits`, are built alike.
+x (N, C, H, W): noisy input
+t (N,): time
+y (N,): labels in 0..num_classes, where num_classes is the null label
+
+The prediction is (N, C_out, H, W), with C_out = 2C if the network also learns the variance.
+Classifiers of noisy images, `(x, t) -> logits`, are built in the same way.
 """
 
 from backbones import (  # noqa: F401  (importing a family registers it)
@@ -24,7 +28,9 @@ from backbones import (  # noqa: F401  (importing a family registers it)
 )
 from backbones.checkpoint import load_published
 from backbones.registry import (
+    Exceptions,
     build,
+    exceptions_of,
     guided_channels_of,
     list_backbones,
     list_classifiers,
@@ -34,7 +40,9 @@ from backbones.registry import (
 )
 
 __all__ = [
+    "Exceptions",
     "build",
+    "exceptions_of",
     "guided_channels_of",
     "list_backbones",
     "list_classifiers",

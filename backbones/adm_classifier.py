@@ -1,8 +1,13 @@
-"""ADM's classifiers of noisy images: Dhariwal & Nichol, "Diffusion Models Beat GANs on Image Synthesis", NeurIPS 2021, section 4.1.
+"""ADM's classifiers of noisy images: Dhariwal & Nichol, NeurIPS 2021, section 4.1.
 
-The downsampling half of ADM's U-Net at its last grid, and attention pooling: a mean token, asked for the class, sees all
-pixels. Their gradient guides a base model. `(x, t)` -> logits (N, num_classes): no backbone, so it is registered apart.
-Legend: N batch, C width of a layer, E = 4D width of the embedding, h heads, T = HW pixels, K classes.
+Source: arXiv:2105.05233 and github.com/openai/guided-diffusion at 22e0df8.
+
+The downsampling half of ADM's U-Net and attention pooling at its last grid: a mean token attends to
+all pixels and its output is read as logits. The gradient of a class's logit guides a base model.
+The classifier maps (x, t) to logits (N, num_classes), so it is registered apart from the backbones.
+
+Legend: N batch, C width of a layer, (H, W) grid, E = 4D width of the embedding, h heads,
+T = HW pixels, K classes.
 """
 
 from __future__ import annotations
@@ -10,13 +15,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from backbones.adm import AttentionBlock, ResBlock, attend, halve, run_block
-from backbones.layers import Linear, check_grid, timestep_sinusoid, zero_
+from backbones.adm import AttentionBlock, ResBlock, attend, halve
+from backbones.layers import Linear, check_grid, embed_time, run_layers, zero_
 from backbones.registry import register
 
 
 class AttentionPool(nn.Module):
-    """The mean and all pixels attend to one another, in the new order; what the mean takes away is the answer."""
+    """Attend among the mean and all pixels, in the new order, and read the mean's output."""
 
     def __init__(self, side: int, dim: int, head_dim: int, dim_out: int) -> None:
         super().__init__()
@@ -27,14 +32,18 @@ class AttentionPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.flatten(2)  # (N, C, T)
-        x = (
-            torch.cat([x.mean(dim=-1, keepdim=True), x], dim=-1) + self.positional_embedding
-        )  # (N, C, 1 + T)
-        return self.c_proj(attend(self.qkv_proj(x), self.heads, "new"))[:, :, 0]  # (N, K)
+        x = torch.cat([x.mean(dim=-1, keepdim=True), x], dim=-1)  # (N, C, 1 + T)
+        x = x + self.positional_embedding
+        h = attend(self.qkv_proj(x), self.heads, "new")  # (N, C, 1 + T)
+        return self.c_proj(h)[:, :, 0]  # (N, K)
 
 
 class ADMClassifier(nn.Module):
-    """`attention_at` are the grids (pixels a side) whose levels attend, in the legacy order; the input size is fixed by the pooling."""
+    """The classifier of ADM; the pooling fixes its input size.
+
+    `attention_at` lists resolutions in pixels, as in ADM: a level attends, in the legacy order, if
+    its grid has such a height. The authors' name `attention_resolutions` is an alias.
+    """
 
     def __init__(
         self,
@@ -49,68 +58,81 @@ class ADMClassifier(nn.Module):
         head_dim: int = 64,
     ) -> None:
         super().__init__()
-        widths, last = [int(dim * m) for m in multipliers], len(multipliers) - 1
-        attending = [
-            width
-            for level, width in enumerate(widths)
-            if level == last or input_size >> level in attention_at
-        ]
-        if any(dim * m % 32 for m in multipliers) or any(width % head_dim for width in attending):
-            raise ValueError(
-                f"ADM's classifier needs widths divisible by 32, and where it attends by head_dim {head_dim}, got {widths}"
-            )
-        if input_size % 2**last:
-            raise ValueError(
-                f"ADM's classifier halves its input {last} times: input_size must be divisible by {2**last}, got {input_size}"
-            )
-        self.input_size, self.in_channels, self.num_classes, self.dim, dim_emb = (
-            input_size,
-            in_channels,
-            num_classes,
-            dim,
-            4 * dim,
-        )
+        widths = [int(dim * m) for m in multipliers]
+        last = len(multipliers) - 1
+        attends = [input_size >> level in attention_at for level in range(last + 1)]
+        _check(input_size, dim, multipliers, attends, head_dim)
+        self.input_size = input_size
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        self.dim = dim
+        dim_emb = 4 * dim
 
         def attention(width: int) -> AttentionBlock:
             return AttentionBlock(width, width // head_dim, "legacy")
 
         self.time_embed = nn.Sequential(Linear(dim, dim_emb), nn.SiLU(), Linear(dim_emb, dim_emb))
+
+        # Residual blocks of each level, then a halving, as in ADM's encoder.
         width = widths[0]
-        self.input_blocks = nn.ModuleList(
-            [nn.ModuleList([nn.Conv2d(in_channels, width, 3, padding=1)])]
-        )
+        stem = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.input_blocks = nn.ModuleList([nn.ModuleList([stem])])
         for level in range(last + 1):
             for _ in range(num_res_blocks):
                 block = nn.ModuleList([ResBlock(width, widths[level], dim_emb)])
                 width = widths[level]
-                self.input_blocks.append(
-                    block.append(attention(width)) if input_size >> level in attention_at else block
-                )
+                if attends[level]:
+                    block.append(attention(width))
+                self.input_blocks.append(block)
             if level < last:
                 self.input_blocks.append(nn.ModuleList([ResBlock(width, width, dim_emb, halve)]))
+
         self.middle_block = nn.ModuleList(
             [ResBlock(width, width, dim_emb), attention(width), ResBlock(width, width, dim_emb)]
         )
-        self.out = nn.Sequential(
-            nn.GroupNorm(32, width),
-            nn.SiLU(),
-            AttentionPool(input_size >> last, width, head_dim, num_classes),
-        )
+        pool = AttentionPool(input_size >> last, width, head_dim, num_classes)
+        self.out = nn.Sequential(nn.GroupNorm(32, width), nn.SiLU(), pool)
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """torch's defaults, but every residual branch starts at zero; the pooling does not."""
-        zero_(*(block.out_layers[3] for block in self.modules() if isinstance(block, ResBlock)))
-        zero_(*(block.proj_out for block in self.modules() if isinstance(block, AttentionBlock)))
+        """Keep torch's defaults, but start every residual branch at zero; the pooling is open."""
+        for block in self.modules():
+            if isinstance(block, ResBlock):
+                zero_(block.out_layers[3])
+            elif isinstance(block, AttentionBlock):
+                zero_(block.proj_out)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         check_grid(x, self.input_size, 1, "ADM's classifier")
-        c = self.time_embed(
-            timestep_sinusoid(t, self.dim).to(self.time_embed[0].weight.dtype)
-        )  # (N, E)
+        c = embed_time(self.time_embed, t, self.dim)  # (N, E)
+        conditions: dict[type[nn.Module], Tensor] = {ResBlock: c}
         for block in self.input_blocks:
-            x = run_block(block, x, c)  # (N, C, H / 2^level, W / 2^level)
-        return self.out(run_block(self.middle_block, x, c))  # (N, K)
+            x = run_layers(block, x, conditions)  # (N, C, H / 2^level, W / 2^level)
+        return self.out(run_layers(self.middle_block, x, conditions))  # (N, K)
+
+
+def _check(
+    input_size: int,
+    dim: int,
+    multipliers: tuple[float, ...],
+    attends: list[bool],
+    head_dim: int,
+) -> None:
+    """Raise ValueError for widths that do not split and for inputs that cannot be halved."""
+    widths = [int(dim * m) for m in multipliers]
+    last = len(widths) - 1
+    attending = [width for width, here in zip(widths, attends, strict=True) if here]
+    attending.append(widths[last])  # the middle block and the pooling
+    if any(dim * m % 32 for m in multipliers) or any(width % head_dim for width in attending):
+        raise ValueError(
+            "ADM's classifier needs widths divisible by 32, and where it attends by head_dim "
+            f"{head_dim}, got {widths}"
+        )
+    if input_size % 2**last:
+        raise ValueError(
+            f"ADM's classifier halves its input {last} times: input_size must be divisible by "
+            f"{2**last}, got {input_size}"
+        )
 
 
 register(
@@ -129,5 +151,6 @@ register(
         attention_at=(8, 4),
         head_dim=16,
     ),
+    aliases={"attention_resolutions": "attention_at"},
     classifier=True,
 )

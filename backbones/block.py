@@ -1,4 +1,7 @@
-"""The block of the controlled ablations: an adaLN-Zero block whose token mixer is swapped and nothing else."""
+"""The block of the controlled ablations: adaLN-Zero around a token mixer that is swapped.
+
+Legend: N batch, C width, (H, W) grid, r FFN ratio.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,10 @@ from backbones.layers import Linear, Pointwise, adaln2d, gated
 
 
 class Block(nn.Module):
-    """x + g1 mixer(mod(LN(x))), then x + g2 FFN(mod(LN(x))): (N, C, H, W), c (N, C) -> (N, C, H, W)."""
+    """Mixer and feed-forward network, each modulated and gated by adaLN-Zero.
+
+    `gelu` is torch's `approximate`: 'none' or 'tanh'.
+    """
 
     def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: float, gelu: str) -> None:
         super().__init__()
@@ -23,6 +29,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         modulation = self.adaLN_modulation(c)[..., None, None].chunk(6, dim=1)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation  # (N, C, 1, 1)
+
         x = gated(x, gate1, self.mixer(adaln2d(x, shift1, scale1)))  # (N, C, H, W)
         h = self.fc1(adaln2d(x, shift2, scale2))  # (N, rC, H, W)
         return gated(x, gate2, self.fc2(F.gelu(h, approximate=self.gelu)))  # (N, C, H, W)

@@ -3,43 +3,80 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-USUAL = ("ema", "state_dict")  # where published files keep their weights, unless they lie flat
-FLAT = "none: flat"
-NAMED = 6  # differing keys of a kind that an error names
+USUAL = ("ema", "state_dict")  # keys under which published files keep their weights
+FLAT = "none: flat"  # in place of a key: the file holds nothing but weights
+NAMED = 6  # how many missing, unexpected and mis-shaped keys an error names
+
+Weights = dict[str, Tensor]
 
 
 class Unread:
     """Stands for a class that a file names and nothing here needs."""
 
 
-# The authors' trainers save their arguments; LDM's the class of a callback beside the weights.
-ADMITTED = [
+# The authors' trainers save their arguments; LDM's saves the class of a callback with the weights.
+ADMITTED: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     argparse.Namespace,
     (Unread, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
 ]
 
 
-def read_weights(path: str | Path, key: str | None = None) -> tuple[dict[str, Tensor], str]:
-    """The weights of a `.safetensors` or `.pt` file and the key under which they lay: `key`, or if None the first of USUAL that is there, else FLAT.
+def read_weights(path: str | Path, key: str | None = None) -> tuple[Weights, str]:
+    """Read the weights of a `.safetensors` or `.pt` file without running its code.
 
-    Raises ValueError in one line for a missing, truncated, pickled-code or non-tensor file, and for one without `key`. Never runs its code.
+    Args:
+        path: The file.
+        key: The key that holds the weights; by default the first of USUAL, else the whole file.
+
+    Returns:
+        The weights and the key under which they lay, or FLAT.
+
+    Raises:
+        ValueError: In one line, for a file that is missing, cut short or not of tensors, that holds
+            pickled code, or that has no such key.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint; give the path of a .pt or .safetensors file")
+    content = _read(path)
+
+    # Weights lie flat or in a dictionary under a key.
+    nested: dict[str, Any] = {}
+    if isinstance(content, dict):
+        nested = {name: value for name, value in content.items() if isinstance(value, dict)}
+    if key is not None and key not in nested:
+        raise ValueError(
+            f"{path.name}: holds no weights under {key!r}; its keys: {_list_keys(content)}"
+        )
+    if key is None:
+        key = next((name for name in USUAL if name in nested), FLAT)
+    weights = nested.get(key, content)
+
+    if not _are_weights(weights):
+        keys = " or ".join(map(repr, USUAL if key == FLAT else (key,)))
+        raise ValueError(
+            f"{path.name}: expected tensors by name, flat or under {keys}; "
+            f"found {_list_keys(weights)}"
+        )
+    return weights, key
+
+
+def _read(path: Path) -> Any:
+    """Load a file's content; raise ValueError with the likely reason if it cannot be read."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            weights = load_file(path)
-        else:
-            with torch.serialization.safe_globals(ADMITTED):
-                weights = torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path)
+        with torch.serialization.safe_globals(ADMITTED):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = "it is damaged, cut short or no torch archive: a download page, a git-lfs pointer?"
         if "GLOBAL" in str(error):
@@ -47,63 +84,66 @@ def read_weights(path: str | Path, key: str | None = None) -> tuple[dict[str, Te
                 "it holds pickled code or objects, which are not run here; export plain tensors"
             )
         raise ValueError(f"{path.name}: not a readable checkpoint ({reason})") from None
-    held = (
-        {name: value for name, value in weights.items() if isinstance(value, dict)}
-        if isinstance(weights, dict)
-        else {}
-    )
-    if key is not None and key not in held:
-        raise ValueError(
-            f"{path.name}: holds no weights under {key!r}; its keys: {_listed(weights)}"
-        )
-    found = key if key is not None else next((name for name in USUAL if name in held), FLAT)
-    weights = held.get(found, weights)
-    if (
-        not isinstance(weights, dict)
-        or not weights
-        or not all(isinstance(value, Tensor) for value in weights.values())
-    ):
-        raise ValueError(
-            f"{path.name}: expected tensors by name, flat or under {' or '.join(map(repr, (key,) if key else USUAL))}; found {_listed(weights)}"
-        )
-    return weights, found
 
 
-def _listed(weights: object) -> str:
+def _are_weights(content: Any) -> bool:
     return (
-        ", ".join(map(str, list(weights)[:8])).replace("\n", " ") or "nothing"
-        if isinstance(weights, dict)
-        else type(weights).__name__
+        isinstance(content, dict)
+        and len(content) > 0
+        and all(isinstance(value, Tensor) for value in content.values())
     )
+
+
+def _list_keys(content: Any) -> str:
+    """Name the first keys of a dictionary, or the type of anything else, in one line."""
+    if not isinstance(content, dict):
+        return type(content).__name__
+    keys = [str(key) for key in content][:8]
+    return ", ".join(keys).replace("\n", " ") or "nothing"
 
 
 def load_published(model: nn.Module, path: str | Path, key: str | None = None) -> str:
-    """Load a published checkpoint strictly, or leave the model untouched; the key under which its weights lay, as of `read_weights`.
+    """Load a published checkpoint strictly, or leave the model untouched.
 
-    A network whose authors name its weights otherwise has a `from_checkpoint` that maps their names to its own.
-    Raises ValueError in one line with the first missing, unexpected and mis-shaped keys and the number of all.
+    A network whose authors name its weights otherwise has a `from_checkpoint`, which maps their
+    names to its own.
+
+    Args:
+        model: The network.
+        path: A `.safetensors` or `.pt` file.
+        key: The key that holds the weights, as in `read_weights`.
+
+    Returns:
+        The key under which the weights lay, as in `read_weights`.
+
+    Raises:
+        ValueError: In one line, for an unreadable file, and for weights of another model with
+            the first keys that differ.
     """
-    weights, found = read_weights(path, key)
-    if hasattr(model, "from_checkpoint"):
-        weights = model.from_checkpoint(weights)
-    expected = model.state_dict()
+    weights, key = read_weights(path, key)
+    rename = getattr(model, "from_checkpoint", None)
+    if rename is not None:
+        weights = rename(weights)
+    _check_keys(model.state_dict(), weights, Path(path).name)
+    model.load_state_dict(weights, strict=True)
+    return key
+
+
+def _check_keys(expected: Weights, weights: Weights, file: str) -> None:
+    """Raise ValueError, with the first differences, unless names and shapes agree."""
+    missing = [f"missing {name}" for name in expected if name not in weights]
+    unexpected = [f"unexpected {name}" for name in weights if name not in expected]
     shapes = [
         f"{name} is {tuple(weights[name].shape)}, needs {tuple(tensor.shape)}"
         for name, tensor in expected.items()
         if name in weights and weights[name].shape != tensor.shape
     ]
-    problems = [
-        [f"missing {name}" for name in expected if name not in weights],
-        [f"unexpected {name}" for name in weights if name not in expected],
-        shapes,
-    ]
-    if number := sum(map(len, problems)):
-        named = [text for kind in problems for text in kind[:NAMED]]
-        more = f"; and {number - len(named)} more" if number > len(named) else ""
-        raise ValueError(
-            f"{Path(path).name} is a checkpoint of another model ({number} keys differ): "
-            + "; ".join(named).replace("\n", " ")
-            + more
-        )
-    model.load_state_dict(weights, strict=True)
-    return found
+    number = len(missing) + len(unexpected) + len(shapes)
+    if number == 0:
+        return
+
+    named = [*missing[:NAMED], *unexpected[:NAMED], *shapes[:NAMED]]
+    listed = "; ".join(named).replace("\n", " ")
+    if number > len(named):
+        listed += f"; and {number - len(named)} more"
+    raise ValueError(f"{file} is a checkpoint of another model ({number} keys differ): {listed}")

@@ -1,6 +1,9 @@
 """DiC: Tian et al., "DiC: Rethinking Conv3x3 Designs in Diffusion Models", CVPR 2025.
 
-Legend: N batch, C width of a stage (D, 2D, 4D, 2D, D), C_in width of a block's input (2C where a skip joins).
+Source: github.com/YuchuanTian/DiC at bfa541b.
+
+Legend: N batch, C width of a stage (D, 2D, 4D, 2D, D), (H, W) grid of a stage, C_in width of a
+block's input (2C if a skip joins).
 """
 
 from __future__ import annotations
@@ -26,11 +29,11 @@ from backbones.layers import (
 )
 from backbones.registry import register
 
-SKIP_EVERY = 3
+SKIP_EVERY = 3  # blocks per long skip
 
 
 class DiCBlock(nn.Module):
-    """Two 3x3 convolutions; the conditioning enters between them and gates their output."""
+    """Two 3x3 convolutions; the condition modulates between them and gates their output."""
 
     def __init__(self, in_dim: int, dim: int) -> None:
         super().__init__()
@@ -53,6 +56,8 @@ def _group_norm(dim: int) -> nn.GroupNorm:
 
 
 class DiC(nn.Module):
+    """A U-shape of DiC blocks at three resolutions with a long skip from every third block."""
+
     def __init__(
         self,
         *,
@@ -64,21 +69,14 @@ class DiC(nn.Module):
         depths: tuple[int, int, int, int, int] = (6, 6, 5, 6, 6),
     ) -> None:
         super().__init__()
-        if input_size % 4:
-            raise ValueError(
-                f"DiC halves its input twice: input_size must be divisible by 4, got {input_size}"
-            )
-        if dim % 4 or any(width % min(32, width // 4) for width in (dim, 2 * dim, 4 * dim)):
-            raise ValueError(
-                f"DiC normalises in groups of 4 channels, from width 128 on in 32 groups: dim, 2 dim and 4 dim must divide so, got dim {dim}"
-            )
-        if any(_num_skips(depths[i]) != _num_skips(depths[-1 - i]) for i in (0, 1)):
-            raise ValueError(
-                f"DiC takes a skip from every {SKIP_EVERY}rd block: encoder and decoder need equally many, got depths {depths}"
-            )
-        self.input_size, self.in_channels, self.num_classes = input_size, in_channels, num_classes
-        self.out_channels = in_channels * (2 if learn_sigma else 1)
-        widths = d1, d2, d3 = dim, 2 * dim, 4 * dim
+        _check(input_size, dim, depths)
+        self.input_size = input_size
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        self.out_channels = 2 * in_channels if learn_sigma else in_channels
+        d1, d2, d3 = dim, 2 * dim, 4 * dim
+        widths = (d1, d2, d3)
+
         self.x_embedder = ConvStem(in_channels, d1)
         self.t_embedder_ls = nn.ModuleList(TimestepEmbedder(d) for d in widths)
         self.y_embedder_ls = nn.ModuleList(LabelEmbedder(num_classes, d) for d in widths)
@@ -94,60 +92,87 @@ class DiC(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """Only the head starts at zero.
+        """Start only the head at zero.
 
-        The authors' loop means to zero every block's modulation, but looks for it under a name that their blocks
-        do not have and passes over the error. So `affine` keeps its Xavier weights, gates are not closed, and so here.
+        The authors' loop means to zero every block's modulation. It looks for a name that their
+        blocks do not have and passes over the error, so `affine` keeps its Xavier weights and gates
+        start open. The same holds here.
         """
         xavier_init(self)
         xavier_flat_(self.x_embedder.proj)
-        zero_(self.final_layer.adaLN_modulation[1], self.final_layer.out_proj)
+        zero_(self.final_layer.adaLN_modulation, self.final_layer.out_proj)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         check_grid(x, None, 4, "DiC")
-        embedders = zip(self.t_embedder_ls, self.y_embedder_ls, strict=True)
-        c1, c2, c3 = (
-            embed_t(t) + embed_y(y) for embed_t, embed_y in embedders
-        )  # (N, D), (N, 2D), (N, 4D)
+        conditions = []
+        for embed_t, embed_y in zip(self.t_embedder_ls, self.y_embedder_ls, strict=True):
+            conditions.append(embed_t(t) + embed_y(y))
+        c1, c2, c3 = conditions  # (N, D), (N, 2D), (N, 4D)
+
         skips: list[Tensor] = []
         x = _encode(self.enc_blocks[0], self.x_embedder(x), c1, skips)  # (N, D, H, W)
         x = _encode(self.enc_blocks[1], self.downs[0](x), c2, skips)  # (N, 2D, H/2, W/2)
         x = self.downs[1](x)  # (N, 4D, H/4, W/4)
-        for block in self.lat_blocks[0]:
-            x = block["conv"](x, c3)  # (N, 4D, H/4, W/4)
+        for block in _blocks(self.lat_blocks[0]):
+            x = block(x, c3)  # (N, 4D, H/4, W/4)
         x = _decode(self.dec_blocks[0], self.ups[0](x), c2, skips)  # (N, 2D, H/2, W/2)
         x = _decode(self.dec_blocks[1], self.ups[1](x), c1, skips)  # (N, D, H, W)
         return self.final_layer(self.output(x), c1)  # (N, C_out, H, W)
 
 
 def _stage(dim: int, depth: int, skips: bool = False) -> nn.ModuleList:
-    """Blocks under the authors' names, which have a level `conv`."""
-    joined = [skips and i % SKIP_EVERY == 0 for i in range(depth)]
-    return nn.ModuleList(
-        nn.ModuleDict({"conv": DiCBlock(2 * dim if join else dim, dim)}) for join in joined
-    )
+    """Build blocks under the authors' names, which have a level `conv`."""
+    stage = nn.ModuleList()
+    for i in range(depth):
+        joins = skips and i % SKIP_EVERY == 0
+        block = DiCBlock(2 * dim if joins else dim, dim)
+        stage.append(nn.ModuleDict({"conv": block}))
+    return stage
 
 
-def _num_skips(depth: int) -> int:
-    return -(-depth // SKIP_EVERY)
+def _blocks(stage: nn.Module) -> list[nn.Module]:
+    return [level.get_submodule("conv") for level in stage.children()]
 
 
-def _encode(stage: nn.ModuleList, x: Tensor, c: Tensor, skips: list[Tensor]) -> Tensor:
-    """Keeps the last block's output and every third before it."""
-    for i, block in enumerate(stage):
-        x = block["conv"](x, c)
-        if (len(stage) - 1 - i) % SKIP_EVERY == 0:
+def _encode(stage: nn.Module, x: Tensor, c: Tensor, skips: list[Tensor]) -> Tensor:
+    """Run a stage; keep the last block's output and that of every third block before it."""
+    blocks = _blocks(stage)
+    for i, block in enumerate(blocks):
+        x = block(x, c)
+        if (len(blocks) - 1 - i) % SKIP_EVERY == 0:
             skips.append(x)
     return x
 
 
-def _decode(stage: nn.ModuleList, x: Tensor, c: Tensor, skips: list[Tensor]) -> Tensor:
-    """Joins the latest skip before the first block and before every third after it."""
-    for i, block in enumerate(stage):
+def _decode(stage: nn.Module, x: Tensor, c: Tensor, skips: list[Tensor]) -> Tensor:
+    """Run a stage; join the latest skip before the first block and every third block after it."""
+    for i, block in enumerate(_blocks(stage)):
         if i % SKIP_EVERY == 0:
             x = torch.cat([x, skips.pop()], dim=1)
-        x = block["conv"](x, c)
+        x = block(x, c)
     return x
+
+
+def _num_skips(depth: int) -> int:
+    return -(-depth // SKIP_EVERY)  # rounded up
+
+
+def _check(input_size: int, dim: int, depths: tuple[int, int, int, int, int]) -> None:
+    """Raise ValueError for sizes that do not halve, split into groups or pair their skips."""
+    if input_size % 4:
+        raise ValueError(
+            f"DiC halves its input twice: input_size must be divisible by 4, got {input_size}"
+        )
+    if dim % 4 or any(width % min(32, width // 4) for width in (dim, 2 * dim, 4 * dim)):
+        raise ValueError(
+            "DiC normalises in groups of 4 channels, from width 128 on in 32 groups: "
+            f"dim, 2 dim and 4 dim must divide so, got dim {dim}"
+        )
+    if any(_num_skips(depths[i]) != _num_skips(depths[-1 - i]) for i in (0, 1)):
+        raise ValueError(
+            f"DiC takes a skip from every {SKIP_EVERY}rd block: encoder and decoder need equally "
+            f"many, got depths {depths}"
+        )
 
 
 register(

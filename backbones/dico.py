@@ -1,7 +1,11 @@
-"""DiCo: Ai et al., "DiCo: Revitalizing ConvNets for Scalable and Efficient Diffusion Modeling", 2025, section 3.
+"""DiCo: Ai et al., "Revitalizing ConvNets for Scalable and Efficient Diffusion Modeling", 2025.
 
-Legend: N batch, C width of a stage (D, 2D, 4D), r FFN ratio. The full-resolution decoder and the head are 2D wide
-and conditioned by c2, as in the released code (the paper does not say so).
+Source: arXiv:2505.11196, section 3, and github.com/shallowdream204/DiCo at b596b05.
+
+The full-resolution decoder and the head are 2D wide and conditioned by c2, as in the released code;
+the paper does not say so.
+
+Legend: N batch, C width of a stage (D, 2D, 4D), (H, W) grid of a stage, r FFN ratio.
 """
 
 from __future__ import annotations
@@ -23,9 +27,11 @@ from backbones.layers import (
     check_grid,
     check_stages,
     gated,
+    run_stage,
     xavier_flat_,
     xavier_init,
     zero_,
+    zero_modulation,
 )
 from backbones.registry import register
 
@@ -47,29 +53,34 @@ class DiCoBlock(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         modulation = self.adaLN_modulation(c)[..., None, None].chunk(6, dim=1)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation  # (N, C, 1, 1)
-        h = depthwise_gelu(
-            self.conv1(adaln2d(x, shift1, scale1)), self.conv2.weight, self.conv2.bias
-        )  # (N, C, H, W)
+
+        # Conv module: 1x1, depthwise 3x3 with GELU, compact channel attention, 1x1.
+        h = self.conv1(adaln2d(x, shift1, scale1))  # (N, C, H, W)
+        h = depthwise_gelu(h, self.conv2.weight, self.conv2.bias)  # (N, C, H, W)
         x = gated(x, gate1, self.conv3(h * self.ca(h)))  # (N, C, H, W)
-        h = pointwise_gelu(
-            adaln2d(x, shift2, scale2), self.conv4.weight, self.conv4.bias
-        )  # (N, rC, H, W)
+
+        # Feed-forward network of two 1x1 convolutions.
+        h = adaln2d(x, shift2, scale2)  # (N, C, H, W)
+        h = pointwise_gelu(h, self.conv4.weight, self.conv4.bias)  # (N, rC, H, W)
         return gated(x, gate2, self.conv5(h))  # (N, C, H, W)
 
 
 class LabelEmbedders(nn.Module):
-    """One label table per resolution, kept in one module under the authors' names."""
+    """Look up the label in one table per resolution, kept under the authors' names."""
 
     def __init__(self, num_classes: int, dims: tuple[int, int, int]) -> None:
         super().__init__()
-        for level, dim in enumerate(dims):
-            self.add_module(f"embedding_table_{level}", nn.Embedding(num_classes + 1, dim))
+        self.embedding_table_0 = nn.Embedding(num_classes + 1, dims[0])
+        self.embedding_table_1 = nn.Embedding(num_classes + 1, dims[1])
+        self.embedding_table_2 = nn.Embedding(num_classes + 1, dims[2])
 
     def forward(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.embedding_table_0(y), self.embedding_table_1(y), self.embedding_table_2(y)
 
 
 class DiCo(nn.Module):
+    """A U-shape of DiCo blocks at three resolutions."""
+
     def __init__(
         self,
         *,
@@ -87,8 +98,10 @@ class DiCo(nn.Module):
                 f"DiCo halves its input twice: input_size must be divisible by 4, got {input_size}"
             )
         check_stages(dim, 2, depths=depths)
-        self.input_size, self.in_channels, self.num_classes = input_size, in_channels, num_classes
-        self.out_channels = in_channels * (2 if learn_sigma else 1)
+        self.input_size = input_size
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        self.out_channels = 2 * in_channels if learn_sigma else in_channels
         d1, d2, d3 = dim, 2 * dim, 4 * dim
 
         def stage(width: int, depth: int) -> nn.ModuleList:
@@ -99,6 +112,7 @@ class DiCo(nn.Module):
         self.y_embedder = LabelEmbedders(num_classes, (d1, d2, d3))
         self.t_embedder_2 = TimestepEmbedder(d2)
         self.t_embedder_3 = TimestepEmbedder(d3)
+
         self.encoder_level_1 = stage(d1, depths[0])
         self.down1_2 = Downsample(d1)
         self.encoder_level_2 = stage(d2, depths[1])
@@ -116,10 +130,8 @@ class DiCo(nn.Module):
     def _init_weights(self) -> None:
         xavier_init(self)
         xavier_flat_(self.x_embedder.proj)
-        zero_(
-            *(block.adaLN_modulation[1] for block in self.modules() if isinstance(block, DiCoBlock))
-        )
-        zero_(self.final_layer.adaLN_modulation[1], self.final_layer.out_proj)
+        zero_modulation(block for block in self.modules() if isinstance(block, DiCoBlock))
+        zero_(self.final_layer.adaLN_modulation, self.final_layer.out_proj)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         check_grid(x, None, 4, "DiCo")
@@ -128,20 +140,17 @@ class DiCo(nn.Module):
         c2 = self.t_embedder_2(t) + y2  # (N, 2D)
         c3 = self.t_embedder_3(t) + y3  # (N, 4D)
 
-        x1 = _run(self.encoder_level_1, self.x_embedder(x), c1)  # (N, D, H, W)
-        x2 = _run(self.encoder_level_2, self.down1_2(x1), c2)  # (N, 2D, H/2, W/2)
-        x3 = _run(self.latent, self.down2_3(x2), c3)  # (N, 4D, H/4, W/4)
-        u2 = self.reduce_chan_level2(torch.cat([self.up3_2(x3), x2], dim=1))  # (N, 2D, H/2, W/2)
-        u2 = _run(self.decoder_level_2, u2, c2)
-        u1 = self.reduce_chan_level1(torch.cat([self.up2_1(u2), x1], dim=1))  # (N, 2D, H, W)
-        u1 = _run(self.decoder_level_1, u1, c2)
+        # Encoder and middle.
+        x1 = run_stage(self.encoder_level_1, self.x_embedder(x), c1)  # (N, D, H, W)
+        x2 = run_stage(self.encoder_level_2, self.down1_2(x1), c2)  # (N, 2D, H/2, W/2)
+        x3 = run_stage(self.latent, self.down2_3(x2), c3)  # (N, 4D, H/4, W/4)
+
+        # Decoder: join the encoder's output and reduce the channels.
+        u2 = torch.cat([self.up3_2(x3), x2], dim=1)  # (N, 4D, H/2, W/2)
+        u2 = run_stage(self.decoder_level_2, self.reduce_chan_level2(u2), c2)  # (N, 2D, ...)
+        u1 = torch.cat([self.up2_1(u2), x1], dim=1)  # (N, 2D, H, W)
+        u1 = run_stage(self.decoder_level_1, self.reduce_chan_level1(u1), c2)  # (N, 2D, H, W)
         return self.final_layer(u1, c2)  # (N, C_out, H, W)
-
-
-def _run(stage: nn.ModuleList, x: Tensor, c: Tensor) -> Tensor:
-    for block in stage:
-        x = block(x, c)
-    return x
 
 
 register(

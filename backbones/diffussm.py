@@ -1,11 +1,17 @@
-"""DiffuSSM: Yan et al., "Diffusion Models Without Attention", CVPR 2024. A reconstruction: no code was published.
+"""DiffuSSM: Yan et al., "Diffusion Models Without Attention", CVPR 2024.
 
-From the paper: no patches; dense layers on groups of M = 2 pixels in row-major order, the SSM on all pixels; the layer's
-equations, 13 D^2 weights (with M = 2 they force a gated width of 1.5 D), a D x D map at full length, D = 1152, 29 layers.
-Ours: its place (before the SSM), erf GELU, parameter-free LayerNorm, adaLN-Zero (shift, scale, gate) a layer, DiT's
-embedders and fixed positions, and the SSM (S4D of 64 complex states, A shared by the channels, zero-order hold).
+Source: arXiv:2311.18257. A reconstruction: no code was published.
 
-Legend: N batch, L pixels, J = L / M tokens, D width, S states of a channel, C channels.
+From the paper: no patches; dense layers on groups of M = 2 pixels in row-major order; the SSM on
+all pixels; the layer's equations; 13 D^2 weights, which with M = 2 force a gated width of 1.5 D; a
+D x D map at full length; D = 1152 and 29 layers.
+
+Our choices: the place of that map (before the SSM), the exact GELU, LayerNorm without parameters,
+one adaLN-Zero (shift, scale, gate) per layer, DiT's embedders and fixed positions, and the SSM
+(S4D of 64 complex states, A shared by the channels, zero-order hold).
+
+Legend: N batch, C channels, (H, W) input, L = HW pixels, M pixels of a group, J = L / M tokens,
+D width, S states of a channel.
 """
 
 from __future__ import annotations
@@ -27,12 +33,16 @@ from backbones.layers import (
     sincos_position,
     xavier_init,
     zero_,
+    zero_modulation,
 )
-from backbones.registry import register
+from backbones.registry import Exceptions, register
 
 
 class S4D(nn.Module):
-    """Diagonal SSM of every channel and a skip: (N, D, L) -> same. Starts at A = -1/2 + i pi n, dt in [0.01, 1]."""
+    """Run a diagonal SSM over every channel and add a skip: (N, D, L) -> same.
+
+    The states start at A = -1/2 + i pi n and the step sizes in [0.01, 1].
+    """
 
     def __init__(self, dim: int, states: int) -> None:
         super().__init__()
@@ -46,11 +56,14 @@ class S4D(nn.Module):
         a = torch.complex(-self.log_decay.exp(), self.frequency)  # (S,)
         z = self.log_dt.exp() * a  # (D, S)
         w = torch.view_as_complex(self.out) * torch.expm1(z) / a  # (D, S)
-        return diagonal_ssm(u, z, w) + self.skip * u
+        return diagonal_ssm(u, z, w) + self.skip * u  # (N, D, L)
 
 
 class HourglassLayer(nn.Module):
-    """Expand to pixels, run the SSM both ways, contract to tokens, gate; modulated and gated by adaLN-Zero."""
+    """Expand to pixels, scan both ways, contract to tokens and gate: (N, J, D) -> same.
+
+    The layer is modulated and gated by adaLN-Zero.
+    """
 
     def __init__(self, dim: int, group: int, states: int) -> None:
         super().__init__()
@@ -71,22 +84,26 @@ class HourglassLayer(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale, gate = self.adaLN_modulation(c)[:, None].chunk(3, dim=-1)  # (N, 1, D)
         h = modulate(self.norm(x), shift, scale)  # (N, J, D)
-        u = (
-            F.gelu(self.up(F.gelu(self.w0(h)))).unflatten(-1, (self.group, -1)).flatten(1, 2)
-        )  # (N, L, D)
+
+        # Expand the tokens to their pixels.
+        u = F.gelu(self.up(F.gelu(self.w0(h))))  # (N, J, M*D)
+        u = u.unflatten(-1, (self.group, -1)).flatten(1, 2)  # (N, L, D)
         u = self.mix(u).mT  # (N, D, L)
-        y = torch.cat(
-            [self.ssm_forward(u), self.ssm_backward(u.flip(-1)).flip(-1)], dim=1
-        )  # (N, 2D, L)
+
+        # Scan the pixels both ways.
+        ahead = self.ssm_forward(u)  # (N, D, L)
+        back = self.ssm_backward(u.flip(-1)).flip(-1)  # (N, D, L)
+        y = torch.cat([ahead, back], dim=1)  # (N, 2D, L)
+
+        # Contract the pixels of each token, every place in a group by its own layer.
         pixels = y.mT.unflatten(1, (-1, self.group)).unbind(dim=2)  # M x (N, J, 2D)
-        y = torch.cat(
-            [F.gelu(down(pixel)) for down, pixel in zip(self.down, pixels, strict=True)], dim=-1
-        )  # (N, J, 2D)
+        contracted = [F.gelu(down(pixel)) for down, pixel in zip(self.down, pixels, strict=True)]
+        y = torch.cat(contracted, dim=-1)  # (N, J, 2D)
         return gated(x, gate, self.w3(F.gelu(self.w2(y)) * F.gelu(self.w1(h))))  # (N, J, D)
 
 
 class Head(nn.Module):
-    """LayerNorm, adaLN shift and scale, linear to a group's pixels: (N, J, D), c (N, D) -> (N, J, M*C_out)."""
+    """Apply adaLN and a linear layer to a group's pixels: (N, J, D), (N, D) -> (N, J, M*C_out)."""
 
     def __init__(self, dim: int, out_dim: int) -> None:
         super().__init__()
@@ -95,11 +112,13 @@ class Head(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 2 * dim))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)  # (N, 1, D)
+        return self.linear(modulate(self.norm_final(x), shift, scale))  # (N, J, M*C_out)
 
 
 class DiffuSSM(nn.Module):
+    """A stack of hourglass layers over groups of pixels."""
+
     def __init__(
         self,
         *,
@@ -115,29 +134,28 @@ class DiffuSSM(nn.Module):
         super().__init__()
         if input_size % group or 2 * dim % group or dim % 4:
             raise ValueError(
-                f"DiffuSSM needs input_size and twice the dim divisible by group and dim by 4, got input_size {input_size}, dim {dim}, group {group}"
+                "DiffuSSM needs input_size and twice the dim divisible by group and dim by 4, "
+                f"got input_size {input_size}, dim {dim}, group {group}"
             )
-        self.input_size, self.in_channels, self.num_classes, self.group = (
-            input_size,
-            in_channels,
-            num_classes,
-            group,
-        )
-        self.out_channels = in_channels * (2 if learn_sigma else 1)
+        self.input_size = input_size
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        self.group = group
+        self.out_channels = 2 * in_channels if learn_sigma else in_channels
+        grid = (input_size, input_size // group)
+
         self.x_embedder = Linear(group * in_channels, dim)
         self.t_embedder = TimestepEmbedder(dim)
         self.y_embedder = LabelEmbedder(num_classes, dim)
-        self.pos_embed = nn.Parameter(
-            sincos_position(dim, (input_size, input_size // group)), requires_grad=False
-        )
+        self.pos_embed = nn.Parameter(sincos_position(dim, grid), requires_grad=False)
         self.blocks = nn.ModuleList(HourglassLayer(dim, group, states) for _ in range(depth))
         self.final_layer = Head(dim, group * self.out_channels)
         self._init_weights()
 
     def _init_weights(self) -> None:
         xavier_init(self)
-        zero_(*(block.adaLN_modulation[1] for block in self.blocks))
-        zero_(self.final_layer.adaLN_modulation[1], self.final_layer.linear)
+        zero_modulation(self.blocks)
+        zero_(self.final_layer.adaLN_modulation, self.final_layer.linear)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         check_grid(x, self.input_size, self.group, "DiffuSSM")
@@ -157,4 +175,5 @@ register(
     dict(diffussm_xl=dict(dim=1152, depth=29)),
     tiny=dict(dim=12, depth=2, states=5),
     guided_channels=3,
+    exceptions=Exceptions(frozen={"pos_embed": "positions are a fixed sine-cosine table"}),
 )

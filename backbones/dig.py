@@ -1,9 +1,13 @@
-"""DiG: Zhu et al., "DiG: Scalable and Efficient Diffusion Models with Gated Linear Attention", 2024.
+"""DiG: Zhu et al., "Scalable and Efficient Diffusion Models with Gated Linear Attention", 2024.
 
-Legend: N batch, T tokens, D width, h heads, I inner width of the SwiGLU, p patch, (H, W) grid of tokens.
+Source: arXiv:2405.18428 and github.com/hustvl/DiG.
 
-Tokens stay in the order in which the next block scans them: rows, rows backwards, columns, columns backwards, rows ...
-The depthwise convolution sees the grid in that order too, turned or transposed.
+Tokens lie in the order in which the next block scans them: rows, rows backwards, columns, columns
+backwards, rows and so on. The depthwise convolution sees the grid in that order too, turned or
+transposed.
+
+Legend: N batch, C channels, p patch, (H, W) grid of tokens, T = HW tokens, D width, h heads,
+e = D / h, I inner width of the SwiGLU.
 """
 
 from __future__ import annotations
@@ -26,8 +30,9 @@ from backbones.layers import (
     xavier_flat_,
     xavier_init,
     zero_,
+    zero_modulation,
 )
-from backbones.registry import register
+from backbones.registry import Exceptions, register
 
 
 class GatedLinearAttention(nn.Module):
@@ -46,10 +51,10 @@ class GatedLinearAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         decay = F.logsigmoid(self.gk_proj(x)) / 16  # (N, T, D/2)
-        q, k, v, decay = (
-            self._split(part) for part in (self.q_proj(x), self.k_proj(x), self.v_proj(x), decay)
-        )
-        o = gated_linear(q, k, v, decay).transpose(1, 2)  # (N, T, h, D/h)
+        q = self._split(self.q_proj(x))  # (N, h, T, e/2)
+        k = self._split(self.k_proj(x))  # (N, h, T, e/2)
+        v = self._split(self.v_proj(x))  # (N, h, T, e)
+        o = gated_linear(q, k, v, self._split(decay)).transpose(1, 2)  # (N, T, h, e)
         o = self.g_norm_swish_gate(o).flatten(2) * F.silu(self.g_proj(x))  # (N, T, D)
         return self.o_proj(o)
 
@@ -58,7 +63,10 @@ class GatedLinearAttention(nn.Module):
 
 
 class SwiGlu(nn.Module):
-    """down(SiLU(a) * b), [a, b] = gate(x); I is 8/3 D rounded up to a multiple of 256."""
+    """Apply a gated MLP: down(SiLU(a) * b) with [a, b] = gate(x).
+
+    I is 8/3 D, rounded up to a multiple of 256.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -72,7 +80,10 @@ class SwiGlu(nn.Module):
 
 
 class DiGBlock(nn.Module):
-    """Mixer and MLP, each modulated and gated by adaLN-Zero, then a depthwise convolution without a residual."""
+    """Mixer and MLP, each modulated and gated by adaLN-Zero, then a depthwise convolution.
+
+    The convolution has no residual connection.
+    """
 
     def __init__(self, dim: int, heads: int, grid: tuple[int, int]) -> None:
         super().__init__()
@@ -85,9 +96,8 @@ class DiGBlock(nn.Module):
         self.dw_conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(
-            6, dim=-1
-        )  # (N, 1, D)
+        modulation = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation  # (N, 1, D)
         x = gated(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1)))  # (N, T, D)
         x = gated(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))  # (N, T, D)
         x = self.dw_conv(x.mT.unflatten(-1, self.grid))  # (N, D, H, W)
@@ -95,6 +105,8 @@ class DiGBlock(nn.Module):
 
 
 class DiG(nn.Module):
+    """A stack of DiG blocks over patches; each block scans them in another direction."""
+
     def __init__(
         self,
         *,
@@ -110,20 +122,21 @@ class DiG(nn.Module):
         super().__init__()
         if input_size % patch or dim % (2 * heads) or dim % 4:
             raise ValueError(
-                f"DiG needs input_size divisible by patch and dim by twice the heads and by 4, got input_size {input_size}, patch {patch}, dim {dim}, heads {heads}"
+                "DiG needs input_size divisible by patch and dim by twice the heads and by 4, "
+                f"got input_size {input_size}, patch {patch}, dim {dim}, heads {heads}"
             )
         if depth % 4:
             raise ValueError(
-                f"DiG scans in four directions by turns and ends where it began: depth must be divisible by 4, got {depth}"
+                "DiG scans in four directions by turns and ends in the first: "
+                f"depth must be divisible by 4, got {depth}"
             )
-        self.input_size, self.in_channels, self.num_classes, self.patch = (
-            input_size,
-            in_channels,
-            num_classes,
-            patch,
-        )
-        self.out_channels = in_channels * (2 if learn_sigma else 1)
+        self.input_size = input_size
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        self.patch = patch
+        self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.grid = (input_size // patch, input_size // patch)
+
         self.x_embedder = PatchEmbed(in_channels, dim, patch)
         self.t_embedder = TimestepEmbedder(dim)
         self.y_embedder = LabelEmbedder(num_classes, dim)
@@ -136,12 +149,13 @@ class DiG(nn.Module):
         xavier_init(self)
         xavier_flat_(self.x_embedder.proj)
         for block in self.blocks:
+            assert isinstance(block, DiGBlock)
             for layer in block.attn.modules():
                 if isinstance(layer, nn.Linear):
                     nn.init.xavier_uniform_(layer.weight, gain=2**-2.5)
             nn.init.dirac_(block.dw_conv.weight, groups=block.dw_conv.groups)
-        zero_(*(block.adaLN_modulation[1] for block in self.blocks))
-        zero_(self.final_layer.adaLN_modulation[1], self.final_layer.linear)
+        zero_modulation(self.blocks)
+        zero_(self.final_layer.adaLN_modulation, self.final_layer.linear)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         check_grid(x, self.input_size, self.patch, "DiG")
@@ -149,8 +163,8 @@ class DiG(nn.Module):
         c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
         for i, block in enumerate(self.blocks):
             x = block(x, c).flip(1)  # (N, T, D)
-            if i % 2:
-                x = x.unflatten(1, self.grid).transpose(1, 2).flatten(1, 2)
+            if i % 2:  # from rows to columns or back
+                x = x.unflatten(1, self.grid).transpose(1, 2).flatten(1, 2)  # (N, T, D)
         x = self.final_layer(x, c)  # (N, T, p*p*C_out)
         return unpatchify(x, self.grid, self.patch)  # (N, C_out, H, W)
 
@@ -165,4 +179,5 @@ register(
     ),
     tiny=dict(depth=4, dim=24, heads=3),
     guided_channels=3,
+    exceptions=Exceptions(frozen={"pos_embed": "positions are a fixed sine-cosine table"}),
 )

@@ -1,8 +1,13 @@
 """DiM: Teng et al., "DiM: Diffusion Mamba for Efficient High-Resolution Image Synthesis", 2024.
 
-Legend: N batch, (H, W) grid of patches, (G, G') = (H + 3, W + 3) the grid framed by padding tokens, T = 2 + 3 + G*G' tokens
-(time, label, three separators, grid), D width, p patch, C channels. A scan runs through the leading tokens first and
-through the grid in an order that changes from block to block; padding tokens mark the ends of its lines.
+Source: arXiv:2405.14224 and github.com/tyshiwo1/DiM-DiffusionMamba.
+
+A scan runs through the leading tokens first, then through the grid in an order that changes from
+block to block. Padding tokens mark the ends of the grid's lines.
+
+Legend: N batch, C channels, p patch, (H, W) grid of patches, (G, G') = (H + 3, W + 3) the grid with
+its frame of padding tokens, T = 2 + 3 + G*G' tokens (time, label, three separators, framed grid),
+D width.
 """
 
 from __future__ import annotations
@@ -34,7 +39,7 @@ from backbones.mamba import (
     reorder,
     restore,
 )
-from backbones.registry import register
+from backbones.registry import Exceptions, register
 
 _PAD = 3  # padding tokens: as many as the convolution has taps
 _LEADING = 2 + _PAD
@@ -42,21 +47,22 @@ _CYCLE = (ROWS, ROWS_BACK, COLUMNS, COLUMNS_BACK)
 
 
 def scan_order(index: int, depth: int) -> tuple[bool, bool]:
-    """The order of the grid in a block: a cycle of four, run backwards through the second half of the network."""
+    """Return the order in which a block scans the grid.
+
+    The four orders take turns. The second half of the network takes them in reverse.
+    """
     return _CYCLE[min(index, depth - 1 - index) % 4]
 
 
 class AdaptiveSingle(nn.Module):
-    """One modulation for all blocks: t and y (N,) -> shift, scale and gate (N, 3, D)."""
+    """Derive one modulation for all blocks: t and y (N,) -> shift, scale and gate (N, 3, D)."""
 
     def __init__(self, num_classes: int, dim: int) -> None:
         super().__init__()
-        time = nn.Sequential(
-            OrderedDict(linear_1=Linear(256, dim), act=nn.SiLU(), linear_2=Linear(dim, dim))
-        )
-        self.emb = nn.ModuleDict(
-            dict(timestep_embedder=time, class_embedder=LabelEmbedder(num_classes, dim))
-        )
+        layers = OrderedDict(linear_1=Linear(256, dim), act=nn.SiLU(), linear_2=Linear(dim, dim))
+        time = nn.Sequential(layers)
+        label = LabelEmbedder(num_classes, dim)
+        self.emb = nn.ModuleDict(dict(timestep_embedder=time, class_embedder=label))
         self.linear = Linear(dim, 3 * dim)
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
@@ -66,45 +72,47 @@ class AdaptiveSingle(nn.Module):
 
 
 class Frame(nn.Module):
-    """Smooths the grid and frames it on the right and below with learned tokens; takes the frame off and smooths again.
+    """Frame the grid on the right and below with three learned tokens, and smooth it.
 
-    On the right, token 0, 1, 2 end every line. Below there is a line of each (the 256 model), or, with `raster`,
-    they take turns from token to token (the fine-tuned 512 model).
+    On the right, tokens 0, 1 and 2 end every line. Below stands a line of each (the 256 model).
+    With `raster` they take turns from place to place instead (the fine-tuned 512 model).
     """
+
+    below: Tensor  # which of the three tokens stands at each place below the grid: (3, G')
 
     def __init__(self, dim: int, grid: tuple[int, int], raster: bool) -> None:
         super().__init__()
-        self.grid, self.framed = grid, (grid[0] + _PAD, grid[1] + _PAD)
+        self.grid = grid
+        self.framed = (grid[0] + _PAD, grid[1] + _PAD)
         self.pad_token_dec_split = nn.Parameter(0.02 * torch.randn(1, _PAD, dim))
         self.pad_token = nn.Parameter(0.02 * torch.randn(1, dim, _PAD))
         self.first_smoother = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.last_smoother = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         place = torch.arange(_PAD * self.framed[1]).view(_PAD, -1)
-        self.register_buffer(
-            "below", place % _PAD if raster else place // self.framed[1], persistent=False
-        )
+        below = place % _PAD if raster else place // self.framed[1]
+        self.register_buffer("below", below, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """time, label and grid (N, 2 + H*W, D) -> (N, T, D)."""
-        n, pad, height = len(x), self.pad_token[0].T, self.grid[0]
-        patches = self.first_smoother(_image(x[:, 2:], self.grid)).permute(
-            0, 2, 3, 1
-        )  # (N, H, W, D)
-        right, below = pad.expand(n, height, -1, -1), pad[self.below].expand(n, -1, -1, -1)
-        patches = torch.cat([torch.cat([patches, right], dim=2), below], dim=1).flatten(
-            1, 2
-        )  # (N, G*G', D)
-        return torch.cat(
-            [x[:, :2], self.pad_token_dec_split.expand(n, -1, -1), patches], dim=1
-        )  # (N, T, D)
+        """Smooth and frame the grid of time, label and patches: (N, 2 + H*W, D) -> (N, T, D)."""
+        n = len(x)
+        pad = self.pad_token[0].T  # (3, D)
+        patches = self.first_smoother(_image(x[:, 2:], self.grid))  # (N, D, H, W)
+        patches = patches.permute(0, 2, 3, 1)  # (N, H, W, D)
+
+        right = pad.expand(n, self.grid[0], -1, -1)  # (N, H, 3, D)
+        below = pad[self.below].expand(n, -1, -1, -1)  # (N, 3, G', D)
+        framed = torch.cat([torch.cat([patches, right], dim=2), below], dim=1)  # (N, G, G', D)
+
+        separators = self.pad_token_dec_split.expand(n, -1, -1)  # (N, 3, D)
+        return torch.cat([x[:, :2], separators, framed.flatten(1, 2)], dim=1)  # (N, T, D)
 
     def take_off(self, x: Tensor) -> Tensor:
-        """(N, T, D) -> the patches alone (N, H*W, D)."""
+        """Take the frame and the leading tokens off and smooth: (N, T, D) -> (N, H*W, D)."""
         patches = _image(x[:, _LEADING:], self.framed)[:, :, :-_PAD, :-_PAD]  # (N, D, H, W)
         return self.last_smoother(patches).flatten(2).transpose(1, 2)  # (N, H*W, D)
 
     def turn(self, x: Tensor, last: tuple[bool, bool], now: tuple[bool, bool]) -> Tensor:
-        """The grid from one order into another; the leading tokens stay in front."""
+        """Put the grid from one order into another; the leading tokens stay in front."""
         if last == now:
             return x
         grid = reorder(restore(x[:, _LEADING:], self.framed, last), self.framed, now)
@@ -116,6 +124,8 @@ def _image(x: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 class DiMBlock(nn.Module):
+    """A Mamba mixer, modulated by the shared condition plus the block's own table."""
+
     def __init__(self, dim: int, skip: bool) -> None:
         super().__init__()
         self.norm1 = nn.Sequential(OrderedDict(norm=nn.RMSNorm(dim, eps=1e-5)))
@@ -124,6 +134,8 @@ class DiMBlock(nn.Module):
         self.skip_linear = nn.ModuleList([Linear(dim, dim), Linear(dim, dim)]) if skip else None
 
     def merge(self, x: Tensor, skip: Tensor) -> Tensor:
+        """Join a long skip: two (N, T, D) -> (N, T, D)."""
+        assert self.skip_linear is not None
         return float32_or_wider(self.skip_linear[0](x) + self.skip_linear[1](skip))
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
@@ -132,6 +144,8 @@ class DiMBlock(nn.Module):
 
 
 class DiM(nn.Module):
+    """A stack of Mamba blocks with long skips over a framed grid of patches."""
+
     def __init__(
         self,
         *,
@@ -147,17 +161,18 @@ class DiM(nn.Module):
         super().__init__()
         if input_size % patch or depth % 2 == 0 or dim % 2:
             raise ValueError(
-                f"DiM needs input_size divisible by patch, an odd depth and an even dim, got input_size {input_size}, patch {patch}, depth {depth}, dim {dim}"
+                "DiM needs input_size divisible by patch, an odd depth and an even dim, "
+                f"got input_size {input_size}, patch {patch}, depth {depth}, dim {dim}"
             )
-        self.input_size, self.in_channels, self.num_classes, self.patch = (
-            input_size,
-            in_channels,
-            num_classes,
-            patch,
-        )
-        self.out_channels = in_channels * (2 if learn_sigma else 1)
+        self.input_size = input_size
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        self.patch = patch
+        self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.grid = (input_size // patch, input_size // patch)
-        self.additional_embed = nn.Parameter(torch.zeros(1, 2 + self.grid[0] * self.grid[1], dim))
+        num_patches = self.grid[0] * self.grid[1]
+
+        self.additional_embed = nn.Parameter(torch.zeros(1, 2 + num_patches, dim))
         self.label_emb = nn.Embedding(num_classes + 1, dim)
         self.pos_embed = PatchEmbed(in_channels, dim, patch)  # the authors' name for their stem
         self.adaln_single = AdaptiveSingle(num_classes, dim)
@@ -172,41 +187,48 @@ class DiM(nn.Module):
 
     def _init_weights(self, depth: int) -> None:
         mamba_init(self, depth)
-        time = self.adaln_single.emb["timestep_embedder"]
-        nn.init.normal_(time.linear_1.weight, std=0.02)
-        nn.init.normal_(time.linear_2.weight, std=0.02)
+        for layer in self.adaln_single.emb["timestep_embedder"].modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
 
     def resized(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Weights of this network for another size of image, for this one: position embeddings are interpolated."""
+        """Fit the weights of this network at another input size by interpolating its positions."""
         embed = weights["additional_embed"]
         side = math.isqrt(embed.shape[1] - 2)
-        grid = F.interpolate(
-            _image(embed[:, 2:], (side, side)), self.grid, mode="bilinear", align_corners=False
-        )
-        return weights | {
-            "additional_embed": torch.cat([embed[:, :2], grid.flatten(2).transpose(1, 2)], dim=1)
-        }
+        image = _image(embed[:, 2:], (side, side))  # (1, D, side, side)
+        grid = F.interpolate(image, self.grid, mode="bilinear", align_corners=False)
+        resized = torch.cat([embed[:, :2], grid.flatten(2).transpose(1, 2)], dim=1)
+        return weights | {"additional_embed": resized}
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         check_grid(x, self.input_size, self.patch, "DiM")
         modulation = self.adaln_single(t, y)  # (N, 3, D)
-        time = timestep_sinusoid(t, self.additional_embed.shape[-1]).to(self.additional_embed.dtype)
+        positions = self.additional_embed
+        time = timestep_sinusoid(t, positions.shape[-1]).to(positions.dtype)  # (N, D)
         label = self.label_emb(y)  # (N, D)
         x = torch.cat([time[:, None], label[:, None], self.pos_embed(x)], dim=1)  # (N, 2 + H*W, D)
-        x = float32_or_wider(self.a4m_adapter(x + self.additional_embed))  # (N, T, D)
-        x = self._blocks(x, modulation)
+        x = float32_or_wider(self.a4m_adapter(x + positions))  # (N, T, D)
+        x = self._run_blocks(x, modulation)
+
         x = self.norm_out(float32_or_wider(self.a4m_adapter.take_off(x)))  # (N, H*W, D)
         shift, scale = self.proj_out_1(F.silu(time + label))[:, None].chunk(2, dim=-1)  # (N, 1, D)
         x = self.proj_out_2(modulate(x, shift, scale))  # (N, H*W, p*p*C_out)
         return unpatchify(x, self.grid, self.patch)  # (N, C_out, H*p, W*p)
 
-    def _blocks(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """A U without its first block: skips join block i and block depth - i, which read the grid in one order."""
-        depth, order, skips = len(self.transformer_blocks), ROWS, []
+    def _run_blocks(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """Run the blocks; skips join blocks i and depth - i, which scan the grid in one order.
+
+        The first block is outside this U and has no skip.
+        """
+        depth = len(self.transformer_blocks)
+        order = ROWS
+        skips: list[Tensor] = []
         for i, block in enumerate(self.transformer_blocks):
+            assert isinstance(block, DiMBlock)
             if i > depth // 2:
                 x = block.merge(x, skips.pop())
-            x, order = self.a4m_adapter.turn(x, order, scan_order(i, depth)), scan_order(i, depth)
+            x = self.a4m_adapter.turn(x, order, scan_order(i, depth))
+            order = scan_order(i, depth)
             x = block(x, modulation)  # (N, T, D)
             if 0 < i <= depth // 2:
                 skips.append(x)
@@ -220,4 +242,5 @@ register(
         dim_h=dict(dim=1536, depth=49),
     ),
     tiny=dict(dim=20, depth=7),
+    exceptions=Exceptions(open_head="the authors keep torch's default weights in the head"),
 )

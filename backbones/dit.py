@@ -1,19 +1,22 @@
 """DiT: Peebles & Xie, "Scalable Diffusion Models with Transformers", ICCV 2023.
 
-Legend: N batch, T tokens, D width, h heads, e = D / h, p patch, C channels.
+Source: arXiv:2212.09748 and github.com/facebookresearch/DiT at ed81ce2.
+
+Legend: N batch, C channels, (H, W) input, p patch, T = HW / p^2 tokens, D width.
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from backbones.kernels import adaln, attention
+from backbones.kernels import adaln
 from backbones.layers import (
     LabelEmbedder,
     Linear,
     Mlp,
     PatchEmbed,
     PatchFinal,
+    SelfAttention,
     TimestepEmbedder,
     check_grid,
     gated,
@@ -22,23 +25,9 @@ from backbones.layers import (
     xavier_flat_,
     xavier_init,
     zero_,
+    zero_modulation,
 )
-from backbones.registry import register
-
-
-class SelfAttention(nn.Module):
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = Linear(dim, 3 * dim)
-        self.proj = Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, t, d = x.shape
-        q, k, v = (
-            self.qkv(x).view(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        )  # 3 x (N, h, T, e)
-        return self.proj(attention(q, k, v).transpose(1, 2).reshape(n, t, d))  # (N, T, D)
+from backbones.registry import Exceptions, register
 
 
 class DiTBlock(nn.Module):
@@ -51,14 +40,15 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(
-            6, dim=-1
-        )  # (N, 1, D)
+        modulation = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation  # (N, 1, D)
         x = gated(x, gate1, self.attn(adaln(x, shift1, scale1)))  # (N, T, D)
         return gated(x, gate2, self.mlp(adaln(x, shift2, scale2)))  # (N, T, D)
 
 
 class DiT(nn.Module):
+    """A stack of DiT blocks over patches, with fixed positions."""
+
     def __init__(
         self,
         *,
@@ -75,16 +65,16 @@ class DiT(nn.Module):
         super().__init__()
         if input_size % patch or dim % heads or dim % 4:
             raise ValueError(
-                f"DiT needs input_size divisible by patch and dim by heads and by 4, got input_size {input_size}, patch {patch}, dim {dim}, heads {heads}"
+                "DiT needs input_size divisible by patch and dim by heads and by 4, "
+                f"got input_size {input_size}, patch {patch}, dim {dim}, heads {heads}"
             )
-        self.input_size, self.in_channels, self.num_classes, self.patch = (
-            input_size,
-            in_channels,
-            num_classes,
-            patch,
-        )
-        self.out_channels = in_channels * (2 if learn_sigma else 1)
+        self.input_size = input_size
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        self.patch = patch
+        self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.grid = (input_size // patch, input_size // patch)
+
         self.x_embedder = PatchEmbed(in_channels, dim, patch)
         self.t_embedder = TimestepEmbedder(dim)
         self.y_embedder = LabelEmbedder(num_classes, dim)
@@ -96,8 +86,8 @@ class DiT(nn.Module):
     def _init_weights(self) -> None:
         xavier_init(self)
         xavier_flat_(self.x_embedder.proj)
-        zero_(*(block.adaLN_modulation[1] for block in self.blocks))
-        zero_(self.final_layer.adaLN_modulation[1], self.final_layer.linear)
+        zero_modulation(self.blocks)
+        zero_(self.final_layer.adaLN_modulation, self.final_layer.linear)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         check_grid(x, self.input_size, self.patch, "DiT")
@@ -109,7 +99,7 @@ class DiT(nn.Module):
         return unpatchify(x, self.grid, self.patch)  # (N, C_out, H, W)
 
 
-_WIDTHS = {
+WIDTHS = {
     "s": dict(depth=12, dim=384, heads=6),
     "b": dict(depth=12, dim=768, heads=12),
     "l": dict(depth=24, dim=1024, heads=16),
@@ -118,11 +108,21 @@ _WIDTHS = {
 
 register(
     DiT,
-    {
-        f"dit_{size}_{patch}": options | dict(patch=patch)
-        for size, options in _WIDTHS.items()
-        for patch in (2, 4, 8)
-    },
+    dict(
+        dit_s_2=WIDTHS["s"] | dict(patch=2),
+        dit_s_4=WIDTHS["s"] | dict(patch=4),
+        dit_s_8=WIDTHS["s"] | dict(patch=8),
+        dit_b_2=WIDTHS["b"] | dict(patch=2),
+        dit_b_4=WIDTHS["b"] | dict(patch=4),
+        dit_b_8=WIDTHS["b"] | dict(patch=8),
+        dit_l_2=WIDTHS["l"] | dict(patch=2),
+        dit_l_4=WIDTHS["l"] | dict(patch=4),
+        dit_l_8=WIDTHS["l"] | dict(patch=8),
+        dit_xl_2=WIDTHS["xl"] | dict(patch=2),
+        dit_xl_4=WIDTHS["xl"] | dict(patch=4),
+        dit_xl_8=WIDTHS["xl"] | dict(patch=8),
+    ),
     tiny=dict(depth=2, dim=24, heads=3),
     guided_channels=3,
+    exceptions=Exceptions(frozen={"pos_embed": "positions are a fixed sine-cosine table"}),
 )

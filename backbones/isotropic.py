@@ -1,6 +1,9 @@
-"""DiT's stack with a swappable token mixer and, if asked for, U-ViT's long skips: Table 3 of the DiCo paper.
+"""DiT's stack with a swappable token mixer and, optionally, U-ViT's long skips.
 
-Legend: N batch, D width, (h, w) grid of patches, p patch, T = h w.
+Source: Table 3 of the DiCo paper (arXiv:2505.11196). A reconstruction: the code of its ablations
+was not published.
+
+Legend: N batch, C channels, (H, W) input, p patch, (h, w) grid of patches, T = h w tokens, D width.
 """
 
 from __future__ import annotations
@@ -23,15 +26,18 @@ from backbones.layers import (
     xavier_flat_,
     xavier_init,
     zero_,
+    zero_modulation,
 )
 from backbones.mixers import build_mixer
-from backbones.registry import register
+from backbones.registry import Exceptions, register
 
 
 class Isotropic(nn.Module):
-    """With `skips`, the output of block i is concatenated to the input of block depth-1-i for i < (depth-1)//2, then reduced.
+    """A stack of blocks over patches.
 
-    The innermost pair of an even depth has none: its skip would be its direct predecessor.
+    With `skips`, the output of block i joins the input of block depth-1-i for i < (depth-1)//2 and
+    a 1x1 convolution reduces both. The innermost pair of an even depth has no skip: its skip would
+    come from its direct predecessor. `gelu` is torch's `approximate`.
     """
 
     def __init__(
@@ -53,51 +59,64 @@ class Isotropic(nn.Module):
         super().__init__()
         if input_size % patch or dim % 4:
             raise ValueError(
-                f"the isotropic stack needs input_size divisible by patch and dim by 4, got {input_size}, {patch} and {dim}"
+                "the isotropic stack needs input_size divisible by patch and dim by 4, "
+                f"got {input_size}, {patch} and {dim}"
             )
         if gelu not in ("none", "tanh"):
             raise ValueError(f"gelu is 'none' (erf) or 'tanh', got {gelu!r}")
-        self.input_size, self.in_channels, self.num_classes, self.patch = (
-            input_size,
-            in_channels,
-            num_classes,
-            patch,
-        )
-        self.out_channels = in_channels * (2 if learn_sigma else 1)
+        self.input_size = input_size
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        self.patch = patch
+        self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.grid = (input_size // patch, input_size // patch)
+        num_skips = (depth - 1) // 2 if skips else 0
+
         self.x_embedder = PatchEmbed(in_channels, dim, patch)
         self.t_embedder = TimestepEmbedder(dim)
         self.y_embedder = LabelEmbedder(num_classes, dim)
         self.position = nn.Parameter(sincos_position(dim, self.grid), requires_grad=False)
-        mixers = [
-            build_mixer(mixer, dim, self.grid, index, **(mixer_options or {}))
-            for index in range(depth)
-        ]
+        options = mixer_options or {}
+        mixers = [build_mixer(mixer, dim, self.grid, i, **options) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(dim, m, mlp_ratio, gelu) for m in mixers)
-        self.reduce = nn.ModuleList(
-            Pointwise(2 * dim, dim) for _ in range((depth - 1) // 2 if skips else 0)
-        )
+        self.reduce = nn.ModuleList(Pointwise(2 * dim, dim) for _ in range(num_skips))
         self.final = PatchFinal(dim, patch, self.out_channels)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
         xavier_init(self)
         xavier_flat_(self.x_embedder.proj)
-        zero_(*(block.adaLN_modulation[1] for block in self.blocks))
-        zero_(self.final.adaLN_modulation[1], self.final.linear)
+        zero_modulation(self.blocks)
+        zero_(self.final.adaLN_modulation, self.final.linear)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         check_grid(x, self.input_size, self.patch, "isotropic stack")
         x = self.x_embedder(x) + self.position  # (N, T, D)
         x = x.transpose(1, 2).unflatten(2, self.grid)  # (N, D, h, w)
         c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
-        kept: list[Tensor] = []
+
+        # The first blocks keep their outputs; the last ones take them, the latest first.
+        skips: list[Tensor] = []
         first_decoder = len(self.blocks) - len(self.reduce)
         for i, block in enumerate(self.blocks):
             if i >= first_decoder:
-                x = self.reduce[i - first_decoder](torch.cat([x, kept.pop()], dim=1))
+                x = torch.cat([x, skips.pop()], dim=1)  # (N, 2D, h, w)
+                x = self.reduce[i - first_decoder](x)  # (N, D, h, w)
             x = block(x, c)  # (N, D, h, w)
             if i < len(self.reduce):
-                kept.append(x)
+                skips.append(x)
+
         x = self.final(x.flatten(2).transpose(1, 2), c)  # (N, T, p*p*C_out)
         return unpatchify(x, self.grid, self.patch)  # (N, C_out, H, W)
 
 
-register(Isotropic, {"isotropic": {}}, tiny=dict(dim=12, depth=3, mlp_ratio=2.0), guided_channels=3)
+register(
+    Isotropic,
+    dict(isotropic={}),
+    tiny=dict(dim=12, depth=3, mlp_ratio=2.0),
+    guided_channels=3,
+    exceptions=Exceptions(
+        frozen={"position": "positions are a fixed sine-cosine table"},
+        uncounted="the published counts are those of the rows of the ablations, not of a size",
+    ),
+)

@@ -1,8 +1,12 @@
-"""Parts that several families share. N batch, C channels, T tokens, D width, (H, W) grid."""
+"""Parts that several families share.
+
+Legend: N batch, C channels, T tokens, D width, h heads, e = D / h, p patch, (H, W) grid.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -13,14 +17,14 @@ from backbones import kernels
 
 
 class Linear(nn.Linear):
-    """torch's, by the fastest implementation: (..., in) -> (..., out)."""
+    """Apply torch's linear layer by its fastest implementation: (..., in) -> (..., out)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.linear(x, self.weight, self.bias)
 
 
 class Pointwise(nn.Conv2d):
-    """torch's 1x1 convolution, by the fastest implementation: (N, C, H, W) -> (N, C_out, H, W)."""
+    """Apply a 1x1 convolution by its fastest implementation: (N, C, H, W) -> (N, C_out, H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
         super().__init__(in_channels, out_channels, 1, bias=bias)
@@ -29,30 +33,48 @@ class Pointwise(nn.Conv2d):
         return kernels.pointwise(x, self.weight, self.bias)
 
 
+# Conditioning
+
+
+def timestep_sinusoid(t: Tensor, dim: int) -> Tensor:
+    """Embed time as [cos(t w), sin(t w)] in float32, w_i = 10000^(-2i/dim): (N,) -> (N, dim)."""
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=t.device)
+    frequencies = torch.exp(-math.log(10000) * exponents / half)  # (dim/2,)
+    angles = t[:, None].float() * frequencies  # (N, dim/2)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (N, dim)
+
+
+def embed_time(mlp: nn.Sequential, t: Tensor, frequency_dim: int) -> Tensor:
+    """Embed time by a sinusoid and an MLP, in the MLP's dtype: (N,) -> (N, D)."""
+    first = mlp[0]
+    assert isinstance(first, nn.Linear)
+    return mlp(timestep_sinusoid(t, frequency_dim).to(first.weight.dtype))
+
+
 class TimestepEmbedder(nn.Module):
-    """Sinusoid of `frequency_dim` values (cosines first), then an MLP: (N,) -> (N, D). Time is taken as it is."""
+    """Embed time by a sinusoid of `frequency_dim` values and an MLP: (N,) -> (N, D).
+
+    Time is taken as it is: a family whose time runs from 0 to 1 does not scale it.
+    """
 
     def __init__(self, dim: int, frequency_dim: int = 256) -> None:
         super().__init__()
         self.frequency_dim = frequency_dim
         self.mlp = nn.Sequential(Linear(frequency_dim, dim), nn.SiLU(), Linear(dim, dim))
 
+    def init_weights(self) -> None:
+        """Draw both weights from N(0, 0.02), as DiT does."""
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(timestep_sinusoid(t, self.frequency_dim).to(self.mlp[0].weight.dtype))
-
-
-def timestep_sinusoid(t: Tensor, dim: int) -> Tensor:
-    """[cos(t w), sin(t w)], w_i = 10000^(-2i/dim), in float32: (N,) -> (N, dim)."""
-    half = dim // 2
-    frequencies = torch.exp(
-        -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half
-    )
-    angles = t[:, None].float() * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return embed_time(self.mlp, t, self.frequency_dim)
 
 
 class LabelEmbedder(nn.Module):
-    """A row per class and one, the last, for the null label: (N,) -> (N, D)."""
+    """Look up a row per class and a last row for the null label: (N,) -> (N, D)."""
 
     def __init__(self, num_classes: int, dim: int) -> None:
         super().__init__()
@@ -62,8 +84,11 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
+# Stems
+
+
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches to tokens, row-major: (N, C, H, W) -> (N, T, D)."""
+    """Project non-overlapping patches to tokens, row-major: (N, C, H, W) -> (N, T, D)."""
 
     def __init__(self, in_channels: int, dim: int, patch: int) -> None:
         super().__init__()
@@ -74,7 +99,7 @@ class PatchEmbed(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """3x3 convolution into the first stage: (N, C, H, W) -> (N, D, H, W)."""
+    """Convolve 3x3 into the first stage: (N, C, H, W) -> (N, D, H, W)."""
 
     def __init__(self, in_channels: int, dim: int) -> None:
         super().__init__()
@@ -84,8 +109,46 @@ class ConvStem(nn.Module):
         return self.proj(x)
 
 
+def sincos_position(dim: int, grid: tuple[int, int]) -> Tensor:
+    """Build DiT's fixed 2-D position embedding: (1, T, dim).
+
+    The first half encodes the column and the second half the row. Each half is
+    [sin(pos w), cos(pos w)] with w_j = 10000^(-4j/dim), computed in float64.
+    """
+    frequencies = 10000.0 ** (-np.arange(dim // 4) / (dim / 4))
+    row, column = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
+    halves = []
+    for position in (column, row):
+        angles = np.outer(position.reshape(-1), frequencies)  # (T, dim/4)
+        halves += [np.sin(angles), np.cos(angles)]
+    return torch.tensor(np.concatenate(halves, axis=1), dtype=torch.float32)[None]
+
+
+# Blocks
+
+
+class SelfAttention(nn.Module):
+    """Attend among all tokens with softmax attention: (N, T, D) -> (N, T, D)."""
+
+    def __init__(self, dim: int, heads: int, qkv_bias: bool = True) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, d = x.shape
+        qkv = self.qkv(x).view(n, t, 3, self.heads, -1)  # (N, T, 3, h, e)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (N, h, T, e)
+        h = kernels.attention(q, k, v)  # (N, h, T, e)
+        return self.proj(h.transpose(1, 2).reshape(n, t, d))  # (N, T, D)
+
+
 class Mlp(nn.Module):
-    """Two linear layers around a GELU (`approximate` as in torch: 'none' is erf, 'tanh' is DiT's)."""
+    """Apply two linear layers around a GELU: (N, T, D) -> (N, T, D).
+
+    `approximate` is torch's: 'none' is the exact GELU by erf, 'tanh' is the one of DiT.
+    """
 
     def __init__(self, dim: int, hidden: int, approximate: str) -> None:
         super().__init__()
@@ -98,64 +161,89 @@ class Mlp(nn.Module):
 
 
 class LayerNorm2d(nn.Module):
-    """LayerNorm over the channels of each pixel, eps 1e-6, without parameters: (N, C, H, W) -> same."""
+    """Normalise the channels of each pixel, eps 1e-6, without parameters: (N, C, H, W) -> same."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=1e-6).permute(0, 3, 1, 2)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """adaLN's x * (1 + scale) + shift; shift and scale broadcast against x."""
+    """Compute adaLN's x * (1 + scale) + shift; shift and scale broadcast against x."""
     return kernels.addcmul(shift, x, 1 + scale)
 
 
 def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
-    """adaLN-Zero's x + gate * branch; gate broadcasts against both."""
+    """Compute adaLN-Zero's x + gate * branch; the gate broadcasts against both."""
     return kernels.addcmul(x, gate, branch)
 
 
+def adaln2d(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Normalise the channels of each pixel, then shift and scale.
+
+    Args:
+        x: (N, C, H, W)
+        shift: (N, C, 1, 1)
+        scale: (N, C, 1, 1)
+    """
+    rows = x.permute(0, 2, 3, 1).flatten(1, 2)  # (N, HW, C), no copy if channels are last
+    rows = kernels.adaln(rows, shift.flatten(1)[:, None], scale.flatten(1)[:, None])
+    return rows.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+
 class GlobalPool(nn.Module):
-    """The mean of each channel: (N, C, H, W) -> (N, C, 1, 1)."""
+    """Average each channel over the grid: (N, C, H, W) -> (N, C, 1, 1)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.pool(x)
 
 
-def adaln2d(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm over the channels of each pixel, shifted and scaled: (N, C, H, W), (N, C, 1, 1) twice -> (N, C, H, W)."""
-    rows = x.permute(0, 2, 3, 1).flatten(1, 2)  # (N, HW, C), as it lies where channels are last
-    rows = kernels.adaln(rows, shift.flatten(1)[:, None], scale.flatten(1)[:, None])
-    return rows.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+# Stages
+
+
+def run_stage(stage: Iterable[nn.Module], x: Tensor, *conditions: Tensor) -> Tensor:
+    """Run the blocks of a stage one after the other, each with the same conditions."""
+    for block in stage:
+        x = block(x, *conditions)
+    return x
+
+
+def run_layers(block: nn.Module, x: Tensor, conditions: dict[type[nn.Module], Tensor]) -> Tensor:
+    """Run a block's layers one after the other, each with the condition listed for its type."""
+    for layer in block.children():
+        condition = conditions.get(type(layer))
+        x = layer(x) if condition is None else layer(x, condition)
+    return x
 
 
 class Downsample(nn.Module):
-    """3x3 convolution to half the channels, then pixel-unshuffle: (N, C, H, W) -> (N, 2C, H/2, W/2)."""
+    """Convolve 3x3 to half the channels, then unshuffle: (N, C, H, W) -> (N, 2C, H/2, W/2)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(dim, dim // 2, 3, padding=1, bias=False), nn.PixelUnshuffle(2)
-        )
+        conv = nn.Conv2d(dim, dim // 2, 3, padding=1, bias=False)
+        self.body = nn.Sequential(conv, nn.PixelUnshuffle(2))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x)
 
 
 class Upsample(nn.Module):
-    """3x3 convolution to twice the channels, then pixel-shuffle: (N, C, H, W) -> (N, C/2, 2H, 2W)."""
+    """Convolve 3x3 to twice the channels, then shuffle: (N, C, H, W) -> (N, C/2, 2H, 2W)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(dim, dim * 2, 3, padding=1, bias=False), nn.PixelShuffle(2)
-        )
+        conv = nn.Conv2d(dim, dim * 2, 3, padding=1, bias=False)
+        self.body = nn.Sequential(conv, nn.PixelShuffle(2))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x)
 
 
+# Heads
+
+
 class ConvFinal(nn.Module):
-    """DiCo's head: LayerNorm2d, adaLN shift and scale, 3x3 convolution: (N, D, H, W), c (N, D) -> (N, C_out, H, W)."""
+    """Apply DiCo's head, adaLN and a 3x3 convolution: (N, D, H, W), (N, D) -> (N, C_out, H, W)."""
 
     def __init__(self, dim: int, out_channels: int) -> None:
         super().__init__()
@@ -164,12 +252,12 @@ class ConvFinal(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 2 * dim))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c)[..., None, None].chunk(2, dim=1)
-        return self.out_proj(modulate(self.norm_final(x), shift, scale))
+        shift, scale = self.adaLN_modulation(c)[..., None, None].chunk(2, dim=1)  # (N, D, 1, 1)
+        return self.out_proj(modulate(self.norm_final(x), shift, scale))  # (N, C_out, H, W)
 
 
 class PatchFinal(nn.Module):
-    """DiT's head: LayerNorm, adaLN shift and scale, linear to patches: (N, T, D), c (N, D) -> (N, T, p*p*C_out)."""
+    """Apply DiT's head, adaLN and a linear layer: (N, T, D), (N, D) -> (N, T, p*p*C_out)."""
 
     def __init__(self, dim: int, patch: int, out_channels: int) -> None:
         super().__init__()
@@ -178,33 +266,30 @@ class PatchFinal(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 2 * dim))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)  # (N, 1, D)
+        return self.linear(modulate(self.norm_final(x), shift, scale))  # (N, T, p*p*C_out)
 
 
 def unpatchify(x: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
-    """Tokens of (patch row, patch column, channel) to an image: (N, T, p*p*C) -> (N, C, H, W)."""
-    height, width = grid
-    x = x.reshape(len(x), height, width, patch, patch, -1)
-    return torch.einsum("nhwpqc->nchpwq", x).reshape(len(x), -1, height * patch, width * patch)
+    """Turn tokens into images: (N, T, p*p*C) -> (N, C, H*p, W*p).
 
-
-def sincos_position(dim: int, grid: tuple[int, int]) -> Tensor:
-    """DiT's fixed 2-D position embedding (1, T, dim): the first half encodes the column, the second the row.
-
-    Each half is [sin(pos w), cos(pos w)] with w_j = 10000^(-4j/dim), computed in float64.
+    A token holds its patch in the order of row, column and channel.
     """
-    frequencies = 10000.0 ** (-np.arange(dim // 4) / (dim / 4))
-    row, column = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
-    angles = [np.outer(position.reshape(-1), frequencies) for position in (column, row)]
-    table = np.concatenate(
-        [part for angle in angles for part in (np.sin(angle), np.cos(angle))], axis=1
-    )
-    return torch.tensor(table, dtype=torch.float32)[None]
+    height, width = grid
+    x = x.reshape(len(x), height, width, patch, patch, -1)  # (N, H, W, p, p, C)
+    x = torch.einsum("nhwpqc->nchpwq", x)  # (N, C, H, p, W, p)
+    return x.reshape(len(x), -1, height * patch, width * patch)  # (N, C, H*p, W*p)
+
+
+# Initial weights
 
 
 def xavier_init(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases on every Linear and Conv2d (4-D fans); N(0, 0.02) label tables."""
+    """Draw the initial weights of DiT and of the families that follow it.
+
+    Every Linear and Conv2d gets Xavier-uniform weights and zero biases. Label tables and time
+    embedders are drawn from N(0, 0.02).
+    """
     for layer in module.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             nn.init.xavier_uniform_(layer.weight)
@@ -212,30 +297,46 @@ def xavier_init(module: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
         elif isinstance(layer, nn.Embedding):
             nn.init.normal_(layer.weight, std=0.02)
-    for embedder in module.modules():
-        if isinstance(embedder, TimestepEmbedder):
-            nn.init.normal_(embedder.mlp[0].weight, std=0.02)
-            nn.init.normal_(embedder.mlp[2].weight, std=0.02)
+    for layer in module.modules():
+        if isinstance(layer, TimestepEmbedder):
+            layer.init_weights()
 
 
 def xavier_flat_(conv: nn.Conv2d) -> None:
-    """Re-draw a stem convolution with Xavier fans of its [out, in*k*k] view."""
+    """Draw a stem convolution again, with Xavier fans of its [out, in*k*k] view and no bias."""
     nn.init.xavier_uniform_(conv.weight.view(len(conv.weight), -1))
+    zero_bias_(conv)
 
 
-def zero_(*layers: nn.Linear | nn.Conv2d) -> None:
-    """Zero weights and biases: adaLN-Zero and heads start as the identity and as nothing."""
-    for layer in layers:
-        nn.init.zeros_(layer.weight)
+def zero_bias_(layer: nn.Linear | nn.Conv2d) -> None:
+    """Zero a layer's bias if it has one."""
+    if layer.bias is not None:
         nn.init.zeros_(layer.bias)
 
 
+def zero_(*layers: nn.Module) -> None:
+    """Zero weights and biases, so that a head predicts zero and a residual branch adds nothing."""
+    for layer in layers:
+        for parameter in layer.parameters():
+            nn.init.zeros_(parameter)
+
+
+def zero_modulation(blocks: Iterable[nn.Module]) -> None:
+    """Zero the adaLN-Zero modulation of blocks, so that each starts as the identity."""
+    for block in blocks:
+        zero_(block.get_submodule("adaLN_modulation"))
+
+
+# Refusals
+
+
 def check_grid(x: Tensor, input_size: int | None, multiple: int, family: str) -> None:
-    """Raise ValueError where a family cannot take inputs of this height and width."""
+    """Raise ValueError if a family cannot take inputs of this height and width."""
     height, width = x.shape[-2:]
     if input_size is not None and (height, width) != (input_size, input_size):
         raise ValueError(
-            f"this {family} takes inputs of {input_size}x{input_size}, got {height}x{width}; build it with input_size={height}"
+            f"this {family} takes inputs of {input_size}x{input_size}, got {height}x{width}; "
+            f"build it with input_size={height}"
         )
     if height % multiple or width % multiple:
         raise ValueError(
@@ -244,17 +345,18 @@ def check_grid(x: Tensor, input_size: int | None, multiple: int, family: str) ->
 
 
 def check_stages(dim: int, multiple: int, **per_stage: tuple[int, ...] | None) -> None:
-    """Raise ValueError where a U-shape's width or its options for five stages do not fit."""
+    """Raise ValueError if a U-shape's width or its options for five stages do not fit."""
     if dim % multiple:
         raise ValueError(f"this U-shape needs dim divisible by {multiple}, got {dim}")
     for name, values in per_stage.items():
         if values is not None and len(values) != 5:
-            raise ValueError(f"{name} takes five numbers, one a stage, got {values}")
+            raise ValueError(f"{name} takes five numbers, one per stage, got {values}")
 
 
-def check_size(x: Tensor, size: tuple[int, int], part: str) -> None:
-    """Raise ValueError where a part was built for another grid than x (N, C, H, W) has."""
+def check_size(x: Tensor, size: tuple[int, int], layer: str) -> None:
+    """Raise ValueError if a layer was built for another grid than that of x (N, C, H, W)."""
     if tuple(x.shape[-2:]) != size:
         raise ValueError(
-            f"this {part} was built for a grid of {size}, got {tuple(x.shape[-2:])}; build it with the input size it is to take"
+            f"this {layer} was built for a grid of {size}, got {tuple(x.shape[-2:])}; "
+            "build it with the input size of its inputs"
         )

@@ -1,10 +1,15 @@
-"""LDM: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", CVPR 2022, section 3.3.
+"""LDM: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", CVPR 2022.
 
-ADM's U-Net without scale and shift, with convolutions that resample, and with transformer blocks that attend to the
-label: one context token, on which the softmax is 1, so that norm2, attn2.to_q and attn2.to_k do not reach the output.
-The authors keep the label's table in a module of its own, cond_stage_model; `LDM.from_checkpoint` maps their names.
-Legend: N batch, C width of a layer, E = 4D width of the embedding, K context width, h heads, e = C / h, T = HW tokens
-(T' of the context).
+Source: arXiv:2112.10752, section 3.3, and github.com/CompVis/latent-diffusion at a506df5.
+
+ADM's U-Net without scale and shift, with convolutions that resample, and with transformer blocks
+that attend to the label. The label is one context token, on which the softmax is 1: norm2,
+attn2.to_q and attn2.to_k do not reach the output. The authors keep the label table in a module of
+its own, cond_stage_model; `LDM.from_checkpoint` maps their names to these.
+
+Legend: N batch, C width of a layer, (H, W) grid, E = 4D width of the embedding, K context width,
+h heads, e = C / h, T = HW tokens, T' tokens of the context. A level is the number of times the
+input was halved.
 """
 
 from __future__ import annotations
@@ -13,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.layers import Linear, Pointwise, check_grid, timestep_sinusoid, zero_
-from backbones.registry import register
+from backbones.layers import Linear, Pointwise, check_grid, embed_time, run_layers, zero_
+from backbones.registry import Exceptions, register
 
 
 class ClassTable(nn.Module):
-    """A row per class, as a context of one token: (N,) -> (N, 1, K)."""
+    """Look up a row per class, as a context of one token: (N,) -> (N, 1, K)."""
 
     def __init__(self, rows: int, dim: int) -> None:
         super().__init__()
@@ -33,16 +38,14 @@ class ResBlock(nn.Module):
 
     def __init__(self, dim: int, dim_out: int, dim_emb: int) -> None:
         super().__init__()
-        self.in_layers = nn.Sequential(
-            nn.GroupNorm(32, dim), nn.SiLU(), nn.Conv2d(dim, dim_out, 3, padding=1)
-        )
+        conv1 = nn.Conv2d(dim, dim_out, 3, padding=1)
+        self.in_layers = nn.Sequential(nn.GroupNorm(32, dim), nn.SiLU(), conv1)
         self.emb_layers = nn.Sequential(nn.SiLU(), Linear(dim_emb, dim_out))
-        self.out_layers = nn.Sequential(
-            nn.GroupNorm(32, dim_out),
-            nn.SiLU(),
-            nn.Dropout(0.0),
-            nn.Conv2d(dim_out, dim_out, 3, padding=1),
-        )
+
+        # A dropout of 0 keeps the place of the next layer in the names of the weights.
+        norm2 = nn.GroupNorm(32, dim_out)
+        conv2 = nn.Conv2d(dim_out, dim_out, 3, padding=1)
+        self.out_layers = nn.Sequential(norm2, nn.SiLU(), nn.Dropout(0.0), conv2)
         self.skip_connection = nn.Identity() if dim_out == dim else Pointwise(dim, dim_out)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -51,6 +54,8 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
+    """Halve the grid by a strided 3x3 convolution."""
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.op = nn.Conv2d(dim, dim, 3, stride=2, padding=1)
@@ -60,6 +65,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """Double the grid by copies, then convolve 3x3."""
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(dim, dim, 3, padding=1)
@@ -69,7 +76,7 @@ class Upsample(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of x to a context, which is x itself in self-attention."""
+    """Attend from x to a context; self-attention passes x as the context."""
 
     def __init__(self, dim: int, dim_context: int, heads: int) -> None:
         super().__init__()
@@ -80,18 +87,24 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Sequential(Linear(dim, dim), nn.Dropout(0.0))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        projected = self.to_q(x), self.to_k(context), self.to_v(context)
-        q, k, v = (
-            p.unflatten(2, (self.heads, -1)).transpose(1, 2) for p in projected
-        )  # 3 x (N, h, T, e)
-        # Not kernels.attention: LDM scales the logits, and its cost counts those h T T' products; and einsum, because
-        # it takes the values of a single token by a multiply, which the published core count leaves out.
+        q = self._split(self.to_q(x))  # (N, h, T, e)
+        k = self._split(self.to_k(context))  # (N, h, T', e)
+        v = self._split(self.to_v(context))  # (N, h, T', e)
+
+        # Not kernels.attention: LDM scales the logits, and its cost counts those h T T' products.
+        # And einsum, because it multiplies by the values of a single token without a matrix
+        # product; the published core count leaves such a multiply out.
         weights = (q @ k.transpose(2, 3) * q.shape[3] ** -0.5).softmax(dim=-1)  # (N, h, T, T')
         h = torch.einsum("nhqk,nhke->nqhe", weights, v)  # (N, T, h, e)
         return self.to_out(h.flatten(2))  # (N, T, C)
 
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
 
 class GEGLU(nn.Module):
+    """Project to values and gates; multiply the values by the GELU of the gates."""
+
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.proj = Linear(dim, 2 * hidden)
@@ -102,6 +115,8 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Apply a gated MLP to each token."""
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Dropout(0.0), Linear(4 * dim, dim))
@@ -111,12 +126,16 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
+    """Attend to the tokens, then to the context, then apply the MLP; each is pre-norm."""
+
     def __init__(self, dim: int, dim_context: int, heads: int) -> None:
         super().__init__()
         self.attn1 = CrossAttention(dim, dim, heads)
         self.ff = FeedForward(dim)
         self.attn2 = CrossAttention(dim, dim_context, heads)
-        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.norm3 = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         h = self.norm1(x)
@@ -126,7 +145,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block over pixels, between two 1x1 convolutions."""
+    """A transformer block over pixels, between two 1x1 convolutions: (N, C, H, W) -> same."""
 
     def __init__(self, dim: int, dim_context: int, heads: int) -> None:
         super().__init__()
@@ -143,7 +162,12 @@ class SpatialTransformer(nn.Module):
 
 
 class LDM(nn.Module):
-    """`attention_at` are the downsampling factors whose levels attend; `heads` None means one for every `head_dim`."""
+    """The U-Net of LDM.
+
+    `attention_at` lists downsampling factors: a level attends if its grid is the input's divided by
+    such a factor. These are the numbers of `attention_resolutions` in the authors' configurations;
+    `attention_factors` is an alias. Without `heads`, a layer has one per `head_dim` channels.
+    """
 
     def __init__(
         self,
@@ -162,134 +186,130 @@ class LDM(nn.Module):
         null_label: bool = True,
     ) -> None:
         super().__init__()
-        widths, last = [dim * m for m in multipliers], len(multipliers) - 1
-        if any(width % 32 or width % (heads or head_dim) for width in widths):
-            raise ValueError(
-                f"LDM needs widths divisible by 32 and by {f'heads {heads}' if heads else f'head_dim {head_dim}'}, got {widths}"
-            )
-        if input_size % 2**last:
-            raise ValueError(
-                f"LDM halves its input {last} times: input_size must be divisible by {2**last}, got {input_size}"
-            )
-        self.input_size, self.in_channels, self.num_classes = input_size, in_channels, num_classes
-        self.out_channels = in_channels * (2 if learn_sigma else 1)
-        self.dim, self.multiple, dim_emb = dim, 2**last, 4 * dim
+        widths = [dim * m for m in multipliers]
+        last = len(multipliers) - 1
+        _check(input_size, widths, heads, head_dim)
+        self.input_size = input_size
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        self.out_channels = 2 * in_channels if learn_sigma else in_channels
+        self.dim = dim
+        self.multiple = 2**last
+        dim_emb = 4 * dim
 
-        def layers(width: int, level: int) -> nn.ModuleList:
-            """A residual block from `width` channels to the level's, then a transformer where the level has it."""
-            block = nn.ModuleList([ResBlock(width, widths[level], dim_emb)])
-            return block.append(attend(widths[level])) if 2**level in attention_at else block
-
-        def attend(width: int) -> SpatialTransformer:
+        def transformer(width: int) -> SpatialTransformer:
             return SpatialTransformer(width, context_dim, heads or width // head_dim)
+
+        def level_block(width: int, level: int) -> nn.ModuleList:
+            """Build a residual block to the level's width; add a transformer if it attends."""
+            block = nn.ModuleList([ResBlock(width, widths[level], dim_emb)])
+            if 2**level in attention_at:
+                block.append(transformer(widths[level]))
+            return block
 
         self.cond_stage_model = ClassTable(num_classes + null_label, context_dim)
         self.time_embed = nn.Sequential(Linear(dim, dim_emb), nn.SiLU(), Linear(dim_emb, dim_emb))
+
+        # The encoder keeps the width of every output: the decoder joins them last in, first out.
         width = dim
-        self.input_blocks = nn.ModuleList(
-            [nn.ModuleList([nn.Conv2d(in_channels, width, 3, padding=1)])]
-        )
+        stem = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.input_blocks = nn.ModuleList([nn.ModuleList([stem])])
         skips = [width]
         for level in range(last + 1):
             for _ in range(num_res_blocks):
-                self.input_blocks.append(layers(width, level))
+                self.input_blocks.append(level_block(width, level))
                 width = widths[level]
                 skips.append(width)
             if level < last:
                 self.input_blocks.append(nn.ModuleList([Downsample(width)]))
                 skips.append(width)
+
         self.middle_block = nn.ModuleList(
-            [ResBlock(width, width, dim_emb), attend(width), ResBlock(width, width, dim_emb)]
+            [ResBlock(width, width, dim_emb), transformer(width), ResBlock(width, width, dim_emb)]
         )
+
+        # The decoder has one block more per level, which joins the output of the halving.
         self.output_blocks = nn.ModuleList()
         for level in reversed(range(last + 1)):
             for index in range(num_res_blocks + 1):
-                block = layers(width + skips.pop(), level)
+                block = level_block(width + skips.pop(), level)
                 width = widths[level]
                 if level and index == num_res_blocks:
                     block.append(Upsample(width))
                 self.output_blocks.append(block)
-        self.out = nn.Sequential(
-            nn.GroupNorm(32, width), nn.SiLU(), nn.Conv2d(width, self.out_channels, 3, padding=1)
-        )
+
+        head = nn.Conv2d(width, self.out_channels, 3, padding=1)
+        self.out = nn.Sequential(nn.GroupNorm(32, width), nn.SiLU(), head)
         self._init_weights()
 
     @staticmethod
     def from_checkpoint(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A published `state_dict` under this file's names; its autoencoder and schedule are left out.
+        """Rename the weights of a published `state_dict`; leave its autoencoder and schedule out.
 
-        The authors sample with the moving averages that it holds under model_ema, named without dots.
+        The authors sample with moving averages. Their files hold these under model_ema, in names
+        without dots.
         """
         prefix = "model.diffusion_model."
         if not any(name.startswith(prefix) for name in weights):
             return weights
-        names = {name.removeprefix(prefix): name for name in weights if name.startswith(prefix)}
-        averaged = {
-            name: "model_ema." + f"diffusion_model.{name}".replace(".", "") for name in names
-        }
-        ours = {
-            name: weights.get(averaged[name], weights[theirs]) for name, theirs in names.items()
-        }
-        return ours | {
-            name: w for name, w in weights.items() if name.startswith("cond_stage_model.")
-        }
+        renamed = {}
+        for name, weight in weights.items():
+            if name.startswith(prefix):
+                own = name.removeprefix(prefix)
+                averaged = "model_ema." + f"diffusion_model.{own}".replace(".", "")
+                renamed[own] = weights.get(averaged, weight)
+            elif name.startswith("cond_stage_model."):
+                renamed[name] = weight
+        return renamed
 
     def _init_weights(self) -> None:
-        """torch's defaults, but residual convolutions, transformers and the head start at zero."""
+        """Keep torch's defaults, but start the head and every residual branch at zero."""
         zero_(self.out[2])
-        zero_(*(block.out_layers[3] for block in self.modules() if isinstance(block, ResBlock)))
-        zero_(
-            *(block.proj_out for block in self.modules() if isinstance(block, SpatialTransformer))
-        )
+        for block in self.modules():
+            if isinstance(block, ResBlock):
+                zero_(block.out_layers[3])
+            elif isinstance(block, SpatialTransformer):
+                zero_(block.proj_out)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         check_grid(x, None, self.multiple, "LDM")
-        c = self.time_embed(
-            timestep_sinusoid(t, self.dim).to(self.time_embed[0].weight.dtype)
-        )  # (N, E)
-        context = self.cond_stage_model(y)  # (N, 1, K)
+        conditions: dict[type[nn.Module], Tensor] = {
+            ResBlock: embed_time(self.time_embed, t, self.dim),  # (N, E)
+            SpatialTransformer: self.cond_stage_model(y),  # (N, 1, K)
+        }
+
         skips = []
         for block in self.input_blocks:
-            x = _run(block, x, c, context)  # (N, C, H / 2^level, W / 2^level)
+            x = run_layers(block, x, conditions)  # (N, C, H / 2^level, W / 2^level)
             skips.append(x)
-        x = _run(self.middle_block, x, c, context)
+        x = run_layers(self.middle_block, x, conditions)
         for block in self.output_blocks:
-            x = _run(
-                block, torch.cat([x, skips.pop()], dim=1), c, context
-            )  # (N, C, H / 2^level, W / 2^level)
+            x = torch.cat([x, skips.pop()], dim=1)
+            x = run_layers(block, x, conditions)  # (N, C, H / 2^level, W / 2^level)
         return self.out(x)  # (N, C_out, H, W)
 
 
-def _run(block: nn.ModuleList, x: Tensor, c: Tensor, context: Tensor) -> Tensor:
-    for layer in block:
-        if isinstance(layer, ResBlock):
-            x = layer(x, c)
-        elif isinstance(layer, SpatialTransformer):
-            x = layer(x, context)
-        else:
-            x = layer(x)
-    return x
+def _check(input_size: int, widths: list[int], heads: int | None, head_dim: int) -> None:
+    """Raise ValueError for widths that do not split and for inputs that cannot be halved."""
+    if any(width % 32 or width % (heads or head_dim) for width in widths):
+        divisor = f"heads {heads}" if heads else f"head_dim {head_dim}"
+        raise ValueError(f"LDM needs widths divisible by 32 and by {divisor}, got {widths}")
+    last = len(widths) - 1
+    if input_size % 2**last:
+        raise ValueError(
+            f"LDM halves its input {last} times: input_size must be divisible by {2**last}, "
+            f"got {input_size}"
+        )
 
+
+_LDM_4 = dict(dim=192, multipliers=(1, 2, 3, 5), attention_at=(8, 4, 2), heads=1)
+_LDM_8 = dict(dim=256, multipliers=(1, 2, 4), attention_at=(4, 2, 1), null_label=False)
 
 register(
     LDM,
     dict(
-        ldm_4=dict(
-            input_size=64,
-            in_channels=3,
-            dim=192,
-            multipliers=(1, 2, 3, 5),
-            attention_at=(8, 4, 2),
-            heads=1,
-        ),
-        ldm_8=dict(
-            input_size=32,
-            in_channels=4,
-            dim=256,
-            multipliers=(1, 2, 4),
-            attention_at=(4, 2, 1),
-            null_label=False,
-        ),
+        ldm_4=_LDM_4 | dict(input_size=64, in_channels=3),
+        ldm_8=_LDM_8 | dict(input_size=32, in_channels=4),
     ),
     tiny=dict(
         input_size=16,
@@ -298,5 +318,14 @@ register(
         num_res_blocks=1,
         attention_at=(4, 2),
         context_dim=12,
+    ),
+    aliases={"attention_factors": "attention_at"},
+    exceptions=Exceptions(
+        sizes=(12, 16),
+        unreached=dict.fromkeys(
+            ("*.attn2.to_q.weight", "*.attn2.to_k.weight", "*.norm2.weight", "*.norm2.bias"),
+            "the context is one token, so its softmax is 1 for every query and key",
+        ),
+        no_null_label="LDM-8 was trained without one; LDM-4 has its row",
     ),
 )

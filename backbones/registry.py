@@ -1,89 +1,180 @@
-"""Names of backbones and how they are built."""
+"""Names of backbones, how they are built, and where a family departs from the contract test."""
 
 from __future__ import annotations
 
 import fnmatch
 import inspect
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-_REGISTRY: dict[str, tuple[type[nn.Module], dict[str, Any], dict[str, Any]]] = {}
-_CLASSIFIERS: set[str] = set()
-_GUIDED_CHANNELS: dict[type[nn.Module], int | None] = {}
+
+@dataclass(frozen=True, kw_only=True)
+class Exceptions:
+    """Where a family departs from what tests/backbones/test_contract.py asks of every backbone.
+
+    Every field but the sizes gives the reason in words; an empty one means no departure.
+    """
+
+    sizes: tuple[int, ...] = ()
+    """Input sizes of the tests; by default three patches, or 8 and 12 without patches."""
+
+    frozen: dict[str, str] = field(default_factory=dict)
+    """Shell patterns of parameters that are not trained."""
+
+    unreached: dict[str, str] = field(default_factory=dict)
+    """Shell patterns of trained parameters whose gradient is zero."""
+
+    open_head: str = ""
+    """The untrained network does not predict zero."""
+
+    drops_variance: str = ""
+    """`learn_sigma` widens the head, but its second half is not part of the output."""
+
+    no_null_label: str = ""
+    """The published label table has no row for the null label."""
+
+    fuses: str = ""
+    """Evaluation mode computes the same function with other roundings."""
+
+    uncounted: str = ""
+    """No published count exists for the registered size."""
+
+
+NO_EXCEPTIONS = Exceptions()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered name."""
+
+    cls: type[nn.Module]
+    """The network's class; its keyword-only arguments are the options."""
+
+    options: dict[str, Any]
+    """Options of the published size; the class's defaults hold for the rest."""
+
+    tiny: dict[str, Any]
+    """Options that shrink the family to a test's size."""
+
+    aliases: dict[str, str]
+    """Further names of options, each with the option that it sets."""
+
+    exceptions: Exceptions
+    """Departures from the contract test."""
+
+    guided_channels: int | None
+    """Leading channels that the authors' classifier-free guidance changes; None for all."""
+
+    classifier: bool
+    """The network maps (x, t) to logits and is no backbone."""
+
+
+_ENTRIES: dict[str, Entry] = {}
 
 
 def register(
     cls: type[nn.Module],
     sizes: dict[str, dict[str, Any]],
+    *,
     tiny: dict[str, Any],
-    classifier: bool = False,
+    aliases: dict[str, str] | None = None,
+    exceptions: Exceptions = NO_EXCEPTIONS,
     guided_channels: int | None = None,
+    classifier: bool = False,
 ) -> None:
-    """Register one line per published size; `tiny` are the overrides with which the tests build the family.
+    """Register one line per published model.
 
-    A `classifier` maps (x, t) to logits; it is built like a backbone and listed apart.
-    `guided_channels` is the number of leading channels that the family's authors guide; None guides all.
+    Args:
+        cls: The network; its keyword-only arguments are the options.
+        sizes: Name of each published model and the options that define it.
+        tiny: Options with which the tests build the family.
+        aliases: Further names of options, each with the option that it sets.
+        exceptions: Departures from the contract test.
+        guided_channels: How many leading channels the authors guide; None for all.
+        classifier: The network maps (x, t) to logits; it is listed apart from the backbones.
     """
-    _GUIDED_CHANNELS[cls] = guided_channels
     for name, options in sizes.items():
-        if name in _REGISTRY:
+        if name in _ENTRIES:
             raise ValueError(f"backbone {name!r} is registered twice")
-        _REGISTRY[name] = (cls, options, tiny)
-        if classifier:
-            _CLASSIFIERS.add(name)
+        _ENTRIES[name] = Entry(
+            cls=cls,
+            options=options,
+            tiny=tiny,
+            aliases=aliases or {},
+            exceptions=exceptions,
+            guided_channels=guided_channels,
+            classifier=classifier,
+        )
 
 
 def list_backbones(pattern: str = "*") -> list[str]:
-    """Registered names that match a shell pattern, e.g. `dit_*_2`."""
-    return sorted(fnmatch.filter(_REGISTRY.keys() - _CLASSIFIERS, pattern))
+    """List the registered names that match a shell pattern, e.g. `dit_*_2`."""
+    names = [name for name, entry in _ENTRIES.items() if not entry.classifier]
+    return sorted(fnmatch.filter(names, pattern))
 
 
 def list_classifiers(pattern: str = "*") -> list[str]:
-    """Registered names of classifiers of noisy images that match a shell pattern."""
-    return sorted(fnmatch.filter(_CLASSIFIERS, pattern))
+    """List the registered classifiers of noisy images that match a shell pattern."""
+    names = [name for name, entry in _ENTRIES.items() if entry.classifier]
+    return sorted(fnmatch.filter(names, pattern))
 
 
-def _entry(name: str) -> tuple[type[nn.Module], dict[str, Any], dict[str, Any]]:
-    if name not in _REGISTRY:
-        raise ValueError(
-            f"unknown backbone {name!r}; known: {', '.join([*list_backbones(), *list_classifiers()])}"
-        )
-    return _REGISTRY[name]
+def _entry(name: str) -> Entry:
+    if name not in _ENTRIES:
+        known = ", ".join([*list_backbones(), *list_classifiers()])
+        raise ValueError(f"unknown backbone {name!r}; known: {known}")
+    return _ENTRIES[name]
 
 
 def options_of(name: str) -> dict[str, Any]:
-    """Every option of a backbone with the value that `build(name)` gives it."""
-    cls, options, _ = _entry(name)
-    parameters = inspect.signature(cls.__init__).parameters.values()
+    """Return every option of a backbone with the value that `build(name)` gives it."""
+    entry = _entry(name)
+    parameters = inspect.signature(entry.cls.__init__).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
-    return defaults | options
+    return defaults | entry.options
 
 
 def tiny_options_of(name: str) -> dict[str, Any]:
-    """Overrides that shrink a backbone to a test's size."""
-    return dict(_entry(name)[2])
+    """Return the options that shrink a backbone to a test's size."""
+    return dict(_entry(name).tiny)
+
+
+def exceptions_of(name: str) -> Exceptions:
+    """Return where a backbone departs from the contract test."""
+    return _entry(name).exceptions
 
 
 def guided_channels_of(model: nn.Module) -> int | None:
-    """Number of leading channels that classifier-free guidance changes; None means all of them.
+    """Return how many leading channels classifier-free guidance changes; None for all.
 
-    Raises ValueError if the network's class is not registered.
+    Raises:
+        ValueError: If the network's class is not registered.
     """
-    if type(model) not in _GUIDED_CHANNELS:
-        raise ValueError(f"{type(model).__name__} is not a registered backbone; give its channels")
-    return _GUIDED_CHANNELS[type(model)]
+    for entry in _ENTRIES.values():
+        if entry.cls is type(model):
+            return entry.guided_channels
+    raise ValueError(f"{type(model).__name__} is not a registered backbone; give its channels")
 
 
 def build(name: str, **options: Any) -> nn.Module:
-    """Build a registered backbone; keyword options override its size.
+    """Build a registered backbone; options override those of its size.
 
-    Raises ValueError for an unknown name or option (the known ones are listed) and for sizes it cannot take.
+    Raises:
+        ValueError: For an unknown name or option, with the known ones, and for impossible sizes.
     """
-    cls, _, _ = _entry(name)
-    known = options_of(name)
-    if unknown := sorted(set(options) - set(known)):
-        raise ValueError(
-            f"{name} has no option {', '.join(unknown)}; known: {', '.join(sorted(known))}"
-        )
-    return cls(**(known | options))
+    entry, known = _entry(name), options_of(name)
+
+    # An alias sets the option that it stands for.
+    resolved: dict[str, Any] = {}
+    for option, value in options.items():
+        target = entry.aliases.get(option, option)
+        if target in resolved:
+            raise ValueError(f"{name}: {option} and another option both set {target}")
+        resolved[target] = value
+
+    if unknown := sorted(set(resolved) - set(known)):
+        listed = ", ".join(sorted([*known, *entry.aliases]))
+        raise ValueError(f"{name} has no option {', '.join(unknown)}; known: {listed}")
+    return entry.cls(**(known | resolved))

@@ -1,19 +1,26 @@
-"""SiT: Ma et al., "SiT: Exploring Flow and Diffusion-based Generative Models with Scalable Interpolant Transformers", ECCV 2024.
+"""SiT: Ma et al., "SiT: Exploring Flow and Diffusion-based Generative Models with Scalable
+Interpolant Transformers", ECCV 2024.
 
-DiT's network, predicting a velocity. Time is taken as it is: 0 (noise) to 1 (data), not multiplied by 1000.
-With `learn_sigma` the head keeps DiT's 2C channels and the second half is dropped; the released 256 checkpoint has
-such a head, the 512 one has C channels (`learn_sigma=False`).
+Source: arXiv:2401.08740 and github.com/willisma/SiT at 947f95b.
+
+DiT's network, predicting a velocity. Time runs from noise at 0 to data at 1 and is embedded as it
+is, not multiplied by 1000. With `learn_sigma` the head keeps DiT's 2C channels, and the second half
+is dropped. The released 256 checkpoint has such a head; the 512 one has C channels.
+
+Legend: N batch, C channels, (H, W) input.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from backbones.dit import DiT
-from backbones.registry import register
+from backbones.dit import WIDTHS, DiT
+from backbones.registry import Exceptions, register
 
 
 class SiT(DiT):
+    """DiT without the variance in its output."""
+
     def __init__(
         self,
         *,
@@ -44,20 +51,26 @@ class SiT(DiT):
         return super().forward(x, t, y)[:, : self.out_channels]  # (N, C, H, W)
 
 
-_WIDTHS = {
-    "s": dict(depth=12, dim=384, heads=6),
-    "b": dict(depth=12, dim=768, heads=12),
-    "l": dict(depth=24, dim=1024, heads=16),
-    "xl": dict(depth=28, dim=1152, heads=16),
-}
-
 register(
     SiT,
-    {
-        f"sit_{size}_{patch}": options | dict(patch=patch)
-        for size, options in _WIDTHS.items()
-        for patch in (2, 4, 8)
-    },
+    dict(
+        sit_s_2=WIDTHS["s"] | dict(patch=2),
+        sit_s_4=WIDTHS["s"] | dict(patch=4),
+        sit_s_8=WIDTHS["s"] | dict(patch=8),
+        sit_b_2=WIDTHS["b"] | dict(patch=2),
+        sit_b_4=WIDTHS["b"] | dict(patch=4),
+        sit_b_8=WIDTHS["b"] | dict(patch=8),
+        sit_l_2=WIDTHS["l"] | dict(patch=2),
+        sit_l_4=WIDTHS["l"] | dict(patch=4),
+        sit_l_8=WIDTHS["l"] | dict(patch=8),
+        sit_xl_2=WIDTHS["xl"] | dict(patch=2),
+        sit_xl_4=WIDTHS["xl"] | dict(patch=4),
+        sit_xl_8=WIDTHS["xl"] | dict(patch=8),
+    ),
     tiny=dict(depth=2, dim=24, heads=3),
     guided_channels=3,
+    exceptions=Exceptions(
+        frozen={"pos_embed": "positions are a fixed sine-cosine table"},
+        drops_variance="the head is DiT's, as released; a velocity has no variance",
+    ),
 )

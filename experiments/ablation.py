@@ -1,8 +1,9 @@
-"""Tables 3, 4 and 5 of the DiCo paper as declarations. `python experiments/ablation.py --table 4` runs and prints one.
+"""Run and print Tables 3, 4 and 5 of the DiCo paper: `python experiments/ablation.py --table 4`.
 
-The authors published no ablation code. Sizes are reconstructed from the paper's two rounded numbers a row; every
-count of Tables 3 and 4 is within 0.5 % (parameters) and 1 % (Gflops) of the paper's. Where another size fits the
-printed digits exactly it is declared beside the table, as `<row> (alt)`.
+The authors published no code of their ablations. Sizes are reconstructed from the two rounded
+numbers that the paper prints per row. Every count of Tables 3 and 4 is within 0.5 % (parameters)
+and 1 % (Gflops) of the paper's. If another size fits the printed digits exactly, it is declared
+beside the table as `<row> (alt)`.
 """
 
 from __future__ import annotations
@@ -12,16 +13,19 @@ from experiments.engine.cli import main
 from experiments.engine.specs.rows import Row, Table
 from experiments.engine.specs.spec import Backbone
 
+# What shrinks a network on small protocols: U-shaped, isotropic, and isotropic with heads.
 SMALL_U = dict(dim=24, depths=(2, 1, 1, 1, 1))
 SMALL_ISO = dict(dim=64, depth=6)
 SMALL_DIT = dict(dim=96, depth=4, heads=3)
 
 
 def u_shape(mixer: str = "conv", **options: object) -> Backbone:
+    """Return DiCo's U-shape with a mixer."""
     return Backbone("hourglass", dict(mixer=mixer, **options))
 
 
 def conv(**mixer_options: object) -> Backbone:
+    """Return DiCo with other options of its convolutional mixer."""
     return u_shape(mixer_options=mixer_options)
 
 

@@ -1,369 +1,391 @@
-"""Measure what this suite promises of its own speed: `python experiments/benchmark.py`.
+"""Measure this suite's own speed.
 
-Counting every registered network at its own input, and every row of Tables 3, 4 and 5, on the meta device; `--report` and whether it stays without
-torch. `--main-job` runs `--table 4` from nothing in a temporary folder and prints its seconds and peak memory. `--latents` times the loader alone:
-32 x 32 x 4 moments, drawn anew, from a warm page cache in two threads, and keeps a record. `--checkpoints` measures how long training stalls
-for a checkpoint, in the copy and by the writing beside it. `--neighbours` times precision, recall, density and coverage, exact and
-in ADM's half-precision arithmetic, and keeps a record of each.
+    loop     counts, the report, and on request the main job, checkpoints, precision and recall
+    loader   latents per second of the loader alone
+    steps    training and sampling steps beside those of another implementation
+    kernels  every kernel beside its reference and beside a copy of memory
+    gpu      everything that a GPU has to measure, most important first
+
+`benchmark.py COMMAND --help` explains a command.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import subprocess
 import sys
 import tempfile
-import threading
+import textwrap
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.engine.cli import Parser, require_device, run_command
-from experiments.engine.records.store import REPOSITORY, Store, provenance
+from experiments.declared.benchmarks import (
+    CHECKPOINT_NETWORK,
+    KERNEL_BATCH,
+    KERNEL_MODES,
+    KERNELS,
+    NEIGHBOUR_SIZES,
+    STEP_BATCH,
+    STEP_NETWORKS,
+    TARGETS,
+    gpu_parts,
+)
+from experiments.engine.benchmarks.footprint import measure_footprint, measure_start
+from experiments.engine.benchmarks.session import Session
+from experiments.engine.benchmarks.spec import Loader, Neighbours, Steps
+from experiments.engine.cli import (
+    Parser,
+    acceleration_flags,
+    add_acceleration_options,
+    add_device_option,
+    add_results_option,
+    require_device,
+    run_command,
+)
+from experiments.engine.jobs.pool import available_cores
+from experiments.engine.records.store import REPOSITORY, Store
 
-SCRIPT = REPOSITORY / "experiments" / "ablation.py"
-BATCH, PAIRS = 4, 7
-ROWS = {"cuda": (50_000, 10_000), "cpu": (5000, 2000)}  # samples and reference points
+ABLATION = REPOSITORY / "experiments" / "ablation.py"
+
+LOOP = """Count every registered network at its own input, and every row of Tables 3, 4 and 5, on
+the meta device. Time `--report`, and tell whether it imports torch.
+
+--main-job also runs `ablation.py --table 4` from nothing in a temporary folder, and prints its
+seconds and its peak memory.
+--checkpoints measures nothing but how long training stalls for a checkpoint: for the copy, and
+for the writing beside it.
+--neighbours times nothing but precision, recall, density and coverage, exactly and in ADM's
+half-precision arithmetic, and keeps a record of each."""
+
+LOADER = """Time the loader alone: latents of 32x32x4, drawn anew from moments, from a warm page
+cache in two threads. The result is a record of kind `loader`."""
+
+STEPS = """Time training and sampling steps of this suite beside those of another implementation.
+
+    benchmark.py steps --against dico_s=dico_models.py:DiCo_S dit_s_2=models.py:DiT_S_2
+    benchmark.py steps --networks dico_xl dit_xl_2 --device cuda --precision tf32 bf16 \\
+        --compile --graphs
+
+FILE:NAME is a constructor without arguments in a file of yours. Up to four steps run in turn, so
+that the machine's drift cancels:
+
+    ours    the trainer or the sampler, as runs use them
+    bare    our network in the shortest loop; what `ours` takes longer is the suite's overhead.
+            It is eager, and is left out if `ours` is compiled or captured
+    plain   our network in a plain loop: iDDPM's loss, PyTorch's default AdamW, EMA by parameter
+    theirs  the other network in that same plain loop, which this suite wrote, not its authors
+
+A loop of sampling is ten guided steps on a GPU and two on a CPU; each step costs what one of 250
+does. For training, the share of the device's measured matrix product is printed too; a step
+counts as three forward passes. What the suite asks of itself, and by how much it is missed, is
+printed and recorded.
+
+A batch that does not fit a GPU's memory is halved. Every comparison is a record of kind `steps`,
+whose spec has the batch that fitted. The record is a failed one if no batch fits, or if `ours`
+does not compute what the reference kernels compute."""
+
+KERNELS_TEXT = """Time every kernel beside its reference and beside a copy of memory, forward and
+backward, at 256 tokens and width 384.
+
+All implementations that take the device's tensors and keep gradients run in turn in one process.
+On a CPU these are the fast paths; on CUDA also the Triton kernels, and what is installed of
+mamba-ssm, causal-conv1d, fla and flash-attn. An implementation that differs from the reference
+is not timed.
+
+Bandwidth counts the least that any implementation moves. Forward reads the inputs and writes the
+output; backward reads the inputs and the output's gradient, and writes a gradient of every input.
+Beside it stands what a plain copy reads and writes. Every implementation is a record of kind
+`kernel`."""
+
+GPU = """Run the GPU measurements, most important first, for nine minutes. Continue with
+`--from PART`.
+
+Nothing is installed. Copy the working tree to the machine and call this in its root, with any
+Python that has torch, triton, timm and scipy, and pytest for the kernels' tests. Triton and
+torch.compile need a C and a C++ compiler. Pure Python packages, such as pytest or fla-core for
+DiG, can travel as wheels: put them on PYTHONPATH.
+
+    benchmark.py gpu --minutes 9 --against dico_xl=theirs/models.py:DiCo_XL \\
+        --bundle out/measured.tar.gz
+
+Every stage's record is written when it ends. The bundle holds all records so far and is written
+again every few seconds, so a cut costs one stage at most. To continue, unpack the bundle in the
+results folder and call again with `--from` and the part that was cut off. What has a record is
+not measured again, except steps and kernels. $DICO_COMMIT names the commit in the records of a
+tree without history.
+
+"""
 
 
-@dataclass(frozen=True)
-class Neighbours:
-    """Precision and recall of two sets of features of this width: 'exact', with density and coverage, or in ADM's 'half' precision."""
-
-    arithmetic: str
-    device: str
-    samples: int
-    reference: int
-    dim: int
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one benchmark; the exit status is that of `run_command`."""
+    return run_command(lambda: _benchmark(arguments))
 
 
-@dataclass(frozen=True)
-class Loader:
-    """Latents of this size, drawn anew from moments, in shuffled batches."""
-
-    size: int = 32
-    batch: int = 256
-
-
-def main() -> int:
-    return run_command(_main)
+def _benchmark(arguments: Sequence[str] | None) -> int:
+    parser = Parser(__doc__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for add in (_add_loop, _add_loader, _add_steps, _add_kernels, _add_gpu):
+        add(commands)
+    args = parser.parse_args(arguments)
+    return args.run(args)
 
 
-def _main() -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _add_loop(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = commands.add_parser("loop", description=LOOP, help="the suite's own loops")
     parser.add_argument(
         "--main-job",
         action="store_true",
-        help="run the whole main job and report seconds and peak memory",
+        help="also run the whole main job, and print its seconds and peak memory",
     )
     parser.add_argument(
-        "--latents", action="store_true", help="time the loader of latents and nothing else"
+        "--checkpoints", action="store_true", help="measure only what a checkpoint costs"
     )
-    parser.add_argument(
-        "--checkpoints",
-        action="store_true",
-        help="measure what a checkpoint costs and nothing else",
-    )
-    parser.add_argument(
-        "--neighbours", action="store_true", help="time precision and recall and nothing else"
-    )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="of --neighbours (default: cpu)"
-    )
+    parser.add_argument("--neighbours", action="store_true", help="time only precision and recall")
+    add_device_option(parser, default="cpu")
     parser.add_argument(
         "--sizes",
         type=int,
         nargs=3,
         metavar=("SAMPLES", "REFERENCE", "DIM"),
-        help="of --neighbours (default: 5000 2000 2048, on CUDA 50000 10000 2048)",
+        help="sizes for --neighbours (default: 5000 2000 2048, on CUDA 50000 10000 2048)",
     )
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=None,
-        metavar="DIR",
-        help="results folder for the records of --neighbours and --latents (default: results)",
-    )
-    args = parser.parse_args()
+    add_results_option(parser, use_environment=False)
+    parser.set_defaults(run=_run_loop)
+
+
+def _run_loop(args: argparse.Namespace) -> int:
     if args.neighbours:
-        require_device(args.device)
-        store = Store(args.results)
-        store.check_writable()
-        for arithmetic in ("exact", "half"):
-            _neighbours(
-                Neighbours(arithmetic, args.device, *(args.sizes or (*ROWS[args.device], 2048))),
-                store,
-            )
-        return 0
-    if args.checkpoints:
-        _checkpoints()
-        return 0
-    if args.latents:
-        store = Store(args.results)
-        store.check_writable()
-        _latents(Loader(), store)
-        return 0
-    _report()
-    _counts()
-    if args.main_job:
-        _main_job()
+        _run_neighbours(args)
+    elif args.checkpoints:
+        _run_checkpoints()
+    else:
+        seconds, imports_torch = measure_start(ABLATION, ["--table", "4", "--report"])
+        print(f"--report: {seconds:.2f} s, torch imported: {imports_torch}")
+        _run_counts()
+        if args.main_job:
+            _run_main_job()
     return 0
 
 
-def _report() -> None:
-    code = f"import runpy, sys; sys.argv = ['ablation.py', '--table', '4', '--report']\ntry: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\nfinally: print('torch' in sys.modules)"
-    started = time.perf_counter()
-    out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    ).stdout
-    print(f"--report: {time.perf_counter() - started:.2f} s, torch imported: {out.split()[-1]}")
+def _run_neighbours(args: argparse.Namespace) -> None:
+    from experiments.engine.benchmarks.neighbours import measure_neighbours
+
+    require_device(args.device)
+    store = _open_store(args.results)
+    samples, reference, dim = args.sizes or NEIGHBOUR_SIZES[args.device]
+    for arithmetic in ("exact", "half"):
+        measure_neighbours(Neighbours(arithmetic, args.device, samples, reference, dim), store)
 
 
-def _counts() -> None:
+def _run_checkpoints() -> None:
+    import torch
+
+    from experiments.engine.benchmarks.checkpoints import measure_checkpoint
+    from experiments.engine.specs.spec import Backbone
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    measure_checkpoint(Backbone(CHECKPOINT_NETWORK), device)
+
+
+def _run_counts() -> None:
+    """Count all networks and all rows of ablations, and print the time it takes."""
     import backbones
     from experiments.ablation import TABLES
     from experiments.engine.specs.spec import Backbone, Cost
     from experiments.engine.specs.stages import cost_stage
-    from experiments.engine.timing import cost
+    from experiments.engine.timing.cost import count_backbone
 
-    options = {name: backbones.options_of(name) for name in backbones.list_backbones()}
-    groups = {
-        "registered networks": [
-            Cost(Backbone(name), own["input_size"], own["in_channels"], own["num_classes"])
-            for name, own in options.items()
-        ],
-        "rows of ablations": [
-            cost_stage(row) for table in TABLES.values() for row in (*table.rows, *table.outside)
-        ],
-    }
-    for what, specs in groups.items():
+    networks = []
+    for name in backbones.list_backbones():
+        options = backbones.options_of(name)
+        size, channels = options["input_size"], options["in_channels"]
+        networks.append(Cost(Backbone(name), size, channels, options["num_classes"]))
+    rows = [cost_stage(row) for table in TABLES.values() for row in (*table.rows, *table.outside)]
+    for name, specs in (("registered networks", networks), ("rows of ablations", rows)):
         started = time.perf_counter()
         for spec in specs:
-            cost.count_backbone(spec)
-        print(f"counts: {len(specs)} {what} in {time.perf_counter() - started:.1f} s", flush=True)
+            count_backbone(spec)
+        seconds = time.perf_counter() - started
+        print(f"counts: {len(specs)} {name} in {seconds:.1f} s", flush=True)
 
 
-def _checkpoints() -> None:
-    """Steps of dico_s on the GPU, if there is one, before, during and after a save in the background."""
-    import numpy as np
-    import torch
-
-    from experiments.engine.data.sets import ImageSet
-    from experiments.engine.runtime.context import Resources
-    from experiments.engine.specs.spec import Backbone, Data, Recipe, Train
-    from experiments.engine.training.checkpoint import Writer
-    from experiments.engine.training.trainer import Trainer
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    data, batch = Data("random", 32, 4, 1000), 256 if device.type == "cuda" else BATCH
-    drawn = np.random.default_rng(0)
-    images = ImageSet(
-        drawn.standard_normal((512, 4, 32, 32), dtype=np.float32),
-        drawn.integers(1000, size=512),
-        data,
-    )
-    trainer = Trainer(Train(Backbone("dico_s"), data, Recipe(steps=10**6, batch=batch)), device)
-    stepping = trainer.steps(images)
-    with tempfile.TemporaryDirectory() as folder, Writer(Path(folder)) as writer:
-        next(stepping).item()
-        writer.save(trainer.step, trainer.state())  # the first save makes the buffers
-        writer.wait()
-        plain, during = [_seconds(lambda: next(stepping).item()) for _ in range(2 * PAIRS)], []
-        started = time.perf_counter()
-        copied = _seconds(lambda: writer.save(trainer.step, trainer.state()))
-        while writer.busy:
-            during.append(_seconds(lambda: next(stepping).item()))
-        seconds, size = (
-            time.perf_counter() - started,
-            max(path.stat().st_size for path in Path(folder).iterdir()),
-        )
-    stepping.close()
-    usual, every = statistics.median(plain), Resources().checkpoint_every
-    slowed = sum(during) - usual * len(during)
-    print(
-        f"checkpoint of {size / 1e9:.2f} GB: copied in {copied:.2f} s, written in {seconds:.1f} s beside {len(during)} steps, which took {slowed:.2f} s longer"
-    )
-    print(f"stall every {every} steps of {usual:.3f} s: {(copied + slowed) / (every * usual):.3%}")
-
-
-def _seconds(step: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    step()
-    return time.perf_counter() - started
-
-
-def _neighbours(spec: Neighbours, store: Store) -> None:
-    """Rectified Gaussians, as wide as Inception's features; the second of two runs counts, which has its memory.
-
-    A pair is one distance: every two rows of all n samples and m reference points, in n^2 + m^2 + n m. Rate and ceiling are of
-    fused multiply-adds, of which a distance takes `dim`, the ceiling a plain product of large matrices in the same type.
-    """
-    import numpy as np
-    import torch
-
-    from experiments.engine.numerics.device import describe_device
-    from experiments.engine.numerics.precision import read_tf32_flags
-    from experiments.engine.scoring.measure import NEIGHBOURS
-    from experiments.engine.scoring.neighbours import (
-        ADM_BLOCK,
-        neighbour_shares,
-        precision_recall_half,
-    )
-    from experiments.engine.timing.clock import time_call
-
-    if spec.samples <= NEIGHBOURS or spec.reference <= NEIGHBOURS or spec.dim < 1:
-        raise ValueError(
-            f"--sizes takes more than {NEIGHBOURS} samples and reference points and a width from 1 on"
-        )
-    device, draw = torch.device(spec.device), np.random.default_rng(0)
-    reference, samples = (
-        np.maximum(draw.standard_normal((n, spec.dim), np.float32), 0)
-        for n in (spec.reference, spec.samples)
-    )
-    block = 2000 if spec.arithmetic == "exact" and device.type == "cpu" else ADM_BLOCK
-    shares = neighbour_shares if spec.arithmetic == "exact" else precision_recall_half
-    about = (
-        provenance() | describe_device(device) | {"precision_flags": read_tf32_flags()}
-    )  # before anything is timed: memory is kept from here on
-    taken, found = [], ()
-    for _ in range(2):
-        started = time.perf_counter()
-        found = shares(reference, samples, NEIGHBOURS, block, device)
-        taken.append(time.perf_counter() - started)
-    side = min(4096 if device.type == "cuda" else 1024, block)
-    square = torch.ones(
-        side,
-        side,
-        dtype=torch.float64 if spec.arithmetic == "exact" else torch.float32,
-        device=device,
-    )
-    ceiling = max(side**3 / time_call(lambda: square @ square, device, 3) for _ in range(3)) / 1e9
-    pairs = spec.samples**2 + spec.reference**2 + spec.samples * spec.reference
-    rate = spec.dim * pairs / taken[-1] / 1e9
-    values = {
-        "seconds": taken[-1],
-        "pairs_per_s": pairs / taken[-1],
-        "gmacs_per_s": rate,
-        "product_gmacs_per_s": ceiling,
-        "share_of_product": rate / ceiling,
-    }
-    store.append(spec, "done", values | {"precision": found[0], "recall": found[1]}, about)
-    print(
-        f"neighbours, {spec.arithmetic}: {spec.samples} x {spec.reference} x {spec.dim} in {taken[-1]:.2f} s, {pairs / taken[-1]:.3g} pairs/s, "
-        f"{rate:.1f} GMAC/s, {rate / ceiling:.0%} of a matrix product's",
-        flush=True,
-    )
-
-
-def _latents(spec: Loader, store: Store) -> None:
-    """Latents a second over a temporary folder of random moments, in two threads."""
-    import json
-
-    import numpy as np
-    import torch
-
-    from experiments.engine.data.latents import LatentSet, shard_path
-    from experiments.engine.data.sets import iterate_batches
-    from experiments.engine.numerics.device import describe_device
-    from experiments.engine.numerics.precision import read_tf32_flags
-    from experiments.engine.specs.spec import Data
-
-    about = (
-        provenance()
-        | describe_device("cpu")
-        | {"precision_flags": read_tf32_flags(), "threads": 2, "cores": len(_cores())}
-    )
-    batch, size, shards, each, steps = spec.batch, spec.size, 8, 512, 40
-    with tempfile.TemporaryDirectory() as name:
-        folder, draw = Path(name), np.random.default_rng(0)
-        for number in range(shards):
-            np.save(shard_path(folder, number), draw.random((each, 2, 8, size, size), np.float32))
-        np.save(folder / "labels.npy", draw.integers(0, 1000, shards * each))
-        vae = {"name": "none", "encoder": "none"}
-        manifest = {
-            "latents": "moments",
-            "shape": [2, 8, size, size],
-            "num_classes": 1000,
-            "shards": [each] * shards,
-            "sha256": "",
-            "vae": vae,
-        }
-        (folder / "manifest.json").write_text(
-            json.dumps(manifest | {"statistics": {"as_expected": False}})
-        )
-        images = LatentSet(
-            folder, Data("latents", size=size, channels=4, num_classes=1000, flip=True, vae="none")
-        )
-        for _ in iterate_batches(
-            images, batch, 0, range(len(images) // batch), torch.device("cpu")
-        ):
-            pass
-        rates, busy = [], time.process_time()
-        for seed in range(PAIRS):
-            started = time.perf_counter()
-            for _ in iterate_batches(images, batch, seed, range(steps), torch.device("cpu")):
-                pass
-            rates.append(steps * batch / (time.perf_counter() - started))
-        busy = (time.process_time() - busy) / (PAIRS * steps * batch)
-    values = {
-        "latents_per_s": statistics.median(rates),
-        "least": min(rates),
-        "most": max(rates),
-        "runs": PAIRS,
-        "core_s_each": busy,
-    }
-    store.append(spec, "done", values, about)
-    spread = f"{min(rates):,.0f} to {max(rates):,.0f} over {PAIRS} runs"
-    print(
-        f"latents: {statistics.median(rates):,.0f} a second ({spread}), {1e6 * busy:.0f} us of a core each; batch {batch}, 2 threads, {len(_cores())} cores"
-    )
-
-
-def _main_job() -> None:
-    """Peak memory is the largest sum over the process tree, sampled four times a second."""
+def _run_main_job() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        started = time.perf_counter()
-        job = subprocess.Popen(
-            [sys.executable, str(SCRIPT), "--table", "4", "--results", folder],
-            start_new_session=True,
-        )
-        peak, ended = [0], threading.Event()
-
-        def watch() -> None:
-            while not ended.wait(0.25):
-                peak[0] = max(peak[0], _tree_bytes(job.pid))
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        status = job.wait()
-        ended.set()
-        watcher.join()
-        print(
-            f"main job: exit status {status}, {time.perf_counter() - started:.0f} s, at most {peak[0] / 2**30:.2f} GiB on {len(_cores())} cores"
-        )
+        command = [sys.executable, str(ABLATION), "--table", "4", "--results", folder]
+        job = measure_footprint(command)
+    print(
+        f"main job: exit status {job.status}, {job.seconds:.0f} s, "
+        f"at most {job.peak_bytes / 2**30:.2f} GiB on {available_cores()} cores"
+    )
 
 
-def _cores() -> set[int]:
-    import os
+def _add_loader(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = commands.add_parser("loader", description=LOADER, help="the loader of latents")
+    add_results_option(parser, use_environment=False)
+    parser.set_defaults(run=_run_loader)
 
-    return os.sched_getaffinity(0)
+
+def _run_loader(args: argparse.Namespace) -> int:
+    from experiments.engine.benchmarks.loader import measure_loader
+
+    measure_loader(Loader(), _open_store(args.results))
+    return 0
 
 
-def _tree_bytes(session: int) -> int:
-    """Proportional resident memory of every process of a session (shared pages counted once)."""
-    total = 0
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            if int(stat.read_text().rpartition(")")[2].split()[3]) == session:
-                lines = (stat.parent / "smaps_rollup").read_text().splitlines()
-                total += next(
-                    int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")
-                )
-        except (OSError, StopIteration):
-            continue
-    return total
+def _add_steps(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = commands.add_parser("steps", description=STEPS, help="training and sampling steps")
+    parser.add_argument(
+        "--networks",
+        nargs="+",
+        default=list(STEP_NETWORKS),
+        metavar="BACKBONE",
+        help=f"registered networks (default: {' '.join(STEP_NETWORKS)})",
+    )
+    _add_against_option(parser, "other implementations to compare with")
+    add_device_option(parser, default="cpu")
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        choices=("fp32", "tf32", "bf16"),
+        default=["fp32"],
+        help="numeric modes (default: fp32)",
+    )
+    parser.add_argument("--batch", type=int, help="images (default: 8 on a CPU, 64 on a GPU)")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        choices=("training", "sampling"),
+        default=["training", "sampling"],
+        help="what to time (default: both)",
+    )
+    add_acceleration_options(parser)
+    parser.add_argument("--rounds", type=int, default=7, help="rounds in turn (default: 7)")
+    add_results_option(parser, use_environment=False)
+    parser.set_defaults(run=_run_steps, parser=parser)
+
+
+def _run_steps(args: argparse.Namespace) -> int:
+    import backbones
+    from experiments.engine.benchmarks.steps import Other, measure_steps
+
+    # Refuse what cannot be measured before anything is timed.
+    others = {}
+    for text in args.against:
+        network, file, constructor = _parse_other(text)
+        others[network] = Other(file, constructor)
+    if args.rounds < 3 or (args.batch or 1) < 1:
+        args.parser.error("--rounds must be at least 3 and --batch at least 1")
+    acceleration_flags(args, args.device)
+    store = _open_store(args.results)
+    require_device(args.device)
+    for network in args.networks:
+        backbones.options_of(network)
+        if network not in others:
+            print(
+                f"{network}: without --against {network}=FILE:NAME "
+                "no step of another implementation is measured",
+                flush=True,
+            )
+
+    batch = args.batch or STEP_BATCH[args.device]
+    good = True
+    for mode in args.precision:
+        for network in args.networks:
+            for task in args.tasks:
+                spec = Steps(network, task, batch, args.device, mode, args.compile, args.graphs)
+                timed = measure_steps(spec, others.get(network), args.rounds, store, TARGETS)
+                good = good and timed
+    return 0 if good else 1
+
+
+def _parse_other(text: str) -> tuple[str, Path, str]:
+    """Split BACKBONE=FILE:NAME."""
+    network, _, place = text.partition("=")
+    file, _, constructor = place.rpartition(":")
+    if not constructor.isidentifier() or not Path(file).is_file():
+        raise ValueError(f"--against takes BACKBONE=FILE:NAME with an existing file, got {text!r}")
+    return network, Path(file), constructor
+
+
+def _add_kernels(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = commands.add_parser(
+        "kernels", description=KERNELS_TEXT, help="every kernel beside its reference"
+    )
+    parser.add_argument(
+        "--kernels",
+        nargs="+",
+        choices=KERNELS,
+        default=list(KERNELS),
+        metavar="KERNEL",
+        help=f"operations to time (default: all): {', '.join(KERNELS)}",
+    )
+    add_device_option(parser, default="cpu")
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        choices=("fp32", "tf32", "bf16"),
+        help="numeric modes (default: fp32; on CUDA all)",
+    )
+    parser.add_argument("--batch", type=int, help="samples (default: 1 on a CPU, 64 on CUDA)")
+    parser.add_argument("--runs", type=int, default=5, help="timed runs (default: 5)")
+    add_results_option(parser, use_environment=False)
+    parser.set_defaults(run=_run_kernels, parser=parser)
+
+
+def _run_kernels(args: argparse.Namespace) -> int:
+    batch = KERNEL_BATCH[args.device] if args.batch is None else args.batch
+    if args.runs < 2 or batch < 1:
+        args.parser.error("--runs must be at least 2 and --batch at least 1")
+    store = _open_store(args.results)
+    require_device(args.device)
+
+    from experiments.engine.benchmarks.kernels import Setup, measure_kernels
+
+    modes = args.precision or KERNEL_MODES[args.device]
+    setup = Setup(args.device, batch, args.runs)
+    return 0 if measure_kernels(args.kernels, modes, setup, store, TARGETS) else 1
+
+
+def _add_gpu(commands: argparse._SubParsersAction[Parser]) -> None:
+    parts = "Parts, in order: " + "; ".join(gpu_parts("cuda", [])) + "."
+    description = GPU + textwrap.fill(parts, 98, break_on_hyphens=False)
+    parser = commands.add_parser("gpu", description=description, help="all a GPU has to measure")
+    parser.add_argument(
+        "--minutes", type=float, default=9.0, help="minutes for all of it (default: 9)"
+    )
+    _add_against_option(parser, "other implementations to compare steps with")
+    parser.add_argument("--from", dest="first", metavar="PART", help="begin with this part")
+    parser.add_argument(
+        "--bundle", type=Path, metavar="FILE.tar.gz", help="also keep all records in this file"
+    )
+    add_device_option(parser, default="cuda")
+    add_results_option(parser, use_environment=False)
+    parser.set_defaults(run=_run_gpu, parser=parser)
+
+
+def _run_gpu(args: argparse.Namespace) -> int:
+    end = time.monotonic() + 60 * args.minutes
+    parts = gpu_parts(args.device, args.against)
+    if args.first:
+        if args.first not in parts:
+            args.parser.error(f"--from takes a part: {'; '.join(parts)}")
+        names = list(parts)
+        parts = {name: parts[name] for name in names[names.index(args.first) :]}
+    store = _open_store(args.results)
+    require_device(args.device)
+    return 0 if Session(end, store, args.bundle).run(parts) else 1
+
+
+def _add_against_option(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--against", nargs="*", default=[], metavar="BACKBONE=FILE:NAME", help=text)
+
+
+def _open_store(results: Path | None) -> Store:
+    """Open a results folder that can be written."""
+    store = Store(results)
+    store.check_writable()
+    return store
 
 
 if __name__ == "__main__":

@@ -1,48 +1,109 @@
 """Check this installation's scores: `python experiments/calibrate.py`.
 
-Without files, the arithmetic is checked on synthetic sets whose scores are known in closed form. With the published files of
-ADM's evaluator and the Inception weights, `--pair imagenet256 REFERENCE.npz SAMPLES.npz`, the whole path is: five scores must
-meet the published ones. `--download` fetches the weights once. Exit status 1 if a check fails.
+Without files, this checks the arithmetic on synthetic sets whose scores are known in closed form.
+With the published files of ADM's evaluator and the Inception weights, as in
+`--pair imagenet256 REFERENCE.npz SAMPLES.npz`, it checks the whole path: five scores must meet the
+published ones. `--download` fetches the weights once. The exit status is 1 if a check fails.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from experiments.engine.cli import Parser, run_command
 from experiments.engine.data.locate import inception_path
 
-# Scores that torch-fidelity's Inception with exact distances gives (lavinal712/ADM-evaluation-suite-pytorch), the tolerance of
-# each, and what ADM's own evaluator gives (openai/guided-diffusion README), whose half precision raises precision and recall.
+if TYPE_CHECKING:
+    from numpy import ndarray
+
+
+@dataclass(frozen=True)
+class PublishedScore:
+    """A score of a published pair of files."""
+
+    # By torch-fidelity's Inception with exact distances: lavinal712/ADM-evaluation-suite-pytorch.
+    value: float
+    tolerance: float
+    # By ADM's own evaluator, whose half precision raises precision and recall: the README of
+    # openai/guided-diffusion.
+    by_adm: float
+
+
+@dataclass(frozen=True)
+class Check:
+    """A value beside what it should be."""
+
+    name: str
+    value: float
+    expected: float
+    tolerance: float
+    note: str = ""
+
+    @property
+    def passes(self) -> bool:
+        """Return whether the value lies within the tolerance."""
+        return abs(self.value - self.expected) <= self.tolerance
+
+
 PAIRS = {
     "imagenet256": {
-        "is": (215.9764, 0.2, 215.8370),
-        "fid": (3.94103, 0.005, 3.94256),
-        "sfid": (6.14049, 0.003, 6.14043),
-        "precision": (0.82548, 0.0005, 0.82650),
-        "recall": (0.5285, 0.001, 0.5309),
+        "is": PublishedScore(215.9764, 0.2, 215.8370),
+        "fid": PublishedScore(3.94103, 0.005, 3.94256),
+        "sfid": PublishedScore(6.14049, 0.003, 6.14043),
+        "precision": PublishedScore(0.82548, 0.0005, 0.82650),
+        "recall": PublishedScore(0.5285, 0.001, 0.5309),
     },
     "imagenet128": {
-        "is": (141.4781, 0.2, 141.4767),
-        "fid": (2.97328, 0.005, 2.97329),
-        "sfid": (5.09350, 0.003, 5.09456),
-        "precision": (0.78042, 0.0005, 0.78138),
-        "recall": (0.5906, 0.001, 0.5929),
+        "is": PublishedScore(141.4781, 0.2, 141.4767),
+        "fid": PublishedScore(2.97328, 0.005, 2.97329),
+        "sfid": PublishedScore(5.09350, 0.003, 5.09456),
+        "precision": PublishedScore(0.78042, 0.0005, 0.78138),
+        "recall": PublishedScore(0.5906, 0.001, 0.5929),
     },
 }
-NAMES = {
+SAMPLES = {
     "imagenet256": "admnet_guided_upsampled_imagenet256.npz",
     "imagenet128": "admnet_guided_imagenet128.npz",
 }
 
 
 def main() -> int:
-    return run_command(_main, str)
+    """Print the checks; the exit status is 1 if one fails."""
+    return run_command(_calibrate, str)
 
 
-def _main() -> int:
+def _calibrate() -> int:
+    args = _parse()
+    import torch
+
+    from experiments.engine.jobs.execute import require_device
+    from experiments.engine.scoring.inception import download_inception
+
+    if args.pair and args.pair[0] not in PAIRS:
+        raise ValueError(f"unknown pair {args.pair[0]!r}; published are {', '.join(PAIRS)}")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    require_device(device)
+    if args.download:
+        download_inception(args.inception)
+
+    if args.pair:
+        name, reference, samples = args.pair
+        checks = _check_pair(name, Path(reference), Path(samples), args.inception, device)
+        return 0 if _print_checks(checks) else 1
+
+    passed = _print_checks(_check_synthetic_sets(device))
+    print(
+        "The Inception network itself was not checked: "
+        "that needs its weights and a published pair (--pair)."
+    )
+    return 0 if passed else 1
+
+
+def _parse() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--pair",
@@ -65,135 +126,111 @@ def _main() -> int:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="default: the GPU if there is one"
     )
-    return _run(parser.parse_args())
+    return parser.parse_args()
 
 
-def _run(args: argparse.Namespace) -> int:
-    import torch
-
-    from experiments.engine.jobs.execute import require_device
-    from experiments.engine.scoring import inception
-
-    if args.pair and args.pair[0] not in PAIRS:
-        raise ValueError(f"unknown pair {args.pair[0]!r}; published are {', '.join(PAIRS)}")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    require_device(device)
-    if args.download:
-        inception.download(args.inception)
-    good = (
-        _table(_published(*args.pair, args.inception, device))
-        if args.pair
-        else _table(_synthetic(device))
-    )
-    if not args.pair:
+def _print_checks(checks: Iterable[Check]) -> bool:
+    """Print each check as soon as it is known; return whether all passed."""
+    passed = True
+    for check in checks:
+        passed &= check.passes
         print(
-            "The Inception network itself was not checked: that needs its weights and a published pair (--pair)."
-        )
-    return 0 if good else 1
-
-
-def _table(checks: Iterator[tuple[str, float, float, float, str]]) -> bool:
-    good = True
-    for name, value, expected, tolerance, note in checks:
-        fits = abs(value - expected) <= tolerance
-        good &= fits
-        print(
-            f"{'ok  ' if fits else 'FAIL'} {name:44} {value:12.6f}   expected {expected:.6f} ± {tolerance:g}{note}",
+            f"{'ok  ' if check.passes else 'FAIL'} {check.name:44} {check.value:12.6f}   "
+            f"expected {check.expected:.6f} ± {check.tolerance:g}{check.note}",
             flush=True,
         )
-    return good
+    return passed
 
 
-def _published(
-    name: str, reference: str, samples: str, weights: Path, device: str
-) -> Iterator[tuple[str, float, float, float, str]]:
+def _check_pair(
+    name: str, reference: Path, samples: Path, weights: Path, device: str
+) -> Iterator[Check]:
+    """Score a published pair of files."""
     from experiments.engine.data.image_files import ImageFile
-    from experiments.engine.scoring import inception, scores
+    from experiments.engine.scoring.inception import load_inception
     from experiments.engine.scoring.measure import measure
     from experiments.engine.scoring.reference import read_reference
+    from experiments.engine.scoring.scores import score
 
-    images = ImageFile(Path(samples))
-    extractor = inception.load(weights, device)
-    found = scores.score(
-        measure(extractor, images.batches()),
-        read_reference(extractor, Path(reference)),
-        device=device,
+    images = ImageFile(samples)
+    extractor = load_inception(weights, device)
+    values = score(
+        measure(extractor, images.batches()), read_reference(extractor, reference), device=device
     )
-    for score, (expected, tolerance, adm) in PAIRS[name].items():
-        if score not in found:
+    for key, published in PAIRS[name].items():
+        if key not in values:
             raise ValueError(
-                f"{Path(reference).name} does not allow {score}: it is not the published reference; the samples should be {NAMES[name]}"
+                f"{reference.name} does not allow {key}: it is not the published reference; "
+                f"the samples should be {SAMPLES[name]}"
             )
-        yield f"{score}, {name}", found[score], expected, tolerance, f"; ADM's evaluator {adm}"
+        yield Check(
+            f"{key}, {name}",
+            values[key],
+            published.value,
+            published.tolerance,
+            f"; ADM's evaluator {published.by_adm}",
+        )
 
 
-def _synthetic(device: str) -> Iterator[tuple[str, float, float, float, str]]:
-    """Sets whose scores are known: moved and scaled Gaussians, one-hot classes, separate clusters, equal kernels."""
+def _check_synthetic_sets(device: str) -> Iterator[Check]:
+    """Score sets whose scores are known.
+
+    The sets are moved and scaled Gaussians, one-hot classes, separate clusters and equal kernels.
+    """
     import numpy as np
 
-    from experiments.engine.scoring import metrics
-    from experiments.engine.scoring.measure import blocks, blocks_sum
-    from experiments.engine.scoring.neighbours import precision_recall
+    draw = np.random.default_rng(0)
+    x = draw.standard_normal((20_000, 64))
+    yield from _check_frechet(x)
 
-    draw, dim = np.random.default_rng(0), 64
-    x, scale, shift = (
-        draw.standard_normal((20_000, dim)),
-        np.linspace(0.7, 1.3, dim),
-        np.linspace(-0.1, 0.2, dim),
-    )
-    unit = metrics.Moments.known(np.zeros(dim), np.eye(dim))
-    truth = float(np.square(shift).sum() + np.square(scale - 1).sum())
-    white = x - x.mean(0)
-    white = white @ np.linalg.inv(np.linalg.cholesky(np.cov(white, rowvar=False))).T
-    yield (
-        "Fréchet distance, moved and scaled exactly",
-        metrics.frechet(blocks_sum(white * scale + shift), unit),
-        truth,
-        1e-9,
-        "",
-    )
-    parts = blocks(x * scale + shift)
-    value, error = metrics.frechet_jackknife(parts, unit)
-    yield (
-        "Fréchet distance of 20,000, bias removed",
-        value,
-        truth,
-        4 * error,
-        " (4 standard errors)",
-    )
-    yield (
-        "Fréchet distance of a set to itself",
-        metrics.frechet(blocks_sum(x), blocks_sum(x)),
-        0.0,
-        1e-9,
-        "",
-    )
-    yield (
-        "Inception score of ten even classes",
-        metrics.inception_score(np.eye(10)[np.arange(20_000) % 10])[0],
-        10.0,
-        1e-9,
-        "",
-    )
+    from experiments.engine.scoring.metrics import inception_score, kid
+    from experiments.engine.scoring.neighbours import neighbour_shares, precision_recall
+
+    even_classes = np.eye(10)[np.arange(20_000) % 10]
+    value, _ = inception_score(even_classes)
+    yield Check("Inception score of ten even classes", value, 10.0, 1e-9)
+
+    # Clusters lie so far apart that no ball reaches from one to another.
     mode = np.arange(2_000) % 8
     whole = 50 * np.eye(8)[mode] + draw.standard_normal((2_000, 8))
     part = whole[mode < 4]
-    yield (
-        "recall of the points of half the modes",
-        precision_recall(whole, part, device=device)[1],
-        0.5,
-        0.0,
-        "",
-    )
-    yield (
-        "precision of a set against itself",
-        precision_recall(part, part, device=device)[0],
-        1.0,
-        0.0,
-        "",
-    )
-    mean, spread = metrics.kid(x[:10_000], x[10_000:])
-    yield "KID of two halves", mean, 0.0, 4 * spread / 10, " (4 standard errors over 100 subsets)"
+    _, recall = precision_recall(samples=part, reference=whole, device=device)
+    yield Check("recall of the points of half the modes", recall, 0.5, 0.0)
+    itself = neighbour_shares(samples=part, reference=part, device=device)
+    yield Check("precision of a set against itself", itself.precision, 1.0, 0.0)
+    yield Check("density of a set against itself", itself.density, 1.0, 1e-12)
+    yield Check("coverage of a set against itself", itself.coverage, 1.0, 0.0)
+
+    mean, spread = kid(samples=x[:10_000], reference=x[10_000:])
+    note = " (4 standard errors over 100 subsets)"
+    yield Check("KID of two halves", mean, 0.0, 4 * spread / 10, note)
+
+
+def _check_frechet(x: ndarray) -> Iterator[Check]:
+    """Check Fréchet distances of standard normal rows (N, d), moved and scaled."""
+    import numpy as np
+
+    from experiments.engine.scoring.frechet import frechet, frechet_jackknife
+    from experiments.engine.scoring.moments import Moments, moments_of, split_into_blocks
+
+    dim = x.shape[1]
+    scale = np.linspace(0.7, 1.3, dim)
+    shift = np.linspace(-0.1, 0.2, dim)
+    unit = Moments.known(np.zeros(dim), np.eye(dim))
+    truth = float(np.square(shift).sum() + np.square(scale - 1).sum())
+
+    # Whitened rows have mean 0 and covariance 1 exactly, so their distance has no sampling error.
+    white = x - x.mean(0)
+    white = white @ np.linalg.inv(np.linalg.cholesky(np.cov(white, rowvar=False))).T
+    value = frechet(moments_of(white * scale + shift), unit)
+    yield Check("Fréchet distance, moved and scaled exactly", value, truth, 1e-9)
+
+    value, error = frechet_jackknife(split_into_blocks(x * scale + shift), unit)
+    note = " (4 standard errors)"
+    yield Check("Fréchet distance of 20,000, bias removed", value, truth, 4 * error, note)
+
+    value = frechet(moments_of(x), moments_of(x))
+    yield Check("Fréchet distance of a set to itself", value, 0.0, 1e-9)
 
 
 if __name__ == "__main__":

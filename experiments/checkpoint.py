@@ -1,39 +1,59 @@
-"""Check that a published checkpoint is the network its name says: `python experiments/checkpoint.py dico_xl DiCo-XL.pt`.
+"""Check that a published checkpoint holds the network that its name says.
 
-Reads a .pt (flat, or with its weights under `ema` or `state_dict`) or .safetensors file without running its code, loads it strictly
-into the registered backbone and prints what it holds.
+    python experiments/checkpoint.py dico_xl DiCo-XL.pt
+
+This reads a .pt file (flat, or with its weights under `ema` or `state_dict`) or a .safetensors file
+without running its code, loads it strictly into the registered backbone, and prints what it holds.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
 
+from experiments.declared.checkpoints import (
+    CheckpointFile,
+    add_network_options,
+    load_network,
+    parse_options,
+)
 from experiments.engine.cli import Parser, run_command
-
-
-def options_of(texts: Sequence[str]) -> dict[str, Any]:
-    """Options of a network from NAME=VALUE with JSON values; ValueError for anything else."""
-    options = {}
-    for text in texts:
-        name, _, value = text.partition("=")
-        try:
-            options[name] = json.loads(value)
-        except ValueError:
-            raise ValueError(
-                f"--option takes NAME=VALUE with a JSON value, e.g. learn_sigma=false, got {text!r}"
-            ) from None
-    return options
+from experiments.engine.specs.spec import Backbone
 
 
 def main() -> int:
-    return run_command(_main, str)
+    """Print what the file holds; the exit status is 2 if it is another network."""
+    return run_command(_check, str)
 
 
-def _main() -> int:
+def _check() -> int:
+    args = _parse()
+    import torch
+
+    # Loading is strict: other names or shapes raise.
+    size = {"input_size": args.input_size} if args.input_size else {}
+    backbone = Backbone(args.backbone, size | parse_options(args.option))
+    file = CheckpointFile(args.backbone, args.file, args.key)
+    model, key = load_network(backbone, file)
+
+    # Weights that are not finite load too.
+    side = cast(int, model.input_size)
+    x = torch.zeros(1, cast(int, model.in_channels), side, side)
+    with torch.inference_mode():
+        output = model(x, torch.zeros(1), torch.zeros(1, dtype=torch.long))
+    if not output.isfinite().all():
+        raise ValueError(f"{args.file.name} loads, but its output is not finite")
+
+    num_parameters = sum(p.numel() for p in model.parameters())
+    print(
+        f"{args.file.name}: {args.backbone}, {len(model.state_dict())} tensors, "
+        f"{num_parameters:,} parameters, loaded strictly (key {key})"
+    )
+    return 0
+
+
+def _parse() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("backbone", help="registered name, e.g. dico_xl or dit_xl_2")
     parser.add_argument("file", type=Path)
@@ -42,36 +62,8 @@ def _main() -> int:
         type=int,
         help="side of the latent, e.g. 64 for DiT at 512 pixels (default: the network's own)",
     )
-    parser.add_argument(
-        "--key",
-        help="where a .pt file keeps its weights (default: ema, else state_dict, else flat)",
-    )
-    parser.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="of the network: learn_sigma=false for SiT's 512 model, raster_padding=true for DiM's",
-    )
-    args = parser.parse_args()
-    import torch
-
-    import backbones
-
-    with torch.random.fork_rng(devices=[]):
-        size = {"input_size": args.input_size} if args.input_size else {}
-        model = backbones.build(args.backbone, **size, **options_of(args.option))
-    key = backbones.load_published(model, args.file, args.key)
-    with torch.inference_mode():
-        x = torch.zeros(1, model.in_channels, model.input_size, model.input_size)
-        finite = model.eval()(x, torch.zeros(1), torch.zeros(1, dtype=torch.long)).isfinite().all()
-    if not finite:
-        raise ValueError(f"{args.file.name} loads, but its output is not finite")
-    total = sum(p.numel() for p in model.parameters())
-    print(
-        f"{args.file.name}: {args.backbone}, {len(model.state_dict())} tensors, {total:,} parameters, loaded strictly (key {key})"
-    )
-    return 0
+    add_network_options(parser)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -1,158 +1,219 @@
-"""What the compared systems cost and how fast they run, by one rule for all.
+"""Count, time and profile the compared systems by one rule for all.
 
-    python experiments/efficiency.py --counts                      parameters and Gflops of every system, published and ours
-    python experiments/efficiency.py --table 1                     throughput of its rows in every numeric mode
-    python experiments/efficiency.py --table 1 --task training     of a step of the trainer; sampling: of guided sampling
-    python experiments/efficiency.py --table 1 --sweep --rows DiCo-S     over the batch size, to the best
-    python experiments/efficiency.py --figure 3                    runtime over resolution and model size
-    python experiments/efficiency.py --claims                      the paper's claims about speed and Gflops, with verdicts
-    python experiments/efficiency.py --profile DiCo-S              where the time of a row goes, and a trace
+    python experiments/efficiency.py --counts                    parameters and Gflops, with ours
+    python experiments/efficiency.py --table 1                   throughput in every numeric mode
+    python experiments/efficiency.py --table 1 --task training   of a training step (or: sampling)
+    python experiments/efficiency.py --table 1 --sweep --rows DiCo-S     over the batch size
+    python experiments/efficiency.py --figure 3                  runtime over resolution and size
+    python experiments/efficiency.py --claims                    claims about speed, with verdicts
+    python experiments/efficiency.py --profile DiCo-S            where the time of a row goes
 
-Everything runs once and is kept as a record; `--report` prints what there is without running anything, `--cluster slurm` sends
-every network as a job of its own. Tables, sweeps and the figure with --compile or --graphs are timings, records and sheets of their
-own, of compiled or recorded networks.
+Everything runs once and becomes a record. `--report` prints existing records and runs nothing.
+`--cluster slurm` submits one job per network. With --compile or --graphs, tables, sweeps and the
+figure are about compiled networks or CUDA graphs, with records and sheets of their own.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from experiments.declared import speed_claims
-from experiments.declared import timings as speed
-from experiments.declared.systems import SYSTEMS, counts_sheet
+from experiments.declared import speed_claims, timings
+from experiments.declared.systems import SYSTEMS
 from experiments.engine.cli import (
+    Outcome,
     Parser,
     acceleration_flags,
+    add_format_option,
     add_run_options,
     carry_out,
     chosen_device,
+    exit_status,
+    open_store,
     run_command,
 )
-from experiments.engine.jobs.plan import Listed, Plan
-from experiments.engine.records.store import REPOSITORY, Store
-from experiments.engine.reporting.render import FORMATS, render
+from experiments.engine.jobs.plan import ListPlan, Plan
+from experiments.engine.records.store import Store
+from experiments.engine.reporting.efficiency.claims import claims_sheet
+from experiments.engine.reporting.efficiency.counts import counts_sheet
+from experiments.engine.reporting.efficiency.details import (
+    profile_sheets,
+    runtime_sheet,
+    sweep_sheet,
+)
+from experiments.engine.reporting.efficiency.speed import Acceleration, speed_sheet
+from experiments.engine.reporting.render import render
 from experiments.engine.reporting.sheet import Sheet
+from experiments.engine.specs.spec import Cost, Timing
 from experiments.engine.specs.stages import cost_stages
 from experiments.main_results import TABLES
 
 TIMED = {number: table for number, table in TABLES.items() if table.timed}
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a command runs, and a function that gives the sheets to print afterwards."""
+
+    plan: Plan
+    sheets: Callable[[Store], list[Sheet]]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what lacks a record, then print; the exit status is `guarded`'s."""
-    return run_command(lambda: _main(_parse(arguments), arguments))
+    """Run what lacks a record, then print. The exit status is that of `run_command`."""
+    return run_command(lambda: _run(_parse(arguments), arguments))
 
 
-def _main(args: argparse.Namespace, arguments: Sequence[str] | None) -> int:
-    store = Store(args.results, REPOSITORY / "results" / "reference")
-    device = chosen_device(args, (args.rows or [args.profile or ""])[0])
-    plan, sheets = _choose(args, device, store)
-    good = carry_out(plan, args, store, arguments)
-    if good is not None:
-        print(render(sheets(), args.format))
-    return 1 if good is False else 0
+def _run(args: argparse.Namespace, arguments: Sequence[str] | None) -> int:
+    # On Slurm the site file may give a device to a row.
+    rows = args.rows or [args.profile or ""]
+    device = chosen_device(args, rows[0])
+    store = open_store(args.results)
+    work = _choose(args, device, store)
+    outcome = carry_out(work.plan, args, store, arguments)
+    if outcome is not Outcome.ANSWERED:
+        print(render(work.sheets(store), args.format))
+    return exit_status(outcome)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--counts", action="store_true", help="count every system and print the table"
-    )
-    what.add_argument(
+    parser = Parser(__doc__)
+    subject = parser.add_mutually_exclusive_group(required=True)
+    subject.add_argument("--counts", action="store_true", help="count every system")
+    subject.add_argument(
         "--table", type=int, choices=list(TIMED), help="time the rows of a table of the paper"
     )
-    what.add_argument("--figure", type=int, choices=[3], help="time what the figure shows")
-    what.add_argument(
-        "--claims",
-        action="store_true",
-        help="time and count what the paper's claims are about, and judge them",
+    subject.add_argument("--figure", type=int, choices=[3], help="time the networks of a figure")
+    subject.add_argument(
+        "--claims", action="store_true", help="time and count what the paper's claims are about"
     )
-    what.add_argument("--profile", metavar="ROW", help="profile a row of Table 1, by label")
+    subject.add_argument("--profile", metavar="ROW", help="profile a row of Table 1, by label")
     parser.add_argument(
         "--task",
-        choices=speed.TASKS,
+        choices=timings.TASKS,
         default="forward",
-        help="what is timed or profiled (default: forward)",
+        help="task to time or profile (default: forward)",
     )
     parser.add_argument(
         "--sweep",
         action="store_true",
-        help="with --table and --rows: over the batch size, until it stops paying",
+        help="with --table and --rows: time growing batches until they stop paying",
     )
     parser.add_argument(
         "--modes",
         nargs="+",
-        choices=speed.MODES["cuda"],
-        help="with --table: only these numeric modes are timed (default: all of the device's)",
+        choices=timings.MODES["cuda"],
+        help="with --table: time only these numeric modes (default: all modes of the device)",
     )
     parser.add_argument(
         "--rows",
         nargs="+",
         metavar="ROW",
-        help="only these rows, by label; also large ones on a CPU",
+        help="select rows by label; on a CPU this also times large ones",
     )
-    parser.add_argument("--format", choices=FORMATS, default="text")
+    add_format_option(parser)
     add_run_options(parser)
     args = parser.parse_args(arguments)
+    _check_combination(parser, args)
+    return args
+
+
+def _check_combination(parser: Parser, args: argparse.Namespace) -> None:
+    """Raise ValueError for options that do not go together."""
     if args.sweep and not (args.table and args.rows):
-        parser.error(
-            "--sweep goes with --table and --rows: it times each of them at many batch sizes"
-        )
+        parser.error("--sweep goes with --table and --rows: it times each row at many batch sizes")
     if args.modes and (args.sweep or not args.table):
         parser.error("--modes goes with --table, without --sweep")
     if (args.compile or args.graphs) and not (args.table or args.figure):
         parser.error(
-            "--compile and --graphs go with --table or --figure: claims and profiles are about networks as they are called"
+            "--compile and --graphs go with --table or --figure: claims and profiles are about "
+            "networks without either"
         )
     if args.task != "forward" and not (args.table or args.profile):
         parser.error("--task goes with --table or --profile")
-    return args
 
 
-def _choose(
-    args: argparse.Namespace, device: str, store: Store
-) -> tuple[Plan, Callable[[], list[Sheet]]]:
-    """What has to run, and a function that gives the sheets to print."""
-    how = acceleration_flags(args, device)
-    costs = tuple(cost for system in SYSTEMS for cost in system.costs)
+def _choose(args: argparse.Namespace, device: str, store: Store) -> Work:
+    """Return the work that the options ask for."""
+    acceleration = Acceleration(**acceleration_flags(args, device))
     if args.counts:
-        return Listed("cpu", costs), lambda: [counts_sheet(store)]
+        return Work(ListPlan("cpu", _all_costs()), lambda store: [counts_sheet(SYSTEMS, store)])
     if args.claims:
-        claims = store.published("claims.csv", ("id",)).values()
-        return Listed(device, costs, speed_claims.jobs(claims, device)), lambda: [
-            speed_claims.claims_sheet(device, store)
-        ]
+        return _claims(device, store)
     if args.figure:
-        return Listed(device, alone=speed.figure_3_jobs(device, **how)), lambda: [
-            speed.runtime_sheet(device, store, **how)
-        ]
-    table = TIMED[args.table or 1]
+        return _figure_3(device, acceleration)
     if args.profile:
-        row = table.row(args.profile)
-        return Listed(
-            device, alone=(speed.ceilings_job(device), speed.profile_job(row, device, args.task))
-        ), lambda: speed.profile_sheets(row, device, args.task, store)
-    rows = [
-        row
-        for row in ([table.row(label) for label in args.rows] if args.rows else table.rows)
-        if row.backbone
-    ]
+        return _profile(args, device)
     if args.sweep:
-        sweeps = tuple(
-            sweep
-            for row in rows
-            for sweep in speed.sweeps(row, table.baseline, device, args.task, **how)
-        )
-        return Listed(device, alone=sweeps), lambda: [
-            speed.sweep_sheet(row, table.baseline, device, args.task, store, **how) for row in rows
-        ]
-    counts = tuple(cost for row in rows for cost in cost_stages(row))
-    timed = speed.jobs(table, rows, device, args.task, args.rows is not None, args.modes, **how)
-    return Listed(device, counts, (speed.ceilings_job(device), *timed)), lambda: [
-        speed.speed_sheet(table, rows, device, args.task, store, **how)
+        return _sweeps(args, device, acceleration)
+    return _table(args, device, acceleration)
+
+
+def _all_costs() -> tuple[Cost, ...]:
+    return tuple(cost for system in SYSTEMS for cost in system.costs)
+
+
+def _claims(device: str, store: Store) -> Work:
+    claims = store.published("claims.csv", ("id",)).values()
+
+    def sheets(store: Store) -> list[Sheet]:
+        def stages_of(claim: dict[str, str]) -> list[Timing]:
+            return speed_claims.claim_stages(claim, device)
+
+        return [claims_sheet(device, SYSTEMS, stages_of, store)]
+
+    return Work(ListPlan(device, _all_costs(), speed_claims.jobs(claims, device)), sheets)
+
+
+def _figure_3(device: str, acceleration: Acceleration) -> Work:
+    plan = ListPlan(device, alone=timings.figure_3_jobs(device, acceleration))
+    stages = timings.figure_3(device, acceleration)
+    return Work(plan, lambda store: [runtime_sheet(stages, device, store.here, acceleration)])
+
+
+def _profile(args: argparse.Namespace, device: str) -> Work:
+    row = TIMED[1].row(args.profile)
+    profiles = timings.profiles(row, device, args.task)
+    jobs = (timings.ceilings_job(device), timings.profile_job(row, device, args.task))
+    return Work(
+        ListPlan(device, alone=jobs),
+        lambda store: profile_sheets(row.label, profiles, device, args.task, store.here),
+    )
+
+
+def _sweeps(args: argparse.Namespace, device: str, acceleration: Acceleration) -> Work:
+    table = TIMED[args.table]
+    rows = [row for row in map(table.row, args.rows) if row.backbone]
+    swept = [
+        timings.swept_row(row, table.baseline, device, args.task, acceleration) for row in rows
     ]
+    jobs = tuple(job for row in swept for job in timings.sweeps(row))
+    return Work(
+        ListPlan(device, alone=jobs),
+        lambda store: [sweep_sheet(row, store.here) for row in swept],
+    )
+
+
+def _table(args: argparse.Namespace, device: str, acceleration: Acceleration) -> Work:
+    table = TIMED[args.table]
+    selected = [table.row(label) for label in args.rows] if args.rows else table.rows
+    rows = [row for row in selected if row.backbone]
+    costs = tuple(cost for row in rows for cost in cost_stages(row))
+    stages = timings.stages(
+        table,
+        rows,
+        device,
+        args.task,
+        named=args.rows is not None,
+        acceleration=acceleration,
+    )
+    if args.modes:
+        timings.require_modes(args.modes, device, acceleration)
+        stages = [stage for stage in stages if stage.precision in args.modes]
+    jobs = (timings.ceilings_job(device), *timings.jobs(rows, stages))
+    timed = timings.timed_table(table, rows, device, args.task, acceleration)
+    return Work(ListPlan(device, costs, jobs), lambda store: [speed_sheet(timed, store)])
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""Score ADM-style sample files: `python experiments/evaluate.py samples.npz --against VIRTUAL_imagenet256_labeled.npz`.
+"""Score ADM-style sample files.
 
-A sample file holds uint8 images (arr_0, N x H x W x 3); the reference holds such images, statistics (mu, sigma, mu_s,
-sigma_s) or both. Prints FID, sFID, IS, precision, recall, density, coverage, KID and MIND with N in their names and sampling errors where N allows one.
-`--record FILE.json` keeps them, with all that decided them, for diff_protocol.py.
-With `--paired`, two files that sample.py made from common seeds are compared with the error of their difference.
+    python experiments/evaluate.py samples.npz --against VIRTUAL_imagenet256_labeled.npz
+
+A sample file holds uint8 images (arr_0, N x H x W x 3). The reference holds such images, statistics
+(mu, sigma, mu_s, sigma_s) or both. This prints FID, sFID, IS, precision, recall, density, coverage,
+KID and MIND with N in their names, and sampling errors where N allows one. `--record FILE.json`
+keeps them for diff_protocol.py, with all that decided them. With `--paired`, two files that
+sample.py made from common seeds are compared with the error of their difference.
 """
 
 from __future__ import annotations
@@ -11,40 +14,78 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.engine.cli import Parser, run_command
 from experiments.engine.data.locate import inception_path
-from experiments.engine.records.manifest import of_samples, score_name
+from experiments.engine.records.manifest import samples_manifest, score_name
 from experiments.engine.records.store import SCORES, Record, provenance, timestamp, write_record
 
 if TYPE_CHECKING:
-    from experiments.engine.data.image_files import ImageFile
+    from numpy import ndarray
 
-SHOWN = (
-    "fid",
-    "fid_corrected",
-    "sfid",
-    "is",
-    "is_shuffled",
-    "precision",
-    "recall",
-    "precision_half",
-    "recall_half",
-    "density",
-    "coverage",
-    "kid",
-    "mind",
+    from experiments.engine.data.image_files import ImageFile
+    from experiments.engine.scoring.inception import Inception
+    from experiments.engine.scoring.measure import Measured
+    from experiments.engine.scoring.reference import Reference
+
+
+@dataclass(frozen=True)
+class Line:
+    """How a score is printed."""
+
+    # The score's key in `scores.score`.
+    key: str
+    # The score whose name is printed.
+    name: str
+    # What is said of it after its value.
+    remark: str = ""
+    digits: int = 4
+    # Whether it depends on the number of rows in the reference.
+    by_neighbours: bool = False
+
+
+LINES = (
+    Line("fid", "fid"),
+    Line("fid_corrected", "fid", ", without its finite-N bias"),
+    Line("sfid", "sfid"),
+    Line("is", "is"),
+    Line("is_shuffled", "is", ", order shuffled"),
+    Line("precision", "precision", by_neighbours=True),
+    Line("recall", "recall", by_neighbours=True),
+    Line("precision_half", "precision", ", ADM's half precision", by_neighbours=True),
+    Line("recall_half", "recall", ", ADM's half precision", by_neighbours=True),
+    Line("density", "density", by_neighbours=True),
+    Line("coverage", "coverage", by_neighbours=True),
+    Line("kid", "kid", digits=6),
+    Line("mind", "mind"),
 )
 TRAININGS = 0.013  # coefficient of variation of FID between trainings (arXiv:2606.20536)
 
 
+@dataclass(frozen=True)
+class Scorer:
+    """What sample files are scored with."""
+
+    extractor: Inception
+    reference: Reference
+    # The reference's file.
+    against: Path
+    device: str
+    # Whether precision and recall are also computed in ADM's half precision.
+    half: bool
+
+
 def main() -> int:
-    return run_command(_main, str)
+    """Score the files that the command line names."""
+    return run_command(_evaluate, str)
 
 
-def _main() -> int:
+def _parse() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "samples", nargs="+", type=Path, help="one .npz, or several to score in turn"
@@ -78,205 +119,257 @@ def _main() -> int:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="default: the GPU if there is one"
     )
-    _run(parser.parse_args())
-    return 0
+    return parser.parse_args()
 
 
-def _run(args: argparse.Namespace) -> None:
+def _evaluate() -> int:
+    args = _parse()
     import torch
 
-    from experiments.engine.data.image_files import ImageFile, has_images, name_in_errors
+    from experiments.engine.data.image_files import ImageFile, has_images
     from experiments.engine.jobs.execute import require_device
-    from experiments.engine.scoring import inception, scores
-    from experiments.engine.scoring.measure import Measured, measure
-    from experiments.engine.scoring.reference import identity, read_reference, statistics
+    from experiments.engine.scoring.inception import load_inception
+    from experiments.engine.scoring.reference import read_reference
 
-    if args.paired and len(args.samples) != 2:
-        raise ValueError(f"--paired compares two sample files, got {len(args.samples)}")
-    if args.record and len(args.samples) != 1:
-        raise ValueError(f"--record keeps the scores of one sample file, got {len(args.samples)}")
+    # Refuse what cannot be scored before anything is measured.
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_numbers(args)
     require_device(device)
-    for path in args.samples:
-        if not has_images(path) and not (statistics(path) and not args.paired):
-            raise ValueError(
-                f"{path.name}: holds no images (arr_0)"
-                + ("" if statistics(path) else " and no statistics (mu, sigma)")
-            )
+    _check_contents(args)
     files = [ImageFile(path) for path in args.samples if has_images(path)]
     if args.record and not files:
         raise ValueError(
             f"--record keeps the scores of images; {args.samples[0].name} holds statistics only"
         )
     order = _common_order(*files) if args.paired else None
-    extractor = inception.load(args.inception, device)
+
+    extractor = load_inception(args.inception, device)
     reference = read_reference(extractor, args.against)
-    for path in (path for path in args.samples if not has_images(path)):
-        found = scores.distances(statistics(path), reference)
-        print(
-            "\n".join(
-                [
-                    f"{path.name} against {args.against.name}, statistics only: N and errors are unknown",
-                    *(f"  {name:15} {value:.4f}" for name, value in found.items()),
-                ]
-            )
-        )
-    measured = []
-    for images in files:
-        with name_in_errors(images.path):
-            measured.append(measure(extractor, images.batches()))
-            values = scores.score(
-                measured[-1],
-                reference,
-                images.labels,
-                balanced=_balanced(images),
-                half=args.half,
-                device=device,
-            )
-        if images.stray:
-            values["warnings"].append(
-                f"{images.path.name} carries {', '.join(images.stray)}, which was ignored: ADM's evaluator would score that instead of the images"
-            )
-        if args.record:
-            write_record(
-                args.record,
-                _recorded(images, values, identity(extractor, reference), device),
-            )
-        print(
-            _shown(
-                images.path.name,
-                values
-                | {key: images.made[key] for key in ("nfe",) if images.made and key in images.made},
-                args.against.name,
-            )
-        )
+    scorer = Scorer(extractor, reference, args.against, device, args.half)
+    for path in args.samples:
+        if not has_images(path):
+            print(_score_statistics(path, scorer))
+    measured = [_score_images(images, scorer, args.record) for images in files]
     if order is not None:
-        sides = [
-            Measured(m.pool[rows], m.spatial[rows], m.probabilities[rows])
-            for m, rows in zip(measured, order, strict=True)
-        ]
-        labels = None if files[0].labels is None else files[0].labels[order[0]]
-        print(
-            _compared(scores.paired(*sides, reference, labels, _balanced(files[0])), args.samples)
+        print(_compare(files, measured, order, reference))
+    return 0
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    if args.paired and len(args.samples) != 2:
+        raise ValueError(f"--paired compares two sample files, got {len(args.samples)}")
+    if args.record and len(args.samples) != 1:
+        raise ValueError(f"--record keeps the scores of one sample file, got {len(args.samples)}")
+
+
+def _check_contents(args: argparse.Namespace) -> None:
+    """Raise ValueError for a file without images, unless its statistics can be scored."""
+    from experiments.engine.data.image_files import has_images
+    from experiments.engine.scoring.reference import statistics
+
+    for path in args.samples:
+        if has_images(path):
+            continue
+        if not statistics(path):
+            raise ValueError(f"{path.name}: holds no images (arr_0) and no statistics (mu, sigma)")
+        if args.paired:
+            raise ValueError(f"{path.name}: holds no images (arr_0)")
+
+
+def _score_statistics(path: Path, scorer: Scorer) -> str:
+    """Return the lines of a file that holds statistics alone."""
+    from experiments.engine.scoring.reference import statistics
+    from experiments.engine.scoring.scores import distances
+
+    head = f"{path.name} against {scorer.against.name}, statistics only: N and errors are unknown"
+    values = distances(statistics(path), scorer.reference)
+    return "\n".join([head, *(f"  {name:15} {value:.4f}" for name, value in values.items())])
+
+
+def _score_images(images: ImageFile, scorer: Scorer, record: Path | None) -> Measured:
+    """Print the scores of a file of images, record them if asked, and return its features."""
+    from experiments.engine.data.image_files import name_in_errors
+    from experiments.engine.scoring.measure import measure
+    from experiments.engine.scoring.reference import identify_measure
+    from experiments.engine.scoring.scores import score
+
+    with name_in_errors(images.path):
+        measured = measure(scorer.extractor, images.batches())
+        values = score(
+            measured,
+            scorer.reference,
+            images.labels,
+            balanced=_is_balanced(images),
+            half=scorer.half,
+            device=scorer.device,
         )
+    if images.stray:
+        values["warnings"].append(
+            f"{images.path.name} carries {', '.join(images.stray)}, which was ignored: "
+            "ADM's evaluator would score that instead of the images"
+        )
+    if record:
+        identity = identify_measure(scorer.extractor, scorer.reference)
+        write_record(record, _record_of(images, values, identity, scorer.device))
+
+    shown = dict(values)
+    if images.origin and "nfe" in images.origin:
+        shown["nfe"] = images.origin["nfe"]
+    print(_text_of_scores(images.path.name, shown, scorer.against.name))
+    return measured
 
 
-def _recorded(
+def _record_of(
     images: ImageFile, values: dict[str, Any], identity: dict[str, Any], device: str
 ) -> Record:
-    """The scores with both files' hashes, what the sampler wrote of itself, and how they were measured, in the form of an Evaluate record."""
+    """Return the scores in the form of an Evaluate record.
+
+    The manifest holds both files' hashes, what the sampler wrote of itself, and how the scores were
+    measured.
+    """
     import torch
 
     from experiments.engine.data.image_files import file_sha256
     from experiments.engine.numerics.precision import precision, read_tf32_flags
-    from experiments.engine.scoring.stage import histogram, versions
+    from experiments.engine.scoring.outcome import label_histogram, package_versions
 
+    # How the scores were measured.
     with precision("fp32", torch.device(device)):
-        found = {
-            "num": len(images),
-            "image": {"size": images.shape[1], "format": "uint8"},
-            "flags": read_tf32_flags(),
-        }
-    found |= (
-        {"labels": {"histogram_sha256": histogram(images.labels)}}
-        if images.labels is not None
-        else {}
-    )
-    found |= {"versions": versions("numpy", "scipy", "torch-fidelity"), **identity}
-    whole = of_samples(
-        images.made or {},
-        {"samples": {"name": images.path.name, "sha256": file_sha256(images.path)}},
-        found,
-    )
-    place = {
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "precision_flags": found["flags"],
+        flags = read_tf32_flags()
+    measure: dict[str, Any] = {
+        "num": len(images),
+        "image": {"size": images.shape[1], "format": "uint8"},
+        "flags": flags,
     }
-    name = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
+    if images.labels is not None:
+        measure["labels"] = {"histogram_sha256": label_histogram(images.labels)}
+    measure["versions"] = package_versions("numpy", "scipy", "torch-fidelity")
+    measure |= identity
+
+    # No spec names the samples, so the record is named by its manifest.
+    samples = {"name": images.path.name, "sha256": file_sha256(images.path)}
+    manifest = samples_manifest(images.origin or {}, {"samples": samples}, measure)
+    text = json.dumps(manifest, sort_keys=True)
     return Record(
-        name,
+        hashlib.sha256(text.encode()).hexdigest()[:16],
         SCORES,
         "done",
-        values | {"made": images.made, "manifest": whole},
-        provenance() | place,
+        values | {"made": images.origin, "manifest": manifest},
+        provenance()
+        | {
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+            "precision_flags": flags,
+        },
         timestamp(),
         {},
     )
 
 
-def _common_order(a: ImageFile, b: ImageFile) -> tuple[Any, Any]:
-    """Rows of both files in the order of generation; ValueError unless they come from the same seeds and labels."""
+def _common_order(a: ImageFile, b: ImageFile) -> tuple[ndarray, ndarray]:
+    """Return the rows of both files in the order of generation.
+
+    Raises:
+        ValueError: unless both come from the same seeds and labels.
+    """
     for images in (a, b):
-        if images.index is None or images.labels is None or (images.made or {}).get("seed") is None:
+        seeded = images.origin is not None and images.origin.get("seed") is not None
+        if images.index is None or images.labels is None or not seeded:
             raise ValueError(
-                f"{images.path.name} does not say from which seeds it was made; pairs need files that sample.py wrote"
+                f"{images.path.name} does not say from which seeds it was made; "
+                "pairs need files that sample.py wrote"
             )
-    rows = a.index.argsort(), b.index.argsort()
-    same = (
-        len(a) == len(b)
-        and (a.index[rows[0]] == b.index[rows[1]]).all()
-        and (a.labels[rows[0]] == b.labels[rows[1]]).all()
-    )
-    if not same or a.made["seed"] != b.made["seed"]:
+    rows_a, rows_b = (_order_of_generation(images) for images in (a, b))
+    if not _are_of_common_seeds(a, b, rows_a, rows_b):
         raise ValueError(
-            f"{a.path.name} and {b.path.name} were made from different seeds or labels: compare them unpaired"
+            f"{a.path.name} and {b.path.name} were made from different seeds or labels: "
+            "compare them unpaired"
         )
-    return rows
+    return rows_a, rows_b
 
 
-def _balanced(images: ImageFile) -> bool:
-    return images.made is not None and images.made.get("labels") == "balanced"
+def _order_of_generation(images: ImageFile) -> ndarray:
+    assert images.index is not None
+    return images.index.argsort()
 
 
-def _shown(name: str, values: dict[str, Any], reference: str) -> str:
+def _are_of_common_seeds(a: ImageFile, b: ImageFile, rows_a: ndarray, rows_b: ndarray) -> bool:
+    """Return whether two files were made from the same seeds and labels, in these orders."""
+    import numpy as np
+
+    assert a.origin and b.origin and a.index is not None and b.index is not None
+    assert a.labels is not None and b.labels is not None
+    return (
+        a.origin["seed"] == b.origin["seed"]
+        and np.array_equal(a.index[rows_a], b.index[rows_b])
+        and np.array_equal(a.labels[rows_a], b.labels[rows_b])
+    )
+
+
+def _is_balanced(images: ImageFile) -> bool:
+    return images.origin is not None and images.origin.get("labels") == "balanced"
+
+
+def _text_of_scores(name: str, values: dict[str, Any], reference: str) -> str:
+    """Return the lines of a file of images: its scores, then its warnings."""
     lines = [f"{name} against {reference}"]
-    for key in (
-        key
-        for key in SHOWN
-        if values.get(key, float("nan")) == values.get(key, float("nan")) and key in values
-    ):
-        base, _, kind = key.partition("_")
-        words = {
-            "": "",
-            "corrected": ", without its finite-N bias",
-            "shuffled": ", order shuffled",
-            "half": ", ADM's half precision",
-        }[kind]
-        error = values.get(f"{key}_se")
-        spread = (
-            f" ± {error:.4f}"
-            if error is not None and error == error
-            else " (deviation over subsets " + f"{values['kid_sd']:.6f})"
-            if key == "kid"
-            else ""
-        )
-        digits = 6 if base == "kid" else 4
-        counts = (
-            f", k 3, {values['num_reference']} reference rows"
-            if base in ("precision", "recall", "density", "coverage")
-            else ""
-        )
-        counts += f", over {values['mind_rows']} rows of each" if base == "mind" else ""
-        lines.append(
-            f"  {score_name(base, values['num']):15} {values[key]:.{digits}f}{spread}{words}{counts}"
-        )
-    lines += [f"  network evaluations per image: {values['nfe']}"] if "nfe" in values else []
+    for line in LINES:
+        if line.key in values and not math.isnan(values[line.key]):
+            lines.append(_text_of_score(line, values))
+    if "nfe" in values:
+        lines.append(f"  network evaluations per image: {values['nfe']}")
     return "\n".join([*lines, *(f"  warning: {text}" for text in values["warnings"])])
 
 
-def _compared(values: dict[str, Any], paths: list[Path]) -> str:
-    line = f"{paths[0].name} less {paths[1].name}: {score_name('fid', values['num'])} {values['fid_difference']:+.4f}"
-    if values["fid_difference_se"] == values["fid_difference_se"]:
-        line += f" ± {values['fid_difference_se']:.4f} (paired; ± {values['fid_difference_se_unpaired']:.4f} unpaired)"
-    else:
-        line += " (too few samples for its error)"
-    caution = (
-        f"; between two trainings, one each, differences below {TRAININGS:.1%} say nothing"
-        if abs(values["fid_relative"]) < TRAININGS
-        else ""
+def _text_of_score(line: Line, values: dict[str, Any]) -> str:
+    value = values[line.key]
+    text = f"  {score_name(line.name, values['num']):15} {value:.{line.digits}f}"
+
+    # Its error, or the deviation of a single subset.
+    error = values.get(f"{line.key}_se")
+    if error is not None and not math.isnan(error):
+        text += f" ± {error:.4f}"
+    elif line.key == "kid":
+        text += f" (deviation over subsets {values['kid_sd']:.6f})"
+
+    # What else it depends on.
+    text += line.remark
+    if line.by_neighbours:
+        text += f", k 3, {values['num_reference']} reference rows"
+    if line.key == "mind":
+        text += f", over {values['mind_rows']} rows of each"
+    return text
+
+
+def _compare(
+    files: Sequence[ImageFile],
+    measured: Sequence[Measured],
+    order: tuple[ndarray, ndarray],
+    reference: Reference,
+) -> str:
+    """Return the line that compares two files from common seeds."""
+    from experiments.engine.scoring.measure import Measured
+    from experiments.engine.scoring.scores import paired
+
+    # Row i of both comes from the same seed.
+    a, b = (
+        Measured(features.pool[rows], features.spatial[rows], features.probabilities[rows])
+        for features, rows in zip(measured, order, strict=True)
     )
-    return f"{line}, {values['fid_relative']:+.1%}: {values['verdict']}{caution}"
+    labels = None if files[0].labels is None else files[0].labels[order[0]]
+    values = paired(a, b, reference, labels, _is_balanced(files[0]))
+
+    names = f"{files[0].path.name} less {files[1].path.name}"
+    text = f"{names}: {score_name('fid', values['num'])} {values['fid_difference']:+.4f}"
+    if math.isnan(values["fid_difference_se"]):
+        text += " (too few samples for its error)"
+    else:
+        text += f" ± {values['fid_difference_se']:.4f}"
+        text += f" (paired; ± {values['fid_difference_se_unpaired']:.4f} unpaired)"
+    text += f", {values['fid_relative']:+.1%}: {values['verdict']}"
+    if abs(values["fid_relative"]) < TRAININGS:
+        text += f"; between two trainings, one each, differences below {TRAININGS:.1%} say nothing"
+    return text
 
 
 if __name__ == "__main__":

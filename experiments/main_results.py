@@ -1,21 +1,24 @@
-"""Tables 1, 2, 8 and 9 of the DiCo paper as declarations. `python experiments/main_results.py --table 1` runs and prints one.
+"""Run and print Tables 1, 2, 8 and 9 of the DiCo paper: `experiments/main_results.py --table 1`.
 
-Every diffusion system whose network is known is one here; the others' rows hold published numbers. On the digits protocol
-a family is one small network (ADM-U three), whichever of its sizes a row names; `--protocol imagenet256_own` trains and samples each
-system as its own paper does.
+A row whose network is known can be run. The other rows hold published numbers alone. On the digits
+protocol all sizes of a family are one small network (ADM-U is three). `--protocol imagenet256_own`
+trains and samples each system as its own paper does.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from experiments.ablation import SMALL_DIT, SMALL_U
 from experiments.declared import recipes
 from experiments.declared.protocols import PROTOCOLS
-from experiments.declared.systems import latent
+from experiments.declared.systems import ADM_U_COSTS_256, ADM_U_COSTS_512, latent
 from experiments.engine.cli import main
 from experiments.engine.specs.rows import Method, Row, Table
 from experiments.engine.specs.spec import Backbone, Cost
+
+# ---- One network per family for small protocols
 
 DIT = Backbone("dit_s_2", SMALL_DIT)
 SIT = Backbone("sit_s_2", SMALL_DIT)
@@ -44,16 +47,30 @@ LDM = Backbone(
     "ldm_4", dict(dim=32, multipliers=(1, 2), num_res_blocks=1, attention_at=(2,), context_dim=32)
 )
 
-CASCADE = "a base model that a classifier of noisy images guides, and an upsampler; counted are one step of each without the classifier. In pixels all three are trained, on digits from 4x4 to 8x8; on a protocol's latents the base alone, unguided"
+# ---- Notes of rows
+
+CASCADE = (
+    "a base model, which a classifier of noisy images guides, and an upsampler. Counted are one "
+    "step of each, without the classifier. In pixels all three are trained, on digits from 4x4 to "
+    "8x8; on a protocol's latents the base model alone is trained, unguided"
+)
 UNGUIDED = "not in the paper: the base model of ADM-U alone on a protocol's data"
 GUIDED = "not in the paper; ADM's single network, guided by a classifier of noisy images"
-PIXELS = "published on latents of its own, at which it is timed; it is trained on a protocol's data like all others"
+PIXELS = (
+    "published on latents of its own, at which it is timed; it is trained on a protocol's data "
+    "like all others"
+)
 VELOCITY = "predicts a velocity and has its own objective and sampler under every protocol"
 NOISE = "predicts the noise alone and has its own schedule and sampler under every protocol"
 NOT_PUBLISHED = (
     "not in the paper; on 8x8 digits its innermost attention sees single tokens, whose softmax is 1"
 )
-RECONSTRUCTION = "a reconstruction: no code was published, and no variant meets the published counts at both resolutions"
+RECONSTRUCTION = (
+    "a reconstruction: no code was published, and no variant meets the published counts at both "
+    "resolutions"
+)
+
+# ---- Parts of rows
 
 
 def row(
@@ -62,13 +79,17 @@ def row(
     small: Backbone,
     method: Method | None = None,
     note: str = "",
-    *,
-    key: str | None = None,
-    heavy: bool = True,
-    costs: tuple[Cost, ...] = (),
-    **parts: Row,
+    **options: Any,
 ) -> Row:
-    return Row(label, Backbone(name), small, key or label, note, method, costs, heavy, **parts)
+    """Return a row that the paper publishes under its label, and that is heavy on a CPU.
+
+    Args:
+        name: of the registered network.
+        small: the family's network on small protocols.
+        options: further fields of the row.
+    """
+    fields: dict[str, Any] = {"published": label, "heavy": True} | options
+    return Row(label, Backbone(name), small, note=note, method=method, **fields)
 
 
 def classifier(size: int, method: Method = recipes.ADM_CLASSIFIER) -> Row:
@@ -88,7 +109,7 @@ def upsampler(size: int, method: Method) -> Row:
 
 
 def adm_alone(size: int, method: Method) -> Row:
-    """ADM's base model for one side, without what ADM-U adds to it."""
+    """Return ADM's base model alone, without the other networks of ADM-U."""
     return Row(
         f"ADM-{size}",
         Backbone(f"adm_base_{size}"),
@@ -116,7 +137,7 @@ def adm_guided(size: int, method: Method) -> Row:
 
 
 def at_512(rows: tuple[Row, ...]) -> tuple[Row, ...]:
-    """Rows whose network sees a 64 x 64 latent."""
+    """Return rows whose network sees a 64 x 64 latent."""
     return tuple(
         r if r.costs or not r.backbone else replace(r, costs=(Cost(r.backbone, 64, 4, 1000),))
         for r in rows
@@ -124,12 +145,12 @@ def at_512(rows: tuple[Row, ...]) -> tuple[Row, ...]:
 
 
 def published(*models: str) -> tuple[Row, ...]:
-    """Systems that are numbers only."""
+    """Return rows of systems that hold published numbers alone."""
     return tuple(Row(model, None, {}, model) for model in models)
 
 
 def scale(size: str, *, heavy: bool, cfg: str = "no", without: str = "") -> tuple[Row, ...]:
-    """One size of DiT, DiC, DiG and DiCo after 400K steps, by the common recipe, which is theirs."""
+    """Return one size of DiT, DiC, DiG and DiCo after 400K steps of the common recipe."""
     families = (
         ("DiT", "/2", "dit_{}_2", DIT),
         ("DiC", "", "dic_{}", DIC),
@@ -141,7 +162,7 @@ def scale(size: str, *, heavy: bool, cfg: str = "no", without: str = "") -> tupl
             f"{family}-{size}{patch}",
             name.format(size.lower()),
             small,
-            key=f"{family}-{size}{patch} 400000 {cfg}",
+            published=f"{family}-{size}{patch} 400000 {cfg}",
             heavy=heavy,
         )
         for family, patch, name, small in families
@@ -155,9 +176,15 @@ DIC_H = row("DiC-H", "dic_h", DIC, recipes.DIC_H)
 DICO_XL = row("DiCo-XL", "dico_xl", DICO, recipes.DICO_XL)
 DICO_H = row("DiCo-H", "dico_h", DICO, recipes.DICO_H)
 ADM_U = row(
-    "ADM-U", "adm_base_64", ADM, recipes.ADM_64, CASCADE, costs=latent("adm_base_64", 64, 3) + latent("adm_up_256", 256, 6),
-    classifier=classifier(64, recipes.ADM_CLASSIFIER_64), upsampler=upsampler(256, recipes.ADM_UP_256),
-)  # fmt: skip
+    "ADM-U",
+    "adm_base_64",
+    ADM,
+    recipes.ADM_64,
+    CASCADE,
+    costs=ADM_U_COSTS_256,
+    classifier=classifier(64, recipes.ADM_CLASSIFIER_64),
+    upsampler=upsampler(256, recipes.ADM_UP_256),
+)
 UVIT_L = row("U-ViT-L/2", "uvit_l_2", UVIT, recipes.UVIT_L, NOISE)
 UVIT_H = row("U-ViT-H/2", "uvit_h_2", UVIT, recipes.UVIT_H, NOISE)
 DIM_H = row("DiM-H", "dim_h", DIM, recipes.DIM, NOISE)
@@ -168,14 +195,14 @@ DIFFUSSM_XL = row(
     DIFFUSSM,
     recipes.DIFFUSSM,
     RECONSTRUCTION,
-    key="DiffuSSM-XL",
+    published="DiffuSSM-XL",
 )
 DIMSUM_L = row("DiMSUM-L/2", "dimsum_l_2", DIMSUM, recipes.DIMSUM, VELOCITY)
 SIT_XL = row("SiT-XL", "sit_xl_2", SIT, recipes.SIT, VELOCITY)
 
 
 def with_cfg(r: Row) -> Row:
-    """The guided row of a network that the table also has without guidance."""
+    """Return the guided row of a network that the table also has without guidance."""
     return replace(r, label=f"{r.label} (w/ CFG)", published=f"{r.label} yes")
 
 
@@ -222,31 +249,34 @@ TABLE_1 = Table(
 UVIT_L_512 = row("U-ViT-L/4", "uvit_l_4", UVIT, recipes.UVIT_L_512, NOISE)
 UVIT_H_512 = row("U-ViT-H/4", "uvit_h_4", UVIT, recipes.UVIT_H_512, NOISE)
 ADM_U_512 = row(
-    "ADM-U", "adm_base_128", ADM, recipes.ADM_128, CASCADE, costs=latent("adm_base_128", 128, 3) + latent("adm_up_512", 512, 6),
-    classifier=classifier(128), upsampler=upsampler(512, recipes.ADM_UP_512),
-)  # fmt: skip
+    "ADM-U",
+    "adm_base_128",
+    ADM,
+    recipes.ADM_128,
+    CASCADE,
+    costs=ADM_U_COSTS_512,
+    classifier=classifier(128),
+    upsampler=upsampler(512, recipes.ADM_UP_512),
+)
 OTHERS_512 = (ADM_U_512, UVIT_L_512, UVIT_H_512)
+# Tokens that pad a raster line cost what tokens elsewhere cost, so the plain network is counted.
 DIM_H_512 = replace(
     DIM_H,
-    backbone=DIM_H.backbone.but(raster_padding=True),
+    backbone=Backbone("dim_h", dict(raster_padding=True)),
     method=recipes.DIM_512,
     start=replace(DIM_H, method=recipes.DIM_START),
     costs=latent("dim_h", 64),
-)  # pads cost alike
-MAMBA_512 = (DIM_H_512, DIS_H, replace(DIFFUSSM_XL, method=recipes.DIFFUSSM_512))
-DIT_XL_512, DICO_XL_512 = (
-    replace(DIT_XL, method=recipes.DIT_512),
-    replace(DICO_XL, method=recipes.DICO_XL_512),
 )
+MAMBA_512 = (DIM_H_512, DIS_H, replace(DIFFUSSM_XL, method=recipes.DIFFUSSM_512))
+DIT_XL_512 = replace(DIT_XL, method=recipes.DIT_512)
+DICO_XL_512 = replace(DICO_XL, method=recipes.DICO_XL_512)
 
 
 def after(r: Row, steps: int) -> Row:
-    """A network without guidance after so many steps."""
-    method = replace(
-        r.method,
-        recipe=replace(r.method.recipe, steps=steps),
-        sampler=replace(r.method.sampler, scale=1.0),
-    )
+    """Return a network without guidance after a number of training steps."""
+    assert r.method, "a row without a recipe of its own has no number of steps"
+    recipe = replace(r.method.recipe, steps=steps)
+    method = replace(r.method, recipe=recipe, sampler=replace(r.method.sampler, scale=1.0))
     return replace(
         r,
         label=f"{r.label}, {steps / 1e6:.1f}M".replace(".0M", "M"),

@@ -26,9 +26,10 @@ from experiments.engine.cluster.client import remember_this_job
 from experiments.engine.cluster.site import load_site, warn_of_unknown_rows
 from experiments.engine.cluster.submit import stage_ids, trainer_resources
 from experiments.engine.data.locate import require_data, require_features
-from experiments.engine.jobs.plan import Chosen
-from experiments.engine.jobs.pool import work_in_job
+from experiments.engine.jobs.plan import TablePlan
+from experiments.engine.jobs.scheduled import work_in_job
 from experiments.engine.records.store import Store
+from experiments.engine.specs.selection import Selection
 from experiments.engine.specs.stages import evaluate_stage
 
 TABLES = ablation.TABLES | main_results.TABLES
@@ -62,7 +63,8 @@ def _run_row(args: argparse.Namespace) -> int:
     row = table.row(args.row)
     root = Store(args.results).root.resolve()
     # Trainings are the same on any device.
-    (job,) = Chosen(table, [row], protocol, [args.seed], device="").trainings()
+    selection = Selection(table, [row], protocol, [args.seed], device="")
+    (job,) = TablePlan(selection).trainings()
 
     # Let --status find this job. A folder that cannot be written is reported by the run itself.
     with suppress(OSError):

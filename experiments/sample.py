@@ -34,7 +34,7 @@ from experiments.engine.cli import (
     run_command,
 )
 from experiments.engine.data.locate import require_data
-from experiments.engine.jobs.pool import Job
+from experiments.engine.jobs.job import Job, JobEvent
 from experiments.engine.jobs.progress import ProgressDisplay
 from experiments.engine.records.store import Store
 from experiments.engine.runtime.progress import Progress, Report, ignore_progress
@@ -124,7 +124,7 @@ def _draw(args: argparse.Namespace) -> int:
     from experiments.engine.jobs.execute import require_device
     from experiments.engine.runtime import group as distributed
     from experiments.engine.runtime.context import Resources, RunContext
-    from experiments.engine.sampling.samples import decoder_warnings
+    from experiments.engine.sampling.networks import decoder_warnings
 
     # An unknown sampler raises ValueError here, before any work.
     bind_sampler(spec.sampler, build_diffusion(spec.train.diffusion))
@@ -147,7 +147,7 @@ def _draw(args: argparse.Namespace) -> int:
         if args.png:
             samples.write_png(args.png)
 
-    for text in decoder_warnings(spec.data, samples.made["decoder"]):
+    for text in decoder_warnings(spec.data, samples.origin["decoder"]):
         print(f"warning: {text}", file=sys.stderr)
     height, width = samples.shape[1], samples.shape[2]
     print(
@@ -196,7 +196,7 @@ def _progress_report(label: str, spec: Evaluate, group: Group, held: ExitStack) 
     def report(progress: Progress) -> None:
         # The other ranks draw as fast as this one.
         rate = progress.rate * group.world_size
-        display.notify(job, "progress", replace(progress, rate=rate))
+        display.notify(job, JobEvent.PROGRESS, replace(progress, rate=rate))
 
     return report
 

@@ -31,7 +31,7 @@ from experiments.engine.cluster import submit as engine_cluster
 from experiments.engine.cluster.client import queue
 from experiments.engine.cluster.site import Site
 from experiments.engine.cluster.submit import Array, run_job, submit
-from experiments.engine.jobs.pool import Job
+from experiments.engine.jobs.job import Job
 from experiments.engine.records.store import REPOSITORY, Store
 from experiments.engine.specs.spec import Backbone, Data, Recipe, Train
 

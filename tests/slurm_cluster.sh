@@ -141,8 +141,7 @@ idle_nodes() {
     SLURM_CONF=$conf timeout -k 1 5 sinfo -h -N -p main -t idle -o %N 2>/dev/null | wc -l
 }
 
-# shellcheck disable=SC2329 # the case at the end calls it
-start_cluster() {
+start() {
     local program port=21000 tries
     for program in munged slurmctld slurmd sbatch srun; do
         command -v "$program" >/dev/null ||
@@ -175,12 +174,7 @@ start_cluster() {
     fail "the nodes did not come up"
 }
 
-reidle_nodes() {
-    SLURM_CONF=$conf timeout -k 1 5 sinfo -h -N -p main -t idle -o %N 2>/dev/null | wc -l
-}
-
-# shellcheck disable=SC2329 # the case at the end calls it
-start_cluster() {
+restart() {
     kill_all "$(alive slurmctld)"
     launch slurmctld slurmctld -D -f "$conf"
 }
@@ -194,7 +188,7 @@ stop() {
 }
 
 case ${1:-} in
-    start) start_cluster ;;
+    start) start ;;
     env) echo "export SLURM_CONF='$conf'" ;;
     node-kill) node_kill "${2:?1 or 2}" ;;
     slurmd-kill) slurmd_kill "${2:?1 or 2}" ;;

@@ -36,6 +36,7 @@ OPTIONAL = GPU_LIBRARIES | {
 FLOORS = (  # of experiments/engine, from top to bottom: a file imports its own floor and those below
     "cli",
     "cluster",
+    "benchmarks",
     "jobs",
     "scoring",
     "sampling",
@@ -50,10 +51,15 @@ FLOORS = (  # of experiments/engine, from top to bottom: a file imports its own 
     "specs",
 )
 LIGHT_ENGINE = (
-    "cli cluster/client cluster/launch cluster/local cluster/site cluster/slurm cluster/status "
-    "cluster/submit data/locate jobs/plan jobs/pool jobs/progress records/files records/manifest records/store reporting/lookup reporting/notes "
+    "benchmarks/footprint benchmarks/session benchmarks/spec benchmarks/targets cli "
+    "cluster/client cluster/launch cluster/local cluster/site cluster/slurm cluster/status "
+    "cluster/submit data/locate jobs/estimate jobs/job jobs/plan jobs/pool jobs/progress "
+    "jobs/scheduled records/comparison records/effects records/files records/manifest "
+    "records/store reporting/efficiency/claims reporting/efficiency/counts "
+    "reporting/efficiency/details reporting/efficiency/speed reporting/lookup reporting/notes "
     "reporting/render reporting/sheet reporting/statistics reporting/tables specs/rows specs/spec "
-    "specs/selection specs/stages"
+    "runtime/attempts runtime/heartbeat runtime/preemption runtime/progress specs/selection "
+    "specs/stages"
 )
 LIGHT = [
     *(f"experiments/engine/{name}.py" for name in LIGHT_ENGINE.split()),

@@ -24,9 +24,9 @@ from analysis.query import ReferenceStore, scores_of
 from analysis.tables.conditions import same_conditions
 from experiments.ablation import TABLE_4
 from experiments.declared.protocols import IMAGENET256
-from experiments.declared.speed_claims import Claim, half_digit
-from experiments.engine.records.manifest import clashes
+from experiments.engine.records.comparison import clashes
 from experiments.engine.records.store import Record
+from experiments.engine.reporting.efficiency.claims import Claim, half_digit
 from experiments.engine.reporting.verdict import Judgement, Qualifier, Verdict
 from experiments.engine.specs.spec import Evaluate, canonical
 from experiments.engine.specs.stages import evaluate_stage

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from analysis.query import ReferenceStore
-from experiments.declared.speed_claims import half_digit
 from experiments.engine.records.store import Record
+from experiments.engine.reporting.efficiency.claims import half_digit
 from experiments.engine.reporting.statistics import Spread, mean_score, noise_bound, pool_spread
 from experiments.engine.reporting.verdict import Judgement, Qualifier, Verdict
 

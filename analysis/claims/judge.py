@@ -21,9 +21,11 @@ from analysis.claims.scaling import judge_scaling
 from analysis.query import ReferenceStore
 from analysis.tables.caveats import add_caveats
 from experiments.declared import speed_claims
-from experiments.declared.speed_claims import Claim
-from experiments.declared.timings import unfused
+from experiments.declared.systems import SYSTEMS
 from experiments.engine.records.store import Record
+from experiments.engine.reporting.efficiency import claims as efficiency
+from experiments.engine.reporting.efficiency.claims import Claim, Ratio
+from experiments.engine.reporting.efficiency.speed import unfused
 from experiments.engine.reporting.sheet import Cell, Column, Kind, NoteKind, Sheet
 from experiments.engine.reporting.verdict import Judgement, Verdict
 
@@ -106,7 +108,7 @@ def judge_throughput(claim: Claim, store: ReferenceStore) -> Finding:
     if proxy:
         return replace(proxy, basis=f"{proxy.basis}; {printed}")
 
-    small = speed_claims.small_on_cpu(claim, store, store.reference)
+    small = _small_speed(claim, store)
     basis = printed + (f". Not the claim's, for scale: {small}" if small else "")
     ours, other = (published_number(name, "throughput_img_s", store) for name in subjects)
     if ours is None or other is None:
@@ -134,9 +136,20 @@ def _printed_speed(subjects: Sequence[str], store: ReferenceStore) -> str:
     return f"Table {table}: {listed} img/s on an A100; no GPU record here"
 
 
+def _small_speed(claim: Claim, store: ReferenceStore) -> str:
+    """How the smallest networks of a claim's families compare on a CPU; '' without records."""
+    networks = speed_claims.small_networks(claim)
+    if networks is None:
+        return ""
+    return efficiency.small_on_cpu(
+        networks.families, networks.pair, networks.alone, store.reference
+    )
+
+
 def _measured_speed(claim: Claim, store: ReferenceStore, device: str) -> Finding | None:
     """Ratio of two networks' throughput in every numeric mode in which they were timed in turn."""
-    ratios = speed_claims.ratios(claim, device, store, store.reference)
+    stages = speed_claims.claim_stages(claim, device)
+    ratios = efficiency.ratios(claim, stages, store.reference)
     if not ratios:
         return None
     records = tuple(record for ratio in ratios for record in ratio.records)
@@ -150,7 +163,7 @@ def _measured_speed(claim: Claim, store: ReferenceStore, device: str) -> Finding
         evidence = Evidence.REDUCED
         batch = records[0].spec["batch"]
         basis = f"the claim's networks on a CPU, timed in turn at batch {batch}"
-        if speed_claims.looped(records):
+        if efficiency.looped(records):
             basis += (
                 "; the scan runs as a loop over tokens, for which GPUs have a fused kernel, so the "
                 "claim cannot be judged this way"
@@ -158,11 +171,11 @@ def _measured_speed(claim: Claim, store: ReferenceStore, device: str) -> Finding
     value = "; ".join(
         f"{ratio.value:.2f} ±{ratio.error:.2f} ({ratio.mode}, {ratio.device})" for ratio in ratios
     )
-    judgement = speed_claims.judge_ratios(ratios, device)
+    judgement = efficiency.judge_speed(ratios, stages)
     return Finding(evidence, value, judgement, basis, "within each value", False, records)
 
 
-def _describe_unfused(ratios: Sequence[speed_claims.Ratio]) -> str:
+def _describe_unfused(ratios: Sequence[Ratio]) -> str:
     """What ran on a GPU without its fused kernel, and in which modes."""
     modes: dict[str, list[str]] = {}
     for ratio in ratios:
@@ -176,22 +189,23 @@ def _describe_unfused(ratios: Sequence[speed_claims.Ratio]) -> str:
 
 def judge_gflops(claim: Claim, store: ReferenceStore) -> Finding:
     """A printed percentage of Gflops beside the counted one."""
-    cell, is_same, counts = speed_claims.gflops(claim, store, store.reference)
-    if is_same is None:
+    counted = efficiency.judge_gflops(claim, SYSTEMS, store.reference)
+    if counted is None:
         return open_finding("not every network of it has a count by the paper's counter")
-    judgement = Judgement(Verdict.REPRODUCED if is_same else Verdict.NOT_TO_THE_DIGIT)
+    judgement = Judgement(Verdict.REPRODUCED if counted.holds else Verdict.NOT_TO_THE_DIGIT)
 
     # a printed range has no single difference
-    if not is_same and "-" not in claim["value"] and cell.value is not None:
-        points = cell.value - float(claim["value"])
+    value = counted.cell.value
+    if not counted.holds and "-" not in claim["value"] and value is not None:
+        points = value - float(claim["value"])
         judgement = judgement.qualified(f"off by {points:+.1f} points")
     return Finding(
         Evidence.COUNTED,
-        cell.label,
+        counted.cell.label,
         judgement,
-        f"{counts} Gflops, counted here by the paper's counter",
+        f"{counted.counts} Gflops, counted here by the paper's counter",
         "exact",
-        records=cell.records,
+        records=counted.cell.records,
     )
 
 

@@ -18,8 +18,8 @@ from analysis.claims.finding import (
 from analysis.query import ReferenceStore, rankable
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.declared.protocols import DIGITS, IMAGENET256
-from experiments.declared.speed_claims import Claim
 from experiments.engine.records.store import Record
+from experiments.engine.reporting.efficiency.claims import Claim
 from experiments.engine.reporting.lookup import ranking_score
 from experiments.engine.reporting.statistics import Spread, pool_spread
 from experiments.engine.reporting.verdict import Judgement, Qualifier

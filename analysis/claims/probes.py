@@ -21,8 +21,8 @@ from analysis.probes.declared import Probe, declared
 from analysis.query import ReferenceStore
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.declared.protocols import DIGITS, IMAGENET256
-from experiments.declared.speed_claims import Claim
 from experiments.engine.records.store import Record
+from experiments.engine.reporting.efficiency.claims import Claim
 from experiments.engine.reporting.lookup import REFERENCE_SEEDS
 from experiments.engine.reporting.statistics import noise_bound, pool_spread
 from experiments.engine.reporting.verdict import Judgement, Qualifier, Verdict

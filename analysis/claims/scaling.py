@@ -14,9 +14,9 @@ from analysis.claims.finding import Evidence, Finding, judge_direction, means, s
 from analysis.query import ReferenceStore, scores_of
 from analysis.tables.pages import once
 from analysis.tables.progress import progress_curve, progress_row, stopped
-from experiments.declared.speed_claims import Claim
-from experiments.engine.records.manifest import clashes
+from experiments.engine.records.comparison import clashes
 from experiments.engine.records.store import Record
+from experiments.engine.reporting.efficiency.claims import Claim
 from experiments.engine.reporting.statistics import pool_spread
 from experiments.engine.reporting.verdict import Judgement, Qualifier, Verdict
 

@@ -1,4 +1,4 @@
-"""Probes: what a network attends to, which of its channels live, what its first stage sees.
+"""Probes: where a network looks, which of its channels are alive, and what its first stage shows.
 
-They load models and write arrays; figures read the arrays and import no torch. `python -m analysis.probes --help`.
+A probe loads a model and writes arrays beside its record. Figures read the arrays without torch.
 """

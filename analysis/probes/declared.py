@@ -1,6 +1,7 @@
-"""What a probe is asked, as specs with records like any stage's, and the arrays it leaves. No torch here.
+"""The specs of probes, with records like those of any stage, and the arrays that probes write.
 
-The arrays lie beside the record, in a file that is named by its checksum.
+The arrays lie beside the record, in a file that is named by its checksum. This module needs no
+torch.
 """
 
 from __future__ import annotations
@@ -24,40 +25,47 @@ WALK = Sampler("ddim", num_steps=10, channels=None)
 
 @dataclass(frozen=True)
 class Probe:
-    """A network on its own way from noise to `images` samples: EMA weights of a run or, if given, those of a file.
+    """A probe of a network on its own way from noise to samples. Labels are balanced."""
 
-    `weights` is the SHA-256 of a published checkpoint. Labels are balanced over the classes.
-    """
-
+    # The training whose EMA weights are probed.
     train: Train
+    # The way from noise to samples.
     sampler: Sampler = WALK
+    # Samples in the batch.
     images: int = 20
+    # SHA-256 of a published checkpoint, whose weights are probed instead.
     weights: str | None = None
 
 
 @dataclass(frozen=True)
 class Locality(Probe):
-    """Where every layer and head looks, from `queries` tokens of each grid (all, if there are fewer).
+    """Where every layer and head looks."""
 
-    `anchors` are (row, column) fractions of a grid whose tokens' maps are kept. Jacobians are taken at `gradient_queries`
-    tokens (0: none) of the first `gradient_images`, each estimated from `directions` random directions of the output.
-    """
-
+    # Tokens of each grid whose weights are measured; all, if there are fewer.
     queries: int = 256
+    # (row, column) fractions of a grid; the maps of the tokens there are kept.
     anchors: tuple[tuple[float, float], ...] = ((0.5, 0.5), (0.0, 0.0))
+    # Tokens whose Jacobians are taken; 0 for none.
     gradient_queries: int = 64
+    # Images, from the first on, whose Jacobians are taken.
     gradient_images: int = 2
+    # Random directions of the output from which a Jacobian is estimated.
     directions: int = 4
 
 
 @dataclass(frozen=True)
 class DiffusersLocality:
-    """As Locality, of a diffusers transformer: its class, its weights' SHA-256 and that of the text embeddings (None: zeros)."""
+    """The locality of a diffusers transformer; fields as in Locality, unless described here."""
 
+    # The transformer's class.
     model: str
+    # SHA-256 of its weights.
     weights: str
+    # SHA-256 of the text embeddings; None stands for zeros.
     conditioning: str | None = None
+    # (rows, columns) of latents or, in Flux, of packed tokens; None: the model's own.
     grid: tuple[int, int] | None = None
+    # Steps from noise to latents.
     steps: int = 10
     images: int = 2
     queries: int = 256
@@ -74,18 +82,22 @@ class Channels(Probe):
 
 @dataclass(frozen=True)
 class Features(Probe):
-    """What the first stage puts out: maps of the first image, redundancy over all."""
+    """Output of the first stage: maps of the first image, and redundancy over all images."""
 
 
 PROBES: dict[str, type[Probe]] = {"locality": Locality, "channels": Channels, "features": Features}
 
 
 def declared(probe: str, row: Row, protocol: Protocol, seed: int) -> Probe:
+    """Return the probe of a row that is trained under a protocol."""
     return of_training(probe, train_stage(row, protocol, seed))
 
 
 def of_training(probe: str, train: Train, weights: str | None = None) -> Probe:
-    """The probe of a run's network, or of a file's, on the deterministic way of its kind: DDIM, or Euler steps of a flow."""
+    """Return the probe of a training, or of a published checkpoint of the same network.
+
+    The way from noise is deterministic: DDIM, or Euler steps of a flow.
+    """
     sampler = WALK if train.diffusion.name == "iddpm" else replace(WALK, name="euler")
     return PROBES[probe](train, sampler, weights=weights)
 
@@ -101,29 +113,44 @@ def keep(
     import numpy as np
 
     packed = io.BytesIO()
-    np.savez_compressed(packed, **arrays)
-    name = f"{hashlib.sha256(packed.getvalue()).hexdigest()[:16]}.npz"
+    np.savez_compressed(packed, **arrays)  # type: ignore[arg-type]
+    name = f"{_checksum(packed.getvalue())}.npz"
     with written_whole(store.here.folder / kind_of(spec) / name) as file:
         file.write(packed.getvalue())
     return store.append(spec, "done", values | {"arrays": name}, provenance)
 
 
-def arrays_of(
-    store: Store, record: Record, source: RecordFolder | None = None
-) -> dict[str, np.ndarray]:
-    """The arrays of a record; ValueError if their file is gone or is not what the record names."""
+def arrays_of(folder: RecordFolder, record: Record) -> dict[str, np.ndarray]:
+    """Return the arrays of a record in a folder.
+
+    Raises:
+        ValueError: if their file is missing, or is not the one that the record names.
+    """
     import numpy as np
 
-    folder = (source or store.here).folder
-    path = folder / record.kind / record.values["arrays"]
+    path = folder.folder / record.kind / record.values["arrays"]
+    name = f"{record.kind} {record.id}: {path.name}"
     if not path.is_file():
-        raise ValueError(
-            f"{record.kind} {record.id}: {path.name} is missing beside its record; probe again with --again"
-        )
+        raise ValueError(f"{name} is missing beside its record; probe again with --again")
     packed = path.read_bytes()
-    if hashlib.sha256(packed).hexdigest()[:16] != path.stem:
-        raise ValueError(
-            f"{record.kind} {record.id}: {path.name} is damaged; probe again with --again"
-        )
+    if _checksum(packed) != path.stem:
+        raise ValueError(f"{name} is damaged; probe again with --again")
     with np.load(io.BytesIO(packed), allow_pickle=False) as stored:
         return {name: stored[name] for name in stored.files}
+
+
+def series_of(arrays: dict[str, np.ndarray], kinds: tuple[str, ...]) -> list[int]:
+    """Return the numbers of the series of these kinds, in the order of the layers.
+
+    Grids of a single token are left out.
+    """
+    count = sum(name.startswith("kind_") for name in arrays)
+    return [
+        p
+        for p in range(count)
+        if str(arrays[f"kind_{p}"]) in kinds and arrays[f"grid_{p}"].prod() > 1
+    ]
+
+
+def _checksum(packed: bytes) -> str:
+    return hashlib.sha256(packed).hexdigest()[:16]

@@ -1,7 +1,9 @@
-"""Attention locality of diffusers' DiT, PixArt and Flux transformers, from a local folder or a model in memory.
+"""Attention locality of diffusers' DiT, PixArt and Flux transformers, from a folder or from memory.
 
-Each is brought to (x, t, y) -> prediction on a grid of tokens or patches; in Flux's joint attention only the image tokens
-count. N images, C channels (of a packed token in Flux), (H, W) latent grid, of packed tokens in Flux.
+Each model is adapted to (x, t, y) -> prediction on a grid of tokens or patches. In Flux's joint
+attention only the image tokens count.
+
+N images, C channels (of a packed token in Flux), (H, W) grid of latents (of packed tokens in Flux).
 """
 
 from __future__ import annotations
@@ -17,194 +19,281 @@ import torch
 from torch import Tensor, nn
 
 from analysis.probes.declared import DiffusersLocality
-from analysis.probes.layers import Layer, attention_of
+from analysis.probes.layers import read_attention
+from analysis.probes.watch import Grid, Layer, num_tokens
 from experiments.engine.diffusion.iddpm import IDDPM
 from experiments.engine.diffusion.samplers import DDIM
 from experiments.engine.numerics.randomness import ImageNoise
 from experiments.engine.sampling.generate import image_seeds
 
-CLASSES = ("DiTTransformer2DModel", "PixArtTransformer2DModel", "FluxTransformer2DModel")
+TEXT_TOKENS = 16  # of the zeros that stand in for missing text embeddings
+FLUX_GRID = (32, 32)  # 512 pixels
+FLUX_GUIDANCE = 3.5
 
 
 def load(folder: Path) -> nn.Module:
-    """A transformer from a local folder, or from the `transformer` folder of a pipeline. Nothing is downloaded, no code is run."""
-    folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    """Load a transformer from its folder, or from the `transformer` folder of a pipeline.
+
+    Nothing is downloaded and no code from the folder is run.
+
+    Raises:
+        ValueError: if the folder holds no model that this probe takes.
+    """
+    folder = _transformer_folder(folder)
     try:
         name = json.loads((folder / "config.json").read_text())["_class_name"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(
-            f"{folder.name} holds no config.json of a diffusers model; give a model's folder or a pipeline's"
+            f"{folder.name} holds no config.json of a diffusers model; "
+            "name the folder of a model or a pipeline"
         ) from None
-    if name not in CLASSES:
-        raise ValueError(f"{folder.name} holds a {name}; this probe takes {', '.join(CLASSES)}")
+    if name not in ADAPTERS:
+        raise ValueError(f"{folder.name} holds a {name}; this probe takes {', '.join(ADAPTERS)}")
+
     import diffusers
 
+    options = dict(local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False)
     try:
-        return (
-            getattr(diffusers, name)
-            .from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False
-            )
-            .eval()
-        )
+        return getattr(diffusers, name).from_pretrained(folder, **options).eval()
     except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"{folder.name} cannot be loaded: {str(error).strip().splitlines()[0]}"
-        ) from None
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{folder.name} cannot be loaded: {reason}") from None
 
 
 def digest(folder: Path) -> str:
-    """SHA-256 of all weight files of a model's folder, in the order of their names."""
-    folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    """Return the SHA-256 of all weight files of a model's folder, in the order of their names."""
     total = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(_transformer_folder(folder).glob("*.safetensors")):
         with open(path, "rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()
 
 
-def conditioning_from(path: Path) -> tuple[dict[str, Tensor], str]:
-    """Text embeddings by the names of the model's arguments, one prompt each: encoder_hidden_states (1, S, E) and, for Flux,
+def _transformer_folder(folder: Path) -> Path:
+    inner = folder / "transformer"
+    return inner if inner.is_dir() else folder
 
-    pooled_projections (1, P); and the file's SHA-256.
+
+def conditioning_from(path: Path) -> tuple[dict[str, Tensor], str]:
+    """Read the text embeddings of one prompt.
+
+    Returns:
+        The embeddings by the names of the model's arguments, encoder_hidden_states (1, S, E) and,
+        for Flux, pooled_projections (1, P); and the file's SHA-256.
     """
     try:
         packed = path.read_bytes()
         with np.load(path, allow_pickle=False) as stored:
-            found = {name: torch.from_numpy(stored[name]).float() for name in stored.files}
+            embeddings = {name: torch.from_numpy(stored[name]).float() for name in stored.files}
     except (OSError, ValueError, TypeError, EOFError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: no .npz file of plain arrays ({str(error).strip().splitlines()[0]})"
-        ) from None
-    return found, hashlib.sha256(packed).hexdigest()
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path} is not an .npz file of plain arrays ({reason})") from None
+    return embeddings, hashlib.sha256(packed).hexdigest()
 
 
 class Adapted(nn.Module):
-    """A diffusers transformer as (x, t, y) -> prediction: (N, C, H, W), (N,), (N,) -> (N, C_out, H, W).
+    """A diffusers transformer as a network: (N, C, H, W), (N,), (N,) -> (N, C_out, H, W).
 
-    `conditioning` holds text embeddings of one prompt; zeros stand in for what is missing, 16 text tokens of them.
-    In Flux t is sigma, 0 (data) to 1 (noise).
+    Args:
+        model: the transformer.
+        conditioning: text embeddings of one prompt. Zeros stand in for what is missing.
+        grid: of latents; must be the model's own, if the model has one.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         conditioning: dict[str, Tensor] | None = None,
-        grid: tuple[int, int] | None = None,
+        grid: Grid | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.name = model, type(model).__name__
-        if self.name not in CLASSES:
-            raise ValueError(f"{self.name} is not probed; this probe takes {', '.join(CLASSES)}")
-        config = model.config
-        self.flux = self.name == CLASSES[2]
-        side = None if self.flux else config.sample_size
-        self.input_grid = (side, side) if side else grid or (32, 32)
-        if side and grid and tuple(grid) != (side, side):
-            raise ValueError(
-                f"this {self.name} takes latents of {side}x{side}, not {grid[0]}x{grid[1]}"
-            )
-        self.patch = config.patch_size
-        self.grid = tuple(length // self.patch for length in self.input_grid)
-        self.channels = config.in_channels
-        text, width = (
-            16,
-            config.joint_attention_dim if self.flux else getattr(config, "caption_channels", None),
-        )
-        needed = {"encoder_hidden_states": (1, text, width)} if self.name != CLASSES[0] else {}
-        needed |= {"pooled_projections": (1, config.pooled_projection_dim)} if self.flux else {}
+        self.model: Any = model
+        self.config: Any = model.config
+        self.channels: int = self.config.in_channels
+        self.input_grid: Grid = self._input_grid(grid)
+        patch: int = self.config.patch_size
+        self.grid: Grid = (self.input_grid[0] // patch, self.input_grid[1] // patch)
+
+        shapes = self.conditioning_shapes()
         self.conditioning = {
             name: (conditioning or {}).get(name, torch.zeros(shape))
-            for name, shape in needed.items()
+            for name, shape in shapes.items()
         }
-        for name, shape in needed.items():
-            if (
-                self.conditioning[name].ndim != len(shape)
-                or self.conditioning[name].shape[-1] != shape[-1]
-                or len(self.conditioning[name]) != 1
-            ):
-                raise ValueError(
-                    f"{name} is {tuple(self.conditioning[name].shape)}, this model needs (1, ..., {shape[-1]})"
-                )
+        for name, shape in shapes.items():
+            _check_shape(name, self.conditioning[name], shape)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        given = {
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the text embeddings that the model takes, by argument."""
+        return {}
+
+    def layers(self) -> list[Layer]:
+        """Return the self-attention of every block."""
+        return [
+            self._layer(f"transformer_blocks.{i}", block.attn1)
+            for i, block in enumerate(self.model.transformer_blocks)
+        ]
+
+    @property
+    def num_classes(self) -> int:
+        return 1
+
+    def _input_grid(self, grid: Grid | None) -> Grid:
+        side = self.config.sample_size
+        if grid and tuple(grid) != (side, side):
+            raise ValueError(
+                f"this {type(self.model).__name__} takes latents of {side}x{side}, "
+                f"not {grid[0]}x{grid[1]}"
+            )
+        return side, side
+
+    def _layer(self, name: str, attention: nn.Module, text: int = 0) -> Layer:
+        """Return an attention whose sequence holds `text` tokens before those of the grid."""
+        place = text + torch.arange(num_tokens(self.grid))
+        return Layer(name, attention, read_attention, self.grid, place)
+
+    def _conditioning(self, x: Tensor) -> dict[str, Any]:
+        """Return the text embeddings for every image of a batch."""
+        return {
             name: value.to(x).expand(len(x), *value.shape[1:])
             for name, value in self.conditioning.items()
         }
-        if self.flux:
-            rows, columns = torch.meshgrid(
-                *(torch.arange(side, device=x.device) for side in self.grid), indexing="ij"
-            )
-            places = (
-                torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1).to(x)
-            )  # (T, 3)
-            guidance = (
-                torch.full((len(x),), 3.5, device=x.device)
-                if self.model.config.guidance_embeds
-                else None
-            )
-            text = x.new_zeros(given["encoder_hidden_states"].shape[1], 3)
-            out = self.model(
-                x.flatten(2).mT,
-                timestep=t.to(x),
-                img_ids=places,
-                txt_ids=text,
-                guidance=guidance,
-                **given,
-                return_dict=False,
-            )[0]
-            return out.mT.unflatten(2, self.grid)
-        if self.name == CLASSES[0]:
-            return self.model(x, timestep=t, class_labels=y, return_dict=False)[0]
-        size = None
+
+
+class AdaptedDiT(Adapted):
+    """DiT, conditioned on classes."""
+
+    @property
+    def num_classes(self) -> int:
+        return self.config.num_embeds_ada_norm
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self.model(x, timestep=t, class_labels=y, return_dict=False)[0]
+
+
+class AdaptedPixArt(Adapted):
+    """PixArt, conditioned on text; y is ignored."""
+
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"encoder_hidden_states": (1, TEXT_TOKENS, self.config.caption_channels)}
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        size: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if self.model.use_additional_conditions:
+            pixels = x.new_tensor(self.input_grid).mul(8)
             size = {
-                "resolution": x.new_tensor(self.input_grid).mul(8).expand(len(x), 2),
+                "resolution": pixels.expand(len(x), 2),
                 "aspect_ratio": x.new_ones(len(x), 1),
             }
-        given["added_cond_kwargs"] = size or {"resolution": None, "aspect_ratio": None}
-        return self.model(x, timestep=t, **given, return_dict=False)[0]
+        text = self._conditioning(x)
+        return self.model(x, timestep=t, **text, added_cond_kwargs=size, return_dict=False)[0]
+
+
+class AdaptedFlux(Adapted):
+    """Flux, conditioned on text. t is sigma, from 0 (data) to 1 (noise); y is ignored."""
+
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {
+            "encoder_hidden_states": (1, TEXT_TOKENS, self.config.joint_attention_dim),
+            "pooled_projections": (1, self.config.pooled_projection_dim),
+        }
 
     def layers(self) -> list[Layer]:
-        """Self-attention of every block; of Flux both the double-stream and the single-stream blocks."""
-        text = self.conditioning["encoder_hidden_states"].shape[1] if self.flux else 0
-        place = text + torch.arange(self.grid[0] * self.grid[1])
-        found = [
-            (f"transformer_blocks.{i}", block.attn if self.flux else block.attn1)
-            for i, block in enumerate(self.model.transformer_blocks)
+        """Return the attention of the double-stream and of the single-stream blocks."""
+        text = self.conditioning["encoder_hidden_states"].shape[1]
+        return [
+            self._layer(f"{name}.{i}", block.attn, text)
+            for name in ("transformer_blocks", "single_transformer_blocks")
+            for i, block in enumerate(getattr(self.model, name))
         ]
-        if self.flux:
-            found += [
-                (f"single_transformer_blocks.{i}", block.attn)
-                for i, block in enumerate(self.model.single_transformer_blocks)
-            ]
-        return [Layer(name, module, attention_of, self.grid, place) for name, module in found]
+
+    def _input_grid(self, grid: Grid | None) -> Grid:
+        return grid or FLUX_GRID
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        # Positions of the image tokens on the grid; text tokens all stand at the origin.
+        axes = (torch.arange(length, device=x.device) for length in self.grid)
+        rows, columns = torch.meshgrid(*axes, indexing="ij")
+        places = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1)
+        embeddings = self._conditioning(x)
+        text_places = x.new_zeros(embeddings["encoder_hidden_states"].shape[1], 3)
+
+        guidance = None
+        if self.config.guidance_embeds:
+            guidance = torch.full((len(x),), FLUX_GUIDANCE, device=x.device)
+
+        out = self.model(
+            x.flatten(2).mT,  # (N, T, C)
+            timestep=t.to(x),
+            img_ids=places.flatten(0, 1).to(x),  # (T, 3)
+            txt_ids=text_places,
+            guidance=guidance,
+            **embeddings,
+            return_dict=False,
+        )[0]
+        return out.mT.unflatten(2, self.grid)
+
+
+ADAPTERS: dict[str, type[Adapted]] = {
+    "DiTTransformer2DModel": AdaptedDiT,
+    "PixArtTransformer2DModel": AdaptedPixArt,
+    "FluxTransformer2DModel": AdaptedFlux,
+}
+
+
+def adapt(
+    model: nn.Module,
+    conditioning: dict[str, Tensor] | None = None,
+    grid: Grid | None = None,
+) -> Adapted:
+    """Return a transformer as a network; arguments as in Adapted.
+
+    Raises:
+        ValueError: if this probe does not take the model, the grid or the embeddings.
+    """
+    name = type(model).__name__
+    if name not in ADAPTERS:
+        raise ValueError(f"{name} is not probed; this probe takes {', '.join(ADAPTERS)}")
+    return ADAPTERS[name](model, conditioning, grid)
+
+
+def _check_shape(name: str, embeddings: Tensor, shape: tuple[int, ...]) -> None:
+    """Check that embeddings are of one prompt and of the model's width; their length is free."""
+    fits = (
+        embeddings.ndim == len(shape) and len(embeddings) == 1 and embeddings.shape[-1] == shape[-1]
+    )
+    if not fits:
+        raise ValueError(
+            f"{name} has shape {tuple(embeddings.shape)}; this model needs (1, ..., {shape[-1]})"
+        )
 
 
 def walk(adapted: Adapted, spec: DiffusersLocality) -> Callable[[Any], None]:
-    """From noise to latents: DDIM on DiT's schedule, which is PixArt's too, or, for Flux, Euler steps evenly spaced in sigma."""
+    """Return a function that takes a network from noise to latents.
+
+    DiT and PixArt take DDIM steps on DiT's schedule, Flux takes Euler steps evenly spaced in sigma.
+    """
     device = next(adapted.parameters()).device
     noise = ImageNoise(image_seeds(0, spec.images), (adapted.channels, *adapted.input_grid), device)
-    classes = adapted.model.config.num_embeds_ada_norm if adapted.name == CLASSES[0] else 1
-    y = torch.arange(spec.images, device=device) % classes
+    y = torch.arange(spec.images, device=device) % adapted.num_classes
 
     @torch.no_grad()
-    def euler(model: Callable[..., Tensor]) -> None:
+    def take_euler_steps(model: Callable[..., Tensor]) -> None:
         x = noise.draw()
         for i in range(spec.steps, 0, -1):
-            x = x - model(x, torch.full((len(x),), i / spec.steps, device=device), y) / spec.steps
-        _check(x)
+            sigma = torch.full((len(x),), i / spec.steps, device=device)
+            x = x - model(x, sigma, y) / spec.steps
+        _check_finite(x)
 
-    def denoise(model: Callable[..., Tensor]) -> None:
-        for x in DDIM(IDDPM.linear().respaced(spec.steps).to(device))(model, y, noise):
-            pass
-        _check(x)
+    def take_ddim_steps(model: Callable[..., Tensor]) -> None:
+        sample = DDIM(IDDPM.linear().respaced(spec.steps).to(device))
+        for latents in sample(model, y, noise):
+            x = latents
+        _check_finite(x)
 
-    return euler if adapted.flux else denoise
+    return take_euler_steps if isinstance(adapted, AdaptedFlux) else take_ddim_steps
 
 
-def _check(x: Tensor) -> None:
+def _check_finite(x: Tensor) -> None:
     if not x.isfinite().all():
         raise ValueError(
             "the latents are not finite; the weights have diverged or are of another network"

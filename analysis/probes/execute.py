@@ -1,4 +1,4 @@
-"""Load the network that a probe names, walk it from noise to images, and keep what the probe found."""
+"""Load the network that a probe names, take it from noise to images, and record the measures."""
 
 from __future__ import annotations
 
@@ -25,67 +25,110 @@ from experiments.engine.training.trainer import build, load_ema
 
 @dataclass(frozen=True)
 class Files:
-    """What a probe of other weights than a run's reads: a published checkpoint, or a diffusers folder and its text embeddings."""
+    """What a probe reads if its weights are not those of a run."""
 
+    # A published checkpoint.
     checkpoint: Path | None = None
+    # A folder of a diffusers model or pipeline.
     diffusers: Path | None = None
+    # Text embeddings for the diffusers model.
     conditioning: Path | None = None
 
 
-def network(
+@dataclass(frozen=True)
+class Machine:
+    """Where a probe runs."""
+
+    device: torch.device
+    # What a chunk of weights may take, in MiB.
+    memory: int
+
+
+def execute(
+    spec: Probe | DiffusersLocality, store: Store, files: Files, machine: Machine
+) -> Record:
+    """Probe a network and record it. A failure is raised and leaves nothing behind."""
+    started = time.perf_counter()
+    model = load_network(spec, store, files, machine.device)
+    arrays, values = measure(spec, model, machine)
+    with precision("fp32", machine.device):
+        flags_in_force = read_tf32_flags()
+    about = provenance() | {
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if machine.device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "precision_flags": flags_in_force,
+        "weights_sha256": digest(model),
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+    return keep(store, spec, arrays, values, about)
+
+
+def load_network(
     spec: Probe | DiffusersLocality, store: Store, files: Files, device: torch.device
 ) -> nn.Module:
-    """The finished run's EMA network or, where the probe names weights, the network in `files`."""
+    """Return a run's EMA network or, if the probe names weights, the network in `files`."""
     if isinstance(spec, DiffusersLocality):
-        text = (
-            diffusers_models.conditioning_from(files.conditioning)[0]
-            if files.conditioning
-            else None
-        )
-        return diffusers_models.Adapted(diffusers_models.load(files.diffusers), text, spec.grid).to(
-            device
-        )
+        assert files.diffusers is not None, spec
+        embeddings = None
+        if files.conditioning:
+            embeddings, _ = diffusers_models.conditioning_from(files.conditioning)
+        transformer = diffusers_models.load(files.diffusers)
+        return diffusers_models.adapt(transformer, embeddings, spec.grid).to(device)
+
     if spec.weights is None:
         return load_ema(spec.train, store.run_dir(spec.train), device)
+
     assert files.checkpoint is not None, spec
     model = build(spec.train.backbone, seed=0, device=device)
     backbones.load_published(model, files.checkpoint)
     return model.eval()
 
 
-def walk(spec: Probe, device: torch.device) -> Callable[[Any], None]:
-    """Sample with a network (x, t, y) -> prediction: all images in one batch, as `images` of the trained run's evaluation are."""
+def measure(
+    spec: Probe | DiffusersLocality, model: nn.Module, machine: Machine
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the probe's arrays and scalars.
+
+    Raises:
+        ValueError: if the network lacks what is probed, or a figure is not finite.
+    """
+    with precision("fp32", machine.device):
+        if isinstance(spec, DiffusersLocality):
+            assert isinstance(model, diffusers_models.Adapted), spec
+            settings = settings_of(spec, machine.memory)
+            walk = diffusers_models.walk(model, spec)
+            return locality.probe(model, model.layers(), settings, walk)
+
+        walk = walk_of(spec, machine.device)
+        if isinstance(spec, Locality):
+            return locality.probe(model, layers(model), settings_of(spec, machine.memory), walk)
+        if isinstance(spec, Channels):
+            return channels.record(model, channels.last_mixer(model), walk, keep_maps=False)
+        assert isinstance(spec, Features), spec
+        return channels.record(model, channels.first_stage(model), walk, keep_maps=True)
+
+
+def walk_of(spec: Probe, device: torch.device) -> Callable[[Any], None]:
+    """Return a function that samples with a network (x, t, y) -> prediction.
+
+    All images are one batch. They are those with which an evaluation of the trained run begins.
+    """
     sampling = Evaluate(spec.train, spec.sampler, spec.images, features="", labels="balanced")
 
-    def run(model: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    def walk(model: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         for images, _ in generate.generate_images(sampling, model, device, spec.images):
             if not images.isfinite().all():
                 raise ValueError(
-                    "the samples are not finite; the network's weights have diverged or are of another network"
+                    "the samples are not finite; "
+                    "the network's weights have diverged or are of another network"
                 )
 
-    return run
+    return walk
 
 
-def run(
-    spec: Probe | DiffusersLocality, model: nn.Module, device: torch.device, memory: int
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The probe's arrays and scalars. ValueError where the network has not what is probed, or a figure is not finite."""
-    with precision("fp32", device):
-        if isinstance(spec, DiffusersLocality):
-            return locality.probe(
-                model, model.layers(), settings(spec, memory), diffusers_models.walk(model, spec)
-            )
-        way = walk(spec, device)
-        if isinstance(spec, Locality):
-            return locality.probe(model, layers(model), settings(spec, memory), way)
-        if isinstance(spec, Channels):
-            return channels.record(model, channels.last_mixer(model), way, keep_maps=False)
-        assert isinstance(spec, Features), spec
-        return channels.record(model, channels.first_stage(model), way, keep_maps=True)
-
-
-def settings(spec: Locality | DiffusersLocality, memory: int) -> locality.Settings:
+def settings_of(spec: Locality | DiffusersLocality, memory: int) -> locality.Settings:
+    """Return the settings of a locality probe that may take `memory` MiB for a chunk of weights."""
     return locality.Settings(
         spec.queries,
         spec.anchors,
@@ -94,23 +137,3 @@ def settings(spec: Locality | DiffusersLocality, memory: int) -> locality.Settin
         spec.directions,
         memory,
     )
-
-
-def execute(
-    spec: Probe | DiffusersLocality, store: Store, files: Files, device: torch.device, memory: int
-) -> Record:
-    """Probe and record; a failure is raised and leaves nothing behind."""
-    started = time.perf_counter()
-    model = network(spec, store, files, device)
-    arrays, values = run(spec, model, device, memory)
-    with precision("fp32", device):
-        in_force = read_tf32_flags()
-    about = provenance() | {
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "precision_flags": in_force,
-        "weights_sha256": digest(model),
-        "seconds": round(time.perf_counter() - started, 2),
-    }
-    return keep(store, spec, arrays, values, about)

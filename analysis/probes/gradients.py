@@ -1,12 +1,14 @@
-"""The weights that any function of an image or a sequence has, from its Jacobian: one scale for all mixers.
+"""The weights over tokens that any function of an image or a sequence has, from its Jacobian.
 
-The weight of token j on token i is ||d f_i / d x_j||_F over channels. Where f_i = sum_j A_ij V x_j this is |A_ij| up to
-a factor that the scaling to sum 1 takes out, so that a frozen attention's gradient weights are its attention.
+They put all mixers on one scale. The weight of token j on token i is ||d f_i / d x_j||_F over
+channels. If f_i = sum_j A_ij V x_j, this is |A_ij| times a constant, which scaling to a sum of 1
+removes. The gradient weights of a frozen attention are therefore its attention.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,11 +17,28 @@ from torch.autograd.graph import saved_tensors_hooks
 from analysis.probes.implied import normalised
 
 
-class Gradients:
-    """f: x (N, C, H, W) -> (N, C', H, W) or, with `place` (T,), x (N, S, C) -> (N, S, C').
+@dataclass(frozen=True)
+class Estimator:
+    """How squared norms of Jacobians are estimated: Hutchinson's method."""
 
-    ||J_ij||_F^2 is the mean of |u^T J_ij|^2 over random signs u (Hutchinson), `directions` of them for every query. A row's
-    working memory is what one image more keeps for the backward pass, measured.
+    # Random directions per query.
+    directions: int
+    # Draws the directions.
+    generator: torch.Generator
+
+
+class Gradients:
+    """The gradient weights of a function.
+
+    ||J_ij||_F^2 is the mean of |u^T J_ij|^2 over vectors u of random signs. `floats` is the working
+    memory of a row of one image: what the backward pass keeps for one image more, measured.
+
+    Args:
+        kind: how the arrays of a probe name these weights.
+        f: x (N, C, H, W) -> (N, C', H, W) or, with `place`, x (N, S, C) -> (N, S, C').
+        x: the input.
+        place: position of each token of the grid in the sequence, (T,).
+        estimator: how the norms are estimated.
     """
 
     heads = 1
@@ -30,34 +49,38 @@ class Gradients:
         f: Callable[[Tensor], Tensor],
         x: Tensor,
         place: Tensor | None,
-        directions: int,
-        generator: torch.Generator,
+        estimator: Estimator,
     ) -> None:
-        self.kind, self.f, self.x, self.place, self.directions, self.generator = (
-            kind,
-            f,
-            x.detach(),
-            place,
-            directions,
-            generator,
-        )
-        self.floats = (_kept(f, self.x.repeat_interleave(2, dim=0)) - _kept(f, self.x)) // (
-            8 * len(x)
-        )
+        self.kind = kind
+        self.f = f
+        self.x = x.detach()
+        self.place = place
+        self.estimator = estimator
+        twice = _saved_bytes(f, self.x.repeat_interleave(2, dim=0))
+        self.floats = (twice - _saved_bytes(f, self.x)) // (8 * len(x))
 
     def rows(self, head: int, queries: Tensor) -> Tensor:
-        total = sum(self._squares(queries) for _ in range(self.directions))
-        return normalised((total / self.directions).sqrt())
+        """Return the weights of queries (R,): (N, R, T)."""
+        directions = self.estimator.directions
+        total = self._squares(queries)
+        for _ in range(directions - 1):
+            total = total + self._squares(queries)
+        return normalised((total / directions).sqrt())
 
     @torch.enable_grad()
     def _squares(self, queries: Tensor) -> Tensor:
-        """|u^T J_ij|^2 for one u: (N, R, T). A query is an item of the batch, since items do not see each other."""
+        """Return |u^T J_ij|^2 for one random u: (N, R, T)."""
+        # Items of a batch do not see each other, so each query is an item of its own.
         count = len(queries)
         x = self.x.repeat_interleave(count, dim=0).requires_grad_()  # (N*R, ...)
         out = self._tokens(self.f(x))  # (N*R, T, C')
-        at = out[torch.arange(len(out), device=x.device), queries.repeat(len(self.x))]  # (N*R, C')
-        signs = torch.randint(2, at.shape, generator=self.generator).to(at) * 2 - 1
-        (gradient,) = torch.autograd.grad((at * signs).sum(), x)
+        item = torch.arange(len(out), device=x.device)
+        at_query = out[item, queries.repeat(len(self.x))]  # (N*R, C')
+
+        # One backward pass through the signed sum gives the product with every item's Jacobian.
+        signs = torch.randint(2, at_query.shape, generator=self.estimator.generator)
+        signs = signs.to(at_query) * 2 - 1
+        (gradient,) = torch.autograd.grad((at_query * signs).sum(), x)
         return self._tokens(gradient).double().square().sum(-1).unflatten(0, (-1, count))
 
     def _tokens(self, x: Tensor) -> Tensor:
@@ -65,14 +88,17 @@ class Gradients:
 
 
 @torch.enable_grad()
-def _kept(f: Callable[[Tensor], Tensor], x: Tensor) -> int:
-    """Bytes that a backward pass would need of this forward pass, the network's weights among them; nothing is kept for it here.
+def _saved_bytes(f: Callable[[Tensor], Tensor], x: Tensor) -> int:
+    """Return the bytes that a backward pass through f(x) would need.
 
-    What two operations need counts twice.
+    The network's weights are included. Nothing is stored here. A tensor that two operations need
+    counts twice.
     """
-    heard: list[int] = []
-    with saved_tensors_hooks(
-        lambda tensor: heard.append(tensor.numel() * tensor.element_size()), lambda nothing: nothing
-    ):
+    sizes: list[int] = []
+
+    def pack(tensor: Tensor) -> None:
+        sizes.append(tensor.numel() * tensor.element_size())
+
+    with saved_tensors_hooks(pack, lambda packed: packed):
         f(x.detach().requires_grad_())
-    return sum(heard)
+    return sum(sizes)

@@ -1,7 +1,7 @@
-"""How local weights on a grid are, each figure beside that of uniform weights.
+"""Measures of how local weights on a grid are, and their values for uniform weights.
 
-A query is a token of an (H, W) grid; its weights are non-negative and sum to 1 over the T = H W tokens. Distances are
-Euclidean, in tokens.
+A query is a token of an (H, W) grid. Its weights are non-negative and sum to 1 over the T = H W
+tokens. Distances are Euclidean and counted in tokens.
 """
 
 from __future__ import annotations
@@ -11,49 +11,62 @@ import math
 import torch
 from torch import Tensor
 
-MEASURES = ("distance", "field", "entropy")  # tokens, tokens, nats
-HELD = 0.9
+MEASURES = ("distance", "field", "entropy")  # in tokens, tokens, nats
+FIELD_SHARE = 0.9  # of a query's weight that its effective receptive field holds
+ROUNDING = 1e-9  # slack of comparisons between sums of floats
 
 
 def distances(grid: tuple[int, int], queries: Tensor) -> Tensor:
-    """From queries (R,) to all tokens, row-major: (R, T), float64."""
-    row, column = torch.meshgrid(
-        *(torch.arange(side, dtype=torch.float64, device=queries.device) for side in grid),
-        indexing="ij",
-    )
+    """Return the distances from queries (R,) to all tokens in row-major order: (R, T), float64."""
+    axes = (torch.arange(length, dtype=torch.float64, device=queries.device) for length in grid)
+    row, column = torch.meshgrid(*axes, indexing="ij")
     row, column = row.flatten(), column.flatten()
     return torch.hypot(row[queries, None] - row, column[queries, None] - column)
 
 
 def radii(grid: tuple[int, int]) -> Tensor:
-    """0, 1, 2, ... until a disc around a corner holds the grid."""
-    return torch.arange(math.ceil(math.hypot(grid[0] - 1, grid[1] - 1)) + 1, dtype=torch.float64)
+    """Return 0, 1, 2, ... up to the radius of a disc around a corner that holds the grid."""
+    diagonal = math.hypot(grid[0] - 1, grid[1] - 1)
+    return torch.arange(math.ceil(diagonal) + 1, dtype=torch.float64)
 
 
 def locality(weights: Tensor, distance: Tensor, within: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights (..., R, T) and distances (R, T) -> MEASURES (..., R, 3) and the mass within radii (K,): (..., R, K).
+    """Measure how local weights are.
 
-    distance: mean distance under the weights. field, the effective receptive field: radius of the smallest disc around
-    the query that holds HELD of its weight. entropy: exp of it is the effective number of tokens.
+    `distance` is the mean distance under the weights. `field` is the effective receptive field: the
+    radius of the smallest disc around the query that holds FIELD_SHARE of its weight. `entropy` is
+    in nats; its exponential is the effective number of tokens.
+
+    Args:
+        weights: (..., R, T).
+        distance: of every query to every token, (R, T).
+        within: radii (K,).
+
+    Returns:
+        The MEASURES (..., R, 3), and the mass within each radius (..., R, K).
     """
+    # Sum each query's weights outwards, from the nearest token to the farthest.
     order = distance.argsort(dim=-1, stable=True)
     outward = distance.gather(-1, order)  # (R, T)
     held = weights.double().gather(-1, order.expand(weights.shape)).cumsum(-1)  # (..., R, T)
-    inside = torch.searchsorted(
-        outward, within.to(outward) + 1e-9 + torch.zeros_like(outward[:, :1])
-    )  # (R, K) tokens
-    mass = held.gather(-1, (inside - 1).expand(*held.shape[:-1], -1))
-    enough = (held < HELD - 1e-9).sum(-1).clamp(max=held.shape[-1] - 1)  # (..., R)
-    field = outward.expand(held.shape).gather(-1, enough[..., None])[..., 0]
+
+    # The mass within a radius is the sum over the tokens that its disc holds.
+    limits = within.to(outward) + ROUNDING + torch.zeros_like(outward[:, :1])
+    num_inside = torch.searchsorted(outward, limits)  # (R, K)
+    mass = held.gather(-1, (num_inside - 1).expand(*held.shape[:-1], -1))
+
+    # The field ends at the first token with which the sum reaches the wanted share.
+    last = (held < FIELD_SHARE - ROUNDING).sum(-1).clamp(max=held.shape[-1] - 1)  # (..., R)
+    field = outward.expand(held.shape).gather(-1, last[..., None])[..., 0]
+
     mean = (weights * distance).sum(-1)
     entropy = torch.special.entr(weights.double()).sum(-1)
     return torch.stack([mean, field, entropy], dim=-1), mass
 
 
 def uniform(grid: tuple[int, int], queries: Tensor) -> tuple[Tensor, Tensor]:
-    """What uniform weights give, as means over these queries: MEASURES (3,) and masses (K,)."""
+    """Return the means over queries for uniform weights: MEASURES (3,) and masses (K,)."""
     distance = distances(grid, queries)
-    values, mass = locality(
-        torch.full_like(distance, 1 / distance.shape[-1]), distance, radii(grid).to(distance)
-    )
+    weights = torch.full_like(distance, 1 / distance.shape[-1])
+    values, mass = locality(weights, distance, radii(grid).to(distance))
     return values.mean(0), mass.mean(0)

@@ -12,9 +12,9 @@ from analysis.tables.caveats import record_caveats
 from analysis.tables.conditions import add_conditions
 from analysis.tables.ranks import add_ranks
 from experiments.declared.protocols import DIGITS
-from experiments.declared.systems import SYSTEMS, counted
+from experiments.declared.systems import SYSTEMS
 from experiments.engine.records.store import Record
-from experiments.engine.reporting.cells import difference_cell
+from experiments.engine.reporting.efficiency.counts import counted, difference
 from experiments.engine.reporting.lookup import PublishedTable
 from experiments.engine.reporting.sheet import GAP, Cell, Column, NoteKind, Sheet, Topic
 from experiments.engine.reporting.tables import main_sheet
@@ -62,7 +62,7 @@ def ablation_sheet(table: Table, store: ReferenceStore) -> Sheet:
 def add_difference(sheet: Sheet, key: str, group: str) -> None:
     """Add our difference from the paper's count behind ours."""
     cells = [
-        difference_cell(ours, paper)
+        difference(ours, paper)
         for ours, paper in zip(sheet.values(key), sheet.values(f"{key}_paper"), strict=True)
     ]
     column = Column(f"{key}_diff", "diff. %", group, topic=Topic.COUNTS)
@@ -72,7 +72,7 @@ def add_difference(sheet: Sheet, key: str, group: str) -> None:
 def _add_dit_ratio(sheet: Sheet, table: Table, store: ReferenceStore) -> None:
     """Add Gflops over those of the DiT of the same size, as the paper's Table 5 prints them."""
     gflops = {
-        system.label: counted(system, store, store.reference)[1]
+        system.label: counted(system, store.reference)[1]
         for system in SYSTEMS
         if system.resolution == 256
     }
@@ -82,9 +82,7 @@ def _add_dit_ratio(sheet: Sheet, table: Table, store: ReferenceStore) -> None:
         _ratio(gflops.get(row.label, GAP), gflops.get(DIT_OF.get(row.label, ""), GAP))
         for row in table.rows
     ]
-    differences = [
-        difference_cell(ours, theirs) for ours, theirs in zip(ratios, published, strict=True)
-    ]
+    differences = [difference(ours, theirs) for ours, theirs in zip(ratios, published, strict=True)]
 
     group = "Gflops over DiT's"
     for key, title, cells in (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from experiments.engine.records.store import Record
-from experiments.engine.reporting.sheet import Note, NoteKind, Sheet, upgraded
+from experiments.engine.reporting.sheet import Note, NoteKind, Sheet
 
 # the digits of a commit that are printed
 COMMIT_DIGITS = 12
@@ -46,7 +46,6 @@ def record_caveats(records: Sequence[Record]) -> list[Note]:
 
 def add_caveats(sheet: Sheet) -> Sheet:
     """Append the caveats of the records in a sheet's cells to its notes."""
-    sheet = upgraded(sheet)
     sheet.notes += record_caveats(sheet.records())
     return sheet
 

@@ -12,11 +12,13 @@ from experiments.declared.protocols import (
     IMAGENET512,
     IMAGENET512_OWN,
 )
-from experiments.declared.timings import WRITTEN_OUT, unfused
-from experiments.engine.records.manifest import clashes, not_recorded, score_name
+from experiments.declared.timings import is_written_out
+from experiments.engine.records.comparison import clashes, not_recorded
+from experiments.engine.records.manifest import score_name
 from experiments.engine.records.store import Record
 from experiments.engine.reporting.caveats import timing_caveats
-from experiments.engine.reporting.cells import difference_cell
+from experiments.engine.reporting.efficiency.counts import difference
+from experiments.engine.reporting.efficiency.speed import unfused
 from experiments.engine.reporting.lookup import PublishedTable, published_cell
 from experiments.engine.reporting.sheet import (
     Cell,
@@ -127,7 +129,7 @@ def _add_timings(sheet: Sheet, conditions: Conditions, compared: bool) -> None:
             column = Column(f"img_s_diff/{key}", f"diff. %, {mode}", group, topic=Topic.SPEED)
             sheet.add_column(
                 column,
-                [difference_cell(ours, paper) for ours, paper in zip(cells, rates, strict=True)],
+                [difference(ours, paper) for ours, paper in zip(cells, rates, strict=True)],
             )
     if modes:
         sheet.notes += _timing_notes(conditions)
@@ -156,7 +158,7 @@ def _timing_notes(conditions: Conditions) -> list[Note]:
         for description in unfused(record):
             plain.setdefault(description, []).append(label)
     for row, by_mode in zip(conditions.table.rows, conditions.timings, strict=True):
-        if by_mode and row.backbone and row.backbone.name.partition("_")[0] in WRITTEN_OUT:
+        if by_mode and is_written_out(row):
             description = "attention written out as in the authors' code"
             plain.setdefault(description, []).append(row.label)
     notes += [
@@ -218,7 +220,7 @@ def score_cells(
     for name in names:
         cells[f"ours_{name}"] = _score_cell(record, name)
         paper = published_cell(published.get(name, ""))
-        cells[f"ours_{name}_diff"] = difference_cell(cells[f"ours_{name}"], paper)
+        cells[f"ours_{name}_diff"] = difference(cells[f"ours_{name}"], paper)
     return cells
 
 

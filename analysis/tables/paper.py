@@ -20,13 +20,14 @@ from analysis.tables.systems import families_sheet, systems_sheet
 from experiments import main_results
 from experiments.ablation import TABLES
 from experiments.declared import timings
-from experiments.declared.systems import counts_sheet
+from experiments.declared.systems import SYSTEMS
+from experiments.engine.reporting.efficiency.counts import counts_sheet
 from experiments.engine.reporting.sheet import Sheet
 
 
 def committed_counts_sheet(store: ReferenceStore) -> Sheet:
     """Parameters and Gflops of all compared systems."""
-    return add_caveats(counts_sheet(store, store.reference))
+    return add_caveats(counts_sheet(SYSTEMS, store, store.reference))
 
 
 SHEETS: dict[str, Callable[[ReferenceStore], Sheet]] = {

@@ -6,6 +6,7 @@ from analysis.query import ReferenceStore, latest
 from analysis.tables.caveats import add_caveats
 from experiments import main_results
 from experiments.declared import timings
+from experiments.engine.reporting.efficiency.speed import speed_sheet
 from experiments.engine.reporting.sheet import Sheet
 from experiments.engine.specs.rows import Row
 
@@ -22,7 +23,8 @@ def throughput_sheet(task: str, store: ReferenceStore) -> Sheet:
     rows = rows_in_modes(device, task, store)
     if not rows:
         rows = [row for row in table.rows if row.backbone and not row.heavy]
-    return add_caveats(timings.speed_sheet(table, rows, device, task, store, store.reference))
+    timed = timings.timed_table(table, rows, device, task)
+    return add_caveats(speed_sheet(timed, store, store.reference))
 
 
 def rows_in_modes(device: str, task: str, store: ReferenceStore) -> list[Row]:

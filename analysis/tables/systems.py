@@ -13,10 +13,15 @@ from analysis.tables.caveats import record_caveats
 from analysis.tables.conditions import add_conditions
 from analysis.tables.speeds import rows_in_modes
 from experiments import main_results
-from experiments.declared import systems
 from experiments.declared.protocols import DIGITS
-from experiments.declared.systems import SYSTEMS, System, counted
-from experiments.engine.reporting.cells import difference_cell
+from experiments.declared.systems import SYSTEMS
+from experiments.engine.reporting.efficiency.counts import (
+    Named,
+    System,
+    counted,
+    difference,
+    system_notes,
+)
 from experiments.engine.reporting.lookup import PublishedTable
 from experiments.engine.reporting.sheet import GAP, Cell, Column, Note, NoteKind, Sheet, Topic
 from experiments.engine.reporting.tables import family_sheet, main_sheet
@@ -71,7 +76,7 @@ def _measured_stages(table: Table) -> list[Stage]:
 
 def _add_same_counter(sheet: Sheet, known: list[System | None], store: ReferenceStore) -> None:
     """Add Gflops in the convention of every published figure, and our difference from it."""
-    same = [counted(system, store, store.reference)[1] if system else GAP for system in known]
+    same = [counted(system, store.reference)[1] if system else GAP for system in known]
     sheet.replace_column(replace(sheet.column("gflops"), title="ours, torchprofile"))
     sheet.add_column(
         Column("gflops_same", "ours, same counter", "Gflops", topic=Topic.COUNTS),
@@ -79,7 +84,7 @@ def _add_same_counter(sheet: Sheet, known: list[System | None], store: Reference
         after="gflops",
     )
     differences = [
-        difference_cell(ours, paper)
+        difference(ours, paper)
         for ours, paper in zip(same, sheet.values("gflops_paper"), strict=True)
     ]
     column = Column("gflops_diff", "diff. %", "Gflops", topic=Topic.COUNTS)
@@ -94,11 +99,11 @@ def _compare_all_parameters(
     digits = sheet.column("params").digits
     frozen = []
     for row, system, cells in zip(table.rows, known, sheet.rows, strict=True):
-        every = counted(system, store, store.reference)[0] if system else GAP
+        every = counted(system, store.reference)[0] if system else GAP
         if every.text(digits) != cells["params"].text(digits):
             frozen.append(f"{row.label} {every.text(digits)}")
             if compared:
-                cells["params_diff"] = difference_cell(every, cells["params_paper"])
+                cells["params_diff"] = difference(every, cells["params_paper"])
 
     if frozen:
         compared_words = " diff. compares all parameters." if compared else ""
@@ -130,11 +135,11 @@ def _system_notes(
 ) -> list[Note]:
     """What the declarations say of the systems, beside their published Gflops."""
     named = [
-        (row.label, system, cells["gflops_paper"])
+        Named(row.label, system, cells["gflops_paper"])
         for row, system, cells in zip(table.rows, known, sheet.rows, strict=True)
         if system
     ]
-    texts = systems.notes(named, store, store.reference)
+    texts = system_notes(named, SYSTEMS, store.reference)
     return [Note(NoteKind.COUNTS, text) for text in texts]
 
 

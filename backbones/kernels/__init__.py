@@ -13,10 +13,10 @@ from backbones.kernels.gated_linear import gated_linear
 from backbones.kernels.gates import addcmul, pool
 from backbones.kernels.linear import linear, pointwise
 from backbones.kernels.linear_attention import linear_attention
-from backbones.kernels.op import counting, observing, references, reset_used, use, used
+from backbones.kernels.op import Op, counting, observing, references, reset_used, use, used
 from backbones.kernels.selective_scan import selective_scan
 
 __all__ = [
-    "adaln", "addcmul", "attention", "causal_conv", "counting", "depthwise_gelu", "diagonal_ssm", "gated_linear", "linear", "linear_attention", "observing", "pointwise",
+    "Op", "adaln", "addcmul", "attention", "causal_conv", "counting", "depthwise_gelu", "diagonal_ssm", "gated_linear", "linear", "linear_attention", "observing", "pointwise",
     "pointwise_gelu", "pool", "references", "reset_used", "selective_scan", "use", "used",
 ]  # fmt: skip

@@ -1,7 +1,8 @@
-"""Token mixers with one signature: `Mixer(dim, size=(H, W), index=block, **options)`, (N, C, H, W) -> (N, C, H, W).
+"""Token mixers with one signature: `Mixer(dim, size=(H, W), index=block, **options)`.
 
-`size` is the grid of the stage and `index` the block's place in it (window attention shifts the odd ones).
-To add one: a file beside this one, and a line in MIXERS.
+A mixer maps (N, C, H, W) to the same shape. `size` is the grid of the stage and `index` the block's
+place in it: window attention shifts the odd blocks. A new mixer is a file in this folder and a line
+in MIXERS.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from torch import nn
 from backbones.mixers.agent import AgentAttention
 from backbones.mixers.conv import ConvModule
 from backbones.mixers.focused_linear import FocusedLinearAttention
-from backbones.mixers.softmax import SelfAttention
+from backbones.mixers.softmax import SoftmaxAttention
 from backbones.mixers.window import WindowAttention
 
 MIXERS: dict[str, type[nn.Module]] = {
     "agent": AgentAttention,
     "conv": ConvModule,
     "focused_linear": FocusedLinearAttention,
-    "softmax": SelfAttention,
+    "softmax": SoftmaxAttention,
     "window": WindowAttention,
 }
 
@@ -29,19 +30,20 @@ MIXERS: dict[str, type[nn.Module]] = {
 def build_mixer(
     name: str, dim: int, size: tuple[int, int], index: int, **options: Any
 ) -> nn.Module:
-    """Build a mixer by name; ValueError lists the known names or options."""
+    """Build a mixer by name.
+
+    Raises:
+        ValueError: For an unknown name or option, with the known ones, and for a missing option.
+    """
     if name not in MIXERS:
         raise ValueError(f"unknown mixer {name!r}; known: {', '.join(sorted(MIXERS))}")
     parameters = inspect.signature(MIXERS[name].__init__).parameters
     known = set(parameters) - {"self", "dim", "size", "index"}
+    required = {option for option in known if parameters[option].default is inspect.Parameter.empty}
+
     if unknown := sorted(set(options) - known):
-        raise ValueError(
-            f"mixer {name} has no option {', '.join(unknown)}; known: {', '.join(sorted(known))}"
-        )
-    if missing := sorted(
-        option
-        for option in known - set(options)
-        if parameters[option].default is inspect.Parameter.empty
-    ):
+        listed = ", ".join(sorted(known))
+        raise ValueError(f"mixer {name} has no option {', '.join(unknown)}; known: {listed}")
+    if missing := sorted(required - set(options)):
         raise ValueError(f"mixer {name} needs {', '.join(missing)}")
     return MIXERS[name](dim, size=size, index=index, **options)

@@ -1,4 +1,10 @@
-"""Agent attention: Han et al., ECCV 2024; Pu et al., "Efficient Diffusion Transformer with Step-wise Dynamic Attention Mediators", ECCV 2024."""
+"""Agent attention.
+
+Sources: Han et al., "Agent Attention", ECCV 2024, arXiv:2312.08874; Pu et al., "Efficient Diffusion
+Transformer with Step-wise Dynamic Attention Mediators", ECCV 2024, arXiv:2408.05710.
+
+Legend: N batch, C channels, (H, W) grid, T = HW tokens, h heads, e = C / h, A agents.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +19,11 @@ from backbones.layers import Linear, check_size
 
 
 class AgentAttention(nn.Module):
-    """Pooled queries (agents) gather the values, the queries read from the agents; a depthwise 3x3 of the values is added.
+    """Attend through agents, which are pooled queries: (N, C, H, W) -> same.
 
-    `biases` adds the position biases of both softmaxes: a bilinearly resized 7x7 table plus a row and a column term.
+    The agents gather the values, and the queries read from the agents. A depthwise 3x3 convolution
+    of the values is added. `biases` adds a position bias to both softmaxes: a bilinearly resized
+    7x7 table plus a row and a column term.
     """
 
     def __init__(
@@ -32,9 +40,13 @@ class AgentAttention(nn.Module):
         side = math.isqrt(agents)
         if side * side != agents or dim % heads:
             raise ValueError(
-                f"agent attention needs a square number of agents and a width divisible by its heads, got {agents}, {dim}, {heads}"
+                "agent attention needs a square number of agents and a width divisible by its "
+                f"heads, got {agents}, {dim}, {heads}"
             )
-        self.size, self.heads, self.side, self.biases = size, heads, side, biases
+        self.size = size
+        self.heads = heads
+        self.side = side
+        self.biases = biases
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
         self.dwc = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
@@ -48,38 +60,38 @@ class AgentAttention(nn.Module):
             self.query_column = _table(heads, 1, width, agents)
 
     def forward(self, x: Tensor) -> Tensor:
+        n = len(x)
+        q, k, v = self.qkv(x.flatten(2).transpose(1, 2)).chunk(3, dim=-1)  # 3 x (N, T, C)
+        to_agents = to_queries = None
         if self.biases:
             check_size(x, self.size, "agent attention with position biases")
-        n, c, height, width = x.shape
-        q, k, v = self.qkv(x.flatten(2).transpose(1, 2)).chunk(3, dim=-1)  # (N, T, C)
-        pooled = F.adaptive_avg_pool2d(q.transpose(1, 2).reshape(n, c, height, width), self.side)
-        agents = self._split(pooled.flatten(2).transpose(1, 2))  # (N, h, agents, e)
-        to_agents, to_queries = self._position_biases() if self.biases else (None, None)
-        gathered = attention(agents, self._split(k), self._split(v), to_agents)  # (N, h, agents, e)
+            to_agents, to_queries = self._position_biases()
+
+        # Agents gather the values; queries read from the agents.
+        pooled = F.adaptive_avg_pool2d(q.transpose(1, 2).reshape(x.shape), self.side)
+        agents = self._split(pooled.flatten(2).transpose(1, 2))  # (N, h, A, e)
+        gathered = attention(agents, self._split(k), self._split(v), to_agents)  # (N, h, A, e)
         out = attention(self._split(q), agents, gathered, to_queries)  # (N, h, T, e)
-        out = out.transpose(1, 2).reshape(n, -1, c)
-        local = self.dwc(v.transpose(1, 2).reshape(n, c, height, width))  # (N, C, H, W)
-        return (
-            self.proj(out + local.flatten(2).transpose(1, 2))
-            .transpose(1, 2)
-            .reshape(n, c, height, width)
-        )
+        out = out.transpose(1, 2).reshape(n, -1, x.shape[1])  # (N, T, C)
+
+        local = self.dwc(v.transpose(1, 2).reshape(x.shape))  # (N, C, H, W)
+        out = self.proj(out + local.flatten(2).transpose(1, 2))  # (N, T, C)
+        return out.transpose(1, 2).reshape(x.shape)  # (N, C, H, W)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def _position_biases(self) -> tuple[Tensor, Tensor]:
-        """Biases of the two softmaxes: (1, h, agents, T) and (1, h, T, agents)."""
-        to_agents = F.interpolate(self.agent_table, size=self.size, mode="bilinear") + (
-            self.agent_row + self.agent_column
-        )
-        to_queries = (
-            F.interpolate(self.query_table, size=self.size, mode="bilinear")
-            .flatten(2)
-            .transpose(1, 2)
-        )
+        """Return the biases of the two softmaxes: (1, h, A, T) and (1, h, T, A)."""
+        to_agents = _resize(self.agent_table, self.size)  # (h, A, H, W)
+        to_agents = to_agents + (self.agent_row + self.agent_column)
+        to_queries = _resize(self.query_table, self.size).flatten(2).transpose(1, 2)  # (h, T, A)
         to_queries = to_queries + (self.query_row + self.query_column).flatten(1, 2)
         return to_agents.flatten(2)[None], to_queries[None]
+
+
+def _resize(table: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(table, size=size, mode="bilinear")
 
 
 def _table(*shape: int) -> nn.Parameter:

@@ -1,4 +1,9 @@
-"""DiCo's conv module (equation 3) with the variations of its Table 4: kernel, activation and channel attention."""
+"""DiCo's conv module with the variations of Table 4: kernel, activation and channel attention.
+
+Source: arXiv:2505.11196, equation 3 and Table 4.
+
+Legend: N batch, C channels, (H, W) grid, T = HW pixels, h heads, e = C / h.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +20,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.
 
 
 class ConvModule(nn.Module):
-    """1x1, depthwise k x k, activation, channel attention, 1x1.
+    """Apply 1x1, depthwise k x k, activation, channel attention, 1x1: (N, C, H, W) -> same.
 
-    `channel` is 'cca', 'none', 'se' (with `reduction`) or 'mdta' (with `heads`, and `project` for its output 1x1).
+    `channel` is 'cca', 'none', 'se' (with `reduction`) or 'mdta' (with `heads`, and with `project`
+    for its output projection).
     """
 
     def __init__(
@@ -41,16 +47,7 @@ class ConvModule(nn.Module):
         self.activation = ACTIVATIONS[activation]
         self.pointwise_in = Pointwise(dim, dim)
         self.depthwise = nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim)
-        if channel == "cca":
-            self.channel = CompactChannelAttention(dim)
-        elif channel == "se":
-            self.channel = SqueezeExcitation(dim, reduction)
-        elif channel == "mdta":
-            self.channel = ChannelSelfAttention(dim, heads, project)
-        elif channel == "none":
-            self.channel = nn.Identity()
-        else:
-            raise ValueError(f"unknown channel attention {channel!r}; known: cca, none, se, mdta")
+        self.channel = _channel_attention(channel, dim, reduction, heads, project)
         self.pointwise_out = Pointwise(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,8 +59,22 @@ class ConvModule(nn.Module):
         return self.pointwise_out(self.channel(x))  # (N, C, H, W)
 
 
+def _channel_attention(
+    channel: str, dim: int, reduction: int, heads: int, project: bool
+) -> nn.Module:
+    if channel == "cca":
+        return CompactChannelAttention(dim)
+    if channel == "se":
+        return SqueezeExcitation(dim, reduction)
+    if channel == "mdta":
+        return ChannelSelfAttention(dim, heads, project)
+    if channel == "none":
+        return nn.Identity()
+    raise ValueError(f"unknown channel attention {channel!r}; known: cca, none, se, mdta")
+
+
 class CompactChannelAttention(nn.Module):
-    """x sigmoid(W GAP(x)): DiCo, equation 3."""
+    """Compute x sigmoid(W GAP(x)): DiCo, equation 3."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -74,13 +85,17 @@ class CompactChannelAttention(nn.Module):
 
 
 class SqueezeExcitation(nn.Module):
-    """x sigmoid(W_b relu(W_a GAP(x))): Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018."""
+    """Compute x sigmoid(W_b relu(W_a GAP(x))).
+
+    Source: Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018.
+    """
 
     def __init__(self, dim: int, reduction: int) -> None:
         super().__init__()
         if not 1 <= reduction <= dim:
             raise ValueError(
-                f"squeeze-and-excitation needs a reduction from 1 to the width {dim}, got {reduction}"
+                "squeeze-and-excitation needs a reduction from 1 to the width "
+                f"{dim}, got {reduction}"
             )
         self.squeeze = Pointwise(dim, dim // reduction)
         self.excite = Pointwise(dim // reduction, dim)
@@ -90,9 +105,10 @@ class SqueezeExcitation(nn.Module):
 
 
 class ChannelSelfAttention(nn.Module):
-    """Attention between the channels of each head: MDTA of Zamir et al., "Restormer", CVPR 2022.
+    """Attend among the channels of each head.
 
-    Its output projection is left out by default, since the conv module's 1x1 follows at once (a reconstruction).
+    Source: MDTA of Zamir et al., "Restormer", CVPR 2022. Its output projection is left out by
+    default, because the conv module's 1x1 convolution follows at once (a reconstruction).
     """
 
     def __init__(self, dim: int, heads: int, project: bool) -> None:
@@ -108,14 +124,9 @@ class ChannelSelfAttention(nn.Module):
         self.project = Pointwise(dim, dim, bias=False) if project else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        n, c, height, width = x.shape
-        q, k, v = (
-            self.depthwise(self.qkv(x))
-            .flatten(2)
-            .view(n, 3, self.heads, c // self.heads, -1)
-            .unbind(1)
-        )  # (N, h, e, T)
-        logits = (
-            F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * self.temperature
-        )  # (N, h, e, e)
-        return self.project((logits.softmax(dim=-1) @ v).reshape(n, c, height, width))
+        n, c, _, _ = x.shape
+        qkv = self.depthwise(self.qkv(x)).flatten(2)  # (N, 3C, T)
+        q, k, v = qkv.view(n, 3, self.heads, c // self.heads, -1).unbind(1)  # 3 x (N, h, e, T)
+        cosine = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)  # (N, h, e, e)
+        weights = (cosine * self.temperature).softmax(dim=-1)  # (N, h, e, e)
+        return self.project((weights @ v).reshape(x.shape))  # (N, C, H, W)

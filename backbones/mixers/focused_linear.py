@@ -1,4 +1,9 @@
-"""Focused linear attention: Han et al., "FLatten Transformer", ICCV 2023."""
+"""Focused linear attention.
+
+Source: Han et al., "FLatten Transformer", ICCV 2023, arXiv:2308.00442.
+
+Legend: N batch, C channels, (H, W) grid, T = HW tokens, h heads, e = C / h.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +16,12 @@ from backbones.layers import Linear, check_size
 
 
 class FocusedLinearAttention(nn.Module):
-    """Linear attention on focused features, plus a depthwise convolution of the values shared by the heads.
+    """Attend linearly on focused features: (N, C, H, W) -> same.
 
-    f_p(u) = |u| u^p / |u^p| with u = (relu(x) + 1e-6) / softplus(sigma), p = 3, norms over all channels, before the
-    heads are split (as in the authors' code). `position` adds their trainable encoding to the keys.
+    The feature map is f_p(u) = |u| u^p / |u^p| with u = (relu(x) + 1e-6) / softplus(sigma), p = 3.
+    As in the authors' code, norms are over all channels, before the heads are split. A depthwise
+    convolution of the values, shared by the heads, is added. `position` adds a trainable encoding
+    to the keys.
     """
 
     def __init__(
@@ -31,9 +38,12 @@ class FocusedLinearAttention(nn.Module):
         super().__init__()
         if dim % heads or kernel % 2 == 0:
             raise ValueError(
-                f"focused linear attention needs a width divisible by its heads and an odd kernel, got {dim}, {heads} and {kernel}"
+                "focused linear attention needs a width divisible by its heads and an odd kernel, "
+                f"got {dim}, {heads} and {kernel}"
             )
-        self.size, self.heads, self.power = size, heads, power
+        self.size = size
+        self.heads = heads
+        self.power = power
         head_dim = dim // heads
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
@@ -42,26 +52,26 @@ class FocusedLinearAttention(nn.Module):
         self.position = nn.Parameter(torch.zeros(1, size[0] * size[1], dim)) if position else None
 
     def forward(self, x: Tensor) -> Tensor:
+        n, _, height, width = x.shape
+        q, k, v = self.qkv(x.flatten(2).transpose(1, 2)).chunk(3, dim=-1)  # 3 x (N, T, C)
         if self.position is not None:
             check_size(x, self.size, "focused linear attention with position encoding")
-        n, c, height, width = x.shape
-        q, k, v = self.qkv(x.flatten(2).transpose(1, 2)).chunk(3, dim=-1)  # (N, T, C)
-        if self.position is not None:
             k = k + self.position
+
+        # Linear attention of the focused features.
         scale = F.softplus(self.sigma)
-        q, k, v = (
-            self._split(part) for part in (self._focus(q, scale), self._focus(k, scale), v)
-        )  # (N, h, T, e)
+        q = self._split(self._focus(q, scale))  # (N, h, T, e)
+        k = self._split(self._focus(k, scale))  # (N, h, T, e)
+        v = self._split(v)  # (N, h, T, e)
         out = linear_attention(q, k, v)  # (N, h, T, e)
-        local = self.dwc(
-            v.transpose(-2, -1).reshape(n * self.heads, -1, height, width)
-        )  # (N*h, e, H, W)
-        out = out.transpose(-2, -1).reshape(n, c, height, width) + local.reshape(
-            n, c, height, width
-        )
-        return (
-            self.proj(out.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(n, c, height, width)
-        )
+
+        # Depthwise convolution of the values, with one kernel for all heads.
+        image = v.transpose(-2, -1).reshape(n * self.heads, -1, height, width)
+        local = self.dwc(image)  # (N*h, e, H, W)
+        out = out.transpose(-2, -1).reshape(x.shape) + local.reshape(x.shape)  # (N, C, H, W)
+
+        out = self.proj(out.flatten(2).transpose(1, 2))  # (N, T, C)
+        return out.transpose(1, 2).reshape(x.shape)  # (N, C, H, W)
 
     def _focus(self, x: Tensor, scale: Tensor) -> Tensor:
         u = (F.relu(x) + 1e-6) / scale

@@ -1,29 +1,27 @@
-"""Multi-head self-attention over the whole grid: Vaswani et al., NeurIPS 2017."""
+"""Multi-head self-attention over the whole grid.
+
+Source: Vaswani et al., "Attention Is All You Need", NeurIPS 2017.
+
+Legend: N batch, C channels, (H, W) grid, T = HW tokens.
+"""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from backbones.kernels import attention
-from backbones.layers import Linear
+from backbones.layers import SelfAttention
 
 
-class SelfAttention(nn.Module):
+class SoftmaxAttention(SelfAttention):
+    """Attend among all pixels of a grid: (N, C, H, W) -> same."""
+
     def __init__(self, dim: int, *, size: tuple[int, int], index: int, heads: int) -> None:
-        super().__init__()
         if dim % heads:
             raise ValueError(
                 f"attention needs a width divisible by its heads, got {dim} and {heads}"
             )
-        self.heads = heads
-        self.qkv = Linear(dim, 3 * dim)
-        self.proj = Linear(dim, dim)
+        super().__init__(dim, heads)
 
     def forward(self, x: Tensor) -> Tensor:
-        n, c, height, width = x.shape
         tokens = x.flatten(2).transpose(1, 2)  # (N, T, C)
-        q, k, v = (
-            self.qkv(tokens).view(n, -1, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
-        )
-        out = attention(q, k, v).transpose(1, 2).reshape(n, -1, c)  # (N, T, C)
-        return self.proj(out).transpose(1, 2).reshape(n, c, height, width)
+        return super().forward(tokens).transpose(1, 2).reshape(x.shape)  # (N, C, H, W)

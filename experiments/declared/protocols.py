@@ -1,15 +1,16 @@
-"""Named bundles of data, recipe, sampler and scores. A table's rows are run under one of them."""
+"""Named bundles of data, recipe, sampler and scores. A command runs a table's rows under one.
+
+A protocol's source says whose it is. No torch.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from experiments.engine.specs.spec import (
-    Data,
-    Recipe,
-    Sampler,
-)
+from experiments.engine.specs.spec import Data, Recipe, Sampler
 from experiments.engine.specs.stages import Protocol
+
+# ---- Digits: minutes on a CPU
 
 DIGITS = Protocol(
     name="digits",
@@ -28,9 +29,12 @@ DIGITS_LONG = replace(
     DIGITS,
     name="digits_long",
     recipe=replace(DIGITS.recipe, steps=2000),
-    source="protocol digits with three times its steps, for the families that it leaves near chance: U-ViT, DiS, DiM, DiffuSSM",
+    source="protocol digits with three times its steps, for the families that it leaves near "
+    "chance: U-ViT, DiS, DiM, DiffuSSM",
     cost_hours=300 / 3600,
 )
+
+# ---- CIFAR-10: real images in pixel space
 
 CIFAR10 = Protocol(
     name="cifar10",
@@ -48,7 +52,8 @@ CIFAR10_CLASSIFIER = replace(
     CIFAR10,
     name="cifar10_classifier",
     features="cifar_classifier",
-    source="protocol cifar10, its very trainings, scored without Inception on the features of a CIFAR-10 classifier that the suite trains",
+    source="protocol cifar10, the same trainings, scored without Inception on the features of a "
+    "CIFAR-10 classifier that the suite trains",
 )
 
 CIFAR10_BF16 = replace(
@@ -57,8 +62,9 @@ CIFAR10_BF16 = replace(
     recipe=replace(CIFAR10.recipe, steps=4000, precision="bf16", ema=0.999),
     sampler=Sampler("ddim", num_steps=25, channels=None, clip=True),
     num=5000,
-    source="protocol cifar10_classifier cut down to an hour of one H200 for a seed of Table 4, by its rows' counted Gflops and the assumption "
-    "of 100 TFLOP/s in bf16, a tenth of the peak, and 20 TFLOP/s in the sampler's fp32: 48 minutes of training and 10 of sampling",
+    source="protocol cifar10_classifier, cut down so that a seed of Table 4 takes an hour of one "
+    "H200. By its rows' counted Gflops, 48 minutes train at an assumed 100 TFLOP/s in bf16 (a "
+    "tenth of the peak) and 10 minutes sample at 20 TFLOP/s in fp32",
 )
 
 CIFAR10_SMALL = Protocol(
@@ -70,9 +76,12 @@ CIFAR10_SMALL = Protocol(
     features="cifar_classifier",
     labels="balanced",
     small=True,
-    source="this suite: protocol cifar10_classifier cut down to what a CPU finishes, with small networks",
+    source="this suite: protocol cifar10_classifier, cut down to what a CPU finishes, with small "
+    "networks",
     cost_hours=75 / 3600,
 )
+
+# ---- ImageNet in the latent space of an autoencoder
 
 IMAGENET256 = Protocol(
     name="imagenet256",
@@ -98,7 +107,8 @@ IMAGENET256_FIXED = replace(
     IMAGENET256,
     name="imagenet256_fixed",
     data=replace(IMAGENET256.data, latents="fixed"),
-    source="DiCo's code: one stored posterior sample of each image and of its flip, where DiT draws anew at every visit",
+    source="DiCo's code: one stored posterior sample of each image and of its flip. DiT draws a "
+    "new sample at every visit",
 )
 
 IMAGENET512 = Protocol(
@@ -120,6 +130,8 @@ IMAGENET512_FIXED = replace(
     source=IMAGENET256_FIXED.source,
 )
 
+# ---- ImageNet as each paper trains its own network
+
 OWN = "each system by the recipe and the sampler of its own paper"
 IMAGENET256_OWN = replace(IMAGENET256, name="imagenet256_own", own=True, source=OWN)
 IMAGENET512_OWN = replace(
@@ -127,7 +139,18 @@ IMAGENET512_OWN = replace(
 )
 
 _ALL = (
-    DIGITS, DIGITS_LONG, CIFAR10, CIFAR10_CLASSIFIER, CIFAR10_BF16, CIFAR10_SMALL,
-    IMAGENET256, IMAGENET256_FIXED, IMAGENET256_GUIDED, IMAGENET512, IMAGENET512_FIXED, IMAGENET256_OWN, IMAGENET512_OWN,
-)  # fmt: skip
+    DIGITS,
+    DIGITS_LONG,
+    CIFAR10,
+    CIFAR10_CLASSIFIER,
+    CIFAR10_BF16,
+    CIFAR10_SMALL,
+    IMAGENET256,
+    IMAGENET256_FIXED,
+    IMAGENET256_GUIDED,
+    IMAGENET512,
+    IMAGENET512_FIXED,
+    IMAGENET256_OWN,
+    IMAGENET512_OWN,
+)
 PROTOCOLS = {protocol.name: protocol for protocol in _ALL}

@@ -1,14 +1,17 @@
-"""How each paper trains and samples its network on ImageNet: what a row's own protocol runs, and where it was said.
+"""How each paper trains and samples its network on ImageNet, with the source of each value.
 
-Steps are optimiser steps. A guidance scale is that of null + scale (conditional - null), whatever the paper's notation.
-Where a paper and its code leave something open, the common recipe's value stands here and the source says so. Left out
-everywhere: dropout in the networks, fp16, for which bf16 stands, and TF32, under which several trained
-what here is fp32.
+Steps are optimiser steps. A guidance scale is that of null + scale (conditional - null), whatever
+the paper's notation. If a paper and its code leave a value open, that of the common recipe stands
+here, and the source says so.
+
+Three things are left out everywhere: dropout inside networks; fp16, which bf16 replaces; and TF32,
+under which several authors trained what is fp32 here.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from experiments.engine.specs.rows import Method
 from experiments.engine.specs.spec import Data, Diffusion, Recipe, Sampler
@@ -17,12 +20,20 @@ EPOCH = 1_281_167  # images
 COMMON = Recipe(steps=400_000, batch=256)
 
 
-def guided(scale: float, channels: int | None = 3, **sampler: object) -> Sampler:
+def guided(scale: float, channels: int | None = 3, **sampler: Any) -> Sampler:
+    """Return a sampler that guides some of the channels, or all of them for None."""
     return Sampler(scale=scale, channels=channels, **sampler)
 
 
-def iddpm(steps: int, scale: float, source: str, **recipe: object) -> Method:
-    """DiT's: linear betas, learned variance, 250 ancestral steps, three of four channels guided."""
+# ---- DiT's method and those that follow it
+
+
+def iddpm(steps: int, scale: float, source: str, **recipe: Any) -> Method:
+    """Return DiT's method.
+
+    It has linear betas, a learned variance and 250 ancestral steps. Three of four channels are
+    guided.
+    """
     return Method(Diffusion(), replace(COMMON, steps=steps, **recipe), guided(scale), source)
 
 
@@ -32,12 +43,12 @@ DICO_XL = iddpm(3_750_000, 1.4, "DiCo's paper, Table 6, and code")
 DICO_XL_512 = iddpm(
     3_000_000,
     1.4,
-    "DiCo's paper, Tables 2 and 6; its scale at 512 is not said, that at 256 is taken",
+    "DiCo's paper, Tables 2 and 6; it gives no scale at 512, so that at 256 is taken",
 )
 DICO_H = iddpm(
     1_000_000,
     1.4,
-    "DiCo's paper, Table 6, not in its code; the scale is not said, DiCo-XL's is taken",
+    "DiCo's paper, Table 6, not in its code; it gives no scale, so DiCo-XL's is taken",
     batch=1024,
     lr=2e-4,
     betas=(0.99, 0.99),
@@ -46,35 +57,49 @@ DICO_H = iddpm(
 DIC_H = iddpm(
     400_000,
     1.5,
-    "DiC's code, which does not flip, as the protocol does; steps and scale of the guided row are not said, the common steps and DiT's scale are taken",
+    "DiC's code, which does not flip images, as the protocol does; steps and scale of the guided "
+    "row are not given, so the common steps and DiT's scale are taken",
 )
 UDIT = iddpm(
     400_000,
     1.5,
-    "U-DiT's code, which does not flip, as the protocol does, and drops its three labels independently, here one; steps and scale are not said, the common steps and DiT's scale are taken",
+    "U-DiT's code, which does not flip images, as the protocol does, and drops its three labels "
+    "independently, where one label is dropped here; steps and scale are not given, so the common "
+    "steps and DiT's scale are taken",
 )
 DIG_XL = iddpm(
     1_200_000,
     1.5,
-    "DiG's code; the steps are the 240 epochs of its published version, by secondary sources",
+    "DiG's code; the steps are 240 epochs of its published version, by secondary sources",
 )
 DIFFUSSM = iddpm(
-    2_578_125, 1.5, "DiffuSSM's paper: 660M images; the scale is not said, DiT's is taken"
+    2_578_125, 1.5, "DiffuSSM's paper: 660M images; it gives no scale, so DiT's is taken"
 )
 DIFFUSSM_512 = iddpm(
-    1_179_688, 1.5, "DiffuSSM's paper: 302M images; the scale is not said, DiT's is taken"
+    1_179_688, 1.5, "DiffuSSM's paper: 302M images; it gives no scale, so DiT's is taken"
 )
 DIS = iddpm(
-    400_000, 1.5, "DiS's code; ImageNet's batch and steps are not said, the code's default batch and the common steps are taken",
-    batch=128, warmup=5 * EPOCH // 128, decay="cosine", lr_min=1e-6, grad_clip=1.0, drop_path=0.1,
-)  # fmt: skip
+    400_000,
+    1.5,
+    "DiS's code; batch and steps of ImageNet are not given, so the code's default batch and the "
+    "common steps are taken",
+    batch=128,
+    warmup=5 * EPOCH // 128,
+    decay="cosine",
+    lr_min=1e-6,
+    grad_clip=1.0,
+    drop_path=0.1,
+)
+
+# ---- Flows
 
 _SDE = guided(1.5, name="sde")
 SIT = Method(
     Diffusion("flow"),
     replace(COMMON, steps=7_000_000),
     _SDE,
-    "SiT's paper and code: linear path, velocity, 250-step Euler-Maruyama; our steps take one evaluation, theirs two",
+    "SiT's paper and code: linear path, velocity, 250 steps of Euler-Maruyama; our steps take one "
+    "evaluation, theirs two",
 )
 SIT_512 = replace(SIT, recipe=replace(COMMON, steps=3_000_000))
 
@@ -85,7 +110,11 @@ DIMSUM = Method(
     "DiMSUM's paper and code: variance-preserving path, velocity, adaptive Dormand-Prince",
 )
 
-# U-ViT's and DiM's: noise alone, Stable Diffusion's betas, steps called 1 to 1000, and so guided up to 1000.
+# ---- U-ViT and DiM
+#
+# Both predict noise alone, with Stable Diffusion's betas. Their steps are called 1 to 1000, so they
+# are guided up to 1000.
+
 _STABLE = Diffusion(betas="stable_diffusion", variance="fixed", first_step=1)
 _UVIT = Recipe(
     steps=500_000,
@@ -99,10 +128,14 @@ _UVIT = Recipe(
 
 
 def dpm_solver(scale: float) -> Sampler:
+    """Return 50 steps of DPM-Solver that guide every channel."""
     return guided(scale, None, name="dpm_solver", num_steps=50, interval=(0, 1001))
 
 
-_SOLVER = "; its singlestep solver of order 3 is replaced by the multistep one of order 2, also at 50 evaluations"
+_SOLVER = (
+    "; its singlestep solver of order 3 is replaced by the multistep solver of order 2, also at 50 "
+    "evaluations"
+)
 UVIT_L = Method(
     _STABLE,
     replace(_UVIT, steps=300_000, label_dropout=0.15),
@@ -130,15 +163,25 @@ DIM_512 = Method(
 DIM_START = replace(DIM, recipe=replace(_DIM, steps=425_000))
 
 
+# ---- ADM and LDM
+
+
 def pixels(size: int) -> Data:
-    """ImageNet at ADM's crop and this size: a folder imagenet<size>_pixels of images.npy and labels.npy."""
+    """Return ImageNet in pixels, at ADM's crop and this size.
+
+    The folder imagenet<size>_pixels holds images.npy and labels.npy.
+    """
     return Data(f"imagenet{size}_pixels", size, 3, 1000, flip=True)
 
 
 def adm(
     size: int, classifier_scale: float = 0.0, betas: str = "linear", low_res: int | None = None
 ) -> Method:
-    """ADM has no null label: it is guided by a classifier's gradient, at the scale of its README; estimates are clipped to pixels in [-1, 1]."""
+    """Return ADM's method.
+
+    ADM has no null label: a classifier's gradient guides it, at the scale of its README. Estimates
+    are clipped to pixels in [-1, 1].
+    """
     source = "ADM's code defaults and README; steps and batch are the common ones"
     sampler = Sampler(clip=True, classifier_scale=classifier_scale)
     return Method(
@@ -151,7 +194,11 @@ def adm(
 
 
 def adm_classifier(betas: str = "linear") -> Method:
-    """On images as noisy as those that its base model sees; its last weights guide, not their average."""
+    """Return how ADM trains its classifier.
+
+    The classifier sees images as noisy as its base model does. Its last weights guide, not their
+    average.
+    """
     recipe = replace(
         COMMON,
         steps=300_000,
@@ -165,22 +212,25 @@ def adm_classifier(betas: str = "linear") -> Method:
         Diffusion("classify", betas=betas),
         recipe,
         Sampler(),
-        "ADM's README, for 128 pixels; its random crops are the protocol's crop here",
+        "ADM's README for 128 pixels; the protocol's crop replaces its random crops",
     )
 
 
-ADM_64, ADM_128, ADM_256, ADM_512 = (
-    adm(64, 1.0, "cosine"),
-    adm(128, 0.5),
-    adm(256, 1.0),
-    adm(512, 4.0),
-)
-ADM_UP_256, ADM_UP_512 = adm(256, low_res=64), adm(512, low_res=128)
-ADM_CLASSIFIER, ADM_CLASSIFIER_64 = adm_classifier(), adm_classifier("cosine")
+ADM_64 = adm(64, 1.0, "cosine")
+ADM_128 = adm(128, 0.5)
+ADM_256 = adm(256, 1.0)
+ADM_512 = adm(512, 4.0)
+ADM_UP_256 = adm(256, low_res=64)
+ADM_UP_512 = adm(512, low_res=128)
+ADM_CLASSIFIER = adm_classifier()
+ADM_CLASSIFIER_64 = adm_classifier("cosine")
 LDM_4 = Method(
     Diffusion(betas="ldm_imagenet", variance="fixed"),
     replace(COMMON, steps=178_000, batch=1200),
     guided(1.25, None, name="ddim"),
-    "LDM's paper: steps and batch; its code: betas, eps, DDIM at eta 0, estimates unclipped; the scale as DiT's paper names the row. Not LDM's: the data, which are the common latents where LDM has "
-    "64x64x3 of its own VQ autoencoder; label dropout and the rest of the recipe, the common ones; the 250 times, which take both ends in where LDM's are 1, 5, ..., 997 and end at the first step's noise",
+    "steps and batch of LDM's paper; betas, eps, DDIM at eta 0, unclipped estimates of its code; "
+    "the scale by which DiT's paper names the row. Not LDM's are the data (the common latents; "
+    "LDM has 64x64x3 of its own VQ autoencoder), label dropout and the rest of the recipe (the "
+    "common ones), and the 250 times (they include both ends; LDM's are 1, 5, ..., 997 and end at "
+    "the noise of the first step)",
 )

@@ -1,9 +1,8 @@
-"""What is timed, as declarations and sheets. No torch.
+"""What is timed. No torch.
 
-A row is timed in every numeric mode of a device, its batch and input as the paper's, with the kernels that the suite
-chooses; in the authors' mode linear layers and 1x1 convolutions stay what they are called, since the mode treats them differently,
-and tensors are laid out as PyTorch's default has them. `fast` are `compile` and `graphs` of a Timing,
-which that mode does not have.
+A row is timed in every numeric mode of a device, with the paper's batch and input. The suite
+chooses the kernels. The authors' mode is an exception: it treats linear layers and 1x1 convolutions
+differently, so both stay what they are called, and tensors have PyTorch's default layout.
 """
 
 from __future__ import annotations
@@ -11,494 +10,227 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from experiments.engine.jobs.pool import Job, Sweep
-from experiments.engine.records.store import Record, RecordFolder, Store
-from experiments.engine.reporting.caveats import timing_caveats
-from experiments.engine.reporting.sheet import Cell, Sheet
+from experiments.engine.jobs.job import Job, Sweep
+from experiments.engine.reporting.efficiency.details import SweptRow
+from experiments.engine.reporting.efficiency.speed import (
+    AS_PUBLISHED,
+    EAGER,
+    Acceleration,
+    TimedRow,
+    TimedTable,
+)
 from experiments.engine.specs.rows import Row, Table
 from experiments.engine.specs.spec import Backbone, Ceilings, Profile, Timing
-from experiments.engine.specs.stages import cost_stages, timed_rows, timing_stage
+from experiments.engine.specs.stages import timed_rows, timing_stage
 
-MODES = {"cpu": ("fp32",), "cuda": ("fp32", "tf32", "bf16", "as_published")}
 TASKS = ("forward", "training", "sampling")
-STEPS = {
-    "cpu": 4,
-    "cuda": 250,
-}  # of a sampling loop; on a CPU a part of it, whose steps cost the same
-WRITTEN_OUT = ("adm", "ldm", "udit")  # families whose attention is none of the suite's kernels
-UNFUSED = {  # what runs in plain PyTorch where a GPU has a fused kernel, as records name it
-    ("selective_scan", "loop"): "the scan as a loop over tokens",
-    ("selective_scan", "reference"): "the scan as a loop over tokens",
-    ("gated_linear", "chunked"): "gated linear attention in chunks of plain PyTorch",
-    ("gated_linear", "reference"): "gated linear attention as a loop over tokens",
-    ("attention", "reference"): "attention written out",
-}
-A100_FP32 = 19.5e12  # operations a second without tensor cores (NVIDIA A100 data sheet)
+MODES = {"cpu": ("fp32",), "cuda": ("fp32", "tf32", "bf16", AS_PUBLISHED)}
+
+# Steps of a sampling loop. A CPU times a part of the loop, whose steps cost the same.
+SAMPLING_STEPS = {"cpu": 4, "cuda": 250}
+
+# Families whose attention is none of the suite's kernels.
+WRITTEN_OUT = ("adm", "ldm", "udit")
+
+# Exponents of the largest batch of a sweep.
+MAX_POWER = {"cpu": 4, "cuda": 10}
+
+FIGURE_3_LATENTS = {"cpu": (32, 64), "cuda": (32, 64, 128)}
+FIGURE_3_SIZES = {"cpu": ("s",), "cuda": ("s", "b", "l", "xl")}
+FIGURE_3_FAMILIES = (("dit", "_2"), ("dis", "_2"), ("dig", "_2"), ("dico", ""))
 
 
-def modes_of(device: str, **fast: bool) -> tuple[str, ...]:
-    """In which a device is timed: nothing compiled or recorded is as published."""
-    return tuple(
-        mode for mode in MODES[device] if not (any(fast.values()) and mode == "as_published")
-    )
+# ---- One timing
 
 
-def how_fast(compile: bool = False, graphs: bool = False) -> str:
-    """In words that follow others; nothing of what is neither."""
-    return ", networks compiled" * compile + ", by CUDA graphs" * graphs
+def modes_of(device: str, acceleration: Acceleration = EAGER) -> tuple[str, ...]:
+    """Return the numeric modes of a device. The authors compiled nothing and captured no graph."""
+    return tuple(mode for mode in MODES[device] if not (acceleration and mode == AS_PUBLISHED))
 
 
-def in_mode(stage: Timing, mode: str, what: str = "forward", **fast: bool) -> Timing:
-    """The stage timed in a numeric mode; with what a kernel of the authors' needs installed is no part of it, but the record says which ran."""
+def in_mode(
+    stage: Timing, mode: str, task: str = "forward", acceleration: Acceleration = EAGER
+) -> Timing:
+    """Return the timing of a task in a numeric mode.
+
+    The record says which kernels ran; which libraries must be installed is no part of the spec.
+    """
     stage = replace(
         stage,
         precision=mode,
         kernels={},
-        what=what,
-        num_steps=STEPS[stage.device] if what == "sampling" else stage.num_steps,
-        **fast,
+        what=task,
+        num_steps=SAMPLING_STEPS[stage.device] if task == "sampling" else stage.num_steps,
+        compile=acceleration.compile,
+        graphs=acceleration.graphs,
     )
-    return (
-        replace(
-            stage, kernels={"linear": "reference", "pointwise": "reference"}, layout="contiguous"
-        )
-        if mode == "as_published"
-        else stage
-    )
+    if mode == AS_PUBLISHED:
+        kernels = {"linear": "reference", "pointwise": "reference"}
+        stage = replace(stage, kernels=kernels, layout="contiguous")
+    return stage
 
 
-def stages(
-    table: Table,
-    rows: Sequence[Row],
-    device: str,
-    what: str,
-    named: bool,
-    modes: Sequence[str] | None = None,
-    **fast: bool,
-) -> list[Timing]:
-    """Each network of the rows once in every mode, or in these of the device's, beside the table's baseline."""
-    chosen = {str(row.backbone): row for row in timed_rows(table, rows, device, named)}.values()
-    if unknown := sorted(set(modes or ()) - set(known := modes_of(device, **fast))):
-        raise ValueError(
-            f"{', '.join(unknown)} is no numeric mode of {device}{how_fast(**fast)}; known: {', '.join(known)}"
-        )
-    return [
-        in_mode(timing_stage(row, table.baseline, device), mode, what, **fast)
-        for row in chosen
-        for mode in modes or known
-    ]
-
-
-def jobs(
-    table: Table,
-    rows: Sequence[Row],
-    device: str,
-    what: str,
-    named: bool,
-    modes: Sequence[str] | None = None,
-    **fast: bool,
-) -> tuple[Job, ...]:
-    """A job a network: its modes are timed on one machine."""
-    timed = stages(table, rows, device, what, named, modes, **fast)
-    labels = {str(row.backbone): row.label for row in reversed(rows)}
-    return tuple(
-        Job(labels[network], tuple(stage for stage in timed if str(stage.backbone) == network))
-        for network in dict.fromkeys(str(stage.backbone) for stage in timed)
-    )
+def ceilings(device: str) -> list[Ceilings]:
+    """Return the measurements of what a device can do, in every mode but the authors'."""
+    return [Ceilings(device, mode) for mode in MODES[device] if mode != AS_PUBLISHED]
 
 
 def ceilings_job(device: str) -> Job:
     return Job("ceilings", tuple(ceilings(device)))
 
 
-def ceilings(device: str) -> list[Ceilings]:
-    return [Ceilings(device, mode) for mode in MODES[device] if mode != "as_published"]
+# ---- Tables
 
 
-def sweeps(row: Row, baseline: Row, device: str, what: str, **fast: bool) -> list[Sweep]:
-    """The row alone at growing batches, a job a mode, in the order of `modes_of`."""
+def timed_table(
+    table: Table,
+    rows: Sequence[Row],
+    device: str,
+    task: str,
+    acceleration: Acceleration = EAGER,
+) -> TimedTable:
+    """Return the timings of all rows that have a network, in every mode of the device."""
+    modes = modes_of(device, acceleration)
+    networks = [row for row in rows if row.backbone]
+    timed = []
+    for row in networks:
+        stage = timing_stage(row, table.baseline, device)
+        stages = {mode: in_mode(stage, mode, task, acceleration) for mode in modes}
+        timed.append(TimedRow(row, stages))
+    return TimedTable(
+        table,
+        tuple(timed),
+        device,
+        task,
+        modes,
+        acceleration,
+        num_steps=SAMPLING_STEPS[device],
+        has_heavy_rows=any(row.heavy for row in timed_rows(table, networks, device, named=True)),
+        written_out=tuple(row.label for row in networks if is_written_out(row)),
+    )
+
+
+def is_written_out(row: Row) -> bool:
+    """Return whether the attention of a row's network is none of the suite's kernels."""
+    return row.backbone is not None and row.backbone.name.partition("_")[0] in WRITTEN_OUT
+
+
+def stages(
+    table: Table,
+    rows: Sequence[Row],
+    device: str,
+    task: str,
+    named: bool,
+    acceleration: Acceleration = EAGER,
+) -> list[Timing]:
+    """Return the timings of each network once, in all modes of the device.
+
+    Args:
+        named: whether the user named the rows, so that a CPU times heavy ones.
+    """
+    # Rows of one network share its timing; the last one's is taken.
+    by_network = {str(row.backbone): row for row in timed_rows(table, rows, device, named)}
+    timed = []
+    for row in by_network.values():
+        stage = timing_stage(row, table.baseline, device)
+        for mode in modes_of(device, acceleration):
+            timed.append(in_mode(stage, mode, task, acceleration))
+    return timed
+
+
+def require_modes(modes: Sequence[str], device: str, acceleration: Acceleration = EAGER) -> None:
+    """Raise ValueError if a mode is not one of the device's."""
+    known = modes_of(device, acceleration)
+    unknown = sorted(set(modes) - set(known))
+    if unknown:
+        raise ValueError(
+            f"{', '.join(unknown)} is no numeric mode of {device}{acceleration}; "
+            f"known: {', '.join(known)}"
+        )
+
+
+def jobs(rows: Sequence[Row], timed: Sequence[Timing]) -> tuple[Job, ...]:
+    """Return one job per network, so that all its modes are timed on one machine.
+
+    Args:
+        rows: give each job the label of the first row with its network.
+        timed: the timings of these rows.
+    """
+    labels = {str(row.backbone): row.label for row in reversed(rows)}
+    by_network: dict[str, list[Timing]] = {}
+    for stage in timed:
+        by_network.setdefault(str(stage.backbone), []).append(stage)
+    return tuple(Job(labels[network], tuple(group)) for network, group in by_network.items())
+
+
+# ---- Sweeps
+
+
+def swept_row(
+    row: Row, baseline: Row, device: str, task: str, acceleration: Acceleration = EAGER
+) -> SweptRow:
+    """Return a row's timings alone, without the baseline, at growing batches in every mode."""
     alone = replace(timing_stage(row, baseline, device), baseline=None, baseline_input=None)
-    batches = [2**power for power in range(11 if device == "cuda" else 5)]
-    at = {mode: in_mode(alone, mode, what, **fast) for mode in modes_of(device, **fast)}
+    batches = [2**power for power in range(MAX_POWER[device] + 1)]
+    by_mode = {}
+    for mode in modes_of(device, acceleration):
+        stage = in_mode(alone, mode, task, acceleration)
+        by_mode[mode] = tuple(replace(stage, batch=batch) for batch in batches)
+    return SweptRow(row.label, device, task, by_mode, acceleration)
+
+
+def sweeps(swept: SweptRow) -> list[Sweep]:
+    """Return one job per mode."""
     return [
-        Sweep(
-            f"{row.label}, {mode}",
-            tuple(replace(stage, batch=batch) for batch in batches),
-            row=row.label,
-        )
-        for mode, stage in at.items()
+        Sweep(f"{swept.label}, {mode}", batches, row=swept.label)
+        for mode, batches in swept.stages.items()
     ]
 
 
-def figure_3(device: str, **fast: bool) -> list[Timing]:
-    """DiT, DiS, DiG and DiCo at latents of side 32, 64 and 128 (images of 256 to 1024 pixels); on a CPU size S at the first two."""
-    networks = [
-        f"{family}_{size}{patch}"
-        for size in ("s", "b", "l", "xl")
-        for family, patch in (("dit", "_2"), ("dis", "_2"), ("dig", "_2"), ("dico", ""))
-    ]
-    known = [
-        name.replace("dis_xl", "dis_h")
-        for name in networks
-        if device == "cuda" or name.split("_")[1] == "s"
-    ]
-    sides = (32, 64, 128) if device == "cuda" else (32, 64)
-    timed = [
-        Timing(
-            Backbone(name), side, 4, 1000, 64 * 32**2 // side**2 if device == "cuda" else 1, device
-        )
-        for side in sides
-        for name in known
-    ]
-    return [in_mode(stage, mode, **fast) for stage in timed for mode in modes_of(device, **fast)]
+# ---- Figure 3
 
 
-def figure_3_jobs(device: str, **fast: bool) -> tuple[Job, ...]:
-    timed = figure_3(device, **fast)
-    return tuple(
-        Job(name, tuple(stage for stage in timed if stage.backbone.name == name))
-        for name in dict.fromkeys(stage.backbone.name for stage in timed)
-    )
+def figure_3(device: str, acceleration: Acceleration = EAGER) -> list[Timing]:
+    """Return the timings of DiT, DiS, DiG and DiCo at growing latents.
 
+    A GPU times all sizes for images of 256, 512 and 1024 pixels, a CPU size S for the first two.
+    """
+    names = []
+    for size in FIGURE_3_SIZES[device]:
+        for family, patch in FIGURE_3_FAMILIES:
+            name = f"{family}_{size}{patch}"
+            # The figure's DiS-XL was never described.
+            names.append(name.replace("dis_xl", "dis_h"))
 
-def profile_job(row: Row, device: str, what: str) -> Job:
-    return Job(row.label, tuple(profiles(row, device, what)))
-
-
-def profiles(row: Row, device: str, what: str) -> list[Profile]:
-    """A row's own network in every mode; of sampling one step."""
-    stage = replace(timing_stage(row, row, device), baseline=None, baseline_input=None, parts=())
-    return [Profile(replace(in_mode(stage, mode, what), num_steps=2)) for mode in MODES[device]]
-
-
-def profile_sheets(
-    row: Row, device: str, what: str, store: Store, source: RecordFolder | None = None
-) -> list[Sheet]:
-    """Time per class of operator against what the device's ceilings allow, a sheet a mode."""
-    source = source or store.here
-    sheets = []
-    for stage in profiles(row, device, what):
-        mode = stage.timing.precision
-        sheet = Sheet(
-            f"{row.label}: where {what} spends its time on this {device}, {mode}, batch {stage.timing.batch}",
-            [
-                ("", "operators"),
-                ("", "calls"),
-                ("", "ms"),
-                ("", "% of them"),
-                ("", "GMAC"),
-                ("", "GB"),
-                ("", "roofline, ms"),
-                ("", "% of it"),
-            ],
-        )
-        record, top = (
-            source.latest(stage),
-            source.latest(Ceilings(device, "fp32" if mode == "as_published" else mode)),
-        )
-        sheets.append(sheet)
-        if record is None or top is None:
-            sheet.notes.append("not profiled yet")
-            continue
-        classes = record.values["classes"]
-        total = sum(one["seconds"] for one in classes.values())
-        for name, one in sorted(classes.items(), key=lambda item: -item[1]["seconds"]):
-            least = max(
-                one["macs"] / top.values["macs_per_s"], one["bytes"] / top.values["bytes_per_s"]
-            )
-            numbers = (
-                (1e3 * one["seconds"], 1),
-                (100 * one["seconds"] / total, 0),
-                (1e-9 * one["macs"], 2),
-                (1e-9 * one["bytes"], 2),
-                (1e3 * least, 1),
-                (100 * least / one["seconds"], 0),
-            )
-            sheet.rows.append(
-                [Cell(label=name), Cell(label=str(one["calls"]))]
-                + [Cell(value, None, digits, records=(record, top)) for value, digits in numbers]
-            )
-        sheet.notes.append(
-            f"a call takes {1e3 * record.values['seconds']:.1f} ms; its operators, each timed alone, {1e3 * total:.1f} ms. Its trace: {record.kind}'s folder runs/{record.id}, {record.values['trace']}."
-        )
-        sheet.notes.append(
-            "roofline: the least time that the operators' multiply-accumulates at the rate of a large product, and their bytes at that of a copy, can take; caches let small tensors exceed it."
-        )
-    return sheets
-
-
-def speed_sheet(
-    table: Table,
-    rows: Sequence[Row],
-    device: str,
-    what: str,
-    store: Store,
-    source: RecordFolder | None = None,
-    **fast: bool,
-) -> Sheet:
-    """Images a second in every mode, relative to the baseline, as a share of the device's own matrix product; of a forward pass the paper's too."""
-    source = source or store.here
-    published = store.published(table.published, table.key)
-    columns, modes = [("", "row"), ("Gflops", "core")], modes_of(device, **fast)
-    for mode in modes:
-        columns += [(mode, name) for name in ("img/s", "rel.", "% of matmul", "% of copy")] + [
-            (mode, "GiB"),
-            (mode, "J/img"),
-        ] * (device == "cuda")
-    beside = what == "forward"  # all that the paper timed
-    columns += [("paper, A100", name) for name in ("img/s", "rel.", "% of fp32 peak")] * beside
-    sheet = Sheet(
-        f"Table {table.number}: {what} on this {device.upper().replace('CUDA', 'GPU')}{how_fast(**fast)}, by numeric mode ({table.source})",
-        columns,
-    )
-    base = _number(published[table.baseline.published], "throughput_img_s")
-    for row in rows:
-        if row.backbone is None:
-            continue
-        macs = [source.latest(cost) for cost in cost_stages(row)]
-        core = sum(record.values["macs_core"] for record in macs) if all(macs) else None
-        cells = [
-            Cell(label=row.label),
-            Cell(core / 1e9 if core else None, records=tuple(filter(None, macs))),
-        ]
-        for mode in modes:
-            cells += _timed(
-                in_mode(timing_stage(row, table.baseline, device), mode, what, **fast),
-                core,
-                store,
-                source,
-            )
-        paper = published[row.published] if row.published else {}
-        speed, gflops = _number(paper, "throughput_img_s"), _number(paper, "gflops")
-        cells += [
-            Cell(speed, None, 1),
-            Cell(speed / base if speed and base else None),
-            Cell(100 * 2e9 * speed * gflops / A100_FP32 if speed and gflops else None, None, 0),
-        ] * beside
-        sheet.rows.append(cells)
-    sheet.notes += _notes(table, rows, device, what, store, source, **fast)
-    return sheet
-
-
-def _timed(stage: Timing, core: float | None, store: Store, source: RecordFolder) -> list[Cell]:
-    record = source.latest(stage)
-    wide = 6 if stage.device == "cuda" else 4
-    if record is None:
-        return [Cell(label="failed") if source.latest(stage, status="failed") else Cell()] + [
-            Cell()
-        ] * (wide - 1)
-    values, own = record.values, (record,)
-    top = source.latest(
-        Ceilings(stage.device, "fp32" if stage.precision == "as_published" else stage.precision)
-    )
-    passes = {"forward": 1, "training": 3, "sampling": 2 * stage.num_steps}[stage.what]
-    share = (
-        100 * passes * core * values["images_per_s"] / top.values["macs_per_s"]
-        if core and top
-        else None
-    )
-    moved = values.get("bytes_moved")  # older records have none
-    copied = (
-        100 * moved / stage.batch * values["images_per_s"] / top.values["bytes_per_s"]
-        if moved and top
-        else None
-    )
-    both = own + ((top,) if top else ())
-    cells = [
-        Cell(values["images_per_s"], values["images_per_s_spread"], 1, records=own),
-        Cell(values["relative"], values["relative_spread"], records=own),
-    ]
-    cells += [Cell(share, None, 0, records=both), Cell(copied, None, 0, records=both)]
-    more = [
-        Cell(
-            values["peak_memory_bytes"] and values["peak_memory_bytes"] / 2**30,
-            None,
-            1,
-            records=own,
-        ),
-        Cell(values["joules_per_image"], records=own),
-    ]
-    return cells + more * (stage.device == "cuda")
-
-
-def _notes(
-    table: Table,
-    rows: Sequence[Row],
-    device: str,
-    what: str,
-    store: Store,
-    source: RecordFolder,
-    **fast: bool,
-) -> list[str]:
-    tasks = {
-        "forward": "one forward pass of full batches of x, t and y",
-        "training": "a step of the trainer by the common recipe, from loading the batch to the EMA; three forward passes of multiply-accumulates",
-        "sampling": f"guided sampling by {STEPS[device]} steps, twice the batch at each, an image being all of them",
-    }
-    notes = [
-        f"{what}: {tasks[what]}. ± half the interquartile range; rel.: to {table.baseline.label}, timed in turn."
-    ]
-    notes.append(
-        "fp32: no TF32; tf32: everywhere; bf16: autocast; as_published: PyTorch's defaults (convolutions in TF32, linear layers in fp32), t and y of one image, no final synchronisation."
-    )
-    for stage in ceilings(device):
-        if top := source.latest(stage):
-            notes.append(
-                f"measured ceilings, {stage.precision}: {2e-12 * top.values['macs_per_s']:.2f} TFLOP/s in large matrix products, {1e-9 * top.values['bytes_per_s']:.0f} GB/s copying."
-            )
-    notes.append(
-        "% of copy: what its operators, one by one, read and write, at the rate of a copy, which caches let small tensors exceed; the suite's kernels in Triton are not seen."
-    )
-    if how := how_fast(**fast):
-        notes.append(
-            f"{what}{how}: the baseline too. as_published, the authors' own, is neither and stands in the table without them; of compiled and recorded operators nothing is seen."
-        )
-    if device == "cpu":
-        notes.append("a CPU has one numeric mode here; its ratios are no GPU's.")
-        if any(row.heavy for row in timed_rows(table, rows, device, named=True)):
-            notes.append(
-                "large networks take minutes on a CPU: there they are timed only where --rows names them, and are gaps otherwise."
-            )
-    if labels := [
-        row.label
-        for row in rows
-        if row.backbone and row.backbone.name.partition("_")[0] in WRITTEN_OUT
-    ]:
-        notes.append(
-            f"{', '.join(labels)}: attention is written out as in their authors' code, never fused."
-        )
-    notes += _kinds(rows, what)
-    plain: dict[str, list[str]] = {}
-    timed: list[tuple[str, Record]] = []
-    for row in rows:
-        for mode in modes_of(device, **fast) if row.backbone else ():
-            stage = in_mode(timing_stage(row, table.baseline, device), mode, what, **fast)
-            record = source.latest(stage)
-            for how in unfused(record) if record else ():
-                plain.setdefault(how, []).append(f"{row.label} ({mode})")
-            if record is None and (failed := source.latest(stage, status="failed")):
-                notes.append(f"{row.label}, {mode}: {failed.error}")
-            timed += [(f"{row.label} ({mode})", record)] * (record is not None)
-            if (
-                mode == "as_published"
-                and record
-                and what == "forward"
-                and not record.values.get("one_condition", True)
-            ):
-                notes.append(
-                    f"{row.label}, {mode}: makes tokens of t and y, and was given those of all images."
-                )
-    return (
-        notes
-        + timing_caveats(timed)
-        + [f"{how}, without a fused kernel: {', '.join(labels)}." for how, labels in plain.items()]
-    )
-
-
-def unfused(record: Record) -> list[str]:
-    """In words: what ran without the fused kernel that GPUs have for it, where the stage did not ask for that."""
-    ran, asked = record.provenance.get("kernels", {}), record.spec["kernels"]
-    return list(
-        dict.fromkeys(
-            how
-            for (op, choice), how in UNFUSED.items()
-            if choice in ran.get(op, ()) and asked.get(op) != choice
-        )
-    )
-
-
-def _kinds(rows: Sequence[Row], what: str) -> list[str]:
-    """Rows whose step or loop is timed as another than their own paper's."""
-    if what == "forward":
-        return []
-    methods = [(row.label, row.method) for row in rows if row.backbone and row.method]
-    velocity = ", ".join(label for label, method in methods if method.diffusion.name == "flow")
-    unguided = (
-        ", ".join(label for label, method in methods if not method.recipe.label_dropout)
-        if what == "sampling"
-        else ""
-    )
-    notes = [
-        f"{velocity}: timed as predictors of noise, not of a velocity, which takes the same passes of the network."
-    ] * bool(velocity)
-    return notes + [
-        f"{unguided}: without a null label; the second half of a batch has real ones, and the classifier that guides in its place is not timed."
-    ] * bool(unguided)
-
-
-def sweep_sheet(
-    row: Row,
-    baseline: Row,
-    device: str,
-    what: str,
-    store: Store,
-    source: RecordFolder | None = None,
-    **fast: bool,
-) -> Sheet:
-    """Throughput over the batch size, and the best."""
-    source = source or store.here
-    modes = modes_of(device, **fast)
-    sheet = Sheet(
-        f"{row.label}: {what} over the batch size on this {device}{how_fast(**fast)}",
-        [("", "batch")] + [(mode, "img/s") for mode in modes],
-    )
-    tried = zip(modes, sweeps(row, baseline, device, what, **fast), strict=True)
-    found = {
-        mode: [(stage.batch, record) for stage in sweep.stages if (record := source.latest(stage))]
-        for mode, sweep in tried
-    }
-    for batch in sorted({batch for records in found.values() for batch, _ in records}):
-        at = [dict(found[mode]).get(batch) for mode in modes]
-        sheet.rows.append(
-            [Cell(label=str(batch))]
-            + [
-                Cell(r.values["images_per_s"], r.values["images_per_s_spread"], 1, records=(r,))
-                if r
-                else Cell()
-                for r in at
+    timed = []
+    for side in FIGURE_3_LATENTS[device]:
+        batch = 64 * 32**2 // side**2 if device == "cuda" else 1
+        for name in names:
+            stage = Timing(Backbone(name), side, 4, 1000, batch, device)
+            timed += [
+                in_mode(stage, mode, acceleration=acceleration)
+                for mode in modes_of(device, acceleration)
             ]
-        )
-    for mode, records in found.items():
-        if records:
-            batch, best = max(records, key=lambda pair: pair[1].values["images_per_s"])
-            sheet.notes.append(
-                f"{mode}: best at batch {batch}, {best.values['images_per_s']:.1f} images a second; batches beyond the last were not tried or do not fit."
-            )
-    return sheet
+    return timed
 
 
-def runtime_sheet(
-    device: str, store: Store, source: RecordFolder | None = None, **fast: bool
-) -> Sheet:
-    """Milliseconds an image of Figure 3's networks."""
-    source = source or store.here
-    sheet = Sheet(
-        f"Figure 3: runtime of a forward pass on this {device}{how_fast(**fast)}, ms an image",
-        [("", "network"), ("", "latent")] + [(mode, "ms") for mode in modes_of(device, **fast)],
-    )
-    rows: dict[tuple[str, int], list[Cell]] = {}
-    for stage in figure_3(device, **fast):
-        cells = rows.setdefault(
-            (stage.backbone.name, stage.size),
-            [Cell(label=stage.backbone.name), Cell(label=str(stage.size))],
-        )
-        record = source.latest(stage)
-        rate = record.values["images_per_s"] if record else None
-        cells.append(
-            Cell(
-                1000 / rate,
-                1000 / rate * record.values["images_per_s_spread"] / rate,
-                records=(record,),
-            )
-            if rate
-            else Cell()
-        )
-    sheet.rows += rows.values()
-    sheet.notes.append(
-        "The paper's figure prints no numbers, and names a DiS-XL that its authors never described: DiS-H/2 stands here."
-    )
-    return sheet
+def figure_3_jobs(device: str, acceleration: Acceleration = EAGER) -> tuple[Job, ...]:
+    """Return one job per network."""
+    by_name: dict[str, list[Timing]] = {}
+    for stage in figure_3(device, acceleration):
+        by_name.setdefault(stage.backbone.name, []).append(stage)
+    return tuple(Job(name, tuple(group)) for name, group in by_name.items())
 
 
-def _number(row: dict[str, str], column: str) -> float | None:
-    return float(row[column]) if row.get(column) else None
+# ---- Profiles
+
+
+def profiles(row: Row, device: str, task: str) -> list[Profile]:
+    """Return the profiles of a row's own network in every mode; of sampling, of one step."""
+    stage = timing_stage(row, row, device)
+    alone = replace(stage, baseline=None, baseline_input=None, parts=())
+    return [Profile(replace(in_mode(alone, mode, task), num_steps=2)) for mode in MODES[device]]
+
+
+def profile_job(row: Row, device: str, task: str) -> Job:
+    return Job(row.label, tuple(profiles(row, device, task)))

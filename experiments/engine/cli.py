@@ -17,19 +17,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from experiments.engine.cluster import slurm
-from experiments.engine.cluster.launch import Cluster, run_plan
+from experiments.engine.cluster.launch import Cluster, require_sources, run_plan
 from experiments.engine.cluster.site import load_site, warn_of_unknown_rows
 from experiments.engine.cluster.status import status
-from experiments.engine.data.locate import require_data, require_features
-from experiments.engine.jobs.plan import Chosen, Plan, describe
+from experiments.engine.jobs.plan import Plan, TablePlan, describe
 from experiments.engine.jobs.pool import unwind
 from experiments.engine.records.store import REPOSITORY, Store
 from experiments.engine.reporting.render import FORMATS, render
 from experiments.engine.reporting.tables import report_sheets
 from experiments.engine.specs.rows import Table
 from experiments.engine.specs.selection import Selection
-from experiments.engine.specs.spec import FACTOR, Data
-from experiments.engine.specs.stages import Protocol, cost_stages, evaluate_stage
+from experiments.engine.specs.spec import FACTOR
+from experiments.engine.specs.stages import Protocol, cost_stages
 
 DEVICES = ("cpu", "cuda")
 
@@ -104,22 +103,23 @@ def _run_table(
 ) -> int:
     args = _parse_table_options(tables, protocols, description, arguments)
     store = open_store(args.results)
-    selection = _select(tables[args.table], protocols[args.protocol], args)
+    plan = _select(tables[args.table], protocols[args.protocol], args)
+    selection = plan.selection
 
     # A label in the site file that nothing declares is most likely a typing error.
     if args.cluster == Cluster.SLURM:
         warn_of_unknown_rows(labels_of(tables.values()))
 
     outcome = carry_out(
-        selection, args, store, arguments, lambda: _require_sources(selection), args.workers
+        plan, args, store, arguments, lambda: require_sources(selection), args.workers
     )
     if outcome is not Outcome.ANSWERED:
-        _print_table(selection, store, args.format)
+        print(render(report_sheets(selection, store), args.format))
     return exit_status(outcome)
 
 
-def _select(table: Table, protocol: Protocol, args: argparse.Namespace) -> Chosen:
-    """Return the selected part of a table. Raise ValueError if it cannot run as one command."""
+def _select(table: Table, protocol: Protocol, args: argparse.Namespace) -> TablePlan:
+    """Return the plan of the selected rows. Raise ValueError if one command cannot run them."""
     rows = list(table.rows) if args.rows is None else [table.row(label) for label in args.rows]
 
     # A paper's own recipe holds for one resolution.
@@ -138,33 +138,9 @@ def _select(table: Table, protocol: Protocol, args: argparse.Namespace) -> Chose
             "use --rows to select rows of one kind"
         )
     (device,) = devices
-    return Chosen(
-        table,
-        rows,
-        protocol,
-        args.seeds,
-        device,
-        named=args.rows is not None,
-        resources=acceleration_flags(args, device),
-    )
-
-
-def _require_sources(selection: Chosen) -> None:
-    """Raise ValueError if data or score features of the selection are missing here."""
-    if selection.table.counts_only:
-        return
-    sets: dict[str, Data] = {}
-    for row in selection.networks:
-        for training in evaluate_stage(row, selection.protocol, 0).trainings:
-            sets[training.data.name] = training.data
-    for data in sets.values():
-        require_data(data)
-    require_features(evaluate_stage(selection.table.baseline, selection.protocol, 0))
-
-
-def _print_table(plan: Chosen, store: Store, style: str) -> None:
-    selection = Selection(plan.table, plan.rows, plan.protocol, plan.seeds, plan.device, plan.named)
-    print(render(report_sheets(selection, store), style))
+    named = args.rows is not None
+    selection = Selection(table, rows, protocol, args.seeds, device, named)
+    return TablePlan(selection, acceleration_flags(args, device))
 
 
 def carry_out(
@@ -255,7 +231,7 @@ def chosen_device(args: argparse.Namespace, row: str) -> str:
     return device
 
 
-def acceleration_flags(args: argparse.Namespace, device: str) -> dict[str, bool]:
+def acceleration_flags(args: argparse.Namespace, device: str) -> dict[str, Any]:
     """Return --compile and --graphs, where they are set, as resources of the trainer.
 
     On Slurm they are added to what the site file sets.

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
-from analysis.figures import own as figures_efficiency
-from analysis.figures import paper as figures
+from analysis.figures.efficiency import training_efficiency
+from analysis.figures.modes import numeric_modes
+from analysis.figures.runtime import runtime
+from analysis.figures.throughput import fid_against_throughput
+from analysis.figures.training import losses, scores_over_training
 from analysis.query import ReferenceStore
 from analysis.tables.progress import progress_row, stopped
 from analysis.tables.recipes import CONFIGURATIONS
@@ -106,10 +109,10 @@ def test_figure_9_draws_our_longest_training_over_the_authors(tmp_path: Path):
     whole = {"steps": 3_750_000, "curve": {"every": 2_000_000, "losses": [0.15, 0.14]}}
     store.append(train_stage(*CONFIGURATIONS["DiCo-XL 256"], 0), "done", whole, PROVENANCE)
     assert (
-        said(figures.losses(ReferenceStore(tmp_path / "none")))
+        said(losses(ReferenceStore(tmp_path / "none")))
         == "ours on ImageNet 256: 0 of the 4 trainings are recorded here"
     )
-    made = figures.losses(sources(store))
+    made = losses(sources(store))
     for panel in made.axes[:2]:
         ours = labelled(panel)
         assert ours["DiCo-S, ours"].get_xdata().tolist() == [20.0, 60.0, 90.0] and set(
@@ -141,10 +144,10 @@ def test_training_efficiency_draws_our_trainings_by_counts_and_hours(tmp_path: P
         PROVENANCE | {"device": "cpu"},
     )
     assert (
-        said(figures_efficiency.training_efficiency(ReferenceStore(tmp_path / "none")))
+        said(training_efficiency(ReferenceStore(tmp_path / "none")))
         == "ours on ImageNet 256: 0 of the 32 published points left, 0 in the middle"
     )
-    made = figures_efficiency.training_efficiency(sources(store))
+    made = training_efficiency(sources(store))
     left, middle = made.axes[:2]
     macs, hours = (labelled(panel)["DiCo-S, ours"] for panel in (left, middle))
     assert macs.get_xdata().tolist() == [
@@ -163,11 +166,11 @@ def test_figure_2_has_the_errors_of_score_and_speed(tmp_path: Path):
     store.append(cost_stage(row), "done", {"macs_torchprofile": 4e9}, PROVENANCE)
     timed(store, on_gpu("dico_s", 32), 1000.0, 20.0)
     scored(store, evaluate_stage(row, IMAGENET256, 0), 50.0)
-    (axes,) = figures.fid_against_throughput(sources(store)).axes
+    (axes,) = fid_against_throughput(sources(store)).axes
     assert bars(axes) == [[(980.0, 50.0), (1020.0, 50.0)], [(1000.0, 49.5), (1000.0, 50.5)]]
     (tmp_path / "reference").rename(tmp_path / "records")
     scored(store, evaluate_stage(row, IMAGENET256, 1), 52.0)
-    (axes,) = figures.fid_against_throughput(sources(store)).axes
+    (axes,) = fid_against_throughput(sources(store)).axes
     assert bars(axes)[1] == [(1000.0, pytest.approx(50.0)), (1000.0, pytest.approx(52.0))]
 
 
@@ -180,7 +183,7 @@ def test_figure_3_has_the_spread_of_runtimes(tmp_path: Path):
         if (stage.backbone.name, stage.size, stage.precision) == ("dit_s_2", 64, "bf16")
     ]
     timed(store, size, 100.0, 1.0)
-    left, _, right = figures.runtime(sources(store)).axes
+    left, _, right = runtime(sources(store)).axes
     assert [[x for x, _ in bar] for bar in bars(left)] == [pytest.approx([18.0, 22.0])]
     assert [[y for _, y in bar] for bar in bars(right)] == [pytest.approx([9.9, 10.1])]
 
@@ -189,7 +192,7 @@ def test_figure_3_has_the_spread_of_runtimes(tmp_path: Path):
 def test_figure_8_has_the_sampling_errors_that_there_are(error: float | None, tmp_path: Path):
     store = Store(tmp_path)
     scored(store, evaluate_stage(progress_row("DiCo-S"), stopped(50_000), 0), 90.0, error)
-    fid, sfid = figures.scores_over_training(sources(store)).axes[:2]
+    fid, sfid = scores_over_training(sources(store)).axes[:2]
     assert bars(fid) == ([[(50.0, 89.5), (50.0, 90.5)]] if error else []) and not bars(sfid)
 
 
@@ -197,6 +200,6 @@ def test_a_speed_up_has_the_spread_of_both(tmp_path: Path):
     store = Store(tmp_path)
     timed(store, on_gpu("dico_xl", 32), 300.0, 9.0)
     timed(store, on_gpu("dit_xl_2", 32), 100.0, 4.0)
-    _, right = figures_efficiency.numeric_modes(sources(store)).axes
+    _, right = numeric_modes(sources(store)).axes
     ((low, high),) = ([x for x, _ in bar] for bar in bars(right))
     assert (low, high) == (pytest.approx(3 - 0.15), pytest.approx(3 + 0.15))

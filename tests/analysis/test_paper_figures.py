@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from analysis.figures.own import front
 from matplotlib.collections import PathCollection
 
 from analysis import build
 from analysis.figures import own as figures_efficiency
 from analysis.figures import paper as figures
 from analysis.figures import probes as figures_probes
-from analysis.figures.own import front
 from analysis.query import ReferenceStore
 from analysis.tables.progress import progress_row, stopped
 from experiments.ablation import TABLE_4

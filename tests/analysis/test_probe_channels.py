@@ -1,4 +1,6 @@
-"""Redundancy of channels against matrices whose rank and correlation are known, and probes of a whole small network."""
+"""Redundancy of channels against matrices of known rank and correlation, and whole networks."""
+
+from __future__ import annotations
 
 import math
 
@@ -16,6 +18,8 @@ from analysis.probes.channels import (
     mean_correlation,
     record,
 )
+
+BLOCKS = ("DiCoBlock", "DiTBlock", "Block")
 
 
 def features(n: int, c: int, h: int, w: int) -> torch.Tensor:
@@ -90,28 +94,26 @@ def walk(model):
 
 @pytest.mark.parametrize("name", ["dico_s", "dit_s_2", "hourglass", "isotropic"])
 def test_the_last_mixer_is_what_the_last_gate_multiplies(name: str):
-    """Without the gates of the last block its MLP alone is left: silencing the found module must do the same to the output."""
+    """Silencing the module has the same effect as closing the gate of the last block's mixer."""
     model = tiny(name)
-    x, t, y = features(2, 3, 8, 8).float(), torch.tensor([5, 5]), torch.tensor([0, 4])
     module = last_mixer(model)
     arrays, values = record(model, module, walk, keep_maps=False)
-    assert (
-        arrays["activation"].shape[0] == 2
-        and (arrays["activation"] >= 0).all()
-        and set(values) == {"near_dead", "effective_rank", "relative_rank", "correlation"}
-    )
-    block = [
-        part
-        for part in model.modules()
-        if type(part).__name__ in ("DiCoBlock", "DiTBlock", "Block")
-    ][-1]
+    assert arrays["activation"].shape[0] == 2
+    assert (arrays["activation"] >= 0).all()
+    assert set(values) == {"near_dead", "effective_rank", "relative_rank", "correlation"}
+
+    x, t, y = features(2, 3, 8, 8).float(), torch.tensor([5, 5]), torch.tensor([0, 4])
+    blocks = [part for part in model.modules() if type(part).__name__ in BLOCKS]
+    modulation = blocks[-1].adaLN_modulation[1]
     with torch.no_grad():
         handle = module.register_forward_hook(lambda _, __, out: torch.zeros_like(out))
         silenced = model(x, t, y)
         handle.remove()
-        rows = block.adaLN_modulation[1].weight.shape[0] // 6
-        block.adaLN_modulation[1].weight[2 * rows : 3 * rows].zero_()
-        block.adaLN_modulation[1].bias[2 * rows : 3 * rows].zero_()
+
+        # The third sixth of the modulation is the mixer's gate.
+        rows = modulation.weight.shape[0] // 6
+        modulation.weight[2 * rows : 3 * rows].zero_()
+        modulation.bias[2 * rows : 3 * rows].zero_()
         torch.testing.assert_close(model(x, t, y), silenced)
 
 
@@ -135,5 +137,5 @@ def test_features_are_the_first_stages_output():
 def test_networks_without_what_is_probed_say_so():
     with pytest.raises(ValueError, match="Isotropic has no first stage"):
         first_stage(tiny("isotropic"))
-    with pytest.raises(ValueError, match="has no block whose mixer is known"):
+    with pytest.raises(ValueError, match="has no block whose mixer this probe knows"):
         last_mixer(nn.Conv2d(1, 1, 1))

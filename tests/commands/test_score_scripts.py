@@ -14,19 +14,27 @@ import torch
 
 from backbones import build, list_backbones, tiny_options_of
 from experiments import calibrate, diff_protocol, evaluate, evaluate_checkpoint, sample
+from experiments.declared import paper_scores
+from experiments.declared.checkpoints import nearest_row
 from experiments.declared.protocols import CIFAR10, PROTOCOLS
 from experiments.engine.data import image_files as npz
 from experiments.engine.data import locate as sources
 from experiments.engine.data.sets import ImageSet
 from experiments.engine.records.store import Store, read_record
 from experiments.engine.runtime.context import RunContext
-from experiments.engine.scoring import inception, scores, stage
+from experiments.engine.scoring import inception, outcome, scores, stage
 from experiments.engine.scoring import measure as scoring_measure
+from experiments.engine.scoring import reference as scoring_reference
 from experiments.engine.specs.spec import Backbone, Checkpoint, Data, Evaluate, Sampler
 from experiments.engine.specs.stages import evaluate_stage
 from experiments.main_results import TABLE_1, TABLES
 from tests.support.extractors import Grey
 
+# The layers of the stand-in for Inception.
+NARROW_LAYERS = (
+    scoring_reference.Layer("pool", "mu", "sigma", 6),
+    scoring_reference.Layer("spatial", "mu_s", "sigma_s", 5),
+)
 IMAGES = np.random.default_rng(0).integers(0, 256, (80, 4, 4, 3), dtype=np.uint8)
 
 
@@ -43,7 +51,8 @@ def run(
 
 @pytest.fixture
 def grey(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(inception, "load", lambda path, device: Grey())
+    monkeypatch.setattr(inception, "load_inception", lambda path, device: Grey())
+    monkeypatch.setattr(stage, "load_inception", lambda path, device: Grey())
     monkeypatch.setattr(scores, "POOL", 6)
 
 
@@ -143,7 +152,7 @@ def test_scores_are_recorded_with_all_that_decided_them(grey, tmp_path: Path, ca
         80,
         7,
         False,
-        {"policy": "random", "histogram_sha256": stage.histogram(np.arange(80) % 8)},
+        {"policy": "random", "histogram_sha256": outcome.label_histogram(np.arange(80) % 8)},
     )
     assert (
         measure["guidance"]["scale"] == 1.5
@@ -179,7 +188,7 @@ def test_scores_are_recorded_with_all_that_decided_them(grey, tmp_path: Path, ca
 
 
 def test_statistics_are_scored_as_far_as_they_go(grey, tmp_path: Path, capsys, monkeypatch):
-    monkeypatch.setattr(npz, "POOL", 6)
+    monkeypatch.setattr(scoring_reference, "LAYERS", NARROW_LAYERS)
     for name, mean in (("a", 0.0), ("b", 2.0)):
         np.savez(tmp_path / f"{name}.npz", mu=np.full(6, mean), sigma=np.eye(6))
     status, out, _ = run(
@@ -238,14 +247,14 @@ def test_bad_files_are_one_line(
 
 def test_the_arithmetic_is_calibrated_on_synthetic_sets(capsys, monkeypatch):
     status, out, _ = run(calibrate, capsys, monkeypatch, "--device", "cpu")
-    assert status == 0 and out.count("ok ") == 7 and "FAIL" not in out and "was not checked" in out
+    assert status == 0 and out.count("ok ") == 9 and "FAIL" not in out and "was not checked" in out
 
 
 def test_a_wrong_arithmetic_fails_calibration(capsys, monkeypatch):
-    from experiments.engine.scoring import metrics
+    from experiments.engine.scoring import frechet
 
-    right = metrics.frechet
-    monkeypatch.setattr(metrics, "frechet", lambda a, b: 1.001 * right(a, b))
+    right = frechet.frechet
+    monkeypatch.setattr(frechet, "frechet", lambda a, b: 1.001 * right(a, b))
     status, out, _ = run(calibrate, capsys, monkeypatch, "--device", "cpu")
     assert status == 1 and "FAIL" in out
 
@@ -308,8 +317,8 @@ def test_a_dry_run_says_what_is_missing_and_what_it_would_cost(
     monkeypatch.setenv("DICO_VAE", "gone")
     monkeypatch.setattr(
         evaluate_checkpoint,
-        "_load",
-        lambda backbone, args: (build("dico_s", **tiny_options_of("dico_s")).eval(), "ema"),
+        "load_network",
+        lambda backbone, file: (build("dico_s", **tiny_options_of("dico_s")).eval(), "ema"),
     )
     monkeypatch.setattr(evaluate_checkpoint, "_seconds_per_pass", lambda *given: 0.01)
     arguments = "--backbone", "dico_s", "--checkpoint", checkpoint, "--device", "cpu", "--protocol"
@@ -384,8 +393,8 @@ def test_a_dry_run_opens_what_the_run_would_open(
     monkeypatch.setenv("DICO_VAE", str(write_vae(tmp_path / "vae")))
     monkeypatch.setattr(
         evaluate_checkpoint,
-        "_load",
-        lambda backbone, args: (build("dico_s", **tiny_options_of("dico_s")).eval(), "ema"),
+        "load_network",
+        lambda backbone, file: (build("dico_s", **tiny_options_of("dico_s")).eval(), "ema"),
     )
     monkeypatch.setattr(evaluate_checkpoint, "_seconds_per_pass", lambda *given: 0.01)
     arguments = (
@@ -430,7 +439,7 @@ def test_a_reference_that_cannot_be_read_is_known_before_anything_is_drawn(
     monkeypatch.setattr(stage, "reference_path", lambda data: tmp_path / "other.npz")
     monkeypatch.setattr(stage, "generate_samples", lambda *given: drawn.append(given))
     with pytest.raises(ValueError, match=f"other.npz: .*{complaint}"):
-        stage.run(
+        stage.run_evaluation(
             Evaluate(
                 Checkpoint(Backbone("dico_s"), PROTOCOLS["imagenet256"].data, "0" * 64),
                 Sampler(),
@@ -458,7 +467,7 @@ def test_a_network_is_sampled_by_its_own_objectives_sampler(
 ):
     seen = []
     monkeypatch.setattr(
-        evaluate_checkpoint, "_load", lambda backbone, args: (seen.append(backbone), "ema")
+        evaluate_checkpoint, "load_network", lambda backbone, file: (seen.append(backbone), "ema")
     )
     monkeypatch.setattr(evaluate_checkpoint, "_seconds_per_pass", lambda *given: 0.01)
     arguments = (
@@ -486,7 +495,7 @@ def test_what_makes_the_sampling_of_a_checkpoint_faster_is_a_resource(
     tmp_path: Path, capsys, monkeypatch
 ):
     plans = []
-    monkeypatch.setattr(evaluate_checkpoint, "_load", lambda backbone, args: (None, "ema"))
+    monkeypatch.setattr(evaluate_checkpoint, "load_network", lambda backbone, file: (None, "ema"))
     monkeypatch.setattr(evaluate_checkpoint, "carry_out", lambda plan, *_: plans.append(plan))
     (tmp_path / "net.pt").write_bytes(b"")
     arguments = (
@@ -618,7 +627,7 @@ def beside(name: str, side: int, guided: bool) -> list[str]:
         50_000,
         "inception",
     )
-    return evaluate_checkpoint._beside(SCORED, name, spec, Store())
+    return paper_scores.lines_beside_paper(SCORED, name, spec, Store(), TABLES)
 
 
 @pytest.mark.parametrize("side", PAPER)
@@ -650,7 +659,7 @@ def test_every_network_finds_the_papers_value_under_its_own_guidance_and_no_othe
 
 def test_every_published_system_with_a_network_is_among_them():
     """By the tables themselves: no row of a network is left out of the list that the test above holds to."""
-    for side, numbers in evaluate_checkpoint.PAPERS.items():
+    for side, numbers in paper_scores.PAPERS.items():
         names = {
             row.backbone.name for number in numbers for row in TABLES[number].rows if row.backbone
         }
@@ -680,7 +689,7 @@ def test_scores_on_a_classifiers_features_bear_their_own_names_and_no_published_
     spec = Evaluate(
         Checkpoint(Backbone("dico_xl"), data, "0" * 64), Sampler(), 50_000, "cifar_classifier"
     )
-    lines = evaluate_checkpoint._beside(values, "dico_xl", spec, Store())
+    lines = paper_scores.lines_beside_paper(values, "dico_xl", spec, Store(), TABLES)
     assert lines == [
         "  fd_cifar_classifier 3.2500 ± 0.5000",
         "  precision_cifar_classifier 0.7500",
@@ -691,16 +700,13 @@ def test_scores_on_a_classifiers_features_bear_their_own_names_and_no_published_
 def test_guidance_is_that_of_the_images_and_not_of_the_protocol():
     spec = evaluate_stage(TABLE_1.row("DiCo-XL (w/ CFG)"), PROTOCOLS["imagenet256_own"], 0)
     assert PROTOCOLS["imagenet256_own"].sampler.scale == 1 and "unguided" not in "\n".join(
-        evaluate_checkpoint._beside(SCORED, "dico_xl", spec, Store())
+        paper_scores.lines_beside_paper(SCORED, "dico_xl", spec, Store(), TABLES)
     )
     assert [
-        evaluate_checkpoint._declared(
-            "dico_xl", PROTOCOLS[f"imagenet{side}_own"]
-        ).method.sampler.scale
-        > 1
+        nearest_row("dico_xl", PROTOCOLS[f"imagenet{side}_own"], TABLES).method.sampler.scale > 1
         for side in (256, 512)
     ] == [True, True]
-    guided = "\n".join(evaluate_checkpoint._beside(SCORED, "dico_xl", spec, Store()))
+    guided = "\n".join(paper_scores.lines_beside_paper(SCORED, "dico_xl", spec, Store(), TABLES))
     assert (
         "FID-50K" in guided
         and "2.1000 ± 0.0100   paper 2.05" in guided
@@ -722,15 +728,14 @@ def test_a_reference_that_is_not_adms_is_warned_of_in_the_record(
     held: tuple[str, ...], num: int, warned: bool, grey, tmp_path: Path, monkeypatch
 ):
     """ADM's holds the statistics of both layers, and so many images."""
-    monkeypatch.setattr(npz, "POOL", 6)
-    monkeypatch.setattr(npz, "SPATIAL", 5)
+    monkeypatch.setattr(scoring_reference, "LAYERS", NARROW_LAYERS)
     monkeypatch.setattr(stage, "ADM_REFERENCE", 30)
     statistics = dict(mu=np.zeros(6), sigma=np.eye(6), mu_s=np.zeros(5), sigma_s=np.eye(5))
     np.savez(
         tmp_path / "other.npz", arr_0=IMAGES[:num], **{name: statistics[name] for name in held}
     )
     monkeypatch.setattr(stage, "reference_path", lambda data: tmp_path / "other.npz")
-    reference = stage._reference(
+    reference = stage._measure_reference(
         PROTOCOLS["imagenet256"].data, Grey(), tmp_path / "parts", RunContext(tmp_path)
     )
     found = scores.score(scoring_measure.measure(Grey(), iter([IMAGES])), reference)["warnings"]

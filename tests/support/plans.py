@@ -6,15 +6,16 @@ from pathlib import Path
 
 from experiments.ablation import TABLES
 from experiments.declared.protocols import IMAGENET256
-from experiments.engine.jobs.plan import Chosen
+from experiments.engine.jobs.plan import TablePlan
+from experiments.engine.specs.selection import Selection
 from experiments.engine.specs.stages import Protocol
 
 TABLE = TABLES[4]
 
 
-def two_rows(protocol: Protocol = IMAGENET256, device: str = "cuda") -> Chosen:
+def two_rows(protocol: Protocol = IMAGENET256, device: str = "cuda") -> TablePlan:
     """Return the first two rows of Table 4, with one training seed."""
-    return Chosen(TABLE, TABLE.rows[:2], protocol, [0], device)
+    return TablePlan(Selection(TABLE, TABLE.rows[:2], protocol, [0], device))
 
 
 def site_file(folder: Path, text: str) -> dict[str, str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.engine.cluster.submit import new_folder, run_job
-from experiments.engine.jobs.pool import Job, available_cores
+from experiments.engine.jobs.job import Job, JobEvent
+from experiments.engine.jobs.pool import Notify, available_cores
 from experiments.engine.records.store import Store, timestamp
 
 UNBOUNDED_MINUTES = 60 * 24 * 365  # submitit wants a limit
@@ -21,7 +22,7 @@ def run_locally(
     device: str,
     workers: int,
     debug: bool,
-    notify: Callable[[Job, str, Any], None],
+    notify: Notify,
     **resources: Any,
 ) -> bool:
     """Run jobs as `pool.run_here` does, but through submitit. Return True if every one is done.
@@ -83,7 +84,7 @@ def report_end(
     store: Store,
     log: Path,
     began: str,
-    notify: Callable[[Job, str, Any], None],
+    notify: Notify,
 ) -> None:
     """Report what a job has recorded since `began`, and its error if no record holds one."""
     failed = False
@@ -91,9 +92,9 @@ def report_end(
         record = store.here.latest(stage) or store.here.latest(stage, status="failed")
         if record and record.utc >= began:
             failed = failed or record.status == "failed"
-            notify(job, "record", (stage, record))
+            notify(job, JobEvent.RECORD, (stage, record))
 
     if error and not failed:
         last_line = str(error).strip().splitlines()[-1]
-        notify(job, "error", f"{last_line} (its log: {log})")
-    notify(job, "end", None)
+        notify(job, JobEvent.ERROR, f"{last_line} (its log: {log})")
+    notify(job, JobEvent.END, None)

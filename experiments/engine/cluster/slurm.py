@@ -14,8 +14,10 @@ from experiments.engine.cluster import client as scheduler
 from experiments.engine.cluster.client import Submission
 from experiments.engine.cluster.site import Site, load_site
 from experiments.engine.cluster.submit import Array, batch_script_text, stage_ids, submit
-from experiments.engine.jobs.plan import Chosen, Plan, duration, missing, training_seconds
-from experiments.engine.jobs.pool import Job, available_cores, run_here
+from experiments.engine.jobs.estimate import duration, training_seconds
+from experiments.engine.jobs.job import Job
+from experiments.engine.jobs.plan import Plan, TablePlan, missing
+from experiments.engine.jobs.pool import available_cores, run_here
 from experiments.engine.jobs.progress import ProgressDisplay
 from experiments.engine.records.store import Store
 from experiments.engine.specs.spec import Train
@@ -53,9 +55,10 @@ def _trainings(job: Job) -> list[Train]:
 
 def _expected_seconds(train: Train, job: Job, plan: Plan, store: Store) -> tuple[float, str] | None:
     """Return the seconds of a training on one GPU, and where they are known from."""
-    if not isinstance(plan, Chosen):
+    if not isinstance(plan, TablePlan):
         return None
-    return training_seconds(train, plan.table.row(job.row), plan, store)
+    row = plan.selection.table.row(job.row)
+    return training_seconds(train, row, plan.selection, store)
 
 
 def _check(job: Job, site: Site, plan: Plan, store: Store) -> None:
@@ -227,6 +230,7 @@ def experiment_of(plan: Plan) -> str:
     --cancel ends only what the same experiment submitted, even if another table has the same runs.
     """
     script = Path(sys.argv[0]).name
-    if isinstance(plan, Chosen):
-        return f"{script} --table {plan.table.number} --protocol {plan.protocol.name}"
+    if isinstance(plan, TablePlan):
+        selection = plan.selection
+        return f"{script} --table {selection.table.number} --protocol {selection.protocol.name}"
     return script

@@ -12,8 +12,9 @@ from typing import Any
 from experiments.engine.cluster import client as scheduler
 from experiments.engine.cluster.client import Queued, Submission, find_in_queue
 from experiments.engine.cluster.submit import stage_ids
-from experiments.engine.jobs.plan import Plan, duration
-from experiments.engine.jobs.pool import Job
+from experiments.engine.jobs.estimate import duration
+from experiments.engine.jobs.job import Job
+from experiments.engine.jobs.plan import Plan
 from experiments.engine.records.store import Record, Store, timestamp
 from experiments.engine.runtime import heartbeat
 from experiments.engine.specs.spec import Evaluate, Train, kind_of, spec_id

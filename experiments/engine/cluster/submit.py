@@ -23,7 +23,8 @@ from experiments.engine.cluster.client import (
     waiting_or_running,
 )
 from experiments.engine.cluster.site import Site
-from experiments.engine.jobs.pool import Job, work_in_job
+from experiments.engine.jobs.job import Job
+from experiments.engine.jobs.scheduled import work_in_job
 from experiments.engine.records.files import locked
 from experiments.engine.records.store import REPOSITORY, Store
 from experiments.engine.specs.spec import spec_id

@@ -70,7 +70,7 @@ def _log_snr_table(process: IDDPM) -> Tensor:
 
 
 def _time_on_path(flow: Flow, log_snr: Tensor) -> Tensor:
-    """Return the times (N,) at which a path has these ratios, which rise with time, by bisection."""
+    """Return the times (N,) at which a path has these ratios, rising with time, by bisection."""
     low = torch.zeros_like(log_snr)
     high = torch.ones_like(log_snr)
     for _ in range(60):  # halves the interval to less than a float64 resolves

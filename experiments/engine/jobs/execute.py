@@ -1,4 +1,4 @@
-"""From a spec to its record: run a stage once, and keep its results or the reason of its failure."""
+"""From a spec to its record: run a stage once, and keep its results or why it failed."""
 
 from __future__ import annotations
 
@@ -80,7 +80,9 @@ class _Execution:
 def execute(
     spec: Stage, store: Store, resources: Resources, report: Report = ignore_progress
 ) -> Record:
-    """Return the stage's record: an old one if it is done, else a new one. Failures are records too.
+    """Return the stage's record: an old one if it is done, else a new one.
+
+    A failure is recorded too.
 
     In a group, every rank calls this and gets the record, which rank 0 writes. If a rank fails,
     the whole group ends: the record holds the error, and all ranks but rank 0 exit. Another
@@ -275,7 +277,7 @@ def _run_stage(spec: Stage, store: Store, context: RunContext) -> dict[str, Any]
         return run_training(spec, context)
     if isinstance(spec, Evaluate):
         training = replace(context, folder=store.run_dir(spec.train))
-        return evaluate.run(spec, store.root / "runs" / "classifiers", training)
+        return evaluate.run_evaluation(spec, store.root / "runs" / "classifiers", training)
     if isinstance(spec, Profile):
         return profiling.profile_task(spec, context.folder)
     if isinstance(spec, Ceilings):

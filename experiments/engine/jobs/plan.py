@@ -1,282 +1,199 @@
-"""What a table still lacks, as jobs, and what that will cost. No torch."""
+"""What a command still has to run, as jobs, and what that will cost. No torch."""
 
 from __future__ import annotations
 
-import re
-import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from experiments.engine.jobs.pool import Job
-from experiments.engine.records.store import Record, Store
-from experiments.engine.specs.rows import Row, Table
-from experiments.engine.specs.spec import FACTOR, Cost, Stage, Train, is_latent, kind_of, spec_id
-from experiments.engine.specs.stages import (
-    Protocol,
-    cost_stages,
-    evaluate_stage,
-    timed_rows,
-    timing_stage,
-    train_stage,
-)
+from experiments.engine.jobs.estimate import duration, matches_device, training_seconds
+from experiments.engine.jobs.job import Job
+from experiments.engine.records.store import Store
+from experiments.engine.specs.selection import Selection
+from experiments.engine.specs.spec import Cost, Stage, Train, kind_of, spec_id
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """The part of a table that a command is about; `named` says that its rows were asked for by name, `resources` are further ones of the trainer."""
+class TablePlan:
+    """The jobs of the selected part of a table."""
 
-    table: Table
-    rows: Sequence[Row]
-    protocol: Protocol
-    seeds: Sequence[int]
-    device: str
-    named: bool = False
+    selection: Selection
+    # Further resources of the trainer: fields of RunContext's Resources.
     resources: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def networks(self) -> list[Row]:
-        """The rows that can be run: the others hold published numbers alone."""
-        return [row for row in self.rows if row.backbone]
+    def device(self) -> str:
+        """Where trainings and timings run: 'cpu' or 'cuda'."""
+        return self.selection.device
 
     def counts(self) -> list[Job]:
-        """One job: the first count is slow, the others are not."""
-        return [
-            Job(
-                "counts",
-                tuple(
-                    {
-                        spec_id(stage): stage for row in self.networks for stage in cost_stages(row)
-                    }.values()
-                ),
-            )
-        ]
+        """Return one job for all counts: the first one is slow, the others are not."""
+        rows = self.selection.networks
+        stages = [stage for row in rows for stage in self.selection.costs_of(row)]
+        return [Job("counts", _distinct(stages))]
 
     def timings(self) -> list[Job]:
-        """One job a network, however many rows it has."""
+        """Return one job for each network, however many rows show it."""
         jobs: dict[str, Job] = {}
-        for row in timed_rows(self.table, self.networks, self.device, self.named):
-            stage = timing_stage(row, self.table.baseline, self.device)
-            jobs.setdefault(spec_id(stage), Job(row.label, (stage,)))
+        for label, stage in self.selection.timings.items():
+            jobs.setdefault(spec_id(stage), Job(label, (stage,)))
         return list(jobs.values())
 
     def trainings(self) -> list[Job]:
-        """The trainings of a system with every evaluation that hangs on them; rows that share a training share the first one's job."""
+        """Return one job for each training of a system, with all evaluations that need it.
+
+        Rows that share a training share the job of the first of them.
+        """
         jobs: list[Job] = []
-        for seed in self.seeds if not self.table.counts_only else ():
-            for row in self.networks:
-                stage = evaluate_stage(row, self.protocol, seed)
-                needed = {spec_id(train) for train in stage.trainings}
-                shared = [job for job in jobs if needed & set(map(spec_id, job.stages))]
-                if not shared:
-                    shared = [Job(f"{row.label}, seed {seed}", (), chain=True, row=row.label)]
-                    jobs += shared
-                stages = {
-                    spec_id(one): one
-                    for one in (
-                        *(one for job in shared for one in job.stages),
-                        *stage.trainings,
-                        stage,
-                    )
-                }
-                jobs[jobs.index(shared[0])] = replace(
-                    shared[0],
-                    stages=tuple(
-                        sorted(stages.values(), key=lambda one: not isinstance(one, Train))
-                    ),
-                )
-                jobs = [job for job in jobs if job not in shared[1:]]
+        for run in self.selection.runs:
+            # The jobs that already hold one of this run's trainings become one job.
+            needed = {spec_id(train) for train in run.trainings}
+            shared = [job for job in jobs if needed & {spec_id(stage) for stage in job.stages}]
+            label = f"{run.row.label}, seed {run.seed}"
+            first = shared[0] if shared else Job(label, (), chain=True, row=run.row.label)
+            stages = [stage for job in shared for stage in job.stages]
+            merged = replace(first, stages=_trainings_first([*stages, *run.stages]))
+
+            position = jobs.index(first) if shared else len(jobs)
+            jobs = [job for job in jobs if job not in shared]
+            jobs.insert(position, merged)
         return jobs
 
 
 @dataclass(frozen=True)
-class Listed:
-    """Jobs that no table's protocol declares: counts; what has a machine to itself; and what all processes of a job work at.
+class ListPlan:
+    """Jobs that are listed one by one, and not declared by a table's protocol."""
 
-    `resources` are further ones of the trainer; `seconds` what stages without a record are expected to take, by their ids.
-    """
-
+    # Where the jobs run: 'cpu' or 'cuda'.
     device: str
     costs: tuple[Cost, ...] = ()
+    # Jobs that need the machine to themselves.
     alone: tuple[Job, ...] = ()
+    # Jobs that all processes of a scheduled job work at.
     together: tuple[Job, ...] = ()
+    # Further resources of the trainer: fields of RunContext's Resources.
     resources: dict[str, Any] = field(default_factory=dict)
+    # Expected seconds of stages without a record, by the stage's id.
     seconds: dict[str, float] = field(default_factory=dict)
 
     def counts(self) -> list[Job]:
-        return [Job("counts", tuple({spec_id(stage): stage for stage in self.costs}.values()))]
+        """Return one job for all counts."""
+        return [Job("counts", _distinct(self.costs))]
 
     def timings(self) -> list[Job]:
+        """Return the jobs that need the machine to themselves."""
         return list(self.alone)
 
     def trainings(self) -> list[Job]:
+        """Return the jobs that several processes work at."""
         return list(self.together)
 
 
-Plan = Chosen | Listed
+Plan = TablePlan | ListPlan
 
 
 def missing(jobs: Sequence[Job], store: Store) -> list[Job]:
-    """The jobs without their stages that are done, and without those that lack none."""
-    return [job for job in (job.left(store) for job in jobs) if job.stages]
+    """Return what of the jobs is left: no stage that is done, and no job that is done."""
+    left = [job.left(store) for job in jobs]
+    return [job for job in left if job.stages]
 
 
 def describe(plan: Plan, store: Store) -> str:
-    """One line a stage: what is done, what would run and for how long, by records of the same stages or as the protocol expects."""
-    lines, seconds, unknown = [], 0.0, 0
-    seen: set[str] = set()
-    for label, row, stage in _stages(plan):
-        if (name := spec_id(stage)) in seen:
-            continue
-        seen.add(name)
+    """Return one line per stage: whether it is done, or how long it is expected to take."""
+    lines: list[str] = []
+    seconds, unknown = 0.0, 0
+    for planned in _stages(plan):
         state, cost = "done", ""
-        if store.here.latest(stage) is None:
-            state = (
-                "failed before, would run again"
-                if store.here.latest(stage, status="failed")
-                else "would run"
-            )
-            expected = _expected_seconds(stage, row, plan, store)
-            unknown += expected is None
-            seconds += expected or 0
-            cost = "" if expected is None else f"about {duration(expected)}"
-        lines.append(f"{name}  {kind_of(stage):8}  {label:34}  {state}  {cost}".rstrip())
-    known, rest = (
-        f"about {duration(seconds)} of {'GPU' if plan.device == 'cuda' else 'process'} time",
-        f"{unknown} stage{'s' * (unknown != 1)} of unknown length",
-    )
-    return "\n".join(
-        [
-            *lines,
-            "total: "
-            + (rest if unknown and not seconds else f"{known}, and {rest}" if unknown else known),
-        ]
-    )
+        if store.here.latest(planned.stage) is None:
+            failed = store.here.latest(planned.stage, status="failed")
+            state = "failed before, would run again" if failed else "would run"
+            expected = _expected_seconds(planned, plan, store)
+            if expected is None:
+                unknown += 1
+            else:
+                seconds += expected
+                cost = f"about {duration(expected)}"
+        name, kind = spec_id(planned.stage), kind_of(planned.stage)
+        lines.append(f"{name}  {kind:8}  {planned.label:34}  {state}  {cost}".rstrip())
+    return "\n".join([*lines, f"total: {_total(seconds, unknown, plan.device)}"])
 
 
-def _stages(plan: Plan) -> Iterator[tuple[str, str, Stage]]:
-    """(label, row, stage)."""
-    if isinstance(plan, Chosen):
-        for row in plan.networks:
-            yield from ((row.label, row.label, stage) for stage in cost_stages(row))
-    else:
-        yield from ((stage.backbone.name, "", stage) for stage in plan.costs)
+def _total(seconds: float, unknown: int, device: str) -> str:
+    unit = "GPU" if device == "cuda" else "process"
+    plural = "" if unknown == 1 else "s"
+    parts = []
+    if seconds or not unknown:
+        parts.append(f"about {duration(seconds)} of {unit} time")
+    if unknown:
+        parts.append(f"{unknown} stage{plural} of unknown length")
+    return ", and ".join(parts)
+
+
+class _Planned(NamedTuple):
+    """A stage of a plan."""
+
+    label: str
+    # Label of the row under which a site file gives the stage's job resources, or "".
+    row: str
+    stage: Stage
+
+
+def _stages(plan: Plan) -> Iterator[_Planned]:
+    """Yield every stage of a plan once, under the label of the first job that has it."""
+    seen: set[str] = set()
+    for planned in (*_counted(plan), *_scheduled(plan)):
+        name = spec_id(planned.stage)
+        if name not in seen:
+            seen.add(name)
+            yield planned
+
+
+def _counted(plan: Plan) -> Iterator[_Planned]:
+    if isinstance(plan, ListPlan):
+        for stage in plan.costs:
+            yield _Planned(stage.backbone.name, "", stage)
+        return
+    for row in plan.selection.networks:
+        for stage in plan.selection.costs_of(row):
+            yield _Planned(row.label, row.label, stage)
+
+
+def _scheduled(plan: Plan) -> Iterator[_Planned]:
     for job in (*plan.timings(), *plan.trainings()):
-        yield from ((job.label, job.row, stage) for stage in job.stages)
+        for stage in job.stages:
+            yield _Planned(job.label, job.row, stage)
 
 
-def _expected_seconds(stage: Stage, row: str, plan: Plan, store: Store) -> float | None:
+def _expected_seconds(planned: _Planned, plan: Plan, store: Store) -> float | None:
+    """Return how long a stage should take, by its own records or as its plan expects."""
+    stage = planned.stage
+    is_count = isinstance(stage, Cost)
     for source in (store.here, store.reference):
-        if (record := source.latest(stage)) and (
-            isinstance(stage, Cost) or _on_such_a_device(record, plan)
-        ):
-            return record.provenance["seconds"]
-    if isinstance(stage, Train) and isinstance(plan, Chosen):
-        if found := training_seconds(stage, plan.table.row(row), plan, store):
-            return found[0]
-        return (
-            plan.protocol.cost_hours * 3600
-            if plan.protocol.cost_hours and plan.device == "cpu"
-            else None
-        )
-    if isinstance(plan, Listed) and (found := plan.seconds.get(spec_id(stage))):
-        return found
-    return 1.0 if isinstance(stage, Cost) else None
-
-
-def training_seconds(
-    train: Train, row: Row, chosen: Chosen, store: Store
-) -> tuple[float, str] | None:
-    """Expected seconds of one GPU (of one process on CPUs) for a training of a row's system, and where that is known from."""
-    found = _recorded_training(train, chosen, store)
-    if found is None and train == train_stage(row, chosen.protocol, train.seed):
-        found = seconds_an_image(row, chosen, store)
-    return found and (found[0] * train.recipe.steps * train.recipe.batch, found[1])
-
-
-def seconds_an_image(row: Row, chosen: Chosen, store: Store) -> tuple[float, str] | None:
-    """Expected seconds of one GPU (of one process on CPUs) for a training image of a row, and where that is known from.
-
-    The row's own recorded training counts most, then other rows' of the table by the ratio of counted Gflops, then in
-    the same way what Table 6 of the paper says. None where none of them is known.
-    """
-    for known in (_recorded, _published):
-        if found := known(row, chosen, store):
-            return found
-        if ours := _macs(row, chosen, store):
-            others = [
-                (other, macs)
-                for other in (*chosen.table.rows, *chosen.table.outside)
-                if (macs := _macs(other, chosen, store))
-            ]
-            if scaled := [
-                (found[0] * ours / macs, found[1], other.label)
-                for other, macs in others
-                if (found := known(other, chosen, store))
-            ]:
-                sources, labels = (
-                    dict.fromkeys(part) for part in list(zip(*scaled, strict=True))[1:]
-                )
-                return statistics.median(
-                    seconds for seconds, _, _ in scaled
-                ), f"{', '.join(sources)} of {', '.join(labels)}, scaled by counted Gflops"
+        record = source.latest(stage)
+        if record and (is_count or matches_device(record, plan.device)):
+            return float(record.provenance["seconds"])
+    if is_count:
+        return 1.0
+    if isinstance(plan, ListPlan):
+        return plan.seconds.get(spec_id(stage))
+    if isinstance(stage, Train):
+        return _expected_training(stage, planned.row, plan.selection, store)
     return None
 
 
-def _recorded(row: Row, chosen: Chosen, store: Store) -> tuple[float, str] | None:
-    return _recorded_training(train_stage(row, chosen.protocol, chosen.seeds[0]), chosen, store)
+def _expected_training(train: Train, row: str, selection: Selection, store: Store) -> float | None:
+    estimate = training_seconds(train, selection.table.row(row), selection, store)
+    if estimate:
+        return estimate.seconds
+    hours = selection.protocol.cost_hours
+    return hours * 3600 if hours and selection.device == "cpu" else None
 
 
-def _on_such_a_device(record: Record, plan: Plan) -> bool:
-    return (record.provenance["device"] == "cpu") == (plan.device == "cpu")
+def _distinct(stages: Iterable[Stage]) -> tuple[Stage, ...]:
+    """Return the stages without repetitions."""
+    return tuple({spec_id(stage): stage for stage in stages}.values())
 
 
-def _recorded_training(train: Train, chosen: Chosen, store: Store) -> tuple[float, str] | None:
-    """From this training with whatever seed, on the kind of device that is planned with."""
-    for source in (store.here, store.reference):
-        for seed in (*chosen.seeds, *range(10)):
-            record = source.latest(replace(train, seed=seed))
-            if (
-                record
-                and _on_such_a_device(record, chosen)
-                and (rate := record.values.get("images_per_s"))
-            ):
-                return record.provenance[
-                    "world_size"
-                ] / rate, f"recorded throughput on {record.provenance['device']}"
-    return None
-
-
-def _published(row: Row, chosen: Chosen, store: Store) -> tuple[float, str] | None:
-    side, name = (
-        FACTOR * chosen.protocol.data.size,
-        re.split(r",| \(", row.label)[0],
-    )  # without the steps and the guidance
-    if chosen.device == "cpu" or not is_latent(chosen.protocol.data):
-        return None
-    if found := store.published("table6.csv", ("model", "resolution")).get(f"{name} {side}"):
-        gpus, _, kind = found["gpus"].partition("x")
-        images = int(found["training_steps"]) * int(found["global_batch_size"])
-        return int(gpus) * float(
-            found["training_hours"]
-        ) * 3600 / images, f"the paper's training time on {kind} (Table 6)"
-    return None
-
-
-def _macs(row: Row, chosen: Chosen, store: Store) -> float | None:
-    """Counted multiply-accumulates of the network as it is trained: none where that is another size than the counted one."""
-    stages = cost_stages(row)
-    if len(stages) != 1 or chosen.protocol.small or stages[0].size != chosen.protocol.data.size:
-        return None
-    record = store.here.latest(stages[0]) or store.reference.latest(stages[0])
-    return record and record.values["macs_core"]
-
-
-def duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.0f} h"
-    )
+def _trainings_first(stages: Iterable[Stage]) -> tuple[Stage, ...]:
+    """Return the stages without repetitions, trainings before evaluations."""
+    return tuple(sorted(_distinct(stages), key=lambda stage: not isinstance(stage, Train)))

@@ -1,81 +1,26 @@
-"""Jobs on this machine: each a process of its own, so that a crash costs one job; no torch in the parent."""
+"""Jobs on this machine, each in a process of its own, so that a crash costs one job.
+
+There is no torch in the parent process.
+"""
 
 from __future__ import annotations
 
 import multiprocessing as mp
 import os
 import signal
-import socket
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from itertools import takewhile
+from dataclasses import dataclass, field
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any, NoReturn
 
+from experiments.engine.jobs.job import Job, JobEvent
 from experiments.engine.records.store import Record, Store
-from experiments.engine.runtime import preemption
-from experiments.engine.runtime.progress import Progress
-from experiments.engine.specs.spec import Stage, kind_of
 
-GAIN = 1.02  # in images a second, for which a sweep goes on to the next batch
-
-
-@dataclass(frozen=True)
-class Job:
-    """Stages that run one after another; in a `chain` evaluations follow trainings, and a training that fails ends it.
-
-    `row` is the label under which a site file gives it resources, where that is not its own. `before` are the records of
-    stages that ran earlier, where they matter to those that are left.
-    """
-
-    label: str
-    stages: tuple[Stage, ...]
-    chain: bool = False
-    row: str = ""
-    before: tuple[Record, ...] = ()
-
-    def left(self, store: Store) -> Job:
-        """The job without its stages that are done."""
-        return replace(
-            self,
-            stages=tuple(stage for stage in self.stages if store.here.latest(stage) is None),
-        )
-
-    def ended(self, records: Sequence[Record]) -> bool:
-        """Whether nothing is to run after the stages that gave these."""
-        return self.chain and any(
-            record.status != "done" and record.kind == "train" for record in records
-        )
-
-    def failed(self, records: Sequence[Record]) -> bool:
-        return any(record.status != "done" for record in records)
-
-
-class Sweep(Job):
-    """Timings at growing batches until two in a row, of which one may be a busy moment, do not pay, or one fails, as for want of memory."""
-
-    def left(self, store: Store) -> Sweep:
-        tried = list(
-            takewhile(lambda record: record is not None, map(store.here.latest, self.stages))
-        )
-        untried = self.stages[len(tried) :]
-        if tried and untried and (failed := store.here.latest(untried[0], status="failed")):
-            tried.append(failed)
-        return replace(self, stages=() if self.ended(tried) else untried, before=tuple(tried))
-
-    def ended(self, records: Sequence[Record]) -> bool:
-        rates = [
-            record.values["images_per_s"] if record.status == "done" else 0.0 for record in records
-        ]
-        return 0.0 in rates or (len(rates) > 2 and max(rates[-2:]) < GAIN * max(rates[:-2]))
-
-    def failed(self, records: Sequence[Record]) -> bool:
-        """Only where not even the smallest batch could be timed."""
-        return bool(records) and records[0].status != "done"
+Notify = Callable[[Job, JobEvent, Any], None]
 
 
 def run_here(
@@ -84,63 +29,118 @@ def run_here(
     device: str,
     workers: int,
     threads: int,
-    notify: Callable[[Job, str, Any], None],
+    notify: Notify,
     **resources: Any,
 ) -> bool:
-    """Run jobs, `workers` at a time with `threads` threads each and further `resources` of the trainer; True if every one is done.
+    """Run jobs in worker processes. An interrupt stops every process; what they wrote is whole.
 
-    `notify(job, event, payload)` hears 'progress' (a Progress), 'record' (stage, record),
-    'error' (text) and 'end' (None). An interrupt stops every process; what they wrote is whole.
+    Args:
+        jobs: What to run.
+        root: The results folder.
+        device: "cpu" or "cuda".
+        workers: How many jobs run at a time.
+        threads: How many threads a job has.
+        notify: Hears of every event of a job. See JobEvent for the payloads.
+        resources: Further resources of the trainer.
+
+    Returns:
+        Whether every job is done.
     """
-    os.environ.setdefault(
-        "GOMP_SPINCOUNT", "10000"
-    )  # threads that spin for long starve each other on a busy machine
-    os.environ.setdefault(
-        "KINETO_LOG_LEVEL", "5"
-    )  # the profiler's tracer tells of its own doings otherwise
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["experiments.engine.jobs.execute"])
-    _start_server()
-    waiting, running = list(jobs), dict[Connection, tuple[Job, Any, list[Record]]]()
-    good = True
-    try:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                job = waiting.pop(0)
-                ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(
-                    target=_work, args=(job, root, device, threads, theirs, resources), daemon=True
-                )
-                process.start()
-                theirs.close()
-                running[ours] = (job, process, list(job.before))
-            for pipe in wait(list(running)):
-                job, process, records = running[pipe]
-                try:
-                    event, payload = pipe.recv()
-                except EOFError:
-                    process.join()
-                    del running[pipe]
-                    if process.exitcode:
-                        good = False
-                        notify(job, "error", f"its process ended with {_reason(process.exitcode)}")
-                    notify(job, "end", None)
-                    continue
-                if event == "record":
-                    records.append(payload[1])
-                good = good and event != "error" and not job.failed(records)
-                notify(job, event, payload)
-    finally:
-        for _, process, _ in running.values():
-            process.terminate()
-        for _, process, _ in running.values():
-            process.join(5)
-    return good
+    # Threads that spin for long starve each other on a busy machine.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # Keeps the profiler's tracer from writing of its own work.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+    pool = _Pool(root, device, threads, notify, resources)
+    return pool.run(list(jobs), workers)
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def unwind(number: int, _: Any) -> NoReturn:
-    """For signals: end this process so that half-written files are removed and workers ended."""
+    """Handle a signal: exit so that half-written files are removed and workers ended."""
     sys.exit(128 + number)
+
+
+@dataclass
+class _Worker:
+    """A process that works on a job."""
+
+    job: Job
+    process: ForkServerProcess
+    # Records of the job's stages so far.
+    records: list[Record]
+
+
+@dataclass
+class _Pool:
+    """Worker processes that share a machine."""
+
+    root: Path
+    device: str
+    threads: int
+    notify: Notify
+    resources: dict[str, Any]
+    running: dict[Connection, _Worker] = field(default_factory=dict)
+
+    def run(self, waiting: list[Job], workers: int) -> bool:
+        """Run all jobs, `workers` at a time, and return whether all are done."""
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["experiments.engine.jobs.execute"])
+        _start_server()
+        good = True
+        try:
+            while waiting or self.running:
+                while waiting and len(self.running) < workers:
+                    self._start(waiting.pop(0), context)
+                for pipe in wait(list(self.running)):
+                    assert isinstance(pipe, Connection)
+                    good = self._listen(pipe) and good
+        finally:
+            self._end_all()
+        return good
+
+    def _start(self, job: Job, context: ForkServerContext) -> None:
+        ours, theirs = context.Pipe(duplex=False)
+        arguments = (job, self.root, self.device, self.threads, theirs, self.resources)
+        process = context.Process(target=_work, args=arguments, daemon=True)
+        process.start()
+        theirs.close()
+        self.running[ours] = _Worker(job, process, list(job.before))
+
+    def _listen(self, pipe: Connection) -> bool:
+        """Pass one event of a worker on, and return whether its job is still good."""
+        worker = self.running[pipe]
+        try:
+            event, payload = pipe.recv()
+        except EOFError:
+            return self._end(pipe)
+        if event == JobEvent.RECORD:
+            _, record = payload
+            worker.records.append(record)
+        self.notify(worker.job, event, payload)
+        return event != JobEvent.ERROR and not worker.job.failed(worker.records)
+
+    def _end(self, pipe: Connection) -> bool:
+        """Note that a worker has ended, and return whether it ended well."""
+        worker = self.running.pop(pipe)
+        worker.process.join()
+        code = worker.process.exitcode
+        if code:
+            reason = f"its process ended with {_reason(code)}"
+            self.notify(worker.job, JobEvent.ERROR, reason)
+        self.notify(worker.job, JobEvent.END, None)
+        return not code
+
+    def _end_all(self) -> None:
+        for worker in self.running.values():
+            worker.process.terminate()
+        for worker in self.running.values():
+            worker.process.join(5)
 
 
 def _reason(code: int) -> str:
@@ -148,8 +148,12 @@ def _reason(code: int) -> str:
 
 
 def _start_server() -> None:
-    """Start the process that forks workers with interrupts blocked for it and for them: the parent decides, and ends them."""
-    resource_tracker.ensure_running()  # the server would start it, which unblocks interrupts
+    """Start the process that forks workers, with interrupts blocked for it and for them.
+
+    The parent decides what an interrupt means, and ends the workers.
+    """
+    # The server would start the tracker itself, which unblocks interrupts.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         forkserver.ensure_running()
@@ -160,9 +164,13 @@ def _start_server() -> None:
 def _work(
     job: Job, root: Path, device: str, threads: int, pipe: Connection, resources: dict[str, Any]
 ) -> None:
+    """Run a job's stages in a worker process, and send its events through the pipe."""
+    # The parent may have been interrupted while this process was being made.
     signal.signal(signal.SIGTERM, unwind)
-    if not mp.parent_process().is_alive():  # it was interrupted while this process was being made
+    parent = mp.parent_process()
+    if parent is None or not parent.is_alive():
         return
+
     import torch
 
     from experiments.engine.jobs.execute import execute
@@ -170,97 +178,23 @@ def _work(
 
     torch.set_num_threads(threads)
     store, records = Store(root), list(job.before)
+    given = Resources(device=device, **resources)
     try:
         for stage in job.stages:
-            records.append(
-                execute(
-                    stage,
-                    store,
-                    Resources(device=device, **resources),
-                    lambda progress: pipe.send(("progress", progress)),
-                )
+            record = execute(
+                stage, store, given, lambda progress: pipe.send((JobEvent.PROGRESS, progress))
             )
-            pipe.send(("record", (stage, records[-1])))
+            records.append(record)
+            pipe.send((JobEvent.RECORD, (stage, record)))
             if job.ended(records):
                 break
     except BrokenPipeError:
         return  # nobody listens any more
-    except (OSError, ValueError) as error:
-        full = (
-            f"cannot write results ({error.strerror}); free space or choose another folder with --results"
-            if isinstance(error, OSError)
-            else ""
-        )
-        pipe.send(("error", full or str(error)))
+    except OSError as error:
+        advice = "free space or choose another folder with --results"
+        text = f"cannot write results ({error.strerror}); {advice}"
+        pipe.send((JobEvent.ERROR, text))
+    except ValueError as error:
+        pipe.send((JobEvent.ERROR, str(error)))
     finally:
         pipe.close()
-
-
-def work_in_job(
-    job: Job, root: Path, device: str, threads: int | None = None, **resources: Any
-) -> str | None:
-    """What one process of a scheduled job runs: its stages in order, with `resources` of the trainer. The first error in one line, or None.
-
-    Several processes are one group, of which each calls this. Where the batch script asks for signs ($DICO_JOB, a path
-    without its end) the first leaves the folder of the run in `.run` and removes `.restarts` as the run gets on, and any
-    leaves `.failed` for an error that another attempt would meet too.
-    """
-    if preemption.in_a_job():
-        preemption.listen()
-    import torch
-
-    from experiments.engine.jobs.execute import execute
-    from experiments.engine.runtime.context import Resources
-
-    if threads := threads or int(os.environ.get("SLURM_CPUS_PER_TASK", "0")):
-        torch.set_num_threads(threads)
-    store, error, records = Store(root), None, list(job.before)
-
-    def report(progress: Progress) -> None:
-        loss = "" if progress.loss is None else f", loss {progress.loss:.4f}"
-        position = f"step {progress.step} of {progress.total}"
-        print(f"{job.label}: {position}{loss}, {progress.rate:.0f} images/s", flush=True)
-        _write_marker("restarts", None)
-
-    try:
-        store.check_writable()
-        for stage in job.stages:
-            _write_marker("run", str(store.run_dir(stage)))
-            record = execute(stage, store, Resources(device=device, **resources), report)
-            print(f"{job.label}: {kind_of(stage)} {record.error or 'done'}", flush=True)
-            _write_marker("restarts", None)
-            records.append(record)
-            if record.status != "done" and job.failed(records):
-                error = f"{job.label}: {kind_of(stage)} failed: {record.error}"
-            if job.ended(records) or _lost_its_group(record):
-                break
-    except (OSError, ValueError) as failure:
-        full = (
-            f"cannot write results ({failure.strerror}); free space there"
-            if isinstance(failure, OSError)
-            else str(failure)
-        )
-        error = f"{socket.gethostname()}: {full}"
-    if error:
-        _write_marker("failed", error)
-    return error
-
-
-def _lost_its_group(record: Record) -> bool:
-    """Whether a stage failed in a group of processes, of which only the first one is left."""
-    return record.status != "done" and record.provenance["world_size"] > 1
-
-
-def _write_marker(end: str, text: str | None) -> None:
-    """Write, or remove, a sign for the batch script."""
-    if start := os.environ.get("DICO_JOB"):
-        with suppress(OSError):
-            path = Path(f"{start}.{end}")
-            if text is None:
-                path.unlink(missing_ok=True)
-            else:
-                path.write_text(text)
-
-
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

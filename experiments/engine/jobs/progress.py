@@ -1,91 +1,121 @@
-"""Progress of running jobs on standard error: bars on a terminal, a line a stage otherwise, and a line a chunk where it is asked for."""
+"""Progress of running jobs on standard error: bars on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from experiments.engine.jobs.pool import Job
-from experiments.engine.specs.spec import kind_of
+from experiments.engine.jobs.job import Job, JobEvent
+from experiments.engine.records.store import Record
+from experiments.engine.runtime.progress import Progress
+from experiments.engine.specs.spec import Stage, kind_of
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
 
 
 def images_line(done: int, total: int, rate: float) -> str:
-    """How far a work over images is, at `rate` a second, and the time that is left."""
+    """Return how far work over images is, at `rate` images per second, and the time left."""
     minutes, seconds = divmod(round((total - done) / rate), 60)
-    return f"{done} of {total} images, {rate:.1f} images/s, {minutes // 60}:{minutes % 60:02d}:{seconds:02d} left"
+    left = f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+    return f"{done} of {total} images, {rate:.1f} images/s, {left} left"
 
 
 class ProgressDisplay:
-    """`notify` takes the events of `launch.run_here`; `total` counts stages. `lines` says each piece of a drawing where there are no bars."""
+    """Shows the events of `pool.run_here`.
+
+    Without a terminal there is a line for every stage that ends. With `lines` there is also a line
+    for every progress.
+    """
 
     def __init__(self, total: int, lines: bool = False) -> None:
-        self.lines, self.total, self.done, self.started, self.bars = (
-            lines,
-            total,
-            0,
-            time.monotonic(),
-            None,
-        )
-        self.tasks: dict[str, Any] = {}
+        """Prepare to show `total` stages."""
+        self.total = total
+        self.lines = lines
+        self.done = 0
+        self.started = time.monotonic()
+        self.bars: Bars | None = None
+        # The bars of all stages, and of each job at work.
+        self.all_stages: TaskID | None = None
+        self.tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> ProgressDisplay:
         if sys.stderr.isatty() and self.total:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bars
-
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[state]}"),
-            )
-            self.bars = Bars(*columns, console=Console(stderr=True))
-            self.bars.start()
-            self.whole = self.bars.add_task("stages", total=self.total, state="")
+            self.bars = _start_bars()
+            self.all_stages = self.bars.add_task("stages", total=self.total, state="")
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.bars:
             self.bars.stop()
 
-    def notify(self, job: Job, event: str, payload: Any) -> None:
-        if event == "progress" and self.bars:
-            progress = payload
+    def notify(self, job: Job, event: JobEvent | str, payload: Any) -> None:
+        """Show an event of a job."""
+        if event == JobEvent.PROGRESS:
+            self._show_progress(job, payload)
+        elif event == JobEvent.RECORD:
+            self._show_record(job, *payload)
+        elif event == JobEvent.ERROR:
+            self._print(f"error: {job.label}: {payload}")
+        elif event == JobEvent.END:
+            self._remove_bar(job)
+
+    def _show_progress(self, job: Job, progress: Progress) -> None:
+        if self.bars:
+            if progress.loss is None:
+                state = f"{progress.rate:.1f} images/s"
+            else:
+                state = f"loss {progress.loss:.4f}, {progress.rate:.0f} images/s"
             if job.label not in self.tasks:
                 self.tasks[job.label] = self.bars.add_task(
                     job.label, total=progress.total, state=""
                 )
-            if progress.loss is None:  # of a sampling
-                state = f"{progress.rate:.1f} images/s"
-            else:
-                state = f"loss {progress.loss:.4f}, {progress.rate:.0f} images/s"
             self.bars.update(
-                self.tasks[job.label],
-                completed=progress.step,
-                total=progress.total,
-                state=state,
+                self.tasks[job.label], completed=progress.step, total=progress.total, state=state
             )
-        elif event == "progress" and self.lines:
-            self._say(images_line(payload.step, payload.total, payload.rate))
-        elif event == "record":
-            stage, record = payload
-            self.done += 1
-            if self.bars:
-                self.bars.update(self.whole, completed=self.done)
-            outcome = record.error or f"done in {record.provenance['seconds']:.1f} s"
-            self._say(
-                f"[{self.done}/{self.total}, {time.monotonic() - self.started:.0f} s] {job.label}: {kind_of(stage)} {outcome}"
-            )
-        elif event == "error":
-            self._say(f"error: {job.label}: {payload}")
-        elif event == "end" and job.label in self.tasks:
-            self.bars.remove_task(self.tasks.pop(job.label))
+        elif self.lines:
+            self._print(images_line(progress.step, progress.total, progress.rate))
 
-    def _say(self, line: str) -> None:
+    def _show_record(self, job: Job, stage: Stage, record: Record) -> None:
+        self.done += 1
+        if self.bars and self.all_stages is not None:
+            self.bars.update(self.all_stages, completed=self.done)
+        outcome = record.error or f"done in {record.provenance['seconds']:.1f} s"
+        position = f"[{self.done}/{self.total}, {time.monotonic() - self.started:.0f} s]"
+        self._print(f"{position} {job.label}: {kind_of(stage)} {outcome}")
+
+    def _remove_bar(self, job: Job) -> None:
+        task = self.tasks.pop(job.label, None)
+        if self.bars and task is not None:
+            self.bars.remove_task(task)
+
+    def _print(self, line: str) -> None:
         if self.bars:
             self.bars.console.print(line, markup=False, highlight=False)
         else:
             print(line, file=sys.stderr, flush=True)
+
+
+def _start_bars() -> Bars:
+    """Start the bars of a terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    bars = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[state]}"),
+        console=Console(stderr=True),
+    )
+    bars.start()
+    return bars

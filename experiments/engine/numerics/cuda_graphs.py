@@ -96,7 +96,7 @@ class CudaGraph:
         gc.collect()
 
         # Libraries initialise themselves in the first calls, which a graph cannot hold.
-        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(3):

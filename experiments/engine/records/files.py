@@ -1,4 +1,4 @@
-"""Files that are whole or absent. Standard library only."""
+"""Files that are whole or absent, and locks between processes. Standard library only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from typing import BinaryIO
 
 @contextmanager
 def written_whole(target: Path) -> Iterator[BinaryIO]:
-    """A temporary file beside `target`, fsynced and renamed to it at the end; removed if anything fails."""
+    """Open a temporary file beside `target`, which becomes `target` at the end.
+
+    It is fsynced, then renamed. If anything fails, it is removed and `target` stays as it was.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
@@ -28,12 +31,11 @@ def written_whole(target: Path) -> Iterator[BinaryIO]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Put a folder's names on disk: a file that was renamed into it is there after a power cut only then."""
+    """Write a folder's names to disk, so that a renamed file is there after a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with suppress(
-            OSError
-        ):  # some network file systems know no such call; they keep names on their server
+        # Some network file systems know no such call; they keep names on their server.
+        with suppress(OSError):
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -41,7 +43,10 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock; another process waits here until it is free. The system frees a dead process's lock."""
+    """Hold an exclusive lock on a file; another process waits here until it is free.
+
+    The system frees a dead process's lock.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
         take_lock(file, wait=True)
@@ -49,15 +54,18 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def claimed(path: Path) -> Iterator[bool]:
-    """As `locked`, without waiting: False where another process holds the lock."""
+def try_lock(path: Path) -> Iterator[bool]:
+    """Lock a file without waiting; yield False if another process holds the lock."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
         yield take_lock(file, wait=False)
 
 
 def take_lock(file: BinaryIO, wait: bool) -> bool:
-    """Lock an open file for this process alone; False where another has it. A file system without locks lets everyone through."""
+    """Lock an open file for this process alone; return False if another has it.
+
+    A file system without locks lets every process through.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:

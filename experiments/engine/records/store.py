@@ -1,7 +1,7 @@
 """Records of what ran, published numbers, and where everything lies. Standard library only.
 
-`results/records` is what was run here and `results/reference` what this project committed; a record is one JSON file,
-written whole and never changed.
+`results/records` holds what was run here, and `results/reference` what this project committed. A
+record is one JSON file, written whole and never changed.
 """
 
 from __future__ import annotations
@@ -25,25 +25,33 @@ from experiments.engine.specs.spec import Spec, canonical, kind_of, spec_id
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 FORMAT = 1
-SCORES = "scores"  # kind of a record of two files, which no spec names
+SCORES = "scores"  # kind of the records that evaluate.py writes, which no spec names
+ID_DIGITS = 16
 
 
 @dataclass(frozen=True)
 class Record:
-    """One execution of a stage; `values` are empty and `error` says why where its status is 'failed'."""
+    """One execution of a stage. The fields are those of the JSON file."""
 
+    # The id of the spec, and its kind.
     id: str
     kind: str
+    # 'done' or 'failed'.
     status: str
+    # What was measured; empty if the stage failed.
     values: dict[str, Any]
+    # What produced the record: code, machine, time.
     provenance: dict[str, Any]
+    # When the record was written, as `timestamp` gives it.
     utc: str
+    # Full canonical form of the spec.
     spec: dict[str, Any]
+    # Why the stage failed.
     error: str | None = None
 
     @property
     def name(self) -> str:
-        """Folder and beginning of the file's name, which a suffix of the file makes unique."""
+        """Return folder and beginning of the file's name, which a suffix makes unique."""
         return f"{self.kind}/{self.id}-{self.utc}"
 
 
@@ -84,7 +92,7 @@ class RecordFolder:
     def _read(self) -> dict[str, list[Record]]:
         records: dict[str, list[Record]] = {}
         for path in self.paths():
-            record = _read(path)
+            record = _read_own_record(path)
             if record is not None:
                 records.setdefault(record.id, []).append(record)
         return records
@@ -132,7 +140,7 @@ class Store:
         provenance: dict[str, Any],
         error: str | None = None,
     ) -> Record:
-        """Write a new record; nothing is ever overwritten."""
+        """Write a new record of what ran here; nothing is ever overwritten."""
         utc = timestamp()
         record = Record(
             spec_id(spec),
@@ -144,19 +152,17 @@ class Store:
             canonical(spec, full=True),
             error,
         )
-        write_record(
-            self.here.folder / record.kind / f"{record.id}-{utc}-{uuid.uuid4().hex[:6]}.json",
-            record,
-        )
+        name = f"{record.id}-{utc}-{uuid.uuid4().hex[:6]}.json"
+        write_record(self.here.folder / record.kind / name, record)
         self.here.refresh()
         return record
 
     def run_dir(self, spec: Spec) -> Path:
-        """Folder of a stage's checkpoints, logs and samples."""
+        """Return the folder of a stage's checkpoints, logs and samples."""
         return self.root / "runs" / spec_id(spec)
 
     def lock(self, spec: Spec) -> AbstractContextManager[None]:
-        """Held while a stage runs; a second process waits, then finds the record."""
+        """Hold a lock while a stage runs. A second process waits, then finds the record."""
         return locked(self.run_dir(spec) / "lock")
 
     def refresh(self) -> None:
@@ -165,52 +171,68 @@ class Store:
         self.reference.refresh()
 
     def published(self, name: str, key: tuple[str, ...]) -> dict[str, dict[str, str]]:
-        """Rows of a published table by its key columns, those that are filled, joined with blanks. Every row carries its `source`."""
+        """Return the rows of a published table.
+
+        Args:
+            name: file under results/published.
+            key: columns that name a row: those that are filled, joined with blanks.
+        """
         with open(REPOSITORY / "results" / "published" / name, newline="") as file:
-            return {
-                " ".join(row[column] for column in key if row[column]): row
-                for row in csv.DictReader(file)
-            }
+            rows = list(csv.DictReader(file))
+        return {" ".join(row[column] for column in key if row[column]): row for row in rows}
 
 
 def timestamp(seconds: float | None = None) -> str:
-    """A time (unix seconds; None: now) as records bear it, in an order that is the alphabet's."""
+    """Return a time as records bear it, which sorts as text.
+
+    Args:
+        seconds: unix time; None: now.
+    """
     return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(seconds))
 
 
 def write_record(path: Path, record: Record) -> None:
+    """Write a record to a file."""
+    text = json.dumps({"format": FORMAT} | vars(record), indent=1, allow_nan=True)
     with written_whole(path) as file:
-        file.write(
-            json.dumps({"format": FORMAT} | vars(record), indent=1, allow_nan=True).encode() + b"\n"
-        )
+        file.write(text.encode() + b"\n")
 
 
 def read_record(path: Path) -> Record:
-    """The record in a file, wherever it lies; ValueError in one line if it is none of this suite."""
+    """Return the record in a file, wherever it lies.
+
+    Raises:
+        ValueError: if the file is no record of this suite.
+    """
     try:
-        fields = json.loads(path.read_bytes())
-        if fields.pop("format") != FORMAT:
-            raise ValueError("another format")
-        record = Record(**fields)
-        if len(record.id) != 16:
-            raise ValueError("its id has not 16 digits")
-        if not all(
-            isinstance(part, dict) for part in (record.values, record.provenance, record.spec)
-        ):
-            raise ValueError("values, provenance and spec are not all objects")
-        return record
+        return _parse_record(path.read_bytes())
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
         raise ValueError(
             f"{Path(*path.parts[-2:])}: no record of this suite ({type(error).__name__}: {error})"
         ) from None
 
 
-def _read(path: Path) -> Record | None:
+def _parse_record(content: bytes) -> Record:
+    fields = json.loads(content)
+    if fields.pop("format") != FORMAT:
+        raise ValueError("another format")
+    record = Record(**fields)
+    if len(record.id) != ID_DIGITS:
+        raise ValueError(f"its id has not {ID_DIGITS} digits")
+    objects = (record.values, record.provenance, record.spec)
+    if not all(isinstance(part, dict) for part in objects):
+        raise ValueError("values, provenance and spec are not all objects")
+    return record
+
+
+def _read_own_record(path: Path) -> Record | None:
+    """Return the record in a file whose name fits it; else print a warning and return None."""
     try:
         record = read_record(path)
         if record.kind != path.parent.name or not path.name.startswith(f"{record.id}-"):
             raise ValueError(
-                f"{path.parent.name}/{path.name}: no record of this suite (ValueError: its name does not fit its content)"
+                f"{path.parent.name}/{path.name}: no record of this suite "
+                "(ValueError: its name does not fit its content)"
             )
         return record
     except ValueError as error:
@@ -219,17 +241,18 @@ def _read(path: Path) -> Record | None:
 
 
 def provenance() -> dict[str, Any]:
-    """What produced a record, as far as the standard library knows; None where it cannot tell."""
+    """Return what produces a record, as far as the standard library knows.
+
+    A value is None where it cannot be told.
+    """
     changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
-        "commit": _git("rev-parse", "HEAD")
-        or os.environ.get("DICO_COMMIT"),  # a copied tree may have no history
+        # A copied tree may have no history.
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("DICO_COMMIT"),
         "dirty": None if changes is None else bool(changes),
         "python": platform.python_version(),
-        "cpu": _cpu(),
-        "cpu_count": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cpu": _cpu_name(),
+        "cpu_count": _cpu_count(),
         "job_id": os.environ.get("SLURM_JOB_ID"),
     }
 
@@ -245,12 +268,18 @@ def _git(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def _cpu_count() -> int | None:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
 @functools.cache
-def _cpu() -> str:
+def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(
-            line.partition(":")[2].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

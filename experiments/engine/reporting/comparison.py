@@ -6,10 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from experiments.engine.records.manifest import clashes, machines, not_recorded, score_name
+from experiments.engine.records.comparison import clashes, machines, not_recorded
+from experiments.engine.records.manifest import score_name
 from experiments.engine.records.store import Store
-from experiments.engine.reporting.cells import mean_cell, score_digits, timing_cell
-from experiments.engine.reporting.lookup import REFERENCE_SEEDS, SCORES, Lookup
+from experiments.engine.reporting.lookup import (
+    REFERENCE_SEEDS,
+    SCORES,
+    Lookup,
+    mean_cell,
+    score_digits,
+    timing_cell,
+)
 from experiments.engine.reporting.sheet import (
     Cell,
     Column,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from experiments.engine.records.manifest import not_recorded
+from experiments.engine.records.comparison import not_recorded
 from experiments.engine.records.store import Record, Store
 from experiments.engine.reporting.caveats import (
     evaluation_counts,

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 
 from experiments.engine.records.manifest import score_name
 from experiments.engine.records.store import RecordFolder, Store
-from experiments.engine.reporting.cells import (
+from experiments.engine.reporting.comparison import comparison_sheet
+from experiments.engine.reporting.lookup import (
+    SCORES,
+    Lookup,
+    PublishedTable,
     count_cell,
     describe_seeds,
     ratio_cell,
     score_cell,
     timing_cell,
 )
-from experiments.engine.reporting.comparison import comparison_sheet
-from experiments.engine.reporting.lookup import SCORES, Lookup, PublishedTable
 from experiments.engine.reporting.notes import (
     count_notes,
     record_notes,

@@ -1,8 +1,12 @@
-"""Sampling: every image from its own seed, whatever the batch size."""
+"""Generate images in memory: run the sampler that a spec declares, batch by batch.
+
+Every image comes from a seed of its own, so neither the batch nor the number of processes decides
+which images there are. The algorithms themselves are in `diffusion/samplers.py`; `samples.py` keeps
+generated images on disk.
+"""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 
 import torch
@@ -14,109 +18,53 @@ from experiments.engine.diffusion.cascade import ClassifierGradient, System, con
 from experiments.engine.diffusion.guidance import Guided
 from experiments.engine.diffusion.iddpm import Model
 from experiments.engine.diffusion.samplers import bind_sampler, has_uniform_steps
-from experiments.engine.numerics.cuda_graphs import (
-    Launch,
-    SharedGraph,
-    Step,
-    run_eagerly,
-    without_weight_cache,
-)
+from experiments.engine.numerics.cuda_graphs import Launch, run_eagerly
 from experiments.engine.numerics.precision import precision
 from experiments.engine.numerics.randomness import ImageNoise, seed_at
-from experiments.engine.runtime.preemption import Preempted, requested_stop
+from experiments.engine.sampling.counting import CountingModel
 from experiments.engine.specs.spec import Checkpoint, Evaluate, Sampler, Train
 
-AHEAD = 2  # steps that a GPU is given before it has done them
 
+class NetworkSampler:
+    """The sampler that a spec declares for one network, ready for any number of batches."""
 
-class CountingModel:
-    """A network that counts the images it is given; over the images sampled, that is evaluations per image (NFE).
+    def __init__(
+        self,
+        train: Train | Checkpoint,
+        sampler: Sampler,
+        device: torch.device,
+        gradient: Model | None = None,
+        launch: Launch = run_eagerly,
+    ) -> None:
+        """Bind the sampler to the diffusion that the network was trained with.
 
-    Of a system base and upsampler count, and the gradients of its classifier do not. Raises Preempted where the job is
-    asked to stop: a piece of work is many evaluations. `recorded`: the steps of its sampler, the same for all it is used for, are launched
-    as CUDA graphs, which are kept as long as this is.
-    """
+        Args:
+            train: what trained the network.
+            sampler: the declared sampler.
+            device: where the network is.
+            gradient: a classifier's gradient to sample by.
+            launch: makes of a step what is called in its place.
+        """
+        diffusion = build_diffusion(train.diffusion).to(device)
+        self.data = train.data
+        self.sampler = sampler
+        self.device = device
+        self.times = diffusion.times
+        self.run = bind_sampler(sampler, diffusion, gradient, launch)
 
-    def __init__(self, model: Model | System, recorded: bool = False) -> None:
-        self.model, self.own = model, 0
-        self.graphs = SharedGraph() if recorded else None
-        self.evaluations: dict[
-            torch.Size, int
-        ] = {}  # images given to the network in a recorded step, by the shape of x
-        self.under_way: deque[torch.cuda.Event] = deque()
-        self.classifier, self.upsampler = None, None
-        if isinstance(model, System):
-            self.model, self.classifier = model.base, model.classifier
-            self.upsampler = CountingModel(model.upsampler) if model.upsampler else None
-
-    @property
-    def evaluated(self) -> int:
-        return self.own + (self.upsampler.own if self.upsampler else 0)
-
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        _stop_if_asked()
-        self.own += len(x)
-        return self.model(x, t, y)
-
-    def launch(self, step: Step) -> Step:
-        """What a sampler calls for its step. A replay runs no Python, so it counts what the first step of its shape did, which runs as it is."""
-        if self.graphs is None:
-            return step
-        graph = self.graphs(step)
-
-        def launched(x: Tensor, *rest: Tensor) -> Tensor:
-            _stop_if_asked()
-            before = self.own
-            if x.shape not in self.evaluations:
-                with without_weight_cache():
-                    out = step(x, *rest)
-                self.evaluations[x.shape] = self.own - before
-            else:
-                out = graph(x, *rest)
-                self.own = before + self.evaluations[x.shape]
-            self._pace(x.device)
-            return out
-
-        return launched
-
-    def _pace(self, device: torch.device) -> None:
-        """Wait until at most AHEAD steps are under way: a request to stop would wait for all that are, and their noise take memory."""
-        if device.type == "cuda":
-            self.under_way.append(torch.cuda.Event(blocking=True))
-            self.under_way[-1].record()
-            if len(self.under_way) > AHEAD:
-                self.under_way.popleft().synchronize()
-
-    def forget(self) -> None:
-        """Let go of the graphs, whose steps hold this in turn, and of their memory."""
-        self.graphs = None
-
-
-def _stop_if_asked() -> None:
-    if request := requested_stop():
-        raise Preempted(request)
-
-
-def can_capture_steps(spec: Evaluate) -> bool:
-    """Whether a recording can hold the steps of a set's sampler: none is made of a classifier's gradient either."""
-    return spec.classifier is None and has_uniform_steps(
-        spec.sampler, build_diffusion(spec.train.diffusion).times
-    )
-
-
-def image_labels(policy: str, num: int, num_classes: int, seed: int) -> Tensor:
-    """Labels (num,) of the images: 'balanced' cycles through the classes, 'random' draws each from (seed, index)."""
-    if policy == "balanced":
-        return torch.arange(num) % num_classes
-    if policy == "random":
-        return torch.tensor([seed_at("label", seed, index) % num_classes for index in range(num)])
-    raise ValueError(f"unknown label policy {policy!r}; known: balanced, random")
-
-
-def image_seeds(seed: int, num: int, of: str = "image") -> list[int]:
-    """One seed an image, all different: the CPU generator reads 32 bits."""
-    base = seed_at(of, seed)
-    return [(base + index) % 2**32 for index in range(num)]
+    def sample(self, model: Model, y: Tensor, seeds: list[int]) -> Tensor:
+        """Sample a batch (n, C, H, W) for labels (n,), one seed for each image."""
+        shape = (self.data.channels, self.data.size, self.data.size)
+        guided = Guided(
+            model,
+            self.sampler.scale,
+            self.data.num_classes,
+            channels=self.sampler.channels,
+            interval=self.sampler.interval,
+            times=self.times,
+        )
+        *_, x = self.run(guided, y, ImageNoise(seeds, shape, self.device))
+        return x
 
 
 def generate_images(
@@ -126,66 +74,79 @@ def generate_images(
     batch: int,
     within: range | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Sampled images (n, C, H, W) and their labels (n,), `batch` at a time, in order of their index; `within` limits the indices."""
+    """Generate the images of a spec in the order of their index.
+
+    Args:
+        spec: what is sampled, and how.
+        model: the network or system that the spec names.
+        device: where the model is.
+        batch: images at a time.
+        within: indices to generate; all by default.
+
+    Yields:
+        Images (n, C, H, W) and their labels (n,), on the CPU.
+    """
     model = model if isinstance(model, CountingModel) else CountingModel(model)
-    gradient = (
-        ClassifierGradient(model.classifier, spec.sampler.classifier_scale)
-        if spec.classifier
-        else None
-    )
-    y, within = (
-        image_labels(spec.labels, spec.num, spec.data.num_classes, spec.seed),
-        within or range(spec.num),
-    )
-    seeds, seeds_above = (
-        image_seeds(spec.seed, spec.num, of) for of in ("image", "upsampled image")
-    )
+    within = range(spec.num) if within is None else within
+    labels = image_labels(spec.labels, spec.num, spec.data.num_classes, spec.seed)
+    seeds = image_seeds(spec.seed, spec.num)
+    base = _base_sampler(spec, model, device)
+
+    # The upsampler's noise has seeds of its own.
+    upsampler = None
+    if spec.upsampler is not None:
+        assert spec.upsampling is not None, "an upsampler needs a sampler"
+        upsampler = NetworkSampler(spec.upsampler, spec.upsampling, device)
+    upsampling_seeds = image_seeds(spec.seed, spec.num, "upsampled image")
+
     for start in range(within.start, within.stop, batch):
-        part = slice(start, min(start + batch, within.stop))
+        indices = slice(start, min(start + batch, within.stop))
+        y = labels[indices].to(device)
         with precision(spec.precision, device):
-            x = _sample(
-                spec.train,
-                spec.sampler,
-                model,
-                y[part].to(device),
-                seeds[part],
-                gradient,
-                model.launch,
-            )
-            if (
-                spec.upsampler
-            ):  # between them, as ADM's scripts have it, lies a file of 8-bit images
-                upsampler = condition_on_low_res(model.upsampler, from_uint8(to_uint8(x)))
-                x = _sample(
-                    spec.upsampler,
-                    spec.upsampling,
-                    upsampler,
-                    y[part].to(device),
-                    seeds_above[part],
-                )
-        yield x.cpu(), y[part]
+            x = base.sample(model, y, seeds[indices])
+            if upsampler is not None:
+                # ADM's scripts write the small images to a file of 8 bits in between.
+                assert model.upsampler is not None, "the spec names an upsampler"
+                enlarge = condition_on_low_res(model.upsampler, from_uint8(to_uint8(x)))
+                x = upsampler.sample(enlarge, y, upsampling_seeds[indices])
+        yield x.cpu(), labels[indices]
 
 
-def _sample(
-    train: Train | Checkpoint,
-    sampler: Sampler,
-    model: Model,
-    y: Tensor,
-    seeds: list[int],
-    gradient: Model | None = None,
-    launch: Launch = run_eagerly,
-) -> Tensor:
-    """Samples (n, C, H, W) of a network for labels (n,), on their device."""
-    data, diffusion = train.data, build_diffusion(train.diffusion)
-    sample = bind_sampler(sampler, diffusion.to(y.device), gradient, launch)
-    network = Guided(
-        model,
-        sampler.scale,
-        data.num_classes,
-        channels=sampler.channels,
-        interval=sampler.interval,
-        times=diffusion.times,
-    )
-    for x in sample(network, y, ImageNoise(seeds, (data.channels, data.size, data.size), y.device)):
-        pass
-    return x
+def _base_sampler(spec: Evaluate, model: CountingModel, device: torch.device) -> NetworkSampler:
+    """The sampler of the base model, guided by the system's classifier if there is one."""
+    gradient = None
+    if spec.classifier is not None:
+        assert model.classifier is not None, "the spec names a classifier"
+        gradient = ClassifierGradient(model.classifier, spec.sampler.classifier_scale)
+    return NetworkSampler(spec.train, spec.sampler, device, gradient, model.launch)
+
+
+def can_capture_steps(spec: Evaluate) -> bool:
+    """Tell whether CUDA graphs can launch the steps of a spec's sampler.
+
+    They cannot if steps differ, nor with a classifier, whose gradient is computed in between.
+    """
+    if spec.classifier is not None:
+        return False
+    return has_uniform_steps(spec.sampler, build_diffusion(spec.train.diffusion).times)
+
+
+def image_labels(policy: str, num: int, num_classes: int, seed: int) -> Tensor:
+    """Labels (num,) of the images by a policy.
+
+    'balanced' cycles through the classes; 'random' draws each label from (seed, index).
+    """
+    if policy == "balanced":
+        return torch.arange(num) % num_classes
+    if policy == "random":
+        return torch.tensor([seed_at("label", seed, index) % num_classes for index in range(num)])
+    raise ValueError(f"unknown label policy {policy!r}; known: balanced, random")
+
+
+def image_seeds(seed: int, num: int, of: str = "image") -> list[int]:
+    """One seed for each image, all different, of the 32 bits that the CPU's generator reads.
+
+    `of` names the noise, so that two networks of a system have different seeds.
+    """
+    base = seed_at(of, seed)
+    return [(base + index) % 2**32 for index in range(num)]

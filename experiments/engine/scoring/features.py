@@ -1,6 +1,7 @@
-"""Features of small classifiers, each trained once per machine, deterministically, and cached by content.
+"""Features of small classifiers, each trained once per machine, deterministically, and cached.
 
-Scores on them are named for what they are (`fd_digits`, `fd_cifar_classifier`): they compare with each other, never with an Inception FID.
+Scores on them are named for what they are (`fd_digits`, `fd_cifar_classifier`): they compare with
+each other, never with an Inception FID.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from experiments.engine.numerics.randomness import generator_at, seed_at
 from experiments.engine.records.files import locked, written_whole
 from experiments.engine.specs.spec import Data
 
-HELD_OUT, BATCH = (
-    297,
-    2000,
-)  # digits that the classifier does not see; images whose features are taken at a time
+HELD_OUT = 297  # digits that the classifier does not see in training
+BATCH = 2000  # images whose features are computed at a time
+
+# What identifies a classifier: its accuracy on images held out, and the SHA-256 of its weights.
+Identity = dict[str, float | str]
 
 
 class DigitsClassifier(nn.Module):
@@ -45,15 +47,19 @@ class DigitsClassifier(nn.Module):
 
 
 class CifarClassifier(nn.Module):
-    """Three normalised convolutions, averaged over places: (N, 3, 32, 32) -> features (N, 64) and logits (N, 10)."""
+    """Three normalised convolutions, averaged over places.
+
+    (N, 3, 32, 32) -> features (N, 64) and logits (N, 10).
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        widths = ((3, 48), (48, 96), (96, 160))
         self.convs = nn.ModuleList(
-            nn.Conv2d(given, made, 3, stride=2, padding=1, bias=False)
-            for given, made in ((3, 48), (48, 96), (96, 160))
+            nn.Conv2d(dim_in, dim_out, 3, stride=2, padding=1, bias=False)
+            for dim_in, dim_out in widths
         )
-        self.norms = nn.ModuleList(nn.BatchNorm2d(dim) for dim in (48, 96, 160))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(dim_out) for _, dim_out in widths)
         self.hidden = nn.Linear(160, 64)
         self.head = nn.Linear(64, 10)
 
@@ -66,74 +72,100 @@ class CifarClassifier(nn.Module):
 
 @dataclass(frozen=True)
 class Lesson:
-    """How a classifier is trained: Adam with cosine decay, shifts by up to `shift` pixels, and with `flip` mirrored halves of each batch."""
+    """How a classifier is trained: by Adam with cosine decay.
+
+    The name of this class, its fields and their order are part of the cache's key.
+    """
 
     name: str
     network: type[nn.Module]
     steps: int
     batch: int
     lr: float
+    # Images are shifted by up to this many pixels.
     shift: int
+    # Whether half of each batch is mirrored.
     flip: bool = False
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Images on which a trained classifier's accuracy is measured."""
+
+    images: ImageSet
+    # Indices of the images, (N,).
+    indices: Tensor
 
 
 DIGITS = Lesson("digits", DigitsClassifier, steps=600, batch=128, lr=3e-3, shift=1)
 CIFAR = Lesson("cifar", CifarClassifier, steps=2500, batch=128, lr=3e-3, shift=2, flip=True)
 
 
-def digits_classifier(images: ImageSet, cache: Path) -> tuple[nn.Module, dict[str, float | str]]:
-    """The classifier of the digits, and what identifies it: its accuracy on images held out and the SHA-256 of its weights."""
+def digits_classifier(images: ImageSet, cache: Path) -> tuple[nn.Module, Identity]:
+    """Return the classifier of the digits, and what identifies it."""
     order = torch.randperm(len(images), generator=generator_at("digits split"))
-    content = hashlib.sha256(
-        images.images.tobytes() + images.labels.tobytes() + str(HELD_OUT).encode()
-    ).hexdigest()
-    return _classifier(
-        DIGITS, content, lambda: (images, order[HELD_OUT:]), images, order[:HELD_OUT], cache
-    )
-
-
-def cifar_classifier(
-    data: Data, test: ImageSet, cache: Path
-) -> tuple[nn.Module, dict[str, float | str]]:
-    """The classifier of CIFAR-10's training images, with its accuracy on the test images."""
-
-    def training() -> tuple[ImageSet, Tensor]:
-        images = load_data(data)
-        return images, torch.arange(len(images))
-
-    return _classifier(
-        CIFAR,
-        file_digest(find_cifar10(folder_of(data), "train")),
-        training,
-        test,
-        torch.arange(len(test)),
+    content = images.images.tobytes() + images.labels.tobytes() + str(HELD_OUT).encode()
+    return _cached_classifier(
+        DIGITS,
+        hashlib.sha256(content).hexdigest(),
+        lambda: (images, order[HELD_OUT:]),
+        Exam(images, order[:HELD_OUT]),
         cache,
     )
 
 
-def _classifier(
+def cifar_classifier(data: Data, test: ImageSet, cache: Path) -> tuple[nn.Module, Identity]:
+    """Return the classifier of CIFAR-10's training images, tested on its test images."""
+
+    def training_images() -> tuple[ImageSet, Tensor]:
+        images = load_data(data)
+        assert isinstance(images, ImageSet)
+        return images, torch.arange(len(images))
+
+    return _cached_classifier(
+        CIFAR,
+        file_digest(find_cifar10(folder_of(data), "train")),
+        training_images,
+        Exam(test, torch.arange(len(test))),
+        cache,
+    )
+
+
+def _cached_classifier(
     lesson: Lesson,
     content: str,
-    training: Callable[[], tuple[ImageSet, Tensor]],
-    tested: ImageSet,
-    held_out: Tensor,
+    training_images: Callable[[], tuple[ImageSet, Tensor]],
+    exam: Exam,
     cache: Path,
-) -> tuple[nn.Module, dict[str, float | str]]:
-    """The cache is keyed by the training data (`content`), the lesson and the torch version, so nothing stale is ever read."""
+) -> tuple[nn.Module, Identity]:
+    """Return a classifier from the cache, or train it and keep it there.
+
+    Args:
+        lesson: how the classifier is trained.
+        content: digest of the training data.
+        training_images: loads the training images and the indices of those to use.
+        exam: what the accuracy is measured on.
+        cache: folder of the weights. Training data, lesson and torch version name the file, so
+            nothing stale is ever read.
+    """
     from safetensors.torch import load_file, save
 
-    key = hashlib.sha256(
-        repr((content, lesson, str(lesson.network()), torch.__version__)).encode()
-    ).hexdigest()[:16]
+    content_of_cache = (content, lesson, str(lesson.network()), torch.__version__)
+    key = hashlib.sha256(repr(content_of_cache).encode()).hexdigest()[:16]
     path = cache / f"{lesson.name}-{key}.safetensors"
+
+    # Other processes wait here while one trains.
     with locked(cache / f"{lesson.name}.lock"):
         if not path.exists():
-            weights = save(_train(lesson, *training()).state_dict())
+            images, indices = training_images()
+            weights = save(_train(lesson, images, indices).state_dict())
             with written_whole(path) as file:
                 file.write(weights)
+
+    # The accuracy is that of the stored weights.
     model = lesson.network().eval()
     model.load_state_dict(load_file(path))
-    x, y = tested.take(held_out)
+    x, y = exam.images.take(exam.indices)
     accuracy = (extract(model, x)[1].argmax(1) == y.numpy()).mean().item()
     return model, {
         "classifier_accuracy": accuracy,
@@ -141,9 +173,9 @@ def _classifier(
     }
 
 
-def _train(lesson: Lesson, images: ImageSet, chosen: Tensor) -> nn.Module:
-    """On one thread, so that every run gives the same bits."""
-    threads, margin = torch.get_num_threads(), (lesson.shift,) * 4
+def _train(lesson: Lesson, images: ImageSet, indices: Tensor) -> nn.Module:
+    """Train a classifier on one thread, so that every run gives the same bits."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.random.fork_rng(devices=[]):
@@ -152,14 +184,7 @@ def _train(lesson: Lesson, images: ImageSet, chosen: Tensor) -> nn.Module:
         optimizer = torch.optim.Adam(model.parameters(), lesson.lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, lesson.steps)
         for step in range(lesson.steps):
-            draw = generator_at(f"{lesson.name} batch", step)
-            x, y = images.take(chosen[torch.randint(len(chosen), (lesson.batch,), generator=draw)])
-            row, column = torch.randint(2 * lesson.shift + 1, (2,), generator=draw).tolist()
-            x = F.pad(x, margin, value=-1.0)[
-                :, :, row : row + x.shape[2], column : column + x.shape[3]
-            ]
-            if lesson.flip:
-                x = torch.cat([x[: len(x) // 2].flip(-1), x[len(x) // 2 :]])
+            x, y = _draw_batch(lesson, images, indices, step)
             loss = F.cross_entropy(model(x)[1], y)
             optimizer.zero_grad()
             loss.backward()
@@ -170,10 +195,30 @@ def _train(lesson: Lesson, images: ImageSet, chosen: Tensor) -> nn.Module:
     return model
 
 
+def _draw_batch(
+    lesson: Lesson, images: ImageSet, indices: Tensor, step: int
+) -> tuple[Tensor, Tensor]:
+    """Return the images and labels of a step, shifted and mirrored as the lesson says."""
+    draw = generator_at(f"{lesson.name} batch", step)
+    chosen = indices[torch.randint(len(indices), (lesson.batch,), generator=draw)]
+    x, y = images.take(chosen)
+
+    # One shift serves the whole batch.
+    height, width = x.shape[2:]
+    row, column = torch.randint(2 * lesson.shift + 1, (2,), generator=draw).tolist()
+    padded = F.pad(x, (lesson.shift,) * 4, value=-1.0)
+    x = padded[:, :, row : row + height, column : column + width]
+
+    if lesson.flip:
+        half = len(x) // 2
+        x = torch.cat([x[:half].flip(-1), x[half:]])
+    return x, y
+
+
 @torch.inference_mode()
 def extract(model: nn.Module, x: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Features (N, 64) and class probabilities (N, 10), float64."""
-    features, logits = (
-        torch.cat(part) for part in zip(*(model(part) for part in x.split(BATCH)), strict=True)
-    )
+    """Return features (N, 64) and class probabilities (N, 10) of images, float64."""
+    batches = [model(batch) for batch in x.split(BATCH)]
+    features = torch.cat([features for features, _ in batches])
+    logits = torch.cat([logits for _, logits in batches])
     return features.double().numpy(), logits.double().softmax(1).numpy()

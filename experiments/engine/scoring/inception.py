@@ -1,8 +1,11 @@
 """The Inception-v3 of FID: torch-fidelity's network under weights whose hash is checked.
 
-Images go in as uint8; the network resizes to 299 x 299 as TensorFlow 1 did (corner-aligned grid, no antialiasing) and scales
-to (x - 128) / 128. Layers as in ADM's evaluator: pool 2048; spatial, the first seven channels of Mixed_6d's 1 x 1 branch,
-rows before columns before channels; class probabilities from the last layer's weight WITHOUT its bias.
+Images go in as uint8. The network resizes them to 299 x 299 as TensorFlow 1 did (corner-aligned
+grid, no antialiasing) and scales them to (x - 128) / 128. The layers are those of ADM's evaluator:
+
+- pool: the last pooling, 2048 wide;
+- spatial: the first seven channels of Mixed_6d's 1 x 1 branch, rows before columns before channels;
+- class probabilities, from the last layer's weight WITHOUT its bias.
 """
 
 from __future__ import annotations
@@ -10,9 +13,9 @@ from __future__ import annotations
 import io
 import shutil
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,18 +37,33 @@ SPATIAL_CHANNELS = 7
 
 
 class Inception:
-    """The network on a device; `sha256` names its weights."""
+    """The network on a device.
 
-    def __init__(self, network: nn.Module, digest: str, device: torch.device | str = "cpu") -> None:
-        self.network, self.sha256, self.device = network.to(device), digest, torch.device(device)
+    Attributes:
+        network: torch-fidelity's module.
+        sha256: digest of the file of its weights.
+        device: where images are measured.
+    """
+
+    def __init__(self, network: Any, digest: str, device: torch.device | str = "cpu") -> None:
+        self.network = network.to(device)
+        self.sha256 = digest
+        self.device = torch.device(device)
         self._spatial: list[Tensor] = []
         network.Mixed_6d.branch1x1.register_forward_hook(
-            lambda module, given, out: self._spatial.append(out)
+            lambda module, inputs, output: self._spatial.append(output)
         )
 
     @torch.inference_mode()
     def __call__(self, images: ndarray) -> tuple[ndarray, ndarray, ndarray]:
-        """uint8 (N, H, W, 3) -> pool (N, 2048), spatial (N, 2023) and probabilities (N, 1008), float32, in full fp32."""
+        """Return the three layers of one batch, float32, computed in full fp32.
+
+        Args:
+            images: uint8 (N, H, W, 3).
+
+        Returns:
+            pool (N, 2048), spatial (N, 2023) and probabilities (N, 1008).
+        """
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
             raise ValueError(
                 f"Inception reads uint8 images (N, H, W, 3), got {images.dtype} {images.shape}"
@@ -54,85 +72,105 @@ class Inception:
         self._spatial.clear()
         with precision("fp32", self.device):
             pool, logits = self.network(x)  # (N, 2048), (N, 1008)
-        return (
-            pool.cpu().numpy(),
-            spatial_vector(self._spatial.pop()).cpu().numpy(),
-            logits.double().softmax(1).float().cpu().numpy(),
-        )
+        spatial = spatial_vector(self._spatial.pop())  # (N, 2023)
+        probabilities = logits.double().softmax(1).float()  # (N, 1008)
+        return pool.cpu().numpy(), spatial.cpu().numpy(), probabilities.cpu().numpy()
 
-    def features(self, batches: Iterator[ndarray]) -> Iterator[tuple[ndarray, ndarray, ndarray]]:
-        """The same, over batches of images of any size, BATCH at a time: the last digits depend on the batch."""
+    def features(self, batches: Iterable[ndarray]) -> Iterator[tuple[ndarray, ndarray, ndarray]]:
+        """Yield the layers of batches of any size, BATCH images at a time.
+
+        The last digits depend on the batch, so it is always the same.
+        """
         for batch in batches:
             for start in range(0, len(batch), BATCH):
                 yield self(batch[start : start + BATCH])
 
 
 def spatial_vector(maps: Tensor) -> Tensor:
-    """(N, 192, 17, 17) -> (N, 2023): entry (h * 17 + w) * 7 + c. Channels first gives an sFID of 299 where 6 is right."""
+    """Flatten (N, 192, 17, 17) to (N, 2023), with entry (h * 17 + w) * 7 + c.
+
+    Channels first would give an sFID of 299 where 6 is right.
+    """
     return maps[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
 
 
-def architecture() -> nn.Module:
-    """The network with untrained weights, in eval mode; ValueError where torch-fidelity is not installed.
+def build_network() -> nn.Module:
+    """Return the network with untrained weights, in eval mode.
 
-    Its constructor insists on unpickling a weight file: it is given an empty one, made here.
+    Raises:
+        ValueError: if torch-fidelity is not installed.
     """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError:
         raise ValueError(
-            "Inception features need torch-fidelity; install it with `pip install torch-fidelity torchvision`"
+            "Inception features need torch-fidelity; "
+            "install it with `pip install torch-fidelity torchvision`"
         ) from None
 
     class Network(FeatureExtractorInceptionV3):
-        def load_state_dict(
-            self, state: dict[str, Tensor], *args: object, **options: object
-        ) -> object:
+        """The network, which ignores the empty file that its constructor loads below."""
+
+        def load_state_dict(self, state: dict[str, Tensor], *args: Any, **options: Any) -> Any:
             return super().load_state_dict(state, *args, **options) if state else None
 
+    # The constructor insists on unpickling a file of weights, so it gets an empty one.
     empty = io.BytesIO()
     torch.save({}, empty)
     empty.seek(0)
+    layers = ["2048", "logits_unbiased"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Network(
-            "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=empty
-        )
+        return Network("inception", layers, feature_extractor_weights_path=empty)
 
 
-def load(path: Path, device: torch.device | str = "cpu") -> Inception:
-    """The network with the published weights. Raises ValueError in one line for a missing file or any other weights."""
+def load_inception(path: Path, device: torch.device | str = "cpu") -> Inception:
+    """Return the network with the published weights.
+
+    Raises:
+        ValueError: if the file is missing or holds other weights.
+    """
     if not path.is_file():
         raise ValueError(
-            f"{path}: no Inception weights; get {URL} and name it with --inception or $DICO_INCEPTION"
+            f"{path}: no Inception weights; get {URL} and name it with --inception or "
+            "$DICO_INCEPTION"
         )
-    digest = _checked(path)
-    network = architecture()
+    digest = _checked_digest(path)
+    network = build_network()
     try:
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception:
         raise ValueError(
-            f"{path.name}: not the weights of the FID Inception-v3 (other names or shapes, or no plain tensors)"
+            f"{path.name}: not the weights of the FID Inception-v3 "
+            "(other names or shapes, or no plain tensors)"
         ) from None
     return Inception(network, digest, device)
 
 
-def download(path: Path) -> None:
-    """Fetch the published weights to `path` unless they are there; ValueError in one line where the network does not allow it."""
+def download_inception(path: Path) -> None:
+    """Download the published weights to `path` unless the file exists.
+
+    Raises:
+        ValueError: if they cannot be downloaded, or if the file holds other weights.
+    """
     if not path.exists():
         try:
             with urllib.request.urlopen(URL, timeout=60) as response, written_whole(path) as file:
                 shutil.copyfileobj(response, file)
         except OSError as error:
+            reason = getattr(error, "reason", error)
             raise ValueError(
-                f"the Inception weights cannot be downloaded ({getattr(error, 'reason', error)}); get {URL} elsewhere and put it to {path}"
+                f"the Inception weights cannot be downloaded ({reason}); "
+                f"get {URL} elsewhere and put it to {path}"
             ) from None
-    _checked(path)
+    _checked_digest(path)
 
 
-def _checked(path: Path) -> str:
-    if not (digest := file_sha256(path)).startswith(SHA256):
+def _checked_digest(path: Path) -> str:
+    digest = file_sha256(path)
+    if not digest.startswith(SHA256):
         raise ValueError(
-            f"{path.name}: SHA-256 {digest[:8]}... is not that of the published Inception weights ({SHA256}...); torchvision's are another network"
+            f"{path.name}: SHA-256 {digest[:8]}... is not that of the published Inception weights "
+            f"({SHA256}...); torchvision's are another network"
         )
     return digest

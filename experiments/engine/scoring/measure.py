@@ -1,10 +1,10 @@
+"""Inception features of a set of images, taken by one process or shared by a group of them."""
+
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import reduce
-from operator import add
 from pathlib import Path
 from typing import Protocol
 
@@ -12,40 +12,53 @@ import numpy as np
 from numpy import ndarray
 
 from experiments.engine.runtime.context import RunContext
-from experiments.engine.runtime.pieces import compute_pieces
+from experiments.engine.runtime.pieces import Arrays, compute_pieces
 from experiments.engine.scoring.inception import BATCH, Inception
-from experiments.engine.scoring.metrics import Moments
 
-BLOCKS, NEIGHBOURS, KID_SIZE = 10, 3, 1000
-
-
-LEVELS = 4  # images in [0, 1] or [-1, 1] that are cast to uint8 have 0, 1 and 255
-
-
-PIECE = 16 * BATCH  # images whose features one rank takes before the next look at the others
+# Grey levels that real images have at least. Images in [0, 1] or [-1, 1] that are cast to uint8
+# have 0, 1 and 255.
+MIN_LEVELS = 4
+# Images whose features one rank takes before the ranks meet: whole batches of the network.
+PIECE = 16 * BATCH
+LAYERS = ("pool", "spatial", "probabilities")
 
 
 class Readable(Protocol):
-    """Images that can be read from any place: part(start, stop) -> uint8 (stop - start, H, W, 3)."""
+    """Images that can be read from any place."""
 
     def __len__(self) -> int: ...
 
-    def part(self, start: int, stop: int) -> ndarray: ...
+    def read(self, start: int, stop: int) -> ndarray:
+        """Return images start to stop - 1, uint8 (stop - start, H, W, 3)."""
+        ...
 
 
 @dataclass
 class Measured:
-    """Features of N images of `size` (H, W) in file order: pool (N, 2048), spatial (N, 2023), class probabilities (N, 1008), all float32."""
+    """Features of N images in file order, float32."""
 
+    # Inception's last pooling, (N, 2048).
     pool: ndarray
+    # Seven channels of a 17 x 17 map, (N, 2023).
     spatial: ndarray
+    # Class probabilities, (N, 1008).
     probabilities: ndarray
+    # Height and width of the images, where they are known.
     size: tuple[int, int] | None = None
 
 
 def measure(inception: Inception, batches: Iterable[ndarray]) -> Measured:
-    """Features of all images (uint8 (n, H, W, 3) batches); ValueError for no images or fewer than LEVELS levels in all of them."""
-    return _joined([_piece(inception, batches)])
+    """Return the features of all images.
+
+    Args:
+        inception: the network.
+        batches: images, uint8 (n, H, W, 3), in batches of any size.
+
+    Raises:
+        ValueError: if there are no images, or if all of them together have fewer than MIN_LEVELS
+            grey levels.
+    """
+    return _join([_measure_piece(inception, batches)])
 
 
 def measure_shared(
@@ -54,74 +67,64 @@ def measure_shared(
     folder: Path,
     context: RunContext,
 ) -> Measured | None:
-    """The same on the first rank, None on the others, each of which takes its share of the pieces; they wait in `folder` until all are there.
+    """Return the features on the first rank and None on the others, which take their share.
 
-    A piece is whole batches of the network's, so no bit depends on the number of ranks.
+    A piece is whole batches of the network, so no bit depends on the number of ranks.
+
+    Args:
+        inception: the network.
+        images: what is measured.
+        folder: where the pieces wait until all are there; the caller removes it.
+        context: whose group shares the work.
     """
 
-    def piece(number: int) -> dict[str, ndarray]:
-        return _piece(
-            inception, [images.part(number * PIECE, min((number + 1) * PIECE, len(images)))]
-        )
+    def measure_piece(number: int) -> Arrays:
+        stop = min((number + 1) * PIECE, len(images))
+        return _measure_piece(inception, [images.read(number * PIECE, stop)])
 
-    found = list(compute_pieces(context, folder, math.ceil(len(images) / PIECE), piece))
-    return _joined(found) if context.group.first else None
+    num_pieces = math.ceil(len(images) / PIECE)
+    pieces = list(compute_pieces(context, folder, num_pieces, measure_piece))
+    return _join(pieces) if context.group.first else None
 
 
-def _piece(inception: Inception, batches: Iterable[ndarray]) -> dict[str, ndarray]:
-    seen, size = np.zeros(256, bool), (0, 0)
+class _Watcher:
+    """Notes the size and the grey levels of the images that pass."""
 
-    def watched() -> Iterable[ndarray]:
-        nonlocal size
+    def __init__(self) -> None:
+        self.levels = np.zeros(256, bool)
+        self.size = (0, 0)
+
+    def watch(self, batches: Iterable[ndarray]) -> Iterator[ndarray]:
         for batch in batches:
-            size = batch.shape[1:3]
-            if seen.sum() < LEVELS:  # enough of them are seen within the first batch of real images
-                seen[batch] = True
+            self.size = batch.shape[1:3]
+            # The first batch of real images shows enough levels; later ones cost nothing.
+            if self.levels.sum() < MIN_LEVELS:
+                self.levels[batch] = True
             yield batch
 
-    parts = list(inception.features(watched()))
-    if not parts:
+
+def _measure_piece(inception: Inception, batches: Iterable[ndarray]) -> Arrays:
+    """Return the layers of some images, and what their check needs, as arrays."""
+    watcher = _Watcher()
+    batch_features = list(inception.features(watcher.watch(batches)))
+    if not batch_features:
         raise ValueError("there are no images to measure")
-    pool, spatial, probabilities = (np.concatenate(layer) for layer in zip(*parts, strict=True))
-    return {
-        "pool": pool,
-        "spatial": spatial,
-        "probabilities": probabilities,
-        "levels": seen,
-        "size": np.array(size),
+    layers = [np.concatenate(layer) for layer in zip(*batch_features, strict=True)]
+    return dict(zip(LAYERS, layers, strict=True)) | {
+        "levels": watcher.levels,
+        "size": np.array(watcher.size),
     }
 
 
-def _joined(pieces: list[dict[str, ndarray]]) -> Measured:
+def _join(pieces: list[Arrays]) -> Measured:
     levels = np.flatnonzero(np.any([piece["levels"] for piece in pieces], axis=0))
-    if len(levels) < LEVELS:
+    if len(levels) < MIN_LEVELS:
         raise ValueError(
-            f"{', '.join(map(str, levels))} are all the levels that the images have: were they cast to uint8 before they were scaled to 0..255?"
+            f"{', '.join(map(str, levels))} are all the levels that the images have: "
+            "were they cast to uint8 before they were scaled to 0..255?"
         )
     height, width = pieces[0]["size"].tolist()
-    return Measured(
-        *(
-            np.concatenate([piece[layer] for piece in pieces])
-            for layer in ("pool", "spatial", "probabilities")
-        ),
-        (height, width),
+    pool, spatial, probabilities = (
+        np.concatenate([piece[layer] for piece in pieces]) for layer in LAYERS
     )
-
-
-def blocks_sum(features: ndarray) -> Moments:
-    """Statistics of all rows, accumulated in float64 block by block."""
-    return reduce(add, blocks(features))
-
-
-def blocks(features: ndarray, labels: ndarray | None = None) -> list[Moments]:
-    """Ten sets of statistics of rows dealt at random; with labels (N,) every class is spread evenly over the ten."""
-    n = len(features)
-    order = np.lexsort(
-        (np.random.default_rng(0).permutation(n), np.zeros(n) if labels is None else labels)
-    )
-    parts = []
-    for j in range(min(BLOCKS, n)):
-        part = Moments(features.shape[1])
-        part.update(features[np.sort(order[j::BLOCKS])])
-        parts.append(part)
-    return parts
+    return Measured(pool, spatial, probabilities, (height, width))

@@ -1,13 +1,17 @@
-"""Precision and recall (Kynkäänniemi et al. 2019, eq. 1-2), density and coverage (Naeem et al. 2020, eq. 5-6), in blocks, on any torch device.
+"""Precision, recall, density and coverage of samples by nearest neighbours, on any torch device.
 
-Shapes: n samples, m reference points, d feature width.  A ball is closed and reaches its centre's k-th nearest other row
-of the same set; a duplicate row counts as another row.
+Precision and recall: Kynkäänniemi et al. 2019, eq. 1-2. Density and coverage: Naeem et al. 2020,
+eq. 5-6. Shapes: N samples, M reference rows, d feature width.
+
+The radius of a row's ball is the distance to its k-th nearest other row of the same set; a
+duplicate counts as another row. As in the authors' code, balls are closed (distance <= radius)
+for precision and recall, and open (distance < radius) for density and coverage.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,158 +19,219 @@ from numpy import ndarray
 from torch import Tensor
 
 from experiments.engine.numerics.precision import precision
-from experiments.engine.scoring.metrics import rows
+from experiments.engine.scoring.moments import as_rows
 
-ADM_BLOCK = 10_000
+NEIGHBOURS = 3  # k of every protocol
+BLOCK = 2000  # rows of either set whose distances are held in memory together
+ADM_BLOCK = 10_000  # the same in ADM's evaluator, whose results depend on it
+REFINED_AT_A_TIME = 4096  # pairs whose distances are computed again at a time
+DENSITY_BALL = "open"  # as manifests name it
 
 
-class Shares(NamedTuple):
-    """Of samples inside any reference ball; of reference points inside any sample ball; the mean number of reference balls that hold
-    a sample, over k, with its error; of reference points whose own ball holds any sample."""
+@dataclass(frozen=True)
+class Shares:
+    """What `neighbour_shares` returns."""
 
+    # Share of samples inside any reference ball.
     precision: float
+    # Share of reference rows inside any sample ball.
     recall: float
+    # Mean number of open reference balls that hold a sample, divided by k.
     density: float
+    # Standard error of the density.
     density_se: float
+    # Share of reference rows whose own open ball holds any sample.
     coverage: float
 
 
+@dataclass(frozen=True)
+class Block:
+    """Squared distances between some rows of one set and some rows of another."""
+
+    # Which rows of the first set, and of the second.
+    rows: slice
+    columns: slice
+    # Squared distances as |a|^2 + |b|^2 - 2 a.b, one row per row of the first set.
+    squared: Tensor
+    # Bound on the difference between an entry of `squared` and the exact sum (a - b)^2.
+    slack: float
+
+
 def precision_recall(
-    reference: ndarray,
+    *,
     samples: ndarray,
-    k: int = 3,
-    block: int = 2000,
+    reference: ndarray,
+    k: int = NEIGHBOURS,
+    block: int = BLOCK,
     device: torch.device | str = "cpu",
 ) -> tuple[float, float]:
-    """The first two of `neighbour_shares`."""
-    return neighbour_shares(reference, samples, k, block, device)[:2]
+    """Return precision and recall of `neighbour_shares`."""
+    shares = neighbour_shares(samples=samples, reference=reference, k=k, block=block, device=device)
+    return shares.precision, shares.recall
 
 
 def neighbour_shares(
-    reference: ndarray,
+    *,
     samples: ndarray,
-    k: int = 3,
-    block: int = 2000,
+    reference: ndarray,
+    k: int = NEIGHBOURS,
+    block: int = BLOCK,
     device: torch.device | str = "cpu",
 ) -> Shares:
-    """Shares of samples (n, d) and reference points (m, d).
+    """Return precision, recall, density and coverage, exact in float64.
 
-    Exact in float64: the result does not depend on `block`, which bounds memory at a few block x block and block x d
-    arrays, nor on the device. Density and coverage are of closed balls too, where their authors' code has open ones.
+    Args:
+        samples: rows (N, d).
+        reference: rows (M, d).
+        k: number of neighbours that give the radius.
+        block: rows per block; bounds memory at a few block x block and block x d arrays. The result
+            does not depend on it, nor on the device.
+        device: where the distances are computed.
     """
-    real, fake = _pair(reference, samples, k, block, device)
-    reach_real, reach_fake = _radii(real, k, block), _radii(fake, k, block)
-    hit, covered = (torch.zeros(len(real), dtype=torch.bool, device=device) for _ in range(2))
-    balls = torch.zeros(len(fake), dtype=torch.long, device=device)
-    for at, to, near, slack in _distances(real, fake, block):
-        outer, inner = reach_real[at, None], reach_fake[to]
-        _refine(
-            near,
-            ((near - outer).abs() <= slack) | ((near - inner).abs() <= slack),
-            real[at],
-            fake[to],
-        )
-        inside = near <= outer
-        balls[to] += inside.sum(0)
-        covered[at] |= inside.any(1)
-        hit[at] |= (near <= inner).any(1)
-    precision, recall, coverage = ((x > 0).double().mean().item() for x in (balls, hit, covered))
-    density = balls.double() / k
+    fake, real = _on_device(samples, reference, k, block, device)
+    radii_real = _squared_radii(real, k, block)
+    radii_fake = _squared_radii(fake, k, block)
+
+    inside_reference = torch.zeros(len(fake), dtype=torch.bool, device=device)
+    inside_samples = torch.zeros(len(real), dtype=torch.bool, device=device)
+    covered = torch.zeros(len(real), dtype=torch.bool, device=device)
+    open_balls = torch.zeros(len(fake), dtype=torch.long, device=device)
+    for part in _distance_blocks(real, fake, block):
+        near = part.squared  # (reference rows, samples)
+        reach_real = radii_real[part.rows, None]
+        reach_fake = radii_fake[part.columns]
+
+        # Rounding could decide pairs that lie close to a radius: compute those exactly.
+        doubtful = (near - reach_real).abs() <= part.slack
+        doubtful |= (near - reach_fake).abs() <= part.slack
+        _refine(near, doubtful, real[part.rows], fake[part.columns])
+
+        # Closed balls decide precision and recall.
+        inside_reference[part.columns] |= (near <= reach_real).any(0)
+        inside_samples[part.rows] |= (near <= reach_fake).any(1)
+
+        # Open balls decide density and coverage.
+        in_open_ball = near < reach_real
+        open_balls[part.columns] += in_open_ball.sum(0)
+        covered[part.rows] |= in_open_ball.any(1)
+
+    density = open_balls.double() / k
     return Shares(
-        precision,
-        recall,
-        density.mean().item(),
-        (density.std() / len(fake) ** 0.5).item(),
-        coverage,
+        precision=_share(inside_reference),
+        recall=_share(inside_samples),
+        density=density.mean().item(),
+        density_se=(density.std() / len(fake) ** 0.5).item(),
+        coverage=_share(covered),
     )
 
 
 def precision_recall_half(
-    reference: ndarray,
+    *,
     samples: ndarray,
-    k: int = 3,
+    reference: ndarray,
+    k: int = NEIGHBOURS,
     block: int = ADM_BLOCK,
     device: torch.device | str = "cpu",
 ) -> tuple[float, float]:
-    """The same shares in the arithmetic of ADM's evaluator, approximately: they come out 0.0005 to 0.003 higher.
+    """Return precision and recall in approximately the arithmetic of ADM's evaluator.
 
-    Features, norms, products and sums are rounded to half precision, which makes ties, and a tie is a hit. The k-th
-    neighbour is counted among all rows, the centre included. A block with a value that is not finite is done again in
-    single precision, so the result depends on `block`.
+    The values come out 0.0005 to 0.003 higher. Features, norms, products and sums are rounded to
+    half precision, which makes ties, and a tie is a hit. The k-th neighbour is counted among all
+    rows, the centre included. A block with a value that is not finite is computed again in single
+    precision, so the result depends on `block`.
     """
-    real, fake = (x.float() for x in _pair(reference, samples, k, block, device))
+    fake, real = (x.float() for x in _on_device(samples, reference, k, block, device))
     with precision("fp32", real.device):
-        return _half_shares(real, fake, k, block)
+        radii_real = _half_radii(real, k, block)
+        radii_fake = _half_radii(fake, k, block)
+        inside_reference = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
+        inside_samples = torch.zeros(len(real), dtype=torch.bool, device=real.device)
+        for i in range(0, len(real), block):
+            rows = slice(i, i + block)
+            for j in range(0, len(fake), block):
+                columns = slice(j, j + block)
+                near = _half_distances(real[rows], fake[columns])
+                inside_reference[columns] |= (near <= radii_real[rows, None]).any(0)
+                inside_samples[rows] |= (near <= radii_fake[columns]).any(1)
+    return _share(inside_reference), _share(inside_samples)
 
 
-def _half_shares(real: Tensor, fake: Tensor, k: int, block: int) -> tuple[float, float]:
-    reach_real, reach_fake = (_half_radii(x, k, block) for x in (real, fake))
-    hit_real, hit_fake = (
-        torch.zeros(len(x), dtype=torch.bool, device=x.device) for x in (real, fake)
-    )
-    for i in range(0, len(real), block):
-        for j in range(0, len(fake), block):
-            at, to = slice(i, i + block), slice(j, j + block)
-            near = _half_distances(real[at], fake[to])
-            hit_fake[to] |= (near <= reach_real[at, None]).any(0)
-            hit_real[at] |= (near <= reach_fake[to]).any(1)
-    return hit_fake.double().mean().item(), hit_real.double().mean().item()
+def _share(hits: Tensor) -> float:
+    return hits.double().mean().item()
 
 
-def _pair(
-    reference: ndarray, samples: ndarray, k: int, block: int, device: torch.device | str
-) -> list[Tensor]:
-    real, fake = rows("reference", reference), rows("samples", samples)
+def _on_device(
+    samples: ndarray, reference: ndarray, k: int, block: int, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """Return samples and reference on the device; ValueError where they or k do not fit."""
+    real = as_rows("reference", reference)
+    fake = as_rows("samples", samples)
     if real.shape[1] != fake.shape[1]:
         raise ValueError(f"feature widths differ: {real.shape[1]} and {fake.shape[1]}")
     if block < 1 or not 1 <= k < min(len(real), len(fake)):
         raise ValueError(
-            f"need block >= 1 and 1 <= k < rows, got block {block}, k {k}, rows {len(real)} and {len(fake)}"
+            f"need block >= 1 and 1 <= k < rows, got block {block}, k {k}, "
+            f"rows {len(real)} and {len(fake)}"
         )
-    return [torch.from_numpy(x).to(device) for x in (real, fake)]
+    return torch.from_numpy(fake).to(device), torch.from_numpy(real).to(device)
 
 
-def _distances(a: Tensor, b: Tensor, block: int) -> Iterator[tuple[slice, slice, Tensor, float]]:
-    """Blocks |a|^2 + |b|^2 - 2 a.b of squared distances, and a bound on their difference from `_refine`'s.
+def _distance_blocks(a: Tensor, b: Tensor, block: int) -> Iterator[Block]:
+    """Yield the squared distances of all pairs, block by block.
 
-    Each way is within 2 (d + 4) u (|a|^2 + |b|^2) of the truth in any order of summation, u = 2^-53; the bound has twice the room.
+    This formula and the sum (a - b)^2 are each within 2 (d + 4) u (|a|^2 + |b|^2) of the truth in
+    any order of summation, u = 2^-53. The slack has twice the room of both together.
     """
     for i in range(0, len(a), block):
-        at = slice(i, i + block)
+        rows = slice(i, i + block)
         for j in range(0, len(b), block):
-            to = slice(j, j + block)
-            aa, bb = a[at].square().sum(1, keepdim=True), b[to].square().sum(1)
+            columns = slice(j, j + block)
+            aa = a[rows].square().sum(1, keepdim=True)
+            bb = b[columns].square().sum(1)
+            squared = torch.addmm(aa + bb, a[rows], b[columns].T, alpha=-2)
             slack = 4 * (a.shape[1] + 4) * np.finfo(float).eps * (aa.max() + bb.max()).item()
-            yield at, to, torch.addmm(aa + bb, a[at], b[to].T, alpha=-2), slack
+            yield Block(rows, columns, squared, slack)
 
 
 def _refine(near: Tensor, mask: Tensor, a: Tensor, b: Tensor) -> None:
-    """Replace the masked entries by sum (a - b)^2, the value that decides: it depends on the two rows only, not on the block."""
-    at, to = mask.nonzero(as_tuple=True)
-    for r, c in zip(at.split(4096), to.split(4096), strict=True):
+    """Replace the masked entries by sum (a - b)^2, which depends on the two rows alone."""
+    rows, columns = mask.nonzero(as_tuple=True)
+    pairs = zip(rows.split(REFINED_AT_A_TIME), columns.split(REFINED_AT_A_TIME), strict=True)
+    for r, c in pairs:
         near[r, c] = (a[r] - b[c]).square().sum(1)
 
 
-def _radii(x: Tensor, k: int, block: int) -> Tensor:
-    """Squared distance from each row to its k-th nearest other row: (n,)."""
+def _squared_radii(x: Tensor, k: int, block: int) -> Tensor:
+    """Return the squared distance from each row to its k-th nearest other row, (n,)."""
     nearest = torch.full((len(x), k), torch.inf, dtype=x.dtype, device=x.device)
-    for at, to, near, slack in _distances(x, x, block):
-        if at == to:
-            near.fill_diagonal_(torch.inf)
-        limit = nearest[at, -1]
+    for part in _distance_blocks(x, x, block):
+        near = part.squared
+        if part.rows == part.columns:
+            near.fill_diagonal_(torch.inf)  # a row is no neighbour of itself
+
+        # Only entries that can be among the k nearest are computed exactly.
+        limit = nearest[part.rows, -1]
         if near.shape[1] >= k:
-            limit = torch.minimum(limit, near.topk(k, largest=False).values[:, -1] + slack)
-        candidates = near <= (limit + slack)[:, None]
-        _refine(near, candidates & near.isfinite(), x[at], x[to])
+            kth = near.topk(k, largest=False).values[:, -1]
+            limit = torch.minimum(limit, kth + part.slack)
+        candidates = near <= (limit + part.slack)[:, None]
+        _refine(near, candidates & near.isfinite(), x[part.rows], x[part.columns])
         near[~candidates] = torch.inf
-        nearest[at] = torch.cat([nearest[at], near], 1).topk(k, largest=False).values
+
+        # Keep the k nearest of the earlier blocks and this one.
+        merged = torch.cat([nearest[part.rows], near], 1)
+        nearest[part.rows] = merged.topk(k, largest=False).values
     return nearest[:, -1]
 
 
 def _half_distances(a: Tensor, b: Tensor) -> Tensor:
-    """Squared distances (rows of a, rows of b) by half-precision steps, in float32; wholly in float32 if one is not finite."""
+    """Return squared distances by half-precision steps, as float32.
+
+    They are computed wholly in float32 if one of them is not finite.
+    """
     u, v = a.half(), b.half()
-    uu, vv = u.square().float().sum(1).half()[:, None], v.square().float().sum(1).half()
+    uu = u.square().float().sum(1).half()[:, None]
+    vv = v.square().float().sum(1).half()
     near = uu - 2 * (u.float() @ v.float().T).half() + vv
     if not near.isfinite().all():
         return (a.square().sum(1)[:, None] - 2 * a @ b.T + b.square().sum(1)).clamp_min_(0)
@@ -174,11 +239,12 @@ def _half_distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _half_radii(x: Tensor, k: int, block: int) -> Tensor:
-    reach = torch.empty(len(x), device=x.device)
+    """Return each row's distance to the k-th nearest other row; the row itself is counted too."""
+    radii = torch.empty(len(x), device=x.device)
     for i in range(0, len(x), block):
-        nearest = [
-            _half_distances(x[i : i + block], x[j : j + block]) for j in range(0, len(x), block)
-        ]
-        nearest = [part.topk(min(k + 1, part.shape[1]), largest=False).values for part in nearest]
-        reach[i : i + block] = torch.cat(nearest, 1).topk(k + 1, largest=False).values[:, -1]
-    return reach
+        nearest = []
+        for j in range(0, len(x), block):
+            near = _half_distances(x[i : i + block], x[j : j + block])
+            nearest.append(near.topk(min(k + 1, near.shape[1]), largest=False).values)
+        radii[i : i + block] = torch.cat(nearest, 1).topk(k + 1, largest=False).values[:, -1]
+    return radii

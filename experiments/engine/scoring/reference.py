@@ -1,3 +1,5 @@
+"""What samples are scored against: published statistics, reference images or both."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -11,81 +13,110 @@ from experiments.engine.data.image_files import (
     POOL,
     SPATIAL,
     ImageFile,
-    _names,
-    _opened,
-    _small,
+    array_names,
     file_sha256,
     has_images,
     name_in_errors,
+    open_archive,
+    read_small_array,
 )
 from experiments.engine.scoring.inception import BATCH, Inception
-from experiments.engine.scoring.measure import NEIGHBOURS, Measured, blocks_sum, measure
-from experiments.engine.scoring.metrics import Moments
+from experiments.engine.scoring.measure import Measured, measure
+from experiments.engine.scoring.moments import Moments, moments_of
+from experiments.engine.scoring.neighbours import DENSITY_BALL, NEIGHBOURS
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer whose statistics a reference file can hold."""
+
+    # As `Measured` and `Reference.moments` name the layer.
+    name: str
+    # Names of mean and covariance in the file.
+    mean: str
+    cov: str
+    dim: int
+
+
+LAYERS = (
+    Layer("pool", "mu", "sigma", POOL),
+    Layer("spatial", "mu_s", "sigma_s", SPATIAL),
+)
+NEITHER = "holds neither images (arr_0) nor statistics (mu, sigma)"
 
 
 @dataclass
 class Reference:
-    """What samples are scored against: statistics by layer, 'pool' and 'spatial', and rows (M, 2048) of its own images of `size` (H, W)."""
+    """What samples are scored against."""
 
+    # Statistics by layer, 'pool' and 'spatial'.
     moments: dict[str, Moments]
+    # Pool features (M, 2048) of the reference's own images; None if it has no images.
     rows: ndarray | None
+    # What a manifest says of the reference.
     identity: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
+    # Height and width of the images, where they are known.
     size: tuple[int, int] | None = None
 
 
 def read_reference(inception: Inception, path: Path) -> Reference:
-    """A file with statistics, images or both, as ADM's evaluator reads it; ValueError if it holds neither."""
+    """Read a file with statistics, images or both, as ADM's evaluator does.
+
+    Raises:
+        ValueError: if the file holds neither.
+    """
     with name_in_errors(path):
-        return reference_of(
-            path, measure(inception, ImageFile(path).batches()) if has_images(path) else None
-        )
+        measured = measure(inception, ImageFile(path).batches()) if has_images(path) else None
+        return reference_of(path, measured)
 
 
 def check_reference(path: Path) -> None:
-    """Read all of a reference but its images; ValueError in one line for what `read_reference` would refuse only after them."""
+    """Read all of a reference but its images.
+
+    Raises:
+        ValueError: for what `read_reference` would refuse only after it has measured the images.
+    """
     if has_images(path):
         ImageFile(path)
     if not statistics(path) and not has_images(path):
-        raise ValueError(f"{path.name}: holds neither images (arr_0) nor statistics (mu, sigma)")
+        raise ValueError(f"{path.name}: {NEITHER}")
 
 
 def reference_of(path: Path, measured: Measured | None) -> Reference:
-    """The same where the features of its images, if it has any, are known."""
-    moments = statistics(path)
+    """Return the reference in a file whose images, if it has any, are measured already."""
+    moments = dict(statistics(path))
     if measured is None and "pool" not in moments:
-        raise ValueError(f"{path.name}: holds neither images (arr_0) nor statistics (mu, sigma)")
-    num = 0 if measured is None else len(measured.pool)
-    warnings, names = [], {"pool": "mu, sigma", "spatial": "mu_s, sigma_s"}
-    if missing := [layer for layer in names if layer not in moments]:
-        instead = (
-            "there is no sFID"
-            if measured is None
-            else f"distances by them are to those of its {num} images"
-        )
-        warnings.append(
-            f"{path.name} holds no statistics ({', '.join(names[layer] for layer in missing)}): {instead}"
-        )
-        moments = moments | {
-            layer: blocks_sum(getattr(measured, layer)) for layer in missing if measured is not None
-        }
+        raise ValueError(f"{path.name}: {NEITHER}")
+    num_images = 0 if measured is None else len(measured.pool)
+
+    # Statistics that the file lacks are those of its own images.
+    warnings = []
+    missing = [layer for layer in LAYERS if layer.name not in moments]
+    if missing:
+        names = ", ".join(f"{layer.mean}, {layer.cov}" for layer in missing)
+        instead = "there is no sFID"
+        if measured is not None:
+            instead = f"distances by them are to those of its {num_images} images"
+        warnings.append(f"{path.name} holds no statistics ({names}): {instead}")
+    if measured is not None:
+        for layer in missing:
+            moments[layer.name] = moments_of(getattr(measured, layer.name))
+
     identity = {
         "name": path.name,
         "sha256": file_sha256(path),
-        "statistics": not warnings,
-        "num_images": num,
+        "statistics": not missing,
+        "num_images": num_images,
     }
-    return Reference(
-        moments,
-        measured.pool if measured else None,
-        identity,
-        warnings,
-        measured.size if measured else None,
-    )
+    rows = measured.pool if measured else None
+    size = measured.size if measured else None
+    return Reference(moments, rows, identity, warnings, size)
 
 
-def identity(inception: Inception, reference: Reference) -> dict[str, Any]:
-    """The part of a manifest that names extractor, reference and neighbours."""
+def identify_measure(inception: Inception, reference: Reference) -> dict[str, Any]:
+    """Return the part of a manifest that names extractor, reference and neighbours."""
+    num_rows = 0 if reference.rows is None else len(reference.rows)
     return {
         "extractor": {
             "sha256": inception.sha256,
@@ -97,40 +128,44 @@ def identity(inception: Inception, reference: Reference) -> dict[str, Any]:
         "neighbours": {
             "k": NEIGHBOURS,
             "arithmetic": "float64",
-            "num_reference": 0 if reference.rows is None else len(reference.rows),
+            "num_reference": num_rows,
+            "density_ball": DENSITY_BALL,
         },
     }
 
 
 def statistics(path: Path) -> dict[str, Moments]:
-    """The published statistics of a reference by layer, 'pool' and 'spatial'; empty where the file has none.
+    """Return the published statistics in a reference file by layer; empty if it has none.
 
-    Their count is not in the file.
+    The number of images that they are of is not in the file.
+
+    Raises:
+        ValueError: for half a pair of statistics, or for values that are no mean and covariance.
     """
-    found = {}
-    with _opened(path) as archive:
-        names = _names(archive)
-        for layer, mean, cov, dim in (
-            ("pool", "mu", "sigma", POOL),
-            ("spatial", "mu_s", "sigma_s", SPATIAL),
-        ):
-            if (mean in names) != (cov in names):
-                raise ValueError(f"{path.name}: holds only one of {mean} and {cov}")
-            if mean in names:
-                found[layer] = Moments.known(
-                    _small(path, archive, mean, "f", (dim,)).astype(float),
-                    _small(path, archive, cov, "f", (dim, dim)).astype(float),
-                )
-                matrix = found[layer].cov
-                if not (np.isfinite(found[layer].mean).all() and np.isfinite(matrix).all()):
-                    raise ValueError(
-                        f"{path.name}: {mean} or {cov} holds values that are not finite"
-                    )
-                if (
-                    matrix.diagonal().min() < 0
-                    or np.abs(matrix - matrix.T).max() > 1e-5 * np.abs(matrix).max()
-                ):
-                    raise ValueError(
-                        f"{path.name}: {cov} is no covariance, which is symmetric without a negative variance"
-                    )
-    return found
+    moments = {}
+    with open_archive(path) as archive:
+        names = array_names(archive)
+        for layer in LAYERS:
+            if (layer.mean in names) != (layer.cov in names):
+                raise ValueError(f"{path.name}: holds only one of {layer.mean} and {layer.cov}")
+            if layer.mean not in names:
+                continue
+            mean = read_small_array(path, archive, layer.mean, "f", (layer.dim,))
+            cov = read_small_array(path, archive, layer.cov, "f", (layer.dim, layer.dim))
+            moments[layer.name] = Moments.known(mean.astype(float), cov.astype(float))
+            _check_statistics(path, layer, moments[layer.name])
+    return moments
+
+
+def _check_statistics(path: Path, layer: Layer, moments: Moments) -> None:
+    cov = moments.cov
+    if not (np.isfinite(moments.mean).all() and np.isfinite(cov).all()):
+        raise ValueError(
+            f"{path.name}: {layer.mean} or {layer.cov} holds values that are not finite"
+        )
+    asymmetry = np.abs(cov - cov.T).max()
+    if cov.diagonal().min() < 0 or asymmetry > 1e-5 * np.abs(cov).max():
+        raise ValueError(
+            f"{path.name}: {layer.cov} is no covariance, "
+            "which is symmetric without a negative variance"
+        )

@@ -1,12 +1,15 @@
-"""Inception scores of a set of images against a reference, each beside its error, and of two models on common seeds.
+"""Inception scores of a set of images against a reference, and of two models on common seeds.
 
-N is the number of scored images. A layer's statistics are accumulated in float64 in ten blocks that have the same mix of
-rows, so that the distance of N images, its finite-N bias and its error come from one pass.
+Each score stands beside its error. N is the number of scored images. A layer's statistics are
+accumulated in float64 in ten blocks that have the same mix of rows, so that the distance of N
+images, its finite-N bias and its error come from one pass.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import reduce
 from operator import add
 from typing import Any
@@ -16,11 +19,28 @@ import torch
 from numpy import ndarray
 
 from experiments.engine.data.image_files import POOL
-from experiments.engine.scoring import metrics
-from experiments.engine.scoring.measure import KID_SIZE, NEIGHBOURS, Measured, blocks, blocks_sum
-from experiments.engine.scoring.metrics import Moments, mind
-from experiments.engine.scoring.neighbours import ADM_BLOCK, neighbour_shares, precision_recall_half
+from experiments.engine.scoring.frechet import (
+    frechet,
+    frechet_influence,
+    frechet_jackknife,
+    frechet_se,
+    influence_se,
+)
+from experiments.engine.scoring.measure import Measured
+from experiments.engine.scoring.metrics import IS_BLOCK, inception_score, kid, mind, proportion_se
+from experiments.engine.scoring.moments import Moments, moments_of, split_into_blocks
+from experiments.engine.scoring.neighbours import (
+    ADM_BLOCK,
+    BLOCK,
+    NEIGHBOURS,
+    neighbour_shares,
+    precision_recall_half,
+)
 from experiments.engine.scoring.reference import Reference
+
+KID_SIZE = 1000  # rows of a subset
+SHUFFLE_SEED = 2020  # of the shuffled inception score, as in torch-fidelity
+DISTANCES = {"fid": "pool", "sfid": "spatial"}  # the layer of each distance
 
 
 def score(
@@ -32,33 +52,42 @@ def score(
     half: bool = False,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """All scores of N samples by name, each with its error `_se` where it has one, `num` and `warnings`.
+    """Return the scores of N samples by name, each with its error `_se` where it has one.
 
-    labels (N,) are those the images were made for, in file order; balanced says that every class's count was fixed. half adds
-    precision and recall in ADM's arithmetic. What the reference does not allow is left out.
+    `num` and `warnings` stand beside them. What the reference does not allow is left out.
+
+    Args:
+        sample: features of the samples.
+        reference: what they are scored against.
+        labels: the classes (N,) that the images were made for, in file order.
+        balanced: whether the count of each class was fixed.
+        half: whether to add precision and recall in ADM's arithmetic.
+        device: where neighbours and projections are computed.
     """
-    n, within = len(sample.pool), _fixed(labels, balanced)
+    n = len(sample.pool)
+    fixed = _fixed_labels(labels, balanced)
+
     values: dict[str, Any] = {"num": n}
-    for name, layer in (("fid", "pool"), ("sfid", "spatial")):
-        if layer in reference.moments:
-            values |= _distance(name, getattr(sample, layer), reference.moments[layer], within)
-    values["is"], values["is_se"] = metrics.inception_score(sample.probabilities)
-    values["is_shuffled"] = metrics.inception_score(
-        sample.probabilities[np.random.RandomState(2020).permutation(n)]
-    )[0]
+    if "pool" in reference.moments:
+        blocks = split_into_blocks(sample.pool, fixed)
+        values |= _distance("fid", sample.pool, blocks, reference.moments["pool"], fixed)
+        values |= _corrected_fid(blocks, reference.moments["pool"])
+    if "spatial" in reference.moments:
+        blocks = split_into_blocks(sample.spatial, fixed)
+        values |= _distance("sfid", sample.spatial, blocks, reference.moments["spatial"], fixed)
+
+    order = np.random.RandomState(SHUFFLE_SEED).permutation(n)
+    values["is"], values["is_se"] = inception_score(sample.probabilities)
+    values["is_shuffled"], _ = inception_score(sample.probabilities[order])
+
     if reference.rows is not None and min(n, len(reference.rows)) > NEIGHBOURS:
-        values |= _neighbourhoods(sample.pool, reference.rows, half, device)
-        size = min(KID_SIZE, n, len(reference.rows))
-        values["kid"], values["kid_sd"] = metrics.kid(sample.pool, reference.rows, size=size)
-        values["kid_subset"] = size
-        values["mind"], values["mind_rows"] = (
-            mind(sample.pool, reference.rows, device=device),
-            min(n, len(reference.rows)),
-        )
+        values |= _scores_by_rows(sample.pool, reference.rows, half, device)
+
     warnings = [*reference.warnings, *_warnings(values, labels)]
     if sample.size and reference.size and sample.size != reference.size:
         warnings.append(
-            f"the samples have {' x '.join(map(str, sample.size))} pixels and the reference's images {' x '.join(map(str, reference.size))}: resized twice, they compare with nothing"
+            f"the samples have {_text_of(sample.size)} pixels and the reference's images "
+            f"{_text_of(reference.size)}: resized twice, they compare with nothing"
         )
     return values | {"warnings": warnings}
 
@@ -66,134 +95,170 @@ def score(
 def paired(
     a: Measured, b: Measured, reference: Reference, labels: ndarray | None, balanced: bool
 ) -> dict[str, Any]:
-    """FID of a less that of b, with its error over redraws of the common seeds and as if the sets were independent.
+    """Return the FID of a less that of b, with its error.
 
-    Rows i of both are made from the same seed for the same label; ValueError if their numbers differ.
+    The error is over redraws of the common seeds, and beside it as if the sets were independent.
+    Rows i of both are made from the same seed for the same label.
+
+    Raises:
+        ValueError: if their numbers differ.
     """
     if len(a.pool) != len(b.pool):
         raise ValueError(
-            f"a paired comparison needs as many samples of each model, got {len(a.pool)} and {len(b.pool)}"
+            "a paired comparison needs as many samples of each model, "
+            f"got {len(a.pool)} and {len(b.pool)}"
         )
-    within = _fixed(labels, balanced)
-    moments = [blocks_sum(side.pool) for side in (a, b)]
-    fids = [metrics.frechet(side, reference.moments["pool"]) for side in moments]
-    values: dict[str, Any] = {
-        "num": len(a.pool),
-        "fid_difference": fids[0] - fids[1],
-        "fid_difference_se": math.nan,
-        "fid_difference_se_unpaired": math.nan,
-    }
+    real = reference.moments["pool"]
+    moments = [moments_of(features) for features in (a.pool, b.pool)]
+    fids = [frechet(sample, real) for sample in moments]
+    difference = fids[0] - fids[1]
+
+    # Influences give the errors, if there are enough samples for them.
+    paired_se = math.nan
+    unpaired_se = math.nan
     if len(a.pool) >= 4 * POOL:
-        psi = [
-            metrics.frechet_influence(side.pool, own, reference.moments["pool"])
-            for side, own in zip((a, b), moments, strict=True)
-        ]
-        values["fid_difference_se"] = metrics.influence_se(psi[0] - psi[1], within)
-        values["fid_difference_se_unpaired"] = float(
-            np.hypot(*(metrics.influence_se(part, within) for part in psi))
-        )
-    resolved = abs(values["fid_difference"]) > 2 * values["fid_difference_se"]
-    return values | {
-        "fid_relative": 2 * (fids[0] - fids[1]) / (fids[0] + fids[1]),
+        fixed = _fixed_labels(labels, balanced)
+        psi_a = frechet_influence(a.pool, moments[0], real)
+        psi_b = frechet_influence(b.pool, moments[1], real)
+        paired_se = influence_se(psi_a - psi_b, fixed)
+        unpaired_se = float(np.hypot(influence_se(psi_a, fixed), influence_se(psi_b, fixed)))
+
+    resolved = abs(difference) > 2 * paired_se
+    return {
+        "num": len(a.pool),
+        "fid_difference": difference,
+        "fid_difference_se": paired_se,
+        "fid_difference_se_unpaired": unpaired_se,
+        "fid_relative": 2 * difference / (fids[0] + fids[1]),
         "verdict": "resolved" if resolved else "not resolved",
     }
 
 
 def distances(sample: dict[str, Moments], reference: Reference) -> dict[str, float]:
-    """FID and sFID between statistics: all that a file without images allows."""
-    layers = {"fid": "pool", "sfid": "spatial"}
+    """Return FID and sFID between statistics: all that a file without images allows."""
     return {
-        name: metrics.frechet(sample[layer], reference.moments[layer])
-        for name, layer in layers.items()
+        name: frechet(sample[layer], reference.moments[layer])
+        for name, layer in DISTANCES.items()
         if layer in sample and layer in reference.moments
     }
 
 
-def _fixed(labels: ndarray | None, balanced: bool) -> ndarray | None:
-    """Labels whose counts were fixed in advance, if there are enough of each to see their spread."""
-    return (
-        labels
-        if balanced and labels is not None and len(labels) >= 2 * len(np.unique(labels))
-        else None
-    )
+def _fixed_labels(labels: ndarray | None, balanced: bool) -> ndarray | None:
+    """Return the labels if their counts were fixed and each class is large enough for a spread."""
+    if labels is None or not balanced:
+        return None
+    return labels if len(labels) >= 2 * len(np.unique(labels)) else None
 
 
 def _distance(
-    name: str, features: ndarray, reference: Moments, labels: ndarray | None
+    name: str,
+    features: ndarray,
+    blocks: Sequence[Moments],
+    reference: Moments,
+    labels: ndarray | None,
 ) -> dict[str, float]:
-    """The distance, its sampling error from N = 4 d on, and from 2 d on its value without the O(1/N) bias."""
-    parts = blocks(features, labels)
-    whole = reduce(add, parts)
-    values = {
-        name: metrics.frechet(whole, reference),
-        f"{name}_se": metrics.frechet_se(features, whole, reference, labels),
+    """Return a Fréchet distance, with its sampling error from N = 4 d on."""
+    whole = reduce(add, blocks)
+    return {
+        name: frechet(whole, reference),
+        f"{name}_se": frechet_se(features, whole, reference, labels),
     }
-    corrected = (
-        metrics.frechet_jackknife(parts, reference)
-        if name == "fid" and len(features) >= 2 * whole.mean.size
-        else (math.nan, math.nan)
-    )
-    return values | (
-        {f"{name}_corrected": corrected[0], f"{name}_corrected_se": corrected[1]}
-        if name == "fid"
-        else {}
-    )
 
 
-def _neighbourhoods(
+def _corrected_fid(blocks: Sequence[Moments], reference: Moments) -> dict[str, float]:
+    """Return the FID without its O(1/N) bias, and its error; nan below N = 2 d."""
+    value = math.nan
+    error = math.nan
+    if sum(block.n for block in blocks) >= 2 * reference.mean.size:
+        value, error = frechet_jackknife(blocks, reference)
+    return {"fid_corrected": value, "fid_corrected_se": error}
+
+
+def _scores_by_rows(
     pool: ndarray, rows: ndarray, half: bool, device: torch.device | str
-) -> dict[str, float]:
-    found = neighbour_shares(
-        rows, pool, NEIGHBOURS, 2000 if torch.device(device).type == "cpu" else ADM_BLOCK, device
-    )._asdict()
+) -> dict[str, Any]:
+    """Return the scores that compare single images: neighbours, KID and MIND."""
+    values = _neighbour_scores(pool, rows, half, device)
+
+    size = min(KID_SIZE, len(pool), len(rows))
+    values["kid"], values["kid_sd"] = kid(samples=pool, reference=rows, size=size)
+    values["kid_subset"] = size
+
+    values["mind"] = mind(samples=pool, reference=rows, device=device)
+    values["mind_rows"] = min(len(pool), len(rows))
+    return values
+
+
+def _neighbour_scores(
+    pool: ndarray, rows: ndarray, half: bool, device: torch.device | str
+) -> dict[str, Any]:
+    """Return precision, recall, density and coverage with their errors."""
+    block = BLOCK if torch.device(device).type == "cpu" else ADM_BLOCK
+    shares = neighbour_shares(samples=pool, reference=rows, block=block, device=device)
+    values = asdict(shares)
     if half:
-        found |= zip(
-            ("precision_half", "recall_half"),
-            precision_recall_half(rows, pool, NEIGHBOURS, ADM_BLOCK, device),
-            strict=True,
+        values["precision_half"], values["recall_half"] = precision_recall_half(
+            samples=pool, reference=rows, device=device
         )
-    counts = {
-        name: len(pool) if name.startswith("precision") else len(rows)
-        for name in found
-        if not name.startswith("density")
-    }
-    return (
-        {"num_reference": len(rows)}
-        | found
-        | {f"{name}_se": metrics.proportion_se(found[name], n) for name, n in counts.items()}
-    )
+
+    # A share's error is binomial: precision is a share of samples, the others of reference rows.
+    for name in [name for name in values if not name.startswith("density")]:
+        n = len(pool) if name.startswith("precision") else len(rows)
+        values[f"{name}_se"] = proportion_se(values[name], n)
+    return {"num_reference": len(rows)} | values
+
+
+def _text_of(size: tuple[int, int]) -> str:
+    return " x ".join(map(str, size))
 
 
 def _warnings(values: dict[str, Any], labels: ndarray | None) -> list[str]:
-    n, found = values["num"], []
+    """Return what limits the scores: too few samples, or an order that lowers the IS."""
+    n = values["num"]
+    warnings = []
     if n < POOL:
-        found.append(
-            f"{n} samples are fewer than the {POOL} feature dimensions: FID and sFID are mostly finite-sample bias and compare with nothing"
+        warnings.append(
+            f"{n} samples are fewer than the {POOL} feature dimensions: "
+            "FID and sFID are mostly finite-sample bias and compare with nothing"
         )
     if n < 4 * POOL:
-        found.append(
-            f"{n} samples are fewer than {4 * POOL}: no sampling error of FID"
-            + (", no bias correction" if n < 2 * POOL else "")
+        no_correction = ", no bias correction" if n < 2 * POOL else ""
+        warnings.append(
+            f"{n} samples are fewer than {4 * POOL}: no sampling error of FID{no_correction}"
         )
     if values.get("kid_subset", KID_SIZE) < KID_SIZE:
-        found.append(f"KID is over subsets of {values['kid_subset']}, not {KID_SIZE}")
-    if labels is not None and n > 1:
-        _, counts = np.unique(labels, return_counts=True)
-        expected, together = (
-            float(np.square(counts / n).sum()),
-            float((labels[1:] == labels[:-1]).mean()),
+        warnings.append(f"KID is over subsets of {values['kid_subset']}, not {KID_SIZE}")
+
+    # Labels tell an order by class; without them, the shuffled score does.
+    share = _share_after_own_class(labels)
+    if share is not None:
+        warnings.append(
+            f"the samples are ordered by class ({share:.0%} follow one of their own class): "
+            f"{_effect_of_order(n)}; shuffle the file"
         )
-        if together > (1 + expected) / 2:
-            one = f"IS of {n} is one block, whose value keeps but whose error, over parts in file order, does not hold"
-            several = f"IS over blocks of {metrics.IS_BLOCK} in file order is far too low"
-            found.append(
-                f"the samples are ordered by class ({together:.0%} follow one of their own class): {several if n > metrics.IS_BLOCK else one}; shuffle the file"
-            )
-    if (
-        not any("ordered by class" in text for text in found)
-        and values["is"] < 0.95 * values["is_shuffled"]
-    ):
-        found.append(
-            f"IS is {values['is']:.2f} in file order and {values['is_shuffled']:.2f} shuffled: the samples are ordered; shuffle the file"
+    elif values["is"] < 0.95 * values["is_shuffled"]:
+        warnings.append(
+            f"IS is {values['is']:.2f} in file order and {values['is_shuffled']:.2f} shuffled: "
+            "the samples are ordered; shuffle the file"
         )
-    return found
+    return warnings
+
+
+def _share_after_own_class(labels: ndarray | None) -> float | None:
+    """Return the share of samples that follow one of their own class, if it is far too high."""
+    if labels is None or len(labels) < 2:
+        return None
+    _, counts = np.unique(labels, return_counts=True)
+    expected = float(np.square(counts / len(labels)).sum())
+    share = float((labels[1:] == labels[:-1]).mean())
+    return share if share > (1 + expected) / 2 else None
+
+
+def _effect_of_order(n: int) -> str:
+    """Say what an order by class does to the inception score of n samples."""
+    if n > IS_BLOCK:
+        return f"IS over blocks of {IS_BLOCK} in file order is far too low"
+    return (
+        f"IS of {n} is one block, whose value keeps but whose error, over parts in file order, "
+        "does not hold"
+    )

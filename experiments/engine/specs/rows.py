@@ -11,88 +11,129 @@ from experiments.engine.specs.spec import Backbone, Cost, Data, Diffusion, Recip
 
 @dataclass(frozen=True)
 class Method:
-    """How a paper trains and samples its network, and where that is said; `data` are its own where no protocol has them."""
+    """How a paper trains and samples its network."""
 
     diffusion: Diffusion
     recipe: Recipe
     sampler: Sampler
+    # Where the paper or its code says so.
     source: str
+    # What it trains on, where no protocol has that.
     data: Data | None = None
 
 
 @dataclass(frozen=True)
 class Row:
-    """A declared row: the network as published and, for small protocols, the options that shrink it.
-
-    `small` can also be a network of its own, which several rows share. `published` is the row's key in the table's CSV;
-    None where the paper has no such row. Without a `backbone` the row holds published numbers alone. `method` is its
-    paper's, None where that is the protocols'. `costs` are the networks that make the published system, where it is not
-    the backbone alone at 32x32x4. A `heavy` row is timed on a CPU only where it is named. In pixels a `classifier` guides
-    the network and an `upsampler` follows it: rows too, of networks with methods of their own. Under its own recipe the
-    network continues that of `start`, trained at 256 pixels.
-    """
+    """A row of a table: a network, a system of networks, or published numbers alone."""
 
     label: str
+    # The network as published; None: the row holds published numbers alone.
     backbone: Backbone | None
+    # What small protocols train: the options that shrink the network, or another network, which
+    # several rows can share.
     small: dict[str, Any] | Backbone
+    # The row's key in the table's CSV; None: the paper has no such row.
     published: str | None
+    # What is to be known of the row, for the notes under a table.
     note: str = ""
+    # The method of the row's own paper; None: that of the protocols.
     method: Method | None = None
+    # The networks of the published system, where it is not the backbone alone at 32x32x4.
     costs: tuple[Cost, ...] = ()
+    # Whether a CPU times the row only if it is named.
     heavy: bool = False
+    # In pixels: a row whose network guides this one.
     classifier: Row | None = None
+    # In pixels: a row whose network takes the samples to full size.
     upsampler: Row | None = None
+    # The row, trained at 256 pixels, that this one's network continues under its own recipe.
     start: Row | None = None
+
+    def require_backbone(self) -> Backbone:
+        """Return the network.
+
+        Raises:
+            ValueError: if the row holds published numbers alone.
+        """
+        if self.backbone is None:
+            raise ValueError(f"row {self.label!r} holds published numbers alone, and no network")
+        return self.backbone
+
+    @property
+    def is_upsampler(self) -> bool:
+        """Return whether the network is given a smaller image beside the noise."""
+        return self.method is not None and self.method.diffusion.low_res is not None
 
 
 @dataclass(frozen=True)
 class Table:
-    """Declared rows with their source; `published` names the CSV under results/published and its key columns.
-
-    `outside` rows are run and shown only when they are named. `baseline` is the row that the others are compared with:
-    the one labelled `against`, else the first. `conditions` are those of the published scores.
-    """
+    """Declared rows with their source."""
 
     number: int
     title: str
     source: str
+    # The CSV of its published numbers under results/published.
     published: str
+    # The columns of the CSV that name a row.
     key: tuple[str, ...]
     rows: tuple[Row, ...]
+    # Rows that are run and shown only if they are named.
     outside: tuple[Row, ...] = ()
+    # Whether nothing is timed, trained or scored.
     counts_only: bool = False
     timed: bool = True
+    # Label of the row that others are compared with; None: the first.
     against: str | None = None
+    # Under which the published scores were measured.
     conditions: str = "ImageNet 256, 400K steps"
 
     @property
     def baseline(self) -> Row:
+        """Return the row that the others are compared with."""
         return next(row for row in self.rows if self.against in (None, row.label))
 
     def row(self, label: str) -> Row:
-        """The row of this label, `outside` ones too; ValueError names the known ones."""
+        """Return the row of this label, among `outside` ones too.
+
+        Raises:
+            ValueError: for an unknown label; it names the known ones.
+        """
         known = {row.label: row for row in (*self.rows, *self.outside)}
         if label not in known:
-            raise ValueError(
-                f"table {self.number} has no row {label!r}; known: {', '.join(map(repr, known))}"
-            )
+            labels = ", ".join(map(repr, known))
+            raise ValueError(f"table {self.number} has no row {label!r}; known: {labels}")
         return known[label]
+
+    def has_network(self, label: str) -> bool:
+        """Return whether the table scores a network under this label."""
+        if self.counts_only:
+            return False
+        rows = (*self.rows, *self.outside)
+        return any(row.label == label and row.backbone for row in rows)
 
 
 def table_of(label: str, tables: Mapping[int, Table], meaning: Callable[[Row], object]) -> Table:
-    """The table that declares a row of this label with a network, the first of several if `meaning` makes the same of it in all; else ValueError."""
-    found = [
-        table
-        for _, table in sorted(tables.items())
-        if not table.counts_only
-        and any(row.label == label and row.backbone for row in (*table.rows, *table.outside))
-    ]
-    if not found:
+    """Return the first table that declares a network under a label.
+
+    Args:
+        label: of the row.
+        tables: the tables by number.
+        meaning: what the caller makes of a row. It must be the same in all tables with this label.
+
+    Raises:
+        ValueError: if no table has such a row, or if several have different ones.
+    """
+    matching = [table for _, table in sorted(tables.items()) if table.has_network(label)]
+    if not matching:
+        numbers = ", ".join(map(str, sorted(tables)))
         raise ValueError(
-            f"no table has a network as row {label!r}; --table with one of {', '.join(map(str, sorted(tables)))} lists that table's"
+            f"no table has a network as row {label!r}; "
+            f"--table with one of {numbers} lists that table's"
         )
-    if any(meaning(table.row(label)) != meaning(found[0].row(label)) for table in found[1:]):
+    first = meaning(matching[0].row(label))
+    if any(meaning(table.row(label)) != first for table in matching[1:]):
+        numbers = ", ".join(str(table.number) for table in matching)
         raise ValueError(
-            f"row {label!r} is not the same in all of tables {', '.join(str(table.number) for table in found)}; say which with --table"
+            f"row {label!r} is not the same in all of tables {numbers}; say which with --table"
         )
-    return found[0]
+    return matching[0]

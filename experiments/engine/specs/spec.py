@@ -1,15 +1,19 @@
 """What can be run, as frozen dataclasses, and the content id that names a run.
 
-A spec holds everything that can change a number and nothing else. Its canonical form leaves out every field that
-has its default, so a field added later keeps old ids valid. Standard library only.
+A spec holds everything that can change a number and nothing else. Its canonical form leaves out
+every field that has its default, so a field added later keeps old ids valid. Class and field names
+are part of the form: never rename one. Standard library only.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Protocol
+
+LATENT_CHANNELS = 4
+FACTOR = 8  # pixels per side that one place of a latent stands for
 
 
 class Spec(Protocol):
@@ -20,193 +24,217 @@ class Spec(Protocol):
 
 @dataclass(frozen=True)
 class Backbone:
-    """A registered network and the options that differ from its registered size."""
+    """A registered network."""
 
+    # Registered name.
     name: str
+    # Options that differ from those of the registered size.
     options: dict[str, Any] = field(default_factory=dict)
 
     def but(self, **options: Any) -> Backbone:
+        """Return the network with further options."""
         return Backbone(self.name, self.options | options)
 
 
 @dataclass(frozen=True)
 class Data:
-    """A labelled set as the network sees it: `channels` x `size` x `size`, latents or pixels in [-1, 1].
-
-    Of VAE latents, `latents` says what is stored: posterior 'moments', drawn from anew at every visit, or 'fixed' samples.
-    `vae` is 'sd-vae-ft' (ema and mse share their encoder) or the hash of another VAE's encoder.
-    """
+    """A labelled set as the network sees it: latents, or pixels in [-1, 1]."""
 
     name: str
+    # Height and width.
     size: int
     channels: int
     num_classes: int
+    # Whether half of the visits see a mirrored image.
     flip: bool = False
+    # What is stored of VAE latents: posterior 'moments', drawn from anew at every visit, or 'fixed'
+    # samples.
     latents: str = "moments"
+    # 'sd-vae-ft' (ema and mse share their encoder), or the hash of another VAE's encoder.
     vae: str = "sd-vae-ft"
 
 
 @dataclass(frozen=True)
 class Diffusion:
-    """How data become noise, and what the network makes of it.
+    """How data become noise, and what the network makes of the noise."""
 
-    'iddpm': `num_steps` steps of the named `betas`, which the network knows as `first_step` and on; it predicts the noise
-    and, where `variance` is 'learned', a variance within the range of iDDPM (else 'fixed', the posterior's).
-    An upsampler is also given the clean image, in sampling a sample, at side `low_res`.
-    'classify': noise as in 'iddpm', and the network tells the class.
-    'flow': the velocity on `path`, 'linear' or 'gvp', for times in [0, 1]; nothing else is read.
-    """
-
+    # 'iddpm': the network predicts the noise. 'classify': noise as in 'iddpm', and the network
+    # tells the class. 'flow': the network predicts the velocity for times in [0, 1]; of the other
+    # fields only `path` is read.
     name: str = "iddpm"
+    # Number of noise levels.
     num_steps: int = 1000
+    # Name of the schedule.
     betas: str = "linear"
+    # 'learned': the network also predicts a variance within the range of iDDPM. 'fixed': the
+    # variance is the posterior's.
     variance: str = "learned"
+    # What the network calls the first noise level.
     first_step: int = 0
+    # 'linear' or 'gvp'.
     path: str = "linear"
+    # Side of the clean image that an upsampler is given beside the noise; in sampling, a sample.
     low_res: int | None = None
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """AdamW; linear `warmup` steps, then `decay` 'constant', 'linear' or 'cosine' (to `lr_min`); EMA of every parameter, none at 0.
+    """A training by AdamW."""
 
-    `grad_clip` is the largest norm of the whole gradient (None: any); `drop_path` the largest rate of stochastic depth.
-    """
-
+    # Optimiser steps.
     steps: int
+    # Images per step.
     batch: int
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
+    # Steps over which the learning rate rises linearly.
     warmup: int = 0
+    # What follows the warm-up: 'constant', 'linear' or 'cosine' (down to `lr_min`).
     decay: str = "constant"
+    # Decay of the averaged weights, of every parameter; 0 averages nothing.
     ema: float = 0.9999
+    # Share of labels that are replaced by the null label.
     label_dropout: float = 0.1
     precision: str = "fp32"
     lr_min: float = 0.0
     eps: float = 1e-8
+    # Largest norm of the whole gradient; None: any.
     grad_clip: float | None = None
+    # Largest rate of stochastic depth.
     drop_path: float = 0.0
 
 
 @dataclass(frozen=True)
 class Train:
-    """A training from nothing, or from the averaged weights of `init_from`, which may be of another size of image."""
+    """A training, from nothing or from the averaged weights of another one."""
 
     backbone: Backbone
     data: Data
     recipe: Recipe
     diffusion: Diffusion = Diffusion()
     seed: int = 0
+    # The training that this one continues; its images may have another size.
     init_from: Train | None = None
 
     @property
     def trainings(self) -> tuple[Train, ...]:
-        """Itself after those that it starts from."""
-        return *(self.init_from.trainings if self.init_from else ()), self
+        """Return this training after those that it starts from."""
+        return (*(self.init_from.trainings if self.init_from else ()), self)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Published weights in the place of a run of ours: the file's SHA-256, and the key in it under which they lie."""
+    """Published weights in the place of a training of ours."""
 
     backbone: Backbone
     data: Data
+    # SHA-256 of the file.
     sha256: str
+    # Key in the file under which the weights lie.
     key: str = "ema"
     diffusion: Diffusion = Diffusion()
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """`scale` 1 is no guidance; `channels` are the guided noise channels (None: all); `interval` in the network's times.
-
-    `clip` keeps the estimates of clean data within the pixels' [-1, 1]; `eta` is ddim's; `atol` and `rtol` are dopri5's, which takes as many steps as they need; `form` of the noise and the
-    last step of size `last_size` are the sde's. `classifier_scale` times the variance times a classifier's gradient moves the mean
-    of a step (ADM, algorithms 1 and 2).
-    """
+    """How images are sampled."""
 
     name: str = "ancestral"
     num_steps: int = 250
+    # Guidance scale; 1 is no guidance.
     scale: float = 1.0
+    # Number of noise channels that are guided; None: all.
     channels: int | None = 3
+    # When guidance applies, in the network's times.
     interval: tuple[int, int] = (0, 1000)
+    # Of 'ddim': the share of noise that is drawn anew.
     eta: float = 0.0
+    # Of 'dopri5', which takes as many steps as its tolerances need.
     atol: float = 1e-6
     rtol: float = 1e-3
+    # Of 'sde': the form of the noise, and kind and size of the last step.
     form: str = "sigma"
     last_step: str = "mean"
     last_size: float = 0.04
+    # Whether estimates of clean data are kept within the pixels' [-1, 1].
     clip: bool = False
+    # Scale of a classifier's gradient, times the variance, by which the mean of a step moves (ADM,
+    # algorithms 1 and 2).
     classifier_scale: float = 0.0
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Sample `num` images of the EMA network, each from (seed, index), and score them on `features`.
-
-    A `classifier` of noisy images guides the sampler; an `upsampler` takes the samples, as 8-bit images, to its data's size by the
-    sampler `upsampling`.
-    """
+    """Sample images of the EMA network, each from (seed, index), and score them."""
 
     train: Train | Checkpoint
     sampler: Sampler
+    # Number of images.
     num: int
+    # What the scores are computed on: 'inception', 'digits' or 'cifar_classifier'.
     features: str
+    # Policy of the labels: 'random' or 'balanced'.
     labels: str = "random"
     seed: int = 0
+    # Of sampling.
     precision: str = "fp32"
+    # Classifier of noisy images that guides the sampler.
     classifier: Train | None = None
+    # Takes the samples, as 8-bit images, to the size of its own data.
     upsampler: Train | None = None
+    # The upsampler's sampler.
     upsampling: Sampler | None = None
 
     @property
     def data(self) -> Data:
-        """What the images that are scored are like."""
+        """Return what the images that are scored are like."""
         return (self.upsampler or self.train).data
 
     @property
     def trainings(self) -> tuple[Train, ...]:
-        """The runs that it needs, in an order in which they can run."""
-        return tuple(
-            run
-            for stage in (self.train, self.classifier, self.upsampler)
-            if isinstance(stage, Train)
-            for run in stage.trainings
-        )
+        """Return the trainings that this needs, in an order in which they can run."""
+        trainings: list[Train] = []
+        for stage in (self.train, self.classifier, self.upsampler):
+            if isinstance(stage, Train):
+                trainings += stage.trainings
+        return tuple(trainings)
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Images a second of full batches of x, t and y on one device, and the ratio to `baseline` in the same run.
-
-    `what` is timed: 'forward'; 'training', a step of the trainer, from the batch to the EMA; or 'sampling', guided images by
-    `num_steps` ancestral steps, each of which sees twice the batch. `layout` is that of four-dimensional tensors.
-    `parts` are further networks that make the system: an image passes each of them once, at an input of its own.
-    `baseline_input` is the baseline's size and channels where they are not the subject's.
-    """
+    """Images per second of full batches of x, t and y on one device, beside a baseline's."""
 
     backbone: Backbone
     size: int
     channels: int
     num_classes: int
+    # Images per batch.
     batch: int
     device: str
     precision: str = "fp32"
+    # Choices of kernels that are forced, by operation.
     kernels: dict[str, str] = field(default_factory=dict)
+    # Timed in turn in the same run, for the ratio.
     baseline: Backbone | None = None
+    # Size and channels of the baseline where they are not those of `backbone`.
     baseline_input: tuple[int, int] | None = None
+    # Further networks that make the system. An image passes each once, at an input of its own.
     parts: tuple[Cost, ...] = ()
+    # 'forward'; 'training', a step of the trainer from the batch to the EMA; or 'sampling', guided
+    # images by ancestral steps, each of which sees twice the batch.
     what: str = "forward"
+    # Steps of 'sampling'.
     num_steps: int = 250
     compile: bool = False
     graphs: bool = False
+    # Of four-dimensional tensors.
     layout: str = "channels_last"
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device reaches at most in a numeric mode: the rates of large matrix products, and of copying memory."""
+    """What a device reaches at most: the rates of large matrix products and of copying memory."""
 
     device: str
     precision: str = "fp32"
@@ -214,7 +242,7 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Profile:
-    """Where the time of what is timed goes, without a baseline, compilation or graphs."""
+    """Where the time of a timing goes, without a baseline, compilation or graphs."""
 
     timing: Timing
 
@@ -233,12 +261,22 @@ Stage = Train | Evaluate | Timing | Ceilings | Profile | Cost
 
 
 def canonical(value: Any, full: bool = False) -> Any:
-    """JSON-ready form, without the fields that have their defaults unless `full`; TypeError for what has no stable form."""
+    """Return the JSON-ready form of a spec.
+
+    Args:
+        value: a spec, or a part of one.
+        full: whether fields that have their defaults are kept.
+
+    Raises:
+        TypeError: for what has no stable form.
+    """
     if is_dataclass(value):
-        shown = (f.name for f in fields(value) if full or getattr(value, f.name) != _default(f))
-        return {"kind": type(value).__name__} | {
-            name: canonical(getattr(value, name), full) for name in shown
-        }
+        form = {"kind": type(value).__name__}
+        for f in fields(value):
+            content = getattr(value, f.name)
+            if full or content != _default(f):
+                form[f.name] = canonical(content, full)
+        return form
     if isinstance(value, dict):
         return {str(key): canonical(item, full) for key, item in value.items()}
     if isinstance(value, tuple | list):
@@ -249,24 +287,22 @@ def canonical(value: Any, full: bool = False) -> Any:
 
 
 def spec_id(spec: Spec) -> str:
-    """16 hexadecimal digits that name a spec by its content."""
+    """Return the 16 hexadecimal digits that name a spec by its content."""
     text = json.dumps(canonical(spec), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def kind_of(spec: Spec) -> str:
-    """Folder name of a stage's records: train, evaluate, timing, ceilings, profile or cost."""
+    """Return the folder name of a stage's records: train, evaluate, timing and so on."""
     return type(spec).__name__.lower()
 
 
-def _default(f: Any) -> Any:
+def is_latent(data: Data) -> bool:
+    """Return whether a set holds latents, and not pixels."""
+    return data.channels == LATENT_CHANNELS
+
+
+def _default(f: Field[Any]) -> Any:
     if f.default is not MISSING:
         return f.default
     return f.default_factory() if f.default_factory is not MISSING else MISSING
-
-
-CHANNELS, FACTOR = 4, 8  # of latents, and the pixels a side that one of their places stands for
-
-
-def is_latent(data: Data) -> bool:
-    return data.channels == CHANNELS

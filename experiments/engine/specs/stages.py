@@ -1,13 +1,17 @@
+"""From a declared row and a protocol to specs. Standard library only."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from experiments.engine.specs.rows import Row, Table
+from experiments.engine.specs.rows import Method, Row, Table
 from experiments.engine.specs.spec import (
+    LATENT_CHANNELS,
     Backbone,
     Cost,
     Data,
+    Diffusion,
     Evaluate,
     Recipe,
     Sampler,
@@ -16,44 +20,67 @@ from experiments.engine.specs.spec import (
     is_latent,
 )
 
+# The input that published counts and throughputs are of, unless a row says otherwise.
+LATENT_SIZE = 32
+IMAGENET_CLASSES = 1000
+# Images per batch of a timing: the paper's on a GPU, fewer for images of 512 pixels per side, of
+# which 64 do not fit one GPU.
+GPU_BATCH = 64
+GPU_BATCH_LARGE = 16
+LARGE_SIZE = 256
+CPU_BATCH = 4
+
 
 @dataclass(frozen=True)
 class Protocol:
-    """`small` rows shrink the network by the row's own options; `source` says whose protocol it is.
+    """Data, recipe, sampler and scores under which rows are run.
 
-    The recipe is common to all rows. A row's objective is its own method's, for its network is made for it; so is its
-    sampler where the protocol's does not apply, with the protocol's guidance and at most its number of steps. Under an `own` protocol recipe and sampler too are the method's, and the protocol's serve rows without one.
-    `cost_hours` is the expected time of a small training on a CPU core, for the plan that --dry-run prints.
-    `start_from` is the protocol of the trainings that a row's `start` names; None is this protocol.
+    The recipe is common to all rows. A row's objective is that of its own method, since the network
+    is made for it. A row's sampler is its method's where the protocol's does not apply; guidance
+    and the largest number of steps remain the protocol's.
     """
 
     name: str
     data: Data
     recipe: Recipe
     sampler: Sampler
+    # Number of images that are scored.
     num: int
+    # What the scores are computed on.
     features: str
+    # Policy of the labels.
     labels: str
+    # Whether networks are shrunk by each row's own options.
     small: bool
+    # Whose protocol it is.
     source: str
+    # Expected hours of a small training on a CPU core, for the plan that --dry-run prints.
     cost_hours: float | None = None
+    # Whether recipe, sampler and data are each row's own, where its method has them.
     own: bool = False
+    # Protocol of the trainings that a row's `start` names; None: this one.
     start_from: Protocol | None = None
 
 
 def network(row: Row, protocol: Protocol) -> Backbone:
-    """The row's network as the protocol trains it; an upsampler sees two images."""
-    data, backbone, images = at_data(row, protocol).data, row.backbone, 2 if _upsamples(row) else 1
+    """Return the row's network as the protocol trains it."""
+    backbone = row.require_backbone()
     if protocol.small:
-        backbone = row.small if isinstance(row.small, Backbone) else row.backbone.but(**row.small)
-    return backbone.but(
-        input_size=data.size, in_channels=images * data.channels, num_classes=data.num_classes
-    )
+        small = row.small
+        backbone = small if isinstance(small, Backbone) else backbone.but(**small)
+
+    # An upsampler sees two images: the noisy one and the small one.
+    data = at_data(row, protocol).data
+    in_channels = 2 * data.channels if row.is_upsampler else data.channels
+    return backbone.but(input_size=data.size, in_channels=in_channels, num_classes=data.num_classes)
 
 
 def at_data(row: Row, protocol: Protocol) -> Protocol:
-    """The protocol with what the row's network is trained on: its own data where it has some and runs as published; half the size
-    before an upsampler."""
+    """Return the protocol with the data that the row's network is trained on.
+
+    These are the protocol's data, the row's own data under `own`, or half the size for the first
+    network of a cascade.
+    """
     if protocol.own and row.method and row.method.data:
         return replace(protocol, data=row.method.data)
     if row.upsampler and not is_latent(protocol.data):
@@ -62,40 +89,56 @@ def at_data(row: Row, protocol: Protocol) -> Protocol:
 
 
 def train_stage(row: Row, protocol: Protocol, seed: int) -> Train:
-    """Of the row's network; `evaluate_stage(...).trainings` are those of the whole system."""
-    stage = Train(network(row, protocol), at_data(row, protocol).data, protocol.recipe, seed=seed)
+    """Return the training of the row's network.
+
+    `evaluate_stage(...).trainings` are those of the whole system.
+    """
+    data = at_data(row, protocol).data
+    stage = Train(network(row, protocol), data, protocol.recipe, seed=seed)
     if row.method is None:
         return stage
-    undropped, diffusion = (
-        replace(protocol.recipe, label_dropout=0.0),
-        row.method.diffusion,
-    )  # a network without a null label takes none
-    recipe = (
-        row.method.recipe
-        if protocol.own
-        else protocol.recipe
-        if row.method.recipe.label_dropout
-        else undropped
+    start = None
+    if row.start and protocol.own:
+        start = train_stage(row.start, protocol.start_from or protocol, seed)
+    return replace(
+        stage,
+        recipe=_recipe_of(row.method, protocol),
+        diffusion=_diffusion_of(row.method, protocol),
+        init_from=start,
     )
-    if _upsamples(row) and not protocol.own:
-        diffusion = replace(diffusion, low_res=protocol.data.size // 2)
-    start = (
-        train_stage(row.start, protocol.start_from or protocol, seed)
-        if row.start and protocol.own
-        else None
-    )
-    return replace(stage, recipe=recipe, diffusion=diffusion, init_from=start)
+
+
+def _recipe_of(method: Method, protocol: Protocol) -> Recipe:
+    if protocol.own:
+        return method.recipe
+    if method.recipe.label_dropout:
+        return protocol.recipe
+    # A network without a null label cannot be trained on it.
+    return replace(protocol.recipe, label_dropout=0.0)
+
+
+def _diffusion_of(method: Method, protocol: Protocol) -> Diffusion:
+    # An upsampler's small image is half as large as the protocol's images.
+    if method.diffusion.low_res is not None and not protocol.own:
+        return replace(method.diffusion, low_res=protocol.data.size // 2)
+    return method.diffusion
 
 
 def evaluate_stage(row: Row, protocol: Protocol, seed: int) -> Evaluate:
-    """Of the whole system; on latents of its network alone, for a classifier that guides and an upsampler are made for pixels."""
-    train, at = train_stage(row, protocol, seed), at_data(row, protocol)
-    stage = Evaluate(
-        train, sampler_of(row, protocol), protocol.num, protocol.features, protocol.labels
-    )
-    if row.classifier and not is_latent(train.data):
-        stage = replace(stage, classifier=train_stage(row.classifier, at, seed))
-    if row.upsampler and not is_latent(train.data):
+    """Return the evaluation of the row's whole system.
+
+    On latents, only the network itself is evaluated: classifiers that guide and upsamplers are made
+    for pixels.
+    """
+    train = train_stage(row, protocol, seed)
+    sampler = sampler_of(row, protocol)
+    stage = Evaluate(train, sampler, protocol.num, protocol.features, protocol.labels)
+    if is_latent(train.data):
+        return stage
+    if row.classifier:
+        classifier = train_stage(row.classifier, at_data(row, protocol), seed)
+        stage = replace(stage, classifier=classifier)
+    if row.upsampler:
         stage = replace(
             stage,
             upsampler=train_stage(row.upsampler, protocol, seed),
@@ -104,23 +147,25 @@ def evaluate_stage(row: Row, protocol: Protocol, seed: int) -> Evaluate:
     return stage
 
 
-def _upsamples(row: Row) -> bool:
-    return row.method is not None and row.method.diffusion.low_res is not None
-
-
 def sampler_of(row: Row, protocol: Protocol) -> Sampler:
-    """The protocol's sampler, or what takes its place where the row's objective needs another."""
-    common, method = protocol.sampler, row.method
+    """Return the protocol's sampler, or what the row's objective needs in its place."""
+    method = row.method
     if method is None:
-        return common
-    latent = is_latent(at_data(row, protocol).data)  # clipping and classifiers are made for pixels
-    pixels = dict(
-        clip=method.sampler.clip and not latent,
-        classifier_scale=method.sampler.classifier_scale if row.classifier and not latent else 0.0,
-    )
+        return protocol.sampler
+
+    # Clipping and classifiers are made for pixels.
+    in_pixels = not is_latent(at_data(row, protocol).data)
+    clip = method.sampler.clip and in_pixels
+    guided_by_classifier = row.classifier is not None and in_pixels
+    classifier_scale = method.sampler.classifier_scale if guided_by_classifier else 0.0
     if protocol.own:
-        return replace(method.sampler, **pixels)
-    common = replace(common, **pixels | dict(clip=pixels["clip"] or common.clip))
+        return replace(method.sampler, clip=clip, classifier_scale=classifier_scale)
+
+    common = replace(
+        protocol.sampler,
+        clip=clip or protocol.sampler.clip,
+        classifier_scale=classifier_scale,
+    )
     if not method.recipe.label_dropout:  # without a null label there is nothing to guide by
         common = replace(common, scale=1.0)
     if (method.diffusion.name, method.diffusion.variance) == ("iddpm", "learned"):
@@ -134,44 +179,54 @@ def sampler_of(row: Row, protocol: Protocol) -> Sampler:
 
 
 def cost_stages(row: Row) -> tuple[Cost, ...]:
-    """Counts of what makes the published system, else of its network at a 32 x 32 x 4 latent and 1000 classes."""
-    return row.costs or (
-        (Cost(row.backbone, size=32, channels=4, num_classes=1000),) if row.backbone else ()
-    )
+    """Return the counts of the networks that make the published system.
+
+    A row that declares none is its network alone, at a 32 x 32 x 4 latent and 1000 classes.
+    """
+    if row.costs:
+        return row.costs
+    if row.backbone is None:
+        return ()
+    return (Cost(row.backbone, LATENT_SIZE, LATENT_CHANNELS, IMAGENET_CLASSES),)
 
 
 def cost_stage(row: Row) -> Cost:
-    """Counts of a row that is one network."""
+    """Return the counts of a row that is one network."""
     (stage,) = cost_stages(row)
     return stage
 
 
 def timing_stage(row: Row, baseline: Row, device: str) -> Timing:
-    """Throughput at the row's own input beside the baseline's at its own, with attention unfused as in the paper's ablations (section 4.3).
+    """Return the throughput at the row's own input, beside the baseline's at its own.
 
-    A batch is the paper's 64 on a GPU, but 16 for images of 512 pixels a side, of which 64 do not fit one.
+    Attention is unfused, as in the paper's ablations (section 4.3).
     """
-    (own, *parts), at = cost_stages(row), cost_stages(baseline)[0]
-    batch = 4 if device != "cuda" else 16 if max(part.size for part in (own, *parts)) > 256 else 64
-    other = None if (own.size, own.channels) == (at.size, at.channels) else (at.size, at.channels)
-    kernels = {"attention": "reference"}
+    own, *parts = cost_stages(row)
+    at = cost_stages(baseline)[0]
+    same_input = (own.size, own.channels) == (at.size, at.channels)
     return Timing(
-        row.backbone,
+        row.require_backbone(),
         own.size,
         own.channels,
         own.num_classes,
-        batch,
+        _timing_batch([own, *parts], device),
         device,
-        "fp32",
-        kernels,
-        baseline.backbone,
-        other,
-        tuple(parts),
+        kernels={"attention": "reference"},
+        baseline=baseline.backbone,
+        baseline_input=None if same_input else (at.size, at.channels),
+        parts=tuple(parts),
     )
 
 
+def _timing_batch(networks: Sequence[Cost], device: str) -> int:
+    if device != "cuda":
+        return CPU_BATCH
+    largest = max(part.size for part in networks)
+    return GPU_BATCH_LARGE if largest > LARGE_SIZE else GPU_BATCH
+
+
 def timed_rows(table: Table, rows: Sequence[Row], device: str, named: bool) -> list[Row]:
-    """Those that are networks; on a CPU without the heavy ones, unless they were named."""
+    """Return the rows that are timed: the networks, on a CPU without heavy ones unless named."""
     if not table.timed or table.counts_only:
         return []
     return [row for row in rows if row.backbone and (device == "cuda" or named or not row.heavy)]

@@ -151,7 +151,7 @@ def _run_passes(network: Cost, spec: Timing, device: torch.device, sample: Sampl
     eps = torch.randn(x.shape, generator=generator_at("check", device=device), device=device)
 
     x0, t, y, eps = (torch.cat([tensor] * spec.batch) for tensor in (x, t, y, eps))
-    loss = trainer.passes(x0, y, t, eps).clone()
+    loss = trainer.forward_backward(x0, y, t, eps).clone()
     return [loss, _concatenate_gradients(trainer.model)]
 
 

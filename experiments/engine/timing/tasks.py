@@ -26,6 +26,7 @@ from experiments.engine.numerics.cuda_graphs import (
     run_eagerly,
 )
 from experiments.engine.numerics.randomness import ImageNoise
+from experiments.engine.runtime.context import Resources
 from experiments.engine.specs.spec import Cost, Recipe, Timing, Train
 from experiments.engine.timing.networks import (
     build_network,
@@ -195,6 +196,7 @@ def build_trainer(network: Cost, spec: Timing, device: torch.device) -> Trainer:
     backbone = size_backbone(network)
     model = draw_network(backbone, device).to(memory_format=layout_of(spec))
     train = Train(backbone, training_data(network), recipe, training_diffusion(network, model))
-    trainer = Trainer(train, device, compiled=spec.compile, graphs=spec.graphs, model=model)
+    resources = Resources(str(device), compile=spec.compile, graphs=spec.graphs)
+    trainer = Trainer(train, resources, model=model)
     fill_zeros(model)
     return trainer

@@ -1,4 +1,7 @@
-"""A run's own checkpoints: written whole and in the background, named by their checksum, the newest few and milestones kept."""
+"""A run's own checkpoints: written whole and in the background, and named by their checksum.
+
+The newest few are kept, and milestones for good.
+"""
 
 from __future__ import annotations
 
@@ -21,40 +24,30 @@ from experiments.engine.records.files import sync_folder, written_whole
 _NAME = re.compile(r"step-(\d{8})-([0-9a-f]{16})\.pt")
 
 
-class _HashingWriter:
-    """Passes bytes on to a file and digests them; torch writes its archives front to back."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.digest, self.error = file, hashlib.sha256(), None
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
 class Writer:
-    """Saves in the background: `save` copies the state to host memory and returns; one save is under way at a time.
+    """Saves in the background, one checkpoint at a time.
 
-    Raises what a save failed with at the next `save` or at `wait`. `stalled` counts the seconds that callers waited.
+    `save` copies the state to host memory and returns. What a save failed with is raised by the
+    next `save` or `wait`.
+
+    Attributes:
+        stalled: Seconds that callers have waited.
     """
 
     def __init__(self, folder: Path, keep: int = 2, milestones: int | None = None) -> None:
-        self.folder, self.keep, self.milestones, self.stalled = folder, keep, milestones, 0.0
+        self.folder = folder
+        self.keep = keep
+        self.milestones = milestones
+        self.stalled = 0.0
         self._copy: Any = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def save(self, step: int, state: dict[str, Any]) -> None:
+        """Copy the state, and write it in the background."""
         self.wait()
         started = time.perf_counter()
-        self._copy = _copied(state, self._copy)
+        self._copy = _copy_to_host(state, self._copy)
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         self._thread = threading.Thread(target=self._save, args=(step,))
@@ -67,7 +60,7 @@ class Writer:
         return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
-        """Until the last save is on disk."""
+        """Wait until the last save is on disk."""
         started = time.perf_counter()
         self._join()
         self.stalled += time.perf_counter() - started
@@ -78,7 +71,7 @@ class Writer:
     def _save(self, step: int) -> None:
         try:
             save(self.folder, step, self._copy, self.keep, self.milestones)
-        except BaseException as error:
+        except BaseException as error:  # raised by the next wait
             self._error = error
 
     def _join(self) -> None:
@@ -96,115 +89,175 @@ class Writer:
 def save(
     folder: Path, step: int, state: dict[str, Any], keep: int = 2, milestones: int | None = None
 ) -> Path:
-    """Write `state` as step-<step>-<sha256>.pt; keep the newest `keep` and every step that `milestones` divides.
+    """Write `state` as step-<step>-<sha256>.pt.
 
-    Raises OSError, and leaves the older ones, where the disk is or becomes full. Other files of this step and of
-    later ones were found damaged by the run that now comes past them, and go.
+    The newest `keep` checkpoints stay, and every step that `milestones` divides.
+
+    Raises:
+        OSError: The disk is or becomes full. The older checkpoints stay then.
     """
+    # A run has one writer, so staged files are of processes that were killed.
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(
-        ".step.staged.*.tmp"
-    ):  # by processes that were killed: a run has one writer
-        left.unlink()
+    for leftover in folder.glob(".step.staged.*.tmp"):
+        leftover.unlink()
+
     _require_space(folder, state)
     staged = folder / "step.staged"
-    with written_whole(staged) as file:
-        writer = _HashingWriter(file)
-        try:
-            torch.save(state, writer)
-        except RuntimeError:  # torch says that its archive broke; a full disk should be called one
-            raise writer.error or RuntimeError("the checkpoint could not be written") from None
-    path = staged.rename(folder / f"step-{step:08d}-{writer.digest.hexdigest()[:16]}.pt")
-    sync_folder(folder)  # before an older one goes
-    found = _newest_first(folder)
-    earlier = [old for old in found if _step(old) < step or old == path]
-    for old in (*(old for old in found if old not in earlier), *earlier[keep:]):
-        if old not in earlier or not (milestones and _step(old) % milestones == 0):
-            old.unlink()
+    digest = _write(staged, state)
+    path = staged.rename(folder / f"step-{step:08d}-{digest[:16]}.pt")
+
+    # The new checkpoint is safe before an older one goes.
+    sync_folder(folder)
+    _remove_superseded(folder, path, keep, milestones)
     return path
 
 
+def _write(path: Path, state: dict[str, Any]) -> str:
+    """Write a state and return its SHA-256."""
+    with written_whole(path) as file:
+        writer = _HashingWriter(file)
+        try:
+            torch.save(state, writer)  # type: ignore[arg-type]
+        except RuntimeError:
+            # PyTorch says that its archive broke, which hides that the disk is full.
+            raise writer.error or RuntimeError("the checkpoint could not be written") from None
+    return writer.digest.hexdigest()
+
+
+class _HashingWriter:
+    """Passes bytes on to a file and digests them. PyTorch writes its archives front to back."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.digest = hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _remove_superseded(folder: Path, newest: Path, keep: int, milestones: int | None) -> None:
+    """Remove the checkpoints that a new one replaces."""
+    step = _step(newest)
+    earlier = []
+    for path in _newest_first(folder):
+        if path == newest or _step(path) < step:
+            earlier.append(path)
+        else:
+            # Other files of this step and of later ones were damaged: the run came past them.
+            path.unlink()
+
+    for path in earlier[keep:]:
+        if not milestones or _step(path) % milestones != 0:
+            path.unlink()
+
+
 def newest_intact(folder: Path) -> Path | None:
-    """The newest checkpoint whose checksum holds, or None. A damaged one is reported and the one before is used."""
+    """Return the newest checkpoint whose checksum holds, and warn of damaged ones before it."""
     for path in _newest_first(folder):
         with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-        if found == _NAME.fullmatch(path.name).group(2):
+            checksum = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        if checksum == _parse(path)[1]:
             return path
         print(
-            f"warning: checkpoint {path.name} is damaged (its checksum is {found}); trying the one before",
+            f"warning: checkpoint {path.name} is damaged (its checksum is {checksum}); "
+            "trying the one before",
             file=sys.stderr,
         )
     return None
 
 
 def load(path: Path, map_location: torch.device | str = "cpu") -> tuple[int, dict[str, Any]]:
-    """Step and state of a checkpoint that `newest_intact` found."""
+    """Return step and state of an intact checkpoint."""
     return _step(path), torch.load(path, map_location=map_location, weights_only=True)
 
 
 def load_newest(
     folder: Path, map_location: torch.device | str = "cpu"
 ) -> tuple[int, dict[str, Any]] | None:
-    """Step and state of the newest intact checkpoint, or None."""
+    """Return step and state of the newest intact checkpoint, or None."""
     path = newest_intact(folder)
     return load(path, map_location) if path else None
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted(
-        (path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name)), reverse=True
-    )
+    names = (path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name))
+    return sorted(names, reverse=True)
+
+
+def _parse(path: Path) -> tuple[int, str]:
+    """Return the step and the checksum in a checkpoint's name."""
+    match = _NAME.fullmatch(path.name)
+    assert match is not None, path
+    return int(match[1]), match[2]
 
 
 def _step(path: Path) -> int:
-    return int(_NAME.fullmatch(path.name).group(1))
+    return _parse(path)[0]
 
 
-def _copied(value: Any, before: Any) -> Any:
-    """`value` with its tensors in host memory, in the buffers of an earlier copy where they fit; pinned if it came from a GPU."""
+def _copy_to_host(value: Any, before: Any) -> Any:
+    """Return `value` with its tensors in host memory.
+
+    Args:
+        value: Nested dictionaries, lists and tuples, with tensors from any device.
+        before: An earlier copy, whose buffers are reused if they fit.
+    """
     if isinstance(value, Tensor):
-        fits = isinstance(before, Tensor) and (before.shape, before.dtype, before.stride()) == (
-            value.shape,
-            value.dtype,
-            value.stride(),
-        )
-        buffer = before if fits else torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-        return buffer.copy_(value.detach(), non_blocking=True)
+        return _copy_tensor(value, before)
     if isinstance(value, dict):
         earlier = before if isinstance(before, dict) else {}
-        result = copy.copy(
-            value
-        )  # with the version numbers that a state_dict carries as an attribute
-        result.update((name, _copied(item, earlier.get(name))) for name, item in value.items())
+        # A plain copy keeps the version numbers that a state_dict carries as an attribute.
+        result = copy.copy(value)
+        for name, item in value.items():
+            result[name] = _copy_to_host(item, earlier.get(name))
         return result
     if isinstance(value, list | tuple):
-        earlier = (
-            before
-            if isinstance(before, list | tuple) and len(before) == len(value)
-            else [None] * len(value)
-        )
-        return type(value)(_copied(item, old) for item, old in zip(value, earlier, strict=True))
+        fits = isinstance(before, list | tuple) and len(before) == len(value)
+        olds = before if fits else [None] * len(value)
+        return type(value)(_copy_to_host(*pair) for pair in zip(value, olds, strict=True))
     return value
 
 
+def _copy_tensor(value: Tensor, before: Any) -> Tensor:
+    """Copy a tensor to host memory, which is pinned if the tensor came from a GPU."""
+    fits = (
+        isinstance(before, Tensor)
+        and before.shape == value.shape
+        and before.dtype == value.dtype
+        and before.stride() == value.stride()
+    )
+    pinned = value.is_cuda
+    buffer = before if fits else torch.empty_like(value, device="cpu", pin_memory=pinned)
+    return buffer.copy_(value.detach(), non_blocking=True)
+
+
 def _require_space(folder: Path, state: Any) -> None:
-    needed, free = _num_bytes(state) + 2**20, shutil.disk_usage(folder).free
+    """Raise OSError if a state does not fit on the disk."""
+    needed = _num_bytes(state) + 2**20
+    free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
             errno.ENOSPC,
-            f"No space left on device: a checkpoint takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free",
+            f"No space left on device: a checkpoint takes {needed / 1e9:.2f} GB "
+            f"and {free / 1e9:.2f} GB are free",
         )
 
 
 def _num_bytes(value: Any) -> int:
+    """Return the bytes of all tensors in nested dictionaries, lists and tuples."""
     if isinstance(value, Tensor):
         return value.nbytes
-    items = (
-        value.values()
-        if isinstance(value, dict)
-        else value
-        if isinstance(value, list | tuple)
-        else ()
-    )
-    return sum(map(_num_bytes, items))
+    if isinstance(value, dict):
+        return sum(_num_bytes(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return sum(_num_bytes(item) for item in value)
+    return 0

@@ -1,173 +1,232 @@
+"""The Train stage: train or resume in a folder, and keep log, heartbeat and checkpoints there."""
+
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from experiments.engine.data.sets import batch_indices, load_data
 from experiments.engine.numerics.weights import digest
 from experiments.engine.runtime.attempts import begin_attempt
 from experiments.engine.runtime.context import RunContext
 from experiments.engine.runtime.group import DelayedMaximum
+from experiments.engine.runtime.heartbeat import RunState
 from experiments.engine.runtime.preemption import Preempted, StopRequest
 from experiments.engine.runtime.progress import Progress
-from experiments.engine.specs.spec import Train, spec_id
+from experiments.engine.specs.spec import Train
 from experiments.engine.training import checkpoint
-from experiments.engine.training import log as bands
-from experiments.engine.training.log import Diverged, Log, curve, require_boards, trouble
+from experiments.engine.training.bands import bands_of
+from experiments.engine.training.boards import require_boards
+from experiments.engine.training.divergence import Diverged, find_bad_loss, has_finite_weights
+from experiments.engine.training.log import Log, curve
 from experiments.engine.training.trainer import Trainer, load_ema, lr_at
 
-LOG_EVERY = 50
+LOG_EVERY = 50  # steps from one line of the log to the next
+FINAL_STEPS = 200  # steps at the end whose mean loss is the run's loss
 
 
-def run_training(
-    spec: Train,
-    context: RunContext,
-) -> dict[str, Any]:
-    """Train, or go on training, in the context's folder.
+def run_training(spec: Train, context: RunContext) -> dict[str, Any]:
+    """Train, or go on training, in the context's folder, and return the values of the record.
 
-    Every rank of the group calls this; the first one writes, and has the heartbeat. Raises Diverged (a ValueError in one
-    line, with values for the record) when the loss or a weight is not finite or the loss jumps, and Preempted, once it has saved, when the job
-    is asked to stop.
+    Every rank of the group calls this. Rank 0 writes, and has the heartbeat.
+
+    Raises:
+        Diverged: A loss or a weight is not finite, or the loss has jumped.
+        Preempted: The job was asked to stop, and has saved.
+        OSError: A checkpoint or the log cannot be written.
     """
-    folder, resources, group = context.folder, context.resources, context.group
-    beat = context.heartbeat
-    recipe = spec.recipe
     require_boards()
-    trainer = Trainer(
-        spec,
-        torch.device(resources.device),
-        resources.micro_batch,
-        group,
-        resources.shard_optimizer,
-        resources.compile,
-        resources.graphs,
-    )
-    losses: list[Tensor] = []  # since the last line of the log
-    if found := group.broadcast(
-        checkpoint.newest_intact(folder / "checkpoints") if group.first else None
-    ):
-        step, state = checkpoint.load(found)
-        trainer.restore(step, state)
-        losses += [
-            loss if group.first else torch.zeros_like(loss)
-            for loss in state.get("losses", torch.empty(0)).to(trainer.device)
-        ]
-    elif spec.init_from:
-        trainer.begin(
-            load_ema(spec.init_from, folder.parent / spec_id(spec.init_from), trainer.device)
+    group, resources = context.group, context.resources
+    trainer = Trainer(spec, resources, group)
+    pending = _restore(trainer, context)
+    if context.heartbeat:
+        begin_attempt(context.heartbeat, trainer.step)
+        context.heartbeat.update(
+            state=RunState.TRAINING, step=trainer.step, steps=spec.recipe.steps
         )
-    first, started, saved = trainer.step, time.perf_counter(), [trainer.step]
-    if beat:
-        begin_attempt(beat, first)
-        beat.update(state="training", step=first, steps=recipe.steps)
-    images, stop = load_data(spec.data), DelayedMaximum(group)
-    with (
-        Log(folder, first, bands.bands_of(spec)) if group.first else nullcontext() as log,
-        checkpoint.Writer(folder / "checkpoints", resources.keep, resources.milestones) as writer,
-    ):
-        means = list(
-            group.broadcast(log.losses if group.first else None)
-        )  # the log appends to its own
+
+    images = load_data(spec.data)
+    checkpoints = context.folder / "checkpoints"
+    with ExitStack() as stack:
+        log = None
+        if group.first:
+            log = stack.enter_context(Log(context.folder, trainer.step, bands_of(spec)))
+        writer = stack.enter_context(
+            checkpoint.Writer(checkpoints, resources.keep, resources.milestones)
+        )
+        attempt = _Attempt(trainer, context, writer, log, pending, len(images))
         for loss in trainer.steps(images):
-            losses.append(loss)
-            done = trainer.step
-            how = StopRequest(stop(context.requested_stop()))
-            if how == StopRequest.TAKEN_OVER:
-                raise Preempted(how)
-            last = done == recipe.steps
-            logs = done % LOG_EVERY == 0 or last
-            saves = done % resources.checkpoint_every == 0 or last or bool(how)
-            if logs or saves:
-                latest = group.sum(torch.stack(losses))
-                usual = (
-                    means if len(latest) >= LOG_EVERY else ()
-                )  # a few losses can be high by chance
-                _check(latest.tolist(), usual, trainer, len(images), saved)
-            if saves and not _finite(trainer.model):
-                raise _diverged(
-                    "the update made weights that are not finite", done, trainer, len(images), saved
-                )
-            if logs:
-                mean, rate = (
-                    latest.mean().item(),
-                    (done - first) * recipe.batch / (time.perf_counter() - started),
-                )
-                losses, latest = [], latest[:0]
-                means.append(mean)
-                if group.first:
-                    if not writer.busy:
-                        writer.wait()  # a full disk is known now, not at the next save
-                    log.write(
-                        step=done,
-                        loss=mean,
-                        lr=lr_at(recipe, done - 1),
-                        images_per_s=round(rate, 1),
-                    )
-                    context.report(Progress(done, recipe.steps, rate, mean))
-                if beat:
-                    beat.update(loss=mean, images_per_s=round(rate, 1))
-            if beat:
-                beat.update(step=done, state="saving" if saves and (last or how) else "training")
-            if saves:
-                state = trainer.state()
-                if group.first:
-                    writer.save(done, state | {"losses": latest})
-                saved.append(done)
-            if how and not last:
-                writer.wait()
-                group.broadcast(None)  # the first rank that leaves can take the others with it
-                raise Preempted(how)
+            attempt.follow(loss)
         writer.wait()
-    weights = digest(trainer.ema)
-    if not group.agrees_on(weights):
-        raise RuntimeError("the ranks' weights differ at the end of the training")
-    tail = means[-max(1, 200 // LOG_EVERY) :]
-    return {
-        "loss": sum(tail) / len(tail) if tail else None,
-        "steps": trainer.step,
-        "curve": curve(means, LOG_EVERY),
-        "resumed_at": first,
-        "checkpoint_stall_s": round(
-            writer.stalled, 3
-        ),  # of this attempt: copies, and the wait for the last to be on disk
-        "images_per_s": (trainer.step - first) * recipe.batch / (time.perf_counter() - started),
-        "weights_sha256": weights,
-        **images.identity,
-        **(log.warnings() if log else {}),
-    }
+    return attempt.values() | images.identity | attempt.warnings()
 
 
-def _check(
-    losses: list[float], means: Sequence[float], trainer: Trainer, size: int, saved: Sequence[int]
-) -> None:
-    """Raise Diverged if the latest losses, which end at the trainer's step, are bad."""
-    if bad := trouble(losses, means):
-        raise _diverged(
-            f"the loss {bad[1]}", trainer.step - len(losses) + 1 + bad[0], trainer, size, saved
+def _restore(trainer: Trainer, context: RunContext) -> list[Tensor]:
+    """Bring a trainer to where the run stands, and return the losses since its last log line."""
+    # Rank 0 chooses the checkpoint, so that all ranks resume from the same step.
+    group, spec = trainer.group, trainer.spec
+    checkpoints = context.folder / "checkpoints"
+    path = group.broadcast(checkpoint.newest_intact(checkpoints) if group.first else None)
+    if path:
+        step, state = checkpoint.load(path)
+        trainer.restore(step, state)
+        # The saved losses are sums over the ranks, so rank 0 alone takes them over.
+        losses = state.get("losses", torch.empty(0)).to(trainer.device)
+        return list(losses if group.first else torch.zeros_like(losses))
+
+    if spec.init_from:
+        folder = context.folder_of(spec.init_from)
+        trainer.start_from(load_ema(spec.init_from, folder, trainer.device))
+    return []
+
+
+class _Attempt:
+    """What happens beside the steps of a training: the watch, the log, checkpoints, the stop."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        context: RunContext,
+        writer: checkpoint.Writer,
+        log: Log | None,
+        pending: list[Tensor],
+        num_images: int,
+    ) -> None:
+        self.trainer = trainer
+        self.context = context
+        self.group = context.group
+        self.writer = writer
+        self.log = log
+        self.num_images = num_images
+        self.first_step = trainer.step
+        self.started = time.perf_counter()
+        # This rank's losses since the last line of the log.
+        self.pending = pending
+        # Losses of all lines of the log. The log appends to its own list.
+        self.means: list[float] = list(self.group.broadcast(log.losses if log else None))
+        # Steps that are safe on disk, or will be soon.
+        self.saved = [trainer.step]
+        self._agree = DelayedMaximum(self.group)
+
+    def follow(self, loss: Tensor) -> None:
+        """Do what is due after a step: check, log, save, and stop if the job was asked to."""
+        self.pending.append(loss)
+        request = StopRequest(self._agree(self.context.requested_stop()))
+        if request == StopRequest.TAKEN_OVER:
+            raise Preempted(request)
+
+        # What is due.
+        step, steps = self.trainer.step, self.trainer.spec.recipe.steps
+        is_last = step == steps
+        logs = is_last or step % LOG_EVERY == 0
+        saves = is_last or step % self.context.resources.checkpoint_every == 0 or bool(request)
+
+        # Nothing is logged or saved of a training that has diverged.
+        unlogged = torch.empty(0)
+        if logs or saves:
+            unlogged = self.group.sum(torch.stack(self.pending))
+            self._check_losses(unlogged)
+        if saves and not has_finite_weights(self.trainer.model):
+            raise self._diverged("the update made weights that are not finite", step)
+        if logs:
+            self._write_log(unlogged)
+            unlogged = unlogged[:0]
+
+        # A heartbeat tells when a save is the last work of an attempt.
+        if self.context.heartbeat:
+            is_ending = saves and (is_last or bool(request))
+            state = RunState.SAVING if is_ending else RunState.TRAINING
+            self.context.heartbeat.update(step=step, state=state)
+        if saves:
+            self._save(unlogged)
+        if request and not is_last:
+            self._stop(request)
+
+    def _check_losses(self, losses: Tensor) -> None:
+        """Raise Diverged if one of the latest losses, which end at this step, is bad."""
+        # A few losses alone can be high by chance.
+        means = self.means if len(losses) >= LOG_EVERY else []
+        bad = find_bad_loss(losses.tolist(), means)
+        if bad:
+            step = self.trainer.step - len(losses) + 1 + bad.index
+            raise self._diverged(f"the loss {bad.problem}", step)
+
+    def _write_log(self, losses: Tensor) -> None:
+        """Write a line of the log, and report the progress."""
+        step, recipe = self.trainer.step, self.trainer.spec.recipe
+        mean = losses.mean().item()
+        rate = self._images_per_second()
+        self.pending = []
+        self.means.append(mean)
+        if self.log:
+            # A disk that a finished save found full is known now, not at the next save.
+            if not self.writer.busy:
+                self.writer.wait()
+            self.log.write(
+                step=step, loss=mean, lr=lr_at(recipe, step - 1), images_per_s=round(rate, 1)
+            )
+            self.context.report(Progress(step, recipe.steps, rate, mean))
+        if self.context.heartbeat:
+            self.context.heartbeat.update(loss=mean, images_per_s=round(rate, 1))
+
+    def _save(self, unlogged: Tensor) -> None:
+        """Start to write a checkpoint, which holds the losses that no log line has yet."""
+        state = self.trainer.state()
+        if self.group.first:
+            self.writer.save(self.trainer.step, state | {"losses": unlogged})
+        self.saved.append(self.trainer.step)
+
+    def _stop(self, request: StopRequest) -> None:
+        """Leave once the checkpoint is on disk, all ranks together."""
+        self.writer.wait()
+        # Whichever rank leaves first can take the others with it.
+        self.group.broadcast(None)
+        raise Preempted(request)
+
+    def _diverged(self, problem: str, step: int) -> Diverged:
+        """Return the error for a problem at a step, with the batch that led to it."""
+        spec = self.trainer.spec
+        recipe = spec.recipe
+        batch = batch_indices(self.num_images, recipe.batch, spec.seed, step - 1)
+        earlier = [saved for saved in self.saved if saved < step]
+        values = {
+            "stopped_at": step,
+            "batch": batch.tolist(),
+            "last_checkpoint": max(earlier, default=self.saved[0]),
+        }
+        return Diverged(
+            f"{problem} at step {step}; lower the learning rate ({recipe.lr}) "
+            f"or lengthen the warm-up ({recipe.warmup} steps)",
+            values,
         )
 
+    def _images_per_second(self) -> float:
+        """Return the throughput of this attempt."""
+        images = (self.trainer.step - self.first_step) * self.trainer.spec.recipe.batch
+        return images / (time.perf_counter() - self.started)
 
-def _finite(model: nn.Module) -> bool:
-    """Whether every weight is: a loss is of the weights before its update."""
-    return bool(torch.stack(torch._foreach_norm(list(model.parameters()))).isfinite().all())
+    def values(self) -> dict[str, Any]:
+        """Return the values of the record of a finished training."""
+        weights = digest(self.trainer.ema)
+        if not self.group.agrees_on(weights):
+            raise RuntimeError("the ranks' weights differ at the end of the training")
+        tail = self.means[-max(1, FINAL_STEPS // LOG_EVERY) :]
+        return {
+            "loss": sum(tail) / len(tail) if tail else None,
+            "steps": self.trainer.step,
+            "curve": curve(self.means, LOG_EVERY),
+            "resumed_at": self.first_step,
+            # Seconds of this attempt: copies, and the wait for the last save to be on disk.
+            "checkpoint_stall_s": round(self.writer.stalled, 3),
+            "images_per_s": self._images_per_second(),
+            "weights_sha256": weights,
+        }
 
-
-def _diverged(what: str, step: int, trainer: Trainer, size: int, saved: Sequence[int]) -> Diverged:
-    recipe = trainer.spec.recipe
-    batch = batch_indices(size, recipe.batch, trainer.spec.seed, step - 1).tolist()
-    advice = (
-        f"lower the learning rate ({recipe.lr}) or lengthen the warm-up ({recipe.warmup} steps)"
-    )
-    return Diverged(
-        f"{what} at step {step}; {advice}",
-        {
-            "stopped_at": step,
-            "batch": batch,
-            "last_checkpoint": max((at for at in saved if at < step), default=saved[0]),
-        },
-    )
+    def warnings(self) -> dict[str, list[str]]:
+        """Return where the loss left the bands of the authors' logs, for the record."""
+        lines = self.log.warnings() if self.log else []
+        return {"warnings": lines} if lines else {}

@@ -1,11 +1,14 @@
-"""The trainer: one loop for every backbone, resumable at any step with the same weights, on a CPU to the last bit."""
+"""The trainer: one loop for every backbone.
+
+It can stop after any step and resume with the same weights, on a CPU to the last bit.
+"""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,26 +18,49 @@ from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import backbones
-from experiments.engine.data.sets import ImageSet, iterate_batches
+from experiments.engine.data.sets import ImageSet, LatentSet, iterate_batches
 from experiments.engine.diffusion.build import build_diffusion
 from experiments.engine.numerics.cuda_graphs import CudaGraph, require_gpu
 from experiments.engine.numerics.precision import precision
 from experiments.engine.numerics.randomness import generator_at, seed_at
+from experiments.engine.runtime.context import Resources
 from experiments.engine.runtime.group import ALONE, Group, average_gradients
 from experiments.engine.specs.spec import Backbone, Recipe, Train
 from experiments.engine.training import checkpoint
+from experiments.engine.training.stochastic_depth import increment_weights
 
 
 def build(spec: Backbone, seed: int, device: torch.device) -> nn.Module:
-    """The declared network, initialised from the seed, its activations channels-last."""
+    """Build the declared network, initialised from the seed, with channels-last activations."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_at("init", seed))
         model = backbones.build(spec.name, **spec.options)
-    return model.to(device=device, memory_format=torch.channels_last)
+    return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def load_ema(spec: Train, folder: Path, device: torch.device) -> nn.Module:
+    """Load the EMA network of a finished run, in eval mode.
+
+    Raises:
+        ValueError: The run has not finished.
+    """
+    newest = checkpoint.load_newest(folder / "checkpoints", device)
+    if newest is None or newest[0] < spec.recipe.steps:
+        raise ValueError(
+            f"run {folder.name} has no finished checkpoint; if it was removed, "
+            f"remove records/train/{folder.name}-*.json too and train again"
+        )
+    _, state = newest
+    model = build(spec.backbone, spec.seed, device)
+    model.load_state_dict(state["ema"])
+    return model.eval()
 
 
 def lr_at(recipe: Recipe, step: int) -> float:
-    """Learning rate of a step (0-based): linear warm-up, then constant, or linear or cosine to `lr_min`."""
+    """Return the learning rate of a step, counted from 0.
+
+    It warms up linearly, then stays constant or falls to `lr_min`, linearly or by a cosine.
+    """
     if step < recipe.warmup:
         return recipe.lr * (step + 1) / recipe.warmup
     if recipe.decay == "cosine":
@@ -51,59 +77,81 @@ def lr_at(recipe: Recipe, step: int) -> float:
 
 
 class Trainer:
-    """Model, EMA and optimiser of a run, and the step it has reached; each process of a group has its own, all alike; `model`: as `build` makes it, where at hand."""
+    """Model, EMA and optimiser of a run, and the step that it has reached.
+
+    Each process of a group has a trainer of its own, and all hold the same weights.
+    """
 
     def __init__(
         self,
         spec: Train,
-        device: torch.device,
-        micro_batch: int | None = None,
+        resources: Resources | None = None,
         group: Group = ALONE,
-        shard_optimizer: bool = False,
-        compiled: bool = False,
-        graphs: bool = False,
         model: nn.Module | None = None,
     ) -> None:
-        self.spec, self.device, self.group = spec, device, group
-        self.mine = group.shard(spec.recipe.batch)
-        self.micro_batch = micro_batch or spec.recipe.batch
-        self.model = model or build(spec.backbone, spec.seed, device)
+        """Prepare a training from its first step.
+
+        Args:
+            spec: What is trained.
+            resources: Device, micro-batch, and how the passes are launched.
+            group: The processes that share every batch.
+            model: The network, if `build` has made it already.
+        """
+        resources = resources or Resources()
+        self.spec = spec
+        self.group = group
+        self.device = torch.device(resources.device)
+        self.step = 0
+        # The part of each global batch that this process computes.
+        self.shard = group.shard(spec.recipe.batch)
+        self.micro_batch = resources.micro_batch or spec.recipe.batch
+
+        # Networks, optimiser and objective.
+        self.model = model or build(spec.backbone, spec.seed, self.device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
-        recipe = spec.recipe
+        self.is_sharded = resources.shard_optimizer and group.world_size > 1
+        self.optimizer = self._build_optimizer()
+        self.diffusion = build_diffusion(spec.diffusion).to(self.device)
+
+        # How the network runs: averaged over processes, compiled, as a CUDA graph.
         self.forward: nn.Module = self.model
+        self.skip_exchange: Callable[[], AbstractContextManager[Any]] = nullcontext
         if group.world_size > 1:
-            self.forward = average_gradients(
-                self.model,
-                static=not compiled and self.micro_batch >= self.mine.stop - self.mine.start,
+            share = self.shard.stop - self.shard.start
+            accumulates = self.micro_batch < share
+            averaging = average_gradients(
+                self.model, static=not resources.compile and not accumulates
             )
-        self.without_exchange = self.forward.no_sync if group.world_size > 1 else nullcontext
-        if compiled:
-            self.forward = torch.compile(self.forward)
+            self.forward = averaging
+            self.skip_exchange = averaging.no_sync
+        if resources.compile:
+            self.forward = torch.compile(self.forward)  # type: ignore[assignment]
+        self.forward_backward: Callable[..., Tensor] = self._forward_backward
+        if resources.graphs:
+            require_gpu(self.device)
+            if group.world_size == 1:  # no graph can hold the exchange between processes
+                self.forward_backward = CudaGraph(self._forward_backward)
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        recipe = self.spec.recipe
         trainable = [p for p in self.model.parameters() if p.requires_grad]
-        options = dict(
+        options: dict[str, Any] = dict(
             lr=recipe.lr,
             betas=recipe.betas,
             eps=recipe.eps,
             weight_decay=recipe.weight_decay,
             fused=True,
         )
-        self.sharded = shard_optimizer and group.world_size > 1
-        self.optimizer = (
-            ZeroRedundancyOptimizer(trainable, torch.optim.AdamW, **options)
-            if self.sharded
-            else torch.optim.AdamW(trainable, **options)
-        )
-        self.diffusion = build_diffusion(spec.diffusion).to(device)
-        self.passes: Callable[..., Tensor] = self._passes
-        if graphs:
-            require_gpu(device)
-            if group.world_size == 1:  # the exchange between processes stays outside of graphs
-                self.passes = CudaGraph(self._passes)
-        self.step = 0
+        if self.is_sharded:
+            return ZeroRedundancyOptimizer(trainable, torch.optim.AdamW, **options)
+        return torch.optim.AdamW(trainable, **options)
 
     def state(self) -> dict[str, Any]:
-        """Everything a run goes on from, the same for every number of processes; {} on all but the first, and all must call."""
-        if self.sharded:
+        """Return everything that a run resumes from, the same for any number of processes.
+
+        All processes must call this. All but rank 0 get {}.
+        """
+        if isinstance(self.optimizer, ZeroRedundancyOptimizer):
             self.optimizer.consolidate_state_dict(to=0)
         if not self.group.first:
             return {}
@@ -114,50 +162,66 @@ class Trainer:
         }
 
     def restore(self, step: int, state: dict[str, Any]) -> None:
+        """Resume from the state that a run had after `step` steps."""
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = step
 
-    def begin(self, trained: nn.Module) -> None:
-        """Start from a trained network, which may be for another size of image where this one has a `resized`."""
-        weights = trained.state_dict()
-        weights = self.model.resized(weights) if hasattr(self.model, "resized") else weights
-        for network in (self.model, self.ema):
-            network.load_state_dict(weights)
+    def start_from(self, trained: nn.Module) -> None:
+        """Start from the weights of a trained network.
 
-    def steps(self, images: ImageSet) -> Iterator[Tensor]:
-        """Train from the step reached to the last, yielding each step's loss (0-d, on the device): this rank's share of the sum."""
+        It may be for another image size if this network has a method `resized` for its weights.
+        """
+        weights: Any = trained.state_dict()
+        resize: Any = getattr(self.model, "resized", None)
+        if resize:
+            weights = resize(weights)
+        self.model.load_state_dict(weights)
+        self.ema.load_state_dict(weights)
+
+    def steps(self, images: ImageSet | LatentSet) -> Iterator[Tensor]:
+        """Train from the step reached to the last step.
+
+        Yields:
+            After each step, this rank's share of the loss (0-d, on the device). The shares of all
+            ranks add up to the mean over the batch.
+        """
         recipe = self.spec.recipe
+        remaining = range(self.step, recipe.steps)
         for x0, y in iterate_batches(
-            images,
-            recipe.batch,
-            self.spec.seed,
-            range(self.step, recipe.steps),
-            self.device,
-            self.mine,
+            images, recipe.batch, self.spec.seed, remaining, self.device, self.shard
         ):
             loss = self._update(x0, y, images.flip)
             self.step += 1
             yield loss
 
     def _update(self, x0: Tensor, y: Tensor, flip: bool) -> Tensor:
-        """One optimiser step on this rank's part of a global batch, whose noise depends on (seed, step) and the place in it only."""
-        recipe, n, mine = self.spec.recipe, self.spec.recipe.batch, self.mine
+        """Make one optimiser step on this rank's shard of a global batch.
+
+        The noise depends only on the seed, the step and a sample's place in the global batch. So
+        every rank draws the noise of the whole batch and keeps its shard.
+        """
+        recipe, shard = self.spec.recipe, self.shard
+        n = recipe.batch
         noise = generator_at("train", self.spec.seed, self.step, device=self.device)
-        t = self.diffusion.draw_times(n, noise)[mine]
-        eps = torch.randn((n, *x0.shape[1:]), generator=noise, device=self.device)[mine]
-        dropped = torch.rand(n, generator=noise, device=self.device)[mine] < recipe.label_dropout
-        flipped = torch.rand(n, generator=noise, device=self.device)[mine] < 0.5
-        kept = (
-            [increment_weights(self.model, recipe.drop_path, n, noise)[mine]]
-            if recipe.drop_path
-            else []
-        )
-        y = torch.where(dropped, self.spec.data.num_classes, y)
+
+        # The order of these draws is part of every recorded number.
+        t = self.diffusion.draw_times(n, noise)[shard]
+        eps = torch.randn((n, *x0.shape[1:]), generator=noise, device=self.device)[shard]
+        label_draws = torch.rand(n, generator=noise, device=self.device)[shard]
+        flip_draws = torch.rand(n, generator=noise, device=self.device)[shard]
+        kept = []
+        if recipe.drop_path:
+            kept.append(increment_weights(self.model, recipe.drop_path, n, noise)[shard])
+
+        # Drop labels for guidance, and flip images.
+        y = torch.where(label_draws < recipe.label_dropout, self.spec.data.num_classes, y)
         if flip:
-            x0 = torch.where(flipped[:, None, None, None], x0.flip(-1), x0)
-        loss = self.passes(x0, y, t, eps, *kept).clone()  # out of a graph's memory
+            x0 = torch.where((flip_draws < 0.5)[:, None, None, None], x0.flip(-1), x0)
+
+        # A graph overwrites its loss at the next step, so the loss is copied.
+        loss = self.forward_backward(x0, y, t, eps, *kept).clone()
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(recipe, self.step)
         if recipe.grad_clip is not None:
@@ -166,60 +230,44 @@ class Trainer:
         update_ema(self.ema, self.model, recipe.ema)
         return loss
 
-    def _passes(self, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor, *kept: Tensor) -> Tensor:
-        """Forward and backward over the batch, cut into micro-batches: leaves new gradients on the parameters and returns the loss.
+    def _forward_backward(
+        self, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor, *kept: Tensor
+    ) -> Tensor:
+        """Run forward and backward over the shard, cut into micro-batches, and return the loss.
 
-        What a graph holds: the optimiser's few launches are made while it runs. Nothing else touches `.grad`, where a replay writes.
+        New gradients lie on the parameters afterwards. A CUDA graph holds this function, so
+        nothing else may touch `.grad`, where a replay writes.
+
+        Args:
+            x0: (N, C, H, W), images.
+            y: (N,), labels.
+            t: (N,), times.
+            eps: (N, C, H, W), noise.
+            kept: (N, K), weights of stochastic depth, if the recipe has it.
         """
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.device)
         for start in range(0, len(x0), self.micro_batch):
-            at = slice(start, start + self.micro_batch)
-            exchange = nullcontext() if at.stop >= len(x0) else self.without_exchange()
+            part = slice(start, start + self.micro_batch)
+
+            # Only the last micro-batch exchanges gradients.
+            is_last = part.stop >= len(x0)
+            exchange = nullcontext() if is_last else self.skip_exchange()
             with exchange, precision(self.spec.recipe.precision, self.device):
-                forward = partial(self.forward, kept=kept[0][at]) if kept else self.forward
-                loss = (
-                    self.diffusion.losses(forward, x0[at], y[at], t[at], eps[at])["loss"].sum()
-                    / self.spec.recipe.batch
-                )
-                with torch.autocast(
-                    self.device.type, enabled=False
-                ):  # each op's backward runs in its forward's type
-                    (
-                        loss * self.group.world_size
-                    ).backward()  # the exchange takes the mean over ranks, and this is a sum
+                forward = partial(self.forward, kept=kept[0][part]) if kept else self.forward
+                losses = self.diffusion.losses(forward, x0[part], y[part], t[part], eps[part])
+                loss = losses["loss"].sum() / self.spec.recipe.batch
+                # Each op's backward runs in its forward's type. The exchange averages over the
+                # ranks, and the loss is a sum over them.
+                with torch.autocast(self.device.type, enabled=False):
+                    (loss * self.group.world_size).backward()
             total += loss.detach()
         return total
 
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """ema <- decay ema + (1 - decay) model for every parameter; buffers are copied."""
+    """Move every parameter of `ema` to decay * ema + (1 - decay) * model, and copy buffers."""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
     for averaged, buffer in zip(ema.buffers(), model.buffers(), strict=True):
         averaged.copy_(buffer)
-
-
-def load_ema(spec: Train, folder: Path, device: torch.device) -> nn.Module:
-    """The finished run's EMA network in eval mode; ValueError if the run has not finished."""
-    found = checkpoint.load_newest(folder / "checkpoints", device)
-    if found is None or found[0] < spec.recipe.steps:
-        raise ValueError(
-            f"run {folder.name} has no finished checkpoint; if it was removed, remove records/train/{folder.name}-*.json too and train again"
-        )
-    model = build(spec.backbone, spec.seed, device)
-    model.load_state_dict(found[1]["ema"])
-    return model.eval()
-
-
-# Stochastic depth: Huang et al. (arXiv:1603.09382), for networks that take their increments' weights from outside.
-def increment_weights(model: nn.Module, largest: float, num: int, noise: torch.Generator) -> Tensor:
-    """(num, K): 0 for an increment that is dropped, else what makes up for those that are. ValueError for a network without increments."""
-    if not hasattr(model, "drop_rates"):
-        raise ValueError(
-            f"{type(model).__name__} has no stochastic depth: drop_path of its recipe must be 0"
-        )
-    rates = torch.tensor(model.drop_rates(largest)).to(noise.device, non_blocking=True)
-    return (torch.rand((num, len(rates)), generator=noise, device=noise.device) >= rates) / (
-        1 - rates
-    )

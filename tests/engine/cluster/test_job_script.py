@@ -15,8 +15,9 @@ import pytest
 from experiments import run
 from experiments.declared.protocols import PROTOCOLS
 from experiments.engine.cluster.status import batch_script_log
-from experiments.engine.jobs.plan import Chosen
+from experiments.engine.jobs.plan import TablePlan
 from experiments.engine.records.store import REPOSITORY
+from experiments.engine.specs.selection import Selection
 from experiments.engine.specs.spec import Train, spec_id
 from tests.support.commands import write_programs
 
@@ -45,7 +46,9 @@ def declared_training(script: Path) -> Train:
         words[words.index(f"--{name}") + 1] for name in ("table", "row", "protocol")
     )
     declared = run.TABLES[int(table)]
-    (job,) = Chosen(declared, [declared.row(row)], PROTOCOLS[protocol], [0], "cuda").trainings()
+    (job,) = TablePlan(
+        Selection(declared, [declared.row(row)], PROTOCOLS[protocol], [0], "cuda")
+    ).trainings()
     training = job.stages[0]
     assert isinstance(training, Train)
     return training

@@ -226,7 +226,7 @@ def test_timings_are_sent_like_trainings(slurm: dict[str, str], tmp_path: Path):
     table = call(
         slurm, script, "--sweep", "--rows", "tiny", "--task", "training", "--report"
     ).stdout
-    assert re.search(r"fp32: best at batch \d+, [\d.]+ images a second", table)
+    assert re.search(r"fp32: best at batch \d+, [\d.]+ images per second", table)
     here = call(slurm, script, "--sweep", "--rows", "tiny", "--task", "training", cluster="here")
     assert (here.returncode, here.stdout, here.stderr) == (0, table, "")  # nothing is left to run
 

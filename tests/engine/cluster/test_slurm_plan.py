@@ -15,8 +15,10 @@ from experiments.declared.protocols import DIGITS, IMAGENET256, PROTOCOLS
 from experiments.engine.cli import main
 from experiments.engine.cluster import slurm
 from experiments.engine.jobs import plan
-from experiments.engine.jobs.plan import Chosen
+from experiments.engine.jobs.estimate import seconds_per_image
+from experiments.engine.jobs.plan import TablePlan
 from experiments.engine.records.store import REPOSITORY, Store
+from experiments.engine.specs.selection import Selection
 from experiments.engine.specs.spec import Evaluate
 from experiments.engine.specs.stages import Protocol, cost_stage, train_stage
 from tests.support.commands import call
@@ -71,7 +73,7 @@ def test_rows_with_resources_of_their_own_are_an_array_of_their_own(
 def test_what_one_table_submitted_another_does_not_cancel(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "argv", ["experiments/ablation.py"])
     first, second = (
-        Chosen(TABLES[number], [TABLES[number].row(label)], DIGITS, [0], "cpu")
+        TablePlan(Selection(TABLES[number], [TABLES[number].row(label)], DIGITS, [0], "cpu"))
         for number, label in ((3, "DiT (U-shape)"), (4, "CM->Self-Attn"))
     )
     assert first.trainings()[0].stages == second.trainings()[0].stages
@@ -81,7 +83,9 @@ def test_what_one_table_submitted_another_does_not_cancel(monkeypatch: pytest.Mo
 def test_rows_of_one_training_are_one_job_whose_evaluations_all_run(tmp_path: Path):
     table = run.TABLES[2]
     rows = [table.row(label) for label in ("DiCo-XL, 3M", "DiT-XL/2, 3M", "DiCo-XL (w/ CFG)")]
-    first, second = Chosen(table, rows, PROTOCOLS["imagenet512_own"], [0], "cuda").trainings()
+    first, second = TablePlan(
+        Selection(table, rows, PROTOCOLS["imagenet512_own"], [0], "cuda")
+    ).trainings()
     assert (first.label, second.label) == ("DiCo-XL, 3M, seed 0", "DiT-XL/2, 3M, seed 0")
     assert [type(stage).__name__ for stage in second.stages] == ["Train", "Evaluate"]
 
@@ -104,8 +108,8 @@ def expected(
 ) -> tuple[float, str] | None:
     """Return the seconds of a GPU per image, and their source."""
     declared = run.TABLES[table]
-    chosen = Chosen(declared, declared.rows, protocol, [0], device)
-    return plan.seconds_an_image(declared.row(label), chosen, store)
+    selection = Selection(declared, declared.rows, protocol, [0], device)
+    return seconds_per_image(declared.row(label), selection, store)
 
 
 def test_expected_cost_comes_from_the_paper_without_records(tmp_path: Path):
@@ -155,7 +159,7 @@ def test_a_plan_says_what_every_own_recipe_costs_or_that_it_is_unknown(
     monkeypatch.setenv("DICO_SLURM_SITE", environment["DICO_SLURM_SITE"])
     store = Store(tmp_path, REPOSITORY / "results" / "reference")
     table = run.TABLES[8]
-    runs = Chosen(table, table.rows, PROTOCOLS["imagenet256_own"], [0], "cuda")
+    runs = TablePlan(Selection(table, table.rows, PROTOCOLS["imagenet256_own"], [0], "cuda"))
 
     known = r"about (\S+) GPU-hours of training, by .*Table 6"
     line = rf"^(.+), seed 0: (?:{known}|GPU-hours of training unknown)"
@@ -174,7 +178,9 @@ def test_a_gpu_is_not_promised_the_seconds_of_a_cpu(tmp_path: Path):
 
     reference = Store(tmp_path, reference=tmp_path / "records")
     plans = {
-        device: plan.describe(Chosen(TABLE, TABLE.rows[:1], DIGITS, [0, 1], device), reference)
+        device: plan.describe(
+            TablePlan(Selection(TABLE, TABLE.rows[:1], DIGITS, [0, 1], device)), reference
+        )
         for device in ("cpu", "cuda")
     }
     assert "about" in plans["cpu"]

@@ -16,9 +16,10 @@ from experiments.engine.cluster import client as scheduler
 from experiments.engine.cluster.client import Submission
 from experiments.engine.cluster.status import status
 from experiments.engine.cluster.submit import stage_ids
-from experiments.engine.jobs.plan import Chosen
+from experiments.engine.jobs.plan import TablePlan
 from experiments.engine.records.store import Store
 from experiments.engine.runtime import heartbeat
+from experiments.engine.specs.selection import Selection
 from experiments.engine.specs.spec import Stage
 from tests.support.commands import write_programs
 from tests.support.plans import two_rows
@@ -49,10 +50,10 @@ def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Queue:
     return set_queue
 
 
-def main_run() -> Chosen:
+def main_run() -> TablePlan:
     """Return the run of slurm/dico_s.sh."""
     table = run.TABLES[1]
-    return Chosen(table, [table.row("DiCo-S")], IMAGENET256, [0], "cuda")
+    return TablePlan(Selection(table, [table.row("DiCo-S")], IMAGENET256, [0], "cuda"))
 
 
 def beat_of(store: Store, stage: Stage, **fields: object) -> heartbeat.Heartbeat:

@@ -19,7 +19,7 @@ from experiments.engine.cluster.submit import (
     submitit_parameters,
     trainer_resources,
 )
-from experiments.engine.jobs.pool import Job
+from experiments.engine.jobs.job import Job
 from experiments.engine.records.store import Store
 from tests.support.commands import TABLE, call, write_programs
 from tests.support.plans import site_file, two_rows

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import prepare_cifar10
+from experiments import prepare
 from experiments.declared.protocols import CIFAR10
 from experiments.engine.data import cifar10 as cifar
 from experiments.engine.data import locate as sources
@@ -125,8 +125,8 @@ def test_the_command_checks_what_is_there(
     capsys: pytest.CaptureFixture[str],
 ):
     write_parquet(folder / "train.parquet", files, labels)
-    monkeypatch.setattr("sys.argv", ["prepare_cifar10.py"])
-    status, printed = prepare_cifar10.main(), capsys.readouterr()
+    monkeypatch.setattr("sys.argv", ["prepare.py", "cifar10"])
+    status, printed = prepare.main(), capsys.readouterr()
     if words:
         assert status == 2 and re.search(words, printed.err) and printed.err.count("\n") == 1
     else:

@@ -16,6 +16,7 @@ from experiments.declared.protocols import (
     IMAGENET512_FIXED,
 )
 from experiments.engine.data import locate as sources
+from experiments.engine.data import sets
 from experiments.engine.data.locate import require_data, require_features
 from experiments.engine.data.sets import ImageSet, batch_indices, iterate_batches, load_data
 from experiments.engine.specs.spec import Data
@@ -129,13 +130,14 @@ def test_grey_levels_become_pixels():
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_batches_are_the_steps_asked_for_and_a_share_is_a_part(workers: int):
+def test_batches_are_the_steps_asked_for_and_a_share_is_a_part(
+    workers: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sets, "WORKERS", workers)
     images, labels = arrays()
     found = ImageSet(images, labels, SET)
-    made = list(iterate_batches(found, 6, 2, range(3, 8), torch.device("cpu"), workers=workers))
-    share = list(
-        iterate_batches(found, 6, 2, range(3, 8), torch.device("cpu"), slice(4, 6), workers)
-    )
+    made = list(iterate_batches(found, 6, 2, range(3, 8), torch.device("cpu")))
+    share = list(iterate_batches(found, 6, 2, range(3, 8), torch.device("cpu"), slice(4, 6)))
     assert len(made) == 5
     for step, (x, y), (part, _) in zip(range(3, 8), made, share, strict=True):
         expected, _ = found.take(batch_indices(11, 6, 2, step))
@@ -154,17 +156,17 @@ def test_an_error_in_a_worker_reaches_the_trainer():
 @pytest.mark.parametrize(
     "protocol, words",
     [
-        (CIFAR10, ("train.parquet", "cifar-10-batches-py", "prepare_cifar10.py")),
-        (IMAGENET256, ("prepare_latents.py --protocol imagenet256 ", "1000 class folders")),
+        (CIFAR10, ("train.parquet", "cifar-10-batches-py", "prepare.py cifar10")),
+        (IMAGENET256, ("prepare.py latents --protocol imagenet256 ", "1000 class folders")),
         (
             IMAGENET256_FIXED,
-            ("prepare_latents.py --protocol imagenet256_fixed ", "DICO_DATA/imagenet256_fixed)"),
+            ("prepare.py latents --protocol imagenet256_fixed ", "DICO_DATA/imagenet256_fixed)"),
         ),
         (
             IMAGENET512_FIXED,
-            ("prepare_latents.py --protocol imagenet512_fixed ", "DICO_DATA/imagenet512_fixed)"),
+            ("prepare.py latents --protocol imagenet512_fixed ", "DICO_DATA/imagenet512_fixed)"),
         ),
-        (IMAGENET512, ("prepare_latents.py --protocol imagenet512 ",)),
+        (IMAGENET512, ("prepare.py latents --protocol imagenet512 ",)),
     ],
 )
 def test_missing_data_is_one_line_that_says_what_to_provide(

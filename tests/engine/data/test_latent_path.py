@@ -46,7 +46,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.fromarray(photograph[top : top + 213, left : left + 213]).save(
                 root / "pictures" / name / f"{place}.jpg", quality=95
             )
-    network, draw = inception.architecture(), torch.Generator().manual_seed(0)
+    network, draw = inception.build_network(), torch.Generator().manual_seed(0)
     for weight in (weight for weight in network.parameters() if weight.dim() == 4):
         torch.nn.init.kaiming_normal_(
             weight, generator=draw

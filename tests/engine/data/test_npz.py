@@ -54,7 +54,7 @@ def test_what_is_written_reads_back_with_numpy_and_here(tmp_path: Path):
         np.testing.assert_array_equal(plain["arr_1"], np.arange(7))
     images = ImageFile(path)
     assert (
-        images.made == made
+        images.origin == made
         and images.index.tolist() == [6, 5, 4, 3, 2, 1, 0]
         and images.stray == []
     )

@@ -22,7 +22,9 @@ from experiments.engine.jobs.execute import execute
 from experiments.engine.numerics.randomness import ImageNoise
 from experiments.engine.records.store import Store
 from experiments.engine.runtime.context import Resources
-from experiments.engine.sampling.generate import CountingModel, generate_images
+from experiments.engine.sampling.counting import CountingModel
+from experiments.engine.sampling.generate import generate_images
+from experiments.engine.scoring import features
 from experiments.engine.specs.spec import Data, Diffusion, Sampler
 from experiments.engine.specs.stages import evaluate_stage
 from experiments.engine.timing.cost import MacCounter
@@ -330,8 +332,9 @@ def test_the_upsampler_is_given_the_base_models_8_bit_images():
     assert relative_rms(pieces, x) < 1e-4
 
 
-def test_a_cascade_runs_from_its_specs(tmp_path: Path):
+def test_a_cascade_runs_from_its_specs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Three trainings and the evaluation that hangs on them, through the records."""
+    monkeypatch.setattr(features, "DIGITS", replace(features.DIGITS, steps=5))
     short = replace(
         DIGITS,
         recipe=replace(DIGITS.recipe, steps=3, batch=8, warmup=0),

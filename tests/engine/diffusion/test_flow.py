@@ -14,7 +14,7 @@ from experiments.engine.diffusion.guidance import Guided
 from experiments.engine.diffusion.iddpm import Model
 from experiments.engine.diffusion.samplers import bind_sampler
 from experiments.engine.numerics.randomness import ImageNoise
-from experiments.engine.sampling.generate import CountingModel
+from experiments.engine.sampling.counting import CountingModel
 from experiments.engine.specs.spec import Sampler
 from tests.support.flows import ImpulseNoise, labels, sample
 

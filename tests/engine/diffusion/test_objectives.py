@@ -22,7 +22,7 @@ from experiments.engine.diffusion.samplers import (
     bind_sampler,
 )
 from experiments.engine.numerics.randomness import ImageNoise
-from experiments.engine.sampling.generate import CountingModel
+from experiments.engine.sampling.counting import CountingModel
 from experiments.engine.specs.spec import Diffusion, Sampler
 from tests.support.flows import ImpulseNoise, labels, sample
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from experiments.ablation import TABLES
 from experiments.engine.jobs import execute
 from experiments.engine.jobs import pool as launch
-from experiments.engine.jobs.pool import Job
+from experiments.engine.jobs.job import Job
 from experiments.engine.records.files import written_whole
 from experiments.engine.records.store import REPOSITORY
 from experiments.engine.specs.stages import cost_stage

@@ -18,12 +18,8 @@ from experiments.engine.runtime import preemption
 from experiments.engine.runtime.context import Resources, RunContext
 from experiments.engine.runtime.pieces import compute_pieces
 from experiments.engine.runtime.preemption import Preempted, StopRequest
-from experiments.engine.sampling.generate import (
-    CountingModel,
-    generate_images,
-    image_labels,
-    image_seeds,
-)
+from experiments.engine.sampling.counting import CountingModel
+from experiments.engine.sampling.generate import generate_images, image_labels, image_seeds
 from experiments.engine.scoring import features
 from experiments.engine.scoring import stage as evaluate
 from experiments.engine.scoring.features import digits_classifier
@@ -95,7 +91,7 @@ def test_sampling_neither_reads_nor_moves_the_global_generator():
 def test_the_classifier_has_the_same_bits_whatever_surrounds_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(features, "DIGITS", replace(features.DIGITS, steps=40))
+    monkeypatch.setattr(features, "DIGITS", replace(features.DIGITS, steps=20))
     data, threads, identities = load_data(DIGITS.data), torch.get_num_threads(), []
     try:
         for number in (1, 2):
@@ -134,7 +130,7 @@ def test_scores_are_finite_shares_are_shares_and_every_one_has_its_error(
 ):
     monkeypatch.setattr(features, "DIGITS", replace(features.DIGITS, steps=40))
     training_stage.run_training(SPEC.train, RunContext(tmp_path / "run"))
-    values = evaluate.run(
+    values = evaluate.run_evaluation(
         SPEC, tmp_path / "cache", RunContext(tmp_path / "run", Resources(sample_batch=100))
     )
     scores = ("fd_digits", "is_digits", "precision_digits", "recall_digits", "agreement")

@@ -21,13 +21,14 @@ from experiments.engine.numerics import cuda_graphs as capture
 from experiments.engine.numerics.cuda_graphs import CudaGraph
 from experiments.engine.runtime.context import Resources, RunContext
 from experiments.engine.runtime.preemption import Preempted, StopRequest
-from experiments.engine.sampling import generate, samples
+from experiments.engine.sampling import counting, samples
+from experiments.engine.sampling.counting import CountingModel
 from experiments.engine.sampling.generate import (
-    CountingModel,
-    _sample,
+    NetworkSampler,
     can_capture_steps,
     generate_images,
 )
+from experiments.engine.sampling.networks import Decoder
 from experiments.engine.specs.spec import Diffusion, Evaluate, Sampler, Train
 from experiments.engine.timing.networks import fill_zeros
 from experiments.engine.training.trainer import build
@@ -59,11 +60,10 @@ def test_a_step_of_a_sampler_waits_for_no_value(name: str, monkeypatch: pytest.M
         replace(SAMPLERS.get(name, Sampler(channels=None)), scale=1.5, channels=None),
     )
     counts = []
-    for num_steps in (3, 5):
+    for num_steps in (3, 4):
         with torch.no_grad(), Heard() as heard:
-            _sample(
-                train, replace(sampler, num_steps=num_steps), model, torch.tensor([1, 2]), [3, 4]
-            )
+            steps = NetworkSampler(train, replace(sampler, num_steps=num_steps), CPU)
+            steps.sample(model, torch.tensor([1, 2]), [3, 4])
         counts.append(
             sum(heard.names[waits] for waits in (*SYNCHRONISING, "lift_fresh"))
         )  # the last is a tensor made of numbers, which has to be copied to a GPU
@@ -103,7 +103,7 @@ def test_recorded_steps_make_the_same_images_and_count_the_same_evaluations(
     """By a stand-in for the recording, one a shape for all batches."""
     monkeypatch.setattr(capture, "CudaGraph", Rerun)
     spec = evaluation(sampler, diffusion)
-    usual, recorded = CountingModel(network(spec)), CountingModel(network(spec), recorded=True)
+    usual, recorded = CountingModel(network(spec)), CountingModel(network(spec), capture_steps=True)
     for within in (range(3), range(3, 8)):  # as chunks are: batches of 3, then of 3 and 2
         found = [
             torch.cat([x for x, _ in generate_images(spec, counted, CPU, 3, within)])
@@ -134,16 +134,11 @@ def test_beside_its_launch_a_recorded_step_only_copies(
     heard: list[Counter[str]] = []
     for num_steps in (12, 32):
         spec = evaluation(sampler, diffusion)
-        counted = CountingModel(network(spec), recorded=True)
+        counted = CountingModel(network(spec), capture_steps=True)
         with torch.no_grad(), Heard() as names:
-            _sample(
-                spec.train,
-                replace(spec.sampler, num_steps=num_steps),
-                counted,
-                torch.tensor([1, 2]),
-                [3, 4],
-                launch=counted.launch,
-            )
+            sampler = replace(spec.sampler, num_steps=num_steps)
+            steps = NetworkSampler(spec.train, sampler, CPU, launch=counted.launch)
+            steps.sample(counted, torch.tensor([1, 2]), [3, 4])
         heard.append(names.names)
     more = {
         name: heard[1][name] - heard[0][name]
@@ -160,8 +155,8 @@ def test_a_job_that_is_asked_to_stop_stops_between_recorded_steps(monkeypatch: p
         evaluation(Sampler()),
         iter([StopRequest.NONE] * 6),
     )  # the first step asks twice, as its network does
-    counted = CountingModel(network(spec), recorded=True)
-    monkeypatch.setattr(generate, "requested_stop", lambda: next(left, StopRequest.STOP))
+    counted = CountingModel(network(spec), capture_steps=True)
+    monkeypatch.setattr(counting, "requested_stop", lambda: next(left, StopRequest.STOP))
     with pytest.raises(Preempted):
         list(generate_images(spec, counted, CPU, 8))
     assert 0 < counted.evaluated < 8 * 2 * 5
@@ -198,12 +193,10 @@ def test_a_set_of_images_is_drawn_by_one_recording_a_shape_which_is_let_go(
         drawn = samples.fill_sample_folder(
             spec,
             tmp_path / str(recorded),
-            network(spec),
-            lambda x: x,
-            {},
+            samples.ImageSource(network(spec), Decoder(lambda x: x, {}), {}),
             RunContext(tmp_path, Resources(sample_batch=3, graphs=recorded)),
         )
-        found.append((drawn.nfe, drawn.part(0, 8).tolist()))
+        found.append((drawn.nfe, drawn.read(0, 8).tolist()))
     gc.collect()
     assert found[0] == found[1] and found[0][0] == 2 * 5
     assert shapes == [(3, 1, 8, 8), (2, 1, 8, 8)] and all(recording() is None for recording in made)
@@ -212,9 +205,9 @@ def test_a_set_of_images_is_drawn_by_one_recording_a_shape_which_is_let_go(
 def test_a_gpu_is_given_few_steps_before_it_has_done_them(monkeypatch: pytest.MonkeyPatch):
     events = [MagicMock() for _ in range(5)]
     monkeypatch.setattr(torch.cuda, "Event", lambda blocking, left=iter(events): next(left))
-    counted = CountingModel(lambda x, t, y: x, recorded=True)
+    counted = CountingModel(lambda x, t, y: x, capture_steps=True)
     for _ in events:
-        counted._pace(GPU)
+        counted._limit_steps_under_way(GPU)
     assert [event.synchronize.call_count for event in events] == [1, 1, 1, 0, 0] and all(
         event.record.call_count == 1 for event in events
     )

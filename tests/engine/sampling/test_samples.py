@@ -24,18 +24,18 @@ from experiments.engine.data.autoencoder import load_autoencoder
 from experiments.engine.data.image_files import ImageFile
 from experiments.engine.data.quantise import to_uint8
 from experiments.engine.data.sets import ImageSet, load_data
-from experiments.engine.jobs.pool import Job
+from experiments.engine.jobs.job import Job
 from experiments.engine.jobs.progress import ProgressDisplay
 from experiments.engine.records.store import REPOSITORY
 from experiments.engine.runtime.context import Resources, RunContext
 from experiments.engine.runtime.progress import Progress
 from experiments.engine.sampling import samples
 from experiments.engine.sampling.generate import generate_images, image_labels
+from experiments.engine.sampling.networks import Decoder, decoder_warnings, load_decoder
 from experiments.engine.sampling.samples import (
-    decoder_warnings,
+    ImageSource,
     fill_sample_folder,
     generate_samples,
-    load_decoder,
 )
 from experiments.engine.scoring import inception
 from experiments.engine.scoring import stage as evaluate
@@ -83,9 +83,7 @@ def drawn(
     return fill_sample_folder(
         spec,
         folder,
-        build(TINY, 0, CPU).eval(),
-        decode,
-        MADE | made,
+        ImageSource(build(TINY, 0, CPU).eval(), Decoder(decode, {}), MADE | made),
         RunContext(folder, Resources(sample_batch=batch)),
     )
 
@@ -123,9 +121,7 @@ def test_another_batch_size_draws_the_same_bits(tmp_path: Path, monkeypatch: pyt
         samples.fill_sample_folder(
             spec,
             tmp_path / str(batch),
-            model,
-            lambda x: x,
-            {},
+            ImageSource(model, Decoder(lambda x: x, {}), {}),
             RunContext(tmp_path, Resources(sample_batch=batch)),
         )
         for batch in (3, 8)
@@ -170,7 +166,7 @@ def test_packed_files_read_back_with_labels_order_and_origin(tmp_path: Path):
     np.testing.assert_array_equal(np.concatenate(list(packed.batches())), levels(found))
     np.testing.assert_array_equal(packed.labels, found.labels)
     np.testing.assert_array_equal(packed.index, found.index)
-    assert packed.made == MADE | {
+    assert packed.origin == MADE | {
         "data": "digits",
         "labels": "random",
         "order": samples.ORDER,
@@ -246,7 +242,7 @@ def test_latents_are_decoded_by_the_declared_vae(tmp_path: Path, monkeypatch: py
     )
     assert (
         found.shape == (6, 8 * vae.factor, 8 * vae.factor, 3)
-        and found.made["decoder"]["sha256"] == vae.weights
+        and found.origin["decoder"]["sha256"] == vae.weights
     )
     monkeypatch.setenv("DICO_VAE", str(write_vae(tmp_path / "other", seed=1)))
     with pytest.raises(ValueError, match="another decoder"):
@@ -266,7 +262,7 @@ def test_latents_are_decoded_by_the_vae_that_their_manifest_names(
     monkeypatch.setenv("DICO_VAE", str(write_vae(tmp_path / "vae")))
     monkeypatch.setattr(sources, "ROOT", tmp_path)
     data = Data("latents", size=8, channels=4, num_classes=10)
-    _, decoder = load_decoder(data, CPU)
+    decoder = load_decoder(data, CPU).identity
     (warning,) = decoder_warnings(data, decoder)
     assert (
         "not known to be sd-vae-ft-ema or sd-vae-ft-mse" in warning and decoder["sha256"] in warning
@@ -312,7 +308,7 @@ def test_the_inception_stage_runs_from_weights_to_record(
         monkeypatch.setattr(
             module, "load_data", lambda asked: pixels if asked == data else load_data(asked)
         )
-    torch.save(inception.architecture().state_dict(), tmp_path / "weights.pth")
+    torch.save(inception.build_network().state_dict(), tmp_path / "weights.pth")
     monkeypatch.setenv("DICO_INCEPTION", str(tmp_path / "weights.pth"))
     backbone = Backbone("dico_s", TINY.options | dict(in_channels=3))
     spec = Evaluate(
@@ -324,10 +320,10 @@ def test_the_inception_stage_runs_from_weights_to_record(
     )
     training_stage.run_training(spec.train, RunContext(tmp_path / "runs" / "a"))
     with pytest.raises(ValueError, match="not that of the published Inception"):
-        evaluate.run(spec, tmp_path, RunContext(tmp_path / "runs" / "a"))
+        evaluate.run_evaluation(spec, tmp_path, RunContext(tmp_path / "runs" / "a"))
     monkeypatch.setattr(inception, "SHA256", "")
     heard: list[int] = []
-    values = evaluate.run(
+    values = evaluate.run_evaluation(
         spec,
         tmp_path,
         RunContext(
@@ -403,7 +399,7 @@ def test_another_sampler_is_another_set_and_an_unknown_one_is_refused(
     said = capsys.readouterr().err.splitlines()
     assert said[2:] == [
         "error: unknown sampler 'heun'; known: ancestral, ddim, dpm_solver, dpm_solver_diffusers",
-        "error: --num, --steps and --batch take numbers from 1 on",
+        "error: --num, --steps and --batch take numbers from 1 on; --help lists the options",
         "error: CUDA graphs need a GPU, but this command uses cpu; leave out --graphs",
     ]
     assert given == [(False, False), (True, False)]
@@ -426,6 +422,7 @@ sys.exit(sample.main())
 """
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_ends_the_others_at_their_work(tmp_path: Path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -36,6 +36,14 @@ def tiny() -> Evaluate:
     )
 
 
+@pytest.fixture(scope="module")
+def classifiers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with the trained digits classifier, which takes seconds to train."""
+    cache = tmp_path_factory.mktemp("classifiers")
+    digits_classifier(load_data(DIGITS.data), cache)
+    return cache
+
+
 def sampled(spec: Evaluate, batch: int) -> torch.Tensor:
     model = build(spec.train.backbone, 0, CPU).eval()
     torch.nn.init.normal_(
@@ -78,13 +86,18 @@ def test_unknown_sampler_lists_the_known():
         next(generate_images(spec, build(spec.train.backbone, 0, CPU), CPU, 7))
 
 
-def test_the_classifier_is_cached_by_content_and_scores_are_named_for_what_they_are(tmp_path: Path):
-    spec, cache = tiny(), tmp_path / "classifiers"
+def test_the_classifier_is_cached_by_content_and_scores_are_named_for_what_they_are(
+    tmp_path: Path, classifiers: Path
+):
+    spec = tiny()
+    cache = classifiers
     training_stage.run_training(spec.train, RunContext(tmp_path / "run"))
-    first = evaluate.run(spec, cache, RunContext(tmp_path / "run"))
+    first = evaluate.run_evaluation(spec, cache, RunContext(tmp_path / "run"))
     (file,) = cache.glob("*.safetensors")
     written = file.stat().st_mtime_ns
-    again = evaluate.run(spec, cache, RunContext(tmp_path / "run", Resources(sample_batch=3)))
+    again = evaluate.run_evaluation(
+        spec, cache, RunContext(tmp_path / "run", Resources(sample_batch=3))
+    )
     assert file.stat().st_mtime_ns == written and list(cache.glob("*.safetensors")) == [file]
     assert {"fd_digits", "is_digits", "precision_digits", "recall_digits", "agreement"} <= set(
         first
@@ -95,7 +108,7 @@ def test_the_classifier_is_cached_by_content_and_scores_are_named_for_what_they_
         and first["classifier_sha256"] == again["classifier_sha256"]
     )
     assert repr(again) == repr(first) and first["manifest"]["run"] == {"batch": evaluate.ON_CPU}
-    by_diffusers = evaluate.run(
+    by_diffusers = evaluate.run_evaluation(
         replace(spec, sampler=replace(spec.sampler, name="dpm_solver_diffusers")),
         cache,
         RunContext(tmp_path / "run"),
@@ -108,18 +121,20 @@ def test_the_classifier_is_cached_by_content_and_scores_are_named_for_what_they_
     )  # 7 images are too few for an error
 
 
-def test_real_digits_score_as_real(tmp_path: Path):
+def test_real_digits_score_as_real(classifiers: Path):
     data = load_data(DIGITS.data)
     x, y = data.take(torch.arange(len(data)))
-    classifier, _ = digits_classifier(data, tmp_path)
+    classifier, _ = digits_classifier(data, classifiers)
     features, probabilities = extract(classifier, x)
     assert features.shape == (len(data), 64) and (features >= 0).all()
     assert (probabilities.argmax(1) == y.numpy()).mean() > 0.98
 
 
-def test_scoring_needs_a_finished_run(tmp_path: Path):
+def test_scoring_needs_a_finished_run(tmp_path: Path, classifiers: Path):
     spec = tiny()
     with pytest.raises(ValueError, match="no finished checkpoint"):
-        evaluate.run(spec, tmp_path, RunContext(tmp_path / "run"))
+        evaluate.run_evaluation(spec, classifiers, RunContext(tmp_path / "run"))
     with pytest.raises(ValueError, match="inception features"):
-        evaluate.run(replace(spec, features="inception"), tmp_path, RunContext(tmp_path / "run"))
+        evaluate.run_evaluation(
+            replace(spec, features="inception"), classifiers, RunContext(tmp_path / "run")
+        )

@@ -17,9 +17,11 @@ from experiments.engine.data.sets import load_cifar10
 from experiments.engine.runtime.context import Resources, RunContext
 from experiments.engine.sampling.generate import generate_images
 from experiments.engine.sampling.samples import QUANTISER
-from experiments.engine.scoring import features, metrics
+from experiments.engine.scoring import features
 from experiments.engine.scoring import stage as evaluate
 from experiments.engine.scoring.features import cifar_classifier, extract
+from experiments.engine.scoring.frechet import frechet
+from experiments.engine.scoring.moments import Moments
 from experiments.engine.specs.spec import Backbone, Evaluate, Recipe, Sampler, Train
 from experiments.engine.training import stage as training_stage
 from experiments.engine.training import trainer as train
@@ -85,7 +87,7 @@ def test_the_classifier_learns_is_cached_by_its_data_and_tested_on_other_images(
 
 def test_scores_are_of_quantised_images_against_the_test_images(folder: Path):
     training_stage.run_training(SPEC.train, RunContext(folder / "run"))
-    values = evaluate.run(
+    values = evaluate.run_evaluation(
         SPEC, folder / "cache", RunContext(folder / "run", Resources(sample_batch=3))
     )
     assert {name for name in values if "fid" in name} == set() and {
@@ -100,10 +102,10 @@ def test_scores_are_of_quantised_images_against_the_test_images(folder: Path):
         extract(classifier, part)[0]
         for part in (test.take(torch.arange(50))[0], from_uint8(to_uint8(x)))
     )
-    sides = [metrics.Moments(64), metrics.Moments(64)]
+    sides = [Moments(64), Moments(64)]
     for side, rows in zip(sides, (fake, real), strict=True):
         side.update(rows)
-    assert values["fd_cifar_classifier"] == pytest.approx(metrics.frechet(*sides), rel=1e-4)
+    assert values["fd_cifar_classifier"] == pytest.approx(frechet(*sides), rel=1e-4)
     assert (values["classifier_accuracy"], values["nfe"]) == (identity["classifier_accuracy"], 2)
     measure = values["manifest"]["measure"]
     assert measure["extractor"] == {

@@ -11,7 +11,7 @@ import torch
 from numpy import ndarray
 
 from experiments.engine.scoring import inception
-from experiments.engine.scoring.inception import Inception, architecture, spatial_vector
+from experiments.engine.scoring.inception import Inception, build_network, spatial_vector
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 20, 16, 3), dtype=np.uint8)
 
@@ -19,7 +19,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (3, 20, 16, 3), dtype=np.uint
 @pytest.fixture(scope="module")
 def extractor() -> Iterator[Inception]:
     pytest.importorskip("torch_fidelity")
-    return Inception(architecture(), "untrained")
+    return Inception(build_network(), "untrained")
 
 
 def resized(images: ndarray) -> ndarray:
@@ -112,7 +112,7 @@ def test_an_untrained_network_is_the_same_every_time_and_leaves_the_generator_al
     extractor: Inception,
 ):
     state = torch.get_rng_state()
-    again = architecture()
+    again = build_network()
     assert torch.equal(torch.get_rng_state(), state) and not again.training
     assert all(
         torch.equal(a, b)
@@ -125,15 +125,15 @@ def test_weights_are_loaded_only_if_their_hash_and_names_are_right(
 ):
     path = tmp_path / "weights.pth"
     with pytest.raises(ValueError, match="no Inception weights"):
-        inception.load(path)
+        inception.load_inception(path)
     torch.save({"fc.weight": torch.zeros(2)}, path)
     with pytest.raises(ValueError, match="not that of the published Inception"):
-        inception.load(path)
+        inception.load_inception(path)
     monkeypatch.setattr(inception, "SHA256", "")
     with pytest.raises(ValueError, match="not the weights of the FID Inception"):
-        inception.load(path)
+        inception.load_inception(path)
     torch.save({name: tensor + 1 for name, tensor in extractor.network.state_dict().items()}, path)
-    loaded = inception.load(path)
+    loaded = inception.load_inception(path)
     assert (
         torch.equal(loaded.network.fc.bias, extractor.network.fc.bias + 1)
         and len(loaded.sha256) == 64
@@ -150,5 +150,5 @@ def test_weights_that_hold_code_are_refused_unrun(tmp_path: Path, monkeypatch: p
 
     torch.save({"fc.weight": Touch()}, tmp_path / "weights.pth")
     with pytest.raises(ValueError, match="not the weights"):
-        inception.load(tmp_path / "weights.pth")
+        inception.load_inception(tmp_path / "weights.pth")
     assert not ran.exists()

@@ -9,14 +9,9 @@ from scipy.linalg import sqrtm
 from scipy.spatial.distance import cdist
 from scipy.special import rel_entr
 
-from experiments.engine.scoring.metrics import (
-    Moments,
-    frechet,
-    frechet_jackknife,
-    frechet_se,
-    inception_score,
-    proportion_se,
-)
+from experiments.engine.scoring.frechet import frechet, frechet_jackknife, frechet_se
+from experiments.engine.scoring.metrics import inception_score, proportion_se
+from experiments.engine.scoring.moments import Moments
 from experiments.engine.scoring.neighbours import neighbour_shares, precision_recall
 
 
@@ -296,7 +291,7 @@ def test_precision_recall_equals_brute_force_for_every_block(
     for k in (1, 3):
         truth = brute_force(reference, samples, k)
         for block in (7, 100, 307):
-            assert precision_recall(reference, samples, k, block) == truth
+            assert precision_recall(reference=reference, samples=samples, k=k, block=block) == truth
 
 
 @pytest.mark.parametrize("draw", [cloud, offset_cloud, tied_lattice])
@@ -306,10 +301,10 @@ def test_density_and_coverage_equal_brute_force_for_every_block(
 ):
     rng = np.random.default_rng(18)
     reference, samples = draw(rng, 211), draw(rng, 307)
-    inside = np.square(reference[:, None] - samples).sum(2) <= reach(reference, k)[:, None]
+    inside = np.square(reference[:, None] - samples).sum(2) < reach(reference, k)[:, None]
     held = inside.sum(0) / k
     for block in (7, 100, 307):
-        found = neighbour_shares(reference, samples, k, block)
+        found = neighbour_shares(reference=reference, samples=samples, k=k, block=block)
         assert (found.density, found.coverage) == (
             pytest.approx(held.mean(), rel=1e-12),
             inside.any(1).mean(),
@@ -321,30 +316,33 @@ def test_density_and_coverage_of_one_distribution_and_of_half_its_modes():
     rng = np.random.default_rng(19)
     mode = np.arange(2000) % 4
     whole, again = (20 * np.eye(4)[mode] + rng.standard_normal((2000, 4)) for _ in range(2))
-    same, half = neighbour_shares(whole, again, 5), neighbour_shares(whole, again[mode < 2], 5)
+    same, half = (
+        neighbour_shares(reference=whole, samples=again, k=5),
+        neighbour_shares(reference=whole, samples=again[mode < 2], k=5),
+    )
     assert same.density == pytest.approx(
         1, abs=4 * same.density_se
     ) and same.coverage == pytest.approx(1 - 0.5**5, abs=0.02)  # Naeem et al. 2020, section 3.2
     assert (
         half.density == pytest.approx(1, abs=0.15)
         and half.coverage < 0.5
-        and neighbour_shares(again[mode < 2], whole, 5).density < 0.6
+        and neighbour_shares(reference=again[mode < 2], samples=whole, k=5).density < 0.6
     )
 
 
 def test_precision_recall_counts_ties_and_excludes_self():
     line = np.arange(10.0)[:, None]
-    assert precision_recall(line, np.full((4, 1), 10.0), k=1) == (
+    assert precision_recall(reference=line, samples=np.full((4, 1), 10.0), k=1) == (
         1.0,
         0.0,
     )  # distance 1 equals the reach of 9
-    assert precision_recall(line, np.full((4, 1), 10.0 + 1e-9), k=1) == (0.0, 0.0)
-    assert precision_recall(line, np.array([[4.5], [40.0]]), k=1) == (
+    assert precision_recall(reference=line, samples=np.full((4, 1), 10.0 + 1e-9), k=1) == (0.0, 0.0)
+    assert precision_recall(reference=line, samples=np.array([[4.5], [40.0]]), k=1) == (
         0.5,
         1.0,
     )  # with self the sample balls would be points
     twins = np.repeat(10 * np.arange(5.0), 2)[:, None]
-    assert precision_recall(twins, twins + 1, k=1) == (
+    assert precision_recall(reference=twins, samples=twins + 1, k=1) == (
         0.0,
         0.0,
     )  # a duplicate is a neighbour at distance 0
@@ -356,18 +354,21 @@ def test_precision_recall_orientation():
     full, part = (
         centres[rng.integers(m, size=400)] + rng.standard_normal((400, 4)) for m in (4, 2)
     )
-    precision, recall = precision_recall(full, part)
+    precision, recall = precision_recall(reference=full, samples=part)
     assert precision > 0.85 and recall < 0.6
-    assert precision_recall(part, full) == (recall, precision)
+    assert precision_recall(reference=part, samples=full) == (recall, precision)
 
 
 def test_precision_recall_symmetric_under_permutation():
     rng = np.random.default_rng(13)
     a, b = rng.standard_normal((150, 3)), rng.standard_normal((90, 3)) + 1
-    assert precision_recall(a, b) == precision_recall(
-        rng.permutation(a), rng.permutation(b), block=11
+    assert precision_recall(reference=a, samples=b) == precision_recall(
+        reference=rng.permutation(a), samples=rng.permutation(b), block=11
     )
-    assert precision_recall(a, b)[0] == (cdist(a, b) <= np.sort(cdist(a, a))[:, 3:4]).any(0).mean()
+    assert (
+        precision_recall(reference=a, samples=b)[0]
+        == (cdist(a, b) <= np.sort(cdist(a, a))[:, 3:4]).any(0).mean()
+    )
 
 
 def test_proportion_se():
@@ -400,11 +401,11 @@ WIDE = np.ones((40, 4))
         lambda: inception_score(np.full(4, 0.25)),
         lambda: inception_score(np.empty((0, 4))),
         lambda: inception_score(np.full((20, 4), 0.25), block=0),
-        lambda: precision_recall(X, WIDE),
-        lambda: precision_recall(X, X[:3]),
-        lambda: precision_recall(X, X, k=0),
-        lambda: precision_recall(X, X, block=0),
-        lambda: precision_recall(X, np.vstack([X, BAD])),
+        lambda: precision_recall(reference=X, samples=WIDE),
+        lambda: precision_recall(reference=X, samples=X[:3]),
+        lambda: precision_recall(reference=X, samples=X, k=0),
+        lambda: precision_recall(reference=X, samples=X, block=0),
+        lambda: precision_recall(reference=X, samples=np.vstack([X, BAD])),
         lambda: proportion_se(1.2, 10),
         lambda: proportion_se(0.5, 0),
     ],

@@ -10,16 +10,16 @@ from numpy import ndarray
 from scipy.special import rel_entr
 
 from experiments.engine.scoring import metrics, scores
-from experiments.engine.scoring.measure import Measured, blocks, blocks_sum, measure
-from experiments.engine.scoring.metrics import (
-    Moments,
+from experiments.engine.scoring import reference as scoring_reference
+from experiments.engine.scoring.frechet import (
     frechet,
     frechet_influence,
     frechet_se,
     influence_se,
-    kid,
-    mind,
 )
+from experiments.engine.scoring.measure import Measured, measure
+from experiments.engine.scoring.metrics import kid, mind
+from experiments.engine.scoring.moments import Moments, moments_of, split_into_blocks
 from experiments.engine.scoring.neighbours import (
     neighbour_shares,
     precision_recall,
@@ -47,7 +47,7 @@ def drawn(n: int, seed: int, shift: float = 0.0, scale: float = 1.0) -> Measured
 
 def against(sample: Measured) -> Reference:
     return Reference(
-        {layer: blocks_sum(getattr(sample, layer)) for layer in ("pool", "spatial")},
+        {layer: moments_of(getattr(sample, layer)) for layer in ("pool", "spatial")},
         sample.pool,
         {},
     )
@@ -64,9 +64,11 @@ def test_blocks_merge_to_the_whole_and_share_every_class():
         np.random.default_rng(0).standard_normal((1000, 3)).astype(np.float32),
         np.sort(np.arange(1000) % 4),
     )
-    whole = blocks_sum(x)
+    whole = moments_of(x)
     np.testing.assert_allclose(whole.cov, np.cov(x.astype(float), rowvar=False), rtol=1e-10)
-    parts = blocks(np.column_stack([labels == c for c in range(4)]).astype(float), labels)
+    parts = split_into_blocks(
+        np.column_stack([labels == c for c in range(4)]).astype(float), labels
+    )
     assert [part.n for part in parts] == [100] * 10
     np.testing.assert_allclose([part.mean for part in parts], 0.25)
 
@@ -94,12 +96,17 @@ def test_every_score_equals_its_own_routine():
     )
     p = sample.probabilities
     assert values["is"] == pytest.approx(np.exp(rel_entr(p, p.mean(0)).sum(1).mean()), rel=1e-9)
-    assert (values["precision"], values["recall"]) == precision_recall(real.pool, sample.pool)
-    assert (values["precision_half"], values["recall_half"]) == precision_recall_half(
-        real.pool, sample.pool
+    assert (values["precision"], values["recall"]) == precision_recall(
+        reference=real.pool, samples=sample.pool
     )
-    assert values["mind"] == mind(sample.pool, real.pool) and values["mind_rows"] == 500
-    shares = neighbour_shares(real.pool, sample.pool)
+    assert (values["precision_half"], values["recall_half"]) == precision_recall_half(
+        reference=real.pool, samples=sample.pool
+    )
+    assert (
+        values["mind"] == mind(samples=sample.pool, reference=real.pool)
+        and values["mind_rows"] == 500
+    )
+    shares = neighbour_shares(reference=real.pool, samples=sample.pool)
     assert (values["density"], values["density_se"], values["coverage"]) == (
         shares.density,
         shares.density_se,
@@ -108,7 +115,7 @@ def test_every_score_equals_its_own_routine():
     assert values["coverage_se"] == pytest.approx(
         np.sqrt(shares.coverage * (1 - shares.coverage) / 500)
     )
-    assert values["kid"] == kid(sample.pool, real.pool, size=500)[0]
+    assert values["kid"] == kid(samples=sample.pool, reference=real.pool, size=500)[0]
 
 
 def test_row_order_changes_no_score_but_the_ordered_inception_score():
@@ -127,14 +134,14 @@ def test_row_order_changes_no_score_but_the_ordered_inception_score():
 
 def test_a_set_twice_keeps_its_mean_and_shrinks_its_covariance_as_it_must():
     x = drawn(50, 6).pool
-    once, twice = blocks_sum(x), blocks_sum(np.concatenate([x, x]))
+    once, twice = moments_of(x), moments_of(np.concatenate([x, x]))
     np.testing.assert_allclose(twice.mean, once.mean, atol=1e-12)
     np.testing.assert_allclose(twice.cov, once.cov * 2 * 49 / 99, rtol=1e-9)
 
 
 def test_statistics_alone_give_distances_and_no_neighbours():
     real = drawn(500, 7)
-    values = score(drawn(900, 8), Reference({"pool": blocks_sum(real.pool)}, None, {}))
+    values = score(drawn(900, 8), Reference({"pool": moments_of(real.pool)}, None, {}))
     assert "fid" in values and not {"sfid", "precision", "recall", "kid"} & set(values)
 
 
@@ -142,9 +149,9 @@ def test_a_reference_of_half_the_statistics_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     real = drawn(40, 7)
-    moments = blocks_sum(real.pool)
+    moments = moments_of(real.pool)
     (tmp_path / "half.npz").write_bytes(b"")
-    monkeypatch.setattr(scores, "statistics", lambda path: {"pool": moments})
+    monkeypatch.setattr(scoring_reference, "statistics", lambda path: {"pool": moments})
     reference = reference_of(tmp_path / "half.npz", real)
     assert reference.warnings == [
         "half.npz holds no statistics (mu_s, sigma_s): distances by them are to those of its 40 images"
@@ -174,8 +181,8 @@ def test_class_order_is_warned_of_and_shuffled_files_are_not(monkeypatch: pytest
     )  # what it says
     assert not any("order" in text for text in score(shuffled, real, labels[order])["warnings"])
     by_block = metrics.inception_score
-    monkeypatch.setattr(metrics, "IS_BLOCK", 100)
-    monkeypatch.setattr(metrics, "inception_score", lambda p: by_block(p, block=100))
+    monkeypatch.setattr(scores, "IS_BLOCK", 100)
+    monkeypatch.setattr(scores, "inception_score", lambda p: by_block(p, block=100))
     (warning,) = [
         text for text in score(ordered, real, labels)["warnings"] if "ordered by class" in text
     ]
@@ -258,7 +265,7 @@ def test_kernel_distance_equals_torch_fidelity():
         rng_seed=2020,
         verbose=False,
     )
-    mean, spread = kid(x, y, subsets=7, size=100)
+    mean, spread = kid(samples=x, reference=y, subsets=7, size=100)
     assert mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-6)
     assert spread == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-6)
 
@@ -281,8 +288,8 @@ def test_the_shuffled_inception_score_equals_torch_fidelitys():
 
 def test_the_kernel_distance_of_whole_sets_does_not_depend_on_their_order():
     x, y = np.random.default_rng(23).standard_normal((2, 120, 7))
-    assert kid(x, y, subsets=1, size=120)[0] == pytest.approx(
-        kid(x[::-1], np.roll(y, 5, 0), subsets=1, size=120)[0], rel=1e-9
+    assert kid(samples=x, reference=y, subsets=1, size=120)[0] == pytest.approx(
+        kid(samples=x[::-1], reference=np.roll(y, 5, 0), subsets=1, size=120)[0], rel=1e-9
     )
 
 
@@ -312,9 +319,9 @@ def half_by_hand(reference: ndarray, samples: ndarray, k: int) -> tuple[float, f
 def test_half_precision_rounds_upward_and_falls_back_where_it_overflows(size: float):
     rng = np.random.default_rng(21)
     reference, samples = (size * np.abs(rng.standard_normal((n, 131))) for n in (211, 307))
-    found = precision_recall_half(reference, samples)
+    found = precision_recall_half(reference=reference, samples=samples)
     assert found == pytest.approx(half_by_hand(reference, samples, 3), abs=0.005)
-    exact = precision_recall(reference, samples)
+    exact = precision_recall(reference=reference, samples=samples)
     assert all(ours >= true - 0.005 for ours, true in zip(found, exact, strict=True)) and (
         size > 1 or found != exact
     )

@@ -60,15 +60,15 @@ def member(rank: int, world: int, port: int, root: Path) -> None:
         )
         os.environ.update({name: str(value) for name, value in names.items()})
     sources.ROOT = root / "data"
-    inception.load, evaluate.require_features = (
+    evaluate.load_inception, evaluate.require_features = (
         lambda path, device: Inception(Tiny().eval(), "f" * 64, device),
         lambda spec: None,
     )
     inception.BATCH, scoring_measure.PIECE, samples.CHUNK = 2, 6, 5
     group, asked = distributed.join_group("cpu", 60.0), []
-    piece = scoring_measure._piece
-    scoring_measure._piece = lambda *given: asked.append(0) or piece(*given)
-    values = evaluate.run(
+    piece = scoring_measure._measure_piece
+    scoring_measure._measure_piece = lambda *given: asked.append(0) or piece(*given)
+    values = evaluate.run_evaluation(
         SCORE, root, RunContext(root / f"runs-{world}" / "a", Resources(sample_batch=4), group)
     )
     (root / f"asked-{world}-{rank}").write_text(str(len(asked)))
@@ -127,11 +127,11 @@ def test_pieces_add_up_to_the_whole_and_are_not_taken_twice(
         def __len__(self) -> int:
             return len(stored)
 
-        def part(self, start: int, stop: int) -> np.ndarray:
+        def read(self, start: int, stop: int) -> np.ndarray:
             read.append((start, stop))
             if start == 8:
                 raise KeyboardInterrupt
-            return stored.part(start, stop)
+            return stored.read(start, stop)
 
     with pytest.raises(KeyboardInterrupt):
         measure_shared(extractor, Stopped(), tmp_path / "parts", RunContext(tmp_path))
@@ -147,6 +147,6 @@ def test_any_part_of_a_file_is_what_its_batches_say(tmp_path: Path):
     stored = npz.ImageFile(tmp_path / "a.npz")
     np.testing.assert_array_equal(np.concatenate(list(stored.batches(5))), images)
     for start, stop in ((0, 13), (3, 4), (12, 13), (5, 11)):
-        np.testing.assert_array_equal(stored.part(start, stop), images[start:stop])
+        np.testing.assert_array_equal(stored.read(start, stop), images[start:stop])
     with pytest.raises(ValueError, match="cut short"):
-        stored.part(10, 14)
+        stored.read(10, 14)

@@ -19,6 +19,7 @@ from experiments.engine.data.sets import ImageSet, load_data
 from experiments.engine.numerics.cuda_graphs import CudaGraph, accelerate
 from experiments.engine.numerics.precision import precision
 from experiments.engine.numerics.weights import digest
+from experiments.engine.runtime.context import Resources
 from experiments.engine.specs.spec import Backbone, Diffusion, Recipe, Train
 from experiments.engine.timing.networks import fill_zeros
 from experiments.engine.training.trainer import Trainer, build
@@ -37,8 +38,8 @@ NOISE = ImageSet(
 @pytest.mark.parametrize(("spec", "micro_batch"), [(TRAINED, None), (TRAINED, 6), (replace(TRAINED, recipe=replace(TRAINED.recipe, grad_clip=0.1)), None), (DROPPING, 6)],
                          ids=["whole", "in parts", "clipped", "with stochastic depth"])  # fmt: skip
 def test_a_recorded_training_has_the_same_losses_and_weights(spec: Train, micro_batch: int | None):
-    usual, recorded = (Trainer(spec, CPU, micro_batch) for _ in range(2))
-    recorded.passes = Rerun(recorded._passes, recorded.model)
+    usual, recorded = (Trainer(spec, Resources(micro_batch=micro_batch)) for _ in range(2))
+    recorded.forward_backward = Rerun(recorded._forward_backward, recorded.model)
     losses = [list(trainer.steps(load_data(DIGITS))) for trainer in (usual, recorded)]
     assert [loss.item() for loss in losses[0]] == [loss.item() for loss in losses[1]] and len(
         set(losses[0])
@@ -46,7 +47,7 @@ def test_a_recorded_training_has_the_same_losses_and_weights(spec: Train, micro_
     assert (digest(usual.model), digest(usual.ema)) == (
         digest(recorded.model),
         digest(recorded.ema),
-    ) and len(recorded.passes.captures) == 1
+    ) and len(recorded.forward_backward.captures) == 1
 
 
 def test_a_recording_lets_other_threads_go_on_and_runs_the_function_aside_before(
@@ -87,7 +88,7 @@ def test_a_step_of_the_trainer_waits_for_no_value(name: str, monkeypatch: pytest
         Recipe(steps=3, batch=4, grad_clip=1.0, drop_path=dropping),
         OBJECTIVES.get(name, Diffusion()),
     )
-    stepping = Trainer(spec, CPU, micro_batch=3).steps(load_data(DIGITS))
+    stepping = Trainer(spec, Resources(micro_batch=3)).steps(load_data(DIGITS))
     next(stepping)
     with Heard() as heard:
         next(stepping)
@@ -98,7 +99,7 @@ def test_graphs_without_a_gpu_are_refused():
     with pytest.raises(ValueError, match="CUDA graphs need a GPU"):
         accelerate(build(DICO, 0, CPU), compiled=False, graphs=True)
     with pytest.raises(ValueError, match="CUDA graphs need a GPU"):
-        Trainer(TRAINED, CPU, graphs=True)
+        Trainer(TRAINED, Resources(graphs=True))
 
 
 @pytest.mark.slow
@@ -121,7 +122,7 @@ def test_compiled_networks_compute_what_they_computed(network: Backbone):
 def test_a_compiled_training_has_the_same_losses(network: Backbone):
     spec = Train(network, DIGITS, Recipe(steps=4, batch=16, lr=1e-3))
     eager, compiled = (
-        torch.stack(list(Trainer(spec, CPU, compiled=flag).steps(load_data(DIGITS))))
+        torch.stack(list(Trainer(spec, Resources(compile=flag)).steps(load_data(DIGITS))))
         for flag in (False, True)
     )
     assert eager.isfinite().all() and (compiled - eager).abs().max() < 1e-4 * eager.abs().max()
@@ -158,7 +159,11 @@ def test_a_captured_training_has_the_same_losses(
     spec = replace(TRAINED, recipe=replace(TRAINED.recipe, grad_clip=1.0, precision=mode))
     usual, captured = (
         torch.stack(
-            list(Trainer(spec, GPU, micro_batch, compiled=compiled, graphs=graphs).steps(NOISE))
+            list(
+                Trainer(
+                    spec, Resources("cuda", micro_batch, compile=compiled, graphs=graphs)
+                ).steps(NOISE)
+            )
         )
         for graphs in (False, True)
     )
@@ -171,7 +176,8 @@ def test_a_captured_training_has_the_same_losses(
 @pytest.mark.parametrize("graphs", [False, True])
 def test_a_step_on_a_gpu_does_not_stop_the_host(graphs: bool):
     stepping = Trainer(
-        replace(TRAINED, recipe=replace(TRAINED.recipe, grad_clip=1.0)), GPU, graphs=graphs
+        replace(TRAINED, recipe=replace(TRAINED.recipe, grad_clip=1.0)),
+        Resources("cuda", graphs=graphs),
     ).steps(NOISE)
     next(stepping)
     torch.cuda.set_sync_debug_mode("error")

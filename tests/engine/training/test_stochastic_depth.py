@@ -18,7 +18,8 @@ from experiments.engine.records.store import Store
 from experiments.engine.runtime.context import Resources
 from experiments.engine.specs.spec import Backbone, Data, Diffusion, Recipe, Train, spec_id
 from experiments.engine.specs.stages import evaluate_stage, train_stage
-from experiments.engine.training.trainer import Trainer, increment_weights, load_ema
+from experiments.engine.training.stochastic_depth import increment_weights
+from experiments.engine.training.trainer import Trainer, load_ema
 from experiments.main_results import DIMSUM_L, DIS_H, TABLES
 from tests.support.networks import randomise, relative_rms
 
@@ -124,7 +125,7 @@ def test_rates_are_the_authors():
 
 
 def losses(spec: Train, micro_batch: int | None = None) -> list[float]:
-    trainer = Trainer(spec, CPU, micro_batch)
+    trainer = Trainer(spec, Resources(micro_batch=micro_batch))
     return [loss.item() for loss in trainer.steps(load_data(spec.data))]
 
 

@@ -55,7 +55,10 @@ def recipe(**changes: Any) -> Train:
 
 
 def losses(spec: Train, micro_batch: int | None = None) -> list[float]:
-    return [loss.item() for loss in Trainer(spec, CPU, micro_batch).steps(load_data(spec.data))]
+    return [
+        loss.item()
+        for loss in Trainer(spec, Resources(micro_batch=micro_batch)).steps(load_data(spec.data))
+    ]
 
 
 def trace(name: str) -> list[float]:
@@ -66,7 +69,7 @@ def trace(name: str) -> list[float]:
         Recipe(steps=5, batch=16, lr=1e-3),
         OBJECTIVES.get(name, Diffusion()),
     )
-    trainer, draw = Trainer(spec, CPU), torch.Generator().manual_seed(0)
+    trainer, draw = Trainer(spec), torch.Generator().manual_seed(0)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1, generator=draw)
@@ -93,7 +96,7 @@ def quiet(*_: Any) -> None:
 
 def seen(spec: Train, steps: int, micro_batch: int | None = None) -> list[list[Tensor]]:
     """x0, y, t and eps that the loss is given, a batch a step."""
-    trainer, parts = Trainer(spec, CPU, micro_batch), []
+    trainer, parts = Trainer(spec, Resources(micro_batch=micro_batch)), []
 
     def record(model: Any, *inputs: Tensor) -> dict[str, Tensor]:
         parts.append(inputs)
@@ -155,7 +158,7 @@ def test_learning_rate_ends_where_it_is_declared():
 def test_gradients_are_clipped_to_the_declared_norm():
     norms: dict[float | None, float] = {}
     for limit in (None, 1e-3, 1e9):
-        trainer = Trainer(recipe(grad_clip=limit), CPU)
+        trainer = Trainer(recipe(grad_clip=limit))
         trainer.optimizer.step = lambda trainer=trainer, limit=limit: norms.update(
             {limit: torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).norm().item()}
         )
@@ -229,7 +232,7 @@ def test_half_of_the_images_are_flipped_where_declared():
 def test_gradients_accumulate_to_those_of_the_whole_batch():
     gradients: list[dict[str, Tensor]] = []
     for micro_batch in (None, 5):
-        trainer = Trainer(recipe(lr=1e-2), CPU, micro_batch)
+        trainer = Trainer(recipe(lr=1e-2), Resources(micro_batch=micro_batch))
         for parameter in trainer.model.parameters():
             torch.nn.init.normal_(
                 parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel())
@@ -249,7 +252,7 @@ def test_gradients_accumulate_to_those_of_the_whole_batch():
 
 @pytest.mark.parametrize("mixer", ["conv", "window"])
 def test_average_of_the_weights_against_a_naive_loop(mixer: str):
-    trainer = Trainer(Train(FAMILIES[f"hourglass {mixer}"], DIGITS, recipe(ema=0.7).recipe), CPU)
+    trainer = Trainer(Train(FAMILIES[f"hourglass {mixer}"], DIGITS, recipe(ema=0.7).recipe))
     expected = copy.deepcopy(dict(trainer.model.named_parameters()))
     for _, _ in zip(trainer.steps(load_data(DIGITS)), range(5), strict=False):
         for name, value in trainer.model.named_parameters():
@@ -267,7 +270,7 @@ def test_average_of_the_weights_against_a_naive_loop(mixer: str):
 
 
 def test_the_average_starts_at_the_weights_and_is_not_trained():
-    trainer = Trainer(SPEC, CPU)
+    trainer = Trainer(SPEC)
     assert digest(trainer.ema) == digest(trainer.model)
     assert not any(parameter.requires_grad for parameter in trainer.ema.parameters())
 
@@ -356,14 +359,14 @@ def test_unknown_precision_lists_the_known():
 @pytest.mark.parametrize("mode", ["fp32", "tf32"])
 def test_the_backward_pass_runs_in_the_declared_precision(mode: str, tf32: Callable[[bool], None]):
     tf32(mode != "tf32")
-    trainer, found = Trainer(recipe(precision=mode), CPU), []
+    trainer, found = Trainer(recipe(precision=mode)), []
     next(trainer.model.parameters()).register_hook(lambda gradient: found.append(read_tf32_flags()))
     next(trainer.steps(load_data(DIGITS)))
     assert found == [both(mode == "tf32")]
 
 
 def test_bf16_trains_fp32_weights():
-    trainer = Trainer(recipe(steps=4, precision="bf16"), CPU)
+    trainer = Trainer(recipe(steps=4, precision="bf16"))
     values = [loss.item() for loss in trainer.steps(load_data(DIGITS))]
     assert values == pytest.approx(losses(recipe(steps=4)), rel=0.05) and values != losses(
         recipe(steps=4)
@@ -487,7 +490,7 @@ def test_a_full_disk_is_said_to_be_full_and_leaves_no_checkpoint(
 
     monkeypatch.setattr(files, "open", Full, raising=False)
     with pytest.raises(OSError, match="No space left"):
-        checkpoint.save(tmp_path, 1, Trainer(SPEC, CPU).state())
+        checkpoint.save(tmp_path, 1, Trainer(SPEC).state())
     assert not list(tmp_path.iterdir())
 
 
@@ -509,7 +512,7 @@ def test_a_finished_run_is_not_run_again(whole: dict[str, Any], tmp_path: Path):
 def test_an_unfinished_run_is_not_sampled_from(tmp_path: Path):
     with pytest.raises(ValueError, match="no finished checkpoint"):
         load_ema(SPEC, tmp_path, CPU)
-    checkpoint.save(tmp_path / "checkpoints", STEPS - 1, Trainer(SPEC, CPU).state())
+    checkpoint.save(tmp_path / "checkpoints", STEPS - 1, Trainer(SPEC).state())
     with pytest.raises(ValueError, match="no finished checkpoint"):
         load_ema(SPEC, tmp_path, CPU)
 

@@ -1,0 +1,151 @@
+"""Published checkpoints: the network in a file, and the evaluation that scores it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.engine.specs.rows import Row, Table
+from experiments.engine.specs.spec import Backbone, Checkpoint, Diffusion, Evaluate
+from experiments.engine.specs.stages import Protocol, cost_stages, sampler_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class CheckpointFile:
+    """A file of published weights, and the network that it should hold."""
+
+    # Registered name, e.g. dico_xl.
+    backbone: str
+    path: Path
+    # Where a .pt file keeps its weights; None: ema, else state_dict, else flat.
+    key: str | None = None
+    # Options of the network that differ from its registered ones.
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_arguments(cls, args: argparse.Namespace) -> CheckpointFile:
+        """Return the file that --backbone, --checkpoint, --key and --option name."""
+        return cls(args.backbone, args.checkpoint, args.key, parse_options(args.option))
+
+
+def add_network_options(parser: argparse.ArgumentParser) -> None:
+    """Add --key and --option, which a checkpoint takes beside its file and backbone."""
+    parser.add_argument(
+        "--key",
+        help="where a .pt file keeps its weights (default: ema, else state_dict, else flat)",
+    )
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of the network: learn_sigma=false for SiT's 512 model, raster_padding=true for DiM's",
+    )
+
+
+def parse_options(texts: Sequence[str]) -> dict[str, Any]:
+    """Return options of a network from NAME=VALUE with JSON values.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    options = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            raise ValueError(
+                f"--option takes NAME=VALUE with a JSON value, e.g. learn_sigma=false, got {text!r}"
+            ) from None
+    return options
+
+
+def load_network(backbone: Backbone, file: CheckpointFile) -> tuple[nn.Module, str]:
+    """Return the network, and the key under which the file keeps its weights.
+
+    Raises:
+        ValueError: if the file holds another network.
+    """
+    import torch
+
+    import backbones
+
+    with torch.random.fork_rng(devices=[]):
+        model = backbones.build(backbone.name, **backbone.options)
+    key = backbones.load_published(model, file.path, file.key)
+    return model.eval(), key
+
+
+def published_network(
+    file: CheckpointFile, protocol: Protocol, tables: Mapping[int, Table]
+) -> Backbone:
+    """Return the network of a file at a protocol's data.
+
+    A row that declares this very network says which options differ from the registered ones.
+    """
+    data = protocol.data
+    row = nearest_row(file.backbone, protocol, tables)
+    declared: dict[str, Any] = {}
+    if row and row.backbone and _is_declared_at(row, file.backbone, data.size):
+        declared = row.backbone.options
+    shape = dict(input_size=data.size, in_channels=data.channels, num_classes=data.num_classes)
+    return Backbone(file.backbone, declared | shape | file.options)
+
+
+def _is_declared_at(row: Row, name: str, size: int) -> bool:
+    if row.backbone is None:
+        return False
+    return row.backbone.name == name and cost_stages(row)[0].size == size
+
+
+def published_evaluation(
+    file: CheckpointFile, protocol: Protocol, tables: Mapping[int, Table]
+) -> Evaluate:
+    """Return the evaluation that scores a file of weights under a protocol."""
+    from experiments.engine.data.image_files import file_sha256
+
+    # Objective and sampler are those of a declared row of the same network or family.
+    row = nearest_row(file.backbone, protocol, tables)
+    diffusion = row.method.diffusion if row and row.method else Diffusion()
+    sampler = sampler_of(row, protocol) if row else protocol.sampler
+    weights = Checkpoint(
+        published_network(file, protocol, tables),
+        protocol.data,
+        file_sha256(file.path),
+        file.key or Checkpoint.key,
+        diffusion,
+    )
+    return Evaluate(weights, sampler, protocol.num, protocol.features, protocol.labels)
+
+
+def nearest_row(name: str, protocol: Protocol, tables: Mapping[int, Table]) -> Row | None:
+    """Return the declared row whose objective and sampler a network shares, if there is one.
+
+    Rows of the network itself come first, then those at the protocol's size, then guided ones. Any
+    other row of the network's family is the last choice.
+    """
+    family = name.partition("_")[0]
+    rows = [
+        row
+        for table in tables.values()
+        for row in table.rows
+        if row.method and row.backbone and row.backbone.name.partition("_")[0] == family
+    ]
+
+    def distance(row: Row) -> tuple[bool, bool, bool]:
+        assert row.backbone
+        return (
+            row.backbone.name != name,
+            cost_stages(row)[0].size != protocol.data.size,
+            sampler_of(row, protocol).scale == 1,
+        )
+
+    return min(rows, key=distance, default=None)

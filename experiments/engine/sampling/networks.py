@@ -1,0 +1,112 @@
+"""Load what a set of images is sampled with: the trained networks, and the decoder of latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import backbones
+from experiments.engine.data.locate import folder_of, has_manifest, read_manifest, vae_source
+from experiments.engine.diffusion.cascade import System
+from experiments.engine.numerics.cuda_graphs import accelerate, require_gpu
+from experiments.engine.runtime.context import RunContext
+from experiments.engine.specs.spec import Checkpoint, Data, Evaluate, Train, is_latent
+from experiments.engine.training.trainer import build, load_ema
+
+PIXELS = {"name": "none: pixels"}  # the identity of the decoder that does nothing
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What turns samples into images.
+
+    decode: samples (n, C, h, w) -> images (n, 1 or 3, H, W) in [-1, 1].
+    identity: what decides its bits, as records keep it.
+    """
+
+    decode: Callable[[Tensor], Tensor]
+    identity: dict[str, Any]
+
+
+def load_networks(spec: Evaluate, context: RunContext) -> tuple[nn.Module, str]:
+    """Load the networks of a spec in eval mode.
+
+    They are the EMA network of the finished run, or all networks of a system, or the published
+    network whose file the resources name.
+
+    Returns:
+        The network or `System`, and the key under which its weights lie in their file. A spec with
+        the default key takes a published file's weights from where such files usually keep them.
+    """
+    resources = context.resources
+    if resources.graphs:
+        require_gpu(context.device)
+    if isinstance(spec.train, Checkpoint):
+        assert resources.checkpoint is not None, "a published checkpoint needs its file"
+        model = build(spec.train.backbone, 0, context.device)
+        key = None if spec.train.key == Checkpoint.key else spec.train.key
+        key = backbones.load_published(model, resources.checkpoint, key)
+        return accelerate(model.eval(), resources.compile), key
+
+    base = load_ema(spec.train, context.folder, context.device)
+    base = accelerate(base, resources.compile)
+    if spec.classifier is None and spec.upsampler is None:
+        return base, "ema"
+    classifier = _load_part(spec.classifier, context)
+    upsampler = _load_part(spec.upsampler, context)
+    return System(base, classifier, upsampler).eval(), "ema"
+
+
+def _load_part(training: Train | None, context: RunContext) -> nn.Module | None:
+    """Load another network of a system, whose run lies beside the base model's."""
+    if training is None:
+        return None
+    return load_ema(training, context.folder_of(training), context.device)
+
+
+def load_decoder(data: Data, device: torch.device) -> Decoder:
+    """Load the decoder of a set: the VAE for latents, none for pixels.
+
+    Raises:
+        ValueError: the VAE is not the one of the latents, which the set declares and its manifest
+            names if it is on this machine.
+    """
+    if not is_latent(data):
+        return Decoder(lambda x: x, PIXELS)
+    from experiments.engine.data.autoencoder import SCALE, load_autoencoder
+
+    vae = load_autoencoder(vae_source(), device)
+    folder = folder_of(data)
+    encoder = read_manifest(folder, data)["vae"]["encoder"] if has_manifest(data) else data.vae
+    if encoder not in ("sd-vae-ft", vae.encoder):
+        raise ValueError(
+            f"set {folder.name} holds latents of another VAE (encoder {encoder}) than $DICO_VAE "
+            f"names ({vae.name}, encoder {vae.encoder})"
+        )
+    identity = {"name": vae.name, "sha256": vae.weights, "scale": SCALE, "dtype": "fp32"}
+    return Decoder(vae.decode, identity)
+
+
+def decoder_warnings(data: Data, decoder: dict[str, Any]) -> list[str]:
+    """Warn if nothing says that a decoder belongs to the latents of a set.
+
+    The VAE's name, the set's declaration or a manifest of its latents can say so.
+
+    Args:
+        data: the set.
+        decoder: the decoder's identity.
+    """
+    if not is_latent(data) or data.vae != "sd-vae-ft" or has_manifest(data):
+        return []
+    from experiments.engine.data.autoencoder import PUBLISHED
+
+    if decoder["name"] in PUBLISHED:
+        return []
+    return [
+        f"decoded with the VAE {decoder['name']} (SHA-256 {decoder['sha256']}), which is not known "
+        f"to be {' or '.join(PUBLISHED)}; no latents of {data.name} are here to compare it with"
+    ]

@@ -1,0 +1,211 @@
+"""Scores on the features of a small classifier, for sets too small for Inception."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy import ndarray
+from torch import Tensor, nn
+
+from experiments.engine.data.quantise import from_uint8, to_uint8
+from experiments.engine.data.sets import ImageSet, load_cifar10, load_data
+from experiments.engine.numerics.weights import digest
+from experiments.engine.runtime.context import RunContext
+from experiments.engine.runtime.pieces import Arrays, compute_pieces
+from experiments.engine.sampling.counting import CountingModel
+from experiments.engine.sampling.generate import can_capture_steps, generate_images
+from experiments.engine.sampling.networks import load_networks
+from experiments.engine.sampling.samples import QUANTISER
+from experiments.engine.scoring.features import (
+    Identity,
+    cifar_classifier,
+    digits_classifier,
+    extract,
+)
+from experiments.engine.scoring.frechet import frechet, frechet_se
+from experiments.engine.scoring.metrics import inception_score, proportion_se
+from experiments.engine.scoring.moments import Moments
+from experiments.engine.scoring.neighbours import NEIGHBOURS, precision_recall
+from experiments.engine.scoring.outcome import Scored, label_histogram
+from experiments.engine.specs.spec import Evaluate, spec_id
+
+# Images that a CPU samples and classifies at a time, whatever the resources say: there, both round
+# by the batch.
+BATCH_ON_CPU = 250
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A classifier with the images that samples are compared with."""
+
+    network: nn.Module
+    identity: Identity
+    reference: ImageSet
+    # Part of the set that the reference is; None for the whole set.
+    split: str | None
+    # Whether samples are scored as 8-bit images, or as the network gives them.
+    quantised: bool
+
+    def extract(self, x: Tensor) -> tuple[ndarray, ndarray]:
+        """Return features and class probabilities of samples."""
+        return extract(self.network, from_uint8(to_uint8(x)) if self.quantised else x)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What the scores need of N samples."""
+
+    features: ndarray  # (N, d)
+    probabilities: ndarray  # (N, C)
+    labels: ndarray  # (N,)
+    # Moments of the features, merged batch by batch.
+    moments: Moments
+    # How often the network was evaluated for all of them.
+    evaluated: int
+
+
+def score_classified(spec: Evaluate, cache: Path, context: RunContext) -> Scored | None:
+    """Sample and score on a classifier's features; the scores bear its name.
+
+    Digits are scored against all digits, quantised images against CIFAR-10's test images. The error
+    of fd comes from its influence function, that of is from a jackknife, those of shares are
+    binomial. Ranks but the first return None.
+
+    Args:
+        spec: what is scored.
+        cache: folder of the classifiers.
+        context: of the run; its folder is that of the training.
+    """
+    device = context.device
+    batch = BATCH_ON_CPU if device.type == "cpu" else context.resources.sample_batch
+    classifier = _load_classifier(spec, cache)
+    network, key = load_networks(spec, context)
+
+    # The pieces wait in a folder that names all that decides them.
+    weights = digest(network)
+    parts = context.folder / f"samples-{spec_id(spec)}-{batch}-{weights}"
+    samples = _draw_samples(spec, network, classifier, batch, parts, context)
+    if samples is None:
+        return None
+    values = _scores(spec, samples, classifier, device)
+    shutil.rmtree(parts, ignore_errors=True)
+    return Scored(values, weights, key, batch, _measure(spec, samples, classifier))
+
+
+def _load_classifier(spec: Evaluate, cache: Path) -> Classifier:
+    if spec.features == "digits":
+        digits = load_data(spec.data)
+        assert isinstance(digits, ImageSet)
+        network, identity = digits_classifier(digits, cache)
+        return Classifier(network, identity, digits, split=None, quantised=False)
+    test = load_cifar10(spec.data, "test")
+    network, identity = cifar_classifier(spec.data, test, cache)
+    return Classifier(network, identity, test, split="test", quantised=True)
+
+
+def _draw_samples(
+    spec: Evaluate,
+    network: nn.Module,
+    classifier: Classifier,
+    batch: int,
+    folder: Path,
+    context: RunContext,
+) -> Samples | None:
+    """Sample and classify all images, each rank its share of the batches; None but on the first."""
+    capture = context.resources.graphs and can_capture_steps(spec)
+    counting = CountingModel(network, capture)
+
+    def draw_batch(number: int) -> Arrays:
+        before = counting.evaluated
+        indices = range(number * batch, min((number + 1) * batch, spec.num))
+        ((x, y),) = generate_images(spec, counting, context.device, batch, indices)
+        features, probabilities = classifier.extract(x)
+        return {
+            "features": features,
+            "probabilities": probabilities,
+            "labels": y.numpy(),
+            "evaluated": np.array(counting.evaluated - before),
+        }
+
+    # Batches are cut as one process would cut them, so that no number depends on the group.
+    num_batches = math.ceil(spec.num / batch)
+    batches = list(compute_pieces(context, folder, num_batches, draw_batch))
+    counting.release_graphs()
+    if not context.group.first:
+        return None
+
+    # Only the first rank has all batches.
+    moments = Moments(batches[0]["features"].shape[1])
+    for arrays in batches:
+        moments.update(arrays["features"])
+    features, probabilities, labels = (
+        np.concatenate([arrays[name] for arrays in batches])
+        for name in ("features", "probabilities", "labels")
+    )
+    evaluated = sum(int(arrays["evaluated"]) for arrays in batches)
+    return Samples(features, probabilities, labels, moments, evaluated)
+
+
+def _scores(
+    spec: Evaluate, samples: Samples, classifier: Classifier, device: torch.device
+) -> dict[str, Any]:
+    # The reference goes through the classifier as it is.
+    images, _ = classifier.reference.take(torch.arange(len(classifier.reference)))
+    real, _ = extract(classifier.network, images)
+    real_moments = Moments(real.shape[1])
+    real_moments.update(real)
+
+    # Labels whose counts were fixed lower the error of the distance.
+    fixed = samples.labels if spec.labels == "balanced" else None
+    fd_se = frechet_se(samples.features, samples.moments, real_moments, fixed)
+    score, score_se = inception_score(samples.probabilities)
+    precision, recall = precision_recall(samples=samples.features, reference=real, device=device)
+    agreement = float((samples.probabilities.argmax(1) == samples.labels).mean())
+
+    name = spec.features
+    return {
+        "num": spec.num,
+        "nfe": samples.evaluated / spec.num,
+        f"fd_{name}": frechet(samples.moments, real_moments),
+        f"fd_{name}_se": fd_se,
+        f"is_{name}": score,
+        f"is_{name}_se": score_se,
+        f"precision_{name}": precision,
+        f"precision_{name}_se": proportion_se(precision, spec.num),
+        f"recall_{name}": recall,
+        f"recall_{name}_se": proportion_se(recall, len(real)),
+        "agreement": agreement,
+        "agreement_se": proportion_se(agreement, spec.num),
+        **classifier.identity,
+    }
+
+
+def _measure(spec: Evaluate, samples: Samples, classifier: Classifier) -> dict[str, Any]:
+    """Return what a manifest says of the measurement."""
+    images = classifier.reference
+    content = images.images.tobytes() + images.labels.tobytes()
+    reference: dict[str, Any] = {
+        "name": spec.data.name,
+        "num_images": len(images),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    if classifier.split:
+        reference["split"] = classifier.split
+
+    quantised = classifier.quantised
+    return {
+        "decoder": {"name": "none: pixels"},
+        "quantiser": QUANTISER if quantised else "none",
+        "image": {"size": spec.data.size, "format": "uint8" if quantised else "float32"},
+        "labels": {"histogram_sha256": label_histogram(samples.labels), "order": "as drawn"},
+        "extractor": {"sha256": classifier.identity["classifier_sha256"], "dtype": "fp32"},
+        "reference": reference,
+        "neighbours": {"k": NEIGHBOURS, "arithmetic": "float64", "num_reference": len(images)},
+    }
