@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from analysis.figures.own import front
 from matplotlib.collections import PathCollection
 
-from analysis import build
-from analysis.figures import own as figures_efficiency
-from analysis.figures import paper as figures
 from analysis.figures import probes as figures_probes
+from analysis.figures.catalogue import FIGURES
+from analysis.figures.modes import numeric_modes
+from analysis.figures.runtime import runtime
+from analysis.figures.throughput import fid_against_throughput
+from analysis.figures.tradeoffs import front
+from analysis.figures.training import losses, scores_over_training
 from analysis.query import ReferenceStore
 from analysis.tables.progress import progress_row, stopped
 from experiments.ablation import TABLE_4
@@ -98,7 +100,7 @@ def test_the_speed_up_by_numeric_mode_is_of_one_batch(tmp_path: Path):
         ("dit_xl_2", 128, 100.0),
     ):
         timed(store, name, 32, batch, rate)
-    _, right = figures_efficiency.numeric_modes(sources(store)).axes
+    _, right = numeric_modes(sources(store)).axes
     assert rates(right) == [3.0] and [
         "batch 16" in label.get_text() for label in right.get_yticklabels()
     ] == [True]
@@ -111,7 +113,7 @@ def test_our_runtimes_in_figure_3_are_of_one_batch_and_say_what_ran_unfused(tmp_
     timed(store, "dit_xl_2", 64, 16, 10.0)
     timed(store, "dis_h_2", 64, 16, 5.0, selective_scan=["loop"])
     timed(store, "dim_h", 64, 32, 5.0)
-    made = figures.runtime(sources(store))
+    made = runtime(sources(store))
     left = made.axes[0]
     assert sorted(float(x) for line in left.lines for x in line.get_xdata()) == [25.0, 100.0, 200.0]
     assert [text.get_text() for text in left.get_legend().get_texts()] == [
@@ -136,7 +138,7 @@ def test_figure_3_draws_our_model_sizes_on_a_gpu_else_on_a_cpu(tmp_path: Path):
         SPEED | {"images_per_s": 2.0},
         PROVENANCE | {"device": "cpu", "cpu": "a CPU"},
     )
-    axes = figures.runtime(sources(store)).axes[2]
+    axes = runtime(sources(store)).axes[2]
     assert axes.get_xlabel() == "model size (fp32, a CPU, batch 1)" and axes.lines[
         1
     ].get_ydata().tolist() == [500.0]
@@ -153,7 +155,7 @@ def test_figure_3_draws_our_model_sizes_on_a_gpu_else_on_a_cpu(tmp_path: Path):
             SPEED | {"images_per_s": rate},
             PROVENANCE | {"kernels": kernels},
         )
-    made = figures.runtime(sources(store))
+    made = runtime(sources(store))
     drawn = {
         line.get_label(): (list(line.get_xdata(orig=True)), line.get_ydata().tolist())
         for line in made.axes[2].lines[1:]
@@ -181,10 +183,8 @@ def test_figure_2_draws_ours_where_a_network_has_score_and_timing(tmp_path: Path
     for name in ("dit_s_2", "dico_s", "dico_b", "dico_l"):
         timed(store, name, 32, 64, 1000.0)
     shutil.copytree(REPOSITORY / "results" / "reference" / "cost", store.root / "records" / "cost")
-    published = len(
-        figures.fid_against_throughput(ReferenceStore(tmp_path / "none")).axes[0].collections
-    )
-    made = figures.fid_against_throughput(sources(store))
+    published = len(fid_against_throughput(ReferenceStore(tmp_path / "none")).axes[0].collections)
+    made = fid_against_throughput(sources(store))
     (axes,) = made.axes
     ours = [
         mark for mark in axes.collections[published:] if isinstance(mark, PathCollection)
@@ -212,8 +212,8 @@ def test_figure_8_draws_our_scores_over_training(tmp_path: Path):
     ):
         scored(store, progress_row("DiCo-S"), stopped(steps), fid, quantiser)
     bare, drawn = (
-        figures.scores_over_training(ReferenceStore(tmp_path / "none")),
-        figures.scores_over_training(sources(store)),
+        scores_over_training(ReferenceStore(tmp_path / "none")),
+        scores_over_training(sources(store)),
     )
     assert [len(axes.lines) for axes in bare.axes] == [4] * 5 + [0] and [
         len(axes.lines) for axes in drawn.axes
@@ -229,7 +229,7 @@ def test_figure_8_draws_our_scores_over_training(tmp_path: Path):
 
 def test_figure_9_draws_our_curves_apart_from_the_authors(tmp_path: Path):
     def panels(store: ReferenceStore) -> list[Any]:
-        return figures.losses(store).axes
+        return losses(store).axes
 
     whole, early, ours = panels(ReferenceStore(tmp_path / "none"))
     theirs = [len(whole.lines), len(early.lines)]
@@ -264,7 +264,10 @@ def test_a_front_holds_what_nothing_beats():
     assert set(front(points, lower=True)) == {(0.5, 1.0)}
 
 
-@pytest.mark.parametrize("name", sorted(build.FIGURES.keys() - figures_probes.FIGURES.keys()))
+OF_RECORDS = [name for name, draw in FIGURES.items() if draw.__module__ != figures_probes.__name__]
+
+
+@pytest.mark.parametrize("name", OF_RECORDS)
 def test_every_figure_has_a_caption_and_is_drawn_without_records(name: str, tmp_path: Path):
-    draw = build.FIGURES[name]
+    draw = FIGURES[name]
     assert len(draw.__doc__ or "") > 80 and draw(ReferenceStore(tmp_path)).axes

@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from analysis.figures.own import score_against_speed
 
 from analysis.claims.finding import Evidence
 from analysis.claims.judge import judge
+from analysis.figures.tradeoffs import score_against_speed
 from analysis.page.scatter import views
 from analysis.published import FILES
 from analysis.query import (

@@ -13,20 +13,20 @@ import pytest
 
 from experiments.ablation import TABLE_4
 from experiments.declared.protocols import DIGITS, IMAGENET256, IMAGENET256_FIXED
-from experiments.engine.records.manifest import (
-    ABSENT,
-    EFFECTS,
-    WITHOUT,
-    declared,
+from experiments.engine.records.comparison import (
+    Missing,
     differences,
-    effect,
     incomparable,
-    manifest,
     not_recorded,
-    of_record,
+)
+from experiments.engine.records.effects import EFFECTS, effect_of
+from experiments.engine.records.manifest import (
+    declared,
+    manifest,
+    record_manifest,
     score_name,
 )
-from experiments.engine.records.store import REPOSITORY, Store
+from experiments.engine.records.store import REPOSITORY, Record, Store
 from experiments.engine.reporting.comparison import comparison_sheet
 from experiments.engine.reporting.tables import main_sheet
 from experiments.engine.specs.selection import Selection
@@ -44,6 +44,11 @@ FOUND = {
 PROVENANCE = {"device": "cpu", "cpu": "a", "torch": "2", "dirty": False, "seconds": 1.0}
 
 
+def pairs(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """The differences of two manifests as (field, value of a, value of b)."""
+    return [(one.field, one.a, one.b) for one in differences(a, b)]
+
+
 def made(
     spec: Any = SPEC, model: dict[str, Any] | None = None, batch: int = 250, **found: Any
 ) -> dict[str, Any]:
@@ -56,7 +61,7 @@ def made(
 
 
 def test_the_hash_names_how_was_measured_and_not_what():
-    assert made()["hash"] == made(batch=100)["hash"] and differences(made(), made(batch=100)) == [
+    assert made()["hash"] == made(batch=100)["hash"] and pairs(made(), made(batch=100)) == [
         ("run.batch", 250, 100)
     ]
     assert (
@@ -83,10 +88,10 @@ def test_the_hash_names_how_was_measured_and_not_what():
 )
 def test_every_declared_choice_changes_the_hash_and_is_named(field: str, changed: dict[str, Any]):
     other = made(replace(SPEC, **changed))
-    assert other["hash"] != made()["hash"] and [key for key, *_ in differences(made(), other)] == [
+    assert other["hash"] != made()["hash"] and [key for key, _, _ in pairs(made(), other)] == [
         field
     ] == incomparable(made(), other)
-    assert all(effect(field))
+    assert effect_of(field).size
 
 
 @pytest.mark.parametrize(
@@ -101,20 +106,20 @@ def test_every_declared_choice_changes_the_hash_and_is_named(field: str, changed
         ("measure.labels.order", dict(labels={"order": "by class"})),
     ],
 )
-def test_everything_found_changes_the_hash_and_has_a_known_effect(
+def test_everything_found_changes_the_hash_and_has_a_known_effect_of(
     field: str, found: dict[str, Any]
 ):
     assert (
         made(**found)["hash"] != made()["hash"]
-        and field in [key for key, *_ in differences(made(), made(**found))]
-        and all(effect(field))
+        and field in [key for key, _, _ in pairs(made(), made(**found))]
+        and effect_of(field).size
     )
 
 
 def test_what_the_networks_saw_is_recorded_beyond_its_name():
     other = made(evaluate_stage(TABLE_4.rows[0], IMAGENET256_FIXED, 0))
     assert (
-        differences(made(), other) == [("model.data.latents", "moments", "fixed")]
+        pairs(made(), other) == [("model.data.latents", "moments", "fixed")]
         and other["hash"] == made()["hash"]
     )
     longer = made(
@@ -124,16 +129,16 @@ def test_what_the_networks_saw_is_recorded_beyond_its_name():
             0,
         )
     )
-    assert [key for key, *_ in differences(made(), longer)] == ["model.recipe.steps"] and all(
-        effect("model.recipe.steps")
-    )
+    assert [key for key, _, _ in pairs(made(), longer)] == ["model.recipe.steps"] and effect_of(
+        "model.recipe.steps"
+    ).size
 
 
 def test_a_model_may_differ_and_what_one_does_not_record_is_no_clash():
     other = made(evaluate_stage(TABLE_4.rows[1], IMAGENET256, 1))
-    assert differences(made(), other) and not incomparable(made(), other)
+    assert pairs(made(), other) and not incomparable(made(), other)
     bare = declared(canonical(SPEC, full=True))
-    assert ("measure.extractor.sha256", "ab", ABSENT) in differences(
+    assert ("measure.extractor.sha256", "ab", Missing.NOT_RECORDED) in pairs(
         made(), bare
     ) and not incomparable(made(), bare)
 
@@ -145,20 +150,20 @@ def test_what_a_model_did_without_is_a_difference_and_no_gap():
         for row in (TABLE_1.row("ADM-U"), TABLE_1.row("ADM-64"))
     )
     del alone["model"]["init_from"]
-    found = {key: values for key, *values in differences(whole, alone)}
+    found = {key: values for key, *values in pairs(whole, alone)}
     assert (
-        not [values for values in found.values() if ABSENT in values]
+        not [values for values in found.values() if Missing.NOT_RECORDED in values]
         and "model.init_from" not in found
     )
     assert found["measure.guidance.classifier"] == [
         "mean + scale variance gradient of log p(y | x_t), scale 1.0",
-        WITHOUT,
+        Missing.WITHOUT,
     ]
     assert (
         "name ancestral, num_steps 50" in found["measure.upsampling"][0]
-        and found["measure.upsampling"][1] == found["model.upsampler"][1] == WITHOUT
+        and found["measure.upsampling"][1] == found["model.upsampler"][1] == Missing.WITHOUT
     )
-    assert {key: values[::-1] for key, *values in differences(alone, whole)} == found
+    assert {key: values[::-1] for key, *values in pairs(alone, whole)} == found
     assert {"measure.guidance.classifier", "measure.upsampling"} <= set(
         incomparable(alone, whole)
     ) and not incomparable(whole, whole)
@@ -167,7 +172,7 @@ def test_what_a_model_did_without_is_a_difference_and_no_gap():
 def test_every_effect_has_its_source_and_reaches_a_field_of_a_manifest():
     fields = {
         key
-        for key, *_ in differences(
+        for key, _, _ in pairs(
             made(
                 reference={},
                 decoder={},
@@ -182,10 +187,10 @@ def test_every_effect_has_its_source_and_reaches_a_field_of_a_manifest():
             {},
         )
     }
-    for prefix, (words, source) in EFFECTS.items():
+    for prefix, effect in EFFECTS.items():
         assert (
-            words
-            and (source or prefix == "model")
+            effect.size
+            and (effect.source or prefix == "model")
             and any(key == prefix or key.startswith(f"{prefix}.") for key in fields)
         ), prefix
 
@@ -194,7 +199,8 @@ def test_older_records_say_what_they_can():
     (path, *_) = sorted((REPOSITORY / "results" / "reference" / "evaluate").glob("*.json"))
     record = json.loads(path.read_text())
     record["values"].pop("manifest", None)
-    found = of_record(record["spec"], record["values"], record["provenance"])
+    record.pop("format")
+    found = record_manifest(Record(**record))
     assert (
         found["measure"]["num"] == 500
         and found["measure"]["extractor"]["sha256"] == record["values"]["classifier_sha256"]
@@ -267,10 +273,8 @@ def test_a_table_names_the_fields_that_not_all_its_records_hold(tmp_path: Path):
         )
         for num in (1, 2)
     )
-    (note,) = not_recorded(
-        [store.here.latest(evaluate_stage(row, DIGITS, 0)) for row in TABLE_4.rows[:2]]
-    )
-    assert note not in alone and note in both and note.endswith(": nfe, reference.sha256.")
+    assert not any("not recorded by all" in text for text in alone)
+    assert [text for text in both if text.endswith(": nfe, reference.sha256.")]
     records = [store.here.latest(evaluate_stage(row, DIGITS, 0)) for row in TABLE_4.rows[:3]]
     assert "decoder" not in not_recorded(records)[0] and not not_recorded([])
 
@@ -390,7 +394,7 @@ def test_a_field_that_older_records_lack_leaves_them_comparable():
     for part, key in (("reference", "sha256"), ("labels", "order")):
         old["measure"][part].pop(key, None)
         new["measure"][part][key] = "said"
-    assert not incomparable(old, new) and differences(old, new) == [
-        ("measure.labels.order", ABSENT, "said"),
-        ("measure.reference.sha256", ABSENT, "said"),
+    assert not incomparable(old, new) and pairs(old, new) == [
+        ("measure.labels.order", Missing.NOT_RECORDED, "said"),
+        ("measure.reference.sha256", Missing.NOT_RECORDED, "said"),
     ]
