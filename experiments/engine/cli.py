@@ -131,7 +131,7 @@ def _select(table: Table, protocol: Protocol, args: argparse.Namespace) -> Table
         )
 
     # Counts, timings and scores of one sheet come from one kind of device.
-    devices = {chosen_device(args, row.label) for row in rows}
+    devices = {device_of(args, row.label) for row in rows}
     if len(devices) > 1:
         raise ValueError(
             "the site file puts some of these rows on GPUs and others on CPUs; "
@@ -216,7 +216,7 @@ def labels_of(tables: Iterable[Table]) -> list[str]:
     return [row.label for table in tables for row in (*table.rows, *table.outside)]
 
 
-def chosen_device(args: argparse.Namespace, row: str) -> str:
+def device_of(args: argparse.Namespace, row: str) -> str:
     """Return the device of a row: that of --device, of the site on Slurm, or of this machine."""
     if args.cluster != Cluster.SLURM:
         return args.device or ("cuda" if Path("/dev/nvidia0").exists() else "cpu")

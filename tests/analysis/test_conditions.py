@@ -12,7 +12,6 @@ from experiments.declared import timings
 from experiments.declared.protocols import IMAGENET256
 from experiments.engine.records.manifest import manifest
 from experiments.engine.records.store import Store
-from experiments.engine.reporting.sheet import upgraded
 from experiments.engine.specs.rows import Row
 from experiments.engine.specs.spec import Backbone, Timing, canonical
 from experiments.engine.specs.stages import Protocol, evaluate_stage, timing_stage
@@ -74,7 +73,7 @@ def test_the_sheet_of_throughput_names_what_ran_unfused(tmp_path: Path):
         stage = timings.in_mode(timing_stage(row, TABLE_1.baseline, "cuda"), mode)
         provenance = GPU_PROVENANCE | {"kernels": {"gated_linear": [kernel]}}
         store.append(stage, "done", timing_values(), provenance)
-    sheet = upgraded(SHEETS["speed_forward"](commit_records(tmp_path)))
+    sheet = SHEETS["speed_forward"](commit_records(tmp_path))
     note = note_about(sheet, "gated linear attention in chunks of plain PyTorch")
     assert "DiG-S/2 (fp32)" in note and "bf16" not in note
 

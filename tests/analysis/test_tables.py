@@ -18,7 +18,7 @@ from experiments.declared.protocols import IMAGENET256
 from experiments.engine.records.store import REPOSITORY, Store
 from experiments.engine.reporting.lookup import Better
 from experiments.engine.reporting.render import FORMATS, render
-from experiments.engine.reporting.sheet import Topic, upgraded
+from experiments.engine.reporting.sheet import Topic
 from experiments.engine.specs.spec import Backbone, Timing
 from experiments.engine.specs.stages import evaluate_stage, timing_stage
 from experiments.main_results import TABLES
@@ -46,7 +46,7 @@ def test_every_table_prints_with_and_without_records(
     name: str, committed: ReferenceStore, tmp_path: Path
 ):
     for store in (committed, ReferenceStore(tmp_path)):
-        sheet = upgraded(SHEETS[name](store))
+        sheet = SHEETS[name](store)
         first = texts(sheet, sheet.columns[0].key)[0]
         for form in FORMATS:
             assert first in render([sheet], form).replace("\\", "")
@@ -273,7 +273,7 @@ def test_frozen_parameters_are_told_apart(
 
 def test_a_table_is_cut_into_narrow_ones_without_losing_a_column(committed: ReferenceStore):
     for name, make_sheet in SHEETS.items():
-        sheet = upgraded(make_sheet(committed)).without_empty_columns()
+        sheet = make_sheet(committed).without_empty_columns()
         topics = sheet.topics() or [Topic.ROW]
         parts = [{column.key for column in sheet.about(topic).columns} for topic in topics]
         assert set.union(*parts) == {column.key for column in sheet.columns}, name
@@ -306,5 +306,5 @@ def test_tables_load_no_torch_and_no_plots():
 
 def test_notes_are_sentences(committed: ReferenceStore):
     for name, make_sheet in SHEETS.items():
-        for text in note_texts(upgraded(make_sheet(committed))):
+        for text in note_texts(make_sheet(committed)):
             assert text.endswith((".", "?")) or "failed:" in text, f"{name}: {text}"

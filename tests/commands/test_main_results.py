@@ -22,7 +22,7 @@ from experiments.declared.protocols import (
 )
 from experiments.declared.systems import SYSTEMS
 from experiments.engine.cli import main
-from experiments.engine.data.sets import load_data
+from experiments.engine.data.sets import load
 from experiments.engine.diffusion.build import build_diffusion
 from experiments.engine.diffusion.cascade import System
 from experiments.engine.diffusion.samplers import bind_sampler
@@ -202,7 +202,7 @@ def test_every_family_trains_and_samples_on_digits(row: Row):
         if training := getattr(stage, name):
             trainer = Trainer(replace(training, recipe=replace(training.recipe, steps=2, batch=4)))
             before = digest(trainer.model)
-            losses = [loss.item() for loss in trainer.steps(load_data(training.data))]
+            losses = [loss.item() for loss in trainer.steps(load(training.data))]
             assert (
                 len(losses) == 2
                 and all(math.isfinite(loss) for loss in losses)

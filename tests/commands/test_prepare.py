@@ -48,7 +48,7 @@ def test_what_is_written_is_what_is_loaded(
         sources.require_data(wanted)
     found = find_pictures(pictures, 2)
     assert not write_pixels(found, sources.folder_of(wanted), 16, workers=2)
-    images, labels = data.load_data(wanted).take(torch.arange(3))
+    images, labels = data.load(wanted).take(torch.arange(3))
     assert labels.tolist() == [0, 1, 1] and images.shape == (3, 3, 16, 16)
     for place, name in enumerate(("a/0.png", "b/0.png", "b/1.png")):
         crop = torch.from_numpy(read_picture(pictures / name, 16)[0].copy()).permute(2, 0, 1)
@@ -89,7 +89,10 @@ def test_the_command_prepares_a_protocol_and_goes_on(
     monkeypatch.setattr(
         sys,
         "argv",
-        f"prepare.py latents --protocol imagenet256 --images {pictures} --vae {vae} --out {tmp_path / 'out'} --shard 5 --device cpu".split(),
+        [
+            *f"prepare.py latents --protocol imagenet256 --images {pictures} --vae {vae}".split(),
+            *f"--out {tmp_path / 'out'} --shard 5 --device cpu".split(),
+        ],
     )
     assert prepare.main() == 0
     printed = capsys.readouterr()

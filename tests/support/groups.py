@@ -25,8 +25,7 @@ from experiments.engine.runtime import failures, preemption
 from experiments.engine.runtime.context import Resources
 from experiments.engine.runtime.group import Group
 from experiments.engine.runtime.heartbeat import is_live, read_heartbeat
-from experiments.engine.scoring import features
-from experiments.engine.scoring import stage as scoring
+from experiments.engine.scoring import classified, features
 from experiments.engine.specs.spec import Recipe, Stage, Train, spec_id
 from experiments.engine.training import stage as training_stage
 from experiments.engine.training.trainer import Trainer
@@ -127,7 +126,7 @@ def _hurry() -> None:
     """Log often, wait briefly, and train the classifier of scores for a few steps only."""
     training_stage.LOG_EVERY = 3
     failures.POLL, failures.GRACE = 0.1, 1.0
-    scoring.ON_CPU = 5
+    classified.BATCH_ON_CPU = 5
     features.DIGITS = replace(features.DIGITS, steps=40)
 
 

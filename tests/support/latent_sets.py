@@ -1,4 +1,4 @@
-"""A small folder of pictures and a small, randomly initialised VAE for the tests of the latent path."""
+"""A small folder of pictures and a small untrained VAE for the tests of the latent path."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -76,7 +76,7 @@ class ImageSet:
         return images, torch.from_numpy(np.asarray(self.labels[rows], dtype=np.int64))
 
 
-def load_data(data: Data) -> ImageSet | LatentSet:
+def load(data: Data) -> ImageSet | LatentSet:
     """Load the declared set from this machine.
 
     It is scikit-learn's bundled digits, CIFAR-10's training images, a folder of latents, or a

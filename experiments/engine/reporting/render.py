@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from experiments.engine.reporting.markup import csv_table, html_table, latex_table, markdown_table
-from experiments.engine.reporting.sheet import Column, Kind, Sheet, Tone, upgraded
+from experiments.engine.reporting.sheet import Column, Kind, Sheet, Tone
 
 NOTE_WIDTH = 120
 # the width in characters below which a prose column is not wrapped
@@ -26,7 +26,7 @@ def render(sheets: Sequence[Sheet], form: str) -> str:
 
     Text for a terminal is coloured, and split by groups of columns if it is wider than that.
     """
-    printed = [upgraded(sheet).without_empty_columns() for sheet in sheets]
+    printed = [sheet.without_empty_columns() for sheet in sheets]
     if form == "text" and sys.stdout.isatty():
         width = shutil.get_terminal_size().columns
         return "\n".join(_coloured(_lines(sheet, width)) for sheet in printed)

@@ -218,22 +218,3 @@ class Sheet:
                 return at
         known = ", ".join(repr(column.key) for column in self.columns)
         raise KeyError(f"no column {key!r} in {self.title!r}; known: {known}")
-
-
-def upgraded(sheet: Sheet) -> Sheet:
-    """TRANSITION, to go: a sheet of old columns, rows and notes as one of the new types."""
-    if all(isinstance(column, Column) for column in sheet.columns):
-        columns = list(sheet.columns)
-    else:
-        columns = [
-            Column(f"{at}", name, group, kind=Kind.NUMBER if at else Kind.PROSE)
-            for at, (group, name) in enumerate(sheet.columns)
-        ]
-    keys = [column.key for column in columns]
-    rows = [
-        row if isinstance(row, dict) else dict(zip(keys, row, strict=True)) for row in sheet.rows
-    ]
-    notes = [
-        note if isinstance(note, Note) else Note(NoteKind.GENERAL, note) for note in sheet.notes
-    ]
-    return Sheet(sheet.title, columns, rows, notes)

@@ -21,7 +21,8 @@ def test_a_vae_that_cannot_be_fetched_says_what_to_give_instead(monkeypatch: pyt
         load_autoencoder("sd-vae-ft-ema")
     assert (
         str(failure.value)
-        == "VAE sd-vae-ft-ema cannot be loaded; give --vae a folder with its config.json and diffusion_pytorch_model.safetensors (no network)"
+        == "VAE sd-vae-ft-ema cannot be loaded; give --vae a folder with its config.json and "
+        "diffusion_pytorch_model.safetensors (no network)"
     )
 
 

@@ -18,7 +18,7 @@ from experiments.declared.protocols import (
 from experiments.engine.data import locate as sources
 from experiments.engine.data import sets
 from experiments.engine.data.locate import require_data, require_features
-from experiments.engine.data.sets import ImageSet, batch_indices, iterate_batches, load_data
+from experiments.engine.data.sets import ImageSet, batch_indices, iterate_batches, load
 from experiments.engine.specs.spec import Data
 from experiments.engine.specs.stages import Protocol, evaluate_stage
 
@@ -70,7 +70,7 @@ def test_a_step_is_found_without_the_ones_before_it():
 
 
 def test_digits_are_pixels_of_ten_classes():
-    digits = load_data(DIGITS.data)
+    digits = load(DIGITS.data)
     x, y = digits.take(torch.arange(len(digits)))
     assert (x.shape, x.dtype, y.dtype) == ((1797, 1, 8, 8), torch.float32, torch.int64)
     assert (x.min(), x.max(), y.unique().tolist()) == (-1, 1, list(range(10)))
@@ -105,7 +105,7 @@ def test_arrays_that_do_not_fit_are_refused(shape: tuple[int, ...], labels: np.n
 def test_a_folder_of_arrays_is_read_from_the_disk(root: Path):
     images, labels = arrays()
     write(root / "latents", images, labels)
-    found = load_data(SET)
+    found = load(SET)
     assert isinstance(found.images, np.memmap) and len(found) == 11
     x, y = found.take(torch.tensor([10, 2]))
     assert torch.equal(x, torch.from_numpy(images[[10, 2]])) and y.tolist() == [1, 2]
@@ -116,7 +116,7 @@ def test_a_folder_of_arrays_is_read_from_the_disk(root: Path):
 def test_other_number_types_are_converted(root: Path):
     images, labels = arrays()
     write(root / "latents", images.astype(np.float16), labels.astype(np.uint8))
-    x, y = load_data(SET).take(torch.arange(11))
+    x, y = load(SET).take(torch.arange(11))
     assert (x.dtype, y.dtype) == (torch.float32, torch.int64) and np.allclose(x, images)
 
 
@@ -173,7 +173,7 @@ def test_missing_data_is_one_line_that_says_what_to_provide(
     protocol: Protocol, words: tuple[str, ...], root: Path
 ):
     with pytest.raises(ValueError) as failure:
-        load_data(protocol.data)
+        load(protocol.data)
     line = str(failure.value)
     assert "\n" not in line and str(root) not in line
     assert all(word in line for word in (protocol.name, "DICO_DATA", *words))

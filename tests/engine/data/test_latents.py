@@ -1,4 +1,4 @@
-"""From pictures to training batches: killed, shared, resumed, and read back in the order of positions."""
+"""From pictures to training batches: killed, shared, resumed, and read in order of positions."""
 
 import json
 import multiprocessing
@@ -7,7 +7,9 @@ import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from experiments.engine.data.latent_statistics import compare_statistics
 from experiments.engine.data.latents import SCALE, LatentSet
 from experiments.engine.data.locate import read_manifest
 from experiments.engine.data.pictures import find_pictures, read_picture
-from experiments.engine.data.sets import batch_indices, iterate_batches, load_data
+from experiments.engine.data.sets import batch_indices, iterate_batches, load
 from experiments.engine.diffusion.iddpm import IDDPM
 from experiments.engine.specs.spec import Backbone, Recipe, Train
 from experiments.engine.training.trainer import Trainer
@@ -91,9 +93,7 @@ def test_two_processes_and_another_batch_make_the_same_bits(
 ):
     other = Autoencoder(job.vae.vae, job.vae.name, job.vae.device, batch=7)
     jobs = [
-        lambda part=replace(job, vae=other, workers=n): encode_pictures(
-            part, tmp_path, ignore_progress
-        )
+        partial(encode_pictures, replace(job, vae=other, workers=n), tmp_path, ignore_progress)
         for n in (1, 3)
     ]
     assert in_processes(*jobs) == [0, 0]
@@ -125,12 +125,17 @@ def test_a_killed_run_leaves_nothing_half_and_goes_on(
 
         return called
 
+    def write_half(file: BinaryIO, rows: np.ndarray) -> None:
+        file.write(b"half a shard")
+        file.flush()
+
     def killed() -> None:
         if place == "encoding":
             encode.read_picture = dying(read_picture, lambda path, size: path.parent.name == "n02")
         elif place == "writing":
-            half = lambda file, rows: (file.write(b"half a shard"), file.flush())
-            encode.np.save = dying(np.save, lambda file, rows: "shard-00001" in file.name, half)
+            encode.np.save = dying(
+                np.save, lambda file, rows: "shard-00001" in file.name, write_half
+            )
         else:
             encode._write_json = dying(encode._write_json, lambda path, value: path.name == place)
         encode_pictures(job, tmp_path, ignore_progress)
@@ -236,7 +241,7 @@ def test_the_set_is_found_by_its_manifest(
 ):
     monkeypatch.setattr(sources, "ROOT", tmp_path)
     shutil.copytree(latents, tmp_path / "tiny")
-    found = load_data(declared(job.vae))
+    found = load(declared(job.vae))
     assert isinstance(found, LatentSet) and len(found) == 12 and not found.flip
     assert (
         found.identity["vae"]["weights"] == job.vae.weights

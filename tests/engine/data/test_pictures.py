@@ -1,4 +1,4 @@
-"""ADM's crop against resampling written out from its definition, and folders that are not as they should be."""
+"""ADM's crop against resampling by its definition, and folders that are refused."""
 
 import math
 from fractions import Fraction
@@ -18,7 +18,7 @@ from tests.support.latent_sets import picture, write_pictures
 
 
 def resampled(rows: np.ndarray, size: int, kernel: str) -> np.ndarray:
-    """The first axis of (n, ...) resampled to `size` by antialiased box or bicubic (a = -1/2) weights, in float64."""
+    """Resample the first axis of (n, ...) by antialiased box or bicubic (a = -1/2) weights."""
     n = len(rows)
     step = n / size
     reach = (0.5 if kernel == "box" else 2.0) * max(step, 1.0)

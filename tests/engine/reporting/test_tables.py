@@ -18,7 +18,8 @@ from experiments.engine.reporting.caveats import OUTLIERS, outlier_caveats
 from experiments.engine.reporting.comparison import comparison_sheet
 from experiments.engine.reporting.sheet import NoteKind, Sheet
 from experiments.engine.reporting.tables import main_sheet, report_sheets
-from experiments.engine.scoring import metrics
+from experiments.engine.scoring.frechet import frechet, frechet_se
+from experiments.engine.scoring.moments import Moments
 from experiments.engine.specs.rows import Row, Table
 from experiments.engine.specs.selection import Selection
 from experiments.engine.specs.stages import (
@@ -272,12 +273,12 @@ def test_a_distance_of_zero_or_without_an_error_is_not_made_by_few():
 def test_one_image_far_away_makes_the_error_as_large_as_the_distance(far: float):
     """500 images and 900 of the truth, 7 features: what the threshold of the note rests on."""
     generator = np.random.default_rng(0)
-    fake, real = generator.normal(0.2, 1, (500, 7)), metrics.Moments(7)
+    fake, real = generator.normal(0.2, 1, (500, 7)), Moments(7)
     fake[123, 0] += far
-    moments = metrics.Moments(7)
+    moments = Moments(7)
     moments.update(fake)
     real.update(generator.normal(0, 1, (900, 7)))
-    share = metrics.frechet_se(fake, moments, real) / metrics.frechet(moments, real)
+    share = frechet_se(fake, moments, real) / frechet(moments, real)
     assert (share > OUTLIERS) == (far > 0) and (not far or 0.8 < share < 1.2)
 
 

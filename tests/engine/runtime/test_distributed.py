@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.engine.data.sets import batch_indices, load_data
+from experiments.engine.data.sets import batch_indices, load
 from experiments.engine.runtime.attempts import read_attempts
 from experiments.engine.runtime.context import Resources, RunContext
 from experiments.engine.runtime.heartbeat import read_heartbeat
 from experiments.engine.runtime.preemption import LOST, TRY_AGAIN
 from experiments.engine.sampling.generate import generate_images
-from experiments.engine.scoring import features
+from experiments.engine.scoring import classified, features
 from experiments.engine.scoring import stage as scoring
 from experiments.engine.specs.spec import Evaluate, Sampler, spec_id
 from experiments.engine.training.trainer import build
@@ -184,7 +184,7 @@ def assert_diverged(root: Path, work: Work, problem: str, last_checkpoint: int) 
     assert record.values["last_checkpoint"] == last_checkpoint
     step = record.values["stopped_at"]
     assert work.fault is not None and step >= work.fault.step + 1
-    batch = batch_indices(len(load_data(TRAIN.data)), BATCH, 0, step - 1)
+    batch = batch_indices(len(load(TRAIN.data)), BATCH, 0, step - 1)
     assert record.values["batch"] == batch.tolist()
 
 
@@ -238,8 +238,8 @@ def test_scores_do_not_depend_on_the_group_and_resume_from_finished_batches(
             raise KeyboardInterrupt
         return generate_images(*arguments)
 
-    monkeypatch.setattr(scoring, "generate_images", interrupted)
-    monkeypatch.setattr(scoring, "ON_CPU", 5)
+    monkeypatch.setattr(classified, "generate_images", interrupted)
+    monkeypatch.setattr(classified, "BATCH_ON_CPU", 5)
     monkeypatch.setattr(features, "DIGITS", replace(features.DIGITS, steps=40))
     torch.set_num_threads(1)
     cache, context = alone / "runs" / "classifiers", RunContext(run_folder(alone))
