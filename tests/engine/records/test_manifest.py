@@ -26,7 +26,8 @@ from experiments.engine.records.manifest import (
     record_manifest,
     score_name,
 )
-from experiments.engine.records.store import REPOSITORY, Record, Store
+from experiments.engine.records.store import Record, Store
+from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.reporting.tables import comparison_sheet, main_sheet
 from experiments.engine.specs.spec import Sampler, canonical
 from experiments.engine.specs.stages import evaluate_stage
