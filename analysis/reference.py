@@ -9,7 +9,8 @@ from pathlib import Path
 
 from analysis.published import read_published
 from experiments.declared.protocols import PROTOCOLS
-from experiments.engine.records.store import REPOSITORY, Record, RecordFolder, Store
+from experiments.engine.records.store import Record, RecordFolder, Store
+from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.specs.spec import Spec
 
 # How the names of our scores begin: their values must be numbers or absent.

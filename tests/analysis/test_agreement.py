@@ -24,7 +24,8 @@ from analysis.tables.agreement_page import agreement_blocks, agreement_page
 from analysis.tables.pages import Origins, Text
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.declared.protocols import CIFAR10_SMALL
-from experiments.engine.records.store import REPOSITORY, Store
+from experiments.engine.records.store import Store
+from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.reporting.sheet import Sheet
 from experiments.engine.specs.stages import evaluate_stage, timing_stage
 from tests.support.references import (

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from analysis import build
-from experiments.engine.records.store import REPOSITORY
+from experiments.engine.records.tree import REPOSITORY
 
 PUBLISHED = REPOSITORY / "results" / "published"
 

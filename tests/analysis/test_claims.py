@@ -13,7 +13,8 @@ from analysis.claims.judge import claims_sheet, judge
 from analysis.query import ReferenceStore
 from analysis.tables.paper import SHEETS
 from experiments.declared import speed_claims, timings
-from experiments.engine.records.store import REPOSITORY, Store
+from experiments.engine.records.store import Store
+from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.reporting.verdict import Judgement, Qualifier, Verdict
 from experiments.engine.specs.spec import Backbone, Timing
 from tests.support.references import (

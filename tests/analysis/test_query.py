@@ -25,7 +25,8 @@ from analysis.tables.agreement_page import agreement_page
 from analysis.tables.paper import SHEETS
 from experiments.ablation import TABLE_4
 from experiments.declared.protocols import DIGITS
-from experiments.engine.records.store import REPOSITORY, Store
+from experiments.engine.records.store import Store
+from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.reporting.verdict import Judgement, Verdict
 from experiments.engine.specs.spec import Backbone, Timing, spec_id
 from experiments.engine.specs.stages import evaluate_stage

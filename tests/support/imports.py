@@ -6,7 +6,7 @@ import subprocess
 import sys
 import textwrap
 
-from experiments.engine.records.store import REPOSITORY
+from experiments.engine.records.tree import REPOSITORY
 
 LISTING = """
 import sys

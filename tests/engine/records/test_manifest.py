@@ -26,7 +26,8 @@ from experiments.engine.records.manifest import (
     record_manifest,
     score_name,
 )
-from experiments.engine.records.store import REPOSITORY, Record, Store
+from experiments.engine.records.store import Record, Store
+from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.reporting.comparison import comparison_sheet
 from experiments.engine.reporting.tables import main_sheet
 from experiments.engine.specs.selection import Selection
