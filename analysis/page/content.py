@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from analysis.claims.finding import LEVELS
 from analysis.query import ReferenceStore
 from analysis.tables.pages import Block, Origins, Text
 from experiments.engine.records.store import Record
+from experiments.engine.reporting.markup import grouped
 from experiments.engine.reporting.sheet import Sheet
 
 BROAD = 860  # pixels of width from which an image takes the whole page
@@ -33,8 +33,7 @@ class Table:
     @property
     def groups(self) -> list[tuple[str, int]]:
         """The groups of columns with their lengths; none if no column has a group."""
-        runs = itertools.groupby(column.group for column in self.sheet.columns)
-        groups = [(name, len(list(run))) for name, run in runs]
+        groups = grouped(self.sheet)
         return groups if any(name for name, _ in groups) else []
 
 
