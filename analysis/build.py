@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -73,21 +74,18 @@ def build(store: ReferenceStore, with_figures: bool = True) -> list[str]:
     """Write every table, page and figure; return what could not be built or was left out."""
     problems: list[str] = []
     for name, make_sheet in (SHEETS | {"claims": claims_sheet}).items():
-        sheet = attempt(name, lambda make_sheet=make_sheet: make_sheet(store), None, problems)
+        sheet = attempt(name, partial(make_sheet, store), None, problems)
         if sheet is not None:
             write_sheet(store, name, sheet)
+
+    # The pages of the small protocols stand beside the tables.
     for protocol in PAGES:
-        attempt(
-            protocol.name, lambda protocol=protocol: _write_page(store, protocol), None, problems
-        )
+        attempt(protocol.name, partial(_write_page, store, protocol), None, problems)
+
+    # A figure that cannot be drawn does not keep the others back.
     if with_figures:
-        for name, draw in FIGURES.items():
-            attempt(
-                f"figure {name}",
-                lambda name=name, draw=draw: save(draw(store), store.root / "figures", name),
-                None,
-                problems,
-            )
+        for name in FIGURES:
+            attempt(f"figure {name}", partial(_draw_figure, store, name), None, problems)
     return store.problems + problems
 
 
@@ -144,6 +142,10 @@ def sheet_markdown(store: ReferenceStore, sheet: Sheet) -> str:
             blocks.append("\n".join(f"- {note.text}" for note in common))
     links = folded(origins(sheet), store)
     return "\n\n".join([*blocks, links] if links else blocks) + "\n"
+
+
+def _draw_figure(store: ReferenceStore, name: str) -> None:
+    save(FIGURES[name](store), store.root / "figures", name)
 
 
 def _write_page(store: ReferenceStore, protocol: Protocol) -> None:

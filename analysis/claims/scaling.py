@@ -52,7 +52,8 @@ def _judge_published(steps: Sequence[int], store: ReferenceStore) -> Finding:
         judgement = Judgement(Verdict.INCONSISTENT)
     return Finding(
         Evidence.PUBLISHED,
-        f"FID {sum(fid_orders)} of {len(fid_orders)}; loss {sum(loss_orders)} of {len(loss_orders)}",
+        f"FID {sum(fid_orders)} of {len(fid_orders)}; "
+        f"loss {sum(loss_orders)} of {len(loss_orders)}",
         judgement,
         f"neighbouring sizes in Table 7 at {len(steps)} steps, and in the authors' logs over "
         f"{losses.windows} windows of 1000 steps: {losses.clear} clear by two standard errors, "
