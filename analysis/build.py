@@ -1,6 +1,7 @@
 """Rebuild results/tables and results/figures from the committed records and published data: `python -m analysis.build`.
 
-No torch, no network. What cannot be built is named at the end, the rest is built, and the exit status is 1.
+No torch, no network. What cannot be built is named at the end, the rest is built, and the exit
+status is 1.
 """
 
 from __future__ import annotations

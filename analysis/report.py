@@ -1,63 +1,53 @@
-"""One self-contained page with every claim, table and figure: `python -m analysis.report`. No server, no network, no torch.
+"""Write one self-contained page with every claim, table and figure: `python -m analysis.report`.
 
-The page needs the extra `report` to be built (plotly and itables ship the JavaScript that is embedded), not to be read.
+The page needs no server and no network. Building it needs the extra `report` but no torch.
 """
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import json
 from collections.abc import Callable
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from analysis.build import FIGURES, attempt
 from analysis.claims.judge import claims_sheet
 from analysis.figures.style import png
 from analysis.page.browser import timing
-from analysis.page.fragments import (
-    figure,
-    grids,
-    inert,
-    lacking,
-    problem_list,
-    prose,
-    record_data,
-    table,
+from analysis.page.content import (
+    Image,
+    Missing,
+    Table,
+    evidence_column,
+    records_json,
+    sample_grids,
+    text_and_tables,
     tiles,
 )
+from analysis.page.provenance import provenance_sheet
 from analysis.page.scatter import views
+from analysis.page.templating import load_libraries, render_template
 from analysis.query import ReferenceStore
-from analysis.tables import agreement as science
-from analysis.tables.pages import Text
+from analysis.tables.agreement import blocks as agreement_blocks
+from analysis.tables.pages import Block, Text
 from analysis.tables.paper import SHEETS
 from experiments.declared.protocols import CIFAR10_SMALL, DIGITS
 from experiments.engine.cli import Parser, run_command
 from experiments.engine.records.files import written_whole
-from experiments.engine.records.store import Record
-from experiments.engine.reporting.sheet import Cell, Sheet
+from experiments.engine.reporting.sheet import Column, Kind, Sheet, upgraded
+from experiments.engine.specs.stages import Protocol
 
-HERE = Path(__file__).resolve().parent
-SECTIONS = (
-    "claims",
-    "scatter-section",
-    "tables",
-    "figures",
-    "samples",
-    "digits",
-    "counts",
-    "provenance",
-)
+PAGES = (DIGITS, CIFAR10_SMALL)
 
 
 def main() -> int:
-    return run_command(_main)
+    """Run the command. Exit status: 0 all built, 1 something was left out, 2 bad input."""
+    return run_command(write_page)
 
 
-def _main() -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def write_page() -> int:
+    """Write the page that the arguments ask for, and print what it lacks."""
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--results",
         type=Path,
@@ -82,9 +72,10 @@ def _main() -> int:
     parser.add_argument(
         "--time",
         action="store_true",
-        help="then open it in a headless Chromium and say after how long it answers",
+        help="open the page in a headless Chromium and print how soon it answers",
     )
     args = parser.parse_args()
+
     store = ReferenceStore(args.results, args.published)
     page, problems = build_page(store)
     output = args.output or store.root / "report.html"
@@ -99,145 +90,78 @@ def _main() -> int:
 
 
 def build_page(store: ReferenceStore) -> tuple[str, list[str]]:
-    """The page, and what could not be built, which the page names too. ValueError where the extra `report` is missing."""
-    plotly, datatables, style = _libraries()
-    problems: list[str] = []
+    """Return the page, and what could not be built, which the page names too.
 
-    def sheet(
-        name: str, make: Callable[[ReferenceStore], Sheet], identifier: str
-    ) -> tuple[Sheet, str]:
-        with store.noting() as noted:
-            made = attempt(name, lambda: make(store), None, problems) or Sheet(
-                f"{name}: {problems[-1].partition(': ')[2]}", [("", "gap")]
-            )
-        return made, table(made, identifier, noted.values())
-
-    claims, claimed = sheet("claims", claims_sheet, "claims-table")
-    shown = [
-        f"<div{' class=words' if name == 'table6' else ''}>{sheet(name, make, name)[1]}</div>"
-        for name, make in SHEETS.items()
-        if name != "counts"
-    ]
-    drawn = [_figure(name, draw, store, problems) for name, draw in FIGURES.items()]
-    pages = [
-        prose(
-            attempt(
-                p.name,
-                lambda p=p: science.blocks(store, p),
-                [Text(f"{p.name} could not be built", 1)],
-                problems,
-            )
-        )
-        for p in (DIGITS, CIFAR10_SMALL)
-    ]
-    scattered = attempt("scatter", lambda: views(store), [], problems)
-    parts = [
-        f'<section id="claims"><h2>Claims</h2>{tiles(claims)}<div class="words">{claimed}</div></section>',
-        '<section id="scatter-section"><h2>Score against cost</h2><p><label>View: <select id="view"></select></label> A filled mark leads to its records.</p><div id="scatter"></div></section>',
-        f'<section id="tables"><h2>Tables</h2>{"".join(shown)}</section>',
-        f'<section id="figures"><h2>Figures</h2><div class="grid">{"".join(drawn)}</div></section>',
-        f'<section id="samples"><h2>Samples</h2>{grids(store.root / "figures" / "samples", store, problems)}</section>',
-        f'<section id="digits">{"".join(pages)}</section>',
-        f'<section id="counts"><h2>Honest counts</h2>{sheet("counts", SHEETS["counts"], "counts-table")[1]}</section>',
-        f'<section id="provenance"><h2>Environment and provenance</h2><div class="words">{sheet("provenance", provenance_sheet, "provenance-table")[1]}</div></section>',
-    ]
-    problems = store.problems + problems
-    data = {
-        "datatables": datatables,
-        "plotly": plotly,
-        "records": record_data(store),
-        "views": json.dumps(scattered),
+    Raises:
+        ValueError: if the extra `report` is missing.
+    """
+    libraries = load_libraries()
+    builder = Builder(store)
+    claims = builder.table("claims", claims_sheet, "claims-table")
+    text = [block for protocol in PAGES for block in builder.text(protocol)]
+    content = {
+        "claims": claims,
+        "tiles": tiles(claims.sheet),
+        "evidence_column": evidence_column(claims.sheet),
+        "tables": [
+            builder.table(name, make_sheet, name)
+            for name, make_sheet in SHEETS.items()
+            if name != "counts"
+        ],
+        "figures": [builder.figure(name) for name in FIGURES],
+        "text": text_and_tables(text),
+        "views": json.dumps(attempt("scatter", lambda: views(store), [], builder.problems)),
+        "samples": sample_grids(store.root / "figures" / "samples", store, builder.problems),
+        "counts": builder.table("counts", SHEETS["counts"], "counts-table"),
+        "provenance": builder.table("provenance", provenance_sheet, "provenance-table"),
+        "records": records_json(store),
     }
-    navigation = "".join(
-        f'<a href="#{name}">{name.removesuffix("-section")}</a>' for name in SECTIONS
-    )
-    page = [
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>DiCo bench: what was reproduced</title><style>{style}</style><style>{(HERE / 'page' / 'page.css').read_text()}</style></head><body>",
-        "<header><h1>DiCo bench: what was reproduced</h1><p>Every table, figure and claim of arXiv:2505.11196 beside what this project counted, timed, trained and scored. ",
-        f"Numbers with a dotted line lead to their records, as do the links below tables, figures and paragraphs. A dash is a gap.</p>{problem_list(problems)}</header><main><nav>{navigation}</nav>",
-        *parts,
-        "</main><dialog><form method=dialog><button autofocus>close</button></form><h3></h3><div></div></dialog>",
-        *(
-            f'<script type="text/plain" id="{name}">{inert(text)}</script>'
-            for name, text in data.items()
-        ),
-        f'<script type="module">{(HERE / "page" / "page.js").read_text()}</script></body></html>',
-    ]
-    return "\n".join(page), problems
+    problems = store.problems + builder.problems
+    page = render_template("report.html", libraries=libraries, problems=problems, **content)
+    return page, problems
 
 
-def provenance_sheet(store: ReferenceStore) -> Sheet:
-    """One row a kind of record and environment that it comes from."""
-    columns = [
-        "records",
-        "kind",
-        "status",
-        "commit",
-        "uncommitted changes",
-        "device",
-        "torch",
-        "python",
-        "precision flags",
-    ]
-    sheet = Sheet("Where the committed records come from", [("", name) for name in columns])
-    found: dict[tuple[str, ...], list[Record]] = {}
-    for record in store.all_records():
-        made = record.provenance
-        flags = ", ".join(
-            f"{name} {'on' if on else 'off'}"
-            for name, on in sorted(made["precision_flags"].items())
+class Builder:
+    """Makes the content of the page, and collects what could not be made."""
+
+    def __init__(self, store: ReferenceStore) -> None:
+        self.store = store
+        self.problems: list[str] = []
+
+    def table(
+        self, name: str, make_sheet: Callable[[ReferenceStore], Sheet], identifier: str
+    ) -> Table:
+        """Return a table that knows the records that were read for it."""
+        with self.store.noting() as noted:
+            sheet = attempt(name, lambda: upgraded(make_sheet(self.store)), None, self.problems)
+        if sheet is None:
+            sheet = Sheet(self._last_problem(name), [Column("gap", "gap", kind=Kind.PROSE)])
+        return Table(sheet, identifier, tuple(noted.values()))
+
+    def figure(self, name: str) -> Image | Missing:
+        """Return a figure with its caption, which is the docstring of its function."""
+        draw = FIGURES[name]
+        caption = " ".join(inspect.cleandoc(draw.__doc__ or "").split())
+        with self.store.noting() as noted:
+            image = attempt(f"figure {name}", lambda: png(draw(self.store)), None, self.problems)
+        if image is None:
+            return Missing(self._last_problem(f"{name} could not be built"))
+        return Image(image, caption, tuple(noted.values()))
+
+    def text(self, protocol: Protocol) -> list[Block]:
+        """Return the page of text on a small protocol."""
+        missing: list[Block] = [Text(f"{protocol.name} could not be built", 1)]
+        return attempt(
+            protocol.name,
+            lambda: agreement_blocks(self.store, protocol),
+            missing,
+            self.problems,
         )
-        device = (
-            made["device"]
-            if made["device"] != "cpu"
-            else f"{made['cpu']}, {made['cpu_count']} cores"
-        )
-        key = (
-            record.kind,
-            record.status,
-            (made["commit"] or "unknown")[:12],
-            "yes" if made["dirty"] else "no",
-            device,
-            made["torch"],
-            made["python"],
-            flags,
-        )
-        found.setdefault(key, []).append(record)
-    sheet.rows = [
-        [Cell(float(len(own)), None, 0, records=tuple(own)), *(Cell(label=word) for word in key)]
-        for key, own in sorted(found.items())
-    ]
-    return sheet
 
-
-def _libraries() -> tuple[str, str, str]:
-    """plotly.js, the DataTables module and its style, from the packages that ship them."""
-    try:
-        plotly = files("plotly") / "package_data" / "plotly.min.js"
-        bundle = files("itables") / "html"
-        return (
-            plotly.read_text(encoding="utf-8"),
-            (bundle / "dt_bundle.js").read_text(encoding="utf-8"),
-            (bundle / "dt_bundle.css").read_text(encoding="utf-8"),
-        )
-    except (ModuleNotFoundError, FileNotFoundError) as error:
-        raise ValueError(
-            f"the page embeds plotly.js and DataTables, and {error}; pip install -e .[report]"
-        ) from None
-
-
-def _figure(
-    name: str, draw: Callable[[ReferenceStore], Any], store: ReferenceStore, problems: list[str]
-) -> str:
-    caption = " ".join(inspect.cleandoc(draw.__doc__).split())
-    with store.noting() as noted:
-        image = attempt(f"figure {name}", lambda: png(draw(store)), None, problems)
-    return (
-        figure(image, caption, noted.values())
-        if image
-        else lacking(f"{name} could not be built: {problems[-1].partition(': ')[2]}")
-    )
+    def _last_problem(self, name: str) -> str:
+        """Return the last problem's reason, under a name of its own."""
+        problem = self.problems[-1]
+        return f"{name}: {problem.partition(': ')[2]}"
 
 
 if __name__ == "__main__":

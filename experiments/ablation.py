@@ -2,8 +2,8 @@
 
 The authors published no code of their ablations. Sizes are reconstructed from the two rounded
 numbers that the paper prints per row. Every count of Tables 3 and 4 is within 0.5 % (parameters)
-and 1 % (Gflops) of the paper's. If another size fits the printed digits exactly, it is declared beside
-the table as `<row> (alt)`.
+and 1 % (Gflops) of the paper's. If another size fits the printed digits exactly, it is declared
+beside the table as `<row> (alt)`.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from experiments.engine.cli import (
     add_format_option,
     add_run_options,
     carry_out,
-    chosen_device,
+    device_of,
     exit_status,
     open_store,
     run_command,
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace, arguments: Sequence[str] | None) -> int:
     # On Slurm the site file may give a device to a row.
     rows = args.rows or [args.profile or ""]
-    device = chosen_device(args, rows[0])
+    device = device_of(args, rows[0])
     store = open_store(args.results)
     work = _choose(args, device, store)
     outcome = carry_out(work.plan, args, store, arguments)

@@ -34,7 +34,7 @@ from experiments.engine.cli import (
     acceleration_flags,
     add_run_options,
     carry_out,
-    chosen_device,
+    device_of,
     exit_status,
     require_device,
     run_command,
@@ -101,7 +101,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _evaluate(args: argparse.Namespace, arguments: Sequence[str] | None) -> int:
     file = CheckpointFile.from_arguments(args)
     protocol = PROTOCOLS[args.protocol]
-    device = chosen_device(args, args.backbone)
+    device = device_of(args, args.backbone)
     resources: dict[str, Any] = {"checkpoint": args.checkpoint.resolve()}
     if args.batch:
         resources["sample_batch"] = args.batch

@@ -1,22 +1,48 @@
-"""The report page in a headless Chromium without a network: what its tests drive, and what times it. Needs selenium, chromium and chromedriver."""
+"""Open the report page in a headless Chromium without a network, to test and to time it.
+
+It needs selenium, chromium and chromedriver.
+"""
 
 from __future__ import annotations
 
 import shutil
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROUNDS = 5
 WIDTHS = (1400, 390)  # pixels: a desk and a phone
-PATIENCE = 120  # seconds after which a page is taken to hang
+PHONE = 600  # pixels of width below which a page is shown as on a phone
+PATIENCE = 120  # seconds after which a page counts as hanging
+ARGUMENTS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-dev-shm-usage",
+    "--disable-gpu",
+    "--host-resolver-rules=MAP * ~NOTFOUND",
+)
+
+
+@dataclass(frozen=True)
+class Waits:
+    """Seconds from the start of the navigation."""
+
+    # Until tables sort and links answer.
+    ready: float
+    # Until the scatter is drawn.
+    drawn: float
 
 
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """ValueError where a part of it is missing."""
+    """Yield a browser.
+
+    Raises:
+        ValueError: if selenium, chromium or chromedriver is missing.
+    """
     try:
         from selenium import webdriver
         from selenium.webdriver.chrome.service import Service
@@ -24,69 +50,64 @@ def chromium() -> Iterator[Any]:
         raise ValueError(
             f"opening the page needs selenium, and {error}; pip install selenium"
         ) from None
-    found, driver = (
-        shutil.which("chromium") or shutil.which("google-chrome"),
-        shutil.which("chromedriver"),
-    )
-    if not found or not driver:
+    binary = shutil.which("chromium") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if not binary or not driver:
         raise ValueError(
             "no chromium and chromedriver on the path; apt-get install chromium chromium-driver"
         )
+
     options = webdriver.ChromeOptions()
-    options.binary_location = found
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-dev-shm-usage",
-        "--disable-gpu",
-        "--host-resolver-rules=MAP * ~NOTFOUND",
-    ):
+    options.binary_location = binary
+    for argument in ARGUMENTS:
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    made = webdriver.Chrome(options=options, service=Service(driver))
+    browser = webdriver.Chrome(options=options, service=Service(driver))
     try:
-        yield made
+        yield browser
     finally:
-        made.quit()
+        browser.quit()
 
 
-def opened(browser: Any, page: Path, width: int) -> Any:
-    """The browser, once the page's scripts have ended."""
+def open_page(browser: Any, page: Path, width: int) -> None:
+    """Load a page in a window of a width and wait until its scripts have ended."""
     from selenium.webdriver.support.ui import WebDriverWait
 
-    browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        dict(width=width, height=900, deviceScaleFactor=1, mobile=width < 600),
-    )
+    metrics = dict(width=width, height=900, deviceScaleFactor=1, mobile=width < PHONE)
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     browser.get(page.resolve().as_uri())
     WebDriverWait(browser, PATIENCE).until(
         lambda browser: browser.execute_script("return document.body.dataset.drawn")
     )
-    return browser
 
 
-def waited(browser: Any) -> tuple[float, float]:
-    """Seconds from the start of the navigation until the open page's tables sort and its links answer, and until its scatter stands."""
+def read_waits(browser: Any) -> Waits:
+    """Return how soon the open page answered."""
     ready, drawn = (
         float(browser.execute_script(f"return document.body.dataset.{name}")) / 1000
         for name in ("ready", "drawn")
     )
-    return ready, drawn
+    return Waits(ready, drawn)
 
 
 def timing(page: Path) -> list[str]:
-    """In words, a line a width: the median and range of both over ROUNDS loads."""
+    """Load a page ROUNDS times at each width and return a line per width."""
     lines = []
     with chromium() as browser:
+        version = browser.capabilities["browserVersion"]
         for width in WIDTHS:
-            rounds = [waited(opened(browser, page, width)) for _ in range(ROUNDS)]
-            words = (
-                f"{what} after {statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
-                for what, seconds in zip(
-                    ("interactive", "scatter drawn"), zip(*rounds, strict=True), strict=True
-                )
-            )
+            waits = []
+            for _ in range(ROUNDS):
+                open_page(browser, page, width)
+                waits.append(read_waits(browser))
+            ready = _median_and_range([wait.ready for wait in waits])
+            drawn = _median_and_range([wait.drawn for wait in waits])
             lines.append(
-                f"{width} pixels wide: {', '.join(words)}, {ROUNDS} loads, Chromium {browser.capabilities['browserVersion']}"
+                f"{width} pixels wide: interactive after {ready}, scatter drawn after {drawn}, "
+                f"{ROUNDS} loads, Chromium {version}"
             )
     return lines
+
+
+def _median_and_range(seconds: Sequence[float]) -> str:
+    return f"{statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"

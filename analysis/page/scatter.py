@@ -1,11 +1,13 @@
-"""What the report's interactive scatter can show, as plotly.js data and layouts. Standard library only."""
+"""The views of the report's interactive scatter, as data and layouts of plotly.js."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from analysis.figures.style import Color, family_color, family_of, palette
 from analysis.query import ReferenceStore, rankable
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.declared.protocols import DIGITS
@@ -14,149 +16,202 @@ from experiments.engine.records.store import Record
 from experiments.engine.specs.rows import Table
 from experiments.engine.specs.stages import timing_stage
 
-COLOURS = {"DiT": "#0173b2", "DiCo": "#de8f05", "DiG": "#029e73", "DiC": "#d55e00"}
 FID = "FID-50K, ImageNet 256, 400K steps (published)"
+OURS = "ours"
+GRID_COLOR = "#d5dbe1"
+LABEL_PLACES = ("top center", "bottom center")
+View = dict[str, Any]
 
 
-def views(store: ReferenceStore) -> list[dict[str, Any]]:
-    """Published and own numbers never share a trace: open circles are the paper's, filled diamonds are ours and carry the names of
-    their records."""
+@dataclass(frozen=True)
+class Mark:
+    """A point of the scatter."""
+
+    # Stands beside the mark.
+    label: str
+    x: float
+    y: float
+    # What a pointer over the mark shows, with <br> between its lines.
+    hover: str
+    # A click on the mark shows them.
+    records: tuple[Record, ...] = ()
+    # Of the mark, in pixels.
+    size: float = 10
+    # Ends of the error bar.
+    low: float | None = None
+    high: float | None = None
+
+
+def views(store: ReferenceStore) -> list[View]:
+    """Return the views.
+
+    Published and own numbers never share a trace: open circles are the paper's, filled diamonds are
+    ours and carry the names of their records.
+    """
     rows = [row for row in store.rows("table1.csv") if row["train_steps"] == "400000"]
-    counts = {}
-    for system in SYSTEMS:
-        records = [store.reference.latest(cost) for cost in system.costs]
-        if system.resolution == 256 and all(records):
-            counts[system.label] = records
     return [
         _view(
             "published: FID against throughput",
             "throughput, images/s on an A100 (published)",
             FID,
-            _published(rows, "throughput_img_s"),
+            _published_traces(rows, "throughput_img_s"),
         ),
         _view(
-            "published: FID against Gflops", "Gflops (published)", FID, _published(rows, "gflops")
+            "published: FID against Gflops",
+            "Gflops (published)",
+            FID,
+            _published_traces(rows, "gflops"),
         ),
         _view(
             "FID (published) against Gflops by one rule (counted here)",
             "Gflops, core (counted here)",
             FID,
-            _counted(rows, counts),
+            _counted_traces(rows, _counts(store)),
         ),
-        *(_digits(table, store) for table in (TABLE_3, TABLE_4)),
+        *(_digits_view(table, store) for table in (TABLE_3, TABLE_4)),
     ]
 
 
-def _view(
-    name: str, x: str, y: str, data: list[dict[str, Any]], log: bool = True
-) -> dict[str, Any]:
-    axis = dict(automargin=True, gridcolor="#d5dbe1", zeroline=False)
+def _view(name: str, x: str, y: str, traces: list[View], log: bool = True) -> View:
+    axis = dict(automargin=True, gridcolor=GRID_COLOR, zeroline=False)
     layout = dict(
-        xaxis=axis | dict(title=dict(text=x), type="log" if log else "linear"), yaxis=axis | dict(title=dict(text=y)), margin=dict(l=60, r=10, t=10, b=50),
-        hovermode="closest", legend=dict(orientation="h", y=1.12), paper_bgcolor="white", plot_bgcolor="white",
-    )  # fmt: skip
-    return dict(name=name, data=data, layout=layout)
+        xaxis=axis | dict(title=dict(text=x), type="log" if log else "linear"),
+        yaxis=axis | dict(title=dict(text=y)),
+        margin=dict(l=60, r=10, t=10, b=50),
+        hovermode="closest",
+        legend=dict(orientation="h", y=1.12),
+        paper_bgcolor="white",
+        plot_bgcolor="white",
+    )
+    return dict(name=name, data=[trace for trace in traces if trace["x"]], layout=layout)
 
 
-def _published(rows: Sequence[dict[str, str]], column: str) -> list[dict[str, Any]]:
-    data = []
-    for family, colour in COLOURS.items():
-        own = [row for row in rows if row["model"].partition("-")[0] == family and row[column]]
-        words = [
-            f"{row['model']}<br>FID {row['fid']}, {row['gflops']} Gflops, {row['throughput_img_s'] or 'no'} img/s<br>{row['source']}"
+def _published_traces(rows: Sequence[dict[str, str]], column: str) -> list[View]:
+    """Return a trace per family: published FID against a published cost."""
+    traces = []
+    for family, own in _by_family(rows).items():
+        marks = [
+            Mark(
+                _size_of(row["model"]),
+                float(row[column]),
+                float(row["fid"]),
+                f"{row['model']}<br>FID {row['fid']}, {row['gflops']} Gflops, "
+                f"{row['throughput_img_s'] or 'no'} img/s<br>{row['source']}",
+                size=4 + 2 * float(row["gflops"]) ** 0.5,
+            )
             for row in own
+            if row[column]
         ]
-        sizes = [4 + 2 * float(row["gflops"]) ** 0.5 for row in own]
-        data.append(
-            _trace(
-                family,
-                [float(row[column]) for row in own],
-                [float(row["fid"]) for row in own],
-                words,
-                "circle-open",
-                colour,
-                sizes,
+        traces.append(_trace(family, marks, "circle-open", family_color(family)))
+    return traces
+
+
+def _counts(store: ReferenceStore) -> dict[str, tuple[Record, ...]]:
+    """Return the counts of the systems at 256 pixels, of all networks of a system."""
+    counts = {}
+    for system in SYSTEMS:
+        found = [store.reference.latest(cost) for cost in system.costs]
+        records = tuple(record for record in found if record)
+        if system.resolution == 256 and len(records) == len(found):
+            counts[system.label] = records
+    return counts
+
+
+def _counted_traces(
+    rows: Sequence[dict[str, str]], counts: dict[str, tuple[Record, ...]]
+) -> list[View]:
+    """Return a trace per family: published FID against Gflops counted here."""
+    traces = []
+    for family, own in _by_family(rows).items():
+        marks = []
+        for row in own:
+            records = counts.get(row["model"], ())
+            if not records:
+                continue
+            gflops = sum(record.values["macs_core"] for record in records) / 1e9
+            hover = (
+                f"{row['model']}<br>{gflops:.2f} Gflops counted here, {row['gflops']} published"
+                f"<br>FID {row['fid']} ({row['source']})"
             )
-        )
-    return [trace for trace in data if trace["x"]]
+            mark = Mark(_size_of(row["model"]), gflops, float(row["fid"]), hover, records)
+            marks.append(mark)
+        traces.append(_trace(family, marks, "diamond", family_color(family)))
+    return traces
 
 
-def _counted(
-    rows: Sequence[dict[str, str]], counts: dict[str, list[Record]]
-) -> list[dict[str, Any]]:
-    data = []
-    for family, colour in COLOURS.items():
-        own = [
-            row
-            for row in rows
-            if row["model"].partition("-")[0] == family and row["model"] in counts
-        ]
-        found = [counts[row["model"]] for row in own]
-        core = [sum(record.values["macs_core"] for record in records) / 1e9 for records in found]
-        words = [
-            f"{row['model']}<br>{gflops:.2f} Gflops counted here, {row['gflops']} published<br>FID {row['fid']} ({row['source']})"
-            for row, gflops in zip(own, core, strict=True)
-        ]
-        data.append(
-            _trace(
-                family,
-                core,
-                [float(row["fid"]) for row in own],
-                words,
-                "diamond",
-                colour,
-                10,
-                found,
-            )
-        )
-    return [trace for trace in data if trace["x"]]
+def _by_family(rows: Sequence[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
+    families: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        families.setdefault(family_of(row["model"]), []).append(row)
+    return families
 
 
-def _digits(table: Table, store: ReferenceStore) -> dict[str, Any]:
-    x, y, low, high, words, found = [], [], [], [], [], []
+def _size_of(model: str) -> str:
+    """Return the size in a name such as DiT-XL/2."""
+    return model.removeprefix(f"{family_of(model)}-").removesuffix("/2")
+
+
+def _digits_view(table: Table, store: ReferenceStore) -> View:
+    """Return a table's rows on digits: fd_digits against throughput on a CPU."""
+    marks = []
     scores, other = rankable(table.rows, DIGITS, store)
     for row, scored in zip(table.rows, scores, strict=True):
         timed = store.reference.latest(timing_stage(row, table.baseline, "cpu"))
-        if timed and scored:
-            values = [record.values["fd_digits"] for record in scored]
-            found.append([timed, *scored])
-            mean = statistics.fmean(values)
-            x.append(timed.values["relative"])
-            y.append(mean)
-            low.append(mean - min(values))
-            high.append(max(values) - mean)
-            words.append(
-                f"{row.label}<br>fd_digits {mean:.1f}, seeds {', '.join(f'{score:.1f}' for score in values)}<br>{timed.values['relative']:.2f} x {table.baseline.label} on a CPU, fp32"
-            )
-    trace = _trace("ours", x, y, words, "diamond", "#0173b2", 10, found) | dict(
-        error_y=dict(type="data", array=high, arrayminus=low, thickness=1)
-    )
+        if not timed or not scored:
+            continue
+        values = [record.values["fd_digits"] for record in scored]
+        mean, speed = statistics.fmean(values), timed.values["relative"]
+        seeds = ", ".join(f"{value:.1f}" for value in values)
+        hover = (
+            f"{row.label}<br>fd_digits {mean:.1f}, seeds {seeds}"
+            f"<br>{speed:.2f} x {table.baseline.label} on a CPU, fp32"
+        )
+        bar = dict(low=min(values), high=max(values))
+        marks.append(Mark(row.label, speed, mean, hover, (timed, *scored), **bar))
+
     left_out = f" (left out, scored by another protocol: {', '.join(other)})" if other else ""
     return _view(
         f"ours: Table {table.number}'s rows on digits{left_out}",
         f"throughput relative to {table.baseline.label}, CPU, fp32 (ours)",
         "fd_digits, mean and range over seeds (ours)",
-        [trace],
+        [_trace(OURS, marks, "diamond", palette([OURS])[OURS])],
         log=False,
     )
 
 
-def _trace(
-    name: str,
-    x: list[float],
-    y: list[float],
-    words: list[str],
-    symbol: str,
-    colour: str,
-    size: Any,
-    records: Sequence[Sequence[Record]] = (),
-) -> dict[str, Any]:
-    """`records` are those of each point, which a click on it shows."""
-    clicked = [f"<br>click for {len(own)} record{'s' * (len(own) > 1)}" for own in records] or [
-        ""
-    ] * len(words)
-    return dict(
-        type="scatter", mode="markers", name=name, x=x, y=y, text=[text + more for text, more in zip(words, clicked, strict=True)],
-        hovertemplate="%{text}<extra></extra>", customdata=[" ".join(record.name for record in own) for own in records],
-        marker=dict(symbol=symbol, color=colour, size=size, line=dict(width=2)),
-    )  # fmt: skip
+def _trace(name: str, marks: Sequence[Mark], symbol: str, color: Color) -> View:
+    """Return a trace; labels stand above and below their marks in turn, from left to right."""
+    marks = sorted(marks, key=lambda mark: mark.x)
+    red, green, blue = (round(255 * part) for part in color)
+    trace = dict(
+        type="scatter",
+        mode="markers+text",
+        name=name,
+        x=[mark.x for mark in marks],
+        y=[mark.y for mark in marks],
+        text=[mark.label for mark in marks],
+        textposition=[LABEL_PLACES[number % 2] for number in range(len(marks))],
+        textfont=dict(size=10),
+        hovertext=[_hover(mark) for mark in marks],
+        hovertemplate="%{hovertext}<extra></extra>",
+        customdata=[" ".join(record.name for record in mark.records) for mark in marks],
+        marker=dict(
+            symbol=symbol,
+            color=f"rgb({red},{green},{blue})",
+            size=[mark.size for mark in marks],
+            line=dict(width=2),
+        ),
+    )
+    bars = [(mark.y - mark.low, mark.high - mark.y) for mark in marks if mark.low and mark.high]
+    if bars:
+        below, above = zip(*bars, strict=True)
+        trace["error_y"] = dict(type="data", array=above, arrayminus=below, thickness=1)
+    return trace
+
+
+def _hover(mark: Mark) -> str:
+    """Return the text under the pointer, which tells how many records a click shows."""
+    if not mark.records:
+        return mark.hover
+    plural = "s" if len(mark.records) > 1 else ""
+    return f"{mark.hover}<br>click for {len(mark.records)} record{plural}"

@@ -1,7 +1,8 @@
-"""Ops with a plain-torch reference and faster choices; the only home of optional GPU libraries.
+"""Operations with a plain-torch reference and faster choices: the only home of GPU libraries.
 
-An `Op` picks the first choice that is installed and supports its arguments, in the order given; `use` forces one
-by name; `used` tells which ran, for the record; `counting` lets an op count itself; `observing` shows what ops are called with.
+An `Op` takes its first choice that is installed, supports the arguments and pays.
+`use` forces choices by name, and `used` tells which ran. `counting` lets an op count its own
+multiply-accumulates, and `observing` shows the arguments of every call.
 """
 
 from backbones.kernels.adaln import adaln
@@ -17,6 +18,24 @@ from backbones.kernels.op import Op, counting, observing, references, reset_used
 from backbones.kernels.selective_scan import selective_scan
 
 __all__ = [
-    "Op", "adaln", "addcmul", "attention", "causal_conv", "counting", "depthwise_gelu", "diagonal_ssm", "gated_linear", "linear", "linear_attention", "observing", "pointwise",
-    "pointwise_gelu", "pool", "references", "reset_used", "selective_scan", "use", "used",
-]  # fmt: skip
+    "Op",
+    "adaln",
+    "addcmul",
+    "attention",
+    "causal_conv",
+    "counting",
+    "depthwise_gelu",
+    "diagonal_ssm",
+    "gated_linear",
+    "linear",
+    "linear_attention",
+    "observing",
+    "pointwise",
+    "pointwise_gelu",
+    "pool",
+    "references",
+    "reset_used",
+    "selective_scan",
+    "use",
+    "used",
+]

@@ -1,6 +1,7 @@
-"""adaLN's LayerNorm without parameters, then shift and scale: x (N, T, D), shift and scale (N, 1, D) -> (N, T, D).
+"""adaLN: LayerNorm without parameters, then shift and scale (DiT, section 3.2).
 
-y = (x - mean x) / sqrt(var x + eps) (1 + scale) + shift, mean and variance over D (DiT, section 3.2).
+y = (x - mean x) / sqrt(var x + eps) (1 + scale) + shift, with mean and variance over D.
+x (N, T, D), shift and scale (N, 1, D) -> (N, T, D).
 """
 
 from __future__ import annotations
@@ -12,24 +13,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backbones.kernels.gates import addcmul
-from backbones.kernels.op import Choice, Op, outside_graphs
+from backbones.kernels.op import Choice, Op, never
 
 EPS = 1e-6
+# A program of the Triton kernel holds a whole token in registers.
+MOST_CHANNELS = 8192
 
 
 def reference(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Normalise with PyTorch, then multiply and add."""
     return addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale)
 
 
-@outside_graphs
+@torch.compiler.disable
 def triton(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    from backbones.kernels.adaln_triton import adaln as run
+    """Run one Triton kernel forward and one backward."""
+    from backbones.kernels.adaln_triton import adaln as fused_adaln
 
-    return run(x, shift, scale, EPS)
+    return fused_adaln(x, shift, scale, EPS)
 
 
-def on_gpu(x: Tensor) -> bool:
-    """Whether kernels in Triton that compute in float32 take it."""
+def takes_triton(x: Tensor) -> bool:
+    """Tell whether Triton kernels that compute in float32 can take a tensor."""
     return (
         x.is_cuda
         and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
@@ -39,18 +44,14 @@ def on_gpu(x: Tensor) -> bool:
 
 def _supports(x: Tensor, shift: Tensor, scale: Tensor) -> bool:
     return (
-        on_gpu(x)
+        takes_triton(x)
         and x.ndim == 3
         and shift.shape == scale.shape == (len(x), 1, x.shape[-1])
-        and x.shape[-1] <= 8192
+        and x.shape[-1] <= MOST_CHANNELS
     )
 
 
-def unmeasured(*args: Tensor) -> bool:
-    """No device has shown yet that the choice pays, so it is taken only by force."""
-    return False
-
-
 adaln = Op(
-    "adaln", [Choice("triton", triton, _supports, unmeasured), Choice("reference", reference)]
+    "adaln",
+    [Choice("triton", triton, _supports, pays=never), Choice("reference", reference)],
 )

@@ -1,6 +1,7 @@
 """Scaled dot-product attention: softmax(q k^T / sqrt(e) + bias) v.
 
-q (N, heads, T_q, e), k and v (N, heads, T_k, e), bias broadcastable to (N, heads, T_q, T_k) or None -> (N, heads, T_q, e).
+q (N, heads, T_q, e), k and v (N, heads, T_k, e) -> (N, heads, T_q, e).
+bias is None, or broadcasts to (N, heads, T_q, T_k).
 """
 
 from __future__ import annotations
@@ -15,21 +16,24 @@ from backbones.kernels.op import Choice, Op
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Explicit products, with the queries scaled: what the paper's counter sees and its ablations time."""
-    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    """Compute explicit products, as the paper's counter sees them and its ablations time them."""
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (N, heads, T_q, T_k)
     if bias is not None:
         logits = logits + bias
     return logits.softmax(dim=-1) @ v
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Call PyTorch's fused attention."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Call flash-attn, whose layout is (N, T, heads, e)."""
     from flash_attn import flash_attn_func
 
-    return flash_attn_func(*(x.transpose(1, 2).contiguous() for x in (q, k, v))).transpose(1, 2)
+    out = flash_attn_func(*(x.transpose(1, 2).contiguous() for x in (q, k, v)))
+    return out.transpose(1, 2)
 
 
 @cache

@@ -1,6 +1,7 @@
-"""Causal depthwise convolution and SiLU, as in front of Mamba's scan: Gu & Dao, 2023, figure 3.
+"""Causal depthwise convolution and SiLU, as before Mamba's scan (Gu & Dao, 2023, figure 3).
 
-x (N, D, T), weight (D, 1, k) as in a depthwise Conv1d, bias (D,) -> silu(sum_j weight_j x_{t-k+1+j} + bias) (N, D, T).
+silu(sum_j weight_j x_{t-k+1+j} + bias).
+x (N, D, T), weight (D, 1, k) as in a depthwise Conv1d, bias (D,) -> (N, D, T).
 """
 
 from __future__ import annotations
@@ -11,36 +12,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbones.kernels.op import Choice, Op, outside_graphs
+from backbones.kernels.op import Choice, Op, meta_choice
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Shifted copies of the input, weighted and added."""
-    taps = weight.shape[-1]
+    """Add weighted, shifted copies of the input."""
+    taps, tokens = weight.shape[-1], x.shape[-1]
     padded = F.pad(x, (taps - 1, 0))
-    return F.silu(
-        sum(weight[:, :, j] * padded[..., j : j + x.shape[-1]] for j in range(taps)) + bias[:, None]
-    )
+    total = sum(weight[:, :, j] * padded[..., j : j + tokens] for j in range(taps))
+    return F.silu(total + bias[:, None])
 
 
 def conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.silu(
-        F.conv1d(x, weight, bias, padding=weight.shape[-1] - 1, groups=len(weight))[
-            ..., : x.shape[-1]
-        ]
-    )
+    """Convolve with padding on both sides, and drop what sees the future."""
+    out = F.conv1d(x, weight, bias, padding=weight.shape[-1] - 1, groups=len(weight))
+    return F.silu(out[..., : x.shape[-1]])
 
 
-@outside_graphs
+@torch.compiler.disable
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Call the library causal-conv1d."""
     from causal_conv1d import causal_conv1d_fn
 
     return causal_conv1d_fn(x.contiguous(), weight.squeeze(1), bias, activation="silu")
-
-
-def shape(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """An output that nothing was computed for."""
-    return torch.empty_like(x)
 
 
 @cache
@@ -61,13 +55,17 @@ def _supports(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     )
 
 
+def _count_macs(x: Tensor, weight: Tensor, bias: Tensor) -> int:
+    return x.numel() * weight.shape[-1]
+
+
 causal_conv = Op(
     "causal_conv",
     [
-        Choice("shape", shape, lambda x, *rest: x.is_meta),
+        meta_choice(),
         Choice("causal_conv1d", causal_conv1d, _supports),
         Choice("conv1d", conv1d),
         Choice("reference", reference),
     ],
-    macs=lambda x, weight, bias: x.numel() * weight.shape[-1],
+    macs=_count_macs,
 )

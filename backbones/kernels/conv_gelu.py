@@ -1,7 +1,10 @@
-"""A convolution that keeps the size, and exact GELU: x (N, C, H, W), weight (C_out, C / groups, k, k), k odd, bias (C_out,) -> (N, C_out, H, W).
+"""A convolution that keeps the size, and exact GELU.
 
-Depthwise, as DiCo's conv module (equation 3), and 1x1, as its feed-forward network has it. Both make tensors that memory
-bounds, where each pass counts. Without gradients oneDNN applies GELU as it writes the convolution.
+x (N, C, H, W), weight (C_out, C / groups, k, k) with odd k, bias (C_out,) -> (N, C_out, H, W).
+
+`depthwise_gelu` stands in DiCo's conv module (equation 3), `pointwise_gelu` (1x1) in its
+feed-forward network. Memory bounds both, so every pass over the activations counts. Without
+gradients oneDNN applies GELU while it writes the convolution's output.
 """
 
 from __future__ import annotations
@@ -10,53 +13,61 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbones.kernels.adaln import on_gpu, unmeasured
+from backbones.kernels.adaln import takes_triton
 from backbones.kernels.linear import WIDE, pointwise
 from backbones.kernels.linear import supports as onednn_supports
-from backbones.kernels.op import Choice, Op, outside_graphs
+from backbones.kernels.op import Choice, Op, never
 
 
-def depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def reference_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Convolve each channel, then apply GELU."""
     return F.gelu(F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight)))
 
 
-def separate(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def reference_pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Apply the 1x1 convolution, then GELU."""
     return F.gelu(pointwise(x, weight, bias))
 
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    groups, padding = x.shape[1] // weight.shape[1], [weight.shape[-1] // 2] * 2
+    """Let oneDNN convolve and apply GELU at once."""
+    groups = x.shape[1] // weight.shape[1]
+    padding = [weight.shape[-1] // 2] * 2
     return torch.ops.mkldnn._convolution_pointwise(
         x, weight, bias, padding, [1, 1], [1, 1], groups, "gelu", [], "none"
     )
 
 
-def _without_gradient(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+def _onednn_supports(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     return onednn_supports(x, weight, bias) and not torch.is_grad_enabled()
 
 
-def _pays(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
-    return len(weight) >= WIDE and not torch.compiler.is_compiling()  # a compiler fuses by itself
+def _onednn_pays(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    # A compiler fuses GELU by itself.
+    return len(weight) >= WIDE and not torch.compiler.is_compiling()
 
 
-@outside_graphs
+@torch.compiler.disable
 def triton(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    from backbones.kernels.depthwise_triton import depthwise_gelu as run
+    """Run one Triton kernel forward and two backward."""
+    from backbones.kernels.depthwise_triton import depthwise_gelu as fused_depthwise
 
-    return run(x, weight, bias)
+    return fused_depthwise(x, weight, bias)
 
 
 def _triton_supports(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
-    return on_gpu(x) and x.is_contiguous(memory_format=torch.channels_last)
+    return takes_triton(x) and x.is_contiguous(memory_format=torch.channels_last)
 
 
-_ONEDNN = Choice("onednn", onednn, _without_gradient, _pays)
+_ONEDNN = Choice("onednn", onednn, _onednn_supports, _onednn_pays)
+
 depthwise_gelu = Op(
     "depthwise_gelu",
     [
-        Choice("triton", triton, _triton_supports, unmeasured),
+        Choice("triton", triton, _triton_supports, pays=never),
         _ONEDNN,
-        Choice("reference", depthwise),
+        Choice("reference", reference_depthwise),
     ],
 )
-pointwise_gelu = Op("pointwise_gelu", [_ONEDNN, Choice("reference", separate)])
+
+pointwise_gelu = Op("pointwise_gelu", [_ONEDNN, Choice("reference", reference_pointwise)])

@@ -1,9 +1,13 @@
-"""Diagonal state space model, time-invariant (S4D): Gu et al., "On the Parameterization and Initialization of Diagonal State Space Models", 2022.
+"""Diagonal, time-invariant state space model (S4D).
 
-x_t = exp(z) x_{t-1} + u_t, x_0 = 0;  y_t = Re(sum over s of w_s x_{t,s}), for every channel by itself.
+Source: Gu et al., "On the Parameterization and Initialization of Diagonal State Space Models",
+2022. For every channel by itself, with x_0 = 0:
 
-u (N, D, T) real, z and w (D, S) complex, Re z <= 0 -> (N, D, T). A system in continuous time (A, B = 1, C, step dt) held
-constant between samples has z = dt A and w = C (exp(z) - 1) / A.
+    x_t = exp(z) x_{t-1} + u_t
+    y_t = Re(sum over s of w_s x_{t,s})
+
+u (N, D, T) real, z and w (D, S) complex, Re z <= 0 -> (N, D, T). A system in continuous time
+(A, B = 1, C, step dt), held constant between samples, has z = dt A and w = C (exp(z) - 1) / A.
 """
 
 from __future__ import annotations
@@ -13,14 +17,16 @@ import math
 import torch
 from torch import Tensor
 
-from backbones.kernels.op import Choice, Op
+from backbones.kernels.op import Choice, Op, meta_choice
 from backbones.kernels.precision import at_least_float32
 
 
 @at_least_float32
 def reference(u: Tensor, z: Tensor, w: Tensor) -> Tensor:
-    """The recurrence, token by token."""
-    decay, state, out = z.exp(), 0.0, []
+    """Run the recurrence token by token."""
+    decay = z.exp()  # (D, S)
+    state: Tensor | float = 0.0
+    out = []
     for t in range(u.shape[-1]):
         state = decay * state + u[..., t, None]  # (N, D, S)
         out.append((w * state).sum(dim=-1).real)  # (N, D)
@@ -29,27 +35,30 @@ def reference(u: Tensor, z: Tensor, w: Tensor) -> Tensor:
 
 @at_least_float32
 def fft(u: Tensor, z: Tensor, w: Tensor) -> Tensor:
-    """Causal convolution with the impulse response, as a product of spectra at twice the length."""
+    """Convolve with the impulse response: a product of spectra at twice the length."""
     tokens = u.shape[-1]
-    spectrum = torch.fft.rfft(u, 2 * tokens) * torch.fft.rfft(
-        _response(z, w, tokens).to(u.dtype), 2 * tokens
-    )
+    response = _impulse_response(z, w, tokens).to(u.dtype)  # (D, T)
+    spectrum = torch.fft.rfft(u, 2 * tokens) * torch.fft.rfft(response, 2 * tokens)
     return torch.fft.irfft(spectrum, 2 * tokens)[..., :tokens]
 
 
-def _response(z: Tensor, w: Tensor, tokens: int) -> Tensor:
-    """Re(sum over s of w_s exp(z_s t)), t = a c + b: a real product of (c a) x 2S and 2S x b factors -> (D, T).
+def _impulse_response(z: Tensor, w: Tensor, tokens: int) -> Tensor:
+    """Return Re(sum over s of w_s exp(z_s t)) for all t, (D, T).
 
-    Exponents are taken in float64: their phases reach 1e5, where float32 keeps two decimals.
+    With t = a c + b, it is a real product of c x 2S and 2S x b factors. Exponents are taken in
+    float64: their phases reach 1e5, where float32 keeps two decimals.
     """
-    fine = math.isqrt(tokens - 1) + 1
-    coarse = -(-tokens // fine)
+    # About sqrt(T) coarse and sqrt(T) fine steps reach every t.
+    num_fine = math.isqrt(tokens - 1) + 1
+    num_coarse = -(-tokens // num_fine)
     exact = z.to(torch.complex128)[:, None]  # (D, 1, S)
-    left = w[:, None] * _powers(exact, torch.arange(coarse, device=z.device) * fine).to(
-        w.dtype
-    )  # (D, c, S)
-    right = _powers(exact, torch.arange(fine, device=z.device)).to(w.dtype)  # (D, b, S)
-    left, right = torch.cat([left.real, -left.imag], -1), torch.cat([right.real, right.imag], -1)
+    coarse = _powers(exact, torch.arange(num_coarse, device=z.device) * num_fine)
+    fine = _powers(exact, torch.arange(num_fine, device=z.device)).to(w.dtype)  # (D, b, S)
+    coarse = w[:, None] * coarse.to(w.dtype)  # (D, c, S)
+
+    # The real part of a complex product is a real product of twice the width.
+    left = torch.cat([coarse.real, -coarse.imag], -1)  # (D, c, 2S)
+    right = torch.cat([fine.real, fine.imag], -1)  # (D, b, 2S)
     return (left @ right.mT).flatten(1)[:, :tokens]
 
 
@@ -57,22 +66,13 @@ def _powers(z: Tensor, steps: Tensor) -> Tensor:
     return (z * steps[:, None]).exp()
 
 
-def shape(u: Tensor, z: Tensor, w: Tensor) -> Tensor:
-    """What comes out on the meta device, where there is nothing to compute."""
-    return torch.empty_like(u)
-
-
-def macs(u: Tensor, z: Tensor, w: Tensor) -> int:
-    """Two an element of the state and token, complex ones counted once, as of every recurrence here."""
+def count_macs(u: Tensor, z: Tensor, w: Tensor) -> int:
+    """Count two for each state and token, as for every recurrence here; complex ones count once."""
     return 2 * u.numel() * z.shape[-1]
 
 
 diagonal_ssm = Op(
     "diagonal_ssm",
-    [
-        Choice("shape", shape, lambda u, *rest: u.is_meta),
-        Choice("fft", fft),
-        Choice("reference", reference),
-    ],
-    macs,
+    [meta_choice(), Choice("fft", fft), Choice("reference", reference)],
+    count_macs,
 )

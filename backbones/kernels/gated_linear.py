@@ -1,11 +1,18 @@
-"""Gated linear attention: Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training", 2024, equations 3 and 4.
+"""Gated linear attention.
 
-S_t = diag(exp g_t) S_{t-1} + k_t v_t^T, S_0 = 0;  o_t = e^-1/2 S_t^T q_t (token t sees itself).
+Source: Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training", 2024,
+equations 3 and 4. With S_0 = 0, and token t seeing itself:
 
-q, k and g (N, heads, T, e), v (N, heads, T, f) -> (N, heads, T, f), S (e, f); g <= 0 is the logarithm of the decay.
-The torch paths keep S in float32 or better. fla's products run in TF32 where the inputs are float32, some 1e-3 relative to
-the reference, so unless forced it is taken for them only where one of PyTorch's flags allows TF32, as its default does for
-convolutions. The kernel that DiG's authors called, fla's earlier fused_chunk_gla, kept its products in float32.
+    S_t = diag(exp g_t) S_{t-1} + k_t v_t^T
+    o_t = e^-1/2 S_t^T q_t
+
+q, k and g (N, heads, T, e), v (N, heads, T, f) -> (N, heads, T, f), with S (e, f) and g <= 0 the
+logarithm of the decay.
+
+The torch choices keep S in float32 or better. fla's products run in TF32 for float32 inputs, some
+1e-3 from the reference. Unless forced, it is then taken only if a flag of PyTorch allows TF32, as
+its default does for convolutions. The kernel that DiG's authors called, fla's earlier
+fused_chunk_gla, kept its products in float32.
 """
 
 from __future__ import annotations
@@ -16,83 +23,103 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbones.kernels.op import Choice, Op
+from backbones.kernels.op import Choice, Op, meta_choice
 from backbones.kernels.precision import at_least_float32
 
 CHUNK = 32
-LIMIT = 40.0  # exp(40) squared is far from float32's end; a chunk that decays further in either half is not factored
+# exp(40) squared is far below float32's largest number. A chunk whose halves decay more than
+# exp(-40) is not factored.
+LIMIT = 40.0
 
 
 @at_least_float32
 def reference(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-    """The recurrence, token by token."""
-    q, state, out = q * q.shape[-1] ** -0.5, 0.0, []
+    """Run the recurrence token by token."""
+    q = q * q.shape[-1] ** -0.5
+    state: Tensor | float = 0.0
+    out = []
     for t in range(q.shape[2]):
-        state = (
-            g[:, :, t, :, None].exp() * state + k[:, :, t, :, None] * v[:, :, t, None]
-        )  # (N, h, e, f)
+        decayed = g[:, :, t, :, None].exp() * state
+        state = decayed + k[:, :, t, :, None] * v[:, :, t, None]  # (N, h, e, f)
         out.append(q[:, :, t, None] @ state)  # (N, h, 1, f)
     return torch.cat(out, dim=2)
 
 
 @at_least_float32
 def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-    """Matrix products inside chunks of 32 tokens, one step of the recurrence from chunk to chunk (section 4)."""
+    """Multiply matrices inside chunks; take one step of the recurrence per chunk (section 4)."""
     tokens = q.shape[2]
-    q, k, v, g = (_chunks(x) for x in (q * q.shape[-1] ** -0.5, k, v, g))  # (N, h, T/C, C, e), v: f
-    b = g.cumsum(dim=-2)  # decay since the chunk began
+    q, k, v, g = (_split_chunks(x) for x in (q * q.shape[-1] ** -0.5, k, v, g))  # (N, h, T/C, C, .)
+    b = g.cumsum(dim=-2)  # logarithm of the decay since the chunk began
     last = b[..., -1:, :]
+
+    # Walk over the chunks; each adds its update to the state that it received.
     update = (k * (last - b).exp()).mT @ v  # (N, h, T/C, e, f)
-    decay, state, states = last.exp().mT, torch.zeros_like(update[:, :, 0]), []
+    decay = last.exp().mT
+    state = torch.zeros_like(update[:, :, 0])
+    states = []
     for i in range(update.shape[2]):
         states.append(state)
         state = decay[:, :, i] * state + update[:, :, i]
-    inside = _factored if _mild(b) else _halved
-    out = inside(q, k, v, b) + (q * b.exp()) @ torch.stack(states, dim=2)  # (N, h, T/C, C, f)
+
+    # A token sees the earlier tokens of its chunk, and the state of all chunks before.
+    attend = _attend_factored if _decays_mildly(b) else _attend_by_halves
+    out = attend(q, k, v, b) + (q * b.exp()) @ torch.stack(states, dim=2)  # (N, h, T/C, C, f)
     return out.flatten(2, 3)[:, :, :tokens]
 
 
-def _chunks(x: Tensor) -> Tensor:
-    """Whole chunks, the last filled with tokens that neither decay nor add."""
+def _split_chunks(x: Tensor) -> Tensor:
+    """Split tokens into chunks; the last one is filled with tokens that neither decay nor add."""
     return F.pad(x, (0, 0, 0, -x.shape[2] % CHUNK)).unflatten(2, (-1, CHUNK))
 
 
 def _middle(b: Tensor) -> Tensor:
+    """Return the decay in the middle of each chunk."""
     return b[..., CHUNK // 2 - 1 : CHUNK // 2, :]
 
 
-def _mild(b: Tensor) -> bool:
-    """Whether every half chunk decays little enough for _factored. On a GPU asking would stop the host: it takes what is always right."""
+def _decays_mildly(b: Tensor) -> bool:
+    """Tell whether every half chunk decays little enough for `_attend_factored`.
+
+    On a GPU the answer would stop the host, so it is no there, which is always right.
+    """
     if b.is_cuda:
         return False
     middle = _middle(b)
     return bool(torch.minimum(middle, b[..., -1:, :] - middle).amin() > -LIMIT)
 
 
-def _factored(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
-    """exp(b_i - b_j) as a product around the middle of the chunk: fast, and overflows where the decay is strong."""
+def _attend_factored(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+    """Factor exp(b_i - b_j) around the middle of the chunk; strong decays overflow."""
     b = b - _middle(b)
     return ((q * b.exp()) @ (k * (-b).exp()).mT).tril() @ v
 
 
-def _halved(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
-    """The same by halves: late queries see early keys through the point between them, so that no exponent is positive."""
+def _attend_by_halves(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+    """Attend within each half, and from the late half to the early one.
+
+    Late queries see early keys through the point between them, so no exponent is positive.
+    """
     if q.shape[-2] == 1:
         return (q * k).sum(dim=-1, keepdim=True) * v
+
+    # Split the tokens into an early and a late half.
     q, k, v, b = (x.unflatten(-2, (2, -1)) for x in (q, k, v, b))
-    (q2, b2), (k1, v1, b1) = (x[..., 1, :, :] for x in (q, b)), (x[..., 0, :, :] for x in (k, v, b))
-    between = b1[..., -1:, :]
-    across = ((q2 * (b2 - between).exp()) @ (k1 * (between - b1).exp()).mT) @ v1
-    early, late = _halved(q, k, v, b).unbind(dim=-3)
+    late_q, late_b = (x[..., 1, :, :] for x in (q, b))
+    early_k, early_v, early_b = (x[..., 0, :, :] for x in (k, v, b))
+
+    between = early_b[..., -1:, :]
+    weights = (late_q * (late_b - between).exp()) @ (early_k * (between - early_b).exp()).mT
+    across = weights @ early_v
+    early, late = _attend_by_halves(q, k, v, b).unbind(dim=-3)
     return torch.cat([early, late + across], dim=-2)
 
 
 def fla(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """Call flash-linear-attention, whose layout is (N, T, heads, e)."""
     from fla.ops.gla import chunk_gla
 
-    out, _ = chunk_gla(
-        *(x.transpose(1, 2).contiguous() for x in (q, k, v, g))
-    )  # its layout is (N, T, heads, e)
+    out, _ = chunk_gla(*(x.transpose(1, 2).contiguous() for x in (q, k, v, g)))
     return out.transpose(1, 2)
 
 
@@ -106,9 +133,8 @@ def _fla_installed() -> bool:
 
 
 def _fla_supports(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> bool:
-    return (
-        q.is_cuda and q.dtype in (torch.float16, torch.bfloat16, torch.float32) and _fla_installed()
-    )
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    return q.is_cuda and q.dtype in dtypes and _fla_installed()
 
 
 def _fla_pays(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> bool:
@@ -119,23 +145,18 @@ def _fla_pays(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> bool:
     )
 
 
-def shape(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-    """What comes out on the meta device, where there is nothing to compute."""
-    return torch.empty_like(v)
-
-
-def macs(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> int:
-    """Two an element of the state and token, as the recurrence has them: decay and update, and the query's product."""
+def count_macs(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> int:
+    """Count two for each element of the state and token: the update, and the query's product."""
     return 2 * q.numel() * v.shape[-1]
 
 
 gated_linear = Op(
     "gated_linear",
     [
-        Choice("shape", shape, lambda q, *rest: q.is_meta),
+        meta_choice(like=2),
         Choice("fla", fla, _fla_supports, _fla_pays),
         Choice("chunked", chunked),
         Choice("reference", reference),
     ],
-    macs,
+    count_macs,
 )

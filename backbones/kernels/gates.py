@@ -1,5 +1,7 @@
-"""What gates are made of, differentiated with fewer passes over large tensors than PyTorch makes: it multiplies by the one of `value=1`
-in a product's gradient, and writes out, in another layout than the activation's, the gradient of a mean, the same for all pixels.
+"""What gates are made of, with fewer passes over large tensors backward than PyTorch makes.
+
+PyTorch multiplies a product's gradient by `value=1`. It also writes out the gradient of a mean,
+which is the same for all pixels, in another layout than the activation's.
 """
 
 from __future__ import annotations
@@ -24,12 +26,13 @@ class _AddCMul(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, b = ctx.saved_tensors
-        of_x, of_a, of_b = ctx.needs_input_grad
+        wants_x, wants_a, wants_b = ctx.needs_input_grad
+        # Autograd sums over what was broadcast.
         return (
-            grad if of_x else None,
-            grad * b if of_a else None,
-            grad * a if of_b else None,
-        )  # autograd sums what was broadcast
+            grad if wants_x else None,
+            grad * b if wants_a else None,
+            grad * a if wants_b else None,
+        )
 
 
 class _Mean(torch.autograd.Function):
@@ -41,28 +44,27 @@ class _Mean(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return (grad / (ctx.shape[2] * ctx.shape[3])).expand(
-            ctx.shape
-        )  # added as it is to the other gradients of x
+        # The expanded gradient is never written out, only added to the other gradients of x.
+        return (grad / (ctx.shape[2] * ctx.shape[3])).expand(ctx.shape)
 
 
 def _pays(*args: Tensor) -> bool:
-    return (
-        torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    )  # a compiler leaves such passes out by itself
+    # A compiler drops such passes by itself.
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
+def _reference_pool(x: Tensor) -> Tensor:
+    return F.adaptive_avg_pool2d(x, 1)
+
+
+# x + a b, of shapes that broadcast to one.
 addcmul = Op(
     "addcmul",
     [Choice("fewer_passes", _AddCMul.apply, pays=_pays), Choice("reference", torch.addcmul)],
 )
-"""x + a b, of shapes that broadcast to one."""
 
+# Global average pooling: (N, C, H, W) -> (N, C, 1, 1).
 pool = Op(
     "pool",
-    [
-        Choice("fewer_passes", _Mean.apply, pays=_pays),
-        Choice("reference", lambda x: F.adaptive_avg_pool2d(x, 1)),
-    ],
+    [Choice("fewer_passes", _Mean.apply, pays=_pays), Choice("reference", _reference_pool)],
 )
-"""Global average pooling: (N, C, H, W) -> (N, C, 1, 1)."""

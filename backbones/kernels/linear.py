@@ -1,7 +1,10 @@
-"""Linear layers, and 1x1 convolutions as linear layers: Linear's (out, in) weight, x (..., in) -> (..., out).
+"""Linear layers, and 1x1 convolutions as linear layers.
 
-On a CPU PyTorch multiplies float32 matrices by MKL and convolves by oneDNN. MKL runs at less than half its speed on
-processors that are not Intel's, where a network of linear layers would look slow beside one of convolutions; here both use oneDNN.
+`linear` takes Linear's (out, in) weight: x (..., in) -> (..., out).
+
+On a CPU, PyTorch multiplies float32 matrices with MKL and convolves with oneDNN. On processors
+that are not Intel's, MKL reaches less than half its speed, so a network of linear layers would
+look slow beside a network of convolutions. Here both use oneDNN.
 """
 
 from __future__ import annotations
@@ -16,9 +19,13 @@ from torch.autograd.function import once_differentiable
 from backbones.kernels.op import Choice, Op
 
 _ONEDNN = torch.backends.mkldnn.is_available()
-WORTHWHILE = 2**22  # multiply-accumulates; below, a call costs more than it saves
-FEW = 256  # rows
-WIDE = 128  # channels from which other sums than the reference's are asked for; the committed records of narrower networks hold its bits
+# Multiply-accumulates below which a call of oneDNN costs more than it saves.
+WORTHWHILE = 2**22
+# Rows below which an operand is not worth laying out anew.
+FEW = 256
+# Channels from which another order of summation than the reference's is allowed. The committed
+# records of narrower networks hold the reference's bits.
+WIDE = 128
 
 
 @torch.library.custom_op(
@@ -26,23 +33,26 @@ WIDE = 128  # channels from which other sums than the reference's are asked for;
     mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
 )
-def _opaque(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """For the compiler, whose own version of oneDNN's product takes constant weights only."""
+def _opaque_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Hide the product from the compiler, whose own oneDNN product takes constant weights only."""
     return _product(x, weight, bias)
 
 
-@_opaque.register_fake
+@_opaque_product.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], len(weight)))
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiply by the transposed weight with oneDNN."""
     if torch.compiler.is_compiling():
-        return _opaque(x, weight, bias)
+        return _opaque_product(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 class _OneDNN(torch.autograd.Function):
+    """A linear layer whose three products run on oneDNN."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
@@ -53,32 +63,34 @@ class _OneDNN(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        rows, grads = (
-            x.reshape(-1, x.shape[-1]),
-            grad.reshape(-1, grad.shape[-1]),
-        )  # (M, in), (M, out)
+        rows = x.reshape(-1, x.shape[-1])  # (M, in)
+        grads = grad.reshape(-1, grad.shape[-1])  # (M, out)
         grad_x = _product(grads, weight.t()).view(x.shape) if wants_x else None
-        grad_weight = _wide(grads, rows) if wants_weight else None
-        return grad_x, grad_weight, grads.sum(0) if wants_bias else None
+        grad_weight = _multiply_transposed(grads, rows) if wants_weight else None
+        grad_bias = grads.sum(0) if wants_bias else None
+        return grad_x, grad_weight, grad_bias
 
 
-def _wide(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b, (M, p), (M, q) -> (p, q), with the wider of the two as the weight, which oneDNN repacks faster.
+def _multiply_transposed(a: Tensor, b: Tensor) -> Tensor:
+    """Return a^T b: (M, p), (M, q) -> (p, q).
 
-    Of few rows, as a condition has, that is less than it costs to lay the result out as the weight is.
+    oneDNN repacks its weight faster if the wider operand is the weight. With few rows, as a
+    condition has, that saves less than it costs to lay the result out as the weight is.
     """
-    return (
-        _product(b.t(), a.t()).t()
-        if a.shape[1] > b.shape[1] and len(a) > FEW
-        else _product(a.t(), b.t())
-    )
+    if a.shape[1] > b.shape[1] and len(a) > FEW:
+        return _product(b.t(), a.t()).t()
+    return _product(a.t(), b.t())
 
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return _OneDNN.apply(x, weight, bias) if torch.is_grad_enabled() else _product(x, weight, bias)
+    """Multiply with oneDNN, forward and backward."""
+    if torch.is_grad_enabled():
+        return _OneDNN.apply(x, weight, bias)
+    return _product(x, weight, bias)
 
 
 def supports(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Tell whether oneDNN takes the tensors: float32 on a CPU, without autocast."""
     return (
         x.is_cpu
         and x.dtype == weight.dtype == torch.float32
@@ -87,39 +99,49 @@ def supports(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     )
 
 
-def _pays(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+def _onednn_pays(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     return x.numel() * len(weight) >= WORTHWHILE
 
 
-linear = Op("linear", [Choice("onednn", onednn, supports, _pays), Choice("reference", F.linear)])
+linear = Op(
+    "linear", [Choice("onednn", onednn, supports, _onednn_pays), Choice("reference", F.linear)]
+)
 
 
 def as_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Channels last, the pixels are the rows of a matrix as they lie."""
+    """Multiply the pixels as the rows of a matrix, as they lie with channels last."""
     return linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
-def _rows_pay(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """oneDNN's convolution is the faster of the two in several threads, forward and backward, and the slower in one, and of single pixels."""
+def _linear_pays(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Tell whether a matrix product beats oneDNN's convolution.
+
+    It does for single pixels, and in one thread; with several threads the convolution is faster.
+    """
     if x.shape[2] * x.shape[3] == 1 and min(weight.shape[:2]) >= WIDE:
         return supports(x, weight)
-    if torch.compiler.is_compiling():  # which cannot ask for threads
+    # A compiler cannot ask for the number of threads.
+    if torch.compiler.is_compiling():
         return False
     return (
         torch.get_num_threads() == 1
         and x.is_contiguous(memory_format=torch.channels_last)
         and supports(x, weight)
-        and _pays(x, weight)
+        and _onednn_pays(x, weight)
     )
 
 
 class _Row(torch.autograd.Function):
-    """oneDNN's gradient of a 1x1 convolution's weight is the slower the squarer the image, and slower still with the bias's in it."""
+    """A 1x1 convolution of all pixels in one row.
+
+    oneDNN's gradient of the weight is slower the squarer the image is, and slower still together
+    with the gradient of the bias.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        out = F.conv2d(_one_row(x), weight, bias)
+        out = F.conv2d(_as_one_row(x), weight, bias)  # (1, C_out, 1, N H W)
         return out.permute(0, 2, 3, 1).view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
 
     @staticmethod
@@ -127,33 +149,33 @@ class _Row(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        row = _one_row(grad)
+        row = _as_one_row(grad)
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
             row,
-            _one_row(x),
+            _as_one_row(x),
             weight,
-            None,
-            [1, 1],
-            [0, 0],
-            [1, 1],
-            False,
-            [0, 0],
-            1,
-            [wants_x, wants_weight, False],
+            bias_sizes=None,
+            stride=[1, 1],
+            padding=[0, 0],
+            dilation=[1, 1],
+            transposed=False,
+            output_padding=[0, 0],
+            groups=1,
+            output_mask=[wants_x, wants_weight, False],
         )
         if wants_x:
-            grad_x = (
-                grad_x.permute(0, 2, 3, 1).reshape(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
-            )
+            pixels = grad_x.permute(0, 2, 3, 1).reshape(len(x), *x.shape[2:], -1)
+            grad_x = pixels.permute(0, 3, 1, 2)
         return grad_x, grad_weight, row.sum((0, 2, 3)) if wants_bias else None
 
 
-def _one_row(x: Tensor) -> Tensor:
-    """The pixels of a batch as those of one image of one row, channels last: (N, C, H, W) -> (1, C, 1, N H W)."""
+def _as_one_row(x: Tensor) -> Tensor:
+    """View a batch as one image of one row, channels last: (N, C, H, W) -> (1, C, 1, N H W)."""
     return x.permute(0, 2, 3, 1).reshape(1, 1, -1, x.shape[1]).permute(0, 3, 1, 2)
 
 
 def as_row(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Convolve all pixels of the batch as one row."""
     return _Row.apply(x, weight, bias)
 
 
@@ -163,12 +185,13 @@ def _row_pays(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last) and x.shape[2] * x.shape[3] > 1
 
 
+# A 1x1 convolution: x (N, C, H, W), weight (C_out, C, 1, 1), bias (C_out,) or None
+# -> (N, C_out, H, W).
 pointwise = Op(
     "pointwise",
     [
-        Choice("linear", as_linear, pays=_rows_pay),
+        Choice("linear", as_linear, pays=_linear_pays),
         Choice("row", as_row, supports, _row_pays),
         Choice("reference", F.conv2d),
     ],
 )
-"""A 1x1 convolution: x (N, C, H, W), weight (C_out, C, 1, 1), bias (C_out,) or None -> (N, C_out, H, W)."""

@@ -1,73 +1,81 @@
-"""Selection among implementations of one operation."""
+"""Select one of several implementations of an operation."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import wraps
 from typing import Any
 
 import torch
 
-_forced: dict[str, str] = {}
+Counter = Callable[[int], AbstractContextManager[None]]
+
 _ops: dict[str, Op] = {}
-_counters: list[Callable[[int], AbstractContextManager[None]]] = []
+_forced: dict[str, str] = {}
+_counters: list[Counter] = []
 _observers: list[Callable[..., None]] = []
+
+
+def always(*args: Any, **kwargs: Any) -> bool:
+    """Accept every call."""
+    return True
+
+
+def never(*args: Any, **kwargs: Any) -> bool:
+    """Accept no call: such a choice is taken only by force, until a measurement shows it pays."""
+    return False
 
 
 @dataclass(eq=False)
 class Choice:
-    """One implementation. `supports` answers for the arguments of a call, without running it; where it does but does not
-    `pay`, the choice is taken only by force. `ran` tells whether it did since `reset_used`."""
+    """One implementation of an operation."""
 
     name: str
+    # The implementation, with the operation's signature.
     run: Callable[..., Any]
-    supports: Callable[..., bool] = lambda *args, **kwargs: True
-    pays: Callable[..., bool] = lambda *args, **kwargs: True
+    # Whether it can take the arguments of a call.
+    supports: Callable[..., bool] = always
+    # Whether it is worth taking; one that does not pay is taken only by force.
+    pays: Callable[..., bool] = always
+    # Whether it ran since `reset_used`.
     ran: bool = field(default=False, init=False)
 
 
-def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Leave a function out of compiled graphs, as `torch.compiler.disable` does.
+def meta_choice(like: int = 0) -> Choice:
+    """Return the choice of the meta device, which computes nothing.
 
-    `torch.compiler.disable` imports the compiler, which takes seconds. This waits until something
-    else has imported it: before that, nothing can be compiled.
+    Args:
+        like: index of the argument that has the output's shape and dtype.
     """
-    disabled: Callable[..., Any] | None = None
-
-    @wraps(function)
-    def call(*args: Any) -> Any:
-        nonlocal disabled
-        if "torch._dynamo" not in sys.modules:
-            return function(*args)
-        if disabled is None:
-            disabled = torch.compiler.disable(function)
-        return disabled(*args)
-
-    return call
+    return Choice(
+        "shape", lambda *args: torch.empty_like(args[like]), lambda *args: args[0].is_meta
+    )
 
 
 class Op:
-    """An operation: `choices` from most to least wanted; the last is the reference and supports everything.
-
-    `macs` is the closed-form count of a call, for an operation whose implementations differ in what a counter sees.
-    """
+    """An operation with several implementations, called like a function."""
 
     def __init__(
         self, name: str, choices: list[Choice], macs: Callable[..., int] | None = None
     ) -> None:
-        self.name, self.choices, self.macs = (
-            name,
-            {choice.name: replace(choice) for choice in choices},
-            macs,
-        )
+        """Register the operation.
+
+        Args:
+            name: as `use` and records name it.
+            choices: from most to least wanted. The last is the reference and supports everything.
+            macs: multiply-accumulates of a call in closed form. It is needed if a counter would
+                see different work in different implementations.
+        """
+        self.name = name
+        self.choices = {choice.name: replace(choice) for choice in choices}
+        self.macs = macs
         _ops[name] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         choice = self._pick(*args, **kwargs)
-        choice.ran = True  # an attribute that nothing here reads: a compiled graph sets it at every call, and depends on none of it
+        # Nothing here reads this attribute, so a compiled graph sets it and does not depend on it.
+        choice.ran = True
         for observer in _observers:
             observer(self.name, *args, **kwargs)
         if self.macs and _counters:
@@ -76,11 +84,13 @@ class Op:
         return choice.run(*args, **kwargs)
 
     def _pick(self, *args: Any, **kwargs: Any) -> Choice:
-        if forced := _forced.get(self.name):
+        forced = _forced.get(self.name)
+        if forced:
             choice = self.choices[forced]
             if not choice.supports(*args, **kwargs):
                 raise ValueError(
-                    f"{self.name} was forced to {forced!r}, which is not installed or does not take this device, dtype or bias"
+                    f"{self.name} was forced to {forced!r}, which is not installed "
+                    "or does not take this device, dtype or bias"
                 )
             return choice
         return next(
@@ -91,8 +101,11 @@ class Op:
 
 
 @contextmanager
-def counting(counter: Callable[[int], AbstractContextManager[None]]) -> Iterator[None]:
-    """While active, an op that has `macs` runs inside `counter(macs)`, which adds them and nothing that it sees."""
+def counting(counter: Counter) -> Iterator[None]:
+    """Run every op that has `macs` inside `counter(macs)` while active.
+
+    The counter adds the closed form and nothing that it sees inside.
+    """
     _counters.append(counter)
     try:
         yield
@@ -102,7 +115,7 @@ def counting(counter: Callable[[int], AbstractContextManager[None]]) -> Iterator
 
 @contextmanager
 def observing(observer: Callable[..., None]) -> Iterator[None]:
-    """While active, `observer(name, *args)` hears of every call of an op before it runs."""
+    """Call `observer(name, *args)` before every call of an op while active."""
     _observers.append(observer)
     try:
         yield
@@ -112,14 +125,18 @@ def observing(observer: Callable[..., None]) -> Iterator[None]:
 
 @contextmanager
 def use(**choices: str) -> Iterator[None]:
-    """Force implementations by name, e.g. `use(attention="reference")`; ValueError lists the known ones."""
+    """Force implementations by name while active, for example `use(attention="reference")`.
+
+    Raises:
+        ValueError: an op or an implementation is unknown; the message lists the known ones.
+    """
     for name, choice in choices.items():
         if name not in _ops:
             raise ValueError(f"unknown kernel {name!r}; known: {', '.join(sorted(_ops))}")
         if choice not in _ops[name].choices:
-            raise ValueError(
-                f"{name} has no implementation {choice!r}; known: {', '.join(_ops[name].choices)}"
-            )
+            known = ", ".join(_ops[name].choices)
+            raise ValueError(f"{name} has no implementation {choice!r}; known: {known}")
+
     before = dict(_forced)
     _forced.update(choices)
     try:
@@ -130,20 +147,25 @@ def use(**choices: str) -> Iterator[None]:
 
 
 def references() -> dict[str, str]:
-    """What `use` takes to force the reference of every op."""
+    """Return the arguments of `use` that force the reference of every op."""
     return {name: list(op.choices)[-1] for name, op in _ops.items()}
 
 
 def used() -> dict[str, list[str]]:
-    """The implementations that ran since `reset_used`, by op; in a replay of a CUDA graph nothing is heard of them."""
-    found = {
-        name: sorted(choice.name for choice in op.choices.values() if choice.ran)
-        for name, op in sorted(_ops.items())
-    }
-    return {name: choices for name, choices in found.items() if choices}
+    """Return the implementations of each op that ran since `reset_used`.
+
+    The replay of a CUDA graph runs no Python, so its implementations are not seen.
+    """
+    ran: dict[str, list[str]] = {}
+    for name, op in sorted(_ops.items()):
+        names = sorted(choice.name for choice in op.choices.values() if choice.ran)
+        if names:
+            ran[name] = names
+    return ran
 
 
 def reset_used() -> None:
+    """Forget which implementations ran."""
     for op in _ops.values():
         for choice in op.choices.values():
             choice.ran = False

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from experiments.engine.cluster import slurm
-from experiments.engine.cluster.launch import Cluster, run_plan
+from experiments.engine.cluster.launch import Cluster, require_sources, run_plan
 from experiments.engine.cluster.site import load_site, warn_of_unknown_rows
 from experiments.engine.cluster.status import status
-from experiments.engine.data.locate import require_data, require_features
 from experiments.engine.jobs.plan import Plan, TablePlan, describe
 from experiments.engine.jobs.pool import unwind
 from experiments.engine.records.store import REPOSITORY, Store
@@ -28,8 +27,8 @@ from experiments.engine.reporting.render import FORMATS, render
 from experiments.engine.reporting.tables import comparison_sheet, main_sheet
 from experiments.engine.specs.rows import Table
 from experiments.engine.specs.selection import Selection
-from experiments.engine.specs.spec import FACTOR, Data
-from experiments.engine.specs.stages import Protocol, cost_stages, evaluate_stage
+from experiments.engine.specs.spec import FACTOR
+from experiments.engine.specs.stages import Protocol, cost_stages
 
 DEVICES = ("cpu", "cuda")
 
@@ -112,7 +111,7 @@ def _run_table(
         warn_of_unknown_rows(labels_of(tables.values()))
 
     outcome = carry_out(
-        plan, args, store, arguments, lambda: _require_sources(selection), args.workers
+        plan, args, store, arguments, lambda: require_sources(selection), args.workers
     )
     if outcome is not Outcome.ANSWERED:
         _print_table(selection, store, args.format)
@@ -120,7 +119,7 @@ def _run_table(
 
 
 def _select(table: Table, protocol: Protocol, args: argparse.Namespace) -> TablePlan:
-    """Return a plan for the selected part of a table. Raise ValueError if it cannot run as one command."""
+    """Return the plan of the selected rows. Raise ValueError if one command cannot run them."""
     rows = list(table.rows) if args.rows is None else [table.row(label) for label in args.rows]
 
     # A paper's own recipe holds for one resolution.
@@ -132,7 +131,7 @@ def _select(table: Table, protocol: Protocol, args: argparse.Namespace) -> Table
         )
 
     # Counts, timings and scores of one sheet come from one kind of device.
-    devices = {chosen_device(args, row.label) for row in rows}
+    devices = {device_of(args, row.label) for row in rows}
     if len(devices) > 1:
         raise ValueError(
             "the site file puts some of these rows on GPUs and others on CPUs; "
@@ -142,19 +141,6 @@ def _select(table: Table, protocol: Protocol, args: argparse.Namespace) -> Table
     named = args.rows is not None
     selection = Selection(table, rows, protocol, args.seeds, device, named)
     return TablePlan(selection, acceleration_flags(args, device))
-
-
-def _require_sources(selection: Selection) -> None:
-    """Raise ValueError if data or score features of the selection are missing here."""
-    if selection.table.counts_only:
-        return
-    sets: dict[str, Data] = {}
-    for row in selection.networks:
-        for training in evaluate_stage(row, selection.protocol, 0).trainings:
-            sets[training.data.name] = training.data
-    for data in sets.values():
-        require_data(data)
-    require_features(evaluate_stage(selection.table.baseline, selection.protocol, 0))
 
 
 def _print_table(selection: Selection, store: Store, style: str) -> None:
@@ -239,7 +225,7 @@ def labels_of(tables: Iterable[Table]) -> list[str]:
     return [row.label for table in tables for row in (*table.rows, *table.outside)]
 
 
-def chosen_device(args: argparse.Namespace, row: str) -> str:
+def device_of(args: argparse.Namespace, row: str) -> str:
     """Return the device of a row: that of --device, of the site on Slurm, or of this machine."""
     if args.cluster != Cluster.SLURM:
         return args.device or ("cuda" if Path("/dev/nvidia0").exists() else "cpu")
@@ -254,7 +240,7 @@ def chosen_device(args: argparse.Namespace, row: str) -> str:
     return device
 
 
-def acceleration_flags(args: argparse.Namespace, device: str) -> dict[str, bool]:
+def acceleration_flags(args: argparse.Namespace, device: str) -> dict[str, Any]:
     """Return --compile and --graphs, where they are set, as resources of the trainer.
 
     On Slurm they are added to what the site file sets.

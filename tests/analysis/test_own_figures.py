@@ -1,4 +1,4 @@
-"""What a figure shows of our own records: trainings on ImageNet beside the authors', with the errors that records hold."""
+"""Figures of our own records: what is drawn, with which errors, in which colours and labels."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.text import Text
 
+from analysis.figures.catalogue import FIGURES
 from analysis.figures.efficiency import training_efficiency
 from analysis.figures.modes import numeric_modes
 from analysis.figures.runtime import runtime
+from analysis.figures.style import Point, figure, label_points, palette
 from analysis.figures.throughput import fid_against_throughput
 from analysis.figures.training import losses, scores_over_training
 from analysis.query import ReferenceStore
@@ -71,19 +74,15 @@ def on_gpu(name: str, side: int) -> Timing:
 
 
 def bars(axes: Any) -> list[list[tuple[float, float]]]:
-    """Both ends of every error bar, in drawing order, without those of unknown length."""
+    """Return both ends of every error bar, in drawing order, without those of unknown length."""
     lines = [container.lines[2] for container in axes.containers if hasattr(container, "has_xerr")]
-    ends = [
-        [tuple(map(float, point)) for point in segment]
-        for found in lines
-        for part in found
-        for segment in part.get_segments()
-    ]
+    segments = [segment for parts in lines for part in parts for segment in part.get_segments()]
+    ends = [[(float(x), float(y)) for x, y in segment] for segment in segments]
     return [bar for bar in ends if bar and not math.isnan(sum(map(sum, bar)))]
 
 
-def said(made: Any) -> str:
-    return made.get_supxlabel().replace("\n", " ")
+def remarks(drawing: Any) -> str:
+    return drawing.get_supxlabel().replace("\n", " ")
 
 
 def labelled(axes: Any) -> dict[str, Any]:
@@ -109,11 +108,11 @@ def test_figure_9_draws_our_longest_training_over_the_authors(tmp_path: Path):
     whole = {"steps": 3_750_000, "curve": {"every": 2_000_000, "losses": [0.15, 0.14]}}
     store.append(train_stage(*CONFIGURATIONS["DiCo-XL 256"], 0), "done", whole, PROVENANCE)
     assert (
-        said(losses(ReferenceStore(tmp_path / "none")))
+        remarks(losses(ReferenceStore(tmp_path / "none")))
         == "ours on ImageNet 256: 0 of the 4 trainings are recorded here"
     )
-    made = losses(sources(store))
-    for panel in made.axes[:2]:
+    drawing = losses(sources(store))
+    for panel in drawing.axes[:2]:
         ours = labelled(panel)
         assert ours["DiCo-S, ours"].get_xdata().tolist() == [20.0, 60.0, 90.0] and set(
             ours["DiCo-S, ours"].get_ydata()
@@ -122,7 +121,7 @@ def test_figure_9_draws_our_longest_training_over_the_authors(tmp_path: Path):
             ours["DiCo-XL, ours"].get_xdata().tolist() == [1000.0, 2875.0]
             and "DiCo-B, ours" not in ours
         )
-    assert said(made) == "ours on ImageNet 256: 2 of the 4 trainings are recorded here"
+    assert remarks(drawing) == "ours on ImageNet 256: 2 of the 4 trainings are recorded here"
 
 
 def test_training_efficiency_draws_our_trainings_by_counts_and_hours(tmp_path: Path):
@@ -144,11 +143,11 @@ def test_training_efficiency_draws_our_trainings_by_counts_and_hours(tmp_path: P
         PROVENANCE | {"device": "cpu"},
     )
     assert (
-        said(training_efficiency(ReferenceStore(tmp_path / "none")))
+        remarks(training_efficiency(ReferenceStore(tmp_path / "none")))
         == "ours on ImageNet 256: 0 of the 32 published points left, 0 in the middle"
     )
-    made = training_efficiency(sources(store))
-    left, middle = made.axes[:2]
+    drawing = training_efficiency(sources(store))
+    left, middle = drawing.axes[:2]
     macs, hours = (labelled(panel)["DiCo-S, ours"] for panel in (left, middle))
     assert macs.get_xdata().tolist() == [
         3 * 256 * 4e9 * steps for steps in (50_000, 100_000)
@@ -157,7 +156,10 @@ def test_training_efficiency_draws_our_trainings_by_counts_and_hours(tmp_path: P
         [8 * 100_000 * 256 / 2560 / 3600]
     ) and hours.get_ydata().tolist() == [70.0]
     assert [[y for _, y in bar] for bar in bars(left)] == [[89.5, 90.5], [69.5, 70.5]]
-    assert said(made) == "ours on ImageNet 256: 2 of the 32 published points left, 1 in the middle"
+    assert (
+        remarks(drawing)
+        == "ours on ImageNet 256: 2 of the 32 published points left, 1 in the middle"
+    )
 
 
 def test_figure_2_has_the_errors_of_score_and_speed(tmp_path: Path):
@@ -203,3 +205,45 @@ def test_a_speed_up_has_the_spread_of_both(tmp_path: Path):
     _, right = numeric_modes(sources(store)).axes
     ((low, high),) = ([x for x, _ in bar] for bar in bars(right))
     assert (low, high) == (pytest.approx(3 - 0.15), pytest.approx(3 + 0.15))
+
+
+def test_a_palette_gives_every_series_a_colour_of_its_own():
+    names = [f"series {number}" for number in range(20)]
+    colors = palette(names)
+    assert list(colors) == names
+    assert len(set(colors.values())) == 20
+    assert palette(names[:3]) == {name: colors[name] for name in names[:3]}
+    with pytest.raises(ValueError, match="21 series in one figure; the palette has 20"):
+        palette([*names, "one more"])
+
+
+@pytest.mark.parametrize("name", ["table4_score_speed", "figure9_losses", "figure4_locality"])
+def test_no_two_series_of_a_figure_share_a_colour(name: str):
+    """Of one panel; dashes and marks alone do not tell two series apart."""
+    from matplotlib.colors import to_hex
+
+    for axes in FIGURES[name](ReferenceStore()).axes:
+        handles, labels = axes.get_legend_handles_labels()
+        colors = {}
+        for handle, label in zip(handles, labels, strict=True):
+            line = handle[0] if isinstance(handle, tuple) else handle
+            colors[label] = to_hex(line.get_color())
+        assert len(set(colors.values())) == len(labels), colors
+
+
+def test_labels_stand_inside_the_panel_and_cover_no_mark_or_label():
+    drawing, axes = figure(5, 4)
+    axes.set_xlim(0, 10)
+    axes.set_ylim(0, 10)
+    places = [(1, 1), (1.4, 1), (9.8, 9.8), (5, 5), (5.1, 5.1), (5, 4.8)]
+    points = [Point(f"row {x}", x, y, (0, 0, 0)) for x, y in places]
+    label_points(axes, points)
+    drawing.draw_without_rendering()
+    frame = axes.get_window_extent()
+    boxes = [Text.get_window_extent(text) for text in axes.texts]
+    assert [text.get_text() for text in axes.texts] == [point.label for point in points]
+    for number, box in enumerate(boxes):
+        assert frame.x0 <= box.x0 and box.x1 <= frame.x1
+        assert frame.y0 <= box.y0 and box.y1 <= frame.y1
+        assert not any(box.overlaps(other) for other in boxes[:number])
+        assert not any(box.contains(*axes.transData.transform(place)) for place in places)

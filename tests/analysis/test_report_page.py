@@ -1,4 +1,4 @@
-"""The report page: what it holds, and how it behaves in a real headless Chromium without a network."""
+"""The report page: what it holds, and how it behaves in a headless Chromium without a network."""
 
 from __future__ import annotations
 
@@ -15,61 +15,78 @@ import pytest
 from analysis import report
 from analysis.build import FIGURES
 from analysis.page import browser as driver
-from analysis.page.browser import chromium, opened, waited
-from analysis.page.fragments import grids
+from analysis.page import templating
+from analysis.page.browser import chromium, open_page, read_waits
+from analysis.page.content import Table, sample_grids
+from analysis.page.templating import inert, render_template
 from analysis.query import ReferenceStore
 from experiments.engine.records.store import REPOSITORY
+from experiments.engine.reporting.sheet import Cell, Column, Kind, Note, NoteKind, Sheet
+from tests.support import page_scripts as scripts
+
+DESK, PHONE = 1400, 390
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page of the committed records, with two figures only, since a slow test has all."""
+    """The page of the committed records with two figures; a slow test has all of them."""
+    some = {name: FIGURES[name] for name in ("figure3_runtime", "seed_spread")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            report, "FIGURES", {name: FIGURES[name] for name in ("figure3_runtime", "seed_spread")}
-        )
-        return built(tmp_path_factory.mktemp("page"))
+        patch.setattr(report, "FIGURES", some)
+        return build(tmp_path_factory.mktemp("page"))
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return built(tmp_path_factory.mktemp("whole"))
+def whole_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("whole"))
 
 
-def built(folder: Path) -> Path:
+def build(folder: Path) -> Path:
     text, problems = report.build_page(ReferenceStore())
     assert not problems
-    (folder / "report.html").write_text(text, encoding="utf-8")
-    return folder / "report.html"
+    file = folder / "report.html"
+    file.write_text(text, encoding="utf-8")
+    return file
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with ExitStack() as stack:
         try:
-            made = stack.enter_context(chromium())
+            opened = stack.enter_context(chromium())
         except ValueError as error:
             pytest.skip(str(error))
-        yield made
+        yield opened
 
 
 def column(browser: Any, table: str, index: int) -> list[str]:
-    return browser.execute_script(
-        f"return [...document.querySelectorAll('#{table} tbody tr')].map(row => row.cells[{index}].textContent.trim())"
-    )
+    return browser.execute_script(scripts.COLUMN, table, index)
 
 
-def test_the_page_is_one_file_of_at_most_15_mb_that_asks_for_nothing(page: Path):
+def errors_of(browser: Any) -> list[dict[str, Any]]:
+    return [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+def test_the_page_is_one_small_file_that_asks_for_nothing(page: Path):
     text = page.read_text(encoding="utf-8")
-    shell = re.sub(
-        r'<script type="text/plain".*?</script>|<style>.*?</style>|src="data:[^"]*"',
-        "",
-        text,
-        flags=re.DOTALL,
-    )
-    assert page.stat().st_size < 15e6 and not re.search(
-        r"""(?:src|href)=["'](?!#)|url\(|@import|https?://""", shell
-    )
+    embedded = r'<script type="text/plain".*?</script>|<style>.*?</style>|src="data:[^"]*"'
+    shell = re.sub(embedded, "", text, flags=re.DOTALL)
+    assert page.stat().st_size < 15e6
+    assert not re.search(r"""(?:src|href)=["'](?!#)|url\(|@import|https?://""", shell)
+
+
+def test_what_records_say_is_escaped():
+    """A label cannot open a tag, and a library cannot end the script around it."""
+    sheet = Sheet("<b>title", [Column("a", "a<i>", kind=Kind.PROSE), Column("b", "b", digits=3)])
+    sheet.add_row({"a": Cell(label='"<script>'), "b": Cell(1.25, best=True)})
+    sheet.notes.append(Note(NoteKind.GENERAL, "5 < 6 & 7"))
+    text = render_template("one_table.html", table=Table(sheet, "name"))
+    assert "<script>" not in text
+    assert "<i>" not in text
+    assert "&lt;b&gt;title" in text
+    assert "5 &lt; 6 &amp; 7" in text
+    assert '<td data-order="1.25"><b>1.250</b></td>' in text
+    assert inert("a</script>b<!--") == r"a<\/script>b\u003c!--"
 
 
 def test_libraries_that_are_missing_are_one_line(
@@ -78,82 +95,107 @@ def test_libraries_that_are_missing_are_one_line(
     def gone(name: str) -> Path:
         raise ModuleNotFoundError(f"No module named {name!r}")
 
-    monkeypatch.setattr(report, "files", gone)
+    monkeypatch.setattr(templating, "files", gone)
     monkeypatch.setattr("sys.argv", ["report", "--output", str(tmp_path / "page.html")])
-    assert report.main() == 2 and not list(tmp_path.iterdir())
-    assert capsys.readouterr().err.splitlines() == [
-        "error: the page embeds plotly.js and DataTables, and No module named 'plotly'; pip install -e .[report]"
-    ]
+    assert report.main() == 2
+    assert not list(tmp_path.iterdir())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: the page needs Jinja, plotly.js and DataTables")
+    assert line.endswith("pip install -e .[report]")
 
 
-def test_what_could_not_be_built_stands_on_the_page(tmp_path: Path):
-    published = shutil.copytree(REPOSITORY / "results" / "published", tmp_path / "published")
+def copy_published(folder: Path) -> Path:
+    return shutil.copytree(REPOSITORY / "results" / "published", folder / "published")
+
+
+@pytest.fixture
+def only_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Build no table but the counts, no text and no claims, which take most of the time."""
+    monkeypatch.setattr(report, "SHEETS", {"counts": report.SHEETS["counts"]})
+    monkeypatch.setattr(report, "PAGES", ())
+    empty = Sheet("claims", [Column("claim", "claim")])
+    monkeypatch.setattr(report, "claims_sheet", lambda store: empty)
+
+
+def test_what_could_not_be_built_stands_on_the_page(
+    only_counts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    published = copy_published(tmp_path)
     (published / "table7.csv").unlink()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "FIGURES", {"figure8": FIGURES["figure8_scores_over_training"]})
-        text, problems = report.build_page(ReferenceStore(None, published))
+    sheets = report.SHEETS | {"table7": table7}
+    monkeypatch.setattr(report, "SHEETS", sheets)
+    monkeypatch.setattr(report, "FIGURES", {"figure8": FIGURES["figure8_scores_over_training"]})
+    text, problems = report.build_page(ReferenceStore(None, published))
     assert {problem.partition(":")[0] for problem in problems} == {"table7", "figure figure8"}
-    assert "Could not be built" in text and text.count("table7.csv: No such file") >= 3
+    assert "Could not be built" in text
+    assert text.count("table7.csv: No such file") >= 3
+
+
+def table7(store: ReferenceStore) -> Sheet:
+    from analysis.tables.paper import SHEETS
+
+    return SHEETS["table7"](store)
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "failure",
     [
         IndexError("list index out of range"),
         ZeroDivisionError("division by zero"),
         KeyError("fid"),
-        None,
     ],
 )
-def test_a_figure_that_fails_leaves_the_page_and_the_build(
-    wrong: Exception | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_figure_that_fails_leaves_the_rest_of_the_page(
+    failure: Exception, only_counts: None, monkeypatch: pytest.MonkeyPatch
 ):
-    """Of an unforeseen kind, or Figure 3 of a table without a throughput."""
-    published = shutil.copytree(REPOSITORY / "results" / "published", tmp_path / "published")
-    with open(published / "table2.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    with open(published / "table2.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(row | {"throughput_img_s": ""} for row in rows)
-
-    def fails(store: ReferenceStore) -> None:
+    def fail(store: ReferenceStore) -> None:
         """Never drawn."""
-        raise wrong
+        raise failure
 
-    monkeypatch.setattr(
-        report, "FIGURES", {"figure3": fails if wrong else FIGURES["figure3_runtime"]}
-    )
-    monkeypatch.setattr(report, "SHEETS", {"counts": report.SHEETS["counts"]})
-    text, problems = report.build_page(ReferenceStore(None, published))
-    assert [problem.partition(":")[0] for problem in problems] == ["figure figure3"] and str(
-        wrong or "table2.csv: no row has a throughput"
-    ) in problems[0]
+    monkeypatch.setattr(report, "FIGURES", {"figure3": fail})
+    text, problems = report.build_page(ReferenceStore())
+    (problem,) = problems
+    assert problem.startswith("figure figure3: ")
+    assert str(failure) in problem
     assert "figure3 could not be built" in text
 
 
-@pytest.mark.parametrize("width", [1400, 390])
+def test_figure_3_without_a_published_throughput_is_a_problem(
+    only_counts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    file = copy_published(tmp_path) / "table2.csv"
+    rows = list(csv.DictReader(file.read_text().splitlines()))
+    with open(file, "w", newline="") as stream:
+        writer = csv.DictWriter(stream, rows[0])
+        writer.writeheader()
+        writer.writerows(row | {"throughput_img_s": ""} for row in rows)
+    monkeypatch.setattr(report, "FIGURES", {"figure3": FIGURES["figure3_runtime"]})
+    _, problems = report.build_page(ReferenceStore(None, file.parent))
+    assert "table2.csv: no row has a throughput" in problems[0]
+
+
+@pytest.mark.parametrize("width", [DESK, PHONE])
 def test_the_page_loads_without_errors_and_fits(width: int, browser: Any, page: Path):
-    opened(browser, page, width)
-    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-    ready, drawn = waited(browser)
-    assert 0 < ready <= drawn and fits(browser, width)
+    open_page(browser, page, width)
+    assert not errors_of(browser)
+    waits = read_waits(browser)
+    assert 0 < waits.ready <= waits.drawn
+    assert browser.execute_script(scripts.FITS, width)
     assert browser.execute_script("return document.images.length") >= 3
 
 
 def test_the_page_is_timed_from_its_navigation_on(
     browser: Any, page: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """A line a width, in whose seconds the answer comes before the scatter."""
+    """Each width is one line, in which the tables answer before the scatter is drawn."""
     monkeypatch.setattr(driver, "chromium", lambda: nullcontext(browser))
     monkeypatch.setattr(driver, "ROUNDS", 1)
     lines = driver.timing(page)
-    assert [line.partition(" ")[0] for line in lines] == ["1400", "390"]
+    assert [line.partition(" ")[0] for line in lines] == [str(DESK), str(PHONE)]
     for line in lines:
         ready, drawn = (float(seconds) for seconds in re.findall(r"after ([0-9.]+) s", line))
-        assert 0 < ready <= drawn and line.endswith(
-            f"1 loads, Chromium {browser.capabilities['browserVersion']}"
-        )
+        assert 0 < ready <= drawn
+        assert line.endswith(f"1 loads, Chromium {browser.capabilities['browserVersion']}")
 
 
 def test_a_machine_without_a_browser_is_one_line(monkeypatch: pytest.MonkeyPatch):
@@ -162,102 +204,74 @@ def test_a_machine_without_a_browser_is_one_line(monkeypatch: pytest.MonkeyPatch
         pass
 
 
-def fits(browser: Any, width: int) -> bool:
-    """Whether the page has nothing to scroll to sideways, and what is wide scrolls inside a frame that the window holds."""
-    return browser.execute_script(
-        """
-        const inside = (element) => { const box = element.getBoundingClientRect(); return box.left >= 0 && box.right <= innerWidth && box.width > 0; };
-        const framed = (element, frame) => frame && inside(frame) && (inside(element) || getComputedStyle(frame).overflowX === 'auto');
-        return innerWidth === arguments[0] && document.scrollingElement.scrollWidth <= innerWidth
-            && [...document.images].every((image) => image.complete && image.naturalWidth > 300 && framed(image, image.closest('.frame')))
-            && [...document.querySelectorAll('table')].every((table) => framed(table, table.parentElement))
-            && ['#scatter', '#view', 'nav', 'header', '.tiles'].every((part) => inside(document.querySelector(part)));
-    """,
-        width,
-    )
-
-
-@pytest.mark.parametrize("width", [1400, 390])
+@pytest.mark.parametrize("width", [DESK, PHONE])
 def test_wide_tables_scroll_in_their_frames_and_keep_their_first_column(
     width: int, browser: Any, page: Path
 ):
-    opened(browser, page, width)
-    moved, kept = browser.execute_script("""
-        const frame = document.querySelector('#table1').parentElement, name = document.querySelector('#table1 tbody td'), before = name.getBoundingClientRect().left;
-        frame.scrollLeft = 100;
-        return [frame.scrollLeft, name.getBoundingClientRect().left - before];
-    """)
-    assert moved == 100 and abs(kept) <= 1
+    open_page(browser, page, width)
+    scrolled, first_column_moved = browser.execute_script(scripts.SCROLL_TABLE)
+    assert scrolled == 100
+    assert abs(first_column_moved) <= 1
     browser.execute_script("scrollTo(500, 0)")
     assert browser.execute_script("return scrollX") == 0
 
 
 def test_navigation_leads_to_sections_that_are_laid_out_late(browser: Any, page: Path):
-    opened(browser, page, 1400)
+    open_page(browser, page, DESK)
     for name in ("provenance", "figures", "counts", "claims"):
-        browser.execute_script(f"document.querySelector('nav a[href=\"#{name}\"]').click()")
-        top = browser.execute_async_script(
-            f"requestAnimationFrame(() => requestAnimationFrame(() => arguments[0](document.getElementById('{name}').getBoundingClientRect().top)))"
-        )
-        assert -5 <= top < 450 or browser.execute_script(
-            "return scrollY + innerHeight >= document.scrollingElement.scrollHeight - 1"
-        ), (name, top)
+        top = browser.execute_async_script(scripts.NAVIGATE, name)
+        at_the_end = browser.execute_script(scripts.AT_THE_END)
+        assert -5 <= top < 450 or at_the_end, (name, top)
 
 
-def test_what_does_not_fit_is_noticed(browser: Any, page: Path):
-    """A table out of its frame, an image that is none and a wide block each fail the check above."""
-    opened(browser, page, 390)
-    assert fits(browser, 390)
-    for spoil in (
-        "document.querySelector('main').append(document.querySelector('#table1'))",
-        "document.images[0].src = ''",
-        "document.body.append(Object.assign(document.createElement('pre'), {style: 'width: 800px; height: 9px'}))",
-    ):
-        opened(browser, page, 390)
-        browser.execute_script(spoil)
-        assert not fits(browser, 390)
+@pytest.mark.parametrize("spoil", scripts.SPOILS)
+def test_what_does_not_fit_is_noticed(spoil: str, browser: Any, page: Path):
+    """A table out of its frame, a broken image and a wide block each fail the check of fit."""
+    open_page(browser, page, PHONE)
+    assert browser.execute_script(scripts.FITS, PHONE)
+    browser.execute_script(spoil)
+    assert not browser.execute_script(scripts.FITS, PHONE)
 
 
 def test_tables_sort_and_filter(browser: Any, page: Path):
-    opened(browser, page, 1400)
+    open_page(browser, page, DESK)
     heading = "#table1 thead tr:last-child th:nth-child(7)"
     for direction in (1, -1):
         browser.execute_script(f"document.querySelector('{heading}').click()")
-        core = [float(text) for text in column(browser, "table1", 6)]
-        assert core == sorted(core, key=lambda value: direction * value) and len(set(core)) > 10
-    browser.execute_script(
-        "const box = document.querySelector('#table8_wrapper input'); box.value = 'DiT-XL'; box.dispatchEvent(new Event('input', { bubbles: true }))"
-    )
+        shown = [float(text) for text in column(browser, "table1", 6)]
+        assert shown == sorted(shown, key=lambda value: direction * value)
+        assert len(set(shown)) > 10
+    browser.execute_script(scripts.SEARCH, "#table8_wrapper input", "DiT-XL")
     assert column(browser, "table8", 0) == ["DiT-XL/2"]
 
 
 def test_claims_filter_by_their_evidence(browser: Any, page: Path):
-    opened(browser, page, 1400)
+    open_page(browser, page, DESK)
     total = len(column(browser, "claims-table", 0))
     for level in ("counted", "not yet"):
         tile = f"document.querySelector('[data-level=\"{level}\"]')"
         browser.execute_script(f"{tile}.click()")
         shown = column(browser, "claims-table", 3)
-        assert set(shown) == {level} and len(shown) == int(
-            browser.execute_script(f"return {tile}.querySelector('strong').innerText")
-        )
+        count = browser.execute_script(f"return {tile}.querySelector('strong').innerText")
+        assert set(shown) == {level}
+        assert len(shown) == int(count)
     browser.execute_script(f"{tile}.click()")
     assert len(column(browser, "claims-table", 0)) == total == 20
 
 
 def test_a_number_shows_its_record(browser: Any, page: Path):
-    opened(browser, page, 1400)
+    open_page(browser, page, DESK)
     browser.execute_script("document.querySelector('#table5 td[data-records] a').click()")
-    shown = browser.execute_script(
-        "const dialog = document.querySelector('dialog'); return dialog.open && dialog.querySelector('pre').innerText"
-    )
-    assert '"macs_core"' in shown and '"commit"' in shown
-    file = browser.execute_script("return document.querySelector('dialog summary').innerText")
-    assert file.startswith("results/reference/cost/") and (REPOSITORY / file).is_file()
+    shown = browser.execute_script(scripts.DIALOG_RECORD)
+    assert '"macs_core"' in shown
+    assert '"commit"' in shown
+    (file,) = browser.execute_script(scripts.DIALOG_FILES)
+    assert file.startswith("results/reference/cost/")
+    assert (REPOSITORY / file).is_file()
 
 
 @pytest.mark.parametrize(
-    "where",
+    "place",
     [
         "#digits p[data-records]",
         "#digits td[data-records]",
@@ -266,100 +280,73 @@ def test_a_number_shows_its_record(browser: Any, page: Path):
         "#claims-table td:nth-child(8)[data-records]",
     ],
 )
-def test_text_figures_and_samples_lead_to_their_records(where: str, browser: Any, page: Path):
-    opened(browser, page, 1400)
-    browser.execute_script(f"document.querySelector('{where} a.records').click()")
-    files = browser.execute_script(
-        "return document.querySelector('dialog').open && [...document.querySelectorAll('dialog summary')].map(entry => entry.innerText)"
-    )
-    assert files and all((REPOSITORY / file).is_file() for file in files)
+def test_text_figures_and_samples_lead_to_their_records(place: str, browser: Any, page: Path):
+    open_page(browser, page, DESK)
+    browser.execute_script(f"document.querySelector('{place} a.records').click()")
+    files = browser.execute_script(scripts.DIALOG_FILES)
+    assert files
+    assert all((REPOSITORY / file).is_file() for file in files)
 
 
-def test_every_number_of_ours_on_the_page_of_text_is_a_link(browser: Any, page: Path):
-    opened(browser, page, 1400)
-    bare = """return [...document.querySelectorAll('#digits td')].filter((cell) => {
-        const heading = cell.closest('table').querySelectorAll('thead tr:last-child th')[cell.cellIndex].textContent;
-        const above = cell.closest('table').querySelectorAll('thead tr')[0].textContent;
-        return cell.cellIndex > 0 && /[0-9]/.test(cell.textContent) && !/^(FID|IS|P|R)$/.test(heading) && !cell.querySelector('a.records');
-    }).map((cell) => cell.textContent)"""
-    assert browser.execute_script(bare) == []
+def test_every_number_of_ours_in_the_text_is_a_link(browser: Any, page: Path):
+    open_page(browser, page, DESK)
+    assert browser.execute_script(scripts.NUMBERS_WITHOUT_A_LINK) == []
 
 
-def test_a_page_without_grids_says_so_and_one_that_is_damaged_is_a_problem(tmp_path: Path):
+def test_a_grid_that_is_damaged_is_a_problem(tmp_path: Path):
     problems: list[str] = []
     (tmp_path / "digits.png").write_bytes(b"no image")
-    assert grids(tmp_path, ReferenceStore(), problems).startswith(
-        "<p>No grid of samples is committed"
-    )
-    assert problems == [
-        "samples: digits.png is no image; draw it again with python -m analysis.grid"
-    ]
+    assert sample_grids(tmp_path, ReferenceStore(), problems) == []
+    again = "draw it again with python -m analysis.grid"
+    assert problems == [f"samples: digits.png is no image; {again}"]
 
 
 def test_a_committed_grid_names_a_run_with_a_committed_record():
     problems: list[str] = []
     folder = REPOSITORY / "results" / "figures" / "samples"
-    shown = grids(folder, ReferenceStore(), problems)
-    assert (
-        not problems
-        and shown.count("<figcaption data-records=") == len(list(folder.glob("*.png"))) > 0
-    )
+    grids = sample_grids(folder, ReferenceStore(), problems)
+    assert not problems
+    assert len(grids) == len(list(folder.glob("*.png"))) > 0
+    assert all(grid.records for grid in grids)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [1400, 390])
-def test_the_whole_page_is_at_most_15_mb_and_runs_to_its_end(width: int, browser: Any, whole: Path):
-    """All figures: DOMContentLoaded has fired, the tables sort and the scatter stands when the scripts end, and nothing was logged."""
-    assert whole.stat().st_size < 15e6
-    opened(browser, whole, width)
-    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-    assert browser.execute_script(
-        "return performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd > 0 && Number(document.body.dataset.ready) > 0"
-    )
-    assert browser.execute_script(
-        "return document.querySelectorAll('#figures .plot img').length"
-    ) == len(FIGURES)
-    assert browser.execute_script(
-        "return document.querySelectorAll('table.dataTable').length == document.querySelectorAll('table').length"
-    )
-    assert fits(browser, width)
+@pytest.mark.parametrize("width", [DESK, PHONE])
+def test_the_whole_page_is_small_and_runs_to_its_end(width: int, browser: Any, whole_page: Path):
+    """With all figures, all tables sort, all images stand and nothing was logged."""
+    assert whole_page.stat().st_size < 15e6
+    open_page(browser, whole_page, width)
+    assert not errors_of(browser)
+    assert browser.execute_script(scripts.LOADED)
+    assert browser.execute_script(scripts.ALL_TABLES_SORT)
+    assert browser.execute_script(scripts.NUM_FIGURES) == len(FIGURES)
+    assert browser.execute_script(scripts.FITS, width)
 
 
-@pytest.mark.parametrize("width", [1400, 390])
+@pytest.mark.parametrize("width", [DESK, PHONE])
 def test_the_scatter_holds_its_points_inside_the_window(width: int, browser: Any, page: Path):
-    """In every view as many marks as the data have points, all of them within the plot."""
-    opened(browser, page, width)
-    views = browser.execute_script("return document.getElementById('view').options.length")
-    for index in range(views):
-        browser.execute_script(
-            "const view = document.getElementById('view'); view.value = arguments[0]; view.dispatchEvent(new Event('change'))",
-            index,
-        )
-        wanted, boxes = browser.execute_script("""
-            const scatter = document.getElementById('scatter'), marks = [...scatter.querySelectorAll('.point')].map((mark) => mark.getBoundingClientRect());
-            return [scatter.data.reduce((total, trace) => total + trace.x.length, 0), marks.map((box) => [box.left, box.right])];
-        """)
-        assert len(boxes) == wanted >= 4 and all(
-            0 <= left < right <= width for left, right in boxes
-        )
-    assert views >= 4
+    """Every view has as many marks as its data have points, and all lie within the plot."""
+    open_page(browser, page, width)
+    count = browser.execute_script("return document.getElementById('view').options.length")
+    assert count >= 4
+    for index in range(count):
+        browser.execute_script(scripts.CHOOSE_VIEW, index)
+        wanted, marks = browser.execute_script(scripts.MARKS)
+        assert len(marks) == wanted >= 4
+        assert all(0 <= left < right <= width for left, right in marks)
 
 
 def test_the_scatter_changes_its_view_and_answers_the_pointer(browser: Any, page: Path):
-    opened(browser, page, 1400)
+    open_page(browser, page, DESK)
     assert browser.execute_script("return document.querySelectorAll('#scatter .point').length") > 8
-    browser.execute_script(
-        "const view = document.getElementById('view'); view.value = view.options.length - 1; view.dispatchEvent(new Event('change'))"
-    )
+    last = browser.execute_script("return document.getElementById('view').options.length") - 1
+    browser.execute_script(scripts.CHOOSE_VIEW, last)
     browser.execute_script("Plotly.Fx.hover('scatter', [{ curveNumber: 0, pointNumber: 0 }])")
-    words = browser.execute_script(
-        "return document.querySelector('#scatter .hoverlayer').textContent"
-    )
-    assert "DiCo-S" in words and "seeds" in words and "click for 4 records" in words
-    browser.execute_script(
-        "const scatter = document.getElementById('scatter'); scatter.emit('plotly_click', { points: [{ customdata: scatter.data[0].customdata[0] }] })"
-    )
-    kinds = browser.execute_script(
-        "return document.querySelector('dialog').open && [...document.querySelectorAll('dialog summary')].map(entry => entry.innerText.split('/')[2])"
-    )
-    assert sorted(kinds) == ["evaluate"] * 3 + ["timing"]
+    hover = browser.execute_script(scripts.HOVER_TEXT)
+    for words in ("DiCo-S", "seeds", "click for 4 records"):
+        assert words in hover
+
+    browser.execute_script(scripts.CLICK_FIRST_POINT)
+    files = browser.execute_script(scripts.DIALOG_FILES)
+    kinds = sorted(file.split("/")[2] for file in files)
+    assert kinds == ["evaluate"] * 3 + ["timing"]

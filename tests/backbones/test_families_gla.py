@@ -1,24 +1,14 @@
-"""DiG's scan orders, names and refusals; DiffuSSM's pixels and directions. What every family must do is in test_backbones."""
+"""What is particular to DiG and DiffuSSM: scan orders, initial weights, pixels and directions."""
 
-import pytest
 import torch
 from torch import Tensor, nn
 
 import backbones
-
-
-def randomise(module: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(4)
-    for p in module.parameters():
-        if p.requires_grad:
-            p.data = torch.randn(p.shape, generator=generator).to(p) * (
-                p[0].numel() ** -0.5 if p.ndim > 1 else 0.3
-            )
-    return module
+from tests.support.networks import randomise
 
 
 def scan_orders(height: int, width: int) -> list[list[int]]:
-    """Where in row-major order each scanned token lies: rows, rows backwards, columns, columns backwards."""
+    """Return the row-major places of the tokens in scanned order: rows, columns and both back."""
     rows = [r * width + c for r in range(height) for c in range(width)]
     columns = [r * width + c for c in range(width) for r in range(height)]
     return [rows, rows[::-1], columns, columns[::-1]]
@@ -48,44 +38,6 @@ def test_dig_scans_in_four_orders_and_returns():
             .reshape(2, 8, 10, 10)
         )
         assert (model(x, t, y) - expected).abs().max() <= 1e-12 * expected.abs().max()
-
-
-def test_dig_s_2_has_the_authors_keys():
-    d, inner = 384, 1024
-    keys = {"pos_embed": (1, 256, d), "y_embedder.embedding_table.weight": (1001, d)}
-    biased = {
-        "x_embedder.proj": (d, 4, 2, 2),
-        "t_embedder.mlp.0": (d, 256),
-        "t_embedder.mlp.2": (d, d),
-        "final_layer.linear": (32, d),
-        "final_layer.adaLN_modulation.1": (2 * d, d),
-    }
-    for i in range(12):
-        block = {
-            "attn.q_proj": (d // 2, d),
-            "attn.k_proj": (d // 2, d),
-            "attn.v_proj": (d, d),
-            "attn.g_proj": (d, d),
-            "attn.o_proj": (d, d),
-        }
-        block |= {
-            "attn.gk_proj.0": (16, d),
-            "attn.g_norm_swish_gate": (64,),
-            "mlp.gate_proj": (2 * inner, d),
-            "mlp.down_proj": (d, inner),
-        }
-        keys |= {f"blocks.{i}.{name}.weight": shape for name, shape in block.items()}
-        biased |= {
-            f"blocks.{i}.attn.gk_proj.1": (d // 2, 16),
-            f"blocks.{i}.adaLN_modulation.1": (6 * d, d),
-            f"blocks.{i}.dw_conv": (d, 1, 3, 3),
-        }
-    keys |= {f"{name}.weight": shape for name, shape in biased.items()} | {
-        f"{name}.bias": shape[:1] for name, shape in biased.items()
-    }
-    with torch.device("meta"):
-        state = backbones.build("dig_s_2").state_dict()
-    assert {key: tuple(value.shape) for key, value in state.items()} == keys
 
 
 def test_dig_starts_with_quiet_mixers_and_identity_convolutions():
@@ -137,19 +89,3 @@ def test_diffussm_layer_sees_both_directions_pixel_by_pixel():
     for token in range(6):
         (gradient,) = torch.autograd.grad(layer(x, c)[0, token].sum(), x)
         assert bool(gradient.any(dim=-1).all())
-
-
-@pytest.mark.parametrize(
-    "name, options, words",
-    [
-        ("dig_s_2", {"input_size": 7}, ["divisible by patch", "7"]),
-        ("dig_s_2", {"heads": 5}, ["twice the heads", "384", "5"]),
-        ("dig_s_2", {"depth": 6}, ["divisible by 4", "6"]),
-        ("dig_s_2", {"mlp_ratio": 2}, ["mlp_ratio", "depth, dim, heads"]),
-        ("diffussm_xl", {"input_size": 9}, ["divisible by group", "9"]),
-    ],
-)
-def test_errors_name_what_is_known(name: str, options: dict[str, int], words: list[str]):
-    with pytest.raises(ValueError) as refusal:
-        backbones.build(name, **options)
-    assert "\n" not in str(refusal.value) and all(word in str(refusal.value) for word in words)

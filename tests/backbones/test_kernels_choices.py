@@ -1,7 +1,8 @@
-"""Every implementation of every op against its reference in float64, forward and backward, on odd sizes and in every numeric mode.
+"""Every implementation of every op equals its reference in float64, forward and backward.
 
-The same code runs on a CPU with what a CPU has, on a GPU with all that is installed, and in Triton's interpreter. The
-references themselves are held against independent truths in the other files of kernels.
+Sizes are odd, and every numeric mode is tested. The same code runs on a CPU with what a CPU has,
+on a GPU with all that is installed, and in Triton's interpreter. The other files of kernels hold
+the references against independent truths.
 """
 
 from __future__ import annotations
@@ -17,18 +18,19 @@ from experiments.engine.numerics.precision import precision
 from tests.support.interpreter import INTERPRETED, outside, passes
 from tests.support.kernels import weights_of, with_gradients
 
-LIMITS = {
-    "fp32": 1e-5,
-    "tf32": 5e-3,
-    "bf16": 2e-2,
-}  # TF32 keeps 10 bits of a factor, bf16 7, also of what is kept between passes
-LIBRARIES = {  # what runs on a GPU alone: the module, and the modes whose arithmetic it has
+# TF32 keeps 10 bits of a factor and bf16 keeps 7, also of what is kept between passes.
+LIMITS = {"fp32": 1e-5, "tf32": 5e-3, "bf16": 2e-2}
+# Choices that run on a GPU alone: the library, and the modes whose arithmetic it has.
+LIBRARIES = {
     "mamba_ssm": ("mamba_ssm", tuple(LIMITS)),
     "causal_conv1d": ("causal_conv1d", tuple(LIMITS)),
     "fla": ("fla", ("tf32", "bf16")),
     "flash": ("flash_attn", ("bf16",)),
     "triton": ("triton", tuple(LIMITS)),
 }
+# Choices of a CPU alone. They take float32 only; oneDNN's GELU, which takes no gradients, is
+# tested with the fused kernels.
+CPU_ONLY = {("linear", "onednn"), ("pointwise", "row")}
 
 
 def draw(*shapes: tuple[int, ...]) -> list[Tensor]:
@@ -113,86 +115,100 @@ def depthwise_gelu(large: bool) -> tuple[list[Tensor], list[Tensor]]:
     return [x.contiguous(memory_format=torch.channels_last)], [weight, bias]
 
 
-ORDER = {
-    "selective_scan": (0, 1, 5, 2, 3, 6, 4, 7)
-}  # of the op's arguments, where parameters stand between activations
+# The position of each of the op's arguments among (activations, parameters).
+ORDER = {"selective_scan": (0, 1, 5, 2, 3, 6, 4, 7)}
 CASES = {
-    case.__name__: case
-    for case in (selective_scan, causal_conv, attention, gated_linear, linear_attention, diagonal_ssm, linear, adaln, addcmul, pool, pointwise, depthwise_gelu)
-} | {"pointwise_gelu": pointwise}  # fmt: skip
-RUNS = (
-    [
-        pytest.param(
-            "cuda",
-            *run,
-            marks=[
-                pytest.mark.gpu,
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-            ],
-        )
-        for run in (
-            (op, choice, mode)
-            for op in CASES
-            for choice in getattr(kernels, op).choices
-            for mode in LIBRARIES.get(choice, (None, LIMITS))[1]
-        )
-        if run[1] not in ("shape", "onednn", "row")
+    "selective_scan": selective_scan,
+    "causal_conv": causal_conv,
+    "attention": attention,
+    "gated_linear": gated_linear,
+    "linear_attention": linear_attention,
+    "diagonal_ssm": diagonal_ssm,
+    "linear": linear,
+    "adaln": adaln,
+    "addcmul": addcmul,
+    "pool": pool,
+    "pointwise": pointwise,
+    "depthwise_gelu": depthwise_gelu,
+    "pointwise_gelu": pointwise,
+}
+
+
+def gpu_modes(op: str, choice: str) -> tuple[str, ...]:
+    """Return the numeric modes in which a choice is tested on a GPU."""
+    if choice in ("shape", "onednn", "row"):
+        return ()
+    return LIBRARIES[choice][1] if choice in LIBRARIES else tuple(LIMITS)
+
+
+def cpu_modes(op: str, choice: str) -> tuple[str, ...]:
+    """Return the numeric modes in which a choice is tested here; a CPU has no TF32."""
+    if INTERPRETED:
+        return ("fp32", "bf16") if choice == "triton" else ()
+    if choice in LIBRARIES or choice == "shape":
+        return ()
+    if choice in ("onednn", "row"):
+        return ("fp32",) if (op, choice) in CPU_ONLY else ()
+    return ("fp32", "bf16")
+
+
+def list_runs() -> list:
+    """List (device, op, choice, mode) of all tests; those of a GPU are skipped without one."""
+    marks = [
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
     ]
-    + [  # a CPU has no TF32; oneDNN's GELU, which takes no gradients, is tested with the fused kernels
-        pytest.param("cpu", op, choice, mode)
-        for op in CASES
-        for choice in getattr(kernels, op).choices
-        for mode in ("fp32", "bf16")
-        if (choice == "triton" if INTERPRETED else choice not in LIBRARIES and choice != "shape")
-        and (
-            choice not in ("onednn", "row")
-            or (op, choice, mode) in (("linear", "onednn", "fp32"), ("pointwise", "row", "fp32"))
-        )
-    ]
-)
+    runs = []
+    for op in CASES:
+        for choice in getattr(kernels, op).choices:
+            for mode in gpu_modes(op, choice):
+                runs.append(pytest.param("cuda", op, choice, mode, marks=marks))
+            for mode in cpu_modes(op, choice):
+                runs.append(pytest.param("cpu", op, choice, mode))
+    return runs
 
 
 def test_every_op_is_tested():
-    assert (
-        set(CASES)
-        == {name for name in kernels.__all__ if isinstance(getattr(kernels, name), Op)}
-        == set(kernels.references())
-    )
+    exported = {name for name in kernels.__all__ if isinstance(getattr(kernels, name), Op)}
+    assert set(CASES) == exported == set(kernels.references())
 
 
 @pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
-@pytest.mark.parametrize(("device", "name", "choice", "mode"), RUNS)
+@pytest.mark.parametrize(("device", "name", "choice", "mode"), list_runs())
 def test_a_choice_computes_what_the_reference_computes(
     device: str, name: str, choice: str, mode: str, large: bool
 ):
-    """Activations are of the mode's type and parameters float32, as in a network; each gradient by itself."""
-    op, (activations, parameters) = getattr(kernels, name), CASES[name](large)
-    kind = torch.bfloat16 if mode == "bf16" else torch.float32
-    inputs = [part.to(kind) for part in activations] + [
-        part.to(torch.complex64 if part.is_complex() else torch.float32) for part in parameters
-    ]
+    """Activations have the mode's type and parameters are float32, as in a network."""
+    # Round the inputs to the mode's types first, so that reference and choice see the same.
+    op = getattr(kernels, name)
+    activations, parameters = CASES[name](large)
+    dtype = torch.bfloat16 if mode == "bf16" else torch.float32
+    inputs = [x.to(dtype) for x in activations]
+    inputs += [x.to(torch.complex64 if x.is_complex() else torch.float32) for x in parameters]
     inputs = [inputs[i] for i in ORDER.get(name, range(len(inputs)))]
-    truths = with_gradients(
-        op.choices["reference"].run,
-        [part.to(torch.complex128 if part.is_complex() else torch.float64) for part in inputs],
-    )
-    inputs = [part.to(device) for part in inputs]
-    inputs = [part.requires_grad_() for part in inputs]
+    exact = [x.to(torch.complex128 if x.is_complex() else torch.float64) for x in inputs]
+    truths = with_gradients(op.choices["reference"].run, exact)
+
     if device == "cuda" and choice in LIBRARIES:
         pytest.importorskip(LIBRARIES[choice][0])
-    with (
-        precision(mode, torch.device(device)),
-        kernels.use(**({} if INTERPRETED else {name: choice})),
-    ):
-        out = (op.choices[choice].run if INTERPRETED else op)(*inputs)
-        with torch.autocast(device, enabled=False):  # as the trainer's backward pass
+    inputs = [x.to(device).requires_grad_() for x in inputs]
+    # In the interpreter tensors are on a CPU, which a Triton choice does not support.
+    run = op.choices[choice].run if INTERPRETED else op
+    forced = {} if INTERPRETED else {name: choice}
+    with precision(mode, torch.device(device)), kernels.use(**forced):
+        out = run(*inputs)
+        # As in the trainer, the backward pass is outside autocast.
+        with torch.autocast(device, enabled=False):
             gradients = torch.autograd.grad(out, inputs, weights_of(out).to(out))
+
     for value, truth in zip((out.detach(), *gradients), truths, strict=True):
         value = value.to("cpu", truth.dtype)
-        assert value.shape == truth.shape and (value - truth).norm() <= LIMITS[mode] * truth.norm()
+        assert value.shape == truth.shape
+        assert (value - truth).norm() <= LIMITS[mode] * truth.norm()
 
 
 @pytest.mark.slow
 @outside
 def test_triton_choices_run_in_the_interpreter():
-    passes(__file__, "triton and not (scan and large)", 10)  # the large scan takes minutes there
+    # The large scan takes minutes there.
+    passes(__file__, "triton and not (scan and large)", 10)

@@ -1,6 +1,8 @@
-"""Fused adaLN and convolution with GELU against formulas written out, forward and backward, on awkward sizes."""
+"""Fused adaLN and convolution with GELU equal formulas written out, forward and backward."""
 
 from __future__ import annotations
+
+from importlib import import_module
 
 import pytest
 import torch
@@ -38,7 +40,7 @@ def depthwise_written_out(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def run(choice: str, op: str, *inputs: Tensor) -> Tensor:
-    """The named implementation, on a CPU too where Triton's interpreter stands in for the device."""
+    """Run the named implementation; Triton's runs on a CPU in its interpreter."""
     if choice == "triton" and op == "adaln":
         from backbones.kernels.adaln_triton import adaln
 
@@ -104,18 +106,14 @@ def test_wide_convolutions_without_gradients_apply_gelu_themselves(
     kernels.reset_used()
     with torch.no_grad(), Operators(CPU) as operators:
         y = getattr(kernels, op)(x, weight, bias)
-    assert (
-        kernels.used() == {op: ["onednn"]}
-        and (y - z * torch.special.ndtr(z)).norm() < 2e-6 * y.norm()
-    )
-    assert (
-        operators.classes["depthwise convolution" if groups > 1 else "convolution"]["macs"]
-        == y.numel() * weight[0].numel()
-    )
+    assert kernels.used() == {op: ["onednn"]}
+    assert (y - z * torch.special.ndtr(z)).norm() < 2e-6 * y.norm()
+    kind = "depthwise convolution" if groups > 1 else "convolution"
+    assert operators.classes[kind]["macs"] == y.numel() * weight[0].numel()
+
+    # A narrow convolution keeps its bits, and one with gradients is the reference's.
     with torch.no_grad():
-        getattr(kernels, op)(
-            x[:, :36], weight[:36, : 36 if groups == 1 else 1], bias[:36]
-        )  # a narrow one keeps its bits
+        getattr(kernels, op)(x[:, :36], weight[:36, : 36 if groups == 1 else 1], bias[:36])
     getattr(kernels, op)(x, weight.requires_grad_(), bias)
     assert kernels.used()[op] == ["onednn", "reference"]
 
@@ -126,34 +124,39 @@ def test_fused_kernels_run_in_the_interpreter():
     passes(__file__, "formula", 14)
 
 
+ADALN = ("adaln_triton", dict(ROWS=16, BLOCK=2048))
+DEPTHWISE = ("depthwise_triton", dict(K=3, PIXELS=64, CHANNELS=64))
+
+
+def argument_type(name: str, constants: dict[str, int]) -> str:
+    """Return the type of a kernel's argument, as Triton writes it."""
+    if name in constants:
+        return "constexpr"
+    if name.endswith(("ptr", "terms")):
+        return "*fp32"
+    return "fp32" if name == "eps" else "i32"
+
+
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize(
-    ("module", "name", "constants"),
-    [(m, n, c) for m, c, names in (("adaln_triton", dict(ROWS=16, BLOCK=2048), ("_forward", "_backward")),
-                                   ("depthwise_triton", dict(K=3, PIXELS=64, CHANNELS=64), ("_forward", "_backward_z", "_backward_x"))) for n in names],
-)  # fmt: skip
+    ("module", "constants", "name"),
+    [
+        (*ADALN, "_forward"),
+        (*ADALN, "_backward"),
+        (*DEPTHWISE, "_forward"),
+        (*DEPTHWISE, "_backward_z"),
+        (*DEPTHWISE, "_backward_x"),
+    ],
+)
 def test_fused_kernels_compile_for_a_gpu_that_is_not_here(
-    module: str, name: str, constants: dict[str, int]
+    module: str, constants: dict[str, int], name: str
 ):
     triton = pytest.importorskip("triton")
-    from importlib import import_module
-
     from triton.backends.compiler import GPUTarget
 
     kernel = getattr(import_module(f"backbones.kernels.{module}"), name)
-    types = {
-        arg: "*fp32"
-        if arg.endswith(("ptr", "terms"))
-        else "fp32"
-        if arg == "eps"
-        else "constexpr"
-        if arg in constants
-        else "i32"
-        for arg in kernel.arg_names
-    }
-    source = triton.compiler.ASTSource(
-        kernel, types, {(kernel.arg_names.index(arg),): value for arg, value in constants.items()}
-    )
-    assert triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm[
-        "cubin"
-    ]
+    types = {argument: argument_type(argument, constants) for argument in kernel.arg_names}
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = triton.compiler.ASTSource(kernel, types, values)
+    target = GPUTarget("cuda", 90, 32)
+    assert triton.compile(source, target=target, options={"num_warps": 4}).asm["cubin"]

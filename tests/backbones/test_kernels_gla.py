@@ -1,4 +1,4 @@
-"""Gated linear attention and the diagonal SSM against independent truths, forward and backward, on awkward sizes."""
+"""Gated linear attention and the diagonal SSM equal independent truths on awkward sizes."""
 
 import sys
 from types import SimpleNamespace
@@ -29,7 +29,10 @@ def gated_inputs(
 
 
 def attention_matrix(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-    """o_i = e^-1/2 sum over j <= i of (sum over d of q_id k_jd exp(g_j+1 + ... + g_i)_d) v_j, without a recurrence."""
+    """Attend without a recurrence.
+
+    o_i = e^-1/2 sum over j <= i of (sum over d of q_id k_jd exp(g_j+1 + ... + g_i)_d) v_j.
+    """
     tokens, b = q.shape[2], g.cumsum(dim=2)
     exponent = b[:, :, :, None] - b[:, :, None]
     seen = torch.ones(tokens, tokens, dtype=torch.bool).tril()[..., None]
@@ -61,7 +64,7 @@ def test_gated_linear_is_the_attention_matrix(tokens: int, strength: float):
 
 @pytest.mark.parametrize("strength", GATES.values(), ids=GATES)
 def test_chunked_gated_linear_in_float32(strength: float):
-    """Differences of sums of g, which reach 32 times the strength, keep float32's relative error."""
+    """Sums of g reach 32 times the strength; their differences keep float32's relative error."""
     inputs = gated_inputs(131, strength, dk=9, dv=6)
     truth = with_gradients(gated_linear.choices["reference"].run, inputs)
     for value, expected in zip(
@@ -135,7 +138,7 @@ def test_flas_tf32_is_taken_where_a_flag_allows_it_and_no_decay_is_read_back_fro
     module = sys.modules[gated_linear.choices["fla"].run.__module__]
     monkeypatch.setattr(module, "_fla_installed", lambda: True)
     on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32)
-    assert gated_linear.choices["fla"].supports(*[on_gpu] * 4) and not module._mild(on_gpu)
+    assert gated_linear.choices["fla"].supports(*[on_gpu] * 4) and not module._decays_mildly(on_gpu)
 
 
 def ssm_inputs(tokens: int, dt: float) -> list[Tensor]:

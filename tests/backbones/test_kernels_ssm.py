@@ -1,4 +1,4 @@
-"""The scan and the causal convolution against their recurrences in float64, forward and backward, on awkward sizes."""
+"""The scan and the causal convolution equal their definitions in float64 on awkward sizes."""
 
 import pytest
 import torch
@@ -18,7 +18,10 @@ SIZES = {  # samples, channels, steps, states
 
 
 def scan_inputs(size: str) -> list[Tensor]:
-    """Steps from e^-8 to beyond the point where softplus passes through, so that states are kept long and forgotten at once."""
+    """Draw inputs whose states are kept long or forgotten at once.
+
+    Steps reach from e^-8 to beyond 20, where softplus passes its argument through.
+    """
     samples, channels, steps, states = SIZES[size]
     generator = torch.Generator().manual_seed(0)
 
@@ -57,7 +60,7 @@ def results(op, inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def scan_by_hand(u, delta, a, b, c, d, z, bias):
-    """The definition, written apart from the kernels: an explicit sum over the past of every step."""
+    """Sum over the past of every step: the definition, written apart from the kernels."""
     dt = torch.log1p(torch.exp(-(delta + bias[:, None]).abs())) + (delta + bias[:, None]).clamp(
         min=0
     )

@@ -24,7 +24,7 @@ def agree(
     truth: Callable[[Parameters, Tensor], Tensor],
     shape: tuple[int, int, int, int],
 ) -> None:
-    """Output and the gradients of x and of every parameter, in both dtypes and with both attention kernels."""
+    """Compare the output and all gradients, in both dtypes and with both attention kernels."""
     randomise(mixer)
     x, probe = torch.randn(2, *shape, generator=torch.Generator().manual_seed(3))
     exact = {name: p.detach().double().requires_grad_() for name, p in mixer.named_parameters()}
@@ -82,7 +82,7 @@ def depthwise(p: Parameters, name: str, x: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | float = 0.0) -> Tensor:
-    """One head of softmax attention by its explicit matrix: (N, T_q, e), (N, T_k, e) twice -> (N, T_q, e)."""
+    """Compute a head of softmax attention by its explicit matrix: (N, T_q, e), 2 x (N, T_k, e)."""
     weights = (torch.einsum("nie,nje->nij", q, k) / math.sqrt(q.shape[-1]) + bias).exp()
     return torch.einsum("nij,nje->nie", weights / weights.sum(dim=-1, keepdim=True), v)
 
@@ -107,9 +107,9 @@ def test_softmax_attention():
 
 
 def window_bias(table: Tensor, size: tuple[int, int], window: int, shift: int) -> Tensor:
-    """Dense bias (heads, T, T): the table's row of the offset within a window, -inf for pairs that do not attend.
+    """Build a dense bias (heads, T, T): the table's row of the offset, -inf for pairs apart.
 
-    After the roll two tokens meet if they share a window and the roll has not changed their distance.
+    After the roll, two tokens meet if they share a window and the roll kept their distance.
     """
     row, column = (
         part.flatten()
@@ -167,7 +167,7 @@ def test_shifted_windows_are_windows_of_the_rolled_grid():
 
 
 def focused(p: Parameters, x: Tensor, heads: int, power: int) -> Tensor:
-    """Focused linear attention by its explicit T x T matrix: phi(q) phi(k)^T over its own row mean."""
+    """Compute focused linear attention by its explicit matrix: phi(q) phi(k)^T over row means."""
     q, k, v = linear(p, "qkv", tokens_of(x)).chunk(3, dim=-1)
     k = k + p.get("position", 0.0)
 
@@ -206,7 +206,7 @@ def bilinear(length: int) -> Tensor:
 
 
 def agent_tokens(q: Tensor, side: int) -> Tensor:
-    """Means over side x side bins that cover the grid and may overlap: (N, C, H, W) -> (N, side^2, C)."""
+    """Average side x side bins, which may overlap: (N, C, H, W) -> (N, side^2, C)."""
     edges = [[(i * n // side, -(-(i + 1) * n // side)) for i in range(side)] for n in q.shape[2:]]
     return torch.stack(
         [

@@ -1,9 +1,10 @@
-"""Reading published checkpoints: every form they come in, and every way in which a file can be the wrong one."""
+"""Reading published checkpoints: every form in which they come, and every way to be wrong."""
 
 import pickle
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -116,10 +117,9 @@ def test_a_key_that_is_asked_for_is_not_replaced_by_another(tmp_path: Path):
     torch.save({"state_dict": weights, "epoch": 3}, tmp_path / "other.pt")
     assert read_weights(tmp_path / "other.pt")[1] == "state_dict"
     for key in ("ema", "epoch"):
-        assert (
-            refused(lambda: load_published(tiny("dico_s", seed=2), tmp_path / "other.pt", key))
-            == f"other.pt: holds no weights under {key!r}; its keys: state_dict, epoch"
-        )
+        load = partial(load_published, tiny("dico_s", seed=2), tmp_path / "other.pt", key)
+        expected = f"other.pt: holds no weights under {key!r}; its keys: state_dict, epoch"
+        assert refused(load) == expected
     torch.save(weights, tmp_path / "flat.pt")
     assert "holds no weights under 'ema'; its keys: x_embedder.proj.weight" in refused(
         lambda: read_weights(tmp_path / "flat.pt", "ema")

@@ -1,4 +1,7 @@
-"""The mixers of DiG, DiS, DiM, DiMSUM and DiffuSSM token by token from their published equations, forward and backward, in float64."""
+"""The recurrent mixers against their published equations, token by token, in float64.
+
+DiG, DiS, DiM, DiMSUM and DiffuSSM, forward and backward.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ def silu(x: Tensor) -> Tensor:
 
 
 def mamba(mixer: nn.Module, x: Tensor, z: Tensor, end: str = "") -> Tensor:
-    """Gu & Dao, algorithm 2 with figure 3's convolution and gate: the inner tokens x and z (T, I) -> (T, I)."""
+    """Run Gu & Dao's algorithm 2 with the convolution and gate of figure 3: (T, I) -> (T, I)."""
     conv, x_proj, dt_proj = (getattr(mixer, name + end) for name in ("conv1d", "x_proj", "dt_proj"))
     a, skip = -torch.exp(mixer.A_log if not end else mixer.A_b_log), getattr(mixer, f"D{end}")
     rank, (inner, states), taps = dt_proj.in_features, a.shape, conv.kernel_size[0]
@@ -52,7 +55,10 @@ def both_ways(mixer: nn.Module, x: Tensor) -> Tensor:
 
 
 def gated_linear(mixer: nn.Module, x: Tensor) -> Tensor:
-    """Yang et al., equations 3 and 4, for three heads with keys of 4 and values of 8, normalised and gated as DiG has it."""
+    """Run Yang et al.'s equations 3 and 4 for three heads, normalised and gated as in DiG.
+
+    Keys have 4 channels and values 8.
+    """
     heads = []
     for head in range(3):
         key, value = slice(4 * head, 4 * head + 4), slice(8 * head, 8 * head + 8)
@@ -81,12 +87,22 @@ def zero_order_hold(ssm: nn.Module, u: Tensor) -> Tensor:
     return torch.stack(columns, dim=-1)
 
 
-MIXERS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], Tensor], tuple[int, int]]] = {
+def dig_attention() -> nn.Module:
+    return backbones.build("dig_s_2", dim=24, heads=3, depth=4).blocks[0].attn
+
+
+def diffussm_ssm() -> nn.Module:
+    model = backbones.build("diffussm_xl", dim=4, depth=1, states=3, input_size=4)
+    return model.blocks[0].ssm_forward
+
+
+Recurrence = Callable[[nn.Module, Tensor], Tensor]
+MIXERS: dict[str, tuple[Callable[[], nn.Module], Recurrence, tuple[int, int]]] = {
     "DiM's and DiMSUM's": (lambda: randomise(Mamba(12)), one_way, (TOKENS, 12)),
     "DiS's": (lambda: randomise(BidirectionalMamba(12)), both_ways, (TOKENS, 12)),
-    "DiG's": (lambda: randomise(backbones.build("dig_s_2", dim=24, heads=3, depth=4).blocks[0].attn), gated_linear, (TOKENS, 24)),
-    "DiffuSSM's": (lambda: backbones.build("diffussm_xl", dim=4, depth=1, states=3, input_size=4).blocks[0].ssm_forward, zero_order_hold, (4, TOKENS)),
-}  # fmt: skip
+    "DiG's": (lambda: randomise(dig_attention()), gated_linear, (TOKENS, 24)),
+    "DiffuSSM's": (diffussm_ssm, zero_order_hold, (4, TOKENS)),
+}
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def error_of(*arguments: object) -> str:
         ([], "--table"),
         (["--table", 4, "--rows", "DiCo-Q"], "known: 'DiCo-S', 'GELU->ReLU'"),
         (["--table", 4, "--protocol", "imagenet"], "imagenet256"),
-        (["--table", 4, "--protocol", "imagenet256"], "prepare_latents.py --protocol imagenet256 "),
+        (["--table", 4, "--protocol", "imagenet256"], "prepare.py latents --protocol imagenet256 "),
         (["--table", 4, "--seeds", 1, 1], "different numbers"),
         (["--table", 4, "--epochs", 3], "--epochs"),
         (["--table", 4, "--cluster", "moon"], "'moon'"),
@@ -84,7 +84,16 @@ def test_a_results_folder_that_cannot_be_written(tmp_path: Path):
 
 
 def test_help_plan_and_report_load_no_torch(tmp_path: Path):
-    code = "import sys; from experiments.ablation import TABLES; from experiments.declared.protocols import PROTOCOLS; from experiments.engine.cli import main; [main(TABLES, PROTOCOLS, '', a.split()) for a in sys.argv[1:]]; assert 'torch' not in sys.modules"
+    code = """
+import sys
+from experiments.ablation import TABLES
+from experiments.declared.protocols import PROTOCOLS
+from experiments.engine.cli import main
+
+for arguments in sys.argv[1:]:
+    main(TABLES, PROTOCOLS, "", arguments.split())
+assert "torch" not in sys.modules
+"""
     arguments = [
         f"--table 4 {flag} --results {tmp_path}"
         for flag in ("--dry-run", "--report", "--report --format csv")
@@ -230,7 +239,7 @@ def test_an_interrupt_leaves_nothing_broken_and_nobody_at_work(
 
 
 def fill(store: Store, where: str, seeds: int, shift: float = 0.0) -> None:
-    """Synthetic records of Table 4: fd 10 with a little spread over seeds; the second row is `shift` worse."""
+    """Write records of Table 4: fd 10 with some spread over seeds, and `shift` more in row two."""
     table = TABLES[4]
     for number, row in enumerate(table.rows):
         store.append(

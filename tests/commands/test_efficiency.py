@@ -1,4 +1,4 @@
-"""The command that counts, times and profiles: what it runs, what it prints, and what it refuses."""
+"""The command that counts, times and profiles: what it runs, prints and refuses."""
 
 from __future__ import annotations
 

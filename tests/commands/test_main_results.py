@@ -22,7 +22,7 @@ from experiments.declared.protocols import (
 )
 from experiments.declared.systems import SYSTEMS
 from experiments.engine.cli import main
-from experiments.engine.data.sets import load_data
+from experiments.engine.data.sets import load
 from experiments.engine.diffusion.build import build_diffusion
 from experiments.engine.diffusion.cascade import System
 from experiments.engine.diffusion.samplers import bind_sampler
@@ -99,10 +99,11 @@ def test_every_diffusion_system_that_has_a_network_is_one():
 
 
 def test_a_family_is_one_run_on_digits():
-    assert (
-        len(SMALL) == 12 + 6
-    )  # eleven families and U-DiT; ADM's two base models alone and in a cascade, and two guided at a scale each
-    # ADM's bases at 4x4 and 8x8 differ in their betas, as do the classifiers at 4x4; there is one classifier at 8x8 and one upsampler
+    assert len(SMALL) == 12 + 6
+    # These are eleven families and U-DiT, ADM's two base models alone and in a cascade, and two
+    # networks of ADM guided at a scale each.
+    # ADM's bases at 4x4 and 8x8 differ in their betas, as do the classifiers at 4x4. There is one
+    # classifier at 8x8, and one upsampler.
     assert len(TRAININGS) == 12 + 4 + 2 + 1 + 1
     assert {"DiT-S/2", "DiT-XL/2 (w/ CFG)"} <= {
         row.label for row in TABLE_1.rows if train_stage(row, DIGITS, 0).backbone.name == "dit_s_2"
@@ -163,7 +164,7 @@ def test_network_objective_and_sampler_fit_each_other(table: Table, row: Row, pr
 
 @pytest.mark.parametrize("spec", TRAININGS.values())
 def test_a_familys_loss_trains_all_of_its_small_network(spec: Train):
-    """Every parameter but the dead ones has a gradient once no gate is closed; the loss is finite."""
+    """Every live parameter has a gradient once no gate is closed, and the loss is finite."""
     draw = torch.Generator().manual_seed(0)
     model, objective = build(spec.backbone, 0, torch.device("cpu")), build_diffusion(spec.diffusion)
     for parameter in model.parameters():
@@ -179,7 +180,8 @@ def test_a_familys_loss_trains_all_of_its_small_network(spec: Train):
         for name, p in model.named_parameters()
         if p.requires_grad and (p.grad is None or not p.grad.any())
     }
-    # LDM's one context token and U-DiT's single tokens, on which a softmax is 1; a projection that the released DiMSUM does not use
+    # A softmax is 1 on LDM's one context token and on U-DiT's single tokens. The released DiMSUM
+    # does not use one of its projections.
     known = {
         "ldm": ("attn2.to_q", "attn2.to_k", "norm2"),
         "udit": ("latent.0.attn1.logit_scale", "latent.0.attn2.logit_scale"),
@@ -198,7 +200,7 @@ def test_every_family_trains_and_samples_on_digits(row: Row):
         if training := getattr(stage, name):
             trainer = Trainer(replace(training, recipe=replace(training.recipe, steps=2, batch=4)))
             before = digest(trainer.model)
-            losses = [loss.item() for loss in trainer.steps(load_data(training.data))]
+            losses = [loss.item() for loss in trainer.steps(load(training.data))]
             assert (
                 len(losses) == 2
                 and all(math.isfinite(loss) for loss in losses)
@@ -491,8 +493,9 @@ def test_a_network_is_built_at_the_size_of_the_protocol():
 
 
 def test_a_papers_own_recipes_are_for_its_own_resolution(capsys: pytest.CaptureFixture[str]):
-    assert main(TABLES, "", ["--table", "2", "--protocol", "imagenet256_own", "--dry-run"]) == 2
-    assert (
-        capsys.readouterr().err
-        == "error: the recipes of table 2 are for latents of side 64, protocol imagenet256_own has 32; take imagenet512_own\n"
+    arguments = ["--table", "2", "--protocol", "imagenet256_own", "--dry-run"]
+    assert main(TABLES, PROTOCOLS, None, arguments) == 2
+    assert capsys.readouterr().err == (
+        "error: the recipes of table 2 are for latents of side 64, but protocol imagenet256_own "
+        "has 32; choose imagenet512_own\n"
     )

@@ -548,7 +548,7 @@ def test_a_checkpoint_is_sampled_scored_and_recorded(grey, tmp_path: Path, capsy
         np.arange(30) % 10,
         data,
     )
-    monkeypatch.setattr(stage, "load_data", lambda asked: pixels)
+    monkeypatch.setattr(stage, "load", lambda asked: pixels)
     (tmp_path / "weights").write_bytes(b"")
     monkeypatch.setenv("DICO_INCEPTION", str(tmp_path / "weights"))
     arguments = (

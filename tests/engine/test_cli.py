@@ -1,4 +1,4 @@
-"""What the command line survives: dying workers, two of it at once, an interrupt at any time, and absurd options."""
+"""What the command line survives: dying workers, a full disk, failed stages, absurd options."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ def files(root: Path) -> set[Path]:
 
 
 def run(root: Path, *jobs: Job, workers: int = 2) -> tuple[bool, list[tuple[str, str, Any]]]:
-    """Whether all went well, and what was heard, without progress: (label, event, what was done or said)."""
+    """Return whether all went well, and the events but progress as (label, event, text)."""
     heard: list[tuple[str, str, Any]] = []
 
     def notify(job: Job, event: str, payload: Any) -> None:
@@ -108,7 +107,8 @@ def test_a_full_disk_is_one_line_a_job_and_leaves_no_file(
         (
             "a",
             "error",
-            "cannot write results (No space left on device); free space or choose another folder with --results",
+            "cannot write results (No space left on device); "
+            "free space or choose another folder with --results",
         )
     ]
 
@@ -197,19 +197,3 @@ def test_table_5_from_nothing_and_again(tmp_path: Path):
         assert (again.returncode, again.stdout, again.stderr) == (0, first.stdout, "")
     assert {path: path.read_bytes() for path in files(tmp_path)} == written
     assert call("--table", 5, "--results", tmp_path, "--dry-run").stdout.count("  done") == 5
-
-
-def _loading(pid: int, root: Path) -> bool:
-    """Whether a child of the process is about to load torch."""
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            if (
-                int(stat.read_text().rpartition(")")[2].split()[1]) == pid
-                and "libtorch" in (stat.parent / "maps").read_text()
-            ):
-                return True
-    return False
-
-
-def _counting(pid: int, root: Path) -> bool:
-    return bool(list(root.glob("records/cost/*.json")))

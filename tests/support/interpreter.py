@@ -1,4 +1,4 @@
-"""Triton's interpreter, for the tests of Triton kernels where there is no GPU."""
+"""Triton's interpreter, for tests of Triton kernels on machines without a GPU."""
 
 import os
 import re
@@ -12,23 +12,18 @@ outside = pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 
 
 def passes(file: str, chosen: str, count: int) -> None:
-    """Run the `count` tests of a file that an expression for -k chooses, in a process of its own: Triton reads the switch when it is imported."""
+    """Run the `count` tests of a file that `-k chosen` selects, in the interpreter.
+
+    Triton reads the switch when it is imported, so the tests need a process of their own.
+    """
     pytest.importorskip("triton")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-n",
-        "0",
-        "-p",
-        "no:cacheprovider",
-        file,
-        "-k",
-        chosen,
-    ]
+    options = ["-n", "0", "-p", "no:cacheprovider", file, "-k", chosen]
     done = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+        [sys.executable, "-m", "pytest", *options],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
     )
-    assert done.returncode == 0 and re.search(rf"\b{count} passed", done.stdout), (
-        done.stdout[-3000:] + done.stderr[-2000:]
-    )
+    report = done.stdout[-3000:] + done.stderr[-2000:]
+    assert done.returncode == 0, report
+    assert re.search(rf"\b{count} passed", done.stdout), report

@@ -1,4 +1,4 @@
-"""A small folder of pictures and a small, randomly initialised VAE for the tests of the latent path."""
+"""A small folder of pictures and a small untrained VAE for the tests of the latent path."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -60,6 +60,10 @@ def write_vae(folder: Path, seed: int = 0, **options: object) -> Path:
         )
     vae.save_pretrained(folder)
     return folder
+
+
+def ignore_progress(done: int, total: int) -> None:
+    """The report of an encoding that nobody watches."""
 
 
 def small_vae(folder: Path) -> Autoencoder:

@@ -12,7 +12,7 @@ from experiments.engine.records.store import Store, provenance
 from experiments.engine.scoring.neighbours import (
     ADM_BLOCK,
     NEIGHBOURS,
-    neighbour_shares,
+    precision_recall,
     precision_recall_half,
 )
 from experiments.engine.timing.clock import time_call
@@ -47,7 +47,7 @@ def measure_neighbours(spec: Neighbours, store: Store) -> None:
     device = torch.device(spec.device)
     exact = spec.arithmetic == "exact"
     block = CPU_BLOCK if exact and device.type == "cpu" else ADM_BLOCK
-    compute = neighbour_shares if exact else precision_recall_half
+    compute = precision_recall if exact else precision_recall_half
     reference, samples = _draw_features(spec)
     shares: list[tuple[float, ...]] = []
 
@@ -55,7 +55,7 @@ def measure_neighbours(spec: Neighbours, store: Store) -> None:
         result = compute(
             reference=reference, samples=samples, k=NEIGHBOURS, block=block, device=device
         )
-        shares.append(tuple(result))
+        shares.append(result)
 
     run()
     seconds = time_call(run, device)

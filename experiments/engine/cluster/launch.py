@@ -8,11 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import StrEnum
 
+from experiments.engine.data.locate import require_data, require_features
 from experiments.engine.jobs.job import Job
 from experiments.engine.jobs.plan import Plan, missing
 from experiments.engine.jobs.pool import available_cores, run_here
 from experiments.engine.jobs.progress import ProgressDisplay
 from experiments.engine.records.store import Store
+from experiments.engine.specs.selection import Selection
+from experiments.engine.specs.spec import Data
+from experiments.engine.specs.stages import evaluate_stage
 
 
 class Cluster(StrEnum):
@@ -69,3 +73,16 @@ def run_plan(plan: Plan, store: Store, cluster: Cluster, workers: int | None = N
             all_timed = run_through_submitit(timings, 1)
             all_trained = run_through_submitit(trainings, workers, **plan.resources)
     return all_counted and all_timed and all_trained
+
+
+def require_sources(selection: Selection) -> None:
+    """Raise ValueError if data or score features of the selection are missing here."""
+    if selection.table.counts_only:
+        return
+    sets: dict[str, Data] = {}
+    for row in selection.networks:
+        for training in evaluate_stage(row, selection.protocol, 0).trainings:
+            sets[training.data.name] = training.data
+    for data in sets.values():
+        require_data(data)
+    require_features(evaluate_stage(selection.table.baseline, selection.protocol, 0))

@@ -1,4 +1,4 @@
-"""CIFAR-10 from parquet files or torchvision's folder."""
+"""Read CIFAR-10 from parquet files or from torchvision's folder, or download it."""
 
 from __future__ import annotations
 
@@ -14,87 +14,107 @@ from experiments.engine.data.pictures import describe_modes
 SHAPE = (32, 32, 3)
 
 
-def read_cifar10(found: list[Path], split: str) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
-    """Images uint8 (M, 3, 32, 32), labels (M,), and what they were read from with a digest of it and how many were no RGB.
+def read_cifar10(paths: list[Path], split: str) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
+    """Read a split of CIFAR-10.
 
-    `found` are parquet files, taken in their order, or one torchvision folder. ValueError in one line for what is not CIFAR-10.
+    Args:
+        paths: parquet files, read in their order, or one torchvision folder.
+        split: 'train' or 'test'.
+
+    Returns:
+        Images uint8 (M, 3, 32, 32), labels (M,), and what identifies them: the kind of source, a
+        digest of images and labels, and how many images were converted to RGB.
+
+    Raises:
+        ValueError: a file is not CIFAR-10.
     """
-    if found[0].suffix == ".parquet":
+    source: dict[str, str] = {}
+    if paths[0].suffix == ".parquet":
         converted: Counter[str] = Counter()
-        parts = [_parquet(path, converted) for path in found]
-        images, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
-        source = {"data_source": "parquet"} | (
-            {"data_converted": describe_modes(converted)} if converted else {}
-        )
+        tables = [_read_parquet(path, converted) for path in paths]
+        images, labels = (np.concatenate(column) for column in zip(*tables, strict=True))
+        source["data_source"] = "parquet"
+        if converted:
+            source["data_converted"] = describe_modes(converted)
     else:
-        images, labels = _torchvision(found[0].parent, split)
-        source = {"data_source": "torchvision"}
+        images, labels = _read_torchvision(paths[0].parent, split)
+        source["data_source"] = "torchvision"
+
     images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-    sha256 = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
-    return images, labels, source | {"data_sha256": sha256}
+    source["data_sha256"] = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+    return images, labels, source
 
 
-def file_digest(found: list[Path]) -> str:
-    """SHA-256 of the bytes of what `read_cifar10` reads."""
+def file_digest(paths: list[Path]) -> str:
+    """Digest the bytes of all files that `read_cifar10` would read, as SHA-256."""
     digest = hashlib.sha256()
-    for path in found:
+    for path in paths:
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
             digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
-def _parquet(path: Path, converted: Counter[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Images (M, 32, 32, 3) and labels (M,) of columns `img` (struct with the file's `bytes`) and `label`; counts other modes than RGB."""
+def _read_parquet(path: Path, converted: Counter[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Read columns `img` (a struct with the image file's `bytes`) and `label`.
+
+    Returns images (M, 32, 32, 3) and labels (M,); other modes than RGB are counted.
+    """
     try:
         import pyarrow.parquet
     except ImportError:
         raise ValueError("parquet files need pyarrow: pip install -e .[data]") from None
-    from PIL import Image
 
     try:
         table = pyarrow.parquet.read_table(path, columns=["img", "label"])
         labels = table["label"].to_numpy().astype(np.int64, casting="same_kind")
         images = np.empty((len(labels), *SHAPE), np.uint8)
         for row, cell in enumerate(table["img"]):
-            try:
-                with Image.open(io.BytesIO(cell["bytes"].as_py())) as image:
-                    pixels, mode = np.asarray(image.convert("RGB")), image.mode
-            except (
-                OSError,
-                SyntaxError,
-                TypeError,
-                ValueError,
-                Image.DecompressionBombError,
-            ) as error:
-                raise ValueError(f"row {row} cannot be decoded: {error}") from None
-            if pixels.shape != SHAPE:
-                raise ValueError(
-                    f"row {row} is {pixels.shape[1]} x {pixels.shape[0]} pixels, not 32 x 32"
-                )
-            converted.update([mode] * (mode != "RGB"))
-            images[row] = pixels
+            images[row], mode = _decode(cell["bytes"].as_py(), row)
+            if mode != "RGB":
+                converted[mode] += 1
     except (OSError, KeyError, TypeError, ValueError, pyarrow.ArrowException) as error:
         raise ValueError(
-            f"{path.name} is not CIFAR-10 with columns img (struct with bytes) and label: {' '.join(str(error).split())}"
+            f"{path.name} is not CIFAR-10 with columns img (struct with bytes) and label: "
+            f"{' '.join(str(error).split())}"
         ) from None
     return images, labels
 
 
-def _torchvision(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """torchvision's pickles, which it unpickles only if their checksums are those of the published files."""
+def _decode(data: bytes, row: int) -> tuple[np.ndarray, str]:
+    """Decode an image file to pixels (32, 32, 3); also return its mode."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            pixels = np.asarray(image.convert("RGB"))
+            mode = image.mode
+    except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"row {row} cannot be decoded: {error}") from None
+    if pixels.shape != SHAPE:
+        raise ValueError(f"row {row} is {pixels.shape[1]} x {pixels.shape[0]} pixels, not 32 x 32")
+    return pixels, mode
+
+
+def _read_torchvision(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Read torchvision's pickles, which it opens only if their checksums are the published ones."""
     from torchvision.datasets import CIFAR10
 
     try:
-        found = CIFAR10(folder, train=split == "train")
+        dataset = CIFAR10(folder, train=split == "train")
     except RuntimeError:
         raise ValueError(
-            "cifar-10-batches-py is not the published CIFAR-10: a file is missing or its checksum is another; remove it and download it again"
+            "cifar-10-batches-py is not the published CIFAR-10: a file is missing or has another "
+            "checksum; remove it and download it again"
         ) from None
-    return found.data, np.array(found.targets, np.int64)
+    return dataset.data, np.array(dataset.targets, np.int64)
 
 
 def download(folder: Path) -> None:
-    """Fetch torchvision's archive into `folder`. ValueError in one line where the network does not allow it."""
+    """Download torchvision's archive of CIFAR-10 into a folder.
+
+    Raises:
+        ValueError: the network does not allow it.
+    """
     from torchvision.datasets import CIFAR10
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,6 +122,7 @@ def download(folder: Path) -> None:
         CIFAR10(folder, download=True)
     except (OSError, RuntimeError) as error:
         raise ValueError(
-            f"CIFAR-10 cannot be downloaded ({' '.join(str(error).split())}); put train.parquet and test.parquet, "
-            "or torchvision's cifar-10-batches-py, in data/cifar10 (or $DICO_DATA/cifar10)"
+            f"CIFAR-10 cannot be downloaded ({' '.join(str(error).split())}); put train.parquet "
+            "and test.parquet, or torchvision's cifar-10-batches-py, in data/cifar10 "
+            "(or $DICO_DATA/cifar10)"
         ) from None

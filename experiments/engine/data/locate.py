@@ -1,4 +1,4 @@
-"""Where data lies, and what a protocol lacks on this machine. Standard library only."""
+"""Where data lies, and what this machine lacks of it. Standard library only."""
 
 from __future__ import annotations
 
@@ -19,87 +19,123 @@ REFERENCES = {
 
 
 def folder_of(data: Data) -> Path:
-    """A set's folder: fixed latents lie beside the moments that they could have been drawn from."""
-    return ROOT / (data.name + ("_fixed" if data.latents == "fixed" else ""))
+    """Folder of a set; fixed latents have one of their own beside that of the moments."""
+    suffix = "_fixed" if data.latents == "fixed" else ""
+    return ROOT / f"{data.name}{suffix}"
 
 
 def require_data(data: Data) -> None:
-    """Raise ValueError in one line, saying how to provide it, where a set is not on this machine."""
-    folder = folder_of(data)
-    where = f"data/{folder.name} (or $DICO_DATA/{folder.name})"
+    """Raise ValueError if a set is not on this machine; the message says how to provide it."""
     if data.name == "digits":
         return
     if data.name == "cifar10":
-        if not find_cifar10(folder, "train"):
-            raise ValueError(
-                f"protocol cifar10 needs train.parquet (columns img and label) or torchvision's cifar-10-batches-py in {where}; "
-                "where the network allows it, python experiments/prepare_cifar10.py downloads the latter"
-            )
+        _require_cifar10(data)
     elif data.name.startswith("imagenet") and is_latent(data):
-        if not (folder / "manifest.json").is_file():
-            raise ValueError(
-                f"protocol {folder.name} needs VAE latents in {where}; "
-                f"python experiments/prepare_latents.py --protocol {folder.name} --images FOLDER makes them from a folder of {data.num_classes} class folders"
-            )
-        read_manifest(folder, data)
-    elif not (folder / "manifest.json").is_file():
-        if missing := [
-            name for name in ("images.npy", "labels.npy") if not (folder / name).is_file()
-        ]:
-            made = (
-                f"; python experiments/prepare_pixels.py --size {data.size} --images FOLDER makes them"
-                if data.name.endswith("_pixels")
-                else ""
-            )
-            raise ValueError(
-                f"set {data.name} needs {' and '.join(missing)} in {where}: images.npy, pixels (M, {data.channels}, {data.size}, {data.size}), "
-                f"uint8 or float32 in [-1, 1], and labels.npy integers (M,) below {data.num_classes}{made}"
-            )
+        _require_latents(data)
+    elif not has_manifest(data):
+        _require_arrays(data)
+
+
+def _where(folder: Path) -> str:
+    """The place of a folder, as messages name it."""
+    return f"data/{folder.name} (or $DICO_DATA/{folder.name})"
+
+
+def _require_cifar10(data: Data) -> None:
+    folder = folder_of(data)
+    if not find_cifar10(folder, "train"):
+        raise ValueError(
+            "protocol cifar10 needs train.parquet (columns img and label) or torchvision's "
+            f"cifar-10-batches-py in {_where(folder)}; where the network allows it, "
+            "python experiments/prepare.py cifar10 downloads the latter"
+        )
+
+
+def _require_latents(data: Data) -> None:
+    folder = folder_of(data)
+    if not has_manifest(data):
+        raise ValueError(
+            f"protocol {folder.name} needs VAE latents in {_where(folder)}; "
+            f"python experiments/prepare.py latents --protocol {folder.name} --images FOLDER makes "
+            f"them from a folder of {data.num_classes} class folders"
+        )
+    read_manifest(folder, data)
+
+
+def _require_arrays(data: Data) -> None:
+    folder = folder_of(data)
+    files = ("images.npy", "labels.npy")
+    missing = [name for name in files if not (folder / name).is_file()]
+    if not missing:
+        return
+    command = ""
+    if data.name.endswith("_pixels"):
+        command = (
+            f"; python experiments/prepare.py pixels --size {data.size} --images FOLDER makes them"
+        )
+    raise ValueError(
+        f"set {data.name} needs {' and '.join(missing)} in {_where(folder)}: images.npy, pixels "
+        f"(M, {data.channels}, {data.size}, {data.size}), uint8 or float32 in [-1, 1], and "
+        f"labels.npy, integers (M,) below {data.num_classes}{command}"
+    )
 
 
 def find_cifar10(folder: Path, split: str) -> list[Path]:
-    """Parquet files of a split ('train' or 'test'), or torchvision's folder; empty where there is neither."""
-    if found := sorted(folder.glob(f"{split}*.parquet")):
-        return found
-    return [folder / "cifar-10-batches-py"] if (folder / "cifar-10-batches-py").is_dir() else []
+    """List the parquet files of a split ('train' or 'test'), or else torchvision's folder."""
+    tables = sorted(folder.glob(f"{split}*.parquet"))
+    if tables:
+        return tables
+    batches = folder / "cifar-10-batches-py"
+    return [batches] if batches.is_dir() else []
 
 
 def has_manifest(data: Data) -> bool:
-    """Whether finished latents of the set are on this machine."""
+    """Tell whether finished latents of a set are on this machine."""
     return (folder_of(data) / "manifest.json").is_file()
 
 
 def read_manifest(folder: Path, data: Data) -> dict[str, Any]:
-    """What is known of a folder of latents. ValueError in one line where they are not the latents that the spec declares."""
+    """Read the manifest of a folder of latents.
+
+    Raises:
+        ValueError: the manifest is damaged, or its latents are not those that `data` declares.
+    """
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        found = {name: manifest[name] for name in ("latents", "shape", "num_classes")}
-        as_expected, encoder, vae = (
-            manifest["statistics"]["as_expected"],
-            manifest["vae"]["encoder"],
-            manifest["vae"]["name"],
-        )
+        stored = {name: manifest[name] for name in ("latents", "shape", "num_classes")}
+        as_expected = manifest["statistics"]["as_expected"]
+        encoder = manifest["vae"]["encoder"]
+        vae = manifest["vae"]["name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{folder.name}/manifest.json cannot be read ({type(error).__name__}: {error}); prepare the latents again"
+            f"{folder.name}/manifest.json cannot be read ({type(error).__name__}: {error}); "
+            "prepare the latents again"
         ) from None
-    channels = data.channels * (2 if data.latents == "moments" else 1)
+
+    # The latents must have the declared kind, shape and classes ...
+    channels = 2 * data.channels if data.latents == "moments" else data.channels
     declared = {
         "latents": data.latents,
         "shape": [2, channels, data.size, data.size],
         "num_classes": data.num_classes,
     }
-    if other := [
-        f"{name} {found[name]}, not {value}"
+    other = [
+        f"{name} {stored[name]}, not {value}"
         for name, value in declared.items()
-        if found[name] != value
-    ]:
+        if stored[name] != value
+    ]
+    if other:
         raise ValueError(
-            f"the latents in {folder.name} do not fit protocol {data.name}: {'; '.join(other)}; prepare them again elsewhere ($DICO_DATA)"
+            f"the latents in {folder.name} do not fit protocol {data.name}: {'; '.join(other)}; "
+            "prepare them again elsewhere ($DICO_DATA)"
         )
-    if not (as_expected if data.vae == "sd-vae-ft" else encoder == data.vae):
+
+    # ... and the declared VAE.
+    fits = as_expected if data.vae == "sd-vae-ft" else encoder == data.vae
+    if not fits:
         raise ValueError(
-            f"the latents in {folder.name} were made with another VAE ({vae}, encoder {encoder}); this run declares {data.vae}"
+            f"the latents in {folder.name} were made with another VAE ({vae}, encoder {encoder}); "
+            f"this run declares {data.vae}"
         )
     return manifest
 
@@ -110,58 +146,67 @@ def inception_path() -> Path:
 
 
 def reference_path(data: Data) -> Path | None:
-    """ADM's reference file of a latent set, in the set's folder, which serves ImageNet's pixels too; None for another set of pixels, which is its own."""
+    """Where ADM's reference file of a set is expected.
+
+    It lies in the folder of the latents and serves ImageNet's pixels too. Other sets of pixels are
+    their own reference and have no file.
+    """
     name = data.name.removesuffix("_pixels")
-    return (
-        ROOT / name / REFERENCES.get(name, "reference.npz")
-        if is_latent(data) or name in REFERENCES
-        else None
-    )
+    if not is_latent(data) and name not in REFERENCES:
+        return None
+    return ROOT / name / REFERENCES.get(name, "reference.npz")
 
 
 def vae_source() -> str:
-    """The VAE that decodes latents: $DICO_VAE (a name or a folder), or the one that the papers use."""
+    """The VAE that decodes latents: $DICO_VAE (a name or a folder), or the papers' one."""
     return os.environ.get("DICO_VAE", "sd-vae-ft-ema")
 
 
 def missing_features(spec: Evaluate) -> list[str]:
-    """What scoring lacks on this machine, each with how to provide it."""
+    """List what scoring lacks on this machine, each with how to provide it."""
     if spec.features == "digits":
         return []
     if spec.features == "cifar_classifier":
-        return (
-            []
-            if find_cifar10(folder_of(spec.data), "test")
-            else [
-                "CIFAR-10's test images (test.parquet or cifar-10-batches-py) in data/cifar10 (or $DICO_DATA/cifar10)"
-            ]
-        )
+        if find_cifar10(folder_of(spec.data), "test"):
+            return []
+        return [
+            "CIFAR-10's test images (test.parquet or cifar-10-batches-py) in data/cifar10 "
+            "(or $DICO_DATA/cifar10)"
+        ]
+
+    # Inception features need a package, weights, a reference, and for latents a VAE.
     missing = []
     if find_spec("torch_fidelity") is None:
         missing.append("the package torch-fidelity")
     if not inception_path().is_file():
         missing.append(
-            f"the Inception weights {INCEPTION} in data/ (or $DICO_INCEPTION; calibrate.py --download fetches them)"
+            f"the Inception weights {INCEPTION} in data/ (or $DICO_INCEPTION; calibrate.py "
+            "--download fetches them)"
         )
-    if (reference := reference_path(spec.data)) and not reference.is_file():
+    reference = reference_path(spec.data)
+    if reference and not reference.is_file():
         missing.append(
-            f"the reference {reference.name} of ADM's evaluator in data/{reference.parent.name} (or $DICO_DATA/{reference.parent.name})"
+            f"the reference {reference.name} of ADM's evaluator in {_where(reference.parent)}"
         )
     if is_latent(spec.data) and find_spec("diffusers") is None:
         missing.append(
-            "the package diffusers for the VAE (and $DICO_VAE, a folder, where it cannot be downloaded)"
+            "the package diffusers for the VAE (and $DICO_VAE, a folder, where it cannot be "
+            "downloaded)"
         )
     return missing
 
 
 def require_features(spec: Evaluate) -> None:
-    """Raise ValueError in one line where a protocol's score features are not to be had."""
-    if missing := missing_features(spec):
-        otherwise = "its networks can be built, counted and timed (--protocol digits, --table 5)"
-        if (spec.data.name, spec.features) == ("cifar10", "inception"):
-            otherwise = (
-                "protocol cifar10_classifier scores the same trainings on a classifier's features"
-            )
-        raise ValueError(
-            f"protocol {spec.data.name} is scored on {spec.features} features and lacks {'; '.join(missing)}. Without them {otherwise}"
+    """Raise ValueError if this machine cannot compute the features of a protocol's scores."""
+    missing = missing_features(spec)
+    if not missing:
+        return
+    otherwise = "its networks can be built, counted and timed (--protocol digits, --table 5)"
+    if (spec.data.name, spec.features) == ("cifar10", "inception"):
+        otherwise = (
+            "protocol cifar10_classifier scores the same trainings on a classifier's features"
         )
+    raise ValueError(
+        f"protocol {spec.data.name} is scored on {spec.features} features and lacks "
+        f"{'; '.join(missing)}. Without them {otherwise}"
+    )

@@ -1,4 +1,4 @@
-"""The one way from network range to grey levels."""
+"""Between the networks' range of pixel values and 8-bit grey levels."""
 
 from __future__ import annotations
 
@@ -7,18 +7,22 @@ from torch import Tensor
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1], any shape, to uint8 as the published sets were made: trunc(clamp(127.5 v + 128, 0, 255)), half up.
+    """Quantise images in [-1, 1] as the published sets were: trunc(clamp(127.5 v + 128, 0, 255)).
 
-    Source: ADM's and DiT's sampling scripts. Computed in float32. Raises ValueError where a value is not finite.
+    Computed in float32, for any shape. Source: ADM's and DiT's sampling scripts.
+
+    Raises:
+        ValueError: a value is not finite.
     """
     levels = images.float().mul(127.5).add_(128)
     if not torch.isfinite(levels).all():
         raise ValueError(
-            "images hold values that are not finite; the network or the decoder that made them diverged"
+            "images hold values that are not finite; the network or the decoder that made them "
+            "diverged"
         )
     return levels.clamp_(0, 255).to(torch.uint8)
 
 
 def from_uint8(levels: Tensor) -> Tensor:
-    """Grey levels 0..255 to float32 in [-1, 1]; `to_uint8` gives them back."""
+    """Map grey levels 0..255 to float32 in [-1, 1]; `to_uint8` is the inverse."""
     return levels.float().div(127.5).sub_(1)

@@ -1,10 +1,10 @@
-"""Labelled sets and the order in which a run sees them."""
+"""Labelled sets, and the batches of them that a run sees."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import TypeVar
 
@@ -19,11 +19,16 @@ from experiments.engine.data.quantise import from_uint8
 from experiments.engine.numerics.randomness import generator_at
 from experiments.engine.specs.spec import Data
 
+WORKERS = 2  # threads that read batches ahead
+
 
 class ImageSet:
-    """Images (M, C, H, W), pixels in [-1, 1] or grey levels 0..255 as uint8, and labels (M,), in memory or memory-mapped.
+    """Labelled images in memory or memory-mapped.
 
-    `flip` asks the trainer to mirror half of them; `identity` goes into the records of what is trained on them.
+    images: (M, C, H, W), pixels in [-1, 1] or grey levels 0..255 as uint8.
+    labels: integers (M,).
+    flip: whether the trainer mirrors half of the images.
+    identity: what identifies the set in records of what is trained on it.
     """
 
     def __init__(
@@ -33,26 +38,24 @@ class ImageSet:
         data: Data,
         identity: dict[str, str] | None = None,
     ) -> None:
-        if (
-            images.shape[1:] != (data.channels, data.size, data.size)
-            or labels.shape != images.shape[:1]
-            or not len(labels)
-        ):
+        """Wrap arrays; ValueError if they are not what the declaration says."""
+        shape = (data.channels, data.size, data.size)
+        if images.shape[1:] != shape or labels.shape != images.shape[:1] or not len(labels):
             raise ValueError(
-                f"{data.name}: expected images (M, {data.channels}, {data.size}, {data.size}) and labels (M,), got {images.shape} and {labels.shape}"
+                f"{data.name}: expected images (M, {', '.join(map(str, shape))}) and labels (M,), "
+                f"got {images.shape} and {labels.shape}"
             )
         if not np.issubdtype(labels.dtype, np.integer):
             raise ValueError(f"{data.name}: labels must be integers, got {labels.dtype}")
         if labels.min() < 0 or labels.max() >= data.num_classes:
             raise ValueError(
-                f"{data.name}: labels must lie in 0..{data.num_classes - 1}, got {labels.min()}..{labels.max()}"
+                f"{data.name}: labels must lie in 0..{data.num_classes - 1}, "
+                f"got {labels.min()}..{labels.max()}"
             )
-        self.images, self.labels, self.flip, self.identity = (
-            images,
-            labels,
-            data.flip,
-            identity or {},
-        )
+        self.images = images
+        self.labels = labels
+        self.flip = data.flip
+        self.identity = identity or {}
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -60,47 +63,64 @@ class ImageSet:
     def take(
         self, indices: Tensor, seed: int = 0, positions: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Images (N, C, H, W) float32 and labels (N,) at these indices, the same at every position of a run."""
-        where = indices.numpy()
-        taken = self.images[where]
-        images = (
-            from_uint8(torch.from_numpy(taken))
-            if taken.dtype == np.uint8
-            else torch.from_numpy(np.asarray(taken, dtype=np.float32))
-        )
-        return images, torch.from_numpy(np.asarray(self.labels[where], dtype=np.int64))
+        """Read images (N, C, H, W) float32 and labels (N,) at these indices.
+
+        `seed` and `positions` change nothing here; latents are drawn from them.
+        """
+        rows = indices.numpy()
+        stored = self.images[rows]
+        if stored.dtype == np.uint8:
+            images = from_uint8(torch.from_numpy(stored))
+        else:
+            images = torch.from_numpy(np.asarray(stored, dtype=np.float32))
+        return images, torch.from_numpy(np.asarray(self.labels[rows], dtype=np.int64))
 
 
-def load_data(data: Data) -> ImageSet | LatentSet:
-    """The declared set: scikit-learn's bundled digits, CIFAR-10's training images, a folder of latents, or a folder of two .npy files."""
+def load(data: Data) -> ImageSet | LatentSet:
+    """Load the declared set from this machine.
+
+    It is scikit-learn's bundled digits, CIFAR-10's training images, a folder of latents, or a
+    folder of images.npy and labels.npy.
+
+    Raises:
+        ValueError: the set is not on this machine, or is not what is declared.
+    """
     require_data(data)
     if data.name == "digits":
-        from sklearn.datasets import load_digits
-
-        digits, factor = load_digits(), 8 // data.size
-        if data.size * factor != 8:
-            raise ValueError(
-                f"digits have 8 x 8 pixels, or means over areas of them: size 1, 2, 4 or 8, not {data.size}"
-            )
-        images = digits.images.reshape(-1, 1, data.size, factor, data.size, factor).mean((3, 5))
-        return ImageSet(images.astype(np.float32) / 8 - 1, digits.target, data)
-    folder = folder_of(data)
+        return _load_digits(data)
     if data.name == "cifar10":
         return load_cifar10(data, "train")
+    folder = folder_of(data)
     if (folder / "manifest.json").is_file():
         return LatentSet(folder, data)
-    return ImageSet(
-        np.load(folder / "images.npy", mmap_mode="r"), np.load(folder / "labels.npy"), data
-    )
+    images = np.load(folder / "images.npy", mmap_mode="r")
+    return ImageSet(images, np.load(folder / "labels.npy"), data)
+
+
+def _load_digits(data: Data) -> ImageSet:
+    """Load scikit-learn's digits; a smaller size takes means over areas."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    factor = 8 // data.size
+    if data.size * factor != 8:
+        raise ValueError(
+            "digits have 8 x 8 pixels, or means over areas of them: "
+            f"size 1, 2, 4 or 8, not {data.size}"
+        )
+    areas = digits.images.reshape(-1, 1, data.size, factor, data.size, factor)
+    return ImageSet(areas.mean((3, 5)).astype(np.float32) / 8 - 1, digits.target, data)
 
 
 def load_cifar10(data: Data, split: str) -> ImageSet:
-    """CIFAR-10's 'train' or 'test' images; ValueError in one line where they are not there."""
-    if not (found := find_cifar10(folder_of(data), split)):
+    """Load CIFAR-10's 'train' or 'test' images; ValueError if they are not on this machine."""
+    paths = find_cifar10(folder_of(data), split)
+    if not paths:
         raise ValueError(
-            f"CIFAR-10's {split} images are not in data/cifar10 (or $DICO_DATA/cifar10): {split}.parquet or cifar-10-batches-py"
+            f"CIFAR-10's {split} images are not in data/cifar10 (or $DICO_DATA/cifar10): "
+            f"{split}.parquet or cifar-10-batches-py"
         )
-    images, labels, identity = read_cifar10(found, split)
+    images, labels, identity = read_cifar10(paths, split)
     return ImageSet(images, labels, data, identity)
 
 
@@ -110,29 +130,41 @@ def iterate_batches(
     seed: int,
     steps: range,
     device: torch.device,
-    part: slice = slice(None),
-    workers: int = 2,
+    share: slice = slice(None),
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images and labels of each step's batch on the device, made ahead by `workers` threads, pinned for a GPU.
+    """Yield images and labels of each step's batch on the device.
 
-    `part` is a process's share of the global batch: what stands at a place of it does not depend on who asks for it.
+    Threads read ahead and, for a GPU, pin memory.
+
+    Args:
+        images: the set.
+        batch: size of the global batch.
+        seed: of the run.
+        steps: the steps to take.
+        device: where the batches go.
+        share: a process's share of the global batch. What stands at a place of the global batch
+            does not depend on who reads it.
     """
 
-    def make(step: int) -> tuple[Tensor, ...]:
-        positions = torch.arange(step * batch, (step + 1) * batch)[part]
-        made = images.take(batch_indices(len(images), batch, seed, step)[part], seed, positions)
-        return tuple(tensor.pin_memory() for tensor in made) if device.type == "cuda" else made
+    def read(step: int) -> tuple[Tensor, ...]:
+        positions = torch.arange(step * batch, (step + 1) * batch)[share]
+        indices = batch_indices(len(images), batch, seed, step)[share]
+        tensors = images.take(indices, seed, positions)
+        if device.type != "cuda":
+            return tensors
+        return tuple(tensor.pin_memory() for tensor in tensors)
 
-    for x, y in prefetch(make, steps, workers, 2 * workers):
+    for x, y in prefetch(read, steps, WORKERS, 2 * WORKERS):
         yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 
 def batch_indices(size: int, batch: int, seed: int, step: int) -> Tensor:
-    """Indices (batch,) of a step: consecutive positions of an endless sequence of per-epoch permutations."""
+    """Indices (batch,) of a step: consecutive positions of an endless sequence of permutations."""
     positions = torch.arange(step * batch, (step + 1) * batch)
+    epochs = positions // size
     parts = [
-        _permutation(size, seed, int(epoch))[positions[positions // size == epoch] % size]
-        for epoch in (positions // size).unique()
+        _permutation(size, seed, int(epoch))[positions[epochs == epoch] % size]
+        for epoch in epochs.unique()
     ]
     return torch.cat(parts)
 
@@ -142,23 +174,32 @@ def _permutation(size: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(size, generator=generator_at("order", seed, epoch))
 
 
-# Work done ahead in threads, handed over in order. Standard library only.
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def prefetch(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int, depth: int
 ) -> Iterator[Result]:
-    """`function` of every item, in the items' order, at most `depth` results in flight. Exceptions surface at their item."""
+    """Compute `function` of every item in threads, ahead of use; yield the results in order.
+
+    Exceptions surface at their item.
+
+    Args:
+        function: what to compute.
+        items: its arguments.
+        workers: number of threads.
+        depth: how many results may be under way.
+    """
     with ThreadPoolExecutor(workers) as pool:
-        flying: deque = deque()
+        under_way: deque[Future[Result]] = deque()
         try:
             for item in items:
-                flying.append(pool.submit(function, item))
-                if len(flying) >= depth:
-                    yield flying.popleft().result()
-            while flying:
-                yield flying.popleft().result()
+                under_way.append(pool.submit(function, item))
+                if len(under_way) >= depth:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
         finally:
-            for future in flying:
+            for future in under_way:
                 future.cancel()

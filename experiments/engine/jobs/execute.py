@@ -1,4 +1,4 @@
-"""From a spec to its record: run a stage once, and keep its results or the reason of its failure."""
+"""From a spec to its record: run a stage once, and keep its results or why it failed."""
 
 from __future__ import annotations
 
@@ -80,7 +80,9 @@ class _Execution:
 def execute(
     spec: Stage, store: Store, resources: Resources, report: Report = ignore_progress
 ) -> Record:
-    """Return the stage's record: an old one if it is done, else a new one. Failures are records too.
+    """Return the stage's record: an old one if it is done, else a new one.
+
+    A failure is recorded too.
 
     In a group, every rank calls this and gets the record, which rank 0 writes. If a rank fails,
     the whole group ends: the record holds the error, and all ranks but rank 0 exit. Another

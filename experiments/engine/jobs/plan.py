@@ -99,7 +99,7 @@ def missing(jobs: Sequence[Job], store: Store) -> list[Job]:
 
 
 def describe(plan: Plan, store: Store) -> str:
-    """Return one line per stage: whether it is done, and if not, how long it is expected to take."""
+    """Return one line per stage: whether it is done, or how long it is expected to take."""
     lines: list[str] = []
     seconds, unknown = 0.0, 0
     for planned in _stages(plan):

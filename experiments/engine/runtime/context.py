@@ -1,4 +1,4 @@
-"""What a stage needs beside its spec: a folder, a machine, the other processes, and whom to tell."""
+"""What a stage needs beside its spec: folder, machine, other processes, and whom to tell."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class RunContext:
-    """Where, on what, with whom and under whose eyes a stage works."""
+    """What a stage works with: its folder, resources, group, heartbeat and report."""
 
     # Folder of the training. The folders of other stages lie beside it, under their ids.
     folder: Path

@@ -15,7 +15,7 @@ from numpy import ndarray
 from torch import Tensor, nn
 
 from experiments.engine.data.quantise import from_uint8, to_uint8
-from experiments.engine.data.sets import ImageSet, load_cifar10, load_data
+from experiments.engine.data.sets import ImageSet, load, load_cifar10
 from experiments.engine.numerics.weights import digest
 from experiments.engine.runtime.context import RunContext
 from experiments.engine.runtime.pieces import Arrays, compute_pieces
@@ -101,7 +101,7 @@ def score_classified(spec: Evaluate, cache: Path, context: RunContext) -> Scored
 
 def _load_classifier(spec: Evaluate, cache: Path) -> Classifier:
     if spec.features == "digits":
-        digits = load_data(spec.data)
+        digits = load(spec.data)
         assert isinstance(digits, ImageSet)
         network, identity = digits_classifier(digits, cache)
         return Classifier(network, identity, digits, split=None, quantised=False)

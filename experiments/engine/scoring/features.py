@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from experiments.engine.data.cifar10 import file_digest
 from experiments.engine.data.locate import find_cifar10, folder_of
-from experiments.engine.data.sets import ImageSet, load_data
+from experiments.engine.data.sets import ImageSet, load
 from experiments.engine.numerics.randomness import generator_at, seed_at
 from experiments.engine.records.files import locked, written_whole
 from experiments.engine.specs.spec import Data
@@ -118,7 +118,7 @@ def cifar_classifier(data: Data, test: ImageSet, cache: Path) -> tuple[nn.Module
     """Return the classifier of CIFAR-10's training images, tested on its test images."""
 
     def training_images() -> tuple[ImageSet, Tensor]:
-        images = load_data(data)
+        images = load(data)
         assert isinstance(images, ImageSet)
         return images, torch.arange(len(images))
 

@@ -13,12 +13,12 @@ from experiments.engine.data.image_files import (
     POOL,
     SPATIAL,
     ImageFile,
-    _names,
-    _opened,
-    _small,
+    array_names,
     file_sha256,
     has_images,
     name_in_errors,
+    open_archive,
+    read_small_array,
 )
 from experiments.engine.scoring.inception import BATCH, Inception
 from experiments.engine.scoring.measure import Measured, measure
@@ -143,15 +143,15 @@ def statistics(path: Path) -> dict[str, Moments]:
         ValueError: for half a pair of statistics, or for values that are no mean and covariance.
     """
     moments = {}
-    with _opened(path) as archive:
-        names = _names(archive)
+    with open_archive(path) as archive:
+        names = array_names(archive)
         for layer in LAYERS:
             if (layer.mean in names) != (layer.cov in names):
                 raise ValueError(f"{path.name}: holds only one of {layer.mean} and {layer.cov}")
             if layer.mean not in names:
                 continue
-            mean = _small(path, archive, layer.mean, "f", (layer.dim,))
-            cov = _small(path, archive, layer.cov, "f", (layer.dim, layer.dim))
+            mean = read_small_array(path, archive, layer.mean, "f", (layer.dim,))
+            cov = read_small_array(path, archive, layer.cov, "f", (layer.dim, layer.dim))
             moments[layer.name] = Moments.known(mean.astype(float), cov.astype(float))
             _check_statistics(path, layer, moments[layer.name])
     return moments

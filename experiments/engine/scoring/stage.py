@@ -18,7 +18,7 @@ from experiments.engine.data.image_files import (
 )
 from experiments.engine.data.locate import inception_path, reference_path, require_features
 from experiments.engine.data.quantise import to_uint8
-from experiments.engine.data.sets import ImageSet, load_data
+from experiments.engine.data.sets import ImageSet, load
 from experiments.engine.numerics.precision import precision, read_tf32_flags
 from experiments.engine.records.manifest import manifest
 from experiments.engine.runtime.context import RunContext
@@ -180,7 +180,7 @@ def require_reference(data: Data) -> None:
     if path:
         check_reference(path)
     else:
-        load_data(data)
+        load(data)
 
 
 def _measure_reference(
@@ -190,7 +190,7 @@ def _measure_reference(
     path = reference_path(data)
     if path:
         return _measure_file(path, extractor, parts, context)
-    images = load_data(data)
+    images = load(data)
     assert isinstance(images, ImageSet)
     return _measure_set(data.name, _GreyLevels(images), extractor, parts, context)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.engine.data.sets import batch_indices, load_data
+from experiments.engine.data.sets import batch_indices, load
 from experiments.engine.numerics.weights import digest
 from experiments.engine.runtime.attempts import begin_attempt
 from experiments.engine.runtime.context import RunContext
@@ -49,7 +49,7 @@ def run_training(spec: Train, context: RunContext) -> dict[str, Any]:
             state=RunState.TRAINING, step=trainer.step, steps=spec.recipe.steps
         )
 
-    images = load_data(spec.data)
+    images = load(spec.data)
     checkpoints = context.folder / "checkpoints"
     with ExitStack() as stack:
         log = None

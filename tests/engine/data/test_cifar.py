@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import prepare_cifar10
+from experiments import prepare
 from experiments.declared.protocols import CIFAR10
 from experiments.engine.data import cifar10 as cifar
 from experiments.engine.data import locate as sources
 from experiments.engine.data.cifar10 import read_cifar10
 from experiments.engine.data.locate import find_cifar10
-from experiments.engine.data.sets import load_data
+from experiments.engine.data.sets import load
 from tests.support.cifar import file_of, pixels, write_parquet
 
 
@@ -34,7 +34,7 @@ def test_parquet_files_are_read_in_their_order(folder: Path):
             list(range(10))[:7] if part == 0 else [9, 8, 7, 6, 5],
         )
     write_parquet(folder / "test.parquet", [file_of(images[0])], [3])
-    found = load_data(CIFAR10.data)
+    found = load(CIFAR10.data)
     x, y = found.take(torch.arange(12))
     assert y.tolist() == [0, 1, 2, 3, 4, 5, 6, 9, 8, 7, 6, 5] and found.flip
     assert np.abs(x.numpy() - (images.transpose(0, 3, 1, 2) / 127.5 - 1)).max() < 1e-6
@@ -98,14 +98,14 @@ def test_parquet_files_of_another_kind_are_refused_in_a_line(
 ):
     write_parquet(folder / "train.parquet", files, labels, columns)
     with pytest.raises(ValueError, match=f"train.parquet is not CIFAR-10 .*{words}") as failure:
-        load_data(CIFAR10.data)
+        load(CIFAR10.data)
     assert "\n" not in str(failure.value)
 
 
 def test_labels_of_more_classes_are_refused(folder: Path):
     write_parquet(folder / "train.parquet", [file_of(pixels(1)[0])], [10])
     with pytest.raises(ValueError, match=r"must lie in 0\.\.9"):
-        load_data(CIFAR10.data)
+        load(CIFAR10.data)
 
 
 @pytest.mark.parametrize(
@@ -125,8 +125,8 @@ def test_the_command_checks_what_is_there(
     capsys: pytest.CaptureFixture[str],
 ):
     write_parquet(folder / "train.parquet", files, labels)
-    monkeypatch.setattr("sys.argv", ["prepare_cifar10.py"])
-    status, printed = prepare_cifar10.main(), capsys.readouterr()
+    monkeypatch.setattr("sys.argv", ["prepare.py", "cifar10"])
+    status, printed = prepare.main(), capsys.readouterr()
     if words:
         assert status == 2 and re.search(words, printed.err) and printed.err.count("\n") == 1
     else:
@@ -141,7 +141,7 @@ def test_a_file_that_is_no_parquet_is_refused(folder: Path):
     folder.mkdir()
     (folder / "train.parquet").write_bytes(b"PAR1 but no more")
     with pytest.raises(ValueError, match="train.parquet is not CIFAR-10"):
-        load_data(CIFAR10.data)
+        load(CIFAR10.data)
 
 
 def write_torchvision(folder: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
@@ -167,7 +167,7 @@ def write_torchvision(folder: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarr
 
 def test_torchvisions_folder_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch):
     images = write_torchvision(folder, monkeypatch)
-    found = load_data(CIFAR10.data)
+    found = load(CIFAR10.data)
     assert (found.images == images[:4].transpose(0, 3, 1, 2)).all() and found.labels.tolist() == [
         1
     ] * 4
@@ -189,7 +189,7 @@ def test_a_pickle_with_another_checksum_is_not_opened(
     monkeypatch.chdir(folder)
     (folder / "cifar-10-batches-py" / "data_batch_1").write_bytes(pickle.dumps(Harm()))
     with pytest.raises(ValueError, match="not the published CIFAR-10"):
-        load_data(CIFAR10.data)
+        load(CIFAR10.data)
     assert not Path("harm").exists()
 
 

@@ -16,8 +16,9 @@ from experiments.declared.protocols import (
     IMAGENET512_FIXED,
 )
 from experiments.engine.data import locate as sources
+from experiments.engine.data import sets
 from experiments.engine.data.locate import require_data, require_features
-from experiments.engine.data.sets import ImageSet, batch_indices, iterate_batches, load_data
+from experiments.engine.data.sets import ImageSet, batch_indices, iterate_batches, load
 from experiments.engine.specs.spec import Data
 from experiments.engine.specs.stages import Protocol, evaluate_stage
 
@@ -69,7 +70,7 @@ def test_a_step_is_found_without_the_ones_before_it():
 
 
 def test_digits_are_pixels_of_ten_classes():
-    digits = load_data(DIGITS.data)
+    digits = load(DIGITS.data)
     x, y = digits.take(torch.arange(len(digits)))
     assert (x.shape, x.dtype, y.dtype) == ((1797, 1, 8, 8), torch.float32, torch.int64)
     assert (x.min(), x.max(), y.unique().tolist()) == (-1, 1, list(range(10)))
@@ -104,7 +105,7 @@ def test_arrays_that_do_not_fit_are_refused(shape: tuple[int, ...], labels: np.n
 def test_a_folder_of_arrays_is_read_from_the_disk(root: Path):
     images, labels = arrays()
     write(root / "latents", images, labels)
-    found = load_data(SET)
+    found = load(SET)
     assert isinstance(found.images, np.memmap) and len(found) == 11
     x, y = found.take(torch.tensor([10, 2]))
     assert torch.equal(x, torch.from_numpy(images[[10, 2]])) and y.tolist() == [1, 2]
@@ -115,7 +116,7 @@ def test_a_folder_of_arrays_is_read_from_the_disk(root: Path):
 def test_other_number_types_are_converted(root: Path):
     images, labels = arrays()
     write(root / "latents", images.astype(np.float16), labels.astype(np.uint8))
-    x, y = load_data(SET).take(torch.arange(11))
+    x, y = load(SET).take(torch.arange(11))
     assert (x.dtype, y.dtype) == (torch.float32, torch.int64) and np.allclose(x, images)
 
 
@@ -129,13 +130,14 @@ def test_grey_levels_become_pixels():
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_batches_are_the_steps_asked_for_and_a_share_is_a_part(workers: int):
+def test_batches_are_the_steps_asked_for_and_a_share_is_a_part(
+    workers: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sets, "WORKERS", workers)
     images, labels = arrays()
     found = ImageSet(images, labels, SET)
-    made = list(iterate_batches(found, 6, 2, range(3, 8), torch.device("cpu"), workers=workers))
-    share = list(
-        iterate_batches(found, 6, 2, range(3, 8), torch.device("cpu"), slice(4, 6), workers)
-    )
+    made = list(iterate_batches(found, 6, 2, range(3, 8), torch.device("cpu")))
+    share = list(iterate_batches(found, 6, 2, range(3, 8), torch.device("cpu"), slice(4, 6)))
     assert len(made) == 5
     for step, (x, y), (part, _) in zip(range(3, 8), made, share, strict=True):
         expected, _ = found.take(batch_indices(11, 6, 2, step))
@@ -154,24 +156,24 @@ def test_an_error_in_a_worker_reaches_the_trainer():
 @pytest.mark.parametrize(
     "protocol, words",
     [
-        (CIFAR10, ("train.parquet", "cifar-10-batches-py", "prepare_cifar10.py")),
-        (IMAGENET256, ("prepare_latents.py --protocol imagenet256 ", "1000 class folders")),
+        (CIFAR10, ("train.parquet", "cifar-10-batches-py", "prepare.py cifar10")),
+        (IMAGENET256, ("prepare.py latents --protocol imagenet256 ", "1000 class folders")),
         (
             IMAGENET256_FIXED,
-            ("prepare_latents.py --protocol imagenet256_fixed ", "DICO_DATA/imagenet256_fixed)"),
+            ("prepare.py latents --protocol imagenet256_fixed ", "DICO_DATA/imagenet256_fixed)"),
         ),
         (
             IMAGENET512_FIXED,
-            ("prepare_latents.py --protocol imagenet512_fixed ", "DICO_DATA/imagenet512_fixed)"),
+            ("prepare.py latents --protocol imagenet512_fixed ", "DICO_DATA/imagenet512_fixed)"),
         ),
-        (IMAGENET512, ("prepare_latents.py --protocol imagenet512 ",)),
+        (IMAGENET512, ("prepare.py latents --protocol imagenet512 ",)),
     ],
 )
 def test_missing_data_is_one_line_that_says_what_to_provide(
     protocol: Protocol, words: tuple[str, ...], root: Path
 ):
     with pytest.raises(ValueError) as failure:
-        load_data(protocol.data)
+        load(protocol.data)
     line = str(failure.value)
     assert "\n" not in line and str(root) not in line
     assert all(word in line for word in (protocol.name, "DICO_DATA", *words))

@@ -1,4 +1,4 @@
-"""Photographs to scores: latents, training, sampling, decoding and Inception's network, killed at every stage and begun again."""
+"""From photographs to scores, killed at every stage and begun again."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SIDE, NUM = 64, 9
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two photographs cut into six pictures each, a small VAE and Inception's network, both with untrained weights."""
+    """Two photographs cut into six pictures each, an untrained VAE and untrained Inception."""
     pytest.importorskip("diffusers")
     pytest.importorskip("torch_fidelity")
     root = tmp_path_factory.mktemp("given")
@@ -57,7 +57,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def whole_path(given: Path, root: Path, dies: str) -> None:
-    """Everything from the pictures to the record, as far as it is not done; killed in the middle of the stage `dies`."""
+    """Do all that is missing up to the record; the process is killed within the stage `dies`."""
 
     def dying(function: Callable, when: Callable[..., bool]) -> Callable:
         def called(*arguments: Any) -> Any:
@@ -117,7 +117,7 @@ def whole_path(given: Path, root: Path, dies: str) -> None:
 
 
 def end_of(given: Path, root: Path, dies: str = "") -> int:
-    """Exit code of a new process: a fork of one that has run a backward pass could not run another."""
+    """Exit code of a new process: after a backward pass a fork could not run another one."""
     process = multiprocessing.get_context("spawn").Process(
         target=whole_path, args=(given, root, dies)
     )

@@ -1,4 +1,4 @@
-"""ADM's classifier of noisy images, its gradient in the samplers, and the upsampler behind a base model."""
+"""ADM's classifier of noisy images, its gradient in samplers, and the upsampler."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import backbones
 from backbones.checkpoint import load_published
 from experiments.declared.protocols import DIGITS
 from experiments.engine.data.quantise import from_uint8, to_uint8
-from experiments.engine.data.sets import load_data
+from experiments.engine.data.sets import load
 from experiments.engine.diffusion.build import build_diffusion
 from experiments.engine.diffusion.cascade import ClassifierGradient, System
 from experiments.engine.diffusion.samplers import DDIM, Ancestral, bind_sampler
@@ -33,13 +33,15 @@ from tests.support.flows import sample
 from tests.support.networks import randomise, relative_rms
 
 CLASSES = 7
-PUBLISHED = {  # parameters and core Gmacs measured on the authors' module, entries and digest of its state_dict's names and shapes
+# Measured on the authors' modules: parameters, core Gmacs, entries of the state_dict, and a digest
+# of their names and shapes.
+PUBLISHED = {
     "adm_classifier_64": (65_438_568, 19.0790, 307, "0b7fc9917ffd8325"),
     "adm_classifier_128": (42_568_040, 21.0403, 221, "e717337216e06448"),
     "adm_classifier_256": (54_096_360, 73.3486, 249, "bc098f973cf9f8b9"),
     "adm_classifier_512": (54_448_360, 112.7669, 281, "2a24b6c641814825"),
 }
-# Logits of the second sample, measured on the authors' module in float64 with these weights and inputs.
+# Logits of the second sample, from the authors' module in float64 with these weights and inputs.
 THEIRS = [
     0.369861287336,
     0.044598441025,
@@ -288,13 +290,13 @@ def test_an_upsampler_learns_from_means_over_areas():
 
 
 def test_small_digits_are_means_over_areas_and_whole_digits_as_they_were():
-    whole, half = (load_data(Data("digits", size, 1, 10)).images for size in (8, 4))
+    whole, half = (load(Data("digits", size, 1, 10)).images for size in (8, 4))
     assert (
         half.shape == (1797, 1, 4, 4)
         and abs(half[3, 0, 1, 2] - whole[3, 0, 2:4, 4:6].mean()) < 1e-6
     )
     with pytest.raises(ValueError, match="size 1, 2, 4 or 8, not 5"):
-        load_data(Data("digits", 5, 1, 10))
+        load(Data("digits", 5, 1, 10))
 
 
 def test_the_upsampler_is_given_the_base_models_8_bit_images():

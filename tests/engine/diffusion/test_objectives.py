@@ -1,4 +1,4 @@
-"""What families other than DiT's ask of the trainer: their schedules, networks that predict the noise alone, and DPM-Solver++."""
+"""Schedules, losses and DPM-Solver++ of the families that do not train as DiT does."""
 
 import math
 import sys
@@ -142,7 +142,7 @@ def test_ancestral_sampling_with_the_posteriors_variance(betas: str):
 
 
 def flowed(diffusion: IDDPM, first: Tensor, end: int = 0) -> Tensor:
-    """Where the probability flow leads: deviations from the mean over their standard deviation are constant in time."""
+    """Where the probability flow leads: standardised deviations from the mean stay constant."""
     a = diffusion.alphas_cumprod.sqrt()
     deviation = (a**2 * STD**2 + 1 - a**2).sqrt()
     return a[end] * MEAN + deviation[end] * (first.double() - a[-1] * MEAN) / deviation[-1]
@@ -164,7 +164,7 @@ def test_dpm_solver_converges_to_the_flow_at_order_two():
 
 @pytest.mark.parametrize("num_steps", [27, 37, 111])
 def test_dpm_solver_against_diffusers(num_steps: int):
-    """These numbers divide 999, so that all times are steps, which is all that its scheduler knows."""
+    """These numbers divide 999, so all times are whole; diffusers' scheduler knows no others."""
     scheduling = pytest.importorskip("diffusers.schedulers.scheduling_dpmsolver_multistep")
     diffusion = build_diffusion(UVIT)
     scheduler = scheduling.DPMSolverMultistepScheduler(

@@ -1,4 +1,4 @@
-"""Samplers on Gaussian data, where the optimal network is affine in x and every chain can be followed exactly."""
+"""Samplers on Gaussian data: the optimal network is affine, so every chain is known exactly."""
 
 import math
 
@@ -41,7 +41,10 @@ def gaussian(u: float, mean: float = MEAN, std: float = STD) -> Model:
 
 
 class Impulses:
-    """Draw k is 1 for image k and 0 for the others: image k ends on offset + gain of draw k, the last one on offset."""
+    """Draw k is 1 for image k and 0 for other images.
+
+    So image k ends on offset + gain of draw k, and the last image on the offset.
+    """
 
     def __init__(self, num_steps: int):
         self.num, self.drawn = num_steps + 2, 0
@@ -76,7 +79,7 @@ def probe(sampler, num_steps: int, model: Model, **options) -> tuple[Tensor, Ten
 
 
 def moments_by_recursion(timesteps: list[int], fraction: float) -> tuple[float, float]:
-    """Mean and variance after the ancestral chain from N(0, 1), in numpy, from conditional expectations alone."""
+    """Mean and variance after the ancestral chain from N(0, 1), from conditional expectations."""
     cumprod = np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000))[timesteps]
     previous = np.concatenate([[1.0], cumprod[:-1]])
     betas = 1 - cumprod / previous
@@ -152,7 +155,7 @@ def test_ddim_at_eta_1_is_ancestral_with_the_posterior_variance(num_steps: int):
 def test_samples_are_those_of_the_authors(
     sampler: str, options: dict[str, float], expected: list[float]
 ):
-    """Numbers from facebookresearch/DiT ed81ce2, create_diffusion("250") on the same network and draws."""
+    """Numbers from facebookresearch/DiT ed81ce2: create_diffusion("250"), same draws."""
     base = gaussian(0.0)
 
     def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -211,7 +214,7 @@ def test_sample_of_an_image_ignores_its_batch(sampler):
 
 
 class Recorder:
-    """A network of 4 data channels whose output depends on the label; keeps what it was called with."""
+    """A network of 4 data channels whose output depends on the label; it records its calls."""
 
     def __init__(self):
         torch.manual_seed(0)
@@ -291,7 +294,7 @@ def test_guiding_channels_that_do_not_exist_is_refused():
 
 @pytest.mark.parametrize("name", ["ancestral", "ddim"])
 def test_clipped_estimates_keep_a_wild_network_within_pixels(name: str):
-    """Cosine betas amplify an error of the first step by 1 / sqrt(A) of some 1e4; the last step's x is its estimate."""
+    """Cosine betas amplify an error of the first step by 1 / sqrt(A), about 1e4."""
     cosine = build_diffusion(Diffusion(betas="cosine"))
     wild = lambda x, t, y: torch.full((len(x), 2 * x.shape[1], *x.shape[2:]), 0.3)  # noqa: E731
     highest = {}

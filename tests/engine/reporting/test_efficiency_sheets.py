@@ -1,4 +1,4 @@
-"""Sheets of throughput, sweeps and runtimes, and verdicts on speed, from records written by hand."""
+"""Sheets of throughput, sweeps and runtimes, and verdicts on speed, from made-up records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What scoring rests on: noise by image, a classifier with the same bits everywhere, and scores that are finite."""
+"""What scoring rests on: noise by image, a reproducible classifier, and finite scores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from experiments.declared.protocols import DIGITS
-from experiments.engine.data.sets import load_data
+from experiments.engine.data.sets import load
 from experiments.engine.numerics.randomness import ImageNoise
 from experiments.engine.runtime import preemption
 from experiments.engine.runtime.context import Resources, RunContext
@@ -92,7 +92,7 @@ def test_the_classifier_has_the_same_bits_whatever_surrounds_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(features, "DIGITS", replace(features.DIGITS, steps=20))
-    data, threads, identities = load_data(DIGITS.data), torch.get_num_threads(), []
+    data, threads, identities = load(DIGITS.data), torch.get_num_threads(), []
     try:
         for number in (1, 2):
             torch.set_num_threads(number)
@@ -110,7 +110,7 @@ def test_a_cached_classifier_is_read_and_another_recipe_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(features, "DIGITS", replace(features.DIGITS, steps=5))
-    data, trained = load_data(DIGITS.data), []
+    data, trained = load(DIGITS.data), []
     train_once = features._train
     monkeypatch.setattr(
         features, "_train", lambda *lesson: trained.append(0) or train_once(*lesson)
@@ -134,7 +134,7 @@ def test_scores_are_finite_shares_are_shares_and_every_one_has_its_error(
         SPEC, tmp_path / "cache", RunContext(tmp_path / "run", Resources(sample_batch=100))
     )
     scores = ("fd_digits", "is_digits", "precision_digits", "recall_digits", "agreement")
-    found, data = values.pop("manifest"), load_data(DIGITS.data)
+    found, data = values.pop("manifest"), load(DIGITS.data)
     assert len(found["hash"]) == 16 and found["measure"]["labels"]["order"] == "as drawn"
     assert (
         found["measure"]["reference"]["sha256"]

@@ -1,4 +1,4 @@
-"""Steps of samplers as one launch each: the same images, counts and requests to stop, and nothing that waits."""
+"""Captured steps of samplers: same images, counts and requests to stop, and nothing that waits."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ SAMPLERS |= {
 def test_a_step_of_a_sampler_waits_for_no_value(name: str, monkeypatch: pytest.MonkeyPatch):
     """Guided, by the family's own sampler: more steps read no more values back."""
     monkeypatch.setattr(
-        sys.modules[gated_linear.choices["chunked"].run.__module__], "_mild", lambda decay: False
+        sys.modules[gated_linear.choices["chunked"].run.__module__],
+        "_decays_mildly",
+        lambda decay: False,
     )
     train = Train(FAMILIES[name], DIGITS, SPEC.recipe, OBJECTIVES.get(name, Diffusion()))
     model, sampler = (
@@ -80,7 +82,10 @@ STEPPED += [(Sampler(name), Diffusion("flow")) for name in ("euler", "heun")] + 
 ]
 
 
-def evaluation(sampler: Sampler, diffusion: Diffusion = Diffusion()) -> Evaluate:
+IDDPM = Diffusion()
+
+
+def evaluation(sampler: Sampler, diffusion: Diffusion = IDDPM) -> Evaluate:
     outputs = (
         dict(learn_sigma=False) if diffusion.name == "flow" or diffusion.variance == "fixed" else {}
     )
@@ -162,8 +167,16 @@ def test_a_job_that_is_asked_to_stop_stops_between_recorded_steps(monkeypatch: p
     assert 0 < counted.evaluated < 8 * 2 * 5
 
 
-@pytest.mark.parametrize(("sampler", "whole"), [(Sampler(scale=2.0), True), (Sampler(scale=2.0, interval=(0, 500)), False), (Sampler(interval=(0, 500)), True),
-                                                (Sampler("dpm_solver_diffusers"), False), (Sampler("dopri5"), False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("sampler", "whole"),
+    [
+        (Sampler(scale=2.0), True),
+        (Sampler(scale=2.0, interval=(0, 500)), False),
+        (Sampler(interval=(0, 500)), True),
+        (Sampler("dpm_solver_diffusers"), False),
+        (Sampler("dopri5"), False),
+    ],
+)
 def test_steps_are_recorded_where_all_do_the_same(sampler: Sampler, whole: bool):
     spec = replace(
         evaluation(sampler, Diffusion("flow") if sampler.name == "dopri5" else Diffusion()),
@@ -204,7 +217,8 @@ def test_a_set_of_images_is_drawn_by_one_recording_a_shape_which_is_let_go(
 
 def test_a_gpu_is_given_few_steps_before_it_has_done_them(monkeypatch: pytest.MonkeyPatch):
     events = [MagicMock() for _ in range(5)]
-    monkeypatch.setattr(torch.cuda, "Event", lambda blocking, left=iter(events): next(left))
+    unused = iter(events)
+    monkeypatch.setattr(torch.cuda, "Event", lambda blocking: next(unused))
     counted = CountingModel(lambda x, t, y: x, capture_steps=True)
     for _ in events:
         counted._limit_steps_under_way(GPU)

@@ -1,4 +1,4 @@
-"""Images on disk: the same whatever the batch, resumed, shuffled with their labels, and scored as they were drawn."""
+"""Images on disk: independent of the batch, resumed, shuffled with their labels, and scored."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from experiments.engine.data import locate as sources
 from experiments.engine.data.autoencoder import load_autoencoder
 from experiments.engine.data.image_files import ImageFile
 from experiments.engine.data.quantise import to_uint8
-from experiments.engine.data.sets import ImageSet, load_data
+from experiments.engine.data.sets import ImageSet, load
 from experiments.engine.jobs.job import Job
 from experiments.engine.jobs.progress import ProgressDisplay
 from experiments.engine.records.store import REPOSITORY
@@ -255,7 +255,7 @@ def test_latents_are_decoded_by_the_declared_vae(tmp_path: Path, monkeypatch: py
 def test_latents_are_decoded_by_the_vae_that_their_manifest_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Without a manifest nothing says whose they are, which is warned of unless VAE or declaration is known."""
+    """Without a manifest a warning is given, unless the VAE or the declaration is known."""
     pytest.importorskip("diffusers")
     from tests.support.latent_sets import write_vae
 
@@ -289,7 +289,8 @@ def test_latents_are_decoded_by_the_vae_that_their_manifest_names(
             if fits
             else pytest.raises(
                 ValueError,
-                match=f"set latents holds latents of another VAE .encoder {named}. than .DICO_VAE names .vae, encoder {encoder}",
+                match=f"set latents holds latents of another VAE .encoder {named}. than .DICO_VAE "
+                f"names .vae, encoder {encoder}",
             )
         ):
             load_decoder(data, CPU)
@@ -299,15 +300,13 @@ def test_latents_are_decoded_by_the_vae_that_their_manifest_names(
 def test_the_inception_stage_runs_from_weights_to_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Untrained Inception weights in a file, pixels of three channels, the training images as reference, drawn before the score."""
+    """Untrained Inception in a file, pixels of three channels, training images as reference."""
     pytest.importorskip("torch_fidelity")
     data = Data("pixels", size=8, channels=3, num_classes=10)
     given = np.random.default_rng(0).uniform(-1, 1, (9, 3, 8, 8)).astype(np.float32)
     pixels = ImageSet(given, np.arange(9), data)
     for module in (train, evaluate):
-        monkeypatch.setattr(
-            module, "load_data", lambda asked: pixels if asked == data else load_data(asked)
-        )
+        monkeypatch.setattr(module, "load", lambda asked: pixels if asked == data else load(asked))
     torch.save(inception.build_network().state_dict(), tmp_path / "weights.pth")
     monkeypatch.setenv("DICO_INCEPTION", str(tmp_path / "weights.pth"))
     backbone = Backbone("dico_s", TINY.options | dict(in_channels=3))

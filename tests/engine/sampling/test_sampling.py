@@ -11,9 +11,10 @@ import torch
 
 from experiments.ablation import DICO_S
 from experiments.declared.protocols import DIGITS
-from experiments.engine.data.sets import load_data
+from experiments.engine.data.sets import load
 from experiments.engine.runtime.context import Resources, RunContext
 from experiments.engine.sampling.generate import generate_images, image_labels, image_seeds
+from experiments.engine.scoring import classified
 from experiments.engine.scoring import stage as evaluate
 from experiments.engine.scoring.features import digits_classifier, extract
 from experiments.engine.specs.spec import Evaluate, Sampler
@@ -40,7 +41,7 @@ def tiny() -> Evaluate:
 def classifiers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache with the trained digits classifier, which takes seconds to train."""
     cache = tmp_path_factory.mktemp("classifiers")
-    digits_classifier(load_data(DIGITS.data), cache)
+    digits_classifier(load(DIGITS.data), cache)
     return cache
 
 
@@ -107,7 +108,9 @@ def test_the_classifier_is_cached_by_content_and_scores_are_named_for_what_they_
         first["classifier_accuracy"] > 0.95
         and first["classifier_sha256"] == again["classifier_sha256"]
     )
-    assert repr(again) == repr(first) and first["manifest"]["run"] == {"batch": evaluate.ON_CPU}
+    assert repr(again) == repr(first) and first["manifest"]["run"] == {
+        "batch": classified.BATCH_ON_CPU
+    }
     by_diffusers = evaluate.run_evaluation(
         replace(spec, sampler=replace(spec.sampler, name="dpm_solver_diffusers")),
         cache,
@@ -122,7 +125,7 @@ def test_the_classifier_is_cached_by_content_and_scores_are_named_for_what_they_
 
 
 def test_real_digits_score_as_real(classifiers: Path):
-    data = load_data(DIGITS.data)
+    data = load(DIGITS.data)
     x, y = data.take(torch.arange(len(data)))
     classifier, _ = digits_classifier(data, classifiers)
     features, probabilities = extract(classifier, x)

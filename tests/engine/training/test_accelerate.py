@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from backbones.kernels import gated_linear
-from experiments.engine.data.sets import ImageSet, load_data
+from experiments.engine.data.sets import ImageSet, load
 from experiments.engine.numerics.cuda_graphs import CudaGraph, accelerate
 from experiments.engine.numerics.precision import precision
 from experiments.engine.numerics.weights import digest
@@ -40,7 +40,7 @@ NOISE = ImageSet(
 def test_a_recorded_training_has_the_same_losses_and_weights(spec: Train, micro_batch: int | None):
     usual, recorded = (Trainer(spec, Resources(micro_batch=micro_batch)) for _ in range(2))
     recorded.forward_backward = Rerun(recorded._forward_backward, recorded.model)
-    losses = [list(trainer.steps(load_data(DIGITS))) for trainer in (usual, recorded)]
+    losses = [list(trainer.steps(load(DIGITS))) for trainer in (usual, recorded)]
     assert [loss.item() for loss in losses[0]] == [loss.item() for loss in losses[1]] and len(
         set(losses[0])
     ) == 6
@@ -79,7 +79,9 @@ def test_a_recording_lets_other_threads_go_on_and_runs_the_function_aside_before
 def test_a_step_of_the_trainer_waits_for_no_value(name: str, monkeypatch: pytest.MonkeyPatch):
     """On a GPU reading one back stops the host, and no graph can hold it."""
     monkeypatch.setattr(
-        sys.modules[gated_linear.choices["chunked"].run.__module__], "_mild", lambda decay: False
+        sys.modules[gated_linear.choices["chunked"].run.__module__],
+        "_decays_mildly",
+        lambda decay: False,
     )  # on a CPU DiG looks, as nothing waits there
     dropping = 0.1 if name in ("dis", "dimsum") else 0.0
     spec = Train(
@@ -88,7 +90,7 @@ def test_a_step_of_the_trainer_waits_for_no_value(name: str, monkeypatch: pytest
         Recipe(steps=3, batch=4, grad_clip=1.0, drop_path=dropping),
         OBJECTIVES.get(name, Diffusion()),
     )
-    stepping = Trainer(spec, Resources(micro_batch=3)).steps(load_data(DIGITS))
+    stepping = Trainer(spec, Resources(micro_batch=3)).steps(load(DIGITS))
     next(stepping)
     with Heard() as heard:
         next(stepping)
@@ -122,7 +124,7 @@ def test_compiled_networks_compute_what_they_computed(network: Backbone):
 def test_a_compiled_training_has_the_same_losses(network: Backbone):
     spec = Train(network, DIGITS, Recipe(steps=4, batch=16, lr=1e-3))
     eager, compiled = (
-        torch.stack(list(Trainer(spec, Resources(compile=flag)).steps(load_data(DIGITS))))
+        torch.stack(list(Trainer(spec, Resources(compile=flag)).steps(load(DIGITS))))
         for flag in (False, True)
     )
     assert eager.isfinite().all() and (compiled - eager).abs().max() < 1e-4 * eager.abs().max()

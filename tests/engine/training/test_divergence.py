@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from experiments.engine.data.sets import batch_indices, load_data
+from experiments.engine.data.sets import batch_indices, load
 from experiments.engine.jobs.execute import execute
 from experiments.engine.records.store import Store
 from experiments.engine.runtime.attempts import read_attempts
@@ -107,7 +107,7 @@ def test_a_training_that_diverges_records_where_and_resumes_from_before(
     assert f"at step {first_bad}; lower the learning rate" in record.error
     assert record.values["stopped_at"] == first_bad
     assert record.values["last_checkpoint"] == 32
-    batch = batch_indices(len(load_data(DIGITS)), 8, 0, first_bad - 1).tolist()
+    batch = batch_indices(len(load(DIGITS)), 8, 0, first_bad - 1).tolist()
     assert record.values["batch"] == batch
     assert record.values["attempts"] == read_attempts(folder)
     assert record.values["attempts"][-1]["reason"] == record.error

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import backbones
 from backbones.layers import timestep_sinusoid, unpatchify
 from experiments.declared.protocols import DIGITS, IMAGENET256_OWN, PROTOCOLS
-from experiments.engine.data.sets import load_data
+from experiments.engine.data.sets import load
 from experiments.engine.jobs.execute import execute
 from experiments.engine.records.store import Store
 from experiments.engine.runtime.context import Resources
@@ -126,7 +126,7 @@ def test_rates_are_the_authors():
 
 def losses(spec: Train, micro_batch: int | None = None) -> list[float]:
     trainer = Trainer(spec, Resources(micro_batch=micro_batch))
-    return [loss.item() for loss in trainer.steps(load_data(spec.data))]
+    return [loss.item() for loss in trainer.steps(load(spec.data))]
 
 
 @pytest.mark.parametrize("row", [DIS_H, DIMSUM_L], ids=lambda row: row.label)

@@ -23,7 +23,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments.engine.data.sets import batch_indices, load_data
+from experiments.engine.data.sets import batch_indices, load
 from experiments.engine.diffusion.iddpm import IDDPM
 from experiments.engine.numerics.precision import MODES, precision, read_tf32_flags
 from experiments.engine.numerics.weights import digest
@@ -57,7 +57,7 @@ def recipe(**changes: Any) -> Train:
 def losses(spec: Train, micro_batch: int | None = None) -> list[float]:
     return [
         loss.item()
-        for loss in Trainer(spec, Resources(micro_batch=micro_batch)).steps(load_data(spec.data))
+        for loss in Trainer(spec, Resources(micro_batch=micro_batch)).steps(load(spec.data))
     ]
 
 
@@ -73,7 +73,7 @@ def trace(name: str) -> list[float]:
     for parameter in trainer.model.parameters():
         if parameter.requires_grad and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1, generator=draw)
-    return [loss.item() for loss in trainer.steps(load_data(DIGITS))]
+    return [loss.item() for loss in trainer.steps(load(DIGITS))]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def seen(spec: Train, steps: int, micro_batch: int | None = None) -> list[list[T
         return {"loss": next(trainer.model.parameters()).sum() * torch.zeros(len(inputs[0]))}
 
     trainer.diffusion.losses = record
-    stepping, batches = trainer.steps(load_data(spec.data)), []
+    stepping, batches = trainer.steps(load(spec.data)), []
     for _ in range(steps):
         next(stepping)
         batches.append([torch.cat(part) for part in zip(*parts, strict=True)])
@@ -162,7 +162,7 @@ def test_gradients_are_clipped_to_the_declared_norm():
         trainer.optimizer.step = lambda trainer=trainer, limit=limit: norms.update(
             {limit: torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).norm().item()}
         )
-        next(trainer.steps(load_data(DIGITS)))
+        next(trainer.steps(load(DIGITS)))
     assert norms[1e-3] == pytest.approx(1e-3, rel=1e-3) and norms[1e9] == norms[None] > 1e-2
 
 
@@ -177,7 +177,7 @@ def test_the_optimisers_epsilon_is_the_declared_one():
 def test_flows_draw_times_between_0_and_1_and_leave_the_rest_as_it_is():
     flow = replace(SPEC, diffusion=FLOW)
     (x0, y, t, eps), (x0_other, y_other, steps, _) = seen(flow, 1)[0], seen(SPEC, 1)[0]
-    assert t.dtype == torch.float32 and 0 <= t.min() and t.max() < 1 and len(t.unique()) == len(t)
+    assert t.dtype == torch.float32 and t.min() >= 0 and t.max() < 1 and len(t.unique()) == len(t)
     assert (
         torch.equal(x0, x0_other)
         and eps.shape == x0.shape
@@ -208,7 +208,7 @@ def test_a_batch_is_drawn_whole_however_it_is_cut():
     eps, t = torch.cat([batch[3] for batch in whole]), torch.cat([batch[2] for batch in whole])
     assert (
         len(eps.flatten(1).unique(dim=0)) == 48
-        and 0 <= t.min()
+        and t.min() >= 0
         and t.max() < 1000
         and len(t.unique()) > 40
     )
@@ -240,7 +240,7 @@ def test_gradients_accumulate_to_those_of_the_whole_batch():
         trainer.optimizer.step = lambda trainer=trainer: gradients.append(
             {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
         )
-        next(trainer.steps(load_data(DIGITS)))
+        next(trainer.steps(load(DIGITS)))
     whole, cut = gradients
     scale = max(gradient.norm() for gradient in whole.values())
     assert all(
@@ -254,7 +254,7 @@ def test_gradients_accumulate_to_those_of_the_whole_batch():
 def test_average_of_the_weights_against_a_naive_loop(mixer: str):
     trainer = Trainer(Train(FAMILIES[f"hourglass {mixer}"], DIGITS, recipe(ema=0.7).recipe))
     expected = copy.deepcopy(dict(trainer.model.named_parameters()))
-    for _, _ in zip(trainer.steps(load_data(DIGITS)), range(5), strict=False):
+    for _, _ in zip(trainer.steps(load(DIGITS)), range(5), strict=False):
         for name, value in trainer.model.named_parameters():
             expected[name] = 0.7 * expected[name] + (1 - 0.7) * value.detach()
         averaged = dict(trainer.ema.named_parameters())
@@ -307,7 +307,7 @@ def test_a_loss_that_is_no_number_ends_the_run_in_one_line(
     assert "\n" not in str(failure.value)
     assert failure.value.values == {
         "stopped_at": 1,
-        "batch": batch_indices(len(load_data(DIGITS)), 16, 0, 0).tolist(),
+        "batch": batch_indices(len(load(DIGITS)), 16, 0, 0).tolist(),
         "last_checkpoint": 0,
     }
     assert not list(tmp_path.glob("checkpoints/*"))
@@ -361,13 +361,13 @@ def test_the_backward_pass_runs_in_the_declared_precision(mode: str, tf32: Calla
     tf32(mode != "tf32")
     trainer, found = Trainer(recipe(precision=mode)), []
     next(trainer.model.parameters()).register_hook(lambda gradient: found.append(read_tf32_flags()))
-    next(trainer.steps(load_data(DIGITS)))
+    next(trainer.steps(load(DIGITS)))
     assert found == [both(mode == "tf32")]
 
 
 def test_bf16_trains_fp32_weights():
     trainer = Trainer(recipe(steps=4, precision="bf16"))
-    values = [loss.item() for loss in trainer.steps(load_data(DIGITS))]
+    values = [loss.item() for loss in trainer.steps(load(DIGITS))]
     assert values == pytest.approx(losses(recipe(steps=4)), rel=0.05) and values != losses(
         recipe(steps=4)
     )

@@ -1,0 +1,45 @@
+"""Crop a folder of class folders to one array of pixels, for networks trained on pixels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from experiments.engine.data.pictures import Pictures, read_picture
+from experiments.engine.records.files import written_whole
+
+GROUP = 1024  # pictures that are in memory at a time
+
+
+def write_pixels(pictures: Pictures, folder: Path, size: int, workers: int) -> Counter[str]:
+    """Write images.npy, uint8 (M, 3, size, size), and then labels.npy, each whole or not at all.
+
+    Returns:
+        How many pictures of other modes than RGB were converted, by PIL's name of the mode.
+
+    Raises:
+        ValueError: a picture cannot be decoded, or the folder already holds labels.npy.
+    """
+    if (folder / "labels.npy").exists():
+        raise ValueError(f"{folder / 'labels.npy'} exists already; remove it to crop anew")
+
+    def read(name: str) -> tuple[np.ndarray, str]:
+        return read_picture(pictures.root / name, size)
+
+    converted: Counter[str] = Counter()
+    num = len(pictures.files)
+    header = {"descr": "|u1", "fortran_order": False, "shape": (num, 3, size, size)}
+    with written_whole(folder / "images.npy") as file, ThreadPoolExecutor(workers) as threads:
+        np.lib.format.write_array_header_2_0(file, header)
+        for start in range(0, num, GROUP):
+            for pixels, mode in threads.map(read, pictures.files[start : start + GROUP]):
+                file.write(pixels.transpose(2, 0, 1).tobytes())
+                if mode != "RGB":
+                    converted[mode] += 1
+
+    with written_whole(folder / "labels.npy") as file:
+        np.save(file, np.asarray(pictures.labels, dtype=np.int64), allow_pickle=False)
+    return converted

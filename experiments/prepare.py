@@ -1,0 +1,244 @@
+"""Prepare data sets once, before anything is trained on them.
+
+python experiments/prepare.py cifar10
+python experiments/prepare.py latents --protocol imagenet256 --images ILSVRC/train
+python experiments/prepare.py pixels --size 64 --images ILSVRC/train
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from experiments.declared.protocols import CIFAR10, PROTOCOLS
+from experiments.declared.recipes import pixels
+from experiments.engine.cli import Parser, require_device, run_command
+from experiments.engine.data.locate import find_cifar10, folder_of
+from experiments.engine.jobs.progress import images_line
+
+CIFAR10_HELP = """Download CIFAR-10 and check it.
+
+It goes to $DICO_DATA/cifar10, or data/cifar10. If the network allows no download, put
+train.parquet and test.parquet there, with columns `img` (a struct with the image file's `bytes`)
+and `label`, or torchvision's cifar-10-batches-py. The command then only reads them.
+"""
+LATENTS_HELP = """Encode a folder of class folders to latents.
+
+Crops as ADM does, encodes every image and its flip in fp32, and writes memory-mapped shards with a
+manifest to $DICO_DATA/<protocol>, or --out. Start one such command for each process, GPU or Slurm
+task: they share the shards. The same command resumes after a stop or a kill. ImageNet's moments
+take 84 GB at 256 pixels and 336 GB at 512. Fixed samples, which DiCo's authors stored, take half.
+"""
+PIXELS_HELP = """Crop a folder of class folders to pixels.
+
+ADM's networks are trained on pixels, each at its own size: 64 and 256 under protocol
+imagenet256_own, 128 and 512 under imagenet512_own. Crops as ADM does; a file that cannot be
+decoded ends the command. Writes images.npy, uint8 (M, 3, size, size), and labels.npy to
+$DICO_DATA/imagenet<size>_pixels, or --out, each whole or not at all. ImageNet takes 16 GB at 64
+pixels and 252 GB at 256.
+"""
+LATENT_PROTOCOLS = {
+    name: protocol for name, protocol in PROTOCOLS.items() if name.startswith("imagenet")
+}
+
+
+def main() -> int:
+    """Prepare the data set that the command line names; return the exit status."""
+    return run_command(_run_verb, str)
+
+
+def _run_verb() -> int:
+    parser = Parser(__doc__)
+    verbs = parser.add_subparsers(dest="data", required=True, metavar="cifar10|latents|pixels")
+    _add_cifar10(verbs)
+    _add_latents(verbs)
+    _add_pixels(verbs)
+    args = parser.parse_args()
+    return args.prepare(args)
+
+
+def _add_cifar10(verbs: Any) -> None:
+    verb = verbs.add_parser("cifar10", description=CIFAR10_HELP, help="download and check CIFAR-10")
+    verb.set_defaults(prepare=prepare_cifar10)
+
+
+def _add_latents(verbs: Any) -> None:
+    verb = verbs.add_parser("latents", description=LATENTS_HELP, help="encode pictures to latents")
+    verb.set_defaults(prepare=prepare_latents)
+    verb.add_argument("--protocol", required=True, choices=LATENT_PROTOCOLS)
+    _add_images(verb, "folder that holds one folder of images for each class")
+    verb.add_argument(
+        "--out",
+        type=Path,
+        help="where the latents go (default: $DICO_DATA/<protocol>, or data/<protocol>)",
+    )
+    verb.add_argument(
+        "--vae",
+        default="sd-vae-ft-ema",
+        help="sd-vae-ft-ema, sd-vae-ft-mse, or a diffusers folder with safetensors "
+        "(default: sd-vae-ft-ema)",
+    )
+    verb.add_argument(
+        "--corrupt",
+        choices=("refuse", "skip"),
+        default="refuse",
+        help="files that cannot be decoded: stop (default), or leave out and count",
+    )
+    verb.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
+    verb.add_argument(
+        "--batch",
+        type=int,
+        default=32,
+        help="images and flips that a GPU encodes at a time; a CPU takes one (default: 32)",
+    )
+    verb.add_argument("--shard", type=int, default=1024, help="images per shard (default: 1024)")
+    _add_workers(verb)
+
+
+def _add_pixels(verbs: Any) -> None:
+    verb = verbs.add_parser("pixels", description=PIXELS_HELP, help="crop pictures to pixels")
+    verb.set_defaults(prepare=prepare_pixels)
+    verb.add_argument(
+        "--size",
+        required=True,
+        type=int,
+        choices=(64, 128, 256, 512),
+        help="side of the crops in pixels",
+    )
+    _add_images(verb, "folder that holds one folder of images for each of the 1000 classes")
+    verb.add_argument(
+        "--out",
+        type=Path,
+        help="where the two files go (default: $DICO_DATA/imagenet<size>_pixels, or "
+        "data/imagenet<size>_pixels)",
+    )
+    _add_workers(verb)
+
+
+def _add_images(verb: argparse.ArgumentParser, help_text: str) -> None:
+    verb.add_argument("--images", required=True, type=Path, help=help_text)
+
+
+def _add_workers(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="threads that decode and crop (default: number of cores)",
+    )
+
+
+def prepare_cifar10(_: argparse.Namespace) -> int:
+    """Download CIFAR-10 unless it is there, and read what is there."""
+    from experiments.engine.data.cifar10 import download
+    from experiments.engine.data.sets import load_cifar10
+
+    folder = folder_of(CIFAR10.data)
+    if not find_cifar10(folder, "train"):
+        download(folder)
+    for split in ("train", "test"):
+        if not find_cifar10(folder, split):
+            continue
+        images = load_cifar10(CIFAR10.data, split)
+        identity = images.identity
+        line = f"{split}: {len(images)} images from {identity['data_source']}"
+        line += f", sha256 {identity['data_sha256'][:16]}"
+        if "data_converted" in identity:
+            line += f"; converted to RGB: {identity['data_converted']}"
+        print(line)
+    return 0
+
+
+def prepare_latents(args: argparse.Namespace) -> int:
+    """Encode the pictures of a folder for a protocol, and describe the latents."""
+    if min(args.batch, args.shard, args.workers) < 1:
+        raise ValueError("--batch, --shard and --workers take numbers from 1")
+    import torch
+
+    from experiments.engine.data.autoencoder import load_autoencoder
+    from experiments.engine.data.encode import EncodingJob, encode_pictures
+    from experiments.engine.data.pictures import find_pictures
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    require_device(device.partition(":")[0])
+    data = LATENT_PROTOCOLS[args.protocol].data
+    pictures = find_pictures(args.images, data.num_classes)
+    vae = load_autoencoder(args.vae, device, args.batch)
+    job = EncodingJob(
+        pictures,
+        vae,
+        data.size * vae.factor,
+        latents=data.latents,
+        shard=args.shard,
+        skip=args.corrupt == "skip",
+        workers=args.workers,
+    )
+    manifest = encode_pictures(job, args.out or folder_of(data), _ProgressLines())
+    _print_manifest(manifest)
+    if not manifest["statistics"]["as_expected"]:
+        print(
+            f"warning: {args.protocol} takes only sd-vae-ft's latents; a run on these declares "
+            f"Data(vae={vae.encoder!r})",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def _print_manifest(manifest: dict[str, Any]) -> None:
+    from experiments.engine.data.latent_statistics import describe_statistics
+    from experiments.engine.data.pictures import describe_modes
+
+    for name, reason in manifest["skipped"].items():
+        print(f"skipped {name}: {reason}")
+    converted = "unknown, older shards do not say"
+    if "converted" in manifest:
+        converted = describe_modes(manifest["converted"]) or "none"
+    print(
+        f"{manifest['num_images']} images in {len(manifest['shards'])} shards, "
+        f"{len(manifest['skipped'])} skipped; converted to RGB: {converted}"
+    )
+    print(describe_statistics(manifest["statistics"]))
+
+
+class _ProgressLines:
+    """Prints a line as shards get done by any process, with the time that is left."""
+
+    def __init__(self) -> None:
+        self.started = 0.0
+        self.first: int | None = None  # pictures that were done before
+        self.last = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.first is None:
+            self.started = time.monotonic()
+            self.first = done
+        elif done > self.last:
+            rate = (done - self.first) / (time.monotonic() - self.started)
+            print(images_line(done, total, rate), file=sys.stderr, flush=True)
+        self.last = done
+
+
+def prepare_pixels(args: argparse.Namespace) -> int:
+    """Crop the pictures of a folder to one array."""
+    if args.workers < 1:
+        raise ValueError("--workers takes a number from 1 on")
+    from experiments.engine.data.pictures import describe_modes, find_pictures
+    from experiments.engine.data.pixels import write_pixels
+
+    data = pixels(args.size)
+    folder = args.out or folder_of(data)
+    pictures = find_pictures(args.images, data.num_classes)
+    converted = write_pixels(pictures, folder, args.size, args.workers)
+    print(
+        f"{len(pictures.files)} images of {args.size} x {args.size} pixels; "
+        f"converted to RGB: {describe_modes(converted) or 'none'}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

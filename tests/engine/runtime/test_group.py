@@ -1,0 +1,108 @@
+"""Ranks, shards and ports of a group, and how its processes meet."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from pathlib import Path
+
+import pytest
+
+from experiments.engine.runtime.group import (
+    Group,
+    group_from_environment,
+    join_group,
+    master_port,
+)
+from experiments.engine.runtime.preemption import LOST
+
+STEP = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "8",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_LOCALID": "1",
+}
+LAUNCHER = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "2"}
+
+
+def test_ranks_come_from_the_launcher_or_else_from_the_schedulers_step():
+    assert group_from_environment({}) == Group()
+    assert group_from_environment(STEP) == Group(5, 8, 1)
+    assert group_from_environment(STEP | LAUNCHER) == Group(2, 4, 2)
+
+
+def test_a_job_without_a_step_is_one_process():
+    job = {name: value for name, value in STEP.items() if name != "SLURM_STEP_ID"}
+    assert group_from_environment(job) == Group()
+    shell = {
+        "SLURM_STEP_ID": "4294967290",
+        "SLURM_PROCID": "0",
+        "SLURM_STEP_NUM_TASKS": "1",
+        "SLURM_LOCALID": "0",
+    }
+    assert group_from_environment(STEP | shell) == Group()
+
+
+def test_the_port_changes_with_the_restart_and_stays_below_the_ephemeral_range():
+    ports = [
+        master_port(str(job), "0", str(restart)) for job in range(1000) for restart in range(3)
+    ]
+    assert all(20000 <= port < 30000 for port in ports)
+    assert len(set(ports)) > 2500
+    assert len({master_port("7", step, restart) for step in "01" for restart in "01"}) == 4
+
+
+def test_a_batch_is_cut_into_equal_shards():
+    shards = [Group(rank, 4).shard(20) for rank in range(4)]
+    assert shards == [slice(0, 5), slice(5, 10), slice(10, 15), slice(15, 20)]
+
+
+def test_a_batch_that_the_processes_do_not_divide_is_refused():
+    message = "^3 processes do not divide a batch of 16; choose a number of processes that does$"
+    with pytest.raises(ValueError, match=message):
+        Group(0, 3).shard(16)
+
+
+@pytest.fixture
+def taken_port(monkeypatch: pytest.MonkeyPatch):
+    """Declares rank 0 of two, at a port that another process has."""
+    for name in ("MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": port}
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        yield port
+
+
+def test_a_taken_port_is_one_line_and_asks_for_a_restart(
+    taken_port: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(SystemExit) as end:
+        join_group("cpu", 2.0)
+    assert end.value.code == LOST
+    message = f"^error: rank 0 cannot join the others at 127.0.0.1:{taken_port}: .*\n$"
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_an_unknown_host_is_one_line_and_asks_for_a_restart(
+    taken_port: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    (tmp_path / "scontrol").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "a,b")
+    with pytest.raises(SystemExit) as end:
+        join_group("cpu", 2.0)
+    assert end.value.code == LOST
+    message = f"^error: rank 0 cannot join the others at the first host:{taken_port}: .*scontrol"
+    assert re.search(message, capsys.readouterr().err)
