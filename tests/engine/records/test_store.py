@@ -207,14 +207,17 @@ def test_a_lock_keeps_a_second_process_out(tmp_path: Path):
 def test_a_file_system_without_locks_lets_everyone_through_and_other_errors_show(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def refuse(*_: object) -> None:
-        raise OSError(number, os.strerror(number))
+    def refuse_with(number: int) -> None:
+        def refuse(*_: object) -> None:
+            raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(files.fcntl, "flock", refuse)
+        monkeypatch.setattr(files.fcntl, "flock", refuse)
+
     for number in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+        refuse_with(number)
         with locked(tmp_path / "lock"), try_lock(tmp_path / "lock") as free:
-            assert free
-    number = errno.EIO
+            assert free, number
+    refuse_with(errno.EIO)
     with pytest.raises(OSError), locked(tmp_path / "lock"):
         pass
 
