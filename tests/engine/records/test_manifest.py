@@ -26,6 +26,7 @@ from experiments.engine.records.manifest import (
     manifest,
     record_manifest,
     score_name,
+    with_defaults,
 )
 from experiments.engine.records.store import REPOSITORY, Record, Store
 from experiments.engine.reporting.tables import comparison_sheet, main_sheet
@@ -219,8 +220,8 @@ def test_density_of_the_first_closed_balls_is_not_ranked_with_that_of_open_ones(
     assert "density" in effect_of(field).size
 
     # Small classifiers have no density, so their manifests say nothing of balls.
-    digits = replace(SPEC, features="digits")
-    assert not pairs(made(digits), made(digits, neighbours={}))
+    digits = made(replace(SPEC, features="digits"), neighbours={"k": 3})
+    assert with_defaults(digits) == digits
 
 
 def test_tables_rank_across_the_balls_of_density_which_they_do_not_show():
