@@ -11,7 +11,8 @@ from pathlib import Path
 from experiments import ablation, main_results
 from experiments.declared.protocols import DIGITS, PROTOCOLS
 from experiments.engine.records.comparison import clashes
-from experiments.engine.records.store import REPOSITORY, Record, RecordFolder, Store
+from experiments.engine.records.store import Record, RecordFolder, Store
+from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.reporting.lookup import REFERENCE_SEEDS
 from experiments.engine.specs.rows import Row, Table
 from experiments.engine.specs.spec import Backbone, Spec, Stage, canonical

@@ -22,7 +22,8 @@ from experiments.engine.cluster.site import load_site, warn_of_unknown_rows
 from experiments.engine.cluster.status import status
 from experiments.engine.jobs.plan import Plan, TablePlan, describe
 from experiments.engine.jobs.pool import unwind
-from experiments.engine.records.store import REPOSITORY, Store
+from experiments.engine.records.store import Store
+from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.reporting.render import FORMATS, render
 from experiments.engine.reporting.tables import comparison_sheet, main_sheet
 from experiments.engine.specs.rows import Table

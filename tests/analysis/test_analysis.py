@@ -44,7 +44,8 @@ from experiments.ablation import TABLE_3, TABLE_4
 from experiments.declared import speed_claims
 from experiments.declared import timings as speed
 from experiments.declared.protocols import CIFAR10_SMALL, DIGITS, IMAGENET256
-from experiments.engine.records.store import REPOSITORY, Store
+from experiments.engine.records.store import Store
+from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.reporting.render import render
 from experiments.engine.reporting.sheet import Cell, Sheet
 from experiments.engine.specs.spec import Backbone, Timing, spec_id

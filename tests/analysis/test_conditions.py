@@ -22,7 +22,8 @@ from experiments.ablation import TABLE_4
 from experiments.declared import timings as speed
 from experiments.declared.protocols import IMAGENET256
 from experiments.engine.records.manifest import manifest
-from experiments.engine.records.store import REPOSITORY, Store
+from experiments.engine.records.store import Store
+from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.reporting.sheet import Cell, Sheet
 from experiments.engine.specs.rows import Row
 from experiments.engine.specs.spec import Backbone, Timing, canonical

@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import backbones
 from tests.support.networks import CASES, CLASSES, Case, randomise, relative_rms
@@ -212,12 +212,3 @@ def test_declared_exceptions_exist(case: Case):
         for pattern, reason in patterns.items():
             assert any(fnmatch(key, pattern) for key in names), f"{family.__name__}: {pattern}"
             assert len(reason.split()) > 3
-
-
-def test_frozen_parameters_are_the_declared_ones():
-    for label, case in CASES.items():
-        parameters: list[tuple[str, Tensor]] = list(case.build().named_parameters())
-        frozen = {key for key, p in parameters if not p.requires_grad}
-        assert frozen == {key for key, _ in parameters if matches(key, case.exceptions.frozen)}, (
-            label
-        )

@@ -19,7 +19,8 @@ import pytest
 from experiments.ablation import TABLES
 from experiments.declared.protocols import DIGITS, PROTOCOLS
 from experiments.engine import cli
-from experiments.engine.records.store import REPOSITORY, Store
+from experiments.engine.records.store import Store
+from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.reporting import sheet as reporting_sheet
 from experiments.engine.reporting import tables as report
 from experiments.engine.reporting.render import FORMATS, render

@@ -81,11 +81,18 @@ def _registered() -> dict[str, Case]:
             identity[1].pop(option)
         grouped.setdefault(repr(identity), []).append(name)
 
+    # The first network of a family is tested at all its sizes, the others at the last one.
     cases = {}
+    families = set()
     for names in grouped.values():
         name, tiny = names[0], backbones.tiny_options_of(names[0])
         low_res = backbones.options_of(name).get("low_res", False)
-        for size in _sizes(name, tiny):
+        sizes = _sizes(name, tiny)
+        family = type(build_meta(name))
+        if family in families:
+            sizes = sizes[-1:]
+        families.add(family)
+        for size in sizes:
             channels = 2 * CHANNELS if low_res else CHANNELS
             shape = dict(input_size=size, in_channels=channels, num_classes=CLASSES)
             cases[f"{name} at {size}"] = Case(tuple(names), tiny | shape)

@@ -28,7 +28,8 @@ from experiments.engine.records.manifest import (
     score_name,
     with_defaults,
 )
-from experiments.engine.records.store import REPOSITORY, Record, Store
+from experiments.engine.records.store import Record, Store
+from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.reporting.tables import comparison_sheet, main_sheet
 from experiments.engine.specs.spec import Sampler, canonical
 from experiments.engine.specs.stages import evaluate_stage

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments.engine.records import files, store
+from experiments.engine.records import files, store, tree
 from experiments.engine.records.files import locked, try_lock, written_whole
 from experiments.engine.records.store import Store
 from experiments.engine.specs.spec import Backbone, Cost, canonical, spec_id
@@ -291,12 +291,8 @@ def test_a_full_or_read_only_folder_is_known_before_any_work(
     assert everything(tmp_path) == {}
 
 
-def test_provenance_knows_nothing_rather_than_something_wrong(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(store, "_git", lambda *_: None)
-    assert store.provenance()["commit"] is None and store.provenance()["dirty"] is None
-
-
-def test_a_copied_tree_without_history_is_told_its_commit(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(store, "_git", lambda *command: None)
-    monkeypatch.setenv("DICO_COMMIT", "abc")
-    assert (store.provenance()["commit"], store.provenance()["dirty"]) == ("abc", None)
+def test_provenance_holds_what_the_tree_says_of_itself():
+    commit = tree.tree_commit()
+    values = store.provenance()
+    assert (values["commit"], values["dirty"]) == (commit.hash, commit.dirty)
+    assert values["code"] == tree.tree_digest()

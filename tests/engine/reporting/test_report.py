@@ -16,7 +16,8 @@ import pytest
 
 from experiments.ablation import TABLE_3, TABLE_4, TABLE_5
 from experiments.declared.protocols import DIGITS, IMAGENET256, PROTOCOLS
-from experiments.engine.records.store import REPOSITORY, Store
+from experiments.engine.records.store import Store
+from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.reporting.render import render
 from experiments.engine.reporting.sheet import Cell, Sheet
 from experiments.engine.reporting.statistics import OUTLIERS, made_by_few
