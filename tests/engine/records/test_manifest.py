@@ -30,10 +30,13 @@ from experiments.engine.records.manifest import (
 )
 from experiments.engine.records.store import Record, Store
 from experiments.engine.records.tree import REPOSITORY
-from experiments.engine.reporting.tables import comparison_sheet, main_sheet
+from experiments.engine.reporting.comparison import comparison_sheet
+from experiments.engine.reporting.tables import main_sheet
+from experiments.engine.specs.selection import Selection
 from experiments.engine.specs.spec import Sampler, canonical
 from experiments.engine.specs.stages import evaluate_stage
 from experiments.main_results import TABLE_1
+from tests.support.sheets import note_about, note_texts, texts
 
 SPEC = evaluate_stage(TABLE_4.rows[0], IMAGENET256, 0)
 FOUND = {
@@ -266,14 +269,14 @@ def test_tables_refuse_to_rank_across_protocols(tmp_path: Path):
     scored(store, 0, 10.0)
     scored(store, 1, 1.0, extractor={"sha256": "cd"})
     scored(store, 2, 1.0)
-    sheet = main_sheet(TABLE_4, TABLE_4.rows[:3], DIGITS, (0,), "cpu", store)
-    (note,) = [note for note in sheet.notes if note.startswith("fd_digits against")]
+    selection = Selection(TABLE_4, TABLE_4.rows[:3], DIGITS, (0,), "cpu")
+    note = note_about(main_sheet(selection, store, store.here), "fd_digits against")
     assert (
-        "not compared, measured under another protocol: "
+        "Not compared, since scored by another protocol: "
         f"{TABLE_4.rows[1].label} (other extractor.sha256)" in note
     )
     assert (
-        TABLE_4.rows[1].label not in note.partition("not compared")[0]
+        TABLE_4.rows[1].label not in note.partition("Not compared")[0]
         and f"better: {TABLE_4.rows[2].label}" in note
     )
 
@@ -289,15 +292,16 @@ def test_a_table_names_the_fields_that_not_all_its_records_hold(tmp_path: Path):
         )
     ):
         scored(store, row, 1.0, **found)
-    notes = [
-        [
-            note
-            for note in main_sheet(TABLE_4, TABLE_4.rows[:num], DIGITS, (0,), "cpu", store).notes
-            if "not recorded by all" in note
-        ]
+    alone, both = (
+        note_texts(
+            main_sheet(
+                Selection(TABLE_4, TABLE_4.rows[:num], DIGITS, (0,), "cpu"), store, store.here
+            )
+        )
         for num in (1, 2)
-    ]
-    assert notes == [[], ["not recorded by all, and taken as agreeing: nfe, reference.sha256."]]
+    )
+    assert not any("not recorded by all" in text for text in alone)
+    assert [text for text in both if text.endswith(": nfe, reference.sha256.")]
     records = [store.here.latest(evaluate_stage(row, DIGITS, 0)) for row in TABLE_4.rows[:3]]
     assert "decoder" not in not_recorded(records)[0] and not not_recorded([])
 
@@ -312,22 +316,15 @@ def test_no_verdict_is_given_across_protocols(tmp_path: Path):
     store.refresh()
     scored(store, 0, 90.0, flags={"matmul_tf32": True, "cudnn_tf32": False})
     scored(store, 1, 90.0, versions={"torch": "3"}, extractor={"sha256": "cd"})
-    sheet = comparison_sheet(TABLE_4, TABLE_4.rows[:3], DIGITS, (0,), "cpu", store)
-    assert [row[-1].text().partition(",")[0] for row in sheet.rows] == [
+    sheet = comparison_sheet(Selection(TABLE_4, TABLE_4.rows[:3], DIGITS, (0,), "cpu"), store)
+    assert [text.partition(",")[0] for text in texts(sheet, "reproduced")] == [
         "other protocol",
         "no: fd_digits",
         "-",
     ]
-    assert any(
-        "other protocol: no verdict, for the reference was measured with another "
-        "flags.matmul_tf32 (" in note
-        for note in sheet.notes
-    )
-    assert any(
-        "compared all the same: another machine measures with another "
-        "extractor.sha256, versions.torch (" in note
-        for note in sheet.notes
-    ) and any("all 5 comparisons" in note for note in sheet.notes)
+    assert "measured with another flags.matmul_tf32." in note_about(sheet, "no verdict")
+    assert "another extractor.sha256, versions.torch." in note_about(sheet, "another machine")
+    assert note_about(sheet, "all 5 comparisons")
 
 
 def diff(*paths: Path) -> subprocess.CompletedProcess[str]:
