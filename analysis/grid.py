@@ -28,7 +28,8 @@ from experiments.declared.checkpoints import (
 )
 from experiments.declared.protocols import PROTOCOLS
 from experiments.engine.cli import Parser, run_command
-from experiments.engine.records.store import REPOSITORY, Record, Store
+from experiments.engine.records.store import Record, Store
+from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.specs.rows import table_of
 from experiments.engine.specs.spec import Checkpoint, Evaluate
 from experiments.engine.specs.stages import Protocol, evaluate_stage

@@ -8,6 +8,12 @@ beside the table as `<row> (alt)`.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+# The code is this file's tree, whatever the current folder and PYTHONPATH offer.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from experiments.declared.protocols import PROTOCOLS
 from experiments.engine.cli import main
 from experiments.engine.specs.rows import Row, Table

@@ -11,13 +11,17 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+from pathlib import Path
+
+# The code is this file's tree, whatever the current folder and PYTHONPATH offer.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import argparse
 import tempfile
 import textwrap
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from experiments.declared.benchmarks import (
     CHECKPOINT_NETWORK,
@@ -43,7 +47,8 @@ from experiments.engine.cli import (
     run_command,
 )
 from experiments.engine.jobs.pool import available_cores
-from experiments.engine.records.store import REPOSITORY, Store
+from experiments.engine.records.store import Store
+from experiments.engine.records.tree import REPOSITORY, warn_without_commit
 
 ABLATION = REPOSITORY / "experiments" / "ablation.py"
 
@@ -385,6 +390,7 @@ def _open_store(results: Path | None) -> Store:
     """Open a results folder that can be written."""
     store = Store(results)
     store.check_writable()
+    warn_without_commit()
     return store
 
 

@@ -8,10 +8,15 @@ published ones. `--download` fetches the weights once. The exit status is 1 if a
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+# The code is this file's tree, whatever the current folder and PYTHONPATH offer.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import argparse
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.engine.cli import Parser, run_command

@@ -8,8 +8,13 @@ without running its code, loads it strictly into the registered backbone, and pr
 
 from __future__ import annotations
 
-import argparse
+import sys
 from pathlib import Path
+
+# The code is this file's tree, whatever the current folder and PYTHONPATH offer.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import argparse
 from typing import cast
 
 from experiments.declared.checkpoints import (

@@ -8,10 +8,15 @@ is 0 if the scores may be ranked, 1 if the protocols differ, 2 for files that ar
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+# The code is this file's tree, whatever the current folder and PYTHONPATH offer.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from experiments.engine.cli import Parser, run_command

@@ -15,6 +15,12 @@ figure are about compiled networks or CUDA graphs, with records and sheets of th
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+# The code is this file's tree, whatever the current folder and PYTHONPATH offer.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

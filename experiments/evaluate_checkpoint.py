@@ -11,12 +11,17 @@ the job. A stopped run continues when the command is run again.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+# The code is this file's tree, whatever the current folder and PYTHONPATH offer.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.declared.checkpoints import (
@@ -48,7 +53,8 @@ from experiments.engine.data.locate import (
 )
 from experiments.engine.jobs.job import Job
 from experiments.engine.jobs.plan import ListPlan
-from experiments.engine.records.store import REPOSITORY, Store
+from experiments.engine.records.store import Store
+from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.specs.spec import FACTOR, Evaluate, is_latent, spec_id
 from experiments.main_results import TABLES
 

@@ -7,6 +7,12 @@ trains and samples each system as its own paper does.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+# The code is this file's tree, whatever the current folder and PYTHONPATH offer.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from dataclasses import replace
 from typing import Any
 

@@ -7,11 +7,15 @@ python experiments/prepare.py pixels --size 64 --images ILSVRC/train
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+# The code is this file's tree, whatever the current folder and PYTHONPATH offer.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import argparse
 import os
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from experiments.declared.protocols import CIFAR10, PROTOCOLS

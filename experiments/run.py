@@ -8,8 +8,13 @@ and `--cluster here` give. slurm/site.toml sets the resources of the trainer.
 
 from __future__ import annotations
 
-import argparse
 import sys
+from pathlib import Path
+
+# The code is this file's tree, whatever the current folder and PYTHONPATH offer.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import argparse
 from contextlib import suppress
 
 from experiments import ablation, main_results

@@ -14,11 +14,15 @@ to rounding; digits are scored before they are rounded to 8 bits.
 
 from __future__ import annotations
 
-import argparse
 import sys
+from pathlib import Path
+
+# The code is this file's tree, whatever the current folder and PYTHONPATH offer.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import argparse
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments import ablation, main_results
@@ -37,6 +41,7 @@ from experiments.engine.data.locate import require_data
 from experiments.engine.jobs.job import Job, JobEvent
 from experiments.engine.jobs.progress import ProgressDisplay
 from experiments.engine.records.store import Store
+from experiments.engine.records.tree import warn_without_commit
 from experiments.engine.runtime.progress import Progress, Report, ignore_progress
 from experiments.engine.specs.rows import Row, table_of
 from experiments.engine.specs.spec import Evaluate
@@ -133,6 +138,7 @@ def _draw(args: argparse.Namespace) -> int:
     resources = Resources(device, sample_batch=args.batch, **acceleration_flags(args, device))
     store = open_store(args.results)
     store.check_writable()
+    warn_without_commit()
 
     # All ranks draw, and the first one writes the files.
     group = distributed.join_group(device, resources.timeout)

@@ -30,7 +30,8 @@ from analysis.probes.targets import (
 from analysis.query import TRAINED
 from experiments.declared.protocols import PROTOCOLS
 from experiments.engine.cli import Parser, run_command
-from experiments.engine.records.store import REPOSITORY, Record, Store
+from experiments.engine.records.store import Record, Store
+from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.specs.rows import Table, table_of
 
 

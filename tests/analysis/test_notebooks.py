@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from backbones import registry
-from experiments.engine.records.store import REPOSITORY
+from experiments.engine.records.tree import REPOSITORY
 
 NOTEBOOKS = sorted((REPOSITORY / "analysis" / "notebooks").glob("*.ipynb"))
 LOGIC = (ast.FunctionDef, ast.AsyncFunctionDef, ast.While, ast.If, ast.Try)

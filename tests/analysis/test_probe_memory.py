@@ -12,7 +12,7 @@ from functools import cache
 
 import pytest
 
-from experiments.engine.records.store import REPOSITORY
+from experiments.engine.records.tree import REPOSITORY
 
 pytestmark = pytest.mark.slow
 

@@ -20,7 +20,7 @@ from analysis.page.browser import chromium, open_page, read_waits
 from analysis.page.content import Table, sample_grids
 from analysis.page.templating import inert, render_template
 from analysis.query import ReferenceStore
-from experiments.engine.records.store import REPOSITORY
+from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.reporting.sheet import Cell, Column, Kind, Note, NoteKind, Sheet
 from tests.support import page_scripts as scripts
 

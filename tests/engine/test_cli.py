@@ -17,7 +17,8 @@ import pytest
 from experiments.engine.jobs import pool as launch
 from experiments.engine.jobs.job import Job
 from experiments.engine.jobs.pool import run_here
-from experiments.engine.records.store import REPOSITORY, Store
+from experiments.engine.records.store import Store
+from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.specs.spec import Backbone, Cost, Data, Recipe, Stage, Train, kind_of
 
 ABLATION = [sys.executable, str(REPOSITORY / "experiments" / "ablation.py")]

@@ -18,7 +18,8 @@ from experiments.engine.cluster.client import Submission, queue
 from experiments.engine.cluster.site import Site
 from experiments.engine.cluster.submit import Array, run_job, submit
 from experiments.engine.jobs.job import Job
-from experiments.engine.records.store import REPOSITORY, Store
+from experiments.engine.records.store import Store
+from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.specs.spec import Recipe, Train
 from tests.support.trainings import DICO, DIGITS
 
@@ -40,7 +41,7 @@ def training(steps: int) -> Train:
     return Train(DICO, DIGITS, Recipe(steps=steps, batch=16, lr=1e-3, ema=0.99))
 
 
-def run_witnessed(job: Job, root: Path, resources: dict[str, Any]) -> None:
+def run_witnessed(job: Job, root: Path, resources: dict[str, Any], code: str) -> None:
     """Run a job in one of its processes, and keep its first and last step in a file.
 
     The file is of this attempt and rank, and right at any moment.
@@ -60,7 +61,7 @@ def run_witnessed(job: Job, root: Path, resources: dict[str, Any]) -> None:
                 yield loss
 
     Trainer.steps = witnessed  # type: ignore[method-assign, assignment]
-    run_job(job, root, resources)
+    run_job(job, root, resources, code)
 
 
 def count_lost_steps(folder: Path) -> int:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.engine.records.files import written_whole
-from experiments.engine.records.store import REPOSITORY, Store
+from experiments.engine.records.store import Store
+from experiments.engine.records.tree import REPOSITORY
 
 # Seconds that must be left to begin another part.
 LEAST_LEFT = 5.0

@@ -14,6 +14,7 @@ from experiments.engine.jobs.plan import Plan, missing
 from experiments.engine.jobs.pool import available_cores, run_here
 from experiments.engine.jobs.progress import ProgressDisplay
 from experiments.engine.records.store import Store
+from experiments.engine.records.tree import warn_without_commit
 from experiments.engine.specs.selection import Selection
 from experiments.engine.specs.spec import Data
 from experiments.engine.specs.stages import evaluate_stage
@@ -43,6 +44,8 @@ def run_plan(plan: Plan, store: Store, cluster: Cluster, workers: int | None = N
     timings = missing(plan.timings(), store)
     trainings = missing(plan.trainings(), store)
     num_stages = sum(len(job.stages) for job in (*counts, *timings, *trainings))
+    if num_stages:
+        warn_without_commit()
 
     with ProgressDisplay(total=num_stages) as progress:
 

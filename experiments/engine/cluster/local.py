@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from experiments.engine.cluster.submit import new_folder, run_job
 from experiments.engine.jobs.job import Job, JobEvent
 from experiments.engine.jobs.pool import Notify, available_cores
 from experiments.engine.records.store import Store, timestamp
+from experiments.engine.records.tree import own_environment, tree_digest
 
 UNBOUNDED_MINUTES = 60 * 24 * 365  # submitit wants a limit
 POLL_SECONDS = 0.2
@@ -34,6 +36,8 @@ def run_locally(
     workers = 1 if debug else workers
     threads = max(1, available_cores() // workers)
     all_resources = resources | {"device": device, "threads": threads}
+    # The processes that submitit starts are to import the code of this command.
+    os.environ.update(own_environment(os.environ))
     executor = _executor(new_folder(root), device, debug)
     began = timestamp()
 
@@ -45,7 +49,7 @@ def run_locally(
             # Start jobs while there is room.
             while waiting and len(running) < workers:
                 job = waiting.pop(0)
-                handle = executor.submit(run_job, job, root.resolve(), all_resources)
+                handle = executor.submit(run_job, job, root.resolve(), all_resources, tree_digest())
                 running.append((job, handle))
 
             # Report the jobs that have ended. In this process `exception` runs the job.

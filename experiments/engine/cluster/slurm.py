@@ -20,6 +20,7 @@ from experiments.engine.jobs.plan import Plan, TablePlan, missing
 from experiments.engine.jobs.pool import available_cores, run_here
 from experiments.engine.jobs.progress import ProgressDisplay
 from experiments.engine.records.store import Store
+from experiments.engine.records.tree import warn_without_commit
 from experiments.engine.specs.spec import Train
 
 
@@ -168,6 +169,7 @@ def send(plan: Plan, store: Store, command: str) -> str:
     """
     scheduler.require_slurm()
     store.check_writable()
+    warn_without_commit()
     wanted = arrays(plan, store)
     variables = scheduler.variables_for_sbatch()
     if variables:

@@ -26,7 +26,8 @@ from experiments.engine.cluster.site import Site
 from experiments.engine.jobs.job import Job
 from experiments.engine.jobs.scheduled import work_in_job
 from experiments.engine.records.files import locked
-from experiments.engine.records.store import REPOSITORY, Store
+from experiments.engine.records.store import Store
+from experiments.engine.records.tree import REPOSITORY, require_tree, tree_digest
 from experiments.engine.specs.spec import spec_id
 
 # What sbatch says of resources that exist but are drained or reserved today.
@@ -46,11 +47,15 @@ class Array:
     jobs: tuple[Job, ...]
 
 
-def run_job(job: Job, root: Path, resources: dict[str, Any]) -> None:
+def run_job(job: Job, root: Path, resources: dict[str, Any], code: str) -> None:
     """Run a job in each of its processes. Raise RuntimeError if a stage failed.
 
     The error makes the job itself fail, so that the queue shows it.
+
+    Args:
+        code: digest of the code that submitted the job.
     """
+    require_tree(code)
     error = work_in_job(job, root, **resources)
     if error:
         raise RuntimeError(error)
@@ -98,6 +103,9 @@ def submitit_parameters(site: Site, folder: Path) -> dict[str, Any]:
         f"SUBMITTED_FROM={shlex.quote(str(folder.parents[1]))}",
         f"PYTHON=${{PYTHON:-{shlex.quote(sys.executable)}}}",
         "source slurm/job.sh || exit 2",
+        # The job imports this tree, whatever folder or PYTHONPATH it was submitted from.
+        f"export PYTHONPATH={shlex.quote(str(REPOSITORY))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        "export PYTHONSAFEPATH=1",
     ]
     return parameters | {
         "job_name": folder.name,
@@ -196,7 +204,11 @@ def _submit_array(
     all_resources = trainer_resources(array.site) | resources
     try:
         handles = executor.map_array(
-            run_job, array.jobs, [root] * num_jobs, [all_resources] * num_jobs
+            run_job,
+            array.jobs,
+            [root] * num_jobs,
+            [all_resources] * num_jobs,
+            [tree_digest()] * num_jobs,
         )
     except submitit.core.utils.FailedJobError as error:
         raise ValueError(f"sbatch: {one_line(str(error))}") from None

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from experiments.engine.jobs.job import Job, JobEvent
 from experiments.engine.records.store import Record, Store
+from experiments.engine.records.tree import own_environment, require_tree, tree_digest
 
 Notify = Callable[[Job, JobEvent, Any], None]
 
@@ -91,6 +92,8 @@ class _Pool:
         """Run all jobs, `workers` at a time, and return whether all are done."""
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(["experiments.engine.jobs.execute"])
+        # The server and its workers are to import the code of this command.
+        os.environ.update(own_environment(os.environ))
         _start_server()
         good = True
         try:
@@ -106,7 +109,8 @@ class _Pool:
 
     def _start(self, job: Job, context: ForkServerContext) -> None:
         ours, theirs = context.Pipe(duplex=False)
-        arguments = (job, self.root, self.device, self.threads, theirs, self.resources)
+        place = (self.root, self.device, self.threads)
+        arguments = (job, *place, theirs, self.resources, tree_digest())
         process = context.Process(target=_work, args=arguments, daemon=True)
         process.start()
         theirs.close()
@@ -161,8 +165,14 @@ def _start_server() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _work(
-    job: Job, root: Path, device: str, threads: int, pipe: Connection, resources: dict[str, Any]
+def _work(  # noqa: PLR0913  (the arguments of a process)
+    job: Job,
+    root: Path,
+    device: str,
+    threads: int,
+    pipe: Connection,
+    resources: dict[str, Any],
+    code: str,
 ) -> None:
     """Run a job's stages in a worker process, and send its events through the pipe."""
     # The parent may have been interrupted while this process was being made.
@@ -180,6 +190,7 @@ def _work(
     store, records = Store(root), list(job.before)
     given = Resources(device=device, **resources)
     try:
+        require_tree(code)
         for stage in job.stages:
             record = execute(
                 stage, store, given, lambda progress: pipe.send((JobEvent.PROGRESS, progress))

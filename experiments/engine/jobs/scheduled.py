@@ -11,6 +11,7 @@ from typing import Any
 
 from experiments.engine.jobs.job import Job
 from experiments.engine.records.store import Record, Store
+from experiments.engine.records.tree import warn_without_commit
 from experiments.engine.runtime import preemption
 from experiments.engine.runtime.progress import Progress
 from experiments.engine.specs.spec import kind_of
@@ -76,6 +77,7 @@ def _run_stages(job: Job, store: Store, device: str, resources: dict[str, Any]) 
 
     error, records = None, list(job.before)
     store.check_writable()
+    warn_without_commit()
     for stage in job.stages:
         _write_marker(Marker.RUN, str(store.run_dir(stage)))
         record = execute(stage, store, Resources(device=device, **resources), report)

@@ -11,7 +11,6 @@ import functools
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 import uuid
@@ -21,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.engine.records.files import locked, written_whole
+from experiments.engine.records.tree import REPOSITORY, tree_commit, tree_digest
 from experiments.engine.specs.spec import Spec, canonical, kind_of, spec_id
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 FORMAT = 1
 SCORES = "scores"  # kind of the records that evaluate.py writes, which no spec names
 ID_DIGITS = 16
@@ -245,27 +244,16 @@ def provenance() -> dict[str, Any]:
 
     A value is None where it cannot be told.
     """
-    changes = _git("status", "--porcelain", "--untracked-files=no")
+    commit = tree_commit()
     return {
-        # A copied tree may have no history.
-        "commit": _git("rev-parse", "HEAD") or os.environ.get("DICO_COMMIT"),
-        "dirty": None if changes is None else bool(changes),
+        "commit": commit.hash,
+        "dirty": commit.dirty,
+        "code": tree_digest(),
         "python": platform.python_version(),
         "cpu": _cpu_name(),
         "cpu_count": _cpu_count(),
         "job_id": os.environ.get("SLURM_JOB_ID"),
     }
-
-
-@functools.cache
-def _git(*command: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", *command], cwd=REPOSITORY, capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _cpu_count() -> int | None:

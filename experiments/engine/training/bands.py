@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from experiments.engine.records.store import REPOSITORY
+from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.specs.spec import Backbone, Diffusion, Recipe, Train
 
 LOGS = REPOSITORY / "results" / "published" / "dico_logs.csv"

@@ -13,7 +13,8 @@ from experiments import benchmark
 from experiments.declared.benchmarks import BENCHMARK, gpu_parts
 from experiments.engine.benchmarks import session
 from experiments.engine.benchmarks.session import Session
-from experiments.engine.records.store import REPOSITORY, Store
+from experiments.engine.records.store import Store
+from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.specs.spec import Ceilings
 
 # Writes a record to the folder of the last argument.

@@ -16,7 +16,7 @@ from experiments import run
 from experiments.declared.protocols import PROTOCOLS
 from experiments.engine.cluster.status import batch_script_log
 from experiments.engine.jobs.plan import TablePlan
-from experiments.engine.records.store import REPOSITORY
+from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.specs.selection import Selection
 from experiments.engine.specs.spec import Train, spec_id
 from tests.support.commands import write_programs

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiments.engine.cluster.site import Site, load_site, warn_of_unknown_rows
-from experiments.engine.records.store import REPOSITORY
+from experiments.engine.records.tree import REPOSITORY
 from tests.support.plans import site_file
 
 EXAMPLE = REPOSITORY / "slurm" / "site.example.toml"

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.engine.records.store import REPOSITORY
+from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.runtime import heartbeat
 from tests.support.commands import TABLE
 

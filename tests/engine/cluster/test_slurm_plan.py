@@ -17,7 +17,8 @@ from experiments.engine.cluster import slurm
 from experiments.engine.jobs import plan
 from experiments.engine.jobs.estimate import seconds_per_image
 from experiments.engine.jobs.plan import TablePlan
-from experiments.engine.records.store import REPOSITORY, Store
+from experiments.engine.records.store import Store
+from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.specs.selection import Selection
 from experiments.engine.specs.spec import Evaluate
 from experiments.engine.specs.stages import Protocol, cost_stage, train_stage

@@ -17,7 +17,7 @@ from experiments.engine.jobs import execute
 from experiments.engine.jobs import pool as launch
 from experiments.engine.jobs.job import Job
 from experiments.engine.records.files import written_whole
-from experiments.engine.records.store import REPOSITORY
+from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.specs.stages import cost_stage
 from tests.support.commands import hear_interrupts
 

@@ -11,7 +11,7 @@ import torch
 
 from experiments.engine.numerics import device as machine
 from experiments.engine.numerics.device import describe_device, keep_memory, read_joules
-from experiments.engine.records.store import REPOSITORY
+from experiments.engine.records.tree import REPOSITORY
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

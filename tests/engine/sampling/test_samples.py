@@ -26,7 +26,7 @@ from experiments.engine.data.quantise import to_uint8
 from experiments.engine.data.sets import ImageSet, load
 from experiments.engine.jobs.job import Job
 from experiments.engine.jobs.progress import ProgressDisplay
-from experiments.engine.records.store import REPOSITORY
+from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.runtime.context import Resources, RunContext
 from experiments.engine.runtime.progress import Progress
 from experiments.engine.sampling import samples

@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from backbones import kernels
 from experiments.ablation import TABLE_4, TABLES
 from experiments.declared.protocols import CIFAR10_BF16
-from experiments.engine.records.store import REPOSITORY, Store
+from experiments.engine.records.store import Store
+from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.specs.rows import Row, Table
 from experiments.engine.specs.spec import Cost
 from experiments.engine.specs.stages import cost_stage
