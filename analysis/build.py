@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from analysis.claims.judge import claims_sheet
 from analysis.figures.catalogue import FIGURES
@@ -26,12 +26,16 @@ from experiments.engine.reporting.markup import csv_table, markdown_rows
 from experiments.engine.reporting.sheet import Sheet, Topic
 from experiments.engine.specs.stages import Protocol
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 PAGES = (DIGITS, CIFAR10_SMALL)
 
 # The headings of the parts of a table.
 HEADINGS = {Topic.COUNTS: "Counts", Topic.SPEED: "Speed", Topic.SCORES: "Scores"}
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 def main() -> int:
@@ -84,12 +88,12 @@ def build(store: ReferenceStore, with_figures: bool = True) -> list[str]:
 
     # A figure that cannot be drawn does not keep the others back.
     if with_figures:
-        for name in FIGURES:
-            attempt(f"figure {name}", partial(_draw_figure, store, name), None, problems)
+        for name, draw in FIGURES.items():
+            attempt(f"figure {name}", partial(_write_figure, store, name, draw), None, problems)
     return store.problems + problems
 
 
-def attempt(name: str, make: Callable[[], T], otherwise: T, problems: list[str]) -> T:
+def attempt(name: str, make: Callable[[], T], otherwise: U, problems: list[str]) -> T | U:
     """What `make` returns; or, if what it needs is missing or unfit, `otherwise` and a problem."""
     try:
         return make()
@@ -144,8 +148,10 @@ def sheet_markdown(store: ReferenceStore, sheet: Sheet) -> str:
     return "\n\n".join([*blocks, links] if links else blocks) + "\n"
 
 
-def _draw_figure(store: ReferenceStore, name: str) -> None:
-    save(FIGURES[name](store), store.root / "figures", name)
+def _write_figure(
+    store: ReferenceStore, name: str, draw: Callable[[ReferenceStore], Figure]
+) -> None:
+    save(draw(store), store.root / "figures", name)
 
 
 def _write_page(store: ReferenceStore, protocol: Protocol) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from experiments.engine.records.store import Record, RecordFolder, Store
 from experiments.engine.reporting.caveats import timing_caveats
 from experiments.engine.reporting.sheet import (
+    FAILED,
     GAP,
     Cell,
     Column,
@@ -169,7 +170,7 @@ def _timing_cells(stage: Timing, mode: str, core_macs: float | None, source: Rec
     record = source.latest(stage)
     if record is None:
         failed = source.latest(stage, status="failed")
-        return {f"{mode}_rate": Cell(label="failed") if failed else GAP}
+        return {f"{mode}_rate": FAILED if failed else GAP}
     values, own = record.values, (record,)
     cells = {
         f"{mode}_rate": Cell(
