@@ -25,7 +25,7 @@ from analysis.page.content import (
     tiles,
 )
 from analysis.page.provenance import provenance_sheet
-from analysis.page.scatter import View, views
+from analysis.page.scatter import views
 from analysis.page.templating import load_libraries, render_template
 from analysis.query import ReferenceStore
 from analysis.tables.agreement_page import agreement_blocks
@@ -99,7 +99,6 @@ def build_page(store: ReferenceStore) -> tuple[str, list[str]]:
     builder = Builder(store)
     claims = builder.table("claims", claims_sheet, "claims-table")
     text = [block for protocol in PAGES for block in builder.text(protocol)]
-    no_views: list[View] = []
     content = {
         "claims": claims,
         "tiles": tiles(claims.sheet),
@@ -111,13 +110,14 @@ def build_page(store: ReferenceStore) -> tuple[str, list[str]]:
         ],
         "figures": [builder.figure(name) for name in FIGURES],
         "text": text_and_tables(text),
-        "views": json.dumps(attempt("scatter", lambda: views(store), no_views, builder.problems)),
+        "views": json.dumps(attempt("scatter", lambda: views(store), [], builder.problems)),
         "samples": sample_grids(store.root / "figures" / "samples", store, builder.problems),
         "counts": builder.table("counts", SHEETS["counts"], "counts-table"),
         "provenance": builder.table("provenance", provenance_sheet, "provenance-table"),
         "records": records_json(store),
     }
 
+    # The page names what it lacks, so it is rendered after all its parts were tried.
     problems = store.problems + builder.problems
     page = render_template("report.html", libraries=libraries, problems=problems, **content)
     return page, problems

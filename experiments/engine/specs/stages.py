@@ -211,6 +211,8 @@ def timing_stage(row: Row, baseline: Row, device: str) -> Timing:
     """
     own, *parts = cost_stages(row)
     at = cost_stages(baseline)[0]
+
+    # An input that both share is not repeated in the spec.
     same_input = (own.size, own.channels) == (at.size, at.channels)
     return Timing(
         row.require_backbone(),
