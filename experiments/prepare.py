@@ -208,8 +208,7 @@ def _print_listing(pictures: Pictures) -> None:
     if len(pictures.files) != IMAGENET_IMAGES:
         print(
             f"warning: {len(pictures.files)} images are not ImageNet's {IMAGENET_IMAGES} training "
-            "images; scores on them are not ImageNet's",
-            file=sys.stderr,
+            "images; scores on them are not ImageNet's"
         )
 
 
