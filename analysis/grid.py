@@ -12,6 +12,7 @@ latents.
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -238,7 +239,9 @@ def draw(subject: Subject, layout: Layout, store: Store) -> Path:
     spec = subject.spec
     decoder = load_decoder(spec.data, torch.device(layout.device))
     resources = Resources(layout.device, checkpoint=subject.checkpoint)
-    model, key = load_networks(spec, RunContext(store.run_dir(spec.train), resources))
+    model, key, warnings = load_networks(spec, RunContext(store.run_dir(spec.train), resources))
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     samples = sample(spec, model, layout)
 
     # A panel per sample.

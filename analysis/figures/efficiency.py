@@ -21,7 +21,7 @@ from analysis.figures.style import (
 )
 from analysis.figures.training import OwnProgress, own_progress
 from analysis.query import ReferenceStore, rankable
-from analysis.tables.conditions import progress_row, stopped
+from analysis.tables.progress import progress_row, stopped
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.declared.protocols import DIGITS
 from experiments.engine.records.store import Record

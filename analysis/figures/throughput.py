@@ -18,7 +18,7 @@ from analysis.figures.style import (
 from analysis.query import ReferenceStore, at_one_batch, gpu_timings, rankable
 from experiments.declared.protocols import IMAGENET256
 from experiments.engine.records.store import Record
-from experiments.engine.reporting.tables import mean_cell
+from experiments.engine.reporting.lookup import mean_cell
 from experiments.engine.specs.stages import cost_stages
 from experiments.main_results import TABLES
 

@@ -17,8 +17,8 @@ from analysis.figures.style import (
     palette,
 )
 from analysis.query import ReferenceStore
-from analysis.tables.conditions import progress_curve, progress_score
-from analysis.tables.paper import CONFIGURATIONS
+from analysis.tables.progress import progress_curve, progress_score
+from analysis.tables.recipes import CONFIGURATIONS
 from experiments.ablation import TABLE_4
 from experiments.declared.protocols import DIGITS
 from experiments.engine.records.comparison import clashes

@@ -246,7 +246,6 @@ def provenance() -> dict[str, Any]:
     """
     commit = tree_commit()
     return {
-        # A copied tree may have no history.
         "commit": commit.hash,
         "dirty": commit.dirty,
         "code": tree_digest(),

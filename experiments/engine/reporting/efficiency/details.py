@@ -9,7 +9,7 @@ from typing import Any
 from experiments.engine.records.store import Record, RecordFolder
 from experiments.engine.reporting.efficiency.speed import EAGER, Acceleration, ceiling_of
 from experiments.engine.reporting.sheet import GAP, Cell, Column, Kind, NoteKind, Sheet, Topic
-from experiments.engine.reporting.sheet import Row as Cells
+from experiments.engine.reporting.sheet import SheetRow as Cells
 from experiments.engine.specs.spec import Profile, Timing
 
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from experiments.engine.records.store import Record, RecordFolder, Store
-from experiments.engine.reporting.notes import timing_caveats
+from experiments.engine.reporting.caveats import timing_caveats
 from experiments.engine.reporting.sheet import (
+    FAILED,
     GAP,
     Cell,
     Column,
@@ -16,7 +17,7 @@ from experiments.engine.reporting.sheet import (
     Sheet,
     Topic,
 )
-from experiments.engine.reporting.sheet import Row as Cells
+from experiments.engine.reporting.sheet import SheetRow as Cells
 from experiments.engine.specs.rows import Row, Table
 from experiments.engine.specs.spec import Ceilings, Timing
 from experiments.engine.specs.stages import cost_stages
@@ -106,7 +107,7 @@ def speed_sheet(timed: TimedTable, store: Store, source: RecordFolder | None = N
     for entry in timed.rows:
         counts = _counts_of(entry.row, source)
         macs = _core_macs(entry.row, counts)
-        cells = {"row": Cell(label=entry.row.label)}
+        cells: Cells = {"row": Cell(label=entry.row.label)}
         cells["core"] = Cell(macs / 1e9 if macs else None, records=counts)
         for mode, stage in entry.stages.items():
             cells |= _timing_cells(stage, mode, macs, source)
@@ -164,7 +165,7 @@ def _timing_cells(stage: Timing, mode: str, core_macs: float | None, source: Rec
     record = source.latest(stage)
     if record is None:
         failed = source.latest(stage, status="failed")
-        return {f"{mode}_rate": Cell(label="failed") if failed else GAP}
+        return {f"{mode}_rate": FAILED if failed else GAP}
     values, own = record.values, (record,)
     cells = {
         f"{mode}_rate": Cell(
@@ -308,18 +309,9 @@ def _add_record_notes(sheet: Sheet, timed: TimedTable, source: RecordFolder) -> 
                     f"{entry.row.label}, {mode}: makes tokens of t and y, and was given those of "
                     "all images.",
                 )
-    _add_texts(sheet, timing_caveats(recorded))
+    sheet.notes += timing_caveats(recorded)
     for how, labels in plain.items():
         sheet.note(NoteKind.SPEED, f"{how}, without a fused kernel: {', '.join(labels)}.")
-
-
-def _add_texts(sheet: Sheet, notes: Sequence[object]) -> None:
-    """Append notes, which may be plain sentences."""
-    for note in notes:
-        if isinstance(note, str):
-            sheet.note(NoteKind.SPEED, note)
-        else:
-            sheet.notes.append(note)  # type: ignore[arg-type]
 
 
 def _took_all_conditions(record: Record, mode: str, task: str) -> bool:
