@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from analysis.claims.judge import claims_sheet
 from analysis.figures.catalogue import FIGURES
@@ -25,12 +26,16 @@ from experiments.engine.reporting.markup import csv_table, markdown_rows
 from experiments.engine.reporting.sheet import Sheet, Topic
 from experiments.engine.specs.stages import Protocol
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 PAGES = (DIGITS, CIFAR10_SMALL)
 
 # The headings of the parts of a table.
 HEADINGS = {Topic.COUNTS: "Counts", Topic.SPEED: "Speed", Topic.SCORES: "Scores"}
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 def main() -> int:
@@ -73,25 +78,22 @@ def build(store: ReferenceStore, with_figures: bool = True) -> list[str]:
     """Write every table, page and figure; return what could not be built or was left out."""
     problems: list[str] = []
     for name, make_sheet in (SHEETS | {"claims": claims_sheet}).items():
-        sheet = attempt(name, lambda make_sheet=make_sheet: make_sheet(store), None, problems)
+        sheet = attempt(name, partial(make_sheet, store), None, problems)
         if sheet is not None:
             write_sheet(store, name, sheet)
+
+    # The pages of the small protocols stand beside the tables.
     for protocol in PAGES:
-        attempt(
-            protocol.name, lambda protocol=protocol: _write_page(store, protocol), None, problems
-        )
+        attempt(protocol.name, partial(_write_page, store, protocol), None, problems)
+
+    # A figure that cannot be drawn does not keep the others back.
     if with_figures:
         for name, draw in FIGURES.items():
-            attempt(
-                f"figure {name}",
-                lambda name=name, draw=draw: save(draw(store), store.root / "figures", name),
-                None,
-                problems,
-            )
+            attempt(f"figure {name}", partial(_write_figure, store, name, draw), None, problems)
     return store.problems + problems
 
 
-def attempt(name: str, make: Callable[[], T], otherwise: T, problems: list[str]) -> T:
+def attempt(name: str, make: Callable[[], T], otherwise: U, problems: list[str]) -> T | U:
     """What `make` returns; or, if what it needs is missing or unfit, `otherwise` and a problem."""
     try:
         return make()
@@ -144,6 +146,12 @@ def sheet_markdown(store: ReferenceStore, sheet: Sheet) -> str:
             blocks.append("\n".join(f"- {note.text}" for note in common))
     links = folded(origins(sheet), store)
     return "\n\n".join([*blocks, links] if links else blocks) + "\n"
+
+
+def _write_figure(
+    store: ReferenceStore, name: str, draw: Callable[[ReferenceStore], Figure]
+) -> None:
+    save(draw(store), store.root / "figures", name)
 
 
 def _write_page(store: ReferenceStore, protocol: Protocol) -> None:

@@ -50,9 +50,11 @@ def _judge_published(steps: Sequence[int], store: ReferenceStore) -> Finding:
         judgement = Judgement(Verdict.CONSISTENT, ("in FID", "in loss not in every window"))
     else:
         judgement = Judgement(Verdict.INCONSISTENT)
+    by_fid = f"FID {sum(fid_orders)} of {len(fid_orders)}"
+    by_loss = f"loss {sum(loss_orders)} of {len(loss_orders)}"
     return Finding(
         Evidence.PUBLISHED,
-        f"FID {sum(fid_orders)} of {len(fid_orders)}; loss {sum(loss_orders)} of {len(loss_orders)}",
+        f"{by_fid}; {by_loss}",
         judgement,
         f"neighbouring sizes in Table 7 at {len(steps)} steps, and in the authors' logs over "
         f"{losses.windows} windows of 1000 steps: {losses.clear} clear by two standard errors, "

@@ -110,7 +110,8 @@ def _compare_all_parameters(
         sheet.note(
             NoteKind.COUNTS,
             "params: ours are those that train. All parameters, with those that are frozen or "
-            f"never used, as published figures can count them: {', '.join(frozen)}.{compared_words}",
+            "never used, as published figures can count them: "
+            f"{', '.join(frozen)}.{compared_words}",
         )
 
 

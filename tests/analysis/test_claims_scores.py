@@ -1,4 +1,4 @@
-"""Claims about scores, judged by made-up records at the claim's own scale, and never across two protocols."""
+"""Verdicts on scores from made-up records at the claim's scale, never across two protocols."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_printed_fid_is_judged_by_our_own(fid: float, verdict: str, made: Made
 
 
 def test_seeds_give_the_error_of_their_mean(made: Made):
-    """Of log 2, log 2 and log 2.2, deviation 0.0550, Student's 4.303 over sqrt 3: 13.7 % of 2.065."""
+    """Log 2, log 2 and log 2.2 deviate by 0.0550; Student's 4.303 over sqrt 3 makes 13.7 %."""
     made.score(system("DiCo-XL (w/ CFG)", TABLE_2), IMAGENET512_OWN, 2.0, 2.0, 2.2)
     found = made.judged("fid-xl-512")
     assert (found.value, found.error, str(found.judgement)) == (
@@ -287,7 +287,7 @@ def test_kernels_are_ordered_by_fid_and_by_a_gpus_throughput(
 
 
 def test_scaling_is_judged_where_neighbouring_sizes_were_trained(made: Made):
-    """Two of 24 comparisons, of which one would be of two protocols; and the loss windows that both sizes have."""
+    """Two of 24 comparisons are recorded, one of them by two protocols; and three loss windows."""
     small, large = progress_row("DiCo-S"), progress_row("DiCo-B")
     for row, fid, losses in ((small, 50.0, [0.5, 0.4, 0.3]), (large, 27.0, [0.4, 0.41, 0.2])):
         made.score(row, stopped(400_000), fid)

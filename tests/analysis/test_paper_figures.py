@@ -91,7 +91,7 @@ def rates(axes: Any) -> list[float]:
 
 
 def test_the_speed_up_by_numeric_mode_is_of_one_batch(tmp_path: Path):
-    """300 over 100 at batch 16; at 64 and 128 one network alone was timed, or more than the paper's batch."""
+    """300 over 100 at batch 16: at 64 one network alone was timed, and 128 is above the paper's."""
     store = Store(tmp_path)
     for name, batch, rate in (
         ("dico_xl", 16, 300.0),
@@ -194,8 +194,8 @@ def test_figure_2_draws_ours_where_a_network_has_score_and_timing(tmp_path: Path
         0
     ].get_sizes()[0] == pytest.approx(6 * 6.06, rel=0.01)
     assert (
-        "ours: of 15 networks 3 have a score, 4 a GPU timing, 2 both; left out, scored by another protocol: DiCo-B"
-        in said(made)
+        "ours: of 15 networks 3 have a score, 4 a GPU timing, 2 both; left out, scored by another "
+        "protocol: DiCo-B" in said(made)
     )
     assert (
         "no published throughput: DiC-S, DiC-B, DiC-XL" in said(made)
@@ -224,7 +224,8 @@ def test_figure_8_draws_our_scores_over_training(tmp_path: Path):
     assert said(bare) == "ours: 0 of the 32 published points are recorded here"
     assert (
         said(drawn)
-        == "ours: 2 of the 32 published points are recorded here left out, scored by another protocol: DiCo-S after 100000"
+        == "ours: 2 of the 32 published points are recorded here left out, scored by another "
+        "protocol: DiCo-S after 100000"
     )
 
 

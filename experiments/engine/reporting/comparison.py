@@ -157,12 +157,15 @@ def judge_row(agreement: Agreement, row: Row) -> tuple[Reproduction, list[str]]:
 
 
 def _add_notes(sheet: Sheet, agreement: Agreement) -> None:
-    sheet.note(
-        NoteKind.SCORES,
+    # what the verdict means
+    text = (
         "reproduced: every score lies within the reference's spread over training seeds, pooled "
         f"over the rows (two-sided {1 - LEVEL:.0%} for all {agreement.comparisons} comparisons "
-        "together, Bonferroni; fd on a log scale).",
+        "together, Bonferroni; fd on a log scale)."
     )
+    if not agreement.comparisons:
+        text = "No row has scores of this machine and of the reference that can be compared."
+    sheet.note(NoteKind.SCORES, text)
 
     # what was measured otherwise, and whether that refuses a verdict
     advice = "experiments/diff_protocol.py says what that changes."

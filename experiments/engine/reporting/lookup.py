@@ -137,7 +137,7 @@ class PublishedTable:
 
 
 def published_cell(text: str) -> Cell:
-    """A published number with its published digits, or as it was printed if it has a unit (675M)."""
+    """A published number with its published digits; one with a unit (675M) as it was printed."""
     if not text:
         return Cell()
     if text[-1] in UNITS:

@@ -15,6 +15,7 @@ from experiments.ablation import TABLE_4
 from experiments.declared.protocols import DIGITS, IMAGENET256, IMAGENET256_FIXED
 from experiments.engine.records.comparison import (
     Missing,
+    clashes,
     differences,
     incomparable,
     not_recorded,
@@ -25,6 +26,7 @@ from experiments.engine.records.manifest import (
     manifest,
     record_manifest,
     score_name,
+    with_defaults,
 )
 from experiments.engine.records.store import Record, Store
 from experiments.engine.records.tree import REPOSITORY
@@ -145,7 +147,7 @@ def test_a_model_may_differ_and_what_one_does_not_record_is_no_clash():
 
 
 def test_what_a_model_did_without_is_a_difference_and_no_gap():
-    """A classifier that guides and an upsampler are one field each; an older record of ADM alone knows nothing of either."""
+    """A classifier that guides and an upsampler are one field each; ADM alone has neither."""
     whole, alone = (
         declared(canonical(evaluate_stage(row, DIGITS, 0), full=True))
         for row in (TABLE_1.row("ADM-U"), TABLE_1.row("ADM-64"))
@@ -211,6 +213,30 @@ def test_older_records_say_what_they_can():
 @pytest.mark.parametrize("num, name", [(50_000, "FID-50K"), (500, "FID-500"), (1500, "FID-1500")])
 def test_a_score_carries_its_number_of_images(num: int, name: str):
     assert score_name("fid", num) == name
+
+
+def test_density_of_the_first_closed_balls_is_not_ranked_with_that_of_open_ones():
+    old = made(neighbours={"k": 3})
+    new = made(neighbours={"k": 3, "density_ball": "open"})
+    field = "measure.neighbours.density_ball"
+    assert pairs(old, new) == [(field, "closed", "open")]
+    assert incomparable(old, new) == [field]
+    assert "density" in effect_of(field).size
+
+    # Small classifiers have no density, so their manifests say nothing of balls.
+    digits = made(replace(SPEC, features="digits"), neighbours={"k": 3})
+    assert with_defaults(digits) == digits
+
+
+def test_tables_rank_across_the_balls_of_density_which_they_do_not_show():
+    values = [
+        {"manifest": made(neighbours={"k": 3})},
+        {"manifest": made(neighbours={"k": 3, "density_ball": "open"})},
+    ]
+    spec = canonical(SPEC, full=True)
+    old, new = (Record("0" * 16, "evaluate", "done", one, {}, "", spec) for one in values)
+    assert clashes([new], [old]) == []
+    assert not_recorded([old, new]) == []
 
 
 def scored(store: Store, row: int, fd: float, seed: int = 0, **found: Any) -> Path:
@@ -281,7 +307,7 @@ def test_a_table_names_the_fields_that_not_all_its_records_hold(tmp_path: Path):
 
 
 def test_no_verdict_is_given_across_protocols(tmp_path: Path):
-    """Scores that lie far off are said to only where one protocol measured them, be it on another machine."""
+    """Scores are called far off only if one protocol measured them, on whatever machine."""
     store = Store(tmp_path)
     for row in range(2):
         for seed in range(3):
@@ -356,7 +382,8 @@ def test_the_script_tells_what_was_done_without_from_what_is_not_recorded(tmp_pa
     done = diff(plain, guided)
     assert (
         done.returncode == 1
-        and "measure.guidance.classifier: without | p, scale 2.0\n    known effect: 10.94 without, 4.59 with"
+        and "measure.guidance.classifier: without | p, scale 2.0\n"
+        "    known effect: 10.94 without, 4.59 with"
         in done.stdout
     )
     assert "measure.decoder.scale: without | 3\n" in done.stdout
@@ -389,7 +416,7 @@ def test_every_committed_score_holds_what_decided_it():
 
 
 def test_a_field_that_older_records_lack_leaves_them_comparable():
-    """Scores of digits and of CIFAR-10's classifier carry the reference's hash and the labels' order; committed ones from before say nothing of them."""
+    """New scores on small classifiers name the reference's hash and the labels' order."""
     (path, *_) = sorted((REPOSITORY / "results" / "reference" / "evaluate").glob("*.json"))
     old, new = (json.loads(path.read_text())["values"]["manifest"] for _ in range(2))
     for part, key in (("reference", "sha256"), ("labels", "order")):
