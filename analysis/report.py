@@ -28,13 +28,13 @@ from analysis.page.provenance import provenance_sheet
 from analysis.page.scatter import views
 from analysis.page.templating import load_libraries, render_template
 from analysis.query import ReferenceStore
-from analysis.tables.agreement import blocks as agreement_blocks
+from analysis.tables.agreement_page import agreement_blocks
 from analysis.tables.pages import Block, Text
 from analysis.tables.paper import SHEETS
 from experiments.declared.protocols import CIFAR10_SMALL, DIGITS
 from experiments.engine.cli import Parser, run_command
 from experiments.engine.records.files import written_whole
-from experiments.engine.reporting.sheet import Column, Kind, Sheet, upgraded
+from experiments.engine.reporting.sheet import Column, Kind, Sheet
 from experiments.engine.specs.stages import Protocol
 
 PAGES = (DIGITS, CIFAR10_SMALL)
@@ -116,6 +116,8 @@ def build_page(store: ReferenceStore) -> tuple[str, list[str]]:
         "provenance": builder.table("provenance", provenance_sheet, "provenance-table"),
         "records": records_json(store),
     }
+
+    # The page names what it lacks, so it is rendered after all its parts were tried.
     problems = store.problems + builder.problems
     page = render_template("report.html", libraries=libraries, problems=problems, **content)
     return page, problems
@@ -133,10 +135,13 @@ class Builder:
     ) -> Table:
         """Return a table that knows the records that were read for it."""
         with self.store.noting() as noted:
-            sheet = attempt(name, lambda: upgraded(make_sheet(self.store)), None, self.problems)
+            sheet = attempt(name, lambda: self._printed(make_sheet), None, self.problems)
         if sheet is None:
             sheet = Sheet(self._last_problem(name), [Column("gap", "gap", kind=Kind.PROSE)])
         return Table(sheet, identifier, tuple(noted.values()))
+
+    def _printed(self, make_sheet: Callable[[ReferenceStore], Sheet]) -> Sheet:
+        return make_sheet(self.store).without_empty_columns()
 
     def figure(self, name: str) -> Image | Missing:
         """Return a figure with its caption, which is the docstring of its function."""

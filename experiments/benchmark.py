@@ -143,10 +143,13 @@ def _add_loop(commands: argparse._SubParsersAction[Parser]) -> None:
         action="store_true",
         help="also run the whole main job, and print its seconds and peak memory",
     )
+
+    # These flags narrow the run to one part.
     parser.add_argument(
         "--checkpoints", action="store_true", help="measure only what a checkpoint costs"
     )
     parser.add_argument("--neighbours", action="store_true", help="time only precision and recall")
+
     add_device_option(parser, default="cpu")
     parser.add_argument(
         "--sizes",
@@ -240,6 +243,8 @@ def _run_loader(args: argparse.Namespace) -> int:
 
 def _add_steps(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser("steps", description=STEPS, help="training and sampling steps")
+
+    # These options choose what is compared.
     parser.add_argument(
         "--networks",
         nargs="+",
@@ -249,6 +254,8 @@ def _add_steps(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     _add_against_option(parser, "other implementations to compare with")
     add_device_option(parser, default="cpu")
+
+    # These options choose how the networks run, and what is timed.
     parser.add_argument(
         "--precision",
         nargs="+",
@@ -317,6 +324,8 @@ def _add_kernels(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser(
         "kernels", description=KERNELS_TEXT, help="every kernel beside its reference"
     )
+
+    # These options choose what is timed.
     parser.add_argument(
         "--kernels",
         nargs="+",
@@ -326,6 +335,8 @@ def _add_kernels(commands: argparse._SubParsersAction[Parser]) -> None:
         help=f"operations to time (default: all): {', '.join(KERNELS)}",
     )
     add_device_option(parser, default="cpu")
+
+    # These options choose how it is timed.
     parser.add_argument(
         "--precision",
         nargs="+",
@@ -355,6 +366,7 @@ def _run_kernels(args: argparse.Namespace) -> int:
 def _add_gpu(commands: argparse._SubParsersAction[Parser]) -> None:
     parts = "Parts, in order: " + "; ".join(gpu_parts("cuda", [])) + "."
     description = GPU + textwrap.fill(parts, 98, break_on_hyphens=False)
+
     parser = commands.add_parser("gpu", description=description, help="all a GPU has to measure")
     parser.add_argument(
         "--minutes", type=float, default=9.0, help="minutes for all of it (default: 9)"
