@@ -33,7 +33,7 @@ OPTIONAL = GPU_LIBRARIES | {
     "nbclient",
     "nbformat",
 }
-# The floors of experiments/engine, from top to bottom: a file imports its own floor and those below.
+# The floors of experiments/engine, from top to bottom. A file imports its own floor and lower ones.
 FLOORS = (
     "cli",
     "cluster",
