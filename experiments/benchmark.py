@@ -5,8 +5,6 @@
     steps    training and sampling steps beside those of another implementation
     kernels  every kernel beside its reference and beside a copy of memory
     gpu      everything that a GPU has to measure, most important first
-
-`benchmark.py COMMAND --help` explains a command.
 """
 
 from __future__ import annotations
