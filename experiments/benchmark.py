@@ -1,10 +1,10 @@
 """Measure this suite's own speed.
 
-    loop     counts, the report, and on request the main job, checkpoints, precision and recall
-    loader   latents per second of the loader alone
-    steps    training and sampling steps beside those of another implementation
-    kernels  every kernel beside its reference and beside a copy of memory
-    gpu      everything that a GPU has to measure, most important first
+loop     counts, the report, and on request the main job, checkpoints, precision and recall
+loader   latents per second of the loader alone
+steps    training and sampling steps beside those of another implementation
+kernels  every kernel beside its reference and beside a copy of memory
+gpu      everything that a GPU has to measure, most important first
 """
 
 from __future__ import annotations
