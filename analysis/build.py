@@ -81,8 +81,12 @@ def build(store: ReferenceStore, with_figures: bool = True) -> list[str]:
         sheet = attempt(name, partial(make_sheet, store), None, problems)
         if sheet is not None:
             write_sheet(store, name, sheet)
+
+    # The pages of the small protocols stand beside the tables.
     for protocol in PAGES:
         attempt(protocol.name, partial(_write_page, store, protocol), None, problems)
+
+    # A figure that cannot be drawn does not keep the others back.
     if with_figures:
         for name, draw in FIGURES.items():
             attempt(f"figure {name}", partial(_write_figure, store, name, draw), None, problems)

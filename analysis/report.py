@@ -116,6 +116,8 @@ def build_page(store: ReferenceStore) -> tuple[str, list[str]]:
         "provenance": builder.table("provenance", provenance_sheet, "provenance-table"),
         "records": records_json(store),
     }
+
+    # The page names what it lacks, so it is rendered after all its parts were tried.
     problems = store.problems + builder.problems
     page = render_template("report.html", libraries=libraries, problems=problems, **content)
     return page, problems

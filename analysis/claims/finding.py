@@ -153,6 +153,8 @@ def means(
     """
     all_values = [[record.values for record in records] for records in groups]
     spread = spread or pool_spread(name, all_values)
+
+    # Without a spread over seeds, the sampling error of the one seed gives the width.
     made = []
     for records, values in zip(groups, all_values, strict=True):
         value = math.exp(mean_score(name, values))

@@ -152,6 +152,8 @@ def _measured_speed(claim: Claim, store: ReferenceStore, device: str) -> Finding
     ratios = efficiency.ratios(claim, stages, store.reference)
     if not ratios:
         return None
+
+    # A CPU can only show a reduced form of what the paper measured on a GPU.
     records = tuple(record for ratio in ratios for record in ratio.records)
     if device == "cuda":
         evidence = Evidence.MEASURED
@@ -168,6 +170,8 @@ def _measured_speed(claim: Claim, store: ReferenceStore, device: str) -> Finding
                 "; the scan runs as a loop over tokens, for which GPUs have a fused kernel, so the "
                 "claim cannot be judged this way"
             )
+
+    # One claim may be timed in several modes, and the finding names them all.
     value = "; ".join(
         f"{ratio.value:.2f} ±{ratio.error:.2f} ({ratio.mode}, {ratio.device})" for ratio in ratios
     )

@@ -95,10 +95,13 @@ def _judge_checkpoints(checkpoints: dict[str, Record]) -> Finding:
     missing = sorted(set(CHECKPOINTS.values()) - set(checkpoints))
     signs = [1 if ratio > 1 else -1 for ratio in ratios.values()]
     judgement = _judge_parts(signs, has_single=True)
+
+    # A checkpoint that nobody probed qualifies the judgement.
     not_probed = ""
     if missing:
         judgement = judgement.qualified(f"{len(checkpoints)} of {len(CHECKPOINTS)} checkpoints")
         not_probed = f"; not probed: {', '.join(missing)}"
+
     return Finding(
         Evidence.MEASURED,
         ", ".join(f"{ratio:.2f}" for ratio in ratios.values()),
@@ -187,6 +190,8 @@ def _judge_channel_pairs(
         _seed_mean([full.values[name] - without.values[name] for full, without in pairs], 2)
         for name in ("near_dead", "relative_rank")
     )
+
+    # The printed shares are means over seeds, and the judgement is on their paired differences.
     full_dead, full_rank = _means_of([full for full, _ in pairs])
     without_dead, without_rank = _means_of([without for _, without in pairs])
     return Finding(

@@ -253,6 +253,8 @@ def _coefficient_sheet(results: dict[str, Agreement | None], records: tuple[Reco
         Column("ceiling", "ceiling"),
     ]
     sheet = Sheet("", columns)
+
+    # A score without a coefficient has no line.
     for name, result in results.items():
         if result:
             sheet.add_row(

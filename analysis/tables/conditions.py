@@ -78,6 +78,8 @@ def add_conditions(
             for row, numbers in zip(table.rows, published, strict=True)
         ],
     )
+
+    # Columns of speed come first, then columns of scores.
     _add_timings(sheet, conditions, "throughput_img_s" in paper.columns)
     protocol = IMAGENET256 if resolution == 256 else IMAGENET512
     _add_scores(sheet, conditions, protocol)
@@ -117,6 +119,8 @@ def same_conditions(published: dict[str, str], resolution: int) -> Protocol:
 def _add_timings(sheet: Sheet, conditions: Conditions, compared: bool) -> None:
     """Append images per second in every mode, with the difference from the paper's."""
     modes = sorted({mode for by_mode in conditions.timings for mode in by_mode})
+
+    # Each mode of a device has a column, with its difference from the paper where there is one.
     for device, mode in modes:
         group, key = f"ours, {device}", f"{device}/{mode}"
         cells = [_rate_cell(by_mode.get((device, mode))) for by_mode in conditions.timings]
@@ -131,6 +135,7 @@ def _add_timings(sheet: Sheet, conditions: Conditions, compared: bool) -> None:
                 column,
                 [difference(ours, paper) for ours, paper in zip(cells, rates, strict=True)],
             )
+
     if modes:
         sheet.notes += _timing_notes(conditions)
 

@@ -120,11 +120,15 @@ def _hours_note(
         if row["model"] == model and int(row["last_step"]) == steps
     ]
     printed = published.get(f"{model} 256", {}).get("training_hours")
+
+    # The two sources can be compared only if both tell the hours of this training.
     if hours and printed:
         return (
             f"{model}: {hours[0]:.1f} h to step {steps} in the authors' log; "
             f"Table 6 says {printed} h."
         )
+
+    # Otherwise the note says which of the two is missing.
     reason = f"dico_logs.csv has no line of it to step {steps}"
     if hours:
         reason = "table6.csv has no row of it at 256 pixels"

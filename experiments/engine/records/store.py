@@ -151,6 +151,8 @@ class Store:
             canonical(spec, full=True),
             error,
         )
+
+        # The name has a random part, since two machines may finish in the same second.
         name = f"{record.id}-{utc}-{uuid.uuid4().hex[:6]}.json"
         write_record(self.here.folder / record.kind / name, record)
         self.here.refresh()

@@ -59,6 +59,8 @@ def latex_table(sheet: Sheet) -> str:
         f"\\multicolumn{{{length}}}{{c}}{{{_latex(group)}}}" for group, length in grouped(sheet)
     ]
     titles = [_latex(column.title) for column in sheet.columns]
+
+    # Two rows of headings stand above the rows of numbers.
     lines = [
         f"% {sheet.title}",
         f"\\begin{{tabular}}{{{alignment}}}",
@@ -69,6 +71,7 @@ def latex_table(sheet: Sheet) -> str:
     ]
     for row in sheet.rows:
         lines.append(_latex_row([_latex_cell(column, cell) for column, cell in sheet.cells(row)]))
+
     notes = [f"\\par{{\\footnotesize {_latex(note.text)}\\par}}" for note in sheet.notes]
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", *notes, ""])
 
@@ -128,6 +131,8 @@ def html_table(sheet: Sheet) -> str:
     titles = "".join(
         f"<th{_html_class(column)}>{html.escape(column.title)}</th>" for column in sheet.columns
     )
+
+    # The groups of columns head the table, and the titles stand below them.
     lines = [
         "<figure>",
         f"<figcaption>{html.escape(sheet.title)}</figcaption>",
@@ -138,6 +143,7 @@ def html_table(sheet: Sheet) -> str:
     for row in sheet.rows:
         cells = "".join(_html_cell(column, cell) for column, cell in sheet.cells(row))
         lines.append(f"<tr>{cells}</tr>")
+
     notes = "".join(f"<li>{html.escape(note.text)}</li>" for note in sheet.notes)
     return "\n".join([*lines, "</tbody>", "</table>", f"<ul>{notes}</ul>", "</figure>", ""])
 

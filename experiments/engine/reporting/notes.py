@@ -103,6 +103,8 @@ def describe_scores(protocol: Protocol, seeds: Sequence[int]) -> str:
             "±: the standard error of the mean over training seeds; in a row with one seed, the "
             "sampling standard error."
         )
+
+    # FID is known by its name, and a score of another network's features is explained.
     if protocol.features == "inception":
         no_bias = "no bias: FID without what a finite number of images adds."
         return f"{protocol.name}: {protocol.num} images. {error} {no_bias}"

@@ -113,6 +113,8 @@ def _sort(
     """Fill in better, worse and not resolved, at LEVEL for all rows together."""
     assert comparison.spread is not None
     name = comparison.name
+
+    # A difference counts only if it is larger than the bound for all rows together.
     for label, values in scores.items():
         difference = mean_score(name, values) - mean_score(name, base)
         bound = noise_bound(comparison.spread, len(values), len(base), len(scores))

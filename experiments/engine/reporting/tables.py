@@ -144,6 +144,8 @@ def _count_columns(lookup: Lookup, paper: PublishedTable) -> list[Filled]:
     if params:
         column = Column("params_paper", "paper", "params, M", topic=Topic.COUNTS)
         filled.append(Filled(column, lambda row: paper.cell(row, params)))
+
+    # Ours stand beside the paper's, and the counter's Gflops beside those of the common rule.
     return [
         *filled,
         Filled(

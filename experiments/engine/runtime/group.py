@@ -140,12 +140,14 @@ def group_from_environment(environment: Mapping[str, str]) -> Group:
     A scheduler's count is that of the step, not of the job: an interactive shell inside an
     allocation is a step of one process.
     """
+    # A launcher such as torchrun speaks first, because it may run inside a step of Slurm.
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return Group(
             int(environment["RANK"]),
             int(environment["WORLD_SIZE"]),
             int(environment.get("LOCAL_RANK", "0")),
         )
+
     if "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
         return Group(
             int(environment["SLURM_PROCID"]),
@@ -184,6 +186,8 @@ def join_group(device: str, seconds: float) -> Group:
 def _connect(group: Group, device: str, seconds: float) -> None:
     if device == "cuda":
         torch.cuda.set_device(group.local_rank % torch.cuda.device_count())
+
+    # The ranks meet at the first host; a rank that finds no other ends with a code of its own.
     try:
         _name_master()
         dist.init_process_group(
@@ -202,6 +206,7 @@ def _connect(group: Group, device: str, seconds: float) -> None:
             flush=True,
         )
         raise SystemExit(preemption.LOST) from None
+
     atexit.register(dist.destroy_process_group)
 
 
@@ -217,6 +222,8 @@ def _name_master() -> None:
             check=True,
         )
         os.environ["MASTER_ADDR"] = listed.stdout.split()[0]
+
+    # The port follows from the job, the step and the restart, so that two jobs do not collide.
     if "MASTER_PORT" not in os.environ:
         job = os.environ.get("SLURM_JOB_ID", "0")
         step = os.environ.get("SLURM_STEP_ID", "0")

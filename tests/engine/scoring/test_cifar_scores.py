@@ -25,7 +25,7 @@ from experiments.engine.scoring.moments import Moments
 from experiments.engine.specs.spec import Backbone, Evaluate, Recipe, Sampler, Train
 from experiments.engine.training import stage as training_stage
 from experiments.engine.training import trainer as train
-from tests.support.cifar import file_of, write_parquet
+from tests.support.cifar import accept_small_sets, file_of, write_parquet
 
 SMALL = Backbone(
     "dico_s", dict(dim=8, depths=(1, 1, 1, 1, 1), input_size=32, in_channels=3, num_classes=10)
@@ -70,6 +70,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sources, "ROOT", tmp_path)
+    accept_small_sets(monkeypatch)
     monkeypatch.setattr(features, "CIFAR", replace(features.CIFAR, steps=25, batch=24))
     write(tmp_path / "cifar10", "train", 200, 0)
     write(tmp_path / "cifar10", "test", 50, 1)

@@ -227,6 +227,8 @@ def claims_sheet(
         f"Claims about speed and Gflops, measured on this {device}",
         [Column(title, title, kind=Kind.PROSE) for title in titles],
     )
+
+    # Only claims about speed and cost have a row here; the other ones are judged elsewhere.
     for name, claim in store.published("claims.csv", ("id",)).items():
         if claim["metric"] == "throughput":
             measured, judgement = _speed_cells(claim, stages_of(claim), source)
@@ -243,6 +245,7 @@ def claims_sheet(
                 "source": Cell(label=claim["source"]),
             }
         )
+
     sheet.note(
         NoteKind.SPEED,
         "measured: for throughput, the ratio of images per second in each numeric mode, both "

@@ -122,11 +122,14 @@ def profile_sheets(
             f"batch {stage.timing.batch}",
             list(PROFILE_COLUMNS),
         )
+
+        # A profile says little without the ceilings of the device in the same mode.
         record, top = source.latest(stage), ceiling_of(device, mode, source)
         if record and top:
             _fill_profile(sheet, record, top)
         else:
             sheet.note(NoteKind.GENERAL, "not profiled yet")
+
         sheets.append(sheet)
     return sheets
 

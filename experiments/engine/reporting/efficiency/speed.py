@@ -126,6 +126,8 @@ def _columns(timed: TimedTable) -> list[Column]:
         Column("row", "row", kind=Kind.PROSE),
         Column("core", "core", "Gflops", topic=Topic.SPEED),
     ]
+
+    # Each mode has the same columns; a GPU adds its memory and its energy.
     for mode in timed.modes:
         names = {"rate": "img/s", "relative": "rel.", "matmul": "% of matmul", "copy": "% of copy"}
         if timed.device == "cuda":
@@ -133,12 +135,15 @@ def _columns(timed: TimedTable) -> list[Column]:
         columns += [
             Column(f"{mode}_{key}", title, mode, topic=Topic.SPEED) for key, title in names.items()
         ]
+
+    # The paper has forward passes alone.
     if timed.task == "forward":
         names = {"rate": "img/s", "relative": "rel.", "peak": "% of fp32 peak"}
         columns += [
             Column(f"paper_{key}", title, "paper, A100", topic=Topic.SPEED)
             for key, title in names.items()
         ]
+
     return columns
 
 
@@ -226,6 +231,8 @@ def _method_notes(timed: TimedTable, source: RecordFolder) -> list[str]:
         "sampling": f"guided sampling in {timed.num_steps} steps, each on twice the batch. An "
         "image takes all of them",
     }
+
+    # The first two notes define the columns and the modes.
     notes = [
         f"{timed.task}: {tasks[timed.task]}. ± is half the interquartile range. rel. is relative "
         f"to {timed.table.baseline.label}, timed in turn.",
@@ -233,6 +240,8 @@ def _method_notes(timed: TimedTable, source: RecordFolder) -> list[str]:
         "(convolutions in TF32, linear layers in fp32), t and y of one image, and no final "
         "synchronisation.",
     ]
+
+    # Each numeric mode has its own ceilings; none is stated for the authors' mode.
     for mode in timed.modes:
         top = ceiling_of(timed.device, mode, source)
         if top and mode != AS_PUBLISHED:
@@ -244,6 +253,8 @@ def _method_notes(timed: TimedTable, source: RecordFolder) -> list[str]:
         "% of copy: what the operators read and write, one by one, at the rate of a copy. Caches "
         "let small tensors exceed it. The suite's Triton kernels are not seen."
     )
+
+    # The last notes apply to some tables only.
     if timed.acceleration:
         notes.append(
             f"{timed.task}{timed.acceleration}: the baseline too. The authors' mode as_published "
@@ -291,6 +302,8 @@ def _add_record_notes(sheet: Sheet, timed: TimedTable, source: RecordFolder) -> 
     """Add what the records of the rows say: failures, unstable timings, missing fused kernels."""
     recorded: list[tuple[str, Record]] = []
     plain: dict[str, list[str]] = {}
+
+    # A row without a record says why, if it failed.
     for entry in timed.rows:
         for mode, stage in entry.stages.items():
             record = source.latest(stage)
@@ -299,6 +312,7 @@ def _add_record_notes(sheet: Sheet, timed: TimedTable, source: RecordFolder) -> 
                 if failure:
                     sheet.note(NoteKind.FAILURE, f"{entry.row.label}, {mode}: {failure.error}")
                 continue
+
             label = f"{entry.row.label} ({mode})"
             recorded.append((label, record))
             for how in unfused(record):
@@ -309,6 +323,8 @@ def _add_record_notes(sheet: Sheet, timed: TimedTable, source: RecordFolder) -> 
                     f"{entry.row.label}, {mode}: makes tokens of t and y, and was given those of "
                     "all images.",
                 )
+
+    # Notes on all rows come after those on single ones.
     sheet.notes += timing_caveats(recorded)
     for how, labels in plain.items():
         sheet.note(NoteKind.SPEED, f"{how}, without a fused kernel: {', '.join(labels)}.")
