@@ -86,6 +86,7 @@ class Printed:
 def _lines(sheet: Sheet, width: int | None) -> list[Line]:
     """The title, the table in one block of lines or several, and the notes."""
     columns = [_printed(sheet, column) for column in sheet.columns]
+    _widen(columns)
     lines = [Line(sheet.title, style="bold")]
     for block in _blocks(columns, width):
         lines += [Line(""), *_block_lines(block, len(sheet.rows))]
@@ -105,6 +106,16 @@ def _printed(sheet: Sheet, column: Column) -> Printed:
     texts = [column.title, *(cell.text(column.digits) for cell in cells)]
     tones = [Tone.PLAIN, *(cell.tone for cell in cells)]
     return Printed(column, texts, tones, max(len(text) for text in texts))
+
+
+def _widen(columns: Sequence[Printed]) -> None:
+    """Let the columns of a group share the room that its heading needs."""
+    for group in _groups(columns):
+        lack = max(0, len(group[0].column.group) - _group_width(group))
+        share, rest = divmod(lack, len(group))
+        for printed in group:
+            printed.width += share
+        group[-1].width += rest
 
 
 def _blocks(columns: list[Printed], width: int | None) -> list[list[Printed]]:
@@ -154,13 +165,14 @@ def _width(columns: Sequence[Printed]) -> int:
 
 
 def _group_width(group: Sequence[Printed]) -> int:
-    """The characters of a group: its columns, or its heading if that is longer."""
-    columns = sum(printed.width for printed in group) + len(COLUMN_SEPARATOR) * (len(group) - 1)
-    return max(columns, len(group[0].column.group))
+    """The characters of the columns of a group."""
+    return sum(printed.width for printed in group) + len(COLUMN_SEPARATOR) * (len(group) - 1)
 
 
 def _block_lines(block: list[Printed], num_rows: int) -> list[Line]:
     """Headings, a rule and the rows of one block."""
+    # a group that was split has its heading in both blocks
+    _widen(block)
     groups = _groups(block)
     lines = []
     if any(printed.column.group for printed in block):
@@ -184,14 +196,10 @@ def _row_lines(groups: list[list[Printed]], at: int) -> list[Line]:
         for group in groups:
             if group is not groups[0]:
                 line.text += GROUP_SEPARATOR
-            start = len(line.text)
             for printed in group:
                 if printed is not group[0]:
                     line.text += COLUMN_SEPARATOR
                 _append(line, printed, at, number)
-
-            # a heading that is longer than its columns leaves room behind them
-            line.text = line.text.ljust(start + _group_width(group))
         lines.append(line)
     return lines
 

@@ -260,10 +260,10 @@ def _speed_cells(
 ) -> tuple[Cell, Judgement]:
     if not stages:
         reason = "nobody described one of the two"
-        return Cell(label="-"), Judgement(Verdict.NOT_MEASURABLE, (reason,))
+        return GAP, Judgement(Verdict.NOT_MEASURABLE, (reason,))
     measured = ratios(claim, stages, source)
     if not measured:
-        return Cell(label="-"), Judgement(Verdict.NOT_MEASURED)
+        return GAP, Judgement(Verdict.NOT_MEASURED)
     label = "; ".join(f"{ratio.value:.2f} ±{ratio.error:.2f} ({ratio.mode})" for ratio in measured)
     records = tuple(record for ratio in measured for record in ratio.records)
     return Cell(label=label, records=records), judge_speed(measured, stages)

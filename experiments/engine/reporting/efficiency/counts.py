@@ -99,7 +99,7 @@ def counts_sheet(
                 "gflops_diff": difference(same, paper),
                 "core": core,
                 "core_diff": difference(core, paper),
-                "counter": Cell(label=system.convention or "-"),
+                "counter": Cell(label=system.convention),
             }
         )
         named.append(Named(f"{system.title} at {system.resolution}", system, paper))
