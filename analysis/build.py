@@ -1,31 +1,41 @@
-"""Rebuild results/tables and results/figures from the committed records and published data: `python -m analysis.build`.
+"""Rebuild results/tables and results/figures from committed records: `python -m analysis.build`.
 
-No torch, no network. What cannot be built is named at the end, the rest is built, and the exit
-status is 1.
+It needs neither torch nor a network. It builds all that it can, names the rest at the end, and
+exits with status 1 if there is any.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from analysis.claims.judge import claims_sheet
 from analysis.figures.catalogue import FIGURES
 from analysis.figures.style import save
 from analysis.query import ReferenceStore
-from analysis.tables import agreement as science
+from analysis.tables.agreement_page import agreement_page
 from analysis.tables.pages import folded, origins
 from analysis.tables.paper import SHEETS
 from experiments.declared.protocols import CIFAR10_SMALL, DIGITS
 from experiments.engine.cli import Parser, run_command
 from experiments.engine.records.files import written_whole
-from experiments.engine.reporting.render import render
-from experiments.engine.reporting.sheet import Sheet
+from experiments.engine.reporting.markup import csv_table, markdown_rows
+from experiments.engine.reporting.sheet import Sheet, Topic
 from experiments.engine.specs.stages import Protocol
 
-SUFFIXES = {"text": "txt", "markdown": "md", "latex": "tex", "csv": "csv", "html": "html"}
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PAGES = (DIGITS, CIFAR10_SMALL)
+
+# The headings of the parts of a table.
+HEADINGS = {Topic.COUNTS: "Counts", Topic.SPEED: "Speed", Topic.SCORES: "Scores"}
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 def main() -> int:
@@ -37,7 +47,7 @@ def _main() -> int:
     parser.add_argument(
         "--tables",
         action="store_true",
-        help="tables, claims and the pages on small protocols only, no figures",
+        help="build tables, claims and the pages on small protocols, but no figures",
     )
     parser.add_argument(
         "--results",
@@ -54,35 +64,37 @@ def _main() -> int:
         help="folder of published numbers (default: results/published)",
     )
     args = parser.parse_args()
+
     store = ReferenceStore(args.results, args.published)
     problems = build(store, with_figures=not args.tables)
-    print(
-        f"built {store.root / 'tables'}" + ("" if args.tables else f" and {store.root / 'figures'}")
-    )
+    folders = [store.root / "tables"] + ([] if args.tables else [store.root / "figures"])
+    print(f"built {' and '.join(map(str, folders))}")
     for problem in problems:
         print(f"problem: {problem}")
     return 1 if problems else 0
 
 
 def build(store: ReferenceStore, with_figures: bool = True) -> list[str]:
-    """Write every table, page and figure; what was wrong, in words."""
+    """Write every table, page and figure; return what could not be built or was left out."""
     problems: list[str] = []
-    for name, make in (SHEETS | {"claims": claims_sheet}).items():
-        attempt(name, lambda name=name, make=make: _write(store, name, make(store)), None, problems)
-    for protocol in (DIGITS, CIFAR10_SMALL):
-        attempt(protocol.name, lambda protocol=protocol: _page(store, protocol), None, problems)
-    for name, draw in FIGURES.items() if with_figures else ():
-        attempt(
-            f"figure {name}",
-            lambda name=name, draw=draw: save(draw(store), store.root / "figures", name),
-            None,
-            problems,
-        )
+    for name, make_sheet in (SHEETS | {"claims": claims_sheet}).items():
+        sheet = attempt(name, partial(make_sheet, store), None, problems)
+        if sheet is not None:
+            write_sheet(store, name, sheet)
+
+    # The pages of the small protocols stand beside the tables.
+    for protocol in PAGES:
+        attempt(protocol.name, partial(_write_page, store, protocol), None, problems)
+
+    # A figure that cannot be drawn does not keep the others back.
+    if with_figures:
+        for name, draw in FIGURES.items():
+            attempt(f"figure {name}", partial(_write_figure, store, name, draw), None, problems)
     return store.problems + problems
 
 
-def attempt(name: str, make: Callable[[], Any], otherwise: Any, problems: list[str]) -> Any:
-    """What `make` gives, or, where what it needs is missing or unfit, `otherwise` and a problem more."""
+def attempt(name: str, make: Callable[[], T], otherwise: U, problems: list[str]) -> T | U:
+    """What `make` returns; or, if what it needs is missing or unfit, `otherwise` and a problem."""
     try:
         return make()
     except KeyError as error:
@@ -94,19 +106,61 @@ def attempt(name: str, make: Callable[[], Any], otherwise: Any, problems: list[s
     return otherwise
 
 
-def _page(store: ReferenceStore, protocol: Protocol) -> None:
-    with written_whole(store.root / "tables" / f"{protocol.name}.md") as file:
-        file.write(science.page(store, protocol).encode())
+def write_sheet(store: ReferenceStore, name: str, sheet: Sheet) -> None:
+    """Write a table as one Markdown file, and as one narrow CSV file per topic."""
+    _write(store, f"{name}.md", sheet_markdown(store, sheet))
+    parts = list(sheet_parts(sheet))
+    for topic, part in parts:
+        suffix = f"_{topic.value}" if len(parts) > 1 else ""
+        _write(store, f"{name}{suffix}.csv", csv_table(part))
 
 
-def _write(store: ReferenceStore, name: str, sheet: Sheet) -> None:
-    """The table in every form; below the Markdown stand links to its records, which HTML holds in its cells."""
-    for form, suffix in SUFFIXES.items():
-        text = render([sheet], form)
-        if form == "markdown" and (found := folded(origins(sheet), store)):
-            text += f"\n{found}\n"
-        with written_whole(store.root / "tables" / f"{name}.{suffix}") as file:
-            file.write(text.encode())
+def sheet_parts(sheet: Sheet) -> Iterator[tuple[Topic, Sheet]]:
+    """The narrow tables that a wide one is written as, without columns that are all gaps."""
+    printed = sheet.without_empty_columns()
+    topics = printed.topics()
+    if len(topics) < 2:
+        yield Topic.ROW, printed
+        return
+    for topic in topics:
+        yield topic, printed.about(topic)
+
+
+def sheet_markdown(store: ReferenceStore, sheet: Sheet) -> str:
+    """A table with its notes, a section per topic, and links to its records."""
+    parts = list(sheet_parts(sheet))
+    blocks = [f"# {sheet.title}"]
+    for topic, part in parts:
+        if len(parts) > 1:
+            blocks.append(f"## {HEADINGS[topic]}")
+        blocks.append("\n".join(markdown_rows(part)))
+
+        # notes about the whole table follow once, at the end
+        own = [note for note in part.notes if len(parts) == 1 or note.kind.topic is topic]
+        if own:
+            blocks.append("\n".join(f"- {note.text}" for note in own))
+    if len(parts) > 1:
+        common = [note for note in sheet.notes if note.kind.topic is Topic.ROW]
+        if common:
+            blocks.append("## All parts")
+            blocks.append("\n".join(f"- {note.text}" for note in common))
+    links = folded(origins(sheet), store)
+    return "\n\n".join([*blocks, links] if links else blocks) + "\n"
+
+
+def _write_figure(
+    store: ReferenceStore, name: str, draw: Callable[[ReferenceStore], Figure]
+) -> None:
+    save(draw(store), store.root / "figures", name)
+
+
+def _write_page(store: ReferenceStore, protocol: Protocol) -> None:
+    _write(store, f"{protocol.name}.md", agreement_page(store, protocol))
+
+
+def _write(store: ReferenceStore, name: str, text: str) -> None:
+    with written_whole(store.root / "tables" / name) as file:
+        file.write(text.encode())
 
 
 if __name__ == "__main__":

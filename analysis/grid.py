@@ -12,6 +12,7 @@ latents.
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,6 +99,8 @@ def draw_chosen() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__)
+
+    # The subject is a declared row or a published checkpoint.
     parser.add_argument(
         "--table",
         type=int,
@@ -112,6 +115,8 @@ def _parser() -> argparse.ArgumentParser:
         "--checkpoint", type=Path, metavar="FILE", help="published checkpoint, .pt or .safetensors"
     )
     add_network_options(parser)
+
+    # The protocol and the seed say which of its trainings is meant.
     parser.add_argument(
         "--protocol",
         choices=list(PROTOCOLS),
@@ -119,6 +124,8 @@ def _parser() -> argparse.ArgumentParser:
         help="protocol of the training, or of a checkpoint's sampling (default: digits)",
     )
     parser.add_argument("--seed", type=int, help="training seed of --row (default: 0)")
+
+    # The other options choose the pictures and the machine.
     parser.add_argument(
         "--classes",
         type=int,
@@ -169,11 +176,14 @@ def trained_subject(args: argparse.Namespace, protocol: Protocol) -> Subject:
         raise ValueError(
             "name --row, or --backbone and --checkpoint; --key and --option are for a checkpoint"
         )
+
+    # The row alone names its table, unless several tables declare it differently.
     seed = args.seed or 0
     if args.table:
         table = TRAINED[args.table]
     else:
         table = table_of(args.row, TRAINED, lambda row: evaluate_stage(row, protocol, seed))
+
     return Subject(
         evaluate_stage(trained_row(table, args.row), protocol, seed),
         _file_name(protocol.name, f"table{table.number}", args.row, f"seed{seed}"),
@@ -188,15 +198,18 @@ def published_subject(args: argparse.Namespace, protocol: Protocol) -> Subject:
     Raises:
         ValueError: if the checkpoint or its backbone is not named, or a row is named too.
     """
+    # A checkpoint stands alone: options of a declared row have no meaning beside it.
     of_row = (args.row, args.table, args.seed)
     if not (args.checkpoint and args.backbone) or any(value is not None for value in of_row):
         raise ValueError(
             "--backbone and --checkpoint go together, and without --table, --row and --seed"
         )
+
     file = CheckpointFile.from_arguments(args)
     load_network(published_network(file, protocol, TABLES), file)  # refuses another network
     spec = published_evaluation(file, protocol, TABLES)
     assert isinstance(spec.train, Checkpoint), spec
+
     return Subject(
         spec,
         _file_name(protocol.name, args.backbone, spec.train.sha256[:8]),
@@ -238,7 +251,9 @@ def draw(subject: Subject, layout: Layout, store: Store) -> Path:
     spec = subject.spec
     decoder = load_decoder(spec.data, torch.device(layout.device))
     resources = Resources(layout.device, checkpoint=subject.checkpoint)
-    model, key = load_networks(spec, RunContext(store.run_dir(spec.train), resources))
+    model, key, warnings = load_networks(spec, RunContext(store.run_dir(spec.train), resources))
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     samples = sample(spec, model, layout)
 
     # A panel per sample.

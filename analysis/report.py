@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from analysis.build import FIGURES, attempt
+from analysis.build import FIGURES, PAGES, attempt
 from analysis.claims.judge import claims_sheet
 from analysis.figures.style import png
 from analysis.page.browser import timing
@@ -25,19 +25,16 @@ from analysis.page.content import (
     tiles,
 )
 from analysis.page.provenance import provenance_sheet
-from analysis.page.scatter import views
+from analysis.page.scatter import View, views
 from analysis.page.templating import load_libraries, render_template
 from analysis.query import ReferenceStore
-from analysis.tables.agreement import blocks as agreement_blocks
+from analysis.tables.agreement_page import agreement_blocks
 from analysis.tables.pages import Block, Text
 from analysis.tables.paper import SHEETS
-from experiments.declared.protocols import CIFAR10_SMALL, DIGITS
 from experiments.engine.cli import Parser, run_command
 from experiments.engine.records.files import written_whole
-from experiments.engine.reporting.sheet import Column, Kind, Sheet, upgraded
+from experiments.engine.reporting.sheet import Column, Kind, Sheet
 from experiments.engine.specs.stages import Protocol
-
-PAGES = (DIGITS, CIFAR10_SMALL)
 
 
 def main() -> int:
@@ -99,6 +96,8 @@ def build_page(store: ReferenceStore) -> tuple[str, list[str]]:
     builder = Builder(store)
     claims = builder.table("claims", claims_sheet, "claims-table")
     text = [block for protocol in PAGES for block in builder.text(protocol)]
+    no_views: list[View] = []
+    scatter = attempt("scatter", lambda: views(store), no_views, builder.problems)
     content = {
         "claims": claims,
         "tiles": tiles(claims.sheet),
@@ -110,12 +109,14 @@ def build_page(store: ReferenceStore) -> tuple[str, list[str]]:
         ],
         "figures": [builder.figure(name) for name in FIGURES],
         "text": text_and_tables(text),
-        "views": json.dumps(attempt("scatter", lambda: views(store), [], builder.problems)),
+        "views": json.dumps(scatter),
         "samples": sample_grids(store.root / "figures" / "samples", store, builder.problems),
         "counts": builder.table("counts", SHEETS["counts"], "counts-table"),
         "provenance": builder.table("provenance", provenance_sheet, "provenance-table"),
         "records": records_json(store),
     }
+
+    # The page names what it lacks, so it is rendered after all its parts were tried.
     problems = store.problems + builder.problems
     page = render_template("report.html", libraries=libraries, problems=problems, **content)
     return page, problems
@@ -133,10 +134,13 @@ class Builder:
     ) -> Table:
         """Return a table that knows the records that were read for it."""
         with self.store.noting() as noted:
-            sheet = attempt(name, lambda: upgraded(make_sheet(self.store)), None, self.problems)
+            sheet = attempt(name, lambda: self._printed(make_sheet), None, self.problems)
         if sheet is None:
             sheet = Sheet(self._last_problem(name), [Column("gap", "gap", kind=Kind.PROSE)])
         return Table(sheet, identifier, tuple(noted.values()))
+
+    def _printed(self, make_sheet: Callable[[ReferenceStore], Sheet]) -> Sheet:
+        return make_sheet(self.store).without_empty_columns()
 
     def figure(self, name: str) -> Image | Missing:
         """Return a figure with its caption, which is the docstring of its function."""

@@ -27,6 +27,7 @@ from backbones import (  # noqa: F401  (importing a family registers it)
     uvit,
 )
 from backbones.checkpoint import load_published
+from backbones.judgement import check_values
 from backbones.registry import (
     Exceptions,
     build,
@@ -46,6 +47,7 @@ __all__ = [
     "guided_channels_of",
     "list_backbones",
     "list_classifiers",
+    "check_values",
     "load_published",
     "options_of",
     "register",

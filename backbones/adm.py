@@ -240,8 +240,10 @@ def _check_input(
             f"ADM halves its input {halvings} times: input_size must be divisible by "
             f"{2**halvings}, got {input_size}"
         )
+
     if order not in ORDERS:
         raise ValueError(f"unknown attention order {order!r}; known: {', '.join(ORDERS)}")
+
     if low_res and in_channels % 2:
         raise ValueError(
             "an upsampler takes an image and its low-resolution one: in_channels must be even, "

@@ -123,11 +123,13 @@ def _check(
     last = len(widths) - 1
     attending = [width for width, here in zip(widths, attends, strict=True) if here]
     attending.append(widths[last])  # the middle block and the pooling
+
     if any(dim * m % 32 for m in multipliers) or any(width % head_dim for width in attending):
         raise ValueError(
             "ADM's classifier needs widths divisible by 32, and where it attends by head_dim "
             f"{head_dim}, got {widths}"
         )
+
     if input_size % 2**last:
         raise ValueError(
             f"ADM's classifier halves its input {last} times: input_size must be divisible by "

@@ -1,8 +1,11 @@
-"""Published checkpoints: read without running their code, and loaded strictly."""
+"""Published checkpoints: read without running their code, judged, and loaded strictly."""
 
 from __future__ import annotations
 
 import argparse
+import re
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from backbones.judgement import (
+    Warn,
+    Weights,
+    check_average,
+    check_values,
+    convert_stored,
+    unwrap_names,
+)
+
 USUAL = ("ema", "state_dict")  # keys under which published files keep their weights
 FLAT = "none: flat"  # in place of a key: the file holds nothing but weights
 NAMED = 6  # how many missing, unexpected and mis-shaped keys an error names
-
-Weights = dict[str, Tensor]
 
 
 class Unread:
@@ -40,7 +50,7 @@ def read_weights(path: str | Path, key: str | None = None) -> tuple[Weights, str
 
     Raises:
         ValueError: In one line, for a file that is missing, cut short or not of tensors, that holds
-            pickled code, or that has no such key.
+            pickled code, that has no such key, or whose average was never updated.
     """
     path = Path(path)
     if not path.is_file():
@@ -65,6 +75,10 @@ def read_weights(path: str | Path, key: str | None = None) -> tuple[Weights, str
             f"{path.name}: expected tensors by name, flat or under {keys}; "
             f"found {_list_keys(weights)}"
         )
+
+    # The weights that were averaged often lie beside their average.
+    if key == "ema" and _are_weights(nested.get("model")):
+        check_average(weights, nested["model"], path.name)
     return weights, key
 
 
@@ -75,15 +89,29 @@ def _read(path: Path) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
-        with torch.serialization.safe_globals(ADMITTED):
+        with torch.serialization.safe_globals(ADMITTED), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # sparse tensors are refused later
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = "it is damaged, cut short or no torch archive: a download page, a git-lfs pointer?"
-        if "GLOBAL" in str(error):
-            reason = (
-                "it holds pickled code or objects, which are not run here; export plain tensors"
-            )
+        reason = _explain_refusal(str(error))
         raise ValueError(f"{path.name}: not a readable checkpoint ({reason})") from None
+
+
+def _explain_refusal(error: str) -> str:
+    """Return why a file cannot be read, and the name of the object that torch will not unpickle."""
+    refused = re.search(r"(?:GLOBAL|[Cc]lass|but got) (?:<class )?[`']?([A-Za-z_][\w.]*)", error)
+    if refused:
+        return (
+            f"it holds pickled code or objects, here {refused[1]}, which are not run here; "
+            "export plain tensors"
+        )
+    operand = re.search(r"Unsupported operand (\d+)", error)
+    if operand:
+        return (
+            f"its pickle has the instruction {operand[1]}, which is not read here: "
+            "it is damaged, or plain pickle wrote it; save plain tensors with torch.save"
+        )
+    return "it is damaged, cut short or no torch archive: a download page, a git-lfs pointer?"
 
 
 def _are_weights(content: Any) -> bool:
@@ -102,8 +130,15 @@ def _list_keys(content: Any) -> str:
     return ", ".join(keys).replace("\n", " ") or "nothing"
 
 
-def load_published(model: nn.Module, path: str | Path, key: str | None = None) -> str:
-    """Load a published checkpoint strictly, or leave the model untouched.
+def print_warning(text: str) -> None:
+    """Print a warning on the error stream."""
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def load_published(
+    model: nn.Module, path: str | Path, key: str | None = None, *, warn: Warn = print_warning
+) -> str:
+    """Judge a published checkpoint and load it strictly, or leave the model untouched.
 
     A network whose authors name its weights otherwise has a `from_checkpoint`, which maps their
     names to its own.
@@ -112,20 +147,32 @@ def load_published(model: nn.Module, path: str | Path, key: str | None = None) -
         model: The network.
         path: A `.safetensors` or `.pt` file.
         key: The key that holds the weights, as in `read_weights`.
+        warn: Hears, in one line each, what the weights lost or what wrapped their names.
 
     Returns:
         The key under which the weights lay, as in `read_weights`.
 
     Raises:
-        ValueError: In one line, for an unreadable file, and for weights of another model with
-            the first keys that differ.
+        ValueError: In one line, for an unreadable file, for weights of another model with the
+            first keys that differ, and for weights that no trained network has.
     """
-    weights, key = read_weights(path, key)
+    stored, key = read_weights(path, key)
+    file = Path(path).name
+    notes: list[str] = []
+
+    # The names come first, then the types, for `from_checkpoint` may compute with the tensors.
+    weights = unwrap_names(stored, model.state_dict(), file, notes.append)
+    weights = convert_stored(weights, file, notes.append)
     rename = getattr(model, "from_checkpoint", None)
     if rename is not None:
         weights = rename(weights)
-    _check_keys(model.state_dict(), weights, Path(path).name)
+
+    # Nothing is loaded, and nothing is said, before all is judged.
+    _check_keys(model.state_dict(), weights, file)
+    check_values(model, weights, file)
     model.load_state_dict(weights, strict=True)
+    for text in notes:
+        warn(text)
     return key
 
 

@@ -223,6 +223,8 @@ class DiM(nn.Module):
         depth = len(self.transformer_blocks)
         order = ROWS
         skips: list[Tensor] = []
+
+        # The first half keeps its outputs, and the second half merges them in reverse order.
         for i, block in enumerate(self.transformer_blocks):
             assert isinstance(block, DiMBlock)
             if i > depth // 2:

@@ -54,10 +54,13 @@ def selective_ssm(
     """
     rank, states = dt_proj.in_features, a_log.shape[1]
     x = causal_conv(x, conv.weight, conv.bias)  # (N, I, T)
+
+    # The step sizes and both matrices depend on the input, and the decay rates do not.
     projected = x_proj(x.transpose(1, 2))  # (N, T, R + 2S)
     step, b, c = projected.split([rank, states, states], dim=-1)  # (N, T, R), 2 x (N, T, S)
     delta = F.linear(step, dt_proj.weight).transpose(1, 2)  # (N, I, T)
     a = -torch.exp(float32_or_wider(a_log))  # (I, S)
+
     return selective_scan(x, delta, a, b.transpose(1, 2), c.transpose(1, 2), d, z, dt_proj.bias)
 
 

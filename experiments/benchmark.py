@@ -1,12 +1,10 @@
 """Measure this suite's own speed.
 
-    loop     counts, the report, and on request the main job, checkpoints, precision and recall
-    loader   latents per second of the loader alone
-    steps    training and sampling steps beside those of another implementation
-    kernels  every kernel beside its reference and beside a copy of memory
-    gpu      everything that a GPU has to measure, most important first
-
-`benchmark.py COMMAND --help` explains a command.
+loop     counts, the report, and on request the main job, checkpoints, precision and recall
+loader   latents per second of the loader alone
+steps    training and sampling steps beside those of another implementation
+kernels  every kernel beside its reference and beside a copy of memory
+gpu      everything that a GPU has to measure, most important first
 """
 
 from __future__ import annotations
@@ -23,17 +21,7 @@ import textwrap
 import time
 from collections.abc import Sequence
 
-from experiments.declared.benchmarks import (
-    CHECKPOINT_NETWORK,
-    KERNEL_BATCH,
-    KERNEL_MODES,
-    KERNELS,
-    NEIGHBOUR_SIZES,
-    STEP_BATCH,
-    STEP_NETWORKS,
-    TARGETS,
-    gpu_parts,
-)
+from experiments.declared import benchmarks as declared
 from experiments.engine.benchmarks.footprint import measure_footprint, measure_start
 from experiments.engine.benchmarks.session import Session
 from experiments.engine.benchmarks.spec import Loader, Neighbours, Steps
@@ -144,10 +132,13 @@ def _add_loop(commands: argparse._SubParsersAction[Parser]) -> None:
         action="store_true",
         help="also run the whole main job, and print its seconds and peak memory",
     )
+
+    # These flags narrow the run to one part.
     parser.add_argument(
         "--checkpoints", action="store_true", help="measure only what a checkpoint costs"
     )
     parser.add_argument("--neighbours", action="store_true", help="time only precision and recall")
+
     add_device_option(parser, default="cpu")
     parser.add_argument(
         "--sizes",
@@ -180,7 +171,7 @@ def _run_neighbours(args: argparse.Namespace) -> None:
 
     prepare_torch(args.device)
     store = _open_store(args.results)
-    samples, reference, dim = args.sizes or NEIGHBOUR_SIZES[args.device]
+    samples, reference, dim = args.sizes or declared.NEIGHBOUR_SIZES[args.device]
     for arithmetic in ("exact", "half"):
         measure_neighbours(Neighbours(arithmetic, args.device, samples, reference, dim), store)
 
@@ -194,7 +185,7 @@ def _run_checkpoints() -> None:
 
     device = choose_device(None)
     prepare_torch(device)
-    measure_checkpoint(Backbone(CHECKPOINT_NETWORK), torch.device(device))
+    measure_checkpoint(Backbone(declared.CHECKPOINT_NETWORK), torch.device(device))
 
 
 def _run_counts() -> None:
@@ -244,15 +235,19 @@ def _run_loader(args: argparse.Namespace) -> int:
 
 def _add_steps(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser("steps", description=STEPS, help="training and sampling steps")
+
+    # These options choose what is compared.
     parser.add_argument(
         "--networks",
         nargs="+",
-        default=list(STEP_NETWORKS),
+        default=list(declared.STEP_NETWORKS),
         metavar="BACKBONE",
-        help=f"registered networks (default: {' '.join(STEP_NETWORKS)})",
+        help=f"registered networks (default: {' '.join(declared.STEP_NETWORKS)})",
     )
     _add_against_option(parser, "other implementations to compare with")
     add_device_option(parser, default="cpu")
+
+    # These options choose how the networks run, and what is timed.
     parser.add_argument(
         "--precision",
         nargs="+",
@@ -298,13 +293,15 @@ def _run_steps(args: argparse.Namespace) -> int:
                 flush=True,
             )
 
-    batch = args.batch or STEP_BATCH[args.device]
+    batch = args.batch or declared.STEP_BATCH[args.device]
     good = True
     for mode in args.precision:
         for network in args.networks:
             for task in args.tasks:
                 spec = Steps(network, task, batch, args.device, mode, args.compile, args.graphs)
-                timed = measure_steps(spec, others.get(network), args.rounds, store, TARGETS)
+                timed = measure_steps(
+                    spec, others.get(network), args.rounds, store, declared.TARGETS
+                )
                 good = good and timed
     return 0 if good else 1
 
@@ -322,15 +319,19 @@ def _add_kernels(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser(
         "kernels", description=KERNELS_TEXT, help="every kernel beside its reference"
     )
+
+    # These options choose what is timed.
     parser.add_argument(
         "--kernels",
         nargs="+",
-        choices=KERNELS,
-        default=list(KERNELS),
+        choices=declared.KERNELS,
+        default=list(declared.KERNELS),
         metavar="KERNEL",
-        help=f"operations to time (default: all): {', '.join(KERNELS)}",
+        help=f"operations to time (default: all): {', '.join(declared.KERNELS)}",
     )
     add_device_option(parser, default="cpu")
+
+    # These options choose how it is timed.
     parser.add_argument(
         "--precision",
         nargs="+",
@@ -344,7 +345,7 @@ def _add_kernels(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def _run_kernels(args: argparse.Namespace) -> int:
-    batch = KERNEL_BATCH[args.device] if args.batch is None else args.batch
+    batch = declared.KERNEL_BATCH[args.device] if args.batch is None else args.batch
     if args.runs < 2 or batch < 1:
         args.parser.error("--runs must be at least 2 and --batch at least 1")
     store = _open_store(args.results)
@@ -354,14 +355,15 @@ def _run_kernels(args: argparse.Namespace) -> int:
 
     prepare_torch(args.device)
 
-    modes = args.precision or KERNEL_MODES[args.device]
+    modes = args.precision or declared.KERNEL_MODES[args.device]
     setup = Setup(args.device, batch, args.runs)
-    return 0 if measure_kernels(args.kernels, modes, setup, store, TARGETS) else 1
+    return 0 if measure_kernels(args.kernels, modes, setup, store, declared.TARGETS) else 1
 
 
 def _add_gpu(commands: argparse._SubParsersAction[Parser]) -> None:
-    parts = "Parts, in order: " + "; ".join(gpu_parts("cuda", [])) + "."
+    parts = "Parts, in order: " + "; ".join(declared.gpu_parts("cuda", [])) + "."
     description = GPU + textwrap.fill(parts, 98, break_on_hyphens=False)
+
     parser = commands.add_parser("gpu", description=description, help="all a GPU has to measure")
     parser.add_argument(
         "--minutes", type=float, default=9.0, help="minutes for all of it (default: 9)"
@@ -378,7 +380,7 @@ def _add_gpu(commands: argparse._SubParsersAction[Parser]) -> None:
 
 def _run_gpu(args: argparse.Namespace) -> int:
     end = time.monotonic() + 60 * args.minutes
-    parts = gpu_parts(args.device, args.against)
+    parts = declared.gpu_parts(args.device, args.against)
     if args.first:
         if args.first not in parts:
             args.parser.error(f"--from takes a part: {'; '.join(parts)}")

@@ -116,6 +116,8 @@ def _parse() -> argparse.Namespace:
         metavar=("SET", "REFERENCE", "SAMPLES"),
         help=f"SET is {' or '.join(PAIRS)}; SAMPLES is ADM's file of guided samples",
     )
+
+    # The weights and the device have defaults that suit most machines.
     parser.add_argument(
         "--inception",
         type=Path,

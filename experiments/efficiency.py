@@ -85,6 +85,8 @@ def _run(args: argparse.Namespace, arguments: Sequence[str] | None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
+
+    # The subject comes first, and exactly one must be named.
     subject = parser.add_mutually_exclusive_group(required=True)
     subject.add_argument("--counts", action="store_true", help="count every system")
     subject.add_argument(
@@ -95,6 +97,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--claims", action="store_true", help="time and count what the paper's claims are about"
     )
     subject.add_argument("--profile", metavar="ROW", help="profile a row of Table 1, by label")
+
+    # The other options narrow the subject or change how it is measured.
     parser.add_argument(
         "--task",
         choices=timings.TASKS,
@@ -118,6 +122,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="ROW",
         help="select rows by label; on a CPU this also times large ones",
     )
+
+    # The shared options come last, and some options need others.
     add_format_option(parser)
     add_run_options(parser)
     args = parser.parse_args(arguments)
@@ -205,6 +211,8 @@ def _table(args: argparse.Namespace, device: str, acceleration: Acceleration) ->
     table = TIMED[args.table]
     selected = [table.row(label) for label in args.rows] if args.rows else table.rows
     rows = [row for row in selected if row.backbone]
+
+    # Rows are counted as well as timed, since the table shows both.
     costs = tuple(cost for row in rows for cost in cost_stages(row))
     stages = timings.stages(
         table,
@@ -214,9 +222,12 @@ def _table(args: argparse.Namespace, device: str, acceleration: Acceleration) ->
         named=args.rows is not None,
         acceleration=acceleration,
     )
+
+    # The user may ask for some modes only.
     if args.modes:
         timings.require_modes(args.modes, device, acceleration)
         stages = [stage for stage in stages if stage.precision in args.modes]
+
     jobs = (timings.ceilings_job(device), *timings.jobs(rows, stages))
     timed = timings.timed_table(table, rows, device, args.task, acceleration)
     return Work(ListPlan(device, costs, jobs), lambda store: [speed_sheet(timed, store)])

@@ -93,6 +93,8 @@ def main() -> int:
 
 def _parse() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    # What is scored, and against what, comes first.
     parser.add_argument(
         "samples", nargs="+", type=Path, help="one .npz, or several to score in turn"
     )
@@ -110,6 +112,8 @@ def _parse() -> argparse.Namespace:
         metavar="FILE",
         help="weights (default: $DICO_INCEPTION, or in data/)",
     )
+
+    # The other options add a score, a record or a device.
     parser.add_argument("--paired", action="store_true", help="compare two files from common seeds")
     parser.add_argument(
         "--half",
@@ -277,6 +281,7 @@ def _common_order(a: ImageFile, b: ImageFile) -> tuple[ndarray, ndarray]:
     Raises:
         ValueError: unless both come from the same seeds and labels.
     """
+    # Both files must say how they were made.
     for images in (a, b):
         seeded = images.origin is not None and images.origin.get("seed") is not None
         if images.index is None or images.labels is None or not seeded:
@@ -284,6 +289,8 @@ def _common_order(a: ImageFile, b: ImageFile) -> tuple[ndarray, ndarray]:
                 f"{images.path.name} does not say from which seeds it was made; "
                 "pairs need files that sample.py wrote"
             )
+
+    # The rows are paired by seed, and so must be of the same seeds and labels.
     rows_a, rows_b = (_order_of_generation(images) for images in (a, b))
     if not _are_of_common_seeds(a, b, rows_a, rows_b):
         raise ValueError(

@@ -163,6 +163,7 @@ def scale(size: str, *, heavy: bool, cfg: str = "no", without: str = "") -> tupl
         ("DiG", "/2", "dig_{}_2", DIG),
         ("DiCo", "", "dico_{}", DICO),
     )
+
     return tuple(
         row(
             f"{family}-{size}{patch}",

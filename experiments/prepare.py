@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from experiments.declared.protocols import CIFAR10, PROTOCOLS
 from experiments.declared.recipes import pixels
@@ -24,6 +24,9 @@ from experiments.engine.data.locate import find_cifar10, folder_of
 from experiments.engine.jobs.progress import images_line
 from experiments.engine.machine.cores import find_cores
 from experiments.engine.machine.gpu import choose_device
+
+if TYPE_CHECKING:
+    from experiments.engine.data.pictures import Pictures
 
 CIFAR10_HELP = """Download CIFAR-10 and check it.
 
@@ -46,6 +49,7 @@ decoded ends the command. Writes images.npy, uint8 (M, 3, size, size), and label
 $DICO_DATA/imagenet<size>_pixels, or --out, each whole or not at all. ImageNet takes 16 GB at 64
 pixels and 252 GB at 256.
 """
+IMAGENET_IMAGES = 1_281_167  # ILSVRC 2012's training images
 LATENT_PROTOCOLS = {
     name: protocol for name, protocol in PROTOCOLS.items() if name.startswith("imagenet")
 }
@@ -147,6 +151,7 @@ def prepare_cifar10(_: argparse.Namespace) -> int:
         download(folder)
     for split in ("train", "test"):
         if not find_cifar10(folder, split):
+            print(f"{split}: not in {folder}")
             continue
         images = load_cifar10(CIFAR10.data, split)
         identity = images.identity
@@ -172,6 +177,7 @@ def prepare_latents(args: argparse.Namespace) -> int:
     prepare_torch(device.partition(":")[0])
     data = LATENT_PROTOCOLS[args.protocol].data
     pictures = find_pictures(args.images, data.num_classes)
+    _print_listing(pictures)
     vae = load_autoencoder(args.vae, device, args.batch)
     job = EncodingJob(
         pictures,
@@ -193,12 +199,26 @@ def prepare_latents(args: argparse.Namespace) -> int:
     return 0
 
 
+def _print_listing(pictures: Pictures) -> None:
+    """Say how labels count the classes, what is left out, and whether the number is ImageNet's."""
+    from experiments.engine.data.pictures import describe_labels, describe_left_out
+
+    print(describe_labels(pictures.classes))
+    if pictures.left_out:
+        print(f"left out: {describe_left_out(pictures.left_out)}")
+    if len(pictures.files) != IMAGENET_IMAGES:
+        print(
+            f"warning: {len(pictures.files)} images are not ImageNet's {IMAGENET_IMAGES} training "
+            "images; scores on them are not ImageNet's"
+        )
+
+
 def _print_manifest(manifest: dict[str, Any]) -> None:
     from experiments.engine.data.latent_statistics import describe_statistics
-    from experiments.engine.data.pictures import describe_modes
+    from experiments.engine.data.pictures import describe_modes, show_name
 
     for name, reason in manifest["skipped"].items():
-        print(f"skipped {name}: {reason}")
+        print(f"skipped {show_name(name)}: {reason}")
     converted = "unknown, older shards do not say"
     if "converted" in manifest:
         converted = describe_modes(manifest["converted"]) or "none"
@@ -237,6 +257,7 @@ def prepare_pixels(args: argparse.Namespace) -> int:
     data = pixels(args.size)
     folder = args.out or folder_of(data)
     pictures = find_pictures(args.images, data.num_classes)
+    _print_listing(pictures)
     converted = write_pixels(pictures, folder, args.size, args.workers)
     print(
         f"{len(pictures.files)} images of {args.size} x {args.size} pixels; "

@@ -152,7 +152,8 @@ def _draw(args: argparse.Namespace) -> int:
         if args.png:
             samples.write_png(args.png)
 
-    for text in decoder_warnings(spec.data, samples.origin["decoder"]):
+    warnings = decoder_warnings(spec.data, samples.origin["decoder"])
+    for text in [*warnings, *samples.origin.get("warnings", [])]:
         print(f"warning: {text}", file=sys.stderr)
     height, width = samples.shape[1], samples.shape[2]
     print(

@@ -1,4 +1,4 @@
-"""One thread a process: tests run side by side, and spinning threads of several processes starve each other."""
+"""One thread per process: spinning threads of tests that run side by side starve each other."""
 
 import os
 

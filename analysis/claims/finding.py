@@ -1,89 +1,136 @@
-"""What a claim is found to be, and what all rules of judging share. No torch.
-
-Evidence, from strong to weak: counted (a network here, exactly), measured here (at the claim's scale), measured at reduced
-scale (the digits protocol, three seeds; of speed a CPU in place of the claim's GPU), published data only (the paper's tables checked against its words), not yet.
-"""
+"""What a claim is found to be, and what all rules of judging share. No torch."""
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 from analysis.query import ReferenceStore
 from experiments.engine.records.store import Record
 from experiments.engine.reporting.efficiency.claims import half_digit
-from experiments.engine.reporting.statistics import pooled, reach, scaled
+from experiments.engine.reporting.statistics import Spread, mean_score, noise_bound, pool_spread
+from experiments.engine.reporting.verdict import Judgement, Qualifier, Verdict
 
-COUNTED, MEASURED, REDUCED, PUBLISHED, NOT_YET = LEVELS = (
-    "counted", "measured here", "measured at reduced scale", "published data only", "not yet",
-)  # fmt: skip
-VERDICTS = {  # the words of verdicts, and what they mean
-    "reproduced": "the printed value within our error and its last digit, or the order with every difference resolved",
-    "same direction": "as the claim says, but not by its printed value or not in every pair resolved",
-    "not reached": "our FID is above the printed one by more than our error",
-    "lower than claimed": "it is below it by more than that",
-    "not to the printed digit": "counted exactly, and it rounds to another figure",
-    "not resolved": "our error is larger than the difference",
-    "against the claim": "resolved the other way",
-    "mixed": "parts of it one way, parts the other",
-    "holds": "a speed-up of at least the printed one, within two errors and its last digit, in every numeric mode that was timed",
-    "holds only as published": "in the authors' mode of timing alone; or in the modes named",
-    "does not hold": "in no mode that was timed",
-    "consistent": "the paper's own tables give what its words say; nothing was run",
-    "inconsistent": "they give something else",
-    "on this CPU": "of speed, a proxy; same, no or other direction: all that can be said where its scan has no fused kernel",
-    "one seed": "the spread over trainings is unknown, and the error is that of sampling alone, where there is one",
-    "open": "nothing here bears on it yet",
+
+class Evidence(Enum):
+    """What a verdict rests on, from strong to weak."""
+
+    # a network, exactly
+    COUNTED = "counted"
+    # at the claim's scale
+    MEASURED = "measured here"
+    # on digits with three seeds; of speed, on a CPU in place of the claim's GPU
+    REDUCED = "measured at reduced scale"
+    # the paper's tables, checked against its words
+    PUBLISHED = "published data only"
+    NOT_YET = "not yet"
+
+
+LEVELS = tuple(level.value for level in Evidence)
+
+MEANINGS: dict[Verdict | Qualifier, str] = {
+    Verdict.REPRODUCED: "the printed value lies within our error and its last digit, or every "
+    "difference of the order is resolved",
+    Verdict.SAME_DIRECTION: "as the claim says, but not by its printed value, or not in every pair",
+    Verdict.NOT_REACHED: "our FID is above the printed one by more than our error",
+    Verdict.LOWER_THAN_CLAIMED: "our FID is below the printed one by more than our error",
+    Verdict.NOT_TO_THE_DIGIT: "counted exactly, and it rounds to another figure",
+    Verdict.NOT_RESOLVED: "our error is larger than the difference",
+    Verdict.AGAINST: "resolved the other way",
+    Verdict.MIXED: "parts of it are resolved one way, parts the other",
+    Verdict.HOLDS: "the speed-up is at least the printed one in every numeric mode that was timed, "
+    "within two errors and the last digit",
+    Verdict.HOLDS_AS_PUBLISHED: "in the authors' mode of timing alone",
+    Verdict.HOLDS_IN_SOME_MODES: "in the numeric modes that are named",
+    Verdict.DOES_NOT_HOLD: "in no mode that was timed",
+    Verdict.CONSISTENT: "the paper's own tables give what its words say; nothing was run",
+    Verdict.INCONSISTENT: "the paper's own tables give something else",
+    Verdict.OPEN: "nothing here bears on it yet",
+    Qualifier.CPU_PROXY: "a CPU stands in for the claim's GPU",
+    Qualifier.CPU_SCAN_LOOP: "only the direction can be said",
+    Qualifier.ONE_SEED: "the spread over trainings is unknown; an error is that of sampling alone",
 }
 
 
 @dataclass(frozen=True)
 class Finding:
-    """`value` with `error` in words; `basis` says what was set against what."""
+    """What a claim is found to be."""
 
-    evidence: str
+    evidence: Evidence
+    # in words; '' for none
     value: str
-    verdict: str
+    judgement: Judgement
+    # what was set against what
     basis: str
+    # in words; '' for none
     error: str = ""
+    # whether the error was computed from the records
+    error_measured: bool = False
+    # the records behind the value
     records: tuple[Record, ...] = ()
 
 
-def published(name: str, column: str, store: ReferenceStore) -> float | None:
-    """A number of Table 1 or 2 for a subject such as `DiCo-XL@256 cfg` or `DiG-XL/2@256 400K`."""
-    resolution = name.partition("@")[2].partition(" ")[0]
-    for row in store.rows("table1.csv" if resolution == "256" else "table2.csv"):
-        if is_of(row, name) and row[column]:
+def open_finding(basis: str) -> Finding:
+    """The finding of a claim on which nothing bears yet, and why."""
+    return Finding(Evidence.NOT_YET, "", Judgement(Verdict.OPEN), basis)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a claim is about, written as `DiCo-XL@256 cfg` or `DiG-XL/2@256 400K` in claims.csv."""
+
+    model: str
+    # pixels
+    resolution: int
+    # 'cfg' with guidance, else the training steps ('400K') or ''
+    state: str
+
+    @classmethod
+    def parse(cls, text: str) -> Subject:
+        """Read a subject."""
+        model, _, rest = text.partition("@")
+        resolution, _, state = rest.partition(" ")
+        return cls(model, int(resolution), state)
+
+    @property
+    def file(self) -> str:
+        """The published table that holds it."""
+        return "table1.csv" if self.resolution == 256 else "table2.csv"
+
+    def matches(self, row: dict[str, str]) -> bool:
+        """Whether a row of that table is the subject's."""
+        if row["model"] != self.model:
+            return False
+        if self.state == "cfg":
+            return row["cfg"] == "yes"
+        return not self.state or row["train_steps"] == self.state.replace("K", "000")
+
+
+def published_number(subject: str, column: str, store: ReferenceStore) -> float | None:
+    """A number of Table 1 or 2; None if the paper does not print it."""
+    parsed = Subject.parse(subject)
+    for row in store.rows(parsed.file):
+        if parsed.matches(row) and row[column]:
             return float(row[column])
     return None
 
 
-def is_of(row: dict[str, str], name: str) -> bool:
-    """Whether a row of Table 1 or 2 is that of a subject."""
-    model, _, rest = name.partition("@")
-    state = rest.partition(" ")[2]
-    fits = {"": True, "cfg": row["cfg"] == "yes"}.get(
-        state, row["train_steps"] == state.replace("K", "000")
-    )
-    return row["model"] == model and fits
-
-
-def consistent(value: float, printed: str) -> str:
-    return (
-        "consistent"
-        if abs(value - float(printed)) <= half_digit(printed) + 1e-9
-        else f"inconsistent: {value:.2f}, not {printed}"
-    )
+def check_consistency(value: float, printed: str) -> Judgement:
+    """Whether a number of the paper's tables rounds to the one in its words."""
+    if abs(value - float(printed)) <= half_digit(printed) + 1e-9:
+        return Judgement(Verdict.CONSISTENT)
+    return Judgement(Verdict.INCONSISTENT, (f"{value:.2f} against the printed {printed}",))
 
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean over training seeds, of FID a geometric one, and `width`, half of its relative 95 % interval: Student's over seeds where
-    any are repeated, else twice the sampling error of one."""
+    """The mean of a score over training seeds, of FID a geometric one."""
 
     value: float
+    # half of the relative 95 % interval: Student's over seeds if any are repeated, else twice the
+    # sampling error of one
     width: float
 
 
@@ -91,36 +138,53 @@ def means(
     name: str,
     groups: Sequence[Sequence[Record]],
     comparisons: int = 1,
-    spread: tuple[float, int] | None = None,
+    spread: Spread | None = None,
 ) -> list[Mean]:
-    """ValueError where a single seed has no sampling error."""
-    values = [[record.values for record in records] for records in groups]
-    spread = spread or pooled(name, values)
+    """The mean score of every group of seeds.
+
+    Args:
+        name: the score.
+        groups: the records of every group, one per seed.
+        comparisons: the number of differences that are looked at together.
+        spread: over seeds; None takes that of the groups.
+
+    Raises:
+        ValueError: if a single seed has no sampling error.
+    """
+    all_values = [[record.values for record in records] for records in groups]
+    spread = spread or pool_spread(name, all_values)
+
+    # Without a spread over seeds, the sampling error of the one seed gives the width.
     made = []
-    for records, found in zip(groups, values, strict=True):
-        value = math.exp(statistics.fmean(scaled(name, found)))
-        if spread is None and found[0].get(f"{name}_se") is None:
-            raise ValueError(
-                f"record {records[0].name} has one seed and no sampling error of {name}"
-            )
-        width = (
-            reach(spread, 2 * len(found), 2 * len(found), comparisons)
-            if spread
-            else 2 * found[0][f"{name}_se"] / value
-        )
+    for records, values in zip(groups, all_values, strict=True):
+        value = math.exp(mean_score(name, values))
+        if spread:
+            width = noise_bound(spread, 2 * len(values), 2 * len(values), comparisons)
+        else:
+            error = values[0].get(f"{name}_se")
+            if error is None:
+                raise ValueError(
+                    f"record {records[0].name} has one seed and no sampling error of {name}"
+                )
+            width = 2 * error / value
         made.append(Mean(value, width))
     return made
 
 
-def direction(signs: Sequence[int]) -> str:
-    """Of comparisons that the claim says are positive; 0 is one that is not resolved."""
+def sign_of(difference: float, error: float) -> int:
+    """1 or -1 for a difference beyond its error, 0 for one that is not resolved."""
+    if abs(difference) <= error:
+        return 0
+    return 1 if difference > 0 else -1
+
+
+def judge_direction(signs: Sequence[int]) -> Judgement:
+    """The verdict on differences that the claim says are positive; 0 is one not resolved."""
     resolved = [sign for sign in signs if sign]
     if not resolved:
-        return "not resolved"
-    return (
-        "against the claim"
-        if min(resolved) < 0
-        else "reproduced"
-        if len(resolved) == len(signs)
-        else f"same direction, {len(resolved)} of {len(signs)} resolved"
-    )
+        return Judgement(Verdict.NOT_RESOLVED)
+    if min(resolved) < 0:
+        return Judgement(Verdict.AGAINST)
+    if len(resolved) == len(signs):
+        return Judgement(Verdict.REPRODUCED)
+    return Judgement(Verdict.SAME_DIRECTION, (f"{len(resolved)} of {len(signs)} resolved",))

@@ -1,190 +1,235 @@
-"""A verdict on every claim of the paper, computed from committed records and published tables. No torch."""
+"""A verdict on every claim of the paper, from committed records and published tables. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from analysis.claims import probes as claims_probes
-from analysis.claims import scores as claims_scores
+from analysis.claims.fid import judge_cca, judge_fid, judge_fid_ratio
 from analysis.claims.finding import (
-    COUNTED,
-    LEVELS,
-    MEASURED,
-    NOT_YET,
-    PUBLISHED,
-    REDUCED,
-    VERDICTS,
+    MEANINGS,
+    Evidence,
     Finding,
-    consistent,
-    published,
+    Subject,
+    check_consistency,
+    open_finding,
+    published_number,
 )
+from analysis.claims.orders import judge_kernels, judge_structures
+from analysis.claims.probes import judge_attention, judge_channels
+from analysis.claims.scaling import judge_scaling
 from analysis.query import ReferenceStore
-from analysis.tables.paper import with_caveats
+from analysis.tables.caveats import add_caveats
 from experiments.declared import speed_claims
 from experiments.declared.systems import SYSTEMS
-from experiments.engine.reporting.efficiency.claims import (
-    Claim,
-    Ratio,
-    judge_gflops,
-    judge_speed,
-    looped,
-    ratios,
-    small_on_cpu,
-)
+from experiments.engine.records.store import Record
+from experiments.engine.reporting.efficiency import claims as efficiency
+from experiments.engine.reporting.efficiency.claims import Claim, Ratio
 from experiments.engine.reporting.efficiency.speed import unfused
-from experiments.engine.reporting.sheet import Cell, Sheet
+from experiments.engine.reporting.sheet import Cell, Column, Kind, NoteKind, Sheet
+from experiments.engine.reporting.verdict import Judgement, Verdict
+
+SOURCE_PREFIX = "arXiv:2505.11196v1 "
 
 
 def judge(claim: Claim, store: ReferenceStore) -> Finding:
-    """The strongest evidence there is; open where published data that it needs is unfit. ValueError for a claim that no rule judges."""
-    kind = claim["metric"], claim["relation"]
-    rule = claims_scores.BY_ID.get(claim["id"]) or BY_KIND.get(kind)
+    """The strongest evidence on a claim; open if published data that it needs are unfit.
+
+    Raises:
+        ValueError: if no rule judges the claim.
+    """
+    metric = claim["metric"], claim["relation"]
+    rule = BY_ID.get(claim["id"]) or BY_METRIC.get(metric)
     if rule is None:
         raise ValueError(
-            f"claim {claim['id']}: no rule for {' and '.join(map(repr, kind))}; known: {', '.join(map(repr, BY_KIND))}, or by id {', '.join(claims_scores.BY_ID)}"
+            f"claim {claim['id']}: no rule for {' and '.join(map(repr, metric))}; known: "
+            f"{', '.join(map(repr, BY_METRIC))}, or by id {', '.join(BY_ID)}"
         )
     try:
         return rule(claim, store)
     except ValueError as error:
-        return Finding(NOT_YET, "", "open", str(error))
+        return open_finding(str(error))
 
 
 def claims_sheet(store: ReferenceStore) -> Sheet:
-    """One row a claim of results/published/claims.csv; its basis leads to all records that were read to judge it."""
-    columns = ["claim", "says", "paper", "evidence", "value", "error", "verdict", "basis", "source"]
-    sheet = Sheet("Claims of the paper", [("", name) for name in columns])
+    """One row per claim; its basis leads to all records that were read to judge it."""
+    titles = ["claim", "says", "paper", "evidence", "value", "error", "verdict", "basis", "source"]
+    numbers = ("paper",)
+    sheet = Sheet(
+        "Claims of the paper",
+        [
+            Column(title, title, kind=Kind.NUMBER if title in numbers else Kind.PROSE)
+            for title in titles
+        ],
+    )
     levels = []
     for claim in store.rows("claims.csv"):
         with store.noting() as noted:
             finding = judge(claim, store)
         levels.append(finding.evidence)
-        words = [
-            claim["id"],
-            claim["claim"],
-            claim["value"] or "-",
-            finding.evidence,
-            finding.value or "-",
-            finding.error or "-",
-            finding.verdict,
-            finding.basis,
-        ]
-        cells = [
-            Cell(label=text)
-            for text in (*words, claim["source"].removeprefix("arXiv:2505.11196v1 "))
-        ]
-        own = finding.records if any(character.isdigit() for character in finding.error) else ()
-        for at, records in ((4, finding.records), (5, own), (7, tuple(noted.values()))):
-            cells[at] = replace(cells[at], records=records)
-        sheet.rows.append(cells)
-    sheet.notes.append(
-        f"{len(levels)} claims: "
-        + ", ".join(f"{levels.count(level)} {level}" for level in LEVELS if level in levels)
-        + "."
+        sheet.add_row(_row_cells(claim, finding, tuple(noted.values())))
+
+    # how many claims rest on what, and what the verdicts mean
+    counts = [f"{levels.count(level)} {level.value}" for level in Evidence if level in levels]
+    sheet.note(NoteKind.GENERAL, f"{len(levels)} claims: {', '.join(counts)}.")
+    sheet.note(
+        NoteKind.GENERAL,
+        *(f"{verdict.value}: {meaning}." for verdict, meaning in MEANINGS.items()),
     )
-    sheet.notes += [f"{verdict}: {meaning}." for verdict, meaning in VERDICTS.items()]
-    return with_caveats(sheet)
+    return add_caveats(sheet)
 
 
-def _throughput(claim: Claim, store: ReferenceStore) -> Finding:
-    """On a GPU; else by the claim's networks on a CPU, a proxy; else by the published table, small networks on a CPU beside it for scale."""
-    if measured := _measured_speed(claim, store, "cuda"):
+def _row_cells(claim: Claim, finding: Finding, noted: tuple[Record, ...]) -> dict[str, Cell]:
+    error_records = finding.records if finding.error_measured else ()
+    return {
+        "claim": Cell(label=claim["id"]),
+        "says": Cell(label=claim["claim"]),
+        "paper": Cell(label=claim["value"]),
+        "evidence": Cell(label=finding.evidence.value),
+        "value": Cell(label=finding.value, records=finding.records),
+        "error": Cell(label=finding.error, records=error_records),
+        "verdict": Cell(label=str(finding.judgement)),
+        "basis": Cell(label=finding.basis, records=noted),
+        "source": Cell(label=claim["source"].removeprefix(SOURCE_PREFIX)),
+    }
+
+
+def judge_throughput(claim: Claim, store: ReferenceStore) -> Finding:
+    """By a GPU; else by the claim's networks on a CPU; else by the published table.
+
+    A small network on a CPU stands beside the published table for scale.
+    """
+    measured = _measured_speed(claim, store, "cuda")
+    if measured:
         return measured
-    names = claim["subject"], claim["baseline"]
-    speeds = [published(name, "throughput_img_s", store) for name in names]
-    missing = " and ".join(name for name, speed in zip(names, speeds, strict=True) if speed is None)
-    if missing:
-        printed = f"the paper prints no throughput of {missing}, and no GPU record is committed"
-    else:
-        printed = f"Table {1 if names[0].endswith('@256') else 2}: {speeds[0]:g} over {speeds[1]:g} img/s on an A100; no GPU record here"
-    if proxy := _measured_speed(claim, store, "cpu"):
+    subjects = claim["subject"], claim["baseline"]
+    printed = _printed_speed(subjects, store)
+    proxy = _measured_speed(claim, store, "cpu")
+    if proxy:
         return replace(proxy, basis=f"{proxy.basis}; {printed}")
-    networks = speed_claims.small_networks(claim)
-    small = networks and small_on_cpu(
-        networks.families, networks.pair, networks.alone, store.reference
-    )
+
+    small = _small_speed(claim, store)
     basis = printed + (f". Not the claim's, for scale: {small}" if small else "")
-    if missing:
-        return Finding(NOT_YET, "", "open", basis)
+    ours, other = (published_number(name, "throughput_img_s", store) for name in subjects)
+    if ours is None or other is None:
+        return open_finding(basis)
     return Finding(
-        PUBLISHED,
-        f"{speeds[0] / speeds[1]:.2f}",
-        consistent(speeds[0] / speeds[1], claim["value"]),
+        Evidence.PUBLISHED,
+        f"{ours / other:.2f}",
+        check_consistency(ours / other, claim["value"]),
         basis,
         "one figure each, none given",
     )
 
 
-def _measured_speed(claim: Claim, store: ReferenceStore, device: str) -> Finding | None:
-    """Ratio of two networks' throughput in every numeric mode that they were timed in, in turn."""
-    stages = speed_claims.claim_stages(claim, device)
-    if not (found := ratios(claim, stages, store.reference)):
-        return None
-    value = "; ".join(
-        f"{ratio.value:.2f} ±{ratio.error:.2f} ({ratio.mode}, {ratio.device})" for ratio in found
+def _printed_speed(subjects: Sequence[str], store: ReferenceStore) -> str:
+    """What the paper prints of two networks' throughput."""
+    speeds = {name: published_number(name, "throughput_img_s", store) for name in subjects}
+    missing = [name for name, speed in speeds.items() if speed is None]
+    if missing:
+        return (
+            f"the paper prints no throughput of {' and '.join(missing)}, and no GPU record is "
+            "committed"
+        )
+    table = 1 if Subject.parse(subjects[0]).resolution == 256 else 2
+    listed = " over ".join(f"{speed:g}" for speed in speeds.values())
+    return f"Table {table}: {listed} img/s on an A100; no GPU record here"
+
+
+def _small_speed(claim: Claim, store: ReferenceStore) -> str:
+    """How the smallest networks of a claim's families compare on a CPU; '' without records."""
+    networks = speed_claims.small_networks(claim)
+    if networks is None:
+        return ""
+    return efficiency.small_on_cpu(
+        networks.families, networks.pair, networks.alone, store.reference
     )
-    records = sum((ratio.records for ratio in found), ())
+
+
+def _measured_speed(claim: Claim, store: ReferenceStore, device: str) -> Finding | None:
+    """Ratio of two networks' throughput in every numeric mode in which they were timed in turn."""
+    stages = speed_claims.claim_stages(claim, device)
+    ratios = efficiency.ratios(claim, stages, store.reference)
+    if not ratios:
+        return None
+
+    # A CPU can only show a reduced form of what the paper measured on a GPU.
+    records = tuple(record for ratio in ratios for record in ratio.records)
     if device == "cuda":
-        evidence, basis = (
-            MEASURED,
+        evidence = Evidence.MEASURED
+        basis = (
             "full batches timed in turn, synchronised but in the authors' own mode (as_published)"
-            + _unfused(found),
+            f"{_describe_unfused(ratios)}"
         )
     else:
-        scans = (
-            "; the scan as a loop over tokens, for which GPUs have a fused kernel, so the claim cannot be judged so"
-            * looped(records)
-        )
-        evidence, basis = (
-            REDUCED,
-            f"the claim's networks on a CPU, timed in turn at batch {records[0].spec['batch']}{scans}",
-        )
-    return Finding(
-        evidence, value, str(judge_speed(found, stages)), basis, "within each value", records
+        evidence = Evidence.REDUCED
+        batch = records[0].spec["batch"]
+        basis = f"the claim's networks on a CPU, timed in turn at batch {batch}"
+        if efficiency.looped(records):
+            basis += (
+                "; the scan runs as a loop over tokens, for which GPUs have a fused kernel, so the "
+                "claim cannot be judged this way"
+            )
+
+    # One claim may be timed in several modes, and the finding names them all.
+    value = "; ".join(
+        f"{ratio.value:.2f} ±{ratio.error:.2f} ({ratio.mode}, {ratio.device})" for ratio in ratios
     )
+    judgement = efficiency.judge_speed(ratios, stages)
+    return Finding(evidence, value, judgement, basis, "within each value", False, records)
 
 
-def _unfused(found: Sequence[Ratio]) -> str:
-    """In words: what ran on a GPU without the fused kernel that there is for it, and in which modes."""
+def _describe_unfused(ratios: Sequence[Ratio]) -> str:
+    """What ran on a GPU without its fused kernel, and in which modes."""
     modes: dict[str, list[str]] = {}
-    for ratio in found:
-        for how in unfused(ratio.records[0]):
-            modes.setdefault(how, []).append(ratio.mode)
+    for ratio in ratios:
+        for description in unfused(ratio.records[0]):
+            modes.setdefault(description, []).append(ratio.mode)
     return "".join(
-        f"; {how}, without its fused kernel, in {' and '.join(names)}"
-        for how, names in modes.items()
+        f"; {description}, without its fused kernel, in {' and '.join(names)}"
+        for description, names in modes.items()
     )
 
 
-def _gflops(claim: Claim, store: ReferenceStore) -> Finding:
-    result = judge_gflops(claim, SYSTEMS, store.reference)
-    if result is None:
-        return Finding(
-            NOT_YET,
-            "",
-            "open",
-            "not every network of it has a count that reproduces the paper's counter",
-        )
-    off = (
-        ""
-        if "-" in claim["value"]
-        else f": off by {result.cell.value - float(claim['value']):+.1f} points"
-    )
+def judge_gflops(claim: Claim, store: ReferenceStore) -> Finding:
+    """A printed percentage of Gflops beside the counted one."""
+    counted = efficiency.judge_gflops(claim, SYSTEMS, store.reference)
+    if counted is None:
+        return open_finding("not every network of it has a count by the paper's counter")
+    judgement = Judgement(Verdict.REPRODUCED if counted.holds else Verdict.NOT_TO_THE_DIGIT)
+
+    # a printed range has no single difference
+    value = counted.cell.value
+    if not counted.holds and "-" not in claim["value"] and value is not None:
+        points = value - float(claim["value"])
+        judgement = judgement.qualified(f"off by {points:+.1f} points")
     return Finding(
-        COUNTED,
-        result.cell.label,
-        "reproduced" if result.holds else "not to the printed digit" + off,
-        f"{result.counts} Gflops, counted here by the paper's counter",
+        Evidence.COUNTED,
+        counted.cell.label,
+        judgement,
+        f"{counted.counts} Gflops, counted here by the paper's counter",
         "exact",
-        result.cell.records,
+        records=counted.cell.records,
     )
 
 
-BY_KIND: dict[tuple[str, str], Callable[[Claim, ReferenceStore], Finding]] = {
-    ("throughput", "ratio"): _throughput,
-    ("gflops", "reduction_percent"): _gflops,
-    ("gflops", "ratio_percent"): _gflops,
-    ("attention", "shape"): claims_probes.attention,
-    ("channel activation", "more"): claims_probes.channels,
-    **claims_scores.BY_KIND,
+Rule = Callable[[Claim, ReferenceStore], Finding]
+
+# By the metric and the relation of a claim.
+BY_METRIC: dict[tuple[str, str], Rule] = {
+    ("throughput", "ratio"): judge_throughput,
+    ("gflops", "reduction_percent"): judge_gflops,
+    ("gflops", "ratio_percent"): judge_gflops,
+    ("attention", "shape"): judge_attention,
+    ("channel activation", "more"): judge_channels,
+    ("fid", "value"): judge_fid,
+    ("fid", "ratio"): judge_fid_ratio,
+}
+
+# By the id of a claim that has a rule of its own.
+BY_ID: dict[str, Rule] = {
+    "cca-fid": judge_cca,
+    "structure-order": judge_structures,
+    "kernel-order": judge_kernels,
+    "scaling-order": judge_scaling,
 }

@@ -21,7 +21,7 @@ from analysis.figures.style import (
 )
 from analysis.figures.training import OwnProgress, own_progress
 from analysis.query import ReferenceStore, rankable
-from analysis.tables.conditions import progress_row, stopped
+from analysis.tables.progress import progress_row, stopped
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.declared.protocols import DIGITS
 from experiments.engine.records.store import Record
@@ -162,6 +162,8 @@ def _draw_digits_cost(axes: Axes, store: ReferenceStore) -> list[str]:
     """
     left_out: dict[str, list[str]] = {}
     points: dict[tuple[float, float], Point] = {}
+
+    # Each table has its own colour and mark; scores of another protocol are set aside.
     tables = {f"Table {table.number}'s rows": table for table in (TABLE_3, TABLE_4)}
     for (name, color), mark in zip(palette(tables).items(), MARKS, strict=False):
         scores, other = rankable(tables[name].rows, DIGITS, store)
@@ -177,6 +179,8 @@ def _draw_digits_cost(axes: Axes, store: ReferenceStore) -> list[str]:
             axes.plot(cost, score, mark, ms=5, color=color, label=label)
             points[cost, score] = Point(row.label, cost, score, color)
             label = None  # the legend names a table once
+
+    # The labels come last, because they need the final limits and scales of the axes.
     plain_log(axes, "y")
     axes.margins(x=0.12)
     axes.set_xlabel("wall seconds x threads, fastest seed (ours)")
@@ -184,6 +188,7 @@ def _draw_digits_cost(axes: Axes, store: ReferenceStore) -> list[str]:
     if points:
         axes.legend(loc="upper right")
     label_points(axes, list(points.values()), fontsize=6.5)
+
     if not left_out:
         return []
     return [f"right: left out, scored by another protocol: {', '.join(left_out)}"]

@@ -62,6 +62,8 @@ def _draw_speed_ups(axes: Axes, store: ReferenceStore) -> None:
             for system in SYSTEMS
             if system.label in PAIR and system.resolution == resolution
         }
+
+        # A ratio needs both networks on one device, in one mode, at one batch.
         for (mode, device, batch), timed in sorted(at_one_batch(timings).items()):
             if len(timed) < len(PAIR):
                 continue
@@ -74,6 +76,7 @@ def _draw_speed_ups(axes: Axes, store: ReferenceStore) -> None:
                 error_kw=dict(elinewidth=0.8),
             )
             drawn += 1
+
     if not drawn:
         mark_gap(axes, "gap: no GPU timing\nis committed here")
 

@@ -93,6 +93,8 @@ def attention_maps(store: Store) -> Figure:
     anchors = max(len(each.arrays["anchors_0"]) for each in probed)
     width, height = anchors * MAPS + 0.8, 1.26 * len(probed) + 0.5
     drawing, axes = figure(width, height, len(probed), MAPS, squeeze=False)
+
+    # Each network has a row of panels, one for each map.
     for panels, each in zip(axes, probed, strict=True):
         draw_maps(panels, each)
     drawing.suptitle(
@@ -263,6 +265,8 @@ def feature_maps(store: Store) -> Figure:
     probed, remarks = _load("features", FEATURE_ROWS, store)
     drawing, _ = figure(4.1 * len(probed), 3.6, 1, 1)
     drawing.clear()
+
+    # Each network has a panel of its own, with its own colour scale.
     panels = drawing.subfigures(1, len(probed), squeeze=False)[0]
     for panel, each in zip(panels, probed, strict=True):
         _draw_features(panel, each)

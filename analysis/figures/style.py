@@ -150,6 +150,8 @@ def label_points(axes: Axes, points: Sequence[Point], fontsize: float = 7) -> No
     assert drawing is not None
     drawing.draw_without_rendering()  # fixes the layout, and so where the marks are
     obstacles = [box for point in points for box in _boxes_of(axes, point)]
+
+    # Every place around a point is tried, and the one that covers the least keeps its label.
     for point in points:
         candidates = [(distance, direction) for distance in DISTANCES for direction in DIRECTIONS]
         texts: list[tuple[float, int, Any]] = []
@@ -172,9 +174,12 @@ def _beside(
     reach = point.radius + distance
     if right and up:
         reach *= 0.7  # along the diagonal
+
+    # A label far from its mark gets a line that leads to it.
     line: Style | None = None
     if distance >= LEADER:
         line = dict(arrowstyle="-", lw=0.5, color=GREY, shrinkA=0, shrinkB=0)
+
     label = axes.annotate(
         point.label,
         (point.x, point.y),

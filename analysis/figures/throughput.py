@@ -18,7 +18,7 @@ from analysis.figures.style import (
 from analysis.query import ReferenceStore, at_one_batch, gpu_timings, rankable
 from experiments.declared.protocols import IMAGENET256
 from experiments.engine.records.store import Record
-from experiments.engine.reporting.tables import mean_cell
+from experiments.engine.reporting.lookup import mean_cell
 from experiments.engine.specs.stages import cost_stages
 from experiments.main_results import TABLES
 
@@ -100,12 +100,15 @@ def _our_records(store: ReferenceStore) -> _Ours:
         for row in table.rows
         if row.backbone and row.published and published[row.published]["train_steps"] == STEPS
     ]
+
+    # Throughput needs no training, so even a row without scores has its timings.
     scores, other = rankable(rows, IMAGENET256, store)
     timings = {
         row.label: gpu_timings(row.backbone, cost_stages(row)[0].size, store)
         for row in rows
         if row.backbone
     }
+
     return _Ours(
         len(rows),
         {row.label: records for row, records in zip(rows, scores, strict=True) if records},

@@ -196,6 +196,8 @@ def _core_gflops(store: ReferenceStore) -> dict[str, float]:
 
 def _draw_pareto(panel: Axes, axis: _CostAxis, scores: dict[str, float]) -> None:
     points = []
+
+    # Filled marks are costs that we counted, and open ones are the paper's.
     for name, score in scores.items():
         if name not in axis.costs:
             continue
@@ -206,6 +208,8 @@ def _draw_pareto(panel: Axes, axis: _CostAxis, scores: dict[str, float]) -> None
             panel.plot(axis.costs[name], score, "o", ms=5, color=color, **OPEN)
         size = name.removeprefix(f"{family_of(name)}-").removesuffix("/2")
         points.append(Point(size, axis.costs[name], score, color))
+
+    # The front and the labels need the final scales of the axes.
     panel.set_xscale("log")
     panel.set_xlabel(axis.label)
     panel.margins(x=0.1, y=0.08)

@@ -17,8 +17,8 @@ from analysis.figures.style import (
     palette,
 )
 from analysis.query import ReferenceStore
-from analysis.tables.conditions import progress_curve, progress_score
-from analysis.tables.paper import CONFIGURATIONS
+from analysis.tables.progress import progress_curve, progress_score
+from analysis.tables.recipes import CONFIGURATIONS
 from experiments.ablation import TABLE_4
 from experiments.declared.protocols import DIGITS
 from experiments.engine.records.comparison import clashes
@@ -168,12 +168,15 @@ def _draw_own_trainings(panels: Sequence[Axes], store: ReferenceStore) -> str:
     """
     steps = sorted({int(row["train_steps"]) for row in store.rows("table7.csv")})
     drawn = 0
+
+    # Without a whole training, the longest curve of the steps in Table 7 is drawn.
     for model, color in palette(SIZES).items():
         record = store.reference.latest(train_stage(*CONFIGURATIONS[f"{model} 256"], 0))
         if record is None or not record.values.get("curve"):
             record = progress_curve(model, steps, store)
         if record is None:
             continue
+
         drawn += 1
         thousands = [step / 1000 for step in _window_middles(record)]
         means = record.values["curve"]["losses"]

@@ -100,6 +100,8 @@ def timing(page: Path) -> list[str]:
             for _ in range(ROUNDS):
                 open_page(browser, page, width)
                 waits.append(read_waits(browser))
+
+            # Single loads vary, so the line gives medians and ranges.
             ready = _median_and_range([wait.ready for wait in waits])
             drawn = _median_and_range([wait.drawn for wait in waits])
             lines.append(

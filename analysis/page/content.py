@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from analysis.claims.finding import LEVELS
 from analysis.query import ReferenceStore
 from analysis.tables.pages import Block, Origins, Text
 from experiments.engine.records.store import Record
-from experiments.engine.reporting.sheet import Sheet, upgraded
+from experiments.engine.reporting.markup import grouped
+from experiments.engine.reporting.sheet import Sheet
 
 BROAD = 860  # pixels of width from which an image takes the whole page
 
@@ -33,8 +33,7 @@ class Table:
     @property
     def groups(self) -> list[tuple[str, int]]:
         """The groups of columns with their lengths; none if no column has a group."""
-        runs = itertools.groupby(column.group for column in self.sheet.columns)
-        groups = [(name, len(list(run))) for name, run in runs]
+        groups = grouped(self.sheet)
         return groups if any(name for name, _ in groups) else []
 
 
@@ -85,20 +84,16 @@ class Tile:
 
 def tiles(claims: Sheet) -> list[Tile]:
     """Return a tile for each level of evidence, none if the claims could not be judged."""
-    column = evidence_column(claims)
-    if column is None:
+    if not claims.has("evidence"):
         return []
-    levels = [cell.label for cell in claims.values(claims.columns[column].key)]
+    levels = [cell.label for cell in claims.values("evidence")]
     return [Tile(level, levels.count(level)) for level in LEVELS]
 
 
 def evidence_column(claims: Sheet) -> int | None:
     """Return the position of the column that tells the evidence of a claim, if there is one."""
     keys = [column.key for column in claims.columns]
-    for key in ("evidence", "3"):  # TRANSITION, to go: "3" is the key in a sheet of the old types
-        if key in keys:
-            return keys.index(key)
-    return None
+    return keys.index("evidence") if "evidence" in keys else None
 
 
 def text_and_tables(blocks: Sequence[Block]) -> list[Text | Table]:
@@ -111,7 +106,7 @@ def text_and_tables(blocks: Sequence[Block]) -> list[Text | Table]:
         if isinstance(block, Text):
             shown.append(block)
         elif not isinstance(block, Origins):
-            shown.append(Table(upgraded(block)))
+            shown.append(Table(block.without_empty_columns()))
     return shown
 
 

@@ -124,6 +124,8 @@ def _counted_traces(
     traces = []
     for family, own in _by_family(rows).items():
         marks = []
+
+        # A model without a count here has no mark.
         for row in own:
             records = counts.get(row["model"], ())
             if not records:
@@ -183,6 +185,8 @@ def _trace(name: str, marks: Sequence[Mark], symbol: str, color: Color) -> View:
     """Return a trace; labels stand above and below their marks in turn, from left to right."""
     marks = sorted(marks, key=lambda mark: mark.x)
     red, green, blue = (round(255 * part) for part in color)
+
+    # Each mark carries the names of its records, which the page shows at a click.
     trace = dict(
         type="scatter",
         mode="markers+text",
@@ -202,6 +206,8 @@ def _trace(name: str, marks: Sequence[Mark], symbol: str, color: Color) -> View:
             line=dict(width=2),
         ),
     )
+
+    # Only marks with an interval have error bars, so a trace has them for all marks or for none.
     bars = [(mark.y - mark.low, mark.high - mark.y) for mark in marks if mark.low and mark.high]
     if bars:
         below, above = zip(*bars, strict=True)

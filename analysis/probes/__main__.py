@@ -126,6 +126,7 @@ def _add_other_network_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_measurement_options(parser: argparse.ArgumentParser) -> None:
+    # These options change the measurement, and so the record.
     parser.add_argument("--images", type=int, help="images in the batch (default: the probe's own)")
     parser.add_argument(
         "--steps",
@@ -145,6 +146,8 @@ def _add_measurement_options(parser: argparse.ArgumentParser) -> None:
         help="locality: tokens whose maps are kept, as fractions of the grid from 0 to 1 "
         "(default: the probe's own)",
     )
+
+    # These options change only where and how it runs.
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--memory",

@@ -114,6 +114,8 @@ def last_mixer(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} has no block whose mixer this probe knows; "
             "it takes DiCo, DiT, SiT and the stacks of Tables 3 and 4"
         )
+
+    # Each family keeps its mixer under another name.
     last = blocks[-1]
     if isinstance(last, Block):
         return last.mixer

@@ -51,6 +51,8 @@ def execute(
     started = time.perf_counter()
     model = load_network(spec, store, files, machine.device)
     arrays, values = measure(spec, model, machine)
+
+    # The flags are read back, not assumed, in the mode of the measurement.
     with precision("fp32", machine.device):
         flags_in_force = read_tf32_flags()
     about = provenance() | {
@@ -61,6 +63,7 @@ def execute(
         "weights_sha256": digest(model),
         "seconds": round(time.perf_counter() - started, 2),
     }
+
     return keep(store, spec, arrays, values, about)
 
 

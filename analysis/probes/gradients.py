@@ -56,6 +56,8 @@ class Gradients:
         self.x = x.detach()
         self.place = place
         self.estimator = estimator
+
+        # Both batches save the weights, so their difference counts only what the items add.
         twice = _saved_bytes(f, self.x.repeat_interleave(2, dim=0))
         self.floats = (twice - _saved_bytes(f, self.x)) // (8 * len(x))
 

@@ -96,6 +96,8 @@ class SoftmaxObserver(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+
+        # Attention and softmax are the two ways in which a network weighs its tokens.
         if func is F.scaled_dot_product_attention:
             q = kwargs["query"] if "query" in kwargs else args[0]
             k = kwargs["key"] if "key" in kwargs else args[1]
@@ -103,6 +105,7 @@ class SoftmaxObserver(TorchFunctionMode):
             self.observe("attention", q, k, bias, kwargs.get("scale"))
         elif func in (torch.softmax, Tensor.softmax, F.softmax):
             self.observe("softmax", out)
+
         return out
 
 
@@ -137,9 +140,12 @@ class _Watcher:
     ) -> None:
         if self.busy:
             return
+
         operations = self.operations
         assert operations is not None, layer.name
         self.operations = None
+
+        # While `see` computes, `busy` keeps its operations from being recorded.
         self.busy = True
         try:
             self.see(self._call(layer, args or (kwargs["hidden_states"],), operations))
@@ -167,6 +173,7 @@ def watching(layers: list[Layer], see: Callable[[Call], None]) -> Iterator[None]
     """Show `see` every call of the layers once it has run. What `see` computes is not watched."""
     watcher = _Watcher(see)
     with ExitStack() as stack:
+        # The hooks go when the block ends, even after an error.
         for layer in layers:
             after = partial(watcher.after, layer=layer)
             hooks = (
@@ -175,6 +182,8 @@ def watching(layers: list[Layer], see: Callable[[Call], None]) -> Iterator[None]
             )
             for hook in hooks:
                 stack.callback(hook.remove)
+
+        # Attention runs as sdpa, where the observer sees its q, k and bias.
         stack.enter_context(use(attention="sdpa"))
         stack.enter_context(observing(watcher.observe_kernel))
         stack.enter_context(SoftmaxObserver(watcher.observe))

@@ -1,4 +1,4 @@
-"""What a small protocol says about Tables 3 and 4, with its uncertainty: numbers first, then one page of text made from them. No torch."""
+"""How well the order of rows under a small protocol agrees with the paper's. No torch."""
 
 from __future__ import annotations
 
@@ -6,92 +6,113 @@ import itertools
 import math
 import random
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from analysis.query import ReferenceStore, rankable, scores_of
-from analysis.tables.pages import Block, Origins, Text, markdown, once
-from analysis.tables.paper import RECONSTRUCTED, caveats, ranks
-from experiments.ablation import TABLES
-from experiments.declared.protocols import CIFAR10_CLASSIFIER, CIFAR10_SMALL, DIGITS
+from analysis.query import ReferenceStore, rankable
+from analysis.tables.ranks import rank_rows
+from experiments.declared.protocols import DIGITS
 from experiments.engine.records.store import Record
-from experiments.engine.reporting.lookup import SCORES
-from experiments.engine.reporting.sheet import Cell, Sheet
-from experiments.engine.reporting.statistics import LEVEL, pooled, reach, scaled
-from experiments.engine.reporting.tables import main_sheet
+from experiments.engine.reporting.lookup import Better
+from experiments.engine.reporting.statistics import (
+    LEVEL,
+    Values,
+    mean_score,
+    noise_bound,
+    pool_spread,
+)
 from experiments.engine.specs.rows import Row, Table
 from experiments.engine.specs.stages import Protocol, timing_stage
 
-PAPER = {
-    "fd": "fid",
-    "is": "is",
-    "precision": "precision",
-    "recall": "recall",
-}  # our scores by the start of their names
-FULL = {CIFAR10_SMALL.name: CIFAR10_CLASSIFIER}  # of what a protocol is the small form
-DRAWS, FEW = 2000, 10  # redrawn orders; repeated runs below which a spread is poorly known
-EXACT = 7  # rows up to which every order is counted
-NORMAL = 1.4826  # a normal distribution's standard deviation over half its interquartile range
+if TYPE_CHECKING:
+    import numpy as np
+
+# By the start of our score's name, the paper's column.
+PAPER = {"fd": "fid", "is": "is", "precision": "precision", "recall": "recall"}
+
+# redrawn sets of means, and random orders
+DRAWS = 2000
+# the number of rows up to which every order is counted
+EXACT = 7
+# a normal distribution's standard deviation over half its interquartile range
+NORMAL = 1.4826
+
+# A set of means, or of orders, per row.
+Draws = Sequence[Sequence[float]]
+
+
+def paper_column(name: str) -> str:
+    """The column of the paper that a score of ours corresponds to."""
+    return PAPER[name.partition("_")[0]]
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Rank correlation of our row means with the paper's column.
+    """The rank correlation of our means over seeds with the paper's column."""
 
-    `low`, `high`: central 95 % of Kendall's tau over fresh draws of our seeds' noise; `chance`: share of orders, all of them
-    up to EXACT rows and else random ones, that agree at least as well; `ceiling`: mean tau of two such draws with each other,
-    which no comparison can exceed.
-    `freedom`: repeated runs from which that noise is known.
-    """
-
+    # rows with a score
     rows: int
+    # the number of seeds per row, or its range
     seeds: str
+    # Kendall's tau-b
     tau: float
+    # Spearman's rho
     rho: float
+    # the central 95 % of tau over fresh draws of our seeds' noise
     low: float
     high: float
+    # the share of orders that agree at least as well as ours
     chance: float
+    # the mean tau of two such draws with each other, which no comparison can exceed
     ceiling: float
+    # repeated runs from which that noise is known
     freedom: int
 
 
-def kendall(a: Sequence[float], b: Sequence[float]) -> float:
-    """Kendall's tau-b; nan where one side has no order."""
-    score, ties_a, ties_b, pairs = 0, 0, 0, 0
-    for i in range(len(a)):
-        for j in range(i):
-            da, db = (a[i] > a[j]) - (a[i] < a[j]), (b[i] > b[j]) - (b[i] < b[j])
-            score, ties_a, ties_b, pairs = (
-                score + da * db,
-                ties_a + (da == 0),
-                ties_b + (db == 0),
-                pairs + 1,
-            )
-    scale = math.sqrt((pairs - ties_a) * (pairs - ties_b))
-    return score / scale if scale else math.nan
+def measure_agreement(
+    name: str, table: Table, store: ReferenceStore, protocol: Protocol = DIGITS
+) -> Agreement | None:
+    """How a score orders a table's rows; None without repeats or with fewer than three rows."""
+    published = store.published(table.published, table.key)
+    scored = _scored(table, store, protocol)
+    spread = pool_spread(name, [values for _, values in scored])
+    if spread is None or len(scored) < 3:
+        return None
 
+    # the paper's numbers, our means, and the noise in our means
+    column = paper_column(name)
+    paper = [float(published[row.published or ""][column]) for row, _ in scored]
+    means = [mean_score(name, values) for _, values in scored]
+    errors = [spread.deviation / math.sqrt(len(values)) for _, values in scored]
+    dice = random.Random(0)
 
-def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's rho: correlation of the ranks, ties at their mean rank; nan where one side has no order."""
+    def redraw() -> list[float]:
+        return [dice.gauss(mean, error) for mean, error in zip(means, errors, strict=True)]
 
-    def places(values: Sequence[float]) -> list[float]:
-        return [
-            sum(other < value for other in values)
-            + (sum(other == value for other in values) + 1) / 2
-            for value in values
-        ]
-
-    try:
-        return statistics.correlation(places(a), places(b))
-    except statistics.StatisticsError:
-        return math.nan
+    # the order of these calls fixes the draws
+    low, high = central_range(kendall_taus([redraw() for _ in range(DRAWS)], [paper]))
+    chance = chance_of(means, paper, dice)
+    pairs = [(redraw(), redraw()) for _ in range(DRAWS)]
+    ceilings = kendall_taus([first for first, _ in pairs], [second for _, second in pairs])
+    return Agreement(
+        rows=len(scored),
+        seeds=_describe_range([len(values) for _, values in scored]),
+        tau=kendall_tau(means, paper),
+        rho=spearman_rho(means, paper),
+        low=low,
+        high=high,
+        chance=chance,
+        ceiling=statistics.fmean(ceilings),
+        freedom=spread.freedom,
+    )
 
 
 def _scored(
     table: Table, store: ReferenceStore, protocol: Protocol
 ) -> list[tuple[Row, list[dict[str, float]]]]:
     """Rows with the values of their scores, as far as they may be ranked together."""
-    scores, _ = rankable(table.rows, protocol, store)
+    scores = rankable(table.rows, protocol, store).scores
     return [
         (row, [record.values for record in records])
         for row, records in zip(table.rows, scores, strict=True)
@@ -99,326 +120,151 @@ def _scored(
     ]
 
 
-def agreement(
-    name: str, table: Table, store: ReferenceStore, protocol: Protocol = DIGITS
-) -> Agreement | None:
-    """How a score orders a table's rows against the paper; None without repeats or with fewer than three rows."""
-    published, column = store.published(table.published, table.key), PAPER[name.partition("_")[0]]
-    rows = [
-        (float(published[row.published][column]), values)
-        for row, values in _scored(table, store, protocol)
-    ]
-    spread = pooled(name, [values for _, values in rows])
-    if spread is None or len(rows) < 3:
-        return None
-    paper = [value for value, _ in rows]
-    means = [statistics.fmean(scaled(name, values)) for _, values in rows]
-    errors = [spread[0] / math.sqrt(len(values)) for _, values in rows]
-    dice = random.Random(0)
+def kendall_tau(a: Sequence[float], b: Sequence[float]) -> float:
+    """Kendall's tau-b; nan if one of the two has no order."""
+    from scipy.stats import kendalltau
 
-    def draw() -> list[float]:
-        return [dice.gauss(mean, error) for mean, error in zip(means, errors, strict=True)]
-
-    tau = kendall(means, paper)
-    low, high = _central([kendall(draw(), paper) for _ in range(DRAWS)])
-    return Agreement(
-        rows=len(rows),
-        seeds=_span([len(values) for _, values in rows]),
-        tau=tau,
-        rho=spearman(means, paper),
-        low=low,
-        high=high,
-        chance=chance(means, paper, dice),
-        ceiling=statistics.fmean(kendall(draw(), draw()) for _ in range(DRAWS)),
-        freedom=spread[1],
-    )
+    return float(kendalltau(a, b).statistic)
 
 
-def _central(drawn: Sequence[float]) -> tuple[float, float]:
-    """Where all but LEVEL of the draws lie."""
-    ordered, tail = sorted(drawn), int(len(drawn) * LEVEL / 2)
+def spearman_rho(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's rho; nan if one of the two has no order."""
+    from scipy.stats import spearmanr
+
+    if len(set(a)) == 1 or len(set(b)) == 1:
+        return math.nan
+    return float(spearmanr(a, b).statistic)
+
+
+def kendall_taus(a: Draws, b: Draws) -> list[float]:
+    """Kendall's tau-b of each pair of rows; `b` may be a single row.
+
+    It equals scipy's. Thousands of draws take milliseconds this way, and half a minute that way.
+    """
+    import numpy as np
+
+    # signs of all differences within a row: 1 and -1, 0 for a tie
+    signs_a, signs_b = _signs(a), _signs(b)
+    concordance = (signs_a * signs_b).sum(axis=1)
+    untied = np.abs(signs_a).sum(axis=1) * np.abs(signs_b).sum(axis=1)
+    with np.errstate(invalid="ignore"):
+        return (concordance / np.sqrt(untied)).tolist()
+
+
+def _signs(rows: Draws) -> np.ndarray:
+    """The sign of every difference of two values of a row: (draws, pairs)."""
+    import numpy as np
+
+    values = np.asarray(rows, dtype=float)
+    first, second = np.triu_indices(values.shape[1], k=1)
+    return np.sign(values[:, first] - values[:, second])
+
+
+def central_range(values: Sequence[float]) -> tuple[float, float]:
+    """The range in which all but LEVEL of the values lie."""
+    ordered = sorted(values)
+    tail = int(len(values) * LEVEL / 2)
     return ordered[tail], ordered[-1 - tail]
 
 
-def chance(ours: Sequence[float], paper: Sequence[float], dice: random.Random) -> float:
-    """Share of orders of `ours` whose tau with the paper's is at least the one found: of all up to EXACT rows, else of DRAWS random ones."""
-    tau = kendall(ours, paper)
+def chance_of(ours: Sequence[float], paper: Sequence[float], dice: random.Random) -> float:
+    """The share of orders whose tau with the paper's is at least that of ours.
+
+    All orders are counted up to EXACT rows, and otherwise DRAWS random ones.
+    """
+    (tau,) = kendall_taus([ours], [paper])
+    threshold = tau - 1e-12
     if len(ours) <= EXACT:
-        every = [kendall(order, paper) >= tau - 1e-12 for order in itertools.permutations(ours)]
-        return sum(every) / len(every)
-    return (
-        1 + sum(kendall(dice.sample(ours, len(ours)), paper) >= tau - 1e-12 for _ in range(DRAWS))
-    ) / (1 + DRAWS)
+        taus = kendall_taus(list(itertools.permutations(ours)), [paper])
+        return sum(other >= threshold for other in taus) / len(taus)
+
+    # the order at hand is one of the random ones
+    taus = kendall_taus([dice.sample(ours, len(ours)) for _ in range(DRAWS)], [paper])
+    return (1 + sum(other >= threshold for other in taus)) / (1 + DRAWS)
 
 
-def _span(counts: Sequence[int]) -> str:
-    return f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+def _describe_range(counts: Sequence[int]) -> str:
+    low, high = min(counts), max(counts)
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
-@dataclass(frozen=True)
+# Labels of two rows, the one with the lower Fréchet distance first.
+Pair = tuple[str, str]
+
+
+@dataclass
 class Pairs:
-    """Rows' labels, the lower Fréchet distance first: pairs that the seeds resolve, those that they do not, those resolved against the order of the paper's FID; and rows of certain rank."""
+    """What the seeds resolve of the order of a table's rows."""
 
-    resolved: list[tuple[str, str]]
-    open: list[tuple[str, str]]
-    against: list[tuple[str, str]]
-    certain: int
+    resolved: list[Pair] = field(default_factory=list)
+    not_resolved: list[Pair] = field(default_factory=list)
+    # resolved against the order of the paper's FID
+    against: list[Pair] = field(default_factory=list)
+    # the number of rows whose rank is certain
+    certain: int = 0
 
 
-def resolved_pairs(
-    table: Table, store: ReferenceStore, protocol: Protocol = DIGITS
-) -> Pairs | None:
-    """Of all pairs of rows with a score; None without repeated seeds."""
+def resolve_pairs(table: Table, store: ReferenceStore, protocol: Protocol = DIGITS) -> Pairs | None:
+    """Sort all pairs of rows with a score; None without repeated seeds."""
     name = f"fd_{protocol.features}"
     published = store.published(table.published, table.key)
     scored = _scored(table, store, protocol)
-    values = [found for _, found in scored]
-    spread, total = pooled(name, values), len(values) * (len(values) - 1) // 2
+    all_values: list[Values] = [values for _, values in scored]
+    spread = pool_spread(name, all_values)
     if spread is None:
         return None
-    made = Pairs(
-        [],
-        [],
-        [],
-        sum(rank is not None and rank[0] == rank[1] for rank in ranks(name, "lower", values)),
-    )
-    for (one, first), (two, second) in itertools.combinations(scored, 2):
-        ours = statistics.fmean(scaled(name, first)) - statistics.fmean(scaled(name, second))
-        paper = float(published[one.published]["fid"]) - float(published[two.published]["fid"])
-        pair = (one.label, two.label) if ours < 0 else (two.label, one.label)
-        clear = abs(ours) > reach(spread, len(first), len(second), total)
-        (made.resolved if clear else made.open).append(pair)
-        made.against.extend([pair] * (clear and ours * paper <= 0))
-    return made
 
+    # a difference counts at LEVEL for all pairs together
+    total = len(scored) * (len(scored) - 1) // 2
+    ranks = rank_rows(name, Better.LOWER, all_values)
+    pairs = Pairs(certain=sum(rank is not None and rank.is_certain for rank in ranks))
+    for (row_a, values_a), (row_b, values_b) in itertools.combinations(scored, 2):
+        ours = mean_score(name, values_a) - mean_score(name, values_b)
+        fids = [float(published[row.published or ""]["fid"]) for row in (row_a, row_b)]
+        pair = (row_a.label, row_b.label) if ours < 0 else (row_b.label, row_a.label)
 
-def _in_words(pairs: Pairs) -> str:
-    """How many pairs are resolved, and which: the shorter of the two lists by name."""
-    resolved, total = len(pairs.resolved), len(pairs.resolved) + len(pairs.open)
-    words = (
-        f"Of {total} pairs of rows the seeds resolve {resolved}"
-        + f", and the paper orders {resolved - len(pairs.against)} of these alike" * (resolved > 0)
-        + "."
-    )
-    shorter = (
-        ("Resolved", " before ", pairs.resolved)
-        if resolved <= len(pairs.open)
-        else ("Not resolved", " and ", pairs.open)
-    )
-    named = (
-        f"{name}: {'; '.join(map(word.join, some))}."
-        for name, word, some in (
-            shorter,
-            ("Resolved against the paper's order", " before ", pairs.against),
-        )
-        if some
-    )
-    return " ".join([words, *named])
+        if abs(ours) <= noise_bound(spread, len(values_a), len(values_b), total):
+            pairs.not_resolved.append(pair)
+            continue
+        pairs.resolved.append(pair)
+        if ours * (fids[0] - fids[1]) <= 0:
+            pairs.against.append(pair)
+    return pairs
 
 
 @dataclass(frozen=True)
 class SpeedAgreement:
-    """Kendall's tau of the CPU's relative throughput with the paper's on an A100, over as many rows as were timed.
-
-    `low`, `high`: central 95 % of it over fresh draws of each row's own spread over rounds.
-    """
+    """Kendall's tau of the CPU's relative throughput with the paper's on an A100."""
 
     tau: float
+    # the central 95 % of tau over fresh draws of each row's own spread over rounds
     low: float
     high: float
+    # the timings, one per row
     records: tuple[Record, ...]
 
 
-def speed_agreement(table: Table, store: ReferenceStore) -> SpeedAgreement | None:
-    """None with fewer than three rows timed."""
-    published, dice = store.published(table.published, table.key), random.Random(0)
-    found = [
-        (record, float(published[row.published]["throughput_img_s"]))
-        for row in table.rows
-        if (record := store.reference.latest(timing_stage(row, table.baseline, "cpu")))
-    ]
-    if len(found) < 3:
-        return None
-    records, paper = zip(*found, strict=True)
-    ours = [
-        (record.values["relative"], NORMAL * record.values["relative_spread"]) for record in records
-    ]
-    low, high = _central([kendall([dice.gauss(*one) for one in ours], paper) for _ in range(DRAWS)])
-    return SpeedAgreement(kendall([value for value, _ in ours], paper), low, high, records)
-
-
-def page(store: ReferenceStore, protocol: Protocol = DIGITS) -> str:
-    """Markdown of `blocks`."""
-    return markdown(blocks(store, protocol), store)
-
-
-def blocks(store: ReferenceStore, protocol: Protocol = DIGITS) -> list[Block]:
-    """Every figure is computed; the sentences follow from the figures."""
-    recipe, full = protocol.recipe, FULL.get(protocol.name)
-    made: list[Block] = [
-        Text(f"What the {protocol.name} protocol resolves of Tables 3 and 4", 1),
-        Text(
-            f"Every row is trained at a small size that keeps its structure, {recipe.steps} steps of {recipe.batch}, and scored on {protocol.num} images. "
-            "The scores are not the paper's: other data, other size, other features. What can be compared is the order of the rows, as far as the spread over training seeds lets it be known."
-        ),
-    ]
-    for number in (3, 4):
-        made += [
-            Text(f"Table {number}: {TABLES[number].title}", 2),
-            *_section(TABLES[number], store, protocol),
-        ]
-        if full:
-            made += _scores_alone(TABLES[number], store, protocol)
-        made += [
-            *_caveats(TABLES[number], store, protocol),
-            _origins(TABLES[number], store, protocol),
-        ]
-    if full:
-        made += [
-            Text(f"The same rows at full size: protocol {full.name}", 2),
-            Text(
-                f"{full.recipe.steps} steps of {full.recipe.batch}, {full.num} images. A row without a committed record is a gap."
-            ),
-        ]
-        for number in (3, 4):
-            made += [
-                *_section(TABLES[number], store, full),
-                *_scores_alone(TABLES[number], store, full),
-                *_caveats(TABLES[number], store, full),
-                _origins(TABLES[number], store, full),
-            ]
-    made += [
-        Text("How this was computed", 2),
-        Text(
-            f"tau is Kendall's tau-b and rho Spearman's rho between the means over seeds and the paper's column; its interval holds {1 - LEVEL:.0%} of {DRAWS} redrawn sets of means, each mean "
-            f"moved by the seeds' spread pooled over the rows (fd on a log scale), of throughput each row by its own spread over rounds of timing; chance is the share of orders that agree at least as well, of all orders up to {EXACT} rows and else of {DRAWS} random ones; "
-            "the ceiling is the mean tau of two redrawn sets with each other: where it is far below 1, even a perfect proxy could not show more. A pair is resolved where its difference exceeds Student's bound "
-            f"for all pairs of the table together ({1 - LEVEL:.0%}, Bonferroni). The paper's scores are one training run each; their own spread is not known from the paper."
-        ),
-        Text(RECONSTRUCTED),
-    ]
-    return made
-
-
-def _origins(table: Table, store: ReferenceStore, protocol: Protocol) -> Origins:
-    """The records that a table's sections read, by row."""
-    rows = []
+def measure_speed_agreement(table: Table, store: ReferenceStore) -> SpeedAgreement | None:
+    """How the CPU orders a table's rows by throughput; None with fewer than three rows timed."""
+    published = store.published(table.published, table.key)
+    records, paper = [], []
     for row in table.rows:
-        with store.noting() as noted:
-            scores_of(row, protocol, store)
-            if protocol is DIGITS:
-                store.reference.latest(timing_stage(row, table.baseline, "cpu"))
-        rows.append((row.label, tuple(noted.values())))
-    return Origins(tuple((label, records) for label, records in rows if records))
+        record = store.reference.latest(timing_stage(row, table.baseline, "cpu"))
+        if record:
+            records.append(record)
+            paper.append(float(published[row.published or ""]["throughput_img_s"]))
+    if len(records) < 3:
+        return None
+
+    # every row varies by its own spread over rounds of timing
+    ratios = [record.values["relative"] for record in records]
+    errors = [NORMAL * record.values["relative_spread"] for record in records]
+    redraw = _redrawer(ratios, errors)
+    low, high = central_range(kendall_taus([redraw() for _ in range(DRAWS)], [paper]))
+    return SpeedAgreement(kendall_tau(ratios, paper), low, high, tuple(records))
 
 
-def _scores_alone(table: Table, store: ReferenceStore, protocol: Protocol) -> list[Block]:
-    """The scores of a table beside the paper's; a row without a record is a gap."""
-    seeds = sorted(
-        {
-            record.spec["train"]["seed"]
-            for row in table.rows
-            for record in scores_of(row, protocol, store)
-        }
-    ) or [0]
-    sheet = main_sheet(table, table.rows, protocol, seeds, "cpu", store, source=store.reference)
-    kept = [
-        i
-        for i, (group, name) in enumerate(sheet.columns)
-        if name == "row" or group.startswith((f"{protocol.name} (", "paper: "))
-    ]
-    alone = Sheet(
-        "", [sheet.columns[i] for i in kept], [[cells[i] for i in kept] for cells in sheet.rows]
-    )
-    fewer = [note for note in sheet.notes if note.endswith(f"of {len(seeds)} seeds")]
-    notes = (
-        [f"± is the standard error over seeds, with one seed that of sampling. {'; '.join(fewer)}."]
-        if fewer
-        else []
-    )
-    notes += [note for note in sheet.notes if note.startswith("warning: ")]
-    return [Text(f"Table {table.number} on {protocol.name}", 3), alone, *map(Text, notes)]
-
-
-def _caveats(table: Table, store: ReferenceStore, protocol: Protocol) -> list[Block]:
-    """What the records of a table's sections say about themselves."""
-    records = once(record for _, found in _origins(table, store, protocol).rows for record in found)
-    return [Text(note, records=records) for note in caveats(records)]
-
-
-def _section(table: Table, store: ReferenceStore, protocol: Protocol) -> list[Block]:
-    scored = [name for name in SCORES[protocol.features] if name.partition("_")[0] in PAPER]
-    found = {name: agreement(name, table, store, protocol) for name in scored}
-    main = found[scored[0]]
-    if main is None:
-        return [Text("No committed records with repeated seeds: nothing can be said.")]
-    records = once(record for row in table.rows for record in scores_of(row, protocol, store))
-    pairs = resolved_pairs(table, store, protocol)
-    poorly = (
-        f" The spread over seeds is known from {main.freedom} repeated {'run' if main.freedom == 1 else 'runs'} only, so the interval is itself uncertain."
-        if main.freedom < FEW
-        else ""
-    )
-    order = f"The order by {scored[0]} agrees with the paper's order by FID with tau {main.tau:.2f} (95 % over seeds: {main.low:.2f} to {main.high:.2f}); {_verdict(main)}."
-    made: list[Block] = [
-        Text(f"{main.rows} rows, {main.seeds} seeds each. {order}{poorly}", records=records),
-        Text(
-            f"{_in_words(pairs)} {pairs.certain} of {main.rows} rows have a rank that is known for certain.",
-            records=records,
-        ),
-    ]
-    if other := rankable(table.rows, protocol, store)[1]:
-        refused = (f"{label} ({', '.join(fields)})" for label, fields in other.items())
-        made.append(Text(f"Left out, scored by another protocol: {'; '.join(refused)}."))
-    if protocol is DIGITS and (speed := speed_agreement(table, store)):
-        words = (
-            f"tau {speed.tau:.2f} (95 % over rounds of timing: {speed.low:.2f} to {speed.high:.2f})"
-        )
-        made.append(
-            Text(
-                f"The order by throughput on the CPU (fp32, {len(speed.records)} rows) agrees with the paper's on an A100 with {words}.",
-                records=speed.records,
-            )
-        )
-    sheet = Sheet(
-        "",
-        [
-            ("", name)
-            for name in ("score", "paper's", "tau", "95 % over seeds", "rho", "chance", "ceiling")
-        ],
-    )
-    for name, result in found.items():
-        if result:
-            span = Cell(label=f"{result.low:.2f} to {result.high:.2f}", records=records)
-            tau, rho, share, ceiling = (
-                Cell(value, None, digits, records=records)
-                for value, digits in (
-                    (result.tau, 2),
-                    (result.rho, 2),
-                    (result.chance, 4),
-                    (result.ceiling, 2),
-                )
-            )
-            sheet.rows.append(
-                [
-                    Cell(label=name),
-                    Cell(label=PAPER[name.partition("_")[0]]),
-                    tau,
-                    span,
-                    rho,
-                    share,
-                    ceiling,
-                ]
-            )
-    return [*made, sheet]
-
-
-def _verdict(result: Agreement) -> str:
-    if result.chance <= LEVEL and result.low > 0:
-        return f"chance alone would do as well in {result.chance:.2%} of orders, so the protocol orders these rows as the paper does more than by chance"
-    weak = f"random orders do as well in {result.chance:.0%} of cases, so no agreement is shown"
-    return weak + (
-        f"; with this noise two runs of this very protocol would agree with each other with tau {result.ceiling:.2f} only"
-        if result.ceiling < 0.8
-        else ""
-    )
+def _redrawer(means: Sequence[float], errors: Sequence[float]) -> Callable[[], list[float]]:
+    """A function that draws a set of values around their means."""
+    dice = random.Random(0)
+    return lambda: [dice.gauss(mean, error) for mean, error in zip(means, errors, strict=True)]

@@ -1,9 +1,9 @@
-"""Ours under the conditions of published rows: throughput on GPUs by numeric mode, and Inception scores beside the paper's. No torch."""
+"""Ours under the conditions of published rows: GPU throughput and Inception scores. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from analysis.query import PAPER_BATCH, ReferenceStore, gpu_timings, numeric_mode
 from experiments.declared.protocols import (
@@ -16,225 +16,247 @@ from experiments.declared.timings import is_written_out
 from experiments.engine.records.comparison import clashes, not_recorded
 from experiments.engine.records.manifest import score_name
 from experiments.engine.records.store import Record
+from experiments.engine.reporting.caveats import timing_caveats
 from experiments.engine.reporting.efficiency.counts import difference
 from experiments.engine.reporting.efficiency.speed import unfused
-from experiments.engine.reporting.notes import timing_caveats
-from experiments.engine.reporting.sheet import Cell, Sheet
-from experiments.engine.specs.rows import Row, Table
-from experiments.engine.specs.spec import Backbone
-from experiments.engine.specs.stages import Protocol, cost_stages, evaluate_stage, train_stage
-
-SCORES = {
-    "fid": "FID",
-    "is": "IS",
-    "precision": "P",
-    "recall": "R",
-}  # of the paper's tables, Table 7 apart
-SCORES_NOTE = (
-    "a training by the row's published recipe, seed 0, and its published sampler, ± sampling standard error; no bias: FID without what a finite number of images adds, "
-    "which published values contain; diff. %: of the published score."
+from experiments.engine.reporting.lookup import PublishedTable, published_cell
+from experiments.engine.reporting.sheet import (
+    Cell,
+    Column,
+    Note,
+    NoteKind,
+    Sheet,
+    SheetRow,
+    Topic,
 )
+from experiments.engine.specs.rows import Row, Table
+from experiments.engine.specs.stages import Protocol, cost_stages, evaluate_stage
+
+# the scores of the paper's tables apart from Table 7, with their titles there
+SCORES = {"fid": "FID", "is": "IS", "precision": "P", "recall": "R"}
+
+SCORES_NOTE = (
+    "one training by the row's published recipe with seed 0, and its published sampler; ±: the "
+    "sampling standard error; no bias: FID without what a finite number of images adds, which "
+    "published values contain; diff. %: our difference from the published score."
+)
+
+# (device, numeric mode)
+Mode = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What was measured here under the conditions of a table's rows."""
+
+    table: Table
+    published: list[dict[str, str]]
+    # of every row, by device and numeric mode
+    timings: list[dict[Mode, Record]]
+    # of every row
+    scores: list[Record | None]
+
+    @property
+    def records(self) -> list[Record]:
+        """All records that the columns hold."""
+        timings = [record for by_mode in self.timings for record in by_mode.values()]
+        return timings + [record for record in self.scores if record]
 
 
 def add_conditions(
     sheet: Sheet, table: Table, resolution: int, store: ReferenceStore
 ) -> list[Record]:
-    """Append the columns of our GPU timings and of our scores to a table of the paper's; the records that they hold."""
-    published = store.published(table.published, table.key)
-    papers = [published[row.published] if row.published else {} for row in table.rows]
-    timings = [
-        gpu_timings(row.backbone, cost_stages(row)[0].size, store) if row.backbone else []
-        for row in table.rows
-    ]
-    ordered = [
-        sorted(
-            (record for record in found if record.spec["batch"] <= PAPER_BATCH),
-            key=lambda record: record.spec["batch"],
-        )
-        for found in timings
-    ]
-    shown = [
-        {(record.provenance["device"], numeric_mode(record)): record for record in found}
-        for found in ordered
-    ]
-    for device, mode in sorted({mode for found in shown for mode in found}) or [("GPU", "")]:
-        cells = [_timed(found.get((device, mode))) for found in shown]
-        append(sheet, (f"ours, {device}", f"img/s, {mode}" if mode else "img/s"), cells)
-        if any("throughput_img_s" in paper for paper in papers):
-            rates = [number_cell(paper.get("throughput_img_s", "")) for paper in papers]
-            append(
-                sheet,
-                (f"ours, {device}", f"diff. %, {mode}" if mode else "diff. %"),
+    """Append our GPU timings and scores to a table; return the records that they come from."""
+    paper = PublishedTable(table, store)
+    published = [paper.row(row) for row in table.rows]
+    conditions = Conditions(
+        table,
+        published,
+        [_timings_of(row, store) for row in table.rows],
+        [
+            _score_of(row, numbers, resolution, store)
+            for row, numbers in zip(table.rows, published, strict=True)
+        ],
+    )
+
+    # Columns of speed come first, then columns of scores.
+    _add_timings(sheet, conditions, "throughput_img_s" in paper.columns)
+    protocol = IMAGENET256 if resolution == 256 else IMAGENET512
+    _add_scores(sheet, conditions, protocol)
+    return conditions.records
+
+
+def _timings_of(row: Row, store: ReferenceStore) -> dict[Mode, Record]:
+    """By numeric mode, a row's GPU timing at the largest batch up to the paper's."""
+    if row.backbone is None:
+        return {}
+    timings = gpu_timings(row.backbone, cost_stages(row)[0].size, store)
+    fitting = [record for record in timings if record.spec["batch"] <= PAPER_BATCH]
+    fitting.sort(key=lambda record: record.spec["batch"])
+    return {(record.provenance["device"], numeric_mode(record)): record for record in fitting}
+
+
+def _score_of(
+    row: Row, published: dict[str, str], resolution: int, store: ReferenceStore
+) -> Record | None:
+    """Our scores of a row under its published conditions."""
+    if row.backbone is None:
+        return None
+    return store.reference.latest(evaluate_stage(row, same_conditions(published, resolution), 0))
+
+
+def same_conditions(published: dict[str, str], resolution: int) -> Protocol:
+    """The common recipe for a published row that stops after its steps, else the system's own.
+
+    A row without a method of its own has the common recipe under both.
+    """
+    common, own = IMAGENET256, IMAGENET256_OWN
+    if resolution == 512:
+        common, own = IMAGENET512, IMAGENET512_OWN
+    return common if published.get("train_steps") == str(common.recipe.steps) else own
+
+
+def _add_timings(sheet: Sheet, conditions: Conditions, compared: bool) -> None:
+    """Append images per second in every mode, with the difference from the paper's."""
+    modes = sorted({mode for by_mode in conditions.timings for mode in by_mode})
+
+    # Each mode of a device has a column, with its difference from the paper where there is one.
+    for device, mode in modes:
+        group, key = f"ours, {device}", f"{device}/{mode}"
+        cells = [_rate_cell(by_mode.get((device, mode))) for by_mode in conditions.timings]
+        column = Column(f"img_s/{key}", f"img/s, {mode}", group, topic=Topic.SPEED)
+        sheet.add_column(column, cells)
+        if compared:
+            rates = [
+                published_cell(row.get("throughput_img_s", "")) for row in conditions.published
+            ]
+            column = Column(f"img_s_diff/{key}", f"diff. %, {mode}", group, topic=Topic.SPEED)
+            sheet.add_column(
+                column,
                 [difference(ours, paper) for ours, paper in zip(cells, rates, strict=True)],
             )
-    scored = [
-        _scored(row, paper, resolution, store)
-        for row, paper in zip(table.rows, papers, strict=True)
+
+    if modes:
+        sheet.notes += _timing_notes(conditions)
+
+
+def _rate_cell(record: Record | None) -> Cell:
+    if record is None:
+        return Cell()
+    spread = record.values.get("images_per_s_spread")
+    return Cell(record.values["images_per_s"], spread, records=(record,))
+
+
+def _timing_notes(conditions: Conditions) -> list[Note]:
+    """At which batch rows were timed, what their timings say, and what ran without a kernel."""
+    texts = [
+        "ours on a GPU: in each numeric mode at the largest timed batch up to the paper's "
+        f"{PAPER_BATCH}. diff. %: our difference from the paper's figure, which is an A100's."
     ]
-    columns = score_columns(
-        "ours, same protocol", SCORES, IMAGENET256 if resolution == 256 else IMAGENET512
-    )
-    for column, cells in zip(
-        columns,
-        zip(*map(score_cells, scored, papers, [SCORES] * len(papers)), strict=True),
-        strict=True,
-    ):
-        append(sheet, column, cells)
-    labels = [row.label for row in table.rows]
-    if any(shown):
-        sheet.notes += _timing_notes(table.rows, shown)
-    sheet.notes.append(f"ours, same protocol: {SCORES_NOTE}")
-    sheet.notes += clash_notes(labels, scored)
-    return [*(record for found in shown for record in found.values()), *filter(None, scored)]
+    texts += _batch_notes(conditions)
+    notes = [Note(NoteKind.SPEED, text) for text in texts]
+    notes += timing_caveats(list(_labelled_timings(conditions)))
 
-
-def _timing_notes(rows: Sequence[Row], shown: Sequence[dict[tuple[str, str], Record]]) -> list[str]:
-    """At which batch rows were timed, what their timings say of themselves, and what ran without a fused kernel."""
-    batches: dict[int, list[str]] = {}
+    # what ran in plain PyTorch
     plain: dict[str, list[str]] = {}
-    for row, found in zip(rows, shown, strict=True):
-        for (_, mode), record in found.items():
-            batches.setdefault(record.spec["batch"], []).append(f"{row.label} ({mode})")
-            for how in unfused(record):
-                plain.setdefault(how, []).append(f"{row.label} ({mode})")
-        if found and is_written_out(row):
-            plain.setdefault("attention written out as in the authors' code", []).append(row.label)
-    notes = [
-        f"ours on a GPU: in each numeric mode at the largest batch timed up to the paper's {PAPER_BATCH}; diff. %: of the paper's figure, which is an A100's."
-    ]
+    for label, record in _labelled_timings(conditions):
+        for description in unfused(record):
+            plain.setdefault(description, []).append(label)
+    for row, by_mode in zip(conditions.table.rows, conditions.timings, strict=True):
+        if by_mode and is_written_out(row):
+            description = "attention written out as in the authors' code"
+            plain.setdefault(description, []).append(row.label)
     notes += [
-        f"timed at batch {batch}, not {PAPER_BATCH}: {', '.join(labels)}."
-        for batch, labels in sorted(batches.items())
+        Note(NoteKind.SPEED, f"Without a fused kernel, {description}: {', '.join(labels)}.")
+        for description, labels in plain.items()
+    ]
+    return notes
+
+
+def _batch_notes(conditions: Conditions) -> list[str]:
+    """Sentences on rows that were timed at another batch than the paper's."""
+    labels: dict[int, list[str]] = {}
+    for label, record in _labelled_timings(conditions):
+        labels.setdefault(record.spec["batch"], []).append(label)
+    return [
+        f"Timed at batch {batch}, not {PAPER_BATCH}: {', '.join(names)}."
+        for batch, names in sorted(labels.items())
         if batch != PAPER_BATCH
     ]
-    notes += timing_caveats(
-        [
-            (f"{row.label} ({mode})", record)
-            for row, found in zip(rows, shown, strict=True)
-            for (_, mode), record in found.items()
-        ]
-    )
-    return notes + [
-        f"{how}, without a fused kernel: {', '.join(labels)}." for how, labels in plain.items()
+
+
+def _labelled_timings(conditions: Conditions) -> Iterable[tuple[str, Record]]:
+    for row, by_mode in zip(conditions.table.rows, conditions.timings, strict=True):
+        for (_, mode), record in by_mode.items():
+            yield f"{row.label} ({mode})", record
+
+
+def _add_scores(sheet: Sheet, conditions: Conditions, protocol: Protocol) -> None:
+    """Append our scores under the published conditions, with differences from the paper's."""
+    rows = [
+        score_cells(record, published, SCORES)
+        for record, published in zip(conditions.scores, conditions.published, strict=True)
     ]
+    for column in score_columns("ours, same protocol", SCORES, protocol):
+        sheet.add_column(column, [row[column.key] for row in rows])
+    if any(conditions.scores):
+        sheet.note(NoteKind.SCORES, f"ours, same protocol: {SCORES_NOTE}")
+    labels = [row.label for row in conditions.table.rows]
+    sheet.notes += clash_notes(labels, conditions.scores)
 
 
-def clash_notes(labels: Sequence[str], scored: Sequence[Record | None]) -> list[str]:
-    """Which of our scores were measured otherwise than the first of them, and in what; such rows are not to be ranked against each other. And what some do not record."""
-    first = next(
-        ((label, record) for label, record in zip(labels, scored, strict=True) if record), None
-    )
-    other: dict[tuple[str, ...], list[str]] = {}
-    for label, record in zip(labels, scored, strict=True):
-        if record and (fields := clashes([record], [first[1]])):
-            other.setdefault(tuple(fields), []).append(label)
-    notes = [
-        f"ours: {', '.join(names)}: not ranked against {first[0]}, scored by another protocol ({', '.join(fields)})."
-        for fields, names in other.items()
-    ]
-    return notes + not_recorded([record for record in scored if record])
-
-
-def score_columns(
-    group: str, names: Mapping[str, str], protocol: Protocol
-) -> list[tuple[str, str]]:
-    """Of `score_cells`: every score with its N, FID also without bias, and its difference under its name in the paper."""
-    made = []
+def score_columns(group: str, names: Mapping[str, str], protocol: Protocol) -> list[Column]:
+    """The columns of `score_cells`: every score, FID without bias, and every difference."""
+    columns = []
     for name, short in names.items():
-        made += [(group, score_name(name, protocol.num))]
-        made += [(group, score_name("fid_corrected", protocol.num))] if name == "fid" else []
-        made += [(group, f"{short} diff. %")]
-    return made
+        titles = [(f"ours_{name}", score_name(name, protocol.num))]
+        if name == "fid":
+            titles.append(("ours_fid_corrected", score_name("fid_corrected", protocol.num)))
+        titles.append((f"ours_{name}_diff", f"{short} diff. %"))
+        columns += [Column(key, title, group, topic=Topic.SCORES) for key, title in titles]
+    return columns
 
 
 def score_cells(
-    record: Record | None, paper: dict[str, str], names: Mapping[str, str]
-) -> list[Cell]:
-    """Our scores beside a published row's; gaps without a record."""
-    made = []
+    record: Record | None, published: dict[str, str], names: Mapping[str, str]
+) -> SheetRow:
+    """Our scores beside a published row's, by the keys of `score_columns`."""
+    cells: SheetRow = {"ours_fid_corrected": _score_cell(record, "fid_corrected")}
     for name in names:
-        ours = _score(record, name)
-        made += [ours]
-        made += [_score(record, "fid_corrected")] if name == "fid" else []
-        made += [difference(ours, number_cell(paper.get(name, "")))]
-    return made
+        cells[f"ours_{name}"] = _score_cell(record, name)
+        paper = published_cell(published.get(name, ""))
+        cells[f"ours_{name}_diff"] = difference(cells[f"ours_{name}"], paper)
+    return cells
 
 
-def number_cell(text: str) -> Cell:
-    """A published number with the digits that were published."""
-    return Cell(float(text), None, len(text.partition(".")[2])) if text else Cell()
+def _score_cell(record: Record | None, name: str) -> Cell:
+    if record is None:
+        return Cell()
+    return Cell(record.values.get(name), record.values.get(f"{name}_se"), records=(record,))
 
 
-def append(sheet: Sheet, column: tuple[str, str], cells: Sequence[Cell]) -> None:
-    insert(sheet, len(sheet.columns), column, cells)
+def clash_notes(labels: Sequence[str], scores: Sequence[Record | None]) -> list[Note]:
+    """Notes on scores whose protocol differs from the first one's, so that they do not compare.
 
+    Also on fields of the protocol that only some of the records hold.
+    """
+    scored = [
+        (label, record) for label, record in zip(labels, scores, strict=True) if record is not None
+    ]
+    if not scored:
+        return []
 
-def insert(sheet: Sheet, at: int, column: tuple[str, str], cells: Sequence[Cell]) -> None:
-    sheet.columns.insert(at, column)
-    for row, cell in zip(sheet.rows, cells, strict=True):
-        row.insert(at, cell)
-
-
-def _timed(record: Record | None) -> Cell:
-    return (
-        Cell(
-            record.values["images_per_s"],
-            record.values.get("images_per_s_spread"),
-            records=(record,),
-        )
-        if record
-        else Cell()
-    )
-
-
-def _score(record: Record | None, name: str) -> Cell:
-    return (
-        Cell(record.values.get(name), record.values.get(f"{name}_se"), records=(record,))
-        if record
-        else Cell()
-    )
-
-
-def _scored(
-    row: Row, paper: dict[str, str], resolution: int, store: ReferenceStore
-) -> Record | None:
-    """Of our scores under the published row's conditions."""
-    return (
-        store.reference.latest(evaluate_stage(row, same_conditions(paper, resolution), 0))
-        if row.backbone
-        else None
-    )
-
-
-def same_conditions(paper: dict[str, str], resolution: int) -> Protocol:
-    """The common recipe where the published row stops after its steps, else the system's own; a row without a method of its own has the common recipe under both."""
-    common, own = (
-        (IMAGENET256, IMAGENET256_OWN) if resolution == 256 else (IMAGENET512, IMAGENET512_OWN)
-    )
-    return common if paper.get("train_steps") == str(common.recipe.steps) else own
-
-
-def progress_row(model: str) -> Row:
-    """A model of Table 7."""
-    return Row(model, Backbone(model.lower().replace("-", "_")), {}, None)
-
-
-def progress_score(paper: dict[str, str], store: ReferenceStore) -> Record | None:
-    """Of our scores that of a row of Table 7."""
-    return store.reference.latest(
-        evaluate_stage(progress_row(paper["model"]), stopped(int(paper["train_steps"])), 0)
-    )
-
-
-def progress_curve(model: str, steps: Sequence[int], store: ReferenceStore) -> Record | None:
-    """The longest of our trainings of a model of Table 7 to one of these ascending numbers of steps, of those whose record holds a loss curve."""
-    trained = (
-        store.reference.latest(train_stage(progress_row(model), stopped(step), 0))
-        for step in reversed(steps)
-    )
-    return next((record for record in trained if record and record.values.get("curve")), None)
-
-
-def stopped(steps: int) -> Protocol:
-    """Table 7's conditions after so many steps."""
-    return replace(IMAGENET256, recipe=replace(IMAGENET256.recipe, steps=steps))
+    # rows by the fields in which they differ
+    first_label, first = scored[0]
+    others: dict[tuple[str, ...], list[str]] = {}
+    for label, record in scored:
+        fields = clashes([record], [first])
+        if fields:
+            others.setdefault(tuple(fields), []).append(label)
+    texts = [
+        f"ours: not ranked against {first_label}, since scored by another protocol "
+        f"({', '.join(fields)}): {', '.join(names)}."
+        for fields, names in others.items()
+    ]
+    texts += not_recorded([record for _, record in scored])
+    return [Note(NoteKind.SCORES, text) for text in texts]

@@ -131,6 +131,7 @@ def _backward_x(
     CHANNELS: tl.constexpr,
 ):
     at, h, w, channel, real = _places(N, H, W, C, PIXELS, CHANNELS)
+
     grad_x = tl.zeros(at.shape, tl.float32)
     for tap in tl.static_range(K * K):
         # A pixel contributed to the outputs on the other side of the tap.

@@ -150,6 +150,8 @@ class _Row(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
         row = _as_one_row(grad)
+
+        # The convolution's own backward pass gives both gradients of the row in one call.
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
             row,
             _as_one_row(x),
@@ -163,9 +165,12 @@ class _Row(torch.autograd.Function):
             groups=1,
             output_mask=[wants_x, wants_weight, False],
         )
+
+        # The gradient goes back from the row of pixels to the layout of the input.
         if wants_x:
             pixels = grad_x.permute(0, 2, 3, 1).reshape(len(x), *x.shape[2:], -1)
             grad_x = pixels.permute(0, 3, 1, 2)
+
         return grad_x, grad_weight, row.sum((0, 2, 3)) if wants_bias else None
 
 

@@ -85,6 +85,8 @@ class Op:
 
     def _pick(self, *args: Any, **kwargs: Any) -> Choice:
         forced = _forced.get(self.name)
+
+        # A forced choice is never replaced in silence by another one.
         if forced:
             choice = self.choices[forced]
             if not choice.supports(*args, **kwargs):
@@ -93,6 +95,8 @@ class Op:
                     "or does not take this device, dtype or bias"
                 )
             return choice
+
+        # Otherwise the first choice that fits and pays runs.
         return next(
             choice
             for choice in self.choices.values()

@@ -64,11 +64,14 @@ class _Loop(torch.autograd.Function):
         decay = torch.zeros_like(h)
         y = torch.empty_like(dt)
         kept = []
+
+        # One state in every `stride` is kept, and the backward pass recomputes those between.
         for t in range(steps):
             if t % stride == 0 and any(ctx.needs_input_grad):
                 kept.append(h.clone())
             _step(h, decay, dt[t], x[t], a, b[t])
             torch.matmul(h, c[t, :, :, None], out=y[t, :, :, None])
+
         ctx.save_for_backward(dt, x, a, b, c, *kept)
         ctx.stride = stride
         return y
@@ -121,6 +124,8 @@ def loop(
         u, delta, a, b, c, d, z, bias = _cast_up(u, delta, a, b, c, d, z, bias)
         # (T, N, D or S)
         u, delta, b, c, z = (x.permute(2, 0, 1).contiguous() for x in (u, delta, b, c, z))
+
+        # The recurrence runs alone: the skip and the gate need no state.
         dt = F.softplus(delta + bias)
         scanned: tuple[Tensor, ...] = (dt, dt * u, a, b, c)
         if not torch.is_grad_enabled():

@@ -86,11 +86,14 @@ def _forward(
     real_d = channel < D
     real_s = state < S
     real_ds = real_d[:, None] & real_s[None, :]
+
+    # The parameters of the channels are loaded once, for all chunks.
     a = _load(a_ptr, channel[:, None] * S + state[None, :], real_ds)
     d = _load(d_ptr, channel, real_d)
     bias = _load(bias_ptr, channel, real_d)
     h = tl.zeros((BLOCK_D, BLOCK_S), tl.float32)
     chunks = tl.cdiv(T, BLOCK_T)
+
     for chunk in range(chunks):
         # The backward pass starts from the state before each chunk.
         if KEEP:
@@ -99,11 +102,15 @@ def _forward(
                 h,
                 mask=real_ds,
             )
+
+        # The chunk's places in memory follow, with masks for what lies past the ends.
         t = chunk * BLOCK_T + step
         dt_at = (n * D + channel[:, None]) * T + t[None, :]
         st_at = (n * S + state[:, None]) * T + t[None, :]
         real_dt = real_d[:, None] & (t < T)[None, :]
         real_st = real_s[:, None] & (t < T)[None, :]
+
+        # The whole chunk is scanned at once, then gated and stored.
         u = _load(u_ptr, dt_at, real_dt)
         z = _load(z_ptr, dt_at, real_dt)
         dt = tl.where(real_dt, _softplus(_load(delta_ptr, dt_at, real_dt) + bias[:, None]), 0.0)
@@ -112,6 +119,7 @@ def _forward(
         tl.store(
             out_ptr + dt_at, (y * z * tl.sigmoid(z)).to(out_ptr.dtype.element_ty), mask=real_dt
         )
+
         # The last state of the chunk is the next one's first.
         h = tl.sum(tl.where((step == BLOCK_T - 1)[None, None, :], states, 0.0), axis=2)
 

@@ -43,13 +43,17 @@ class AgentAttention(nn.Module):
                 "agent attention needs a square number of agents and a width divisible by its "
                 f"heads, got {agents}, {dim}, {heads}"
             )
+
         self.size = size
         self.heads = heads
         self.side = side
         self.biases = biases
+
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
         self.dwc = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+
+        # Each bias is a table that is resized to the grid, plus a term per row and per column.
         if biases:
             height, width = size
             self.agent_table = _table(heads, agents, 7, 7)

@@ -44,6 +44,7 @@ class ConvModule(nn.Module):
             raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
         if kernel % 2 == 0:
             raise ValueError(f"a depthwise kernel has an odd side, got {kernel}")
+
         self.activation = ACTIVATIONS[activation]
         self.pointwise_in = Pointwise(dim, dim)
         self.depthwise = nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim)

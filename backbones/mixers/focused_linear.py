@@ -41,13 +41,17 @@ class FocusedLinearAttention(nn.Module):
                 "focused linear attention needs a width divisible by its heads and an odd kernel, "
                 f"got {dim}, {heads} and {kernel}"
             )
+
         self.size = size
         self.heads = heads
         self.power = power
         head_dim = dim // heads
+
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
         self.sigma = nn.Parameter(torch.zeros(1, 1, dim))
+
+        # The depthwise kernel runs over each head's values, with one set of weights for all heads.
         self.dwc = nn.Conv2d(head_dim, head_dim, kernel, padding=kernel // 2, groups=head_dim)
         self.position = nn.Parameter(torch.zeros(1, size[0] * size[1], dim)) if position else None
 

@@ -32,13 +32,18 @@ class WindowAttention(nn.Module):
         self.size = size
         self.heads = heads
         self.window = min(window, *size)
+
+        # Odd layers shift their windows by half, so that neighbouring windows meet.
         rolls = index % 2 == 1 and self.window < min(size)
         self.shift = self.window // 2 if rolls else 0
+
         if size[0] % self.window or size[1] % self.window or dim % heads:
             raise ValueError(
                 "window attention needs a grid divisible by its window and a width by its heads, "
                 f"got {size}, {window}, {dim}, {heads}"
             )
+
+        # A pair's bias depends on its offset, and the mask parts the rolled edges.
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
         self.bias_table = nn.Parameter(torch.empty((2 * self.window - 1) ** 2, heads))

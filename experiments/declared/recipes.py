@@ -208,6 +208,7 @@ def adm_classifier(betas: str = "linear") -> Method:
         ema=0.0,
         label_dropout=0.0,
     )
+
     return Method(
         Diffusion("classify", betas=betas),
         recipe,

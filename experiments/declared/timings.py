@@ -64,6 +64,8 @@ def in_mode(
         compile=acceleration.compile,
         graphs=acceleration.graphs,
     )
+
+    # The authors' networks ran with plain kernels and contiguous tensors.
     if mode == AS_PUBLISHED:
         kernels = {"linear": "reference", "pointwise": "reference"}
         stage = replace(stage, kernels=kernels, layout="contiguous")
@@ -92,11 +94,14 @@ def timed_table(
     """Return the timings of all rows that have a network, in every mode of the device."""
     modes = modes_of(device, acceleration)
     networks = [row for row in rows if row.backbone]
+
+    # Each row is timed once in every mode.
     timed = []
     for row in networks:
         stage = timing_stage(row, table.baseline, device)
         stages = {mode: in_mode(stage, mode, task, acceleration) for mode in modes}
         timed.append(TimedRow(row, stages))
+
     return TimedTable(
         table,
         tuple(timed),
@@ -130,6 +135,7 @@ def stages(
     """
     # Rows of one network share its timing; the last one's is taken.
     by_network = {str(row.backbone): row for row in timed_rows(table, rows, device, named)}
+
     timed = []
     for row in by_network.values():
         stage = timing_stage(row, table.baseline, device)

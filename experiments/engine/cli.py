@@ -27,7 +27,7 @@ from experiments.engine.machine.streams import replace_unprintable
 from experiments.engine.records.store import Store
 from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.reporting.render import FORMATS, render
-from experiments.engine.reporting.tables import comparison_sheet, main_sheet
+from experiments.engine.reporting.tables import report_sheets
 from experiments.engine.specs.rows import Table
 from experiments.engine.specs.selection import Selection
 from experiments.engine.specs.spec import FACTOR
@@ -118,7 +118,7 @@ def _run_table(
         plan, args, store, arguments, lambda: require_sources(selection), args.workers
     )
     if outcome is not Outcome.ANSWERED:
-        _print_table(selection, store, args.format)
+        print(render(report_sheets(selection, store), args.format))
     return exit_status(outcome)
 
 
@@ -145,15 +145,6 @@ def _select(table: Table, protocol: Protocol, args: argparse.Namespace) -> Table
     named = args.rows is not None
     selection = Selection(table, rows, protocol, args.seeds, device, named)
     return TablePlan(selection, acceleration_flags(args, device))
-
-
-def _print_table(selection: Selection, store: Store, style: str) -> None:
-    table, protocol, seeds = selection.table, selection.protocol, selection.seeds
-    device = selection.device
-    sheets = [main_sheet(table, selection.rows, protocol, seeds, device, store)]
-    if protocol.small and not table.counts_only:
-        sheets.append(comparison_sheet(table, selection.networks, protocol, seeds, device, store))
-    print(render(sheets, style))
 
 
 def carry_out(

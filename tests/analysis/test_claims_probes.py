@@ -54,7 +54,7 @@ def test_attention_is_judged_over_networks_and_seeds(
     tmp_path: Path, iso: tuple[float, ...], skip: tuple[float, ...], verdict: str, error: str | None
 ):
     rows = (("DiT (iso.)", iso), ("DiT (U-shape)", skip))
-    found = claims_probes.attention(
+    found = claims_probes.judge_attention(
         {},
         sources(
             tmp_path,
@@ -65,7 +65,7 @@ def test_attention_is_judged_over_networks_and_seeds(
             ),
         ),
     )
-    assert (found.evidence, found.verdict, len(found.records)) == (
+    assert (found.evidence.value, str(found.judgement), len(found.records)) == (
         "measured at reduced scale",
         verdict,
         len(iso) + len(skip),
@@ -83,25 +83,25 @@ def test_the_named_checkpoints_are_what_is_judged_when_they_were_probed(tmp_path
         (PIXART, looks(0.3)),
         (dit, looks(0.4)),
     )
-    found = claims_probes.attention({}, store)
-    assert (found.evidence, found.value, found.verdict) == (
+    found = claims_probes.judge_attention({}, store)
+    assert (found.evidence.value, found.value, str(found.judgement)) == (
         "measured here",
         "1.60, 2.00, 1.20",
         "same direction",
     ) and len(found.records) == 3
     (tmp_path / "one").mkdir()
-    found = claims_probes.attention({}, sources(tmp_path / "one", (FLUX, looks(0.2))))
-    assert found.verdict == "against the claim, 1 of 3 checkpoints" and found.basis.endswith(
+    found = claims_probes.judge_attention({}, sources(tmp_path / "one", (FLUX, looks(0.2))))
+    assert str(found.judgement) == "against the claim, 1 of 3 checkpoints" and found.basis.endswith(
         "not probed: DiT-XL/2-512, PixArt-alpha-512"
     )
 
 
 def test_nothing_probed_is_open(tmp_path: Path):
     (tmp_path / "reference").mkdir()
-    for rule in (claims_probes.attention, claims_probes.channels):
+    for rule in (claims_probes.judge_attention, claims_probes.judge_channels):
         assert (
-            rule({}, ReferenceStore(tmp_path)).evidence,
-            rule({}, ReferenceStore(tmp_path)).verdict,
+            rule({}, ReferenceStore(tmp_path)).evidence.value,
+            str(rule({}, ReferenceStore(tmp_path)).judgement),
         ) == (
             "not yet",
             "open",
@@ -121,8 +121,8 @@ def test_channels_are_judged_with_the_spread_over_seeds(tmp_path: Path, protocol
                     {"near_dead": dead + 0.01 * seed * (label == "DiCo-S"), "relative_rank": rank},
                 )
             )
-    found = claims_probes.channels({}, sources(tmp_path, *made))
-    assert (found.evidence, found.verdict, found.value, found.error) == (
+    found = claims_probes.judge_channels({}, sources(tmp_path, *made))
+    assert (found.evidence.value, str(found.judgement), found.value, found.error) == (
         evidence,
         "reproduced",
         "-0.09 near-dead",

@@ -17,8 +17,8 @@ from analysis.figures.style import Point, figure, label_points, palette
 from analysis.figures.throughput import fid_against_throughput
 from analysis.figures.training import losses, scores_over_training
 from analysis.query import ReferenceStore
-from analysis.tables.conditions import progress_row, stopped
-from analysis.tables.paper import CONFIGURATIONS
+from analysis.tables.progress import progress_row, stopped
+from analysis.tables.recipes import CONFIGURATIONS
 from experiments.declared import timings as speed
 from experiments.declared.protocols import IMAGENET256
 from experiments.engine.records.manifest import manifest

@@ -1,4 +1,4 @@
-"""What a checkpoint folder holds after saves in the background, on a full disk, and beside damaged files."""
+"""Checkpoint folders after saves in the background, on a full disk, and beside damaged files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from experiments.engine.training.checkpoint import Writer, load_newest, save
 
 
 def state(value: float = 0.0) -> dict[str, Any]:
-    """The shapes of a real one: a state_dict with its version attribute, strided weights, and plain numbers."""
+    """What a real state holds: a state_dict with its version, strided weights, plain numbers."""
     model = torch.nn.BatchNorm2d(3)
     model.running_mean.fill_(value)
     weights = torch.full((2, 3, 4, 4), value).to(memory_format=torch.channels_last)

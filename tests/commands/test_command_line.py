@@ -21,13 +21,15 @@ from experiments.declared.protocols import DIGITS, PROTOCOLS
 from experiments.engine import cli
 from experiments.engine.records.store import Store
 from experiments.engine.records.tree import REPOSITORY
-from experiments.engine.reporting import sheet as reporting_sheet
-from experiments.engine.reporting import tables as report
 from experiments.engine.reporting.render import FORMATS, render
+from experiments.engine.reporting.sheet import Sheet
+from experiments.engine.reporting.tables import report_sheets
 from experiments.engine.runtime import heartbeat
+from experiments.engine.specs.selection import Selection
 from experiments.engine.specs.spec import Stage
 from experiments.engine.specs.stages import cost_stage, evaluate_stage, timing_stage, train_stage
 from tests.support.commands import TABLE, hear_interrupts
+from tests.support.sheets import labelled, note_about, texts
 
 ABLATION = REPOSITORY / "experiments" / "ablation.py"
 PROVENANCE = {"device": "cpu", "cpu": "a", "torch": "b", "dirty": False, "seconds": 1.0}
@@ -270,43 +272,42 @@ def fill(store: Store, where: str, seeds: int, shift: float = 0.0) -> None:
     store.refresh()
 
 
-def sheets(store: Store, seeds: int = 1) -> list[reporting_sheet.Sheet]:
-    arguments = TABLES[4], TABLES[4].rows, DIGITS, range(seeds), "cpu", store
-    return [report.main_sheet(*arguments), report.comparison_sheet(*arguments)]
+def sheets(store: Store, seeds: int = 1) -> list[Sheet]:
+    """The table of this machine, and its comparison with the reference."""
+    return report_sheets(Selection(TABLES[4], TABLES[4].rows, DIGITS, range(seeds), "cpu"), store)
 
 
 def test_gaps_and_failures_are_shown_as_such(tmp_path: Path):
     store = Store(tmp_path)
-    assert [cell.text() for cell in sheets(store)[0].rows[0]][2:6] == ["-", "4.25", "-", "-"]
+    row = labelled(sheets(store)[0], TABLES[4].rows[0].label)
+    keys = ("params", "gflops_paper", "gflops", "gflops_core")
+    assert [row[key] for key in keys] == ["-", "4.25", "-", "-"]
     stage: Stage = train_stage(TABLES[4].rows[2], DIGITS, 0)
     store.append(stage, "failed", {}, PROVENANCE, "ValueError: the loss is nan after 50 steps")
     main, _ = sheets(store)
-    assert "failed" in [cell.text() for cell in main.rows[2]] and "failed" not in [
-        cell.text() for cell in main.rows[1]
-    ]
-    assert any("the loss is nan" in note for note in main.notes)
+    assert "failed" in labelled(main, TABLES[4].rows[2].label).values()
+    assert "failed" not in labelled(main, TABLES[4].rows[1].label).values()
+    assert note_about(main, "the loss is nan")
 
 
 @pytest.mark.parametrize("shift, verdict", [(0.0, "yes"), (5.0, "no: fd_digits")])
 def test_a_reference_is_shown_beside_and_never_instead(shift: float, verdict: str, tmp_path: Path):
     store = Store(tmp_path)
     fill(store, "reference", seeds=3)
-    assert sheets(store)[0].rows[0][11].text() == "-"
-    assert {row[-1].text() for row in sheets(store)[1].rows} == {"-"}
+    main, comparison = sheets(store)
+    assert texts(main, "fd_digits")[0] == "-"
+    assert set(texts(comparison, "reproduced")) == {"-"}
     fill(store, "records", seeds=1, shift=shift)
-    rows = sheets(store)[1].rows
-    assert rows[1][-1].text() == verdict and rows[0][-1].text() == rows[2][-1].text() == "yes"
+    assert texts(sheets(store)[1], "reproduced")[:3] == ["yes", verdict, "yes"]
 
 
 def test_a_difference_is_resolved_only_beyond_the_spread_over_seeds(tmp_path: Path):
     alone = Store(tmp_path / "alone")
     fill(alone, "records", seeds=1, shift=5.0)
-    assert any("no difference can be called resolved" in note for note in sheets(alone)[0].notes)
+    assert note_about(sheets(alone)[0], "can be called resolved")
     repeated = Store(tmp_path / "repeated")
     fill(repeated, "records", seeds=3, shift=5.0)
-    (note,) = [
-        note for note in sheets(repeated, 3)[0].notes if note.startswith("fd_digits against DiCo-S")
-    ]
+    note = note_about(sheets(repeated, 3)[0], "fd_digits against DiCo-S")
     assert "worse: GELU->ReLU;" in note and "not resolved: DWC 5x5" in note
 
 

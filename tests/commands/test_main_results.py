@@ -28,10 +28,11 @@ from experiments.engine.diffusion.cascade import System
 from experiments.engine.diffusion.samplers import bind_sampler
 from experiments.engine.numerics.weights import digest
 from experiments.engine.records.store import Store
-from experiments.engine.reporting.tables import main_sheet
+from experiments.engine.reporting.tables import main_sheet, report_sheets
 from experiments.engine.sampling.counting import CountingModel
 from experiments.engine.sampling.generate import generate_images
 from experiments.engine.specs.rows import Method, Row, Table
+from experiments.engine.specs.selection import Selection
 from experiments.engine.specs.spec import Cost, Data, Train, spec_id
 from experiments.engine.specs.stages import (
     cost_stages,
@@ -53,6 +54,7 @@ from experiments.main_results import (
     TABLES,
     UVIT_H,
 )
+from tests.support.sheets import note_texts
 
 ROWS = [
     pytest.param(table, row, id=f"{table.number} {row.label}")
@@ -401,11 +403,11 @@ def test_a_row_is_timed_at_its_own_input_and_a_cascade_whole():
 
 
 def cells(store: Store, table: Table) -> dict[str, dict[str, str]]:
-    sheet = main_sheet(table, table.rows, DIGITS, (0,), "cpu", store)
+    sheet = main_sheet(Selection(table, table.rows, DIGITS, (0,), "cpu"), store, store.here)
     return {
-        row[0].text(): {
-            f"{group} {name}".strip(): cell.text()
-            for (group, name), cell in zip(sheet.columns, row, strict=True)
+        row["row"].text(): {
+            f"{column.group} {column.title}".strip(): cell.text(column.digits)
+            for column, cell in sheet.cells(row)
         }
         for row in sheet.rows
     }
@@ -446,17 +448,17 @@ def test_evaluations_per_image_are_noted_by_row_where_they_differ(tmp_path: Path
     }
     for row, nfe in ((SIT_XL, 50.0), (DIT_XL, 50.0), (DIMSUM_L, 62.375)):
         store.append(evaluate_stage(row, DIGITS, 0), "done", scores | {"nfe": nfe}, PROVENANCE)
-    notes = [
+    same, different, none = (
         [
-            note
-            for note in main_sheet(TABLE_8, rows, DIGITS, (0,), "cpu", store).notes
-            if "evaluations" in note
+            text
+            for sheet in report_sheets(Selection(TABLE_8, rows, DIGITS, (0,), "cpu"), store)
+            for text in note_texts(sheet)
+            if "evaluations" in text
         ]
         for rows in ([SIT_XL, DIT_XL], TABLE_8.rows, [ADM_U])
-    ]
-    assert notes[0] == ["network evaluations per image: 50."] and not notes[2]
-    (note,) = notes[1]
-    assert note == "network evaluations per image: 50: DiT-XL/2, SiT-XL; 62.38: DiMSUM-L/2."
+    )
+    assert same == ["Network evaluations per image: 50."] and not none
+    assert different == ["Network evaluations per image: 50: DiT-XL/2, SiT-XL; 62.38: DiMSUM-L/2."]
 
 
 @pytest.mark.parametrize(

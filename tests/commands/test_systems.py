@@ -10,7 +10,7 @@ import pytest
 from experiments.declared.systems import SYSTEMS
 from experiments.engine.records.store import Store
 from experiments.engine.reporting.efficiency.counts import System, counts_sheet
-from experiments.engine.reporting.sheet import Row, Sheet
+from experiments.engine.reporting.sheet import Sheet, SheetRow
 from experiments.engine.specs.spec import Cost, spec_id
 from experiments.engine.timing import cost
 
@@ -28,7 +28,7 @@ def sheet() -> Sheet:
     return counts_sheet(SYSTEMS, store, store.reference)
 
 
-def rows(sheet: Sheet) -> dict[tuple[str, int], Row]:
+def rows(sheet: Sheet) -> dict[tuple[str, int], SheetRow]:
     """Return the rows by label and resolution of their system."""
     pairs = zip(SYSTEMS, sheet.rows, strict=True)
     return {(system.label, system.resolution): row for system, row in pairs}
@@ -92,7 +92,7 @@ def note_of(sheet: Sheet, words: str) -> str:
     return next(note.text for note in sheet.notes if words in note.text)
 
 
-def hidden(row: Row) -> float:
+def hidden(row: SheetRow) -> float:
     """Return by how many per cent the published counter's figure is below core."""
     same, core = row["gflops_same"].value, row["core"].value
     assert same and core

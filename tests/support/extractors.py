@@ -4,7 +4,10 @@ import numpy as np
 
 
 class Grey:
-    """An extractor whose features are a few sums over the pixels: pool (N, 6), spatial (N, 5), probabilities (N, 4)."""
+    """An extractor of a few sums over the pixels.
+
+    pool (N, 6), spatial (N, 5), probabilities (N, 4).
+    """
 
     sha256 = "0" * 64
 

@@ -163,6 +163,8 @@ def _time_in_turn(
     device = inputs[0].device
     repeats = GPU_REPEATS if device.type == "cuda" else 1
     times: dict[str, list[tuple[float, float]]] = {choice: [] for choice in choices}
+
+    # The choices take turns, so that a slow drift of the clock affects all of them alike.
     for i in range(runs + 1):
         for choice in choices:
             with kernels.use(**{op.name: choice}):

@@ -86,6 +86,8 @@ def _write_moments(folder: Path, size: int) -> None:
     for number in range(NUM_SHARDS):
         np.save(shard_path(folder, number), draw.random((SHARD_SIZE, *shape), np.float32))
     np.save(folder / "labels.npy", draw.integers(0, NUM_CLASSES, NUM_SHARDS * SHARD_SIZE))
+
+    # The manifest says what the loader checks.
     manifest = {
         "latents": "moments",
         "shape": shape,

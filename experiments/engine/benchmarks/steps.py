@@ -81,6 +81,8 @@ class Other:
         if spec is None or spec.loader is None:
             raise ValueError(f"{self.file.name} is no Python file")
         module = importlib.util.module_from_spec(spec)
+
+        # The file's folder is on the path only while the file is imported.
         sys.path.insert(0, str(self.file.resolve().parent))
         try:
             spec.loader.exec_module(module)
@@ -90,6 +92,7 @@ class Other:
             ) from None
         finally:
             sys.path.pop(0)
+
         if not hasattr(module, self.constructor):
             raise ValueError(f"{self.file.name} has no {self.constructor}")
         return getattr(module, self.constructor)()
@@ -279,6 +282,8 @@ def _describe(values: dict[str, Any]) -> str:
             parts.append(
                 f"{label} {values[label]:.3f} ±{spread:.3f}{_describe_target(label, values)}"
             )
+
+    # The share of the ceiling says how far any faster version could go.
     if MATMUL_SHARE in values:
         share = 100 * values[MATMUL_SHARE]
         peak = 2e-12 * values["ceiling_macs_per_s"]

@@ -219,6 +219,7 @@ def cancel(root: Path, stages: Iterable[str], experiment: str) -> list[Submissio
     ]
     if not submissions:
         return []
+
     try:
         client("scancel", *(submission.job for submission in submissions))
     except ValueError:

@@ -204,6 +204,8 @@ def _parse(name: str, text: str) -> Any:
     kind = TYPES[name]
     if kind is dict:
         return _parse_options(text)
+
+    # bool() would take any text for true.
     if kind is bool:
         flags = {"true": True, "false": False}
         if text.lower() in flags:
@@ -213,6 +215,7 @@ def _parse(name: str, text: str) -> Any:
             return kind(text)
         except ValueError:
             pass
+
     raise ValueError(
         f"environment {PREFIX}{name.upper()}: {name} takes a {kind.__name__}, not {text!r}"
     )

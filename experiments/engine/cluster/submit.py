@@ -264,6 +264,8 @@ def _require_acceptance(script: str, root: Path) -> None:
     """
     path = root / "submissions" / f".{uuid.uuid4().hex}.sh"
     path.write_text(script, encoding="utf-8")
+
+    # A passing refusal is only a warning, and any other one ends the submission.
     try:
         client("sbatch", "--test-only", str(path))
     except ValueError as refusal:

@@ -3,19 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import backbones
+from experiments.engine.data.image_files import file_sha256
 from experiments.engine.data.latents import SCALE
 from experiments.engine.numerics.precision import precision
 from experiments.engine.numerics.weights import digest
 from experiments.engine.specs.spec import FACTOR, LATENT_CHANNELS
 
-PUBLISHED = {name: f"stabilityai/{name}" for name in ("sd-vae-ft-ema", "sd-vae-ft-mse")}
 FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+UNKNOWN = "unknown"  # the name of every VAE whose hash is not a published one
+
+
+@dataclass(frozen=True)
+class Publication:
+    """Where a VAE is published, and how its weights are known again."""
+
+    # On the hub.
+    repository: str
+    # Commit of the repository.
+    revision: str
+    # Digest of its file of weights; None if it is not known here, so that only the hub's cache,
+    # which names each file by its digest, can vouch for it.
+    sha256: str | None
+
+
+PUBLISHED = {
+    "sd-vae-ft-ema": Publication(
+        "stabilityai/sd-vae-ft-ema", "f04b2c4b98319346dad8c65879f680b1997b204a", None
+    ),
+    "sd-vae-ft-mse": Publication(
+        "stabilityai/sd-vae-ft-mse",
+        "31f26fdeee1355a5c34592e401dd41e45d25a493",
+        "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
+    ),
+}
 
 
 class Autoencoder:
@@ -25,7 +53,7 @@ class Autoencoder:
     A CPU takes one row at a time, which is as fast, and encodes in one thread: its convolutions
     round by the size of the batch and by the number of threads. Several processes use its cores.
 
-    name: a published name, or the name of the folder.
+    name: a published name if the weights are published ones, else UNKNOWN.
     channels: channels of a latent.
     factor: pixels for each place of a latent.
     encoder: hash of the encoder's weights, 16 hexadecimal digits.
@@ -94,10 +122,14 @@ def missing_vae(source: str) -> str:
     return f"VAE {source} is neither {' nor '.join(PUBLISHED)} nor a folder with {_files()}"
 
 
-def _is_cached(repository: str) -> bool:
+def _is_cached(publication: Publication) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
-    return all(isinstance(try_to_load_from_cache(repository, name), str) for name in FILES)
+    paths = [
+        try_to_load_from_cache(publication.repository, name, revision=publication.revision)
+        for name in FILES
+    ]
+    return all(isinstance(path, str) for path in paths)
 
 
 def _files() -> str:
@@ -118,14 +150,15 @@ def load_autoencoder(
     Raises:
         ValueError: the VAE cannot be loaded, or its latents have another scale or shape.
     """
-    vae = _load_diffusers_vae(source)
+    vae, folder = _load_diffusers_vae(source)
     config = vae.config
     if config.scaling_factor != SCALE or config.shift_factor:
         raise ValueError(
             f"VAE {source} scales its latents by {config.scaling_factor} and shifts them by "
             f"{config.shift_factor}; only {SCALE} without a shift is known"
         )
-    name = source if source in PUBLISHED else Path(source).resolve().name
+    backbones.check_values(vae, vae.state_dict(), f"VAE {source}")
+    name = identify_vae(folder / FILES[1], source)
     autoencoder = Autoencoder(vae, name, torch.device(device), batch)
     if (autoencoder.factor, autoencoder.channels) != (FACTOR, LATENT_CHANNELS):
         raise ValueError(
@@ -135,7 +168,27 @@ def load_autoencoder(
     return autoencoder
 
 
-def _load_diffusers_vae(source: str) -> Any:
+def identify_vae(weights: Path, source: str) -> str:
+    """Return the published name of a file of weights by its SHA-256, or UNKNOWN.
+
+    Args:
+        weights: the file.
+        source: the published name for which the hub's client gave it, or the folder.
+    """
+    digest = file_sha256(weights)
+    for name, publication in PUBLISHED.items():
+        if digest == publication.sha256:
+            return name
+
+    # The hub's client keeps a file under its digest on the hub, and links to it.
+    unlisted = source in PUBLISHED and PUBLISHED[source].sha256 is None
+    if unlisted and weights.resolve().name == digest:
+        return source
+    return UNKNOWN
+
+
+def _load_diffusers_vae(source: str) -> tuple[Any, Path]:
+    """Return diffusers' network, and the folder of its files."""
     try:
         from diffusers import AutoencoderKL
         from huggingface_hub import snapshot_download
@@ -149,10 +202,16 @@ def _load_diffusers_vae(source: str) -> Any:
     try:
         folder = source
         if source in PUBLISHED:
-            folder = snapshot_download(PUBLISHED[source], allow_patterns=list(FILES))
-        return AutoencoderKL.from_pretrained(
+            publication = PUBLISHED[source]
+            folder = snapshot_download(
+                publication.repository,
+                revision=publication.revision,
+                allow_patterns=list(FILES),
+            )
+        vae = AutoencoderKL.from_pretrained(
             folder, use_safetensors=True, torch_dtype=torch.float32, low_cpu_mem_usage=False
         )
+        return vae, Path(folder)
     except Exception as error:
         # diffusers raises half a dozen kinds here, and each means the same to the user.
         message = str(error).strip()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,13 +22,14 @@ import numpy as np
 import torch
 
 from experiments.engine.data.autoencoder import PUBLISHED, Autoencoder
+from experiments.engine.data.checks import compare_classes, write_classes
 from experiments.engine.data.latent_statistics import (
     compare_statistics,
     describe_statistics,
     sum_moments,
 )
 from experiments.engine.data.latents import SCALE, shard_path
-from experiments.engine.data.pictures import Pictures, read_picture
+from experiments.engine.data.pictures import Pictures, read_picture, show_name
 from experiments.engine.data.quantise import from_uint8
 from experiments.engine.data.sets import prefetch
 from experiments.engine.numerics.randomness import generator_at
@@ -79,7 +81,7 @@ class EncodingJob:
         import diffusers
         import PIL
 
-        listing = hashlib.sha256("\n".join(self.pictures.files).encode())
+        listing = hashlib.sha256(b"\n".join(map(os.fsencode, self.pictures.files)))
         return {
             "latents": self.latents,
             "shape": list(self.stored),
@@ -137,6 +139,7 @@ def encode_pictures(job: EncodingJob, folder: Path, report: Report) -> dict[str,
             f"{job.size} pixels as {job.latents!r}: the size must be a multiple of "
             f"{job.vae.factor}, the latents 'moments' or 'fixed'"
         )
+    compare_classes(folder, job.pictures.classes)
     _agree_on_plan(job.plan(), folder)
     _require_space(job, folder)
     report(_num_done(job, folder), len(job.pictures.files))
@@ -308,6 +311,7 @@ def _finish(job: EncodingJob, folder: Path) -> dict[str, Any]:
         )
 
     with locked(folder / "plan.lock"):
+        write_classes(folder, job.pictures.classes)
         with written_whole(folder / "labels.npy") as file:
             np.save(file, labels)
         _write_json(folder / "manifest.json", manifest)
@@ -320,7 +324,7 @@ def _require_every_class(job: EncodingJob, labels: np.ndarray, folder: Path) -> 
     empty = sorted(set(range(len(job.pictures.classes))) - set(labels.tolist()))
     if empty:
         raise ValueError(
-            f"no image of {job.pictures.classes[empty[0]]} could be decoded, nor of "
+            f"no image of {show_name(job.pictures.classes[empty[0]])} could be decoded, nor of "
             f"{len(empty) - 1} other classes; repair them and remove {folder}"
         )
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from experiments.engine.data.checks import identify_classes
 from experiments.engine.data.locate import read_manifest
 from experiments.engine.numerics.randomness import seed_at
 from experiments.engine.specs.spec import Data
@@ -37,6 +38,7 @@ class LatentSet:
         manifest = read_manifest(folder, data)
         self.data = data
         self.identity: dict[str, Any] = {"data_sha256": manifest["sha256"], "vae": manifest["vae"]}
+        self.identity |= identify_classes(folder, data.num_classes)
 
         # Index of the first image of every shard, and their number at the end.
         self.starts = np.cumsum([0, *manifest["shards"]])

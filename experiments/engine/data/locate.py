@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -81,12 +82,34 @@ def _require_arrays(data: Data) -> None:
 
 
 def find_cifar10(folder: Path, split: str) -> list[Path]:
-    """List the parquet files of a split ('train' or 'test'), or else torchvision's folder."""
+    """List the parquet files of a split ('train' or 'test'), or else torchvision's folder.
+
+    Raises:
+        ValueError: parts are missing or doubled.
+    """
     tables = sorted(folder.glob(f"{split}*.parquet"))
     if tables:
+        _require_every_part(tables)
         return tables
     batches = folder / "cifar-10-batches-py"
     return [batches] if batches.is_dir() else []
+
+
+def _require_every_part(tables: list[Path]) -> None:
+    """Raise ValueError unless files named '-00000-of-00002' are one table, each part once."""
+    matches = [re.search(r"-([0-9]+)-of-([0-9]+)", path.name) for path in tables]
+    parts = [(int(match[1]), int(match[2])) for match in matches if match]
+    if not parts:
+        return
+    total = parts[0][1]
+    whole = [(part, total) for part in range(total)]
+    if len(parts) == len(tables) and sorted(parts) == whole:
+        return
+    names = ", ".join(path.name for path in tables)
+    raise ValueError(
+        f"data/{tables[0].parent.name} holds {names}: parts are missing, doubled or of different "
+        f"tables; parts 0 to {total - 1} of {total} are needed, and no other table of that split"
+    )
 
 
 def has_manifest(data: Data) -> bool:

@@ -5,14 +5,22 @@ PIL decides every bit, so its version is recorded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
+# The endings that torchvision's ImageFolder takes, in any case.
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+COMPANION_FILES = frozenset({".ds_store", "desktop.ini", "ehthumbs.db", "icon\r", "thumbs.db"})
+COMPANION_FOLDERS = frozenset(
+    {"$recycle.bin", "@eadir", "__macosx", "lost+found", "system volume information"}
+)
 
 
 @dataclass(frozen=True)
@@ -20,58 +28,177 @@ class Pictures:
     """The files of a folder of class folders.
 
     root: the folder.
-    classes: names of the class folders, sorted.
-    files: paths relative to `root`, sorted by class folder and name.
+    classes: names of the class folders, in the order of their labels.
+    files: paths relative to `root`, sorted by class folder, subfolder and name.
     labels: for each file the position of its class folder in `classes`.
+    left_out: how many files and folders are not taken, by reason.
     """
 
     root: Path
     classes: tuple[str, ...]
     files: tuple[str, ...]
     labels: tuple[int, ...]
+    left_out: Mapping[str, int]
 
 
 def find_pictures(root: Path, num_classes: int) -> Pictures:
-    """List a folder of class folders.
+    """List a folder of class folders, with their subfolders, as torchvision's ImageFolder does.
+
+    Class folders whose names differ in a number count in the order of their numbers.
 
     Raises:
-        ValueError: the number of class folders differs, or one is empty or unreadable.
+        ValueError: the number of class folders differs, one is empty or unreadable, or their
+            order is ambiguous.
     """
-    classes = _class_folders(root, num_classes)
+    left_out: Counter[str] = Counter()
+    classes = _class_folders(root, num_classes, left_out)
     files: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        pictures = _pictures_in(root / name)
+        pictures = _pictures_in(root / name, left_out)
         files += (f"{name}/{file}" for file in pictures)
         labels += [label] * len(pictures)
-    return Pictures(root, tuple(classes), tuple(files), tuple(labels))
+    return Pictures(root, tuple(classes), tuple(files), tuple(labels), left_out)
 
 
-def _class_folders(root: Path, num_classes: int) -> list[str]:
+def show_name(name: str | Path) -> str:
+    """Write a file's name for people: bytes that are no UTF-8 as \\xNN."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
+def describe_left_out(left_out: Mapping[str, int]) -> str:
+    """List what is not taken, the most frequent reason first: 'files ending in .gif: 2'."""
+    ordered = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{reason}: {num}" for reason, num in ordered)
+
+
+def describe_labels(classes: Sequence[str]) -> str:
+    """Say which class is the first label and which the last."""
+    last = len(classes) - 1
+    return f"label 0 is {show_name(classes[0])}, label {last} is {show_name(classes[last])}"
+
+
+def _class_folders(root: Path, num_classes: int, left_out: Counter[str]) -> list[str]:
     if not root.is_dir():
         raise ValueError(f"{root} is no folder; give a folder that holds one folder for each class")
-    classes = sorted(
-        entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")
-    )
+    classes: list[str] = []
+    for entry in _entries(root, "folder"):
+        if not entry.is_dir():
+            left_out["files beside the class folders"] += 1
+        elif entry.name.startswith(".") or entry.name.lower() in COMPANION_FOLDERS:
+            left_out["hidden or companion folders"] += 1
+        else:
+            classes.append(entry.name)
+
+    # The number of classes, and an order of theirs that nobody can mistake.
     if len(classes) != num_classes:
         hint = f"; did you mean {root / 'train'}?" if (root / "train").is_dir() else ""
         raise ValueError(
             f"{root} holds {len(classes)} class folders, {num_classes} are needed{hint}"
         )
-    return classes
+    return _order_classes(root, classes)
 
 
-def _pictures_in(folder: Path) -> list[str]:
-    """Names of the pictures in a class folder, sorted."""
-    try:
-        names = sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in SUFFIXES)
-    except OSError as error:
-        raise ValueError(f"class folder {folder} cannot be read: {error.strerror}") from None
-    if not names:
+def _order_classes(root: Path, classes: list[str]) -> list[str]:
+    """Sort names that differ in a number by that number, other names as text."""
+    broken = [name for name in classes if "\n" in name]
+    if broken:
         raise ValueError(
-            f"class folder {folder} holds no image; known endings: {', '.join(sorted(SUFFIXES))}"
+            f"class folder {broken[0]!r} in {root} has a line break in its name; rename it"
         )
+    matches = [re.fullmatch(r"([^0-9]*)([0-9]+)([^0-9]*)", name) for name in classes]
+    numbered = [match for match in matches if match]
+
+    # Numbers among words count as text in some programs and as numbers in others.
+    pure = [name for name in classes if re.fullmatch("[0-9]+", name)]
+    if pure and len(pure) < len(classes):
+        raise ValueError(
+            f"{root} holds class folders named by numbers ({pure[0]}) and by words; the order of "
+            "labels is ambiguous: rename them"
+        )
+    if len({(match[1], match[3]) for match in numbered}) != 1 or len(numbered) < len(classes):
+        return sorted(classes)
+
+    # All differ in their number alone.
+    numbers: dict[int, str] = {}
+    for match in numbered:
+        other = numbers.setdefault(int(match[2]), match[0])
+        if other != match[0]:
+            raise ValueError(
+                f"class folders {show_name(other)} and {show_name(match[0])} in {root} are the "
+                "same number; rename one"
+            )
+    return [numbers[number] for number in sorted(numbers)]
+
+
+def _pictures_in(folder: Path, left_out: Counter[str]) -> list[str]:
+    """Paths of the pictures in a class folder: its own, then those of its subfolders, sorted."""
+    here: Counter[str] = Counter()
+    names = _walk(folder, "", here, (folder.resolve(),))
+    if not names:
+        reasons = f"; left out: {describe_left_out(here)}" if here else ""
+        raise ValueError(
+            f"class folder {show_name(folder)} holds no image; known endings: "
+            f"{', '.join(SUFFIXES)}{reasons}"
+        )
+    left_out.update(here)
+    return [name for _, name in sorted(names)]
+
+
+def _walk(
+    folder: Path, prefix: str, left_out: Counter[str], above: tuple[Path, ...]
+) -> list[tuple[str, str]]:
+    """List the pictures under a folder, each with its subfolder; links to folders count.
+
+    `above` are the folders on the way here, so that a link in a circle ends.
+    """
+    names: list[tuple[str, str]] = []
+    for entry in _entries(folder, "class folder"):
+        if not entry.is_dir():
+            reason = _why_not(entry)
+            if reason:
+                left_out[reason] += 1
+            else:
+                names.append((prefix.removesuffix("/"), f"{prefix}{entry.name}"))
+        elif entry.name.lower() in COMPANION_FOLDERS:
+            left_out["hidden or companion folders"] += 1
+        elif entry.resolve() in above:
+            left_out["links to a folder above them"] += 1
+        else:
+            way = (*above, entry.resolve())
+            names += _walk(entry, f"{prefix}{entry.name}/", left_out, way)
     return names
+
+
+def _entries(folder: Path, kind: str) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise ValueError(f"{kind} {show_name(folder)} cannot be read: {error.strerror}") from None
+
+
+def _why_not(path: Path) -> str | None:
+    """Why a file is not taken; None for a picture."""
+    name = path.name.lower()
+    if name in COMPANION_FILES:
+        return "companion files of an operating system"
+    if not name.endswith(SUFFIXES):
+        ending = show_name(path.suffix.lower())
+        return f"files ending in {ending}" if ending else "files without an ending"
+    if path.exists() and not path.is_file():
+        return "pipes, sockets or devices"
+    if name.startswith("._") and not _is_picture(path):
+        return "companion files of an operating system"
+    return None
+
+
+def _is_picture(path: Path) -> bool:
+    """Tell whether PIL knows the kind of a file."""
+    try:
+        with Image.open(path):
+            return True
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False
 
 
 def read_picture(path: Path, size: int) -> tuple[np.ndarray, str]:
@@ -93,7 +220,8 @@ def read_picture(path: Path, size: int) -> tuple[np.ndarray, str]:
             mode = image.mode
             rgb = image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be decoded: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{show_name(path)} cannot be decoded: {reason}") from None
     return centre_crop(rgb, size), mode
 
 

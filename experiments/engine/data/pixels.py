@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.engine.data.checks import compare_classes, write_classes
 from experiments.engine.data.pictures import Pictures, read_picture
 from experiments.engine.records.files import written_whole
 
@@ -15,16 +16,18 @@ GROUP = 1024  # pictures that are in memory at a time
 
 
 def write_pixels(pictures: Pictures, folder: Path, size: int, workers: int) -> Counter[str]:
-    """Write images.npy, uint8 (M, 3, size, size), and then labels.npy, each whole or not at all.
+    """Write images.npy, uint8 (M, 3, size, size), then classes.txt and labels.npy, each whole.
 
     Returns:
         How many pictures of other modes than RGB were converted, by PIL's name of the mode.
 
     Raises:
-        ValueError: a picture cannot be decoded, or the folder already holds labels.npy.
+        ValueError: a picture cannot be decoded, or the folder already holds labels.npy or
+            another order of the classes.
     """
     if (folder / "labels.npy").exists():
         raise ValueError(f"{folder / 'labels.npy'} exists already; remove it to crop anew")
+    compare_classes(folder, pictures.classes)
 
     def read(name: str) -> tuple[np.ndarray, str]:
         return read_picture(pictures.root / name, size)
@@ -40,6 +43,7 @@ def write_pixels(pictures: Pictures, folder: Path, size: int, workers: int) -> C
                 if mode != "RGB":
                     converted[mode] += 1
 
+    write_classes(folder, pictures.classes)
     with written_whole(folder / "labels.npy") as file:
         np.save(file, np.asarray(pictures.labels, dtype=np.int64), allow_pickle=False)
     return converted

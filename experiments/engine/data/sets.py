@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from experiments.engine.data.checks import (
+    check_cifar10,
+    check_levels,
+    identify_classes,
+    open_array,
+)
 from experiments.engine.data.cifar10 import read_cifar10
 from experiments.engine.data.latents import LatentSet
 from experiments.engine.data.locate import find_cifar10, folder_of, require_data
@@ -93,8 +100,11 @@ def load(data: Data) -> ImageSet | LatentSet:
     folder = folder_of(data)
     if (folder / "manifest.json").is_file():
         return LatentSet(folder, data)
-    images = np.load(folder / "images.npy", mmap_mode="r")
-    return ImageSet(images, np.load(folder / "labels.npy"), data)
+    images = open_array(folder / "images.npy")
+    labels = np.array(open_array(folder / "labels.npy"))
+    array_set = ImageSet(images, labels, data, identify_classes(folder, data.num_classes))
+    check_levels(folder / "images.npy", images)
+    return array_set
 
 
 def _load_digits(data: Data) -> ImageSet:
@@ -113,7 +123,11 @@ def _load_digits(data: Data) -> ImageSet:
 
 
 def load_cifar10(data: Data, split: str) -> ImageSet:
-    """Load CIFAR-10's 'train' or 'test' images; ValueError if they are not on this machine."""
+    """Load CIFAR-10's 'train' or 'test' images, and say so if they are not the published pixels.
+
+    Raises:
+        ValueError: the images are not on this machine, or are not CIFAR-10.
+    """
     paths = find_cifar10(folder_of(data), split)
     if not paths:
         raise ValueError(
@@ -121,7 +135,16 @@ def load_cifar10(data: Data, split: str) -> ImageSet:
             f"{split}.parquet or cifar-10-batches-py"
         )
     images, labels, identity = read_cifar10(paths, split)
-    return ImageSet(images, labels, data, identity)
+    image_set = ImageSet(images, labels, data, identity)
+    copy = check_cifar10(images, labels, split, identity["data_source"])
+    if copy != "published":
+        identity["data_copy"] = copy
+        print(
+            f"warning: CIFAR-10's {split} images are not the published pixels: {copy}; scores "
+            "differ a little from those on the published ones",
+            file=sys.stderr,
+        )
+    return image_set
 
 
 def iterate_batches(

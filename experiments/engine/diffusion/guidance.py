@@ -65,8 +65,12 @@ class Guided:
         self.model = model
         self.scale = scale
         self.null = num_classes
+
+        # A network that is guided everywhere needs no test of the time at each step.
         self.interval = interval
         self.always = guides_every_step(interval, times)
+
+        # By default, a family may guide only its leading channels, as its authors did.
         self.channels_of_family = isinstance(channels, GuidedChannels)
         self.channels: int | None
         if isinstance(channels, GuidedChannels):

@@ -220,6 +220,8 @@ def split_prediction(
             f"{'learned' if learned else 'fixed'} variance needs {needed} output channels "
             f"for {channels} of data, the prediction has {prediction.shape[1]}"
         )
+
+    # Sampling goes on in the precision of x, whatever the network's own is.
     prediction = prediction.to(x.dtype)
     if not learned:
         return prediction, None

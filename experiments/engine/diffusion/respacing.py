@@ -64,6 +64,8 @@ def _sectioned(num_steps: int, counts: Sequence[int]) -> list[int]:
     """
     if not counts or min(counts) < 0 or sum(counts) < 2:
         raise ValueError(f"sections take counts from 0 and two timesteps in all, not {counts}")
+
+    # Each section gives its timesteps in turn, and the next one starts where it ends.
     length, longer = divmod(num_steps, len(counts))
     taken = []
     start = 0
@@ -71,10 +73,13 @@ def _sectioned(num_steps: int, counts: Sequence[int]) -> list[int]:
         size = length + 1 if section < longer else length
         if count > size:
             raise ValueError(f"a section of {size} timesteps does not hold {count}")
+
+        # The stride is added up as a float, and each position is rounded by itself.
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
         position = 0.0
         for _ in range(count):
             taken.append(start + round(position))
             position += stride
+
         start += size
     return sorted(set(taken))

@@ -102,6 +102,8 @@ def describe(plan: Plan, store: Store) -> str:
     """Return one line per stage: whether it is done, or how long it is expected to take."""
     lines: list[str] = []
     seconds, unknown = 0.0, 0
+
+    # A stage without a record adds its expected time to the total.
     for planned in _stages(plan):
         state, cost = "done", ""
         if store.here.latest(planned.stage) is None:
@@ -113,8 +115,10 @@ def describe(plan: Plan, store: Store) -> str:
             else:
                 seconds += expected
                 cost = f"about {duration(expected)}"
+
         name, kind = spec_id(planned.stage), kind_of(planned.stage)
         lines.append(f"{name}  {kind:8}  {planned.label:34}  {state}  {cost}".rstrip())
+
     return "\n".join([*lines, f"total: {_total(seconds, unknown, plan.device)}"])
 
 

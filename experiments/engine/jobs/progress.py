@@ -68,10 +68,13 @@ class ProgressDisplay:
                 state = f"{progress.rate:.1f} images/s"
             else:
                 state = f"loss {progress.loss:.4f}, {progress.rate:.0f} images/s"
+
+            # The first report of a job adds its bar.
             if job.label not in self.tasks:
                 self.tasks[job.label] = self.bars.add_task(
                     job.label, total=progress.total, state=""
                 )
+
             self.bars.update(
                 self.tasks[job.label], completed=progress.step, total=progress.total, state=state
             )

@@ -51,9 +51,12 @@ class ImageNoise:
             raise ValueError(
                 f"seeds must be from 0 to 2^32 - 1, but are from {min(seeds)} to {max(seeds)}"
             )
+
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.shape = shape
         self.device = torch.device(device)
+
+        # The CPU draws the next noise while the GPU still works on this step.
         self._prefetcher: ThreadPoolExecutor | None = None
         if self.device.type == "cuda":
             self._prefetcher = ThreadPoolExecutor(1)

@@ -152,6 +152,8 @@ class Store:
             canonical(spec, full=True),
             error,
         )
+
+        # The name has a random part, since two machines may finish in the same second.
         name = f"{record.id}-{utc}-{uuid.uuid4().hex[:6]}.json"
         write_record(self.here.folder / record.kind / name, record)
         self.here.refresh()
@@ -250,7 +252,6 @@ def provenance() -> dict[str, Any]:
     commit = tree_commit()
     cores = find_cores()
     return {
-        # A copied tree may have no history.
         "commit": commit.hash,
         "dirty": commit.dirty,
         "code": tree_digest(),

@@ -104,6 +104,8 @@ def _git(*command: str) -> str | None:
     Variables such as $GIT_DIR, which a hook sets, would make git speak of another repository.
     """
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+
+    # A tree without git, or without a repository, still leaves a record.
     try:
         done = subprocess.run(
             ["git", *command],

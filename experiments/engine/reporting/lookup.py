@@ -1,65 +1,205 @@
+"""Which records and published numbers stand behind the rows of a table, as cells. No torch."""
+
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
+from dataclasses import replace
+from enum import Enum
 
 from experiments.engine.records.store import Record, RecordFolder, Store
-from experiments.engine.specs.rows import Row
-from experiments.engine.specs.spec import Stage
-from experiments.engine.specs.stages import Protocol, evaluate_stage
+from experiments.engine.reporting.sheet import FAILED, Cell
+from experiments.engine.reporting.statistics import Values
+from experiments.engine.specs.rows import Row, Table
+from experiments.engine.specs.selection import Selection
+from experiments.engine.specs.spec import Stage, Timing
 
-SCORES = {
+REFERENCE_SEEDS = range(10)
+
+# in published tables, a suffix of a number of parameters, and what it is in millions
+UNITS = {"M": 1.0, "B": 1000.0}
+
+
+class Better(Enum):
+    """Which values of a score are the better ones."""
+
+    LOWER = "lower"
+    HIGHER = "higher"
+
+
+# The scores of each feature extractor, the one that rows are ranked by first.
+SCORES: dict[str, dict[str, Better]] = {
     "digits": {
-        "fd_digits": "lower",
-        "is_digits": "higher",
-        "precision_digits": "higher",
-        "recall_digits": "higher",
-        "agreement": "higher",
+        "fd_digits": Better.LOWER,
+        "is_digits": Better.HIGHER,
+        "precision_digits": Better.HIGHER,
+        "recall_digits": Better.HIGHER,
+        "agreement": Better.HIGHER,
     },
     "cifar_classifier": {
-        "fd_cifar_classifier": "lower",
-        "is_cifar_classifier": "higher",
-        "precision_cifar_classifier": "higher",
-        "recall_cifar_classifier": "higher",
-        "agreement": "higher",
+        "fd_cifar_classifier": Better.LOWER,
+        "is_cifar_classifier": Better.HIGHER,
+        "precision_cifar_classifier": Better.HIGHER,
+        "recall_cifar_classifier": Better.HIGHER,
+        "agreement": Better.HIGHER,
     },
     "inception": {
-        "fid": "lower",
-        "fid_corrected": "lower",
-        "is": "higher",
-        "precision": "higher",
-        "recall": "higher",
+        "fid": Better.LOWER,
+        "fid_corrected": Better.LOWER,
+        "is": Better.HIGHER,
+        "precision": Better.HIGHER,
+        "recall": Better.HIGHER,
     },
 }
 
 
-PAPER_SCORES = {"fid": "FID", "is": "IS", "precision": "P", "recall": "R"}
+def ranking_score(features: str) -> str:
+    """The score by which rows are compared under these features."""
+    return next(iter(SCORES[features]))
 
 
-PAPER_CONDITIONS = {"steps": "train_steps", "guided": "cfg"}
+class Lookup:
+    """The records of a selection's rows in one folder."""
+
+    def __init__(self, selection: Selection, folder: RecordFolder) -> None:
+        self.selection = selection
+        self.folder = folder
+
+    def scored(self, row: Row) -> list[Record]:
+        """The evaluations of a row, one per training seed that has one."""
+        records = (self.folder.latest(run.stage) for run in self.selection.runs_of(row))
+        return [record for record in records if record is not None]
+
+    def all_scored(self) -> list[Record]:
+        """The evaluations of all rows."""
+        return [record for row in self.selection.networks for record in self.scored(row)]
+
+    def score_values(self, row: Row) -> list[dict[str, float]]:
+        """The scores of a row, one dictionary per training seed that has a record."""
+        return [record.values for record in self.scored(row)]
+
+    def timing(self, row: Row) -> Record | None:
+        """The timing of a row, done or else failed; None if it was never timed."""
+        stage = self.selection.timing_of(row)
+        if stage is None:
+            return None
+        return self.folder.latest(stage) or self.folder.latest(stage, status="failed")
+
+    def counts(self, row: Row) -> list[Record]:
+        """The counts of every network of the published system; none if one of them is missing."""
+        records = [self.folder.latest(stage) for stage in self.selection.costs_of(row)]
+        if None in records:
+            return []
+        return [record for record in records if record is not None]
+
+    def has_failed_run(self, row: Row) -> bool:
+        """Whether a training or evaluation of the row failed and did not succeed later."""
+        return any(
+            self.failure(stage) for run in self.selection.runs_of(row) for stage in run.stages
+        )
+
+    def failure(self, stage: Stage) -> Record | None:
+        """The failed record of a stage that has no finished one."""
+        if self.folder.latest(stage):
+            return None
+        return self.folder.latest(stage, status="failed")
+
+    def measured_stages(self, row: Row) -> list[Stage]:
+        """The counts and the timing of a row."""
+        timing: Timing | None = self.selection.timing_of(row)
+        return [*self.selection.costs_of(row), *([] if timing is None else [timing])]
 
 
-REFERENCE_SEEDS = range(10)
+class PublishedTable:
+    """The published numbers of a table's rows."""
+
+    def __init__(self, table: Table, store: Store) -> None:
+        self._rows = store.published(table.published, table.key)
+        # a published table has the same columns in every row
+        self.columns = set(next(iter(self._rows.values())))
+
+    def row(self, row: Row) -> dict[str, str]:
+        """The published row by column; empty if the paper has no such row."""
+        return self._rows[row.published] if row.published else {}
+
+    def cell(self, row: Row, column: str) -> Cell:
+        """A published number of a row; a gap if the paper leaves it out."""
+        return published_cell(self.row(row).get(column, ""))
+
+    def label(self, row: Row, column: str) -> Cell:
+        """A published word of a row; a gap if the paper leaves it out."""
+        return Cell(label=self.row(row).get(column, ""))
+
+    def first_with(self, *columns: str) -> str | None:
+        """The first of these columns that the table has."""
+        return next((column for column in columns if column in self.columns), None)
 
 
-def _latest(store: Store, stage: Stage, source: RecordFolder) -> Record | None:
-    return source.latest(stage) or source.latest(stage, status="failed")
+def published_cell(text: str) -> Cell:
+    """A published number with its published digits; one with a unit (675M) as it was printed."""
+    if not text:
+        return Cell()
+    if text[-1] in UNITS:
+        return Cell(float(text[:-1]) * UNITS[text[-1]], label=text)
+    return Cell(float(text), None, len(text.partition(".")[2]))
 
 
-def seed_values(
-    store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], source: RecordFolder
-) -> list[dict[str, float]]:
-    """Scores of a row's training seeds, of those that have a record."""
-    return [record.values for record in _records(store, row, protocol, seeds, source)]
+def score_digits(name: str) -> int:
+    """The decimals that a score is printed with."""
+    return 1 if name.startswith(("fd", "is", "fid")) else 2
 
 
-def _records(
-    store: Store, row: Row, protocol: Protocol, seeds: Sequence[int], source: RecordFolder
-) -> list[Record]:
-    found = (source.latest(evaluate_stage(row, protocol, seed)) for seed in seeds)
-    return [record for record in found if record is not None]
+def count_cell(lookup: Lookup, row: Row, name: str, unit: float) -> Cell:
+    """A count in a unit, summed over the networks of the published system."""
+    if not lookup.selection.costs_of(row):
+        return Cell()
+
+    # all networks must be counted, or the sum would be of a part
+    records = lookup.counts(row)
+    if records:
+        total = sum(record.values[name] for record in records)
+        return Cell(total / unit, records=tuple(records))
+    failed = any(lookup.failure(stage) for stage in lookup.selection.costs_of(row))
+    return FAILED if failed else Cell()
 
 
-def _run(row: Row, protocol: Protocol, seed: int) -> tuple[Stage, ...]:
-    """The trainings of a row and the evaluation that hangs on them."""
-    stage = evaluate_stage(row, protocol, seed)
-    return *stage.trainings, stage
+def timing_cell(record: Record | None, name: str) -> Cell:
+    """A value of a timing with its spread."""
+    if record is None:
+        return Cell()
+    if record.status != "done":
+        return FAILED
+    return Cell(record.values.get(name), record.values.get(f"{name}_spread"), records=(record,))
+
+
+def score_cell(lookup: Lookup, row: Row, name: str) -> Cell:
+    """A score of a row over its training seeds, or that its run failed."""
+    records = tuple(lookup.scored(row))
+    if records:
+        cell = mean_cell(name, [record.values for record in records], score_digits(name))
+        return replace(cell, records=records)
+    return FAILED if lookup.has_failed_run(row) else Cell()
+
+
+def mean_cell(name: str, values: Values, digits: int = 2) -> Cell:
+    """The mean over seeds with its standard error, or one seed's value with its sampling error."""
+    if not values:
+        return Cell()
+    if len(values) == 1:
+        return Cell(values[0][name], values[0].get(f"{name}_se"), digits)
+    numbers = [value[name] for value in values]
+    error = statistics.stdev(numbers) / math.sqrt(len(numbers))
+    return Cell(statistics.fmean(numbers), error, digits)
+
+
+def ratio_cell(numerator: Cell, denominator: Cell) -> Cell:
+    """The ratio of two cells; a gap if one of them is."""
+    if not numerator.value or not denominator.value:
+        return Cell()
+    return Cell(numerator.value / denominator.value)
+
+
+def describe_seeds(seeds: Sequence[int]) -> str:
+    """The training seeds of a table, for a heading."""
+    return f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds"

@@ -1,225 +1,230 @@
-"""Sheets as rich or plain text, Markdown, LaTeX, CSV and HTML."""
+"""Sheets as text for people and terminals, and the choice of a format. No torch."""
 
 from __future__ import annotations
 
-import csv
-import html
 import io
 import itertools
-import re
 import shutil
 import sys
 import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
-from experiments.engine.reporting.sheet import Cell, Sheet, upgraded
+from experiments.engine.reporting.markup import csv_table, html_table, latex_table, markdown_table
+from experiments.engine.reporting.sheet import Column, Kind, Sheet, Tone
 
-FORMATS = ("text", "markdown", "latex", "csv", "html")
-LATEX = {
-    "->": "$\\to$",
-    "±": "$\\pm$",
-    "\\": "\\textbackslash{}",
-    "~": "\\textasciitilde{}",
-    "^": "\\textasciicircum{}",
-} | {sign: f"\\{sign}" for sign in "&%_#${}"}
+NOTE_WIDTH = 120
+# the width in characters below which a prose column is not wrapped
+NARROWEST_PROSE = 24
+GROUP_SEPARATOR = " | "
+COLUMN_SEPARATOR = "  "
+STYLES = {Tone.GOOD: "green", Tone.BAD: "red"}
 
 
-def render(sheets: list[Sheet], form: str) -> str:
-    """All sheets in one of FORMATS; text for a terminal is fitted to its width and coloured."""
-    sheets = [_positional(upgraded(sheet)) for sheet in sheets]
+def render(sheets: Sequence[Sheet], form: str) -> str:
+    """All sheets in one of FORMATS, without columns that are all gaps.
+
+    Text for a terminal is coloured, and split by groups of columns if it is wider than that.
+    """
+    printed = [sheet.without_empty_columns() for sheet in sheets]
     if form == "text" and sys.stdout.isatty():
         width = shutil.get_terminal_size().columns
-        return "\n".join(_coloured(_text(sheet, width)) for sheet in sheets)
-    return "\n".join(
-        {"text": _text, "markdown": _markdown, "latex": _latex, "csv": _csv, "html": _html}[form](
-            sheet
+        return "\n".join(_coloured(_lines(sheet, width)) for sheet in printed)
+    return "\n".join(FORMATS[form](sheet) for sheet in printed)
+
+
+def text_table(sheet: Sheet, width: int | None = None) -> str:
+    """A sheet in aligned columns.
+
+    Args:
+        sheet: the table.
+        width: the characters of a line; None for as many as the table needs.
+    """
+    return "\n".join(line.text.rstrip() for line in _lines(sheet, width))
+
+
+FORMATS: dict[str, Callable[[Sheet], str]] = {
+    "text": text_table,
+    "markdown": markdown_table,
+    "latex": latex_table,
+    "csv": csv_table,
+    "html": html_table,
+}
+
+
+@dataclass
+class Line:
+    """A line of text, and the styles of parts of it."""
+
+    text: str
+    style: str = ""
+    # (start, end, style) of parts
+    parts: list[tuple[int, int, str]] = field(default_factory=list)
+
+
+@dataclass
+class Printed:
+    """A column as it is printed: the column and its texts, of which the first is the title."""
+
+    column: Column
+    texts: list[str]
+    tones: list[Tone]
+    width: int
+
+    def piece(self, at: int, part: str) -> str:
+        """One line of a text, padded."""
+        return part.ljust(self.width) if self.column.kind is Kind.PROSE else part.rjust(self.width)
+
+    def wrapped(self, at: int) -> list[str]:
+        """The lines of a text in the column's width."""
+        text = self.texts[at]
+        if len(text) <= self.width:
+            return [text]
+        return textwrap.wrap(text, self.width) or [""]
+
+
+def _lines(sheet: Sheet, width: int | None) -> list[Line]:
+    """The title, the table in one block of lines or several, and the notes."""
+    columns = [_printed(sheet, column) for column in sheet.columns]
+    _widen(columns)
+    lines = [Line(sheet.title, style="bold")]
+    for block in _blocks(columns, width):
+        lines += [Line(""), *_block_lines(block, len(sheet.rows))]
+
+    # notes are wrapped even if the table is not
+    lines.append(Line(""))
+    for note in sheet.notes:
+        wrapped = textwrap.wrap(
+            note.text, min(width or NOTE_WIDTH, NOTE_WIDTH), subsequent_indent="  "
         )
-        for sheet in sheets
-    )
+        lines += [Line(text) for text in wrapped]
+    return [*lines, Line("")]
 
 
-def _positional(sheet: Sheet) -> Sheet:
-    """TRANSITION, to go: a sheet of the new types as the renderers below read it."""
-    columns = [(column.group, column.title) for column in sheet.columns]
-    rows = [[cell for _, cell in sheet.cells(row)] for row in sheet.rows]
-    return Sheet(sheet.title, columns, rows, [note.text for note in sheet.notes])
+def _printed(sheet: Sheet, column: Column) -> Printed:
+    cells = sheet.values(column.key)
+    texts = [column.title, *(cell.text(column.digits) for cell in cells)]
+    tones = [Tone.PLAIN, *(cell.tone for cell in cells)]
+    return Printed(column, texts, tones, max(len(text) for text in texts))
 
 
-def _text(sheet: Sheet, width: int = 10**6) -> str:
-    """Aligned columns; groups that do not fit the width go into further blocks, each headed by the rows' names."""
-    texts = [
-        [name for _, name in sheet.columns],
-        *([cell.text() for cell in row] for row in sheet.rows),
+def _widen(columns: Sequence[Printed]) -> None:
+    """Let the columns of a group share the room that its heading needs."""
+    for group in _groups(columns):
+        lack = max(0, len(group[0].column.group) - _group_width(group))
+        share, rest = divmod(lack, len(group))
+        for printed in group:
+            printed.width += share
+        group[-1].width += rest
+
+
+def _blocks(columns: list[Printed], width: int | None) -> list[list[Printed]]:
+    """The columns in blocks that fit the width, each opened by the column that names the rows.
+
+    A block ends between two groups of columns, or within a group that fits no block.
+    """
+    if width is None:
+        return [columns]
+    first = columns[0]
+    blocks = [[first]]
+    for group in _groups(columns[1:]):
+        if len(blocks[-1]) > 1 and _width([*blocks[-1], *group]) > width:
+            blocks.append([first])
+        for column in group:
+            if len(blocks[-1]) > 1 and _width([*blocks[-1], column]) > width:
+                blocks.append([first])
+            blocks[-1].append(column)
+
+    # a prose column that is too wide by itself is wrapped in what room there is
+    return [_narrowed(block, width) for block in blocks]
+
+
+def _narrowed(block: list[Printed], width: int) -> list[Printed]:
+    excess = _width(block) - width
+    if excess <= 0:
+        return block
+    widest = max(block, key=lambda column: column.width)
+    if widest.column.kind is not Kind.PROSE:
+        return block
+    narrow = max(widest.width - excess, NARROWEST_PROSE)
+    return [
+        Printed(column.column, column.texts, column.tones, narrow) if column is widest else column
+        for column in block
     ]
-    widths = [max(len(row[i]) for row in texts) for i in range(len(sheet.columns))]
-    groups, start = [], 0
-    for group, length in _groups(sheet):  # a group's columns share the room that its heading needs
-        lack = max(0, len(group) - sum(widths[start : start + length]) - 2 * (length - 1))
-        for i in range(length):
-            widths[start + i] += lack // length + (i < lack % length)
-        groups.append(
-            (
-                group,
-                range(start, start + length),
-                sum(widths[start : start + length]) + 2 * (length - 1),
-            )
+
+
+def _groups(columns: Sequence[Printed]) -> list[list[Printed]]:
+    """Runs of neighbouring columns of one group."""
+    runs = itertools.groupby(columns, key=lambda printed: printed.column.group)
+    return [list(run) for _, run in runs]
+
+
+def _width(columns: Sequence[Printed]) -> int:
+    groups = _groups(columns)
+    return sum(_group_width(group) for group in groups) + len(GROUP_SEPARATOR) * (len(groups) - 1)
+
+
+def _group_width(group: Sequence[Printed]) -> int:
+    """The characters of the columns of a group."""
+    return sum(printed.width for printed in group) + len(COLUMN_SEPARATOR) * (len(group) - 1)
+
+
+def _block_lines(block: list[Printed], num_rows: int) -> list[Line]:
+    """Headings, a rule and the rows of one block."""
+    # a group that was split has its heading in both blocks
+    _widen(block)
+    groups = _groups(block)
+    lines = []
+    if any(printed.column.group for printed in block):
+        heading = GROUP_SEPARATOR.join(
+            group[0].column.group.center(_group_width(group)) for group in groups
         )
-        start += length
-    blocks, used = [[groups[0]]], groups[0][2]
-    for group in groups[1:]:
-        if used + 3 + group[2] > width and len(blocks[-1]) > 1:
-            blocks.append([groups[0]])
-            used = groups[0][2]
-        blocks[-1].append(group)
-        used += 3 + group[2]
-    lines = [sheet.title]
-    for block in blocks:
-        body = [
-            " | ".join(
-                "  ".join(_padded(row[i], widths[i], i) for i in columns) for _, columns, _ in block
-            ).rstrip()
-            for row in texts
-        ]
-        heading = " | ".join(group.center(size) for group, _, size in block).rstrip()
-        lines += ["", heading, body[0], "-" * max(map(len, body)), *body[1:]]
-    notes = [textwrap.fill(note, min(width, 140), subsequent_indent="  ") for note in sheet.notes]
-    return "\n".join([*lines, "", *notes, ""])
+        lines.append(Line(heading))
+
+    # a row has as many lines as its longest wrapped cell
+    body = [line for at in range(num_rows + 1) for line in _row_lines(groups, at)]
+    head = len(_row_lines(groups, 0))
+    rule = Line("-" * max(len(line.text.rstrip()) for line in [*lines, *body]))
+    return [*lines, *body[:head], rule, *body[head:]]
 
 
-def _padded(text: str, width: int, column: int) -> str:
-    return text.rjust(width) if column else text.ljust(width)
+def _row_lines(groups: list[list[Printed]], at: int) -> list[Line]:
+    height = max(len(printed.wrapped(at)) for group in groups for printed in group)
+    lines = []
+    for number in range(height):
+        line = Line("")
+        for group in groups:
+            if group is not groups[0]:
+                line.text += GROUP_SEPARATOR
+            for printed in group:
+                if printed is not group[0]:
+                    line.text += COLUMN_SEPARATOR
+                _append(line, printed, at, number)
+        lines.append(line)
+    return lines
 
 
-def _coloured(text: str) -> str:
+def _append(line: Line, printed: Printed, at: int, number: int) -> None:
+    """Append one line of a cell, with its style."""
+    wrapped = printed.wrapped(at)
+    text = printed.piece(at, wrapped[number] if number < len(wrapped) else "")
+    style = STYLES.get(printed.tones[at])
+    if style:
+        line.parts.append((len(line.text), len(line.text) + len(text), style))
+    line.text += text
+
+
+def _coloured(lines: Sequence[Line]) -> str:
+    """Lines with the escape sequences of a terminal."""
     from rich.console import Console
     from rich.text import Text
 
-    title, _, rest = text.partition("\n")
-    styled = Text.assemble((title, "bold"), "\n", rest)
-    styled.highlight_words(["failed"], "red")
-    styled.highlight_words([" yes"], "green")
     buffer = io.StringIO()
-    Console(file=buffer, force_terminal=True, width=10**4, soft_wrap=True).print(styled, end="")
+    console = Console(file=buffer, force_terminal=True, width=10**4, soft_wrap=True)
+    for number, line in enumerate(lines):
+        text = Text(line.text, style=line.style)
+        for start, end, style in line.parts:
+            text.stylize(style, start, end)
+        text.rstrip()
+        console.print(text, end="" if number == len(lines) - 1 else "\n")
     return buffer.getvalue()
-
-
-def _groups(sheet: Sheet) -> list[tuple[str, int]]:
-    """Runs of neighbouring columns of one group, with their lengths."""
-    return [
-        (group, len(list(run)))
-        for group, run in itertools.groupby(group for group, _ in sheet.columns)
-    ]
-
-
-def _markdown(sheet: Sheet) -> str:
-    names = [f"{group}: {name}" if group else name for group, name in sheet.columns]
-    lines = [
-        f"**{sheet.title}**",
-        "",
-        "| " + " | ".join(names) + " |",
-        "|---|" + "---:|" * (len(names) - 1),
-    ]
-    lines += [
-        "| " + " | ".join(f"**{cell.text()}**" if cell.best else cell.text() for cell in row) + " |"
-        for row in sheet.rows
-    ]
-    return "\n".join([*lines, "", *(f"- {note}" for note in sheet.notes), ""])
-
-
-def _latex(sheet: Sheet) -> str:
-    def escape(text: str) -> str:
-        return re.sub("|".join(map(re.escape, LATEX)), lambda found: LATEX[found[0]], text)
-
-    groups = " & ".join(
-        f"\\multicolumn{{{length}}}{{c}}{{{escape(group)}}}" for group, length in _groups(sheet)
-    )
-    lines = [
-        "% " + sheet.title,
-        "\\begin{tabular}{l" + "r" * (len(sheet.columns) - 1) + "}",
-        "\\toprule",
-        groups + " \\\\",
-    ]
-    lines += [" & ".join(escape(name) for _, name in sheet.columns) + " \\\\", "\\midrule"]
-    lines += [
-        " & ".join(
-            f"\\textbf{{{escape(cell.text())}}}" if cell.best else escape(cell.text())
-            for cell in row
-        )
-        + " \\\\"
-        for row in sheet.rows
-    ]
-    return "\n".join(
-        [
-            *lines,
-            "\\bottomrule",
-            "\\end{tabular}",
-            *(f"\\par{{\\footnotesize {escape(note)}\\par}}" for note in sheet.notes),
-            "",
-        ]
-    )
-
-
-def _csv(sheet: Sheet) -> str:
-    """Full precision; a column with errors is followed by one that holds them. The last column holds the notes, all in the first row."""
-    with_error = [
-        any(row[i].error is not None for row in sheet.rows) for i in range(len(sheet.columns))
-    ]
-    names = [f"{group}: {name}" if group else name for group, name in sheet.columns]
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(
-        [
-            *(
-                part
-                for name, error in zip(names, with_error, strict=True)
-                for part in ([name, f"{name} error"] if error else [name])
-            ),
-            "notes",
-        ]
-    )
-    for i, row in enumerate(sheet.rows or [[Cell()] * len(names)] * bool(sheet.notes)):
-        writer.writerow(
-            [
-                *(
-                    part
-                    for cell, error in zip(row, with_error, strict=True)
-                    for part in _raw(cell, error)
-                ),
-                "" if i else "\n".join(sheet.notes),
-            ]
-        )
-    return buffer.getvalue()
-
-
-def _raw(cell: Cell, error: bool) -> list[str]:
-    value = cell.label or ("" if cell.value is None else repr(cell.value))
-    return [value, "" if cell.error is None else repr(cell.error)] if error else [value]
-
-
-def _html(sheet: Sheet) -> str:
-    """A table with two heading rows. A cell carries its value in full precision to sort by and the names of its records."""
-    groups = "".join(
-        f'<th colspan="{length}">{html.escape(group)}</th>' for group, length in _groups(sheet)
-    )
-    names = "".join(f"<th>{html.escape(name)}</th>" for _, name in sheet.columns)
-    lines = [
-        "<figure>",
-        f"<figcaption>{html.escape(sheet.title)}</figcaption>",
-        "<table>",
-        f"<thead><tr>{groups}</tr><tr>{names}</tr></thead>",
-        "<tbody>",
-    ]
-    lines += ["<tr>" + "".join(map(_html_cell, row)) + "</tr>" for row in sheet.rows]
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in sheet.notes)
-    return "\n".join([*lines, "</tbody>", "</table>", f"<ul>{notes}</ul>", "</figure>", ""])
-
-
-def _html_cell(cell: Cell) -> str:
-    attributes = (
-        ""
-        if cell.label and cell.value is None
-        else f' data-order="{"" if cell.value is None else repr(cell.value)}"'
-    )
-    if cell.records:
-        attributes += f' data-records="{" ".join(record.name for record in cell.records)}"'
-    text = html.escape(cell.text())
-    return f"<td{attributes}>{f'<b>{text}</b>' if cell.best else text}</td>"

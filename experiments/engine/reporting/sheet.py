@@ -26,6 +26,14 @@ class Kind(Enum):
     PROSE = "prose"  # to the left
 
 
+class Tone(Enum):
+    """How a terminal colours a cell."""
+
+    PLAIN = "plain"
+    GOOD = "good"
+    BAD = "bad"
+
+
 @dataclass(frozen=True)
 class Column:
     """One column of a sheet."""
@@ -49,7 +57,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """A value with an optional error, or a label such as 'failed'. A cell without either is a gap."""
+    """A value with an optional error, or a label such as 'failed'; without either, a gap."""
 
     value: float | None = None
     error: float | None = None
@@ -61,6 +69,7 @@ class Cell:
     records: tuple[Record, ...] = ()
     # whether the row is better than every other one, beyond the noise
     best: bool = False
+    tone: Tone = Tone.PLAIN
 
     @property
     def is_gap(self) -> bool:
@@ -80,6 +89,10 @@ class Cell:
         if self.error is None or math.isnan(self.error):
             return number
         return f"{number} ±{self.error:.{digits}f}"
+
+
+GAP = Cell()
+FAILED = Cell(label="failed", tone=Tone.BAD)
 
 
 class NoteKind(Enum):
@@ -120,7 +133,7 @@ class Note:
     records: tuple[Record, ...] = ()
 
 
-Row = dict[str, Cell]
+SheetRow = dict[str, Cell]
 
 
 @dataclass
@@ -129,7 +142,7 @@ class Sheet:
 
     title: str
     columns: list[Column]
-    rows: list[Row] = field(default_factory=list)
+    rows: list[SheetRow] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
 
     def column(self, key: str) -> Column:
@@ -140,14 +153,14 @@ class Sheet:
         """Whether there is a column of this key."""
         return any(column.key == key for column in self.columns)
 
-    def add_row(self, cells: Row) -> None:
+    def add_row(self, cells: SheetRow) -> None:
         """Append a row; every key must be a column's."""
         for key in cells:
             self._position(key)
         self.rows.append(cells)
 
     def add_column(self, column: Column, cells: Sequence[Cell], after: str | None = None) -> None:
-        """Add a column with one cell per row, at the end or behind the column of the key `after`."""
+        """Add a column with one cell per row, at the end or behind the column `after`."""
         assert not self.has(column.key), f"two columns of the key {column.key!r}"
         at = len(self.columns) if after is None else self._position(after) + 1
         self.columns.insert(at, column)
@@ -162,7 +175,7 @@ class Sheet:
         """Append notes of one kind."""
         self.notes += [Note(kind, text) for text in texts]
 
-    def cells(self, row: Row) -> Iterator[tuple[Column, Cell]]:
+    def cells(self, row: SheetRow) -> Iterator[tuple[Column, Cell]]:
         """The cells of a row in the order of the columns, gaps included."""
         return ((column, row.get(column.key, GAP)) for column in self.columns)
 
@@ -205,25 +218,3 @@ class Sheet:
                 return at
         known = ", ".join(repr(column.key) for column in self.columns)
         raise KeyError(f"no column {key!r} in {self.title!r}; known: {known}")
-
-
-GAP = Cell()
-
-
-def upgraded(sheet: Sheet) -> Sheet:
-    """TRANSITION, to go: a sheet of (group, name) columns, lists of cells and plain notes as one of the new types."""
-    if all(isinstance(column, Column) for column in sheet.columns):
-        columns = list(sheet.columns)
-    else:
-        columns = [
-            Column(f"{at}", name, group, kind=Kind.NUMBER if at else Kind.PROSE)
-            for at, (group, name) in enumerate(sheet.columns)
-        ]
-    keys = [column.key for column in columns]
-    rows = [
-        row if isinstance(row, dict) else dict(zip(keys, row, strict=True)) for row in sheet.rows
-    ]
-    notes = [
-        note if isinstance(note, Note) else Note(NoteKind.GENERAL, note) for note in sheet.notes
-    ]
-    return Sheet(sheet.title, columns, rows, notes)

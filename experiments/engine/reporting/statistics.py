@@ -4,77 +4,73 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-LOG_SCALED = {
-    "fd_digits",
-    "fd_cifar_classifier",
-    "fid",
-}  # their spread over seeds grows with their value
+# Scores of one row, a dictionary per training seed.
+Values = Sequence[dict[str, float]]
+
+# The spread of these scores over seeds grows with their value.
+LOG_SCALED = {"fd_digits", "fd_cifar_classifier", "fid"}
+
+# The share of cases in which noise alone may look like a difference.
 LEVEL = 0.05
-OUTLIERS = 0.5  # sampling error of a Fréchet distance over its value, from which a few images make most of it
 
 
-def scaled(name: str, values: list[dict[str, float]]) -> list[float]:
-    return [
-        math.log(max(value[name], 1e-9)) if name in LOG_SCALED else value[name] for value in values
-    ]
+@dataclass(frozen=True)
+class Spread:
+    """Standard deviation over training seeds, pooled over rows."""
+
+    # of the value, or of its logarithm for the scores in LOG_SCALED
+    deviation: float
+    # degrees of freedom: the number of repeated runs
+    freedom: int
 
 
-def pooled(name: str, rows: Sequence[list[dict[str, float]]]) -> tuple[float, int] | None:
-    """Standard deviation over training seeds, pooled over rows, and its degrees of freedom; None without repeats."""
-    groups = [scaled(name, values) for values in rows if len(values) > 1]
+def scale_scores(name: str, values: Values) -> list[float]:
+    """A score of every seed on the scale on which its spread does not depend on its value."""
+    if name in LOG_SCALED:
+        return [math.log(max(value[name], 1e-9)) for value in values]
+    return [value[name] for value in values]
+
+
+def mean_score(name: str, values: Values) -> float:
+    """The mean of `scale_scores` over the seeds."""
+    return statistics.fmean(scale_scores(name, values))
+
+
+def pool_spread(name: str, rows: Sequence[Values]) -> Spread | None:
+    """The spread of a score, pooled over rows; None if no row has a second seed."""
+    groups = [scale_scores(name, values) for values in rows if len(values) > 1]
     freedom = sum(len(group) - 1 for group in groups)
     if not freedom:
         return None
-    return math.sqrt(
-        sum(statistics.variance(group) * (len(group) - 1) for group in groups) / freedom
-    ), freedom
+
+    # every row's squared deviations from its own mean, over all degrees of freedom
+    squares = sum(statistics.variance(group) * (len(group) - 1) for group in groups)
+    return Spread(math.sqrt(squares / freedom), freedom)
 
 
-def reach(spread: tuple[float, int], num_a: int, num_b: int, comparisons: int) -> float:
-    """Largest difference of two means that noise explains at LEVEL over all comparisons (Student, two-sided)."""
+def noise_bound(spread: Spread, num_a: int, num_b: int, comparisons: int) -> float:
+    """The largest difference of two means over seeds that noise explains.
+
+    Two-sided by Student's distribution, at LEVEL for all comparisons together (Bonferroni).
+
+    Args:
+        spread: the spread over seeds.
+        num_a: the number of seeds of one mean.
+        num_b: the number of seeds of the other mean.
+        comparisons: the number of differences that are looked at.
+    """
     from scipy.special import stdtrit
 
-    deviation, freedom = spread
-    return (
-        float(stdtrit(freedom, 1 - LEVEL / 2 / max(comparisons, 1)))
-        * deviation
-        * math.sqrt(1 / num_a + 1 / num_b)
-    )
+    quantile = float(stdtrit(spread.freedom, 1 - LEVEL / 2 / max(comparisons, 1)))
+    return quantile * spread.deviation * math.sqrt(1 / num_a + 1 / num_b)
 
 
-def agree(
-    name: str,
-    a: list[dict[str, float]],
-    b: list[dict[str, float]],
-    spread: tuple[float, int] | None,
-    comparisons: int,
-) -> bool:
+def agree(name: str, a: Values, b: Values, spread: Spread | None, comparisons: int) -> bool:
+    """Whether noise explains the difference of two rows' means; true if the spread is unknown."""
     if spread is None:
         return True
-    difference = abs(statistics.fmean(scaled(name, a)) - statistics.fmean(scaled(name, b)))
-    return difference <= reach(spread, len(a), len(b), comparisons)
-
-
-def made_by_few(name: str, rows: Mapping[str, list[dict[str, float]]]) -> list[str]:
-    """A sentence on the rows of which a few images make a Fréchet distance: its error is then as large as what they add."""
-    shares = {
-        label: max(
-            (
-                value[f"{name}_se"] / value[name]
-                for value in values
-                if value.get(f"{name}_se") and value[name] > 0
-            ),
-            default=0.0,
-        )
-        for label, values in rows.items()
-    }
-    few = [
-        f"{label}, sampling error {share:.0%} of {name}"
-        for label, share in shares.items()
-        if share > OUTLIERS
-    ]
-    return [
-        f"{'; '.join(few)}: a few images far from all others make most of this distance, as where sampling diverged; the other scores do not grow with it."
-    ] * bool(few)
+    difference = abs(mean_score(name, a) - mean_score(name, b))
+    return difference <= noise_bound(spread, len(a), len(b), comparisons)

@@ -1,305 +1,230 @@
-"""From declared rows and records to a sheet of cells: paper, reference and this machine side by side. No torch."""
+"""From a selection and its records to sheets: ours beside the paper's numbers. No torch."""
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from experiments.engine.records.comparison import clashes, machines, not_recorded
 from experiments.engine.records.manifest import score_name
-from experiments.engine.records.store import Record, RecordFolder, Store
+from experiments.engine.records.store import RecordFolder, Store
+from experiments.engine.reporting.comparison import comparison_sheet
 from experiments.engine.reporting.lookup import (
-    PAPER_CONDITIONS,
-    PAPER_SCORES,
-    REFERENCE_SEEDS,
     SCORES,
-    _latest,
-    _records,
-    _run,
-    seed_values,
+    Lookup,
+    PublishedTable,
+    count_cell,
+    describe_seeds,
+    ratio_cell,
+    score_cell,
+    timing_cell,
 )
-from experiments.engine.reporting.notes import _notes
-from experiments.engine.reporting.sheet import Cell, Sheet
-from experiments.engine.reporting.statistics import LEVEL, agree, pooled
-from experiments.engine.specs.rows import Row, Table
-from experiments.engine.specs.stages import (
-    Protocol,
-    cost_stages,
-    timed_rows,
-    timing_stage,
+from experiments.engine.reporting.notes import (
+    count_notes,
+    record_notes,
+    row_notes,
+    score_notes,
+    speed_notes,
 )
+from experiments.engine.reporting.sheet import Cell, Column, Kind, Sheet, Topic
+from experiments.engine.specs.rows import Row
+from experiments.engine.specs.selection import Selection
+from experiments.engine.specs.spec import spec_id
+from experiments.engine.specs.stages import Protocol
+
+# the paper's scores, and their titles
+PAPER_SCORES = {"fid": "FID", "is": "IS", "precision": "P", "recall": "R"}
+
+# what the paper's scores were measured at: the titles, and the columns of the published tables
+PAPER_STEPS = ("steps", "train_steps")
+PAPER_GUIDED = ("guided", "cfg")
 
 
-def main_sheet(
-    table: Table,
-    rows: Sequence[Row],
-    protocol: Protocol,
-    seeds: Sequence[int],
-    device: str,
-    store: Store,
-    source: RecordFolder | None = None,
-) -> Sheet:
-    """Counts, throughput and scores of this machine (or of the reference) beside the paper's."""
-    source = source or store.here
-    scores = [] if table.counts_only else list(SCORES[protocol.features])
-    published = store.published(table.published, table.key)
-    given = next(iter(published.values())).keys()  # a published table has the columns that it has
-    params = next((name for name in ("params_m", "params") if name in given), None)
-    machine = "this machine" if source is store.here else "reference"
-    columns = [("", "row")] + [("", name) for name in ("type",) if name in given]
-    columns += [("params, M", "paper")] * (params is not None) + [
-        ("params, M", "ours"),
-        ("Gflops", "paper"),
-        ("Gflops", "ours"),
-        ("Gflops", "core"),
-    ]
+@dataclass(frozen=True)
+class Filled:
+    """A column, and what fills it."""
+
+    column: Column
+    cell: Callable[[Row], Cell]
+
+
+def report_sheets(selection: Selection, store: Store) -> list[Sheet]:
+    """What a command prints of its own records: the table, and what a small protocol adds."""
+    sheets = [main_sheet(selection, store, store.here)]
+    if shares_runs(selection):
+        sheets.append(family_sheet(selection, store, store.here))
+    if selection.protocol.small and not selection.table.counts_only:
+        sheets.append(comparison_sheet(selection, store))
+    return sheets
+
+
+def shares_runs(selection: Selection) -> bool:
+    """Whether a small protocol trains one network for several of the rows."""
+    runs = selection.with_seeds([0]).runs
+    return selection.protocol.small and len({spec_id(run.stage) for run in runs}) < len(runs)
+
+
+def main_sheet(selection: Selection, store: Store, folder: RecordFolder) -> Sheet:
+    """Counts, throughput and scores from a folder of records beside the paper's.
+
+    Scores of a network that stands for several rows are left to `family_sheet`.
+    """
+    table, lookup = selection.table, Lookup(selection, folder)
+    paper = PublishedTable(table, store)
+    machine = "this machine" if folder is store.here else "reference"
+    scored = not table.counts_only and not shares_runs(selection)
+
+    # columns, each with what fills it
+    filled = _name_columns(paper) + _count_columns(lookup, paper)
+    if table.timed and not table.counts_only:
+        filled += _speed_columns(lookup, paper, machine)
+    if scored:
+        filled += _score_columns(lookup, machine)
     if not table.counts_only:
-        columns += [
-            (f"throughput, {machine}", "img/s"),
-            (f"throughput, {machine}", "rel."),
-            ("paper, A100", "img/s"),
-            ("paper, A100", "rel."),
-        ] * table.timed
-        columns += [
-            (f"{protocol.name} ({machine}, {_seed_words(seeds)})", _score_header(name, protocol))
-            for name in scores
-        ]
-        columns += [
-            (f"paper: {table.conditions}", name)
-            for name in ("steps", "guided")
-            if PAPER_CONDITIONS[name] in given
-        ]
-        columns += [(f"paper: {table.conditions}", name) for name in PAPER_SCORES.values()]
-    sheet = Sheet(f"Table {table.number}: {table.title} ({table.source})", columns)
-    first = published[table.baseline.published] if table.baseline.published else {}
-    for row in rows:
-        paper = published[row.published] if row.published else {}
-        cells = [Cell(label=row.label)] + [
-            Cell(label=paper.get("type", "")) for name in ("type",) if name in given
-        ]
-        cells += [_paper(paper, params)] * (params is not None) + [
-            _count(store, row, source, "params_trainable", 1e6, 1)
-        ]
-        cells += [
-            _paper(paper, "gflops"),
-            _count(store, row, source, "macs_torchprofile", 1e9, 2),
-            _count(store, row, source, "macs_core", 1e9, 2),
-        ]
-        if not table.counts_only:
-            if table.timed:
-                timed = (
-                    _latest(store, timing_stage(row, table.baseline, device), source)
-                    if timed_rows(table, [row], device, named=True)
-                    else None
-                )
-                cells += [
-                    _of(timed, "images_per_s", 1),
-                    _of(timed, "relative", 2),
-                    _paper(paper, "throughput_img_s"),
-                    _relative(paper, first),
-                ]
-            cells += [_score(store, row, protocol, seeds, name, source) for name in scores]
-            cells += [
-                Cell(label=paper.get(name) or "-")
-                for name in PAPER_CONDITIONS.values()
-                if name in given
-            ]
-            cells += [_paper(paper, key) for key in PAPER_SCORES]
-        sheet.rows.append(cells)
-    sheet.notes += _notes(table, rows, protocol, seeds, device, store, source)
-    return sheet
+        filled += _paper_score_columns(paper, f"paper: {table.conditions}")
 
-
-def comparison_sheet(
-    table: Table,
-    rows: Sequence[Row],
-    protocol: Protocol,
-    seeds: Sequence[int],
-    device: str,
-    store: Store,
-) -> Sheet:
-    """This machine's scores beside the committed reference's, and whether they agree within their error, where one protocol measured both."""
-    scores = [
-        name for name in SCORES[protocol.features] if name != "fid_corrected"
-    ]  # follows from fid
-    columns = [("", "row"), ("throughput, rel.", "reference"), ("throughput, rel.", "here")]
-    columns += [
-        (score_name(name, protocol.num) if protocol.features == "inception" else name, side)
-        for name in scores
-        for side in ("reference", "here")
-    ] + [("", "reproduced")]
+    # rows, then notes
     sheet = Sheet(
-        f"Table {table.number} on {protocol.name}: this machine against the reference", columns
+        f"Table {table.number}: {table.title} ({table.source})", [each.column for each in filled]
     )
-    reference = {
-        row.label: seed_values(store, row, protocol, REFERENCE_SEEDS, store.reference)
-        for row in rows
-    }
-    here = {row.label: seed_values(store, row, protocol, seeds, store.here) for row in rows}
-    spread = {name: pooled(name, [records for records in reference.values()]) for name in scores}
-    differ = {
-        row.label: clashes(
-            _records(store, row, protocol, seeds, store.here),
-            _records(store, row, protocol, REFERENCE_SEEDS, store.reference),
-        )
-        for row in rows
-    }
-    other = {
-        label: [field for field in found if not field.startswith(machines(protocol.features))]
-        for label, found in differ.items()
-    }
-    compared = {label for label in other if reference[label] and here[label] and not other[label]}
-    comparisons = len(compared) * len(scores)
-    for row in rows:
-        cells = [Cell(label=row.label)]
-        timed = timed_rows(table, [row], device, named=True)
-        cells += [
-            _of(_latest(store, timing_stage(row, table.baseline, device), source), "relative", 2)
-            if timed
-            else Cell()
-            for source in (store.reference, store.here)
-        ]
-        known, off = row.label in compared, []
-        for name in scores:
-            cells += [
-                mean_cell(name, side[row.label], 1 if name.startswith(("fd", "is")) else 2)
-                for side in (reference, here)
-            ]
-            if known and not agree(
-                name, reference[row.label], here[row.label], spread[name], comparisons
-            ):
-                off.append(name)
-        verdict = (
-            "other protocol"
-            if other[row.label]
-            else "-"
-            if not known
-            else "spread unknown"
-            if None in spread.values()
-            else "no: " + ", ".join(off)
-            if off
-            else "yes"
-        )
-        sheet.rows.append([*cells, Cell(label=verdict)])
-    sheet.notes.append(
-        "reproduced: every score lies within the reference's spread over training seeds, pooled over the rows "
-        f"(two-sided {1 - LEVEL:.0%} for all {comparisons} comparisons together, Bonferroni; fd on a log scale)"
-    )
-    for words, found in (
-        ("other protocol: no verdict, for the reference was measured", other),
-        (
-            "compared all the same: another machine measures",
-            {label: differ[label] for label in compared},
-        ),
-    ):
-        if fields := sorted({field for fields in found.values() for field in fields}):
-            sheet.notes.append(
-                f"{words} with another {', '.join(fields)} (experiments/diff_protocol.py says what that does)"
-            )
-    sheet.notes += not_recorded(
-        [
-            record
-            for row in rows
-            for source, given in ((store.here, seeds), (store.reference, REFERENCE_SEEDS))
-            for record in _records(store, row, protocol, given, source)
-        ]
-    )
+    for row in selection.rows:
+        sheet.add_row({each.column.key: each.cell(row) for each in filled})
+    sheet.notes += count_notes(selection)
+    if not table.counts_only:
+        sheet.notes += speed_notes(lookup) + row_notes(selection)
+        sheet.notes += score_notes(lookup, store) if scored else []
+        sheet.notes += record_notes(lookup, with_measurements=True, with_scores=scored)
     return sheet
 
 
-def _score_header(name: str, protocol: Protocol) -> str:
-    """Scores on a classifier's features say so where they could be taken for Inception's; the others carry their N."""
+def family_sheet(selection: Selection, store: Store, folder: RecordFolder) -> Sheet:
+    """The scores of a small protocol, one row per network that it trains."""
+    rows_of: dict[str, list[Row]] = {}
+    for run in selection.with_seeds([0]).runs:
+        rows_of.setdefault(spec_id(run.stage), []).append(run.row)
+    networks = selection.with_rows([rows[0] for rows in rows_of.values()])
+    labels = {rows[0].label: [row.label for row in rows] for rows in rows_of.values()}
+    names = {row.label: networks.runs_of(row)[0].stage.train.backbone.name for row in networks.rows}
+
+    # the network that is trained, the rows that it stands for, and its scores
+    lookup = Lookup(networks, folder)
+    machine = "this machine" if folder is store.here else "reference"
+    filled = [
+        Filled(Column("row", "family", kind=Kind.PROSE), lambda row: Cell(label=row.label)),
+        Filled(
+            Column("network", "shrunk network", kind=Kind.PROSE),
+            lambda row: Cell(label=names[row.label]),
+        ),
+        *_score_columns(lookup, machine),
+        Filled(
+            Column("stands_for", "stands for", kind=Kind.PROSE),
+            lambda row: Cell(label=", ".join(labels[row.label])),
+        ),
+    ]
+    title = f"Table {selection.table.number}: the families on {selection.protocol.name}"
+    sheet = Sheet(title, [each.column for each in filled])
+    for row in networks.rows:
+        sheet.add_row({each.column.key: each.cell(row) for each in filled})
+    sheet.notes += score_notes(lookup, store)
+    sheet.notes += record_notes(lookup, with_measurements=False, with_scores=True)
+    return sheet
+
+
+def _name_columns(paper: PublishedTable) -> list[Filled]:
+    filled = [Filled(Column("row", "row", kind=Kind.PROSE), lambda row: Cell(label=row.label))]
+    if "type" in paper.columns:
+        column = Column("type", "type", kind=Kind.PROSE)
+        filled.append(Filled(column, lambda row: paper.label(row, "type")))
+    return filled
+
+
+def _count_columns(lookup: Lookup, paper: PublishedTable) -> list[Filled]:
+    """Parameters and Gflops: the paper's, ours by its counter, and ours by one rule for all."""
+    filled = []
+    params = paper.first_with("params_m", "params")
+    if params:
+        column = Column("params_paper", "paper", "params, M", topic=Topic.COUNTS)
+        filled.append(Filled(column, lambda row: paper.cell(row, params)))
+
+    # Ours stand beside the paper's, and the counter's Gflops beside those of the common rule.
+    return [
+        *filled,
+        Filled(
+            Column("params", "ours", "params, M", digits=1, topic=Topic.COUNTS),
+            lambda row: count_cell(lookup, row, "params_trainable", 1e6),
+        ),
+        Filled(
+            Column("gflops_paper", "paper", "Gflops", topic=Topic.COUNTS),
+            lambda row: paper.cell(row, "gflops"),
+        ),
+        Filled(
+            Column("gflops", "ours", "Gflops", topic=Topic.COUNTS),
+            lambda row: count_cell(lookup, row, "macs_torchprofile", 1e9),
+        ),
+        Filled(
+            Column("gflops_core", "core", "Gflops", topic=Topic.COUNTS),
+            lambda row: count_cell(lookup, row, "macs_core", 1e9),
+        ),
+    ]
+
+
+def _speed_columns(lookup: Lookup, paper: PublishedTable, machine: str) -> list[Filled]:
+    """Images per second and their ratio to the baseline's: ours, and the paper's on an A100."""
+    ours, theirs = f"throughput, {machine}", "paper, A100"
+    base = paper.cell(lookup.selection.table.baseline, "throughput_img_s")
+    return [
+        Filled(
+            Column("img_s", "img/s", ours, digits=1, topic=Topic.SPEED),
+            lambda row: timing_cell(lookup.timing(row), "images_per_s"),
+        ),
+        Filled(
+            Column("relative", "rel.", ours, topic=Topic.SPEED),
+            lambda row: timing_cell(lookup.timing(row), "relative"),
+        ),
+        Filled(
+            Column("paper_img_s", "img/s", theirs, topic=Topic.SPEED),
+            lambda row: paper.cell(row, "throughput_img_s"),
+        ),
+        Filled(
+            Column("paper_relative", "rel.", theirs, topic=Topic.SPEED),
+            lambda row: ratio_cell(paper.cell(row, "throughput_img_s"), base),
+        ),
+    ]
+
+
+def _score_columns(lookup: Lookup, machine: str) -> list[Filled]:
+    """Our scores under the selection's protocol; the key of a column is the score's name."""
+    selection = lookup.selection
+    protocol = selection.protocol
+    group = f"{protocol.name} ({machine}, {describe_seeds(selection.seeds)})"
+
+    def filled(name: str) -> Filled:
+        column = Column(name, score_title(name, protocol), group, topic=Topic.SCORES)
+        return Filled(column, lambda row: score_cell(lookup, row, name) if row.backbone else Cell())
+
+    return [filled(name) for name in SCORES[protocol.features]]
+
+
+def _paper_score_columns(paper: PublishedTable, group: str) -> list[Filled]:
+    """The paper's scores, with the training steps and the guidance behind them where it says."""
+    filled = []
+    title, key = PAPER_STEPS
+    if key in paper.columns:
+        column = Column("paper_steps", title, group, topic=Topic.SCORES)
+        filled.append(Filled(column, lambda row: paper.cell(row, PAPER_STEPS[1])))
+    title, key = PAPER_GUIDED
+    if key in paper.columns:
+        column = Column("paper_guided", title, group, kind=Kind.PROSE, topic=Topic.SCORES)
+        filled.append(Filled(column, lambda row: paper.label(row, PAPER_GUIDED[1])))
+
+    def scored(name: str, title: str) -> Filled:
+        column = Column(f"paper_{name}", title, group, topic=Topic.SCORES)
+        return Filled(column, lambda row: paper.cell(row, name))
+
+    return filled + [scored(name, title) for name, title in PAPER_SCORES.items()]
+
+
+def score_title(name: str, protocol: Protocol) -> str:
+    """A score's title: Inception's with its N, a Fréchet distance on other features by its name."""
     if protocol.features == "inception":
         return score_name(name, protocol.num)
     return name if name.startswith("fd_") else name.removesuffix(f"_{protocol.features}")
-
-
-def _seed_words(seeds: Sequence[int]) -> str:
-    return f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds"
-
-
-def _of(record: Record | None, name: str, digits: int) -> Cell:
-    if record is None:
-        return Cell()
-    if record.status != "done":
-        return Cell(label="failed")
-    return Cell(
-        record.values.get(name), record.values.get(f"{name}_spread"), digits, records=(record,)
-    )
-
-
-def _count(
-    store: Store, row: Row, source: RecordFolder, name: str, unit: float, digits: int
-) -> Cell:
-    """The sum over the networks of the published system."""
-    records = [_latest(store, cost, source) for cost in cost_stages(row)]
-    if not all(records):
-        return Cell()
-    if any(record.status != "done" for record in records):
-        return Cell(label="failed")
-    return (
-        Cell(
-            sum(record.values[name] for record in records) / unit,
-            None,
-            digits,
-            records=tuple(records),
-        )
-        if records
-        else Cell()
-    )
-
-
-def _paper(row: dict[str, str], key: str) -> Cell:
-    """A published number with the digits that were published; in its own words, a number of millions, where it has a unit (675M)."""
-    text = row.get(key, "")
-    if text and text[-1] in "MB":
-        return Cell(float(text[:-1]) * (1000 if text[-1] == "B" else 1), label=text)
-    return Cell(float(text), None, len(text.partition(".")[2])) if text else Cell()
-
-
-def _relative(paper: dict[str, str], first: dict[str, str]) -> Cell:
-    rates = [row.get("throughput_img_s") for row in (paper, first)]
-    return Cell(float(rates[0]) / float(rates[1])) if all(rates) else Cell()
-
-
-def _score(
-    store: Store,
-    row: Row,
-    protocol: Protocol,
-    seeds: Sequence[int],
-    name: str,
-    source: RecordFolder,
-) -> Cell:
-    """`mean_cell` of a row's records, or that it failed."""
-    if not row.backbone:
-        return Cell()
-    records = tuple(_records(store, row, protocol, seeds, source))
-    if not records:
-        stages = [stage for seed in seeds for stage in _run(row, protocol, seed)]
-        failed = any(
-            source.latest(stage) is None and source.latest(stage, status="failed")
-            for stage in stages
-        )
-        return Cell(label="failed") if failed else Cell()
-    return replace(
-        mean_cell(
-            name,
-            [record.values for record in records],
-            1 if name.startswith(("fd", "is", "fid")) else 2,
-        ),
-        records=records,
-    )
-
-
-def mean_cell(name: str, values: list[dict[str, float]], digits: int = 2) -> Cell:
-    """Mean over seeds with its standard error, or one seed's value with its sampling error."""
-    if not values:
-        return Cell()
-    if len(values) == 1:
-        return Cell(values[0][name], values[0].get(f"{name}_se"), digits)
-    numbers = [value[name] for value in values]
-    return Cell(
-        statistics.fmean(numbers), statistics.stdev(numbers) / math.sqrt(len(numbers)), digits
-    )

@@ -35,10 +35,10 @@ class Verdict(Enum):
 
 
 class Qualifier(Enum):
-    """What restricts a verdict wherever it applies; other restrictions are sentences of their own."""
+    """What restricts a verdict; a restriction that is not listed here is a sentence of its own."""
 
     ONE_SEED = "one seed"
-    CPU_PROXY = "on this CPU, a proxy"
+    CPU_PROXY = "on this CPU (a proxy)"
     CPU_SCAN_LOOP = "on this CPU, whose scan has no fused kernel"
 
 

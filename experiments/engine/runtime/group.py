@@ -141,6 +141,7 @@ def group_from_environment(environment: Mapping[str, str]) -> Group:
     A scheduler's count is that of the step, not of the job: an interactive shell inside an
     allocation is a step of one process.
     """
+    # A launcher such as torchrun speaks first, because it may run inside a step of Slurm.
     launched = read_number("RANK", environment)
     world_size = read_number("WORLD_SIZE", environment)
     if launched is not None and world_size is not None:
@@ -185,6 +186,8 @@ def join_group(device: str, seconds: float) -> Group:
 def _connect(group: Group, device: str, seconds: float) -> None:
     if device == "cuda":
         torch.cuda.set_device(group.local_rank % torch.cuda.device_count())
+
+    # The ranks meet at the first host; a rank that finds no other ends with a code of its own.
     try:
         _name_master()
         dist.init_process_group(
@@ -203,6 +206,7 @@ def _connect(group: Group, device: str, seconds: float) -> None:
             flush=True,
         )
         raise SystemExit(preemption.LOST) from None
+
     atexit.register(dist.destroy_process_group)
 
 
@@ -220,6 +224,8 @@ def _name_master() -> None:
             check=True,
         )
         os.environ["MASTER_ADDR"] = listed.stdout.split()[0]
+
+    # The port follows from the job, the step and the restart, so that two jobs do not collide.
     if read_variable("MASTER_PORT") is None:
         job = read_variable("SLURM_JOB_ID") or "0"
         step = read_variable("SLURM_STEP_ID") or "0"

@@ -46,6 +46,7 @@ class NetworkSampler:
             launch: makes of a step what is called in its place.
         """
         diffusion = build_diffusion(train.diffusion).to(device)
+
         self.data = train.data
         self.sampler = sampler
         self.device = device

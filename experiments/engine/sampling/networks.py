@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,7 @@ from experiments.engine.training.trainer import build, load_ema
 PIXELS = {"name": "none: pixels"}  # the identity of the decoder that does nothing
 
 
-@dataclass(frozen=True)
-class Decoder:
+class Decoder(NamedTuple):
     """What turns samples into images.
 
     decode: samples (n, C, h, w) -> images (n, 1 or 3, H, W) in [-1, 1].
@@ -32,15 +31,25 @@ class Decoder:
     identity: dict[str, Any]
 
 
-def load_networks(spec: Evaluate, context: RunContext) -> tuple[nn.Module, str]:
+class Networks(NamedTuple):
+    """What samples: a network or a system.
+
+    network: it, in eval mode.
+    key: the key under which its weights lie in their file.
+    warnings: what a record must say of these weights.
+    """
+
+    network: nn.Module
+    key: str
+    warnings: tuple[str, ...] = ()
+
+
+def load_networks(spec: Evaluate, context: RunContext) -> Networks:
     """Load the networks of a spec in eval mode.
 
     They are the EMA network of the finished run, or all networks of a system, or the published
-    network whose file the resources name.
-
-    Returns:
-        The network or `System`, and the key under which its weights lie in their file. A spec with
-        the default key takes a published file's weights from where such files usually keep them.
+    network whose file the resources name. A spec with the default key takes a published file's
+    weights from where such files usually keep them.
     """
     resources = context.resources
     if resources.graphs:
@@ -49,16 +58,17 @@ def load_networks(spec: Evaluate, context: RunContext) -> tuple[nn.Module, str]:
         assert resources.checkpoint is not None, "a published checkpoint needs its file"
         model = build(spec.train.backbone, 0, context.device)
         key = None if spec.train.key == Checkpoint.key else spec.train.key
-        key = backbones.load_published(model, resources.checkpoint, key)
-        return accelerate(model.eval(), resources.compile), key
+        notes: list[str] = []
+        key = backbones.load_published(model, resources.checkpoint, key, warn=notes.append)
+        return Networks(accelerate(model.eval(), resources.compile), key, tuple(notes))
 
     base = load_ema(spec.train, context.folder, context.device)
     base = accelerate(base, resources.compile)
     if spec.classifier is None and spec.upsampler is None:
-        return base, "ema"
+        return Networks(base, "ema")
     classifier = _load_part(spec.classifier, context)
     upsampler = _load_part(spec.upsampler, context)
-    return System(base, classifier, upsampler).eval(), "ema"
+    return Networks(System(base, classifier, upsampler).eval(), "ema")
 
 
 def _load_part(training: Train | None, context: RunContext) -> nn.Module | None:
@@ -85,7 +95,7 @@ def load_decoder(data: Data, device: torch.device) -> Decoder:
     if encoder not in ("sd-vae-ft", vae.encoder):
         raise ValueError(
             f"set {folder.name} holds latents of another VAE (encoder {encoder}) than $DICO_VAE "
-            f"names ({vae.name}, encoder {vae.encoder})"
+            f"names ({Path(vae_source()).name}, encoder {vae.encoder})"
         )
     identity = {"name": vae.name, "sha256": vae.weights, "scale": SCALE, "dtype": "fp32"}
     return Decoder(vae.decode, identity)
@@ -94,7 +104,7 @@ def load_decoder(data: Data, device: torch.device) -> Decoder:
 def decoder_warnings(data: Data, decoder: dict[str, Any]) -> list[str]:
     """Warn if nothing says that a decoder belongs to the latents of a set.
 
-    The VAE's name, the set's declaration or a manifest of its latents can say so.
+    The hash of the VAE, the set's declaration or a manifest of its latents can say so.
 
     Args:
         data: the set.
@@ -107,6 +117,9 @@ def decoder_warnings(data: Data, decoder: dict[str, Any]) -> list[str]:
     if decoder["name"] in PUBLISHED:
         return []
     return [
-        f"decoded with the VAE {decoder['name']} (SHA-256 {decoder['sha256']}), which is not known "
-        f"to be {' or '.join(PUBLISHED)}; no latents of {data.name} are here to compare it with"
+        f"decoded with an unknown VAE (weights {decoder['sha256']}), which is not known to be "
+        f"{' or '.join(PUBLISHED)}; no latents of {data.name} are here to compare it with"
     ]
+
+
+decoder_of = load_decoder  # the name by which scripts outside this project call it

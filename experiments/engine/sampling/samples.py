@@ -32,7 +32,13 @@ from experiments.engine.sampling.generate import (
     generate_images,
     image_labels,
 )
-from experiments.engine.sampling.networks import Decoder, load_decoder, load_networks
+from experiments.engine.sampling.networks import (
+    Decoder,
+    load_decoder,
+    load_networks,
+)
+from experiments.engine.sampling.networks import decoder_of as decoder_of
+from experiments.engine.sampling.networks import decoder_warnings as decoder_warnings
 from experiments.engine.specs.spec import Evaluate, canonical
 
 CHUNK = 250  # images in a file
@@ -131,7 +137,7 @@ def generate_samples(spec: Evaluate, context: RunContext) -> SampleSet:
     The Evaluate stage scores this set and sample.py packs it. It lies under the spec's own id,
     beside the folder of the network's run.
     """
-    network, key = load_networks(spec, context)
+    network, key, warnings = load_networks(spec, context)
     decoder = load_decoder(spec.data, context.device)
     origin = {
         "network": digest(network),
@@ -140,6 +146,8 @@ def generate_samples(spec: Evaluate, context: RunContext) -> SampleSet:
         "decoder": decoder.identity,
         "quantiser": QUANTISER,
     }
+    if warnings:
+        origin["warnings"] = list(warnings)
     folder = context.folder_of(spec) / "samples"
     return fill_sample_folder(spec, folder, ImageSource(network, decoder, origin), context)
 

@@ -86,7 +86,7 @@ def score_classified(spec: Evaluate, cache: Path, context: RunContext) -> Scored
     device = context.device
     batch = BATCH_ON_CPU if device.type == "cpu" else context.resources.sample_batch
     classifier = _load_classifier(spec, cache)
-    network, key = load_networks(spec, context)
+    network, key, warnings = load_networks(spec, context)
 
     # The pieces wait in a folder that names all that decides them.
     weights = digest(network)
@@ -95,6 +95,8 @@ def score_classified(spec: Evaluate, cache: Path, context: RunContext) -> Scored
     if samples is None:
         return None
     values = _scores(spec, samples, classifier, device)
+    if warnings:
+        values["warnings"] = list(warnings)
     shutil.rmtree(parts, ignore_errors=True)
     return Scored(values, weights, key, batch, _measure(spec, samples, classifier))
 

@@ -178,9 +178,12 @@ def _train(lesson: Lesson, images: ImageSet, indices: Tensor) -> nn.Module:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
+        # The seed of the initial weights follows from the lesson's name.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_at(f"{lesson.name} classifier"))
             model = lesson.network()
+
+        # Each batch follows from the lesson and the step.
         optimizer = torch.optim.Adam(model.parameters(), lesson.lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, lesson.steps)
         for step in range(lesson.steps):
@@ -192,6 +195,7 @@ def _train(lesson: Lesson, images: ImageSet, indices: Tensor) -> nn.Module:
             schedule.step()
     finally:
         torch.set_num_threads(threads)
+
     return model
 
 

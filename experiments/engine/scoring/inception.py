@@ -135,8 +135,11 @@ def load_inception(path: Path, device: torch.device | str = "cpu") -> Inception:
             f"{path}: no Inception weights; get {URL} and name it with --inception or "
             "$DICO_INCEPTION"
         )
+
+    # The digest tells other weights from the published ones before they are loaded.
     digest = _checked_digest(path)
     network = build_network()
+
     try:
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception:

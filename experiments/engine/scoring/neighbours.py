@@ -144,8 +144,12 @@ def precision_recall_half(
     with precision("fp32", real.device):
         radii_real = _half_radii(real, k, block)
         radii_fake = _half_radii(fake, k, block)
+
+        # A point is inside a set if it lies within the radius of any of the set's points.
         inside_reference = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
         inside_samples = torch.zeros(len(real), dtype=torch.bool, device=real.device)
+
+        # The distances are computed block by block, and each block serves both sets.
         for i in range(0, len(real), block):
             rows = slice(i, i + block)
             for j in range(0, len(fake), block):
@@ -153,6 +157,7 @@ def precision_recall_half(
                 near = _half_distances(real[rows], fake[columns])
                 inside_reference[columns] |= (near <= radii_real[rows, None]).any(0)
                 inside_samples[rows] |= (near <= radii_fake[columns]).any(1)
+
     return _share(inside_reference), _share(inside_samples)
 
 

@@ -145,15 +145,20 @@ def statistics(path: Path) -> dict[str, Moments]:
     moments = {}
     with open_archive(path) as archive:
         names = array_names(archive)
+
+        # Each layer has a mean and a covariance, or neither.
         for layer in LAYERS:
             if (layer.mean in names) != (layer.cov in names):
                 raise ValueError(f"{path.name}: holds only one of {layer.mean} and {layer.cov}")
             if layer.mean not in names:
                 continue
+
+            # The values are checked before anything is compared with them.
             mean = read_small_array(path, archive, layer.mean, "f", (layer.dim,))
             cov = read_small_array(path, archive, layer.cov, "f", (layer.dim, layer.dim))
             moments[layer.name] = Moments.known(mean.astype(float), cov.astype(float))
             _check_statistics(path, layer, moments[layer.name])
+
     return moments
 
 

@@ -130,6 +130,7 @@ def _score_inception(spec: Evaluate, context: RunContext) -> Scored | None:
         device=context.device,
     )
     values["warnings"] += decoder_warnings(spec.data, samples.origin["decoder"])
+    values["warnings"] += samples.origin.get("warnings", [])
     values["nfe"] = samples.nfe
     shutil.rmtree(parts, ignore_errors=True)
     measure = {
@@ -200,6 +201,7 @@ def _measure_file(
 ) -> Reference | None:
     """Return the reference in a file, with a warning if the file is not ADM's."""
     with name_in_errors(path):
+        # The ranks measure the images together, and the first one alone reads the statistics.
         measured = None
         if has_images(path):
             folder = parts / file_sha256(path)[:16]
@@ -207,6 +209,7 @@ def _measure_file(
         if not context.group.first:
             return None
         reference = reference_of(path, measured)
+
     identity = reference.identity
     if identity["num_images"] != ADM_REFERENCE or not identity["statistics"]:
         reference.warnings.append(
@@ -224,6 +227,8 @@ def _measure_set(
     measured = measure_shared(extractor, images, parts / sha256, context)
     if measured is None:
         return None
+
+    # Such a reference has no statistics of its own and is named by the digest of its images.
     identity = {
         "name": f"{name}, training images",
         "sha256": sha256,

@@ -130,6 +130,8 @@ def table_of(label: str, tables: Mapping[int, Table], meaning: Callable[[Row], o
             f"no table has a network as row {label!r}; "
             f"--table with one of {numbers} lists that table's"
         )
+
+    # Several tables may declare the row, but then all must mean the same.
     first = meaning(matching[0].row(label))
     if any(meaning(table.row(label)) != first for table in matching[1:]):
         numbers = ", ".join(str(table.number) for table in matching)

@@ -277,6 +277,8 @@ def canonical(value: Any, full: bool = False) -> Any:
             if full or content != _default(f):
                 form[f.name] = canonical(content, full)
         return form
+
+    # Containers are walked, and plain values are kept as they are.
     if isinstance(value, dict):
         return {str(key): canonical(item, full) for key, item in value.items()}
     if isinstance(value, tuple | list):

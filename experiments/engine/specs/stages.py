@@ -95,11 +95,16 @@ def train_stage(row: Row, protocol: Protocol, seed: int) -> Train:
     """
     data = at_data(row, protocol).data
     stage = Train(network(row, protocol), data, protocol.recipe, seed=seed)
+
+    # A row without a method of its own follows the protocol's recipe.
     if row.method is None:
         return stage
+
+    # A row may start from another one's weights, which this project then trains first.
     start = None
     if row.start and protocol.own:
         start = train_stage(row.start, protocol.start_from or protocol, seed)
+
     return replace(
         stage,
         recipe=_recipe_of(row.method, protocol),
@@ -135,6 +140,8 @@ def evaluate_stage(row: Row, protocol: Protocol, seed: int) -> Evaluate:
     stage = Evaluate(train, sampler, protocol.num, protocol.features, protocol.labels)
     if is_latent(train.data):
         return stage
+
+    # Pixels have the rest of the system: a classifier that guides, and an upsampler.
     if row.classifier:
         classifier = train_stage(row.classifier, at_data(row, protocol), seed)
         stage = replace(stage, classifier=classifier)
@@ -144,6 +151,7 @@ def evaluate_stage(row: Row, protocol: Protocol, seed: int) -> Evaluate:
             upsampler=train_stage(row.upsampler, protocol, seed),
             upsampling=sampler_of(row.upsampler, protocol),
         )
+
     return stage
 
 
@@ -203,6 +211,8 @@ def timing_stage(row: Row, baseline: Row, device: str) -> Timing:
     """
     own, *parts = cost_stages(row)
     at = cost_stages(baseline)[0]
+
+    # An input that both share is not repeated in the spec.
     same_input = (own.size, own.channels) == (at.size, at.channels)
     return Timing(
         row.require_backbone(),

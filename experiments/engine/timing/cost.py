@@ -122,6 +122,8 @@ class MacCounter(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+
+        # Products count as core; normalisation and other arithmetic are kept apart.
         if func in MACS:
             self.core += MACS[func](args, out)
         elif func in _EXTRA:
@@ -129,10 +131,12 @@ class MacCounter(TorchDispatchMode):
                 self.norms += out[0].numel()
             self.extra += _EXTRA[func](args, out)
         elif "scaled_dot_product" in func.name():
+            # A fused kernel is refused, since its products cannot be seen.
             raise RuntimeError(
                 f"{func.name()} hides attention's products from the counter; "
                 "count with the reference kernel"
             )
+
         return out
 
 

@@ -124,6 +124,8 @@ def count_macs(func: Any, args: Sequence[Any], out: Any) -> int:
     """
     if func in MACS:
         return MACS[func](tuple(args), out)
+
+    # Other operators come in variants that share a part of their names.
     name = func.name()
     if "convolution_backward" in name:
         grad, weight, wanted = args[0], args[2], args[-1]

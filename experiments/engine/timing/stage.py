@@ -137,9 +137,12 @@ def _summarise(rounds: list[Round], spec: Timing, compared: bool) -> dict[str, A
     rates = [spec.batch / each.seconds[0] for each in rounds]
     ratios = [each.ratio for each in rounds]
     joules = [each.joules for each in rounds if each.joules is not None]
+
+    # The last time of each round is the baseline's.
     baseline_rate = None
     if spec.baseline:
         baseline_rate = statistics.median(spec.batch / each.seconds[-1] for each in rounds)
+
     return {
         "images_per_s": statistics.median(rates),
         "images_per_s_spread": half_interquartile_range(rates),

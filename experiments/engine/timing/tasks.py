@@ -193,10 +193,14 @@ def build_trainer(network: Cost, spec: Timing, device: torch.device) -> Trainer:
         precision=spec.precision,
         label_dropout=0.1 if has_null_label(network) else 0.0,
     )
+
+    # The trainer gets a network in the layout of the timing.
     backbone = size_backbone(network)
     model = draw_network(backbone, device).to(memory_format=layout_of(spec))
     train = Train(backbone, training_data(network), recipe, training_diffusion(network, model))
     resources = Resources(str(device), compile=spec.compile, graphs=spec.graphs)
     trainer = Trainer(train, resources, model=model)
+
+    # Weights that start at zero are drawn, or the steps would pass on zeros.
     fill_zeros(model)
     return trainer

@@ -73,11 +73,14 @@ def departures(bands: Sequence[Band], steps: Sequence[int], losses: Sequence[flo
     """
     lines = []
     for band in bands:
+        # The window's losses are those that were logged inside it.
         own = [
             loss
             for step, loss in zip(steps, losses, strict=True)
             if band.first <= step <= band.last
         ]
+
+        # A window that is not over yet says nothing.
         is_over = bool(own) and steps[-1] >= band.last
         if is_over and abs(fmean(own) - band.loss) > band.tolerance:
             lines.append(
@@ -85,4 +88,5 @@ def departures(bands: Sequence[Band], steps: Sequence[int], losses: Sequence[flo
                 f"the authors' log has {band.loss:.4f} ± {band.tolerance:.4f}: "
                 "data, latents' scale or recipe differ from theirs"
             )
+
     return lines

@@ -213,6 +213,7 @@ def _copy_to_host(value: Any, before: Any) -> Any:
     """
     if isinstance(value, Tensor):
         return _copy_tensor(value, before)
+
     if isinstance(value, dict):
         earlier = before if isinstance(before, dict) else {}
         # A plain copy keeps the version numbers that a state_dict carries as an attribute.
@@ -220,10 +221,13 @@ def _copy_to_host(value: Any, before: Any) -> Any:
         for name, item in value.items():
             result[name] = _copy_to_host(item, earlier.get(name))
         return result
+
+    # A sequence is copied item by item, into the buffers of an earlier copy of equal length.
     if isinstance(value, list | tuple):
         fits = isinstance(before, list | tuple) and len(before) == len(value)
         olds = before if fits else [None] * len(value)
         return type(value)(_copy_to_host(*pair) for pair in zip(value, olds, strict=True))
+
     return value
 
 

@@ -104,6 +104,7 @@ class _Attempt:
         self.num_images = num_images
         self.first_step = trainer.step
         self.started = time.perf_counter()
+
         # This rank's losses since the last line of the log.
         self.pending = pending
         # Losses of all lines of the log. The log appends to its own list.
@@ -158,10 +159,14 @@ class _Attempt:
     def _write_log(self, losses: Tensor) -> None:
         """Write a line of the log, and report the progress."""
         step, recipe = self.trainer.step, self.trainer.spec.recipe
+
+        # The mean joins those of the log, and the next line starts empty.
         mean = losses.mean().item()
         rate = self._images_per_second()
         self.pending = []
         self.means.append(mean)
+
+        # Only the rank that has the log writes it.
         if self.log:
             # A disk that a finished save found full is known now, not at the next save.
             if not self.writer.busy:
@@ -170,6 +175,8 @@ class _Attempt:
                 step=step, loss=mean, lr=lr_at(recipe, step - 1), images_per_s=round(rate, 1)
             )
             self.context.report(Progress(step, recipe.steps, rate, mean))
+
+        # The heartbeat tells the watcher that this rank still works.
         if self.context.heartbeat:
             self.context.heartbeat.update(loss=mean, images_per_s=round(rate, 1))
 
@@ -192,12 +199,15 @@ class _Attempt:
         spec = self.trainer.spec
         recipe = spec.recipe
         batch = batch_indices(self.num_images, recipe.batch, spec.seed, step - 1)
+
+        # The last checkpoint before the problem is where a new attempt can start.
         earlier = [saved for saved in self.saved if saved < step]
         values = {
             "stopped_at": step,
             "batch": batch.tolist(),
             "last_checkpoint": max(earlier, default=self.saved[0]),
         }
+
         return Diverged(
             f"{problem} at step {step}; lower the learning rate ({recipe.lr}) "
             f"or lengthen the warm-up ({recipe.warmup} steps)",
@@ -211,9 +221,12 @@ class _Attempt:
 
     def values(self) -> dict[str, Any]:
         """Return the values of the record of a finished training."""
+        # All ranks must hold the same weights, or the record would speak for one of them.
         weights = digest(self.trainer.ema)
         if not self.group.agrees_on(weights):
             raise RuntimeError("the ranks' weights differ at the end of the training")
+
+        # The loss of the record is the mean over the last lines of the log.
         tail = self.means[-max(1, FINAL_STEPS // LOG_EVERY) :]
         return {
             "loss": sum(tail) / len(tail) if tail else None,

@@ -63,6 +63,8 @@ def lr_at(recipe: Recipe, step: int) -> float:
     """
     if step < recipe.warmup:
         return recipe.lr * (step + 1) / recipe.warmup
+
+    # After the warm-up, the decay decides.
     if recipe.decay == "cosine":
         return recipe.lr_min + (recipe.lr - recipe.lr_min) * 0.5 * (
             1 + math.cos(math.pi * (step - recipe.warmup) / (recipe.steps - recipe.warmup))
@@ -71,6 +73,8 @@ def lr_at(recipe: Recipe, step: int) -> float:
         return recipe.lr_min + (recipe.lr - recipe.lr_min) * (recipe.steps - step) / (
             recipe.steps - recipe.warmup
         )
+
+    # Every other word is an error, never a constant rate.
     if recipe.decay != "constant":
         raise ValueError(f"unknown decay {recipe.decay!r}; known: constant, linear, cosine")
     return recipe.lr

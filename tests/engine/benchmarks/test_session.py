@@ -41,7 +41,7 @@ PARTS = {
 
 @pytest.fixture(autouse=True)
 def quick_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "gpu_parts", lambda *_: PARTS)
+    monkeypatch.setattr(benchmark.declared, "gpu_parts", lambda *_: PARTS)
     monkeypatch.setattr(session, "BUNDLE_EVERY", 0.2)
     monkeypatch.setattr(session, "GRACE", 0.2)
 

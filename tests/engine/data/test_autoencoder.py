@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from experiments.engine.data.autoencoder import load_autoencoder
+from experiments.engine.data.autoencoder import PUBLISHED, identify_vae, load_autoencoder
 from experiments.engine.data.encode import EncodingJob
 from tests.support.latent_sets import write_vae
 
@@ -57,3 +59,35 @@ def test_a_vae_that_will_not_do_is_refused_in_a_line(what: str, words: str, tmp_
     with pytest.raises(ValueError, match=words) as failure:
         load_autoencoder(str(tmp_path / "vae"))
     assert "\n" not in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    "listed, source, blob, name",
+    [
+        (True, "my-vae", "", "sd-vae-ft-mse"),
+        (True, "sd-vae-ft-ema", "", "sd-vae-ft-mse"),
+        (False, "sd-vae-ft-mse", "", "unknown"),
+        (False, "folder/sd-vae-ft-ema", "", "unknown"),
+        (False, "sd-vae-ft-ema", "other", "unknown"),
+        (False, "sd-vae-ft-ema", "digest", "sd-vae-ft-ema"),
+        (False, "sd-vae-ft-mse", "digest", "unknown"),
+    ],
+)
+def test_a_vae_is_known_by_its_hash(
+    listed: bool, source: str, blob: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A file of the hub's cache is a link to one that bears its digest as its name."""
+    digest = hashlib.sha256(b"weights").hexdigest()
+    if listed:
+        publication = replace(PUBLISHED["sd-vae-ft-mse"], sha256=digest)
+        monkeypatch.setitem(PUBLISHED, "sd-vae-ft-mse", publication)
+    kept = tmp_path / (digest if blob == "digest" else "blob")
+    kept.write_bytes(b"weights")
+    link = tmp_path / "diffusion_pytorch_model.safetensors"
+    link.symlink_to(kept)
+    assert identify_vae(link, source) == name
+
+
+@pytest.mark.parametrize("folder", ["my-vae", "sd-vae-ft-ema", "sd-vae-ft-mse"])
+def test_a_folder_s_name_makes_no_vae_known(folder: str, tmp_path: Path):
+    assert load_autoencoder(str(write_vae(tmp_path / folder))).name == "unknown"

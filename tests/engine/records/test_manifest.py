@@ -15,6 +15,7 @@ from experiments.ablation import TABLE_4
 from experiments.declared.protocols import DIGITS, IMAGENET256, IMAGENET256_FIXED
 from experiments.engine.records.comparison import (
     Missing,
+    clashes,
     differences,
     incomparable,
     not_recorded,
@@ -25,13 +26,17 @@ from experiments.engine.records.manifest import (
     manifest,
     record_manifest,
     score_name,
+    with_defaults,
 )
 from experiments.engine.records.store import Record, Store
 from experiments.engine.records.tree import REPOSITORY
-from experiments.engine.reporting.tables import comparison_sheet, main_sheet
+from experiments.engine.reporting.comparison import comparison_sheet
+from experiments.engine.reporting.tables import main_sheet
+from experiments.engine.specs.selection import Selection
 from experiments.engine.specs.spec import Sampler, canonical
 from experiments.engine.specs.stages import evaluate_stage
 from experiments.main_results import TABLE_1
+from tests.support.sheets import note_about, note_texts, texts
 
 SPEC = evaluate_stage(TABLE_4.rows[0], IMAGENET256, 0)
 FOUND = {
@@ -142,7 +147,7 @@ def test_a_model_may_differ_and_what_one_does_not_record_is_no_clash():
 
 
 def test_what_a_model_did_without_is_a_difference_and_no_gap():
-    """A classifier that guides and an upsampler are one field each; an older record of ADM alone knows nothing of either."""
+    """A classifier that guides and an upsampler are one field each; ADM alone has neither."""
     whole, alone = (
         declared(canonical(evaluate_stage(row, DIGITS, 0), full=True))
         for row in (TABLE_1.row("ADM-U"), TABLE_1.row("ADM-64"))
@@ -210,6 +215,30 @@ def test_a_score_carries_its_number_of_images(num: int, name: str):
     assert score_name("fid", num) == name
 
 
+def test_density_of_the_first_closed_balls_is_not_ranked_with_that_of_open_ones():
+    old = made(neighbours={"k": 3})
+    new = made(neighbours={"k": 3, "density_ball": "open"})
+    field = "measure.neighbours.density_ball"
+    assert pairs(old, new) == [(field, "closed", "open")]
+    assert incomparable(old, new) == [field]
+    assert "density" in effect_of(field).size
+
+    # Small classifiers have no density, so their manifests say nothing of balls.
+    digits = made(replace(SPEC, features="digits"), neighbours={"k": 3})
+    assert with_defaults(digits) == digits
+
+
+def test_tables_rank_across_the_balls_of_density_which_they_do_not_show():
+    values = [
+        {"manifest": made(neighbours={"k": 3})},
+        {"manifest": made(neighbours={"k": 3, "density_ball": "open"})},
+    ]
+    spec = canonical(SPEC, full=True)
+    old, new = (Record("0" * 16, "evaluate", "done", one, {}, "", spec) for one in values)
+    assert clashes([new], [old]) == []
+    assert not_recorded([old, new]) == []
+
+
 def scored(store: Store, row: int, fd: float, seed: int = 0, **found: Any) -> Path:
     spec = evaluate_stage(TABLE_4.rows[row], DIGITS, seed)
     shares = {"is_digits": 8.0, "precision_digits": 0.6, "recall_digits": 0.8, "agreement": 0.9}
@@ -240,14 +269,14 @@ def test_tables_refuse_to_rank_across_protocols(tmp_path: Path):
     scored(store, 0, 10.0)
     scored(store, 1, 1.0, extractor={"sha256": "cd"})
     scored(store, 2, 1.0)
-    sheet = main_sheet(TABLE_4, TABLE_4.rows[:3], DIGITS, (0,), "cpu", store)
-    (note,) = [note for note in sheet.notes if note.startswith("fd_digits against")]
+    selection = Selection(TABLE_4, TABLE_4.rows[:3], DIGITS, (0,), "cpu")
+    note = note_about(main_sheet(selection, store, store.here), "fd_digits against")
     assert (
-        f"not compared, measured under another protocol: {TABLE_4.rows[1].label} (other extractor.sha256)"
-        in note
+        "Not compared, since scored by another protocol: "
+        f"{TABLE_4.rows[1].label} (other extractor.sha256)" in note
     )
     assert (
-        TABLE_4.rows[1].label not in note.partition("not compared")[0]
+        TABLE_4.rows[1].label not in note.partition("Not compared")[0]
         and f"better: {TABLE_4.rows[2].label}" in note
     )
 
@@ -263,21 +292,22 @@ def test_a_table_names_the_fields_that_not_all_its_records_hold(tmp_path: Path):
         )
     ):
         scored(store, row, 1.0, **found)
-    notes = [
-        [
-            note
-            for note in main_sheet(TABLE_4, TABLE_4.rows[:num], DIGITS, (0,), "cpu", store).notes
-            if "not recorded by all" in note
-        ]
+    alone, both = (
+        note_texts(
+            main_sheet(
+                Selection(TABLE_4, TABLE_4.rows[:num], DIGITS, (0,), "cpu"), store, store.here
+            )
+        )
         for num in (1, 2)
-    ]
-    assert notes == [[], ["not recorded by all, and taken as agreeing: nfe, reference.sha256."]]
+    )
+    assert not any("not recorded by all" in text for text in alone)
+    assert [text for text in both if text.endswith(": nfe, reference.sha256.")]
     records = [store.here.latest(evaluate_stage(row, DIGITS, 0)) for row in TABLE_4.rows[:3]]
     assert "decoder" not in not_recorded(records)[0] and not not_recorded([])
 
 
 def test_no_verdict_is_given_across_protocols(tmp_path: Path):
-    """Scores that lie far off are said to only where one protocol measured them, be it on another machine."""
+    """Scores are called far off only if one protocol measured them, on whatever machine."""
     store = Store(tmp_path)
     for row in range(2):
         for seed in range(3):
@@ -286,22 +316,15 @@ def test_no_verdict_is_given_across_protocols(tmp_path: Path):
     store.refresh()
     scored(store, 0, 90.0, flags={"matmul_tf32": True, "cudnn_tf32": False})
     scored(store, 1, 90.0, versions={"torch": "3"}, extractor={"sha256": "cd"})
-    sheet = comparison_sheet(TABLE_4, TABLE_4.rows[:3], DIGITS, (0,), "cpu", store)
-    assert [row[-1].text().partition(",")[0] for row in sheet.rows] == [
+    sheet = comparison_sheet(Selection(TABLE_4, TABLE_4.rows[:3], DIGITS, (0,), "cpu"), store)
+    assert [text.partition(",")[0] for text in texts(sheet, "reproduced")] == [
         "other protocol",
         "no: fd_digits",
         "-",
     ]
-    assert any(
-        "other protocol: no verdict, for the reference was measured with another flags.matmul_tf32 ("
-        in note
-        for note in sheet.notes
-    )
-    assert any(
-        "compared all the same: another machine measures with another extractor.sha256, versions.torch ("
-        in note
-        for note in sheet.notes
-    ) and any("all 5 comparisons" in note for note in sheet.notes)
+    assert "measured with another flags.matmul_tf32." in note_about(sheet, "no verdict")
+    assert "another extractor.sha256, versions.torch." in note_about(sheet, "another machine")
+    assert note_about(sheet, "all 5 comparisons")
 
 
 def diff(*paths: Path) -> subprocess.CompletedProcess[str]:
@@ -359,7 +382,8 @@ def test_the_script_tells_what_was_done_without_from_what_is_not_recorded(tmp_pa
     done = diff(plain, guided)
     assert (
         done.returncode == 1
-        and "measure.guidance.classifier: without | p, scale 2.0\n    known effect: 10.94 without, 4.59 with"
+        and "measure.guidance.classifier: without | p, scale 2.0\n"
+        "    known effect: 10.94 without, 4.59 with"
         in done.stdout
     )
     assert "measure.decoder.scale: without | 3\n" in done.stdout
@@ -392,7 +416,7 @@ def test_every_committed_score_holds_what_decided_it():
 
 
 def test_a_field_that_older_records_lack_leaves_them_comparable():
-    """Scores of digits and of CIFAR-10's classifier carry the reference's hash and the labels' order; committed ones from before say nothing of them."""
+    """New scores on small classifiers name the reference's hash and the labels' order."""
     (path, *_) = sorted((REPOSITORY / "results" / "reference" / "evaluate").glob("*.json"))
     old, new = (json.loads(path.read_text())["values"]["manifest"] for _ in range(2))
     for part, key in (("reference", "sha256"), ("labels", "order")):

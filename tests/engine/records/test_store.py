@@ -1,4 +1,4 @@
-"""Records survive everything that happens to a results folder: races, damage, strangers' files and full disks."""
+"""Records survive what happens to a results folder: races, damage, other files, full disks."""
 
 import errno
 import json
@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from experiments.engine.records import files, store, tree
-from experiments.engine.records.files import claimed, locked, written_whole
+from experiments.engine.records.files import locked, try_lock, written_whole
 from experiments.engine.records.store import Store
 from experiments.engine.specs.spec import Backbone, Cost, canonical, spec_id
 
@@ -164,8 +164,15 @@ def test_a_folder_named_like_a_record_is_skipped(
 
 def test_writers_side_by_side_lose_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     code = (
-        "import sys; from pathlib import Path; from experiments.engine.specs.spec import *; from experiments.engine.records.store import Store\n"
-        "for number in range(20): Store(Path(sys.argv[1])).append(Cost(Backbone('net', dict(dim=number % 4)), 8, 1, 10), 'done', {'writer': int(sys.argv[2]), 'number': number, 'bulk': [0.1] * 2000}, {})"
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from experiments.engine.records.store import Store\n"
+        "from experiments.engine.specs.spec import Backbone, Cost\n"
+        "for number in range(20):\n"
+        "    spec = Cost(Backbone('net', dict(dim=number % 4)), 8, 1, 10)\n"
+        "    bulk = [0.1] * 2000\n"
+        "    values = {'writer': int(sys.argv[2]), 'number': number, 'bulk': bulk}\n"
+        "    Store(Path(sys.argv[1])).append(spec, 'done', values, {})\n"
     )
     writers = [
         subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(writer)])
@@ -182,9 +189,14 @@ def test_writers_side_by_side_lose_nothing(tmp_path: Path, capsys: pytest.Captur
 
 def test_a_lock_keeps_a_second_process_out(tmp_path: Path):
     code = (
-        "import sys, time; from pathlib import Path; from experiments.engine.records.files import locked; folder = Path(sys.argv[1])\n"
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from experiments.engine.records.files import locked\n"
+        "folder = Path(sys.argv[1])\n"
         "with locked(folder / 'lock'):\n"
-        "    (folder / 'inside').touch(exist_ok=False); time.sleep(0.02); (folder / 'inside').unlink()"
+        "    (folder / 'inside').touch(exist_ok=False)\n"
+        "    time.sleep(0.02)\n"
+        "    (folder / 'inside').unlink()\n"
     )
     others = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(4)]
     assert [other.wait() for other in others] == [0] * 4
@@ -195,14 +207,17 @@ def test_a_lock_keeps_a_second_process_out(tmp_path: Path):
 def test_a_file_system_without_locks_lets_everyone_through_and_other_errors_show(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def refuse(*_: object) -> None:
-        raise OSError(number, os.strerror(number))
+    def refuse_with(number: int) -> None:
+        def refuse(*_: object) -> None:
+            raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(files.fcntl, "flock", refuse)
+        monkeypatch.setattr(files.fcntl, "flock", refuse)
+
     for number in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-        with locked(tmp_path / "lock"), claimed(tmp_path / "lock") as free:
-            assert free
-    number = errno.EIO
+        refuse_with(number)
+        with locked(tmp_path / "lock"), try_lock(tmp_path / "lock") as free:
+            assert free, number
+    refuse_with(errno.EIO)
     with pytest.raises(OSError), locked(tmp_path / "lock"):
         pass
 

@@ -1,4 +1,4 @@
-"""Scores of CIFAR-10 rows on a classifier trained here: named so, of quantised images, against the test images."""
+"""Scores of CIFAR-10 rows on a classifier trained here, of quantised images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from experiments.engine.scoring.moments import Moments
 from experiments.engine.specs.spec import Backbone, Evaluate, Recipe, Sampler, Train
 from experiments.engine.training import stage as training_stage
 from experiments.engine.training import trainer as train
-from tests.support.cifar import file_of, write_parquet
+from tests.support.cifar import accept_small_sets, file_of, write_parquet
 
 SMALL = Backbone(
     "dico_s", dict(dim=8, depths=(1, 1, 1, 1, 1), input_size=32, in_channels=3, num_classes=10)
@@ -61,41 +61,50 @@ def write(folder: Path, split: str, num: int, seed: int) -> None:
     )
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the classifier of the images that `folder` writes is kept for all tests."""
+    return tmp_path_factory.mktemp("classifiers")
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sources, "ROOT", tmp_path)
-    monkeypatch.setattr(features, "CIFAR", replace(features.CIFAR, steps=40, batch=32))
+    accept_small_sets(monkeypatch)
+    monkeypatch.setattr(features, "CIFAR", replace(features.CIFAR, steps=25, batch=24))
     write(tmp_path / "cifar10", "train", 200, 0)
     write(tmp_path / "cifar10", "test", 50, 1)
     return tmp_path
 
 
-def test_the_classifier_learns_is_cached_by_its_data_and_tested_on_other_images(folder: Path):
+def test_the_classifier_learns_is_cached_by_its_data_and_tested_on_other_images(
+    folder: Path, cache: Path
+):
     test = load_cifar10(CIFAR10.data, "test")
-    model, identity = cifar_classifier(CIFAR10.data, test, folder / "cache")
+    model, identity = cifar_classifier(CIFAR10.data, test, cache)
     assert identity["classifier_accuracy"] > 0.6 and not model.training
     assert (
-        cifar_classifier(CIFAR10.data, test, folder / "cache")[1] == identity
-        and len(list((folder / "cache").glob("*.safetensors"))) == 1
+        cifar_classifier(CIFAR10.data, test, cache)[1] == identity
+        and len(list(cache.glob("*.safetensors"))) == 1
     )
     write(folder / "cifar10", "train", 200, 2)
     assert (
-        cifar_classifier(CIFAR10.data, test, folder / "cache")[1]["classifier_sha256"]
+        cifar_classifier(CIFAR10.data, test, cache)[1]["classifier_sha256"]
         != identity["classifier_sha256"]
     )
 
 
-def test_scores_are_of_quantised_images_against_the_test_images(folder: Path):
+def test_scores_are_of_quantised_images_against_the_test_images(folder: Path, cache: Path):
     training_stage.run_training(SPEC.train, RunContext(folder / "run"))
     values = evaluate.run_evaluation(
-        SPEC, folder / "cache", RunContext(folder / "run", Resources(sample_batch=3))
+        SPEC, cache, RunContext(folder / "run", Resources(sample_batch=3))
     )
     assert {name for name in values if "fid" in name} == set() and {
         *SCORES,
         *(f"{name}_se" for name in SCORES),
     } <= set(values)
     test = load_cifar10(CIFAR10.data, "test")
-    classifier, identity = cifar_classifier(CIFAR10.data, test, folder / "cache")
+    classifier, identity = cifar_classifier(CIFAR10.data, test, cache)
     network = train.load_ema(SPEC.train, folder / "run", torch.device("cpu"))
     x = torch.cat([x for x, _ in generate_images(SPEC, network, torch.device("cpu"), 7)])
     real, fake = (

@@ -1,4 +1,4 @@
-"""The extractor without its weights: the published structure, layouts and rules, on an untrained network of the same shape."""
+"""The extractor's structure, layouts and rules, on an untrained network of the same shape."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def extractor() -> Iterator[Inception]:
 
 
 def resized(images: ndarray) -> ndarray:
-    """Bilinear to 299 x 299 by TensorFlow 1's rule, source = target * in / out in single precision: (N, 299, 299, 3)."""
+    """Bilinear to (N, 299, 299, 3) by TensorFlow 1's rule: source = target * in / out, fp32."""
 
     def along(x: ndarray, axis: int) -> ndarray:
         size = x.shape[axis]

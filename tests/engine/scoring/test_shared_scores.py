@@ -1,4 +1,4 @@
-"""Inception features shared by the processes of a group: the same scores to the last bit, and a stopped run goes on."""
+"""Features shared by a group: the same scores to the last bit, and a stopped run goes on."""
 
 from __future__ import annotations
 

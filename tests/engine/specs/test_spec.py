@@ -1,6 +1,7 @@
 """Content ids: what they leave out, what they see, and the ones that records already carry.
 
-`python -m tests.engine.specs.test_spec` prints GOLDEN anew. A changed id orphans every record under the old one.
+`python -m tests.engine.specs.test_spec` prints GOLDEN anew. A changed id orphans every record under
+the old one.
 """
 
 import dataclasses

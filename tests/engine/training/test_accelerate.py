@@ -1,4 +1,4 @@
-"""Compiled networks and CUDA graphs compute what was computed, in training and sampling; graphs ask for a GPU."""
+"""Compiled networks and CUDA graphs compute the same numbers, in training and sampling."""
 
 from __future__ import annotations
 
@@ -29,14 +29,18 @@ from tests.support.trainings import CPU, DICO, DIGITS, FAMILIES, OBJECTIVES
 GPU = torch.device("cuda")
 WIDE = FAMILIES["dit"].but(depth=1, dim=384, heads=6)  # its layers run on oneDNN
 TRAINED = Train(DICO, DIGITS, Recipe(steps=6, batch=16, lr=1e-2, ema=0.9))
+CLIPPED = replace(TRAINED, recipe=replace(TRAINED.recipe, grad_clip=0.1))
 DROPPING = Train(FAMILIES["dis"], DIGITS, replace(TRAINED.recipe, drop_path=0.5))
 NOISE = ImageSet(
     np.random.default_rng(0).standard_normal((64, 1, 8, 8), np.float32), np.arange(64) % 10, DIGITS
 )  # a bare machine with a GPU may lack the digits
 
 
-@pytest.mark.parametrize(("spec", "micro_batch"), [(TRAINED, None), (TRAINED, 6), (replace(TRAINED, recipe=replace(TRAINED.recipe, grad_clip=0.1)), None), (DROPPING, 6)],
-                         ids=["whole", "in parts", "clipped", "with stochastic depth"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("spec", "micro_batch"),
+    [(TRAINED, None), (TRAINED, 6), (CLIPPED, None), (DROPPING, 6)],
+    ids=["whole", "in parts", "clipped", "with stochastic depth"],
+)
 def test_a_recorded_training_has_the_same_losses_and_weights(spec: Train, micro_batch: int | None):
     usual, recorded = (Trainer(spec, Resources(micro_batch=micro_batch)) for _ in range(2))
     recorded.forward_backward = Rerun(recorded._forward_backward, recorded.model)
@@ -53,7 +57,10 @@ def test_a_recorded_training_has_the_same_losses_and_weights(spec: Train, micro_
 def test_a_recording_lets_other_threads_go_on_and_runs_the_function_aside_before(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """With stand-ins for the device: the threads that load batches and draw noise pin memory, for which a global capture would end in an error."""
+    """Use stand-ins for the device.
+
+    Threads that load batches and draw noise pin memory, which a global capture would not allow.
+    """
     heard: list[str] = []
 
     @contextmanager
@@ -199,7 +206,7 @@ def test_a_step_on_a_gpu_does_not_stop_the_host(graphs: bool):
     ids=lambda b: b.name,
 )
 def test_a_network_compiles_as_one_graph(network: Backbone):
-    """Where the compiler has to stop, at the choice of a kernel for example, it loses what it is for."""
+    """A break, for example at the choice of a kernel, would cost the speed-up."""
     model = build(network.but(input_size=16, in_channels=4, num_classes=10), 0, CPU)
     found = torch._dynamo.explain(model)(
         torch.randn(2, 4, 16, 16), torch.tensor([3, 4]), torch.tensor([1, 2])

@@ -1,4 +1,4 @@
-"""Stochastic depth as an input of the network, seeded by position; and a training that starts from another's weights."""
+"""Stochastic depth as an input of the network, and trainings that start from other weights."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def dis_by_sums(model: nn.Module, x: Tensor, t: Tensor, y: Tensor, kept: Tensor) -> Tensor:
-    """DiS with the stream as an explicit sum of weighted increments: the first block's input, then K of them."""
+    """Compute DiS with the stream as an explicit sum of weighted increments.
+
+    The sum starts with the first block's input, and K increments follow.
+    """
     time, label = (
         model.time_embed(timestep_sinusoid(t, model.pos_embed.shape[-1]).double()),
         model.label_emb(y),
@@ -105,7 +108,10 @@ def test_increments_are_weighed_sample_by_sample(name: str, by_sums):
 
 
 def test_rates_are_the_authors():
-    """Largest 0.1 over DiS's 48 + 1 and DiMSUM's 16 blocks; the first block adds nothing to drop, the next drops nothing."""
+    """The largest rate is 0.1, over 48 + 1 blocks of DiS and 16 of DiMSUM.
+
+    The first block adds nothing to drop, and the next drops nothing.
+    """
     with torch.device("meta"):
         dis, dimsum = (backbones.build(name).drop_rates(0.1) for name in ("dis_h_2", "dimsum_l_2"))
     for rates, length, last in ((dis, 49, 0.1), (dimsum, 15, 0.1 * 14 / 15)):

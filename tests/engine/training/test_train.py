@@ -1,18 +1,13 @@
-"""The trainer against naive loops, stored loss traces, and runs that are killed.
+"""The trainer against naive loops and stored loss traces.
 
-`python -m tests.engine.training.test_train --write` writes the traces anew; do it only for a change that means to change numbers.
+`python -m tests.engine.training.test_train --write` writes the traces anew. Do so only for a
+change that means to change numbers.
 """
 
 import copy
-import errno
-import io
 import json
 import math
-import multiprocessing
-import os
-import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,14 +22,11 @@ from experiments.engine.data.sets import batch_indices, load
 from experiments.engine.diffusion.iddpm import IDDPM
 from experiments.engine.numerics.precision import MODES, precision, read_tf32_flags
 from experiments.engine.numerics.weights import digest
-from experiments.engine.records import files
 from experiments.engine.runtime.context import Resources, RunContext
 from experiments.engine.specs.spec import Data, Diffusion, Recipe, Train
-from experiments.engine.training import checkpoint
-from experiments.engine.training import stage as training_stage
 from experiments.engine.training.log import curve
 from experiments.engine.training.stage import run_training
-from experiments.engine.training.trainer import Trainer, load_ema, lr_at
+from experiments.engine.training.trainer import Trainer, lr_at
 from tests.support.paths import DATA
 from tests.support.trainings import (
     CPU,
@@ -62,7 +54,10 @@ def losses(spec: Train, micro_batch: int | None = None) -> list[float]:
 
 
 def trace(name: str) -> list[float]:
-    """Losses of five steps from weights that are zero nowhere: behind closed gates a change could not be seen."""
+    """Return the losses of five steps from weights that are zero nowhere.
+
+    Behind closed gates a change could not be seen.
+    """
     spec = Train(
         FAMILIES[name],
         DIGITS,
@@ -88,10 +83,6 @@ def test_a_records_loss_curve_is_short_and_keeps_the_mean(num: int, every: int, 
     assert found["losses"][: num // wide] == [
         sum(means[at : at + wide]) / wide for at in range(0, num - num % wide, wide)
     ]
-
-
-def quiet(*_: Any) -> None:
-    pass
 
 
 def seen(spec: Train, steps: int, micro_batch: int | None = None) -> list[list[Tensor]]:
@@ -374,166 +365,6 @@ def test_bf16_trains_fp32_weights():
     assert {
         parameter.dtype for parameter in (*trainer.model.parameters(), *trainer.ema.parameters())
     } == {torch.float32}
-
-
-def live(folder: Path, checkpoint_every: int, death: str, step: int) -> None:
-    """A process that trains, and is killed at a step of the run or while a checkpoint is written."""
-    torch.set_num_threads(1)
-    training_stage.LOG_EVERY = 3
-    update, replace = Trainer._update, os.replace
-
-    def dying_update(self: Trainer, *inputs: Tensor) -> Tensor:
-        if self.step < step:
-            return update(self, *inputs)
-        while not list(
-            folder.glob(f"checkpoints/step-{step - step % checkpoint_every:08d}-*.pt")
-        ):  # it is written in the background
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def dying_replace(source: Path, target: Path) -> None:
-        if target.name == "step.staged":
-            os.kill(os.getpid(), signal.SIGKILL)
-        replace(source, target)
-
-    if death == "step":
-        Trainer._update = dying_update
-    if death == "save":
-        files.os.replace = dying_replace
-    result = run_training(SPEC, RunContext(folder, Resources(checkpoint_every=checkpoint_every)))
-    (folder / "result.json").write_text(json.dumps(result))
-
-
-def lives(folder: Path, *deaths: tuple[str, int]) -> dict[str, Any]:
-    """Processes one after another in one folder; the last one lives."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["experiments.engine.jobs.execute", "sklearn.datasets", "torch._dynamo"]
-    )
-    for death, step in (*deaths, ("", 0)):
-        process = context.Process(target=live, args=(folder, 3, death, step))
-        process.start()
-        process.join()
-        assert process.exitcode == (-signal.SIGKILL if death else 0)
-    return json.loads((folder / "result.json").read_text())
-
-
-@pytest.mark.slow
-def test_a_run_that_is_killed_goes_on_with_the_same_weights(tmp_path: Path):
-    whole = lives(tmp_path / "whole")
-    killed = lives(tmp_path / "killed", ("step", 4), ("step", 7), ("save", 0), ("step", 11))
-    assert (whole["resumed_at"], killed["resumed_at"]) == (0, 9)
-    assert killed["weights_sha256"] == whole["weights_sha256"] and killed["loss"] == whole["loss"]
-    assert log(tmp_path / "killed") == log(tmp_path / "whole")
-
-
-def log(folder: Path) -> list[tuple[int, float, float]]:
-    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [(entry["step"], entry["loss"], entry["lr"]) for entry in entries]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_training(
-        SPEC, RunContext(tmp_path_factory.mktemp("whole"), Resources(checkpoint_every=3))
-    )
-
-
-def _flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def _cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-@pytest.mark.parametrize(
-    "damage", [_flip, _cut, lambda path: path.write_bytes(b"")], ids=["a bit", "cut", "empty"]
-)
-@pytest.mark.parametrize("num, resumed_at", [(1, 12), (2, 0)])
-def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(
-    damage: Callable[[Path], None],
-    num: int,
-    resumed_at: int,
-    whole: dict[str, Any],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-):
-    run_training(SPEC, RunContext(tmp_path, Resources(checkpoint_every=3)))
-    kept = sorted((tmp_path / "checkpoints").iterdir(), reverse=True)
-    assert [path.name[:13] for path in kept] == ["step-00000014", "step-00000012"]
-    for path in kept[:num]:
-        damage(path)
-    again = run_training(SPEC, RunContext(tmp_path, Resources(checkpoint_every=3)))
-    assert (again["resumed_at"], again["weights_sha256"]) == (resumed_at, whole["weights_sha256"])
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == num and all(
-        "is damaged" in line and str(tmp_path) not in line for line in lines
-    )
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
-    assert (
-        checkpoint.load_newest(tmp_path / "checkpoints")[0] == STEPS and not capsys.readouterr().err
-    )
-
-
-@pytest.mark.parametrize("room", [0, 1000, 20_000])
-def test_a_full_disk_is_said_to_be_full_and_leaves_no_checkpoint(
-    room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    class Full(io.FileIO):
-        def write(self, data: bytes) -> int:
-            if self.tell() + len(data) > room:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return super().write(data)
-
-    monkeypatch.setattr(files, "open", Full, raising=False)
-    with pytest.raises(OSError, match="No space left"):
-        checkpoint.save(tmp_path, 1, Trainer(SPEC).state())
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_finished_run_is_not_run_again(whole: dict[str, Any], tmp_path: Path):
-    first = run_training(SPEC, RunContext(tmp_path))
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").iterdir()}
-    again = run_training(SPEC, RunContext(tmp_path))
-    assert (again["resumed_at"], again["weights_sha256"], again["loss"]) == (
-        STEPS,
-        whole["weights_sha256"],
-        first["loss"],
-    )
-    assert {
-        path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").iterdir()
-    } == before
-    assert digest(load_ema(SPEC, tmp_path, CPU)) == first["weights_sha256"]
-
-
-def test_an_unfinished_run_is_not_sampled_from(tmp_path: Path):
-    with pytest.raises(ValueError, match="no finished checkpoint"):
-        load_ema(SPEC, tmp_path, CPU)
-    checkpoint.save(tmp_path / "checkpoints", STEPS - 1, Trainer(SPEC).state())
-    with pytest.raises(ValueError, match="no finished checkpoint"):
-        load_ema(SPEC, tmp_path, CPU)
-
-
-def test_checkpoint_cadence_and_cut_logs_change_nothing(whole: dict[str, Any], tmp_path: Path):
-    seen_by: list[tuple[Any, ...]] = []
-    result = run_training(
-        SPEC,
-        RunContext(
-            tmp_path,
-            Resources(checkpoint_every=5, micro_batch=16),
-            report=lambda progress: seen_by.append((progress.step, progress.total)),
-        ),
-    )
-    assert result["weights_sha256"] == whole["weights_sha256"] and [
-        entry[:2] for entry in seen_by
-    ] == [(STEPS, STEPS)]
-    with (tmp_path / "log.jsonl").open("a") as file:
-        file.write('{"step": 14, "lo')
-    assert run_training(SPEC, RunContext(tmp_path))["loss"] == result["loss"]
-    assert [step for step, _, _ in log(tmp_path)] == [STEPS]
 
 
 if __name__ == "__main__":

@@ -227,6 +227,8 @@ def claims_sheet(
         f"Claims about speed and Gflops, measured on this {device}",
         [Column(title, title, kind=Kind.PROSE) for title in titles],
     )
+
+    # Only claims about speed and cost have a row here; the other ones are judged elsewhere.
     for name, claim in store.published("claims.csv", ("id",)).items():
         if claim["metric"] == "throughput":
             measured, judgement = _speed_cells(claim, stages_of(claim), source)
@@ -243,6 +245,7 @@ def claims_sheet(
                 "source": Cell(label=claim["source"]),
             }
         )
+
     sheet.note(
         NoteKind.SPEED,
         "measured: for throughput, the ratio of images per second in each numeric mode, both "
@@ -257,10 +260,10 @@ def _speed_cells(
 ) -> tuple[Cell, Judgement]:
     if not stages:
         reason = "nobody described one of the two"
-        return Cell(label="-"), Judgement(Verdict.NOT_MEASURABLE, (reason,))
+        return GAP, Judgement(Verdict.NOT_MEASURABLE, (reason,))
     measured = ratios(claim, stages, source)
     if not measured:
-        return Cell(label="-"), Judgement(Verdict.NOT_MEASURED)
+        return GAP, Judgement(Verdict.NOT_MEASURED)
     label = "; ".join(f"{ratio.value:.2f} ±{ratio.error:.2f} ({ratio.mode})" for ratio in measured)
     records = tuple(record for ratio in measured for record in ratio.records)
     return Cell(label=label, records=records), judge_speed(measured, stages)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from experiments.engine.records.store import RecordFolder, Store
+from experiments.engine.reporting.lookup import published_cell
 from experiments.engine.reporting.sheet import (
     GAP,
     Cell,
@@ -98,7 +99,7 @@ def counts_sheet(
                 "gflops_diff": difference(same, paper),
                 "core": core,
                 "core_diff": difference(core, paper),
-                "counter": Cell(label=system.convention or "-"),
+                "counter": Cell(label=system.convention),
             }
         )
         named.append(Named(f"{system.title} at {system.resolution}", system, paper))
@@ -201,10 +202,7 @@ def _published_gflops(store: Store, system: System) -> Cell:
     if system.gflops is None:
         return GAP
     file, model = system.gflops
-    text = store.published(file, ("model",))[model]["gflops"]
-    if not text:
-        return GAP
-    return Cell(float(text), digits=len(text.partition(".")[2]))
+    return published_cell(store.published(file, ("model",))[model]["gflops"])
 
 
 def _published_params(store: Store, system: System) -> Cell:

@@ -9,7 +9,7 @@ from typing import Any
 from experiments.engine.records.store import Record, RecordFolder
 from experiments.engine.reporting.efficiency.speed import EAGER, Acceleration, ceiling_of
 from experiments.engine.reporting.sheet import GAP, Cell, Column, Kind, NoteKind, Sheet, Topic
-from experiments.engine.reporting.sheet import Row as Cells
+from experiments.engine.reporting.sheet import SheetRow as Cells
 from experiments.engine.specs.spec import Profile, Timing
 
 
@@ -122,11 +122,14 @@ def profile_sheets(
             f"batch {stage.timing.batch}",
             list(PROFILE_COLUMNS),
         )
+
+        # A profile says little without the ceilings of the device in the same mode.
         record, top = source.latest(stage), ceiling_of(device, mode, source)
         if record and top:
             _fill_profile(sheet, record, top)
         else:
             sheet.note(NoteKind.GENERAL, "not profiled yet")
+
         sheets.append(sheet)
     return sheets
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from experiments.engine.records.store import Record, RecordFolder, Store
-from experiments.engine.reporting.notes import timing_caveats
+from experiments.engine.reporting.caveats import timing_caveats
 from experiments.engine.reporting.sheet import (
+    FAILED,
     GAP,
     Cell,
     Column,
@@ -16,7 +17,7 @@ from experiments.engine.reporting.sheet import (
     Sheet,
     Topic,
 )
-from experiments.engine.reporting.sheet import Row as Cells
+from experiments.engine.reporting.sheet import SheetRow as Cells
 from experiments.engine.specs.rows import Row, Table
 from experiments.engine.specs.spec import Ceilings, Timing
 from experiments.engine.specs.stages import cost_stages
@@ -106,7 +107,7 @@ def speed_sheet(timed: TimedTable, store: Store, source: RecordFolder | None = N
     for entry in timed.rows:
         counts = _counts_of(entry.row, source)
         macs = _core_macs(entry.row, counts)
-        cells = {"row": Cell(label=entry.row.label)}
+        cells: Cells = {"row": Cell(label=entry.row.label)}
         cells["core"] = Cell(macs / 1e9 if macs else None, records=counts)
         for mode, stage in entry.stages.items():
             cells |= _timing_cells(stage, mode, macs, source)
@@ -125,6 +126,8 @@ def _columns(timed: TimedTable) -> list[Column]:
         Column("row", "row", kind=Kind.PROSE),
         Column("core", "core", "Gflops", topic=Topic.SPEED),
     ]
+
+    # Each mode has the same columns; a GPU adds its memory and its energy.
     for mode in timed.modes:
         names = {"rate": "img/s", "relative": "rel.", "matmul": "% of matmul", "copy": "% of copy"}
         if timed.device == "cuda":
@@ -132,12 +135,15 @@ def _columns(timed: TimedTable) -> list[Column]:
         columns += [
             Column(f"{mode}_{key}", title, mode, topic=Topic.SPEED) for key, title in names.items()
         ]
+
+    # The paper has forward passes alone.
     if timed.task == "forward":
         names = {"rate": "img/s", "relative": "rel.", "peak": "% of fp32 peak"}
         columns += [
             Column(f"paper_{key}", title, "paper, A100", topic=Topic.SPEED)
             for key, title in names.items()
         ]
+
     return columns
 
 
@@ -164,7 +170,7 @@ def _timing_cells(stage: Timing, mode: str, core_macs: float | None, source: Rec
     record = source.latest(stage)
     if record is None:
         failed = source.latest(stage, status="failed")
-        return {f"{mode}_rate": Cell(label="failed") if failed else GAP}
+        return {f"{mode}_rate": FAILED if failed else GAP}
     values, own = record.values, (record,)
     cells = {
         f"{mode}_rate": Cell(
@@ -225,6 +231,8 @@ def _method_notes(timed: TimedTable, source: RecordFolder) -> list[str]:
         "sampling": f"guided sampling in {timed.num_steps} steps, each on twice the batch. An "
         "image takes all of them",
     }
+
+    # The first two notes define the columns and the modes.
     notes = [
         f"{timed.task}: {tasks[timed.task]}. ± is half the interquartile range. rel. is relative "
         f"to {timed.table.baseline.label}, timed in turn.",
@@ -232,6 +240,8 @@ def _method_notes(timed: TimedTable, source: RecordFolder) -> list[str]:
         "(convolutions in TF32, linear layers in fp32), t and y of one image, and no final "
         "synchronisation.",
     ]
+
+    # Each numeric mode has its own ceilings; none is stated for the authors' mode.
     for mode in timed.modes:
         top = ceiling_of(timed.device, mode, source)
         if top and mode != AS_PUBLISHED:
@@ -243,6 +253,8 @@ def _method_notes(timed: TimedTable, source: RecordFolder) -> list[str]:
         "% of copy: what the operators read and write, one by one, at the rate of a copy. Caches "
         "let small tensors exceed it. The suite's Triton kernels are not seen."
     )
+
+    # The last notes apply to some tables only.
     if timed.acceleration:
         notes.append(
             f"{timed.task}{timed.acceleration}: the baseline too. The authors' mode as_published "
@@ -290,6 +302,8 @@ def _add_record_notes(sheet: Sheet, timed: TimedTable, source: RecordFolder) -> 
     """Add what the records of the rows say: failures, unstable timings, missing fused kernels."""
     recorded: list[tuple[str, Record]] = []
     plain: dict[str, list[str]] = {}
+
+    # A row without a record says why, if it failed.
     for entry in timed.rows:
         for mode, stage in entry.stages.items():
             record = source.latest(stage)
@@ -298,6 +312,7 @@ def _add_record_notes(sheet: Sheet, timed: TimedTable, source: RecordFolder) -> 
                 if failure:
                     sheet.note(NoteKind.FAILURE, f"{entry.row.label}, {mode}: {failure.error}")
                 continue
+
             label = f"{entry.row.label} ({mode})"
             recorded.append((label, record))
             for how in unfused(record):
@@ -308,18 +323,11 @@ def _add_record_notes(sheet: Sheet, timed: TimedTable, source: RecordFolder) -> 
                     f"{entry.row.label}, {mode}: makes tokens of t and y, and was given those of "
                     "all images.",
                 )
-    _add_texts(sheet, timing_caveats(recorded))
+
+    # Notes on all rows come after those on single ones.
+    sheet.notes += timing_caveats(recorded)
     for how, labels in plain.items():
         sheet.note(NoteKind.SPEED, f"{how}, without a fused kernel: {', '.join(labels)}.")
-
-
-def _add_texts(sheet: Sheet, notes: Sequence[object]) -> None:
-    """Append notes, which may be plain sentences."""
-    for note in notes:
-        if isinstance(note, str):
-            sheet.note(NoteKind.SPEED, note)
-        else:
-            sheet.notes.append(note)  # type: ignore[arg-type]
 
 
 def _took_all_conditions(record: Record, mode: str, task: str) -> bool:

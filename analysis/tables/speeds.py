@@ -1,0 +1,39 @@
+"""Throughput of Table 1's networks in every numeric mode of a device. No torch."""
+
+from __future__ import annotations
+
+from analysis.query import ReferenceStore, latest
+from analysis.tables.caveats import add_caveats
+from experiments import main_results
+from experiments.declared import timings
+from experiments.engine.reporting.efficiency.speed import speed_sheet
+from experiments.engine.reporting.sheet import Sheet
+from experiments.engine.specs.rows import Row
+
+
+def throughput_sheet(task: str, store: ReferenceStore) -> Sheet:
+    """The rows that were timed on a GPU or, as long as none was, on a CPU; else gaps.
+
+    Args:
+        task: one of the declared TASKS.
+        store: the committed records.
+    """
+    table = main_results.TABLE_1
+    device = "cuda" if rows_in_modes("cuda", task, store) else "cpu"
+    rows = rows_in_modes(device, task, store)
+    if not rows:
+        rows = [row for row in table.rows if row.backbone and not row.heavy]
+    timed = timings.timed_table(table, rows, device, task)
+    return add_caveats(speed_sheet(timed, store, store.reference))
+
+
+def rows_in_modes(device: str, task: str, store: ReferenceStore) -> list[Row]:
+    """Table 1's rows that were timed in some numeric mode of a device."""
+    table = main_results.TABLE_1
+    timed = []
+    for row in table.rows:
+        if row.backbone:
+            stages = timings.stages(table, [row], device, task, named=True)
+            if any(latest(stages, store)):
+                timed.append(row)
+    return timed

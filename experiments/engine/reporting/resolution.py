@@ -1,0 +1,160 @@
+"""Which rows of a table differ from its baseline by more than noise explains. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from experiments.engine.records.comparison import clashes
+from experiments.engine.records.store import Store
+from experiments.engine.reporting.lookup import (
+    REFERENCE_SEEDS,
+    SCORES,
+    Better,
+    Lookup,
+    ranking_score,
+)
+from experiments.engine.reporting.statistics import (
+    LEVEL,
+    Spread,
+    Values,
+    mean_score,
+    noise_bound,
+    pool_spread,
+)
+from experiments.engine.specs.rows import Row
+from experiments.engine.specs.spec import spec_id
+
+
+@dataclass
+class Comparison:
+    """The rows of a table against its baseline, by label."""
+
+    # the baseline's label
+    baseline: str
+    # the score that is compared
+    name: str
+    # over training seeds; None if it is unknown
+    spread: Spread | None = None
+    # whether the spread is the reference's, since these runs have no repeated seeds
+    from_reference: bool = False
+    better: list[str] = field(default_factory=list)
+    worse: list[str] = field(default_factory=list)
+    not_resolved: list[str] = field(default_factory=list)
+    # scored by another protocol than the baseline, with the fields that differ
+    refused: dict[str, list[str]] = field(default_factory=dict)
+    # whether there is anything to compare
+    comparable: bool = False
+
+
+def compare_with_baseline(lookup: Lookup, store: Store) -> Comparison:
+    """Sort the rows into better than the baseline, worse, and not resolved."""
+    selection = lookup.selection
+    baseline, features = selection.table.baseline, selection.protocol.features
+    comparison = Comparison(baseline.label, ranking_score(features))
+
+    # the baseline is looked up apart, since it need not be one of the rows
+    base_lookup = Lookup(selection.with_rows([baseline]), lookup.folder)
+    base_records = base_lookup.scored(baseline)
+    scores: dict[str, Values] = {baseline.label: base_lookup.score_values(baseline)}
+    fields = {baseline.label: clashes(base_records, base_records)}
+    for row in selection.networks:
+        scores[row.label] = lookup.score_values(row)
+        fields[row.label] = clashes(lookup.scored(row), base_records)
+    comparison.refused = {label: differing for label, differing in fields.items() if differing}
+
+    # runs that rows share count once, or their spread would seem better known than it is
+    distinct = _distinct_labels(lookup, baseline)
+    own = [scores[label] for label in (baseline.label, *distinct) if not fields[label]]
+
+    # without repeated seeds of our own, the reference's spread stands in
+    comparison.spread = pool_spread(comparison.name, own)
+    if comparison.spread is None:
+        comparison.spread = _reference_spread(lookup, store, comparison.name)
+        comparison.from_reference = True
+
+    base = [] if fields[baseline.label] else scores[baseline.label]
+    others = [label for label in distinct if scores[label] and not fields[label]]
+    comparison.comparable = bool(base and others)
+    if comparison.spread is not None and comparison.comparable:
+        _sort(comparison, {label: scores[label] for label in others}, base, SCORES[features])
+    return comparison
+
+
+def _reference_spread(lookup: Lookup, store: Store, name: str) -> Spread | None:
+    """The spread of a score in the reference, pooled over all networks of the table."""
+    selection = lookup.selection
+    networks = [row for row in selection.table.rows if row.backbone]
+    every = selection.with_rows(networks).with_seeds(REFERENCE_SEEDS)
+    reference = Lookup(every, store.reference)
+    return pool_spread(name, [reference.score_values(row) for row in networks])
+
+
+def _distinct_labels(lookup: Lookup, baseline: Row) -> Sequence[str]:
+    """The rows other than the baseline, the first of those that share their runs."""
+    selection = lookup.selection
+    (base_run,) = selection.with_rows([baseline]).with_seeds([0]).runs_of(baseline)
+    seen = {spec_id(base_run.stage)}
+    labels = []
+    for run in selection.with_seeds([0]).runs:
+        name = spec_id(run.stage)
+        if name not in seen:
+            seen.add(name)
+            labels.append(run.row.label)
+    return labels
+
+
+def _sort(
+    comparison: Comparison,
+    scores: dict[str, Values],
+    base: Values,
+    better: dict[str, Better],
+) -> None:
+    """Fill in better, worse and not resolved, at LEVEL for all rows together."""
+    assert comparison.spread is not None
+    name = comparison.name
+
+    # A difference counts only if it is larger than the bound for all rows together.
+    for label, values in scores.items():
+        difference = mean_score(name, values) - mean_score(name, base)
+        bound = noise_bound(comparison.spread, len(values), len(base), len(scores))
+        if abs(difference) <= bound:
+            comparison.not_resolved.append(label)
+        elif (difference < 0) == (better[name] is Better.LOWER):
+            comparison.better.append(label)
+        else:
+            comparison.worse.append(label)
+
+
+def describe_comparison(comparison: Comparison) -> str:
+    """The comparison in sentences; '' if there is nothing to say."""
+    refused = "; ".join(
+        f"{label} (other {', '.join(fields)})" for label, fields in comparison.refused.items()
+    )
+    not_compared = f"Not compared, since scored by another protocol: {refused}."
+    if comparison.spread is None or not comparison.comparable:
+        sentences = []
+        if comparison.comparable:
+            sentences.append(
+                f"No difference in {comparison.name} can be called resolved: the spread over "
+                "training seeds is unknown, since there is one seed and no reference."
+            )
+        if refused:
+            sentences.append(not_compared)
+        return " ".join(sentences)
+
+    # which rows are better, worse and neither
+    source = "the reference" if comparison.from_reference else "these runs"
+    groups = {
+        "better": comparison.better,
+        "worse": comparison.worse,
+        "not resolved": comparison.not_resolved,
+    }
+    listed = "; ".join(f"{name}: {', '.join(labels)}" for name, labels in groups.items() if labels)
+    sentences = [
+        f"{comparison.name} against {comparison.baseline}: {listed}.",
+        f"A difference is resolved if the spread over seeds of {source} "
+        f"({comparison.spread.deviation:.0%} of the value, pooled) does not explain it, "
+        f"at {1 - LEVEL:.0%} over all rows.",
+    ]
+    return " ".join(sentences + ([not_compared] if refused else []))

@@ -1,0 +1,175 @@
+"""Queries over committed records, and what is looked through before it enters a table."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from analysis.claims.finding import Evidence
+from analysis.claims.judge import judge
+from analysis.figures.tradeoffs import score_against_speed
+from analysis.page.scatter import views
+from analysis.published import FILES
+from analysis.query import (
+    ReferenceStore,
+    at_one_batch,
+    frame,
+    gpu_timings,
+    numeric_mode,
+    rankable,
+)
+from analysis.tables.agreement_page import agreement_page
+from analysis.tables.paper import SHEETS
+from experiments.ablation import TABLE_4
+from experiments.declared.protocols import DIGITS
+from experiments.engine.records.store import Store
+from experiments.engine.records.tree import REPOSITORY
+from experiments.engine.reporting.verdict import Judgement, Verdict
+from experiments.engine.specs.spec import Backbone, Timing, spec_id
+from experiments.engine.specs.stages import evaluate_stage
+from tests.support.imports import loaded_modules
+from tests.support.references import GPU_PROVENANCE, commit_records, timing_values
+from tests.support.sheets import labelled, note_about
+
+
+def test_a_frame_has_a_row_per_record_and_a_column_per_field():
+    store = ReferenceStore()
+    table = frame(store)
+    records = {record.name: record for record in store.all_records()}
+    assert set(table.index) == set(records) and table.index.is_unique
+
+    scored = table.query("kind == 'evaluate' and `spec.features` == 'digits'")
+    expected = {
+        name: record.values["fd_digits"]
+        for name, record in records.items()
+        if record.kind == "evaluate" and record.spec["features"] == "digits"
+    }
+    assert scored["values.fd_digits"].to_dict() == expected
+    assert scored["spec.train.seed"].dtype.kind in "if"
+    assert scored["values.images_per_s"].isna().all()
+    assert set(scored["provenance.torch"]) == {
+        records[name].provenance["torch"] for name in expected
+    }
+
+
+def test_a_frame_of_no_records_is_empty(tmp_path: Path):
+    assert frame(ReferenceStore(tmp_path)).empty
+
+
+def test_pandas_is_imported_by_the_frame_alone():
+    assert "pandas" not in loaded_modules("import analysis.query, analysis.build")
+
+
+def time_network(store: Store, name: str, batch: int) -> None:
+    stage = Timing(Backbone(name), 32, 4, 1000, batch, "cuda")
+    provenance = GPU_PROVENANCE | {"kernels": {}}
+    store.append(stage, "done", timing_values(float(batch)), provenance)
+
+
+def test_networks_are_compared_at_one_batch(tmp_path: Path):
+    """The batch that most networks have, up to the paper's 64; the largest of several."""
+    store = Store(tmp_path)
+    batches = {"dico_xl": (16, 64, 128), "dit_xl_2": (16, 128), "dis_h_2": (16, 64)}
+    for name, timed in batches.items():
+        for batch in timed:
+            time_network(store, name, batch)
+    committed = commit_records(tmp_path)
+    timings = {name: gpu_timings(Backbone(name), 32, committed) for name in batches}
+    assert {key: sorted(found) for key, found in at_one_batch(timings).items()} == {
+        ("fp32, TF32 off", "a GPU", 16): ["dico_xl", "dis_h_2", "dit_xl_2"]
+    }
+    del timings["dit_xl_2"]
+    assert [batch for _, _, batch in at_one_batch(timings)] == [64]
+
+
+@pytest.mark.parametrize("change", [{"what": "training"}, {"compile": True}, {"graphs": True}])
+def test_only_plain_forward_passes_are_throughput(change: dict[str, object], tmp_path: Path):
+    store = Store(tmp_path)
+    time_network(store, "dico_xl", 64)
+    stage = Timing(Backbone("dico_xl"), 32, 4, 1000, 64, "cuda", **change)
+    store.append(stage, "done", timing_values(), GPU_PROVENANCE)
+    (record,) = gpu_timings(Backbone("dico_xl"), 32, commit_records(tmp_path))
+    assert numeric_mode(record) == "fp32, TF32 off" and record.spec["what"] == "forward"
+
+
+def change_manifest(folder: Path, label: str, field: str, value: object) -> ReferenceStore:
+    """The committed records, but one row's scores on digits under another protocol."""
+    shutil.copytree(REPOSITORY / "results" / "reference", folder / "reference")
+    name = spec_id(evaluate_stage(TABLE_4.row(label), DIGITS, 0))
+    (path,) = (folder / "reference" / "evaluate").glob(f"{name}-*.json")
+    record = json.loads(path.read_text())
+    record["values"]["manifest"]["measure"][field] = value
+    path.write_text(json.dumps(record))
+    return ReferenceStore(folder)
+
+
+def test_a_row_of_another_protocol_is_not_ranked(tmp_path: Path):
+    row = TABLE_4.rows[3]
+    store = change_manifest(tmp_path, row.label, "quantiser", "rounds to nearest")
+    scores, refused = rankable(TABLE_4.rows, DIGITS, store)
+    assert list(refused) == [row.label]
+    assert [bool(records) for records in scores] == [other != row for other in TABLE_4.rows]
+
+    sheet = SHEETS["table4"](store)
+    assert labelled(sheet, row.label)["rank"] == "-"
+    assert labelled(sheet, TABLE_4.rows[2].label)["rank"] != "-"
+    assert note_about(sheet, f"{row.label} is not ranked")
+
+
+def test_a_record_of_another_extractor_is_ordered_by_nothing(tmp_path: Path):
+    """Neither by the claim that asks for it, nor by a figure, the scatter or the page."""
+    store = change_manifest(tmp_path, "w/o CCA", "extractor", {"sha256": "0" * 64})
+    claims = {row["id"]: row for row in store.rows("claims.csv")}
+    found = judge(claims["cca-fid"], store)
+    assert (found.evidence, found.judgement) == (Evidence.NOT_YET, Judgement(Verdict.OPEN))
+    assert "scored by another protocol: w/o CCA (extractor" in found.basis
+
+    # other claims keep their verdicts
+    before = judge(claims["kernel-order"], ReferenceStore())
+    after = judge(claims["kernel-order"], store)
+    assert (after.evidence, len(after.records)) == (before.evidence, len(before.records))
+
+    # the page of the protocol, the interactive scatter, and the figure
+    page = agreement_page(store)
+    assert "10 rows, 3 seeds each" in page
+    assert "Left out, since scored by another protocol: w/o CCA (extractor" in page
+    (view,) = [view for view in views(store) if "Table 4" in view["name"]]
+    assert view["name"].endswith("w/o CCA)")
+    assert not any("w/o CCA" in text for text in view["data"][0]["text"])
+    drawing = score_against_speed(TABLE_4, store)
+    assert "w/o CCA" not in drawing.axes[0].get_legend_handles_labels()[1]
+    assert drawing.get_supxlabel().endswith("w/o CCA")
+
+
+def test_a_published_file_that_is_missing_is_one_line(tmp_path: Path):
+    with pytest.raises(ValueError, match="restore it"):
+        ReferenceStore(None, tmp_path).rows("table1.csv")
+
+
+def test_a_published_row_without_a_source_is_one_line(tmp_path: Path):
+    contents = FILES["table7.csv"]
+    columns = [*contents.words, *contents.numbers, "source"]
+    numbers = ",".join("1" for _ in contents.numbers)
+    (tmp_path / "table7.csv").write_text(f"{','.join(columns)}\nDiCo-S,{numbers},\n")
+    with pytest.raises(ValueError, match="line 2: no source"):
+        ReferenceStore(None, tmp_path).rows("table7.csv")
+
+
+@pytest.mark.parametrize("content", [b"model," + b"x" * 140_000, b"model\n\xff\n"])
+def test_a_published_file_that_is_no_csv_is_one_line(content: bytes, tmp_path: Path):
+    (tmp_path / "table7.csv").write_bytes(content)
+    message = (
+        "^published data table7.csv: no CSV in UTF-8 .*; "
+        "restore it with git checkout results/published$"
+    )
+    with pytest.raises(ValueError, match=message):
+        ReferenceStore(None, tmp_path).rows("table7.csv")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_published_row_names_its_source(name: str):
+    for row in ReferenceStore().rows(name):
+        assert "2505.11196" in row["source"] or "authors' log" in row["source"]

@@ -1,0 +1,311 @@
+"""The tables of the paper: published rows, differences, ranks and footnotes."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from analysis.query import ReferenceStore
+from analysis.tables.paper import SHEETS
+from analysis.tables.progress import progress_row, stopped
+from analysis.tables.ranks import Rank, rank_rows
+from analysis.tables.recipes import CONFIGURATIONS, recipe_sheet
+from experiments.ablation import TABLE_4
+from experiments.declared.protocols import IMAGENET256
+from experiments.engine.records.store import Store
+from experiments.engine.records.tree import REPOSITORY
+from experiments.engine.reporting.lookup import Better
+from experiments.engine.reporting.render import FORMATS, render
+from experiments.engine.reporting.sheet import Topic
+from experiments.engine.specs.spec import Backbone, Timing
+from experiments.engine.specs.stages import evaluate_stage, timing_stage
+from experiments.main_results import TABLES
+from tests.support.imports import loaded_modules
+from tests.support.references import (
+    GPU_PROVENANCE,
+    PROVENANCE,
+    commit_records,
+    reference_of_scores,
+    timing_values,
+)
+from tests.support.sheets import labelled, note_about, note_texts, row_of, texts
+
+PUBLISHED = REPOSITORY / "results" / "published"
+HALF_TF32 = {"cudnn_tf32": True, "matmul_tf32": False}
+
+
+@pytest.fixture(scope="module")
+def committed() -> ReferenceStore:
+    return ReferenceStore()
+
+
+@pytest.mark.parametrize("name", SHEETS)
+def test_every_table_prints_with_and_without_records(
+    name: str, committed: ReferenceStore, tmp_path: Path
+):
+    for store in (committed, ReferenceStore(tmp_path)):
+        sheet = SHEETS[name](store)
+        first = texts(sheet, sheet.columns[0].key)[0]
+        for form in FORMATS:
+            assert first in render([sheet], form).replace("\\", "")
+        assert not store.problems
+
+
+@pytest.mark.parametrize("number", [1, 2, 8, 9])
+def test_tables_of_systems_hold_every_published_row(number: int, committed: ReferenceStore):
+    sheet = SHEETS[f"table{number}"](committed)
+    ours = sorted(zip(texts(sheet, "row"), texts(sheet, "paper_fid"), strict=True))
+    theirs = sorted((row["model"], row["fid"]) for row in committed.rows(f"table{number}.csv"))
+    assert sorted(fid for _, fid in ours) == sorted(fid for _, fid in theirs)
+    for model, fid in theirs:
+        assert any(label.startswith(model) and fid == printed for label, printed in ours)
+
+
+@pytest.mark.parametrize("number", [1, 2, 8, 9])
+def test_the_scores_of_a_family_stand_once(number: int, committed: ReferenceStore):
+    """DiCo-S, B, L and XL are one network on digits, and so are DiT's sizes."""
+    assert not SHEETS[f"table{number}"](committed).has("fd_digits")
+    families = SHEETS["families"](committed)
+    scores = texts(families, "fd_digits")
+    assert len(set(scores)) == len(scores)
+    named = " ".join(texts(families, "stands_for"))
+    for row in TABLES[number].rows:
+        if row.backbone:
+            assert row.label in named, f"no family stands for {row.label}"
+
+
+def test_two_networks_of_one_label_are_two_families(committed: ReferenceStore):
+    """ADM-U halves an image of 512 pixels once more than one of 256."""
+    families = SHEETS["families"](committed)
+    stands_for = dict(zip(texts(families, "row"), texts(families, "stands_for"), strict=True))
+    assert stands_for["ADM-U"] == "Table 1: ADM-U; Table 8: ADM-U"
+    assert stands_for["ADM-U of Table 2"] == "Table 2: ADM-U; Table 9: ADM-U"
+
+
+def test_differences_are_in_per_cent_of_the_paper(committed: ReferenceStore):
+    row = row_of(SHEETS["table2"](committed), "DiCo-XL, 3M")
+    paper, ours, difference = (
+        row[key].value for key in ("gflops_paper", "gflops_same", "gflops_diff")
+    )
+    assert paper == 349.78 and difference == pytest.approx(100 * (ours - paper) / paper)
+    assert -0.5 < difference < -0.4
+
+
+def test_table_5_gives_the_difference_of_its_ratio(committed: ReferenceStore):
+    row = labelled(SHEETS["table5"](committed), "DiCo-S")
+    keys = ("dit_ratio_paper", "dit_ratio", "dit_ratio_diff")
+    paper, ours, difference = (float(row[key]) for key in keys)
+    assert difference == pytest.approx(100 * (ours / paper - 1), abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["table1", "table3", "table5"])
+def test_a_number_of_ours_leads_to_its_records(name: str, committed: ReferenceStore):
+    sheet = SHEETS[name](committed)
+    for key in ("params", "gflops", "gflops_core"):
+        for cell in sheet.values(key):
+            assert cell.records or cell.is_gap, (name, key)
+
+
+def test_table_6_names_every_field_that_differs(
+    committed: ReferenceStore, monkeypatch: pytest.MonkeyPatch
+):
+    assert "Different: none." in note_about(recipe_sheet(committed), "declared fields equal")
+    other = replace(IMAGENET256, recipe=replace(IMAGENET256.recipe, lr=3e-4))
+    monkeypatch.setitem(CONFIGURATIONS, "DiCo-S 256", (CONFIGURATIONS["DiCo-S 256"][0], other))
+    note = note_about(recipe_sheet(committed), "declared fields equal")
+    assert note.endswith("Different: DiCo-S 256: peak lr.")
+
+
+def test_table_6_without_a_model_or_its_log_says_so(tmp_path: Path):
+    published = shutil.copytree(PUBLISHED, tmp_path / "published")
+    for name, model in (("table6.csv", "DiCo-B"), ("dico_logs.csv", "DiCo-L")):
+        lines = (published / name).read_text().splitlines(keepends=True)
+        kept = [line for line in lines if not line.startswith(f"{model},")]
+        (published / name).write_text("".join(kept))
+    sheet = recipe_sheet(ReferenceStore(None, published))
+    assert "since table6.csv has no row of it" in note_about(sheet, "DiCo-B: its hours")
+    reason = "since dico_logs.csv has no line of it to step 400000"
+    assert reason in note_about(sheet, "DiCo-L: its hours")
+
+
+@pytest.mark.parametrize("better", Better)
+def test_ranks_are_intervals_that_only_resolved_differences_narrow(better: Better):
+    def seeds(mean: float, width: float) -> list[dict[str, float]]:
+        return [{"agreement": mean + width * k} for k in (-1, 0, 1)]
+
+    def ranks(*rows: list[dict[str, float]]) -> list[Rank | None]:
+        return rank_rows("agreement", better, rows)
+
+    first, second, third = (0.1, 0.5, 0.9) if better is Better.LOWER else (0.9, 0.5, 0.1)
+    certain = ranks(*(seeds(mean, 0.001) for mean in (first, second, third)))
+    assert certain == [Rank(1, 1), Rank(2, 2), Rank(3, 3)]
+    noisy = ranks(*(seeds(mean, 1.0) for mean in (first, second, third)))
+    assert noisy == [Rank(1, 3)] * 3
+    with_gap = ranks(seeds(first, 0.001), [], seeds(third, 0.001))
+    assert with_gap == [Rank(1, 1), None, Rank(2, 2)]
+    assert ranks([{"agreement": 1.0}], [{"agreement": 2.0}]) == [None, None]
+
+
+def test_only_what_is_first_for_certain_is_bold(tmp_path: Path):
+    close = {row.label: [10.0 + k, 10.5 + k, 11.0 + k] for k, row in enumerate(TABLE_4.rows)}
+    sheet = SHEETS["table4"](reference_of_scores(tmp_path / "a", close))
+    assert not any(cell.best for row in sheet.rows for cell in row.values())
+
+    clear = {label: [100.0, 101.0, 102.0] for label in close} | {"w/o CCA": [1.0, 1.01, 1.02]}
+    sheet = SHEETS["table4"](reference_of_scores(tmp_path / "b", clear))
+    best = [row["row"].label for row in sheet.rows if any(cell.best for cell in row.values())]
+    assert best == ["w/o CCA"]
+    assert "**1.0 ±0.0**" in render([sheet], "markdown")
+    assert "<b>1.0 ±0.0</b>" in render([sheet], "html")
+    assert "\\textbf{1.0 $\\pm$0.0}" in render([sheet], "latex")
+
+
+def test_numeric_modes_of_a_gpu_stand_side_by_side(tmp_path: Path):
+    store = Store(tmp_path)
+    spec = Timing(Backbone("dico_xl"), 32, 4, 1000, 64, "cuda", baseline=Backbone("dit_s_2"))
+    for mode, batch, rate in (
+        ("fp32", 64, 80.0),
+        ("as_published", 64, 200.0),
+        ("as_published", 16, 150.0),
+        ("as_published", 1024, 300.0),
+    ):
+        flags = HALF_TF32 if mode == "as_published" else PROVENANCE["precision_flags"]
+        store.append(
+            replace(spec, precision=mode, batch=batch),
+            "done",
+            timing_values(rate, 0.5),
+            GPU_PROVENANCE | {"precision_flags": flags},
+        )
+    sheet = SHEETS["table1"](commit_records(tmp_path))
+    row = labelled(sheet, "DiCo-XL")
+    shown = {
+        column.title: row[column.key] for column in sheet.columns if column.group == "ours, a GPU"
+    }
+    assert shown == {
+        "img/s, as_published, TF32 cudnn": "200.00 ±0.50",
+        "diff. %, as_published, TF32 cudnn": "-4.06",
+        "img/s, fp32, TF32 off": "80.00 ±0.50",
+        "diff. %, fp32, TF32 off": "-61.63",
+    }
+    assert note_about(sheet, "largest timed batch up to the paper's 64")
+
+
+DIFFERENCES = {
+    "ours_fid": "54.97 ±0.20",
+    "ours_fid_corrected": "54.50",
+    "ours_fid_diff": "10.00",
+    "ours_is": "30.00",
+    "ours_is_diff": "-4.40",
+    "ours_precision": "0.50",
+    "ours_precision_diff": "4.17",
+    "ours_recall": "0.60",
+    "ours_recall_diff": "3.45",
+}
+DIFFERENCES_7 = DIFFERENCES | {
+    "ours_sfid": "11.00",
+    "ours_sfid_diff": "-3.59",
+    "ours_precision_diff": "3.95",
+    "ours_recall_diff": "3.09",
+}
+
+
+@pytest.mark.parametrize(
+    "number, expected", [(1, DIFFERENCES), (4, DIFFERENCES), (7, DIFFERENCES_7)]
+)
+def test_a_score_under_the_papers_conditions_stands_beside_its_row(
+    number: int, expected: dict[str, str], tmp_path: Path
+):
+    """DiCo-S after 400K steps is one run of Tables 1, 4 and 7."""
+    values = dict(fid=54.967, fid_se=0.2, fid_corrected=54.5, sfid=11.0, precision=0.5, recall=0.6)
+    stage = evaluate_stage(TABLE_4.rows[0], IMAGENET256, 0)
+    dirty = PROVENANCE | {"dirty": True}
+    record = Store(tmp_path).append(stage, "done", values | {"is": 30.0}, dirty)
+
+    sheet = SHEETS[f"table{number}"](commit_records(tmp_path))
+    names = [{own.name for cell in row.values() for own in cell.records} for row in sheet.rows]
+    assert [record.name in found for found in names].count(True) == 1
+    at = [record.name in found for found in names].index(True)
+    assert texts(sheet, sheet.columns[0].key)[at] == "DiCo-S"
+    ours = {key: texts(sheet, key)[at] for key in expected}
+    assert ours == expected and note_about(sheet, "uncommitted changes")
+
+
+def test_a_row_of_an_ablation_is_timed_on_a_gpu_too(tmp_path: Path):
+    store = Store(tmp_path)
+    stage = timing_stage(TABLE_4.rows[4], TABLE_4.rows[0], "cuda")
+    store.append(stage, "done", timing_values(1234.0, 5.0), GPU_PROVENANCE)
+    sheet = SHEETS["table4"](commit_records(tmp_path))
+    (column,) = [column for column in sheet.columns if column.title.startswith("img/s, fp32")]
+    assert column.title == "img/s, fp32, TF32 off, attention unfused"
+    assert texts(sheet, column.key) == ["-"] * 4 + ["1234.00 ±5.00"] + ["-"] * 6
+
+
+def test_the_papers_own_units_stand_beside_ours(committed: ReferenceStore):
+    table4, table8 = SHEETS["table4"](committed), SHEETS["table8"](committed)
+    published = [row["throughput_img_s"] for row in committed.rows("table4.csv")]
+    assert texts(table4, "paper_img_s") == published
+    dit = labelled(table8, "DiT-XL/2")
+    # the difference is of 675.1, with the frozen table of positions
+    assert [dit[key] for key in ("params_paper", "params", "params_diff")] == [
+        "675M",
+        "674.8",
+        "0.02",
+    ]
+    assert "params of DiC-H, DiCo-H" in note_about(table8, "published in billions")
+
+
+@pytest.mark.parametrize(
+    "number, label, every",
+    [(8, "DiT-XL/2", 675.1), (8, "DiMSUM-L/2", 459.9), (9, "SiT-XL", 676.0)],
+)
+def test_frozen_parameters_are_told_apart(
+    number: int, label: str, every: float, committed: ReferenceStore
+):
+    sheet = SHEETS[f"table{number}"](committed)
+    row = row_of(sheet, label)
+    expected = 100 * (every / row["params_paper"].value - 1)
+    assert row["params_diff"].value == pytest.approx(expected, abs=0.01)
+    note = note_about(sheet, "params: ours are those that train")
+    assert f"{label} {every}" in note and "DiCo-XL" not in note
+
+
+def test_a_table_is_cut_into_narrow_ones_without_losing_a_column(committed: ReferenceStore):
+    for name, make_sheet in SHEETS.items():
+        sheet = make_sheet(committed).without_empty_columns()
+        topics = sheet.topics() or [Topic.ROW]
+        parts = [{column.key for column in sheet.about(topic).columns} for topic in topics]
+        assert set.union(*parts) == {column.key for column in sheet.columns}, name
+        assert max(map(len, parts)) <= 14, f"{name} is wide"
+
+
+def test_our_scores_over_training_are_of_the_length_of_the_row(tmp_path: Path):
+    stage = evaluate_stage(progress_row("DiCo-B"), stopped(100_000), 0)
+    values = dict(fid=50.0, fid_corrected=49.0, sfid=9.0, precision=0.5, recall=0.5)
+    Store(tmp_path).append(stage, "done", values | {"is": 20.0}, PROVENANCE)
+    sheet = SHEETS["table7"](commit_records(tmp_path))
+    ours = zip(texts(sheet, "model"), texts(sheet, "steps"), texts(sheet, "ours_fid"), strict=True)
+    assert [row for row in ours if row[2] != "-"] == [("DiCo-B", "100000", "50.00")]
+
+
+def test_tables_load_no_torch_and_no_plots():
+    code = """
+        from analysis.claims.judge import claims_sheet
+        from analysis.query import ReferenceStore
+        from analysis.tables.agreement_page import agreement_page
+        from analysis.tables.paper import SHEETS
+        store = ReferenceStore()
+        for make_sheet in SHEETS.values():
+            make_sheet(store)
+        claims_sheet(store)
+        agreement_page(store)
+    """
+    assert not {"torch", "timm", "sklearn", "matplotlib", "pandas"} & loaded_modules(code)
+
+
+def test_notes_are_sentences(committed: ReferenceStore):
+    for name, make_sheet in SHEETS.items():
+        for text in note_texts(make_sheet(committed)):
+            assert text.endswith((".", "?")) or "failed:" in text, f"{name}: {text}"

@@ -1,0 +1,79 @@
+"""Temporary results folders whose committed records a test makes up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from analysis.query import ReferenceStore
+from experiments.ablation import TABLE_4
+from experiments.declared.protocols import DIGITS
+from experiments.engine.records.store import Store
+from experiments.engine.specs.rows import Table
+from experiments.engine.specs.stages import Protocol, evaluate_stage
+
+PROVENANCE: dict[str, Any] = {
+    "device": "cpu",
+    "cpu": "a CPU",
+    "cpu_count": 2,
+    "torch": "2",
+    "python": "3",
+    "dirty": False,
+    "seconds": 1.0,
+    "commit": "c" * 40,
+    "precision_flags": {"cudnn_tf32": False, "matmul_tf32": False},
+}
+GPU_PROVENANCE = PROVENANCE | {"device": "a GPU"}
+
+
+def commit_records(folder: Path) -> ReferenceStore:
+    """Turn the records of a results folder into its committed ones."""
+    (folder / "records").rename(folder / "reference")
+    return ReferenceStore(folder)
+
+
+def reopen_records(folder: Path) -> Store:
+    """Turn the committed records of a folder back, so that more can be added."""
+    (folder / "reference").rename(folder / "records")
+    return Store(folder)
+
+
+def digits_values(fd: float, features: str = "digits", **changes: float) -> dict[str, Any]:
+    """The scores of one evaluation on a small classifier's features."""
+    values = {
+        f"fd_{features}": fd,
+        f"is_{features}": 8.0,
+        f"precision_{features}": 0.6,
+        f"recall_{features}": 0.8,
+        "agreement": 0.9,
+    }
+    return values | changes
+
+
+def reference_of_scores(
+    folder: Path,
+    scores: dict[str, list[float]],
+    table: Table = TABLE_4,
+    protocol: Protocol = DIGITS,
+) -> ReferenceStore:
+    """Committed records of one Fréchet distance per seed for the rows of these labels."""
+    store = Store(folder)
+    for row in table.rows:
+        for seed, distance in enumerate(scores.get(row.label, [])):
+            stage = evaluate_stage(row, protocol, seed)
+            values = digits_values(distance, protocol.features)
+            store.append(stage, "done", values, PROVENANCE)
+    return commit_records(folder)
+
+
+def timing_values(rate: float = 50.0, spread: float = 1.0, **changes: Any) -> dict[str, Any]:
+    """What a timing measured."""
+    values = {
+        "images_per_s": rate,
+        "images_per_s_spread": spread,
+        "relative": 1.0,
+        "relative_spread": 0.0,
+        "peak_memory_bytes": None,
+        "joules_per_image": None,
+    }
+    return values | changes
