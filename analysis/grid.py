@@ -242,7 +242,7 @@ def draw(subject: Subject, layout: Layout, store: Store) -> Path:
     """
     import torch
 
-    from experiments.engine.numerics.device import prepare_torch
+    from experiments.engine.machine.gpu import prepare_torch
     from experiments.engine.runtime.context import Resources, RunContext
     from experiments.engine.sampling.networks import load_decoder, load_networks
 

@@ -35,7 +35,7 @@ from experiments.engine.cli import (
     run_command,
 )
 from experiments.engine.jobs.pool import available_cores
-from experiments.engine.machine.gpu import choose_device
+from experiments.engine.machine.gpu import choose_device, prepare_torch
 from experiments.engine.records.store import Store
 from experiments.engine.records.tree import REPOSITORY, warn_without_commit
 
@@ -167,7 +167,6 @@ def _run_loop(args: argparse.Namespace) -> int:
 
 def _run_neighbours(args: argparse.Namespace) -> None:
     from experiments.engine.benchmarks.neighbours import measure_neighbours
-    from experiments.engine.numerics.device import prepare_torch
 
     prepare_torch(args.device)
     store = _open_store(args.results)
@@ -177,15 +176,11 @@ def _run_neighbours(args: argparse.Namespace) -> None:
 
 
 def _run_checkpoints() -> None:
-    import torch
-
     from experiments.engine.benchmarks.checkpoints import measure_checkpoint
-    from experiments.engine.numerics.device import prepare_torch
     from experiments.engine.specs.spec import Backbone
 
-    device = choose_device(None)
-    prepare_torch(device)
-    measure_checkpoint(Backbone(declared.CHECKPOINT_NETWORK), torch.device(device))
+    device = prepare_torch(choose_device(None))
+    measure_checkpoint(Backbone(declared.CHECKPOINT_NETWORK), device)
 
 
 def _run_counts() -> None:
@@ -272,7 +267,6 @@ def _add_steps(commands: argparse._SubParsersAction[Parser]) -> None:
 def _run_steps(args: argparse.Namespace) -> int:
     import backbones
     from experiments.engine.benchmarks.steps import Other, measure_steps
-    from experiments.engine.numerics.device import prepare_torch
 
     # Refuse what cannot be measured before anything is timed.
     others = {}
@@ -349,11 +343,9 @@ def _run_kernels(args: argparse.Namespace) -> int:
     if args.runs < 2 or batch < 1:
         args.parser.error("--runs must be at least 2 and --batch at least 1")
     store = _open_store(args.results)
+    prepare_torch(args.device)
 
     from experiments.engine.benchmarks.kernels import Setup, measure_kernels
-    from experiments.engine.numerics.device import prepare_torch
-
-    prepare_torch(args.device)
 
     modes = args.precision or declared.KERNEL_MODES[args.device]
     setup = Setup(args.device, batch, args.runs)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from experiments.engine.cli import Parser, run_command
 from experiments.engine.data.locate import inception_path
-from experiments.engine.machine.gpu import choose_device
+from experiments.engine.machine.gpu import choose_device, prepare_torch
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -85,7 +85,6 @@ def main() -> int:
 def _calibrate() -> int:
     args = _parse()
 
-    from experiments.engine.numerics.device import prepare_torch
     from experiments.engine.scoring.inception import download_inception
 
     if args.pair and args.pair[0] not in PAIRS:

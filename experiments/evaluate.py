@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.engine.cli import Parser, run_command
 from experiments.engine.data.locate import inception_path
-from experiments.engine.machine.gpu import choose_device
+from experiments.engine.machine.gpu import choose_device, prepare_torch
 from experiments.engine.records.manifest import samples_manifest, score_name
 from experiments.engine.records.store import SCORES, Record, provenance, timestamp, write_record
 
@@ -136,7 +136,6 @@ def _evaluate() -> int:
     args = _parse()
 
     from experiments.engine.data.image_files import ImageFile, has_images
-    from experiments.engine.numerics.device import prepare_torch
     from experiments.engine.scoring.inception import load_inception
     from experiments.engine.scoring.reference import read_reference
 

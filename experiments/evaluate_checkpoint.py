@@ -52,6 +52,7 @@ from experiments.engine.data.locate import (
 )
 from experiments.engine.jobs.job import Job
 from experiments.engine.jobs.plan import ListPlan
+from experiments.engine.machine.gpu import prepare_torch
 from experiments.engine.records.store import Store
 from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.specs.spec import FACTOR, Evaluate, is_latent, spec_id
@@ -221,8 +222,6 @@ def _estimate(spec: Evaluate, model: nn.Module, args: argparse.Namespace, device
     """Estimate sampling by the network's time on this device times its evaluations."""
     sampler = spec.sampler
     if args.cluster != "slurm":
-        from experiments.engine.numerics.device import prepare_torch
-
         prepare_torch(device)
     if sampler.name == "dopri5":
         return Estimate(

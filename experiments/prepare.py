@@ -23,7 +23,7 @@ from experiments.engine.cli import Parser, run_command
 from experiments.engine.data.locate import find_cifar10, folder_of
 from experiments.engine.jobs.progress import images_line
 from experiments.engine.machine.cores import find_cores
-from experiments.engine.machine.gpu import choose_device
+from experiments.engine.machine.gpu import choose_device, prepare_torch
 
 if TYPE_CHECKING:
     from experiments.engine.data.pictures import Pictures
@@ -171,7 +171,6 @@ def prepare_latents(args: argparse.Namespace) -> int:
     from experiments.engine.data.autoencoder import load_autoencoder
     from experiments.engine.data.encode import EncodingJob, encode_pictures
     from experiments.engine.data.pictures import find_pictures
-    from experiments.engine.numerics.device import prepare_torch
 
     device = choose_device(args.device)
     prepare_torch(device.partition(":")[0])

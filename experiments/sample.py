@@ -40,7 +40,7 @@ from experiments.engine.cli import (
 from experiments.engine.data.locate import require_data
 from experiments.engine.jobs.job import Job, JobEvent
 from experiments.engine.jobs.progress import ProgressDisplay
-from experiments.engine.machine.gpu import choose_device
+from experiments.engine.machine.gpu import choose_device, prepare_torch
 from experiments.engine.records.store import Store
 from experiments.engine.records.tree import warn_without_commit
 from experiments.engine.runtime.progress import Progress, Report, ignore_progress
@@ -125,7 +125,6 @@ def _draw(args: argparse.Namespace) -> int:
 
     from experiments.engine.diffusion.build import build_diffusion
     from experiments.engine.diffusion.samplers import bind_sampler
-    from experiments.engine.numerics.device import prepare_torch
     from experiments.engine.runtime import group as distributed
     from experiments.engine.runtime.context import Resources, RunContext
     from experiments.engine.sampling.networks import decoder_warnings

@@ -240,7 +240,7 @@ def probe_one(target: Target, args: argparse.Namespace, store: Store) -> bool:
     import torch
 
     from analysis.probes.execute import Files, Machine, execute
-    from experiments.engine.numerics.device import prepare_torch
+    from experiments.engine.machine.gpu import prepare_torch
 
     prepare_torch(args.device)
     record = None if args.again else current_record(target.spec, store)

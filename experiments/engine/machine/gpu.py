@@ -1,4 +1,4 @@
-"""Whether there is a GPU to compute on: torch is asked, once. This module does not import torch."""
+"""The device to compute on. Torch is asked for a GPU, once, and loaded here only to compute."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from experiments.engine.machine.cores import find_cores
+
+if TYPE_CHECKING:
+    import torch
 
 # What drivers make under /dev: NVIDIA's, WSL2's, AMD's, and those of NVIDIA's embedded boards.
 DEVICE_NODES = ("nvidia*", "dxg", "kfd", "nvgpu*", "nvhost*", "nvmap")
@@ -54,6 +60,21 @@ def require_device(device: str) -> None:
             f"no usable GPU: torch {answer.version} was built for CUDA {answer.cuda}; "
             "update the driver or pass --device cpu"
         )
+
+
+def prepare_torch(device: str) -> torch.device:
+    """Give torch no more threads than this process has cores, and return the device.
+
+    Torch itself knows nothing of quotas.
+
+    Raises:
+        ValueError: if a GPU was asked for and torch cannot use one.
+    """
+    require_device(device)
+    import torch
+
+    torch.set_num_threads(min(torch.get_num_threads(), find_cores().number))
+    return torch.device(device)
 
 
 def is_certainly_absent(devices: Path = Path("/dev")) -> bool:

@@ -8,9 +8,6 @@ from typing import Any
 
 import torch
 
-from experiments.engine.machine.cores import find_cores
-from experiments.engine.machine.gpu import require_device
-
 # Parameters of mallopt(3), by their numbers in malloc.h.
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
 MALLOPT_VALUES = {
@@ -18,16 +15,6 @@ MALLOPT_VALUES = {
     TOP_PAD: 2**26,  # bytes that the process requests beyond its need
     MMAP_MAX: 0,  # large blocks that are mapped one by one
 }
-
-
-def prepare_torch(device: str) -> None:
-    """Give torch no more threads than this process has cores. It knows nothing of quotas itself.
-
-    Raises:
-        ValueError: if a GPU was asked for and torch cannot use one.
-    """
-    require_device(device)
-    torch.set_num_threads(min(torch.get_num_threads(), find_cores().number))
 
 
 @cache
