@@ -17,7 +17,7 @@ from experiments.engine.jobs import execute
 from experiments.engine.jobs import pool as launch
 from experiments.engine.jobs.job import Job
 from experiments.engine.records.files import written_whole
-from experiments.engine.records.tree import REPOSITORY
+from experiments.engine.records.tree import REPOSITORY, tree_digest
 from experiments.engine.specs.stages import cost_stage
 from tests.support.commands import hear_interrupts
 
@@ -70,7 +70,8 @@ def write_for_ever(folder: Path, pipe: Connection) -> None:
             signal.pause()
 
     execute.execute = endless
-    launch._work(Job("endless", (cost_stage(TABLES[5].rows[0]),)), folder, "cpu", 1, pipe, {})
+    job = Job("endless", (cost_stage(TABLES[5].rows[0]),))
+    launch._work(job, folder, "cpu", 1, pipe, {}, tree_digest())
 
 
 def test_a_worker_that_is_ended_removes_what_it_was_writing(tmp_path: Path):
@@ -78,7 +79,10 @@ def test_a_worker_that_is_ended_removes_what_it_was_writing(tmp_path: Path):
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=write_for_ever, args=(tmp_path, theirs))
     process.start()
-    assert ours.recv() == "writing" and list(tmp_path.iterdir())
+    # a worker that dies closes the pipe, so that this test fails and does not wait
+    theirs.close()
+    assert ours.recv() == "writing"
+    assert list(tmp_path.iterdir())
     process.terminate()
     process.join()
     assert process.exitcode == 128 + signal.SIGTERM and not list(tmp_path.iterdir())
