@@ -413,7 +413,7 @@ def test_a_dry_run_opens_what_the_run_would_open(
     assert (
         "unusable: junk.pth: SHA-256" in out
         and "unusable: VIRTUAL_imagenet256_labeled.npz: not a readable .npz" in out
-        and "warning: decoded with the VAE vae" in out
+        and "warning: decoded with an unknown VAE" in out
     )
     (folder / "manifest.json").write_text("{}")
     assert (
