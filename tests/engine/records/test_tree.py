@@ -150,9 +150,17 @@ def strangers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cluster", ["here", "local", "debug"])
-@pytest.mark.parametrize("offered", ["another tree", "strangers"])
-@pytest.mark.parametrize("way", ["folder", "path", "both"])
+@pytest.mark.parametrize(
+    "cluster, offered, way",
+    [
+        ("here", "another tree", "folder"),
+        ("here", "another tree", "path"),
+        ("here", "strangers", "both"),
+        ("local", "strangers", "folder"),
+        ("local", "another tree", "both"),
+        ("debug", "strangers", "path"),
+    ],
+)
 def test_workers_run_the_commands_own_tree(
     wider_tree: Path, strangers: Path, tmp_path: Path, cluster: str, offered: str, way: str
 ):
