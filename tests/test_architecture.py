@@ -40,6 +40,7 @@ FLOORS = (
     "benchmarks",
     "jobs",
     "scoring",
+    "judges",
     "sampling",
     "timing",
     "training",

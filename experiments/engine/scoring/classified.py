@@ -16,6 +16,12 @@ from torch import Tensor, nn
 
 from experiments.engine.data.quantise import from_uint8, to_uint8
 from experiments.engine.data.sets import ImageSet, load, load_cifar10
+from experiments.engine.judges.classifiers import (
+    Identity,
+    cifar_classifier,
+    digits_classifier,
+    extract,
+)
 from experiments.engine.numerics.weights import digest
 from experiments.engine.records.score_names import CLASSIFIER_SCORES
 from experiments.engine.runtime.context import RunContext
@@ -24,12 +30,6 @@ from experiments.engine.sampling.counting import CountingModel
 from experiments.engine.sampling.generate import can_capture_steps, generate_images
 from experiments.engine.sampling.networks import load_networks
 from experiments.engine.sampling.samples import QUANTISER
-from experiments.engine.scoring.features import (
-    Identity,
-    cifar_classifier,
-    digits_classifier,
-    extract,
-)
 from experiments.engine.scoring.frechet import frechet, frechet_se
 from experiments.engine.scoring.metrics import inception_score, proportion_se
 from experiments.engine.scoring.moments import Moments

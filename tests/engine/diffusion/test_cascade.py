@@ -19,12 +19,12 @@ from experiments.engine.diffusion.build import build_diffusion
 from experiments.engine.diffusion.cascade import ClassifierGradient, System
 from experiments.engine.diffusion.samplers import DDIM, Ancestral, bind_sampler
 from experiments.engine.jobs.execute import execute
+from experiments.engine.judges import classifiers as features
 from experiments.engine.numerics.randomness import ImageNoise
 from experiments.engine.records.store import Store
 from experiments.engine.runtime.context import Resources
 from experiments.engine.sampling.counting import CountingModel
 from experiments.engine.sampling.generate import generate_images
-from experiments.engine.scoring import features
 from experiments.engine.specs.spec import Data, Diffusion, Sampler
 from experiments.engine.specs.stages import evaluate_stage
 from experiments.engine.timing.cost import MacCounter

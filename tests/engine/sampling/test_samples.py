@@ -50,7 +50,6 @@ from experiments.engine.specs.spec import (
     spec_id,
 )
 from experiments.engine.training import stage as training_stage
-from experiments.engine.training import trainer as train
 from experiments.engine.training.trainer import build
 from tests.support.networks import randomise
 
@@ -305,7 +304,7 @@ def test_the_inception_stage_runs_from_weights_to_record(
     data = Data("pixels", size=8, channels=3, num_classes=10)
     given = np.random.default_rng(0).uniform(-1, 1, (9, 3, 8, 8)).astype(np.float32)
     pixels = ImageSet(given, np.arange(9), data)
-    for module in (train, evaluate):
+    for module in (training_stage, evaluate):
         monkeypatch.setattr(module, "load", lambda asked: pixels if asked == data else load(asked))
     torch.save(inception.build_network().state_dict(), tmp_path / "weights.pth")
     monkeypatch.setenv("DICO_INCEPTION", str(tmp_path / "weights.pth"))

@@ -14,12 +14,12 @@ from experiments.engine.data import locate as sources
 from experiments.engine.data.locate import require_features
 from experiments.engine.data.quantise import from_uint8, to_uint8
 from experiments.engine.data.sets import load_cifar10
+from experiments.engine.judges import classifiers as features
+from experiments.engine.judges.classifiers import cifar_classifier, extract
 from experiments.engine.runtime.context import Resources, RunContext
 from experiments.engine.sampling.generate import generate_images
 from experiments.engine.sampling.samples import QUANTISER
-from experiments.engine.scoring import features
 from experiments.engine.scoring import stage as evaluate
-from experiments.engine.scoring.features import cifar_classifier, extract
 from experiments.engine.scoring.frechet import frechet
 from experiments.engine.scoring.moments import Moments
 from experiments.engine.specs.spec import Backbone, Evaluate, Recipe, Sampler, Train
