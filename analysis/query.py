@@ -14,6 +14,7 @@ from analysis.reference import ReferenceStore
 from experiments import ablation, main_results
 from experiments.declared.protocols import DIGITS
 from experiments.engine.records.comparison import clashes
+from experiments.engine.records.score_names import ranking_score
 from experiments.engine.records.store import Record, Store
 from experiments.engine.reporting.lookup import REFERENCE_SEEDS
 from experiments.engine.specs.rows import Row, Table
@@ -29,6 +30,9 @@ TRAINED = {
     for number, table in sorted((ablation.TABLES | main_results.TABLES).items())
     if not table.counts_only
 }
+
+# The score by which rows are compared on digits.
+DISTANCE = ranking_score(DIGITS.features)
 
 # The batch at which the paper measured throughput.
 PAPER_BATCH = 64

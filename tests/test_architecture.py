@@ -59,7 +59,7 @@ LIGHT_ENGINE = (
     "cluster/status cluster/submit data/locate jobs/estimate jobs/job jobs/plan jobs/pool "
     "jobs/progress "
     "jobs/scheduled machine/cores machine/environment machine/gpu machine/sockets machine/streams "
-    "records/comparison records/effects records/files records/manifest "
+    "records/comparison records/effects records/files records/manifest records/score_names "
     "records/store reporting/efficiency/claims reporting/efficiency/counts "
     "reporting/efficiency/details reporting/efficiency/speed reporting/lookup reporting/notes "
     "reporting/render reporting/sheet reporting/statistics reporting/tables specs/rows specs/spec "

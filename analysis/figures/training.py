@@ -22,20 +22,13 @@ from analysis.tables.recipes import CONFIGURATIONS
 from experiments.ablation import TABLE_4
 from experiments.declared.protocols import DIGITS
 from experiments.engine.records.comparison import clashes
+from experiments.engine.records.score_names import PAPER_SCORES_WITH_SFID, Score
 from experiments.engine.records.store import Record
 from experiments.engine.specs.stages import train_stage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-SCORES = {
-    "fid": "FID (lower is better)",
-    "sfid": "sFID (lower is better)",
-    "is": "IS (higher is better)",
-    "precision": "precision",
-    "recall": "recall",
-}
 
 
 @dataclass(frozen=True)
@@ -80,9 +73,9 @@ def scores_over_training(store: ReferenceStore) -> Figure:
     drawing, axes = figure(8.2, 4.6, 2, 3)
     rows = store.rows("table7.csv")
     ours = own_progress(rows, store)
-    for panel, (score, title) in zip(axes.flat, SCORES.items(), strict=False):
+    for panel, score in zip(axes.flat, PAPER_SCORES_WITH_SFID, strict=False):
         _draw_scores(panel, score, rows, ours)
-        panel.set_title(title)
+        panel.set_title(f"{score.name} ({score.better.value} is better)")
 
     # The last panel holds the legend, so the one above it names the steps.
     for panel in (*axes[1], axes[0, 2]):
@@ -95,26 +88,28 @@ def scores_over_training(store: ReferenceStore) -> Figure:
     return drawing
 
 
-def _draw_scores(axes: Axes, score: str, rows: Sequence[dict[str, str]], ours: OwnProgress) -> None:
+def _draw_scores(
+    axes: Axes, score: Score, rows: Sequence[dict[str, str]], ours: OwnProgress
+) -> None:
     """Draw one score of all models, published and ours."""
     colors = palette(SIZES)
     for mark, model in zip(MARKS, SIZES, strict=True):
         published = [row for row in rows if row["model"] == model]
         steps = [int(row["train_steps"]) / 1000 for row in published]
-        values = [float(row[score]) for row in published]
+        values = [float(row[score.paper]) for row in published]
         axes.plot(steps, values, f"-{mark}", ms=4, color=colors[model], label=model, **OPEN)
 
         own = {
             steps / 1000: record
             for steps, record in ours.of(model).items()
-            if record.values.get(score) is not None
+            if record.values.get(score.key) is not None
         }
         if own:
             steps = list(own)
-            values = [record.values[score] for record in own.values()]
+            values = [record.values[score.key] for record in own.values()]
             label = f"{model}, ours"
             axes.plot(steps, values, f"--{mark}", ms=5, color=colors[model], label=label)
-            spreads = [record.values.get(f"{score}_se") for record in own.values()]
+            spreads = [record.values.get(score.error) for record in own.values()]
             errors(axes, steps, values, colors[model], yerr=spreads)
 
 

@@ -23,6 +23,7 @@ from experiments.engine.judges.classifiers import (
     extract,
 )
 from experiments.engine.numerics.weights import digest
+from experiments.engine.records.score_names import CLASSIFIER_SCORES
 from experiments.engine.runtime.context import RunContext
 from experiments.engine.runtime.pieces import Arrays, compute_pieces
 from experiments.engine.sampling.counting import CountingModel
@@ -171,20 +172,20 @@ def _scores(
     precision, recall = precision_recall(samples=samples.features, reference=real, device=device)
     agreement = float((samples.probabilities.argmax(1) == samples.labels).mean())
 
-    name = spec.features
+    names = CLASSIFIER_SCORES[spec.features]
     return {
         "num": spec.num,
         "nfe": samples.evaluated / spec.num,
-        f"fd_{name}": frechet(samples.moments, real_moments),
-        f"fd_{name}_se": fd_se,
-        f"is_{name}": score,
-        f"is_{name}_se": score_se,
-        f"precision_{name}": precision,
-        f"precision_{name}_se": proportion_se(precision, spec.num),
-        f"recall_{name}": recall,
-        f"recall_{name}_se": proportion_se(recall, len(real)),
-        "agreement": agreement,
-        "agreement_se": proportion_se(agreement, spec.num),
+        names.distance.key: frechet(samples.moments, real_moments),
+        names.distance.error: fd_se,
+        names.inception.key: score,
+        names.inception.error: score_se,
+        names.precision.key: precision,
+        names.precision.error: proportion_se(precision, spec.num),
+        names.recall.key: recall,
+        names.recall.error: proportion_se(recall, len(real)),
+        names.agreement.key: agreement,
+        names.agreement.error: proportion_se(agreement, spec.num),
         **classifier.identity,
     }
 

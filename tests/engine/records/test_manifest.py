@@ -17,17 +17,17 @@ from experiments.engine.records.comparison import (
     Missing,
     clashes,
     differences,
+    fields_of_some,
     incomparable,
-    not_recorded,
 )
 from experiments.engine.records.effects import EFFECTS, effect_of
 from experiments.engine.records.manifest import (
     declared,
     manifest,
     record_manifest,
-    score_name,
     with_defaults,
 )
+from experiments.engine.records.score_names import FID, counted_name
 from experiments.engine.records.store import Record, Store
 from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.reporting.comparison import comparison_sheet
@@ -212,7 +212,7 @@ def test_older_records_say_what_they_can():
 
 @pytest.mark.parametrize("num, name", [(50_000, "FID-50K"), (500, "FID-500"), (1500, "FID-1500")])
 def test_a_score_carries_its_number_of_images(num: int, name: str):
-    assert score_name("fid", num) == name
+    assert counted_name(FID, num) == name
 
 
 def test_density_of_the_first_closed_balls_is_not_ranked_with_that_of_open_ones():
@@ -236,7 +236,7 @@ def test_tables_rank_across_the_balls_of_density_which_they_do_not_show():
     spec = canonical(SPEC, full=True)
     old, new = (Record("0" * 16, "evaluate", "done", one, {}, "", spec) for one in values)
     assert clashes([new], [old]) == []
-    assert not_recorded([old, new]) == []
+    assert fields_of_some([old, new]) == []
 
 
 def scored(store: Store, row: int, fd: float, seed: int = 0, **found: Any) -> Path:
@@ -303,7 +303,8 @@ def test_a_table_names_the_fields_that_not_all_its_records_hold(tmp_path: Path):
     assert not any("not recorded by all" in text for text in alone)
     assert [text for text in both if text.endswith(": nfe, reference.sha256.")]
     records = [store.here.latest(evaluate_stage(row, DIGITS, 0)) for row in TABLE_4.rows[:3]]
-    assert "decoder" not in not_recorded(records)[0] and not not_recorded([])
+    assert fields_of_some(records) == ["nfe"]
+    assert fields_of_some([]) == []
 
 
 def test_no_verdict_is_given_across_protocols(tmp_path: Path):
