@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import backbones
-from backbones.registry import shared_name_of
 from experiments.engine.data.quantise import mirror
 from experiments.engine.data.sets import ImageSet, LatentSet, iterate_batches
 from experiments.engine.diffusion.build import build_diffusion
@@ -54,7 +53,7 @@ def build(spec: Backbone, seed: int, device: torch.device, initial: str = "in_or
         if initial == "in_order":
             model = construct()
         elif initial == "by_name":
-            model = build_by_name(construct, seed, partial(shared_name_of, spec.name))
+            model = build_by_name(construct, seed, partial(backbones.shared_name_of, spec.name))
         else:
             raise ValueError(f"unknown initial weights {initial!r}; known: in_order, by_name")
     return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
