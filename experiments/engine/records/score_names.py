@@ -9,8 +9,12 @@ from dataclasses import dataclass
 from enum import Enum
 
 INCEPTION = "inception"
-# Small classifiers whose features stand in for Inception's.
-CLASSIFIERS = ("digits", "cifar_classifier")
+# Small classifiers whose features stand in for Inception's. Judges saw the training part alone,
+# and their reference is the test part.
+DIGITS_JUDGE = "digits_judge"
+CIFAR_JUDGE = "cifar_judge"
+JUDGES = (DIGITS_JUDGE, CIFAR_JUDGE)
+CLASSIFIERS = ("digits", "cifar_classifier", *JUDGES)
 
 
 class Better(Enum):

@@ -182,7 +182,8 @@ class Evaluate:
     sampler: Sampler
     # Number of images.
     num: int
-    # What the scores are computed on: 'inception', 'digits' or 'cifar_classifier'.
+    # What the scores are computed on: 'inception', 'digits', 'cifar_classifier', and for sets that
+    # are split 'digits_judge' or 'cifar_judge'.
     features: str
     # Policy of the labels: 'random' or 'balanced'.
     labels: str = "random"
