@@ -6,17 +6,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from analysis.figures.labels import Point, label_points
 from analysis.figures.style import (
     FAMILIES,
     MARKS,
     OPEN,
-    Point,
     Style,
     below,
     errors,
     family_color,
     figure,
-    label_points,
     mark_gap,
 )
 from analysis.query import ReferenceStore, at_one_batch, gpu_timings, numeric_mode, runtime_of
