@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +71,9 @@ class Entry:
     classifier: bool
     """The network maps (x, t) to logits and is no backbone."""
 
+    shared_names: dict[str, str]
+    """Regular expressions in names of parameters, with what other families say there."""
+
 
 _ENTRIES: dict[str, Entry] = {}
 
@@ -83,6 +87,7 @@ def register(
     exceptions: Exceptions = NO_EXCEPTIONS,
     guided_channels: int | None = None,
     classifier: bool = False,
+    shared_names: dict[str, str] | None = None,
 ) -> None:
     """Register one line per published model.
 
@@ -95,6 +100,8 @@ def register(
         exceptions: Departures from the contract test.
         guided_channels: How many leading channels the authors guide; None for all.
         classifier: The network maps (x, t) to logits; it is listed apart from the backbones.
+        shared_names: Regular expressions in names of parameters, with what replaces them. The
+            results are the names of the controlled ablations, hourglass and isotropic.
     """
     for name, options in sizes.items():
         if name in _ENTRIES:
@@ -107,6 +114,7 @@ def register(
             exceptions=exceptions,
             guided_channels=guided_channels,
             classifier=classifier,
+            shared_names=shared_names or {},
         )
 
 
@@ -135,6 +143,16 @@ def options_of(name: str) -> dict[str, Any]:
     parameters = inspect.signature(entry.cls.__init__).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
     return defaults | entry.options
+
+
+def shared_name_of(name: str, parameter: str) -> str:
+    """Return the name by which all families know a backbone's parameter.
+
+    Networks that share a parameter's name can start from equal weights there.
+    """
+    for pattern, replacement in _entry(name).shared_names.items():
+        parameter = re.sub(pattern, replacement, parameter)
+    return parameter
 
 
 def tiny_options_of(name: str) -> dict[str, Any]:

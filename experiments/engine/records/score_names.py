@@ -9,8 +9,12 @@ from dataclasses import dataclass
 from enum import Enum
 
 INCEPTION = "inception"
-# Small classifiers whose features stand in for Inception's.
-CLASSIFIERS = ("digits", "cifar_classifier")
+# Small classifiers whose features stand in for Inception's. Judges saw the training part alone,
+# and their reference is the test part.
+DIGITS_JUDGE = "digits_judge"
+CIFAR_JUDGE = "cifar_judge"
+JUDGES = (DIGITS_JUDGE, CIFAR_JUDGE)
+CLASSIFIERS = ("digits", "cifar_classifier", *JUDGES)
 
 
 class Better(Enum):
@@ -77,6 +81,7 @@ def _classifier_scores(features: str) -> ClassifierScores:
     )
 
 
+HELDOUT_LOSS = Score("heldout_loss", "held-out loss", Better.LOWER, digits=5, log_scaled=True)
 CLASSIFIER_SCORES = {features: _classifier_scores(features) for features in CLASSIFIERS}
 FID = Score("fid", "FID", Better.LOWER, "fid", "FID", digits=1, log_scaled=True)
 FID_CORRECTED = Score("fid_corrected", "FID", Better.LOWER, digits=1, variant="no bias")
@@ -117,7 +122,10 @@ PAPER_SCORES_WITH_SFID = (FID, SFID, IS, PRECISION, RECALL)
 
 # By feature extractor, the scores that tables print; rows are ranked by the first.
 TABLE_SCORES = {
-    **{features: scores.all for features, scores in CLASSIFIER_SCORES.items()},
+    **{
+        features: (HELDOUT_LOSS, *scores.all) if features in JUDGES else scores.all
+        for features, scores in CLASSIFIER_SCORES.items()
+    },
     INCEPTION: tuple(score for score in INCEPTION_SCORES if score.in_tables),
 }
 SCORES = {

@@ -12,10 +12,13 @@ from experiments.engine.records.store import Record, RecordFolder, Store
 from experiments.engine.reporting.sheet import FAILED, Cell
 from experiments.engine.reporting.statistics import Values
 from experiments.engine.specs.rows import Row, Table
-from experiments.engine.specs.selection import Selection
+from experiments.engine.specs.selection import Run, Selection
 from experiments.engine.specs.spec import Stage, Timing
 
 REFERENCE_SEEDS = range(10)
+
+# what a held-out record adds to the scores of its run
+HELDOUT_VALUES = ("heldout_loss", "objective", "bits_per_dim", "initial_share")
 
 # in published tables, a suffix of a number of parameters, and what it is in millions
 UNITS = {"M": 1.0, "B": 1000.0}
@@ -30,7 +33,7 @@ class Lookup:
 
     def scored(self, row: Row) -> list[Record]:
         """The evaluations of a row, one per training seed that has one."""
-        records = (self.folder.latest(run.stage) for run in self.selection.runs_of(row))
+        records = (scored_run(run, self.folder) for run in self.selection.runs_of(row))
         return [record for record in records if record is not None]
 
     def all_scored(self) -> list[Record]:
@@ -71,6 +74,18 @@ class Lookup:
         """The counts and the timing of a row."""
         timing: Timing | None = self.selection.timing_of(row)
         return [*self.selection.costs_of(row), *([] if timing is None else [timing])]
+
+
+def scored_run(run: Run, folder: RecordFolder) -> Record | None:
+    """The scores of a run, with those of its held-out loss; None if one of them is missing."""
+    record = folder.latest(run.stage)
+    if record is None or run.heldout is None:
+        return record
+    heldout = folder.latest(run.heldout)
+    if heldout is None:
+        return None
+    kept = {name: heldout.values[name] for name in HELDOUT_VALUES if name in heldout.values}
+    return replace(record, values=record.values | kept)
 
 
 class PublishedTable:
