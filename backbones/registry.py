@@ -60,7 +60,7 @@ class Entry:
     """Options that shrink the family to a test's size."""
 
     aliases: dict[str, str]
-    """Further names of options, each with the option that it sets."""
+    """Former names of options that ids of runs still hold, each with the option that it sets."""
 
     exceptions: Exceptions
     """Departures from the contract test."""
@@ -95,7 +95,8 @@ def register(
         cls: The network; its keyword-only arguments are the options.
         sizes: Name of each published model and the options that define it.
         tiny: Options with which the tests build the family.
-        aliases: Further names of options, each with the option that it sets.
+        aliases: Former names of options that ids of runs still hold, each with the option that it
+            sets. No listing shows them.
         exceptions: Departures from the contract test.
         guided_channels: How many leading channels the authors guide; None for all.
         classifier: The network maps (x, t) to logits; it is listed apart from the backbones.
@@ -184,7 +185,7 @@ def build(name: str, **options: Any) -> nn.Module:
     """
     entry, known = _entry(name), options_of(name)
 
-    # An alias sets the option that it stands for.
+    # A former name sets the option that it stood for.
     resolved: dict[str, Any] = {}
     for option, value in options.items():
         target = entry.aliases.get(option, option)
@@ -193,6 +194,6 @@ def build(name: str, **options: Any) -> nn.Module:
         resolved[target] = value
 
     if unknown := sorted(set(resolved) - set(known)):
-        listed = ", ".join(sorted([*known, *entry.aliases]))
+        listed = ", ".join(sorted(known))
         raise ValueError(f"{name} has no option {', '.join(unknown)}; known: {listed}")
     return entry.cls(**(known | resolved))

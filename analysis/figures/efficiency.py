@@ -7,15 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from analysis.figures.labels import Point, label_points
 from analysis.figures.style import (
     MARKS,
     OPEN,
     SIZES,
-    Point,
     below,
     errors,
     figure,
-    label_points,
     palette,
     plain_log,
 )

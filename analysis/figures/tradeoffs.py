@@ -7,15 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from analysis.figures.labels import Point, label_points
 from analysis.figures.style import (
     MARKS,
     OPEN,
-    Point,
     below,
     family_color,
     family_of,
     figure,
-    label_points,
     note,
     palette,
     plain_log,
