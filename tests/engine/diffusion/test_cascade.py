@@ -67,9 +67,8 @@ def inputs() -> tuple[Tensor, Tensor]:
 
 
 def test_classifiers_are_built_and_listed_apart():
-    assert backbones.list_classifiers() == sorted(PUBLISHED) and not set(PUBLISHED) & set(
-        backbones.list_backbones()
-    )
+    assert backbones.list_classifiers() == sorted(PUBLISHED)
+    assert not set(PUBLISHED) & set(backbones.list_backbones())
     with pytest.raises(ValueError, match="adm_classifier_64"):
         backbones.build("adm_classifier_32")
 
@@ -80,18 +79,15 @@ def test_classifier_counts_and_names_are_the_authors(name: str):
 
     params, core, entries, keys = PUBLISHED[name]
     with torch.device("meta"):
-        model, side = backbones.build(name), int(name.rpartition("_")[2])
+        model = backbones.build(name)
+        side = int(name.rpartition("_")[2])
         with MacCounter() as macs:
             assert model(torch.empty(1, 3, side, side), torch.empty(1)).shape == (1, 1000)
     lines = sorted(f"{key} {list(value.shape)}" for key, value in model.state_dict().items())
-    assert (
-        sum(p.numel() for p in model.parameters()) == params
-        and abs(macs.core / 1e9 - core) < 0.51e-4
-    )
-    assert (len(lines), hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]) == (
-        entries,
-        keys,
-    )
+    assert sum(p.numel() for p in model.parameters()) == params
+    assert abs(macs.core / 1e9 - core) < 0.51e-4
+    assert len(lines) == entries
+    assert hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] == keys
 
 
 def test_classifier_output_is_that_of_the_authors_module_and_of_each_sample():
@@ -118,7 +114,8 @@ def test_classifier_gradients_reach_every_parameter():
 
 
 def test_classifier_checkpoints_load_strictly(tmp_path: Path):
-    model, other = randomise(classifier()), classifier()
+    model = randomise(classifier())
+    other = classifier()
     torch.save(model.state_dict(), tmp_path / "classifier.pt")
     load_published(other, tmp_path / "classifier.pt")
     assert all(
@@ -159,11 +156,9 @@ def log_probability(x: Tensor, t: float, y: int) -> Tensor:
 
 
 def test_the_gradient_is_that_of_the_log_probability_by_finite_differences():
-    x, t, y = (
-        torch.randn(2, 1, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
-        torch.tensor([10.0, 700.0]),
-        torch.tensor([2, 0]),
-    )
+    x = torch.randn(2, 1, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t = torch.tensor([10.0, 700.0])
+    y = torch.tensor([2, 0])
     with torch.no_grad():
         found = ClassifierGradient(lambda x, t: logits(x.double(), t), 2.5)(x, t, y)
     for i in range(2):
@@ -187,7 +182,8 @@ def predict(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
 @pytest.mark.parametrize("clip", [True, False])
 def test_a_guided_step_against_the_paper_written_out(name: str, clip: bool):
     """ADM algorithms 1 and 2, in float64, from the schedule's own numbers."""
-    scale, y = 3.0, torch.tensor([1, 2])
+    scale = 3.0
+    y = torch.tensor([1, 2])
     diffusion = build_diffusion(Diffusion()).respaced(5)
     gradient = ClassifierGradient(logits, scale)
     kind = {"ancestral": Ancestral, "ddim": DDIM}[name]
@@ -196,11 +192,10 @@ def test_a_guided_step_against_the_paper_written_out(name: str, clip: bool):
     drawn = ImageNoise([5, 6], (1, 3, 3))
     x = drawn.draw()
     for i, found in zip(reversed(range(5)), steps, strict=True):
-        t, z = diffusion.timesteps[i].repeat(2), drawn.draw()
-        a, before = (
-            diffusion.alphas_cumprod[i].item(),
-            diffusion.alphas_cumprod[i - 1].item() if i else 1.0,
-        )
+        t = diffusion.timesteps[i].repeat(2)
+        z = drawn.draw()
+        a = diffusion.alphas_cumprod[i].item()
+        before = diffusion.alphas_cumprod[i - 1].item() if i else 1.0
         beta = 1 - a / before
         leaf = x.double().requires_grad_()
         sum(log_probability(leaf[n], t[n].item(), int(y[n])) for n in range(2)).backward()
@@ -215,10 +210,8 @@ def test_a_guided_step_against_the_paper_written_out(name: str, clip: bool):
             truth = math.sqrt(before) * clean + math.sqrt(1 - before) * eps
         else:
             floor = max(i, 1)
-            a1, b1 = (
-                diffusion.alphas_cumprod[floor].item(),
-                diffusion.alphas_cumprod[floor - 1].item(),
-            )
+            a1 = diffusion.alphas_cumprod[floor].item()
+            b1 = diffusion.alphas_cumprod[floor - 1].item()
             posterior = (1 - a1 / b1) * (1 - b1) / (1 - a1)
             variance = torch.exp((u + 1) / 2 * math.log(beta) + (1 - u) / 2 * math.log(posterior))
             mean = (
@@ -231,7 +224,8 @@ def test_a_guided_step_against_the_paper_written_out(name: str, clip: bool):
 
 
 def test_scale_zero_is_no_guidance_and_other_samplers_refuse_it():
-    diffusion, y = build_diffusion(Diffusion()).respaced(4), torch.tensor([1, 2])
+    diffusion = build_diffusion(Diffusion()).respaced(4)
+    y = torch.tensor([1, 2])
     ends = [
         sample(
             Ancestral(diffusion, clip=True, gradient=gradient),
@@ -253,12 +247,10 @@ def test_scale_zero_is_no_guidance_and_other_samplers_refuse_it():
 def test_the_classifiers_loss_is_cross_entropy_on_noisy_images():
     objective = build_diffusion(Diffusion("classify"))
     draw = torch.Generator().manual_seed(0)
-    x0, eps, t, y = (
-        torch.randn(4, 1, 3, 3, generator=draw),
-        torch.randn(4, 1, 3, 3, generator=draw),
-        torch.tensor([0, 5, 500, 999]),
-        torch.tensor([0, 1, 2, 0]),
-    )
+    x0 = torch.randn(4, 1, 3, 3, generator=draw)
+    eps = torch.randn(4, 1, 3, 3, generator=draw)
+    t = torch.tensor([0, 5, 500, 999])
+    y = torch.tensor([0, 1, 2, 0])
     beta = torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)
     for n, loss in enumerate(objective.losses(logits, x0, y, t, eps)["loss"]):
         a = torch.prod(1 - beta[: t[n] + 1])
@@ -291,10 +283,8 @@ def test_an_upsampler_learns_from_means_over_areas():
 
 def test_small_digits_are_means_over_areas_and_whole_digits_as_they_were():
     whole, half = (load(Data("digits", size, 1, 10)).images for size in (8, 4))
-    assert (
-        half.shape == (1797, 1, 4, 4)
-        and abs(half[3, 0, 1, 2] - whole[3, 0, 2:4, 4:6].mean()) < 1e-6
-    )
+    assert half.shape == (1797, 1, 4, 4)
+    assert abs(half[3, 0, 1, 2] - whole[3, 0, 2:4, 4:6].mean()) < 1e-6
     with pytest.raises(ValueError, match="size 1, 2, 4 or 8, not 5"):
         load(Data("digits", 5, 1, 10))
 
@@ -315,7 +305,9 @@ def test_the_upsampler_is_given_the_base_models_8_bit_images():
         upsampling=replace(stage.upsampling, num_steps=4),
     )
     x, y = next(generate_images(quick, counted, torch.device("cpu"), 3))
-    assert x.shape == (3, 1, 8, 8) and counted.evaluated == 3 * (3 + 4) and len(given) == 4
+    assert x.shape == (3, 1, 8, 8)
+    assert counted.evaluated == 3 * (3 + 4)
+    assert len(given) == 4
     (base, _), *_ = generate_images(
         replace(quick, upsampler=None, upsampling=None),
         System(networks[0], networks[1], None),
@@ -325,9 +317,8 @@ def test_the_upsampler_is_given_the_base_models_8_bit_images():
     expected = nn.functional.interpolate(
         from_uint8(to_uint8(base)), (8, 8), mode="bilinear", align_corners=False
     )
-    assert all(torch.equal(part[:, 1:], expected) for part in given) and not torch.equal(
-        given[0][:, :1], given[1][:, :1]
-    )
+    assert all(torch.equal(part[:, 1:], expected) for part in given)
+    assert not torch.equal(given[0][:, :1], given[1][:, :1])
     pieces = torch.cat(
         [part for part, _ in generate_images(quick, System(*networks), torch.device("cpu"), 2)]
     )
@@ -343,11 +334,13 @@ def test_a_cascade_runs_from_its_specs(tmp_path: Path, monkeypatch: pytest.Monke
         sampler=replace(DIGITS.sampler, num_steps=3),
         num=40,
     )
-    stage, store = evaluate_stage(TABLE_1.row("ADM-U"), short, 0), Store(tmp_path)
+    stage = evaluate_stage(TABLE_1.row("ADM-U"), short, 0)
+    store = Store(tmp_path)
     for training in stage.trainings:
         assert execute(training, store, Resources()).status == "done"
     record = execute(stage, store, Resources())
     assert record.status == "done", record.error
-    assert record.values["nfe"] == 6 and record.values["manifest"]["measure"]["image"]["size"] == 8
+    assert record.values["nfe"] == 6
+    assert record.values["manifest"]["measure"]["image"]["size"] == 8
     assert record.values["manifest"]["measure"]["guidance"]["classifier_scale"] == 1.0
     assert record.values["manifest"]["measure"]["upsampling"]["num_steps"] == 3

@@ -95,11 +95,9 @@ def test_a_set_holds_every_image_once_quantised_in_the_order_of_its_labels(tmp_p
     found = drawn(tmp_path)
     x = torch.cat([x for x, _ in generate_images(SPEC, build(TINY, 0, CPU).eval(), CPU, 4)])
     expected = to_uint8(x).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
-    assert (
-        found.shape == (23, 8, 8, 3)
-        and sorted(found.index) == list(range(23))
-        and list(found.index) != list(range(23))
-    )
+    assert found.shape == (23, 8, 8, 3)
+    assert sorted(found.index) == list(range(23))
+    assert list(found.index) != list(range(23))
     assert np.abs(levels(found).astype(int) - expected[found.index]).max() <= 1
     np.testing.assert_array_equal(
         found.labels, image_labels("random", 23, 10, 0).numpy()[found.index]
@@ -129,7 +127,8 @@ def test_another_batch_size_draws_the_same_bits(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_stopped_run_goes_on_and_draws_nothing_twice(tmp_path: Path):
-    whole, asked = levels(drawn(tmp_path / "whole")), []
+    whole = levels(drawn(tmp_path / "whole"))
+    asked = []
 
     def failing(x: Tensor) -> Tensor:
         asked.append(len(x))
@@ -147,7 +146,8 @@ def test_a_stopped_run_goes_on_and_draws_nothing_twice(tmp_path: Path):
     ]
     asked.clear()
     again = drawn(tmp_path / "cut", decode=lambda x: asked.append(len(x)) or x)
-    assert sum(asked) == 13 and (levels(again) == whole).all()
+    assert sum(asked) == 13
+    assert (levels(again) == whole).all()
 
 
 def test_images_of_another_network_or_decoder_are_not_mixed(tmp_path: Path):
@@ -221,10 +221,8 @@ def test_latents_are_decoded_by_the_declared_vae(tmp_path: Path, monkeypatch: py
     from tests.support.latent_sets import write_vae
 
     monkeypatch.setenv("DICO_VAE", str(write_vae(tmp_path / "vae")))
-    data, backbone = (
-        Data("latents", size=8, channels=4, num_classes=10),
-        Backbone("dico_s", TINY.options | dict(in_channels=4)),
-    )
+    data = Data("latents", size=8, channels=4, num_classes=10)
+    backbone = Backbone("dico_s", TINY.options | dict(in_channels=4))
     model = build(backbone, 0, CPU)
     torch.save(model.state_dict(), tmp_path / "a.pt")
     spec = replace(SPEC, train=Checkpoint(backbone, data, "0" * 64), num=6)
@@ -239,10 +237,8 @@ def test_latents_are_decoded_by_the_declared_vae(tmp_path: Path, monkeypatch: py
         ).max()
         <= 1
     )
-    assert (
-        found.shape == (6, 8 * vae.factor, 8 * vae.factor, 3)
-        and found.origin["decoder"]["sha256"] == vae.weights
-    )
+    assert found.shape == (6, 8 * vae.factor, 8 * vae.factor, 3)
+    assert found.origin["decoder"]["sha256"] == vae.weights
     monkeypatch.setenv("DICO_VAE", str(write_vae(tmp_path / "other", seed=1)))
     with pytest.raises(ValueError, match="another decoder"):
         generate_samples(spec, context)
@@ -263,14 +259,11 @@ def test_latents_are_decoded_by_the_vae_that_their_manifest_names(
     data = Data("latents", size=8, channels=4, num_classes=10)
     decoder = load_decoder(data, CPU).identity
     (warning,) = decoder_warnings(data, decoder)
-    assert (
-        "not known to be sd-vae-ft-ema or sd-vae-ft-mse" in warning and decoder["sha256"] in warning
-    )
-    assert (
-        not decoder_warnings(data, decoder | {"name": "sd-vae-ft-mse"})
-        and not decoder_warnings(replace(data, vae="0" * 16), decoder)
-        and not decoder_warnings(DIGITS.data, {})
-    )
+    assert "not known to be sd-vae-ft-ema or sd-vae-ft-mse" in warning
+    assert decoder["sha256"] in warning
+    assert not decoder_warnings(data, decoder | {"name": "sd-vae-ft-mse"})
+    assert not decoder_warnings(replace(data, vae="0" * 16), decoder)
+    assert not decoder_warnings(DIGITS.data, {})
     encoder = load_autoencoder(str(tmp_path / "vae")).encoder
     (tmp_path / "latents").mkdir()
     for named, fits in ((encoder, True), ("0" * 16, False)):
@@ -330,22 +323,19 @@ def test_the_inception_stage_runs_from_weights_to_record(
             report=lambda progress: heard.append(progress.step),
         ),
     )
-    assert heard == [5, 10, 11] and values["num"] == 11 and values["num_reference"] == 9
-    assert (
-        np.isfinite(
-            [values[name] for name in ("fid", "sfid", "is", "precision", "recall", "kid")]
-        ).all()
-        and values["fid"] > 0
-    )
-    assert np.isnan(values["fid_se"]) and any(
-        "fewer than the 2048" in text for text in values["warnings"]
-    )
+    assert heard == [5, 10, 11]
+    assert values["num"] == 11
+    assert values["num_reference"] == 9
+    assert np.isfinite(
+        [values[name] for name in ("fid", "sfid", "is", "precision", "recall", "kid")]
+    ).all()
+    assert values["fid"] > 0
+    assert np.isnan(values["fid_se"])
+    assert any("fewer than the 2048" in text for text in values["warnings"])
     measure = values["manifest"]["measure"]
-    assert (
-        measure["extractor"]["sha256"]
-        and measure["reference"]["num_images"] == 9
-        and measure["quantiser"] == samples.QUANTISER
-    )
+    assert measure["extractor"]["sha256"]
+    assert measure["reference"]["num_images"] == 9
+    assert measure["quantiser"] == samples.QUANTISER
     assert json.loads(json.dumps(values["manifest"])) == values["manifest"]
 
 
@@ -361,7 +351,8 @@ def test_another_sampler_is_another_set_and_an_unknown_one_is_refused(
 ):
     from experiments import sample
 
-    asked, given = [], []
+    asked = []
+    given = []
 
     def drawn(spec: Evaluate, store: object, context: RunContext, *_: object) -> None:
         asked.append(spec.sampler)
@@ -391,9 +382,9 @@ def test_another_sampler_is_another_set_and_an_unknown_one_is_refused(
         )
         assert sample.main() == 2
     plain, other = asked
-    assert (other.name, other.num_steps) == ("dpm_solver_diffusers", 20) and other == replace(
-        plain, name=other.name, num_steps=20
-    )
+    assert other.name == "dpm_solver_diffusers"
+    assert other.num_steps == 20
+    assert other == replace(plain, name=other.name, num_steps=20)
     said = capsys.readouterr().err.splitlines()
     assert said[2:] == [
         "error: unknown sampler 'heun'; known: ancestral, ddim, dpm_solver, dpm_solver_diffusers",
