@@ -12,6 +12,8 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from analysis.claims.judge import claims_sheet
+from analysis.evidence.page import evidence_page
+from analysis.evidence.pairs import evidence_csv
 from analysis.figures.catalogue import FIGURES
 from analysis.figures.style import save
 from analysis.options import add_store_options
@@ -73,6 +75,8 @@ def build(store: ReferenceStore, with_figures: bool = True) -> list[Problem]:
     # The pages of the small protocols stand beside the tables.
     for protocol in PAGES:
         attempt(protocol.name, partial(_write_page, store, protocol), None, problems)
+
+    attempt("evidence", partial(_write_evidence, store), None, problems)
 
     # A figure that cannot be drawn does not keep the others back.
     if with_figures:
@@ -145,6 +149,11 @@ def _write_figure(
 
 def _write_page(store: ReferenceStore, protocol: Protocol) -> None:
     _write(store, f"{protocol.name}.md", agreement_page(store, protocol))
+
+
+def _write_evidence(store: ReferenceStore) -> None:
+    _write(store, "evidence.md", evidence_page(store))
+    _write(store, "evidence.csv", evidence_csv(store))
 
 
 def _write(store: ReferenceStore, name: str, text: str) -> None:

@@ -36,7 +36,7 @@ from experiments.engine.specs.spec import HeldOut, Stage, Train, spec_id
 
 NICENESS = 19
 # Kinds of records that the page reads.
-KINDS = ("train", "evaluate", "heldout")
+KINDS = ("cost", "train", "evaluate", "heldout")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -117,7 +117,8 @@ def _train_rows(block: Block, store: Store, workers: int | None) -> bool:
     at_once = 2 * (workers or available_cores())
     for start in range(0, len(jobs), at_once):
         print(f"{block.title}: {len(jobs) - start} runs left", flush=True)
-        plan = ListPlan("cpu", together=tuple(jobs[start : start + at_once]))
+        part = tuple(jobs[start : start + at_once])
+        plan = ListPlan("cpu", costs=tuple(block.costs(store)), together=part)
         all_done &= run_plan(plan, store, Cluster.HERE, workers)
         store.refresh()
         export(store)

@@ -72,7 +72,8 @@ LIGHT = [
         name
         for name in CODE
         if re.fullmatch(
-            r"(experiments(/declared)?|analysis(/(claims|figures|page|tables))?)/\w+\.py", name
+            r"(experiments(/declared)?|analysis(/(claims|evidence|figures|page|tables))?)/\w+\.py",
+            name,
         )
     ),
 ]

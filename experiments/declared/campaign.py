@@ -18,7 +18,7 @@ from experiments.engine.jobs.job import Job
 from experiments.engine.records.store import Record, Store
 from experiments.engine.specs.rows import Row, Table
 from experiments.engine.specs.selection import Run
-from experiments.engine.specs.spec import HeldOut, Stage, spec_id
+from experiments.engine.specs.spec import Cost, HeldOut, Stage, spec_id
 from experiments.engine.specs.stages import Protocol, heldout_stage, network
 
 LADDER_SEED = 0
@@ -38,6 +38,15 @@ class Block:
     def title(self) -> str:
         """Name the block for its user."""
         return f"Table {self.table.number} on {self.protocol.name}"
+
+    def costs(self, store: Store) -> list[Cost]:
+        """Return the counts of the small networks that have no record."""
+        data = self.protocol.data
+        stages = [
+            Cost(network(row, self.protocol), data.size, data.channels, data.num_classes)
+            for row in _networks(self.table, self.protocol)
+        ]
+        return [stage for stage in stages if finished(stage, store) is None]
 
     def jobs(self) -> Iterator[Job]:
         """Yield the jobs of the block, seed by seed."""
