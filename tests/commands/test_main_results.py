@@ -137,7 +137,8 @@ def test_counted_systems_are_those_of_the_counts_table(table: Table, row: Row):
     ids=lambda row: row.label,
 )
 def test_a_reconstruction_is_marked(row: Row):
-    assert row.label == "DiffuSSM-XL (reconstruction)" and "no code was published" in row.note
+    assert row.label == "DiffuSSM-XL (reconstruction)"
+    assert "no code was published" in row.note
     for table in TABLES.values():
         assert all(
             "reconstruction" in other.label
@@ -168,7 +169,8 @@ def test_network_objective_and_sampler_fit_each_other(table: Table, row: Row, pr
 def test_a_familys_loss_trains_all_of_its_small_network(spec: Train):
     """Every live parameter has a gradient once no gate is closed, and the loss is finite."""
     draw = torch.Generator().manual_seed(0)
-    model, objective = build(spec.backbone, 0, torch.device("cpu")), build_diffusion(spec.diffusion)
+    model = build(spec.backbone, 0, torch.device("cpu"))
+    objective = build_diffusion(spec.diffusion)
     for parameter in model.parameters():
         if parameter.requires_grad and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1, generator=draw)
@@ -176,7 +178,8 @@ def test_a_familys_loss_trains_all_of_its_small_network(spec: Train):
     y = torch.tensor([0, 3, 9, 10 if spec.recipe.label_dropout else 1])
     loss = objective.losses(model, x0, y, objective.draw_times(4, draw), eps)["loss"]
     loss.mean().backward()
-    assert loss.shape == (4,) and loss.isfinite().all()
+    assert loss.shape == (4,)
+    assert loss.isfinite().all()
     dead = {
         name
         for name, p in model.named_parameters()
@@ -197,17 +200,16 @@ def test_a_familys_loss_trains_all_of_its_small_network(spec: Train):
 
 @pytest.mark.parametrize("row", SMALL.values(), ids=lambda row: row.label)
 def test_every_family_trains_and_samples_on_digits(row: Row):
-    stage, networks = evaluate_stage(row, DIGITS, 0), {}
+    stage = evaluate_stage(row, DIGITS, 0)
+    networks = {}
     for name in ("train", "classifier", "upsampler"):
         if training := getattr(stage, name):
             trainer = Trainer(replace(training, recipe=replace(training.recipe, steps=2, batch=4)))
             before = digest(trainer.model)
             losses = [loss.item() for loss in trainer.steps(load(training.data))]
-            assert (
-                len(losses) == 2
-                and all(math.isfinite(loss) for loss in losses)
-                and digest(trainer.ema.eval()) != before
-            )
+            assert len(losses) == 2
+            assert all(math.isfinite(loss) for loss in losses)
+            assert digest(trainer.ema.eval()) != before
             networks[name] = trainer.ema
     stage = replace(
         stage,
@@ -221,12 +223,10 @@ def test_every_family_trains_and_samples_on_digits(row: Row):
         else networks["train"]
     )
     ((x, y),) = generate_images(stage, counted, torch.device("cpu"), 2)
-    assert (
-        x.shape == (2, 1, 8, 8)
-        and x.isfinite().all()
-        and not torch.equal(x[0], x[1])
-        and y.tolist() == [0, 1]
-    )
+    assert x.shape == (2, 1, 8, 8)
+    assert x.isfinite().all()
+    assert not torch.equal(x[0], x[1])
+    assert y.tolist() == [0, 1]
     assert counted.evaluated == 2 * 3 * (2 if "upsampler" in networks else 1) or (
         stage.sampler.name == "dopri5" and counted.evaluated >= 2 * 8
     )
@@ -241,22 +241,19 @@ def test_the_common_recipe_with_a_methods_objective():
         (ADM_U, "iddpm", "ancestral"),
     ):
         stage = evaluate_stage(row, DIGITS, 0)
-        assert (
-            stage.train.diffusion.name,
-            stage.sampler.name,
-            stage.sampler.channels,
-            stage.num,
-        ) == (objective, sampler, None, DIGITS.num)
+        assert stage.train.diffusion.name == objective
+        assert stage.sampler.name == sampler
+        assert stage.sampler.channels is None
+        assert stage.num == DIGITS.num
         assert replace(stage.train.recipe, label_dropout=0.1) == DIGITS.recipe
         assert stage.train.recipe.label_dropout == (0 if row is ADM_U else 0.1)
         own = evaluate_stage(row, IMAGENET256_OWN, 0)
-        assert (own.train.recipe, own.sampler) == (row.method.recipe, row.method.sampler)
+        assert own.train.recipe == row.method.recipe
+        assert own.sampler == row.method.sampler
         assert stage.sampler.clip == (row is ADM_U)  # pixels
     assert train_stage(DIT_XL, DIGITS, 0) == replace(train_stage(TABLE_1.baseline, DIGITS, 0))
-    assert (
-        train_stage(DIT_XL, IMAGENET256, 0).recipe.steps,
-        train_stage(DIT_XL, IMAGENET256_OWN, 0).recipe.steps,
-    ) == (400_000, 7_000_000)
+    assert train_stage(DIT_XL, IMAGENET256, 0).recipe.steps == 400_000
+    assert train_stage(DIT_XL, IMAGENET256_OWN, 0).recipe.steps == 7_000_000
 
 
 def test_adm_u_is_a_guided_base_and_an_upsampler_in_pixels_and_its_base_alone_on_latents():
@@ -272,42 +269,32 @@ def test_adm_u_is_a_guided_base_and_an_upsampler_in_pixels_and_its_base_alone_on
             "linear",
         ),
     ):
-        assert (
-            tuple(training.data.size for training in stage.trainings) == sides
-            and stage.data == stage.upsampler.data
-        )
+        assert tuple(training.data.size for training in stage.trainings) == sides
+        assert stage.data == stage.upsampler.data
         assert (
             tuple(training.backbone.options["input_size"] for training in stage.trainings) == sides
         )
-        assert (
-            stage.train.diffusion.betas == stage.classifier.diffusion.betas == betas
-            and stage.classifier.diffusion.name == "classify"
-        )
-        assert (stage.upsampler.diffusion.betas, stage.upsampler.diffusion.low_res) == (
-            "linear",
-            sides[0],
-        )
+        assert stage.train.diffusion.betas == stage.classifier.diffusion.betas == betas
+        assert stage.classifier.diffusion.name == "classify"
+        assert stage.upsampler.diffusion.betas == "linear"
+        assert stage.upsampler.diffusion.low_res == sides[0]
         assert stage.upsampler.backbone.options["in_channels"] == 2 * stage.data.channels
-        assert (stage.sampler.classifier_scale, stage.upsampling.classifier_scale) == (
-            {4: 1.0, 64: 1.0, 128: 0.5}[sides[0]],
-            0.0,
-        )
-        assert stage.sampler.clip and stage.upsampling.clip
+        assert stage.sampler.classifier_scale == {4: 1.0, 64: 1.0, 128: 0.5}[sides[0]]
+        assert stage.upsampling.classifier_scale == 0.0
+        assert stage.sampler.clip
+        assert stage.upsampling.clip
     assert [training.backbone.name for training in own.trainings] == [
         "adm_base_64",
         "adm_classifier_64",
         "adm_up_256",
     ]
     assert own.data == Data("imagenet256_pixels", 256, 3, 1000, flip=True)
-    assert (on_latents.trainings, on_latents.sampler.classifier_scale, on_latents.sampler.clip) == (
-        (on_latents.train,),
-        0.0,
-        False,
-    )
+    assert on_latents.trainings == (on_latents.train,)
+    assert on_latents.sampler.classifier_scale == 0.0
+    assert on_latents.sampler.clip is False
     alone = TABLE_1.row("ADM-64")
-    assert evaluate_stage(alone, IMAGENET256, 0) == on_latents and cost_stages(ADM_U)[
-        0
-    ] == cost_stages(alone)[0] == Cost(alone.backbone, 64, 3, 1000)
+    assert evaluate_stage(alone, IMAGENET256, 0) == on_latents
+    assert cost_stages(ADM_U)[0] == cost_stages(alone)[0] == Cost(alone.backbone, 64, 3, 1000)
 
 
 def test_adm_g_is_guided_at_the_scale_of_its_size():
@@ -317,9 +304,8 @@ def test_adm_g_is_guided_at_the_scale_of_its_size():
             f"adm_{side}",
             f"adm_classifier_{side}",
         ]
-        assert stage.sampler.classifier_scale == scale and {
-            training.data.size for training in stage.trainings
-        } == {side}
+        assert stage.sampler.classifier_scale == scale
+        assert {training.data.size for training in stage.trainings} == {side}
 
 
 def test_recipes_are_those_of_the_papers():
@@ -343,13 +329,12 @@ def test_recipes_are_those_of_the_papers():
     assert found["DIM"] == (625_000, 768, 2e-4, 0.1, "dpm_solver", 50, 1.4)
     assert found["DIMSUM"] == (928_118, 704, 1e-4, 0.15, "dopri5", 250, 1.4)
     assert found["SIT"] == (7_000_000, 256, 1e-4, 0.1, "sde", 250, 1.5)
-    assert found["ADM_64"][3] == 0 and found["LDM_4"][4:] == ("ddim", 250, 1.25)
-    assert (
-        recipes.DIM.recipe.betas,
-        recipes.DIM.recipe.eps,
-        recipes.DIM.recipe.weight_decay,
-        recipes.DIM.recipe.grad_clip,
-    ) == ((0.99, 0.99), 1e-15, 0.03, 1.0)
+    assert found["ADM_64"][3] == 0
+    assert found["LDM_4"][4:] == ("ddim", 250, 1.25)
+    assert recipes.DIM.recipe.betas == (0.99, 0.99)
+    assert recipes.DIM.recipe.eps == 1e-15
+    assert recipes.DIM.recipe.weight_decay == 0.03
+    assert recipes.DIM.recipe.grad_clip == 1.0
     assert all(method.source for method in METHODS.values())
 
 
@@ -361,14 +346,10 @@ def test_heavy_networks_are_timed_on_a_cpu_only_when_they_are_named():
     ]
     on_gpu = [row.label for row in timed_rows(TABLE_1, TABLE_1.rows, "cuda", named=False)]
     assert on_gpu == [row.label for row in TABLE_1.rows]
-    assert (
-        timed_rows(TABLE_1, [DIT_XL], "cpu", named=True) == [DIT_XL]
-        and timed_rows(TABLE_8, TABLE_8.rows, "cuda", named=True) == []
-    )
-    assert (
-        timing_stage(TABLES[2].rows[-1], TABLES[2].baseline, "cuda").size,
-        timing_stage(DIT_XL, TABLE_1.baseline, "cuda").size,
-    ) == (64, 32)
+    assert timed_rows(TABLE_1, [DIT_XL], "cpu", named=True) == [DIT_XL]
+    assert timed_rows(TABLE_8, TABLE_8.rows, "cuda", named=True) == []
+    assert timing_stage(TABLES[2].rows[-1], TABLES[2].baseline, "cuda").size == 64
+    assert timing_stage(DIT_XL, TABLE_1.baseline, "cuda").size == 32
 
 
 def test_a_row_is_timed_at_its_own_input_and_a_cascade_whole():
@@ -376,18 +357,14 @@ def test_a_row_is_timed_at_its_own_input_and_a_cascade_whole():
         timing_stage(TABLES[number].row("ADM-U"), TABLES[number].baseline, "cuda")
         for number in (1, 2)
     )
-    assert (at_256.size, at_256.channels, at_256.batch, at_256.baseline_input) == (
-        64,
-        3,
-        64,
-        (32, 4),
-    )
-    assert (at_512.size, at_512.channels, at_512.batch, at_512.baseline_input) == (
-        128,
-        3,
-        16,
-        (64, 4),
-    )
+    assert at_256.size == 64
+    assert at_256.channels == 3
+    assert at_256.batch == 64
+    assert at_256.baseline_input == (32, 4)
+    assert at_512.size == 128
+    assert at_512.channels == 3
+    assert at_512.batch == 16
+    assert at_512.baseline_input == (64, 4)
     assert [(part.backbone.name, part.size) for part in (*at_256.parts, *at_512.parts)] == [
         ("adm_up_256", 256),
         ("adm_up_512", 512),
@@ -395,11 +372,13 @@ def test_a_row_is_timed_at_its_own_input_and_a_cascade_whole():
     ldm, dit = (
         timing_stage(TABLE_1.row(label), TABLE_1.baseline, "cpu") for label in ("LDM-4", "DiT-B/2")
     )
-    assert (ldm.size, ldm.channels, ldm.baseline_input, ldm.parts) == (64, 3, (32, 4), ()) and (
-        dit.baseline_input,
-        dit.parts,
-        dit.batch,
-    ) == (None, (), 4)
+    assert ldm.size == 64
+    assert ldm.channels == 3
+    assert ldm.baseline_input == (32, 4)
+    assert ldm.parts == ()
+    assert dit.baseline_input is None
+    assert dit.parts == ()
+    assert dit.batch == 4
 
 
 def cells(store: Store, table: Table) -> dict[str, dict[str, str]]:
@@ -423,18 +402,17 @@ def test_systems_are_counted_whole_and_numbers_stay_numbers(tmp_path: Path):
             PROVENANCE,
         )
     found = cells(store, TABLE_8)
-    assert (
-        found["ADM-U"]["params, M ours"],
-        found["ADM-U"]["Gflops ours"],
-        found["ADM-U"]["params, M paper"],
-    ) == ("611.0", "200.00", "608M")
+    assert found["ADM-U"]["params, M ours"] == "611.0"
+    assert found["ADM-U"]["Gflops ours"] == "200.00"
+    assert found["ADM-U"]["params, M paper"] == "608M"
     assert {name for name, text in found["MAR-H"].items() if text != "-"} == {
         "row",
         "type",
         "params, M paper",
         *(f"paper: ImageNet 256 {score}" for score in ("FID", "IS", "P", "R")),
     }
-    assert found["MAR-H"]["paper: ImageNet 256 FID"] == "1.55" and found["MAR-H"]["type"] == "AR"
+    assert found["MAR-H"]["paper: ImageNet 256 FID"] == "1.55"
+    assert found["MAR-H"]["type"] == "AR"
 
 
 def test_evaluations_per_image_are_noted_by_row_where_they_differ(tmp_path: Path):
@@ -457,7 +435,8 @@ def test_evaluations_per_image_are_noted_by_row_where_they_differ(tmp_path: Path
         ]
         for rows in ([SIT_XL, DIT_XL], TABLE_8.rows, [ADM_U])
     )
-    assert same == ["Network evaluations per image: 50."] and not none
+    assert same == ["Network evaluations per image: 50."]
+    assert not none
     assert different == ["Network evaluations per image: 50: DiT-XL/2, SiT-XL; 62.38: DiMSUM-L/2."]
 
 
@@ -472,10 +451,10 @@ def test_a_table_has_the_columns_that_were_published(
     number: int, columns: set[str], tmp_path: Path
 ):
     found = set(next(iter(cells(Store(tmp_path), TABLES[number]).values())))
-    assert columns <= found and bool(columns & {"type"}) == ("type" in found)
-    assert ("paper, A100 rel." in found) == (number == 1) and ("params, M paper" in found) == (
-        number == 9
-    )
+    assert columns <= found
+    assert bool(columns & {"type"}) == ("type" in found)
+    assert ("paper, A100 rel." in found) == (number == 1)
+    assert ("params, M paper" in found) == (number == 9)
 
 
 def test_a_network_is_built_at_the_size_of_the_protocol():
@@ -484,7 +463,8 @@ def test_a_network_is_built_at_the_size_of_the_protocol():
             DIGITS,
             IMAGENET512,
         ):  # ADM's network for 512 pixels halves its input too often for a latent of side 32
-            backbone, data = network(row, protocol), train_stage(row, protocol, 0).data
+            backbone = network(row, protocol)
+            data = train_stage(row, protocol, 0).data
             with torch.device("meta"):
                 model = backbones.build(backbone.name, **backbone.options)
             assert (model.in_channels, model.num_classes, backbone.options["input_size"]) == (

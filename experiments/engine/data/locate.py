@@ -187,9 +187,9 @@ def vae_source() -> str:
 
 def missing_features(spec: Evaluate) -> list[str]:
     """List what scoring lacks on this machine, each with how to provide it."""
-    if spec.features == "digits":
+    if spec.features in ("digits", "digits_judge"):
         return []
-    if spec.features == "cifar_classifier":
+    if spec.features in ("cifar_classifier", "cifar_judge"):
         if find_cifar10(folder_of(spec.data), "test"):
             return []
         return [

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from experiments.engine.records.comparison import not_recorded
+from experiments.engine.records.score_names import ranking_score
 from experiments.engine.records.store import Record, Store
 from experiments.engine.reporting.caveats import (
     evaluation_counts,
     outlier_caveats,
     run_caveats,
     timing_caveats,
+    unrecorded_caveats,
 )
-from experiments.engine.reporting.lookup import Lookup, ranking_score
+from experiments.engine.reporting.lookup import Lookup
 from experiments.engine.reporting.resolution import compare_with_baseline, describe_comparison
 from experiments.engine.reporting.sheet import Note, NoteKind
 from experiments.engine.specs.selection import Selection
@@ -88,10 +89,9 @@ def score_notes(lookup: Lookup, store: Store) -> list[Note]:
     resolved = describe_comparison(compare_with_baseline(lookup, store))
     if resolved:
         notes.append(Note(NoteKind.SCORES, resolved))
-    notes += outlier_caveats(ranking_score(selection.protocol.features), scores)
+    notes += outlier_caveats(ranking_score(selection.protocol.features).key, scores)
     notes += evaluation_counts(scores)
-    notes += [Note(NoteKind.SCORES, text) for text in not_recorded(lookup.all_scored())]
-    return notes
+    return notes + unrecorded_caveats(lookup.all_scored())
 
 
 def describe_scores(protocol: Protocol, seeds: Sequence[int]) -> str:
@@ -111,8 +111,8 @@ def describe_scores(protocol: Protocol, seeds: Sequence[int]) -> str:
     return (
         f"{protocol.name}: {protocol.recipe.steps} steps of {protocol.recipe.batch}, "
         f"{protocol.num} images. The scores use the features of a small classifier, not "
-        f"Inception's: fd_{protocol.features} is no FID, and compares with no other protocol's "
-        f"score. {error}"
+        f"Inception's: {ranking_score(protocol.features).name} is no FID, and compares with no "
+        f"other protocol's score. {error}"
     )
 
 

@@ -64,7 +64,8 @@ def trace(name: str) -> list[float]:
         Recipe(steps=5, batch=16, lr=1e-3),
         OBJECTIVES.get(name, Diffusion()),
     )
-    trainer, draw = Trainer(spec), torch.Generator().manual_seed(0)
+    trainer = Trainer(spec)
+    draw = torch.Generator().manual_seed(0)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1, generator=draw)
@@ -78,7 +79,8 @@ def trace(name: str) -> list[float]:
 def test_a_records_loss_curve_is_short_and_keeps_the_mean(num: int, every: int, points: int):
     means = [float(number) for number in range(num)]
     found = curve(means, 50)
-    assert (found["every"], len(found["losses"])) == (every, points)
+    assert found["every"] == every
+    assert len(found["losses"]) == points
     wide = every // 50
     assert found["losses"][: num // wide] == [
         sum(means[at : at + wide]) / wide for at in range(0, num - num % wide, wide)
@@ -87,14 +89,16 @@ def test_a_records_loss_curve_is_short_and_keeps_the_mean(num: int, every: int, 
 
 def seen(spec: Train, steps: int, micro_batch: int | None = None) -> list[list[Tensor]]:
     """x0, y, t and eps that the loss is given, a batch a step."""
-    trainer, parts = Trainer(spec, Resources(micro_batch=micro_batch)), []
+    trainer = Trainer(spec, Resources(micro_batch=micro_batch))
+    parts = []
 
     def record(model: Any, *inputs: Tensor) -> dict[str, Tensor]:
         parts.append(inputs)
         return {"loss": next(trainer.model.parameters()).sum() * torch.zeros(len(inputs[0]))}
 
     trainer.diffusion.losses = record
-    stepping, batches = trainer.steps(load(spec.data)), []
+    stepping = trainer.steps(load(spec.data))
+    batches = []
     for _ in range(steps):
         next(stepping)
         batches.append([torch.cat(part) for part in zip(*parts, strict=True)])
@@ -116,14 +120,13 @@ def test_stored_losses_tell_the_families_apart():
     last = sorted(
         values[-1] for name, values in json.loads(TRACES.read_text()).items() if name != "torch"
     )
-    assert len(last) == len(FAMILIES) and min(np.diff(last) / last[1:]) > 2e-4
+    assert len(last) == len(FAMILIES)
+    assert min(np.diff(last) / last[1:]) > 2e-4
 
 
 def test_learning_rate_in_closed_form():
-    constant, cosine = (
-        Recipe(steps=100, batch=1, lr=2.0, warmup=10),
-        Recipe(steps=110, batch=1, lr=2.0, warmup=10, decay="cosine"),
-    )
+    constant = Recipe(steps=100, batch=1, lr=2.0, warmup=10)
+    cosine = Recipe(steps=110, batch=1, lr=2.0, warmup=10, decay="cosine")
     for rates in (constant, cosine):
         assert [lr_at(rates, step) for step in (0, 4, 9, 10)] == pytest.approx([0.2, 1.0, 2.0, 2.0])
     assert lr_at(constant, 99) == 2.0
@@ -154,7 +157,8 @@ def test_gradients_are_clipped_to_the_declared_norm():
             {limit: torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).norm().item()}
         )
         next(trainer.steps(load(DIGITS)))
-    assert norms[1e-3] == pytest.approx(1e-3, rel=1e-3) and norms[1e9] == norms[None] > 1e-2
+    assert norms[1e-3] == pytest.approx(1e-3, rel=1e-3)
+    assert norms[1e9] == norms[None] > 1e-2
 
 
 def test_the_optimisers_epsilon_is_the_declared_one():
@@ -168,41 +172,40 @@ def test_the_optimisers_epsilon_is_the_declared_one():
 def test_flows_draw_times_between_0_and_1_and_leave_the_rest_as_it_is():
     flow = replace(SPEC, diffusion=FLOW)
     (x0, y, t, eps), (x0_other, y_other, steps, _) = seen(flow, 1)[0], seen(SPEC, 1)[0]
-    assert t.dtype == torch.float32 and t.min() >= 0 and t.max() < 1 and len(t.unique()) == len(t)
-    assert (
-        torch.equal(x0, x0_other)
-        and eps.shape == x0.shape
-        and steps.dtype == torch.long
-        and y.shape == y_other.shape
-    )
+    assert t.dtype == torch.float32
+    assert t.min() >= 0
+    assert t.max() < 1
+    assert len(t.unique()) == len(t)
+    assert torch.equal(x0, x0_other)
+    assert eps.shape == x0.shape
+    assert steps.dtype == torch.long
+    assert y.shape == y_other.shape
 
 
 def test_labels_are_dropped_one_by_one_at_the_declared_rate():
     spec = recipe(batch=64, steps=60, label_dropout=0.25)
     dropped = torch.stack([y == 10 for _, y, _, _ in seen(spec, 60, micro_batch=24)])  # (60, 64)
     assert abs(dropped.double().mean() - 0.25) < 4 * math.sqrt(0.25 * 0.75 / dropped.numel())
-    assert (
-        dropped.double().mean(1).std() < 2 * math.sqrt(0.25 * 0.75 / 64)
-        and not dropped.all(1).any()
-    )
+    assert dropped.double().mean(1).std() < 2 * math.sqrt(0.25 * 0.75 / 64)
+    assert not dropped.all(1).any()
     for rate, share in ((0.0, 0.0), (1.0, 1.0)):
         assert (seen(recipe(label_dropout=rate), 1)[0][1] == 10).double().mean() == share
 
 
 def test_a_batch_is_drawn_whole_however_it_is_cut():
-    whole, cut = seen(SPEC, 3), seen(SPEC, 3, micro_batch=5)
+    whole = seen(SPEC, 3)
+    cut = seen(SPEC, 3, micro_batch=5)
     assert all(
         torch.equal(a, b)
         for one, other in zip(whole, cut, strict=True)
         for a, b in zip(one, other, strict=True)
     )
-    eps, t = torch.cat([batch[3] for batch in whole]), torch.cat([batch[2] for batch in whole])
-    assert (
-        len(eps.flatten(1).unique(dim=0)) == 48
-        and t.min() >= 0
-        and t.max() < 1000
-        and len(t.unique()) > 40
-    )
+    eps = torch.cat([batch[3] for batch in whole])
+    t = torch.cat([batch[2] for batch in whole])
+    assert len(eps.flatten(1).unique(dim=0)) == 48
+    assert t.min() >= 0
+    assert t.max() < 1000
+    assert len(t.unique()) > 40
 
 
 def test_half_of_the_images_are_flipped_where_declared():
@@ -214,10 +217,8 @@ def test_half_of_the_images_are_flipped_where_declared():
         ]
     )
     kept = (mirrored == straight).flatten(1).all(1)
-    assert (
-        torch.equal(mirrored[~kept], straight[~kept].flip(-1))
-        and 0.35 < kept.double().mean() < 0.65
-    )
+    assert torch.equal(mirrored[~kept], straight[~kept].flip(-1))
+    assert 0.35 < kept.double().mean() < 0.65
 
 
 def test_gradients_accumulate_to_those_of_the_whole_batch():
@@ -307,7 +308,8 @@ def test_a_loss_that_is_no_number_ends_the_run_in_one_line(
 @pytest.fixture
 def tf32() -> Iterator[Callable[[bool], None]]:
     """Sets both TF32 flags for a test."""
-    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    matmul = torch.backends.cuda.matmul.allow_tf32
+    cudnn = torch.backends.cudnn.allow_tf32
 
     def allow(value: bool) -> None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = value
@@ -335,11 +337,11 @@ def test_precision_is_set_inside_and_restored(
 ):
     tf32(before)
     with pytest.raises(RuntimeError, match="inside"), precision(mode, CPU):
-        assert read_tf32_flags() == IN_FORCE[mode] and torch.is_autocast_enabled("cpu") == (
-            mode == "bf16"
-        )
+        assert read_tf32_flags() == IN_FORCE[mode]
+        assert torch.is_autocast_enabled("cpu") == (mode == "bf16")
         raise RuntimeError("inside")
-    assert read_tf32_flags() == both(before) and not torch.is_autocast_enabled("cpu")
+    assert read_tf32_flags() == both(before)
+    assert not torch.is_autocast_enabled("cpu")
 
 
 def test_unknown_precision_lists_the_known():
@@ -350,7 +352,8 @@ def test_unknown_precision_lists_the_known():
 @pytest.mark.parametrize("mode", ["fp32", "tf32"])
 def test_the_backward_pass_runs_in_the_declared_precision(mode: str, tf32: Callable[[bool], None]):
     tf32(mode != "tf32")
-    trainer, found = Trainer(recipe(precision=mode)), []
+    trainer = Trainer(recipe(precision=mode))
+    found = []
     next(trainer.model.parameters()).register_hook(lambda gradient: found.append(read_tf32_flags()))
     next(trainer.steps(load(DIGITS)))
     assert found == [both(mode == "tf32")]
@@ -359,9 +362,8 @@ def test_the_backward_pass_runs_in_the_declared_precision(mode: str, tf32: Calla
 def test_bf16_trains_fp32_weights():
     trainer = Trainer(recipe(steps=4, precision="bf16"))
     values = [loss.item() for loss in trainer.steps(load(DIGITS))]
-    assert values == pytest.approx(losses(recipe(steps=4)), rel=0.05) and values != losses(
-        recipe(steps=4)
-    )
+    assert values == pytest.approx(losses(recipe(steps=4)), rel=0.05)
+    assert values != losses(recipe(steps=4))
     assert {
         parameter.dtype for parameter in (*trainer.model.parameters(), *trainer.ema.parameters())
     } == {torch.float32}
