@@ -72,6 +72,7 @@ DIGITS_HELD_OUT = with_chosen_rates(
         features="digits_judge",
         labels="balanced",
         small=True,
+        matched=True,
         source="this suite: scikit-learn's 8x8 digits in three parts, each network at the learning "
         "rate that the validation part chose",
         cost_hours=80 / 3600,
@@ -98,6 +99,7 @@ CIFAR10_16 = with_chosen_rates(
         features="cifar_judge",
         labels="balanced",
         small=True,
+        matched=True,
         source="this suite: CIFAR-10 with squares of 2x2 pixels folded into 12 channels, each "
         "network at the learning rate that the validation part chose",
         cost_hours=900 / 3600,

@@ -72,6 +72,8 @@ class Protocol:
     own: bool = False
     # Protocol of the trainings that a row's `start` names; None: this one.
     start_from: Protocol | None = None
+    # Whether shrunk networks are brought to equal MACs, by each row's `matched`.
+    matched: bool = False
     # How held-out images are scored; None: they are not.
     heldout: HeldOutScore | None = None
     # Learning rates among which every network's own rate is chosen, rising.
@@ -83,12 +85,14 @@ class Protocol:
 def network(row: Row, protocol: Protocol) -> Backbone:
     """Return the row's network as the protocol trains it."""
     backbone = row.require_backbone()
+    data = at_data(row, protocol).data
     if protocol.small:
         small = row.small
         backbone = small if isinstance(small, Backbone) else backbone.but(**small)
+    if protocol.matched:
+        backbone = backbone.but(**row.matched.get(data.size, {}))
 
     # An upsampler sees two images: the noisy one and the small one.
-    data = at_data(row, protocol).data
     in_channels = 2 * data.channels if row.is_upsampler else data.channels
     return backbone.but(input_size=data.size, in_channels=in_channels, num_classes=data.num_classes)
 
