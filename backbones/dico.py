@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from backbones.kernels import depthwise_gelu, pointwise_gelu
+from backbones.kernels import depthwise_gelu, pointwise_gelu, scale
 from backbones.layers import (
     ConvFinal,
     ConvStem,
@@ -57,7 +57,7 @@ class DiCoBlock(nn.Module):
         # Conv module: 1x1, depthwise 3x3 with GELU, compact channel attention, 1x1.
         h = self.conv1(adaln2d(x, shift1, scale1))  # (N, C, H, W)
         h = depthwise_gelu(h, self.conv2.weight, self.conv2.bias)  # (N, C, H, W)
-        x = gated(x, gate1, self.conv3(h * self.ca(h)))  # (N, C, H, W)
+        x = gated(x, gate1, self.conv3(scale(h, self.ca(h))))  # (N, C, H, W)
 
         # Feed-forward network of two 1x1 convolutions.
         h = adaln2d(x, shift2, scale2)  # (N, C, H, W)
