@@ -353,7 +353,8 @@ class _Linear(torch.autograd.Function):
         outputs, inputs = weight.shape[:2]
         m = x.numel() // inputs
         transposed = weight.view(outputs, inputs).t().contiguous()
-        y = _like(x, outputs)
+        # A weight of four dimensions is that of a 1x1 convolution.
+        y = _like(x, outputs) if weight.ndim == 4 else x.new_empty(*x.shape[:-1], outputs)
         _call("linear_forward", x, transposed, bias, y, m, inputs, outputs)
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
@@ -364,7 +365,8 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         outputs, inputs = weight.shape[:2]
-        grad = grad.contiguous(memory_format=_layout(x))
+        layout = torch.channels_last if weight.ndim == 4 else torch.contiguous_format
+        grad = grad.contiguous(memory_format=layout)
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         grad_weight = weight.new_empty(weight.shape)
         grad_bias = weight.new_empty(outputs)
@@ -373,16 +375,10 @@ class _Linear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias if ctx.has_bias else None
 
 
-def _layout(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if x.ndim == 4 else torch.contiguous_format
-
-
 def _like(x: Tensor, channels: int) -> Tensor:
-    """Return an empty tensor with other channels: (..., K) -> (..., C), images as images."""
-    if x.ndim == 4:
-        n, _, h, w = x.shape
-        return x.new_empty(n, h, w, channels).permute(0, 3, 1, 2)
-    return x.new_empty(*x.shape[:-1], channels)
+    """Return empty images with other channels: (N, K, H, W) -> (N, C, H, W)."""
+    n, _, h, w = x.shape
+    return x.new_empty(n, h, w, channels).permute(0, 3, 1, 2)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
