@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from backbones.kernels import rows
+from backbones.kernels import rows, rows_linear
 from backbones.kernels.adaln import EPS, adaln2d
 from backbones.kernels.conv_gelu import pointwise_gelu
 from backbones.kernels.gates import addcmul
@@ -40,17 +40,17 @@ def _reference_leave(
 
 
 def _enter(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return rows.enter(x, shift, scale, weight, bias, EPS)
+    return rows_linear.enter(x, shift, scale, weight, bias, EPS)
 
 
 def _enter_gelu(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return rows.enter_gelu(x, shift, scale, weight, bias, EPS)
+    return rows_linear.enter_gelu(x, shift, scale, weight, bias, EPS)
 
 
 adaln_pointwise = Op(
     "adaln_pointwise",
     [
-        Choice("rows", _enter, rows.supports_enter, rows.pays),
+        Choice("rows", _enter, rows_linear.supports_enter, rows.pays),
         Choice("reference", _reference_enter),
     ],
 )
@@ -58,7 +58,7 @@ adaln_pointwise = Op(
 adaln_pointwise_gelu = Op(
     "adaln_pointwise_gelu",
     [
-        Choice("rows", _enter_gelu, rows.supports_enter, rows.pays),
+        Choice("rows", _enter_gelu, rows_linear.supports_enter, rows.pays),
         Choice("reference", _reference_enter_gelu),
     ],
 )
@@ -66,7 +66,7 @@ adaln_pointwise_gelu = Op(
 pointwise_gated = Op(
     "pointwise_gated",
     [
-        Choice("rows", rows.leave, rows.supports_leave, rows.pays),
+        Choice("rows", rows_linear.leave, rows_linear.supports_leave, rows.pays),
         Choice("reference", _reference_leave),
     ],
 )

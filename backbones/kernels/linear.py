@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from backbones.kernels import rows
+from backbones.kernels import rows, rows_linear
 from backbones.kernels.op import Choice, Op
 
 _ONEDNN = torch.backends.mkldnn.is_available()
@@ -107,7 +107,7 @@ def _onednn_pays(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 linear = Op(
     "linear",
     [
-        Choice("rows", rows.linear, rows.supports_linear, rows.pays),
+        Choice("rows", rows_linear.linear, rows_linear.supports_linear, rows.pays),
         Choice("onednn", onednn, supports, _onednn_pays),
         Choice("reference", F.linear),
     ],
@@ -201,7 +201,7 @@ def _row_pays(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 pointwise = Op(
     "pointwise",
     [
-        Choice("rows", rows.linear, rows.supports_pointwise, rows.pays),
+        Choice("rows", rows_linear.linear, rows_linear.supports_pointwise, rows.pays),
         Choice("linear", as_linear, pays=_linear_pays),
         Choice("row", as_row, supports, _row_pays),
         Choice("reference", F.conv2d),

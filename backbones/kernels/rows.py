@@ -31,10 +31,6 @@ FLAGS = ("-O3", "-march=x86-64-v3", "-fno-math-errno", "-shared", "-fPIC")
 CAPABILITIES = ("AVX2", "AVX512")
 # Channels that a vector of AVX2 holds.
 LANES = 8
-# Channels of either side from which oneDNN multiplies: see `linear.WIDE`.
-WIDE = 128
-# Rows of a tile, as in rows.c.
-TILE = 96
 # Sides of the depthwise kernels that rows.c has.
 SIDES = (3, 5, 7)
 
@@ -108,7 +104,7 @@ def pays(*args: Tensor | None) -> bool:
     )
 
 
-def _fits(x: Tensor, channels: int) -> bool:
+def fits(x: Tensor, channels: int) -> bool:
     """Tell whether a tensor is plain, in float32 on a CPU, with whole vectors of channels."""
     return (
         type(x) in (Tensor, torch.nn.Parameter)
@@ -120,13 +116,14 @@ def _fits(x: Tensor, channels: int) -> bool:
     )
 
 
-def _is_image(x: Tensor) -> bool:
+def is_image(x: Tensor) -> bool:
+    """Tell whether a tensor holds images that `fits` takes, channels last."""
     return (
-        x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and _fits(x, x.shape[1])
+        x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and fits(x, x.shape[1])
     )
 
 
-def _call(name: str, *args: Tensor | float | None) -> None:
+def call(name: str, *args: Tensor | float | None) -> None:
     """Call a C function; tensors go by address."""
     getattr(library(), name)(*[x.data_ptr() if isinstance(x, Tensor) else x for x in args])
 
@@ -137,7 +134,7 @@ def _call(name: str, *args: Tensor | float | None) -> None:
 def supports_adaln(x: Tensor, shift: Tensor, scale: Tensor) -> bool:
     """Tell whether `adaln` takes the tensors."""
     wanted = (len(x), 1, x.shape[-1])
-    return x.ndim == 3 and shift.shape == scale.shape == wanted and _fits(x, x.shape[-1])
+    return x.ndim == 3 and shift.shape == scale.shape == wanted and fits(x, x.shape[-1])
 
 
 class _AdaLN(torch.autograd.Function):
@@ -152,7 +149,7 @@ class _AdaLN(torch.autograd.Function):
         y = torch.empty_like(x)
         mean = x.new_empty(n * t)
         rstd = x.new_empty(n * t)
-        _call("adaln_forward", x, shift, scale, y, mean, rstd, n, t, c, stride, eps)
+        call("adaln_forward", x, shift, scale, y, mean, rstd, n, t, c, stride, eps)
         ctx.save_for_backward(x, scale, mean, rstd)
         ctx.stride = stride
         return y
@@ -167,7 +164,7 @@ class _AdaLN(torch.autograd.Function):
         grad_shift = x.new_empty(n, 1, c)
         grad_scale = x.new_empty(n, 1, c)
         tensors = (x, scale, grad, mean, rstd, grad_x, grad_shift, grad_scale)
-        _call("adaln_backward", *tensors, n, t, c, ctx.stride)
+        call("adaln_backward", *tensors, n, t, c, ctx.stride)
         return grad_x, grad_shift, grad_scale, None
 
 
@@ -181,12 +178,12 @@ def adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 def supports_scale(b: Tensor, gate: Tensor) -> bool:
     """Tell whether `scale` takes the tensors."""
-    return _is_image(b) and gate.shape == (*b.shape[:2], 1, 1) and gate.dtype == b.dtype
+    return is_image(b) and gate.shape == (*b.shape[:2], 1, 1) and gate.dtype == b.dtype
 
 
 def supports_gate(x: Tensor, gate: Tensor, b: Tensor) -> bool:
     """Tell whether `gate` takes the tensors."""
-    return x.shape == b.shape and supports_scale(b, gate) and _is_image(x)
+    return x.shape == b.shape and supports_scale(b, gate) and is_image(x)
 
 
 class _Gate(torch.autograd.Function):
@@ -196,7 +193,7 @@ class _Gate(torch.autograd.Function):
         if gate.stride(1) != 1:
             gate = gate.contiguous()
         y = torch.empty_like(b)
-        _call("gate_forward", x, gate, b, y, n, h * w, c, gate.stride(0))
+        call("gate_forward", x, gate, b, y, n, h * w, c, gate.stride(0))
         ctx.save_for_backward(gate, b)
         return y
 
@@ -208,7 +205,7 @@ class _Gate(torch.autograd.Function):
         grad = grad.contiguous(memory_format=torch.channels_last)
         grad_gate = b.new_empty(n, c, 1, 1)
         grad_b = torch.empty_like(b)
-        _call("gate_backward", gate, b, grad, grad_gate, grad_b, n, h * w, c, gate.stride(0))
+        call("gate_backward", gate, b, grad, grad_gate, grad_b, n, h * w, c, gate.stride(0))
         return grad if ctx.needs_input_grad[0] else None, grad_gate, grad_b
 
 
@@ -230,7 +227,7 @@ class _Mean(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         n, c, h, w = ctx.shape = x.shape
         y = x.new_empty(n, c, 1, 1)
-        _call("mean_forward", x, y, n, h * w, c)
+        call("mean_forward", x, y, n, h * w, c)
         return y
 
     @staticmethod
@@ -239,12 +236,12 @@ class _Mean(torch.autograd.Function):
         n, c, h, w = ctx.shape
         grad = grad.contiguous()
         grad_x = grad.new_empty(n, h, w, c)
-        _call("mean_backward", grad, grad_x, n, h * w, c)
+        call("mean_backward", grad, grad_x, n, h * w, c)
         return grad_x.permute(0, 3, 1, 2)
 
 
 mean = _Mean.apply
-supports_mean = _is_image
+supports_mean = is_image
 
 
 # Exact GELU, of any shape whose memory is dense
@@ -255,7 +252,7 @@ def supports_gelu(x: Tensor) -> bool:
     dense = x.is_contiguous() or (
         x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
     )
-    return dense and _fits(x, x.numel())
+    return dense and fits(x, x.numel())
 
 
 class _Gelu(torch.autograd.Function):
@@ -263,7 +260,7 @@ class _Gelu(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         y = torch.empty_like(x)
         slope = torch.empty_like(x)
-        _call("gelu_forward", x, y, slope, x.numel())
+        call("gelu_forward", x, y, slope, x.numel())
         ctx.save_for_backward(slope)
         return y
 
@@ -281,7 +278,7 @@ gelu = _Gelu.apply
 
 def supports_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Tell whether the depthwise convolutions take the tensors."""
-    return _is_image(x) and len(weight) == x.shape[1] and weight.shape[-1] in SIDES
+    return is_image(x) and len(weight) == x.shape[1] and weight.shape[-1] in SIDES
 
 
 class _Depthwise(torch.autograd.Function):
@@ -295,7 +292,7 @@ class _Depthwise(torch.autograd.Function):
         y = torch.empty_like(x)
         slope = torch.empty_like(x) if with_gelu else None
         frame = x.new_zeros((h + side - 1) * (w + side - 1) * c)
-        _call("depthwise_forward", x, taps, bias, y, slope, frame, n, h, w, c, side)
+        call("depthwise_forward", x, taps, bias, y, slope, frame, n, h, w, c, side)
         ctx.save_for_backward(x, taps, slope)
         ctx.has_bias = bias is not None
         return y
@@ -312,7 +309,7 @@ class _Depthwise(torch.autograd.Function):
         grad_bias = x.new_empty(c)
         frames = x.new_zeros((2 * (h + side - 1) * (w + side - 1) + h * w) * c)
         tensors = (x, taps.flip(0), slope, grad, grad_x, grad_taps, grad_bias, frames)
-        _call("depthwise_backward", *tensors, n, h, w, c, side)
+        call("depthwise_backward", *tensors, n, h, w, c, side)
         grad_weight = grad_taps.t().reshape(c, 1, side, side)
         return grad_x, grad_weight, grad_bias if ctx.has_bias else None, None
 
@@ -325,207 +322,3 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Convolve each channel, then apply GELU."""
     return _Depthwise.apply(x, weight, bias, True)
-
-
-# Linear layers of rows: x (M, K), weight (O, K), bias (O,) or None -> (M, O)
-
-
-def _is_narrow(weight: Tensor) -> bool:
-    outputs, inputs = weight.shape[:2]
-    return outputs % LANES == 0 and inputs % LANES == 0 and min(outputs, inputs) < WIDE
-
-
-def supports_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Tell whether `linear` takes the tensors."""
-    return _is_narrow(weight) and x.is_contiguous() and _fits(x, x.shape[-1])
-
-
-def supports_pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Tell whether `pointwise` takes the tensors."""
-    return _is_narrow(weight) and _is_image(x)
-
-
-class _Linear(torch.autograd.Function):
-    """A linear layer of rows, or of the pixels of images."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        outputs, inputs = weight.shape[:2]
-        m = x.numel() // inputs
-        transposed = weight.view(outputs, inputs).t().contiguous()
-        # A weight of four dimensions is that of a 1x1 convolution.
-        y = _like(x, outputs) if weight.ndim == 4 else x.new_empty(*x.shape[:-1], outputs)
-        _call("linear_forward", x, transposed, bias, y, m, inputs, outputs)
-        ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        outputs, inputs = weight.shape[:2]
-        layout = torch.channels_last if weight.ndim == 4 else torch.contiguous_format
-        grad = grad.contiguous(memory_format=layout)
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        grad_weight = weight.new_empty(weight.shape)
-        grad_bias = weight.new_empty(outputs)
-        tensors = (x, weight, grad, grad_x, grad_weight, grad_bias)
-        _call("linear_backward", *tensors, x.numel() // inputs, inputs, outputs)
-        return grad_x, grad_weight, grad_bias if ctx.has_bias else None
-
-
-def _like(x: Tensor, channels: int) -> Tensor:
-    """Return empty images with other channels: (N, K, H, W) -> (N, C, H, W)."""
-    n, _, h, w = x.shape
-    return x.new_empty(n, h, w, channels).permute(0, 3, 1, 2)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Multiply by the transposed weight."""
-    return _Linear.apply(x, weight, bias)
-
-
-# The two ends of a residual branch: x (N, C, H, W), shift, scale and gate (N, C, 1, 1)
-
-
-def supports_enter(
-    x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> bool:
-    """Tell whether `enter` and `enter_gelu` take the tensors."""
-    return supports_scale(x, shift) and shift.shape == scale.shape and _is_narrow(weight)
-
-
-class _Enter(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        shift: Tensor,
-        scale: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        with_gelu: bool,
-        eps: float,
-    ) -> Tensor:
-        n, c, h, w = x.shape
-        t, o = h * w, len(weight)
-        stride = scale.stride(0)
-        if shift.stride(0) != stride or shift.stride(1) != 1 or scale.stride(1) != 1:
-            shift, scale, stride = shift.contiguous(), scale.contiguous(), c
-        transposed = weight.view(o, c).t().contiguous()
-        y = _like(x, o)
-        slope = torch.empty_like(y) if with_gelu else None
-        mean = x.new_empty(n * t)
-        rstd = x.new_empty(n * t)
-        scratch = x.new_empty((TILE + t) * c)
-        tensors = (x, shift, scale, transposed, bias, y, slope, mean, rstd, scratch)
-        _call("enter_forward", *tensors, n, t, c, o, stride, eps)
-        ctx.save_for_backward(x, shift, scale, weight, slope, mean, rstd)
-        ctx.stride = stride
-        ctx.has_bias = bias is not None
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, shift, scale, weight, slope, mean, rstd = ctx.saved_tensors
-        n, c, h, w = x.shape
-        t, o = h * w, len(weight)
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        grad_x = torch.empty_like(x)
-        grad_shift = x.new_empty(n, c, 1, 1)
-        grad_scale = x.new_empty(n, c, 1, 1)
-        grad_weight = weight.new_empty(weight.shape)
-        grad_bias = weight.new_empty(o)
-        scratch = x.new_empty((TILE + t) * (2 * c + o))
-        inputs = (x, shift, scale, weight, slope, mean, rstd, grad)
-        outputs = (grad_x, grad_shift, grad_scale, grad_weight, grad_bias)
-        _call("enter_backward", *inputs, *outputs, scratch, n, t, c, o, ctx.stride)
-        return *outputs[:4], grad_bias if ctx.has_bias else None, None, None
-
-
-def enter(
-    x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, eps: float
-) -> Tensor:
-    """Apply adaLN and a 1x1 convolution."""
-    return _Enter.apply(x, shift, scale, weight, bias, False, eps)
-
-
-def enter_gelu(
-    x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, eps: float
-) -> Tensor:
-    """Apply adaLN, a 1x1 convolution and GELU."""
-    return _Enter.apply(x, shift, scale, weight, bias, True, eps)
-
-
-def supports_leave(
-    x: Tensor,
-    gate: Tensor,
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    factor: Tensor | None = None,
-) -> bool:
-    """Tell whether `leave` takes the tensors."""
-    fits = factor is None or supports_scale(h, factor)
-    return fits and supports_scale(x, gate) and _is_image(h) and _is_narrow(weight)
-
-
-class _Leave(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        gate: Tensor,
-        h: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        factor: Tensor | None,
-    ) -> Tensor:
-        n, c, height, width = x.shape
-        t, k = height * width, h.shape[1]
-        if gate.stride(1) != 1:
-            gate = gate.contiguous()
-        if factor is not None:
-            factor = factor.contiguous()
-        transposed = weight.view(c, k).t().contiguous()
-        y = torch.empty_like(x)
-        branch = torch.empty_like(x)
-        scratch = x.new_empty((TILE + t) * k)
-        tensors = (x, gate, h, factor, transposed, bias, y, branch, scratch)
-        _call("leave_forward", *tensors, n, t, c, k, gate.stride(0))
-        ctx.save_for_backward(gate, h, factor, weight, branch)
-        ctx.has_bias = bias is not None
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gate, h, factor, weight, branch = ctx.saved_tensors
-        n, c, height, width = branch.shape
-        t, k = height * width, h.shape[1]
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        grad_gate = branch.new_empty(n, c, 1, 1)
-        grad_h = torch.empty_like(h)
-        grad_factor = None if factor is None else torch.empty_like(factor)
-        grad_weight = weight.new_empty(weight.shape)
-        grad_bias = weight.new_empty(c)
-        scratch = branch.new_empty((TILE + t) * (c + k))
-        inputs = (gate, h, factor, weight, branch, grad)
-        outputs = (grad_gate, grad_h, grad_factor, grad_weight, grad_bias)
-        _call("leave_backward", *inputs, *outputs, scratch, n, t, c, k, gate.stride(0))
-        bias_part = grad_bias if ctx.has_bias else None
-        return grad, grad_gate, grad_h, grad_weight, bias_part, grad_factor
-
-
-def leave(
-    x: Tensor,
-    gate: Tensor,
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    factor: Tensor | None = None,
-) -> Tensor:
-    """Add the gated 1x1 convolution of h, whose channels are first multiplied by a factor."""
-    return _Leave.apply(x, gate, h, weight, bias, factor)
