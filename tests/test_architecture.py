@@ -57,7 +57,7 @@ LIGHT_ENGINE = (
     "cluster/client cluster/launch cluster/local cluster/nested cluster/site cluster/slurm "
     "cluster/status cluster/submit data/locate jobs/estimate jobs/job jobs/plan jobs/pool "
     "jobs/progress "
-    "jobs/scheduled machine/cores machine/environment machine/gpu machine/sockets machine/streams "
+    "jobs/scheduled machine/cores machine/environment machine/gpu machine/lifetime machine/sockets machine/streams "
     "records/comparison records/effects records/files records/manifest "
     "records/store reporting/efficiency/claims reporting/efficiency/counts "
     "reporting/efficiency/details reporting/efficiency/speed reporting/lookup reporting/notes "
