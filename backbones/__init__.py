@@ -37,6 +37,7 @@ from backbones.registry import (
     list_classifiers,
     options_of,
     register,
+    shared_name_of,
     tiny_options_of,
 )
 
@@ -51,5 +52,6 @@ __all__ = [
     "load_published",
     "options_of",
     "register",
+    "shared_name_of",
     "tiny_options_of",
 ]

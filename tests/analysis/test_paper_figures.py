@@ -102,9 +102,8 @@ def test_the_speed_up_by_numeric_mode_is_of_one_batch(tmp_path: Path):
     ):
         timed(store, name, 32, batch, rate)
     _, right = numeric_modes(sources(store)).axes
-    assert rates(right) == [3.0] and [
-        "batch 16" in label.get_text() for label in right.get_yticklabels()
-    ] == [True]
+    assert rates(right) == [3.0]
+    assert ["batch 16" in label.get_text() for label in right.get_yticklabels()] == [True]
 
 
 def test_our_runtimes_in_figure_3_are_of_one_batch_and_say_what_ran_unfused(tmp_path: Path):
@@ -120,9 +119,8 @@ def test_our_runtimes_in_figure_3_are_of_one_batch_and_say_what_ran_unfused(tmp_
     assert [text.get_text() for text in left.get_legend().get_texts()] == [
         "fp32, TF32 off, a GPU, batch 16"
     ]
-    assert "the scan as a loop over tokens, without a fused kernel: DiS-H/2" in said(
-        made
-    ) and "not timed at batch 16: DiM-H" in said(made)
+    assert "the scan as a loop over tokens, without a fused kernel: DiS-H/2" in said(made)
+    assert "not timed at batch 16: DiM-H" in said(made)
 
 
 def test_figure_3_draws_our_model_sizes_on_a_gpu_else_on_a_cpu(tmp_path: Path):
@@ -140,9 +138,8 @@ def test_figure_3_draws_our_model_sizes_on_a_gpu_else_on_a_cpu(tmp_path: Path):
         PROVENANCE | {"device": "cpu", "cpu": "a CPU"},
     )
     axes = runtime(sources(store)).axes[2]
-    assert axes.get_xlabel() == "model size (fp32, a CPU, batch 1)" and axes.lines[
-        1
-    ].get_ydata().tolist() == [500.0]
+    assert axes.get_xlabel() == "model size (fp32, a CPU, batch 1)"
+    assert axes.lines[1].get_ydata().tolist() == [500.0]
     (tmp_path / "reference").rename(tmp_path / "records")
     for name, mode, rate, kernels in (
         ("dico_s", "bf16", 100.0, {}),
@@ -161,10 +158,8 @@ def test_figure_3_draws_our_model_sizes_on_a_gpu_else_on_a_cpu(tmp_path: Path):
         line.get_label(): (list(line.get_xdata(orig=True)), line.get_ydata().tolist())
         for line in made.axes[2].lines[1:]
     }
-    assert (
-        drawn == {"DiCo": (["S", "XL"], [10.0, 100.0]), "DiS": (["B"], [50.0])}
-        and made.axes[2].get_xlabel() == "model size (bf16, a GPU, batch 16)"
-    )
+    assert drawn == {"DiCo": (["S", "XL"], [10.0, 100.0]), "DiS": (["B"], [50.0])}
+    assert made.axes[2].get_xlabel() == "model size (bf16, a GPU, batch 16)"
     assert "right: the scan as a loop over tokens, without a fused kernel: DiS-B" in said(made)
 
 
@@ -190,73 +185,69 @@ def test_figure_2_draws_ours_where_a_network_has_score_and_timing(tmp_path: Path
     ours = [
         mark for mark in axes.collections[published:] if isinstance(mark, PathCollection)
     ]  # the others are error bars
-    assert [mark.get_offsets().tolist() for mark in ours] == [[[1000.0, 50.0]]] * 2 and ours[
-        0
-    ].get_sizes()[0] == pytest.approx(6 * 6.06, rel=0.01)
+    assert [mark.get_offsets().tolist() for mark in ours] == [[[1000.0, 50.0]]] * 2
+    assert ours[0].get_sizes()[0] == pytest.approx(6 * 6.06, rel=0.01)
     assert (
         "ours: of 15 networks 3 have a score, 4 a GPU timing, 2 both; left out, scored by another "
         "protocol: DiCo-B" in said(made)
     )
-    assert (
-        "no published throughput: DiC-S, DiC-B, DiC-XL" in said(made)
-        and "ours: fp32, TF32 off, a GPU, batch 64" in axes.get_legend_handles_labels()[1]
-    )
+    assert "no published throughput: DiC-S, DiC-B, DiC-XL" in said(made)
+    assert "ours: fp32, TF32 off, a GPU, batch 64" in axes.get_legend_handles_labels()[1]
 
 
 def test_figure_8_draws_our_scores_over_training(tmp_path: Path):
-    """Of one protocol only; without records the figure says how many there are."""
+    """Only scores of one protocol are drawn, and the figure says how many there are."""
+    marks = "open marks: published, Table 7; filled marks: ours"
+    bare = scores_over_training(ReferenceStore(tmp_path / "none"))
+    assert [len(axes.lines) for axes in bare.axes] == [4, 4, 4, 4, 4, 0]
+    assert said(bare) == f"{marks} ours: 0 of the 32 published points are recorded here"
+
+    # Two lengths of training by one protocol, and one by another.
     store = Store(tmp_path)
-    for steps, fid, quantiser in (
-        (50_000, 100.0, "rounds"),
-        (400_000, 50.0, "rounds"),
-        (100_000, 80.0, "truncates"),
-    ):
-        scored(store, progress_row("DiCo-S"), stopped(steps), fid, quantiser)
-    bare, drawn = (
-        scores_over_training(ReferenceStore(tmp_path / "none")),
-        scores_over_training(sources(store)),
-    )
-    assert [len(axes.lines) for axes in bare.axes] == [4] * 5 + [0] and [
-        len(axes.lines) for axes in drawn.axes
-    ] == [5] * 5 + [0]
+    scored(store, progress_row("DiCo-S"), stopped(50_000), 100.0, "rounds")
+    scored(store, progress_row("DiCo-S"), stopped(400_000), 50.0, "rounds")
+    scored(store, progress_row("DiCo-S"), stopped(100_000), 80.0, "truncates")
+    drawn = scores_over_training(sources(store))
+    assert [len(axes.lines) for axes in drawn.axes] == [5, 5, 5, 5, 5, 0]
     ours = next(line for line in drawn.axes[0].lines if line.get_label() == "DiCo-S, ours")
-    assert ours.get_xdata().tolist() == [50.0, 400.0] and ours.get_ydata().tolist() == [100.0, 50.0]
-    assert said(bare) == "ours: 0 of the 32 published points are recorded here"
-    assert (
-        said(drawn)
-        == "ours: 2 of the 32 published points are recorded here left out, scored by another "
-        "protocol: DiCo-S after 100000"
+    assert ours.get_xdata().tolist() == [50.0, 400.0]
+    assert ours.get_ydata().tolist() == [100.0, 50.0]
+    assert said(drawn) == (
+        f"{marks} ours: 2 of the 32 published points are recorded here "
+        "left out, scored by another protocol: DiCo-S after 100000"
     )
+
+
+@pytest.mark.parametrize("panel", range(5))
+def test_figure_8_labels_every_published_line_at_its_end(tmp_path: Path, panel: int):
+    axes = scores_over_training(ReferenceStore(tmp_path)).axes[panel]
+    ends = {line.get_label(): line.get_xydata()[-1].tolist() for line in axes.lines}
+    assert {text.get_text(): list(text.xy) for text in axes.texts} == ends
 
 
 def test_figure_9_draws_our_curves_apart_from_the_authors(tmp_path: Path):
-    def panels(store: ReferenceStore) -> list[Any]:
-        return losses(store).axes
+    whole, early, ours = losses(ReferenceStore(tmp_path / "none")).axes
+    assert len(whole.lines) == 4
+    assert len(early.lines) == 4
+    assert not ours.lines
+    assert "no training with a curve" in ours.texts[0].get_text()
 
-    whole, early, ours = panels(ReferenceStore(tmp_path / "none"))
-    theirs = [len(whole.lines), len(early.lines)]
-    assert (
-        theirs == [4, 4]
-        and not ours.lines
-        and "no training with a curve" in ours.texts[0].get_text()
-    )
+    # A training with a curve, and one without.
     store = Store(tmp_path / "some")
     values = {"steps": 125, "curve": {"every": 50, "losses": [0.5, 0.25, 0.2]}}
     store.append(train_stage(TABLE_4.rows[3], DIGITS, 0), "done", values, PROVENANCE)
     store.append(train_stage(TABLE_4.rows[4], DIGITS, 0), "done", {"steps": 650}, PROVENANCE)
-    (tmp_path / "some" / "records").rename(tmp_path / "some" / "reference")
-    whole, early, ours = panels(ReferenceStore(tmp_path / "some"))
-    assert (
-        [len(whole.lines), len(early.lines)] == theirs
-        and "ImageNet" in whole.get_title()
-        and ours.get_title() == "ours: Table 4's rows on digits"
-    )
+    whole, early, ours = losses(sources(store)).axes
+    assert len(whole.lines) == 4
+    assert len(early.lines) == 4
+    assert "ImageNet" in whole.get_title()
+    assert ours.get_title() == "ours: Table 4's rows on digits"
+
+    # The last window is cut short, so its middle lies nearer to the one before.
     (line,) = ours.lines
-    assert (
-        line.get_label() == TABLE_4.rows[3].label
-        and line.get_xdata().tolist() == [25, 75, 112.5]
-        and line.get_ydata().tolist() == [0.5, 0.25, 0.2]
-    )
+    assert line.get_label() == TABLE_4.rows[3].label
+    assert line.get_xdata().tolist() == [25, 75, 112.5]
+    assert line.get_ydata().tolist() == [0.5, 0.25, 0.2]
     assert ours.get_xlabel() == "training steps (means over 50)"
 
 
@@ -272,4 +263,5 @@ OF_RECORDS = [name for name, draw in FIGURES.items() if draw.__module__ != figur
 @pytest.mark.parametrize("name", OF_RECORDS)
 def test_every_figure_has_a_caption_and_is_drawn_without_records(name: str, tmp_path: Path):
     draw = FIGURES[name]
-    assert len(draw.__doc__ or "") > 80 and draw(ReferenceStore(tmp_path)).axes
+    assert len(draw.__doc__ or "") > 80
+    assert draw(ReferenceStore(tmp_path)).axes
