@@ -15,11 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experiments.engine.data.locate import JUDGE_WEIGHTS
 from experiments.engine.data.sets import ImageSet
 from experiments.engine.numerics.randomness import generator_at, seed_at
-from experiments.engine.records.tree import REPOSITORY
-
-WEIGHTS = REPOSITORY / "results" / "weights" / "cifar_judge.safetensors"
 
 EPOCHS = 16
 BATCH = 128
@@ -60,7 +58,7 @@ def _convolution(dim_in: int, dim_out: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(convolution, nn.BatchNorm2d(dim_out), nn.ReLU())
 
 
-def load_judge(path: Path = WEIGHTS) -> tuple[nn.Module, str]:
+def load_judge(path: Path = JUDGE_WEIGHTS) -> tuple[nn.Module, str]:
     """Load the judge in eval mode, with the SHA-256 of its file.
 
     Raises:

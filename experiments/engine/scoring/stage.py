@@ -41,7 +41,8 @@ from experiments.engine.scoring.reference import (
     reference_of,
 )
 from experiments.engine.scoring.scores import score
-from experiments.engine.specs.spec import Data, Evaluate, canonical
+from experiments.engine.specs.spec import Data, Evaluate, Train, canonical
+from experiments.engine.training.heldout import initial_share
 
 # Images in ADM's file of each size, beside the statistics of all training images.
 ADM_REFERENCE = 10_000
@@ -79,6 +80,10 @@ def run_evaluation(spec: Evaluate, cache: Path, context: RunContext) -> dict[str
             "the file does not say whether they are averaged"
         )
         values["warnings"] = [*values.get("warnings", []), warning]
+
+    # An average that is young still holds initial weights.
+    if isinstance(spec.train, Train):
+        values["initial_share"] = initial_share(spec.train.recipe)
 
     # The flags are read while they are set.
     with precision(spec.precision, context.device):

@@ -145,6 +145,7 @@ def test_scores_are_finite_shares_are_shares_and_every_one_has_its_error(
         "nfe",
         "classifier_accuracy",
         "classifier_sha256",
+        "initial_share",
         *scores,
         *(f"{name}_se" for name in scores),
     }
