@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -33,7 +32,7 @@ from experiments.engine.data.pictures import Pictures, read_picture, show_name
 from experiments.engine.data.quantise import from_uint8
 from experiments.engine.data.sets import prefetch
 from experiments.engine.numerics.randomness import generator_at
-from experiments.engine.records.files import locked, try_lock, written_whole
+from experiments.engine.records.files import locked, require_space, try_lock, written_whole
 
 Report = Callable[[int, int], None]  # hears how many pictures are done, of how many
 
@@ -176,12 +175,7 @@ def _agree_on_plan(plan: dict[str, Any], folder: Path) -> None:
 def _require_space(job: EncodingJob, folder: Path) -> None:
     pictures = len(job.pictures.files) - _num_done(job, folder)
     needed = pictures * math.prod(job.stored) * 4
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise ValueError(
-            f"{folder} needs {needed / 1e9:.1f} GB more and the disk has {free / 1e9:.1f} GB free; "
-            "name another --out"
-        )
+    require_space(folder, needed, "--out")
 
 
 def _num_done(job: EncodingJob, folder: Path) -> int:

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import socket
 import sys
 import time
@@ -34,6 +35,17 @@ def written_whole(target: Path) -> Iterator[BinaryIO]:
         sync_folder(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def require_space(folder: Path, needed: float, option: str) -> None:
+    """Make a folder. Raise ValueError if its disk has less room than `needed` bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(
+            f"{folder} needs {needed / 1e9:.1f} GB more and the disk has {free / 1e9:.1f} GB free; "
+            f"name another {option}"
+        )
 
 
 def sync_folder(folder: Path) -> None:
