@@ -9,6 +9,7 @@ from pathlib import Path
 
 from analysis.published import read_published
 from experiments.declared.protocols import PROTOCOLS
+from experiments.engine.records.manifest import has_unknown_features
 from experiments.engine.records.store import Record, RecordFolder, Store
 from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.specs.spec import Spec
@@ -163,6 +164,8 @@ def problem_with(record: Record) -> str:
         ]
     if bad:
         return f"{', '.join(bad)} is no number"
+    if has_unknown_features(record.values):
+        return "scored by unknown Inception weights, which compare with no other scores"
     return _protocol_problem(record) if record.kind == "evaluate" else ""
 
 

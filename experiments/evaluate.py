@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from experiments.engine.cli import Parser, run_command
 from experiments.engine.data.locate import inception_path
 from experiments.engine.machine.gpu import choose_device, prepare_torch
-from experiments.engine.records.manifest import samples_manifest, score_name
+from experiments.engine.records.manifest import UNKNOWN_FEATURES, samples_manifest, score_name
 from experiments.engine.records.store import SCORES, Record, provenance, timestamp, write_record
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class Scorer:
 
 def main() -> int:
     """Score the files that the command line names."""
-    return run_command(_evaluate, str)
+    return run_command(_evaluate)
 
 
 def _parse() -> argparse.Namespace:
@@ -179,9 +179,9 @@ def _check_contents(args: argparse.Namespace) -> None:
         if has_images(path):
             continue
         if not statistics(path):
-            raise ValueError(f"{path.name}: holds no images (arr_0) and no statistics (mu, sigma)")
+            raise ValueError(f"{path}: holds no images (arr_0) and no statistics (mu, sigma)")
         if args.paired:
-            raise ValueError(f"{path.name}: holds no images (arr_0)")
+            raise ValueError(f"{path}: holds no images (arr_0)")
 
 
 def _score_statistics(path: Path, scorer: Scorer) -> str:
@@ -191,7 +191,9 @@ def _score_statistics(path: Path, scorer: Scorer) -> str:
 
     head = f"{path.name} against {scorer.against.name}, statistics only: N and errors are unknown"
     values = distances(statistics(path), scorer.reference)
-    return "\n".join([head, *(f"  {name:15} {value:.4f}" for name, value in values.items())])
+    lines = [f"  {name:15} {value:.4f}" for name, value in values.items()]
+    lines += [f"  warning: {text}" for text in scorer.extractor.warnings]
+    return "\n".join([head, *lines])
 
 
 def _score_images(images: ImageFile, scorer: Scorer, record: Path | None) -> Measured:
@@ -211,6 +213,7 @@ def _score_images(images: ImageFile, scorer: Scorer, record: Path | None) -> Mea
             half=scorer.half,
             device=scorer.device,
         )
+    values["warnings"] += scorer.extractor.warnings
     if images.stray:
         values["warnings"].append(
             f"{images.path.name} carries {', '.join(images.stray)}, which was ignored: "
@@ -221,9 +224,12 @@ def _score_images(images: ImageFile, scorer: Scorer, record: Path | None) -> Mea
         write_record(record, _record_of(images, values, identity, scorer.device))
 
     shown = dict(values)
+    against = scorer.against.name
+    if scorer.extractor.name == UNKNOWN_FEATURES:
+        against += ", by unknown features"
     if images.origin and "nfe" in images.origin:
         shown["nfe"] = images.origin["nfe"]
-    print(_text_of_scores(images.path.name, shown, scorer.against.name))
+    print(_text_of_scores(images.path.name, shown, against))
     return measured
 
 
@@ -285,7 +291,7 @@ def _common_order(a: ImageFile, b: ImageFile) -> tuple[ndarray, ndarray]:
         seeded = images.origin is not None and images.origin.get("seed") is not None
         if images.index is None or images.labels is None or not seeded:
             raise ValueError(
-                f"{images.path.name} does not say from which seeds it was made; "
+                f"{images.path} does not say from which seeds it was made; "
                 "pairs need files that sample.py wrote"
             )
 
@@ -293,8 +299,7 @@ def _common_order(a: ImageFile, b: ImageFile) -> tuple[ndarray, ndarray]:
     rows_a, rows_b = (_order_of_generation(images) for images in (a, b))
     if not _are_of_common_seeds(a, b, rows_a, rows_b):
         raise ValueError(
-            f"{a.path.name} and {b.path.name} were made from different seeds or labels: "
-            "compare them unpaired"
+            f"{a.path} and {b.path} were made from different seeds or labels: compare them unpaired"
         )
     return rows_a, rows_b
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from analysis.claims.finding import LEVELS
 from analysis.query import ReferenceStore
 from analysis.tables.pages import Block, Origins, Text
+from experiments.engine.machine.system_errors import explain, is_of_files
 from experiments.engine.records.store import Record
 from experiments.engine.reporting.markup import grouped
 from experiments.engine.reporting.sheet import Sheet
@@ -124,7 +125,10 @@ def sample_grids(folder: Path, store: ReferenceStore, problems: list[str]) -> li
     for path in sorted(folder.glob("*.png")):
         try:
             about = Pillow.open(path).info
-        except OSError:
+        except OSError as error:
+            if is_of_files(error):
+                problems.append(f"samples: {explain(error, 'read', path)}")
+                continue
             problems.append(
                 f"samples: {path.name} is no image; draw it again with python -m analysis.grid"
             )

@@ -216,7 +216,8 @@ def test_statistics_are_scored_as_far_as_they_go(grey, tmp_path: Path, capsys, m
             ["seedless.npz", "seedless.npz", "--paired"],
             "seedless.npz does not say from which seeds",
         ),
-        (["real.npz", "--inception", "no.pth"], "no Inception weights"),
+        (["real.npz", "--inception", "no.pth"], "no such Inception weights"),
+        (["folder"], "folder: is a folder, and no file"),
     ],
 )
 def test_bad_files_are_one_line(
@@ -240,6 +241,7 @@ def test_bad_files_are_one_line(
     )
     np.savez("real.npz", arr_0=IMAGES)
     np.savez("floats.npz", arr_0=IMAGES / 255)
+    Path("folder").mkdir()
     np.savez("nothing.npz", arr_1=np.arange(3))
     status, _, err = run(evaluate, capsys, monkeypatch, *arguments, "--against", "real.npz")
     assert status == 2 and complaint in err and err.startswith("error: ") and err.count("\n") == 1
@@ -411,8 +413,8 @@ def test_a_dry_run_opens_what_the_run_would_open(
     status, out, _ = run(evaluate_checkpoint, capsys, monkeypatch, *arguments)
     assert status == 0 and "nothing is missing" not in out and "missing:" not in out
     assert (
-        "unusable: junk.pth: SHA-256" in out
-        and "unusable: VIRTUAL_imagenet256_labeled.npz: not a readable .npz" in out
+        "unusable: junk.pth: not a readable checkpoint" in out
+        and "VIRTUAL_imagenet256_labeled.npz: not a readable .npz" in out
         and "warning: decoded with an unknown VAE" in out
     )
     (folder / "manifest.json").write_text("{}")

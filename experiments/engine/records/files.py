@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from experiments.engine.machine.system_errors import naming
 
 
 @contextmanager
@@ -20,14 +23,17 @@ def written_whole(target: Path) -> Iterator[BinaryIO]:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-        sync_folder(target.parent)
+        with naming("write", target, temporary):
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+            sync_folder(target.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        # Whatever kept the file from being written is the error to report.
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -41,6 +47,21 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def read_json(path: Path, advice: str) -> Any:
+    """Return what a JSON file holds; ValueError with its path if it is damaged.
+
+    Args:
+        path: the file.
+        advice: what to do with a damaged file.
+    """
+    with naming("read", path):
+        content = path.read_bytes()
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: no JSON ({error}); {advice}") from None
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on a file; another process waits here until it is free.
@@ -49,7 +70,8 @@ def locked(path: Path) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
-        take_lock(file, wait=True)
+        with naming("lock", path):
+            take_lock(file, wait=True)
         yield
 
 
@@ -58,7 +80,9 @@ def try_lock(path: Path) -> Iterator[bool]:
     """Lock a file without waiting; yield False if another process holds the lock."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
-        yield take_lock(file, wait=False)
+        with naming("lock", path):
+            is_held = take_lock(file, wait=False)
+        yield is_held
 
 
 def take_lock(file: BinaryIO, wait: bool) -> bool:

@@ -131,6 +131,7 @@ def _score_inception(spec: Evaluate, context: RunContext) -> Scored | None:
     )
     values["warnings"] += decoder_warnings(spec.data, samples.origin["decoder"])
     values["warnings"] += samples.origin.get("warnings", [])
+    values["warnings"] += extractor.warnings
     values["nfe"] = samples.nfe
     shutil.rmtree(parts, ignore_errors=True)
     measure = {

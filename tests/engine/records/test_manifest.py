@@ -403,7 +403,9 @@ def test_the_script_refuses_what_is_no_evaluate_record(tmp_path: Path):
             and done.stderr.startswith("error: ")
             and done.stderr.count("\n") == 1
         )
-    assert diff("none.json", "none.json").stderr.startswith("error: none.json: no record")
+    assert diff("none.json", "none.json").stderr.startswith(
+        "error: cannot read none.json: No such file or directory"
+    )
 
 
 def test_every_committed_score_holds_what_decided_it():
