@@ -9,13 +9,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from analysis.claims.judge import claims_sheet
+from analysis.evidence.page import evidence_page
+from analysis.evidence.pairs import evidence_csv
 from analysis.figures.catalogue import FIGURES
 from analysis.figures.style import save
+from analysis.options import add_store_options
 from analysis.query import ReferenceStore
+from analysis.reference import Problem
 from analysis.tables.agreement_page import agreement_page
 from analysis.tables.pages import folded, origins
 from analysis.tables.paper import SHEETS
@@ -49,20 +52,7 @@ def _main() -> int:
         action="store_true",
         help="build tables, claims and the pages on small protocols, but no figures",
     )
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=None,
-        metavar="DIR",
-        help="results folder (default: results)",
-    )
-    parser.add_argument(
-        "--published",
-        type=Path,
-        default=None,
-        metavar="DIR",
-        help="folder of published numbers (default: results/published)",
-    )
+    add_store_options(parser)
     args = parser.parse_args()
 
     store = ReferenceStore(args.results, args.published)
@@ -74,9 +64,9 @@ def _main() -> int:
     return 1 if problems else 0
 
 
-def build(store: ReferenceStore, with_figures: bool = True) -> list[str]:
+def build(store: ReferenceStore, with_figures: bool = True) -> list[Problem]:
     """Write every table, page and figure; return what could not be built or was left out."""
-    problems: list[str] = []
+    problems: list[Problem] = []
     for name, make_sheet in (SHEETS | {"claims": claims_sheet}).items():
         sheet = attempt(name, partial(make_sheet, store), None, problems)
         if sheet is not None:
@@ -86,6 +76,8 @@ def build(store: ReferenceStore, with_figures: bool = True) -> list[str]:
     for protocol in PAGES:
         attempt(protocol.name, partial(_write_page, store, protocol), None, problems)
 
+    attempt("evidence", partial(_write_evidence, store), None, problems)
+
     # A figure that cannot be drawn does not keep the others back.
     if with_figures:
         for name, draw in FIGURES.items():
@@ -93,16 +85,17 @@ def build(store: ReferenceStore, with_figures: bool = True) -> list[str]:
     return store.problems + problems
 
 
-def attempt(name: str, make: Callable[[], T], otherwise: U, problems: list[str]) -> T | U:
+def attempt(name: str, make: Callable[[], T], otherwise: U, problems: list[Problem]) -> T | U:
     """What `make` returns; or, if what it needs is missing or unfit, `otherwise` and a problem."""
     try:
         return make()
     except KeyError as error:
-        problems.append(f"{name}: records or published data lack {error}")
+        problems.append(Problem(name, f"records or published data lack {error}"))
     except ValueError as error:
-        problems.append(f"{name}: {error}")
+        problems.append(Problem(name, str(error)))
     except (TypeError, AttributeError, ArithmeticError, LookupError) as error:
-        problems.append(f"{name}: records or published data are not what was expected: {error}")
+        reason = f"records or published data are not what was expected: {error}"
+        problems.append(Problem(name, reason))
     return otherwise
 
 
@@ -156,6 +149,11 @@ def _write_figure(
 
 def _write_page(store: ReferenceStore, protocol: Protocol) -> None:
     _write(store, f"{protocol.name}.md", agreement_page(store, protocol))
+
+
+def _write_evidence(store: ReferenceStore) -> None:
+    _write(store, "evidence.md", evidence_page(store))
+    _write(store, "evidence.csv", evidence_csv(store))
 
 
 def _write(store: ReferenceStore, name: str, text: str) -> None:

@@ -27,7 +27,7 @@ from experiments.declared.checkpoints import (
     published_network,
 )
 from experiments.declared.protocols import PROTOCOLS
-from experiments.engine.cli import Parser, run_command
+from experiments.engine.cli import Parser, add_device_option, add_results_option, run_command
 from experiments.engine.records.store import Record, Store
 from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.specs.rows import table_of
@@ -140,14 +140,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="W",
         help="scale of classifier-free guidance (default: the protocol's)",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=None,
-        metavar="DIR",
-        help="results folder (default: results)",
-    )
+    add_device_option(parser, default="cpu")
+    add_results_option(parser, use_environment=False)
     return parser
 
 

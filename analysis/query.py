@@ -14,10 +14,11 @@ from analysis.reference import ReferenceStore
 from experiments import ablation, main_results
 from experiments.declared.protocols import DIGITS
 from experiments.engine.records.comparison import clashes
+from experiments.engine.records.score_names import ranking_score
 from experiments.engine.records.store import Record, Store
-from experiments.engine.reporting.lookup import REFERENCE_SEEDS
+from experiments.engine.reporting.lookup import REFERENCE_SEEDS, scored_run
 from experiments.engine.specs.rows import Row, Table
-from experiments.engine.specs.selection import Selection
+from experiments.engine.specs.selection import Run, Selection
 from experiments.engine.specs.spec import Backbone, Stage, canonical
 from experiments.engine.specs.stages import Protocol, evaluate_stage
 
@@ -29,6 +30,9 @@ TRAINED = {
     for number, table in sorted((ablation.TABLES | main_results.TABLES).items())
     if not table.counts_only
 }
+
+# The score by which rows are compared on digits.
+DISTANCE = ranking_score(DIGITS.features)
 
 # The batch at which the paper measured throughput.
 PAPER_BATCH = 64
@@ -109,8 +113,9 @@ def reference_seeds(table: Table, store: Store) -> list[int]:
 
 def scores_of(row: Row, protocol: Protocol, store: Store) -> list[Record]:
     """The committed scores of a row under a protocol, one record per training seed."""
-    stages = (evaluate_stage(row, protocol, seed) for seed in REFERENCE_SEEDS)
-    return list(latest(list(stages), store))
+    runs = (Run.of(row, protocol, seed) for seed in REFERENCE_SEEDS)
+    records = (scored_run(run, store.reference) for run in runs)
+    return [record for record in records if record is not None]
 
 
 def digits_scores(row: Row, store: Store) -> list[Record]:

@@ -5,29 +5,33 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.published import read_published
 from experiments.declared.protocols import PROTOCOLS
 from experiments.engine.records.manifest import has_unknown_features
+from experiments.engine.records.score_names import SCORES
 from experiments.engine.records.store import Record, RecordFolder, Store
 from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.specs.spec import Spec
 
-# How the names of our scores begin: their values must be numbers or absent.
-SCORE_PREFIXES = (
-    "fd",
-    "fid",
-    "sfid",
-    "is_",
-    "precision_",
-    "recall_",
-    "density",
-    "coverage",
-    "kid",
-    "mind",
-    "agreement",
-)
+# Values that must be numbers or absent: every score, its error and its deviation.
+SCORE_VALUES = {
+    key for score in SCORES.values() for key in (score.key, score.error, score.deviation) if key
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A part of the tables or the page that could not be built or was left out, and why."""
+
+    # such as a table, a figure or a record
+    part: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.part}: {self.reason}"
 
 
 class ScreenedFolder(RecordFolder):
@@ -38,7 +42,7 @@ class ScreenedFolder(RecordFolder):
         files: by a record's name, its file under the folder.
     """
 
-    def __init__(self, folder: Path, problems: list[str]) -> None:
+    def __init__(self, folder: Path, problems: list[Problem]) -> None:
         super().__init__(folder)
         self.problems = problems
         self.files: dict[str, str] = {}
@@ -76,8 +80,10 @@ class ScreenedFolder(RecordFolder):
             self.files[name] = f"{path.parent.name}/{path.name}"
             if name not in names:
                 self.problems.append(
-                    f"record {path.parent.name}/{path.name}: "
-                    "not of this version of the suite, or damaged; left out"
+                    Problem(
+                        f"record {path.parent.name}/{path.name}",
+                        "not of this version of the suite, or damaged; left out",
+                    )
                 )
 
         # so is a record whose numbers cannot stand in a table
@@ -91,7 +97,7 @@ class ScreenedFolder(RecordFolder):
     def _is_usable(self, record: Record) -> bool:
         problem = problem_with(record)
         if problem:
-            self.problems.append(f"record {record.name}: {problem}; left out")
+            self.problems.append(Problem(f"record {record.name}", f"{problem}; left out"))
         return not problem
 
 
@@ -109,7 +115,7 @@ class ReferenceStore(Store):
 
     def __init__(self, root: Path | None = None, published: Path | None = None) -> None:
         super().__init__(root)
-        self.problems: list[str] = []
+        self.problems: list[Problem] = []
         self.here = ScreenedFolder(self.here.folder, self.problems)
         self.reference = ScreenedFolder(self.reference.folder, self.problems)
         self.published_folder = published or REPOSITORY / "results" / "published"
@@ -160,7 +166,7 @@ def problem_with(record: Record) -> str:
         bad = [
             name
             for name, value in record.values.items()
-            if name.startswith(SCORE_PREFIXES) and not isinstance(value, int | float | None)
+            if name in SCORE_VALUES and not isinstance(value, int | float | None)
         ]
     if bad:
         return f"{', '.join(bad)} is no number"

@@ -13,6 +13,7 @@ from pathlib import Path
 from analysis.build import FIGURES, PAGES, attempt
 from analysis.claims.judge import claims_sheet
 from analysis.figures.style import png
+from analysis.options import add_store_options
 from analysis.page.browser import timing
 from analysis.page.content import (
     Image,
@@ -28,6 +29,7 @@ from analysis.page.provenance import provenance_sheet
 from analysis.page.scatter import View, views
 from analysis.page.templating import load_libraries, render_template
 from analysis.query import ReferenceStore
+from analysis.reference import Problem
 from analysis.tables.agreement_page import agreement_blocks
 from analysis.tables.pages import Block, Text
 from analysis.tables.paper import SHEETS
@@ -45,20 +47,7 @@ def main() -> int:
 def write_page() -> int:
     """Write the page that the arguments ask for, and print what it lacks."""
     parser = Parser(description=__doc__)
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=None,
-        metavar="DIR",
-        help="results folder (default: results)",
-    )
-    parser.add_argument(
-        "--published",
-        type=Path,
-        default=None,
-        metavar="DIR",
-        help="folder of published numbers (default: results/published)",
-    )
+    add_store_options(parser)
     parser.add_argument(
         "--output",
         type=Path,
@@ -86,7 +75,7 @@ def write_page() -> int:
     return 1 if problems else 0
 
 
-def build_page(store: ReferenceStore) -> tuple[str, list[str]]:
+def build_page(store: ReferenceStore) -> tuple[str, list[Problem]]:
     """Return the page, and what could not be built, which the page names too.
 
     Raises:
@@ -127,7 +116,7 @@ class Builder:
 
     def __init__(self, store: ReferenceStore) -> None:
         self.store = store
-        self.problems: list[str] = []
+        self.problems: list[Problem] = []
 
     def table(
         self, name: str, make_sheet: Callable[[ReferenceStore], Sheet], identifier: str
@@ -164,8 +153,7 @@ class Builder:
 
     def _last_problem(self, name: str) -> str:
         """Return the last problem's reason, under a name of its own."""
-        problem = self.problems[-1]
-        return f"{name}: {problem.partition(': ')[2]}"
+        return f"{name}: {self.problems[-1].reason}"
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from backbones.registry import (
     list_classifiers,
     options_of,
     register,
+    shared_name_of,
     tiny_options_of,
 )
 
@@ -54,5 +55,6 @@ __all__ = [
     "options_of",
     "print_warning",
     "register",
+    "shared_name_of",
     "tiny_options_of",
 ]

@@ -115,9 +115,8 @@ class AttentionBlock(nn.Module):
 class ADM(nn.Module):
     """The U-Net of ADM.
 
-    `attention_at` lists resolutions in pixels: a level attends if its grid has such a height.
-    This is the authors' `attention_resolutions`, which is an alias. Without `heads`, a layer has
-    one head for every `head_dim` channels.
+    `attention_resolutions` lists heights in pixels: a level attends if its grid has such a height.
+    Without `heads`, a layer has one head for every `head_dim` channels.
     """
 
     def __init__(
@@ -130,7 +129,7 @@ class ADM(nn.Module):
         dim: int = 256,
         multipliers: tuple[float, ...] = (1, 2, 3, 4),
         num_res_blocks: int = 2,
-        attention_at: tuple[int, ...] = (32, 16, 8),
+        attention_resolutions: tuple[int, ...] = (32, 16, 8),
         heads: int | None = None,
         head_dim: int = 64,
         order: str = "legacy",
@@ -157,7 +156,7 @@ class ADM(nn.Module):
         def level_block(width: int, level: int) -> nn.ModuleList:
             """Build a residual block to the level's width; add attention if it attends."""
             block = nn.ModuleList([ResBlock(width, widths[level], dim_emb)])
-            if input_size >> level in attention_at:
+            if input_size >> level in attention_resolutions:
                 block.append(attention(widths[level]))
             return block
 
@@ -262,17 +261,17 @@ register(
         adm_256=dict(input_size=256, multipliers=(1, 1, 2, 2, 4, 4)),
         adm_512=dict(input_size=512, multipliers=(0.5, 1, 1, 2, 2, 4, 4)),
         adm_up_256=_UP | dict(input_size=256, heads=4),
-        adm_up_512=_UP | dict(input_size=512, attention_at=(32, 16)),
+        adm_up_512=_UP | dict(input_size=512, attention_resolutions=(32, 16)),
     ),
     tiny=dict(
         input_size=16,
         dim=64,
         multipliers=(1, 2, 2),
         num_res_blocks=1,
-        attention_at=(8, 4),
+        attention_resolutions=(8, 4),
         head_dim=16,
     ),
-    aliases={"attention_resolutions": "attention_at"},
+    aliases={"attention_at": "attention_resolutions"},
     exceptions=Exceptions(
         sizes=(12, 16),
         no_null_label="the authors guide by a classifier, so no published model has a null label",

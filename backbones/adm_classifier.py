@@ -41,8 +41,8 @@ class AttentionPool(nn.Module):
 class ADMClassifier(nn.Module):
     """The classifier of ADM; the pooling fixes its input size.
 
-    `attention_at` lists resolutions in pixels, as in ADM: a level attends, in the legacy order, if
-    its grid has such a height. The authors' name `attention_resolutions` is an alias.
+    `attention_resolutions` lists heights in pixels, as in ADM: a level attends if its grid has such
+    a height. Its attention is in the legacy order.
     """
 
     def __init__(
@@ -54,13 +54,13 @@ class ADMClassifier(nn.Module):
         dim: int = 128,
         multipliers: tuple[float, ...] = (1, 2, 3, 4),
         num_res_blocks: int = 2,
-        attention_at: tuple[int, ...] = (32, 16, 8),
+        attention_resolutions: tuple[int, ...] = (32, 16, 8),
         head_dim: int = 64,
     ) -> None:
         super().__init__()
         widths = [int(dim * m) for m in multipliers]
         last = len(multipliers) - 1
-        attends = [input_size >> level in attention_at for level in range(last + 1)]
+        attends = [input_size >> level in attention_resolutions for level in range(last + 1)]
         _check(input_size, dim, multipliers, attends, head_dim)
         self.input_size = input_size
         self.in_channels = in_channels
@@ -150,9 +150,9 @@ register(
         dim=64,
         multipliers=(0.5, 1, 2),
         num_res_blocks=1,
-        attention_at=(8, 4),
+        attention_resolutions=(8, 4),
         head_dim=16,
     ),
-    aliases={"attention_resolutions": "attention_at"},
+    aliases={"attention_at": "attention_resolutions"},
     classifier=True,
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backbones.kernels import gelu
 from backbones.layers import Linear, Pointwise, adaln2d, gated
 
 
@@ -32,4 +33,7 @@ class Block(nn.Module):
 
         x = gated(x, gate1, self.mixer(adaln2d(x, shift1, scale1)))  # (N, C, H, W)
         h = self.fc1(adaln2d(x, shift2, scale2))  # (N, rC, H, W)
-        return gated(x, gate2, self.fc2(F.gelu(h, approximate=self.gelu)))  # (N, C, H, W)
+        return gated(x, gate2, self.fc2(self._activate(h)))  # (N, C, H, W)
+
+    def _activate(self, h: Tensor) -> Tensor:
+        return gelu(h) if self.gelu == "none" else F.gelu(h, approximate=self.gelu)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from backbones.kernels import depthwise_gelu, pointwise_gelu
+from backbones.kernels import depthwise_gelu, pointwise_gelu, scale
 from backbones.layers import (
     ConvFinal,
     ConvStem,
@@ -57,7 +57,7 @@ class DiCoBlock(nn.Module):
         # Conv module: 1x1, depthwise 3x3 with GELU, compact channel attention, 1x1.
         h = self.conv1(adaln2d(x, shift1, scale1))  # (N, C, H, W)
         h = depthwise_gelu(h, self.conv2.weight, self.conv2.bias)  # (N, C, H, W)
-        x = gated(x, gate1, self.conv3(h * self.ca(h)))  # (N, C, H, W)
+        x = gated(x, gate1, self.conv3(scale(h, self.ca(h))))  # (N, C, H, W)
 
         # Feed-forward network of two 1x1 convolutions.
         h = adaln2d(x, shift2, scale2)  # (N, C, H, W)
@@ -164,4 +164,23 @@ register(
     ),
     tiny=dict(dim=12, depths=(2, 1, 1, 1, 1)),
     guided_channels=3,
+    shared_names={
+        r"^x_embedder": "stem",
+        r"^t_embedder_1": "t_embedders.0",
+        r"^t_embedder_2": "t_embedders.1",
+        r"^t_embedder_3": "t_embedders.2",
+        r"^y_embedder\.embedding_table_(\d)": r"y_embedders.\1.embedding_table",
+        r"^(en|de)coder_level_": r"\1coder_",
+        r"^latent": "middle",
+        r"^down(\d)_\d": r"down_\1",
+        r"^up\d_(\d)": r"up_\1",
+        r"^reduce_chan_level": "reduce_",
+        r"^final_layer": "final",
+        r"\.conv1\.": ".mixer.pointwise_in.",
+        r"\.conv2\.": ".mixer.depthwise.",
+        r"\.ca\.1\.": ".mixer.channel.weight.",
+        r"\.conv3\.": ".mixer.pointwise_out.",
+        r"\.conv4\.": ".fc1.",
+        r"\.conv5\.": ".fc2.",
+    },
 )

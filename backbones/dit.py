@@ -125,4 +125,10 @@ register(
     tiny=dict(depth=2, dim=24, heads=3),
     guided_channels=3,
     exceptions=Exceptions(frozen={"pos_embed": "positions are a fixed sine-cosine table"}),
+    shared_names={
+        r"^pos_embed": "position",
+        r"\.attn\.": ".mixer.",
+        r"\.mlp\.fc": ".fc",
+        r"^final_layer": "final",
+    },
 )

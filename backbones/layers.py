@@ -247,13 +247,12 @@ class ConvFinal(nn.Module):
 
     def __init__(self, dim: int, out_channels: int) -> None:
         super().__init__()
-        self.norm_final = LayerNorm2d()
         self.out_proj = nn.Conv2d(dim, out_channels, 3, padding=1)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 2 * dim))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c)[..., None, None].chunk(2, dim=1)  # (N, D, 1, 1)
-        return self.out_proj(modulate(self.norm_final(x), shift, scale))  # (N, C_out, H, W)
+        return self.out_proj(adaln2d(x, shift, scale))  # (N, C_out, H, W)
 
 
 class PatchFinal(nn.Module):

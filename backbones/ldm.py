@@ -164,9 +164,9 @@ class SpatialTransformer(nn.Module):
 class LDM(nn.Module):
     """The U-Net of LDM.
 
-    `attention_at` lists downsampling factors: a level attends if its grid is the input's divided by
-    such a factor. These are the numbers of `attention_resolutions` in the authors' configurations;
-    `attention_factors` is an alias. Without `heads`, a layer has one per `head_dim` channels.
+    `attention_factors` lists downsampling factors: a level attends if its grid is the input's
+    divided by such a factor. The authors' configurations call these numbers
+    `attention_resolutions`. Without `heads`, a layer has one per `head_dim` channels.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class LDM(nn.Module):
         dim: int = 192,
         multipliers: tuple[int, ...] = (1, 2, 3, 5),
         num_res_blocks: int = 2,
-        attention_at: tuple[int, ...] = (8, 4, 2),
+        attention_factors: tuple[int, ...] = (8, 4, 2),
         heads: int | None = None,
         head_dim: int = 32,
         context_dim: int = 512,
@@ -203,7 +203,7 @@ class LDM(nn.Module):
         def level_block(width: int, level: int) -> nn.ModuleList:
             """Build a residual block to the level's width; add a transformer if it attends."""
             block = nn.ModuleList([ResBlock(width, widths[level], dim_emb)])
-            if 2**level in attention_at:
+            if 2**level in attention_factors:
                 block.append(transformer(widths[level]))
             return block
 
@@ -302,8 +302,8 @@ def _check(input_size: int, widths: list[int], heads: int | None, head_dim: int)
         )
 
 
-_LDM_4 = dict(dim=192, multipliers=(1, 2, 3, 5), attention_at=(8, 4, 2), heads=1)
-_LDM_8 = dict(dim=256, multipliers=(1, 2, 4), attention_at=(4, 2, 1), null_label=False)
+_LDM_4 = dict(dim=192, multipliers=(1, 2, 3, 5), attention_factors=(8, 4, 2), heads=1)
+_LDM_8 = dict(dim=256, multipliers=(1, 2, 4), attention_factors=(4, 2, 1), null_label=False)
 
 register(
     LDM,
@@ -316,10 +316,10 @@ register(
         dim=64,
         multipliers=(1, 2, 2),
         num_res_blocks=1,
-        attention_at=(4, 2),
+        attention_factors=(4, 2),
         context_dim=12,
     ),
-    aliases={"attention_factors": "attention_at"},
+    aliases={"attention_at": "attention_factors"},
     exceptions=Exceptions(
         sizes=(12, 16),
         unreached=dict.fromkeys(

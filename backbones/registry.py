@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,7 +60,7 @@ class Entry:
     """Options that shrink the family to a test's size."""
 
     aliases: dict[str, str]
-    """Further names of options, each with the option that it sets."""
+    """Former names of options that ids of runs still hold, each with the option that it sets."""
 
     exceptions: Exceptions
     """Departures from the contract test."""
@@ -69,6 +70,9 @@ class Entry:
 
     classifier: bool
     """The network maps (x, t) to logits and is no backbone."""
+
+    shared_names: dict[str, str]
+    """Regular expressions in names of parameters, with what other families say there."""
 
 
 _ENTRIES: dict[str, Entry] = {}
@@ -83,6 +87,7 @@ def register(
     exceptions: Exceptions = NO_EXCEPTIONS,
     guided_channels: int | None = None,
     classifier: bool = False,
+    shared_names: dict[str, str] | None = None,
 ) -> None:
     """Register one line per published model.
 
@@ -90,10 +95,13 @@ def register(
         cls: The network; its keyword-only arguments are the options.
         sizes: Name of each published model and the options that define it.
         tiny: Options with which the tests build the family.
-        aliases: Further names of options, each with the option that it sets.
+        aliases: Former names of options that ids of runs still hold, each with the option that it
+            sets. No listing shows them.
         exceptions: Departures from the contract test.
         guided_channels: How many leading channels the authors guide; None for all.
         classifier: The network maps (x, t) to logits; it is listed apart from the backbones.
+        shared_names: Regular expressions in names of parameters, with what replaces them. The
+            results are the names of the controlled ablations, hourglass and isotropic.
     """
     for name, options in sizes.items():
         if name in _ENTRIES:
@@ -106,6 +114,7 @@ def register(
             exceptions=exceptions,
             guided_channels=guided_channels,
             classifier=classifier,
+            shared_names=shared_names or {},
         )
 
 
@@ -134,6 +143,16 @@ def options_of(name: str) -> dict[str, Any]:
     parameters = inspect.signature(entry.cls.__init__).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
     return defaults | entry.options
+
+
+def shared_name_of(name: str, parameter: str) -> str:
+    """Return the name by which all families know a backbone's parameter.
+
+    Networks that share a parameter's name can start from equal weights there.
+    """
+    for pattern, replacement in _entry(name).shared_names.items():
+        parameter = re.sub(pattern, replacement, parameter)
+    return parameter
 
 
 def tiny_options_of(name: str) -> dict[str, Any]:
@@ -166,7 +185,7 @@ def build(name: str, **options: Any) -> nn.Module:
     """
     entry, known = _entry(name), options_of(name)
 
-    # An alias sets the option that it stands for.
+    # A former name sets the option that it stood for.
     resolved: dict[str, Any] = {}
     for option, value in options.items():
         target = entry.aliases.get(option, option)
@@ -175,6 +194,6 @@ def build(name: str, **options: Any) -> nn.Module:
         resolved[target] = value
 
     if unknown := sorted(set(resolved) - set(known)):
-        listed = ", ".join(sorted([*known, *entry.aliases]))
+        listed = ", ".join(sorted(known))
         raise ValueError(f"{name} has no option {', '.join(unknown)}; known: {listed}")
     return entry.cls(**(known | resolved))

@@ -35,7 +35,7 @@ from experiments.engine.cli import (
     run_command,
 )
 from experiments.engine.jobs.pool import available_cores
-from experiments.engine.machine.gpu import choose_device, prepare_torch
+from experiments.engine.machine.gpu import prepare_torch
 from experiments.engine.records.store import Store
 from experiments.engine.records.tree import REPOSITORY, warn_without_commit
 
@@ -47,7 +47,7 @@ the meta device. Time `--report`, and tell whether it imports torch.
 --main-job also runs `ablation.py --table 4` from nothing in a temporary folder, and prints its
 seconds and its peak memory.
 --checkpoints measures nothing but how long training stalls for a checkpoint: for the copy, and
-for the writing beside it.
+for the writing beside it. It keeps a record of kind `stall`.
 --neighbours times nothing but precision, recall, density and coverage, exactly and in ADM's
 half-precision arithmetic, and keeps a record of each."""
 
@@ -155,7 +155,7 @@ def _run_loop(args: argparse.Namespace) -> int:
     if args.neighbours:
         _run_neighbours(args)
     elif args.checkpoints:
-        _run_checkpoints()
+        _run_checkpoints(args)
     else:
         seconds, imports_torch = measure_start(ABLATION, ["--table", "4", "--report"])
         print(f"--report: {seconds:.2f} s, torch imported: {imports_torch}")
@@ -175,12 +175,11 @@ def _run_neighbours(args: argparse.Namespace) -> None:
         measure_neighbours(Neighbours(arithmetic, args.device, samples, reference, dim), store)
 
 
-def _run_checkpoints() -> None:
-    from experiments.engine.benchmarks.checkpoints import measure_checkpoint
-    from experiments.engine.specs.spec import Backbone
+def _run_checkpoints(args: argparse.Namespace) -> None:
+    from experiments.engine.benchmarks.checkpoints import measure_stall
 
-    device = prepare_torch(choose_device(None))
-    measure_checkpoint(Backbone(declared.CHECKPOINT_NETWORK), device)
+    prepare_torch(args.device)
+    measure_stall(declared.STALLS[args.device], _open_store(args.results))
 
 
 def _run_counts() -> None:

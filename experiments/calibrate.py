@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from experiments.engine.cli import Parser, run_command
+from experiments.engine.cli import Parser, add_device_option, run_command
 from experiments.engine.data.locate import inception_path
 from experiments.engine.machine.gpu import choose_device, prepare_torch
 from experiments.engine.records.manifest import UNKNOWN_FEATURES
@@ -130,9 +130,7 @@ def _parse() -> argparse.Namespace:
         action="store_true",
         help="fetch the Inception weights first, if they are missing",
     )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="default: the GPU if there is one"
-    )
+    add_device_option(parser)
     return parser.parse_args()
 
 

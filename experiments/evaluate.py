@@ -25,10 +25,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from experiments.engine.cli import Parser, run_command
+from experiments.engine.cli import Parser, add_device_option, run_command
 from experiments.engine.data.locate import inception_path
 from experiments.engine.machine.gpu import choose_device, prepare_torch
-from experiments.engine.records.manifest import UNKNOWN_FEATURES, samples_manifest, score_name
+from experiments.engine.records.manifest import UNKNOWN_FEATURES, samples_manifest
+from experiments.engine.records.score_names import (
+    COVERAGE,
+    DENSITY,
+    FID,
+    FID_CORRECTED,
+    IS,
+    IS_SHUFFLED,
+    KID,
+    MIND,
+    PRECISION,
+    PRECISION_HALF,
+    RECALL,
+    RECALL_HALF,
+    SFID,
+    Score,
+    counted_name,
+)
 from experiments.engine.records.store import SCORES, Record, provenance, timestamp, write_record
 
 if TYPE_CHECKING:
@@ -44,10 +61,7 @@ if TYPE_CHECKING:
 class Line:
     """How a score is printed."""
 
-    # The score's key in `scores.score`.
-    key: str
-    # The score whose name is printed.
-    name: str
+    score: Score
     # What is said of it after its value.
     remark: str = ""
     digits: int = 4
@@ -56,19 +70,19 @@ class Line:
 
 
 LINES = (
-    Line("fid", "fid"),
-    Line("fid_corrected", "fid", ", without its finite-N bias"),
-    Line("sfid", "sfid"),
-    Line("is", "is"),
-    Line("is_shuffled", "is", ", order shuffled"),
-    Line("precision", "precision", by_neighbours=True),
-    Line("recall", "recall", by_neighbours=True),
-    Line("precision_half", "precision", ", ADM's half precision", by_neighbours=True),
-    Line("recall_half", "recall", ", ADM's half precision", by_neighbours=True),
-    Line("density", "density", by_neighbours=True),
-    Line("coverage", "coverage", by_neighbours=True),
-    Line("kid", "kid", digits=6),
-    Line("mind", "mind"),
+    Line(FID),
+    Line(FID_CORRECTED, ", without its finite-N bias"),
+    Line(SFID),
+    Line(IS),
+    Line(IS_SHUFFLED, ", order shuffled"),
+    Line(PRECISION, by_neighbours=True),
+    Line(RECALL, by_neighbours=True),
+    Line(PRECISION_HALF, ", ADM's half precision", by_neighbours=True),
+    Line(RECALL_HALF, ", ADM's half precision", by_neighbours=True),
+    Line(DENSITY, by_neighbours=True),
+    Line(COVERAGE, by_neighbours=True),
+    Line(KID, digits=6),
+    Line(MIND),
 )
 TRAININGS = 0.013  # coefficient of variation of FID between trainings (arXiv:2606.20536)
 
@@ -126,9 +140,7 @@ def _parse() -> argparse.Namespace:
         metavar="FILE.json",
         help="write the scores of one file of images with their manifest",
     )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="default: the GPU if there is one"
-    )
+    add_device_option(parser)
     return parser.parse_args()
 
 
@@ -330,7 +342,7 @@ def _text_of_scores(name: str, values: dict[str, Any], reference: str) -> str:
     """Return the lines of a file of images: its scores, then its warnings."""
     lines = [f"{name} against {reference}"]
     for line in LINES:
-        if line.key in values and not math.isnan(values[line.key]):
+        if line.score.key in values and not math.isnan(values[line.score.key]):
             lines.append(_text_of_score(line, values))
     if "nfe" in values:
         lines.append(f"  network evaluations per image: {values['nfe']}")
@@ -338,21 +350,21 @@ def _text_of_scores(name: str, values: dict[str, Any], reference: str) -> str:
 
 
 def _text_of_score(line: Line, values: dict[str, Any]) -> str:
-    value = values[line.key]
-    text = f"  {score_name(line.name, values['num']):15} {value:.{line.digits}f}"
+    value = values[line.score.key]
+    text = f"  {counted_name(line.score, values['num']):15} {value:.{line.digits}f}"
 
     # Its error, or the deviation of a single subset.
-    error = values.get(f"{line.key}_se")
+    error = values.get(line.score.error)
     if error is not None and not math.isnan(error):
         text += f" ± {error:.4f}"
-    elif line.key == "kid":
-        text += f" (deviation over subsets {values['kid_sd']:.6f})"
+    elif line.score.deviation:
+        text += f" (deviation over subsets {values[line.score.deviation]:.6f})"
 
     # What else it depends on.
     text += line.remark
     if line.by_neighbours:
         text += f", k 3, {values['num_reference']} reference rows"
-    if line.key == "mind":
+    if line.score is MIND:
         text += f", over {values['mind_rows']} rows of each"
     return text
 
@@ -373,17 +385,16 @@ def _compare(
         for features, rows in zip(measured, order, strict=True)
     )
     labels = None if files[0].labels is None else files[0].labels[order[0]]
-    values = paired(a, b, reference, labels, _is_balanced(files[0]))
+    difference = paired(a, b, reference, labels, _is_balanced(files[0]))
 
     names = f"{files[0].path.name} less {files[1].path.name}"
-    text = f"{names}: {score_name('fid', values['num'])} {values['fid_difference']:+.4f}"
-    if math.isnan(values["fid_difference_se"]):
+    text = f"{names}: {counted_name(FID, difference.num)} {difference.value:+.4f}"
+    if math.isnan(difference.error):
         text += " (too few samples for its error)"
     else:
-        text += f" ± {values['fid_difference_se']:.4f}"
-        text += f" (paired; ± {values['fid_difference_se_unpaired']:.4f} unpaired)"
-    text += f", {values['fid_relative']:+.1%}: {values['verdict']}"
-    if abs(values["fid_relative"]) < TRAININGS:
+        text += f" ± {difference.error:.4f} (paired; ± {difference.error_unpaired:.4f} unpaired)"
+    text += f", {difference.relative:+.1%}: {difference.verdict.value}"
+    if abs(difference.relative) < TRAININGS:
         text += f"; between two trainings, one each, differences below {TRAININGS:.1%} say nothing"
     return text
 

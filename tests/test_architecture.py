@@ -40,6 +40,7 @@ FLOORS = (
     "benchmarks",
     "jobs",
     "scoring",
+    "judges",
     "sampling",
     "timing",
     "training",
@@ -58,7 +59,7 @@ LIGHT_ENGINE = (
     "cluster/status cluster/submit data/locate jobs/estimate jobs/job jobs/plan jobs/pool "
     "jobs/progress "
     "jobs/scheduled machine/cores machine/environment machine/gpu machine/sockets machine/streams "
-    "records/comparison records/effects records/files records/manifest "
+    "records/comparison records/effects records/files records/manifest records/score_names "
     "records/store reporting/efficiency/claims reporting/efficiency/counts "
     "reporting/efficiency/details reporting/efficiency/speed reporting/lookup reporting/notes "
     "reporting/render reporting/sheet reporting/statistics reporting/tables specs/rows specs/spec "
@@ -71,7 +72,8 @@ LIGHT = [
         name
         for name in CODE
         if re.fullmatch(
-            r"(experiments(/declared)?|analysis(/(claims|figures|page|tables))?)/\w+\.py", name
+            r"(experiments(/declared)?|analysis(/(claims|evidence|figures|page|tables))?)/\w+\.py",
+            name,
         )
     ),
 ]

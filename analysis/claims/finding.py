@@ -28,8 +28,6 @@ class Evidence(Enum):
     NOT_YET = "not yet"
 
 
-LEVELS = tuple(level.value for level in Evidence)
-
 MEANINGS: dict[Verdict | Qualifier, str] = {
     Verdict.REPRODUCED: "the printed value lies within our error and its last digit, or every "
     "difference of the order is resolved",

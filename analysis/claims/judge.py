@@ -85,7 +85,7 @@ def _row_cells(claim: Claim, finding: Finding, noted: tuple[Record, ...]) -> dic
         "claim": Cell(label=claim["id"]),
         "says": Cell(label=claim["claim"]),
         "paper": Cell(label=claim["value"]),
-        "evidence": Cell(label=finding.evidence.value),
+        "evidence": Cell(label=finding.evidence.value, choice=finding.evidence),
         "value": Cell(label=finding.value, records=finding.records),
         "error": Cell(label=finding.error, records=error_records),
         "verdict": Cell(label=str(finding.judgement)),

@@ -18,9 +18,9 @@ from analysis.claims.finding import (
 from analysis.query import ReferenceStore, rankable
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.declared.protocols import DIGITS, IMAGENET256
+from experiments.engine.records.score_names import ranking_score
 from experiments.engine.records.store import Record
 from experiments.engine.reporting.efficiency.claims import Claim
-from experiments.engine.reporting.lookup import ranking_score
 from experiments.engine.reporting.statistics import Spread, pool_spread
 from experiments.engine.reporting.verdict import Judgement, Qualifier
 from experiments.engine.specs.rows import Table
@@ -150,7 +150,7 @@ def look_up_pairs(
     all_scores, refused = rankable(table.rows, protocol, store)
     by_label = {row.label: records for row, records in zip(table.rows, all_scores, strict=True)}
     spread = pool_spread(
-        ranking_score(protocol.features),
+        ranking_score(protocol.features).key,
         [[record.values for record in records] for records in all_scores],
     )
     scores = {label: by_label[label] for pair in pairs for label in pair}
@@ -194,7 +194,7 @@ def judge_order(table: Table, pairs: Pairs, paper: str, store: ReferenceStore) -
 def _judge_pairs(
     pairs: Pairs, found: PairScores, protocol: Protocol, evidence: Evidence, paper: str
 ) -> Finding:
-    name = ranking_score(protocol.features)
+    name = ranking_score(protocol.features).key
     labels = sorted(found.scores)
     groups = [found.scores[label] for label in labels]
     mean = dict(zip(labels, means(name, groups, len(pairs), found.spread), strict=True))

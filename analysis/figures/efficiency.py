@@ -7,20 +7,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from analysis.figures.labels import Point, label_points
 from analysis.figures.style import (
     MARKS,
     OPEN,
     SIZES,
-    Point,
     below,
     errors,
     figure,
-    label_points,
     palette,
     plain_log,
 )
 from analysis.figures.training import OwnProgress, own_progress
-from analysis.query import ReferenceStore, rankable
+from analysis.query import DISTANCE, ReferenceStore, rankable
 from analysis.tables.progress import progress_row, stopped
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.declared.protocols import DIGITS
@@ -173,7 +172,7 @@ def _draw_digits_cost(axes: Axes, store: ReferenceStore) -> list[str]:
             cost = _fastest_training(row, store)
             if cost is None or not scored:
                 continue
-            score = statistics.fmean(record.values["fd_digits"] for record in scored)
+            score = statistics.fmean(record.values[DISTANCE.key] for record in scored)
             if (cost, score) in points:
                 continue
             axes.plot(cost, score, mark, ms=5, color=color, label=label)
@@ -184,7 +183,7 @@ def _draw_digits_cost(axes: Axes, store: ReferenceStore) -> list[str]:
     plain_log(axes, "y")
     axes.margins(x=0.12)
     axes.set_xlabel("wall seconds x threads, fastest seed (ours)")
-    axes.set_ylabel("fd_digits (ours)")
+    axes.set_ylabel(f"{DISTANCE.name} (ours)")
     if points:
         axes.legend(loc="upper right")
     label_points(axes, list(points.values()), fontsize=6.5)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from analysis.figures.labels import Point, label_lines
 from analysis.figures.style import Style, below, figure, palette
 from analysis.probes.declared import arrays_of, declared, series_of
 from experiments.ablation import DICO_S, TABLE_3, TABLE_4
@@ -206,20 +207,28 @@ def _draw_distances(axes: Axes, probed: list[Probed]) -> None:
 
 
 def _draw_shares(axes: Axes, probed: list[Probed]) -> None:
-    """Draw the share of an output pixel's gradient within a distance."""
+    """Draw the share of an output pixel's gradient within a distance.
+
+    The curves part at distance 0 and meet at the far end, so their labels stand on the left.
+    """
+    ends = []
     for label, color in palette(each.label for each in probed).items():
         (each,) = [each for each in probed if each.label == label]
         (series,) = series_of(each.arrays, COMPARED["whole network's gradient"])
         share = each.arrays[f"mass_{series}"].mean((0, 1))
         axes.plot(range(len(share)), share, marker=".", color=color, label=label)
+        ends.append(Point(label, 0, share[0], color))
         uniform = each.arrays[f"uniform_mass_{series}"]
     dashed: Style = dict(color="black", linestyle="--", linewidth=0.8)
     axes.plot(range(len(uniform)), uniform, label="uniform", **dashed)
+    ends.append(Point("uniform", 0, uniform[0], (0.0, 0.0, 0.0)))
     axes.set_xlabel("distance from the output pixel, pixels")
     axes.set_ylabel("share of its gradient within")
     axes.set_ylim(0, 1.02)
     axes.set_title("What an output pixel depends on")
-    axes.legend(loc="lower right")
+    axes.yaxis.tick_right()
+    axes.yaxis.set_label_position("right")
+    label_lines(axes, ends, side="left")
 
 
 def channel_activation(store: Store) -> Figure:

@@ -6,20 +6,20 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from analysis.figures.labels import Point, label_points
 from analysis.figures.style import (
     FAMILIES,
     MARKS,
     OPEN,
-    Point,
     Style,
     below,
     errors,
     family_color,
     figure,
-    label_points,
     mark_gap,
 )
 from analysis.query import ReferenceStore, at_one_batch, gpu_timings, numeric_mode, runtime_of
+from experiments.declared.families import family_of, size_of
 from experiments.declared.systems import SYSTEMS
 from experiments.declared.timings import figure_3
 from experiments.engine.records.store import Record
@@ -183,8 +183,8 @@ def _timed_sizes(store: ReferenceStore) -> tuple[str, list[tuple[Timing, Record]
 def _family_and_size(stage: Timing) -> tuple[str, str]:
     """Return the family and the size of a backbone such as dit_s_2."""
     families = {family.lower(): family for family in FAMILIES}
-    family, size = stage.backbone.name.split("_")[:2]
-    return families[family], size.upper()
+    name = stage.backbone.name
+    return families[family_of(name)], size_of(name).upper()
 
 
 def _sentences(remarks: Mapping[str, Sequence[str]]) -> list[str]:

@@ -6,7 +6,6 @@ import io
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -117,114 +116,6 @@ def below(drawing: Figure, remarks: Sequence[str]) -> None:
     width = int(15 * drawing.get_figwidth())  # characters of this size that a line holds
     lines = [textwrap.fill(remark, width) for remark in remarks]
     drawing.supxlabel("\n".join(lines), fontsize=7, color=GREY)
-
-
-@dataclass(frozen=True)
-class Point:
-    """A mark with the label that stands beside it."""
-
-    label: str
-    x: float
-    y: float
-    color: Any
-    # Of the mark, in points.
-    radius: float = 3.5
-    # Bars through the mark, as (x, y) of both ends, which labels avoid.
-    bars: tuple[tuple[tuple[float, float], tuple[float, float]], ...] = ()
-
-
-# Directions in which a label may stand from its mark, the preferred ones first.
-DIRECTIONS = ((1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1))
-DISTANCES = (1, 6, 12, 20)  # from the mark's edge to the label, in points
-LEADER = 12  # distance from which a line joins label and mark, in points
-HORIZONTAL = {1: "left", -1: "right", 0: "center"}
-VERTICAL = {1: "bottom", -1: "top", 0: "center"}
-
-
-def label_points(axes: Axes, points: Sequence[Point], fontsize: float = 7) -> None:
-    """Write each point's label beside it, where it covers the least of marks, bars and labels.
-
-    Limits and scales of the axes must be set before.
-    """
-    drawing = axes.get_figure(root=True)
-    assert drawing is not None
-    drawing.draw_without_rendering()  # fixes the layout, and so where the marks are
-    obstacles = [box for point in points for box in _boxes_of(axes, point)]
-
-    # Every place around a point is tried, and the one that covers the least keeps its label.
-    for point in points:
-        candidates = [(distance, direction) for distance in DISTANCES for direction in DIRECTIONS]
-        texts: list[tuple[float, int, Any]] = []
-        for distance, direction in candidates:
-            text = _beside(axes, point, distance, direction, fontsize)
-            covered = _covered(axes, _extent(text), obstacles)
-            # Of places that cover equally much, the nearest one is taken.
-            texts.append((covered + 0.2 * distance, len(texts), text))
-        _, best, label = min(texts)
-        for _, number, text in texts:
-            if number != best:
-                text.remove()
-        obstacles.append(_extent(label))
-
-
-def _beside(
-    axes: Axes, point: Point, distance: float, direction: tuple[int, int], fontsize: float
-) -> Any:
-    right, up = direction
-    reach = point.radius + distance
-    if right and up:
-        reach *= 0.7  # along the diagonal
-
-    # A label far from its mark gets a line that leads to it.
-    line: Style | None = None
-    if distance >= LEADER:
-        line = dict(arrowstyle="-", lw=0.5, color=GREY, shrinkA=0, shrinkB=0)
-
-    label = axes.annotate(
-        point.label,
-        (point.x, point.y),
-        xytext=(reach * right, reach * up),
-        textcoords="offset points",
-        ha=HORIZONTAL[right],
-        va=VERTICAL[up],
-        fontsize=fontsize,
-        color=[0.75 * part for part in point.color],  # darker than the mark, to be read
-        arrowprops=line,
-    )
-    label.set_in_layout(False)  # a label must not move the axes that it was placed in
-    return label
-
-
-def _extent(label: Any) -> Any:
-    """Return the box of a label's text, in pixels, without the line that joins it to its mark."""
-    from matplotlib.text import Text
-
-    label.update_positions(label.get_figure(root=True).canvas.get_renderer())
-    return Text.get_window_extent(label)
-
-
-def _boxes_of(axes: Axes, point: Point) -> list[Any]:
-    """Return the boxes, in pixels, of a point's mark and bars."""
-    from matplotlib.transforms import Bbox
-
-    to_pixels = axes.transData.transform
-    x, y = to_pixels((point.x, point.y))
-    radius = point.radius * axes.figure.dpi / 72
-    boxes = [Bbox([[x - radius, y - radius], [x + radius, y + radius]])]
-    for ends in point.bars:
-        (left, low), (right, high) = to_pixels(ends[0]), to_pixels(ends[1])
-        boxes.append(Bbox([[left - 2, low - 2], [right + 2, high + 2]]))
-    return boxes
-
-
-def _covered(axes: Axes, box: Any, obstacles: Sequence[Any]) -> float:
-    """Return how much of a label's area, in pixels, covers obstacles or lies outside the axes."""
-    from matplotlib.transforms import Bbox
-
-    inside = Bbox.intersection(box, axes.get_window_extent())
-    outside = box.width * box.height - (inside.width * inside.height if inside else 0)
-    overlaps = (Bbox.intersection(box, obstacle) for obstacle in obstacles)
-    return 3 * outside + sum(overlap.width * overlap.height for overlap in overlaps if overlap)
 
 
 def save(

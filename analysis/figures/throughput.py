@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from analysis.figures.labels import Point, label_points
 from analysis.figures.style import (
     MARKS,
-    Point,
     below,
     errors,
     family_color,
     family_of,
     figure,
-    label_points,
 )
 from analysis.query import ReferenceStore, at_one_batch, gpu_timings, rankable
 from experiments.declared.protocols import IMAGENET256

@@ -7,20 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from analysis.figures.labels import Point, label_points
 from analysis.figures.style import (
     MARKS,
     OPEN,
-    Point,
     below,
     family_color,
     family_of,
     figure,
-    label_points,
     note,
     palette,
     plain_log,
 )
-from analysis.query import ReferenceStore, digits_scores, rankable
+from analysis.query import DISTANCE, ReferenceStore, digits_scores, rankable
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.declared.protocols import DIGITS
 from experiments.declared.systems import SYSTEMS
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ROUNDING = 1.0  # per cent, within which a count by one rule meets a published one
-SCORES = "fd_digits, one dot per training seed"
+SCORES = f"{DISTANCE.name}, one dot per training seed"
 
 
 def table3_score_speed(store: ReferenceStore) -> Figure:
@@ -65,7 +64,7 @@ def score_against_speed(table: Table, store: ReferenceStore) -> Figure:
             continue
 
         # The mark stands at the mean, the bars show the range over seeds and the timing's spread.
-        values = [record.values["fd_digits"] for record in scored]
+        values = [record.values[DISTANCE.key] for record in scored]
         mean, low, high = statistics.fmean(values), min(values), max(values)
         speed, spread = timed.values["relative"], timed.values["relative_spread"]
         axes.errorbar(
@@ -100,7 +99,7 @@ def _label_score_axes(axes: Axes, table: Table, store: ReferenceStore) -> None:
         f"throughput relative to {table.baseline.label}, CPU, 32x32x4, fp32, "
         "± half the interquartile range"
     )
-    axes.set_ylabel(f"fd_digits, mean and range of {seeds} seeds (lower is better)")
+    axes.set_ylabel(f"{DISTANCE.name}, mean and range of {seeds} seeds (lower is better)")
     axes.margins(x=0.1)
     if table is TABLE_3:
         plain_log(axes, "y")
@@ -123,7 +122,7 @@ def _draw_seeds(axes: Axes, table: Table, store: ReferenceStore) -> list[str]:
     scores, other = rankable(table.rows, DIGITS, store)
     color = palette([SCORES])[SCORES]
     for place, scored in enumerate(reversed(scores)):
-        values = [record.values["fd_digits"] for record in scored]
+        values = [record.values[DISTANCE.key] for record in scored]
         axes.plot(values, [place] * len(values), "o", ms=4.5, color=color, alpha=0.8)
         if values:
             mean = statistics.fmean(values)

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from analysis.figures.labels import Point, label_lines
 from analysis.figures.style import (
     MARKS,
     OPEN,
     SIZES,
+    Color,
     below,
     errors,
     figure,
@@ -22,20 +24,13 @@ from analysis.tables.recipes import CONFIGURATIONS
 from experiments.ablation import TABLE_4
 from experiments.declared.protocols import DIGITS
 from experiments.engine.records.comparison import clashes
+from experiments.engine.records.score_names import PAPER_SCORES_WITH_SFID, Score
 from experiments.engine.records.store import Record
 from experiments.engine.specs.stages import train_stage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-SCORES = {
-    "fid": "FID (lower is better)",
-    "sfid": "sFID (lower is better)",
-    "is": "IS (higher is better)",
-    "precision": "precision",
-    "recall": "recall",
-}
 
 
 @dataclass(frozen=True)
@@ -80,42 +75,46 @@ def scores_over_training(store: ReferenceStore) -> Figure:
     drawing, axes = figure(8.2, 4.6, 2, 3)
     rows = store.rows("table7.csv")
     ours = own_progress(rows, store)
-    for panel, (score, title) in zip(axes.flat, SCORES.items(), strict=False):
+    for panel, score in zip(axes.flat, PAPER_SCORES_WITH_SFID, strict=False):
         _draw_scores(panel, score, rows, ours)
-        panel.set_title(title)
+        panel.set_title(f"{score.name} ({score.better.value} is better)")
 
-    # The last panel holds the legend, so the one above it names the steps.
+    # The last panel is empty, so the one above it names the steps.
     for panel in (*axes[1], axes[0, 2]):
         panel.set_xlabel("training steps, thousands")
     axes[1, 2].axis("off")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    axes[1, 2].legend(handles, labels, loc="center", title="Table 7: open, published")
+    marks = "open marks: published, Table 7; filled marks: ours"
     count = f"ours: {len(ours.scores)} of the {len(rows)} published points are recorded here"
-    below(drawing, [count, *ours.remarks()])
+    below(drawing, [marks, count, *ours.remarks()])
     return drawing
 
 
-def _draw_scores(axes: Axes, score: str, rows: Sequence[dict[str, str]], ours: OwnProgress) -> None:
+def _draw_scores(
+    axes: Axes, score: Score, rows: Sequence[dict[str, str]], ours: OwnProgress
+) -> None:
     """Draw one score of all models, published and ours."""
     colors = palette(SIZES)
+    ends = []
     for mark, model in zip(MARKS, SIZES, strict=True):
         published = [row for row in rows if row["model"] == model]
         steps = [int(row["train_steps"]) / 1000 for row in published]
-        values = [float(row[score]) for row in published]
+        values = [float(row[score.paper]) for row in published]
         axes.plot(steps, values, f"-{mark}", ms=4, color=colors[model], label=model, **OPEN)
+        ends.append(Point(model, steps[-1], values[-1], colors[model]))
 
         own = {
             steps / 1000: record
             for steps, record in ours.of(model).items()
-            if record.values.get(score) is not None
+            if record.values.get(score.key) is not None
         }
         if own:
             steps = list(own)
-            values = [record.values[score] for record in own.values()]
+            values = [record.values[score.key] for record in own.values()]
             label = f"{model}, ours"
             axes.plot(steps, values, f"--{mark}", ms=5, color=colors[model], label=label)
-            spreads = [record.values.get(f"{score}_se") for record in own.values()]
+            spreads = [record.values.get(score.error) for record in own.values()]
             errors(axes, steps, values, colors[model], yerr=spreads)
+    label_lines(axes, ends)
 
 
 def losses(store: ReferenceStore) -> Figure:
@@ -125,11 +124,11 @@ def losses(store: ReferenceStore) -> Figure:
     their own; a note says how many there are. Right, ours: Table 4's rows on the digits protocol,
     the newest training of seed 0. That is another data set at another scale, so its losses do not
     compare with the others."""
-    drawing, (left, middle, right) = figure(10.6, 3.7, columns=3)
+    drawing, (left, middle, right) = figure(11.6, 3.7, columns=3)
+    curves = _authors_losses(store.rows("dico_logs.csv"))
     for panel in (left, middle):
-        _draw_authors_losses(panel, store.rows("dico_logs.csv"))
+        _draw_authors_losses(panel, curves)
     below(drawing, [_draw_own_trainings((left, middle), store)])
-
     left.set_xscale("log")
     left.set_xlim(left=1)
     left.set_ylim(0.138, 0.185)
@@ -141,24 +140,53 @@ def losses(store: ReferenceStore) -> Figure:
     middle.set_ylim(0.147, 0.185)
     middle.set_title("theirs: first 100 000 steps")
     middle.set_xlabel("training steps, thousands")
-    middle.legend()
 
+    # Labels stand at the last windows that a panel shows, so its limits come first.
+    for panel in (left, middle):
+        label_lines(panel, [curve.end_before(panel.get_xlim()[1]) for curve in curves])
     _draw_digits_losses(right, store)
     return drawing
 
 
-def _draw_authors_losses(axes: Axes, rows: Sequence[dict[str, str]]) -> None:
+@dataclass(frozen=True)
+class LossCurve:
+    """The training loss of a network by the authors' log, as means over windows."""
+
+    model: str
+    color: Color
+    # Middles of the windows, in thousands of steps.
+    steps: list[float]
+    means: list[float]
+    # Two standard errors of each mean, from the spread of a window's logged lines.
+    spreads: list[float]
+
+    def end_before(self, limit: float) -> Point:
+        """Return the last window up to a limit, as the point that carries the label."""
+        last = max(place for place, step in enumerate(self.steps) if step <= limit)
+        return Point(self.model, self.steps[last], self.means[last], self.color, radius=0)
+
+
+def _authors_losses(rows: Sequence[dict[str, str]]) -> list[LossCurve]:
+    """Return the curves of the authors' logs; a window without a spread is left out."""
+    curves = []
     for model, color in palette(SIZES).items():
         windows = [row for row in rows if row["model"] == model and row["loss_sd"]]
         steps = [(int(row["first_step"]) + int(row["last_step"])) / 2000 for row in windows]
         means = [float(row["loss"]) for row in windows]
-        axes.plot(steps, means, lw=1, color=color, label=f"{model} (authors' log)")
-
-        # Two standard errors around the mean of a window's logged lines.
         spreads = [2 * float(row["loss_sd"]) / int(row["lines"]) ** 0.5 for row in windows]
-        low = [mean - spread for mean, spread in zip(means, spreads, strict=True)]
-        high = [mean + spread for mean, spread in zip(means, spreads, strict=True)]
-        axes.fill_between(steps, low, high, color=color, alpha=0.2, lw=0)
+        curves.append(LossCurve(model, color, steps, means, spreads))
+    return curves
+
+
+def _draw_authors_losses(axes: Axes, curves: Sequence[LossCurve]) -> None:
+    for curve in curves:
+        axes.plot(
+            curve.steps, curve.means, lw=1, color=curve.color, label=f"{curve.model} (authors' log)"
+        )
+        bands = list(zip(curve.means, curve.spreads, strict=True))
+        low = [mean - spread for mean, spread in bands]
+        high = [mean + spread for mean, spread in bands]
+        axes.fill_between(curve.steps, low, high, color=curve.color, alpha=0.2, lw=0)
 
 
 def _draw_own_trainings(panels: Sequence[Axes], store: ReferenceStore) -> str:
@@ -203,13 +231,16 @@ def _draw_digits_losses(axes: Axes, store: ReferenceStore) -> None:
     axes.set_xlabel("training steps")
     colors = palette(row.label for row in TABLE_4.rows)
     windows = set()
+    ends = []
     for row in TABLE_4.rows:
         record = store.reference.latest(train_stage(row, DIGITS, 0))
         curve = record.values.get("curve") if record else None
         if record is None or not curve:
             continue
         color = colors[row.label]
-        axes.plot(_window_middles(record), curve["losses"], lw=1, color=color, label=row.label)
+        middles = _window_middles(record)
+        axes.plot(middles, curve["losses"], lw=1, color=color, label=row.label)
+        ends.append(Point(row.label, middles[-1], curve["losses"][-1], color, radius=0))
         windows.add(curve["every"])
 
     if not windows:
@@ -217,4 +248,4 @@ def _draw_digits_losses(axes: Axes, store: ReferenceStore) -> None:
         return
     lengths = " or ".join(str(window) for window in sorted(windows))
     axes.set_xlabel(f"training steps (means over {lengths})")
-    axes.legend(fontsize=6, ncols=2)
+    label_lines(axes, ends, fontsize=6)

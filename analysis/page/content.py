@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from analysis.claims.finding import LEVELS
+from analysis.claims.finding import Evidence
 from analysis.query import ReferenceStore
+from analysis.reference import Problem
 from analysis.tables.pages import Block, Origins, Text
 from experiments.engine.machine.system_errors import explain, is_of_files
 from experiments.engine.records.store import Record
@@ -87,8 +88,8 @@ def tiles(claims: Sheet) -> list[Tile]:
     """Return a tile for each level of evidence, none if the claims could not be judged."""
     if not claims.has("evidence"):
         return []
-    levels = [cell.label for cell in claims.values("evidence")]
-    return [Tile(level, levels.count(level)) for level in LEVELS]
+    levels = [cell.choice for cell in claims.values("evidence")]
+    return [Tile(level.value, levels.count(level)) for level in Evidence]
 
 
 def evidence_column(claims: Sheet) -> int | None:
@@ -111,7 +112,7 @@ def text_and_tables(blocks: Sequence[Block]) -> list[Text | Table]:
     return shown
 
 
-def sample_grids(folder: Path, store: ReferenceStore, problems: list[str]) -> list[Image]:
+def sample_grids(folder: Path, store: ReferenceStore, problems: list[Problem]) -> list[Image]:
     """Return the sample grids of a folder, each with what its file says about its run.
 
     A damaged file is left out and becomes a problem.
@@ -126,12 +127,10 @@ def sample_grids(folder: Path, store: ReferenceStore, problems: list[str]) -> li
         try:
             about = Pillow.open(path).info
         except OSError as error:
+            reason = f"{path.name} is no image; draw it again with python -m analysis.grid"
             if is_of_files(error):
-                problems.append(f"samples: {explain(error, 'read', path)}")
-                continue
-            problems.append(
-                f"samples: {path.name} is no image; draw it again with python -m analysis.grid"
-            )
+                reason = explain(error, "read", path)
+            problems.append(Problem("samples", reason))
             continue
         caption = about.get(CAPTION) or f"{path.name}: the file does not name its run"
         names = about.get(RECORDS, "").split()

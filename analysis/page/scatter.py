@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from analysis.figures.style import Color, family_color, family_of, palette
-from analysis.query import ReferenceStore, rankable
+from analysis.query import DISTANCE, ReferenceStore, rankable
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.declared.protocols import DIGITS
 from experiments.declared.systems import SYSTEMS
@@ -161,11 +161,11 @@ def _digits_view(table: Table, store: ReferenceStore) -> View:
         timed = store.reference.latest(timing_stage(row, table.baseline, "cpu"))
         if not timed or not scored:
             continue
-        values = [record.values["fd_digits"] for record in scored]
+        values = [record.values[DISTANCE.key] for record in scored]
         mean, speed = statistics.fmean(values), timed.values["relative"]
         seeds = ", ".join(f"{value:.1f}" for value in values)
         hover = (
-            f"{row.label}<br>fd_digits {mean:.1f}, seeds {seeds}"
+            f"{row.label}<br>{DISTANCE.name} {mean:.1f}, seeds {seeds}"
             f"<br>{speed:.2f} x {table.baseline.label} on a CPU, fp32"
         )
         bar = dict(low=min(values), high=max(values))
@@ -175,7 +175,7 @@ def _digits_view(table: Table, store: ReferenceStore) -> View:
     return _view(
         f"ours: Table {table.number}'s rows on digits{left_out}",
         f"throughput relative to {table.baseline.label}, CPU, fp32 (ours)",
-        "fd_digits, mean and range over seeds (ours)",
+        f"{DISTANCE.name}, mean and range over seeds (ours)",
         [_trace(OURS, marks, "diamond", palette([OURS])[OURS])],
         log=False,
     )

@@ -29,7 +29,7 @@ from analysis.probes.targets import (
 )
 from analysis.query import TRAINED
 from experiments.declared.protocols import PROTOCOLS
-from experiments.engine.cli import Parser, run_command
+from experiments.engine.cli import Parser, add_device_option, add_results_option, run_command
 from experiments.engine.records.store import Record, Store
 from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.specs.rows import Table, table_of
@@ -148,7 +148,7 @@ def _add_measurement_options(parser: argparse.ArgumentParser) -> None:
     )
 
     # These options change only where and how it runs.
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    add_device_option(parser, default="cpu")
     parser.add_argument(
         "--memory",
         type=int,
@@ -157,13 +157,7 @@ def _add_measurement_options(parser: argparse.ArgumentParser) -> None:
         help="memory for a chunk of weights, in MiB (default: 512)",
     )
     parser.add_argument("--again", action="store_true", help="probe again what has a record")
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=None,
-        metavar="DIR",
-        help="results folder (default: results)",
-    )
+    add_results_option(parser, use_environment=False)
 
 
 def check_arguments(args: argparse.Namespace) -> None:

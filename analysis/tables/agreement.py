@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from analysis.query import ReferenceStore, rankable
 from analysis.tables.ranks import rank_rows
 from experiments.declared.protocols import DIGITS
+from experiments.engine.records.score_names import Score, ranking_score
 from experiments.engine.records.store import Record
-from experiments.engine.reporting.lookup import Better
 from experiments.engine.reporting.statistics import (
     LEVEL,
     Values,
@@ -28,9 +28,6 @@ from experiments.engine.specs.stages import Protocol, timing_stage
 if TYPE_CHECKING:
     import numpy as np
 
-# By the start of our score's name, the paper's column.
-PAPER = {"fd": "fid", "is": "is", "precision": "precision", "recall": "recall"}
-
 # redrawn sets of means, and random orders
 DRAWS = 2000
 # the number of rows up to which every order is counted
@@ -40,11 +37,6 @@ NORMAL = 1.4826
 
 # A set of means, or of orders, per row.
 Draws = Sequence[Sequence[float]]
-
-
-def paper_column(name: str) -> str:
-    """The column of the paper that a score of ours corresponds to."""
-    return PAPER[name.partition("_")[0]]
 
 
 @dataclass(frozen=True)
@@ -71,19 +63,18 @@ class Agreement:
 
 
 def measure_agreement(
-    name: str, table: Table, store: ReferenceStore, protocol: Protocol = DIGITS
+    score: Score, table: Table, store: ReferenceStore, protocol: Protocol = DIGITS
 ) -> Agreement | None:
     """How a score orders a table's rows; None without repeats or with fewer than three rows."""
     published = store.published(table.published, table.key)
     scored = _scored(table, store, protocol)
-    spread = pool_spread(name, [values for _, values in scored])
+    spread = pool_spread(score.key, [values for _, values in scored])
     if spread is None or len(scored) < 3:
         return None
 
     # the paper's numbers, our means, and the noise in our means
-    column = paper_column(name)
-    paper = [float(published[row.published or ""][column]) for row, _ in scored]
-    means = [mean_score(name, values) for _, values in scored]
+    paper = [float(published[row.published or ""][score.paper]) for row, _ in scored]
+    means = [mean_score(score.key, values) for _, values in scored]
     errors = [spread.deviation / math.sqrt(len(values)) for _, values in scored]
     dice = random.Random(0)
 
@@ -206,21 +197,21 @@ class Pairs:
 
 def resolve_pairs(table: Table, store: ReferenceStore, protocol: Protocol = DIGITS) -> Pairs | None:
     """Sort all pairs of rows with a score; None without repeated seeds."""
-    name = f"fd_{protocol.features}"
+    score = ranking_score(protocol.features)
     published = store.published(table.published, table.key)
     scored = _scored(table, store, protocol)
     all_values: list[Values] = [values for _, values in scored]
-    spread = pool_spread(name, all_values)
+    spread = pool_spread(score.key, all_values)
     if spread is None:
         return None
 
     # a difference counts at LEVEL for all pairs together
     total = len(scored) * (len(scored) - 1) // 2
-    ranks = rank_rows(name, Better.LOWER, all_values)
+    ranks = rank_rows(score.key, score.better, all_values)
     pairs = Pairs(certain=sum(rank is not None and rank.is_certain for rank in ranks))
     for (row_a, values_a), (row_b, values_b) in itertools.combinations(scored, 2):
-        ours = mean_score(name, values_a) - mean_score(name, values_b)
-        fids = [float(published[row.published or ""]["fid"]) for row in (row_a, row_b)]
+        ours = mean_score(score.key, values_a) - mean_score(score.key, values_b)
+        fids = [float(published[row.published or ""][score.paper]) for row in (row_a, row_b)]
         pair = (row_a.label, row_b.label) if ours < 0 else (row_b.label, row_a.label)
 
         if abs(ours) <= noise_bound(spread, len(values_a), len(values_b), total):

@@ -12,21 +12,19 @@ from analysis.tables.ablations import RECONSTRUCTED
 from analysis.tables.agreement import (
     DRAWS,
     EXACT,
-    PAPER,
     Agreement,
     Pair,
     Pairs,
     measure_agreement,
     measure_speed_agreement,
-    paper_column,
     resolve_pairs,
 )
 from analysis.tables.caveats import record_caveats
 from analysis.tables.pages import Block, Origins, Text, markdown, once
 from experiments.ablation import TABLES
 from experiments.declared.protocols import CIFAR10_CLASSIFIER, CIFAR10_SMALL, DIGITS
+from experiments.engine.records.score_names import TABLE_SCORES, Score
 from experiments.engine.records.store import Record
-from experiments.engine.reporting.lookup import SCORES
 from experiments.engine.reporting.sheet import Cell, Column, Kind, NoteKind, Sheet, Topic
 from experiments.engine.reporting.statistics import LEVEL
 from experiments.engine.reporting.tables import main_sheet
@@ -152,16 +150,16 @@ def _score_blocks(table: Table, store: ReferenceStore, protocol: Protocol) -> li
 
 def _agreement_blocks(table: Table, store: ReferenceStore, protocol: Protocol) -> list[Block]:
     """Sentences and a table on how the order of the rows agrees with the paper's."""
-    names = [name for name in SCORES[protocol.features] if name.partition("_")[0] in PAPER]
-    results = {name: measure_agreement(name, table, store, protocol) for name in names}
-    main, pairs = results[names[0]], resolve_pairs(table, store, protocol)
+    scores = [score for score in TABLE_SCORES[protocol.features] if score.paper]
+    results = {score: measure_agreement(score, table, store, protocol) for score in scores}
+    main, pairs = results[scores[0]], resolve_pairs(table, store, protocol)
     if main is None or pairs is None:
         return [Text("No committed records with repeated seeds: nothing can be said.")]
     records = once(record for row in table.rows for record in scores_of(row, protocol, store))
 
     # the order by the first score, and what of it is resolved
     blocks: list[Block] = [
-        Text(_describe_order(names[0], main), records=records),
+        Text(_describe_order(scores[0].key, main), records=records),
         Text(
             f"{describe_pairs(pairs)} {pairs.certain} of {main.rows} rows have a certain rank.",
             records=records,
@@ -241,7 +239,9 @@ def _list_pairs(title: str, word: str, pairs: Sequence[Pair]) -> list[str]:
     return [f"{title}: {'; '.join(word.join(pair) for pair in pairs)}."]
 
 
-def _coefficient_sheet(results: dict[str, Agreement | None], records: tuple[Record, ...]) -> Sheet:
+def _coefficient_sheet(
+    results: dict[Score, Agreement | None], records: tuple[Record, ...]
+) -> Sheet:
     """The coefficients of every score."""
     columns = [
         Column("score", "score", kind=Kind.PROSE),
@@ -255,12 +255,12 @@ def _coefficient_sheet(results: dict[str, Agreement | None], records: tuple[Reco
     sheet = Sheet("", columns)
 
     # A score without a coefficient has no line.
-    for name, result in results.items():
+    for score, result in results.items():
         if result:
             sheet.add_row(
                 {
-                    "score": Cell(label=name),
-                    "paper": Cell(label=paper_column(name)),
+                    "score": Cell(label=score.key),
+                    "paper": Cell(label=score.paper),
                     "tau": Cell(result.tau, records=records),
                     "range": Cell(label=f"{result.low:.2f} to {result.high:.2f}", records=records),
                     "rho": Cell(result.rho, records=records),

@@ -20,15 +20,16 @@ def record_caveats(records: Sequence[Record]) -> list[Note]:
     count = len({record.name for record in records})
     commits = sorted({commit_of(record) for record in records})
     flags = sorted({describe_flags(record) for record in records})
-    commit_word = "commit" if len(commits) == 1 else "commits"
     texts = [
-        f"{count} records of {commit_word} {', '.join(commits)}; "
+        f"{count} {plural(count, 'record')} of {plural(len(commits), 'commit')} "
+        f"{', '.join(commits)}; "
         f"precision flags in force: {'; '.join(flags)}."
     ]
     dirty = sorted({record.name for record in records if record.provenance["dirty"]})
     if dirty:
+        verb = "comes" if len(dirty) == 1 else "come"
         texts.append(
-            f"{len(dirty)} of these records come from a tree with uncommitted changes: "
+            f"{len(dirty)} of these records {verb} from a tree with uncommitted changes: "
             f"{', '.join(dirty)}."
         )
     notes = [Note(NoteKind.RECORDS, text) for text in texts]
@@ -54,6 +55,11 @@ def commit_of(record: Record) -> str:
     """The commit of a record, shortened."""
     commit = record.provenance["commit"]
     return commit[:COMMIT_DIGITS] if commit else "unknown"
+
+
+def plural(count: int, noun: str) -> str:
+    """A noun in the number that fits a count."""
+    return noun if count == 1 else f"{noun}s"
 
 
 def describe_flags(record: Record) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from analysis.query import PAPER_BATCH, ReferenceStore, gpu_timings, numeric_mode
@@ -13,10 +13,17 @@ from experiments.declared.protocols import (
     IMAGENET512_OWN,
 )
 from experiments.declared.timings import is_written_out
-from experiments.engine.records.comparison import clashes, not_recorded
-from experiments.engine.records.manifest import score_name
+from experiments.engine.records.comparison import clashes
+from experiments.engine.records.score_names import (
+    FID,
+    FID_CORRECTED,
+    INCEPTION,
+    PAPER_SCORES,
+    Score,
+    score_title,
+)
 from experiments.engine.records.store import Record
-from experiments.engine.reporting.caveats import timing_caveats
+from experiments.engine.reporting.caveats import timing_caveats, unrecorded_caveats
 from experiments.engine.reporting.efficiency.counts import difference
 from experiments.engine.reporting.efficiency.speed import unfused
 from experiments.engine.reporting.lookup import PublishedTable, published_cell
@@ -33,7 +40,6 @@ from experiments.engine.specs.rows import Row, Table
 from experiments.engine.specs.stages import Protocol, cost_stages, evaluate_stage
 
 # the scores of the paper's tables apart from Table 7, with their titles there
-SCORES = {"fid": "FID", "is": "IS", "precision": "P", "recall": "R"}
 
 SCORES_NOTE = (
     "one training by the row's published recipe with seed 0, and its published sampler; ±: the "
@@ -194,10 +200,10 @@ def _labelled_timings(conditions: Conditions) -> Iterable[tuple[str, Record]]:
 def _add_scores(sheet: Sheet, conditions: Conditions, protocol: Protocol) -> None:
     """Append our scores under the published conditions, with differences from the paper's."""
     rows = [
-        score_cells(record, published, SCORES)
+        score_cells(record, published, PAPER_SCORES)
         for record, published in zip(conditions.scores, conditions.published, strict=True)
     ]
-    for column in score_columns("ours, same protocol", SCORES, protocol):
+    for column in score_columns("ours, same protocol", PAPER_SCORES, protocol):
         sheet.add_column(column, [row[column.key] for row in rows])
     if any(conditions.scores):
         sheet.note(NoteKind.SCORES, f"ours, same protocol: {SCORES_NOTE}")
@@ -205,34 +211,36 @@ def _add_scores(sheet: Sheet, conditions: Conditions, protocol: Protocol) -> Non
     sheet.notes += clash_notes(labels, conditions.scores)
 
 
-def score_columns(group: str, names: Mapping[str, str], protocol: Protocol) -> list[Column]:
+def score_columns(group: str, scores: Sequence[Score], protocol: Protocol) -> list[Column]:
     """The columns of `score_cells`: every score, FID without bias, and every difference."""
     columns = []
-    for name, short in names.items():
-        titles = [(f"ours_{name}", score_name(name, protocol.num))]
-        if name == "fid":
-            titles.append(("ours_fid_corrected", score_name("fid_corrected", protocol.num)))
-        titles.append((f"ours_{name}_diff", f"{short} diff. %"))
+    for score in scores:
+        titled = [score, FID_CORRECTED] if score is FID else [score]
+        titles = [
+            (f"ours_{part.key}", score_title(part, INCEPTION, protocol.num)) for part in titled
+        ]
+        titles.append((f"ours_{score.key}_diff", f"{score.short} diff. %"))
         columns += [Column(key, title, group, topic=Topic.SCORES) for key, title in titles]
     return columns
 
 
 def score_cells(
-    record: Record | None, published: dict[str, str], names: Mapping[str, str]
+    record: Record | None, published: dict[str, str], scores: Sequence[Score]
 ) -> SheetRow:
     """Our scores beside a published row's, by the keys of `score_columns`."""
-    cells: SheetRow = {"ours_fid_corrected": _score_cell(record, "fid_corrected")}
-    for name in names:
-        cells[f"ours_{name}"] = _score_cell(record, name)
-        paper = published_cell(published.get(name, ""))
-        cells[f"ours_{name}_diff"] = difference(cells[f"ours_{name}"], paper)
+    cells: SheetRow = {"ours_fid_corrected": _score_cell(record, FID_CORRECTED)}
+    for score in scores:
+        ours = _score_cell(record, score)
+        paper = published_cell(published.get(score.paper, ""))
+        cells[f"ours_{score.key}"] = ours
+        cells[f"ours_{score.key}_diff"] = difference(ours, paper)
     return cells
 
 
-def _score_cell(record: Record | None, name: str) -> Cell:
+def _score_cell(record: Record | None, score: Score) -> Cell:
     if record is None:
         return Cell()
-    return Cell(record.values.get(name), record.values.get(f"{name}_se"), records=(record,))
+    return Cell(record.values.get(score.key), record.values.get(score.error), records=(record,))
 
 
 def clash_notes(labels: Sequence[str], scores: Sequence[Record | None]) -> list[Note]:
@@ -258,5 +266,5 @@ def clash_notes(labels: Sequence[str], scores: Sequence[Record | None]) -> list[
         f"({', '.join(fields)}): {', '.join(names)}."
         for fields, names in others.items()
     ]
-    texts += not_recorded([record for _, record in scored])
-    return [Note(NoteKind.SCORES, text) for text in texts]
+    notes = [Note(NoteKind.SCORES, text) for text in texts]
+    return notes + unrecorded_caveats([record for _, record in scored])

@@ -9,6 +9,7 @@ from analysis.query import ReferenceStore
 from analysis.tables.caveats import record_caveats
 from analysis.tables.conditions import SCORES_NOTE, clash_notes, score_cells, score_columns
 from experiments.declared.protocols import IMAGENET256
+from experiments.engine.records.score_names import PAPER_SCORES_WITH_SFID
 from experiments.engine.records.store import Record
 from experiments.engine.reporting.lookup import published_cell
 from experiments.engine.reporting.sheet import Cell, Column, Kind, NoteKind, Sheet, Topic
@@ -16,7 +17,7 @@ from experiments.engine.specs.rows import Row
 from experiments.engine.specs.spec import Backbone
 from experiments.engine.specs.stages import Protocol, evaluate_stage, train_stage
 
-SCORES = {"fid": "FID", "sfid": "sFID", "is": "IS", "precision": "P", "recall": "R"}
+SCORES = PAPER_SCORES_WITH_SFID
 
 
 def progress_sheet(store: ReferenceStore) -> Sheet:
@@ -25,8 +26,8 @@ def progress_sheet(store: ReferenceStore) -> Sheet:
         Column("model", "model", kind=Kind.PROSE),
         Column("steps", "steps"),
         *(
-            Column(f"paper_{name}", title, "paper: ImageNet 256", topic=Topic.SCORES)
-            for name, title in SCORES.items()
+            Column(f"paper_{score.paper}", score.short, "paper: ImageNet 256", topic=Topic.SCORES)
+            for score in SCORES
         ),
         *score_columns("ours", SCORES, IMAGENET256),
     ]
@@ -40,8 +41,8 @@ def progress_sheet(store: ReferenceStore) -> Sheet:
         cells = score_cells(record, published, SCORES)
         cells["model"] = Cell(label=published["model"])
         cells["steps"] = published_cell(published["train_steps"])
-        for name in SCORES:
-            cells[f"paper_{name}"] = published_cell(published[name])
+        for score in SCORES:
+            cells[f"paper_{score.paper}"] = published_cell(published[score.paper])
         sheet.add_row(cells)
 
     sheet.note(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from analysis.query import ReferenceStore, rankable
-from experiments.engine.reporting.lookup import SCORES, Better, ranking_score
+from experiments.engine.records.score_names import Better, ranking_score
 from experiments.engine.reporting.sheet import Cell, Column, NoteKind, Sheet, Topic
 from experiments.engine.reporting.statistics import Values, mean_score, noise_bound, pool_spread
 from experiments.engine.specs.rows import Row
@@ -57,25 +57,25 @@ def rank_rows(name: str, better: Better, values: Sequence[Values]) -> list[Rank 
 
 def add_ranks(sheet: Sheet, rows: Sequence[Row], protocol: Protocol, store: ReferenceStore) -> None:
     """Add a column of ranks behind the ranking score, and mark the row that is best for certain."""
-    name = ranking_score(protocol.features)
+    score = ranking_score(protocol.features)
     scores, refused = rankable(rows, protocol, store)
     values = [[record.values for record in records] for records in scores]
-    ranks = rank_rows(name, SCORES[protocol.features][name], values)
+    ranks = rank_rows(score.key, score.better, values)
 
     # bold is the score of rank 1 without doubt
     for row, rank in zip(sheet.rows, ranks, strict=True):
         if rank == Rank(1, 1):
-            row[name] = replace(row[name], best=True)
+            row[score.key] = replace(row[score.key], best=True)
     cells = [
         Cell(label="" if rank is None else str(rank), records=tuple(records))
         for rank, records in zip(ranks, scores, strict=True)
     ]
-    group = sheet.column(name).group
-    sheet.add_column(Column("rank", "rank", group, topic=Topic.SCORES), cells, after=name)
+    group = sheet.column(score.key).group
+    sheet.add_column(Column("rank", "rank", group, topic=Topic.SCORES), cells, after=score.key)
 
     sheet.note(
         NoteKind.SCORES,
-        f"rank: by {name}, as far as the seeds resolve it (95 % over all pairs, Bonferroni). "
+        f"rank: by {score.key}, as far as the seeds resolve it (95 % over all pairs, Bonferroni). "
         "Bold is rank 1 for certain.",
         *(
             f"{label} is not ranked, since it was scored by another protocol ({', '.join(fields)})."

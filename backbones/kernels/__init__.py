@@ -8,10 +8,10 @@ multiply-accumulates, and `observing` shows the arguments of every call.
 from backbones.kernels.adaln import adaln
 from backbones.kernels.attention import attention
 from backbones.kernels.causal_conv import causal_conv
-from backbones.kernels.conv_gelu import depthwise_gelu, pointwise_gelu
+from backbones.kernels.conv_gelu import depthwise, depthwise_gelu, gelu, pointwise_gelu
 from backbones.kernels.diagonal_ssm import diagonal_ssm
 from backbones.kernels.gated_linear import gated_linear
-from backbones.kernels.gates import addcmul, pool
+from backbones.kernels.gates import addcmul, pool, scale
 from backbones.kernels.linear import linear, pointwise
 from backbones.kernels.linear_attention import linear_attention
 from backbones.kernels.op import Op, counting, observing, references, reset_used, use, used
@@ -24,9 +24,11 @@ __all__ = [
     "attention",
     "causal_conv",
     "counting",
+    "depthwise",
     "depthwise_gelu",
     "diagonal_ssm",
     "gated_linear",
+    "gelu",
     "linear",
     "linear_attention",
     "observing",
@@ -35,6 +37,7 @@ __all__ = [
     "pool",
     "references",
     "reset_used",
+    "scale",
     "selective_scan",
     "use",
     "used",

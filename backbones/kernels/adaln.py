@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backbones.kernels import rows
 from backbones.kernels.gates import addcmul
 from backbones.kernels.op import Choice, Op, never
 
@@ -31,6 +32,11 @@ def triton(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     from backbones.kernels.adaln_triton import adaln as fused_adaln
 
     return fused_adaln(x, shift, scale, EPS)
+
+
+def in_rows(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Run one pass in C forward and one backward."""
+    return rows.adaln(x, shift, scale, EPS)
 
 
 def takes_triton(x: Tensor) -> bool:
@@ -53,5 +59,9 @@ def _supports(x: Tensor, shift: Tensor, scale: Tensor) -> bool:
 
 adaln = Op(
     "adaln",
-    [Choice("triton", triton, _supports, pays=never), Choice("reference", reference)],
+    [
+        Choice("triton", triton, _supports, pays=never),
+        Choice("rows", in_rows, rows.supports_adaln, rows.pays),
+        Choice("reference", reference),
+    ],
 )

@@ -13,20 +13,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backbones.kernels import rows
 from backbones.kernels.adaln import takes_triton
 from backbones.kernels.linear import WIDE, pointwise
 from backbones.kernels.linear import supports as onednn_supports
 from backbones.kernels.op import Choice, Op, never
 
 
+def _convolve_channels(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
+
+
+# A depthwise convolution that keeps the size, with a bias or without.
+depthwise = Op(
+    "depthwise",
+    [
+        Choice("rows", rows.depthwise, rows.supports_depthwise, rows.pays),
+        Choice("reference", _convolve_channels),
+    ],
+)
+
+# Exact GELU of a tensor of any shape.
+gelu = Op(
+    "gelu",
+    [Choice("rows", rows.gelu, rows.supports_gelu, rows.pays), Choice("reference", F.gelu)],
+)
+
+
 def reference_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Convolve each channel, then apply GELU."""
-    return F.gelu(F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight)))
+    return F.gelu(_convolve_channels(x, weight, bias))
 
 
 def reference_pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Apply the 1x1 convolution, then GELU."""
-    return F.gelu(pointwise(x, weight, bias))
+    return gelu(pointwise(x, weight, bias))
 
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -66,6 +87,7 @@ depthwise_gelu = Op(
     [
         Choice("triton", triton, _triton_supports, pays=never),
         _ONEDNN,
+        Choice("rows", rows.depthwise_gelu, rows.supports_depthwise, rows.pays),
         Choice("reference", reference_depthwise),
     ],
 )

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from backbones.kernels import rows
 from backbones.kernels.op import Choice, Op
 
 
@@ -60,11 +61,25 @@ def _reference_pool(x: Tensor) -> Tensor:
 # x + a b, of shapes that broadcast to one.
 addcmul = Op(
     "addcmul",
-    [Choice("fewer_passes", _AddCMul.apply, pays=_pays), Choice("reference", torch.addcmul)],
+    [
+        Choice("rows", rows.gate, rows.supports_gate, rows.pays),
+        Choice("fewer_passes", _AddCMul.apply, pays=_pays),
+        Choice("reference", torch.addcmul),
+    ],
 )
 
 # Global average pooling: (N, C, H, W) -> (N, C, 1, 1).
 pool = Op(
     "pool",
-    [Choice("fewer_passes", _Mean.apply, pays=_pays), Choice("reference", _reference_pool)],
+    [
+        Choice("rows", rows.mean, rows.supports_mean, rows.pays),
+        Choice("fewer_passes", _Mean.apply, pays=_pays),
+        Choice("reference", _reference_pool),
+    ],
+)
+
+# A product with a gate of every sample: x (N, C, H, W), gate (N, C, 1, 1) -> (N, C, H, W).
+scale = Op(
+    "scale",
+    [Choice("rows", rows.scale, rows.supports_scale, rows.pays), Choice("reference", torch.mul)],
 )

@@ -77,6 +77,9 @@ def _multiply_transposed(a: Tensor, b: Tensor) -> Tensor:
     oneDNN repacks its weight faster if the wider operand is the weight. With few rows, as a
     condition has, that saves less than it costs to lay the result out as the weight is.
     """
+    # On narrow matrices PyTorch's own product is faster, for it repacks neither operand.
+    if min(a.shape[1], b.shape[1]) < WIDE:
+        return a.t() @ b
     if a.shape[1] > b.shape[1] and len(a) > FEW:
         return _product(b.t(), a.t()).t()
     return _product(a.t(), b.t())
@@ -127,7 +130,7 @@ def _linear_pays(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         torch.get_num_threads() == 1
         and x.is_contiguous(memory_format=torch.channels_last)
         and supports(x, weight)
-        and _onednn_pays(x, weight)
+        and (min(weight.shape[:2]) < WIDE or _onednn_pays(x, weight))
     )
 
 

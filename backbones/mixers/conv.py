@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.kernels import depthwise_gelu, pool
+from backbones.kernels import depthwise, depthwise_gelu, pool, scale
 from backbones.layers import Pointwise
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
@@ -56,7 +56,7 @@ class ConvModule(nn.Module):
         if self.activation is F.gelu:
             x = depthwise_gelu(x, self.depthwise.weight, self.depthwise.bias)
         else:
-            x = self.activation(self.depthwise(x))
+            x = self.activation(depthwise(x, self.depthwise.weight, self.depthwise.bias))
         return self.pointwise_out(self.channel(x))  # (N, C, H, W)
 
 
@@ -82,7 +82,7 @@ class CompactChannelAttention(nn.Module):
         self.weight = Pointwise(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight(pool(x)).sigmoid()
+        return scale(x, self.weight(pool(x)).sigmoid())
 
 
 class SqueezeExcitation(nn.Module):
@@ -102,7 +102,7 @@ class SqueezeExcitation(nn.Module):
         self.excite = Pointwise(dim // reduction, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.excite(F.relu(self.squeeze(pool(x)))).sigmoid()
+        return scale(x, self.excite(F.relu(self.squeeze(pool(x)))).sigmoid())
 
 
 class ChannelSelfAttention(nn.Module):
@@ -126,7 +126,7 @@ class ChannelSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, _, _ = x.shape
-        qkv = self.depthwise(self.qkv(x)).flatten(2)  # (N, 3C, T)
+        qkv = depthwise(self.qkv(x), self.depthwise.weight).flatten(2)  # (N, 3C, T)
         q, k, v = qkv.view(n, 3, self.heads, c // self.heads, -1).unbind(1)  # 3 x (N, h, e, T)
         cosine = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)  # (N, h, e, e)
         weights = (cosine * self.temperature).softmax(dim=-1)  # (N, h, e, e)

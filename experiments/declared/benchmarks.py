@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from experiments.engine.benchmarks.spec import Stall
 from experiments.engine.benchmarks.targets import Targets
+from experiments.engine.specs.spec import Backbone
 
 # The operations that `benchmark.py kernels` times, in this order.
 KERNELS = (
@@ -21,8 +23,11 @@ KERNELS = (
 KERNEL_BATCH = {"cpu": 1, "cuda": 64}
 KERNEL_MODES = {"cpu": ("fp32",), "cuda": ("fp32", "tf32", "bf16")}
 
-# The network whose checkpoint is written beside training.
-CHECKPOINT_NETWORK = "dico_s"
+# Training beside which a checkpoint is written, every so many steps as trainings do.
+STALLS = {
+    "cpu": Stall(Backbone("dico_s"), "cpu", batch=4, every=2000),
+    "cuda": Stall(Backbone("dico_s"), "cuda", batch=256, every=2000),
+}
 # Samples, reference points and features of precision and recall.
 NEIGHBOUR_SIZES = {"cpu": (5000, 2000, 2048), "cuda": (50_000, 10_000, 2048)}
 

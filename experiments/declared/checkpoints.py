@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.declared.families import family_of
 from experiments.engine.specs.rows import Row, Table
 from experiments.engine.specs.spec import Backbone, Checkpoint, Diffusion, Evaluate
 from experiments.engine.specs.stages import Protocol, cost_stages, sampler_of
@@ -132,12 +133,12 @@ def nearest_row(name: str, protocol: Protocol, tables: Mapping[int, Table]) -> R
     Rows of the network itself come first, then those at the protocol's size, then guided ones. Any
     other row of the network's family is the last choice.
     """
-    family = name.partition("_")[0]
+    family = family_of(name)
     rows = [
         row
         for table in tables.values()
         for row in table.rows
-        if row.method and row.backbone and row.backbone.name.partition("_")[0] == family
+        if row.method and row.backbone and family_of(row.backbone.name) == family
     ]
 
     def distance(row: Row) -> tuple[bool, bool, bool]:

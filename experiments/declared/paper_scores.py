@@ -8,16 +8,27 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from experiments.declared.protocols import PROTOCOLS
-from experiments.engine.records.manifest import has_unknown_features, score_name
+from experiments.engine.records.manifest import has_unknown_features
+from experiments.engine.records.score_names import (
+    FID,
+    FID_CORRECTED,
+    INCEPTION,
+    IS,
+    KID,
+    PRECISION,
+    RECALL,
+    SFID,
+    TABLE_SCORES,
+    counted_name,
+)
 from experiments.engine.records.store import Store
-from experiments.engine.reporting.lookup import SCORES as CLASSIFIED
 from experiments.engine.specs.rows import Row, Table
 from experiments.engine.specs.spec import Evaluate, Sampler
 from experiments.engine.specs.stages import sampler_of
 
 # Tables of scores by the set of images. Where the second has a row of the first, it is rounded.
 PAPERS = {"imagenet256": (1, 8), "imagenet512": (2, 9)}
-SCORES = ("fid", "fid_corrected", "sfid", "is", "precision", "recall", "kid")
+INCEPTION_SCORES = (FID, FID_CORRECTED, SFID, IS, PRECISION, RECALL, KID)
 
 
 @dataclass(frozen=True)
@@ -113,24 +124,23 @@ def _is_guided(row: Row, values: dict[str, str]) -> bool:
 
 
 def _score_lines(values: dict[str, Any], spec: Evaluate, paper: PaperRow | None) -> list[str]:
-    if spec.features == "inception":
-        names = {key: score_name(key.removesuffix("_corrected"), values["num"]) for key in SCORES}
-    else:
-        names = {key: key for key in CLASSIFIED[spec.features]}
+    inception = spec.features == INCEPTION
+    scores = INCEPTION_SCORES if inception else TABLE_SCORES[spec.features]
 
     lines = []
-    for key, name in names.items():
-        value = values.get(key)
+    for score in scores:
+        name = counted_name(score, values["num"]) if inception else score.key
+        value = values.get(score.key)
         if value is None or math.isnan(value):
             continue
         text = f"  {name:14} {value:.4f}"
-        error = values.get(f"{key}_se")
+        error = values.get(score.error)
         if error is not None and not math.isnan(error):
             text += f" ± {error:.4f}"
-        if key == "fid_corrected":
+        if score is FID_CORRECTED:
             text += ", without its finite-N bias"
-        if paper and paper.values.get(key):
-            text += f"   paper {paper.values[key]}"
+        if paper and paper.values.get(score.key):
+            text += f"   paper {paper.values[score.key]}"
         lines.append(text)
     return lines
 
@@ -164,7 +174,9 @@ def _why_no_row(rows: list[PaperRow], guided: bool) -> str:
     if len(first.networks) == 1:
         return f"the paper has no {_guidance(guided)} row of this network, only {first.describe()}"
     scores = [
-        f"{score_name(key, 50_000)} {first.values[key]}" for key in SCORES if first.values.get(key)
+        f"{counted_name(score, 50_000)} {first.values[score.key]}"
+        for score in INCEPTION_SCORES
+        if first.values.get(score.key)
     ]
     return (
         "the paper has this network only within a system of "

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from experiments.declared.rates import with_chosen_rates
 from experiments.engine.specs.spec import Data, Recipe, Sampler
-from experiments.engine.specs.stages import Protocol
+from experiments.engine.specs.stages import HeldOutScore, Protocol
 
 # ---- Digits: minutes on a CPU
 
@@ -32,6 +33,79 @@ DIGITS_LONG = replace(
     source="protocol digits with three times its steps, for the families that it leaves near "
     "chance: U-ViT, DiS, DiM, DiffuSSM",
     cost_hours=300 / 3600,
+)
+
+# ---- Held-out evidence: split sets, weights drawn by name, a learning rate for each network
+
+
+def recipe_of_length(steps: int, lr: float) -> Recipe:
+    """Return the recipe of a training that is scored by its loss on held-out images.
+
+    Warm-up and average follow the length. At its end the average holds 0.03 % of initial weights.
+    """
+    return Recipe(
+        steps=steps,
+        batch=64,
+        lr=lr,
+        warmup=steps // 16,
+        decay="cosine",
+        ema=round(1 - 8 / steps, 6),
+        initial="by_name",
+    )
+
+
+def at_half_length(protocol: Protocol) -> Protocol:
+    """Return the protocol with half the steps, its own decay and its own average."""
+    recipe = recipe_of_length(protocol.recipe.steps // 2, protocol.recipe.lr)
+    return replace(protocol, name=f"{protocol.name}_half", recipe=recipe)
+
+
+LADDER = (1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2)
+
+DIGITS_HELD_OUT = with_chosen_rates(
+    Protocol(
+        name="digits_held_out",
+        data=Data("digits", size=8, channels=1, num_classes=10, split="held_out"),
+        recipe=recipe_of_length(1600, lr=5e-3),
+        sampler=Sampler(num_steps=50, channels=None),
+        num=500,
+        features="digits_judge",
+        labels="balanced",
+        small=True,
+        matched=True,
+        source="this suite: scikit-learn's 8x8 digits in three parts, each network at the learning "
+        "rate that the validation part chose",
+        cost_hours=80 / 3600,
+        heldout=HeldOutScore(draws=4),
+        ladder=LADDER,
+    )
+)
+
+CIFAR10_16 = with_chosen_rates(
+    Protocol(
+        name="cifar10_16",
+        data=Data(
+            "cifar10",
+            size=16,
+            channels=12,
+            num_classes=10,
+            flip=True,
+            fold=2,
+            split="held_out",
+        ),
+        recipe=recipe_of_length(8000, lr=5e-3),
+        sampler=Sampler("ddim", num_steps=25, channels=None, clip=True),
+        num=5000,
+        features="cifar_judge",
+        labels="balanced",
+        small=True,
+        matched=True,
+        source="this suite: CIFAR-10 with squares of 2x2 pixels folded into 12 channels, each "
+        "network at the learning rate that the validation part chose",
+        cost_hours=900 / 3600,
+        heldout=HeldOutScore(num=5000),
+        ladder=LADDER,
+    )
 )
 
 # ---- CIFAR-10: real images in pixel space
@@ -141,6 +215,8 @@ IMAGENET512_OWN = replace(
 _ALL = (
     DIGITS,
     DIGITS_LONG,
+    DIGITS_HELD_OUT,
+    CIFAR10_16,
     CIFAR10,
     CIFAR10_CLASSIFIER,
     CIFAR10_BF16,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from experiments.declared.families import family_of, size_of
 from experiments.declared.timings import MODES, figure_3, in_mode
 from experiments.engine.jobs.job import Job
 from experiments.engine.reporting.efficiency.claims import Claim
@@ -65,18 +66,15 @@ def jobs(claims: Iterable[Claim], device: str) -> tuple[Job, ...]:
 
 
 def _is_large(backbone: Backbone) -> bool:
-    return bool({"xl", "h"} & set(backbone.name.split("_")))
+    return size_of(backbone.name) in ("xl", "h")
 
 
 def small_networks(claim: Claim) -> SmallNetworks | None:
     """Return the small networks of a claim's families, or None if Figure 3 has not both."""
     subject, baseline = (claim[side].partition("-")[0] for side in ("subject", "baseline"))
     size = int(claim["subject"].rpartition("@")[2]) // FACTOR
-    by_family = {
-        stage.backbone.name.partition("_")[0]: stage
-        for stage in figure_3("cpu")
-        if stage.size == size
-    }
+    stages = [stage for stage in figure_3("cpu") if stage.size == size]
+    by_family = {family_of(stage.backbone.name): stage for stage in stages}
     if not {subject.lower(), baseline.lower()} <= set(by_family):
         return None
     first, second = by_family[subject.lower()], by_family[baseline.lower()]

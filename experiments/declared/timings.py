@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from experiments.declared.families import family_of
 from experiments.engine.jobs.job import Job, Sweep
 from experiments.engine.reporting.efficiency.details import SweptRow
 from experiments.engine.reporting.efficiency.speed import (
@@ -117,7 +118,7 @@ def timed_table(
 
 def is_written_out(row: Row) -> bool:
     """Return whether the attention of a row's network is none of the suite's kernels."""
-    return row.backbone is not None and row.backbone.name.partition("_")[0] in WRITTEN_OUT
+    return row.backbone is not None and family_of(row.backbone.name) in WRITTEN_OUT
 
 
 def stages(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from analysis.query import ReferenceStore
+from analysis.query import DISTANCE, ReferenceStore
 from analysis.tables.ablations import RECONSTRUCTED
 from analysis.tables.agreement import (
     chance_of,
@@ -62,7 +62,7 @@ def test_fast_rank_correlations_equal_scipys():
 
 def test_agreement_with_the_paper_is_found(paper_fid: dict[str, float], tmp_path: Path):
     scores = {label: [fid - 0.01, fid, fid + 0.01] for label, fid in paper_fid.items()}
-    same = measure_agreement("fd_digits", TABLE_4, reference_of_scores(tmp_path, scores))
+    same = measure_agreement(DISTANCE, TABLE_4, reference_of_scores(tmp_path, scores))
     assert same.tau == pytest.approx(1) and same.rho == pytest.approx(1)
     assert same.low > 0.9 and same.chance < 0.01 and same.ceiling > 0.95
     assert (same.rows, same.seeds, same.freedom) == (11, "3", 22)
@@ -70,19 +70,19 @@ def test_agreement_with_the_paper_is_found(paper_fid: dict[str, float], tmp_path
 
 def test_noise_lowers_the_interval_and_the_ceiling(paper_fid: dict[str, float], tmp_path: Path):
     scores = {label: [fid / 3, fid, 3 * fid] for label, fid in paper_fid.items()}
-    noisy = measure_agreement("fd_digits", TABLE_4, reference_of_scores(tmp_path, scores))
+    noisy = measure_agreement(DISTANCE, TABLE_4, reference_of_scores(tmp_path, scores))
     assert noisy.tau == pytest.approx(1) and noisy.low < 0 and noisy.ceiling < 0.2
 
 
 def test_the_opposite_order_does_not_agree(paper_fid: dict[str, float], tmp_path: Path):
     scores = {label: [99 - fid, 100 - fid, 101 - fid] for label, fid in paper_fid.items()}
-    opposite = measure_agreement("fd_digits", TABLE_4, reference_of_scores(tmp_path, scores))
+    opposite = measure_agreement(DISTANCE, TABLE_4, reference_of_scores(tmp_path, scores))
     assert opposite.tau == pytest.approx(-1) and opposite.chance > 0.99
 
 
 def test_without_repeated_seeds_nothing_is_known(paper_fid: dict[str, float], tmp_path: Path):
     store = reference_of_scores(tmp_path, {label: [fid] for label, fid in paper_fid.items()})
-    assert measure_agreement("fd_digits", TABLE_4, store) is None
+    assert measure_agreement(DISTANCE, TABLE_4, store) is None
     assert resolve_pairs(TABLE_4, store) is None
 
 
@@ -169,7 +169,7 @@ def test_the_page_names_the_pairs_that_are_not_resolved_if_they_are_fewer(
 
 def test_the_digits_page_follows_the_records(committed: ReferenceStore, tmp_path: Path):
     assert "nothing can be said" in agreement_page(ReferenceStore(tmp_path))
-    tau = measure_agreement("fd_digits", TABLE_3, committed).tau
+    tau = measure_agreement(DISTANCE, TABLE_3, committed).tau
     assert f"tau {tau:.2f}" in agreement_page(committed)
 
 
@@ -197,8 +197,8 @@ def test_the_page_on_small_cifar_keeps_what_its_records_warn_of(tmp_path: Path):
     store.append(stage, "done", values, PROVENANCE | {"dirty": True})
     page = agreement_page(commit_records(tmp_path), CIFAR10_SMALL)
     assert page.count("Warning: the images are grey.") == 1
-    assert "1 records of commit cccccccccccc; precision flags in force" in page
-    assert page.count("1 of these records come from a tree with uncommitted changes") == 1
+    assert "1 record of commit cccccccccccc; precision flags in force" in page
+    assert page.count("1 of these records comes from a tree with uncommitted changes") == 1
     assert RECONSTRUCTED in page
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.claims.finding import LEVELS, MEANINGS, Evidence, Finding, Subject
+from analysis.claims.finding import MEANINGS, Evidence, Finding, Subject
 from analysis.claims.judge import claims_sheet, judge
 from analysis.query import ReferenceStore
 from analysis.tables.paper import SHEETS
@@ -72,7 +72,7 @@ def test_every_claim_gets_a_verdict(committed: ReferenceStore, tmp_path: Path):
     for store in (committed, ReferenceStore(tmp_path)):
         sheet = claims_sheet(store)
         assert texts(sheet, "claim") == [row["id"] for row in store.rows("claims.csv")]
-        assert set(texts(sheet, "evidence")) <= set(LEVELS)
+        assert {cell.choice for cell in sheet.values("evidence")} <= set(Evidence)
         assert all(texts(sheet, "verdict")) and all(texts(sheet, "basis"))
         for value, error in zip(texts(sheet, "value"), texts(sheet, "error"), strict=True):
             assert value == "-" or error != "-"

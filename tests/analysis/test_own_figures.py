@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from matplotlib.text import Text
 
 from analysis.figures.catalogue import FIGURES
 from analysis.figures.efficiency import training_efficiency
+from analysis.figures.labels import Point, label_lines, label_points, spread_apart
 from analysis.figures.modes import numeric_modes
 from analysis.figures.runtime import runtime
-from analysis.figures.style import Point, figure, label_points, palette
+from analysis.figures.style import figure, palette
 from analysis.figures.throughput import fid_against_throughput
 from analysis.figures.training import losses, scores_over_training
 from analysis.query import ReferenceStore
@@ -229,6 +231,42 @@ def test_no_two_series_of_a_figure_share_a_colour(name: str):
             line = handle[0] if isinstance(handle, tuple) else handle
             colors[label] = to_hex(line.get_color())
         assert len(set(colors.values())) == len(labels), colors
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_labels_of_lines_stand_beside_the_axes_in_the_order_of_the_ends(side: Any):
+    drawing, axes = figure(5, 4)
+    axes.set_xlim(0, 10)
+    axes.set_ylim(0, 10)
+    ends = [Point(f"row {y}", 10, y, (0, 0, 0)) for y in (0.1, 5.0, 0.0, 5.01, 4.99, 10)]
+    label_lines(axes, ends, side)
+
+    drawing.draw_without_rendering()
+    frame = axes.get_window_extent()
+    boxes = {text.get_text(): Text.get_window_extent(text) for text in axes.texts}
+    assert set(boxes) == {end.label for end in ends}
+
+    # From the lowest end to the highest, none covers another one or the axes.
+    ordered = [boxes[end.label] for end in sorted(ends, key=lambda end: end.y)]
+    for lower, upper in pairwise(ordered):
+        assert lower.y1 <= upper.y0
+    for box in ordered:
+        assert box.x1 < frame.x0 if side == "left" else frame.x1 < box.x0
+
+
+@pytest.mark.parametrize(
+    "heights, expected",
+    [
+        ([0.2, 0.5, 0.9], [0.2, 0.5, 0.9]),
+        ([0.5, 0.5], [0.45, 0.55]),
+        ([0.5, 0.5, 0.9], [0.45, 0.55, 0.9]),
+        ([0.0, 0.0], [0.0, 0.1]),
+        ([0.98, 1.0], [0.9, 1.0]),
+        ([], []),
+    ],
+)
+def test_heights_are_moved_as_little_as_a_gap_asks_for(heights: list[float], expected: list[float]):
+    assert spread_apart(heights, 0.1) == pytest.approx(expected)
 
 
 def test_labels_stand_inside_the_panel_and_cover_no_mark_or_label():

@@ -204,59 +204,58 @@ def test_figure_2_draws_ours_where_a_network_has_score_and_timing(tmp_path: Path
 
 
 def test_figure_8_draws_our_scores_over_training(tmp_path: Path):
-    """Of one protocol only; without records the figure says how many there are."""
+    """Only scores of one protocol are drawn, and the figure says how many there are."""
+    marks = "open marks: published, Table 7; filled marks: ours"
+    bare = scores_over_training(ReferenceStore(tmp_path / "none"))
+    assert [len(axes.lines) for axes in bare.axes] == [4, 4, 4, 4, 4, 0]
+    assert said(bare) == f"{marks} ours: 0 of the 32 published points are recorded here"
+
+    # Two lengths of training by one protocol, and one by another.
     store = Store(tmp_path)
-    for steps, fid, quantiser in (
-        (50_000, 100.0, "rounds"),
-        (400_000, 50.0, "rounds"),
-        (100_000, 80.0, "truncates"),
-    ):
-        scored(store, progress_row("DiCo-S"), stopped(steps), fid, quantiser)
-    bare, drawn = (
-        scores_over_training(ReferenceStore(tmp_path / "none")),
-        scores_over_training(sources(store)),
-    )
-    assert [len(axes.lines) for axes in bare.axes] == [4] * 5 + [0] and [
-        len(axes.lines) for axes in drawn.axes
-    ] == [5] * 5 + [0]
+    scored(store, progress_row("DiCo-S"), stopped(50_000), 100.0, "rounds")
+    scored(store, progress_row("DiCo-S"), stopped(400_000), 50.0, "rounds")
+    scored(store, progress_row("DiCo-S"), stopped(100_000), 80.0, "truncates")
+    drawn = scores_over_training(sources(store))
+    assert [len(axes.lines) for axes in drawn.axes] == [5, 5, 5, 5, 5, 0]
     ours = next(line for line in drawn.axes[0].lines if line.get_label() == "DiCo-S, ours")
-    assert ours.get_xdata().tolist() == [50.0, 400.0] and ours.get_ydata().tolist() == [100.0, 50.0]
-    assert said(bare) == "ours: 0 of the 32 published points are recorded here"
-    assert (
-        said(drawn)
-        == "ours: 2 of the 32 published points are recorded here left out, scored by another "
-        "protocol: DiCo-S after 100000"
+    assert ours.get_xdata().tolist() == [50.0, 400.0]
+    assert ours.get_ydata().tolist() == [100.0, 50.0]
+    assert said(drawn) == (
+        f"{marks} ours: 2 of the 32 published points are recorded here "
+        "left out, scored by another protocol: DiCo-S after 100000"
     )
+
+
+@pytest.mark.parametrize("panel", range(5))
+def test_figure_8_labels_every_published_line_at_its_end(tmp_path: Path, panel: int):
+    axes = scores_over_training(ReferenceStore(tmp_path)).axes[panel]
+    ends = {line.get_label(): line.get_xydata()[-1].tolist() for line in axes.lines}
+    assert {text.get_text(): list(text.xy) for text in axes.texts} == ends
 
 
 def test_figure_9_draws_our_curves_apart_from_the_authors(tmp_path: Path):
-    def panels(store: ReferenceStore) -> list[Any]:
-        return losses(store).axes
+    whole, early, ours = losses(ReferenceStore(tmp_path / "none")).axes
+    assert len(whole.lines) == 4
+    assert len(early.lines) == 4
+    assert not ours.lines
+    assert "no training with a curve" in ours.texts[0].get_text()
 
-    whole, early, ours = panels(ReferenceStore(tmp_path / "none"))
-    theirs = [len(whole.lines), len(early.lines)]
-    assert (
-        theirs == [4, 4]
-        and not ours.lines
-        and "no training with a curve" in ours.texts[0].get_text()
-    )
+    # A training with a curve, and one without.
     store = Store(tmp_path / "some")
     values = {"steps": 125, "curve": {"every": 50, "losses": [0.5, 0.25, 0.2]}}
     store.append(train_stage(TABLE_4.rows[3], DIGITS, 0), "done", values, PROVENANCE)
     store.append(train_stage(TABLE_4.rows[4], DIGITS, 0), "done", {"steps": 650}, PROVENANCE)
-    (tmp_path / "some" / "records").rename(tmp_path / "some" / "reference")
-    whole, early, ours = panels(ReferenceStore(tmp_path / "some"))
-    assert (
-        [len(whole.lines), len(early.lines)] == theirs
-        and "ImageNet" in whole.get_title()
-        and ours.get_title() == "ours: Table 4's rows on digits"
-    )
+    whole, early, ours = losses(sources(store)).axes
+    assert len(whole.lines) == 4
+    assert len(early.lines) == 4
+    assert "ImageNet" in whole.get_title()
+    assert ours.get_title() == "ours: Table 4's rows on digits"
+
+    # The last window is cut short, so its middle lies nearer to the one before.
     (line,) = ours.lines
-    assert (
-        line.get_label() == TABLE_4.rows[3].label
-        and line.get_xdata().tolist() == [25, 75, 112.5]
-        and line.get_ydata().tolist() == [0.5, 0.25, 0.2]
-    )
+    assert line.get_label() == TABLE_4.rows[3].label
+    assert line.get_xdata().tolist() == [25, 75, 112.5]
+    assert line.get_ydata().tolist() == [0.5, 0.25, 0.2]
     assert ours.get_xlabel() == "training steps (means over 50)"
 
 

@@ -20,6 +20,7 @@ from analysis.page.browser import chromium, open_page, read_waits
 from analysis.page.content import Table, sample_grids
 from analysis.page.templating import inert, render_template
 from analysis.query import ReferenceStore
+from analysis.reference import Problem
 from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.reporting.sheet import Cell, Column, Kind, Note, NoteKind, Sheet
 from tests.support import page_scripts as scripts
@@ -126,7 +127,7 @@ def test_what_could_not_be_built_stands_on_the_page(
     monkeypatch.setattr(report, "SHEETS", sheets)
     monkeypatch.setattr(report, "FIGURES", {"figure8": FIGURES["figure8_scores_over_training"]})
     text, problems = report.build_page(ReferenceStore(None, published))
-    assert {problem.partition(":")[0] for problem in problems} == {"table7", "figure figure8"}
+    assert {problem.part for problem in problems} == {"table7", "figure figure8"}
     assert "Could not be built" in text
     assert text.count("table7.csv: No such file") >= 3
 
@@ -155,8 +156,8 @@ def test_a_figure_that_fails_leaves_the_rest_of_the_page(
     monkeypatch.setattr(report, "FIGURES", {"figure3": fail})
     text, problems = report.build_page(ReferenceStore())
     (problem,) = problems
-    assert problem.startswith("figure figure3: ")
-    assert str(failure) in problem
+    assert problem.part == "figure figure3"
+    assert str(failure) in problem.reason
     assert "figure3 could not be built" in text
 
 
@@ -171,7 +172,7 @@ def test_figure_3_without_a_published_throughput_is_a_problem(
         writer.writerows(row | {"throughput_img_s": ""} for row in rows)
     monkeypatch.setattr(report, "FIGURES", {"figure3": FIGURES["figure3_runtime"]})
     _, problems = report.build_page(ReferenceStore(None, file.parent))
-    assert "table2.csv: no row has a throughput" in problems[0]
+    assert "table2.csv: no row has a throughput" in problems[0].reason
 
 
 @pytest.mark.parametrize("width", [DESK, PHONE])
@@ -294,15 +295,15 @@ def test_every_number_of_ours_in_the_text_is_a_link(browser: Any, page: Path):
 
 
 def test_a_grid_that_is_damaged_is_a_problem(tmp_path: Path):
-    problems: list[str] = []
+    problems: list[Problem] = []
     (tmp_path / "digits.png").write_bytes(b"no image")
     assert sample_grids(tmp_path, ReferenceStore(), problems) == []
     again = "draw it again with python -m analysis.grid"
-    assert problems == [f"samples: digits.png is no image; {again}"]
+    assert problems == [Problem("samples", f"digits.png is no image; {again}")]
 
 
 def test_a_committed_grid_names_a_run_with_a_committed_record():
-    problems: list[str] = []
+    problems: list[Problem] = []
     folder = REPOSITORY / "results" / "figures" / "samples"
     grids = sample_grids(folder, ReferenceStore(), problems)
     assert not problems

@@ -15,9 +15,9 @@ from analysis.tables.ranks import Rank, rank_rows
 from analysis.tables.recipes import CONFIGURATIONS, recipe_sheet
 from experiments.ablation import TABLE_4
 from experiments.declared.protocols import IMAGENET256
+from experiments.engine.records.score_names import Better
 from experiments.engine.records.store import Store
 from experiments.engine.records.tree import REPOSITORY
-from experiments.engine.reporting.lookup import Better
 from experiments.engine.reporting.render import FORMATS, render
 from experiments.engine.reporting.sheet import Topic
 from experiments.engine.specs.spec import Backbone, Timing

@@ -43,11 +43,10 @@ def test_output_is_that_of_the_authors_module(name: str):
     """One pixel of the second sample, measured in float64 on their modules."""
     model = randomise(network(name)).double()
     x, t, y = inputs(name, 16)
-    ours, theirs = (
-        model(x.double(), t, y)[1, :, 5, 3],
-        torch.tensor(AUTHORS[name], dtype=torch.float64),
-    )
-    assert ours.shape == theirs.shape and relative_rms(ours, theirs) < 1e-9
+    ours = model(x.double(), t, y)[1, :, 5, 3]
+    theirs = torch.tensor(AUTHORS[name], dtype=torch.float64)
+    assert ours.shape == theirs.shape
+    assert relative_rms(ours, theirs) < 1e-9
 
 
 def channels_of(order: str, part: int, head: int, heads: int, e: int) -> slice:
@@ -60,7 +59,8 @@ def channels_of(order: str, part: int, head: int, heads: int, e: int) -> slice:
 @pytest.mark.parametrize("heads", [1, 3])
 @torch.no_grad()
 def test_adm_attention_is_what_its_order_says(order: str, heads: int):
-    dim, e = 96, 96 // heads
+    dim = 96
+    e = 96 // heads
     block = randomise(AttentionBlock(dim, heads, order).double())
     x = torch.randn(2, dim, 3, 5, generator=torch.Generator().manual_seed(1)).double()
     h = x.view(2, 32, -1)
@@ -96,14 +96,16 @@ def test_a_wrong_order_loads_silently_and_changes_the_output():
 @pytest.mark.parametrize("tokens, heads", [(1, 2), (5, 3)])
 @torch.no_grad()
 def test_ldm_attention_against_loops_over_heads(tokens: int, heads: int):
-    dim, dim_context, e = 12, 7, 12 // heads
+    dim = 12
+    dim_context = 7
+    e = 12 // heads
     block = randomise(CrossAttention(dim, dim_context, heads).double())
     draw = torch.Generator().manual_seed(1)
-    x, context = (
-        torch.randn(2, 6, dim, generator=draw).double(),
-        torch.randn(2, tokens, dim_context, generator=draw).double(),
-    )
-    q, k, v = x @ block.to_q.weight.T, context @ block.to_k.weight.T, context @ block.to_v.weight.T
+    x = torch.randn(2, 6, dim, generator=draw).double()
+    context = torch.randn(2, tokens, dim_context, generator=draw).double()
+    q = x @ block.to_q.weight.T
+    k = context @ block.to_k.weight.T
+    v = context @ block.to_v.weight.T
     parts = []
     for head in range(heads):
         at = slice(head * e, (head + 1) * e)
@@ -125,12 +127,11 @@ def bilinear(size: int, new: int) -> Tensor:
 
 def test_the_low_resolution_image_is_resized_and_put_after_x():
     draw = torch.Generator().manual_seed(1)
-    x, low_res = (
-        torch.randn(2, 3, 16, 12, generator=draw).double(),
-        torch.randn(2, 3, 4, 3, generator=draw).double(),
-    )
+    x = torch.randn(2, 3, 16, 12, generator=draw).double()
+    low_res = torch.randn(2, 3, 4, 3, generator=draw).double()
     joined = append_low_res(x, low_res)
-    assert joined.shape == (2, 6, 16, 12) and torch.equal(joined[:, :3], x)
+    assert joined.shape == (2, 6, 16, 12)
+    assert torch.equal(joined[:, :3], x)
     assert relative_rms(joined[:, 3:], bilinear(4, 16) @ low_res @ bilinear(3, 12).T) < 1e-12
     model = randomise(network("adm_up_256"))
     assert model(joined.float(), torch.zeros(2), torch.zeros(2, dtype=torch.long)).shape == (
@@ -142,16 +143,15 @@ def test_the_low_resolution_image_is_resized_and_put_after_x():
 
 
 def test_a_published_ldm_checkpoint_is_renamed_and_its_other_parts_left_out(tmp_path: Path):
-    model, loaded = randomise(network("ldm_4")), network("ldm_4")
+    model = randomise(network("ldm_4"))
+    loaded = network("ldm_4")
     own = model.state_dict()
     theirs = {
         key if key.startswith("cond_stage_model.") else f"model.diffusion_model.{key}": value
         for key, value in own.items()
     }
-    assert (
-        "cond_stage_model.embedding.weight" in theirs
-        and "model.diffusion_model.input_blocks.0.0.weight" in theirs
-    )
+    assert "cond_stage_model.embedding.weight" in theirs
+    assert "model.diffusion_model.input_blocks.0.0.weight" in theirs
     theirs |= {
         key: torch.zeros(1)
         for key in ("betas", "first_stage_model.quantize.embedding.weight", "model_ema.decay")

@@ -12,7 +12,8 @@ import backbones
 from backbones.udit import DownsampledAttention, UDiT, rotary_table
 from tests.support.networks import randomise, relative_rms
 
-CHANNELS, CLASSES = 3, 7
+CHANNELS = 3
+CLASSES = 7
 SIZES = {"sit_s_2": 6, "dit_s_2": 6, "uvit_l_2": 6, "dic_s": 8, "udit_s": 16}  # of the inputs
 
 
@@ -45,7 +46,8 @@ def test_sit_is_the_first_half_of_dit():
     x, _, y = inputs(6)
     t = torch.tensor([0.0, 0.3, 1.0])
     out = sit(x, t, y)
-    assert torch.equal(out, dit(x, t, y)[:, :CHANNELS]) and (out[0] != out[1]).any()
+    assert torch.equal(out, dit(x, t, y)[:, :CHANNELS])
+    assert (out[0] != out[1]).any()
     assert not torch.equal(out, sit(x, 1000 * t, y))
 
 
@@ -56,7 +58,8 @@ def test_dic_starts_with_open_gates():
     for stages in (model.enc_blocks, model.lat_blocks, model.dec_blocks):
         for affine in (block["conv"].affine[1] for stage in stages for block in stage):
             bound = math.sqrt(6 / sum(affine.weight.shape))
-            assert 0.99 * bound < affine.weight.abs().max() <= bound and not affine.bias.any()
+            assert 0.99 * bound < affine.weight.abs().max() <= bound
+            assert not affine.bias.any()
     zero = {
         key
         for key, value in model.state_dict().items()
@@ -67,7 +70,8 @@ def test_dic_starts_with_open_gates():
 
 def test_dic_skips_join_every_third_block_counted_from_the_bottleneck():
     model = randomise(network("dic_s", depths=(7, 4, 2, 5, 8)))
-    made, taken = {}, {}
+    made = {}
+    taken = {}
     for stage in (0, 1):
         for i, block in enumerate(model.enc_blocks[stage]):
             block["conv"].register_forward_hook(
@@ -108,20 +112,21 @@ def relative_error_of_eval(model: nn.Module) -> float:
 
 def test_udit_fuses_beside_its_parameters():
     model = randomise(network("udit_s"))
-    before, buffers = copy.deepcopy(model.state_dict()), list(model.buffers())
+    before = copy.deepcopy(model.state_dict())
+    buffers = list(model.buffers())
     for _ in range(2):
         assert relative_error_of_eval(model) <= 1e-5
         model.eval().eval()
         state = model.state_dict()
-        assert state.keys() == before.keys() and all(
-            torch.equal(state[key], before[key]) for key in before
-        )
+        assert state.keys() == before.keys()
+        assert all(torch.equal(state[key], before[key]) for key in before)
         assert list(model.buffers()) == buffers == []
 
 
 @pytest.mark.parametrize("change", ["load", "write", "replace", "cast", "copy"])
 def test_udit_sees_weights_changed_in_eval_mode(change: str):
-    model, other = randomise(network("udit_s"), seed=0).eval(), randomise(network("udit_s"), seed=1)
+    model = randomise(network("udit_s"), seed=0).eval()
+    other = randomise(network("udit_s"), seed=1)
     x, t, y = inputs(16)
     with torch.no_grad():
         stale = model(x, t, y)
@@ -178,15 +183,15 @@ def test_udit_blocks_of_real_size_fuse_to_float32_accuracy():
 
 def test_uvit_skips_are_taken_last_first():
     model = randomise(network("uvit_l_2"))
-    made, taken = [], []
+    made = []
+    taken = []
     for block in model.in_blocks:
         block.register_forward_hook(lambda module, args, out: made.append(out))
     for block in model.out_blocks:
         block.register_forward_pre_hook(lambda module, args: taken.append(args[1]))
     model(*inputs(6))
-    assert len(made) == len(taken) == 2 and all(
-        torch.equal(a, b) for a, b in zip(made, reversed(taken), strict=True)
-    )
+    assert len(made) == len(taken) == 2
+    assert all(torch.equal(a, b) for a, b in zip(made, reversed(taken), strict=True))
 
 
 def test_uvit_starts_as_published():
@@ -201,7 +206,8 @@ def test_uvit_starts_as_published():
         model.pos_embed,
     ):
         assert abs(weight.std() / 0.02 - 1) < 0.02
-    assert abs(model.label_emb.weight.std() - 1) < 0.02 and model.pos_embed.requires_grad
+    assert abs(model.label_emb.weight.std() - 1) < 0.02
+    assert model.pos_embed.requires_grad
     assert not any(
         layer.bias.any()
         for layer in model.modules()
@@ -210,7 +216,8 @@ def test_uvit_starts_as_published():
 
 
 def test_uvit_without_its_conv_head_ends_with_the_patches():
-    with_head, without = randomise(network("uvit_l_2")), network("uvit_l_2", conv_head=False)
+    with_head = randomise(network("uvit_l_2"))
+    without = network("uvit_l_2", conv_head=False)
     state = {
         key: value
         for key, value in with_head.state_dict().items()

@@ -17,11 +17,9 @@ def scan_orders(height: int, width: int) -> list[list[int]]:
 def test_dig_scans_in_four_orders_and_returns():
     """The same network with its tokens kept in row-major order and each block's order looked up."""
     model = randomise(backbones.build("dig_s_2", dim=24, heads=3, depth=8, input_size=10)).double()
-    x, t, y = (
-        torch.randn(2, 4, 10, 10, dtype=torch.float64),
-        torch.tensor([3, 800]),
-        torch.tensor([1000, 1]),
-    )
+    x = torch.randn(2, 4, 10, 10, dtype=torch.float64)
+    t = torch.tensor([3, 800])
+    y = torch.tensor([1000, 1])
     orders = scan_orders(5, 5)
     with torch.no_grad():
         tokens = model.x_embedder(x) + model.pos_embed
@@ -51,9 +49,8 @@ def test_dig_starts_with_quiet_mixers_and_identity_convolutions():
     ):
         bound = 2**-2.5 * (6 / fans) ** 0.5
         assert 0.95 * bound < layer.weight.abs().max() <= bound
-    assert not block.attn.gk_proj[1].bias.any() and bool(
-        (block.attn.g_norm_swish_gate.weight == 1).all()
-    )
+    assert not block.attn.gk_proj[1].bias.any()
+    assert bool((block.attn.g_norm_swish_gate.weight == 1).all())
 
 
 class Echo(nn.Module):
@@ -82,10 +79,8 @@ def test_diffussm_layer_sees_both_directions_pixel_by_pixel():
     layer = randomise(
         backbones.build("diffussm_xl", dim=12, depth=1, states=3, input_size=8).blocks[0]
     ).double()
-    x, c = (
-        torch.randn(1, 6, 12, dtype=torch.float64, requires_grad=True),
-        torch.randn(1, 12, dtype=torch.float64),
-    )
+    x = torch.randn(1, 6, 12, dtype=torch.float64, requires_grad=True)
+    c = torch.randn(1, 12, dtype=torch.float64)
     for token in range(6):
         (gradient,) = torch.autograd.grad(layer(x, c)[0, token].sum(), x)
         assert bool(gradient.any(dim=-1).all())

@@ -18,7 +18,8 @@ from backbones.mamba import COLUMNS, COLUMNS_BACK, ROWS, ROWS_BACK, Mamba, reord
 from tests.support.networks import randomise, relative_rms
 from tests.support.paths import DATA
 
-CHANNELS, CLASSES = 3, 7
+CHANNELS = 3
+CLASSES = 7
 FAMILIES = {
     "dis_s_2": 6,
     "dim_l": 6,
@@ -123,9 +124,8 @@ def test_dis_skips_carry_the_increments_of_the_in_blocks_last_in_first_out():
     for block in model.out_blocks:
         block.register_forward_pre_hook(lambda block, args: taken.append(args[2]))
     model(*inputs("dis_s_2"))
-    assert len(made) == 2 and all(
-        skip is out for skip, out in zip(taken, reversed(made), strict=True)
-    )
+    assert len(made) == 2
+    assert all(skip is out for skip, out in zip(taken, reversed(made), strict=True))
 
 
 def test_dis_has_the_label_in_front_of_the_time_in_front_of_the_patches():
@@ -202,9 +202,8 @@ def test_dim_skips_join_blocks_that_read_the_grid_in_one_order():
                 lambda linear, args: taken.append(args[0])
             )
     model(*inputs("dim_l"))
-    assert len(made) == 7 and all(
-        skip is out for skip, out in zip(taken, (made[3], made[2], made[1]), strict=True)
-    )
+    assert len(made) == 7
+    assert all(skip is out for skip, out in zip(taken, (made[3], made[2], made[1]), strict=True))
 
 
 @pytest.mark.parametrize("raster", [False, True])
@@ -219,9 +218,8 @@ def test_dim_frames_its_grid_with_padding_tokens(raster: bool):
         out = frame(x)
         assert torch.equal(frame.take_off(out), x[:, 2:])
     assert out.shape == (2, 2 + 3 + 35, 3)
-    assert torch.equal(out[:, :2], x[:, :2]) and torch.equal(
-        out[0, 2:5], frame.pad_token_dec_split[0]
-    )
+    assert torch.equal(out[:, :2], x[:, :2])
+    assert torch.equal(out[0, 2:5], frame.pad_token_dec_split[0])
     count = 0
     for r in range(5):
         for c in range(7):
@@ -264,7 +262,8 @@ def test_dimsum_windows_are_this_permutation(by_column: bool):
     index = 1 if by_column else 2
     branch = randomise(DiMSUMBlock(24, 3, (12, 12), index)).freq_mamba
     branch.packet = branch.unpacket = lambda x: x
-    x, position = torch.randn(1, 144, 12, requires_grad=True), torch.empty(144, dtype=torch.long)
+    x = torch.randn(1, 144, 12, requires_grad=True)
+    position = torch.empty(144, dtype=torch.long)
     position[expected] = torch.arange(144)
     assert torch.equal(
         depends(branch(x, torch.randn(1, 24)), x), position[:, None] >= position[None]
@@ -276,7 +275,8 @@ def test_dimsum_wavelet_packet_is_the_authors_arrangement():
 
     Token (p, q) of a cell holds channels 16 j + 4 p + q.
     """
-    dim, side = 5, 8
+    dim = 5
+    side = 8
     branch = WaveletBranch(dim, 24, (side, side), 0).double()
     x = torch.randn(2, side * side, dim, dtype=torch.float64)
 
@@ -309,5 +309,8 @@ def test_dimsum_shares_one_block_and_drops_the_residual_stream():
     model.attn_block.register_forward_hook(lambda block, args, out: asked.append((args[0], out)))
     model.final_layer.register_forward_pre_hook(lambda layer, args: read.append(args[0]))
     model(*inputs("dimsum_l_2"))
-    assert len(made) == 4 and len(asked) == 2
-    assert asked[0][0] is made[1] and asked[1][0] is made[3] and read[0] is asked[1][1]
+    assert len(made) == 4
+    assert len(asked) == 2
+    assert asked[0][0] is made[1]
+    assert asked[1][0] is made[3]
+    assert read[0] is asked[1][1]

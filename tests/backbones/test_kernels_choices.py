@@ -29,7 +29,7 @@ LIBRARIES = {
     "triton": ("triton", tuple(LIMITS)),
 }
 # Choices of a CPU alone. They take float32 only; oneDNN's GELU, which takes no gradients, is
-# tested with the fused kernels.
+# tested with the fused kernels. `rows` takes whole vectors of channels, and has a file of its own.
 CPU_ONLY = {("linear", "onednn"), ("pointwise", "row")}
 
 
@@ -109,6 +109,15 @@ def pool(large: bool) -> tuple[list[Tensor], list[Tensor]]:
     return [x.contiguous(memory_format=torch.channels_last)], []
 
 
+def scale(large: bool) -> tuple[list[Tensor], list[Tensor]]:
+    (_, gate, branch), _ = addcmul(large)
+    return [branch, gate], []
+
+
+def gelu(large: bool) -> tuple[list[Tensor], list[Tensor]]:
+    return draw((3, 131, 9, 7) if large else (2, 13, 5, 3)), []
+
+
 def depthwise_gelu(large: bool) -> tuple[list[Tensor], list[Tensor]]:
     n, channels, side, height, width = (3, 131, 5, 9, 7) if large else (2, 13, 3, 5, 3)
     x, weight, bias = draw((n, channels, height, width), (channels, 1, side, side), (channels,))
@@ -129,6 +138,9 @@ CASES = {
     "addcmul": addcmul,
     "pool": pool,
     "pointwise": pointwise,
+    "scale": scale,
+    "gelu": gelu,
+    "depthwise": depthwise_gelu,
     "depthwise_gelu": depthwise_gelu,
     "pointwise_gelu": pointwise,
 }
@@ -136,7 +148,7 @@ CASES = {
 
 def gpu_modes(op: str, choice: str) -> tuple[str, ...]:
     """Return the numeric modes in which a choice is tested on a GPU."""
-    if choice in ("shape", "onednn", "row"):
+    if choice in ("shape", "onednn", "row", "rows"):
         return ()
     return LIBRARIES[choice][1] if choice in LIBRARIES else tuple(LIMITS)
 
@@ -145,7 +157,7 @@ def cpu_modes(op: str, choice: str) -> tuple[str, ...]:
     """Return the numeric modes in which a choice is tested here; a CPU has no TF32."""
     if INTERPRETED:
         return ("fp32", "bf16") if choice == "triton" else ()
-    if choice in LIBRARIES or choice == "shape":
+    if choice in LIBRARIES or choice in ("shape", "rows"):
         return ()
     if choice in ("onednn", "row"):
         return ("fp32",) if (op, choice) in CPU_ONLY else ()

@@ -36,14 +36,16 @@ def agree(
     ]
     for dtype, tolerance in TOLERANCE.items():
         for choice in ("sdpa", "reference"):
-            m, own_x = deepcopy(mixer).to(dtype), x.to(dtype, copy=True).requires_grad_()
+            m = deepcopy(mixer).to(dtype)
+            own_x = x.to(dtype, copy=True).requires_grad_()
             with kernels.use(attention=choice):
                 out = m(own_x)
             grads = torch.autograd.grad((out * probe.to(dtype)).sum(), [own_x, *m.parameters()])
             for name, value, wanted in zip(
                 ["out", "x", *exact], [out, *grads], expected, strict=True
             ):
-                assert value.dtype == dtype and value.shape == wanted.shape
+                assert value.dtype == dtype
+                assert value.shape == wanted.shape
                 assert relative_rms(value, wanted) <= tolerance, f"{name} in {dtype} with {choice}"
 
 
@@ -115,7 +117,8 @@ def window_bias(table: Tensor, size: tuple[int, int], window: int, shift: int) -
         part.flatten()
         for part in torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
     )
-    index, together = 0, True
+    index = 0
+    together = True
     for place, length in ((row, size[0]), (column, size[1])):
         rolled = (place - shift) % length
         offset = rolled[:, None] - rolled
@@ -158,12 +161,11 @@ def test_shifted_windows_are_windows_of_the_rolled_grid():
         randomise(build_mixer("window", 15, (12, 12), index, heads=3, window=4)) for index in (1, 0)
     )
     x = torch.randn(2, 15, 12, 12, generator=torch.Generator().manual_seed(4))
-    left, right = shifted(x).roll((-2, -2), (2, 3)), plain(x.roll((-2, -2), (2, 3)))
+    left = shifted(x).roll((-2, -2), (2, 3))
+    right = plain(x.roll((-2, -2), (2, 3)))
     assert relative_rms(left[..., :8, :8], right[..., :8, :8]) <= 1e-6
-    assert (
-        relative_rms(left[..., 8:, :], right[..., 8:, :]) > 1e-2
-        and relative_rms(left[..., 8:], right[..., 8:]) > 1e-2
-    )
+    assert relative_rms(left[..., 8:, :], right[..., 8:, :]) > 1e-2
+    assert relative_rms(left[..., 8:], right[..., 8:]) > 1e-2
 
 
 def focused(p: Parameters, x: Tensor, heads: int, power: int) -> Tensor:
@@ -219,9 +221,12 @@ def agent_tokens(q: Tensor, side: int) -> Tensor:
 
 
 def agents_attend(p: Parameters, x: Tensor, heads: int, side: int) -> Tensor:
-    size, biases = tuple(x.shape[2:]), "agent_table" in p
+    size = tuple(x.shape[2:])
+    biases = "agent_table" in p
     q, k, v = linear(p, "qkv", tokens_of(x)).chunk(3, dim=-1)
-    agents, gather, spread = heads_of(agent_tokens(grid_of(q, *size), side), heads), 0.0, 0.0
+    agents = heads_of(agent_tokens(grid_of(q, *size), side), heads)
+    gather = 0.0
+    spread = 0.0
     out = []
     for h, (query, key, value) in enumerate(
         zip(*(heads_of(part, heads) for part in (q, k, v)), strict=True)
@@ -316,10 +321,8 @@ def test_conv_module(options: dict[str, Any]):
 def test_attention_kernels_agree(bias_shape: tuple[int, ...] | None):
     generator = torch.Generator().manual_seed(6)
     shapes = [(2, 3, 7, 9), (2, 3, 13, 9), (2, 3, 13, 9)] + ([bias_shape] if bias_shape else [])
-    args, probe = (
-        [torch.randn(shape, generator=generator) for shape in shapes],
-        torch.randn(2, 3, 7, 9, generator=generator),
-    )
+    args = [torch.randn(shape, generator=generator) for shape in shapes]
+    probe = torch.randn(2, 3, 7, 9, generator=generator)
 
     def results(kernel: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
         own = [arg.to(dtype, copy=True).requires_grad_() for arg in args]
@@ -367,10 +370,8 @@ def test_kernels_are_forced_restored_and_recorded():
 
 def test_a_compiled_graph_tells_at_every_call_what_it_runs():
     """Traced once, it is called with other kernels in between, and after the record was cleared."""
-    q, compiled = (
-        torch.randn(1, 2, 3, 4),
-        torch.compile(kernels.attention, backend="eager", fullgraph=True),
-    )
+    q = torch.randn(1, 2, 3, 4)
+    compiled = torch.compile(kernels.attention, backend="eager", fullgraph=True)
 
     def ran(**forced: str) -> dict[str, list[str]]:
         kernels.reset_used()
@@ -380,9 +381,8 @@ def test_a_compiled_graph_tells_at_every_call_what_it_runs():
 
     torch._dynamo.utils.counters.clear()
     for _ in range(2):
-        assert ran() == {"attention": ["sdpa"]} and ran(attention="reference") == {
-            "attention": ["reference"]
-        }
+        assert ran() == {"attention": ["sdpa"]}
+        assert ran(attention="reference") == {"attention": ["reference"]}
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the record decides nothing
 
 

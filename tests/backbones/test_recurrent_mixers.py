@@ -27,9 +27,11 @@ def silu(x: Tensor) -> Tensor:
 def mamba(mixer: nn.Module, x: Tensor, z: Tensor, end: str = "") -> Tensor:
     """Run Gu & Dao's algorithm 2 with the convolution and gate of figure 3: (T, I) -> (T, I)."""
     conv, x_proj, dt_proj = (getattr(mixer, name + end) for name in ("conv1d", "x_proj", "dt_proj"))
-    a, skip = -torch.exp(mixer.A_log if not end else mixer.A_b_log), getattr(mixer, f"D{end}")
+    a = -torch.exp(mixer.A_log if not end else mixer.A_b_log)
+    skip = getattr(mixer, f"D{end}")
     rank, (inner, states), taps = dt_proj.in_features, a.shape, conv.kernel_size[0]
-    h, rows = torch.zeros(inner, states, dtype=x.dtype), []
+    h = torch.zeros(inner, states, dtype=x.dtype)
+    rows = []
     for t in range(len(x)):
         past = sum(
             conv.weight[:, 0, taps - 1 - back] * x[t - back] for back in range(min(taps, t + 1))
@@ -61,8 +63,10 @@ def gated_linear(mixer: nn.Module, x: Tensor) -> Tensor:
     """
     heads = []
     for head in range(3):
-        key, value = slice(4 * head, 4 * head + 4), slice(8 * head, 8 * head + 8)
-        state, rows = torch.zeros(4, 8, dtype=x.dtype), []
+        key = slice(4 * head, 4 * head + 4)
+        value = slice(8 * head, 8 * head + 8)
+        state = torch.zeros(4, 8, dtype=x.dtype)
+        rows = []
         for token in x:
             decay = torch.sigmoid(mixer.gk_proj(token)[key]) ** (1 / 16)
             state = decay[:, None] * state + torch.outer(
@@ -78,7 +82,9 @@ def gated_linear(mixer: nn.Module, x: Tensor) -> Tensor:
 def zero_order_hold(ssm: nn.Module, u: Tensor) -> Tensor:
     """S4D's continuous system, integrated exactly over each step: u (D, T) -> same."""
     a = torch.complex(-ssm.log_decay.exp(), ssm.frequency)
-    dt, state, columns = ssm.log_dt.exp(), torch.zeros(4, 3, dtype=torch.complex128), []
+    dt = ssm.log_dt.exp()
+    state = torch.zeros(4, 3, dtype=torch.complex128)
+    columns = []
     for t in range(u.shape[1]):
         state = (dt * a).exp() * state + ((dt * a).exp() - 1) / a * u[:, t, None]
         columns.append(
@@ -136,4 +142,5 @@ def test_a_mixer_is_its_recurrence(name: str, choices: dict[str, str]):
         strict=True,
     )
     for value, expected in found:
-        assert expected.any() and relative_rms(value, expected) <= 1e-11
+        assert expected.any()
+        assert relative_rms(value, expected) <= 1e-11

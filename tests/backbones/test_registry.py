@@ -25,24 +25,45 @@ def test_a_name_is_registered_once():
 
 
 @pytest.mark.parametrize(
-    "name, alias, value",
+    "name, option, value",
     [
         ("adm_256", "attention_resolutions", (8,)),
         ("ldm_8", "attention_factors", (2,)),
         ("adm_classifier_64", "attention_resolutions", (8,)),
     ],
 )
-def test_an_alias_names_the_unit_of_an_option(name: str, alias: str, value: tuple[int, ...]):
+def test_the_former_name_of_an_option_builds_the_same_network(
+    name: str, option: str, value: tuple[int, ...]
+):
     tiny = backbones.tiny_options_of(name)
     shapes = []
-    for option in (alias, "attention_at"):
-        options = {key: given for key, given in tiny.items() if key != "attention_at"}
+    for key in (option, "attention_at"):
+        options = {other: given for other, given in tiny.items() if other != option}
         with torch.device("meta"):
-            model = backbones.build(name, **options, **{option: value})
+            model = backbones.build(name, **options, **{key: value})
         shapes.append({key: weight.shape for key, weight in model.state_dict().items()})
     assert shapes[0] == shapes[1]
-    with pytest.raises(ValueError, match="both set attention_at"):
-        backbones.build(name, **{"attention_at": value, alias: value})
+
+    # Both at once contradict each other.
+    with pytest.raises(ValueError, match=f"both set {option}"):
+        backbones.build(name, **{"attention_at": value, option: value})
+
+
+@pytest.mark.parametrize(
+    "name, option",
+    [
+        ("adm_256", "attention_resolutions"),
+        ("ldm_8", "attention_factors"),
+        ("adm_classifier_64", "attention_resolutions"),
+    ],
+)
+def test_listings_show_the_name_that_says_the_unit(name: str, option: str):
+    assert option in backbones.options_of(name)
+    assert "attention_at" not in backbones.options_of(name)
+    with pytest.raises(ValueError, match="has no option width") as refusal:
+        backbones.build(name, width=8)
+    assert option in str(refusal.value)
+    assert "attention_at" not in str(refusal.value)
 
 
 IMPOSSIBLE: list[tuple[str, dict[str, Any], list[str]]] = [

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
+import backbones
 from experiments import benchmark
 from experiments.engine.benchmarks import loader
 from experiments.engine.benchmarks.footprint import measure_footprint, measure_start
-from experiments.engine.benchmarks.spec import Loader, Neighbours
+from experiments.engine.benchmarks.spec import Loader, Neighbours, Stall
 from experiments.engine.records.store import Store
+from experiments.engine.specs.spec import Backbone
 
 
 @pytest.fixture
@@ -39,6 +41,29 @@ def test_both_arithmetics_are_timed_and_recorded(
         assert values["share_of_product"] == pytest.approx(share)
         assert 0 < values["precision"] <= 1
         assert 0 < values["recall"] <= 1
+
+
+def test_the_stall_of_a_checkpoint_is_recorded(
+    run: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """The stall is the copy and the slowing beside it, over the steps between two checkpoints."""
+    tiny = Backbone("dico_s").but(dim=8, depths=(1, 1, 1, 1, 1))
+    spec = Stall(tiny, "cpu", batch=1, every=50)
+    monkeypatch.setitem(benchmark.declared.STALLS, "cpu", spec)
+    assert run("loop", "--checkpoints") == 0
+    assert "stall every 50 steps" in capsys.readouterr().out
+
+    values = Store(tmp_path).here.latest(spec).values
+    weights = sum(
+        weight.numel() for weight in backbones.build(tiny.name, **tiny.options).parameters()
+    )
+    assert values["bytes"] > 4 * 4 * weights  # weights, EMA and both moments of AdamW, float32
+    assert values["seconds_copying"] > 0
+    lost = values["seconds_copying"] + values["seconds_slowed"]
+    assert values["stall"] == pytest.approx(lost / (50 * values["seconds_per_step"]))
 
 
 @pytest.mark.parametrize("sizes", [(3, 37, 19), (61, 3, 19), (61, 37, 0)])

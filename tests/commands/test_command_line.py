@@ -50,7 +50,8 @@ def call(*arguments: object, script: Path = ABLATION) -> subprocess.CompletedPro
 def error_of(*arguments: object) -> str:
     """The single line on standard error of a call that exits with status 2."""
     done = call(*arguments)
-    assert (done.returncode, done.stdout) == (2, "")
+    assert done.returncode == 2
+    assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     return line
 
@@ -109,7 +110,8 @@ assert "torch" not in sys.modules
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "would run" in done.stdout and not list(tmp_path.iterdir())
+    assert "would run" in done.stdout
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_closed_pipe_is_no_error(tmp_path: Path):
@@ -121,7 +123,8 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path):
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
         check=False,
     )
-    assert done.stdout.startswith("Table 4") and done.stderr == ""
+    assert done.stdout.startswith("Table 4")
+    assert done.stderr == ""
 
 
 def records(root: Path) -> dict[str, list[dict]]:
@@ -134,14 +137,15 @@ def records(root: Path) -> dict[str, list[dict]]:
 
 @pytest.mark.slow
 def test_a_failing_row_is_shown_and_the_others_run_and_nothing_runs_twice(tmp_path: Path):
-    script, root = tmp_path / "tiny.py", tmp_path / "results"
+    script = tmp_path / "tiny.py"
+    root = tmp_path / "results"
     script.write_text(TABLE.format(steps=5))
     first = call("--table", 4, "--results", root, script=script)
     assert first.returncode == 1, first.stderr
     bad = next(line for line in first.stdout.splitlines() if line.startswith("bad"))
+    assert "failed" in bad
     assert (
-        "failed" in bad
-        and "bad: train failed: ValueError: window attention needs a grid divisible by its window"
+        "bad: train failed: ValueError: window attention needs a grid divisible by its window"
         in first.stdout
     )
     assert {kind: len(found) for kind, found in records(root).items()} == {
@@ -150,9 +154,11 @@ def test_a_failing_row_is_shown_and_the_others_run_and_nothing_runs_twice(tmp_pa
     assert not list(root.rglob("*.tmp"))
 
     kept = call("--table", 4, "--results", root, "--rows", "good", "last", script=script)
-    assert kept.returncode == 0 and kept.stderr == ""
+    assert kept.returncode == 0
+    assert kept.stderr == ""
     plan = call("--table", 4, "--results", root, "--dry-run", script=script).stdout
-    assert plan.count("  done") == 10 and "failed before, would run again" in plan
+    assert plan.count("  done") == 10
+    assert "failed before, would run again" in plan
     assert len(records(root)["train done"]) == 2
 
 
@@ -166,7 +172,9 @@ raise SystemExit(sample.main())
 
 @pytest.mark.slow
 def test_two_processes_draw_the_images_of_one(tmp_path: Path):
-    script, drawing, root = tmp_path / "tiny.py", tmp_path / "draw.py", tmp_path / "results"
+    script = tmp_path / "tiny.py"
+    drawing = tmp_path / "draw.py"
+    root = tmp_path / "results"
     script.write_text(TABLE.format(steps=5))
     drawing.write_text(
         TABLE.format(steps=5).replace('if __name__ == "__main__":', "if False:") + SAMPLED
@@ -203,7 +211,8 @@ def test_two_processes_draw_the_images_of_one(tmp_path: Path):
             timeout=300,
             check=False,
         )
-        assert done.returncode == 0 and done.stdout.count("260 images 8 x 8") == 1, done.stderr
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("260 images 8 x 8") == 1, done.stderr
         with np.load(tmp_path / f"{name}.npz") as file:
             drawn[name] = file["arr_0"], file["arr_1"]
         for folder in root.glob("runs/*/samples"):
@@ -217,7 +226,8 @@ def test_two_processes_draw_the_images_of_one(tmp_path: Path):
 def test_an_interrupt_leaves_nothing_broken_and_nobody_at_work(
     sent: signal.Signals, status: int, tmp_path: Path
 ):
-    script, root = tmp_path / "tiny.py", tmp_path / "results"
+    script = tmp_path / "tiny.py"
+    root = tmp_path / "results"
     script.write_text(TABLE.format(steps=100_000))
     command = [sys.executable, script, "--table", "4", "--rows", "good", "--results", str(root)]
     with open(tmp_path / "errors", "w") as errors:
@@ -238,7 +248,8 @@ def test_an_interrupt_leaves_nothing_broken_and_nobody_at_work(
     assert not any(
         heartbeat.is_live(heartbeat.read_heartbeat(folder)) for folder in root.glob("runs/*")
     )
-    assert not list(root.rglob("*.tmp")) and set(records(root)) == {"cost done", "timing done"}
+    assert not list(root.rglob("*.tmp"))
+    assert set(records(root)) == {"cost done", "timing done"}
 
 
 def fill(store: Store, where: str, seeds: int, shift: float = 0.0) -> None:
@@ -308,7 +319,8 @@ def test_a_difference_is_resolved_only_beyond_the_spread_over_seeds(tmp_path: Pa
     repeated = Store(tmp_path / "repeated")
     fill(repeated, "records", seeds=3, shift=5.0)
     note = note_about(sheets(repeated, 3)[0], "fd_digits against DiCo-S")
-    assert "worse: GELU->ReLU;" in note and "not resolved: DWC 5x5" in note
+    assert "worse: GELU->ReLU;" in note
+    assert "not resolved: DWC 5x5" in note
 
 
 def test_every_format_says_the_same(tmp_path: Path):
@@ -320,13 +332,10 @@ def test_every_format_says_the_same(tmp_path: Path):
         row.label in texts[form] for form in ("text", "markdown", "csv") for row in TABLES[4].rows
     )
     rows = list(csv.reader(io.StringIO(texts["csv"])))
-    assert len({len(row) for row in rows}) == 1 and rows[1][rows[0].index("Gflops: ours")] == repr(
-        4.25
-    )
-    assert (
-        texts["latex"].count("{") == texts["latex"].count("}")
-        and texts["latex"].count("\\\\") == len(TABLES[4].rows) + 2
-    )
+    assert len({len(row) for row in rows}) == 1
+    assert rows[1][rows[0].index("Gflops: ours")] == repr(4.25)
+    assert texts["latex"].count("{") == texts["latex"].count("}")
+    assert texts["latex"].count("\\\\") == len(TABLES[4].rows) + 2
     assert (
         len({line.count("|") for line in texts["markdown"].splitlines() if line.startswith("|")})
         == 1
@@ -362,12 +371,12 @@ def test_what_makes_runs_faster_is_a_resource_of_them(
         == 0
     )
     (plan,) = seen
-    assert plan.resources == given and not any(
-        stage.compile or stage.graphs for job in plan.timings() for stage in job.stages
-    )
+    assert plan.resources == given
+    assert not any(stage.compile or stage.graphs for job in plan.timings() for stage in job.stages)
 
 
 def test_the_plan_counts_shared_networks_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     cli.main(TABLES, PROTOCOLS, None, ["--table", "3", "--dry-run", "--results", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6 * 4 + 1 and len({line.split()[0] for line in lines}) == len(lines)
+    assert len(lines) == 6 * 4 + 1
+    assert len({line.split()[0] for line in lines}) == len(lines)

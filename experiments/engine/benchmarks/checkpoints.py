@@ -10,22 +10,30 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from experiments.engine.benchmarks.spec import Stall
 from experiments.engine.data.sets import ImageSet
+from experiments.engine.numerics.device import describe_device
+from experiments.engine.numerics.precision import read_tf32_flags
+from experiments.engine.records.store import Store, provenance
 from experiments.engine.runtime.context import Resources
-from experiments.engine.specs.spec import Backbone, Data, Recipe, Train
+from experiments.engine.specs.spec import Data, Recipe, Train
 from experiments.engine.timing.clock import time_call
 from experiments.engine.training.checkpoint import Writer
 from experiments.engine.training.trainer import Trainer
 
+# Steps without a save, whose median is the usual time.
 PLAIN_STEPS = 14
-BATCH = {"cuda": 256, "cpu": 4}
 DATA = Data("random", 32, 4, 1000)
 
 
-def measure_checkpoint(backbone: Backbone, device: torch.device) -> None:
-    """Time training steps before and during a save, and print the stall."""
-    recipe = Recipe(steps=10**6, batch=BATCH[device.type])
-    trainer = Trainer(Train(backbone, DATA, recipe), Resources(str(device)))
+def measure_stall(spec: Stall, store: Store) -> None:
+    """Time training steps before and during a save, print and record the stall."""
+    about = provenance() | describe_device(spec.device)
+    about["precision_flags"] = read_tf32_flags()
+
+    device = torch.device(spec.device)
+    recipe = Recipe(steps=10**6, batch=spec.batch)
+    trainer = Trainer(Train(spec.backbone, DATA, recipe), Resources(spec.device))
     steps = trainer.steps(_draw_images())
     assert isinstance(steps, Generator)
 
@@ -51,15 +59,25 @@ def measure_checkpoint(backbone: Backbone, device: torch.device) -> None:
         size = max(path.stat().st_size for path in Path(folder).iterdir())
     steps.close()
 
+    # Training stalls for the copy, and for what the writing slows.
     slowed = sum(during) - usual * len(during)
-    every = Resources().checkpoint_every
+    stall = (copying + slowed) / (spec.every * usual)
+    values = {
+        "bytes": size,
+        "seconds_copying": copying,
+        "seconds_writing": sum(during),
+        "steps_beside": len(during),
+        "seconds_slowed": slowed,
+        "seconds_per_step": usual,
+        "stall": stall,
+    }
+    store.append(spec, "done", values, about)
     print(
         f"checkpoint of {size / 1e9:.2f} GB: copied in {copying:.2f} s, "
         f"written in {copying + sum(during):.1f} s beside {len(during)} steps, "
         f"which took {slowed:.2f} s longer"
     )
-    stall = (copying + slowed) / (every * usual)
-    print(f"stall every {every} steps of {usual:.3f} s: {stall:.3%}")
+    print(f"stall every {spec.every} steps of {usual:.3f} s: {stall:.3%}")
 
 
 def _draw_images() -> ImageSet:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from experiments.engine.specs.spec import Backbone
+
 # Tokens and width of every kernel's inputs: those of DiT-S/2 at 32x32 latents.
 TOKENS, DIM = 256, 384
 
@@ -49,6 +51,17 @@ class Neighbours:
     reference: int
     # Features per image.
     dim: int
+
+
+@dataclass(frozen=True)
+class Stall:
+    """Training that writes a checkpoint in the background."""
+
+    backbone: Backbone
+    device: str
+    batch: int
+    # Steps between two checkpoints.
+    every: int
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,12 @@ from typing import Any
 
 from experiments.engine.machine.environment import read_variable
 from experiments.engine.machine.system_errors import explain, naming
+from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.specs.spec import Data, Evaluate, is_latent
 
-ROOT = Path(read_variable("DICO_DATA") or Path(__file__).resolve().parents[3] / "data")
+ROOT = Path(read_variable("DICO_DATA") or REPOSITORY / "data")
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
+JUDGE_WEIGHTS = REPOSITORY / "results" / "weights" / "cifar_judge.safetensors"
 REFERENCES = {
     "imagenet256": "VIRTUAL_imagenet256_labeled.npz",
     "imagenet512": "VIRTUAL_imagenet512.npz",
@@ -191,15 +193,21 @@ def vae_source() -> str:
 
 def missing_features(spec: Evaluate) -> list[str]:
     """List what scoring lacks on this machine, each with how to provide it."""
-    if spec.features == "digits":
+    if spec.features in ("digits", "digits_judge"):
         return []
-    if spec.features == "cifar_classifier":
-        if find_cifar10(folder_of(spec.data), "test"):
-            return []
-        return [
-            "CIFAR-10's test images (test.parquet or cifar-10-batches-py) in data/cifar10 "
-            "(or $DICO_DATA/cifar10)"
-        ]
+    if spec.features in ("cifar_classifier", "cifar_judge"):
+        missing = []
+        if not find_cifar10(folder_of(spec.data), "test"):
+            missing.append(
+                "CIFAR-10's test images (test.parquet or cifar-10-batches-py) in data/cifar10 "
+                "(or $DICO_DATA/cifar10)"
+            )
+        if spec.features == "cifar_judge" and not JUDGE_WEIGHTS.is_file():
+            missing.append(
+                f"the judge's weights {JUDGE_WEIGHTS.name} in results/weights (restore them with "
+                "git, or train a judge with prepare.py judge)"
+            )
+        return missing
 
     # Inception features need a package, weights, a reference, and for latents a VAE.
     missing = []

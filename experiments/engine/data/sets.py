@@ -6,6 +6,8 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from enum import Enum
 from functools import lru_cache
 from typing import TypeVar
 
@@ -22,11 +24,24 @@ from experiments.engine.data.checks import (
 from experiments.engine.data.cifar10 import read_cifar10
 from experiments.engine.data.latents import LatentSet
 from experiments.engine.data.locate import find_cifar10, folder_of, require_data
-from experiments.engine.data.quantise import from_uint8
+from experiments.engine.data.quantise import fold, from_uint8
 from experiments.engine.numerics.randomness import generator_at
 from experiments.engine.specs.spec import Data
 
 WORKERS = 2  # threads that read batches ahead
+# Shares of a class's images, in a set that has no test images of its own.
+TEST_SHARE = 0.2
+VALIDATION_SHARE = 0.1
+
+
+class Part(Enum):
+    """A part of a set that is split."""
+
+    TRAIN = "train"
+    # For choices, such as learning rates.
+    VALIDATION = "validation"
+    # Only reported.
+    TEST = "test"
 
 
 class ImageSet:
@@ -83,16 +98,29 @@ class ImageSet:
         return images, torch.from_numpy(np.asarray(self.labels[rows], dtype=np.int64))
 
 
-def load(data: Data) -> ImageSet | LatentSet:
-    """Load the declared set from this machine.
+def load(data: Data, part: Part = Part.TRAIN) -> ImageSet | LatentSet:
+    """Load the declared set, or a part of it, from this machine.
 
     It is scikit-learn's bundled digits, CIFAR-10's training images, a folder of latents, or a
     folder of images.npy and labels.npy.
 
+    Args:
+        data: the set.
+        part: which part of a set that is split. A set that is not split is its training images.
+
     Raises:
-        ValueError: the set is not on this machine, or is not what is declared.
+        ValueError: the set is not on this machine, is not what is declared, or has no such part.
     """
     require_data(data)
+    if data.split == "held_out":
+        return _load_part(data, part)
+    if data.split != "whole":
+        raise ValueError(f"unknown split {data.split!r} of {data.name}; known: whole, held_out")
+    if part is not Part.TRAIN:
+        raise ValueError(
+            f"{data.name} is used whole, so it has no {part.value} images; "
+            "declare its split as held_out"
+        )
     if data.name == "digits":
         return _load_digits(data)
     if data.name == "cifar10":
@@ -105,6 +133,69 @@ def load(data: Data) -> ImageSet | LatentSet:
     array_set = ImageSet(images, labels, data, identify_classes(folder, data.num_classes))
     check_levels(folder / "images.npy", images)
     return array_set
+
+
+def unfolded(data: Data) -> Data:
+    """Return the same set with its pixels as they are."""
+    channels = data.channels // data.fold**2
+    return replace(data, size=data.size * data.fold, channels=channels, fold=1)
+
+
+def split_indices(labels: np.ndarray, name: str, shares: dict[Part, float]) -> dict[Part, Tensor]:
+    """Part a set class by class, in an order that its name decides.
+
+    Args:
+        labels: integers (M,).
+        name: of the set.
+        shares: shares of every class, by part; what is left is trained on.
+
+    Returns:
+        Rising indices of every part, long.
+
+    Raises:
+        ValueError: a part would have no image of a class.
+    """
+    taken: dict[Part, list[Tensor]] = {part: [] for part in (*shares, Part.TRAIN)}
+    for label in np.unique(labels):
+        indices = torch.from_numpy(np.flatnonzero(labels == label))
+        order = torch.randperm(len(indices), generator=generator_at("split", name, int(label)))
+        start = 0
+        for part, share in shares.items():
+            stop = start + round(share * len(indices))
+            taken[part].append(indices[order[start:stop]])
+            start = stop
+        taken[Part.TRAIN].append(indices[order[start:]])
+
+        # A score by class needs images of every class.
+        empty = [part.value for part in taken if not len(taken[part][-1])]
+        if empty:
+            raise ValueError(
+                f"the split of {name} leaves class {label} without {empty[0]} images: it has "
+                f"{len(indices)} in all; give the class more images, or use the set whole"
+            )
+    return {part: torch.cat(pieces).sort().values for part, pieces in taken.items()}
+
+
+def _load_part(data: Data, part: Part) -> ImageSet:
+    """Load a part of a set of pixels that is split."""
+    shares = {Part.TEST: TEST_SHARE, Part.VALIDATION: VALIDATION_SHARE}
+    if data.name == "cifar10":
+        # The published test images are the test part.
+        whole = load_cifar10(data, "test" if part is Part.TEST else "train")
+        if part is Part.TEST:
+            return whole
+        shares = {Part.VALIDATION: VALIDATION_SHARE}
+    else:
+        images = load(replace(data, split="whole"))
+        if not isinstance(images, ImageSet):
+            raise ValueError(
+                f"{data.name} holds latents, which this suite does not split; "
+                "declare its split as whole"
+            )
+        whole = images
+
+    indices = split_indices(whole.labels, data.name, shares)[part].numpy()
+    return ImageSet(whole.images[indices], whole.labels[indices], data, whole.identity)
 
 
 def _load_digits(data: Data) -> ImageSet:
@@ -123,7 +214,7 @@ def _load_digits(data: Data) -> ImageSet:
 
 
 def load_cifar10(data: Data, split: str) -> ImageSet:
-    """Load CIFAR-10's 'train' or 'test' images, and say so if they are not the published pixels.
+    """Load CIFAR-10's 'train' or 'test' images, and say so if they are another copy.
 
     Raises:
         ValueError: the images are not on this machine, or are not CIFAR-10.
@@ -135,12 +226,13 @@ def load_cifar10(data: Data, split: str) -> ImageSet:
             f"{split}.parquet or cifar-10-batches-py"
         )
     images, labels, identity = read_cifar10(paths, split)
-    image_set = ImageSet(images, labels, data, identity)
+    folded = fold(torch.from_numpy(images), data.fold).numpy()
+    image_set = ImageSet(folded, labels, data, identity)
     copy = check_cifar10(images, labels, split, identity["data_source"])
     if copy != "published":
         identity["data_copy"] = copy
         print(
-            f"warning: CIFAR-10's {split} images are not the published pixels: {copy}; scores "
+            f"warning: CIFAR-10's {split} images are not known to be the published pixels: {copy}; scores "
             "differ a little from those on the published ones",
             file=sys.stderr,
         )

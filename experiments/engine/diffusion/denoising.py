@@ -9,6 +9,7 @@ eps = (v - (a'/a) x_t) / (s' - (a'/a) s). The conversion is exact at the same si
 from __future__ import annotations
 
 import math
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -62,6 +63,48 @@ def noise_mse(
         x_t = process.q_sample(x0, t, eps)
         predicted, _ = split_prediction(model(x_t, process.timesteps[t], y), x_t, process.learned)
     return ((predicted - eps) ** 2).mean(dim=(1, 2, 3))
+
+
+def has_bound(process: IDDPM | Flow) -> TypeGuard[IDDPM]:
+    """Return whether the variational bound can be measured: the network predicts a variance."""
+    return isinstance(process, IDDPM) and process.learned
+
+
+def step_weights(process: IDDPM, t: Tensor, log_snrs: tuple[int, int]) -> Tensor:
+    """Return one over the share of the log SNRs between two ends that is nearest to each step.
+
+    A mean over uniform log SNRs of a term, times this weight and summed over bins of unit width, is
+    the sum of the term over all steps.
+
+    Args:
+        process: a schedule of steps.
+        t: indices of steps (N,).
+        log_snrs: the ends, which hold all steps between them.
+
+    Raises:
+        ValueError: a step lies outside.
+    """
+    table = _log_snr_table(process).cpu()  # falling
+    low, high = log_snrs
+    if table[-1] < low or table[0] > high:
+        raise ValueError(
+            f"the schedule's log SNR lies in {table[-1]:.1f} to {table[0]:.1f}, "
+            f"and not within {low} to {high}"
+        )
+    # Half way between neighbours, the nearest step changes.
+    middles = (table[1:] + table[:-1]) / 2
+    uppers = torch.cat([table.new_tensor([high]), middles])
+    lowers = torch.cat([middles, table.new_tensor([low])])
+    return (1 / (uppers - lowers))[t.cpu()]
+
+
+def prior_bits(process: IDDPM, x0: Tensor) -> float:
+    """Return the divergence of the last noise level from pure noise, in bits per dimension."""
+    signal = process.alphas_cumprod[-1].item()
+    mean_square = x0.double().square().mean().item()
+    variance = 1 - signal
+    nats = 0.5 * (signal * mean_square + variance - 1 - math.log(variance))
+    return nats / math.log(2)
 
 
 def _log_snr_table(process: IDDPM) -> Tensor:

@@ -31,10 +31,19 @@ from experiments.engine.runtime.preemption import Preempted, StopRequest, resolv
 from experiments.engine.runtime.progress import Report, ignore_progress
 from experiments.engine.sampling.generate import can_capture_steps
 from experiments.engine.scoring import stage as evaluate
-from experiments.engine.specs.spec import Ceilings, Evaluate, Profile, Stage, Timing, Train
+from experiments.engine.specs.spec import (
+    Ceilings,
+    Evaluate,
+    HeldOut,
+    Profile,
+    Stage,
+    Timing,
+    Train,
+)
 from experiments.engine.timing import ceilings, cost
 from experiments.engine.timing import profile as profiling
 from experiments.engine.timing import stage as timing
+from experiments.engine.training.heldout import measure_heldout
 from experiments.engine.training.stage import run_training
 
 
@@ -268,6 +277,8 @@ def _run_stage(spec: Stage, store: Store, context: RunContext) -> dict[str, Any]
     if isinstance(spec, Evaluate):
         training = replace(context, folder=store.run_dir(spec.train))
         return evaluate.run_evaluation(spec, store.root / "runs" / "classifiers", training)
+    if isinstance(spec, HeldOut):
+        return measure_heldout(spec, store.run_dir(spec.train), context.device)
     if isinstance(spec, Profile):
         return profiling.profile_task(spec, context.folder)
     if isinstance(spec, Ceilings):

@@ -111,14 +111,6 @@ def clashes(records: Sequence[Record], base: Sequence[Record]) -> list[str]:
     return sorted(field.removeprefix("measure.") for field in fields - {DENSITY_BALL})
 
 
-def not_recorded(records: Sequence[Record]) -> list[str]:
-    """Return a sentence on the fields that only some of the records hold, if there are any."""
-    fields = fields_of_some(records)
-    if not fields:
-        return []
-    return [f"not recorded by all, and taken as agreeing: {', '.join(fields)}."]
-
-
 def fields_of_some(records: Sequence[Record]) -> list[str]:
     """Return the fields that were found for some records and not for others.
 

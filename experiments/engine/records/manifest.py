@@ -23,7 +23,6 @@ SEEDS = "one CPU generator an image, from (seed, index)"
 FIRST_DENSITY_BALL = "closed"
 # What a sampler writes of itself beside its images: keys of `measure` under the same names.
 KEYS_OF_SAMPLES = ("data", "seed", "precision", "decoder", "quantiser", "nfe")
-SCORE_NAMES = {"fid": "FID", "sfid": "sFID", "is": "IS", "kid": "KID", "mind": "MIND"}
 
 
 @dataclass(frozen=True)
@@ -145,18 +144,6 @@ def with_defaults(whole: Manifest) -> Manifest:
         return whole
     neighbours = neighbours | {"density_ball": FIRST_DENSITY_BALL}
     return whole | {"measure": measure | {"neighbours": neighbours}}
-
-
-def score_name(name: str, num: int) -> str:
-    """Return a score's printed name with its N.
-
-    ('fid', 50000) gives 'FID-50K', ('fid_corrected', 50000) gives 'FID-50K, no bias'.
-    """
-    base = name.removesuffix("_corrected")
-    thousands = num >= 1000 and num % 1000 == 0
-    count = f"{num // 1000}K" if thousands else str(num)
-    label = f"{SCORE_NAMES.get(base, base)}-{count}"
-    return label if base == name else f"{label}, no bias"
 
 
 def _split_sampler(sampler: dict[str, Any]) -> _SplitSampler:

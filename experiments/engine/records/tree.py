@@ -28,7 +28,8 @@ class Commit:
 
     # None: it cannot be told, and `reason` says why
     hash: str | None
-    # whether tracked files differ from the commit; None where git has nothing to say
+    # whether tracked files other than results differ from the commit; None where git has nothing
+    # to say
     dirty: bool | None
     reason: str = ""
 
@@ -38,7 +39,8 @@ def tree_commit() -> Commit:
     """Return the commit of this tree: git's, or else $DICO_COMMIT, or else none."""
     top = _git("rev-parse", "--show-toplevel")
     if top is not None and Path(top).resolve() == REPOSITORY:
-        changes = _git("status", "--porcelain", "--untracked-files=no")
+        # New results do not change what the code does.
+        changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
         commit = _git("rev-parse", "HEAD")
         if commit:
             return Commit(commit, None if changes is None else bool(changes))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
+from experiments.engine.records.comparison import fields_of_some
 from experiments.engine.records.store import Record
 from experiments.engine.reporting.sheet import Note, NoteKind
 from experiments.engine.reporting.statistics import Values
@@ -100,6 +101,15 @@ def run_caveats(scored: Sequence[Record], shown: Sequence[Record]) -> list[Note]
         text = "Some records come from a tree with uncommitted changes."
         notes.append(Note(NoteKind.RECORDS, text))
     return notes
+
+
+def unrecorded_caveats(scored: Sequence[Record]) -> list[Note]:
+    """A note on the fields of the protocol that only some of the evaluations hold."""
+    fields = fields_of_some(scored)
+    if not fields:
+        return []
+    text = f"not recorded by all, and taken as agreeing: {', '.join(fields)}."
+    return [Note(NoteKind.SCORES, text)]
 
 
 def machine_of(record: Record) -> str:

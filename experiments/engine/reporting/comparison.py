@@ -6,15 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from experiments.engine.records.comparison import clashes, machines, not_recorded
-from experiments.engine.records.manifest import score_name
+from experiments.engine.records.comparison import clashes, machines
+from experiments.engine.records.score_names import (
+    FID_CORRECTED,
+    INCEPTION,
+    SCORES,
+    TABLE_SCORES,
+    counted_name,
+)
 from experiments.engine.records.store import Store
+from experiments.engine.reporting.caveats import unrecorded_caveats
 from experiments.engine.reporting.lookup import (
     REFERENCE_SEEDS,
-    SCORES,
     Lookup,
     mean_cell,
-    score_digits,
     timing_cell,
 )
 from experiments.engine.reporting.sheet import (
@@ -79,9 +84,9 @@ def comparison_sheet(selection: Selection, store: Store) -> Sheet:
         *_pair("relative", "throughput, rel.", 2),
     ]
     for name in agreement.scores:
-        inception = selection.protocol.features == "inception"
-        title = score_name(name, selection.protocol.num) if inception else name
-        columns += _pair(name, title, score_digits(name))
+        inception = selection.protocol.features == INCEPTION
+        title = counted_name(SCORES[name], selection.protocol.num) if inception else name
+        columns += _pair(name, title, SCORES[name].digits)
     columns.append(Column("reproduced", "reproduced", kind=Kind.PROSE, topic=Topic.SCORES))
 
     title = f"Table {selection.table.number} on {selection.protocol.name}"
@@ -96,7 +101,7 @@ def _collect(networks: Selection, store: Store) -> Agreement:
     """Look up both sides, and find the rows that one protocol measured on both."""
     features = networks.protocol.features
     # the corrected FID follows from FID
-    scores = [name for name in SCORES[features] if name != "fid_corrected"]
+    scores = [score.key for score in TABLE_SCORES[features] if score is not FID_CORRECTED]
     reference = Lookup(networks.with_seeds(REFERENCE_SEEDS), store.reference)
     agreement = Agreement(Lookup(networks, store.here), reference, scores)
 
@@ -125,7 +130,7 @@ def _row_cells(agreement: Agreement, row: Row) -> SheetRow:
     for side, lookup in (("reference", agreement.reference), ("here", agreement.here)):
         cells[f"relative_{side}"] = timing_cell(lookup.timing(row), "relative")
         for name in agreement.scores:
-            cells[f"{name}_{side}"] = mean_cell(name, lookup.score_values(row), score_digits(name))
+            cells[f"{name}_{side}"] = mean_cell(name, lookup.score_values(row), SCORES[name].digits)
     cells["reproduced"] = _verdict_cell(agreement, row)
     return cells
 
@@ -192,4 +197,4 @@ def _add_notes(sheet: Sheet, agreement: Agreement) -> None:
         for lookup in (agreement.here, agreement.reference)
         for record in lookup.scored(row)
     ]
-    sheet.note(NoteKind.SCORES, *not_recorded(records))
+    sheet.notes += unrecorded_caveats(records)

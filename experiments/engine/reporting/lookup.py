@@ -6,58 +6,23 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
-from enum import Enum
 
 from experiments.engine.records.manifest import has_unknown_features
+from experiments.engine.records.score_names import SCORES
 from experiments.engine.records.store import Record, RecordFolder, Store
 from experiments.engine.reporting.sheet import FAILED, Cell
 from experiments.engine.reporting.statistics import Values
 from experiments.engine.specs.rows import Row, Table
-from experiments.engine.specs.selection import Selection
+from experiments.engine.specs.selection import Run, Selection
 from experiments.engine.specs.spec import Stage, Timing
 
 REFERENCE_SEEDS = range(10)
 
+# what a held-out record adds to the scores of its run
+HELDOUT_VALUES = ("heldout_loss", "objective", "bits_per_dim", "initial_share")
+
 # in published tables, a suffix of a number of parameters, and what it is in millions
 UNITS = {"M": 1.0, "B": 1000.0}
-
-
-class Better(Enum):
-    """Which values of a score are the better ones."""
-
-    LOWER = "lower"
-    HIGHER = "higher"
-
-
-# The scores of each feature extractor, the one that rows are ranked by first.
-SCORES: dict[str, dict[str, Better]] = {
-    "digits": {
-        "fd_digits": Better.LOWER,
-        "is_digits": Better.HIGHER,
-        "precision_digits": Better.HIGHER,
-        "recall_digits": Better.HIGHER,
-        "agreement": Better.HIGHER,
-    },
-    "cifar_classifier": {
-        "fd_cifar_classifier": Better.LOWER,
-        "is_cifar_classifier": Better.HIGHER,
-        "precision_cifar_classifier": Better.HIGHER,
-        "recall_cifar_classifier": Better.HIGHER,
-        "agreement": Better.HIGHER,
-    },
-    "inception": {
-        "fid": Better.LOWER,
-        "fid_corrected": Better.LOWER,
-        "is": Better.HIGHER,
-        "precision": Better.HIGHER,
-        "recall": Better.HIGHER,
-    },
-}
-
-
-def ranking_score(features: str) -> str:
-    """The score by which rows are compared under these features."""
-    return next(iter(SCORES[features]))
 
 
 class Lookup:
@@ -79,7 +44,7 @@ class Lookup:
         return [r for r in self._evaluations(row) if has_unknown_features(r.values)]
 
     def _evaluations(self, row: Row) -> list[Record]:
-        records = (self.folder.latest(run.stage) for run in self.selection.runs_of(row))
+        records = (scored_run(run, self.folder) for run in self.selection.runs_of(row))
         return [record for record in records if record is not None]
 
     def all_scored(self) -> list[Record]:
@@ -122,6 +87,18 @@ class Lookup:
         return [*self.selection.costs_of(row), *([] if timing is None else [timing])]
 
 
+def scored_run(run: Run, folder: RecordFolder) -> Record | None:
+    """The scores of a run, with those of its held-out loss; None if one of them is missing."""
+    record = folder.latest(run.stage)
+    if record is None or run.heldout is None:
+        return record
+    heldout = folder.latest(run.heldout)
+    if heldout is None:
+        return None
+    kept = {name: heldout.values[name] for name in HELDOUT_VALUES if name in heldout.values}
+    return replace(record, values=record.values | kept)
+
+
 class PublishedTable:
     """The published numbers of a table's rows."""
 
@@ -156,11 +133,6 @@ def published_cell(text: str) -> Cell:
     return Cell(float(text), None, len(text.partition(".")[2]))
 
 
-def score_digits(name: str) -> int:
-    """The decimals that a score is printed with."""
-    return 1 if name.startswith(("fd", "is", "fid")) else 2
-
-
 def count_cell(lookup: Lookup, row: Row, name: str, unit: float) -> Cell:
     """A count in a unit, summed over the networks of the published system."""
     if not lookup.selection.costs_of(row):
@@ -188,7 +160,7 @@ def score_cell(lookup: Lookup, row: Row, name: str) -> Cell:
     """A score of a row over its training seeds, or that its run failed."""
     records = tuple(lookup.scored(row))
     if records:
-        cell = mean_cell(name, [record.values for record in records], score_digits(name))
+        cell = mean_cell(name, [record.values for record in records], SCORES[name].digits)
         return replace(cell, records=records)
     return FAILED if lookup.has_failed_run(row) else Cell()
 

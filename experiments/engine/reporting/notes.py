@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from experiments.engine.records.comparison import not_recorded
+from experiments.engine.records.score_names import CLASSIFIER_SCORES, ranking_score
 from experiments.engine.records.store import Record, Store
 from experiments.engine.reporting.caveats import (
     evaluation_counts,
     outlier_caveats,
     run_caveats,
     timing_caveats,
+    unrecorded_caveats,
 )
-from experiments.engine.reporting.lookup import Lookup, ranking_score
+from experiments.engine.reporting.lookup import Lookup
 from experiments.engine.reporting.resolution import compare_with_baseline, describe_comparison
 from experiments.engine.reporting.sheet import Note, NoteKind
 from experiments.engine.specs.selection import Selection
@@ -93,10 +94,15 @@ def score_notes(lookup: Lookup, store: Store) -> list[Note]:
     resolved = describe_comparison(compare_with_baseline(lookup, store))
     if resolved:
         notes.append(Note(NoteKind.SCORES, resolved))
-    notes += outlier_caveats(ranking_score(selection.protocol.features), scores)
+    notes += outlier_caveats(ranking_score(selection.protocol.features).key, scores)
     notes += evaluation_counts(scores)
-    notes += [Note(NoteKind.SCORES, text) for text in not_recorded(lookup.all_scored())]
-    return notes
+    return notes + unrecorded_caveats(lookup.all_scored())
+
+
+HELDOUT = (
+    "held-out loss: the averaged network's noise error on test images, as the geometric mean over "
+    "nine unit bins of log SNR. It uses no features and no samples."
+)
 
 
 def describe_scores(protocol: Protocol, seeds: Sequence[int]) -> str:
@@ -113,11 +119,12 @@ def describe_scores(protocol: Protocol, seeds: Sequence[int]) -> str:
     if protocol.features == "inception":
         no_bias = "no bias: FID without what a finite number of images adds."
         return f"{protocol.name}: {protocol.num} images. {error} {no_bias}"
+    heldout = "" if protocol.heldout is None else f" {HELDOUT}"
+    distance = CLASSIFIER_SCORES[protocol.features].distance.name
     return (
         f"{protocol.name}: {protocol.recipe.steps} steps of {protocol.recipe.batch}, "
-        f"{protocol.num} images. The scores use the features of a small classifier, not "
-        f"Inception's: fd_{protocol.features} is no FID, and compares with no other protocol's "
-        f"score. {error}"
+        f"{protocol.num} images.{heldout} The scores use the features of a small classifier, not "
+        f"Inception's: {distance} is no FID, and compares with no other protocol's score. {error}"
     )
 
 

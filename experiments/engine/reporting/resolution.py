@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from experiments.engine.records.comparison import clashes
+from experiments.engine.records.score_names import SCORES, Better, ranking_score
 from experiments.engine.records.store import Store
 from experiments.engine.reporting.lookup import (
     REFERENCE_SEEDS,
-    SCORES,
-    Better,
     Lookup,
-    ranking_score,
 )
 from experiments.engine.reporting.statistics import (
     LEVEL,
@@ -51,7 +49,7 @@ def compare_with_baseline(lookup: Lookup, store: Store) -> Comparison:
     """Sort the rows into better than the baseline, worse, and not resolved."""
     selection = lookup.selection
     baseline, features = selection.table.baseline, selection.protocol.features
-    comparison = Comparison(baseline.label, ranking_score(features))
+    comparison = Comparison(baseline.label, ranking_score(features).key)
 
     # the baseline is looked up apart, since it need not be one of the rows
     base_lookup = Lookup(selection.with_rows([baseline]), lookup.folder)
@@ -77,7 +75,7 @@ def compare_with_baseline(lookup: Lookup, store: Store) -> Comparison:
     others = [label for label in distinct if scores[label] and not fields[label]]
     comparison.comparable = bool(base and others)
     if comparison.spread is not None and comparison.comparable:
-        _sort(comparison, {label: scores[label] for label in others}, base, SCORES[features])
+        _sort(comparison, {label: scores[label] for label in others}, base)
     return comparison
 
 
@@ -108,7 +106,6 @@ def _sort(
     comparison: Comparison,
     scores: dict[str, Values],
     base: Values,
-    better: dict[str, Better],
 ) -> None:
     """Fill in better, worse and not resolved, at LEVEL for all rows together."""
     assert comparison.spread is not None
@@ -120,7 +117,7 @@ def _sort(
         bound = noise_bound(comparison.spread, len(values), len(base), len(scores))
         if abs(difference) <= bound:
             comparison.not_resolved.append(label)
-        elif (difference < 0) == (better[name] is Better.LOWER):
+        elif (difference < 0) == (SCORES[name].better is Better.LOWER):
             comparison.better.append(label)
         else:
             comparison.worse.append(label)

@@ -65,6 +65,8 @@ class Cell:
     digits: int | None = None
     # printed in place of the value
     label: str = ""
+    # what the label stands for where it is a choice among words; queries read this, not the label
+    choice: Enum | None = None
     # the records that the cell was computed from
     records: tuple[Record, ...] = ()
     # whether the row is better than every other one, beyond the noise

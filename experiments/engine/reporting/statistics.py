@@ -7,11 +7,13 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from experiments.engine.records.score_names import SCORES
+
 # Scores of one row, a dictionary per training seed.
 Values = Sequence[dict[str, float]]
 
 # The spread of these scores over seeds grows with their value.
-LOG_SCALED = {"fd_digits", "fd_cifar_classifier", "fid"}
+LOG_SCALED = {key for key, score in SCORES.items() if score.log_scaled}
 
 # The share of cases in which noise alone may look like a difference.
 LEVEL = 0.05

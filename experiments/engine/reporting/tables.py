@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from experiments.engine.records.manifest import score_name
+from experiments.engine.records.score_names import PAPER_SCORES, TABLE_SCORES, Score, score_title
 from experiments.engine.records.store import RecordFolder, Store
 from experiments.engine.reporting.comparison import comparison_sheet
 from experiments.engine.reporting.lookup import (
-    SCORES,
     Lookup,
     PublishedTable,
     count_cell,
@@ -29,10 +28,8 @@ from experiments.engine.reporting.sheet import Cell, Column, Kind, Sheet, Topic
 from experiments.engine.specs.rows import Row
 from experiments.engine.specs.selection import Selection
 from experiments.engine.specs.spec import spec_id
-from experiments.engine.specs.stages import Protocol
 
 # the paper's scores, and their titles
-PAPER_SCORES = {"fid": "FID", "is": "IS", "precision": "P", "recall": "R"}
 
 # what the paper's scores were measured at: the titles, and the columns of the published tables
 PAPER_STEPS = ("steps", "train_steps")
@@ -197,11 +194,14 @@ def _score_columns(lookup: Lookup, machine: str) -> list[Filled]:
     protocol = selection.protocol
     group = f"{protocol.name} ({machine}, {describe_seeds(selection.seeds)})"
 
-    def filled(name: str) -> Filled:
-        column = Column(name, score_title(name, protocol), group, topic=Topic.SCORES)
-        return Filled(column, lambda row: score_cell(lookup, row, name) if row.backbone else Cell())
+    def filled(score: Score) -> Filled:
+        title = score_title(score, protocol.features, protocol.num)
+        column = Column(score.key, title, group, topic=Topic.SCORES)
+        return Filled(
+            column, lambda row: score_cell(lookup, row, score.key) if row.backbone else Cell()
+        )
 
-    return [filled(name) for name in SCORES[protocol.features]]
+    return [filled(score) for score in TABLE_SCORES[protocol.features]]
 
 
 def _paper_score_columns(paper: PublishedTable, group: str) -> list[Filled]:
@@ -216,15 +216,8 @@ def _paper_score_columns(paper: PublishedTable, group: str) -> list[Filled]:
         column = Column("paper_guided", title, group, kind=Kind.PROSE, topic=Topic.SCORES)
         filled.append(Filled(column, lambda row: paper.label(row, PAPER_GUIDED[1])))
 
-    def scored(name: str, title: str) -> Filled:
-        column = Column(f"paper_{name}", title, group, topic=Topic.SCORES)
-        return Filled(column, lambda row: paper.cell(row, name))
+    def scored(score: Score) -> Filled:
+        column = Column(f"paper_{score.paper}", score.short, group, topic=Topic.SCORES)
+        return Filled(column, lambda row: paper.cell(row, score.paper))
 
-    return filled + [scored(name, title) for name, title in PAPER_SCORES.items()]
-
-
-def score_title(name: str, protocol: Protocol) -> str:
-    """A score's title: Inception's with its N, a Fréchet distance on other features by its name."""
-    if protocol.features == "inception":
-        return score_name(name, protocol.num)
-    return name if name.startswith("fd_") else name.removesuffix(f"_{protocol.features}")
+    return filled + [scored(score) for score in PAPER_SCORES]

@@ -15,6 +15,7 @@ class Verdict(Enum):
     NOT_REACHED = "not reached"
     LOWER_THAN_CLAIMED = "lower than claimed"
     NOT_TO_THE_DIGIT = "not to the printed digit"
+    RESOLVED = "resolved"
     NOT_RESOLVED = "not resolved"
     AGAINST = "against the claim"
     MIXED = "mixed"

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from experiments.engine.data.quantise import from_uint8, to_uint8
+from experiments.engine.data.quantise import from_uint8, to_uint8, unfold
 from experiments.engine.diffusion.build import build_diffusion
 from experiments.engine.diffusion.cascade import ClassifierGradient, System, condition_on_low_res
 from experiments.engine.diffusion.guidance import Guided
@@ -85,7 +85,7 @@ def generate_images(
         within: indices to generate; all by default.
 
     Yields:
-        Images (n, C, H, W) and their labels (n,), on the CPU.
+        Images (n, C, H, W), unfolded, and their labels (n,), on the CPU.
     """
     model = model if isinstance(model, CountingModel) else CountingModel(model)
     within = range(spec.num) if within is None else within
@@ -110,7 +110,7 @@ def generate_images(
                 assert model.upsampler is not None, "the spec names an upsampler"
                 enlarge = condition_on_low_res(model.upsampler, from_uint8(to_uint8(x)))
                 x = upsampler.sample(enlarge, y, upsampling_seeds[indices])
-        yield x.cpu(), labels[indices]
+        yield unfold(x.cpu(), spec.data.fold), labels[indices]
 
 
 def _base_sampler(spec: Evaluate, model: CountingModel, device: torch.device) -> NetworkSampler:

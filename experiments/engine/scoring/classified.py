@@ -15,20 +15,25 @@ from numpy import ndarray
 from torch import Tensor, nn
 
 from experiments.engine.data.quantise import from_uint8, to_uint8
-from experiments.engine.data.sets import ImageSet, load, load_cifar10
+from experiments.engine.data.sets import ImageSet, Part, load, load_cifar10, unfolded
+from experiments.engine.judges.cifar import load_judge
+from experiments.engine.judges.classifiers import (
+    Identity,
+    accuracy,
+    cifar_classifier,
+    digits_classifier,
+    digits_judge,
+    extract,
+)
 from experiments.engine.numerics.weights import digest
+from experiments.engine.records.score_names import CLASSIFIER_SCORES, DIGITS_JUDGE, JUDGES
 from experiments.engine.runtime.context import RunContext
 from experiments.engine.runtime.pieces import Arrays, compute_pieces
 from experiments.engine.sampling.counting import CountingModel
 from experiments.engine.sampling.generate import can_capture_steps, generate_images
 from experiments.engine.sampling.networks import load_networks
 from experiments.engine.sampling.samples import QUANTISER
-from experiments.engine.scoring.features import (
-    Identity,
-    cifar_classifier,
-    digits_classifier,
-    extract,
-)
+from experiments.engine.scoring.copies import check_copies, part_features
 from experiments.engine.scoring.frechet import frechet, frechet_se
 from experiments.engine.scoring.metrics import inception_score, proportion_se
 from experiments.engine.scoring.moments import Moments
@@ -74,7 +79,8 @@ class Samples:
 def score_classified(spec: Evaluate, cache: Path, context: RunContext) -> Scored | None:
     """Sample and score on a classifier's features; the scores bear its name.
 
-    Digits are scored against all digits, quantised images against CIFAR-10's test images. The error
+    Digits are scored against all digits, quantised images against CIFAR-10's test images. A judge
+    scores against the test part, and says whether samples copy the training part. The error
     of fd comes from its influence function, that of is from a jackknife, those of shares are
     binomial. Ranks but the first return None.
 
@@ -95,6 +101,10 @@ def score_classified(spec: Evaluate, cache: Path, context: RunContext) -> Scored
     if samples is None:
         return None
     values = _scores(spec, samples, classifier, device)
+    if spec.features in JUDGES:
+        sha256 = str(classifier.identity["classifier_sha256"])
+        known = part_features(spec.data, classifier.network, sha256, cache)
+        values |= check_copies(samples.features, known)
     if warnings:
         values["warnings"] = list(warnings)
     shutil.rmtree(parts, ignore_errors=True)
@@ -107,8 +117,27 @@ def _load_classifier(spec: Evaluate, cache: Path) -> Classifier:
         assert isinstance(digits, ImageSet)
         network, identity = digits_classifier(digits, cache)
         return Classifier(network, identity, digits, split=None, quantised=False)
-    test = load_cifar10(spec.data, "test")
-    network, identity = cifar_classifier(spec.data, test, cache)
+    if spec.features == "cifar_classifier":
+        test = load_cifar10(spec.data, "test")
+        network, identity = cifar_classifier(spec.data, test, cache)
+        return Classifier(network, identity, test, split="test", quantised=True)
+    return _load_judge(spec, cache)
+
+
+def _load_judge(spec: Evaluate, cache: Path) -> Classifier:
+    """Load a judge, which saw the training part alone, with the test part as reference."""
+    pixels = unfolded(spec.data)
+    test = load(pixels, Part.TEST)
+    assert isinstance(test, ImageSet)
+    if spec.features == DIGITS_JUDGE:
+        train = load(pixels)
+        assert isinstance(train, ImageSet)
+        network, identity = digits_judge(train, test, cache)
+        return Classifier(network, identity, test, split="test", quantised=False)
+
+    # CIFAR-10's judge is committed.
+    network, sha256 = load_judge()
+    identity = {"classifier_sha256": sha256, "classifier_accuracy": accuracy(network, test)}
     return Classifier(network, identity, test, split="test", quantised=True)
 
 
@@ -171,20 +200,20 @@ def _scores(
     precision, recall = precision_recall(samples=samples.features, reference=real, device=device)
     agreement = float((samples.probabilities.argmax(1) == samples.labels).mean())
 
-    name = spec.features
+    names = CLASSIFIER_SCORES[spec.features]
     return {
         "num": spec.num,
         "nfe": samples.evaluated / spec.num,
-        f"fd_{name}": frechet(samples.moments, real_moments),
-        f"fd_{name}_se": fd_se,
-        f"is_{name}": score,
-        f"is_{name}_se": score_se,
-        f"precision_{name}": precision,
-        f"precision_{name}_se": proportion_se(precision, spec.num),
-        f"recall_{name}": recall,
-        f"recall_{name}_se": proportion_se(recall, len(real)),
-        "agreement": agreement,
-        "agreement_se": proportion_se(agreement, spec.num),
+        names.distance.key: frechet(samples.moments, real_moments),
+        names.distance.error: fd_se,
+        names.inception.key: score,
+        names.inception.error: score_se,
+        names.precision.key: precision,
+        names.precision.error: proportion_se(precision, spec.num),
+        names.recall.key: recall,
+        names.recall.error: proportion_se(recall, len(real)),
+        names.agreement.key: agreement,
+        names.agreement.error: proportion_se(agreement, spec.num),
         **classifier.identity,
     }
 
@@ -205,7 +234,10 @@ def _measure(spec: Evaluate, samples: Samples, classifier: Classifier) -> dict[s
     return {
         "decoder": {"name": "none: pixels"},
         "quantiser": QUANTISER if quantised else "none",
-        "image": {"size": spec.data.size, "format": "uint8" if quantised else "float32"},
+        "image": {
+            "size": spec.data.size * spec.data.fold,
+            "format": "uint8" if quantised else "float32",
+        },
         "labels": {"histogram_sha256": label_histogram(samples.labels), "order": "as drawn"},
         "extractor": {"sha256": classifier.identity["classifier_sha256"], "dtype": "fp32"},
         "reference": reference,

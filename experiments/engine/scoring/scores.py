@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import reduce
 from operator import add
 from typing import Any
@@ -19,6 +19,14 @@ import torch
 from numpy import ndarray
 
 from experiments.engine.data.image_files import POOL
+from experiments.engine.records.score_names import (
+    COVERAGE,
+    PRECISION,
+    PRECISION_HALF,
+    RECALL,
+    RECALL_HALF,
+)
+from experiments.engine.reporting.verdict import Verdict
 from experiments.engine.scoring.frechet import (
     frechet,
     frechet_influence,
@@ -92,12 +100,29 @@ def score(
     return values | {"warnings": warnings}
 
 
+@dataclass(frozen=True)
+class PairedDifference:
+    """The FID of one set of samples less that of another from common seeds."""
+
+    # Samples of each set.
+    num: int
+    # In FID.
+    value: float
+    # Standard error over redraws of the common seeds; nan with too few samples.
+    error: float
+    # The error as if the sets were independent; nan with too few samples.
+    error_unpaired: float
+    # The difference over the mean of both FIDs.
+    relative: float
+    # RESOLVED beyond two standard errors, else NOT_RESOLVED.
+    verdict: Verdict
+
+
 def paired(
     a: Measured, b: Measured, reference: Reference, labels: ndarray | None, balanced: bool
-) -> dict[str, Any]:
+) -> PairedDifference:
     """Return the FID of a less that of b, with its error.
 
-    The error is over redraws of the common seeds, and beside it as if the sets were independent.
     Rows i of both are made from the same seed for the same label.
 
     Raises:
@@ -124,14 +149,14 @@ def paired(
         unpaired_se = float(np.hypot(influence_se(psi_a, fixed), influence_se(psi_b, fixed)))
 
     resolved = abs(difference) > 2 * paired_se
-    return {
-        "num": len(a.pool),
-        "fid_difference": difference,
-        "fid_difference_se": paired_se,
-        "fid_difference_se_unpaired": unpaired_se,
-        "fid_relative": 2 * difference / (fids[0] + fids[1]),
-        "verdict": "resolved" if resolved else "not resolved",
-    }
+    return PairedDifference(
+        num=len(a.pool),
+        value=difference,
+        error=paired_se,
+        error_unpaired=unpaired_se,
+        relative=2 * difference / (fids[0] + fids[1]),
+        verdict=Verdict.RESOLVED if resolved else Verdict.NOT_RESOLVED,
+    )
 
 
 def distances(sample: dict[str, Moments], reference: Reference) -> dict[str, float]:
@@ -202,9 +227,16 @@ def _neighbour_scores(
         )
 
     # A share's error is binomial: precision is a share of samples, the others of reference rows.
-    for name in [name for name in values if not name.startswith("density")]:
-        n = len(pool) if name.startswith("precision") else len(rows)
-        values[f"{name}_se"] = proportion_se(values[name], n)
+    sizes = {
+        PRECISION: len(pool),
+        RECALL: len(rows),
+        COVERAGE: len(rows),
+        PRECISION_HALF: len(pool),
+        RECALL_HALF: len(rows),
+    }
+    for share, n in sizes.items():
+        if share.key in values:
+            values[share.error] = proportion_se(values[share.key], n)
     return {"num_reference": len(rows)} | values
 
 

@@ -19,6 +19,7 @@ from experiments.engine.data.image_files import (
 from experiments.engine.data.locate import inception_path, reference_path, require_features
 from experiments.engine.data.quantise import to_uint8
 from experiments.engine.data.sets import ImageSet, load
+from experiments.engine.machine.cores import find_cores
 from experiments.engine.numerics.precision import precision, read_tf32_flags
 from experiments.engine.records.manifest import manifest
 from experiments.engine.runtime.context import RunContext
@@ -41,7 +42,8 @@ from experiments.engine.scoring.reference import (
     reference_of,
 )
 from experiments.engine.scoring.scores import score
-from experiments.engine.specs.spec import Data, Evaluate, canonical
+from experiments.engine.specs.spec import Data, Evaluate, Train, canonical
+from experiments.engine.training.heldout import initial_share
 
 # Images in ADM's file of each size, beside the statistics of all training images.
 ADM_REFERENCE = 10_000
@@ -80,14 +82,20 @@ def run_evaluation(spec: Evaluate, cache: Path, context: RunContext) -> dict[str
         )
         values["warnings"] = [*values.get("warnings", []), warning]
 
+    # An average that is young still holds initial weights.
+    if isinstance(spec.train, Train):
+        values["initial_share"] = initial_share(spec.train.recipe)
+
     # The flags are read while they are set.
     with precision(spec.precision, context.device):
         flags = read_tf32_flags()
+    cores = find_cores()
     values["manifest"] = manifest(
         canonical(spec, full=True),
         {"weights_sha256": scored.weights_sha256, "key": scored.key},
         scored.measure | {"flags": flags, "versions": _versions(spec), "nfe": scored.values["nfe"]},
         batch=scored.batch,
+        cores={"number": cores.number, "decided_by": cores.decided_by, "limits": cores.limits},
     )
     return values
 

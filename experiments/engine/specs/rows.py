@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from experiments.engine.specs.spec import Backbone, Cost, Data, Diffusion, Recipe, Sampler
@@ -46,6 +46,9 @@ class Row:
     classifier: Row | None = None
     # In pixels: a row whose network takes the samples to full size.
     upsampler: Row | None = None
+    # By the side of the network's input: what brings the shrunk network to the share of the
+    # baseline's MACs that the published networks have, where `small` does not.
+    matched: Mapping[int, dict[str, Any]] = field(default_factory=dict, hash=False)
     # The row, trained at 256 pixels, that this one's network continues under its own recipe.
     start: Row | None = None
 

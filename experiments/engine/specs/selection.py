@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from experiments.engine.specs.rows import Row, Table
-from experiments.engine.specs.spec import Cost, Evaluate, Timing, Train
+from experiments.engine.specs.spec import Cost, Evaluate, HeldOut, Timing, Train
 from experiments.engine.specs.stages import (
     Protocol,
     cost_stages,
     evaluate_stage,
+    heldout_stage,
     timed_rows,
     timing_stage,
 )
@@ -27,6 +28,14 @@ class Run:
     row: Row
     seed: int
     stage: Evaluate
+    # The loss on held-out images; None if the protocol does not measure it.
+    heldout: HeldOut | None = None
+
+    @classmethod
+    def of(cls, row: Row, protocol: Protocol, seed: int) -> Run:
+        """Return the run of a row under a protocol."""
+        evaluation = evaluate_stage(row, protocol, seed)
+        return cls(row, seed, evaluation, heldout_stage(row, protocol, seed))
 
     @property
     def trainings(self) -> tuple[Train, ...]:
@@ -34,9 +43,10 @@ class Run:
         return self.stage.trainings
 
     @property
-    def stages(self) -> tuple[Train | Evaluate, ...]:
-        """Return the trainings, then the evaluation."""
-        return (*self.trainings, self.stage)
+    def stages(self) -> tuple[Train | Evaluate | HeldOut, ...]:
+        """Return the trainings, then the evaluation and the held-out loss."""
+        scores = (self.stage,) if self.heldout is None else (self.stage, self.heldout)
+        return (*self.trainings, *scores)
 
 
 @dataclass(frozen=True)
@@ -75,11 +85,7 @@ class Selection:
     def runs(self) -> tuple[Run, ...]:
         """Return every run, seed by seed and row by row; none if the table only counts."""
         seeds = () if self.table.counts_only else self.seeds
-        return tuple(
-            Run(row, seed, evaluate_stage(row, self.protocol, seed))
-            for seed in seeds
-            for row in self.networks
-        )
+        return tuple(Run.of(row, self.protocol, seed) for seed in seeds for row in self.networks)
 
     @cached_property
     def _runs_by_label(self) -> dict[str, list[Run]]:

@@ -52,6 +52,12 @@ class Data:
     latents: str = "moments"
     # 'sd-vae-ft' (ema and mse share their encoder), or the hash of another VAE's encoder.
     vae: str = "sd-vae-ft"
+    # Side of the squares of pixels that are folded into channels; 1: pixels are as they are.
+    fold: int = 1
+    # 'whole': trained on, and scored against, all images of the set. 'held_out': the set is parted
+    # into images to train on, images for choices (validation), and images that are only reported
+    # (test).
+    split: str = "whole"
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,10 @@ class Recipe:
     grad_clip: float | None = None
     # Largest rate of stochastic depth.
     drop_path: float = 0.0
+    # How initial weights are drawn. 'in_order': from one stream, in the constructor's order.
+    # 'by_name': each parameter from a stream of its own, by (seed, name), so that networks start
+    # from equal weights where they have the same parameter.
+    initial: str = "in_order"
 
 
 @dataclass(frozen=True)
@@ -172,7 +182,8 @@ class Evaluate:
     sampler: Sampler
     # Number of images.
     num: int
-    # What the scores are computed on: 'inception', 'digits' or 'cifar_classifier'.
+    # What the scores are computed on: 'inception', 'digits', 'cifar_classifier', and for sets that
+    # are split 'digits_judge' or 'cifar_judge'.
     features: str
     # Policy of the labels: 'random' or 'balanced'.
     labels: str = "random"
@@ -199,6 +210,25 @@ class Evaluate:
             if isinstance(stage, Train):
                 trainings += stage.trainings
         return tuple(trainings)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Measure the denoising loss of the EMA network on images that the training has not seen.
+
+    Images, times and noises are the same for every network and every training seed.
+    """
+
+    train: Train
+    # Part of the data: 'validation' or 'test'.
+    part: str
+    # Number of images, the first ones of the part; None: all.
+    num: int | None = None
+    # Times and noises that every image meets in each bin.
+    draws: int = 1
+    # The bins of log SNR, one unit wide, that are scored: from `low` up to `high`.
+    low: int = -4
+    high: int = 5
 
 
 @dataclass(frozen=True)
@@ -257,7 +287,7 @@ class Cost:
     num_classes: int
 
 
-Stage = Train | Evaluate | Timing | Ceilings | Profile | Cost
+Stage = Train | Evaluate | HeldOut | Timing | Ceilings | Profile | Cost
 
 
 def canonical(value: Any, full: bool = False) -> Any:

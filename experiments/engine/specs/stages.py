@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from experiments.engine.specs.rows import Method, Row, Table
 from experiments.engine.specs.spec import (
@@ -13,11 +13,13 @@ from experiments.engine.specs.spec import (
     Data,
     Diffusion,
     Evaluate,
+    HeldOut,
     Recipe,
     Sampler,
     Timing,
     Train,
     is_latent,
+    spec_id,
 )
 
 # The input that published counts and throughputs are of, unless a row says otherwise.
@@ -29,6 +31,16 @@ GPU_BATCH = 64
 GPU_BATCH_LARGE = 16
 LARGE_SIZE = 256
 CPU_BATCH = 4
+
+
+@dataclass(frozen=True)
+class HeldOutScore:
+    """How a protocol measures the loss on held-out images."""
+
+    # Number of images; None: all of the part.
+    num: int | None = None
+    # Times and noises that every image meets in each bin of log SNR.
+    draws: int = 1
 
 
 @dataclass(frozen=True)
@@ -60,17 +72,27 @@ class Protocol:
     own: bool = False
     # Protocol of the trainings that a row's `start` names; None: this one.
     start_from: Protocol | None = None
+    # Whether shrunk networks are brought to equal MACs, by each row's `matched`.
+    matched: bool = False
+    # How held-out images are scored; None: they are not.
+    heldout: HeldOutScore | None = None
+    # Learning rates among which every network's own rate is chosen, rising.
+    ladder: tuple[float, ...] = ()
+    # Each network's own learning rate, by the id of its Backbone; the recipe's holds for others.
+    rates: Mapping[str, float] = field(default_factory=dict, hash=False)
 
 
 def network(row: Row, protocol: Protocol) -> Backbone:
     """Return the row's network as the protocol trains it."""
     backbone = row.require_backbone()
+    data = at_data(row, protocol).data
     if protocol.small:
         small = row.small
         backbone = small if isinstance(small, Backbone) else backbone.but(**small)
+    if protocol.matched:
+        backbone = backbone.but(**row.matched.get(data.size, {}))
 
     # An upsampler sees two images: the noisy one and the small one.
-    data = at_data(row, protocol).data
     in_channels = 2 * data.channels if row.is_upsampler else data.channels
     return backbone.but(input_size=data.size, in_channels=in_channels, num_classes=data.num_classes)
 
@@ -94,7 +116,11 @@ def train_stage(row: Row, protocol: Protocol, seed: int) -> Train:
     `evaluate_stage(...).trainings` are those of the whole system.
     """
     data = at_data(row, protocol).data
-    stage = Train(network(row, protocol), data, protocol.recipe, seed=seed)
+    backbone = network(row, protocol)
+    rate = protocol.rates.get(spec_id(backbone))
+    if rate is not None:
+        protocol = replace(protocol, recipe=replace(protocol.recipe, lr=rate))
+    stage = Train(backbone, data, protocol.recipe, seed=seed)
 
     # A row without a method of its own follows the protocol's recipe.
     if row.method is None:
@@ -153,6 +179,17 @@ def evaluate_stage(row: Row, protocol: Protocol, seed: int) -> Evaluate:
         )
 
     return stage
+
+
+def heldout_stage(row: Row, protocol: Protocol, seed: int, part: str = "test") -> HeldOut | None:
+    """Return the loss of a row's network on a held-out part; None if the protocol has no such part.
+
+    Of a system, this is the loss of the network that makes the first images.
+    """
+    score = protocol.heldout
+    if score is None:
+        return None
+    return HeldOut(train_stage(row, protocol, seed), part, score.num, score.draws)
 
 
 def sampler_of(row: Row, protocol: Protocol) -> Sampler:

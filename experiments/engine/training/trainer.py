@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import backbones
+from experiments.engine.data.quantise import mirror
 from experiments.engine.data.sets import ImageSet, LatentSet, iterate_batches
 from experiments.engine.diffusion.build import build_diffusion
 from experiments.engine.numerics.cuda_graphs import CudaGraph, require_gpu
+from experiments.engine.numerics.initial_weights import build_by_name
 from experiments.engine.numerics.precision import precision
 from experiments.engine.numerics.randomness import generator_at, seed_at
 from experiments.engine.runtime.context import Resources
@@ -30,11 +32,30 @@ from experiments.engine.training import checkpoint
 from experiments.engine.training.stochastic_depth import increment_weights
 
 
-def build(spec: Backbone, seed: int, device: torch.device) -> nn.Module:
-    """Build the declared network, initialised from the seed, with channels-last activations."""
+def build(spec: Backbone, seed: int, device: torch.device, initial: str = "in_order") -> nn.Module:
+    """Build the declared network, initialised from the seed, with channels-last activations.
+
+    Args:
+        spec: the network.
+        seed: of the training.
+        device: where the network goes.
+        initial: how its weights are drawn, as a Recipe says.
+
+    Raises:
+        ValueError: `initial` is unknown, or the network cannot be drawn by name.
+    """
+
+    def construct() -> nn.Module:
+        return backbones.build(spec.name, **spec.options)
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_at("init", seed))
-        model = backbones.build(spec.name, **spec.options)
+        if initial == "in_order":
+            model = construct()
+        elif initial == "by_name":
+            model = build_by_name(construct, seed, partial(backbones.shared_name_of, spec.name))
+        else:
+            raise ValueError(f"unknown initial weights {initial!r}; known: in_order, by_name")
     return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -127,7 +148,7 @@ class Trainer:
         self.micro_batch = resources.micro_batch or spec.recipe.batch
 
         # Networks, optimiser and objective.
-        self.model = model or build(spec.backbone, spec.seed, self.device)
+        self.model = model or build(spec.backbone, spec.seed, self.device, spec.recipe.initial)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.is_sharded = resources.shard_optimizer and group.world_size > 1
         self.optimizer = self._build_optimizer()
@@ -238,7 +259,8 @@ class Trainer:
         # Drop labels for guidance, and flip images.
         y = torch.where(label_draws < recipe.label_dropout, self.spec.data.num_classes, y)
         if flip:
-            x0 = torch.where((flip_draws < 0.5)[:, None, None, None], x0.flip(-1), x0)
+            mirrored = mirror(x0, self.spec.data.fold)
+            x0 = torch.where((flip_draws < 0.5)[:, None, None, None], mirrored, x0)
 
         # A graph overwrites its loss at the next step, so the loss is copied.
         loss = self.forward_backward(x0, y, t, eps, *kept).clone()

@@ -159,11 +159,9 @@ def records(root: Path) -> set[tuple[str, str]]:
 def test_a_table_is_sent_watched_and_done(slurm: dict[str, str], tmp_path: Path):
     script = table(tmp_path, steps=5)
     plan = call(slurm, script, "--dry-run")
-    assert (
-        plan.returncode == 0
-        and "#SBATCH --array=0-2%2" in plan.stdout
-        and not (tmp_path / "results").exists()
-    )
+    assert plan.returncode == 0
+    assert "#SBATCH --array=0-2%2" in plan.stdout
+    assert not (tmp_path / "results").exists()
     ids = dict(
         re.findall(r"^(\w{16})  (?:timing|train|evaluate) +(\w+(?:, seed 0)?) ", plan.stdout, re.M)
     )
@@ -171,10 +169,8 @@ def test_a_table_is_sent_watched_and_done(slurm: dict[str, str], tmp_path: Path)
 
     sent = call(slurm, script)
     assert sent.returncode == 0, sent.stderr
-    assert (
-        len(re.findall(r"^submitted job \d+_\d: ", sent.stdout, re.M)) == 6
-        and "--status" in sent.stdout
-    )
+    assert len(re.findall(r"^submitted job \d+_\d: ", sent.stdout, re.M)) == 6
+    assert "--status" in sent.stdout
     written = next(
         (tmp_path / "results" / "submissions").glob("dico-*/*_submission.sh")
     ).read_text()
@@ -185,12 +181,11 @@ def test_a_table_is_sent_watched_and_done(slurm: dict[str, str], tmp_path: Path)
     )
 
     first = states(call(slurm, script, "--status").stdout)
-    assert set(first) == {"good", "bad", "last"} and set(first.values()) <= {"waiting", "running"}
+    assert set(first) == {"good", "bad", "last"}
+    assert set(first.values()) <= {"waiting", "running"}
     again = call(slurm, script)
-    assert (
-        "6 jobs are in the queue or running already" in again.stdout
-        and "submitted" not in again.stdout
-    )
+    assert "6 jobs are in the queue or running already" in again.stdout
+    assert "submitted" not in again.stdout
 
     until(lambda: not client(slurm, "squeue", "-h"), "the queue empties")
     status = call(slurm, script, "--status").stdout
@@ -200,13 +195,11 @@ def test_a_table_is_sent_watched_and_done(slurm: dict[str, str], tmp_path: Path)
         status,
     )
     found = records(tmp_path / "results")
-    assert {name for name, _ in found} <= set(ids) and sum(
-        state == "done" for _, state in found
-    ) == 7
+    assert {name for name, _ in found} <= set(ids)
+    assert sum(state == "done" for _, state in found) == 7
     nothing = call(slurm, script, "--rows", "good", "last").stdout
-    assert nothing.startswith("every stage has its record; python ") and nothing.endswith(
-        "--cluster slurm --rows good last --report prints the table\n"
-    )
+    assert nothing.startswith("every stage has its record; python ")
+    assert nothing.endswith("--cluster slurm --rows good last --report prints the table\n")
     here = call(slurm, script, "--rows", "good", "last", cluster="here")
     assert here.returncode == 0 and here.stderr == ""  # the same ids: nothing is left to run
 
@@ -215,9 +208,8 @@ def test_timings_are_sent_like_trainings(slurm: dict[str, str], tmp_path: Path):
     script = tmp_path / "time.py"
     script.write_text(TIMED)
     sent = call(slurm, script, "--sweep", "--rows", "tiny", "--task", "training")
-    assert sent.returncode == 0 and re.search(
-        r"^submitted job \d+: tiny, fp32$", sent.stdout, re.M
-    ), sent.stderr
+    assert sent.returncode == 0, sent.stderr
+    assert re.search(r"^submitted job \d+: tiny, fp32$", sent.stdout, re.M), sent.stderr
     until(lambda: not client(slurm, "squeue", "-h"), "the queue empties")
     assert re.search(
         r"timing +tiny, fp32 +done",
@@ -242,7 +234,8 @@ def test_what_was_sent_is_cancelled_and_nothing_else(slurm: dict[str, str], tmp_
         "the run starts",
     )
     done = call(slurm, script, "--rows", "good", "--cancel")
-    assert done.returncode == 0 and len(re.findall(r"^cancelled job ", done.stdout, re.M)) >= 1
+    assert done.returncode == 0
+    assert len(re.findall(r"^cancelled job ", done.stdout, re.M)) >= 1
     until(
         lambda: client(slurm, "squeue", "-h", "-o", "%i").split() == [other],
         "only the other job is left",
@@ -255,7 +248,8 @@ def test_what_was_sent_is_cancelled_and_nothing_else(slurm: dict[str, str], tmp_
 
 
 def test_an_element_of_an_array_goes_back_alone(slurm: dict[str, str], tmp_path: Path):
-    script, rows = table(tmp_path, steps=100_000), ("--rows", "good", "last")
+    script = table(tmp_path, steps=100_000)
+    rows = ("--rows", "good", "last")
     sent = call(slurm, script, *rows).stdout
     first, last = re.findall(r"^submitted job (\d+_[01]): \w+, seed 0$", sent, re.M)
     until(
@@ -277,10 +271,8 @@ def test_an_element_of_an_array_goes_back_alone(slurm: dict[str, str], tmp_path:
         for job in (first, last)
     }
     until(lambda: restarts[last]() == "1", "the element that was asked to make room is requeued")
-    assert (
-        restarts[first]() == "0"
-        and client(slurm, "squeue", "-h", "-j", first, "-o", "%T") == "RUNNING\n"
-    )
+    assert restarts[first]() == "0"
+    assert client(slurm, "squeue", "-h", "-j", first, "-o", "%T") == "RUNNING\n"
     assert call(slurm, script, *rows, "--cancel").returncode == 0
     until(lambda: not client(slurm, "squeue", "-h"), "the queue empties")
 
@@ -305,7 +297,8 @@ def training(slurm: dict[str, str], script: Path, *options: str, runs: int = 1) 
 def test_a_job_that_a_higher_partition_takes_the_nodes_from_goes_on_and_a_cancelled_one_does_not(
     slurm: dict[str, str], tmp_path: Path
 ):
-    script, rows = table(tmp_path, steps=100_000), ("--rows", "good")
+    script = table(tmp_path, steps=100_000)
+    rows = ("--rows", "good")
     (job,) = re.findall(
         r"^submitted job (\d+): good, seed 0$", call(slurm, script, *rows).stdout, re.M
     )
@@ -322,10 +315,8 @@ def test_a_job_that_a_higher_partition_takes_the_nodes_from_goes_on_and_a_cancel
     )
     until(lambda: [len(found) for found in attempts(script).values()] == [2], "the run goes on")
     ((first, second),) = attempts(script).values()
-    assert (
-        first["reason"] == "asked to stop (SIGTERM), to make room"
-        and 0 < first["end"] == second["start"]
-    )
+    assert first["reason"] == "asked to stop (SIGTERM), to make room"
+    assert 0 < first["end"] == second["start"]
     (run,) = (path.parent for path in tmp_path.glob("results/runs/*/attempts.json"))
     until(
         lambda: ((heartbeat.read_heartbeat(run) or {}).get("step") or 0) > second["start"],
@@ -334,16 +325,15 @@ def test_a_job_that_a_higher_partition_takes_the_nodes_from_goes_on_and_a_cancel
     assert call(slurm, script, *rows, "--cancel").stdout == f"cancelled job {job}: good, seed 0\n"
     until(lambda: not client(slurm, "squeue", "-h"), "the queue empties")
     ((_, second),) = attempts(script).values()
-    assert (
-        second["reason"] == "asked to stop (SIGTERM)"
-        and client(slurm, "squeue", "-h", "-t", "all", "-j", job, "-o", "%T") == "CANCELLED\n"
-    )
+    assert second["reason"] == "asked to stop (SIGTERM)"
+    assert client(slurm, "squeue", "-h", "-t", "all", "-j", job, "-o", "%T") == "CANCELLED\n"
     assert not [state for _, state in records(tmp_path / "results") if state == "failed"]
     assert "last heard of: asked to stop (SIGTERM)" in call(slurm, script, *rows, "--status").stdout
 
 
 def test_a_run_whose_slurmd_died_is_not_made_twice(slurm: dict[str, str], tmp_path: Path):
-    script, rows = table(tmp_path, steps=100_000), ("--rows", "good")
+    script = table(tmp_path, steps=100_000)
+    rows = ("--rows", "good")
     often = slurm | {"DICO_SLURM_CHECKPOINT_EVERY": "5"}
     (job,) = re.findall(
         r"^submitted job (\d+): good, seed 0$", call(often, script, *rows).stdout, re.M
@@ -367,19 +357,16 @@ def test_a_run_whose_slurmd_died_is_not_made_twice(slurm: dict[str, str], tmp_pa
     (run,) = (path.parent for path in tmp_path.glob("results/runs/*/attempts.json"))
     before = heartbeat.read_heartbeat(run)  # of the process that nobody hears of
     until(lambda: heartbeat.read_heartbeat(run)["step"] > before["step"], "it goes on")
-    assert heartbeat.read_heartbeat(run)["pid"] == before["pid"] and [
-        len(found) for found in attempts(script).values()
-    ] == [1]
+    assert heartbeat.read_heartbeat(run)["pid"] == before["pid"]
+    assert [len(found) for found in attempts(script).values()] == [1]
     subprocess.run(["bash", CLUSTER, "node-start", node[-1]], env=cluster, check=True)
     until(
         lambda: [len(found) for found in attempts(script).values()] == [2],
         "the other attempt goes on",
     )
     ((first, second),) = attempts(script).values()
-    assert (
-        0 < second["start"] <= first["end"]
-        and heartbeat.read_heartbeat(run)["pid"] != before["pid"]
-    )
+    assert 0 < second["start"] <= first["end"]
+    assert heartbeat.read_heartbeat(run)["pid"] != before["pid"]
     assert call(slurm, script, *rows, "--cancel").returncode == 0
     until(lambda: not client(slurm, "squeue", "-h"), "the queue empties")
     until(
@@ -394,7 +381,8 @@ def test_a_run_whose_slurmd_died_is_not_made_twice(slurm: dict[str, str], tmp_pa
 def test_a_time_limit_is_survived_with_a_signal_before_it_and_without(
     slurm: dict[str, str], tmp_path: Path
 ):
-    script, rows = table(tmp_path, steps=1_000_000), ("--rows", "good", "last")
+    script = table(tmp_path, steps=1_000_000)
+    rows = ("--rows", "good", "last")
     slurm = {
         name: value
         for name, value in slurm.items()
@@ -418,7 +406,8 @@ def test_a_time_limit_is_survived_with_a_signal_before_it_and_without(
 
 
 def test_a_results_folder_that_a_node_cannot_write_is_named(slurm: dict[str, str], tmp_path: Path):
-    script, rows = table(tmp_path, steps=5), ("--rows", "good")
+    script = table(tmp_path, steps=5)
+    rows = ("--rows", "good")
     (job,) = re.findall(
         r"^submitted job (\d+): good, seed 0$",
         call(slurm | {"DICO_SLURM_OPTIONS": "hold"}, script, *rows).stdout,
@@ -449,21 +438,19 @@ def test_a_results_folder_that_a_node_cannot_write_is_named(slurm: dict[str, str
         "slurm/dico_s.sh",
     ).strip()
     until(lambda: not client(slurm, "squeue", "-h"), "the queue empties")
-    assert (
-        "cannot write results to" in (tmp_path / "log").read_text()
-        and client(slurm, "squeue", "-h", "-t", "all", "-j", job, "-o", "%T") == "FAILED\n"
-    )
+    assert "cannot write results to" in (tmp_path / "log").read_text()
+    assert client(slurm, "squeue", "-h", "-t", "all", "-j", job, "-o", "%T") == "FAILED\n"
 
 
 def test_what_the_scheduler_would_refuse_only_today_is_queued(
     slurm: dict[str, str], tmp_path: Path
 ):
     client(slurm, "scontrol", "update", "nodename=ALL", "state=drain", "reason=test")
-    script, rows = table(tmp_path, steps=5), ("--rows", "good")
+    script = table(tmp_path, steps=5)
+    rows = ("--rows", "good")
     sent = call(slurm, script, *rows)
-    assert sent.returncode == 0 and re.search(
-        r"^submitted job \d+: good, seed 0$", sent.stdout, re.M
-    ), sent.stderr
+    assert sent.returncode == 0, sent.stderr
+    assert re.search(r"^submitted job \d+: good, seed 0$", sent.stdout, re.M), sent.stderr
     assert re.search(
         "^warning: sbatch: .*Requested node configuration is not available; submitted all the same",
         sent.stderr,
@@ -484,20 +471,18 @@ def test_the_scheduler_refuses_in_its_own_words(
     refused = call(
         slurm | {f"DICO_SLURM_{name}": "moon"}, table(tmp_path, steps=5), "--rows", "good"
     )
-    assert (
-        refused.returncode == 2
-        and words in refused.stderr
-        and refused.stderr.splitlines()[-1].startswith("error: sbatch: ")
-    )
-    assert not client(slurm, "squeue", "-h") and not list(
-        (tmp_path / "results").glob("submissions/dico-*")
-    )
+    assert refused.returncode == 2
+    assert words in refused.stderr
+    assert refused.stderr.splitlines()[-1].startswith("error: sbatch: ")
+    assert not client(slurm, "squeue", "-h")
+    assert not list((tmp_path / "results").glob("submissions/dico-*"))
 
 
 def test_a_batch_script_gives_the_same_records_in_two_processes(
     slurm: dict[str, str], tmp_path: Path
 ):
-    script, root = table(tmp_path, steps=5), tmp_path / "results"
+    script = table(tmp_path, steps=5)
+    root = tmp_path / "results"
     (tmp_path / "one.py").write_text(
         "import sys, tiny\nfrom experiments import run\n"
         "run.TABLES[4] = tiny.table\nsys.exit(run.main())\n"
@@ -556,6 +541,5 @@ def test_a_training_survives_faults(slurm: dict[str, str]):
         "requeue",
         "restart controller",
     }
-    assert done.returncode == 0 and "faults injected: 3; survived: 3" in done.stdout, (
-        done.stdout + done.stderr
-    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "faults injected: 3; survived: 3" in done.stdout, done.stdout + done.stderr

@@ -84,8 +84,8 @@ def whole_path(given: Path, root: Path, dies: str) -> None:
     elif dies == "sampling":
         samples.to_uint8 = dying(samples.to_uint8, lambda x: pieces.append(0) or len(pieces) == 2)
     elif dies == "scoring":
-        scoring_measure._piece = dying(
-            scoring_measure._piece, lambda *piece: pieces.append(0) or len(pieces) == 2
+        scoring_measure._measure_piece = dying(
+            scoring_measure._measure_piece, lambda *piece: pieces.append(0) or len(pieces) == 2
         )
     pictures, vae = find_pictures(given / "pictures", 2), load_autoencoder(str(given / "vae"))
     data = Data(
@@ -181,6 +181,6 @@ def test_killed_at_every_stage_the_path_ends_with_the_same_bits(given: Path, tmp
     )
     assert (
         "'num_images': 12" in scored["manifest"]
-        and "'name': 'vae'" in scored["manifest"]
+        and "'name': 'unknown'" in scored["manifest"]
         and "fewer than the 2048" in scored["warnings"]
     )

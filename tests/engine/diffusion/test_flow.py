@@ -18,7 +18,8 @@ from experiments.engine.sampling.counting import CountingModel
 from experiments.engine.specs.spec import Sampler
 from tests.support.flows import ImpulseNoise, labels, sample
 
-MEAN, STD = 0.3, 0.7
+MEAN = 0.3
+STD = 0.7
 paths = pytest.mark.parametrize("path", PATHS)
 
 
@@ -50,11 +51,13 @@ def test_paths_lead_from_noise_to_data_at_their_own_rates(path: str):
 @paths
 def test_the_loss_is_the_squared_error_of_the_velocity_and_smallest_at_its_expectation(path: str):
     draw = torch.Generator().manual_seed(0)
-    flow, t = Flow(path), torch.rand(4000, generator=draw, dtype=torch.float64)
+    flow = Flow(path)
+    t = torch.rand(4000, generator=draw, dtype=torch.float64)
     x0 = MEAN + STD * torch.randn(4000, 1, 3, 5, generator=draw, dtype=torch.float64)
     eps = torch.randn(x0.shape, generator=draw, dtype=torch.float64)
     found = flow.losses(gaussian(path), x0, labels(4000), t, eps)
-    assert torch.equal(found["loss"], found["mse"]) and found["loss"].shape == (4000,)
+    assert torch.equal(found["loss"], found["mse"])
+    assert found["loss"].shape == (4000,)
     a, s, da, ds = PATHS[path](t[7])
     x_t = a * x0[7:8] + s * eps[7:8]
     naive = (
@@ -82,15 +85,15 @@ def test_a_network_with_other_channels_is_refused():
 def test_times_are_uniform_and_reproducible(path: str):
     t = Flow(path).draw_times(4000, torch.Generator().manual_seed(3))
     assert torch.equal(t, Flow(path).draw_times(4000, torch.Generator().manual_seed(3)))
-    assert t.min() >= 0 and t.max() < 1 and (t.histc(10, 0, 1) - 400).abs().max() < 100
+    assert t.min() >= 0
+    assert t.max() < 1
+    assert (t.histc(10, 0, 1) - 400).abs().max() < 100
 
 
 @paths
 def test_the_score_behind_a_velocity(path: str):
-    x, t = (
-        torch.linspace(-2, 2, 30, dtype=torch.float64).reshape(6, 1, 1, 5),
-        torch.linspace(0, 0.95, 6, dtype=torch.float64),
-    )
+    x = torch.linspace(-2, 2, 30, dtype=torch.float64).reshape(6, 1, 1, 5)
+    t = torch.linspace(0, 0.95, 6, dtype=torch.float64)
     a, s, _, _ = Flow(path).coefficients(t)
     expected = -(x - a * MEAN) / (a**2 * STD**2 + s**2)
     torch.testing.assert_close(Flow(path).score(gaussian(path)(x, t, labels(6)), x, t), expected)
@@ -107,11 +110,9 @@ def test_solvers_converge_to_the_flow_at_their_order(solver, order: int, path: s
         .item()
         for n in (32, 64, 128)
     ]
-    assert (
-        math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.2)
-        and math.log2(errors[1] / errors[2]) == pytest.approx(order, abs=0.1)
-        and errors[-1] < 0.02
-    ), errors
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.2), errors
+    assert math.log2(errors[1] / errors[2]) == pytest.approx(order, abs=0.1), errors
+    assert errors[-1] < 0.02, errors
 
 
 def curved(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -125,10 +126,8 @@ def curved(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("atol, rtol", [(1e-6, 1e-3), (1e-8, 1e-6)])
 def test_every_image_takes_the_steps_of_a_solver_of_its_own(atol: float, rtol: float):
-    first, y = (
-        torch.randn(4, 2, 3, 5, generator=torch.Generator().manual_seed(0)).double(),
-        torch.arange(4),
-    )
+    first = torch.randn(4, 2, 3, 5, generator=torch.Generator().manual_seed(0)).double()
+    y = torch.arange(4)
     counted = CountingModel(curved)
     found = sample(Dopri5(atol, rtol), counted, y, ImpulseNoise(first))
     evaluated = 0
@@ -181,18 +180,21 @@ def sde_by_recursion(
     path: str, form: str, num_steps: int, last_step: str, size: float
 ) -> tuple[float, float]:
     """Mean and variance of the chain from N(0, 1), in numpy."""
-    mean, variance, dt = 0.0, 1.0, (1 - size) / (num_steps - 1)
+    mean = 0.0
+    variance = 1.0
+    dt = (1 - size) / (num_steps - 1)
     for i in range(num_steps):
         t = i * dt
         if path == "linear":
-            a, s, da, ds = t, 1 - t, 1.0, -1.0
+            a = t
+            s = 1 - t
+            da = 1.0
+            ds = -1.0
         else:
-            a, s, da, ds = (
-                math.sin(math.pi * t / 2),
-                math.cos(math.pi * t / 2),
-                math.pi / 2 * math.cos(math.pi * t / 2),
-                -math.pi / 2 * math.sin(math.pi * t / 2),
-            )
+            a = math.sin(math.pi * t / 2)
+            s = math.cos(math.pi * t / 2)
+            da = math.pi / 2 * math.cos(math.pi * t / 2)
+            ds = -math.pi / 2 * math.sin(math.pi * t / 2)
         spread = a**2 * STD**2 + s**2
         w = {
             "constant": 1,
@@ -205,7 +207,8 @@ def sde_by_recursion(
             da * a * STD**2 + ds * s
         ) / spread  # slope of the velocity; of the score it is -1 / spread
         if i == num_steps - 1 and last_step == "tweedie":
-            slope, centre = a * STD**2 / spread, MEAN
+            slope = a * STD**2 / spread
+            centre = MEAN
         else:
             slope = 1 + (rate - (w / spread if i < num_steps - 1 or last_step == "mean" else 0)) * (
                 dt if i < num_steps - 1 else size
@@ -231,10 +234,10 @@ def test_the_sde_follows_the_recursion(path: str, form: str, last_step: str):
         x[-1].item(),
     )  # image k sees draw k alone, the last one none
     mean, variance = sde_by_recursion(path, form, num_steps, last_step, 0.04)
-    assert len(steps) == num_steps - 1 and noise.num_later_draws == num_steps - 1
-    assert offset == pytest.approx(
-        mean, rel=1e-5, abs=1e-6
-    ) and gains.square().sum().item() == pytest.approx(variance, rel=1e-5)
+    assert len(steps) == num_steps - 1
+    assert noise.num_later_draws == num_steps - 1
+    assert offset == pytest.approx(mean, rel=1e-5, abs=1e-6)
+    assert gains.square().sum().item() == pytest.approx(variance, rel=1e-5)
 
 
 @paths
@@ -243,7 +246,8 @@ def test_the_sde_converges_to_the_data(path: str):
     for num_steps in (50, 200, 800):
         mean, variance = sde_by_recursion(path, "sigma", num_steps, "mean", 1 / num_steps)
         errors.append(abs(mean - MEAN) + abs(variance - STD**2))
-    assert errors[0] > 3 * errors[1] > 9 * errors[2] and errors[2] < 5e-3, errors
+    assert errors[0] > 3 * errors[1] > 9 * errors[2], errors
+    assert errors[2] < 5e-3, errors
 
 
 def test_what_an_sde_cannot_be_is_refused():
@@ -287,6 +291,7 @@ def test_an_image_of_a_flow_depends_on_its_seed_and_not_on_the_batch(
     torch.testing.assert_close(torch.cat([x for x, _ in parts]), whole, rtol=1e-4, atol=1e-4)
     if name == "dopri5":
         nfe_alone = [count for _, count in parts]
-        assert evaluations == pytest.approx(np.mean(nfe_alone)) and len(set(nfe_alone)) > 1
+        assert evaluations == pytest.approx(np.mean(nfe_alone))
+        assert len(set(nfe_alone)) > 1
     else:
         assert evaluations == nfe * (2 if scale > 1 else 1)

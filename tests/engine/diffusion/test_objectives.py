@@ -26,7 +26,8 @@ from experiments.engine.sampling.counting import CountingModel
 from experiments.engine.specs.spec import Diffusion, Sampler
 from tests.support.flows import ImpulseNoise, labels, sample
 
-MEAN, STD = 0.3, 0.7
+MEAN = 0.3
+STD = 0.7
 UVIT = Diffusion(betas="stable_diffusion", variance="fixed", first_step=1)
 
 
@@ -60,19 +61,16 @@ def test_betas_are_the_closed_forms():
 
 
 def test_a_declaration_becomes_its_process():
-    old, new = IDDPM.linear(), build_diffusion(Diffusion())
-    assert (
-        new.learned
-        and torch.equal(old.betas, new.betas)
-        and torch.equal(old.timesteps, new.timesteps)
-    )
+    old = IDDPM.linear()
+    new = build_diffusion(Diffusion())
+    assert new.learned
+    assert torch.equal(old.betas, new.betas)
+    assert torch.equal(old.timesteps, new.timesteps)
     uvit = build_diffusion(UVIT)
-    assert (uvit.timesteps[0], uvit.timesteps[-1], uvit.learned, uvit.respaced(10).learned) == (
-        1,
-        1000,
-        False,
-        False,
-    )
+    assert uvit.timesteps[0] == 1
+    assert uvit.timesteps[-1] == 1000
+    assert uvit.learned is False
+    assert uvit.respaced(10).learned is False
     assert isinstance(build_diffusion(Diffusion("flow", path="gvp")), Flow)
 
 
@@ -91,9 +89,11 @@ def test_what_is_not_known_is_refused_with_what_is(change: dict[str, str], words
 
 
 def test_the_loss_of_a_network_that_predicts_the_noise_alone():
-    diffusion, draw = build_diffusion(UVIT), torch.Generator().manual_seed(0)
+    diffusion = build_diffusion(UVIT)
+    draw = torch.Generator().manual_seed(0)
     x0, eps = (torch.randn(6, 2, 3, 5, generator=draw) for _ in range(2))
-    t, seen = torch.tensor([0, 1, 500, 998, 999, 3]), []
+    t = torch.tensor([0, 1, 500, 998, 999, 3])
+    seen = []
 
     def model(x: Tensor, time: Tensor, y: Tensor) -> Tensor:
         seen.append((x, time))
@@ -105,7 +105,8 @@ def test_the_loss_of_a_network_that_predicts_the_noise_alone():
         a[:, None, None, None] * x0.double().numpy()
         + np.sqrt(1 - a**2)[:, None, None, None] * eps.double().numpy()
     )
-    assert found.keys() == {"loss", "mse"} and torch.equal(seen[0][1], t + 1)
+    assert found.keys() == {"loss", "mse"}
+    assert torch.equal(seen[0][1], t + 1)
     np.testing.assert_allclose(
         found["loss"].numpy(), ((eps.numpy() - np.sin(x_t)) ** 2).mean((1, 2, 3)), rtol=1e-5
     )
@@ -120,12 +121,16 @@ def test_the_loss_of_a_network_that_predicts_the_noise_alone():
 def test_ancestral_sampling_with_the_posteriors_variance(betas: str):
     """Against the recursion of mean and variance in numpy, and near the data."""
     diffusion = build_diffusion(Diffusion(betas=betas, variance="fixed")).respaced(200)
-    cumprod, mean, variance = diffusion.alphas_cumprod.numpy(), 0.0, 1.0
+    cumprod = diffusion.alphas_cumprod.numpy()
+    mean = 0.0
+    variance = 1.0
     for i in reversed(range(200)):
-        here, before = cumprod[i], cumprod[i - 1] if i else 1.0
+        here = cumprod[i]
+        before = cumprod[i - 1] if i else 1.0
         beta = 1 - here / before
         gain = here**0.5 * STD**2 / (here * STD**2 + 1 - here)  # slope of E[x0 | x]
-        c1, c2 = beta * before**0.5 / (1 - here), (1 - before) * (1 - beta) ** 0.5 / (1 - here)
+        c1 = beta * before**0.5 / (1 - here)
+        c2 = (1 - before) * (1 - beta) ** 0.5 / (1 - here)
         slope = c1 * gain + c2
         mean, variance = (
             slope * mean + c1 * MEAN * (1 - gain * here**0.5),
@@ -135,10 +140,10 @@ def test_ancestral_sampling_with_the_posteriors_variance(betas: str):
     first = torch.zeros(202, 1, 1, 1)
     first[0] = 1
     x = sample(Ancestral(diffusion), gaussian(original), labels(202), ImpulseNoise(first))
-    assert x[-1].item() == pytest.approx(mean, rel=1e-4) and (
-        x[:-1] - x[-1]
-    ).square().sum().item() == pytest.approx(variance, rel=1e-4)
-    assert mean == pytest.approx(MEAN, rel=0.02) and variance == pytest.approx(STD**2, rel=0.1)
+    assert x[-1].item() == pytest.approx(mean, rel=1e-4)
+    assert (x[:-1] - x[-1]).square().sum().item() == pytest.approx(variance, rel=1e-4)
+    assert mean == pytest.approx(MEAN, rel=0.02)
+    assert variance == pytest.approx(STD**2, rel=0.1)
 
 
 def flowed(diffusion: IDDPM, first: Tensor, end: int = 0) -> Tensor:
@@ -149,16 +154,16 @@ def flowed(diffusion: IDDPM, first: Tensor, end: int = 0) -> Tensor:
 
 
 def test_dpm_solver_converges_to_the_flow_at_order_two():
-    diffusion, first = build_diffusion(UVIT), torch.linspace(-2, 2, 5).reshape(5, 1, 1, 1)
+    diffusion = build_diffusion(UVIT)
+    first = torch.linspace(-2, 2, 5).reshape(5, 1, 1, 1)
 
     def error(sampler: BoundSampler) -> float:
         x = sample(sampler, gaussian(diffusion), labels(5), ImpulseNoise(first))
         return (x - flowed(diffusion, first)).abs().max().item()
 
     errors = [error(DPMSolver(diffusion, n)) for n in (64, 512, 1024, 2048)]
-    assert math.log2(errors[1] / errors[2]) == pytest.approx(2, abs=0.15) and math.log2(
-        errors[2] / errors[3]
-    ) == pytest.approx(2, abs=0.1), errors
+    assert math.log2(errors[1] / errors[2]) == pytest.approx(2, abs=0.15), errors
+    assert math.log2(errors[2] / errors[3]) == pytest.approx(2, abs=0.1), errors
     assert errors[0] < 0.7 * error(DDIM(diffusion.respaced(64)))
 
 
@@ -194,11 +199,10 @@ def test_dpm_solver_against_diffusers(num_steps: int):
 )
 def test_the_scheduler_of_diffusers_leads_where_the_flow_does(declared: Diffusion):
     pytest.importorskip("diffusers")
-    diffusion, first = (
-        build_diffusion(declared),
-        torch.linspace(-2, 2, 5, dtype=torch.float64).reshape(5, 1, 1, 1),
-    )
-    exact, times = gaussian(diffusion), []
+    diffusion = build_diffusion(declared)
+    first = torch.linspace(-2, 2, 5, dtype=torch.float64).reshape(5, 1, 1, 1)
+    exact = gaussian(diffusion)
+    times = []
 
     def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         times.append(t[0].item())
@@ -213,12 +217,11 @@ def test_the_scheduler_of_diffusers_leads_where_the_flow_does(declared: Diffusio
         .item()
         for n in (10, 100)
     )
-    assert fine < 0.02 and fine < coarse / 4
-    assert (
-        len(times) == 110
-        and times[10] == 999 + declared.first_step
-        and all(time == int(time) for time in times)
-    )
+    assert fine < 0.02
+    assert fine < coarse / 4
+    assert len(times) == 110
+    assert times[10] == 999 + declared.first_step
+    assert all(time == int(time) for time in times)
 
 
 def test_without_diffusers_its_scheduler_is_one_line(monkeypatch: pytest.MonkeyPatch):
@@ -242,7 +245,10 @@ def test_dpm_solver_is_guided_at_every_step_of_its_recipe():
         labels(2),
         ImageNoise([0, 1], (1, 2, 2)),
     )
-    assert counted.evaluated / 2 == 100 and len(times) == 50 and times[0] == 1000 and min(times) > 1
+    assert counted.evaluated / 2 == 100
+    assert len(times) == 50
+    assert times[0] == 1000
+    assert min(times) > 1
     np.testing.assert_allclose(np.diff(times), -999 / 50, rtol=1e-4)
 
 

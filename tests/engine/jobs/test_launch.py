@@ -55,10 +55,8 @@ def test_an_interrupt_while_workers_load_is_one_line(tmp_path: Path):
         time.sleep(0.005)
     os.killpg(running.pid, signal.SIGINT)
     errors = running.communicate()[1]
-    assert (
-        errors.splitlines() == ["interrupted; run the same command again to continue"]
-        and running.returncode == 130
-    )
+    assert errors.splitlines() == ["interrupted; run the same command again to continue"]
+    assert running.returncode == 130
 
 
 def write_for_ever(folder: Path, pipe: Connection) -> None:
@@ -85,4 +83,5 @@ def test_a_worker_that_is_ended_removes_what_it_was_writing(tmp_path: Path):
     assert list(tmp_path.iterdir())
     process.terminate()
     process.join()
-    assert process.exitcode == 128 + signal.SIGTERM and not list(tmp_path.iterdir())
+    assert process.exitcode == 128 + signal.SIGTERM
+    assert not list(tmp_path.iterdir())

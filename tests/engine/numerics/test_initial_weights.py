@@ -9,7 +9,10 @@ from scipy import stats
 from torch import nn
 
 import backbones
+from backbones.registry import shared_name_of
 from experiments.engine.numerics.initial_weights import build_by_name, nested_numbers
+from experiments.engine.specs.spec import Backbone
+from experiments.engine.training.trainer import build
 
 SHAPE = dict(input_size=8, in_channels=1, num_classes=10)
 SMALL = dict(dim=16, depths=(1, 1, 1, 1, 1)) | SHAPE
@@ -103,3 +106,40 @@ def test_a_constructor_that_draws_otherwise_is_refused():
         ValueError, match="cannot be drawn by name: a constructor calls aten.randperm"
     ):
         build_by_name(shuffled, 0)
+
+
+@pytest.mark.parametrize(
+    "published, controlled",
+    [
+        (
+            ("dico_s", dict(dim=16, depths=(2, 1, 1, 1, 1))),
+            ("hourglass", dict(dim=16, depths=(2, 1, 1, 1, 1), mixer="conv")),
+        ),
+        (
+            ("dit_s_2", dict(dim=24, depth=2, heads=3)),
+            (
+                "isotropic",
+                dict(
+                    dim=24,
+                    depth=2,
+                    mlp_ratio=4.0,
+                    mixer="softmax",
+                    mixer_options=dict(heads=3),
+                    gelu="tanh",
+                ),
+            ),
+        ),
+    ],
+    ids=["dico", "dit"],
+)
+def test_a_published_family_starts_where_the_same_controlled_network_does(published, controlled):
+    first, second = (
+        build(Backbone(name, options | SHAPE), 3, torch.device("cpu"), "by_name")
+        for name, options in (published, controlled)
+    )
+    renamed = {shared_name_of(published[0], name): p for name, p in first.named_parameters()}
+    expected = dict(second.named_parameters())
+
+    assert renamed.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(renamed[name].flatten(), expected[name].flatten()), name

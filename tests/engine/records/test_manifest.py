@@ -17,17 +17,17 @@ from experiments.engine.records.comparison import (
     Missing,
     clashes,
     differences,
+    fields_of_some,
     incomparable,
-    not_recorded,
 )
 from experiments.engine.records.effects import EFFECTS, effect_of
 from experiments.engine.records.manifest import (
     declared,
     manifest,
     record_manifest,
-    score_name,
     with_defaults,
 )
+from experiments.engine.records.score_names import FID, counted_name
 from experiments.engine.records.store import Record, Store
 from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.reporting.comparison import comparison_sheet
@@ -64,9 +64,8 @@ def made(
 
 
 def test_the_hash_names_how_was_measured_and_not_what():
-    assert made()["hash"] == made(batch=100)["hash"] and pairs(made(), made(batch=100)) == [
-        ("run.batch", 250, 100)
-    ]
+    assert made()["hash"] == made(batch=100)["hash"]
+    assert pairs(made(), made(batch=100)) == [("run.batch", 250, 100)]
     assert (
         made()["hash"]
         == made(model={"weights_sha256": "2", "key": "ema"})["hash"]
@@ -91,9 +90,8 @@ def test_the_hash_names_how_was_measured_and_not_what():
 )
 def test_every_declared_choice_changes_the_hash_and_is_named(field: str, changed: dict[str, Any]):
     other = made(replace(SPEC, **changed))
-    assert other["hash"] != made()["hash"] and [key for key, _, _ in pairs(made(), other)] == [
-        field
-    ] == incomparable(made(), other)
+    assert other["hash"] != made()["hash"]
+    assert [key for key, _, _ in pairs(made(), other)] == [field] == incomparable(made(), other)
     assert effect_of(field).size
 
 
@@ -112,19 +110,15 @@ def test_every_declared_choice_changes_the_hash_and_is_named(field: str, changed
 def test_everything_found_changes_the_hash_and_has_a_known_effect_of(
     field: str, found: dict[str, Any]
 ):
-    assert (
-        made(**found)["hash"] != made()["hash"]
-        and field in [key for key, _, _ in pairs(made(), made(**found))]
-        and effect_of(field).size
-    )
+    assert made(**found)["hash"] != made()["hash"]
+    assert field in [key for key, _, _ in pairs(made(), made(**found))]
+    assert effect_of(field).size
 
 
 def test_what_the_networks_saw_is_recorded_beyond_its_name():
     other = made(evaluate_stage(TABLE_4.rows[0], IMAGENET256_FIXED, 0))
-    assert (
-        pairs(made(), other) == [("model.data.latents", "moments", "fixed")]
-        and other["hash"] == made()["hash"]
-    )
+    assert pairs(made(), other) == [("model.data.latents", "moments", "fixed")]
+    assert other["hash"] == made()["hash"]
     longer = made(
         evaluate_stage(
             TABLE_4.rows[0],
@@ -132,18 +126,17 @@ def test_what_the_networks_saw_is_recorded_beyond_its_name():
             0,
         )
     )
-    assert [key for key, _, _ in pairs(made(), longer)] == ["model.recipe.steps"] and effect_of(
-        "model.recipe.steps"
-    ).size
+    assert [key for key, _, _ in pairs(made(), longer)] == ["model.recipe.steps"]
+    assert effect_of("model.recipe.steps").size
 
 
 def test_a_model_may_differ_and_what_one_does_not_record_is_no_clash():
     other = made(evaluate_stage(TABLE_4.rows[1], IMAGENET256, 1))
-    assert pairs(made(), other) and not incomparable(made(), other)
+    assert pairs(made(), other)
+    assert not incomparable(made(), other)
     bare = declared(canonical(SPEC, full=True))
-    assert ("measure.extractor.sha256", "ab", Missing.NOT_RECORDED) in pairs(
-        made(), bare
-    ) and not incomparable(made(), bare)
+    assert ("measure.extractor.sha256", "ab", Missing.NOT_RECORDED) in pairs(made(), bare)
+    assert not incomparable(made(), bare)
 
 
 def test_what_a_model_did_without_is_a_difference_and_no_gap():
@@ -154,22 +147,17 @@ def test_what_a_model_did_without_is_a_difference_and_no_gap():
     )
     del alone["model"]["init_from"]
     found = {key: values for key, *values in pairs(whole, alone)}
-    assert (
-        not [values for values in found.values() if Missing.NOT_RECORDED in values]
-        and "model.init_from" not in found
-    )
+    assert not [values for values in found.values() if Missing.NOT_RECORDED in values]
+    assert "model.init_from" not in found
     assert found["measure.guidance.classifier"] == [
         "mean + scale variance gradient of log p(y | x_t), scale 1.0",
         Missing.WITHOUT,
     ]
-    assert (
-        "name ancestral, num_steps 50" in found["measure.upsampling"][0]
-        and found["measure.upsampling"][1] == found["model.upsampler"][1] == Missing.WITHOUT
-    )
+    assert "name ancestral, num_steps 50" in found["measure.upsampling"][0]
+    assert found["measure.upsampling"][1] == found["model.upsampler"][1] == Missing.WITHOUT
     assert {key: values[::-1] for key, *values in pairs(alone, whole)} == found
-    assert {"measure.guidance.classifier", "measure.upsampling"} <= set(
-        incomparable(alone, whole)
-    ) and not incomparable(whole, whole)
+    assert {"measure.guidance.classifier", "measure.upsampling"} <= set(incomparable(alone, whole))
+    assert not incomparable(whole, whole)
 
 
 def test_every_effect_has_its_source_and_reaches_a_field_of_a_manifest():
@@ -191,11 +179,9 @@ def test_every_effect_has_its_source_and_reaches_a_field_of_a_manifest():
         )
     }
     for prefix, effect in EFFECTS.items():
-        assert (
-            effect.size
-            and (effect.source or prefix == "model")
-            and any(key == prefix or key.startswith(f"{prefix}.") for key in fields)
-        ), prefix
+        assert effect.size, prefix
+        assert effect.source or prefix == "model", prefix
+        assert any(key == prefix or key.startswith(f"{prefix}.") for key in fields), prefix
 
 
 def test_older_records_say_what_they_can():
@@ -204,15 +190,13 @@ def test_older_records_say_what_they_can():
     record["values"].pop("manifest", None)
     record.pop("format")
     found = record_manifest(Record(**record))
-    assert (
-        found["measure"]["num"] == 500
-        and found["measure"]["extractor"]["sha256"] == record["values"]["classifier_sha256"]
-    )
+    assert found["measure"]["num"] == 500
+    assert found["measure"]["extractor"]["sha256"] == record["values"]["classifier_sha256"]
 
 
 @pytest.mark.parametrize("num, name", [(50_000, "FID-50K"), (500, "FID-500"), (1500, "FID-1500")])
 def test_a_score_carries_its_number_of_images(num: int, name: str):
-    assert score_name("fid", num) == name
+    assert counted_name(FID, num) == name
 
 
 def test_density_of_the_first_closed_balls_is_not_ranked_with_that_of_open_ones():
@@ -236,7 +220,7 @@ def test_tables_rank_across_the_balls_of_density_which_they_do_not_show():
     spec = canonical(SPEC, full=True)
     old, new = (Record("0" * 16, "evaluate", "done", one, {}, "", spec) for one in values)
     assert clashes([new], [old]) == []
-    assert not_recorded([old, new]) == []
+    assert fields_of_some([old, new]) == []
 
 
 def scored(store: Store, row: int, fd: float, seed: int = 0, **found: Any) -> Path:
@@ -275,10 +259,8 @@ def test_tables_refuse_to_rank_across_protocols(tmp_path: Path):
         "Not compared, since scored by another protocol: "
         f"{TABLE_4.rows[1].label} (other extractor.sha256)" in note
     )
-    assert (
-        TABLE_4.rows[1].label not in note.partition("Not compared")[0]
-        and f"better: {TABLE_4.rows[2].label}" in note
-    )
+    assert TABLE_4.rows[1].label not in note.partition("Not compared")[0]
+    assert f"better: {TABLE_4.rows[2].label}" in note
 
 
 def test_a_table_names_the_fields_that_not_all_its_records_hold(tmp_path: Path):
@@ -303,7 +285,8 @@ def test_a_table_names_the_fields_that_not_all_its_records_hold(tmp_path: Path):
     assert not any("not recorded by all" in text for text in alone)
     assert [text for text in both if text.endswith(": nfe, reference.sha256.")]
     records = [store.here.latest(evaluate_stage(row, DIGITS, 0)) for row in TABLE_4.rows[:3]]
-    assert "decoder" not in not_recorded(records)[0] and not not_recorded([])
+    assert fields_of_some(records) == ["nfe"]
+    assert fields_of_some([]) == []
 
 
 def test_no_verdict_is_given_across_protocols(tmp_path: Path):
@@ -338,17 +321,14 @@ def diff(*paths: Path) -> subprocess.CompletedProcess[str]:
 
 def test_the_script_prints_what_differs_and_what_that_does(tmp_path: Path):
     store = Store(tmp_path)
-    a, b, c = (
-        scored(store, 0, 1.0),
-        scored(store, 1, 1.0),
-        scored(store, 2, 1.0, labels={"policy": "random"}),
-    )
-    same, other = diff(a, b), diff(a, c)
-    assert (
-        same.returncode == 0
-        and "may be compared" in same.stdout
-        and "mixer_options.activation: not set | relu" in same.stdout
-    )
+    a = scored(store, 0, 1.0)
+    b = scored(store, 1, 1.0)
+    c = scored(store, 2, 1.0, labels={"policy": "random"})
+    same = diff(a, b)
+    other = diff(a, c)
+    assert same.returncode == 0
+    assert "may be compared" in same.stdout
+    assert "mixer_options.activation: not set | relu" in same.stdout
     guided, raw = (
         scored(store, 3 + k, 1.0, **changed)
         for k, changed in enumerate((dict(guidance={"scale": 1.5}), {}))
@@ -359,13 +339,12 @@ def test_the_script_prints_what_differs_and_what_that_does(tmp_path: Path):
     assert (
         "as w in U-ViT's formula, (1 + w) conditional - w null: 0 | 0.5\n" in diff(a, guided).stdout
     )
-    assert diff(a, raw).returncode == 1 and "6.06 against 8.1" in diff(a, raw).stdout
-    assert (
-        other.returncode == 1
-        and "measure.labels.policy: balanced | random" in other.stdout
-        and "about 0.1" in other.stdout
-        and "RAE README" in other.stdout
-    )
+    assert diff(a, raw).returncode == 1
+    assert "6.06 against 8.1" in diff(a, raw).stdout
+    assert other.returncode == 1
+    assert "measure.labels.policy: balanced | random" in other.stdout
+    assert "about 0.1" in other.stdout
+    assert "RAE README" in other.stdout
 
 
 def test_the_script_tells_what_was_done_without_from_what_is_not_recorded(tmp_path: Path):
@@ -380,17 +359,14 @@ def test_the_script_tells_what_was_done_without_from_what_is_not_recorded(tmp_pa
         decoder={"name": "vae", "scale": 3},
     )
     done = diff(plain, guided)
+    assert done.returncode == 1
     assert (
-        done.returncode == 1
-        and "measure.guidance.classifier: without | p, scale 2.0\n"
-        "    known effect: 10.94 without, 4.59 with"
-        in done.stdout
+        "measure.guidance.classifier: without | p, scale 2.0\n"
+        "    known effect: 10.94 without, 4.59 with" in done.stdout
     )
     assert "measure.decoder.scale: without | 3\n" in done.stdout
-    assert (
-        f"{plain.name} does not record measure.reference.sha256\n" in done.stdout
-        and done.stdout.count("does not record") == 1
-    )
+    assert f"{plain.name} does not record measure.reference.sha256\n" in done.stdout
+    assert done.stdout.count("does not record") == 1
 
 
 def test_the_script_refuses_what_is_no_evaluate_record(tmp_path: Path):
@@ -398,19 +374,17 @@ def test_the_script_refuses_what_is_no_evaluate_record(tmp_path: Path):
     train = next((REPOSITORY / "results" / "reference" / "train").glob("*.json"))
     for bad in (tmp_path / "a.json", tmp_path / "missing.json", train):
         done = diff(bad, bad)
-        assert (
-            done.returncode == 2
-            and done.stderr.startswith("error: ")
-            and done.stderr.count("\n") == 1
-        )
-    assert diff("none.json", "none.json").stderr.startswith(
-        "error: cannot read none.json: No such file or directory"
-    )
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ")
+        assert done.stderr.count("\n") == 1
+    complaint = "error: cannot read none.json: No such file or directory"
+    assert diff("none.json", "none.json").stderr.startswith(complaint)
 
 
 def test_every_committed_score_holds_what_decided_it():
     paths = sorted((REPOSITORY / "results" / "reference" / "evaluate").glob("*.json"))
-    assert paths and not [
+    assert paths
+    assert not [
         path.name
         for path in paths
         if "hash" not in json.loads(path.read_text())["values"].get("manifest", {})
@@ -424,7 +398,8 @@ def test_a_field_that_older_records_lack_leaves_them_comparable():
     for part, key in (("reference", "sha256"), ("labels", "order")):
         old["measure"][part].pop(key, None)
         new["measure"][part][key] = "said"
-    assert not incomparable(old, new) and pairs(old, new) == [
+    assert not incomparable(old, new)
+    assert pairs(old, new) == [
         ("measure.labels.order", Missing.NOT_RECORDED, "said"),
         ("measure.reference.sha256", Missing.NOT_RECORDED, "said"),
     ]

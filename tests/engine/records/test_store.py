@@ -38,19 +38,19 @@ def test_a_record_comes_back_as_it_was_written(tmp_path: Path):
     written = Store(tmp_path).append(SPEC, "done", values, {"commit": "abc", "seconds": 1.5})
     (read,) = Store(tmp_path).here.by_id()[spec_id(SPEC)]
     assert read == written
-    assert (read.kind, read.status, read.error, read.values, read.spec) == (
-        "cost",
-        "done",
-        None,
-        values,
-        canonical(SPEC, full=True),
-    )
+    assert read.kind == "cost"
+    assert read.status == "done"
+    assert read.error is None
+    assert read.values == values
+    assert read.spec == canonical(SPEC, full=True)
 
 
 def test_numbers_that_are_none_survive(tmp_path: Path):
     Store(tmp_path).append(SPEC, "done", {"a": math.nan, "b": math.inf, "c": -math.inf}, {})
     values = Store(tmp_path).here.latest(SPEC).values
-    assert math.isnan(values["a"]) and (values["b"], values["c"]) == (math.inf, -math.inf)
+    assert math.isnan(values["a"])
+    assert values["b"] == math.inf
+    assert values["c"] == -math.inf
 
 
 def test_records_are_only_ever_added(tmp_path: Path):
@@ -58,7 +58,8 @@ def test_records_are_only_ever_added(tmp_path: Path):
     for number in range(5):
         Store(tmp_path).append(SPEC, "done", {"number": number}, {})
         after = everything(tmp_path)
-        assert len(after) == number + 1 and before.items() <= after.items()
+        assert len(after) == number + 1
+        assert before.items() <= after.items()
         before = after
 
 
@@ -79,10 +80,10 @@ def test_the_newest_record_of_a_status_is_found(tmp_path: Path, monkeypatch: pyt
         4,
     ]
     assert found.here.latest(SPEC).values["minute"] == 2
-    assert (failed := found.here.latest(SPEC, status="failed")).values[
-        "minute"
-    ] == 4 and failed.error == "ValueError: no"
-    assert found.here.latest(OTHER) is None and found.reference.latest(SPEC) is None
+    assert (failed := found.here.latest(SPEC, status="failed")).values["minute"] == 4
+    assert failed.error == "ValueError: no"
+    assert found.here.latest(OTHER) is None
+    assert found.reference.latest(SPEC) is None
 
 
 def test_a_failure_is_no_result(tmp_path: Path):
@@ -91,10 +92,13 @@ def test_a_failure_is_no_result(tmp_path: Path):
 
 
 def test_an_open_store_sees_its_own_records_and_others_after_a_refresh(tmp_path: Path):
-    ours, theirs = Store(tmp_path), Store(tmp_path)
-    assert ours.here.latest(SPEC) is None and theirs.here.latest(SPEC) is None
+    ours = Store(tmp_path)
+    theirs = Store(tmp_path)
+    assert ours.here.latest(SPEC) is None
+    assert theirs.here.latest(SPEC) is None
     ours.append(SPEC, "done", {}, {})
-    assert ours.here.latest(SPEC) is not None and theirs.here.latest(SPEC) is None
+    assert ours.here.latest(SPEC) is not None
+    assert theirs.here.latest(SPEC) is None
     theirs.refresh()
     assert theirs.here.latest(SPEC) is not None
 
@@ -102,10 +106,8 @@ def test_an_open_store_sees_its_own_records_and_others_after_a_refresh(tmp_path:
 def test_reference_and_records_are_kept_apart(tmp_path: Path):
     Store(tmp_path).append(SPEC, "done", {}, {})
     (tmp_path / "records").rename(tmp_path / "reference")
-    assert (
-        Store(tmp_path).here.latest(SPEC) is None
-        and Store(tmp_path).reference.latest(SPEC) is not None
-    )
+    assert Store(tmp_path).here.latest(SPEC) is None
+    assert Store(tmp_path).reference.latest(SPEC) is not None
 
 
 GOOD = {
@@ -151,7 +153,8 @@ def test_what_is_no_record_is_reported_and_skipped(
     )
     assert list(Store(tmp_path).here.by_id()) == [spec_id(SPEC)]
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: skipped cost/ffff") and str(tmp_path) not in line
+    assert line.startswith("warning: skipped cost/ffff")
+    assert str(tmp_path) not in line
 
 
 def test_a_folder_named_like_a_record_is_skipped(
@@ -183,8 +186,10 @@ def test_writers_side_by_side_lose_nothing(tmp_path: Path, capsys: pytest.Captur
     assert {(record.values["writer"], record.values["number"]) for record in records} == {
         (writer, number) for writer in range(8) for number in range(20)
     }
-    assert len(records) == 160 and all(record.values["bulk"] == [0.1] * 2000 for record in records)
-    assert not capsys.readouterr().err and not list(tmp_path.rglob("*.tmp"))
+    assert len(records) == 160
+    assert all(record.values["bulk"] == [0.1] * 2000 for record in records)
+    assert not capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_a_lock_keeps_a_second_process_out(tmp_path: Path):
@@ -294,5 +299,6 @@ def test_a_full_or_read_only_folder_is_known_before_any_work(
 def test_provenance_holds_what_the_tree_says_of_itself():
     commit = tree.tree_commit()
     values = store.provenance()
-    assert (values["commit"], values["dirty"]) == (commit.hash, commit.dirty)
+    assert values["commit"] == commit.hash
+    assert values["dirty"] == commit.dirty
     assert values["code"] == tree.tree_digest()

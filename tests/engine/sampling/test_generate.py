@@ -13,6 +13,8 @@ import torch
 
 from experiments.declared.protocols import DIGITS
 from experiments.engine.data.sets import load
+from experiments.engine.judges import classifiers as features
+from experiments.engine.judges.classifiers import digits_classifier
 from experiments.engine.numerics.randomness import ImageNoise
 from experiments.engine.runtime import preemption
 from experiments.engine.runtime.context import Resources, RunContext
@@ -20,9 +22,7 @@ from experiments.engine.runtime.pieces import compute_pieces
 from experiments.engine.runtime.preemption import Preempted, StopRequest
 from experiments.engine.sampling.counting import CountingModel
 from experiments.engine.sampling.generate import generate_images, image_labels, image_seeds
-from experiments.engine.scoring import features
 from experiments.engine.scoring import stage as evaluate
-from experiments.engine.scoring.features import digits_classifier
 from experiments.engine.specs.spec import Backbone, Evaluate, Recipe, Sampler, Train
 from experiments.engine.training import stage as training_stage
 from experiments.engine.training.trainer import build
@@ -145,6 +145,7 @@ def test_scores_are_finite_shares_are_shares_and_every_one_has_its_error(
         "nfe",
         "classifier_accuracy",
         "classifier_sha256",
+        "initial_share",
         *scores,
         *(f"{name}_se" for name in scores),
     }

@@ -12,11 +12,11 @@ import torch
 from experiments.ablation import DICO_S
 from experiments.declared.protocols import DIGITS
 from experiments.engine.data.sets import load
+from experiments.engine.judges.classifiers import digits_classifier, extract
 from experiments.engine.runtime.context import Resources, RunContext
 from experiments.engine.sampling.generate import generate_images, image_labels, image_seeds
 from experiments.engine.scoring import classified
 from experiments.engine.scoring import stage as evaluate
-from experiments.engine.scoring.features import digits_classifier, extract
 from experiments.engine.specs.spec import Evaluate, Sampler
 from experiments.engine.specs.stages import evaluate_stage
 from experiments.engine.training import stage as training_stage

@@ -31,7 +31,8 @@ def resized(images: ndarray) -> ndarray:
         at = np.arange(299, dtype=np.float32) * np.float32(size / 299)
         low = at.astype(int)
         share = (at - low).astype(np.float32).reshape([-1 if i == axis else 1 for i in range(4)])
-        a, b = x.take(low, axis), x.take(np.minimum(low + 1, size - 1), axis)
+        a = x.take(low, axis)
+        b = x.take(np.minimum(low + 1, size - 1), axis)
         return a + (b - a) * share
 
     return along(along(images.astype(np.float32), 2), 1)
@@ -41,9 +42,14 @@ def test_features_have_the_published_shapes_and_probabilities_are_probabilities(
     extractor: Inception,
 ):
     pool, spatial, probabilities = extractor(IMAGES)
-    assert (pool.shape, spatial.shape, probabilities.shape) == ((3, 2048), (3, 2023), (3, 1008))
+    assert pool.shape == (3, 2048)
+    assert spatial.shape == (3, 2023)
+    assert probabilities.shape == (3, 1008)
     assert {part.dtype for part in (pool, spatial, probabilities)} == {np.dtype(np.float32)}
-    assert (pool >= 0).all() and (spatial >= 0).all() and pool.std() > 0 and spatial.std() > 0
+    assert (pool >= 0).all()
+    assert (spatial >= 0).all()
+    assert pool.std() > 0
+    assert spatial.std() > 0
     np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
 
 
@@ -114,7 +120,8 @@ def test_an_untrained_network_is_the_same_every_time_and_leaves_the_generator_al
 ):
     state = torch.get_rng_state()
     again = build_network()
-    assert torch.equal(torch.get_rng_state(), state) and not again.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not again.training
     assert all(
         torch.equal(a, b)
         for a, b in zip(again.parameters(), extractor.network.parameters(), strict=True)

@@ -9,6 +9,7 @@ import pytest
 from numpy import ndarray
 from scipy.special import rel_entr
 
+from experiments.engine.reporting.verdict import Verdict
 from experiments.engine.scoring import reference as scoring_reference
 from experiments.engine.scoring import scores
 from experiments.engine.scoring.frechet import frechet, frechet_se
@@ -197,16 +198,16 @@ def test_common_seeds_resolve_what_independent_ones_do_not():
         a = drawn(800, 100 + seed, 0.1, 1.1)
         b = Measured(a.pool * np.float32(1.01) + np.float32(0.002), a.spatial, a.probabilities)
         comparisons.append(paired(a, b, real, labels, False))
-    differences = [values["fid_difference"] for values in comparisons]
-    errors = [values["fid_difference_se"] for values in comparisons]
+    differences = [comparison.value for comparison in comparisons]
+    errors = [comparison.error for comparison in comparisons]
     assert np.mean(errors) == pytest.approx(np.std(differences, ddof=1), rel=0.3)
-    assert errors[0] < 0.2 * comparisons[0]["fid_difference_se_unpaired"]
-    assert {values["verdict"] for values in comparisons} == {"resolved"}
+    assert errors[0] < 0.2 * comparisons[0].error_unpaired
+    assert {comparison.verdict for comparison in comparisons} == {Verdict.RESOLVED}
 
 
 def test_a_model_does_not_differ_from_itself_and_pairs_have_one_size():
     real, a = as_reference(drawn(300, 16)), drawn(200, 100)
-    assert paired(a, a, real, None, False)["verdict"] == "not resolved"
+    assert paired(a, a, real, None, False).verdict is Verdict.NOT_RESOLVED
     with pytest.raises(ValueError, match="as many"):
         paired(a, drawn(10, 0), real, None, False)
 

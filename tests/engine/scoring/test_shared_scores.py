@@ -65,7 +65,8 @@ def member(rank: int, world: int, port: int, root: Path) -> None:
         lambda spec: None,
     )
     inception.BATCH, scoring_measure.PIECE, samples.CHUNK = 2, 6, 5
-    group, asked = distributed.join_group("cpu", 60.0), []
+    group = distributed.join_group("cpu", 60.0)
+    asked = []
     piece = scoring_measure._measure_piece
     scoring_measure._measure_piece = lambda *given: asked.append(0) or piece(*given)
     values = evaluate.run_evaluation(
@@ -116,11 +117,9 @@ def test_pieces_add_up_to_the_whole_and_are_not_taken_twice(
     monkeypatch.setattr(scoring_measure, "PIECE", 4)
     images = DRAW.integers(0, 256, (11, 9, 7, 3), dtype=np.uint8)
     np.savez_compressed(tmp_path / "a.npz", arr_0=images)
-    stored, extractor, read = (
-        npz.ImageFile(tmp_path / "a.npz"),
-        Inception(Tiny().eval(), "tiny"),
-        [],
-    )
+    stored = npz.ImageFile(tmp_path / "a.npz")
+    extractor = Inception(Tiny().eval(), "tiny")
+    read = []
     whole = measure(extractor, stored.batches(4))
 
     class Stopped:

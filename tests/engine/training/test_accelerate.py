@@ -45,13 +45,11 @@ def test_a_recorded_training_has_the_same_losses_and_weights(spec: Train, micro_
     usual, recorded = (Trainer(spec, Resources(micro_batch=micro_batch)) for _ in range(2))
     recorded.forward_backward = Rerun(recorded._forward_backward, recorded.model)
     losses = [list(trainer.steps(load(DIGITS))) for trainer in (usual, recorded)]
-    assert [loss.item() for loss in losses[0]] == [loss.item() for loss in losses[1]] and len(
-        set(losses[0])
-    ) == 6
-    assert (digest(usual.model), digest(usual.ema)) == (
-        digest(recorded.model),
-        digest(recorded.ema),
-    ) and len(recorded.forward_backward.captures) == 1
+    assert [loss.item() for loss in losses[0]] == [loss.item() for loss in losses[1]]
+    assert len(set(losses[0])) == 6
+    assert digest(usual.model) == digest(recorded.model)
+    assert digest(usual.ema) == digest(recorded.ema)
+    assert len(recorded.forward_backward.captures) == 1
 
 
 def test_a_recording_lets_other_threads_go_on_and_runs_the_function_aside_before(
@@ -101,7 +99,8 @@ def test_a_step_of_the_trainer_waits_for_no_value(name: str, monkeypatch: pytest
     next(stepping)
     with Heard() as heard:
         next(stepping)
-    assert len(heard.names) > 20 and not heard.names.keys() & set(SYNCHRONISING)
+    assert len(heard.names) > 20
+    assert not heard.names.keys() & set(SYNCHRONISING)
 
 
 def test_graphs_without_a_gpu_are_refused():
@@ -121,8 +120,10 @@ def test_compiled_networks_compute_what_they_computed(network: Backbone):
     accelerate(compiled, compiled=True, graphs=False)
     inputs = torch.randn(3, 1, 8, 8), torch.tensor([3, 500, 999]), torch.tensor([0, 4, 10])
     with torch.no_grad():
-        expected, out = model(*inputs), compiled(*inputs)
-    assert (out - expected).norm() < 1e-5 * expected.norm() and digest(model) == digest(compiled)
+        expected = model(*inputs)
+        out = compiled(*inputs)
+    assert (out - expected).norm() < 1e-5 * expected.norm()
+    assert digest(model) == digest(compiled)
 
 
 @pytest.mark.slow
@@ -134,7 +135,8 @@ def test_a_compiled_training_has_the_same_losses(network: Backbone):
         torch.stack(list(Trainer(spec, Resources(compile=flag)).steps(load(DIGITS))))
         for flag in (False, True)
     )
-    assert eager.isfinite().all() and (compiled - eager).abs().max() < 1e-4 * eager.abs().max()
+    assert eager.isfinite().all()
+    assert (compiled - eager).abs().max() < 1e-4 * eager.abs().max()
 
 
 @needs_gpu
@@ -176,9 +178,8 @@ def test_a_captured_training_has_the_same_losses(
         )
         for graphs in (False, True)
     )
-    assert len(captured.unique()) == 6 and torch.allclose(
-        captured, usual, rtol=1e-2 if mode == "bf16" else 1e-4
-    )
+    assert len(captured.unique()) == 6
+    assert torch.allclose(captured, usual, rtol=1e-2 if mode == "bf16" else 1e-4)
 
 
 @needs_gpu

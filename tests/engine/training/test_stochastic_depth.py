@@ -50,14 +50,13 @@ def dis_by_sums(model: nn.Module, x: Tensor, t: Tensor, y: Tensor, kept: Tensor)
 
     The sum starts with the first block's input, and K increments follow.
     """
-    time, label = (
-        model.time_embed(timestep_sinusoid(t, model.pos_embed.shape[-1]).double()),
-        model.label_emb(y),
-    )
+    time = model.time_embed(timestep_sinusoid(t, model.pos_embed.shape[-1]).double())
+    label = model.label_emb(y)
     increments = [
         torch.cat([label[:, None], time[:, None], model.patch_embed(x)], dim=1) + model.pos_embed
     ]
-    weights, skips = torch.cat([torch.ones(len(x), 1, dtype=kept.dtype), kept], dim=1), []
+    weights = torch.cat([torch.ones(len(x), 1, dtype=kept.dtype), kept], dim=1)
+    skips = []
 
     def stream() -> Tensor:
         return sum(weights[:, k, None, None] * increment for k, increment in enumerate(increments))
@@ -76,10 +75,8 @@ def dis_by_sums(model: nn.Module, x: Tensor, t: Tensor, y: Tensor, kept: Tensor)
 
 def dimsum_by_sums(model: nn.Module, x: Tensor, t: Tensor, y: Tensor, kept: Tensor) -> Tensor:
     """DiMSUM likewise; a block is asked for its answer to a stream that is handed to it whole."""
-    increments, c = (
-        [model.x_embedder(x) + model.pos_embed],
-        model.t_embedder(t) + model.y_embedder(y),
-    )
+    increments = [model.x_embedder(x) + model.pos_embed]
+    c = model.t_embedder(t) + model.y_embedder(y)
     weights = torch.cat([torch.ones(len(x), 1, dtype=kept.dtype), kept], dim=1)
     for k, block in enumerate(model.blocks):
         h, _ = block(
@@ -99,7 +96,8 @@ def test_increments_are_weighed_sample_by_sample(name: str, by_sums):
     whole = model(x, t, y)
     assert torch.equal(model(x, t, y, torch.ones(3, count, dtype=torch.float64)), whole)
     kept = increment_weights(model, 0.6, 3, torch.Generator().manual_seed(2)).double()
-    assert 0 in kept and kept.max() > 1
+    assert 0 in kept
+    assert kept.max() > 1
     out = model(x, t, y, kept)
     assert (
         relative_rms(out, by_sums(model, x, t, y, kept)) < 1e-6
@@ -115,15 +113,15 @@ def test_rates_are_the_authors():
     with torch.device("meta"):
         dis, dimsum = (backbones.build(name).drop_rates(0.1) for name in ("dis_h_2", "dimsum_l_2"))
     for rates, length, last in ((dis, 49, 0.1), (dimsum, 15, 0.1 * 14 / 15)):
-        assert (
-            len(rates) == length
-            and rates[0] == 0
-            and rates == sorted(rates)
-            and rates[-1] == pytest.approx(last)
-        )
-    assert dis[24] == pytest.approx(0.1 * 24 / 47) and dimsum[7] == pytest.approx(0.1 * 7 / 15)
+        assert len(rates) == length
+        assert rates[0] == 0
+        assert rates == sorted(rates)
+        assert rates[-1] == pytest.approx(last)
+    assert dis[24] == pytest.approx(0.1 * 24 / 47)
+    assert dimsum[7] == pytest.approx(0.1 * 7 / 15)
     weights = increment_weights(network("dis_s_2"), 0.5, 4000, torch.Generator().manual_seed(0))
-    assert (weights.mean(0) - 1).abs().max() < 0.06 and (
+    assert (weights.mean(0) - 1).abs().max() < 0.06
+    assert (
         (weights == 0).float().mean(0) - torch.tensor([0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.5])
     ).abs().max() < 0.03
     with pytest.raises(ValueError, match="DiT has no stochastic depth"):
@@ -140,31 +138,32 @@ def test_training_drops_by_position_and_sampling_never(row):
     spec = train_stage(row, DIGITS, 0)
     spec = replace(spec, recipe=replace(spec.recipe, steps=2, batch=4))
     dropping = replace(spec, recipe=replace(spec.recipe, drop_path=0.7))
-    plain, dropped, micro = losses(spec), losses(dropping), losses(dropping, micro_batch=3)
-    assert dropped != plain and micro == pytest.approx(dropped, rel=1e-4)
+    plain = losses(spec)
+    dropped = losses(dropping)
+    micro = losses(dropping, micro_batch=3)
+    assert dropped != plain
+    assert micro == pytest.approx(dropped, rel=1e-4)
     assert (
         losses(replace(spec, recipe=replace(spec.recipe, drop_path=1e-9))) == plain
     )  # the draw moves no other
     own = train_stage(row, IMAGENET256_OWN, 0).recipe.drop_path
-    assert own == 0.1 and spec.recipe.drop_path == 0
+    assert own == 0.1
+    assert spec.recipe.drop_path == 0
 
 
 def test_dim_at_512_starts_from_its_256_pixel_model():
     stage = evaluate_stage(TABLES[2].row("DiM-H"), PROTOCOLS["imagenet512_own"], 1)
     first, second = stage.trainings
-    assert second is stage.train and first is second.init_from
-    assert (
-        first.data.name,
-        first.backbone.options["input_size"],
-        first.recipe.steps,
-        first.seed,
-    ) == ("imagenet256", 32, 425_000, 1)
-    assert (
-        second.data.name,
-        second.recipe.steps,
-        second.recipe.lr,
-        second.backbone.options["raster_padding"],
-    ) == ("imagenet512", 64_000, 1e-4, True)
+    assert second is stage.train
+    assert first is second.init_from
+    assert first.data.name == "imagenet256"
+    assert first.backbone.options["input_size"] == 32
+    assert first.recipe.steps == 425_000
+    assert first.seed == 1
+    assert second.data.name == "imagenet512"
+    assert second.recipe.steps == 64_000
+    assert second.recipe.lr == 1e-4
+    assert second.backbone.options["raster_padding"] is True
     assert all(
         evaluate_stage(TABLES[2].row("DiM-H"), protocol, 0).train.init_from is None
         for protocol in (DIGITS, PROTOCOLS["imagenet512"])
@@ -173,22 +172,17 @@ def test_dim_at_512_starts_from_its_256_pixel_model():
 
 def test_position_embeddings_are_interpolated_and_everything_else_is_kept():
     tiny = backbones.tiny_options_of("dim_h") | dict(in_channels=1, num_classes=5)
-    small, large = (
-        randomise(backbones.build("dim_h", **tiny, input_size=6)),
-        backbones.build("dim_h", **tiny, input_size=12, raster_padding=True),
-    )
+    small = randomise(backbones.build("dim_h", **tiny, input_size=6))
+    large = backbones.build("dim_h", **tiny, input_size=12, raster_padding=True)
     old = small.state_dict()
     new = large.resized(old)
     large.load_state_dict(new)
     assert all(torch.equal(new[key], old[key]) for key in old if key != "additional_embed")
     assert torch.equal(new["additional_embed"][:, :2], old["additional_embed"][:, :2])
-    grid, wide = (
-        old["additional_embed"][0, 2:].view(3, 3, -1),
-        new["additional_embed"][0, 2:].view(6, 6, -1),
-    )
-    assert (
-        relative_rms(wide[0, 0], grid[0, 0]) < 1e-6 and relative_rms(wide[5, 0], grid[2, 0]) < 1e-6
-    )
+    grid = old["additional_embed"][0, 2:].view(3, 3, -1)
+    wide = new["additional_embed"][0, 2:].view(6, 6, -1)
+    assert relative_rms(wide[0, 0], grid[0, 0]) < 1e-6
+    assert relative_rms(wide[5, 0], grid[2, 0]) < 1e-6
     by_hand = (0.75 * grid[0, 1] + 0.25 * grid[1, 1]) * 0.25 + (
         0.75 * grid[0, 0] + 0.25 * grid[1, 0]
     ) * 0.75
@@ -197,14 +191,10 @@ def test_position_embeddings_are_interpolated_and_everything_else_is_kept():
 
 
 def test_a_training_starts_from_anothers_averaged_weights(tmp_path: Path):
-    store, network = (
-        Store(tmp_path),
-        Backbone("dim_h", dict(dim=20, depth=3, in_channels=1, num_classes=10)),
-    )
-    objective, recipe = (
-        Diffusion(betas="stable_diffusion", variance="fixed", first_step=1),
-        Recipe(steps=2, batch=4, lr=1e-2, ema=0.5),
-    )
+    store = Store(tmp_path)
+    network = Backbone("dim_h", dict(dim=20, depth=3, in_channels=1, num_classes=10))
+    objective = Diffusion(betas="stable_diffusion", variance="fixed", first_step=1)
+    recipe = Recipe(steps=2, batch=4, lr=1e-2, ema=0.5)
     first = Train(network.but(input_size=4), Data("digits", 4, 1, 10), recipe, objective)
     second = Train(
         network.but(input_size=8, raster_padding=True),
@@ -219,10 +209,8 @@ def test_a_training_starts_from_anothers_averaged_weights(tmp_path: Path):
         != spec_id(replace(second, init_from=replace(first, seed=1)))
     )
     refused = execute(second, store, Resources())
-    assert (
-        refused.status == "failed"
-        and f"run {spec_id(first)} has no finished checkpoint" in refused.error
-    )
+    assert refused.status == "failed"
+    assert f"run {spec_id(first)} has no finished checkpoint" in refused.error
     assert [execute(stage, store, Resources()).status for stage in second.trainings] == [
         "done",
         "done",

@@ -99,6 +99,7 @@ class Exam:
 
 
 DIGITS = Lesson("digits", DigitsClassifier, steps=600, batch=128, lr=3e-3, shift=1)
+DIGITS_JUDGE = Lesson("digits judge", DigitsClassifier, steps=600, batch=128, lr=3e-3, shift=1)
 CIFAR = Lesson("cifar", CifarClassifier, steps=2500, batch=128, lr=3e-3, shift=2, flip=True)
 
 
@@ -111,6 +112,18 @@ def digits_classifier(images: ImageSet, cache: Path) -> tuple[nn.Module, Identit
         hashlib.sha256(content).hexdigest(),
         lambda: (images, order[HELD_OUT:]),
         Exam(images, order[:HELD_OUT]),
+        cache,
+    )
+
+
+def digits_judge(train: ImageSet, test: ImageSet, cache: Path) -> tuple[nn.Module, Identity]:
+    """Return the classifier of the digits' training part, tested on their test part."""
+    content = train.images.tobytes() + train.labels.tobytes()
+    return _cached_classifier(
+        DIGITS_JUDGE,
+        hashlib.sha256(content).hexdigest(),
+        lambda: (train, torch.arange(len(train))),
+        Exam(test, torch.arange(len(test))),
         cache,
     )
 
@@ -166,10 +179,8 @@ def _cached_classifier(
     # The accuracy is that of the stored weights.
     model = lesson.network().eval()
     backbones.load_published(model, path)
-    x, y = exam.images.take(exam.indices)
-    accuracy = (extract(model, x)[1].argmax(1) == y.numpy()).mean().item()
     return model, {
-        "classifier_accuracy": accuracy,
+        "classifier_accuracy": accuracy(model, exam.images, exam.indices),
         "classifier_sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:16],
     }
 
@@ -218,6 +229,12 @@ def _draw_batch(
         half = len(x) // 2
         x = torch.cat([x[:half].flip(-1), x[half:]])
     return x, y
+
+
+def accuracy(model: nn.Module, images: ImageSet, indices: Tensor | None = None) -> float:
+    """Return the share of images, all or those at some indices, whose class is recognised."""
+    x, y = images.take(torch.arange(len(images)) if indices is None else indices)
+    return float((extract(model, x)[1].argmax(1) == y.numpy()).mean())
 
 
 @torch.inference_mode()

@@ -54,22 +54,26 @@ def test_damaged_files_of_later_steps_do_not_push_out_new_ones(
         save(tmp_path, step, state(step), keep=3)
     for path in tmp_path.glob("step-000000[23]0-*"):
         path.write_bytes(path.read_bytes()[:-1])
-    assert load_newest(tmp_path)[0] == 10 and capsys.readouterr().err.count("is damaged") == 2
+    assert load_newest(tmp_path)[0] == 10
+    assert capsys.readouterr().err.count("is damaged") == 2
     save(tmp_path, 15, state(15))
-    assert steps(tmp_path) == [10, 15] and load_newest(tmp_path)[0] == 15
+    assert steps(tmp_path) == [10, 15]
+    assert load_newest(tmp_path)[0] == 15
 
 
 def test_a_damaged_file_of_the_same_step_goes_and_the_one_before_stays(tmp_path: Path):
     save(tmp_path, 20, state(20))
     os.truncate(save(tmp_path, 40, state(40)), 100)
     save(tmp_path, 40, state(41))  # by another number of processes, say: other bits
-    assert steps(tmp_path) == [20, 40] and load_newest(tmp_path)[0] == 40
+    assert steps(tmp_path) == [20, 40]
+    assert load_newest(tmp_path)[0] == 40
 
 
 def test_a_background_save_holds_the_state_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    go, write = threading.Event(), checkpoint.save
+    go = threading.Event()
+    write = checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda *arguments: go.wait() and write(*arguments))
     given = state(1.0)
     with Writer(tmp_path) as writer:
@@ -80,20 +84,20 @@ def test_a_background_save_holds_the_state_as_it_was(
         go.set()
         writer.wait()
         first = load_newest(tmp_path)[1]
-        assert first["ema"]["w"].eq(1).all() and first["optimizer"] == {
+        assert first["ema"]["w"].eq(1).all()
+        assert first["optimizer"] == {
             "state": {0: {"step": torch.tensor(1.0)}},
             "param_groups": [{"lr": 1.0, "betas": (0.9, 0.99)}],
         }
         assert first["model"]._metadata == state()["model"]._metadata
         buffer = writer._copy["ema"]["w"]
         writer.save(2, given)
-        assert writer._copy["ema"]["w"] is buffer and writer.stalled > 0
+        assert writer._copy["ema"]["w"] is buffer
+        assert writer.stalled > 0
     step, second = load_newest(tmp_path)
-    assert (
-        step == 2
-        and second["ema"]["w"].eq(2).all()
-        and second["ema"]["w"].is_contiguous(memory_format=torch.channels_last)
-    )
+    assert step == 2
+    assert second["ema"]["w"].eq(2).all()
+    assert second["ema"]["w"].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_too_little_space_is_known_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -106,7 +110,8 @@ def test_too_little_space_is_known_before_writing(tmp_path: Path, monkeypatch: p
         OSError, match=r"No space left on device: a checkpoint takes 0.00 GB and 0.00 GB are free"
     ) as failure:
         save(tmp_path, 2, state(2))
-    assert failure.value.errno == errno.ENOSPC and list(tmp_path.iterdir()) == before
+    assert failure.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == before
 
 
 def test_a_disk_that_fills_up_in_the_background_stops_the_run_and_leaves_the_old_checkpoint(
@@ -124,4 +129,5 @@ def test_a_disk_that_fills_up_in_the_background_stops_the_run_and_leaves_the_old
         with pytest.raises(OSError, match="No space left"):
             writer.save(3, state(3))
         monkeypatch.undo()
-    assert steps(tmp_path) == [1] and load_newest(tmp_path)[0] == 1
+    assert steps(tmp_path) == [1]
+    assert load_newest(tmp_path)[0] == 1

@@ -1,0 +1,1 @@
+"""What trainings on held-out images say: pairs of rows within seeds, and the page about them."""

@@ -1,0 +1,164 @@
+"""The trainings behind the page of evidence, in the order in which they are worth their time.
+
+A block is rows of one table under one protocol. First its ladder chooses a learning rate for every
+network, then the rows are trained at full and at half length. Whatever is done when work stops is
+whole. No torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from experiments import ablation
+from experiments.declared.protocols import CIFAR10_16, DIGITS_HELD_OUT, at_half_length
+from experiments.declared.rates import best_rate, missing_rates
+from experiments.engine.jobs.job import Job
+from experiments.engine.records.store import Record, Store
+from experiments.engine.specs.rows import Row, Table
+from experiments.engine.specs.selection import Run
+from experiments.engine.specs.spec import Cost, HeldOut, Stage, spec_id
+from experiments.engine.specs.stages import Protocol, heldout_stage, network
+
+LADDER_SEED = 0
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of a table under a protocol, at their chosen rates."""
+
+    table: Table
+    protocol: Protocol
+    # Training seeds at full length, then those at half length.
+    seeds: Sequence[int]
+    half_seeds: Sequence[int]
+
+    @property
+    def title(self) -> str:
+        """Name the block for its user."""
+        return f"Table {self.table.number} on {self.protocol.name}"
+
+    def costs(self, store: Store) -> list[Cost]:
+        """Return the counts of the small networks that have no record."""
+        data = self.protocol.data
+        stages = [
+            Cost(network(row, self.protocol), data.size, data.channels, data.num_classes)
+            for row in _networks(self.table, self.protocol)
+        ]
+        return [stage for stage in stages if finished(stage, store) is None]
+
+    def jobs(self) -> Iterator[Job]:
+        """Yield the jobs of the block, seed by seed."""
+        half = at_half_length(self.protocol)
+        for seed in sorted({*self.seeds, *self.half_seeds}):
+            for row in _networks(self.table, self.protocol):
+                if seed in self.seeds:
+                    yield _run(row, self.protocol, seed)
+                if seed in self.half_seeds:
+                    yield _run(row, half, seed, scored=False)
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The search of a network's learning rate."""
+
+    row: Row
+    protocol: Protocol
+
+    @property
+    def network(self) -> str:
+        """The id of the network, under which the file of rates holds its rate."""
+        return spec_id(network(self.row, self.protocol))
+
+    def stage(self, rate: float) -> HeldOut:
+        """Return the validation loss at half length and one rate."""
+        half = at_half_length(self.protocol)
+        recipe = replace(half.recipe, lr=rate)
+        stage = heldout_stage(
+            self.row, replace(half, recipe=recipe, rates={}), LADDER_SEED, "validation"
+        )
+        assert stage is not None, "a protocol with a ladder scores held-out images"
+        return stage
+
+    def losses(self, store: Store) -> dict[float, float]:
+        """Return the losses that have records, by rate; infinity for a training that failed."""
+        rates = _factors_around(self.protocol.ladder)
+        losses = {}
+        for rate in rates:
+            stage = self.stage(rate)
+            record = finished(stage, store)
+            if record is not None:
+                losses[rate] = float(record.values["heldout_loss"])
+            elif _has_failed(stage, store):
+                losses[rate] = math.inf
+        return losses
+
+    def jobs(self, store: Store) -> list[Job]:
+        """Return a job for every rate that is still to be tried.
+
+        Raises:
+            ValueError: the ladder cannot grow as far as it must.
+        """
+        try:
+            rates = missing_rates(self.protocol.ladder, self.losses(store))
+        except ValueError as error:
+            raise ValueError(f"{self.row.label} on {self.protocol.name}: {error}") from None
+        return [
+            Job(f"{self.row.label}, lr {rate:g}", (stage.train, stage), chain=True)
+            for rate in rates
+            for stage in [self.stage(rate)]
+        ]
+
+    def best(self, store: Store) -> float:
+        """Return the best rate."""
+        return best_rate(self.losses(store))
+
+
+BLOCKS = (
+    Block(ablation.TABLE_4, DIGITS_HELD_OUT, seeds=range(1), half_seeds=()),
+    Block(ablation.TABLE_4, CIFAR10_16, seeds=range(3), half_seeds=range(3)),
+    Block(ablation.TABLE_4, DIGITS_HELD_OUT, seeds=range(5), half_seeds=range(3)),
+    Block(ablation.TABLE_3, CIFAR10_16, seeds=range(3), half_seeds=range(3)),
+    Block(ablation.TABLE_4, CIFAR10_16, seeds=range(5), half_seeds=range(3)),
+    Block(ablation.TABLE_3, DIGITS_HELD_OUT, seeds=range(5), half_seeds=range(3)),
+)
+
+
+def ladders_of(block: Block) -> list[Ladder]:
+    """Return the searches that a block needs, one per network."""
+    return [Ladder(row, block.protocol) for row in _networks(block.table, block.protocol)]
+
+
+def finished(stage: Stage, store: Store) -> Record | None:
+    """Return a stage's record, of this machine or committed."""
+    return store.here.latest(stage) or store.reference.latest(stage)
+
+
+def _has_failed(stage: HeldOut, store: Store) -> bool:
+    """Return whether a training diverged, so that there is nothing to score."""
+    folders = (store.here, store.reference)
+    return any(folder.latest(stage.train, status="failed") for folder in folders)
+
+
+def _networks(table: Table, protocol: Protocol) -> list[Row]:
+    """Return the table's rows with a network, the first of those that share one."""
+    rows: dict[str, Row] = {}
+    for row in table.rows:
+        if row.backbone:
+            rows.setdefault(spec_id(network(row, protocol)), row)
+    return list(rows.values())
+
+
+def _run(row: Row, protocol: Protocol, seed: int, scored: bool = True) -> Job:
+    """Return the job of a run; samples are scored at full length alone."""
+    run = Run.of(row, protocol, seed)
+    stages = [stage for stage in run.stages if scored or stage is not run.stage]
+    return Job(f"{row.label}, seed {seed}", tuple(stages), chain=True, row=row.label)
+
+
+def _factors_around(ladder: Sequence[float]) -> list[float]:
+    """Return the ladder with the rates that it can grow by, rising."""
+    below = [ladder[0] / 2**power for power in range(5, 0, -1)]
+    above = [ladder[-1] * 2**power for power in range(1, 4)]
+    return [*below, *ladder, *above]

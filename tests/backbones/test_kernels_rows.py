@@ -1,0 +1,124 @@
+"""The passes in C equal the references in float64, forward and backward, on odd grids."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from backbones import kernels
+from backbones.kernels import rows
+from experiments.engine.data.sets import load
+from experiments.engine.specs.spec import Recipe, Train
+from experiments.engine.training.trainer import Trainer
+from tests.support.interpreter import INTERPRETED
+from tests.support.kernels import with_gradients
+from tests.support.trainings import DICO, DIGITS
+
+pytestmark = pytest.mark.skipif(
+    INTERPRETED or rows.library() is None, reason="needs a C compiler and AVX2"
+)
+
+# Of a unit in the last place of float32, after sums of hundreds of terms.
+LIMIT = 1e-5
+# Samples, channels, height and width.
+SHAPES = [(1, 8, 1, 1), (3, 24, 2, 5), (2, 40, 7, 3), (2, 104, 9, 6)]
+
+
+def image(*shape: int) -> Tensor:
+    return normal(*shape).contiguous(memory_format=torch.channels_last)
+
+
+def normal(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def part(n: int, c: int, index: int) -> Tensor:
+    """Return one of six parts of a modulation, whose rows lie apart: (N, C)."""
+    return normal(n, 6 * c).chunk(6, dim=1)[index]
+
+
+def inputs_of(op: str, n: int, c: int, h: int, w: int) -> list[Tensor]:
+    """Return inputs of one operation, in float64."""
+    gate = part(n, c, 4)[..., None, None]
+    if op == "adaln":
+        return [normal(n, h * w, c), part(n, c, 0)[:, None], part(n, c, 1)[:, None]]
+    if op == "addcmul":
+        return [image(n, c, h, w), gate, image(n, c, h, w)]
+    if op == "scale":
+        return [image(n, c, h, w), gate]
+    if op in ("pool", "gelu"):
+        return [image(n, c, h, w)]
+    side = int(op[-1])
+    return [image(n, c, h, w), normal(c, 1, side, side), normal(c)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    ["adaln", "addcmul", "scale", "pool", "gelu", "depthwise 3", "depthwise 5"]
+    + ["depthwise 7", "depthwise_gelu 3", "depthwise_gelu 5", "depthwise_gelu 7"],
+)
+def test_a_pass_computes_what_the_reference_computes(case: str, shape: tuple[int, ...]):
+    name = case.split()[0]
+    op = getattr(kernels, name)
+    inputs = inputs_of(case, *shape)
+    truths = with_gradients(op.choices["reference"].run, inputs)
+    with kernels.use(**{name: "rows"}):
+        values = with_gradients(op, [x.float() for x in inputs])
+    for value, truth in zip(values, truths, strict=True):
+        assert value.shape == truth.shape
+        assert (value - truth).norm() <= LIMIT * truth.norm()
+
+
+def test_gelu_is_exact_far_from_zero():
+    x = torch.linspace(-40, 40, 8000)
+    truth = torch.nn.functional.gelu(x.double())
+    assert (rows.gelu(x) - truth).abs().max() < 1e-6 * truth.abs().max()
+    assert rows.gelu(torch.tensor([float("nan")] * 8)).isnan().all()
+
+
+def test_a_depthwise_convolution_needs_no_bias():
+    x, weight, _ = (x.float() for x in inputs_of("depthwise 3", 2, 24, 3, 5))
+    truth = torch.nn.functional.conv2d(x, weight, padding=1, groups=24)
+    assert torch.allclose(rows.depthwise(x, weight), truth, atol=1e-5)
+
+
+def test_channels_that_fill_no_vector_are_refused():
+    x = torch.randn(2, 12, 3, 3).contiguous(memory_format=torch.channels_last)
+    with kernels.use(pool="rows"), pytest.raises(ValueError, match="pool was forced to 'rows'"):
+        kernels.pool(x)
+
+
+def test_a_training_follows_the_references():
+    spec = Train(DICO.but(dim=16), DIGITS, Recipe(steps=8, batch=16, lr=1e-3))
+    kernels.reset_used()
+    losses = [loss.item() for loss in Trainer(spec).steps(load(DIGITS))]
+    assert "rows" in kernels.used()["depthwise_gelu"]
+    with kernels.use(**kernels.references()):
+        truths = [loss.item() for loss in Trainer(spec).steps(load(DIGITS))]
+    assert losses == pytest.approx(truths, rel=1e-4)
+
+
+def test_a_machine_without_a_compiler_runs_the_references(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", "/bin/false")
+    with pytest.warns(UserWarning, match=r"/bin/false did not build rows\.c"):
+        assert rows.library.__wrapped__() is None
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.warns(UserWarning, match="no C compiler"):
+        assert rows.library.__wrapped__() is None
+    assert not list(tmp_path.glob("**/*.so"))
+
+
+def test_the_source_compiles_without_a_warning(tmp_path: Path):
+    command = ["cc", *rows.FLAGS, "-Wall", "-Wextra", str(rows.SOURCE), "-o", tmp_path / "rows.so"]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert (built.returncode, built.stderr) == (0, "")

@@ -1,0 +1,163 @@
+"""`sample.py` draws by the sampler that it is told, and refuses in one line what it cannot draw."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from experiments import sample
+from experiments.engine.records.store import Store
+from experiments.engine.records.tree import REPOSITORY
+from experiments.engine.runtime.context import RunContext
+from experiments.engine.specs.spec import Evaluate
+from tests.support.score_scripts import Script
+
+
+@pytest.fixture
+def script(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Script:
+    return Script(sample, capsys, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (["--row", "nothing"], "has no row 'nothing'"),
+        (["--row", "DiCo-S", "--num", "0"], "from 1 on"),
+        (["--row", "DiCo-S"], "no finished checkpoint"),
+    ],
+)
+def test_sampling_refuses_what_it_cannot_draw(
+    arguments: list[str], complaint: str, script: Script, tmp_path: Path
+):
+    assert complaint in script.refuse("--table", 4, "--results", tmp_path, *arguments)
+
+
+@pytest.mark.parametrize(
+    "row, complaint",
+    [
+        ("DiCo-S", "no finished checkpoint"),
+        (
+            "ADM-U",
+            "row 'ADM-U' is not the same in all of tables 1, 2, 8, 9; say which with --table",
+        ),
+        ("DiCo-X", "no table has a network as row 'DiCo-X'"),
+        ("LlamaGen-3B", "no table has a network as row 'LlamaGen-3B'"),
+    ],
+)
+def test_a_row_finds_its_table(row: str, complaint: str, script: Script, tmp_path: Path):
+    """A row that several tables declare alike is one run, whichever of them is named."""
+    arguments = ("--row", row, "--protocol", "digits", "--results", tmp_path)
+    assert complaint in script.refuse(*arguments)
+
+
+# ---- Samplers and resources
+
+
+@pytest.fixture
+def drawings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Evaluate, RunContext]]:
+    """What the script would draw; every drawing ends at once."""
+    asked: list[tuple[Evaluate, RunContext]] = []
+
+    def draw(spec: Evaluate, store: Store, context: RunContext, *_: object) -> None:
+        asked.append((spec, context))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(sample, "_draw_all", draw)
+    return asked
+
+
+def test_another_sampler_is_another_set(
+    script: Script, drawings: list[tuple[Evaluate, RunContext]], tmp_path: Path
+):
+    options = ("--row", "DiCo-S", "--device", "cpu", "--results", tmp_path)
+    assert script.refuse(*options) == "error: enough\n"
+    script.refuse(*options, "--sampler", "dpm_solver_diffusers", "--steps", "20", "--compile")
+
+    # Only the sampler's name and its number of steps differ.
+    (plain, plain_context), (other, other_context) = drawings
+    sampler = replace(plain.sampler, name="dpm_solver_diffusers", num_steps=20)
+    assert plain.sampler.name != sampler.name
+    assert other == replace(plain, sampler=sampler)
+
+    # Compiling is a resource, which names no set.
+    assert not plain_context.resources.compile
+    assert other_context.resources.compile
+    assert not other_context.resources.graphs
+
+
+@pytest.mark.parametrize(
+    "options, complaint",
+    [
+        (
+            ["--sampler", "heun"],
+            "unknown sampler 'heun'; known: ancestral, ddim, dpm_solver, dpm_solver_diffusers",
+        ),
+        (
+            ["--steps", "0"],
+            "--num, --steps and --batch take numbers from 1 on; --help lists the options",
+        ),
+        (["--graphs"], "CUDA graphs need a GPU, but this command uses cpu; leave out --graphs"),
+    ],
+)
+def test_unknown_samplers_and_impossible_options_are_refused(
+    options: list[str],
+    complaint: str,
+    script: Script,
+    drawings: list[tuple[Evaluate, RunContext]],
+    tmp_path: Path,
+):
+    named = ("--row", "DiCo-S", "--device", "cpu", "--results", tmp_path)
+    assert script.refuse(*named, *options) == f"error: {complaint}\n"
+    assert not drawings
+
+
+# ---- Several processes
+
+# The second process fails at once, while the first one is at its work.
+FAILING = """
+import sys, time
+from experiments import sample
+from experiments.engine.runtime import failures
+from experiments.engine.sampling import samples
+
+def generate_samples(spec, context):
+    if context.group.rank == 1:
+        raise KeyError("boom")
+    time.sleep(600)
+
+failures.POLL, failures.GRACE, samples.generate_samples = 0.1, 1.0, generate_samples
+sys.argv = ["sample.py", "--row", "DiCo-S", "--device", "cpu", "--results", sys.argv[1]]
+sys.exit(sample.main())
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_ends_the_others_at_their_work(tmp_path: Path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+
+    def start(rank: int) -> subprocess.Popen[str]:
+        names = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        return subprocess.Popen(
+            [sys.executable, "-c", FAILING, str(tmp_path)],
+            env=os.environ | names | own,
+            cwd=REPOSITORY,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    # Both say which rank failed, and neither prints where.
+    ranks = [start(0), start(1)]
+    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1, 2], errors
+    for error in errors:
+        assert "error: rank 1: KeyError: 'boom'\n" in error
+        assert "Traceback" not in error
