@@ -64,26 +64,30 @@ def test_records_are_only_ever_added(tmp_path: Path):
 
 
 def test_the_newest_record_of_a_status_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for minute, status in ((3, "failed"), (2, "done"), (1, "done"), (4, "failed")):
-        clock = SimpleNamespace(
-            gmtime=lambda _: None, strftime=lambda *_, minute=minute: f"20200101T00{minute:02}00Z"
-        )
+    def append_at(minute: int, status: str, error: str | None = None) -> None:
+        """Append a record as if it were so many minutes past a full hour."""
+        utc = f"20200101T00{minute:02}00Z"
+        clock = SimpleNamespace(gmtime=lambda _: None, strftime=lambda *_: utc)
         monkeypatch.setattr(store, "time", clock)
-        Store(tmp_path).append(
-            SPEC, status, {"minute": minute}, {}, "ValueError: no" if status == "failed" else None
-        )
-    found = Store(tmp_path)
-    assert [record.values["minute"] for record in found.here.by_id()[spec_id(SPEC)]] == [
-        1,
-        2,
-        3,
-        4,
-    ]
-    assert found.here.latest(SPEC).values["minute"] == 2
-    assert (failed := found.here.latest(SPEC, status="failed")).values["minute"] == 4
+        Store(tmp_path).append(SPEC, status, {"minute": minute}, {}, error)
+
+    append_at(3, "failed", "ValueError: no")
+    append_at(2, "done")
+    append_at(1, "done")
+    append_at(4, "failed", "ValueError: no")
+
+    # All of them stand in the order of their times, however they were written.
+    records = Store(tmp_path)
+    minutes = [record.values["minute"] for record in records.here.by_id()[spec_id(SPEC)]]
+    assert minutes == [1, 2, 3, 4]
+    assert records.here.latest(SPEC).values["minute"] == 2
+    failed = records.here.latest(SPEC, status="failed")
+    assert failed.values["minute"] == 4
     assert failed.error == "ValueError: no"
-    assert found.here.latest(OTHER) is None
-    assert found.reference.latest(SPEC) is None
+
+    # Neither another spec nor the reference has any.
+    assert records.here.latest(OTHER) is None
+    assert records.reference.latest(SPEC) is None
 
 
 def test_a_failure_is_no_result(tmp_path: Path):
@@ -132,9 +136,7 @@ STRANGERS = {
     "another program's": b'{"name": "x"}',
     "another format": json.dumps(GOOD | {"format": 2}).encode(),
     "a field too many": json.dumps(GOOD | {"more": 1}).encode(),
-    "a field too few": json.dumps(
-        {key: value for key, value in GOOD.items() if key != "spec"}
-    ).encode(),
+    "a field too few": json.dumps({key: GOOD[key] for key in GOOD if key != "spec"}).encode(),
     "another id": json.dumps(GOOD | {"id": "e" * 16}).encode(),
     "no id": json.dumps(GOOD | {"id": ""}).encode(),
     "another kind": json.dumps(GOOD | {"kind": "train"}).encode(),
@@ -148,9 +150,8 @@ def test_what_is_no_record_is_reported_and_skipped(
     content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     Store(tmp_path).append(SPEC, "done", {"a": 1}, {})
-    (tmp_path / "records" / "cost" / f"{'f' * 16}-20200101T000000Z-abcdef.json").write_bytes(
-        content
-    )
+    name = f"{'f' * 16}-20200101T000000Z-abcdef.json"
+    (tmp_path / "records" / "cost" / name).write_bytes(content)
     assert list(Store(tmp_path).here.by_id()) == [spec_id(SPEC)]
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: skipped cost/ffff")
@@ -182,12 +183,16 @@ def test_writers_side_by_side_lose_nothing(tmp_path: Path, capsys: pytest.Captur
         for writer in range(8)
     ]
     assert [writer.wait() for writer in writers] == [0] * 8
-    records = [record for found in Store(tmp_path).here.by_id().values() for record in found]
-    assert {(record.values["writer"], record.values["number"]) for record in records} == {
-        (writer, number) for writer in range(8) for number in range(20)
-    }
+
+    # Every record of every writer is there once, and whole.
+    records = Store(tmp_path).here.all()
     assert len(records) == 160
-    assert all(record.values["bulk"] == [0.1] * 2000 for record in records)
+    written = {(record.values["writer"], record.values["number"]) for record in records}
+    assert written == {(writer, number) for writer in range(8) for number in range(20)}
+    for record in records:
+        assert record.values["bulk"] == [0.1] * 2000
+
+    # No reader was warned, and no temporary file is left.
     assert not capsys.readouterr().err
     assert not list(tmp_path.rglob("*.tmp"))
 
