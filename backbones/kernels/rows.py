@@ -99,9 +99,13 @@ def pays(*args: Tensor | None) -> bool:
 
 
 def _fits(x: Tensor, channels: int) -> bool:
-    """Tell whether a tensor is plain, in float32 on a CPU, with whole vectors of channels."""
+    """Tell whether a tensor is plain, in float32 on a CPU, with whole vectors of channels.
+
+    A compiled graph would break at the look for the library, so there it never is.
+    """
     return (
-        type(x) in (Tensor, torch.nn.Parameter)
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, torch.nn.Parameter)
         and x.is_cpu
         and x.dtype == torch.float32
         and channels % LANES == 0
