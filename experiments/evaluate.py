@@ -203,9 +203,8 @@ def _score_statistics(path: Path, scorer: Scorer) -> str:
 
     head = f"{path.name} against {scorer.against.name}, statistics only: N and errors are unknown"
     values = distances(statistics(path), scorer.reference)
-    lines = [f"  {name:15} {value:.4f}" for name, value in values.items()]
-    lines += [f"  warning: {text}" for text in scorer.extractor.warnings]
-    return "\n".join([head, *lines])
+    lines = [head, *(f"  {name:15} {value:.4f}" for name, value in values.items())]
+    return "\n".join([*lines, *(f"  warning: {text}" for text in scorer.extractor.warnings)])
 
 
 def _score_images(images: ImageFile, scorer: Scorer, record: Path | None) -> Measured:
@@ -236,12 +235,10 @@ def _score_images(images: ImageFile, scorer: Scorer, record: Path | None) -> Mea
         write_record(record, _record_of(images, values, identity, scorer.device))
 
     shown = dict(values)
-    against = scorer.against.name
-    if scorer.extractor.name == UNKNOWN_FEATURES:
-        against += ", by unknown features"
+    unknown = ", by unknown features" if scorer.extractor.name == UNKNOWN_FEATURES else ""
     if images.origin and "nfe" in images.origin:
         shown["nfe"] = images.origin["nfe"]
-    print(_text_of_scores(images.path.name, shown, against))
+    print(_text_of_scores(images.path.name, shown, scorer.against.name + unknown))
     return measured
 
 
