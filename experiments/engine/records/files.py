@@ -6,12 +6,17 @@ import errno
 import fcntl
 import json
 import os
+import socket
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from experiments.engine.machine.system_errors import naming
+
+SIGNING = 0.05  # seconds that a holder of a lock has to write its name
 
 
 @contextmanager
@@ -69,9 +74,12 @@ def locked(path: Path) -> Iterator[None]:
     The system frees a dead process's lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file:
+    with open(path, "a+b") as file:
         with naming("lock", path):
-            take_lock(file, wait=True)
+            if not take_lock(file, wait=False):
+                say_who_holds(path)
+                take_lock(file, wait=True)
+        sign_lock(file)
         yield
 
 
@@ -79,10 +87,35 @@ def locked(path: Path) -> Iterator[None]:
 def try_lock(path: Path) -> Iterator[bool]:
     """Lock a file without waiting; yield False if another process holds the lock."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file:
+    with open(path, "a+b") as file:
         with naming("lock", path):
-            is_held = take_lock(file, wait=False)
-        yield is_held
+            mine = take_lock(file, wait=False)
+        if mine:
+            sign_lock(file)
+        yield mine
+
+
+def sign_lock(file: BinaryIO) -> None:
+    """Write into a file that this process has locked who holds it, for those who wait."""
+    holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
+    # On a full disk the lock holds all the same.
+    with suppress(OSError):
+        file.truncate(0)
+        file.write(json.dumps(holder).encode())
+        file.flush()
+
+
+def say_who_holds(path: Path) -> None:
+    """Say on standard error that this process waits for a lock, and which call holds it."""
+    # The holder signs its lock just after it took it.
+    time.sleep(SIGNING)
+    try:
+        holder = json.loads(path.read_bytes())
+        age = max(0.0, time.time() - holder["since"])
+        held = f"held by process {holder['pid']} on {holder['host']} for {age:.0f} s"
+    except (OSError, ValueError, KeyError, TypeError):
+        held = "held by a process that does not say who it is"
+    print(f"waiting for {path}, {held}", file=sys.stderr, flush=True)
 
 
 def take_lock(file: BinaryIO, wait: bool) -> bool:
