@@ -378,7 +378,10 @@ def test_a_compiled_graph_tells_at_every_call_what_it_runs():
 @pytest.mark.parametrize(
     "choices, words",
     [
-        ({"attend": "sdpa"}, "unknown kernel 'attend'; known: adaln, addcmul, attention"),
+        (
+            {"attend": "sdpa"},
+            "unknown kernel 'attend'; known: adaln, adaln_pointwise, adaln_pointwise_gelu",
+        ),
         ({"attention": "fast"}, "no implementation 'fast'; known: flash, sdpa, reference"),
     ],
 )
