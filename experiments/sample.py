@@ -60,14 +60,7 @@ TABLES = ablation.TABLES | main_results.TABLES
 
 def main() -> int:
     """Draw the images. The exit status is that of `run_command`, or 137 if a process died."""
-    return run_command(lambda: _draw(_parse()), _cannot_write)
-
-
-def _cannot_write(error: OSError) -> str:
-    return (
-        f"cannot write images ({error.strerror}); "
-        "free space or choose another folder with --results or --out"
-    )
+    return run_command(lambda: _draw(_parse()))
 
 
 def _parse() -> argparse.Namespace:

@@ -32,7 +32,15 @@ from experiments.engine.data.pictures import Pictures, read_picture, show_name
 from experiments.engine.data.quantise import from_uint8
 from experiments.engine.data.sets import prefetch
 from experiments.engine.numerics.randomness import generator_at
-from experiments.engine.records.files import locked, require_space, try_lock, written_whole
+from experiments.engine.records.files import (
+    locked,
+    read_json,
+    require_space,
+    try_lock,
+    written_whole,
+)
+
+REPEAT = "remove the folder and prepare the latents again"
 
 Report = Callable[[int, int], None]  # hears how many pictures are done, of how many
 
@@ -159,7 +167,7 @@ def _agree_on_plan(plan: dict[str, Any], folder: Path) -> None:
         path = folder / "plan.json"
         if not path.exists():
             _write_json(path, plan)
-        there = json.loads(path.read_text())
+        there = read_json(path, REPEAT)
     changed = [
         f"{name} {there.get(name)} there, {plan[name]} here"
         for name in plan
@@ -292,12 +300,12 @@ def _finish(job: EncodingJob, folder: Path) -> dict[str, Any]:
     The process that ends last writes them; all would write the same.
     """
     shards = [
-        json.loads(shard_path(folder, number).with_suffix(".json").read_text())
+        read_json(shard_path(folder, number).with_suffix(".json"), REPEAT)
         for number in range(job.num_shards)
     ]
     labels = np.array([label for shard in shards for label in shard["labels"]], np.int64)
     _require_every_class(job, labels, folder)
-    manifest = json.loads((folder / "plan.json").read_text()) | _summary(job, shards, labels)
+    manifest = read_json(folder / "plan.json", REPEAT) | _summary(job, shards, labels)
     if job.vae.name in PUBLISHED and not manifest["statistics"]["as_expected"]:
         raise ValueError(
             f"{describe_statistics(manifest['statistics'])}: the pictures or the VAE are not what "

@@ -13,7 +13,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from experiments.engine.machine.system_errors import naming
 
 SIGNING = 0.05  # seconds that a holder of a lock has to write its name
 
@@ -27,14 +29,17 @@ def written_whole(target: Path) -> Iterator[BinaryIO]:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-        sync_folder(target.parent)
+        with naming("write", target, temporary):
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+            sync_folder(target.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        # Whatever kept the file from being written is the error to report.
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def require_space(folder: Path, needed: float, option: str) -> None:
@@ -59,6 +64,21 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def read_json(path: Path, advice: str) -> Any:
+    """Return what a JSON file holds; ValueError with its path if it is damaged.
+
+    Args:
+        path: the file.
+        advice: what to do with a damaged file.
+    """
+    with naming("read", path):
+        content = path.read_bytes()
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: no JSON ({error}); {advice}") from None
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on a file; another process waits here until it is free.
@@ -67,9 +87,10 @@ def locked(path: Path) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:
-        if not take_lock(file, wait=False):
-            say_who_holds(path)
-            take_lock(file, wait=True)
+        with naming("lock", path):
+            if not take_lock(file, wait=False):
+                say_who_holds(path)
+                take_lock(file, wait=True)
         sign_lock(file)
         yield
 
@@ -79,7 +100,8 @@ def try_lock(path: Path) -> Iterator[bool]:
     """Lock a file without waiting; yield False if another process holds the lock."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:
-        mine = take_lock(file, wait=False)
+        with naming("lock", path):
+            mine = take_lock(file, wait=False)
         if mine:
             sign_lock(file)
         yield mine
