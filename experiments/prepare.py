@@ -64,7 +64,7 @@ LATENT_PROTOCOLS = {
 
 def main() -> int:
     """Prepare the data set that the command line names; return the exit status."""
-    return run_command(_run_verb, str)
+    return run_command(_run_verb)
 
 
 def _run_verb() -> int:

@@ -24,6 +24,7 @@ from experiments.engine.machine.environment import read_variable
 from experiments.engine.machine.gpu import choose_device, require_device
 from experiments.engine.machine.lifetime import bind_to_launcher, unwound
 from experiments.engine.machine.streams import replace_unprintable
+from experiments.engine.machine.system_errors import explain
 from experiments.engine.records.store import Store
 from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.reporting.render import FORMATS, render
@@ -57,21 +58,11 @@ def main(
     return run_command(lambda: _run_table(tables, protocols, description, arguments))
 
 
-def _cannot_write(error: OSError) -> str:
-    return (
-        f"cannot write results ({error.strerror}); "
-        "free space or choose another folder with --results"
-    )
-
-
-def run_command(
-    command: Callable[[], int], describe_error: Callable[[OSError], str] = _cannot_write
-) -> int:
+def run_command(command: Callable[[], int]) -> int:
     """Run a command and report bad input as one line on standard error.
 
     Args:
         command: returns 0 when everything is done and 1 when a stage failed.
-        describe_error: gives the line for an error of the file system.
 
     Returns:
         The exit status: the command's own, 2 for bad input, 130 after an interrupt.
@@ -90,7 +81,7 @@ def run_command(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        print(f"error: {describe_error(error)}", file=sys.stderr)
+        print(f"error: {explain(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue", file=sys.stderr)

@@ -78,7 +78,7 @@ def test_what_was_done_without_is_told_from_what_is_not_recorded(script: Script,
     assert "measure.decoder.scale: without | 3\n" in out
 
     # The hash of the reference is the only gap.
-    assert f"{plain.name} does not record measure.reference.sha256\n" in out
+    assert f"{plain} does not record measure.reference.sha256\n" in out
     assert out.count("does not record") == 1
 
 
@@ -105,4 +105,4 @@ def test_what_is_no_record_of_scores_is_refused(
 
 
 def test_a_file_that_is_not_there_is_named(script: Script):
-    assert script.refuse("none.json", "none.json").startswith("error: none.json: no record")
+    assert script.refuse("none.json", "none.json").startswith("error: cannot read none.json: ")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.engine.machine.environment import read_variable
+from experiments.engine.machine.system_errors import explain, naming
 from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.specs.spec import Data, Evaluate, is_latent
 
@@ -126,12 +127,15 @@ def read_manifest(folder: Path, data: Data) -> dict[str, Any]:
         ValueError: the manifest is damaged, or its latents are not those that `data` declares.
     """
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        with naming("read", folder / "manifest.json"):
+            manifest = json.loads((folder / "manifest.json").read_text())
         stored = {name: manifest[name] for name in ("latents", "shape", "num_classes")}
         as_expected = manifest["statistics"]["as_expected"]
         encoder = manifest["vae"]["encoder"]
         vae = manifest["vae"]["name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise ValueError(explain(error)) from None
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{folder.name}/manifest.json cannot be read ({type(error).__name__}: {error}); "
             "prepare the latents again"

@@ -20,6 +20,7 @@ from experiments.engine.jobs.job import Job, JobEvent
 from experiments.engine.machine.cores import find_cores
 from experiments.engine.machine.lifetime import bind_to_parent, end_children, unwind
 from experiments.engine.machine.sockets import prepare_socket_folder
+from experiments.engine.machine.system_errors import explain
 from experiments.engine.records.store import Record, Store
 from experiments.engine.records.tree import own_environment, require_tree, tree_digest
 
@@ -198,9 +199,7 @@ def _work(  # noqa: PLR0913  (the arguments of a process)
     except BrokenPipeError:
         return  # nobody listens any more
     except OSError as error:
-        advice = "free space or choose another folder with --results"
-        text = f"cannot write results ({error.strerror}); {advice}"
-        pipe.send((JobEvent.ERROR, text))
+        pipe.send((JobEvent.ERROR, explain(error)))
     except ValueError as error:
         pipe.send((JobEvent.ERROR, str(error)))
     finally:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import backbones
 from experiments.engine.data.locate import JUDGE_WEIGHTS
 from experiments.engine.data.sets import ImageSet
 from experiments.engine.numerics.randomness import generator_at, seed_at
@@ -80,6 +81,7 @@ def load_judge(path: Path = JUDGE_WEIGHTS) -> tuple[nn.Module, str]:
     except (SafetensorError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} does not hold the CIFAR-10 judge's weights: {reason}") from None
+    backbones.check_values(network, network.state_dict(), path.name)
     return network, hashlib.sha256(content).hexdigest()
 
 

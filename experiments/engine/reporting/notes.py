@@ -84,6 +84,11 @@ def score_notes(lookup: Lookup, store: Store) -> list[Note]:
         text = f"Rows that are one network on {selection.protocol.name} share its runs and scores."
         notes.append(Note(NoteKind.SCORES, text))
 
+    hidden = [row.label for row in selection.networks if lookup.by_unknown_features(row)]
+    if hidden:
+        text = f"Scored by unknown Inception weights, and not shown: {', '.join(hidden)}."
+        notes.append(Note(NoteKind.SCORES, text))
+
     # what the scores resolve, and on which conditions
     notes += _seed_notes(lookup)
     resolved = describe_comparison(compare_with_baseline(lookup, store))
