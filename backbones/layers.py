@@ -194,19 +194,6 @@ def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     return kernels.addcmul(x, gate, branch)
 
 
-def adaln2d(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Normalise the channels of each pixel, then shift and scale.
-
-    Args:
-        x: (N, C, H, W)
-        shift: (N, C, 1, 1)
-        scale: (N, C, 1, 1)
-    """
-    rows = x.permute(0, 2, 3, 1).flatten(1, 2)  # (N, HW, C), no copy if channels are last
-    rows = kernels.adaln(rows, shift.flatten(1)[:, None], scale.flatten(1)[:, None])
-    return rows.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
-
-
 class GlobalPool(nn.Module):
     """Average each channel over the grid: (N, C, H, W) -> (N, C, 1, 1)."""
 
@@ -269,7 +256,7 @@ class ConvFinal(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c)[..., None, None].chunk(2, dim=1)  # (N, D, 1, 1)
-        return self.out_proj(adaln2d(x, shift, scale))  # (N, C_out, H, W)
+        return self.out_proj(kernels.adaln2d(x, shift, scale))  # (N, C_out, H, W)
 
 
 class PatchFinal(nn.Module):
