@@ -22,6 +22,7 @@ from backbones import (  # noqa: F401  (importing a family registers it)
     hourglass,
     isotropic,
     ldm,
+    lightningdit,
     sit,
     udit,
     uvit,
