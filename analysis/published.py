@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiments.engine.machine.system_errors import explain
+
 SCORES = ("fid", "is", "precision", "recall")
 ADVICE = "restore it with git checkout results/published"
 
@@ -112,7 +114,8 @@ def _read(path: Path) -> list[dict[str, str]]:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
     except OSError as error:
-        raise ValueError(f"published data {path.name}: {error.strerror}; {ADVICE}") from None
+        advice = f"; {ADVICE}" if isinstance(error, FileNotFoundError) else ""
+        raise ValueError(f"published data: {explain(error, 'read', path)}{advice}") from None
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(
             f"published data {path.name}: no CSV in UTF-8 ({error}); {ADVICE}"

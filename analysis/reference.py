@@ -10,6 +10,7 @@ from pathlib import Path
 
 from analysis.published import read_published
 from experiments.declared.protocols import PROTOCOLS
+from experiments.engine.records.manifest import has_unknown_features
 from experiments.engine.records.score_names import SCORES
 from experiments.engine.records.store import Record, RecordFolder, Store
 from experiments.engine.records.tree import REPOSITORY
@@ -169,6 +170,8 @@ def problem_with(record: Record) -> str:
         ]
     if bad:
         return f"{', '.join(bad)} is no number"
+    if has_unknown_features(record.values):
+        return "scored by unknown Inception weights, which compare with no other scores"
     return _protocol_problem(record) if record.kind == "evaluate" else ""
 
 

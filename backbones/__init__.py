@@ -23,12 +23,13 @@ from backbones import (  # noqa: F401  (importing a family registers it)
     hourglass,
     isotropic,
     ldm,
+    lightningdit,
     sit,
     udit,
     uvit,
 )
-from backbones.checkpoint import load_published
-from backbones.judgement import check_values
+from backbones.checkpoint import load_judged, load_published, print_warning
+from backbones.judgement import check_progress, check_values
 from backbones.registry import (
     Exceptions,
     build,
@@ -49,9 +50,12 @@ __all__ = [
     "guided_channels_of",
     "list_backbones",
     "list_classifiers",
+    "check_progress",
     "check_values",
+    "load_judged",
     "load_published",
     "options_of",
+    "print_warning",
     "register",
     "shared_name_of",
     "tiny_options_of",

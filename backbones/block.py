@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.kernels import gelu
-from backbones.layers import Linear, Pointwise, adaln2d, gated
+from backbones.kernels import adaln2d, adaln_pointwise_gelu, pointwise_gated
+from backbones.layers import Linear, Pointwise, gated
 
 
 class Block(nn.Module):
@@ -32,8 +32,10 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation  # (N, C, 1, 1)
 
         x = gated(x, gate1, self.mixer(adaln2d(x, shift1, scale1)))  # (N, C, H, W)
-        h = self.fc1(adaln2d(x, shift2, scale2))  # (N, rC, H, W)
-        return gated(x, gate2, self.fc2(self._activate(h)))  # (N, C, H, W)
 
-    def _activate(self, h: Tensor) -> Tensor:
-        return gelu(h) if self.gelu == "none" else F.gelu(h, approximate=self.gelu)
+        # Feed-forward network of two 1x1 convolutions.
+        if self.gelu == "none":
+            h = adaln_pointwise_gelu(x, shift2, scale2, self.fc1.weight, self.fc1.bias)
+        else:
+            h = F.gelu(self.fc1(adaln2d(x, shift2, scale2)), approximate=self.gelu)
+        return pointwise_gated(x, gate2, h, self.fc2.weight, self.fc2.bias)  # (N, C, H, W)

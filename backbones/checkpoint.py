@@ -53,8 +53,7 @@ def read_weights(path: str | Path, key: str | None = None) -> tuple[Weights, str
             pickled code, that has no such key, or whose average was never updated.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such checkpoint; give the path of a .pt or .safetensors file")
+    _require_openable(path)
     content = _read(path)
 
     # Weights lie flat or in a dictionary under a key.
@@ -82,6 +81,20 @@ def read_weights(path: str | Path, key: str | None = None) -> tuple[Weights, str
     return weights, key
 
 
+def _require_openable(path: Path) -> None:
+    """Raise ValueError, with the path and the reason, unless a file can be opened."""
+    advice = "give the path of a .pt or .safetensors file"
+    try:
+        open(path, "rb").close()
+    except FileNotFoundError:
+        link = f"; its link leads to {path.readlink()}" if path.is_symlink() else ""
+        raise ValueError(f"{path}: no such checkpoint{link}; {advice}") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: is a folder, and no checkpoint; {advice}") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be opened: {error.strerror}") from None
+
+
 def _read(path: Path) -> Any:
     """Load a file's content; raise ValueError with the likely reason if it cannot be read."""
     try:
@@ -92,7 +105,14 @@ def _read(path: Path) -> Any:
         with torch.serialization.safe_globals(ADMITTED), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # sparse tensors are refused later
             return torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except OSError as error:
+        # The system refused it, whatever it holds.
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
     except Exception as error:
+        if "allocate memory" in str(error):
+            raise MemoryError(f"{path} does not fit into memory") from None
         reason = _explain_refusal(str(error))
         raise ValueError(f"{path.name}: not a readable checkpoint ({reason})") from None
 
@@ -157,15 +177,46 @@ def load_published(
             first keys that differ, and for weights that no trained network has.
     """
     stored, key = read_weights(path, key)
-    file = Path(path).name
+    rename = getattr(model, "from_checkpoint", None)
+    load_judged(model, stored, Path(path).name, rename, warn=warn)
+    return key
+
+
+def load_judged(
+    model: nn.Module,
+    stored: Weights,
+    file: str,
+    rename: Callable[[Weights], Weights] | None = None,
+    *,
+    warn: Warn = print_warning,
+) -> None:
+    """Judge weights and load them strictly, or leave the model untouched.
+
+    Args:
+        model: The network.
+        stored: Tensors by name, as a file holds them.
+        file: Name of the file, for messages.
+        rename: Maps the authors' names of weights to the network's own.
+        warn: Hears, in one line each, what the weights lost or what wrapped their names.
+
+    Raises:
+        ValueError: As in `load_published`.
+    """
     notes: list[str] = []
 
-    # The names come first, then the types, for `from_checkpoint` may compute with the tensors.
+    # The names come first, then the types, for `rename` may compute with the tensors.
     weights = unwrap_names(stored, model.state_dict(), file, notes.append)
     weights = convert_stored(weights, file, notes.append)
-    rename = getattr(model, "from_checkpoint", None)
     if rename is not None:
         weights = rename(weights)
+
+    # Files of torch before 0.4.1 lack BatchNorm's counter, which no trained network reads.
+    counters = {
+        name: value
+        for name, value in model.state_dict().items()
+        if name.endswith("num_batches_tracked")
+    }
+    weights = counters | weights
 
     # Nothing is loaded, and nothing is said, before all is judged.
     _check_keys(model.state_dict(), weights, file)
@@ -173,7 +224,6 @@ def load_published(
     model.load_state_dict(weights, strict=True)
     for text in notes:
         warn(text)
-    return key
 
 
 def _check_keys(expected: Weights, weights: Weights, file: str) -> None:

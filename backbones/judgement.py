@@ -92,6 +92,24 @@ def _without_part(name: str, part: str) -> str:
     return ".".join(word for word in name.split(".") if word != part)
 
 
+def check_progress(average: Weights, trained: Weights, initial: Weights, file: str) -> None:
+    """Raise ValueError if a training moved its weights and left their average as it began.
+
+    Args:
+        average: Averaged weights by name.
+        trained: The weights that were averaged, from the same file.
+        initial: The weights with which the training began.
+        file: Name of the file, for messages.
+    """
+    if average.keys() == initial.keys() == trained.keys():
+        stayed = all(torch.equal(average[name], initial[name]) for name in initial)
+        if stayed and not all(torch.equal(trained[name], initial[name]) for name in initial):
+            raise ValueError(
+                f"{file}: the average was never updated: it is the network before its training; "
+                "train again"
+            )
+
+
 def check_average(average: Weights, trained: Weights, file: str) -> None:
     """Raise ValueError if an average still has the constants of a network that did not train.
 
@@ -189,7 +207,9 @@ def check_values(model: nn.Module, weights: Weights, file: str) -> None:
         )
 
     # Biases and modulations may be zero, but not every matrix.
-    trained = [name for name, value in model.named_parameters() if value.requires_grad]
+    # A frozen network counts as a whole.
+    parameters = dict(model.named_parameters())
+    trained = [name for name, value in parameters.items() if value.requires_grad] or parameters
     matrices = [weights[name] for name in trained if weights[name].dim() > 1]
     if matrices and not any(matrix.any() for matrix in matrices):
         raise ValueError(

@@ -160,6 +160,23 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
 
 
+class RMSNorm(nn.Module):
+    """Divide by the root mean square of the last axis, then weigh: (..., D) -> (..., D).
+
+    The quotient is at least in float32. It is written out so that counters see its products.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        real = x.to(torch.promote_types(x.dtype, torch.float32))
+        real = real * torch.rsqrt(real.square().mean(-1, keepdim=True) + self.eps)
+        return real.to(x.dtype) * self.weight
+
+
 class LayerNorm2d(nn.Module):
     """Normalise the channels of each pixel, eps 1e-6, without parameters: (N, C, H, W) -> same."""
 
@@ -175,19 +192,6 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     """Compute adaLN-Zero's x + gate * branch; the gate broadcasts against both."""
     return kernels.addcmul(x, gate, branch)
-
-
-def adaln2d(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Normalise the channels of each pixel, then shift and scale.
-
-    Args:
-        x: (N, C, H, W)
-        shift: (N, C, 1, 1)
-        scale: (N, C, 1, 1)
-    """
-    rows = x.permute(0, 2, 3, 1).flatten(1, 2)  # (N, HW, C), no copy if channels are last
-    rows = kernels.adaln(rows, shift.flatten(1)[:, None], scale.flatten(1)[:, None])
-    return rows.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 
 class GlobalPool(nn.Module):
@@ -252,15 +256,20 @@ class ConvFinal(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c)[..., None, None].chunk(2, dim=1)  # (N, D, 1, 1)
-        return self.out_proj(adaln2d(x, shift, scale))  # (N, C_out, H, W)
+        return self.out_proj(kernels.adaln2d(x, shift, scale))  # (N, C_out, H, W)
 
 
 class PatchFinal(nn.Module):
-    """Apply DiT's head, adaLN and a linear layer: (N, T, D), (N, D) -> (N, T, p*p*C_out)."""
+    """Apply DiT's head, adaLN and a linear layer: (N, T, D), (N, D) -> (N, T, p*p*C_out).
 
-    def __init__(self, dim: int, patch: int, out_channels: int) -> None:
+    `norm` replaces its LayerNorm.
+    """
+
+    def __init__(
+        self, dim: int, patch: int, out_channels: int, norm: nn.Module | None = None
+    ) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.norm_final = norm or nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.linear = Linear(dim, patch * patch * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 2 * dim))
 

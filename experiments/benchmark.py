@@ -4,6 +4,7 @@ loop     counts, the report, and on request the main job, checkpoints, precision
 loader   latents per second of the loader alone
 steps    training and sampling steps beside those of another implementation
 kernels  every kernel beside its reference and beside a copy of memory
+small    training of small networks beside another commit of this suite
 gpu      everything that a GPU has to measure, most important first
 """
 
@@ -21,6 +22,7 @@ import textwrap
 import time
 from collections.abc import Sequence
 
+from experiments.declared import benchmark_help
 from experiments.declared import benchmarks as declared
 from experiments.engine.benchmarks.footprint import measure_footprint, measure_start
 from experiments.engine.benchmarks.session import Session
@@ -41,75 +43,6 @@ from experiments.engine.records.tree import REPOSITORY, warn_without_commit
 
 ABLATION = REPOSITORY / "experiments" / "ablation.py"
 
-LOOP = """Count every registered network at its own input, and every row of Tables 3, 4 and 5, on
-the meta device. Time `--report`, and tell whether it imports torch.
-
---main-job also runs `ablation.py --table 4` from nothing in a temporary folder, and prints its
-seconds and its peak memory.
---checkpoints measures nothing but how long training stalls for a checkpoint: for the copy, and
-for the writing beside it. It keeps a record of kind `stall`.
---neighbours times nothing but precision, recall, density and coverage, exactly and in ADM's
-half-precision arithmetic, and keeps a record of each."""
-
-LOADER = """Time the loader alone: latents of 32x32x4, drawn anew from moments, from a warm page
-cache in two threads. The result is a record of kind `loader`."""
-
-STEPS = """Time training and sampling steps of this suite beside those of another implementation.
-
-    benchmark.py steps --against dico_s=dico_models.py:DiCo_S dit_s_2=models.py:DiT_S_2
-    benchmark.py steps --networks dico_xl dit_xl_2 --device cuda --precision tf32 bf16 \\
-        --compile --graphs
-
-FILE:NAME is a constructor without arguments in a file of yours. Up to four steps run in turn, so
-that the machine's drift cancels:
-
-    ours    the trainer or the sampler, as runs use them
-    bare    our network in the shortest loop; what `ours` takes longer is the suite's overhead.
-            It is eager, and is left out if `ours` is compiled or captured
-    plain   our network in a plain loop: iDDPM's loss, PyTorch's default AdamW, EMA by parameter
-    theirs  the other network in that same plain loop, which this suite wrote, not its authors
-
-A loop of sampling is ten guided steps on a GPU and two on a CPU; each step costs what one of 250
-does. For training, the share of the device's measured matrix product is printed too; a step
-counts as three forward passes. What the suite asks of itself, and by how much it is missed, is
-printed and recorded.
-
-A batch that does not fit a GPU's memory is halved. Every comparison is a record of kind `steps`,
-whose spec has the batch that fitted. The record is a failed one if no batch fits, or if `ours`
-does not compute what the reference kernels compute."""
-
-KERNELS_TEXT = """Time every kernel beside its reference and beside a copy of memory, forward and
-backward, at 256 tokens and width 384.
-
-All implementations that take the device's tensors and keep gradients run in turn in one process.
-On a CPU these are the fast paths; on CUDA also the Triton kernels, and what is installed of
-mamba-ssm, causal-conv1d, fla and flash-attn. An implementation that differs from the reference
-is not timed.
-
-Bandwidth counts the least that any implementation moves. Forward reads the inputs and writes the
-output; backward reads the inputs and the output's gradient, and writes a gradient of every input.
-Beside it stands what a plain copy reads and writes. Every implementation is a record of kind
-`kernel`."""
-
-GPU = """Run the GPU measurements, most important first, for nine minutes. Continue with
-`--from PART`.
-
-Nothing is installed. Copy the working tree to the machine and call this in its root, with any
-Python that has torch, triton, timm and scipy, and pytest for the kernels' tests. Triton and
-torch.compile need a C and a C++ compiler. Pure Python packages, such as pytest or fla-core for
-DiG, can travel as wheels: put them on PYTHONPATH.
-
-    benchmark.py gpu --minutes 9 --against dico_xl=theirs/models.py:DiCo_XL \\
-        --bundle out/measured.tar.gz
-
-Every stage's record is written when it ends. The bundle holds all records so far and is written
-again every few seconds, so a cut costs one stage at most. To continue, unpack the bundle in the
-results folder and call again with `--from` and the part that was cut off. What has a record is
-not measured again, except steps and kernels. $DICO_COMMIT names the commit in the records of a
-tree without history.
-
-"""
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one benchmark; the exit status is that of `run_command`."""
@@ -119,14 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _benchmark(arguments: Sequence[str] | None) -> int:
     parser = Parser(__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_loop, _add_loader, _add_steps, _add_kernels, _add_gpu):
+    for add in (_add_loop, _add_loader, _add_steps, _add_kernels, _add_small, _add_gpu):
         add(commands)
     args = parser.parse_args(arguments)
     return args.run(args)
 
 
 def _add_loop(commands: argparse._SubParsersAction[Parser]) -> None:
-    parser = commands.add_parser("loop", description=LOOP, help="the suite's own loops")
+    parser = commands.add_parser(
+        "loop", description=benchmark_help.LOOP, help="the suite's own loops"
+    )
     parser.add_argument(
         "--main-job",
         action="store_true",
@@ -215,7 +150,9 @@ def _run_main_job() -> None:
 
 
 def _add_loader(commands: argparse._SubParsersAction[Parser]) -> None:
-    parser = commands.add_parser("loader", description=LOADER, help="the loader of latents")
+    parser = commands.add_parser(
+        "loader", description=benchmark_help.LOADER, help="the loader of latents"
+    )
     add_results_option(parser, use_environment=False)
     parser.set_defaults(run=_run_loader)
 
@@ -228,7 +165,9 @@ def _run_loader(args: argparse.Namespace) -> int:
 
 
 def _add_steps(commands: argparse._SubParsersAction[Parser]) -> None:
-    parser = commands.add_parser("steps", description=STEPS, help="training and sampling steps")
+    parser = commands.add_parser(
+        "steps", description=benchmark_help.STEPS, help="training and sampling steps"
+    )
 
     # These options choose what is compared.
     parser.add_argument(
@@ -310,7 +249,7 @@ def _parse_other(text: str) -> tuple[str, Path, str]:
 
 def _add_kernels(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser(
-        "kernels", description=KERNELS_TEXT, help="every kernel beside its reference"
+        "kernels", description=benchmark_help.KERNELS, help="every kernel beside its reference"
     )
 
     # These options choose what is timed.
@@ -351,9 +290,43 @@ def _run_kernels(args: argparse.Namespace) -> int:
     return 0 if measure_kernels(args.kernels, modes, setup, store, declared.TARGETS) else 1
 
 
+def _add_small(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = commands.add_parser(
+        "small", description=benchmark_help.SMALL, help="training of small networks"
+    )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        required=True,
+        metavar="TREE",
+        help="a checkout of the commit to compare with",
+    )
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="rows of Table 4 (default: all)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds in turn (default: 5)")
+    parser.add_argument("--steps", type=int, default=6, help="steps per round (default: 6)")
+    add_results_option(parser, use_environment=False)
+    parser.set_defaults(run=_run_small, parser=parser)
+
+
+def _run_small(args: argparse.Namespace) -> int:
+    from experiments.ablation import TABLES
+    from experiments.engine.benchmarks.small import Rounds, measure_small
+
+    # Refuse what cannot be measured before anything is timed.
+    if args.rounds < 3 or args.steps < 1:
+        args.parser.error("--rounds must be at least 3 and --steps at least 1")
+    table = TABLES[declared.SMALL_TABLE]
+    rows = [table.row(label) for label in args.rows] if args.rows else list(table.rows)
+    store = _open_store(args.results)
+    rounds = Rounds(args.rounds, args.steps)
+    for protocol in declared.SMALL_PROTOCOLS:
+        measure_small(rows, protocol, args.against, rounds, store)
+    return 0
+
+
 def _add_gpu(commands: argparse._SubParsersAction[Parser]) -> None:
     parts = "Parts, in order: " + "; ".join(declared.gpu_parts("cuda", [])) + "."
-    description = GPU + textwrap.fill(parts, 98, break_on_hyphens=False)
+    description = benchmark_help.GPU + textwrap.fill(parts, 98, break_on_hyphens=False)
 
     parser = commands.add_parser("gpu", description=description, help="all a GPU has to measure")
     parser.add_argument(

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from experiments.engine.cli import Parser, add_device_option, run_command
 from experiments.engine.data.locate import inception_path
 from experiments.engine.machine.gpu import choose_device, prepare_torch
+from experiments.engine.records.manifest import UNKNOWN_FEATURES
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -79,7 +80,7 @@ SAMPLES = {
 
 def main() -> int:
     """Print the checks; the exit status is 1 if one fails."""
-    return run_command(_calibrate, str)
+    return run_command(_calibrate)
 
 
 def _calibrate() -> int:
@@ -151,13 +152,15 @@ def _check_pair(
 ) -> Iterator[Check]:
     """Score a published pair of files."""
     from experiments.engine.data.image_files import ImageFile
-    from experiments.engine.scoring.inception import load_inception
+    from experiments.engine.scoring.inception import load_inception, require_published
     from experiments.engine.scoring.measure import measure
     from experiments.engine.scoring.reference import read_reference
     from experiments.engine.scoring.scores import score
 
     images = ImageFile(samples)
     extractor = load_inception(weights, device)
+    if extractor.name == UNKNOWN_FEATURES:
+        require_published(weights)
     values = score(
         measure(extractor, images.batches()), read_reference(extractor, reference), device=device
     )

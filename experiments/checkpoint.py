@@ -29,7 +29,7 @@ from experiments.engine.specs.spec import Backbone
 
 def main() -> int:
     """Print what the file holds; the exit status is 2 if it is another network."""
-    return run_command(_check, str)
+    return run_command(_check)
 
 
 def _check() -> int:

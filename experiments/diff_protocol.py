@@ -38,7 +38,7 @@ NETWORK_OPTIONS = "model.backbone.options."
 
 def main() -> int:
     """Print the differences; the exit status says whether the scores may be ranked."""
-    return run_command(_compare_files, str)
+    return run_command(_compare_files)
 
 
 def _compare_files() -> int:
@@ -90,7 +90,7 @@ def _describe(difference: Difference) -> str:
 
 def _print_silent(path: Path, fields: Sequence[str]) -> None:
     if fields:
-        print(f"{path.name} does not record {', '.join(fields)}")
+        print(f"{path} does not record {', '.join(fields)}")
 
 
 def _explain_missing(found: Sequence[Difference]) -> list[Difference]:
@@ -112,7 +112,7 @@ def _read_scores(path: Path) -> Record:
     record = read_record(path)
     if record.kind not in ("evaluate", SCORES) or record.status != "done":
         raise ValueError(
-            f"{path.name}: a {record.status} {record.kind} record; "
+            f"{path}: a {record.status} {record.kind} record; "
             "only finished evaluate records, and evaluate.py's, have scores"
         )
     return record

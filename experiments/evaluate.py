@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from experiments.engine.cli import Parser, add_device_option, run_command
 from experiments.engine.data.locate import inception_path
 from experiments.engine.machine.gpu import choose_device, prepare_torch
-from experiments.engine.records.manifest import samples_manifest
+from experiments.engine.records.manifest import UNKNOWN_FEATURES, samples_manifest
 from experiments.engine.records.score_names import (
     COVERAGE,
     DENSITY,
@@ -102,7 +102,7 @@ class Scorer:
 
 def main() -> int:
     """Score the files that the command line names."""
-    return run_command(_evaluate, str)
+    return run_command(_evaluate)
 
 
 def _parse() -> argparse.Namespace:
@@ -191,9 +191,9 @@ def _check_contents(args: argparse.Namespace) -> None:
         if has_images(path):
             continue
         if not statistics(path):
-            raise ValueError(f"{path.name}: holds no images (arr_0) and no statistics (mu, sigma)")
+            raise ValueError(f"{path}: holds no images (arr_0) and no statistics (mu, sigma)")
         if args.paired:
-            raise ValueError(f"{path.name}: holds no images (arr_0)")
+            raise ValueError(f"{path}: holds no images (arr_0)")
 
 
 def _score_statistics(path: Path, scorer: Scorer) -> str:
@@ -203,7 +203,8 @@ def _score_statistics(path: Path, scorer: Scorer) -> str:
 
     head = f"{path.name} against {scorer.against.name}, statistics only: N and errors are unknown"
     values = distances(statistics(path), scorer.reference)
-    return "\n".join([head, *(f"  {name:15} {value:.4f}" for name, value in values.items())])
+    lines = [head, *(f"  {name:15} {value:.4f}" for name, value in values.items())]
+    return "\n".join([*lines, *(f"  warning: {text}" for text in scorer.extractor.warnings)])
 
 
 def _score_images(images: ImageFile, scorer: Scorer, record: Path | None) -> Measured:
@@ -223,6 +224,7 @@ def _score_images(images: ImageFile, scorer: Scorer, record: Path | None) -> Mea
             half=scorer.half,
             device=scorer.device,
         )
+    values["warnings"] += scorer.extractor.warnings
     if images.stray:
         values["warnings"].append(
             f"{images.path.name} carries {', '.join(images.stray)}, which was ignored: "
@@ -233,9 +235,10 @@ def _score_images(images: ImageFile, scorer: Scorer, record: Path | None) -> Mea
         write_record(record, _record_of(images, values, identity, scorer.device))
 
     shown = dict(values)
+    unknown = ", by unknown features" if scorer.extractor.name == UNKNOWN_FEATURES else ""
     if images.origin and "nfe" in images.origin:
         shown["nfe"] = images.origin["nfe"]
-    print(_text_of_scores(images.path.name, shown, scorer.against.name))
+    print(_text_of_scores(images.path.name, shown, scorer.against.name + unknown))
     return measured
 
 
@@ -297,7 +300,7 @@ def _common_order(a: ImageFile, b: ImageFile) -> tuple[ndarray, ndarray]:
         seeded = images.origin is not None and images.origin.get("seed") is not None
         if images.index is None or images.labels is None or not seeded:
             raise ValueError(
-                f"{images.path.name} does not say from which seeds it was made; "
+                f"{images.path} does not say from which seeds it was made; "
                 "pairs need files that sample.py wrote"
             )
 
@@ -305,8 +308,7 @@ def _common_order(a: ImageFile, b: ImageFile) -> tuple[ndarray, ndarray]:
     rows_a, rows_b = (_order_of_generation(images) for images in (a, b))
     if not _are_of_common_seeds(a, b, rows_a, rows_b):
         raise ValueError(
-            f"{a.path.name} and {b.path.name} were made from different seeds or labels: "
-            "compare them unpaired"
+            f"{a.path} and {b.path} were made from different seeds or labels: compare them unpaired"
         )
     return rows_a, rows_b
 

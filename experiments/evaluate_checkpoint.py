@@ -168,7 +168,7 @@ def _missing(spec: Evaluate) -> list[str]:
     """
     missing = missing_features(spec)
     warnings: list[str] = []
-    checks = _feature_checks(spec)
+    checks = _feature_checks(spec, warnings)
 
     # Latents need a VAE to decode them.
     if is_latent(spec.data) and find_spec("diffusers"):
@@ -193,8 +193,11 @@ def _missing(spec: Evaluate) -> list[str]:
     ]
 
 
-def _feature_checks(spec: Evaluate) -> list[Callable[[], object]]:
-    """Return what opens the extractor and the reference, as far as they are there."""
+def _feature_checks(spec: Evaluate, warnings: list[str]) -> list[Callable[[], object]]:
+    """Return what opens the extractor and the reference, as far as they are there.
+
+    The extractor adds what the record would warn of to `warnings`.
+    """
     from experiments.engine.scoring.inception import load_inception
     from experiments.engine.scoring.stage import require_reference
 
@@ -202,7 +205,7 @@ def _feature_checks(spec: Evaluate) -> list[Callable[[], object]]:
         return []
     checks: list[Callable[[], object]] = []
     if inception_path().is_file() and find_spec("torch_fidelity"):
-        checks.append(lambda: load_inception(inception_path(), "cpu"))
+        checks.append(lambda: warnings.extend(load_inception(inception_path(), "cpu").warnings))
     path = reference_path(spec.data)
     if path is None or path.is_file():
         checks.append(lambda: require_reference(spec.data))

@@ -3,6 +3,7 @@
 python experiments/prepare.py cifar10
 python experiments/prepare.py latents --protocol imagenet256 --images ILSVRC/train
 python experiments/prepare.py pixels --size 64 --images ILSVRC/train
+python experiments/prepare.py judge --out judge.safetensors
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 from experiments.declared.protocols import CIFAR10, PROTOCOLS
 from experiments.declared.recipes import pixels
 from experiments.engine.cli import Parser, run_command
-from experiments.engine.data.locate import find_cifar10, folder_of
+from experiments.engine.data.locate import JUDGE_WEIGHTS, find_cifar10, folder_of
 from experiments.engine.jobs.progress import images_line
 from experiments.engine.machine.cores import find_cores
 from experiments.engine.machine.gpu import choose_device, prepare_torch
+from experiments.engine.records.files import written_whole
 
 if TYPE_CHECKING:
     from experiments.engine.data.pictures import Pictures
@@ -49,6 +51,11 @@ decoded ends the command. Writes images.npy, uint8 (M, 3, size, size), and label
 $DICO_DATA/imagenet<size>_pixels, or --out, each whole or not at all. ImageNet takes 16 GB at 64
 pixels and 252 GB at 256.
 """
+JUDGE_HELP = """Train the classifier whose features score samples of CIFAR-10.
+
+It sees the training part alone and takes about 40 core-minutes. The committed judge was made in
+this way; another machine's judge differs in its last digits, and scores name the judge by its hash.
+"""
 IMAGENET_IMAGES = 1_281_167  # ILSVRC 2012's training images
 LATENT_PROTOCOLS = {
     name: protocol for name, protocol in PROTOCOLS.items() if name.startswith("imagenet")
@@ -57,15 +64,18 @@ LATENT_PROTOCOLS = {
 
 def main() -> int:
     """Prepare the data set that the command line names; return the exit status."""
-    return run_command(_run_verb, str)
+    return run_command(_run_verb)
 
 
 def _run_verb() -> int:
     parser = Parser(__doc__)
-    verbs = parser.add_subparsers(dest="data", required=True, metavar="cifar10|latents|pixels")
+    verbs = parser.add_subparsers(
+        dest="data", required=True, metavar="cifar10|latents|pixels|judge"
+    )
     _add_cifar10(verbs)
     _add_latents(verbs)
     _add_pixels(verbs)
+    _add_judge(verbs)
     args = parser.parse_args()
     return args.prepare(args)
 
@@ -128,6 +138,18 @@ def _add_pixels(verbs: Any) -> None:
     _add_workers(verb)
 
 
+def _add_judge(verbs: Any) -> None:
+    verb = verbs.add_parser("judge", description=JUDGE_HELP, help="train CIFAR-10's judge")
+    verb.set_defaults(prepare=prepare_judge)
+    verb.add_argument(
+        "--out",
+        type=Path,
+        default=JUDGE_WEIGHTS,
+        help="file of the weights (default: the committed one, results/weights/"
+        f"{JUDGE_WEIGHTS.name})",
+    )
+
+
 def _add_images(verb: argparse.ArgumentParser, help_text: str) -> None:
     verb.add_argument("--images", required=True, type=Path, help=help_text)
 
@@ -160,6 +182,34 @@ def prepare_cifar10(_: argparse.Namespace) -> int:
         if "data_converted" in identity:
             line += f"; converted to RGB: {identity['data_converted']}"
         print(line)
+    return 0
+
+
+def prepare_judge(args: argparse.Namespace) -> int:
+    """Train the classifier whose features score CIFAR-10 samples, on the training part alone."""
+    from experiments.declared.protocols import CIFAR10_16
+    from experiments.engine.data.sets import ImageSet, Part, load, unfolded
+    from experiments.engine.judges.cifar import EPOCHS, load_judge, save_judge, train_judge
+    from experiments.engine.judges.classifiers import accuracy
+
+    if args.out.exists():
+        raise ValueError(f"{args.out} exists already; remove it or choose another --out")
+    data = unfolded(CIFAR10_16.data)
+    train, test = load(data), load(data, Part.TEST)
+    assert isinstance(train, ImageSet)
+    assert isinstance(test, ImageSet)
+
+    # The last epoch's network is the judge; no part chooses among them.
+    network = None
+    for epoch, loss, trained in train_judge(train):
+        print(f"epoch {epoch} of {EPOCHS}: loss {loss:.4f}", flush=True)
+        network = trained
+    assert network is not None, "a judge takes at least one epoch"
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(args.out) as file:
+        file.write(save_judge(network.eval()))
+    judge, sha256 = load_judge(args.out)
+    print(f"{args.out}: {accuracy(judge, test):.2%} of the test images, sha256 {sha256}")
     return 0
 
 

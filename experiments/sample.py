@@ -21,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -41,11 +42,12 @@ from experiments.engine.data.locate import require_data
 from experiments.engine.jobs.job import Job, JobEvent
 from experiments.engine.jobs.progress import ProgressDisplay
 from experiments.engine.machine.gpu import choose_device, prepare_torch
+from experiments.engine.records.files import require_space
 from experiments.engine.records.store import Store
 from experiments.engine.records.tree import warn_without_commit
 from experiments.engine.runtime.progress import Progress, Report, ignore_progress
 from experiments.engine.specs.rows import Row, table_of
-from experiments.engine.specs.spec import Evaluate
+from experiments.engine.specs.spec import Evaluate, spec_id
 from experiments.engine.specs.stages import evaluate_stage
 
 if TYPE_CHECKING:
@@ -58,14 +60,7 @@ TABLES = ablation.TABLES | main_results.TABLES
 
 def main() -> int:
     """Draw the images. The exit status is that of `run_command`, or 137 if a process died."""
-    return run_command(lambda: _draw(_parse()), _cannot_write)
-
-
-def _cannot_write(error: OSError) -> str:
-    return (
-        f"cannot write images ({error.strerror}); "
-        "free space or choose another folder with --results or --out"
-    )
+    return run_command(lambda: _draw(_parse()))
 
 
 def _parse() -> argparse.Namespace:
@@ -144,7 +139,7 @@ def _draw(args: argparse.Namespace) -> int:
     with ExitStack() as held:
         report = _progress_report(f"{args.row}, {spec.num} images", spec, group, held)
         context = RunContext(store.run_dir(spec.train), resources, group, report=report)
-        samples = _draw_all(spec, store, context, held)
+        samples = _draw_all(spec, store, context, held, lambda: _require_targets(args, spec, out))
         if not group.first:
             return 0
         samples.pack(out)
@@ -206,7 +201,25 @@ def _progress_report(label: str, spec: Evaluate, group: Group, held: ExitStack) 
     return report
 
 
-def _draw_all(spec: Evaluate, store: Store, context: RunContext, held: ExitStack) -> SampleSet:
+def _require_targets(args: argparse.Namespace, spec: Evaluate, out: Path) -> None:
+    """Raise ValueError if the images cannot go where the options say."""
+    from experiments.engine.sampling.samples import image_bytes, png_names
+    from experiments.engine.sampling.targets import require_file, require_own_folder
+
+    require_file(out)
+    require_space(out.parent, spec.num * image_bytes(spec), "--out")
+    if args.png:
+        require_own_folder(args.png, png_names(spec), spec_id(spec))
+        require_space(args.png, spec.num * image_bytes(spec), "--png")
+
+
+def _draw_all(
+    spec: Evaluate,
+    store: Store,
+    context: RunContext,
+    held: ExitStack,
+    require_targets: Callable[[], None],
+) -> SampleSet:
     """Draw the set on all ranks.
 
     The first rank holds the run's folder for as long as `held` is open. If one rank fails, all end,
@@ -221,6 +234,7 @@ def _draw_all(spec: Evaluate, store: Store, context: RunContext, held: ExitStack
     heartbeat, refusal = None, None
     if group.first:
         try:
+            require_targets()
             heartbeat = held.enter_context(claim_run(folder, group.world_size))
             clear_errors(folder)
         except (ValueError, OSError) as error:

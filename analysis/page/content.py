@@ -14,6 +14,7 @@ from analysis.claims.finding import Evidence
 from analysis.query import ReferenceStore
 from analysis.reference import Problem
 from analysis.tables.pages import Block, Origins, Text
+from experiments.engine.machine.system_errors import explain, is_of_files
 from experiments.engine.records.store import Record
 from experiments.engine.reporting.markup import grouped
 from experiments.engine.reporting.sheet import Sheet
@@ -125,8 +126,10 @@ def sample_grids(folder: Path, store: ReferenceStore, problems: list[Problem]) -
     for path in sorted(folder.glob("*.png")):
         try:
             about = Pillow.open(path).info
-        except OSError:
+        except OSError as error:
             reason = f"{path.name} is no image; draw it again with python -m analysis.grid"
+            if is_of_files(error):
+                reason = explain(error, "read", path)
             problems.append(Problem("samples", reason))
             continue
         caption = about.get(CAPTION) or f"{path.name}: the file does not name its run"

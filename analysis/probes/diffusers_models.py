@@ -18,11 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import backbones
 from analysis.probes.declared import DiffusersLocality
 from analysis.probes.layers import read_attention
 from analysis.probes.watch import Grid, Layer, num_tokens
 from experiments.engine.diffusion.iddpm import IDDPM
 from experiments.engine.diffusion.samplers import DDIM
+from experiments.engine.machine.system_errors import explain, is_of_files
 from experiments.engine.numerics.randomness import ImageNoise
 from experiments.engine.sampling.generate import image_seeds
 
@@ -42,9 +44,11 @@ def load(folder: Path) -> nn.Module:
     folder = _transformer_folder(folder)
     try:
         name = json.loads((folder / "config.json").read_text())["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except OSError as error:
+        raise ValueError(explain(error, "read", folder / "config.json")) from None
+    except (ValueError, KeyError, TypeError):
         raise ValueError(
-            f"{folder.name} holds no config.json of a diffusers model; "
+            f"{folder / 'config.json'} is not that of a diffusers model; "
             "name the folder of a model or a pipeline"
         ) from None
     if name not in ADAPTERS:
@@ -54,10 +58,14 @@ def load(folder: Path) -> nn.Module:
 
     options = dict(local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False)
     try:
-        return getattr(diffusers, name).from_pretrained(folder, **options).eval()
+        model: nn.Module = getattr(diffusers, name).from_pretrained(folder, **options).eval()
     except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, OSError) and is_of_files(error):
+            raise ValueError(explain(error)) from None
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{folder.name} cannot be loaded: {reason}") from None
+    backbones.check_values(model, model.state_dict(), folder.name)
+    return model
 
 
 def digest(folder: Path) -> str:
@@ -86,6 +94,8 @@ def conditioning_from(path: Path) -> tuple[dict[str, Tensor], str]:
         with np.load(path, allow_pickle=False) as stored:
             embeddings = {name: torch.from_numpy(stored[name]).float() for name in stored.files}
     except (OSError, ValueError, TypeError, EOFError, AttributeError) as error:
+        if isinstance(error, OSError) and is_of_files(error):
+            raise ValueError(explain(error, "read", path)) from None
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path} is not an .npz file of plain arrays ({reason})") from None
     return embeddings, hashlib.sha256(packed).hexdigest()

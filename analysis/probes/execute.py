@@ -49,8 +49,11 @@ def execute(
 ) -> Record:
     """Probe a network and record it. A failure is raised and leaves nothing behind."""
     started = time.perf_counter()
-    model = load_network(spec, store, files, machine.device)
+    warnings: list[str] = []
+    model = load_network(spec, store, files, machine.device, warnings)
     arrays, values = measure(spec, model, machine)
+    for text in warnings:
+        backbones.print_warning(text)
 
     # The flags are read back, not assumed, in the mode of the measurement.
     with precision("fp32", machine.device):
@@ -63,14 +66,23 @@ def execute(
         "weights_sha256": digest(model),
         "seconds": round(time.perf_counter() - started, 2),
     }
+    if warnings:
+        about["warnings"] = warnings
 
     return keep(store, spec, arrays, values, about)
 
 
 def load_network(
-    spec: Probe | DiffusersLocality, store: Store, files: Files, device: torch.device
+    spec: Probe | DiffusersLocality,
+    store: Store,
+    files: Files,
+    device: torch.device,
+    warnings: list[str],
 ) -> nn.Module:
-    """Return a run's EMA network or, if the probe names weights, the network in `files`."""
+    """Return a run's EMA network or, if the probe names weights, the network in `files`.
+
+    What a record must say of the weights is added to `warnings`.
+    """
     if isinstance(spec, DiffusersLocality):
         assert files.diffusers is not None, spec
         embeddings = None
@@ -80,11 +92,11 @@ def load_network(
         return diffusers_models.adapt(transformer, embeddings, spec.grid).to(device)
 
     if spec.weights is None:
-        return load_ema(spec.train, store.run_dir(spec.train), device)
+        return load_ema(spec.train, store.run_dir(spec.train), device, warnings.append)
 
     assert files.checkpoint is not None, spec
     model = build(spec.train.backbone, seed=0, device=device)
-    backbones.load_published(model, files.checkpoint)
+    backbones.load_published(model, files.checkpoint, warn=warnings.append)
     return model.eval()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from analysis.probes.declared import DiffusersLocality, Locality, Probe, declared, of_training
 from analysis.query import TRAINED, train_command, trained_row, trained_rows
+from experiments.engine.machine.system_errors import require_file
 from experiments.engine.records.store import Store
 from experiments.engine.specs.rows import Table
 from experiments.engine.specs.spec import Backbone, Diffusion, Train
@@ -90,10 +91,7 @@ def checkpoint_target(request: Request, checkpoint: Path, backbone: str) -> Targ
     """
     import backbones
 
-    if not checkpoint.is_file():
-        raise ValueError(
-            f"{checkpoint}: no such checkpoint; give the path of a .pt or .safetensors file"
-        )
+    require_file(checkpoint, "checkpoint", "give the path of a .pt or .safetensors file")
     with open(checkpoint, "rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -5,8 +5,13 @@ An `Op` takes its first choice that is installed, supports the arguments and pay
 multiply-accumulates, and `observing` shows the arguments of every call.
 """
 
-from backbones.kernels.adaln import adaln
+from backbones.kernels.adaln import adaln, adaln2d
 from backbones.kernels.attention import attention
+from backbones.kernels.branches import (
+    adaln_pointwise,
+    adaln_pointwise_gelu,
+    pointwise_gated,
+)
 from backbones.kernels.causal_conv import causal_conv
 from backbones.kernels.conv_gelu import depthwise, depthwise_gelu, gelu, pointwise_gelu
 from backbones.kernels.diagonal_ssm import diagonal_ssm
@@ -20,6 +25,9 @@ from backbones.kernels.selective_scan import selective_scan
 __all__ = [
     "Op",
     "adaln",
+    "adaln2d",
+    "adaln_pointwise",
+    "adaln_pointwise_gelu",
     "addcmul",
     "attention",
     "causal_conv",
@@ -33,6 +41,7 @@ __all__ = [
     "linear_attention",
     "observing",
     "pointwise",
+    "pointwise_gated",
     "pointwise_gelu",
     "pool",
     "references",

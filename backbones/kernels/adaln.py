@@ -65,3 +65,16 @@ adaln = Op(
         Choice("reference", reference),
     ],
 )
+
+
+def adaln2d(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Normalise the channels of each pixel, then shift and scale.
+
+    Args:
+        x: (N, C, H, W)
+        shift: (N, C, 1, 1)
+        scale: (N, C, 1, 1)
+    """
+    rows = x.permute(0, 2, 3, 1).flatten(1, 2)  # (N, HW, C), no copy if channels are last
+    rows = adaln(rows, shift.flatten(1)[:, None], scale.flatten(1)[:, None])
+    return rows.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from backbones.kernels import rows, rows_linear
 from backbones.kernels.op import Choice, Op
 
 _ONEDNN = torch.backends.mkldnn.is_available()
@@ -77,9 +78,6 @@ def _multiply_transposed(a: Tensor, b: Tensor) -> Tensor:
     oneDNN repacks its weight faster if the wider operand is the weight. With few rows, as a
     condition has, that saves less than it costs to lay the result out as the weight is.
     """
-    # On narrow matrices PyTorch's own product is faster, for it repacks neither operand.
-    if min(a.shape[1], b.shape[1]) < WIDE:
-        return a.t() @ b
     if a.shape[1] > b.shape[1] and len(a) > FEW:
         return _product(b.t(), a.t()).t()
     return _product(a.t(), b.t())
@@ -107,7 +105,12 @@ def _onednn_pays(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 
 
 linear = Op(
-    "linear", [Choice("onednn", onednn, supports, _onednn_pays), Choice("reference", F.linear)]
+    "linear",
+    [
+        Choice("rows", rows_linear.linear, rows_linear.supports_linear, rows.pays),
+        Choice("onednn", onednn, supports, _onednn_pays),
+        Choice("reference", F.linear),
+    ],
 )
 
 
@@ -130,7 +133,7 @@ def _linear_pays(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         torch.get_num_threads() == 1
         and x.is_contiguous(memory_format=torch.channels_last)
         and supports(x, weight)
-        and (min(weight.shape[:2]) < WIDE or _onednn_pays(x, weight))
+        and _onednn_pays(x, weight)
     )
 
 
@@ -198,6 +201,7 @@ def _row_pays(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 pointwise = Op(
     "pointwise",
     [
+        Choice("rows", rows_linear.linear, rows_linear.supports_pointwise, rows.pays),
         Choice("linear", as_linear, pays=_linear_pays),
         Choice("row", as_row, supports, _row_pays),
         Choice("reference", F.conv2d),

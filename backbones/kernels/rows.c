@@ -13,6 +13,7 @@ typedef int ints __attribute__((vector_size(32), aligned(4)));
 #define LOAD(p) (*(const vec *)(p))
 #define STORE(p, v) (*(vec *)(p) = (v))
 #define EACH(i, c) for (long i = 0; i < (c); i += LANES)
+#define UNROLL _Pragma("GCC unroll 8")
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE vec fill(float value) { return value - (vec){0}; }
@@ -113,13 +114,6 @@ void mean_backward(const float *grad, float *grad_x, long n, long t, long c) {
             EACH(k, c) STORE(grad_x + k, LOAD(grad + k) / (float)t);
 }
 
-/* The sum over rows: (m, c) -> (c,). */
-
-void sum_rows(const float *x, float *y, long m, long c) {
-    memset(y, 0, c * sizeof(float));
-    for (long j = 0; j < m; j++, x += c) EACH(k, c) STORE(y + k, LOAD(y + k) + LOAD(x + k));
-}
-
 /* Exact GELU. The tail of the normal distribution is Abramowitz and Stegun's 7.1.26, as in PyTorch.
  */
 
@@ -172,14 +166,19 @@ static void put_into_frame(const float *x, float *frame, long h, long w, long c,
 INLINE void convolve_pixels(const float *corner, const float *weight, const float *bias, float *y,
                             float *slope, long line, long c, const long side, const long count) {
     EACH(k, c) {
-        vec sums[count];
+        vec sums[4];
+        UNROLL
         for (long r = 0; r < count; r++) sums[r] = bias ? LOAD(bias + k) : (vec){0};
+        UNROLL
         for (long p = 0; p < side; p++)
+            UNROLL
             for (long q = 0; q < side; q++) {
                 vec tap = LOAD(weight + (p * side + q) * c + k);
+                UNROLL
                 for (long r = 0; r < count; r++)
                     sums[r] += tap * LOAD(corner + p * line + (q + r) * c + k);
             }
+        UNROLL
         for (long r = 0; r < count; r++) {
             if (slope) {
                 vec d;
@@ -213,14 +212,17 @@ INLINE void correlate(const float *frame, const float *grad, float *grad_weight,
     long line = (w + side - 1) * c;
     EACH(k, c)
     for (long p = 0; p < side; p++) {
-        vec sums[side];
+        vec sums[7];
+        UNROLL
         for (long q = 0; q < side; q++) sums[q] = LOAD(grad_weight + (p * side + q) * c + k);
         for (long i = 0; i < h; i++)
             for (long j = 0; j < w; j++) {
                 vec g = LOAD(grad + (i * w + j) * c + k);
                 const float *row = frame + (i + p) * line + j * c + k;
+                UNROLL
                 for (long q = 0; q < side; q++) sums[q] += g * LOAD(row + q * c);
             }
+        UNROLL
         for (long q = 0; q < side; q++) STORE(grad_weight + (p * side + q) * c + k, sums[q]);
     }
 }
@@ -270,5 +272,185 @@ void depthwise_backward(const float *x, const float *flipped, const float *slope
     convolve(grad_frame, flipped, NULL, grad_x + i * size, NULL, h, w, c, s)
         BY_SIDE(CALL)
 #undef CALL
+    }
+}
+
+/* Matrix products c (m, n) = a b + bias, or c += a b: n is a multiple of 8, b (k, n) and c (m, n) lie
+ * row by row, and a has any strides. */
+
+INLINE void multiply_block(const float *a, long row, long column, const float *b, float *c,
+                           const float *bias, long n, long k, int add, const long count,
+                           const long vecs) {
+    vec sums[6][2];
+    UNROLL
+    for (long r = 0; r < count; r++)
+        UNROLL
+        for (long v = 0; v < vecs; v++)
+            sums[r][v] = add ? LOAD(c + r * n + v * LANES)
+                             : bias ? LOAD(bias + v * LANES) : (vec){0};
+    for (long p = 0; p < k; p++) {
+        vec right[2];
+        UNROLL
+        for (long v = 0; v < vecs; v++) right[v] = LOAD(b + p * n + v * LANES);
+        UNROLL
+    for (long r = 0; r < count; r++) {
+            vec left = fill(a[r * row + p * column]);
+            UNROLL
+        for (long v = 0; v < vecs; v++) sums[r][v] += left * right[v];
+        }
+    }
+    UNROLL
+    for (long r = 0; r < count; r++)
+        UNROLL
+        for (long v = 0; v < vecs; v++) STORE(c + r * n + v * LANES, sums[r][v]);
+}
+
+INLINE void multiply_columns(const float *a, long row, long column, const float *b, float *c,
+                             const float *bias, long m, long n, long k, int add, const long vecs) {
+    long i = 0;
+#define ROWS(count)                                                                               \
+    for (; i + count <= m; i += count)                                                            \
+        multiply_block(a + i * row, row, column, b, c + i * n, bias, n, k, add, count, vecs);
+    ROWS(6)
+    ROWS(4)
+    ROWS(2)
+    ROWS(1)
+#undef ROWS
+}
+
+static void multiply(const float *a, long row, long column, const float *b, float *c,
+                     const float *bias, long m, long n, long k, int add) {
+    long j = 0;
+#define COLUMNS(vecs)                                                                             \
+    for (; j + vecs * LANES <= n; j += vecs * LANES)                                              \
+        multiply_columns(a, row, column, b + j, c + j, bias ? bias + j : NULL, m, n, k, add, vecs);
+    COLUMNS(2)
+    COLUMNS(1)
+#undef COLUMNS
+}
+
+static void add_rows(const float *x, float *y, long m, long c) {
+    for (long j = 0; j < m; j++, x += c) EACH(k, c) STORE(y + k, LOAD(y + k) + LOAD(x + k));
+}
+
+/* Samples of a tile, whose rows stay in the cache from one pass to the next. */
+#define TILE 96
+
+static long samples_of_tile(long t) { return t < TILE ? TILE / t : 1; }
+
+/* A linear layer of (m, k) rows: `transposed` is (k, n), weight (n, k). */
+
+void linear_forward(const float *x, const float *transposed, const float *bias, float *y, long m,
+                    long k, long n) {
+    multiply(x, k, 1, transposed, y, bias, m, n, k, 0);
+}
+
+/* grad_x may be NULL. */
+void linear_backward(const float *x, const float *weight, const float *grad, float *grad_x,
+                     float *grad_weight, float *grad_bias, long m, long k, long n) {
+    memset(grad_weight, 0, n * k * sizeof(float));
+    memset(grad_bias, 0, n * sizeof(float));
+    for (long i = 0; i < m; i += TILE) {
+        long rows = m - i < TILE ? m - i : TILE;
+        multiply(grad + i * n, 1, n, x + i * k, grad_weight, NULL, n, k, rows, 1);
+        if (grad_x) multiply(grad + i * n, n, 1, weight, grad_x + i * k, NULL, rows, k, n, 0);
+        add_rows(grad + i * n, grad_bias, rows, n);
+    }
+}
+
+/* A linear layer of adaLN's output, with GELU if `slope` is given: (n, t, c) -> (n, t, o). `scratch`
+ * holds a tile. */
+
+void enter_forward(const float *x, const float *shift, const float *scale, const float *transposed,
+                   const float *bias, float *y, float *slope, float *mean, float *rstd,
+                   float *scratch, long n, long t, long c, long o, long stride, float eps) {
+    long most = samples_of_tile(t);
+    for (long i = 0; i < n; i += most) {
+        long samples = n - i < most ? n - i : most, from = i * t, rows = samples * t;
+        adaln_forward(x + from * c, shift + i * stride, scale + i * stride, scratch, mean + from,
+                      rstd + from, samples, t, c, stride, eps);
+        multiply(scratch, c, 1, transposed, y + from * o, bias, rows, o, c, 0);
+        if (slope) gelu_forward(y + from * o, y + from * o, slope + from * o, rows * o);
+    }
+}
+
+void enter_backward(const float *x, const float *shift, const float *scale, const float *weight,
+                    const float *slope, const float *mean, const float *rstd, const float *grad,
+                    float *grad_x, float *grad_shift, float *grad_scale, float *grad_weight,
+                    float *grad_bias, float *scratch, long n, long t, long c, long o, long stride) {
+    long most = samples_of_tile(t);
+    float *normal = scratch, *grad_normal = scratch + most * t * c;
+    float *grad_linear = grad_normal + most * t * c;
+    memset(grad_weight, 0, o * c * sizeof(float));
+    memset(grad_bias, 0, o * sizeof(float));
+    for (long i = 0; i < n; i += most) {
+        long samples = n - i < most ? n - i : most, from = i * t, rows = samples * t;
+        const float *g = grad + from * o;
+        if (slope) {
+            EACH(k, rows * o) STORE(grad_linear + k, LOAD(g + k) * LOAD(slope + from * o + k));
+            g = grad_linear;
+        }
+        for (long j = 0; j < rows; j++) {
+            const float *a = scale + (i + j / t) * stride, *b = shift + (i + j / t) * stride;
+            float m = mean[from + j], r = rstd[from + j];
+            EACH(k, c)
+            STORE(normal + j * c + k,
+                  (LOAD(x + (from + j) * c + k) - m) * r * (1 + LOAD(a + k)) + LOAD(b + k));
+        }
+        multiply(g, 1, o, normal, grad_weight, NULL, o, c, rows, 1);
+        add_rows(g, grad_bias, rows, o);
+        multiply(g, o, 1, weight, grad_normal, NULL, rows, c, o, 0);
+        adaln_backward(x + from * c, scale + i * stride, grad_normal, mean + from, rstd + from,
+                       grad_x + from * c, grad_shift + i * c, grad_scale + i * c, samples, t, c,
+                       stride);
+    }
+}
+
+/* A gated residual branch that ends in a linear layer: x + gate (W (factor h) + bias), with h
+ * (n, t, k) and x (n, t, c). `factor` (n, k) may be NULL. `branch` keeps what the gate scales. */
+
+void leave_forward(const float *x, const float *gate, const float *h, const float *factor,
+                   const float *transposed, const float *bias, float *y, float *branch,
+                   float *scratch, long n, long t, long c, long k, long stride) {
+    long most = samples_of_tile(t);
+    for (long i = 0; i < n; i += most) {
+        long samples = n - i < most ? n - i : most, from = i * t, rows = samples * t;
+        const float *in = h + from * k;
+        if (factor) {
+            gate_forward(NULL, factor + i * k, in, scratch, samples, t, k, k);
+            in = scratch;
+        }
+        multiply(in, k, 1, transposed, branch + from * c, bias, rows, c, k, 0);
+        gate_forward(x + from * c, gate + i * stride, branch + from * c, y + from * c, samples, t,
+                     c, stride);
+    }
+}
+
+void leave_backward(const float *gate, const float *h, const float *factor, const float *weight,
+                    const float *branch, const float *grad, float *grad_gate, float *grad_h,
+                    float *grad_factor, float *grad_weight, float *grad_bias, float *scratch,
+                    long n, long t, long c, long k, long stride) {
+    long most = samples_of_tile(t);
+    float *grad_branch = scratch, *scaled = scratch + most * t * c;
+    memset(grad_weight, 0, c * k * sizeof(float));
+    memset(grad_bias, 0, c * sizeof(float));
+    for (long i = 0; i < n; i += most) {
+        long samples = n - i < most ? n - i : most, from = i * t, rows = samples * t;
+        const float *in = h + from * k;
+        gate_backward(gate + i * stride, branch + from * c, grad + from * c, grad_gate + i * c,
+                      grad_branch, samples, t, c, stride);
+        if (factor) {
+            gate_forward(NULL, factor + i * k, in, scaled, samples, t, k, k);
+            in = scaled;
+        }
+        multiply(grad_branch, 1, c, in, grad_weight, NULL, c, k, rows, 1);
+        add_rows(grad_branch, grad_bias, rows, c);
+        if (!factor) {
+            multiply(grad_branch, c, 1, weight, grad_h + from * k, NULL, rows, k, c, 0);
+            continue;
+        }
+        multiply(grad_branch, c, 1, weight, scaled, NULL, rows, k, c, 0);
+        gate_backward(factor + i * k, h + from * k, scaled, grad_factor + i * k, grad_h + from * k,
+                      samples, t, k, k);
     }
 }

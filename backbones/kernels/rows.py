@@ -44,6 +44,12 @@ _FUNCTIONS = {
     "mean_forward": "pp nnn",
     "mean_backward": "pp nnn",
     "gelu_forward": "ppp n",
+    "linear_forward": "pppp nnn",
+    "linear_backward": "pppppp nnn",
+    "enter_forward": "pppppppppp nnnnn f",
+    "enter_backward": "pppppppppppppp nnnnn",
+    "leave_forward": "ppppppppp nnnnn",
+    "leave_backward": "pppppppppppp nnnnn",
     "depthwise_forward": "pppppp nnnnn",
     "depthwise_backward": "pppppppp nnnnn",
 }
@@ -98,10 +104,14 @@ def pays(*args: Tensor | None) -> bool:
     )
 
 
-def _fits(x: Tensor, channels: int) -> bool:
-    """Tell whether a tensor is plain, in float32 on a CPU, with whole vectors of channels."""
+def fits(x: Tensor, channels: int) -> bool:
+    """Tell whether a tensor is plain, in float32 on a CPU, with whole vectors of channels.
+
+    A compiled graph would break at the look for the library, so there it never is.
+    """
     return (
-        type(x) in (Tensor, torch.nn.Parameter)
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, torch.nn.Parameter)
         and x.is_cpu
         and x.dtype == torch.float32
         and channels % LANES == 0
@@ -110,13 +120,14 @@ def _fits(x: Tensor, channels: int) -> bool:
     )
 
 
-def _is_image(x: Tensor) -> bool:
+def is_image(x: Tensor) -> bool:
+    """Tell whether a tensor holds images that `fits` takes, channels last."""
     return (
-        x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and _fits(x, x.shape[1])
+        x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and fits(x, x.shape[1])
     )
 
 
-def _call(name: str, *args: Tensor | float | None) -> None:
+def call(name: str, *args: Tensor | float | None) -> None:
     """Call a C function; tensors go by address."""
     getattr(library(), name)(*[x.data_ptr() if isinstance(x, Tensor) else x for x in args])
 
@@ -127,7 +138,7 @@ def _call(name: str, *args: Tensor | float | None) -> None:
 def supports_adaln(x: Tensor, shift: Tensor, scale: Tensor) -> bool:
     """Tell whether `adaln` takes the tensors."""
     wanted = (len(x), 1, x.shape[-1])
-    return x.ndim == 3 and shift.shape == scale.shape == wanted and _fits(x, x.shape[-1])
+    return x.ndim == 3 and shift.shape == scale.shape == wanted and fits(x, x.shape[-1])
 
 
 class _AdaLN(torch.autograd.Function):
@@ -142,7 +153,7 @@ class _AdaLN(torch.autograd.Function):
         y = torch.empty_like(x)
         mean = x.new_empty(n * t)
         rstd = x.new_empty(n * t)
-        _call("adaln_forward", x, shift, scale, y, mean, rstd, n, t, c, stride, eps)
+        call("adaln_forward", x, shift, scale, y, mean, rstd, n, t, c, stride, eps)
         ctx.save_for_backward(x, scale, mean, rstd)
         ctx.stride = stride
         return y
@@ -157,7 +168,7 @@ class _AdaLN(torch.autograd.Function):
         grad_shift = x.new_empty(n, 1, c)
         grad_scale = x.new_empty(n, 1, c)
         tensors = (x, scale, grad, mean, rstd, grad_x, grad_shift, grad_scale)
-        _call("adaln_backward", *tensors, n, t, c, ctx.stride)
+        call("adaln_backward", *tensors, n, t, c, ctx.stride)
         return grad_x, grad_shift, grad_scale, None
 
 
@@ -171,12 +182,12 @@ def adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 def supports_scale(b: Tensor, gate: Tensor) -> bool:
     """Tell whether `scale` takes the tensors."""
-    return _is_image(b) and gate.shape == (*b.shape[:2], 1, 1) and gate.dtype == b.dtype
+    return is_image(b) and gate.shape == (*b.shape[:2], 1, 1) and gate.dtype == b.dtype
 
 
 def supports_gate(x: Tensor, gate: Tensor, b: Tensor) -> bool:
     """Tell whether `gate` takes the tensors."""
-    return x.shape == b.shape and supports_scale(b, gate) and _is_image(x)
+    return x.shape == b.shape and supports_scale(b, gate) and is_image(x)
 
 
 class _Gate(torch.autograd.Function):
@@ -186,7 +197,7 @@ class _Gate(torch.autograd.Function):
         if gate.stride(1) != 1:
             gate = gate.contiguous()
         y = torch.empty_like(b)
-        _call("gate_forward", x, gate, b, y, n, h * w, c, gate.stride(0))
+        call("gate_forward", x, gate, b, y, n, h * w, c, gate.stride(0))
         ctx.save_for_backward(gate, b)
         return y
 
@@ -198,7 +209,7 @@ class _Gate(torch.autograd.Function):
         grad = grad.contiguous(memory_format=torch.channels_last)
         grad_gate = b.new_empty(n, c, 1, 1)
         grad_b = torch.empty_like(b)
-        _call("gate_backward", gate, b, grad, grad_gate, grad_b, n, h * w, c, gate.stride(0))
+        call("gate_backward", gate, b, grad, grad_gate, grad_b, n, h * w, c, gate.stride(0))
         return grad if ctx.needs_input_grad[0] else None, grad_gate, grad_b
 
 
@@ -220,7 +231,7 @@ class _Mean(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         n, c, h, w = ctx.shape = x.shape
         y = x.new_empty(n, c, 1, 1)
-        _call("mean_forward", x, y, n, h * w, c)
+        call("mean_forward", x, y, n, h * w, c)
         return y
 
     @staticmethod
@@ -229,12 +240,12 @@ class _Mean(torch.autograd.Function):
         n, c, h, w = ctx.shape
         grad = grad.contiguous()
         grad_x = grad.new_empty(n, h, w, c)
-        _call("mean_backward", grad, grad_x, n, h * w, c)
+        call("mean_backward", grad, grad_x, n, h * w, c)
         return grad_x.permute(0, 3, 1, 2)
 
 
 mean = _Mean.apply
-supports_mean = _is_image
+supports_mean = is_image
 
 
 # Exact GELU, of any shape whose memory is dense
@@ -245,7 +256,7 @@ def supports_gelu(x: Tensor) -> bool:
     dense = x.is_contiguous() or (
         x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
     )
-    return dense and _fits(x, x.numel())
+    return dense and fits(x, x.numel())
 
 
 class _Gelu(torch.autograd.Function):
@@ -253,7 +264,7 @@ class _Gelu(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         y = torch.empty_like(x)
         slope = torch.empty_like(x)
-        _call("gelu_forward", x, y, slope, x.numel())
+        call("gelu_forward", x, y, slope, x.numel())
         ctx.save_for_backward(slope)
         return y
 
@@ -271,7 +282,7 @@ gelu = _Gelu.apply
 
 def supports_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Tell whether the depthwise convolutions take the tensors."""
-    return _is_image(x) and len(weight) == x.shape[1] and weight.shape[-1] in SIDES
+    return is_image(x) and len(weight) == x.shape[1] and weight.shape[-1] in SIDES
 
 
 class _Depthwise(torch.autograd.Function):
@@ -285,7 +296,7 @@ class _Depthwise(torch.autograd.Function):
         y = torch.empty_like(x)
         slope = torch.empty_like(x) if with_gelu else None
         frame = x.new_zeros((h + side - 1) * (w + side - 1) * c)
-        _call("depthwise_forward", x, taps, bias, y, slope, frame, n, h, w, c, side)
+        call("depthwise_forward", x, taps, bias, y, slope, frame, n, h, w, c, side)
         ctx.save_for_backward(x, taps, slope)
         ctx.has_bias = bias is not None
         return y
@@ -302,7 +313,7 @@ class _Depthwise(torch.autograd.Function):
         grad_bias = x.new_empty(c)
         frames = x.new_zeros((2 * (h + side - 1) * (w + side - 1) + h * w) * c)
         tensors = (x, taps.flip(0), slope, grad, grad_x, grad_taps, grad_bias, frames)
-        _call("depthwise_backward", *tensors, n, h, w, c, side)
+        call("depthwise_backward", *tensors, n, h, w, c, side)
         grad_weight = grad_taps.t().reshape(c, 1, side, side)
         return grad_x, grad_weight, grad_bias if ctx.has_bias else None, None
 

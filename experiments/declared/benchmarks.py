@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from experiments.declared.protocols import DIGITS
 from experiments.engine.benchmarks.spec import Stall
 from experiments.engine.benchmarks.targets import Targets
 from experiments.engine.specs.spec import Backbone
@@ -46,6 +49,14 @@ TARGETS = Targets(
     matmul_share={"dit_xl_2": 0.5, "dico_xl": 0.4},
     most_overhead=1.02,
     copy_share={("selective_scan", "triton"): 0.4},
+)
+
+# Small networks that train beside those of another commit: at the size of protocol digits, and at
+# CIFAR-10 with blocks of 2x2 pixels folded into channels.
+SMALL_TABLE = 4
+SMALL_PROTOCOLS = (
+    DIGITS,
+    replace(DIGITS, name="folded", data=replace(DIGITS.data, size=16, channels=12)),
 )
 
 # Of the GPU session; a CPU rehearses it with small networks.

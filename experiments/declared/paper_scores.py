@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from experiments.declared.protocols import PROTOCOLS
+from experiments.engine.records.manifest import has_unknown_features
 from experiments.engine.records.score_names import (
     FID,
     FID_CORRECTED,
@@ -81,13 +82,16 @@ def lines_beside_paper(
     rows = paper_rows(backbone, spec, store, tables)
     guided = spec.sampler.scale != 1
     alike = [row for row in rows if row.guided == guided and len(row.networks) == 1]
-    paper = alike[0] if alike else None
+    by_unknown_features = has_unknown_features(values)
+    paper = alike[0] if alike and not by_unknown_features else None
 
     lines = _score_lines(values, spec, paper)
     if "nfe" in values:
         lines.append(f"  network evaluations per image: {values['nfe']:.4g}")
     if paper:
         notes = [f"paper: {paper.describe()}", *_notes_on(paper.row, spec)]
+    elif by_unknown_features:
+        notes = ["scored by unknown features, which compare with no value of the paper"]
     else:
         notes = [_why_no_row(rows, guided)]
     lines += [f"  {note}" for note in notes]

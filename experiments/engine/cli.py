@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
@@ -17,13 +16,15 @@ from typing import Any, NoReturn
 
 from experiments.engine.cluster import slurm
 from experiments.engine.cluster.launch import Cluster, require_sources, run_plan
+from experiments.engine.cluster.nested import require_no_rank, without_ranks
 from experiments.engine.cluster.site import load_site, warn_of_unknown_rows
 from experiments.engine.cluster.status import status
 from experiments.engine.jobs.plan import Plan, TablePlan, describe
-from experiments.engine.jobs.pool import unwind
 from experiments.engine.machine.environment import read_variable
 from experiments.engine.machine.gpu import choose_device, require_device
+from experiments.engine.machine.lifetime import bind_to_launcher, unwound
 from experiments.engine.machine.streams import replace_unprintable
+from experiments.engine.machine.system_errors import explain
 from experiments.engine.records.store import Store
 from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.reporting.render import FORMATS, render
@@ -57,31 +58,21 @@ def main(
     return run_command(lambda: _run_table(tables, protocols, description, arguments))
 
 
-def _cannot_write(error: OSError) -> str:
-    return (
-        f"cannot write results ({error.strerror}); "
-        "free space or choose another folder with --results"
-    )
-
-
-def run_command(
-    command: Callable[[], int], describe_error: Callable[[OSError], str] = _cannot_write
-) -> int:
+def run_command(command: Callable[[], int]) -> int:
     """Run a command and report bad input as one line on standard error.
 
     Args:
         command: returns 0 when everything is done and 1 when a stage failed.
-        describe_error: gives the line for an error of the file system.
 
     Returns:
         The exit status: the command's own, 2 for bad input, 130 after an interrupt.
-        SIGTERM ends the process with status 143.
+        SIGTERM ends the process with status 143, and a closed terminal with 129.
     """
     replace_unprintable()
-    # Without a handler the workers would outlive this process.
-    previous = signal.signal(signal.SIGTERM, unwind)
+    bind_to_launcher()
     try:
-        return command()
+        with unwound():
+            return command()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -90,13 +81,11 @@ def run_command(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        print(f"error: {describe_error(error)}", file=sys.stderr)
+        print(f"error: {explain(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue", file=sys.stderr)
         return 130
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _run_table(
@@ -175,9 +164,11 @@ def carry_out(
         print(slurm.send(plan, store, _command_line(arguments)))
         return Outcome.ANSWERED
 
+    require_no_rank()
     require_device(plan.device)
     store.check_writable()
-    all_done = run_plan(plan, store, Cluster(args.cluster), workers)
+    with without_ranks():
+        all_done = run_plan(plan, store, Cluster(args.cluster), workers)
     store.refresh()
     return Outcome.DONE if all_done else Outcome.FAILED
 

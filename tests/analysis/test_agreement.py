@@ -63,21 +63,29 @@ def test_fast_rank_correlations_equal_scipys():
 def test_agreement_with_the_paper_is_found(paper_fid: dict[str, float], tmp_path: Path):
     scores = {label: [fid - 0.01, fid, fid + 0.01] for label, fid in paper_fid.items()}
     same = measure_agreement(DISTANCE, TABLE_4, reference_of_scores(tmp_path, scores))
-    assert same.tau == pytest.approx(1) and same.rho == pytest.approx(1)
-    assert same.low > 0.9 and same.chance < 0.01 and same.ceiling > 0.95
-    assert (same.rows, same.seeds, same.freedom) == (11, "3", 22)
+    assert same.tau == pytest.approx(1)
+    assert same.rho == pytest.approx(1)
+    assert same.low > 0.9
+    assert same.chance < 0.01
+    assert same.ceiling > 0.95
+    assert same.rows == 11
+    assert same.seeds == "3"
+    assert same.freedom == 22
 
 
 def test_noise_lowers_the_interval_and_the_ceiling(paper_fid: dict[str, float], tmp_path: Path):
     scores = {label: [fid / 3, fid, 3 * fid] for label, fid in paper_fid.items()}
     noisy = measure_agreement(DISTANCE, TABLE_4, reference_of_scores(tmp_path, scores))
-    assert noisy.tau == pytest.approx(1) and noisy.low < 0 and noisy.ceiling < 0.2
+    assert noisy.tau == pytest.approx(1)
+    assert noisy.low < 0
+    assert noisy.ceiling < 0.2
 
 
 def test_the_opposite_order_does_not_agree(paper_fid: dict[str, float], tmp_path: Path):
     scores = {label: [99 - fid, 100 - fid, 101 - fid] for label, fid in paper_fid.items()}
     opposite = measure_agreement(DISTANCE, TABLE_4, reference_of_scores(tmp_path, scores))
-    assert opposite.tau == pytest.approx(-1) and opposite.chance > 0.99
+    assert opposite.tau == pytest.approx(-1)
+    assert opposite.chance > 0.99
 
 
 def test_without_repeated_seeds_nothing_is_known(paper_fid: dict[str, float], tmp_path: Path):
@@ -100,7 +108,8 @@ def test_chance_among_few_rows_is_the_exact_share_of_orders(size: int):
 
 
 def test_chance_among_many_rows_is_near_the_exact_share():
-    paper, ours = [float(value) for value in range(8)], [1.0, 0.0, 3.0, 2.0, 5.0, 4.0, 7.0, 6.0]
+    paper = [float(value) for value in range(8)]
+    ours = [1.0, 0.0, 3.0, 2.0, 5.0, 4.0, 7.0, 6.0]
     exact = stats.kendalltau(ours, paper, alternative="greater", method="exact").pvalue
     assert chance_of(ours, paper, random.Random(0)) == pytest.approx(exact, abs=0.004)
 
@@ -114,15 +123,19 @@ def test_the_order_by_speed_has_an_interval(spread: float, width: float, tmp_pat
         values = timing_values(relative=rate, relative_spread=spread)
         store.append(timing_stage(row, TABLE_4.baseline, "cpu"), "done", values, PROVENANCE)
     found = measure_speed_agreement(TABLE_4, commit_records(tmp_path))
-    assert found.tau == pytest.approx(1) and len(found.records) == 11
-    assert found.high - found.low >= width and (spread or found.low == pytest.approx(1))
+    assert found.tau == pytest.approx(1)
+    assert len(found.records) == 11
+    assert found.high - found.low >= width
+    assert spread or found.low == pytest.approx(1)
 
 
 def test_pairs_far_apart_are_resolved(tmp_path: Path):
     rows = [row.label for row in reversed(TABLE_3.rows)]
     scores = {label: [4.0**k * part for part in (1, 1.01, 0.99)] for k, label in enumerate(rows)}
     pairs = resolve_pairs(TABLE_3, reference_of_scores(tmp_path, scores, TABLE_3))
-    assert len(pairs.resolved) == 15 and not pairs.not_resolved and pairs.certain == 6
+    assert len(pairs.resolved) == 15
+    assert not pairs.not_resolved
+    assert pairs.certain == 6
 
 
 def test_pairs_within_the_noise_are_not_resolved(tmp_path: Path):
@@ -179,7 +192,8 @@ def test_the_page_on_small_cifar_gives_the_order_and_the_gaps(tmp_path: Path):
     store = reference_of_scores(tmp_path, scores, TABLE_3, CIFAR10_SMALL)
     page = agreement_page(store, CIFAR10_SMALL)
     assert "5 rows, 2 seeds each. The order by fd_cifar_classifier" in page
-    assert "| fd_cifar_classifier | fid | " in page and "CPU" not in page
+    assert "| fd_cifar_classifier | fid | " in page
+    assert "CPU" not in page
     assert "| DiT (iso.) | - | - | - | - | - | 67.16 |" in page
     assert "| DiCo (U-shape) | 50.5 ±0.5 |" in page
 
@@ -220,7 +234,8 @@ def test_every_block_with_a_figure_of_ours_names_its_records(committed: Referenc
 
     # sentences with a figure, and the lists of records below them
     sentences = [block for block in blocks if isinstance(block, Text) and "with tau" in block.words]
-    assert len(sentences) == 4 and all(block.records for block in sentences)
+    assert len(sentences) == 4
+    assert all(block.records for block in sentences)
     listed = {
         record.name
         for block in blocks

@@ -53,7 +53,8 @@ def find(name: str, store: ReferenceStore) -> Finding:
 )
 def test_a_subject_names_the_published_row(text: str, row: dict[str, str], matches: bool):
     subject = Subject.parse(text)
-    assert (subject.resolution, subject.file) == (256, "table1.csv")
+    assert subject.resolution == 256
+    assert subject.file == "table1.csv"
     assert subject.matches(row) == matches
 
 
@@ -65,7 +66,8 @@ def test_a_claims_basis_leads_to_what_was_read_for_it(committed: ReferenceStore)
     assert [record.kind for record in speed["basis"].records] == ["timing"]
     assert not speed["value"].records
     assert {record.kind for record in order["basis"].records} == {"timing", "evaluate"}
-    assert cca["error"].records and not fid["basis"].records
+    assert cca["error"].records
+    assert not fid["basis"].records
 
 
 def test_every_claim_gets_a_verdict(committed: ReferenceStore, tmp_path: Path):
@@ -73,7 +75,8 @@ def test_every_claim_gets_a_verdict(committed: ReferenceStore, tmp_path: Path):
         sheet = claims_sheet(store)
         assert texts(sheet, "claim") == [row["id"] for row in store.rows("claims.csv")]
         assert {cell.choice for cell in sheet.values("evidence")} <= set(Evidence)
-        assert all(texts(sheet, "verdict")) and all(texts(sheet, "basis"))
+        assert all(texts(sheet, "verdict"))
+        assert all(texts(sheet, "basis"))
         for value, error in zip(texts(sheet, "value"), texts(sheet, "error"), strict=True):
             assert value == "-" or error != "-"
     assert not {"counted", "measured at reduced scale"} & set(texts(sheet, "evidence"))
@@ -92,7 +95,8 @@ def test_counted_claims_are_judged_to_the_printed_digit(committed: ReferenceStor
     for name in ("gflops-xl-256", "gflops-family"):
         assert find(name, committed).judgement == Judgement(Verdict.REPRODUCED)
     off = find("gflops-xl-512", committed)
-    assert off.evidence is Evidence.COUNTED and off.records
+    assert off.evidence is Evidence.COUNTED
+    assert off.records
     assert off.judgement.verdict is Verdict.NOT_TO_THE_DIGIT
     assert str(off.judgement).endswith(" points")
 
@@ -104,7 +108,8 @@ def test_counted_claims_are_judged_to_the_printed_digit(committed: ReferenceStor
 def test_a_claim_at_reduced_scale_follows_the_seeds(worse: float, verdict: Verdict, tmp_path: Path):
     scores = {"DiCo-S": [9.9, 10.0, 10.1], "w/o CCA": [worse * 0.99, worse, worse * 1.01]}
     finding = find("cca-fid", reference_of_scores(tmp_path, scores))
-    assert (finding.evidence, finding.judgement) == (Evidence.REDUCED, Judgement(verdict))
+    assert finding.evidence == Evidence.REDUCED
+    assert finding.judgement == Judgement(verdict)
 
 
 def test_a_gpu_timing_outranks_published_throughput(tmp_path: Path):
@@ -116,7 +121,8 @@ def test_a_gpu_timing_outranks_published_throughput(tmp_path: Path):
     committed = commit_records(tmp_path)
 
     finding = find("speed-xl-256", committed)
-    assert (finding.evidence, finding.value) == (Evidence.MEASURED, "1.36 ±0.01 (fp32, a GPU)")
+    assert finding.evidence == Evidence.MEASURED
+    assert finding.value == "1.36 ±0.01 (fp32, a GPU)"
     assert finding.judgement.verdict is Verdict.DOES_NOT_HOLD
     assert "not measured in tf32" in str(finding.judgement)
     assert find("speed-dig-256", committed).evidence is Evidence.PUBLISHED
@@ -150,16 +156,19 @@ def test_a_cpu_timing_of_a_claims_networks_is_a_proxy_until_a_gpus(
     committed = commit_records(tmp_path)
 
     finding = find("speed-dis-small-512", committed)
-    assert (finding.evidence, finding.judgement) == (Evidence.REDUCED, judgement)
+    assert finding.evidence == Evidence.REDUCED
+    assert finding.judgement == judgement
     assert finding.value == f"{ratio:.2f} ±0.01 (fp32, some CPU)"
-    assert "on a CPU" in finding.basis and "no GPU record is committed" in finding.basis
+    assert "on a CPU" in finding.basis
+    assert "no GPU record is committed" in finding.basis
     assert ("as a loop over tokens" in finding.basis) == bool(kernels)
 
     # the same record is no evidence on DiS-H, and only shown for scale
     other = find("speed-dis-512", committed)
     assert other.evidence is Evidence.PUBLISHED
     scale = f"Not the claim's, for scale: on a CPU in fp32, DiCo-S against DiS-S is {ratio:.2f}"
-    assert scale in other.basis and ("loop over tokens" in other.basis) == bool(kernels)
+    assert scale in other.basis
+    assert ("loop over tokens" in other.basis) == bool(kernels)
     assert find("speed-dim-512", committed).basis.endswith("no GPU record here")
 
     store = reopen_records(tmp_path)

@@ -65,12 +65,11 @@ def test_attention_is_judged_over_networks_and_seeds(
             ),
         ),
     )
-    assert (found.evidence.value, str(found.judgement), len(found.records)) == (
-        "measured at reduced scale",
-        verdict,
-        len(iso) + len(skip),
-    )
-    assert error in (None, found.error) and "The named checkpoints were not probed" in found.basis
+    assert found.evidence.value == "measured at reduced scale"
+    assert str(found.judgement) == verdict
+    assert len(found.records) == len(iso) + len(skip)
+    assert error in (None, found.error)
+    assert "The named checkpoints were not probed" in found.basis
 
 
 def test_the_named_checkpoints_are_what_is_judged_when_they_were_probed(tmp_path: Path):
@@ -84,28 +83,21 @@ def test_the_named_checkpoints_are_what_is_judged_when_they_were_probed(tmp_path
         (dit, looks(0.4)),
     )
     found = claims_probes.judge_attention({}, store)
-    assert (found.evidence.value, found.value, str(found.judgement)) == (
-        "measured here",
-        "1.60, 2.00, 1.20",
-        "same direction",
-    ) and len(found.records) == 3
+    assert found.evidence.value == "measured here"
+    assert found.value == "1.60, 2.00, 1.20"
+    assert str(found.judgement) == "same direction"
+    assert len(found.records) == 3
     (tmp_path / "one").mkdir()
     found = claims_probes.judge_attention({}, sources(tmp_path / "one", (FLUX, looks(0.2))))
-    assert str(found.judgement) == "against the claim, 1 of 3 checkpoints" and found.basis.endswith(
-        "not probed: DiT-XL/2-512, PixArt-alpha-512"
-    )
+    assert str(found.judgement) == "against the claim, 1 of 3 checkpoints"
+    assert found.basis.endswith("not probed: DiT-XL/2-512, PixArt-alpha-512")
 
 
 def test_nothing_probed_is_open(tmp_path: Path):
     (tmp_path / "reference").mkdir()
     for rule in (claims_probes.judge_attention, claims_probes.judge_channels):
-        assert (
-            rule({}, ReferenceStore(tmp_path)).evidence.value,
-            str(rule({}, ReferenceStore(tmp_path)).judgement),
-        ) == (
-            "not yet",
-            "open",
-        )
+        assert rule({}, ReferenceStore(tmp_path)).evidence.value == "not yet"
+        assert str(rule({}, ReferenceStore(tmp_path)).judgement) == "open"
 
 
 @pytest.mark.parametrize(
@@ -122,10 +114,9 @@ def test_channels_are_judged_with_the_spread_over_seeds(tmp_path: Path, protocol
                 )
             )
     found = claims_probes.judge_channels({}, sources(tmp_path, *made))
-    assert (found.evidence.value, str(found.judgement), found.value, found.error) == (
-        evidence,
-        "reproduced",
-        "-0.09 near-dead",
-        "95 %: -0.13 to -0.05",
-    )
-    assert len(found.records) == 6 and protocol.name in found.basis
+    assert found.evidence.value == evidence
+    assert str(found.judgement) == "reproduced"
+    assert found.value == "-0.09 near-dead"
+    assert found.error == "95 %: -0.13 to -0.05"
+    assert len(found.records) == 6
+    assert protocol.name in found.basis

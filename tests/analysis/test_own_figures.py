@@ -116,18 +116,16 @@ def test_figure_9_draws_our_longest_training_over_the_authors(tmp_path: Path):
     drawing = losses(sources(store))
     for panel in drawing.axes[:2]:
         ours = labelled(panel)
-        assert ours["DiCo-S, ours"].get_xdata().tolist() == [20.0, 60.0, 90.0] and set(
-            ours["DiCo-S, ours"].get_ydata()
-        ) == {0.16}
-        assert (
-            ours["DiCo-XL, ours"].get_xdata().tolist() == [1000.0, 2875.0]
-            and "DiCo-B, ours" not in ours
-        )
+        assert ours["DiCo-S, ours"].get_xdata().tolist() == [20.0, 60.0, 90.0]
+        assert set(ours["DiCo-S, ours"].get_ydata()) == {0.16}
+        assert ours["DiCo-XL, ours"].get_xdata().tolist() == [1000.0, 2875.0]
+        assert "DiCo-B, ours" not in ours
     assert remarks(drawing) == "ours on ImageNet 256: 2 of the 4 trainings are recorded here"
 
 
 def test_training_efficiency_draws_our_trainings_by_counts_and_hours(tmp_path: Path):
-    store, row = Store(tmp_path), progress_row("DiCo-S")
+    store = Store(tmp_path)
+    row = progress_row("DiCo-S")
     scored(store, evaluate_stage(row, stopped(50_000), 0), 90.0)
     scored(store, evaluate_stage(row, stopped(100_000), 0), 70.0)
     scored(store, evaluate_stage(progress_row("DiCo-B"), stopped(50_000), 0), 60.0)
@@ -151,12 +149,10 @@ def test_training_efficiency_draws_our_trainings_by_counts_and_hours(tmp_path: P
     drawing = training_efficiency(sources(store))
     left, middle = drawing.axes[:2]
     macs, hours = (labelled(panel)["DiCo-S, ours"] for panel in (left, middle))
-    assert macs.get_xdata().tolist() == [
-        3 * 256 * 4e9 * steps for steps in (50_000, 100_000)
-    ] and macs.get_ydata().tolist() == [90.0, 70.0]
-    assert hours.get_xdata().tolist() == pytest.approx(
-        [8 * 100_000 * 256 / 2560 / 3600]
-    ) and hours.get_ydata().tolist() == [70.0]
+    assert macs.get_xdata().tolist() == [3 * 256 * 4e9 * steps for steps in (50_000, 100_000)]
+    assert macs.get_ydata().tolist() == [90.0, 70.0]
+    assert hours.get_xdata().tolist() == pytest.approx([8 * 100_000 * 256 / 2560 / 3600])
+    assert hours.get_ydata().tolist() == [70.0]
     assert [[y for _, y in bar] for bar in bars(left)] == [[89.5, 90.5], [69.5, 70.5]]
     assert (
         remarks(drawing)
@@ -166,7 +162,8 @@ def test_training_efficiency_draws_our_trainings_by_counts_and_hours(tmp_path: P
 
 def test_figure_2_has_the_errors_of_score_and_speed(tmp_path: Path):
     """Of one seed that of sampling; of two the standard error of their mean."""
-    store, row = Store(tmp_path), TABLE_1.row("DiCo-S")
+    store = Store(tmp_path)
+    row = TABLE_1.row("DiCo-S")
     store.append(cost_stage(row), "done", {"macs_torchprofile": 4e9}, PROVENANCE)
     timed(store, on_gpu("dico_s", 32), 1000.0, 20.0)
     scored(store, evaluate_stage(row, IMAGENET256, 0), 50.0)
@@ -197,7 +194,8 @@ def test_figure_8_has_the_sampling_errors_that_there_are(error: float | None, tm
     store = Store(tmp_path)
     scored(store, evaluate_stage(progress_row("DiCo-S"), stopped(50_000), 0), 90.0, error)
     fid, sfid = scores_over_training(sources(store)).axes[:2]
-    assert bars(fid) == ([[(50.0, 89.5), (50.0, 90.5)]] if error else []) and not bars(sfid)
+    assert bars(fid) == ([[(50.0, 89.5), (50.0, 90.5)]] if error else [])
+    assert not bars(sfid)
 
 
 def test_a_speed_up_has_the_spread_of_both(tmp_path: Path):
@@ -206,7 +204,8 @@ def test_a_speed_up_has_the_spread_of_both(tmp_path: Path):
     timed(store, on_gpu("dit_xl_2", 32), 100.0, 4.0)
     _, right = numeric_modes(sources(store)).axes
     ((low, high),) = ([x for x, _ in bar] for bar in bars(right))
-    assert (low, high) == (pytest.approx(3 - 0.15), pytest.approx(3 + 0.15))
+    assert low == pytest.approx(3 - 0.15)
+    assert high == pytest.approx(3 + 0.15)
 
 
 def test_a_palette_gives_every_series_a_colour_of_its_own():
@@ -281,7 +280,9 @@ def test_labels_stand_inside_the_panel_and_cover_no_mark_or_label():
     boxes = [Text.get_window_extent(text) for text in axes.texts]
     assert [text.get_text() for text in axes.texts] == [point.label for point in points]
     for number, box in enumerate(boxes):
-        assert frame.x0 <= box.x0 and box.x1 <= frame.x1
-        assert frame.y0 <= box.y0 and box.y1 <= frame.y1
+        assert frame.x0 <= box.x0
+        assert box.x1 <= frame.x1
+        assert frame.y0 <= box.y0
+        assert box.y1 <= frame.y1
         assert not any(box.overlaps(other) for other in boxes[:number])
         assert not any(box.contains(*axes.transData.transform(place)) for place in places)

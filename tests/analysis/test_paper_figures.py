@@ -102,9 +102,8 @@ def test_the_speed_up_by_numeric_mode_is_of_one_batch(tmp_path: Path):
     ):
         timed(store, name, 32, batch, rate)
     _, right = numeric_modes(sources(store)).axes
-    assert rates(right) == [3.0] and [
-        "batch 16" in label.get_text() for label in right.get_yticklabels()
-    ] == [True]
+    assert rates(right) == [3.0]
+    assert ["batch 16" in label.get_text() for label in right.get_yticklabels()] == [True]
 
 
 def test_our_runtimes_in_figure_3_are_of_one_batch_and_say_what_ran_unfused(tmp_path: Path):
@@ -120,9 +119,8 @@ def test_our_runtimes_in_figure_3_are_of_one_batch_and_say_what_ran_unfused(tmp_
     assert [text.get_text() for text in left.get_legend().get_texts()] == [
         "fp32, TF32 off, a GPU, batch 16"
     ]
-    assert "the scan as a loop over tokens, without a fused kernel: DiS-H/2" in said(
-        made
-    ) and "not timed at batch 16: DiM-H" in said(made)
+    assert "the scan as a loop over tokens, without a fused kernel: DiS-H/2" in said(made)
+    assert "not timed at batch 16: DiM-H" in said(made)
 
 
 def test_figure_3_draws_our_model_sizes_on_a_gpu_else_on_a_cpu(tmp_path: Path):
@@ -140,9 +138,8 @@ def test_figure_3_draws_our_model_sizes_on_a_gpu_else_on_a_cpu(tmp_path: Path):
         PROVENANCE | {"device": "cpu", "cpu": "a CPU"},
     )
     axes = runtime(sources(store)).axes[2]
-    assert axes.get_xlabel() == "model size (fp32, a CPU, batch 1)" and axes.lines[
-        1
-    ].get_ydata().tolist() == [500.0]
+    assert axes.get_xlabel() == "model size (fp32, a CPU, batch 1)"
+    assert axes.lines[1].get_ydata().tolist() == [500.0]
     (tmp_path / "reference").rename(tmp_path / "records")
     for name, mode, rate, kernels in (
         ("dico_s", "bf16", 100.0, {}),
@@ -161,10 +158,8 @@ def test_figure_3_draws_our_model_sizes_on_a_gpu_else_on_a_cpu(tmp_path: Path):
         line.get_label(): (list(line.get_xdata(orig=True)), line.get_ydata().tolist())
         for line in made.axes[2].lines[1:]
     }
-    assert (
-        drawn == {"DiCo": (["S", "XL"], [10.0, 100.0]), "DiS": (["B"], [50.0])}
-        and made.axes[2].get_xlabel() == "model size (bf16, a GPU, batch 16)"
-    )
+    assert drawn == {"DiCo": (["S", "XL"], [10.0, 100.0]), "DiS": (["B"], [50.0])}
+    assert made.axes[2].get_xlabel() == "model size (bf16, a GPU, batch 16)"
     assert "right: the scan as a loop over tokens, without a fused kernel: DiS-B" in said(made)
 
 
@@ -190,17 +185,14 @@ def test_figure_2_draws_ours_where_a_network_has_score_and_timing(tmp_path: Path
     ours = [
         mark for mark in axes.collections[published:] if isinstance(mark, PathCollection)
     ]  # the others are error bars
-    assert [mark.get_offsets().tolist() for mark in ours] == [[[1000.0, 50.0]]] * 2 and ours[
-        0
-    ].get_sizes()[0] == pytest.approx(6 * 6.06, rel=0.01)
+    assert [mark.get_offsets().tolist() for mark in ours] == [[[1000.0, 50.0]]] * 2
+    assert ours[0].get_sizes()[0] == pytest.approx(6 * 6.06, rel=0.01)
     assert (
         "ours: of 15 networks 3 have a score, 4 a GPU timing, 2 both; left out, scored by another "
         "protocol: DiCo-B" in said(made)
     )
-    assert (
-        "no published throughput: DiC-S, DiC-B, DiC-XL" in said(made)
-        and "ours: fp32, TF32 off, a GPU, batch 64" in axes.get_legend_handles_labels()[1]
-    )
+    assert "no published throughput: DiC-S, DiC-B, DiC-XL" in said(made)
+    assert "ours: fp32, TF32 off, a GPU, batch 64" in axes.get_legend_handles_labels()[1]
 
 
 def test_figure_8_draws_our_scores_over_training(tmp_path: Path):
@@ -271,4 +263,5 @@ OF_RECORDS = [name for name, draw in FIGURES.items() if draw.__module__ != figur
 @pytest.mark.parametrize("name", OF_RECORDS)
 def test_every_figure_has_a_caption_and_is_drawn_without_records(name: str, tmp_path: Path):
     draw = FIGURES[name]
-    assert len(draw.__doc__ or "") > 80 and draw(ReferenceStore(tmp_path)).axes
+    assert len(draw.__doc__ or "") > 80
+    assert draw(ReferenceStore(tmp_path)).axes

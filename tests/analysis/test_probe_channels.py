@@ -51,7 +51,9 @@ def test_correlation_against_numpy_without_constant_channels():
 
 
 def test_streaming_equals_one_shot():
-    x, parts, whole = features(6, 5, 3, 5), Redundancy(), Redundancy()
+    x = features(6, 5, 3, 5)
+    parts = Redundancy()
+    whole = Redundancy()
     whole.add(x)
     for some in (x[:1].flatten(2).mT, x[1:4], x[4:]):
         parts.add(some)
@@ -102,7 +104,9 @@ def test_the_last_mixer_is_what_the_last_gate_multiplies(name: str):
     assert (arrays["activation"] >= 0).all()
     assert set(values) == {"near_dead", "effective_rank", "relative_rank", "correlation"}
 
-    x, t, y = features(2, 3, 8, 8).float(), torch.tensor([5, 5]), torch.tensor([0, 4])
+    x = features(2, 3, 8, 8).float()
+    t = torch.tensor([5, 5])
+    y = torch.tensor([0, 4])
     blocks = [part for part in model.modules() if type(part).__name__ in BLOCKS]
     modulation = blocks[-1].adaLN_modulation[1]
     with torch.no_grad():

@@ -30,7 +30,8 @@ def adapted(name: str) -> Adapted:
 def test_rows_are_the_models_own_attention(name: str):
     """Rows equal the softmax of queries and keys; the image's share is scaled to a sum of 1."""
     model = adapted(name)
-    calls, products = [], []
+    calls = []
+    products = []
 
     def keep(kind: str, q: Tensor, k: Tensor | None = None, *rest: object) -> None:
         if kind == "attention":

@@ -130,7 +130,8 @@ def heads_of(x: Tensor, linear: nn.Linear, part: int, heads: int) -> Tensor:
     for head in range(heads):
         start = (part * heads + head) * width
         rows = slice(start, start + width)
-        weight, bias = linear.weight[rows].double(), linear.bias[rows].double()
+        weight = linear.weight[rows].double()
+        bias = linear.bias[rows].double()
         outputs.append(x.double() @ weight.T + bias)
     return torch.stack(outputs, dim=1)
 

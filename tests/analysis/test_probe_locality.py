@@ -114,7 +114,8 @@ def scattered_place() -> Tensor:
 
 
 def test_gated_linear_attention_equals_its_jacobian():
-    place, length = scattered_place(), TOKENS + 3
+    place = scattered_place()
+    length = TOKENS + 3
     q, k, v = (seeded(1, 2, length, e, seed=seed) for seed, e in enumerate((4, 4, 3)))
     g = F.logsigmoid(seeded(1, 2, length, 4, seed=3))
     full = torch.autograd.functional.jacobian(lambda v: gated_linear(q, k, v, g), v)
@@ -126,7 +127,8 @@ def test_gated_linear_attention_equals_its_jacobian():
 
 
 def test_the_scan_equals_its_jacobian():
-    place, length = scattered_place(), TOKENS + 3
+    place = scattered_place()
+    length = TOKENS + 3
     u, delta, z = (seeded(1, 4, length, seed=seed) for seed in range(3))
     inputs = implied.ScanInputs(
         delta,
@@ -177,7 +179,8 @@ def test_implied_attention_and_gradients_are_the_jacobian_of_a_linear_mixer(
     name: str, size: tuple[int, int], index: int, options: dict
 ):
     mixer = frozen(name, size, index, **options)
-    calls, x = [], seeded(2, 6, *size)
+    calls = []
+    x = seeded(2, 6, *size)
     with torch.no_grad(), watching(layers(nn.Sequential(mixer)), calls.append):
         mixer(x)
     jacobian = torch.autograd.functional.jacobian(mixer, x[:1])[0]  # (C, H, W, 1, C, H, W)
@@ -194,9 +197,11 @@ def test_implied_attention_and_gradients_are_the_jacobian_of_a_linear_mixer(
 
 
 def test_a_convolution_reaches_as_far_as_its_kernel():
-    mixer, calls = build_mixer("conv", 4, ODD, 0, channel="none", kernel=5), []
+    mixer = build_mixer("conv", 4, ODD, 0, channel="none", kernel=5)
+    calls = []
     nn.init.ones_(mixer.depthwise.weight)
-    x, corner = seeded(1, 4, *ODD).float(), torch.tensor([0])
+    x = seeded(1, 4, *ODD).float()
+    corner = torch.tensor([0])
     with torch.no_grad(), watching(layers(nn.Sequential(mixer)), calls.append):
         mixer(x)
     assert calls[0].weights.kind == "receptive field"
@@ -210,7 +215,8 @@ def test_a_convolution_reaches_as_far_as_its_kernel():
 
 
 def test_directions_average_to_the_frobenius_norm():
-    weight, x = seeded(5, 4), seeded(1, 4, 1, 3)
+    weight = seeded(5, 4)
+    x = seeded(1, 4, 1, 3)
     spread = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
 
     def f(x: Tensor) -> Tensor:
@@ -247,7 +253,8 @@ def test_tokens_of_the_grid_are_found_in_every_layers_sequence(name: str):
     model = backbones.build(name, **options).eval()
     silence(model)
 
-    calls, watched = [], layers(model)
+    calls = []
+    watched = layers(model)
     with torch.no_grad(), watching(watched, calls.append):
         model(seeded(1, 3, 6, 6).float(), torch.tensor([500]), torch.tensor([1]))
     assert len(calls) == len(watched) > 1
@@ -275,7 +282,8 @@ def test_every_family_runs_and_is_unchanged(name: str):
 
     size = model.input_size
     x = seeded(2, model.in_channels, size, size).float()
-    t, y = torch.tensor([300, 300]), torch.tensor([0, 1])
+    t = torch.tensor([300, 300])
+    y = torch.tensor([0, 1])
     small = Settings(
         queries=2, anchors=((0.5, 0.5),), gradient_queries=1, gradient_images=1, directions=1
     )

@@ -17,7 +17,8 @@ from experiments.engine.records.tree import REPOSITORY
 pytestmark = pytest.mark.slow
 
 MIB = 2**20
-TOKENS, WIDTH = 1024, 1152
+TOKENS = 1024
+WIDTH = 1152
 PASS = """
 import re, sys, torch, backbones
 from analysis.probes import layers

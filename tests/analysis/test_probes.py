@@ -141,7 +141,9 @@ def weights_of_training(record: Record) -> str:
 
 def test_committed_probes_and_scores_are_of_the_committed_weights():
     """A system's score names the weights of all its networks together and is left out."""
-    store, checked, other = Store(), 0, set()
+    store = Store()
+    checked = 0
+    other = set()
     for table, protocol, seed in itertools.product(
         TRAINED.values(), PROTOCOLS.values(), REFERENCE_SEEDS
     ):

@@ -39,7 +39,8 @@ def test_a_frame_has_a_row_per_record_and_a_column_per_field():
     store = ReferenceStore()
     table = frame(store)
     records = {record.name: record for record in store.all_records()}
-    assert set(table.index) == set(records) and table.index.is_unique
+    assert set(table.index) == set(records)
+    assert table.index.is_unique
 
     scored = table.query("kind == 'evaluate' and `spec.features` == 'digits'")
     expected = {
@@ -92,7 +93,8 @@ def test_only_plain_forward_passes_are_throughput(change: dict[str, object], tmp
     stage = Timing(Backbone("dico_xl"), 32, 4, 1000, 64, "cuda", **change)
     store.append(stage, "done", timing_values(), GPU_PROVENANCE)
     (record,) = gpu_timings(Backbone("dico_xl"), 32, commit_records(tmp_path))
-    assert numeric_mode(record) == "fp32, TF32 off" and record.spec["what"] == "forward"
+    assert numeric_mode(record) == "fp32, TF32 off"
+    assert record.spec["what"] == "forward"
 
 
 def change_manifest(folder: Path, label: str, field: str, value: object) -> ReferenceStore:
@@ -124,13 +126,15 @@ def test_a_record_of_another_extractor_is_ordered_by_nothing(tmp_path: Path):
     store = change_manifest(tmp_path, "w/o CCA", "extractor", {"sha256": "0" * 64})
     claims = {row["id"]: row for row in store.rows("claims.csv")}
     found = judge(claims["cca-fid"], store)
-    assert (found.evidence, found.judgement) == (Evidence.NOT_YET, Judgement(Verdict.OPEN))
+    assert found.evidence == Evidence.NOT_YET
+    assert found.judgement == Judgement(Verdict.OPEN)
     assert "scored by another protocol: w/o CCA (extractor" in found.basis
 
     # other claims keep their verdicts
     before = judge(claims["kernel-order"], ReferenceStore())
     after = judge(claims["kernel-order"], store)
-    assert (after.evidence, len(after.records)) == (before.evidence, len(before.records))
+    assert after.evidence == before.evidence
+    assert len(after.records) == len(before.records)
 
     # the page of the protocol, the interactive scatter, and the figure
     page = agreement_page(store)

@@ -25,7 +25,8 @@ from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.reporting.sheet import Cell, Column, Kind, Note, NoteKind, Sheet
 from tests.support import page_scripts as scripts
 
-DESK, PHONE = 1400, 390
+DESK = 1400
+PHONE = 390
 
 
 @pytest.fixture(scope="module")

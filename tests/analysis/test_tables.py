@@ -90,7 +90,8 @@ def test_differences_are_in_per_cent_of_the_paper(committed: ReferenceStore):
     paper, ours, difference = (
         row[key].value for key in ("gflops_paper", "gflops_same", "gflops_diff")
     )
-    assert paper == 349.78 and difference == pytest.approx(100 * (ours - paper) / paper)
+    assert paper == 349.78
+    assert difference == pytest.approx(100 * (ours - paper) / paper)
     assert -0.5 < difference < -0.4
 
 
@@ -230,7 +231,8 @@ def test_a_score_under_the_papers_conditions_stands_beside_its_row(
     at = [record.name in found for found in names].index(True)
     assert texts(sheet, sheet.columns[0].key)[at] == "DiCo-S"
     ours = {key: texts(sheet, key)[at] for key in expected}
-    assert ours == expected and note_about(sheet, "uncommitted changes")
+    assert ours == expected
+    assert note_about(sheet, "uncommitted changes")
 
 
 def test_a_row_of_an_ablation_is_timed_on_a_gpu_too(tmp_path: Path):
@@ -244,7 +246,8 @@ def test_a_row_of_an_ablation_is_timed_on_a_gpu_too(tmp_path: Path):
 
 
 def test_the_papers_own_units_stand_beside_ours(committed: ReferenceStore):
-    table4, table8 = SHEETS["table4"](committed), SHEETS["table8"](committed)
+    table4 = SHEETS["table4"](committed)
+    table8 = SHEETS["table8"](committed)
     published = [row["throughput_img_s"] for row in committed.rows("table4.csv")]
     assert texts(table4, "paper_img_s") == published
     dit = labelled(table8, "DiT-XL/2")
@@ -269,7 +272,8 @@ def test_frozen_parameters_are_told_apart(
     expected = 100 * (every / row["params_paper"].value - 1)
     assert row["params_diff"].value == pytest.approx(expected, abs=0.01)
     note = note_about(sheet, "params: ours are those that train")
-    assert f"{label} {every}" in note and "DiCo-XL" not in note
+    assert f"{label} {every}" in note
+    assert "DiCo-XL" not in note
 
 
 def test_a_table_is_cut_into_narrow_ones_without_losing_a_column(committed: ReferenceStore):

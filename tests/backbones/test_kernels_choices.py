@@ -124,8 +124,22 @@ def depthwise_gelu(large: bool) -> tuple[list[Tensor], list[Tensor]]:
     return [x.contiguous(memory_format=torch.channels_last)], [weight, bias]
 
 
+def adaln_pointwise(large: bool) -> tuple[list[Tensor], list[Tensor]]:
+    (x,), parameters = pointwise(large)
+    shift, scale = draw((*x.shape[:2], 1, 1), (*x.shape[:2], 1, 1))
+    return [x, shift, scale], parameters
+
+
+def pointwise_gated(large: bool) -> tuple[list[Tensor], list[Tensor]]:
+    (h,), parameters = pointwise(large)
+    n, _, height, width = h.shape
+    out = len(parameters[1])
+    x, gate, factor = draw((n, out, height, width), (n, out, 1, 1), (*h.shape[:2], 1, 1))
+    return [x.contiguous(memory_format=torch.channels_last), gate, h, factor], parameters
+
+
 # The position of each of the op's arguments among (activations, parameters).
-ORDER = {"selective_scan": (0, 1, 5, 2, 3, 6, 4, 7)}
+ORDER = {"selective_scan": (0, 1, 5, 2, 3, 6, 4, 7), "pointwise_gated": (0, 1, 2, 4, 5, 3)}
 CASES = {
     "selective_scan": selective_scan,
     "causal_conv": causal_conv,
@@ -143,6 +157,9 @@ CASES = {
     "depthwise": depthwise_gelu,
     "depthwise_gelu": depthwise_gelu,
     "pointwise_gelu": pointwise,
+    "adaln_pointwise": adaln_pointwise,
+    "adaln_pointwise_gelu": adaln_pointwise,
+    "pointwise_gated": pointwise_gated,
 }
 
 

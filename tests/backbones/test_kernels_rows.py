@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 # Of a unit in the last place of float32, after sums of hundreds of terms.
 LIMIT = 1e-5
 # Samples, channels, height and width.
-SHAPES = [(1, 8, 1, 1), (3, 24, 2, 5), (2, 40, 7, 3), (2, 104, 9, 6)]
+SHAPES = [(1, 8, 1, 1), (67, 24, 1, 3), (3, 24, 2, 5), (2, 40, 7, 3), (2, 104, 11, 9)]
 
 
 def image(*shape: int) -> Tensor:
@@ -53,6 +53,18 @@ def inputs_of(op: str, n: int, c: int, h: int, w: int) -> list[Tensor]:
         return [image(n, c, h, w), gate]
     if op in ("pool", "gelu"):
         return [image(n, c, h, w)]
+    if op == "linear of a grid":
+        return [normal(n, h, w, c), normal(2 * c, c), normal(2 * c)]
+    if op in ("linear", "pointwise"):
+        weight = normal(2 * c, c) if op == "linear" else normal(2 * c, c, 1, 1)
+        x = normal(n, h * w, c) if op == "linear" else image(n, c, h, w)
+        return [x, weight, normal(2 * c)]
+    if op.startswith("adaln_pointwise"):
+        modulation = [part(n, c, i)[..., None, None] for i in range(2)]
+        return [image(n, c, h, w), *modulation, normal(16, c, 1, 1), normal(16)]
+    if op.startswith("pointwise_gated"):
+        inputs = [image(n, c, h, w), gate, image(n, 40, h, w), normal(c, 40, 1, 1), normal(c)]
+        return [*inputs, normal(n, 40, 1, 1)] if "factor" in op else inputs
     side = int(op[-1])
     return [image(n, c, h, w), normal(c, 1, side, side), normal(c)]
 
@@ -61,7 +73,9 @@ def inputs_of(op: str, n: int, c: int, h: int, w: int) -> list[Tensor]:
 @pytest.mark.parametrize(
     "case",
     ["adaln", "addcmul", "scale", "pool", "gelu", "depthwise 3", "depthwise 5"]
-    + ["depthwise 7", "depthwise_gelu 3", "depthwise_gelu 5", "depthwise_gelu 7"],
+    + ["depthwise 7", "depthwise_gelu 3", "depthwise_gelu 5", "depthwise_gelu 7"]
+    + ["linear", "linear of a grid", "pointwise", "adaln_pointwise", "adaln_pointwise_gelu"]
+    + ["pointwise_gated", "pointwise_gated with factor"],
 )
 def test_a_pass_computes_what_the_reference_computes(case: str, shape: tuple[int, ...]):
     name = case.split()[0]

@@ -27,13 +27,15 @@ def agree(
     """Compare the output and all gradients, in both dtypes and with both attention kernels."""
     randomise(mixer)
     x, probe = torch.randn(2, *shape, generator=torch.Generator().manual_seed(3))
+
+    # The truth, in float64.
     exact = {name: p.detach().double().requires_grad_() for name, p in mixer.named_parameters()}
     exact_x = x.double().requires_grad_()
     exact_out = truth(exact, exact_x)
-    expected = [
-        exact_out,
-        *torch.autograd.grad((exact_out * probe).sum(), [exact_x, *exact.values()]),
-    ]
+    exact_grads = torch.autograd.grad((exact_out * probe).sum(), [exact_x, *exact.values()])
+    expected = [exact_out, *exact_grads]
+
+    # The mixer with both kernels, in both precisions.
     for dtype, tolerance in TOLERANCE.items():
         for choice in ("sdpa", "reference"):
             m = deepcopy(mixer).to(dtype)
@@ -41,9 +43,8 @@ def agree(
             with kernels.use(attention=choice):
                 out = m(own_x)
             grads = torch.autograd.grad((out * probe.to(dtype)).sum(), [own_x, *m.parameters()])
-            for name, value, wanted in zip(
-                ["out", "x", *exact], [out, *grads], expected, strict=True
-            ):
+            names = ["out", "x", *exact]
+            for name, value, wanted in zip(names, [out, *grads], expected, strict=True):
                 assert value.dtype == dtype
                 assert value.shape == wanted.shape
                 assert relative_rms(value, wanted) <= tolerance, f"{name} in {dtype} with {choice}"
@@ -101,11 +102,8 @@ def full_attention(p: Parameters, x: Tensor, heads: int, bias: Tensor | None = N
 
 
 def test_softmax_attention():
-    agree(
-        build_mixer("softmax", 21, (5, 7), 0, heads=3),
-        lambda p, x: full_attention(p, x, 3),
-        (2, 21, 5, 7),
-    )
+    mixer = build_mixer("softmax", 21, (5, 7), 0, heads=3)
+    agree(mixer, lambda p, x: full_attention(p, x, 3), (2, 21, 5, 7))
 
 
 def window_bias(table: Tensor, size: tuple[int, int], window: int, shift: int) -> Tensor:
@@ -146,20 +144,17 @@ def test_window_attention(
     size: tuple[int, int], window: int, index: int, used_window: int, shift: int
 ):
     mixer = build_mixer("window", 15, size, index, heads=3, window=window)
-    agree(
-        mixer,
-        lambda p, x: full_attention(
-            p, x, 3, window_bias(p["bias_table"], size, used_window, shift)
-        ),
-        (2, 15, *size),
-    )
+
+    def truth(p: Parameters, x: Tensor) -> Tensor:
+        return full_attention(p, x, 3, window_bias(p["bias_table"], size, used_window, shift))
+
+    agree(mixer, truth, (2, 15, *size))
 
 
 def test_shifted_windows_are_windows_of_the_rolled_grid():
     """Only the last row and the last column of windows hold a seam, and differ."""
-    shifted, plain = (
-        randomise(build_mixer("window", 15, (12, 12), index, heads=3, window=4)) for index in (1, 0)
-    )
+    plain = randomise(build_mixer("window", 15, (12, 12), 0, heads=3, window=4))
+    shifted = randomise(build_mixer("window", 15, (12, 12), 1, heads=3, window=4))
     x = torch.randn(2, 15, 12, 12, generator=torch.Generator().manual_seed(4))
     left = shifted(x).roll((-2, -2), (2, 3))
     right = plain(x.roll((-2, -2), (2, 3)))
@@ -176,16 +171,14 @@ def focused(p: Parameters, x: Tensor, heads: int, power: int) -> Tensor:
     def phi(features: Tensor) -> list[Tensor]:
         u = (features.clamp(min=0) + 1e-6) / (1 + p["sigma"].exp()).log()
         sharp = u**power
-        return heads_of(
-            sharp * ((u**2).sum(-1, keepdim=True) / (sharp**2).sum(-1, keepdim=True)).sqrt(), heads
-        )
+        norms = (u**2).sum(-1, keepdim=True) / (sharp**2).sum(-1, keepdim=True)
+        return heads_of(sharp * norms.sqrt(), heads)
 
     out = []
     for phi_q, phi_k, value in zip(phi(q), phi(k), heads_of(v, heads), strict=True):
         matrix = torch.einsum("nie,nje->nij", phi_q, phi_k) / phi_k.shape[1]
-        mixed = torch.einsum(
-            "nij,nje->nie", matrix / (matrix.sum(dim=-1, keepdim=True) + 1e-6), value
-        )
+        weights = matrix / (matrix.sum(dim=-1, keepdim=True) + 1e-6)
+        mixed = torch.einsum("nij,nje->nie", weights, value)
         out.append(mixed + tokens_of(depthwise(p, "dwc", grid_of(value, *x.shape[2:]))))
     return grid_of(linear(p, "proj", torch.cat(out, dim=-1)), *x.shape[2:])
 
@@ -278,14 +271,8 @@ def conv_module(
     if channel == "cca":
         x = x / (1 + (-pointwise(p, "channel.weight", pooled)).exp())
     elif channel == "se":
-        x = x / (
-            1
-            + (
-                -pointwise(
-                    p, "channel.excite", pointwise(p, "channel.squeeze", pooled).clamp(min=0)
-                )
-            ).exp()
-        )
+        squeezed = pointwise(p, "channel.squeeze", pooled).clamp(min=0)
+        x = x / (1 + (-pointwise(p, "channel.excite", squeezed)).exp())
     elif channel == "mdta":
         x = channel_attention(p, x, heads)
     return pointwise(p, "pointwise_out", x)
@@ -307,14 +294,10 @@ def conv_module(
     ids=str,
 )
 def test_conv_module(options: dict[str, Any]):
-    known = {
-        key: value for key, value in options.items() if key in ("activation", "channel", "heads")
-    }
-    agree(
-        build_mixer("conv", 15, (5, 7), 0, **options),
-        lambda p, x: conv_module(p, x, **known),
-        (2, 15, 5, 7),
-    )
+    names = ("activation", "channel", "heads")
+    known = {name: value for name, value in options.items() if name in names}
+    mixer = build_mixer("conv", 15, (5, 7), 0, **options)
+    agree(mixer, lambda p, x: conv_module(p, x, **known), (2, 15, 5, 7))
 
 
 @pytest.mark.parametrize("bias_shape", [None, (2, 3, 7, 13), (1, 3, 7, 13), (1, 1, 1, 13)])
@@ -339,10 +322,8 @@ def test_attention_kernels_agree(bias_shape: tuple[int, ...] | None):
     truth = results(naive, torch.float64)
     for kernel in (sdpa, reference):
         for dtype, tolerance in TOLERANCE.items():
-            assert all(
-                relative_rms(a, b) <= tolerance
-                for a, b in zip(results(kernel, dtype), truth, strict=True)
-            ), (kernel, dtype)
+            for value, exact in zip(results(kernel, dtype), truth, strict=True):
+                assert relative_rms(value, exact) <= tolerance, (kernel, dtype)
 
 
 def test_kernels_are_forced_restored_and_recorded():
@@ -355,15 +336,23 @@ def test_kernels_are_forced_restored_and_recorded():
         return kernels.used()["attention"]
 
     assert ran() == ["sdpa"]
+
+    # A forced choice holds inside its block, even if the block ends by an error.
     with pytest.raises(KeyError), kernels.use(attention="reference"):
         with kernels.use(attention="sdpa"):
             assert ran() == ["sdpa"]
         assert ran() == ["reference"]
         raise KeyError
     assert ran() == ["sdpa"]
+
+    # All choices that ran are recorded.
     with kernels.use(attention="reference"):
         kernels.attention(q, q, q)
     assert kernels.used() == {"attention": ["reference", "sdpa"]}
+
+
+def test_a_forced_choice_that_cannot_run_is_refused():
+    q = torch.randn(1, 2, 3, 4)
     with kernels.use(attention="flash"), pytest.raises(ValueError, match="forced to 'flash'"):
         kernels.attention(q, q, q)
 
@@ -389,7 +378,10 @@ def test_a_compiled_graph_tells_at_every_call_what_it_runs():
 @pytest.mark.parametrize(
     "choices, words",
     [
-        ({"attend": "sdpa"}, "unknown kernel 'attend'; known: adaln, addcmul, attention"),
+        (
+            {"attend": "sdpa"},
+            "unknown kernel 'attend'; known: adaln, adaln_pointwise, adaln_pointwise_gelu",
+        ),
         ({"attention": "fast"}, "no implementation 'fast'; known: flash, sdpa, reference"),
     ],
 )

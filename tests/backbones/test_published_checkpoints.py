@@ -236,4 +236,10 @@ def test_text_is_no_checkpoint_and_no_pickled_code(tmp_path: Path, file: str, te
 
 def test_missing(tmp_path: Path):
     assert "no such checkpoint" in refused(lambda: read_weights(tmp_path / "none.pt"))
-    assert "no such checkpoint" in refused(lambda: read_weights(tmp_path))
+    assert "is a folder, and no checkpoint" in refused(lambda: read_weights(tmp_path))
+    (tmp_path / "link.pt").symlink_to(tmp_path / "lost.pt")
+    assert "its link leads to" in refused(lambda: read_weights(tmp_path / "link.pt"))
+    (tmp_path / "file.pt").write_text("")
+    text = refused(lambda: read_weights(tmp_path / "file.pt" / "a.pt"))
+    assert text == f"{tmp_path}/file.pt/a.pt: cannot be opened: Not a directory"
+    assert "File name too long" in refused(lambda: read_weights(tmp_path / ("x" * 300)))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import shutil
@@ -11,28 +9,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from experiments.ablation import TABLES
-from experiments.declared.protocols import DIGITS, PROTOCOLS
+from experiments.declared.protocols import PROTOCOLS
 from experiments.engine import cli
-from experiments.engine.records.store import Store
 from experiments.engine.records.tree import REPOSITORY
-from experiments.engine.reporting.render import FORMATS, render
-from experiments.engine.reporting.sheet import Sheet
-from experiments.engine.reporting.tables import report_sheets
 from experiments.engine.runtime import heartbeat
-from experiments.engine.specs.selection import Selection
-from experiments.engine.specs.spec import Stage
-from experiments.engine.specs.stages import cost_stage, evaluate_stage, timing_stage, train_stage
 from tests.support.commands import TABLE, hear_interrupts
-from tests.support.sheets import labelled, note_about, texts
 
 ABLATION = REPOSITORY / "experiments" / "ablation.py"
-PROVENANCE = {"device": "cpu", "cpu": "a", "torch": "b", "dirty": False, "seconds": 1.0}
 
 
 def call(*arguments: object, script: Path = ABLATION) -> subprocess.CompletedProcess[str]:
@@ -56,8 +47,11 @@ def error_of(*arguments: object) -> str:
     return line
 
 
+# ---- Refusals
+
+
 @pytest.mark.parametrize(
-    "arguments, words",
+    "arguments, complaint",
     [
         (["--table", 7], "choose from 3, 4, 5"),
         ([], "--table"),
@@ -74,17 +68,19 @@ def error_of(*arguments: object) -> str:
     ],
 )
 def test_bad_arguments_are_one_line_and_write_nothing(
-    arguments: list[object], words: str, tmp_path: Path
+    arguments: list[object], complaint: str, tmp_path: Path
 ):
-    assert words in error_of(*arguments, "--results", tmp_path / "results")
+    assert complaint in error_of(*arguments, "--results", tmp_path / "results")
     assert not (tmp_path / "results").exists()
 
 
 def test_a_results_folder_that_cannot_be_written(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    assert "choose another folder with --results" in error_of(
-        "--table", 5, "--results", tmp_path / "file" / "results"
-    )
+    error = error_of("--table", 5, "--results", tmp_path / "file" / "results")
+    assert "choose another folder with --results" in error
+
+
+# ---- Answers without a run
 
 
 def test_help_plan_and_report_load_no_torch(tmp_path: Path):
@@ -98,10 +94,8 @@ for arguments in sys.argv[1:]:
     main(TABLES, PROTOCOLS, "", arguments.split())
 assert "torch" not in sys.modules
 """
-    arguments = [
-        f"--table 4 {flag} --results {tmp_path}"
-        for flag in ("--dry-run", "--report", "--report --format csv")
-    ]
+    flags = ("--dry-run", "--report", "--report --format csv")
+    arguments = [f"--table 4 {flag} --results {tmp_path}" for flag in flags]
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         cwd=REPOSITORY,
@@ -127,39 +121,54 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path):
     assert done.stderr == ""
 
 
-def records(root: Path) -> dict[str, list[dict]]:
-    found: dict[str, list[dict]] = {}
-    for path in root.glob("records/*/*.json"):
-        record = json.loads(path.read_text())
-        found.setdefault(f"{record['kind']} {record['status']}", []).append(record)
-    return found
+# ---- Runs
+
+
+def count_records(root: Path) -> Counter[str]:
+    """How many records there are, by kind and status."""
+    records = [json.loads(path.read_text()) for path in root.glob("records/*/*.json")]
+    return Counter(f"{record['kind']} {record['status']}" for record in records)
+
+
+@pytest.fixture
+def tiny_table(tmp_path: Path) -> Path:
+    """A script whose table has two good rows and one that cannot be trained."""
+    script = tmp_path / "tiny.py"
+    script.write_text(TABLE.format(steps=5))
+    return script
 
 
 @pytest.mark.slow
-def test_a_failing_row_is_shown_and_the_others_run_and_nothing_runs_twice(tmp_path: Path):
-    script = tmp_path / "tiny.py"
+def test_a_failing_row_is_shown_and_the_others_run_and_nothing_runs_twice(
+    tiny_table: Path, tmp_path: Path
+):
     root = tmp_path / "results"
-    script.write_text(TABLE.format(steps=5))
-    first = call("--table", 4, "--results", root, script=script)
+    options = ("--table", 4, "--results", root)
+    first = call(*options, script=tiny_table)
     assert first.returncode == 1, first.stderr
+
+    # The row says that it failed, and a note says why.
     bad = next(line for line in first.stdout.splitlines() if line.startswith("bad"))
     assert "failed" in bad
-    assert (
-        "bad: train failed: ValueError: window attention needs a grid divisible by its window"
-        in first.stdout
-    )
-    assert {kind: len(found) for kind, found in records(root).items()} == {
-        "cost done": 3, "timing done": 3, "train done": 2, "train failed": 1, "evaluate done": 2,
-    }  # fmt: skip
+    reason = "ValueError: window attention needs a grid divisible by its window"
+    assert f"bad: train failed: {reason}" in first.stdout
+    assert count_records(root) == {
+        "cost done": 3,
+        "timing done": 3,
+        "train done": 2,
+        "train failed": 1,
+        "evaluate done": 2,
+    }
     assert not list(root.rglob("*.tmp"))
 
-    kept = call("--table", 4, "--results", root, "--rows", "good", "last", script=script)
+    # The good rows alone are done, and nothing of them runs again.
+    kept = call(*options, "--rows", "good", "last", script=tiny_table)
     assert kept.returncode == 0
     assert kept.stderr == ""
-    plan = call("--table", 4, "--results", root, "--dry-run", script=script).stdout
+    assert count_records(root)["train done"] == 2
+    plan = call(*options, "--dry-run", script=tiny_table).stdout
     assert plan.count("  done") == 10
     assert "failed before, would run again" in plan
-    assert len(records(root)["train done"]) == 2
 
 
 SAMPLED = """
@@ -170,66 +179,63 @@ raise SystemExit(sample.main())
 """
 
 
-@pytest.mark.slow
-def test_two_processes_draw_the_images_of_one(tmp_path: Path):
-    script = tmp_path / "tiny.py"
-    drawing = tmp_path / "draw.py"
-    root = tmp_path / "results"
-    script.write_text(TABLE.format(steps=5))
-    drawing.write_text(
-        TABLE.format(steps=5).replace('if __name__ == "__main__":', "if False:") + SAMPLED
+def draw(launcher: Sequence[str], script: Path, root: Path, out: Path) -> list[np.ndarray]:
+    """Draw 260 images of the good row; return images and labels."""
+    sizes = ("--num", 260, "--batch", 100)
+    where = ("--results", root, "--out", out)
+    command = [sys.executable, *launcher, script, "--table", 4, "--row", "good", *sizes, *where]
+    done = subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        timeout=300,
+        check=False,
     )
-    assert call("--table", 4, "--results", root, "--rows", "good", script=script).returncode == 0
-    drawn = {}
-    for name, launcher in (
-        ("one", []),
-        ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--"]),
-    ):
-        command = [
-            sys.executable,
-            *launcher,
-            drawing,
-            "--table",
-            4,
-            "--row",
-            "good",
-            "--num",
-            260,
-            "--batch",
-            100,
-            "--results",
-            root,
-            "--out",
-            tmp_path / f"{name}.npz",
-        ]
-        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            list(map(str, command)),
-            capture_output=True,
-            text=True,
-            env=environment,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("260 images 8 x 8") == 1, done.stderr
-        with np.load(tmp_path / f"{name}.npz") as file:
-            drawn[name] = file["arr_0"], file["arr_1"]
-        for folder in root.glob("runs/*/samples"):
-            shutil.rmtree(folder)
-    for one, two in zip(drawn["one"], drawn["two"], strict=True):
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("260 images 8 x 8") == 1, done.stderr
+
+    # The next drawing begins from nothing.
+    for folder in root.glob("runs/*/samples"):
+        shutil.rmtree(folder)
+    with np.load(out) as file:
+        return [file["arr_0"], file["arr_1"]]
+
+
+@pytest.mark.slow
+def test_two_processes_draw_the_images_of_one(tiny_table: Path, tmp_path: Path):
+    root = tmp_path / "results"
+    trained = call("--table", 4, "--results", root, "--rows", "good", script=tiny_table)
+    assert trained.returncode == 0
+
+    # The same table, with the script that samples in place of the one that trains.
+    script = tmp_path / "draw.py"
+    table = TABLE.format(steps=5).replace('if __name__ == "__main__":', "if False:")
+    script.write_text(table + SAMPLED)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--")
+    alone = draw((), script, root, tmp_path / "one.npz")
+    together = draw(torchrun, script, root, tmp_path / "two.npz")
+    for one, two in zip(alone, together, strict=True):
         np.testing.assert_array_equal(one, two)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sent, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "sent, status, last_words",
+    [
+        (signal.SIGINT, 130, "interrupted; run the same command again"),
+        (signal.SIGTERM, 143, ""),
+    ],
+)
 def test_an_interrupt_leaves_nothing_broken_and_nobody_at_work(
-    sent: signal.Signals, status: int, tmp_path: Path
+    sent: signal.Signals, status: int, last_words: str, tmp_path: Path
 ):
     script = tmp_path / "tiny.py"
     root = tmp_path / "results"
     script.write_text(TABLE.format(steps=100_000))
     command = [sys.executable, script, "--table", "4", "--rows", "good", "--results", str(root)]
+
+    # The signal comes while the training is at work.
     with open(tmp_path / "errors", "w") as errors:
         running = subprocess.Popen(
             command,
@@ -242,108 +248,21 @@ def test_an_interrupt_leaves_nothing_broken_and_nobody_at_work(
             time.sleep(0.05)
         running.send_signal(sent)
         assert running.wait() == status
-    assert sent == signal.SIGTERM or (tmp_path / "errors").read_text().splitlines()[-1].startswith(
-        "interrupted; run the same command again"
-    )
-    assert not any(
-        heartbeat.is_live(heartbeat.read_heartbeat(folder)) for folder in root.glob("runs/*")
-    )
+    lines = (tmp_path / "errors").read_text().splitlines()
+    assert not last_words or lines[-1].startswith(last_words)
+
+    # No worker is left, no file is half written, and no record of the training was made.
+    for folder in root.glob("runs/*"):
+        assert not heartbeat.is_live(heartbeat.read_heartbeat(folder))
     assert not list(root.rglob("*.tmp"))
-    assert set(records(root)) == {"cost done", "timing done"}
+    assert set(count_records(root)) == {"cost done", "timing done"}
 
 
-def fill(store: Store, where: str, seeds: int, shift: float = 0.0) -> None:
-    """Write records of Table 4: fd 10 with some spread over seeds, and `shift` more in row two."""
-    table = TABLES[4]
-    for number, row in enumerate(table.rows):
-        store.append(
-            cost_stage(row),
-            "done",
-            {"params_trainable": 33e6, "macs_torchprofile": 4.25e9, "macs_core": 4.2e9},
-            PROVENANCE,
-        )
-        store.append(
-            timing_stage(row, table.baseline, "cpu"),
-            "done",
-            {"images_per_s": 20.0, "relative": 1.0},
-            PROVENANCE,
-        )
-        for seed in range(seeds):
-            score = 10 + 0.1 * ((seed + number) % 3) + (shift if number == 1 else 0)
-            values = {
-                "fd_digits": score,
-                "is_digits": 8 + 0.01 * seed,
-                "precision_digits": 0.6,
-                "recall_digits": 0.8 + 0.001 * seed,
-                "agreement": 0.9,
-            }
-            store.append(evaluate_stage(row, DIGITS, seed), "done", values, PROVENANCE)
-    if where == "reference":
-        (store.root / "records").rename(store.root / "reference")
-    store.refresh()
-
-
-def sheets(store: Store, seeds: int = 1) -> list[Sheet]:
-    """The table of this machine, and its comparison with the reference."""
-    return report_sheets(Selection(TABLES[4], TABLES[4].rows, DIGITS, range(seeds), "cpu"), store)
-
-
-def test_gaps_and_failures_are_shown_as_such(tmp_path: Path):
-    store = Store(tmp_path)
-    row = labelled(sheets(store)[0], TABLES[4].rows[0].label)
-    keys = ("params", "gflops_paper", "gflops", "gflops_core")
-    assert [row[key] for key in keys] == ["-", "4.25", "-", "-"]
-    stage: Stage = train_stage(TABLES[4].rows[2], DIGITS, 0)
-    store.append(stage, "failed", {}, PROVENANCE, "ValueError: the loss is nan after 50 steps")
-    main, _ = sheets(store)
-    assert "failed" in labelled(main, TABLES[4].rows[2].label).values()
-    assert "failed" not in labelled(main, TABLES[4].rows[1].label).values()
-    assert note_about(main, "the loss is nan")
-
-
-@pytest.mark.parametrize("shift, verdict", [(0.0, "yes"), (5.0, "no: fd_digits")])
-def test_a_reference_is_shown_beside_and_never_instead(shift: float, verdict: str, tmp_path: Path):
-    store = Store(tmp_path)
-    fill(store, "reference", seeds=3)
-    main, comparison = sheets(store)
-    assert texts(main, "fd_digits")[0] == "-"
-    assert set(texts(comparison, "reproduced")) == {"-"}
-    fill(store, "records", seeds=1, shift=shift)
-    assert texts(sheets(store)[1], "reproduced")[:3] == ["yes", verdict, "yes"]
-
-
-def test_a_difference_is_resolved_only_beyond_the_spread_over_seeds(tmp_path: Path):
-    alone = Store(tmp_path / "alone")
-    fill(alone, "records", seeds=1, shift=5.0)
-    assert note_about(sheets(alone)[0], "can be called resolved")
-    repeated = Store(tmp_path / "repeated")
-    fill(repeated, "records", seeds=3, shift=5.0)
-    note = note_about(sheets(repeated, 3)[0], "fd_digits against DiCo-S")
-    assert "worse: GELU->ReLU;" in note
-    assert "not resolved: DWC 5x5" in note
-
-
-def test_every_format_says_the_same(tmp_path: Path):
-    store = Store(tmp_path)
-    fill(store, "records", seeds=1)
-    main = sheets(store)[0]
-    texts = {form: render([main], form) for form in FORMATS}
-    assert all(
-        row.label in texts[form] for form in ("text", "markdown", "csv") for row in TABLES[4].rows
-    )
-    rows = list(csv.reader(io.StringIO(texts["csv"])))
-    assert len({len(row) for row in rows}) == 1
-    assert rows[1][rows[0].index("Gflops: ours")] == repr(4.25)
-    assert texts["latex"].count("{") == texts["latex"].count("}")
-    assert texts["latex"].count("\\\\") == len(TABLES[4].rows) + 2
-    assert (
-        len({line.count("|") for line in texts["markdown"].splitlines() if line.startswith("|")})
-        == 1
-    )
+# ---- Plans
 
 
 @pytest.mark.parametrize(
-    ("where", "options", "given"),
+    ("where", "options", "resources"),
     [
         (["--device", "cpu"], [], {}),
         (["--device", "cpu"], ["--compile"], {"compile": True}),
@@ -353,26 +272,23 @@ def test_every_format_says_the_same(tmp_path: Path):
 def test_what_makes_runs_faster_is_a_resource_of_them(
     where: list[str],
     options: list[str],
-    given: dict[str, bool],
+    resources: dict[str, bool],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    seen: list[cli.Plan] = []
+    plans: list[cli.Plan] = []
     monkeypatch.setenv("DICO_SLURM_GPUS_PER_NODE", "8")
-    monkeypatch.setattr(cli, "run_plan", lambda plan, *_: seen.append(plan) or True)
-    monkeypatch.setattr(cli.slurm, "send", lambda plan, *_: seen.append(plan) or "")
-    assert (
-        cli.main(
-            TABLES,
-            PROTOCOLS,
-            None,
-            ["--table", "3", "--rows", "DiCo (iso.)", *where, *options, "--results", str(tmp_path)],
-        )
-        == 0
-    )
-    (plan,) = seen
-    assert plan.resources == given
-    assert not any(stage.compile or stage.graphs for job in plan.timings() for stage in job.stages)
+    monkeypatch.setattr(cli, "run_plan", lambda plan, *_: plans.append(plan) or True)
+    monkeypatch.setattr(cli.slurm, "send", lambda plan, *_: plans.append(plan) or "")
+    row = ["--table", "3", "--rows", "DiCo (iso.)", "--results", str(tmp_path)]
+    assert cli.main(TABLES, PROTOCOLS, None, [*row, *where, *options]) == 0
+
+    # It is no part of a timing, whose spec would name it.
+    (plan,) = plans
+    assert plan.resources == resources
+    for stage in (stage for job in plan.timings() for stage in job.stages):
+        assert not stage.compile
+        assert not stage.graphs
 
 
 def test_the_plan_counts_shared_networks_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -225,4 +225,4 @@ def test_missing_weights_of_inception_are_one_line(
     np.savez("real.npz", arr_0=IMAGES)
     arguments = ("real.npz", "--inception", "no.pth", "--against", "real.npz")
     error = Script(evaluate, capsys, monkeypatch).refuse(*arguments)
-    assert "no Inception weights" in error
+    assert "no such Inception weights" in error

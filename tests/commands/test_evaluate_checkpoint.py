@@ -157,8 +157,8 @@ def test_a_dry_run_opens_what_the_run_would_open(
     assert status == 0
     assert "nothing is missing" not in out
     assert "missing:" not in out
-    assert "unusable: junk.pth: SHA-256" in out
-    assert "unusable: VIRTUAL_imagenet256_labeled.npz: not a readable .npz" in out
+    assert "unusable: junk.pth: not a readable checkpoint" in out
+    assert "VIRTUAL_imagenet256_labeled.npz: not a readable .npz" in out
     assert "warning: decoded with an unknown VAE" in out
 
     # The manifest of the latents names their VAE, so it is opened too.

@@ -70,3 +70,17 @@ class Loader:
 
     size: int = 32
     batch: int = 256
+
+
+@dataclass(frozen=True)
+class SmallTrainings:
+    """Trainings of small networks in one thread, beside those of another commit of this suite."""
+
+    # Commit of the other tree.
+    against: str
+    # Height and width of the images.
+    size: int
+    channels: int
+    batch: int
+    # Labels of the rows.
+    rows: tuple[str, ...]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +13,10 @@ from typing import Any
 from experiments.engine.cluster.submit import new_folder, run_job
 from experiments.engine.jobs.job import Job, JobEvent
 from experiments.engine.jobs.pool import Notify, available_cores
+from experiments.engine.machine.lifetime import end_children, unwind
 from experiments.engine.records.store import Store, timestamp
 from experiments.engine.records.tree import own_environment, tree_digest
 
-UNBOUNDED_MINUTES = 60 * 24 * 365  # submitit wants a limit
 POLL_SECONDS = 0.2
 
 
@@ -38,7 +40,9 @@ def run_locally(
     all_resources = resources | {"device": device, "threads": threads}
     # The processes that submitit starts are to import the code of this command.
     os.environ.update(own_environment(os.environ))
-    executor = _executor(new_folder(root), device, debug)
+    processes: list[subprocess.Popen[bytes]] = []
+    executor = _executor(new_folder(root), processes, debug)
+    work = run_job if debug else run_child
     began = timestamp()
 
     waiting = list(jobs)
@@ -49,37 +53,40 @@ def run_locally(
             # Start jobs while there is room.
             while waiting and len(running) < workers:
                 job = waiting.pop(0)
-                handle = executor.submit(run_job, job, root.resolve(), all_resources, tree_digest())
+                handle = executor.submit(work, job, root.resolve(), all_resources, tree_digest())
                 running.append((job, handle))
 
             # Report the jobs that have ended. In this process `exception` runs the job.
             for job, handle in list(running):
                 if debug or handle.done():
-                    running.remove((job, handle))
                     error = handle.exception()
+                    running.remove((job, handle))
                     report_end(job, error, Store(root), handle.paths.stdout, began, notify)
                     all_done = all_done and error is None
             if running:
                 time.sleep(POLL_SECONDS)
     finally:
-        for _, handle in running:
-            handle.cancel(check=False)
+        end_children(processes, is_over=lambda child: child.poll() is not None)
     return all_done
 
 
-def _executor(folder: Path, device: str, debug: bool) -> Any:
-    """Return submitit's executor for this process or for this machine."""
+def _executor(folder: Path, processes: list[subprocess.Popen[bytes]], debug: bool) -> Any:
+    """Return an executor of submitit: for this process, or for children that join `processes`."""
     import submitit
 
     if debug:
         return submitit.core.plugins.get_executors()["debug"](folder)
-    executor = submitit.LocalExecutor(folder)
-    executor.update_parameters(
-        timeout_min=UNBOUNDED_MINUTES,
-        gpus_per_node=1 if device == "cuda" else 0,
-        stderr_to_stdout=True,
-    )
-    return executor
+
+    from experiments.engine.cluster.children import child_executor
+
+    return child_executor(folder, processes)
+
+
+def run_child(job: Job, root: Path, resources: dict[str, Any], code: str) -> None:
+    """Run a job as `run_job` does, in a process that leaves interrupts to its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, unwind)
+    run_job(job, root, resources, code)
 
 
 def report_end(

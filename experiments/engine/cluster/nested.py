@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from experiments.engine.machine.environment import read_variable
+from experiments.engine.machine.environment import read_number, read_variable
 
 # Every job has one of these.
 JOB_MARKS = ("SLURM_JOB_ID", "SLURM_JOBID", "SLURM_STEP_ID", "SLURM_STEPID", "SLURMD_NODENAME")
@@ -50,6 +50,35 @@ def not_for_jobs(environment: Mapping[str, str] = os.environ) -> set[str]:
         if name.startswith(("SBATCH_", *OF_A_JOB)) and read_variable(name, environment) is None
     }
     return (names | empty) - OF_THE_CLIENT
+
+
+def require_no_rank(environment: Mapping[str, str] = os.environ) -> None:
+    """Raise ValueError if the environment makes this process one of several.
+
+    A command that starts processes of its own would start them once for each rank, or wait for
+    ranks that nobody starts.
+    """
+    ranks = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
+    for name, count in ranks:
+        rank, total = read_number(name, environment), read_number(count, environment)
+        if name == "SLURM_PROCID" and read_variable("SLURM_STEP_ID", environment) is None:
+            continue
+        if rank is not None and total is not None and total > 1:
+            raise ValueError(
+                f"the environment makes this process rank {rank} of {total} ({name}, {count}), but "
+                "this command starts its own processes; unset them, or start experiments/run.py "
+                "with srun or torchrun"
+            )
+
+
+@contextmanager
+def without_ranks() -> Iterator[None]:
+    """Take the variables of ranks from this process's environment for a while."""
+    taken = {name: os.environ.pop(name) for name in RANKS if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(taken)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.engine.machine.environment import read_variable
+from experiments.engine.machine.system_errors import explain
 from experiments.engine.records.tree import REPOSITORY
 
 PREFIX = "DICO_SLURM_"
@@ -163,13 +164,15 @@ def _read_site_file(environment: Mapping[str, str]) -> tuple[Path, dict[str, Any
     """Return the path and the content of the site file. Without a file the content is empty."""
     named = read_variable(SITE_VARIABLE, environment)
     path = Path(named or FILE)
-    if not path.is_file():
-        if named:
-            raise ValueError(f"{SITE_VARIABLE} names {path}, which is not a file")
+    if named and not path.is_file():
+        raise ValueError(f"{SITE_VARIABLE} names {path}, which is not a file")
+    if not os.path.lexists(path):
         return path, {}
     try:
         return path, tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise ValueError(explain(error, "read", path)) from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"{path.name} cannot be read: {error}") from None
 
 

@@ -15,6 +15,7 @@ from experiments.engine.cluster.submit import stage_ids
 from experiments.engine.jobs.estimate import duration
 from experiments.engine.jobs.job import Job
 from experiments.engine.jobs.plan import Plan
+from experiments.engine.machine.system_errors import explain
 from experiments.engine.records.store import Record, Store, timestamp
 from experiments.engine.runtime import heartbeat
 from experiments.engine.specs.spec import Evaluate, Train, kind_of, spec_id
@@ -209,6 +210,8 @@ def _last_lines(log: Path) -> list[str]:
             size = os.fstat(file.fileno()).st_size
             file.seek(max(0, size - LOG_TAIL_BYTES))
             text = file.read().decode(errors="replace")
-    except OSError:
+    except FileNotFoundError:
         return ["its log is not there"]
+    except OSError as error:
+        return [explain(error, "read", log)]
     return [line for line in text.splitlines() if line.strip()][-LOG_LINES:]

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 import backbones
 from experiments.engine.data.image_files import file_sha256
 from experiments.engine.data.latents import SCALE
+from experiments.engine.machine.system_errors import explain, is_of_files, naming
 from experiments.engine.numerics.precision import precision
 from experiments.engine.numerics.weights import digest
+from experiments.engine.records.files import read_json
 from experiments.engine.specs.spec import FACTOR, LATENT_CHANNELS
 
 FILES = ("config.json", "diffusion_pytorch_model.safetensors")
@@ -117,9 +119,27 @@ def missing_vae(source: str) -> str:
         if _is_cached(PUBLISHED[source]):
             return ""
         return f"the VAE {source}, which the run would download; $DICO_VAE can name a folder"
-    if (Path(source) / FILES[0]).is_file():
+    folder = Path(source)
+    if not folder.is_dir():
+        return f"VAE {source} is neither {' nor '.join(PUBLISHED)} nor a folder with {_files()}"
+    absent = [name for name in FILES if not (folder / name).is_file()]
+    if not absent:
         return ""
-    return f"VAE {source} is neither {' nor '.join(PUBLISHED)} nor a folder with {_files()}"
+    return f"VAE {source} lacks {' and '.join(absent)}; a folder with {_files()} is needed"
+
+
+def _require_whole(folder: Path) -> None:
+    """Raise ValueError with the file that is at fault unless both files of a VAE are whole."""
+    from safetensors import SafetensorError, safe_open
+
+    config, weights = (folder / name for name in FILES)
+    read_json(config, "copy the VAE again")
+    try:
+        with naming("read", weights), safe_open(weights, "pt"):
+            pass
+    except SafetensorError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{weights}: damaged or cut short ({reason}); copy it again") from None
 
 
 def _is_cached(publication: Publication) -> bool:
@@ -199,6 +219,7 @@ def _load_diffusers_vae(source: str) -> tuple[Any, Path]:
         missing = missing_vae(source)
         if missing:
             raise ValueError(missing)
+        _require_whole(Path(source))
     try:
         folder = source
         if source in PUBLISHED:
@@ -213,8 +234,15 @@ def _load_diffusers_vae(source: str) -> tuple[Any, Path]:
         )
         return vae, Path(folder)
     except Exception as error:
+        if isinstance(error, OSError) and is_of_files(error):
+            raise ValueError(explain(error)) from None
+
         # diffusers raises half a dozen kinds here, and each means the same to the user.
         message = str(error).strip()
         reason = message.splitlines()[0] if message else type(error).__name__
-        advice = f"; give --vae a folder with its {_files()}" if source in PUBLISHED else ""
+        advice = (
+            f"; name a folder with its {_files()} (--vae, or $DICO_VAE)"
+            if source in PUBLISHED
+            else ""
+        )
         raise ValueError(f"VAE {source} cannot be loaded{advice} ({reason})") from None

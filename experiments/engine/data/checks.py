@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.engine.data.pictures import show_name
+from experiments.engine.machine.system_errors import explain, is_of_files, naming
 from experiments.engine.records.files import written_whole
 
 CLASSES = "classes.txt"
@@ -143,13 +144,24 @@ def _levels(means: Sequence[float]) -> str:
     return ", ".join(f"{value:.3f}" for value in means)
 
 
-def open_array(path: Path) -> np.ndarray:
-    """Open a memory-mapped array; ValueError if it is damaged or holds pickles."""
+def open_array(path: Path, advice: str = "write the array again") -> np.ndarray:
+    """Open a memory-mapped array.
+
+    Args:
+        path: the file.
+        advice: what to do with a damaged file.
+
+    Raises:
+        ValueError: the file is damaged, holds pickles, or cannot be opened.
+    """
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        with naming("read", path):
+            return np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
+        if isinstance(error, OSError) and is_of_files(error):
+            raise ValueError(explain(error)) from None
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path} cannot be read ({reason}); write the array again") from None
+        raise ValueError(f"{path} cannot be read ({reason}); {advice}") from None
 
 
 def check_levels(path: Path, images: np.ndarray) -> None:
@@ -244,9 +256,10 @@ def read_classes(folder: Path) -> list[str] | None:
     if not path.exists():
         return None
     try:
-        content = path.read_bytes()
+        with naming("read", path):
+            content = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        raise ValueError(explain(error)) from None
     return [os.fsdecode(line) for line in content.removesuffix(b"\n").split(b"\n")]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.engine.data.pictures import describe_modes
+from experiments.engine.machine.system_errors import explain, is_of_files
 
 SHAPE = (32, 32, 3)
 
@@ -73,8 +74,10 @@ def _read_parquet(path: Path, converted: Counter[str]) -> tuple[np.ndarray, np.n
             if mode != "RGB":
                 converted[mode] += 1
     except (OSError, KeyError, TypeError, ValueError, pyarrow.ArrowException) as error:
+        if isinstance(error, OSError) and is_of_files(error):
+            raise ValueError(explain(error, "read", path)) from None
         raise ValueError(
-            f"{path.name} is not CIFAR-10 with columns img (struct with bytes) and label: "
+            f"{path} is not CIFAR-10 with columns img (struct with bytes) and label: "
             f"{' '.join(str(error).split())}"
         ) from None
     return images, labels
@@ -121,6 +124,8 @@ def download(folder: Path) -> None:
     try:
         CIFAR10(folder, download=True)
     except (OSError, RuntimeError) as error:
+        if isinstance(error, OSError) and is_of_files(error):
+            raise ValueError(explain(error)) from None
         raise ValueError(
             f"CIFAR-10 cannot be downloaded ({' '.join(str(error).split())}); put train.parquet "
             "and test.parquet, or torchvision's cifar-10-batches-py, in data/cifar10 "

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -33,7 +32,15 @@ from experiments.engine.data.pictures import Pictures, read_picture, show_name
 from experiments.engine.data.quantise import from_uint8
 from experiments.engine.data.sets import prefetch
 from experiments.engine.numerics.randomness import generator_at
-from experiments.engine.records.files import locked, try_lock, written_whole
+from experiments.engine.records.files import (
+    locked,
+    read_json,
+    require_space,
+    try_lock,
+    written_whole,
+)
+
+REPEAT = "remove the folder and prepare the latents again"
 
 Report = Callable[[int, int], None]  # hears how many pictures are done, of how many
 
@@ -160,7 +167,7 @@ def _agree_on_plan(plan: dict[str, Any], folder: Path) -> None:
         path = folder / "plan.json"
         if not path.exists():
             _write_json(path, plan)
-        there = json.loads(path.read_text())
+        there = read_json(path, REPEAT)
     changed = [
         f"{name} {there.get(name)} there, {plan[name]} here"
         for name in plan
@@ -176,12 +183,7 @@ def _agree_on_plan(plan: dict[str, Any], folder: Path) -> None:
 def _require_space(job: EncodingJob, folder: Path) -> None:
     pictures = len(job.pictures.files) - _num_done(job, folder)
     needed = pictures * math.prod(job.stored) * 4
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise ValueError(
-            f"{folder} needs {needed / 1e9:.1f} GB more and the disk has {free / 1e9:.1f} GB free; "
-            "name another --out"
-        )
+    require_space(folder, needed, "--out")
 
 
 def _num_done(job: EncodingJob, folder: Path) -> int:
@@ -298,12 +300,12 @@ def _finish(job: EncodingJob, folder: Path) -> dict[str, Any]:
     The process that ends last writes them; all would write the same.
     """
     shards = [
-        json.loads(shard_path(folder, number).with_suffix(".json").read_text())
+        read_json(shard_path(folder, number).with_suffix(".json"), REPEAT)
         for number in range(job.num_shards)
     ]
     labels = np.array([label for shard in shards for label in shard["labels"]], np.int64)
     _require_every_class(job, labels, folder)
-    manifest = json.loads((folder / "plan.json").read_text()) | _summary(job, shards, labels)
+    manifest = read_json(folder / "plan.json", REPEAT) | _summary(job, shards, labels)
     if job.vae.name in PUBLISHED and not manifest["statistics"]["as_expected"]:
         raise ValueError(
             f"{describe_statistics(manifest['statistics'])}: the pictures or the VAE are not what "

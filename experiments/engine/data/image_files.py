@@ -20,6 +20,7 @@ import numpy as np
 from numpy import ndarray
 from numpy.lib import format as npy
 
+from experiments.engine.machine.system_errors import naming, require_file
 from experiments.engine.records.files import written_whole
 
 POOL = 2048  # channels of Inception's pooled features
@@ -50,7 +51,7 @@ class ImageFile:
             names = array_names(archive)
             if "arr_0" not in names:
                 raise ValueError(
-                    f"{path.name}: holds no images (arr_0), only {', '.join(names) or 'nothing'}"
+                    f"{path}: holds no images (arr_0), only {', '.join(names) or 'nothing'}"
                 )
             self.stray = sorted(STATISTICS & set(names))
             with archive.open("arr_0.npy") as file:
@@ -63,7 +64,7 @@ class ImageFile:
         for name, numbers in (("arr_1", self.labels), ("index", self.index)):
             if numbers is not None and numbers.min() < 0:
                 raise ValueError(
-                    f"{path.name}: {name} holds {numbers.min()}; labels and indices count from 0"
+                    f"{path}: {name} holds {numbers.min()}; labels and indices count from 0"
                 )
 
     def __len__(self) -> int:
@@ -90,7 +91,7 @@ class ImageFile:
         while len(data) < size:
             more = file.read(size - len(data))
             if not more:
-                raise ValueError(f"{self.path.name}: cut short after {start} of {len(self)} images")
+                raise ValueError(f"{self.path}: cut short after {start} of {len(self)} images")
             data += more
         return np.frombuffer(data, np.uint8).reshape(stop - start, *self.shape[1:])
 
@@ -138,35 +139,33 @@ def write_images(
 
 def file_sha256(path: Path) -> str:
     """Digest a whole file, 64 hexadecimal digits."""
-    with open(path, "rb") as file:
+    with naming("read", path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def name_in_errors(path: Path) -> Iterator[None]:
-    """Let every ValueError within begin with the name of the file that it is about."""
+    """Let every ValueError within begin with the path of the file that it is about."""
     try:
         yield
     except ValueError as error:
         message = str(error)
         if not message.startswith(path.name):
-            message = f"{path.name}: {message}"
+            message = f"{path}: {message}"
         raise ValueError(message) from None
 
 
 @contextmanager
 def open_archive(path: Path) -> Iterator[zipfile.ZipFile]:
     """Open an archive; ValueError if it is missing, or turns out to be damaged while it is read."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; give the path of an .npz")
+    require_file(path, "file", "give the path of an .npz")
     try:
-        with zipfile.ZipFile(path) as archive:
+        with naming("read", path), zipfile.ZipFile(path) as archive:
             yield archive
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         reason = str(error).strip() or "cut short"
         raise ValueError(
-            f"{path.name}: not a readable .npz ({reason}): damaged, a download page, a git-lfs "
-            "pointer?"
+            f"{path}: not a readable .npz ({reason}): damaged, a download page, a git-lfs pointer?"
         ) from None
 
 
@@ -181,7 +180,7 @@ def _parse_origin(path: Path, text: str) -> dict[str, Any]:
         origin = None
     if not isinstance(origin, dict):
         raise ValueError(
-            f"{path.name}: made, which says where the images are from, is no JSON object; "
+            f"{path}: made, which says where the images are from, is no JSON object; "
             "sample.py writes one, and files without it are scored too"
         )
     return origin
@@ -192,19 +191,19 @@ def _read_header(path: Path, name: str, file: IO[bytes]) -> tuple[Shape, bool, n
     try:
         return HEADERS[npy.read_magic(file)](file)
     except (ValueError, KeyError):
-        raise ValueError(f"{path.name}: {name} is no npy array of version 1.0 or 2.0") from None
+        raise ValueError(f"{path}: {name} is no npy array of version 1.0 or 2.0") from None
 
 
 def _read_image_shape(path: Path, file: IO[bytes]) -> Shape:
     shape, fortran, dtype = _read_header(path, "arr_0", file)
     if dtype != np.uint8:
         raise ValueError(
-            f"{path.name}: arr_0 is {dtype}; scores are of uint8 images 0..255, so quantise before "
+            f"{path}: arr_0 is {dtype}; scores are of uint8 images 0..255, so quantise before "
             "writing (engine/data/quantise.py)"
         )
     if fortran or len(shape) != 4 or shape[3] != 3 or not all(shape):
         order = "Fortran-ordered " if fortran else ""
-        raise ValueError(f"{path.name}: arr_0 is {order}{shape}; expected images (N, H, W, 3)")
+        raise ValueError(f"{path}: arr_0 is {order}{shape}; expected images (N, H, W, 3)")
     return shape
 
 
@@ -228,12 +227,11 @@ def read_small_array(
         stored, _, dtype = _read_header(path, name, file)
     if dtype.kind not in kinds or stored != shape:
         raise ValueError(
-            f"{path.name}: {name} is {dtype} {stored}, expected {shape} of kind "
-            f"{' or '.join(kinds)}"
+            f"{path}: {name} is {dtype} {stored}, expected {shape} of kind {' or '.join(kinds)}"
         )
     try:
         with archive.open(f"{name}.npy") as file:
             return npy.read_array(file, allow_pickle=False)
     except (ValueError, MemoryError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path.name}: {name} is not readable ({reason})") from None
+        raise ValueError(f"{path}: {name} is not readable ({reason})") from None

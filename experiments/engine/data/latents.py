@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.engine.data.checks import identify_classes
+from experiments.engine.data.checks import identify_classes, open_array
 from experiments.engine.data.locate import read_manifest
 from experiments.engine.numerics.randomness import seed_at
 from experiments.engine.specs.spec import Data
@@ -91,13 +91,8 @@ def shard_path(folder: Path, number: int) -> Path:
 
 def _open_array(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
     """Open a memory-mapped array; ValueError if it is damaged or of another shape or type."""
-    try:
-        # As a plain array, because slices of a memmap are slow.
-        stored = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({error}); remove it and prepare the latents again"
-        ) from None
+    # As a plain array, because slices of a memmap are slow.
+    stored = np.asarray(open_array(path, "remove it and prepare the latents again"))
     if stored.shape != shape or stored.dtype != dtype:
         raise ValueError(
             f"{path} holds {stored.dtype} {stored.shape} where {np.dtype(dtype)} {shape} belongs; "

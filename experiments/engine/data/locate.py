@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from experiments.engine.machine.environment import read_variable
+from experiments.engine.machine.system_errors import explain, naming
+from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.specs.spec import Data, Evaluate, is_latent
 
-ROOT = Path(read_variable("DICO_DATA") or Path(__file__).resolve().parents[3] / "data")
+ROOT = Path(read_variable("DICO_DATA") or REPOSITORY / "data")
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
+JUDGE_WEIGHTS = REPOSITORY / "results" / "weights" / "cifar_judge.safetensors"
 REFERENCES = {
     "imagenet256": "VIRTUAL_imagenet256_labeled.npz",
     "imagenet512": "VIRTUAL_imagenet512.npz",
@@ -124,12 +127,15 @@ def read_manifest(folder: Path, data: Data) -> dict[str, Any]:
         ValueError: the manifest is damaged, or its latents are not those that `data` declares.
     """
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        with naming("read", folder / "manifest.json"):
+            manifest = json.loads((folder / "manifest.json").read_text())
         stored = {name: manifest[name] for name in ("latents", "shape", "num_classes")}
         as_expected = manifest["statistics"]["as_expected"]
         encoder = manifest["vae"]["encoder"]
         vae = manifest["vae"]["name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise ValueError(explain(error)) from None
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{folder.name}/manifest.json cannot be read ({type(error).__name__}: {error}); "
             "prepare the latents again"
@@ -190,12 +196,18 @@ def missing_features(spec: Evaluate) -> list[str]:
     if spec.features in ("digits", "digits_judge"):
         return []
     if spec.features in ("cifar_classifier", "cifar_judge"):
-        if find_cifar10(folder_of(spec.data), "test"):
-            return []
-        return [
-            "CIFAR-10's test images (test.parquet or cifar-10-batches-py) in data/cifar10 "
-            "(or $DICO_DATA/cifar10)"
-        ]
+        missing = []
+        if not find_cifar10(folder_of(spec.data), "test"):
+            missing.append(
+                "CIFAR-10's test images (test.parquet or cifar-10-batches-py) in data/cifar10 "
+                "(or $DICO_DATA/cifar10)"
+            )
+        if spec.features == "cifar_judge" and not JUDGE_WEIGHTS.is_file():
+            missing.append(
+                f"the judge's weights {JUDGE_WEIGHTS.name} in results/weights (restore them with "
+                "git, or train a judge with prepare.py judge)"
+            )
+        return missing
 
     # Inception features need a package, weights, a reference, and for latents a VAE.
     missing = []

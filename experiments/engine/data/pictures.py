@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from experiments.engine.machine.system_errors import explain
+
 # The endings that torchvision's ImageFolder takes, in any case.
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 COMPANION_FILES = frozenset({".ds_store", "desktop.ini", "ehthumbs.db", "icon\r", "thumbs.db"})
@@ -174,7 +176,7 @@ def _entries(folder: Path, kind: str) -> list[Path]:
     try:
         return sorted(folder.iterdir())
     except OSError as error:
-        raise ValueError(f"{kind} {show_name(folder)} cannot be read: {error.strerror}") from None
+        raise ValueError(explain(error, f"list the {kind}", folder)) from None
 
 
 def _why_not(path: Path) -> str | None:

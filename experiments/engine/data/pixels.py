@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.engine.data.checks import compare_classes, write_classes
 from experiments.engine.data.pictures import Pictures, read_picture
-from experiments.engine.records.files import written_whole
+from experiments.engine.records.files import require_space, written_whole
 
 GROUP = 1024  # pictures that are in memory at a time
 
@@ -23,7 +23,7 @@ def write_pixels(pictures: Pictures, folder: Path, size: int, workers: int) -> C
 
     Raises:
         ValueError: a picture cannot be decoded, or the folder already holds labels.npy or
-            another order of the classes.
+            another order of the classes, or lacks space.
     """
     if (folder / "labels.npy").exists():
         raise ValueError(f"{folder / 'labels.npy'} exists already; remove it to crop anew")
@@ -34,6 +34,7 @@ def write_pixels(pictures: Pictures, folder: Path, size: int, workers: int) -> C
 
     converted: Counter[str] = Counter()
     num = len(pictures.files)
+    require_space(folder, num * (3 * size**2 + 8), "--out")
     header = {"descr": "|u1", "fortran_order": False, "shape": (num, 3, size, size)}
     with written_whole(folder / "images.npy") as file, ThreadPoolExecutor(workers) as threads:
         np.lib.format.write_array_header_2_0(file, header)

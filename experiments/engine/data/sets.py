@@ -214,7 +214,7 @@ def _load_digits(data: Data) -> ImageSet:
 
 
 def load_cifar10(data: Data, split: str) -> ImageSet:
-    """Load CIFAR-10's 'train' or 'test' images, and say so if they are not the published pixels.
+    """Load CIFAR-10's 'train' or 'test' images, and say so if they are another copy.
 
     Raises:
         ValueError: the images are not on this machine, or are not CIFAR-10.
@@ -232,8 +232,8 @@ def load_cifar10(data: Data, split: str) -> ImageSet:
     if copy != "published":
         identity["data_copy"] = copy
         print(
-            f"warning: CIFAR-10's {split} images are not the published pixels: {copy}; scores "
-            "differ a little from those on the published ones",
+            f"warning: CIFAR-10's {split} images are not known to be the published pixels: {copy}; "
+            "scores may differ a little from those on the published ones",
             file=sys.stderr,
         )
     return image_set

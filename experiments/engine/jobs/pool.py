@@ -8,18 +8,19 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from experiments.engine.jobs.job import Job, JobEvent
 from experiments.engine.machine.cores import find_cores
+from experiments.engine.machine.lifetime import bind_to_parent, end_children, unwind
 from experiments.engine.machine.sockets import prepare_socket_folder
+from experiments.engine.machine.system_errors import explain
 from experiments.engine.records.store import Record, Store
 from experiments.engine.records.tree import own_environment, require_tree, tree_digest
 
@@ -60,11 +61,6 @@ def run_here(
 def available_cores() -> int:
     """Return how many cores this process may use."""
     return find_cores().number
-
-
-def unwind(number: int, _: Any) -> NoReturn:
-    """Handle a signal: exit so that half-written files are removed and workers ended."""
-    sys.exit(128 + number)
 
 
 @dataclass
@@ -141,10 +137,8 @@ class _Pool:
         return not code
 
     def _end_all(self) -> None:
-        for worker in self.running.values():
-            worker.process.terminate()
-        for worker in self.running.values():
-            worker.process.join(5)
+        processes = [worker.process for worker in self.running.values()]
+        end_children(processes, is_over=lambda process: not process.is_alive())
 
 
 def _reason(code: int) -> str:
@@ -176,7 +170,9 @@ def _work(  # noqa: PLR0913  (the arguments of a process)
     code: str,
 ) -> None:
     """Run a job's stages in a worker process, and send its events through the pipe."""
-    # The parent may have been interrupted while this process was being made.
+    # The server ends with the command, and this process with the server. The command may have ended
+    # while this process was being made.
+    bind_to_parent()
     signal.signal(signal.SIGTERM, unwind)
     parent = mp.parent_process()
     if parent is None or not parent.is_alive():
@@ -203,9 +199,7 @@ def _work(  # noqa: PLR0913  (the arguments of a process)
     except BrokenPipeError:
         return  # nobody listens any more
     except OSError as error:
-        advice = "free space or choose another folder with --results"
-        text = f"cannot write results ({error.strerror}); {advice}"
-        pipe.send((JobEvent.ERROR, text))
+        pipe.send((JobEvent.ERROR, explain(error)))
     except ValueError as error:
         pipe.send((JobEvent.ERROR, str(error)))
     finally:

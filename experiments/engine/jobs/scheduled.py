@@ -13,6 +13,7 @@ from experiments.engine.jobs.job import Job
 from experiments.engine.machine.cores import find_cores
 from experiments.engine.machine.environment import read_variable
 from experiments.engine.machine.streams import replace_unprintable
+from experiments.engine.machine.system_errors import explain
 from experiments.engine.records.store import Record, Store
 from experiments.engine.records.tree import warn_without_commit
 from experiments.engine.runtime import preemption
@@ -57,8 +58,7 @@ def work_in_job(
     try:
         error = _run_stages(job, Store(root), device, resources)
     except OSError as failure:
-        text = f"cannot write results ({failure.strerror}); free space there"
-        error = f"{socket.gethostname()}: {text}"
+        error = f"{socket.gethostname()}: {explain(failure)}"
     except ValueError as failure:
         error = f"{socket.gethostname()}: {failure}"
     if error:

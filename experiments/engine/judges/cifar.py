@@ -15,11 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import backbones
+from experiments.engine.data.locate import JUDGE_WEIGHTS
 from experiments.engine.data.sets import ImageSet
 from experiments.engine.numerics.randomness import generator_at, seed_at
-from experiments.engine.records.tree import REPOSITORY
-
-WEIGHTS = REPOSITORY / "results" / "weights" / "cifar_judge.safetensors"
 
 EPOCHS = 16
 BATCH = 128
@@ -60,7 +59,7 @@ def _convolution(dim_in: int, dim_out: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(convolution, nn.BatchNorm2d(dim_out), nn.ReLU())
 
 
-def load_judge(path: Path = WEIGHTS) -> tuple[nn.Module, str]:
+def load_judge(path: Path = JUDGE_WEIGHTS) -> tuple[nn.Module, str]:
     """Load the judge in eval mode, with the SHA-256 of its file.
 
     Raises:
@@ -82,6 +81,7 @@ def load_judge(path: Path = WEIGHTS) -> tuple[nn.Module, str]:
     except (SafetensorError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} does not hold the CIFAR-10 judge's weights: {reason}") from None
+    backbones.check_values(network, network.state_dict(), path.name)
     return network, hashlib.sha256(content).hexdigest()
 
 

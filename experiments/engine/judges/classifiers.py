@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import backbones
 from experiments.engine.data.cifar10 import file_digest
 from experiments.engine.data.locate import find_cifar10, folder_of
 from experiments.engine.data.sets import ImageSet, load
@@ -161,7 +162,7 @@ def _cached_classifier(
         cache: folder of the weights. Training data, lesson and torch version name the file, so
             nothing stale is ever read.
     """
-    from safetensors.torch import load_file, save
+    from safetensors.torch import save
 
     content_of_cache = (content, lesson, str(lesson.network()), torch.__version__)
     key = hashlib.sha256(repr(content_of_cache).encode()).hexdigest()[:16]
@@ -177,7 +178,7 @@ def _cached_classifier(
 
     # The accuracy is that of the stored weights.
     model = lesson.network().eval()
-    model.load_state_dict(load_file(path))
+    backbones.load_published(model, path)
     return model, {
         "classifier_accuracy": accuracy(model, exam.images, exam.indices),
         "classifier_sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:16],

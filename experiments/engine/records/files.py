@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
+import shutil
+import socket
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from experiments.engine.machine.system_errors import naming
+
+SIGNING = 0.05  # seconds that a holder of a lock has to write its name
 
 
 @contextmanager
@@ -20,14 +29,28 @@ def written_whole(target: Path) -> Iterator[BinaryIO]:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-        sync_folder(target.parent)
+        with naming("write", target, temporary):
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+            sync_folder(target.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        # Whatever kept the file from being written is the error to report.
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def require_space(folder: Path, needed: float, option: str) -> None:
+    """Make a folder. Raise ValueError if its disk has less room than `needed` bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(
+            f"{folder} needs {needed / 1e9:.1f} GB more and the disk has {free / 1e9:.1f} GB free; "
+            f"name another {option}"
+        )
 
 
 def sync_folder(folder: Path) -> None:
@@ -41,6 +64,21 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def read_json(path: Path, advice: str) -> Any:
+    """Return what a JSON file holds; ValueError with its path if it is damaged.
+
+    Args:
+        path: the file.
+        advice: what to do with a damaged file.
+    """
+    with naming("read", path):
+        content = path.read_bytes()
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: no JSON ({error}); {advice}") from None
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on a file; another process waits here until it is free.
@@ -48,8 +86,12 @@ def locked(path: Path) -> Iterator[None]:
     The system frees a dead process's lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file:
-        take_lock(file, wait=True)
+    with open(path, "a+b") as file:
+        with naming("lock", path):
+            if not take_lock(file, wait=False):
+                say_who_holds(path)
+                take_lock(file, wait=True)
+        sign_lock(file)
         yield
 
 
@@ -57,8 +99,35 @@ def locked(path: Path) -> Iterator[None]:
 def try_lock(path: Path) -> Iterator[bool]:
     """Lock a file without waiting; yield False if another process holds the lock."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file:
-        yield take_lock(file, wait=False)
+    with open(path, "a+b") as file:
+        with naming("lock", path):
+            mine = take_lock(file, wait=False)
+        if mine:
+            sign_lock(file)
+        yield mine
+
+
+def sign_lock(file: BinaryIO) -> None:
+    """Write into a file that this process has locked who holds it, for those who wait."""
+    holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
+    # On a full disk the lock holds all the same.
+    with suppress(OSError):
+        file.truncate(0)
+        file.write(json.dumps(holder).encode())
+        file.flush()
+
+
+def say_who_holds(path: Path) -> None:
+    """Say on standard error that this process waits for a lock, and which call holds it."""
+    # The holder signs its lock just after it took it.
+    time.sleep(SIGNING)
+    try:
+        holder = json.loads(path.read_bytes())
+        age = max(0.0, time.time() - holder["since"])
+        held = f"held by process {holder['pid']} on {holder['host']} for {age:.0f} s"
+    except (OSError, ValueError, KeyError, TypeError):
+        held = "held by a process that does not say who it is"
+    print(f"waiting for {path}, {held}", file=sys.stderr, flush=True)
 
 
 def take_lock(file: BinaryIO, wait: bool) -> bool:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from experiments.engine.records.store import Record
 
 Manifest = dict[str, Any]
+UNKNOWN_FEATURES = "unknown Inception weights"  # name of an extractor that is not the published one
 GUIDANCE_FORMULA = "null + scale (conditional - null)"
 SEEDS = "one CPU generator an image, from (seed, index)"
 # Balls of density and coverage before manifests named them.
@@ -123,6 +124,12 @@ def record_manifest(record: Record) -> Manifest:
     if "classifier_sha256" in record.values:
         found["extractor"] = {"sha256": record.values["classifier_sha256"]}
     return with_defaults(manifest(record.spec, {}, found))
+
+
+def has_unknown_features(values: dict[str, Any]) -> bool:
+    """Return whether unknown weights gave a record's values, which then compare with no others."""
+    measure = values.get("manifest", {}).get("measure", {})
+    return measure.get("extractor", {}).get("name") == UNKNOWN_FEATURES
 
 
 def with_defaults(whole: Manifest) -> Manifest:

@@ -20,6 +20,7 @@ from typing import Any
 
 from experiments.engine.machine.cores import find_cores
 from experiments.engine.machine.environment import read_variable
+from experiments.engine.machine.system_errors import explain
 from experiments.engine.records.files import locked, written_whole
 from experiments.engine.records.tree import REPOSITORY, tree_commit, tree_digest
 from experiments.engine.specs.spec import Spec, canonical, kind_of, spec_id
@@ -127,10 +128,8 @@ class Store:
                 file.write(b"\0" * 65536)
             probe.unlink()
         except OSError as error:
-            raise ValueError(
-                f"cannot write results ({error.strerror}); "
-                "free space or choose another folder with --results"
-            ) from None
+            reason = explain(error, "write results to", self.root)
+            raise ValueError(f"{reason}; or choose another folder with --results") from None
 
     def append(
         self,
@@ -208,11 +207,18 @@ def read_record(path: Path) -> Record:
     Raises:
         ValueError: if the file is no record of this suite.
     """
+    return _read_named(path, path)
+
+
+def _read_named(path: Path, name: Path) -> Record:
+    """Return the record in a file that messages call by a name."""
     try:
         return _parse_record(path.read_bytes())
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
+    except OSError as error:
+        raise ValueError(explain(error, "read", name)) from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"{Path(*path.parts[-2:])}: no record of this suite ({type(error).__name__}: {error})"
+            f"{name}: no record of this suite ({type(error).__name__}: {error})"
         ) from None
 
 
@@ -231,12 +237,13 @@ def _parse_record(content: bytes) -> Record:
 
 def _read_own_record(path: Path) -> Record | None:
     """Return the record in a file whose name fits it; else print a warning and return None."""
+    # Messages name the file within its folder of records.
+    name = Path(*path.parts[-2:])
     try:
-        record = read_record(path)
+        record = _read_named(path, name)
         if record.kind != path.parent.name or not path.name.startswith(f"{record.id}-"):
             raise ValueError(
-                f"{path.parent.name}/{path.name}: no record of this suite "
-                "(ValueError: its name does not fit its content)"
+                f"{name}: no record of this suite (ValueError: its name does not fit its content)"
             )
         return record
     except ValueError as error:

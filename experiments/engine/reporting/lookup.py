@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
+from experiments.engine.records.manifest import has_unknown_features
 from experiments.engine.records.score_names import SCORES
 from experiments.engine.records.store import Record, RecordFolder, Store
 from experiments.engine.reporting.sheet import FAILED, Cell
@@ -32,7 +33,17 @@ class Lookup:
         self.folder = folder
 
     def scored(self, row: Row) -> list[Record]:
-        """The evaluations of a row, one per training seed that has one."""
+        """The evaluations of a row, one per training seed that has one.
+
+        Scores by unknown features stand beside no others, so they are left out.
+        """
+        return [r for r in self._evaluations(row) if not has_unknown_features(r.values)]
+
+    def by_unknown_features(self, row: Row) -> list[Record]:
+        """The evaluations of a row that no table shows."""
+        return [r for r in self._evaluations(row) if has_unknown_features(r.values)]
+
+    def _evaluations(self, row: Row) -> list[Record]:
         records = (scored_run(run, self.folder) for run in self.selection.runs_of(row))
         return [record for record in records if record is not None]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from experiments.engine.records.score_names import ranking_score
+from experiments.engine.records.score_names import CLASSIFIER_SCORES, ranking_score
 from experiments.engine.records.store import Record, Store
 from experiments.engine.reporting.caveats import (
     evaluation_counts,
@@ -84,6 +84,11 @@ def score_notes(lookup: Lookup, store: Store) -> list[Note]:
         text = f"Rows that are one network on {selection.protocol.name} share its runs and scores."
         notes.append(Note(NoteKind.SCORES, text))
 
+    hidden = [row.label for row in selection.networks if lookup.by_unknown_features(row)]
+    if hidden:
+        text = f"Scored by unknown Inception weights, and not shown: {', '.join(hidden)}."
+        notes.append(Note(NoteKind.SCORES, text))
+
     # what the scores resolve, and on which conditions
     notes += _seed_notes(lookup)
     resolved = describe_comparison(compare_with_baseline(lookup, store))
@@ -92,6 +97,12 @@ def score_notes(lookup: Lookup, store: Store) -> list[Note]:
     notes += outlier_caveats(ranking_score(selection.protocol.features).key, scores)
     notes += evaluation_counts(scores)
     return notes + unrecorded_caveats(lookup.all_scored())
+
+
+HELDOUT = (
+    "held-out loss: the averaged network's noise error on test images, as the geometric mean over "
+    "nine unit bins of log SNR. It uses no features and no samples."
+)
 
 
 def describe_scores(protocol: Protocol, seeds: Sequence[int]) -> str:
@@ -108,11 +119,12 @@ def describe_scores(protocol: Protocol, seeds: Sequence[int]) -> str:
     if protocol.features == "inception":
         no_bias = "no bias: FID without what a finite number of images adds."
         return f"{protocol.name}: {protocol.num} images. {error} {no_bias}"
+    heldout = "" if protocol.heldout is None else f" {HELDOUT}"
+    distance = CLASSIFIER_SCORES[protocol.features].distance.name
     return (
         f"{protocol.name}: {protocol.recipe.steps} steps of {protocol.recipe.batch}, "
-        f"{protocol.num} images. The scores use the features of a small classifier, not "
-        f"Inception's: {ranking_score(protocol.features).name} is no FID, and compares with no "
-        f"other protocol's score. {error}"
+        f"{protocol.num} images.{heldout} The scores use the features of a small classifier, not "
+        f"Inception's: {distance} is no FID, and compares with no other protocol's score. {error}"
     )
 
 

@@ -62,7 +62,7 @@ def read_attempts(folder: Path) -> list[Attempt]:
     """Return all attempts so far, oldest first."""
     try:
         attempts: list[Attempt] = json.loads((folder / "attempts.json").read_bytes())
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return []
     return attempts
 

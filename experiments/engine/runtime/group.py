@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from experiments.engine.machine.environment import read_number, read_variable
+from experiments.engine.machine.system_errors import explain
 from experiments.engine.runtime import preemption
 
 
@@ -235,5 +236,7 @@ def _name_master() -> None:
 
 def one_line(error: BaseException) -> str:
     """Return the type of an error and the first line of its message."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{type(error).__name__}: {explain(error)}"
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"

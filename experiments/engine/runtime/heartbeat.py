@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.engine.machine.environment import read_number, read_variable
-from experiments.engine.records.files import take_lock, written_whole
+from experiments.engine.records.files import say_who_holds, sign_lock, take_lock, written_whole
 
 INTERVAL = 5.0  # seconds between two heartbeats
 STALE_AFTER = 60.0  # seconds without a heartbeat after which a process counts as dead
@@ -215,17 +215,22 @@ def claim_run(folder: Path, world_size: int = 1) -> Iterator[Heartbeat]:
     if current is not None and is_live(current) and _is_elsewhere(current):
         raise ValueError(_refusal(folder, current))
 
-    with open(folder / "lock", "wb") as file:
+    with open(folder / "lock", "a+b") as file:
         # A holder that is silent for long is dead, or on a host that does not share the lock.
         heard = time.monotonic()
+        told = False
         while not take_lock(file, wait=False) and time.monotonic() - heard < STALE_AFTER:
             current = read_heartbeat(folder)
             if current is not None and is_live(current):
                 if current.get("job_id") != job_id():
                     raise ValueError(_refusal(folder, current))
                 heard = time.monotonic()
+            if not told:
+                say_who_holds(folder / "lock")
+                told = True
             time.sleep(0.1)
 
+        sign_lock(file)
         heartbeat = Heartbeat(folder, world_size)
         try:
             yield heartbeat

@@ -52,30 +52,33 @@ def load_networks(spec: Evaluate, context: RunContext) -> Networks:
     weights from where such files usually keep them.
     """
     resources = context.resources
+    warnings: list[str] = []
     if resources.graphs:
         require_gpu(context.device)
     if isinstance(spec.train, Checkpoint):
         assert resources.checkpoint is not None, "a published checkpoint needs its file"
         model = build(spec.train.backbone, 0, context.device)
         key = None if spec.train.key == Checkpoint.key else spec.train.key
-        notes: list[str] = []
-        key = backbones.load_published(model, resources.checkpoint, key, warn=notes.append)
-        return Networks(accelerate(model.eval(), resources.compile), key, tuple(notes))
+        key = backbones.load_published(model, resources.checkpoint, key, warn=warnings.append)
+        return Networks(accelerate(model.eval(), resources.compile), key, tuple(warnings))
 
-    base = load_ema(spec.train, context.folder, context.device)
+    base = load_ema(spec.train, context.folder, context.device, warnings.append)
     base = accelerate(base, resources.compile)
     if spec.classifier is None and spec.upsampler is None:
-        return Networks(base, "ema")
-    classifier = _load_part(spec.classifier, context)
-    upsampler = _load_part(spec.upsampler, context)
-    return Networks(System(base, classifier, upsampler).eval(), "ema")
+        return Networks(base, "ema", tuple(warnings))
+    classifier = _load_part(spec.classifier, context, warnings)
+    upsampler = _load_part(spec.upsampler, context, warnings)
+    return Networks(System(base, classifier, upsampler).eval(), "ema", tuple(warnings))
 
 
-def _load_part(training: Train | None, context: RunContext) -> nn.Module | None:
+def _load_part(
+    training: Train | None, context: RunContext, warnings: list[str]
+) -> nn.Module | None:
     """Load another network of a system, whose run lies beside the base model's."""
     if training is None:
         return None
-    return load_ema(training, context.folder_of(training), context.device)
+    folder = context.folder_of(training)
+    return load_ema(training, folder, context.device, warnings.append)
 
 
 def load_decoder(data: Data, device: torch.device) -> Decoder:

@@ -22,7 +22,7 @@ from torch import nn
 from experiments.engine.data.image_files import write_images
 from experiments.engine.data.quantise import to_uint8
 from experiments.engine.numerics.weights import digest
-from experiments.engine.records.files import written_whole
+from experiments.engine.records.files import require_space, written_whole
 from experiments.engine.runtime.context import RunContext
 from experiments.engine.runtime.pieces import compute_pieces
 from experiments.engine.runtime.progress import Progress
@@ -39,7 +39,8 @@ from experiments.engine.sampling.networks import (
 )
 from experiments.engine.sampling.networks import decoder_of as decoder_of
 from experiments.engine.sampling.networks import decoder_warnings as decoder_warnings
-from experiments.engine.specs.spec import Evaluate, canonical
+from experiments.engine.sampling.targets import SET
+from experiments.engine.specs.spec import FACTOR, Evaluate, canonical, is_latent, spec_id
 
 CHUNK = 250  # images in a file
 BATCH = 64  # images in memory while a set is read
@@ -120,15 +121,38 @@ class SampleSet:
         )
 
     def write_png(self, folder: Path) -> None:
-        """Write one PNG for each image, named by index and label: 000012-207.png."""
-        from PIL import Image
+        """Write one PNG for each image, named by index and label: 000012-207.png.
 
+        Each bears the id of its set, by which a later command knows it.
+        """
+        from PIL import Image
+        from PIL.PngImagePlugin import PngInfo
+
+        origin = PngInfo()
+        origin.add_text(SET, spec_id(self.spec))
         places = iter(zip(self.index, self.labels, strict=True))
         for batch in self.batches():
             for image in batch:
                 index, label = next(places)
-                with written_whole(folder / f"{index:06d}-{label}.png") as file:
-                    Image.fromarray(image).save(file, "PNG")
+                with written_whole(folder / _png_name(index, label)) as file:
+                    Image.fromarray(image).save(file, "PNG", pnginfo=origin)
+
+
+def image_bytes(spec: Evaluate) -> int:
+    """Return the size of one image, before any compression."""
+    data = spec.data
+    side = FACTOR * data.size if is_latent(data) else data.size
+    return 3 * side**2
+
+
+def png_names(spec: Evaluate) -> set[str]:
+    """Return the names of a set's PNGs."""
+    labels = image_labels(spec.labels, spec.num, spec.data.num_classes, spec.seed)
+    return {_png_name(index, label) for index, label in enumerate(labels.tolist())}
+
+
+def _png_name(index: int, label: int) -> str:
+    return f"{index:06d}-{label}.png"
 
 
 def generate_samples(spec: Evaluate, context: RunContext) -> SampleSet:
@@ -163,6 +187,9 @@ def fill_sample_folder(
         ValueError: the folder's images were made with something else.
     """
     _keep_origin(folder, source.origin, context.group.first)
+    if context.group.first:
+        missing = [path for path in _chunk_paths(folder, spec.num) if not path.exists()]
+        require_space(folder, min(spec.num, len(missing) * CHUNK) * image_bytes(spec), "--results")
     writer = _ChunkWriter(spec, folder, source, context)
     counts = compute_pieces(context, folder / "counts", len(writer.paths), writer.write)
     evaluated = sum(int(arrays["evaluated"]) for arrays in counts)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import shutil
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,16 +22,20 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
+import backbones
 from experiments.engine.data.image_files import file_sha256
 from experiments.engine.data.locate import INCEPTION
+from experiments.engine.machine.system_errors import explain, is_of_files, require_file
 from experiments.engine.numerics.precision import precision
 from experiments.engine.records.files import written_whole
+from experiments.engine.records.manifest import UNKNOWN_FEATURES
 
 if TYPE_CHECKING:
     from torch import nn
 
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}"
 SHA256 = "6726825d"  # how the published file's digest begins, as its name says
+PUBLISHED = "inception"  # the name of the published weights in manifests
 BATCH = 64
 SPATIAL_CHANNELS = 7
 
@@ -43,11 +47,23 @@ class Inception:
         network: torch-fidelity's module.
         sha256: digest of the file of its weights.
         device: where images are measured.
+        name: PUBLISHED, or UNKNOWN_FEATURES for weights that are not the published ones.
+        warnings: what a record must say of the weights.
     """
 
-    def __init__(self, network: Any, digest: str, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        network: Any,
+        digest: str,
+        device: torch.device | str = "cpu",
+        *,
+        name: str = PUBLISHED,
+        warnings: Sequence[str] = (),
+    ) -> None:
         self.network = network.to(device)
         self.sha256 = digest
+        self.name = name
+        self.warnings = tuple(warnings)
         self.device = torch.device(device)
         self._spatial: list[Tensor] = []
         network.Mixed_6d.branch1x1.register_forward_hook(
@@ -125,29 +141,28 @@ def build_network() -> nn.Module:
 
 
 def load_inception(path: Path, device: torch.device | str = "cpu") -> Inception:
-    """Return the network with the published weights.
+    """Return the network with the weights of a file, known by their digest.
+
+    Weights that are not the published ones are recorded as unknown, with a warning.
 
     Raises:
-        ValueError: if the file is missing or holds other weights.
+        ValueError: if the file is missing, or holds no weights of this network that training left.
     """
-    if not path.is_file():
-        raise ValueError(
-            f"{path}: no Inception weights; get {URL} and name it with --inception or "
-            "$DICO_INCEPTION"
-        )
-
-    # The digest tells other weights from the published ones before they are loaded.
-    digest = _checked_digest(path)
+    require_file(
+        path, "Inception weights", f"get {URL} and name it with --inception or $DICO_INCEPTION"
+    )
+    digest = file_sha256(path)
     network = build_network()
+    notes: list[str] = []
+    backbones.load_published(network, path, warn=notes.append)
+    if digest.startswith(SHA256):
+        return Inception(network, digest, device, warnings=notes)
 
-    try:
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception:
-        raise ValueError(
-            f"{path.name}: not the weights of the FID Inception-v3 "
-            "(other names or shapes, or no plain tensors)"
-        ) from None
-    return Inception(network, digest, device)
+    notes.append(
+        f"scored by unknown Inception weights (SHA-256 {digest[:16]}), not by the published ones "
+        f"({SHA256}...): FID, sFID, IS and the other scores compare with no others"
+    )
+    return Inception(network, digest, device, name=UNKNOWN_FEATURES, warnings=notes)
 
 
 def download_inception(path: Path) -> None:
@@ -161,19 +176,22 @@ def download_inception(path: Path) -> None:
             with urllib.request.urlopen(URL, timeout=60) as response, written_whole(path) as file:
                 shutil.copyfileobj(response, file)
         except OSError as error:
+            if is_of_files(error):
+                raise ValueError(explain(error)) from None
             reason = getattr(error, "reason", error)
             raise ValueError(
                 f"the Inception weights cannot be downloaded ({reason}); "
                 f"get {URL} elsewhere and put it to {path}"
             ) from None
-    _checked_digest(path)
+    require_published(path)
 
 
-def _checked_digest(path: Path) -> str:
+def require_published(path: Path) -> None:
+    """Raise ValueError unless a file holds the published weights."""
+    require_file(path, "Inception weights", f"get {URL}, or fetch them with --download")
     digest = file_sha256(path)
     if not digest.startswith(SHA256):
         raise ValueError(
-            f"{path.name}: SHA-256 {digest[:8]}... is not that of the published Inception weights "
+            f"{path}: SHA-256 {digest[:8]}... is not that of the published Inception weights "
             f"({SHA256}...); torchvision's are another network"
         )
-    return digest

@@ -80,14 +80,14 @@ def check_reference(path: Path) -> None:
     if has_images(path):
         ImageFile(path)
     if not statistics(path) and not has_images(path):
-        raise ValueError(f"{path.name}: {NEITHER}")
+        raise ValueError(f"{path}: {NEITHER}")
 
 
 def reference_of(path: Path, measured: Measured | None) -> Reference:
     """Return the reference in a file whose images, if it has any, are measured already."""
     moments = dict(statistics(path))
     if measured is None and "pool" not in moments:
-        raise ValueError(f"{path.name}: {NEITHER}")
+        raise ValueError(f"{path}: {NEITHER}")
     num_images = 0 if measured is None else len(measured.pool)
 
     # Statistics that the file lacks are those of its own images.
@@ -119,6 +119,7 @@ def identify_measure(inception: Inception, reference: Reference) -> dict[str, An
     num_rows = 0 if reference.rows is None else len(reference.rows)
     return {
         "extractor": {
+            "name": inception.name,
             "sha256": inception.sha256,
             "dtype": "fp32",
             "batch": BATCH,
@@ -149,7 +150,7 @@ def statistics(path: Path) -> dict[str, Moments]:
         # Each layer has a mean and a covariance, or neither.
         for layer in LAYERS:
             if (layer.mean in names) != (layer.cov in names):
-                raise ValueError(f"{path.name}: holds only one of {layer.mean} and {layer.cov}")
+                raise ValueError(f"{path}: holds only one of {layer.mean} and {layer.cov}")
             if layer.mean not in names:
                 continue
 
@@ -165,12 +166,9 @@ def statistics(path: Path) -> dict[str, Moments]:
 def _check_statistics(path: Path, layer: Layer, moments: Moments) -> None:
     cov = moments.cov
     if not (np.isfinite(moments.mean).all() and np.isfinite(cov).all()):
-        raise ValueError(
-            f"{path.name}: {layer.mean} or {layer.cov} holds values that are not finite"
-        )
+        raise ValueError(f"{path}: {layer.mean} or {layer.cov} holds values that are not finite")
     asymmetry = np.abs(cov - cov.T).max()
     if cov.diagonal().min() < 0 or asymmetry > 1e-5 * np.abs(cov).max():
         raise ValueError(
-            f"{path.name}: {layer.cov} is no covariance, "
-            "which is symmetric without a negative variance"
+            f"{path}: {layer.cov} is no covariance, which is symmetric without a negative variance"
         )

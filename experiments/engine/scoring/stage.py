@@ -19,6 +19,7 @@ from experiments.engine.data.image_files import (
 from experiments.engine.data.locate import inception_path, reference_path, require_features
 from experiments.engine.data.quantise import to_uint8
 from experiments.engine.data.sets import ImageSet, load
+from experiments.engine.machine.cores import find_cores
 from experiments.engine.numerics.precision import precision, read_tf32_flags
 from experiments.engine.records.manifest import manifest
 from experiments.engine.runtime.context import RunContext
@@ -88,11 +89,13 @@ def run_evaluation(spec: Evaluate, cache: Path, context: RunContext) -> dict[str
     # The flags are read while they are set.
     with precision(spec.precision, context.device):
         flags = read_tf32_flags()
+    cores = find_cores()
     values["manifest"] = manifest(
         canonical(spec, full=True),
         {"weights_sha256": scored.weights_sha256, "key": scored.key},
         scored.measure | {"flags": flags, "versions": _versions(spec), "nfe": scored.values["nfe"]},
         batch=scored.batch,
+        cores={"number": cores.number, "decided_by": cores.decided_by, "limits": cores.limits},
     )
     return values
 
@@ -136,6 +139,7 @@ def _score_inception(spec: Evaluate, context: RunContext) -> Scored | None:
     )
     values["warnings"] += decoder_warnings(spec.data, samples.origin["decoder"])
     values["warnings"] += samples.origin.get("warnings", [])
+    values["warnings"] += extractor.warnings
     values["nfe"] = samples.nfe
     shutil.rmtree(parts, ignore_errors=True)
     measure = {

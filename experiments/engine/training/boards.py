@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from experiments.engine.machine.environment import read_variable
+from experiments.engine.records.files import written_whole
 
 WANDB = "DICO_WANDB"  # environment variable: the Weights & Biases project that runs go to
+TOKEN = "board-token"  # file in a run's folder
 
 
 class Board(Protocol):
@@ -54,6 +58,23 @@ class _TensorBoard:
         self.writer.close()
 
 
+def board_id(folder: Path) -> str:
+    """Return a run's id on a shared board: its spec's, and a random token kept in its folder.
+
+    A run that resumes keeps its id. The same spec in another results folder is another run, whose
+    steps a board would drop under a common id.
+    """
+    path = folder / TOKEN
+    token = path.read_text(errors="replace").strip() if path.exists() else ""
+
+    # A damaged token is no one's.
+    if not re.fullmatch("[0-9a-f]{8}", token):
+        token = uuid.uuid4().hex[:8]
+        with written_whole(path) as file:
+            file.write(f"{token}\n".encode())
+    return f"{folder.name}-{token}"
+
+
 class _Wandb:
     """A run's page, which stays the same after every restart."""
 
@@ -62,7 +83,7 @@ class _Wandb:
 
         self.run = wandb.init(
             project=read_variable(WANDB),
-            id=folder.name,
+            id=board_id(folder),
             name=folder.name,
             dir=str(folder),
             resume="allow",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import errno
 import hashlib
+import os
 import re
 import shutil
 import sys
@@ -253,6 +254,7 @@ def _require_space(folder: Path, state: Any) -> None:
             errno.ENOSPC,
             f"No space left on device: a checkpoint takes {needed / 1e9:.2f} GB "
             f"and {free / 1e9:.2f} GB are free",
+            os.fspath(folder),
         )
 
 

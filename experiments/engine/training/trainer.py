@@ -59,11 +59,22 @@ def build(spec: Backbone, seed: int, device: torch.device, initial: str = "in_or
     return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def load_ema(spec: Train, folder: Path, device: torch.device) -> nn.Module:
+def load_ema(
+    spec: Train,
+    folder: Path,
+    device: torch.device,
+    warn: Callable[[str], None] = backbones.print_warning,
+) -> nn.Module:
     """Load the EMA network of a finished run, in eval mode.
 
+    Args:
+        spec: What was trained.
+        folder: Of the run.
+        device: Where the network goes.
+        warn: Hears what a record must say of the weights.
+
     Raises:
-        ValueError: The run has not finished.
+        ValueError: The run has not finished, or its average is of no trained network.
     """
     newest = checkpoint.load_newest(folder / "checkpoints", device)
     if newest is None or newest[0] < spec.recipe.steps:
@@ -73,7 +84,12 @@ def load_ema(spec: Train, folder: Path, device: torch.device) -> nn.Module:
         )
     _, state = newest
     model = build(spec.backbone, spec.seed, device)
-    model.load_state_dict(state["ema"])
+
+    # The network is as its training began, unless that started from another one.
+    file = f"runs/{folder.name}/checkpoints"
+    if spec.init_from is None and "model" in state:
+        backbones.check_progress(state["ema"], state["model"], model.state_dict(), file)
+    backbones.load_judged(model, state["ema"], file, warn=warn)
     return model.eval()
 
 

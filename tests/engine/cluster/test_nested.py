@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from experiments.engine.cluster.nested import not_for_jobs, outside_of_jobs
+from experiments.engine.cluster.nested import (
+    not_for_jobs,
+    outside_of_jobs,
+    require_no_rank,
+    without_ranks,
+)
 from experiments.engine.cluster.site import Site
 from experiments.engine.cluster.submit import batch_script_text, new_folder, require_plain_path
 from experiments.engine.records.tree import REPOSITORY
@@ -129,3 +134,36 @@ def test_other_folders_come_out_of_the_script_as_they_are(name: str, tmp_path: P
         ["bash", "-c", f'{setup}; printf %s "$SUBMITTED_FROM"'], capture_output=True, text=True
     )
     assert shown.stdout == str(root)
+
+
+@pytest.mark.parametrize(
+    ("environment", "refused"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "rank 0 of 2"),
+        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3"}, "rank 3 of 8"),
+        (
+            {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4"},
+            "rank 1 of 4",
+        ),
+        # a shell of one task, a job without a step, a pod of one process, and half a rank
+        (SHELL | {"SLURM_PROCID": "0"}, None),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}, None),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, None),
+        ({"RANK": "", "WORLD_SIZE": "2"}, None),
+        ({"WORLD_SIZE": "2"}, None),
+    ],
+)
+def test_a_rank_of_several_is_refused_in_words(environment: dict[str, str], refused: str | None):
+    if refused is None:
+        require_no_rank(environment)
+    else:
+        with pytest.raises(ValueError, match=f"^the environment makes this process {refused} "):
+            require_no_rank(environment)
+
+
+def test_workers_inherit_no_rank(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with without_ranks():
+        assert not {"RANK", "WORLD_SIZE"} & set(os.environ)
+    assert os.environ["RANK"] == "0"

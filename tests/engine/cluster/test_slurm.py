@@ -421,7 +421,7 @@ def test_a_results_folder_that_a_node_cannot_write_is_named(slurm: dict[str, str
     until(lambda: not client(slurm, "squeue", "-h"), "the queue empties")
     assert re.search(
         r"good, seed 0 +failed +failed without a record .*\n( +\| .*\n)* +\| .*"
-        r"cannot write results \(File exists\)",
+        r"cannot make the folder .*: File exists",
         call(slurm, script, *rows, "--status").stdout,
     )
     nowhere = {"RESULTS": str(tmp_path / "site.py" / "results")}

@@ -23,8 +23,8 @@ def test_a_vae_that_cannot_be_fetched_says_what_to_give_instead(monkeypatch: pyt
         load_autoencoder("sd-vae-ft-ema")
     assert (
         str(failure.value)
-        == "VAE sd-vae-ft-ema cannot be loaded; give --vae a folder with its config.json and "
-        "diffusion_pytorch_model.safetensors (no network)"
+        == "VAE sd-vae-ft-ema cannot be loaded; name a folder with its config.json and "
+        "diffusion_pytorch_model.safetensors (--vae, or $DICO_VAE) (no network)"
     )
 
 
@@ -41,7 +41,10 @@ def test_decoding_does_not_depend_on_how_many_are_asked_for(job: EncodingJob):
     "what, words",
     [
         ("nowhere", "is neither sd-vae-ft-ema nor sd-vae-ft-mse nor a folder"),
-        ("weights", "cannot be loaded"),
+        ("weights", r"/diffusion_pytorch_model\.safetensors: damaged or cut short"),
+        ("config", r"/config\.json: no JSON"),
+        ("no weights", "lacks diffusion_pytorch_model.safetensors"),
+        ("no config", r"lacks config\.json"),
         ("scale", "scales its latents by 0.5"),
         ("size", "makes 4 channels of 4 pixels"),
     ],
@@ -54,8 +57,12 @@ def test_a_vae_that_will_not_do_is_refused_in_a_line(what: str, words: str, tmp_
                 what, {}
             ),
         )
-    if what == "weights":
-        (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut")
+    config = tmp_path / "vae" / "config.json"
+    weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    if what in ("weights", "config"):
+        (weights if what == "weights" else config).write_bytes(b"cut")
+    if what.startswith("no "):
+        (weights if what == "no weights" else config).unlink()
     with pytest.raises(ValueError, match=words) as failure:
         load_autoencoder(str(tmp_path / "vae"))
     assert "\n" not in str(failure.value)

@@ -25,6 +25,7 @@ from experiments.engine.data.locate import read_manifest
 from experiments.engine.data.pictures import find_pictures, read_picture
 from experiments.engine.data.sets import batch_indices, iterate_batches, load
 from experiments.engine.diffusion.iddpm import IDDPM
+from experiments.engine.records import files
 from experiments.engine.specs.spec import Backbone, Recipe, Train
 from experiments.engine.training.trainer import Trainer
 from tests.support.latent_sets import declared, ignore_progress, write_pictures, write_vae
@@ -377,7 +378,7 @@ def test_a_full_disk_is_seen_before_the_work(
     job: EncodingJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(
-        encode.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000)
+        files.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000)
     )
     with pytest.raises(ValueError, match="the disk has 0.0 GB free"):
         encode_pictures(job, tmp_path, ignore_progress)

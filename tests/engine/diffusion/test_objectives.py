@@ -37,9 +37,8 @@ def gaussian(diffusion: IDDPM) -> Model:
 
     def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         index = t.double().numpy() - diffusion.timesteps[0].item()
-        a = torch.from_numpy(np.exp(np.interp(index, np.arange(len(log_a)), log_a))).reshape(
-            -1, 1, 1, 1
-        )
+        log_at_t = np.interp(index, np.arange(len(log_a)), log_a)
+        a = torch.from_numpy(np.exp(log_at_t)).reshape(-1, 1, 1, 1)
         return (1 - a**2).sqrt() * (x - a * MEAN) / (a**2 * STD**2 + 1 - a**2)
 
     return model
@@ -60,12 +59,15 @@ def test_betas_are_the_closed_forms():
     assert 1 - np.cumprod(1 - expected["cosine"])[-1] == pytest.approx(1, abs=1e-6)
 
 
+def test_the_default_declaration_is_dits_process():
+    expected = IDDPM.linear()
+    diffusion = build_diffusion(Diffusion())
+    assert diffusion.learned
+    assert torch.equal(diffusion.betas, expected.betas)
+    assert torch.equal(diffusion.timesteps, expected.timesteps)
+
+
 def test_a_declaration_becomes_its_process():
-    old = IDDPM.linear()
-    new = build_diffusion(Diffusion())
-    assert new.learned
-    assert torch.equal(old.betas, new.betas)
-    assert torch.equal(old.timesteps, new.timesteps)
     uvit = build_diffusion(UVIT)
     assert uvit.timesteps[0] == 1
     assert uvit.timesteps[-1] == 1000
@@ -91,30 +93,36 @@ def test_what_is_not_known_is_refused_with_what_is(change: dict[str, str], words
 def test_the_loss_of_a_network_that_predicts_the_noise_alone():
     diffusion = build_diffusion(UVIT)
     draw = torch.Generator().manual_seed(0)
-    x0, eps = (torch.randn(6, 2, 3, 5, generator=draw) for _ in range(2))
+    x0 = torch.randn(6, 2, 3, 5, generator=draw)
+    eps = torch.randn(6, 2, 3, 5, generator=draw)
     t = torch.tensor([0, 1, 500, 998, 999, 3])
-    seen = []
+    times: list[Tensor] = []
 
     def model(x: Tensor, time: Tensor, y: Tensor) -> Tensor:
-        seen.append((x, time))
+        times.append(time)
         return torch.sin(x)
 
-    found = diffusion.losses(model, x0, labels(6), t, eps)
+    # The network hears steps from 1 on.
+    losses = diffusion.losses(model, x0, labels(6), t, eps)
+    assert losses.keys() == {"loss", "mse"}
+    assert torch.equal(times[0], t + 1)
+
+    # The loss is that of the noise, written out in numpy.
     a = np.sqrt(np.cumprod(1 - BETAS["stable_diffusion"](1000).numpy()))[t]
-    x_t = (
-        a[:, None, None, None] * x0.double().numpy()
-        + np.sqrt(1 - a**2)[:, None, None, None] * eps.double().numpy()
-    )
-    assert found.keys() == {"loss", "mse"}
-    assert torch.equal(seen[0][1], t + 1)
-    np.testing.assert_allclose(
-        found["loss"].numpy(), ((eps.numpy() - np.sin(x_t)) ** 2).mean((1, 2, 3)), rtol=1e-5
-    )
-    with pytest.raises(
-        ValueError,
-        match="fixed variance needs 2 output channels for 2 of data, the prediction has 4",
-    ):
-        diffusion.losses(lambda x, time, y: torch.cat([x, x], 1), x0, labels(6), t, eps)
+    a = a[:, None, None, None]
+    x_t = a * x0.double().numpy() + np.sqrt(1 - a**2) * eps.double().numpy()
+    expected = ((eps.numpy() - np.sin(x_t)) ** 2).mean((1, 2, 3))
+    np.testing.assert_allclose(losses["loss"].numpy(), expected, rtol=1e-5)
+
+
+def test_a_network_that_predicts_a_variance_too_is_refused():
+    x = torch.zeros(6, 2, 3, 5)
+    t = torch.zeros(6, dtype=torch.long)
+    complaint = "fixed variance needs 2 output channels for 2 of data, the prediction has 4"
+    with pytest.raises(ValueError, match=complaint):
+        build_diffusion(UVIT).losses(
+            lambda x, time, y: torch.cat([x, x], 1), x, labels(6), t, torch.zeros_like(x)
+        )
 
 
 @pytest.mark.parametrize("betas", ["stable_diffusion", "ldm_imagenet", "cosine"])
@@ -132,10 +140,11 @@ def test_ancestral_sampling_with_the_posteriors_variance(betas: str):
         c1 = beta * before**0.5 / (1 - here)
         c2 = (1 - before) * (1 - beta) ** 0.5 / (1 - here)
         slope = c1 * gain + c2
-        mean, variance = (
-            slope * mean + c1 * MEAN * (1 - gain * here**0.5),
-            slope**2 * variance + (beta * (1 - before) / (1 - here) if i else 0),
-        )
+        mean = slope * mean + c1 * MEAN * (1 - gain * here**0.5)
+        noise = beta * (1 - before) / (1 - here) if i else 0  # the last step adds none
+        variance = slope**2 * variance + noise
+
+    # One impulse at each draw: the last image has the mean, the others show the variance.
     original = build_diffusion(Diffusion(betas=betas, variance="fixed"))
     first = torch.zeros(202, 1, 1, 1)
     first[0] = 1
@@ -190,8 +199,8 @@ def test_dpm_solver_against_diffusers(num_steps: int):
         expected = scheduler.step(
             model(expected, t.expand(3) + 1, labels(3)), t, expected
         ).prev_sample
-    found = sample(DPMSolver(diffusion, num_steps), model, labels(3), ImpulseNoise(first))
-    torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-4)
+    x = sample(DPMSolver(diffusion, num_steps), model, labels(3), ImpulseNoise(first))
+    torch.testing.assert_close(x, expected.double(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -208,17 +217,20 @@ def test_the_scheduler_of_diffusers_leads_where_the_flow_does(declared: Diffusio
         times.append(t[0].item())
         return torch.cat([exact(x, t, y), torch.full_like(x, 7.0)][: 1 + diffusion.learned], dim=1)
 
+    # At the end no noise is left.
     a = diffusion.alphas_cumprod[-1].sqrt()
-    end = MEAN + STD * (first - a * MEAN) / (a**2 * STD**2 + 1 - a**2).sqrt()  # no noise is left
-    coarse, fine = (
-        (sample(DiffusersDPMSolver(diffusion, n), model, labels(5), ImpulseNoise(first)) - end)
-        .abs()
-        .max()
-        .item()
-        for n in (10, 100)
-    )
+    end = MEAN + STD * (first - a * MEAN) / (a**2 * STD**2 + 1 - a**2).sqrt()
+
+    def error(num_steps: int) -> float:
+        solver = DiffusersDPMSolver(diffusion, num_steps)
+        return (sample(solver, model, labels(5), ImpulseNoise(first)) - end).abs().max().item()
+
+    coarse = error(10)
+    fine = error(100)
     assert fine < 0.02
     assert fine < coarse / 4
+
+    # All times are whole, and both begin with the last one.
     assert len(times) == 110
     assert times[10] == 999 + declared.first_step
     assert all(time == int(time) for time in times)
@@ -226,25 +238,24 @@ def test_the_scheduler_of_diffusers_leads_where_the_flow_does(declared: Diffusio
 
 def test_without_diffusers_its_scheduler_is_one_line(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "diffusers.schedulers.scheduling_dpmsolver_multistep", None)
+    noise = ImageNoise([0, 1], (1, 2, 2))
     with pytest.raises(ValueError, match="dpm_solver_diffusers needs diffusers: pip install"):
-        sample(
-            bind_sampler(Sampler("dpm_solver_diffusers", num_steps=2), build_diffusion(UVIT)),
-            lambda x, t, y: x,
-            labels(2),
-            ImageNoise([0, 1], (1, 2, 2)),
-        )
+        sampler = bind_sampler(Sampler("dpm_solver_diffusers", num_steps=2), build_diffusion(UVIT))
+        sample(sampler, lambda x, t, y: x, labels(2), noise)
 
 
 def test_dpm_solver_is_guided_at_every_step_of_its_recipe():
     sampler = Sampler("dpm_solver", num_steps=50, scale=1.4, channels=None, interval=(0, 1001))
-    counted, times = CountingModel(lambda x, t, y: times.append(t[0].item()) or 0.1 * x), []
+    times: list[float] = []
+
+    def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        times.append(t[0].item())
+        return 0.1 * x
+
+    counted = CountingModel(model)
     guided = Guided(counted, sampler.scale, 10, channels=None, interval=sampler.interval)
-    sample(
-        bind_sampler(sampler, build_diffusion(UVIT)),
-        guided,
-        labels(2),
-        ImageNoise([0, 1], (1, 2, 2)),
-    )
+    bound = bind_sampler(sampler, build_diffusion(UVIT))
+    sample(bound, guided, labels(2), ImageNoise([0, 1], (1, 2, 2)))
     assert counted.evaluated / 2 == 100
     assert len(times) == 50
     assert times[0] == 1000
@@ -257,32 +268,30 @@ def test_an_image_depends_on_its_seed_and_not_on_the_batch(name: str):
     sampler = bind_sampler(Sampler(name, num_steps=7), build_diffusion(UVIT))
     seeds = [3, 4, 5, 6]
 
-    def sampled(start: int, stop: int) -> Tensor:
-        return sample(
-            sampler,
-            lambda x, t, y: torch.sin(x.flip(-1)),
-            labels(stop - start),
-            ImageNoise(seeds[start:stop], (1, 3, 5)),
-        )
+    def draw(start: int, stop: int) -> Tensor:
+        noise = ImageNoise(seeds[start:stop], (1, 3, 5))
+        return sample(sampler, lambda x, t, y: torch.sin(x.flip(-1)), labels(stop - start), noise)
 
-    torch.testing.assert_close(torch.cat([sampled(0, 1), sampled(1, 4)]), sampled(0, 4))
+    torch.testing.assert_close(torch.cat([draw(0, 1), draw(1, 4)]), draw(0, 4))
 
 
-def test_a_sampler_of_another_process_is_refused_with_those_of_this_one():
-    with pytest.raises(ValueError, match="known: ancestral, ddim, dpm_solver"):
-        bind_sampler(Sampler("heun"), build_diffusion(Diffusion()))
-    with pytest.raises(ValueError, match="known: euler, heun, dopri5, sde"):
-        bind_sampler(Sampler(), build_diffusion(Diffusion("flow")))
+@pytest.mark.parametrize(
+    "sampler, process, known",
+    [
+        (Sampler("heun"), Diffusion(), "ancestral, ddim, dpm_solver"),
+        (Sampler(), Diffusion("flow"), "euler, heun, dopri5, sde"),
+    ],
+)
+def test_a_sampler_of_another_process_is_refused_with_those_of_this_one(
+    sampler: Sampler, process: Diffusion, known: str
+):
+    with pytest.raises(ValueError, match=f"known: {known}"):
+        bind_sampler(sampler, build_diffusion(process))
 
 
 def test_eta_reaches_ddim():
-    drawn = [
-        sample(
-            bind_sampler(Sampler("ddim", num_steps=4, eta=eta), build_diffusion(UVIT)),
-            lambda x, t, y: 0.1 * x,
-            labels(2),
-            ImageNoise([0, 1], (1, 2, 2)),
-        )
-        for eta in (0.0, 1.0)
-    ]
-    assert not torch.allclose(*drawn)
+    def draw(eta: float) -> Tensor:
+        sampler = bind_sampler(Sampler("ddim", num_steps=4, eta=eta), build_diffusion(UVIT))
+        return sample(sampler, lambda x, t, y: 0.1 * x, labels(2), ImageNoise([0, 1], (1, 2, 2)))
+
+    assert not torch.allclose(draw(0.0), draw(1.0))

@@ -32,29 +32,23 @@ def loading_torch(pid: int) -> bool:
 
 
 def test_an_interrupt_while_workers_load_is_one_line(tmp_path: Path):
-    command = [
-        sys.executable,
-        "experiments/ablation.py",
-        "--table",
-        "5",
-        "--results",
-        str(tmp_path),
-    ]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    options = ["--table", "5", "--results", str(tmp_path)]
     running = subprocess.Popen(
-        command,
+        [sys.executable, "experiments/ablation.py", *options],
         cwd=REPOSITORY,
-        env=environment,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
         preexec_fn=hear_interrupts,
     )
+
+    # The signal comes while the first worker loads torch.
     while not loading_torch(running.pid):
         assert running.poll() is None
         time.sleep(0.005)
     os.killpg(running.pid, signal.SIGINT)
-    errors = running.communicate()[1]
+    _, errors = running.communicate()
     assert errors.splitlines() == ["interrupted; run the same command again to continue"]
     assert running.returncode == 130
 
@@ -77,10 +71,12 @@ def test_a_worker_that_is_ended_removes_what_it_was_writing(tmp_path: Path):
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=write_for_ever, args=(tmp_path, theirs))
     process.start()
-    # a worker that dies closes the pipe, so that this test fails and does not wait
+
+    # A worker that dies closes the pipe, so that this test fails and does not wait.
     theirs.close()
     assert ours.recv() == "writing"
     assert list(tmp_path.iterdir())
+
     process.terminate()
     process.join()
     assert process.exitcode == 128 + signal.SIGTERM

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -64,26 +65,30 @@ def test_records_are_only_ever_added(tmp_path: Path):
 
 
 def test_the_newest_record_of_a_status_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for minute, status in ((3, "failed"), (2, "done"), (1, "done"), (4, "failed")):
-        clock = SimpleNamespace(
-            gmtime=lambda _: None, strftime=lambda *_, minute=minute: f"20200101T00{minute:02}00Z"
-        )
+    def append_at(minute: int, status: str, error: str | None = None) -> None:
+        """Append a record as if it were so many minutes past a full hour."""
+        utc = f"20200101T00{minute:02}00Z"
+        clock = SimpleNamespace(gmtime=lambda _: None, strftime=lambda *_: utc)
         monkeypatch.setattr(store, "time", clock)
-        Store(tmp_path).append(
-            SPEC, status, {"minute": minute}, {}, "ValueError: no" if status == "failed" else None
-        )
-    found = Store(tmp_path)
-    assert [record.values["minute"] for record in found.here.by_id()[spec_id(SPEC)]] == [
-        1,
-        2,
-        3,
-        4,
-    ]
-    assert found.here.latest(SPEC).values["minute"] == 2
-    assert (failed := found.here.latest(SPEC, status="failed")).values["minute"] == 4
+        Store(tmp_path).append(SPEC, status, {"minute": minute}, {}, error)
+
+    append_at(3, "failed", "ValueError: no")
+    append_at(2, "done")
+    append_at(1, "done")
+    append_at(4, "failed", "ValueError: no")
+
+    # All of them stand in the order of their times, however they were written.
+    records = Store(tmp_path)
+    minutes = [record.values["minute"] for record in records.here.by_id()[spec_id(SPEC)]]
+    assert minutes == [1, 2, 3, 4]
+    assert records.here.latest(SPEC).values["minute"] == 2
+    failed = records.here.latest(SPEC, status="failed")
+    assert failed.values["minute"] == 4
     assert failed.error == "ValueError: no"
-    assert found.here.latest(OTHER) is None
-    assert found.reference.latest(SPEC) is None
+
+    # Neither another spec nor the reference has any.
+    assert records.here.latest(OTHER) is None
+    assert records.reference.latest(SPEC) is None
 
 
 def test_a_failure_is_no_result(tmp_path: Path):
@@ -132,9 +137,7 @@ STRANGERS = {
     "another program's": b'{"name": "x"}',
     "another format": json.dumps(GOOD | {"format": 2}).encode(),
     "a field too many": json.dumps(GOOD | {"more": 1}).encode(),
-    "a field too few": json.dumps(
-        {key: value for key, value in GOOD.items() if key != "spec"}
-    ).encode(),
+    "a field too few": json.dumps({key: GOOD[key] for key in GOOD if key != "spec"}).encode(),
     "another id": json.dumps(GOOD | {"id": "e" * 16}).encode(),
     "no id": json.dumps(GOOD | {"id": ""}).encode(),
     "another kind": json.dumps(GOOD | {"kind": "train"}).encode(),
@@ -148,9 +151,8 @@ def test_what_is_no_record_is_reported_and_skipped(
     content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     Store(tmp_path).append(SPEC, "done", {"a": 1}, {})
-    (tmp_path / "records" / "cost" / f"{'f' * 16}-20200101T000000Z-abcdef.json").write_bytes(
-        content
-    )
+    name = f"{'f' * 16}-20200101T000000Z-abcdef.json"
+    (tmp_path / "records" / "cost" / name).write_bytes(content)
     assert list(Store(tmp_path).here.by_id()) == [spec_id(SPEC)]
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: skipped cost/ffff")
@@ -182,12 +184,16 @@ def test_writers_side_by_side_lose_nothing(tmp_path: Path, capsys: pytest.Captur
         for writer in range(8)
     ]
     assert [writer.wait() for writer in writers] == [0] * 8
-    records = [record for found in Store(tmp_path).here.by_id().values() for record in found]
-    assert {(record.values["writer"], record.values["number"]) for record in records} == {
-        (writer, number) for writer in range(8) for number in range(20)
-    }
+
+    # Every record of every writer is there once, and whole.
+    records = Store(tmp_path).here.all()
     assert len(records) == 160
-    assert all(record.values["bulk"] == [0.1] * 2000 for record in records)
+    written = {(record.values["writer"], record.values["number"]) for record in records}
+    assert written == {(writer, number) for writer in range(8) for number in range(20)}
+    for record in records:
+        assert record.values["bulk"] == [0.1] * 2000
+
+    # No reader was warned, and no temporary file is left.
     assert not capsys.readouterr().err
     assert not list(tmp_path.rglob("*.tmp"))
 
@@ -207,6 +213,28 @@ def test_a_lock_keeps_a_second_process_out(tmp_path: Path):
     assert [other.wait() for other in others] == [0] * 4
     with locked(tmp_path / "lock"):
         pass
+
+
+@pytest.mark.parametrize("name", ["lock", "plan.lock", "runs/a/lock", "a b.lock", "ü.lock"])
+def test_who_waits_for_a_lock_says_who_holds_it(name: str, tmp_path: Path):
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from experiments.engine.records.files import locked\n"
+        "with locked(Path(sys.argv[1])):\n"
+        "    print('inside')\n"
+    )
+    with locked(tmp_path / name):
+        waiting = subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / name)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert waiting.stdout is not None and waiting.stderr is not None
+        line = waiting.stderr.readline().decode()
+    expected = f"held by process {os.getpid()} on {socket.gethostname()} for "
+    assert line.startswith("waiting for ") and expected in line
+    assert waiting.communicate() == (b"inside\n", b"")
 
 
 def test_a_file_system_without_locks_lets_everyone_through_and_other_errors_show(
@@ -273,9 +301,9 @@ def test_a_writable_folder_stays_empty(tmp_path: Path):
 def test_a_path_under_a_file_cannot_be_written(tmp_path: Path):
     (tmp_path / "file").write_bytes(b"x")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(ValueError, match="^cannot write results .*--results$") as failure:
+        with pytest.raises(ValueError, match="^cannot write results to .*--results$") as failure:
             Store(folder).check_writable()
-        assert str(tmp_path) not in str(failure.value)
+        assert f"{folder}: Not a directory; a file stands" in str(failure.value)
         assert Store(folder).here.by_id() == {}
     assert everything(tmp_path) == {"file": b"x"}
 

@@ -117,13 +117,13 @@ def test_claims_counts_and_speeds_tell_of_a_changed_tree(tmp_path: Path):
     store.append(timing, "done", timing_values(), dirty)
 
     committed = commit_records(tmp_path)
-    for make_sheet, number in (
-        (claims_sheet, 2),
-        (SHEETS["counts"], 2),
-        (SHEETS["speed_forward"], 1),
+    for make_sheet, beginning in (
+        (claims_sheet, "2 of these records come"),
+        (SHEETS["counts"], "2 of these records come"),
+        (SHEETS["speed_forward"], "1 of these records comes"),
     ):
         note = note_about(make_sheet(committed), "uncommitted changes")
-        assert note.startswith(f"{number} of these records come from a tree")
+        assert note.startswith(f"{beginning} from a tree")
 
 
 def test_a_timing_of_a_changed_tree_marks_this_machines_table(tmp_path: Path):

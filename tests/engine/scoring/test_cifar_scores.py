@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from experiments.declared.protocols import CIFAR10, CIFAR10_SMALL
 from experiments.engine.data import locate as sources
 from experiments.engine.data.locate import require_features
 from experiments.engine.data.quantise import from_uint8, to_uint8
 from experiments.engine.data.sets import load_cifar10
-from experiments.engine.judges import classifiers as features
+from experiments.engine.judges import classifiers
 from experiments.engine.judges.classifiers import cifar_classifier, extract
 from experiments.engine.runtime.context import Resources, RunContext
 from experiments.engine.sampling.generate import generate_images
@@ -50,16 +51,11 @@ def write(folder: Path, split: str, num: int, seed: int) -> None:
     """Images whose colours and stripes tell their class, with noise."""
     draw = np.random.default_rng(seed)
     labels = np.arange(num) % 10
-    wave = (
-        np.sin(np.arange(32) * (1 + labels[:, None] % 5) / 3)
-        * np.where(labels < 5, 60, -60)[:, None]
-    )
+    stripes = np.sin(np.arange(32) * (1 + labels[:, None] % 5) / 3)
+    wave = stripes * np.where(labels < 5, 60, -60)[:, None]
     levels = 128 + wave[:, None, :, None] * (1, 0.5, -1) + draw.normal(0, 15, (num, 32, 32, 3))
-    write_parquet(
-        folder / f"{split}.parquet",
-        [file_of(image) for image in levels.clip(0, 255).astype(np.uint8)],
-        labels.tolist(),
-    )
+    pictures = [file_of(image) for image in levels.clip(0, 255).astype(np.uint8)]
+    write_parquet(folder / f"{split}.parquet", pictures, labels.tolist())
 
 
 @pytest.fixture(scope="module")
@@ -72,52 +68,58 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sources, "ROOT", tmp_path)
     accept_small_sets(monkeypatch)
-    monkeypatch.setattr(features, "CIFAR", replace(features.CIFAR, steps=25, batch=24))
+    monkeypatch.setattr(classifiers, "CIFAR", replace(classifiers.CIFAR, steps=25, batch=24))
     write(tmp_path / "cifar10", "train", 200, 0)
     write(tmp_path / "cifar10", "test", 50, 1)
     return tmp_path
 
 
-def test_the_classifier_learns_is_cached_by_its_data_and_tested_on_other_images(
-    folder: Path, cache: Path
-):
+def test_the_classifier_learns_and_is_cached_by_its_data(folder: Path, cache: Path):
     test = load_cifar10(CIFAR10.data, "test")
     model, identity = cifar_classifier(CIFAR10.data, test, cache)
     assert identity["classifier_accuracy"] > 0.6
     assert not model.training
-    assert cifar_classifier(CIFAR10.data, test, cache)[1] == identity
+
+    # The second time it comes from its file.
+    _, again = cifar_classifier(CIFAR10.data, test, cache)
+    assert again == identity
     assert len(list(cache.glob("*.safetensors"))) == 1
+
+    # Other training images give another classifier.
     write(folder / "cifar10", "train", 200, 2)
-    assert (
-        cifar_classifier(CIFAR10.data, test, cache)[1]["classifier_sha256"]
-        != identity["classifier_sha256"]
-    )
+    _, other = cifar_classifier(CIFAR10.data, test, cache)
+    assert other["classifier_sha256"] != identity["classifier_sha256"]
+
+
+def moments_of(classifier: nn.Module, images: Tensor) -> Moments:
+    """Mean and covariance of the classifier's features."""
+    features, _ = extract(classifier, images)
+    moments = Moments(64)
+    moments.update(features)
+    return moments
 
 
 def test_scores_are_of_quantised_images_against_the_test_images(folder: Path, cache: Path):
-    training_stage.run_training(SPEC.train, RunContext(folder / "run"))
-    values = evaluate.run_evaluation(
-        SPEC, cache, RunContext(folder / "run", Resources(sample_batch=3))
-    )
-    assert {name for name in values if "fid" in name} == set()
-    assert {
-        *SCORES,
-        *(f"{name}_se" for name in SCORES),
-    } <= set(values)
+    run = folder / "run"
+    training_stage.run_training(SPEC.train, RunContext(run))
+    context = RunContext(run, Resources(sample_batch=3))
+    values = evaluate.run_evaluation(SPEC, cache, context)
+    assert {*SCORES, *(f"{name}_se" for name in SCORES)} <= set(values)
+    assert not [name for name in values if "fid" in name]
+    assert values["nfe"] == 2
+
+    # The distance is that of quantised samples from the test images.
     test = load_cifar10(CIFAR10.data, "test")
     classifier, identity = cifar_classifier(CIFAR10.data, test, cache)
-    network = train.load_ema(SPEC.train, folder / "run", torch.device("cpu"))
+    network = train.load_ema(SPEC.train, run, torch.device("cpu"))
     x = torch.cat([x for x, _ in generate_images(SPEC, network, torch.device("cpu"), 7)])
-    real, fake = (
-        extract(classifier, part)[0]
-        for part in (test.take(torch.arange(50))[0], from_uint8(to_uint8(x)))
-    )
-    sides = [Moments(64), Moments(64)]
-    for side, rows in zip(sides, (fake, real), strict=True):
-        side.update(rows)
-    assert values["fd_cifar_classifier"] == pytest.approx(frechet(*sides), rel=1e-4)
+    images, _ = test.take(torch.arange(50))
+    real = moments_of(classifier, images)
+    fake = moments_of(classifier, from_uint8(to_uint8(x)))
+    assert values["fd_cifar_classifier"] == pytest.approx(frechet(fake, real), rel=1e-4)
     assert values["classifier_accuracy"] == identity["classifier_accuracy"]
-    assert values["nfe"] == 2
+
+    # The manifest says by what was scored, and against what.
     measure = values["manifest"]["measure"]
     assert measure["extractor"] == {
         "name": "cifar_classifier",

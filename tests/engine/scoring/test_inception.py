@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ import pytest
 import torch
 from numpy import ndarray
 
+from experiments.engine.records.manifest import UNKNOWN_FEATURES
 from experiments.engine.scoring import inception
 from experiments.engine.scoring.inception import Inception, build_network, spatial_vector
 
@@ -127,26 +128,96 @@ def test_an_untrained_network_is_the_same_every_time_and_leaves_the_generator_al
     )
 
 
-def test_weights_are_loaded_only_if_their_hash_and_names_are_right(
-    tmp_path: Path, extractor: Inception, monkeypatch: pytest.MonkeyPatch
+Weights = dict[str, torch.Tensor]
+
+
+def round_to(dtype: torch.dtype, value: torch.Tensor) -> torch.Tensor:
+    return value.to(dtype) if value.is_floating_point() else value
+
+
+def save(path: Path, weights: Weights) -> Path:
+    torch.save(weights, path)
+    return path
+
+
+def test_unknown_weights_are_allowed_warned_of_and_called_unknown(
+    tmp_path: Path, extractor: Inception
 ):
-    path = tmp_path / "weights.pth"
-    with pytest.raises(ValueError, match="no Inception weights"):
-        inception.load_inception(path)
-    torch.save({"fc.weight": torch.zeros(2)}, path)
-    with pytest.raises(ValueError, match="not that of the published Inception"):
-        inception.load_inception(path)
-    monkeypatch.setattr(inception, "SHA256", "")
-    with pytest.raises(ValueError, match="not the weights of the FID Inception"):
-        inception.load_inception(path)
-    torch.save({name: tensor + 1 for name, tensor in extractor.network.state_dict().items()}, path)
+    state = extractor.network.state_dict()
+    path = save(tmp_path / "weights.pth", {name: value + 1 for name, value in state.items()})
     loaded = inception.load_inception(path)
     assert torch.equal(loaded.network.fc.bias, extractor.network.fc.bias + 1)
-    assert len(loaded.sha256) == 64
+    assert len(loaded.sha256) == 64 and loaded.name == UNKNOWN_FEATURES
+    (warning,) = loaded.warnings
+    assert loaded.sha256[:16] in warning and "compare with no others" in warning
+    with pytest.raises(ValueError, match="not that of the published Inception"):
+        inception.require_published(path)
 
 
-def test_weights_that_hold_code_are_refused_unrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(inception, "SHA256", "")
+def test_the_published_weights_are_known_by_their_hash_alone(
+    tmp_path: Path, extractor: Inception, monkeypatch: pytest.MonkeyPatch
+):
+    path = save(tmp_path / "any-name.bin", extractor.network.state_dict())
+    monkeypatch.setattr(inception, "SHA256", inception.file_sha256(path)[:8])
+    loaded = inception.load_inception(path)
+    assert (loaded.name, loaded.warnings) == (inception.PUBLISHED, ())
+    inception.require_published(path)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda state: {"fc.weight": torch.zeros(2)}, "another model"),
+        (lambda state: {name: value * 0 for name, value in state.items()}, "matrices are zero"),
+        (lambda state: state | {"fc.bias": state["fc.bias"] / 0 * 0}, "not finite"),
+        (lambda state: state | {"fc.bias": state["fc.bias"] + torch.inf}, "not finite"),
+        (lambda state: state | {"fc.bias": state["fc.bias"].int()}, "stored as int32"),
+        (lambda state: state | {"fc.bias": state["fc.bias"].to("meta")}, "a meta tensor"),
+        (lambda state: {"a": 1}, "expected tensors by name"),
+    ],
+)
+def test_weights_that_no_training_left_are_refused(
+    change: Callable[[Weights], Weights], words: str, tmp_path: Path, extractor: Inception
+):
+    path = save(tmp_path / "weights.pth", change(dict(extractor.network.state_dict())))
+    with pytest.raises(ValueError, match=words):
+        inception.load_inception(path)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda name, value: (f"module.{name}", value), "removed from the names"),
+        (lambda name, value: (name, round_to(torch.float16, value)), "stored in fp16"),
+        (lambda name, value: (name, round_to(torch.bfloat16, value)), "stored in bf16"),
+        (lambda name, value: (name, round_to(torch.float8_e5m2, value)), "stored in fp8"),
+    ],
+)
+def test_what_the_weights_lost_is_said(
+    change: Callable[[str, torch.Tensor], tuple], words: str, tmp_path: Path, extractor: Inception
+):
+    state = extractor.network.state_dict().items()
+    path = save(tmp_path / "weights.pth", dict(change(name, value) for name, value in state))
+    lost, unknown = inception.load_inception(path).warnings
+    assert words in lost and "unknown Inception weights" in unknown
+
+
+def test_files_of_old_versions_of_torch_are_read(tmp_path: Path, extractor: Inception):
+    state = extractor.network.state_dict()
+    old = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+    assert len(old) < len(state)
+    loaded = inception.load_inception(save(tmp_path / "old.pth", old))
+    assert torch.equal(loaded.network.fc.weight, extractor.network.fc.weight)
+
+
+def test_a_missing_file_says_where_to_get_it(tmp_path: Path):
+    with pytest.raises(ValueError, match="no such Inception weights; get https"):
+        inception.load_inception(tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="is a folder, and no Inception weights"):
+        inception.load_inception(tmp_path)
+
+
+def test_weights_that_hold_code_are_refused_unrun(tmp_path: Path):
     ran = tmp_path / "ran"
 
     class Touch:
@@ -154,6 +225,6 @@ def test_weights_that_hold_code_are_refused_unrun(tmp_path: Path, monkeypatch: p
             return Path.touch, (ran,)
 
     torch.save({"fc.weight": Touch()}, tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match="not the weights"):
+    with pytest.raises(ValueError, match="it holds pickled code"):
         inception.load_inception(tmp_path / "weights.pth")
     assert not ran.exists()

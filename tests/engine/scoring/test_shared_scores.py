@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.engine.data import image_files as npz
-from experiments.engine.data import locate as sources
+from experiments.engine.data import locate
 from experiments.engine.runtime import group as distributed
 from experiments.engine.runtime.context import Resources, RunContext
 from experiments.engine.sampling import samples
@@ -55,29 +55,37 @@ def member(rank: int, world: int, port: int, root: Path) -> None:
     """One rank that scores a finished run; the first leaves the values."""
     torch.set_num_threads(1)
     if world > 1:
-        names = dict(
-            RANK=rank, WORLD_SIZE=world, LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=port
-        )
-        os.environ.update({name: str(value) for name, value in names.items()})
-    sources.ROOT = root / "data"
-    evaluate.load_inception, evaluate.require_features = (
-        lambda path, device: Inception(Tiny().eval(), "f" * 64, device),
-        lambda spec: None,
-    )
-    inception.BATCH, scoring_measure.PIECE, samples.CHUNK = 2, 6, 5
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        os.environ.update(own | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+
+    # Small data, a small extractor, and small pieces of everything.
+    locate.ROOT = root / "data"
+    evaluate.load_inception = lambda path, device: Inception(Tiny().eval(), "f" * 64, device)
+    evaluate.require_features = lambda spec: None
+    inception.BATCH = 2
+    scoring_measure.PIECE = 6
+    samples.CHUNK = 5
+
+    # The pieces that this rank measures are counted.
+    count = 0
+    measure_piece = scoring_measure._measure_piece
+
+    def counting(*arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        return measure_piece(*arguments)
+
+    scoring_measure._measure_piece = counting
     group = distributed.join_group("cpu", 60.0)
-    asked = []
-    piece = scoring_measure._measure_piece
-    scoring_measure._measure_piece = lambda *given: asked.append(0) or piece(*given)
-    values = evaluate.run_evaluation(
-        SCORE, root, RunContext(root / f"runs-{world}" / "a", Resources(sample_batch=4), group)
-    )
-    (root / f"asked-{world}-{rank}").write_text(str(len(asked)))
+    context = RunContext(root / f"runs-{world}" / "a", Resources(sample_batch=4), group)
+    values = evaluate.run_evaluation(SCORE, root, context)
+    (root / f"pieces-{world}-{rank}").write_text(str(count))
     if group.first:
         (root / f"values-{world}.json").write_text(json.dumps(values, sort_keys=True))
 
 
-def scored(world: int, root: Path) -> dict[str, Any]:
+def score_in_group(world: int, root: Path) -> dict[str, Any]:
+    """The values of the record that a group of so many processes leaves."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["experiments.engine.jobs.execute"])
     with socket.socket() as free:
@@ -101,12 +109,14 @@ def test_two_processes_extract_their_shares_and_score_as_one(
     folder.mkdir(parents=True)
     np.save(folder / "images.npy", DRAW.uniform(-1, 1, (20, 3, 8, 8)).astype(np.float32))
     np.save(folder / "labels.npy", np.arange(20) % 10)
-    monkeypatch.setattr(sources, "ROOT", tmp_path / "data")
+    monkeypatch.setattr(locate, "ROOT", tmp_path / "data")
     training_stage.run_training(TRAIN, RunContext(tmp_path / "runs-1" / "a"))
     shutil.copytree(tmp_path / "runs-1", tmp_path / "runs-2")
-    assert scored(2, tmp_path) == scored(1, tmp_path)
-    asked = [int((tmp_path / f"asked-{name}").read_text()) for name in ("1-0", "2-0", "2-1")]
-    assert asked == [8, 4, 4]  # four pieces of 23 images, four of 20
+    assert score_in_group(2, tmp_path) == score_in_group(1, tmp_path)
+
+    # Four pieces are of the 23 samples and four of the 20 references; two ranks take half each.
+    names = ("1-0", "2-0", "2-1")
+    assert [int((tmp_path / f"pieces-{name}").read_text()) for name in names] == [8, 4, 4]
     assert not list(tmp_path.glob("runs-*/*/features-*"))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from experiments.engine.runtime.context import RunContext
-from experiments.engine.training.boards import WANDB, require_boards
+from experiments.engine.training.boards import TOKEN, WANDB, board_id, require_boards
 from experiments.engine.training.log import Log
 from experiments.engine.training.stage import run_training
 from tests.support.trainings import SPEC
@@ -48,7 +48,7 @@ def test_weights_and_biases_hears_what_the_lines_say(
         log.write(step=6, loss=0.25, lr=1e-3, images_per_s=8.0)
 
     options, *entries, last = heard
-    expected = {"project": "project", "id": folder.name, "resume": "allow"}
+    expected = {"project": "project", "id": board_id(folder), "resume": "allow"}
     assert expected.items() <= options.items()
     assert last == "finished"
     assert len(entries) == 2 and entries == read_lines(folder)
@@ -97,3 +97,24 @@ def test_a_board_that_is_not_installed_is_refused_before_any_work(
     assert not (tmp_path / "run").exists()
     monkeypatch.delenv(WANDB)
     require_boards()
+
+
+def test_an_id_on_a_board_belongs_to_one_run_folder(tmp_path: Path):
+    spec = "0123456789abcdef"
+    first, second = tmp_path / "a" / spec, tmp_path / "b" / spec
+    name = board_id(first)
+    assert name.startswith(f"{spec}-") and (first / TOKEN).read_text().strip() == name[17:]
+    # a run that resumes, also after its results folder was moved
+    assert board_id(first) == name
+    (tmp_path / "a").rename(tmp_path / "moved")
+    moved = tmp_path / "moved" / spec
+    assert board_id(moved) == name
+    # the same spec in another results folder, and another spec beside it
+    others = {board_id(second), board_id(second.with_name("f" * 16))}
+    assert len(others | {name}) == 3
+    # a damaged token, and a run that was removed and starts anew
+    (second / TOKEN).write_bytes(b"\xff")
+    fresh = board_id(second)
+    assert fresh not in others and board_id(second) == fresh
+    (second / TOKEN).unlink()
+    assert board_id(second) != fresh
