@@ -31,13 +31,6 @@ from backbones.time_norms import TimeLayerNorm, TimeRMSNorm
 # Blocks
 
 
-class Stem(nn.Conv2d):
-    """Project non-overlapping patches: (N, C, H, W) -> (N, g, g, D)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).permute(0, 2, 3, 1)
-
-
 class Depthwise(nn.Conv2d):
     """Convolve each channel alone by the fastest implementation: (N, g, g, D) -> same."""
 
@@ -147,13 +140,14 @@ class BranchSize:
 
 
 class PositionTable(nn.Module):
-    """Add a learned row per cell, row-major: (N, g, g, D) -> same."""
+    """Add a learned row per cell, row-major: (N, D, g, g) -> (N, g, g, D)."""
 
     def __init__(self, grid: int, dim: int) -> None:
         super().__init__()
         self.position_embeddings = nn.ParameterDict({"weight": torch.zeros(grid * grid, dim)})
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)
         return x + self.position_embeddings["weight"].view(x.shape[1:])
 
 
@@ -180,7 +174,7 @@ class Branch(nn.Module):
     def __init__(self, size: BranchSize, channels: int, blocks: list[nn.Module], head: bool):
         super().__init__()
         dim = size.dim
-        stem = Stem(channels, dim, size.patch, stride=size.patch)
+        stem = nn.Conv2d(channels, dim, size.patch, stride=size.patch)
         positions = PositionTable(size.grid, dim)
         self.input_layer = nn.Sequential(nn.Identity(), stem, nn.Identity(), positions)
         self.blocks = nn.ModuleList(blocks)
