@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from experiments.engine.data.autoencoder import PUBLISHED, Autoencoder
-from experiments.engine.data.checks import compare_classes, write_classes
+from experiments.engine.data.checks import check_latents, compare_classes, write_classes
 from experiments.engine.data.latent_statistics import (
     compare_statistics,
     describe_statistics,
@@ -223,6 +223,7 @@ def _encode_shard(job: EncodingJob, folder: Path, number: int) -> None:
 
     with written_whole(path) as file:
         np.save(file, rows[: len(notes.indices)])
+    check_latents(path, rows[: len(notes.indices)], job.latents)
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     _write_json(
