@@ -264,10 +264,12 @@ def _print_listing(pictures: Pictures) -> None:
 
 def _print_manifest(manifest: dict[str, Any]) -> None:
     from experiments.engine.data.latent_statistics import describe_statistics
-    from experiments.engine.data.pictures import describe_modes, show_name
+    from experiments.engine.data.pictures import describe_left_out, describe_modes, show_name
 
     for name, reason in manifest["skipped"].items():
         print(f"skipped {show_name(name)}: {reason}")
+    if manifest.get("unreadable"):
+        print(f"cannot be decoded: {describe_left_out(manifest['unreadable'])}")
     converted = "unknown, older shards do not say"
     if "converted" in manifest:
         converted = describe_modes(manifest["converted"]) or "none"

@@ -251,7 +251,7 @@ def check_latents(path: Path, latents: np.ndarray, kind: str) -> None:
         low, high = ranges[name]
         if name == "deviations":
             expected = f"above 0 and at most {MAX_LATENT:g}"
-            fits = 0 < low and high <= MAX_LATENT
+            fits = low > 0 and high <= MAX_LATENT
         else:
             expected = f"not all equal, within {-MAX_LATENT:g}..{MAX_LATENT:g}"
             fits = -MAX_LATENT <= low < high <= MAX_LATENT
