@@ -6,7 +6,8 @@ Legend: N batch, C channels, T tokens, D width, h heads, e = D / h, p patch, (H,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import numpy as np
 import torch
@@ -160,6 +161,42 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
 
 
+class SwiGlu(nn.Module):
+    """Apply a gated MLP without biases, w2(SiLU(w1 x) * w3 x): (N, T, D) -> (N, T, D).
+
+    `linear` makes its layers from their numbers of inputs and outputs.
+    """
+
+    def __init__(
+        self, dim: int, hidden: int, linear: Callable[[int, int], nn.Module] | None = None
+    ) -> None:
+        super().__init__()
+        linear = linear or partial(Linear, bias=False)
+        self.w1 = linear(dim, hidden)
+        self.w3 = linear(dim, hidden)
+        self.w2 = linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class RMSNorm(nn.Module):
+    """Divide by the root mean square of the last axis, then weigh: (..., D) -> (..., D).
+
+    The quotient is at least in float32. It is written out so that counters see its products.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        real = x.to(torch.promote_types(x.dtype, torch.float32))
+        real = real * torch.rsqrt(real.square().mean(-1, keepdim=True) + self.eps)
+        return real.to(x.dtype) * self.weight
+
+
 class LayerNorm2d(nn.Module):
     """Normalise the channels of each pixel, eps 1e-6, without parameters: (N, C, H, W) -> same."""
 
@@ -243,11 +280,16 @@ class ConvFinal(nn.Module):
 
 
 class PatchFinal(nn.Module):
-    """Apply DiT's head, adaLN and a linear layer: (N, T, D), (N, D) -> (N, T, p*p*C_out)."""
+    """Apply DiT's head, adaLN and a linear layer: (N, T, D), (N, D) -> (N, T, p*p*C_out).
 
-    def __init__(self, dim: int, patch: int, out_channels: int) -> None:
+    `norm` replaces its LayerNorm.
+    """
+
+    def __init__(
+        self, dim: int, patch: int, out_channels: int, norm: nn.Module | None = None
+    ) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.norm_final = norm or nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.linear = Linear(dim, patch * patch * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 2 * dim))
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.kernels import attention
+from backbones.kernels import attention, depthwise
 from backbones.layers import Linear, check_size
 
 
@@ -78,7 +78,9 @@ class AgentAttention(nn.Module):
         out = attention(self._split(q), agents, gathered, to_queries)  # (N, h, T, e)
         out = out.transpose(1, 2).reshape(n, -1, x.shape[1])  # (N, T, C)
 
-        local = self.dwc(v.transpose(1, 2).reshape(x.shape))  # (N, C, H, W)
+        # Depthwise convolution of the values, whose channels lie last.
+        image = v.contiguous().transpose(1, 2).unflatten(2, x.shape[2:])  # (N, C, H, W)
+        local = depthwise(image, self.dwc.weight, self.dwc.bias)  # (N, C, H, W)
         out = self.proj(out + local.flatten(2).transpose(1, 2))  # (N, T, C)
         return out.transpose(1, 2).reshape(x.shape)  # (N, C, H, W)
 

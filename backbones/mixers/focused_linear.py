@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.kernels import linear_attention
+from backbones.kernels import depthwise, linear_attention
 from backbones.layers import Linear, check_size
 
 
@@ -56,7 +56,6 @@ class FocusedLinearAttention(nn.Module):
         self.position = nn.Parameter(torch.zeros(1, size[0] * size[1], dim)) if position else None
 
     def forward(self, x: Tensor) -> Tensor:
-        n, _, height, width = x.shape
         q, k, v = self.qkv(x.flatten(2).transpose(1, 2)).chunk(3, dim=-1)  # 3 x (N, T, C)
         if self.position is not None:
             check_size(x, self.size, "focused linear attention with position encoding")
@@ -66,15 +65,15 @@ class FocusedLinearAttention(nn.Module):
         scale = F.softplus(self.sigma)
         q = self._split(self._focus(q, scale))  # (N, h, T, e)
         k = self._split(self._focus(k, scale))  # (N, h, T, e)
-        v = self._split(v)  # (N, h, T, e)
-        out = linear_attention(q, k, v)  # (N, h, T, e)
+        out = linear_attention(q, k, self._split(v))  # (N, h, T, e)
+        out = out.transpose(1, 2).flatten(2)  # (N, T, C)
 
         # Depthwise convolution of the values, with one kernel for all heads.
-        image = v.transpose(-2, -1).reshape(n * self.heads, -1, height, width)
-        local = self.dwc(image)  # (N*h, e, H, W)
-        out = out.transpose(-2, -1).reshape(x.shape) + local.reshape(x.shape)  # (N, C, H, W)
-
-        out = self.proj(out.flatten(2).transpose(1, 2))  # (N, T, C)
+        image = v.contiguous().transpose(1, 2).unflatten(2, x.shape[2:])  # (N, C, H, W)
+        weight = self.dwc.weight.repeat(self.heads, 1, 1, 1)  # (C, 1, k, k)
+        assert self.dwc.bias is not None
+        local = depthwise(image, weight, self.dwc.bias.repeat(self.heads))  # (N, C, H, W)
+        out = self.proj(out + local.flatten(2).transpose(1, 2))  # (N, T, C)
         return out.transpose(1, 2).reshape(x.shape)  # (N, C, H, W)
 
     def _focus(self, x: Tensor, scale: Tensor) -> Tensor:

@@ -48,7 +48,10 @@ def bind_to_parent(parent: int | None = None) -> None:
 
 def bind_to_launcher() -> None:
     """Bind this process to torchrun, if torchrun started it."""
-    if os.environ.get(LAUNCHED, "").strip():
+    # Run as a script, this file stands alone and finds no other module.
+    from experiments.engine.machine.environment import read_variable
+
+    if read_variable(LAUNCHED):
         bind_to_parent()
 
 
