@@ -166,7 +166,7 @@ def touch(path: Path) -> None:
     [
         (lambda path: None, 1),
         (touch, 2),
-        (lambda path: path.write_bytes(b"abd"), 2),
+        (lambda path: path.write_bytes(b"xyz"), 2),
         (lambda path: path.write_bytes(b"abcd"), 2),
         (lambda path: path.with_name("other").write_bytes(b"x"), 1),
         (lambda path: path.with_name(".file.sum.json").write_text("{"), 2),
