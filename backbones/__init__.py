@@ -16,6 +16,7 @@ from backbones import (  # noqa: F401  (importing a family registers it)
     diffussm,
     dig,
     dim,
+    dimr,
     dimsum,
     dis,
     dit,
