@@ -223,7 +223,7 @@ class DyDiT(nn.Module):
             if isinstance(module, WidthRouter):
                 nn.init.constant_(module.router.bias, WIDTH_BIAS)
             elif isinstance(module, TokenRouter):
-                nn.init.constant_(module.mlp_head[2].bias, TOKEN_BIAS)
+                nn.init.constant_(module.get_parameter("mlp_head.2.bias"), TOKEN_BIAS)
 
     # Weights
 
@@ -309,6 +309,7 @@ class DyDiT(nn.Module):
         """Return the prediction without gates, which is DiT's."""
         x, c, _ = self._embed(x, t, y)
         for block in self.blocks:
+            assert isinstance(block, DyDiTBlock)
             x = block.forward_complete(x, c)  # (N, T, D)
         return self._predict(x, c)
 
@@ -324,6 +325,7 @@ class DyDiT(nn.Module):
             )
         x, c, time = self._embed(x, t, y)
         for block in self.blocks:
+            assert isinstance(block, DyDiTBlock)
             x = block.forward_gathered(x, c, time)  # (N, T, D)
         return self._predict(x, c)
 
