@@ -6,7 +6,8 @@ Legend: N batch, C channels, T tokens, D width, h heads, e = D / h, p patch, (H,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import numpy as np
 import torch
@@ -158,6 +159,25 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
+
+
+class SwiGlu(nn.Module):
+    """Apply a gated MLP without biases, w2(SiLU(w1 x) * w3 x): (N, T, D) -> (N, T, D).
+
+    `linear` makes its layers from their numbers of inputs and outputs.
+    """
+
+    def __init__(
+        self, dim: int, hidden: int, linear: Callable[[int, int], nn.Module] | None = None
+    ) -> None:
+        super().__init__()
+        linear = linear or partial(Linear, bias=False)
+        self.w1 = linear(dim, hidden)
+        self.w3 = linear(dim, hidden)
+        self.w2 = linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
 class RMSNorm(nn.Module):

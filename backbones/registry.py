@@ -25,7 +25,7 @@ class Exceptions:
     """Shell patterns of parameters that are not trained."""
 
     unreached: dict[str, str] = field(default_factory=dict)
-    """Shell patterns of trained parameters whose gradient is zero."""
+    """Shell patterns of trained parameters whose gradient is zero, or that forward does not use."""
 
     open_head: str = ""
     """The untrained network does not predict zero."""

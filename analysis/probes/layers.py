@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from analysis.probes import implied
 from analysis.probes.implied import Weights
 from analysis.probes.watch import Grid, Layer, Operation, num_tokens
-from backbones import adm, dico, dig, dim, dimsum, dis, ldm, lightningdit, udit, uvit
+from backbones import adm, dico, dig, dim, dimr, dimsum, dis, ldm, lightningdit, udit, uvit
 from backbones.layers import SelfAttention
 from backbones.mamba import COLUMNS, COLUMNS_BACK, ROWS, ROWS_BACK, Mamba, reorder
 from backbones.mixers import agent, conv, focused_linear, softmax, window
@@ -75,6 +75,11 @@ def _token_attention(candidate: Candidate) -> Layer:
     leading = 2 if isinstance(candidate.model, uvit.UViT) else 0
     place = leading + torch.arange(num_tokens(candidate.grid))
     return candidate.sequence_layer(read_attention, place)
+
+
+def _labelled_attention(candidate: Candidate) -> Layer:
+    # The label's token stands before the grid.
+    return candidate.sequence_layer(read_attention, 1 + torch.arange(num_tokens(candidate.grid)))
 
 
 def _softmax(candidate: Candidate) -> Layer:
@@ -178,6 +183,7 @@ FINDERS: tuple[tuple[type[nn.Module], Callable[[Candidate], Layer | None]], ...]
     (adm.AttentionBlock, _adm_attention),
     (ldm.CrossAttention, _ldm_attention),
     (udit.DownsampledAttention, _udit_attention),
+    (dimr.Attention, _labelled_attention),
 )
 
 

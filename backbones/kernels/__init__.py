@@ -14,6 +14,7 @@ from backbones.kernels.branches import (
 )
 from backbones.kernels.causal_conv import causal_conv
 from backbones.kernels.conv_gelu import depthwise, depthwise_gelu, gelu, pointwise_gelu
+from backbones.kernels.deformable import deformable
 from backbones.kernels.diagonal_ssm import diagonal_ssm
 from backbones.kernels.gated_linear import gated_linear
 from backbones.kernels.gates import addcmul, pool, scale
@@ -32,6 +33,7 @@ __all__ = [
     "attention",
     "causal_conv",
     "counting",
+    "deformable",
     "depthwise",
     "depthwise_gelu",
     "diagonal_ssm",

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-Counter = Callable[[int], AbstractContextManager[None]]
+# Takes the multiply-accumulates of a call, and whether the call only samples between pixels.
+Counter = Callable[[int, bool], AbstractContextManager[None]]
 
 _ops: dict[str, Op] = {}
 _forced: dict[str, str] = {}
@@ -57,7 +58,11 @@ class Op:
     """An operation with several implementations, called like a function."""
 
     def __init__(
-        self, name: str, choices: list[Choice], macs: Callable[..., int] | None = None
+        self,
+        name: str,
+        choices: list[Choice],
+        macs: Callable[..., int] | None = None,
+        sampling: bool = False,
     ) -> None:
         """Register the operation.
 
@@ -66,10 +71,13 @@ class Op:
             choices: from most to least wanted. The last is the reference and supports everything.
             macs: multiply-accumulates of a call in closed form. It is needed if a counter would
                 see different work in different implementations.
+            sampling: it only samples between pixels. Counters keep such work apart, for no
+                convention that papers use has it.
         """
         self.name = name
         self.choices = {choice.name: replace(choice) for choice in choices}
         self.macs = macs
+        self.sampling = sampling
         _ops[name] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -79,7 +87,7 @@ class Op:
         for observer in _observers:
             observer(self.name, *args, **kwargs)
         if self.macs and _counters:
-            with _counters[-1](self.macs(*args, **kwargs)):
+            with _counters[-1](self.macs(*args, **kwargs), self.sampling):
                 return choice.run(*args, **kwargs)
         return choice.run(*args, **kwargs)
 
@@ -106,7 +114,7 @@ class Op:
 
 @contextmanager
 def counting(counter: Counter) -> Iterator[None]:
-    """Run every op that has `macs` inside `counter(macs)` while active.
+    """Run every op that has `macs` inside `counter(macs, sampling)` while active.
 
     The counter adds the closed form and nothing that it sees inside.
     """

@@ -121,8 +121,10 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any], list[str]]] = [
     ("dig_s_2", {"depth": 6}, ["divisible by 4", "6"]),
     ("dig_s_2", {"mlp_ratio": 2}, ["mlp_ratio", "depth, dim, heads"]),
     ("lightningdit_b_2", {"input_size": 7}, ["divisible by patch", "7"]),
-    ("lightningdit_b_1", {"heads": 96}, ["dim by 4 heads", "768", "96"]),
+    ("lightningdit_b_1", {"heads": 128}, ["dim by 4 heads", "768", "128"]),
     ("lightningdit_b_1", {"rope": False, "heads": 5}, ["dim by heads", "768", "5"]),
+    ("flowdcn_s_2", {"input_size": 7}, ["divisible by patch", "7"]),
+    ("flowdcn_s_2", {"groups": 5}, ["dim by groups", "384", "5"]),
     ("diffussm_xl", {"input_size": 9}, ["divisible by group", "9"]),
 ]
 

@@ -3,11 +3,13 @@
 tests/data/outputs_related.json holds one case per network. The weights do not depend on a library's
 random numbers: a trained parameter is its initial value plus `gain` times normal numbers that its
 own name seeds. The initial value counts as zero where it is random. `output` and every entry of
-`gradients`, which are those of the mean square of the output, hold every `stride`-th number.
+`gradients`, which are those of the mean square of the output, hold every `stride`-th number. So
+does every entry of `outputs`, where a network has several.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
 from typing import Any
@@ -55,3 +57,9 @@ def largest_error(value: Tensor, case: dict[str, Any], expected: list[float]) ->
     """Return the largest difference of the numbers of a tensor that a case keeps."""
     kept = value.detach().flatten()[:: case["stride"]]
     return (kept - torch.tensor(expected)).abs().max().item()
+
+
+def digest_shapes(state: dict[str, Tensor]) -> str:
+    """Return a digest of the names and shapes of a state_dict."""
+    lines = sorted(f"{key} {list(value.shape)}" for key, value in state.items())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

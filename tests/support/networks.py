@@ -135,12 +135,18 @@ def relative_rms(value: Tensor, truth: Tensor) -> float:
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Draw every trained parameter from a normal, scaled by its fan-in, so that gates are open."""
+    """Draw every trained parameter from a normal, scaled by its fan-in, so that gates are open.
+
+    DiMR's gains of norms stay around one. Around zero, its cascade of norms would close its paths.
+    """
     generator = torch.Generator().manual_seed(seed)
-    for p in module.parameters():
+    for key, p in module.named_parameters():
         if p.requires_grad:
             std = p[0].numel() ** -0.5 if p.ndim > 1 else 0.3
-            p.data = (torch.randn(p.shape, generator=generator) * std).to(p.dtype)
+            gain_of_time = key.endswith((".param0", ".param1")) and ".bias." not in key
+            p.data = (float(gain_of_time) + torch.randn(p.shape, generator=generator) * std).to(
+                p.dtype
+            )
     return module
 
 

@@ -89,6 +89,7 @@ class MacCounter(TorchDispatchMode):
     core: by the core convention.
     extra: what the torchprofile convention adds.
     norms: output elements of all norms.
+    sampling: of operations that only sample between pixels; in none of the above.
     """
 
     def __init__(self) -> None:
@@ -96,6 +97,7 @@ class MacCounter(TorchDispatchMode):
         self.core = 0
         self.extra = 0
         self.norms = 0
+        self.sampling = 0
 
     def __enter__(self) -> MacCounter:
         self._hook = kernels.counting(self._closed_form)
@@ -107,9 +109,12 @@ class MacCounter(TorchDispatchMode):
         self._hook.__exit__(*error)
 
     @contextmanager
-    def _closed_form(self, macs: int) -> Iterator[None]:
+    def _closed_form(self, macs: int, sampling: bool) -> Iterator[None]:
         """Add an op's own count, and nothing that is seen while the op runs."""
-        self.core += macs
+        if sampling:
+            self.sampling += macs
+        else:
+            self.core += macs
         core, extra = self.core, self.extra
         yield
         self.core, self.extra = core, extra
@@ -153,13 +158,15 @@ def count_network(model: nn.Module, size: int, channels: int) -> dict[str, int]:
         model(x, t, y)
 
     parameters = list(model.parameters())
-    return {
+    counts = {
         "params_total": sum(p.numel() for p in parameters),
         "params_trainable": sum(p.numel() for p in parameters if p.requires_grad),
         "macs_core": macs.core,
         "macs_torchprofile": macs.core + macs.extra,
         "macs_norms": macs.core + macs.norms,
     }
+    # Sampling between pixels stands apart, beside networks that have it.
+    return counts | ({"macs_sampling": macs.sampling} if macs.sampling else {})
 
 
 def count_backbone(spec: Cost) -> dict[str, int]:
