@@ -20,6 +20,7 @@ from backbones import (  # noqa: F401  (importing a family registers it)
     dimsum,
     dis,
     dit,
+    dydit,
     flowdcn,
     hourglass,
     isotropic,
