@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.figures.style import figure, save
-from analysis.query import TRAINED, train_command, trained_row
+from analysis.query import TRAINED, trained_row
+from experiments.ablation import train_command
 from experiments.declared.checkpoints import (
     CheckpointFile,
     add_network_options,
@@ -29,6 +30,7 @@ from experiments.declared.checkpoints import (
 from experiments.declared.protocols import PROTOCOLS
 from experiments.engine.cli import Parser, add_device_option, add_results_option, run_command
 from experiments.engine.records.store import Record, Store
+from experiments.engine.records.trained import require_trained
 from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.specs.rows import table_of
 from experiments.engine.specs.spec import Checkpoint, Evaluate
@@ -57,8 +59,8 @@ class Subject:
     name: str
     # Of the networks, in the caption.
     title: str
-    # Trains the networks; None if they are published.
-    command: str | None = None
+    # Trains the networks; empty if they are published.
+    command: str = ""
     # The published file.
     checkpoint: Path | None = None
 
@@ -93,6 +95,7 @@ def draw_chosen() -> int:
 
     if not all(store.here.latest(training) for training in subject.spec.trainings):
         raise ValueError(f"no finished run of {args.row!r} here; train it with: {subject.command}")
+    require_trained(subject.spec, store, subject.command)
     print(f"wrote {draw(subject, layout, store)}")
     return 0
 
@@ -182,7 +185,7 @@ def trained_subject(args: argparse.Namespace, protocol: Protocol) -> Subject:
         evaluate_stage(trained_row(table, args.row), protocol, seed),
         _file_name(protocol.name, f"table{table.number}", args.row, f"seed{seed}"),
         f"{args.row} of Table {table.number} on {protocol.name}, training seed {seed}",
-        command=train_command(table, [args.row], protocol, seed),
+        command=train_command(table, [args.row], protocol, seed, args.results),
     )
 
 
@@ -307,17 +310,21 @@ def sample(spec: Evaluate, model: nn.Module, layout: Layout) -> dict[tuple[int, 
     """
     import torch
 
+    from experiments.engine.runtime.group import ALONE
+    from experiments.engine.sampling.forecast import watch_sampling
     from experiments.engine.sampling.generate import generate_images
 
     count = spec.data.num_classes
     # With balanced labels, image i is of class i mod K.
     spec = replace(spec, num=layout.rows * count, labels="balanced")
     device = torch.device(layout.device)
+    num = layout.rows * len(layout.classes)
+    watch = watch_sampling(spec.sampler, num, len(layout.classes), ALONE)
     samples: dict[tuple[int, int], Tensor] = {}
     for row in range(layout.rows):
         for first, last in _runs(layout.classes):
             images = range(row * count + first, row * count + last + 1)
-            batches = generate_images(spec, model, device, min(len(images), BATCH), images)
+            batches = generate_images(spec, model, device, min(len(images), BATCH), images, watch)
             for x, y in batches:
                 for image, label in zip(x, y.tolist(), strict=True):
                     samples[row, label] = image

@@ -86,16 +86,6 @@ def trained_row(table: Table, label: str) -> Row:
     return row
 
 
-def train_command(table: Table, labels: Sequence[str], protocol: Protocol, seed: int) -> str:
-    """The command that trains these rows here."""
-    script = "main_results" if table.number in main_results.TABLES else "ablation"
-    rows = " ".join(f'"{label}"' for label in labels)
-    return (
-        f"python experiments/{script}.py --table {table.number} --rows {rows} "
-        f"--protocol {protocol.name} --seeds {seed}"
-    )
-
-
 def reference_selection(table: Table, protocol: Protocol, store: Store) -> Selection:
     """A table's rows at the training seeds that the committed records hold of its baseline."""
     return Selection(table, table.rows, protocol, reference_seeds(table, store), "cpu")

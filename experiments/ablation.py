@@ -14,12 +14,15 @@ from pathlib import Path
 # The code is this file's tree, whatever the current folder and PYTHONPATH offer.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import shlex
+from collections.abc import Sequence
 from typing import Any
 
 from experiments.declared.protocols import PROTOCOLS
 from experiments.engine.cli import main
 from experiments.engine.specs.rows import Row, Table
 from experiments.engine.specs.spec import Backbone
+from experiments.engine.specs.stages import Protocol
 
 # What shrinks a network on small protocols: U-shaped, isotropic, and isotropic with heads.
 SMALL_U = dict(dim=24, depths=(2, 1, 1, 1, 1))
@@ -278,6 +281,24 @@ TABLE_5 = Table(
 )
 
 TABLES = {table.number: table for table in (TABLE_3, TABLE_4, TABLE_5)}
+
+
+def train_command(
+    table: Table,
+    labels: Sequence[str],
+    protocol: Protocol,
+    seed: int,
+    results: Path | None = None,
+) -> str:
+    """Return the command that trains rows of any table, in a results folder if one is named."""
+    script = "ablation" if table.number in TABLES else "main_results"
+    rows = " ".join(f'"{label}"' for label in labels)
+    command = (
+        f"python experiments/{script}.py --table {table.number} --rows {rows} "
+        f"--protocol {protocol.name} --seeds {seed}"
+    )
+    return f"{command} --results {shlex.quote(str(results))}" if results else command
+
 
 if __name__ == "__main__":
     raise SystemExit(main(TABLES, PROTOCOLS, __doc__))

@@ -44,9 +44,10 @@ from experiments.engine.jobs.progress import ProgressDisplay
 from experiments.engine.machine.gpu import choose_device, prepare_torch
 from experiments.engine.records.files import require_space
 from experiments.engine.records.store import Store
+from experiments.engine.records.trained import require_trained
 from experiments.engine.records.tree import warn_without_commit
 from experiments.engine.runtime.progress import Progress, Report, ignore_progress
-from experiments.engine.specs.rows import Row, table_of
+from experiments.engine.specs.rows import Row, Table, table_of
 from experiments.engine.specs.spec import Evaluate, spec_id
 from experiments.engine.specs.stages import evaluate_stage
 
@@ -114,8 +115,13 @@ def _parse() -> argparse.Namespace:
 
 
 def _draw(args: argparse.Namespace) -> int:
-    row = _row_of(args)
+    table, row = _find_row(args)
     spec = _spec_of(args, row)
+    store = open_store(args.results)
+    command = ablation.train_command(
+        table, [row.label], PROTOCOLS[args.protocol], args.seed, args.results
+    )
+    require_trained(spec, store, command)
     require_data(spec.data)
 
     from experiments.engine.diffusion.build import build_diffusion
@@ -129,7 +135,6 @@ def _draw(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     prepare_torch(device)
     resources = Resources(device, sample_batch=args.batch, **acceleration_flags(args, device))
-    store = open_store(args.results)
     store.check_writable()
     warn_without_commit()
 
@@ -157,8 +162,8 @@ def _draw(args: argparse.Namespace) -> int:
     return 0
 
 
-def _row_of(args: argparse.Namespace) -> Row:
-    """Return the row that the options name. Raise ValueError if it has no network."""
+def _find_row(args: argparse.Namespace) -> tuple[Table, Row]:
+    """Return the row that the options name, and its table. Raise ValueError without a network."""
     protocol = PROTOCOLS[args.protocol]
     if args.table:
         table = TABLES[args.table]
@@ -169,7 +174,7 @@ def _row_of(args: argparse.Namespace) -> Row:
         raise ValueError(
             f"row {args.row!r} holds published numbers only: there is no network to sample"
         )
-    return row
+    return table, row
 
 
 def _spec_of(args: argparse.Namespace, row: Row) -> Evaluate:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from analysis.probes.declared import DiffusersLocality, Locality, Probe, declared, of_training
-from analysis.query import TRAINED, train_command, trained_row, trained_rows
+from analysis.query import TRAINED, trained_row, trained_rows
+from experiments.ablation import train_command
 from experiments.engine.machine.system_errors import require_file
 from experiments.engine.records.store import Store
 from experiments.engine.specs.rows import Table

@@ -68,6 +68,11 @@ def compute_pieces(
             yield _read(folder, piece) or compute(piece)
 
 
+def count_missing(folder: Path, num: int) -> int:
+    """Return how many of the pieces 0 to num - 1 are not in `folder`."""
+    return sum(not _path(folder, piece).exists() for piece in range(num))
+
+
 def _path(folder: Path, piece: int) -> Path:
     return folder / f"{piece:06d}.npz"
 

@@ -22,6 +22,7 @@ from experiments.engine.numerics.cuda_graphs import Launch, run_eagerly
 from experiments.engine.numerics.precision import precision
 from experiments.engine.numerics.randomness import ImageNoise, seed_at
 from experiments.engine.sampling.counting import CountingModel
+from experiments.engine.sampling.forecast import Watch, ignore_step
 from experiments.engine.specs.spec import Checkpoint, Evaluate, Sampler, Train
 
 
@@ -53,7 +54,9 @@ class NetworkSampler:
         self.times = diffusion.times
         self.run = bind_sampler(sampler, diffusion, gradient, launch)
 
-    def sample(self, model: Model, y: Tensor, seeds: list[int]) -> Tensor:
+    def sample(
+        self, model: Model, y: Tensor, seeds: list[int], watch: Watch = ignore_step
+    ) -> Tensor:
         """Sample a batch (n, C, H, W) for labels (n,), one seed for each image."""
         shape = (self.data.channels, self.data.size, self.data.size)
         guided = Guided(
@@ -64,7 +67,8 @@ class NetworkSampler:
             interval=self.sampler.interval,
             times=self.times,
         )
-        *_, x = self.run(guided, y, ImageNoise(seeds, shape, self.device))
+        for x in self.run(guided, y, ImageNoise(seeds, shape, self.device)):
+            watch(x)
         return x
 
 
@@ -74,6 +78,7 @@ def generate_images(
     device: torch.device,
     batch: int,
     within: range | None = None,
+    watch: Watch = ignore_step,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Generate the images of a spec in the order of their index.
 
@@ -83,6 +88,7 @@ def generate_images(
         device: where the model is.
         batch: images at a time.
         within: indices to generate; all by default.
+        watch: hears each step of the network, or of a system's base model.
 
     Yields:
         Images (n, C, H, W), unfolded, and their labels (n,), on the CPU.
@@ -104,7 +110,7 @@ def generate_images(
         indices = slice(start, min(start + batch, within.stop))
         y = labels[indices].to(device)
         with precision(spec.precision, device):
-            x = base.sample(model, y, seeds[indices])
+            x = base.sample(model, y, seeds[indices], watch)
             if upsampler is not None:
                 # ADM's scripts write the small images to a file of 8 bits in between.
                 assert model.upsampler is not None, "the spec names an upsampler"

@@ -24,9 +24,10 @@ from experiments.engine.data.quantise import to_uint8
 from experiments.engine.numerics.weights import digest
 from experiments.engine.records.files import read_json, require_space, written_whole
 from experiments.engine.runtime.context import RunContext
-from experiments.engine.runtime.pieces import compute_pieces
+from experiments.engine.runtime.pieces import compute_pieces, count_missing
 from experiments.engine.runtime.progress import Progress
 from experiments.engine.sampling.counting import CountingModel
+from experiments.engine.sampling.forecast import watch_sampling
 from experiments.engine.sampling.generate import (
     can_capture_steps,
     generate_images,
@@ -47,6 +48,7 @@ BATCH = 64  # images in memory while a set is read
 BATCH_ON_CPU = 25  # fixed, because convolutions on a CPU round by the size of the batch
 QUANTISER = "trunc(clamp(127.5 x + 128, 0, 255))"
 ORDER = "shuffled by numpy's default_rng(0)"
+COUNTS = "counts"  # folder of how many evaluations each chunk took
 ORIGIN = "made.json"  # what the images in a folder were made with
 
 
@@ -191,7 +193,7 @@ def fill_sample_folder(
         missing = [path for path in _chunk_paths(folder, spec.num) if not path.exists()]
         require_space(folder, min(spec.num, len(missing) * CHUNK) * image_bytes(spec), "--results")
     writer = _ChunkWriter(spec, folder, source, context)
-    counts = compute_pieces(context, folder / "counts", len(writer.paths), writer.write)
+    counts = compute_pieces(context, folder / COUNTS, len(writer.paths), writer.write)
     evaluated = sum(int(arrays["evaluated"]) for arrays in counts)
     writer.model.release_graphs()
     return SampleSet(spec, folder, context.group.broadcast(evaluated) / spec.num)
@@ -236,6 +238,8 @@ class _ChunkWriter:
         self.batch = sampling_batch(context.device, context.resources.sample_batch)
         capture_steps = context.resources.graphs and can_capture_steps(spec)
         self.model = CountingModel(source.network, capture_steps)
+        left = min(spec.num, count_missing(folder / COUNTS, len(self.paths)) * CHUNK)
+        self.watch = watch_sampling(spec.sampler, left, min(self.batch, CHUNK), context.group)
         self.started = time.perf_counter()
         self.num_written = 0  # images
 
@@ -243,7 +247,8 @@ class _ChunkWriter:
         """Generate and write one chunk; return how many evaluations it took."""
         evaluated = self.model.evaluated
         within = range(number * CHUNK, min((number + 1) * CHUNK, self.spec.num))
-        generated = generate_images(self.spec, self.model, self.context.device, self.batch, within)
+        device = self.context.device
+        generated = generate_images(self.spec, self.model, device, self.batch, within, self.watch)
         levels = torch.cat([to_uint8(self.decode(x)) for x, _ in generated])
 
         # One channel is written as three equal ones: (n, C, H, W) -> (n, H, W, 3).

@@ -28,8 +28,9 @@ from experiments.engine.judges.classifiers import (
 from experiments.engine.numerics.weights import digest
 from experiments.engine.records.score_names import CLASSIFIER_SCORES, DIGITS_JUDGE, JUDGES
 from experiments.engine.runtime.context import RunContext
-from experiments.engine.runtime.pieces import Arrays, compute_pieces
+from experiments.engine.runtime.pieces import Arrays, compute_pieces, count_missing
 from experiments.engine.sampling.counting import CountingModel
+from experiments.engine.sampling.forecast import watch_sampling
 from experiments.engine.sampling.generate import can_capture_steps, generate_images
 from experiments.engine.sampling.networks import load_networks
 from experiments.engine.sampling.samples import QUANTISER
@@ -152,11 +153,14 @@ def _draw_samples(
     """Sample and classify all images, each rank its share of the batches; None but on the first."""
     capture = context.resources.graphs and can_capture_steps(spec)
     counting = CountingModel(network, capture)
+    num_batches = math.ceil(spec.num / batch)
+    left = min(spec.num, count_missing(folder, num_batches) * batch)
+    watch = watch_sampling(spec.sampler, left, batch, context.group)
 
     def draw_batch(number: int) -> Arrays:
         before = counting.evaluated
         indices = range(number * batch, min((number + 1) * batch, spec.num))
-        ((x, y),) = generate_images(spec, counting, context.device, batch, indices)
+        ((x, y),) = generate_images(spec, counting, context.device, batch, indices, watch)
         features, probabilities = classifier.extract(x)
         return {
             "features": features,
@@ -166,7 +170,6 @@ def _draw_samples(
         }
 
     # Batches are cut as one process would cut them, so that no number depends on the group.
-    num_batches = math.ceil(spec.num / batch)
     batches = list(compute_pieces(context, folder, num_batches, draw_batch))
     counting.release_graphs()
     if not context.group.first:

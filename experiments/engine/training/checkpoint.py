@@ -9,7 +9,6 @@ import copy
 import errno
 import hashlib
 import os
-import re
 import shutil
 import sys
 import threading
@@ -21,8 +20,7 @@ import torch
 from torch import Tensor
 
 from experiments.engine.records.files import sync_folder, written_whole
-
-_NAME = re.compile(r"step-(\d{8})-([0-9a-f]{16})\.pt")
+from experiments.engine.records.trained import CHECKPOINT_NAME
 
 
 class Writer:
@@ -190,13 +188,13 @@ def load_newest(
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    names = (path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name))
+    names = (path for path in folder.glob("step-*.pt") if CHECKPOINT_NAME.fullmatch(path.name))
     return sorted(names, reverse=True)
 
 
 def _parse(path: Path) -> tuple[int, str]:
     """Return the step and the checksum in a checkpoint's name."""
-    match = _NAME.fullmatch(path.name)
+    match = CHECKPOINT_NAME.fullmatch(path.name)
     assert match is not None, path
     return int(match[1]), match[2]
 
