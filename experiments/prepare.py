@@ -56,7 +56,6 @@ JUDGE_HELP = """Train the classifier whose features score samples of CIFAR-10.
 It sees the training part alone and takes about 40 core-minutes. The committed judge was made in
 this way; another machine's judge differs in its last digits, and scores name the judge by its hash.
 """
-IMAGENET_IMAGES = 1_281_167  # ILSVRC 2012's training images
 LATENT_PROTOCOLS = {
     name: protocol for name, protocol in PROTOCOLS.items() if name.startswith("imagenet")
 }
@@ -250,6 +249,7 @@ def prepare_latents(args: argparse.Namespace) -> int:
 
 def _print_listing(pictures: Pictures) -> None:
     """Say how labels count the classes, what is left out, and whether the number is ImageNet's."""
+    from experiments.engine.data.checks import IMAGENET_IMAGES
     from experiments.engine.data.pictures import describe_labels, describe_left_out
 
     print(describe_labels(pictures.classes))
@@ -264,10 +264,12 @@ def _print_listing(pictures: Pictures) -> None:
 
 def _print_manifest(manifest: dict[str, Any]) -> None:
     from experiments.engine.data.latent_statistics import describe_statistics
-    from experiments.engine.data.pictures import describe_modes, show_name
+    from experiments.engine.data.pictures import describe_left_out, describe_modes, show_name
 
     for name, reason in manifest["skipped"].items():
         print(f"skipped {show_name(name)}: {reason}")
+    if manifest.get("unreadable"):
+        print(f"cannot be decoded: {describe_left_out(manifest['unreadable'])}")
     converted = "unknown, older shards do not say"
     if "converted" in manifest:
         converted = describe_modes(manifest["converted"]) or "none"

@@ -158,9 +158,17 @@ def use(**choices: str) -> Iterator[None]:
         _forced.update(before)
 
 
-def references() -> dict[str, str]:
-    """Return the arguments of `use` that force the reference of every op."""
-    return {name: list(op.choices)[-1] for name, op in _ops.items()}
+def references(instead_of: str | None = None) -> dict[str, str]:
+    """Return the arguments of `use` that force references.
+
+    Args:
+        instead_of: a choice; ops without it are left alone. None: every op has its reference.
+    """
+    return {
+        name: list(op.choices)[-1]
+        for name, op in _ops.items()
+        if instead_of is None or instead_of in op.choices
+    }
 
 
 def used() -> dict[str, list[str]]:

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from experiments.engine.diffusion.iddpm import IDDPM
 from experiments.engine.jobs.execute import execute
+from experiments.engine.judges import classifiers as features
 from experiments.engine.records.store import Record, Store
 from experiments.engine.runtime import failures, preemption
 from experiments.engine.runtime.context import Resources
 from experiments.engine.runtime.group import Group
 from experiments.engine.runtime.heartbeat import is_live, read_heartbeat
-from experiments.engine.scoring import classified, features
+from experiments.engine.scoring import classified
 from experiments.engine.specs.spec import Recipe, Stage, Train, spec_id
 from experiments.engine.training import stage as training_stage
 from experiments.engine.training.trainer import Trainer

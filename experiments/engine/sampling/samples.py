@@ -22,7 +22,7 @@ from torch import nn
 from experiments.engine.data.image_files import write_images
 from experiments.engine.data.quantise import to_uint8
 from experiments.engine.numerics.weights import digest
-from experiments.engine.records.files import require_space, written_whole
+from experiments.engine.records.files import read_json, require_space, written_whole
 from experiments.engine.runtime.context import RunContext
 from experiments.engine.runtime.pieces import compute_pieces, count_missing
 from experiments.engine.runtime.progress import Progress
@@ -81,7 +81,7 @@ class SampleSet:
     def __init__(self, spec: Evaluate, folder: Path, nfe: float) -> None:
         self.spec = spec
         self.nfe = nfe
-        self.origin: dict[str, Any] = json.loads((folder / ORIGIN).read_text())
+        self.origin = _read_origin(folder / ORIGIN)
         self.index = np.random.default_rng(0).permutation(spec.num)
         labels = image_labels(spec.labels, spec.num, spec.data.num_classes, spec.seed)
         self.labels = labels.numpy()[self.index]
@@ -221,7 +221,7 @@ def _keep_origin(folder: Path, origin: dict[str, Any], first: bool) -> None:
     """Write what the images are made with, or compare it with what is there."""
     path = folder / ORIGIN
     if path.exists():
-        there = json.loads(path.read_text())
+        there = _read_origin(path)
         keys = sorted(there.keys() | origin.keys())
         changed = [key for key in keys if there.get(key) != origin.get(key)]
         if changed:
@@ -232,6 +232,15 @@ def _keep_origin(folder: Path, origin: dict[str, Any], first: bool) -> None:
     elif first:
         with written_whole(path) as file:
             file.write(json.dumps(origin, indent=1, sort_keys=True).encode())
+
+
+def _read_origin(path: Path) -> dict[str, Any]:
+    """Read what images were made with; ValueError that names the file if it is damaged."""
+    advice = f"remove the folder {path.parent} to draw the images anew"
+    there = read_json(path, advice)
+    if not isinstance(there, dict):
+        raise ValueError(f"{path}: no JSON object; {advice}")
+    return there
 
 
 class _ChunkWriter:

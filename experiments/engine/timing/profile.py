@@ -25,12 +25,14 @@ def profile_task(spec: Profile, folder: Path) -> dict[str, Any]:
 
     An operator is timed between two synchronisations, so the operators' sum exceeds the call's
     time. What a call spends between operators (Python, launches, kernels outside PyTorch's
-    operators) cannot be separated from that and is not shown.
+    operators) cannot be separated from that and is not shown. Passes in C, which no operator shows,
+    give way to their references.
     """
     timing = spec.timing
     device = torch.device(timing.device)
     network = Cost(timing.backbone, timing.size, timing.channels, timing.num_classes)
-    with precision(timing.precision, device), kernels.use(**timing.kernels):
+    shown = kernels.references(instead_of="rows") | timing.kernels
+    with precision(timing.precision, device), kernels.use(**shown):
         # Refuse what is wrong, and let the record name the kernels of the task, not of the check.
         check_against_reference(network, timing, device)
         kernels.reset_used()

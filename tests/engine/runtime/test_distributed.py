@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from experiments.engine.data.sets import batch_indices, load
+from experiments.engine.judges import classifiers as features
 from experiments.engine.runtime.attempts import read_attempts
 from experiments.engine.runtime.context import Resources, RunContext
 from experiments.engine.runtime.heartbeat import read_heartbeat
 from experiments.engine.runtime.preemption import LOST, TRY_AGAIN
 from experiments.engine.sampling.generate import generate_images
-from experiments.engine.scoring import classified, features
+from experiments.engine.scoring import classified
 from experiments.engine.scoring import stage as scoring
 from experiments.engine.specs.spec import Evaluate, Sampler, spec_id
 from experiments.engine.training.trainer import build
