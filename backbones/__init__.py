@@ -27,6 +27,7 @@ from backbones import (  # noqa: F401  (importing a family registers it)
     ldm,
     lightningdit,
     sit,
+    terdit,
     udit,
     uvit,
 )

@@ -282,16 +282,21 @@ class ConvFinal(nn.Module):
 class PatchFinal(nn.Module):
     """Apply DiT's head, adaLN and a linear layer: (N, T, D), (N, D) -> (N, T, p*p*C_out).
 
-    `norm` replaces its LayerNorm.
+    `norm` replaces its LayerNorm; `c_dim` is the condition's width if that is not D.
     """
 
     def __init__(
-        self, dim: int, patch: int, out_channels: int, norm: nn.Module | None = None
+        self,
+        dim: int,
+        patch: int,
+        out_channels: int,
+        norm: nn.Module | None = None,
+        c_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.norm_final = norm or nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.linear = Linear(dim, patch * patch * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 2 * dim))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(c_dim or dim, 2 * dim))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)  # (N, 1, D)

@@ -37,6 +37,7 @@ from backbones.layers import (
     zero_,
 )
 from backbones.registry import Exceptions, register
+from backbones.rotary import rotate_pairs
 
 
 class DownsampledAttention(nn.Module):
@@ -64,8 +65,8 @@ class DownsampledAttention(nn.Module):
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x (4N, h, T, e)
 
         # Attend by the cosine of rotated queries and keys.
-        q = F.normalize(_rotate(q, rotation), dim=-1)
-        k = F.normalize(_rotate(k, rotation), dim=-1)
+        q = F.normalize(rotate_pairs(q, rotation), dim=-1)
+        k = F.normalize(rotate_pairs(k, rotation), dim=-1)
         scale = self.logit_scale.clamp(max=math.log(100)).exp()  # (h, 1, 1)
         weights = (q @ k.transpose(-2, -1) * scale).softmax(dim=-1)  # (4N, h, T, T)
         x = (weights.to(v.dtype) @ v).transpose(1, 2)  # (4N, T, h, e)
@@ -95,13 +96,6 @@ def rotary_table(grid: tuple[int, int], dim: int, like: Tensor) -> Tensor:
 
 def _positions(length: int, like: Tensor) -> Tensor:
     return torch.arange(length, dtype=torch.float64, device=like.device)
-
-
-def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn channel pairs, at least in float32: (..., T, e) by (T, e / 2)."""
-    x_real = x.to(torch.promote_types(x.dtype, torch.float32))
-    pairs = torch.view_as_complex(x_real.unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
 
 
 class RepFeedForward(nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from analysis.probes import implied
 from analysis.probes.implied import Weights
 from analysis.probes.watch import Grid, Layer, Operation, num_tokens
-from backbones import adm, dico, dig, dim, dimr, dimsum, dis, ldm, lightningdit, udit, uvit
+from backbones import adm, dico, dig, dim, dimr, dimsum, dis, ldm, lightningdit, terdit, udit, uvit
 from backbones.layers import SelfAttention
 from backbones.mamba import COLUMNS, COLUMNS_BACK, ROWS, ROWS_BACK, Mamba, reorder
 from backbones.mixers import agent, conv, focused_linear, softmax, window
@@ -169,6 +169,7 @@ FINDERS: tuple[tuple[type[nn.Module], Callable[[Candidate], Layer | None]], ...]
     (softmax.SoftmaxAttention, _softmax),  # before the class that it derives from
     (SelfAttention, _token_attention),
     (lightningdit.RotaryAttention, _token_attention),
+    (terdit.RotaryAttention, _token_attention),
     (window.WindowAttention, _window),
     (agent.AgentAttention, _agent),
     (focused_linear.FocusedLinearAttention, _focused_linear),

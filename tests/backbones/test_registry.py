@@ -125,6 +125,10 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any], list[str]]] = [
     ("lightningdit_b_1", {"rope": False, "heads": 5}, ["dim by heads", "768", "5"]),
     ("flowdcn_s_2", {"input_size": 7}, ["divisible by patch", "7"]),
     ("flowdcn_s_2", {"groups": 5}, ["dim by groups", "384", "5"]),
+    ("terdit_600m", {"input_size": 7}, ["divisible by patch", "7"]),
+    ("terdit_600m", {"heads": 5}, ["twice the heads", "1536", "5"]),
+    ("terdit_600m", {"alpha": "mean"}, ["'mean'", "normal, absmean"]),
+    ("terdit_600m", {"packed": True, "ternary": False}, ["ternary=True"]),
     ("diffussm_xl", {"input_size": 9}, ["divisible by group", "9"]),
 ]
 
