@@ -163,7 +163,7 @@ class DyDiTBlock(nn.Module):
         groups = self.mlp_rate(time[:1], None)[0]  # (h,)
         h = adaln(rows[on, None], shift2[image], scale2[image])[:, 0]  # (R, D)
         branch = gate2[image, 0] * self.mlp.gather(h, groups)  # (R, D)
-        return rows.index_add(0, on, branch).view(n, t, d)
+        return rows.index_add(0, on, branch.to(rows.dtype)).view(n, t, d)
 
 
 class DyDiT(nn.Module):
@@ -324,6 +324,7 @@ class DyDiT(nn.Module):
                 "the gathered path cuts weights for one time: give all images of a batch the same t"
             )
         x, c, time = self._embed(x, t, y)
+        c = c.expand(len(x), -1)  # a gathered token looks up its image's row
         for block in self.blocks:
             assert isinstance(block, DyDiTBlock)
             x = block.forward_gathered(x, c, time)  # (N, T, D)

@@ -25,7 +25,7 @@ from experiments.engine.data.locate import JUDGE_WEIGHTS, find_cifar10, folder_o
 from experiments.engine.jobs.progress import images_line
 from experiments.engine.machine.cores import find_cores
 from experiments.engine.machine.gpu import choose_device, prepare_torch
-from experiments.engine.records.files import written_whole
+from experiments.engine.records.files import require_target, written_whole
 
 if TYPE_CHECKING:
     from experiments.engine.data.pictures import Pictures
@@ -56,7 +56,6 @@ JUDGE_HELP = """Train the classifier whose features score samples of CIFAR-10.
 It sees the training part alone and takes about 40 core-minutes. The committed judge was made in
 this way; another machine's judge differs in its last digits, and scores name the judge by its hash.
 """
-IMAGENET_IMAGES = 1_281_167  # ILSVRC 2012's training images
 LATENT_PROTOCOLS = {
     name: protocol for name, protocol in PROTOCOLS.items() if name.startswith("imagenet")
 }
@@ -194,6 +193,7 @@ def prepare_judge(args: argparse.Namespace) -> int:
 
     if args.out.exists():
         raise ValueError(f"{args.out} exists already; remove it or choose another --out")
+    require_target(args.out, "--out")
     data = unfolded(CIFAR10_16.data)
     train, test = load(data), load(data, Part.TEST)
     assert isinstance(train, ImageSet)
@@ -205,7 +205,6 @@ def prepare_judge(args: argparse.Namespace) -> int:
         print(f"epoch {epoch} of {EPOCHS}: loss {loss:.4f}", flush=True)
         network = trained
     assert network is not None, "a judge takes at least one epoch"
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(args.out) as file:
         file.write(save_judge(network.eval()))
     judge, sha256 = load_judge(args.out)
@@ -250,6 +249,7 @@ def prepare_latents(args: argparse.Namespace) -> int:
 
 def _print_listing(pictures: Pictures) -> None:
     """Say how labels count the classes, what is left out, and whether the number is ImageNet's."""
+    from experiments.engine.data.checks import IMAGENET_IMAGES
     from experiments.engine.data.pictures import describe_labels, describe_left_out
 
     print(describe_labels(pictures.classes))
@@ -264,10 +264,12 @@ def _print_listing(pictures: Pictures) -> None:
 
 def _print_manifest(manifest: dict[str, Any]) -> None:
     from experiments.engine.data.latent_statistics import describe_statistics
-    from experiments.engine.data.pictures import describe_modes, show_name
+    from experiments.engine.data.pictures import describe_left_out, describe_modes, show_name
 
     for name, reason in manifest["skipped"].items():
         print(f"skipped {show_name(name)}: {reason}")
+    if manifest.get("unreadable"):
+        print(f"cannot be decoded: {describe_left_out(manifest['unreadable'])}")
     converted = "unknown, older shards do not say"
     if "converted" in manifest:
         converted = describe_modes(manifest["converted"]) or "none"

@@ -154,6 +154,17 @@ def test_the_gathered_path_serves_inference_if_asked_to_and_needs_one_time():
     assert "\n" not in str(refusal.value)
 
 
+def test_the_gathered_path_runs_in_half_precision_and_with_one_condition_for_all():
+    model = randomise(network()).eval()
+    x, t, y = inputs(37)
+    with torch.no_grad():
+        exact = model.forward_gathered(x, t, y)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert relative_rms(model.forward_gathered(x, t, y), exact) < 0.1
+        shared = model.forward_gathered(x, t[:1], y[:1])
+        assert relative_rms(shared, model.forward_gathered(x, t, y[:1].expand(3))) < 1e-5
+
+
 def test_a_network_fresh_from_a_dense_one_computes_its_output_bit_for_bit():
     tiny = backbones.tiny_options_of("dydit_s_2")
     dense = randomise(backbones.build("dit_s_2", **tiny | SMALL))

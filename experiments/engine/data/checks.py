@@ -6,22 +6,26 @@ A float array is read whole once. What was measured is kept beside it, by its si
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from experiments.engine.data.pictures import show_name
 from experiments.engine.machine.system_errors import explain, is_of_files, naming
 from experiments.engine.records.files import written_whole
+from experiments.engine.records.measured import measure_once
+from experiments.engine.specs.spec import Data
 
 CLASSES = "classes.txt"
 CHUNK = 1 << 24  # numbers that are in memory at a time
 TOLERANCE = 1e-6  # float32's rounding of a level
+MAX_LATENT = 1000.0  # published VAEs' latents stay below 100
+IMAGENET_IMAGES = 1_281_167  # ILSVRC 2012's training images
 MIN_REACH = 0.75  # a set of pixels in [-1, 1] reaches at least this far on both sides of 0
 
 
@@ -80,7 +84,9 @@ MEANS_AGREE = (
 )
 
 
-def check_cifar10(images: np.ndarray, labels: np.ndarray, split: str, source: str) -> str:
+def check_cifar10(
+    images: np.ndarray, labels: np.ndarray, split: str, source: str, paths: Sequence[Path] = ()
+) -> str:
     """Compare a split with CIFAR-10 by number, classes and content; return which copy it is.
 
     Args:
@@ -88,6 +94,7 @@ def check_cifar10(images: np.ndarray, labels: np.ndarray, split: str, source: st
         labels: integers (M,).
         split: 'train' or 'test'.
         source: 'torchvision' (its checksums were compared) or 'parquet'.
+        paths: the files, beside which the digest of their content is kept.
 
     Raises:
         ValueError: the images are not that split of CIFAR-10.
@@ -109,7 +116,7 @@ def check_cifar10(images: np.ndarray, labels: np.ndarray, split: str, source: st
         return "published"
 
     # Parquet files come in any order and encoding, so the digest knows no order ...
-    digest = content_digest(images, labels)
+    digest = _digest_once(images, labels, paths)
     if digest in known.digests:
         return known.digests[digest]
 
@@ -122,6 +129,16 @@ def check_cifar10(images: np.ndarray, labels: np.ndarray, split: str, source: st
                 f"{_levels(found)}, expected {_levels(means)}; {advice}"
             )
     return f"unknown copy, content {digest[:16]}"
+
+
+def _digest_once(images: np.ndarray, labels: np.ndarray, paths: Sequence[Path]) -> str:
+    """Digest decoded images, or take what was kept beside their files by this version of PIL."""
+    if not paths:
+        return content_digest(images, labels)
+    digest = measure_once(
+        paths, "content", lambda: content_digest(images, labels), version=Image.__version__
+    )
+    return str(digest)
 
 
 def content_digest(images: np.ndarray, labels: np.ndarray) -> str:
@@ -194,33 +211,82 @@ def _has_grey_levels(images: np.ndarray) -> bool:
 
 
 def _range_of(path: Path, images: np.ndarray) -> tuple[float, float]:
-    """Least and greatest value of an array; NaN if it holds NaN.
+    """Least and greatest value of a file's array, measured once; NaN if it holds NaN."""
+    low, high = measure_once([path], "range", lambda: _extremes(images))
+    return float(low), float(high)
 
-    The range is kept beside the array, in a file that names the array's size and time of change.
-    """
-    status = path.stat()
-    state = [status.st_size, status.st_mtime_ns]
-    kept = path.with_name(f".{path.name}.range.json")
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        stored = json.loads(kept.read_text())
-        if stored["state"] == state:
-            return float(stored["low"]), float(stored["high"])
 
-    # NaN passes through numpy's minimum and maximum.
-    extremes = np.array([(chunk.min(), chunk.max()) for chunk in _chunks(images)])
-    low = float(extremes[:, 0].min())
-    high = float(extremes[:, 1].max())
-
-    # Nothing is lost where the folder may only be read: the next load measures again.
-    with suppress(OSError), written_whole(kept) as file:
-        file.write(json.dumps({"state": state, "low": low, "high": high}).encode())
-    return low, high
+def _extremes(array: np.ndarray) -> list[float]:
+    """Least and greatest value of an array; both are NaN if it holds NaN, as numpy's are."""
+    extremes = np.array([(chunk.min(), chunk.max()) for chunk in _chunks(array)])
+    return [float(extremes[:, 0].min()), float(extremes[:, 1].max())]
 
 
 def _chunks(images: np.ndarray) -> list[np.ndarray]:
     """Cut an array into views of at most about CHUNK numbers, along its first axis."""
     rows = max(1, CHUNK // max(1, images[0].size))
     return [images[start : start + rows] for start in range(0, len(images), rows)]
+
+
+def check_latents(path: Path, latents: np.ndarray, kind: str) -> None:
+    """Raise ValueError, with the shard's name, unless its numbers can be latents.
+
+    Args:
+        path: file of the shard.
+        latents: float32 (n, 2, K, h, w), where moments hold means, then deviations.
+        kind: 'moments' or 'fixed'.
+    """
+    if not latents.size:
+        return
+    half = latents.shape[2] // 2
+    parts = {"samples": latents}
+    if kind == "moments":
+        parts = {"means": latents[:, :, :half], "deviations": latents[:, :, half:]}
+    ranges = measure_once(
+        [path], "latents", lambda: {name: _extremes(part) for name, part in parts.items()}
+    )
+
+    # Comparisons with NaN fail. Means that are all equal were never filled in.
+    for name in parts:
+        low, high = ranges[name]
+        if name == "deviations":
+            expected = f"above 0 and at most {MAX_LATENT:g}"
+            fits = low > 0 and high <= MAX_LATENT
+        else:
+            expected = f"not all equal, within {-MAX_LATENT:g}..{MAX_LATENT:g}"
+            fits = -MAX_LATENT <= low < high <= MAX_LATENT
+        if not fits:
+            raise ValueError(
+                f"{path}: its {name} lie in {low:.4g}..{high:.4g}, and those of a VAE are "
+                f"{expected}; remove it and its .json, then prepare the latents again"
+            )
+
+
+def check_number(data: Data, labels: np.ndarray) -> dict[str, str]:
+    """Compare a set that bears ImageNet's name with ImageNet's training images, by number.
+
+    Returns:
+        What a record must say of a part of ImageNet; empty for all of it, and for other sets.
+
+    Raises:
+        ValueError: there are more images than ImageNet has.
+    """
+    if not data.name.startswith("imagenet"):
+        return {}
+    if len(labels) > IMAGENET_IMAGES:
+        raise ValueError(
+            f"{data.name} holds {len(labels)} images, and ImageNet has {IMAGENET_IMAGES} training "
+            "images; some are there twice: prepare the set again"
+        )
+    classes = len(np.unique(labels))
+    if (len(labels), classes) == (IMAGENET_IMAGES, data.num_classes):
+        return {}
+    part = (
+        f"{len(labels)} of ImageNet's {IMAGENET_IMAGES} training images, "
+        f"{classes} of {data.num_classes} classes"
+    )
+    print(f"warning: {data.name} holds {part}; scores on them are not ImageNet's", file=sys.stderr)
+    return {"data_part": part}
 
 
 def write_classes(folder: Path, classes: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from experiments.engine.data.pictures import describe_modes
 from experiments.engine.machine.system_errors import explain, is_of_files
+from experiments.engine.records.measured import measure_once
 
 SHAPE = (32, 32, 3)
 
@@ -48,11 +49,15 @@ def read_cifar10(paths: list[Path], split: str) -> tuple[np.ndarray, np.ndarray,
 
 def file_digest(paths: list[Path]) -> str:
     """Digest the bytes of all files that `read_cifar10` would read, as SHA-256."""
-    digest = hashlib.sha256()
-    for path in paths:
-        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-            digest.update(file.read_bytes())
-    return digest.hexdigest()
+
+    def digest_bytes() -> str:
+        digest = hashlib.sha256()
+        for path in paths:
+            for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+                digest.update(file.read_bytes())
+        return digest.hexdigest()
+
+    return str(measure_once(paths, "bytes", digest_bytes))
 
 
 def _read_parquet(path: Path, converted: Counter[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -21,14 +21,20 @@ import numpy as np
 import torch
 
 from experiments.engine.data.autoencoder import PUBLISHED, Autoencoder
-from experiments.engine.data.checks import compare_classes, write_classes
+from experiments.engine.data.checks import check_latents, compare_classes, write_classes
 from experiments.engine.data.latent_statistics import (
     compare_statistics,
     describe_statistics,
     sum_moments,
 )
 from experiments.engine.data.latents import SCALE, shard_path
-from experiments.engine.data.pictures import Pictures, read_picture, show_name
+from experiments.engine.data.pictures import (
+    Pictures,
+    UnreadablePicture,
+    count_unreadable,
+    read_picture,
+    show_name,
+)
 from experiments.engine.data.quantise import from_uint8
 from experiments.engine.data.sets import prefetch
 from experiments.engine.numerics.randomness import generator_at
@@ -121,11 +127,13 @@ class ShardNotes:
 
     indices: pictures that were encoded, in the order of their rows.
     skipped: why a picture was left out, by its name.
+    unreadable: how many were left out, by reason.
     converted: how many pictures of other modes than RGB were converted, by mode.
     """
 
     indices: list[int] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    unreadable: Counter[str] = field(default_factory=Counter)
     converted: Counter[str] = field(default_factory=Counter)
 
 
@@ -152,12 +160,18 @@ def encode_pictures(job: EncodingJob, folder: Path, report: Report) -> dict[str,
     report(_num_done(job, folder), len(job.pictures.files))
 
     # First encode what nobody else does, then wait for the others, whose locks a kill releases.
-    for wait in (False, True):
-        for number in range(job.num_shards):
-            if _is_done(folder, number):
-                continue
-            _encode_shard_once(job, folder, number, wait)
-            report(_num_done(job, folder), len(job.pictures.files))
+    try:
+        for wait in (False, True):
+            for number in range(job.num_shards):
+                if _is_done(folder, number):
+                    continue
+                _encode_shard_once(job, folder, number, wait)
+                report(_num_done(job, folder), len(job.pictures.files))
+    except UnreadablePicture as error:
+        counts = count_unreadable(error, job.pictures, job.size, job.workers)
+        raise ValueError(
+            f"{counts}; --corrupt skip leaves such files out and counts them"
+        ) from None
     return _finish(job, folder)
 
 
@@ -223,6 +237,7 @@ def _encode_shard(job: EncodingJob, folder: Path, number: int) -> None:
 
     with written_whole(path) as file:
         np.save(file, rows[: len(notes.indices)])
+    check_latents(path, rows[: len(notes.indices)], job.latents)
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     _write_json(
@@ -230,6 +245,7 @@ def _encode_shard(job: EncodingJob, folder: Path, number: int) -> None:
         {
             "labels": [job.pictures.labels[index] for index in notes.indices],
             "skipped": notes.skipped,
+            "unreadable": notes.unreadable,
             "converted": notes.converted,
             "sums": sums.tolist(),
             "sha256": sha256,
@@ -242,22 +258,21 @@ def _encode(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield index and moments (2, 2C, h, w) of each picture and its flip."""
 
-    def read(index: int) -> tuple[np.ndarray, str] | str:
+    def read(index: int) -> tuple[np.ndarray, str] | UnreadablePicture:
         """Pixels and mode of a picture, or why it is left out."""
         try:
             return read_picture(job.pictures.root / job.pictures.files[index], job.size)
-        except ValueError as error:
+        except UnreadablePicture as error:
             if job.skip:
-                return str(error)
-            raise ValueError(
-                f"{error}; --corrupt skip leaves such files out and counts them"
-            ) from None
+                return error
+            raise
 
     depth = 4 * max(job.workers, job.vae.batch)
     group: list[tuple[int, np.ndarray]] = []
     for index, picture in zip(indices, prefetch(read, indices, job.workers, depth), strict=True):
-        if isinstance(picture, str):
-            notes.skipped[job.pictures.files[index]] = picture
+        if isinstance(picture, UnreadablePicture):
+            notes.skipped[job.pictures.files[index]] = str(picture)
+            notes.unreadable[picture.reason] += 1
             continue
         pixels, mode = picture
         if mode != "RGB":
@@ -339,7 +354,9 @@ def _summary(job: EncodingJob, shards: list[dict[str, Any]], labels: np.ndarray)
         "skipped": {name: why for shard in shards for name, why in shard["skipped"].items()},
     }
 
-    # Shards that were made before modes were counted do not say.
+    # Shards that were made before modes and reasons were counted do not say.
+    reasons = (Counter(shard.get("unreadable", {})) for shard in shards)
+    summary["unreadable"] = sum(reasons, Counter())
     modes = [shard.get("converted") for shard in shards]
     if None not in modes:
         summary["converted"] = sum(map(Counter, modes), Counter())

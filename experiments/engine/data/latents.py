@@ -15,7 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.engine.data.checks import identify_classes, open_array
+from experiments.engine.data.checks import (
+    check_latents,
+    check_number,
+    identify_classes,
+    open_array,
+)
 from experiments.engine.data.locate import read_manifest
 from experiments.engine.numerics.randomness import seed_at
 from experiments.engine.specs.spec import Data
@@ -42,13 +47,20 @@ class LatentSet:
 
         # Index of the first image of every shard, and their number at the end.
         self.starts = np.cumsum([0, *manifest["shards"]])
+        _check_count(folder, manifest, int(self.starts[-1]))
         self.labels = _open_array(folder / "labels.npy", (int(self.starts[-1]),), np.int64)
+        _check_labels(folder, self.labels, data.num_classes)
+        self.identity |= check_number(data, self.labels)
+
+        # What was measured of a shard is kept beside it, so that only the first load reads all.
         channels = 2 * data.channels if data.latents == "moments" else data.channels
         rows = (2, channels, data.size, data.size)
         self.shards = [
             _open_array(shard_path(folder, number), (int(end - start), *rows), np.float32)
             for number, (start, end) in enumerate(pairwise(self.starts))
         ]
+        for number, shard in enumerate(self.shards):
+            check_latents(shard_path(folder, number), shard, data.latents)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -87,6 +99,27 @@ class LatentSet:
 def shard_path(folder: Path, number: int) -> Path:
     """Path of a shard."""
     return folder / f"shard-{number:05d}.npy"
+
+
+def _check_count(folder: Path, manifest: dict[str, Any], num: int) -> None:
+    """Raise ValueError unless the shards of a manifest add up to the number that it declares."""
+    declared = manifest.get("num_images", num)
+    if declared != num:
+        raise ValueError(
+            f"{folder / 'manifest.json'} declares {declared} images, and its shards hold {num}; "
+            "prepare the latents again"
+        )
+
+
+def _check_labels(folder: Path, labels: np.ndarray, num_classes: int) -> None:
+    """Raise ValueError unless labels name classes of the set."""
+    if labels.size and labels.min() >= 0 and labels.max() < num_classes:
+        return
+    there = f"{labels.min()}..{labels.max()}" if labels.size else "none"
+    raise ValueError(
+        f"{folder / 'labels.npy'}: labels must lie in 0..{num_classes - 1}, got {there}; "
+        "prepare the latents again"
+    )
 
 
 def _open_array(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import os
 import re
+import struct
+import sys
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from experiments.engine.machine.system_errors import explain
+from experiments.engine.machine.system_errors import OF_THE_MACHINE, explain
 
 # The endings that torchvision's ImageFolder takes, in any case.
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -23,6 +27,32 @@ COMPANION_FILES = frozenset({".ds_store", "desktop.ini", "ehthumbs.db", "icon\r"
 COMPANION_FOLDERS = frozenset(
     {"$recycle.bin", "@eadir", "__macosx", "lost+found", "system volume information"}
 )
+
+
+# What PIL's readers raise about a damaged file.
+DAMAGED = (
+    OSError,
+    EOFError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+class UnreadablePicture(ValueError):
+    """A picture that cannot be decoded.
+
+    reason: why, in the words under which such pictures are counted.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -199,7 +229,8 @@ def _is_picture(path: Path) -> bool:
     try:
         with Image.open(path):
             return True
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except DAMAGED as error:
+        _refuse_machine(path, error)
         return False
 
 
@@ -210,21 +241,71 @@ def read_picture(path: Path, size: int) -> tuple[np.ndarray, str]:
         Pixels, uint8 (size, size, 3), and PIL's name of the mode that was converted to RGB.
 
     Raises:
-        ValueError: the file cannot be decoded.
+        UnreadablePicture: the file cannot be decoded.
+        ValueError: the machine failed, and the file may be whole.
     """
     try:
         with Image.open(path) as image:
             # PIL would clip levels of more than 8 bits to white.
             if image.mode.startswith(("I", "F")):
-                raise ValueError(
-                    f"its levels are no bytes (mode {image.mode}); save it with 8 bits per channel"
+                raise UnreadablePicture(
+                    f"{show_name(path)} cannot be decoded: its levels are no bytes "
+                    f"(mode {image.mode}); save it with 8 bits per channel",
+                    "levels that are no bytes",
                 )
             mode = image.mode
             rgb = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{show_name(path)} cannot be decoded: {reason}") from None
+    except UnreadablePicture:
+        raise
+    except DAMAGED as error:
+        _refuse_machine(path, error)
+        text = " ".join(str(error).split())
+        message = f"{show_name(path)} cannot be decoded: {text}"
+        raise UnreadablePicture(message, _reason(path, error)) from None
     return centre_crop(rgb, size), mode
+
+
+def _refuse_machine(path: Path, error: Exception) -> None:
+    """Raise ValueError if the machine failed, such as for too many open files."""
+    if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+        raise ValueError(explain(error, "read", path)) from None
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Say in few words why a picture cannot be decoded, in the same words for all such pictures."""
+    if isinstance(error, Image.DecompressionBombError):
+        return "too many pixels"
+    if isinstance(error, UnidentifiedImageError):
+        return "of no known kind" if path.stat().st_size else "empty"
+    if isinstance(error, OSError) and error.errno is not None:
+        return os.strerror(error.errno)
+    return "damaged or cut short"
+
+
+def count_unreadable(first: UnreadablePicture, pictures: Pictures, size: int, workers: int) -> str:
+    """Decode all pictures and return in one line how many cannot be, by reason.
+
+    Args:
+        first: the picture that ended a command, which is named.
+        pictures: all of them.
+        size: side of the crops in pixels.
+        workers: threads that decode.
+    """
+
+    def judge(name: str) -> str:
+        try:
+            read_picture(pictures.root / name, size)
+        except UnreadablePicture as error:
+            return error.reason
+        return ""
+
+    print(f"{first}; counting all such pictures", file=sys.stderr, flush=True)
+    with ThreadPoolExecutor(workers) as threads:
+        reasons = Counter(filter(None, threads.map(judge, pictures.files)))
+    return (
+        f"{first}; {reasons.total()} of {len(pictures.files)} pictures cannot be decoded "
+        f"({describe_left_out(reasons)})"
+    )
 
 
 def describe_modes(modes: Mapping[str, int]) -> str:

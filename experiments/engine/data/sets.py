@@ -18,6 +18,7 @@ from torch import Tensor
 from experiments.engine.data.checks import (
     check_cifar10,
     check_levels,
+    check_number,
     identify_classes,
     open_array,
 )
@@ -132,6 +133,7 @@ def load(data: Data, part: Part = Part.TRAIN) -> ImageSet | LatentSet:
     labels = np.array(open_array(folder / "labels.npy"))
     array_set = ImageSet(images, labels, data, identify_classes(folder, data.num_classes))
     check_levels(folder / "images.npy", images)
+    array_set.identity |= check_number(data, labels)
     return array_set
 
 
@@ -228,7 +230,7 @@ def load_cifar10(data: Data, split: str) -> ImageSet:
     images, labels, identity = read_cifar10(paths, split)
     folded = fold(torch.from_numpy(images), data.fold).numpy()
     image_set = ImageSet(folded, labels, data, identity)
-    copy = check_cifar10(images, labels, split, identity["data_source"])
+    copy = check_cifar10(images, labels, split, identity["data_source"], paths)
     if copy != "published":
         identity["data_copy"] = copy
         print(

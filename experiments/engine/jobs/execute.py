@@ -192,8 +192,10 @@ def _follow(spec: Stage, store: Store, context: RunContext) -> Record:
 def _outlast_the_record(folder: Path) -> None:
     """Wait until rank 0 has recorded the failure: a scheduler may end it once this rank ends."""
     end = time.monotonic() + failures.POLL + 2 * failures.GRACE
-    while is_live(read_heartbeat(folder)) and time.monotonic() < end:
-        time.sleep(0.1)
+    # The failure is the error to report, and not that its record cannot be seen.
+    with suppress(OSError):
+        while is_live(read_heartbeat(folder)) and time.monotonic() < end:
+            time.sleep(0.1)
 
 
 def _hold(spec: Stage, store: Store, group: Group) -> AbstractContextManager[Heartbeat | None]:

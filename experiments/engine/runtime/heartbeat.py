@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.engine.machine.environment import read_number, read_variable
+from experiments.engine.machine.system_errors import naming
 from experiments.engine.records.files import say_who_holds, sign_lock, take_lock, written_whole
 
 INTERVAL = 5.0  # seconds between two heartbeats
@@ -73,7 +74,11 @@ def queue_id() -> str | None:
 
 
 def read_heartbeat(folder: Path) -> dict[str, Any] | None:
-    """Return the last heartbeat of a run and its `age` in seconds, or None."""
+    """Return the last heartbeat of a run and its `age` in seconds, or None.
+
+    Raises:
+        OSError: a heartbeat is there and cannot be read, so that nobody knows who works there.
+    """
     fields = _read(folder)
     if fields is None:
         return None
@@ -89,12 +94,13 @@ def is_live(heartbeat: dict[str, Any] | None) -> bool:
 
 def _read(folder: Path) -> dict[str, Any] | None:
     """Return the fields of a heartbeat and the time at which it was `written`, or None."""
+    path = folder / "heartbeat.json"
     try:
         # Opening the file makes a network file system look again.
-        with open(folder / "heartbeat.json", "rb") as file:
+        with naming("read", path), open(path, "rb") as file:
             fields = json.loads(file.read())
             written = os.fstat(file.fileno()).st_mtime
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return None
     if not isinstance(fields, dict) or not isinstance(fields.get("updated"), int | float):
         return None
@@ -184,8 +190,13 @@ class Heartbeat:
                 self._write()
 
     def _write(self) -> None:
+        # What cannot be read now may be another job's, and is read again with the next heartbeat.
+        try:
+            current = _read(self.folder)
+        except OSError:
+            return
+
         # A heartbeat of another owner means that another job works here now.
-        current = _read(self.folder)
         if self._written and current and current.get("owner") != self.fields["owner"]:
             self.taken_over = current
         if self.taken_over:

@@ -11,6 +11,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from experiments.engine.machine.system_errors import is_of_files, naming
 from experiments.engine.records.files import written_whole
 from experiments.engine.runtime.context import RunContext
 from experiments.engine.runtime.heartbeat import RunState
@@ -82,9 +83,19 @@ def _keep(folder: Path, piece: int, arrays: Arrays) -> None:
 
 
 def _read(folder: Path, piece: int) -> Arrays | None:
-    """Return a result, or None if its file is gone or damaged: the archive has checksums."""
+    """Return a result, or None if its file is gone or damaged: the archive has checksums.
+
+    Raises:
+        OSError: the file is there and the system does not let it be read.
+    """
+    path = _path(folder, piece)
     try:
-        with np.load(_path(folder, piece), allow_pickle=False) as stored:
+        with naming("read", path), np.load(path, allow_pickle=False) as stored:
             return dict(stored)
-    except (OSError, ValueError, BadZipFile):
+    except (FileNotFoundError, ValueError, EOFError, BadZipFile):
+        return None
+    except OSError as error:
+        # Only a library's own error, without a number, is about the content.
+        if is_of_files(error):
+            raise
         return None

@@ -32,7 +32,12 @@ from tests.support.latent_sets import declared, ignore_progress, write_pictures,
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".lock"}
+    """The files of a folder, without locks and what was measured of the files."""
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.suffix != ".lock" and not path.name.startswith(".")
+    }
 
 
 def in_processes(*jobs: Callable[[], object]) -> list[int]:
@@ -85,7 +90,7 @@ def test_the_manifest_says_what_was_made(job: EncodingJob, latents: Path):
     assert not [
         path
         for path in latents.iterdir()
-        if path.name.startswith(".") or path.name.startswith("shard") and path.suffix == ".lock"
+        if path.suffix == ".tmp" or path.name.startswith("shard") and path.suffix == ".lock"
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import socket
@@ -12,10 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from experiments.engine.machine.system_errors import explain
 from experiments.engine.records.files import take_lock
-from experiments.engine.runtime import heartbeat
+from experiments.engine.runtime import heartbeat, pieces
 from experiments.engine.runtime.heartbeat import (
     STALE_AFTER,
     Heartbeat,
@@ -25,6 +28,20 @@ from experiments.engine.runtime.heartbeat import (
     read_heartbeat,
 )
 from tests.support.heartbeats import heartbeat_in, leave_heartbeat
+
+
+def refuse_to_open(patch: pytest.MonkeyPatch, module: Any, number: int) -> list[str]:
+    """Let `open` in a module fail for heartbeats; return the paths that were refused."""
+    refused: list[str] = []
+
+    def refuse(path: Path, *mode: str) -> Any:
+        if path.name != "heartbeat.json":
+            return open(path, *mode)
+        refused.append(str(path))
+        raise OSError(number, os.strerror(number), os.fspath(path))
+
+    patch.setattr(module, "open", refuse, raising=False)
+    return refused
 
 
 @pytest.fixture
@@ -78,6 +95,70 @@ def test_a_broken_heartbeat_is_none(text: str, tmp_path: Path):
     assert read_heartbeat(tmp_path) is None
     assert not is_live(None)
     assert read_heartbeat(tmp_path / "nowhere") is None
+
+
+NUMBERS = [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOTDIR, errno.ENOENT]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_only_a_heartbeat_that_is_not_there_is_none(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    leave_heartbeat(tmp_path)
+    refuse_to_open(monkeypatch, heartbeat, number)
+    if number == errno.ENOENT:
+        assert read_heartbeat(tmp_path) is None
+        return
+    with pytest.raises(OSError) as failure:
+        read_heartbeat(tmp_path)
+    assert explain(failure.value).startswith(f"cannot read {tmp_path / 'heartbeat.json'}: ")
+    with pytest.raises(OSError), claim_run(tmp_path):
+        pass
+    monkeypatch.undo()
+    assert heartbeat_in(tmp_path)["owner"] == "other"
+
+
+def test_a_heartbeat_that_cannot_be_read_for_a_while_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(heartbeat, "INTERVAL", 0.01)
+    with claim_run(tmp_path) as beat:
+        with monkeypatch.context() as patch:
+            refused = refuse_to_open(patch, heartbeat, errno.EIO)
+            beat.update(state=RunState.TRAINING, step=3)
+            while len(refused) < 3:
+                time.sleep(0.001)
+        while heartbeat_in(tmp_path)["step"] != 3:
+            time.sleep(0.001)
+    assert heartbeat_in(tmp_path)["state"] == "stopped"
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_only_a_piece_that_is_not_there_is_computed_again(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "000000.npz").touch()
+
+    def refuse(path: Path, **_: object) -> None:
+        raise OSError(number, os.strerror(number), os.fspath(path))
+
+    monkeypatch.setattr(pieces.np, "load", refuse)
+    if number == errno.ENOENT:
+        assert pieces._read(tmp_path, 0) is None
+        return
+    with pytest.raises(OSError) as failure:
+        pieces._read(tmp_path, 0)
+    assert explain(failure.value).startswith(f"cannot read {tmp_path / '000000.npz'}: ")
+
+
+@pytest.mark.parametrize("content", [b"", b"no", b"PK\3\4", None, b"\x93NUMPY"])
+def test_a_damaged_piece_is_computed_again(content: bytes | None, tmp_path: Path):
+    pieces._keep(tmp_path, 0, {"a": np.arange(3)})
+    whole = (tmp_path / "000000.npz").read_bytes()
+    again = pieces._read(tmp_path, 0)
+    assert again is not None and again["a"].tolist() == [0, 1, 2]
+    (tmp_path / "000000.npz").write_bytes(whole[:-30] if content is None else content)
+    assert pieces._read(tmp_path, 0) is None
 
 
 @pytest.mark.parametrize("skew", [0.0, -2 * STALE_AFTER, 2 * STALE_AFTER])

@@ -171,6 +171,10 @@ def test_pngs_are_lossless_and_named_by_index_and_label(tmp_path: Path):
     pictures = np.stack([np.asarray(Image.open(folder / name)) for name in names])
     np.testing.assert_array_equal(pictures, levels_of(drawn))
 
+    # Each file bears the spec's id and the digest of the weights.
+    for name in names:
+        assert Image.open(folder / name).info["set"] == f"{spec_id(SPEC)}-1"
+
 
 # ---- Published checkpoints
 
@@ -193,3 +197,19 @@ def test_a_published_checkpoint_is_sampled_under_its_own_id(tmp_path: Path):
     drawn = generate_samples(spec, RunContext(tmp_path / "runs" / "x", resources))
     assert (tmp_path / "runs" / spec_id(spec) / "samples").is_dir()
     np.testing.assert_array_equal(levels_of(drawn), levels_of(fill(tmp_path / "direct")))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b'{"network": ', b"[]", b"null", b"\xff\xfe", b"no"]
+)
+def test_a_damaged_origin_is_named(content: bytes, tmp_path: Path):
+    whole = fill(tmp_path / "set")
+    path = tmp_path / "set" / "made.json"
+    path.write_bytes(content)
+    for use in (
+        lambda: fill(tmp_path / "set"),
+        lambda: SampleSet(whole.spec, tmp_path / "set", whole.nfe),
+    ):
+        with pytest.raises(ValueError, match=r"set/made\.json: no JSON.*; remove the folder") as no:
+            use()
+        assert "\n" not in str(no.value)
