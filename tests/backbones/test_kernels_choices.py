@@ -138,6 +138,17 @@ def pointwise_gated(large: bool) -> tuple[list[Tensor], list[Tensor]]:
     return [x.contiguous(memory_format=torch.channels_last), gate, h, factor], parameters
 
 
+def deformable(large: bool) -> tuple[list[Tensor], list[Tensor]]:
+    n, side, groups, points, width = (2, 9, 3, 9, 8) if large else (2, 5, 2, 4, 3)
+    values, places, weights = draw(
+        (n, side, side, groups, width),
+        (n, side, side, groups, points, 2),
+        (n, side, side, groups, points),
+    )
+    # Points reach beyond the map on all sides.
+    return [values, 2 * places, weights], []
+
+
 # The position of each of the op's arguments among (activations, parameters).
 ORDER = {"selective_scan": (0, 1, 5, 2, 3, 6, 4, 7), "pointwise_gated": (0, 1, 2, 4, 5, 3)}
 CASES = {
@@ -160,6 +171,7 @@ CASES = {
     "adaln_pointwise": adaln_pointwise,
     "adaln_pointwise_gelu": adaln_pointwise,
     "pointwise_gated": pointwise_gated,
+    "deformable": deformable,
 }
 
 
