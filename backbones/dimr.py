@@ -2,8 +2,8 @@
 Models and Time-Dependent Layer Normalization", NeurIPS 2024.
 
 Source: arXiv:2406.09416 and github.com/qihao067/DiMR at fa141ae. The sizes XL/2R and G/2R are the
-authors'. The size XL/3R is a reconstruction: its configuration was not released, and only its
-number of parameters is known.
+authors'. The size XL/3R is a reconstruction: its configuration was not released. It has the 525M
+parameters that others report of it.
 
 A cascade of U-shaped branches, each on its own grid, low resolution first. The first is a
 transformer, the others are ConvNeXts. Every branch reads the whole noisy image. Time enters by
@@ -374,7 +374,7 @@ register(
     exceptions=Exceptions(open_head=_OPEN_HEAD, unreached={"stages.0.output_layer.*": _LOW_HEADS}),
 )
 
-# No configuration of three branches was released. This one has the published parameters.
+# A reconstruction: no configuration of three branches was released.
 register(
     DiMR,
     dict(

@@ -163,7 +163,7 @@ class DyDiTBlock(nn.Module):
         groups = self.mlp_rate(time[:1], None)[0]  # (h,)
         h = adaln(rows[on, None], shift2[image], scale2[image])[:, 0]  # (R, D)
         branch = gate2[image, 0] * self.mlp.gather(h, groups)  # (R, D)
-        return rows.index_add(0, on, branch).view(n, t, d)
+        return rows.index_add(0, on, branch.to(rows.dtype)).view(n, t, d)
 
 
 class DyDiT(nn.Module):
@@ -191,7 +191,7 @@ class DyDiT(nn.Module):
         if input_size % patch or dim % heads or dim % 4 or hidden % heads or heads < 2 or dim < 16:
             raise ValueError(
                 "DyDiT needs input_size divisible by patch, dim by heads and by 4, hidden channels "
-                "by heads, 2 heads and a dim of 16 or more, "
+                "by heads, at least 2 heads and a dim of at least 16, "
                 f"got input_size {input_size}, patch {patch}, dim {dim}, heads {heads}, "
                 f"mlp_ratio {mlp_ratio}"
             )
@@ -246,13 +246,16 @@ class DyDiT(nn.Module):
         """Start from the weights of a dense DiT; the routers keep theirs, all gates on at first.
 
         Raises:
-            ValueError: If the names differ by more than the routers.
+            ValueError: If names or shapes differ by more than the routers.
         """
-        own = {name for name in self.state_dict() if not _is_router(name)}
-        if differing := sorted(own ^ weights.keys()):
+        shapes = {name: value.shape for name, value in weights.items()}
+        state = self.state_dict()
+        own = {name: value.shape for name, value in state.items() if not _is_router(name)}
+        differing = sorted(name for name in own | shapes if own.get(name) != shapes.get(name))
+        if differing:
             raise ValueError(
-                f"not the weights of this network's dense DiT ({len(differing)} keys differ): "
-                + ", ".join(differing[:6])
+                f"not the weights of this network's dense DiT ({len(differing)} keys or shapes "
+                f"differ): {', '.join(differing[:6])}"
             )
         self.load_state_dict(weights, strict=False)
 
@@ -324,6 +327,7 @@ class DyDiT(nn.Module):
                 "the gathered path cuts weights for one time: give all images of a batch the same t"
             )
         x, c, time = self._embed(x, t, y)
+        c = c.expand(len(x), -1)  # a gathered token looks up its image's row
         for block in self.blocks:
             assert isinstance(block, DyDiTBlock)
             x = block.forward_gathered(x, c, time)  # (N, T, D)

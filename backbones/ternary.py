@@ -6,6 +6,7 @@ form keeps four rounded weights in a byte. Both compute the same numbers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,21 +38,37 @@ class _StraightThrough(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, alpha: Tensor) -> Tensor:
         levels = ternarise(weight)
         ctx.save_for_backward(levels, alpha)
-        return alpha * levels
+        return alpha * levels.to(alpha.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         levels, alpha = ctx.saved_tensors
-        return alpha * grad, (grad * levels).sum().view_as(alpha)
+        grad_alpha = (grad * levels).sum().to(alpha.dtype)
+        return (alpha * grad).to(levels.dtype), grad_alpha.view_as(alpha)
 
 
 class TernaryLinear(nn.Linear):
-    """Multiply by a weight that is rounded in every forward pass: (..., in) -> (..., out)."""
+    """Multiply by a weight that is rounded in every forward pass: (..., in) -> (..., out).
+
+    The weight stays in float32 where the network turns to half precision. Half precision would
+    move weights near half a unit to another level, and the packed form would compute other numbers.
+    """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__(in_features, out_features, bias)
         self.alphas = nn.Parameter(torch.ones(1))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TernaryLinear:
+        """Apply a conversion to all tensors, and only its device to the weight if it is to half."""
+
+        def convert(tensor: Tensor) -> Tensor:
+            converted = fn(tensor)
+            if tensor is self.weight and converted.dtype in (torch.float16, torch.bfloat16):
+                return tensor.to(converted.device)
+            return converted
+
+        return super()._apply(convert, recurse)
 
     def init_alpha(self, alpha: str) -> None:
         """Draw alpha from N(0, 1) for "normal", or take the mean size of the weights."""

@@ -38,6 +38,7 @@ from experiments.engine.cli import (
 )
 from experiments.engine.jobs.pool import available_cores
 from experiments.engine.machine.gpu import prepare_torch
+from experiments.engine.records.files import require_target
 from experiments.engine.records.store import Store
 from experiments.engine.records.tree import REPOSITORY, warn_without_commit
 
@@ -343,6 +344,8 @@ def _add_gpu(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def _run_gpu(args: argparse.Namespace) -> int:
+    if args.bundle:
+        require_target(args.bundle, "--bundle")
     end = time.monotonic() + 60 * args.minutes
     parts = declared.gpu_parts(args.device, args.against)
     if args.first:

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from experiments.engine.cli import Parser, add_device_option, run_command
 from experiments.engine.data.locate import inception_path
 from experiments.engine.machine.gpu import choose_device, prepare_torch
+from experiments.engine.records.files import require_target
 from experiments.engine.records.manifest import UNKNOWN_FEATURES, samples_manifest
 from experiments.engine.records.score_names import (
     COVERAGE,
@@ -46,7 +47,14 @@ from experiments.engine.records.score_names import (
     Score,
     counted_name,
 )
-from experiments.engine.records.store import SCORES, Record, provenance, timestamp, write_record
+from experiments.engine.records.store import (
+    SCORES,
+    Record,
+    provenance,
+    read_record,
+    timestamp,
+    write_record,
+)
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -147,7 +155,7 @@ def _parse() -> argparse.Namespace:
 def _evaluate() -> int:
     args = _parse()
 
-    from experiments.engine.data.image_files import ImageFile, has_images
+    from experiments.engine.data.image_files import ImageFile, find_common_order, has_images
     from experiments.engine.scoring.inception import load_inception
     from experiments.engine.scoring.reference import read_reference
 
@@ -161,7 +169,9 @@ def _evaluate() -> int:
         raise ValueError(
             f"--record keeps the scores of images; {args.samples[0].name} holds statistics only"
         )
-    order = _common_order(*files) if args.paired else None
+    if args.record:
+        _require_record(args.record)
+    order = find_common_order(*files) if args.paired else None
 
     extractor = load_inception(args.inception, device)
     reference = read_reference(extractor, args.against)
@@ -180,6 +190,16 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise ValueError(f"--paired compares two sample files, got {len(args.samples)}")
     if args.record and len(args.samples) != 1:
         raise ValueError(f"--record keeps the scores of one sample file, got {len(args.samples)}")
+
+
+def _require_record(path: Path) -> None:
+    """Raise ValueError if a record cannot be written, or would replace what is no record."""
+    require_target(path, "--record")
+    if path.exists() and path.stat().st_size > 0:
+        try:
+            read_record(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; name another --record") from None
 
 
 def _check_contents(args: argparse.Namespace) -> None:
@@ -286,48 +306,6 @@ def _record_of(
         },
         timestamp(),
         {},
-    )
-
-
-def _common_order(a: ImageFile, b: ImageFile) -> tuple[ndarray, ndarray]:
-    """Return the rows of both files in the order of generation.
-
-    Raises:
-        ValueError: unless both come from the same seeds and labels.
-    """
-    # Both files must say how they were made.
-    for images in (a, b):
-        seeded = images.origin is not None and images.origin.get("seed") is not None
-        if images.index is None or images.labels is None or not seeded:
-            raise ValueError(
-                f"{images.path} does not say from which seeds it was made; "
-                "pairs need files that sample.py wrote"
-            )
-
-    # The rows are paired by seed, and so must be of the same seeds and labels.
-    rows_a, rows_b = (_order_of_generation(images) for images in (a, b))
-    if not _are_of_common_seeds(a, b, rows_a, rows_b):
-        raise ValueError(
-            f"{a.path} and {b.path} were made from different seeds or labels: compare them unpaired"
-        )
-    return rows_a, rows_b
-
-
-def _order_of_generation(images: ImageFile) -> ndarray:
-    assert images.index is not None
-    return images.index.argsort()
-
-
-def _are_of_common_seeds(a: ImageFile, b: ImageFile, rows_a: ndarray, rows_b: ndarray) -> bool:
-    """Return whether two files were made from the same seeds and labels, in these orders."""
-    import numpy as np
-
-    assert a.origin and b.origin and a.index is not None and b.index is not None
-    assert a.labels is not None and b.labels is not None
-    return (
-        a.origin["seed"] == b.origin["seed"]
-        and np.array_equal(a.index[rows_a], b.index[rows_b])
-        and np.array_equal(a.labels[rows_a], b.labels[rows_b])
     )
 
 

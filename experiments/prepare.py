@@ -25,7 +25,7 @@ from experiments.engine.data.locate import JUDGE_WEIGHTS, find_cifar10, folder_o
 from experiments.engine.jobs.progress import images_line
 from experiments.engine.machine.cores import find_cores
 from experiments.engine.machine.gpu import choose_device, prepare_torch
-from experiments.engine.records.files import written_whole
+from experiments.engine.records.files import require_target, written_whole
 
 if TYPE_CHECKING:
     from experiments.engine.data.pictures import Pictures
@@ -193,6 +193,7 @@ def prepare_judge(args: argparse.Namespace) -> int:
 
     if args.out.exists():
         raise ValueError(f"{args.out} exists already; remove it or choose another --out")
+    require_target(args.out, "--out")
     data = unfolded(CIFAR10_16.data)
     train, test = load(data), load(data, Part.TEST)
     assert isinstance(train, ImageSet)
@@ -204,7 +205,6 @@ def prepare_judge(args: argparse.Namespace) -> int:
         print(f"epoch {epoch} of {EPOCHS}: loss {loss:.4f}", flush=True)
         network = trained
     assert network is not None, "a judge takes at least one epoch"
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(args.out) as file:
         file.write(save_judge(network.eval()))
     judge, sha256 = load_judge(args.out)

@@ -21,10 +21,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from experiments import ablation, main_results
 from experiments.declared.protocols import PROTOCOLS
@@ -42,13 +41,13 @@ from experiments.engine.data.locate import require_data
 from experiments.engine.jobs.job import Job, JobEvent
 from experiments.engine.jobs.progress import ProgressDisplay
 from experiments.engine.machine.gpu import choose_device, prepare_torch
-from experiments.engine.records.files import require_space
+from experiments.engine.records.files import require_folder, require_space, require_target
 from experiments.engine.records.store import Store
 from experiments.engine.records.trained import require_trained
 from experiments.engine.records.tree import warn_without_commit
 from experiments.engine.runtime.progress import Progress, Report, ignore_progress
 from experiments.engine.specs.rows import Row, Table, table_of
-from experiments.engine.specs.spec import Evaluate, spec_id
+from experiments.engine.specs.spec import Evaluate
 from experiments.engine.specs.stages import evaluate_stage
 
 if TYPE_CHECKING:
@@ -144,7 +143,8 @@ def _draw(args: argparse.Namespace) -> int:
     with ExitStack() as held:
         report = _progress_report(f"{args.row}, {spec.num} images", spec, group, held)
         context = RunContext(store.run_dir(spec.train), resources, group, report=report)
-        samples = _draw_all(spec, store, context, held, lambda: _require_targets(args, spec, out))
+        targets = _Targets(spec, out, args.png)
+        samples = _draw_all(spec, store, context, held, targets)
         if not group.first:
             return 0
         samples.pack(out)
@@ -206,16 +206,34 @@ def _progress_report(label: str, spec: Evaluate, group: Group, held: ExitStack) 
     return report
 
 
-def _require_targets(args: argparse.Namespace, spec: Evaluate, out: Path) -> None:
-    """Raise ValueError if the images cannot go where the options say."""
-    from experiments.engine.sampling.samples import image_bytes, png_names
-    from experiments.engine.sampling.targets import require_file, require_own_folder
+@dataclass(frozen=True)
+class _Targets:
+    """Where a set's images go."""
 
-    require_file(out)
-    require_space(out.parent, spec.num * image_bytes(spec), "--out")
-    if args.png:
-        require_own_folder(args.png, png_names(spec), spec_id(spec))
-        require_space(args.png, spec.num * image_bytes(spec), "--png")
+    spec: Evaluate
+    out: Path
+    png: Path | None
+
+    def require_room(self) -> None:
+        """Raise ValueError if the images cannot be written, or do not fit."""
+        from experiments.engine.sampling.samples import image_bytes
+        from experiments.engine.sampling.targets import OUT, PNG
+
+        needed = self.spec.num * image_bytes(self.spec)
+        require_target(self.out, OUT)
+        require_space(self.out.parent, needed, OUT)
+        if self.png:
+            require_folder(self.png, PNG)
+            require_space(self.png, needed, PNG)
+
+    def require_own(self, origin: dict[str, Any]) -> None:
+        """Raise ValueError if a target holds anything but images of this spec and origin."""
+        from experiments.engine.sampling.samples import describe_set, png_names, set_id
+        from experiments.engine.sampling.targets import require_own_file, require_own_folder
+
+        require_own_file(self.out, describe_set(self.spec, origin), self.spec.num)
+        if self.png:
+            require_own_folder(self.png, png_names(self.spec), set_id(self.spec, origin))
 
 
 def _draw_all(
@@ -223,7 +241,7 @@ def _draw_all(
     store: Store,
     context: RunContext,
     held: ExitStack,
-    require_targets: Callable[[], None],
+    targets: _Targets,
 ) -> SampleSet:
     """Draw the set on all ranks.
 
@@ -239,7 +257,7 @@ def _draw_all(
     heartbeat, refusal = None, None
     if group.first:
         try:
-            require_targets()
+            targets.require_room()
             heartbeat = held.enter_context(claim_run(folder, group.world_size))
             clear_errors(folder)
         except (ValueError, OSError) as error:
@@ -253,7 +271,8 @@ def _draw_all(
 
     try:
         with FailureWatch(group, folder, print_error):
-            return generate_samples(spec, replace(context, heartbeat=heartbeat))
+            context = replace(context, heartbeat=heartbeat)
+            return generate_samples(spec, context, targets.require_own)
     except Exception as failure:
         if group.world_size == 1:
             raise

@@ -154,6 +154,17 @@ def test_the_gathered_path_serves_inference_if_asked_to_and_needs_one_time():
     assert "\n" not in str(refusal.value)
 
 
+def test_the_gathered_path_runs_in_half_precision_and_with_one_condition_for_all():
+    model = randomise(network()).eval()
+    x, t, y = inputs(37)
+    with torch.no_grad():
+        exact = model.forward_gathered(x, t, y)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert relative_rms(model.forward_gathered(x, t, y), exact) < 0.1
+        shared = model.forward_gathered(x, t[:1], y[:1])
+        assert relative_rms(shared, model.forward_gathered(x, t, y[:1].expand(3))) < 1e-5
+
+
 def test_a_network_fresh_from_a_dense_one_computes_its_output_bit_for_bit():
     tiny = backbones.tiny_options_of("dydit_s_2")
     dense = randomise(backbones.build("dit_s_2", **tiny | SMALL))
@@ -185,14 +196,32 @@ def test_a_dense_checkpoint_is_refused_in_a_line_that_says_so(tmp_path: Path):
     assert "\n" not in str(refusal.value)
 
     # The opposite is refused too, and a network of another depth.
-    with pytest.raises(ValueError, match="2 keys differ.*blocks.0.attn.qkv.bias"):
+    with pytest.raises(ValueError, match="2 keys or shapes differ.*blocks.0.attn.qkv.bias"):
         without = {key: value for key, value in dense.items() if ".attn.qkv.bias" not in key}
         network().load_dense(without)
+    with pytest.raises(ValueError, match="keys or shapes differ.*pos_embed"):
+        network(input_size=8).load_dense(dense)
     trained = randomise(network()).state_dict()
     torch.save(trained, tmp_path / "dydit.pt")
     assert backbones.load_published(network(), tmp_path / "dydit.pt").startswith("none")
     with pytest.raises(ValueError, match="unexpected blocks.0.attn_rate.router.weight"):
         backbones.load_published(backbones.build("dit_s_2", **tiny | SMALL), tmp_path / "dydit.pt")
+
+
+@pytest.mark.parametrize(
+    "options, word",
+    [
+        (dict(heads=1), "heads 1"),
+        (dict(dim=12), "dim 12"),
+        (dict(heads=5), "heads 5"),
+        (dict(mlp_ratio=0.53), "mlp_ratio 0.53"),
+        (dict(input_size=7), "input_size 7"),
+    ],
+)
+def test_impossible_sizes_are_refused_in_one_line(options: dict[str, float], word: str):
+    with pytest.raises(ValueError, match="DyDiT needs .* at least 2 heads and a dim of") as refusal:
+        network(**options)
+    assert word in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 def test_a_gate_is_hard_forward_and_soft_backward():

@@ -89,10 +89,20 @@ def test_the_packed_form_has_the_authors_entries_and_size(name: str, entries: in
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_packed_weights_give_the_same_outputs(dtype: torch.dtype, qk_norm: bool):
-    """Bit for bit; the authors' packed form runs in float32 only."""
-    model = randomise(network(qk_norm=qk_norm)).to(dtype)
-    packed = network(qk_norm=qk_norm, packed=True).to(dtype)
+    """Bit for bit, whenever the network turns to half precision.
+
+    The authors' packed form runs in float32 only.
+    """
+    model = randomise(network(qk_norm=qk_norm))
+    packed = network(qk_norm=qk_norm, packed=True)
     packed.load_state_dict(pack_weights(model.state_dict()), strict=True)
+    bytes_before = pack_weights(model.state_dict())
+    model.to(dtype)
+    packed.to(dtype)
+    bytes_after = pack_weights(model.state_dict())
+    layers = [key for key, value in bytes_before.items() if value.dtype == torch.uint8]
+    assert layers and all(torch.equal(bytes_before[key], bytes_after[key]) for key in layers)
+
     with torch.no_grad():
         out = model(*inputs(dtype))
         assert out.dtype == dtype
@@ -141,6 +151,16 @@ def test_gradients_pass_the_rounding():
     assert torch.allclose(layer.weight.grad, -0.7 * effective.grad)
     expected = (effective.grad * ternarise(layer.weight.detach())).sum()
     assert torch.allclose(layer.alphas.grad, expected)
+
+
+def test_it_trains_in_half_precision_with_weights_that_keep_theirs():
+    model = randomise(network()).to(torch.bfloat16)
+    model(*inputs(torch.bfloat16)).float().square().mean().backward()
+    layer = model.layers[0].attention.wq
+    assert layer.weight.dtype == layer.weight.grad.dtype == torch.float32
+    assert layer.alphas.dtype == layer.alphas.grad.dtype == torch.bfloat16
+    assert layer.weight.grad.any() and layer.alphas.grad.any()
+    assert model.double().layers[0].attention.wq.weight.dtype == torch.float64
 
 
 def test_alpha_starts_as_released_or_at_the_mean_size_of_the_weights():

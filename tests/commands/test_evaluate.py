@@ -11,7 +11,7 @@ import torch
 from experiments import diff_protocol, evaluate
 from experiments.engine.data.image_files import file_sha256, write_images
 from experiments.engine.records.store import Record, read_record
-from experiments.engine.scoring import outcome, reference
+from experiments.engine.scoring import measure, outcome, reference
 from tests.support.score_scripts import (
     IMAGES,
     NARROW_LAYERS,
@@ -152,6 +152,33 @@ def test_a_record_is_of_one_file(script: Script, tmp_path: Path):
     error = script.refuse(a, b, "--against", tmp_path / "real.npz", "--record", record)
     assert "of one sample file, got 2" in error
     assert not record.exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "complaint"),
+    [
+        ("a.npz", "no record of this suite"),
+        ("notes.json", "no record of this suite"),
+        ("folder", "is no plain file"),
+        ("notes.json/b.json", "cannot write into"),
+        ("/proc/b.json", "cannot write into"),
+    ],
+)
+def test_a_record_that_cannot_be_written_is_refused_before_any_work(
+    target: str, complaint: str, script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Nothing is measured, and what is there stays."""
+    monkeypatch.setattr(measure, "measure", lambda *_: pytest.fail("something is measured"))
+    write_samples(tmp_path / "a.npz", IMAGES)
+    np.savez(tmp_path / "real.npz", arr_0=IMAGES[::-1])
+    (tmp_path / "notes.json").write_text("{}")
+    (tmp_path / "folder").mkdir()
+    before = (tmp_path / "a.npz").read_bytes()
+    scored = (tmp_path / "a.npz", "--against", tmp_path / "real.npz")
+    error = script.refuse(*scored, "--record", tmp_path / target)
+    assert complaint in error
+    assert error.endswith("name another --record\n")
+    assert (tmp_path / "a.npz").read_bytes() == before
 
 
 # ---- Files without images, and unfit files

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from experiments import sample
+from experiments.engine.records import files
 from experiments.engine.records.store import Store
 from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.runtime.context import RunContext
+from experiments.engine.sampling import samples
 from experiments.engine.specs.spec import Evaluate
 from tests.support.score_scripts import Script
 
@@ -118,6 +122,62 @@ def test_unknown_samplers_and_impossible_options_are_refused(
     assert not drawings
 
 
+# ---- Targets
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--out", "paper.npz"], "holds other content; remove it or name another --out"),
+        (["--out", "folder"], "is no plain file; name another --out"),
+        (["--out", "paper.npz/a.npz"], "name another --out"),
+        (["--png", "folder"], "holds 1 files that are not of these images, such as 'mine.txt'"),
+        (["--png", "paper.npz"], "is no folder; name another --png"),
+        (["--png", "/proc/images"], "cannot write into /proc/images"),
+    ],
+)
+def test_a_target_that_is_taken_is_refused_before_an_image_is_drawn(
+    options: list[str],
+    complaint: str,
+    script: Script,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(sample, "require_trained", lambda *_: None)
+
+    def draw(spec: Evaluate, context: RunContext, check: Callable[[dict[str, str]], None]) -> None:
+        check({"network": "0" * 16})
+        pytest.fail("an image is drawn")
+
+    monkeypatch.setattr(samples, "generate_samples", draw)
+    (tmp_path / "paper.npz").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine.txt").touch()
+    name, target = options
+    named = ("--row", "DiCo-S", "--device", "cpu", "--results", tmp_path / "results")
+    assert complaint in script.refuse(*named, name, tmp_path / target)
+    assert (tmp_path / "paper.npz").read_text() == "mine"
+
+
+@pytest.mark.parametrize("option", ["--out", "--png"])
+def test_images_that_do_not_fit_are_refused(
+    option: str, script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """One disk is full, the others have room for ten images of 8 x 8 pixels."""
+    monkeypatch.setattr(sample, "require_trained", lambda *_: None)
+
+    usage = shutil.disk_usage(tmp_path)
+
+    def measure_disk(folder: Path) -> object:
+        return usage._replace(free=10 * 3 * 8 * 8 - (folder.name == "full"))
+
+    monkeypatch.setattr(files.shutil, "disk_usage", measure_disk)
+    named = ("--row", "DiCo-S", "--num", 10, "--device", "cpu", "--results", tmp_path / "results")
+    target = tmp_path / "full" / "a.npz" if option == "--out" else tmp_path / "full"
+    error = script.refuse(*named, option, target)
+    assert f"full needs 0.0 GB more and the disk has 0.0 GB free; name another {option}" in error
+
+
 # ---- Several processes
 
 # The second process fails at once, while the first one is at its work.
@@ -127,7 +187,7 @@ from experiments import sample
 from experiments.engine.runtime import failures
 from experiments.engine.sampling import samples
 
-def generate_samples(spec, context):
+def generate_samples(spec, context, check):
     if context.group.rank == 1:
         raise KeyError("boom")
     time.sleep(600)

@@ -60,3 +60,11 @@ def write_programs(folder: Path, **programs: str) -> None:
 def hear_interrupts() -> None:
     """Let a background process receive SIGINT, which a shell switches off for it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def is_running(pid: int) -> bool:
+    """Return whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

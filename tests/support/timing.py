@@ -15,8 +15,8 @@ from experiments.engine.timing import networks, tasks
 CPU = torch.device("cpu")
 DIT = Backbone("dit_s_2", dict(depth=1, dim=24, heads=3))
 DICO = Backbone("dico_s", dict(dim=8, depths=(1, 1, 1, 1, 1)))
-# Families that make tokens of time and label, and so need one of each per image.
-TOKENS = ("uvit", "dim", "dis")
+# Families that make tokens of time or label, and so need one of each per image.
+TOKENS = ("uvit", "dim", "dimr", "dis")
 
 
 def declare_timing(**changes: object) -> Timing:

@@ -9,6 +9,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiments.engine.machine.lifetime import bound
+
 # Seconds between two looks at the memory.
 INTERVAL = 0.25
 
@@ -26,7 +28,7 @@ class Footprint:
 def measure_footprint(command: list[str]) -> Footprint:
     """Run a command in a session of its own, and watch the memory of the session."""
     started = time.perf_counter()
-    process = subprocess.Popen(command, start_new_session=True)
+    process = subprocess.Popen(bound(command), start_new_session=True)
     samples = [0]
     ended = threading.Event()
 
@@ -36,9 +38,12 @@ def measure_footprint(command: list[str]) -> Footprint:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    status = process.wait()
-    ended.set()
-    watcher.join()
+    try:
+        status = process.wait()
+    finally:
+        process.kill()
+        ended.set()
+        watcher.join()
     return Footprint(status, time.perf_counter() - started, max(samples))
 
 
@@ -51,6 +56,7 @@ def measure_start(script: Path, arguments: list[str]) -> tuple[float, bool]:
         "finally: print('torch' in sys.modules)"
     )
     started = time.perf_counter()
+    # Not bound to this process, which would add a start of the interpreter to what is measured.
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     return time.perf_counter() - started, done.stdout.split()[-1] == "True"
 

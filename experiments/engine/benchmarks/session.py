@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.engine.machine.environment import read_variable
+from experiments.engine.machine.lifetime import bound
 from experiments.engine.records.files import written_whole
 from experiments.engine.records.store import Store
 from experiments.engine.records.tree import REPOSITORY
@@ -69,17 +70,23 @@ class Session:
         paths = [str(REPOSITORY), read_variable("PYTHONPATH")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
         process = subprocess.Popen(
-            [sys.executable, *command], cwd=REPOSITORY, start_new_session=True, env=environment
+            bound([sys.executable, *command]),
+            cwd=REPOSITORY,
+            start_new_session=True,
+            env=environment,
         )
 
         # Bundle what there is every few seconds, so that a cut loses little.
         status = None
-        while status is None and self.left > 0:
-            with suppress(subprocess.TimeoutExpired):
-                status = process.wait(min(self.left, BUNDLE_EVERY))
-            self.pack()
+        try:
+            while status is None and self.left > 0:
+                with suppress(subprocess.TimeoutExpired):
+                    status = process.wait(min(self.left, BUNDLE_EVERY))
+                self.pack()
+        finally:
+            if status is None:
+                _end_session(process)
         if status is None:
-            _end_session(process)
             self.pack()
             return "cut off by the time"
         return "done" if status == 0 else f"ended with {status}"
@@ -100,7 +107,8 @@ class Session:
 def _end_session(process: subprocess.Popen) -> None:
     """End a part and its workers, which would keep the device."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
-        os.killpg(process.pid, sign)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, sign)
         with suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)
             return

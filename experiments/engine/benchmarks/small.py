@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.engine.benchmarks.spec import SmallTrainings
+from experiments.engine.machine.lifetime import bound
 from experiments.engine.numerics.device import describe_device
 from experiments.engine.records.store import Store, provenance
 from experiments.engine.records.tree import REPOSITORY
@@ -47,7 +48,7 @@ class Worker:
         self.tree = tree
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree)}
         self.process = subprocess.Popen(
-            [sys.executable, str(WORKER), str(tree)],
+            bound([sys.executable, str(WORKER), str(tree)]),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -102,6 +102,46 @@ def has_images(path: Path) -> bool:
         return "arr_0" in array_names(archive)
 
 
+def find_common_order(a: ImageFile, b: ImageFile) -> tuple[ndarray, ndarray]:
+    """Return the rows of both files in the order of generation.
+
+    Raises:
+        ValueError: unless both come from the same seeds and labels.
+    """
+    # Both files must say how they were made.
+    for images in (a, b):
+        seeded = images.origin is not None and images.origin.get("seed") is not None
+        if images.index is None or images.labels is None or not seeded:
+            raise ValueError(
+                f"{images.path} does not say from which seeds it was made; "
+                "pairs need files that sample.py wrote"
+            )
+
+    # The rows are paired by seed, and so must be of the same seeds and labels.
+    rows_a, rows_b = (_order_of_generation(images) for images in (a, b))
+    if not _are_of_common_seeds(a, b, rows_a, rows_b):
+        raise ValueError(
+            f"{a.path} and {b.path} were made from different seeds or labels: compare them unpaired"
+        )
+    return rows_a, rows_b
+
+
+def _order_of_generation(images: ImageFile) -> ndarray:
+    assert images.index is not None
+    return images.index.argsort()
+
+
+def _are_of_common_seeds(a: ImageFile, b: ImageFile, rows_a: ndarray, rows_b: ndarray) -> bool:
+    """Return whether two files were made from the same seeds and labels, in these orders."""
+    assert a.origin and b.origin and a.index is not None and b.index is not None
+    assert a.labels is not None and b.labels is not None
+    return (
+        a.origin["seed"] == b.origin["seed"]
+        and np.array_equal(a.index[rows_a], b.index[rows_b])
+        and np.array_equal(a.labels[rows_a], b.labels[rows_b])
+    )
+
+
 def write_images(
     path: Path,
     images: Iterable[ndarray],

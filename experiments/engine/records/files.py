@@ -53,6 +53,37 @@ def require_space(folder: Path, needed: float, option: str) -> None:
         )
 
 
+def require_writable(folder: Path, option: str) -> None:
+    """Write and remove a file, so that a folder that cannot be written is known before any work.
+
+    Raises:
+        ValueError: It cannot; the message advises another `option`.
+    """
+    probe = folder / ".probe"
+    try:
+        with written_whole(probe) as file:
+            file.write(b"\0" * 4096)
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"cannot write into {folder} ({error.strerror}); name another {option}"
+        ) from None
+
+
+def require_folder(folder: Path, option: str) -> None:
+    """Raise ValueError if a folder cannot be written, or is no folder."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; name another {option}")
+    require_writable(folder, option)
+
+
+def require_target(path: Path, option: str) -> None:
+    """Raise ValueError if a file cannot be written, or would replace what is no plain file."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no plain file; name another {option}")
+    require_writable(path.parent, option)
+
+
 def sync_folder(folder: Path) -> None:
     """Write a folder's names to disk, so that a renamed file is there after a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -2,7 +2,9 @@
 
 There is one process per GPU. Ranks come from the environment: a launcher's variables (RANK,
 WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) or those of a scheduler's step (SLURM_PROCID,
-SLURM_STEP_NUM_TASKS, SLURM_LOCALID). Every wait for another process is bounded.
+SLURM_STEP_NUM_TASKS, SLURM_LOCALID). Every wait for another process is bounded. Variables that
+torchrun or srun did not set may be left over from something else: whom they name has a minute to
+come.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ import hashlib
 import os
 import subprocess
 import sys
+import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -24,9 +28,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from experiments.engine.machine.environment import read_number, read_variable
+from experiments.engine.machine.lifetime import LAUNCHED
 from experiments.engine.machine.system_errors import explain
 from experiments.engine.records.tree import require_tree, tree_digest
 from experiments.engine.runtime import preemption
+
+# Seconds after which a process says for whom it waits.
+SAID_AFTER = 3.0
+# Seconds that others have to come, whom no launcher starts.
+COMING = 60.0
 
 
 @dataclass(frozen=True)
@@ -94,6 +104,12 @@ class Group:
 
 
 ALONE = Group()
+
+# How a process is no rank, by the variables that make it one.
+_ADVICE = {
+    ("RANK", "WORLD_SIZE"): "unset RANK and WORLD_SIZE to run one process alone",
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"): "unset SLURM_STEP_ID to run one process alone",
+}
 
 
 class DelayedMaximum:
@@ -173,9 +189,10 @@ def join_group(device: str, seconds: float) -> Group:
 
     Args:
         device: "cpu" or "cuda".
-        seconds: How long a collective operation may wait.
+        seconds: How long a collective operation may wait, and at most how long the first one.
 
     Raises:
+        ValueError: The environment declares several processes, but not where they meet.
         SystemExit: The other processes cannot be reached; the status asks for a restart, which
             takes another port.
         ValueError: This rank or another runs other code than rank 0 does.
@@ -208,9 +225,15 @@ def _connect(group: Group, device: str, seconds: float) -> None:
 
     # The ranks meet at the first host; a rank that finds no other ends with a code of its own.
     try:
-        _name_master()
+        _name_master(group)
+        with _saying_for_whom(group):
+            patience = timedelta(seconds=_bound_of_coming(seconds))
+            meeting = dist.rendezvous("env://", group.rank, group.world_size, timeout=patience)
+            store, _, _ = next(meeting)
+        store.set_timeout(timedelta(seconds=seconds))
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+            store=dist.PrefixStore("default_pg", store),
             rank=group.rank,
             world_size=group.world_size,
             timeout=timedelta(seconds=seconds),
@@ -220,7 +243,7 @@ def _connect(group: Group, device: str, seconds: float) -> None:
         port = read_variable("MASTER_PORT") or ""
         print(
             f"error: rank {group.rank} cannot join the others at {address}:{port}: "
-            f"{one_line(error)}",
+            f"{one_line(error).rstrip('.')}; {_ADVICE[_rank_variables()]}",
             file=sys.stderr,
             flush=True,
         )
@@ -229,12 +252,53 @@ def _connect(group: Group, device: str, seconds: float) -> None:
     atexit.register(dist.destroy_process_group)
 
 
-def _name_master() -> None:
+def _rank_variables() -> tuple[str, str]:
+    """Return the variables that make this process a rank of several."""
+    names = ("RANK", "WORLD_SIZE")
+    if any(read_number(name) is None for name in names):
+        return ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+    return names
+
+
+def _bound_of_coming(seconds: float) -> float:
+    """Return how long the others may take to come.
+
+    Those that torchrun or srun starts end with their launcher, and a cold disk may make them late.
+    """
+    if read_variable(LAUNCHED) or read_variable("SLURM_STEP_ID"):
+        return seconds
+    return min(COMING, seconds)
+
+
+@contextmanager
+def _saying_for_whom(group: Group) -> Iterator[None]:
+    """Say on standard error for whom this process waits, if they do not come at once."""
+    address = f"{read_variable('MASTER_ADDR')}:{read_variable('MASTER_PORT')}"
+    names = _rank_variables()
+    text = (
+        f"rank {group.rank} of {group.world_size} ({', '.join(names)}) waits for the others at "
+        f"{address} (MASTER_ADDR, MASTER_PORT); {_ADVICE[names]}"
+    )
+    timer = threading.Timer(SAID_AFTER, print, (text,), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _name_master(group: Group) -> None:
     """Set where rank 0 listens, unless a launcher says it: the first host of the step."""
     if read_variable("MASTER_ADDR") is None:
         hosts = read_variable("SLURM_STEP_NODELIST") or read_variable("SLURM_JOB_NODELIST")
         if hosts is None:
-            raise ValueError("several processes need MASTER_ADDR, the address of rank 0; set it")
+            names = _rank_variables()
+            raise ValueError(
+                f"the environment makes this process rank {group.rank} of {group.world_size} "
+                f"({', '.join(names)}) without MASTER_ADDR, the address of rank 0; set it, or "
+                f"{_ADVICE[names]}"
+            )
         listed = subprocess.run(
             ["scontrol", "show", "hostnames", hosts],
             capture_output=True,

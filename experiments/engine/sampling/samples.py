@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,18 +109,8 @@ class SampleSet:
 
     def pack(self, path: Path) -> None:
         """Write one .npz file that ADM's evaluator reads, with labels, indices and origin."""
-        spec = self.spec
-        settings = {
-            "data": spec.data.name,
-            "labels": spec.labels,
-            "order": ORDER,
-            "seed": spec.seed,
-            "precision": spec.precision,
-            "nfe": self.nfe,
-        }
-        write_images(
-            path, self.batches(), self.shape, self.labels, self.index, self.origin | settings
-        )
+        about = describe_set(self.spec, self.origin) | {"nfe": self.nfe}
+        write_images(path, self.batches(), self.shape, self.labels, self.index, about)
 
     def write_png(self, folder: Path) -> None:
         """Write one PNG for each image, named by index and label: 000012-207.png.
@@ -131,13 +121,29 @@ class SampleSet:
         from PIL.PngImagePlugin import PngInfo
 
         origin = PngInfo()
-        origin.add_text(SET, spec_id(self.spec))
+        origin.add_text(SET, set_id(self.spec, self.origin))
         places = iter(zip(self.index, self.labels, strict=True))
         for batch in self.batches():
             for image in batch:
                 index, label = next(places)
                 with written_whole(folder / _png_name(index, label)) as file:
                     Image.fromarray(image).save(file, "PNG", pnginfo=origin)
+
+
+def describe_set(spec: Evaluate, origin: dict[str, Any]) -> dict[str, Any]:
+    """Return what a file says of its set before a single image is drawn."""
+    return origin | {
+        "data": spec.data.name,
+        "labels": spec.labels,
+        "order": ORDER,
+        "seed": spec.seed,
+        "precision": spec.precision,
+    }
+
+
+def set_id(spec: Evaluate, origin: dict[str, Any]) -> str:
+    """Return the id of a set: that of its spec, and the digest of the weights that draw it."""
+    return f"{spec_id(spec)}-{origin['network']}"
 
 
 def image_bytes(spec: Evaluate) -> int:
@@ -157,11 +163,21 @@ def _png_name(index: int, label: int) -> str:
     return f"{index:06d}-{label}.png"
 
 
-def generate_samples(spec: Evaluate, context: RunContext) -> SampleSet:
+def generate_samples(
+    spec: Evaluate,
+    context: RunContext,
+    check: Callable[[dict[str, Any]], None] = lambda origin: None,
+) -> SampleSet:
     """Return the sample set of a spec, generating what is missing of it.
 
     The Evaluate stage scores this set and sample.py packs it. It lies under the spec's own id,
     beside the folder of the network's run.
+
+    Args:
+        spec: what is sampled.
+        context: where the folder, the device and the ranks are.
+        check: raises ValueError on the first rank, before an image is drawn, for an origin whose
+            set has no place to go.
     """
     network, key, warnings = load_networks(spec, context)
     decoder = load_decoder(spec.data, context.device)
@@ -174,6 +190,8 @@ def generate_samples(spec: Evaluate, context: RunContext) -> SampleSet:
     }
     if warnings:
         origin["warnings"] = list(warnings)
+    if context.group.first:
+        check(origin)
     folder = context.folder_of(spec) / "samples"
     return fill_sample_folder(spec, folder, ImageSource(network, decoder, origin), context)
 

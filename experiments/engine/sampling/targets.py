@@ -3,19 +3,41 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
-from experiments.engine.records.files import written_whole
+from experiments.engine.data.image_files import ImageFile
+from experiments.engine.records.files import require_folder, require_target
 
 SET = "set"  # name of the text in a PNG that holds the id of its set
 
+# The options that name targets.
+OUT = "--out"
+PNG = "--png"
 
-def require_file(path: Path) -> None:
-    """Raise ValueError if a file cannot be written, or would replace what is no plain file."""
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is no plain file; name another --out")
-    _probe(path.parent, "--out")
+
+def require_own_file(path: Path, about: Mapping[str, Any], num: int) -> None:
+    """Refuse a file that cannot be written, or that holds anything but this set of images.
+
+    Args:
+        path: where the set goes. An empty file holds nothing.
+        about: what the file says of its set.
+        num: how many images it holds.
+    """
+    require_target(path, OUT)
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    try:
+        images = ImageFile(path)
+        origin = images.origin or {}
+        same = len(images) == num and all(origin.get(key) == about[key] for key in about)
+    except ValueError:
+        same = False
+    if not same:
+        raise ValueError(
+            f"{path} is there and holds other content; remove it or name another {OUT}"
+        )
 
 
 def require_own_folder(folder: Path, names: Collection[str], set_id: str) -> None:
@@ -26,9 +48,7 @@ def require_own_folder(folder: Path, names: Collection[str], set_id: str) -> Non
         names: the names of the set's files.
         set_id: the id that its files bear.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is no folder; name another --png")
-    _probe(folder, "--png")
+    require_folder(folder, PNG)
 
     # What a killed command was writing is removed; anything else belongs to somebody.
     foreign = []
@@ -41,7 +61,7 @@ def require_own_folder(folder: Path, names: Collection[str], set_id: str) -> Non
     if foreign:
         raise ValueError(
             f"{folder} holds {len(foreign)} files that are not of these images, such as "
-            f"{ascii(foreign[0])}; name an empty folder with --png"
+            f"{ascii(foreign[0])}; name an empty folder with {PNG}"
         )
 
 
@@ -54,16 +74,3 @@ def _read_set(path: Path) -> str | None:
             return image.info.get(SET)
     except (OSError, SyntaxError, ValueError):
         return None
-
-
-def _probe(folder: Path, option: str) -> None:
-    """Write and remove a file, so that a folder that cannot be written is known before any work."""
-    probe = folder / ".probe"
-    try:
-        with written_whole(probe) as file:
-            file.write(b"\0" * 4096)
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(
-            f"cannot write into {folder} ({error.strerror}); name another {option}"
-        ) from None

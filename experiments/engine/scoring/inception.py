@@ -27,7 +27,7 @@ from experiments.engine.data.image_files import file_sha256
 from experiments.engine.data.locate import INCEPTION
 from experiments.engine.machine.system_errors import explain, is_of_files, require_file
 from experiments.engine.numerics.precision import precision
-from experiments.engine.records.files import written_whole
+from experiments.engine.records.files import require_target, written_whole
 from experiments.engine.records.manifest import UNKNOWN_FEATURES
 
 if TYPE_CHECKING:
@@ -172,6 +172,7 @@ def download_inception(path: Path) -> None:
         ValueError: if they cannot be downloaded, or if the file holds other weights.
     """
     if not path.exists():
+        require_target(path, "--inception")
         try:
             with urllib.request.urlopen(URL, timeout=60) as response, written_whole(path) as file:
                 shutil.copyfileobj(response, file)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import signal
+import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -16,6 +19,7 @@ from experiments.engine.benchmarks.session import Session
 from experiments.engine.records.store import Store
 from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.specs.spec import Ceilings
+from tests.support.commands import hear_interrupts, is_running
 
 # Writes a record to the folder of the last argument.
 RECORD = """
@@ -70,6 +74,45 @@ def test_records_outlast_parts_that_fail_and_the_end_of_the_time(
     with tarfile.open(bundle) as archive:
         archive.extractall(tmp_path / "elsewhere", filter="data")
     assert Store(tmp_path / "elsewhere").here.latest(Ceilings("cpu", "bf16")).status == "done"
+
+
+# A parent that runs a command as one of the benchmarks does; the command tells its number.
+PARENTS = {
+    "session": """
+import sys, time
+from pathlib import Path
+from experiments.engine.benchmarks.session import Session
+from experiments.engine.records.store import Store
+Session(time.monotonic() + 120, Store(Path(sys.argv[1]))).run_part(["-c", sys.argv[2]])
+""",
+    "footprint": """
+import sys
+from experiments.engine.benchmarks.footprint import measure_footprint
+measure_footprint([sys.executable, "-c", sys.argv[2]])
+""",
+}
+CHILD = "import os, time; print(os.getpid(), flush=True); time.sleep(120)"
+
+
+@pytest.mark.parametrize("parent", list(PARENTS))
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_no_part_outlives_its_session(parent: str, sign: signal.Signals, tmp_path: Path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", PARENTS[parent], str(tmp_path), CHILD],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=hear_interrupts,
+    )
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    process.send_signal(sign)
+    process.wait(60)
+
+    # The kernel sends the child's end just after that of its parent.
+    end = time.monotonic() + 60
+    while is_running(child) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not is_running(child)
 
 
 def test_without_time_no_part_is_begun(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

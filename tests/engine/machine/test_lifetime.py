@@ -7,11 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from experiments.engine.machine.lifetime import bound, end_children, unwound
+from tests.support.commands import is_running
 
 # A parent that starts a bound child, tells its number, and waits.
 PARENT = """
@@ -26,14 +26,6 @@ PYTHON = "import time; time.sleep(120)"
 BLOCKED = "import ctypes; ctypes.PyDLL(None).sleep(120)"
 DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(120)"
 BOUND = 20.0  # seconds
-
-
-def is_running(pid: int) -> bool:
-    """Return whether a process is there and no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments.engine.machine.lifetime import LAUNCHED
+from experiments.engine.runtime import group
 from experiments.engine.runtime.group import (
     Group,
     group_from_environment,
@@ -89,6 +91,81 @@ def test_a_taken_port_is_one_line_and_asks_for_a_restart(
     assert end.value.code == LOST
     message = f"^error: rank 0 cannot join the others at 127.0.0.1:{taken_port}: .*\n$"
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.fixture
+def stray(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Declares two ranks at an address where nobody is, and returns the address."""
+    for name in ("SLURM_STEP_ID", "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", LAUNCHED):
+        monkeypatch.delenv(name, raising=False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", port)
+    monkeypatch.setattr(group, "SAID_AFTER", 0.2)
+    return f"127.0.0.1:{port}"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_left_over_says_for_whom_it_waits_and_ends(
+    rank: int, stray: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The collective operations themselves may wait for half an hour."""
+    monkeypatch.setattr(group, "COMING", 1.0)
+    monkeypatch.setenv("RANK", str(rank))
+    with pytest.raises(SystemExit) as end:
+        join_group("cpu", 1800.0)
+    assert end.value.code == LOST
+    advice = "unset RANK and WORLD_SIZE to run one process alone"
+    waiting, error = capsys.readouterr().err.splitlines()
+    assert waiting == (
+        f"rank {rank} of 2 (RANK, WORLD_SIZE) waits for the others at {stray} "
+        f"(MASTER_ADDR, MASTER_PORT); {advice}"
+    )
+    assert error.startswith(f"error: rank {rank} cannot join the others at {stray}: ")
+    assert error.endswith(advice)
+
+
+@pytest.mark.parametrize(
+    ("variables", "names"),
+    [
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "unset RANK and WORLD_SIZE"),
+        (STEP, "unset SLURM_STEP_ID"),
+    ],
+)
+def test_ranks_without_an_address_are_refused_at_once(
+    variables: dict[str, str], names: str, stray: str, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"without MASTER_ADDR.*{names}"):
+        join_group("cpu", 1800.0)
+
+
+@pytest.mark.parametrize(
+    ("variables", "seconds", "bound"),
+    [
+        ({}, 1800.0, 60.0),
+        ({}, 20.0, 20.0),
+        ({"SLURM_STEP_ID": "0"}, 1800.0, 1800.0),
+        ({LAUNCHED: "none"}, 1800.0, 1800.0),
+        ({LAUNCHED: ""}, 1800.0, 60.0),
+    ],
+)
+def test_ranks_without_a_launcher_have_a_minute_to_come(
+    variables: dict[str, str],
+    seconds: float,
+    bound: float,
+    stray: str,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert group._bound_of_coming(seconds) == bound
 
 
 def test_an_unknown_host_is_one_line_and_asks_for_a_restart(

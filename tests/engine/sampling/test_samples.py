@@ -171,6 +171,10 @@ def test_pngs_are_lossless_and_named_by_index_and_label(tmp_path: Path):
     pictures = np.stack([np.asarray(Image.open(folder / name)) for name in names])
     np.testing.assert_array_equal(pictures, levels_of(drawn))
 
+    # Each file bears the spec's id and the digest of the weights.
+    for name in names:
+        assert Image.open(folder / name).info["set"] == f"{spec_id(SPEC)}-1"
+
 
 # ---- Published checkpoints
 
