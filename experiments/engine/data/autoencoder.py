@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 import backbones
-from backbones.judgement import convert_stored
 from experiments.engine.data.image_files import file_sha256
 from experiments.engine.data.latents import SCALE
 from experiments.engine.machine.system_errors import explain, is_of_files, naming
@@ -212,7 +211,7 @@ def _judge_stored(path: Path, source: str) -> list[str]:
             "floating-point type; save fp32 tensors"
         )
     notes: list[str] = []
-    convert_stored(stored, f"VAE {Path(source).name}", notes.append)
+    backbones.convert_stored(stored, f"VAE {Path(source).name}", notes.append)
     return notes
 
 
