@@ -32,7 +32,7 @@ from backbones import (  # noqa: F401  (importing a family registers it)
     uvit,
 )
 from backbones.checkpoint import load_judged, load_published, print_warning
-from backbones.judgement import check_progress, check_values
+from backbones.judgement import check_progress, check_values, convert_stored
 from backbones.registry import (
     Exceptions,
     build,
@@ -55,6 +55,7 @@ __all__ = [
     "list_classifiers",
     "check_progress",
     "check_values",
+    "convert_stored",
     "load_judged",
     "load_published",
     "options_of",

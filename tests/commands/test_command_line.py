@@ -221,35 +221,42 @@ def test_two_processes_draw_the_images_of_one(tiny_table: Path, tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "sent, status, last_words",
+    "cluster, sent, status, last_words",
     [
-        (signal.SIGINT, 130, "interrupted; run the same command again"),
-        (signal.SIGTERM, 143, ""),
+        ("here", signal.SIGINT, 130, "interrupted; run the same command again"),
+        ("here", signal.SIGTERM, 143, ""),
+        ("local", signal.SIGINT, 130, "interrupted; run the same command again"),
+        ("local", signal.SIGTERM, 143, ""),
+        ("debug", signal.SIGINT, 130, "interrupted; run the same command again"),
     ],
 )
 def test_an_interrupt_leaves_nothing_broken_and_nobody_at_work(
-    sent: signal.Signals, status: int, last_words: str, tmp_path: Path
+    cluster: str, sent: signal.Signals, status: int, last_words: str, tmp_path: Path
 ):
+    """A terminal sends its signal to the command and its children alike."""
     script = tmp_path / "tiny.py"
     root = tmp_path / "results"
     script.write_text(TABLE.format(steps=100_000))
-    command = [sys.executable, script, "--table", "4", "--rows", "good", "--results", str(root)]
+    options = ["--table", "4", "--rows", "good", "--results", str(root), "--cluster", cluster]
 
     # The signal comes while the training is at work.
     with open(tmp_path / "errors", "w") as errors:
         running = subprocess.Popen(
-            command,
+            [sys.executable, script, *options],
             stderr=errors,
+            start_new_session=True,
             env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
             preexec_fn=hear_interrupts,
         )
         while not list(root.glob("runs/*/log.jsonl")):
             assert running.poll() is None
             time.sleep(0.05)
-        running.send_signal(sent)
+        os.killpg(running.pid, sent)
         assert running.wait() == status
-    lines = (tmp_path / "errors").read_text().splitlines()
-    assert not last_words or lines[-1].startswith(last_words)
+    errors_text = (tmp_path / "errors").read_text()
+    assert not last_words or errors_text.splitlines()[-1].startswith(last_words)
+    assert "Traceback" not in errors_text
+    assert errors_text.count("interrupted") == bool(last_words), errors_text
 
     # No worker is left, no file is half written, and no record of the training was made.
     for folder in root.glob("runs/*"):

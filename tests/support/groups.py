@@ -20,7 +20,7 @@ from torch import Tensor
 
 from experiments.engine.diffusion.iddpm import IDDPM
 from experiments.engine.jobs.execute import execute
-from experiments.engine.judges import classifiers as features
+from experiments.engine.judges import classifiers
 from experiments.engine.records.store import Record, Store
 from experiments.engine.runtime import failures, preemption
 from experiments.engine.runtime.context import Resources
@@ -128,7 +128,7 @@ def _hurry() -> None:
     training_stage.LOG_EVERY = 3
     failures.POLL, failures.GRACE = 0.1, 1.0
     classified.BATCH_ON_CPU = 5
-    features.DIGITS = replace(features.DIGITS, steps=40)
+    classifiers.DIGITS = replace(classifiers.DIGITS, steps=40)
 
 
 def _declare(group: Group, port: int) -> None:

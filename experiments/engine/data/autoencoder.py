@@ -60,7 +60,10 @@ class Autoencoder:
     factor: pixels for each place of a latent.
     encoder: hash of the encoder's weights, 16 hexadecimal digits.
     weights: hash of all weights, 16 hexadecimal digits.
+    warnings: what a record must say of the stored weights.
     """
+
+    warnings: tuple[str, ...] = ()
 
     def __init__(self, vae: Any, name: str, device: torch.device, batch: int) -> None:
         """Freeze diffusers' AutoencoderKL on a device; `batch` is for GPUs."""
@@ -177,15 +180,39 @@ def load_autoencoder(
             f"VAE {source} scales its latents by {config.scaling_factor} and shifts them by "
             f"{config.shift_factor}; only {SCALE} without a shift is known"
         )
+    notes = tuple(_judge_stored(folder / FILES[1], source))
     backbones.check_values(vae, vae.state_dict(), f"VAE {source}")
     name = identify_vae(folder / FILES[1], source)
     autoencoder = Autoencoder(vae, name, torch.device(device), batch)
+    autoencoder.warnings = notes
+    for text in autoencoder.warnings:
+        backbones.print_warning(text)
     if (autoencoder.factor, autoencoder.channels) != (FACTOR, LATENT_CHANNELS):
         raise ValueError(
             f"VAE {source} makes {autoencoder.channels} channels of {autoencoder.factor} pixels a "
             f"side; the latents of every protocol are {LATENT_CHANNELS} of {FACTOR}"
         )
     return autoencoder
+
+
+def _judge_stored(path: Path, source: str) -> list[str]:
+    """Return warnings about the types in which a file keeps weights, before diffusers converts.
+
+    Raises:
+        ValueError: a tensor holds no floating-point numbers.
+    """
+    from safetensors.torch import load_file
+
+    stored = load_file(path)
+    others = [name for name, value in stored.items() if not value.is_floating_point()]
+    if others:
+        raise ValueError(
+            f"VAE {source}: {others[0]} is stored as {stored[others[0]].dtype}, which is no "
+            "floating-point type; save fp32 tensors"
+        )
+    notes: list[str] = []
+    backbones.convert_stored(stored, f"VAE {Path(source).name}", notes.append)
+    return notes
 
 
 def identify_vae(weights: Path, source: str) -> str:

@@ -108,6 +108,8 @@ class EncodingJob:
                 "encoder": self.vae.encoder,
                 "weights": self.vae.weights,
                 "scale": SCALE,
+                # Rounded weights are said in what is made of them.
+                **({"warnings": list(self.vae.warnings)} if self.vae.warnings else {}),
             },
             "crop": "ADM centre crop: box halving, bicubic, middle",
             "precision": "fp32",

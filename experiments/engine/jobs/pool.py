@@ -86,6 +86,9 @@ class _Pool:
 
     def run(self, waiting: list[Job], workers: int) -> bool:
         """Run all jobs, `workers` at a time, and return whether all are done."""
+        # The server imports torch, so that a command with nothing to do starts none.
+        if not waiting:
+            return True
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(["experiments.engine.jobs.execute"])
         # The server and its workers are to import the code of this command.

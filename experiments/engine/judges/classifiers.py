@@ -28,6 +28,7 @@ HELD_OUT = 297  # digits that the classifier does not see in training
 BATCH = 2000  # images whose features are computed at a time
 
 # What identifies a classifier: its accuracy on images held out, and the SHA-256 of its weights.
+# A warning about the stored weights stands beside them.
 Identity = dict[str, float | str]
 
 
@@ -178,11 +179,15 @@ def _cached_classifier(
 
     # The accuracy is that of the stored weights.
     model = lesson.network().eval()
-    backbones.load_published(model, path)
-    return model, {
+    warnings: list[str] = []
+    backbones.load_published(model, path, warn=warnings.append)
+    identity: Identity = {
         "classifier_accuracy": accuracy(model, exam.images, exam.indices),
         "classifier_sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:16],
     }
+    if warnings:
+        identity["classifier_warning"] = "; ".join(warnings)
+    return model, identity
 
 
 def _train(lesson: Lesson, images: ImageSet, indices: Tensor) -> nn.Module:

@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from experiments.engine.machine.environment import read_number, read_variable
 from experiments.engine.machine.lifetime import LAUNCHED
 from experiments.engine.machine.system_errors import explain
+from experiments.engine.records.tree import require_tree, tree_digest
 from experiments.engine.runtime import preemption
 
 # Seconds after which a process says for whom it waits.
@@ -194,11 +195,28 @@ def join_group(device: str, seconds: float) -> Group:
         ValueError: The environment declares several processes, but not where they meet.
         SystemExit: The other processes cannot be reached; the status asks for a restart, which
             takes another port.
+        ValueError: This rank or another runs other code than rank 0 does.
     """
     group = group_from_environment(os.environ)
     if group.world_size > 1 and not dist.is_initialized():
         _connect(group, device, seconds)
+        _require_one_tree(group)
     return group
+
+
+def _require_one_tree(group: Group) -> None:
+    """Raise ValueError on every rank unless all run rank 0's code, so that none waits for others.
+
+    The ranks that differ say so; the others say that another rank does.
+    """
+    own = tree_digest()
+    first = group.broadcast(own)
+    if group.maximum(int(own != first)):
+        require_tree(first)
+        raise ValueError(
+            "another rank imports other code than this one; start all ranks from the same tree, "
+            "and do not edit it meanwhile"
+        )
 
 
 def _connect(group: Group, device: str, seconds: float) -> None:

@@ -100,12 +100,19 @@ def load_decoder(data: Data, device: torch.device) -> Decoder:
             f"set {folder.name} holds latents of another VAE (encoder {encoder}) than $DICO_VAE "
             f"names ({Path(vae_source()).name}, encoder {vae.encoder})"
         )
-    identity = {"name": vae.name, "sha256": vae.weights, "scale": SCALE, "dtype": "fp32"}
+    identity: dict[str, Any] = {
+        "name": vae.name,
+        "sha256": vae.weights,
+        "scale": SCALE,
+        "dtype": "fp32",
+    }
+    if vae.warnings:
+        identity["warnings"] = list(vae.warnings)
     return Decoder(vae.decode, identity)
 
 
 def decoder_warnings(data: Data, decoder: dict[str, Any]) -> list[str]:
-    """Warn if nothing says that a decoder belongs to the latents of a set.
+    """Return what was noted of a decoder's weights, and whether it may be another than a set's.
 
     The hash of the VAE, the set's declaration or a manifest of its latents can say so.
 
@@ -113,15 +120,17 @@ def decoder_warnings(data: Data, decoder: dict[str, Any]) -> list[str]:
         data: the set.
         decoder: the decoder's identity.
     """
+    noted: list[str] = decoder.get("warnings", [])
     if not is_latent(data) or data.vae != "sd-vae-ft" or has_manifest(data):
-        return []
+        return noted
     from experiments.engine.data.autoencoder import PUBLISHED
 
     if decoder["name"] in PUBLISHED:
-        return []
+        return noted
     return [
+        *noted,
         f"decoded with an unknown VAE (weights {decoder['sha256']}), which is not known to be "
-        f"{' or '.join(PUBLISHED)}; no latents of {data.name} are here to compare it with"
+        f"{' or '.join(PUBLISHED)}; no latents of {data.name} are here to compare it with",
     ]
 
 

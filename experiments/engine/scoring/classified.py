@@ -93,7 +93,10 @@ def score_classified(spec: Evaluate, cache: Path, context: RunContext) -> Scored
     device = context.device
     batch = BATCH_ON_CPU if device.type == "cpu" else context.resources.sample_batch
     classifier = _load_classifier(spec, cache)
-    network, key, warnings = load_networks(spec, context)
+    network, key, noted = load_networks(spec, context)
+    warnings = list(noted)
+    if "classifier_warning" in classifier.identity:
+        warnings.append(str(classifier.identity.pop("classifier_warning")))
 
     # The pieces wait in a folder that names all that decides them.
     weights = digest(network)
@@ -107,7 +110,7 @@ def score_classified(spec: Evaluate, cache: Path, context: RunContext) -> Scored
         known = part_features(spec.data, classifier.network, sha256, cache)
         values |= check_copies(samples.features, known)
     if warnings:
-        values["warnings"] = list(warnings)
+        values["warnings"] = warnings
     shutil.rmtree(parts, ignore_errors=True)
     return Scored(values, weights, key, batch, _measure(spec, samples, classifier))
 

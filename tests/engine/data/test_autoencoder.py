@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from experiments.engine.data.autoencoder import PUBLISHED, identify_vae, load_autoencoder
 from experiments.engine.data.encode import EncodingJob
+from experiments.engine.sampling.networks import decoder_warnings
+from experiments.engine.specs.spec import Data
 from tests.support.latent_sets import write_vae
 
 
@@ -98,3 +101,38 @@ def test_a_vae_is_known_by_its_hash(
 @pytest.mark.parametrize("folder", ["my-vae", "sd-vae-ft-ema", "sd-vae-ft-mse"])
 def test_a_folder_s_name_makes_no_vae_known(folder: str, tmp_path: Path):
     assert load_autoencoder(str(write_vae(tmp_path / folder))).name == "unknown"
+
+
+@pytest.mark.parametrize(
+    "dtype, words",
+    [
+        (torch.float32, ""),
+        (torch.float64, ""),
+        (torch.bfloat16, "are stored in bf16: they are rounded"),
+        (torch.float16, "are stored in fp16: they are rounded"),
+        (torch.float8_e4m3fn, "are stored in fp8"),
+        (torch.int8, "stored as torch.int8, which is no floating-point type"),
+        (torch.bool, "stored as torch.bool, which is no floating-point type"),
+    ],
+)
+def test_rounded_weights_are_warned_of_and_recorded(
+    dtype: torch.dtype, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = write_vae(tmp_path / "vae") / "diffusion_pytorch_model.safetensors"
+    stored = {name: value.to(dtype) for name, value in load_file(path).items()}
+    save_file(stored, path, {"format": "pt"})
+    if not dtype.is_floating_point:
+        with pytest.raises(ValueError, match=words) as failure:
+            load_autoencoder(str(tmp_path / "vae"))
+        assert "\n" not in str(failure.value)
+        return
+
+    # What is made with the VAE says so too: the samples, and the scores on them.
+    vae = load_autoencoder(str(tmp_path / "vae"))
+    assert words in capsys.readouterr().err
+    assert [words in text for text in vae.warnings] == ([True] if words else [])
+    identity = {"name": "unknown", "sha256": vae.weights}
+    if vae.warnings:
+        identity["warnings"] = list(vae.warnings)
+    data = Data("latents", size=8, channels=4, num_classes=3, vae=vae.encoder)
+    assert decoder_warnings(data, identity) == list(vae.warnings)

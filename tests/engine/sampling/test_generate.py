@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from experiments.declared.protocols import DIGITS
 from experiments.engine.data.sets import load
@@ -120,6 +121,13 @@ def test_a_cached_classifier_is_read_and_another_recipe_is_not(
     assert all(
         torch.equal(a, b) for a, b in zip(first[0].parameters(), again[0].parameters(), strict=True)
     )
+
+    # What a record must say of the stored weights comes with the classifier.
+    assert "classifier_warning" not in first[1]
+    (path,) = tmp_path.glob("digits-*.safetensors")
+    save_file({name: value.half() for name, value in load_file(path).items()}, path)
+    warning = digits_classifier(data, tmp_path)[1]["classifier_warning"]
+    assert "8 of 8 tensors are stored in fp16: they are rounded" in str(warning)
     monkeypatch.setattr(features, "DIGITS", replace(features.DIGITS, steps=6))
     digits_classifier(data, tmp_path)
     assert len(trained) == 2
