@@ -13,12 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from backbones.kernels import (
-    adaln_pointwise,
-    adaln_pointwise_gelu,
-    depthwise_gelu,
-    pointwise_gated,
-)
+from backbones.kernels import adaln2d, depthwise_gelu, pointwise_gelu, scale
 from backbones.layers import (
     ConvFinal,
     ConvStem,
@@ -30,6 +25,7 @@ from backbones.layers import (
     Upsample,
     check_grid,
     check_stages,
+    gated,
     run_stage,
     xavier_flat_,
     xavier_init,
@@ -58,13 +54,14 @@ class DiCoBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation  # (N, C, 1, 1)
 
         # Conv module: 1x1, depthwise 3x3 with GELU, compact channel attention, 1x1.
-        h = adaln_pointwise(x, shift1, scale1, self.conv1.weight, self.conv1.bias)  # (N, C, H, W)
+        h = self.conv1(adaln2d(x, shift1, scale1))  # (N, C, H, W)
         h = depthwise_gelu(h, self.conv2.weight, self.conv2.bias)  # (N, C, H, W)
-        x = pointwise_gated(x, gate1, h, self.conv3.weight, self.conv3.bias, self.ca(h))
+        x = gated(x, gate1, self.conv3(scale(h, self.ca(h))))  # (N, C, H, W)
 
         # Feed-forward network of two 1x1 convolutions.
-        h = adaln_pointwise_gelu(x, shift2, scale2, self.conv4.weight, self.conv4.bias)
-        return pointwise_gated(x, gate2, h, self.conv5.weight, self.conv5.bias)  # (N, C, H, W)
+        h = adaln2d(x, shift2, scale2)  # (N, C, H, W)
+        h = pointwise_gelu(h, self.conv4.weight, self.conv4.bias)  # (N, rC, H, W)
+        return gated(x, gate2, self.conv5(h))  # (N, C, H, W)
 
 
 class LabelEmbedders(nn.Module):

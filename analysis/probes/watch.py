@@ -29,10 +29,15 @@ IGNORED_KERNELS = (
     "linear",
     "pointwise",
     "adaln",
+    "adaln_pointwise_gelu",
     "addcmul",
-    "pool",
+    "depthwise",
     "depthwise_gelu",
+    "gelu",
+    "pointwise_gated",
     "pointwise_gelu",
+    "pool",
+    "scale",
 )
 
 

@@ -8,7 +8,6 @@ multiply-accumulates, and `observing` shows the arguments of every call.
 from backbones.kernels.adaln import adaln, adaln2d
 from backbones.kernels.attention import attention
 from backbones.kernels.branches import (
-    adaln_pointwise,
     adaln_pointwise_gelu,
     pointwise_gated,
 )
@@ -27,7 +26,6 @@ __all__ = [
     "Op",
     "adaln",
     "adaln2d",
-    "adaln_pointwise",
     "adaln_pointwise_gelu",
     "addcmul",
     "attention",

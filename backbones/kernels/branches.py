@@ -2,8 +2,8 @@
 
 x (N, C, H, W), shift, scale and gate (N, C, 1, 1), h (N, K, H, W), factor (N, K, 1, 1) or None.
 
-    adaln_pointwise, adaln_pointwise_gelu   conv(adaln(x)), and its GELU; weight (C_out, C, 1, 1)
-    pointwise_gated                         x + gate conv(factor h);      weight (C, K, 1, 1)
+    adaln_pointwise_gelu   the GELU of conv(adaln(x));  weight (C_out, C, 1, 1)
+    pointwise_gated        x + gate conv(factor h);     weight (C, K, 1, 1)
 """
 
 from __future__ import annotations
@@ -17,12 +17,6 @@ from backbones.kernels.gates import addcmul
 from backbones.kernels.gates import scale as scale_channels
 from backbones.kernels.linear import pointwise
 from backbones.kernels.op import Choice, Op
-
-
-def _reference_enter(
-    x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor
-) -> Tensor:
-    return pointwise(adaln2d(x, shift, scale), weight, bias)
 
 
 def _reference_enter_gelu(
@@ -39,21 +33,9 @@ def _reference_leave(
     return addcmul(x, gate, pointwise(h, weight, bias))
 
 
-def _enter(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return rows_linear.enter(x, shift, scale, weight, bias, EPS)
-
-
 def _enter_gelu(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return rows_linear.enter_gelu(x, shift, scale, weight, bias, EPS)
 
-
-adaln_pointwise = Op(
-    "adaln_pointwise",
-    [
-        Choice("rows", _enter, rows_linear.supports_enter, rows.pays),
-        Choice("reference", _reference_enter),
-    ],
-)
 
 adaln_pointwise_gelu = Op(
     "adaln_pointwise_gelu",

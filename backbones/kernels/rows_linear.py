@@ -136,13 +136,6 @@ class _Enter(torch.autograd.Function):
         return *outputs[:4], grad_bias if ctx.has_bias else None, None, None
 
 
-def enter(
-    x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, eps: float
-) -> Tensor:
-    """Apply adaLN and a 1x1 convolution."""
-    return _Enter.apply(x, shift, scale, weight, bias, False, eps)
-
-
 def enter_gelu(
     x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> Tensor:

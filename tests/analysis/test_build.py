@@ -67,6 +67,10 @@ def test_files_are_narrow_and_hold_what_their_names_say(tmp_path: Path):
     for path in tables.glob("*.csv"):
         titles, *rows = csv.reader(path.open(newline=""))
         assert len(titles) <= 16, path.name
+        if not rows:
+            # Pairs of rows need two whole training seeds.
+            assert path.name == "evidence.csv"
+            continue
         assert {len(row) for row in rows} == {len(titles)}, path.name
         assert len(set(titles)) == len(titles), path.name
         for at, title in enumerate(titles[1:], 1):

@@ -81,7 +81,7 @@ def test_a_pipelines_folder_is_loaded_with_its_weights(tmp_path: Path):
 
 def test_bad_folders_and_embeddings_are_refused(tmp_path: Path):
     config = tmp_path / "config.json"
-    with pytest.raises(ValueError, match=r"no config\.json"):
+    with pytest.raises(ValueError, match=r"cannot read .*config\.json: No such file"):
         load(tmp_path)
     config.write_text(json.dumps({"_class_name": "UNet2DModel"}))
     with pytest.raises(ValueError, match="holds a UNet2DModel; this probe takes DiT"):

@@ -168,7 +168,6 @@ CASES = {
     "depthwise": depthwise_gelu,
     "depthwise_gelu": depthwise_gelu,
     "pointwise_gelu": pointwise,
-    "adaln_pointwise": adaln_pointwise,
     "adaln_pointwise_gelu": adaln_pointwise,
     "pointwise_gated": pointwise_gated,
     "deformable": deformable,

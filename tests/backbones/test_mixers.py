@@ -380,7 +380,7 @@ def test_a_compiled_graph_tells_at_every_call_what_it_runs():
     [
         (
             {"attend": "sdpa"},
-            "unknown kernel 'attend'; known: adaln, adaln_pointwise, adaln_pointwise_gelu",
+            "unknown kernel 'attend'; known: adaln, adaln_pointwise_gelu, addcmul",
         ),
         ({"attention": "fast"}, "no implementation 'fast'; known: flash, sdpa, reference"),
     ],

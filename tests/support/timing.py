@@ -48,7 +48,9 @@ def every_family() -> dict[str, Timing]:
     for family, name in names.items():
         network = Backbone(name, backbones.tiny_options_of(name))
         if "multipliers" in network.options:
-            network = network.but(dim=32, multipliers=(1, 2), attention_at=(4,))
+            # The option is named by its unit, which differs between families.
+            (attention,) = (key for key in network.options if key.startswith("attention_"))
+            network = network.but(dim=32, multipliers=(1, 2), **{attention: (4,)})
         channels = 6 if family == "upsampler" else 3
         timings[family] = declare_timing(backbone=network, channels=channels)
     return timings
