@@ -128,8 +128,10 @@ class Store:
                 file.write(b"\0" * 65536)
             probe.unlink()
         except OSError as error:
-            reason = explain(error, "write results to", self.root)
-            raise ValueError(f"{reason}; or choose another folder with --results") from None
+            raise ValueError(
+                f"cannot write results to {self.root}: {explain(error)}; "
+                "or choose another folder with --results"
+            ) from None
 
     def append(
         self,

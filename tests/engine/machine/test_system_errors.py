@@ -275,7 +275,8 @@ def test_a_scheduled_job_names_what_it_cannot_make(place: str, words: str, tmp_p
     error = work_in_job(Job("a", (COUNT,)), root, "cpu", 1)
     assert error is not None
     if place == "records":
-        assert f"cannot write results to {root}: File exists" in error
+        assert f"cannot write results to {root}: cannot make the folder {root}/records" in error
+        assert "File exists" in error
     else:
         assert f"cannot {words.format(root=root)}: " in error or f"{root}/runs" in error
     assert "space" not in error

@@ -303,7 +303,8 @@ def test_a_path_under_a_file_cannot_be_written(tmp_path: Path):
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ValueError, match="^cannot write results to .*--results$") as failure:
             Store(folder).check_writable()
-        assert f"{folder}: Not a directory; a file stands" in str(failure.value)
+        assert f"to {folder}: " in str(failure.value)
+        assert "Not a directory; a file stands" in str(failure.value)
         assert Store(folder).here.by_id() == {}
     assert everything(tmp_path) == {"file": b"x"}
 
