@@ -12,6 +12,8 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import pytest
+
 from experiments.ablation import TABLES
 from experiments.engine.jobs import execute
 from experiments.engine.jobs import pool as launch
@@ -31,6 +33,7 @@ def loading_torch(pid: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_an_interrupt_while_workers_load_is_one_line(tmp_path: Path):
     options = ["--table", "5", "--results", str(tmp_path)]
     running = subprocess.Popen(

@@ -84,6 +84,7 @@ def test_two_processes_see_the_samples_of_one_and_have_its_losses(alone: Path, p
     assert_same_training(alone, pair, 2)
 
 
+@pytest.mark.slow
 def test_four_processes_with_micro_batches_do_so_too(alone: Path, tmp_path: Path):
     resources = Resources(checkpoint_every=5, timeout=BOUND, micro_batch=3)
     assert run_group(4, Work(tmp_path, keeps_inputs=True, resources=resources)) == [0] * 4
