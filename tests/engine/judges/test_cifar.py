@@ -90,3 +90,10 @@ def test_a_judge_learns_and_its_rate_ends_at_zero(monkeypatch: pytest.MonkeyPatc
     assert losses == again
     assert cifar._lr_at(cifar.WARMUP) == cifar.PEAK_LR
     assert cifar._lr_at(1.0) == 0.0
+
+
+def test_the_committed_judge_is_small_and_whole():
+    network, sha256 = cifar.load_judge()
+    assert sha256 == "e97f0a9c337b47fad76512d1b2e7d905004d8c2f63656a2b09401780c89a8ae7"
+    assert cifar.JUDGE_WEIGHTS.stat().st_size < 1_000_000
+    assert all(tensor.isfinite().all() for tensor in network.state_dict().values())
