@@ -28,6 +28,12 @@ DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time
 BOUND = 20.0  # seconds
 
 
+def hear_signals() -> None:
+    """Let a process hear what a shell's job control or nohup switches off for its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(
     ("sign", "child", "status"),
     [
@@ -45,7 +51,7 @@ def test_no_child_outlives_its_parent(sign: signal.Signals, child: str, status: 
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=hear_signals,
     )
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
