@@ -14,7 +14,6 @@ from analysis.evidence.pairs import (
     Pair,
     PairVerdict,
     Trained,
-    distinct_rows,
     pairs,
     paper_scores,
     subjects,
@@ -29,7 +28,7 @@ from experiments.engine.reporting.paired import LEVEL, PairedComparison, rank_ag
 from experiments.engine.reporting.sheet import Cell, Column, Kind, Sheet
 from experiments.engine.specs.rows import Row, Table
 from experiments.engine.specs.spec import Cost
-from experiments.engine.specs.stages import Protocol, evaluate_stage, network
+from experiments.engine.specs.stages import Protocol, distinct_networks, evaluate_stage, network
 
 # Unresolved pairs of which the page says how many seeds they need.
 NAMED_PAIRS = 10
@@ -95,7 +94,7 @@ def _order_sheet(full: Trained, half: Trained, store: ReferenceStore) -> Sheet:
         Column("paper", "paper's FID"),
     ]
     sheet = Sheet("", columns)
-    rows = {row.label: row for row in distinct_rows(full.table, full.protocol)}
+    rows = {row.label: row for row in distinct_networks(full.table, full.protocol)}
     means = {label: _log_mean(full, label) for label in rows}
     order = sorted(
         (label for label in rows if full.records[label]),

@@ -19,9 +19,8 @@ from experiments.engine.records.score_names import HELDOUT_LOSS
 from experiments.engine.records.store import Record
 from experiments.engine.reporting.lookup import REFERENCE_SEEDS
 from experiments.engine.reporting.paired import Difference, PairedComparison, compare_paired
-from experiments.engine.specs.rows import Row, Table
-from experiments.engine.specs.spec import spec_id
-from experiments.engine.specs.stages import Protocol, heldout_stage, network
+from experiments.engine.specs.rows import Table
+from experiments.engine.specs.stages import Protocol, distinct_networks, heldout_stage
 
 # The paper's score that our loss is compared with; lower is better in both.
 PAPER_SCORE = "fid"
@@ -104,7 +103,7 @@ class Trained:
 def trained(table: Table, protocol: Protocol, store: ReferenceStore) -> Trained:
     """Look up the held-out losses of a table's rows, one row for each network."""
     records: dict[str, dict[int, Record]] = {}
-    for row in distinct_rows(table, protocol):
+    for row in distinct_networks(table, protocol):
         found = {}
         for seed in REFERENCE_SEEDS:
             stage = heldout_stage(row, protocol, seed)
@@ -114,15 +113,6 @@ def trained(table: Table, protocol: Protocol, store: ReferenceStore) -> Trained:
                 found[seed] = record
         records[row.label] = found
     return Trained(table, protocol, records)
-
-
-def distinct_rows(table: Table, protocol: Protocol) -> list[Row]:
-    """The rows with a network, the first of those that share one."""
-    rows: dict[str, Row] = {}
-    for row in table.rows:
-        if row.backbone:
-            rows.setdefault(spec_id(network(row, protocol)), row)
-    return list(rows.values())
 
 
 def subjects() -> list[tuple[Table, Protocol]]:

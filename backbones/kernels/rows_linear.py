@@ -96,7 +96,6 @@ class _Enter(torch.autograd.Function):
         scale: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        with_gelu: bool,
         eps: float,
     ) -> Tensor:
         n, c, h, w = x.shape
@@ -106,7 +105,7 @@ class _Enter(torch.autograd.Function):
             shift, scale, stride = shift.contiguous(), scale.contiguous(), c
         transposed = weight.view(o, c).t().contiguous()
         y = _like(x, o)
-        slope = torch.empty_like(y) if with_gelu else None
+        slope = torch.empty_like(y)
         mean = x.new_empty(n * t)
         rstd = x.new_empty(n * t)
         scratch = x.new_empty((TILE + t) * c)
@@ -133,14 +132,14 @@ class _Enter(torch.autograd.Function):
         inputs = (x, shift, scale, weight, slope, mean, rstd, grad)
         outputs = (grad_x, grad_shift, grad_scale, grad_weight, grad_bias)
         call("enter_backward", *inputs, *outputs, scratch, n, t, c, o, ctx.stride)
-        return *outputs[:4], grad_bias if ctx.has_bias else None, None, None
+        return *outputs[:4], grad_bias if ctx.has_bias else None, None
 
 
 def enter_gelu(
     x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> Tensor:
     """Apply adaLN, a 1x1 convolution and GELU."""
-    return _Enter.apply(x, shift, scale, weight, bias, True, eps)
+    return _Enter.apply(x, shift, scale, weight, bias, eps)
 
 
 def supports_leave(

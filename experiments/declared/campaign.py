@@ -19,7 +19,12 @@ from experiments.engine.records.store import Record, Store
 from experiments.engine.specs.rows import Row, Table
 from experiments.engine.specs.selection import Run
 from experiments.engine.specs.spec import Cost, HeldOut, Stage, spec_id
-from experiments.engine.specs.stages import Protocol, heldout_stage, network
+from experiments.engine.specs.stages import (
+    Protocol,
+    distinct_networks,
+    heldout_stage,
+    network,
+)
 
 LADDER_SEED = 0
 
@@ -44,7 +49,7 @@ class Block:
         data = self.protocol.data
         stages = [
             Cost(network(row, self.protocol), data.size, data.channels, data.num_classes)
-            for row in _networks(self.table, self.protocol)
+            for row in distinct_networks(self.table, self.protocol)
         ]
         return [stage for stage in stages if finished(stage, store) is None]
 
@@ -52,7 +57,7 @@ class Block:
         """Yield the jobs of the block, seed by seed."""
         half = at_half_length(self.protocol)
         for seed in sorted({*self.seeds, *self.half_seeds}):
-            for row in _networks(self.table, self.protocol):
+            for row in distinct_networks(self.table, self.protocol):
                 if seed in self.seeds:
                     yield _run(row, self.protocol, seed)
                 if seed in self.half_seeds:
@@ -127,7 +132,7 @@ BLOCKS = (
 
 def ladders_of(block: Block) -> list[Ladder]:
     """Return the searches that a block needs, one per network."""
-    return [Ladder(row, block.protocol) for row in _networks(block.table, block.protocol)]
+    return [Ladder(row, block.protocol) for row in distinct_networks(block.table, block.protocol)]
 
 
 def finished(stage: Stage, store: Store) -> Record | None:
@@ -139,15 +144,6 @@ def _has_failed(stage: HeldOut, store: Store) -> bool:
     """Return whether a training diverged, so that there is nothing to score."""
     folders = (store.here, store.reference)
     return any(folder.latest(stage.train, status="failed") for folder in folders)
-
-
-def _networks(table: Table, protocol: Protocol) -> list[Row]:
-    """Return the table's rows with a network, the first of those that share one."""
-    rows: dict[str, Row] = {}
-    for row in table.rows:
-        if row.backbone:
-            rows.setdefault(spec_id(network(row, protocol)), row)
-    return list(rows.values())
 
 
 def _run(row: Row, protocol: Protocol, seed: int, scored: bool = True) -> Job:

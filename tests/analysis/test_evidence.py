@@ -11,7 +11,6 @@ import pytest
 from analysis.evidence.page import evidence_page
 from analysis.evidence.pairs import (
     PairVerdict,
-    distinct_rows,
     evidence_csv,
     judge_pair,
     pairs,
@@ -23,7 +22,7 @@ from experiments.declared.protocols import DIGITS_HELD_OUT, at_half_length
 from experiments.engine.records.store import Record, Store, write_record
 from experiments.engine.reporting.paired import Difference
 from experiments.engine.specs.spec import HeldOut, canonical, spec_id
-from experiments.engine.specs.stages import heldout_stage
+from experiments.engine.specs.stages import distinct_networks, heldout_stage
 
 ORIGIN = {
     "commit": "abc",
@@ -34,7 +33,7 @@ ORIGIN = {
     "torch": "2",
     "precision_flags": {"matmul_tf32": False},
 }
-ROWS = distinct_rows(TABLE_4, DIGITS_HELD_OUT)
+ROWS = distinct_networks(TABLE_4, DIGITS_HELD_OUT)
 # The effect of a seed is common to all rows, and larger than every difference of rows.
 SEED_EFFECTS = (0.0, 0.03, -0.02, 0.05)
 

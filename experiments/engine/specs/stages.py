@@ -97,6 +97,15 @@ def network(row: Row, protocol: Protocol) -> Backbone:
     return backbone.but(input_size=data.size, in_channels=in_channels, num_classes=data.num_classes)
 
 
+def distinct_networks(table: Table, protocol: Protocol) -> list[Row]:
+    """Return the table's rows with a network, the first of those that share one."""
+    rows: dict[str, Row] = {}
+    for row in table.rows:
+        if row.backbone:
+            rows.setdefault(spec_id(network(row, protocol)), row)
+    return list(rows.values())
+
+
 def at_data(row: Row, protocol: Protocol) -> Protocol:
     """Return the protocol with the data that the row's network is trained on.
 
