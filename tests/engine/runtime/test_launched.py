@@ -13,6 +13,7 @@ import pytest
 from tests.support.paths import ROOT
 
 SCRIPT = """
+import os
 import sys
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -20,9 +21,11 @@ import backbones
 from experiments.engine.runtime.group import join_group
 try:
     group = join_group("cpu", 60.0)
-    print("imported", group.rank, Path(backbones.__file__).parents[1], flush=True)
+    line = f"imported {group.rank} {Path(backbones.__file__).parents[1]}"
 except ValueError as error:
-    print("refused", error, flush=True)
+    line = f"refused {error}"
+# The ranks share one pipe: a line that is written at once is never mixed with another rank's.
+os.write(1, f"{line}\\n".encode())
 """
 # Every rank runs the script of the tree that the environment names for it.
 BY_RANK = """
