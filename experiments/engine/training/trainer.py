@@ -306,7 +306,7 @@ class Trainer:
         return total
 
 
-def _parameter_groups(model: nn.Module) -> list[nn.Parameter] | list[dict[str, Any]]:
+def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Return the trained parameters; those that a network declares `undecayed` are a group apart.
 
     `undecayed` is the beginning of the last part of such parameters' names.
@@ -316,7 +316,7 @@ def _parameter_groups(model: nn.Module) -> list[nn.Parameter] | list[dict[str, A
     }
     beginning: str | None = getattr(model, "undecayed", None)
     if beginning is None:
-        return list(named.values())
+        return [{"params": list(named.values())}]
 
     exempt = [p for name, p in named.items() if name.rpartition(".")[2].startswith(beginning)]
     others = [p for name, p in named.items() if not name.rpartition(".")[2].startswith(beginning)]
