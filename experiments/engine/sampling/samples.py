@@ -28,7 +28,7 @@ from experiments.engine.runtime.context import RunContext
 from experiments.engine.runtime.pieces import compute_pieces, count_missing
 from experiments.engine.runtime.progress import Progress
 from experiments.engine.sampling.counting import CountingModel
-from experiments.engine.sampling.forecast import watch_sampling
+from experiments.engine.sampling.forecast import announce_sampling
 from experiments.engine.sampling.generate import (
     can_capture_steps,
     generate_images,
@@ -268,7 +268,9 @@ class _ChunkWriter:
         capture_steps = context.resources.graphs and can_capture_steps(spec)
         self.model = CountingModel(source.network, capture_steps)
         left = min(spec.num, count_missing(folder / COUNTS, len(self.paths)) * CHUNK)
-        self.watch = watch_sampling(spec.sampler, left, min(self.batch, CHUNK), context.group)
+        announce_sampling(
+            spec, source.network, left, min(self.batch, CHUNK), context.device, context.group
+        )
         self.started = time.perf_counter()
         self.num_written = 0  # images
 
@@ -277,7 +279,7 @@ class _ChunkWriter:
         evaluated = self.model.evaluated
         within = range(number * CHUNK, min((number + 1) * CHUNK, self.spec.num))
         device = self.context.device
-        generated = generate_images(self.spec, self.model, device, self.batch, within, self.watch)
+        generated = generate_images(self.spec, self.model, device, self.batch, within)
         levels = torch.cat([to_uint8(self.decode(x)) for x, _ in generated])
 
         # One channel is written as three equal ones: (n, C, H, W) -> (n, H, W, 3).
