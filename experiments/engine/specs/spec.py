@@ -87,6 +87,13 @@ class Diffusion:
     direction: float = 0.0
     # Of a network that predicts at several resolutions: weights of its losses, low to high.
     scales: tuple[float, ...] = ()
+    # Of a network with gates: the share of its gated work that it is to use on average; None: its
+    # gates are not trained.
+    used_share: float | None = None
+    # Training steps over which the share that is asked for falls from 1 to `used_share`.
+    share_steps: int = 0
+    # First training steps in which the network without gates has a loss too.
+    complete_steps: int = 0
 
 
 @dataclass(frozen=True)
