@@ -13,6 +13,7 @@ from backbones import (  # noqa: F401  (importing a family registers it)
     adm_classifier,
     dic,
     dico,
+    dico_text,
     diffussm,
     dig,
     dim,
@@ -26,10 +27,13 @@ from backbones import (  # noqa: F401  (importing a family registers it)
     isotropic,
     ldm,
     lightningdit,
+    mmdit,
     sit,
     terdit,
+    text_unet,
     udit,
     uvit,
+    uvit_text,
 )
 from backbones.checkpoint import load_judged, load_published, print_warning
 from backbones.judgement import check_progress, check_values, convert_stored
