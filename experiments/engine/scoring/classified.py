@@ -30,7 +30,7 @@ from experiments.engine.records.score_names import CLASSIFIER_SCORES, DIGITS_JUD
 from experiments.engine.runtime.context import RunContext
 from experiments.engine.runtime.pieces import Arrays, compute_pieces, count_missing
 from experiments.engine.sampling.counting import CountingModel
-from experiments.engine.sampling.forecast import watch_sampling
+from experiments.engine.sampling.forecast import announce_sampling
 from experiments.engine.sampling.generate import can_capture_steps, generate_images
 from experiments.engine.sampling.networks import load_networks
 from experiments.engine.sampling.samples import QUANTISER
@@ -158,12 +158,12 @@ def _draw_samples(
     counting = CountingModel(network, capture)
     num_batches = math.ceil(spec.num / batch)
     left = min(spec.num, count_missing(folder, num_batches) * batch)
-    watch = watch_sampling(spec.sampler, left, batch, context.group)
+    announce_sampling(spec, network, left, batch, context.device, context.group)
 
     def draw_batch(number: int) -> Arrays:
         before = counting.evaluated
         indices = range(number * batch, min((number + 1) * batch, spec.num))
-        ((x, y),) = generate_images(spec, counting, context.device, batch, indices, watch)
+        ((x, y),) = generate_images(spec, counting, context.device, batch, indices)
         features, probabilities = classifier.extract(x)
         return {
             "features": features,

@@ -155,14 +155,13 @@ class Trainer:
         self.diffusion = build_diffusion(spec.diffusion).to(self.device)
 
         # How the network runs: averaged over processes, compiled, as a CUDA graph.
-        self.forward: nn.Module = self.model
+        entry = self.diffusion.training_entry(self.model)
+        self.forward: nn.Module = entry
         self.skip_exchange: Callable[[], AbstractContextManager[Any]] = nullcontext
         if group.world_size > 1:
             share = self.shard.stop - self.shard.start
             accumulates = self.micro_batch < share
-            averaging = average_gradients(
-                self.model, static=not resources.compile and not accumulates
-            )
+            averaging = average_gradients(entry, static=not resources.compile and not accumulates)
             self.forward = averaging
             self.skip_exchange = averaging.no_sync
         if resources.compile:
@@ -175,7 +174,7 @@ class Trainer:
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         recipe = self.spec.recipe
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        trainable = _parameter_groups(self.model)
         options: dict[str, Any] = dict(
             lr=recipe.lr,
             betas=recipe.betas,
@@ -305,6 +304,23 @@ class Trainer:
                     (loss * self.group.world_size).backward()
             total += loss.detach()
         return total
+
+
+def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Return the trained parameters; those that a network declares `undecayed` are a group apart.
+
+    `undecayed` is the beginning of the last part of such parameters' names.
+    """
+    named: dict[str, nn.Parameter] = {
+        name: p for name, p in model.named_parameters() if p.requires_grad
+    }
+    beginning: str | None = getattr(model, "undecayed", None)
+    if beginning is None:
+        return [{"params": list(named.values())}]
+
+    exempt = [p for name, p in named.items() if name.rpartition(".")[2].startswith(beginning)]
+    others = [p for name, p in named.items() if not name.rpartition(".")[2].startswith(beginning)]
+    return [{"params": others}, {"params": exempt, "weight_decay": 0.0}]
 
 
 @torch.no_grad()
