@@ -5,7 +5,8 @@ t (N,): time
 y (N,): labels in 0..num_classes, where num_classes is the null label
 
 The prediction is (N, C_out, H, W), with C_out = 2C if the network also learns the variance.
-Classifiers of noisy images, `(x, t) -> logits`, are built in the same way.
+Classifiers of noisy images, `(x, t) -> logits`, are built in the same way. So are the networks that
+draw an image scale by scale, `(y, inputs) -> logits`, and their tokenizers.
 """
 
 from backbones import (  # noqa: F401  (importing a family registers it)
@@ -13,6 +14,7 @@ from backbones import (  # noqa: F401  (importing a family registers it)
     adm_classifier,
     dic,
     dico,
+    dico_text,
     diffussm,
     dig,
     dim,
@@ -26,33 +28,47 @@ from backbones import (  # noqa: F401  (importing a family registers it)
     isotropic,
     ldm,
     lightningdit,
+    mmdit,
     sit,
     terdit,
+    text_unet,
     udit,
     uvit,
+    uvit_text,
+    var,
+    vqvae,
 )
 from backbones.checkpoint import load_judged, load_published, print_warning
 from backbones.judgement import check_progress, check_values, convert_stored
 from backbones.registry import (
     Exceptions,
+    Kind,
     build,
     exceptions_of,
     guided_channels_of,
+    kind_of,
+    list_autoregressive,
     list_backbones,
     list_classifiers,
+    list_tokenizers,
     options_of,
     register,
+    require_kind,
     shared_name_of,
     tiny_options_of,
 )
 
 __all__ = [
     "Exceptions",
+    "Kind",
     "build",
     "exceptions_of",
     "guided_channels_of",
+    "kind_of",
+    "list_autoregressive",
     "list_backbones",
     "list_classifiers",
+    "list_tokenizers",
     "check_progress",
     "check_values",
     "convert_stored",
@@ -61,6 +77,7 @@ __all__ = [
     "options_of",
     "print_warning",
     "register",
+    "require_kind",
     "shared_name_of",
     "tiny_options_of",
 ]
