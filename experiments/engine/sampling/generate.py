@@ -65,8 +65,8 @@ class NetworkSampler:
         """Yield a batch (n, C, H, W) after each step; the last one is sampled."""
         shape = (self.data.channels, self.data.size, self.data.size)
         scale: float | RisingScale = self.sampler.scale
-        if self.sampler.power is not None and scale != 1:
-            scale = RisingScale(scale, self.sampler.power, self.times[1])
+        if self.sampler.power is not None and self.sampler.scale != 1:
+            scale = RisingScale(self.sampler.scale, self.sampler.power, self.times[1])
         guided = Guided(
             model,
             scale,
