@@ -8,6 +8,8 @@ The prediction is (N, C_out, H, W), with C_out = 2C if the network also learns t
 Classifiers of noisy images, `(x, t) -> logits`, are built in the same way.
 """
 
+from torch import nn
+
 from backbones import (  # noqa: F401  (importing a family registers it)
     adm,
     adm_classifier,
@@ -33,6 +35,7 @@ from backbones import (  # noqa: F401  (importing a family registers it)
 )
 from backbones.checkpoint import load_judged, load_published, print_warning
 from backbones.judgement import check_progress, check_values, convert_stored
+from backbones.mixers import MIXERS, register_mixer
 from backbones.registry import (
     Exceptions,
     build,
@@ -42,9 +45,16 @@ from backbones.registry import (
     list_classifiers,
     options_of,
     register,
+    registered_networks,
     shared_name_of,
     tiny_options_of,
 )
+
+
+def registered_classes() -> dict[str, type[nn.Module]]:
+    """Return the class behind every name of a network, a classifier or a mixer."""
+    return registered_networks() | {f"mixer {name}": cls for name, cls in MIXERS.items()}
+
 
 __all__ = [
     "Exceptions",
@@ -61,6 +71,8 @@ __all__ = [
     "options_of",
     "print_warning",
     "register",
+    "register_mixer",
+    "registered_classes",
     "shared_name_of",
     "tiny_options_of",
 ]
