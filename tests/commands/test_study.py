@@ -66,7 +66,7 @@ def run_in(folder: Path, *command: object) -> subprocess.CompletedProcess[str]:
         env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
 
@@ -115,8 +115,11 @@ def test_the_walk_through_takes_at_most_forty_lines():
 
 def shortened(code: str) -> str:
     """Return the walk-through with its steps and widths cut down, and nothing else."""
-    short_recipe = 'source="this study", recipe=replace(DIGITS.recipe, steps=3, warmup=1)'
-    for long, short in (('source="this study"', short_recipe), ("dim=24", "dim=8")):
+    short_runs = (
+        'source="this study", num=20, sampler=replace(DIGITS.sampler, num_steps=2), '
+        "recipe=replace(DIGITS.recipe, steps=3, warmup=1, batch=8)"
+    )
+    for long, short in (('source="this study"', short_runs), ("dim=24", "dim=8")):
         assert code.count(long) == 1
         code = code.replace(long, short)
     return code
@@ -151,7 +154,7 @@ def test_the_walk_through_is_counted_timed_and_scored(tmp_path: Path):
     assert kept.read_text() == study.read_text()
 
     # Both probes measure both networks.
-    short = ("--images", 1, "--steps", 1, "--results", "out")
+    short = ("--images", 1, "--steps", 2, "--results", "out")
     for probe, options in (("channels", ()), ("locality", ("--gradients", 2))):
         command = ("-m", "analysis.probes", probe, "--study", study.name, *options, *short)
         probed = run_in(tmp_path, *command)
