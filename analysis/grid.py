@@ -311,7 +311,7 @@ def sample(spec: Evaluate, model: nn.Module, layout: Layout) -> dict[tuple[int, 
     import torch
 
     from experiments.engine.runtime.group import ALONE
-    from experiments.engine.sampling.forecast import watch_sampling
+    from experiments.engine.sampling.forecast import announce_sampling
     from experiments.engine.sampling.generate import generate_images
 
     count = spec.data.num_classes
@@ -319,12 +319,12 @@ def sample(spec: Evaluate, model: nn.Module, layout: Layout) -> dict[tuple[int, 
     spec = replace(spec, num=layout.rows * count, labels="balanced")
     device = torch.device(layout.device)
     num = layout.rows * len(layout.classes)
-    watch = watch_sampling(spec.sampler, num, len(layout.classes), ALONE)
+    announce_sampling(spec, model, num, len(layout.classes), device, ALONE)
     samples: dict[tuple[int, int], Tensor] = {}
     for row in range(layout.rows):
         for first, last in _runs(layout.classes):
             images = range(row * count + first, row * count + last + 1)
-            batches = generate_images(spec, model, device, min(len(images), BATCH), images, watch)
+            batches = generate_images(spec, model, device, min(len(images), BATCH), images)
             for x, y in batches:
                 for image, label in zip(x, y.tolist(), strict=True):
                     samples[row, label] = image

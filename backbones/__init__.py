@@ -5,7 +5,8 @@ t (N,): time
 y (N,): labels in 0..num_classes, where num_classes is the null label
 
 The prediction is (N, C_out, H, W), with C_out = 2C if the network also learns the variance.
-Classifiers of noisy images, `(x, t) -> logits`, are built in the same way.
+Classifiers of noisy images, `(x, t) -> logits`, are built in the same way. So are the networks that
+draw an image scale by scale, `(y, inputs) -> logits`, and their tokenizers.
 """
 
 from torch import nn
@@ -15,6 +16,7 @@ from backbones import (  # noqa: F401  (importing a family registers it)
     adm_classifier,
     dic,
     dico,
+    dico_text,
     diffussm,
     dig,
     dim,
@@ -28,24 +30,34 @@ from backbones import (  # noqa: F401  (importing a family registers it)
     isotropic,
     ldm,
     lightningdit,
+    mmdit,
     sit,
     terdit,
+    text_unet,
     udit,
     uvit,
+    uvit_text,
+    var,
+    vqvae,
 )
 from backbones.checkpoint import load_judged, load_published, print_warning
 from backbones.judgement import check_progress, check_values, convert_stored
 from backbones.mixers import MIXERS, register_mixer
 from backbones.registry import (
     Exceptions,
+    Kind,
     build,
     exceptions_of,
     guided_channels_of,
+    kind_of,
+    list_autoregressive,
     list_backbones,
     list_classifiers,
+    list_tokenizers,
     options_of,
     register,
     registered_networks,
+    require_kind,
     shared_name_of,
     tiny_options_of,
 )
@@ -58,11 +70,15 @@ def registered_classes() -> dict[str, type[nn.Module]]:
 
 __all__ = [
     "Exceptions",
+    "Kind",
     "build",
     "exceptions_of",
     "guided_channels_of",
+    "kind_of",
+    "list_autoregressive",
     "list_backbones",
     "list_classifiers",
+    "list_tokenizers",
     "check_progress",
     "check_values",
     "convert_stored",
@@ -73,6 +89,7 @@ __all__ = [
     "register",
     "register_mixer",
     "registered_classes",
+    "require_kind",
     "shared_name_of",
     "tiny_options_of",
 ]

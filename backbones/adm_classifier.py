@@ -154,5 +154,5 @@ register(
         head_dim=16,
     ),
     aliases={"attention_at": "attention_resolutions"},
-    classifier=True,
+    kind="classifier",
 )

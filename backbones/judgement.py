@@ -198,7 +198,13 @@ def check_values(model: nn.Module, weights: Weights, file: str) -> None:
                 "or meaning is not in the file; save fp32 tensors"
             )
 
-    broken = [name for name, value in weights.items() if not _is_finite(value)]
+    # A mask is infinite in the network too, and the file must hold the same one.
+    masks = {name: own for name, own in model.named_buffers() if not _is_finite(own)}
+    broken = [
+        name
+        for name, value in weights.items()
+        if not _is_finite(value) and not (name in masks and torch.equal(value, masks[name]))
+    ]
     if broken:
         listed = ", ".join(broken[:NAMED])
         raise ValueError(
@@ -219,7 +225,8 @@ def check_values(model: nn.Module, weights: Weights, file: str) -> None:
 
 
 def _is_finite(value: Tensor) -> bool:
-    return bool(value.isfinite().all())
+    """Tell whether all numbers are finite; a meta tensor holds none."""
+    return value.is_meta or bool(value.isfinite().all())
 
 
 def _word(dtype: torch.dtype) -> str:

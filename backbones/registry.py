@@ -6,6 +6,7 @@ import fnmatch
 import inspect
 import re
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 from torch import nn
@@ -46,6 +47,22 @@ class Exceptions:
 NO_EXCEPTIONS = Exceptions()
 
 
+class Kind(Enum):
+    """What a registered network is."""
+
+    BACKBONE = "backbone"
+    """Maps (x, t, y) to a prediction; the only kind that diffusion meets."""
+
+    CLASSIFIER = "classifier"
+    """Maps (x, t) to logits."""
+
+    AUTOREGRESSIVE = "autoregressive"
+    """Maps a label and coarser scales to the logits of tokens, in `forward`, `embed` and `step`."""
+
+    TOKENIZER = "tokenizer"
+    """Maps images to the tokens of an autoregressive network, and back."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """A registered name."""
@@ -68,8 +85,8 @@ class Entry:
     guided_channels: int | None
     """Leading channels that the authors' classifier-free guidance changes; None for all."""
 
-    classifier: bool
-    """The network maps (x, t) to logits and is no backbone."""
+    kind: Kind
+    """What the network is."""
 
     shared_names: dict[str, str]
     """Regular expressions in names of parameters, with what other families say there."""
@@ -86,7 +103,7 @@ def register(
     aliases: dict[str, str] | None = None,
     exceptions: Exceptions = NO_EXCEPTIONS,
     guided_channels: int | None = None,
-    classifier: bool = False,
+    kind: str = Kind.BACKBONE.value,
     shared_names: dict[str, str] | None = None,
 ) -> None:
     """Register one line per published model.
@@ -99,7 +116,7 @@ def register(
             sets. No listing shows them.
         exceptions: Departures from the contract test.
         guided_channels: How many leading channels the authors guide; None for all.
-        classifier: The network maps (x, t) to logits; it is listed apart from the backbones.
+        kind: A value of Kind. Every kind has a listing of its own.
         shared_names: Regular expressions in names of parameters, with what replaces them. The
             results are the names of the controlled ablations, hourglass and isotropic.
     """
@@ -113,7 +130,7 @@ def register(
             aliases=aliases or {},
             exceptions=exceptions,
             guided_channels=guided_channels,
-            classifier=classifier,
+            kind=Kind(kind),
             shared_names=shared_names or {},
         )
 
@@ -124,22 +141,48 @@ def registered_networks() -> dict[str, type[nn.Module]]:
 
 
 def list_backbones(pattern: str = "*") -> list[str]:
-    """List the registered names that match a shell pattern, e.g. `dit_*_2`."""
-    names = [name for name, entry in _ENTRIES.items() if not entry.classifier]
-    return sorted(fnmatch.filter(names, pattern))
+    """List the registered backbones that match a shell pattern, e.g. `dit_*_2`."""
+    return _list(Kind.BACKBONE, pattern)
 
 
 def list_classifiers(pattern: str = "*") -> list[str]:
     """List the registered classifiers of noisy images that match a shell pattern."""
-    names = [name for name, entry in _ENTRIES.items() if entry.classifier]
+    return _list(Kind.CLASSIFIER, pattern)
+
+
+def list_autoregressive(pattern: str = "*") -> list[str]:
+    """List the registered networks that draw tokens scale by scale, by a shell pattern."""
+    return _list(Kind.AUTOREGRESSIVE, pattern)
+
+
+def list_tokenizers(pattern: str = "*") -> list[str]:
+    """List the registered tokenizers that match a shell pattern."""
+    return _list(Kind.TOKENIZER, pattern)
+
+
+def _list(kind: Kind, pattern: str) -> list[str]:
+    names = [name for name, entry in _ENTRIES.items() if entry.kind is kind]
     return sorted(fnmatch.filter(names, pattern))
 
 
 def _entry(name: str) -> Entry:
     if name not in _ENTRIES:
-        known = ", ".join([*list_backbones(), *list_classifiers()])
+        known = ", ".join(known for kind in Kind for known in _list(kind, "*"))
         raise ValueError(f"unknown backbone {name!r}; known: {known}")
     return _ENTRIES[name]
+
+
+def kind_of(name: str) -> Kind:
+    """Return what a registered network is."""
+    return _entry(name).kind
+
+
+def require_kind(name: str, kind: Kind) -> None:
+    """Raise ValueError unless a registered network is of a kind."""
+    actual = kind_of(name)
+    if actual is not kind:
+        known = ", ".join(_list(kind, "*"))
+        raise ValueError(f"{name} is of kind {actual.value}, not {kind.value}; known: {known}")
 
 
 def options_of(name: str) -> dict[str, Any]:

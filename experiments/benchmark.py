@@ -218,7 +218,7 @@ def _run_steps(args: argparse.Namespace) -> int:
     store = _open_store(args.results)
     prepare_torch(args.device)
     for network in args.networks:
-        backbones.options_of(network)
+        backbones.require_kind(network, backbones.Kind.BACKBONE)
         if network not in others:
             print(
                 f"{network}: without --against {network}=FILE:NAME "

@@ -234,6 +234,13 @@ class _Targets:
             require_folder(self.png, PNG)
             require_space(self.png, needed, PNG)
 
+    def hold(self, held: ExitStack) -> None:
+        """Keep other commands out of the folder of PNGs for as long as `held` is open."""
+        from experiments.engine.sampling.targets import hold_folder
+
+        if self.png:
+            held.enter_context(hold_folder(self.png))
+
     def require_own(self, origin: dict[str, Any]) -> None:
         """Raise ValueError if a target holds anything but images of this spec and origin."""
         from experiments.engine.sampling.samples import describe_set, png_names, set_id
@@ -266,6 +273,7 @@ def _draw_all(
     if group.first:
         try:
             targets.require_room()
+            targets.hold(held)
             heartbeat = held.enter_context(claim_run(folder, group.world_size))
             clear_errors(folder)
         except (ValueError, OSError) as error:

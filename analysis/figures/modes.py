@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from analysis.figures.style import Style, family_color, figure, mark_gap, palette
+from analysis.figures.style import Style, figure, mark_gap, palette, system_color
 from analysis.query import ReferenceStore, at_one_batch, gpu_timings, runtime_of
 from experiments.declared.systems import SYSTEMS
 from experiments.engine.records.store import Record
@@ -41,7 +41,7 @@ def _draw_implied_rates(axes: Axes, store: ReferenceStore) -> None:
             if row["throughput_img_s"] and row["gflops"]
         }
         for model, rate in rates.items():
-            color = family_color(model)
+            color = system_color(model)
             label = f"{model} at {resolution}"
             axes.barh(label, rate, color=(*color, 0.25), ec=color, lw=1.2)
 

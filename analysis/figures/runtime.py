@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from analysis.figures.labels import Point, label_points
 from analysis.figures.style import (
-    FAMILIES,
     MARKS,
     OPEN,
     Style,
@@ -17,9 +16,10 @@ from analysis.figures.style import (
     family_color,
     figure,
     mark_gap,
+    system_color,
 )
 from analysis.query import ReferenceStore, at_one_batch, gpu_timings, numeric_mode, runtime_of
-from experiments.declared.families import family_of, size_of
+from experiments.declared.families import TITLES, family_of, size_of
 from experiments.declared.systems import SYSTEMS
 from experiments.declared.timings import figure_3
 from experiments.engine.records.store import Record
@@ -65,7 +65,7 @@ def _published_time(row: dict[str, str]) -> float:
 
 
 def _draw_published_times(axes: Axes, times: dict[str, float]) -> None:
-    edges = [family_color(name) for name in times]
+    edges = [system_color(name) for name in times]
     fills = [(*edge, 0.25) for edge in edges]
     axes.barh(list(times), list(times.values()), color=fills, ec=edges, lw=1.4)
     beside: Style = dict(xytext=(3, 0), textcoords="offset points", va="center", fontsize=7.5)
@@ -78,7 +78,7 @@ def _draw_published_times(axes: Axes, times: dict[str, float]) -> None:
 def _draw_guided_scores(axes: Axes, rows: dict[str, dict[str, str]]) -> None:
     points = []
     for name, row in rows.items():
-        time, score, color = _published_time(row), float(row["fid"]), family_color(name)
+        time, score, color = _published_time(row), float(row["fid"]), system_color(name)
         axes.plot(time, score, "o", color=color, **OPEN)
         points.append(Point(name, time, score, color))
     axes.set_xscale("log")
@@ -182,9 +182,8 @@ def _timed_sizes(store: ReferenceStore) -> tuple[str, list[tuple[Timing, Record]
 
 def _family_and_size(stage: Timing) -> tuple[str, str]:
     """Return the family and the size of a backbone such as dit_s_2."""
-    families = {family.lower(): family for family in FAMILIES}
     name = stage.backbone.name
-    return families[family_of(name)], size_of(name).upper()
+    return TITLES[family_of(name)], size_of(name).upper()
 
 
 def _sentences(remarks: Mapping[str, Sequence[str]]) -> list[str]:

@@ -9,13 +9,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from experiments.declared.families import TITLES
+from experiments.declared.systems import family_of_system
 from experiments.engine.records.files import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FAMILIES = ("DiT", "DiCo", "DiG", "DiC", "DiS", "DiM", "U-ViT", "ADM", "DiffuSSM", "DiMSUM")
 SIZES = ("DiCo-S", "DiCo-B", "DiCo-L", "DiCo-XL")
 MARKS = ("o", "s", "^", "D")
 OPEN: dict[str, Any] = dict(mfc="white", mew=1.4)  # style of a published number's mark
@@ -71,14 +72,14 @@ def palette(series: Iterable[str]) -> dict[str, Color]:
     return dict(zip(names, colors, strict=False))
 
 
-def family_of(system: str) -> str:
-    """Return the longest family name with which a system's name begins."""
-    return max((family for family in FAMILIES if system.startswith(family)), key=len)
+def family_color(family: str) -> Color:
+    """Return the colour of a family such as DiT, which is the same in every figure."""
+    return palette(TITLES.values())[family]
 
 
-def family_color(system: str) -> Color:
-    """Return the colour of a system's family, which is the same in every figure."""
-    return palette(FAMILIES)[family_of(system)]
+def system_color(label: str) -> Color:
+    """Return the colour of the family of a compared system such as DiT-XL/2."""
+    return family_color(family_of_system(label))
 
 
 def errors(axes: Axes, x: Any, y: Any, color: Any, **sizes: Sequence[float | None]) -> None:

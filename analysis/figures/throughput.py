@@ -11,11 +11,12 @@ from analysis.figures.style import (
     below,
     errors,
     family_color,
-    family_of,
     figure,
+    system_color,
 )
 from analysis.query import ReferenceStore, at_one_batch, gpu_timings, rankable
 from experiments.declared.protocols import IMAGENET256
+from experiments.declared.systems import family_of_system, size_of_system
 from experiments.engine.records.store import Record
 from experiments.engine.reporting.lookup import mean_cell
 from experiments.engine.specs.stages import cost_stages
@@ -60,8 +61,8 @@ def _draw_published(axes: Axes, published: list[dict[str, str]]) -> list[Point]:
     """Draw a line of bubbles per family; return the bubbles with the sizes that label them."""
     timed = [row for row in published if row["throughput_img_s"]]
     points = []
-    for family in dict.fromkeys(family_of(row["model"]) for row in timed):
-        rows = [row for row in timed if family_of(row["model"]) == family]
+    for family in dict.fromkeys(family_of_system(row["model"]) for row in timed):
+        rows = [row for row in timed if family_of_system(row["model"]) == family]
         rates = [float(row["throughput_img_s"]) for row in rows]
         scores = [float(row["fid"]) for row in rows]
         areas = [AREA * float(row["gflops"]) for row in rows]
@@ -72,7 +73,7 @@ def _draw_published(axes: Axes, published: list[dict[str, str]]) -> list[Point]:
         axes.scatter(rates, scores, s=areas, ec=color, fc=fill, lw=1.4, label=family, zorder=3)
 
         for row, rate, score, area in zip(rows, rates, scores, areas, strict=True):
-            size = row["model"].removeprefix(f"{family}-").removesuffix("/2")
+            size = size_of_system(row["model"])
             points.append(Point(size, rate, score, color, radius=area**0.5 / 2))
     return points
 
@@ -133,7 +134,7 @@ def _draw_ours(axes: Axes, store: ReferenceStore) -> str:
             rate = timing.values["images_per_s"]
             score = mean_cell("fid", [record.values for record in ours.scores[name]])
             assert score.value is not None, name
-            color = family_color(name)
+            color = system_color(name)
             axes.scatter(
                 rate,
                 score.value,

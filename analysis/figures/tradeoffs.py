@@ -13,16 +13,16 @@ from analysis.figures.style import (
     OPEN,
     below,
     family_color,
-    family_of,
     figure,
     note,
     palette,
     plain_log,
+    system_color,
 )
 from analysis.query import DISTANCE, ReferenceStore, digits_scores, rankable
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.declared.protocols import DIGITS
-from experiments.declared.systems import SYSTEMS
+from experiments.declared.systems import SYSTEMS, family_of_system, size_of_system
 from experiments.engine.specs.rows import Table
 from experiments.engine.specs.stages import timing_stage
 
@@ -173,7 +173,7 @@ def pareto(store: ReferenceStore) -> Figure:
 
     # The legend must stand before labels are placed, since it takes part in the layout.
     panels[0].set_ylabel("FID-50K, ImageNet 256, 400K steps (published)")
-    for family in dict.fromkeys(family_of(name) for name in scores):
+    for family in dict.fromkeys(family_of_system(name) for name in scores):
         panels[0].plot([], [], "o", color=family_color(family), label=family, **OPEN)
     panels[0].legend()
     for panel, axis in zip(panels, axes, strict=True):
@@ -200,13 +200,12 @@ def _draw_pareto(panel: Axes, axis: _CostAxis, scores: dict[str, float]) -> None
     for name, score in scores.items():
         if name not in axis.costs:
             continue
-        color = family_color(name)
+        color = system_color(name)
         if axis.counted:
             panel.plot(axis.costs[name], score, "D", ms=5, color=color)
         else:
             panel.plot(axis.costs[name], score, "o", ms=5, color=color, **OPEN)
-        size = name.removeprefix(f"{family_of(name)}-").removesuffix("/2")
-        points.append(Point(size, axis.costs[name], score, color))
+        points.append(Point(size_of_system(name), axis.costs[name], score, color))
 
     # The front and the labels need the final scales of the axes.
     panel.set_xscale("log")

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from analysis.figures.style import Color, family_color, family_of, palette
+from analysis.figures.style import Color, family_color, palette
 from analysis.query import DISTANCE, ReferenceStore, rankable
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.declared.protocols import DIGITS
-from experiments.declared.systems import SYSTEMS
+from experiments.declared.systems import SYSTEMS, family_of_system, size_of_system
 from experiments.engine.records.store import Record
 from experiments.engine.specs.rows import Table
 from experiments.engine.specs.stages import timing_stage
@@ -92,7 +92,7 @@ def _published_traces(rows: Sequence[dict[str, str]], column: str) -> list[View]
     for family, own in _by_family(rows).items():
         marks = [
             Mark(
-                _size_of(row["model"]),
+                size_of_system(row["model"]),
                 float(row[column]),
                 float(row["fid"]),
                 f"{row['model']}<br>FID {row['fid']}, {row['gflops']} Gflops, "
@@ -135,7 +135,7 @@ def _counted_traces(
                 f"{row['model']}<br>{gflops:.2f} Gflops counted here, {row['gflops']} published"
                 f"<br>FID {row['fid']} ({row['source']})"
             )
-            mark = Mark(_size_of(row["model"]), gflops, float(row["fid"]), hover, records)
+            mark = Mark(size_of_system(row["model"]), gflops, float(row["fid"]), hover, records)
             marks.append(mark)
         traces.append(_trace(family, marks, "diamond", family_color(family)))
     return traces
@@ -144,13 +144,8 @@ def _counted_traces(
 def _by_family(rows: Sequence[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
     families: dict[str, list[dict[str, str]]] = {}
     for row in rows:
-        families.setdefault(family_of(row["model"]), []).append(row)
+        families.setdefault(family_of_system(row["model"]), []).append(row)
     return families
-
-
-def _size_of(model: str) -> str:
-    """Return the size in a name such as DiT-XL/2."""
-    return model.removeprefix(f"{family_of(model)}-").removesuffix("/2")
 
 
 def _digits_view(table: Table, store: ReferenceStore) -> View:

@@ -98,6 +98,7 @@ def checkpoint_target(request: Request, checkpoint: Path, backbone: str) -> Targ
 
     # The network takes the protocol's input, as far as it has options for that.
     data = request.protocol.data
+    backbones.require_kind(backbone, backbones.Kind.BACKBONE)
     known = backbones.options_of(backbone)
     shape: dict[str, Any] = dict(
         input_size=data.size, in_channels=data.channels, num_classes=data.num_classes

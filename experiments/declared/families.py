@@ -2,6 +2,21 @@
 
 from __future__ import annotations
 
+# Families as the literature writes them, by the first part of a registered name, in the order of
+# their colours.
+TITLES = {
+    "dit": "DiT",
+    "dico": "DiCo",
+    "dig": "DiG",
+    "dic": "DiC",
+    "dis": "DiS",
+    "dim": "DiM",
+    "uvit": "U-ViT",
+    "adm": "ADM",
+    "diffussm": "DiffuSSM",
+    "dimsum": "DiMSUM",
+}
+
 
 def family_of(name: str) -> str:
     """Return the family of a registered network: 'dit' of 'dit_s_2'."""

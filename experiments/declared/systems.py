@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from experiments.declared.families import TITLES, family_of, size_of
 from experiments.engine.reporting.efficiency.counts import Counts, System
 from experiments.engine.specs.spec import Backbone, Cost
 
@@ -292,3 +293,23 @@ SYSTEMS = (
         note=DICO_512_NOTE,
     ),
 )
+
+
+def family_of_system(label: str) -> str:
+    """Return the family of a compared system: U-ViT of U-ViT-H/2."""
+    return TITLES[family_of(_network_of(label))]
+
+
+def size_of_system(label: str) -> str:
+    """Return the size of a compared system: H of U-ViT-H/2."""
+    return size_of(_network_of(label)).upper()
+
+
+def _network_of(label: str) -> str:
+    """Return the registered name of a system's first network.
+
+    Raises:
+        KeyError: if no system has this label.
+    """
+    networks = {system.label: system.costs[0].backbone.name for system in SYSTEMS}
+    return networks[label]

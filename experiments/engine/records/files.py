@@ -161,7 +161,7 @@ def say_who_holds(path: Path) -> None:
     print(f"waiting for {path}, {held}", file=sys.stderr, flush=True)
 
 
-def take_lock(file: BinaryIO, wait: bool) -> bool:
+def take_lock(file: BinaryIO | int, wait: bool) -> bool:
     """Lock an open file for this process alone; return False if another has it.
 
     A file system without locks lets every process through.

@@ -1,68 +1,79 @@
-"""How long a sampling will take, said after its first steps if it is long."""
+"""How long a sampling will take, said before its first image if it is long."""
 
 from __future__ import annotations
 
-import math
 import sys
 import time
-from collections.abc import Callable
 
-from torch import Tensor
+import torch
 
+from experiments.engine.numerics.precision import precision
 from experiments.engine.runtime.group import Group
-from experiments.engine.specs.spec import Sampler
+from experiments.engine.sampling.counting import CountingModel
+from experiments.engine.sampling.generate import Network, base_sampler, image_labels, image_seeds
+from experiments.engine.specs.spec import Evaluate
 
 LONG = 3600.0  # seconds from which on a sampling is long
-# The step after which the clock starts, and the one after which it is read. What comes before is
-# no measure: the first step may compile the network or choose its kernels.
-STARTED, READ = 1, 2
-
-Watch = Callable[[Tensor], None]  # hears x (N, C, H, W) after each step of the sampler
+FEW = 4  # images by whose steps a CPU's time is judged
 
 
-def ignore_step(x: Tensor) -> None:
-    """Do nothing: the watch of a sampling whose time nobody asks for."""
+def announce_sampling(
+    spec: Evaluate, network: Network, left: int, batch: int, device: torch.device, group: Group
+) -> None:
+    """Say on standard error how long the images take that are left, if it is an hour or more.
 
-
-class Forecast:
-    """Watches the first steps, and says on standard error how long all of them take."""
-
-    def __init__(self, steps: int, num: int) -> None:
-        """Watch `steps` steps of this process, in which `num` images are drawn."""
-        self.steps = steps
-        self.num = num
-        self.seen = 0
-        self.started = 0.0
-
-    def __call__(self, x: Tensor) -> None:
-        self.seen += 1
-        if self.seen not in (STARTED, READ):
-            return
-
-        # Reading a number waits for the device.
-        x.flatten()[0].item()
-        if self.seen == STARTED:
-            self.started = time.perf_counter()
-            return
-        seconds = (time.perf_counter() - self.started) / (READ - STARTED) * self.steps
-        if seconds >= LONG:
-            print(
-                f"sampling: about {seconds / 3600:,.1f} h for {self.num} images, judged by one "
-                "step; decoding and scores come on top",
-                file=sys.stderr,
-                flush=True,
-            )
-
-
-def watch_sampling(sampler: Sampler, num: int, batch: int, group: Group) -> Watch:
-    """Return what the first rank watches the steps with; dopri5 takes as many as it needs.
+    The first rank times a step of some images that it then forgets. The time for dopri5 is that of
+    one step, as nobody knows how many it will take.
 
     Args:
-        sampler: of the network, or of a system's base model.
-        num: images that are still to be drawn, by all ranks together.
+        spec: what is sampled, and how.
+        network: the network or system that the spec names.
+        left: images that are still to be drawn, by all ranks together.
         batch: images at a time in each process.
+        device: where the network is.
         group: the ranks.
     """
-    if not group.first or sampler.name == "dopri5":
-        return ignore_step
-    return Forecast(sampler.num_steps * math.ceil(num / batch / group.world_size), num)
+    if not group.first or left == 0:
+        return
+
+    # A CPU's time grows with the images. A GPU's does not, so it is given a whole batch.
+    num = min(left, batch if device.type == "cuda" else FEW)
+    seconds = _time_step(spec, network, num, device)
+    if seconds is None:
+        return
+    hours = seconds * left / num / group.world_size / 3600
+
+    # Neither the decoder nor an upsampler is part of the step.
+    if spec.sampler.name == "dopri5":
+        time_needed = f"about {hours:,.1f} h for each of dopri5's steps, with {left} images"
+        is_long = 3600 * hours >= LONG / 10
+    else:
+        hours *= spec.sampler.num_steps
+        time_needed = f"about {hours:,.1f} h for {left} images"
+        is_long = 3600 * hours >= LONG
+    if is_long:
+        print(
+            f"sampling: {time_needed}, judged by one step of {num}; decoding and scores come on "
+            "top",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _time_step(spec: Evaluate, network: Network, num: int, device: torch.device) -> float | None:
+    """Return the seconds of one step for `num` images, or None if a sampler has one step alone."""
+    y = image_labels(spec.labels, num, spec.data.num_classes, spec.seed).to(device)
+    seeds = image_seeds(spec.seed, num)
+    model = CountingModel(network)
+    sampler = base_sampler(spec, model, device)
+    with precision(spec.precision, device):
+        steps = sampler.steps(model, y, seeds)
+
+        # The first step may compile the network or choose its kernels, so it is no measure.
+        next(steps)[0].sum().item()
+        started = time.perf_counter()
+        x = next(steps, None)
+        if x is None:
+            return None
+        x[0].sum().item()  # waits for the device
+        return time.perf_counter() - started

@@ -7,6 +7,7 @@ generated images on disk.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 
 import torch
@@ -22,8 +23,9 @@ from experiments.engine.numerics.cuda_graphs import Launch, run_eagerly
 from experiments.engine.numerics.precision import precision
 from experiments.engine.numerics.randomness import ImageNoise, seed_at
 from experiments.engine.sampling.counting import CountingModel
-from experiments.engine.sampling.forecast import Watch, ignore_step
 from experiments.engine.specs.spec import Checkpoint, Evaluate, Sampler, Train
+
+Network = Model | System
 
 
 class NetworkSampler:
@@ -54,10 +56,13 @@ class NetworkSampler:
         self.times = diffusion.times
         self.run = bind_sampler(sampler, diffusion, gradient, launch)
 
-    def sample(
-        self, model: Model, y: Tensor, seeds: list[int], watch: Watch = ignore_step
-    ) -> Tensor:
+    def sample(self, model: Model, y: Tensor, seeds: list[int]) -> Tensor:
         """Sample a batch (n, C, H, W) for labels (n,), one seed for each image."""
+        # Only the last step is kept.
+        return deque(self.steps(model, y, seeds), maxlen=1).pop()
+
+    def steps(self, model: Model, y: Tensor, seeds: list[int]) -> Iterator[Tensor]:
+        """Yield a batch (n, C, H, W) after each step; the last one is sampled."""
         shape = (self.data.channels, self.data.size, self.data.size)
         guided = Guided(
             model,
@@ -67,18 +72,15 @@ class NetworkSampler:
             interval=self.sampler.interval,
             times=self.times,
         )
-        for x in self.run(guided, y, ImageNoise(seeds, shape, self.device)):
-            watch(x)
-        return x
+        return self.run(guided, y, ImageNoise(seeds, shape, self.device))
 
 
 def generate_images(
     spec: Evaluate,
-    model: Model | System | CountingModel,
+    model: Network | CountingModel,
     device: torch.device,
     batch: int,
     within: range | None = None,
-    watch: Watch = ignore_step,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Generate the images of a spec in the order of their index.
 
@@ -88,7 +90,6 @@ def generate_images(
         device: where the model is.
         batch: images at a time.
         within: indices to generate; all by default.
-        watch: hears each step of the network, or of a system's base model.
 
     Yields:
         Images (n, C, H, W), unfolded, and their labels (n,), on the CPU.
@@ -97,7 +98,7 @@ def generate_images(
     within = range(spec.num) if within is None else within
     labels = image_labels(spec.labels, spec.num, spec.data.num_classes, spec.seed)
     seeds = image_seeds(spec.seed, spec.num)
-    base = _base_sampler(spec, model, device)
+    base = base_sampler(spec, model, device)
 
     # The upsampler's noise has seeds of its own.
     upsampler = None
@@ -110,7 +111,7 @@ def generate_images(
         indices = slice(start, min(start + batch, within.stop))
         y = labels[indices].to(device)
         with precision(spec.precision, device):
-            x = base.sample(model, y, seeds[indices], watch)
+            x = base.sample(model, y, seeds[indices])
             if upsampler is not None:
                 # ADM's scripts write the small images to a file of 8 bits in between.
                 assert model.upsampler is not None, "the spec names an upsampler"
@@ -119,8 +120,8 @@ def generate_images(
         yield unfold(x.cpu(), spec.data.fold), labels[indices]
 
 
-def _base_sampler(spec: Evaluate, model: CountingModel, device: torch.device) -> NetworkSampler:
-    """The sampler of the base model, guided by the system's classifier if there is one."""
+def base_sampler(spec: Evaluate, model: CountingModel, device: torch.device) -> NetworkSampler:
+    """Return the sampler of the base model, guided by the system's classifier if there is one."""
     gradient = None
     if spec.classifier is not None:
         assert model.classifier is not None, "the spec names a classifier"

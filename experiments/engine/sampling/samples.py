@@ -8,6 +8,7 @@ another batch may change the last bit.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 from numpy import ndarray
 from torch import nn
 
-from experiments.engine.data.image_files import write_images
+from experiments.engine.data.image_files import MADE, write_images
 from experiments.engine.data.quantise import to_uint8
 from experiments.engine.numerics.weights import digest
 from experiments.engine.records.files import read_json, require_space, written_whole
@@ -27,7 +28,7 @@ from experiments.engine.runtime.context import RunContext
 from experiments.engine.runtime.pieces import compute_pieces, count_missing
 from experiments.engine.runtime.progress import Progress
 from experiments.engine.sampling.counting import CountingModel
-from experiments.engine.sampling.forecast import watch_sampling
+from experiments.engine.sampling.forecast import announce_sampling
 from experiments.engine.sampling.generate import (
     can_capture_steps,
     generate_images,
@@ -109,19 +110,23 @@ class SampleSet:
 
     def pack(self, path: Path) -> None:
         """Write one .npz file that ADM's evaluator reads, with labels, indices and origin."""
-        about = describe_set(self.spec, self.origin) | {"nfe": self.nfe}
-        write_images(path, self.batches(), self.shape, self.labels, self.index, about)
+        write_images(path, self.batches(), self.shape, self.labels, self.index, self._about())
+
+    def _about(self) -> dict[str, Any]:
+        """Return what the files say of the set."""
+        return describe_set(self.spec, self.origin) | {"nfe": self.nfe}
 
     def write_png(self, folder: Path) -> None:
         """Write one PNG for each image, named by index and label: 000012-207.png.
 
-        Each bears the id of its set, by which a later command knows it.
+        Each bears the id of its set, by which a later command knows it, and how it was made.
         """
         from PIL import Image
         from PIL.PngImagePlugin import PngInfo
 
         origin = PngInfo()
         origin.add_text(SET, set_id(self.spec, self.origin))
+        origin.add_text(MADE, json.dumps(self._about(), sort_keys=True))
         places = iter(zip(self.index, self.labels, strict=True))
         for batch in self.batches():
             for image in batch:
@@ -161,6 +166,12 @@ def png_names(spec: Evaluate) -> set[str]:
 
 def _png_name(index: int, label: int) -> str:
     return f"{index:06d}-{label}.png"
+
+
+def read_png_name(name: str) -> tuple[int, int] | None:
+    """Return index and label that the name of a set's PNG holds; None for another file."""
+    match = re.fullmatch(r"([0-9]{6,})-([0-9]+)\.png", name)
+    return (int(match[1]), int(match[2])) if match else None
 
 
 def generate_samples(
@@ -257,7 +268,9 @@ class _ChunkWriter:
         capture_steps = context.resources.graphs and can_capture_steps(spec)
         self.model = CountingModel(source.network, capture_steps)
         left = min(spec.num, count_missing(folder / COUNTS, len(self.paths)) * CHUNK)
-        self.watch = watch_sampling(spec.sampler, left, min(self.batch, CHUNK), context.group)
+        announce_sampling(
+            spec, source.network, left, min(self.batch, CHUNK), context.device, context.group
+        )
         self.started = time.perf_counter()
         self.num_written = 0  # images
 
@@ -266,7 +279,7 @@ class _ChunkWriter:
         evaluated = self.model.evaluated
         within = range(number * CHUNK, min((number + 1) * CHUNK, self.spec.num))
         device = self.context.device
-        generated = generate_images(self.spec, self.model, device, self.batch, within, self.watch)
+        generated = generate_images(self.spec, self.model, device, self.batch, within)
         levels = torch.cat([to_uint8(self.decode(x)) for x, _ in generated])
 
         # One channel is written as three equal ones: (n, C, H, W) -> (n, H, W, 3).

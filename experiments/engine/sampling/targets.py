@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from experiments.engine.data.image_files import ImageFile
-from experiments.engine.records.files import require_folder, require_target
+from experiments.engine.records.files import require_folder, require_target, take_lock
 
 SET = "set"  # name of the text in a PNG that holds the id of its set
 
@@ -63,6 +65,22 @@ def require_own_folder(folder: Path, names: Collection[str], set_id: str) -> Non
             f"{folder} holds {len(foreign)} files that are not of these images, such as "
             f"{ascii(foreign[0])}; name an empty folder with {PNG}"
         )
+
+
+@contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Hold a folder for this command alone; a lock on the folder itself leaves no file in it.
+
+    Raises:
+        ValueError: another command holds the folder.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if not take_lock(descriptor, wait=False):
+            raise ValueError(f"another command is writing into {folder}; name another {PNG}")
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _read_set(path: Path) -> str | None:

@@ -30,7 +30,7 @@ from experiments.engine.records.score_names import CLASSIFIER_SCORES, DIGITS_JUD
 from experiments.engine.runtime.context import RunContext
 from experiments.engine.runtime.pieces import Arrays, compute_pieces, count_missing
 from experiments.engine.sampling.counting import CountingModel
-from experiments.engine.sampling.forecast import watch_sampling
+from experiments.engine.sampling.forecast import announce_sampling
 from experiments.engine.sampling.generate import can_capture_steps, generate_images
 from experiments.engine.sampling.networks import load_networks
 from experiments.engine.sampling.samples import QUANTISER
@@ -75,6 +75,8 @@ class Samples:
     moments: Moments
     # How often the network was evaluated for all of them.
     evaluated: int
+    # Of a network with gates: the share of its gated work in each evaluation.
+    shares: list[ndarray]
 
 
 def score_classified(spec: Evaluate, cache: Path, context: RunContext) -> Scored | None:
@@ -158,18 +160,19 @@ def _draw_samples(
     counting = CountingModel(network, capture)
     num_batches = math.ceil(spec.num / batch)
     left = min(spec.num, count_missing(folder, num_batches) * batch)
-    watch = watch_sampling(spec.sampler, left, batch, context.group)
+    announce_sampling(spec, network, left, batch, context.device, context.group)
 
     def draw_batch(number: int) -> Arrays:
         before = counting.evaluated
         indices = range(number * batch, min((number + 1) * batch, spec.num))
-        ((x, y),) = generate_images(spec, counting, context.device, batch, indices, watch)
+        ((x, y),) = generate_images(spec, counting, context.device, batch, indices)
         features, probabilities = classifier.extract(x)
         return {
             "features": features,
             "probabilities": probabilities,
             "labels": y.numpy(),
             "evaluated": np.array(counting.evaluated - before),
+            **_take_shares(counting),
         }
 
     # Batches are cut as one process would cut them, so that no number depends on the group.
@@ -187,7 +190,25 @@ def _draw_samples(
         for name in ("features", "probabilities", "labels")
     )
     evaluated = sum(int(arrays["evaluated"]) for arrays in batches)
-    return Samples(features, probabilities, labels, moments, evaluated)
+    shares = [arrays["shares"] for arrays in batches if "shares" in arrays]
+    return Samples(features, probabilities, labels, moments, evaluated, shares)
+
+
+def _take_shares(counting: CountingModel) -> Arrays:
+    """Return and forget the shares of gated work of a batch's evaluations, one number each."""
+    if not counting.shares:
+        return {}
+    shares = torch.cat(counting.shares).double().cpu().numpy()
+    counting.shares.clear()
+    return {"shares": shares}
+
+
+def _describe_shares(samples: Samples) -> dict[str, float]:
+    """Return mean and spread, over images and steps, of the share of gated work that was done."""
+    if not samples.shares:
+        return {}
+    shares = np.concatenate(samples.shares)
+    return {"used_share": float(shares.mean()), "used_share_sd": float(shares.std(ddof=1))}
 
 
 def _scores(
@@ -210,6 +231,7 @@ def _scores(
     return {
         "num": spec.num,
         "nfe": samples.evaluated / spec.num,
+        **_describe_shares(samples),
         names.distance.key: frechet(samples.moments, real_moments),
         names.distance.error: fd_se,
         names.inception.key: score,

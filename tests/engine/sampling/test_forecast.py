@@ -1,7 +1,8 @@
-"""A long sampling is announced after its first steps, with its time."""
+"""A long sampling is announced before its first image, with its time."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,59 +11,84 @@ import torch
 from experiments.engine.runtime.context import Resources, RunContext
 from experiments.engine.runtime.group import ALONE, Group
 from experiments.engine.sampling import forecast, samples
-from experiments.engine.sampling.forecast import watch_sampling
+from experiments.engine.sampling.forecast import announce_sampling
 from experiments.engine.sampling.networks import Decoder
 from experiments.engine.sampling.samples import ImageSource, fill_sample_folder
-from experiments.engine.specs.spec import Sampler
+from experiments.engine.specs.spec import Diffusion, Evaluate, Sampler
 from experiments.engine.training.trainer import build
 from tests.support.sampling import CPU, SPEC, TINY, levels_of
 
-X = torch.zeros(2, 1, 4, 4)
+FLOW = replace(SPEC.train, diffusion=Diffusion("flow"))
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time, in a list of one number."""
-    now = [100.0]
-    monkeypatch.setattr(forecast, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    return now
+class SlowNetwork:
+    """A network whose first call takes ten minutes of a clock that it sets, and others less."""
+
+    def __init__(self, seconds: float, copies: int) -> None:
+        """Predict a velocity, and a variance if `copies` is 2, that bends within small steps."""
+        self.now = 100.0
+        self.calls: list[int] = []
+        self.seconds = seconds
+        self.copies = copies
+
+    def __call__(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        self.now += self.seconds if self.calls else 600.0
+        self.calls.append(len(x))
+        return 30 * torch.sin(30 * x).repeat(1, self.copies, 1, 1)
+
+
+def announced(
+    spec: Evaluate, seconds: float, left: int, group: Group, monkeypatch: pytest.MonkeyPatch
+) -> SlowNetwork:
+    network = SlowNetwork(seconds, copies=1 if spec.train == FLOW else 2)
+    clock = SimpleNamespace(perf_counter=lambda: network.now)
+    monkeypatch.setattr(forecast, "time", clock)
+    announce_sampling(spec, network, left, 25, CPU, group)
+    return network
 
 
 @pytest.mark.parametrize(
-    ("sampler", "seconds", "num", "batch", "group", "hours"),
+    ("sampler", "seconds", "left", "group", "hours"),
     [
-        (Sampler(num_steps=250), 36.0, 50_000, 25, ALONE, "5,000.0"),
-        (Sampler(num_steps=100), 36.0, 25, 25, ALONE, "1.0"),
-        (Sampler(num_steps=100), 35.9, 25, 25, ALONE, None),
-        (Sampler(num_steps=100), 36.0, 26, 25, ALONE, "2.0"),
-        (Sampler(num_steps=100), 36.0, 100, 25, Group(0, 2), "2.0"),
-        (Sampler(num_steps=100), 36.0, 100, 25, Group(1, 2), None),
-        (Sampler("dopri5", num_steps=100), 36.0, 100, 25, ALONE, None),
+        (Sampler(num_steps=250), 36.0, 50_000, ALONE, "31,250.0"),
+        (Sampler(num_steps=100), 36.0, 4, ALONE, "1.0"),
+        (Sampler(num_steps=100), 35.9, 4, ALONE, None),
+        (Sampler(num_steps=100), 36.0, 100, Group(0, 2), "12.5"),
+        (Sampler(num_steps=100), 36.0, 100, Group(1, 2), None),
+        (Sampler(num_steps=100), 36.0, 0, ALONE, None),
+        (Sampler("euler", num_steps=1), 36.0, 100_000, ALONE, None),
     ],
 )
-def test_an_hour_or_more_is_said_once(
+def test_an_hour_or_more_is_said_before_the_first_image(
     sampler: Sampler,
     seconds: float,
-    num: int,
-    batch: int,
+    left: int,
     group: Group,
     hours: str | None,
-    clock: list[float],
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    """The first step takes ten minutes, which no other does."""
-    watch = watch_sampling(sampler, num, batch, group)
-    for step in range(5):
-        clock[0] += seconds if step else 600.0
-        watch(X)
+    train = FLOW if sampler.name == "euler" else SPEC.train
+    spec = replace(SPEC, train=train, sampler=replace(sampler, channels=None))
+    network = announced(spec, seconds, left, group, monkeypatch)
+    assert set(network.calls) <= {4}
     said = capsys.readouterr().err
     if hours is None:
         assert said == ""
     else:
         assert said == (
-            f"sampling: about {hours} h for {num} images, judged by one step; "
-            "decoding and scores come on top\n"
+            f"sampling: about {hours} h for {left} images, judged by one step of 4; decoding and "
+            "scores come on top\n"
         )
+
+
+def test_an_adaptive_solver_says_what_its_step_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """A step of dopri5 calls the network six times: 6 minutes for 4 images, 150 hours for 6,000."""
+    spec = replace(SPEC, train=FLOW, sampler=Sampler("dopri5", channels=None))
+    announced(spec, 60.0, 6000, ALONE, monkeypatch)
+    assert "about 150.0 h for each of dopri5's steps, with 6000 images" in capsys.readouterr().err
 
 
 def test_a_set_on_disk_announces_what_is_left_of_it(

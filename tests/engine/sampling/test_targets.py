@@ -16,7 +16,12 @@ from experiments.engine.data.image_files import write_images
 from experiments.engine.records import files
 from experiments.engine.records.files import require_space
 from experiments.engine.sampling.samples import describe_set, set_id
-from experiments.engine.sampling.targets import SET, require_own_file, require_own_folder
+from experiments.engine.sampling.targets import (
+    SET,
+    hold_folder,
+    require_own_file,
+    require_own_folder,
+)
 from experiments.engine.specs.spec import Sampler
 from tests.support.sampling import SPEC
 
@@ -150,3 +155,14 @@ def test_free_space_is_compared_with_what_will_be_written(
     else:
         with pytest.raises(ValueError, match=f"has 0.0 GB free; name another {option}$"):
             require_space(tmp_path / "new", needed, option)
+
+
+def test_a_folder_is_one_commands_at_a_time(tmp_path: Path):
+    """The lock is of the folder itself, so that it leaves no file among the images."""
+    with hold_folder(tmp_path):
+        second = hold_folder(tmp_path)
+        with pytest.raises(ValueError, match="another command is writing into"):
+            second.__enter__()
+        assert list(tmp_path.iterdir()) == []
+    with hold_folder(tmp_path):
+        pass
