@@ -48,6 +48,7 @@ FLOORS = (
     "runtime",
     "reporting",
     "diffusion",
+    "autoregressive",
     "records",
     "numerics",
     "specs",

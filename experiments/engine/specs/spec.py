@@ -172,6 +172,13 @@ class Sampler:
     # Scale of a classifier's gradient, times the variance, by which the mean of a step moves (ADM,
     # algorithms 1 and 2).
     classifier_scale: float = 0.0
+    # Of 'scales', which draws tokens: how many of the likeliest codes stay, by scale; one number
+    # holds for all scales, and none or 0 keeps all codes. Its `scale` is that of the last scale.
+    top_k: tuple[int, ...] = ()
+    # The probability that the likeliest of these codes have together; 0: all stay.
+    top_p: float = 0.0
+    # By which the logits of the remaining codes are divided, by scale as `top_k`.
+    temperatures: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -279,12 +286,23 @@ class Profile:
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters and multiply-accumulates of one forward pass at batch 1."""
+    """Parameters and multiply-accumulates of one forward pass at batch 1.
+
+    Of an autoregressive network, these are of all scales of an image: in one pass as in training,
+    and in turn with a cache as in sampling.
+    """
 
     backbone: Backbone
+    # Side of the input, or of the last scale.
     size: int
+    # Of the input, or of a code.
     channels: int
     num_classes: int
+    # Makes images of an autoregressive network's tokens.
+    tokenizer: Backbone | None = None
+    # Takes over from the autoregressive network after its first `drafted_scales`; None: nothing.
+    refiner: Backbone | None = None
+    drafted_scales: int = 0
 
 
 Stage = Train | Evaluate | HeldOut | Timing | Ceilings | Profile | Cost
