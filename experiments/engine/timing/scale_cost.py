@@ -13,6 +13,8 @@ networks that share an image have no single pass.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +23,13 @@ from torch import Tensor, nn
 import backbones
 from experiments.engine.autoregressive.scales import ScaleSystem, draw_images
 from experiments.engine.specs.spec import Backbone, Cost, Sampler
-from experiments.engine.timing.cost import count_backbone, count_parameters, count_pass, counting
+from experiments.engine.timing.cost import (
+    MacCounter,
+    count_backbone,
+    count_parameters,
+    count_pass,
+    counting,
+)
 
 
 def count_declared(spec: Cost) -> dict[str, int]:
@@ -80,7 +88,7 @@ def _build_tokenizer(backbone: Backbone, network: Any) -> nn.Module:
 def _count_one_pass(network: Any) -> dict[str, int]:
     """Count the logits of all scales of one image, as a step of training computes them."""
     inputs = torch.empty(1, sum(network.lengths) - 1, network.channels, device="meta")
-    with counting() as macs:
+    with counting() as macs, _one_block_for_all(network, macs):
         network(_label(), inputs)
     return count_pass(macs)
 
@@ -90,10 +98,45 @@ def _count_images(system: ScaleSystem) -> dict[str, int]:
     counts = {}
     for name, guidance in (("macs_image", 1.0), ("macs_image_guided", 2.0)):
         sampler = Sampler("scales", len(system.tokenizer.sides), guidance)
-        with counting() as macs:
+        with counting() as macs, ExitStack() as alike:
+            for network, _ in system.parts:
+                alike.enter_context(_one_block_for_all(network, macs))
             draw_images(system, sampler, _label(), _take_likeliest)
         counts[name] = macs.core
     return counts
+
+
+class _Repeated(nn.Module):
+    """Run a block once and count it as often as the network has such blocks."""
+
+    def __init__(self, block: nn.Module, times: int, macs: MacCounter) -> None:
+        super().__init__()
+        self.block = block
+        self.times = times
+        self.macs = macs
+
+    def forward(self, *args: Any) -> Any:
+        before = self.macs.core, self.macs.extra, self.macs.norms
+        out = self.block(*args)
+        core, extra, norms = before
+        self.macs.core += (self.times - 1) * (self.macs.core - core)
+        self.macs.extra += (self.times - 1) * (self.macs.extra - extra)
+        self.macs.norms += (self.times - 1) * (self.macs.norms - norms)
+        return out
+
+
+@contextmanager
+def _one_block_for_all(network: Any, macs: MacCounter) -> Iterator[None]:
+    """Run the first block alone and count it for all: they are alike, and meta tensors are slow."""
+    blocks = network.blocks
+    assert len({_shapes(block) for block in blocks}) == 1, "the blocks are not alike"
+    network.blocks = nn.ModuleList([_Repeated(blocks[0], len(blocks), macs)])
+    yield
+    network.blocks = blocks
+
+
+def _shapes(block: nn.Module) -> tuple[tuple[str, torch.Size], ...]:
+    return tuple((name, value.shape) for name, value in block.state_dict().items())
 
 
 def _take_likeliest(logits: Tensor, scale: int) -> Tensor:
