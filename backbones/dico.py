@@ -52,16 +52,18 @@ class DiCoBlock(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         modulation = self.adaLN_modulation(c)[..., None, None].chunk(6, dim=1)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation  # (N, C, 1, 1)
+        x = gated(x, gate1, self.convolve(adaln2d(x, shift1, scale1)))  # (N, C, H, W)
+        return gated(x, gate2, self.feed_forward(adaln2d(x, shift2, scale2)))  # (N, C, H, W)
 
-        # Conv module: 1x1, depthwise 3x3 with GELU, compact channel attention, 1x1.
-        h = self.conv1(adaln2d(x, shift1, scale1))  # (N, C, H, W)
-        h = depthwise_gelu(h, self.conv2.weight, self.conv2.bias)  # (N, C, H, W)
-        x = gated(x, gate1, self.conv3(scale(h, self.ca(h))))  # (N, C, H, W)
+    def convolve(self, x: Tensor) -> Tensor:
+        """Apply 1x1, depthwise 3x3 with GELU, compact channel attention, 1x1."""
+        h = depthwise_gelu(self.conv1(x), self.conv2.weight, self.conv2.bias)  # (N, C, H, W)
+        return self.conv3(scale(h, self.ca(h)))  # (N, C, H, W)
 
-        # Feed-forward network of two 1x1 convolutions.
-        h = adaln2d(x, shift2, scale2)  # (N, C, H, W)
-        h = pointwise_gelu(h, self.conv4.weight, self.conv4.bias)  # (N, rC, H, W)
-        return gated(x, gate2, self.conv5(h))  # (N, C, H, W)
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """Apply two 1x1 convolutions around a GELU."""
+        h = pointwise_gelu(x, self.conv4.weight, self.conv4.bias)  # (N, rC, H, W)
+        return self.conv5(h)  # (N, C, H, W)
 
 
 class LabelEmbedders(nn.Module):

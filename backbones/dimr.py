@@ -250,6 +250,9 @@ class DiMR(nn.Module):
     only the multi-scale loss needs: all heads but the last. It changes no prediction.
     """
 
+    # Parameters that weight decay leaves alone, by the beginning of their names.
+    undecayed = "nodecay_"
+
     def __init__(
         self,
         *,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -231,7 +232,7 @@ def run_stage(stage: Iterable[nn.Module], x: Tensor, *conditions: Tensor) -> Ten
     return x
 
 
-def run_layers(block: nn.Module, x: Tensor, conditions: dict[type[nn.Module], Tensor]) -> Tensor:
+def run_layers(block: nn.Module, x: Tensor, conditions: dict[type[nn.Module], Any]) -> Tensor:
     """Run a block's layers one after the other, each with the condition listed for its type."""
     for layer in block.children():
         condition = conditions.get(type(layer))

@@ -1,12 +1,16 @@
-"""Score ADM-style sample files.
+"""Score sample files in ADM's form and folders of PNG files.
 
     python experiments/evaluate.py samples.npz --against VIRTUAL_imagenet256_labeled.npz
+    python experiments/evaluate.py reference FOLDER --size 256 --out reference.npz
 
-A sample file holds uint8 images (arr_0, N x H x W x 3). The reference holds such images, statistics
-(mu, sigma, mu_s, sigma_s) or both. This prints FID, sFID, IS, precision, recall, density, coverage,
-KID and MIND with N in their names, and sampling errors where N allows one. `--record FILE.json`
-keeps them for diff_protocol.py, with all that decided them. With `--paired`, two files that
-sample.py made from common seeds are compared with the error of their difference.
+A sample file holds uint8 images (arr_0, N x H x W x 3), and a folder lossless pictures of one size.
+The reference holds images, statistics (mu, sigma, mu_s, sigma_s) or both. This prints FID, sFID,
+IS, precision, recall, density, coverage, KID and MIND with N in their names, and sampling errors
+where N allows one. No order of the images changes a digit. Repeated images and near copies are
+counted, and errors are withheld where samples repeat. `--record FILE.json` keeps the scores for
+diff_protocol.py, with all that decided them. With `--paired`, two files that sample.py made from
+common seeds are compared with the error of their difference. `reference` writes the statistics of
+a folder, with what they are of.
 """
 
 from __future__ import annotations
@@ -30,23 +34,7 @@ from experiments.engine.data.locate import inception_path
 from experiments.engine.machine.gpu import choose_device, prepare_torch
 from experiments.engine.records.files import require_target
 from experiments.engine.records.manifest import UNKNOWN_FEATURES, samples_manifest
-from experiments.engine.records.score_names import (
-    COVERAGE,
-    DENSITY,
-    FID,
-    FID_CORRECTED,
-    IS,
-    IS_SHUFFLED,
-    KID,
-    MIND,
-    PRECISION,
-    PRECISION_HALF,
-    RECALL,
-    RECALL_HALF,
-    SFID,
-    Score,
-    counted_name,
-)
+from experiments.engine.records.score_names import FID, counted_name
 from experiments.engine.records.store import (
     SCORES,
     Record,
@@ -59,39 +47,13 @@ from experiments.engine.records.store import (
 if TYPE_CHECKING:
     from numpy import ndarray
 
-    from experiments.engine.data.image_files import ImageFile
+    from experiments.engine.scoring.files.folders import StoredImages
     from experiments.engine.scoring.inception import Inception
     from experiments.engine.scoring.measure import Measured
     from experiments.engine.scoring.reference import Reference
 
 
-@dataclass(frozen=True)
-class Line:
-    """How a score is printed."""
-
-    score: Score
-    # What is said of it after its value.
-    remark: str = ""
-    digits: int = 4
-    # Whether it depends on the number of rows in the reference.
-    by_neighbours: bool = False
-
-
-LINES = (
-    Line(FID),
-    Line(FID_CORRECTED, ", without its finite-N bias"),
-    Line(SFID),
-    Line(IS),
-    Line(IS_SHUFFLED, ", order shuffled"),
-    Line(PRECISION, by_neighbours=True),
-    Line(RECALL, by_neighbours=True),
-    Line(PRECISION_HALF, ", ADM's half precision", by_neighbours=True),
-    Line(RECALL_HALF, ", ADM's half precision", by_neighbours=True),
-    Line(DENSITY, by_neighbours=True),
-    Line(COVERAGE, by_neighbours=True),
-    Line(KID, digits=6),
-    Line(MIND),
-)
+REFERENCE = "reference"  # the word before a folder whose statistics are written
 TRAININGS = 0.013  # coefficient of variation of FID between trainings (arXiv:2606.20536)
 
 
@@ -109,8 +71,44 @@ class Scorer:
 
 
 def main() -> int:
-    """Score the files that the command line names."""
-    return run_command(_evaluate)
+    """Score the files that the command line names, or write a reference."""
+    is_reference = sys.argv[1:2] == [REFERENCE]
+    return run_command(_write_reference if is_reference else _evaluate)
+
+
+def _write_reference() -> int:
+    """Write the statistics of the folder that the command line names."""
+    parser = Parser(description=_write_reference.__doc__)
+    parser.add_argument("folder", type=Path, help="pictures, in subfolders or not; or an .npz")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.npz", help="default: FOLDER-reference.npz"
+    )
+    parser.add_argument(
+        "--size", type=int, help="side to which pictures of any size are cropped as ADM does"
+    )
+    _add_image_options(parser)
+    args = parser.parse_args(sys.argv[2:])
+
+    from experiments.engine.scoring.files.folders import describe_lossy, open_images
+    from experiments.engine.scoring.files.references import require_own_reference, write_reference
+    from experiments.engine.scoring.inception import load_inception
+
+    # Everything is opened before anything is measured.
+    device = choose_device(args.device)
+    prepare_torch(device)
+    if args.size is not None and args.size < 1:
+        raise ValueError(f"--size is a side in pixels, got {args.size}")
+    images = open_images(args.folder, lossy=args.lossy, crop=args.size)
+    out = args.out or args.folder.with_name(f"{args.folder.resolve().name}-reference.npz")
+    require_own_reference(out)
+
+    made = write_reference(load_inception(args.inception, device), images, out)
+    height, width = made["size"]
+    print(f"{made['num']} images {height} x {width}, sha256 {made['sha256'][:16]}: {out}")
+    print(f"  repeated images {made['repeated']}, near copies {made['near_copies']}")
+    if images.lossy:
+        print(f"  warning: {describe_lossy(images)}")
+    return 0
 
 
 def _parse() -> argparse.Namespace:
@@ -118,22 +116,19 @@ def _parse() -> argparse.Namespace:
 
     # What is scored, and against what, comes first.
     parser.add_argument(
-        "samples", nargs="+", type=Path, help="one .npz, or several to score in turn"
+        "samples",
+        nargs="+",
+        type=Path,
+        help="an .npz or a folder of pictures, or several to score in turn",
     )
     parser.add_argument(
         "--against",
         type=Path,
         required=True,
         metavar="REFERENCE",
-        help="an .npz with statistics, images or both",
+        help="an .npz with statistics, images or both, or a folder of pictures",
     )
-    parser.add_argument(
-        "--inception",
-        type=Path,
-        default=inception_path(),
-        metavar="FILE",
-        help="weights (default: $DICO_INCEPTION, or in data/)",
-    )
+    _add_image_options(parser)
 
     # The other options add a score, a record or a device.
     parser.add_argument("--paired", action="store_true", help="compare two files from common seeds")
@@ -148,14 +143,29 @@ def _parse() -> argparse.Namespace:
         metavar="FILE.json",
         help="write the scores of one file of images with their manifest",
     )
-    add_device_option(parser)
     return parser.parse_args()
+
+
+def _add_image_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of all that measures images."""
+    parser.add_argument(
+        "--inception",
+        type=Path,
+        default=inception_path(),
+        metavar="FILE",
+        help="weights (default: $DICO_INCEPTION, or in data/)",
+    )
+    parser.add_argument(
+        "--lossy", action="store_true", help="take JPEG and lossy WebP too, and record it"
+    )
+    add_device_option(parser)
 
 
 def _evaluate() -> int:
     args = _parse()
 
-    from experiments.engine.data.image_files import ImageFile, find_common_order, has_images
+    from experiments.engine.data.image_files import find_common_order
+    from experiments.engine.scoring.files.folders import holds_images, open_images
     from experiments.engine.scoring.inception import load_inception
     from experiments.engine.scoring.reference import read_reference
 
@@ -164,7 +174,7 @@ def _evaluate() -> int:
     _check_numbers(args)
     prepare_torch(device)
     _check_contents(args)
-    files = [ImageFile(path) for path in args.samples if has_images(path)]
+    files = [open_images(path, lossy=args.lossy) for path in args.samples if holds_images(path)]
     if args.record and not files:
         raise ValueError(
             f"--record keeps the scores of images; {args.samples[0].name} holds statistics only"
@@ -174,10 +184,10 @@ def _evaluate() -> int:
     order = find_common_order(*files) if args.paired else None
 
     extractor = load_inception(args.inception, device)
-    reference = read_reference(extractor, args.against)
+    reference = read_reference(extractor, args.against, lossy=args.lossy)
     scorer = Scorer(extractor, reference, args.against, device, args.half)
     for path in args.samples:
-        if not has_images(path):
+        if not holds_images(path):
             print(_score_statistics(path, scorer))
     measured = [_score_images(images, scorer, args.record) for images in files]
     if order is not None:
@@ -204,11 +214,11 @@ def _require_record(path: Path) -> None:
 
 def _check_contents(args: argparse.Namespace) -> None:
     """Raise ValueError for a file without images, unless its statistics can be scored."""
-    from experiments.engine.data.image_files import has_images
+    from experiments.engine.scoring.files.folders import holds_images
     from experiments.engine.scoring.reference import statistics
 
     for path in args.samples:
-        if has_images(path):
+        if holds_images(path):
             continue
         if not statistics(path):
             raise ValueError(f"{path}: holds no images (arr_0) and no statistics (mu, sigma)")
@@ -227,24 +237,31 @@ def _score_statistics(path: Path, scorer: Scorer) -> str:
     return "\n".join([*lines, *(f"  warning: {text}" for text in scorer.extractor.warnings)])
 
 
-def _score_images(images: ImageFile, scorer: Scorer, record: Path | None) -> Measured:
+def _score_images(images: StoredImages, scorer: Scorer, record: Path | None) -> Measured:
     """Print the scores of a file of images, record them if asked, and return its features."""
     from experiments.engine.data.image_files import name_in_errors
-    from experiments.engine.scoring.measure import measure
-    from experiments.engine.scoring.reference import identify_measure
+    from experiments.engine.scoring.files.any_order import measure_in_any_order, warn_of_order
+    from experiments.engine.scoring.files.folders import describe_lossy
+    from experiments.engine.scoring.files.lines import text_of_scores
+    from experiments.engine.scoring.reference import content_sha256, identify_measure
     from experiments.engine.scoring.scores import score
 
+    # Scores are taken in the order of content.
     with name_in_errors(images.path):
-        measured = measure(scorer.extractor, images.batches())
+        measured, order = measure_in_any_order(scorer.extractor, images)
         values = score(
             measured,
             scorer.reference,
-            images.labels,
+            None if images.labels is None else images.labels[order],
             balanced=_is_balanced(images),
             half=scorer.half,
             device=scorer.device,
         )
+    in_file_order = measured.take(order.argsort())
     values["warnings"] += scorer.extractor.warnings
+    values["warnings"] += warn_of_order(in_file_order, values["is"])
+    if images.lossy:
+        values["warnings"].append(describe_lossy(images))
     if images.stray:
         values["warnings"].append(
             f"{images.path.name} carries {', '.join(images.stray)}, which was ignored: "
@@ -252,18 +269,23 @@ def _score_images(images: ImageFile, scorer: Scorer, record: Path | None) -> Mea
         )
     if record:
         identity = identify_measure(scorer.extractor, scorer.reference)
-        write_record(record, _record_of(images, values, identity, scorer.device))
+        sha256 = content_sha256(images.path, measured)
+        write_record(record, _record_of(images, sha256, values, identity, scorer.device))
 
     shown = dict(values)
     unknown = ", by unknown features" if scorer.extractor.name == UNKNOWN_FEATURES else ""
     if images.origin and "nfe" in images.origin:
         shown["nfe"] = images.origin["nfe"]
-    print(_text_of_scores(images.path.name, shown, scorer.against.name + unknown))
-    return measured
+    print(text_of_scores(images.path.name, shown, scorer.against.name + unknown))
+    return in_file_order
 
 
 def _record_of(
-    images: ImageFile, values: dict[str, Any], identity: dict[str, Any], device: str
+    images: StoredImages,
+    sha256: str,
+    values: dict[str, Any],
+    identity: dict[str, Any],
+    device: str,
 ) -> Record:
     """Return the scores in the form of an Evaluate record.
 
@@ -272,8 +294,8 @@ def _record_of(
     """
     import torch
 
-    from experiments.engine.data.image_files import file_sha256
     from experiments.engine.numerics.precision import precision, read_tf32_flags
+    from experiments.engine.scoring.files.any_order import ORDER
     from experiments.engine.scoring.outcome import label_histogram, package_versions
 
     # How the scores were measured.
@@ -282,15 +304,18 @@ def _record_of(
     measure: dict[str, Any] = {
         "num": len(images),
         "image": {"size": images.shape[1], "format": "uint8"},
+        "order": ORDER,
         "flags": flags,
     }
+    if images.lossy:
+        measure["image"]["lossy"] = dict(images.lossy)
     if images.labels is not None:
         measure["labels"] = {"histogram_sha256": label_histogram(images.labels)}
     measure["versions"] = package_versions("numpy", "scipy", "torch-fidelity")
     measure |= identity
 
     # No spec names the samples, so the record is named by its manifest.
-    samples = {"name": images.path.name, "sha256": file_sha256(images.path)}
+    samples = {"name": images.path.name, "sha256": sha256}
     manifest = samples_manifest(images.origin or {}, {"samples": samples}, measure)
     text = json.dumps(manifest, sort_keys=True)
     return Record(
@@ -309,43 +334,12 @@ def _record_of(
     )
 
 
-def _is_balanced(images: ImageFile) -> bool:
+def _is_balanced(images: StoredImages) -> bool:
     return images.origin is not None and images.origin.get("labels") == "balanced"
 
 
-def _text_of_scores(name: str, values: dict[str, Any], reference: str) -> str:
-    """Return the lines of a file of images: its scores, then its warnings."""
-    lines = [f"{name} against {reference}"]
-    for line in LINES:
-        if line.score.key in values and not math.isnan(values[line.score.key]):
-            lines.append(_text_of_score(line, values))
-    if "nfe" in values:
-        lines.append(f"  network evaluations per image: {values['nfe']}")
-    return "\n".join([*lines, *(f"  warning: {text}" for text in values["warnings"])])
-
-
-def _text_of_score(line: Line, values: dict[str, Any]) -> str:
-    value = values[line.score.key]
-    text = f"  {counted_name(line.score, values['num']):15} {value:.{line.digits}f}"
-
-    # Its error, or the deviation of a single subset.
-    error = values.get(line.score.error)
-    if error is not None and not math.isnan(error):
-        text += f" ± {error:.4f}"
-    elif line.score.deviation:
-        text += f" (deviation over subsets {values[line.score.deviation]:.6f})"
-
-    # What else it depends on.
-    text += line.remark
-    if line.by_neighbours:
-        text += f", k 3, {values['num_reference']} reference rows"
-    if line.score is MIND:
-        text += f", over {values['mind_rows']} rows of each"
-    return text
-
-
 def _compare(
-    files: Sequence[ImageFile],
+    files: Sequence[StoredImages],
     measured: Sequence[Measured],
     order: tuple[ndarray, ndarray],
     reference: Reference,

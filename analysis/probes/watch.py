@@ -37,6 +37,7 @@ IGNORED_KERNELS = (
     "pointwise_gated",
     "pointwise_gelu",
     "pool",
+    "sample_depthwise",
     "scale",
 )
 

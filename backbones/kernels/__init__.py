@@ -20,6 +20,7 @@ from backbones.kernels.gates import addcmul, pool, scale
 from backbones.kernels.linear import linear, pointwise
 from backbones.kernels.linear_attention import linear_attention
 from backbones.kernels.op import Op, counting, observing, references, reset_used, use, used
+from backbones.kernels.sample_depthwise import sample_depthwise
 from backbones.kernels.selective_scan import selective_scan
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "pool",
     "references",
     "reset_used",
+    "sample_depthwise",
     "scale",
     "selective_scan",
     "use",

@@ -22,6 +22,7 @@ KERNELS = (
     "pointwise",
     "depthwise_gelu",
     "pointwise_gelu",
+    "sample_depthwise",
 )
 KERNEL_BATCH = {"cpu": 1, "cuda": 64}
 KERNEL_MODES = {"cpu": ("fp32",), "cuda": ("fp32", "tf32", "bf16")}

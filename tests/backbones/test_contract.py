@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import backbones
+from backbones.captions import TextNetwork
 from tests.support.networks import CASES, CLASSES, Case, randomise, relative_rms
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -153,7 +154,10 @@ def test_the_null_label_is_an_ordinary_condition(case: Case):
     assert relative_rms(labelled[:2], out[:2]) <= 1e-5
     assert relative_rms(labelled[2], out[2]) > 1e-3
 
-    # The sample with the null label trains the last row of the tables and no other.
+    # A table of captions is not trained. Of other tables, the sample with the null label trains the
+    # last row and no other.
+    if isinstance(model, TextNetwork):
+        return
     out[2].square().sum().backward()
     tables = [layer for layer in model.modules() if isinstance(layer, nn.Embedding)]
     assert tables, "no label table found"

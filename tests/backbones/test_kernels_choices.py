@@ -149,6 +149,12 @@ def deformable(large: bool) -> tuple[list[Tensor], list[Tensor]]:
     return [values, 2 * places, weights], []
 
 
+def sample_depthwise(large: bool) -> tuple[list[Tensor], list[Tensor]]:
+    n, channels, side, taps = (2, 70, 4, 25) if large else (3, 5, 4, 9)
+    x, kernels_of_samples = draw((n, channels, side, side), (n, taps, channels))
+    return [x.contiguous(memory_format=torch.channels_last), kernels_of_samples], []
+
+
 # The position of each of the op's arguments among (activations, parameters).
 ORDER = {"selective_scan": (0, 1, 5, 2, 3, 6, 4, 7), "pointwise_gated": (0, 1, 2, 4, 5, 3)}
 CASES = {
@@ -171,6 +177,7 @@ CASES = {
     "adaln_pointwise_gelu": adaln_pointwise,
     "pointwise_gated": pointwise_gated,
     "deformable": deformable,
+    "sample_depthwise": sample_depthwise,
 }
 
 
@@ -251,4 +258,4 @@ def test_a_choice_computes_what_the_reference_computes(
 @outside
 def test_triton_choices_run_in_the_interpreter():
     # The large scan takes minutes there.
-    passes(__file__, "triton and not (scan and large)", 10)
+    passes(__file__, "triton and not (scan and large)", 14)

@@ -79,6 +79,11 @@ def make_pointwise(batch: int) -> list[Tensor]:
     return [_make_image(batch), weight, torch.zeros(2 * DIM)]
 
 
+def make_sample_depthwise(batch: int) -> list[Tensor]:
+    """DiCo-DWC's: a kernel of 9x9 for every channel of every sample, from 77 tokens of text."""
+    return [_make_image(batch), torch.randn(batch, 81, DIM) / 9]
+
+
 def _make_image(batch: int) -> Tensor:
     side = math.isqrt(TOKENS)
     return torch.randn(batch, DIM, side, side).contiguous(memory_format=torch.channels_last)
@@ -96,4 +101,5 @@ CASES: dict[str, Callable[[int], list[Tensor]]] = {
     "pointwise": make_pointwise,
     "depthwise_gelu": make_depthwise_gelu,
     "pointwise_gelu": make_pointwise,
+    "sample_depthwise": make_sample_depthwise,
 }

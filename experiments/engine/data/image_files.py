@@ -11,10 +11,11 @@ import json
 import math
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from types import MappingProxyType
+from typing import IO, Any, Protocol
 
 import numpy as np
 from numpy import ndarray
@@ -25,6 +26,7 @@ from experiments.engine.records.files import written_whole
 
 POOL = 2048  # channels of Inception's pooled features
 SPATIAL = 7 * 17 * 17  # entries of its spatial features
+MADE = "made"  # name of the JSON that says where images are from
 STATISTICS = {"mu", "sigma", "mu_s", "sigma_s"}
 HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 Shape = tuple[int, ...]
@@ -38,7 +40,10 @@ class ImageFile:
     labels: (N,), or None.
     index: each image's place in the order of generation (N,), or None.
     origin: what the sampler wrote about itself, or None.
+    lossy: number of images of each lossy format: none, whatever they were before.
     """
+
+    lossy: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, path: Path) -> None:
         """Open a file.
@@ -59,8 +64,7 @@ class ImageFile:
             num = self.shape[:1]
             self.labels = _read_if_there(path, archive, "arr_1", "iu", num)
             self.index = _read_if_there(path, archive, "index", "iu", num)
-            made = _read_if_there(path, archive, "made", "U", ())
-            self.origin = None if made is None else _parse_origin(path, str(made))
+            self.origin = _read_made(path, archive)
         for name, numbers in (("arr_1", self.labels), ("index", self.index)):
             if numbers is not None and numbers.min() < 0:
                 raise ValueError(
@@ -102,7 +106,26 @@ def has_images(path: Path) -> bool:
         return "arr_0" in array_names(archive)
 
 
-def find_common_order(a: ImageFile, b: ImageFile) -> tuple[ndarray, ndarray]:
+def read_origin(path: Path) -> dict[str, Any]:
+    """Return what a file says of how it was made, {} if it says nothing."""
+    with open_archive(path) as archive:
+        return _read_made(path, archive) or {}
+
+
+class SeededImages(Protocol):
+    """Images that may say from which seeds they are; the fields are those of `ImageFile`."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def labels(self) -> ndarray | None: ...
+    @property
+    def index(self) -> ndarray | None: ...
+    @property
+    def origin(self) -> dict[str, Any] | None: ...
+
+
+def find_common_order(a: SeededImages, b: SeededImages) -> tuple[ndarray, ndarray]:
     """Return the rows of both files in the order of generation.
 
     Raises:
@@ -126,12 +149,14 @@ def find_common_order(a: ImageFile, b: ImageFile) -> tuple[ndarray, ndarray]:
     return rows_a, rows_b
 
 
-def _order_of_generation(images: ImageFile) -> ndarray:
+def _order_of_generation(images: SeededImages) -> ndarray:
     assert images.index is not None
     return images.index.argsort()
 
 
-def _are_of_common_seeds(a: ImageFile, b: ImageFile, rows_a: ndarray, rows_b: ndarray) -> bool:
+def _are_of_common_seeds(
+    a: SeededImages, b: SeededImages, rows_a: ndarray, rows_b: ndarray
+) -> bool:
     """Return whether two files were made from the same seeds and labels, in these orders."""
     assert a.origin and b.origin and a.index is not None and b.index is not None
     assert a.labels is not None and b.labels is not None
@@ -190,7 +215,7 @@ def name_in_errors(path: Path) -> Iterator[None]:
         yield
     except ValueError as error:
         message = str(error)
-        if not message.startswith(path.name):
+        if not message.startswith((path.name, str(path))):
             message = f"{path}: {message}"
         raise ValueError(message) from None
 
@@ -213,7 +238,13 @@ def array_names(archive: zipfile.ZipFile) -> list[str]:
     return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
 
 
-def _parse_origin(path: Path, text: str) -> dict[str, Any]:
+def _read_made(path: Path, archive: zipfile.ZipFile) -> dict[str, Any] | None:
+    made = _read_if_there(path, archive, MADE, "U", ())
+    return None if made is None else parse_origin(path, str(made))
+
+
+def parse_origin(path: Path, text: str) -> dict[str, Any]:
+    """Return what a sampler wrote of itself; ValueError if it is no JSON object."""
     try:
         origin = json.loads(text)
     except (ValueError, RecursionError):

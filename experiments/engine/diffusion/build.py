@@ -7,8 +7,10 @@ from collections.abc import Collection
 import torch
 
 from experiments.engine.diffusion.cascade import NoisyClassification, Upsampling
-from experiments.engine.diffusion.flow import PATHS, Flow
+from experiments.engine.diffusion.flow import DRAWS, PATHS, Flow
+from experiments.engine.diffusion.gated import Gated
 from experiments.engine.diffusion.iddpm import BETAS, IDDPM
+from experiments.engine.diffusion.multiscale import MultiScale
 from experiments.engine.specs.spec import Diffusion
 
 DiffusionProcess = IDDPM | Flow
@@ -23,7 +25,8 @@ def build_diffusion(spec: Diffusion) -> DiffusionProcess:
     _require_known("diffusion", spec.name, ("iddpm", "classify", "flow"))
     if spec.name == "flow":
         _require_known("path", spec.path, PATHS)
-        return Flow(spec.path)
+        _require_known("times", spec.times, DRAWS)
+        return Flow(spec.path, spec.times, spec.direction)
 
     _require_known("betas", spec.betas, BETAS)
     _require_known("variance", spec.variance, ("learned", "fixed"))
@@ -36,6 +39,10 @@ def build_diffusion(spec: Diffusion) -> DiffusionProcess:
         return NoisyClassification(betas, timesteps, learned)
     if spec.low_res:
         return Upsampling(betas, timesteps, learned, low_res=spec.low_res)
+    if spec.used_share is not None:
+        return Gated(betas, timesteps, spec.used_share, spec.share_steps, spec.complete_steps)
+    if spec.scales:
+        return MultiScale(betas, timesteps, spec.scales)
     return IDDPM(betas, timesteps, learned)
 
 

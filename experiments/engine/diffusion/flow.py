@@ -1,6 +1,8 @@
-"""Flow matching between noise and data: paths, the training loss, and the score behind a velocity.
+"""Flow matching between noise and data: paths, training losses, and the score behind a velocity.
 
-Sources: SiT (arXiv:2401.08740) on stochastic interpolants (arXiv:2303.08797).
+Sources: SiT (arXiv:2401.08740) on stochastic interpolants (arXiv:2303.08797); LightningDiT
+(arXiv:2501.01423) and github.com/hustvl/LightningDiT at 2725fed for logit-normal times and the loss
+of the direction.
 
 N batch, C channels
 t (N,) time, from 0 (noise) to 1 (data); the network is given it as it is
@@ -13,7 +15,8 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from experiments.engine.diffusion.iddpm import Model
 
@@ -35,31 +38,67 @@ def _gvp(t: Tensor) -> Coefficients:
 PATHS: dict[str, Callable[[Tensor], Coefficients]] = {"linear": _linear, "gvp": _gvp}
 
 
+def _uniform(n: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(n, generator=generator, device=generator.device)
+
+
+def _logit_normal(n: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(n, generator=generator, device=generator.device).sigmoid()
+
+
+DRAWS: dict[str, Callable[[int, torch.Generator], Tensor]] = {
+    "uniform": _uniform,
+    "logit_normal": _logit_normal,
+}
+
+
 class Flow:
-    """A path from noise to data, its training loss and its score."""
+    """A path from noise to data, its training losses and its score."""
 
     times = (0.0, 1.0)  # the first and last time that the network is given
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, draw: str = "uniform", direction: float = 0.0) -> None:
+        """Make a flow.
+
+        Args:
+            path: 'linear' or 'gvp'.
+            draw: how training draws times, 'uniform' or 'logit_normal'.
+            direction: weight of the loss of the velocity's direction.
+        """
         self.path = PATHS[path]
+        self.draw = DRAWS[draw]
+        self.direction = direction
 
     def to(self, device: torch.device | str) -> Flow:
         """Return self: a flow has no tables to move."""
         return self
 
+    def training_entry(self, network: nn.Module) -> nn.Module:
+        """Return what training calls in the place of a network: the network itself."""
+        return network
+
     def draw_times(self, n: int, generator: torch.Generator) -> Tensor:
-        """Draw uniform times (n,) on the generator's device."""
-        return torch.rand(n, generator=generator, device=generator.device)
+        """Draw times (n,) on the generator's device."""
+        return self.draw(n, generator)
 
     def losses(
         self, model: Model, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor
     ) -> dict[str, Tensor]:
-        """Compute the squared error of the velocity per sample, as 'loss' and 'mse', each (N,)."""
+        """Compute 'loss' = 'mse' + weight x 'direction' of each sample, each (N,).
+
+        'direction' is the mean over pixels of 1 - cos of the angle between the predicted and the
+        true velocity, as vectors of channels. It is absent if its weight is 0.
+        """
         a, s, da, ds = self.coefficients(t)  # (N,1,1,1) each
         x_t = a * x0 + s * eps  # (N,C,H,W)
         v = da * x0 + ds * eps  # (N,C,H,W)
-        mse = ((velocity(model, x_t, t, y) - v) ** 2).mean(dim=(1, 2, 3))  # (N,)
-        return {"loss": mse, "mse": mse}
+        predicted = velocity(model, x_t, t, y)
+        mse = ((predicted - v) ** 2).mean(dim=(1, 2, 3))  # (N,)
+        if self.direction == 0:
+            return {"loss": mse, "mse": mse}
+
+        direction = (1 - F.cosine_similarity(predicted, v, dim=1)).mean(dim=(1, 2))  # (N,)
+        return {"loss": mse + self.direction * direction, "mse": mse, "direction": direction}
 
     def score(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """Compute the gradient of the log density at x (N,C,H,W) from its velocity, for t < 1."""

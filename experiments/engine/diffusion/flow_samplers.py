@@ -60,27 +60,33 @@ LAST_STEPS = ("mean", "tweedie", "euler")
 
 @dataclass(frozen=True)
 class Euler:
-    """Even steps of one evaluation each.
+    """Steps of one evaluation each, even or shifted.
 
     num_steps: number of steps.
     launch: see above.
+    shift: each time t of the even grid becomes shift t / (1 + (shift - 1) t).
     """
 
     num_steps: int
     launch: Launch = run_eagerly
+    shift: float = 1.0
 
     @torch.no_grad()
     def __call__(self, model: Model, y: Tensor, noise: NoiseSource | Tensor) -> Iterator[Tensor]:
         """Yield x after each step."""
         num_steps = self.num_steps
 
-        def step(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            return x + velocity(model, x, t.repeat(len(x)), y) / num_steps
+        def step(x: Tensor, t: Tensor, after: Tensor, y: Tensor) -> Tensor:
+            v = velocity(model, x, t.repeat(len(x)), y)
+            # Even steps divide, which rounds otherwise than a product with the step's length.
+            return x + v / num_steps if self.shift == 1 else x + v * (after - t)
 
         launched = self.launch(step)
         x = noise_source(noise).draw()
-        for t in _times(x, (i / num_steps for i in range(num_steps))):
-            x = launched(x, t, y)
+        even = (i / num_steps for i in range(num_steps + 1))
+        grid = (self.shift * t / (1 + (self.shift - 1) * t) for t in even)
+        for t, after in pairwise(_times(x, grid)):
+            x = launched(x, t, after, y)
             yield x
 
 

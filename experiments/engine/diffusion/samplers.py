@@ -291,7 +291,7 @@ def _bind_to_iddpm(
 def _bind_to_flow(spec: Sampler, flow: Flow, launch: Launch) -> BoundSampler:
     match spec.name:
         case "euler":
-            return Euler(spec.num_steps, launch)
+            return Euler(spec.num_steps, launch, spec.shift)
         case "heun":
             return Heun(spec.num_steps, launch)
         case "dopri5":

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import deque
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from experiments.engine.diffusion.cascade import System
+from experiments.engine.diffusion.gated import WithShare, has_gates
 from experiments.engine.diffusion.iddpm import Model
 from experiments.engine.numerics.cuda_graphs import SharedGraph, Step, without_weight_cache
 from experiments.engine.runtime.preemption import Preempted, requested_stop
@@ -44,7 +45,13 @@ class CountingModel:
         else:
             self.model = model
 
-        self.graphs = SharedGraph() if capture_steps else None
+        # A replay would not hear of the shares.
+        self.graphs = SharedGraph() if capture_steps and not has_gates(self.model) else None
+        # The share of its gated work that a network with gates did for each image and step.
+        self.with_share: WithShare | None = None
+        if isinstance(self.model, nn.Module) and has_gates(self.model):
+            self.with_share = WithShare(self.model)
+        self.shares: list[Tensor] = []
         # Images that one captured step gives to the network, by the shape of x.
         self.given_by_step: dict[torch.Size, int] = {}
         self.under_way: deque[torch.cuda.Event] = deque()
@@ -59,7 +66,11 @@ class CountingModel:
         """(N,C,H,W), (N,), (N,) -> the network's output."""
         _raise_if_asked_to_stop()
         self.num_given += len(x)
-        return self.model(x, t, y)
+        if self.with_share is None:
+            return self.model(x, t, y)
+        prediction, share = self.with_share(x, t, y)
+        self.shares.append(share)
+        return prediction
 
     def launch(self, step: Step) -> Step:
         """Return what a sampler calls in place of its step: the step itself or a graph of it.

@@ -8,6 +8,7 @@ another batch may change the last bit.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 from numpy import ndarray
 from torch import nn
 
-from experiments.engine.data.image_files import write_images
+from experiments.engine.data.image_files import MADE, write_images
 from experiments.engine.data.quantise import to_uint8
 from experiments.engine.numerics.weights import digest
 from experiments.engine.records.files import read_json, require_space, written_whole
@@ -109,19 +110,23 @@ class SampleSet:
 
     def pack(self, path: Path) -> None:
         """Write one .npz file that ADM's evaluator reads, with labels, indices and origin."""
-        about = describe_set(self.spec, self.origin) | {"nfe": self.nfe}
-        write_images(path, self.batches(), self.shape, self.labels, self.index, about)
+        write_images(path, self.batches(), self.shape, self.labels, self.index, self._about())
+
+    def _about(self) -> dict[str, Any]:
+        """Return what the files say of the set."""
+        return describe_set(self.spec, self.origin) | {"nfe": self.nfe}
 
     def write_png(self, folder: Path) -> None:
         """Write one PNG for each image, named by index and label: 000012-207.png.
 
-        Each bears the id of its set, by which a later command knows it.
+        Each bears the id of its set, by which a later command knows it, and how it was made.
         """
         from PIL import Image
         from PIL.PngImagePlugin import PngInfo
 
         origin = PngInfo()
         origin.add_text(SET, set_id(self.spec, self.origin))
+        origin.add_text(MADE, json.dumps(self._about(), sort_keys=True))
         places = iter(zip(self.index, self.labels, strict=True))
         for batch in self.batches():
             for image in batch:
@@ -161,6 +166,12 @@ def png_names(spec: Evaluate) -> set[str]:
 
 def _png_name(index: int, label: int) -> str:
     return f"{index:06d}-{label}.png"
+
+
+def read_png_name(name: str) -> tuple[int, int] | None:
+    """Return index and label that the name of a set's PNG holds; None for another file."""
+    match = re.fullmatch(r"([0-9]{6,})-([0-9]+)\.png", name)
+    return (int(match[1]), int(match[2])) if match else None
 
 
 def generate_samples(

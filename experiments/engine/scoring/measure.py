@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy import ndarray
@@ -14,6 +14,9 @@ from numpy import ndarray
 from experiments.engine.runtime.context import RunContext
 from experiments.engine.runtime.pieces import Arrays, compute_pieces
 from experiments.engine.scoring.inception import BATCH, Inception
+
+if TYPE_CHECKING:
+    from experiments.engine.scoring.files.repeats import Prints
 
 # Grey levels that real images have at least. Images in [0, 1] or [-1, 1] that are cast to uint8
 # have 0, 1 and 255.
@@ -45,6 +48,14 @@ class Measured:
     probabilities: ndarray
     # Height and width of the images, where they are known.
     size: tuple[int, int] | None = None
+    # What tells the images apart, where that was taken.
+    prints: Prints | None = None
+
+    def take(self, rows: ndarray) -> Measured:
+        """Return the features of these rows."""
+        prints = self.prints.take(rows) if self.prints else None
+        pool, spatial, probabilities = (getattr(self, layer)[rows] for layer in LAYERS)
+        return Measured(pool, spatial, probabilities, self.size, prints)
 
 
 def measure(inception: Inception, batches: Iterable[ndarray]) -> Measured:

@@ -96,7 +96,7 @@ def neighbour_shares(
     inside_samples = torch.zeros(len(real), dtype=torch.bool, device=device)
     covered = torch.zeros(len(real), dtype=torch.bool, device=device)
     open_balls = torch.zeros(len(fake), dtype=torch.long, device=device)
-    for part in _distance_blocks(real, fake, block):
+    for part in distance_blocks(real, fake, block):
         near = part.squared  # (reference rows, samples)
         reach_real = radii_real[part.rows, None]
         reach_fake = radii_fake[part.columns]
@@ -181,7 +181,7 @@ def _on_device(
     return torch.from_numpy(fake).to(device), torch.from_numpy(real).to(device)
 
 
-def _distance_blocks(a: Tensor, b: Tensor, block: int) -> Iterator[Block]:
+def distance_blocks(a: Tensor, b: Tensor, block: int) -> Iterator[Block]:
     """Yield the squared distances of all pairs, block by block.
 
     This formula and the sum (a - b)^2 are each within 2 (d + 4) u (|a|^2 + |b|^2) of the truth in
@@ -209,7 +209,7 @@ def _refine(near: Tensor, mask: Tensor, a: Tensor, b: Tensor) -> None:
 def _squared_radii(x: Tensor, k: int, block: int) -> Tensor:
     """Return the squared distance from each row to its k-th nearest other row, (n,)."""
     nearest = torch.full((len(x), k), torch.inf, dtype=x.dtype, device=x.device)
-    for part in _distance_blocks(x, x, block):
+    for part in distance_blocks(x, x, block):
         near = part.squared
         if part.rows == part.columns:
             near.fill_diagonal_(torch.inf)  # a row is no neighbour of itself

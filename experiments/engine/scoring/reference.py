@@ -18,10 +18,19 @@ from experiments.engine.data.image_files import (
     has_images,
     name_in_errors,
     open_archive,
+    read_origin,
     read_small_array,
 )
+from experiments.engine.scoring.files.any_order import measure_in_any_order
+from experiments.engine.scoring.files.folders import (
+    StoredImages,
+    describe_lossy,
+    holds_images,
+    open_images,
+)
+from experiments.engine.scoring.files.repeats import Prints
 from experiments.engine.scoring.inception import BATCH, Inception
-from experiments.engine.scoring.measure import Measured, measure
+from experiments.engine.scoring.measure import Measured
 from experiments.engine.scoring.moments import Moments, moments_of
 from experiments.engine.scoring.neighbours import DENSITY_BALL, NEIGHBOURS
 
@@ -58,17 +67,33 @@ class Reference:
     warnings: list[str] = field(default_factory=list)
     # Height and width of the images, where they are known.
     size: tuple[int, int] | None = None
+    # What tells its images apart, where that was taken.
+    prints: Prints | None = None
 
 
-def read_reference(inception: Inception, path: Path) -> Reference:
-    """Read a file with statistics, images or both, as ADM's evaluator does.
+def read_reference(inception: Inception, path: Path, *, lossy: bool = False) -> Reference:
+    """Read a file with statistics, images or both as ADM's evaluator does, or a folder of pictures.
+
+    The order of the images changes nothing.
+
+    Args:
+        inception: what measures images.
+        path: the file or folder.
+        lossy: whether lossy pictures are taken.
 
     Raises:
-        ValueError: if the file holds neither.
+        ValueError: if the file holds neither, or statistics of other features.
     """
     with name_in_errors(path):
-        measured = measure(inception, ImageFile(path).batches()) if has_images(path) else None
-        return reference_of(path, measured)
+        if not path.is_dir():
+            check_features(path, inception)
+        if not holds_images(path):
+            reference = reference_of(path, None)
+            reference.size = size_of(path)
+            return reference
+        images = open_images(path, lossy=lossy)
+        measured, _ = measure_in_any_order(inception, images)
+        return reference_of(path, measured, images)
 
 
 def check_reference(path: Path) -> None:
@@ -83,9 +108,17 @@ def check_reference(path: Path) -> None:
         raise ValueError(f"{path}: {NEITHER}")
 
 
-def reference_of(path: Path, measured: Measured | None) -> Reference:
-    """Return the reference in a file whose images, if it has any, are measured already."""
-    moments = dict(statistics(path))
+def reference_of(
+    path: Path, measured: Measured | None, images: StoredImages | None = None
+) -> Reference:
+    """Return the reference in a file or folder whose images, if it has any, are measured already.
+
+    Args:
+        path: the file or folder.
+        measured: features of its images.
+        images: the images, where it is known how they are stored.
+    """
+    moments = {} if path.is_dir() else dict(statistics(path))
     if measured is None and "pool" not in moments:
         raise ValueError(f"{path}: {NEITHER}")
     num_images = 0 if measured is None else len(measured.pool)
@@ -105,26 +138,58 @@ def reference_of(path: Path, measured: Measured | None) -> Reference:
 
     identity = {
         "name": path.name,
-        "sha256": file_sha256(path),
+        "sha256": content_sha256(path, measured),
         "statistics": not missing,
         "num_images": num_images,
     }
-    rows = measured.pool if measured else None
-    size = measured.size if measured else None
-    return Reference(moments, rows, identity, warnings, size)
+    if images is not None and images.lossy:
+        identity["lossy"] = dict(images.lossy)
+        warnings.append(describe_lossy(images))
+    if measured is None:
+        return Reference(moments, None, identity, warnings)
+    return Reference(moments, measured.pool, identity, warnings, measured.size, measured.prints)
+
+
+def content_sha256(path: Path, measured: Measured | None) -> str:
+    """Return the digest of a file, or of a folder's images in any order and under any names."""
+    if not path.is_dir():
+        return file_sha256(path)
+    assert measured is not None and measured.prints is not None and measured.size is not None
+    return measured.prints.digest(measured.size)
+
+
+def check_features(path: Path, inception: Inception) -> None:
+    """Raise ValueError if a file says that its statistics are of other features."""
+    features = read_origin(path).get("features")
+    if isinstance(features, dict) and features.get("sha256") != inception.sha256:
+        raise ValueError(
+            f"{path}: its statistics are of features {str(features.get('sha256'))[:16]}, and "
+            f"--inception names {inception.sha256[:16]}; write it again with these weights"
+        )
+
+
+def size_of(path: Path) -> tuple[int, int] | None:
+    """Return height and width of the images that a file's statistics are of, where it says so."""
+    size = read_origin(path).get("size")
+    return (int(size[0]), int(size[1])) if isinstance(size, list) and len(size) == 2 else None
+
+
+def identify_features(inception: Inception) -> dict[str, Any]:
+    """Return what names the features in manifests and reference files."""
+    return {
+        "name": inception.name,
+        "sha256": inception.sha256,
+        "dtype": "fp32",
+        "batch": BATCH,
+        "resize": "TensorFlow 1 bilinear, 299",
+    }
 
 
 def identify_measure(inception: Inception, reference: Reference) -> dict[str, Any]:
     """Return the part of a manifest that names extractor, reference and neighbours."""
     num_rows = 0 if reference.rows is None else len(reference.rows)
     return {
-        "extractor": {
-            "name": inception.name,
-            "sha256": inception.sha256,
-            "dtype": "fp32",
-            "batch": BATCH,
-            "resize": "TensorFlow 1 bilinear, 299",
-        },
+        "extractor": identify_features(inception),
         "reference": reference.identity,
         "neighbours": {
             "k": NEIGHBOURS,

@@ -21,12 +21,14 @@ from numpy import ndarray
 from experiments.engine.data.image_files import POOL
 from experiments.engine.records.score_names import (
     COVERAGE,
+    INCEPTION_SCORES,
     PRECISION,
     PRECISION_HALF,
     RECALL,
     RECALL_HALF,
 )
 from experiments.engine.reporting.verdict import Verdict
+from experiments.engine.scoring.files.repeats import count_repeats, repeat_warnings, repeats
 from experiments.engine.scoring.frechet import (
     frechet,
     frechet_influence,
@@ -92,12 +94,22 @@ def score(
         values |= _scores_by_rows(sample.pool, reference.rows, half, device)
 
     warnings = [*reference.warnings, *_warnings(values, labels)]
+    if sample.prints is not None:
+        values |= count_repeats(sample.prints, reference.prints)
+        warnings += repeat_warnings(values, n)
+        if repeats(values):
+            values |= dict.fromkeys(_errors(values), math.nan)
     if sample.size and reference.size and sample.size != reference.size:
         warnings.append(
             f"the samples have {_text_of(sample.size)} pixels and the reference's images "
             f"{_text_of(reference.size)}: resized twice, they compare with nothing"
         )
     return values | {"warnings": warnings}
+
+
+def _errors(values: dict[str, Any]) -> list[str]:
+    """Return the keys of the standard errors among some values."""
+    return [score.error for score in INCEPTION_SCORES if score.error in values]
 
 
 @dataclass(frozen=True)
@@ -138,10 +150,11 @@ def paired(
     fids = [frechet(sample, real) for sample in moments]
     difference = fids[0] - fids[1]
 
-    # Influences give the errors, if there are enough samples for them.
+    # Influences give the errors, if there are enough samples for them and none repeats.
     paired_se = math.nan
     unpaired_se = math.nan
-    if len(a.pool) >= 4 * POOL:
+    repeated = any(x.prints and repeats(count_repeats(x.prints, None)) for x in (a, b))
+    if len(a.pool) >= 4 * POOL and not repeated:
         fixed = _fixed_labels(labels, balanced)
         psi_a = frechet_influence(a.pool, moments[0], real)
         psi_b = frechet_influence(b.pool, moments[1], real)

@@ -37,6 +37,7 @@ from experiments.engine.scoring.moments import moments_of
 from experiments.engine.scoring.outcome import Scored, label_histogram, package_versions
 from experiments.engine.scoring.reference import (
     Reference,
+    check_features,
     check_reference,
     identify_measure,
     reference_of,
@@ -210,6 +211,7 @@ def _measure_file(
 ) -> Reference | None:
     """Return the reference in a file, with a warning if the file is not ADM's."""
     with name_in_errors(path):
+        check_features(path, extractor)
         # The ranks measure the images together, and the first one alone reads the statistics.
         measured = None
         if has_images(path):

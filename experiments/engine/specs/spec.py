@@ -66,7 +66,7 @@ class Diffusion:
 
     # 'iddpm': the network predicts the noise. 'classify': noise as in 'iddpm', and the network
     # tells the class. 'flow': the network predicts the velocity for times in [0, 1]; of the other
-    # fields only `path` is read.
+    # fields only `path`, `times` and `direction` are read.
     name: str = "iddpm"
     # Number of noise levels.
     num_steps: int = 1000
@@ -81,6 +81,19 @@ class Diffusion:
     path: str = "linear"
     # Side of the clean image that an upsampler is given beside the noise; in sampling, a sample.
     low_res: int | None = None
+    # How a flow's training draws times: 'uniform' or 'logit_normal'.
+    times: str = "uniform"
+    # Of a flow: weight of the loss of the velocity's direction.
+    direction: float = 0.0
+    # Of a network that predicts at several resolutions: weights of its losses, low to high.
+    scales: tuple[float, ...] = ()
+    # Of a network with gates: the share of its gated work that it is to use on average; None: its
+    # gates are not trained.
+    used_share: float | None = None
+    # Training steps over which the share that is asked for falls from 1 to `used_share`.
+    share_steps: int = 0
+    # First training steps in which the network without gates has a loss too.
+    complete_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -157,7 +170,7 @@ class Sampler:
     # Number of noise channels that are guided; None: all.
     channels: int | None = 3
     # When guidance applies, in the network's times.
-    interval: tuple[int, int] = (0, 1000)
+    interval: tuple[float, float] = (0, 1000)
     # Of 'ddim': the share of noise that is drawn anew.
     eta: float = 0.0
     # Of 'dopri5', which takes as many steps as its tolerances need.
@@ -179,6 +192,9 @@ class Sampler:
     top_p: float = 0.0
     # By which the logits of the remaining codes are divided, by scale as `top_k`.
     temperatures: tuple[float, ...] = ()
+    # Of 'euler': each time t of the even grid becomes shift t / (1 + (shift - 1) t). Below 1, steps
+    # are shorter near the noise.
+    shift: float = 1.0
 
 
 @dataclass(frozen=True)

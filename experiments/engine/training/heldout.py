@@ -103,7 +103,7 @@ def measure_heldout(spec: HeldOut, folder: Path, device: torch.device) -> dict[s
             bin_: _measure_bin(spec, process, network, images, bin_, bounded)
             for bin_ in _bins_of(process, spec)
         }
-        objective = _mean_objective(process, network, images)
+        objective = _mean_objective(process, process.training_entry(network), images)
 
     profile = {bin_: error for bin_, (error, _) in bins.items()}
     scored = [profile[bin_] for bin_ in range(spec.low, spec.high)]

@@ -21,6 +21,8 @@ import backbones
 from experiments.engine.data.quantise import mirror
 from experiments.engine.data.sets import ImageSet, LatentSet, iterate_batches
 from experiments.engine.diffusion.build import build_diffusion
+from experiments.engine.diffusion.gated import Gated, has_gates
+from experiments.engine.diffusion.iddpm import Model
 from experiments.engine.numerics.cuda_graphs import CudaGraph, require_gpu
 from experiments.engine.numerics.initial_weights import build_by_name
 from experiments.engine.numerics.precision import precision
@@ -155,14 +157,15 @@ class Trainer:
         self.diffusion = build_diffusion(spec.diffusion).to(self.device)
 
         # How the network runs: averaged over processes, compiled, as a CUDA graph.
-        self.forward: nn.Module = self.model
+        entry = self.diffusion.training_entry(self.model)
+        # The argument under which the network is given what is drawn for it beside times and noise.
+        self.extra = "noise" if isinstance(self.diffusion, Gated) else "kept"
+        self.forward: nn.Module = entry
         self.skip_exchange: Callable[[], AbstractContextManager[Any]] = nullcontext
         if group.world_size > 1:
             share = self.shard.stop - self.shard.start
             accumulates = self.micro_batch < share
-            averaging = average_gradients(
-                self.model, static=not resources.compile and not accumulates
-            )
+            averaging = average_gradients(entry, static=not resources.compile and not accumulates)
             self.forward = averaging
             self.skip_exchange = averaging.no_sync
         if resources.compile:
@@ -170,12 +173,17 @@ class Trainer:
         self.forward_backward: Callable[..., Tensor] = self._forward_backward
         if resources.graphs:
             require_gpu(self.device)
+            if isinstance(self.diffusion, Gated):
+                raise ValueError(
+                    "the loss of gates changes with the step, which no CUDA graph follows: leave "
+                    "out --graphs"
+                )
             if group.world_size == 1:  # no graph can hold the exchange between processes
                 self.forward_backward = CudaGraph(self._forward_backward)
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         recipe = self.spec.recipe
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        trainable = _parameter_groups(self.model)
         options: dict[str, Any] = dict(
             lr=recipe.lr,
             betas=recipe.betas,
@@ -212,9 +220,15 @@ class Trainer:
     def start_from(self, trained: nn.Module) -> None:
         """Start from the weights of a trained network.
 
-        It may be for another image size if this network has a method `resized` for its weights.
+        It may be for another image size if this network has a method `resized` for its weights. A
+        network with gates starts from a dense one.
         """
         weights: Any = trained.state_dict()
+        load_dense: Any = getattr(self.model, "load_dense", None)
+        if load_dense and not has_gates(trained):
+            load_dense(weights)
+            self.ema.load_state_dict(self.model.state_dict())
+            return
         resize: Any = getattr(self.model, "resized", None)
         if resize:
             weights = resize(weights)
@@ -252,9 +266,12 @@ class Trainer:
         eps = torch.randn((n, *x0.shape[1:]), generator=noise, device=self.device)[shard]
         label_draws = torch.rand(n, generator=noise, device=self.device)[shard]
         flip_draws = torch.rand(n, generator=noise, device=self.device)[shard]
-        kept = []
+        extra = []
         if recipe.drop_path:
-            kept.append(increment_weights(self.model, recipe.drop_path, n, noise)[shard])
+            extra.append(increment_weights(self.model, recipe.drop_path, n, noise)[shard])
+        if isinstance(self.diffusion, Gated):
+            extra.append(self.diffusion.draw_gate_noise(self.model, n, noise)[shard])
+            self.diffusion.step = self.step
 
         # Drop labels for guidance, and flip images.
         y = torch.where(label_draws < recipe.label_dropout, self.spec.data.num_classes, y)
@@ -263,7 +280,7 @@ class Trainer:
             x0 = torch.where((flip_draws < 0.5)[:, None, None, None], mirrored, x0)
 
         # A graph overwrites its loss at the next step, so the loss is copied.
-        loss = self.forward_backward(x0, y, t, eps, *kept).clone()
+        loss = self.forward_backward(x0, y, t, eps, *extra).clone()
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(recipe, self.step)
         if recipe.grad_clip is not None:
@@ -273,7 +290,7 @@ class Trainer:
         return loss
 
     def _forward_backward(
-        self, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor, *kept: Tensor
+        self, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor, *extra: Tensor
     ) -> Tensor:
         """Run forward and backward over the shard, cut into micro-batches, and return the loss.
 
@@ -285,7 +302,7 @@ class Trainer:
             y: (N,), labels.
             t: (N,), times.
             eps: (N, C, H, W), noise.
-            kept: (N, K), weights of stochastic depth, if the recipe has it.
+            extra: (N, K), weights of stochastic depth or noise of gates, if the training has them.
         """
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.device)
@@ -296,7 +313,9 @@ class Trainer:
             is_last = part.stop >= len(x0)
             exchange = nullcontext() if is_last else self.skip_exchange()
             with exchange, precision(self.spec.recipe.precision, self.device):
-                forward = partial(self.forward, kept=kept[0][part]) if kept else self.forward
+                forward: Model = self.forward
+                if extra:
+                    forward = partial(self.forward, **{self.extra: extra[0][part]})
                 losses = self.diffusion.losses(forward, x0[part], y[part], t[part], eps[part])
                 loss = losses["loss"].sum() / self.spec.recipe.batch
                 # Each op's backward runs in its forward's type. The exchange averages over the
@@ -305,6 +324,23 @@ class Trainer:
                     (loss * self.group.world_size).backward()
             total += loss.detach()
         return total
+
+
+def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Return the trained parameters; those that a network declares `undecayed` are a group apart.
+
+    `undecayed` is the beginning of the last part of such parameters' names.
+    """
+    named: dict[str, nn.Parameter] = {
+        name: p for name, p in model.named_parameters() if p.requires_grad
+    }
+    beginning: str | None = getattr(model, "undecayed", None)
+    if beginning is None:
+        return [{"params": list(named.values())}]
+
+    exempt = [p for name, p in named.items() if name.rpartition(".")[2].startswith(beginning)]
+    others = [p for name, p in named.items() if not name.rpartition(".")[2].startswith(beginning)]
+    return [{"params": others}, {"params": exempt, "weight_decay": 0.0}]
 
 
 @torch.no_grad()

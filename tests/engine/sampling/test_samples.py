@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from experiments.declared.protocols import DIGITS
-from experiments.engine.data.image_files import ImageFile
+from experiments.engine.data.image_files import ImageFile, find_common_order
 from experiments.engine.data.quantise import to_uint8
 from experiments.engine.runtime.context import Resources, RunContext
 from experiments.engine.sampling import samples
@@ -25,6 +25,7 @@ from experiments.engine.sampling.samples import (
     fill_sample_folder,
     generate_samples,
 )
+from experiments.engine.scoring.files.folders import ImageFolder
 from experiments.engine.specs.spec import Checkpoint, Evaluate, spec_id
 from experiments.engine.training.trainer import build
 from tests.support.networks import randomise
@@ -174,6 +175,18 @@ def test_pngs_are_lossless_and_named_by_index_and_label(tmp_path: Path):
     # Each file bears the spec's id and the digest of the weights.
     for name in names:
         assert Image.open(folder / name).info["set"] == f"{spec_id(SPEC)}-1"
+
+    # The folder knows labels, seeds and origin as the packed file does.
+    drawn.pack(tmp_path / "a.npz")
+    packed = ImageFile(tmp_path / "a.npz")
+    stored = ImageFolder(folder)
+    assert stored.origin == packed.origin
+    assert stored.labels is not None
+    find_common_order(packed, stored)
+
+    # A part of the set does not.
+    (folder / names[0]).unlink()
+    assert ImageFolder(folder).origin is None
 
 
 # ---- Published checkpoints
