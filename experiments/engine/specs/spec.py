@@ -126,6 +126,9 @@ class Recipe:
     # 'by_name': each parameter from a stream of its own, by (seed, name), so that networks start
     # from equal weights where they have the same parameter.
     initial: str = "in_order"
+    # How often, evenly spread over the steps, two power-function averages are stored, from which
+    # the average of any length is rebuilt; 0: never.
+    power_snapshots: int = 0
 
 
 @dataclass(frozen=True)
@@ -219,6 +222,9 @@ class Evaluate:
     upsampler: Train | None = None
     # The upsampler's sampler.
     upsampling: Sampler | None = None
+    # Relative width of the power-function average of the weights of `train`, rebuilt from what the
+    # training stored; None: the average by the recipe's decay.
+    average: float | None = None
 
     @property
     def data(self) -> Data:
