@@ -49,6 +49,7 @@ FLOORS = (
     "runtime",
     "reporting",
     "diffusion",
+    "autoregressive",
     "records",
     "numerics",
     "specs",
