@@ -155,6 +155,10 @@ def test_scores_are_finite_shares_are_shares_and_every_one_has_its_error(
     assert manifest["measure"]["labels"]["order"] == "as drawn"
     assert manifest["measure"]["reference"]["sha256"] == hashlib.sha256(content).hexdigest()
 
+    # So short a training has hardly moved its average.
+    (warning,) = values.pop("warnings")
+    assert "of the average are still the weights that the training began with" in warning
+
     # Every score has an error, and beside them stands how they were made.
     scores = ("fd_digits", "is_digits", "precision_digits", "recall_digits", "agreement")
     made_by = {"num", "nfe", "classifier_accuracy", "classifier_sha256", "initial_share"}
