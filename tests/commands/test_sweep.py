@@ -12,13 +12,13 @@ import pytest
 from experiments import sweep
 from experiments.ablation import TABLE_4
 from experiments.declared.protocols import DIGITS_HELD_OUT
-from experiments.declared.sweeps import SWEEPS
 from experiments.engine.cli import Outcome
 from experiments.engine.jobs.plan import Plan
 from experiments.engine.records.store import Store
 from experiments.engine.specs.spec import Evaluate, Sampler, spec_id
 from experiments.engine.specs.sweeps import Sweep
 from experiments.main_results import TABLE_1
+from experiments.sweep import SWEEPS
 from tests.support.references import PROVENANCE
 from tests.support.score_scripts import Script
 
