@@ -177,6 +177,11 @@ def evaluate_stage(row: Row, protocol: Protocol, seed: int) -> Evaluate:
     train = train_stage(row, protocol, seed)
     sampler = sampler_of(row, protocol)
     stage = Evaluate(train, sampler, protocol.num, protocol.features, protocol.labels)
+    if not train.data.num_classes and sampler.scale != 1:
+        raise ValueError(
+            f"protocol {protocol.name} guides by scale {sampler.scale:g}, and its data have no "
+            "classes to guide by; declare Sampler(scale=1)"
+        )
     if is_latent(train.data):
         return stage
 
