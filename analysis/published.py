@@ -24,6 +24,7 @@ class Contents:
 _SYSTEMS = Contents(
     ("group", "model", "cfg"), ("train_steps", "gflops", "throughput_img_s", *SCORES)
 )
+_VERSION_2 = Contents(("model",), ("params_m", "gflops", "throughput_img_s", "fid", "is"))
 _MODELS = Contents(("type", "model", "params"), ("gflops", *SCORES))
 
 FILES = {
@@ -63,6 +64,10 @@ FILES = {
     "table7.csv": Contents(("model",), ("gflops", "train_steps", "sfid", *SCORES)),
     "table8.csv": _MODELS,
     "table9.csv": _MODELS,
+    "tablev2-11.csv": _VERSION_2,
+    "tablev2-12.csv": _VERSION_2,
+    "tablev2-13.csv": _VERSION_2,
+    "tablerelated.csv": Contents(("model", "params"), ("gflops", "fid")),
     "claims.csv": Contents(("id", "claim", "metric", "subject", "baseline", "relation", "value")),
     "dico_logs.csv": Contents(
         ("model",), ("first_step", "last_step", "lines", "loss", "loss_sd", "hours")

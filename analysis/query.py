@@ -17,7 +17,7 @@ from experiments.engine.records.comparison import clashes
 from experiments.engine.records.score_names import ranking_score
 from experiments.engine.records.store import Record, Store
 from experiments.engine.reporting.lookup import REFERENCE_SEEDS, scored_run
-from experiments.engine.specs.rows import Row, Table
+from experiments.engine.specs.rows import Row, Table, in_order
 from experiments.engine.specs.selection import Run, Selection
 from experiments.engine.specs.spec import Backbone, Stage, canonical
 from experiments.engine.specs.stages import Protocol, evaluate_stage
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     import pandas
 
 TRAINED = {
-    number: table
-    for number, table in sorted((ablation.TABLES | main_results.TABLES).items())
+    table.number: table
+    for table in in_order(ablation.TABLES | main_results.TABLES)
     if not table.counts_only
 }
 

@@ -19,7 +19,7 @@ from experiments.engine.records.score_names import HELDOUT_LOSS
 from experiments.engine.records.store import Record
 from experiments.engine.reporting.lookup import REFERENCE_SEEDS
 from experiments.engine.reporting.paired import Difference, PairedComparison, compare_paired
-from experiments.engine.specs.rows import Table
+from experiments.engine.specs.rows import Table, TableName
 from experiments.engine.specs.stages import Protocol, distinct_networks, heldout_stage
 
 # The paper's score that our loss is compared with; lower is better in both.
@@ -41,7 +41,7 @@ class Pair:
     """Two rows of a table under a protocol; differences are of `b` against `a`."""
 
     protocol: str
-    table: int
+    table: TableName
     a: str
     b: str
     score: str

@@ -17,7 +17,7 @@ from analysis.tables.progress import progress_sheet
 from analysis.tables.recipes import recipe_sheet
 from analysis.tables.speeds import throughput_sheet
 from analysis.tables.systems import families_sheet, systems_sheet
-from experiments import main_results
+from experiments import main_results, related
 from experiments.ablation import TABLES
 from experiments.declared import timings
 from experiments.declared.systems import SYSTEMS
@@ -38,6 +38,7 @@ SHEETS: dict[str, Callable[[ReferenceStore], Sheet]] = {
     "table7": progress_sheet,
     "table8": partial(systems_sheet, main_results.TABLE_8, 256),
     "table9": partial(systems_sheet, main_results.TABLE_9, 512),
+    **{f"table{name}": partial(ablation_sheet, table) for name, table in related.TABLES.items()},
     "families": families_sheet,
     "counts": committed_counts_sheet,
     **{f"speed_{task}": partial(throughput_sheet, task) for task in timings.TASKS},

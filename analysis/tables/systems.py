@@ -25,7 +25,7 @@ from experiments.engine.reporting.efficiency.counts import (
 from experiments.engine.reporting.lookup import PublishedTable
 from experiments.engine.reporting.sheet import GAP, Cell, Column, Note, NoteKind, Sheet, Topic
 from experiments.engine.reporting.tables import family_sheet, main_sheet
-from experiments.engine.specs.rows import Row, Table
+from experiments.engine.specs.rows import Row, Table, TableName
 from experiments.engine.specs.selection import Selection
 from experiments.engine.specs.spec import Stage, spec_id
 from experiments.engine.specs.stages import cost_stages, timed_rows, timing_stage
@@ -194,7 +194,7 @@ def _families() -> dict[str, list[tuple[Table, Row]]]:
 
 def _describe(family: list[tuple[Table, Row]]) -> str:
     """The rows that a network stands for, table by table."""
-    labels: dict[int, list[str]] = {}
+    labels: dict[TableName, list[str]] = {}
     for table, row in family:
         labels.setdefault(table.number, []).append(row.label)
     return "; ".join(f"Table {number}: {', '.join(names)}" for number, names in labels.items())

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.declared.families import family_of
-from experiments.engine.specs.rows import Row, Table
+from experiments.engine.specs.rows import Row, Table, TableName
 from experiments.engine.specs.spec import Backbone, Checkpoint, Diffusion, Evaluate
 from experiments.engine.specs.stages import Protocol, cost_stages, sampler_of
 
@@ -86,7 +86,7 @@ def load_network(backbone: Backbone, file: CheckpointFile) -> tuple[nn.Module, s
 
 
 def published_network(
-    file: CheckpointFile, protocol: Protocol, tables: Mapping[int, Table]
+    file: CheckpointFile, protocol: Protocol, tables: Mapping[TableName, Table]
 ) -> Backbone:
     """Return the network of a file at a protocol's data.
 
@@ -108,7 +108,7 @@ def _is_declared_at(row: Row, name: str, size: int) -> bool:
 
 
 def published_evaluation(
-    file: CheckpointFile, protocol: Protocol, tables: Mapping[int, Table]
+    file: CheckpointFile, protocol: Protocol, tables: Mapping[TableName, Table]
 ) -> Evaluate:
     """Return the evaluation that scores a file of weights under a protocol."""
     from experiments.engine.data.image_files import file_sha256
@@ -127,7 +127,7 @@ def published_evaluation(
     return Evaluate(weights, sampler, protocol.num, protocol.features, protocol.labels)
 
 
-def nearest_row(name: str, protocol: Protocol, tables: Mapping[int, Table]) -> Row | None:
+def nearest_row(name: str, protocol: Protocol, tables: Mapping[TableName, Table]) -> Row | None:
     """Return the declared row whose objective and sampler a network shares, if there is one.
 
     Rows of the network itself come first, then those at the protocol's size, then guided ones. Any

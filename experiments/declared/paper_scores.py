@@ -22,7 +22,7 @@ from experiments.engine.records.score_names import (
     counted_name,
 )
 from experiments.engine.records.store import Store
-from experiments.engine.specs.rows import Row, Table
+from experiments.engine.specs.rows import Row, Table, TableName
 from experiments.engine.specs.spec import Evaluate, Sampler
 from experiments.engine.specs.stages import sampler_of
 
@@ -66,7 +66,7 @@ def lines_beside_paper(
     backbone: str,
     spec: Evaluate,
     store: Store,
-    tables: Mapping[int, Table],
+    tables: Mapping[TableName, Table],
 ) -> list[str]:
     """Return our scores in lines, each with the paper's value if it has one.
 
@@ -99,7 +99,7 @@ def lines_beside_paper(
 
 
 def paper_rows(
-    backbone: str, spec: Evaluate, store: Store, tables: Mapping[int, Table]
+    backbone: str, spec: Evaluate, store: Store, tables: Mapping[TableName, Table]
 ) -> list[PaperRow]:
     """Return the paper's rows of a network at a resolution, the longest trained first."""
     found = []

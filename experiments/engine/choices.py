@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.engine.records.code import load_study
-from experiments.engine.specs.rows import Table
+from experiments.engine.specs.rows import Table, TableName, read_table_name
 from experiments.engine.specs.stages import Protocol
 
 
@@ -16,10 +16,10 @@ from experiments.engine.specs.stages import Protocol
 class Choices:
     """The declarations among which a command chooses, and what it takes without an option."""
 
-    tables: dict[int, Table]
+    tables: dict[TableName, Table]
     protocols: dict[str, Protocol]
     # None: the command line must name a table.
-    table: int | None = None
+    table: TableName | None = None
     protocol: str = "digits"
     seeds: tuple[int, ...] = (0,)
     # Whether the command line begins with the file that declares them.
@@ -81,7 +81,7 @@ def add_table_option(parser: argparse.ArgumentParser, choices: Choices) -> None:
     default = "" if choices.table is None else f" (default: {choices.table})"
     parser.add_argument(
         "--table",
-        type=int,
+        type=read_table_name,
         choices=list(choices.tables),
         required=choices.table is None,
         default=choices.table,

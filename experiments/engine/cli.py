@@ -36,7 +36,7 @@ from experiments.engine.records.store import Store
 from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.reporting.render import FORMATS, render
 from experiments.engine.reporting.tables import report_sheets
-from experiments.engine.specs.rows import Table
+from experiments.engine.specs.rows import Table, TableName
 from experiments.engine.specs.selection import Selection
 from experiments.engine.specs.spec import FACTOR
 from experiments.engine.specs.stages import Protocol, cost_stages
@@ -56,7 +56,7 @@ class Outcome(Enum):
 
 
 def main(
-    tables: dict[int, Table],
+    tables: dict[TableName, Table],
     protocols: dict[str, Protocol],
     description: str | None,
     arguments: Sequence[str] | None = None,

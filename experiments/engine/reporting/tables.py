@@ -78,7 +78,7 @@ def main_sheet(selection: Selection, store: Store, folder: RecordFolder) -> Shee
         filled += _speed_columns(lookup, paper, machine)
     if scored:
         filled += _score_columns(lookup, machine)
-    if not table.counts_only:
+    if not table.counts_only or "fid" in paper.columns:
         filled += _paper_score_columns(paper, f"paper: {table.conditions}")
 
     # rows, then notes

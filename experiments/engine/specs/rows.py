@@ -8,6 +8,13 @@ from typing import Any
 
 from experiments.engine.specs.spec import Backbone, Cost, Data, Diffusion, Recipe, Sampler
 
+TableName = int | str
+
+
+def read_table_name(text: str) -> TableName:
+    """Return the number or the name of a table as a command line writes it."""
+    return int(text) if text.isdecimal() else text
+
 
 @dataclass(frozen=True)
 class Method:
@@ -72,7 +79,8 @@ class Row:
 class Table:
     """Declared rows with their source."""
 
-    number: int
+    # Its number, or a name such as v2-11 for one of the second version of the paper.
+    number: TableName
     title: str
     source: str
     # The CSV of its published numbers under results/published; "": no paper has the table.
@@ -115,7 +123,14 @@ class Table:
         return any(row.label == label and row.backbone for row in rows)
 
 
-def table_of(label: str, tables: Mapping[int, Table], meaning: Callable[[Row], object]) -> Table:
+def in_order(tables: Mapping[TableName, Table]) -> list[Table]:
+    """Return the tables by their numbers, and then those with names."""
+    return [tables[name] for name in sorted(tables, key=lambda name: (isinstance(name, str), name))]
+
+
+def table_of(
+    label: str, tables: Mapping[TableName, Table], meaning: Callable[[Row], object]
+) -> Table:
     """Return the first table that declares a network under a label.
 
     Args:
@@ -126,9 +141,9 @@ def table_of(label: str, tables: Mapping[int, Table], meaning: Callable[[Row], o
     Raises:
         ValueError: if no table has such a row, or if several have different ones.
     """
-    matching = [table for _, table in sorted(tables.items()) if table.has_network(label)]
+    matching = [table for table in in_order(tables) if table.has_network(label)]
     if not matching:
-        numbers = ", ".join(map(str, sorted(tables)))
+        numbers = ", ".join(str(table.number) for table in in_order(tables))
         raise ValueError(
             f"no table has a network as row {label!r}; "
             f"--table with one of {numbers} lists that table's"

@@ -1,0 +1,123 @@
+"""Print the systems around the DiCo paper: `experiments/related.py --table related`.
+
+Tables v2-11 to v2-13 are new in the second version of the paper. Table `related` has the systems
+that were published beside DiCo. All are counted here by one rule; none is timed or trained by this
+script.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# The code is this file's tree, whatever the current folder and PYTHONPATH offer.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from experiments.declared.protocols import PROTOCOLS
+from experiments.engine.cli import main
+from experiments.engine.specs.rows import Row, Table
+from experiments.engine.specs.spec import Backbone, Cost
+
+# ---- Notes of rows
+
+GATED = (
+    "its published Gflops are what a trained network spent on average; counted are DiT's operators "
+    "with all gates on, and the routers"
+)
+TERNARY = "ternary weights save memory, and no multiply-accumulates"
+OTHER_LATENTS = "its latents are VA-VAE's, so its scores are not of the protocol of the other rows"
+NOT_MET = (
+    "the published 4.4 Gflops are not met: the linear layers of its authors' code alone are 4.80"
+)
+UNKNOWN = "no configuration is published"
+
+
+def counted(
+    label: str, name: str, note: str = "", *, size: int = 32, channels: int = 4, **options: object
+) -> Row:
+    """Return a row whose registered network is counted at a size of its input."""
+    network = Backbone(name, options)
+    costs = (Cost(network, size, channels, 1000),)
+    return Row(label, network, {}, label, note=note, costs=costs, heavy=True)
+
+
+def version_2(
+    number: int, title: str, rows: tuple[Row, ...], conditions: str, against: str | None = None
+) -> Table:
+    """Return a table of the second version of the paper."""
+    return Table(
+        number=f"v2-{number}",
+        title=title,
+        source=f"DiCo paper, version 2, Table {number}",
+        published=f"tablev2-{number}.csv",
+        key=("model",),
+        rows=rows,
+        counts_only=True,
+        against=against,
+        conditions=conditions,
+    )
+
+
+TABLE_V2_11 = version_2(
+    11,
+    "ImageNet 1024x1024",
+    (counted("DiT-S/2", "dit_s_2", size=128), counted("DiCo-S", "dico_s", size=128)),
+    "ImageNet 1024, 400K steps",
+)
+TABLE_V2_12 = version_2(
+    12,
+    "FlowDCN's isotropic setting",
+    (
+        counted("SiT-S/2", "sit_s_2"),
+        counted("FlowDCN-S/2", "flowdcn_s_2", NOT_MET),
+        Row("DiCo's Conv Module", None, {}, "DiCo's Conv Module", UNKNOWN),
+    ),
+    "ImageNet 256, 400K steps",
+)
+TABLE_V2_13 = version_2(
+    13,
+    "LightningDiT's setting",
+    (
+        counted("REPA", "sit_xl_2"),
+        counted("LightningDiT", "lightningdit_xl_1", size=16, channels=32),
+        Row("DiCo", None, {}, "DiCo", UNKNOWN),
+    ),
+    "ImageNet 256, 800 epochs, guided",
+)
+RELATED = Table(
+    number="related",
+    title="Systems published beside DiCo, ImageNet 256x256",
+    source="their papers",
+    published="tablerelated.csv",
+    key=("model",),
+    rows=(
+        counted("DiMR-XL/2R", "dimr_xl_2r"),
+        counted("DiMR-G/2R", "dimr_g_2r"),
+        counted(
+            "LightningDiT-XL/1 (64 epochs)",
+            "lightningdit_xl_1",
+            OTHER_LATENTS,
+            size=16,
+            channels=32,
+        ),
+        counted(
+            "LightningDiT-XL/1 (800 epochs)",
+            "lightningdit_xl_1",
+            OTHER_LATENTS,
+            size=16,
+            channels=32,
+        ),
+        counted("FlowDCN-XL/2", "flowdcn_xl_2"),
+        counted("DyDiT-XL/2 (0.7)", "dydit_xl_2", GATED),
+        counted("DyDiT-XL/2 (0.5)", "dydit_xl_2", GATED),
+        counted("TerDiT-600M", "terdit_600m", TERNARY),
+        counted("TerDiT-4.2B", "terdit_4_2b", TERNARY),
+    ),
+    counts_only=True,
+    conditions="ImageNet 256, guided",
+)
+
+TABLES = {table.number: table for table in (TABLE_V2_11, TABLE_V2_12, TABLE_V2_13, RELATED)}
+
+if __name__ == "__main__":
+    raise SystemExit(main(TABLES, PROTOCOLS, __doc__))
