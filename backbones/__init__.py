@@ -2,7 +2,7 @@
 
 x (N, C, H, W): noisy input
 t (N,): time
-y (N,): labels in 0..num_classes, where num_classes is the null label
+y (N,): labels or indices of captions in 0..num_classes, where num_classes is the null one
 
 The prediction is (N, C_out, H, W), with C_out = 2C if the network also learns the variance.
 Classifiers of noisy images, `(x, t) -> logits`, are built in the same way. So are the networks that

@@ -44,6 +44,7 @@ FLOORS = (
     "sampling",
     "timing",
     "training",
+    "texts",
     "data",
     "runtime",
     "reporting",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
+from backbones.captions import once_per_caption
 from experiments.engine.diffusion.cascade import System
 from experiments.engine.diffusion.iddpm import Model
 from experiments.engine.numerics.cuda_graphs import SharedGraph, Step, without_weight_cache
@@ -60,6 +62,13 @@ class CountingModel:
         _raise_if_asked_to_stop()
         self.num_given += len(x)
         return self.model(x, t, y)
+
+    def once_per_caption(self, y: Tensor) -> AbstractContextManager[None]:
+        """Do the work on the text of captions (N,) once for all calls inside.
+
+        A captured step holds that work instead: its graph serves other captions later.
+        """
+        return nullcontext() if self.graphs else once_per_caption(self.model, y)
 
     def launch(self, step: Step) -> Step:
         """Return what a sampler calls in place of its step: the step itself or a graph of it.

@@ -58,6 +58,9 @@ class Data:
     # into images to train on, images for choices (validation), and images that are only reported
     # (test).
     split: str = "whole"
+    # Hash of the text encoder whose table says what the labels are captions of; '': they are
+    # classes.
+    captions: str = ""
 
 
 @dataclass(frozen=True)

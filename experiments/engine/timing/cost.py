@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import backbones
 from backbones import kernels
+from backbones.captions import TextNetwork
 from experiments.engine.specs.spec import Cost
 
 aten = torch.ops.aten
@@ -166,7 +167,15 @@ def count_network(model: nn.Module, size: int, channels: int) -> dict[str, int]:
         "macs_norms": macs.core + macs.norms,
     }
     # Sampling between pixels stands apart, beside networks that have it.
-    return counts | ({"macs_sampling": macs.sampling} if macs.sampling else {})
+    if macs.sampling:
+        counts["macs_sampling"] = macs.sampling
+
+    # Of the core, what a loop of steps does once for every caption.
+    if isinstance(model, TextNetwork):
+        with torch.no_grad(), kernels.use(attention="reference"), MacCounter() as of_text:
+            model.read(y)
+        counts["macs_once_per_caption"] = of_text.core
+    return counts
 
 
 def count_backbone(spec: Cost) -> dict[str, int]:

@@ -18,6 +18,7 @@ from experiments.engine.runtime.heartbeat import RunState
 from experiments.engine.runtime.preemption import Preempted, StopRequest
 from experiments.engine.runtime.progress import Progress
 from experiments.engine.specs.spec import Train
+from experiments.engine.texts.tables import identify_captions
 from experiments.engine.training import checkpoint
 from experiments.engine.training.bands import bands_of
 from experiments.engine.training.boards import require_boards
@@ -62,7 +63,8 @@ def run_training(spec: Train, context: RunContext) -> dict[str, Any]:
         for loss in trainer.steps(images):
             attempt.follow(loss)
         writer.wait()
-    return attempt.values() | images.identity | attempt.warnings()
+    identity = images.identity | identify_captions(trainer.model)
+    return attempt.values() | identity | attempt.warnings()
 
 
 def _restore(trainer: Trainer, context: RunContext) -> list[Tensor]:

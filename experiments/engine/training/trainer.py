@@ -28,6 +28,7 @@ from experiments.engine.numerics.randomness import generator_at, seed_at
 from experiments.engine.runtime.context import Resources
 from experiments.engine.runtime.group import ALONE, Group, average_gradients
 from experiments.engine.specs.spec import Backbone, Recipe, Train
+from experiments.engine.texts.tables import give_captions
 from experiments.engine.training import checkpoint
 from experiments.engine.training.stochastic_depth import increment_weights
 
@@ -84,6 +85,7 @@ def load_ema(
         )
     _, state = newest
     model = build(spec.backbone, spec.seed, device)
+    give_captions(model, spec.data)
 
     # The network is as its training began, unless that started from another one.
     file = f"runs/{folder.name}/checkpoints"
@@ -148,7 +150,10 @@ class Trainer:
         self.micro_batch = resources.micro_batch or spec.recipe.batch
 
         # Networks, optimiser and objective.
-        self.model = model or build(spec.backbone, spec.seed, self.device, spec.recipe.initial)
+        if model is None:
+            model = build(spec.backbone, spec.seed, self.device, spec.recipe.initial)
+            give_captions(model, spec.data)
+        self.model = model
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.is_sharded = resources.shard_optimizer and group.world_size > 1
         self.optimizer = self._build_optimizer()
