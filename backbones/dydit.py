@@ -46,7 +46,7 @@ from backbones.layers import (
     zero_modulation,
 )
 from backbones.registry import Exceptions, register
-from backbones.routers import Gates, TokenRouter, WidthRouter
+from backbones.routers import Gates, TokenRouter, WidthRouter, used_share
 
 # Names of the parameters that DiT lacks.
 ROUTERS = (".attn_rate.", ".mlp_rate.", ".token_selection.")
@@ -267,6 +267,11 @@ class DyDiT(nn.Module):
         tokens = (batch, len(self.blocks), self.grid[0] * self.grid[1])
         return dict(heads=switched, groups=switched, tokens=tokens)
 
+    @property
+    def num_gates(self) -> int:
+        """Number of gates of one image."""
+        return sum(blocks * gates for _, blocks, gates in self.gate_shapes(1).values())
+
     def gated_macs(self) -> tuple[int, int]:
         """Return the multiply-accumulates of a block's attention and MLP, for `used_share`."""
         tokens = self.grid[0] * self.grid[1]
@@ -307,6 +312,31 @@ class DyDiT(nn.Module):
             tokens=torch.stack([gate.tokens for gate in gates], dim=1),
         )
         return self._predict(x, c), stacked
+
+    def forward_with_share(
+        self, x: Tensor, t: Tensor, y: Tensor, noise: Tensor | None = None, complete: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Return the masked prediction, and the share of the gated work of each image, (N,).
+
+        Args:
+            x: (N, C, H, W)
+            t: (N,)
+            y: (N,)
+            noise: Logistic noise of all gates (N, num_gates), or None for the gates of inference.
+            complete: Whether to leave the gates out.
+        """
+        if complete:
+            return self.forward_complete(x, t, y), torch.ones(len(x), device=x.device)
+        gates = None if noise is None else self._unpack(noise)
+        prediction, opened = self.forward_with_gates(x, t, y, gates)
+        return prediction, used_share(opened, *self.gated_macs())
+
+    def _unpack(self, noise: Tensor) -> Gates:
+        """Cut noise (N, num_gates) into that of heads, groups and tokens."""
+        shapes = self.gate_shapes(len(noise))
+        parts = noise.split([blocks * gates for _, blocks, gates in shapes.values()], dim=1)
+        pairs = zip(shapes.items(), parts, strict=True)
+        return Gates(**{name: part.reshape(shape) for (name, shape), part in pairs})
 
     def forward_complete(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Return the prediction without gates, which is DiT's."""

@@ -34,7 +34,7 @@ born() { sed 's/^.*) //' "/proc/$1/stat" 2>/dev/null | awk '$1 != "Z" {print $20
 launch() {
     local label=$1
     shift
-    SLURM_CONF=$conf setsid "$@" </dev/null >>"$DIR/log/$label.out" 2>&1 &
+    SLURM_CONF=$conf setsid "$@" </dev/null >>"$DIR/log/$label.out" 2>&1 9>&- &
     echo "$! $(born $!)" >"$DIR/pid/$label"
 }
 alive() {
@@ -149,6 +149,9 @@ start() {
     done
     mkdir "$DIR" || fail "$DIR has to be a new folder"
     mkdir "$DIR"/{log,pid,state}
+    # Clusters that start at once would choose the same ports: each waits until the one before is up.
+    exec 9>"${TMPDIR:-/tmp}/slurm_cluster.$(id -u).lock"
+    flock 9
     until ports_are_free "$port"; do
         port=$((port + 4))
         [ "$port" -lt 22000 ] || fail "no free ports"

@@ -21,16 +21,23 @@ from experiments.engine.specs.rows import Row
 from experiments.engine.specs.spec import Checkpoint, Evaluate, canonical
 from experiments.engine.specs.stages import Protocol, evaluate_stage, timing_stage, train_stage
 from experiments.main_results import TABLE_1, TABLE_2
-from tests.support.references import GPU_PROVENANCE
+from tests.support.references import (
+    GPU_PROVENANCE,
+    commit_records,
+    digits_values,
+    reopen_records,
+    timing_values,
+)
 
 
-class Made:
-    """A temporary results folder whose reference holds what `score` and `add` write."""
+class Claims:
+    """A temporary results folder whose committed records are those that a test adds."""
 
     def __init__(self, folder: Path) -> None:
         self.store = Store(folder)
 
     def add(self, stage: Any, values: dict[str, Any]) -> None:
+        """Append a record of a stage."""
         self.store.append(stage, "done", values, GPU_PROVENANCE)
 
     def score(
@@ -41,38 +48,52 @@ class Made:
         quantiser: str = "rounds",
         error: float = 0.1,
     ) -> None:
+        """Append the FID of a row's training of every seed."""
         for seed, fid in enumerate(seeds):
-            self.scored(evaluate_stage(row, protocol, seed), fid, quantiser, error)
+            self.score_stage(evaluate_stage(row, protocol, seed), fid, quantiser, error)
 
-    def scored(
+    def score_stage(
         self, stage: Evaluate, fid: float, quantiser: str = "rounds", error: float = 0.1
     ) -> None:
-        whole = manifest(canonical(stage, full=True), {}, {"quantiser": quantiser})
-        self.add(
-            stage,
-            {
-                "fid": fid,
-                "fid_se": error,
-                "fid_corrected": fid,
-                "is": 1.0,
-                "precision": 0.5,
-                "recall": 0.5,
-                "manifest": whole,
-            },
-        )
+        """Append a FID, with a manifest that names the quantiser of the samples."""
+        values = {
+            "fid": fid,
+            "fid_se": error,
+            "fid_corrected": fid,
+            "is": 1.0,
+            "precision": 0.5,
+            "recall": 0.5,
+            "manifest": manifest(canonical(stage, full=True), {}, {"quantiser": quantiser}),
+        }
+        self.add(stage, values)
+
+    def score_digits(self, label: str, fd: float) -> None:
+        """Append a distance on digits of three seeds, which deviate by a hundredth."""
+        for seed, factor in enumerate((0.99, 1.0, 1.01)):
+            stage = evaluate_stage(TABLE_4.row(label), DIGITS, seed)
+            self.add(stage, digits_values(factor * fd))
+
+    def time(self, row: Row, relative: float) -> None:
+        """Append a timing on a GPU, relative to the baseline of table 4."""
+        stage = timing_stage(row, TABLE_4.baseline, "cuda")
+        self.add(stage, timing_values(1.0, 0.0, relative=relative, relative_spread=0.01))
 
     def judged(self, name: str) -> Finding:
-        records = self.store.root / "records"
-        reference = self.store.root / "reference"
-        if records.exists():
-            records.rename(reference)
+        """Commit the records and judge a claim by them."""
+        if (self.store.root / "records").exists():
+            commit_records(self.store.root)
         sources = ReferenceStore(self.store.root)
-        return judge(next(row for row in sources.rows("claims.csv") if row["id"] == name), sources)
+        claim = next(row for row in sources.rows("claims.csv") if row["id"] == name)
+        return judge(claim, sources)
+
+    def reopen(self) -> None:
+        """Let more records follow those that were judged."""
+        self.store = reopen_records(self.store.root)
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Made:
-    return Made(tmp_path)
+def claims(tmp_path: Path) -> Claims:
+    return Claims(tmp_path)
 
 
 def system(label: str, table: Any = TABLE_1) -> Row:
@@ -87,51 +108,63 @@ def system(label: str, table: Any = TABLE_1) -> Row:
         (1.5, "lower than claimed, one seed"),
     ],
 )
-def test_a_printed_fid_is_judged_by_our_own(fid: float, verdict: str, made: Made):
-    made.score(system("DiCo-XL (w/ CFG)"), IMAGENET256_OWN, fid, error=0.05)
-    found = made.judged("fid-xl-256")
-    assert found.evidence.value == "measured here"
-    assert found.value == f"{fid:.2f}"
-    assert str(found.judgement) == verdict
-    assert len(found.records) == 1
-    assert found.error == f"two sampling errors: {fid - 0.1:.2f} to {fid + 0.1:.2f}"
-    assert "the paper's tables 2.05" in found.basis
-    assert made.judged("fid-h-256").evidence.value == "published data only"
+def test_a_printed_fid_is_judged_by_our_own(fid: float, verdict: str, claims: Claims):
+    """A record of the claimed row decides, within two of its sampling errors."""
+    claims.score(system("DiCo-XL (w/ CFG)"), IMAGENET256_OWN, fid, error=0.05)
+    finding = claims.judged("fid-xl-256")
+    assert finding.evidence.value == "measured here"
+    assert finding.value == f"{fid:.2f}"
+    assert str(finding.judgement) == verdict
+    assert len(finding.records) == 1
+    assert finding.error == f"two sampling errors: {fid - 0.1:.2f} to {fid + 0.1:.2f}"
+    assert "the paper's tables 2.05" in finding.basis
+
+    # It decides nothing about another row.
+    assert claims.judged("fid-h-256").evidence.value == "published data only"
 
 
-def test_seeds_give_the_error_of_their_mean(made: Made):
+def test_seeds_give_the_error_of_their_mean(claims: Claims):
     """Log 2, log 2 and log 2.2 deviate by 0.0550; Student's 4.303 over sqrt 3 makes 13.7 %."""
-    made.score(system("DiCo-XL (w/ CFG)", TABLE_2), IMAGENET512_OWN, 2.0, 2.0, 2.2)
-    found = made.judged("fid-xl-512")
-    assert found.value == "2.06"
-    assert found.error == "95 %: 1.78 to 2.35"
-    assert str(found.judgement) == "lower than claimed"
+    claims.score(system("DiCo-XL (w/ CFG)", TABLE_2), IMAGENET512_OWN, 2.0, 2.0, 2.2)
+    finding = claims.judged("fid-xl-512")
+    assert finding.value == "2.06"
+    assert finding.error == "95 %: 1.78 to 2.35"
+    assert str(finding.judgement) == "lower than claimed"
 
 
-def test_seeds_of_two_protocols_are_judged_by_neither(made: Made):
-    made.score(system("DiCo-XL (w/ CFG)"), IMAGENET256_OWN, 2.1)
-    made.scored(evaluate_stage(system("DiCo-XL (w/ CFG)"), IMAGENET256_OWN, 1), 2.1, "truncates")
-    found = made.judged("fid-xl-256")
-    assert found.evidence.value == "published data only"
-    assert found.basis.endswith(
+def test_seeds_of_two_protocols_are_judged_by_neither(claims: Claims):
+    """Two seeds that were scored differently are not compared, and the finding says so."""
+    row = system("DiCo-XL (w/ CFG)")
+    claims.score(row, IMAGENET256_OWN, 2.1)
+    claims.score_stage(evaluate_stage(row, IMAGENET256_OWN, 1), 2.1, "truncates")
+    finding = claims.judged("fid-xl-256")
+    assert finding.evidence.value == "published data only"
+    assert finding.basis.endswith(
         "our records are not compared, since scored by another protocol (quantiser)"
     )
 
 
-def test_published_weights_stand_for_the_row_that_they_are(made: Made):
-    """Guided as the row is; another scale, or the row after 400K steps, is not theirs."""
+def test_published_weights_stand_for_the_row_that_they_are(claims: Claims):
+    """Published weights are the row's only with its guidance, and after its whole training."""
     stage = evaluate_stage(system("DiCo-XL (w/ CFG)"), IMAGENET256_OWN, 0)
     weights = Checkpoint(stage.train.backbone, stage.train.data, "f" * 64)
-    made.scored(replace(stage, train=weights, sampler=replace(stage.sampler, scale=1.5)), 9.0)
-    assert made.judged("fid-xl-256").evidence.value == "published data only"
-    (made.store.root / "reference").rename(made.store.root / "records")
-    made.scored(replace(stage, train=weights), 2.06)
-    found = made.judged("fid-xl-256")
-    assert found.evidence.value == "measured here"
-    assert found.value == "2.06"
-    assert str(found.judgement) == "reproduced, one seed"
-    assert "the published weights ffffffffffff" in found.basis
-    assert made.judged("fid-dig-ratio").evidence.value == "published data only"
+
+    # Guided by another scale.
+    other_scale = replace(stage.sampler, scale=1.5)
+    claims.score_stage(replace(stage, train=weights, sampler=other_scale), 9.0)
+    assert claims.judged("fid-xl-256").evidence.value == "published data only"
+
+    # Guided as the row is.
+    claims.reopen()
+    claims.score_stage(replace(stage, train=weights), 2.06)
+    finding = claims.judged("fid-xl-256")
+    assert finding.evidence.value == "measured here"
+    assert finding.value == "2.06"
+    assert str(finding.judgement) == "reproduced, one seed"
+    assert "the published weights ffffffffffff" in finding.basis
+
+    # The row after 400K steps is another one.
+    assert claims.judged("fid-dig-ratio").evidence.value == "published data only"
 
 
 @pytest.mark.parametrize(
@@ -144,38 +177,31 @@ def test_published_weights_stand_for_the_row_that_they_are(made: Made):
         (9.0, "against the claim"),
     ],
 )
-def test_a_ratio_of_fids_is_judged_by_two_records(dig: float, verdict: str, made: Made):
-    made.score(system("DiCo-XL"), IMAGENET256, 11.67)
-    made.score(system("DiG-XL/2"), IMAGENET256, dig)
-    found = made.judged("fid-dig-ratio")
-    assert found.evidence.value == "measured here"
-    assert found.value == f"{dig / 11.67:.2f}"
-    assert str(found.judgement) == f"{verdict}, one seed"
-    assert len(found.records) == 2
+def test_a_ratio_of_fids_is_judged_by_two_records(dig: float, verdict: str, claims: Claims):
+    """The ratio of two recorded FIDs is compared with the claimed ratio."""
+    claims.score(system("DiCo-XL"), IMAGENET256, 11.67)
+    claims.score(system("DiG-XL/2"), IMAGENET256, dig)
+    finding = claims.judged("fid-dig-ratio")
+    assert finding.evidence.value == "measured here"
+    assert finding.value == f"{dig / 11.67:.2f}"
+    assert str(finding.judgement) == f"{verdict}, one seed"
+    assert len(finding.records) == 2
 
 
-def test_a_ratio_across_protocols_or_of_one_side_is_not_judged(made: Made):
-    made.score(system("DiCo-XL"), IMAGENET256, 11.67)
-    found = made.judged("fid-dig-ratio")
-    assert found.evidence.value == "published data only"
-    assert found.basis.endswith("not scored on ImageNet here: DiG-XL/2@256 400K")
-    (made.store.root / "reference").rename(made.store.root / "records")
-    made.score(system("DiG-XL/2"), IMAGENET256, 18.6, quantiser="truncates")
-    found = made.judged("fid-dig-ratio")
-    assert found.evidence.value == "published data only"
-    assert found.basis.endswith("scored by another protocol (quantiser)")
+def test_a_ratio_across_protocols_or_of_one_side_is_not_judged(claims: Claims):
+    """A ratio needs both sides, scored alike."""
+    # One side is missing.
+    claims.score(system("DiCo-XL"), IMAGENET256, 11.67)
+    finding = claims.judged("fid-dig-ratio")
+    assert finding.evidence.value == "published data only"
+    assert finding.basis.endswith("not scored on ImageNet here: DiG-XL/2@256 400K")
 
-
-def digits(made: Made, label: str, fd: float) -> None:
-    for seed, part in enumerate((0.99, 1.0, 1.01)):
-        values = {
-            "fd_digits": part * fd,
-            "is_digits": 8.0,
-            "precision_digits": 0.6,
-            "recall_digits": 0.8,
-            "agreement": 0.9,
-        }
-        made.add(evaluate_stage(TABLE_4.row(label), DIGITS, seed), values)
+    # It comes, scored by another protocol.
+    claims.reopen()
+    claims.score(system("DiG-XL/2"), IMAGENET256, 18.6, quantiser="truncates")
+    finding = claims.judged("fid-dig-ratio")
+    assert finding.evidence.value == "published data only"
+    assert finding.basis.endswith("scored by another protocol (quantiser)")
 
 
 @pytest.mark.parametrize(
@@ -188,55 +214,60 @@ def digits(made: Made, label: str, fd: float) -> None:
     ],
 )
 def test_points_at_the_claims_scale_outrank_digits(
-    without: float, value: str, verdict: str, made: Made
+    without: float, value: str, verdict: str, claims: Claims
 ):
-    for label, fd in (("DiCo-S", 10.0), ("w/o CCA", 20.0)):
-        digits(made, label, fd)
-    found = made.judged("cca-fid")
-    assert found.evidence.value == "measured at reduced scale"
-    assert found.value == "2.00 (ratio)"
-    assert str(found.judgement) == "reproduced"
-    (made.store.root / "reference").rename(made.store.root / "records")
-    made.score(TABLE_4.row("DiCo-S"), IMAGENET256, 50.0)
-    part = made.judged("cca-fid")
-    assert part.evidence.value == "measured at reduced scale"
-    assert "not judged on imagenet256: no record of w/o CCA" in part.basis
-    (made.store.root / "reference").rename(made.store.root / "records")
-    made.score(TABLE_4.row("w/o CCA"), IMAGENET256, without)
-    found = made.judged("cca-fid")
-    assert found.evidence.value == "measured here"
-    assert found.value == value
-    assert str(found.judgement) == f"{verdict}, one seed"
-    assert {record.values["fid"] for record in found.records} == {50.0, without}
+    """Digits decide until both rows of the claim are scored on ImageNet."""
+    # Digits alone.
+    claims.score_digits("DiCo-S", 10.0)
+    claims.score_digits("w/o CCA", 20.0)
+    finding = claims.judged("cca-fid")
+    assert finding.evidence.value == "measured at reduced scale"
+    assert finding.value == "2.00 (ratio)"
+    assert str(finding.judgement) == "reproduced"
+
+    # One row on ImageNet does not decide.
+    claims.reopen()
+    claims.score(TABLE_4.row("DiCo-S"), IMAGENET256, 50.0)
+    finding = claims.judged("cca-fid")
+    assert finding.evidence.value == "measured at reduced scale"
+    assert "not judged on imagenet256: no record of w/o CCA" in finding.basis
+
+    # Both rows do.
+    claims.reopen()
+    claims.score(TABLE_4.row("w/o CCA"), IMAGENET256, without)
+    finding = claims.judged("cca-fid")
+    assert finding.evidence.value == "measured here"
+    assert finding.value == value
+    assert str(finding.judgement) == f"{verdict}, one seed"
+    assert {record.values["fid"] for record in finding.records} == {50.0, without}
 
 
-def test_what_is_refused_at_the_claims_scale_leaves_the_digits_verdict_and_says_so(made: Made):
-    for label, fd in (("DiCo-S", 10.0), ("w/o CCA", 20.0)):
-        digits(made, label, fd)
-    made.score(TABLE_4.row("DiCo-S"), IMAGENET256, 50.0)
-    made.score(TABLE_4.row("w/o CCA"), IMAGENET256, 54.8, quantiser="truncates")
-    found = made.judged("cca-fid")
-    assert found.evidence.value == "measured at reduced scale"
-    assert "not compared, since scored by another protocol: w/o CCA (quantiser)" in found.basis
+def test_what_is_refused_at_the_claims_scale_leaves_the_digits_verdict_and_says_so(claims: Claims):
+    """Two protocols on ImageNet leave the verdict to the digits."""
+    claims.score_digits("DiCo-S", 10.0)
+    claims.score_digits("w/o CCA", 20.0)
+    claims.score(TABLE_4.row("DiCo-S"), IMAGENET256, 50.0)
+    claims.score(TABLE_4.row("w/o CCA"), IMAGENET256, 54.8, quantiser="truncates")
+    finding = claims.judged("cca-fid")
+    assert finding.evidence.value == "measured at reduced scale"
+    assert "not compared, since scored by another protocol: w/o CCA (quantiser)" in finding.basis
 
 
 @pytest.mark.parametrize(
     "last, verdict",
     [(50.0, "reproduced"), (54.1, "same direction, 2 of 3 resolved"), (60.0, "against the claim")],
 )
-def test_an_order_at_the_claims_scale_needs_every_pair(last: float, verdict: str, made: Made):
-    for name, dit, dico in (
-        ("iso.", 67.0, 60.0),
-        ("iso.&skip", 62.0, 57.0),
-        ("U-shape", 54.0, last),
-    ):
-        made.score(TABLE_3.row(f"DiT ({name})"), IMAGENET256, dit)
-        made.score(TABLE_3.row(f"DiCo ({name})"), IMAGENET256, dico)
-    found = made.judged("structure-order")
-    assert found.evidence.value == "measured here"
-    assert str(found.judgement) == f"{verdict}, one seed"
-    assert found.basis.startswith("fid on imagenet256, ")
-    assert len(found.records) == 6
+def test_an_order_at_the_claims_scale_needs_every_pair(last: float, verdict: str, claims: Claims):
+    """DiCo must beat DiT in all three structures."""
+    structures = (("iso.", 67.0, 60.0), ("iso.&skip", 62.0, 57.0), ("U-shape", 54.0, last))
+    for name, dit, dico in structures:
+        claims.score(TABLE_3.row(f"DiT ({name})"), IMAGENET256, dit)
+        claims.score(TABLE_3.row(f"DiCo ({name})"), IMAGENET256, dico)
+    finding = claims.judged("structure-order")
+    assert finding.evidence.value == "measured here"
+    assert str(finding.judgement) == f"{verdict}, one seed"
+    assert finding.basis.startswith("fid on imagenet256, ")
+    assert len(finding.records) == 6
 
 
 @pytest.mark.parametrize(
@@ -248,69 +279,67 @@ def test_an_order_at_the_claims_scale_needs_every_pair(last: float, verdict: str
     ],
 )
 def test_kernels_are_ordered_by_fid_and_by_a_gpus_throughput(
-    speeds: tuple[float, ...] | None, verdict: str, made: Made
+    speeds: tuple[float, ...] | None, verdict: str, claims: Claims
 ):
+    """Larger kernels are better and slower; either half of the claim can fail alone."""
     for place, label in enumerate(("DiCo-S", "DWC 5x5", "DWC 7x7")):
-        made.score(TABLE_4.row(label), IMAGENET256, 50.0 - 2 * place)
+        row = TABLE_4.row(label)
+        claims.score(row, IMAGENET256, 50.0 - 2 * place)
         if speeds:
-            made.add(
-                timing_stage(TABLE_4.row(label), TABLE_4.baseline, "cuda"),
-                {
-                    "images_per_s": 1.0,
-                    "images_per_s_spread": 0.0,
-                    "relative": speeds[place],
-                    "relative_spread": 0.01,
-                },
-            )
-    found = made.judged("kernel-order")
-    assert found.evidence.value == "measured here"
-    assert str(found.judgement) == verdict
-    assert len(found.records) == (6 if speeds else 3)
+            claims.time(row, speeds[place])
+    finding = claims.judged("kernel-order")
+    assert finding.evidence.value == "measured here"
+    assert str(finding.judgement) == verdict
+    assert len(finding.records) == (6 if speeds else 3)
 
 
-def test_scaling_is_judged_where_neighbouring_sizes_were_trained(made: Made):
+def test_scaling_is_judged_where_neighbouring_sizes_were_trained(claims: Claims):
     """Two of 24 comparisons are recorded, one of them by two protocols; and three loss windows."""
     small = progress_row("DiCo-S")
     large = progress_row("DiCo-B")
+
+    # Scores and losses after 400K steps.
     for row, fid, losses in ((small, 50.0, [0.5, 0.4, 0.3]), (large, 27.0, [0.4, 0.41, 0.2])):
-        made.score(row, stopped(400_000), fid)
-        made.add(
-            train_stage(row, stopped(400_000), 0),
-            {"loss": losses[-1], "steps": 400_000, "curve": {"every": 50, "losses": losses}},
-        )
-    made.score(small, stopped(50_000), 90.0)
-    made.score(large, stopped(50_000), 95.0, quantiser="truncates")
-    found = made.judged("scaling-order")
-    assert found.evidence.value == "measured here"
-    assert found.value == "FID 1 of 1, resolved; loss 2 of 3"
-    assert len(found.records) == 4
-    assert (
-        str(found.judgement)
-        == "same direction, 1 of 24 comparisons by FID, 2 of 3 windows by loss, one seed"
-    )
-    assert "1 comparisons refused, scored by another protocol" in found.basis
+        claims.score(row, stopped(400_000), fid)
+        curve = {"every": 50, "losses": losses}
+        values = {"loss": losses[-1], "steps": 400_000, "curve": curve}
+        claims.add(train_stage(row, stopped(400_000), 0), values)
+
+    # Scores after 50K steps, which cannot be compared.
+    claims.score(small, stopped(50_000), 90.0)
+    claims.score(large, stopped(50_000), 95.0, quantiser="truncates")
+
+    # The finding counts what was compared and what was refused.
+    finding = claims.judged("scaling-order")
+    assert finding.evidence.value == "measured here"
+    assert finding.value == "FID 1 of 1, resolved; loss 2 of 3"
+    assert len(finding.records) == 4
+    counts = "1 of 24 comparisons by FID, 2 of 3 windows by loss"
+    assert str(finding.judgement) == f"same direction, {counts}, one seed"
+    assert "1 comparisons refused, scored by another protocol" in finding.basis
 
 
-def test_scaling_that_is_the_other_way_is_against_the_claim(made: Made):
-    made.score(progress_row("DiCo-L"), stopped(100_000), 20.0)
-    made.score(progress_row("DiCo-XL"), stopped(100_000), 30.0)
-    found = made.judged("scaling-order")
-    assert found.value == "FID 0 of 1, resolved; loss 0 of 0"
-    assert str(found.judgement) == "against the claim, one seed"
+def test_scaling_that_is_the_other_way_is_against_the_claim(claims: Claims):
+    claims.score(progress_row("DiCo-L"), stopped(100_000), 20.0)
+    claims.score(progress_row("DiCo-XL"), stopped(100_000), 30.0)
+    finding = claims.judged("scaling-order")
+    assert finding.value == "FID 0 of 1, resolved; loss 0 of 0"
+    assert str(finding.judgement) == "against the claim, one seed"
 
 
-def test_a_single_seed_without_a_sampling_error_is_open(made: Made):
+def test_a_single_seed_without_a_sampling_error_is_open(claims: Claims):
     for label, fid in (("DiCo-XL", 11.67), ("DiG-XL/2", 18.6)):
-        made.add(evaluate_stage(system(label), IMAGENET256, 0), {"fid": fid})
-    found = made.judged("fid-dig-ratio")
-    assert found.evidence.value == "not yet"
-    assert str(found.judgement) == "open"
-    assert "no sampling error of fid" in found.basis
+        claims.add(evaluate_stage(system(label), IMAGENET256, 0), {"fid": fid})
+    finding = claims.judged("fid-dig-ratio")
+    assert finding.evidence.value == "not yet"
+    assert str(finding.judgement) == "open"
+    assert "no sampling error of fid" in finding.basis
 
 
 def test_a_published_row_has_one_protocol():
+    """A published number was made by the protocol that its guidance tells."""
     papers = ReferenceStore().published(TABLE_1.published, TABLE_1.key)
-    assert {
-        label: same_conditions(papers[system(label).published], 256).name
-        for label in ("DiCo-XL", "DiCo-XL (w/ CFG)")
-    } == {"DiCo-XL": "imagenet256", "DiCo-XL (w/ CFG)": "imagenet256_own"}
+    names = {}
+    for label in ("DiCo-XL", "DiCo-XL (w/ CFG)"):
+        names[label] = same_conditions(papers[system(label).published], 256).name
+    assert names == {"DiCo-XL": "imagenet256", "DiCo-XL (w/ CFG)": "imagenet256_own"}

@@ -28,47 +28,38 @@ from experiments.engine.records.store import Store
 from experiments.engine.specs.spec import Backbone, Timing, canonical
 from experiments.engine.specs.stages import cost_stage, evaluate_stage, train_stage
 from experiments.main_results import TABLE_1
+from tests.support.references import (
+    GPU_PROVENANCE,
+    commit_records,
+    reopen_records,
+    timing_values,
+)
 
-PROVENANCE = {
-    "device": "a GPU",
-    "cpu": "a",
-    "cpu_count": 2,
-    "torch": "b",
-    "python": "3",
-    "dirty": False,
-    "commit": "c" * 40,
-    "world_size": 8,
-    "precision_flags": {"matmul_tf32": False},
-}
-
-
-def sources(store: Store) -> ReferenceStore:
-    (store.root / "records").rename(store.root / "reference")
-    return ReferenceStore(store.root)
+PROVENANCE = GPU_PROVENANCE | {"world_size": 8}
 
 
 def scored(store: Store, stage: Any, fid: float, error: float | None = 0.5) -> None:
-    values = {"fid": fid, "fid_se": error, "sfid": 9.0, "is": 20.0, "precision": 0.5, "recall": 0.5}
-    store.append(
-        stage,
-        "done",
-        values | {"manifest": manifest(canonical(stage, full=True), {}, {})},
-        PROVENANCE,
-    )
+    """Append the scores of a stage."""
+    values = {
+        "fid": fid,
+        "fid_se": error,
+        "sfid": 9.0,
+        "is": 20.0,
+        "precision": 0.5,
+        "recall": 0.5,
+        "manifest": manifest(canonical(stage, full=True), {}, {}),
+    }
+    store.append(stage, "done", values, PROVENANCE)
+
+
+def trained(store: Store, stage: Any, values: dict[str, Any], device: str = "a GPU") -> None:
+    """Append a finished training."""
+    store.append(stage, "done", values, PROVENANCE | {"device": device})
 
 
 def timed(store: Store, stage: Timing, rate: float, spread: float) -> None:
-    store.append(
-        stage,
-        "done",
-        {
-            "images_per_s": rate,
-            "images_per_s_spread": spread,
-            "relative": 1.0,
-            "relative_spread": 0.0,
-        },
-        PROVENANCE,
-    )
+    """Append a timing."""
+    store.append(stage, "done", timing_values(rate, spread), PROVENANCE)
 
 
 def on_gpu(name: str, side: int) -> Timing:
@@ -92,28 +83,23 @@ def labelled(axes: Any) -> dict[str, Any]:
 
 
 def test_figure_9_draws_our_longest_training_over_the_authors(tmp_path: Path):
+    """Of two lengths of a training the longer one is drawn, if it has a curve."""
+    empty = losses(ReferenceStore(tmp_path / "none"))
+    assert remarks(empty) == "ours on ImageNet 256: 0 of the 4 trainings are recorded here"
+
+    # Two lengths of DiCo-S, DiCo-B without a curve, and DiCo-XL to its end.
     store = Store(tmp_path)
-    for steps, loss in ((50_000, 0.17), (100_000, 0.16)):
-        curve = {"every": 40_000, "losses": [loss] * -(-steps // 40_000)}
-        store.append(
-            train_stage(progress_row("DiCo-S"), stopped(steps), 0),
-            "done",
-            {"steps": steps, "curve": curve},
-            PROVENANCE,
-        )
-    store.append(
-        train_stage(progress_row("DiCo-B"), stopped(50_000), 0),
-        "done",
-        {"steps": 50_000},
-        PROVENANCE,
-    )
-    whole = {"steps": 3_750_000, "curve": {"every": 2_000_000, "losses": [0.15, 0.14]}}
-    store.append(train_stage(*CONFIGURATIONS["DiCo-XL 256"], 0), "done", whole, PROVENANCE)
-    assert (
-        remarks(losses(ReferenceStore(tmp_path / "none")))
-        == "ours on ImageNet 256: 0 of the 4 trainings are recorded here"
-    )
-    drawing = losses(sources(store))
+    for steps, loss, windows in ((50_000, 0.17, 2), (100_000, 0.16, 3)):
+        stage = train_stage(progress_row("DiCo-S"), stopped(steps), 0)
+        curve = {"every": 40_000, "losses": [loss] * windows}
+        trained(store, stage, {"steps": steps, "curve": curve})
+    trained(store, train_stage(progress_row("DiCo-B"), stopped(50_000), 0), {"steps": 50_000})
+    curve = {"every": 2_000_000, "losses": [0.15, 0.14]}
+    whole = train_stage(*CONFIGURATIONS["DiCo-XL 256"], 0)
+    trained(store, whole, {"steps": 3_750_000, "curve": curve})
+
+    # A loss is drawn at the middle of its window, in thousands of steps.
+    drawing = losses(commit_records(tmp_path))
     for panel in drawing.axes[:2]:
         ours = labelled(panel)
         assert ours["DiCo-S, ours"].get_xdata().tolist() == [20.0, 60.0, 90.0]
@@ -124,40 +110,35 @@ def test_figure_9_draws_our_longest_training_over_the_authors(tmp_path: Path):
 
 
 def test_training_efficiency_draws_our_trainings_by_counts_and_hours(tmp_path: Path):
+    """A score needs a count to be drawn on the left, and a training on a GPU in the middle."""
+    ours = "ours on ImageNet 256:"
+    empty = training_efficiency(ReferenceStore(tmp_path / "none"))
+    assert remarks(empty) == f"{ours} 0 of the 32 published points left, 0 in the middle"
+
+    # DiCo-S has a count and two scores; one of its trainings ran on a CPU. DiCo-B has no count.
     store = Store(tmp_path)
     row = progress_row("DiCo-S")
     scored(store, evaluate_stage(row, stopped(50_000), 0), 90.0)
     scored(store, evaluate_stage(row, stopped(100_000), 0), 70.0)
     scored(store, evaluate_stage(progress_row("DiCo-B"), stopped(50_000), 0), 60.0)
     store.append(cost_stage(row), "done", {"macs_torchprofile": 4e9}, PROVENANCE)
-    store.append(
-        train_stage(row, stopped(100_000), 0),
-        "done",
-        {"steps": 100_000, "images_per_s": 2560.0},
-        PROVENANCE,
-    )
-    store.append(
-        train_stage(row, stopped(50_000), 0),
-        "done",
-        {"steps": 50_000, "images_per_s": 2560.0},
-        PROVENANCE | {"device": "cpu"},
-    )
-    assert (
-        remarks(training_efficiency(ReferenceStore(tmp_path / "none")))
-        == "ours on ImageNet 256: 0 of the 32 published points left, 0 in the middle"
-    )
-    drawing = training_efficiency(sources(store))
+    speed_of = {"images_per_s": 2560.0}
+    trained(store, train_stage(row, stopped(100_000), 0), {"steps": 100_000} | speed_of)
+    trained(store, train_stage(row, stopped(50_000), 0), {"steps": 50_000} | speed_of, "cpu")
+    drawing = training_efficiency(commit_records(tmp_path))
     left, middle = drawing.axes[:2]
-    macs, hours = (labelled(panel)["DiCo-S, ours"] for panel in (left, middle))
+
+    # A training step costs three forward passes of 256 images.
+    macs = labelled(left)["DiCo-S, ours"]
     assert macs.get_xdata().tolist() == [3 * 256 * 4e9 * steps for steps in (50_000, 100_000)]
     assert macs.get_ydata().tolist() == [90.0, 70.0]
+    assert [[y for _, y in bar] for bar in bars(left)] == [[89.5, 90.5], [69.5, 70.5]]
+
+    # Hours are those of all eight GPUs.
+    hours = labelled(middle)["DiCo-S, ours"]
     assert hours.get_xdata().tolist() == pytest.approx([8 * 100_000 * 256 / 2560 / 3600])
     assert hours.get_ydata().tolist() == [70.0]
-    assert [[y for _, y in bar] for bar in bars(left)] == [[89.5, 90.5], [69.5, 70.5]]
-    assert (
-        remarks(drawing)
-        == "ours on ImageNet 256: 2 of the 32 published points left, 1 in the middle"
-    )
+    assert remarks(drawing) == f"{ours} 2 of the 32 published points left, 1 in the middle"
 
 
 def test_figure_2_has_the_errors_of_score_and_speed(tmp_path: Path):
@@ -167,34 +148,38 @@ def test_figure_2_has_the_errors_of_score_and_speed(tmp_path: Path):
     store.append(cost_stage(row), "done", {"macs_torchprofile": 4e9}, PROVENANCE)
     timed(store, on_gpu("dico_s", 32), 1000.0, 20.0)
     scored(store, evaluate_stage(row, IMAGENET256, 0), 50.0)
-    (axes,) = fid_against_throughput(sources(store)).axes
+    (axes,) = fid_against_throughput(commit_records(tmp_path)).axes
     assert bars(axes) == [[(980.0, 50.0), (1020.0, 50.0)], [(1000.0, 49.5), (1000.0, 50.5)]]
-    (tmp_path / "reference").rename(tmp_path / "records")
+
+    # A second seed.
+    store = reopen_records(tmp_path)
     scored(store, evaluate_stage(row, IMAGENET256, 1), 52.0)
-    (axes,) = fid_against_throughput(sources(store)).axes
+    (axes,) = fid_against_throughput(commit_records(tmp_path)).axes
     assert bars(axes)[1] == [(1000.0, pytest.approx(50.0)), (1000.0, pytest.approx(52.0))]
 
 
 def test_figure_3_has_the_spread_of_runtimes(tmp_path: Path):
+    """Error bars reach from the runtime at the higher speed to that at the lower one."""
     store = Store(tmp_path)
     timed(store, on_gpu("dico_xl", 64), 50.0, 5.0)
-    (size,) = [
-        stage
-        for stage in speed.figure_3("cuda")
-        if (stage.backbone.name, stage.size, stage.precision) == ("dit_s_2", 64, "bf16")
-    ]
-    timed(store, size, 100.0, 1.0)
-    left, _, right = runtime(sources(store)).axes
+    for stage in speed.figure_3("cuda"):
+        if (stage.backbone.name, stage.size, stage.precision) == ("dit_s_2", 64, "bf16"):
+            timed(store, stage, 100.0, 1.0)
+
+    # 20 ms with a spread of a tenth, and 10 ms with one of a hundredth.
+    left, _, right = runtime(commit_records(tmp_path)).axes
     assert [[x for x, _ in bar] for bar in bars(left)] == [pytest.approx([18.0, 22.0])]
     assert [[y for _, y in bar] for bar in bars(right)] == [pytest.approx([9.9, 10.1])]
 
 
 @pytest.mark.parametrize("error", [0.5, None])
 def test_figure_8_has_the_sampling_errors_that_there_are(error: float | None, tmp_path: Path):
+    """A score without a sampling error has no bar."""
     store = Store(tmp_path)
     scored(store, evaluate_stage(progress_row("DiCo-S"), stopped(50_000), 0), 90.0, error)
-    fid, sfid = scores_over_training(sources(store)).axes[:2]
-    assert bars(fid) == ([[(50.0, 89.5), (50.0, 90.5)]] if error else [])
+    fid, sfid = scores_over_training(commit_records(tmp_path)).axes[:2]
+    expected = [[(50.0, 89.5), (50.0, 90.5)]] if error else []
+    assert bars(fid) == expected
     assert not bars(sfid)
 
 
@@ -202,7 +187,7 @@ def test_a_speed_up_has_the_spread_of_both(tmp_path: Path):
     store = Store(tmp_path)
     timed(store, on_gpu("dico_xl", 32), 300.0, 9.0)
     timed(store, on_gpu("dit_xl_2", 32), 100.0, 4.0)
-    _, right = numeric_modes(sources(store)).axes
+    _, right = numeric_modes(commit_records(store.root)).axes
     ((low, high),) = ([x for x, _ in bar] for bar in bars(right))
     assert low == pytest.approx(3 - 0.15)
     assert high == pytest.approx(3 + 0.15)
@@ -269,20 +254,26 @@ def test_heights_are_moved_as_little_as_a_gap_asks_for(heights: list[float], exp
 
 
 def test_labels_stand_inside_the_panel_and_cover_no_mark_or_label():
+    """Labels of points that crowd together and stand at the edge can all be read."""
     drawing, axes = figure(5, 4)
     axes.set_xlim(0, 10)
     axes.set_ylim(0, 10)
     places = [(1, 1), (1.4, 1), (9.8, 9.8), (5, 5), (5.1, 5.1), (5, 4.8)]
     points = [Point(f"row {x}", x, y, (0, 0, 0)) for x, y in places]
     label_points(axes, points)
+
+    # Every point has its label.
     drawing.draw_without_rendering()
-    frame = axes.get_window_extent()
     boxes = [Text.get_window_extent(text) for text in axes.texts]
     assert [text.get_text() for text in axes.texts] == [point.label for point in points]
+
+    # A label lies in the frame, and covers no label before it and no mark.
+    frame = axes.get_window_extent()
+    marks = [axes.transData.transform(place) for place in places]
     for number, box in enumerate(boxes):
         assert frame.x0 <= box.x0
         assert box.x1 <= frame.x1
         assert frame.y0 <= box.y0
         assert box.y1 <= frame.y1
         assert not any(box.overlaps(other) for other in boxes[:number])
-        assert not any(box.contains(*axes.transData.transform(place)) for place in places)
+        assert not any(box.contains(*mark) for mark in marks)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import backbones
 from backbones.checkpoint import load_published
-from backbones.var import KeyValues
 from backbones.vqvae import PHIS_OF_TEN, assign_phis
 from tests.support.authors import build_like_authors, digest_shapes
 from tests.support.networks import randomise, relative_rms
@@ -156,7 +155,7 @@ def test_steps_with_a_cache_give_the_logits_of_one_pass(options: dict[str, Any])
     with torch.no_grad():
         expected = model(y, x)
         for calls in ([(0, 1), (1, 5), (5, 14)], [(0, 5), (5, 14)], [(0, 14)]):
-            cache, logits = KeyValues(), []
+            cache, logits = model.new_cache(), []
             for first, last in calls:
                 tokens = model.embed(y, x[:, max(first - 1, 0) : last - 1], first)
                 logits.append(model.step(tokens, y, cache))

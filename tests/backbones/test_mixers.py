@@ -165,21 +165,23 @@ def window_bias(table: Tensor, size: tuple[int, int], window: int, shift: int) -
 
     After the roll, two tokens meet if they share a window and the roll kept their distance.
     """
-    row, column = (
-        part.flatten()
-        for part in torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
-    )
+    grid = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
     index = 0
     together = True
-    for place, length in ((row, size[0]), (column, size[1])):
-        rolled = (place - shift) % length
+    for axis in (0, 1):
+        # Places of all tokens along the axis, before and after the roll.
+        place = grid[axis].flatten()
+        rolled = (place - shift) % size[axis]
         offset = rolled[:, None] - rolled
-        together = (
-            together
-            & (rolled[:, None] // window == rolled // window)
-            & (place[:, None] - place == offset)
-        )
-        index = index * (2 * window - 1) + offset.clamp(1 - window, window - 1) + window - 1
+
+        # Both axes must agree that two tokens meet.
+        same_window = rolled[:, None] // window == rolled // window
+        same_distance = place[:, None] - place == offset
+        together = together & same_window & same_distance
+
+        # The table holds 2 * window - 1 offsets along an axis.
+        column = offset.clamp(1 - window, window - 1) + window - 1
+        index = index * (2 * window - 1) + column
     return table[index].permute(2, 0, 1).masked_fill(~together, -torch.inf)
 
 
@@ -222,12 +224,14 @@ def focused(p: Parameters, x: Tensor, heads: int, power: int) -> Tensor:
     q, k, v = linear(p, "qkv", tokens_of(x)).chunk(3, dim=-1)
     k = k + p.get("position", 0.0)
 
+    # The power sharpens the features and keeps their norms.
     def phi(features: Tensor) -> list[Tensor]:
         u = (features.clamp(min=0) + 1e-6) / (1 + p["sigma"].exp()).log()
         sharp = u**power
         norms = (u**2).sum(-1, keepdim=True) / (sharp**2).sum(-1, keepdim=True)
         return heads_of(sharp * norms.sqrt(), heads)
 
+    # A convolution of the values, which all heads share, is added to the mixed values.
     out = []
     for phi_q, phi_k, value in zip(phi(q), phi(k), heads_of(v, heads), strict=True):
         matrix = torch.einsum("nie,nje->nij", phi_q, phi_k) / phi_k.shape[1]
@@ -256,38 +260,50 @@ def bilinear(length: int) -> Tensor:
 
 def agent_tokens(q: Tensor, side: int) -> Tensor:
     """Average side x side bins, which may overlap: (N, C, H, W) -> (N, side^2, C)."""
-    edges = [[(i * n // side, -(-(i + 1) * n // side)) for i in range(side)] for n in q.shape[2:]]
-    return torch.stack(
-        [
-            q[:, :, top:bottom, left:right].mean(dim=(2, 3))
-            for top, bottom in edges[0]
-            for left, right in edges[1]
-        ],
-        dim=1,
-    )
+
+    def edges(length: int) -> list[tuple[int, int]]:
+        return [(i * length // side, -(-(i + 1) * length // side)) for i in range(side)]
+
+    means = []
+    for top, bottom in edges(q.shape[2]):
+        for left, right in edges(q.shape[3]):
+            means.append(q[:, :, top:bottom, left:right].mean(dim=(2, 3)))
+    return torch.stack(means, dim=1)
+
+
+def agent_biases(p: Parameters, h: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Return a head's biases of agents by tokens, and of tokens by agents: (A, T), (T, A).
+
+    A bias is a table of 7x7, interpolated to the grid, plus a part per row and one per column.
+    """
+
+    def resized(table: Tensor) -> Tensor:
+        return torch.einsum("ir,nrc,jc->nij", bilinear(size[0]), table, bilinear(size[1]))
+
+    gather = resized(p["agent_table"][h]) + p["agent_row"][h] + p["agent_column"][h]
+    spread = resized(p["query_table"][h]).permute(1, 2, 0)
+    spread = spread + p["query_row"][h] + p["query_column"][h]
+    return gather.flatten(1), spread.flatten(0, 1)
 
 
 def agents_attend(p: Parameters, x: Tensor, heads: int, side: int) -> Tensor:
+    """Let agents gather from all tokens, and let all tokens read the agents."""
     size = tuple(x.shape[2:])
-    biases = "agent_table" in p
     q, k, v = linear(p, "qkv", tokens_of(x)).chunk(3, dim=-1)
+    queries, keys, values = (heads_of(part, heads) for part in (q, k, v))
     agents = heads_of(agent_tokens(grid_of(q, *size), side), heads)
+
+    # Biases are optional.
     gather = 0.0
     spread = 0.0
     out = []
-    for h, (query, key, value) in enumerate(
-        zip(*(heads_of(part, heads) for part in (q, k, v)), strict=True)
-    ):
-        if biases:
-            tables = [
-                torch.einsum("ir,nrc,jc->nij", bilinear(size[0]), p[name][h], bilinear(size[1]))
-                for name in ("agent_table", "query_table")
-            ]
-            gather = (tables[0] + p["agent_row"][h] + p["agent_column"][h]).flatten(1)
-            spread = (
-                tables[1].permute(1, 2, 0) + p["query_row"][h] + p["query_column"][h]
-            ).flatten(0, 1)
-        out.append(attend(query, agents[h], attend(agents[h], key, value, gather), spread))
+    for h in range(heads):
+        if "agent_table" in p:
+            gather, spread = agent_biases(p, h, size)
+        gathered = attend(agents[h], keys[h], values[h], gather)
+        out.append(attend(queries[h], agents[h], gathered, spread))
+
+    # A convolution of the values adds what agents cannot tell apart.
     local = tokens_of(depthwise(p, "dwc", grid_of(v, *size)))
     return grid_of(linear(p, "proj", torch.cat(out, dim=-1) + local), *size)
 
@@ -302,16 +318,17 @@ def test_agent_attention(size: tuple[int, int], agents: int, biases: bool):
 
 
 def channel_attention(p: Parameters, x: Tensor, heads: int) -> Tensor:
-    parts = (
-        depthwise(p, "channel.depthwise", pointwise(p, "channel.qkv", x)).flatten(2).chunk(3, dim=1)
-    )
+    """Attend among the channels of a head, by the cosines between them."""
+    qkv = depthwise(p, "channel.depthwise", pointwise(p, "channel.qkv", x)).flatten(2)
+    queries, keys, values = (part.chunk(heads, dim=1) for part in qkv.chunk(3, dim=1))
     out = []
-    for h, (q, k, v) in enumerate(zip(*(part.chunk(heads, dim=1) for part in parts), strict=True)):
-        cosine = torch.einsum("nct,ndt->ncd", q, k) / (
-            (q**2).sum(-1).sqrt()[:, :, None] * (k**2).sum(-1).sqrt()[:, None]
-        )
+    for h in range(heads):
+        q = queries[h] / (queries[h] ** 2).sum(-1, keepdim=True).sqrt()
+        k = keys[h] / (keys[h] ** 2).sum(-1, keepdim=True).sqrt()
+        cosine = torch.einsum("nct,ndt->ncd", q, k)
         weights = (cosine * p["channel.temperature"][h]).exp()
-        out.append(torch.einsum("ncd,ndt->nct", weights / weights.sum(dim=-1, keepdim=True), v))
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+        out.append(torch.einsum("ncd,ndt->nct", weights, values[h]))
     x = torch.cat(out, dim=1).unflatten(2, x.shape[2:])
     return pointwise(p, "channel.project", x) if "channel.project.weight" in p else x
 
@@ -356,8 +373,11 @@ def test_conv_module(options: dict[str, Any]):
 
 @pytest.mark.parametrize("bias_shape", [None, (2, 3, 7, 13), (1, 3, 7, 13), (1, 1, 1, 13)])
 def test_attention_kernels_agree(bias_shape: tuple[int, ...] | None):
+    """Outputs and gradients of both kernels are those of the explicit matrix, with any bias."""
     generator = torch.Generator().manual_seed(6)
-    shapes = [(2, 3, 7, 9), (2, 3, 13, 9), (2, 3, 13, 9)] + ([bias_shape] if bias_shape else [])
+    shapes = [(2, 3, 7, 9), (2, 3, 13, 9), (2, 3, 13, 9)]
+    if bias_shape:
+        shapes.append(bias_shape)
     args = [torch.randn(shape, generator=generator) for shape in shapes]
     probe = torch.randn(2, 3, 7, 9, generator=generator)
 
@@ -368,77 +388,13 @@ def test_attention_kernels_agree(bias_shape: tuple[int, ...] | None):
 
     def naive(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
         bias = torch.zeros((), dtype=q.dtype) if bias is None else bias
-        heads = [
-            attend(q[:, h], k[:, h], v[:, h], bias.expand(2, 3, 7, 13)[:, h]) for h in range(3)
-        ]
+        bias = bias.expand(2, 3, 7, 13)
+        heads = [attend(q[:, h], k[:, h], v[:, h], bias[:, h]) for h in range(3)]
         return torch.stack(heads, dim=1)
 
+    # Both kernels in both precisions, against the matrix in float64.
     truth = results(naive, torch.float64)
     for kernel in (sdpa, reference):
         for dtype, tolerance in TOLERANCE.items():
             for value, exact in zip(results(kernel, dtype), truth, strict=True):
                 assert relative_rms(value, exact) <= tolerance, (kernel, dtype)
-
-
-def test_kernels_are_forced_restored_and_recorded():
-    q = torch.randn(1, 2, 3, 4)
-
-    def ran() -> list[str]:
-        kernels.reset_used()
-        assert kernels.used() == {}
-        kernels.attention(q, q, q, bias=None)
-        return kernels.used()["attention"]
-
-    assert ran() == ["sdpa"]
-
-    # A forced choice holds inside its block, even if the block ends by an error.
-    with pytest.raises(KeyError), kernels.use(attention="reference"):
-        with kernels.use(attention="sdpa"):
-            assert ran() == ["sdpa"]
-        assert ran() == ["reference"]
-        raise KeyError
-    assert ran() == ["sdpa"]
-
-    # All choices that ran are recorded.
-    with kernels.use(attention="reference"):
-        kernels.attention(q, q, q)
-    assert kernels.used() == {"attention": ["reference", "sdpa"]}
-
-
-def test_a_forced_choice_that_cannot_run_is_refused():
-    q = torch.randn(1, 2, 3, 4)
-    with kernels.use(attention="flash"), pytest.raises(ValueError, match="forced to 'flash'"):
-        kernels.attention(q, q, q)
-
-
-def test_a_compiled_graph_tells_at_every_call_what_it_runs():
-    """Traced once, it is called with other kernels in between, and after the record was cleared."""
-    q = torch.randn(1, 2, 3, 4)
-    compiled = torch.compile(kernels.attention, backend="eager", fullgraph=True)
-
-    def ran(**forced: str) -> dict[str, list[str]]:
-        kernels.reset_used()
-        with kernels.use(**forced):
-            compiled(q, q, q)
-        return kernels.used()
-
-    torch._dynamo.utils.counters.clear()
-    for _ in range(2):
-        assert ran() == {"attention": ["sdpa"]}
-        assert ran(attention="reference") == {"attention": ["reference"]}
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the record decides nothing
-
-
-@pytest.mark.parametrize(
-    "choices, words",
-    [
-        (
-            {"attend": "sdpa"},
-            "unknown kernel 'attend'; known: adaln, adaln_pointwise_gelu, addcmul",
-        ),
-        ({"attention": "fast"}, "no implementation 'fast'; known: flash, sdpa, reference"),
-    ],
-)
-def test_unknown_kernels_list_the_known(choices: dict[str, str], words: str):
-    with pytest.raises(ValueError, match=words), kernels.use(**choices):
-        pass

@@ -26,18 +26,24 @@ def silu(x: Tensor) -> Tensor:
 
 def mamba(mixer: nn.Module, x: Tensor, z: Tensor, end: str = "") -> Tensor:
     """Run Gu & Dao's algorithm 2 with the convolution and gate of figure 3: (T, I) -> (T, I)."""
-    conv, x_proj, dt_proj = (getattr(mixer, name + end) for name in ("conv1d", "x_proj", "dt_proj"))
-    a = -torch.exp(mixer.A_log if not end else mixer.A_b_log)
+    # The weights of this direction.
+    conv = getattr(mixer, f"conv1d{end}")
+    x_proj = getattr(mixer, f"x_proj{end}")
+    dt_proj = getattr(mixer, f"dt_proj{end}")
+    a = -torch.exp(mixer.A_b_log if end else mixer.A_log)
     skip = getattr(mixer, f"D{end}")
-    rank, (inner, states), taps = dt_proj.in_features, a.shape, conv.kernel_size[0]
+    inner, states = a.shape
+    sizes = [dt_proj.in_features, states, states]
+    taps = conv.kernel_size[0]
+
+    # Every token is convolved with those before it, and moves the state by its own step.
     h = torch.zeros(inner, states, dtype=x.dtype)
     rows = []
     for t in range(len(x)):
-        past = sum(
-            conv.weight[:, 0, taps - 1 - back] * x[t - back] for back in range(min(taps, t + 1))
-        )
+        reach = range(min(taps, t + 1))
+        past = sum(conv.weight[:, 0, taps - 1 - back] * x[t - back] for back in reach)
         u = silu(past + conv.bias)
-        step, b, c = (x_proj.weight @ u).split([rank, states, states])
+        step, b, c = (x_proj.weight @ u).split(sizes)
         dt = torch.log1p(torch.exp(dt_proj.weight @ step + dt_proj.bias))
         h = torch.exp(dt[:, None] * a) * h + (dt * u)[:, None] * b
         rows.append((h @ c + skip * u) * silu(z[t]))
@@ -51,9 +57,9 @@ def one_way(mixer: nn.Module, x: Tensor) -> Tensor:
 
 def both_ways(mixer: nn.Module, x: Tensor) -> Tensor:
     inner, z = (x @ mixer.in_proj.weight.T).chunk(2, dim=-1)
-    return (
-        mamba(mixer, inner, z) + mamba(mixer, inner.flip(0), z.flip(0), "_b").flip(0)
-    ) @ mixer.out_proj.weight.T
+    forth = mamba(mixer, inner, z)
+    back = mamba(mixer, inner.flip(0), z.flip(0), "_b").flip(0)
+    return (forth + back) @ mixer.out_proj.weight.T
 
 
 def gated_linear(mixer: nn.Module, x: Tensor) -> Tensor:
@@ -68,11 +74,13 @@ def gated_linear(mixer: nn.Module, x: Tensor) -> Tensor:
         state = torch.zeros(4, 8, dtype=x.dtype)
         rows = []
         for token in x:
+            # The state decays, takes the token in, and is read by the query.
             decay = torch.sigmoid(mixer.gk_proj(token)[key]) ** (1 / 16)
-            state = decay[:, None] * state + torch.outer(
-                mixer.k_proj(token)[key], mixer.v_proj(token)[value]
-            )
+            update = torch.outer(mixer.k_proj(token)[key], mixer.v_proj(token)[value])
+            state = decay[:, None] * state + update
             o = mixer.q_proj(token)[key] / 2 @ state
+
+            # Normalise and gate.
             o = o / (o.square().mean() + 1e-6).sqrt() * mixer.g_norm_swish_gate.weight
             rows.append(o * silu(mixer.g_proj(token)[value]))
         heads.append(torch.stack(rows))
@@ -82,14 +90,13 @@ def gated_linear(mixer: nn.Module, x: Tensor) -> Tensor:
 def zero_order_hold(ssm: nn.Module, u: Tensor) -> Tensor:
     """S4D's continuous system, integrated exactly over each step: u (D, T) -> same."""
     a = torch.complex(-ssm.log_decay.exp(), ssm.frequency)
-    dt = ssm.log_dt.exp()
+    decay = (ssm.log_dt.exp() * a).exp()
+    out = torch.view_as_complex(ssm.out)
     state = torch.zeros(4, 3, dtype=torch.complex128)
     columns = []
     for t in range(u.shape[1]):
-        state = (dt * a).exp() * state + ((dt * a).exp() - 1) / a * u[:, t, None]
-        columns.append(
-            (torch.view_as_complex(ssm.out) * state).sum(dim=-1).real + ssm.skip[:, 0] * u[:, t]
-        )
+        state = decay * state + (decay - 1) / a * u[:, t, None]
+        columns.append((out * state).sum(dim=-1).real + ssm.skip[:, 0] * u[:, t])
     return torch.stack(columns, dim=-1)
 
 
@@ -111,36 +118,32 @@ MIXERS: dict[str, tuple[Callable[[], nn.Module], Recurrence, tuple[int, int]]] =
 }
 
 
-@pytest.mark.parametrize(
-    "choices",
-    [
-        {},
-        dict(
-            selective_scan="reference",
-            causal_conv="reference",
-            gated_linear="reference",
-            diagonal_ssm="reference",
-        ),
-    ],
-    ids=["chosen", "references"],
+REFERENCES = dict(
+    selective_scan="reference",
+    causal_conv="reference",
+    gated_linear="reference",
+    diagonal_ssm="reference",
 )
+
+
+@pytest.mark.parametrize("choices", [{}, REFERENCES], ids=["chosen", "references"])
 @pytest.mark.parametrize("name", MIXERS)
 def test_a_mixer_is_its_recurrence(name: str, choices: dict[str, str]):
-    """Outputs, and the gradients of the input and of every parameter."""
+    """Outputs agree, and so do the gradients of the input and of every parameter."""
     make, recurrence, shape = MIXERS[name]
     mixer = make().double()
-    x, probe = torch.randn(
-        2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5)
-    )
-    wanted = [x.requires_grad_(), *(p for p in mixer.parameters() if p.requires_grad)]
+    draw = torch.Generator().manual_seed(5)
+    x, probe = torch.randn(2, *shape, dtype=torch.float64, generator=draw)
+    inputs = [x.requires_grad_(), *(p for p in mixer.parameters() if p.requires_grad)]
+
+    # The recurrence, token by token, and the mixer.
     truth = recurrence(mixer, x)
+    truths = [truth, *torch.autograd.grad(truth, inputs, probe)]
     with use(**choices):
         out = mixer(x[None])[0]
-    found = zip(
-        (out, *torch.autograd.grad(out, wanted, probe)),
-        (truth, *torch.autograd.grad(truth, wanted, probe)),
-        strict=True,
-    )
-    for value, expected in found:
+    values = [out, *torch.autograd.grad(out, inputs, probe)]
+
+    # A gradient of zero would prove nothing.
+    for value, expected in zip(values, truths, strict=True):
         assert expected.any()
         assert relative_rms(value, expected) <= 1e-11

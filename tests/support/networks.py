@@ -13,6 +13,9 @@ from experiments.ablation import TABLES
 
 CHANNELS, CLASSES = 3, 7
 
+# Shapes of weights by their names in a state dict.
+Shapes = dict[str, tuple[int, ...]]
+
 
 @dataclass(frozen=True)
 class Case:
@@ -150,7 +153,20 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
     return module
 
 
-def weights_and_biases(layers: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def under(prefix: str, shapes: Shapes) -> Shapes:
+    """Return the shapes with a prefix before every name."""
+    return {f"{prefix}.{name}": shape for name, shape in shapes.items()}
+
+
+def repeated(prefix: str, num: int, shapes: Shapes) -> Shapes:
+    """Return the shapes of so many equal blocks, which are numbered behind the prefix."""
+    keys: Shapes = {}
+    for i in range(num):
+        keys |= under(f"{prefix}.{i}", shapes)
+    return keys
+
+
+def weights_and_biases(layers: Shapes) -> Shapes:
     """Return the shapes of the state dict of layers by the shapes of their weights."""
     weights = {f"{name}.weight": shape for name, shape in layers.items()}
     return weights | {f"{name}.bias": shape[:1] for name, shape in layers.items()}

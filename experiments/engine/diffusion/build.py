@@ -8,6 +8,7 @@ import torch
 
 from experiments.engine.diffusion.cascade import NoisyClassification, Upsampling
 from experiments.engine.diffusion.flow import DRAWS, PATHS, Flow
+from experiments.engine.diffusion.gated import Gated
 from experiments.engine.diffusion.iddpm import BETAS, IDDPM
 from experiments.engine.diffusion.multiscale import MultiScale
 from experiments.engine.specs.spec import Diffusion
@@ -38,6 +39,8 @@ def build_diffusion(spec: Diffusion) -> DiffusionProcess:
         return NoisyClassification(betas, timesteps, learned)
     if spec.low_res:
         return Upsampling(betas, timesteps, learned, low_res=spec.low_res)
+    if spec.used_share is not None:
+        return Gated(betas, timesteps, spec.used_share, spec.share_steps, spec.complete_steps)
     if spec.scales:
         return MultiScale(betas, timesteps, spec.scales)
     return IDDPM(betas, timesteps, learned)

@@ -6,10 +6,11 @@ from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from backbones.captions import once_per_caption
 from experiments.engine.diffusion.cascade import System
+from experiments.engine.diffusion.gated import WithShare, has_gates
 from experiments.engine.diffusion.iddpm import Model
 from experiments.engine.numerics.cuda_graphs import SharedGraph, Step, without_weight_cache
 from experiments.engine.runtime.preemption import Preempted, requested_stop
@@ -46,7 +47,13 @@ class CountingModel:
         else:
             self.model = model
 
-        self.graphs = SharedGraph() if capture_steps else None
+        # A replay would not hear of the shares.
+        self.graphs = SharedGraph() if capture_steps and not has_gates(self.model) else None
+        # The share of its gated work that a network with gates did for each image and step.
+        self.with_share: WithShare | None = None
+        if isinstance(self.model, nn.Module) and has_gates(self.model):
+            self.with_share = WithShare(self.model)
+        self.shares: list[Tensor] = []
         # Images that one captured step gives to the network, by the shape of x.
         self.given_by_step: dict[torch.Size, int] = {}
         self.under_way: deque[torch.cuda.Event] = deque()
@@ -61,7 +68,11 @@ class CountingModel:
         """(N,C,H,W), (N,), (N,) -> the network's output."""
         _raise_if_asked_to_stop()
         self.num_given += len(x)
-        return self.model(x, t, y)
+        if self.with_share is None:
+            return self.model(x, t, y)
+        prediction, share = self.with_share(x, t, y)
+        self.shares.append(share)
+        return prediction
 
     def once_per_caption(self, y: Tensor) -> AbstractContextManager[None]:
         """Do the work on the text of captions (N,) once for all calls inside.

@@ -75,6 +75,8 @@ class Samples:
     moments: Moments
     # How often the network was evaluated for all of them.
     evaluated: int
+    # Of a network with gates: the share of its gated work in each evaluation.
+    shares: list[ndarray]
 
 
 def score_classified(spec: Evaluate, cache: Path, context: RunContext) -> Scored | None:
@@ -170,6 +172,7 @@ def _draw_samples(
             "probabilities": probabilities,
             "labels": y.numpy(),
             "evaluated": np.array(counting.evaluated - before),
+            **_take_shares(counting),
         }
 
     # Batches are cut as one process would cut them, so that no number depends on the group.
@@ -187,7 +190,25 @@ def _draw_samples(
         for name in ("features", "probabilities", "labels")
     )
     evaluated = sum(int(arrays["evaluated"]) for arrays in batches)
-    return Samples(features, probabilities, labels, moments, evaluated)
+    shares = [arrays["shares"] for arrays in batches if "shares" in arrays]
+    return Samples(features, probabilities, labels, moments, evaluated, shares)
+
+
+def _take_shares(counting: CountingModel) -> Arrays:
+    """Return and forget the shares of gated work of a batch's evaluations, one number each."""
+    if not counting.shares:
+        return {}
+    shares = torch.cat(counting.shares).double().cpu().numpy()
+    counting.shares.clear()
+    return {"shares": shares}
+
+
+def _describe_shares(samples: Samples) -> dict[str, float]:
+    """Return mean and spread, over images and steps, of the share of gated work that was done."""
+    if not samples.shares:
+        return {}
+    shares = np.concatenate(samples.shares)
+    return {"used_share": float(shares.mean()), "used_share_sd": float(shares.std(ddof=1))}
 
 
 def _scores(
@@ -210,6 +231,7 @@ def _scores(
     return {
         "num": spec.num,
         "nfe": samples.evaluated / spec.num,
+        **_describe_shares(samples),
         names.distance.key: frechet(samples.moments, real_moments),
         names.distance.error: fd_se,
         names.inception.key: score,

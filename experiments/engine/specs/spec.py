@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 LATENT_CHANNELS = 4
 FACTOR = 8  # pixels per side that one place of a latent stands for
+# Of a field that no form holds while it has its default. Forms then equal those of older records.
+UNSAID = {"unsaid": True}
 
 
 class Spec(Protocol):
@@ -30,10 +32,12 @@ class Backbone:
     name: str
     # Options that differ from those of the registered size.
     options: dict[str, Any] = field(default_factory=dict)
+    # Digest of the study whose code makes the network or a part of it; "": this tree's code.
+    code: str = field(default="", metadata=UNSAID)
 
     def but(self, **options: Any) -> Backbone:
         """Return the network with further options."""
-        return Backbone(self.name, self.options | options)
+        return replace(self, options=self.options | options)
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,13 @@ class Diffusion:
     direction: float = 0.0
     # Of a network that predicts at several resolutions: weights of its losses, low to high.
     scales: tuple[float, ...] = ()
+    # Of a network with gates: the share of its gated work that it is to use on average; None: its
+    # gates are not trained.
+    used_share: float | None = None
+    # Training steps over which the share that is asked for falls from 1 to `used_share`.
+    share_steps: int = 0
+    # First training steps in which the network without gates has a loss too.
+    complete_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -122,6 +133,9 @@ class Recipe:
     # 'by_name': each parameter from a stream of its own, by (seed, name), so that networks start
     # from equal weights where they have the same parameter.
     initial: str = "in_order"
+    # How often, evenly spread over the steps, two power-function averages are stored, from which
+    # the average of any length is rebuilt; 0: never.
+    power_snapshots: int = 0
 
 
 @dataclass(frozen=True)
@@ -181,6 +195,13 @@ class Sampler:
     # Scale of a classifier's gradient, times the variance, by which the mean of a step moves (ADM,
     # algorithms 1 and 2).
     classifier_scale: float = 0.0
+    # Of 'scales', which draws tokens: how many of the likeliest codes stay, by scale; one number
+    # holds for all scales, and none or 0 keeps all codes. Its `scale` is that of the last scale.
+    top_k: tuple[int, ...] = ()
+    # The probability that the likeliest of these codes have together; 0: all stay.
+    top_p: float = 0.0
+    # By which the logits of the remaining codes are divided, by scale as `top_k`.
+    temperatures: tuple[float, ...] = ()
     # Of 'euler': each time t of the even grid becomes shift t / (1 + (shift - 1) t). Below 1, steps
     # are shorter near the noise.
     shift: float = 1.0
@@ -208,6 +229,9 @@ class Evaluate:
     upsampler: Train | None = None
     # The upsampler's sampler.
     upsampling: Sampler | None = None
+    # Relative width of the power-function average of the weights of `train`, rebuilt from what the
+    # training stored; None: the average by the recipe's decay.
+    average: float | None = None
 
     @property
     def data(self) -> Data:
@@ -291,12 +315,23 @@ class Profile:
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters and multiply-accumulates of one forward pass at batch 1."""
+    """Parameters and multiply-accumulates of one forward pass at batch 1.
+
+    Of an autoregressive network, these are of all scales of an image: in one pass as in training,
+    and in turn with a cache as in sampling.
+    """
 
     backbone: Backbone
+    # Side of the input, or of the last scale.
     size: int
+    # Of the input, or of a code.
     channels: int
     num_classes: int
+    # Makes images of an autoregressive network's tokens.
+    tokenizer: Backbone | None = None
+    # Takes over from the autoregressive network after its first `drafted_scales`; None: nothing.
+    refiner: Backbone | None = None
+    drafted_scales: int = 0
 
 
 Stage = Train | Evaluate | HeldOut | Timing | Ceilings | Profile | Cost
@@ -316,7 +351,8 @@ def canonical(value: Any, full: bool = False) -> Any:
         form = {"kind": type(value).__name__}
         for f in fields(value):
             content = getattr(value, f.name)
-            if full or content != _default(f):
+            is_default = content == _default(f)
+            if not is_default or (full and not f.metadata.get("unsaid")):
                 form[f.name] = canonical(content, full)
         return form
 

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import backbones
 from backbones import kernels
 from backbones.captions import TextNetwork
+from experiments.engine.records.code import require_own_code
 from experiments.engine.specs.spec import Cost
 
 aten = torch.ops.aten
@@ -154,28 +155,45 @@ def count_network(model: nn.Module, size: int, channels: int) -> dict[str, int]:
 
     # Some networks fuse weights when they leave training, once and not per image.
     model.eval()
-    # Explicit products keep attention in sight of the counter.
-    with torch.no_grad(), kernels.use(attention="reference"), MacCounter() as macs:
+    with counting() as macs:
         model(x, t, y)
 
-    parameters = list(model.parameters())
-    counts = {
-        "params_total": sum(p.numel() for p in parameters),
-        "params_trainable": sum(p.numel() for p in parameters if p.requires_grad),
-        "macs_core": macs.core,
-        "macs_torchprofile": macs.core + macs.extra,
-        "macs_norms": macs.core + macs.norms,
-    }
+    counts = count_parameters(model) | count_pass(macs)
     # Sampling between pixels stands apart, beside networks that have it.
     if macs.sampling:
         counts["macs_sampling"] = macs.sampling
 
     # Of the core, what a loop of steps does once for every caption.
     if isinstance(model, TextNetwork):
-        with torch.no_grad(), kernels.use(attention="reference"), MacCounter() as of_text:
+        with counting() as of_text:
             model.read(y)
         counts["macs_once_per_caption"] = of_text.core
     return counts
+
+
+@contextmanager
+def counting() -> Iterator[MacCounter]:
+    """Count what runs, without gradients; explicit products keep attention in sight."""
+    with torch.no_grad(), kernels.use(attention="reference"), MacCounter() as macs:
+        yield macs
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Return all and trained parameters of a network."""
+    parameters = list(model.parameters())
+    return {
+        "params_total": sum(p.numel() for p in parameters),
+        "params_trainable": sum(p.numel() for p in parameters if p.requires_grad),
+    }
+
+
+def count_pass(macs: MacCounter) -> dict[str, int]:
+    """Return the counts of one pass in every convention."""
+    return {
+        "macs_core": macs.core,
+        "macs_torchprofile": macs.core + macs.extra,
+        "macs_norms": macs.core + macs.norms,
+    }
 
 
 def count_backbone(spec: Cost) -> dict[str, int]:
@@ -183,6 +201,7 @@ def count_backbone(spec: Cost) -> dict[str, int]:
     options = spec.backbone.options | dict(
         input_size=spec.size, in_channels=spec.channels, num_classes=spec.num_classes
     )
+    require_own_code(spec.backbone)
     with torch.device("meta"):
         model = backbones.build(spec.backbone.name, **options)
     return count_network(model, spec.size, spec.channels)

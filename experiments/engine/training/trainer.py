@@ -21,15 +21,19 @@ import backbones
 from experiments.engine.data.quantise import mirror
 from experiments.engine.data.sets import ImageSet, LatentSet, iterate_batches
 from experiments.engine.diffusion.build import build_diffusion
+from experiments.engine.diffusion.gated import Gated, has_gates
+from experiments.engine.diffusion.iddpm import Model
 from experiments.engine.numerics.cuda_graphs import CudaGraph, require_gpu
 from experiments.engine.numerics.initial_weights import build_by_name
 from experiments.engine.numerics.precision import precision
 from experiments.engine.numerics.randomness import generator_at, seed_at
+from experiments.engine.records.code import require_own_code
 from experiments.engine.runtime.context import Resources
 from experiments.engine.runtime.group import ALONE, Group, average_gradients
 from experiments.engine.specs.spec import Backbone, Recipe, Train
 from experiments.engine.texts.tables import give_captions
 from experiments.engine.training import checkpoint
+from experiments.engine.training.averages import PowerAverages
 from experiments.engine.training.stochastic_depth import increment_weights
 
 
@@ -45,6 +49,8 @@ def build(spec: Backbone, seed: int, device: torch.device, initial: str = "in_or
     Raises:
         ValueError: `initial` is unknown, or the network cannot be drawn by name.
     """
+
+    require_own_code(spec)
 
     def construct() -> nn.Module:
         return backbones.build(spec.name, **spec.options)
@@ -155,12 +161,15 @@ class Trainer:
             give_captions(model, spec.data)
         self.model = model
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
+        self.averages = PowerAverages(self.model) if spec.recipe.power_snapshots else None
         self.is_sharded = resources.shard_optimizer and group.world_size > 1
         self.optimizer = self._build_optimizer()
         self.diffusion = build_diffusion(spec.diffusion).to(self.device)
 
         # How the network runs: averaged over processes, compiled, as a CUDA graph.
         entry = self.diffusion.training_entry(self.model)
+        # The argument under which the network is given what is drawn for it beside times and noise.
+        self.extra = "noise" if isinstance(self.diffusion, Gated) else "kept"
         self.forward: nn.Module = entry
         self.skip_exchange: Callable[[], AbstractContextManager[Any]] = nullcontext
         if group.world_size > 1:
@@ -174,6 +183,11 @@ class Trainer:
         self.forward_backward: Callable[..., Tensor] = self._forward_backward
         if resources.graphs:
             require_gpu(self.device)
+            if isinstance(self.diffusion, Gated):
+                raise ValueError(
+                    "the loss of gates changes with the step, which no CUDA graph follows: leave "
+                    "out --graphs"
+                )
             if group.world_size == 1:  # no graph can hold the exchange between processes
                 self.forward_backward = CudaGraph(self._forward_backward)
 
@@ -200,25 +214,34 @@ class Trainer:
             self.optimizer.consolidate_state_dict(to=0)
         if not self.group.first:
             return {}
-        return {
+        state = {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
+        return state | ({"power": self.averages.state()} if self.averages else {})
 
     def restore(self, step: int, state: dict[str, Any]) -> None:
         """Resume from the state that a run had after `step` steps."""
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.averages:
+            self.averages.restore(state["power"])
         self.step = step
 
     def start_from(self, trained: nn.Module) -> None:
         """Start from the weights of a trained network.
 
-        It may be for another image size if this network has a method `resized` for its weights.
+        It may be for another image size if this network has a method `resized` for its weights. A
+        network with gates starts from a dense one.
         """
         weights: Any = trained.state_dict()
+        load_dense: Any = getattr(self.model, "load_dense", None)
+        if load_dense and not has_gates(trained):
+            load_dense(weights)
+            self.ema.load_state_dict(self.model.state_dict())
+            return
         resize: Any = getattr(self.model, "resized", None)
         if resize:
             weights = resize(weights)
@@ -256,9 +279,12 @@ class Trainer:
         eps = torch.randn((n, *x0.shape[1:]), generator=noise, device=self.device)[shard]
         label_draws = torch.rand(n, generator=noise, device=self.device)[shard]
         flip_draws = torch.rand(n, generator=noise, device=self.device)[shard]
-        kept = []
+        extra = []
         if recipe.drop_path:
-            kept.append(increment_weights(self.model, recipe.drop_path, n, noise)[shard])
+            extra.append(increment_weights(self.model, recipe.drop_path, n, noise)[shard])
+        if isinstance(self.diffusion, Gated):
+            extra.append(self.diffusion.draw_gate_noise(self.model, n, noise)[shard])
+            self.diffusion.step = self.step
 
         # Drop labels for guidance, and flip images.
         y = torch.where(label_draws < recipe.label_dropout, self.spec.data.num_classes, y)
@@ -267,17 +293,19 @@ class Trainer:
             x0 = torch.where((flip_draws < 0.5)[:, None, None, None], mirrored, x0)
 
         # A graph overwrites its loss at the next step, so the loss is copied.
-        loss = self.forward_backward(x0, y, t, eps, *kept).clone()
+        loss = self.forward_backward(x0, y, t, eps, *extra).clone()
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(recipe, self.step)
         if recipe.grad_clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), recipe.grad_clip)
         self.optimizer.step()
         update_ema(self.ema, self.model, recipe.ema)
+        if self.averages:
+            self.averages.update(self.step + 1)
         return loss
 
     def _forward_backward(
-        self, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor, *kept: Tensor
+        self, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor, *extra: Tensor
     ) -> Tensor:
         """Run forward and backward over the shard, cut into micro-batches, and return the loss.
 
@@ -289,7 +317,7 @@ class Trainer:
             y: (N,), labels.
             t: (N,), times.
             eps: (N, C, H, W), noise.
-            kept: (N, K), weights of stochastic depth, if the recipe has it.
+            extra: (N, K), weights of stochastic depth or noise of gates, if the training has them.
         """
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.device)
@@ -300,7 +328,9 @@ class Trainer:
             is_last = part.stop >= len(x0)
             exchange = nullcontext() if is_last else self.skip_exchange()
             with exchange, precision(self.spec.recipe.precision, self.device):
-                forward = partial(self.forward, kept=kept[0][part]) if kept else self.forward
+                forward: Model = self.forward
+                if extra:
+                    forward = partial(self.forward, **{self.extra: extra[0][part]})
                 losses = self.diffusion.losses(forward, x0[part], y[part], t[part], eps[part])
                 loss = losses["loss"].sum() / self.spec.recipe.batch
                 # Each op's backward runs in its forward's type. The exchange averages over the

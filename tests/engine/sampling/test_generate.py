@@ -148,6 +148,8 @@ def test_scores_are_finite_shares_are_shares_and_every_one_has_its_error(
         found["measure"]["reference"]["sha256"]
         == hashlib.sha256(data.images.tobytes() + data.labels.tobytes()).hexdigest()
     )
+    (warning,) = values.pop("warnings")
+    assert "of the average are still the weights that the training began with" in warning
     assert set(values) == {
         "num",
         "nfe",
