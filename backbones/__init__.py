@@ -40,6 +40,7 @@ from backbones import (  # noqa: F401  (importing a family registers it)
     var,
     vqvae,
 )
+from backbones.captions import CaptionTable, Text, TextNetwork, once_per_caption
 from backbones.checkpoint import load_judged, load_published, print_warning
 from backbones.judgement import check_progress, check_values, convert_stored
 from backbones.mixers import MIXERS, register_mixer
@@ -69,6 +70,10 @@ def registered_classes() -> dict[str, type[nn.Module]]:
 
 
 __all__ = [
+    "CaptionTable",
+    "Text",
+    "TextNetwork",
+    "once_per_caption",
     "Exceptions",
     "Kind",
     "build",

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from backbones.captions import once_per_caption
+import backbones
 from experiments.engine.diffusion.cascade import System
 from experiments.engine.diffusion.gated import WithShare, has_gates
 from experiments.engine.diffusion.iddpm import Model
@@ -79,7 +79,7 @@ class CountingModel:
 
         A captured step holds that work instead: its graph serves other captions later.
         """
-        return nullcontext() if self.graphs else once_per_caption(self.model, y)
+        return nullcontext() if self.graphs else backbones.once_per_caption(self.model, y)
 
     def launch(self, step: Step) -> Step:
         """Return what a sampler calls in place of its step: the step itself or a graph of it.

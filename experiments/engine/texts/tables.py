@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from backbones.captions import CaptionTable, TextNetwork
+import backbones
 from experiments.engine.data.locate import folder_of
 from experiments.engine.specs.spec import Data
 
@@ -19,7 +19,7 @@ FILE = "captions.safetensors"
 TENSORS = ("context", "pooled", "ids")
 
 
-def save_table(table: CaptionTable, folder: Path) -> None:
+def save_table(table: backbones.CaptionTable, folder: Path) -> None:
     """Write a table into a set's folder."""
     from safetensors.torch import save_file
 
@@ -31,7 +31,7 @@ def save_table(table: CaptionTable, folder: Path) -> None:
     save_file(tensors, folder / FILE, metadata={"encoder": table.encoder})
 
 
-def read_table(folder: Path) -> CaptionTable:
+def read_table(folder: Path) -> backbones.CaptionTable:
     """Read the table of a set's folder.
 
     Raises:
@@ -51,7 +51,7 @@ def read_table(folder: Path) -> CaptionTable:
         ) from None
     if unknown := sorted(tensors.keys() - set(TENSORS)):
         raise ValueError(f"{path}: unknown tensors {', '.join(unknown)}; known: {TENSORS}")
-    return CaptionTable(**tensors, encoder=encoder)
+    return backbones.CaptionTable(**tensors, encoder=encoder)
 
 
 def give_captions(model: nn.Module, data: Data) -> None:
@@ -60,7 +60,7 @@ def give_captions(model: nn.Module, data: Data) -> None:
     Raises:
         ValueError: The data declare no captions, or their table is not what the network reads.
     """
-    if not isinstance(model, TextNetwork):
+    if not isinstance(model, backbones.TextNetwork):
         return
     if not data.captions:
         raise ValueError(
@@ -75,6 +75,6 @@ def give_captions(model: nn.Module, data: Data) -> None:
 
 def identify_captions(model: nn.Module) -> dict[str, str]:
     """Return what identifies the captions of a network, for records."""
-    if not isinstance(model, TextNetwork) or model.captions.table is None:
+    if not isinstance(model, backbones.TextNetwork) or model.captions.table is None:
         return {}
     return {"captions_sha256": model.captions.table.digest()}

@@ -22,7 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import backbones
 from backbones import kernels
-from backbones.captions import TextNetwork
 from experiments.engine.records.code import require_own_code
 from experiments.engine.specs.spec import Cost
 
@@ -164,7 +163,7 @@ def count_network(model: nn.Module, size: int, channels: int) -> dict[str, int]:
         counts["macs_sampling"] = macs.sampling
 
     # Of the core, what a loop of steps does once for every caption.
-    if isinstance(model, TextNetwork):
+    if isinstance(model, backbones.TextNetwork):
         with counting() as of_text:
             model.read(y)
         counts["macs_once_per_caption"] = of_text.core

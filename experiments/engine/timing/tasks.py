@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.captions import once_per_caption
+import backbones
 from experiments.engine.data.sets import ImageSet
 from experiments.engine.diffusion.build import build_diffusion
 from experiments.engine.diffusion.cascade import condition_on_low_res
@@ -169,7 +169,7 @@ def build_sampling(
         # Keep the latest images alone: all of a loop's steps would not fit the memory.
         images = Ancestral(steps, launch=launch)(guided, y, noise)
         # A captured step does the work on captions itself.
-        with nullcontext() if spec.graphs else once_per_caption(model, y):
+        with nullcontext() if spec.graphs else backbones.once_per_caption(model, y):
             return deque(images, maxlen=1).pop()
 
     return Task(sample, read_layout(x, *model.parameters()))
