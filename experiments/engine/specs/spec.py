@@ -48,6 +48,7 @@ class Data:
     # Height and width.
     size: int
     channels: int
+    # 0: the set has no classes, and networks have no label table.
     num_classes: int
     # Whether half of the visits see a mirrored image.
     flip: bool = False
@@ -65,6 +66,8 @@ class Data:
     # Hash of the text encoder whose table says what the labels are captions of; '': they are
     # classes.
     captions: str = ""
+    # Digest of a prepared folder's content, of data of one's own; "": a set that the suite knows.
+    sha256: str = field(default="", metadata=UNSAID)
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,9 @@ class Sampler:
     # Of 'euler': each time t of the even grid becomes shift t / (1 + (shift - 1) t). Below 1, steps
     # are shorter near the noise.
     shift: float = 1.0
+    # The power of a scale that is 1 at the noise and `scale` at the data: 1 + (scale - 1)
+    # (1 - cos(pi (1 - t / T) ** power)) / 2 at time t of T; None: the same scale everywhere.
+    power: float | None = None
 
 
 @dataclass(frozen=True)
