@@ -123,7 +123,7 @@ VAR_NOTE = (
     "Gflops are of one pass over all scales, as a step of training makes it. What an image costs "
     "stands in the table of images. The tokenizer is in no count of parameters"
 )
-VAR_512_NOTE = "parameters are printed without rounding up: 2.35 billion as 2.3B"
+VAR_512_NOTE = VAR_NOTE + ". The published 2.3B parameters are cut and not rounded: 2.354 billion"
 
 # ---- Systems
 
@@ -312,10 +312,10 @@ SYSTEMS = (
         )
         for size in ("d16", "d20", "d24", "d30")
     ),
-    system("VAR-d36-s", 512, scales("var_d36_s", 32), printed=Printed(params=9), note=VAR_NOTE),
+    system("VAR-d36-s", 512, scales("var_d36_s", 32), printed=Printed(params=9), note=VAR_512_NOTE),
 )
 
-# What a guided image costs: the steps are those of the papers' samplers.
+# What a guided image costs: the evaluations are those of the papers' samplers.
 IMAGES = (
     *(
         Drawn(f"VAR-{size}", 256, scales(f"var_{size}", 16)[0], against="VAR-d30")
