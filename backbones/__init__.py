@@ -9,6 +9,8 @@ Classifiers of noisy images, `(x, t) -> logits`, are built in the same way. So a
 draw an image scale by scale, `(y, inputs) -> logits`, and their tokenizers.
 """
 
+from torch import nn
+
 from backbones import (  # noqa: F401  (importing a family registers it)
     adm,
     adm_classifier,
@@ -40,6 +42,7 @@ from backbones import (  # noqa: F401  (importing a family registers it)
 )
 from backbones.checkpoint import load_judged, load_published, print_warning
 from backbones.judgement import check_progress, check_values, convert_stored
+from backbones.mixers import MIXERS, register_mixer
 from backbones.registry import (
     Exceptions,
     Kind,
@@ -53,10 +56,17 @@ from backbones.registry import (
     list_tokenizers,
     options_of,
     register,
+    registered_networks,
     require_kind,
     shared_name_of,
     tiny_options_of,
 )
+
+
+def registered_classes() -> dict[str, type[nn.Module]]:
+    """Return the class behind every name of a network, a classifier or a mixer."""
+    return registered_networks() | {f"mixer {name}": cls for name, cls in MIXERS.items()}
+
 
 __all__ = [
     "Exceptions",
@@ -77,6 +87,8 @@ __all__ = [
     "options_of",
     "print_warning",
     "register",
+    "register_mixer",
+    "registered_classes",
     "require_kind",
     "shared_name_of",
     "tiny_options_of",

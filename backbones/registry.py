@@ -122,7 +122,7 @@ def register(
     """
     for name, options in sizes.items():
         if name in _ENTRIES:
-            raise ValueError(f"backbone {name!r} is registered twice")
+            raise ValueError(f"backbone {name!r} is registered twice; choose another name")
         _ENTRIES[name] = Entry(
             cls=cls,
             options=options,
@@ -133,6 +133,11 @@ def register(
             kind=Kind(kind),
             shared_names=shared_names or {},
         )
+
+
+def registered_networks() -> dict[str, type[nn.Module]]:
+    """Return the class of every registered name, classifiers included."""
+    return {name: entry.cls for name, entry in _ENTRIES.items()}
 
 
 def list_backbones(pattern: str = "*") -> list[str]:

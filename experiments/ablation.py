@@ -20,6 +20,7 @@ from typing import Any
 
 from experiments.declared.protocols import PROTOCOLS
 from experiments.engine.cli import main
+from experiments.engine.records.code import own_code
 from experiments.engine.specs.rows import Row, Table
 from experiments.engine.specs.spec import Backbone
 from experiments.engine.specs.stages import Protocol
@@ -291,10 +292,13 @@ def train_command(
     results: Path | None = None,
 ) -> str:
     """Return the command that trains rows of any table, in a results folder if one is named."""
-    script = "ablation" if table.number in TABLES else "main_results"
+    script = "ablation.py" if table.number in TABLES else "main_results.py"
+    study = own_code().study
+    if study:
+        script = f"run.py {shlex.quote(str(study.path))}"
     rows = " ".join(f'"{label}"' for label in labels)
     command = (
-        f"python experiments/{script}.py --table {table.number} --rows {rows} "
+        f"python experiments/{script} --table {table.number} --rows {rows} "
         f"--protocol {protocol.name} --seeds {seed}"
     )
     return f"{command} --results {shlex.quote(str(results))}" if results else command

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments import ablation, main_results
 from experiments.declared.protocols import PROTOCOLS
+from experiments.engine.choices import Choices, add_study_option, choices_from
 from experiments.engine.cli import (
     Parser,
     acceleration_flags,
@@ -48,7 +49,7 @@ from experiments.engine.records.tree import warn_without_commit
 from experiments.engine.runtime.progress import Progress, Report, ignore_progress
 from experiments.engine.specs.rows import Row, Table, table_of
 from experiments.engine.specs.spec import Evaluate
-from experiments.engine.specs.stages import evaluate_stage
+from experiments.engine.specs.stages import Protocol, evaluate_stage
 
 if TYPE_CHECKING:
     from experiments.engine.runtime.context import RunContext
@@ -60,19 +61,25 @@ TABLES = ablation.TABLES | main_results.TABLES
 
 def main() -> int:
     """Draw the images. The exit status is that of `run_command`, or 137 if a process died."""
-    return run_command(lambda: _draw(_parse()))
+    return run_command(lambda: _run(sys.argv[1:]))
 
 
-def _parse() -> argparse.Namespace:
+def _run(arguments: list[str]) -> int:
+    choices = choices_from(arguments, Choices(TABLES, PROTOCOLS))
+    return _draw(_parse(choices, arguments), choices)
+
+
+def _parse(choices: Choices, arguments: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument(
         "--table",
         type=int,
-        choices=sorted(TABLES),
+        choices=sorted(choices.tables),
         help="table that declares the row; needed if several tables differ on it",
     )
     parser.add_argument("--row", required=True, help="label of the row")
-    add_protocol_option(parser, PROTOCOLS)
+    add_protocol_option(parser, choices.protocols, choices.protocol)
+    add_study_option(parser)
     parser.add_argument(
         "--seed", type=int, default=0, metavar="S", help="training seed (default: 0)"
     )
@@ -106,20 +113,19 @@ def _parse() -> argparse.Namespace:
     add_results_option(parser)
     add_acceleration_options(parser)
 
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     numbers = [value for value in (args.batch, args.num, args.steps) if value is not None]
     if min(numbers) < 1:
         parser.error("--num, --steps and --batch take numbers from 1 on")
     return args
 
 
-def _draw(args: argparse.Namespace) -> int:
-    table, row = _find_row(args)
-    spec = _spec_of(args, row)
+def _draw(args: argparse.Namespace, choices: Choices) -> int:
+    protocol = choices.protocols[args.protocol]
+    table, row = _find_row(args, choices)
+    spec = _spec_of(args, row, protocol)
     store = open_store(args.results)
-    command = ablation.train_command(
-        table, [row.label], PROTOCOLS[args.protocol], args.seed, args.results
-    )
+    command = ablation.train_command(table, [row.label], protocol, args.seed, args.results)
     require_trained(spec, store, command)
     require_data(spec.data)
 
@@ -162,13 +168,15 @@ def _draw(args: argparse.Namespace) -> int:
     return 0
 
 
-def _find_row(args: argparse.Namespace) -> tuple[Table, Row]:
+def _find_row(args: argparse.Namespace, choices: Choices) -> tuple[Table, Row]:
     """Return the row that the options name, and its table. Raise ValueError without a network."""
-    protocol = PROTOCOLS[args.protocol]
+    protocol = choices.protocols[args.protocol]
     if args.table:
-        table = TABLES[args.table]
+        table = choices.tables[args.table]
     else:
-        table = table_of(args.row, TABLES, lambda row: evaluate_stage(row, protocol, args.seed))
+        table = table_of(
+            args.row, choices.tables, lambda row: evaluate_stage(row, protocol, args.seed)
+        )
     row = table.row(args.row)
     if row.backbone is None:
         raise ValueError(
@@ -177,9 +185,9 @@ def _find_row(args: argparse.Namespace) -> tuple[Table, Row]:
     return table, row
 
 
-def _spec_of(args: argparse.Namespace, row: Row) -> Evaluate:
+def _spec_of(args: argparse.Namespace, row: Row, protocol: Protocol) -> Evaluate:
     """Return the row's evaluation with the number of images and the sampler of the options."""
-    spec = evaluate_stage(row, PROTOCOLS[args.protocol], args.seed)
+    spec = evaluate_stage(row, protocol, args.seed)
     sampler = replace(
         spec.sampler,
         name=args.sampler or spec.sampler.name,

@@ -36,6 +36,7 @@ OPTIONAL = GPU_LIBRARIES | {
 # The floors of experiments/engine, from top to bottom. A file imports its own floor and lower ones.
 FLOORS = (
     "cli",
+    "choices",
     "cluster",
     "benchmarks",
     "jobs",
@@ -55,19 +56,19 @@ FLOORS = (
     "machine",
 )
 LIGHT_ENGINE = (
-    "benchmarks/footprint benchmarks/session benchmarks/spec benchmarks/targets cli "
+    "benchmarks/footprint benchmarks/session benchmarks/spec benchmarks/targets choices cli "
     "cluster/client cluster/launch cluster/local cluster/nested cluster/site cluster/slurm "
     "cluster/status cluster/submit data/locate jobs/estimate jobs/job jobs/plan jobs/pool "
     "jobs/progress "
     "jobs/scheduled machine/cores machine/environment machine/gpu machine/lifetime "
     "machine/sockets machine/streams "
-    "records/comparison records/effects records/files records/manifest records/score_names "
-    "records/store reporting/efficiency/claims reporting/efficiency/counts "
+    "records/code records/comparison records/effects records/files records/manifest "
+    "records/score_names records/store reporting/efficiency/claims reporting/efficiency/counts "
     "reporting/efficiency/details reporting/efficiency/images reporting/efficiency/speed "
     "reporting/lookup reporting/notes "
     "reporting/render reporting/sheet reporting/statistics reporting/tables specs/rows specs/spec "
     "runtime/attempts runtime/heartbeat runtime/preemption runtime/progress specs/selection "
-    "specs/stages"
+    "specs/stages specs/study"
 )
 LIGHT = [
     *(f"experiments/engine/{name}.py" for name in LIGHT_ENGINE.split()),

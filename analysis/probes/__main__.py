@@ -2,6 +2,7 @@
 
     python -m analysis.probes locality --table 4 --rows DiCo-S "CM->Self-Attn"
     python -m analysis.probes channels --table 4
+    python -m analysis.probes channels --study my_study.py
     python -m analysis.probes locality --checkpoint DiT-XL-2-512x512.pt --backbone dit_xl_2 \\
         --protocol imagenet512 --images 1 --gradients 0
     python -m analysis.probes locality --diffusers FLUX.1-dev --conditioning prompt.npz \\
@@ -29,6 +30,7 @@ from analysis.probes.targets import (
 )
 from analysis.query import TRAINED
 from experiments.declared.protocols import PROTOCOLS
+from experiments.engine.choices import Choices, add_study_option, choices_from
 from experiments.engine.cli import Parser, add_device_option, add_results_option, run_command
 from experiments.engine.records.store import Record, Store
 from experiments.engine.records.tree import REPOSITORY
@@ -42,10 +44,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def probe_targets(arguments: list[str] | None) -> int:
     """Probe what the arguments name and print a line per network."""
-    args = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    choices = choices_from(words, Choices(TRAINED, PROTOCOLS))
+    args = _parser(choices).parse_args(words)
     check_arguments(args)
     store = Store(args.results, REPOSITORY / "results" / "reference")
-    targets = choose_targets(args, store)
+    targets = choose_targets(args, choices, store)
     store.check_writable()
 
     failed = [target.label for target in targets if not probe_one(target, args, store)]
@@ -56,24 +60,25 @@ def probe_targets(arguments: list[str] | None) -> int:
     return 1 if failed else 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(choices: Choices) -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m analysis.probes",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("probe", choices=list(PROBES))
-    _add_row_options(parser)
+    _add_row_options(parser, choices)
     _add_other_network_options(parser)
     _add_measurement_options(parser)
     return parser
 
 
-def _add_row_options(parser: argparse.ArgumentParser) -> None:
+def _add_row_options(parser: argparse.ArgumentParser, choices: Choices) -> None:
+    add_study_option(parser)
     parser.add_argument(
         "--table",
         type=int,
-        choices=list(TRAINED),
+        choices=list(choices.tables),
         help="table of the paper that declares the rows (default: the one of the first of --rows)",
     )
     parser.add_argument(
@@ -84,9 +89,10 @@ def _add_row_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--protocol",
-        choices=list(PROTOCOLS),
-        default="digits",
-        help="protocol of the rows' training, or of a checkpoint's input (default: digits)",
+        choices=list(choices.protocols),
+        default=choices.protocol,
+        help="protocol of the rows' training, or of a checkpoint's input "
+        f"(default: {choices.protocol})",
     )
     parser.add_argument("--seed", type=int, default=0, help="training seed (default: 0)")
 
@@ -163,11 +169,12 @@ def _add_measurement_options(parser: argparse.ArgumentParser) -> None:
 def check_arguments(args: argparse.Namespace) -> None:
     """Check the arguments that argparse cannot; ValueError for what does not fit together."""
     # Exactly one source of networks.
-    from_rows = bool(args.table is not None or args.rows)
+    from_rows = bool(args.table is not None or args.rows or args.study)
     sources = (from_rows, args.checkpoint is not None, args.diffusers is not None)
     if sum(sources) != 1 or (args.checkpoint is None) != (args.backbone is None):
         raise ValueError(
-            "name exactly one of --table or --rows, --checkpoint with --backbone, and --diffusers; "
+            "name exactly one of --table, --rows or --study, --checkpoint with --backbone, and "
+            "--diffusers; "
             "--help lists the options"
         )
 
@@ -204,7 +211,7 @@ def parse_anchor(text: str) -> tuple[float, float]:
     )
 
 
-def choose_targets(args: argparse.Namespace, store: Store) -> list[Target]:
+def choose_targets(args: argparse.Namespace, choices: Choices, store: Store) -> list[Target]:
     """Return the networks that the arguments name, with their probes."""
     anchors = tuple(parse_anchor(text) for text in args.anchors) if args.anchors else None
     overrides = Overrides(args.images, args.steps, args.gradients, anchors)
@@ -212,19 +219,20 @@ def choose_targets(args: argparse.Namespace, store: Store) -> list[Target]:
         grid = (args.grid[0], args.grid[1]) if args.grid else None
         return [diffusers_target(args.diffusers, args.conditioning, grid, overrides)]
 
-    request = Request(args.probe, PROTOCOLS[args.protocol], overrides)
+    request = Request(args.probe, choices.protocols[args.protocol], overrides)
     if args.checkpoint:
         return [checkpoint_target(request, args.checkpoint, args.backbone)]
-    return row_targets(request, _table(args, request), args.rows, args.seed, store)
+    return row_targets(request, _table(args, request, choices), args.rows, args.seed, store)
 
 
-def _table(args: argparse.Namespace, request: Request) -> Table:
+def _table(args: argparse.Namespace, request: Request, choices: Choices) -> Table:
     """Return the table that is named, or the one that declares the first of the rows."""
-    if args.table is not None:
-        return TRAINED[args.table]
+    number = choices.table if args.table is None and not args.rows else args.table
+    if number is not None:
+        return choices.tables[number]
     return table_of(
         args.rows[0],
-        TRAINED,
+        choices.tables,
         lambda row: declared(request.probe, row, request.protocol, args.seed),
     )
 

@@ -107,12 +107,17 @@ def last_mixer(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: if the blocks of the network's family are not known here.
     """
+    # A network of one's own lists its mixers itself.
+    if callable(getattr(model, "mixers", None)):
+        return model.mixers()[-1]  # type: ignore[operator]
+
     known = (Block, DiTBlock, dico.DiCoBlock)
     blocks = [module for module in model.modules() if isinstance(module, known)]
     if not blocks:
         raise ValueError(
             f"{type(model).__name__} has no block whose mixer this probe knows; "
-            "it takes DiCo, DiT, SiT and the stacks of Tables 3 and 4"
+            "it takes DiCo, DiT, SiT, the stacks of Tables 3 and 4, and networks that list their "
+            "mixers in a method mixers()"
         )
 
     # Each family keeps its mixer under another name.

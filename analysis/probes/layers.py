@@ -18,6 +18,7 @@ from analysis.probes import implied
 from analysis.probes.implied import Weights
 from analysis.probes.watch import Grid, Layer, Operation, num_tokens
 from backbones import adm, dico, dig, dim, dimr, dimsum, dis, ldm, lightningdit, terdit, udit, uvit
+from backbones.block import Block
 from backbones.layers import SelfAttention
 from backbones.mamba import COLUMNS, COLUMNS_BACK, ROWS, ROWS_BACK, Mamba, reorder
 from backbones.mixers import agent, conv, focused_linear, softmax, window
@@ -40,7 +41,7 @@ class Candidate:
         """The grid of a network that works on a sequence of tokens."""
         return self.model.grid
 
-    def layer(self, read: Callable[..., Weights], **fields: Any) -> Layer:
+    def layer(self, read: Callable[..., Weights] | None, **fields: Any) -> Layer:
         """Return the module as a layer whose mixer is the module itself, unless `fields` differ."""
         return Layer(
             **dict(name=self.name, module=self.module, read=read, mix=self.module) | fields
@@ -52,19 +53,40 @@ class Candidate:
 
 
 def layers(model: nn.Module) -> list[Layer]:
-    """Return the layers of a network that have weights over tokens.
+    """Return the layers of a network that mix tokens.
 
-    The list is empty if this module knows no such layer of the network's family.
+    A mixer of one's own, in a stack with a swappable mixer or in the list that the network's method
+    `mixers()` returns, is a layer of unknown weights. The list is empty if this module knows no
+    layer of the network's family.
     """
+    own = _own_mixers(model)
     layers: list[Layer] = []
+    opaque = ""  # the name of the mixer whose parts are passed over
     for name, module in model.named_modules():
-        find = next((find for kind, find in FINDERS if isinstance(module, kind)), None)
+        if opaque and name.startswith(f"{opaque}."):
+            continue
+        find = _finder(module)
+        if module in own:
+            find, opaque = _own_mixer, name
         if find is None:
             continue
         layer = find(Candidate(name, module, model, len(layers)))
         if layer is not None:
             layers.append(layer)
     return layers
+
+
+def _finder(module: nn.Module) -> Callable[[Candidate], Layer | None] | None:
+    return next((find for kind, find in FINDERS if isinstance(module, kind)), None)
+
+
+def _own_mixers(model: nn.Module) -> set[nn.Module]:
+    """Return the mixers of maps (N, C, H, W) that are of no kind of this suite."""
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    mixers = [block.mixer for block in blocks]
+    if callable(getattr(model, "mixers", None)):
+        mixers += model.mixers()  # type: ignore[operator]
+    return {mixer for mixer in mixers if _finder(mixer) is None}
 
 
 # How each kind of mixer becomes a layer; None if this one has no weights over tokens of the grid.
@@ -80,6 +102,10 @@ def _token_attention(candidate: Candidate) -> Layer:
 def _labelled_attention(candidate: Candidate) -> Layer:
     # The label's token stands before the grid.
     return candidate.sequence_layer(read_attention, 1 + torch.arange(num_tokens(candidate.grid)))
+
+
+def _own_mixer(candidate: Candidate) -> Layer:
+    return candidate.layer(None)
 
 
 def _softmax(candidate: Candidate) -> Layer:

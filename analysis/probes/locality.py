@@ -76,7 +76,7 @@ class LocalityProbe:
     """
 
     def __init__(self, model: nn.Module, watched: list[Layer], settings: Settings) -> None:
-        if not watched and not settings.gradient_queries:
+        if not any(layer.read for layer in watched) and not settings.gradient_queries:
             raise ValueError(
                 f"{type(model).__name__} has no layer whose weights over tokens are known; "
                 "ask for its gradients with --gradients"
@@ -115,7 +115,8 @@ class LocalityProbe:
         """Measure a layer's own weights, and the gradient of its mixer."""
         x, *others = call.inputs
         source = Source(call.index, call.name, call.grid)
-        self._measure(source, call.weights, self.settings.queries, x.device)
+        if call.weights is not None:
+            self._measure(source, call.weights, self.settings.queries, x.device)
 
         mix = call.layer.mix
         if self.settings.gradient_queries and mix is not None:

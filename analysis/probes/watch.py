@@ -60,8 +60,9 @@ class Layer:
     name: str
     # Its first input is x (N, C, H, W), or (N, S, C) if `place` is given.
     module: nn.Module
-    # Makes weights from the observed operations, x and the tokens' places.
-    read: Callable[[list[Operation], Tensor, Tensor], Weights]
+    # Makes weights from the observed operations, x and the tokens' places. None: the weights are
+    # not known, and only the mixer's gradient is measured.
+    read: Callable[[list[Operation], Tensor, Tensor], Weights] | None
     # None: the shape of the input.
     grid: Grid | None = None
     # Position of the grid's tokens in the sequence, (T,). None: the sequence is the grid.
@@ -83,7 +84,8 @@ class Call:
     grid: Grid
     place: Tensor
     inputs: tuple[Any, ...]
-    weights: Weights
+    # None where the layer has no reader.
+    weights: Weights | None
 
 
 class SoftmaxObserver(TorchFunctionMode):
@@ -164,7 +166,7 @@ class _Watcher:
         grid = layer.grid or _grid_of(x)
         place = torch.arange(num_tokens(grid)) if layer.place is None else layer.place
         place = place.to(x.device)
-        weights = layer.read(operations, x, place)
+        weights = layer.read(operations, x, place) if layer.read else None
 
         # The second and later calls of a shared layer carry their number in their name.
         index = self.calls.total()

@@ -2,7 +2,7 @@
 
 A mixer maps (N, C, H, W) to the same shape. `size` is the grid of the stage and `index` the block's
 place in it: window attention shifts the odd blocks. A new mixer is a file in this folder and a line
-in MIXERS.
+in MIXERS. A file outside this tree calls `register_mixer`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,17 @@ MIXERS: dict[str, type[nn.Module]] = {
     "softmax": SoftmaxAttention,
     "window": WindowAttention,
 }
+
+
+def register_mixer(name: str, cls: type[nn.Module]) -> None:
+    """Let the stacks with a swappable mixer build this one by a name.
+
+    Raises:
+        ValueError: For a name that a mixer has already.
+    """
+    if name in MIXERS:
+        raise ValueError(f"mixer {name!r} is registered twice; choose another name")
+    MIXERS[name] = cls
 
 
 def build_mixer(

@@ -9,11 +9,17 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn
 
+from experiments.engine.choices import (
+    Choices,
+    add_study_argument,
+    add_table_option,
+    labels_of,
+)
 from experiments.engine.cluster import slurm
 from experiments.engine.cluster.launch import Cluster, require_sources, run_plan
 from experiments.engine.cluster.nested import require_no_rank, without_ranks
@@ -25,6 +31,7 @@ from experiments.engine.machine.gpu import choose_device, require_device
 from experiments.engine.machine.lifetime import bind_to_launcher, unwound
 from experiments.engine.machine.streams import replace_unprintable
 from experiments.engine.machine.system_errors import explain
+from experiments.engine.records.code import keep_study
 from experiments.engine.records.store import Store
 from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.reporting.render import FORMATS, render
@@ -55,7 +62,7 @@ def main(
     arguments: Sequence[str] | None = None,
 ) -> int:
     """Run, plan or print one table. The exit status is that of `run_command`."""
-    return run_command(lambda: _run_table(tables, protocols, description, arguments))
+    return run_command(lambda: run_table(Choices(tables, protocols), description, arguments))
 
 
 def run_command(command: Callable[[], int]) -> int:
@@ -88,20 +95,22 @@ def run_command(command: Callable[[], int]) -> int:
         return 130
 
 
-def _run_table(
-    tables: dict[int, Table],
-    protocols: dict[str, Protocol],
-    description: str | None,
-    arguments: Sequence[str] | None,
+def run_table(
+    choices: Choices, description: str | None, arguments: Sequence[str] | None = None
 ) -> int:
-    args = _parse_table_options(tables, protocols, description, arguments)
+    """Run, plan or print one of these tables, and return the exit status.
+
+    Raises:
+        ValueError: for bad input.
+    """
+    args = _parse_table_options(choices, description, arguments)
     store = open_store(args.results)
-    plan = _select(tables[args.table], protocols[args.protocol], args)
+    plan = _select(choices.tables[args.table], choices.protocols[args.protocol], args)
     selection = plan.selection
 
     # A label in the site file that nothing declares is most likely a typing error.
     if args.cluster == Cluster.SLURM:
-        warn_of_unknown_rows(labels_of(tables.values()))
+        warn_of_unknown_rows(labels_of(choices.tables.values()))
 
     outcome = carry_out(
         plan, args, store, arguments, lambda: require_sources(selection), args.workers
@@ -160,6 +169,7 @@ def carry_out(
 
     if require_sources:
         require_sources()
+    keep_study(store.root)
     if args.cluster == Cluster.SLURM:
         print(slurm.send(plan, store, _command_line(arguments)))
         return Outcome.ANSWERED
@@ -206,11 +216,6 @@ def open_store(results: Path | None) -> Store:
     return Store(results, REPOSITORY / "results" / "reference")
 
 
-def labels_of(tables: Iterable[Table]) -> list[str]:
-    """Return the labels of all rows that these tables declare."""
-    return [row.label for table in tables for row in (*table.rows, *table.outside)]
-
-
 def device_of(args: argparse.Namespace, row: str) -> str:
     """Return the device of a row: that of --device, of the site on Slurm, or of this machine."""
     if args.cluster != Cluster.SLURM:
@@ -253,29 +258,27 @@ class Parser(argparse.ArgumentParser):
 
 
 def _parse_table_options(
-    tables: dict[int, Table],
-    protocols: dict[str, Protocol],
-    description: str | None,
-    arguments: Sequence[str] | None,
+    choices: Choices, description: str | None, arguments: Sequence[str] | None
 ) -> argparse.Namespace:
-    titles = ", ".join(f"{number} ({table.title})" for number, table in tables.items())
     parser = Parser(description)
-    parser.add_argument(
-        "--table",
-        type=int,
-        choices=list(tables),
-        required=True,
-        help=f"number of the paper's table: {titles}",
-    )
+    if choices.of_study:
+        add_study_argument(parser)
+    add_table_option(parser, choices)
     parser.add_argument(
         "--rows",
         nargs="+",
         metavar="ROW",
         help="select rows by label, also the '(alt)' rows that a table leaves out",
     )
-    add_protocol_option(parser, protocols)
+    add_protocol_option(parser, choices.protocols, choices.protocol)
+    seeds = " ".join(map(str, choices.seeds))
     parser.add_argument(
-        "--seeds", nargs="+", type=int, default=[0], metavar="N", help="training seeds (default: 0)"
+        "--seeds",
+        nargs="+",
+        type=int,
+        default=list(choices.seeds),
+        metavar="N",
+        help=f"training seeds (default: {seeds})",
     )
     parser.add_argument(
         "--workers",
@@ -321,13 +324,15 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_protocol_option(
-    parser: argparse.ArgumentParser, protocols: dict[str, Protocol] | Sequence[str]
+    parser: argparse.ArgumentParser,
+    protocols: dict[str, Protocol] | Sequence[str],
+    default: str = "digits",
 ) -> None:
     parser.add_argument(
         "--protocol",
         choices=list(protocols),
-        default="digits",
-        help="data, recipe, sampler and scores (default: digits)",
+        default=default,
+        help=f"data, recipe, sampler and scores (default: {default})",
     )
 
 

@@ -280,7 +280,7 @@ def test_the_papers_own_units_stand_beside_ours(committed: ReferenceStore):
         "674.8",
         "0.02",
     ]
-    assert "params of DiC-H, DiCo-H" in note_about(table8, "published in billions")
+    assert "VAR-d24, VAR-d30, DiC-H, DiCo-H" in note_about(table8, "published in billions")
 
 
 @pytest.mark.parametrize(

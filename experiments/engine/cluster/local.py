@@ -14,8 +14,9 @@ from experiments.engine.cluster.submit import new_folder, run_job
 from experiments.engine.jobs.job import Job, JobEvent
 from experiments.engine.jobs.pool import Notify, available_cores
 from experiments.engine.machine.lifetime import end_children, unwind
+from experiments.engine.records.code import Code, own_code
 from experiments.engine.records.store import Store, timestamp
-from experiments.engine.records.tree import own_environment, tree_digest
+from experiments.engine.records.tree import own_environment
 
 POLL_SECONDS = 0.2
 
@@ -53,7 +54,7 @@ def run_locally(
             # Start jobs while there is room.
             while waiting and len(running) < workers:
                 job = waiting.pop(0)
-                handle = executor.submit(work, job, root.resolve(), all_resources, tree_digest())
+                handle = executor.submit(work, job, root.resolve(), all_resources, own_code())
                 running.append((job, handle))
 
             # Report the jobs that have ended. In this process `exception` runs the job.
@@ -82,7 +83,7 @@ def _executor(folder: Path, processes: list[subprocess.Popen[bytes]], debug: boo
     return child_executor(folder, processes)
 
 
-def run_child(job: Job, root: Path, resources: dict[str, Any], code: str) -> None:
+def run_child(job: Job, root: Path, resources: dict[str, Any], code: Code) -> None:
     """Run a job as `run_job` does, in a process that leaves interrupts to its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, unwind)

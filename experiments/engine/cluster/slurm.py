@@ -25,6 +25,7 @@ from experiments.engine.jobs.job import Job
 from experiments.engine.jobs.plan import Plan, TablePlan, missing
 from experiments.engine.jobs.pool import available_cores, run_here
 from experiments.engine.jobs.progress import ProgressDisplay
+from experiments.engine.records.code import own_code
 from experiments.engine.records.store import Store
 from experiments.engine.records.tree import warn_without_commit
 from experiments.engine.specs.spec import Train
@@ -238,7 +239,9 @@ def experiment_of(plan: Plan) -> str:
 
     --cancel ends only what the same experiment submitted, even if another table has the same runs.
     """
-    script = Path(sys.argv[0]).name
+    script, study = Path(sys.argv[0]).name, own_code().study
+    if study:
+        script = f"{script} {study.path}"
     if isinstance(plan, TablePlan):
         selection = plan.selection
         return f"{script} --table {selection.table.number} --protocol {selection.protocol.name}"

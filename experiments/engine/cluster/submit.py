@@ -26,9 +26,10 @@ from experiments.engine.cluster.nested import outside_of_jobs
 from experiments.engine.cluster.site import Site
 from experiments.engine.jobs.job import Job
 from experiments.engine.jobs.scheduled import work_in_job
+from experiments.engine.records.code import Code, own_code, require_code
 from experiments.engine.records.files import locked
 from experiments.engine.records.store import Store
-from experiments.engine.records.tree import REPOSITORY, require_tree, tree_digest
+from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.specs.spec import spec_id
 
 # What sbatch says of resources that exist but are drained or reserved today.
@@ -48,15 +49,15 @@ class Array:
     jobs: tuple[Job, ...]
 
 
-def run_job(job: Job, root: Path, resources: dict[str, Any], code: str) -> None:
+def run_job(job: Job, root: Path, resources: dict[str, Any], code: Code) -> None:
     """Run a job in each of its processes. Raise RuntimeError if a stage failed.
 
     The error makes the job itself fail, so that the queue shows it.
 
     Args:
-        code: digest of the code that submitted the job.
+        code: that of the command that submitted the job.
     """
-    require_tree(code)
+    require_code(code)
     error = work_in_job(job, root, **resources)
     if error:
         raise RuntimeError(error)
@@ -231,7 +232,7 @@ def _submit_array(
             array.jobs,
             [root] * num_jobs,
             [all_resources] * num_jobs,
-            [tree_digest()] * num_jobs,
+            [own_code()] * num_jobs,
         )
     except submitit.core.utils.FailedJobError as error:
         raise ValueError(f"sbatch: {one_line(str(error))}") from None

@@ -21,8 +21,9 @@ from experiments.engine.machine.cores import find_cores
 from experiments.engine.machine.lifetime import bind_to_parent, end_children, unwind
 from experiments.engine.machine.sockets import prepare_socket_folder
 from experiments.engine.machine.system_errors import explain
+from experiments.engine.records.code import Code, own_code, require_code
 from experiments.engine.records.store import Record, Store
-from experiments.engine.records.tree import own_environment, require_tree, tree_digest
+from experiments.engine.records.tree import own_environment
 
 Notify = Callable[[Job, JobEvent, Any], None]
 
@@ -109,7 +110,7 @@ class _Pool:
     def _start(self, job: Job, context: ForkServerContext) -> None:
         ours, theirs = context.Pipe(duplex=False)
         place = (self.root, self.device, self.threads)
-        arguments = (job, *place, theirs, self.resources, tree_digest())
+        arguments = (job, *place, theirs, self.resources, own_code())
         process = context.Process(target=_work, args=arguments, daemon=True)
         process.start()
         theirs.close()
@@ -170,7 +171,7 @@ def _work(  # noqa: PLR0913  (the arguments of a process)
     threads: int,
     pipe: Connection,
     resources: dict[str, Any],
-    code: str,
+    code: Code,
 ) -> None:
     """Run a job's stages in a worker process, and send its events through the pipe."""
     # The server ends with the command, and this process with the server. The command may have ended
@@ -190,7 +191,7 @@ def _work(  # noqa: PLR0913  (the arguments of a process)
     store, records = Store(root), list(job.before)
     given = Resources(device=device, **resources)
     try:
-        require_tree(code)
+        require_code(code)
         for stage in job.stages:
             record = execute(
                 stage, store, given, lambda progress: pipe.send((JobEvent.PROGRESS, progress))

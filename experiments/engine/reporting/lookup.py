@@ -103,13 +103,13 @@ class PublishedTable:
     """The published numbers of a table's rows."""
 
     def __init__(self, table: Table, store: Store) -> None:
-        self._rows = store.published(table.published, table.key)
+        self._rows = store.published(table.published, table.key) if table.published else {}
         # a published table has the same columns in every row
-        self.columns = set(next(iter(self._rows.values())))
+        self.columns = {column for row in self._rows.values() for column in row}
 
     def row(self, row: Row) -> dict[str, str]:
         """The published row by column; empty if the paper has no such row."""
-        return self._rows[row.published] if row.published else {}
+        return self._rows[row.published] if row.published and self._rows else {}
 
     def cell(self, row: Row, column: str) -> Cell:
         """A published number of a row; a gap if the paper leaves it out."""

@@ -48,9 +48,13 @@ def speed_notes(lookup: Lookup) -> list[Note]:
     texts = [
         f"throughput: inference at {_input_shape(selection)} in fp32 without TF32, attention "
         f"unfused, ± half the interquartile range.{others} rel.: the ratio to "
-        f"{selection.table.baseline.label}, timed in turn. The paper timed under PyTorch's "
-        "defaults: TF32 in convolutions, but not in linear layers."
+        f"{selection.table.baseline.label}, timed in turn."
     ]
+    if selection.table.published:
+        texts[0] += (
+            " The paper timed under PyTorch's defaults: TF32 in convolutions, but not in linear "
+            "layers."
+        )
     notes = [Note(NoteKind.SPEED, text) for text in texts]
 
     # what the timings say about themselves

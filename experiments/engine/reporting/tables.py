@@ -49,7 +49,9 @@ def report_sheets(selection: Selection, store: Store) -> list[Sheet]:
     sheets = [main_sheet(selection, store, store.here)]
     if shares_runs(selection):
         sheets.append(family_sheet(selection, store, store.here))
-    if selection.protocol.small and not selection.table.counts_only:
+    # A study of one's own has no committed reference.
+    is_published = bool(selection.table.published)
+    if selection.protocol.small and not selection.table.counts_only and is_published:
         sheets.append(comparison_sheet(selection, store))
     return sheets
 

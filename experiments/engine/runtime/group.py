@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from experiments.engine.machine.environment import read_number, read_variable
 from experiments.engine.machine.lifetime import LAUNCHED
 from experiments.engine.machine.system_errors import explain
-from experiments.engine.records.tree import require_tree, tree_digest
+from experiments.engine.records.code import own_code, require_same_code
 from experiments.engine.runtime import preemption
 
 # Seconds after which a process says for whom it waits.
@@ -200,22 +200,22 @@ def join_group(device: str, seconds: float) -> Group:
     group = group_from_environment(os.environ)
     if group.world_size > 1 and not dist.is_initialized():
         _connect(group, device, seconds)
-        _require_one_tree(group)
+        _require_one_code(group)
     return group
 
 
-def _require_one_tree(group: Group) -> None:
+def _require_one_code(group: Group) -> None:
     """Raise ValueError on every rank unless all run rank 0's code, so that none waits for others.
 
     The ranks that differ say so; the others say that another rank does.
     """
-    own = tree_digest()
+    own = own_code()
     first = group.broadcast(own)
-    if group.maximum(int(own != first)):
-        require_tree(first)
+    if group.maximum(int(own.digests != first.digests)):
+        require_same_code(first)
         raise ValueError(
-            "another rank imports other code than this one; start all ranks from the same tree, "
-            "and do not edit it meanwhile"
+            "another rank imports other code than this one; start all ranks from the same tree "
+            "and study, and do not edit them meanwhile"
         )
 
 

@@ -32,9 +32,9 @@ class Row:
     backbone: Backbone | None
     # What small protocols train: the options that shrink the network, or another network, which
     # several rows can share.
-    small: dict[str, Any] | Backbone
+    small: dict[str, Any] | Backbone = field(default_factory=dict)
     # The row's key in the table's CSV; None: the paper has no such row.
-    published: str | None
+    published: str | None = None
     # What is to be known of the row, for the notes under a table.
     note: str = ""
     # The method of the row's own paper; None: that of the protocols.
@@ -76,11 +76,11 @@ class Table:
     number: int
     title: str
     source: str
-    # The CSV of its published numbers under results/published.
-    published: str
+    # The CSV of its published numbers under results/published; "": no paper has the table.
+    published: str = ""
     # The columns of the CSV that name a row.
-    key: tuple[str, ...]
-    rows: tuple[Row, ...]
+    key: tuple[str, ...] = ()
+    rows: tuple[Row, ...] = ()
     # Rows that are run and shown only if they are named.
     outside: tuple[Row, ...] = ()
     # Whether nothing is timed, trained or scored.

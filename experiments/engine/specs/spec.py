@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 LATENT_CHANNELS = 4
 FACTOR = 8  # pixels per side that one place of a latent stands for
+# Of a field that no form holds while it has its default. Forms then equal those of older records.
+UNSAID = {"unsaid": True}
 
 
 class Spec(Protocol):
@@ -30,10 +32,12 @@ class Backbone:
     name: str
     # Options that differ from those of the registered size.
     options: dict[str, Any] = field(default_factory=dict)
+    # Digest of the study whose code makes the network or a part of it; "": this tree's code.
+    code: str = field(default="", metadata=UNSAID)
 
     def but(self, **options: Any) -> Backbone:
         """Return the network with further options."""
-        return Backbone(self.name, self.options | options)
+        return replace(self, options=self.options | options)
 
 
 @dataclass(frozen=True)
@@ -344,7 +348,8 @@ def canonical(value: Any, full: bool = False) -> Any:
         form = {"kind": type(value).__name__}
         for f in fields(value):
             content = getattr(value, f.name)
-            if full or content != _default(f):
+            is_default = content == _default(f)
+            if not is_default or (full and not f.metadata.get("unsaid")):
                 form[f.name] = canonical(content, full)
         return form
 

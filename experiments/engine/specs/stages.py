@@ -78,7 +78,8 @@ class Protocol:
     heldout: HeldOutScore | None = None
     # Learning rates among which every network's own rate is chosen, rising.
     ladder: tuple[float, ...] = ()
-    # Each network's own learning rate, by the id of its Backbone; the recipe's holds for others.
+    # Each network's own learning rate, by the id of its Backbone without `code`; the recipe's holds
+    # for others.
     rates: Mapping[str, float] = field(default_factory=dict, hash=False)
 
 
@@ -126,7 +127,7 @@ def train_stage(row: Row, protocol: Protocol, seed: int) -> Train:
     """
     data = at_data(row, protocol).data
     backbone = network(row, protocol)
-    rate = protocol.rates.get(spec_id(backbone))
+    rate = protocol.rates.get(spec_id(replace(backbone, code="")))
     if rate is not None:
         protocol = replace(protocol, recipe=replace(protocol.recipe, lr=rate))
     stage = Train(backbone, data, protocol.recipe, seed=seed)

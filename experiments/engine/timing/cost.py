@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import backbones
 from backbones import kernels
+from experiments.engine.records.code import require_own_code
 from experiments.engine.specs.spec import Cost
 
 aten = torch.ops.aten
@@ -191,6 +192,7 @@ def count_backbone(spec: Cost) -> dict[str, int]:
     options = spec.backbone.options | dict(
         input_size=spec.size, in_channels=spec.channels, num_classes=spec.num_classes
     )
+    require_own_code(spec.backbone)
     with torch.device("meta"):
         model = backbones.build(spec.backbone.name, **options)
     return count_network(model, spec.size, spec.channels)

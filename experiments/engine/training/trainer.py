@@ -27,6 +27,7 @@ from experiments.engine.numerics.cuda_graphs import CudaGraph, require_gpu
 from experiments.engine.numerics.initial_weights import build_by_name
 from experiments.engine.numerics.precision import precision
 from experiments.engine.numerics.randomness import generator_at, seed_at
+from experiments.engine.records.code import require_own_code
 from experiments.engine.runtime.context import Resources
 from experiments.engine.runtime.group import ALONE, Group, average_gradients
 from experiments.engine.specs.spec import Backbone, Recipe, Train
@@ -47,6 +48,8 @@ def build(spec: Backbone, seed: int, device: torch.device, initial: str = "in_or
     Raises:
         ValueError: `initial` is unknown, or the network cannot be drawn by name.
     """
+
+    require_own_code(spec)
 
     def construct() -> nn.Module:
         return backbones.build(spec.name, **spec.options)

@@ -18,8 +18,9 @@ from experiments.ablation import TABLES
 from experiments.engine.jobs import execute
 from experiments.engine.jobs import pool as launch
 from experiments.engine.jobs.job import Job
+from experiments.engine.records.code import own_code
 from experiments.engine.records.files import written_whole
-from experiments.engine.records.tree import REPOSITORY, tree_digest
+from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.specs.stages import cost_stage
 from tests.support.commands import hear_interrupts
 
@@ -66,7 +67,7 @@ def write_for_ever(folder: Path, pipe: Connection) -> None:
 
     execute.execute = endless
     job = Job("endless", (cost_stage(TABLES[5].rows[0]),))
-    launch._work(job, folder, "cpu", 1, pipe, {}, tree_digest())
+    launch._work(job, folder, "cpu", 1, pipe, {}, own_code())
 
 
 def test_a_worker_that_is_ended_removes_what_it_was_writing(tmp_path: Path):
