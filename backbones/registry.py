@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,6 +229,8 @@ def guided_channels_of(model: nn.Module) -> int | None:
 def build(name: str, **options: Any) -> nn.Module:
     """Build a registered backbone; options override those of its size.
 
+    With `num_classes=0` the network is unconditional: it has no label table, and ignores labels.
+
     Raises:
         ValueError: For an unknown name or option, with the known ones, and for impossible sizes.
     """
@@ -244,4 +247,26 @@ def build(name: str, **options: Any) -> nn.Module:
     if unknown := sorted(set(resolved) - set(known)):
         listed = ", ".join(sorted(known))
         raise ValueError(f"{name} has no option {', '.join(unknown)}; known: {listed}")
-    return entry.cls(**(known | resolved))
+    model = entry.cls(**(known | resolved))
+    if known.get("num_classes") and resolved.get("num_classes") == 0:
+        _remove_label_tables(model)
+    return model
+
+
+class NoLabels(nn.Module):
+    """Stand where a label table would, and add nothing: (N,) -> (N, D) of zeros."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, y: Tensor) -> Tensor:
+        return torch.zeros(*y.shape, self.dim, device=y.device)
+
+
+def _remove_label_tables(model: nn.Module) -> None:
+    """Replace the tables of a network without classes, which hold a null label at most."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Embedding) and child.num_embeddings <= 1:
+                setattr(parent, name, NoLabels(child.embedding_dim))

@@ -3,6 +3,8 @@
 python experiments/prepare.py cifar10
 python experiments/prepare.py latents --protocol imagenet256 --images ILSVRC/train
 python experiments/prepare.py pixels --size 64 --images ILSVRC/train
+python experiments/prepare.py pixels --size 24 --classes 2 --images flowers --out my_set
+python experiments/prepare.py arrays --classes 0 --folder my_set
 python experiments/prepare.py judge --out judge.safetensors
 """
 
@@ -21,11 +23,12 @@ from typing import TYPE_CHECKING, Any
 from experiments.declared.protocols import CIFAR10, PROTOCOLS
 from experiments.declared.recipes import pixels
 from experiments.engine.cli import Parser, run_command
-from experiments.engine.data.locate import JUDGE_WEIGHTS, find_cifar10, folder_of
+from experiments.engine.data.locate import JUDGE_WEIGHTS, find_cifar10, folder_of, seal_folder
 from experiments.engine.jobs.progress import images_line
 from experiments.engine.machine.cores import find_cores
 from experiments.engine.machine.gpu import choose_device, prepare_torch
 from experiments.engine.records.files import require_target, written_whole
+from experiments.engine.specs.stages import IMAGENET_CLASSES
 
 if TYPE_CHECKING:
     from experiments.engine.data.pictures import Pictures
@@ -50,12 +53,22 @@ imagenet256_own, 128 and 512 under imagenet512_own. Crops as ADM does; a file th
 decoded ends the command. Writes images.npy, uint8 (M, 3, size, size), and labels.npy to
 $DICO_DATA/imagenet<size>_pixels, or --out, each whole or not at all. ImageNet takes 16 GB at 64
 pixels and 252 GB at 256.
+
+With --classes it prepares a set of one's own, of any size, and writes data.json, by which
+`own_data(FOLDER)` declares it in a study.
+"""
+ARRAYS_HELP = """Prepare a set of one's own from arrays: images.npy and labels.npy in a folder.
+
+images.npy holds (M, C, size, size), uint8 or float32 in [-1, 1], and labels.npy integers (M,), all
+0 with --classes 0. classes.txt may name the classes, one a line. Writes data.json, by which
+`own_data(FOLDER)` declares the set in a study.
 """
 JUDGE_HELP = """Train the classifier whose features score samples of CIFAR-10.
 
 It sees the training part alone and takes about 40 core-minutes. The committed judge was made in
 this way; another machine's judge differs in its last digits, and scores name the judge by its hash.
 """
+PIXEL_SIZES = (64, 128, 256, 512)
 LATENT_PROTOCOLS = {
     name: protocol for name, protocol in PROTOCOLS.items() if name.startswith("imagenet")
 }
@@ -69,11 +82,12 @@ def main() -> int:
 def _run_verb() -> int:
     parser = Parser(__doc__)
     verbs = parser.add_subparsers(
-        dest="data", required=True, metavar="cifar10|latents|pixels|judge"
+        dest="data", required=True, metavar="cifar10|latents|pixels|arrays|judge"
     )
     _add_cifar10(verbs)
     _add_latents(verbs)
     _add_pixels(verbs)
+    _add_arrays(verbs)
     _add_judge(verbs)
     args = parser.parse_args()
     return args.prepare(args)
@@ -87,7 +101,11 @@ def _add_cifar10(verbs: Any) -> None:
 def _add_latents(verbs: Any) -> None:
     verb = verbs.add_parser("latents", description=LATENTS_HELP, help="encode pictures to latents")
     verb.set_defaults(prepare=prepare_latents)
-    verb.add_argument("--protocol", required=True, choices=LATENT_PROTOCOLS)
+    verb.add_argument("--protocol", choices=LATENT_PROTOCOLS, help="whose latents are made")
+    _add_classes(verb)
+    verb.add_argument(
+        "--size", type=int, help="with --classes: side of the crops in pixels, a multiple of 8"
+    )
     _add_images(verb, "folder that holds one folder of images for each class")
     verb.add_argument(
         "--out",
@@ -124,10 +142,10 @@ def _add_pixels(verbs: Any) -> None:
         "--size",
         required=True,
         type=int,
-        choices=(64, 128, 256, 512),
-        help="side of the crops in pixels",
+        help="side of the crops in pixels: 64, 128, 256 or 512, or any with --classes",
     )
-    _add_images(verb, "folder that holds one folder of images for each of the 1000 classes")
+    _add_classes(verb)
+    _add_images(verb, "folder that holds one folder of images for each class")
     verb.add_argument(
         "--out",
         type=Path,
@@ -135,6 +153,33 @@ def _add_pixels(verbs: Any) -> None:
         "data/imagenet<size>_pixels)",
     )
     _add_workers(verb)
+
+
+def _add_arrays(verbs: Any) -> None:
+    verb = verbs.add_parser("arrays", description=ARRAYS_HELP, help="prepare arrays of one's own")
+    verb.set_defaults(prepare=prepare_arrays)
+    verb.add_argument("--folder", required=True, type=Path, help="folder of the arrays")
+    verb.add_argument(
+        "--classes", required=True, type=int, metavar="N", help="number of classes; 0: none"
+    )
+
+
+def _add_classes(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--classes",
+        type=int,
+        metavar="N",
+        help="prepare a set of one's own with so many class folders; 0: images without classes "
+        "(needs --out)",
+    )
+
+
+def _require_own(args: argparse.Namespace) -> None:
+    """Raise ValueError unless the options of a set of one's own fit together."""
+    if args.classes < 0 or args.size is None or args.size < 1:
+        raise ValueError("--classes takes a number from 0 on, and needs --size from 1 on")
+    if args.out is None:
+        raise ValueError("--classes prepares a set of one's own; name its folder with --out")
 
 
 def _add_judge(verbs: Any) -> None:
@@ -221,16 +266,21 @@ def prepare_latents(args: argparse.Namespace) -> int:
     from experiments.engine.data.encode import EncodingJob, encode_pictures
     from experiments.engine.data.pictures import find_pictures
 
+    if (args.protocol is None) == (args.classes is None):
+        raise ValueError("name either --protocol, or --classes with --size and --out")
+    if args.classes is not None:
+        _require_own(args)
     device = choose_device(args.device)
     prepare_torch(device.partition(":")[0])
-    data = LATENT_PROTOCOLS[args.protocol].data
-    pictures = find_pictures(args.images, data.num_classes)
-    _print_listing(pictures)
+    data = LATENT_PROTOCOLS[args.protocol or "imagenet256"].data
+    own = args.classes is not None
+    pictures = find_pictures(args.images, args.classes if own else data.num_classes)
+    _print_listing(pictures, own)
     vae = load_autoencoder(args.vae, device, args.batch)
     job = EncodingJob(
         pictures,
         vae,
-        data.size * vae.factor,
+        args.size if own else data.size * vae.factor,
         latents=data.latents,
         shard=args.shard,
         skip=args.corrupt == "skip",
@@ -238,7 +288,9 @@ def prepare_latents(args: argparse.Namespace) -> int:
     )
     manifest = encode_pictures(job, args.out or folder_of(data), _ProgressLines())
     _print_manifest(manifest)
-    if not manifest["statistics"]["as_expected"]:
+    if own:
+        _seal(args.out, args.classes)
+    elif not manifest["statistics"]["as_expected"]:
         print(
             f"warning: {args.protocol} takes only sd-vae-ft's latents; a run on these declares "
             f"Data(vae={vae.encoder!r})",
@@ -247,7 +299,13 @@ def prepare_latents(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_listing(pictures: Pictures) -> None:
+def _seal(folder: Path, num_classes: int) -> None:
+    """Write data.json, and say how a study declares the set."""
+    sha256 = seal_folder(folder, num_classes)
+    print(f"content {sha256[:16]}; a study declares it by own_data({str(folder)!r})")
+
+
+def _print_listing(pictures: Pictures, own: bool = False) -> None:
     """Say how labels count the classes, what is left out, and whether the number is ImageNet's."""
     from experiments.engine.data.checks import IMAGENET_IMAGES
     from experiments.engine.data.pictures import describe_labels, describe_left_out
@@ -255,7 +313,7 @@ def _print_listing(pictures: Pictures) -> None:
     print(describe_labels(pictures.classes))
     if pictures.left_out:
         print(f"left out: {describe_left_out(pictures.left_out)}")
-    if len(pictures.files) != IMAGENET_IMAGES:
+    if len(pictures.files) != IMAGENET_IMAGES and not own:
         print(
             f"warning: {len(pictures.files)} images are not ImageNet's {IMAGENET_IMAGES} training "
             "images; scores on them are not ImageNet's"
@@ -305,15 +363,34 @@ def prepare_pixels(args: argparse.Namespace) -> int:
     from experiments.engine.data.pictures import describe_modes, find_pictures
     from experiments.engine.data.pixels import write_pixels
 
-    data = pixels(args.size)
-    folder = args.out or folder_of(data)
-    pictures = find_pictures(args.images, data.num_classes)
-    _print_listing(pictures)
+    own = args.classes is not None
+    if own:
+        _require_own(args)
+    elif args.size not in PIXEL_SIZES:
+        raise ValueError(f"--size takes one of {PIXEL_SIZES}, or any size with --classes")
+    folder = args.out if own else args.out or folder_of(pixels(args.size))
+    pictures = find_pictures(args.images, args.classes if own else IMAGENET_CLASSES)
+    _print_listing(pictures, own)
     converted = write_pixels(pictures, folder, args.size, args.workers)
     print(
         f"{len(pictures.files)} images of {args.size} x {args.size} pixels; "
         f"converted to RGB: {describe_modes(converted) or 'none'}"
     )
+    if own:
+        _seal(folder, args.classes)
+    return 0
+
+
+def prepare_arrays(args: argparse.Namespace) -> int:
+    """Check the arrays of a folder, and write data.json beside them."""
+    if args.classes < 0:
+        raise ValueError("--classes takes a number from 0 on")
+    from experiments.engine.data.locate import own_data
+    from experiments.engine.data.sets import load
+
+    _seal(args.folder, args.classes)
+    images = load(own_data(args.folder))
+    print(f"{len(images)} images, {args.classes} classes")
     return 0
 
 

@@ -84,7 +84,14 @@ def _links(records: Iterable[Record], store: ReferenceStore) -> str:
     kinds = []
     for kind, group in itertools.groupby(sorted(records, key=kind_of), key=kind_of):
         links = [
-            f"[{record.id[:ID_DIGITS]}](../reference/{store.file_of(record)})" for record in group
+            f"[{record.id[:ID_DIGITS]}](../reference/{store.file_of(record)}){_origin_of(record)}"
+            for record in group
         ]
         kinds.append(f"{kind} {' '.join(links)}")
     return ", ".join(kinds)
+
+
+def _origin_of(record: Record) -> str:
+    """Where a contributed record comes from, in brackets; '' for our own."""
+    origin = record.provenance.get("origin")
+    return f" (by {origin})" if origin else ""

@@ -290,7 +290,9 @@ def check_number(data: Data, labels: np.ndarray) -> dict[str, str]:
 
 
 def write_classes(folder: Path, classes: Sequence[str]) -> None:
-    """Write the names of the classes, one a line, in the order of their labels."""
+    """Write the names of the classes, one a line, in the order of their labels; none, no file."""
+    if not classes:
+        return
     with written_whole(folder / CLASSES) as file:
         file.write(b"".join(os.fsencode(name) + b"\n" for name in classes))
 

@@ -113,7 +113,7 @@ def _check_count(folder: Path, manifest: dict[str, Any], num: int) -> None:
 
 def _check_labels(folder: Path, labels: np.ndarray, num_classes: int) -> None:
     """Raise ValueError unless labels name classes of the set."""
-    if labels.size and labels.min() >= 0 and labels.max() < num_classes:
+    if labels.size and labels.min() >= 0 and labels.max() < max(1, num_classes):
         return
     there = f"{labels.min()}..{labels.max()}" if labels.size else "none"
     raise ValueError(

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from experiments.engine.machine.environment import read_variable
 from experiments.engine.machine.system_errors import explain, naming
+from experiments.engine.records.files import written_whole
+from experiments.engine.records.measured import measure_once
 from experiments.engine.records.tree import REPOSITORY
-from experiments.engine.specs.spec import Data, Evaluate, is_latent
+from experiments.engine.specs.spec import LATENT_CHANNELS, Data, Evaluate, is_latent
 
 ROOT = Path(read_variable("DICO_DATA") or REPOSITORY / "data")
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
@@ -22,8 +27,117 @@ REFERENCES = {
 }
 
 
+SEAL = "data.json"
+# Folders of one's own by the digest of their content, as far as this process has declared them.
+_OWN: dict[str, Path] = {}
+
+
+def own_data(folder: Path | str, *, split: str = "whole", flip: bool = False) -> Data:
+    """Declare the set in a folder that `prepare.py` has prepared.
+
+    Its content names the set; the path does not. A set of latents cannot be split.
+
+    Raises:
+        ValueError: the folder is not prepared, or its content has changed since.
+    """
+    folder = Path(folder).resolve()
+    path = folder / SEAL
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} holds no {SEAL}; prepare it with python experiments/prepare.py pixels, "
+            "latents or arrays, and --classes"
+        )
+    try:
+        sealed = json.loads(path.read_text())
+        sha256, num_classes = str(sealed["sha256"]), int(sealed["num_classes"])
+        channels, size = (int(number) for number in sealed["shape"])
+        latents, vae = sealed["latents"], sealed["vae"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} cannot be read; prepare the folder again") from None
+
+    _OWN[sha256] = folder
+    name = f"own_{sha256[:8]}"
+    data = Data(name, size, channels, num_classes, flip, split=split, sha256=sha256)
+    if latents:
+        data = replace(data, latents=latents, vae=vae)
+    require_content(data)
+    return data
+
+
+def seal_folder(folder: Path, num_classes: int) -> str:
+    """Write data.json, which holds shape, classes and the digest of a prepared folder's content.
+
+    Returns:
+        The digest.
+
+    Raises:
+        ValueError: the folder holds neither images.npy nor latents, or images that are not square.
+    """
+    latents, vae = None, None
+    if (folder / "manifest.json").is_file():
+        manifest = json.loads((folder / "manifest.json").read_text())
+        latents, (_, channels, height, width) = manifest["latents"], manifest["shape"]
+        channels = channels // 2 if latents == "moments" else channels
+        expected = manifest["statistics"]["as_expected"]
+        vae = "sd-vae-ft" if expected else manifest["vae"]["encoder"]
+    else:
+        import numpy as np
+
+        if not (folder / "images.npy").is_file():
+            raise ValueError(f"{folder} holds neither images.npy nor latents; prepare it first")
+        shape = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False).shape
+        if len(shape) != 4 or shape[1] == LATENT_CHANNELS:
+            raise ValueError(
+                f"images.npy in {folder} holds {shape}; pixels are (M, C, size, size) with C other "
+                f"than {LATENT_CHANNELS}"
+            )
+        _, channels, height, width = shape
+    if height != width:
+        raise ValueError(f"{folder} holds images of {height} x {width}; crop them to squares")
+
+    sha256 = _content_of(folder)
+    stored = dict(
+        sha256=sha256, num_classes=num_classes, shape=[channels, height], latents=latents, vae=vae
+    )
+    with written_whole(folder / SEAL) as file:
+        file.write(json.dumps(stored, indent=1).encode() + b"\n")
+    return sha256
+
+
+def require_content(data: Data) -> None:
+    """Raise ValueError if the content of a folder of one's own is not what is declared."""
+    if data.sha256 and _content_of(folder_of(data)) != data.sha256:
+        raise ValueError(
+            f"the content of {folder_of(data)} has changed since it was prepared; restore it, or "
+            "prepare it again, which makes it another set"
+        )
+
+
+def _content_of(folder: Path) -> str:
+    """Digest the arrays and classes of a folder by name and content. A file is read once."""
+    names = ["images.npy", "labels.npy", "classes.txt"]
+    files = [folder / name for name in names if (folder / name).is_file()]
+    total = hashlib.sha256()
+    for path in (*files, *sorted(folder.glob("shard-*.npy"))):
+        total.update(
+            f"{path.name} {measure_once([path], 'sha256', partial(_hash, path))}\n".encode()
+        )
+    return total.hexdigest()
+
+
+def _hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def folder_of(data: Data) -> Path:
     """Folder of a set; fixed latents have one of their own beside that of the moments."""
+    if data.sha256:
+        if data.sha256 not in _OWN:
+            raise ValueError(
+                f"set {data.name} is a folder of one's own; name the study that declares it"
+            )
+        return _OWN[data.sha256]
     suffix = "_fixed" if data.latents == "fixed" else ""
     return ROOT / f"{data.name}{suffix}"
 
@@ -31,6 +145,9 @@ def folder_of(data: Data) -> Path:
 def require_data(data: Data) -> None:
     """Raise ValueError if a set is not on this machine; the message says how to provide it."""
     if data.name == "digits":
+        return
+    if data.sha256:
+        folder_of(data)
         return
     if data.name == "cifar10":
         _require_cifar10(data)
@@ -180,6 +297,8 @@ def reference_path(data: Data) -> Path | None:
     It lies in the folder of the latents and serves ImageNet's pixels too. Other sets of pixels are
     their own reference and have no file.
     """
+    if data.sha256:
+        return folder_of(data) / "reference.npz" if is_latent(data) else None
     name = data.name.removesuffix("_pixels")
     if not is_latent(data) and name not in REFERENCES:
         return None
@@ -233,6 +352,11 @@ def missing_features(spec: Evaluate) -> list[str]:
 
 def require_features(spec: Evaluate) -> None:
     """Raise ValueError if this machine cannot compute the features of a protocol's scores."""
+    if spec.data.sha256 and spec.features != "inception":
+        raise ValueError(
+            f"data of one's own are scored on inception features, and {spec.features} are those of "
+            "another set; declare features='inception'"
+        )
     missing = missing_features(spec)
     if not missing:
         return

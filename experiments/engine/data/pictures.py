@@ -76,13 +76,17 @@ class Pictures:
 def find_pictures(root: Path, num_classes: int) -> Pictures:
     """List a folder of class folders, with their subfolders, as torchvision's ImageFolder does.
 
-    Class folders whose names differ in a number count in the order of their numbers.
+    Class folders whose names differ in a number count in the order of their numbers. Without
+    classes the pictures are those of the folder and of its subfolders, all with label 0.
 
     Raises:
         ValueError: the number of class folders differs, one is empty or unreadable, or their
             order is ambiguous.
     """
     left_out: Counter[str] = Counter()
+    if not num_classes:
+        flat = tuple(_pictures_in(root, left_out))
+        return Pictures(root, (), flat, (0,) * len(flat), left_out)
     classes = _class_folders(root, num_classes, left_out)
     files: list[str] = []
     labels: list[int] = []
@@ -106,6 +110,8 @@ def describe_left_out(left_out: Mapping[str, int]) -> str:
 
 def describe_labels(classes: Sequence[str]) -> str:
     """Say which class is the first label and which the last."""
+    if not classes:
+        return "no classes"
     last = len(classes) - 1
     return f"label 0 is {show_name(classes[0])}, label {last} is {show_name(classes[last])}"
 

@@ -24,7 +24,7 @@ from experiments.engine.data.checks import (
 )
 from experiments.engine.data.cifar10 import read_cifar10
 from experiments.engine.data.latents import LatentSet
-from experiments.engine.data.locate import find_cifar10, folder_of, require_data
+from experiments.engine.data.locate import find_cifar10, folder_of, require_content, require_data
 from experiments.engine.data.quantise import fold, from_uint8
 from experiments.engine.numerics.randomness import generator_at
 from experiments.engine.specs.spec import Data
@@ -70,9 +70,9 @@ class ImageSet:
             )
         if not np.issubdtype(labels.dtype, np.integer):
             raise ValueError(f"{data.name}: labels must be integers, got {labels.dtype}")
-        if labels.min() < 0 or labels.max() >= data.num_classes:
+        if labels.min() < 0 or labels.max() >= max(1, data.num_classes):
             raise ValueError(
-                f"{data.name}: labels must lie in 0..{data.num_classes - 1}, "
+                f"{data.name}: labels must lie in 0..{max(0, data.num_classes - 1)}, "
                 f"got {labels.min()}..{labels.max()}"
             )
         self.images = images
@@ -113,6 +113,7 @@ def load(data: Data, part: Part = Part.TRAIN) -> ImageSet | LatentSet:
         ValueError: the set is not on this machine, is not what is declared, or has no such part.
     """
     require_data(data)
+    require_content(data)
     if data.split == "held_out":
         return _load_part(data, part)
     if data.split != "whole":
@@ -134,6 +135,8 @@ def load(data: Data, part: Part = Part.TRAIN) -> ImageSet | LatentSet:
     array_set = ImageSet(images, labels, data, identify_classes(folder, data.num_classes))
     check_levels(folder / "images.npy", images)
     array_set.identity |= check_number(data, labels)
+    if data.sha256:
+        array_set.identity["data_sha256"] = data.sha256
     return array_set
 
 

@@ -60,8 +60,13 @@ class Guided:
             times: the first and last timestep that the network is given.
 
         Raises:
-            ValueError: `channels` is left out and the network is not a registered backbone.
+            ValueError: `channels` is left out and the network is not a registered backbone, or
+                there are no classes to guide by.
         """
+        if not num_classes and scale != 1:
+            raise ValueError(
+                "an unconditional network has no labels to guide by; sample at scale 1"
+            )
         self.model = model
         self.scale = scale
         self.null = num_classes

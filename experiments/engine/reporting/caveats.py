@@ -97,6 +97,10 @@ def run_caveats(scored: Sequence[Record], shown: Sequence[Record]) -> list[Note]
     warnings = {text for record in scored for text in record.values.get("warnings", [])}
     notes += [Note(NoteKind.WARNING, f"Warning: {text}.") for text in sorted(warnings)]
 
+    origins = sorted({str(record.provenance.get("origin") or "") for record in shown} - {""})
+    if origins:
+        text = f"Some records are contributed, by {', '.join(origins)}."
+        notes.append(Note(NoteKind.RECORDS, text))
     if any(record.provenance["dirty"] for record in shown):
         text = "Some records come from a tree with uncommitted changes."
         notes.append(Note(NoteKind.RECORDS, text))

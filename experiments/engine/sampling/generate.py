@@ -142,8 +142,11 @@ def can_capture_steps(spec: Evaluate) -> bool:
 def image_labels(policy: str, num: int, num_classes: int, seed: int) -> Tensor:
     """Labels (num,) of the images by a policy.
 
-    'balanced' cycles through the classes; 'random' draws each label from (seed, index).
+    'balanced' cycles through the classes; 'random' draws each label from (seed, index). All are 0
+    where there are no classes.
     """
+    if not num_classes:
+        return torch.zeros(num, dtype=torch.long)
     if policy == "balanced":
         return torch.arange(num) % num_classes
     if policy == "random":

@@ -48,6 +48,7 @@ class Data:
     # Height and width.
     size: int
     channels: int
+    # 0: the set has no classes, and networks have no label table.
     num_classes: int
     # Whether half of the visits see a mirrored image.
     flip: bool = False
@@ -62,6 +63,8 @@ class Data:
     # into images to train on, images for choices (validation), and images that are only reported
     # (test).
     split: str = "whole"
+    # Digest of a prepared folder's content, of data of one's own; "": a set that the suite knows.
+    sha256: str = field(default="", metadata=UNSAID)
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,9 @@ class Protocol:
     # Each network's own learning rate, by the id of its Backbone without `code`; the recipe's holds
     # for others.
     rates: Mapping[str, float] = field(default_factory=dict, hash=False)
+    # Sampling seeds on which a sweep chooses, and others on which it reports its choice.
+    selection_seeds: tuple[int, ...] = (1000,)
+    report_seeds: tuple[int, ...] = (0, 1, 2)
 
 
 def network(row: Row, protocol: Protocol) -> Backbone:
@@ -174,6 +177,11 @@ def evaluate_stage(row: Row, protocol: Protocol, seed: int) -> Evaluate:
     train = train_stage(row, protocol, seed)
     sampler = sampler_of(row, protocol)
     stage = Evaluate(train, sampler, protocol.num, protocol.features, protocol.labels)
+    if not train.data.num_classes and sampler.scale != 1:
+        raise ValueError(
+            f"protocol {protocol.name} guides by scale {sampler.scale:g}, and its data have no "
+            "classes to guide by; declare Sampler(scale=1)"
+        )
     if is_latent(train.data):
         return stage
 

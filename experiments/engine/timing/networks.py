@@ -70,7 +70,7 @@ def draw_inputs(network: Cost, spec: Timing, device: torch.device) -> tuple[Tens
     draw = torch.Generator().manual_seed(seed_at("timing"))
     x = torch.randn(spec.batch, network.channels, network.size, network.size, generator=draw)
     t = torch.randint(1000, (spec.batch,), generator=draw)
-    y = torch.randint(network.num_classes, (spec.batch,), generator=draw)
+    y = torch.randint(max(1, network.num_classes), (spec.batch,), generator=draw)
     return x.to(device=device, memory_format=layout_of(spec)), t.to(device), y.to(device)
 
 

@@ -177,7 +177,7 @@ def _build_training(network: Cost, spec: Timing, device: torch.device) -> Task:
     draw = np.random.default_rng(0)
     shape = (4 * spec.batch, data.channels, data.size, data.size)
     pixels = draw.standard_normal(shape, dtype=np.float32)
-    labels = draw.integers(data.num_classes, size=shape[0])
+    labels = draw.integers(max(1, data.num_classes), size=shape[0])
     steps = trainer.steps(ImageSet(pixels, labels, data))
     return Task(lambda: next(steps), read_layout(*trainer.model.parameters()))
 
