@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from experiments.engine.diffusion.cascade import System
-from experiments.engine.diffusion.gated import WithShare, has_gates
 from experiments.engine.diffusion.iddpm import Model
+from experiments.engine.diffusion.objectives import WithShare, has_gates
 from experiments.engine.numerics.cuda_graphs import SharedGraph, Step, without_weight_cache
 from experiments.engine.runtime.preemption import Preempted, requested_stop
 

@@ -205,6 +205,9 @@ class Sampler:
     # Of 'euler': each time t of the even grid becomes shift t / (1 + (shift - 1) t). Below 1, steps
     # are shorter near the noise.
     shift: float = 1.0
+    # The power of a scale that is 1 at the noise and `scale` at the data: 1 + (scale - 1)
+    # (1 - cos(pi (1 - t / T) ** power)) / 2 at time t of T; None: the same scale everywhere.
+    power: float | None = None
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ import backbones
 from experiments.engine.data.quantise import mirror
 from experiments.engine.data.sets import ImageSet, LatentSet, iterate_batches
 from experiments.engine.diffusion.build import build_diffusion
-from experiments.engine.diffusion.gated import Gated, has_gates
 from experiments.engine.diffusion.iddpm import Model
+from experiments.engine.diffusion.objectives import Gated, has_gates
 from experiments.engine.numerics.cuda_graphs import CudaGraph, require_gpu
 from experiments.engine.numerics.initial_weights import build_by_name
 from experiments.engine.numerics.precision import precision
