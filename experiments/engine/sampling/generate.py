@@ -113,7 +113,7 @@ def generate_images(
     for start in range(within.start, within.stop, batch):
         indices = slice(start, min(start + batch, within.stop))
         y = labels[indices].to(device)
-        with precision(spec.precision, device):
+        with precision(spec.precision, device), model.once_per_caption(y):
             x = base.sample(model, y, seeds[indices])
             if upsampler is not None:
                 # ADM's scripts write the small images to a file of 8 bits in between.

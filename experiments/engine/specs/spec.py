@@ -63,6 +63,9 @@ class Data:
     # into images to train on, images for choices (validation), and images that are only reported
     # (test).
     split: str = "whole"
+    # Hash of the text encoder whose table says what the labels are captions of; '': they are
+    # classes.
+    captions: str = ""
     # Digest of a prepared folder's content, of data of one's own; "": a set that the suite knows.
     sha256: str = field(default="", metadata=UNSAID)
 
