@@ -270,6 +270,10 @@ class VAR(nn.Module):
         logits = self.head(self.head_nm(x, label))  # (R, T, V)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
+    def new_cache(self) -> KeyValues:
+        """Return a cache for `step`, before the first token."""
+        return KeyValues()
+
     def _mask(self, first: int, last: int) -> Tensor | None:
         """Return what to add to the logits of attention; None for one scale, which sees all."""
         start = 0

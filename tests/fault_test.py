@@ -61,6 +61,8 @@ def start_undisturbed(root: Path, steps: int) -> list[subprocess.Popen[bytes]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+
+    # As a launcher sets it for two ranks.
     environment = os.environ | {
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
@@ -90,6 +92,7 @@ def parse_options() -> argparse.Namespace:
     )
     args = parser.parse_args()
 
+    # Daemons lie where a user's path does not lead.
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     absent = [name for name in PROGRAMS if shutil.which(name, path=path) is None]
     if absent:
@@ -134,8 +137,11 @@ def start_cluster(place: Path, spec: Train, rng: random.Random, stack: ExitStack
 
 def main() -> int:
     args = parse_options()
-    rng, spec = random.Random(args.seed), training(args.steps)
+    rng = random.Random(args.seed)
+    spec = training(args.steps)
     faults = choose_faults(args.faults, rng)
+
+    # The undisturbed training runs beside the cluster.
     with tempfile.TemporaryDirectory(prefix="fault-test-") as folder, ExitStack() as stack:
         place = Path(folder)
         calm = start_undisturbed(place / "undisturbed", args.steps)
@@ -143,6 +149,7 @@ def main() -> int:
             stack.callback(process.kill)
         cluster = start_cluster(place, spec, rng, stack)
 
+        # The run has time to end, whatever it went through.
         survived = inject(cluster, faults)
         with suppress(TimeoutError):
             cluster.wait_until(cluster.done, "the run ends", 4 * PATIENCE)
@@ -160,6 +167,7 @@ def report(cluster: Cluster, place: Path, spec: Train, num_faults: int, survived
         f"steps lost: {lost} of {spec.recipe.steps}, a checkpoint every {SITE.checkpoint_every}"
     )
 
+    # The verdict is that of the final weights.
     undisturbed = Store(place / "undisturbed").here.latest(spec)
     expected = undisturbed.values["weights_sha256"] if undisturbed else None
     weights = cluster.values().get("weights_sha256")

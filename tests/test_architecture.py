@@ -49,6 +49,7 @@ FLOORS = (
     "runtime",
     "reporting",
     "diffusion",
+    "autoregressive",
     "records",
     "numerics",
     "specs",
@@ -86,6 +87,7 @@ def imports(name: str, lazy: bool = True) -> Iterator[str]:
 
     Without `lazy`, only imports at the top level count.
     """
+    # Walk the tree, but not into functions and what only types need, unless asked to.
     waiting: list[ast.AST] = [ast.parse(FILES[name].read_text())]
     while waiting:
         node = waiting.pop()

@@ -113,6 +113,7 @@ def test_a_claim_at_reduced_scale_follows_the_seeds(worse: float, verdict: Verdi
 
 
 def test_a_gpu_timing_outranks_published_throughput(tmp_path: Path):
+    """A claim is judged by a timing of its networks on a GPU, in the modes that there are."""
     store = Store(tmp_path)
     spec = Timing(Backbone("dico_xl"), 32, 4, 1000, 64, "cuda", baseline=Backbone("dit_xl_2"))
     values = timing_values(136.0, 0.5, relative=1.36, relative_spread=0.01)
@@ -120,12 +121,15 @@ def test_a_gpu_timing_outranks_published_throughput(tmp_path: Path):
         store.append(replace(spec, what=task), "done", values, GPU_PROVENANCE)
     committed = commit_records(tmp_path)
 
+    # The claim that is timed, and one that is not.
     finding = find("speed-xl-256", committed)
     assert finding.evidence == Evidence.MEASURED
     assert finding.value == "1.36 ±0.01 (fp32, a GPU)"
     assert finding.judgement.verdict is Verdict.DOES_NOT_HOLD
     assert "not measured in tf32" in str(finding.judgement)
     assert find("speed-dig-256", committed).evidence is Evidence.PUBLISHED
+
+    # The same timing stands in table 1.
     table = SHEETS["table1"](committed)
     (column,) = [column for column in table.columns if column.title == "img/s, fp32, TF32 off"]
     assert "136.00 ±0.50" in texts(table, column.key)
@@ -163,7 +167,7 @@ def test_a_cpu_timing_of_a_claims_networks_is_a_proxy_until_a_gpus(
     assert "no GPU record is committed" in finding.basis
     assert ("as a loop over tokens" in finding.basis) == bool(kernels)
 
-    # the same record is no evidence on DiS-H, and only shown for scale
+    # The same record is no evidence on DiS-H, and only shown for scale.
     other = find("speed-dis-512", committed)
     assert other.evidence is Evidence.PUBLISHED
     scale = f"Not the claim's, for scale: on a CPU in fp32, DiCo-S against DiS-S is {ratio:.2f}"
@@ -171,6 +175,7 @@ def test_a_cpu_timing_of_a_claims_networks_is_a_proxy_until_a_gpus(
     assert ("loop over tokens" in other.basis) == bool(kernels)
     assert find("speed-dim-512", committed).basis.endswith("no GPU record here")
 
+    # A record of a GPU takes its place.
     store = reopen_records(tmp_path)
     for stage in speed_claims.claim_stages(SMALL, "cuda"):
         store.append(stage, "done", values | {"relative": 3.0}, GPU_PROVENANCE)

@@ -14,6 +14,8 @@ from experiments.ablation import TABLE_3, TABLE_4
 from experiments.declared.protocols import DIGITS, IMAGENET256, IMAGENET512
 from experiments.engine.records.store import Store
 from experiments.engine.specs.spec import Backbone
+from experiments.engine.specs.stages import Protocol
+from tests.support.references import commit_records
 
 PROVENANCE = {
     "device": "cpu",
@@ -22,16 +24,19 @@ PROVENANCE = {
     "precision_flags": {},
     "weights_sha256": "1",
 }
-FLUX, PIXART = (DiffusersLocality(f"{name}Transformer2DModel", "ab") for name in ("Flux", "PixArt"))
+FLUX = DiffusersLocality("FluxTransformer2DModel", "ab")
+PIXART = DiffusersLocality("PixArtTransformer2DModel", "ab")
 
 
-def sources(
-    folder: Path, *made: tuple[Probe | DiffusersLocality, dict[str, object]]
-) -> ReferenceStore:
-    for probe, values in made:
-        Store(folder).append(probe, "done", values, PROVENANCE)
-    (folder / "records").rename(folder / "reference")
-    return ReferenceStore(folder)
+Probed = tuple[Probe | DiffusersLocality, dict[str, object]]
+
+
+def sources(folder: Path, *probed: Probed) -> ReferenceStore:
+    """Commit a record of every probe with its values."""
+    store = Store(folder)
+    for probe, values in probed:
+        store.append(probe, "done", values, PROVENANCE)
+    return commit_records(folder)
 
 
 def looks(near: float, uniform: float = 0.25) -> dict[str, object]:
@@ -53,44 +58,45 @@ def digits(label: str, seed: int) -> Probe:
 def test_attention_is_judged_over_networks_and_seeds(
     tmp_path: Path, iso: tuple[float, ...], skip: tuple[float, ...], verdict: str, error: str | None
 ):
-    rows = (("DiT (iso.)", iso), ("DiT (U-shape)", skip))
-    found = claims_probes.judge_attention(
-        {},
-        sources(
-            tmp_path,
-            *(
-                (digits(label, seed), looks(near))
-                for label, values in rows
-                for seed, near in enumerate(values)
-            ),
-        ),
-    )
-    assert found.evidence.value == "measured at reduced scale"
-    assert str(found.judgement) == verdict
-    assert len(found.records) == len(iso) + len(skip)
-    assert error in (None, found.error)
-    assert "The named checkpoints were not probed" in found.basis
+    """Attention is local if its share nearby, over the uniform one, is above 1 beyond the seeds."""
+    probed = []
+    for label, values in (("DiT (iso.)", iso), ("DiT (U-shape)", skip)):
+        for seed, near in enumerate(values):
+            probed.append((digits(label, seed), looks(near)))
+    finding = claims_probes.judge_attention({}, sources(tmp_path, *probed))
+
+    # Networks on digits are not the claim's.
+    assert finding.evidence.value == "measured at reduced scale"
+    assert str(finding.judgement) == verdict
+    assert len(finding.records) == len(iso) + len(skip)
+    assert error in (None, finding.error)
+    assert "The named checkpoints were not probed" in finding.basis
 
 
 def test_the_named_checkpoints_are_what_is_judged_when_they_were_probed(tmp_path: Path):
+    """Probes of the claim's checkpoints outrank those of networks on digits."""
     dit = replace(declared("locality", TABLE_3.baseline, IMAGENET512, 0), weights="ab")
     dit = replace(dit, train=replace(dit.train, backbone=Backbone("dit_xl_2", dict(input_size=64))))
-    store = sources(
+
+    # All three checkpoints, beside a network on digits.
+    committed = sources(
         tmp_path,
         (digits("DiT (iso.)", 0), looks(0.2)),
         (FLUX, looks(0.5)),
         (PIXART, looks(0.3)),
         (dit, looks(0.4)),
     )
-    found = claims_probes.judge_attention({}, store)
-    assert found.evidence.value == "measured here"
-    assert found.value == "1.60, 2.00, 1.20"
-    assert str(found.judgement) == "same direction"
-    assert len(found.records) == 3
+    finding = claims_probes.judge_attention({}, committed)
+    assert finding.evidence.value == "measured here"
+    assert finding.value == "1.60, 2.00, 1.20"
+    assert str(finding.judgement) == "same direction"
+    assert len(finding.records) == 3
+
+    # One of them alone.
     (tmp_path / "one").mkdir()
-    found = claims_probes.judge_attention({}, sources(tmp_path / "one", (FLUX, looks(0.2))))
-    assert str(found.judgement) == "against the claim, 1 of 3 checkpoints"
-    assert found.basis.endswith("not probed: DiT-XL/2-512, PixArt-alpha-512")
+    finding = claims_probes.judge_attention({}, sources(tmp_path / "one", (FLUX, looks(0.2))))
+    assert str(finding.judgement) == "against the claim, 1 of 3 checkpoints"
+    assert finding.basis.endswith("not probed: DiT-XL/2-512, PixArt-alpha-512")
 
 
 def test_nothing_probed_is_open(tmp_path: Path):
@@ -103,20 +109,23 @@ def test_nothing_probed_is_open(tmp_path: Path):
 @pytest.mark.parametrize(
     "protocol, evidence", [(DIGITS, "measured at reduced scale"), (IMAGENET256, "measured here")]
 )
-def test_channels_are_judged_with_the_spread_over_seeds(tmp_path: Path, protocol, evidence: str):
-    made = []
+def test_channels_are_judged_with_the_spread_over_seeds(
+    tmp_path: Path, protocol: Protocol, evidence: str
+):
+    """The difference in near-dead channels has the error of its seeds."""
+    # DiCo-S varies by a hundredth per seed, and without CCA nothing varies.
+    probed = []
     for seed in range(3):
-        for label, dead, rank in (("DiCo-S", 0.10, 0.5), ("w/o CCA", 0.20, 0.3)):
-            made.append(
-                (
-                    declared("channels", TABLE_4.row(label), protocol, seed),
-                    {"near_dead": dead + 0.01 * seed * (label == "DiCo-S"), "relative_rank": rank},
-                )
-            )
-    found = claims_probes.judge_channels({}, sources(tmp_path, *made))
-    assert found.evidence.value == evidence
-    assert str(found.judgement) == "reproduced"
-    assert found.value == "-0.09 near-dead"
-    assert found.error == "95 %: -0.13 to -0.05"
-    assert len(found.records) == 6
-    assert protocol.name in found.basis
+        with_cca = {"near_dead": 0.10 + 0.01 * seed, "relative_rank": 0.5}
+        without = {"near_dead": 0.20, "relative_rank": 0.3}
+        for label, values in (("DiCo-S", with_cca), ("w/o CCA", without)):
+            probed.append((declared("channels", TABLE_4.row(label), protocol, seed), values))
+    finding = claims_probes.judge_channels({}, sources(tmp_path, *probed))
+
+    # The claim's scale is ImageNet.
+    assert finding.evidence.value == evidence
+    assert str(finding.judgement) == "reproduced"
+    assert finding.value == "-0.09 near-dead"
+    assert finding.error == "95 %: -0.13 to -0.05"
+    assert len(finding.records) == 6
+    assert protocol.name in finding.basis

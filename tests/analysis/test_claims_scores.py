@@ -15,16 +15,16 @@ from analysis.tables.conditions import same_conditions
 from analysis.tables.progress import progress_row, stopped
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.declared.protocols import DIGITS, IMAGENET256, IMAGENET256_OWN, IMAGENET512_OWN
-from experiments.engine.records.manifest import manifest
 from experiments.engine.records.store import Store
 from experiments.engine.specs.rows import Row
-from experiments.engine.specs.spec import Checkpoint, Evaluate, canonical
+from experiments.engine.specs.spec import Checkpoint, Evaluate
 from experiments.engine.specs.stages import Protocol, evaluate_stage, timing_stage, train_stage
 from experiments.main_results import TABLE_1, TABLE_2
 from tests.support.references import (
     GPU_PROVENANCE,
     commit_records,
     digits_values,
+    imagenet_values,
     reopen_records,
     timing_values,
 )
@@ -55,17 +55,8 @@ class Claims:
     def score_stage(
         self, stage: Evaluate, fid: float, quantiser: str = "rounds", error: float = 0.1
     ) -> None:
-        """Append a FID, with a manifest that names the quantiser of the samples."""
-        values = {
-            "fid": fid,
-            "fid_se": error,
-            "fid_corrected": fid,
-            "is": 1.0,
-            "precision": 0.5,
-            "recall": 0.5,
-            "manifest": manifest(canonical(stage, full=True), {}, {"quantiser": quantiser}),
-        }
-        self.add(stage, values)
+        """Append a FID, of samples that a quantiser rounded."""
+        self.add(stage, imagenet_values(stage, fid, error, quantiser))
 
     def score_digits(self, label: str, fd: float) -> None:
         """Append a distance on digits of three seeds, which deviate by a hundredth."""

@@ -112,12 +112,14 @@ def test_a_published_checkpoint_is_drawn_from_its_file(
     """Other weights are other images, and no record is written."""
     shown = []
     for seed in (1, 2):
+        # Draw two classes by the weights of a file.
         file = tmp_path / f"{seed}.pt"
         options = save_checkpoint(name, file, seed)
         network = ("--backbone", name, "--checkpoint", file, *options)
         size = ("--rows", 1, "--classes", 0, 4)
         assert run(monkeypatch, *network, *size, "--results", tmp_path) == 0
 
+        # The caption names the file, and no record.
         image = read_image(tmp_path, f"digits_{name}_{file_sha256(file)[:8]}")
         caption = image.info[CAPTION]
         assert f"the published {name} under digits" in caption

@@ -23,14 +23,14 @@ from analysis.tables.progress import progress_row, stopped
 from analysis.tables.recipes import CONFIGURATIONS
 from experiments.declared import timings as speed
 from experiments.declared.protocols import IMAGENET256
-from experiments.engine.records.manifest import manifest
 from experiments.engine.records.store import Store
-from experiments.engine.specs.spec import Backbone, Timing, canonical
+from experiments.engine.specs.spec import Backbone, Evaluate, Timing
 from experiments.engine.specs.stages import cost_stage, evaluate_stage, train_stage
 from experiments.main_results import TABLE_1
 from tests.support.references import (
     GPU_PROVENANCE,
     commit_records,
+    imagenet_values,
     reopen_records,
     timing_values,
 )
@@ -38,18 +38,9 @@ from tests.support.references import (
 PROVENANCE = GPU_PROVENANCE | {"world_size": 8}
 
 
-def scored(store: Store, stage: Any, fid: float, error: float | None = 0.5) -> None:
+def scored(store: Store, stage: Evaluate, fid: float, error: float | None = 0.5) -> None:
     """Append the scores of a stage."""
-    values = {
-        "fid": fid,
-        "fid_se": error,
-        "sfid": 9.0,
-        "is": 20.0,
-        "precision": 0.5,
-        "recall": 0.5,
-        "manifest": manifest(canonical(stage, full=True), {}, {}),
-    }
-    store.append(stage, "done", values, PROVENANCE)
+    store.append(stage, "done", imagenet_values(stage, fid, error), PROVENANCE)
 
 
 def trained(store: Store, stage: Any, values: dict[str, Any], device: str = "a GPU") -> None:

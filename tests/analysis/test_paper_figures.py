@@ -21,16 +21,16 @@ from analysis.tables.progress import progress_row, stopped
 from experiments.ablation import TABLE_4
 from experiments.declared import timings as speed
 from experiments.declared.protocols import DIGITS, IMAGENET256
-from experiments.engine.records.manifest import manifest
 from experiments.engine.records.store import Store
 from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.specs.rows import Row
-from experiments.engine.specs.spec import Backbone, Timing, canonical
+from experiments.engine.specs.spec import Backbone, Timing
 from experiments.engine.specs.stages import Protocol, evaluate_stage, train_stage
 from experiments.main_results import TABLE_1
 from tests.support.references import (
     GPU_PROVENANCE,
     commit_records,
+    imagenet_values,
     reopen_records,
     timing_values,
 )
@@ -47,18 +47,9 @@ def timed(
 def scored(
     store: Store, row: Row, protocol: Protocol, fid: float, quantiser: str = "rounds"
 ) -> None:
-    """Append the scores of a row, whose protocol includes the quantiser of the samples."""
+    """Append the scores of a row."""
     stage = evaluate_stage(row, protocol, 0)
-    values = {
-        "fid": fid,
-        "fid_se": 0.1,
-        "fid_corrected": fid,
-        "sfid": 9.0,
-        "is": 20.0,
-        "precision": 0.5,
-        "recall": 0.5,
-        "manifest": manifest(canonical(stage, full=True), {}, {"quantiser": quantiser}),
-    }
+    values = imagenet_values(stage, fid, quantiser=quantiser)
     store.append(stage, "done", values, GPU_PROVENANCE)
 
 

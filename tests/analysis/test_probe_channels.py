@@ -27,12 +27,14 @@ def features(n: int, c: int, h: int, w: int) -> torch.Tensor:
 
 
 def test_effective_rank_of_known_matrices():
+    """The effective rank is the exponential of the entropy of the singular values."""
     assert effective_rank(torch.eye(5).double()) == pytest.approx(5)
     assert effective_rank(torch.ones(5, 5).double()) == pytest.approx(1, abs=1e-5)
-    singular = torch.tensor([3.0, 1.0]).double()  # p = 3/4, 1/4
-    assert effective_rank(torch.diag(singular**2)) == pytest.approx(
-        math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
-    )
+
+    # Singular values of 3 and 1 are shares of 3/4 and 1/4.
+    singular = torch.tensor([3.0, 1.0]).double()
+    entropy = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
+    assert effective_rank(torch.diag(singular**2)) == pytest.approx(math.exp(entropy))
     with pytest.raises(ValueError, match="do not vary"):
         effective_rank(torch.zeros(3, 3))
 
@@ -51,24 +53,29 @@ def test_correlation_against_numpy_without_constant_channels():
 
 
 def test_streaming_equals_one_shot():
+    """Batches of any size and layout give the measures of the whole set."""
     x = features(6, 5, 3, 5)
-    parts = Redundancy()
     whole = Redundancy()
     whole.add(x)
-    for some in (x[:1].flatten(2).mT, x[1:4], x[4:]):
-        parts.add(some)
-    torch.testing.assert_close(parts.covariance(), whole.covariance())
-    torch.testing.assert_close(parts.activation(), x.clamp(min=0).mean((0, 2, 3)))
-    rank = torch.linalg.svdvals((x - x.mean((0, 2, 3), keepdim=True)).movedim(1, -1).reshape(-1, 5))
-    share = rank / rank.sum()
-    assert whole.scalars()["effective_rank"] == pytest.approx(
-        math.exp(-(share * share.log()).sum())
-    )
+    streamed = Redundancy()
+    for batch in (x[:1].flatten(2).mT, x[1:4], x[4:]):
+        streamed.add(batch)
+    torch.testing.assert_close(streamed.covariance(), whole.covariance())
+    torch.testing.assert_close(streamed.activation(), x.clamp(min=0).mean((0, 2, 3)))
+
+    # The rank is that of the centred table of all positions.
+    centred = x - x.mean((0, 2, 3), keepdim=True)
+    singular = torch.linalg.svdvals(centred.movedim(1, -1).reshape(-1, 5))
+    share = singular / singular.sum()
+    entropy = -(share * share.log()).sum()
+    assert whole.scalars()["effective_rank"] == pytest.approx(math.exp(entropy))
 
 
 def test_near_dead_channels_are_counted():
+    """Two of four channels are hardly ever above zero."""
     x = torch.ones(1, 4, 2, 2) + 0.01 * features(1, 4, 2, 2)
-    x[:, 0], x[:, 1] = -1 + 0.01 * x[:, 2], 0.01 * x[:, 3]
+    x[:, 0] = -1 + 0.01 * x[:, 2]
+    x[:, 1] = 0.01 * x[:, 3]
     redundancy = Redundancy()
     redundancy.add(x)
     assert redundancy.scalars()["near_dead"] == 0.5
@@ -77,13 +84,10 @@ def test_near_dead_channels_are_counted():
 
 
 def tiny(name: str, **options: object) -> nn.Module:
+    """Build a small network of random weights."""
     torch.manual_seed(0)
-    model = backbones.build(
-        name,
-        **backbones.tiny_options_of(name)
-        | dict(input_size=8, in_channels=3, num_classes=5)
-        | options,
-    )
+    shape = dict(input_size=8, in_channels=3, num_classes=5)
+    model = backbones.build(name, **backbones.tiny_options_of(name) | shape | options)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
     return model.eval()
@@ -122,20 +126,22 @@ def test_the_last_mixer_is_what_the_last_gate_multiplies(name: str):
 
 
 def test_features_are_the_first_stages_output():
+    """The maps of a step are those that the next stage is given."""
     model = tiny("dico_s")
     arrays, _ = record(model, first_stage(model), walk, keep_maps=True)
-    seen = []
-    handle = model.down1_2.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    maps = torch.from_numpy(arrays["maps"]).float()
+
+    # Keep what reaches the first downsampling.
+    inputs = []
+    handle = model.down1_2.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     with torch.no_grad():
         walk(model)
     handle.remove()
-    assert arrays["maps"].shape == (2, 12, 8, 8)
-    torch.testing.assert_close(
-        torch.from_numpy(arrays["maps"]).float(),
-        torch.stack([x[0] for x in seen]),
-        rtol=2e-3,
-        atol=1e-3,
-    )
+
+    # Of every step, the first image's maps are stored in half precision.
+    assert maps.shape == (2, 12, 8, 8)
+    truth = torch.stack([x[0] for x in inputs])
+    torch.testing.assert_close(maps, truth, rtol=2e-3, atol=1e-3)
 
 
 def test_networks_without_what_is_probed_say_so():

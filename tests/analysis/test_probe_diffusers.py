@@ -80,6 +80,8 @@ def test_a_pipelines_folder_is_loaded_with_its_weights(tmp_path: Path):
 
 
 def test_bad_folders_and_embeddings_are_refused(tmp_path: Path):
+    """What is no transformer, or no embedding of its text, is refused with the reason."""
+    # Folders: without a configuration, of another network, without weights.
     config = tmp_path / "config.json"
     with pytest.raises(ValueError, match=r"cannot read .*config\.json: No such file"):
         load(tmp_path)
@@ -90,6 +92,7 @@ def test_bad_folders_and_embeddings_are_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="cannot be loaded"):
         load(tmp_path)
 
+    # Embeddings: no plain arrays, of another width, for another network.
     objects = tmp_path / "objects.npz"
     np.savez(objects, encoder_hidden_states=np.array([{}], dtype=object))
     with pytest.raises(ValueError, match="plain arrays"):

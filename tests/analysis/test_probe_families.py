@@ -54,6 +54,7 @@ def count_inside(model: nn.Module, modules: set[nn.Module]) -> int:
     def leave(*_: object) -> None:
         observer.__exit__(None, None, None)
 
+    # Observe from the start of a module's forward pass to its end.
     with ExitStack() as stack:
         for module in modules:
             stack.callback(module.register_forward_pre_hook(enter).remove)
@@ -162,10 +163,12 @@ def test_in_dimsums_fused_attention_each_branch_queries_the_other(dimsum: nn.Mod
         q1, k1, v1 = (heads_of(x1, fusion.qkv1, part, 3) for part in range(3))
         q2, k2, v2 = (heads_of(x2, fusion.qkv2, part, 3) for part in range(3))
 
+        # Three heads of either branch.
         weights = matrix(call)
         truth = torch.cat([softmax(q1, k2), softmax(q2, k1)], dim=1)
         torch.testing.assert_close(weights, truth, rtol=1e-4, atol=1e-8)
 
+        # The block projects the weighted values.
         answers = (weights @ torch.cat([v2, v1], dim=1)).transpose(1, 2).flatten(2)
         projected = answers @ fusion.proj.weight.double().T + fusion.proj.bias.double()
         torch.testing.assert_close(projected, out.double(), rtol=1e-3, atol=1e-4)
@@ -182,16 +185,19 @@ def test_dimsums_scans_of_the_grid_look_back_along_their_order(dimsum: nn.Module
 
 
 def test_the_probe_keeps_a_series_for_every_call_over_time(dimsum: nn.Module):
+    """Two passes give every call two values per head, also where a layer is called twice."""
     settings = Settings(
         queries=3, anchors=((0.5, 0.5),), gradient_queries=0, gradient_images=1, directions=1
     )
     probe = LocalityProbe(dimsum, layers(dimsum), settings)
     for _ in range(2):
         probe(*inputs(dimsum, 1))
+
+    # The series of attention, by their numbers among the arrays.
     arrays = probe.arrays()
     kinds = [key for key in arrays if key.startswith("kind_")]
     numbers = [key.removeprefix("kind_") for key in kinds if str(arrays[key]) == "attention"]
-    assert [str(arrays[f"layer_{p}"]) for p in numbers] == [
+    assert [str(arrays[f"layer_{number}"]) for number in numbers] == [
         "blocks.0.proj",
         "blocks.1.proj",
         "attn_block.attn",
@@ -199,5 +205,7 @@ def test_the_probe_keeps_a_series_for_every_call_over_time(dimsum: nn.Module):
         "blocks.3.proj",
         "attn_block.attn call 2",
     ]
-    shapes = [arrays[f"values_{p}"].shape for p in numbers]
+
+    # A fusion has six heads and the shared block three.
+    shapes = [arrays[f"values_{number}"].shape for number in numbers]
     assert shapes == [(2, heads, 3) for heads in (6, 6, 3, 6, 6, 3)]

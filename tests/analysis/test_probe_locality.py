@@ -114,6 +114,7 @@ def scattered_place() -> Tensor:
 
 
 def test_gated_linear_attention_equals_its_jacobian():
+    """Implied weights are the Jacobian by the values, normalised over the grid's tokens."""
     place = scattered_place()
     length = TOKENS + 3
     q, k, v = (seeded(1, 2, length, e, seed=seed) for seed, e in enumerate((4, 4, 3)))
@@ -121,12 +122,14 @@ def test_gated_linear_attention_equals_its_jacobian():
     full = torch.autograd.functional.jacobian(lambda v: gated_linear(q, k, v, g), v)
     jacobian = full[0, 1, :, 0, 0, 1, :, 0]  # (S, S)
 
+    # The second head, whose value channels all have the same weights.
     rows = implied.GatedLinear(q, k, g, place).rows(1, ALL)[0]
     truth = implied.normalised(jacobian.abs()[place][:, place])
     torch.testing.assert_close(rows, truth, rtol=1e-6, atol=1e-7)
 
 
 def test_the_scan_equals_its_jacobian():
+    """Implied weights are the Jacobian's sizes, summed over channels and normalised."""
     place = scattered_place()
     length = TOKENS + 3
     u, delta, z = (seeded(1, 4, length, seed=seed) for seed in range(3))
@@ -139,10 +142,13 @@ def test_the_scan_equals_its_jacobian():
         z,
         seeded(4, seed=7),
     )
+
+    # Channels do not mix.
     full = torch.autograd.functional.jacobian(lambda u: selective_scan(u, *inputs), u)
     jacobian = full[0, :, :, 0]  # (D, S, D, S)
     sizes = sum(jacobian[channel, :, channel].abs() for channel in range(4))
 
+    # The grid's tokens alone are weighed.
     rows = implied.Scan(inputs, place).rows(0, ALL)[0]
     truth = implied.normalised(sizes[place][:, place])
     torch.testing.assert_close(rows, truth, rtol=1e-6, atol=1e-9)
@@ -158,7 +164,9 @@ def frozen(name: str, size: tuple[int, int], index: int = 0, **options: object) 
     for parameter in mixer.parameters():
         nn.init.normal_(parameter)
     nn.init.zeros_(mixer.qkv.weight[:12])
-    if hasattr(mixer, "dwc"):  # the values' convolution, which implied attention leaves out
+
+    # Implied attention leaves out the convolution of the values.
+    if hasattr(mixer, "dwc"):
         nn.init.zeros_(mixer.dwc.weight)
     return mixer
 
@@ -178,15 +186,18 @@ def frozen(name: str, size: tuple[int, int], index: int = 0, **options: object) 
 def test_implied_attention_and_gradients_are_the_jacobian_of_a_linear_mixer(
     name: str, size: tuple[int, int], index: int, options: dict
 ):
+    """Of a linear mixer, weights and gradients are the norms of the Jacobian's blocks."""
     mixer = frozen(name, size, index, **options)
     calls = []
     x = seeded(2, 6, *size)
     with torch.no_grad(), watching(layers(nn.Sequential(mixer)), calls.append):
         mixer(x)
+
+    # A block holds the derivatives of one token's channels by another one's.
     jacobian = torch.autograd.functional.jacobian(mixer, x[:1])[0]  # (C, H, W, 1, C, H, W)
     tokens = size[0] * size[1]
-    truth = implied.normalised(jacobian.view(6, tokens, 6, tokens).square().sum((0, 2)).sqrt())
-
+    norms = jacobian.view(6, tokens, 6, tokens).square().sum((0, 2)).sqrt()
+    truth = implied.normalised(norms)
     every = torch.arange(tokens)
     for image in calls[0].weights.rows(0, every).double():
         torch.testing.assert_close(image, truth, rtol=1e-5, atol=1e-8)
@@ -197,18 +208,22 @@ def test_implied_attention_and_gradients_are_the_jacobian_of_a_linear_mixer(
 
 
 def test_a_convolution_reaches_as_far_as_its_kernel():
+    """The corner of the grid sees a quarter of a kernel of 5x5, by weights and by gradients."""
     mixer = build_mixer("conv", 4, ODD, 0, channel="none", kernel=5)
-    calls = []
     nn.init.ones_(mixer.depthwise.weight)
     x = seeded(1, 4, *ODD).float()
     corner = torch.tensor([0])
+    calls = []
     with torch.no_grad(), watching(layers(nn.Sequential(mixer)), calls.append):
         mixer(x)
+
+    # Equal weights over 3x3 tokens.
     assert calls[0].weights.kind == "receptive field"
     weights = calls[0].weights.rows(0, corner)[0, 0].view(ODD)
     assert weights[:, :3].flatten().tolist() == pytest.approx([1 / 9] * 9)
     assert not weights[:, 3:].any()
 
+    # Gradients to the same tokens.
     gradients = Gradients("", mixer, x, None, estimator(2)).rows(0, corner)[0, 0].view(ODD)
     assert gradients[:, :3].all()
     assert not gradients[:, 3:].any()
@@ -231,13 +246,13 @@ def test_directions_average_to_the_frobenius_norm():
 
 def silence(model: nn.Module) -> None:
     """Let mixers, MLPs and skips add nothing, so that all layers see the same tokens."""
+    # A mixer ends with its last projection.
     for layer in layers(model):
-        projections = [
-            parameter
-            for name, parameter in layer.module.named_parameters()
-            if name.endswith(("proj.weight", "out_proj.weight"))
-        ]
-        nn.init.zeros_(projections[-1])
+        parameters = dict(layer.module.named_parameters())
+        ends = [name for name in parameters if name.endswith(("proj.weight", "out_proj.weight"))]
+        nn.init.zeros_(parameters[ends[-1]])
+
+    # A skip passes the stream and adds nothing of the other block.
     for name, parameter in model.named_parameters():
         if name.endswith(("mlp.fc2.weight", "scale_shift_table", "skip_linear.1.weight")):
             nn.init.zeros_(parameter)
@@ -253,11 +268,14 @@ def test_tokens_of_the_grid_are_found_in_every_layers_sequence(name: str):
     model = backbones.build(name, **options).eval()
     silence(model)
 
+    # Keep what every layer is given.
     calls = []
     watched = layers(model)
     with torch.no_grad(), watching(watched, calls.append):
         model(seeded(1, 3, 6, 6).float(), torch.tensor([500]), torch.tensor([1]))
     assert len(calls) == len(watched) > 1
+
+    # All layers see the tokens of the first one.
     first = calls[0].inputs[0][:, calls[0].place]
     for call in calls:
         tokens = call.inputs[0][:, call.place]
@@ -280,17 +298,18 @@ def test_every_family_runs_and_is_unchanged(name: str):
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
 
-    size = model.input_size
-    x = seeded(2, model.in_channels, size, size).float()
-    t = torch.tensor([300, 300])
-    y = torch.tensor([0, 1])
+    # The cheapest settings that use every measure.
     small = Settings(
         queries=2, anchors=((0.5, 0.5),), gradient_queries=1, gradient_images=1, directions=1
     )
     probe = LocalityProbe(model, layers(model), small)
+    x = seeded(2, model.in_channels, model.input_size, model.input_size).float()
+    t = torch.tensor([300, 300])
+    y = torch.tensor([0, 1])
     with torch.no_grad():
         torch.testing.assert_close(probe(x, t, y), model(x, t, y), rtol=1e-4, atol=1e-5)
 
+    # All weights lie within the largest radius.
     arrays = probe.arrays()
     assert "network gradient" in summary(arrays)
     for key, array in arrays.items():
@@ -300,16 +319,19 @@ def test_every_family_runs_and_is_unchanged(name: str):
 
 def test_a_head_weighs_as_much_in_the_uniform_value_as_in_the_mass():
     """Uniform weights on two grids with different numbers of heads are 1 in every measure."""
+    # Five images in each of two layers.
     arrays: dict[str, np.ndarray] = {}
-    for part, (heads, side, mass) in enumerate(((2, 4, 0.5), (8, 2, 1.0))):
+    for layer, (heads, side, mass) in enumerate(((2, 4, 0.5), (8, 2, 1.0))):
         arrays |= {
-            f"kind_{part}": np.array("attention"),
-            f"grid_{part}": np.array([side, side]),
-            f"uniform_{part}": np.full(3, 2.0),
-            f"values_{part}": np.full((5, heads, 3), 2.0),
-            f"uniform_mass_{part}": np.array([0.1, mass]),
-            f"mass_{part}": np.full((5, heads, 2), mass),
+            f"kind_{layer}": np.array("attention"),
+            f"grid_{layer}": np.array([side, side]),
+            f"uniform_{layer}": np.full(3, 2.0),
+            f"values_{layer}": np.full((5, heads, 3), 2.0),
+            f"uniform_mass_{layer}": np.array([0.1, mass]),
+            f"mass_{layer}": np.full((5, heads, 2), mass),
         }
+
+    # Two heads with a mass of 0.5 nearby and eight with 1.0 have 0.9 on average.
     assert summary(arrays)["attention"] == {
         "distance": 1.0,
         "field": 1.0,

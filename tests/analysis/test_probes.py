@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,8 +22,9 @@ from experiments.ablation import TABLE_4
 from experiments.declared.protocols import DIGITS, PROTOCOLS
 from experiments.engine.records.store import Record, Store
 from experiments.engine.reporting.lookup import REFERENCE_SEEDS
-from experiments.engine.specs.spec import spec_id
-from experiments.engine.specs.stages import evaluate_stage, train_stage
+from experiments.engine.specs.rows import Row
+from experiments.engine.specs.spec import Evaluate, spec_id
+from experiments.engine.specs.stages import Protocol, evaluate_stage, train_stage
 from experiments.engine.training import checkpoint
 from experiments.engine.training.trainer import build
 
@@ -95,11 +97,11 @@ def test_equal_arrays_of_a_repeated_probe_are_one_file(results: Path):
 
 
 def test_anchors_are_chosen_and_all_of_them_drawn(results: Path):
+    """Anchors are fractions of the grid; each has its map, and its frame in the figure."""
     anchors = ("0,0", "0.25,1", "0.5,0.5")
     assert probe(results, "locality", "--gradients", "0", "--anchors", *anchors) == 0
-    (record,) = [
-        record for record in records_of(results, "locality") if len(record.spec["anchors"]) == 3
-    ]
+    records = records_of(results, "locality")
+    (record,) = [record for record in records if len(record.spec["anchors"]) == 3]
     arrays = arrays_of(Store(results).here, record)
     height, width = arrays["grid_0"]
     tokens = [[0, 0], [height // 4, width - 1], [height // 2, width // 2]]
@@ -110,10 +112,9 @@ def test_anchors_are_chosen_and_all_of_them_drawn(results: Path):
     panel = figure(1, 1)[1]
     figures_probes.draw_maps([panel], figures_probes.Probed("DiCo-S", arrays, {}))
     red = [patch for patch in panel.patches if patch.get_edgecolor()[:3] == (1, 0, 0)]
-    drawn = [
-        (patch.get_y(), patch.get_x() - image.get_extent()[0])
-        for patch, image in zip(red, panel.images, strict=True)
-    ]
+    drawn = []
+    for patch, image in zip(red, panel.images, strict=True):
+        drawn.append((patch.get_y(), patch.get_x() - image.get_extent()[0]))
     assert drawn == [(row, pytest.approx(column)) for row, column in tokens]
 
 
@@ -139,29 +140,35 @@ def weights_of_training(record: Record) -> str:
     return record.values["weights_sha256"]
 
 
+def specs_of_training(evaluate: Evaluate, row: Row, protocol: Protocol, seed: int) -> list[Any]:
+    """Return the probes of a training, and its score if it is of this one network."""
+    specs: list[Any] = [declared(name, row, protocol, seed) for name in PROBES]
+    if evaluate.trainings == evaluate.train.trainings:
+        specs.append(evaluate)
+    return specs
+
+
 def test_committed_probes_and_scores_are_of_the_committed_weights():
     """A system's score names the weights of all its networks together and is left out."""
     store = Store()
-    checked = 0
-    other = set()
-    for table, protocol, seed in itertools.product(
-        TRAINED.values(), PROTOCOLS.values(), REFERENCE_SEEDS
-    ):
+    num_checked = 0
+    others = set()
+    tables = TRAINED.values()
+    for table, protocol, seed in itertools.product(tables, PROTOCOLS.values(), REFERENCE_SEEDS):
         for row in trained_rows(table).values():
             evaluate = evaluate_stage(row, protocol, seed)
-            trained = store.reference.latest(evaluate.train)
-            specs = [declared(name, row, protocol, seed) for name in PROBES]
-            if evaluate.trainings == evaluate.train.trainings:
-                specs.append(evaluate)
-            for spec in specs:
+            training = store.reference.latest(evaluate.train)
+
+            # Whatever is recorded of a row, protocol and seed names the training's weights.
+            for spec in specs_of_training(evaluate, row, protocol, seed):
                 record = store.reference.latest(spec)
                 if record is None:
                     continue
-                checked += 1
-                if trained is None or weights_of_record(record) != weights_of_training(trained):
-                    other.add(record.name)
-    assert checked > 100
-    assert not other
+                num_checked += 1
+                if training is None or weights_of_record(record) != weights_of_training(training):
+                    others.add(record.name)
+    assert num_checked > 100
+    assert not others
 
 
 def test_rows_that_are_not_trained_are_named_with_the_command_that_trains_them(
@@ -229,17 +236,17 @@ def test_a_published_checkpoint_is_probed_by_its_checksum(
 ):
     """The network has DiCo-S's published size, since a checkpoint is loaded into that."""
     published = train_stage(DICO, DIGITS, 0).backbone.but(dim=128, depths=(5, 4, 4, 4, 4))
-    weights = {
-        name: torch.randn_like(tensor) * 0.02
-        for name, tensor in build(published, 0, CPU).state_dict().items()
-    }
+    state = build(published, 0, CPU).state_dict()
     file = tmp_path / "dico.pt"
-    torch.save(weights, file)
+    torch.save({name: torch.randn_like(tensor) * 0.02 for name, tensor in state.items()}, file)
+
+    # Its record holds the checksum of its weights.
     size = ["--images", "1", "--steps", "2", "--results", str(tmp_path)]
     assert main(["channels", "--checkpoint", str(file), "--backbone", "dico_s", *size]) == 0
     (path,) = (tmp_path / "records" / "channels").glob("*.json")
     assert len(json.loads(path.read_text())["spec"]["weights"]) == 64
 
+    # Another network does not take it.
     assert main(["channels", "--checkpoint", str(file), "--backbone", "dit_s_2", *size]) == 2
     assert "checkpoint of another model" in capsys.readouterr().err
 

@@ -36,24 +36,25 @@ from tests.support.sheets import labelled, note_about
 
 
 def test_a_frame_has_a_row_per_record_and_a_column_per_field():
+    """A frame can be queried by fields of specs, values and provenance."""
     store = ReferenceStore()
     table = frame(store)
     records = {record.name: record for record in store.all_records()}
     assert set(table.index) == set(records)
     assert table.index.is_unique
 
+    # Scores on digits, by a query and record by record.
     scored = table.query("kind == 'evaluate' and `spec.features` == 'digits'")
-    expected = {
-        name: record.values["fd_digits"]
-        for name, record in records.items()
-        if record.kind == "evaluate" and record.spec["features"] == "digits"
-    }
+    evaluations = [record for record in records.values() if record.kind == "evaluate"]
+    on_digits = [record for record in evaluations if record.spec["features"] == "digits"]
+    expected = {record.name: record.values["fd_digits"] for record in on_digits}
     assert scored["values.fd_digits"].to_dict() == expected
+
+    # Columns keep their types, and what a record lacks is missing.
     assert scored["spec.train.seed"].dtype.kind in "if"
     assert scored["values.images_per_s"].isna().all()
-    assert set(scored["provenance.torch"]) == {
-        records[name].provenance["torch"] for name in expected
-    }
+    versions = {record.provenance["torch"] for record in on_digits}
+    assert set(scored["provenance.torch"]) == versions
 
 
 def test_a_frame_of_no_records_is_empty(tmp_path: Path):
@@ -79,9 +80,8 @@ def test_networks_are_compared_at_one_batch(tmp_path: Path):
             time_network(store, name, batch)
     committed = commit_records(tmp_path)
     timings = {name: gpu_timings(Backbone(name), 32, committed) for name in batches}
-    assert {key: sorted(found) for key, found in at_one_batch(timings).items()} == {
-        ("fp32, TF32 off", "a GPU", 16): ["dico_xl", "dis_h_2", "dit_xl_2"]
-    }
+    compared = {key: sorted(networks) for key, networks in at_one_batch(timings).items()}
+    assert compared == {("fp32, TF32 off", "a GPU", 16): ["dico_xl", "dis_h_2", "dit_xl_2"]}
     del timings["dit_xl_2"]
     assert [batch for _, _, batch in at_one_batch(timings)] == [64]
 
@@ -125,18 +125,18 @@ def test_a_record_of_another_extractor_is_ordered_by_nothing(tmp_path: Path):
     """Neither by the claim that asks for it, nor by a figure, the scatter or the page."""
     store = change_manifest(tmp_path, "w/o CCA", "extractor", {"sha256": "0" * 64})
     claims = {row["id"]: row for row in store.rows("claims.csv")}
-    found = judge(claims["cca-fid"], store)
-    assert found.evidence == Evidence.NOT_YET
-    assert found.judgement == Judgement(Verdict.OPEN)
-    assert "scored by another protocol: w/o CCA (extractor" in found.basis
+    finding = judge(claims["cca-fid"], store)
+    assert finding.evidence == Evidence.NOT_YET
+    assert finding.judgement == Judgement(Verdict.OPEN)
+    assert "scored by another protocol: w/o CCA (extractor" in finding.basis
 
-    # other claims keep their verdicts
+    # Other claims keep their verdicts.
     before = judge(claims["kernel-order"], ReferenceStore())
     after = judge(claims["kernel-order"], store)
     assert after.evidence == before.evidence
     assert len(after.records) == len(before.records)
 
-    # the page of the protocol, the interactive scatter, and the figure
+    # The page of the protocol, the interactive scatter and the figure leave it out.
     page = agreement_page(store)
     assert "10 rows, 3 seeds each" in page
     assert "Left out, since scored by another protocol: w/o CCA (extractor" in page

@@ -134,17 +134,22 @@ def test_table_6_without_a_model_or_its_log_says_so(tmp_path: Path):
 
 @pytest.mark.parametrize("better", Better)
 def test_ranks_are_intervals_that_only_resolved_differences_narrow(better: Better):
+    """A row ranks from the first to the last place that its seeds leave open."""
+
     def seeds(mean: float, width: float) -> list[dict[str, float]]:
         return [{"agreement": mean + width * k} for k in (-1, 0, 1)]
 
     def ranks(*rows: list[dict[str, float]]) -> list[Rank | None]:
         return rank_rows("agreement", better, rows)
 
+    # Seeds that agree tell all three rows apart, and seeds that do not tell none.
     first, second, third = (0.1, 0.5, 0.9) if better is Better.LOWER else (0.9, 0.5, 0.1)
-    certain = ranks(*(seeds(mean, 0.001) for mean in (first, second, third)))
+    certain = ranks(seeds(first, 0.001), seeds(second, 0.001), seeds(third, 0.001))
     assert certain == [Rank(1, 1), Rank(2, 2), Rank(3, 3)]
-    noisy = ranks(*(seeds(mean, 1.0) for mean in (first, second, third)))
+    noisy = ranks(seeds(first, 1.0), seeds(second, 1.0), seeds(third, 1.0))
     assert noisy == [Rank(1, 3)] * 3
+
+    # A gap takes no place, and a single seed gives no rank.
     with_gap = ranks(seeds(first, 0.001), [], seeds(third, 0.001))
     assert with_gap == [Rank(1, 1), None, Rank(2, 2)]
     assert ranks([{"agreement": 1.0}], [{"agreement": 2.0}]) == [None, None]
@@ -165,27 +170,26 @@ def test_only_what_is_first_for_certain_is_bold(tmp_path: Path):
 
 
 def test_numeric_modes_of_a_gpu_stand_side_by_side(tmp_path: Path):
+    """Every mode has two columns: the largest batch up to the paper's, and its difference."""
     store = Store(tmp_path)
     spec = Timing(Backbone("dico_xl"), 32, 4, 1000, 64, "cuda", baseline=Backbone("dit_s_2"))
-    for mode, batch, rate in (
-        ("fp32", 64, 80.0),
-        ("as_published", 64, 200.0),
-        ("as_published", 16, 150.0),
-        ("as_published", 1024, 300.0),
-    ):
-        flags = HALF_TF32 if mode == "as_published" else PROVENANCE["precision_flags"]
-        store.append(
-            replace(spec, precision=mode, batch=batch),
-            "done",
-            timing_values(rate, 0.5),
-            GPU_PROVENANCE | {"precision_flags": flags},
-        )
+
+    def timed(mode: str, batch: int, rate: float, flags: dict[str, bool]) -> None:
+        stage = replace(spec, precision=mode, batch=batch)
+        provenance = GPU_PROVENANCE | {"precision_flags": flags}
+        store.append(stage, "done", timing_values(rate, 0.5), provenance)
+
+    # One batch in fp32, and three as the authors' code runs.
+    timed("fp32", 64, 80.0, PROVENANCE["precision_flags"])
+    timed("as_published", 64, 200.0, HALF_TF32)
+    timed("as_published", 16, 150.0, HALF_TF32)
+    timed("as_published", 1024, 300.0, HALF_TF32)
+
+    # The columns of this GPU.
     sheet = SHEETS["table1"](commit_records(tmp_path))
     row = labelled(sheet, "DiCo-XL")
-    shown = {
-        column.title: row[column.key] for column in sheet.columns if column.group == "ours, a GPU"
-    }
-    assert shown == {
+    columns = [column for column in sheet.columns if column.group == "ours, a GPU"]
+    assert {column.title: row[column.key] for column in columns} == {
         "img/s, as_published, TF32 cudnn": "200.00 ±0.50",
         "diff. %, as_published, TF32 cudnn": "-4.06",
         "img/s, fp32, TF32 off": "80.00 ±0.50",
@@ -225,11 +229,15 @@ def test_a_score_under_the_papers_conditions_stands_beside_its_row(
     dirty = PROVENANCE | {"dirty": True}
     record = Store(tmp_path).append(stage, "done", values | {"is": 30.0}, dirty)
 
+    # One row alone leads to the record.
     sheet = SHEETS[f"table{number}"](commit_records(tmp_path))
     names = [{own.name for cell in row.values() for own in cell.records} for row in sheet.rows]
-    assert [record.name in found for found in names].count(True) == 1
-    at = [record.name in found for found in names].index(True)
+    holds_record = [record.name in of_row for of_row in names]
+    assert holds_record.count(True) == 1
+    at = holds_record.index(True)
     assert texts(sheet, sheet.columns[0].key)[at] == "DiCo-S"
+
+    # It holds every metric and its difference, and a note warns of the dirty tree.
     ours = {key: texts(sheet, key)[at] for key in expected}
     assert ours == expected
     assert note_about(sheet, "uncommitted changes")
@@ -246,17 +254,16 @@ def test_a_row_of_an_ablation_is_timed_on_a_gpu_too(tmp_path: Path):
 
 
 def test_the_papers_own_units_stand_beside_ours(committed: ReferenceStore):
+    """A published number is printed as in the paper, in millions or billions."""
     table4 = SHEETS["table4"](committed)
     table8 = SHEETS["table8"](committed)
     published = [row["throughput_img_s"] for row in committed.rows("table4.csv")]
     assert texts(table4, "paper_img_s") == published
+
+    # The difference is that of 675.1, which includes the frozen table of positions.
     dit = labelled(table8, "DiT-XL/2")
-    # the difference is of 675.1, with the frozen table of positions
-    assert [dit[key] for key in ("params_paper", "params", "params_diff")] == [
-        "675M",
-        "674.8",
-        "0.02",
-    ]
+    keys = ("params_paper", "params", "params_diff")
+    assert [dit[key] for key in keys] == ["675M", "674.8", "0.02"]
     assert "params of DiC-H, DiCo-H" in note_about(table8, "published in billions")
 
 

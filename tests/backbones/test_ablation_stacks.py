@@ -54,16 +54,14 @@ def same_function(
 ) -> None:
     """Compare output and input gradient, in both dtypes, after loading the renamed weights."""
     shapes = {key: value.shape for key, value in controlled.state_dict().items()}
-    state = {
-        key: value.reshape(shapes[key])
-        for key, value in renamed(randomise(published).state_dict(), names).items()
-    }
+    weights = renamed(randomise(published).state_dict(), names)
+    state = {key: value.reshape(shapes[key]) for key, value in weights.items()}
     controlled.load_state_dict(state, strict=True)
-    x, t, y = (
-        torch.randn(2, 4, size, size, generator=torch.Generator().manual_seed(7)),
-        torch.tensor([3, 999]),
-        torch.tensor([1, 5]),
-    )
+
+    # A batch of two.
+    x = torch.randn(2, 4, size, size, generator=torch.Generator().manual_seed(7))
+    t = torch.tensor([3, 999])
+    y = torch.tensor([1, 5])
     for dtype, tolerance in {torch.float64: 1e-12, torch.float32: 1e-5}.items():
         results = []
         for model in (published.to(dtype), controlled.to(dtype)):
@@ -95,19 +93,27 @@ def test_isotropic_of_softmax_attention_is_dit():
 def test_long_skips_join_mirrored_blocks(depth: int):
     """For i < (depth-1)//2, blocks i and depth-2-i are reduced into the input of depth-1-i."""
     model = randomise(backbones.build("isotropic", input_size=6, dim=12, depth=depth, skips=True))
-    assert len(model.reduce) == (depth - 1) // 2
-    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    num_skips = (depth - 1) // 2
+    assert len(model.reduce) == num_skips
+
+    # Keep what every block and every reduction takes and returns.
+    taken: dict[nn.Module, Tensor] = {}
+    returned: dict[nn.Module, Tensor] = {}
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        taken[module] = args[0]
+        returned[module] = out
+
     for module in [*model.blocks, *model.reduce]:
-        module.register_forward_hook(
-            lambda module, args, out: seen.update({module: (args[0], out)})
-        )
+        module.register_forward_hook(keep)
     model(torch.randn(2, 4, 6, 6), torch.tensor([3, 999]), torch.tensor([1, 5]))
+
+    # The input of every block but the first, from the last block backwards.
     for i in range(depth - 1):
-        after, reduced = model.blocks[depth - 1 - i], None
-        if i < (depth - 1) // 2:
-            reduced = model.reduce[len(model.reduce) - 1 - i]
-            assert torch.equal(
-                seen[reduced][0],
-                torch.cat([seen[model.blocks[depth - 2 - i]][1], seen[model.blocks[i]][1]], dim=1),
-            )
-        assert torch.equal(seen[after][0], seen[reduced or model.blocks[depth - 2 - i]][1])
+        before = model.blocks[depth - 2 - i]
+        source = before
+        if i < num_skips:
+            source = model.reduce[num_skips - 1 - i]
+            joined = torch.cat([returned[before], returned[model.blocks[i]]], dim=1)
+            assert torch.equal(taken[source], joined)
+        assert torch.equal(taken[model.blocks[depth - 1 - i]], returned[source])

@@ -76,19 +76,18 @@ def test_output_is_a_function_of_each_sample(case: Case):
     """Shape, determinism, independence of the batch and of the mode, and float32 accuracy."""
     model = randomise(case.build())
     declared = (case.size, case.options["in_channels"], CLASSES, out_channels(case))
-    assert declared == (
-        model.input_size,
-        model.in_channels,
-        model.num_classes,
-        model.out_channels,
-    )
+    actual = (model.input_size, model.in_channels, model.num_classes, model.out_channels)
+    assert declared == actual
 
+    # The truth is the same network in float64.
     x, t, y = case.inputs()
     with torch.no_grad():
         exact = case.build().double()
         exact.load_state_dict(model.state_dict())
         exact_out = exact(x.double(), t, y)
         assert exact_out.dtype == torch.float64
+
+        # A batch, the same batch again, and every sample alone.
         for mode in modes(model, case):
             out = mode(x, t, y)
             assert out.shape == (3, out_channels(case), case.size, case.size)
@@ -114,7 +113,8 @@ def test_output_depends_on_image_time_and_label(case: Case):
 @every_case
 def test_gradients_reach_every_parameter(case: Case):
     """In float64, so that a gradient of zero is told apart from one that rounding makes."""
-    frozen, unreached = case.exceptions.frozen, case.exceptions.unreached
+    frozen = case.exceptions.frozen
+    unreached = case.exceptions.unreached
     for model in modes(randomise(case.build()), case):
         model.double()
         x, t, y = case.inputs()
@@ -122,6 +122,7 @@ def test_gradients_reach_every_parameter(case: Case):
         out = model(x, t, y)
         out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).double())
 
+        # Exceptions are declared, and must be true.
         for key, p in [("x", x), *model.named_parameters()]:
             if matches(key, frozen):
                 assert not p.requires_grad, f"{key} is declared frozen and is trained"
@@ -131,6 +132,8 @@ def test_gradients_reach_every_parameter(case: Case):
                 reached = p.grad is not None and p.grad.any()
                 assert not reached, f"{key} is declared unreached and has a gradient"
                 continue
+
+            # Every other parameter has a gradient of its own size.
             assert p.grad is not None, f"{key} has no gradient"
             assert p.grad.isfinite().all(), key
             assert p.grad.norm() > 1e-6 * p.norm(), f"no gradient reaches {key}"

@@ -56,6 +56,8 @@ def test_heads_of_low_branches_can_be_left_out(name: str):
     model = randomise(network(name))
     without = network(name, low_heads=False)
     state = model.state_dict()
+
+    # A checkpoint loses the heads of all branches but the last one's.
     kept = without.from_checkpoint(state)
     dropped = sorted(state.keys() - kept.keys())
     last = f"stages.{len(model.stages) - 1}."
@@ -64,6 +66,7 @@ def test_heads_of_low_branches_can_be_left_out(name: str):
     without.load_state_dict(kept, strict=True)
     assert model.from_checkpoint(state) == state
 
+    # The prediction is the last branch's output, with and without the others.
     with torch.no_grad():
         outputs = model.multiscale(*inputs())
         assert [output.shape[-1] for output in outputs] == [12 // p for p in model.patches]

@@ -259,11 +259,15 @@ def test_the_gates_left_out_cost_what_dit_costs():
     t = torch.zeros(1, dtype=torch.long, device="meta")
     with torch.no_grad(), kernels.use(attention="reference"), MacCounter() as macs:
         model.forward_complete(x, t, t)
+
+    # The authors' fused attention hides that queries are scaled.
     all_on = count_network(model, 32, 4)
-    queries = 28 * 256 * 1152  # the authors' fused attention hides that they are scaled
+    queries = 28 * 256 * 1152
     assert round(macs.core / 1e9, 4) == 118.6214
     assert round((macs.core + macs.extra - queries) / 1e9, 4) == 118.6547
     assert round((all_on["macs_torchprofile"] - queries) / 1e9, 4) == 119.3003
+
+    # A block has two routers that see t, and one that sees every token.
     routers = 28 * (2 * 1152 * 15 + 256 * (1152 * 72 + 72))
     assert all_on["macs_core"] - macs.core == routers
 

@@ -73,15 +73,16 @@ def sample_naively(values: Tensor, points: Tensor, weights: Tensor) -> Tensor:
     for index in torch.cartesian_prod(*(torch.arange(size) for size in weights.shape)).tolist():
         image, row, column, group, _ = index
         x, y = (points[tuple(index)] + torch.tensor([column, row])).tolist()
+        weight = weights[tuple(index)]
+
+        # Four pixels around the point share in it, and pixels outside are zero.
         for r in (int(y), int(y) + 1):
             for c in (int(x), int(x) + 1):
                 if 0 <= r < height and 0 <= c < width:
                     share_y = y - int(y) if r > int(y) else 1 - (y - int(y))
                     share_x = x - int(x) if c > int(x) else 1 - (x - int(x))
                     tap = values[image, r, c, group]
-                    out[image, row, column, group] += (
-                        weights[tuple(index)] * share_x * share_y * tap
-                    )
+                    out[image, row, column, group] += weight * share_x * share_y * tap
     return out
 
 

@@ -24,18 +24,19 @@ def test_dig_scans_in_four_orders_and_returns():
     with torch.no_grad():
         tokens = model.x_embedder(x) + model.pos_embed
         c = model.t_embedder(t) + model.y_embedder(y)
+
+        # A block scans in its order, and its tokens go back to their places.
         for i, block in enumerate(model.blocks):
             order = orders[i % 4]
             scanned = block(tokens[:, order], c)
             tokens = torch.empty_like(tokens)
             tokens[:, order] = scanned
-        expected = (
-            model.final_layer(tokens, c)
-            .view(2, 5, 5, 2, 2, 8)
-            .permute(0, 5, 1, 3, 2, 4)
-            .reshape(2, 8, 10, 10)
-        )
-        assert (model(x, t, y) - expected).abs().max() <= 1e-12 * expected.abs().max()
+
+        # 5x5 tokens of 2x2 pixels become an image of 10x10.
+        patches = model.final_layer(tokens, c).view(2, 5, 5, 2, 2, 8)
+        expected = patches.permute(0, 5, 1, 3, 2, 4).reshape(2, 8, 10, 10)
+        error = (model(x, t, y) - expected).abs().max()
+    assert error <= 1e-12 * expected.abs().max()
 
 
 def test_dig_starts_with_quiet_mixers_and_identity_convolutions():

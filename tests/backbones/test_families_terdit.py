@@ -96,17 +96,22 @@ def test_packed_weights_give_the_same_outputs(dtype: torch.dtype, qk_norm: bool)
     model = randomise(network(qk_norm=qk_norm))
     packed = network(qk_norm=qk_norm, packed=True)
     packed.load_state_dict(pack_weights(model.state_dict()), strict=True)
+
+    # Packing before and after the network changes its precision is the same.
     bytes_before = pack_weights(model.state_dict())
     model.to(dtype)
     packed.to(dtype)
     bytes_after = pack_weights(model.state_dict())
     layers = [key for key, value in bytes_before.items() if value.dtype == torch.uint8]
-    assert layers and all(torch.equal(bytes_before[key], bytes_after[key]) for key in layers)
+    assert layers
+    assert all(torch.equal(bytes_before[key], bytes_after[key]) for key in layers)
 
+    # So are the outputs.
     with torch.no_grad():
         out = model(*inputs(dtype))
         assert out.dtype == dtype
-        assert out.isfinite().all() and out.any()
+        assert out.isfinite().all()
+        assert out.any()
         assert torch.equal(packed(*inputs(dtype)), out)
 
 

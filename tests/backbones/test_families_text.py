@@ -41,6 +41,7 @@ def diffusers_unet(name: str) -> nn.Module:
 def test_a_state_dict_of_diffusers_loads_strictly_and_gives_its_outputs(
     name: str, gain: float, tmp_path
 ):
+    """Weights of diffusers' network load by their names, and give its output."""
     case = CASES[name]
     theirs = diffusers_unet(name)
     state = draw_weights(theirs.state_dict(), theirs, gain)
@@ -48,17 +49,19 @@ def test_a_state_dict_of_diffusers_loads_strictly_and_gives_its_outputs(
     assert (len(state), digest_shapes(state)) == (case["entries"], case["digest"])
     torch.save(state, tmp_path / "unet.pt")
 
+    # Our network takes the file.
     model = backbones.build(case["name"], **case["options"]).eval()
     backbones.load_published(model, tmp_path / "unet.pt")
     assert sum(p.numel() for p in model.parameters()) == case["params"]
 
+    # Only some networks take pooled vectors and sizes.
     x, t, text = inputs_of(case)
-    added = dict(text_embeds=text.pooled, time_ids=text.sizes)
+    added = None
+    if text.pooled is not None:
+        added = dict(text_embeds=text.pooled, time_ids=text.sizes)
     with torch.no_grad():
         out = model(x, t, text)
-        expected = theirs(
-            x, t, text.context, added_cond_kwargs=added if text.pooled is not None else None
-        ).sample
+        expected = theirs(x, t, text.context, added_cond_kwargs=added).sample
     assert (out - expected).abs().max() < 5e-5
     if gain == case["gain"]:
         assert largest_error(out, case, case["output"]) < case["tolerance"]
@@ -115,9 +118,9 @@ def test_the_order_of_tokens_matters_where_a_token_has_a_place(name: str):
 
 @pytest.mark.parametrize("name", ["dico_t2i_cross", "dico_t2i_dwc"])
 def test_a_fresh_dico_ignores_the_text_and_a_pooled_vector_is_an_option(name: str):
+    """Text has no effect before training, and afterwards a pooled vector has one."""
     case = CASES[name]
-    options = case["options"] | dict(pooled_dim=6)
-    model = backbones.build(case["name"], **options)
+    model = backbones.build(case["name"], **case["options"] | dict(pooled_dim=6))
     nn.init.normal_(model.final_layer.out_proj.weight)
     x, t, text = inputs_of(case)
     pooled = draw_normal(15, (2, 6)).float()
@@ -126,9 +129,12 @@ def test_a_fresh_dico_ignores_the_text_and_a_pooled_vector_is_an_option(name: st
         assert fresh.any()
         other = model(x, t, Text(text.context.flip(0), pooled.flip(0)))
         assert torch.equal(fresh, other)
+
+        # Open all paths, as a training does.
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.1)
-        here, there = (model(x, t, text._replace(pooled=p)) for p in (pooled, pooled.flip(0)))
+        here = model(x, t, text._replace(pooled=pooled))
+        there = model(x, t, text._replace(pooled=pooled.flip(0)))
     assert (here - there).abs().max() > 1e-3
 
 

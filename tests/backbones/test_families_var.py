@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import backbones
 from backbones.checkpoint import load_published
-from backbones.var import KeyValues
 from backbones.vqvae import PHIS_OF_TEN, assign_phis
 from tests.support.authors import build_like_authors, digest_shapes
 from tests.support.networks import randomise, relative_rms
@@ -80,12 +79,14 @@ def test_parameters_and_entries_are_those_of_the_authors(name: str):
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_tokenizer_computes_what_the_authors_compute(name: str):
+    """Features, codes and images are those of the authors' tokenizer with the same weights."""
     case = CASES[name]
     model = build_like_authors(case)
     state = model.state_dict()
     assert (len(state), digest_shapes(state)) == (case["entries"], case["digest"])
     assert sum(p.numel() for p in model.parameters()) == case["params"]
 
+    # From images to codes, and back.
     with torch.no_grad():
         features = model.encode(images_of(case))
         quantised = model.quantise(features)
@@ -93,6 +94,8 @@ def test_the_tokenizer_computes_what_the_authors_compute(name: str):
     assert error_of(case, "f", features) < case["tolerance"]
     assert error_of(case, "fhat", quantised.features) < case["tolerance"]
     assert error_of(case, "tokens", quantised.tokens) == 0
+
+    # Some cases also store what the transformer reads, and the image.
     if "inputs" in case["outputs"]:
         assert error_of(case, "inputs", quantised.inputs) < case["tolerance"]
         assert error_of(case, "image_every_8th_pixel", image) < case["image_tolerance"]
@@ -125,10 +128,15 @@ def test_logits_are_a_function_of_each_image(options: dict[str, Any]):
     exact.load_state_dict(model.state_dict())
     y, x = inputs()
     with torch.no_grad():
-        logits, truth = model(y, x), exact(y, x.double())
-        assert logits.shape == (3, 14, model.vocabulary) and truth.dtype == torch.float64
-        assert torch.equal(logits, model(y, x)) and torch.equal(logits, model.eval()(y, x))
+        logits = model(y, x)
+        truth = exact(y, x.double())
+        assert logits.shape == (3, 14, model.vocabulary)
+        assert truth.dtype == torch.float64
+        assert torch.equal(logits, model(y, x))
+        assert torch.equal(logits, model.eval()(y, x))
         assert relative_rms(logits, truth) < 1e-5
+
+        # Every image alone, and an image under another label.
         for i in range(3):
             alone = model(y[i : i + 1], x[i : i + 1])
             assert relative_rms(alone[0], logits[i]) < 1e-5
@@ -156,7 +164,7 @@ def test_steps_with_a_cache_give_the_logits_of_one_pass(options: dict[str, Any])
     with torch.no_grad():
         expected = model(y, x)
         for calls in ([(0, 1), (1, 5), (5, 14)], [(0, 5), (5, 14)], [(0, 14)]):
-            cache, logits = KeyValues(), []
+            cache, logits = model.new_cache(), []
             for first, last in calls:
                 tokens = model.embed(y, x[:, max(first - 1, 0) : last - 1], first)
                 logits.append(model.step(tokens, y, cache))
@@ -203,9 +211,16 @@ def test_starts_as_published(shared: bool):
     torch.manual_seed(0)
     model = network(dim=96, heads=3, depth=2, shared_adaln=shared, gate_init=1e-2)
     std = (3 * 96) ** -0.5
-    gates = model.blocks[0].ada_gss[0, 0] if shared else model.blocks[0].ada_lin[1].weight
-    gates, others = gates.split([2, 4] if shared else [2 * 96, 4 * 96])
-    whole = 96**-0.5 if shared else std
+
+    # Two of six modulations are gates.
+    if shared:
+        gates, others = model.blocks[0].ada_gss[0, 0].split([2, 4])
+        whole = 96**-0.5
+    else:
+        gates, others = model.blocks[0].ada_lin[1].weight.split([2 * 96, 4 * 96])
+        whole = std
+
+    # Deviations of what is drawn, and constants.
     expected = {
         model.pos_1LC: std,
         model.class_emb.weight: std,
@@ -245,19 +260,24 @@ def test_tokens_alone_give_a_networks_inputs_and_the_features():
 def test_each_scale_codes_what_coarser_ones_leave():
     """With exact codes and no convolution, one scale after the other would reach the features."""
     model = randomise(tokenizer(vocabulary=9))
+    codes = model.quantize.embedding.weight
     with torch.no_grad():
         for phi in model.quantize.quant_resi.qresi_ls:
             nn.init.dirac_(phi.weight)
             nn.init.zeros_(phi.bias)
-        features = torch.randn(1, 6, 3, 3)
-        rest = features
+
+        # Two coarse scales take the nearest codes of what is left.
+        rest = torch.randn(1, 6, 3, 3)
         for scale in (0, 1):
             coarse = nn.functional.adaptive_avg_pool2d(rest, model.sides[scale])
             pixels = coarse.permute(0, 2, 3, 1).reshape(-1, 6)
-            distances = torch.cdist(pixels, model.quantize.embedding.weight)
-            rest = rest - model.contribution(scale, distances.argmin(dim=1)[None])
-        model.quantize.embedding.weight.copy_(rest.permute(0, 2, 3, 1).reshape(9, 6))
-        index = model.quantize.nearest(rest.permute(0, 2, 3, 1).reshape(9, 6))
+            index = torch.cdist(pixels, codes).argmin(dim=1)
+            rest = rest - model.contribution(scale, index[None])
+
+        # The last scale finds exact codes.
+        pixels = rest.permute(0, 2, 3, 1).reshape(9, 6)
+        codes.copy_(pixels)
+        index = model.quantize.nearest(pixels)
     assert index.tolist() == list(range(9))
 
 

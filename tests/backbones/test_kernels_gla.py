@@ -127,18 +127,21 @@ def test_flas_tf32_is_taken_where_a_flag_allows_it_and_no_decay_is_read_back_fro
     monkeypatch: pytest.MonkeyPatch,
 ):
     """Where no flag does it is taken by force."""
+    fla = gated_linear.choices["fla"]
     q = torch.randn(1, 1, 3, 2)
     taken = {}
     for mode in ("fp32", "tf32", "as_published"):
         with precision(mode, torch.device("cpu")):
-            taken[mode] = gated_linear.choices["fla"].pays(q, q, q, q)
-    assert taken == {"fp32": False, "tf32": True, "as_published": True} and gated_linear.choices[
-        "fla"
-    ].pays(*[q.bfloat16()] * 4)
-    module = sys.modules[gated_linear.choices["fla"].run.__module__]
+            taken[mode] = fla.pays(q, q, q, q)
+    assert taken == {"fp32": False, "tf32": True, "as_published": True}
+    assert fla.pays(*[q.bfloat16()] * 4)
+
+    # A tensor on a GPU that has no values to be read.
+    module = sys.modules[fla.run.__module__]
     monkeypatch.setattr(module, "_fla_installed", lambda: True)
     on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32)
-    assert gated_linear.choices["fla"].supports(*[on_gpu] * 4) and not module._decays_mildly(on_gpu)
+    assert fla.supports(*[on_gpu] * 4)
+    assert not module._decays_mildly(on_gpu)
 
 
 def ssm_inputs(tokens: int, dt: float) -> list[Tensor]:

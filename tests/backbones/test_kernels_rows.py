@@ -59,6 +59,8 @@ def inputs_of(op: str, n: int, c: int, h: int, w: int) -> list[Tensor]:
         weight = normal(2 * c, c) if op == "linear" else normal(2 * c, c, 1, 1)
         x = normal(n, h * w, c) if op == "linear" else image(n, c, h, w)
         return [x, weight, normal(2 * c)]
+
+    # Operations that are fused with others, and convolutions named by their kernels.
     if op.startswith("adaln_pointwise"):
         modulation = [part(n, c, i)[..., None, None] for i in range(2)]
         return [image(n, c, h, w), *modulation, normal(16, c, 1, 1), normal(16)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from importlib import import_module
 
 import pytest
@@ -31,14 +32,15 @@ def looped(x: Tensor, taps: Tensor) -> Tensor:
     images = []
     for sample in range(n):
         pixels = []
-        for i in range(height):
-            for j in range(width):
-                total = torch.zeros_like(x[sample, :, 0, 0])
-                for tap in range(side**2):
-                    row, column = i + tap // side - side // 2, j + tap % side - side // 2
-                    if 0 <= row < height and 0 <= column < width:
-                        total = total + taps[sample, tap] * x[sample, :, row, column]
-                pixels.append(total)
+        for i, j in itertools.product(range(height), range(width)):
+            # The weighted sum of the pixels around, without those outside of the image.
+            total = torch.zeros_like(x[sample, :, 0, 0])
+            for tap in range(side**2):
+                row = i + tap // side - side // 2
+                column = j + tap % side - side // 2
+                if 0 <= row < height and 0 <= column < width:
+                    total = total + taps[sample, tap] * x[sample, :, row, column]
+            pixels.append(total)
         images.append(torch.stack(pixels, dim=1).view(-1, height, width))
     return torch.stack(images)
 
@@ -64,12 +66,14 @@ def test_the_convolution_of_samples_is_its_loop(
     grid: tuple[int, int],
     side: int,
 ):
+    """Every choice gives the loop's output and gradients, in either layout."""
     inputs = normal((n, channels, *grid), (n, side**2, channels))
     truth = with_gradients(looped, inputs)
-    x, taps = (part.to(HERE, torch.float32) for part in inputs)
-    values = with_gradients(
-        lambda *args: run(choice, *args), [x.contiguous(memory_format=layout), taps]
-    )
+
+    # In float32, where this machine computes.
+    x, taps = (tensor.to(HERE, torch.float32) for tensor in inputs)
+    own = [x.contiguous(memory_format=layout), taps]
+    values = with_gradients(lambda *args: run(choice, *args), own)
     for value, expected in zip(values, truth, strict=True):
         assert value.shape == expected.shape
         assert (value.cpu() - expected).norm() < 2e-6 * expected.norm()
@@ -97,17 +101,21 @@ def test_taps_that_fill_no_odd_square_are_refused(choice: str, taps: int):
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("name", ["_correlate", "_backward_taps"])
 def test_the_triton_kernels_compile_for_a_gpu_that_is_not_here(name: str):
+    """The kernels compile for an H100 on any machine."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
 
+    # Arguments that are no constants are pointers or sizes.
     kernel = getattr(import_module("backbones.kernels.sample_depthwise_triton"), name)
-    constants = dict(K=9, PIXELS=64, CHANNELS=64) | (
-        dict(SIGN=-1) if "SIGN" in kernel.arg_names else {}
-    )
-    types = {
-        argument: "constexpr" if argument in constants else "*fp32" if "ptr" in argument else "i32"
-        for argument in kernel.arg_names
-    }
+    constants = dict(K=9, PIXELS=64, CHANNELS=64)
+    if "SIGN" in kernel.arg_names:
+        constants["SIGN"] = -1
+    types = {}
+    for argument in kernel.arg_names:
+        types[argument] = "*fp32" if "ptr" in argument else "i32"
+    types |= dict.fromkeys(constants, "constexpr")
+
+    # Triton knows constants by their place.
     values = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
     source = triton.compiler.ASTSource(kernel, types, values)
     target = GPUTarget("cuda", 90, 32)

@@ -56,11 +56,11 @@ def test_the_stall_of_a_checkpoint_is_recorded(
     assert run("loop", "--checkpoints") == 0
     assert "stall every 50 steps" in capsys.readouterr().out
 
+    # A checkpoint holds weights, their EMA and both moments of AdamW, in float32.
     values = Store(tmp_path).here.latest(spec).values
-    weights = sum(
-        weight.numel() for weight in backbones.build(tiny.name, **tiny.options).parameters()
-    )
-    assert values["bytes"] > 4 * 4 * weights  # weights, EMA and both moments of AdamW, float32
+    network = backbones.build(tiny.name, **tiny.options)
+    weights = sum(weight.numel() for weight in network.parameters())
+    assert values["bytes"] > 4 * 4 * weights
     assert values["seconds_copying"] > 0
     lost = values["seconds_copying"] + values["seconds_slowed"]
     assert values["stall"] == pytest.approx(lost / (50 * values["seconds_per_step"]))

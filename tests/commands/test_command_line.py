@@ -94,6 +94,8 @@ for arguments in sys.argv[1:]:
     main(TABLES, PROTOCOLS, "", arguments.split())
 assert "torch" not in sys.modules
 """
+
+    # One process calls the command three times.
     flags = ("--dry-run", "--report", "--report --format csv")
     arguments = [f"--table 4 {flag} --results {tmp_path}" for flag in flags]
     done = subprocess.run(

@@ -173,6 +173,8 @@ def test_a_record_that_cannot_be_written_is_refused_before_any_work(
     np.savez(tmp_path / "real.npz", arr_0=IMAGES[::-1])
     (tmp_path / "notes.json").write_text("{}")
     (tmp_path / "folder").mkdir()
+
+    # Targets are files of somebody else, or the images themselves.
     before = (tmp_path / "a.npz").read_bytes()
     scored = (tmp_path / "a.npz", "--against", tmp_path / "real.npz")
     error = script.refuse(*scored, "--record", tmp_path / target)

@@ -230,16 +230,18 @@ def test_what_makes_the_sampling_of_a_checkpoint_faster_is_a_resource(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
+    """Options of speed reach the plan's resources, beside the checkpoint."""
     plans = []
     monkeypatch.setattr(evaluate_checkpoint, "carry_out", lambda plan, *_: plans.append(plan))
     (tmp_path / "net.pt").write_bytes(b"")
     named = options_of(tmp_path / "net.pt")
     status, _, _ = script.run(*named, "--protocol", "imagenet256", "--device", *options)
     assert status == 0
+
+    # The checkpoint itself is another resource.
     (plan,) = plans
-    assert {name: value for name, value in plan.resources.items() if name != "checkpoint"} == (
-        resources
-    )
+    others = {name: value for name, value in plan.resources.items() if name != "checkpoint"}
+    assert others == resources
 
 
 def test_graphs_need_a_gpu(script: Script, built: list[Backbone], tmp_path: Path):

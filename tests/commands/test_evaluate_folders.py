@@ -164,6 +164,7 @@ def test_repeats_are_counted_and_withhold_the_errors(script: Script, tmp_path: P
     np.savez("plain.npz", arr_0=SAMPLES)
     write_folder(tmp_path / "a", images)
 
+    # Errors of scores assume that images are drawn independently.
     values = record_scores(script, "a", "real.npz")
     assert values["repeated"] == 6
     assert values["near_copies"] == 4 + 4 + 6
@@ -171,6 +172,7 @@ def test_repeats_are_counted_and_withhold_the_errors(script: Script, tmp_path: P
     assert np.isnan([values["is_se"], values["precision_se"], values["coverage_se"]]).all()
     assert any("are withheld" in text for text in values["warnings"])
 
+    # Images without repeats.
     plain = record_scores(script, "plain.npz", "real.npz")
     assert plain["repeated"] == plain["near_copies"] == plain["in_reference"] == 0
     assert np.isfinite([plain["is_se"], plain["precision_se"]]).all()

@@ -152,6 +152,8 @@ def test_scores_on_a_classifiers_features_bear_their_own_names_and_no_published_
         "fd_cifar_classifier_se": 0.5,
         "precision_cifar_classifier": 0.75,
     }
+
+    # The paper has no score by another classifier.
     data = PROTOCOLS["cifar10_classifier"].data
     checkpoint = Checkpoint(Backbone("dico_xl"), data, "0" * 64)
     spec = Evaluate(checkpoint, Sampler(), 50_000, "cifar_classifier")

@@ -143,12 +143,14 @@ def test_a_target_that_is_taken_is_refused_before_an_image_is_drawn(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
+    """A file or a folder of somebody else is named, and stays as it is."""
     monkeypatch.setattr(sample, "require_trained", lambda *_: None)
 
     def draw(spec: Evaluate, context: RunContext, check: Callable[[dict[str, str]], None]) -> None:
         check({"network": "0" * 16})
         pytest.fail("an image is drawn")
 
+    # A file and a folder that hold other things.
     monkeypatch.setattr(samples, "generate_samples", draw)
     (tmp_path / "paper.npz").write_text("mine")
     (tmp_path / "folder").mkdir()
@@ -165,9 +167,9 @@ def test_images_that_do_not_fit_are_refused(
 ):
     """One disk is full, the others have room for ten images of 8 x 8 pixels."""
     monkeypatch.setattr(sample, "require_trained", lambda *_: None)
-
     usage = shutil.disk_usage(tmp_path)
 
+    # The full disk lacks one byte.
     def measure_disk(folder: Path) -> object:
         return usage._replace(free=10 * 3 * 8 * 8 - (folder.name == "full"))
 

@@ -91,6 +91,7 @@ def work_on_a_full_disk(job: Job, *arguments: Any) -> None:
 
 
 def test_a_worker_that_dies_costs_its_own_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A worker that is killed or leaves is replaced, and the other jobs run."""
     monkeypatch.setattr(launch, "_work", die_by_label)
     good, events = run(
         tmp_path,
@@ -99,6 +100,8 @@ def test_a_worker_that_dies_costs_its_own_job(tmp_path: Path, monkeypatch: pytes
         Job("leaves", (cost(20),)),
         workers=1,
     )
+
+    # Each job has its own end.
     assert not good
     assert events == [
         ("killed", "error", "its process ended with signal SIGKILL"),

@@ -36,8 +36,9 @@ def build_like_authors(case: dict[str, Any]) -> nn.Module:
     for seed in range(2):
         torch.manual_seed(seed)
         models.append(backbones.build(case["name"], **case["options"]))
-
     model, other = models
+
+    # What both seeds initialise alike stays, under added noise; what they draw is replaced by it.
     pairs = zip(model.named_parameters(), other.parameters(), strict=True)
     for (key, p), same in pairs:
         if p.requires_grad:

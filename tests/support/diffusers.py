@@ -22,6 +22,8 @@ def transformer(name: str) -> nn.Module:
         return diffusers.PixArtTransformer2DModel(
             **SMALL_LATENT, caption_channels=12, cross_attention_dim=16
         )
+
+    # Flux has one block for image and text apart, and two for both in one sequence.
     return diffusers.FluxTransformer2DModel(
         **SMALL,
         patch_size=1,

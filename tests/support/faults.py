@@ -52,6 +52,7 @@ def run_witnessed(job: Job, root: Path, resources: dict[str, Any], code: str) ->
     variables = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_PROCID")
     name = "-".join(os.environ.get(variable, "0") for variable in variables)
 
+    # One write of fixed length replaces both numbers.
     def witnessed(trainer: Trainer, *arguments: Any) -> Any:
         with open(Path(os.environ[STEPS]) / name, "wb", buffering=0) as file:
             first = trainer.step
@@ -288,6 +289,7 @@ def inject(cluster: Cluster, faults: list[Callable[[Cluster], None]]) -> int:
     """
     cluster.send()
     for number, fault in enumerate(faults):
+        # A run that does not go on has not survived the fault before.
         try:
             _wait_for_progress(cluster)
             name = fault.__name__.replace("_", " ")

@@ -106,19 +106,22 @@ def run_member(group: Group, port: int, work: Work) -> None:
     _hurry()
     if group.world_size > 1:
         _declare(group, port)
+
+    # What the test asks for beside the work.
     if work.fault:
         _arm(work.fault, group, Store(work.root).run_dir(work.stage))
     inputs: list[tuple[Tensor, ...]] = []
     if work.keeps_inputs:
         _keep_inputs(inputs)
 
+    # A refusal is left in a file, since nobody reads what a rank prints.
     try:
         record = execute(work.stage, Store(work.root), work.resources)
     except ValueError as refusal:
         (work.root / f"refusal-{group.rank}").write_text(str(refusal))
         raise SystemExit(1) from None
     if work.keeps_inputs:
-        seen = [torch.cat(parts) for parts in zip(*inputs, strict=True)]
+        seen = [torch.cat(tensors) for tensors in zip(*inputs, strict=True)]
         torch.save(seen, work.root / f"seen-{group.rank}.pt")
     raise SystemExit(0 if record.status == "done" else 1)
 
@@ -148,6 +151,7 @@ def _arm(fault: Fault, group: Group, folder: Path) -> None:
     factor = {FaultKind.NAN: math.nan, FaultKind.SPIKE: 1000.0}.get(fault.kind)
     is_target = group.rank == fault.rank
 
+    # A wrong loss stays wrong; every other fault strikes at its step alone.
     def faulty(self: Trainer, *batch: Any) -> Tensor:
         if is_target and factor and self.step >= fault.step:
             return update(self, *batch) * factor
@@ -177,14 +181,16 @@ def run_group(world_size: int, work: Work) -> list[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = [
-        context.Process(target=run_member, args=(Group(rank, world_size, rank), port, work))
-        for rank in range(world_size)
-    ]
+
+    # The ranks run side by side.
+    groups = [Group(rank, world_size, rank) for rank in range(world_size)]
+    ranks = [context.Process(target=run_member, args=(group, port, work)) for group in groups]
     for process in ranks:
         process.start()
     for process in ranks:
         process.join(BOUND)
+
+    # A rank that has not ended has no status.
     codes = [process.exitcode for process in ranks]
     assert None not in codes, f"a rank hangs: {codes}"
     return [code for code in codes if code is not None]

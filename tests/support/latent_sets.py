@@ -14,42 +14,43 @@ SIZES = ((70, 91), (64, 64), (131, 200), (90, 77))
 
 
 def picture(seed: int, width: int, height: int) -> Image.Image:
-    """Smooth colours with some noise, as photographs have them."""
+    """Draw smooth colours with some noise, as photographs have them."""
     draw = np.random.default_rng(seed)
-    coarse = Image.fromarray(draw.integers(0, 256, (5, 7, 3), dtype=np.uint8)).resize(
-        (width, height), Image.Resampling.BICUBIC
-    )
-    return Image.fromarray(
-        (np.asarray(coarse, float) + draw.normal(0, 6, (height, width, 3)))
-        .clip(0, 255)
-        .astype(np.uint8)
-    )
+    coarse = Image.fromarray(draw.integers(0, 256, (5, 7, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), float)
+    noisy = smooth + draw.normal(0, 6, (height, width, 3))
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
 
 def write_pictures(root: Path, each: int = 4, classes: int = 3) -> Path:
-    """`classes` folders of `each` pictures: JPEG and PNG, one of them grey and one CMYK."""
+    """Write `classes` folders of `each` pictures: JPEG and PNG, one of them grey and one CMYK."""
     for label in range(classes):
-        (root / f"n{label:02d}").mkdir(parents=True)
+        folder = root / f"n{label:02d}"
+        folder.mkdir(parents=True)
         for place in range(each):
             image = picture(10 * label + place, *SIZES[(label + place) % len(SIZES)])
             if (label, place) == (0, 1):
                 image = image.convert("L")
             if (label, place) == (1, 0):
                 image = image.convert("CMYK")
-            image.save(root / f"n{label:02d}" / f"{place}.{'png' if place == 2 else 'JPEG'}")
+            suffix = "png" if place == 2 else "JPEG"
+            image.save(folder / f"{place}.{suffix}")
     return root
 
 
 def write_vae(folder: Path, seed: int = 0, **options: object) -> Path:
+    """Write a small untrained VAE, with options of diffusers' class."""
     from diffusers import AutoencoderKL
 
+    widths = options.pop("block_out_channels", (4, 4, 8, 8))
+    blocks = dict(
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+    )
+
+    # The weights depend on the seed alone, and leave the global generator as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        widths = options.pop("block_out_channels", (4, 4, 8, 8))
-        blocks = dict(
-            down_block_types=("DownEncoderBlock2D",) * len(widths),
-            up_block_types=("UpDecoderBlock2D",) * len(widths),
-        )
         vae = AutoencoderKL(
             block_out_channels=widths,
             norm_num_groups=2,
@@ -64,6 +65,11 @@ def write_vae(folder: Path, seed: int = 0, **options: object) -> Path:
 
 def ignore_progress(done: int, total: int) -> None:
     """The report of an encoding that nobody watches."""
+
+
+def read_shards(folder: Path) -> np.ndarray:
+    """Return the rows of the three shards of a folder."""
+    return np.concatenate([np.load(folder / f"shard-{number:05d}.npy") for number in range(3)])
 
 
 def small_vae(folder: Path) -> Autoencoder:

@@ -8,8 +8,10 @@ from typing import Any
 from analysis.query import ReferenceStore
 from experiments.ablation import TABLE_4
 from experiments.declared.protocols import DIGITS
+from experiments.engine.records.manifest import manifest
 from experiments.engine.records.store import Store
 from experiments.engine.specs.rows import Table
+from experiments.engine.specs.spec import Evaluate, canonical
 from experiments.engine.specs.stages import Protocol, evaluate_stage
 
 PROVENANCE: dict[str, Any] = {
@@ -48,6 +50,22 @@ def digits_values(fd: float, features: str = "digits", **changes: float) -> dict
         "agreement": 0.9,
     }
     return values | changes
+
+
+def imagenet_values(
+    stage: Evaluate, fid: float, error: float | None = 0.1, quantiser: str = "rounds"
+) -> dict[str, Any]:
+    """The scores of one evaluation on ImageNet, whose protocol includes the quantiser."""
+    return {
+        "fid": fid,
+        "fid_se": error,
+        "fid_corrected": fid,
+        "sfid": 9.0,
+        "is": 20.0,
+        "precision": 0.5,
+        "recall": 0.5,
+        "manifest": manifest(canonical(stage, full=True), {}, {"quantiser": quantiser}),
+    }
 
 
 def reference_of_scores(

@@ -110,6 +110,8 @@ class Cluster:
             timeout=60,
             check=False,
         )
+
+        # Of every log, the last forty lines.
         paragraphs = [jobs.stdout, jobs.stderr]
         for path in sorted(self.folder.glob("log/*.log")):
             lines = path.read_text(errors="replace").splitlines()

@@ -40,7 +40,7 @@ from experiments.engine.specs.spec import (
     Timing,
     Train,
 )
-from experiments.engine.timing import ceilings, cost
+from experiments.engine.timing import ceilings, scale_cost
 from experiments.engine.timing import profile as profiling
 from experiments.engine.timing import stage as timing
 from experiments.engine.training.heldout import measure_heldout
@@ -287,7 +287,7 @@ def _run_stage(spec: Stage, store: Store, context: RunContext) -> dict[str, Any]
         return ceilings.measure_ceilings(spec)
     if isinstance(spec, Timing):
         return timing.measure_speed(spec)
-    return cost.count_backbone(spec)
+    return scale_cost.count_declared(spec)
 
 
 def _provenance(spec: Stage, context: RunContext, seconds: float) -> dict[str, Any]:

@@ -65,6 +65,8 @@ def declared(spec: dict[str, Any]) -> Manifest:
     for network in ("classifier", "upsampler"):
         if spec.get(network):
             model[network] = spec[network]
+    if spec.get("average") is not None:
+        model["average"] = {"power_width": spec["average"]}
 
     guidance = dict(sampler.guidance)
     if spec.get("classifier"):

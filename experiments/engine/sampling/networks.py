@@ -15,8 +15,10 @@ from experiments.engine.diffusion.cascade import System
 from experiments.engine.numerics.cuda_graphs import accelerate, require_gpu
 from experiments.engine.runtime.context import RunContext
 from experiments.engine.specs.spec import Checkpoint, Data, Evaluate, Train, is_latent
+from experiments.engine.training.averages import load_power_average
 from experiments.engine.training.trainer import build, load_ema
 
+ROUGH = 0.1  # error of a rebuilt profile from which records warn
 PIXELS = {"name": "none: pixels"}  # the identity of the decoder that does nothing
 
 
@@ -56,19 +58,41 @@ def load_networks(spec: Evaluate, context: RunContext) -> Networks:
     if resources.graphs:
         require_gpu(context.device)
     if isinstance(spec.train, Checkpoint):
+        if spec.average is not None:
+            raise ValueError(
+                "a published checkpoint holds one average; only a training of this suite that "
+                "declares power_snapshots is rebuilt under another length"
+            )
         assert resources.checkpoint is not None, "a published checkpoint needs its file"
         model = build(spec.train.backbone, 0, context.device)
         key = None if spec.train.key == Checkpoint.key else spec.train.key
         key = backbones.load_published(model, resources.checkpoint, key, warn=warnings.append)
         return Networks(accelerate(model.eval(), resources.compile), key, tuple(warnings))
 
-    base = load_ema(spec.train, context.folder, context.device, warnings.append)
+    base = _load_average(spec.train, spec.average, context, warnings)
     base = accelerate(base, resources.compile)
     if spec.classifier is None and spec.upsampler is None:
         return Networks(base, "ema", tuple(warnings))
     classifier = _load_part(spec.classifier, context, warnings)
     upsampler = _load_part(spec.upsampler, context, warnings)
-    return Networks(System(base, classifier, upsampler).eval(), "ema", tuple(warnings))
+    system = System(base, classifier, upsampler).eval()
+    return Networks(system, "ema", tuple(warnings))
+
+
+def _load_average(
+    training: Train, width: float | None, context: RunContext, warnings: list[str]
+) -> nn.Module:
+    """Load the averaged network of a training, rebuilt from stored averages if a width is given."""
+    if width is None:
+        return load_ema(training, context.folder, context.device, warnings.append)
+    model = build(training.backbone, training.seed, context.device)
+    rebuilt = load_power_average(model, training, context.folder, width, warnings.append)
+    if rebuilt.error > ROUGH:
+        warnings.append(
+            f"the average of relative width {width:g} is rebuilt with {rebuilt.error:.0%} of error "
+            f"in its profile from {training.recipe.power_snapshots} snapshots; store more"
+        )
+    return model.eval()
 
 
 def _load_part(

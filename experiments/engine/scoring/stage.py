@@ -44,7 +44,11 @@ from experiments.engine.scoring.reference import (
 )
 from experiments.engine.scoring.scores import score
 from experiments.engine.specs.spec import Data, Evaluate, Train, canonical
-from experiments.engine.training.heldout import initial_share
+from experiments.engine.training.averages import (
+    describe_average,
+    initial_share,
+    warn_of_initial_share,
+)
 
 # Images in ADM's file of each size, beside the statistics of all training images.
 ADM_REFERENCE = 10_000
@@ -85,7 +89,12 @@ def run_evaluation(spec: Evaluate, cache: Path, context: RunContext) -> dict[str
 
     # An average that is young still holds initial weights.
     if isinstance(spec.train, Train):
-        values["initial_share"] = initial_share(spec.train.recipe)
+        values["initial_share"] = initial_share(spec.train.recipe, spec.average)
+        noted = warn_of_initial_share(values["initial_share"])
+        if noted:
+            values["warnings"] = [*values.get("warnings", []), *noted]
+        if spec.average is not None:
+            values["average"] = describe_average(spec.train.recipe, spec.average)
 
     # The flags are read while they are set.
     with precision(spec.precision, context.device):

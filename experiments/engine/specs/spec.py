@@ -133,6 +133,9 @@ class Recipe:
     # 'by_name': each parameter from a stream of its own, by (seed, name), so that networks start
     # from equal weights where they have the same parameter.
     initial: str = "in_order"
+    # How often, evenly spread over the steps, two power-function averages are stored, from which
+    # the average of any length is rebuilt; 0: never.
+    power_snapshots: int = 0
 
 
 @dataclass(frozen=True)
@@ -192,6 +195,13 @@ class Sampler:
     # Scale of a classifier's gradient, times the variance, by which the mean of a step moves (ADM,
     # algorithms 1 and 2).
     classifier_scale: float = 0.0
+    # Of 'scales', which draws tokens: how many of the likeliest codes stay, by scale; one number
+    # holds for all scales, and none or 0 keeps all codes. Its `scale` is that of the last scale.
+    top_k: tuple[int, ...] = ()
+    # The probability that the likeliest of these codes have together; 0: all stay.
+    top_p: float = 0.0
+    # By which the logits of the remaining codes are divided, by scale as `top_k`.
+    temperatures: tuple[float, ...] = ()
     # Of 'euler': each time t of the even grid becomes shift t / (1 + (shift - 1) t). Below 1, steps
     # are shorter near the noise.
     shift: float = 1.0
@@ -219,6 +229,9 @@ class Evaluate:
     upsampler: Train | None = None
     # The upsampler's sampler.
     upsampling: Sampler | None = None
+    # Relative width of the power-function average of the weights of `train`, rebuilt from what the
+    # training stored; None: the average by the recipe's decay.
+    average: float | None = None
 
     @property
     def data(self) -> Data:
@@ -302,12 +315,23 @@ class Profile:
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters and multiply-accumulates of one forward pass at batch 1."""
+    """Parameters and multiply-accumulates of one forward pass at batch 1.
+
+    Of an autoregressive network, these are of all scales of an image: in one pass as in training,
+    and in turn with a cache as in sampling.
+    """
 
     backbone: Backbone
+    # Side of the input, or of the last scale.
     size: int
+    # Of the input, or of a code.
     channels: int
     num_classes: int
+    # Makes images of an autoregressive network's tokens.
+    tokenizer: Backbone | None = None
+    # Takes over from the autoregressive network after its first `drafted_scales`; None: nothing.
+    refiner: Backbone | None = None
+    drafted_scales: int = 0
 
 
 Stage = Train | Evaluate | HeldOut | Timing | Ceilings | Profile | Cost

@@ -81,6 +81,9 @@ class Protocol:
     # Each network's own learning rate, by the id of its Backbone without `code`; the recipe's holds
     # for others.
     rates: Mapping[str, float] = field(default_factory=dict, hash=False)
+    # Sampling seeds on which a sweep chooses, and others on which it reports its choice.
+    selection_seeds: tuple[int, ...] = (1000,)
+    report_seeds: tuple[int, ...] = (0, 1, 2)
 
 
 def network(row: Row, protocol: Protocol) -> Backbone:

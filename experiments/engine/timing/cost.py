@@ -154,20 +154,37 @@ def count_network(model: nn.Module, size: int, channels: int) -> dict[str, int]:
 
     # Some networks fuse weights when they leave training, once and not per image.
     model.eval()
-    # Explicit products keep attention in sight of the counter.
-    with torch.no_grad(), kernels.use(attention="reference"), MacCounter() as macs:
+    with counting() as macs:
         model(x, t, y)
 
+    counts = count_parameters(model) | count_pass(macs)
+    # Sampling between pixels stands apart, beside networks that have it.
+    return counts | ({"macs_sampling": macs.sampling} if macs.sampling else {})
+
+
+@contextmanager
+def counting() -> Iterator[MacCounter]:
+    """Count what runs, without gradients; explicit products keep attention in sight."""
+    with torch.no_grad(), kernels.use(attention="reference"), MacCounter() as macs:
+        yield macs
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Return all and trained parameters of a network."""
     parameters = list(model.parameters())
-    counts = {
+    return {
         "params_total": sum(p.numel() for p in parameters),
         "params_trainable": sum(p.numel() for p in parameters if p.requires_grad),
+    }
+
+
+def count_pass(macs: MacCounter) -> dict[str, int]:
+    """Return the counts of one pass in every convention."""
+    return {
         "macs_core": macs.core,
         "macs_torchprofile": macs.core + macs.extra,
         "macs_norms": macs.core + macs.norms,
     }
-    # Sampling between pixels stands apart, beside networks that have it.
-    return counts | ({"macs_sampling": macs.sampling} if macs.sampling else {})
 
 
 def count_backbone(spec: Cost) -> dict[str, int]:

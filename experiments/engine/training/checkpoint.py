@@ -13,6 +13,7 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -161,17 +162,25 @@ def _remove_superseded(folder: Path, newest: Path, keep: int, milestones: int | 
 
 def newest_intact(folder: Path) -> Path | None:
     """Return the newest checkpoint whose checksum holds, and warn of damaged ones before it."""
+    return next((path for _, path in intact(folder)), None)
+
+
+def intact(folder: Path) -> Iterator[tuple[int, Path]]:
+    """Yield step and path of the checkpoints whose checksum holds, newest first.
+
+    Damaged ones are warned of.
+    """
     for path in _newest_first(folder):
         with open(path, "rb") as file:
             checksum = hashlib.file_digest(file, "sha256").hexdigest()[:16]
         if checksum == _parse(path)[1]:
-            return path
+            yield _step(path), path
+            continue
         print(
             f"warning: checkpoint {path.name} is damaged (its checksum is {checksum}); "
             "trying the one before",
             file=sys.stderr,
         )
-    return None
 
 
 def load(path: Path, map_location: torch.device | str = "cpu") -> tuple[int, dict[str, Any]]:

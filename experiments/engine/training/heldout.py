@@ -35,7 +35,8 @@ from experiments.engine.diffusion.iddpm import IDDPM, Model
 from experiments.engine.numerics.precision import precision
 from experiments.engine.numerics.randomness import generator_at
 from experiments.engine.numerics.weights import digest
-from experiments.engine.specs.spec import HeldOut, Recipe
+from experiments.engine.specs.spec import HeldOut
+from experiments.engine.training.averages import initial_share, warn_of_initial_share
 from experiments.engine.training.trainer import load_ema
 
 FORMULA = (
@@ -119,15 +120,13 @@ def measure_heldout(spec: HeldOut, folder: Path, device: torch.device) -> dict[s
         "formula": FORMULA.format(low=spec.low, high=spec.high),
         "draws": f"{spec.draws} of each image in each bin, from (part, bin, draw, image)",
     }
+    warnings = warn_of_initial_share(values["initial_share"])
+    if warnings:
+        values["warnings"] = warnings
     if bounded:
         bound = sum(terms for _, terms in bins.values())
         values["bits_per_dim"] = bound + prior_bits(bounded, images.x0)
     return values
-
-
-def initial_share(recipe: Recipe) -> float:
-    """Return the share of the initial weights in the average at the end of a training."""
-    return recipe.ema**recipe.steps
 
 
 def _take_images(spec: HeldOut, device: torch.device) -> Images:

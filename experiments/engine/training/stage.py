@@ -18,7 +18,7 @@ from experiments.engine.runtime.heartbeat import RunState
 from experiments.engine.runtime.preemption import Preempted, StopRequest
 from experiments.engine.runtime.progress import Progress
 from experiments.engine.specs.spec import Train
-from experiments.engine.training import checkpoint
+from experiments.engine.training import averages, checkpoint
 from experiments.engine.training.bands import bands_of
 from experiments.engine.training.boards import require_boards
 from experiments.engine.training.divergence import Diverged, find_bad_loss, has_finite_weights
@@ -41,6 +41,7 @@ def run_training(spec: Train, context: RunContext) -> dict[str, Any]:
     """
     require_boards()
     group, resources = context.group, context.resources
+    snapshots = averages.snapshot_steps(spec.recipe)
     trainer = Trainer(spec, resources, group)
     pending = _restore(trainer, context)
     if context.heartbeat:
@@ -60,9 +61,18 @@ def run_training(spec: Train, context: RunContext) -> dict[str, Any]:
         )
         attempt = _Attempt(trainer, context, writer, log, pending, len(images))
         for loss in trainer.steps(images):
+            # Averages are on disk before a checkpoint of the same step, or a later one, is.
+            if trainer.averages and trainer.step in snapshots and group.first:
+                checkpoint.save(
+                    context.folder / averages.FOLDER,
+                    trainer.step,
+                    trainer.averages.snapshot(),
+                    milestones=1,
+                )
             attempt.follow(loss)
         writer.wait()
-    return attempt.values() | images.identity | attempt.warnings()
+    kept = {"power_averages": averages.describe(spec.recipe)} if snapshots else {}
+    return attempt.values() | images.identity | kept | attempt.warnings()
 
 
 def _restore(trainer: Trainer, context: RunContext) -> list[Tensor]:

@@ -32,6 +32,7 @@ from experiments.engine.runtime.context import Resources
 from experiments.engine.runtime.group import ALONE, Group, average_gradients
 from experiments.engine.specs.spec import Backbone, Recipe, Train
 from experiments.engine.training import checkpoint
+from experiments.engine.training.averages import PowerAverages
 from experiments.engine.training.stochastic_depth import increment_weights
 
 
@@ -155,6 +156,7 @@ class Trainer:
         # Networks, optimiser and objective.
         self.model = model or build(spec.backbone, spec.seed, self.device, spec.recipe.initial)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
+        self.averages = PowerAverages(self.model) if spec.recipe.power_snapshots else None
         self.is_sharded = resources.shard_optimizer and group.world_size > 1
         self.optimizer = self._build_optimizer()
         self.diffusion = build_diffusion(spec.diffusion).to(self.device)
@@ -207,17 +209,20 @@ class Trainer:
             self.optimizer.consolidate_state_dict(to=0)
         if not self.group.first:
             return {}
-        return {
+        state = {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
+        return state | ({"power": self.averages.state()} if self.averages else {})
 
     def restore(self, step: int, state: dict[str, Any]) -> None:
         """Resume from the state that a run had after `step` steps."""
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.averages:
+            self.averages.restore(state["power"])
         self.step = step
 
     def start_from(self, trained: nn.Module) -> None:
@@ -290,6 +295,8 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.model.parameters(), recipe.grad_clip)
         self.optimizer.step()
         update_ema(self.ema, self.model, recipe.ema)
+        if self.averages:
+            self.averages.update(self.step + 1)
         return loss
 
     def _forward_backward(

@@ -61,6 +61,7 @@ def test_records_outlast_parts_that_fail_and_the_end_of_the_time(
         return run_part(Session(time.monotonic() + seconds, self.store, self.bundle), command)
 
     monkeypatch.setattr(Session, "run_part", run_part_briefly)
+    # Four parts, of which two fail.
     bundle = tmp_path / "out" / "measured.tar.gz"
     results = ["--results", str(tmp_path / "results")]
     assert benchmark.main(["gpu", "--device", "cpu", *results, "--bundle", str(bundle)]) == 1
@@ -71,6 +72,8 @@ def test_records_outlast_parts_that_fail_and_the_end_of_the_time(
         ("stays", "cut off by the time"),
         ("last", "done"),
     ]
+
+    # The records of the parts that ended are in the bundle.
     with tarfile.open(bundle) as archive:
         archive.extractall(tmp_path / "elsewhere", filter="data")
     assert Store(tmp_path / "elsewhere").here.latest(Ceilings("cpu", "bf16")).status == "done"

@@ -59,6 +59,8 @@ def test_a_record_holds_both_and_the_kernels_of_ours_alone(
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     is_compiling = torch.compiler.is_compiling
     add_choice(monkeypatch, Choice("compiled", reference, pays=lambda *args: is_compiling()))
+
+    # Compare with a network of another file.
     file = tmp_path / "other.py"
     file.write_text(OTHER_FILE)
     store = Store(tmp_path / "results")
@@ -96,6 +98,7 @@ def test_alone_the_overhead_is_that_over_the_bare_loop(
 def test_half_of_a_batch_that_does_not_fit_the_memory_is_tried(
     fits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
+    """The largest half that fits is recorded; where none fits, the failure is."""
     compare = steps._compare
 
     def compare_within_memory(spec: Steps, *rest: object) -> Measurement:
@@ -105,6 +108,7 @@ def test_half_of_a_batch_that_does_not_fit_the_memory_is_tried(
             )
         return compare(spec, *rest)
 
+    # Batches of 11, 5 and 2 are tried.
     monkeypatch.setattr(steps, "_compare", compare_within_memory)
     store = Store(tmp_path)
     assert measure_steps(replace(TRAINING, batch=11), None, 3, store, TARGETS) == bool(fits)

@@ -86,6 +86,8 @@ def attempt(folder: Path, number: int, status: int = 137) -> subprocess.Complete
         srun="",
         sleep="",
     )
+
+    # As Slurm starts a job that was requeued.
     environment = os.environ | {
         "PATH": f"{folder}/bin:{os.environ['PATH']}",
         "PYTHON": sys.executable,

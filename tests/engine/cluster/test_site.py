@@ -31,11 +31,14 @@ reservation = "r"
 nodes = 4
 account = "x"
 """
+
+    # The file, without and with a section of the row.
     environment = site_file(tmp_path, text)
     common = dict(partition="a", options={"reservation": "r"})
     assert load_site("DiCo-S", environment) == Site(nodes=2, **common)
     assert load_site("DiCo-XL", environment) == Site(nodes=4, account="x", **common)
 
+    # Variables go before both; options are replaced as a whole.
     environment |= {
         "DICO_SLURM_NODES": "8",
         "DICO_SLURM_SHARD_OPTIMIZER": "true",

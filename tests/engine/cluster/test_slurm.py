@@ -171,6 +171,8 @@ def test_a_batch_script_without_a_results_folder_fails_at_once(slurm: Cluster, t
         RESULTS=str(tmp_path / "site.py" / "results"),
     )
     slurm.wait_until_empty()
+
+    # Its log names the folder.
     assert "cannot write results to" in (tmp_path / "log").read_text()
     assert slurm.state_of(job, "-t", "all") == "FAILED"
 

@@ -156,34 +156,37 @@ def test_expected_cost_is_scaled_by_counted_gflops(tmp_path: Path):
 def test_a_plan_says_what_every_own_recipe_costs_or_that_it_is_unknown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """A plan names every training with the GPU-hours of its recipe, and never with zero."""
     environment = site_file(tmp_path, "checkpoint_every = 1")
     monkeypatch.setenv("DICO_SLURM_SITE", environment["DICO_SLURM_SITE"])
     store = Store(tmp_path, REPOSITORY / "results" / "reference")
     table = run.TABLES[8]
     runs = TablePlan(Selection(table, table.rows, PROTOCOLS["imagenet256_own"], [0], "cuda"))
 
+    # The hours by label, or nothing where they are unknown.
     known = r"about (\S+) GPU-hours of training, by .*Table 6"
     line = rf"^(.+), seed 0: (?:{known}|GPU-hours of training unknown)"
     costs = dict(re.findall(line, slurm.describe(runs, store), re.M))
     assert {f"{label}, seed 0" for label in costs} == {job.label for job in runs.trainings()}
     assert costs["DiCo-H"] == f"{64 * 113:,}"
-    assert "" in costs.values() and not {"0", "0.0"} & set(costs.values())
+    assert "" in costs.values()
+    assert not {"0", "0.0"} & set(costs.values())
 
 
 def test_a_gpu_is_not_promised_the_seconds_of_a_cpu(tmp_path: Path):
+    """The seconds of a CPU are a forecast for CPUs alone."""
     store = Store(tmp_path)
     train = two_rows(DIGITS).trainings()[0].stages[0]
     store.append(train, "failed", {}, {}, "so that it would run again")
     on_cpu = {"device": "cpu", "world_size": 1, "seconds": 77.0}
     store.append(replace(train, seed=1), "done", {}, on_cpu)
 
+    # The same plan for either device.
     reference = Store(tmp_path, reference=tmp_path / "records")
-    plans = {
-        device: plan.describe(
-            TablePlan(Selection(TABLE, TABLE.rows[:1], DIGITS, [0, 1], device)), reference
-        )
-        for device in ("cpu", "cuda")
-    }
+    plans = {}
+    for device in ("cpu", "cuda"):
+        selection = Selection(TABLE, TABLE.rows[:1], DIGITS, [0, 1], device)
+        plans[device] = plan.describe(TablePlan(selection), reference)
     assert "about" in plans["cpu"]
     assert "stages of unknown length" in plans["cuda"].splitlines()[-1]
     assert not re.search(r"train .*about", plans["cuda"])

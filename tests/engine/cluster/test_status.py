@@ -42,6 +42,7 @@ def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Queue:
     )
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
 
+    # The queue is empty at first.
     def set_queue(*jobs: str) -> None:
         lines = ["\t".join(job.split(",")) + "\n" for job in jobs]
         (tmp_path / "queue").write_text("".join(lines))

@@ -58,6 +58,8 @@ def test_a_batch_script_holds_what_the_site_gives(tmp_path: Path):
         concurrent=3,
         options={"exclusive": True},
     )
+
+    # Five jobs are an array.
     folder = tmp_path / "submissions" / "dico-x"
     text = batch_script_text(site, folder, 5)
     flags = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", text, re.M))
@@ -81,6 +83,7 @@ def test_a_batch_script_holds_what_the_site_gives(tmp_path: Path):
     assert "source slurm/job.sh" in text
     assert re.search(r"^srun .*--cpus-per-task=6 --kill-on-bad-exit=1 .*submitit", text, re.M)
 
+    # A single job is none, and a kind of GPU is asked for by its name.
     assert "array" not in batch_script_text(site, folder, 1)
     kind = batch_script_text(replace(site, gpu_type="a100"), folder, 1)
     assert "#SBATCH --gpus-per-node=a100:4\n" in kind
@@ -154,7 +157,9 @@ def test_what_the_scheduler_refuses_only_today_is_a_warning(
 
 
 def test_a_job_here_is_reported_by_what_it_recorded_itself(tmp_path: Path):
-    store, job = Store(tmp_path), two_rows(DIGITS, "cpu").trainings()[0]
+    """A job that died is reported by its record, or by its log where it has left none."""
+    store = Store(tmp_path)
+    job = two_rows(DIGITS, "cpu").trainings()[0]
     old = store.append(job.stages[0], "failed", {}, {}, "an error of long ago")
     log = tmp_path / "log"
     events: list[tuple[str, object]] = []
@@ -162,10 +167,12 @@ def test_a_job_here_is_reported_by_what_it_recorded_itself(tmp_path: Path):
     def notify(job: Job, event: str, payload: object) -> None:
         events.append((event, payload))
 
+    # The record is older than the job.
     later = old.utc[:-1] + "a"
     local.report_end(job, RuntimeError("killed"), Store(tmp_path), log, later, notify)
     assert events == [("error", f"killed (its log: {log})"), ("end", None)]
 
+    # The record is the job's own.
     events.clear()
     local.report_end(job, RuntimeError("failed"), Store(tmp_path), log, old.utc, notify)
     assert [event for event, _ in events] == ["record", "end"]

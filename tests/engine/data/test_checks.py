@@ -203,31 +203,37 @@ def test_the_order_of_labels_is_written_and_compared(
 
 
 def test_imagefolders_pictures_are_taken_and_the_rest_is_counted(tmp_path: Path):
+    """The pictures are those of torchvision's ImageFolder; other files are counted by kind."""
     root = write_classes(tmp_path / "images", ["ant", "bee"])
+    ant = root / "ant"
     image = Image.new("RGB", (8, 8))
     for name in ("b.TIF", "c.ppm", "d.webp", "e.bmp", "sub/deep/f.PNG", "._real.png", ".g.jpg"):
-        (root / "ant" / name).parent.mkdir(parents=True, exist_ok=True)
-        image.save(root / "ant" / name)
+        (ant / name).parent.mkdir(parents=True, exist_ok=True)
+        image.save(ant / name)
+
+    # What lies beside pictures in folders of real people.
     for name in ("x.gif", "y.GIF", "z.jfif", "README", ".DS_Store", "Thumbs.db", "._a.png"):
-        (root / "ant" / name).write_bytes(b"\0\5\x16\7")
-    os.mkfifo(root / "ant" / "pipe.png")
-    os.symlink(root / "ant", root / "ant" / "sub" / "circle")
+        (ant / name).write_bytes(b"\0\5\x16\7")
+    os.mkfifo(ant / "pipe.png")
+    os.symlink(ant, ant / "sub" / "circle")
     (root / "__MACOSX").mkdir()
     (root / "list.txt").touch()
-    found = find_pictures(root, 2)
+    ours = find_pictures(root, 2)
 
+    # ImageFolder stumbles over some of it.
     import torchvision
 
     (root / "__MACOSX").rmdir()
-    (root / "ant" / "sub" / "circle").unlink()
-    (root / "ant" / "._a.png").unlink()
-    (root / "ant" / "pipe.png").unlink()
-    theirs = [
-        str(Path(path).relative_to(root))
-        for path, _ in torchvision.datasets.ImageFolder(str(root)).samples
-    ]
-    assert list(found.files) == theirs and len(theirs) == 9
-    assert found.left_out == {
+    (ant / "sub" / "circle").unlink()
+    (ant / "._a.png").unlink()
+    (ant / "pipe.png").unlink()
+    samples = torchvision.datasets.ImageFolder(str(root)).samples
+    theirs = [str(Path(path).relative_to(root)) for path, _ in samples]
+    assert list(ours.files) == theirs
+    assert len(theirs) == 9
+
+    # Nothing is left out in silence.
+    assert ours.left_out == {
         "files ending in .gif": 2,
         "files ending in .jfif": 1,
         "files without an ending": 1,
@@ -237,7 +243,7 @@ def test_imagefolders_pictures_are_taken_and_the_rest_is_counted(tmp_path: Path)
         "hidden or companion folders": 1,
         "files beside the class folders": 1,
     }
-    assert "files ending in .gif: 2" in pictures.describe_left_out(found.left_out)
+    assert "files ending in .gif: 2" in pictures.describe_left_out(ours.left_out)
 
 
 def test_names_that_are_no_utf8_are_read_and_named(tmp_path: Path):

@@ -27,26 +27,28 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_parquet_files_are_read_in_their_order(folder: Path):
+    """The rows of two files follow each other, scaled to [-1, 1]."""
     images = pixels(12)
-    for part, rows in enumerate((slice(0, 7), slice(7, 12))):
-        write_parquet(
-            folder / f"train-{part:05d}-of-00002.parquet",
-            [file_of(image) for image in images[rows]],
-            list(range(10))[:7] if part == 0 else [9, 8, 7, 6, 5],
-        )
-    write_parquet(folder / "test.parquet", [file_of(images[0])], [3])
-    found = load(CIFAR10.data)
-    x, y = found.take(torch.arange(12))
-    assert y.tolist() == [0, 1, 2, 3, 4, 5, 6, 9, 8, 7, 6, 5] and found.flip
+    files = [file_of(image) for image in images]
+    write_parquet(folder / "train-00000-of-00002.parquet", files[:7], [0, 1, 2, 3, 4, 5, 6])
+    write_parquet(folder / "train-00001-of-00002.parquet", files[7:], [9, 8, 7, 6, 5])
+    write_parquet(folder / "test.parquet", files[:1], [3])
+
+    # The training part.
+    cifar_set = load(CIFAR10.data)
+    x, y = cifar_set.take(torch.arange(12))
+    assert y.tolist() == [0, 1, 2, 3, 4, 5, 6, 9, 8, 7, 6, 5]
     assert np.abs(x.numpy() - (images.transpose(0, 3, 1, 2) / 127.5 - 1)).max() < 1e-6
-    assert found.identity == {
-        "data_source": "parquet",
-        "data_sha256": found.identity["data_sha256"],
-    }
+    assert cifar_set.flip
+    assert cifar_set.identity.keys() == {"data_source", "data_sha256"}
+    assert cifar_set.identity["data_source"] == "parquet"
+
+    # The test part.
     assert len(read_cifar10(find_cifar10(folder, "test"), "test")[0]) == 1
 
 
 def test_the_digest_is_of_the_pixels_and_labels(folder: Path):
+    """Other labels and other pixels have other digests, and an equal set has the same."""
     digests = []
     for name, images, label in (
         ("a", pixels(2), 1),
@@ -54,22 +56,23 @@ def test_the_digest_is_of_the_pixels_and_labels(folder: Path):
         ("c", pixels(2, seed=1), 1),
         ("d", pixels(2), 1),
     ):
-        write_parquet(
-            folder / name / "train.parquet", [file_of(image) for image in images], [label, label]
-        )
-        digests.append(read_cifar10([folder / name / "train.parquet"], "train")[2]["data_sha256"])
-    assert len(set(digests)) == 3 and digests[0] == digests[3]
+        path = folder / name / "train.parquet"
+        write_parquet(path, [file_of(image) for image in images], [label, label])
+        digests.append(read_cifar10([path], "train")[2]["data_sha256"])
+    assert len(set(digests)) == 3
+    assert digests[0] == digests[3]
 
 
 def test_jpeg_and_grey_images_are_read(folder: Path):
+    """A JPEG is read as it is, and a grey image in three equal channels."""
     images = np.repeat(np.repeat(pixels(2)[:, ::8, ::8], 8, 1), 8, 2)
-    write_parquet(
-        folder / "train.parquet", [file_of(images[0], "JPEG"), file_of(images[1], mode="L")], [0, 1]
-    )
-    found, _, identity = read_cifar10([folder / "train.parquet"], "train")
+    files = [file_of(images[0], "JPEG"), file_of(images[1], mode="L")]
+    write_parquet(folder / "train.parquet", files, [0, 1])
+    read, _, identity = read_cifar10([folder / "train.parquet"], "train")
     assert identity["data_converted"] == "1 L"
-    assert found.shape == (2, 3, 32, 32) and (found[1] == found[1, :1]).all()
-    assert np.abs(found[0].transpose(1, 2, 0).astype(int) - images[0]).mean() < 25
+    assert read.shape == (2, 3, 32, 32)
+    assert (read[1] == read[1, :1]).all()
+    assert np.abs(read[0].transpose(1, 2, 0).astype(int) - images[0]).mean() < 25
 
 
 @pytest.mark.parametrize(
@@ -125,17 +128,21 @@ def test_the_command_checks_what_is_there(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
+    """The command says what it finds of either part, or what is wrong with it."""
     write_parquet(folder / "train.parquet", files, labels)
     monkeypatch.setattr("sys.argv", ["prepare.py", "cifar10"])
-    status, printed = prepare.main(), capsys.readouterr()
+    status = prepare.main()
+    printed = capsys.readouterr()
+
+    # Bad files are one line of error.
     if words:
-        assert status == 2 and re.search(words, printed.err) and printed.err.count("\n") == 1
+        assert status == 2
+        assert re.search(words, printed.err)
+        assert printed.err.count("\n") == 1
     else:
-        assert (
-            status == 0
-            and printed.out.startswith("train: 1 images from parquet, ")
-            and "converted to RGB: 1 P\ntest: not in" in printed.out
-        )
+        assert status == 0
+        assert printed.out.startswith("train: 1 images from parquet, ")
+        assert "converted to RGB: 1 P\ntest: not in" in printed.out
 
 
 def test_a_file_that_is_no_parquet_is_refused(folder: Path):
@@ -146,36 +153,40 @@ def test_a_file_that_is_no_parquet_is_refused(folder: Path):
 
 
 def write_torchvision(folder: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
-    """A small set in the published layout, and its checksums in torchvision's table."""
+    """Write a small set in the published layout, and its checksums into torchvision's table."""
     from torchvision.datasets import CIFAR10 as Published
 
-    base, images, table = folder / Published.base_folder, pixels(6), []
+    base = folder / Published.base_folder
     base.mkdir(parents=True)
-    for name, rows in (("data_batch_1", slice(0, 4)), ("test_batch", slice(4, 6))):
-        data = images[rows].transpose(0, 3, 1, 2).reshape(-1, 3072)
-        (base / name).write_bytes(pickle.dumps({"data": data, "labels": [1] * len(data)}))
-        table.append([name, hashlib.md5((base / name).read_bytes()).hexdigest()])
-    (base / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
-    monkeypatch.setattr(Published, "train_list", table[:1])
-    monkeypatch.setattr(Published, "test_list", table[1:])
-    monkeypatch.setattr(
-        Published,
-        "meta",
-        Published.meta | {"md5": hashlib.md5((base / "batches.meta").read_bytes()).hexdigest()},
-    )
+
+    def write(name: str, content: dict[str, object]) -> str:
+        """Write a file and return its checksum."""
+        pickled = pickle.dumps(content)
+        (base / name).write_bytes(pickled)
+        return hashlib.md5(pickled).hexdigest()
+
+    # Four images to train and two to test, as flat rows.
+    images = pixels(6)
+    rows = images.transpose(0, 3, 1, 2).reshape(-1, 3072)
+    train = write("data_batch_1", {"data": rows[:4], "labels": [1] * 4})
+    test = write("test_batch", {"data": rows[4:], "labels": [1] * 2})
+    meta = write("batches.meta", {"label_names": list("abcdefghij")})
+
+    # torchvision opens a file with its checksum only.
+    monkeypatch.setattr(Published, "train_list", [["data_batch_1", train]])
+    monkeypatch.setattr(Published, "test_list", [["test_batch", test]])
+    monkeypatch.setattr(Published, "meta", Published.meta | {"md5": meta})
     return images
 
 
 def test_torchvisions_folder_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    images = write_torchvision(folder, monkeypatch)
-    found = load(CIFAR10.data)
-    assert (found.images == images[:4].transpose(0, 3, 1, 2)).all() and found.labels.tolist() == [
-        1
-    ] * 4
-    assert found.identity["data_source"] == "torchvision"
-    assert (
-        read_cifar10(find_cifar10(folder, "test"), "test")[0] == images[4:].transpose(0, 3, 1, 2)
-    ).all()
+    """Both parts of the published layout are read."""
+    images = write_torchvision(folder, monkeypatch).transpose(0, 3, 1, 2)
+    cifar_set = load(CIFAR10.data)
+    assert (cifar_set.images == images[:4]).all()
+    assert cifar_set.labels.tolist() == [1] * 4
+    assert cifar_set.identity["data_source"] == "torchvision"
+    assert (read_cifar10(find_cifar10(folder, "test"), "test")[0] == images[4:]).all()
 
 
 class Harm:
@@ -195,12 +206,13 @@ def test_a_pickle_with_another_checksum_is_not_opened(
 
 
 def test_without_a_network_the_download_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """A download that fails says why, and what to do by hand."""
+
     def refused(*_: object, **__: object) -> None:
         raise OSError("no route\nto the host")
 
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", refused)
-    with pytest.raises(
-        ValueError, match="cannot be downloaded .no route to the host.; put train.parquet"
-    ) as failure:
+    message = "cannot be downloaded .no route to the host.; put train.parquet"
+    with pytest.raises(ValueError, match=message) as failure:
         cifar.download(folder)
     assert "\n" not in str(failure.value)

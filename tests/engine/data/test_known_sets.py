@@ -140,6 +140,7 @@ def test_a_part_of_imagenet_is_called_a_part(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
+    """Fewer images than the whole set has are identified as a part; more are refused."""
     monkeypatch.setattr(checks, "IMAGENET_IMAGES", 6)
     monkeypatch.setattr(locate, "ROOT", tmp_path)
     data = Data("imagenet4_pixels", size=4, channels=3, num_classes=3)
@@ -148,11 +149,14 @@ def test_a_part_of_imagenet_is_called_a_part(
     draw = np.random.default_rng(0)
     np.save(folder / "images.npy", draw.integers(0, 256, (len(labels), 3, 4, 4), dtype=np.uint8))
     np.save(folder / "labels.npy", np.array(labels))
+
+    # More images than the whole set has.
     if len(labels) > 6:
         with pytest.raises(ValueError, match=words):
             load(data)
         return
-    assert load(data).identity == ({"data_part": words} if words else {})
+    expected = {"data_part": words} if words else {}
+    assert load(data).identity == expected
     assert words in capsys.readouterr().err
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -28,159 +29,161 @@ from experiments.engine.scoring import inception
 from experiments.engine.scoring import measure as scoring_measure
 from experiments.engine.specs.spec import Backbone, Data, Evaluate, Recipe, Sampler, Train, spec_id
 from experiments.engine.training.trainer import Trainer
-from tests.support.latent_sets import write_vae
+from tests.support.latent_sets import ignore_progress, write_vae
 
-SIDE, NUM = 64, 9
+SIDE = 64
+NUM = 9
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sources_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two photographs cut into six pictures each, an untrained VAE and untrained Inception."""
     pytest.importorskip("diffusers")
     pytest.importorskip("torch_fidelity")
-    root = tmp_path_factory.mktemp("given")
+    root = tmp_path_factory.mktemp("sources")
     for name, photograph in zip(("china", "flower"), load_sample_images().images, strict=True):
-        (root / "pictures" / name).mkdir(parents=True)
+        folder = root / "pictures" / name
+        folder.mkdir(parents=True)
         for place in range(6):
-            top, left = 213 * (place // 3), 213 * (place % 3)
-            Image.fromarray(photograph[top : top + 213, left : left + 213]).save(
-                root / "pictures" / name / f"{place}.jpg", quality=95
-            )
-    network, draw = inception.build_network(), torch.Generator().manual_seed(0)
-    for weight in (weight for weight in network.parameters() if weight.dim() == 4):
-        torch.nn.init.kaiming_normal_(
-            weight, generator=draw
-        )  # as it is made, its features hardly depend on the image
-    torch.save(network.state_dict(), root / "inception.pth")
+            top = 213 * (place // 3)
+            left = 213 * (place % 3)
+            cut = Image.fromarray(photograph[top : top + 213, left : left + 213])
+            cut.save(folder / f"{place}.jpg", quality=95)
     write_vae(root / "vae")
+
+    # By Inception's own initial weights, features hardly depend on the image.
+    network = inception.build_network()
+    draw = torch.Generator().manual_seed(0)
+    for weight in network.parameters():
+        if weight.dim() == 4:
+            torch.nn.init.kaiming_normal_(weight, generator=draw)
+    torch.save(network.state_dict(), root / "inception.pth")
     return root
 
 
-def whole_path(given: Path, root: Path, dies: str) -> None:
-    """Do all that is missing up to the record; the process is killed within the stage `dies`."""
+def dying(function: Callable, condition: Callable[..., bool]) -> Callable:
+    """Return a function that kills its process at a call."""
 
-    def dying(function: Callable, when: Callable[..., bool]) -> Callable:
-        def called(*arguments: Any) -> Any:
-            if when(*arguments):
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments)
+    def called(*arguments: Any) -> Any:
+        if condition(*arguments):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments)
 
-        return called
+    return called
 
-    torch.set_num_threads(1)
-    os.environ |= {"DICO_VAE": str(given / "vae"), "DICO_INCEPTION": str(given / "inception.pth")}
-    sources.ROOT, inception.SHA256, samples.CHUNK, scoring_measure.PIECE, inception.BATCH = (
-        root / "data",
-        "",
-        4,
-        4,
-        2,
-    )
-    pieces = []
-    if dies == "encoding":
+
+def is_second() -> Callable[..., bool]:
+    """Return a condition that is true of the second call."""
+    calls = itertools.count(1)
+    return lambda *_: next(calls) == 2
+
+
+def arm(stage: str) -> None:
+    """Let the process be killed within a stage, or within none."""
+    if stage == "encoding":
         shards.read_picture = dying(read_picture, lambda path, size: path.parent.name == "flower")
-    elif dies == "training":
+    elif stage == "training":
         Trainer._update = dying(Trainer._update, lambda trainer, *batch: trainer.step == 5)
-    elif dies == "sampling":
-        samples.to_uint8 = dying(samples.to_uint8, lambda x: pieces.append(0) or len(pieces) == 2)
-    elif dies == "scoring":
-        scoring_measure._measure_piece = dying(
-            scoring_measure._measure_piece, lambda *piece: pieces.append(0) or len(pieces) == 2
-        )
-    pictures, vae = find_pictures(given / "pictures", 2), load_autoencoder(str(given / "vae"))
-    data = Data(
-        "photographs",
-        size=SIDE // vae.factor,
-        channels=4,
-        num_classes=2,
-        flip=True,
-        vae=vae.encoder,
-    )
-    encode_pictures(
-        EncodingJob(pictures, vae, SIDE, shard=5), root / "data" / data.name, lambda *counts: None
-    )
+    elif stage == "sampling":
+        samples.to_uint8 = dying(samples.to_uint8, is_second())
+    elif stage == "scoring":
+        measure_piece = scoring_measure._measure_piece
+        scoring_measure._measure_piece = dying(measure_piece, is_second())
+
+
+def prepare_latents(origin: Path, root: Path) -> Data:
+    """Encode the pictures, and write them as the reference of scores."""
+    pictures = find_pictures(origin / "pictures", 2)
+    vae = load_autoencoder(str(origin / "vae"))
+    size = SIDE // vae.factor
+    data = Data("photographs", size, channels=4, num_classes=2, flip=True, vae=vae.encoder)
+    folder = root / "data" / data.name
+    encode_pictures(EncodingJob(pictures, vae, SIDE, shard=5), folder, ignore_progress)
     real = np.stack([read_picture(pictures.root / file, SIDE)[0] for file in pictures.files])
-    np.savez(root / "data" / data.name / "reference.npz", arr_0=real)
-    network = Backbone(
-        "dico_s",
-        dict(dim=8, depths=(1, 1, 1, 1, 1), input_size=data.size, in_channels=4, num_classes=2),
-    )
+    np.savez(folder / "reference.npz", arr_0=real)
+    return data
+
+
+def whole_path(origin: Path, root: Path, dies: str) -> None:
+    """Do all that is missing up to the record; the process is killed within the stage `dies`."""
+    torch.set_num_threads(1)
+    os.environ["DICO_VAE"] = str(origin / "vae")
+    os.environ["DICO_INCEPTION"] = str(origin / "inception.pth")
+
+    # Small chunks and pieces, so that a stage can be killed in its middle.
+    sources.ROOT = root / "data"
+    inception.SHA256 = ""
+    inception.BATCH = 2
+    samples.CHUNK = 4
+    scoring_measure.PIECE = 4
+    arm(dies)
+
+    # From pictures to latents, from latents to weights, and from weights to scores.
+    data = prepare_latents(origin, root)
+    shape = dict(input_size=data.size, in_channels=4, num_classes=2)
+    network = Backbone("dico_s", dict(dim=8, depths=(1, 1, 1, 1, 1)) | shape)
     train = Train(network, data, Recipe(steps=8, batch=4))
-    store = Store(root / "results")
-    for stage in (
-        train,
-        Evaluate(train, Sampler("ddim", num_steps=2), NUM, "inception", "balanced"),
-    ):
-        record = execute(stage, store, Resources(checkpoint_every=3))
+    evaluate = Evaluate(train, Sampler("ddim", num_steps=2), NUM, "inception", "balanced")
+    for stage in (train, evaluate):
+        record = execute(stage, Store(root / "results"), Resources(checkpoint_every=3))
         assert record.status == "done", record.error
-    (root / "ids").write_text(f"{spec_id(train)} {record.id}")
+    (root / "ids").write_text(f"{spec_id(train)} {spec_id(evaluate)}")
 
 
-def end_of(given: Path, root: Path, dies: str = "") -> int:
-    """Exit code of a new process: after a backward pass a fork could not run another one."""
-    process = multiprocessing.get_context("spawn").Process(
-        target=whole_path, args=(given, root, dies)
-    )
+def end_of(origin: Path, root: Path, dies: str = "") -> int:
+    """Return the exit code of a process that goes the path.
+
+    The process is new: after a backward pass a fork could not run another one.
+    """
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=whole_path, args=(origin, root, dies))
     process.start()
     process.join()
     return process.exitcode
 
 
-def left(root: Path) -> tuple[dict[str, bytes], dict[str, Any], dict[str, str]]:
-    """Latents, the training's values and the scores."""
+def results_of(root: Path) -> tuple[dict[str, bytes], dict[str, Any], dict[str, str]]:
+    """Return the files of latents and samples, the training's values and the scores."""
     train, evaluate = (root / "ids").read_text().split()
     (data,) = (root / "data").iterdir()
-    latents = {
-        path.name: path.read_bytes()
-        for path in data.iterdir()
-        if path.suffix == ".npy" or path.name == "manifest.json"
-    }
-    drawn = {
-        path.name: path.read_bytes()
-        for path in (root / "results" / "runs" / evaluate / "samples").glob("*.npy")
-    }
-    values = [Store(root / "results").here.by_id()[name][-1].values for name in (train, evaluate)]
-    return (
-        latents | drawn,
-        values[0],
-        {name: repr(value) for name, value in values[1].items() if name != "attempts"},
-    )
+    drawn = root / "results" / "runs" / evaluate / "samples"
+    paths = [*data.glob("*.npy"), data / "manifest.json", *drawn.glob("*.npy")]
+
+    # Attempts tell how often the process was killed.
+    records = Store(root / "results").here.by_id()
+    scores = dict(records[evaluate][-1].values)
+    scores.pop("attempts", None)
+    texts = {name: repr(value) for name, value in scores.items()}
+    return {path.name: path.read_bytes() for path in paths}, records[train][-1].values, texts
 
 
 @pytest.mark.slow
-def test_killed_at_every_stage_the_path_ends_with_the_same_bits(given: Path, tmp_path: Path):
-    assert end_of(given, tmp_path / "whole") == 0
+def test_killed_at_every_stage_the_path_ends_with_the_same_bits(
+    sources_folder: Path, tmp_path: Path
+):
+    """A path that was killed in every stage leaves the files and scores of an undisturbed one."""
+    assert end_of(sources_folder, tmp_path / "whole") == 0
     for dies in ("encoding", "training", "sampling", "scoring"):
-        assert end_of(given, tmp_path / "killed", dies) == -signal.SIGKILL, dies
-    assert end_of(given, tmp_path / "killed") == 0
-    files, trained, scored = left(tmp_path / "whole")
-    again_files, again_trained, again_scored = left(tmp_path / "killed")
-    assert len(files) == 3 + 1 + 1 + 3 and again_files == files and again_scored == scored
-    assert (again_trained["resumed_at"], again_trained["weights_sha256"]) == (
-        3,
-        trained["weights_sha256"],
-    )
-    found = {
-        name: float(scored[name])
-        for name in (
-            "fid",
-            "sfid",
-            "is",
-            "precision",
-            "recall",
-            "density",
-            "coverage",
-            "kid",
-            "mind",
-        )
-    }
-    assert (
-        all(np.isfinite(value) for value in found.values())
-        and found["fid"] > 1e-6
-        and found["is"] > 1 - 1e-9
-    )
-    assert (
-        "'num_images': 12" in scored["manifest"]
-        and "'name': 'unknown'" in scored["manifest"]
-        and "fewer than the 2048" in scored["warnings"]
-    )
+        assert end_of(sources_folder, tmp_path / "killed", dies) == -signal.SIGKILL, dies
+    assert end_of(sources_folder, tmp_path / "killed") == 0
+
+    # Three shards, labels, a manifest and three chunks of samples.
+    files, training, scores = results_of(tmp_path / "whole")
+    again_files, again_training, again_scores = results_of(tmp_path / "killed")
+    assert len(files) == 3 + 1 + 1 + 3
+    assert again_files == files
+    assert again_scores == scores
+    assert again_training["resumed_at"] == 3
+    assert again_training["weights_sha256"] == training["weights_sha256"]
+
+    # Every score is a number, and images differ from the real ones and from each other.
+    names = "fid sfid is precision recall density coverage kid mind"
+    values = {name: float(scores[name]) for name in names.split()}
+    assert all(np.isfinite(value) for value in values.values())
+    assert values["fid"] > 1e-6
+    assert values["is"] > 1 - 1e-9
+
+    # The record says what was scored, and what such scores are worth.
+    assert "'num_images': 12" in scores["manifest"]
+    assert "'name': 'unknown'" in scores["manifest"]
+    assert "fewer than the 2048" in scores["warnings"]

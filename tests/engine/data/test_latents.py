@@ -1,4 +1,4 @@
-"""From pictures to training batches: killed, shared, resumed, and read in order of positions."""
+"""From pictures to latents on disk: what is stored, killed, shared, resumed and refused."""
 
 import json
 import multiprocessing
@@ -15,291 +15,220 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.engine.data import encode, latent_statistics, sets
-from experiments.engine.data import locate as sources
+from experiments.engine.data import encode, latent_statistics
 from experiments.engine.data.autoencoder import Autoencoder, load_autoencoder
 from experiments.engine.data.encode import EncodingJob, encode_pictures
 from experiments.engine.data.latent_statistics import compare_statistics
 from experiments.engine.data.latents import SCALE, LatentSet
 from experiments.engine.data.locate import read_manifest
 from experiments.engine.data.pictures import find_pictures, read_picture
-from experiments.engine.data.sets import batch_indices, iterate_batches, load
-from experiments.engine.diffusion.iddpm import IDDPM
 from experiments.engine.records import files
-from experiments.engine.specs.spec import Backbone, Recipe, Train
-from experiments.engine.training.trainer import Trainer
-from tests.support.latent_sets import declared, ignore_progress, write_pictures, write_vae
+from tests.support.latent_sets import (
+    declared,
+    ignore_progress,
+    read_shards,
+    write_pictures,
+    write_vae,
+)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The files of a folder, without locks and what was measured of the files."""
-    return {
-        path.name: path.read_bytes()
-        for path in folder.iterdir()
-        if path.suffix != ".lock" and not path.name.startswith(".")
-    }
+    """Return the files of a folder, without locks and what was measured of the files."""
+    paths = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    return {path.name: path.read_bytes() for path in paths if path.suffix != ".lock"}
+
+
+def write_times(folder: Path) -> dict[str, int]:
+    """Return when every shard was written."""
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*.npy")}
 
 
 def in_processes(*jobs: Callable[[], object]) -> list[int]:
-    """Exit codes of functions run at once in copies of this process."""
-    started = [multiprocessing.get_context("fork").Process(target=job) for job in jobs]
-    for process in started:
+    """Return the exit codes of functions that run at once in copies of this process."""
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=job) for job in jobs]
+    for process in processes:
         process.start()
-    for process in started:
+    for process in processes:
         process.join()
-    return [process.exitcode for process in started]
+    return [process.exitcode for process in processes]
 
 
 def test_shards_hold_the_posterior_of_each_picture_and_of_its_flip(job: EncodingJob, latents: Path):
-    stored = np.concatenate([np.load(latents / f"shard-{number:05d}.npy") for number in range(3)])
-    assert stored.shape == (12, 2, 8, 8, 8) and stored.dtype == np.float32
+    """A row holds mean and deviation of the VAE's posterior, as the network computes them."""
+    stored = read_shards(latents)
+    assert stored.shape == (12, 2, 8, 8, 8)
+    assert stored.dtype == np.float32
+
+    # Encode some pictures and their flips again, one by one.
+    vae = job.vae.vae
     for index in (0, 1, 4, 11):
         pixels, _ = read_picture(job.pictures.root / job.pictures.files[index], 64)
         image = torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
         for flip, x in enumerate((image, image.flip(-1))):
             with torch.no_grad():
-                mean, log_variance = job.vae.vae.quant_conv(job.vae.vae.encoder(x)).chunk(2, 1)
-            expected = torch.cat([mean, (log_variance.double() / 2).exp().float()], 1)[0].numpy()
+                mean, log_variance = vae.quant_conv(vae.encoder(x)).chunk(2, 1)
+            deviation = (log_variance.double() / 2).exp().float()
+            expected = torch.cat([mean, deviation], 1)[0].numpy()
             assert np.abs(stored[index, flip] - expected).max() < 1e-5 * np.abs(expected).max()
 
 
 def test_the_manifest_says_what_was_made(job: EncodingJob, latents: Path):
+    """The manifest counts pictures and shards, and holds the VAE and the latents' statistics."""
     manifest = json.loads((latents / "manifest.json").read_text())
-    stored = np.concatenate(
-        [np.load(latents / f"shard-{number:05d}.npy") for number in range(3)]
-    ).astype(float)
-    mean, variance = (
-        stored[:, :, :4].mean((0, 1, 3, 4)),
-        stored[:, :, :4].var((0, 1, 3, 4)) + (stored[:, :, 4:] ** 2).mean((0, 1, 3, 4)),
-    )
-    assert (
-        manifest["num_images"] == 12
-        and manifest["shards"] == [5, 5, 2]
-        and manifest["skipped"] == {}
-        and manifest["converted"] == {"L": 1, "CMYK": 1}
-    )
-    assert (
-        manifest["vae"]["encoder"] == job.vae.encoder
-        and manifest["vae"]["scale"] == SCALE == 0.18215
-    )
-    assert np.allclose(manifest["statistics"]["mean"], mean, atol=1e-4) and np.allclose(
-        manifest["statistics"]["deviation"], variance**0.5, atol=1e-4
-    )
-    assert not manifest["statistics"]["as_expected"]
+    assert manifest["num_images"] == 12
+    assert manifest["shards"] == [5, 5, 2]
+    assert manifest["skipped"] == {}
+    assert manifest["converted"] == {"L": 1, "CMYK": 1}
+    assert manifest["vae"]["encoder"] == job.vae.encoder
+    assert manifest["vae"]["scale"] == SCALE == 0.18215
+
+    # The variance of latents is that of their means, plus the mean of their variances.
+    stored = read_shards(latents).astype(float)
+    axes = (0, 1, 3, 4)
+    means = stored[:, :, :4]
+    variance = means.var(axes) + (stored[:, :, 4:] ** 2).mean(axes)
+    statistics = manifest["statistics"]
+    assert np.allclose(statistics["mean"], means.mean(axes), atol=1e-4)
+    assert np.allclose(statistics["deviation"], variance**0.5, atol=1e-4)
+    assert not statistics["as_expected"]
+
+    # Labels lie beside the shards, and nothing unfinished is left.
     assert np.load(latents / "labels.npy").tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    assert not [
-        path
-        for path in latents.iterdir()
-        if path.suffix == ".tmp" or path.name.startswith("shard") and path.suffix == ".lock"
-    ]
+    assert not list(latents.glob("*.tmp"))
+    assert not list(latents.glob("shard*.lock"))
 
 
 def test_two_processes_and_another_batch_make_the_same_bits(
     job: EncodingJob, latents: Path, tmp_path: Path
 ):
+    """Two processes that share the work fill a folder with the bits of one process."""
     other = Autoencoder(job.vae.vae, job.vae.name, job.vae.device, batch=7)
-    jobs = [
-        partial(encode_pictures, replace(job, vae=other, workers=n), tmp_path, ignore_progress)
-        for n in (1, 3)
-    ]
-    assert in_processes(*jobs) == [0, 0]
+    jobs = [replace(job, vae=other, workers=workers) for workers in (1, 3)]
+    codes = in_processes(
+        *(partial(encode_pictures, job, tmp_path, ignore_progress) for job in jobs)
+    )
+    assert codes == [0, 0]
     assert contents(tmp_path) == contents(latents)
 
 
 def test_another_shard_size_changes_no_latent(job: EncodingJob, latents: Path, tmp_path: Path):
+    """What a training draws does not depend on how the shards were cut."""
     encode_pictures(replace(job, shard=7), tmp_path, ignore_progress)
-    one, other = (LatentSet(folder, declared(job.vae)) for folder in (latents, tmp_path))
-    assert torch.equal(
-        *(found.take(torch.arange(12), 0, torch.arange(12))[0] for found in (one, other))
-    )
+    order = torch.arange(12)
+    drawn = LatentSet(latents, declared(job.vae)).take(order, 0, order)[0]
+    other = LatentSet(tmp_path, declared(job.vae)).take(order, 0, order)[0]
+    assert torch.equal(drawn, other)
+
+
+def dying(
+    function: Callable,
+    condition: Callable[..., bool],
+    before: Callable[..., object] = lambda *_: None,
+) -> Callable:
+    """Return a function that kills its process at a call, after doing something else."""
+
+    def called(*arguments: object) -> object:
+        if condition(*arguments):
+            before(*arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments)
+
+    return called
+
+
+def write_half(file: BinaryIO, rows: np.ndarray) -> None:
+    file.write(b"half a shard")
+    file.flush()
+
+
+def encode_until_killed(job: EncodingJob, folder: Path, place: str) -> None:
+    """Encode pictures in a process that is killed at a place of its work."""
+    if place == "encoding":
+        encode.read_picture = dying(read_picture, lambda path, size: path.parent.name == "n02")
+    elif place == "writing":
+        of_second = "shard-00001"
+        encode.np.save = dying(np.save, lambda file, rows: of_second in file.name, write_half)
+    else:
+        encode._write_json = dying(encode._write_json, lambda path, value: path.name == place)
+    encode_pictures(job, folder, ignore_progress)
 
 
 @pytest.mark.parametrize("place", ["encoding", "writing", "shard-00001.json", "manifest.json"])
 def test_a_killed_run_leaves_nothing_half_and_goes_on(
     place: str, job: EncodingJob, latents: Path, tmp_path: Path
 ):
-    def dying(
-        function: Callable,
-        when: Callable[..., bool],
-        first: Callable[..., object] = lambda *_: None,
-    ) -> Callable:
-        def called(*arguments):
-            if when(*arguments):
-                first(*arguments)
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments)
-
-        return called
-
-    def write_half(file: BinaryIO, rows: np.ndarray) -> None:
-        file.write(b"half a shard")
-        file.flush()
-
-    def killed() -> None:
-        if place == "encoding":
-            encode.read_picture = dying(read_picture, lambda path, size: path.parent.name == "n02")
-        elif place == "writing":
-            encode.np.save = dying(
-                np.save, lambda file, rows: "shard-00001" in file.name, write_half
-            )
-        else:
-            encode._write_json = dying(encode._write_json, lambda path, value: path.name == place)
-        encode_pictures(job, tmp_path, ignore_progress)
-
+    """A run that was killed leaves whole shards only, and another run makes the rest."""
+    killed = partial(encode_until_killed, job, tmp_path, place)
     assert in_processes(killed) == [-signal.SIGKILL]
     assert not (tmp_path / "manifest.json").exists()
-    done = {path.stem for path in tmp_path.glob("shard-*.json")}
-    assert all(
-        (tmp_path / f"{name}.npy").read_bytes() == (latents / f"{name}.npy").read_bytes()
-        for name in done
-    )
-    before = {name: (tmp_path / f"{name}.npy").stat().st_mtime_ns for name in done}
+
+    # Every shard with its description is whole.
+    done = [path.with_suffix(".npy").name for path in tmp_path.glob("shard-*.json")]
+    for name in done:
+        assert (tmp_path / name).read_bytes() == (latents / name).read_bytes()
+
+    # The next run leaves them as they are, and its folder is that of an undisturbed run.
+    before = {name: write_times(tmp_path)[name] for name in done}
     encode_pictures(job, tmp_path, ignore_progress)
     assert contents(tmp_path) == contents(latents)
-    assert {name: (tmp_path / f"{name}.npy").stat().st_mtime_ns for name in done} == before
+    after = write_times(tmp_path)
+    assert {name: after[name] for name in done} == before
 
 
 def test_a_finished_folder_is_left_as_it_is(job: EncodingJob, latents: Path):
-    before = {path.name: path.stat().st_mtime_ns for path in latents.glob("shard-*.npy")}
+    """A second run writes no shard, and reports at once that all pictures are done."""
+    before = write_times(latents)
     reports = []
     encode_pictures(job, latents, lambda *counts: reports.append(counts))
-    assert {
-        path.name: path.stat().st_mtime_ns for path in latents.glob("shard-*.npy")
-    } == before and set(reports) == {(12, 12)}
-
-
-def test_fixed_samples_are_one_draw_of_the_moments(job: EncodingJob, latents: Path, tmp_path: Path):
-    encode_pictures(replace(job, latents="fixed"), tmp_path, ignore_progress)
-    fixed, moments = (
-        np.concatenate([np.load(folder / f"shard-{number:05d}.npy") for number in range(3)])
-        for folder in (tmp_path, latents)
-    )
-    assert fixed.shape == (12, 2, 4, 8, 8)
-    noise = (fixed / SCALE - moments[:, :, :4]) / moments[:, :, 4:]
-    assert (
-        abs(noise.mean()) < 0.04
-        and abs(noise.std() - 1) < 0.03
-        and abs(np.corrcoef(noise[:, 0].ravel(), noise[:, 1].ravel())[0, 1]) < 0.06
-    )
-    found = LatentSet(tmp_path, declared(job.vae, latents="fixed"))
-    visits = torch.stack(
-        [found.take(torch.tensor([3]), 0, torch.tensor([position]))[0][0] for position in range(40)]
-    )
-    assert {tuple(visit.flatten().tolist()) for visit in visits} == {
-        tuple(row.ravel().tolist()) for row in fixed[3]
-    }
-
-
-def test_moments_are_drawn_anew_and_flips_are_half(job: EncodingJob, latents: Path):
-    found, visits = LatentSet(latents, declared(job.vae)), 400
-    drawn, labels = found.take(torch.full((visits,), 6), 3, torch.arange(visits))
-    assert labels.tolist() == [1] * visits and len(drawn.unique(dim=0)) == visits
-    stored = torch.from_numpy(np.load(latents / "shard-00001.npy")[1])
-    noise = (drawn[:, None] / SCALE - stored[:, :4]) / stored[:, 4:]
-    flipped = noise.flatten(2).var(-1).argmin(1)
-    assert 150 < flipped.sum() < 250
-    noise = noise[torch.arange(visits), flipped].double()
-    assert abs(noise.mean()) < 0.02 and abs(noise.var() - 1) < 0.02
-    assert noise.mean(0).abs().max() < 0.3 and abs((noise[1:] * noise[:-1]).mean()) < 0.02
-
-
-def test_without_flips_the_picture_itself_is_seen(job: EncodingJob, latents: Path):
-    found = LatentSet(latents, declared(job.vae, flip=False))
-    drawn = found.take(torch.full((200,), 6), 3, torch.arange(200))[0]
-    mean, deviation = np.split(np.load(latents / "shard-00001.npy")[1, 0], 2)
-    assert ((drawn.mean(0).numpy() / SCALE - mean) / deviation).std() < 0.1
-
-
-@pytest.mark.parametrize("batch, shares, workers", [(4, 1, 1), (4, 2, 2), (12, 3, 4)])
-def test_any_batch_share_and_worker_sees_the_same_sequence(
-    job: EncodingJob,
-    latents: Path,
-    batch: int,
-    shares: int,
-    workers: int,
-    monkeypatch: pytest.MonkeyPatch,
-):
-    monkeypatch.setattr(sets, "WORKERS", workers)
-    found = LatentSet(latents, declared(job.vae))
-    whole = found.take(
-        torch.cat([batch_indices(12, 8, 5, step) for step in range(3)]), 5, torch.arange(24)
-    )
-    parts = []
-    for rank in range(shares):
-        part = slice(rank * batch // shares, (rank + 1) * batch // shares)
-        parts.append(
-            list(iterate_batches(found, batch, 5, range(24 // batch), torch.device("cpu"), part))
-        )
-    for kind in (0, 1):
-        seen = torch.cat(
-            [torch.cat([steps[step][kind] for steps in parts]) for step in range(24 // batch)]
-        )
-        assert torch.equal(seen, whole[kind])
-
-
-def test_another_seed_sees_other_noise(job: EncodingJob, latents: Path):
-    found, at = LatentSet(latents, declared(job.vae)), torch.arange(12)
-    assert not torch.equal(found.take(at, 0, at)[0], found.take(at, 1, at)[0])
-
-
-def test_the_set_is_found_by_its_manifest(
-    job: EncodingJob, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(sources, "ROOT", tmp_path)
-    shutil.copytree(latents, tmp_path / "tiny")
-    found = load(declared(job.vae))
-    assert isinstance(found, LatentSet) and len(found) == 12 and not found.flip
-    assert (
-        found.identity["vae"]["weights"] == job.vae.weights
-        and len(found.identity["data_sha256"]) == 64
-    )
-
-
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        (dict(vae="sd-vae-ft"), "made with another VAE"),
-        (dict(vae="0123456789abcdef"), "this run declares 0123456789abcdef"),
-        (dict(size=16), r"shape \[2, 8, 8, 8\], not \[2, 8, 16, 16\]"),
-        (dict(num_classes=4), "num_classes 3, not 4"),
-        (dict(latents="fixed"), "latents moments, not fixed"),
-    ],
-)
-def test_latents_of_another_kind_are_refused(
-    options: dict, words: str, job: EncodingJob, latents: Path
-):
-    with pytest.raises(ValueError, match=words) as failure:
-        LatentSet(latents, declared(job.vae, **options))
-    assert "\n" not in str(failure.value)
+    assert write_times(latents) == before
+    assert set(reports) == {(12, 12)}
 
 
 def test_damaged_folders_are_refused_in_a_line(job: EncodingJob, latents: Path, tmp_path: Path):
+    """A shard or a manifest that cannot be read is named."""
     folder = tmp_path / "cut"
     shutil.copytree(latents, folder)
-    whole = (folder / "shard-00002.npy").read_bytes()
+
+    # Shards that are cut, empty, text, or another array.
+    shard = folder / "shard-00002.npy"
+    whole = shard.read_bytes()
     for damaged in (whole[:200], b"", b"no array at all", (folder / "labels.npy").read_bytes()):
-        (folder / "shard-00002.npy").write_bytes(damaged)
+        shard.write_bytes(damaged)
         with pytest.raises(ValueError, match="shard-00002"):
             LatentSet(folder, declared(job.vae))
+
+    # Manifests that are empty, or no JSON.
     for text in ("{}", "[]", "", '{"latents": 3'):
         (folder / "manifest.json").write_text(text)
         with pytest.raises(ValueError, match="manifest.json cannot be read"):
             read_manifest(folder, declared(job.vae))
 
 
+def changed_job(job: EncodingJob, change: str, folder: Path) -> EncodingJob:
+    """Return a job that differs in one thing."""
+    match change:
+        # Another VAE and other pictures are written into the folder.
+        case "vae":
+            other = load_autoencoder(str(write_vae(folder / "vae", seed=1)))
+            return replace(job, vae=other)
+        case "pictures":
+            pictures = find_pictures(write_pictures(folder / "other", each=3), 3)
+            return replace(job, pictures=pictures)
+        case "size":
+            return replace(job, size=72)
+        case "shard":
+            return replace(job, shard=6)
+        case _:
+            return replace(job, latents="fixed")
+
+
 @pytest.mark.parametrize("change", ["vae", "size", "pictures", "shard", "latents"])
 def test_a_folder_is_not_filled_with_something_else(
     change: str, job: EncodingJob, latents: Path, tmp_path: Path
 ):
-    other = {
-        "vae": lambda: replace(job, vae=load_autoencoder(str(write_vae(tmp_path / "vae", seed=1)))),
-        "size": lambda: replace(job, size=72),
-        "pictures": lambda: replace(
-            job, pictures=find_pictures(write_pictures(tmp_path / "other", each=3), 3)
-        ),
-        "shard": lambda: replace(job, shard=6),
-        "latents": lambda: replace(job, latents="fixed"),
-    }[change]()
+    """A job whose latents would be others is refused in one line."""
+    other = changed_job(job, change, tmp_path)
     with pytest.raises(ValueError, match="is being filled otherwise: ") as failure:
         encode_pictures(other, latents, ignore_progress)
     assert "\n" not in str(failure.value)
@@ -308,68 +237,54 @@ def test_a_folder_is_not_filled_with_something_else(
 def test_a_damaged_picture_stops_the_run_or_is_counted(
     job: EncodingJob, pictures: Path, tmp_path: Path
 ):
+    """A picture that cannot be decoded is named, and left out on request."""
     root = tmp_path / "pictures"
+    folder = tmp_path / "latents"
     shutil.copytree(pictures, root)
     (root / "n01" / "1.JPEG").write_bytes(b"\xff\xd8 no picture")
     damaged = replace(job, pictures=find_pictures(root, 3))
-    with pytest.raises(
-        ValueError, match=r"n01/1\.JPEG cannot be decoded: .*--corrupt skip"
-    ) as failure:
-        encode_pictures(damaged, tmp_path / "latents", ignore_progress)
-    assert (
-        "\n" not in str(failure.value) and not (tmp_path / "latents" / "shard-00001.json").exists()
-    )
-    manifest = encode_pictures(replace(damaged, skip=True), tmp_path / "latents", ignore_progress)
-    assert (
-        list(manifest["skipped"]) == ["n01/1.JPEG"]
-        and manifest["num_images"] == 11
-        and manifest["shards"] == [5, 4, 2]
-    )
-    found = LatentSet(tmp_path / "latents", declared(job.vae))
-    assert found.labels.tolist() == [0] * 4 + [1] * 3 + [2] * 4
+
+    # The run stops before the shard of the picture.
+    refusal = r"n01/1\.JPEG cannot be decoded: .*--corrupt skip"
+    with pytest.raises(ValueError, match=refusal) as failure:
+        encode_pictures(damaged, folder, ignore_progress)
+    assert "\n" not in str(failure.value)
+    assert not (folder / "shard-00001.json").exists()
+
+    # Asked to skip, it counts the picture.
+    skipping = replace(damaged, skip=True)
+    manifest = encode_pictures(skipping, folder, ignore_progress)
+    assert list(manifest["skipped"]) == ["n01/1.JPEG"]
+    assert manifest["num_images"] == 11
+    assert manifest["shards"] == [5, 4, 2]
+    labels = LatentSet(folder, declared(job.vae)).labels
+    assert labels.tolist() == [0] * 4 + [1] * 3 + [2] * 4
+
+    # A class without any picture is no class.
     for path in (root / "n01").iterdir():
         path.write_bytes(b"no picture")
     with pytest.raises(ValueError, match="no image of n01 could be decoded"):
-        encode_pictures(replace(damaged, skip=True), tmp_path / "none", ignore_progress)
-
-
-def test_the_trainer_sees_the_set_as_it_is_drawn(
-    job: EncodingJob, latents: Path, monkeypatch: pytest.MonkeyPatch
-):
-    found, seen, losses = LatentSet(latents, declared(job.vae)), [], IDDPM.losses
-    spec = Train(
-        Backbone(
-            "dico_s",
-            dict(dim=8, depths=(1, 1, 1, 1, 1), input_size=8, in_channels=4, num_classes=3),
-        ),
-        found.data,
-        Recipe(steps=3, batch=8),
-        seed=5,
-    )
-    monkeypatch.setattr(
-        IDDPM,
-        "losses",
-        lambda self, model, x0, *rest: (seen.append(x0), losses(self, model, x0, *rest))[1],
-    )
-    assert all(loss.isfinite() for loss in Trainer(spec).steps(found))
-    order = torch.cat([batch_indices(12, 8, 5, step) for step in range(3)])
-    assert torch.equal(torch.cat(seen), found.take(order, 5, torch.arange(24))[0])
+        encode_pictures(skipping, tmp_path / "none", ignore_progress)
 
 
 def test_published_statistics_are_expected_within_the_tolerance():
-    mean, deviation = np.array(latent_statistics.MEAN), np.array(latent_statistics.DEVIATION)
-    assert compare_statistics(mean, deviation, 1_281_167, 256)["as_expected"]
-    assert compare_statistics(mean + 0.04 * deviation, deviation * 0.96, 1_281_167, 256)[
-        "as_expected"
-    ]
-    for wrong in (
-        (mean * 0.18215, deviation * 0.18215),
-        (mean, deviation * 1.1),
-        (np.array([5.81, 3.25, 0.12, -2.15]), deviation),
-        (mean[[1, 0, 2, 3]], deviation),
-    ):
-        assert not compare_statistics(*wrong, 1_281_167, 256)["as_expected"]
-    assert not compare_statistics(mean[:3], deviation[:3], 1_281_167, 256)["as_expected"]
+    """Latents of the published VAE have these statistics, and other latents do not."""
+    mean = np.array(latent_statistics.MEAN)
+    deviation = np.array(latent_statistics.DEVIATION)
+
+    def as_expected(mean: np.ndarray, deviation: np.ndarray) -> bool:
+        return compare_statistics(mean, deviation, 1_281_167, 256)["as_expected"]
+
+    # The statistics themselves, and others that are near.
+    assert as_expected(mean, deviation)
+    assert as_expected(mean + 0.04 * deviation, deviation * 0.96)
+
+    # Scaled latents, too wide ones, those of another VAE, swapped channels, and too few.
+    assert not as_expected(mean * 0.18215, deviation * 0.18215)
+    assert not as_expected(mean, deviation * 1.1)
+    assert not as_expected(np.array([5.81, 3.25, 0.12, -2.15]), deviation)
+    assert not as_expected(mean[[1, 0, 2, 3]], deviation)
+    assert not as_expected(mean[:3], deviation[:3])
 
 
 def test_a_published_name_with_other_statistics_is_refused(job: EncodingJob, tmp_path: Path):
@@ -382,8 +297,7 @@ def test_a_published_name_with_other_statistics_is_refused(job: EncodingJob, tmp
 def test_a_full_disk_is_seen_before_the_work(
     job: EncodingJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(
-        files.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000)
-    )
+    full = shutil._ntuple_diskusage(10**9, 10**9, 1000)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: full)
     with pytest.raises(ValueError, match="the disk has 0.0 GB free"):
         encode_pictures(job, tmp_path, ignore_progress)

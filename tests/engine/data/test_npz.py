@@ -174,9 +174,12 @@ def test_a_member_that_is_no_npy_file_is_no_array(tmp_path: Path):
 
 
 def test_what_is_no_archive_or_cut_short_is_refused(tmp_path: Path):
+    """A file that is missing, another kind of file or incomplete is refused."""
     path = tmp_path / "a.npz"
     with pytest.raises(ValueError, match="no such file"):
         ImageFile(path)
+
+    # A web page, and the beginning of an archive.
     path.write_bytes(b"<html>")
     with pytest.raises(ValueError, match="not a readable"):
         ImageFile(path)
@@ -184,10 +187,11 @@ def test_what_is_no_archive_or_cut_short_is_refused(tmp_path: Path):
     path.write_bytes(whole[:200])
     with pytest.raises(ValueError, match="not a readable"):
         ImageFile(path)
+
+    # An archive whose array announces more images than it holds.
     header = io.BytesIO()
-    npy.write_array_header_1_0(
-        header, {"descr": "|u1", "fortran_order": False, "shape": (9, 5, 4, 3)}
-    )
+    description = {"descr": "|u1", "fortran_order": False, "shape": (9, 5, 4, 3)}
+    npy.write_array_header_1_0(header, description)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("arr_0.npy", header.getvalue() + IMAGES.tobytes())
     with pytest.raises(ValueError, match="cut short after"):

@@ -24,14 +24,16 @@ def resampled(rows: np.ndarray, size: int, kernel: str) -> np.ndarray:
     reach = (0.5 if kernel == "box" else 2.0) * max(step, 1.0)
     out = []
     for place in range(size):
+        # The rows within reach, and their distances in steps.
         centre = (place + 0.5) * step
         at = np.arange(max(0, int(centre - reach + 0.5)), min(n, int(centre + reach + 0.5)))
         distance = (at + 0.5 - centre) / max(step, 1.0)
-        weights = (
-            np.where((distance > -0.5) & (distance <= 0.5), 1.0, 0.0)
-            if kernel == "box"
-            else cubic(np.abs(distance))
-        )
+
+        # Their weighted mean.
+        if kernel == "box":
+            weights = np.where((distance > -0.5) & (distance <= 0.5), 1.0, 0.0)
+        else:
+            weights = cubic(np.abs(distance))
         out.append(np.tensordot(weights / weights.sum(), rows[at].astype(float), axes=1))
     return np.array(out)
 
@@ -48,27 +50,27 @@ def half_even(value: Fraction) -> int:
     return round(value)
 
 
+def resize(pixels: np.ndarray, height: int, width: int, kernel: str) -> np.ndarray:
+    """Resize (H, W, 3), width first, and round every pass to grey levels."""
+    for axis, length in ((1, width), (0, height)):
+        if pixels.shape[axis] != length:
+            lines = resampled(np.moveaxis(pixels, axis, 0), length, kernel)
+            pixels = np.floor(np.moveaxis(lines, 0, axis) + 0.5).clip(0, 255)
+    return pixels
+
+
 def crop(pixels: np.ndarray, size: int) -> np.ndarray:
-    """ADM's crop of (H, W, 3), every pass rounded to grey levels: width first, then height."""
-
-    def resize(pixels: np.ndarray, height: int, width: int, kernel: str) -> np.ndarray:
-        for axis, length in ((1, width), (0, height)):
-            if pixels.shape[axis] != length:
-                pixels = np.moveaxis(
-                    resampled(np.moveaxis(pixels, axis, 0), length, kernel), 0, axis
-                )
-                pixels = np.floor(pixels + 0.5).clip(0, 255)
-        return pixels
-
+    """Return ADM's crop of (H, W, 3)."""
+    # Halve while the shorter side is at least twice as long.
     while min(pixels.shape[:2]) >= 2 * size:
         pixels = resize(pixels, pixels.shape[0] // 2, pixels.shape[1] // 2, "box")
+
+    # Bring the shorter side to its length, and cut the middle out.
     short = min(pixels.shape[:2])
-    pixels = resize(
-        pixels,
-        *(half_even(Fraction(length * size, short)) for length in pixels.shape[:2]),
-        "bicubic",
-    )
-    top, left = ((length - size) // 2 for length in pixels.shape[:2])
+    height, width = (half_even(Fraction(length * size, short)) for length in pixels.shape[:2])
+    pixels = resize(pixels, height, width, "bicubic")
+    top = (height - size) // 2
+    left = (width - size) // 2
     return pixels[top : top + size, left : left + size]
 
 

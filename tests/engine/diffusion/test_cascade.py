@@ -175,6 +175,7 @@ def test_other_samplers_refuse_a_classifier():
 
 
 def test_the_classifiers_loss_is_cross_entropy_on_noisy_images():
+    """The loss of an image is that of its label at the noise of its timestep."""
     objective = build_diffusion(Diffusion("classify"))
     draw = torch.Generator().manual_seed(0)
     x0 = torch.randn(4, 1, 3, 3, generator=draw)
@@ -183,6 +184,7 @@ def test_the_classifiers_loss_is_cross_entropy_on_noisy_images():
     y = torch.tensor([0, 1, 2, 0])
     losses = objective.losses(logits, x0, y, t, eps)["loss"]
 
+    # Image by image, from the linear schedule.
     beta = torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)
     for n, loss in enumerate(losses):
         a = torch.prod(1 - beta[: t[n] + 1])
@@ -280,6 +282,7 @@ def test_a_cascade_runs_from_its_specs(tmp_path: Path, monkeypatch: pytest.Monke
     for training in stage.trainings:
         assert execute(training, store, Resources()).status == "done"
 
+    # The record names the parts of the cascade.
     record = execute(stage, store, Resources())
     assert record.status == "done", record.error
     assert record.values["nfe"] == 6

@@ -47,23 +47,25 @@ def test_times_of_a_flow_have_the_ratio():
 
 @pytest.mark.parametrize("spec", [*DISCRETE, *FLOWS], ids=str)
 def test_the_error_is_that_of_the_noise_whatever_is_predicted(spec: Diffusion):
+    """A network that is wrong about the noise by 0.1 n has an error of its square."""
     process = build_diffusion(spec)
     generator = torch.Generator().manual_seed(0)
     x0 = torch.randn(5, 3, 4, 5, generator=generator)
     eps = torch.randn(5, 3, 4, 5, generator=generator)
-    wrong = eps + 0.1 * torch.arange(1, 6).reshape(-1, 1, 1, 1)
+    offsets = 0.1 * torch.arange(1.0, 6.0)
+    wrong = eps + offsets.reshape(-1, 1, 1, 1)
     times = times_at(process, LEVELS)
 
+    # It says what it believes in the terms of its objective.
     def model(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Believes that the noise is `wrong`, and says so in the terms of its objective."""
         if spec.name != "flow":
             return torch.cat([wrong, torch.zeros_like(wrong)], dim=1)
         a, s, da, ds = process.coefficients(times)
-        believed = (x_t - s * wrong) / a
-        return da * believed + ds * wrong
+        clean = (x_t - s * wrong) / a
+        return da * clean + ds * wrong
 
     error = noise_mse(process, model, x0, torch.zeros(5).long(), times, eps)
-    assert torch.allclose(error, (0.1 * torch.arange(1.0, 6.0)) ** 2, rtol=1e-3)
+    assert torch.allclose(error, offsets**2, rtol=1e-3)
 
 
 def test_the_range_of_a_schedule_is_that_of_its_ends():

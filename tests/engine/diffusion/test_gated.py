@@ -88,6 +88,7 @@ def test_losses_are_those_of_the_gated_network_and_of_its_share():
 
 
 def test_a_fine_tuning_starts_from_a_dense_network_and_trains_its_routers():
+    """At first it computes what the dense network does, and its loss reaches every router."""
     dense = Trainer(DIT).model
     trainer = Trainer(DYDIT)
     trainer.start_from(randomise(dense))
@@ -96,6 +97,7 @@ def test_a_fine_tuning_starts_from_a_dense_network_and_trains_its_routers():
         assert torch.equal(trainer.model(x0, t, y), dense(x0, t, y))
         assert torch.equal(trainer.ema(x0, t, y), dense(x0, t, y))
 
+    # One step, with the noise of the gates.
     trainer.diffusion.step = 300
     noise = trainer.diffusion.draw_gate_noise(trainer.model, 5, torch.Generator().manual_seed(0))
     trainer.forward_backward(x0, y, t, eps, noise)

@@ -44,6 +44,7 @@ def test_a_training_reaches_every_parameter_and_spares_some_from_decay():
     recipe = Recipe(steps=1, batch=4, lr=1e-3, weight_decay=0.03)
     trainer = Trainer(Train(network, data, recipe, with_scales(0.25, 1.0)))
 
+    # Two groups of parameters, told apart by their names.
     others, exempt = trainer.optimizer.param_groups
     assert (others["weight_decay"], exempt["weight_decay"]) == (0.03, 0.0)
     names = {p: name for name, p in trainer.model.named_parameters()}
@@ -51,11 +52,13 @@ def test_a_training_reaches_every_parameter_and_spares_some_from_decay():
     assert not any("nodecay_" in names[p] for p in others["params"])
     assert len(others["params"]) + len(exempt["params"]) == len(names)
 
+    # One step, of times with and without much noise.
     x0 = draw_normal(1, (4, 1, 8, 8)).float()
     t = torch.tensor([0, 30, 500, 999])
     trainer.forward_backward(x0, torch.tensor([1, 2, 3, 10]), t, torch.randn_like(x0))
     low_head = trainer.model.stages[0].output_layer[2].weight
-    assert low_head.grad is not None and low_head.grad.any()
+    assert low_head.grad is not None
+    assert low_head.grad.any()
 
 
 def test_weights_must_fit_the_network():

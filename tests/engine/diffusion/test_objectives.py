@@ -189,18 +189,18 @@ def test_dpm_solver_against_diffusers(num_steps: int):
         final_sigmas_type="sigma_min",
     )
     scheduler.set_timesteps(timesteps=list(range(999, 0, -999 // num_steps)))
-    first = torch.randn(3, 2, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return torch.sin(2 * x.flip(-1)) + t.double().reshape(-1, 1, 1, 1) / 1000
 
-    expected = first
+    # Their timesteps count from 0 and ours from 1.
+    first = torch.randn(3, 2, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    theirs = first
     for t in scheduler.timesteps:
-        expected = scheduler.step(
-            model(expected, t.expand(3) + 1, labels(3)), t, expected
-        ).prev_sample
-    x = sample(DPMSolver(diffusion, num_steps), model, labels(3), ImpulseNoise(first))
-    torch.testing.assert_close(x, expected.double(), rtol=1e-4, atol=1e-4)
+        prediction = model(theirs, t.expand(3) + 1, labels(3))
+        theirs = scheduler.step(prediction, t, theirs).prev_sample
+    ours = sample(DPMSolver(diffusion, num_steps), model, labels(3), ImpulseNoise(first))
+    torch.testing.assert_close(ours, theirs.double(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -245,6 +245,7 @@ def test_without_diffusers_its_scheduler_is_one_line(monkeypatch: pytest.MonkeyP
 
 
 def test_dpm_solver_is_guided_at_every_step_of_its_recipe():
+    """Fifty steps at equal distances from 1000 down are all evaluated twice."""
     sampler = Sampler("dpm_solver", num_steps=50, scale=1.4, channels=None, interval=(0, 1001))
     times: list[float] = []
 
@@ -252,6 +253,7 @@ def test_dpm_solver_is_guided_at_every_step_of_its_recipe():
         times.append(t[0].item())
         return 0.1 * x
 
+    # Two images by the recipe's own guidance.
     counted = CountingModel(model)
     guided = Guided(counted, sampler.scale, 10, channels=None, interval=sampler.interval)
     bound = bind_sampler(sampler, build_diffusion(UVIT))

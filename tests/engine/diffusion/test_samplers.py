@@ -83,17 +83,21 @@ def moments_by_recursion(timesteps: list[int], fraction: float) -> tuple[float, 
     cumprod = np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000))[timesteps]
     previous = np.concatenate([[1.0], cumprod[:-1]])
     betas = 1 - cumprod / previous
-    mean, variance = 0.0, 1.0
+    mean = 0.0
+    variance = 1.0
     for i in reversed(range(len(timesteps))):
-        gain = (
-            cumprod[i] ** 0.5 * STD**2 / (cumprod[i] * STD**2 + 1 - cumprod[i])
-        )  # slope of E[x0 | x]
+        # The slope of E[x0 | x], and the posterior mean's weights of x0 and x.
+        gain = cumprod[i] ** 0.5 * STD**2 / (cumprod[i] * STD**2 + 1 - cumprod[i])
         c1 = betas[i] * previous[i] ** 0.5 / (1 - cumprod[i])
         c2 = (1 - previous[i]) * (1 - betas[i]) ** 0.5 / (1 - cumprod[i])
-        slope, offset = c1 * gain + c2, c1 * MEAN * (1 - gain * cumprod[i] ** 0.5)
+        slope = c1 * gain + c2
+        offset = c1 * MEAN * (1 - gain * cumprod[i] ** 0.5)
+
+        # The step's noise lies between the true variance and beta; the last step has none.
         true = betas[i] * (1 - previous[i]) / (1 - cumprod[i])
-        step = betas[i] ** fraction * true ** (1 - fraction) if i > 0 else 0.0
-        mean, variance = slope * mean + offset, slope**2 * variance + step
+        noise = betas[i] ** fraction * true ** (1 - fraction) if i > 0 else 0.0
+        mean = slope * mean + offset
+        variance = slope**2 * variance + noise
     return mean, variance
 
 

@@ -65,6 +65,7 @@ def test_a_gpu_that_torch_cannot_use_is_refused_with_its_versions(monkeypatch: p
 def test_torch_is_asked_once_and_in_a_process_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """A library that writes a letter whenever it is imported is imported once, and not here."""
     package = tmp_path / "torch"
     package.mkdir()
     (package / "__init__.py").write_text(
@@ -73,31 +74,25 @@ def test_torch_is_asked_once_and_in_a_process_of_its_own(
         "class version:\n    cuda = None\n"
         "__version__ = '1'\n"
     )
+
+    # Ask twice, from the start.
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(gpu, "is_certainly_absent", lambda: False)
     gpu._ask_in_a_process.cache_clear()
     try:
-        assert gpu.has_gpu() and gpu.choose_device(None) == "cuda"
+        assert gpu.has_gpu()
+        assert gpu.choose_device(None) == "cuda"
         gpu.require_device("cuda")
     finally:
         gpu._ask_in_a_process.cache_clear()
-    assert (tmp_path / "asked").read_text() == "x" and "torch" not in sys.modules
+    assert (tmp_path / "asked").read_text() == "x"
+    assert "torch" not in sys.modules
 
 
 def test_no_command_decides_by_itself():
     """Only the one module asks torch, and no file looks for the name of a device."""
-    listed = subprocess.run(
-        [
-            "grep",
-            "-rlE",
-            "cuda.is_available|/dev/nvidia",
-            "experiments",
-            "analysis",
-            "--include=*.py",
-        ],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-    )
+    pattern = "cuda.is_available|/dev/nvidia"
+    command = ["grep", "-rlE", pattern, "experiments", "analysis", "--include=*.py"]
+    listed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert listed.stdout.split() == ["experiments/engine/machine/gpu.py"]

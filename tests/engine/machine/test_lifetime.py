@@ -53,11 +53,15 @@ def test_no_child_outlives_its_parent(sign: signal.Signals, child: str, status: 
         text=True,
         preexec_fn=hear_signals,
     )
+
+    # The parent prints the id of its child, and is ended.
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
     assert is_running(pid)
     parent.send_signal(sign)
     assert parent.wait(BOUND) == status
+
+    # The child follows.
     end = time.monotonic() + BOUND
     while is_running(pid) and time.monotonic() < end:
         time.sleep(0.01)

@@ -172,17 +172,20 @@ def test_what_cannot_be_read_is_named(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ):
+    """One line names the path, the system's reason and what to do."""
     path, reason, advice = damage(tmp_path)
 
     def command() -> int:
         read(path)
         return 0
 
+    # It gives no advice for another fault.
     assert run_command(command) == 2
     text = capsys.readouterr().err
     assert text.startswith(f"error: cannot {operation} {path}: {reason}; {advice}"), text
     assert text.count("\n") == 1
-    assert "results" not in text and "space" not in text and "damaged" not in text
+    for word in ("results", "space", "damaged"):
+        assert word not in text
 
 
 @pytest.mark.parametrize(
@@ -202,35 +205,45 @@ def test_what_stands_in_place_of_a_file_is_said(damage, words: str, tmp_path: Pa
     assert str(failure.value).startswith(f"{path}: ")
 
 
+def error_of(read: Callable[[], object]) -> str:
+    """Return what a reader says that must fail."""
+    try:
+        read()
+    except ValueError as error:
+        return str(error)
+    except OSError as error:
+        return explain(error)
+    raise AssertionError("nothing failed")
+
+
 def test_too_many_open_files_are_no_damage(tmp_path: Path):
     """The limit of this process is real here, and so is the reader's error."""
     np.save(tmp_path / "a.npy", np.zeros(3))
     np.savez(tmp_path / "a.npz", arr_0=np.zeros(3))
     (tmp_path / "classes.txt").write_text("a\n")
+
+    # The number of one more open file is the last that is used.
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    held = open(os.devnull)  # noqa: SIM115  (its number is the last that is used)
+    held = open(os.devnull)  # noqa: SIM115
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (held.fileno(), before[1]))
-        texts = []
-        for read in (
-            lambda: open_array(tmp_path / "a.npy"),
-            lambda: read_classes(tmp_path),
-            lambda: has_images(tmp_path / "a.npz"),
-            lambda: find_pictures(tmp_path, 1),
-        ):
-            try:
-                read()
-            except ValueError as error:
-                texts.append(str(error))
-            except OSError as error:
-                texts.append(explain(error))
+        texts = [
+            error_of(lambda: open_array(tmp_path / "a.npy")),
+            error_of(lambda: read_classes(tmp_path)),
+            error_of(lambda: has_images(tmp_path / "a.npz")),
+            error_of(lambda: find_pictures(tmp_path, 1)),
+        ]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
         held.close()
-    assert len(texts) == 4
+
+    # Every reader tells of the limit, and none asks for another file.
     for text in texts:
-        assert f"{tmp_path}" in text and "Too many open files" in text and "ulimit -n" in text
-        assert "again" not in text and "damaged" not in text
+        assert f"{tmp_path}" in text
+        assert "Too many open files" in text
+        assert "ulimit -n" in text
+        assert "again" not in text
+        assert "damaged" not in text
 
 
 def test_errors_about_other_files_and_of_the_network_stay_as_they_are(tmp_path: Path):
@@ -287,12 +300,19 @@ def test_a_scheduled_job_names_what_it_cannot_make(place: str, words: str, tmp_p
 def test_of_two_files_of_one_name_the_one_at_fault_is_named(
     culprit: str, damage: str, tmp_path: Path
 ):
+    """A message holds the path of the bad file, and not that of the good one."""
+    from experiments.engine.scoring.reference import check_reference
+
+    # Two good files.
     paths = {}
     for role in ("samples", "reference"):
         paths[role] = tmp_path / role / "images.npz"
         paths[role].parent.mkdir()
         np.savez(paths[role], arr_0=np.zeros((4, 8, 8, 3), np.uint8))
+    good = paths["reference" if culprit == "samples" else "samples"]
     bad = paths[culprit]
+
+    # Damage one of them, or remove it.
     content = bad.read_bytes()
     bad.unlink()
     if damage == "cut":
@@ -303,14 +323,12 @@ def test_of_two_files_of_one_name_the_one_at_fault_is_named(
         bad.mkdir()
     elif damage == "no images":
         np.savez(bad, other=np.zeros(3))
-    good = paths["reference" if culprit == "samples" else "samples"]
-
-    from experiments.engine.scoring.reference import check_reference
 
     check_reference(good)
     with pytest.raises(ValueError) as failure:
         check_reference(bad)
-    assert str(failure.value).startswith(f"{bad}: ") and str(good) not in str(failure.value)
+    assert str(failure.value).startswith(f"{bad}: ")
+    assert str(good) not in str(failure.value)
 
 
 @pytest.mark.parametrize("culprit", ["a", "b"])

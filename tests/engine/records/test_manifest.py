@@ -163,6 +163,7 @@ def test_what_a_model_did_without_is_a_difference_and_no_gap():
 
 
 def test_every_effect_has_its_source_and_reaches_a_field_of_a_manifest():
+    """No effect is declared of a field that a manifest never has, and each has its size."""
     complete = manifest_of(
         reference={},
         decoder={},
@@ -174,6 +175,8 @@ def test_every_effect_has_its_source_and_reaches_a_field_of_a_manifest():
         guidance={"classifier": ""},
         labels={"order": ""},
     )
+
+    # A manifest with all its fields.
     fields = {field for field, _, _ in pairs(complete, {})}
     for prefix, effect in EFFECTS.items():
         assert effect.size, prefix

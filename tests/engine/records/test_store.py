@@ -198,58 +198,75 @@ def test_writers_side_by_side_lose_nothing(tmp_path: Path, capsys: pytest.Captur
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+# A process that makes a file under a lock; nobody else may have made it.
+ALONE_INSIDE = """
+import sys, time
+from pathlib import Path
+from experiments.engine.records.files import locked
+
+folder = Path(sys.argv[1])
+with locked(folder / "lock"):
+    (folder / "inside").touch(exist_ok=False)
+    time.sleep(0.02)
+    (folder / "inside").unlink()
+"""
+
+# A process that prints a word once it has a lock.
+SAYS_INSIDE = """
+import sys
+from pathlib import Path
+from experiments.engine.records.files import locked
+
+with locked(Path(sys.argv[1])):
+    print("inside")
+"""
+
+
 def test_a_lock_keeps_a_second_process_out(tmp_path: Path):
-    code = (
-        "import sys, time\n"
-        "from pathlib import Path\n"
-        "from experiments.engine.records.files import locked\n"
-        "folder = Path(sys.argv[1])\n"
-        "with locked(folder / 'lock'):\n"
-        "    (folder / 'inside').touch(exist_ok=False)\n"
-        "    time.sleep(0.02)\n"
-        "    (folder / 'inside').unlink()\n"
-    )
-    others = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(4)]
-    assert [other.wait() for other in others] == [0] * 4
+    """Of four processes, one at a time makes a file that must not be there."""
+    command = [sys.executable, "-c", ALONE_INSIDE, str(tmp_path)]
+    processes = [subprocess.Popen(command) for _ in range(4)]
+    assert [process.wait() for process in processes] == [0] * 4
+
+    # The lock is free again.
     with locked(tmp_path / "lock"):
         pass
 
 
 @pytest.mark.parametrize("name", ["lock", "plan.lock", "runs/a/lock", "a b.lock", "ü.lock"])
 def test_who_waits_for_a_lock_says_who_holds_it(name: str, tmp_path: Path):
-    code = (
-        "import sys\n"
-        "from pathlib import Path\n"
-        "from experiments.engine.records.files import locked\n"
-        "with locked(Path(sys.argv[1])):\n"
-        "    print('inside')\n"
-    )
+    """A process that waits prints one line that names this process, and then goes on."""
+    command = [sys.executable, "-c", SAYS_INSIDE, str(tmp_path / name)]
     with locked(tmp_path / name):
-        waiting = subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path / name)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        assert waiting.stdout is not None and waiting.stderr is not None
+        waiting = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert waiting.stdout is not None
+        assert waiting.stderr is not None
         line = waiting.stderr.readline().decode()
-    expected = f"held by process {os.getpid()} on {socket.gethostname()} for "
-    assert line.startswith("waiting for ") and expected in line
+
+    # Nothing more is printed once the lock is free.
+    assert line.startswith("waiting for ")
+    assert f"held by process {os.getpid()} on {socket.gethostname()} for " in line
     assert waiting.communicate() == (b"inside\n", b"")
 
 
 def test_a_file_system_without_locks_lets_everyone_through_and_other_errors_show(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """Errors that say that there are no locks are passed over; a broken disk is not."""
+
     def refuse_with(number: int) -> None:
         def refuse(*_: object) -> None:
             raise OSError(number, os.strerror(number))
 
         monkeypatch.setattr(files.fcntl, "flock", refuse)
 
+    # No locks on this file system.
     for number in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
         refuse_with(number)
         with locked(tmp_path / "lock"), try_lock(tmp_path / "lock") as free:
             assert free, number
+
+    # An error of the disk.
     refuse_with(errno.EIO)
     with pytest.raises(OSError), locked(tmp_path / "lock"):
         pass

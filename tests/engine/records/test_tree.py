@@ -165,7 +165,8 @@ def test_workers_run_the_commands_own_tree(
     wider_tree: Path, strangers: Path, tmp_path: Path, cluster: str, offered: str, way: str
 ):
     other = wider_tree if offered == "another tree" else strangers
-    environment = os.environ | {"PYTHONPATH": "" if way == "folder" else str(other)}
+    python_path = "" if way == "folder" else str(other)
+    environment = os.environ | {"PYTHONPATH": python_path}
     script = ROOT / "experiments" / "ablation.py"
     options = ["--table", "5", "--rows", "DiCo-S", "--cluster", cluster]
     done = subprocess.run(
@@ -176,6 +177,7 @@ def test_workers_run_the_commands_own_tree(
         text=True,
     )
 
+    # The count is that of this tree's network.
     assert done.returncode == 0, done.stderr
     (record,) = (tmp_path / "results" / "records" / "cost").glob("*.json")
     assert json.loads(record.read_text())["values"]["params_total"] == 33_137_672

@@ -88,6 +88,7 @@ def test_a_baseline_with_an_input_of_its_own_is_one_under_every_row(tmp_path: Pa
 
 
 def test_tables_note_unstable_timings_and_baselines_that_range(tmp_path: Path):
+    """A timing that began too early is named, and so is the range of a baseline."""
     store = Store(tmp_path)
     for device, table, rates in (("cpu", TABLE_3, (10.0, 20.0)), ("cuda", TABLE_4, (100.0, 300.0))):
         for row, rate, stable in zip(table.rows, rates, (True, False), strict=False):
@@ -96,10 +97,13 @@ def test_tables_note_unstable_timings_and_baselines_that_range(tmp_path: Path):
             store.append(timing_stage(row, table.baseline, device), "done", values, provenance)
     committed = commit_records(tmp_path)
 
+    # On a CPU.
     sheet = SHEETS["table3"](committed)
     unstable = note_about(sheet, "before its warm-up was stable")
     assert unstable.startswith(f"The timing of {TABLE_3.rows[1].label} began")
     assert note_about(sheet, "Compare rows by rel., not by img/s")
+
+    # On a GPU.
     sheet = SHEETS["table4"](committed)
     label = f"{TABLE_4.rows[1].label} (fp32, TF32 off, attention unfused)"
     assert label in note_about(sheet, "before its warm-up was stable")
@@ -107,15 +111,21 @@ def test_tables_note_unstable_timings_and_baselines_that_range(tmp_path: Path):
 
 
 def test_claims_counts_and_speeds_tell_of_a_changed_tree(tmp_path: Path):
-    store, row, dirty = Store(tmp_path), TABLE_1.baseline, PROVENANCE | {"dirty": True}
+    """Every sheet counts those of its own records that a changed tree made."""
+    store = Store(tmp_path)
+    row = TABLE_1.baseline
+    dirty = PROVENANCE | {"dirty": True}
     names = ("params_total", "params_trainable", "macs_torchprofile", "macs_core", "macs_norms")
     count = dict.fromkeys(names, 10**9)
+
+    # Two counts and a timing of a changed tree, and a count of a clean one.
     for name in ("dit_xl_2", "dico_xl"):
         store.append(Cost(Backbone(name), 32, 4, 1000), "done", count, dirty)
     store.append(cost_stage(row), "done", count, PROVENANCE)
     timing = timings.in_mode(timing_stage(row, row, "cpu"), "fp32")
     store.append(timing, "done", timing_values(), dirty)
 
+    # The notes of three sheets.
     committed = commit_records(tmp_path)
     for make_sheet, beginning in (
         (claims_sheet, "2 of these records come"),
@@ -135,21 +145,27 @@ def test_a_timing_of_a_changed_tree_marks_this_machines_table(tmp_path: Path):
 
 
 def test_table_1_says_which_gaps_were_timed_in_another_mode(tmp_path: Path):
-    def said(store: ReferenceStore) -> str:
+    """A gap whose network was timed with fused attention leads to the sheet that shows it."""
+
+    def about_gaps(store: ReferenceStore) -> str:
         return note_about(SHEETS["table1"](store), "A gap in our columns").partition(". The")[0]
 
-    store, rows = Store(tmp_path), [TABLE_1.row(label) for label in ("DiT-S/2", "DiC-S", "DiCo-B")]
-    assert said(ReferenceStore(tmp_path)) == "A gap in our columns is what has not been run here"
-    for row in rows:
-        stage = timings.in_mode(timing_stage(row, TABLE_1.baseline, "cpu"), "fp32")
-        store.append(stage, "done", timing_values(), PROVENANCE)
-    stage = timing_stage(rows[0], TABLE_1.baseline, "cpu")
-    store.append(stage, "done", timing_values(), PROVENANCE)
-
-    committed = commit_records(tmp_path)
-    assert said(committed).endswith(
-        "; DiC-S, DiCo-B were timed with fused attention, see speed_forward"
+    assert about_gaps(ReferenceStore(tmp_path)) == (
+        "A gap in our columns is what has not been run here"
     )
+
+    # Three networks are timed with fused attention, and one of them without as well.
+    store = Store(tmp_path)
+    rows = [TABLE_1.row(label) for label in ("DiT-S/2", "DiC-S", "DiCo-B")]
+    stages = [timing_stage(row, TABLE_1.baseline, "cpu") for row in rows]
+    for stage in stages:
+        store.append(timings.in_mode(stage, "fp32"), "done", timing_values(), PROVENANCE)
+    store.append(stages[0], "done", timing_values(), PROVENANCE)
+
+    # Table 1 names the other two, and table 2 none.
+    committed = commit_records(tmp_path)
+    ending = "; DiC-S, DiCo-B were timed with fused attention, see speed_forward"
+    assert about_gaps(committed).endswith(ending)
     forward = SHEETS["speed_forward"](committed)
     assert {"DiC-S", "DiCo-B"} <= set(texts(forward, forward.columns[0].key))
     assert not any("fused attention" in text for text in note_texts(SHEETS["table2"](committed)))

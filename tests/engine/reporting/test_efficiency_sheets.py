@@ -58,6 +58,7 @@ def test_a_network_is_timed_in_every_mode_of_a_gpu():
 
 
 def test_a_speed_sheet_sets_every_mode_beside_the_devices_ceiling_and_the_paper(tmp_path: Path):
+    """A row shows its rate, its shares of what the device can do, and the paper's numbers."""
     store = Store(tmp_path)
     stage = timings.stages(TABLE_1, [DICO], "cuda", "forward", named=False)[0]
     record_values(store, Cost(Backbone("dico_s"), 32, 4, 1000), macs_core=4e9)
@@ -65,6 +66,7 @@ def test_a_speed_sheet_sets_every_mode_beside_the_devices_ceiling_and_the_paper(
     moved = stage.batch * 12 * 10**8
     record_values(store, stage, **timing_values(1000.0, 1.4), bytes_moved=moved)
 
+    # Every cell as it is printed.
     sheet = sheet_of(store, "cuda", "forward")
     (row,) = sheet.rows
     printed = {column.key: cell.text(column.digits) for column, cell in sheet.cells(row)}
@@ -124,6 +126,7 @@ def test_what_the_paper_timed_stands_beside_a_forward_pass_alone(tmp_path: Path)
 
 
 def test_what_is_timed_in_another_way_than_in_its_paper_is_said(tmp_path: Path):
+    """Notes name the rows whose timing differs from the authors', in the tasks that it concerns."""
     store = Store(tmp_path)
     labels = ("ADM-U", "U-ViT-H/2", "DiMSUM-L/2", "DiCo-S")
     rows = [TABLE_1.row(label) for label in labels]
@@ -132,6 +135,7 @@ def test_what_is_timed_in_another_way_than_in_its_paper_is_said(tmp_path: Path):
         one_condition = as_published and stage.backbone.name != "uvit_h_2"
         record_values(store, stage, **timing_values(10.0, 1.0), one_condition=one_condition)
 
+    # The notes of every task, as one text.
     notes = {task: " ".join(texts(sheet_of(store, "cuda", task, rows))) for task in timings.TASKS}
     assert "U-ViT-H/2, as_published: makes tokens of t and y" in notes["forward"]
     assert notes["forward"].count("makes tokens") == 1

@@ -29,10 +29,12 @@ def write_records(store: Store, seeds: int, shift: float = 0.0) -> None:
     for number, row in enumerate(TABLE.rows):
         store.append(cost_stage(row), "done", COUNTS, PROVENANCE)
         store.append(timing_stage(row, TABLE.baseline, "cpu"), "done", SPEED, PROVENANCE)
+
+        # Every seed has scores of its own.
+        of_row = 10 + shift if number == 1 else 10
         for seed in range(seeds):
-            score = 10 + 0.1 * ((seed + number) % 3) + (shift if number == 1 else 0)
             values = {
-                "fd_digits": score,
+                "fd_digits": of_row + 0.1 * ((seed + number) % 3),
                 "is_digits": 8 + 0.01 * seed,
                 "precision_digits": 0.6,
                 "recall_digits": 0.8 + 0.001 * seed,

@@ -92,19 +92,23 @@ def verdicts(store: Store) -> list[str]:
 
 
 def test_counts_speed_and_scores_stand_in_their_columns(tmp_path: Path):
+    """A row shows what is recorded of it beside the paper's numbers, and another row gaps."""
     store = Store(tmp_path)
     store.append(cost_stage(ROWS[0]), "done", COUNTS, PROVENANCE)
     speed = {"images_per_s": 12.34, "images_per_s_spread": 0.56, "relative": 1.0}
     store.append(timing_stage(ROWS[0], ROWS[0], "cpu"), "done", speed, PROVENANCE)
     score(store, ROWS[0], {0: scores(12.345)})
-
     sheet = main(store)
     first, second = (labelled(sheet, row.label) for row in ROWS[:2])
+
+    # The row with records.
     counts = ("params", "gflops", "gflops_core")
     assert [first[key] for key in counts] == ["33.1", "4.25", "4.12"]
     speeds = ("img_s", "relative", "paper_img_s", "paper_relative")
     assert [first[key] for key in speeds] == ["12.3 ±0.6", "1.00", "1695.73", "1.00"]
     assert (first["fd_digits"], first["paper_fid"]) == ("12.3 ±0.2", "49.97")
+
+    # The row without.
     assert {second[key] for key in (*counts, "img_s", "fd_digits")} == {"-"}
     assert sheet.column("fd_digits").group == "digits (this machine, seed 0)"
 
@@ -115,23 +119,28 @@ def test_counts_speed_and_scores_stand_in_their_columns(tmp_path: Path):
 def test_a_stage_that_failed_is_shown_in_its_columns_and_explained(
     stage: int, key: str, tmp_path: Path
 ):
+    """A failure stands in the columns of its stage until a later record takes its place."""
     row = ROWS[1]
-    spec = (
+    stages = (
         cost_stage(row),
         timing_stage(row, ROWS[0], "cpu"),
         train_stage(row, DIGITS, 0),
         evaluate_stage(row, DIGITS, 0),
-    )[stage]
+    )
     store = Store(tmp_path)
-    store.append(spec, "failed", {}, PROVENANCE, "ValueError: it broke")
+    store.append(stages[stage], "failed", {}, PROVENANCE, "ValueError: it broke")
+
+    # The error is a note.
     sheet = main(store)
     assert labelled(sheet, row.label)[key] == "failed"
     assert "failed" not in labelled(sheet, ROWS[0].label).values()
     (note,) = note_texts(sheet, NoteKind.FAILURE)
-    assert note.startswith(row.label) and note.endswith("failed: ValueError: it broke")
+    assert note.startswith(row.label)
+    assert note.endswith("failed: ValueError: it broke")
 
+    # A second run succeeds.
     values = COUNTS | scores(1.0) | {"images_per_s": 1.0, "relative": 1.0}
-    store.append(spec, "done", values, PROVENANCE)
+    store.append(stages[stage], "done", values, PROVENANCE)
     assert "failed" not in labelled(main(store), row.label).values()
 
 
@@ -291,7 +300,7 @@ def test_a_table_of_another_protocol_has_its_own_scores(tmp_path: Path):
 
 
 def test_a_report_loads_no_torch():
-    heavy = {"torch", "timm", "sklearn", "matplotlib", "pandas"}
+    """All forms of a report are printed without heavy libraries."""
     code = """
         from experiments.ablation import TABLES
         from experiments.declared.protocols import DIGITS
@@ -304,4 +313,7 @@ def test_a_report_loads_no_torch():
         for form in FORMATS:
             render(sheets, form)
     """
+
+    # In a process of its own.
+    heavy = {"torch", "timm", "sklearn", "matplotlib", "pandas"}
     assert not heavy & loaded_modules(code)

@@ -35,11 +35,14 @@ def killed(tmp_path: Path) -> Path:
 
 
 def test_a_killed_attempt_is_closed_from_its_heartbeat(killed: Path, job: None):
+    """The next attempt closes it at the step of its last heartbeat."""
     with claim_run(killed, world_size=2) as heartbeat:
         begin_attempt(heartbeat, 5)
         end_attempt(killed, 9, "done")
     first, second = read_attempts(killed)
     assert (first["start"], first["end"], first["reason"]) == (0, 7, "killed")
+
+    # The next attempt says where it ran.
     expected = {
         "start": 5,
         "end": 9,

@@ -164,6 +164,7 @@ def test_a_killed_rank_costs_the_steps_since_the_checkpoint(pair: Path, tmp_path
 def test_a_rank_that_falls_silent_ends_the_group_at_the_bound_of_its_collectives(
     pair: Path, tmp_path: Path
 ):
+    """Both ranks end, and another group goes on to the weights of an undisturbed one."""
     resources = Resources(checkpoint_every=5, timeout=10.0)
     work = Work(tmp_path, fault=Fault(FaultKind.HANG, 1, 12), resources=resources)
     assert run_group(2, work) == [LOST, LOST]
@@ -172,6 +173,7 @@ def test_a_rank_that_falls_silent_ends_the_group_at_the_bound_of_its_collectives
     assert heartbeat["state"] == "stopped"
     assert re.match("rank 0 lost another rank", heartbeat["reason"])
 
+    # From the checkpoint of step 10.
     assert run_group(2, Work(tmp_path)) == [0, 0]
     values = finished_record(tmp_path).values
     assert values["resumed_at"] == 10

@@ -118,6 +118,8 @@ def test_a_rank_that_is_left_over_says_for_whom_it_waits_and_ends(
     with pytest.raises(SystemExit) as end:
         join_group("cpu", 1800.0)
     assert end.value.code == LOST
+
+    # One line when it begins to wait, and one when it gives up.
     advice = "unset RANK and WORLD_SIZE to run one process alone"
     waiting, error = capsys.readouterr().err.splitlines()
     assert waiting == (
@@ -174,10 +176,13 @@ def test_an_unknown_host_is_one_line_and_asks_for_a_restart(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
+    """Slurm that does not know the first host is no reason to fail for good."""
     (tmp_path / "scontrol").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("SLURM_JOB_NODELIST", "a,b")
+
+    # The line names the program that Slurm was asked with.
     with pytest.raises(SystemExit) as end:
         join_group("cpu", 2.0)
     assert end.value.code == LOST

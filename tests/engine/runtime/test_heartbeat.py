@@ -104,11 +104,14 @@ NUMBERS = [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOTDIR, e
 def test_only_a_heartbeat_that_is_not_there_is_none(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """A heartbeat that cannot be read is an error, and nobody takes the run over."""
     leave_heartbeat(tmp_path)
     refuse_to_open(monkeypatch, heartbeat, number)
     if number == errno.ENOENT:
         assert read_heartbeat(tmp_path) is None
         return
+
+    # The error names the file.
     with pytest.raises(OSError) as failure:
         read_heartbeat(tmp_path)
     assert explain(failure.value).startswith(f"cannot read {tmp_path / 'heartbeat.json'}: ")
@@ -137,11 +140,13 @@ def test_a_heartbeat_that_cannot_be_read_for_a_while_ends_no_run(
 def test_only_a_piece_that_is_not_there_is_computed_again(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """A piece that cannot be read is an error, and is not replaced."""
     (tmp_path / "000000.npz").touch()
 
     def refuse(path: Path, **_: object) -> None:
         raise OSError(number, os.strerror(number), os.fspath(path))
 
+    # A missing piece is none.
     monkeypatch.setattr(pieces.np, "load", refuse)
     if number == errno.ENOENT:
         assert pieces._read(tmp_path, 0) is None
@@ -251,6 +256,7 @@ def test_a_lock_whose_holder_is_silent_is_taken_over(
 
 
 def test_two_processes_of_one_job_take_turns(tmp_path: Path):
+    """Who asks for a run that is claimed waits until it is released."""
     order: list[int] = []
     inside = threading.Event()
 
@@ -259,6 +265,7 @@ def test_two_processes_of_one_job_take_turns(tmp_path: Path):
         with claim_run(tmp_path):
             order.append(2)
 
+    # The second one asks while the first one holds the run.
     other = threading.Thread(target=second)
     other.start()
     with claim_run(tmp_path):

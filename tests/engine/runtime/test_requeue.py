@@ -114,18 +114,18 @@ def test_a_job_that_does_not_go_back_ends_with_the_reason(
 def test_an_element_of_an_array_asks_for_itself_until_the_controller_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """A request names the element, and is repeated while the controller does not answer."""
     asked = tmp_path / "asked"
     refusal = 'echo "Unable to contact slurm controller" >&2; exit 1'
     write_scontrol(
         tmp_path, f'echo "$@" >> {asked}\n[ $(wc -l < {asked}) -ge 3 ] || {{ {refusal}; }}\n'
     )
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    for name, value in {
-        "SLURM_JOB_ID": "7",
-        "SLURM_ARRAY_JOB_ID": "7",
-        "SLURM_ARRAY_TASK_ID": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+
+    # The third request is answered.
     assert preemption.requeue(patience=0.0) == "Unable to contact slurm controller"
     assert preemption.requeue(pause=0.0) is None
     assert asked.read_text() == "requeue 7_1\n" * 3

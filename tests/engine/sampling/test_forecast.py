@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -68,15 +69,18 @@ def test_an_hour_or_more_is_said_before_the_first_image(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
+    """One step tells how long a set of images takes; short times are not announced."""
     train = FLOW if sampler.name == "euler" else SPEC.train
     spec = replace(SPEC, train=train, sampler=replace(sampler, channels=None))
     network = announced(spec, seconds, left, group, monkeypatch)
     assert set(network.calls) <= {4}
-    said = capsys.readouterr().err
+
+    # One line, or none.
+    printed = capsys.readouterr().err
     if hours is None:
-        assert said == ""
+        assert printed == ""
     else:
-        assert said == (
+        assert printed == (
             f"sampling: about {hours} h for {left} images, judged by one step of 4; decoding and "
             "scores come on top\n"
         )
@@ -92,7 +96,7 @@ def test_an_adaptive_solver_says_what_its_step_takes(
 
 
 def test_a_set_on_disk_announces_what_is_left_of_it(
-    tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     """Five images a chunk, of which the first two are there the second time."""
     monkeypatch.setattr(samples, "CHUNK", 5)
@@ -102,6 +106,7 @@ def test_a_set_on_disk_announces_what_is_left_of_it(
     whole = levels_of(fill_sample_folder(SPEC, tmp_path, source, context))
     assert "for 23 images" in capsys.readouterr().err
 
+    # All chunks but the first two are made again, and are the same.
     for counts in sorted((tmp_path / samples.COUNTS).iterdir())[2:]:
         counts.unlink()
     again = levels_of(fill_sample_folder(SPEC, tmp_path, source, context))

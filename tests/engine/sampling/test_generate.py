@@ -52,6 +52,7 @@ def test_the_noise_of_an_image_is_the_same_to_the_bit_in_every_batch():
 def test_a_job_that_is_asked_to_stop_stops_within_a_piece_and_keeps_the_whole_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """A request at the fourth call of the third piece ends the job there."""
     counted = CountingModel(lambda x, t, y: x)
 
     def compute(piece: int) -> dict[str, np.ndarray]:
@@ -61,12 +62,12 @@ def test_a_job_that_is_asked_to_stop_stops_within_a_piece_and_keeps_the_whole_on
             counted(torch.zeros(1), torch.zeros(1), torch.zeros(1))
         return {"piece": np.array(piece)}
 
+    # Two whole pieces are on disk, and three calls of the third one were made.
     with pytest.raises(Preempted, match="SIGTERM"):
         list(compute_pieces(RunContext(tmp_path), tmp_path, 4, compute))
-    assert counted.evaluated == 5 + 5 + 3 and sorted(path.name for path in tmp_path.iterdir()) == [
-        "000000.npz",
-        "000001.npz",
-    ]
+    assert counted.evaluated == 5 + 5 + 3
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["000000.npz", "000001.npz"]
 
 
 def test_images_come_in_order_with_their_labels():
@@ -92,19 +93,23 @@ def test_sampling_neither_reads_nor_moves_the_global_generator():
 def test_the_classifier_has_the_same_bits_whatever_surrounds_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """Neither the number of threads nor the global generator changes its weights."""
     monkeypatch.setattr(features, "DIGITS", replace(features.DIGITS, steps=20))
-    data, threads, identities = load(DIGITS.data), torch.get_num_threads(), []
+    data = load(DIGITS.data)
+    threads = torch.get_num_threads()
+
+    # Train it twice, and leave the threads as they were.
+    digests = []
     try:
         for number in (1, 2):
             torch.set_num_threads(number)
             torch.manual_seed(number)
-            identities.append(
-                digits_classifier(data, tmp_path / str(number))[1]["classifier_sha256"]
-            )
+            _, identity = digits_classifier(data, tmp_path / str(number))
+            digests.append(identity["classifier_sha256"])
             assert torch.get_num_threads() == number
     finally:
         torch.set_num_threads(threads)
-    assert identities[0] == identities[1]
+    assert digests[0] == digests[1]
 
 
 def test_a_cached_classifier_is_read_and_another_recipe_is_not(
@@ -136,34 +141,33 @@ def test_a_cached_classifier_is_read_and_another_recipe_is_not(
 def test_scores_are_finite_shares_are_shares_and_every_one_has_its_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """A record of an evaluation holds five scores with errors, and what they were measured by."""
     monkeypatch.setattr(features, "DIGITS", replace(features.DIGITS, steps=40))
     training_stage.run_training(SPEC.train, RunContext(tmp_path / "run"))
-    values = evaluate.run_evaluation(
-        SPEC, tmp_path / "cache", RunContext(tmp_path / "run", Resources(sample_batch=100))
-    )
+    context = RunContext(tmp_path / "run", Resources(sample_batch=100))
+    values = evaluate.run_evaluation(SPEC, tmp_path / "cache", context)
+
+    # The manifest names the reference by its content.
+    manifest = values.pop("manifest")
+    data = load(DIGITS.data)
+    content = data.images.tobytes() + data.labels.tobytes()
+    assert len(manifest["hash"]) == 16
+    assert manifest["measure"]["labels"]["order"] == "as drawn"
+    assert manifest["measure"]["reference"]["sha256"] == hashlib.sha256(content).hexdigest()
+
+    # So short a training has hardly moved its average.
+    (warning,) = values.pop("warnings")
+    assert "of the average are still the weights that the training began with" in warning
+
+    # Every score has an error, and beside them stands how they were made.
     scores = ("fd_digits", "is_digits", "precision_digits", "recall_digits", "agreement")
-    found, data = values.pop("manifest"), load(DIGITS.data)
-    assert len(found["hash"]) == 16 and found["measure"]["labels"]["order"] == "as drawn"
-    assert (
-        found["measure"]["reference"]["sha256"]
-        == hashlib.sha256(data.images.tobytes() + data.labels.tobytes()).hexdigest()
-    )
-    assert set(values) == {
-        "num",
-        "nfe",
-        "classifier_accuracy",
-        "classifier_sha256",
-        "initial_share",
-        *scores,
-        *(f"{name}_se" for name in scores),
-    }
-    assert all(
-        math.isfinite(values[name]) and values[name] >= 0
-        for name in values
-        if name != "classifier_sha256"
-    )
-    assert (
-        all(values[name] <= 1 for name in scores[2:])
-        and 1 <= values["is_digits"] <= 10
-        and (values["num"], values["nfe"]) == (260, 4)
-    )
+    made_by = {"num", "nfe", "classifier_accuracy", "classifier_sha256", "initial_share"}
+    assert set(values) == {*made_by, *scores, *(f"{name}_se" for name in scores)}
+    assert (values["num"], values["nfe"]) == (260, 4)
+
+    # All numbers lie in their ranges.
+    values.pop("classifier_sha256")
+    assert all(math.isfinite(value) for value in values.values())
+    assert all(value >= 0 for value in values.values())
+    assert all(values[name] <= 1 for name in scores[2:])
+    assert 1 <= values["is_digits"] <= 10

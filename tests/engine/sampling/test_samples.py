@@ -142,10 +142,12 @@ def test_images_of_another_network_or_decoder_are_not_mixed(
 
 
 def test_packed_files_read_back_with_labels_order_and_origin(tmp_path: Path):
+    """A packed file holds the folder's images, and says where they come from."""
     drawn = fill(tmp_path / "samples")
     drawn.pack(tmp_path / "a.npz")
     packed = ImageFile(tmp_path / "a.npz")
 
+    # The arrays, and the origin.
     np.testing.assert_array_equal(np.concatenate(list(packed.batches())), levels_of(drawn))
     np.testing.assert_array_equal(packed.labels, drawn.labels)
     np.testing.assert_array_equal(packed.index, drawn.index)

@@ -90,39 +90,38 @@ def test_unknown_sampler_lists_the_known():
 def test_the_classifier_is_cached_by_content_and_scores_are_named_for_what_they_are(
     tmp_path: Path, classifiers: Path
 ):
+    """A second evaluation takes the classifier from its file, and has the same scores."""
     spec = tiny()
-    cache = classifiers
-    training_stage.run_training(spec.train, RunContext(tmp_path / "run"))
-    first = evaluate.run_evaluation(spec, cache, RunContext(tmp_path / "run"))
-    (file,) = cache.glob("*.safetensors")
+    context = RunContext(tmp_path / "run")
+    training_stage.run_training(spec.train, context)
+    first = evaluate.run_evaluation(spec, classifiers, context)
+    (file,) = classifiers.glob("*.safetensors")
     written = file.stat().st_mtime_ns
-    again = evaluate.run_evaluation(
-        spec, cache, RunContext(tmp_path / "run", Resources(sample_batch=3))
-    )
-    assert file.stat().st_mtime_ns == written and list(cache.glob("*.safetensors")) == [file]
-    assert {"fd_digits", "is_digits", "precision_digits", "recall_digits", "agreement"} <= set(
-        first
-    )
-    assert not {"fid", "is", "precision", "recall"} & set(first)
-    assert (
-        first["classifier_accuracy"] > 0.95
-        and first["classifier_sha256"] == again["classifier_sha256"]
-    )
+
+    # By other batches of samples.
+    smaller = RunContext(tmp_path / "run", Resources(sample_batch=3))
+    again = evaluate.run_evaluation(spec, classifiers, smaller)
+    assert file.stat().st_mtime_ns == written
+    assert list(classifiers.glob("*.safetensors")) == [file]
+    assert first["classifier_sha256"] == again["classifier_sha256"]
     assert repr(again) == repr(first)
+
+    # Scores on digits do not bear the names of Inception's. Seven images have no error.
+    scores = {"fd_digits", "is_digits", "precision_digits", "recall_digits", "agreement"}
+    assert scores <= set(first)
+    assert not {"fid", "is", "precision", "recall"} & set(first)
+    assert first["classifier_accuracy"] > 0.95
+    assert math.isfinite(first["fd_digits"])
+    assert math.isnan(first["fd_digits_se"])
+
+    # The manifest names what ran, and diffusers only where it did.
     run = first["manifest"]["run"]
     assert run["batch"] == classified.BATCH_ON_CPU
     assert set(run["cores"]) == {"number", "decided_by", "limits"}
-    by_diffusers = evaluate.run_evaluation(
-        replace(spec, sampler=replace(spec.sampler, name="dpm_solver_diffusers")),
-        cache,
-        RunContext(tmp_path / "run"),
-    )
-    assert [
-        "diffusers" in values["manifest"]["measure"]["versions"] for values in (first, by_diffusers)
-    ] == [False, True]
-    assert math.isfinite(first["fd_digits"]) and math.isnan(
-        first["fd_digits_se"]
-    )  # 7 images are too few for an error
+    other = replace(spec, sampler=replace(spec.sampler, name="dpm_solver_diffusers"))
+    by_diffusers = evaluate.run_evaluation(other, classifiers, context)
+    assert "diffusers" not in first["manifest"]["measure"]["versions"]
+    assert "diffusers" in by_diffusers["manifest"]["measure"]["versions"]
 
 
 def test_real_digits_score_as_real(classifiers: Path):

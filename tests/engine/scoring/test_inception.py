@@ -24,13 +24,17 @@ def extractor() -> Iterator[Inception]:
 
 
 def resized(images: ndarray) -> ndarray:
-    """Bilinear to (N, 299, 299, 3) by TensorFlow 1's rule: source = target * in / out, fp32."""
+    """Resize to (N, 299, 299, 3) by TensorFlow 1's rule: source = target * in / out, fp32."""
 
     def along(x: ndarray, axis: int) -> ndarray:
         size = x.shape[axis]
         at = np.arange(299, dtype=np.float32) * np.float32(size / 299)
         low = at.astype(int)
-        share = (at - low).astype(np.float32).reshape([-1 if i == axis else 1 for i in range(4)])
+
+        # Shares vary along the axis alone.
+        shape = [1, 1, 1, 1]
+        shape[axis] = -1
+        share = (at - low).astype(np.float32).reshape(shape)
         a = x.take(low, axis)
         b = x.take(np.minimum(low + 1, size - 1), axis)
         return a + (b - a) * share
@@ -54,44 +58,42 @@ def test_features_have_the_published_shapes_and_probabilities_are_probabilities(
 
 
 def test_probabilities_come_without_the_bias_of_the_last_layer(extractor: Inception):
-    before = extractor(IMAGES[:1])[2]
-    pool = torch.from_numpy(extractor(IMAGES[:1])[0])
+    """Another bias changes nothing; probabilities are the softmax of the weighted features."""
+    fc = extractor.network.fc
+    pool, _, before = extractor(IMAGES[:1])
     with torch.no_grad():
-        bias = extractor.network.fc.bias.clone()
-        extractor.network.fc.bias.uniform_(-9, 9)
+        bias = fc.bias.clone()
+        fc.bias.uniform_(-9, 9)
         after = extractor(IMAGES[:1])[2]
-        extractor.network.fc.bias.copy_(bias)
+        fc.bias.copy_(bias)
+        truth = (torch.from_numpy(pool) @ fc.weight.T).softmax(1)
     np.testing.assert_array_equal(before, after)
-    np.testing.assert_allclose(
-        after, (pool @ extractor.network.fc.weight.T).softmax(1), rtol=1e-4, atol=1e-9
-    )
+    np.testing.assert_allclose(after, truth, rtol=1e-4, atol=1e-9)
 
 
 def test_the_network_sees_the_tensorflow_resize_and_range(extractor: Inception):
-    seen = []
-    handle = extractor.network.Conv2d_1a_3x3.register_forward_pre_hook(
-        lambda module, given: seen.append(given[0].clone())
-    )
+    """Images reach the network resized, and from about -1 to 1."""
+    inputs = []
+    first = extractor.network.Conv2d_1a_3x3
+    handle = first.register_forward_pre_hook(lambda module, args: inputs.append(args[0].clone()))
     extractor(IMAGES)
     handle.remove()
-    np.testing.assert_allclose(
-        seen[0].permute(0, 2, 3, 1).numpy(), (resized(IMAGES) - 128) / 128, atol=1e-5
-    )
+    seen = inputs[0].permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(seen, (resized(IMAGES) - 128) / 128, atol=1e-5)
 
 
 def test_the_spatial_layer_is_the_first_branch_of_the_third_17_x_17_block_after_its_relu(
     extractor: Inception,
 ):
-    seen = []
-    handle = extractor.network.Mixed_6d.branch1x1.bn.register_forward_hook(
-        lambda module, given, out: seen.append(out.clone())
-    )
+    """Seven channels of the branch are kept at every place."""
+    outputs = []
+    norm = extractor.network.Mixed_6d.branch1x1.bn
+    handle = norm.register_forward_hook(lambda module, args, out: outputs.append(out.clone()))
     spatial = extractor(IMAGES)[1]
     handle.remove()
-    assert seen[0].shape == (3, 192, 17, 17)
-    np.testing.assert_array_equal(
-        spatial.reshape(3, 17, 17, 7), seen[0].relu()[:, :7].permute(0, 2, 3, 1).numpy()
-    )
+    assert outputs[0].shape == (3, 192, 17, 17)
+    branch = outputs[0].relu()[:, :7].permute(0, 2, 3, 1).numpy()
+    np.testing.assert_array_equal(spatial.reshape(3, 17, 17, 7), branch)
 
 
 def test_spatial_entries_lie_rows_then_columns_then_channels():
@@ -122,10 +124,8 @@ def test_an_untrained_network_is_the_same_every_time_and_leaves_the_generator_al
     again = build_network()
     assert torch.equal(torch.get_rng_state(), state)
     assert not again.training
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(again.parameters(), extractor.network.parameters(), strict=True)
-    )
+    pairs = zip(again.parameters(), extractor.network.parameters(), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
 
 Weights = dict[str, torch.Tensor]
@@ -143,13 +143,18 @@ def save(path: Path, weights: Weights) -> Path:
 def test_unknown_weights_are_allowed_warned_of_and_called_unknown(
     tmp_path: Path, extractor: Inception
 ):
+    """Weights of another hash are loaded with a warning, unless the published ones are required."""
     state = extractor.network.state_dict()
     path = save(tmp_path / "weights.pth", {name: value + 1 for name, value in state.items()})
     loaded = inception.load_inception(path)
     assert torch.equal(loaded.network.fc.bias, extractor.network.fc.bias + 1)
-    assert len(loaded.sha256) == 64 and loaded.name == UNKNOWN_FEATURES
+    assert len(loaded.sha256) == 64
+    assert loaded.name == UNKNOWN_FEATURES
+
+    # The warning names the hash.
     (warning,) = loaded.warnings
-    assert loaded.sha256[:16] in warning and "compare with no others" in warning
+    assert loaded.sha256[:16] in warning
+    assert "compare with no others" in warning
     with pytest.raises(ValueError, match="not that of the published Inception"):
         inception.require_published(path)
 
@@ -196,10 +201,12 @@ def test_weights_that_no_training_left_are_refused(
 def test_what_the_weights_lost_is_said(
     change: Callable[[str, torch.Tensor], tuple], words: str, tmp_path: Path, extractor: Inception
 ):
+    """A warning says how weights were renamed or rounded."""
     state = extractor.network.state_dict().items()
     path = save(tmp_path / "weights.pth", dict(change(name, value) for name, value in state))
     lost, unknown = inception.load_inception(path).warnings
-    assert words in lost and "unknown Inception weights" in unknown
+    assert words in lost
+    assert "unknown Inception weights" in unknown
 
 
 def test_files_of_old_versions_of_torch_are_read(tmp_path: Path, extractor: Inception):

@@ -59,6 +59,7 @@ def test_the_shuffled_inception_score_equals_torch_fidelitys():
 
 
 def test_kid_equals_torch_fidelitys():
+    """Mean and deviation over random subsets are those of torch-fidelity with its seed."""
     theirs = pytest.importorskip("torch_fidelity.metric_kid")
     x = np.random.default_rng(19).standard_normal((300, 17)) + 0.3
     y = np.random.default_rng(20).standard_normal((250, 17))
@@ -70,6 +71,8 @@ def test_kid_equals_torch_fidelitys():
         rng_seed=2020,
         verbose=False,
     )
+
+    # Our seed is the same.
     mean, spread = kid(samples=x, reference=y, subsets=7, size=100)
     assert mean == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-6)
     assert spread == pytest.approx(expected["kernel_inception_distance_std"], rel=1e-6)

@@ -29,13 +29,18 @@ def squared_radii(x: ndarray, k: int) -> ndarray:
 
 
 def by_definition(samples: ndarray, reference: ndarray, k: int) -> Shares:
-    """The shares pair by pair: closed balls for precision and recall, open ones for the others."""
+    """Return the shares pair by pair.
+
+    Balls are closed for precision and recall, and open for density and coverage.
+    """
     radii_real = squared_radii(reference, k)
     radii_fake = squared_radii(samples, k)
     in_closed = np.zeros(len(samples), bool)
     reached = np.zeros(len(reference), bool)
     covered = np.zeros(len(reference), bool)
     num_open = np.zeros(len(samples))
+
+    # Compare every distance with the radii of both ends.
     for i, real in enumerate(reference):
         for j, fake in enumerate(samples):
             distance = np.square(real - fake).sum()
@@ -43,14 +48,11 @@ def by_definition(samples: ndarray, reference: ndarray, k: int) -> Shares:
             reached[i] |= distance <= radii_fake[j]
             num_open[j] += distance < radii_real[i]
             covered[i] |= distance < radii_real[i]
+
+    # The density of a sample is the number of open balls around it, over k.
     density = num_open / k
-    return Shares(
-        in_closed.mean(),
-        reached.mean(),
-        density.mean(),
-        density.std(ddof=1) / np.sqrt(len(samples)),
-        covered.mean(),
-    )
+    error = density.std(ddof=1) / np.sqrt(len(samples))
+    return Shares(in_closed.mean(), reached.mean(), density.mean(), error, covered.mean())
 
 
 def cloud(rng: np.random.Generator, n: int) -> ndarray:

@@ -33,18 +33,20 @@ ALL = ("mu", "sigma", "mu_s", "sigma_s")
 def test_a_reference_that_cannot_be_read_is_known_before_anything_is_drawn(
     arrays: dict[str, Any], complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """An evaluation names what is wrong with its reference, and generates no image."""
     use_grey_extractor(monkeypatch)
     np.savez(tmp_path / "other.npz", **arrays)
-    drawn: list[Any] = []
+    generated: list[Any] = []
     monkeypatch.setattr(stage, "require_features", lambda spec: None)
     monkeypatch.setattr(stage, "reference_path", lambda data: tmp_path / "other.npz")
-    monkeypatch.setattr(stage, "generate_samples", lambda *arguments: drawn.append(arguments))
+    monkeypatch.setattr(stage, "generate_samples", lambda *arguments: generated.append(arguments))
 
+    # The weights would be those of a published checkpoint.
     checkpoint = Checkpoint(Backbone("dico_s"), DATA, "0" * 64)
     spec = Evaluate(checkpoint, Sampler(), 50_000, "inception")
     with pytest.raises(ValueError, match=f"other.npz: .*{complaint}"):
         stage.run_evaluation(spec, tmp_path, RunContext(tmp_path))
-    assert not drawn
+    assert not generated
 
 
 @pytest.mark.parametrize(

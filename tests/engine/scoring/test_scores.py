@@ -115,18 +115,22 @@ def test_statistics_alone_give_distances_and_no_neighbours():
 def test_a_reference_of_half_the_statistics_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """A file without spatial statistics takes those of its images, or there is no sFID."""
     real = drawn(40, 7)
     known = moments_of(real.pool)
     path = tmp_path / "half.npz"
     path.write_bytes(b"")
     monkeypatch.setattr(scoring_reference, "statistics", lambda path: {"pool": known})
 
+    # With images.
     lacking = "half.npz holds no statistics (mu_s, sigma_s)"
     reference = reference_of(path, real)
     assert reference.warnings == [f"{lacking}: distances by them are to those of its 40 images"]
     assert reference.identity["statistics"] is False
     assert {"pool", "spatial"} == set(reference.moments)
     assert np.array_equal(reference.moments["pool"].cov, known.cov)
+
+    # Without images.
     assert reference_of(path, None).warnings == [f"{lacking}: there is no sFID"]
 
 

@@ -85,20 +85,21 @@ def member(rank: int, world: int, port: int, root: Path) -> None:
 
 
 def score_in_group(world: int, root: Path) -> dict[str, Any]:
-    """The values of the record that a group of so many processes leaves."""
+    """Return the values of the record that a group of so many processes leaves."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["experiments.engine.jobs.execute"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = [
-        context.Process(target=member, args=(rank, world, port, root)) for rank in range(world)
-    ]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(120)
-    assert [rank.exitcode for rank in ranks] == [0] * world
+
+    # The ranks run side by side, and none hangs.
+    arguments = [(rank, world, port, root) for rank in range(world)]
+    ranks = [context.Process(target=member, args=of_rank) for of_rank in arguments]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [0] * world
     return json.loads((root / f"values-{world}.json").read_text())
 
 
@@ -120,34 +121,45 @@ def test_two_processes_extract_their_shares_and_score_as_one(
     assert not list(tmp_path.glob("runs-*/*/features-*"))
 
 
+class StoppedImages:
+    """Images whose third piece cannot be read, since somebody stops the program."""
+
+    def __init__(self, images: npz.ImageFile) -> None:
+        self.images = images
+        self.read_pieces: list[tuple[int, int]] = []
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        self.read_pieces.append((start, stop))
+        if start == 8:
+            raise KeyboardInterrupt
+        return self.images.read(start, stop)
+
+
 def test_pieces_add_up_to_the_whole_and_are_not_taken_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """A measurement that was stopped goes on with the piece it stopped at."""
     monkeypatch.setattr(inception, "BATCH", 2)
     monkeypatch.setattr(scoring_measure, "PIECE", 4)
     images = DRAW.integers(0, 256, (11, 9, 7, 3), dtype=np.uint8)
     np.savez_compressed(tmp_path / "a.npz", arr_0=images)
     stored = npz.ImageFile(tmp_path / "a.npz")
     extractor = Inception(Tiny().eval(), "tiny")
-    read = []
     whole = measure(extractor, stored.batches(4))
 
-    class Stopped:
-        def __len__(self) -> int:
-            return len(stored)
-
-        def read(self, start: int, stop: int) -> np.ndarray:
-            read.append((start, stop))
-            if start == 8:
-                raise KeyboardInterrupt
-            return stored.read(start, stop)
-
+    # Stop at the third piece, and go on.
+    stopped = StoppedImages(stored)
     with pytest.raises(KeyboardInterrupt):
-        measure_shared(extractor, Stopped(), tmp_path / "parts", RunContext(tmp_path))
-    assert read == [(0, 4), (4, 8), (8, 11)]
-    found = measure_shared(extractor, stored, tmp_path / "parts", RunContext(tmp_path))
+        measure_shared(extractor, stopped, tmp_path / "parts", RunContext(tmp_path))
+    assert stopped.read_pieces == [(0, 4), (4, 8), (8, 11)]
+    features = measure_shared(extractor, stored, tmp_path / "parts", RunContext(tmp_path))
+
+    # The features are those of all images at once.
     for layer in ("pool", "spatial", "probabilities"):
-        np.testing.assert_array_equal(getattr(found, layer), getattr(whole, layer))
+        np.testing.assert_array_equal(getattr(features, layer), getattr(whole, layer))
 
 
 def test_any_part_of_a_file_is_what_its_batches_say(tmp_path: Path):

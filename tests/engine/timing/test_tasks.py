@@ -64,6 +64,7 @@ def test_every_family_is_timed_at_every_task_and_as_published(
         x, t, y = inputs[:3]
         shapes.add((len(x), x.shape[1], len(t), len(y)))
 
+    # Time a task, or the network as it was published.
     hear_calls(monkeypatch, note)
     spec = FAMILIES[family]
     if what == "as_published":
@@ -72,6 +73,7 @@ def test_every_family_is_timed_at_every_task_and_as_published(
         spec = replace(spec, what=what, num_steps=2)
     values = measure_speed(spec)
 
+    # As published, one condition serves the whole batch unless it becomes tokens.
     one_condition = what == "as_published" and family not in TOKENS
     batch = 4 if what == "sampling" else 2
     conditions = 1 if one_condition else batch

@@ -208,6 +208,7 @@ def test_the_peak_is_the_subjects_alone_and_leaves_its_first_run_out(
         first_run = iter([800])
         return Task(lambda: take(next(first_run, 0 if graphs else 200)))
 
+    # A GPU whose memory is a number, and a clock that is none.
     monkeypatch.setattr(
         torch.cuda, "reset_peak_memory_stats", lambda: memory.update(peak=memory["now"])
     )

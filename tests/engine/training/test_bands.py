@@ -52,12 +52,15 @@ def test_a_window_that_leaves_its_band_is_reported_when_it_is_over_and_in_the_en
     bands = bands_of(SPEC)[:2]
     left, kept = bands
     loss = left.loss + 1.01 * left.tolerance
+
+    # The first window lies just above its band, and the second in the middle of its own.
     with Log(tmp_path, 0, bands) as log:
         for step in range(50, kept.last + 1, 50):
             in_first = step <= left.last
             log.write(step, loss if in_first else kept.loss, lr=1e-4, images_per_s=1.0)
             assert bool(log.warnings()) == (step >= left.last)
 
+    # The warning is printed once, and known to a log that goes on.
     message = (
         f"the loss of steps {left.first} to {left.last} is {loss:.4f}, "
         f"the authors' log has {left.loss:.4f} ± {left.tolerance:.4f}"

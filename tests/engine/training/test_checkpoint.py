@@ -72,17 +72,21 @@ def test_a_damaged_file_of_the_same_step_goes_and_the_one_before_stays(tmp_path:
 def test_a_background_save_holds_the_state_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """What a training changes after a save has begun does not enter the file."""
     go = threading.Event()
     write = checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda *arguments: go.wait() and write(*arguments))
-    given = state(1.0)
+    live = state(1.0)
     with Writer(tmp_path) as writer:
-        writer.save(1, given)
-        given["ema"]["w"].fill_(2.0)
-        given["optimizer"]["state"][0]["step"].fill_(2.0)
+        # Change the state while the thread waits.
+        writer.save(1, live)
+        live["ema"]["w"].fill_(2.0)
+        live["optimizer"]["state"][0]["step"].fill_(2.0)
         assert not list(tmp_path.iterdir())
         go.set()
         writer.wait()
+
+        # The file holds the state before the change.
         first = load_newest(tmp_path)[1]
         assert first["ema"]["w"].eq(1).all()
         assert first["optimizer"] == {
@@ -90,10 +94,14 @@ def test_a_background_save_holds_the_state_as_it_was(
             "param_groups": [{"lr": 1.0, "betas": (0.9, 0.99)}],
         }
         assert first["model"]._metadata == state()["model"]._metadata
+
+        # The next save copies into the same memory.
         buffer = writer._copy["ema"]["w"]
-        writer.save(2, given)
+        writer.save(2, live)
         assert writer._copy["ema"]["w"] is buffer
         assert writer.stalled > 0
+
+    # At the end the last save is finished.
     step, second = load_newest(tmp_path)
     assert step == 2
     assert second["ema"]["w"].eq(2).all()
@@ -117,10 +125,13 @@ def test_too_little_space_is_known_before_writing(tmp_path: Path, monkeypatch: p
 def test_a_disk_that_fills_up_in_the_background_stops_the_run_and_leaves_the_old_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """An error of the thread is raised by the save after it."""
+
     class Full(io.FileIO):
         def write(self, data: bytes) -> int:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    # The second save fails.
     with Writer(tmp_path) as writer:
         writer.save(1, state(1))
         writer.wait()

@@ -140,6 +140,7 @@ def test_a_failed_save_ends_the_run_at_the_next_log_line(
         writer._thread and writer._thread.join()
         return False
 
+    # The save of step 10 has ended by the next line, whatever the threads do.
     monkeypatch.setattr(training_stage, "LOG_EVERY", 3)
     monkeypatch.setattr(checkpoint, "save", fail)
     monkeypatch.setattr(checkpoint.Writer, "busy", property(finish_save))
@@ -167,6 +168,7 @@ def test_weights_that_are_not_finite_are_not_saved(
             next(self.model.parameters()).data.view(-1)[-1] = math.inf
         return loss
 
+    # The newest checkpoint is the one before.
     monkeypatch.setattr(Trainer, "_update", spoilt)
     message = f"^the update made weights that are not finite at step {last}; lower"
     with pytest.raises(Diverged, match=message) as failure:

@@ -56,6 +56,7 @@ def test_a_training_is_scored_once_and_its_record_says_how(tmp_path: Path, small
     spec = HeldOut(TRAIN, "test", num=10)
     record = execute(spec, store, Resources())
 
+    # The loss is the geometric mean of nine bins of noise. Digits are not of eight bits.
     assert record.status == "done", record.error
     assert record.kind == "heldout"
     assert record.values["num"] == 10
@@ -63,7 +64,9 @@ def test_a_training_is_scored_once_and_its_record_says_how(tmp_path: Path, small
     profile = dict(map(tuple, record.values["profile"]))
     scored = [profile[bin_] for bin_ in range(-4, 5)]
     assert math.prod(scored) ** (1 / 9) == pytest.approx(record.values["heldout_loss"], rel=1e-12)
-    assert "bits_per_dim" not in record.values  # digits have 17 levels, and not 256
+    assert "bits_per_dim" not in record.values
+
+    # A second call finds the record.
     assert execute(spec, store, Resources()).utc == record.utc
 
 
@@ -130,6 +133,7 @@ def test_the_bound_in_bits_is_that_of_all_steps_summed(monkeypatch: pytest.Monke
     blind = Blind(2)
     values = measure(monkeypatch, HeldOut(TRAIN, "test", num=40, draws=3), blind)
 
+    # Step by step, with noise of its own.
     total = heldout.prior_bits(process, images)
     generator = torch.Generator().manual_seed(0)
     for step in range(process.num_steps):

@@ -37,6 +37,7 @@ def test_weights_and_biases_hears_what_the_lines_say(
         heard.append(options)
         return Run()
 
+    # A stand-in for the library.
     module: Any = types.ModuleType("wandb")
     module.__spec__ = types.SimpleNamespace(name="wandb")
     module.init = init
@@ -47,11 +48,13 @@ def test_weights_and_biases_hears_what_the_lines_say(
         log.write(step=3, loss=0.5, lr=1e-3, images_per_s=7.0)
         log.write(step=6, loss=0.25, lr=1e-3, images_per_s=8.0)
 
+    # It hears every line of the file, and a name that outlives a restart.
     options, *entries, last = heard
     expected = {"project": "project", "id": board_id(folder), "resume": "allow"}
     assert expected.items() <= options.items()
     assert last == "finished"
-    assert len(entries) == 2 and entries == read_lines(folder)
+    assert len(entries) == 2
+    assert entries == read_lines(folder)
     with Log(folder, 3) as log:
         assert log.losses == [0.5]
 

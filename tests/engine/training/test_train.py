@@ -63,6 +63,7 @@ def batches(spec: Train, steps: int, micro_batch: int | None = None) -> list[Bat
         parts.append(inputs)
         return {"loss": next(trainer.model.parameters()).sum() * torch.zeros(len(inputs[0]))}
 
+    # A step gives all of its parts to the losses.
     trainer.diffusion.losses = record
     stepping = trainer.steps(load(spec.data))
     whole = []
@@ -269,6 +270,7 @@ def first_gradients(micro_batch: int | None) -> dict[str, Tensor]:
         draw = torch.Generator().manual_seed(weight.numel())
         nn.init.normal_(weight, std=0.1, generator=draw)
 
+    # The optimiser keeps the gradients, and updates nothing.
     gradients: dict[str, Tensor] = {}
 
     def keep() -> None:
