@@ -63,6 +63,7 @@ FILES = {
     "table7.csv": Contents(("model",), ("gflops", "train_steps", "sfid", *SCORES)),
     "table8.csv": _MODELS,
     "table9.csv": _MODELS,
+    "code.csv": Contents(("model",), ("drafted_scales", "fid", "is", "speed_up")),
     "claims.csv": Contents(("id", "claim", "metric", "subject", "baseline", "relation", "value")),
     "dico_logs.csv": Contents(
         ("model",), ("first_step", "last_step", "lines", "loss", "loss_sd", "hours")

@@ -2,7 +2,7 @@
 
 x (N, C, H, W): noisy input
 t (N,): time
-y (N,): labels in 0..num_classes, where num_classes is the null label
+y (N,): labels or indices of captions in 0..num_classes, where num_classes is the null one
 
 The prediction is (N, C_out, H, W), with C_out = 2C if the network also learns the variance.
 Classifiers of noisy images, `(x, t) -> logits`, are built in the same way. So are the networks that
@@ -40,6 +40,7 @@ from backbones import (  # noqa: F401  (importing a family registers it)
     var,
     vqvae,
 )
+from backbones.captions import CaptionTable, Text, TextNetwork, once_per_caption
 from backbones.checkpoint import load_judged, load_published, print_warning
 from backbones.judgement import check_progress, check_values, convert_stored
 from backbones.mixers import MIXERS, register_mixer
@@ -69,6 +70,10 @@ def registered_classes() -> dict[str, type[nn.Module]]:
 
 
 __all__ = [
+    "CaptionTable",
+    "Text",
+    "TextNetwork",
+    "once_per_caption",
     "Exceptions",
     "Kind",
     "build",

@@ -224,14 +224,15 @@ class TextNetwork(nn.Module):
         """Return the text work of a batch, computed here or kept by `once_per_caption`."""
         if isinstance(y, Text):
             self.captions._check_states(y)
-            return self._work(y)
+            return self.work_on(y)
         if self.kept is None:
-            return self._work(self.captions(y))
+            return self.work_on(self.captions(y))
         place, work = self.kept
         rows = place[y]  # (N,)
         return tuple(part[rows] for part in work)
 
-    def _work(self, text: Text) -> Work:
+    def work_on(self, text: Text) -> Work:
+        """Do the text work in the type of the weights."""
         dtype = next(self.parameters()).dtype
         pooled = None if text.pooled is None else text.pooled.to(dtype)
         return self.text_work(text._replace(context=text.context.to(dtype), pooled=pooled))
@@ -258,7 +259,7 @@ def once_per_caption(model: object, y: Tensor) -> Iterator[None]:
     place = torch.full((null + 1,), len(distinct), device=y.device)  # other captions: out of range
     place[distinct] = torch.arange(len(distinct), device=y.device)
     with torch.no_grad():
-        model.kept = place, model._work(model.captions(distinct))
+        model.kept = place, model.work_on(model.captions(distinct))
     try:
         yield
     finally:

@@ -73,12 +73,21 @@ def _norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
+class JointAttention(nn.Module):
+    """Attend over the tokens of both streams: (N, S, 3D) -> (N, S, D)."""
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        parts = qkv.unflatten(2, (3, -1, HEAD))  # (N, S, 3, h, e)
+        q, k, v = parts.permute(2, 0, 3, 1, 4)  # 3 x (N, h, S, e)
+        return attention(q, k, v).transpose(1, 2).flatten(2)
+
+
 class JointBlock(nn.Module):
     """Attend over text and image together; each stream has its own weights."""
 
     def __init__(self, dim: int, mlp_ratio: float, last: bool) -> None:
         super().__init__()
-        self.heads = dim // HEAD
+        self.joint = JointAttention()
         self.context_block = Stream(dim, mlp_ratio, last)
         self.x_block = Stream(dim, mlp_ratio)
 
@@ -86,18 +95,13 @@ class JointBlock(nn.Module):
         tokens = context.shape[1]
         text, of_text = self.context_block.enter(context, c)  # (N, L, 3D)
         image, of_image = self.x_block.enter(x, c)  # (N, T, 3D)
-        mixed = self.mix(torch.cat([text, image], dim=1))  # (N, L + T, D)
+        mixed = self.joint(torch.cat([text, image], dim=1))  # (N, L + T, D)
 
         # The last block's text has no use any more.
         x = self.x_block.leave(x, mixed[:, tokens:], of_image)
         if not self.context_block.last:
             context = self.context_block.leave(context, mixed[:, :tokens], of_text)
         return context, x
-
-    def mix(self, qkv: Tensor) -> Tensor:
-        """Attend: (N, S, 3D) -> (N, S, D)."""
-        q, k, v = qkv.unflatten(2, (3, self.heads, HEAD)).permute(2, 0, 3, 1, 4)  # 3 x (N, h, S, e)
-        return attention(q, k, v).transpose(1, 2).flatten(2)  # (N, S, D)
 
 
 class MMDiT(TextNetwork):

@@ -265,6 +265,13 @@ TABLE_4 = Table(
             SMALL_U | HEADS_U | dict(mixer_options=dict(agents=4, biases=False)),
             "CM -> Agent Attn",
         ),
+        Row(
+            "CM->Global-Regional Attn",
+            u_shape("global_regional", **WINDOWED, heads=(4, 8, 16, 8, 8)),
+            SMALL_U | HEADS_U | dict(mixer_options=dict(window=4, pool=2)),
+            None,
+            note="a reconstruction of A-SDM's mixer (arXiv:2312.15516, a withdrawn paper)",
+        ),
     ),
 )
 

@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from experiments.declared import speed_claims, timings
-from experiments.declared.systems import SYSTEMS
+from experiments.declared.systems import IMAGES, SYSTEMS
 from experiments.engine.cli import (
     Outcome,
     Parser,
@@ -48,6 +48,7 @@ from experiments.engine.reporting.efficiency.details import (
     runtime_sheet,
     sweep_sheet,
 )
+from experiments.engine.reporting.efficiency.images import images_sheet
 from experiments.engine.reporting.efficiency.speed import Acceleration, speed_sheet
 from experiments.engine.reporting.render import render
 from experiments.engine.reporting.sheet import Sheet
@@ -150,7 +151,7 @@ def _choose(args: argparse.Namespace, device: str, store: Store) -> Work:
     """Return the work that the options ask for."""
     acceleration = Acceleration(**acceleration_flags(args, device))
     if args.counts:
-        return Work(ListPlan("cpu", _all_costs()), lambda store: [counts_sheet(SYSTEMS, store)])
+        return _counts()
     if args.claims:
         return _claims(device, store)
     if args.figure:
@@ -164,6 +165,14 @@ def _choose(args: argparse.Namespace, device: str, store: Store) -> Work:
 
 def _all_costs() -> tuple[Cost, ...]:
     return tuple(cost for system in SYSTEMS for cost in system.costs)
+
+
+def _counts() -> Work:
+    costs = (*_all_costs(), *(image.cost for image in IMAGES))
+    return Work(
+        ListPlan("cpu", costs),
+        lambda store: [counts_sheet(SYSTEMS, store), images_sheet(IMAGES, store)],
+    )
 
 
 def _claims(device: str, store: Store) -> Work:

@@ -19,7 +19,7 @@ from typing import Any
 from experiments.ablation import SMALL_DIT, SMALL_U
 from experiments.declared import recipes
 from experiments.declared.protocols import PROTOCOLS
-from experiments.declared.systems import ADM_U_COSTS_256, ADM_U_COSTS_512, latent
+from experiments.declared.systems import ADM_U_COSTS_256, ADM_U_COSTS_512, latent, scales
 from experiments.engine.cli import main
 from experiments.engine.specs.rows import Method, Row, Table
 from experiments.engine.specs.spec import Backbone, Cost
@@ -66,6 +66,7 @@ PIXELS = (
     "published on latents of its own, at which it is timed; it is trained on a protocol's data "
     "like all others"
 )
+BY_SCALES = "draws tokens scale by scale and is counted here, not trained"
 VELOCITY = "predicts a velocity and has its own objective and sampler under every protocol"
 NOISE = "predicts the noise alone and has its own schedule and sampler under every protocol"
 NOT_PUBLISHED = (
@@ -153,6 +154,11 @@ def at_512(rows: tuple[Row, ...]) -> tuple[Row, ...]:
 def published(*models: str) -> tuple[Row, ...]:
     """Return rows of systems that hold published numbers alone."""
     return tuple(Row(model, None, {}, model) for model in models)
+
+
+def counted(label: str, costs: tuple[Cost, ...]) -> Row:
+    """Return a row whose network is counted, and neither trained nor scored."""
+    return Row(label, None, {}, label, BY_SCALES, costs=costs)
 
 
 def scale(size: str, *, heavy: bool, cfg: str = "no", without: str = "") -> tuple[Row, ...]:
@@ -315,6 +321,8 @@ TABLE_2 = Table(
     conditions="ImageNet 512",
 )
 
+VAR_SIZES = ("d16", "d20", "d24", "d30")
+
 TABLE_8 = Table(
     number=8,
     title="Generative models on ImageNet 256x256",
@@ -334,7 +342,8 @@ TABLE_8 = Table(
             "RQTran.-re",
             "LLamaGen-3B",
         ),
-        *published("MAR-H", "PAR-3B", "RandAR-XXL", "VAR-d16", "VAR-d20", "VAR-d24", "VAR-d30"),
+        *published("MAR-H", "PAR-3B", "RandAR-XXL"),
+        *(counted(f"VAR-{size}", scales(f"var_{size}", 16)) for size in VAR_SIZES),
         ADM_U,
         UVIT_L,
         UVIT_H,
@@ -363,7 +372,8 @@ TABLE_9 = Table(
     key=("model",),
     rows=at_512(
         (
-            *published("BigGAN-deep", "StyleGAN-XL", "MaskGIT", "VQ-GAN", "VAR-d36-s"),
+            *published("BigGAN-deep", "StyleGAN-XL", "MaskGIT", "VQ-GAN"),
+            counted("VAR-d36-s", scales("var_d36_s", 32)),
             *OTHERS_512,
             *published("Simple Diffusion", "VDM++"),
             DIT_XL_512,

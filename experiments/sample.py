@@ -89,8 +89,8 @@ def _parse(choices: Choices, arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--sampler",
         metavar="NAME",
-        help="ancestral, ddim, dpm_solver or dpm_solver_diffusers; for flows euler, heun, dopri5 "
-        "or sde (default: the protocol's)",
+        help="ancestral, ddim, dpm_solver, dpm_solver_3s or dpm_solver_diffusers; for flows euler, "
+        "heun, dopri5 or sde (default: the protocol's)",
     )
     parser.add_argument(
         "--steps", type=int, metavar="N", help="steps of the sampler (default: the protocol's)"

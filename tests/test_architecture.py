@@ -45,6 +45,7 @@ FLOORS = (
     "sampling",
     "timing",
     "training",
+    "texts",
     "data",
     "runtime",
     "reporting",
@@ -64,7 +65,8 @@ LIGHT_ENGINE = (
     "machine/sockets machine/streams "
     "records/code records/comparison records/effects records/files records/manifest "
     "records/score_names records/store reporting/efficiency/claims reporting/efficiency/counts "
-    "reporting/efficiency/details reporting/efficiency/speed reporting/lookup reporting/notes "
+    "reporting/efficiency/details reporting/efficiency/images reporting/efficiency/speed "
+    "reporting/lookup reporting/notes "
     "reporting/render reporting/sheet reporting/statistics reporting/tables specs/rows specs/spec "
     "runtime/attempts runtime/heartbeat runtime/preemption runtime/progress specs/selection "
     "specs/stages specs/study"

@@ -17,11 +17,27 @@ from torch import Tensor, nn
 from analysis.probes import implied
 from analysis.probes.implied import Weights
 from analysis.probes.watch import Grid, Layer, Operation, num_tokens
-from backbones import adm, dico, dig, dim, dimr, dimsum, dis, ldm, lightningdit, terdit, udit, uvit
+from backbones import (
+    adm,
+    dico,
+    dig,
+    dim,
+    dimr,
+    dimsum,
+    dis,
+    lightningdit,
+    mmdit,
+    terdit,
+    text_unet,
+    udit,
+    unet,
+    uvit,
+    uvit_text,
+)
 from backbones.block import Block
 from backbones.layers import SelfAttention
 from backbones.mamba import COLUMNS, COLUMNS_BACK, ROWS, ROWS_BACK, Mamba, reorder
-from backbones.mixers import agent, conv, focused_linear, softmax, window
+from backbones.mixers import agent, conv, focused_linear, global_regional, softmax, window
 
 GRID_ORDERS = (ROWS, ROWS_BACK, COLUMNS, COLUMNS_BACK)  # of DiG's layers in turn
 
@@ -93,8 +109,10 @@ def _own_mixers(model: nn.Module) -> set[nn.Module]:
 
 
 def _token_attention(candidate: Candidate) -> Layer:
-    # U-ViT has two tokens, of label and time, in front of the grid.
+    # U-ViT has two tokens, of label and time, in front of the grid; or time and text.
     leading = 2 if isinstance(candidate.model, uvit.UViT) else 0
+    if isinstance(candidate.model, uvit_text.TextUViT):
+        leading = candidate.model.leading
     place = leading + torch.arange(num_tokens(candidate.grid))
     return candidate.sequence_layer(read_attention, place)
 
@@ -114,6 +132,10 @@ def _softmax(candidate: Candidate) -> Layer:
 
 def _window(candidate: Candidate) -> Layer:
     return candidate.layer(partial(_read_windows, candidate.module))
+
+
+def _global_regional(candidate: Candidate) -> Layer:
+    return candidate.layer(partial(_read_global_regional, candidate.module))
 
 
 def _agent(candidate: Candidate) -> Layer:
@@ -186,6 +208,19 @@ def _ldm_attention(candidate: Candidate) -> Layer | None:
     return candidate.layer(_read_softmax, mix=lambda x, context: attention(x, x))
 
 
+def _stable_diffusion_attention(candidate: Candidate) -> Layer | None:
+    if not candidate.name.endswith("attn1"):
+        return None  # attention to the text
+    attention = candidate.module
+    return candidate.layer(read_attention, mix=lambda x, context: attention(x, x))
+
+
+def _joint_attention(candidate: Candidate) -> Layer:
+    # The tokens of text stand before the grid.
+    place = candidate.model.captions.tokens + torch.arange(num_tokens(candidate.grid))
+    return candidate.sequence_layer(read_attention, place, mix=None)
+
+
 def _udit_attention(candidate: Candidate) -> Layer:
     return candidate.layer(_read_polyphase)
 
@@ -197,6 +232,7 @@ FINDERS: tuple[tuple[type[nn.Module], Callable[[Candidate], Layer | None]], ...]
     (lightningdit.RotaryAttention, _token_attention),
     (terdit.RotaryAttention, _token_attention),
     (window.WindowAttention, _window),
+    (global_regional.GlobalRegionalAttention, _global_regional),
     (agent.AgentAttention, _agent),
     (focused_linear.FocusedLinearAttention, _focused_linear),
     (conv.ConvModule, _conv),
@@ -208,7 +244,9 @@ FINDERS: tuple[tuple[type[nn.Module], Callable[[Candidate], Layer | None]], ...]
     (dimsum.WaveletBranch, _wavelet_branch),
     (dimsum.SpatialBranch, _spatial_branch),
     (adm.AttentionBlock, _adm_attention),
-    (ldm.CrossAttention, _ldm_attention),
+    (text_unet.FusedAttention, _stable_diffusion_attention),  # before the class it derives from
+    (unet.CrossAttention, _ldm_attention),
+    (mmdit.JointAttention, _joint_attention),
     (udit.DownsampledAttention, _udit_attention),
     (dimr.Attention, _labelled_attention),
 )
@@ -282,6 +320,31 @@ def _read_windows(
     )
     inside = torch.arange(w * w, device=x.device)
     return implied.Partitioned(implied.Softmax(q, k, inside, bias, scale), cells)
+
+
+def _read_global_regional(
+    module: global_regional.GlobalRegionalAttention,
+    operations: list[Operation],
+    x: Tensor,
+    place: Tensor,
+) -> Weights:
+    ((q, k, _, _),) = _arguments(operations, "attention")
+    height, width = module.size
+    w, p = module.window, module.pool
+
+    # The tokens of each region (R, L), and the average in which each token stands (T,).
+    cells = place.view(height // w, w, width // w, w).transpose(1, 2).reshape(-1, w * w)
+    squares = torch.arange(height * width // p**2, device=x.device).view(height // p, width // p)
+    member = squares.repeat_interleave(p, dim=0).repeat_interleave(p, dim=1).flatten()
+
+    # The weight of an average is shared by its tokens.
+    weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)  # (N R, h, L, L + G)
+    weights = weights.unflatten(0, (len(x), -1))  # (N, R, h, L, L + G)
+    regional, averages = weights.split([w * w, len(squares.flatten())], dim=-1)
+    whole = averages[..., member] / p**2  # (N, R, h, L, T)
+    whole = whole.scatter_add(-1, cells[:, None, None].expand(regional.shape), regional)
+    rows = whole.transpose(1, 2).flatten(2, 3)[:, :, cells.flatten().argsort()]  # (N, h, T, T)
+    return implied.Written(rows, place)
 
 
 def _read_polyphase(operations: list[Operation], x: Tensor, place: Tensor) -> Weights:

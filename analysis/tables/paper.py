@@ -20,14 +20,20 @@ from analysis.tables.systems import families_sheet, systems_sheet
 from experiments import main_results
 from experiments.ablation import TABLES
 from experiments.declared import timings
-from experiments.declared.systems import SYSTEMS
+from experiments.declared.systems import IMAGES, SYSTEMS
 from experiments.engine.reporting.efficiency.counts import counts_sheet
+from experiments.engine.reporting.efficiency.images import images_sheet
 from experiments.engine.reporting.sheet import Sheet
 
 
 def committed_counts_sheet(store: ReferenceStore) -> Sheet:
     """Parameters and Gflops of all compared systems."""
     return add_caveats(counts_sheet(SYSTEMS, store, store.reference))
+
+
+def committed_images_sheet(store: ReferenceStore) -> Sheet:
+    """What one guided image costs."""
+    return add_caveats(images_sheet(IMAGES, store, store.reference))
 
 
 SHEETS: dict[str, Callable[[ReferenceStore], Sheet]] = {
@@ -40,5 +46,6 @@ SHEETS: dict[str, Callable[[ReferenceStore], Sheet]] = {
     "table9": partial(systems_sheet, main_results.TABLE_9, 512),
     "families": families_sheet,
     "counts": committed_counts_sheet,
+    "images": committed_images_sheet,
     **{f"speed_{task}": partial(throughput_sheet, task) for task in timings.TASKS},
 }

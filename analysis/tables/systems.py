@@ -120,7 +120,7 @@ def _rounding_notes(table: Table, paper: PublishedTable) -> list[Note]:
     rounded = [
         row.label
         for row in table.rows
-        if row.backbone and paper.row(row).get("params", "").endswith("B")
+        if cost_stages(row) and paper.row(row).get("params", "").endswith("B")
     ]
     if not rounded:
         return []

@@ -15,6 +15,7 @@ from torch import nn
 from backbones.mixers.agent import AgentAttention
 from backbones.mixers.conv import ConvModule
 from backbones.mixers.focused_linear import FocusedLinearAttention
+from backbones.mixers.global_regional import GlobalRegionalAttention
 from backbones.mixers.softmax import SoftmaxAttention
 from backbones.mixers.window import WindowAttention
 
@@ -22,6 +23,7 @@ MIXERS: dict[str, type[nn.Module]] = {
     "agent": AgentAttention,
     "conv": ConvModule,
     "focused_linear": FocusedLinearAttention,
+    "global_regional": GlobalRegionalAttention,
     "softmax": SoftmaxAttention,
     "window": WindowAttention,
 }

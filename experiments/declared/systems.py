@@ -12,12 +12,20 @@ from dataclasses import dataclass
 
 from experiments.declared.families import TITLES, family_of, size_of
 from experiments.engine.reporting.efficiency.counts import Counts, System
+from experiments.engine.reporting.efficiency.images import Drawn
 from experiments.engine.specs.spec import Backbone, Cost
 
 
 def latent(name: str, size: int, channels: int = 4) -> tuple[Cost, ...]:
     """Return the count of a registered network on ImageNet at a size of its input."""
     return (Cost(Backbone(name), size, channels, 1000),)
+
+
+def scales(name: str, size: int, refiner: str = "", drafted: int = 0) -> tuple[Cost, ...]:
+    """Return the count of VAR, or of CoDe's two networks, at the side of the last scale."""
+    second = Backbone(refiner) if refiner else None
+    coder = Backbone("vqvae_ch160")
+    return (Cost(Backbone(name), size, 32, 1000, coder, second, drafted),)
 
 
 # ---- Counters behind published figures
@@ -110,6 +118,12 @@ DICO_512_NOTE = (
     "the published figure cannot be reached: every cost is constant or proportional to the area, "
     "so four times that at 256, {quadruple}, is the most"
 )
+
+VAR_NOTE = (
+    "Gflops are of one pass over all scales, as a step of training makes it. What an image costs "
+    "stands in the table of images. The tokenizer is in no count of parameters"
+)
+VAR_512_NOTE = VAR_NOTE + ". The published 2.3B parameters are cut and not rounded: 2.354 billion"
 
 # ---- Systems
 
@@ -292,6 +306,31 @@ SYSTEMS = (
         printed=Printed(2, 9),
         note=DICO_512_NOTE,
     ),
+    *(
+        system(
+            f"VAR-{size}", 256, scales(f"var_{size}", 16), printed=Printed(params=8), note=VAR_NOTE
+        )
+        for size in ("d16", "d20", "d24", "d30")
+    ),
+    system("VAR-d36-s", 512, scales("var_d36_s", 32), printed=Printed(params=9), note=VAR_512_NOTE),
+)
+
+# What a guided image costs: the evaluations are those of the papers' samplers.
+IMAGES = (
+    *(
+        Drawn(f"VAR-{size}", 256, scales(f"var_{size}", 16)[0], against="VAR-d30")
+        for size in ("d16", "d20", "d24", "d30")
+    ),
+    *(
+        Drawn(f"CoDe N={n}", 256, scales("var_d30", 16, "var_d16", n)[0], against="VAR-d30")
+        for n in (9, 8, 7, 6)
+    ),
+    Drawn("DiT-XL/2", 256, latent("dit_xl_2", 32)[0], 250),
+    Drawn("DiCo-XL", 256, latent("dico_xl", 32)[0], 250),
+    Drawn("DiMR-XL/2R", 256, latent("dimr_xl_2r", 32)[0], 250),
+    Drawn("VAR-d36-s", 512, scales("var_d36_s", 32)[0]),
+    Drawn("DiT-XL/2", 512, latent("dit_xl_2", 64)[0], 250),
+    Drawn("DiCo-XL", 512, latent("dico_xl", 64)[0], 250),
 )
 
 

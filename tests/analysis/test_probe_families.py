@@ -13,6 +13,7 @@ import backbones
 from analysis.probes.layers import layers
 from analysis.probes.locality import LocalityProbe, Settings
 from analysis.probes.watch import Call, SoftmaxObserver, watching
+from backbones import dico_text
 from backbones.kernels import use
 from backbones.ldm import CrossAttention
 from backbones.mamba import reorder
@@ -66,13 +67,14 @@ def count_inside(model: nn.Module, modules: set[nn.Module]) -> int:
 
 @pytest.mark.parametrize("name", families())
 def test_every_softmax_of_every_family_is_inside_a_watched_layer(name: str):
-    """LDM's attention to its class, which is one token, is the exception."""
+    """Attention to a class, which is one token, and to a text is the exception."""
     torch.manual_seed(0)
     options = dict(num_classes=5) | backbones.tiny_options_of(name)
     model = randomised(backbones.build(name, **options))
     watched = layers(model)
     to_class = sum(
-        isinstance(module, CrossAttention) and part.endswith("attn2")
+        isinstance(module, CrossAttention | dico_text.CrossAttention)
+        and part.endswith(("attn2", "text"))
         for part, module in model.named_modules()
     )
     inside = count_inside(model, {layer.module for layer in watched})

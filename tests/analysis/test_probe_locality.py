@@ -23,7 +23,7 @@ from analysis.probes.locality import (
     summary,
 )
 from analysis.probes.measures import distances, locality, radii, uniform
-from analysis.probes.watch import watching
+from analysis.probes.watch import Call, watching
 from backbones.kernels import gated_linear, selective_scan
 from backbones.mixers import MIXERS, build_mixer
 
@@ -364,3 +364,18 @@ def test_every_mixer_is_known_to_the_probe():
         options = {} if name == "conv" else dict(heads=2)
         mixer = build_mixer(name, 8, (8, 8), 0, **options)
         assert len(layers(nn.Sequential(mixer))) == 1, name
+
+
+def test_the_weights_of_global_regional_attention_make_its_output():
+    """Tokens outside of the region have a share of their average."""
+    torch.manual_seed(0)
+    mixer = build_mixer("global_regional", 8, (4, 8), 0, heads=2, window=4, pool=2).double()
+    x = seeded(2, 8, 4, 8)
+    calls: list[Call] = []
+    with torch.no_grad(), watching(layers(nn.Sequential(mixer)), calls.append):
+        out = mixer(x)
+        tokens = torch.arange(32)
+        rows = torch.stack([calls[0].weights.rows(head, tokens) for head in range(2)], dim=1)
+        v = mixer.qkv(x.flatten(2).transpose(1, 2))[..., 16:].unflatten(2, (2, 4)).transpose(1, 2)
+        expected = mixer.proj((rows.double() @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(out.flatten(2).transpose(1, 2), expected, rtol=1e-5, atol=1e-6)

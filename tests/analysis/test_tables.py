@@ -64,6 +64,29 @@ def test_tables_of_systems_hold_every_published_row(number: int, committed: Refe
         assert any(label.startswith(model) and fid == printed for label, printed in ours)
 
 
+def test_an_image_costs_what_the_rule_says_in_every_system(committed: ReferenceStore):
+    """VAR draws its scales once, and a diffusion network is evaluated 250 times, guided."""
+    sheet = SHEETS["images"](committed)
+    rows = {(cells["system"].text(), cells["resolution"].text()): cells for cells in sheet.rows}
+    guided = {key: f"{cells['guided'].value:.4g}" for key, cells in rows.items()}
+    expected = {"VAR-d30": "1.895", "DiT-XL/2": "59.31", "DiCo-XL": "43.61", "DiMR-XL/2R": "80.09"}
+    assert {name: guided[name, "256"] for name in expected} == expected
+    assert {name: guided[name, "512"] for name in ("VAR-d36-s", "DiT-XL/2")} == {
+        "VAR-d36-s": "11.4",
+        "DiT-XL/2": "262.3",
+    }
+
+    # What two networks save is counted; how much faster they are was published for three splits.
+    savings = {n: rows[f"CoDe N={n}", "256"] for n in (9, 8, 7, 6)}
+    assert [cells["saving"].text() for cells in savings.values()] == [
+        "1.28",
+        "1.89",
+        "2.61",
+        "3.43",
+    ]
+    assert [cells["speed_up"].text() for cells in savings.values()] == ["1.2", "1.7", "-", "2.9"]
+
+
 @pytest.mark.parametrize("number", [1, 2, 8, 9])
 def test_the_scores_of_a_family_stand_once(number: int, committed: ReferenceStore):
     """DiCo-S, B, L and XL are one network on digits, and so are DiT's sizes."""
@@ -264,7 +287,7 @@ def test_the_papers_own_units_stand_beside_ours(committed: ReferenceStore):
     dit = labelled(table8, "DiT-XL/2")
     keys = ("params_paper", "params", "params_diff")
     assert [dit[key] for key in keys] == ["675M", "674.8", "0.02"]
-    assert "params of DiC-H, DiCo-H" in note_about(table8, "published in billions")
+    assert "VAR-d24, VAR-d30, DiC-H, DiCo-H" in note_about(table8, "published in billions")
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Parameters and multiply-accumulates at the published sizes, on the meta device.
 
 tests/data/counts.csv holds one line per network and size. `source` is `authors` if the numbers were
-measured on the authors' modules, and `reconstruction` for DiffuSSM, whose code was not published,
-and for DiMR-XL/3R, whose configuration was not.
+measured on the authors' modules, and `reconstruction` for DiffuSSM and DiCo with text, whose code
+was not published, and for DiMR-XL/3R, whose configuration was not.
 
 - params_total, params_trainable: numbers of parameters, with class labels.
 - core_g: billions of multiply-accumulates of convolutions, linear layers and products. A recurrence

@@ -168,3 +168,26 @@ def test_the_papers_count_but_for_the_scaling_of_queries(name: str, size: int):
     expected, includes = TORCHPROFILE[name, size]
     ours = counts["macs_torchprofile"] - (0 if includes else scaled[0])
     assert abs(ours / 1e9 - expected) < 1.01e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "giga"),
+    [
+        ("dico_cross_s_t2i", 0.3747),
+        ("dico_cross_b_t2i", 1.3928),
+        ("dico_cross_l_t2i", 5.1736),
+        ("dico_cross_xl_t2i", 7.8343),
+        ("dico_dwc_s_t2i", 0.4882),
+        ("dico_dwc_b_t2i", 1.2717),
+        ("dico_dwc_l_t2i", 4.3913),
+        ("dico_dwc_xl_t2i", 6.2250),
+    ],
+)
+def test_work_that_a_caption_needs_once_is_counted_apart(name: str, giga: float):
+    counts = count_backbone(Cost(Backbone(name), 32, channels=4, num_classes=1000))
+    assert abs(counts["macs_once_per_caption"] / 1e9 - giga) < 0.51e-4
+
+
+def test_networks_of_labels_have_no_such_work():
+    counts = count_backbone(Cost(Backbone("dico_s"), 32, channels=4, num_classes=1000))
+    assert "macs_once_per_caption" not in counts

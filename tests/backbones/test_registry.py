@@ -81,7 +81,7 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any], list[str]]] = [
     (
         "isotropic",
         {"mixer": "mixer"},
-        ["unknown mixer 'mixer'", "agent, conv, focused_linear, softmax, window"],
+        ["unknown mixer 'mixer'", "agent, conv, focused_linear, global_regional, softmax, window"],
     ),
     (
         "isotropic",

@@ -19,8 +19,10 @@ from experiments.declared.protocols import (
     PROTOCOLS,
 )
 from experiments.declared.systems import SYSTEMS
+from experiments.engine.jobs.plan import TablePlan
 from experiments.engine.records.store import Store
 from experiments.engine.specs.rows import Method, Row, Table
+from experiments.engine.specs.selection import Selection
 from experiments.engine.specs.spec import Cost, Data, Evaluate, spec_id
 from experiments.engine.specs.stages import (
     Protocol,
@@ -61,6 +63,21 @@ def test_every_published_diffusion_system_has_a_network_but_two():
     published = Store().published("table8.csv", ("model",))
     diffusion = {model for model, cells in published.items() if cells["type"] == "Diff."}
     assert numbers_only & diffusion == {"Simple Diffusion", "VDM++"}
+
+
+@pytest.mark.parametrize("number, names", [(8, ["d16", "d20", "d24", "d30"]), (9, ["d36-s"])])
+def test_rows_that_draw_scales_are_counted_and_not_run(number: int, names: list[str]):
+    """Diffusion's trainings and timings never meet them."""
+    table = TABLES[number]
+    labels = [f"VAR-{name}" for name in names]
+    rows = [row for row in table.rows if row.label.startswith("VAR")]
+    assert [row.label for row in rows] == labels
+    selection = Selection(table, rows, DIGITS, [0], "cpu")
+    assert selection.counted == rows and not selection.runs and not selection.timings
+    (job,) = TablePlan(selection).counts()
+    assert [stage.backbone.name for stage in job.stages] == [
+        label.lower().replace("-", "_") for label in labels
+    ]
 
 
 def test_the_networks_are_of_twelve_families():

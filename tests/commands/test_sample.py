@@ -101,7 +101,8 @@ def test_another_sampler_is_another_set(
     [
         (
             ["--sampler", "heun"],
-            "unknown sampler 'heun'; known: ancestral, ddim, dpm_solver, dpm_solver_diffusers",
+            "unknown sampler 'heun'; known: ancestral, ddim, dpm_solver, dpm_solver_3s, "
+            "dpm_solver_diffusers",
         ),
         (
             ["--steps", "0"],

@@ -118,7 +118,7 @@ def _declared() -> dict[str, Case]:
 
             # A window of 4 fits no grid of an input of 12.
             size = _sizes(row.backbone.name, options)[-1]
-            if options.get("mixer") == "window":
+            if options.get("mixer") in ("window", "global_regional"):
                 size = 16
             shape = dict(input_size=size, in_channels=CHANNELS, num_classes=CLASSES)
             cases[f"{row.label} at {size}"] = Case((row.backbone.name,), options | shape)

@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 DIT = Backbone("dit_s_2", dict(depth=1, dim=24, heads=3))
 DICO = Backbone("dico_s", dict(dim=8, depths=(1, 1, 1, 1, 1)))
 # Families that make tokens of time or label, and so need one of each per image.
-TOKENS = ("uvit", "dim", "dimr", "dis")
+TOKENS = ("uvit", "dim", "dimr", "dis", "mmdit")
 
 
 def declare_timing(**changes: object) -> Timing:
@@ -49,8 +49,8 @@ def every_family() -> dict[str, Timing]:
         network = Backbone(name, backbones.tiny_options_of(name))
         if "multipliers" in network.options:
             # The option is named by its unit, which differs between families.
-            (attention,) = (key for key in network.options if key.startswith("attention_"))
-            network = network.but(dim=32, multipliers=(1, 2), **{attention: (4,)})
+            attention = {key: (4,) for key in network.options if key.startswith("attention_")}
+            network = network.but(dim=32, multipliers=(1, 2), **attention or dict(depths=(0, 1)))
         channels = 6 if family == "upsampler" else 3
         timings[family] = declare_timing(backbone=network, channels=channels)
     return timings

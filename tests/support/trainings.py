@@ -25,7 +25,11 @@ STEPS = 14
 SPEC = Train(DICO, DIGITS, Recipe(steps=STEPS, batch=16, lr=1e-3, warmup=4, ema=0.9))
 
 
-MIXER_OPTIONS = {"window": dict(window=4), "agent": dict(agents=4)}
+MIXER_OPTIONS = {
+    "window": dict(window=4),
+    "agent": dict(agents=4),
+    "global_regional": dict(window=4, pool=2),
+}
 
 
 FAMILIES = {

@@ -8,9 +8,8 @@ import torch
 
 from experiments.engine.diffusion.cascade import NoisyClassification, Upsampling
 from experiments.engine.diffusion.flow import DRAWS, PATHS, Flow
-from experiments.engine.diffusion.gated import Gated
 from experiments.engine.diffusion.iddpm import BETAS, IDDPM
-from experiments.engine.diffusion.multiscale import MultiScale
+from experiments.engine.diffusion.objectives import Gated, MultiScale
 from experiments.engine.specs.spec import Diffusion
 
 DiffusionProcess = IDDPM | Flow

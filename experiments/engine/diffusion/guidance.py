@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from enum import Enum
 
 import torch
@@ -26,6 +28,26 @@ def guides_every_step(interval: tuple[float, float], times: tuple[float, float])
     return interval[0] <= times[0] and times[1] < interval[1]
 
 
+@dataclass(frozen=True)
+class RisingScale:
+    """A guidance scale that rises from 1 at the noise to its largest value at the data, as DiMR's.
+
+    largest: at time 0.
+    power: 1 rises as a cosine; larger powers rise later.
+    last_time: the timestep of pure noise.
+    """
+
+    largest: float
+    power: float
+    last_time: float
+
+    def at(self, t: Tensor) -> Tensor:
+        """Return the scale (N,1,1,1) at the times t (N,)."""
+        share = (1 - t / self.last_time).clamp(0, 1) ** self.power
+        rise = (1 - (math.pi * share).cos()) / 2
+        return (1 + (self.largest - 1) * rise).reshape(-1, 1, 1, 1)
+
+
 class Guided:
     """A network with classifier-free guidance: null + scale (conditional - null).
 
@@ -40,7 +62,7 @@ class Guided:
     def __init__(
         self,
         model: Model,
-        scale: float,
+        scale: float | RisingScale,
         num_classes: int,
         *,
         channels: int | None | GuidedChannels = GuidedChannels.OF_FAMILY,
@@ -51,7 +73,7 @@ class Guided:
 
         Args:
             model: (x, t, y) -> prediction.
-            scale: guidance scale; 1 means no guidance.
+            scale: guidance scale, the same at all times or rising; 1 means no guidance.
             num_classes: number of classes, which is also the index of the null label.
             channels: number of leading channels to guide; None guides all. By default the
                 network's family decides, and data with fewer channels are guided as a whole.
@@ -103,10 +125,14 @@ class Guided:
         # Extrapolate the guided channels; the others stay conditional.
         eps_c = conditional[:, :num_guided]
         eps_u = null[:, :num_guided]
-        guided = eps_u + self.scale * (eps_c - eps_u)
+        guided = eps_u + self._scale_at(t) * (eps_c - eps_u)
         if inside is not None:
             guided = torch.where(inside.reshape(-1, 1, 1, 1), guided, eps_c)
         return torch.cat([guided, conditional[:, num_guided:]], dim=1)
+
+    def _scale_at(self, t: Tensor) -> float | Tensor:
+        """Return the scale at the times t (N,), one for all or (N,1,1,1)."""
+        return self.scale.at(t) if isinstance(self.scale, RisingScale) else self.scale
 
     def _num_guided(self, channels: int) -> int:
         """Number of guided channels of data that have `channels`."""

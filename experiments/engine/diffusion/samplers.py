@@ -3,8 +3,8 @@
 A sampler is the algorithm alone: it turns noise into samples with a network that somebody else
 built. `engine/sampling` runs samplers over many images and keeps the results.
 
-Sources: DDPM (arXiv:2006.11239), DDIM (arXiv:2010.02502), DPM-Solver++ (arXiv:2211.01095), and ADM
-(arXiv:2105.05233) for the classifier's gradient.
+Sources: DDPM (arXiv:2006.11239), DDIM (arXiv:2010.02502), and ADM (arXiv:2105.05233) for the
+classifier's gradient.
 
 A sampler is built with its settings and called with (model, y, noise). It yields x (N,C,H,W) after
 each step; the last x is the sample.
@@ -20,15 +20,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from experiments.engine.diffusion.build import DiffusionProcess
+from experiments.engine.diffusion.dpm_solvers import DiffusersDPMSolver, DPMSolver, DPMSolver3S
 from experiments.engine.diffusion.flow import Flow
 from experiments.engine.diffusion.flow_samplers import SDE, Dopri5, Euler, Heun
 from experiments.engine.diffusion.guidance import guides_every_step
-from experiments.engine.diffusion.iddpm import IDDPM, Model, at, split_prediction
+from experiments.engine.diffusion.iddpm import IDDPM, Model, at
 from experiments.engine.diffusion.noise import NoiseSource, noise_source
 from experiments.engine.numerics.cuda_graphs import Launch, run_eagerly
 from experiments.engine.specs.spec import Sampler
@@ -131,115 +131,13 @@ def _indices_backwards(diffusion: IDDPM) -> list[Tensor]:
     return list(indices.flip(0).split(1))
 
 
-@dataclass(frozen=True)
-class DPMSolver:
-    """DPM-Solver++(2M), algorithm 2 of its paper, with a first step of order 1.
-
-    Times are even, from the last of the diffusion's steps to its first. In between, the network is
-    given fractions of timesteps. The noise of the first timestep stays in the sample, as U-ViT and
-    DiM leave it.
-
-    diffusion: not respaced.
-    num_steps: number of steps, one evaluation each.
-    launch: see above.
-    """
-
-    diffusion: IDDPM
-    num_steps: int
-    launch: Launch = run_eagerly
-
-    @torch.no_grad()
-    def __call__(self, model: Model, y: Tensor, noise: NoiseSource | Tensor) -> Iterator[Tensor]:
-        """Yield x after each step."""
-
-        def step(x: Tensor, row: Tensor, y: Tensor, before: Tensor) -> Tensor:
-            t, s, a, shrink, gain, order_2 = row.unbind()
-            prediction = model(x, t.repeat(len(x)), y)
-            eps, _ = split_prediction(prediction, x, self.diffusion.learned)
-            x0_hat = (x - s * eps) / a  # (N,C,H,W)
-            new = shrink * x - gain * (x0_hat + order_2 * (x0_hat - before))
-            return torch.stack([new, x0_hat])
-
-        launched = self.launch(step)
-        x = noise_source(noise).draw()
-        before = torch.zeros_like(x)  # has weight 0 in the first step
-        for row in self._coefficients().to(x.device):
-            x, before = launched(x, row, y, before)
-            yield x
-
-    def _coefficients(self) -> Tensor:
-        """One row for each step, float32 (num_steps, 6): time, s, a, and weights of the update.
-
-        x = a x0 + s eps; between the diffusion's steps log a is linear.
-        """
-        diffusion = self.diffusion
-        indices = np.linspace(diffusion.num_steps - 1, 0, self.num_steps + 1)
-        log_a_of_steps = 0.5 * diffusion.alphas_cumprod.log().cpu().numpy()
-        log_a = np.interp(indices, np.arange(diffusion.num_steps), log_a_of_steps)
-        a = np.exp(log_a)
-        s = np.sqrt(-np.expm1(2 * log_a))
-
-        # Steps in lambda, half the log of the signal-to-noise ratio; the first step has order 1.
-        h = np.diff(log_a - np.log(s))
-        order_2 = np.append(0, h[1:] / h[:-1] / 2)
-
-        times = indices + diffusion.timesteps[0].item()
-        shrink = s[1:] / s[:-1]
-        gain = a[1:] * np.expm1(-h)
-        rows = np.stack([times[:-1], s[:-1], a[:-1], shrink, gain, order_2], axis=1)
-        return torch.from_numpy(rows).float()
-
-
-@dataclass(frozen=True)
-class DiffusersDPMSolver:
-    """DPM-Solver++(2M) of the diffusers library, with the scheduler's defaults.
-
-    It differs from `DPMSolver`, which is U-ViT's and DiM's, in its times, which are whole
-    timesteps, and in its end, which is free of noise.
-
-    diffusion: not respaced.
-    num_steps: number of steps, one evaluation each.
-    """
-
-    diffusion: IDDPM
-    num_steps: int
-
-    @torch.no_grad()
-    def __call__(self, model: Model, y: Tensor, noise: NoiseSource | Tensor) -> Iterator[Tensor]:
-        """Yield x after each step; ValueError if diffusers is not installed."""
-        try:
-            from diffusers.schedulers.scheduling_dpmsolver_multistep import (
-                DPMSolverMultistepScheduler,
-            )
-        except ImportError:
-            raise ValueError(
-                "sampler dpm_solver_diffusers needs diffusers: pip install -e .[latents]"
-            ) from None
-        diffusion = self.diffusion
-        scheduler = DPMSolverMultistepScheduler(
-            diffusion.num_steps,
-            trained_betas=diffusion.betas.cpu().numpy(),
-            solver_order=2,
-            algorithm_type="dpmsolver++",
-        )
-
-        # The library's scheduler makes the steps; only the prediction is ours.
-        x = noise_source(noise).draw()
-        scheduler.set_timesteps(self.num_steps)
-        for i in scheduler.timesteps.tolist():
-            t = diffusion.timesteps[i].repeat(len(x))  # (N,)
-            eps, _ = split_prediction(model(x, t, y), x, diffusion.learned)
-            x = scheduler.step(eps, i, x).prev_sample
-            yield x
-
-
 def has_uniform_steps(spec: Sampler, times: tuple[float, float]) -> bool:
     """Tell whether all steps do the same operations, so that one CUDA graph serves them all.
 
     They do not if steps adapt to the images, if another library takes them, or if guidance comes
     and goes between `times`, the first and the last that the network is given.
     """
-    if spec.name in ("dopri5", "dpm_solver_diffusers"):
+    if spec.name in ("dopri5", "dpm_solver_3s", "dpm_solver_diffusers"):
         return False
     return spec.scale == 1 or guides_every_step(spec.interval, times)
 
@@ -281,10 +179,13 @@ def _bind_to_iddpm(
             return DDIM(respaced, spec.eta, spec.clip, gradient, launch)
         case "dpm_solver":
             return DPMSolver(diffusion, spec.num_steps, launch)
+        case "dpm_solver_3s":
+            return DPMSolver3S(diffusion, spec.num_steps)
         case "dpm_solver_diffusers":
             return DiffusersDPMSolver(diffusion, spec.num_steps)
     raise ValueError(
-        f"unknown sampler {spec.name!r}; known: ancestral, ddim, dpm_solver, dpm_solver_diffusers"
+        f"unknown sampler {spec.name!r}; known: ancestral, ddim, dpm_solver, dpm_solver_3s, "
+        "dpm_solver_diffusers"
     )
 
 

@@ -28,7 +28,7 @@ class TablePlan:
 
     def counts(self) -> list[Job]:
         """Return one job for all counts: the first one is slow, the others are not."""
-        rows = self.selection.networks
+        rows = self.selection.counted
         stages = [stage for row in rows for stage in self.selection.costs_of(row)]
         return [Job("counts", _distinct(stages))]
 
@@ -157,7 +157,7 @@ def _counted(plan: Plan) -> Iterator[_Planned]:
         for stage in plan.costs:
             yield _Planned(stage.backbone.name, "", stage)
         return
-    for row in plan.selection.networks:
+    for row in plan.selection.counted:
         for stage in plan.selection.costs_of(row):
             yield _Planned(row.label, row.label, stage)
 

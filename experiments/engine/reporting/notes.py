@@ -164,7 +164,7 @@ def record_notes(lookup: Lookup, with_measurements: bool, with_scores: bool) -> 
     """
     shown: list[Record] = []
     notes: list[Note] = []
-    for row in lookup.selection.networks:
+    for row in lookup.selection.counted:
         stages: list[Stage] = lookup.measured_stages(row) if with_measurements else []
         if with_scores:
             stages += [stage for run in lookup.selection.runs_of(row) for stage in run.stages]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
+import backbones
 from experiments.engine.diffusion.cascade import System
-from experiments.engine.diffusion.gated import WithShare, has_gates
 from experiments.engine.diffusion.iddpm import Model
+from experiments.engine.diffusion.objectives import WithShare, has_gates
 from experiments.engine.numerics.cuda_graphs import SharedGraph, Step, without_weight_cache
 from experiments.engine.runtime.preemption import Preempted, requested_stop
 
@@ -71,6 +73,13 @@ class CountingModel:
         prediction, share = self.with_share(x, t, y)
         self.shares.append(share)
         return prediction
+
+    def once_per_caption(self, y: Tensor) -> AbstractContextManager[None]:
+        """Do the work on the text of captions (N,) once for all calls inside.
+
+        A captured step holds that work instead: its graph serves other captions later.
+        """
+        return nullcontext() if self.graphs else backbones.once_per_caption(self.model, y)
 
     def launch(self, step: Step) -> Step:
         """Return what a sampler calls in place of its step: the step itself or a graph of it.

@@ -16,7 +16,7 @@ from torch import Tensor
 from experiments.engine.data.quantise import from_uint8, to_uint8, unfold
 from experiments.engine.diffusion.build import build_diffusion
 from experiments.engine.diffusion.cascade import ClassifierGradient, System, condition_on_low_res
-from experiments.engine.diffusion.guidance import Guided
+from experiments.engine.diffusion.guidance import Guided, RisingScale
 from experiments.engine.diffusion.iddpm import Model
 from experiments.engine.diffusion.samplers import bind_sampler, has_uniform_steps
 from experiments.engine.numerics.cuda_graphs import Launch, run_eagerly
@@ -64,9 +64,12 @@ class NetworkSampler:
     def steps(self, model: Model, y: Tensor, seeds: list[int]) -> Iterator[Tensor]:
         """Yield a batch (n, C, H, W) after each step; the last one is sampled."""
         shape = (self.data.channels, self.data.size, self.data.size)
+        scale: float | RisingScale = self.sampler.scale
+        if self.sampler.power is not None and self.sampler.scale != 1:
+            scale = RisingScale(self.sampler.scale, self.sampler.power, self.times[1])
         guided = Guided(
             model,
-            self.sampler.scale,
+            scale,
             self.data.num_classes,
             channels=self.sampler.channels,
             interval=self.sampler.interval,
@@ -110,7 +113,7 @@ def generate_images(
     for start in range(within.start, within.stop, batch):
         indices = slice(start, min(start + batch, within.stop))
         y = labels[indices].to(device)
-        with precision(spec.precision, device):
+        with precision(spec.precision, device), model.once_per_caption(y):
             x = base.sample(model, y, seeds[indices])
             if upsampler is not None:
                 # ADM's scripts write the small images to a file of 8 bits in between.

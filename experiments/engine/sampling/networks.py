@@ -15,6 +15,7 @@ from experiments.engine.diffusion.cascade import System
 from experiments.engine.numerics.cuda_graphs import accelerate, require_gpu
 from experiments.engine.runtime.context import RunContext
 from experiments.engine.specs.spec import Checkpoint, Data, Evaluate, Train, is_latent
+from experiments.engine.texts.tables import give_captions
 from experiments.engine.training.averages import load_power_average
 from experiments.engine.training.trainer import build, load_ema
 
@@ -65,6 +66,7 @@ def load_networks(spec: Evaluate, context: RunContext) -> Networks:
             )
         assert resources.checkpoint is not None, "a published checkpoint needs its file"
         model = build(spec.train.backbone, 0, context.device)
+        give_captions(model, spec.train.data)
         key = None if spec.train.key == Checkpoint.key else spec.train.key
         key = backbones.load_published(model, resources.checkpoint, key, warn=warnings.append)
         return Networks(accelerate(model.eval(), resources.compile), key, tuple(warnings))

@@ -27,7 +27,8 @@ class Row:
     """A row of a table: a network, a system of networks, or published numbers alone."""
 
     label: str
-    # The network as published; None: the row holds published numbers alone.
+    # The network as published; None: the row is not run. It holds published numbers, and the
+    # counts of `costs`.
     backbone: Backbone | None
     # What small protocols train: the options that shrink the network, or another network, which
     # several rows can share.

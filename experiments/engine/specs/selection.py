@@ -66,7 +66,7 @@ class Selection:
 
     # Declares the rows and the baseline that the other rows are compared with.
     table: Table
-    # The rows in the order of the report. A row without a network holds published numbers alone.
+    # The rows in the order of the report. A row without a network is not run.
     rows: Sequence[Row]
     protocol: Protocol
     # The training seeds, in order.
@@ -78,8 +78,13 @@ class Selection:
 
     @property
     def networks(self) -> list[Row]:
-        """Return the rows that can be run; the others hold published numbers alone."""
+        """Return the rows that can be run."""
         return [row for row in self.rows if row.backbone]
+
+    @property
+    def counted(self) -> list[Row]:
+        """Return the rows that are counted, which need not be run."""
+        return [row for row in self.rows if cost_stages(row)]
 
     @cached_property
     def runs(self) -> tuple[Run, ...]:

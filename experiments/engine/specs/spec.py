@@ -63,6 +63,9 @@ class Data:
     # into images to train on, images for choices (validation), and images that are only reported
     # (test).
     split: str = "whole"
+    # Hash of the text encoder whose table says what the labels are captions of; '': they are
+    # classes.
+    captions: str = field(default="", metadata=UNSAID)
     # Digest of a prepared folder's content, of data of one's own; "": a set that the suite knows.
     sha256: str = field(default="", metadata=UNSAID)
 
@@ -205,6 +208,9 @@ class Sampler:
     # Of 'euler': each time t of the even grid becomes shift t / (1 + (shift - 1) t). Below 1, steps
     # are shorter near the noise.
     shift: float = 1.0
+    # The power of a scale that is 1 at the noise and `scale` at the data: 1 + (scale - 1)
+    # (1 - cos(pi (1 - t / T) ** power)) / 2 at time t of T; None: the same scale everywhere.
+    power: float | None = None
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,15 @@ def count_network(model: nn.Module, size: int, channels: int) -> dict[str, int]:
 
     counts = count_parameters(model) | count_pass(macs)
     # Sampling between pixels stands apart, beside networks that have it.
-    return counts | ({"macs_sampling": macs.sampling} if macs.sampling else {})
+    if macs.sampling:
+        counts["macs_sampling"] = macs.sampling
+
+    # Of the core, what a loop of steps does once for every caption.
+    if isinstance(model, backbones.TextNetwork):
+        with counting() as of_text:
+            model.read(y)
+        counts["macs_once_per_caption"] = of_text.core
+    return counts
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import backbones
 from experiments.engine.data.sets import ImageSet
 from experiments.engine.diffusion.build import build_diffusion
 from experiments.engine.diffusion.cascade import condition_on_low_res
@@ -165,7 +167,10 @@ def build_sampling(
     def sample() -> Tensor:
         noise = ImageNoise(range(len(x)), shape, device)
         # Keep the latest images alone: all of a loop's steps would not fit the memory.
-        return deque(Ancestral(steps, launch=launch)(guided, y, noise), maxlen=1).pop()
+        images = Ancestral(steps, launch=launch)(guided, y, noise)
+        # A captured step does the work on captions itself.
+        with nullcontext() if spec.graphs else backbones.once_per_caption(model, y):
+            return deque(images, maxlen=1).pop()
 
     return Task(sample, read_layout(x, *model.parameters()))
 

@@ -18,6 +18,7 @@ from experiments.engine.runtime.heartbeat import RunState
 from experiments.engine.runtime.preemption import Preempted, StopRequest
 from experiments.engine.runtime.progress import Progress
 from experiments.engine.specs.spec import Train
+from experiments.engine.texts.tables import identify_captions
 from experiments.engine.training import averages, checkpoint
 from experiments.engine.training.bands import bands_of
 from experiments.engine.training.boards import require_boards
@@ -72,7 +73,8 @@ def run_training(spec: Train, context: RunContext) -> dict[str, Any]:
             attempt.follow(loss)
         writer.wait()
     kept = {"power_averages": averages.describe(spec.recipe)} if snapshots else {}
-    return attempt.values() | images.identity | kept | attempt.warnings()
+    identity = images.identity | identify_captions(trainer.model)
+    return attempt.values() | identity | kept | attempt.warnings()
 
 
 def _restore(trainer: Trainer, context: RunContext) -> list[Tensor]:

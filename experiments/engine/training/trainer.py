@@ -21,8 +21,8 @@ import backbones
 from experiments.engine.data.quantise import mirror
 from experiments.engine.data.sets import ImageSet, LatentSet, iterate_batches
 from experiments.engine.diffusion.build import build_diffusion
-from experiments.engine.diffusion.gated import Gated, has_gates
 from experiments.engine.diffusion.iddpm import Model
+from experiments.engine.diffusion.objectives import Gated, has_gates
 from experiments.engine.numerics.cuda_graphs import CudaGraph, require_gpu
 from experiments.engine.numerics.initial_weights import build_by_name
 from experiments.engine.numerics.precision import precision
@@ -31,6 +31,7 @@ from experiments.engine.records.code import require_own_code
 from experiments.engine.runtime.context import Resources
 from experiments.engine.runtime.group import ALONE, Group, average_gradients
 from experiments.engine.specs.spec import Backbone, Recipe, Train
+from experiments.engine.texts.tables import give_captions
 from experiments.engine.training import checkpoint
 from experiments.engine.training.averages import PowerAverages
 from experiments.engine.training.stochastic_depth import increment_weights
@@ -90,6 +91,7 @@ def load_ema(
         )
     _, state = newest
     model = build(spec.backbone, spec.seed, device)
+    give_captions(model, spec.data)
 
     # The network is as its training began, unless that started from another one.
     file = f"runs/{folder.name}/checkpoints"
@@ -154,7 +156,10 @@ class Trainer:
         self.micro_batch = resources.micro_batch or spec.recipe.batch
 
         # Networks, optimiser and objective.
-        self.model = model or build(spec.backbone, spec.seed, self.device, spec.recipe.initial)
+        if model is None:
+            model = build(spec.backbone, spec.seed, self.device, spec.recipe.initial)
+            give_captions(model, spec.data)
+        self.model = model
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.averages = PowerAverages(self.model) if spec.recipe.power_snapshots else None
         self.is_sharded = resources.shard_optimizer and group.world_size > 1

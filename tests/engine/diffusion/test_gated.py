@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import backbones
 from experiments.engine.diffusion.build import build_diffusion
-from experiments.engine.diffusion.gated import Gated, WithShare
+from experiments.engine.diffusion.objectives import Gated, WithShare
 from experiments.engine.sampling.counting import CountingModel
 from experiments.engine.specs.spec import Backbone, Data, Diffusion, Recipe, Train
 from experiments.engine.training.trainer import Trainer

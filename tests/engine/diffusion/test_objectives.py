@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from experiments.engine.diffusion.build import build_diffusion
+from experiments.engine.diffusion.dpm_solvers import DiffusersDPMSolver, DPMSolver
 from experiments.engine.diffusion.flow import Flow
 from experiments.engine.diffusion.guidance import Guided
 from experiments.engine.diffusion.iddpm import BETAS, IDDPM, Model
@@ -17,8 +18,6 @@ from experiments.engine.diffusion.samplers import (
     DDIM,
     Ancestral,
     BoundSampler,
-    DiffusersDPMSolver,
-    DPMSolver,
     bind_sampler,
 )
 from experiments.engine.numerics.randomness import ImageNoise
