@@ -65,7 +65,7 @@ class Data:
     split: str = "whole"
     # Hash of the text encoder whose table says what the labels are captions of; '': they are
     # classes.
-    captions: str = ""
+    captions: str = field(default="", metadata=UNSAID)
     # Digest of a prepared folder's content, of data of one's own; "": a set that the suite knows.
     sha256: str = field(default="", metadata=UNSAID)
 

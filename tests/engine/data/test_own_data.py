@@ -16,7 +16,10 @@ import backbones
 from experiments import prepare
 from experiments.ablation import DICO_S
 from experiments.declared.protocols import DIGITS
+from experiments.engine.data.autoencoder import Autoencoder
+from experiments.engine.data.encode import EncodingJob, encode_pictures
 from experiments.engine.data.locate import own_data, require_features, seal_folder
+from experiments.engine.data.pictures import find_pictures
 from experiments.engine.data.sets import Part, load
 from experiments.engine.diffusion.guidance import Guided
 from experiments.engine.jobs.execute import execute
@@ -25,6 +28,7 @@ from experiments.engine.runtime.context import Resources
 from experiments.engine.sampling.generate import image_labels
 from experiments.engine.specs.spec import Backbone, Data, HeldOut, Recipe, Sampler, Train, spec_id
 from experiments.engine.specs.stages import evaluate_stage
+from tests.support.latent_sets import ignore_progress
 
 CPU = Resources("cpu")
 
@@ -141,6 +145,38 @@ def test_arrays_are_prepared_where_they_lie(tmp_path: Path, monkeypatch: pytest.
 
 def test_ids_of_other_sets_do_not_know_the_field():
     assert spec_id(Data("digits", 8, 1, 10)) == spec_id(Data("digits", 8, 1, 10, sha256=""))
+
+
+def test_latents_are_declared_by_what_their_manifest_says(
+    latents: Path, vae: Autoencoder, tmp_path: Path
+):
+    folder = tmp_path / "latents"
+    shutil.copytree(latents, folder)
+    seal_folder(folder, 3)
+    data = own_data(folder)
+    assert (data.size, data.channels, data.num_classes) == (8, 4, 3)
+    assert (data.latents, data.vae) == ("moments", vae.encoder)
+    assert np.bincount(load(data).labels).tolist() == [4, 4, 4]
+
+    # A shard of other content is another set.
+    shard = np.load(folder / "shard-00000.npy")
+    shard[0, 0, 0] += 1
+    np.save(folder / "shard-00000.npy", shard)
+    with pytest.raises(ValueError, match="has changed since it was prepared"):
+        load(data)
+
+
+def test_latents_without_classes_are_encoded_and_loaded(
+    pictures: Path, vae: Autoencoder, tmp_path: Path
+):
+    flat = find_pictures(pictures, 0)
+    assert (flat.classes, set(flat.labels), len(flat.files)) == ((), {0}, 12)
+    encode_pictures(EncodingJob(flat, vae, 64, shard=5), tmp_path / "set", ignore_progress)
+    seal_folder(tmp_path / "set", 0)
+    data = own_data(tmp_path / "set")
+    assert data.num_classes == 0
+    x, y = load(data).take(torch.arange(3), 0, torch.arange(3))
+    assert (x.shape, y.tolist()) == ((3, 4, 8, 8), [0, 0, 0])
 
 
 # ---- Without classes
