@@ -25,7 +25,10 @@ GATED = (
     "with all gates on, and the routers"
 )
 TERNARY = "ternary weights save memory, and no multiply-accumulates"
-OTHER_LATENTS = "its latents are VA-VAE's, so its scores are not of the protocol of the other rows"
+OTHER_LATENTS = (
+    "counted at 16x16x32: its latents are VA-VAE's, so its scores are of another protocol than "
+    "those of rows on the common latents"
+)
 NOT_MET = (
     "the published 4.4 Gflops are not met: the linear layers of its authors' code alone are 4.80"
 )
@@ -79,7 +82,7 @@ TABLE_V2_13 = version_2(
     "LightningDiT's setting",
     (
         counted("REPA", "sit_xl_2"),
-        counted("LightningDiT", "lightningdit_xl_1", size=16, channels=32),
+        counted("LightningDiT", "lightningdit_xl_1", OTHER_LATENTS, size=16, channels=32),
         Row("DiCo", None, {}, "DiCo", UNKNOWN),
     ),
     "ImageNet 256, 800 epochs, guided",

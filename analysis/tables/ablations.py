@@ -59,6 +59,16 @@ def ablation_sheet(table: Table, store: ReferenceStore) -> Sheet:
     return sheet
 
 
+def related_sheet(table: Table, store: ReferenceStore) -> Sheet:
+    """Counts beside published counts and scores, of systems that are not trained here."""
+    sheet = main_sheet(reference_selection(table, DIGITS, store), store, store.reference)
+    for key, group in (("params", "params, M"), ("gflops", "Gflops")):
+        add_difference(sheet, key, group)
+    counts: list[Stage] = [cost_stage(row) for row in table.rows if row.backbone]
+    sheet.notes += record_caveats(list(latest(counts, store)))
+    return sheet
+
+
 def add_difference(sheet: Sheet, key: str, group: str) -> None:
     """Add our difference from the paper's count behind ours."""
     cells = [

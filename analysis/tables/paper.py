@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 
 from analysis.query import ReferenceStore
-from analysis.tables.ablations import ablation_sheet
+from analysis.tables.ablations import ablation_sheet, related_sheet
 from analysis.tables.caveats import add_caveats
 from analysis.tables.progress import progress_sheet
 from analysis.tables.recipes import recipe_sheet
@@ -44,7 +44,7 @@ SHEETS: dict[str, Callable[[ReferenceStore], Sheet]] = {
     "table7": progress_sheet,
     "table8": partial(systems_sheet, main_results.TABLE_8, 256),
     "table9": partial(systems_sheet, main_results.TABLE_9, 512),
-    **{f"table{name}": partial(ablation_sheet, table) for name, table in related.TABLES.items()},
+    **{f"table{name}": partial(related_sheet, table) for name, table in related.TABLES.items()},
     "families": families_sheet,
     "counts": committed_counts_sheet,
     "images": committed_images_sheet,

@@ -88,7 +88,9 @@ def main_sheet(selection: Selection, store: Store, folder: RecordFolder) -> Shee
     for row in selection.rows:
         sheet.add_row({each.column.key: each.cell(row) for each in filled})
     sheet.notes += count_notes(selection)
-    if not table.counts_only:
+    if table.counts_only:
+        sheet.notes += row_notes(selection)
+    else:
         sheet.notes += speed_notes(lookup) + row_notes(selection)
         sheet.notes += score_notes(lookup, store) if scored else []
         sheet.notes += record_notes(lookup, with_measurements=True, with_scores=scored)
