@@ -124,7 +124,7 @@ def _run_counts() -> None:
     from experiments.ablation import TABLES
     from experiments.engine.specs.spec import Backbone, Cost
     from experiments.engine.specs.stages import cost_stage
-    from experiments.engine.timing.cost import count_backbone
+    from experiments.engine.timing.scale_cost import count_declared
 
     networks = []
     for name in backbones.list_backbones():
@@ -135,7 +135,7 @@ def _run_counts() -> None:
     for name, specs in (("registered networks", networks), ("rows of ablations", rows)):
         started = time.perf_counter()
         for spec in specs:
-            count_backbone(spec)
+            count_declared(spec)
         seconds = time.perf_counter() - started
         print(f"counts: {len(specs)} {name} in {seconds:.1f} s", flush=True)
 

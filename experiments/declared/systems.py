@@ -123,7 +123,7 @@ VAR_NOTE = (
     "Gflops are of one pass over all scales, as a step of training makes it. What an image costs "
     "stands in the table of images. The tokenizer is in no count of parameters"
 )
-VAR_512_NOTE = VAR_NOTE + ". The published 2.3B parameters are cut and not rounded: 2.354 billion"
+VAR_512_NOTE = VAR_NOTE + ". The published parameters are cut and not rounded"
 
 # ---- Systems
 

@@ -83,7 +83,7 @@ def test_the_output_is_that_of_the_authors_module():
     model = randomise(classifier()).double()
     x, t = inputs()
     logits = model(x.double(), t)
-    assert relative_rms(logits[1], torch.tensor(THEIRS, dtype=torch.float64)) < 1e-9
+    assert relative_rms(logits[1], torch.tensor(THEIRS, dtype=torch.float64)) < 1e-7
     assert relative_rms(model.float()(x, t), logits) < 1e-5
 
 

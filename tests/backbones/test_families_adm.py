@@ -39,13 +39,16 @@ def inputs(name: str, size: int) -> tuple[Tensor, Tensor, Tensor]:
 @every_name
 @torch.no_grad()
 def test_output_is_that_of_the_authors_module(name: str):
-    """One pixel of the second sample, measured in float64 on their modules."""
+    """One pixel of the second sample, measured in float64 on their modules.
+
+    Sinusoids of time are float32, and processors round their cosines in different ways.
+    """
     model = randomise(network(name)).double()
     x, t, y = inputs(name, 16)
     ours = model(x.double(), t, y)[1, :, 5, 3]
     theirs = torch.tensor(AUTHORS[name], dtype=torch.float64)
     assert ours.shape == theirs.shape
-    assert relative_rms(ours, theirs) < 1e-9
+    assert relative_rms(ours, theirs) < 1e-7
 
 
 def softmax(logits: Tensor) -> Tensor:

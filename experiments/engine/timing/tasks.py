@@ -131,7 +131,7 @@ def build_sampling(
 ) -> Task:
     """Build a loop of guided ancestral sampling; the task's `run` returns the images.
 
-    A network without a null label is guided by label 0, which costs the same.
+    A network without a null label is guided by label 1, which costs the same.
 
     Args:
         network: the network and its input.
@@ -156,7 +156,7 @@ def build_sampling(
     if diffusion.low_res is not None:
         low_res = F.interpolate(x[:, : data.channels], diffusion.low_res, mode="area")
         called = condition_on_low_res(model, torch.cat([low_res, low_res]))
-    null_label = network.num_classes if has_null_label(network) else 0
+    null_label = network.num_classes if has_null_label(network) else 1
     guided = Guided(called, SCALE, null_label, channels=None)
 
     # One captured step serves all runs of the loop.

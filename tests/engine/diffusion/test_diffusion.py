@@ -202,7 +202,7 @@ def test_losses_are_those_of_the_authors():
     }
     losses = IDDPM.linear().losses(model, x0, t, t, eps)
     for name, values in expected.items():
-        torch.testing.assert_close(losses[name], torch.tensor(values), rtol=2e-6, atol=0)
+        torch.testing.assert_close(losses[name], torch.tensor(values), rtol=5e-6, atol=0)
 
 
 def test_bound_trains_the_variance_alone():
