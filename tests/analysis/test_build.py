@@ -41,6 +41,7 @@ def copy_reference(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_two_builds_of_the_tables_equal_each_other_and_what_is_committed(tmp_path: Path):
     folders = [copy_reference(tmp_path / name) for name in ("a", "b")]
     for hash_seed, folder in enumerate(folders, 1):

@@ -20,7 +20,6 @@ LDM's label table is a module apart in the authors' code, and is in none of thes
 
 import csv
 from functools import cache
-from typing import Any
 
 import pytest
 import torch
@@ -34,6 +33,7 @@ from experiments.engine.diffusion.cascade import append_low_res
 from experiments.engine.specs.spec import Backbone, Cost
 from experiments.engine.timing.cost import MacCounter, count_backbone, count_network
 from tests.support.authors import digest_shapes
+from tests.support.marks import family_of, slow_after_first
 from tests.support.paths import DATA
 
 ROWS = list(csv.DictReader((DATA / "counts.csv").open()))
@@ -92,17 +92,19 @@ def seen_by_fvcore(name: str, size: int) -> int:
     return counts(name, size)["macs_core"] - depth * unseen + norms
 
 
-def rows() -> list[Any]:
-    """Every row by its name; those of a network's larger input take as long again and are slow."""
-    marked, names = [], set()
-    for row in sorted(ROWS, key=lambda row: int(row["size"])):
-        slow = [pytest.mark.slow] if row["name"] in names else []
-        names.add(row["name"])
-        marked.append(pytest.param(row, id=f"{row['name']} at {row['size']}", marks=slow))
-    return marked
+def name_row(row: dict[str, str]) -> str:
+    return f"{row['name']} at {row['size']}"
 
 
-@pytest.mark.parametrize("row", rows())
+# The smallest network of each family is counted by the fast tests.
+@pytest.mark.parametrize(
+    "row",
+    slow_after_first(
+        sorted(ROWS, key=lambda row: float(row["core_g"])),
+        lambda row: family_of(row["name"]),
+        name_row,
+    ),
+)
 def test_counts_are_those_on_file(row: dict[str, str]):
     """Parameters are exact, and operations agree with every other counter to the digit."""
     name = row["name"]

@@ -36,7 +36,7 @@ def diffusers_unet(name: str) -> nn.Module:
     return diffusers.UNet2DConditionModel(**CASES[name]["diffusers"]).eval()
 
 
-@pytest.mark.parametrize("gain", [0.1, 0.15])
+@pytest.mark.parametrize("gain", [0.1, pytest.param(0.15, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", UNETS)
 def test_a_state_dict_of_diffusers_loads_strictly_and_gives_its_outputs(
     name: str, gain: float, tmp_path
@@ -155,6 +155,7 @@ TORCHPROFILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "size"), TORCHPROFILE)
 def test_the_papers_count_but_for_the_scaling_of_queries(name: str, size: int):
     """The suite counts that scaling everywhere; the modules of these authors do it unseen."""
@@ -170,6 +171,7 @@ def test_the_papers_count_but_for_the_scaling_of_queries(name: str, size: int):
     assert abs(ours / 1e9 - expected) < 1.01e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "giga"),
     [

@@ -71,6 +71,7 @@ def run_in(folder: Path, *command: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_what_is_no_study_is_refused_in_one_line(tmp_path: Path):
     files = {name: text for name, (text, _) in BAD.items()}
     files |= {"good.py": GOOD, "helper.py": "", "other.py": GOOD + "\n", "over.py": OVERWRITES}
@@ -90,6 +91,7 @@ def test_what_is_no_study_is_refused_in_one_line(tmp_path: Path):
     assert other == "other.py a process runs one study, and good.py is loaded"
 
 
+@pytest.mark.slow
 def test_an_overwritten_name_is_refused_by_the_command(tmp_path: Path):
     (tmp_path / "over.py").write_text(OVERWRITES)
     done = run_in(tmp_path, RUN, "over.py", "--dry-run")

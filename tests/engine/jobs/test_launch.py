@@ -70,6 +70,7 @@ def write_for_ever(folder: Path, pipe: Connection) -> None:
     launch._work(job, folder, "cpu", 1, pipe, {}, own_code())
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_ended_removes_what_it_was_writing(tmp_path: Path):
     context = multiprocessing.get_context("forkserver")
     ours, theirs = context.Pipe(duplex=False)

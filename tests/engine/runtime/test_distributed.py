@@ -133,7 +133,11 @@ def test_a_sharded_optimiser_resumes_in_one_process(alone: Path, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("kind", "rank"),
-    [(FaultKind.RAISE, 0), (FaultKind.RAISE, 1), (FaultKind.RAISE_WHILE_OTHERS_HANG, 1)],
+    [
+        pytest.param(FaultKind.RAISE, 0, marks=pytest.mark.slow),
+        (FaultKind.RAISE, 1),
+        (FaultKind.RAISE_WHILE_OTHERS_HANG, 1),
+    ],
 )
 def test_a_failing_rank_ends_the_group_with_its_error(kind: FaultKind, rank: int, tmp_path: Path):
     assert run_group(2, Work(tmp_path, fault=Fault(kind, rank, 6))) == [1, 1]

@@ -62,8 +62,15 @@ def end_of_job(folder: Path, kind: FaultKind) -> int | None:
 
 @pytest.mark.parametrize(
     ("kind", "state"),
-    [(FaultKind.REQUEUE, ""), (FaultKind.STOP, "JobState=RUNNING")],
-    ids=["SIGUSR2", "SIGTERM of a running job"],
+    [
+        pytest.param(FaultKind.REQUEUE, "", id="SIGUSR2"),
+        pytest.param(
+            FaultKind.STOP,
+            "JobState=RUNNING",
+            id="SIGTERM of a running job",
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_a_job_goes_back_into_the_queue_and_resumes_to_the_same_weights(
     kind: FaultKind, state: str, undisturbed: Path, tmp_path: Path

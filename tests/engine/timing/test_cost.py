@@ -21,6 +21,7 @@ from experiments.engine.specs.rows import Row, Table
 from experiments.engine.specs.spec import Cost
 from experiments.engine.specs.stages import cost_stage
 from experiments.engine.timing.cost import MacCounter, count_backbone, count_network
+from tests.support.marks import family_of, slow_after_first
 from tests.support.networks import CASES
 from tests.support.paths import ROOT
 
@@ -113,7 +114,10 @@ COUNTED_OTHERWISE = ("dig_", "dis_", "dim_", "dimsum_", "ldm_")
 
 
 @pytest.mark.parametrize(
-    "label", [label for label in CASES if not label.startswith(COUNTED_OTHERWISE)]
+    "label",
+    slow_after_first(
+        (label for label in CASES if not label.startswith(COUNTED_OTHERWISE)), family_of
+    ),
 )
 def test_core_is_half_of_what_torch_counts(label: str):
     case = CASES[label]

@@ -23,6 +23,17 @@ from tests.support.timing import (
 )
 
 FAMILIES = every_family()
+# Training and sampling are the same loops for all; the fast tests run them for two families.
+EVERY_TASK = [
+    pytest.param(
+        family,
+        what,
+        id=f"{family}-{what}",
+        marks=[] if what == "forward" or family in ("dico", "uvit") else [pytest.mark.slow],
+    )
+    for family in FAMILIES
+    for what in ("forward", "training", "sampling", "as_published")
+]
 
 
 def test_unknown_tasks_layouts_and_kernels_list_the_known_ones():
@@ -52,8 +63,7 @@ def test_steps_of_training_and_loops_of_sampling_are_timed_whole(
     assert batches.count(batch) >= values["runs"] * values["repeats"] * steps
 
 
-@pytest.mark.parametrize("what", ["forward", "training", "sampling", "as_published"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "what"), EVERY_TASK)
 def test_every_family_is_timed_at_every_task_and_as_published(
     family: str, what: str, one_second_clock: None, monkeypatch: pytest.MonkeyPatch
 ):
