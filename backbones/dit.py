@@ -7,6 +7,7 @@ Legend: N batch, C channels, (H, W) input, p patch, T = HW / p^2 tokens, D width
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.kernels import adaln
@@ -29,12 +30,15 @@ from backbones.layers import (
 )
 from backbones.registry import Exceptions, register
 
+EPS = 1e-6  # of all norms
+
 
 class DiTBlock(nn.Module):
     """Attention and MLP, each modulated and gated by adaLN-Zero."""
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: float) -> None:
+    def __init__(self, dim: int, heads: int, mlp_ratio: float, mlp_norm_eps: float) -> None:
         super().__init__()
+        self.mlp_norm_eps = mlp_norm_eps
         self.attn = SelfAttention(dim, heads)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), approximate="tanh")
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
@@ -43,11 +47,20 @@ class DiTBlock(nn.Module):
         modulation = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation  # (N, 1, D)
         x = gated(x, gate1, self.attn(adaln(x, shift1, scale1)))  # (N, T, D)
-        return gated(x, gate2, self.mlp(adaln(x, shift2, scale2)))  # (N, T, D)
+        return gated(x, gate2, self.mlp(self._modulate(x, shift2, scale2)))  # (N, T, D)
+
+    def _modulate(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        if self.mlp_norm_eps == EPS:
+            return adaln(x, shift, scale)
+        return F.layer_norm(x, x.shape[-1:], eps=self.mlp_norm_eps) * (1 + scale) + shift
 
 
 class DiT(nn.Module):
-    """A stack of DiT blocks over patches, with fixed positions."""
+    """A stack of DiT blocks over patches, with fixed positions.
+
+    `time_divisor` and `mlp_norm_eps` are 127 and 1e-5 for weights that were trained in the
+    diffusers library; see diffusers_format.py.
+    """
 
     def __init__(
         self,
@@ -61,6 +74,8 @@ class DiT(nn.Module):
         depth: int = 12,
         heads: int = 6,
         mlp_ratio: float = 4.0,
+        time_divisor: int = 128,
+        mlp_norm_eps: float = EPS,
     ) -> None:
         super().__init__()
         if input_size % patch or dim % heads or dim % 4:
@@ -72,14 +87,19 @@ class DiT(nn.Module):
         self.in_channels = in_channels
         self.num_classes = num_classes
         self.patch = patch
+        self.dim = dim
+        self.time_divisor = time_divisor
+        self.mlp_norm_eps = mlp_norm_eps
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.grid = (input_size // patch, input_size // patch)
 
         self.x_embedder = PatchEmbed(in_channels, dim, patch)
-        self.t_embedder = TimestepEmbedder(dim)
+        self.t_embedder = TimestepEmbedder(dim, divisor=time_divisor)
         self.y_embedder = LabelEmbedder(num_classes, dim)
         self.pos_embed = nn.Parameter(sincos_position(dim, self.grid), requires_grad=False)
-        self.blocks = nn.ModuleList(DiTBlock(dim, heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            DiTBlock(dim, heads, mlp_ratio, mlp_norm_eps) for _ in range(depth)
+        )
         self.final_layer = PatchFinal(dim, patch, self.out_channels)
         self._init_weights()
 

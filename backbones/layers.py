@@ -38,20 +38,25 @@ class Pointwise(nn.Conv2d):
 # Conditioning
 
 
-def timestep_sinusoid(t: Tensor, dim: int) -> Tensor:
-    """Embed time as [cos(t w), sin(t w)] in float32, w_i = 10000^(-2i/dim): (N,) -> (N, dim)."""
+def timestep_sinusoid(t: Tensor, dim: int, divisor: int | None = None) -> Tensor:
+    """Embed time as [cos(t w), sin(t w)] in float32: (N,) -> (N, dim).
+
+    w_i = 10000^(-i / divisor), and the divisor is dim / 2 if it is left out.
+    """
     half = dim // 2
     exponents = torch.arange(half, dtype=torch.float32, device=t.device)
-    frequencies = torch.exp(-math.log(10000) * exponents / half)  # (dim/2,)
+    frequencies = torch.exp(-math.log(10000) * exponents / (divisor or half))  # (dim/2,)
     angles = t[:, None].float() * frequencies  # (N, dim/2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (N, dim)
 
 
-def embed_time(mlp: nn.Sequential, t: Tensor, frequency_dim: int) -> Tensor:
+def embed_time(
+    mlp: nn.Sequential, t: Tensor, frequency_dim: int, divisor: int | None = None
+) -> Tensor:
     """Embed time by a sinusoid and an MLP, in the MLP's dtype: (N,) -> (N, D)."""
     first = mlp[0]
     assert isinstance(first, nn.Linear)
-    return mlp(timestep_sinusoid(t, frequency_dim).to(first.weight.dtype))
+    return mlp(timestep_sinusoid(t, frequency_dim, divisor).to(first.weight.dtype))
 
 
 class TimestepEmbedder(nn.Module):
@@ -60,9 +65,10 @@ class TimestepEmbedder(nn.Module):
     Time is taken as it is: a family whose time runs from 0 to 1 does not scale it.
     """
 
-    def __init__(self, dim: int, frequency_dim: int = 256) -> None:
+    def __init__(self, dim: int, frequency_dim: int = 256, divisor: int | None = None) -> None:
         super().__init__()
         self.frequency_dim = frequency_dim
+        self.divisor = divisor
         self.mlp = nn.Sequential(Linear(frequency_dim, dim), nn.SiLU(), Linear(dim, dim))
 
     def init_weights(self) -> None:
@@ -72,7 +78,7 @@ class TimestepEmbedder(nn.Module):
                 nn.init.normal_(layer.weight, std=0.02)
 
     def forward(self, t: Tensor) -> Tensor:
-        return embed_time(self.mlp, t, self.frequency_dim)
+        return embed_time(self.mlp, t, self.frequency_dim, self.divisor)
 
 
 class LabelEmbedder(nn.Module):
