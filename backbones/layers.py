@@ -39,11 +39,8 @@ class Pointwise(nn.Conv2d):
 
 
 def timestep_sinusoid(t: Tensor, dim: int, divisor: int | None = None) -> Tensor:
-    """Embed time as [cos(t w), sin(t w)] in float32: (N,) -> (N, dim).
-
-    w_i = 10000^(-i / divisor), and the divisor is dim / 2 if it is left out.
-    """
-    half = dim // 2
+    """Embed time as [cos(t w), sin(t w)] in float32: (N,) -> (N, dim); w_i = 10000^(-i/divisor)."""
+    half = dim // 2  # the divisor if none is given
     exponents = torch.arange(half, dtype=torch.float32, device=t.device)
     frequencies = torch.exp(-math.log(10000) * exponents / (divisor or half))  # (dim/2,)
     angles = t[:, None].float() * frequencies  # (N, dim/2)
