@@ -6,7 +6,7 @@ y (N,): labels or indices of captions in 0..num_classes, where num_classes is th
 
 The prediction is (N, C_out, H, W), with C_out = 2C if the network also learns the variance.
 Classifiers of noisy images, `(x, t) -> logits`, are built in the same way. So are the networks that
-draw an image scale by scale, `(y, inputs) -> logits`, and their tokenizers.
+draw an image scale by scale, `(y, inputs) -> logits`, their tokenizers, and an autoencoder.
 """
 
 from torch import nn
@@ -38,6 +38,7 @@ from backbones import (  # noqa: F401  (importing a family registers it)
     uvit,
     uvit_text,
     var,
+    vavae,
     vqvae,
 )
 from backbones.captions import CaptionTable, Text, TextNetwork, once_per_caption

@@ -63,6 +63,9 @@ class Kind(Enum):
     TOKENIZER = "tokenizer"
     """Maps images to the tokens of an autoregressive network, and back."""
 
+    AUTOENCODER = "autoencoder"
+    """Maps images to the latents that diffusion works on, and back."""
+
 
 @dataclass(frozen=True)
 class Entry:

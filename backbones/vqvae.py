@@ -96,11 +96,13 @@ class Level(nn.Module):
     The network that it belongs to may add a layer that leads to the next resolution.
     """
 
-    def __init__(self, dim: int, dim_out: int, blocks: int, attends: bool) -> None:
+    def __init__(
+        self, dim: int, dim_out: int, blocks: int, attention: type[nn.Module] | None
+    ) -> None:
         super().__init__()
         widths = [dim] + [dim_out] * (blocks - 1)
         self.block = nn.ModuleList(ResidualBlock(width, dim_out) for width in widths)
-        self.attn = nn.ModuleList(PixelAttention(dim_out) for _ in range(blocks) if attends)
+        self.attn = nn.ModuleList(attention(dim_out) for _ in range(blocks) if attention)
         self.downsample: nn.Module | None = None
         self.upsample: nn.Module | None = None
 
@@ -118,10 +120,10 @@ class Level(nn.Module):
 class Middle(nn.Module):
     """A residual block on either side of attention: (N, D, H, W) -> (N, D, H, W)."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, attention: type[nn.Module]) -> None:
         super().__init__()
         self.block_1 = ResidualBlock(dim, dim)
-        self.attn_1 = PixelAttention(dim)
+        self.attn_1 = attention(dim)
         self.block_2 = ResidualBlock(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,7 +133,14 @@ class Middle(nn.Module):
 class Encoder(nn.Module):
     """Images to features; the last level attends: (N, 3, H, W) -> (N, C, H/f, W/f)."""
 
-    def __init__(self, image_channels: int, channels: int, widths: list[int], blocks: int) -> None:
+    def __init__(
+        self,
+        image_channels: int,
+        channels: int,
+        widths: list[int],
+        blocks: int,
+        attention: type[nn.Module] = PixelAttention,
+    ) -> None:
         super().__init__()
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(image_channels, widths[0], 3, padding=1)
@@ -139,11 +148,12 @@ class Encoder(nn.Module):
         # The first level keeps the stem's width, which the authors' multipliers begin with.
         self.down = nn.ModuleList()
         for index, width in enumerate(widths):
-            level = Level(widths[max(index - 1, 0)], width, blocks, index == last)
+            attends = attention if index == last else None
+            level = Level(widths[max(index - 1, 0)], width, blocks, attends)
             if index < last:
                 level.downsample = Halve(width)
             self.down.append(level)
-        self.mid = Middle(widths[last])
+        self.mid = Middle(widths[last], attention)
         self.norm_out = group_norm(widths[last])
         self.conv_out = nn.Conv2d(widths[last], channels, 3, padding=1)
 
@@ -157,16 +167,24 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Features to images, with one more block a level: (N, C, H/f, W/f) -> (N, 3, H, W)."""
 
-    def __init__(self, image_channels: int, channels: int, widths: list[int], blocks: int) -> None:
+    def __init__(
+        self,
+        image_channels: int,
+        channels: int,
+        widths: list[int],
+        blocks: int,
+        attention: type[nn.Module] = PixelAttention,
+    ) -> None:
         super().__init__()
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(channels, widths[last], 3, padding=1)
-        self.mid = Middle(widths[last])
+        self.mid = Middle(widths[last], attention)
 
         # The levels lie from fine to coarse and run from coarse to fine.
         self.up = nn.ModuleList()
         for index, width in enumerate(widths):
-            level = Level(widths[min(index + 1, last)], width, blocks + 1, index == last)
+            attends = attention if index == last else None
+            level = Level(widths[min(index + 1, last)], width, blocks + 1, attends)
             if index > 0:
                 level.upsample = Double(width)
             self.up.append(level)
