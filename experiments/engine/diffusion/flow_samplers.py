@@ -1,7 +1,8 @@
 """Samplers of flows, as iterators over their own steps: an ordinary and a stochastic equation.
 
-Sources: SiT (arXiv:2401.08740); Dormand & Prince 1980; Hairer, Norsett & Wanner, Solving Ordinary
-Differential Equations I, sections II.4 and II.5.
+Sources: SiT (arXiv:2401.08740); github.com/MCG-NJU/FlowDCN at aa48042 for a short last step and for
+multistep methods; Dormand & Prince 1980; Hairer, Norsett & Wanner, Solving Ordinary Differential
+Equations I, sections II.4, II.5 and III.1.
 
 A sampler is built with its settings and called with (model, y, noise). It yields x (N,C,H,W) after
 each step; the last x is the sample.
@@ -52,6 +53,7 @@ FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "constant": lambda s, t: torch.ones_like(s),
     "sigma": lambda s, t: s,
     "linear": lambda s, t: 1 - t,
+    "half-linear": lambda s, t: 0.5 * (1 - t),  # FlowDCN's
     "decreasing": lambda s, t: 0.25 * ((math.pi * t).cos() + 1) ** 2,
     "increasing-decreasing": lambda s, t: (math.pi * t).sin() ** 2,
 }
@@ -115,6 +117,76 @@ class Heun:
         x = noise_source(noise).draw()
         for t, after in pairwise(_times(x, (i / num_steps for i in range(num_steps + 1)))):
             x = launched(x, t, after, y)
+            yield x
+
+
+@dataclass(frozen=True)
+class ShortLast:
+    """Even steps to 1 - last_size and a last one of Euler from there, one evaluation each.
+
+    num_steps: number of steps.
+    last_size: size of the last step.
+    corrects: whether the even steps are Heun's with one evaluation: the slope at the end of a step
+        is also that at the start of the next.
+    """
+
+    num_steps: int
+    last_size: float
+    corrects: bool = False
+
+    @torch.no_grad()
+    def __call__(self, model: Model, y: Tensor, noise: NoiseSource | Tensor) -> Iterator[Tensor]:
+        """Yield x after each step; ValueError for settings that do not exist."""
+        if self.num_steps < 2 or not 0 < self.last_size < 1:
+            raise ValueError(
+                "a sampler with a short last step takes two steps or more and a size between 0 "
+                f"and 1, got {self.num_steps} and {self.last_size}"
+            )
+        dt = (1 - self.last_size) / (self.num_steps - 1)
+        x = noise_source(noise).draw()
+        times = _times(x, (i * dt for i in range(self.num_steps)))
+        slope = velocity(model, x, times[0].repeat(len(x)), y)
+        for t in times[1:]:
+            ahead = x + dt * slope
+            if self.corrects:
+                slope_ahead = velocity(model, ahead, t.repeat(len(x)), y)
+                x = x + dt * (slope + slope_ahead) / 2
+                slope = slope_ahead
+            else:
+                x = ahead
+                slope = velocity(model, x, t.repeat(len(x)), y)
+            yield x
+        yield x + self.last_size * slope
+
+
+# Adams and Bashforth's weights of the slopes, the newest first, by order.
+ADAMS_BASHFORTH: tuple[tuple[float, ...], ...] = (
+    (1.0,),
+    (3 / 2, -1 / 2),
+    (23 / 12, -16 / 12, 5 / 12),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)
+
+
+@dataclass(frozen=True)
+class Adams:
+    """Even steps of Adams and Bashforth's explicit method; the first ones have lower orders.
+
+    num_steps: number of steps, one evaluation each.
+    order: from 1 to 4.
+    """
+
+    num_steps: int
+    order: int
+
+    @torch.no_grad()
+    def __call__(self, model: Model, y: Tensor, noise: NoiseSource | Tensor) -> Iterator[Tensor]:
+        """Yield x after each step."""
+        x = noise_source(noise).draw()
+        slopes: list[Tensor] = []  # the newest first
+        for t in _times(x, (i / self.num_steps for i in range(self.num_steps))):
+            slopes = [velocity(model, x, t.repeat(len(x)), y), *slopes][: self.order]
+            x = x + _weighted_sum(ADAMS_BASHFORTH[len(slopes) - 1], slopes) / self.num_steps
             yield x
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from experiments.engine.diffusion.build import DiffusionProcess
 from experiments.engine.diffusion.dpm_solvers import DiffusersDPMSolver, DPMSolver, DPMSolver3S
 from experiments.engine.diffusion.flow import Flow
-from experiments.engine.diffusion.flow_samplers import SDE, Dopri5, Euler, Heun
+from experiments.engine.diffusion.flow_samplers import SDE, Adams, Dopri5, Euler, Heun, ShortLast
 from experiments.engine.diffusion.guidance import guides_every_step
 from experiments.engine.diffusion.iddpm import IDDPM, Model, at
 from experiments.engine.diffusion.noise import NoiseSource, noise_source
@@ -131,13 +131,25 @@ def _indices_backwards(diffusion: IDDPM) -> list[Tensor]:
     return list(indices.flip(0).split(1))
 
 
+# Samplers whose steps differ from one another, or are another library's.
+NOT_UNIFORM = (
+    "adams2",
+    "adams4",
+    "dopri5",
+    "dpm_solver_3s",
+    "dpm_solver_diffusers",
+    "euler_short_last",
+    "heun_short_last",
+)
+
+
 def has_uniform_steps(spec: Sampler, times: tuple[float, float]) -> bool:
     """Tell whether all steps do the same operations, so that one CUDA graph serves them all.
 
     They do not if steps adapt to the images, if another library takes them, or if guidance comes
     and goes between `times`, the first and the last that the network is given.
     """
-    if spec.name in ("dopri5", "dpm_solver_3s", "dpm_solver_diffusers"):
+    if spec.name in NOT_UNIFORM:
         return False
     return spec.scale == 1 or guides_every_step(spec.interval, times)
 
@@ -195,8 +207,15 @@ def _bind_to_flow(spec: Sampler, flow: Flow, launch: Launch) -> BoundSampler:
             return Euler(spec.num_steps, launch, spec.shift)
         case "heun":
             return Heun(spec.num_steps, launch)
+        case "euler_short_last" | "heun_short_last":
+            return ShortLast(spec.num_steps, spec.last_size, spec.name == "heun_short_last")
+        case "adams2" | "adams4":
+            return Adams(spec.num_steps, order=2 if spec.name == "adams2" else 4)
         case "dopri5":
             return Dopri5(spec.atol, spec.rtol)
         case "sde":
             return SDE(flow, spec.num_steps, spec.form, spec.last_step, spec.last_size, launch)
-    raise ValueError(f"unknown sampler {spec.name!r}; known: euler, heun, dopri5, sde")
+    raise ValueError(
+        f"unknown sampler {spec.name!r}; known: euler, heun, dopri5, sde, euler_short_last, "
+        "heun_short_last, adams2, adams4"
+    )

@@ -193,6 +193,7 @@ def diffusion_weight(form: str, t: float, s: float) -> float:
         "constant": 1,
         "sigma": s,
         "linear": 1 - t,
+        "half-linear": (1 - t) / 2,
         "decreasing": 0.25 * (math.cos(math.pi * t) + 1) ** 2,
         "increasing-decreasing": math.sin(math.pi * t) ** 2,
     }
