@@ -90,7 +90,7 @@ def _parse(choices: Choices, arguments: list[str]) -> argparse.Namespace:
         "--sampler",
         metavar="NAME",
         help="ancestral, ddim, dpm_solver, dpm_solver_3s or dpm_solver_diffusers; for flows euler, "
-        "heun, dopri5 or sde (default: the protocol's)",
+        "heun, dopri5, sde and others, which a wrong name lists (default: the protocol's)",
     )
     parser.add_argument(
         "--steps", type=int, metavar="N", help="steps of the sampler (default: the protocol's)"
