@@ -84,6 +84,7 @@ def change_record(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     path.write_text(json.dumps(record))
 
 
+@pytest.mark.slow
 def test_bad_sources_are_named_and_the_rest_is_built(tmp_path: Path):
     reference = copy_reference(tmp_path / "results") / "reference"
     published = shutil.copytree(PUBLISHED, tmp_path / "published")

@@ -163,7 +163,7 @@ def test_figure_3_has_the_spread_of_runtimes(tmp_path: Path):
     assert [[y for _, y in bar] for bar in bars(right)] == [pytest.approx([9.9, 10.1])]
 
 
-@pytest.mark.parametrize("error", [0.5, None])
+@pytest.mark.parametrize("error", [0.5, pytest.param(None, marks=pytest.mark.slow)])
 def test_figure_8_has_the_sampling_errors_that_there_are(error: float | None, tmp_path: Path):
     """A score without a sampling error has no bar."""
     store = Store(tmp_path)

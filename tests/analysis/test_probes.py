@@ -148,6 +148,7 @@ def specs_of_training(evaluate: Evaluate, row: Row, protocol: Protocol, seed: in
     return specs
 
 
+@pytest.mark.slow
 def test_committed_probes_and_scores_are_of_the_committed_weights():
     """A system's score names the weights of all its networks together and is left out."""
     store = Store()
@@ -258,6 +259,7 @@ def test_ids_of_probes_are_pinned():
     assert isinstance(declared("channels", DICO, DIGITS, 0), Channels)
 
 
+@pytest.mark.slow
 def test_figures_are_the_same_bytes_twice(tmp_path: Path):
     for folder in ("first", "second"):
         save(figures_probes.channel_activation(Store()), tmp_path / folder, "figure")

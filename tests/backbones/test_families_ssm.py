@@ -263,7 +263,7 @@ def test_dimsum_spatial_scans_change_order_and_its_blocks_put_it_back():
         assert reads_in(branch, explicit(order, 4, 4))
 
 
-@pytest.mark.parametrize("by_column", [False, True])
+@pytest.mark.parametrize("by_column", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_dimsum_windows_are_this_permutation(by_column: bool):
     """4x4 windows of 3x3 lie on a grid of 12; by column, rows and columns change places."""
     # The grid index of every token, window by window.

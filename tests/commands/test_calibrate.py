@@ -25,6 +25,7 @@ def test_the_arithmetic_is_calibrated_on_synthetic_sets(script: Script):
     assert "was not checked" in out
 
 
+@pytest.mark.slow
 def test_a_wrong_arithmetic_fails_calibration(script: Script, monkeypatch: pytest.MonkeyPatch):
     right = frechet.frechet
     monkeypatch.setattr(frechet, "frechet", lambda a, b: 1.001 * right(a, b))

@@ -51,6 +51,7 @@ def test_a_sweep_stops_where_larger_batches_do_not_pay(
         assert len(list((tmp_path / "records" / "timing").iterdir())) == 4
 
 
+@pytest.mark.slow
 def test_the_command_times_and_prints_what_its_options_ask_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -153,6 +153,7 @@ def test_a_training_that_fails_ends_a_chain_and_nothing_else_does(
     assert failed.values == {}
 
 
+@pytest.mark.slow
 def test_a_stage_runs_once_however_many_ask_for_it(tmp_path: Path):
     data = Data("digits", size=8, channels=1, num_classes=10)
     network = TINY.but(input_size=8, in_channels=1, num_classes=10)
@@ -182,6 +183,7 @@ def test_absurd_options_are_one_line(arguments: tuple[object, ...], tmp_path: Pa
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_one_line(tmp_path: Path):
     error = error_of("--table", 5, "--device", "cuda", "--results", tmp_path / "results")

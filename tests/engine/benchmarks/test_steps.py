@@ -51,7 +51,7 @@ def add_choice(monkeypatch: pytest.MonkeyPatch, choice: Choice) -> None:
 
 
 @pytest.mark.parametrize("what", ["training", "sampling"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_record_holds_both_and_the_kernels_of_ours_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, precision: str
 ):

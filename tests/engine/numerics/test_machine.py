@@ -28,6 +28,7 @@ print(faults(), keep_memory(), faults())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not keep_memory(), reason="this C library cannot be told to keep freed memory")
 def test_a_process_that_keeps_memory_faults_blocks_in_less_often():
     command = [sys.executable, "-c", FAULTS]

@@ -77,6 +77,7 @@ def published(table: Table, row: Row) -> tuple[str, str]:
     return cells[row.published]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", ROWS)
 def test_rows_are_within_tolerance_of_the_paper(label: str):
     for ours, paper, tolerance in zip(
