@@ -62,6 +62,8 @@ def violations(value: Any, schema: dict[str, Any], whole: dict[str, Any], at: st
     if "$ref" in schema:
         schema = whole["$defs"][schema["$ref"].rpartition("/")[2]]
     place = at or "the record"
+
+    # A choice among types is broken if none of them fits.
     if "anyOf" in schema:
         options = schema["anyOf"]
         if all(any(True for _ in violations(value, option, whole, at)) for option in options):
@@ -72,6 +74,8 @@ def violations(value: Any, schema: dict[str, Any], whole: dict[str, Any], at: st
             else:
                 yield f"{place}: {_short(value)} is of none of the types that fit"
         return
+
+    # A single type has an exact value, a list of values, a kind or a pattern.
     if "const" in schema and value != schema["const"]:
         yield f"{place}: {_short(value)}, expected {schema['const']!r}"
     if "enum" in schema and value not in schema["enum"]:
@@ -86,6 +90,7 @@ def violations(value: Any, schema: dict[str, Any], whole: dict[str, Any], at: st
 
 def _parts(value: Any, schema: dict[str, Any], whole: dict[str, Any], at: str) -> Iterator[str]:
     """Yield where the fields of an object or the items of an array break a schema."""
+    # An object must have its required fields, and no unknown ones if the schema says so.
     if isinstance(value, dict):
         known, others = schema.get("properties", {}), schema.get("additionalProperties", {})
         for name in schema.get("required", []):
@@ -97,6 +102,8 @@ def _parts(value: Any, schema: dict[str, Any], whole: dict[str, Any], at: str) -
                 yield f"{where}: unknown field"
             else:
                 yield from violations(part, known.get(name, others), whole, where)
+
+    # An array has a number of items, of which the first may have schemas of their own.
     if isinstance(value, list):
         first = schema.get("prefixItems", [])
         if len(value) < schema.get("minItems", 0) or len(value) > schema.get(
@@ -289,17 +296,20 @@ def anonymous(record: Record) -> Record:
 
 def _privacy(record: Record, store: Store) -> Iterator[str]:
     """Yield every text that holds a path, or the name of a person or of a machine."""
+    # Short names would be found inside ordinary words.
     own = {socket.gethostname(), Path.home().name}
     with suppress(OSError, KeyError):
         own.add(getpass.getuser())
     own = {name for name in own if len(name) > 4}
+
+    # Every text is searched for what its field, its form or this machine gives away.
     for place, text in _texts(vars(record), ""):
         field = place.rpartition(".")[2].lower()
         if field in PRIVATE_FIELDS and field != text:
             yield f"{place}: a field that may name a person or a machine; remove it"
         for what, pattern in PRIVATE.items():
-            if pattern.search(text):
-                yield f"{place}: holds {what}, {_short(pattern.search(text)[0])}"  # type: ignore[index]
+            if found := pattern.search(text):
+                yield f"{place}: holds {what}, {_short(found[0])}"
         for name in sorted(own):
             if re.search(rf"\b{re.escape(name)}\b", text):
                 yield f"{place}: holds {name!r}, a name of this machine or its user"

@@ -49,6 +49,8 @@ def record_schema(kind: str) -> Schema:
     """
     if kind not in KINDS:
         raise ValueError(f"no record is of kind {kind!r}; known: {', '.join(sorted(KINDS))}")
+
+    # Dataclasses inside others become parts, to which the schema refers by name.
     parts: dict[str, Schema] = {}
     whole = _object_of(Record, parts)
     spec = KINDS[kind]
@@ -60,6 +62,8 @@ def record_schema(kind: str) -> Schema:
         "utc": {"type": "string", "pattern": "^[0-9]{8}T[0-9]{6}Z$"},
         "spec": {"type": "object"} if spec is None else _schema_of(spec, parts),
     }
+
+    # A file says its format, which no field of a record holds.
     whole["required"] = ["format", *whole["required"]]
     heading = {"$schema": DRAFT, "title": f"A record of kind {kind}"}
     return heading | whole | ({"$defs": parts} if parts else {})

@@ -108,6 +108,8 @@ class Captions(nn.Module):
             raise ValueError(f"a network needs at least one caption, got {num_captions}")
         if vocabulary is not None and pooled_dim is not None:
             raise ValueError("a word encoder makes no pooled vector; leave out vocabulary")
+
+        # The table is given later; it is no part of the weights.
         self.num_captions = num_captions
         self.tokens = tokens
         self.dim = dim

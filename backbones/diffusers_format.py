@@ -228,6 +228,8 @@ def _build(config: dict[str, Any]) -> DiT:
     missing = [name for name in needed if name not in config]
     if missing:
         raise ValueError(f"config.json of a DiT lacks {', '.join(missing)}")
+
+    # What a config leaves out has diffusers' default.
     heads, channels = config["num_attention_heads"], config["in_channels"]
     trained_by_authors = config.get(NUMERICS) == AUTHORS
     with torch.random.fork_rng(devices=[]):

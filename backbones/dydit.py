@@ -301,11 +301,14 @@ class DyDiT(nn.Module):
             y: (N,)
             noise: Logistic noise of `gate_shapes`, or None for the gates of inference.
         """
+        # Every block decides on its own gates.
         x, c, time = self._embed(x, t, y)
         gates = []
         for index, block in enumerate(self.blocks):
             x, of_block = block(x, c, time, noise.of_block(index) if noise else None)
             gates.append(of_block)
+
+        # Gates of all blocks stand in one tensor of each kind.
         stacked = Gates(
             heads=torch.stack([gate.heads for gate in gates], dim=1),
             groups=torch.stack([gate.groups for gate in gates], dim=1),

@@ -85,6 +85,8 @@ class Vocabulary:
         """
         if not captions:
             raise ValueError("the table of captions is empty: give at least one caption")
+
+        # The null caption is the empty one. Rows end with padding.
         rows = []
         for caption in (*captions, ""):
             words = caption.split()

@@ -42,6 +42,8 @@ class GlobalRegionalAttention(nn.Module):
                 "global-regional attention needs a grid divisible by its window and its pool and a "
                 f"width by its heads, got {size}, {window}, {pool}, {dim}, {heads}"
             )
+
+        # Both kinds of attention share their projections.
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
 

@@ -196,6 +196,7 @@ def check_drafted(drafted_scales: int, scales: int) -> None:
 
 def check_sampler(sampler: Sampler, scales: int) -> None:
     """Raise ValueError unless options are in range and fit the number of scales."""
+    # An option is one number, or one for each scale.
     for name in ("top_k", "temperatures"):
         values = getattr(sampler, name)
         if len(values) not in (0, 1, scales):
@@ -203,6 +204,8 @@ def check_sampler(sampler: Sampler, scales: int) -> None:
                 f"{name} takes one number for all scales, or one for each of {scales}, got "
                 f"{len(values)}"
             )
+
+    # Its numbers must make a distribution.
     if min(sampler.top_k, default=0) < 0 or min(sampler.temperatures, default=1.0) <= 0:
         raise ValueError(
             f"top_k must be at least 0 and temperatures above 0, got {sampler.top_k} and "

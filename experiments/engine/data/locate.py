@@ -189,6 +189,8 @@ def _require_arrays(data: Data) -> None:
     missing = [name for name in files if not (folder / name).is_file()]
     if not missing:
         return
+
+    # Prepared sets of pixels have a command that makes them.
     command = ""
     if data.name.endswith("_pixels"):
         command = (

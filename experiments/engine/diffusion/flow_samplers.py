@@ -142,6 +142,8 @@ class ShortLast:
                 "a sampler with a short last step takes two steps or more and a size between 0 "
                 f"and 1, got {self.num_steps} and {self.last_size}"
             )
+
+        # The slope at the start of a step is known from the step before.
         dt = (1 - self.last_size) / (self.num_steps - 1)
         x = noise_source(noise).draw()
         times = _times(x, (i * dt for i in range(self.num_steps)))
@@ -156,6 +158,8 @@ class ShortLast:
                 x = ahead
                 slope = velocity(model, x, t.repeat(len(x)), y)
             yield x
+
+        # The last step is Euler's.
         yield x + self.last_size * slope
 
 

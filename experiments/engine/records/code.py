@@ -167,6 +167,8 @@ def _run(path: Path, content: bytes) -> Any:
     module.__file__ = str(path)
     # Dataclasses and pickles look for the module of a class.
     sys.modules[module.__name__] = module
+
+    # An error is told with the line of the study in which it arose.
     try:
         exec(compile(content, str(path), "exec"), vars(module))
     except SyntaxError as error:

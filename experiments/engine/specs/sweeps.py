@@ -53,6 +53,8 @@ class Sweep:
         base = evaluate_stage(self.row, self.protocol, seed)
         base = replace(base, num=self.num or base.num)
         self._require_seeds()
+
+        # A parameter that the grid leaves out keeps the protocol's value.
         points = []
         for scale, interval, name, steps, average in product(
             self.scales or (base.sampler.scale,),

@@ -170,6 +170,8 @@ def _stored_paths(spec: Train, folder: Path) -> dict[int, Path]:
             f"run {folder.name} kept no power-function averages, so no other length can be "
             "rebuilt; declare power_snapshots in its Recipe and train again"
         )
+
+    # One damaged file makes all lengths wrong.
     intact = dict(checkpoint.intact(folder / FOLDER))
     missing = [step for step in steps if step not in intact]
     if missing:

@@ -122,6 +122,7 @@ def _describe(system: Drawn) -> str:
 
 
 def _add_notes(sheet: Sheet, published: dict[str, dict[str, str]]) -> None:
+    # What is counted.
     sheet.note(
         NoteKind.COUNTS,
         "T MACs: 10^12 multiply-accumulates of convolutions, linear layers and matrix products. "
@@ -134,6 +135,8 @@ def _add_notes(sheet: Sheet, published: dict[str, dict[str, str]]) -> None:
         "that the tokenizer makes between scales. As in the authors' code, every scale computes "
         "its modulation anew, and CoDe's head reads all tokens of its first call.",
     )
+
+    # What is published beside it.
     sources = "; ".join(f"{model}: {cells['source']}" for model, cells in published.items())
     sheet.note(
         NoteKind.COUNTS,

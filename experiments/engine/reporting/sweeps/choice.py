@@ -88,6 +88,8 @@ def sweep_sheet(
         Column("nfe", "evaluations", digits=1),
         Column("score", f"{score.name}, selection seeds", digits=3),
     ]
+
+    # The chosen point is marked in its row, and its score on other seeds stands in a note.
     rows: list[SheetRow] = [_cells(point, score, point is chosen) for point in points]
     sheet = Sheet(title, columns, rows)
     sheet.notes = [Note(NoteKind.SCORES, text) for text in _notes(chosen, report_seeds, store)]

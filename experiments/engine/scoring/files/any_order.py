@@ -56,6 +56,7 @@ def measure_in_any_order(inception: Inception, images: Batched) -> tuple[Measure
 
 def _batches(images: Batched, kept_back: set[int], last: ndarray) -> Iterator[ndarray]:
     """Yield whole batches of all images but those kept back, then those, in the order of `last`."""
+    # Images wait until they fill a batch.
     waiting: list[ndarray] = []
     kept: dict[int, ndarray] = {}
     place = 0
@@ -69,6 +70,8 @@ def _batches(images: Batched, kept_back: set[int], last: ndarray) -> Iterator[nd
             if len(waiting) == BATCH:
                 yield np.stack(waiting)
                 waiting = []
+
+    # Those kept back make the last, smaller batch.
     if kept:
         yield np.stack([kept[place] for place in last.tolist()])
 

@@ -150,6 +150,8 @@ def _list_pictures(folder: Path) -> list[Path]:
                 continue
             if file.name.lower() in COMPANION_FILES:
                 continue
+
+            # A text among the pictures may be a list of what was left out.
             if not file.name.lower().endswith(SUFFIXES):
                 raise ValueError(
                     f"{show_name(file)}: is no picture, and a folder that is scored holds nothing "
