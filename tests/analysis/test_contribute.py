@@ -113,6 +113,8 @@ def test_the_digest_at_a_commit_is_the_digest_of_its_tree(head: str, tmp_path: P
         ["git", "-C", str(REPOSITORY), "archive", head], capture_output=True, check=True
     ).stdout
     subprocess.run(["tar", "-x", "-C", str(tmp_path)], input=archive, check=True)
+
+    # The tree of that commit computes its own digest.
     module = "from experiments.engine.records.tree import tree_digest; print(tree_digest())"
     done = subprocess.run(
         [sys.executable, "-c", module],

@@ -106,6 +106,8 @@ def test_guidance_takes_the_pooled_vector_of_the_null_caption_too():
     x, t = inputs()
     y = torch.tensor([2, 0, 1])
     null = torch.full_like(y, CAPTIONS)
+
+    # The two halves are written out, and one with the tokens of null alone.
     with torch.no_grad():
         guided = Guided(model, 2.0, CAPTIONS, channels=None)(x, t, y)
         conditional, unconditional = (
@@ -170,11 +172,15 @@ def test_a_word_encoder_is_trained_along(name: str):
     options = dict(num_classes=3, context_tokens=9, context_dim=8, vocabulary=len(VOCABULARY))
     model = network(name, **options).double()
     model.captions.give(CaptionTable(ids=VOCABULARY.encode(SENTENCES, 9)))
+
+    # Gradients reach the encoder.
     x, t = inputs()
     out = model(x.double(), t, torch.tensor([1, 2, 3]))
     out.square().sum().backward()
     for key, parameter in model.captions.named_parameters():
         assert parameter.grad is not None and parameter.grad.any(), key
+
+    # Captions 1 and 2 have the same words.
     with torch.no_grad():
         same = x[:1].double().expand(2, -1, -1, -1)
         one, other = model(same, t[:2], torch.tensor([1, 2]))

@@ -156,11 +156,15 @@ def test_a_sweep_runs_from_training_to_report(
     short = replace(GRID.protocol, recipe=recipe, report_seeds=(7,), selection_seeds=(5,))
     grid = replace(GRID, protocol=short, scales=(), steps=(2,), averages=(None, 0.1, 0.2), num=40)
     monkeypatch.setitem(SWEEPS, "tiny", grid)
+
+    # One call trains, chooses and reports.
     command = Script(sweep, capsys, monkeypatch)
     options = ("--sweep", "tiny", "--results", tmp_path, "--cluster", "debug", "--device", "cpu")
     status, out, _ = command.run(*options)
     assert status == 0
     assert "On 1 other sampling seeds" in " ".join(out.split())
+
+    # Every point has a record; only the protocol's average holds initial weights.
     store = Store(tmp_path)
     records = [store.here.latest(replace(point, seed=5)) for point in grid.points(0)]
     assert [record.values["initial_share"] > 0 for record in records] == [True, False, False]

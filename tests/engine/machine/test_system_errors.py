@@ -115,12 +115,15 @@ def test_what_cannot_be_written_is_named(
     with pytest.raises(OSError) as failure:
         write(target)
     monkeypatch.undo()
+
     # A loop of links may be found when the folder is made or looked at, under either number.
     text = explain(failure.value)
     named = target.parent if operation == "make the folder" else target
     reason = os.strerror(failure.value.errno)
     assert text.startswith(f"cannot {operation} {named}: {reason}"), text
     assert failure.value.errno in (number, errno.EEXIST)
+
+    # It advises what would help, and nothing else.
     expected = system_errors.ADVICE[failure.value.errno]
     assert text.endswith(f"; {expected}")
     assert not any(advice in text for advice in ALL_ADVICE - {expected})

@@ -107,15 +107,18 @@ def test_an_id_on_a_board_belongs_to_one_run_folder(tmp_path: Path):
     first, second = tmp_path / "a" / spec, tmp_path / "b" / spec
     name = board_id(first)
     assert name.startswith(f"{spec}-") and (first / TOKEN).read_text().strip() == name[17:]
-    # a run that resumes, also after its results folder was moved
+
+    # A run resumes, also after its results folder was moved.
     assert board_id(first) == name
     (tmp_path / "a").rename(tmp_path / "moved")
     moved = tmp_path / "moved" / spec
     assert board_id(moved) == name
-    # the same spec in another results folder, and another spec beside it
+
+    # The same spec in another results folder is another run, and so is another spec beside it.
     others = {board_id(second), board_id(second.with_name("f" * 16))}
     assert len(others | {name}) == 3
-    # a damaged token, and a run that was removed and starts anew
+
+    # A damaged token is replaced, and a run that was removed starts anew.
     (second / TOKEN).write_bytes(b"\xff")
     fresh = board_id(second)
     assert fresh not in others and board_id(second) == fresh
