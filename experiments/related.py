@@ -35,18 +35,14 @@ NOT_MET = (
 UNKNOWN = "no configuration is published"
 
 
-def counted(
-    label: str, name: str, note: str = "", *, size: int = 32, channels: int = 4, **options: object
-) -> Row:
+def counted(label: str, name: str, note: str = "", *, size: int = 32, channels: int = 4) -> Row:
     """Return a row whose registered network is counted at a size of its input."""
-    network = Backbone(name, options)
+    network = Backbone(name)
     costs = (Cost(network, size, channels, 1000),)
     return Row(label, network, {}, label, note=note, costs=costs, heavy=True)
 
 
-def version_2(
-    number: int, title: str, rows: tuple[Row, ...], conditions: str, against: str | None = None
-) -> Table:
+def version_2(number: int, title: str, rows: tuple[Row, ...], conditions: str) -> Table:
     """Return a table of the second version of the paper."""
     return Table(
         number=f"v2-{number}",
@@ -56,7 +52,6 @@ def version_2(
         key=("model",),
         rows=rows,
         counts_only=True,
-        against=against,
         conditions=conditions,
     )
 
