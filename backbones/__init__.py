@@ -63,6 +63,7 @@ from backbones.registry import (
     shared_name_of,
     tiny_options_of,
 )
+from backbones.words import Vocabulary
 
 
 def registered_classes() -> dict[str, type[nn.Module]]:
@@ -74,6 +75,7 @@ __all__ = [
     "CaptionTable",
     "Text",
     "TextNetwork",
+    "Vocabulary",
     "once_per_caption",
     "Exceptions",
     "Kind",

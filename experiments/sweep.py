@@ -39,6 +39,7 @@ from experiments.engine.data.locate import require_data, require_features
 from experiments.engine.jobs.job import Job
 from experiments.engine.jobs.plan import ListPlan
 from experiments.engine.records.files import require_target
+from experiments.engine.records.score_names import distance_score
 from experiments.engine.records.store import Store
 from experiments.engine.reporting.render import render
 from experiments.engine.reporting.sweeps.choice import (
@@ -46,7 +47,6 @@ from experiments.engine.reporting.sweeps.choice import (
     choose,
     describe_point,
     read_points,
-    sampled_score,
     sweep_sheet,
 )
 from experiments.engine.specs.spec import Evaluate, Sampler, Train
@@ -197,7 +197,7 @@ def _choose(sweep: Sweep, stages: list[Evaluate], store: Store) -> tuple[list[Po
     """Return the points with their records, and the best one if all are scored."""
     seeds = sweep.protocol.selection_seeds
     points = read_points(stages, seeds, store)
-    return points, choose(points, seeds, sampled_score(stages[0].features))
+    return points, choose(points, seeds, distance_score(stages[0].features))
 
 
 def _print(sweep: Sweep, stages: list[Evaluate], args: argparse.Namespace, store: Store) -> None:

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from experiments.engine.data.captioned.grammar import NAMES as CAPTIONED
 from experiments.engine.machine.environment import read_variable
 from experiments.engine.machine.system_errors import explain, naming
 from experiments.engine.records.files import written_whole
@@ -26,7 +27,8 @@ REFERENCES = {
     "imagenet512": "VIRTUAL_imagenet512.npz",
 }
 
-
+# Sets that a package bears.
+BUNDLED = ("digits", *CAPTIONED)
 SEAL = "data.json"
 # Folders of one's own by the digest of their content, as far as this process has declared them.
 _OWN: dict[str, Path] = {}
@@ -144,7 +146,7 @@ def folder_of(data: Data) -> Path:
 
 def require_data(data: Data) -> None:
     """Raise ValueError if a set is not on this machine; the message says how to provide it."""
-    if data.name == "digits":
+    if data.name in BUNDLED:
         return
     if data.sha256:
         folder_of(data)
@@ -314,7 +316,7 @@ def vae_source() -> str:
 
 def missing_features(spec: Evaluate) -> list[str]:
     """List what scoring lacks on this machine, each with how to provide it."""
-    if spec.features in ("digits", "digits_judge"):
+    if spec.features in ("digits", "digits_judge", "digits_text"):
         return []
     if spec.features in ("cifar_classifier", "cifar_judge"):
         missing = []

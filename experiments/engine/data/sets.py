@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from experiments.engine.data.captioned.digits import CaptionedDigits
+from experiments.engine.data.captioned.grammar import NAMES as CAPTIONED
 from experiments.engine.data.checks import (
     check_cifar10,
     check_levels,
@@ -99,11 +101,14 @@ class ImageSet:
         return images, torch.from_numpy(np.asarray(self.labels[rows], dtype=np.int64))
 
 
-def load(data: Data, part: Part = Part.TRAIN) -> ImageSet | LatentSet:
+AnySet = ImageSet | LatentSet | CaptionedDigits
+
+
+def load(data: Data, part: Part = Part.TRAIN) -> AnySet:
     """Load the declared set, or a part of it, from this machine.
 
-    It is scikit-learn's bundled digits, CIFAR-10's training images, a folder of latents, or a
-    folder of images.npy and labels.npy.
+    It is scikit-learn's bundled digits, with or without captions, CIFAR-10's training images, a
+    folder of latents, or a folder of images.npy and labels.npy.
 
     Args:
         data: the set.
@@ -114,6 +119,8 @@ def load(data: Data, part: Part = Part.TRAIN) -> ImageSet | LatentSet:
     """
     require_data(data)
     require_content(data)
+    if data.name in CAPTIONED:
+        return _load_captioned(data, part)
     if data.split == "held_out":
         return _load_part(data, part)
     if data.split != "whole":
@@ -203,6 +210,17 @@ def _load_part(data: Data, part: Part) -> ImageSet:
     return ImageSet(whole.images[indices], whole.labels[indices], data, whole.identity)
 
 
+def _load_captioned(data: Data, part: Part) -> CaptionedDigits:
+    """Load captioned digits: what is trained on, or all captions with the other digits."""
+    if data.split != "held_out":
+        raise ValueError(
+            f"{data.name} keeps digits and captions from trainings; declare its split as held_out"
+        )
+    if part is Part.VALIDATION:
+        raise ValueError(f"{data.name} has no validation images; take the train or the test part")
+    return CaptionedDigits(data, trained=part is Part.TRAIN)
+
+
 def _load_digits(data: Data) -> ImageSet:
     """Load scikit-learn's digits; a smaller size takes means over areas."""
     from sklearn.datasets import load_digits
@@ -245,7 +263,7 @@ def load_cifar10(data: Data, split: str) -> ImageSet:
 
 
 def iterate_batches(
-    images: ImageSet | LatentSet,
+    images: AnySet,
     batch: int,
     seed: int,
     steps: range,

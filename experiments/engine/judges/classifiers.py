@@ -91,6 +91,13 @@ class Lesson:
 
 
 @dataclass(frozen=True)
+class NoisyLesson(Lesson):
+    """A lesson whose images bear noise, each of its own deviation, from 0 up to `noise`."""
+
+    noise: float = 0.1
+
+
+@dataclass(frozen=True)
 class Exam:
     """Images on which a trained classifier's accuracy is measured."""
 
@@ -108,7 +115,7 @@ def digits_classifier(images: ImageSet, cache: Path) -> tuple[nn.Module, Identit
     """Return the classifier of the digits, and what identifies it."""
     order = torch.randperm(len(images), generator=generator_at("digits split"))
     content = images.images.tobytes() + images.labels.tobytes() + str(HELD_OUT).encode()
-    return _cached_classifier(
+    return cached_classifier(
         DIGITS,
         hashlib.sha256(content).hexdigest(),
         lambda: (images, order[HELD_OUT:]),
@@ -120,7 +127,7 @@ def digits_classifier(images: ImageSet, cache: Path) -> tuple[nn.Module, Identit
 def digits_judge(train: ImageSet, test: ImageSet, cache: Path) -> tuple[nn.Module, Identity]:
     """Return the classifier of the digits' training part, tested on their test part."""
     content = train.images.tobytes() + train.labels.tobytes()
-    return _cached_classifier(
+    return cached_classifier(
         DIGITS_JUDGE,
         hashlib.sha256(content).hexdigest(),
         lambda: (train, torch.arange(len(train))),
@@ -137,7 +144,7 @@ def cifar_classifier(data: Data, test: ImageSet, cache: Path) -> tuple[nn.Module
         assert isinstance(images, ImageSet)
         return images, torch.arange(len(images))
 
-    return _cached_classifier(
+    return cached_classifier(
         CIFAR,
         file_digest(find_cifar10(folder_of(data), "train")),
         training_images,
@@ -146,7 +153,7 @@ def cifar_classifier(data: Data, test: ImageSet, cache: Path) -> tuple[nn.Module
     )
 
 
-def _cached_classifier(
+def cached_classifier(
     lesson: Lesson,
     content: str,
     training_images: Callable[[], tuple[ImageSet, Tensor]],
@@ -233,6 +240,9 @@ def _draw_batch(
     if lesson.flip:
         half = len(x) // 2
         x = torch.cat([x[:half].flip(-1), x[half:]])
+    if isinstance(lesson, NoisyLesson):
+        deviations = lesson.noise * torch.rand(len(x), 1, 1, 1, generator=draw)
+        x = x + deviations * torch.randn(x.shape, generator=draw)
     return x, y
 
 
@@ -244,7 +254,7 @@ def accuracy(model: nn.Module, images: ImageSet, indices: Tensor | None = None) 
 
 @torch.inference_mode()
 def extract(model: nn.Module, x: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Return features (N, 64) and class probabilities (N, 10) of images, float64."""
+    """Return features (N, d) and class probabilities (N, C) of images, float64."""
     batches = [model(batch) for batch in x.split(BATCH)]
     features = torch.cat([features for features, _ in batches])
     logits = torch.cat([logits for _, logits in batches])

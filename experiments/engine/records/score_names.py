@@ -14,6 +14,8 @@ INCEPTION = "inception"
 DIGITS_JUDGE = "digits_judge"
 CIFAR_JUDGE = "cifar_judge"
 JUDGES = (DIGITS_JUDGE, CIFAR_JUDGE)
+# A judge of cells reads what captions describe.
+DIGITS_TEXT = "digits_text"
 CLASSIFIERS = ("digits", "cifar_classifier", *JUDGES)
 
 
@@ -116,6 +118,30 @@ INCEPTION_SCORES = (
     MIND,
 )
 
+# What canvases show of their captions. Means over captions of one digit, of two digits that are
+# trained on, and of two that are not.
+FD_TEXT = Score("fd_digits_text", "fd_digits_text", Better.LOWER, "fid", digits=1, log_scaled=True)
+FD_TEXT_HELD_OUT = Score(
+    "fd_digits_text_held_out",
+    "fd_digits_text",
+    Better.LOWER,
+    digits=1,
+    log_scaled=True,
+    variant="held out",
+)
+CAPTION_GROUPS = {"single": "single", "seen": "pairs seen", "held_out": "pairs held out"}
+CAPTION_ATTRIBUTES = {
+    "all": Better.HIGHER,
+    "digit": Better.HIGHER,
+    "layout": Better.HIGHER,
+    "swapped": Better.LOWER,
+}
+CAPTION_SCORES = {
+    (name, group): Score(f"{name}_{group}", f"{name}, {title}", better, digits=3)
+    for group, title in CAPTION_GROUPS.items()
+    for name, better in CAPTION_ATTRIBUTES.items()
+}
+
 # The published scores of the paper's tables, and of its table that has sFID too.
 PAPER_SCORES = (FID, IS, PRECISION, RECALL)
 PAPER_SCORES_WITH_SFID = (FID, SFID, IS, PRECISION, RECALL)
@@ -126,11 +152,26 @@ TABLE_SCORES = {
         features: (HELDOUT_LOSS, *scores.all) if features in JUDGES else scores.all
         for features, scores in CLASSIFIER_SCORES.items()
     },
+    DIGITS_TEXT: (
+        FD_TEXT,
+        FD_TEXT_HELD_OUT,
+        CAPTION_SCORES["all", "single"],
+        *(score for (_, group), score in CAPTION_SCORES.items() if group != "single"),
+    ),
     INCEPTION: tuple(score for score in INCEPTION_SCORES if score.in_tables),
 }
 SCORES = {
-    score.key: score for scores in (*TABLE_SCORES.values(), INCEPTION_SCORES) for score in scores
+    score.key: score
+    for scores in (*TABLE_SCORES.values(), INCEPTION_SCORES, CAPTION_SCORES.values())
+    for score in scores
 }
+
+
+def distance_score(features: str) -> Score:
+    """Return the Fréchet distance on these features, by which a sweep chooses."""
+    if features == INCEPTION:
+        return FID
+    return FD_TEXT if features == DIGITS_TEXT else CLASSIFIER_SCORES[features].distance
 
 
 def ranking_score(features: str) -> Score:
@@ -147,6 +188,6 @@ def counted_name(score: Score, num: int) -> str:
 def score_title(score: Score, features: str, num: int) -> str:
     """Return the heading of a score: with N for Inception's, such as 'FID-50K, no bias'."""
     if features != INCEPTION:
-        return score.name
+        return f"{score.name}, {score.variant}" if score.variant else score.name
     name = counted_name(score, num)
     return f"{name}, {score.variant}" if score.variant else name

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from experiments.engine.records.score_names import CLASSIFIER_SCORES, ranking_score
+from experiments.engine.records.score_names import (
+    DIGITS_TEXT,
+    distance_score,
+    ranking_score,
+)
 from experiments.engine.records.store import Record, Store
 from experiments.engine.reporting.caveats import (
     evaluation_counts,
@@ -108,6 +112,13 @@ HELDOUT = (
     "nine unit bins of log SNR. It uses no features and no samples."
 )
 
+CAPTIONS = (
+    "all: every named cell holds its digit, as a judge reads it. digit: the share of right cells. "
+    "layout: no named cell is blank, and nothing lies outside of them. swapped: two digits in each "
+    "other's place. pairs held out: compositions of which no image is trained on. real images: "
+    "canvases of the same captions, made of digits that neither networks nor judge have seen."
+)
+
 
 def describe_scores(protocol: Protocol, seeds: Sequence[int]) -> str:
     """A protocol's scores and their errors, in sentences."""
@@ -124,11 +135,13 @@ def describe_scores(protocol: Protocol, seeds: Sequence[int]) -> str:
         no_bias = "no bias: FID without what a finite number of images adds."
         return f"{protocol.name}: {protocol.num} images. {error} {no_bias}"
     heldout = "" if protocol.heldout is None else f" {HELDOUT}"
-    distance = CLASSIFIER_SCORES[protocol.features].distance.name
+    captions = f" {CAPTIONS}" if protocol.features == DIGITS_TEXT else ""
+    distance = distance_score(protocol.features).name
     return (
         f"{protocol.name}: {protocol.recipe.steps} steps of {protocol.recipe.batch}, "
-        f"{protocol.num} images.{heldout} The scores use the features of a small classifier, not "
-        f"Inception's: {distance} is no FID, and compares with no other protocol's score. {error}"
+        f"{protocol.num} images.{heldout}{captions} The scores use the features of a small "
+        f"classifier, not Inception's: {distance} is no FID, and compares with no other protocol's "
+        f"score. {error}"
     )
 
 

@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from experiments.engine.records.score_names import PAPER_SCORES, TABLE_SCORES, Score, score_title
+from experiments.engine.records.score_names import (
+    DIGITS_TEXT,
+    PAPER_SCORES,
+    TABLE_SCORES,
+    Score,
+    score_title,
+)
 from experiments.engine.records.store import RecordFolder, Store
+from experiments.engine.reporting.captioned.binding import binding_sheet, real_rows
 from experiments.engine.reporting.comparison import comparison_sheet
 from experiments.engine.reporting.lookup import (
     Lookup,
@@ -47,6 +54,8 @@ class Filled:
 def report_sheets(selection: Selection, store: Store) -> list[Sheet]:
     """What a command prints of its own records: the table, and what a small protocol adds."""
     sheets = [main_sheet(selection, store, store.here)]
+    if selection.protocol.features == DIGITS_TEXT and not selection.table.counts_only:
+        sheets.append(binding_sheet(selection, store.here))
     if shares_runs(selection):
         sheets.append(family_sheet(selection, store, store.here))
     # A study of one's own has no committed reference.
@@ -87,6 +96,8 @@ def main_sheet(selection: Selection, store: Store, folder: RecordFolder) -> Shee
     )
     for row in selection.rows:
         sheet.add_row({each.column.key: each.cell(row) for each in filled})
+    if scored and selection.protocol.features == DIGITS_TEXT:
+        sheet.rows += real_rows(lookup.all_scored())
     sheet.notes += count_notes(selection)
     if table.counts_only:
         sheet.notes += row_notes(selection)

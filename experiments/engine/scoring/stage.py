@@ -22,6 +22,7 @@ from experiments.engine.data.sets import ImageSet, load
 from experiments.engine.machine.cores import find_cores
 from experiments.engine.numerics.precision import precision, read_tf32_flags
 from experiments.engine.records.manifest import manifest
+from experiments.engine.records.score_names import DIGITS_TEXT
 from experiments.engine.runtime.context import RunContext
 from experiments.engine.sampling.networks import decoder_warnings
 from experiments.engine.sampling.samples import (
@@ -30,6 +31,7 @@ from experiments.engine.sampling.samples import (
     generate_samples,
     sampling_batch,
 )
+from experiments.engine.scoring.captioned.stage import score_captioned
 from experiments.engine.scoring.classified import score_classified
 from experiments.engine.scoring.inception import Inception, load_inception
 from experiments.engine.scoring.measure import PIECE, measure_shared
@@ -73,6 +75,8 @@ def run_evaluation(spec: Evaluate, cache: Path, context: RunContext) -> dict[str
     require_features(spec)
     if spec.features == "inception":
         scored = _score_inception(spec, context)
+    elif spec.features == DIGITS_TEXT:
+        scored = score_captioned(spec, cache, context)
     else:
         scored = score_classified(spec, cache, context)
     if scored is None:

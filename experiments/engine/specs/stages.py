@@ -48,8 +48,8 @@ class Protocol:
     """Data, recipe, sampler and scores under which rows are run.
 
     The recipe is common to all rows. A row's objective is that of its own method, since the network
-    is made for it. A row's sampler is its method's where the protocol's does not apply; guidance
-    and the largest number of steps remain the protocol's.
+    is made for it, unless the protocol has one. A row's sampler is its method's where the
+    protocol's does not apply; guidance and the largest number of steps remain the protocol's.
     """
 
     name: str
@@ -70,6 +70,8 @@ class Protocol:
     cost_hours: float | None = None
     # Whether recipe, sampler and data are each row's own, where its method has them.
     own: bool = False
+    # The objective of all rows; None: each row's own.
+    diffusion: Diffusion | None = None
     # Protocol of the trainings that a row's `start` names; None: this one.
     start_from: Protocol | None = None
     # Whether shrunk networks are brought to equal MACs, by each row's `matched`.
@@ -136,6 +138,8 @@ def train_stage(row: Row, protocol: Protocol, seed: int) -> Train:
     stage = Train(backbone, data, protocol.recipe, seed=seed)
 
     # A row without a method of its own follows the protocol's recipe.
+    if protocol.diffusion is not None:
+        stage = replace(stage, diffusion=protocol.diffusion)
     if row.method is None:
         return stage
 
@@ -162,6 +166,9 @@ def _recipe_of(method: Method, protocol: Protocol) -> Recipe:
 
 
 def _diffusion_of(method: Method, protocol: Protocol) -> Diffusion:
+    if protocol.diffusion is not None:
+        return protocol.diffusion
+
     # An upsampler's small image is half as large as the protocol's images.
     if method.diffusion.low_res is not None and not protocol.own:
         return replace(method.diffusion, low_res=protocol.data.size // 2)
@@ -213,7 +220,7 @@ def heldout_stage(row: Row, protocol: Protocol, seed: int, part: str = "test") -
 def sampler_of(row: Row, protocol: Protocol) -> Sampler:
     """Return the protocol's sampler, or what the row's objective needs in its place."""
     method = row.method
-    if method is None:
+    if method is None or protocol.diffusion is not None:
         return protocol.sampler
 
     # Clipping and classifiers are made for pixels.

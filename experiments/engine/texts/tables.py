@@ -2,7 +2,7 @@
 
 A folder of images whose labels are indices of captions holds the table as captions.safetensors:
 `context` (M + 1, L, K) and perhaps `pooled` (M + 1, P), or `ids` (M + 1, L), and the hash of the
-text encoder. The last row is the null caption's.
+text encoder. The last row is the null caption's. Captions of digits are known without a file.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import nn
 
 import backbones
+from experiments.engine.data.captioned import grammar
 from experiments.engine.data.locate import folder_of
 from experiments.engine.specs.spec import Data
 
@@ -54,6 +55,16 @@ def read_table(folder: Path) -> backbones.CaptionTable:
     return backbones.CaptionTable(**tensors, encoder=encoder)
 
 
+def table_of(data: Data) -> backbones.CaptionTable:
+    """Return the table of a set's captions: ids of words for digits, else that of its folder."""
+    if data.name not in grammar.NAMES:
+        return read_table(folder_of(data))
+    vocabulary = backbones.Vocabulary(grammar.WORDS)
+    texts = [caption.text for caption in grammar.captions_of(data.name)]
+    ids = vocabulary.encode(texts, grammar.TOKENS)
+    return backbones.CaptionTable(ids=ids, encoder=vocabulary.digest())
+
+
 def give_captions(model: nn.Module, data: Data) -> None:
     """Give a network that reads text the captions of its data; other networks read labels.
 
@@ -69,7 +80,7 @@ def give_captions(model: nn.Module, data: Data) -> None:
         )
     if model.captions.table is None:
         device = next(model.parameters()).device
-        model.captions.give(read_table(folder_of(data)), data.captions)
+        model.captions.give(table_of(data), data.captions)
         model.captions.to(device)
 
 

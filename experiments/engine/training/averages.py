@@ -156,6 +156,26 @@ def load_power_average(
     return rebuilt
 
 
+def load_snapshot(
+    model: nn.Module, spec: Train, folder: Path, step: int, warn: Callable[[str], None]
+) -> None:
+    """Give a network the narrowest average that a finished run stored after a step.
+
+    Args:
+        model: the network, as `build` makes it.
+        spec: what was trained.
+        folder: of the run.
+        step: one of `snapshot_steps`.
+        warn: hears what a record must say of the weights.
+
+    Raises:
+        ValueError: the training stored no averages, or the average is missing or damaged.
+    """
+    _, state = checkpoint.load(_stored_paths(spec, folder)[step])
+    weights = state[f"{min(WIDTHS):g}"] | state["buffers"]
+    backbones.load_judged(model, weights, f"runs/{folder.name}/{FOLDER}", warn=warn)
+
+
 def _rebuild(recipe: Recipe, width: float) -> Rebuilt:
     """Return how the average of a width at the end of a training is rebuilt."""
     stored = [Stored(step, kept) for step in snapshot_steps(recipe) for kept in WIDTHS]

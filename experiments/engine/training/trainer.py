@@ -19,7 +19,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import backbones
 from experiments.engine.data.quantise import mirror
-from experiments.engine.data.sets import ImageSet, LatentSet, iterate_batches
+from experiments.engine.data.sets import AnySet, iterate_batches
 from experiments.engine.diffusion.build import build_diffusion
 from experiments.engine.diffusion.iddpm import Model
 from experiments.engine.diffusion.objectives import Gated, has_gates
@@ -248,7 +248,7 @@ class Trainer:
         self.model.load_state_dict(weights)
         self.ema.load_state_dict(weights)
 
-    def steps(self, images: ImageSet | LatentSet) -> Iterator[Tensor]:
+    def steps(self, images: AnySet) -> Iterator[Tensor]:
         """Train from the step reached to the last step.
 
         Yields:

@@ -6,13 +6,7 @@ import math
 import statistics
 from dataclasses import dataclass, replace
 
-from experiments.engine.records.score_names import (
-    CLASSIFIER_SCORES,
-    FID,
-    INCEPTION,
-    Better,
-    Score,
-)
+from experiments.engine.records.score_names import Better, Score, distance_score
 from experiments.engine.records.store import Record, Store
 from experiments.engine.reporting.sheet import (
     GAP,
@@ -47,11 +41,6 @@ class Point:
         return statistics.fmean(values) if values else math.nan
 
 
-def sampled_score(features: str) -> Score:
-    """Return the score of samples by which a sweep chooses: a Fréchet distance."""
-    return FID if features == INCEPTION else CLASSIFIER_SCORES[features].distance
-
-
 def mean_score(records: list[Record], score: Score) -> float:
     """Return the mean of a score over records; nan without one."""
     return statistics.fmean(r.values[score.key] for r in records) if records else math.nan
@@ -78,7 +67,7 @@ def sweep_sheet(
     store: Store,
 ) -> Sheet:
     """Return the sheet of a sweep: a row per point, and the choice in a note."""
-    score = sampled_score(points[0].stage.features)
+    score = distance_score(points[0].stage.features)
     columns = [
         Column("sampler", "sampler", kind=Kind.PROSE),
         Column("steps", "steps", digits=0),
@@ -139,7 +128,7 @@ def _notes(chosen: Point | None, seeds: tuple[int, ...], store: Store) -> list[s
     """Say which point was chosen and what it scores on seeds that did not choose it."""
     if chosen is None:
         return ["Nothing is chosen before every point is scored on every selection seed."]
-    score = sampled_score(chosen.stage.features)
+    score = distance_score(chosen.stage.features)
     records = reported(chosen, seeds, store)
     named = f"The best point on the selection seeds is {describe_point(chosen.stage)}"
     if len(records) < len(seeds):

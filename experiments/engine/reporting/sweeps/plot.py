@@ -6,7 +6,8 @@ import math
 from pathlib import Path
 
 from experiments.engine.records.files import written_whole
-from experiments.engine.reporting.sweeps.choice import Point, name_average, sampled_score
+from experiments.engine.records.score_names import distance_score
+from experiments.engine.reporting.sweeps.choice import Point, name_average
 
 
 def plot_sweep(title: str, points: list[Point], chosen: Point | None, path: Path) -> None:
@@ -24,7 +25,7 @@ def plot_sweep(title: str, points: list[Point], chosen: Point | None, path: Path
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    score = sampled_score(points[0].stage.features)
+    score = distance_score(points[0].stage.features)
     series: dict[str, list[tuple[float, float]]] = {}
     for point in points:
         sampler = point.stage.sampler
