@@ -26,13 +26,13 @@ from experiments.declared.protocols import DIGITS_HELD_OUT
 from experiments.engine.cli import (
     Outcome,
     Parser,
-    acceleration_flags,
     add_format_option,
     add_run_options,
     carry_out,
     device_of,
     exit_status,
     open_store,
+    resource_flags,
     run_command,
 )
 from experiments.engine.data.locate import require_data, require_features
@@ -159,7 +159,7 @@ def _carry_out(
             *_training_jobs(sweep, sweep.points(args.seed), args.seed, store),
             *_selection_jobs(sweep, sweep.points(args.seed), args.seed, store),
         ]
-    plan = ListPlan(device, together=tuple(jobs), resources=acceleration_flags(args, device))
+    plan = ListPlan(device, together=tuple(jobs), resources=resource_flags(args, device))
     return carry_out(plan, args, store, arguments, require_sources, args.workers)
 
 

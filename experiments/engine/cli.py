@@ -142,7 +142,7 @@ def _select(table: Table, protocol: Protocol, args: argparse.Namespace) -> Table
     (device,) = devices
     named = args.rows is not None
     selection = Selection(table, rows, protocol, args.seeds, device, named)
-    return TablePlan(selection, acceleration_flags(args, device))
+    return TablePlan(selection, resource_flags(args, device))
 
 
 def carry_out(
@@ -243,6 +243,16 @@ def acceleration_flags(args: argparse.Namespace, device: str) -> dict[str, Any]:
     return {name: True for name in ("compile", "graphs") if getattr(args, name)}
 
 
+def resource_flags(args: argparse.Namespace, device: str) -> dict[str, Any]:
+    """Return what the options of a command that trains say of the trainer's resources."""
+    flags = acceleration_flags(args, device)
+    if args.watch_every is not None:
+        if args.watch_every < 0:
+            raise ValueError("--watch-every takes a number of steps, or 0 for never")
+        flags["watch_every"] = args.watch_every
+    return flags
+
+
 # ---- Options
 
 
@@ -321,6 +331,13 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add_device_option(parser, "the GPU if there is one; on Slurm that of the site file")
     add_results_option(parser)
     add_acceleration_options(parser)
+    parser.add_argument(
+        "--watch-every",
+        type=int,
+        metavar="STEPS",
+        help="steps between two looks at gradients and activations of every block; 0: never "
+        "(default: 200)",
+    )
 
 
 def add_protocol_option(

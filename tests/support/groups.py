@@ -147,20 +147,23 @@ def _declare(group: Group, port: int) -> None:
 
 def _arm(fault: Fault, group: Group, folder: Path) -> None:
     """Make the fault strike this process if its rank is meant."""
-    update = Trainer._update
+    update, passes = Trainer._update, Trainer._forward_backward
     factor = {FaultKind.NAN: math.nan, FaultKind.SPIKE: 1000.0}.get(fault.kind)
     is_target = group.rank == fault.rank
 
     # A wrong loss stays wrong; every other fault strikes at its step alone.
+    def wrong(self: Trainer, *inputs: Tensor) -> Tensor:
+        loss = passes(self, *inputs)
+        return loss * factor if is_target and factor and self.step >= fault.step else loss
+
     def faulty(self: Trainer, *batch: Any) -> Tensor:
-        if is_target and factor and self.step >= fault.step:
-            return update(self, *batch) * factor
         if self.step == fault.step and is_target:
             fault.strike(folder)
         elif self.step == fault.step and fault.kind == FaultKind.RAISE_WHILE_OTHERS_HANG:
             time.sleep(2 * BOUND)
         return update(self, *batch)
 
+    Trainer._forward_backward = wrong  # type: ignore[method-assign]
     Trainer._update = faulty  # type: ignore[method-assign]
 
 

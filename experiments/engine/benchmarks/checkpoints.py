@@ -33,7 +33,7 @@ def measure_stall(spec: Stall, store: Store) -> None:
 
     device = torch.device(spec.device)
     recipe = Recipe(steps=10**6, batch=spec.batch)
-    trainer = Trainer(Train(spec.backbone, DATA, recipe), Resources(spec.device))
+    trainer = Trainer(Train(spec.backbone, DATA, recipe), Resources(spec.device, watch_every=0))
     steps = trainer.steps(_draw_images())
     assert isinstance(steps, Generator)
 

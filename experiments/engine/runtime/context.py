@@ -26,6 +26,8 @@ class Resources:
     sample_batch: int = 250
     # Steps between two checkpoints.
     checkpoint_every: int = 2000
+    # Steps between two looks at gradients and activations of every block; 0: never.
+    watch_every: int = 200
     # How many of the newest checkpoints are kept.
     keep: int = 2
     # Checkpoints at multiples of this many steps are kept for good.

@@ -203,7 +203,7 @@ def build_trainer(network: Cost, spec: Timing, device: torch.device) -> Trainer:
     backbone = size_backbone(network)
     model = draw_network(backbone, device).to(memory_format=layout_of(spec))
     train = Train(backbone, training_data(network), recipe, training_diffusion(network, model))
-    resources = Resources(str(device), compile=spec.compile, graphs=spec.graphs)
+    resources = Resources(str(device), watch_every=0, compile=spec.compile, graphs=spec.graphs)
     trainer = Trainer(train, resources, model=model)
 
     # Weights that start at zero are drawn, or the steps would pass on zeros.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.engine.data.sets import batch_indices, load
+from experiments.engine.data.sets import AnySet, batch_indices, load
 from experiments.engine.numerics.weights import digest
 from experiments.engine.runtime.attempts import begin_attempt
 from experiments.engine.runtime.context import RunContext
@@ -22,9 +22,11 @@ from experiments.engine.texts.tables import identify_captions
 from experiments.engine.training import averages, checkpoint
 from experiments.engine.training.bands import bands_of
 from experiments.engine.training.boards import require_boards
-from experiments.engine.training.divergence import Diverged, find_bad_loss, has_finite_weights
 from experiments.engine.training.log import Log, curve
-from experiments.engine.training.trainer import Trainer, load_ema, lr_at
+from experiments.engine.training.optimiser import lr_at
+from experiments.engine.training.trainer import Trainer, load_ema
+from experiments.engine.training.watch import replay
+from experiments.engine.training.watch.divergence import Diverged, find_bad_loss, has_finite_weights
 
 LOG_EVERY = 50  # steps from one line of the log to the next
 FINAL_STEPS = 200  # steps at the end whose mean loss is the run's loss
@@ -60,7 +62,7 @@ def run_training(spec: Train, context: RunContext) -> dict[str, Any]:
         writer = stack.enter_context(
             checkpoint.Writer(checkpoints, resources.keep, resources.milestones)
         )
-        attempt = _Attempt(trainer, context, writer, log, pending, len(images))
+        attempt = _Attempt(trainer, context, writer, log, pending, images)
         for loss in trainer.steps(images):
             # Averages are on disk before a checkpoint of the same step, or a later one, is.
             if trainer.averages and trainer.step in snapshots and group.first:
@@ -106,14 +108,14 @@ class _Attempt:
         writer: checkpoint.Writer,
         log: Log | None,
         pending: list[Tensor],
-        num_images: int,
+        images: AnySet,
     ) -> None:
         self.trainer = trainer
         self.context = context
         self.group = context.group
         self.writer = writer
         self.log = log
-        self.num_images = num_images
+        self.images = images
         self.first_step = trainer.step
         self.started = time.perf_counter()
 
@@ -168,6 +170,11 @@ class _Attempt:
             step = self.trainer.step - len(losses) + 1 + bad.index
             raise self._diverged(f"the loss {bad.problem}", step)
 
+        # A gradient shows no sign in the losses before the step after it.
+        frozen = self.trainer.freeze.step
+        if frozen is not None:
+            raise self._diverged("the gradient is not finite", frozen + 1)
+
     def _write_log(self, losses: Tensor) -> None:
         """Write a line of the log, and report the progress."""
         step, recipe = self.trainer.step, self.trainer.spec.recipe
@@ -183,10 +190,13 @@ class _Attempt:
             # A disk that a finished save found full is known now, not at the next save.
             if not self.writer.busy:
                 self.writer.wait()
+            for look in self.trainer.looks:
+                self.log.write_look(look)
             self.log.write(
                 step=step, loss=mean, lr=lr_at(recipe, step - 1), images_per_s=round(rate, 1)
             )
             self.context.report(Progress(step, recipe.steps, rate, mean))
+        self.trainer.looks.clear()
 
         # The heartbeat tells the watcher that this rank still works.
         if self.context.heartbeat:
@@ -210,7 +220,7 @@ class _Attempt:
         """Return the error for a problem at a step, with the batch that led to it."""
         spec = self.trainer.spec
         recipe = spec.recipe
-        batch = batch_indices(self.num_images, recipe.batch, spec.seed, step - 1)
+        batch = batch_indices(len(self.images), recipe.batch, spec.seed, step - 1)
 
         # The last checkpoint before the problem is where a new attempt can start.
         earlier = [saved for saved in self.saved if saved < step]
@@ -220,11 +230,16 @@ class _Attempt:
             "last_checkpoint": max(earlier, default=self.saved[0]),
         }
 
-        return Diverged(
-            f"{problem} at step {step}; lower the learning rate ({recipe.lr}) "
-            f"or lengthen the warm-up ({recipe.warmup} steps)",
-            values,
-        )
+        # Rank 0 runs a step that was not made again, and the others wait for what it finds.
+        advice = f"lower the learning rate ({recipe.lr}) or lengthen the warm-up"
+        message = f"{problem} at step {step}; {advice} ({recipe.warmup} steps)"
+        if self.trainer.freeze.step is not None:
+            diagnosis = self.group.broadcast(
+                replay.replay(self.trainer, self.images) if self.group.first else None
+            )
+            values["diagnosis"] = diagnosis
+            message += replay.describe(diagnosis)
+        return Diverged(message, values)
 
     def _images_per_second(self) -> float:
         """Return the throughput of this attempt."""

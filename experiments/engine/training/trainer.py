@@ -6,7 +6,6 @@ It can stop after any step and resume with the same weights, on a CPU to the las
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -30,11 +29,14 @@ from experiments.engine.numerics.randomness import generator_at, seed_at
 from experiments.engine.records.code import require_own_code
 from experiments.engine.runtime.context import Resources
 from experiments.engine.runtime.group import ALONE, Group, average_gradients
-from experiments.engine.specs.spec import Backbone, Recipe, Train
+from experiments.engine.specs.spec import Backbone, Train
 from experiments.engine.texts.tables import give_captions
 from experiments.engine.training import checkpoint
 from experiments.engine.training.averages import PowerAverages
+from experiments.engine.training.optimiser import build_optimizer, lr_at, update_ema
 from experiments.engine.training.stochastic_depth import increment_weights
+from experiments.engine.training.watch.blocks import Look, Watch
+from experiments.engine.training.watch.freeze import Freeze
 
 
 def build(spec: Backbone, seed: int, device: torch.device, initial: str = "in_order") -> nn.Module:
@@ -101,30 +103,6 @@ def load_ema(
     return model.eval()
 
 
-def lr_at(recipe: Recipe, step: int) -> float:
-    """Return the learning rate of a step, counted from 0.
-
-    It warms up linearly, then stays constant or falls to `lr_min`, linearly or by a cosine.
-    """
-    if step < recipe.warmup:
-        return recipe.lr * (step + 1) / recipe.warmup
-
-    # After the warm-up, the decay decides.
-    if recipe.decay == "cosine":
-        return recipe.lr_min + (recipe.lr - recipe.lr_min) * 0.5 * (
-            1 + math.cos(math.pi * (step - recipe.warmup) / (recipe.steps - recipe.warmup))
-        )
-    if recipe.decay == "linear":
-        return recipe.lr_min + (recipe.lr - recipe.lr_min) * (recipe.steps - step) / (
-            recipe.steps - recipe.warmup
-        )
-
-    # Every other word is an error, never a constant rate.
-    if recipe.decay != "constant":
-        raise ValueError(f"unknown decay {recipe.decay!r}; known: constant, linear, cosine")
-    return recipe.lr
-
-
 class Trainer:
     """Model, EMA and optimiser of a run, and the step that it has reached.
 
@@ -163,11 +141,17 @@ class Trainer:
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.averages = PowerAverages(self.model) if spec.recipe.power_snapshots else None
         self.is_sharded = resources.shard_optimizer and group.world_size > 1
-        self.optimizer = self._build_optimizer()
+        self.optimizer = build_optimizer(self.model, spec.recipe, self.is_sharded)
         self.diffusion = build_diffusion(spec.diffusion).to(self.device)
 
+        # What is kept and noted for the case that the training diverges.
+        self.freeze = Freeze(self.optimizer, group, self.device)
+        self.watch = Watch(self.model)
+        self.watch_every = resources.watch_every
+        self.looks: list[Look] = []
+
         # How the network runs: averaged over processes, compiled, as a CUDA graph.
-        entry = self.diffusion.training_entry(self.model)
+        self.entry = entry = self.diffusion.training_entry(self.model)
         # The argument under which the network is given what is drawn for it beside times and noise.
         self.extra = "noise" if isinstance(self.diffusion, Gated) else "kept"
         self.forward: nn.Module = entry
@@ -190,20 +174,6 @@ class Trainer:
                 )
             if group.world_size == 1:  # no graph can hold the exchange between processes
                 self.forward_backward = CudaGraph(self._forward_backward)
-
-    def _build_optimizer(self) -> torch.optim.Optimizer:
-        recipe = self.spec.recipe
-        trainable = _parameter_groups(self.model)
-        options: dict[str, Any] = dict(
-            lr=recipe.lr,
-            betas=recipe.betas,
-            eps=recipe.eps,
-            weight_decay=recipe.weight_decay,
-            fused=True,
-        )
-        if self.is_sharded:
-            return ZeroRedundancyOptimizer(trainable, torch.optim.AdamW, **options)
-        return torch.optim.AdamW(trainable, **options)
 
     def state(self) -> dict[str, Any]:
         """Return everything that a run resumes from, the same for any number of processes.
@@ -265,14 +235,52 @@ class Trainer:
             yield loss
 
     def _update(self, x0: Tensor, y: Tensor, flip: bool) -> Tensor:
-        """Make one optimiser step on this rank's shard of a global batch.
+        """Make one optimiser step on this rank's shard of a global batch."""
+        recipe = self.spec.recipe
+        inputs = self.draw(self.step, x0, y, flip, self.shard)
+
+        # A graph overwrites its loss at the next step, so the loss is copied.
+        loss = self.forward_backward(*inputs).clone()
+        norm = self._look(inputs)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr_at(recipe, self.step)
+        if recipe.grad_clip is not None:
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.grad_clip)
+        self.freeze.judge(self.step, loss, norm)
+        self.optimizer.step()
+        update_ema(self.ema, self.model, recipe.ema)
+        if self.averages:
+            self.averages.update(self.step + 1)
+        return loss
+
+    def _look(self, inputs: tuple[Tensor, ...]) -> Tensor | None:
+        """Look at the network's parts if that is due, and return the gradient's norm then.
+
+        Values are those of this rank's images; gradients are those of the whole batch.
+        """
+        if not self.watch_every or (self.step + 1) % self.watch_every:
+            return None
+
+        def run() -> None:
+            for start in range(0, len(inputs[0]), self.micro_batch):
+                part = slice(start, start + self.micro_batch)
+                with precision(self.spec.recipe.precision, self.device):
+                    self.losses(self.entry, *(value[part] for value in inputs))
+
+        self.looks.append(self.watch.look(self.step + 1, run))
+        return self.looks[-1].norm
+
+    def draw(
+        self, step: int, x0: Tensor, y: Tensor, flip: bool, shard: slice
+    ) -> tuple[Tensor, ...]:
+        """Draw what a step adds to a shard of a global batch: `_forward_backward` takes all of it.
 
         The noise depends only on the seed, the step and a sample's place in the global batch. So
         every rank draws the noise of the whole batch and keeps its shard.
         """
-        recipe, shard = self.spec.recipe, self.shard
+        recipe = self.spec.recipe
         n = recipe.batch
-        noise = generator_at("train", self.spec.seed, self.step, device=self.device)
+        noise = generator_at("train", self.spec.seed, step, device=self.device)
 
         # The order of these draws is part of every recorded number.
         t = self.diffusion.draw_times(n, noise)[shard]
@@ -284,25 +292,22 @@ class Trainer:
             extra.append(increment_weights(self.model, recipe.drop_path, n, noise)[shard])
         if isinstance(self.diffusion, Gated):
             extra.append(self.diffusion.draw_gate_noise(self.model, n, noise)[shard])
-            self.diffusion.step = self.step
+            self.diffusion.step = step
 
         # Drop labels for guidance, and flip images.
         y = torch.where(label_draws < recipe.label_dropout, self.spec.data.num_classes, y)
         if flip:
             mirrored = mirror(x0, self.spec.data.fold)
             x0 = torch.where((flip_draws < 0.5)[:, None, None, None], mirrored, x0)
+        return x0, y, t, eps, *extra
 
-        # A graph overwrites its loss at the next step, so the loss is copied.
-        loss = self.forward_backward(x0, y, t, eps, *extra).clone()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr_at(recipe, self.step)
-        if recipe.grad_clip is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), recipe.grad_clip)
-        self.optimizer.step()
-        update_ema(self.ema, self.model, recipe.ema)
-        if self.averages:
-            self.averages.update(self.step + 1)
-        return loss
+    def losses(
+        self, model: Model, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor, *extra: Tensor
+    ) -> Tensor:
+        """Compute the loss of each image that `draw` gave, (N,)."""
+        if extra:
+            model = partial(model, **{self.extra: extra[0]})
+        return self.diffusion.losses(model, x0, y, t, eps)["loss"]
 
     def _forward_backward(
         self, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor, *extra: Tensor
@@ -328,39 +333,11 @@ class Trainer:
             is_last = part.stop >= len(x0)
             exchange = nullcontext() if is_last else self.skip_exchange()
             with exchange, precision(self.spec.recipe.precision, self.device):
-                forward: Model = self.forward
-                if extra:
-                    forward = partial(self.forward, **{self.extra: extra[0][part]})
-                losses = self.diffusion.losses(forward, x0[part], y[part], t[part], eps[part])
-                loss = losses["loss"].sum() / self.spec.recipe.batch
+                shares = (value[part] for value in (x0, y, t, eps, *extra))
+                loss = self.losses(self.forward, *shares).sum() / self.spec.recipe.batch
                 # Each op's backward runs in its forward's type. The exchange averages over the
                 # ranks, and the loss is a sum over them.
                 with torch.autocast(self.device.type, enabled=False):
                     (loss * self.group.world_size).backward()
             total += loss.detach()
         return total
-
-
-def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Return the trained parameters; those that a network declares `undecayed` are a group apart.
-
-    `undecayed` is the beginning of the last part of such parameters' names.
-    """
-    named: dict[str, nn.Parameter] = {
-        name: p for name, p in model.named_parameters() if p.requires_grad
-    }
-    beginning: str | None = getattr(model, "undecayed", None)
-    if beginning is None:
-        return [{"params": list(named.values())}]
-
-    exempt = [p for name, p in named.items() if name.rpartition(".")[2].startswith(beginning)]
-    others = [p for name, p in named.items() if not name.rpartition(".")[2].startswith(beginning)]
-    return [{"params": others}, {"params": exempt, "weight_decay": 0.0}]
-
-
-@torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """Move every parameter of `ema` to decay * ema + (1 - decay) * model, and copy buffers."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-    for averaged, buffer in zip(ema.buffers(), model.buffers(), strict=True):
-        averaged.copy_(buffer)

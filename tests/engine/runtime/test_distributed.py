@@ -184,8 +184,8 @@ def test_a_rank_that_falls_silent_ends_the_group_at_the_bound_of_its_collectives
     assert values["weights_sha256"] == finished_record(pair).values["weights_sha256"]
 
 
-def assert_diverged(root: Path, work: Work, problem: str, last_checkpoint: int) -> None:
-    """Assert that a bad loss of one rank ends both, and that the record says where."""
+def assert_diverged(root: Path, work: Work, problem: str, last_checkpoint: int) -> dict[str, Any]:
+    """Assert that a bad loss of one rank ends both, and return what the record says of it."""
     assert run_group(2, work) == [1, 1]
     record = finished_record(root, work.stage)
     assert record.status == "failed" and f"Diverged: {problem}" in (record.error or "")
@@ -194,11 +194,16 @@ def assert_diverged(root: Path, work: Work, problem: str, last_checkpoint: int) 
     assert work.fault is not None and step >= work.fault.step + 1
     batch = batch_indices(len(load(TRAIN.data)), BATCH, 0, step - 1)
     assert record.values["batch"] == batch.tolist()
+    return record.values
 
 
 def test_a_loss_of_one_rank_that_is_no_number_is_everybodys(tmp_path: Path):
     work = Work(tmp_path, fault=Fault(FaultKind.NAN, 1, 11))
-    assert_diverged(tmp_path, work, "the loss is nan at step 12; ", last_checkpoint=10)
+    values = assert_diverged(tmp_path, work, "the loss is nan at step 12; ", last_checkpoint=10)
+
+    # Both ranks kept their weights, and the step itself has no fault.
+    assert values["diagnosis"]["step"] == 12
+    assert values["diagnosis"]["passes"] == {"fp32": {"is_finite": True}}
 
 
 @pytest.mark.slow

@@ -20,15 +20,15 @@ from experiments.engine.runtime.context import Resources, RunContext
 from experiments.engine.specs.spec import Recipe, Train
 from experiments.engine.training import checkpoint
 from experiments.engine.training import stage as training_stage
-from experiments.engine.training.divergence import (
+from experiments.engine.training.stage import run_training
+from experiments.engine.training.trainer import Trainer
+from experiments.engine.training.watch.divergence import (
     FEWEST,
     SPIKE,
     BadLoss,
     Diverged,
     find_bad_loss,
 )
-from experiments.engine.training.stage import run_training
-from experiments.engine.training.trainer import Trainer
 from tests.support.trainings import DICO, DIGITS
 
 SPEC = Train(DICO, DIGITS, Recipe(steps=40, batch=8, lr=1e-3, warmup=4))
@@ -37,14 +37,14 @@ SPEC = Train(DICO, DIGITS, Recipe(steps=40, batch=8, lr=1e-3, warmup=4))
 @pytest.fixture
 def spoil_losses(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, float], None]:
     """Multiplies every loss from a step on, counted from 1."""
-    update = Trainer._update
+    passes = Trainer._forward_backward
 
     def spoil(first_bad: int, factor: float) -> None:
-        def spoilt(self: Trainer, *batch: Any) -> Tensor:
-            loss = update(self, *batch)
+        def spoilt(self: Trainer, *inputs: Tensor) -> Tensor:
+            loss = passes(self, *inputs)
             return loss * factor if self.step + 1 >= first_bad else loss
 
-        monkeypatch.setattr(Trainer, "_update", spoilt)
+        monkeypatch.setattr(Trainer, "_forward_backward", spoilt)
 
     return spoil
 

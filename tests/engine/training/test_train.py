@@ -25,8 +25,9 @@ from experiments.engine.numerics.weights import digest
 from experiments.engine.runtime.context import Resources, RunContext
 from experiments.engine.specs.spec import Data, Diffusion, Recipe, Train
 from experiments.engine.training.log import curve
+from experiments.engine.training.optimiser import lr_at
 from experiments.engine.training.stage import run_training
-from experiments.engine.training.trainer import Trainer, lr_at
+from experiments.engine.training.trainer import Trainer
 from tests.support.paths import DATA
 from tests.support.trainings import DICO, DIGITS, FAMILIES, FLOW, OBJECTIVES, SPEC, STEPS
 
@@ -348,6 +349,8 @@ def test_a_loss_that_is_no_number_ends_the_run_in_one_line(
     assert "\n" not in str(failure.value)
 
     # The record of the failure names step and batch, and no checkpoint holds the weights.
+    diagnosis = failure.value.values.pop("diagnosis")
+    assert diagnosis["passes"]["fp32"]["module"] == "loss"
     assert failure.value.values == {
         "stopped_at": 1,
         "batch": batch_indices(len(load(DIGITS)), 16, 0, 0).tolist(),

@@ -1,0 +1,82 @@
+"""The optimiser of a training: its learning rate, its parameters, and the average of weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from experiments.engine.specs.spec import Recipe
+
+
+def lr_at(recipe: Recipe, step: int) -> float:
+    """Return the learning rate of a step, counted from 0.
+
+    It warms up linearly, then stays constant or falls to `lr_min`, linearly or by a cosine.
+    """
+    if step < recipe.warmup:
+        return recipe.lr * (step + 1) / recipe.warmup
+
+    # After the warm-up, the decay decides.
+    if recipe.decay == "cosine":
+        return recipe.lr_min + (recipe.lr - recipe.lr_min) * 0.5 * (
+            1 + math.cos(math.pi * (step - recipe.warmup) / (recipe.steps - recipe.warmup))
+        )
+    if recipe.decay == "linear":
+        return recipe.lr_min + (recipe.lr - recipe.lr_min) * (recipe.steps - step) / (
+            recipe.steps - recipe.warmup
+        )
+
+    # Every other word is an error, never a constant rate.
+    if recipe.decay != "constant":
+        raise ValueError(f"unknown decay {recipe.decay!r}; known: constant, linear, cosine")
+    return recipe.lr
+
+
+def build_optimizer(model: nn.Module, recipe: Recipe, is_sharded: bool) -> torch.optim.Optimizer:
+    """Build the fused AdamW of a recipe.
+
+    Args:
+        model: its trained parameters are updated.
+        recipe: of the training.
+        is_sharded: whether each process holds only its part of the optimiser's state.
+    """
+    trainable = _parameter_groups(model)
+    options: dict[str, Any] = dict(
+        lr=recipe.lr,
+        betas=recipe.betas,
+        eps=recipe.eps,
+        weight_decay=recipe.weight_decay,
+        fused=True,
+    )
+    if is_sharded:
+        return ZeroRedundancyOptimizer(trainable, torch.optim.AdamW, **options)
+    return torch.optim.AdamW(trainable, **options)
+
+
+def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Return the trained parameters; those that a network declares `undecayed` are a group apart.
+
+    `undecayed` is the beginning of the last part of such parameters' names.
+    """
+    named: dict[str, nn.Parameter] = {
+        name: p for name, p in model.named_parameters() if p.requires_grad
+    }
+    beginning: str | None = getattr(model, "undecayed", None)
+    if beginning is None:
+        return [{"params": list(named.values())}]
+
+    exempt = [p for name, p in named.items() if name.rpartition(".")[2].startswith(beginning)]
+    others = [p for name, p in named.items() if not name.rpartition(".")[2].startswith(beginning)]
+    return [{"params": others}, {"params": exempt, "weight_decay": 0.0}]
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    """Move every parameter of `ema` to decay * ema + (1 - decay) * model, and copy buffers."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    for averaged, buffer in zip(ema.buffers(), model.buffers(), strict=True):
+        averaged.copy_(buffer)
