@@ -43,6 +43,7 @@ from backbones import (  # noqa: F401  (importing a family registers it)
 )
 from backbones.captions import CaptionTable, Text, TextNetwork, once_per_caption
 from backbones.checkpoint import load_judged, load_published, print_warning
+from backbones.fitting import Fit, Labels, fit, load_fitted
 from backbones.judgement import check_progress, check_values, convert_stored
 from backbones.mixers import MIXERS, register_mixer
 from backbones.registry import (
@@ -78,9 +79,12 @@ __all__ = [
     "Vocabulary",
     "once_per_caption",
     "Exceptions",
+    "Fit",
     "Kind",
+    "Labels",
     "build",
     "exceptions_of",
+    "fit",
     "guided_channels_of",
     "kind_of",
     "list_autoregressive",
@@ -90,6 +94,7 @@ __all__ = [
     "check_progress",
     "check_values",
     "convert_stored",
+    "load_fitted",
     "load_judged",
     "load_published",
     "options_of",

@@ -24,6 +24,7 @@ from backbones.judgement import (
 
 USUAL = ("ema", "state_dict")  # keys under which published files keep their weights
 FLAT = "none: flat"  # in place of a key: the file holds nothing but weights
+UNREAD = "num_batches_tracked"  # end of the name of BatchNorm's counter
 NAMED = 6  # how many missing, unexpected and mis-shaped keys an error names
 
 
@@ -211,11 +212,7 @@ def load_judged(
         weights = rename(weights)
 
     # Files of torch before 0.4.1 lack BatchNorm's counter, which no trained network reads.
-    counters = {
-        name: value
-        for name, value in model.state_dict().items()
-        if name.endswith("num_batches_tracked")
-    }
+    counters = {name: value for name, value in model.state_dict().items() if name.endswith(UNREAD)}
     weights = counters | weights
 
     # Nothing is loaded, and nothing is said, before all is judged.

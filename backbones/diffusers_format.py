@@ -32,6 +32,7 @@ WARNING = (
 )
 # The numerics that diffusers has no choice of, and its eps where a config says none.
 DIVISOR = 127
+AUTHORS_DIVISOR = 128
 DEFAULT_EPS = 1e-5
 
 # DiTPipeline's scheduler: DDIM over DiT's betas.
@@ -165,8 +166,7 @@ def from_diffusers(folder: Path) -> tuple[DiT, dict[str, Tensor]]:
     Raises:
         ValueError: in one line, if the folder holds another model, or the blocks' embedders differ.
     """
-    if (folder / "transformer").is_dir():
-        folder = folder / "transformer"
+    folder = transformer_in(folder)
     config = _read_config(folder / "config.json")
     stored, _ = read_weights(folder / WEIGHTS)
     model = _build(config)
@@ -188,6 +188,21 @@ def from_diffusers(folder: Path) -> tuple[DiT, dict[str, Tensor]]:
     if stored:
         raise ValueError(f"{folder.name}: unexpected weights, such as {min(stored)}")
     return model, state
+
+
+def read_numerics(folder: Path) -> dict[str, float]:
+    """Return the options of a DiT that say with which numerics a folder's network was trained.
+
+    Raises:
+        ValueError: in one line, if the folder holds another model.
+    """
+    return _numerics_of(_read_config(transformer_in(folder) / "config.json"))
+
+
+def transformer_in(folder: Path) -> Path:
+    """Return the folder of the transformer: of a pipeline the part, or else the folder itself."""
+    part = folder / "transformer"
+    return part if part.is_dir() else folder
 
 
 def _take_embedders(stored: dict[str, Tensor], parent: str, state: dict[str, Tensor]) -> None:
@@ -231,7 +246,6 @@ def _build(config: dict[str, Any]) -> DiT:
 
     # What a config leaves out has diffusers' default.
     heads, channels = config["num_attention_heads"], config["in_channels"]
-    trained_by_authors = config.get(NUMERICS) == AUTHORS
     with torch.random.fork_rng(devices=[]):
         return DiT(
             input_size=config.get("sample_size", 32),
@@ -242,6 +256,12 @@ def _build(config: dict[str, Any]) -> DiT:
             dim=heads * config["attention_head_dim"],
             depth=config["num_layers"],
             heads=heads,
-            time_divisor=128 if trained_by_authors else DIVISOR,
-            mlp_norm_eps=config.get("norm_eps", DEFAULT_EPS),
+            **_numerics_of(config),
         )
+
+
+def _numerics_of(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "time_divisor": AUTHORS_DIVISOR if config.get(NUMERICS) == AUTHORS else DIVISOR,
+        "mlp_norm_eps": config.get("norm_eps", DEFAULT_EPS),
+    }

@@ -12,7 +12,6 @@ D width.
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 
 import torch
@@ -39,6 +38,7 @@ from backbones.mamba import (
     reorder,
     restore,
 )
+from backbones.positions import resize_positions
 from backbones.registry import Exceptions, register
 
 _PAD = 3  # padding tokens: as many as the convolution has taps
@@ -193,12 +193,8 @@ class DiM(nn.Module):
 
     def resized(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Fit the weights of this network at another input size by interpolating its positions."""
-        embed = weights["additional_embed"]
-        side = math.isqrt(embed.shape[1] - 2)
-        image = _image(embed[:, 2:], (side, side))  # (1, D, side, side)
-        grid = F.interpolate(image, self.grid, mode="bilinear", align_corners=False)
-        resized = torch.cat([embed[:, :2], grid.flatten(2).transpose(1, 2)], dim=1)
-        return weights | {"additional_embed": resized}
+        embed = resize_positions(weights["additional_embed"], self.grid[0], leading=2)
+        return weights | {"additional_embed": embed}
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         check_grid(x, self.input_size, self.patch, "DiM")

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from backbones import kernels
 from backbones.layers import Linear, check_grid, zero_bias_
+from backbones.positions import PositionTable, resize_positions
 from backbones.registry import Exceptions, register
 from backbones.time_norms import TimeLayerNorm, TimeRMSNorm
 
@@ -137,18 +138,6 @@ class BranchSize:
     def num_features(self) -> int:
         """Channels that the branch hands on: its input and the output of every block."""
         return self.dim * (self.num_blocks + 1)
-
-
-class PositionTable(nn.Module):
-    """Add a learned row per cell, row-major: (N, D, g, g) -> (N, g, g, D)."""
-
-    def __init__(self, grid: int, dim: int) -> None:
-        super().__init__()
-        self.position_embeddings = nn.ParameterDict({"weight": torch.zeros(grid * grid, dim)})
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 2, 3, 1)
-        return x + self.position_embeddings["weight"].view(x.shape[1:])
 
 
 class Enlarge(nn.Module):
@@ -301,6 +290,15 @@ class DiMR(nn.Module):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
             elif isinstance(layer, PositionTable):
                 nn.init.trunc_normal_(layer.position_embeddings["weight"], std=0.02)
+
+    def resized(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Fit the weights of this network at another input size by interpolating its positions."""
+        tables = {
+            f"{name}.position_embeddings.weight": layer.grid
+            for name, layer in self.named_modules()
+            if isinstance(layer, PositionTable)
+        }
+        return weights | {name: resize_positions(weights[name], g) for name, g in tables.items()}
 
     def from_checkpoint(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Drop the heads of low branches from the authors' weights if this network has none."""

@@ -46,6 +46,7 @@ from backbones.mamba import (
     reorder,
     restore,
 )
+from backbones.positions import resize_positions
 from backbones.registry import Exceptions, register
 
 _ORDERS = (ROWS, ROWS_BACK, COLUMNS, COLUMNS_BACK)
@@ -304,6 +305,10 @@ class DiMSUM(nn.Module):
         self.t_embedder.init_weights()
         zero_modulation(self.blocks)
         zero_(self.final_layer.adaLN_modulation, self.final_layer.linear)
+
+    def resized(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Fit the weights of this network at another input size by interpolating its positions."""
+        return weights | {"pos_embed": resize_positions(weights["pos_embed"], self.grid[0])}
 
     def drop_rates(self, largest: float) -> list[float]:
         """Return the probability with which each of the K increments is dropped.

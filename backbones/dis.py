@@ -27,6 +27,7 @@ from backbones.layers import (
     unpatchify,
 )
 from backbones.mamba import Mamba, float32_or_wider, mamba_init, selective_ssm
+from backbones.positions import resize_positions
 from backbones.registry import Exceptions, register
 
 
@@ -132,6 +133,10 @@ class DiS(nn.Module):
         self.norm_f = nn.RMSNorm(dim, eps=1e-5)
         self.final_layer = PatchFinal(dim, patch, self.out_channels)
         mamba_init(self, depth)
+
+    def resized(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Fit the weights of this network at another input size by interpolating its positions."""
+        return weights | {"pos_embed": resize_positions(weights["pos_embed"], self.grid[0], 2)}
 
     def drop_rates(self, largest: float) -> list[float]:
         """Return the probability with which each of the K increments is dropped.

@@ -88,6 +88,7 @@ class DiT(nn.Module):
         self.num_classes = num_classes
         self.patch = patch
         self.dim = dim
+        self.heads = heads
         self.time_divisor = time_divisor
         self.mlp_norm_eps = mlp_norm_eps
         self.out_channels = 2 * in_channels if learn_sigma else in_channels

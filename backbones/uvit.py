@@ -24,6 +24,7 @@ from backbones.layers import (
     unpatchify,
     zero_bias_,
 )
+from backbones.positions import resize_positions
 from backbones.registry import Exceptions, register
 
 
@@ -104,6 +105,10 @@ class UViT(nn.Module):
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 zero_bias_(layer)
+
+    def resized(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Fit the weights of this network at another input size by interpolating its positions."""
+        return weights | {"pos_embed": resize_positions(weights["pos_embed"], self.grid[0], 2)}
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         check_grid(x, self.input_size, self.patch, "U-ViT")

@@ -24,6 +24,7 @@ from backbones.layers import (
     unpatchify,
     zero_bias_,
 )
+from backbones.positions import resize_positions
 from backbones.registry import Exceptions, register
 from backbones.uvit import UViTBlock
 
@@ -87,6 +88,11 @@ class TextUViT(TextNetwork):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 zero_bias_(layer)
         self.captions.init_weights()
+
+    def resized(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Fit the weights of this network at another input size by interpolating its positions."""
+        positions = resize_positions(weights["pos_embed"], self.grid[0], self.leading)
+        return weights | {"pos_embed": positions}
 
     def text_work(self, text: Text) -> Work:
         return (self.context_embed(text.context),)  # (N, L, D)

@@ -50,22 +50,15 @@ def _load(args: argparse.Namespace) -> tuple[nn.Module, str]:
         ValueError: if the file holds another network.
     """
     size = {"input_size": args.input_size} if args.input_size else {}
-    options = size | parse_options(args.option)
-    if not args.file.is_dir():
-        file = CheckpointFile(args.backbone, args.file, args.key)
-        return load_network(Backbone(args.backbone, options), file)
+    declared = size | parse_options(args.option)
+    file = CheckpointFile(args.backbone, args.file, args.key, declared).with_numerics()
+    network = load_network(Backbone(args.backbone, file.options), file, exact=True)
 
-    # A folder says itself which DiT it holds; it must be the one that is named.
-    import backbones
-    from backbones.diffusers_format import from_diffusers
-
-    model, weights = from_diffusers(args.file)
-    numerics = {"time_divisor": model.time_divisor, "mlp_norm_eps": model.mlp_norm_eps}
-    named = backbones.build(args.backbone, **(numerics | options))
-    backbones.load_judged(named, weights, args.file.name)
-    for name, value in numerics.items():
+    # A folder says more of its network than the command line.
+    for name in file.options.keys() - declared.keys():
+        value = file.options[name]
         print(f"{args.file.name}: trained with {name} {value:g}, an option of the network")
-    return named.eval(), "flat"
+    return network
 
 
 def _check() -> int:

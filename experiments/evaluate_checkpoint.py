@@ -5,6 +5,7 @@
 
 This loads the weights strictly and without running code from the file, samples the protocol's
 images, scores them, and prints the paper's values beside. The record says what was measured.
+A folder of diffusers' DiT does for a file, and --study names a study with protocols of its own.
 `--dry-run` lists what is missing on this machine and estimates the cost. `--cluster slurm` submits
 the job. A stopped run continues when the command is run again.
 """
@@ -27,12 +28,14 @@ from typing import TYPE_CHECKING, Any
 from experiments.declared.checkpoints import (
     CheckpointFile,
     add_network_options,
+    all_tables,
     load_network,
     published_evaluation,
     published_network,
 )
 from experiments.declared.paper_scores import lines_beside_paper
 from experiments.declared.protocols import PROTOCOLS
+from experiments.engine.choices import Choices, add_study_option, choices_from
 from experiments.engine.cli import (
     Outcome,
     Parser,
@@ -76,20 +79,30 @@ class Estimate:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Score, plan or print; the exit status is that of `run_command`."""
-    return run_command(lambda: _evaluate(_parse(arguments), arguments))
+    return run_command(lambda: _run(sys.argv[1:] if arguments is None else list(arguments)))
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _run(arguments: list[str]) -> int:
+    choices = choices_from(arguments, Choices(TABLES, PROTOCOLS))
+    return _evaluate(_parse(choices, arguments), choices, arguments)
+
+
+def _parse(choices: Choices, arguments: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", required=True, help="registered name, e.g. dico_xl")
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, metavar="FILE", help=".pt or .safetensors"
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=".pt or .safetensors, or a folder",
     )
     parser.add_argument(
         "--protocol",
-        choices=[name for name, protocol in PROTOCOLS.items() if not protocol.small],
+        choices=[name for name, protocol in choices.protocols.items() if not protocol.small],
         required=True,
     )
+    add_study_option(parser)
     add_network_options(parser)
     parser.add_argument(
         "--batch",
@@ -104,9 +117,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _evaluate(args: argparse.Namespace, arguments: Sequence[str] | None) -> int:
+def _evaluate(args: argparse.Namespace, choices: Choices, arguments: list[str]) -> int:
     file = CheckpointFile.from_arguments(args)
-    protocol = PROTOCOLS[args.protocol]
+    protocol = choices.protocols[args.protocol]
+    tables = all_tables(TABLES, choices.tables)
     device = device_of(args, args.backbone)
     resources: dict[str, Any] = {"checkpoint": args.checkpoint.resolve()}
     if args.batch:
@@ -114,8 +128,8 @@ def _evaluate(args: argparse.Namespace, arguments: Sequence[str] | None) -> int:
     resources |= acceleration_flags(args, device)
 
     # A file of another network is refused before anything else.
-    model, key = load_network(published_network(file, protocol, TABLES), file)
-    spec = published_evaluation(file, protocol, TABLES)
+    model, key = load_network(published_network(file, protocol, tables), file)
+    spec = published_evaluation(file, protocol, tables)
     seconds = {}
     if args.dry_run:
         estimate = _estimate(spec, model, args, device)

@@ -1,4 +1,7 @@
-"""Draw images of a declared row: `python experiments/sample.py --row DiCo-S --num 50000`.
+"""Draw images of a declared row, or with weights from a file.
+
+    python experiments/sample.py --row DiCo-S --num 50000
+    python experiments/sample.py --backbone dit_xl_2 --checkpoint DiT.pt --protocol imagenet256
 
 Every image has its own seed. The set is therefore the same, up to rounding, at any batch size and
 number of processes, and after any interruption. `srun` or `torchrun` starts one process per GPU.
@@ -26,6 +29,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from experiments import ablation, main_results
+from experiments.declared.checkpoints import (
+    CheckpointFile,
+    add_network_options,
+    all_tables,
+    load_network,
+    published_evaluation,
+    published_network,
+)
 from experiments.declared.protocols import PROTOCOLS
 from experiments.engine.choices import Choices, add_study_option, choices_from
 from experiments.engine.cli import (
@@ -49,7 +60,7 @@ from experiments.engine.records.tree import warn_without_commit
 from experiments.engine.runtime.progress import Progress, Report, ignore_progress
 from experiments.engine.specs.rows import Row, Table, table_of
 from experiments.engine.specs.spec import Evaluate
-from experiments.engine.specs.stages import Protocol, evaluate_stage
+from experiments.engine.specs.stages import evaluate_stage
 
 if TYPE_CHECKING:
     from experiments.engine.runtime.context import RunContext
@@ -77,7 +88,16 @@ def _parse(choices: Choices, arguments: list[str]) -> argparse.Namespace:
         choices=sorted(choices.tables),
         help="table that declares the row; needed if several tables differ on it",
     )
-    parser.add_argument("--row", required=True, help="label of the row")
+    subject = parser.add_mutually_exclusive_group(required=True)
+    subject.add_argument("--row", help="label of the row")
+    subject.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="weights: .pt, .safetensors, or a folder of diffusers' DiT",
+    )
+    parser.add_argument("--backbone", help="registered name of the checkpoint's network")
+    add_network_options(parser)
     add_protocol_option(parser, choices.protocols, choices.protocol)
     add_study_option(parser)
     parser.add_argument(
@@ -117,17 +137,24 @@ def _parse(choices: Choices, arguments: list[str]) -> argparse.Namespace:
     numbers = [value for value in (args.batch, args.num, args.steps) if value is not None]
     if min(numbers) < 1:
         parser.error("--num, --steps and --batch take numbers from 1 on")
+    if bool(args.checkpoint) != bool(args.backbone):
+        parser.error("--checkpoint and --backbone go together")
+    if args.row and (args.key or args.option):
+        parser.error("--key and --option are of a checkpoint")
     return args
 
 
 def _draw(args: argparse.Namespace, choices: Choices) -> int:
-    protocol = choices.protocols[args.protocol]
-    table, row = _find_row(args, choices)
-    spec = _spec_of(args, row, protocol)
     store = open_store(args.results)
-    command = ablation.train_command(table, [row.label], protocol, args.seed, args.results)
-    require_trained(spec, store, command)
-    require_data(spec.data)
+    if args.checkpoint:
+        spec = _with_options(_published_spec(args, choices), args)
+    else:
+        protocol = choices.protocols[args.protocol]
+        table, row = _find_row(args, choices)
+        spec = _with_options(evaluate_stage(row, protocol, args.seed), args)
+        command = ablation.train_command(table, [row.label], protocol, args.seed, args.results)
+        require_trained(spec, store, command)
+        require_data(spec.data)
 
     from experiments.engine.diffusion.build import build_diffusion
     from experiments.engine.diffusion.samplers import bind_sampler
@@ -139,7 +166,12 @@ def _draw(args: argparse.Namespace, choices: Choices) -> int:
     bind_sampler(spec.sampler, build_diffusion(spec.train.diffusion))
     device = choose_device(args.device)
     prepare_torch(device)
-    resources = Resources(device, sample_batch=args.batch, **acceleration_flags(args, device))
+    resources = Resources(
+        device,
+        sample_batch=args.batch,
+        checkpoint=args.checkpoint,
+        **acceleration_flags(args, device),
+    )
     store.check_writable()
     warn_without_commit()
 
@@ -147,7 +179,8 @@ def _draw(args: argparse.Namespace, choices: Choices) -> int:
     group = distributed.join_group(device, resources.timeout)
     out = args.out or store.run_dir(spec) / "samples.npz"
     with ExitStack() as held:
-        report = _progress_report(f"{args.row}, {spec.num} images", spec, group, held)
+        label = f"{args.row or args.checkpoint.name}, {spec.num} images"
+        report = _progress_report(label, spec, group, held)
         context = RunContext(store.run_dir(spec.train), resources, group, report=report)
         targets = _Targets(spec, out, args.png)
         samples = _draw_all(spec, store, context, held, targets)
@@ -185,9 +218,17 @@ def _find_row(args: argparse.Namespace, choices: Choices) -> tuple[Table, Row]:
     return table, row
 
 
-def _spec_of(args: argparse.Namespace, row: Row, protocol: Protocol) -> Evaluate:
-    """Return the row's evaluation with the number of images and the sampler of the options."""
-    spec = evaluate_stage(row, protocol, args.seed)
+def _published_spec(args: argparse.Namespace, choices: Choices) -> Evaluate:
+    """Return the evaluation of a file's weights. Raise ValueError if it holds another network."""
+    file = CheckpointFile.from_arguments(args)
+    protocol = choices.protocols[args.protocol]
+    tables = all_tables(TABLES, choices.tables)
+    load_network(published_network(file, protocol, tables), file)
+    return published_evaluation(file, protocol, tables)
+
+
+def _with_options(spec: Evaluate, args: argparse.Namespace) -> Evaluate:
+    """Return an evaluation with the number of images and the sampler of the options."""
     sampler = replace(
         spec.sampler,
         name=args.sampler or spec.sampler.name,

@@ -64,12 +64,13 @@ LIGHT_ENGINE = (
     "jobs/scheduled machine/cores machine/environment machine/gpu machine/lifetime "
     "machine/sockets machine/streams "
     "records/code records/comparison records/effects records/files records/manifest "
-    "records/score_names records/store reporting/efficiency/claims reporting/efficiency/counts "
+    "records/score_names records/store records/weight_files "
+    "reporting/efficiency/claims reporting/efficiency/counts "
     "reporting/efficiency/details reporting/efficiency/images reporting/efficiency/speed "
     "reporting/lookup reporting/notes "
     "reporting/render reporting/sheet reporting/statistics reporting/tables specs/rows specs/spec "
     "runtime/attempts runtime/heartbeat runtime/preemption runtime/progress specs/selection "
-    "specs/stages specs/study"
+    "specs/stages specs/study specs/weights"
 )
 LIGHT = [
     *(f"experiments/engine/{name}.py" for name in LIGHT_ENGINE.split()),

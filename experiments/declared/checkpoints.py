@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.declared.families import family_of
+from experiments.engine.records.weight_files import weights_sha256
 from experiments.engine.specs.rows import Row, Table, TableName
 from experiments.engine.specs.spec import Backbone, Checkpoint, Diffusion, Evaluate
 from experiments.engine.specs.stages import Protocol, cost_stages, sampler_of
@@ -24,6 +25,7 @@ class CheckpointFile:
 
     # Registered name, e.g. dico_xl.
     backbone: str
+    # A .pt or .safetensors file, or a folder of diffusers' DiT.
     path: Path
     # Where a .pt file keeps its weights; None: ema, else state_dict, else flat.
     key: str | None = None
@@ -33,7 +35,16 @@ class CheckpointFile:
     @classmethod
     def from_arguments(cls, args: argparse.Namespace) -> CheckpointFile:
         """Return the file that --backbone, --checkpoint, --key and --option name."""
-        return cls(args.backbone, args.checkpoint, args.key, parse_options(args.option))
+        file = cls(args.backbone, args.checkpoint, args.key, parse_options(args.option))
+        return file.with_numerics()
+
+    def with_numerics(self) -> CheckpointFile:
+        """Return the file with the options of its network that a folder says by itself."""
+        if not self.path.is_dir():
+            return self
+        from backbones.diffusers_format import read_numerics
+
+        return replace(self, options=read_numerics(self.path) | self.options)
 
 
 def add_network_options(parser: argparse.ArgumentParser) -> None:
@@ -69,8 +80,15 @@ def parse_options(texts: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def load_network(backbone: Backbone, file: CheckpointFile) -> tuple[nn.Module, str]:
+def load_network(
+    backbone: Backbone, file: CheckpointFile, exact: bool = False
+) -> tuple[nn.Module, str]:
     """Return the network, and the key under which the file keeps its weights.
+
+    Args:
+        backbone: the network.
+        file: its weights, which may be of another size unless `exact`.
+        exact: whether every tensor must be as the file has it.
 
     Raises:
         ValueError: if the file holds another network.
@@ -81,8 +99,13 @@ def load_network(backbone: Backbone, file: CheckpointFile) -> tuple[nn.Module, s
 
     with torch.random.fork_rng(devices=[]):
         model = backbones.build(backbone.name, **backbone.options)
-    key = backbones.load_published(model, file.path, file.key)
-    return model.eval(), key
+    taken = backbones.load_fitted(model, file.path, file.key)
+    if exact and taken.changes():
+        raise ValueError(
+            f"{file.path.name} holds this network for another input size ({taken.changes()}); name "
+            "the size of its weights"
+        )
+    return model.eval(), taken.key
 
 
 def published_network(
@@ -111,8 +134,6 @@ def published_evaluation(
     file: CheckpointFile, protocol: Protocol, tables: Mapping[TableName, Table]
 ) -> Evaluate:
     """Return the evaluation that scores a file of weights under a protocol."""
-    from experiments.engine.data.image_files import file_sha256
-
     # Objective and sampler are those of a declared row of the same network or family.
     row = nearest_row(file.backbone, protocol, tables)
     diffusion = row.method.diffusion if row and row.method else Diffusion()
@@ -120,11 +141,18 @@ def published_evaluation(
     weights = Checkpoint(
         published_network(file, protocol, tables),
         protocol.data,
-        file_sha256(file.path),
+        weights_sha256(file.path),
         file.key or Checkpoint.key,
         diffusion,
     )
     return Evaluate(weights, sampler, protocol.num, protocol.features, protocol.labels)
+
+
+def all_tables(
+    own: Mapping[TableName, Table], chosen: Mapping[TableName, Table]
+) -> dict[TableName, Table]:
+    """Return this tree's tables and those among which a command chooses, such as a study's."""
+    return {**{f"chosen {number}": table for number, table in chosen.items()}, **own}
 
 
 def nearest_row(name: str, protocol: Protocol, tables: Mapping[TableName, Table]) -> Row | None:

@@ -11,8 +11,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from numpy import ndarray
 
+from backbones import build
+from backbones.diffusers_format import write_pipeline
+from backbones.dit import DiT
 from experiments import sample
 from experiments.engine.records import files
 from experiments.engine.records.store import Store
@@ -20,6 +26,7 @@ from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.runtime.context import RunContext
 from experiments.engine.sampling import samples
 from experiments.engine.specs.spec import Evaluate
+from tests.support.networks import randomise
 from tests.support.score_scripts import Script
 
 
@@ -121,6 +128,58 @@ def test_unknown_samplers_and_impossible_options_are_refused(
     named = ("--row", "DiCo-S", "--device", "cpu", "--results", tmp_path)
     assert script.refuse(*named, *options) == f"error: {complaint}\n"
     assert not drawings
+
+
+# ---- Weights of a file
+
+
+def draw_from(script: Script, file: Path, *options: object) -> tuple[str, ndarray]:
+    """Draw four digits with a tiny DiT's weights; return what is warned of, and the images."""
+    out = file.with_name(f"{file.name}.npz")
+    named = ("--backbone", "dit_s_2", "--checkpoint", file, "--protocol", "digits", *options)
+    shape = [f"--option={option}" for option in ("dim=24", "depth=2", "heads=3")]
+    where = ("--device", "cpu", "--results", file.with_name("results"), "--out", out)
+    status, _, errors = script.run(*named, *shape, *where, "--num", 4, "--steps", 2)
+    assert status == 0, errors
+    with np.load(out) as file_of_images:
+        return errors, file_of_images["arr_0"]
+
+
+def test_a_file_and_a_folder_of_the_same_weights_draw_the_same_images(
+    script: Script, tmp_path: Path
+):
+    shape = dict(in_channels=1, num_classes=10, dim=24, depth=2, heads=3)
+    model = randomise(build("dit_s_2", input_size=8, time_divisor=127, mlp_norm_eps=1e-5, **shape))
+    assert isinstance(model, DiT)
+    torch.save(model.state_dict(), tmp_path / "net.pt")
+    write_pipeline(model, tmp_path / "folder")
+
+    # The folder says with which numerics its network was trained; the file cannot.
+    _, of_folder = draw_from(script, tmp_path / "folder")
+    numerics = ("--option=time_divisor=127", "--option=mlp_norm_eps=1e-5")
+    warnings, of_file = draw_from(script, tmp_path / "net.pt", *numerics)
+    np.testing.assert_array_equal(of_file, of_folder)
+    assert "another size" not in warnings
+
+    # Weights for another size draw too, and it is said.
+    small = build("dit_s_2", input_size=4, **shape)
+    torch.save(small.state_dict(), tmp_path / "small.pt")
+    warnings, _ = draw_from(script, tmp_path / "small.pt")
+    assert "of another size than the samples: pos_embed recomputed for this size" in warnings
+
+
+@pytest.mark.parametrize(
+    "options, complaint",
+    [
+        (["--checkpoint", "net.pt"], "--checkpoint and --backbone go together"),
+        (["--row", "DiCo-S", "--key", "ema"], "--key and --option are of a checkpoint"),
+        (["--row", "DiCo-S", "--checkpoint", "net.pt"], "not allowed with argument --row"),
+        ([], "one of the arguments --row --checkpoint is required"),
+        (["--backbone", "dit_s_2", "--checkpoint", "net.pt"], "net.pt: no such checkpoint"),
+    ],
+)
+def test_what_names_no_weights_is_refused(options: list[str], complaint: str, script: Script):
+    assert complaint in script.refuse(*options)
 
 
 # ---- Targets

@@ -6,7 +6,6 @@ reads. Images are streamed, so that 50,000 of 512 x 512 need no memory. Pickles 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import zipfile
@@ -22,6 +21,7 @@ from numpy import ndarray
 from numpy.lib import format as npy
 
 from experiments.engine.machine.system_errors import naming, require_file
+from experiments.engine.records.files import file_sha256 as file_sha256  # for callers of this file
 from experiments.engine.records.files import written_whole
 
 POOL = 2048  # channels of Inception's pooled features
@@ -200,12 +200,6 @@ def write_images(
         for name, array in (("arr_1", labels), ("index", index), ("made", made)):
             with archive.open(f"{name}.npy", "w") as member:
                 npy.write_array(member, np.asarray(array), allow_pickle=False)
-
-
-def file_sha256(path: Path) -> str:
-    """Digest a whole file, 64 hexadecimal digits."""
-    with naming("read", path), open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

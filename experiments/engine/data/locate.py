@@ -14,7 +14,7 @@ from typing import Any
 from experiments.engine.data.captioned.grammar import NAMES as CAPTIONED
 from experiments.engine.machine.environment import read_variable
 from experiments.engine.machine.system_errors import explain, naming
-from experiments.engine.records.files import written_whole
+from experiments.engine.records.files import file_sha256, written_whole
 from experiments.engine.records.measured import measure_once
 from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.specs.spec import LATENT_CHANNELS, Data, Evaluate, is_latent
@@ -122,14 +122,9 @@ def _content_of(folder: Path) -> str:
     total = hashlib.sha256()
     for path in (*files, *sorted(folder.glob("shard-*.npy"))):
         total.update(
-            f"{path.name} {measure_once([path], 'sha256', partial(_hash, path))}\n".encode()
+            f"{path.name} {measure_once([path], 'sha256', partial(file_sha256, path))}\n".encode()
         )
     return total.hexdigest()
-
-
-def _hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def folder_of(data: Data) -> Path:

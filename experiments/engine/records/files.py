@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -40,6 +41,12 @@ def written_whole(target: Path) -> Iterator[BinaryIO]:
         # Whatever kept the file from being written is the error to report.
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    """Digest a whole file, 64 hexadecimal digits."""
+    with naming("read", path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def require_space(folder: Path, needed: float, option: str) -> None:

@@ -68,8 +68,11 @@ def load_networks(spec: Evaluate, context: RunContext) -> Networks:
         model = build(spec.train.backbone, 0, context.device)
         give_captions(model, spec.train.data)
         key = None if spec.train.key == Checkpoint.key else spec.train.key
-        key = backbones.load_published(model, resources.checkpoint, key, warn=warnings.append)
-        return Networks(accelerate(model.eval(), resources.compile), key, tuple(warnings))
+        taken = backbones.load_fitted(model, resources.checkpoint, key, warn=warnings.append)
+        if taken.changes():
+            warnings.append(f"the weights are of another size than the samples: {taken.changes()}")
+        network = accelerate(model.eval(), resources.compile)
+        return Networks(network, taken.key, tuple(warnings))
 
     base = _load_average(spec.train, spec.average, context, warnings)
     base = accelerate(base, resources.compile)

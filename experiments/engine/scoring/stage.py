@@ -23,6 +23,7 @@ from experiments.engine.machine.cores import find_cores
 from experiments.engine.numerics.precision import precision, read_tf32_flags
 from experiments.engine.records.manifest import manifest
 from experiments.engine.records.score_names import DIGITS_TEXT
+from experiments.engine.records.weight_files import require_unchanged
 from experiments.engine.runtime.context import RunContext
 from experiments.engine.sampling.networks import decoder_warnings
 from experiments.engine.sampling.samples import (
@@ -45,7 +46,7 @@ from experiments.engine.scoring.reference import (
     reference_of,
 )
 from experiments.engine.scoring.scores import score
-from experiments.engine.specs.spec import Data, Evaluate, Train, canonical
+from experiments.engine.specs.spec import Checkpoint, Data, Evaluate, Train, canonical
 from experiments.engine.training.averages import (
     describe_average,
     initial_share,
@@ -73,6 +74,8 @@ def run_evaluation(spec: Evaluate, cache: Path, context: RunContext) -> dict[str
         return an empty dictionary.
     """
     require_features(spec)
+    if isinstance(spec.train, Checkpoint) and context.resources.checkpoint:
+        require_unchanged(context.resources.checkpoint, spec.train.sha256)
     if spec.features == "inception":
         scored = _score_inception(spec, context)
     elif spec.features == DIGITS_TEXT:

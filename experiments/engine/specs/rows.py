@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from experiments.engine.specs.spec import Backbone, Cost, Data, Diffusion, Recipe, Sampler
+from experiments.engine.specs.weights import Weights
 
 TableName = int | str
 
@@ -57,8 +58,9 @@ class Row:
     # By the side of the network's input: what brings the shrunk network to the share of the
     # baseline's MACs that the published networks have, where `small` does not.
     matched: Mapping[int, dict[str, Any]] = field(default_factory=dict, hash=False)
-    # The row, trained at 256 pixels, that this one's network continues under its own recipe.
-    start: Row | None = None
+    # The row, trained at 256 pixels, that this one's network continues under its own recipe; or the
+    # file of weights that it starts from under any recipe.
+    start: Row | Weights | None = None
 
     def require_backbone(self) -> Backbone:
         """Return the network.

@@ -12,6 +12,8 @@ import json
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar, Protocol
 
+from experiments.engine.specs.weights import Weights
+
 LATENT_CHANNELS = 4
 FACTOR = 8  # pixels per side that one place of a latent stands for
 # Of a field that no form holds while it has its default. Forms then equal those of older records.
@@ -143,20 +145,21 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Train:
-    """A training, from nothing or from the averaged weights of another one."""
+    """A training, from nothing, from another one's averaged weights, or from those of a file."""
 
     backbone: Backbone
     data: Data
     recipe: Recipe
     diffusion: Diffusion = Diffusion()
     seed: int = 0
-    # The training that this one continues; its images may have another size.
-    init_from: Train | None = None
+    # The training or the file that this one continues; its images may have another size.
+    init_from: Train | Weights | None = None
 
     @property
     def trainings(self) -> tuple[Train, ...]:
         """Return this training after those that it starts from."""
-        return (*(self.init_from.trainings if self.init_from else ()), self)
+        earlier = self.init_from.trainings if isinstance(self.init_from, Train) else ()
+        return (*earlier, self)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from experiments.engine.specs.spec import (
     is_latent,
     spec_id,
 )
+from experiments.engine.specs.weights import Weights
 
 # The input that published counts and throughputs are of, unless a row says otherwise.
 LATENT_SIZE = 32
@@ -135,25 +136,26 @@ def train_stage(row: Row, protocol: Protocol, seed: int) -> Train:
     rate = protocol.rates.get(spec_id(replace(backbone, code="")))
     if rate is not None:
         protocol = replace(protocol, recipe=replace(protocol.recipe, lr=rate))
-    stage = Train(backbone, data, protocol.recipe, seed=seed)
+    start = _start_of(row, protocol, seed)
+    stage = Train(backbone, data, protocol.recipe, seed=seed, init_from=start)
 
     # A row without a method of its own follows the protocol's recipe.
     if protocol.diffusion is not None:
         stage = replace(stage, diffusion=protocol.diffusion)
     if row.method is None:
         return stage
-
-    # A row may start from another one's weights, which this project then trains first.
-    start = None
-    if row.start and protocol.own:
-        start = train_stage(row.start, protocol.start_from or protocol, seed)
-
     return replace(
         stage,
         recipe=_recipe_of(row.method, protocol),
         diffusion=_diffusion_of(row.method, protocol),
-        init_from=start,
     )
+
+
+def _start_of(row: Row, protocol: Protocol, seed: int) -> Train | Weights | None:
+    """Return what a row starts from: a file, or another row, which this project trains first."""
+    if row.start is None or isinstance(row.start, Weights):
+        return row.start
+    return train_stage(row.start, protocol.start_from or protocol, seed) if protocol.own else None
 
 
 def _recipe_of(method: Method, protocol: Protocol) -> Recipe:

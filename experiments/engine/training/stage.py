@@ -11,6 +11,7 @@ from torch import Tensor
 
 from experiments.engine.data.sets import AnySet, batch_indices, load
 from experiments.engine.numerics.weights import digest
+from experiments.engine.records.weight_files import require_weights
 from experiments.engine.runtime.attempts import begin_attempt
 from experiments.engine.runtime.context import RunContext
 from experiments.engine.runtime.group import DelayedMaximum
@@ -18,6 +19,7 @@ from experiments.engine.runtime.heartbeat import RunState
 from experiments.engine.runtime.preemption import Preempted, StopRequest
 from experiments.engine.runtime.progress import Progress
 from experiments.engine.specs.spec import Train
+from experiments.engine.specs.weights import Weights
 from experiments.engine.texts.tables import identify_captions
 from experiments.engine.training import averages, checkpoint
 from experiments.engine.training.bands import bands_of
@@ -76,7 +78,8 @@ def run_training(spec: Train, context: RunContext) -> dict[str, Any]:
         writer.wait()
     kept = {"power_averages": averages.describe(spec.recipe)} if snapshots else {}
     identity = images.identity | identify_captions(trainer.model)
-    return attempt.values() | identity | kept | attempt.warnings()
+    start = {"start": trainer.start} if trainer.start else {}
+    return attempt.values() | identity | kept | start | attempt.warnings()
 
 
 def _restore(trainer: Trainer, context: RunContext) -> list[Tensor]:
@@ -92,7 +95,9 @@ def _restore(trainer: Trainer, context: RunContext) -> list[Tensor]:
         losses = state.get("losses", torch.empty(0)).to(trainer.device)
         return list(losses if group.first else torch.zeros_like(losses))
 
-    if spec.init_from:
+    if isinstance(spec.init_from, Weights):
+        trainer.start_from_file(spec.init_from, require_weights(spec.init_from.sha256))
+    elif spec.init_from:
         folder = context.folder_of(spec.init_from)
         trainer.start_from(load_ema(spec.init_from, folder, trainer.device))
     return []
@@ -267,6 +272,10 @@ class _Attempt:
         }
 
     def warnings(self) -> dict[str, list[str]]:
-        """Return where the loss left the bands of the authors' logs, for the record."""
-        lines = self.log.warnings() if self.log else []
+        """Return for the record what was noted of the weights at the start, and of the loss.
+
+        The loss may have left the bands of the authors' logs.
+        """
+        lines = [*self.trainer.start.get("warnings", [])]
+        lines += self.log.warnings() if self.log else []
         return {"warnings": lines} if lines else {}

@@ -30,6 +30,7 @@ from experiments.engine.records.code import require_own_code
 from experiments.engine.runtime.context import Resources
 from experiments.engine.runtime.group import ALONE, Group, average_gradients
 from experiments.engine.specs.spec import Backbone, Train
+from experiments.engine.specs.weights import Weights
 from experiments.engine.texts.tables import give_captions
 from experiments.engine.training import checkpoint
 from experiments.engine.training.averages import PowerAverages
@@ -129,6 +130,8 @@ class Trainer:
         self.group = group
         self.device = torch.device(resources.device)
         self.step = 0
+        # What the network took from a file that it started from; empty if there is none.
+        self.start: dict[str, Any] = {}
         # The part of each global batch that this process computes.
         self.shard = group.shard(spec.recipe.batch)
         self.micro_batch = resources.micro_batch or spec.recipe.batch
@@ -189,7 +192,8 @@ class Trainer:
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        return state | ({"power": self.averages.state()} if self.averages else {})
+        state |= {"power": self.averages.state()} if self.averages else {}
+        return state | ({"start": self.start} if self.start else {})
 
     def restore(self, step: int, state: dict[str, Any]) -> None:
         """Resume from the state that a run had after `step` steps."""
@@ -198,25 +202,36 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.averages:
             self.averages.restore(state["power"])
+        self.start = state.get("start", {})
         self.step = step
 
     def start_from(self, trained: nn.Module) -> None:
-        """Start from the weights of a trained network.
+        """Start from the weights of a trained network, which may be for another image size.
 
-        It may be for another image size if this network has a method `resized` for its weights. A
-        network with gates starts from a dense one.
+        A network with gates starts from a dense one.
         """
         weights: Any = trained.state_dict()
         load_dense: Any = getattr(self.model, "load_dense", None)
         if load_dense and not has_gates(trained):
             load_dense(weights)
-            self.ema.load_state_dict(self.model.state_dict())
-            return
-        resize: Any = getattr(self.model, "resized", None)
-        if resize:
-            weights = resize(weights)
-        self.model.load_state_dict(weights)
-        self.ema.load_state_dict(weights)
+        else:
+            weights = backbones.fit(self.model, weights, backbones.Labels.SAME, "the first network")
+            self.model.load_state_dict(weights)
+        self.ema.load_state_dict(self.model.state_dict())
+
+    def start_from_file(self, weights: Weights, path: Path) -> None:
+        """Start from the weights of a file, and remember what came from it.
+
+        Raises:
+            ValueError: They are of another network, or of other classes without a word on these.
+        """
+        notes: list[str] = []
+        key = None if weights.key == Weights.key else weights.key
+        labels = backbones.Labels(weights.labels)
+        taken = backbones.load_fitted(self.model, path, key, labels, warn=notes.append)
+        self.ema.load_state_dict(self.model.state_dict())
+        declared = {"sha256": weights.sha256, "labels": weights.labels, "warnings": notes}
+        self.start = declared | taken.describe()
 
     def steps(self, images: AnySet) -> Iterator[Tensor]:
         """Train from the step reached to the last step.
