@@ -42,7 +42,7 @@ from backbones import (  # noqa: F401  (importing a family registers it)
     vqvae,
 )
 from backbones.captions import CaptionTable, Text, TextNetwork, once_per_caption
-from backbones.checkpoint import load_judged, load_published, print_warning
+from backbones.checkpoint import load_judged, load_published, print_warning, read_weights
 from backbones.fitting import Fit, Labels, fit, load_fitted
 from backbones.judgement import check_progress, check_values, convert_stored
 from backbones.mixers import MIXERS, register_mixer
@@ -99,6 +99,7 @@ __all__ = [
     "load_published",
     "options_of",
     "print_warning",
+    "read_weights",
     "register",
     "register_mixer",
     "registered_classes",

@@ -7,10 +7,11 @@ A sample file holds uint8 images (arr_0, N x H x W x 3), and a folder lossless p
 The reference holds images, statistics (mu, sigma, mu_s, sigma_s) or both. This prints FID, sFID,
 IS, precision, recall, density, coverage, KID and MIND with N in their names, and sampling errors
 where N allows one. No order of the images changes a digit. Repeated images and near copies are
-counted, and errors are withheld where samples repeat. `--record FILE.json` keeps the scores for
-diff_protocol.py, with all that decided them. With `--paired`, two files that sample.py made from
-common seeds are compared with the error of their difference. `reference` writes the statistics of
-a folder, with what they are of.
+counted, and errors are withheld where samples repeat. `--dinov2` adds FD-DINOv2, precision, recall,
+density and coverage on DINOv2's features, as EDM2 takes them. `--record FILE.json` keeps the scores
+for diff_protocol.py, with all that decided them. With `--paired`, two files that sample.py made
+from common seeds are compared with the error of their difference. `reference` writes the statistics
+of a folder, with what they are of.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from experiments.engine.cli import Parser, add_device_option, run_command
-from experiments.engine.data.locate import inception_path
+from experiments.engine.data.locate import dinov2_path, inception_path
 from experiments.engine.machine.gpu import choose_device, prepare_torch
 from experiments.engine.records.files import require_target
 from experiments.engine.records.manifest import UNKNOWN_FEATURES, samples_manifest
@@ -48,8 +49,7 @@ if TYPE_CHECKING:
     from numpy import ndarray
 
     from experiments.engine.scoring.files.folders import StoredImages
-    from experiments.engine.scoring.inception import Inception
-    from experiments.engine.scoring.measure import Measured
+    from experiments.engine.scoring.measure import Extractor, Measured
     from experiments.engine.scoring.reference import Reference
 
 
@@ -61,7 +61,7 @@ TRAININGS = 0.013  # coefficient of variation of FID between trainings (arXiv:26
 class Scorer:
     """What sample files are scored with."""
 
-    extractor: Inception
+    extractor: Extractor
     reference: Reference
     # The reference's file.
     against: Path
@@ -91,7 +91,6 @@ def _write_reference() -> int:
 
     from experiments.engine.scoring.files.folders import describe_lossy, open_images
     from experiments.engine.scoring.files.references import require_own_reference, write_reference
-    from experiments.engine.scoring.inception import load_inception
 
     # Everything is opened before anything is measured.
     device = choose_device(args.device)
@@ -102,7 +101,7 @@ def _write_reference() -> int:
     out = args.out or args.folder.with_name(f"{args.folder.resolve().name}-reference.npz")
     require_own_reference(out)
 
-    made = write_reference(load_inception(args.inception, device), images, out)
+    made = write_reference(_load_extractor(args, device), images, out)
     height, width = made["size"]
     print(f"{made['num']} images {height} x {width}, sha256 {made['sha256'][:16]}: {out}")
     print(f"  repeated images {made['repeated']}, near copies {made['near_copies']}")
@@ -156,9 +155,34 @@ def _add_image_options(parser: argparse.ArgumentParser) -> None:
         help="weights (default: $DICO_INCEPTION, or in data/)",
     )
     parser.add_argument(
+        "--dinov2",
+        type=Path,
+        nargs="?",
+        const=dinov2_path(),
+        metavar="FILE",
+        help="also score on DINOv2's ViT-L/14 (weights: $DICO_DINOV2, or in data/)",
+    )
+    parser.add_argument(
+        "--download", action="store_true", help="fetch weights that are missing first"
+    )
+    parser.add_argument(
         "--lossy", action="store_true", help="take JPEG and lossy WebP too, and record it"
     )
     add_device_option(parser)
+
+
+def _load_extractor(args: argparse.Namespace, device: str) -> Extractor:
+    """Load Inception, and DINOv2 beside it where it is asked for."""
+    from experiments.engine.judges.dinov2 import URL, load_dinov2
+    from experiments.engine.scoring.inception import download_inception, fetch, load_inception
+    from experiments.engine.scoring.measure import WithDinov2
+
+    if args.download:
+        download_inception(args.inception)
+        if args.dinov2:
+            fetch(URL, args.dinov2, "--dinov2")
+    extractor = load_inception(args.inception, device)
+    return WithDinov2(extractor, load_dinov2(args.dinov2, device)) if args.dinov2 else extractor
 
 
 def _evaluate() -> int:
@@ -166,7 +190,6 @@ def _evaluate() -> int:
 
     from experiments.engine.data.image_files import find_common_order
     from experiments.engine.scoring.files.folders import holds_images, open_images
-    from experiments.engine.scoring.inception import load_inception
     from experiments.engine.scoring.reference import read_reference
 
     # Refuse what cannot be scored before anything is measured.
@@ -183,7 +206,7 @@ def _evaluate() -> int:
         _require_record(args.record)
     order = find_common_order(*files) if args.paired else None
 
-    extractor = load_inception(args.inception, device)
+    extractor = _load_extractor(args, device)
     reference = read_reference(extractor, args.against, lossy=args.lossy)
     scorer = Scorer(extractor, reference, args.against, device, args.half)
     for path in args.samples:
@@ -297,6 +320,7 @@ def _record_of(
     from experiments.engine.numerics.precision import precision, read_tf32_flags
     from experiments.engine.scoring.files.any_order import ORDER
     from experiments.engine.scoring.outcome import label_histogram, package_versions
+    from experiments.engine.scoring.reference import DINOV2
 
     # How the scores were measured.
     with precision("fp32", torch.device(device)):
@@ -311,7 +335,10 @@ def _record_of(
         measure["image"]["lossy"] = dict(images.lossy)
     if images.labels is not None:
         measure["labels"] = {"histogram_sha256": label_histogram(images.labels)}
-    measure["versions"] = package_versions("numpy", "scipy", "torch-fidelity")
+    packages = ["numpy", "scipy", "torch-fidelity"]
+    if DINOV2.name in identity["extractor"]:
+        packages.append("timm")
+    measure["versions"] = package_versions(*packages)
     measure |= identity
 
     # No spec names the samples, so the record is named by its manifest.
@@ -345,14 +372,10 @@ def _compare(
     reference: Reference,
 ) -> str:
     """Return the line that compares two files from common seeds."""
-    from experiments.engine.scoring.measure import Measured
     from experiments.engine.scoring.scores import paired
 
     # Row i of both comes from the same seed.
-    a, b = (
-        Measured(features.pool[rows], features.spatial[rows], features.probabilities[rows])
-        for features, rows in zip(measured, order, strict=True)
-    )
+    a, b = (features.take(rows) for features, rows in zip(measured, order, strict=True))
     labels = None if files[0].labels is None else files[0].labels[order[0]]
     difference = paired(a, b, reference, labels, _is_balanced(files[0]))
 

@@ -13,7 +13,7 @@ from PIL import Image
 from experiments import evaluate
 from experiments.engine.records.store import read_record
 from experiments.engine.scoring import reference
-from experiments.engine.scoring.files import references
+from experiments.engine.scoring.files.references import CROP
 from tests.support.score_scripts import IMAGES, NARROW_LAYERS, Script, use_grey_extractor
 
 DRAW = np.random.default_rng(3)
@@ -184,8 +184,7 @@ def test_repeats_are_counted_and_withhold_the_errors(script: Script, tmp_path: P
 def test_a_reference_says_what_it_is_of_and_scores_as_its_folder(
     script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    for module in (reference, references):
-        monkeypatch.setattr(module, "LAYERS", NARROW_LAYERS)
+    monkeypatch.setattr(reference, "LAYERS", NARROW_LAYERS)
     write_folder(tmp_path / "real", REAL)
     np.savez("a.npz", arr_0=SAMPLES)
     status, out, _ = script.run("reference", "real", "--out", "stats.npz")
@@ -219,5 +218,5 @@ def test_a_reference_is_cropped_as_adm_does(script: Script, tmp_path: Path):
     assert "91 images 4 x 4" in out
     with np.load("real-reference.npz") as stored:
         made = json.loads(str(stored["made"]))
-    assert made["crop"] == references.CROP
+    assert made["crop"] == CROP
     assert made["stored_sizes"] == {"num": 2, "smallest": [5, 7], "largest": [16, 9]}

@@ -12,6 +12,7 @@ class Grey:
     sha256 = "0" * 64
     name = "inception"
     warnings = ()
+    layers = ("pool", "spatial", "probabilities")
 
     def features(self, batches):
         for batch in batches:

@@ -21,6 +21,7 @@ from experiments.engine.specs.spec import LATENT_CHANNELS, Data, Evaluate, is_la
 
 ROOT = Path(read_variable("DICO_DATA") or REPOSITORY / "data")
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
+DINOV2 = "dinov2_vitl14_pretrain.pth"
 JUDGE_WEIGHTS = REPOSITORY / "results" / "weights" / "cifar_judge.safetensors"
 REFERENCES = {
     "imagenet256": "VIRTUAL_imagenet256_labeled.npz",
@@ -288,6 +289,11 @@ def read_manifest(folder: Path, data: Data) -> dict[str, Any]:
 def inception_path() -> Path:
     """Where the Inception weights are expected: $DICO_INCEPTION, or in the data folder."""
     return Path(read_variable("DICO_INCEPTION") or ROOT / INCEPTION)
+
+
+def dinov2_path() -> Path:
+    """Where DINOv2's weights are expected: $DICO_DINOV2, or in the data folder."""
+    return Path(read_variable("DICO_DINOV2") or ROOT / DINOV2)
 
 
 def reference_path(data: Data) -> Path | None:

@@ -103,6 +103,16 @@ EFFECTS = {
         "for one set of images",
         "pytorch/torcheval#192; measured by ONEDNN_MAX_CPU_ISA and ATEN_CPU_CAPABILITY",
     ),
+    "measure.extractor.dinov2.resize": Effect(
+        "PIL's rounded resizing (dgm-eval) and torch's (EDM2, here): 'almost the same results' by "
+        "EDM2's authors, who give no size",
+        "NVlabs/edm2, calculate_metrics.py",
+    ),
+    "measure.extractor.dinov2.positions": Effect(
+        "DINOv2's own resampling (EDM2, here) against timm's, which antialiases and has no offset: "
+        "other features, no size published",
+        "facebookresearch/dinov2 and timm",
+    ),
     "measure.reference": Effect(
         "another reference: 7.03 where the paper has 1.26; validation against training images, 7.6",
         "MCG-NJU/DDT#7, guided-diffusion#14",

@@ -142,6 +142,26 @@ CAPTION_SCORES = {
     for name, better in CAPTION_ATTRIBUTES.items()
 }
 
+# Scores on the class tokens of DINOv2, beside Inception's of the same images.
+FD_DINOV2 = Score("fd_dinov2", "FD-DINOv2", Better.LOWER, in_tables=False)
+PRECISION_DINOV2 = Score(
+    "precision_dinov2", "precision", Better.HIGHER, variant="DINOv2", in_tables=False
+)
+RECALL_DINOV2 = Score("recall_dinov2", "recall", Better.HIGHER, variant="DINOv2", in_tables=False)
+DENSITY_DINOV2 = Score(
+    "density_dinov2", "density", Better.HIGHER, variant="DINOv2", in_tables=False
+)
+COVERAGE_DINOV2 = Score(
+    "coverage_dinov2", "coverage", Better.HIGHER, variant="DINOv2", in_tables=False
+)
+DINOV2_SCORES = (
+    FD_DINOV2,
+    PRECISION_DINOV2,
+    RECALL_DINOV2,
+    DENSITY_DINOV2,
+    COVERAGE_DINOV2,
+)
+
 # The published scores of the paper's tables, and of its table that has sFID too.
 PAPER_SCORES = (FID, IS, PRECISION, RECALL)
 PAPER_SCORES_WITH_SFID = (FID, SFID, IS, PRECISION, RECALL)
@@ -162,7 +182,12 @@ TABLE_SCORES = {
 }
 SCORES = {
     score.key: score
-    for scores in (*TABLE_SCORES.values(), INCEPTION_SCORES, CAPTION_SCORES.values())
+    for scores in (
+        *TABLE_SCORES.values(),
+        INCEPTION_SCORES,
+        DINOV2_SCORES,
+        CAPTION_SCORES.values(),
+    )
     for score in scores
 }
 

@@ -51,6 +51,8 @@ class Inception:
         warnings: what a record must say of the weights.
     """
 
+    layers: tuple[str, ...] = ("pool", "spatial", "probabilities")
+
     def __init__(
         self,
         network: Any,
@@ -171,20 +173,34 @@ def download_inception(path: Path) -> None:
     Raises:
         ValueError: if they cannot be downloaded, or if the file holds other weights.
     """
-    if not path.exists():
-        require_target(path, "--inception")
-        try:
-            with urllib.request.urlopen(URL, timeout=60) as response, written_whole(path) as file:
-                shutil.copyfileobj(response, file)
-        except OSError as error:
-            if is_of_files(error):
-                raise ValueError(explain(error)) from None
-            reason = getattr(error, "reason", error)
-            raise ValueError(
-                f"the Inception weights cannot be downloaded ({reason}); "
-                f"get {URL} elsewhere and put it to {path}"
-            ) from None
+    fetch(URL, path, "--inception")
     require_published(path)
+
+
+def fetch(url: str, path: Path, option: str) -> None:
+    """Download a file, whole or not at all, unless it exists.
+
+    Args:
+        url: where it is published.
+        path: where it goes.
+        option: what named the path, for messages.
+
+    Raises:
+        ValueError: if it cannot be downloaded.
+    """
+    if path.exists():
+        return
+    require_target(path, option)
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response, written_whole(path) as file:
+            shutil.copyfileobj(response, file)
+    except OSError as error:
+        if is_of_files(error):
+            raise ValueError(explain(error)) from None
+        reason = getattr(error, "reason", error)
+        raise ValueError(
+            f"the weights cannot be downloaded ({reason}); get {url} elsewhere and put it to {path}"
+        ) from None
 
 
 def require_published(path: Path) -> None:

@@ -29,8 +29,8 @@ from experiments.engine.scoring.files.folders import (
     open_images,
 )
 from experiments.engine.scoring.files.repeats import Prints
-from experiments.engine.scoring.inception import BATCH, Inception
-from experiments.engine.scoring.measure import Measured
+from experiments.engine.scoring.inception import BATCH
+from experiments.engine.scoring.measure import Extractor, Measured, WithDinov2
 from experiments.engine.scoring.moments import Moments, moments_of
 from experiments.engine.scoring.neighbours import DENSITY_BALL, NEIGHBOURS
 
@@ -51,6 +51,7 @@ LAYERS = (
     Layer("pool", "mu", "sigma", POOL),
     Layer("spatial", "mu_s", "sigma_s", SPATIAL),
 )
+DINOV2 = Layer("dinov2", "mu_dinov2", "sigma_dinov2", 1024)
 NEITHER = "holds neither images (arr_0) nor statistics (mu, sigma)"
 
 
@@ -58,7 +59,7 @@ NEITHER = "holds neither images (arr_0) nor statistics (mu, sigma)"
 class Reference:
     """What samples are scored against."""
 
-    # Statistics by layer, 'pool' and 'spatial'.
+    # Statistics by layer: 'pool', 'spatial' and, where they are known, 'dinov2'.
     moments: dict[str, Moments]
     # Pool features (M, 2048) of the reference's own images; None if it has no images.
     rows: ndarray | None
@@ -69,15 +70,22 @@ class Reference:
     size: tuple[int, int] | None = None
     # What tells its images apart, where that was taken.
     prints: Prints | None = None
+    # DINOv2's class tokens of its own images (M, 1024), where they were taken.
+    dinov2: ndarray | None = None
 
 
-def read_reference(inception: Inception, path: Path, *, lossy: bool = False) -> Reference:
+def layers_of(measured: Measured) -> tuple[Layer, ...]:
+    """Return the layers that were measured and that a reference file can hold."""
+    return LAYERS if measured.dinov2 is None else (*LAYERS, DINOV2)
+
+
+def read_reference(extractor: Extractor, path: Path, *, lossy: bool = False) -> Reference:
     """Read a file with statistics, images or both as ADM's evaluator does, or a folder of pictures.
 
     The order of the images changes nothing.
 
     Args:
-        inception: what measures images.
+        extractor: what measures images.
         path: the file or folder.
         lossy: whether lossy pictures are taken.
 
@@ -86,13 +94,18 @@ def read_reference(inception: Inception, path: Path, *, lossy: bool = False) -> 
     """
     with name_in_errors(path):
         if not path.is_dir():
-            check_features(path, inception)
+            check_features(path, extractor)
         if not holds_images(path):
             reference = reference_of(path, None)
             reference.size = size_of(path)
+            if DINOV2.name in extractor.layers and DINOV2.name not in reference.moments:
+                raise ValueError(
+                    f"{path}: holds neither images nor DINOv2's statistics ({DINOV2.mean}, "
+                    f"{DINOV2.cov}); leave out --dinov2, or write the reference with it"
+                )
             return reference
         images = open_images(path, lossy=lossy)
-        measured, _ = measure_in_any_order(inception, images)
+        measured, _ = measure_in_any_order(extractor, images)
         return reference_of(path, measured, images)
 
 
@@ -125,7 +138,8 @@ def reference_of(
 
     # Statistics that the file lacks are those of its own images.
     warnings = []
-    missing = [layer for layer in LAYERS if layer.name not in moments]
+    layers = LAYERS if measured is None else layers_of(measured)
+    missing = [layer for layer in layers if layer.name not in moments]
     if missing:
         names = ", ".join(f"{layer.mean}, {layer.cov}" for layer in missing)
         instead = "there is no sFID"
@@ -147,7 +161,15 @@ def reference_of(
         warnings.append(describe_lossy(images))
     if measured is None:
         return Reference(moments, None, identity, warnings)
-    return Reference(moments, measured.pool, identity, warnings, measured.size, measured.prints)
+    return Reference(
+        moments,
+        measured.pool,
+        identity,
+        warnings,
+        measured.size,
+        measured.prints,
+        measured.dinov2,
+    )
 
 
 def content_sha256(path: Path, measured: Measured | None) -> str:
@@ -158,14 +180,21 @@ def content_sha256(path: Path, measured: Measured | None) -> str:
     return measured.prints.digest(measured.size)
 
 
-def check_features(path: Path, inception: Inception) -> None:
+def check_features(path: Path, extractor: Extractor) -> None:
     """Raise ValueError if a file says that its statistics are of other features."""
     features = read_origin(path).get("features")
-    if isinstance(features, dict) and features.get("sha256") != inception.sha256:
-        raise ValueError(
-            f"{path}: its statistics are of features {str(features.get('sha256'))[:16]}, and "
-            f"--inception names {inception.sha256[:16]}; write it again with these weights"
-        )
+    if not isinstance(features, dict):
+        return
+    used = identify_features(extractor)
+    pairs = [("--inception", features, used)]
+    if isinstance(features.get(DINOV2.name), dict) and DINOV2.name in used:
+        pairs.append(("--dinov2", features[DINOV2.name], used[DINOV2.name]))
+    for option, stored, named in pairs:
+        if stored.get("sha256") != named["sha256"]:
+            raise ValueError(
+                f"{path}: its statistics are of features {str(stored.get('sha256'))[:16]}, and "
+                f"{option} names {named['sha256'][:16]}; write it again with these weights"
+            )
 
 
 def size_of(path: Path) -> tuple[int, int] | None:
@@ -174,22 +203,25 @@ def size_of(path: Path) -> tuple[int, int] | None:
     return (int(size[0]), int(size[1])) if isinstance(size, list) and len(size) == 2 else None
 
 
-def identify_features(inception: Inception) -> dict[str, Any]:
+def identify_features(extractor: Extractor) -> dict[str, Any]:
     """Return what names the features in manifests and reference files."""
-    return {
-        "name": inception.name,
-        "sha256": inception.sha256,
+    identity = {
+        "name": extractor.name,
+        "sha256": extractor.sha256,
         "dtype": "fp32",
         "batch": BATCH,
         "resize": "TensorFlow 1 bilinear, 299",
     }
+    if isinstance(extractor, WithDinov2):
+        identity[DINOV2.name] = extractor.dinov2.describe()
+    return identity
 
 
-def identify_measure(inception: Inception, reference: Reference) -> dict[str, Any]:
+def identify_measure(extractor: Extractor, reference: Reference) -> dict[str, Any]:
     """Return the part of a manifest that names extractor, reference and neighbours."""
     num_rows = 0 if reference.rows is None else len(reference.rows)
     return {
-        "extractor": identify_features(inception),
+        "extractor": identify_features(extractor),
         "reference": reference.identity,
         "neighbours": {
             "k": NEIGHBOURS,
@@ -213,7 +245,7 @@ def statistics(path: Path) -> dict[str, Moments]:
         names = array_names(archive)
 
         # Each layer has a mean and a covariance, or neither.
-        for layer in LAYERS:
+        for layer in (*LAYERS, DINOV2):
             if (layer.mean in names) != (layer.cov in names):
                 raise ValueError(f"{path}: holds only one of {layer.mean} and {layer.cov}")
             if layer.mean not in names:

@@ -21,10 +21,15 @@ from numpy import ndarray
 from experiments.engine.data.image_files import POOL
 from experiments.engine.records.score_names import (
     COVERAGE,
+    COVERAGE_DINOV2,
+    DINOV2_SCORES,
+    FD_DINOV2,
     INCEPTION_SCORES,
     PRECISION,
+    PRECISION_DINOV2,
     PRECISION_HALF,
     RECALL,
+    RECALL_DINOV2,
     RECALL_HALF,
 )
 from experiments.engine.reporting.verdict import Verdict
@@ -50,7 +55,11 @@ from experiments.engine.scoring.reference import Reference
 
 KID_SIZE = 1000  # rows of a subset
 SHUFFLE_SEED = 2020  # of the shuffled inception score, as in torch-fidelity
-DISTANCES = {"fid": "pool", "sfid": "spatial"}  # the layer of each distance
+DISTANCES = {
+    "fid": "pool",
+    "sfid": "spatial",
+    FD_DINOV2.key: "dinov2",
+}  # the layer of each distance
 
 
 def score(
@@ -92,6 +101,8 @@ def score(
 
     if reference.rows is not None and min(n, len(reference.rows)) > NEIGHBOURS:
         values |= _scores_by_rows(sample.pool, reference.rows, half, device)
+    if sample.dinov2 is not None and "dinov2" in reference.moments:
+        values |= _dinov2_scores(sample.dinov2, reference, fixed, device)
 
     warnings = [*reference.warnings, *_warnings(values, labels)]
     if sample.prints is not None:
@@ -109,7 +120,8 @@ def score(
 
 def _errors(values: dict[str, Any]) -> list[str]:
     """Return the keys of the standard errors among some values."""
-    return [score.error for score in INCEPTION_SCORES if score.error in values]
+    scores = (*INCEPTION_SCORES, *DINOV2_SCORES)
+    return [score.error for score in scores if score.error in values]
 
 
 @dataclass(frozen=True)
@@ -224,6 +236,37 @@ def _scores_by_rows(
 
     values["mind"] = mind(samples=pool, reference=rows, device=device)
     values["mind_rows"] = min(len(pool), len(rows))
+    return values
+
+
+def _dinov2_scores(
+    tokens: ndarray, reference: Reference, fixed: ndarray | None, device: torch.device | str
+) -> dict[str, Any]:
+    """Return the scores on DINOv2's class tokens, each with its error where it has one.
+
+    Args:
+        tokens: of the samples, (N, d).
+        reference: with the layer's statistics, and rows where it has images.
+        fixed: labels (N,) whose counts were fixed.
+        device: where neighbours are searched.
+    """
+    blocks = split_into_blocks(tokens, fixed)
+    values: dict[str, Any] = _distance(
+        FD_DINOV2.key, tokens, blocks, reference.moments["dinov2"], fixed
+    )
+    rows = reference.dinov2
+    if rows is None or min(len(tokens), len(rows)) <= NEIGHBOURS:
+        return values
+
+    block = BLOCK if torch.device(device).type == "cpu" else ADM_BLOCK
+    shares = neighbour_shares(samples=tokens, reference=rows, block=block, device=device)
+    values |= {f"{name}_dinov2": share for name, share in asdict(shares).items()}
+    for score, n in (
+        (PRECISION_DINOV2, len(tokens)),
+        (RECALL_DINOV2, len(rows)),
+        (COVERAGE_DINOV2, len(rows)),
+    ):
+        values[score.error] = proportion_se(values[score.key], n)
     return values
 
 

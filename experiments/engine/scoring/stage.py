@@ -34,8 +34,8 @@ from experiments.engine.sampling.samples import (
 )
 from experiments.engine.scoring.captioned.stage import score_captioned
 from experiments.engine.scoring.classified import score_classified
-from experiments.engine.scoring.inception import Inception, load_inception
-from experiments.engine.scoring.measure import PIECE, measure_shared
+from experiments.engine.scoring.inception import load_inception
+from experiments.engine.scoring.measure import PIECE, Extractor, measure_shared
 from experiments.engine.scoring.moments import moments_of
 from experiments.engine.scoring.outcome import Scored, label_histogram, package_versions
 from experiments.engine.scoring.reference import (
@@ -211,7 +211,7 @@ def require_reference(data: Data) -> None:
 
 
 def _measure_reference(
-    data: Data, extractor: Inception, parts: Path, context: RunContext
+    data: Data, extractor: Extractor, parts: Path, context: RunContext
 ) -> Reference | None:
     """Return what the samples are scored against; None on ranks but the first."""
     path = reference_path(data)
@@ -223,7 +223,7 @@ def _measure_reference(
 
 
 def _measure_file(
-    path: Path, extractor: Inception, parts: Path, context: RunContext
+    path: Path, extractor: Extractor, parts: Path, context: RunContext
 ) -> Reference | None:
     """Return the reference in a file, with a warning if the file is not ADM's."""
     with name_in_errors(path):
@@ -247,7 +247,7 @@ def _measure_file(
 
 
 def _measure_set(
-    name: str, images: _GreyLevels, extractor: Inception, parts: Path, context: RunContext
+    name: str, images: _GreyLevels, extractor: Extractor, parts: Path, context: RunContext
 ) -> Reference | None:
     """Return the training images of a set as a reference."""
     sha256 = images.digest()

@@ -13,8 +13,8 @@ import numpy as np
 from numpy import ndarray
 
 from experiments.engine.scoring.files.repeats import take_prints
-from experiments.engine.scoring.inception import BATCH, Inception
-from experiments.engine.scoring.measure import Measured, measure
+from experiments.engine.scoring.inception import BATCH
+from experiments.engine.scoring.measure import Extractor, Measured, measure
 from experiments.engine.scoring.metrics import IS_BLOCK, inception_score
 
 ORDER = "by content"  # as manifests name the order of scores
@@ -28,11 +28,11 @@ class Batched(Protocol):
         ...
 
 
-def measure_in_any_order(inception: Inception, images: Batched) -> tuple[Measured, ndarray]:
+def measure_in_any_order(extractor: Extractor, images: Batched) -> tuple[Measured, ndarray]:
     """Return the features of all images in the order of their content, with their prints.
 
     Args:
-        inception: the network.
+        extractor: what measures.
         images: what is measured; it is read twice.
 
     Returns:
@@ -47,7 +47,7 @@ def measure_in_any_order(inception: Inception, images: Batched) -> tuple[Measure
     last = order[whole:]
 
     # Rows of the measurement: first the whole batches as they are read, then the last one.
-    measured = measure(inception, _batches(images, set(last.tolist()), last))
+    measured = measure(extractor, _batches(images, set(last.tolist()), last))
     first = np.sort(order[:whole])
     rows = np.concatenate([np.searchsorted(first, order[:whole]), np.arange(whole, len(order))])
     measured.prints = prints.take(np.concatenate([first, last]))

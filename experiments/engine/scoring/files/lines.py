@@ -8,7 +8,10 @@ from typing import Any
 
 from experiments.engine.records.score_names import (
     COVERAGE,
+    COVERAGE_DINOV2,
     DENSITY,
+    DENSITY_DINOV2,
+    FD_DINOV2,
     FID,
     FID_CORRECTED,
     IS,
@@ -16,8 +19,10 @@ from experiments.engine.records.score_names import (
     KID,
     MIND,
     PRECISION,
+    PRECISION_DINOV2,
     PRECISION_HALF,
     RECALL,
+    RECALL_DINOV2,
     RECALL_HALF,
     SFID,
     Score,
@@ -51,6 +56,11 @@ LINES = (
     Line(COVERAGE, by_neighbours=True),
     Line(KID, digits=6),
     Line(MIND),
+    Line(FD_DINOV2),
+    Line(PRECISION_DINOV2, ", DINOv2", by_neighbours=True),
+    Line(RECALL_DINOV2, ", DINOv2", by_neighbours=True),
+    Line(DENSITY_DINOV2, ", DINOv2", by_neighbours=True),
+    Line(COVERAGE_DINOV2, ", DINOv2", by_neighbours=True),
 )
 
 

@@ -17,9 +17,9 @@ from experiments.engine.records.files import require_target, written_whole
 from experiments.engine.scoring.files.any_order import measure_in_any_order
 from experiments.engine.scoring.files.folders import ImageFolder, StoredImages
 from experiments.engine.scoring.files.repeats import count_repeats
-from experiments.engine.scoring.inception import Inception
+from experiments.engine.scoring.measure import Extractor
 from experiments.engine.scoring.moments import moments_of
-from experiments.engine.scoring.reference import LAYERS, content_sha256, identify_features
+from experiments.engine.scoring.reference import content_sha256, identify_features, layers_of
 
 KIND = "reference"
 OPTION = "--out"
@@ -33,11 +33,11 @@ def require_own_reference(path: Path) -> None:
         raise ValueError(f"{path}: is no reference that this command wrote; name another {OPTION}")
 
 
-def write_reference(inception: Inception, images: StoredImages, path: Path) -> dict[str, Any]:
+def write_reference(extractor: Extractor, images: StoredImages, path: Path) -> dict[str, Any]:
     """Measure images and write their statistics, whole or not at all; return what they are of.
 
     Args:
-        inception: what measures.
+        extractor: what measures.
         images: what is measured.
         path: the file.
 
@@ -47,9 +47,9 @@ def write_reference(inception: Inception, images: StoredImages, path: Path) -> d
     if len(images) < 2:
         raise ValueError(f"{images.path}: holds one image, and statistics need at least two")
     with name_in_errors(images.path):
-        measured, _ = measure_in_any_order(inception, images)
+        measured, _ = measure_in_any_order(extractor, images)
     arrays: dict[str, ndarray] = {}
-    for layer in LAYERS:
+    for layer in layers_of(measured):
         moments = moments_of(getattr(measured, layer.name))
         arrays |= {layer.mean: moments.mean, layer.cov: moments.cov}
 
@@ -62,7 +62,7 @@ def write_reference(inception: Inception, images: StoredImages, path: Path) -> d
         "size": list(images.shape[1:3]),
         "crop": None,
         "sha256": content_sha256(images.path, measured),
-        "features": identify_features(inception),
+        "features": identify_features(extractor),
         **counted,
     }
     if isinstance(images, ImageFolder):
