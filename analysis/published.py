@@ -69,6 +69,7 @@ FILES = {
     "tablev2-13.csv": _VERSION_2,
     "tablerelated.csv": Contents(("model", "params"), ("gflops", "fid")),
     "code.csv": Contents(("model",), ("drafted_scales", "fid", "is", "speed_up")),
+    "cards.csv": Contents(("card", "quantity", "unit"), ("value",)),
     "claims.csv": Contents(("id", "claim", "metric", "subject", "baseline", "relation", "value")),
     "dico_logs.csv": Contents(
         ("model",), ("first_step", "last_step", "lines", "loss", "loss_sd", "hours")

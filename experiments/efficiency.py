@@ -7,6 +7,7 @@
     python experiments/efficiency.py --figure 3                  runtime over resolution and size
     python experiments/efficiency.py --claims                    claims about speed, with verdicts
     python experiments/efficiency.py --profile DiCo-S            where the time of a row goes
+    python experiments/efficiency.py --predict                   predict GPUs by their data sheets
 
 Everything runs once and becomes a record. `--report` prints existing records and runs nothing.
 `--cluster slurm` submits one job per network. With --compile or --graphs, tables, sweeps and the
@@ -25,6 +26,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from experiments.ablation import TABLES as ABLATIONS
 from experiments.declared import speed_claims, timings
 from experiments.declared.systems import IMAGES, SYSTEMS
 from experiments.engine.cli import (
@@ -49,6 +51,8 @@ from experiments.engine.reporting.efficiency.details import (
     sweep_sheet,
 )
 from experiments.engine.reporting.efficiency.images import images_sheet
+from experiments.engine.reporting.efficiency.predicted_sheets import predicted_sheet
+from experiments.engine.reporting.efficiency.predictions import Declared, read_predictions
 from experiments.engine.reporting.efficiency.speed import Acceleration, speed_sheet
 from experiments.engine.reporting.render import render
 from experiments.engine.reporting.sheet import Sheet
@@ -56,6 +60,7 @@ from experiments.engine.specs.spec import Cost, Timing
 from experiments.engine.specs.stages import cost_stages
 from experiments.main_results import TABLES
 
+PREDICTED = (TABLES[1], TABLES[2], ABLATIONS[3], ABLATIONS[4])
 TIMED = {number: table for number, table in TABLES.items() if table.timed}
 
 
@@ -77,6 +82,9 @@ def _run(args: argparse.Namespace, arguments: Sequence[str] | None) -> int:
     rows = args.rows or [args.profile or ""]
     device = device_of(args, rows[0])
     store = open_store(args.results)
+    if args.predict:
+        print(render(_predict(store), args.format))
+        return 0
     work = _choose(args, device, store)
     outcome = carry_out(work.plan, args, store, arguments)
     if outcome is not Outcome.ANSWERED:
@@ -98,6 +106,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--claims", action="store_true", help="time and count what the paper's claims are about"
     )
     subject.add_argument("--profile", metavar="ROW", help="profile a row of Table 1, by label")
+    subject.add_argument(
+        "--predict",
+        action="store_true",
+        help="predict Tables 1 to 4 on GPUs and write results/predictions (takes about 20 minutes)",
+    )
 
     # The other options narrow the subject or change how it is measured.
     parser.add_argument(
@@ -201,6 +214,45 @@ def _profile(args: argparse.Namespace, device: str) -> Work:
         ListPlan(device, alone=jobs),
         lambda store: profile_sheets(row.label, profiles, device, args.task, store.here),
     )
+
+
+def _predict(store: Store) -> list[Sheet]:
+    """Predict every row of Tables 1 to 4 and every claim's networks, and write the files."""
+    # Prediction needs torch, which no other part of this script does before its jobs run.
+    from experiments.engine.timing.meta.predict import write_all
+
+    rows = predicted_rows(store)
+    write_all(rows, predicted_on_cpu(store), store, tell=lambda text: print(text, file=sys.stderr))
+    predictions = read_predictions(store.root)
+    return [
+        predicted_sheet(task, rows, predictions, store.root, store.here) for task in timings.TASKS
+    ]
+
+
+def predicted_rows(store: Store) -> list[Declared]:
+    """Return what is predicted on GPUs: every row of Tables 1 to 4, and the claims' networks."""
+    claims = store.published("claims.csv", ("id",)).values()
+    declared: list[Declared] = []
+    for table in PREDICTED:
+        published = store.published(table.published, table.key)
+        for row in table.rows:
+            if row.backbone:
+                printed = published[row.published]["throughput_img_s"] if row.published else ""
+                rate = float(printed) if printed else None
+                declared += timings.predicted(table, row, "cuda", rate)
+    return declared + speed_claims.predicted(claims)
+
+
+def predicted_on_cpu(store: Store) -> list[Declared]:
+    """Return what is predicted on a CPU: the timings of Tables 1 to 4 that are committed."""
+    return [
+        declared
+        for table in PREDICTED
+        for row in table.rows
+        if row.backbone
+        for declared in timings.predicted(table, row, "cpu")
+        if store.reference.latest(declared.stages["fp32"])
+    ]
 
 
 def _sweeps(args: argparse.Namespace, device: str, acceleration: Acceleration) -> Work:

@@ -25,6 +25,8 @@ class Evidence(Enum):
     REDUCED = "measured at reduced scale"
     # the paper's tables, checked against its words
     PUBLISHED = "published data only"
+    # by a model, before any measurement
+    PREDICTED = "predicted"
     NOT_YET = "not yet"
 
 
@@ -45,6 +47,7 @@ MEANINGS: dict[Verdict | Qualifier, str] = {
     Verdict.DOES_NOT_HOLD: "in no mode that was timed",
     Verdict.CONSISTENT: "the paper's own tables give what its words say; nothing was run",
     Verdict.INCONSISTENT: "the paper's own tables give something else",
+    Verdict.PREDICTED: "by a model of published peaks alone; nothing was run",
     Verdict.OPEN: "nothing here bears on it yet",
     Qualifier.CPU_PROXY: "a CPU stands in for the claim's GPU",
     Qualifier.CPU_SCAN_LOOP: "only the direction can be said",

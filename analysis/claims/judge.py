@@ -25,6 +25,8 @@ from experiments.declared.systems import SYSTEMS
 from experiments.engine.records.store import Record
 from experiments.engine.reporting.efficiency import claims as efficiency
 from experiments.engine.reporting.efficiency.claims import Claim, Ratio
+from experiments.engine.reporting.efficiency.predicted_sheets import MODES, claim_cells
+from experiments.engine.reporting.efficiency.predictions import read_predictions
 from experiments.engine.reporting.efficiency.speed import unfused
 from experiments.engine.reporting.sheet import Cell, Column, Kind, NoteKind, Sheet
 from experiments.engine.reporting.verdict import Judgement, Verdict
@@ -97,7 +99,8 @@ def _row_cells(claim: Claim, finding: Finding, noted: tuple[Record, ...]) -> dic
 def judge_throughput(claim: Claim, store: ReferenceStore) -> Finding:
     """By a GPU; else by the claim's networks on a CPU; else by the published table.
 
-    A small network on a CPU stands beside the published table for scale.
+    Without any of these, a prediction is all there is. Otherwise it stands beside the rest, as a
+    small network on a CPU does for scale.
     """
     measured = _measured_speed(claim, store, "cuda")
     if measured:
@@ -110,15 +113,33 @@ def judge_throughput(claim: Claim, store: ReferenceStore) -> Finding:
 
     small = _small_speed(claim, store)
     basis = printed + (f". Not the claim's, for scale: {small}" if small else "")
+    prediction = _predicted_speed(claim, store)
     ours, other = (published_number(name, "throughput_img_s", store) for name in subjects)
     if ours is None or other is None:
+        if prediction:
+            return Finding(
+                Evidence.PREDICTED, prediction, Judgement(Verdict.PREDICTED), basis, "unknown"
+            )
         return open_finding(basis)
+    if prediction:
+        basis += f". Predicted: {prediction}"
     return Finding(
         Evidence.PUBLISHED,
         f"{ours / other:.2f}",
         check_consistency(ours / other, claim["value"]),
         basis,
         "one figure each, none given",
+    )
+
+
+def _predicted_speed(claim: Claim, store: ReferenceStore) -> str:
+    """What the model says of a speed-up in every mode; '' if it was not asked."""
+    cells = claim_cells(claim, read_predictions(store.root))
+    if not cells:
+        return ""
+    return "; ".join(
+        f"{cells[f'{mode}_attained'].text()} to {cells[f'{mode}_bound'].text()} ({mode})"
+        for mode in MODES
     )
 
 

@@ -15,7 +15,12 @@ from analysis.tables.ablations import ablation_sheet, related_sheet
 from analysis.tables.caveats import add_caveats
 from analysis.tables.progress import progress_sheet
 from analysis.tables.recipes import recipe_sheet
-from analysis.tables.speeds import throughput_sheet
+from analysis.tables.speeds import (
+    predicted_cpu_sheet,
+    predicted_speed_ups_sheet,
+    predicted_throughput_sheet,
+    throughput_sheet,
+)
 from analysis.tables.systems import families_sheet, systems_sheet
 from experiments import main_results, related
 from experiments.ablation import TABLES
@@ -49,4 +54,7 @@ SHEETS: dict[str, Callable[[ReferenceStore], Sheet]] = {
     "counts": committed_counts_sheet,
     "images": committed_images_sheet,
     **{f"speed_{task}": partial(throughput_sheet, task) for task in timings.TASKS},
+    "predicted_claims": predicted_speed_ups_sheet,
+    **{f"predicted_{task}": partial(predicted_throughput_sheet, task) for task in timings.TASKS},
+    "predicted_cpu": predicted_cpu_sheet,
 }

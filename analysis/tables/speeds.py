@@ -1,11 +1,17 @@
-"""Throughput of Table 1's networks in every numeric mode of a device. No torch."""
+"""Throughput in every numeric mode: Table 1's networks as timed, and all as predicted. No torch."""
 
 from __future__ import annotations
 
 from analysis.query import ReferenceStore, latest
 from analysis.tables.caveats import add_caveats
-from experiments import main_results
+from experiments import efficiency, main_results
 from experiments.declared import timings
+from experiments.engine.reporting.efficiency.predicted_sheets import (
+    cpu_sheet,
+    predicted_claims_sheet,
+    predicted_sheet,
+)
+from experiments.engine.reporting.efficiency.predictions import read_predictions
 from experiments.engine.reporting.efficiency.speed import speed_sheet
 from experiments.engine.reporting.sheet import Sheet
 from experiments.engine.specs.rows import Row
@@ -37,3 +43,22 @@ def rows_in_modes(device: str, task: str, store: ReferenceStore) -> list[Row]:
             if any(latest(stages, store)):
                 timed.append(row)
     return timed
+
+
+def predicted_throughput_sheet(task: str, store: ReferenceStore) -> Sheet:
+    """What was predicted on GPUs, beside the paper and what was measured."""
+    rows = efficiency.predicted_rows(store)
+    predictions = read_predictions(store.root)
+    return predicted_sheet(task, rows, predictions, store.root, store.reference)
+
+
+def predicted_cpu_sheet(store: ReferenceStore) -> Sheet:
+    """The same model on the CPU of the committed timings."""
+    rows = efficiency.predicted_on_cpu(store)
+    return cpu_sheet(rows, read_predictions(store.root), store.reference)
+
+
+def predicted_speed_ups_sheet(store: ReferenceStore) -> Sheet:
+    """The paper's speed-ups as predicted, in equal numeric modes too."""
+    claims = [claim for claim in store.rows("claims.csv") if claim["metric"] == "throughput"]
+    return predicted_claims_sheet(claims, read_predictions(store.root), store.root)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbones.kernels.op import Choice, Op
+from backbones.kernels.op import Choice, Op, never
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -26,6 +26,13 @@ def reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
 def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """Call PyTorch's fused attention."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def efficient(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Call the fused attention that PyTorch takes for float32 on a GPU, by its own name."""
+    differentiates = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    fused = torch.ops.aten._scaled_dot_product_efficient_attention
+    return fused(q, k, v, bias, differentiates)[0]
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -56,7 +63,17 @@ def _flash_supports(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None)
     )
 
 
+def _efficient_supports(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> bool:
+    return q.is_cuda or q.is_meta
+
+
+# On the meta device PyTorch would write attention out; "efficient" keeps it whole, by force.
 attention = Op(
     "attention",
-    [Choice("flash", flash, _flash_supports), Choice("sdpa", sdpa), Choice("reference", reference)],
+    [
+        Choice("flash", flash, _flash_supports),
+        Choice("efficient", efficient, _efficient_supports, pays=never),
+        Choice("sdpa", sdpa),
+        Choice("reference", reference),
+    ],
 )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 # Takes the multiply-accumulates of a call, and whether the call only samples between pixels.
 Counter = Callable[[int, bool], AbstractContextManager[None]]
@@ -49,9 +50,21 @@ def meta_choice(like: int = 0) -> Choice:
     Args:
         like: index of the argument that has the output's shape and dtype.
     """
-    return Choice(
-        "shape", lambda *args: torch.empty_like(args[like]), lambda *args: args[0].is_meta
-    )
+    return Choice("shape", lambda *args: _Shape.apply(like, *args), lambda *args: args[0].is_meta)
+
+
+class _Shape(torch.autograd.Function):
+    """An output like one of the arguments, and gradients like each of them."""
+
+    @staticmethod
+    def forward(ctx: Any, like: int, *args: Any) -> Tensor:
+        # A fused kernel keeps its arguments for the backward pass.
+        ctx.save_for_backward(*(arg if isinstance(arg, Tensor) else None for arg in args))
+        return torch.empty_like(args[like])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(None if x is None else torch.empty_like(x) for x in ctx.saved_tensors)
 
 
 class Op:

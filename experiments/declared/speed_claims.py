@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from experiments.declared.families import family_of, size_of
 from experiments.declared.timings import MODES, figure_3, in_mode
 from experiments.engine.jobs.job import Job
 from experiments.engine.reporting.efficiency.claims import Claim
+from experiments.engine.reporting.efficiency.predictions import CLAIMS, Declared
 from experiments.engine.specs.spec import FACTOR, Backbone, Timing
 
 # Images per batch at 256 pixels, and at more.
@@ -44,6 +45,24 @@ def _in_turn(subject: str, baseline: str, size: int, device: str) -> list[Timing
     batch = at_256_pixels if size == 32 else larger
     stage = Timing(Backbone(subject), size, 4, 1000, batch, device, baseline=Backbone(baseline))
     return [in_mode(stage, mode) for mode in MODES[device]]
+
+
+def predicted(claims: Iterable[Claim]) -> list[Declared]:
+    """Return what is predicted of the networks of all claims: their forward passes, each once."""
+    declared: dict[str, Declared] = {}
+    for claim in claims:
+        if claim["metric"] != "throughput":
+            continue
+        for stage in claim_stages(claim, "cuda"):
+            assert stage.baseline, stage
+            alone = replace(stage, baseline=None)
+            for name, timed in (
+                (claim["subject"], alone),
+                (claim["baseline"], replace(alone, backbone=stage.baseline)),
+            ):
+                row = declared.setdefault(name, Declared(CLAIMS, name, "forward", {}))
+                row.stages[stage.precision] = timed
+    return list(declared.values())
 
 
 def _network(name: str) -> tuple[str, int]:

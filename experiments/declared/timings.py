@@ -13,6 +13,7 @@ from dataclasses import replace
 from experiments.declared.families import family_of
 from experiments.engine.jobs.job import Job, Sweep
 from experiments.engine.reporting.efficiency.details import SweptRow
+from experiments.engine.reporting.efficiency.predictions import Declared
 from experiments.engine.reporting.efficiency.speed import (
     AS_PUBLISHED,
     EAGER,
@@ -29,6 +30,9 @@ MODES = {"cpu": ("fp32",), "cuda": ("fp32", "tf32", "bf16", AS_PUBLISHED)}
 
 # Steps of a sampling loop. A CPU times a part of the loop, whose steps cost the same.
 SAMPLING_STEPS = {"cpu": 4, "cuda": 250}
+
+# Tables whose networks the paper timed with attention written out.
+UNFUSED_TABLES = (3, 4)
 
 # Families whose attention is none of the suite's kernels.
 WRITTEN_OUT = ("adm", "ldm", "udit")
@@ -241,3 +245,29 @@ def profiles(row: Row, device: str, task: str) -> list[Profile]:
 
 def profile_job(row: Row, device: str, task: str) -> Job:
     return Job(row.label, tuple(profiles(row, device, task)))
+
+
+# ---- Predictions
+
+
+def predicted(
+    table: Table, row: Row, device: str, published: float | None = None
+) -> list[Declared]:
+    """Return what is predicted of a row: every task, in every mode of the device.
+
+    Args:
+        published: images per second that the paper prints.
+    """
+    stage = timing_stage(row, table.baseline, device)
+    # The paper's ablations write attention out (section 4.3); its other tables do not.
+    unfused = stage.kernels if table.number in UNFUSED_TABLES else {}
+
+    declared = []
+    for task in TASKS:
+        stages = {}
+        for mode in MODES[device]:
+            moded = in_mode(stage, mode, task)
+            stages[mode] = replace(moded, kernels=unfused | moded.kernels)
+        printed = published if task == "forward" else None
+        declared.append(Declared(str(table.number), row.label, task, stages, printed))
+    return declared

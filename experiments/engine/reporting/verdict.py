@@ -25,6 +25,7 @@ class Verdict(Enum):
     DOES_NOT_HOLD = "does not hold"
     CONSISTENT = "consistent"
     INCONSISTENT = "inconsistent"
+    PREDICTED = "predicted"
     OPEN = "open"
     # of speed on a CPU whose scan has no fused kernel: all that can be said is the direction
     NO_DIRECTION = "no direction"

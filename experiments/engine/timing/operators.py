@@ -90,15 +90,15 @@ class Operators(TorchDispatchMode):
         self._synchronise()
         seconds = time.perf_counter() - started
 
-        inputs = _collect_tensors((*args, *kwargs.values()))
-        outputs = _collect_tensors([out])
-        if not _is_view(func, inputs, outputs):
+        inputs = collect_tensors((*args, *kwargs.values()))
+        outputs = collect_tensors([out])
+        if not is_view(func, inputs, outputs):
             totals = self.classes.setdefault(
                 classify(func, args), dict(seconds=0.0, macs=0, bytes=0, calls=0)
             )
             totals["seconds"] += seconds
             totals["macs"] += count_macs(func, args, out)
-            totals["bytes"] += _count_bytes(inputs, outputs)
+            totals["bytes"] += count_bytes(inputs, outputs)
             totals["calls"] += 1
         return out
 
@@ -155,26 +155,36 @@ def _read_groups(args: Sequence[Any]) -> int:
     return last
 
 
-def _is_view(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
+def is_view(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
     """Tell whether nothing was computed: all outputs share the inputs' memory, unwritten."""
     if func._schema.is_mutable or not outputs:
         return False
-    storages = {tensor.untyped_storage().data_ptr() for tensor in inputs}
-    return all(tensor.untyped_storage().data_ptr() in storages for tensor in outputs)
+    storages = {storage_of(tensor) for tensor in inputs}
+    return all(storage_of(tensor) in storages for tensor in outputs)
 
 
-def _count_bytes(inputs: list[Tensor], outputs: list[Tensor]) -> int:
+def count_bytes(inputs: list[Tensor], outputs: list[Tensor]) -> int:
     """Count the bytes of all tensors, each address once."""
-    tensors = {tensor.data_ptr(): tensor for tensor in (*inputs, *outputs)}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return sum(tensor.numel() * tensor.element_size() for tensor in find_distinct(inputs, outputs))
 
 
-def _collect_tensors(values: Sequence[Any]) -> list[Tensor]:
+def find_distinct(inputs: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
+    """Return the tensors without those that begin at another one's address."""
+    tensors = {(storage_of(x), x.storage_offset()): x for x in (*inputs, *outputs)}
+    return list(tensors.values())
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Return what names a tensor's memory among all living tensors, on the meta device too."""
+    return tensor.untyped_storage()._cdata
+
+
+def collect_tensors(values: Sequence[Any]) -> list[Tensor]:
     """Return the tensors among values and nested lists of values."""
     tensors: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
             tensors.append(value)
         elif isinstance(value, list | tuple):
-            tensors += _collect_tensors(value)
+            tensors += collect_tensors(value)
     return tensors

@@ -1,0 +1,124 @@
+"""Predict the throughput of declared timings, on cards by their data sheets and on this CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from experiments.engine.records.store import Store, timestamp
+from experiments.engine.records.tree import tree_commit
+from experiments.engine.reporting.efficiency.predictions import (
+    CPU,
+    PAPER_CARD,
+    Declared,
+    Prediction,
+    read_cards,
+    write_predictions,
+)
+from experiments.engine.reporting.efficiency.roofline import (
+    PEAKS,
+    Device,
+    Sample,
+    Shares,
+    Work,
+    fit_shares,
+    predict_seconds,
+)
+from experiments.engine.reporting.efficiency.speed import AS_PUBLISHED
+from experiments.engine.specs.spec import Ceilings, spec_id
+from experiments.engine.timing.meta.trace import trace_timing
+
+# The table whose published throughputs the attained shares are fitted to.
+FITTED_TABLE = "1"
+
+
+def write_all(
+    on_cards: Sequence[Declared],
+    on_cpu: Sequence[Declared],
+    store: Store,
+    tell: Callable[[str], None],
+) -> None:
+    """Predict on all cards and on the CPU whose ceilings are committed, and write the files.
+
+    Args:
+        on_cards: what is predicted on every published card.
+        on_cpu: what is predicted on the CPU, in fp32.
+        store: the results folder to write to.
+        tell: hears what is traced next.
+
+    Raises:
+        ValueError: a GPU was timed already, so that nothing can be predicted any more.
+    """
+    timed = [
+        record.name
+        for folder in (store.reference, store.here)
+        for record in folder.all()
+        if record.kind == "timing" and record.spec["device"] == "cuda"
+    ]
+    if timed:
+        raise ValueError(
+            f"a GPU is timed already ({timed[0]}), and predictions must come before: keep those "
+            "of results/predictions"
+        )
+
+    # The attained shares come from Table 1 on the paper's card, and judge the other tables.
+    cards = read_cards(store)
+    traces = Traces(tell)
+    (paper_card,) = (card for card in cards if card.name == PAPER_CARD)
+    first = [row for row in on_cards if row.table == FITTED_TABLE]
+    shares = fit_published(first, paper_card, traces)
+
+    # Nothing is fitted on a CPU.
+    predictions = list(predict(on_cards, cards, shares, traces))
+    ceilings = store.reference.latest(Ceilings("cpu"))
+    if ceilings:
+        cpu = Device(CPU, ceilings.values["macs_per_s"], ceilings.values["bytes_per_s"])
+        predictions += predict(on_cpu, [cpu], PEAKS, traces)
+    commit = tree_commit()
+    code = (commit.hash or "unknown") + (" with changes" if commit.dirty else "")
+    write_predictions(store.root, predictions, shares, timestamp(), code)
+
+
+@dataclass
+class Traces:
+    """The work of rows, that of equal timings traced once."""
+
+    # Hears what is traced next.
+    tell: Callable[[str], None]
+    _known: dict[str, list[Work]] = field(default_factory=dict)
+
+    def of(self, row: Declared) -> list[Work]:
+        """Return the work of a row; its operators are taken to be the same in all modes."""
+        alone = replace(row.stages["fp32"], baseline=None, baseline_input=None)
+        name = spec_id(alone)
+        if name not in self._known:
+            self.tell(f"{row.task}: {row.label} at {alone.size}x{alone.size}")
+            self._known[name] = trace_timing(alone)
+        return self._known[name]
+
+
+def fit_published(declared: Sequence[Declared], card: Device, traces: Traces) -> Shares:
+    """Fit the attained shares to published forward passes; equal networks count once."""
+    samples: dict[str, Sample] = {}
+    for row in declared:
+        if row.task == "forward" and row.published:
+            stage = row.stages[AS_PUBLISHED]
+            samples[str(stage)] = Sample(traces.of(row), stage.batch / row.published)
+    return fit_shares(list(samples.values()), card, AS_PUBLISHED)
+
+
+def predict(
+    declared: Sequence[Declared], cards: Sequence[Device], shares: Shares, traces: Traces
+) -> Iterator[Prediction]:
+    """Yield the images per second of every row in every mode, on every card."""
+    for row in declared:
+        work = traces.of(row)
+        for mode, stage in row.stages.items():
+            for card in cards:
+                bound, attained = (
+                    stage.batch / predict_seconds(work, card, mode, each)
+                    for each in (PEAKS, shares)
+                )
+                yield Prediction(
+                    row.table, row.label, row.task, mode, stage.batch, card.name, bound, attained
+                )
