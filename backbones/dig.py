@@ -157,6 +157,11 @@ class DiG(nn.Module):
         zero_modulation(self.blocks)
         zero_(self.final_layer.adaLN_modulation, self.final_layer.linear)
 
+    def is_in_rows(self, block: str) -> bool:
+        """Return whether tokens that leave a part, such as 'blocks.4', are in the order of rows."""
+        stack, _, index = block.partition(".")
+        return stack != "blocks" or int(index) % 4 == 0
+
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         check_grid(x, self.input_size, self.patch, "DiG")
         x = self.x_embedder(x) + self.pos_embed  # (N, T, D)

@@ -1,8 +1,10 @@
 """Print the systems around the DiCo paper: `experiments/related.py --table related`.
 
 Tables v2-11 to v2-13 are new in the second version of the paper. Table `related` has the systems
-that were published beside DiCo. All are counted here by one rule; none is timed or trained by this
-script.
+that were published beside DiCo. All are counted here by one rule; none is timed or trained.
+
+Table `alignment` is of this suite: six networks with and without REPA's alignment, paired by seed.
+`experiments/related.py --table alignment --protocol cifar10_16 --seeds 0 1 2` trains and scores it.
 """
 
 from __future__ import annotations
@@ -13,10 +15,15 @@ from pathlib import Path
 # The code is this file's tree, whatever the current folder and PYTHONPATH offer.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dataclasses import replace
+
+from experiments.ablation import DICO_S, TABLE_3
 from experiments.declared.protocols import PROTOCOLS
 from experiments.engine.cli import main
+from experiments.engine.specs.alignment import Alignment
 from experiments.engine.specs.rows import Row, Table
 from experiments.engine.specs.spec import Backbone, Cost
+from experiments.main_results import DIG_XL, SIT_XL, UVIT_L
 
 # ---- Notes of rows
 
@@ -115,7 +122,38 @@ RELATED = Table(
     conditions="ImageNet 256, guided",
 )
 
+# ---- Alignment with the features of an encoder
+
+# The suite's classifier of CIFAR-10, by its file.
+CIFAR_JUDGE = "e97f0a9c337b47fad76512d1b2e7d905004d8c2f63656a2b09401780c89a8ae7"
+# Above which a projection stands in each network: after about a third of it, where 8x8 places are.
+ALIGNED_ROWS = (
+    (TABLE_3.row("DiT (iso.)"), "blocks.2"),
+    (SIT_XL, "blocks.1"),
+    (DICO_S, "encoder_level_2.0"),
+    (UVIT_L, "in_blocks.1"),
+    (DIG_XL, "blocks.0"),
+    (TABLE_3.row("DiCo (iso.)"), "blocks.1"),
+)
+
+
+def pair(row: Row, block: str) -> tuple[Row, Row]:
+    """Return a row as it is, and with alignment after a block of its shrunk network."""
+    plain = replace(row, published=None)
+    alignment = Alignment(block, CIFAR_JUDGE, hidden=256)
+    note = f"aligned after {block} with the CIFAR-10 classifier's features, at weight 0.5"
+    return plain, replace(plain, label=f"{row.label} + REPA", alignment=alignment, note=note)
+
+
+ALIGNMENT = Table(
+    number="alignment",
+    title="With and without representation alignment",
+    source="this suite, with the loss of REPA (arXiv:2410.06940)",
+    rows=tuple(row for row, block in ALIGNED_ROWS for row in pair(row, block)),
+    timed=False,
+)
+
 TABLES = {table.number: table for table in (TABLE_V2_11, TABLE_V2_12, TABLE_V2_13, RELATED)}
 
 if __name__ == "__main__":
-    raise SystemExit(main(TABLES, PROTOCOLS, __doc__))
+    raise SystemExit(main(TABLES | {ALIGNMENT.number: ALIGNMENT}, PROTOCOLS, __doc__))

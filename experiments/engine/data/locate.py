@@ -286,6 +286,12 @@ def read_manifest(folder: Path, data: Data) -> dict[str, Any]:
     return manifest
 
 
+def encoder_path(name: str) -> Path:
+    """Return where the weights of an encoder lie: safetensors, or PyTorch's .pth or .pt."""
+    paths = [ROOT / "encoders" / f"{name}{suffix}" for suffix in (".safetensors", ".pth", ".pt")]
+    return next((path for path in paths if path.is_file()), paths[0])
+
+
 def inception_path() -> Path:
     """Where the Inception weights are expected: $DICO_INCEPTION, or in the data folder."""
     return Path(read_variable("DICO_INCEPTION") or ROOT / INCEPTION)

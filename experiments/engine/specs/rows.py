@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from experiments.engine.specs.alignment import Alignment
 from experiments.engine.specs.spec import Backbone, Cost, Data, Diffusion, Recipe, Sampler
 from experiments.engine.specs.weights import Weights
 
@@ -61,6 +62,8 @@ class Row:
     # The row, trained at 256 pixels, that this one's network continues under its own recipe; or the
     # file of weights that it starts from under any recipe.
     start: Row | Weights | None = None
+    # With whose features the row's network is aligned in training.
+    alignment: Alignment | None = None
 
     def require_backbone(self) -> Backbone:
         """Return the network.

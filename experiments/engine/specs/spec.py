@@ -12,6 +12,7 @@ import json
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar, Protocol
 
+from experiments.engine.specs.alignment import Alignment
 from experiments.engine.specs.weights import Weights
 
 LATENT_CHANNELS = 4
@@ -154,6 +155,8 @@ class Train:
     seed: int = 0
     # The training or the file that this one continues; its images may have another size.
     init_from: Train | Weights | None = None
+    # The alignment of its tokens with an encoder's features; None: it denoises alone.
+    alignment: Alignment | None = field(default=None, metadata=UNSAID)
 
     @property
     def trainings(self) -> tuple[Train, ...]:

@@ -137,7 +137,9 @@ def train_stage(row: Row, protocol: Protocol, seed: int) -> Train:
     if rate is not None:
         protocol = replace(protocol, recipe=replace(protocol.recipe, lr=rate))
     start = _start_of(row, protocol, seed)
-    stage = Train(backbone, data, protocol.recipe, seed=seed, init_from=start)
+    stage = Train(
+        backbone, data, protocol.recipe, seed=seed, init_from=start, alignment=row.alignment
+    )
 
     # A row without a method of its own follows the protocol's recipe.
     if protocol.diffusion is not None:

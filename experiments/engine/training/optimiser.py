@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -36,15 +37,19 @@ def lr_at(recipe: Recipe, step: int) -> float:
     return recipe.lr
 
 
-def build_optimizer(model: nn.Module, recipe: Recipe, is_sharded: bool) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, recipe: Recipe, is_sharded: bool, beside: Iterable[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
     """Build the fused AdamW of a recipe.
 
     Args:
         model: its trained parameters are updated.
         recipe: of the training.
+        beside: parameters that are trained with it.
         is_sharded: whether each process holds only its part of the optimiser's state.
     """
     trainable = _parameter_groups(model)
+    trainable[0]["params"] += beside
     options: dict[str, Any] = dict(
         lr=recipe.lr,
         betas=recipe.betas,

@@ -78,6 +78,8 @@ def run_training(spec: Train, context: RunContext) -> dict[str, Any]:
         writer.wait()
     kept = {"power_averages": averages.describe(spec.recipe)} if snapshots else {}
     identity = images.identity | identify_captions(trainer.model)
+    if trainer.aligner:
+        kept["alignment"] = trainer.aligner.identity
     start = {"start": trainer.start} if trainer.start else {}
     return attempt.values() | identity | kept | start | attempt.warnings()
 

@@ -33,6 +33,7 @@ from experiments.engine.specs.spec import Backbone, Train
 from experiments.engine.specs.weights import Weights
 from experiments.engine.texts.tables import give_captions
 from experiments.engine.training import checkpoint
+from experiments.engine.training.alignment import build_aligner
 from experiments.engine.training.averages import PowerAverages
 from experiments.engine.training.optimiser import build_optimizer, lr_at, update_ema
 from experiments.engine.training.stochastic_depth import increment_weights
@@ -144,8 +145,14 @@ class Trainer:
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.averages = PowerAverages(self.model) if spec.recipe.power_snapshots else None
         self.is_sharded = resources.shard_optimizer and group.world_size > 1
-        self.optimizer = build_optimizer(self.model, spec.recipe, self.is_sharded)
         self.diffusion = build_diffusion(spec.diffusion).to(self.device)
+        # What the losses call: the network, or what gives more of it than its prediction.
+        self.entry = entry = self.diffusion.training_entry(self.model)
+        self.aligner = build_aligner(spec, self.model, entry, self.diffusion)
+        if self.aligner:
+            self.entry = entry = self.aligner.aligned
+        beside = self.aligner.aligned.projector.parameters() if self.aligner else ()
+        self.optimizer = build_optimizer(self.model, spec.recipe, self.is_sharded, beside)
 
         # What is kept and noted for the case that the training diverges.
         self.freeze = Freeze(self.optimizer, group, self.device)
@@ -154,7 +161,6 @@ class Trainer:
         self.looks: list[Look] = []
 
         # How the network runs: averaged over processes, compiled, as a CUDA graph.
-        self.entry = entry = self.diffusion.training_entry(self.model)
         # The argument under which the network is given what is drawn for it beside times and noise.
         self.extra = "noise" if isinstance(self.diffusion, Gated) else "kept"
         self.forward: nn.Module = entry
@@ -192,6 +198,8 @@ class Trainer:
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
+        if self.aligner:
+            state["projector"] = self.aligner.aligned.projector.state_dict()
         state |= {"power": self.averages.state()} if self.averages else {}
         return state | ({"start": self.start} if self.start else {})
 
@@ -203,6 +211,8 @@ class Trainer:
         if self.averages:
             self.averages.restore(state["power"])
         self.start = state.get("start", {})
+        if self.aligner:
+            self.aligner.aligned.projector.load_state_dict(state["projector"])
         self.step = step
 
     def start_from(self, trained: nn.Module) -> None:
@@ -260,7 +270,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(recipe, self.step)
         if recipe.grad_clip is not None:
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.grad_clip)
+            norm = nn.utils.clip_grad_norm_(self.entry.parameters(), recipe.grad_clip)
         self.freeze.judge(self.step, loss, norm)
         self.optimizer.step()
         update_ema(self.ema, self.model, recipe.ema)
@@ -318,11 +328,27 @@ class Trainer:
 
     def losses(
         self, model: Model, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor, *extra: Tensor
-    ) -> Tensor:
-        """Compute the loss of each image that `draw` gave, (N,)."""
+    ) -> tuple[Tensor, Tensor]:
+        """Compute what is logged and what is trained on, of each image that `draw` gave, (N,).
+
+        They differ by the alignment, if the training declares one.
+        """
         if extra:
             model = partial(model, **{self.extra: extra[0]})
-        return self.diffusion.losses(model, x0, y, t, eps)["loss"]
+        if self.aligner is None:
+            losses = self.diffusion.losses(model, x0, y, t, eps)["loss"]
+            return losses, losses
+
+        # The objective sees the prediction alone.
+        projections: list[Tensor] = []
+
+        def predict(*inputs: Tensor, **options: Any) -> Any:
+            prediction, projected = model(*inputs, **options)
+            projections.append(projected)
+            return prediction
+
+        losses = self.diffusion.losses(predict, x0, y, t, eps)["loss"]
+        return losses, self.aligner.add(losses, projections[0], x0)
 
     def _forward_backward(
         self, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor, *extra: Tensor
@@ -349,10 +375,11 @@ class Trainer:
             exchange = nullcontext() if is_last else self.skip_exchange()
             with exchange, precision(self.spec.recipe.precision, self.device):
                 shares = (value[part] for value in (x0, y, t, eps, *extra))
-                loss = self.losses(self.forward, *shares).sum() / self.spec.recipe.batch
+                logged, trained = self.losses(self.forward, *shares)
+                loss = trained.sum() / self.spec.recipe.batch
                 # Each op's backward runs in its forward's type. The exchange averages over the
                 # ranks, and the loss is a sum over them.
                 with torch.autocast(self.device.type, enabled=False):
                     (loss * self.group.world_size).backward()
-            total += loss.detach()
+            total += logged.detach().sum() / self.spec.recipe.batch
         return total

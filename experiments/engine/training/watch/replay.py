@@ -125,7 +125,7 @@ def _run_pass(trainer: Trainer, inputs: tuple[Tensor, ...], mode: str) -> Findin
     # Forward, as in the step.
     ear = _Ear(len(x0))
     with precision(mode, trainer.device), ear.listening(trainer.model, trainer.entry):
-        losses = trainer.losses(trainer.entry, *inputs)
+        _, losses = trainer.losses(trainer.entry, *inputs)
     ear.judge("forward", "loss", losses)
     if "forward" in ear.findings:
         return ear.findings["forward"]
