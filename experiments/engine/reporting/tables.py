@@ -13,6 +13,7 @@ from experiments.engine.records.score_names import (
     score_title,
 )
 from experiments.engine.records.store import RecordFolder, Store
+from experiments.engine.reporting.aligned.pairs import alignment_sheet, has_pairs
 from experiments.engine.reporting.captioned.binding import binding_sheet, real_rows
 from experiments.engine.reporting.comparison import comparison_sheet
 from experiments.engine.reporting.lookup import (
@@ -56,6 +57,8 @@ def report_sheets(selection: Selection, store: Store) -> list[Sheet]:
     sheets = [main_sheet(selection, store, store.here)]
     if selection.protocol.features == DIGITS_TEXT and not selection.table.counts_only:
         sheets.append(binding_sheet(selection, store.here))
+    if has_pairs(selection):
+        sheets.append(alignment_sheet(selection, store.here))
     if shares_runs(selection):
         sheets.append(family_sheet(selection, store, store.here))
     # A study of one's own has no committed reference.
