@@ -64,6 +64,7 @@ FILES = {
     "table7.csv": Contents(("model",), ("gflops", "train_steps", "sfid", *SCORES)),
     "table8.csv": _MODELS,
     "table9.csv": _MODELS,
+    "tablev2-3.csv": Contents(("model",), ("fid",)),
     "tablev2-11.csv": _VERSION_2,
     "tablev2-12.csv": _VERSION_2,
     "tablev2-13.csv": _VERSION_2,

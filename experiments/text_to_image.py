@@ -32,7 +32,6 @@ RECONSTRUCTED = (
 OWN_SETTING = "30K samples by 50 steps of DPM-Solver, by its paper"
 SDE = "250 steps of the SDE, by REPA's paper; the rows of U-ViT have another sampler"
 TRAINING_IMAGES = "scored against the training images, by its authors"
-NOT_IN_TABLE = "not in the paper's table"
 
 # ---- Small networks: words of a small vocabulary, whose encoder is trained along
 
@@ -61,7 +60,8 @@ def trained(label: str, name: str, small: dict[str, Any], note: str = "", *, siz
 
 def beside(label: str, name: str, small: dict[str, Any], size: int) -> Row:
     """Return a row of a U-Net that the paper's table does not have."""
-    return replace(trained(label, name, small, NOT_IN_TABLE, size=size), published=None)
+    note = f"not in the paper's table; counted at {size}x{size}x4"
+    return replace(trained(label, name, small, note, size=size), published=None)
 
 
 TABLE_V2_3 = Table(

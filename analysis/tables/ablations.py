@@ -1,4 +1,4 @@
-"""Tables 3, 4 and 5 of the paper beside the committed records. No torch."""
+"""The paper's tables of small or related networks beside the committed records. No torch."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from analysis.query import (
 from analysis.tables.caveats import record_caveats
 from analysis.tables.conditions import add_conditions
 from analysis.tables.ranks import add_ranks
-from experiments.declared.protocols import DIGITS
+from experiments.declared.protocols import DIGITS, DIGITS_TEXT
 from experiments.declared.systems import SYSTEMS
 from experiments.engine.records.store import Record
+from experiments.engine.reporting.captioned.binding import binding_sheet
 from experiments.engine.reporting.efficiency.counts import counted, difference
 from experiments.engine.reporting.lookup import PublishedTable
 from experiments.engine.reporting.sheet import GAP, Cell, Column, NoteKind, Sheet, Topic
 from experiments.engine.reporting.tables import main_sheet
 from experiments.engine.specs.rows import Table
+from experiments.engine.specs.selection import Selection
 from experiments.engine.specs.spec import Stage
 from experiments.engine.specs.stages import cost_stage, timing_stage
+from experiments.text_to_image import CHOICES
 
 RECONSTRUCTED = (
     "The authors published no ablation code. Sizes of all rows but DiCo-S, its kernels and "
@@ -67,6 +70,20 @@ def related_sheet(table: Table, store: ReferenceStore) -> Sheet:
     counts: list[Stage] = [cost_stage(row) for row in table.rows if row.backbone]
     sheet.notes += record_caveats(list(latest(counts, store)))
     return sheet
+
+
+def captioned_sheet(table: Table, store: ReferenceStore) -> Sheet:
+    """Counts, scores on captioned digits and published scores of networks that read text."""
+    return main_sheet(_captioned(table), store, store.reference)
+
+
+def words_sheet(table: Table, store: ReferenceStore) -> Sheet:
+    """When these networks begin to bind words to places, seed by seed."""
+    return binding_sheet(_captioned(table), store.reference)
+
+
+def _captioned(table: Table) -> Selection:
+    return Selection(table, table.rows, DIGITS_TEXT, CHOICES.seeds, "cpu")
 
 
 def add_difference(sheet: Sheet, key: str, group: str) -> None:

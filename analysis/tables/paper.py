@@ -11,7 +11,12 @@ from collections.abc import Callable
 from functools import partial
 
 from analysis.query import ReferenceStore
-from analysis.tables.ablations import ablation_sheet, related_sheet
+from analysis.tables.ablations import (
+    ablation_sheet,
+    captioned_sheet,
+    related_sheet,
+    words_sheet,
+)
 from analysis.tables.caveats import add_caveats
 from analysis.tables.progress import progress_sheet
 from analysis.tables.recipes import recipe_sheet
@@ -29,6 +34,7 @@ from experiments.declared.systems import IMAGES, SYSTEMS
 from experiments.engine.reporting.efficiency.counts import counts_sheet
 from experiments.engine.reporting.efficiency.images import images_sheet
 from experiments.engine.reporting.sheet import Sheet
+from experiments.text_to_image import TABLE_V2_3
 
 
 def committed_counts_sheet(store: ReferenceStore) -> Sheet:
@@ -50,6 +56,8 @@ SHEETS: dict[str, Callable[[ReferenceStore], Sheet]] = {
     "table8": partial(systems_sheet, main_results.TABLE_8, 256),
     "table9": partial(systems_sheet, main_results.TABLE_9, 512),
     **{f"table{name}": partial(related_sheet, table) for name, table in related.TABLES.items()},
+    "tablev2-3": partial(captioned_sheet, TABLE_V2_3),
+    "tablev2-3_binding": partial(words_sheet, TABLE_V2_3),
     "families": families_sheet,
     "counts": committed_counts_sheet,
     "images": committed_images_sheet,
