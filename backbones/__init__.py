@@ -43,6 +43,12 @@ from backbones import (  # noqa: F401  (importing a family registers it)
 )
 from backbones.captions import CaptionTable, Text, TextNetwork, once_per_caption
 from backbones.checkpoint import load_judged, load_published, print_warning, read_weights
+from backbones.distillation import (
+    Mimicked,
+    inherit_weights,
+    mimicked_pairs,
+    read_mimicked,
+)
 from backbones.fitting import Fit, Labels, fit, load_fitted
 from backbones.judgement import check_progress, check_values, convert_stored
 from backbones.mixers import MIXERS, register_mixer
@@ -75,6 +81,10 @@ def registered_classes() -> dict[str, type[nn.Module]]:
 __all__ = [
     "CaptionTable",
     "Text",
+    "Mimicked",
+    "inherit_weights",
+    "mimicked_pairs",
+    "read_mimicked",
     "TextNetwork",
     "Vocabulary",
     "once_per_caption",

@@ -3,7 +3,7 @@
 Table v2-3 is the paper's second version's, on MS-COCO. Its rows, and U-Nets of published systems
 beside them, are trained and scored under a protocol of captions: by default `digits_text`, whose
 captions name and place two digits, with three seeds. Published numbers stand in columns of their
-own.
+own. Table `distillation` has U-Nets that learn from a larger one, beside the same ones alone.
 """
 
 from __future__ import annotations
@@ -92,7 +92,43 @@ TABLE_V2_3 = Table(
     against="DiCo-CrossAttn",
     conditions="MS-COCO 256, samplers differ",
 )
-TABLES = {TABLE_V2_3.number: TABLE_V2_3}
+
+# ---- Students of a small U-Net, beside the same networks without a teacher
+
+RULE = "by BK-SDM's loss; starts from the parts of the teacher that it keeps"
+KOALA = (
+    "by KOALA's loss, a reconstruction, since its training code was never published: the features "
+    "are outputs of self-attention"
+)
+TEACHER = beside("SD 1.x (teacher)", "sd_1", SD, 64)
+
+
+def student(label: str, like: str, mimics: str, note: str) -> Row:
+    """Return a row of Table v2-3 that learns from the teacher."""
+    row = replace(TABLE_V2_3.row(like), label=label, note=note)
+    return replace(row, teacher=TEACHER, mimics=mimics)
+
+
+def alone(like: str) -> Row:
+    """Return a row of Table v2-3 under a label that says it has no teacher."""
+    return replace(TABLE_V2_3.row(like), label=f"{like} (from scratch)")
+
+
+TABLE_DISTILLATION = Table(
+    number="distillation",
+    title="Small U-Nets that learn from a larger one",
+    source="this suite; BK-SDM's and KOALA's rules",
+    rows=(
+        TEACHER,
+        alone("BK-SDM-Base"),
+        student("BK-SDM-Base (distilled)", "BK-SDM-Base", "blocks", RULE),
+        student("BK-SDM-Base (self-attention)", "BK-SDM-Base", "self_attention", KOALA),
+        alone("BK-SDM-Small"),
+        student("BK-SDM-Small (distilled)", "BK-SDM-Small", "blocks", RULE),
+    ),
+    timed=False,
+)
+TABLES = {table.number: table for table in (TABLE_V2_3, TABLE_DISTILLATION)}
 CAPTIONED = {name: protocol for name, protocol in PROTOCOLS.items() if protocol.data.captions}
 CHOICES = Choices(TABLES, CAPTIONED, protocol="digits_text", seeds=(0, 1, 2))
 

@@ -34,7 +34,7 @@ from experiments.declared.systems import IMAGES, SYSTEMS
 from experiments.engine.reporting.efficiency.counts import counts_sheet
 from experiments.engine.reporting.efficiency.images import images_sheet
 from experiments.engine.reporting.sheet import Sheet
-from experiments.text_to_image import TABLE_V2_3
+from experiments.text_to_image import TABLE_DISTILLATION, TABLE_V2_3
 
 
 def committed_counts_sheet(store: ReferenceStore) -> Sheet:
@@ -57,6 +57,7 @@ SHEETS: dict[str, Callable[[ReferenceStore], Sheet]] = {
     "table9": partial(systems_sheet, main_results.TABLE_9, 512),
     **{f"table{name}": partial(related_sheet, table) for name, table in related.TABLES.items()},
     "tablev2-3": partial(captioned_sheet, TABLE_V2_3),
+    "distillation": partial(captioned_sheet, TABLE_DISTILLATION),
     "tablev2-3_binding": partial(words_sheet, TABLE_V2_3),
     "families": families_sheet,
     "counts": committed_counts_sheet,

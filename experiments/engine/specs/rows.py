@@ -64,6 +64,10 @@ class Row:
     start: Row | Weights | None = None
     # With whose features the row's network is aligned in training.
     alignment: Alignment | None = None
+    # A row whose trained network this one learns from, and what of it: 'blocks', the outputs of
+    # whole levels, or 'self_attention'.
+    teacher: Row | None = None
+    mimics: str = "blocks"
 
     def require_backbone(self) -> Backbone:
         """Return the network.

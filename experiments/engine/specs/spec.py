@@ -157,12 +157,27 @@ class Train:
     init_from: Train | Weights | None = None
     # The alignment of its tokens with an encoder's features; None: it denoises alone.
     alignment: Alignment | None = field(default=None, metadata=UNSAID)
+    # What it learns of another training's network, beside its task; None: nothing.
+    distillation: Distillation | None = field(default=None, metadata=UNSAID)
 
     @property
     def trainings(self) -> tuple[Train, ...]:
-        """Return this training after those that it starts from."""
-        earlier = self.init_from.trainings if isinstance(self.init_from, Train) else ()
-        return (*earlier, self)
+        """Return this training after those that it starts or learns from."""
+        start = self.init_from.trainings if isinstance(self.init_from, Train) else ()
+        taught = self.distillation.teacher.trainings if self.distillation else ()
+        return (*start, *taught, self)
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What a smaller network learns of a larger one: its prediction and some of its features."""
+
+    # Its averaged weights are the teacher, which is frozen.
+    teacher: Train
+    # Whose outputs are matched: 'blocks', of whole levels, or 'self_attention'.
+    features: str = "blocks"
+    # Whether the student starts from the teacher's weights of the parts that it keeps.
+    inherits: bool = True
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from experiments.engine.specs.spec import (
     Cost,
     Data,
     Diffusion,
+    Distillation,
     Evaluate,
     HeldOut,
     Recipe,
@@ -140,6 +141,11 @@ def train_stage(row: Row, protocol: Protocol, seed: int) -> Train:
     stage = Train(
         backbone, data, protocol.recipe, seed=seed, init_from=start, alignment=row.alignment
     )
+
+    # A row may learn from another one's network, which this project then trains first.
+    if row.teacher:
+        teacher = train_stage(row.teacher, protocol, seed)
+        stage = replace(stage, distillation=Distillation(teacher, row.mimics))
 
     # A row without a method of its own follows the protocol's recipe.
     if protocol.diffusion is not None:

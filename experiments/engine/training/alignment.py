@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from experiments.engine.data.quantise import unfold
 from experiments.engine.diffusion.build import DiffusionProcess
+from experiments.engine.diffusion.distillation.objective import Distilled
 from experiments.engine.diffusion.iddpm import Model
 from experiments.engine.judges.encoders import load_encoder
 from experiments.engine.numerics.network_parts import list_parts
@@ -177,7 +178,7 @@ class Aligner:
 
 
 def build_aligner(
-    spec: Train, network: nn.Module, entry: nn.Module, diffusion: DiffusionProcess
+    spec: Train, network: nn.Module, entry: nn.Module, diffusion: DiffusionProcess | Distilled
 ) -> Aligner | None:
     """Build what aligns a network's tokens, if its training declares it.
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from experiments.engine.data.sets import AnySet, batch_indices, load
 from experiments.engine.numerics.weights import digest
@@ -47,8 +47,9 @@ def run_training(spec: Train, context: RunContext) -> dict[str, Any]:
     require_boards()
     group, resources = context.group, context.resources
     snapshots = averages.snapshot_steps(spec.recipe)
-    trainer = Trainer(spec, resources, group)
-    pending = _restore(trainer, context)
+    teacher = _load_teacher(spec, context)
+    trainer = Trainer(spec, resources, group, teacher=teacher)
+    pending = _restore(trainer, context, teacher)
     if context.heartbeat:
         begin_attempt(context.heartbeat, trainer.step)
         context.heartbeat.update(
@@ -84,7 +85,15 @@ def run_training(spec: Train, context: RunContext) -> dict[str, Any]:
     return attempt.values() | identity | kept | start | attempt.warnings()
 
 
-def _restore(trainer: Trainer, context: RunContext) -> list[Tensor]:
+def _load_teacher(spec: Train, context: RunContext) -> nn.Module | None:
+    """Load the averaged network that a distillation learns from."""
+    if spec.distillation is None:
+        return None
+    teacher = spec.distillation.teacher
+    return load_ema(teacher, context.folder_of(teacher), context.device)
+
+
+def _restore(trainer: Trainer, context: RunContext, teacher: nn.Module | None) -> list[Tensor]:
     """Bring a trainer to where the run stands, and return the losses since its last log line."""
     # Rank 0 chooses the checkpoint, so that all ranks resume from the same step.
     group, spec = trainer.group, trainer.spec
@@ -102,6 +111,8 @@ def _restore(trainer: Trainer, context: RunContext) -> list[Tensor]:
     elif spec.init_from:
         folder = context.folder_of(spec.init_from)
         trainer.start_from(load_ema(spec.init_from, folder, trainer.device))
+    elif teacher is not None and spec.distillation is not None and spec.distillation.inherits:
+        trainer.inherit_from(teacher)
     return []
 
 

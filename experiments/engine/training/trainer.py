@@ -19,7 +19,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 import backbones
 from experiments.engine.data.quantise import mirror
 from experiments.engine.data.sets import AnySet, iterate_batches
-from experiments.engine.diffusion.build import build_diffusion
+from experiments.engine.diffusion.distillation.objective import build_objective
 from experiments.engine.diffusion.iddpm import Model
 from experiments.engine.diffusion.objectives import Gated, has_gates
 from experiments.engine.numerics.cuda_graphs import CudaGraph, require_gpu
@@ -99,7 +99,8 @@ def load_ema(
 
     # The network is as its training began, unless that started from another one.
     file = f"runs/{folder.name}/checkpoints"
-    if spec.init_from is None and "model" in state:
+    inherits = spec.distillation is not None and spec.distillation.inherits
+    if spec.init_from is None and not inherits and "model" in state:
         backbones.check_progress(state["ema"], state["model"], model.state_dict(), file)
     backbones.load_judged(model, state["ema"], file, warn=warn)
     return model.eval()
@@ -117,6 +118,7 @@ class Trainer:
         resources: Resources | None = None,
         group: Group = ALONE,
         model: nn.Module | None = None,
+        teacher: nn.Module | None = None,
     ) -> None:
         """Prepare a training from its first step.
 
@@ -125,6 +127,10 @@ class Trainer:
             resources: Device, micro-batch, and how the passes are launched.
             group: The processes that share every batch.
             model: The network, if `build` has made it already.
+            teacher: The trained network that a distillation declares.
+
+        Raises:
+            ValueError: A distillation lacks its teacher, or the network does not follow from it.
         """
         resources = resources or Resources()
         self.spec = spec
@@ -145,7 +151,7 @@ class Trainer:
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.averages = PowerAverages(self.model) if spec.recipe.power_snapshots else None
         self.is_sharded = resources.shard_optimizer and group.world_size > 1
-        self.diffusion = build_diffusion(spec.diffusion).to(self.device)
+        self.diffusion = build_objective(spec, teacher, self.device)
         # What the losses call: the network, or what gives more of it than its prediction.
         self.entry = entry = self.diffusion.training_entry(self.model)
         self.aligner = build_aligner(spec, self.model, entry, self.diffusion)
@@ -242,6 +248,12 @@ class Trainer:
         self.ema.load_state_dict(self.model.state_dict())
         declared = {"sha256": weights.sha256, "labels": weights.labels, "warnings": notes}
         self.start = declared | taken.describe()
+
+    def inherit_from(self, teacher: nn.Module) -> None:
+        """Start from the parts of a teacher that the network keeps."""
+        weights = backbones.inherit_weights(self.model, teacher)
+        self.model.load_state_dict(weights)
+        self.ema.load_state_dict(weights)
 
     def steps(self, images: AnySet) -> Iterator[Tensor]:
         """Train from the step reached to the last step.
