@@ -70,6 +70,7 @@ from backbones.registry import (
     shared_name_of,
     tiny_options_of,
 )
+from backbones.vavae import PUBLISHED as PUBLISHED_AUTOENCODER
 from backbones.words import Vocabulary
 
 
@@ -92,6 +93,7 @@ __all__ = [
     "Fit",
     "Kind",
     "Labels",
+    "PUBLISHED_AUTOENCODER",
     "build",
     "exceptions_of",
     "fit",

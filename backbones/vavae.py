@@ -23,6 +23,7 @@ from backbones.vqvae import Decoder, Encoder, group_norm
 
 # Files hold what training needs beside the autoencoder.
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+PUBLISHED = "vavae_f16d32"  # the registered name
 COSINE_MARGIN = 0.5
 DISTANCE_MARGIN = 0.25
 LARGEST_WEIGHT = 1e8  # of the alignment, relative to the reconstruction
@@ -169,7 +170,7 @@ def weigh_alignment(
 
 register(
     VAVAE,
-    dict(vavae_f16d32=dict()),
+    {PUBLISHED: {}},
     tiny=dict(channels=4, dim=32, multipliers=(1, 2), res_blocks=1),
     kind="autoencoder",
 )

@@ -58,7 +58,8 @@ from experiments.engine.jobs.plan import ListPlan
 from experiments.engine.machine.gpu import prepare_torch
 from experiments.engine.records.store import Store
 from experiments.engine.records.tree import REPOSITORY
-from experiments.engine.specs.spec import FACTOR, Evaluate, is_latent, spec_id
+from experiments.engine.specs.latent_space import space_of
+from experiments.engine.specs.spec import Evaluate, is_latent, spec_id
 from experiments.main_results import TABLES
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def _describe(spec: Evaluate) -> list[str]:
 
 
 def _describe_disk(spec: Evaluate) -> str:
-    pixels = FACTOR * spec.data.size if is_latent(spec.data) else spec.data.size
+    pixels = space_of(spec.data).factor * spec.data.size if is_latent(spec.data) else spec.data.size
     return f"disk: {spec.num * 3 * pixels**2 / 1e9:.1f} GB of images"
 
 

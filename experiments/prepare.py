@@ -17,20 +17,27 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
-import time
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from experiments.declared.protocols import CIFAR10, PROTOCOLS
 from experiments.declared.recipes import pixels
 from experiments.engine.cli import Parser, run_command
-from experiments.engine.data.locate import JUDGE_WEIGHTS, find_cifar10, folder_of, seal_folder
-from experiments.engine.jobs.progress import images_line
+from experiments.engine.data.locate import (
+    JUDGE_WEIGHTS,
+    find_cifar10,
+    folder_of,
+    inception_path,
+    seal_folder,
+)
+from experiments.engine.jobs.progress import ProgressLines
 from experiments.engine.machine.cores import find_cores
 from experiments.engine.machine.gpu import choose_device, prepare_torch
 from experiments.engine.records.files import require_target, written_whole
 from experiments.engine.specs.stages import IMAGENET_CLASSES
 
 if TYPE_CHECKING:
+    from experiments.engine.data.encode import EncodingJob
     from experiments.engine.data.pictures import Pictures
 
 CIFAR10_HELP = """Download CIFAR-10 and check it.
@@ -104,7 +111,9 @@ def _add_latents(verbs: Any) -> None:
     verb.add_argument("--protocol", choices=LATENT_PROTOCOLS, help="whose latents are made")
     _add_classes(verb)
     verb.add_argument(
-        "--size", type=int, help="with --classes: side of the crops in pixels, a multiple of 8"
+        "--size",
+        type=int,
+        help="with --classes: side of the crops in pixels, a multiple of the autoencoder's factor",
     )
     _add_images(verb, "folder that holds one folder of images for each class")
     verb.add_argument(
@@ -115,8 +124,16 @@ def _add_latents(verbs: Any) -> None:
     verb.add_argument(
         "--vae",
         default="sd-vae-ft-ema",
-        help="sd-vae-ft-ema, sd-vae-ft-mse, or a diffusers folder with safetensors "
-        "(default: sd-vae-ft-ema)",
+        help="sd-vae-ft-ema, sd-vae-ft-mse, a folder of any AutoencoderKL of diffusers with "
+        "safetensors, or a file of VA-VAE (default: sd-vae-ft-ema)",
+    )
+    verb.add_argument(
+        "--reconstructions",
+        type=int,
+        default=256,
+        metavar="N",
+        help="pictures on which PSNR, SSIM and the Fréchet distance of reconstructions are taken "
+        "(default: 256; 0: none)",
     )
     verb.add_argument(
         "--corrupt",
@@ -259,11 +276,14 @@ def prepare_judge(args: argparse.Namespace) -> int:
 
 def prepare_latents(args: argparse.Namespace) -> int:
     """Encode the pictures of a folder for a protocol, and describe the latents."""
-    if min(args.batch, args.shard, args.workers) < 1:
-        raise ValueError("--batch, --shard and --workers take numbers from 1")
+    if min(args.batch, args.shard, args.workers) < 1 or args.reconstructions < 0:
+        raise ValueError(
+            "--batch, --shard and --workers take numbers from 1, --reconstructions from 0"
+        )
 
-    from experiments.engine.data.autoencoder import load_autoencoder
+    from experiments.engine.data.autoencoder import load_autoencoder, require_latents_of
     from experiments.engine.data.encode import EncodingJob, encode_pictures
+    from experiments.engine.data.latent_statistics import describe_manifest
     from experiments.engine.data.pictures import find_pictures
 
     if (args.protocol is None) == (args.classes is None):
@@ -277,6 +297,8 @@ def prepare_latents(args: argparse.Namespace) -> int:
     pictures = find_pictures(args.images, args.classes if own else data.num_classes)
     _print_listing(pictures, own)
     vae = load_autoencoder(args.vae, device, args.batch)
+    if not own:
+        require_latents_of(data, vae, args.vae)
     job = EncodingJob(
         pictures,
         vae,
@@ -286,8 +308,11 @@ def prepare_latents(args: argparse.Namespace) -> int:
         skip=args.corrupt == "skip",
         workers=args.workers,
     )
-    manifest = encode_pictures(job, args.out or folder_of(data), _ProgressLines())
-    _print_manifest(manifest)
+    folder = args.out or folder_of(data)
+    manifest = encode_pictures(job, folder, ProgressLines())
+    print(describe_manifest(manifest))
+    if args.reconstructions:
+        _print_reach(job, args.reconstructions, folder)
     if own:
         _seal(args.out, args.classes)
     elif not manifest["statistics"]["as_expected"]:
@@ -297,6 +322,16 @@ def prepare_latents(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0
+
+
+def _print_reach(job: EncodingJob, num: int, folder: Path) -> None:
+    """Measure and print how near an autoencoder comes to pictures, with Inception if it is here."""
+    from experiments.engine.scoring.inception import load_inception
+    from experiments.engine.scoring.reconstruction.reach import describe_reach, record_reach
+
+    has_inception = inception_path().is_file() and find_spec("torch_fidelity") is not None
+    inception = load_inception(inception_path(), job.vae.device) if has_inception else None
+    print(describe_reach(record_reach(job, num, folder, inception)))
 
 
 def _seal(folder: Path, num_classes: int) -> None:
@@ -318,42 +353,6 @@ def _print_listing(pictures: Pictures, own: bool = False) -> None:
             f"warning: {len(pictures.files)} images are not ImageNet's {IMAGENET_IMAGES} training "
             "images; scores on them are not ImageNet's"
         )
-
-
-def _print_manifest(manifest: dict[str, Any]) -> None:
-    from experiments.engine.data.latent_statistics import describe_statistics
-    from experiments.engine.data.pictures import describe_left_out, describe_modes, show_name
-
-    for name, reason in manifest["skipped"].items():
-        print(f"skipped {show_name(name)}: {reason}")
-    if manifest.get("unreadable"):
-        print(f"cannot be decoded: {describe_left_out(manifest['unreadable'])}")
-    converted = "unknown, older shards do not say"
-    if "converted" in manifest:
-        converted = describe_modes(manifest["converted"]) or "none"
-    print(
-        f"{manifest['num_images']} images in {len(manifest['shards'])} shards, "
-        f"{len(manifest['skipped'])} skipped; converted to RGB: {converted}"
-    )
-    print(describe_statistics(manifest["statistics"]))
-
-
-class _ProgressLines:
-    """Prints a line as shards get done by any process, with the time that is left."""
-
-    def __init__(self) -> None:
-        self.started = 0.0
-        self.first: int | None = None  # pictures that were done before
-        self.last = 0
-
-    def __call__(self, done: int, total: int) -> None:
-        if self.first is None:
-            self.started = time.monotonic()
-            self.first = done
-        elif done > self.last:
-            rate = (done - self.first) / (time.monotonic() - self.started)
-            print(images_line(done, total, rate), file=sys.stderr, flush=True)
-        self.last = done
 
 
 def prepare_pixels(args: argparse.Namespace) -> int:

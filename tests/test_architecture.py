@@ -72,7 +72,7 @@ LIGHT_ENGINE = (
     "reporting/lookup reporting/notes "
     "reporting/render reporting/sheet reporting/statistics reporting/tables specs/rows specs/spec "
     "runtime/attempts runtime/heartbeat runtime/preemption runtime/progress specs/selection "
-    "specs/stages specs/study specs/weights"
+    "specs/stages specs/study specs/latent_space specs/weights"
 )
 LIGHT = [
     *(f"experiments/engine/{name}.py" for name in LIGHT_ENGINE.split()),

@@ -42,6 +42,7 @@ def write_vae(folder: Path, seed: int = 0, **options: object) -> Path:
     """Write a small untrained VAE, with options of diffusers' class."""
     from diffusers import AutoencoderKL
 
+    options.setdefault("latent_channels", 4)
     widths = options.pop("block_out_channels", (4, 4, 8, 8))
     blocks = dict(
         down_block_types=("DownEncoderBlock2D",) * len(widths),
@@ -54,7 +55,6 @@ def write_vae(folder: Path, seed: int = 0, **options: object) -> Path:
         vae = AutoencoderKL(
             block_out_channels=widths,
             norm_num_groups=2,
-            latent_channels=4,
             sample_size=64,
             **blocks,
             **options,

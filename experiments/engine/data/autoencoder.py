@@ -1,4 +1,4 @@
-"""The VAE between pixels and latents: diffusers' AutoencoderKL in fp32, by name or folder."""
+"""The VAE between pixels and latents in fp32: diffusers' AutoencoderKL, or VA-VAE from a file."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, nn
 
 import backbones
+from experiments.engine.data.autoencoders.spaces import denormalise, space_of_config
+from experiments.engine.data.autoencoders.vavae import NAME as VAVAE_NAME
+from experiments.engine.data.autoencoders.vavae import load_vavae
 from experiments.engine.data.image_files import file_sha256
-from experiments.engine.data.latents import SCALE
 from experiments.engine.machine.system_errors import explain, is_of_files, naming
 from experiments.engine.numerics.precision import precision
 from experiments.engine.numerics.weights import digest
 from experiments.engine.records.files import read_json
-from experiments.engine.specs.spec import FACTOR, LATENT_CHANNELS
+from experiments.engine.specs.latent_space import SD_SPACE, LatentSpace, space_of
+from experiments.engine.specs.spec import Data
 
 FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 UNKNOWN = "unknown"  # the name of every VAE whose hash is not a published one
@@ -58,12 +61,14 @@ class Autoencoder:
     name: a published name if the weights are published ones, else UNKNOWN.
     channels: channels of a latent.
     factor: pixels for each place of a latent.
+    space: how a network sees its latents; None: by the statistics of each set.
     encoder: hash of the encoder's weights, 16 hexadecimal digits.
     weights: hash of all weights, 16 hexadecimal digits.
     warnings: what a record must say of the stored weights.
     """
 
     warnings: tuple[str, ...] = ()
+    space: LatentSpace | None = SD_SPACE
 
     def __init__(self, vae: Any, name: str, device: torch.device, batch: int) -> None:
         """Freeze diffusers' AutoencoderKL on a device; `batch` is for GPUs."""
@@ -98,8 +103,19 @@ class Autoencoder:
             torch.set_num_threads(threads)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode latents (N, C, h, w), scaled by 0.18215, to images (N, 3, H, W) on the CPU."""
-        return self._forward(lambda rows: self.vae.decode(rows / SCALE).sample, latents)
+        """Decode latents (N, C, h, w) as a network sees them to images (N, 3, H, W) on the CPU."""
+        space = self.space
+        assert space is not None, "latents without a scale are decoded in the space of their set"
+        return self._forward(lambda rows: self.vae.decode(denormalise(rows, space)).sample, latents)
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Encode images (N, 3, H, W) in [-1, 1] and decode the means of their posteriors."""
+
+        def pass_through(rows: Tensor) -> Tensor:
+            result: Tensor = self.vae.decode(self.vae.encode(rows).latent_dist.mean).sample
+            return result
+
+        return self._forward(pass_through, images)
 
     @torch.inference_mode()
     def _forward(self, network: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
@@ -124,6 +140,8 @@ def missing_vae(source: str) -> str:
         return f"the VAE {source}, which the run would download; $DICO_VAE can name a folder"
     folder = Path(source)
     if not folder.is_dir():
+        if folder.is_file():
+            return ""
         return f"VAE {source} is neither {' nor '.join(PUBLISHED)} nor a folder with {_files()}"
     absent = [name for name in FILES if not (folder / name).is_file()]
     if not absent:
@@ -165,34 +183,45 @@ def load_autoencoder(
     """Load a VAE.
 
     Args:
-        source: a published name, which is downloaded if the network allows it, or a diffusers
-            folder with safetensors.
+        source: a published name, which is downloaded if the network allows it; a diffusers folder
+            with safetensors; or a file of VA-VAE's authors.
         device: where it runs.
         batch: rows of a forward pass on a GPU.
 
     Raises:
-        ValueError: the VAE cannot be loaded, or its latents have another scale or shape.
+        ValueError: the VAE cannot be loaded, or its config does not say what its latents are.
     """
-    vae, folder = _load_diffusers_vae(source)
-    config = vae.config
-    if config.scaling_factor != SCALE or config.shift_factor:
-        raise ValueError(
-            f"VAE {source} scales its latents by {config.scaling_factor} and shifts them by "
-            f"{config.shift_factor}; only {SCALE} without a shift is known"
-        )
-    notes = tuple(_judge_stored(folder / FILES[1], source))
-    backbones.check_values(vae, vae.state_dict(), f"VAE {source}")
-    name = identify_vae(folder / FILES[1], source)
-    autoencoder = Autoencoder(vae, name, torch.device(device), batch)
-    autoencoder.warnings = notes
-    for text in autoencoder.warnings:
+    if source not in PUBLISHED and Path(source).is_file():
+        network, notes = load_vavae(Path(source))
+        autoencoder = Autoencoder(network, VAVAE_NAME, torch.device(device), batch)
+        autoencoder.space = None
+    else:
+        vae, folder = _load_diffusers_vae(source)
+        notes = _judge_stored(folder / FILES[1], source)
+        backbones.check_values(vae, vae.state_dict(), f"VAE {source}")
+        name = identify_vae(folder / FILES[1], source)
+        autoencoder = Autoencoder(vae, name, torch.device(device), batch)
+        autoencoder.space = space_of_config(folder / FILES[0])
+
+    # Rounded weights are said here and in what is made of them.
+    autoencoder.warnings = tuple(notes)
+    for text in notes:
         backbones.print_warning(text)
-    if (autoencoder.factor, autoencoder.channels) != (FACTOR, LATENT_CHANNELS):
-        raise ValueError(
-            f"VAE {source} makes {autoencoder.channels} channels of {autoencoder.factor} pixels a "
-            f"side; the latents of every protocol are {LATENT_CHANNELS} of {FACTOR}"
-        )
     return autoencoder
+
+
+def require_latents_of(data: Data, autoencoder: Autoencoder, source: str) -> None:
+    """Raise ValueError unless an autoencoder makes latents of the shape and space of a set."""
+    space, made = space_of(data), autoencoder.space
+    fits = (autoencoder.channels, autoencoder.factor) == (data.channels, space.factor)
+    if fits and made in (None, space):
+        return
+    raise ValueError(
+        f"VAE {source} makes latents of {autoencoder.channels} channels with "
+        f"{made or f'no scale, {autoencoder.factor} pixels a side'}; set {data.name} needs "
+        f"{data.channels} channels with {space}; name another VAE, or prepare a set of your own "
+        "with --classes"
+    )
 
 
 def _judge_stored(path: Path, source: str) -> list[str]:
@@ -234,6 +263,18 @@ def identify_vae(weights: Path, source: str) -> str:
     return UNKNOWN
 
 
+def _require_all_weights(loaded: dict[str, list[Any]], source: str) -> None:
+    """Raise ValueError if diffusers left weights of a file unread, or drew some by itself."""
+    missing, unexpected = loaded["missing_keys"], loaded["unexpected_keys"]
+    if missing or unexpected:
+        named = [f"missing {name}" for name in sorted(missing)[:2]]
+        named += [f"unexpected {name}" for name in sorted(unexpected)[:2]]
+        raise ValueError(
+            f"VAE {source}: its weights are those of another autoencoder than its config's "
+            f"({len(missing) + len(unexpected)} keys differ): {'; '.join(named)}"
+        )
+
+
 def _load_diffusers_vae(source: str) -> tuple[Any, Path]:
     """Return diffusers' network, and the folder of its files."""
     try:
@@ -247,6 +288,7 @@ def _load_diffusers_vae(source: str) -> tuple[Any, Path]:
         if missing:
             raise ValueError(missing)
         _require_whole(Path(source))
+        space_of_config(Path(source) / FILES[0])
     try:
         folder = source
         if source in PUBLISHED:
@@ -256,10 +298,13 @@ def _load_diffusers_vae(source: str) -> tuple[Any, Path]:
                 revision=publication.revision,
                 allow_patterns=list(FILES),
             )
-        vae = AutoencoderKL.from_pretrained(
-            folder, use_safetensors=True, torch_dtype=torch.float32, low_cpu_mem_usage=False
+        vae, loaded = AutoencoderKL.from_pretrained(
+            folder,
+            use_safetensors=True,
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
         )
-        return vae, Path(folder)
     except Exception as error:
         if isinstance(error, OSError) and is_of_files(error):
             raise ValueError(explain(error)) from None
@@ -273,3 +318,5 @@ def _load_diffusers_vae(source: str) -> tuple[Any, Path]:
             else ""
         )
         raise ValueError(f"VAE {source} cannot be loaded{advice} ({reason})") from None
+    _require_all_weights(loaded, source)
+    return vae, Path(folder)

@@ -21,13 +21,14 @@ import numpy as np
 import torch
 
 from experiments.engine.data.autoencoder import PUBLISHED, Autoencoder
+from experiments.engine.data.autoencoders.spaces import describe_space, space_of_statistics
 from experiments.engine.data.checks import check_latents, compare_classes, write_classes
 from experiments.engine.data.latent_statistics import (
     compare_statistics,
     describe_statistics,
     sum_moments,
 )
-from experiments.engine.data.latents import SCALE, shard_path
+from experiments.engine.data.latents import draw_fixed, shard_path
 from experiments.engine.data.pictures import (
     Pictures,
     UnreadablePicture,
@@ -37,7 +38,6 @@ from experiments.engine.data.pictures import (
 )
 from experiments.engine.data.quantise import from_uint8
 from experiments.engine.data.sets import prefetch
-from experiments.engine.numerics.randomness import generator_at
 from experiments.engine.records.files import (
     locked,
     read_json,
@@ -45,6 +45,8 @@ from experiments.engine.records.files import (
     try_lock,
     written_whole,
 )
+from experiments.engine.specs.latent_space import SD_SPACE
+from experiments.engine.specs.spec import LATENT_CHANNELS
 
 REPEAT = "remove the folder and prepare the latents again"
 
@@ -107,7 +109,7 @@ class EncodingJob:
                 "name": self.vae.name,
                 "encoder": self.vae.encoder,
                 "weights": self.vae.weights,
-                "scale": SCALE,
+                **describe_space(self.vae.space, self.vae.factor),
                 # Rounded weights are said in what is made of them.
                 **({"warnings": list(self.vae.warnings)} if self.vae.warnings else {}),
             },
@@ -155,6 +157,11 @@ def encode_pictures(job: EncodingJob, folder: Path, report: Report) -> dict[str,
         raise ValueError(
             f"{job.size} pixels as {job.latents!r}: the size must be a multiple of "
             f"{job.vae.factor}, the latents 'moments' or 'fixed'"
+        )
+    if job.vae.space is None and job.latents == "fixed":
+        raise ValueError(
+            f"latents of {job.vae.name} are seen by the statistics of the whole set, which fixed "
+            "samples do not wait for; prepare moments"
         )
     compare_classes(folder, job.pictures.classes)
     _agree_on_plan(job.plan(), folder)
@@ -233,8 +240,8 @@ def _encode_shard(job: EncodingJob, folder: Path, number: int) -> None:
     sums = np.zeros((2, job.vae.channels))
     for index, moments in _encode(job, job.pictures_in(number), notes):
         sums += sum_moments(moments)
-        row = moments if job.latents == "moments" else _fixed_samples(moments, index)
-        rows[len(notes.indices)] = row
+        fixed = job.latents == "fixed"
+        rows[len(notes.indices)] = draw_fixed(moments, index, job.vae.space) if fixed else moments
         notes.indices.append(index)
 
     with written_whole(path) as file:
@@ -301,16 +308,6 @@ def _encode_group(
         yield index, rows
 
 
-def _fixed_samples(moments: np.ndarray, index: int) -> np.ndarray:
-    """Sample the posteriors of a picture and of its flip: (2, C, h, w), scaled.
-
-    The noise comes from the picture's place in the listing.
-    """
-    mean, deviation = np.split(moments, 2, axis=1)
-    noise = torch.randn(mean.shape, generator=generator_at("fixed latent", index)).numpy()
-    return (mean + deviation * noise) * np.float32(SCALE)
-
-
 def _finish(job: EncodingJob, folder: Path) -> dict[str, Any]:
     """Write labels.npy and the manifest from the shards' .json files.
 
@@ -370,7 +367,13 @@ def _summary(job: EncodingJob, shards: list[dict[str, Any]], labels: np.ndarray)
     deviation = np.sqrt(square - mean**2)
     digests = "".join(shard["sha256"] for shard in shards)
     summary["sha256"] = hashlib.sha256(digests.encode()).hexdigest()
-    summary["statistics"] = compare_statistics(mean, deviation, len(labels), job.size)
+    known = job.vae.space == SD_SPACE and job.vae.channels == LATENT_CHANNELS
+    summary["statistics"] = compare_statistics(mean, deviation, len(labels), job.size, known)
+
+    # Latents without a scale of their own are seen by the statistics of this very set.
+    if job.vae.space is None:
+        space = space_of_statistics(mean, deviation, job.vae.factor)
+        summary["vae"] = job.plan()["vae"] | space.describe()
     return summary
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments.engine.data.pictures import describe_left_out, describe_modes, show_name
+
 # Of unscaled latents of ImageNet's training set at 256 pixels under sd-vae-ft-ema and -mse, whose
 # encoders are the same. Source: the constants of improved MeanFlow's ImageNet-256 code. EDM2's
 # differ: its training/encoders.py gives the VAE pixels in [0, 1].
@@ -28,9 +30,11 @@ def sum_moments(moments: np.ndarray) -> np.ndarray:
 
 
 def compare_statistics(
-    mean: np.ndarray, deviation: np.ndarray, num_images: int, pixels: int
+    mean: np.ndarray, deviation: np.ndarray, num_images: int, pixels: int, known: bool = True
 ) -> dict[str, Any]:
     """Put the statistics of each channel beside sd-vae-ft's and tell whether they agree.
+
+    Latents of another space than sd-vae-ft's stand alone.
 
     The tolerance, in expected deviations, is 0.05 at the 256 pixels of the published values and
     0.15 at other sizes. Four standard errors of a mean over `num_images` come on top; means of
@@ -42,16 +46,22 @@ def compare_statistics(
         deviation: of each channel, (C,).
         num_images: number of images behind them.
         pixels: side of the images.
+        known: whether the latents have the scale and the channels of sd-vae-ft's.
     """
+    ours = {
+        "mean": [round(float(value), 5) for value in mean],
+        "deviation": [round(float(value), 5) for value in deviation],
+    }
+    if not known:
+        return ours | {"as_expected": False}
+
     published = 0.05 if pixels == 256 else 0.15
     tolerance = min(published + 4 / math.sqrt(num_images), 0.25)
     off = math.inf
     if len(mean) == len(MEAN):
         differences = np.concatenate([mean - MEAN, deviation - DEVIATION])
         off = max(np.abs(differences) / np.tile(DEVIATION, 2))
-    return {
-        "mean": [round(float(value), 5) for value in mean],
-        "deviation": [round(float(value), 5) for value in deviation],
+    return ours | {
         "expected_mean": list(MEAN),
         "expected_deviation": list(DEVIATION),
         "tolerance": round(tolerance, 4),
@@ -61,8 +71,10 @@ def compare_statistics(
 
 def describe_statistics(statistics: dict[str, Any]) -> str:
     """Say in one line how latents compare with sd-vae-ft's."""
-    verdict = "agree with" if statistics["as_expected"] else "differ from"
     ours = "; ".join(f"{name} {_digits(statistics[name])}" for name in ("mean", "deviation"))
+    if "tolerance" not in statistics:
+        return f"latent statistics ({ours})"
+    verdict = "agree with" if statistics["as_expected"] else "differ from"
     expected = "; ".join(_digits(statistics[f"expected_{name}"]) for name in ("mean", "deviation"))
     return (
         f"latent statistics ({ours}) {verdict} sd-vae-ft's ({expected}; "
@@ -72,3 +84,19 @@ def describe_statistics(statistics: dict[str, Any]) -> str:
 
 def _digits(values: list[float]) -> str:
     return ", ".join(f"{value:.3f}" for value in values)
+
+
+def describe_manifest(manifest: dict[str, Any]) -> str:
+    """Say in lines what became of the pictures of a folder of latents."""
+    lines = [f"skipped {show_name(name)}: {why}" for name, why in manifest["skipped"].items()]
+    if manifest.get("unreadable"):
+        lines.append(f"cannot be decoded: {describe_left_out(manifest['unreadable'])}")
+    converted = "unknown, older shards do not say"
+    if "converted" in manifest:
+        converted = describe_modes(manifest["converted"]) or "none"
+    lines.append(
+        f"{manifest['num_images']} images in {len(manifest['shards'])} shards, "
+        f"{len(manifest['skipped'])} skipped; converted to RGB: {converted}"
+    )
+    lines.append(describe_statistics(manifest["statistics"]))
+    return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 `encode.py` writes them. A folder holds manifest.json, labels.npy (M,) and shard-<number>.npy, each
 float32 (n, 2, K, h, w): an image and its flip. K is 2C for moments, which are means, then
-deviations, unscaled. K is C for samples, which are scaled by 0.18215.
+deviations, unscaled. K is C for samples, which are as a network sees them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from experiments.engine.data.autoencoders.spaces import normalise
 from experiments.engine.data.checks import (
     check_latents,
     check_number,
@@ -22,10 +23,11 @@ from experiments.engine.data.checks import (
     open_array,
 )
 from experiments.engine.data.locate import read_manifest
-from experiments.engine.numerics.randomness import seed_at
+from experiments.engine.numerics.randomness import generator_at, seed_at
+from experiments.engine.specs.latent_space import SD_SPACE, LatentSpace, space_of
 from experiments.engine.specs.spec import Data
 
-SCALE = 0.18215
+SCALE = SD_SPACE.scale[0]
 
 
 class LatentSet:
@@ -42,6 +44,7 @@ class LatentSet:
     def __init__(self, folder: Path, data: Data) -> None:
         manifest = read_manifest(folder, data)
         self.data = data
+        self.space = space_of(data)
         self.identity: dict[str, Any] = {"data_sha256": manifest["sha256"], "vae": manifest["vae"]}
         self.identity |= identify_classes(folder, data.num_classes)
 
@@ -93,7 +96,20 @@ class LatentSet:
         channels = self.data.channels
         noise *= moments[channels:]
         noise += moments[:channels]
-        noise *= np.float32(SCALE)
+        normalise(noise, self.space)
+
+
+def draw_fixed(moments: np.ndarray, index: int, space: LatentSpace | None) -> np.ndarray:
+    """Sample the posteriors of a picture and of its flip: (2, C, h, w), as a network sees them.
+
+    The noise comes from the picture's place in the listing.
+    """
+    assert space is not None, "fixed samples need a scale"
+    mean, deviation = np.split(moments, 2, axis=1)
+    noise = torch.randn(mean.shape, generator=generator_at("fixed latent", index)).numpy()
+    latents: np.ndarray = mean + deviation * noise
+    normalise(latents, space)
+    return latents
 
 
 def shard_path(folder: Path, number: int) -> Path:

@@ -17,6 +17,7 @@ from experiments.engine.machine.system_errors import explain, naming
 from experiments.engine.records.files import file_sha256, written_whole
 from experiments.engine.records.measured import measure_once
 from experiments.engine.records.tree import REPOSITORY
+from experiments.engine.specs.latent_space import SD_SPACE, LatentSpace, space_of
 from experiments.engine.specs.spec import LATENT_CHANNELS, Data, Evaluate, is_latent
 
 ROOT = Path(read_variable("DICO_DATA") or REPOSITORY / "data")
@@ -55,6 +56,7 @@ def own_data(folder: Path | str, *, split: str = "whole", flip: bool = False) ->
         sha256, num_classes = str(sealed["sha256"]), int(sealed["num_classes"])
         channels, size = (int(number) for number in sealed["shape"])
         latents, vae = sealed["latents"], sealed["vae"]
+        space = LatentSpace.read(sealed["space"]) if sealed.get("space") else None
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{path} cannot be read; prepare the folder again") from None
 
@@ -62,7 +64,7 @@ def own_data(folder: Path | str, *, split: str = "whole", flip: bool = False) ->
     name = f"own_{sha256[:8]}"
     data = Data(name, size, channels, num_classes, flip, split=split, sha256=sha256)
     if latents:
-        data = replace(data, latents=latents, vae=vae)
+        data = replace(data, latents=latents, vae=vae, space=space)
     require_content(data)
     return data
 
@@ -76,13 +78,15 @@ def seal_folder(folder: Path, num_classes: int) -> str:
     Raises:
         ValueError: the folder holds neither images.npy nor latents, or images that are not square.
     """
-    latents, vae = None, None
+    latents, vae, space = None, None, None
     if (folder / "manifest.json").is_file():
         manifest = json.loads((folder / "manifest.json").read_text())
         latents, (_, channels, height, width) = manifest["latents"], manifest["shape"]
         channels = channels // 2 if latents == "moments" else channels
         expected = manifest["statistics"]["as_expected"]
         vae = "sd-vae-ft" if expected else manifest["vae"]["encoder"]
+        if LatentSpace.read(manifest["vae"]) != SD_SPACE or channels != LATENT_CHANNELS:
+            space = LatentSpace.read(manifest["vae"]).describe()
     else:
         import numpy as np
 
@@ -99,9 +103,11 @@ def seal_folder(folder: Path, num_classes: int) -> str:
         raise ValueError(f"{folder} holds images of {height} x {width}; crop them to squares")
 
     sha256 = _content_of(folder)
-    stored = dict(
+    stored: dict[str, Any] = dict(
         sha256=sha256, num_classes=num_classes, shape=[channels, height], latents=latents, vae=vae
     )
+    if space:
+        stored["space"] = space
     with written_whole(folder / SEAL) as file:
         file.write(json.dumps(stored, indent=1).encode() + b"\n")
     return sha256
@@ -250,6 +256,7 @@ def read_manifest(folder: Path, data: Data) -> dict[str, Any]:
         as_expected = manifest["statistics"]["as_expected"]
         encoder = manifest["vae"]["encoder"]
         vae = manifest["vae"]["name"]
+        space = LatentSpace.read(manifest["vae"])
     except OSError as error:
         raise ValueError(explain(error)) from None
     except (ValueError, KeyError, TypeError) as error:
@@ -270,6 +277,8 @@ def read_manifest(folder: Path, data: Data) -> dict[str, Any]:
         for name, value in declared.items()
         if stored[name] != value
     ]
+    if space != space_of(data):
+        other.append(f"latents with {space}, not {space_of(data)}")
     if other:
         raise ValueError(
             f"the latents in {folder.name} do not fit protocol {data.name}: {'; '.join(other)}; "

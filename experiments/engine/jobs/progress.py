@@ -122,3 +122,21 @@ def _start_bars() -> Bars:
     )
     bars.start()
     return bars
+
+
+class ProgressLines:
+    """Prints a line as shards get done by any process, with the time that is left."""
+
+    def __init__(self) -> None:
+        self.started = 0.0
+        self.first: int | None = None  # pictures that were done before
+        self.last = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.first is None:
+            self.started = time.monotonic()
+            self.first = done
+        elif done > self.last:
+            rate = (done - self.first) / (time.monotonic() - self.started)
+            print(images_line(done, total, rate), file=sys.stderr, flush=True)
+        self.last = done

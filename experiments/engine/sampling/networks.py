@@ -14,6 +14,7 @@ from experiments.engine.data.locate import folder_of, has_manifest, read_manifes
 from experiments.engine.diffusion.cascade import System
 from experiments.engine.numerics.cuda_graphs import accelerate, require_gpu
 from experiments.engine.runtime.context import RunContext
+from experiments.engine.specs.latent_space import space_of
 from experiments.engine.specs.spec import Checkpoint, Data, Evaluate, Train, is_latent
 from experiments.engine.texts.tables import give_captions
 from experiments.engine.training.averages import load_power_average
@@ -119,7 +120,7 @@ def load_decoder(data: Data, device: torch.device) -> Decoder:
     """
     if not is_latent(data):
         return Decoder(lambda x: x, PIXELS)
-    from experiments.engine.data.autoencoder import SCALE, load_autoencoder
+    from experiments.engine.data.autoencoder import load_autoencoder, require_latents_of
 
     vae = load_autoencoder(vae_source(), device)
     folder = folder_of(data)
@@ -129,12 +130,10 @@ def load_decoder(data: Data, device: torch.device) -> Decoder:
             f"set {folder.name} holds latents of another VAE (encoder {encoder}) than $DICO_VAE "
             f"names ({Path(vae_source()).name}, encoder {vae.encoder})"
         )
-    identity: dict[str, Any] = {
-        "name": vae.name,
-        "sha256": vae.weights,
-        "scale": SCALE,
-        "dtype": "fp32",
-    }
+    require_latents_of(data, vae, vae_source())
+    vae.space = space_of(data)
+    identity: dict[str, Any] = {"name": vae.name, "sha256": vae.weights, "dtype": "fp32"}
+    identity |= vae.space.describe()
     if vae.warnings:
         identity["warnings"] = list(vae.warnings)
     return Decoder(vae.decode, identity)

@@ -42,7 +42,8 @@ from experiments.engine.sampling.networks import (
 from experiments.engine.sampling.networks import decoder_of as decoder_of
 from experiments.engine.sampling.networks import decoder_warnings as decoder_warnings
 from experiments.engine.sampling.targets import SET
-from experiments.engine.specs.spec import FACTOR, Evaluate, canonical, is_latent, spec_id
+from experiments.engine.specs.latent_space import space_of
+from experiments.engine.specs.spec import Evaluate, canonical, is_latent, spec_id
 
 CHUNK = 250  # images in a file
 BATCH = 64  # images in memory while a set is read
@@ -154,7 +155,7 @@ def set_id(spec: Evaluate, origin: dict[str, Any]) -> str:
 def image_bytes(spec: Evaluate) -> int:
     """Return the size of one image, before any compression."""
     data = spec.data
-    side = FACTOR * data.size if is_latent(data) else data.size
+    side = space_of(data).factor * data.size if is_latent(data) else data.size
     return 3 * side**2
 
 

@@ -14,6 +14,7 @@ from experiments.engine.specs.form import UNSAID
 from experiments.engine.specs.form import Spec as Spec
 from experiments.engine.specs.form import canonical as canonical
 from experiments.engine.specs.form import spec_id as spec_id
+from experiments.engine.specs.latent_space import LatentSpace
 from experiments.engine.specs.weights import Weights
 
 LATENT_CHANNELS = 4
@@ -48,22 +49,21 @@ class Data:
     num_classes: int
     # Whether half of the visits see a mirrored image.
     flip: bool = False
-    # What is stored of VAE latents: posterior 'moments', drawn from anew at every visit, or 'fixed'
-    # samples.
+    # Stored of VAE latents: posterior 'moments', drawn anew at every visit, or 'fixed' samples.
     latents: str = "moments"
     # 'sd-vae-ft' (ema and mse share their encoder), or the hash of another VAE's encoder.
     vae: str = "sd-vae-ft"
     # Side of the squares of pixels that are folded into channels; 1: pixels are as they are.
     fold: int = 1
-    # 'whole': trained on, and scored against, all images of the set. 'held_out': the set is parted
-    # into images to train on, images for choices (validation), and images that are only reported
-    # (test).
+    # 'whole': trained on, and scored against, all images. 'held_out': the set is parted into images
+    # to train on, images for choices (validation), and images that are only reported (test).
     split: str = "whole"
-    # Hash of the text encoder whose table says what the labels are captions of; '': they are
-    # classes.
+    # Hash of the encoder of the captions that labels stand for; '': they are classes.
     captions: str = field(default="", metadata=UNSAID)
     # Digest of a prepared folder's content, of data of one's own; "": a set that the suite knows.
     sha256: str = field(default="", metadata=UNSAID)
+    # Of latents that are not Stable Diffusion's: how a network sees them.
+    space: LatentSpace | None = field(default=None, metadata=UNSAID)
 
 
 @dataclass(frozen=True)
@@ -364,4 +364,4 @@ def kind_of(spec: Spec) -> str:
 
 def is_latent(data: Data) -> bool:
     """Return whether a set holds latents, and not pixels."""
-    return data.channels == LATENT_CHANNELS
+    return data.space is not None or data.channels == LATENT_CHANNELS
