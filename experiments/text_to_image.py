@@ -16,7 +16,7 @@ from typing import Any
 # The code is this file's tree, whatever the current folder and PYTHONPATH offer.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments.declared.protocols import PROTOCOLS
+from experiments.declared.protocols import CAPTIONED
 from experiments.engine.choices import Choices
 from experiments.engine.cli import run_command, run_table
 from experiments.engine.data.captioned import grammar
@@ -129,7 +129,6 @@ TABLE_DISTILLATION = Table(
     timed=False,
 )
 TABLES = {table.number: table for table in (TABLE_V2_3, TABLE_DISTILLATION)}
-CAPTIONED = {name: protocol for name, protocol in PROTOCOLS.items() if protocol.data.captions}
 CHOICES = Choices(TABLES, CAPTIONED, protocol="digits_text", seeds=(0, 1, 2))
 
 if __name__ == "__main__":

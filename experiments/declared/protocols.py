@@ -269,9 +269,6 @@ _ALL = (
     DIGITS_LONG,
     DIGITS_HELD_OUT,
     CIFAR10_16,
-    DIGITS_TEXT,
-    DIGITS_TEXT_LONG,
-    DIGITS_TEXT_RELATIONS,
     CIFAR10,
     CIFAR10_CLASSIFIER,
     CIFAR10_BF16,
@@ -285,3 +282,7 @@ _ALL = (
     IMAGENET512_OWN,
 )
 PROTOCOLS = {protocol.name: protocol for protocol in _ALL}
+# Protocols of networks that read text, which others cannot be trained under.
+CAPTIONED = {
+    protocol.name: protocol for protocol in (DIGITS_TEXT, DIGITS_TEXT_LONG, DIGITS_TEXT_RELATIONS)
+}

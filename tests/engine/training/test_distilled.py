@@ -42,7 +42,7 @@ def test_a_row_names_its_teacher_and_needs_it_first():
     assert replace(spec, distillation=None) == alone and spec_id(spec) != spec_id(alone)
 
 
-@pytest.mark.parametrize("inherits", [True, False])
+@pytest.mark.parametrize("inherits", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_student_is_trained_beside_its_teacher(runs: Path, inherits: bool):
     spec = train_stage(STUDENT, PROTOCOL, 0)
     spec = replace(spec, distillation=replace(spec.distillation, inherits=inherits))
