@@ -133,12 +133,12 @@ def judge_throughput(claim: Claim, store: ReferenceStore) -> Finding:
 
 
 def _predicted_speed(claim: Claim, store: ReferenceStore) -> str:
-    """What the model says of a speed-up in every mode; '' if it was not asked."""
+    """What the model says of a speed-up in every mode, in words; '' if it was not asked."""
     cells = claim_cells(claim, read_predictions(store.root))
     if not cells:
         return ""
-    return "; ".join(
-        f"{cells[f'{mode}_attained'].text()} to {cells[f'{mode}_bound'].text()} ({mode})"
+    return "attained / bound on an A100 " + "; ".join(
+        f"{cells[f'{mode}_attained'].text()} / {cells[f'{mode}_bound'].text()} ({mode})"
         for mode in MODES
     )
 

@@ -26,8 +26,8 @@ MODES = ("fp32", "tf32", "bf16", AS_PUBLISHED)
 ENDS = (
     "bound: at the peaks of the data sheets, where every operator takes the longer of its "
     "multiply-accumulates and its bytes. attained: at the shares of the peaks that were fitted to "
-    "the paper's Table 1. Those are of the authors' kernels and layout, so the other modes lie "
-    "between the two."
+    "the paper's Table 1. Those are of the authors' kernels and layout, so the other modes are "
+    "expected between the two. Operators are taken to be the same in all modes."
 )
 
 
