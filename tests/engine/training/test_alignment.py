@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache, partial
@@ -15,7 +16,7 @@ from zlib import crc32
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import backbones
 from experiments.declared.protocols import CIFAR10_16
@@ -28,10 +29,12 @@ from experiments.engine.runtime.context import RunContext
 from experiments.engine.specs.alignment import Alignment
 from experiments.engine.specs.spec import Backbone, Data, Recipe, Train, spec_id
 from experiments.engine.specs.stages import train_stage
+from experiments.engine.training import alignment
 from experiments.engine.training import stage as training_stage
 from experiments.engine.training.alignment import Aligned, alignment_loss, build_projector
 from experiments.engine.training.stage import run_training
 from experiments.engine.training.trainer import Trainer, load_ema
+from experiments.engine.training.watch.divergence import Diverged
 from experiments.related import ALIGNMENT, CIFAR_JUDGE
 from tests.support.trainings import DIGITS
 
@@ -86,9 +89,9 @@ def test_projection_loss_and_gradients_are_those_of_the_authors():
     share = t[:, None, None, None]
     velocity, projected = aligned((1 - share) * data + share * noise, t, y)
     denoising = (velocity - (noise - data)).square().mean(dim=(1, 2, 3))
-    alignment = alignment_loss(projected, drawn(133, 2, 9, 10)).mean()
-    assert alignment.item() == pytest.approx(values["repa_projection"], abs=1e-6)
-    total = denoising.mean() + 0.5 * alignment
+    pull = alignment_loss(projected, drawn(133, 2, 9, 10)).mean()
+    assert pull.item() == pytest.approx(values["repa_projection"], abs=1e-6)
+    total = denoising.mean() + 0.5 * pull
     assert total.item() == pytest.approx(values["repa_total"], abs=1e-5)
     total.backward()
     for name in values["grads"]:
@@ -202,6 +205,22 @@ def test_every_row_of_the_table_names_a_block_that_is_there(label: str):
     assert digest(trainers[0].model) != digest(trainers[1].model)
 
 
+def test_an_alignment_that_is_no_number_names_the_layer_of_the_projection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def spoilt(*arguments: int) -> nn.Sequential:
+        projector = build_projector(*arguments)
+        nn.init.constant_(projector[2].bias, math.inf)
+        return projector
+
+    monkeypatch.setattr(training_stage, "load", lambda data: images())
+    monkeypatch.setattr(alignment, "build_projector", spoilt)
+    with pytest.raises(Diverged, match="the loss is nan at step 1;") as failure:
+        run_training(SPEC, RunContext(tmp_path))
+    found = failure.value.values["diagnosis"]["passes"]["fp32"]
+    assert (found["module"], found["direction"]) == ("projector.2", "forward")
+
+
 def test_alignment_is_of_no_id_that_lacks_it():
     assert spec_id(replace(SPEC, alignment=None)) == spec_id(Train(DIT, CIFAR, SPEC.recipe))
 
@@ -226,9 +245,9 @@ def test_an_alignment_that_cannot_be_is_refused_in_one_line(changes: dict[str, A
 
 def test_networks_and_data_that_do_not_fit_are_refused():
     dig = Backbone("dig_s_2", dict(dim=24, depth=4, heads=3) | SHAPE)
-    alignment = replace(ALIGNED, block="blocks.1")
+    second = replace(ALIGNED, block="blocks.1")
     with pytest.raises(ValueError, match="DiG after blocks.1 are not in the order of rows"):
-        Trainer(replace(SPEC, backbone=dig, alignment=alignment))
+        Trainer(replace(SPEC, backbone=dig, alignment=second))
     small = Backbone("dit_s_2", dict(dim=24, depth=2, heads=3, input_size=8, in_channels=1))
     with pytest.raises(ValueError, match="alignment needs images of 3 channels"):
         Trainer(replace(SPEC, backbone=small, data=DIGITS))

@@ -168,8 +168,12 @@ class _Ear:
         """Hear the modules of a network inside the block. Its losses call `entry`."""
         self.name = type(network).__name__
         named = {name or self.name: module for name, module in network.named_modules()}
-        if entry is not network:
-            named[f"{self.name} as trained"] = entry
+        known = set(network.modules())
+        named |= {
+            name or f"{self.name} as trained": module
+            for name, module in entry.named_modules()
+            if module not in known
+        }
         with ExitStack() as hooks:
             for name, module in named.items():
                 enter, leave = partial(self._enter, name), partial(self._leave, name)
