@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.published import read_published
-from experiments.declared.protocols import PROTOCOLS
+from experiments.declared.protocols import CAPTIONED, PROTOCOLS
 from experiments.engine.records.manifest import has_unknown_features
 from experiments.engine.records.score_names import SCORES
 from experiments.engine.records.store import Record, RecordFolder, Store
@@ -187,7 +187,7 @@ def _protocol_problem(record: Record) -> str:
     measured = (data, *(record.spec[name] for name in ("num", "features", "labels")))
     declared = [
         (protocol.data.name, protocol.num, protocol.features, protocol.labels)
-        for protocol in PROTOCOLS.values()
+        for protocol in (PROTOCOLS | CAPTIONED).values()
     ]
     if measured not in declared:
         return f"scores of no declared protocol ({', '.join(map(str, measured))})"
