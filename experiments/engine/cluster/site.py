@@ -80,6 +80,8 @@ class Site:
     collective_seconds: int = 1800
     # Whether each process keeps only its part of the optimiser's state.
     shard_optimizer: bool = False
+    # Whether activations inside blocks are computed again in the backward pass, to save memory.
+    recompute: bool = False
     # Whether networks are compiled with torch.compile.
     compile: bool = False
     # Whether samplers, and trainings by one process, run their steps as CUDA graphs.

@@ -34,6 +34,8 @@ class Resources:
     milestones: int | None = None
     # Whether each process holds only its part of the optimiser's state.
     shard_optimizer: bool = False
+    # Whether a training keeps of each block its inputs alone, and computes the rest again.
+    recompute: bool = False
     # Seconds after which a collective operation gives up.
     timeout: float = 1800.0
     # File of a published checkpoint, for stages that start from one.

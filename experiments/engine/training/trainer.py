@@ -26,6 +26,7 @@ from experiments.engine.numerics.cuda_graphs import CudaGraph, require_gpu
 from experiments.engine.numerics.initial_weights import build_by_name
 from experiments.engine.numerics.precision import precision
 from experiments.engine.numerics.randomness import generator_at, seed_at
+from experiments.engine.numerics.recompute import recompute_blocks
 from experiments.engine.records.code import require_own_code
 from experiments.engine.runtime.context import Resources
 from experiments.engine.runtime.group import ALONE, Group, average_gradients
@@ -152,6 +153,8 @@ class Trainer:
         self.averages = PowerAverages(self.model) if spec.recipe.power_snapshots else None
         self.is_sharded = resources.shard_optimizer and group.world_size > 1
         self.diffusion = build_objective(spec, teacher, self.device)
+        if resources.recompute:  # the average is a copy from before, without a backward pass
+            recompute_blocks(self.model)
         # What the losses call: the network, or what gives more of it than its prediction.
         self.entry = entry = self.diffusion.training_entry(self.model)
         self.aligner = build_aligner(spec, self.model, entry, self.diffusion)
