@@ -20,7 +20,7 @@ from experiments.engine.numerics.weights import digest
 from experiments.engine.records.store import Record, Store, provenance
 from experiments.engine.sampling import generate
 from experiments.engine.specs.spec import Evaluate
-from experiments.engine.training.trainer import build, load_ema
+from experiments.engine.training.networks import build, load_ema
 
 
 @dataclass(frozen=True)

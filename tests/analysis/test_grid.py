@@ -23,7 +23,7 @@ from experiments.engine.runtime.context import Resources
 from experiments.engine.sampling.generate import generate_images
 from experiments.engine.specs.spec import spec_id
 from experiments.engine.specs.stages import evaluate_stage, train_stage
-from experiments.engine.training.trainer import load_ema
+from experiments.engine.training.networks import load_ema
 from experiments.main_results import TABLE_1
 from tests.support.networks import randomise
 

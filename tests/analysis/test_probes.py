@@ -26,7 +26,7 @@ from experiments.engine.specs.rows import Row
 from experiments.engine.specs.spec import Evaluate, spec_id
 from experiments.engine.specs.stages import Protocol, evaluate_stage, train_stage
 from experiments.engine.training import checkpoint
-from experiments.engine.training.trainer import build
+from experiments.engine.training.networks import build
 
 DICO = TABLE_4.rows[0]
 CPU = torch.device("cpu")

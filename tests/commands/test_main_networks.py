@@ -22,7 +22,8 @@ from experiments.engine.sampling.generate import generate_images
 from experiments.engine.specs.rows import Row, Table
 from experiments.engine.specs.spec import Evaluate, Train
 from experiments.engine.specs.stages import Protocol, evaluate_stage
-from experiments.engine.training.trainer import Trainer, build
+from experiments.engine.training.networks import build
+from experiments.engine.training.trainer import Trainer
 from experiments.main_results import TABLES
 from tests.support.main_rows import SMALL_ROWS, SMALL_TRAININGS
 

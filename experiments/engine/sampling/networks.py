@@ -18,7 +18,7 @@ from experiments.engine.specs.latent_space import space_of
 from experiments.engine.specs.spec import Checkpoint, Data, Evaluate, Train, is_latent
 from experiments.engine.texts.tables import give_captions
 from experiments.engine.training.averages import load_power_average
-from experiments.engine.training.trainer import build, load_ema
+from experiments.engine.training.networks import build, load_ema
 
 ROUGH = 0.1  # error of a rebuilt profile from which records warn
 PIXELS = {"name": "none: pixels"}  # the identity of the decoder that does nothing

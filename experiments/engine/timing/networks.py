@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import backbones
 from experiments.engine.numerics.randomness import generator_at, seed_at
 from experiments.engine.specs.spec import Backbone, Cost, Data, Diffusion, Timing
-from experiments.engine.training.trainer import build
+from experiments.engine.training.networks import build
 
 # Networks that are kept on the CPU: drawing a large one takes longer than timing it.
 MOST_DRAWN = 2

@@ -37,7 +37,7 @@ from experiments.engine.numerics.randomness import generator_at
 from experiments.engine.numerics.weights import digest
 from experiments.engine.specs.spec import HeldOut
 from experiments.engine.training.averages import initial_share, warn_of_initial_share
-from experiments.engine.training.trainer import load_ema
+from experiments.engine.training.networks import load_ema
 
 FORMULA = (
     "geometric mean, over unit bins of log SNR from {low} to {high}, of the bins' mean squared "

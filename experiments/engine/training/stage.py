@@ -25,8 +25,9 @@ from experiments.engine.training import averages, checkpoint
 from experiments.engine.training.bands import bands_of
 from experiments.engine.training.boards import require_boards
 from experiments.engine.training.log import Log, curve
+from experiments.engine.training.networks import load_ema
 from experiments.engine.training.optimiser import lr_at
-from experiments.engine.training.trainer import Trainer, load_ema
+from experiments.engine.training.trainer import Trainer
 from experiments.engine.training.watch import replay
 from experiments.engine.training.watch.divergence import Diverged, find_bad_loss, has_finite_weights
 

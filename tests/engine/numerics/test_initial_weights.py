@@ -12,7 +12,7 @@ import backbones
 from backbones.registry import shared_name_of
 from experiments.engine.numerics.initial_weights import build_by_name, nested_numbers
 from experiments.engine.specs.spec import Backbone
-from experiments.engine.training.trainer import build
+from experiments.engine.training.networks import build
 
 SHAPE = dict(input_size=8, in_channels=1, num_classes=10)
 SMALL = dict(dim=16, depths=(1, 1, 1, 1, 1)) | SHAPE

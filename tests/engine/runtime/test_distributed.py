@@ -22,7 +22,7 @@ from experiments.engine.sampling.generate import generate_images
 from experiments.engine.scoring import classified
 from experiments.engine.scoring import stage as scoring
 from experiments.engine.specs.spec import Evaluate, Sampler, spec_id
-from experiments.engine.training.trainer import build
+from experiments.engine.training.networks import build
 from tests.support.groups import (
     BOUND,
     TRAIN,

@@ -19,7 +19,7 @@ from experiments.engine.sampling.generate import generate_images
 from experiments.engine.sampling.networks import decoder_warnings, load_decoder
 from experiments.engine.sampling.samples import generate_samples
 from experiments.engine.specs.spec import Checkpoint, Data, Evaluate
-from experiments.engine.training.trainer import build
+from experiments.engine.training.networks import build
 from tests.support.sampling import CPU, SPEC, TINY, levels_of
 
 LATENTS = Data("latents", size=8, channels=4, num_classes=10)

@@ -16,7 +16,7 @@ from experiments.engine.sampling.forecast import announce_sampling
 from experiments.engine.sampling.networks import Decoder
 from experiments.engine.sampling.samples import ImageSource, fill_sample_folder
 from experiments.engine.specs.spec import Diffusion, Evaluate, Sampler
-from experiments.engine.training.trainer import build
+from experiments.engine.training.networks import build
 from tests.support.sampling import CPU, SPEC, TINY, levels_of
 
 FLOW = replace(SPEC.train, diffusion=Diffusion("flow"))

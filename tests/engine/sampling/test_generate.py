@@ -26,7 +26,7 @@ from experiments.engine.sampling.generate import generate_images, image_labels, 
 from experiments.engine.scoring import stage as evaluate
 from experiments.engine.specs.spec import Backbone, Evaluate, Recipe, Sampler, Train
 from experiments.engine.training import stage as training_stage
-from experiments.engine.training.trainer import build
+from experiments.engine.training.networks import build
 
 CPU = torch.device("cpu")
 TINY = Backbone(

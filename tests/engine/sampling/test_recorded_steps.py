@@ -31,7 +31,7 @@ from experiments.engine.sampling.generate import (
 from experiments.engine.sampling.networks import Decoder
 from experiments.engine.specs.spec import Diffusion, Evaluate, Sampler, Train
 from experiments.engine.timing.networks import fill_zeros
-from experiments.engine.training.trainer import build
+from experiments.engine.training.networks import build
 from tests.support.recording import SYNCHRONISING, Heard, Rerun, needs_gpu
 from tests.support.trainings import CPU, DIGITS, FAMILIES, OBJECTIVES, SPEC
 

@@ -27,7 +27,7 @@ from experiments.engine.sampling.samples import (
 )
 from experiments.engine.scoring.files.folders import ImageFolder
 from experiments.engine.specs.spec import Checkpoint, Evaluate, spec_id
-from experiments.engine.training.trainer import build
+from experiments.engine.training.networks import build
 from tests.support.networks import randomise
 from tests.support.sampling import CPU, SPEC, TINY, levels_of
 

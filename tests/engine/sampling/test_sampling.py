@@ -20,7 +20,7 @@ from experiments.engine.scoring import stage as evaluate
 from experiments.engine.specs.spec import Evaluate, Sampler
 from experiments.engine.specs.stages import evaluate_stage
 from experiments.engine.training import stage as training_stage
-from experiments.engine.training.trainer import build
+from experiments.engine.training.networks import build
 
 CPU = torch.device("cpu")
 

@@ -24,8 +24,9 @@ from experiments.engine.specs.spec import (
     Train,
 )
 from experiments.engine.texts.tables import FILE, give_captions, read_table, save_table
+from experiments.engine.training.networks import build, load_ema
 from experiments.engine.training.stage import run_training
-from experiments.engine.training.trainer import Trainer, build, load_ema
+from experiments.engine.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 DATA = Data("captioned", size=8, channels=3, num_classes=4, captions="abc")

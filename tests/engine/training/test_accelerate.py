@@ -23,7 +23,8 @@ from experiments.engine.numerics.weights import digest
 from experiments.engine.runtime.context import Resources
 from experiments.engine.specs.spec import Backbone, Diffusion, Recipe, Train
 from experiments.engine.timing.networks import fill_zeros
-from experiments.engine.training.trainer import Trainer, build
+from experiments.engine.training.networks import build
+from experiments.engine.training.trainer import Trainer
 from tests.support.recording import SYNCHRONISING, Heard, Rerun, needs_gpu
 from tests.support.trainings import CPU, DICO, DIGITS, FAMILIES, OBJECTIVES
 

@@ -32,8 +32,9 @@ from experiments.engine.specs.stages import train_stage
 from experiments.engine.training import alignment
 from experiments.engine.training import stage as training_stage
 from experiments.engine.training.alignment import Aligned, alignment_loss, build_projector
+from experiments.engine.training.networks import load_ema
 from experiments.engine.training.stage import run_training
-from experiments.engine.training.trainer import Trainer, load_ema
+from experiments.engine.training.trainer import Trainer
 from experiments.engine.training.watch.divergence import Diverged
 from experiments.related import ALIGNMENT, CIFAR_JUDGE
 from tests.support.trainings import DIGITS

@@ -17,8 +17,9 @@ from experiments.engine.sampling.networks import load_networks
 from experiments.engine.specs.spec import Checkpoint, Evaluate, Sampler, canonical, spec_id
 from experiments.engine.training import averages
 from experiments.engine.training.averages import load_power_average, update_average
+from experiments.engine.training.networks import build
 from experiments.engine.training.stage import run_training
-from experiments.engine.training.trainer import Trainer, build
+from experiments.engine.training.trainer import Trainer
 from tests.support.trainings import CPU, DICO, SPEC, STEPS
 
 NUM = 7

@@ -12,8 +12,9 @@ from experiments.declared.protocols import DIGITS_TEXT
 from experiments.engine.runtime.context import RunContext
 from experiments.engine.specs.spec import Train, spec_id
 from experiments.engine.specs.stages import evaluate_stage, train_stage
+from experiments.engine.training.networks import load_ema
 from experiments.engine.training.stage import run_training
-from experiments.engine.training.trainer import Trainer, load_ema
+from experiments.engine.training.trainer import Trainer
 from experiments.text_to_image import TABLE_DISTILLATION, TEACHER
 
 SHORT = replace(DIGITS_TEXT.recipe, steps=1, batch=2, warmup=0, ema=0.0, power_snapshots=0)

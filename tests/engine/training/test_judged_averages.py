@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from experiments.engine.training import checkpoint
-from experiments.engine.training.trainer import Trainer, load_ema
+from experiments.engine.training.networks import load_ema
+from experiments.engine.training.trainer import Trainer
 from tests.support.trainings import CPU, SPEC, STEPS
 
 Weights = dict[str, Tensor]

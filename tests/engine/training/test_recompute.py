@@ -10,7 +10,8 @@ from experiments.engine.data.sets import ImageSet
 from experiments.engine.numerics.recompute import recompute_blocks
 from experiments.engine.runtime.context import Resources
 from experiments.engine.specs.spec import Backbone, Data, Recipe, Train
-from experiments.engine.training.trainer import Trainer, build
+from experiments.engine.training.networks import build
+from experiments.engine.training.trainer import Trainer
 
 DATA = Data("random", 8, 4, 5)
 NETWORKS = {

@@ -24,8 +24,9 @@ from experiments.engine.records import files
 from experiments.engine.runtime.context import Resources, RunContext
 from experiments.engine.training import checkpoint
 from experiments.engine.training import stage as training_stage
+from experiments.engine.training.networks import load_ema
 from experiments.engine.training.stage import run_training
-from experiments.engine.training.trainer import Trainer, load_ema
+from experiments.engine.training.trainer import Trainer
 from tests.support.trainings import CPU, SPEC, STEPS
 
 EVERY_3 = Resources(checkpoint_every=3)

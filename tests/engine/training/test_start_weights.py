@@ -23,7 +23,7 @@ from experiments.engine.specs.rows import Row
 from experiments.engine.specs.spec import Backbone, Data, Recipe, Train, spec_id
 from experiments.engine.specs.stages import train_stage
 from experiments.engine.specs.weights import Weights
-from experiments.engine.training.trainer import build, load_ema
+from experiments.engine.training.networks import build, load_ema
 from tests.support.networks import randomise
 from tests.support.trainings import CPU
 

@@ -20,8 +20,9 @@ from experiments.engine.runtime.context import Resources
 from experiments.engine.specs.rows import Row
 from experiments.engine.specs.spec import Backbone, Data, Diffusion, Recipe, Train, spec_id
 from experiments.engine.specs.stages import Protocol, evaluate_stage, train_stage
+from experiments.engine.training.networks import load_ema
 from experiments.engine.training.stochastic_depth import increment_weights
-from experiments.engine.training.trainer import Trainer, load_ema
+from experiments.engine.training.trainer import Trainer
 from experiments.main_results import DIMSUM_L, DIS_H, TABLES
 from tests.support.networks import randomise, relative_rms
 

@@ -36,7 +36,7 @@ from experiments.engine.scoring.outcome import Scored, label_histogram
 from experiments.engine.specs.spec import Evaluate, Train, spec_id
 from experiments.engine.texts.tables import give_captions
 from experiments.engine.training.averages import load_snapshot, snapshot_steps
-from experiments.engine.training.trainer import build
+from experiments.engine.training.networks import build
 
 # Images that a CPU samples at a time, whatever the resources say.
 BATCH_ON_CPU = 250
