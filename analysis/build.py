@@ -35,7 +35,12 @@ if TYPE_CHECKING:
 PAGES = (DIGITS, CIFAR10_SMALL)
 
 # The headings of the parts of a table.
-HEADINGS = {Topic.COUNTS: "Counts", Topic.SPEED: "Speed", Topic.SCORES: "Scores"}
+HEADINGS = {
+    Topic.COUNTS: "Counts",
+    Topic.SPEED: "Speed",
+    Topic.SCORES: "Scores",
+    Topic.HELD_OUT: "Scores of what no training has seen",
+}
 
 T = TypeVar("T")
 U = TypeVar("U")

@@ -27,6 +27,7 @@ LIBRARIES = {
     "fla": ("fla", ("tf32", "bf16")),
     "flash": ("flash_attn", ("bf16",)),
     "triton": ("triton", tuple(LIMITS)),
+    "efficient": ("torch", tuple(LIMITS)),
 }
 # Choices of a CPU alone. They take float32 only; oneDNN's GELU, which takes no gradients, is
 # tested with the fused kernels. `rows` takes whole vectors of channels, and has a file of its own.

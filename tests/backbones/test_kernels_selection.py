@@ -65,7 +65,10 @@ def test_a_compiled_graph_tells_at_every_call_what_it_runs():
             {"attend": "sdpa"},
             "unknown kernel 'attend'; known: adaln, adaln_pointwise_gelu, addcmul",
         ),
-        ({"attention": "fast"}, "no implementation 'fast'; known: flash, sdpa, reference"),
+        (
+            {"attention": "fast"},
+            "no implementation 'fast'; known: flash, efficient, sdpa, reference",
+        ),
     ],
 )
 def test_unknown_kernels_list_the_known(choices: dict[str, str], words: str):

@@ -47,6 +47,8 @@ class Score:
     variant: str = ""
     # Whether tables print our value of it.
     in_tables: bool = True
+    # Whether it is of compositions that no training has seen.
+    held_out: bool = False
     # The key of its standard deviation over subsets; empty for none.
     deviation: str = ""
 
@@ -128,6 +130,7 @@ FD_TEXT_HELD_OUT = Score(
     digits=1,
     log_scaled=True,
     variant="held out",
+    held_out=True,
 )
 CAPTION_GROUPS = {"single": "single", "seen": "pairs seen", "held_out": "pairs held out"}
 CAPTION_ATTRIBUTES = {
@@ -137,7 +140,9 @@ CAPTION_ATTRIBUTES = {
     "swapped": Better.LOWER,
 }
 CAPTION_SCORES = {
-    (name, group): Score(f"{name}_{group}", f"{name}, {title}", better, digits=3)
+    (name, group): Score(
+        f"{name}_{group}", f"{name}, {title}", better, digits=3, held_out=group == "held_out"
+    )
     for group, title in CAPTION_GROUPS.items()
     for name, better in CAPTION_ATTRIBUTES.items()
 }

@@ -17,6 +17,7 @@ class Topic(Enum):
     COUNTS = "counts"
     SPEED = "speed"
     SCORES = "scores"
+    HELD_OUT = "held_out"  # scores of what no training has seen, where a table has many
 
 
 class Kind(Enum):

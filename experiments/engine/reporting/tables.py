@@ -214,7 +214,8 @@ def _score_columns(lookup: Lookup, machine: str) -> list[Filled]:
 
     def filled(score: Score) -> Filled:
         title = score_title(score, protocol.features, protocol.num)
-        column = Column(score.key, title, group, topic=Topic.SCORES)
+        topic = Topic.HELD_OUT if score.held_out else Topic.SCORES
+        column = Column(score.key, title, group, topic=topic)
         return Filled(
             column, lambda row: score_cell(lookup, row, score.key) if row.backbone else Cell()
         )
