@@ -94,8 +94,9 @@ def test_a_fine_tuning_starts_from_a_dense_network_and_trains_its_routers():
     trainer.start_from(randomise(dense))
     x0, y, t, eps = batch()
     with torch.no_grad():
-        assert torch.equal(trainer.model(x0, t, y), dense(x0, t, y))
-        assert torch.equal(trainer.ema(x0, t, y), dense(x0, t, y))
+        # Gates that are all on change the order of additions on some processors.
+        torch.testing.assert_close(trainer.model(x0, t, y), dense(x0, t, y), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(trainer.ema(x0, t, y), dense(x0, t, y), rtol=1e-4, atol=1e-4)
 
     # One step, with the noise of the gates.
     trainer.diffusion.step = 300

@@ -174,6 +174,7 @@ def test_every_effect_has_its_source_and_reaches_a_field_of_a_manifest():
         upsampling={},
         guidance={"classifier": ""},
         labels={"order": ""},
+        extractor={"dinov2": {"resize": "", "positions": ""}},
     )
 
     # A manifest with all its fields.

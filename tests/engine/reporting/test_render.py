@@ -187,6 +187,7 @@ def test_a_terminal_shows_failures_in_red_and_agreement_in_green(monkeypatch: py
         "t", [ROW, Column("x", "x")], [{"row": Cell(label="a"), "x": FAILED}, {"x": good}]
     )
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setattr(rendering.shutil, "get_terminal_size", lambda: os.terminal_size((80, 24)))
+    size = os.terminal_size((80, 24))
+    monkeypatch.setattr(rendering.shutil, "get_terminal_size", lambda *_, **__: size)
     text = render([sheet], "text")
     assert "\x1b[31mfailed\x1b[0m" in text and "\x1b[32m   yes\x1b[0m" in text
