@@ -47,5 +47,4 @@ class Freeze:
         self._bad = torch.maximum(self._bad, bad.float())
 
         # The fused optimiser reads this flag on the device, as it does for a gradient scaler.
-        if self._bad.is_cuda or self._bad:
-            self._optimizer.found_inf = self._bad
+        self._optimizer.found_inf = self._bad
