@@ -136,7 +136,7 @@ def test_a_sharded_optimiser_resumes_in_one_process(alone: Path, tmp_path: Path)
     [
         pytest.param(FaultKind.RAISE, 0, marks=pytest.mark.slow),
         (FaultKind.RAISE, 1),
-        (FaultKind.RAISE_WHILE_OTHERS_HANG, 1),
+        pytest.param(FaultKind.RAISE_WHILE_OTHERS_HANG, 1, marks=pytest.mark.slow),
     ],
 )
 def test_a_failing_rank_ends_the_group_with_its_error(kind: FaultKind, rank: int, tmp_path: Path):

@@ -74,6 +74,7 @@ class Averages:
         return images.mean((1, 2)), None, None
 
 
+@pytest.mark.slow
 def test_what_an_autoencoder_reaches_is_measured_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
