@@ -36,8 +36,9 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 
 def copy_reference(folder: Path) -> Path:
-    """A results folder with the committed records."""
-    shutil.copytree(REPOSITORY / "results" / "reference", folder / "reference")
+    """A results folder with the committed records and predictions."""
+    for part in ("reference", "predictions"):
+        shutil.copytree(REPOSITORY / "results" / part, folder / part)
     return folder
 
 
