@@ -26,7 +26,7 @@ from experiments.engine.runtime import failures, preemption
 from experiments.engine.runtime.context import Resources
 from experiments.engine.runtime.group import Group
 from experiments.engine.runtime.heartbeat import is_live, read_heartbeat
-from experiments.engine.scoring import classified
+from experiments.engine.sampling import batches
 from experiments.engine.specs.spec import Recipe, Stage, Train, spec_id
 from experiments.engine.training import stage as training_stage
 from experiments.engine.training.trainer import Trainer
@@ -130,7 +130,7 @@ def _hurry() -> None:
     """Log often, wait briefly, and train the classifier of scores for a few steps only."""
     training_stage.LOG_EVERY = 3
     failures.POLL, failures.GRACE = 0.1, 1.0
-    classified.BATCH_ON_CPU = 5
+    batches.BATCH_ON_CPU = 5
     classifiers.DIGITS = replace(classifiers.DIGITS, steps=40)
 
 

@@ -76,7 +76,12 @@ class Dinov2:
 
 def standardise(images: Tensor) -> Tensor:
     """Return grey levels (N, 3, H, W) as what the network reads: (N, 3, 224, 224), float32."""
-    x = F.interpolate(images.float(), (SIZE, SIZE), mode="bicubic", antialias=True) / 255
+    x = F.interpolate(images.float(), (SIZE, SIZE), mode="bicubic", antialias=True)
+    return normalise(x / 255)
+
+
+def normalise(x: Tensor) -> Tensor:
+    """Return pixels (N, 3, H, W) in [0, 1] less ImageNet's mean, over its deviation."""
     mean, deviation = (x.new_tensor(values).view(-1, 1, 1) for values in (MEAN, DEVIATION))
     return (x - mean) / deviation
 

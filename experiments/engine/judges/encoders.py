@@ -5,26 +5,23 @@ N images, g side of the grid of patches, z width of the features
 
 from __future__ import annotations
 
-import hashlib
-import io
 import re
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import backbones
 from experiments.engine.data.locate import JUDGE_WEIGHTS, encoder_path
 from experiments.engine.judges.cifar import ResidualClassifier, load_judge
+from experiments.engine.judges.dinov2 import normalise
+from experiments.engine.records.files import file_sha256
 from experiments.engine.specs.alignment import JUDGE, Alignment
 from experiments.engine.specs.spec import Data
 
 PATCH = 14  # pixels on a side of DINOv2's patches
-# ImageNet's, of pixels in [0, 1].
-MEAN = (0.485, 0.456, 0.406)
-DEVIATION = (0.229, 0.224, 0.225)
 DINO = re.compile(r"vit_(small|base|large|giant)_patch14(_reg4)?_dinov2")
 
 
@@ -61,10 +58,7 @@ class DinoEncoder(nn.Module):
 
 def prepare_pixels(x: Tensor, side: int) -> Tensor:
     """Normalise pixels in [-1, 1] as ImageNet's, then resize them bicubically, not antialiased."""
-    mean = torch.tensor(MEAN, device=x.device)[:, None, None]
-    deviation = torch.tensor(DEVIATION, device=x.device)[:, None, None]
-    x = ((x + 1) / 2 - mean) / deviation
-    return F.interpolate(x, size=(side, side), mode="bicubic")
+    return F.interpolate(normalise((x + 1) / 2), size=(side, side), mode="bicubic")
 
 
 def load_encoder(alignment: Alignment, data: Data, grid: int) -> nn.Module:
@@ -85,10 +79,12 @@ def load_encoder(alignment: Alignment, data: Data, grid: int) -> nn.Module:
                 f"{JUDGE} has features of 8x8 places for cifar10's 32x32 pixels, not {grid}x{grid} "
                 f"for {side}x{side} pixels of {data.name}; name a block of 8x8 tokens, or a DINOv2"
             )
-        encoder = _load(alignment, JUDGE_WEIGHTS, _read_judge)
+        _require_content(alignment, JUDGE_WEIGHTS)
+        encoder: nn.Module = _read_judge()
     elif DINO.fullmatch(alignment.encoder):
         path = encoder_path(alignment.encoder)
-        encoder = _load(alignment, path, lambda path, content: _read_dino(path, content, grid))
+        _require_content(alignment, path)
+        encoder = _read_dino(path, grid)
     else:
         raise ValueError(
             f"unknown encoder {alignment.encoder!r}; known: {JUDGE}, and timm's DINOv2 "
@@ -97,41 +93,34 @@ def load_encoder(alignment: Alignment, data: Data, grid: int) -> nn.Module:
     return encoder.eval().requires_grad_(False)
 
 
-def _load(alignment: Alignment, path: Path, read: Callable[[Path, bytes], nn.Module]) -> nn.Module:
-    """Read an encoder's file, which must have the declared content."""
+def _require_content(alignment: Alignment, path: Path) -> None:
+    """Raise ValueError unless an encoder's file is there and has the declared content."""
     if not path.is_file():
         raise ValueError(f"the weights of {alignment.encoder} are missing: put them at {path}")
-    content = path.read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
+    digest = file_sha256(path)
     if digest != alignment.sha256:
         raise ValueError(
             f"{path} has the SHA-256 {digest}, and the training declares {alignment.sha256}; "
             "restore the file, or declare its own"
         )
-    return read(path, content)
 
 
-def _read_judge(path: Path, content: bytes) -> nn.Module:
-    network, _ = load_judge(path)
+def _read_judge() -> JudgeEncoder:
+    network, _ = load_judge(JUDGE_WEIGHTS)
     assert isinstance(network, ResidualClassifier)
     return JudgeEncoder(network)
 
 
-def _read_dino(path: Path, content: bytes, grid: int) -> nn.Module:
+def _read_dino(path: Path, grid: int) -> DinoEncoder:
     """Build a DINOv2 whose table of positions timm resamples once for the grid."""
     import timm
     from timm.models.vision_transformer import checkpoint_filter_fn
 
     network: Any = timm.create_model(path.stem, num_classes=0, img_size=PATCH * grid)
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load
-
-            weights = load(content)
-        else:
-            weights = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        network.load_state_dict(checkpoint_filter_fn(weights, network))
-    except Exception as error:  # whatever a foreign file makes its reader raise
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{path} does not hold the weights of {path.stem}: {reason}") from None
+        weights, _ = backbones.read_weights(path)
+        adapt = partial(checkpoint_filter_fn, model=network)
+        backbones.load_judged(network, weights, path.name, adapt)
+    except ValueError as error:
+        raise ValueError(f"{path} does not hold the weights of {path.stem}: {error}") from None
     return DinoEncoder(network, grid)

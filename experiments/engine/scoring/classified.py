@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +27,8 @@ from experiments.engine.judges.classifiers import (
 from experiments.engine.numerics.weights import digest
 from experiments.engine.records.score_names import CLASSIFIER_SCORES, DIGITS_JUDGE, JUDGES
 from experiments.engine.runtime.context import RunContext
-from experiments.engine.runtime.pieces import Arrays, compute_pieces, count_missing
-from experiments.engine.sampling.counting import CountingModel
-from experiments.engine.sampling.forecast import announce_sampling
-from experiments.engine.sampling.generate import can_capture_steps, generate_images
+from experiments.engine.runtime.pieces import Arrays
+from experiments.engine.sampling.batches import batch_of, draw_in_batches
 from experiments.engine.sampling.networks import load_networks
 from experiments.engine.sampling.samples import QUANTISER
 from experiments.engine.scoring.copies import check_copies, part_features
@@ -41,10 +38,6 @@ from experiments.engine.scoring.moments import Moments
 from experiments.engine.scoring.neighbours import NEIGHBOURS, precision_recall
 from experiments.engine.scoring.outcome import Scored, label_histogram
 from experiments.engine.specs.spec import Evaluate, spec_id
-
-# Images that a CPU samples and classifies at a time, whatever the resources say: there, both round
-# by the batch.
-BATCH_ON_CPU = 250
 
 
 @dataclass(frozen=True)
@@ -93,7 +86,7 @@ def score_classified(spec: Evaluate, cache: Path, context: RunContext) -> Scored
         context: of the run; its folder is that of the training.
     """
     device = context.device
-    batch = BATCH_ON_CPU if device.type == "cpu" else context.resources.sample_batch
+    batch = batch_of(context)
     classifier = _load_classifier(spec, cache)
     network, key, noted = load_networks(spec, context)
     warnings = list(noted)
@@ -103,7 +96,7 @@ def score_classified(spec: Evaluate, cache: Path, context: RunContext) -> Scored
     # The pieces wait in a folder that names all that decides them.
     weights = digest(network)
     parts = context.folder / f"samples-{spec_id(spec)}-{batch}-{weights}"
-    samples = _draw_samples(spec, network, classifier, batch, parts, context)
+    samples = _draw_samples(spec, network, classifier, parts, context)
     if samples is None:
         return None
     values = _scores(spec, samples, classifier, device)
@@ -148,40 +141,18 @@ def _load_judge(spec: Evaluate, cache: Path) -> Classifier:
 
 
 def _draw_samples(
-    spec: Evaluate,
-    network: nn.Module,
-    classifier: Classifier,
-    batch: int,
-    folder: Path,
-    context: RunContext,
+    spec: Evaluate, network: nn.Module, classifier: Classifier, folder: Path, context: RunContext
 ) -> Samples | None:
     """Sample and classify all images, each rank its share of the batches; None but on the first."""
-    capture = context.resources.graphs and can_capture_steps(spec)
-    counting = CountingModel(network, capture)
-    num_batches = math.ceil(spec.num / batch)
-    left = min(spec.num, count_missing(folder, num_batches) * batch)
-    announce_sampling(spec, network, left, batch, context.device, context.group)
 
-    def draw_batch(number: int) -> Arrays:
-        before = counting.evaluated
-        indices = range(number * batch, min((number + 1) * batch, spec.num))
-        ((x, y),) = generate_images(spec, counting, context.device, batch, indices)
+    def classify(x: Tensor, y: Tensor) -> Arrays:
         features, probabilities = classifier.extract(x)
-        return {
-            "features": features,
-            "probabilities": probabilities,
-            "labels": y.numpy(),
-            "evaluated": np.array(counting.evaluated - before),
-            **_take_shares(counting),
-        }
-
-    # Batches are cut as one process would cut them, so that no number depends on the group.
-    batches = list(compute_pieces(context, folder, num_batches, draw_batch))
-    counting.release_graphs()
-    if not context.group.first:
-        return None
+        return {"features": features, "probabilities": probabilities, "labels": y.numpy()}
 
     # Only the first rank has all batches.
+    batches = draw_in_batches(spec, network, folder, context, classify)
+    if batches is None:
+        return None
     moments = Moments(batches[0]["features"].shape[1])
     for arrays in batches:
         moments.update(arrays["features"])
@@ -192,15 +163,6 @@ def _draw_samples(
     evaluated = sum(int(arrays["evaluated"]) for arrays in batches)
     shares = [arrays["shares"] for arrays in batches if "shares" in arrays]
     return Samples(features, probabilities, labels, moments, evaluated, shares)
-
-
-def _take_shares(counting: CountingModel) -> Arrays:
-    """Return and forget the shares of gated work of a batch's evaluations, one number each."""
-    if not counting.shares:
-        return {}
-    shares = torch.cat(counting.shares).double().cpu().numpy()
-    counting.shares.clear()
-    return {"shares": shares}
 
 
 def _describe_shares(samples: Samples) -> dict[str, float]:

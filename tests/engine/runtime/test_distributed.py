@@ -18,8 +18,8 @@ from experiments.engine.runtime.attempts import read_attempts
 from experiments.engine.runtime.context import Resources, RunContext
 from experiments.engine.runtime.heartbeat import read_heartbeat
 from experiments.engine.runtime.preemption import LOST, TRY_AGAIN
+from experiments.engine.sampling import batches
 from experiments.engine.sampling.generate import generate_images
-from experiments.engine.scoring import classified
 from experiments.engine.scoring import stage as scoring
 from experiments.engine.specs.spec import Evaluate, Sampler, spec_id
 from experiments.engine.training.networks import build
@@ -251,8 +251,8 @@ def test_scores_do_not_depend_on_the_group_and_resume_from_finished_batches(
             raise KeyboardInterrupt
         return generate_images(*arguments)
 
-    monkeypatch.setattr(classified, "generate_images", interrupted)
-    monkeypatch.setattr(classified, "BATCH_ON_CPU", 5)
+    monkeypatch.setattr(batches, "generate_images", interrupted)
+    monkeypatch.setattr(batches, "BATCH_ON_CPU", 5)
     monkeypatch.setattr(features, "DIGITS", replace(features.DIGITS, steps=40))
     torch.set_num_threads(1)
     cache, context = alone / "runs" / "classifiers", RunContext(run_folder(alone))

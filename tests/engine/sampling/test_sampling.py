@@ -14,8 +14,8 @@ from experiments.declared.protocols import DIGITS
 from experiments.engine.data.sets import load
 from experiments.engine.judges.classifiers import digits_classifier, extract
 from experiments.engine.runtime.context import Resources, RunContext
+from experiments.engine.sampling import batches
 from experiments.engine.sampling.generate import generate_images, image_labels, image_seeds
-from experiments.engine.scoring import classified
 from experiments.engine.scoring import stage as evaluate
 from experiments.engine.specs.spec import Evaluate, Sampler
 from experiments.engine.specs.stages import evaluate_stage
@@ -116,7 +116,7 @@ def test_the_classifier_is_cached_by_content_and_scores_are_named_for_what_they_
 
     # The manifest names what ran, and diffusers only where it did.
     run = first["manifest"]["run"]
-    assert run["batch"] == classified.BATCH_ON_CPU
+    assert run["batch"] == batches.BATCH_ON_CPU
     assert set(run["cores"]) == {"number", "decided_by", "limits"}
     other = replace(spec, sampler=replace(spec.sampler, name="dpm_solver_diffusers"))
     by_diffusers = evaluate.run_evaluation(other, classifiers, context)

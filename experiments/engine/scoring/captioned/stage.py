@@ -7,7 +7,6 @@ made of digits that no training has seen. Compositions that are never trained on
 from __future__ import annotations
 
 import hashlib
-import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,10 +25,8 @@ from experiments.engine.judges.classifiers import Identity
 from experiments.engine.numerics.weights import digest
 from experiments.engine.records.score_names import CAPTION_SCORES, FD_TEXT, FD_TEXT_HELD_OUT
 from experiments.engine.runtime.context import RunContext
-from experiments.engine.runtime.pieces import Arrays, compute_pieces, count_missing
-from experiments.engine.sampling.counting import CountingModel
-from experiments.engine.sampling.forecast import announce_sampling
-from experiments.engine.sampling.generate import can_capture_steps, generate_images
+from experiments.engine.runtime.pieces import Arrays
+from experiments.engine.sampling.batches import batch_of, draw_in_batches
 from experiments.engine.sampling.networks import load_networks
 from experiments.engine.scoring.captioned.reading import Reading, read
 from experiments.engine.scoring.outcome import Scored, label_histogram
@@ -38,8 +35,6 @@ from experiments.engine.texts.tables import give_captions
 from experiments.engine.training.averages import load_snapshot, snapshot_steps
 from experiments.engine.training.networks import build
 
-# Images that a CPU samples at a time, whatever the resources say.
-BATCH_ON_CPU = 250
 # Share of pairs painted as they are named from which a network is said to bind words to places.
 BOUND = 0.5
 # Steps of the sampler along a training.
@@ -97,7 +92,7 @@ def score_captioned(spec: Evaluate, cache: Path, context: RunContext) -> Scored 
     # The pieces wait in a folder that names all that decides them.
     sampled, key, noted = load_networks(spec, context)
     weights = digest(sampled)
-    batch = _batch(context)
+    batch = batch_of(context)
     parts = context.folder / f"samples-{spec_id(spec)}-{batch}-{weights}"
     drawn = _draw(spec, sampled, parts, context)
     warnings = list(noted)
@@ -117,28 +112,14 @@ def score_captioned(spec: Evaluate, cache: Path, context: RunContext) -> Scored 
     return Scored(values, weights, key, batch, _measure(spec, reference, judge))
 
 
-def _batch(context: RunContext) -> int:
-    return BATCH_ON_CPU if context.device.type == "cpu" else context.resources.sample_batch
-
-
 def _draw(spec: Evaluate, network: nn.Module, folder: Path, context: RunContext) -> Drawn | None:
     """Sample all images of a spec, each rank its share of the batches; None but on the first."""
-    batch = _batch(context)
-    counting = CountingModel(network, context.resources.graphs and can_capture_steps(spec))
-    num_batches = math.ceil(spec.num / batch)
-    left = min(spec.num, count_missing(folder, num_batches) * batch)
-    announce_sampling(spec, network, left, batch, context.device, context.group)
 
-    def draw_batch(number: int) -> Arrays:
-        before = counting.evaluated
-        indices = range(number * batch, min((number + 1) * batch, spec.num))
-        ((x, y),) = generate_images(spec, counting, context.device, batch, indices)
-        evaluated = np.array(counting.evaluated - before)
-        return {"canvases": x.numpy(), "labels": y.numpy(), "evaluated": evaluated}
+    def keep(x: Tensor, y: Tensor) -> Arrays:
+        return {"canvases": x.numpy(), "labels": y.numpy()}
 
-    batches = list(compute_pieces(context, folder, num_batches, draw_batch))
-    counting.release_graphs()
-    if not context.group.first:
+    batches = draw_in_batches(spec, network, folder, context, keep)
+    if batches is None:
         return None
     canvases, labels = (
         torch.from_numpy(np.concatenate([arrays[name] for arrays in batches]))
