@@ -87,7 +87,7 @@ def _run(args: argparse.Namespace) -> int:
     all_done = True
     for block in blocks:
         all_done &= _search_rates(block, store, args.workers)
-        all_done &= _train_rows(block, store, args.workers)
+        all_done &= _train_rows(block.at_chosen_rates(), store, args.workers)
     return 0 if all_done else 1
 
 

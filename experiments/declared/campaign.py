@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from experiments import ablation
 from experiments.declared.protocols import CIFAR10_16, DIGITS_HELD_OUT, at_half_length
-from experiments.declared.rates import best_rate, missing_rates
+from experiments.declared.rates import best_rate, missing_rates, with_chosen_rates
 from experiments.engine.jobs.job import Job
 from experiments.engine.records.store import Record, Store
 from experiments.engine.specs.rows import Row, Table
@@ -43,6 +43,10 @@ class Block:
     def title(self) -> str:
         """Name the block for its user."""
         return f"Table {self.table.number} on {self.protocol.name}"
+
+    def at_chosen_rates(self) -> Block:
+        """Return the block with the rates that the file of rates holds now."""
+        return replace(self, protocol=with_chosen_rates(self.protocol))
 
     def costs(self, store: Store) -> list[Cost]:
         """Return the counts of the small networks that have no record."""
@@ -122,11 +126,12 @@ class Ladder:
 
 BLOCKS = (
     Block(ablation.TABLE_4, DIGITS_HELD_OUT, seeds=range(1), half_seeds=()),
-    Block(ablation.TABLE_4, CIFAR10_16, seeds=range(3), half_seeds=range(3)),
+    Block(ablation.TABLE_3, DIGITS_HELD_OUT, seeds=range(1), half_seeds=()),
     Block(ablation.TABLE_4, DIGITS_HELD_OUT, seeds=range(5), half_seeds=range(3)),
+    Block(ablation.TABLE_3, DIGITS_HELD_OUT, seeds=range(5), half_seeds=range(3)),
+    Block(ablation.TABLE_4, CIFAR10_16, seeds=range(3), half_seeds=range(3)),
     Block(ablation.TABLE_3, CIFAR10_16, seeds=range(3), half_seeds=range(3)),
     Block(ablation.TABLE_4, CIFAR10_16, seeds=range(5), half_seeds=range(3)),
-    Block(ablation.TABLE_3, DIGITS_HELD_OUT, seeds=range(5), half_seeds=range(3)),
 )
 
 

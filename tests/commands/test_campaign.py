@@ -84,11 +84,19 @@ def test_a_ladder_trains_at_half_length_and_looks_at_the_validation_part_alone()
     assert stage.train.recipe.lr == 0.01
 
 
-def test_a_chosen_rate_enters_the_spec_of_its_network_alone(tmp_path: Path):
+def test_a_chosen_rate_enters_the_spec_of_its_network_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     path = tmp_path / "rates.csv"
     chosen = {("digits_held_out", LADDER.network): (ROW.label, 0.0123)}
     rates.write_rates(path, chosen)
     assert rates.read_rates(path) == chosen
+
+    # A campaign trains its rows at the rates that its own ladders have just written.
+    monkeypatch.setattr(rates, "PATH", path)
+    block = Block(TABLE_4, replace(DIGITS_HELD_OUT, rates={}), range(1), ())
+    trained = {job.row: job.stages[0] for job in block.at_chosen_rates().jobs()}
+    assert trained[ROW.label].recipe.lr == 0.0123
 
     other = TABLE_4.row("DWC 5x5")
     protocol = replace(DIGITS_HELD_OUT, rates={LADDER.network: 0.0123})
