@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from experiments.ablation import TABLE_4
-from experiments.declared.protocols import DIGITS_HELD_OUT
+from experiments.declared.protocols import DIGITS
 from experiments.engine.cli import (
     Outcome,
     Parser,
@@ -55,9 +55,9 @@ from experiments.engine.specs.sweeps import Sweep
 # The protocol of the digits, with averages of every length. It is trained anew, under an id of its
 # own, since the stored averages are part of a recipe.
 DIGITS_AVERAGED = replace(
-    DIGITS_HELD_OUT,
+    DIGITS,
     name="digits_averaged",
-    recipe=replace(DIGITS_HELD_OUT.recipe, power_snapshots=16),
+    recipe=replace(DIGITS.recipe, power_snapshots=16),
 )
 SWEEPS = {
     sweep.name: sweep
@@ -65,7 +65,7 @@ SWEEPS = {
         Sweep(
             "digits_guidance",
             TABLE_4.row("DiCo-S"),
-            DIGITS_HELD_OUT,
+            DIGITS,
             scales=(1.0, 1.5, 2.0, 3.0),
             samplers=("ddim", "ancestral"),
             steps=(10, 25, 50),
@@ -73,7 +73,7 @@ SWEEPS = {
         Sweep(
             "digits_interval",
             TABLE_4.row("DiCo-S"),
-            DIGITS_HELD_OUT,
+            DIGITS,
             scales=(1.5, 2.5),
             intervals=((0, 1000), (0, 500), (200, 800)),
             samplers=("ddim",),

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from experiments import ablation
-from experiments.declared.protocols import CIFAR10_16, DIGITS_HELD_OUT, at_half_length
+from experiments.declared.protocols import CIFAR10_16, DIGITS, at_half_length
 from experiments.declared.rates import best_rate, missing_rates, with_chosen_rates
 from experiments.engine.jobs.job import Job
 from experiments.engine.records.store import Record, Store
@@ -125,10 +125,10 @@ class Ladder:
 
 
 BLOCKS = (
-    Block(ablation.TABLE_4, DIGITS_HELD_OUT, seeds=range(1), half_seeds=()),
-    Block(ablation.TABLE_3, DIGITS_HELD_OUT, seeds=range(1), half_seeds=()),
-    Block(ablation.TABLE_4, DIGITS_HELD_OUT, seeds=range(5), half_seeds=range(3)),
-    Block(ablation.TABLE_3, DIGITS_HELD_OUT, seeds=range(5), half_seeds=range(3)),
+    Block(ablation.TABLE_4, DIGITS, seeds=range(1), half_seeds=()),
+    Block(ablation.TABLE_3, DIGITS, seeds=range(1), half_seeds=()),
+    Block(ablation.TABLE_4, DIGITS, seeds=range(5), half_seeds=range(3)),
+    Block(ablation.TABLE_3, DIGITS, seeds=range(5), half_seeds=range(3)),
     Block(ablation.TABLE_4, CIFAR10_16, seeds=range(3), half_seeds=range(3)),
     Block(ablation.TABLE_3, CIFAR10_16, seeds=range(3), half_seeds=range(3)),
     Block(ablation.TABLE_4, CIFAR10_16, seeds=range(5), half_seeds=range(3)),

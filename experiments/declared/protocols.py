@@ -12,31 +12,7 @@ from experiments.engine.data.captioned import grammar
 from experiments.engine.specs.spec import Data, Diffusion, Recipe, Sampler
 from experiments.engine.specs.stages import HeldOutScore, Protocol
 
-# ---- Digits: minutes on a CPU
-
-DIGITS = Protocol(
-    name="digits",
-    data=Data("digits", size=8, channels=1, num_classes=10),
-    recipe=Recipe(steps=650, batch=64, lr=5e-3, warmup=50, decay="cosine", ema=0.99),
-    sampler=Sampler(num_steps=50, channels=None),
-    num=500,
-    features="digits",
-    labels="balanced",
-    small=True,
-    source="this suite: scikit-learn's 8x8 digits, scores on a small classifier's features",
-    cost_hours=40 / 3600,
-)
-
-DIGITS_LONG = replace(
-    DIGITS,
-    name="digits_long",
-    recipe=replace(DIGITS.recipe, steps=2000),
-    source="protocol digits with three times its steps, for the families that it leaves near "
-    "chance: U-ViT, DiS, DiM, DiffuSSM",
-    cost_hours=300 / 3600,
-)
-
-# ---- Held-out evidence: split sets, weights drawn by name, a learning rate for each network
+# ---- What reduced protocols share: weights drawn by name, and a ladder of learning rates
 
 
 def recipe_of_length(steps: int, lr: float) -> Recipe:
@@ -63,11 +39,13 @@ def at_half_length(protocol: Protocol) -> Protocol:
 
 LADDER = (1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2)
 
-DIGITS_HELD_OUT = with_chosen_rates(
+# ---- Digits: minutes on a CPU
+
+DIGITS = with_chosen_rates(
     Protocol(
-        name="digits_held_out",
+        name="digits",
         data=Data("digits", size=8, channels=1, num_classes=10, split="held_out"),
-        recipe=recipe_of_length(1600, lr=5e-3),
+        recipe=recipe_of_length(1000, lr=1e-2),
         sampler=Sampler(num_steps=50, channels=None),
         num=500,
         features="digits_judge",
@@ -76,11 +54,39 @@ DIGITS_HELD_OUT = with_chosen_rates(
         matched=True,
         source="this suite: scikit-learn's 8x8 digits in three parts, each network at the learning "
         "rate that the validation part chose",
-        cost_hours=80 / 3600,
+        cost_hours=65 / 3600,
         heldout=HeldOutScore(draws=4),
         ladder=LADDER,
     )
 )
+
+DIGITS_LONG = with_chosen_rates(
+    replace(
+        DIGITS,
+        name="digits_long",
+        recipe=recipe_of_length(4000, lr=5e-3),
+        source="protocol digits with four times its steps, as long as the slowest family needs",
+        cost_hours=240 / 3600,
+        ladder=(2.5e-3, 5e-3, 1e-2),
+    )
+)
+
+DIGITS_WHOLE = replace(
+    DIGITS,
+    name="digits_whole",
+    data=replace(DIGITS.data, split="whole"),
+    recipe=Recipe(steps=650, batch=64, lr=5e-3, warmup=50, decay="cosine", ema=0.99),
+    features="digits",
+    matched=False,
+    source="superseded by protocol digits: it trains on all images, is scored against the same "
+    "ones, and gives every network 650 steps at one learning rate",
+    cost_hours=40 / 3600,
+    heldout=None,
+    ladder=(),
+    rates={},
+)
+
+# ---- CIFAR-10, folded to a size at which mixers differ
 
 CIFAR10_16 = with_chosen_rates(
     Protocol(
@@ -193,20 +199,6 @@ CIFAR10_BF16 = replace(
     "tenth of the peak) and 10 minutes sample at 20 TFLOP/s in fp32",
 )
 
-CIFAR10_SMALL = Protocol(
-    name="cifar10_small",
-    data=CIFAR10.data,
-    recipe=Recipe(steps=300, batch=16, lr=5e-3, warmup=30, decay="cosine", ema=0.98),
-    sampler=Sampler("ddim", num_steps=10, channels=None, clip=True),
-    num=500,
-    features="cifar_classifier",
-    labels="balanced",
-    small=True,
-    source="this suite: protocol cifar10_classifier, cut down to what a CPU finishes, with small "
-    "networks",
-    cost_hours=75 / 3600,
-)
-
 # ---- ImageNet in the latent space of an autoencoder
 
 IMAGENET256 = Protocol(
@@ -267,12 +259,11 @@ IMAGENET512_OWN = replace(
 _ALL = (
     DIGITS,
     DIGITS_LONG,
-    DIGITS_HELD_OUT,
+    DIGITS_WHOLE,
     CIFAR10_16,
     CIFAR10,
     CIFAR10_CLASSIFIER,
     CIFAR10_BF16,
-    CIFAR10_SMALL,
     IMAGENET256,
     IMAGENET256_FIXED,
     IMAGENET256_GUIDED,

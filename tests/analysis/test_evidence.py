@@ -18,7 +18,7 @@ from analysis.evidence.pairs import (
 )
 from analysis.query import ReferenceStore
 from experiments.ablation import TABLE_4
-from experiments.declared.protocols import DIGITS_HELD_OUT, at_half_length
+from experiments.declared.protocols import DIGITS, at_half_length
 from experiments.engine.records.store import Record, Store, write_record
 from experiments.engine.reporting.paired import Difference
 from experiments.engine.specs.spec import HeldOut, canonical, spec_id
@@ -33,7 +33,7 @@ ORIGIN = {
     "torch": "2",
     "precision_flags": {"matmul_tf32": False},
 }
-ROWS = distinct_networks(TABLE_4, DIGITS_HELD_OUT)
+ROWS = distinct_networks(TABLE_4, DIGITS)
 # The effect of a seed is common to all rows, and larger than every difference of rows.
 SEED_EFFECTS = (0.0, 0.03, -0.02, 0.05)
 
@@ -60,8 +60,8 @@ def store(tmp_path: Path) -> ReferenceStore:
         for number, row in enumerate(ROWS):
             noise = 1e-4 * ((7 * number + 3 * seed) % 5)
             loss = 0.04 * (1 + 0.01 * number) * (1 + effect) * (1 + noise)
-            write(store, heldout_stage(row, DIGITS_HELD_OUT, seed), loss)
-            half = at_half_length(DIGITS_HELD_OUT)
+            write(store, heldout_stage(row, DIGITS, seed), loss)
+            half = at_half_length(DIGITS)
             crossed = -0.05 if row is ROWS[-1] else 0.0
             write(store, heldout_stage(row, half, seed), 1.1 * loss * (1 + crossed))
     store.refresh()
@@ -69,7 +69,7 @@ def store(tmp_path: Path) -> ReferenceStore:
 
 
 def test_differences_within_seeds_are_resolved_however_much_a_seed_moves_all(store):
-    found = {(pair.a, pair.b): pair for pair in pairs(TABLE_4, DIGITS_HELD_OUT, store)}
+    found = {(pair.a, pair.b): pair for pair in pairs(TABLE_4, DIGITS, store)}
     assert len(found) == len(ROWS) * (len(ROWS) - 1) // 2
     pair = found[ROWS[0].label, ROWS[5].label]
     assert pair.difference == pytest.approx(5, abs=0.1)
@@ -79,7 +79,7 @@ def test_differences_within_seeds_are_resolved_however_much_a_seed_moves_all(sto
 
 
 def test_a_pair_that_half_the_length_orders_otherwise_is_not_settled(store):
-    found = {(pair.a, pair.b): pair for pair in pairs(TABLE_4, DIGITS_HELD_OUT, store)}
+    found = {(pair.a, pair.b): pair for pair in pairs(TABLE_4, DIGITS, store)}
     assert found[ROWS[-2].label, ROWS[-1].label].verdict is PairVerdict.NOT_SETTLED
 
 
@@ -102,10 +102,10 @@ def test_the_verdict_follows_interval_lengths_and_paper(percent, low, high, pape
 
 def test_a_seed_that_one_row_lacks_is_left_out_for_all_and_said(store):
     folder = store.reference.folder / "heldout"
-    stage = heldout_stage(ROWS[3], DIGITS_HELD_OUT, 2)
+    stage = heldout_stage(ROWS[3], DIGITS, 2)
     next(folder.glob(f"{spec_id(stage)}-*")).unlink()
     store.refresh()
-    side = trained(TABLE_4, DIGITS_HELD_OUT, store)
+    side = trained(TABLE_4, DIGITS, store)
     assert side.complete_seeds == [0, 1, 3]
     assert side.lacking == {ROWS[3].label: [2]}
     assert f"{ROWS[3].label}: [2]" in evidence_page(store)
@@ -125,4 +125,4 @@ def test_without_records_nothing_is_claimed(tmp_path: Path):
     empty = ReferenceStore(tmp_path)
     assert evidence_csv(empty).count("\n") == 1
     assert "pairs" not in evidence_page(empty)
-    assert not pairs(replace(TABLE_4), DIGITS_HELD_OUT, empty)
+    assert not pairs(replace(TABLE_4), DIGITS, empty)

@@ -13,13 +13,13 @@ from experiments.ablation import TABLE_4
 from experiments.declared import campaign as declared
 from experiments.declared import rates
 from experiments.declared.campaign import BLOCKS, Block, Ladder
-from experiments.declared.protocols import DIGITS_HELD_OUT, at_half_length, recipe_of_length
+from experiments.declared.protocols import DIGITS, at_half_length, recipe_of_length
 from experiments.engine.records.store import Store
 from experiments.engine.specs.spec import Evaluate, HeldOut, spec_id
 from experiments.engine.specs.stages import network, train_stage
 
 ROW = TABLE_4.baseline
-LADDER = Ladder(ROW, DIGITS_HELD_OUT)
+LADDER = Ladder(ROW, DIGITS)
 ORIGIN = {"commit": None, "dirty": None, "seconds": 1.0, "device": "cpu"}
 
 
@@ -65,7 +65,7 @@ def test_a_ladder_without_a_best_rate_says_so(losses: dict[float, float], messag
 
 def test_the_losses_of_a_ladder_are_read_from_records_of_both_folders(tmp_path: Path):
     store = Store(tmp_path, tmp_path / "committed")
-    first, *_, last = DIGITS_HELD_OUT.ladder
+    first, *_, last = DIGITS.ladder
     record_loss(store, LADDER, first, 0.5)
     record_loss(store, LADDER, last, None)
     assert LADDER.losses(store) == {first: 0.5, last: math.inf}
@@ -74,13 +74,13 @@ def test_the_losses_of_a_ladder_are_read_from_records_of_both_folders(tmp_path: 
     committed = Store(tmp_path / "another", tmp_path / "committed")
     assert LADDER.losses(committed) == {first: 0.5, last: math.inf}
     left = [job.stages[-1].train.recipe.lr for job in LADDER.jobs(committed)]
-    assert left == list(DIGITS_HELD_OUT.ladder[1:-1])
+    assert left == list(DIGITS.ladder[1:-1])
 
 
 def test_a_ladder_trains_at_half_length_and_looks_at_the_validation_part_alone():
     stage = LADDER.stage(0.01)
     assert stage.part == "validation"
-    assert stage.train.recipe.steps == DIGITS_HELD_OUT.recipe.steps // 2
+    assert stage.train.recipe.steps == DIGITS.recipe.steps // 2
     assert stage.train.recipe.lr == 0.01
 
 
@@ -88,20 +88,20 @@ def test_a_chosen_rate_enters_the_spec_of_its_network_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     path = tmp_path / "rates.csv"
-    chosen = {("digits_held_out", LADDER.network): (ROW.label, 0.0123)}
+    chosen = {("digits", LADDER.network): (ROW.label, 0.0123)}
     rates.write_rates(path, chosen)
     assert rates.read_rates(path) == chosen
 
     # A campaign trains its rows at the rates that its own ladders have just written.
     monkeypatch.setattr(rates, "PATH", path)
-    block = Block(TABLE_4, replace(DIGITS_HELD_OUT, rates={}), range(1), ())
+    block = Block(TABLE_4, replace(DIGITS, rates={}), range(1), ())
     trained = {job.row: job.stages[0] for job in block.at_chosen_rates().jobs()}
     assert trained[ROW.label].recipe.lr == 0.0123
 
     other = TABLE_4.row("DWC 5x5")
-    protocol = replace(DIGITS_HELD_OUT, rates={LADDER.network: 0.0123})
+    protocol = replace(DIGITS, rates={LADDER.network: 0.0123})
     assert train_stage(ROW, protocol, 0).recipe.lr == 0.0123
-    assert train_stage(other, protocol, 0).recipe.lr == DIGITS_HELD_OUT.recipe.lr
+    assert train_stage(other, protocol, 0).recipe.lr == DIGITS.recipe.lr
     assert train_stage(ROW, at_half_length(protocol), 0).recipe.lr == 0.0123
 
 
@@ -128,7 +128,7 @@ def test_no_average_holds_more_than_a_hundredth_of_initial_weights(steps: int):
 
 def test_runs_with_scores_are_not_run_again_and_half_length_samples_nothing(tmp_path: Path):
     store = Store(tmp_path, tmp_path / "committed")
-    block = Block(replace(TABLE_4, rows=(ROW,)), DIGITS_HELD_OUT, range(2), range(1))
+    block = Block(replace(TABLE_4, rows=(ROW,)), DIGITS, range(2), range(1))
     jobs = campaign.open_runs(block, store)
     kinds = [[type(stage) for stage in job.stages[1:]] for job in jobs]
     assert kinds == [[Evaluate, HeldOut], [HeldOut], [Evaluate, HeldOut]]

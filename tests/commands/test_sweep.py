@@ -11,7 +11,7 @@ import pytest
 
 from experiments import sweep
 from experiments.ablation import TABLE_4
-from experiments.declared.protocols import DIGITS_HELD_OUT
+from experiments.declared.protocols import DIGITS
 from experiments.engine.cli import Outcome
 from experiments.engine.jobs.plan import Plan
 from experiments.engine.records.store import Store
@@ -25,7 +25,7 @@ from tests.support.score_scripts import Script
 GRID = Sweep(
     "tiny",
     TABLE_4.row("DiCo-S"),
-    replace(DIGITS_HELD_OUT, selection_seeds=(5, 6), report_seeds=(7, 8)),
+    replace(DIGITS, selection_seeds=(5, 6), report_seeds=(7, 8)),
     scales=(1.0, 2.0),
     samplers=("ddim",),
     steps=(5, 10),
@@ -152,7 +152,7 @@ def test_a_sweep_runs_from_training_to_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     """Three averages of a short training, in this process."""
-    recipe = replace(DIGITS_HELD_OUT.recipe, steps=20, batch=16, power_snapshots=4)
+    recipe = replace(DIGITS.recipe, steps=20, batch=16, power_snapshots=4)
     short = replace(GRID.protocol, recipe=recipe, report_seeds=(7,), selection_seeds=(5,))
     grid = replace(GRID, protocol=short, scales=(), steps=(2,), averages=(None, 0.1, 0.2), num=40)
     monkeypatch.setitem(SWEEPS, "tiny", grid)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from experiments.declared.protocols import CIFAR10, CIFAR10_SMALL
+from experiments.declared.protocols import CIFAR10, CIFAR10_16
 from experiments.engine.data import locate as sources
 from experiments.engine.data.locate import require_features
 from experiments.engine.data.quantise import from_uint8, to_uint8
@@ -134,7 +134,7 @@ def test_scores_are_of_quantised_images_against_the_test_images(folder: Path, ca
 def test_without_test_images_one_line_says_what_is_missing(folder: Path):
     (folder / "cifar10" / "test.parquet").unlink()
     with pytest.raises(ValueError, match="test.parquet or cifar-10-batches-py") as caught:
-        require_features(replace(SPEC, num=CIFAR10_SMALL.num))
+        require_features(replace(SPEC, num=CIFAR10_16.num))
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="CIFAR-10's test images are not in data/cifar10"):
         load_cifar10(CIFAR10.data, "test")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from experiments import ablation, main_results
-from experiments.declared.protocols import DIGITS, IMAGENET256, PROTOCOLS
+from experiments.declared.protocols import DIGITS_WHOLE, IMAGENET256, PROTOCOLS
 from experiments.engine.records.store import Store
 from experiments.engine.specs.rows import Row, Table
 from experiments.engine.specs.spec import (
@@ -43,20 +43,20 @@ TABLES = ablation.TABLES | main_results.TABLES
 GOLDEN = {
     "4 DiCo-S, cost": "6761a005b753f3c2",
     "4 DiCo-S, timing on cpu": "7f587aebf949ceeb",
-    "4 DiCo-S, digits train": "a2e106073dba0e21",
-    "4 DiCo-S, digits evaluate": "86e6560665c55dd4",
+    "4 DiCo-S, digits_whole train": "a2e106073dba0e21",
+    "4 DiCo-S, digits_whole evaluate": "86e6560665c55dd4",
     "4 DiCo-S, imagenet256 train": "e67ae123d484d7dc",
     "4 DiCo-S, imagenet256 evaluate": "1af74d14d78ab82f",
     "4 CM->Window Attn, cost": "2eacec70ace4d975",
     "4 CM->Window Attn, timing on cpu": "fe18f6d9a14f4ad9",
-    "4 CM->Window Attn, digits train": "24e4b0e165efe02a",
-    "4 CM->Window Attn, digits evaluate": "9da5ccb1f55993bb",
+    "4 CM->Window Attn, digits_whole train": "24e4b0e165efe02a",
+    "4 CM->Window Attn, digits_whole evaluate": "9da5ccb1f55993bb",
     "4 CM->Window Attn, imagenet256 train": "82619a9867013b94",
     "4 CM->Window Attn, imagenet256 evaluate": "4f7da053b6ba8a08",
     "3 DiCo (iso.&skip), cost": "854843c2ba9b0939",
     "3 DiCo (iso.&skip), timing on cpu": "415d78a83f82d8ab",
-    "3 DiCo (iso.&skip), digits train": "de639edc576a7de9",
-    "3 DiCo (iso.&skip), digits evaluate": "d072a6102ad9ffd1",
+    "3 DiCo (iso.&skip), digits_whole train": "de639edc576a7de9",
+    "3 DiCo (iso.&skip), digits_whole evaluate": "d072a6102ad9ffd1",
     "3 DiCo (iso.&skip), imagenet256 train": "79ec8d1d73252437",
     "3 DiCo (iso.&skip), imagenet256 evaluate": "fe4539bc7eb2dca5",
 }
@@ -84,7 +84,7 @@ def stages(number: int, label: str) -> dict[str, Stage]:
         f"{name}, cost": cost_stage(row),
         f"{name}, timing on cpu": timing_stage(row, table.baseline, "cpu"),
     }
-    for protocol in (DIGITS, IMAGENET256):
+    for protocol in (DIGITS_WHOLE, IMAGENET256):
         found[f"{name}, {protocol.name} train"] = train_stage(row, protocol, 0)
         found[f"{name}, {protocol.name} evaluate"] = evaluate_stage(row, protocol, 0)
     return found
