@@ -19,20 +19,15 @@ from analysis.figures.style import save
 from analysis.options import add_store_options
 from analysis.query import ReferenceStore
 from analysis.reference import Problem
-from analysis.tables.agreement_page import agreement_page
 from analysis.tables.pages import folded, origins
 from analysis.tables.paper import SHEETS
-from experiments.declared.protocols import CIFAR10_SMALL, DIGITS
 from experiments.engine.cli import Parser, run_command
 from experiments.engine.records.files import written_whole
 from experiments.engine.reporting.markup import csv_table, markdown_rows
 from experiments.engine.reporting.sheet import Sheet, Topic
-from experiments.engine.specs.stages import Protocol
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-PAGES = (DIGITS, CIFAR10_SMALL)
 
 # The headings of the parts of a table.
 HEADINGS = {
@@ -55,7 +50,7 @@ def _main() -> int:
     parser.add_argument(
         "--tables",
         action="store_true",
-        help="build tables, claims and the pages on small protocols, but no figures",
+        help="build tables, claims and the page of evidence, but no figures",
     )
     add_store_options(parser)
     args = parser.parse_args()
@@ -77,10 +72,7 @@ def build(store: ReferenceStore, with_figures: bool = True) -> list[Problem]:
         if sheet is not None:
             write_sheet(store, name, sheet)
 
-    # The pages of the small protocols stand beside the tables.
-    for protocol in PAGES:
-        attempt(protocol.name, partial(_write_page, store, protocol), None, problems)
-
+    # The page of evidence stands beside the tables.
     attempt("evidence", partial(_write_evidence, store), None, problems)
 
     # A figure that cannot be drawn does not keep the others back.
@@ -150,10 +142,6 @@ def _write_figure(
     store: ReferenceStore, name: str, draw: Callable[[ReferenceStore], Figure]
 ) -> None:
     save(draw(store), store.root / "figures", name)
-
-
-def _write_page(store: ReferenceStore, protocol: Protocol) -> None:
-    _write(store, f"{protocol.name}.md", agreement_page(store, protocol))
 
 
 def _write_evidence(store: ReferenceStore) -> None:

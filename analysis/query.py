@@ -32,7 +32,7 @@ TRAINED = {
 }
 
 # The score by which rows are compared on digits.
-DISTANCE = ranking_score(DIGITS.features)
+DIGITS_SCORE = ranking_score(DIGITS.features)
 
 # The batch at which the paper measured throughput.
 PAPER_BATCH = 64
@@ -88,15 +88,15 @@ def trained_row(table: Table, label: str) -> Row:
 
 def reference_selection(table: Table, protocol: Protocol, store: Store) -> Selection:
     """A table's rows at the training seeds that the committed records hold of its baseline."""
-    return Selection(table, table.rows, protocol, reference_seeds(table, store), "cpu")
+    return Selection(table, table.rows, protocol, reference_seeds(table, protocol, store), "cpu")
 
 
-def reference_seeds(table: Table, store: Store) -> list[int]:
-    """Digits' training seeds of a table's baseline with a committed record; seed 0 for none."""
+def reference_seeds(table: Table, protocol: Protocol, store: Store) -> list[int]:
+    """The training seeds of a table's baseline with a committed score; seed 0 for none."""
     seeds = [
         seed
         for seed in REFERENCE_SEEDS
-        if store.reference.latest(evaluate_stage(table.baseline, DIGITS, seed))
+        if store.reference.latest(evaluate_stage(table.baseline, protocol, seed))
     ]
     return seeds or [0]
 
@@ -106,11 +106,6 @@ def scores_of(row: Row, protocol: Protocol, store: Store) -> list[Record]:
     runs = (Run.of(row, protocol, seed) for seed in REFERENCE_SEEDS)
     records = (scored_run(run, store.reference) for run in runs)
     return [record for record in records if record is not None]
-
-
-def digits_scores(row: Row, store: Store) -> list[Record]:
-    """The committed scores of a row on digits."""
-    return scores_of(row, DIGITS, store)
 
 
 class Rankable(NamedTuple):

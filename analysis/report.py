@@ -10,8 +10,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from analysis.build import FIGURES, PAGES, attempt
+from analysis.build import FIGURES, attempt
 from analysis.claims.judge import claims_sheet
+from analysis.evidence.page import evidence_blocks
 from analysis.figures.style import png
 from analysis.options import add_store_options
 from analysis.page.browser import timing
@@ -30,13 +31,11 @@ from analysis.page.scatter import View, views
 from analysis.page.templating import load_libraries, render_template
 from analysis.query import ReferenceStore
 from analysis.reference import Problem
-from analysis.tables.agreement_page import agreement_blocks
 from analysis.tables.pages import Block, Text
 from analysis.tables.paper import SHEETS
 from experiments.engine.cli import Parser, run_command
 from experiments.engine.records.files import written_whole
 from experiments.engine.reporting.sheet import Column, Kind, Sheet
-from experiments.engine.specs.stages import Protocol
 
 
 def main() -> int:
@@ -84,7 +83,6 @@ def build_page(store: ReferenceStore) -> tuple[str, list[Problem]]:
     libraries = load_libraries()
     builder = Builder(store)
     claims = builder.table("claims", claims_sheet, "claims-table")
-    text = [block for protocol in PAGES for block in builder.text(protocol)]
     no_views: list[View] = []
     scatter = attempt("scatter", lambda: views(store), no_views, builder.problems)
     content = {
@@ -97,7 +95,7 @@ def build_page(store: ReferenceStore) -> tuple[str, list[Problem]]:
             if name != "counts"
         ],
         "figures": [builder.figure(name) for name in FIGURES],
-        "text": text_and_tables(text),
+        "text": text_and_tables(builder.evidence()),
         "views": json.dumps(scatter),
         "samples": sample_grids(store.root / "figures" / "samples", store, builder.problems),
         "counts": builder.table("counts", SHEETS["counts"], "counts-table"),
@@ -141,15 +139,10 @@ class Builder:
             return Missing(self._last_problem(f"{name} could not be built"))
         return Image(image, caption, tuple(noted.values()))
 
-    def text(self, protocol: Protocol) -> list[Block]:
-        """Return the page of text on a small protocol."""
-        missing: list[Block] = [Text(f"{protocol.name} could not be built", 1)]
-        return attempt(
-            protocol.name,
-            lambda: agreement_blocks(self.store, protocol),
-            missing,
-            self.problems,
-        )
+    def evidence(self) -> list[Block]:
+        """Return the page of evidence."""
+        missing: list[Block] = [Text("the page of evidence could not be built", 1)]
+        return attempt("evidence", lambda: evidence_blocks(self.store), missing, self.problems)
 
     def _last_problem(self, name: str) -> str:
         """Return the last problem's reason, under a name of its own."""

@@ -173,7 +173,7 @@ def judge_fid_ratio(claim: Claim, store: ReferenceStore) -> Finding:
 
 
 def judge_cca(claim: Claim, store: ReferenceStore) -> Finding:
-    """The difference that channel attention makes to FID; its order on digits without ours."""
+    """The difference that channel attention makes to FID; without ours, the order of losses."""
     published = store.published("table4.csv", ("variant",))
     without, full = (float(published[name]["fid"]) for name in ("w/o CCA", "DiCo-S"))
     difference = without - full

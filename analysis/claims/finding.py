@@ -21,7 +21,7 @@ class Evidence(Enum):
     COUNTED = "counted"
     # at the claim's scale
     MEASURED = "measured here"
-    # on digits with three seeds; of speed, on a CPU in place of the claim's GPU
+    # on small networks and images; of speed, on a CPU in place of the claim's GPU
     REDUCED = "measured at reduced scale"
     # the paper's tables, checked against its words
     PUBLISHED = "published data only"

@@ -19,7 +19,7 @@ from analysis.figures.style import (
     plain_log,
 )
 from analysis.figures.training import OwnProgress, own_progress
-from analysis.query import DISTANCE, ReferenceStore, rankable
+from analysis.query import DIGITS_SCORE, ReferenceStore, rankable
 from analysis.tables.progress import progress_row, stopped
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.declared.protocols import DIGITS
@@ -41,10 +41,9 @@ def training_efficiency(store: ReferenceStore) -> Figure:
     training, three forward passes per image of Table 6's batch. Middle: FID against GPU-hours, from
     the authors' logs and Table 6's GPU counts. Filled marks in both are ours, with Gflops counted
     here and hours from the rate of a training's last attempt; a note says how many there are.
-    Right, ours on digits: fd_digits, a mean over seeds, against wall seconds times threads of the
-    fastest
-    training, on a machine that was shared; a network of both tables is drawn once. Scores do not
-    compare between the panels."""
+    Right, ours on digits: held-out loss, a mean over seeds, against wall seconds times threads of
+    the fastest training, on a machine that was shared; a network of both tables is drawn once.
+    Scores do not compare between the panels."""
     drawing, (left, middle, right) = figure(11.4, 4.0, columns=3, width_ratios=(1, 1, 1.4))
     rows = store.rows("table7.csv")
     costs = _PublishedCosts(store)
@@ -155,7 +154,7 @@ def _draw_cost(
 
 
 def _draw_digits_cost(axes: Axes, store: ReferenceStore) -> list[str]:
-    """Draw fd_digits against training time; return remarks on rows of another protocol.
+    """Draw the held-out loss against training time; return remarks on rows of another protocol.
 
     A row that both tables declare as one network is drawn once.
     """
@@ -172,7 +171,7 @@ def _draw_digits_cost(axes: Axes, store: ReferenceStore) -> list[str]:
             cost = _fastest_training(row, store)
             if cost is None or not scored:
                 continue
-            score = statistics.fmean(record.values[DISTANCE.key] for record in scored)
+            score = statistics.fmean(record.values[DIGITS_SCORE.key] for record in scored)
             if (cost, score) in points:
                 continue
             axes.plot(cost, score, mark, ms=5, color=color, label=label)
@@ -183,7 +182,7 @@ def _draw_digits_cost(axes: Axes, store: ReferenceStore) -> list[str]:
     plain_log(axes, "y")
     axes.margins(x=0.12)
     axes.set_xlabel("wall seconds x threads, fastest seed (ours)")
-    axes.set_ylabel(f"{DISTANCE.name} (ours)")
+    axes.set_ylabel(f"{DIGITS_SCORE.name} (ours)")
     if points:
         axes.legend(loc="upper right")
     label_points(axes, list(points.values()), fontsize=6.5)

@@ -19,7 +19,7 @@ from analysis.figures.style import (
     plain_log,
     system_color,
 )
-from analysis.query import DISTANCE, ReferenceStore, digits_scores, rankable
+from analysis.query import DIGITS_SCORE, ReferenceStore, rankable, scores_of
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.declared.protocols import DIGITS
 from experiments.declared.systems import SYSTEMS, family_of_system, size_of_system
@@ -31,25 +31,25 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ROUNDING = 1.0  # per cent, within which a count by one rule meets a published one
-SCORES = f"{DISTANCE.name}, one dot per training seed"
+SCORES = f"{DIGITS_SCORE.name}, one dot per training seed"
 
 
 def table3_score_speed(store: ReferenceStore) -> Figure:
-    """Table 3's rows on digits: fd_digits (mean and range over training seeds, log scale) against
-    throughput on a CPU in fp32, relative to DiT (iso.). The grey line is the Pareto front of the
-    means."""
+    """Table 3's rows on digits: held-out loss (mean and range over training seeds, log scale)
+    against throughput on a CPU in fp32, relative to DiT (iso.). The grey line is the Pareto front
+    of the means."""
     return score_against_speed(TABLE_3, store)
 
 
 def table4_score_speed(store: ReferenceStore) -> Figure:
-    """Table 4's rows on digits: fd_digits (mean and range over training seeds) against throughput
-    on a CPU in fp32, relative to DiCo-S. The grey line is the Pareto front of the means, whose
-    order the seeds need not resolve."""
+    """Table 4's rows on digits: held-out loss (mean and range over training seeds) against
+    throughput on a CPU in fp32, relative to DiCo-S. The grey line is the Pareto front of the means,
+    whose order the seeds need not resolve."""
     return score_against_speed(TABLE_4, store)
 
 
 def score_against_speed(table: Table, store: ReferenceStore) -> Figure:
-    """Draw fd_digits of a table's rows against their throughput relative to the first row's."""
+    """Draw the held-out loss of a table's rows against throughput relative to the first row's."""
     drawing, axes = figure(7.6, 4.4)
     points: list[Point] = []
     untimed: list[str] = []
@@ -64,7 +64,7 @@ def score_against_speed(table: Table, store: ReferenceStore) -> Figure:
             continue
 
         # The mark stands at the mean, the bars show the range over seeds and the timing's spread.
-        values = [record.values[DISTANCE.key] for record in scored]
+        values = [record.values[DIGITS_SCORE.key] for record in scored]
         mean, low, high = statistics.fmean(values), min(values), max(values)
         speed, spread = timed.values["relative"], timed.values["relative_spread"]
         axes.errorbar(
@@ -93,21 +93,21 @@ def score_against_speed(table: Table, store: ReferenceStore) -> Figure:
 
 
 def _label_score_axes(axes: Axes, table: Table, store: ReferenceStore) -> None:
-    seeds = len(digits_scores(table.baseline, store))
+    seeds = len(scores_of(table.baseline, DIGITS, store))
     axes.set_title(f"Table {table.number}'s rows on the digits protocol")
     axes.set_xlabel(
         f"throughput relative to {table.baseline.label}, CPU, 32x32x4, fp32, "
         "± half the interquartile range"
     )
-    axes.set_ylabel(f"{DISTANCE.name}, mean and range of {seeds} seeds (lower is better)")
+    axes.set_ylabel(f"{DIGITS_SCORE.name}, mean and range of {seeds} seeds (lower is better)")
     axes.margins(x=0.1)
     if table is TABLE_3:
         plain_log(axes, "y")
 
 
 def seed_spread(store: ReferenceStore) -> Figure:
-    """fd_digits of every training seed (dots) and their mean (bar), for the rows of Tables 3 and 4
-    on digits. Rows that are one network in both tables share their records."""
+    """Held-out loss of every training seed (dots) and their mean (bar), for the rows of Tables 3
+    and 4 on digits. Rows that are one network in both tables share their records."""
     drawing, (left, right) = figure(8.2, 4.2, columns=2, width_ratios=(1, 1.25))
     remarks = _draw_seeds(left, TABLE_3, store) + _draw_seeds(right, TABLE_4, store)
     left.set_xlabel(f"{SCORES} (log scale)")
@@ -122,7 +122,7 @@ def _draw_seeds(axes: Axes, table: Table, store: ReferenceStore) -> list[str]:
     scores, other = rankable(table.rows, DIGITS, store)
     color = palette([SCORES])[SCORES]
     for place, scored in enumerate(reversed(scores)):
-        values = [record.values[DISTANCE.key] for record in scored]
+        values = [record.values[DIGITS_SCORE.key] for record in scored]
         axes.plot(values, [place] * len(values), "o", ms=4.5, color=color, alpha=0.8)
         if values:
             mean = statistics.fmean(values)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from analysis.figures.style import Color, family_color, palette
-from analysis.query import DISTANCE, ReferenceStore, rankable
+from analysis.query import DIGITS_SCORE, ReferenceStore, rankable
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.declared.protocols import DIGITS
 from experiments.declared.systems import SYSTEMS, family_of_system, size_of_system
@@ -149,18 +149,19 @@ def _by_family(rows: Sequence[dict[str, str]]) -> dict[str, list[dict[str, str]]
 
 
 def _digits_view(table: Table, store: ReferenceStore) -> View:
-    """Return a table's rows on digits: fd_digits against throughput on a CPU."""
+    """Return a table's rows on digits: held-out loss against throughput on a CPU."""
     marks = []
+    digits = DIGITS_SCORE.digits
     scores, other = rankable(table.rows, DIGITS, store)
     for row, scored in zip(table.rows, scores, strict=True):
         timed = store.reference.latest(timing_stage(row, table.baseline, "cpu"))
         if not timed or not scored:
             continue
-        values = [record.values[DISTANCE.key] for record in scored]
+        values = [record.values[DIGITS_SCORE.key] for record in scored]
         mean, speed = statistics.fmean(values), timed.values["relative"]
-        seeds = ", ".join(f"{value:.1f}" for value in values)
+        seeds = ", ".join(f"{value:.{digits}f}" for value in values)
         hover = (
-            f"{row.label}<br>{DISTANCE.name} {mean:.1f}, seeds {seeds}"
+            f"{row.label}<br>{DIGITS_SCORE.name} {mean:.{digits}f}, seeds {seeds}"
             f"<br>{speed:.2f} x {table.baseline.label} on a CPU, fp32"
         )
         bar = dict(low=min(values), high=max(values))
@@ -170,7 +171,7 @@ def _digits_view(table: Table, store: ReferenceStore) -> View:
     return _view(
         f"ours: Table {table.number}'s rows on digits{left_out}",
         f"throughput relative to {table.baseline.label}, CPU, fp32 (ours)",
-        f"{DISTANCE.name}, mean and range over seeds (ours)",
+        f"{DIGITS_SCORE.name}, mean and range over seeds (ours)",
         [_trace(OURS, marks, "diamond", palette([OURS])[OURS])],
         log=False,
     )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from analysis.query import (
     ReferenceStore,
-    digits_scores,
     latest,
     reference_selection,
+    scores_of,
 )
 from analysis.tables.caveats import record_caveats
 from analysis.tables.conditions import add_conditions
@@ -52,12 +52,12 @@ def ablation_sheet(table: Table, store: ReferenceStore) -> Sheet:
     if table.counts_only:
         _add_dit_ratio(sheet, table, store)
     else:
-        add_ranks(sheet, table.rows, DIGITS, store)
+        add_ranks(sheet, table, DIGITS, store)
         ours = add_conditions(sheet, table, 256, store)
         stages += [timing_stage(row, table.baseline, "cpu") for row in table.rows]
         sheet.note(NoteKind.ROWS, RECONSTRUCTED)
 
-    scored = [record for row in table.rows for record in digits_scores(row, store)]
+    scored = [record for row in table.rows for record in scores_of(row, DIGITS, store)]
     sheet.notes += record_caveats([*latest(stages, store), *scored, *ours])
     return sheet
 

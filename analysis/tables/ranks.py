@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import dataclass, replace
 
-from analysis.query import ReferenceStore, rankable
-from experiments.engine.records.score_names import Better, ranking_score
+from analysis.evidence.pairs import trained
+from analysis.query import ReferenceStore
+from experiments.engine.records.score_names import HELDOUT_LOSS
+from experiments.engine.reporting.paired import PairedComparison
 from experiments.engine.reporting.sheet import Cell, Column, NoteKind, Sheet, Topic
-from experiments.engine.reporting.statistics import Values, mean_score, noise_bound, pool_spread
-from experiments.engine.specs.rows import Row
+from experiments.engine.specs.rows import Table
 from experiments.engine.specs.stages import Protocol
 
 
@@ -20,65 +21,48 @@ class Rank:
     first: int
     last: int
 
-    @property
-    def is_certain(self) -> bool:
-        """Whether the seeds leave one rank only."""
-        return self.first == self.last
-
     def __str__(self) -> str:
-        return f"{self.first}" if self.is_certain else f"{self.first} to {self.last}"
+        return f"{self.first}" if self.first == self.last else f"{self.first} to {self.last}"
 
 
-def rank_rows(name: str, better: Better, values: Sequence[Values]) -> list[Rank | None]:
-    """The ranks that every row may have, by Bonferroni over all pairs.
+def rank_rows(comparison: PairedComparison) -> dict[str, Rank]:
+    """The ranks that every row may have, by the simultaneous intervals of all pairs."""
+    better: Counter[str] = Counter()
+    worse: Counter[str] = Counter()
+    for difference in comparison.differences:
+        if difference.is_resolved:
+            b_is_worse = difference.percent > 0
+            worse[difference.b if b_is_worse else difference.a] += 1
+            better[difference.a if b_is_worse else difference.b] += 1
+    last = len(comparison.means)
+    return {row: Rank(1 + worse[row], last - better[row]) for row in comparison.means}
 
-    None for a row without scores, and for all rows if none has repeated seeds.
+
+def add_ranks(sheet: Sheet, table: Table, protocol: Protocol, store: ReferenceStore) -> None:
+    """Add a column of ranks behind the held-out loss, and mark the row that is best for certain.
+
+    With fewer than two complete seeds nothing is ranked, and the sheet stays as it is.
     """
-    spread = pool_spread(name, values)
-    if spread is None:
-        return [None] * len(values)
+    side = trained(table, protocol, store)
+    comparison = side.comparison()
+    if comparison is None:
+        return
+    ranks = rank_rows(comparison)
 
-    # means of the rows with scores; the lowest is the best
-    sign = 1 if better is Better.LOWER else -1
-    means = {at: sign * mean_score(name, row) for at, row in enumerate(values) if row}
-    pairs = len(means) * (len(means) - 1) // 2
-
-    def is_clearly_better(i: int, j: int) -> bool:
-        bound = noise_bound(spread, len(values[i]), len(values[j]), pairs)
-        return means[j] - means[i] > bound
-
-    ranks: list[Rank | None] = [None] * len(values)
-    for at in means:
-        above = sum(is_clearly_better(other, at) for other in means)
-        below = sum(is_clearly_better(at, other) for other in means)
-        ranks[at] = Rank(1 + above, len(means) - below)
-    return ranks
-
-
-def add_ranks(sheet: Sheet, rows: Sequence[Row], protocol: Protocol, store: ReferenceStore) -> None:
-    """Add a column of ranks behind the ranking score, and mark the row that is best for certain."""
-    score = ranking_score(protocol.features)
-    scores, refused = rankable(rows, protocol, store)
-    values = [[record.values for record in records] for records in scores]
-    ranks = rank_rows(score.key, score.better, values)
-
-    # bold is the score of rank 1 without doubt
-    for row, rank in zip(sheet.rows, ranks, strict=True):
+    # bold is the loss of rank 1 without doubt
+    loss = HELDOUT_LOSS.key
+    cells = []
+    for row in sheet.rows:
+        label = row["row"].label
+        rank = ranks.get(label)
         if rank == Rank(1, 1):
-            row[score.key] = replace(row[score.key], best=True)
-    cells = [
-        Cell(label="" if rank is None else str(rank), records=tuple(records))
-        for rank, records in zip(ranks, scores, strict=True)
-    ]
-    group = sheet.column(score.key).group
-    sheet.add_column(Column("rank", "rank", group, topic=Topic.SCORES), cells, after=score.key)
-
+            row[loss] = replace(row[loss], best=True)
+        records = tuple(side.records[label].values()) if rank else ()
+        cells.append(Cell(label=str(rank or ""), records=records))
+    group = sheet.column(loss).group
+    sheet.add_column(Column("rank", "rank", group, topic=Topic.SCORES), cells, after=loss)
     sheet.note(
         NoteKind.SCORES,
-        f"rank: by {score.key}, as far as the seeds resolve it (95 % over all pairs, Bonferroni). "
-        "Bold is rank 1 for certain.",
-        *(
-            f"{label} is not ranked, since it was scored by another protocol ({', '.join(fields)})."
-            for label, fields in refused.items()
-        ),
+        f"rank: by the {HELDOUT_LOSS.name}, as far as {comparison.num_seeds} seeds resolve it, "
+        "rows compared within seeds (95 % over all pairs, Tukey). Bold is rank 1 for certain.",
     )

@@ -1,19 +1,19 @@
 """Tables 1, 2, 8 and 9 of the paper beside the committed records. No torch.
 
-Their scores on digits stand apart, one row per network that was trained: see `families_sheet`.
+Their scores at a reduced scale stand apart, one row per trained network: see `families_sheet`.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from analysis.query import ReferenceStore, digits_scores, latest, reference_selection
+from analysis.query import ReferenceStore, latest, reference_selection, scores_of
 from analysis.tables.ablations import add_difference
 from analysis.tables.caveats import record_caveats
 from analysis.tables.conditions import add_conditions
 from analysis.tables.speeds import rows_in_modes
 from experiments import main_results
-from experiments.declared.protocols import DIGITS
+from experiments.declared.protocols import DIGITS_WHOLE
 from experiments.declared.systems import SYSTEMS
 from experiments.engine.reporting.efficiency.counts import (
     Named,
@@ -30,12 +30,15 @@ from experiments.engine.specs.selection import Selection
 from experiments.engine.specs.spec import Stage, spec_id
 from experiments.engine.specs.stages import cost_stages, timed_rows, timing_stage
 
+# The protocol under which one small network of every family was trained.
+FAMILIES = DIGITS_WHOLE
+
 TABLES = tuple(main_results.TABLES[number] for number in (1, 2, 8, 9))
 
 
 def systems_sheet(table: Table, resolution: int, store: ReferenceStore) -> Sheet:
     """Every published row, with counts by the counter behind each figure, and GPU results."""
-    sheet = main_sheet(reference_selection(table, DIGITS, store), store, store.reference)
+    sheet = main_sheet(reference_selection(table, FAMILIES, store), store, store.reference)
     paper = PublishedTable(table, store)
     by_label = {system.label: system for system in SYSTEMS if system.resolution == resolution}
     known = [by_label.get(paper.row(row)["model"]) for row in table.rows]
@@ -59,7 +62,7 @@ def systems_sheet(table: Table, resolution: int, store: ReferenceStore) -> Sheet
         NoteKind.GENERAL,
         f"A gap in our columns is what has not been run here{_timed_elsewhere(table, store)}. "
         "The paper's scores are one run each, printed without error, so none is marked best. "
-        f"Our scores on {DIGITS.name}, one row per network, stand in the table of families.",
+        f"Our scores on {FAMILIES.name}, one row per network, stand in the table of families.",
     )
     sheet.notes += record_caveats([*latest(_measured_stages(table), store), *own])
     return sheet
@@ -160,28 +163,28 @@ def _timed_elsewhere(table: Table, store: ReferenceStore) -> str:
 
 
 def families_sheet(store: ReferenceStore) -> Sheet:
-    """The scores of every family on digits, and the rows that it stands for."""
+    """The scores of every family at a reduced scale, and the rows that it stands for."""
     families = _families()
     rows = tuple(replace(family[0][1], label=label) for label, family in families.items())
     table = replace(TABLES[0], rows=rows, against=TABLES[0].baseline.label)
-    sheet = family_sheet(reference_selection(table, DIGITS, store), store, store.reference)
-    sheet.title = f"The families of Tables 1, 2, 8 and 9 on {DIGITS.name}"
+    sheet = family_sheet(reference_selection(table, FAMILIES, store), store, store.reference)
+    sheet.title = f"The families of Tables 1, 2, 8 and 9 on {FAMILIES.name}"
 
     for cells, family in zip(sheet.rows, families.values(), strict=True):
         cells["stands_for"] = Cell(label=_describe(family))
-    records = [record for row in rows for record in digits_scores(row, store)]
+    records = [record for row in rows for record in scores_of(row, FAMILIES, store)]
     sheet.notes += record_caveats(records)
     return sheet
 
 
 def _families() -> dict[str, list[tuple[Table, Row]]]:
-    """The rows of the tables by the network that digits trains for them.
+    """The rows of the tables by the network that is trained for them.
 
     The first row's label names the network; the table tells two networks of one label apart.
     """
     families: dict[str, list[tuple[Table, Row]]] = {}
     for table in TABLES:
-        for run in Selection(table, table.rows, DIGITS, [0], "cpu").runs:
+        for run in Selection(table, table.rows, FAMILIES, [0], "cpu").runs:
             families.setdefault(spec_id(run.stage), []).append((table, run.row))
 
     labelled: dict[str, list[tuple[Table, Row]]] = {}

@@ -126,6 +126,6 @@ def test_bad_sources_are_named_and_the_rest_is_built(tmp_path: Path):
     ):
         assert [problem for problem in problems if words in problem], (words, problems)
     built = {path.name for path in (tmp_path / "results" / "tables").iterdir()}
-    expected = {"table1.md", "table3_scores.csv", "table4_counts.csv", "digits.md"}
-    assert expected | {"cifar10_small.md"} <= built
+    expected = {"table1.md", "table3_scores.csv", "table4_counts.csv", "evidence.md"}
+    assert expected <= built
     assert not {"table5.md", "table2.md"} & built

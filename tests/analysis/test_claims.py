@@ -20,8 +20,8 @@ from experiments.engine.specs.spec import Backbone, Timing
 from tests.support.references import (
     GPU_PROVENANCE,
     PROVENANCE,
+    add_losses,
     commit_records,
-    reference_of_scores,
     reopen_records,
     timing_values,
 )
@@ -65,7 +65,7 @@ def test_a_claims_basis_leads_to_what_was_read_for_it(committed: ReferenceStore)
     )
     assert [record.kind for record in speed["basis"].records] == ["timing"]
     assert not speed["value"].records
-    assert {record.kind for record in order["basis"].records} == {"timing", "evaluate"}
+    assert {record.kind for record in order["basis"].records} == {"timing", "heldout"}
     assert cca["error"].records
     assert not fid["basis"].records
 
@@ -103,11 +103,11 @@ def test_counted_claims_are_judged_to_the_printed_digit(committed: ReferenceStor
 
 @pytest.mark.parametrize(
     "worse, verdict",
-    [(100.0, Verdict.REPRODUCED), (10.0, Verdict.NOT_RESOLVED), (1.0, Verdict.AGAINST)],
+    [(2.0, Verdict.REPRODUCED), (1.0, Verdict.NOT_RESOLVED), (0.5, Verdict.AGAINST)],
 )
 def test_a_claim_at_reduced_scale_follows_the_seeds(worse: float, verdict: Verdict, tmp_path: Path):
-    scores = {"DiCo-S": [9.9, 10.0, 10.1], "w/o CCA": [worse * 0.99, worse, worse * 1.01]}
-    finding = find("cca-fid", reference_of_scores(tmp_path, scores))
+    add_losses(Store(tmp_path), {"w/o CCA": worse})
+    finding = find("cca-fid", commit_records(tmp_path))
     assert finding.evidence == Evidence.REDUCED
     assert finding.judgement == Judgement(verdict)
 

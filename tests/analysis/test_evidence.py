@@ -113,7 +113,7 @@ def test_a_seed_that_one_row_lacks_is_left_out_for_all_and_said(store):
 
 def test_the_page_and_the_csv_hold_every_pair(store):
     page = evidence_page(store)
-    assert "Of 55 pairs at 1600 steps and 4 seeds" in page
+    assert "Of 55 pairs at 1000 steps and 4 seeds" in page
     assert "Not trained yet." in page  # the other tables and protocols
     lines = list(csv.DictReader(evidence_csv(store).splitlines()))
     assert len(lines) == 55

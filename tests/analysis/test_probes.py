@@ -19,7 +19,7 @@ from analysis.probes.__main__ import main
 from analysis.probes.declared import PROBES, Channels, arrays_of, declared
 from analysis.query import TRAINED, trained_rows
 from experiments.ablation import TABLE_4
-from experiments.declared.protocols import DIGITS, PROTOCOLS
+from experiments.declared.protocols import DIGITS, DIGITS_WHOLE, PROTOCOLS
 from experiments.engine.records.store import Record, Store
 from experiments.engine.reporting.lookup import REFERENCE_SEEDS
 from experiments.engine.specs.rows import Row
@@ -253,9 +253,9 @@ def test_a_published_checkpoint_is_probed_by_its_checksum(
 
 
 def test_ids_of_probes_are_pinned():
-    assert spec_id(declared("locality", DICO, DIGITS, 0)) == "0a89491fc83e90aa"
-    assert spec_id(declared("channels", DICO, DIGITS, 0)) == "7a53ce09adcc3741"
-    assert spec_id(declared("features", DICO, DIGITS, 0)) == "3f7941c83bc0ec0a"
+    assert spec_id(declared("locality", DICO, DIGITS_WHOLE, 0)) == "0a89491fc83e90aa"
+    assert spec_id(declared("channels", DICO, DIGITS_WHOLE, 0)) == "7a53ce09adcc3741"
+    assert spec_id(declared("features", DICO, DIGITS_WHOLE, 0)) == "3f7941c83bc0ec0a"
     assert isinstance(declared("channels", DICO, DIGITS, 0), Channels)
 
 

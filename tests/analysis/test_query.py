@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from analysis.claims.finding import Evidence
-from analysis.claims.judge import judge
 from analysis.figures.tradeoffs import score_against_speed
 from analysis.page.scatter import views
 from analysis.published import FILES
@@ -22,18 +20,14 @@ from analysis.query import (
     numeric_mode,
     rankable,
 )
-from analysis.tables.agreement_page import agreement_page
-from analysis.tables.paper import SHEETS
 from experiments.ablation import TABLE_4
 from experiments.declared.protocols import DIGITS
 from experiments.engine.records.store import Store
 from experiments.engine.records.tree import REPOSITORY
-from experiments.engine.reporting.verdict import Judgement, Verdict
 from experiments.engine.specs.spec import Backbone, Timing, spec_id
 from experiments.engine.specs.stages import evaluate_stage
 from tests.support.imports import loaded_modules
 from tests.support.references import GPU_PROVENANCE, commit_records, timing_values
-from tests.support.sheets import labelled, note_about
 
 
 def test_a_frame_has_a_row_per_record_and_a_column_per_field():
@@ -116,31 +110,10 @@ def test_a_row_of_another_protocol_is_not_ranked(tmp_path: Path):
     assert list(refused) == [row.label]
     assert [bool(records) for records in scores] == [other != row for other in TABLE_4.rows]
 
-    sheet = SHEETS["table4"](store)
-    assert labelled(sheet, row.label)["rank"] == "-"
-    assert labelled(sheet, TABLE_4.rows[2].label)["rank"] != "-"
-    assert note_about(sheet, f"{row.label} is not ranked")
-
 
 def test_a_record_of_another_extractor_is_ordered_by_nothing(tmp_path: Path):
-    """Neither by the claim that asks for it, nor by a figure, the scatter or the page."""
+    """Neither by a figure nor by the scatter."""
     store = change_manifest(tmp_path, "w/o CCA", "extractor", {"sha256": "0" * 64})
-    claims = {row["id"]: row for row in store.rows("claims.csv")}
-    finding = judge(claims["cca-fid"], store)
-    assert finding.evidence == Evidence.NOT_YET
-    assert finding.judgement == Judgement(Verdict.OPEN)
-    assert "scored by another protocol: w/o CCA (extractor" in finding.basis
-
-    # Other claims keep their verdicts.
-    before = judge(claims["kernel-order"], ReferenceStore())
-    after = judge(claims["kernel-order"], store)
-    assert after.evidence == before.evidence
-    assert len(after.records) == len(before.records)
-
-    # The page of the protocol, the interactive scatter and the figure leave it out.
-    page = agreement_page(store)
-    assert "10 rows, 3 seeds each" in page
-    assert "Left out, since scored by another protocol: w/o CCA (extractor" in page
     (view,) = [view for view in views(store) if "Table 4" in view["name"]]
     assert view["name"].endswith("w/o CCA)")
     assert not any("w/o CCA" in text for text in view["data"][0]["text"])

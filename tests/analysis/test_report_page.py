@@ -275,8 +275,8 @@ def test_a_number_shows_its_record(browser: Any, page: Path):
 @pytest.mark.parametrize(
     "place",
     [
-        "#digits p[data-records]",
-        "#digits td[data-records]",
+        "#evidence p[data-records]",
+        "#evidence td[data-records]",
         "figcaption[data-records]",
         "#samples figcaption",
         "#claims-table td:nth-child(8)[data-records]",

@@ -14,10 +14,10 @@ from analysis.tables.progress import progress_row, stopped
 from analysis.tables.ranks import Rank, rank_rows
 from analysis.tables.recipes import CONFIGURATIONS, recipe_sheet
 from experiments.ablation import TABLE_4
-from experiments.declared.protocols import IMAGENET256
-from experiments.engine.records.score_names import Better
+from experiments.declared.protocols import DIGITS, IMAGENET256
 from experiments.engine.records.store import Store
 from experiments.engine.records.tree import REPOSITORY
+from experiments.engine.reporting.paired import compare_paired
 from experiments.engine.reporting.render import FORMATS, render
 from experiments.engine.reporting.sheet import Topic
 from experiments.engine.specs.spec import Backbone, Timing
@@ -27,8 +27,9 @@ from tests.support.imports import loaded_modules
 from tests.support.references import (
     GPU_PROVENANCE,
     PROVENANCE,
+    add_losses,
     commit_records,
-    reference_of_scores,
+    digits_values,
     timing_values,
 )
 from tests.support.sheets import labelled, note_about, note_texts, row_of, texts
@@ -158,41 +159,40 @@ def test_table_6_without_a_model_or_its_log_says_so(tmp_path: Path):
     assert reason in note_about(sheet, "DiCo-L: its hours")
 
 
-@pytest.mark.parametrize("better", Better)
-def test_ranks_are_intervals_that_only_resolved_differences_narrow(better: Better):
+def test_ranks_are_intervals_that_only_resolved_differences_narrow():
     """A row ranks from the first to the last place that its seeds leave open."""
 
-    def seeds(mean: float, width: float) -> list[dict[str, float]]:
-        return [{"agreement": mean + width * k} for k in (-1, 0, 1)]
+    def ranks(noise: float) -> list[Rank]:
+        scores = {
+            row: {seed: mean * (1 + noise * ((7 * at + 3 * seed) % 5 - 2)) for seed in range(3)}
+            for at, (row, mean) in enumerate({"a": 1.0, "b": 2.0, "c": 4.0}.items())
+        }
+        found = rank_rows(compare_paired(scores))
+        return [found[row] for row in "abc"]
 
-    def ranks(*rows: list[dict[str, float]]) -> list[Rank | None]:
-        return rank_rows("agreement", better, rows)
-
-    # Seeds that agree tell all three rows apart, and seeds that do not tell none.
-    first, second, third = (0.1, 0.5, 0.9) if better is Better.LOWER else (0.9, 0.5, 0.1)
-    certain = ranks(seeds(first, 0.001), seeds(second, 0.001), seeds(third, 0.001))
-    assert certain == [Rank(1, 1), Rank(2, 2), Rank(3, 3)]
-    noisy = ranks(seeds(first, 1.0), seeds(second, 1.0), seeds(third, 1.0))
-    assert noisy == [Rank(1, 3)] * 3
-
-    # A gap takes no place, and a single seed gives no rank.
-    with_gap = ranks(seeds(first, 0.001), [], seeds(third, 0.001))
-    assert with_gap == [Rank(1, 1), None, Rank(2, 2)]
-    assert ranks([{"agreement": 1.0}], [{"agreement": 2.0}]) == [None, None]
+    assert ranks(0.001) == [Rank(1, 1), Rank(2, 2), Rank(3, 3)]
+    assert ranks(0.3) == [Rank(1, 3)] * 3
 
 
 def test_only_what_is_first_for_certain_is_bold(tmp_path: Path):
-    close = {row.label: [10.0 + k, 10.5 + k, 11.0 + k] for k, row in enumerate(TABLE_4.rows)}
-    sheet = SHEETS["table4"](reference_of_scores(tmp_path / "a", close))
+    add_losses(Store(tmp_path / "a"), {})
+    sheet = SHEETS["table4"](commit_records(tmp_path / "a"))
     assert not any(cell.best for row in sheet.rows for cell in row.values())
+    assert "1 to 11" in texts(sheet, "rank")
 
-    clear = {label: [100.0, 101.0, 102.0] for label in close} | {"w/o CCA": [1.0, 1.01, 1.02]}
-    sheet = SHEETS["table4"](reference_of_scores(tmp_path / "b", clear))
+    # Scores of samples stand beside losses, and a loss alone is no finished run.
+    store = Store(tmp_path / "b")
+    add_losses(store, {"w/o CCA": 0.5})
+    for row in TABLE_4.rows:
+        for seed in range(3):
+            stage = evaluate_stage(row, DIGITS, seed)
+            store.append(stage, "done", digits_values(10.0, "digits_judge"), PROVENANCE)
+    sheet = SHEETS["table4"](commit_records(tmp_path / "b"))
     best = [row["row"].label for row in sheet.rows if any(cell.best for cell in row.values())]
     assert best == ["w/o CCA"]
-    assert "**1.0 ±0.0**" in render([sheet], "markdown")
-    assert "<b>1.0 ±0.0</b>" in render([sheet], "html")
-    assert "\\textbf{1.0 $\\pm$0.0}" in render([sheet], "latex")
+    assert "**0.50008 ±0.00" in render([sheet], "markdown")
+    assert "<b>0.50008 ±0.00" in render([sheet], "html")
+    assert "\\textbf{0.50008 $\\pm$0.00" in render([sheet], "latex")
 
 
 def test_numeric_modes_of_a_gpu_stand_side_by_side(tmp_path: Path):
@@ -330,14 +330,14 @@ def test_our_scores_over_training_are_of_the_length_of_the_row(tmp_path: Path):
 def test_tables_load_no_torch_and_no_plots():
     code = """
         from analysis.claims.judge import claims_sheet
+        from analysis.evidence.page import evidence_page
         from analysis.query import ReferenceStore
-        from analysis.tables.agreement_page import agreement_page
         from analysis.tables.paper import SHEETS
         store = ReferenceStore()
         for make_sheet in SHEETS.values():
             make_sheet(store)
         claims_sheet(store)
-        agreement_page(store)
+        evidence_page(store)
     """
     assert not {"torch", "timm", "sklearn", "matplotlib", "pandas"} & loaded_modules(code)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.ablation import TABLE_4
-from experiments.declared.protocols import DIGITS, IMAGENET256
+from experiments.declared.protocols import DIGITS_WHOLE, IMAGENET256
 from experiments.engine.records.comparison import differences
 from experiments.engine.records.manifest import Manifest, manifest
 from experiments.engine.records.store import Store
@@ -42,7 +42,7 @@ def pairs(a: Manifest, b: Manifest) -> list[tuple[str, Any, Any]]:
 
 def write_score(store: Store, row: int, fd: float, seed: int = 0, **measure: Any) -> Path:
     """Record the scores of a row of Table 4 on digits, measured in a certain way."""
-    spec = evaluate_stage(TABLE_4.rows[row], DIGITS, seed)
+    spec = evaluate_stage(TABLE_4.rows[row], DIGITS_WHOLE, seed)
     values = {"fd_digits": fd, **SHARES, "manifest": manifest_of(spec, **measure)}
     record = store.append(spec, "done", values, PROVENANCE)
     return next((store.root / "records" / "evaluate").glob(f"{record.id}-{record.utc}-*.json"))

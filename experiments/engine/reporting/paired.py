@@ -128,27 +128,39 @@ def compare_paired(scores: Mapping[str, Mapping[int, float]]) -> PairedCompariso
     )
 
 
-def rank_agreement(
-    comparison: PairedComparison, published: Mapping[str, float], draws: int = 2000
-) -> tuple[float, float, float]:
-    """Return Kendall's tau of our order with the published one, and its 95 % interval.
+@dataclass(frozen=True)
+class RankAgreement:
+    """Kendall's tau of two orders of rows, and its 95 % interval."""
 
-    The interval is that of tau over normal draws of the row means with their standard error, from a
+    tau: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.tau:.2f} ({LEVEL:.0%}: {self.low:.2f} to {self.high:.2f})"
+
+
+def rank_agreement(
+    values: Mapping[str, float],
+    errors: Mapping[str, float],
+    published: Mapping[str, float],
+    draws: int = 2000,
+) -> RankAgreement:
+    """Return how well our order of rows agrees with the published one.
+
+    The interval is that of tau over normal draws of our values with their standard errors, from a
     fixed seed. Rows without a published value are left out.
     """
     import numpy as np
     from scipy.stats import kendalltau
 
-    rows = [row for row in comparison.means if row in published]
-    ours = np.array([math.log(comparison.means[row]) for row in rows])
-    theirs = np.array([published[row] for row in rows])
-
-    # the error of a mean over seeds, less what all rows share
-    error = comparison.residual / math.sqrt(comparison.num_seeds)
-    noise = np.random.default_rng(0).normal(0.0, error, (draws, len(rows)))
+    rows = [row for row in values if row in published]
+    ours, theirs = (np.array([side[row] for row in rows]) for side in (values, published))
+    scales = np.array([errors[row] for row in rows])
+    noise = np.random.default_rng(0).normal(0.0, scales, (draws, len(rows)))
     simulated = [kendalltau(ours + shift, theirs).statistic for shift in noise]
     low, high = np.quantile(simulated, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(kendalltau(ours, theirs).statistic), float(low), float(high)
+    return RankAgreement(float(kendalltau(ours, theirs).statistic), float(low), float(high))
 
 
 def _common_seeds(scores: Mapping[str, Mapping[int, float]]) -> list[int]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from experiments.engine.records.comparison import clashes
 from experiments.engine.records.score_names import SCORES, Better, ranking_score
-from experiments.engine.records.store import Store
+from experiments.engine.records.store import Record, Store
 from experiments.engine.reporting.lookup import (
     REFERENCE_SEEDS,
     Lookup,
 )
+from experiments.engine.reporting.paired import compare_paired
 from experiments.engine.reporting.statistics import (
     LEVEL,
     Spread,
@@ -32,8 +33,10 @@ class Comparison:
     baseline: str
     # the score that is compared
     name: str
-    # over training seeds; None if it is unknown
+    # over training seeds, or within them if they are paired; None if it is unknown
     spread: Spread | None = None
+    # whether rows of one seed share their draws, so that they are compared within seeds
+    paired: bool = False
     # whether the spread is the reference's, since these runs have no repeated seeds
     from_reference: bool = False
     better: list[str] = field(default_factory=list)
@@ -49,43 +52,79 @@ def compare_with_baseline(lookup: Lookup, store: Store) -> Comparison:
     """Sort the rows into better than the baseline, worse, and not resolved."""
     selection = lookup.selection
     baseline, features = selection.table.baseline, selection.protocol.features
-    comparison = Comparison(baseline.label, ranking_score(features).key)
+    paired = selection.protocol.heldout is not None
+    comparison = Comparison(baseline.label, ranking_score(features).key, paired=paired)
 
     # the baseline is looked up apart, since it need not be one of the rows
     base_lookup = Lookup(selection.with_rows([baseline]), lookup.folder)
     base_records = base_lookup.scored(baseline)
-    scores: dict[str, Values] = {baseline.label: base_lookup.score_values(baseline)}
-    fields = {baseline.label: clashes(base_records, base_records)}
-    for row in selection.networks:
-        scores[row.label] = lookup.score_values(row)
-        fields[row.label] = clashes(lookup.scored(row), base_records)
+    records = {baseline.label: base_records}
+    records |= {row.label: lookup.scored(row) for row in selection.networks}
+    fields = {label: clashes(found, base_records) for label, found in records.items()}
     comparison.refused = {label: differing for label, differing in fields.items() if differing}
 
     # runs that rows share count once, or their spread would seem better known than it is
     distinct = _distinct_labels(lookup, baseline)
-    own = [scores[label] for label in (baseline.label, *distinct) if not fields[label]]
+    own = {label: records[label] for label in (baseline.label, *distinct) if not fields[label]}
+    if paired:
+        own = _at_common_seeds(own)
 
     # without repeated seeds of our own, the reference's spread stands in
-    comparison.spread = pool_spread(comparison.name, own)
+    comparison.spread = _spread(comparison, list(own.values()))
     if comparison.spread is None:
-        comparison.spread = _reference_spread(lookup, store, comparison.name)
+        comparison.spread = _reference_spread(lookup, store, comparison)
         comparison.from_reference = True
 
-    base = [] if fields[baseline.label] else scores[baseline.label]
-    others = [label for label in distinct if scores[label] and not fields[label]]
-    comparison.comparable = bool(base and others)
+    scores: dict[str, Values] = {
+        label: [record.values for record in found] for label, found in own.items() if found
+    }
+    base = scores.pop(baseline.label, [])
+    comparison.comparable = bool(base and scores)
     if comparison.spread is not None and comparison.comparable:
-        _sort(comparison, {label: scores[label] for label in others}, base)
+        _sort(comparison, scores, base)
     return comparison
 
 
-def _reference_spread(lookup: Lookup, store: Store, name: str) -> Spread | None:
+def _seed_of(record: Record) -> int:
+    return int(record.spec["train"]["seed"])
+
+
+def _at_common_seeds(records: Mapping[str, list[Record]]) -> dict[str, list[Record]]:
+    """The records of the seeds that every row with a record has."""
+    seeds = [{_seed_of(record) for record in found} for found in records.values() if found]
+    common = set.intersection(*seeds) if seeds else set()
+    return {
+        label: [record for record in found if _seed_of(record) in common]
+        for label, found in records.items()
+    }
+
+
+def _spread(comparison: Comparison, rows: Sequence[list[Record]]) -> Spread | None:
+    """The spread of the compared score over seeds; of paired rows, what rows and seeds leave."""
+    if not comparison.paired:
+        values = [[record.values for record in found] for found in rows]
+        return pool_spread(comparison.name, values)
+    scores = {
+        str(at): {_seed_of(record): record.values[comparison.name] for record in found}
+        for at, found in enumerate(rows)
+        if found
+    }
+    if len(scores) < 2 or any(len(by_seed) < 2 for by_seed in scores.values()):
+        return None
+    fitted = compare_paired(scores)
+    return Spread(fitted.residual, fitted.degrees_of_freedom)
+
+
+def _reference_spread(lookup: Lookup, store: Store, comparison: Comparison) -> Spread | None:
     """The spread of a score in the reference, pooled over all networks of the table."""
     selection = lookup.selection
     networks = [row for row in selection.table.rows if row.backbone]
     every = selection.with_rows(networks).with_seeds(REFERENCE_SEEDS)
     reference = Lookup(every, store.reference)
-    return pool_spread(name, [reference.score_values(row) for row in networks])
+    records = {row.label: reference.scored(row) for row in networks}
+    if comparison.paired:
+        records = _at_common_seeds(records)
+    return _spread(comparison, list(records.values()))
 
 
 def _distinct_labels(lookup: Lookup, baseline: Row) -> Sequence[str]:
@@ -142,6 +181,7 @@ def describe_comparison(comparison: Comparison) -> str:
 
     # which rows are better, worse and neither
     source = "the reference" if comparison.from_reference else "these runs"
+    over, digits = ("within", ".2") if comparison.paired else ("over", ".0")
     groups = {
         "better": comparison.better,
         "worse": comparison.worse,
@@ -150,8 +190,8 @@ def describe_comparison(comparison: Comparison) -> str:
     listed = "; ".join(f"{name}: {', '.join(labels)}" for name, labels in groups.items() if labels)
     sentences = [
         f"{comparison.name} against {comparison.baseline}: {listed}.",
-        f"A difference is resolved if the spread over seeds of {source} "
-        f"({comparison.spread.deviation:.0%} of the value, pooled) does not explain it, "
+        f"A difference is resolved if the spread {over} seeds of {source} "
+        f"({comparison.spread.deviation:{digits}%} of the value, pooled) does not explain it, "
         f"at {1 - LEVEL:.0%} over all rows.",
     ]
     return " ".join(sentences + ([not_compared] if refused else []))

@@ -13,7 +13,7 @@ from analysis.query import ReferenceStore
 from analysis.tables.paper import SHEETS
 from experiments.ablation import TABLE_3, TABLE_4
 from experiments.declared import timings
-from experiments.declared.protocols import DIGITS
+from experiments.declared.protocols import DIGITS_WHOLE
 from experiments.engine.records.store import Record, Store
 from experiments.engine.reporting.caveats import evaluation_counts, timing_caveats
 from experiments.engine.reporting.tables import main_sheet
@@ -140,7 +140,7 @@ def test_a_timing_of_a_changed_tree_marks_this_machines_table(tmp_path: Path):
     store, row = Store(tmp_path), TABLE_4.rows[0]
     stage = timing_stage(row, TABLE_4.baseline, "cpu")
     store.append(stage, "done", timing_values(), PROVENANCE | {"dirty": True})
-    sheet = main_sheet(Selection(TABLE_4, [row], DIGITS, (0,), "cpu"), store, store.here)
+    sheet = main_sheet(Selection(TABLE_4, [row], DIGITS_WHOLE, (0,), "cpu"), store, store.here)
     assert "Some records come from a tree with uncommitted changes." in note_texts(sheet)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from experiments.ablation import TABLE_4
-from experiments.declared.protocols import DIGITS
+from experiments.declared.protocols import DIGITS_WHOLE
 from experiments.engine.records.comparison import fields_of_some
 from experiments.engine.records.store import Store
 from experiments.engine.reporting.comparison import comparison_sheet
@@ -18,7 +18,7 @@ from tests.support.sheets import note_about, note_texts, texts
 
 def first_rows(num: int) -> Selection:
     """The first rows of Table 4 on digits, seed 0."""
-    return Selection(TABLE_4, TABLE_4.rows[:num], DIGITS, (0,), "cpu")
+    return Selection(TABLE_4, TABLE_4.rows[:num], DIGITS_WHOLE, (0,), "cpu")
 
 
 def test_tables_refuse_to_rank_across_protocols(tmp_path: Path):
@@ -27,7 +27,7 @@ def test_tables_refuse_to_rank_across_protocols(tmp_path: Path):
     for row in TABLE_4.rows[:3]:
         for seed in range(3):
             values = {"fd_digits": 10 + seed} | SHARES
-            written.append(evaluate_stage(row, DIGITS, seed), "done", values, PROVENANCE)
+            written.append(evaluate_stage(row, DIGITS_WHOLE, seed), "done", values, PROVENANCE)
     (tmp_path / "records").rename(tmp_path / "reference")
 
     # Two rows are better than the first by far, and one of them was scored by other features.
@@ -59,7 +59,7 @@ def test_a_declared_field_and_one_of_a_part_of_another_name_are_no_gaps(tmp_path
     write_score(store, 0, 1.0, nfe=50, reference={"name": "a", "sha256": "b"})
     write_score(store, 1, 1.0, reference={"name": "a"}, sampler={"eta": 0.0})
     write_score(store, 2, 1.0, nfe=50, decoder={"name": "vae", "scale": 3})
-    stages = [evaluate_stage(row, DIGITS, 0) for row in TABLE_4.rows[:3]]
+    stages = [evaluate_stage(row, DIGITS_WHOLE, 0) for row in TABLE_4.rows[:3]]
     records = [store.here.latest(stage) for stage in stages]
     assert fields_of_some(records) == ["nfe"]
     assert fields_of_some([]) == []

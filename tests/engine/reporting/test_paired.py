@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.engine.reporting.paired import compare_paired, rank_agreement
+from experiments.engine.reporting.paired import RankAgreement, compare_paired, rank_agreement
 
 
 def table(
@@ -98,14 +98,23 @@ def test_assumptions_that_fail_are_seen():
 
 def test_ranks_agree_as_surely_as_rows_differ():
     published = {"r0": 10.0, "r1": 20.0, "r2": 30.0, "absent": 5.0}
-    sure = rank_agreement(compare_paired(table([0.0, 1.0, 2.0], 4, 0.001)), published)
-    assert sure == (1.0, 1.0, 1.0)
+    values = {"r0": 0.0, "r1": 1.0, "r2": 2.0}
+    sure = rank_agreement(values, dict.fromkeys(values, 0.001), published)
+    assert sure == RankAgreement(1.0, 1.0, 1.0)
+    assert str(sure) == "1.00 (95%: 1.00 to 1.00)"
 
     # rows that differ by less than noise can stand in almost any order
     published = {f"r{row}": float(row) for row in range(6)}
-    tau, low, high = rank_agreement(compare_paired(table([0.0] * 6, 4, 0.1)), published)
-    assert low <= tau <= high
-    assert high - low > 0.5
+    values = {row: 0.1 * place for place, row in enumerate(published)}
+    unsure = rank_agreement(values, dict.fromkeys(values, 1.0), published)
+    assert unsure.tau == pytest.approx(1)
+    assert unsure.low < 0 < unsure.high
+
+    # only the rows that are uncertain move
+    errors = dict.fromkeys(values, 1e-6) | {"r0": 10.0}
+    one = rank_agreement(values, errors, published)
+    assert one.low == pytest.approx(1 / 3)
+    assert one.high == pytest.approx(1)
 
 
 @pytest.mark.parametrize(

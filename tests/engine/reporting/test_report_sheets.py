@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiments.ablation import TABLES
-from experiments.declared.protocols import DIGITS
+from experiments.declared.protocols import DIGITS_WHOLE
 from experiments.engine.records.store import Store
 from experiments.engine.reporting.render import FORMATS, render
 from experiments.engine.reporting.sheet import Sheet
@@ -40,7 +40,7 @@ def write_records(store: Store, seeds: int, shift: float = 0.0) -> None:
                 "recall_digits": 0.8 + 0.001 * seed,
                 "agreement": 0.9,
             }
-            store.append(evaluate_stage(row, DIGITS, seed), "done", values, PROVENANCE)
+            store.append(evaluate_stage(row, DIGITS_WHOLE, seed), "done", values, PROVENANCE)
     store.refresh()
 
 
@@ -52,7 +52,7 @@ def make_reference(store: Store) -> None:
 
 def sheets(store: Store, seeds: int = 1) -> list[Sheet]:
     """The table of this machine, and its comparison with the reference."""
-    return report_sheets(Selection(TABLE, TABLE.rows, DIGITS, range(seeds), "cpu"), store)
+    return report_sheets(Selection(TABLE, TABLE.rows, DIGITS_WHOLE, range(seeds), "cpu"), store)
 
 
 def test_what_is_not_recorded_is_a_gap_beside_what_is_published(tmp_path: Path):
@@ -65,7 +65,7 @@ def test_what_is_not_recorded_is_a_gap_beside_what_is_published(tmp_path: Path):
 
 def test_a_failure_is_shown_in_its_row_with_its_reason(tmp_path: Path):
     store = Store(tmp_path)
-    stage = train_stage(TABLE.rows[2], DIGITS, 0)
+    stage = train_stage(TABLE.rows[2], DIGITS_WHOLE, 0)
     store.append(stage, "failed", {}, PROVENANCE, "ValueError: the loss is nan after 50 steps")
     main, _ = sheets(store)
     assert "failed" in labelled(main, TABLE.rows[2].label).values()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from experiments.ablation import TABLE_3, TABLE_4, TABLE_5
-from experiments.declared.protocols import DIGITS, IMAGENET256, PROTOCOLS
+from experiments.declared.protocols import DIGITS_WHOLE, IMAGENET256, PROTOCOLS
 from experiments.engine.records.store import RecordFolder, Store
 from experiments.engine.reporting.caveats import OUTLIERS, outlier_caveats
 from experiments.engine.reporting.comparison import comparison_sheet
@@ -49,7 +49,7 @@ def scores(fd: float, **changes: float) -> dict[str, Any]:
 
 def score(store: Store, row: Row, seeds: dict[int, dict[str, Any]]) -> None:
     for seed, values in seeds.items():
-        store.append(evaluate_stage(row, DIGITS, seed), "done", values, PROVENANCE)
+        store.append(evaluate_stage(row, DIGITS_WHOLE, seed), "done", values, PROVENANCE)
 
 
 def repeated(spread: float = 0.1) -> dict[int, dict[str, Any]]:
@@ -75,7 +75,7 @@ def reference(folder: Path, *rows: Row) -> Store:
 
 
 def selection(
-    seeds: Sequence[int] = (0,), table: Table = TABLE_4, protocol: Protocol = DIGITS
+    seeds: Sequence[int] = (0,), table: Table = TABLE_4, protocol: Protocol = DIGITS_WHOLE
 ) -> Selection:
     rows = ROWS if table is TABLE_4 else table.rows
     return Selection(table, rows, protocol, seeds, "cpu")
@@ -110,7 +110,7 @@ def test_counts_speed_and_scores_stand_in_their_columns(tmp_path: Path):
 
     # The row without.
     assert {second[key] for key in (*counts, "img_s", "fd_digits")} == {"-"}
-    assert sheet.column("fd_digits").group == "digits (this machine, seed 0)"
+    assert sheet.column("fd_digits").group == "digits_whole (this machine, seed 0)"
 
 
 @pytest.mark.parametrize(
@@ -124,8 +124,8 @@ def test_a_stage_that_failed_is_shown_in_its_columns_and_explained(
     stages = (
         cost_stage(row),
         timing_stage(row, ROWS[0], "cpu"),
-        train_stage(row, DIGITS, 0),
-        evaluate_stage(row, DIGITS, 0),
+        train_stage(row, DIGITS_WHOLE, 0),
+        evaluate_stage(row, DIGITS_WHOLE, 0),
     )
     store = Store(tmp_path)
     store.append(stages[stage], "failed", {}, PROVENANCE, "ValueError: it broke")
@@ -191,7 +191,7 @@ def test_a_reference_is_no_record_of_this_machine(tmp_path: Path):
     assert set(texts(main(store), "fd_digits")) == {"-"} and verdicts(store) == ["-"] * 3
     committed = main(store, (0, 1, 2), store.reference)
     assert texts(committed, "fd_digits") == ["10.0 ±0.1"] * 3
-    assert committed.column("fd_digits").group == "digits (reference, 3 seeds)"
+    assert committed.column("fd_digits").group == "digits_whole (reference, 3 seeds)"
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,9 @@ def test_a_network_of_several_rows_has_its_scores_once(tmp_path: Path):
     rows = [TABLE_1.row(label) for label in ("DiT-S/2", "DiCo-S", "DiCo-B", "DiCo-L")]
     for row in rows[:2]:
         score(store, row, {seed: scores(10.0 + seed) for seed in range(3)})
-    table, families, _ = report_sheets(Selection(TABLE_1, rows, DIGITS, (0, 1, 2), "cpu"), store)
+    table, families, _ = report_sheets(
+        Selection(TABLE_1, rows, DIGITS_WHOLE, (0, 1, 2), "cpu"), store
+    )
     assert not table.has("fd_digits") and len(table.rows) == 4
     assert texts(families, "row") == ["DiT-S/2", "DiCo-S"]
     assert texts(families, "stands_for") == ["DiT-S/2", "DiCo-S, DiCo-B, DiCo-L"]
@@ -244,7 +246,7 @@ def test_rows_of_their_own_networks_have_their_scores_in_the_table(tmp_path: Pat
 
 def test_records_of_a_changed_tree_are_marked(tmp_path: Path):
     store = Store(tmp_path)
-    stage = evaluate_stage(ROWS[0], DIGITS, 0)
+    stage = evaluate_stage(ROWS[0], DIGITS_WHOLE, 0)
     store.append(stage, "done", scores(1.0), PROVENANCE | {"dirty": True})
     assert note_about(main(store), "uncommitted changes")
 
@@ -295,7 +297,7 @@ def test_a_table_of_another_protocol_has_its_own_scores(tmp_path: Path):
     sheet = main(Store(tmp_path), protocol=IMAGENET256)
     assert not any("digits" in column.full_title for column in sheet.columns)
     assert not any("fd_digits" in text for text in note_texts(sheet))
-    renamed = main(Store(tmp_path), protocol=replace(DIGITS, name="other"))
+    renamed = main(Store(tmp_path), protocol=replace(DIGITS_WHOLE, name="other"))
     assert renamed.column("fd_digits").group == "other (this machine, seed 0)"
 
 
@@ -303,13 +305,13 @@ def test_a_report_loads_no_torch():
     """All forms of a report are printed without heavy libraries."""
     code = """
         from experiments.ablation import TABLES
-        from experiments.declared.protocols import DIGITS
+        from experiments.declared.protocols import DIGITS_WHOLE
         from experiments.engine.records.store import Store
         from experiments.engine.reporting.render import FORMATS, render
         from experiments.engine.reporting.tables import report_sheets
         from experiments.engine.specs.selection import Selection
         table = TABLES[4]
-        sheets = report_sheets(Selection(table, table.rows, DIGITS, [0], "cpu"), Store())
+        sheets = report_sheets(Selection(table, table.rows, DIGITS_WHOLE, [0], "cpu"), Store())
         for form in FORMATS:
             render(sheets, form)
     """
