@@ -3,6 +3,9 @@
     python experiments/campaign.py --dry-run     what is left, in core-hours
     python experiments/campaign.py               go on from the records of this machine and the
                                                  committed ones
+    python experiments/campaign.py --export-weights FOLDER
+                                                 write the averaged weights of the trainings that
+                                                 finished here, with a manifest of their hashes
 
 A block first searches a learning rate for every network on the validation part, writes it to
 results/rates.csv, and then trains the rows at full and at half length. Finished records are copied
@@ -19,6 +22,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
+import hashlib
+import json
 import os
 from collections.abc import Sequence
 
@@ -54,6 +59,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="trainings side by side (default: one per core)",
     )
     parser.add_argument(
+        "--export-weights",
+        type=Path,
+        metavar="FOLDER",
+        help="write averaged weights there, run nothing",
+    )
+    parser.add_argument(
         "--blocks",
         type=int,
         metavar="N",
@@ -74,6 +85,9 @@ def _run(args: argparse.Namespace) -> int:
     blocks = BLOCKS[: args.blocks]
     if args.dry_run:
         print(describe(blocks, store))
+        return 0
+    if args.export_weights:
+        print(export_weights(blocks, store, args.export_weights))
         return 0
 
     os.nice(NICENESS - os.nice(0))
@@ -187,6 +201,43 @@ def export(store: Store) -> None:
         if is_result and not target.exists():
             with written_whole(target) as file:
                 file.write(path.read_bytes())
+
+
+def export_weights(blocks: Sequence[Block], store: Store, folder: Path) -> str:
+    """Write the averaged weights of the campaign's trainings that finished on this machine.
+
+    The manifest names row, protocol, seed, training and SHA-256 of each file. Returns what was
+    written, in words.
+    """
+    import torch
+    from safetensors.torch import save
+
+    from experiments.engine.training.networks import load_ema
+
+    manifest = {}
+    for block in blocks:
+        for job in block.jobs():
+            train = job.stages[0]
+            if not isinstance(train, Train) or store.here.latest(train) is None:
+                continue
+            network = load_ema(train, store.run_dir(train), torch.device("cpu"))
+            weights = {name: value.contiguous() for name, value in network.state_dict().items()}
+            content = save(weights)
+            name = f"{spec_id(train)}.safetensors"
+            with written_whole(folder / name) as file:
+                file.write(content)
+            manifest[name] = {
+                "row": job.row,
+                "table": block.table.number,
+                "protocol": block.protocol.name,
+                "steps": train.recipe.steps,
+                "seed": train.seed,
+                "train": spec_id(train),
+                "sha256": hashlib.sha256(content).hexdigest(),
+            }
+    with written_whole(folder / "manifest.json") as file:
+        file.write(json.dumps(manifest, indent=1).encode())
+    return f"{folder}: {len(manifest)} networks and manifest.json"
 
 
 if __name__ == "__main__":

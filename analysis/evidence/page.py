@@ -20,12 +20,14 @@ from analysis.evidence.pairs import (
     trained,
 )
 from analysis.evidence.speeds import speed_agreement
+from analysis.evidence.spreads import spread_blocks
 from analysis.query import ReferenceStore
 from analysis.tables.ablations import RECONSTRUCTED
 from analysis.tables.caveats import record_caveats
 from analysis.tables.pages import Block, Text, markdown, once, origins
+from experiments.declared.campaign import BLOCKS, Ladder
 from experiments.declared.protocols import at_half_length
-from experiments.engine.records.score_names import CLASSIFIER_SCORES
+from experiments.engine.records.score_names import CLASSIFIER_SCORES, HELDOUT_LOSS
 from experiments.engine.reporting.paired import LEVEL, PairedComparison, rank_agreement
 from experiments.engine.reporting.sheet import Cell, Column, Kind, Sheet
 from experiments.engine.specs.rows import Row, Table
@@ -77,6 +79,8 @@ def _subject_blocks(table: Table, protocol: Protocol, store: ReferenceStore) -> 
         blocks.append(Text(f"{seeds} complete training seed: no difference can be resolved yet."))
     else:
         blocks += _comparison_blocks(full, comparison, store)
+    blocks += _rate_blocks(table, protocol, store)
+    blocks += spread_blocks(table, protocol, store)
     if full.lacking:
         lacking = "; ".join(f"{row}: {seeds}" for row, seeds in full.lacking.items())
         blocks.append(Text(f"Seeds that a row lacks are left out for all rows ({lacking})."))
@@ -96,6 +100,7 @@ def _order_sheet(full: Trained, half: Trained, store: ReferenceStore) -> Sheet:
         Column("half", "loss at half length", digits=5),
         Column("doubling", "doubling changes, %"),
         Column("lr", "own lr", digits=5),
+        Column("common", "at the common lr, %"),
         Column("params", "params, M", digits=3),
         Column("macs", "MACs, M", digits=1),
         Column("agreement", "agreement", digits=3),
@@ -122,6 +127,7 @@ def _order_sheet(full: Trained, half: Trained, store: ReferenceStore) -> Sheet:
                 "half": Cell(math.exp(half_loss), records=earlier),
                 "doubling": Cell(100 * math.expm1(loss - half_loss)),
                 "lr": Cell(records[0].spec["train"]["recipe"]["lr"]),
+                "common": _at_common_rate(rows[label], full.protocol, store),
                 "params": counts[0],
                 "macs": counts[1],
                 "agreement": _mean_score(rows[label], full, agreement, store),
@@ -129,6 +135,15 @@ def _order_sheet(full: Trained, half: Trained, store: ReferenceStore) -> Sheet:
             }
         )
     return sheet
+
+
+def _at_common_rate(row: Row, protocol: Protocol, store: ReferenceStore) -> Cell:
+    """How far the validation loss of half a training at the common rate is above the best."""
+    losses = Ladder(row, protocol).losses(store)
+    common = losses.get(protocol.recipe.lr)
+    if common is None or not math.isfinite(common):
+        return Cell()
+    return Cell(100 * (common / min(losses.values()) - 1))
 
 
 def _log_mean(side: Trained, label: str) -> float:
@@ -185,6 +200,37 @@ def _comparison_blocks(
         ),
         *_seeds_needed(judged, comparison),
     ]
+
+
+def _rate_blocks(table: Table, protocol: Protocol, store: ReferenceStore) -> list[Block]:
+    """Whether the best rate moves from half to full length, for the rows that were tried."""
+    labels = dict.fromkeys(
+        label
+        for block in BLOCKS
+        if (block.table, block.protocol.name) == (table, protocol.name)
+        for label in block.checked
+    )
+    texts, records = [], []
+    for label in labels:
+        stages = Ladder(table.row(label), protocol).full_stages()
+        found = {rate: store.reference.latest(stage) for rate, stage in stages.items()}
+        losses = {rate: r.values[HELDOUT_LOSS.key] for rate, r in found.items() if r}
+        if len(losses) < len(stages):
+            continue
+        own, best = list(stages)[1], min(losses, key=lambda rate: losses[rate])
+        moved = "does not move" if best == own else f"moves to {best:g}"
+        above = ", ".join(
+            f"{rate:g}: {100 * (losses[rate] / losses[own] - 1):+.2f} %" for rate in losses
+        )
+        texts.append(f"{label}: the best rate {moved} ({above})")
+        records += [record for record in found.values() if record]
+    if not texts:
+        return []
+    text = (
+        "Rates were chosen at half length. At full length, by validation loss against that at the "
+        f"chosen rate: {'; '.join(texts)}."
+    )
+    return [Text(text, records=tuple(records))]
 
 
 def _speed_blocks(store: ReferenceStore) -> list[Block]:

@@ -12,8 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from experiments import ablation
-from experiments.declared.protocols import CIFAR10_16, DIGITS, at_half_length
-from experiments.declared.rates import best_rate, missing_rates, with_chosen_rates
+from experiments.declared.protocols import (
+    CIFAR10_16,
+    DIGITS,
+    at_half_length,
+    with_independent_weights,
+)
+from experiments.declared.rates import FACTOR, best_rate, missing_rates, with_chosen_rates
 from experiments.engine.jobs.job import Job
 from experiments.engine.records.store import Record, Store
 from experiments.engine.specs.rows import Row, Table
@@ -38,6 +43,10 @@ class Block:
     # Training seeds at full length, then those at half length.
     seeds: Sequence[int]
     half_seeds: Sequence[int]
+    # Rows whose best rate and its neighbours are tried at full length too, one of each kind.
+    checked: Sequence[str] = ()
+    # Rows that are trained at full length with independent initial weights too.
+    independent: Sequence[str] = ()
 
     @property
     def title(self) -> str:
@@ -60,12 +69,17 @@ class Block:
     def jobs(self) -> Iterator[Job]:
         """Yield the jobs of the block, seed by seed."""
         half = at_half_length(self.protocol)
+        independent = with_independent_weights(self.protocol)
         for seed in sorted({*self.seeds, *self.half_seeds}):
             for row in distinct_networks(self.table, self.protocol):
                 if seed in self.seeds:
                     yield _run(row, self.protocol, seed)
                 if seed in self.half_seeds:
                     yield _run(row, half, seed, scored=False)
+                if seed in self.seeds and row.label in self.independent:
+                    yield _run(row, independent, seed, scored=False)
+        for label in self.checked:
+            yield from Ladder(self.table.row(label), self.protocol).checks()
 
 
 @dataclass(frozen=True)
@@ -82,11 +96,19 @@ class Ladder:
 
     def stage(self, rate: float) -> HeldOut:
         """Return the validation loss at half length and one rate."""
-        half = at_half_length(self.protocol)
-        recipe = replace(half.recipe, lr=rate)
-        stage = heldout_stage(
-            self.row, replace(half, recipe=recipe, rates={}), LADDER_SEED, "validation"
-        )
+        return self._stage(at_half_length(self.protocol), rate)
+
+    def full_stages(self) -> dict[float, HeldOut]:
+        """Return the validation losses at full length, at the chosen rate and its neighbours."""
+        chosen = self._stage(self.protocol).train.recipe.lr
+        rates = (chosen / FACTOR, chosen, chosen * FACTOR)
+        return {rate: self._stage(self.protocol, rate) for rate in rates}
+
+    def _stage(self, protocol: Protocol, rate: float | None = None) -> HeldOut:
+        if rate is not None:
+            recipe = replace(protocol.recipe, lr=rate)
+            protocol = replace(protocol, recipe=recipe, rates={})
+        stage = heldout_stage(self.row, protocol, LADDER_SEED, "validation")
         assert stage is not None, "a protocol with a ladder scores held-out images"
         return stage
 
@@ -113,25 +135,36 @@ class Ladder:
             rates = missing_rates(self.protocol.ladder, self.losses(store))
         except ValueError as error:
             raise ValueError(f"{self.row.label} on {self.protocol.name}: {error}") from None
-        return [
-            Job(f"{self.row.label}, lr {rate:g}", (stage.train, stage), chain=True)
-            for rate in rates
-            for stage in [self.stage(rate)]
-        ]
+        return [self._job(rate, self.stage(rate)) for rate in rates]
+
+    def checks(self) -> Iterator[Job]:
+        """Yield a job for the chosen rate and each of its neighbours at full length."""
+        for rate, stage in self.full_stages().items():
+            yield self._job(rate, stage)
+
+    def _job(self, rate: float, stage: HeldOut) -> Job:
+        return Job(f"{self.row.label}, lr {rate:g}", (stage.train, stage), chain=True)
 
     def best(self, store: Store) -> float:
         """Return the best rate."""
         return best_rate(self.losses(store))
 
 
+# Rows for which the page shows whether the best rate moves from half to full length.
+ATTENTION_AND_CONVOLUTION = ("DiCo-S", "CM->Self-Attn")
+ISOTROPIC = ("DiT (iso.)",)
+# Rows for which the page shows what shared initial weights do to the spread over seeds.
+SPREAD_ROWS = ("DiCo-S", "w/o CCA", "DWC 7x7")
+
 BLOCKS = (
     Block(ablation.TABLE_4, DIGITS, seeds=range(1), half_seeds=()),
     Block(ablation.TABLE_3, DIGITS, seeds=range(1), half_seeds=()),
-    Block(ablation.TABLE_4, DIGITS, seeds=range(5), half_seeds=range(3)),
-    Block(ablation.TABLE_3, DIGITS, seeds=range(5), half_seeds=range(3)),
-    Block(ablation.TABLE_4, CIFAR10_16, seeds=range(3), half_seeds=range(3)),
-    Block(ablation.TABLE_3, CIFAR10_16, seeds=range(3), half_seeds=range(3)),
-    Block(ablation.TABLE_4, CIFAR10_16, seeds=range(5), half_seeds=range(3)),
+    Block(ablation.TABLE_4, DIGITS, range(5), range(3), checked=ATTENTION_AND_CONVOLUTION),
+    Block(ablation.TABLE_3, DIGITS, range(5), range(3), checked=ISOTROPIC),
+    Block(ablation.TABLE_4, DIGITS, range(5), range(3), independent=SPREAD_ROWS),
+    Block(ablation.TABLE_4, CIFAR10_16, range(3), range(3), checked=ATTENTION_AND_CONVOLUTION),
+    Block(ablation.TABLE_3, CIFAR10_16, range(3), range(3), checked=ISOTROPIC),
+    Block(ablation.TABLE_4, CIFAR10_16, range(5), range(3), independent=SPREAD_ROWS),
 )
 
 

@@ -37,6 +37,12 @@ def at_half_length(protocol: Protocol) -> Protocol:
     return replace(protocol, name=f"{protocol.name}_half", recipe=recipe)
 
 
+def with_independent_weights(protocol: Protocol) -> Protocol:
+    """Return the protocol with initial weights that rows of one seed do not share."""
+    recipe = replace(protocol.recipe, initial="in_order")
+    return replace(protocol, name=f"{protocol.name}_independent", recipe=recipe)
+
+
 LADDER = (1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2)
 
 # ---- Digits: minutes on a CPU

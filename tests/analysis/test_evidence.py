@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,13 +17,17 @@ from analysis.evidence.pairs import (
     pairs,
     trained,
 )
+from analysis.evidence.speeds import speed_agreement
 from analysis.query import ReferenceStore
 from experiments.ablation import TABLE_4
-from experiments.declared.protocols import DIGITS, at_half_length
+from experiments.declared.campaign import SPREAD_ROWS, Ladder
+from experiments.declared.protocols import DIGITS, at_half_length, with_independent_weights
 from experiments.engine.records.store import Record, Store, write_record
+from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.reporting.paired import Difference
 from experiments.engine.specs.spec import HeldOut, canonical, spec_id
-from experiments.engine.specs.stages import distinct_networks, heldout_stage
+from experiments.engine.specs.stages import distinct_networks, heldout_stage, timing_stage
+from tests.support.references import PROVENANCE, commit_records, timing_values
 
 ORIGIN = {
     "commit": "abc",
@@ -119,6 +124,67 @@ def test_the_page_and_the_csv_hold_every_pair(store):
     assert len(lines) == 55
     assert set(lines[0]) >= {"protocol", "table", "a", "b", "low", "high", "verdict"}
     assert {line["verdict"] for line in lines} <= {verdict.value for verdict in PairVerdict}
+
+
+def test_the_page_says_what_shared_weights_do_to_the_spread(store):
+    assert "initial weights that rows share" not in evidence_page(store)
+    independent = with_independent_weights(DIGITS)
+    for number, label in enumerate(SPREAD_ROWS):
+        for seed in range(len(SEED_EFFECTS)):
+            loss = 0.04 * (1 + 0.01 * ((5 * number + 3 * seed) % 4))
+            write(store, heldout_stage(TABLE_4.row(label), independent, seed), loss)
+    store.refresh()
+    page = evidence_page(store)
+    (line,) = [line for line in page.splitlines() if line.startswith("| w/o CCA over DiCo-S |")]
+    shared, alone = (float(cell) for cell in line.strip("| ").split(" | ")[1:])
+    assert shared < 0.05 < 1 < alone
+
+
+def test_the_page_says_whether_the_best_rate_moves(store):
+    stages = Ladder(TABLE_4.row("DiCo-S"), DIGITS).full_stages()
+    for stage, loss in zip(stages.values(), (0.041, 0.04, 0.0396), strict=True):
+        write(store, stage, loss)
+    store.refresh()
+    rate = max(stages)
+    assert f"DiCo-S: the best rate moves to {rate:g} (" in evidence_page(store)
+    assert f"{rate:g}: -1.00 %)" in evidence_page(store)
+
+
+def test_a_page_compares_each_rate_with_the_common_one(store):
+    ladder = Ladder(ROWS[0], DIGITS)
+    write(store, ladder.stage(DIGITS.recipe.lr), 0.0404)
+    write(store, ladder.stage(DIGITS.recipe.lr / 2), 0.04)
+    store.refresh()
+    page = evidence_page(store)
+    lines = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("|")]
+    cells = {line[0].strip(): [cell.strip() for cell in line] for line in reversed(lines)}
+    header, line = cells["row"], cells[ROWS[0].label]
+    assert line[header.index("at the common lr, %")] == "1.00"
+
+
+def test_the_order_by_speed_has_an_interval(tmp_path: Path):
+    for spread in (0.0, 5.0):
+        store = Store(tmp_path / str(spread))
+        published = store.published("table4.csv", ("variant",))
+        for row in TABLE_4.rows:
+            rate = float(published[row.published]["throughput_img_s"]) / 1000
+            values = timing_values(relative=rate, relative_spread=spread)
+            store.append(timing_stage(row, TABLE_4.baseline, "cpu"), "done", values, PROVENANCE)
+        found = speed_agreement(TABLE_4, commit_records(tmp_path / str(spread)))
+        assert found.agreement.tau == pytest.approx(1)
+        assert len(found.records) == 11
+        width = found.agreement.high - found.agreement.low
+        assert width > 0.5 if spread else width == pytest.approx(0)
+
+
+def test_links_of_the_committed_pages_lead_to_records():
+    tables = REPOSITORY / "results" / "tables"
+    for path in tables.glob("*.md"):
+        links = re.findall(r"\]\(([^)]*)\)", path.read_text())
+        assert all((tables / link).is_file() for link in links)
+        # Pages of published numbers, of predictions, or of rows that nothing has trained yet.
+        unmeasured = ("table6", "table7", "distillation")
+        assert links or path.stem in unmeasured or path.stem.startswith("predicted_"), path.name
 
 
 def test_without_records_nothing_is_claimed(tmp_path: Path):

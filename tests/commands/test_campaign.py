@@ -140,6 +140,27 @@ def test_runs_with_scores_are_not_run_again_and_half_length_samples_nothing(tmp_
     assert [job.stages for job in left] == [job.stages for job in jobs[1:]]
 
 
+def test_the_best_rate_and_its_neighbours_are_tried_at_full_length_too(tmp_path: Path):
+    store = Store(tmp_path, tmp_path / "committed")
+    block = Block(replace(TABLE_4, rows=(ROW,)), DIGITS, range(1), (), checked=(ROW.label,))
+    chosen = train_stage(ROW, DIGITS, 0).recipe.lr
+    run, *checks = campaign.open_runs(block, store)
+    assert [job.stages[0].recipe.lr for job in checks] == [chosen / 2, chosen, 2 * chosen]
+    assert {job.stages[0].recipe.steps for job in checks} == {DIGITS.recipe.steps}
+    assert {job.stages[1].part for job in checks} == {"validation"}
+
+    # The chosen rate's training is the run's own.
+    assert checks[1].stages[0] == run.stages[0]
+
+
+def test_independent_weights_are_another_training_and_score_no_samples(tmp_path: Path):
+    store = Store(tmp_path, tmp_path / "committed")
+    block = Block(replace(TABLE_4, rows=(ROW,)), DIGITS, range(2), (), independent=(ROW.label,))
+    jobs = campaign.open_runs(block, store)
+    assert [job.stages[0].recipe.initial for job in jobs] == 2 * ["by_name", "in_order"]
+    assert [len(job.stages) for job in jobs] == [3, 2, 3, 2]
+
+
 def test_networks_that_rows_share_are_searched_once():
     for block in BLOCKS:
         networks = [ladder.network for ladder in declared.ladders_of(block)]
