@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from analysis.figures import efficiency, modes, probes, runtime, throughput, tradeoffs, training
+from analysis.figures import (
+    efficiency,
+    field,
+    modes,
+    probes,
+    runtime,
+    throughput,
+    tradeoffs,
+    training,
+)
 from analysis.query import ReferenceStore
 
 if TYPE_CHECKING:
@@ -21,6 +30,7 @@ FIGURES: dict[str, Callable[[ReferenceStore], Figure]] = {
     "seed_spread": tradeoffs.seed_spread,
     "training_efficiency": efficiency.training_efficiency,
     "pareto": tradeoffs.pareto,
+    "field_map": field.field_map,
     "numeric_modes": modes.numeric_modes,
     "figure4_maps": probes.attention_maps,
     "figure4_locality": probes.locality,

@@ -22,7 +22,9 @@ from experiments.engine.reporting.sheet import (
 )
 from experiments.engine.specs.spec import Cost
 
-PUBLISHED = "code.csv"
+# Published scores and speed-ups, by the file that holds a system's.
+PUBLISHED = ("code.csv", "table8.csv", "tablerelated.csv")
+SPEED_UPS = PUBLISHED[0]
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,20 @@ class Drawn:
     evaluations: int | None = None
     # Label of the system whose count is divided by this one's; "": none.
     against: str = ""
+    # What makes pixels of a diffusion network's latents.
+    autoencoder: str = "SD's VAE, f8"
+
+    @property
+    def decoded_by(self) -> str:
+        """Name what makes pixels."""
+        return "its tokenizer" if self.evaluations is None else self.autoencoder
 
 
 COLUMNS = (
     Column("system", "system", kind=Kind.PROSE),
     Column("resolution", "pixels"),
     Column("drawn", "drawn in", kind=Kind.PROSE),
+    Column("autoencoder", "autoencoder", kind=Kind.PROSE),
     Column("params", "params, M", digits=1, topic=Topic.COUNTS),
     Column("guided", "guided", "T MACs of an image", digits=3, topic=Topic.COUNTS),
     Column("unguided", "unguided", "T MACs of an image", digits=3, topic=Topic.COUNTS),
@@ -63,37 +73,47 @@ def images_sheet(
         source: the records to read; by default those of this results folder.
     """
     source = source or store.here
-    published = store.published(PUBLISHED, ("model",))
+    speed_ups = store.published(SPEED_UPS, ("model",))
+    scores = published_scores(store)
     counts = {(each.label, each.resolution): source.latest(each.cost) for each in systems}
     sheet = Sheet("The cost of one image, guided, by one rule for all systems", list(COLUMNS))
     for each in systems:
         record = counts[each.label, each.resolution]
-        guided = _tera(each, record, guided=True)
+        guided = tera_macs(each, record, guided=True)
         parent = GAP
         if each.against:
             whole = next(other for other in systems if other.label == each.against)
-            parent = _tera(whole, counts[whole.label, whole.resolution], guided=True)
-        theirs = published.get(each.label, {})
+            parent = tera_macs(whole, counts[whole.label, whole.resolution], guided=True)
         sheet.add_row(
             {
                 "system": Cell(label=each.label),
                 "resolution": Cell(label=str(each.resolution)),
                 "drawn": Cell(label=_describe(each)),
+                "autoencoder": Cell(label=each.decoded_by),
                 "params": _value(record, "params_total", 1e6),
                 "guided": guided,
-                "unguided": _tera(each, record, guided=False),
+                "unguided": tera_macs(each, record, guided=False),
                 "decoder": _value(record, "macs_decoder", 1e12),
                 "saving": _ratio(parent, guided),
-                "speed_up": published_cell(theirs.get("speed_up", "")),
-                "fid": published_cell(theirs.get("fid", "")),
+                "speed_up": published_cell(speed_ups.get(each.label, {}).get("speed_up", "")),
+                "fid": published_cell(scores.get(each.label, "") if each.resolution == 256 else ""),
             }
         )
 
-    _add_notes(sheet, published)
+    _add_notes(sheet, speed_ups)
     return sheet
 
 
-def _tera(system: Drawn, record: Record | None, guided: bool) -> Cell:
+def published_scores(store: Store) -> dict[str, str]:
+    """Return the published FID of guided samples at 256 pixels, as printed, by system."""
+    return {
+        model: row["fid"]
+        for file in PUBLISHED
+        for model, row in store.published(file, ("model",)).items()
+    }
+
+
+def tera_macs(system: Drawn, record: Record | None, guided: bool) -> Cell:
     """Return an image's multiply-accumulates in T; a gap without a record."""
     if system.evaluations is None:
         return _value(record, "macs_image_guided" if guided else "macs_image", 1e12)
@@ -126,8 +146,9 @@ def _add_notes(sheet: Sheet, published: dict[str, dict[str, str]]) -> None:
     sheet.note(
         NoteKind.COUNTS,
         "T MACs: 10^12 multiply-accumulates of convolutions, linear layers and matrix products. "
-        "guided: every evaluation sees a second row without the label. Decoders stand apart; the "
-        "VAE of latents is not counted.",
+        "guided: every evaluation sees a second row without the label, as all of these codes "
+        "compute it. Decoders stand apart; the VAE of latents is not counted. SiT's own code calls "
+        "its network twice a step, which is not needed and not counted.",
     )
     sheet.note(
         NoteKind.COUNTS,
@@ -141,6 +162,6 @@ def _add_notes(sheet: Sheet, published: dict[str, dict[str, str]]) -> None:
     sheet.note(
         NoteKind.COUNTS,
         "times cheaper: the count of VAR-d30 over this one's. Published speed-ups are of "
-        "seconds without the decoder, and were not measured here. The published FID is of "
-        f"fine-tuned weights. {sources}.",
+        "seconds without the decoder, and were not measured here. CoDe's FID is of fine-tuned "
+        f"weights. {sources}.",
     )
