@@ -1,7 +1,9 @@
 """Each network's own learning rate: chosen by validation loss, and kept in results/rates.csv.
 
 A ladder trains a network at several rates, in factors of two, at half length and with one seed. The
-best rate lies inside its ladder; a ladder whose best rate is at an end grows. No torch.
+best rate lies inside its ladder; a ladder whose best rate is at an end grows. Of rates whose losses
+one seed cannot tell apart, the lowest is taken: just above the best rate a training may diverge
+under another seed. No torch.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from experiments.engine.specs.stages import Protocol
 PATH = REPOSITORY / "results" / "rates.csv"
 COLUMNS = ("protocol", "network", "row", "lr")
 FACTOR = 2.0  # between neighbouring rates
+# Losses of one network that lie closer than this share are alike: a seed moves them by more.
+ALIKE = 0.005
 # Rates beyond these ends say that something else is wrong.
 SMALLEST, LARGEST = 1e-5, 0.2
 
@@ -68,7 +72,9 @@ def write_rates(path: Path, rates: Mapping[tuple[str, str], tuple[str, float]]) 
 
 
 def best_rate(losses: Mapping[float, float]) -> float:
-    """Return the rate of the lowest loss; a training that failed has the loss infinity.
+    """Return the lowest rate whose loss is like the lowest loss.
+
+    A training that failed has the loss infinity.
 
     Raises:
         ValueError: no training has a loss.
@@ -76,7 +82,8 @@ def best_rate(losses: Mapping[float, float]) -> float:
     finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
     if not finite:
         raise ValueError("no training of the ladder ended with a loss; lower its rates")
-    return min(finite, key=lambda rate: finite[rate])
+    lowest = min(finite.values())
+    return min(rate for rate, loss in finite.items() if loss <= lowest * (1 + ALIKE))
 
 
 def missing_rates(ladder: Sequence[float], losses: Mapping[float, float]) -> list[float]:

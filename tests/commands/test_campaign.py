@@ -63,6 +63,13 @@ def test_a_ladder_without_a_best_rate_says_so(losses: dict[float, float], messag
         rates.missing_rates(tuple(losses), losses)
 
 
+def test_of_rates_that_do_as_well_the_lowest_is_taken():
+    losses = {0.005: 0.0953, 0.01: 0.0939, 0.02: 0.0937, 0.04: math.inf}
+    assert rates.best_rate(losses) == 0.01
+    assert rates.best_rate(losses | {0.02: 0.0930}) == 0.02
+    assert not rates.missing_rates((0.005, 0.01, 0.02), losses)
+
+
 def test_the_losses_of_a_ladder_are_read_from_records_of_both_folders(tmp_path: Path):
     store = Store(tmp_path, tmp_path / "committed")
     first, *_, last = DIGITS.ladder
