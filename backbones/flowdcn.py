@@ -33,8 +33,10 @@ from backbones.layers import (
     zero_,
     zero_bias_,
 )
+from backbones.mixers import build_mixer
 from backbones.registry import Exceptions, register
 
+DEFORMABLE = "deformable"  # the authors' sampling
 SIDE = 3  # points lie around a grid of 3 x 3
 POINTS = SIDE**2
 REACH = 6.0  # tokens that the widest grid's points lie apart
@@ -92,13 +94,32 @@ def initial_scales(groups: int) -> Tensor:
     return shares.logit().float().view(1, 1, 1, groups, 1, 1)
 
 
+class MapMixer(nn.Module):
+    """A mixer of maps, such as DiCo's Conv Module, on tokens: (N, T, D) -> (N, T, D)."""
+
+    def __init__(self, mixer: str, dim: int, grid: tuple[int, int], index: int) -> None:
+        super().__init__()
+        self.grid = grid
+        self.mixer = build_mixer(mixer, dim, size=grid, index=index)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(1, 2).unflatten(2, self.grid)  # (N, D, H, W)
+        return self.mixer(x).flatten(2).transpose(1, 2)  # (N, T, D)
+
+
 class FlowDCNBlock(nn.Module):
     """Sampling and gated MLP, each modulated and gated by adaLN, which does not start at zero."""
 
-    def __init__(self, dim: int, groups: int, grid: tuple[int, int]) -> None:
+    def __init__(
+        self, dim: int, groups: int, grid: tuple[int, int], mixer: str, index: int
+    ) -> None:
         super().__init__()
         self.norm1 = RMSNorm(dim)
-        self.attn = DeformableConv(dim, groups, grid)
+        self.attn = (
+            DeformableConv(dim, groups, grid)
+            if mixer == DEFORMABLE
+            else MapMixer(mixer, dim, grid, index)
+        )
         self.norm2 = RMSNorm(dim)
         self.mlp = SwiGlu(dim, int(2 * int(4 * dim) / 3))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
@@ -111,7 +132,11 @@ class FlowDCNBlock(nn.Module):
 
 
 class FlowDCN(nn.Module):
-    """A stack of FlowDCN blocks over patches; `learn_sigma` adds channels that are dropped."""
+    """A stack of FlowDCN blocks over patches; `learn_sigma` adds channels that are dropped.
+
+    `mixer` names what stands in place of the sampling. With "conv" it is DiCo's Conv Module, as in
+    Table 12 of the second version of DiCo's paper: a reconstruction, as no code was published.
+    """
 
     def __init__(
         self,
@@ -124,6 +149,7 @@ class FlowDCN(nn.Module):
         dim: int = 384,
         depth: int = 12,
         groups: int = 6,
+        mixer: str = DEFORMABLE,
     ) -> None:
         super().__init__()
         if input_size % patch or dim % groups:
@@ -144,7 +170,9 @@ class FlowDCN(nn.Module):
         self.t_embedder = TimestepEmbedder(dim)
         self.y_embedder = LabelEmbedder(num_classes, dim)
         self.final_layer = PatchFinal(dim, patch, head_channels)
-        self.blocks = nn.ModuleList(FlowDCNBlock(dim, groups, self.grid) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            FlowDCNBlock(dim, groups, self.grid, mixer, index) for index in range(depth)
+        )
         self._init_weights()
 
     def _init_weights(self) -> None:

@@ -156,3 +156,26 @@ def test_runs_under_autocast():
         with torch.autocast("cpu", torch.bfloat16):
             out = model(*args)
     assert relative_rms(out, exact) < 0.2
+
+
+def test_a_mixer_of_maps_can_stand_in_place_of_the_sampling():
+    """It sees the map in rows and columns, and every parameter learns."""
+    torch.manual_seed(0)
+    model = backbones.build("flowdcn_s_2", **SMALL, mixer="conv")
+    randomise(model)
+    mixer = model.blocks[0].attn
+    x = torch.randn(2, 9, 24, requires_grad=True)
+    as_map = x.transpose(1, 2).reshape(2, 24, 3, 3)
+    expected = mixer.mixer(as_map).reshape(2, 24, 9).transpose(1, 2)
+    assert torch.equal(mixer(x), expected)
+
+    model(torch.randn(2, 3, 6, 6), torch.rand(2), torch.tensor([0, 7])).square().mean().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_the_conv_module_costs_what_the_paper_prints_and_has_fewer_parameters():
+    with torch.device("meta"):
+        model = backbones.build("flowdcn_s_2", mixer="conv")
+    counts = count_network(model, 32, 4)
+    assert round(counts["macs_torchprofile"] / 1e9, 1) == 4.6
+    assert counts["params_trainable"] == 31_123_232
