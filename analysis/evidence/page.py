@@ -138,12 +138,13 @@ def _order_sheet(full: Trained, half: Trained, store: ReferenceStore) -> Sheet:
 
 
 def _at_common_rate(row: Row, protocol: Protocol, store: ReferenceStore) -> Cell:
-    """How far the validation loss of half a training at the common rate is above the best."""
-    losses = Ladder(row, protocol).losses(store)
+    """How far half a training's validation loss at the common rate is above that at its own."""
+    ladder = Ladder(row, protocol)
+    losses = ladder.losses(store)
     common = losses.get(protocol.recipe.lr)
     if common is None or not math.isfinite(common):
         return Cell()
-    return Cell(100 * (common / min(losses.values()) - 1))
+    return Cell(100 * (common / losses[ladder.best(store)] - 1))
 
 
 def _log_mean(side: Trained, label: str) -> float:

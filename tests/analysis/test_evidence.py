@@ -154,6 +154,7 @@ def test_a_page_compares_each_rate_with_the_common_one(store):
     ladder = Ladder(ROWS[0], DIGITS)
     write(store, ladder.stage(DIGITS.recipe.lr), 0.0404)
     write(store, ladder.stage(DIGITS.recipe.lr / 2), 0.04)
+    write(store, ladder.stage(DIGITS.recipe.lr / 4), 0.05)
     store.refresh()
     page = evidence_page(store)
     lines = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("|")]
