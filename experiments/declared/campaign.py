@@ -159,6 +159,8 @@ SPREAD_ROWS = ("DiCo-S", "w/o CCA", "DWC 7x7")
 BLOCKS = (
     Block(ablation.TABLE_4, DIGITS, seeds=range(1), half_seeds=()),
     Block(ablation.TABLE_3, DIGITS, seeds=range(1), half_seeds=()),
+    Block(ablation.TABLE_4, DIGITS, range(3), range(3)),
+    Block(ablation.TABLE_3, DIGITS, range(3), range(3)),
     Block(ablation.TABLE_4, DIGITS, range(5), range(3), checked=ATTENTION_AND_CONVOLUTION),
     Block(ablation.TABLE_3, DIGITS, range(5), range(3), checked=ISOTROPIC),
     Block(ablation.TABLE_4, DIGITS, range(5), range(3), independent=SPREAD_ROWS),
