@@ -75,8 +75,7 @@ def _subject_blocks(table: Table, protocol: Protocol, store: ReferenceStore) -> 
     blocks.append(sheet)
     comparison = full.comparison()
     if comparison is None:
-        seeds = len(full.complete_seeds)
-        blocks.append(Text(f"{seeds} complete training seed: no difference can be resolved yet."))
+        blocks.append(Text("Without two seeds of every row, no difference can be resolved."))
     else:
         blocks += _comparison_blocks(full, comparison, store)
     blocks += _rate_blocks(table, protocol, store)
