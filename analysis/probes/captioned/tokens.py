@@ -83,19 +83,34 @@ def named_digits(captions: tuple[grammar.Caption, ...]) -> list[Named]:
     return named
 
 
-def share_of_cell(maps: Tensor, corner: tuple[int, int]) -> Tensor:
-    """Return the share of maps (..., H, W) that lies in a cell of the canvas.
+def cell_mask(grid: tuple[int, int], corner: tuple[int, int] | None) -> Tensor:
+    """Return which share of each place of a grid lies in a cell of the canvas, (H, W).
 
-    The weight of a place is spread evenly over the pixels of the canvas that it stands for.
+    A place stands for a rectangle of pixels. Without a cell all shares are nan.
     """
-    shares = []
-    for axis, start in zip(maps.shape[-2:], corner, strict=True):
+    if corner is None:
+        return torch.full(grid, torch.nan)
+    inside = []
+    for length, start in zip(grid, corner, strict=True):
         # Of each row or column, the part that lies in the cell.
-        edges = torch.arange(axis + 1, dtype=maps.dtype, device=maps.device) * grammar.SIZE / axis
-        inside = edges.clamp(start, start + grammar.CELL).diff()
-        shares.append(inside * axis / grammar.SIZE)
-    held = maps * shares[0][:, None] * shares[1]
-    return held.sum((-2, -1)) / maps.sum((-2, -1))
+        edges = torch.arange(length + 1) * (grammar.SIZE / length)
+        inside.append(edges.clamp(start, start + grammar.CELL).diff() * length / grammar.SIZE)
+    return inside[0][:, None] * inside[1]
+
+
+def share_of_cells(maps: Tensor, masks: Tensor) -> Tensor:
+    """Return the share of each map (K, H, W) that lies in its own cell, by masks (K, H, W): (K,).
+
+    Raises:
+        ValueError: A token has no weight at any place.
+    """
+    total = maps.sum((1, 2))
+    if not bool((total > 0).all()):
+        raise ValueError(
+            "a word has no weight at any place; the network's weights are untrained, diverged or "
+            "of another network"
+        )
+    return (maps * masks).sum((1, 2)) / total
 
 
 @dataclass
@@ -103,6 +118,9 @@ class LayerMaps:
     """What was measured of one layer."""
 
     grid: tuple[int, int]
+    # The cells of the named digits, and those of the digits beside them, (K, H, W).
+    cells: Tensor
+    others: Tensor
     # Of every step: the share of a digit's map in its own cell (K,) and in the other one (K,), and
     # the mean weight of each token (L,).
     own: list[Tensor] = field(default_factory=list)
@@ -139,16 +157,18 @@ class TokensProbe:
         rows = [call.weights.rows(head, places) for head in range(call.weights.heads)]
         maps = torch.stack(rows).mean(0).mT.unflatten(2, call.grid)  # (N, L, H, W)
 
-        # A single digit has no other cell.
-        layer = self.layers.setdefault(call.name, LayerMaps(call.grid))
-        nothing = torch.tensor(torch.nan, device=maps.device)
-        own, other = [], []
-        for digit in self.named:
-            seen = maps[digit.image, digit.token]
-            own.append(share_of_cell(seen, digit.corner))
-            other.append(share_of_cell(seen, digit.other) if digit.other else nothing)
-        layer.own.append(torch.stack(own).cpu())
-        layer.other.append(torch.stack(other).cpu())
+        # The maps of the digits' words, beside the cells of a grid of this size.
+        if call.name not in self.layers:
+            cells, others = (
+                torch.stack([cell_mask(call.grid, corner) for corner in corners])
+                for corners in zip(*((each.corner, each.other) for each in self.named), strict=True)
+            )
+            self.layers[call.name] = LayerMaps(call.grid, cells, others)
+        layer = self.layers[call.name]
+        images = [digit.image for digit in self.named]
+        seen = maps[images, [digit.token for digit in self.named]].cpu()  # (K, H, W)
+        layer.own.append(share_of_cells(seen, layer.cells))
+        layer.other.append(share_of_cells(seen, layer.others))
         layer.weight.append(maps.mean((0, 2, 3)).cpu())
         kept = maps[self.shown].cpu()
         layer.kept = kept if layer.kept is None else layer.kept + kept
