@@ -41,8 +41,9 @@ from backbones import (  # noqa: F401  (importing a family registers it)
     vavae,
     vqvae,
 )
-from backbones.captions import CaptionTable, Text, TextNetwork, once_per_caption
+from backbones.captions import CaptionTable, StoredStates, Text, TextNetwork, once_per_caption
 from backbones.checkpoint import load_judged, load_published, print_warning, read_weights
+from backbones.clip_text import ClipText
 from backbones.distillation import (
     Mimicked,
     inherit_weights,
@@ -81,6 +82,8 @@ def registered_classes() -> dict[str, type[nn.Module]]:
 
 __all__ = [
     "CaptionTable",
+    "ClipText",
+    "StoredStates",
     "Text",
     "Mimicked",
     "inherit_weights",

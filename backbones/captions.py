@@ -17,7 +17,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,11 +39,25 @@ class Text(NamedTuple):
     """SDXL's height, width, crop from top and left, target height and width: (N, 6)."""
 
 
+class StoredStates(Protocol):
+    """States of a text encoder on disk, which do not fit a memory."""
+
+    shape: tuple[int, int, int]
+    """(M + 1, L, K)."""
+
+    sha256: str
+    """Of all rows."""
+
+    def take(self, y: Tensor) -> Tensor:
+        """Read the rows of indices (N,), as (N, L, K) where the indices are."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class CaptionTable:
     """What every caption is to a network; the last row is the null caption's."""
 
-    context: Tensor | None = None
+    context: Tensor | StoredStates | None = None
     """States of a text encoder: (M + 1, L, K)."""
 
     pooled: Tensor | None = None
@@ -57,33 +71,43 @@ class CaptionTable:
 
     def __len__(self) -> int:
         """Return the number of captions, without the null caption."""
-        return len(self._rows()) - 1
+        return self.shape[0] - 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CaptionTable:
         """Return the table itself: an average of a network shares the table with the network."""
         return self
 
-    def _rows(self) -> Tensor:
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(M + 1, L, K) of states, (M + 1, L) of ids."""
         rows = self.ids if self.context is None else self.context
         if rows is None:
             raise ValueError("a table of captions needs states (context) or ids of words (ids)")
-        return rows
+        return tuple(rows.shape)
+
+    def take(self, y: Tensor) -> Text:
+        """Look up the states and the pooled vectors of captions (N,)."""
+        assert self.context is not None, "a table of ids has no states"
+        context = self.context[y] if isinstance(self.context, Tensor) else self.context.take(y)
+        pooled = None if self.pooled is None else self.pooled[y]  # (N, P)
+        return Text(context, pooled)  # (N, L, K)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> CaptionTable:
-        """Return the table with a function applied to its tensors."""
+        """Return the table with a function applied to its tensors; what is on disk stays there."""
 
         def mapped(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else function(tensor)
 
-        return CaptionTable(
-            mapped(self.context), mapped(self.pooled), mapped(self.ids), self.encoder
-        )
+        context = mapped(self.context) if isinstance(self.context, Tensor) else self.context
+        return CaptionTable(context, mapped(self.pooled), mapped(self.ids), self.encoder)
 
     def digest(self) -> str:
         """Return the SHA-256 of all rows, for records."""
         content = hashlib.sha256(self.encoder.encode())
         for tensor in (self.context, self.pooled, self.ids):
-            if tensor is not None:
+            if tensor is not None and not isinstance(tensor, Tensor):
+                content.update(tensor.sha256.encode())
+            elif tensor is not None:
                 content.update(repr((tuple(tensor.shape), str(tensor.dtype))).encode())
                 content.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return content.hexdigest()
@@ -164,17 +188,21 @@ class Captions(nn.Module):
         if self.encoder is not None and table.ids is not None:
             self.encoder.check(table.ids)
         else:
-            self._check_states(Text(table._rows(), table.pooled))
+            pooled = None if table.pooled is None else table.pooled.shape[-1]
+            self._check_states(table.shape, pooled)
 
-    def _check_states(self, text: Text) -> None:
+    def check_text(self, text: Text) -> None:
         """Raise ValueError if states have another shape than this network reads."""
-        _, tokens, dim = text.context.shape
+        pooled = None if text.pooled is None else text.pooled.shape[-1]
+        self._check_states(tuple(text.context.shape), pooled)
+
+    def _check_states(self, shape: tuple[int, ...], pooled: int | None) -> None:
+        _, tokens, dim = shape
         if tokens > self.tokens:
             raise ValueError(
                 f"a caption of {tokens} tokens is longer than the context of {self.tokens}; "
                 "shorten it, or build the network with more context_tokens"
             )
-        pooled = None if text.pooled is None else text.pooled.shape[-1]
         if (tokens, dim, pooled) != (self.tokens, self.dim, self.pooled_dim):
             expected = f"{self.tokens} tokens of width {self.dim}, pooled {self.pooled_dim}"
             raise ValueError(
@@ -187,8 +215,7 @@ class Captions(nn.Module):
             return self._code(y)
         if self.encoder is not None and self.table.ids is not None:
             return Text(self.encoder(self.table.ids[y]))  # (N, L, K)
-        pooled = None if self.table.pooled is None else self.table.pooled[y]  # (N, P)
-        return Text(self.table._rows()[y], pooled)  # (N, L, K)
+        return self.table.take(y)
 
     def _code(self, y: Tensor) -> Text:
         """Make codes of indices, which differ for all captions, the null caption among them."""
@@ -225,7 +252,7 @@ class TextNetwork(nn.Module):
     def read(self, y: Tensor | Text) -> Work:
         """Return the text work of a batch, computed here or kept by `once_per_caption`."""
         if isinstance(y, Text):
-            self.captions._check_states(y)
+            self.captions.check_text(y)
             return self.work_on(y)
         if self.kept is None:
             return self.work_on(self.captions(y))

@@ -22,8 +22,8 @@ import textwrap
 import time
 from collections.abc import Sequence
 
-from experiments.declared import benchmark_help
 from experiments.declared import benchmarks as declared
+from experiments.declared.help import benchmarks as benchmark_help
 from experiments.engine.benchmarks.footprint import measure_footprint, measure_start
 from experiments.engine.benchmarks.session import Session
 from experiments.engine.benchmarks.spec import Loader, Neighbours, Steps

@@ -84,11 +84,15 @@ def _write_reference() -> int:
         "--out", type=Path, metavar="FILE.npz", help="default: FOLDER-reference.npz"
     )
     parser.add_argument(
-        "--size", type=int, help="side to which pictures of any size are cropped as ADM does"
+        "--size", type=int, help="side to which pictures of any size are cropped, by default as ADM"
+    )
+    parser.add_argument(
+        "--crop", choices=("adm", "square"), default="adm", help="square: U-ViT's rule for MS-COCO"
     )
     _add_image_options(parser)
     args = parser.parse_args(sys.argv[2:])
 
+    from experiments.engine.data.pictures import Crop
     from experiments.engine.scoring.files.folders import describe_lossy, open_images
     from experiments.engine.scoring.files.references import require_own_reference, write_reference
 
@@ -97,7 +101,8 @@ def _write_reference() -> int:
     prepare_torch(device)
     if args.size is not None and args.size < 1:
         raise ValueError(f"--size is a side in pixels, got {args.size}")
-    images = open_images(args.folder, lossy=args.lossy, crop=args.size)
+    rule = Crop[args.crop.upper()]
+    images = open_images(args.folder, lossy=args.lossy, crop=args.size, rule=rule)
     out = args.out or args.folder.with_name(f"{args.folder.resolve().name}-reference.npz")
     require_own_reference(out)
 

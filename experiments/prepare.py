@@ -6,6 +6,7 @@ python experiments/prepare.py pixels --size 64 --images ILSVRC/train
 python experiments/prepare.py pixels --size 24 --classes 2 --images flowers --out my_set
 python experiments/prepare.py arrays --classes 0 --folder my_set
 python experiments/prepare.py judge --out judge.safetensors
+python experiments/prepare.py captions --train TRAIN.json --validation VAL.json --encoder CLIP
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from experiments.declared.protocols import CIFAR10, PROTOCOLS
+from experiments.declared.help import preparations as about
+from experiments.declared.protocols import CIFAR10, CIFAR10_16, COCO256, PROTOCOLS
 from experiments.declared.recipes import pixels
 from experiments.engine.cli import Parser, run_command
 from experiments.engine.data.locate import (
@@ -33,52 +36,16 @@ from experiments.engine.data.locate import (
 from experiments.engine.jobs.progress import ProgressLines
 from experiments.engine.machine.cores import find_cores
 from experiments.engine.machine.gpu import choose_device, prepare_torch
-from experiments.engine.records.files import require_target, written_whole
+from experiments.engine.records.files import require_target
 from experiments.engine.specs.stages import IMAGENET_CLASSES
 
 if TYPE_CHECKING:
     from experiments.engine.data.encode import EncodingJob
-    from experiments.engine.data.pictures import Pictures
 
-CIFAR10_HELP = """Download CIFAR-10 and check it.
-
-It goes to $DICO_DATA/cifar10, or data/cifar10. If the network allows no download, put
-train.parquet and test.parquet there, with columns `img` (a struct with the image file's `bytes`)
-and `label`, or torchvision's cifar-10-batches-py. The command then only reads them.
-"""
-LATENTS_HELP = """Encode a folder of class folders to latents.
-
-Crops as ADM does, encodes every image and its flip in fp32, and writes memory-mapped shards with a
-manifest to $DICO_DATA/<protocol>, or --out. Start one such command for each process, GPU or Slurm
-task: they share the shards. The same command resumes after a stop or a kill. ImageNet's moments
-take 84 GB at 256 pixels and 336 GB at 512. Fixed samples, which DiCo's authors stored, take half.
-"""
-PIXELS_HELP = """Crop a folder of class folders to pixels.
-
-ADM's networks are trained on pixels, each at its own size: 64 and 256 under protocol
-imagenet256_own, 128 and 512 under imagenet512_own. Crops as ADM does; a file that cannot be
-decoded ends the command. Writes images.npy, uint8 (M, 3, size, size), and labels.npy to
-$DICO_DATA/imagenet<size>_pixels, or --out, each whole or not at all. ImageNet takes 16 GB at 64
-pixels and 252 GB at 256.
-
-With --classes it prepares a set of one's own, of any size, and writes data.json, by which
-`own_data(FOLDER)` declares it in a study.
-"""
-ARRAYS_HELP = """Prepare a set of one's own from arrays: images.npy and labels.npy in a folder.
-
-images.npy holds (M, C, size, size), uint8 or float32 in [-1, 1], and labels.npy integers (M,), all
-0 with --classes 0. classes.txt may name the classes, one a line. Writes data.json, by which
-`own_data(FOLDER)` declares the set in a study.
-"""
-JUDGE_HELP = """Train the classifier whose features score samples of CIFAR-10.
-
-It sees the training part alone and takes about 40 core-minutes. The committed judge was made in
-this way; another machine's judge differs in its last digits, and scores name the judge by its hash.
-"""
 PIXEL_SIZES = (64, 128, 256, 512)
 LATENT_PROTOCOLS = {
     name: protocol for name, protocol in PROTOCOLS.items() if name.startswith("imagenet")
-}
+} | COCO256
 
 
 def main() -> int:
@@ -89,24 +56,27 @@ def main() -> int:
 def _run_verb() -> int:
     parser = Parser(__doc__)
     verbs = parser.add_subparsers(
-        dest="data", required=True, metavar="cifar10|latents|pixels|arrays|judge"
+        dest="data", required=True, metavar="cifar10|latents|pixels|arrays|judge|captions"
     )
     _add_cifar10(verbs)
     _add_latents(verbs)
     _add_pixels(verbs)
     _add_arrays(verbs)
     _add_judge(verbs)
+    _add_captions(verbs)
     args = parser.parse_args()
     return args.prepare(args)
 
 
 def _add_cifar10(verbs: Any) -> None:
-    verb = verbs.add_parser("cifar10", description=CIFAR10_HELP, help="download and check CIFAR-10")
+    verb = verbs.add_parser(
+        "cifar10", description=about.CIFAR10, help="download and check CIFAR-10"
+    )
     verb.set_defaults(prepare=prepare_cifar10)
 
 
 def _add_latents(verbs: Any) -> None:
-    verb = verbs.add_parser("latents", description=LATENTS_HELP, help="encode pictures to latents")
+    verb = verbs.add_parser("latents", description=about.LATENTS, help="encode pictures to latents")
     verb.set_defaults(prepare=prepare_latents)
     verb.add_argument("--protocol", choices=LATENT_PROTOCOLS, help="whose latents are made")
     _add_classes(verb)
@@ -153,7 +123,7 @@ def _add_latents(verbs: Any) -> None:
 
 
 def _add_pixels(verbs: Any) -> None:
-    verb = verbs.add_parser("pixels", description=PIXELS_HELP, help="crop pictures to pixels")
+    verb = verbs.add_parser("pixels", description=about.PIXELS, help="crop pictures to pixels")
     verb.set_defaults(prepare=prepare_pixels)
     verb.add_argument(
         "--size",
@@ -173,7 +143,7 @@ def _add_pixels(verbs: Any) -> None:
 
 
 def _add_arrays(verbs: Any) -> None:
-    verb = verbs.add_parser("arrays", description=ARRAYS_HELP, help="prepare arrays of one's own")
+    verb = verbs.add_parser("arrays", description=about.ARRAYS, help="prepare arrays of one's own")
     verb.set_defaults(prepare=prepare_arrays)
     verb.add_argument("--folder", required=True, type=Path, help="folder of the arrays")
     verb.add_argument(
@@ -200,7 +170,7 @@ def _require_own(args: argparse.Namespace) -> None:
 
 
 def _add_judge(verbs: Any) -> None:
-    verb = verbs.add_parser("judge", description=JUDGE_HELP, help="train CIFAR-10's judge")
+    verb = verbs.add_parser("judge", description=about.JUDGE, help="train CIFAR-10's judge")
     verb.set_defaults(prepare=prepare_judge)
     verb.add_argument(
         "--out",
@@ -209,6 +179,34 @@ def _add_judge(verbs: Any) -> None:
         help="file of the weights (default: the committed one, results/weights/"
         f"{JUDGE_WEIGHTS.name})",
     )
+
+
+def _add_captions(verbs: Any) -> None:
+    verb = verbs.add_parser(
+        "captions", description=about.CAPTIONS, help="encode MS-COCO's captions"
+    )
+    verb.set_defaults(prepare=prepare_captions)
+    for part, meaning in (("train", "trained on"), ("validation", "scored")):
+        about_part = f"JSON annotations of the images that are {meaning}"
+        verb.add_argument(f"--{part}", required=True, type=Path, metavar="FILE", help=about_part)
+    verb.add_argument(
+        "--encoder",
+        required=True,
+        type=Path,
+        metavar="FOLDER",
+        help="folder of CLIP's text part",
+    )
+    verb.add_argument(
+        "--long",
+        choices=("refuse", "cut"),
+        default="refuse",
+        help="captions longer than the context: stop (default), or cut and count",
+    )
+    verb.add_argument(
+        "--out", type=Path, help="where the states go (default: $DICO_DATA/coco2014_captions)"
+    )
+    verb.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
+    verb.add_argument("--batch", type=int, default=64, help="captions at a time (default: 64)")
 
 
 def _add_images(verb: argparse.ArgumentParser, help_text: str) -> None:
@@ -248,29 +246,13 @@ def prepare_cifar10(_: argparse.Namespace) -> int:
 
 def prepare_judge(args: argparse.Namespace) -> int:
     """Train the classifier whose features score CIFAR-10 samples, on the training part alone."""
-    from experiments.declared.protocols import CIFAR10_16
-    from experiments.engine.data.sets import ImageSet, Part, load, unfolded
-    from experiments.engine.judges.cifar import EPOCHS, load_judge, save_judge, train_judge
-    from experiments.engine.judges.classifiers import accuracy
+    from experiments.engine.data.sets import unfolded
+    from experiments.engine.judges.cifar import make_judge
 
     if args.out.exists():
         raise ValueError(f"{args.out} exists already; remove it or choose another --out")
     require_target(args.out, "--out")
-    data = unfolded(CIFAR10_16.data)
-    train, test = load(data), load(data, Part.TEST)
-    assert isinstance(train, ImageSet)
-    assert isinstance(test, ImageSet)
-
-    # The last epoch's network is the judge; no part chooses among them.
-    network = None
-    for epoch, loss, trained in train_judge(train):
-        print(f"epoch {epoch} of {EPOCHS}: loss {loss:.4f}", flush=True)
-        network = trained
-    assert network is not None, "a judge takes at least one epoch"
-    with written_whole(args.out) as file:
-        file.write(save_judge(network.eval()))
-    judge, sha256 = load_judge(args.out)
-    print(f"{args.out}: {accuracy(judge, test):.2%} of the test images, sha256 {sha256}")
+    print(make_judge(unfolded(CIFAR10_16.data), args.out, partial(print, flush=True)))
     return 0
 
 
@@ -282,9 +264,12 @@ def prepare_latents(args: argparse.Namespace) -> int:
         )
 
     from experiments.engine.data.autoencoder import load_autoencoder, require_latents_of
+    from experiments.engine.data.captioned.pictures import captioned_pictures, read_index
+    from experiments.engine.data.checks import describe_pictures
     from experiments.engine.data.encode import EncodingJob, encode_pictures
     from experiments.engine.data.latent_statistics import describe_manifest
-    from experiments.engine.data.pictures import find_pictures
+    from experiments.engine.data.pictures import Crop, find_pictures
+    from experiments.engine.specs.latent_space import space_of
 
     if (args.protocol is None) == (args.classes is None):
         raise ValueError("name either --protocol, or --classes with --size and --out")
@@ -294,11 +279,17 @@ def prepare_latents(args: argparse.Namespace) -> int:
     prepare_torch(device.partition(":")[0])
     data = LATENT_PROTOCOLS[args.protocol or "imagenet256"].data
     own = args.classes is not None
-    pictures = find_pictures(args.images, args.classes if own else data.num_classes)
-    _print_listing(pictures, own)
+    index = read_index() if data.captions else None
+    if index is None:
+        pictures = find_pictures(args.images, args.classes if own else data.num_classes)
+        print(describe_pictures(pictures, own))
+    else:
+        pictures = captioned_pictures(args.images, index)
     vae = load_autoencoder(args.vae, device, args.batch)
     if not own:
         require_latents_of(data, vae, args.vae)
+    if index is not None:
+        vae.space = space_of(data)
     job = EncodingJob(
         pictures,
         vae,
@@ -307,6 +298,8 @@ def prepare_latents(args: argparse.Namespace) -> int:
         shard=args.shard,
         skip=args.corrupt == "skip",
         workers=args.workers,
+        crop=Crop.ADM if index is None else Crop.SQUARE,
+        captions=index,
     )
     folder = args.out or folder_of(data)
     manifest = encode_pictures(job, folder, ProgressLines())
@@ -340,25 +333,11 @@ def _seal(folder: Path, num_classes: int) -> None:
     print(f"content {sha256[:16]}; a study declares it by own_data({str(folder)!r})")
 
 
-def _print_listing(pictures: Pictures, own: bool = False) -> None:
-    """Say how labels count the classes, what is left out, and whether the number is ImageNet's."""
-    from experiments.engine.data.checks import IMAGENET_IMAGES
-    from experiments.engine.data.pictures import describe_labels, describe_left_out
-
-    print(describe_labels(pictures.classes))
-    if pictures.left_out:
-        print(f"left out: {describe_left_out(pictures.left_out)}")
-    if len(pictures.files) != IMAGENET_IMAGES and not own:
-        print(
-            f"warning: {len(pictures.files)} images are not ImageNet's {IMAGENET_IMAGES} training "
-            "images; scores on them are not ImageNet's"
-        )
-
-
 def prepare_pixels(args: argparse.Namespace) -> int:
     """Crop the pictures of a folder to one array."""
     if args.workers < 1:
         raise ValueError("--workers takes a number from 1 on")
+    from experiments.engine.data.checks import describe_pictures
     from experiments.engine.data.pictures import describe_modes, find_pictures
     from experiments.engine.data.pixels import write_pixels
 
@@ -369,7 +348,7 @@ def prepare_pixels(args: argparse.Namespace) -> int:
         raise ValueError(f"--size takes one of {PIXEL_SIZES}, or any size with --classes")
     folder = args.out if own else args.out or folder_of(pixels(args.size))
     pictures = find_pictures(args.images, args.classes if own else IMAGENET_CLASSES)
-    _print_listing(pictures, own)
+    print(describe_pictures(pictures, own))
     converted = write_pixels(pictures, folder, args.size, args.workers)
     print(
         f"{len(pictures.files)} images of {args.size} x {args.size} pixels; "
@@ -377,6 +356,28 @@ def prepare_pixels(args: argparse.Namespace) -> int:
     )
     if own:
         _seal(folder, args.classes)
+    return 0
+
+
+def prepare_captions(args: argparse.Namespace) -> int:
+    """Encode the captions of both parts of MS-COCO, and say what they are."""
+    if args.batch < 1:
+        raise ValueError("--batch takes a number from 1 on")
+
+    from experiments.engine.data.captioned.pictures import captions_folder
+    from experiments.engine.texts.annotations import describe_annotations, read_annotations
+    from experiments.engine.texts.encoder import load_text_encoder
+    from experiments.engine.texts.states import CaptionJob, describe_states, encode_captions
+
+    device = choose_device(args.device)
+    prepare_torch(device.partition(":")[0])
+    annotations = read_annotations(args.train, args.validation)
+    data = next(iter(COCO256.values())).data
+    print("\n".join(describe_annotations(annotations, data)))
+    encoder = load_text_encoder(args.encoder, device)
+    job = CaptionJob(annotations, encoder, args.batch, cut=args.long == "cut")
+    manifest = encode_captions(job, args.out or captions_folder(), ProgressLines("captions"))
+    print(describe_states(manifest, data))
     return 0
 
 

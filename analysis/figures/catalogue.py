@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from analysis.figures import (
+    captions,
     efficiency,
     field,
     modes,
@@ -36,4 +37,6 @@ FIGURES: dict[str, Callable[[ReferenceStore], Figure]] = {
     "figure4_locality": probes.locality,
     "figure5_channels": probes.channel_activation,
     "figure7_features": probes.feature_maps,
+    "caption_maps": captions.caption_maps,
+    "caption_cells": captions.caption_cells,
 }

@@ -17,6 +17,7 @@ from experiments.ablation import DICO_S, TABLE_3, TABLE_4
 from experiments.declared.protocols import DIGITS
 from experiments.engine.records.store import Store
 from experiments.engine.specs.rows import Row
+from experiments.engine.specs.stages import Protocol
 from experiments.main_results import TABLE_1
 
 if TYPE_CHECKING:
@@ -66,7 +67,9 @@ class Probed:
         return (distance / self.arrays[f"uniform_{series}"][0]).mean()
 
 
-def _load(probe: str, rows: tuple[Row, ...], store: Store) -> tuple[list[Probed], list[str]]:
+def load_probed(
+    probe: str, rows: tuple[Row, ...], store: Store, protocol: Protocol = DIGITS
+) -> tuple[list[Probed], list[str]]:
     """Return the rows with a reference record, and a remark on the others.
 
     Raises:
@@ -74,13 +77,13 @@ def _load(probe: str, rows: tuple[Row, ...], store: Store) -> tuple[list[Probed]
     """
     probed, missing = [], []
     for row in rows:
-        record = store.reference.latest(declared(probe, row, DIGITS, seed=0))
+        record = store.reference.latest(declared(probe, row, protocol, seed=0))
         if record:
             probed.append(Probed(row.label, arrays_of(store.reference, record), record.values))
         else:
             missing.append(row.label)
     if not probed:
-        raise ValueError(f"no reference record of {probe} on {DIGITS.name}")
+        raise ValueError(f"no reference record of {probe} on {protocol.name}")
     return probed, [f"no record: {', '.join(missing)}"] if missing else []
 
 
@@ -90,7 +93,7 @@ def attention_maps(store: Store) -> Figure:
     attention is the factor that linear, agent and gated linear attention and Mamba put on the
     values.
     A convolution's map is its kernel. Each network has its small size and one training seed."""
-    probed, remarks = _load("locality", LOCAL_ROWS, store)
+    probed, remarks = load_probed("locality", LOCAL_ROWS, store)
     anchors = max(len(each.arrays["anchors_0"]) for each in probed)
     width, height = anchors * MAPS + 0.8, 1.26 * len(probed) + 0.5
     drawing, axes = figure(width, height, len(probed), MAPS, squeeze=False)
@@ -168,7 +171,7 @@ def locality(store: Store) -> Figure:
     an output pixel's gradient within a distance of it. Each network has its small size and one
     training
     seed."""
-    probed, remarks = _load("locality", LOCAL_ROWS, store)
+    probed, remarks = load_probed("locality", LOCAL_ROWS, store)
     height = 0.46 * len(probed) + 1.7
     drawing, (left, right) = figure(8.6, height, 1, 2, width_ratios=(1.25, 1))
     _draw_distances(left, probed)
@@ -237,7 +240,7 @@ def channel_activation(store: Store) -> Figure:
     network has its small size and one training seed."""
     import numpy as np
 
-    probed, remarks = _load("channels", CHANNEL_ROWS, store)
+    probed, remarks = load_probed("channels", CHANNEL_ROWS, store)
     width = 2.7 * len(probed) + 0.3
     drawing, axes = figure(width, 3.1, 1, len(probed), sharey=True, squeeze=False)
     colors = palette(each.label for each in probed)
@@ -271,7 +274,7 @@ def feature_maps(store: Store) -> Figure:
     """Figure 7, on digits: all channels that the first stage puts out for one image in the middle
     of its sampling, without and with CCA, on one colour scale per network. Each network has its
     small size and one training seed."""
-    probed, remarks = _load("features", FEATURE_ROWS, store)
+    probed, remarks = load_probed("features", FEATURE_ROWS, store)
     drawing, _ = figure(4.1 * len(probed), 3.6, 1, 1)
     drawing.clear()
 

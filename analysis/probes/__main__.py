@@ -3,14 +3,16 @@
     python -m analysis.probes locality --table 4 --rows DiCo-S "CM->Self-Attn"
     python -m analysis.probes channels --table 4
     python -m analysis.probes channels --study my_study.py
+    python -m analysis.probes tokens --table v2-3 --rows DiCo-CrossAttn --protocol digits_text
     python -m analysis.probes locality --checkpoint DiT-XL-2-512x512.pt --backbone dit_xl_2 \\
         --protocol imagenet512 --images 1 --gradients 0
     python -m analysis.probes locality --diffusers FLUX.1-dev --conditioning prompt.npz \\
         --grid 32 32 --images 1
 
 `locality` measures where a network looks, `channels` which channels of its last mixer are alive,
-and `features` what its first stage puts out. A row must have been trained on this machine. Records
-and arrays go to results/records/<probe>.
+`features` what its first stage puts out, and `tokens` from which places of the image the tokens of
+a caption are read. A row must have been trained on this machine. Records and arrays go to
+results/records/<probe>.
 """
 
 from __future__ import annotations
@@ -29,12 +31,13 @@ from analysis.probes.targets import (
     row_targets,
 )
 from analysis.query import TRAINED
-from experiments.declared.protocols import PROTOCOLS
+from experiments import text_to_image
+from experiments.declared.protocols import CAPTIONED, PROTOCOLS
 from experiments.engine.choices import Choices, add_study_option, choices_from
 from experiments.engine.cli import Parser, add_device_option, add_results_option, run_command
 from experiments.engine.records.store import Record, Store
 from experiments.engine.records.tree import REPOSITORY
-from experiments.engine.specs.rows import Table, table_of
+from experiments.engine.specs.rows import Table, read_table_name, table_of
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,7 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
 def probe_targets(arguments: list[str] | None) -> int:
     """Probe what the arguments name and print a line per network."""
     words = sys.argv[1:] if arguments is None else arguments
-    choices = choices_from(words, Choices(TRAINED, PROTOCOLS))
+    own = Choices(TRAINED | text_to_image.TABLES, PROTOCOLS | CAPTIONED)
+    choices = choices_from(words, own)
     args = _parser(choices).parse_args(words)
     check_arguments(args)
     store = Store(args.results, REPOSITORY / "results" / "reference")
@@ -77,7 +81,7 @@ def _add_row_options(parser: argparse.ArgumentParser, choices: Choices) -> None:
     add_study_option(parser)
     parser.add_argument(
         "--table",
-        type=int,
+        type=read_table_name,
         choices=list(choices.tables),
         help="table of the paper that declares the rows (default: the one of the first of --rows)",
     )

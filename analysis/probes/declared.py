@@ -85,7 +85,23 @@ class Features(Probe):
     """Output of the first stage: maps of the first image, and redundancy over all images."""
 
 
-PROBES: dict[str, type[Probe]] = {"locality": Locality, "channels": Channels, "features": Features}
+@dataclass(frozen=True)
+class Tokens(Probe):
+    """From which places of the image each token of its caption is read."""
+
+    # Images, one for each of the first captions.
+    images: int = 210
+    # Captions whose maps are kept: "a seven", "a seven left of a two", "a two left of a seven" and
+    # "a seven above a two".
+    shown: tuple[int, ...] = (7, 82, 37, 182)
+
+
+PROBES: dict[str, type[Probe]] = {
+    "locality": Locality,
+    "channels": Channels,
+    "features": Features,
+    "tokens": Tokens,
+}
 
 
 def declared(probe: str, row: Row, protocol: Protocol, seed: int) -> Probe:

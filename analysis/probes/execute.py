@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 import backbones
 from analysis.probes import channels, diffusers_models, locality
-from analysis.probes.declared import Channels, DiffusersLocality, Features, Locality, Probe, keep
+from analysis.probes.captioned import tokens
+from analysis.probes.declared import (
+    Channels,
+    DiffusersLocality,
+    Features,
+    Locality,
+    Probe,
+    Tokens,
+    keep,
+)
 from analysis.probes.layers import layers
 from experiments.engine.numerics.precision import precision, read_tf32_flags
 from experiments.engine.numerics.weights import digest
@@ -120,6 +129,8 @@ def measure(
             return locality.probe(model, layers(model), settings_of(spec, machine.memory), walk)
         if isinstance(spec, Channels):
             return channels.record(model, channels.last_mixer(model), walk, keep_maps=False)
+        if isinstance(spec, Tokens):
+            return tokens.probe(model, spec, walk)
         assert isinstance(spec, Features), spec
         return channels.record(model, channels.first_stage(model), walk, keep_maps=True)
 

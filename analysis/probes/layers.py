@@ -267,7 +267,7 @@ def _places(grid: Grid, order: Any) -> Tensor:
 # How weights are read from the operations inside a call: (operations, x, place) -> weights.
 
 
-def _arguments(operations: list[Operation], *names: str) -> list[tuple[Any, ...]]:
+def arguments_of(operations: list[Operation], *names: str) -> list[tuple[Any, ...]]:
     """Return the arguments of the operations.
 
     Raises:
@@ -285,27 +285,27 @@ def _arguments(operations: list[Operation], *names: str) -> list[tuple[Any, ...]
 
 def read_attention(operations: list[Operation], x: Tensor, place: Tensor) -> Weights:
     """Read the weights of one fused attention."""
-    ((q, k, bias, scale),) = _arguments(operations, "attention")
+    ((q, k, bias, scale),) = arguments_of(operations, "attention")
     return implied.Softmax(q, k, place, bias, scale)
 
 
 def _read_fused(operations: list[Operation], x: Tensor, place: Tensor) -> Weights:
     """Read the heads in which the first branch queries the second, then those of the opposite."""
-    (q1, k2, bias, scale), (q2, k1, _, _) = _arguments(operations, "attention", "attention")
+    (q1, k2, bias, scale), (q2, k1, _, _) = arguments_of(operations, "attention", "attention")
     q = torch.cat([q1, q2], dim=1)
     k = torch.cat([k2, k1], dim=1)
     return implied.Softmax(q, k, place, bias, scale)
 
 
 def _read_softmax(operations: list[Operation], x: Tensor, place: Tensor) -> Weights:
-    ((weights,),) = _arguments(operations, "softmax")
+    ((weights,),) = arguments_of(operations, "softmax")
     return implied.Written(weights, place)
 
 
 def _read_windows(
     module: window.WindowAttention, operations: list[Operation], x: Tensor, place: Tensor
 ) -> Weights:
-    ((q, k, bias, scale),) = _arguments(operations, "attention")
+    ((q, k, bias, scale),) = arguments_of(operations, "attention")
 
     # The tokens of each window, after the shift.
     w = module.window
@@ -328,7 +328,7 @@ def _read_global_regional(
     x: Tensor,
     place: Tensor,
 ) -> Weights:
-    ((q, k, _, _),) = _arguments(operations, "attention")
+    ((q, k, _, _),) = arguments_of(operations, "attention")
     height, width = module.size
     w, p = module.window, module.pool
 
@@ -348,7 +348,7 @@ def _read_global_regional(
 
 
 def _read_polyphase(operations: list[Operation], x: Tensor, place: Tensor) -> Weights:
-    ((weights,),) = _arguments(operations, "softmax")
+    ((weights,),) = arguments_of(operations, "softmax")
     height, width = x.shape[-2:]
     cells = place.view(height // 2, 2, width // 2, 2).permute(1, 3, 0, 2).reshape(4, -1)
     inside = torch.arange(cells.shape[1], device=x.device)
@@ -356,7 +356,7 @@ def _read_polyphase(operations: list[Operation], x: Tensor, place: Tensor) -> We
 
 
 def _read_agents(operations: list[Operation], x: Tensor, place: Tensor) -> Weights:
-    gathering, reading = _arguments(operations, "attention", "attention")
+    gathering, reading = arguments_of(operations, "attention", "attention")
     agents, k, gather_bias, scale = gathering
     q, _, read_bias, _ = reading
     each = torch.arange(agents.shape[2], device=x.device)
@@ -367,12 +367,12 @@ def _read_agents(operations: list[Operation], x: Tensor, place: Tensor) -> Weigh
 
 
 def _read_linear(operations: list[Operation], x: Tensor, place: Tensor) -> Weights:
-    ((q, k, _),) = _arguments(operations, "linear_attention")
+    ((q, k, _),) = arguments_of(operations, "linear_attention")
     return implied.Linear(q, k, place)
 
 
 def _read_gated_linear(operations: list[Operation], x: Tensor, place: Tensor) -> Weights:
-    ((q, k, _, g),) = _arguments(operations, "gated_linear")
+    ((q, k, _, g),) = arguments_of(operations, "gated_linear")
     return implied.GatedLinear(q, k, g, place)
 
 

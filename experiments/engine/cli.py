@@ -39,7 +39,7 @@ from experiments.engine.reporting.tables import report_sheets
 from experiments.engine.specs.rows import Table, TableName
 from experiments.engine.specs.selection import Selection
 from experiments.engine.specs.spec import FACTOR
-from experiments.engine.specs.stages import Protocol, cost_stages
+from experiments.engine.specs.stages import Protocol, cost_stages, declared_rows
 
 DEVICES = ("cpu", "cuda")
 
@@ -123,6 +123,7 @@ def run_table(
 def _select(table: Table, protocol: Protocol, args: argparse.Namespace) -> TablePlan:
     """Return the plan of the selected rows. Raise ValueError if one command cannot run them."""
     rows = list(table.rows) if args.rows is None else [table.row(label) for label in args.rows]
+    rows = declared_rows(rows, protocol, named=args.rows is not None)
 
     # A paper's own recipe holds for one resolution.
     size = cost_stages(table.baseline)[0].size

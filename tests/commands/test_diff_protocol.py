@@ -106,3 +106,19 @@ def test_what_is_no_record_of_scores_is_refused(
 
 def test_a_file_that_is_not_there_is_named(script: Script):
     assert script.refuse("none.json", "none.json").startswith("error: cannot read none.json: ")
+
+
+def test_the_choices_of_a_score_on_coco_are_printed_with_what_is_known(
+    script: Script, store: Store
+):
+    uvit = dict(
+        decoder={"scale": 0.2301}, selection="the last average", sampler={"name": "dpm_solver_3s"}
+    )
+    repa = dict(decoder={"scale": 0.18215}, selection="the best of 20", sampler={"name": "sde"})
+    a, b = (write_score(store, seed, 1.0, **m) for seed, m in enumerate((uvit, repa)))
+    status, out, _ = script.run(a, b)
+    assert status == 1
+    assert "measure.decoder.scale: 0.2301 | 0.18215" in out
+    assert "the inverse deviation of its latents" in out
+    assert "6.05 by 50 Euler steps against 5.30 by 250 of the SDE" in out
+    assert "the best of 20 checkpoints by FID-10K" in out

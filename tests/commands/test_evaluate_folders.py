@@ -11,9 +11,10 @@ from numpy import ndarray
 from PIL import Image
 
 from experiments import evaluate
+from experiments.engine.data.pictures import Crop
 from experiments.engine.records.store import read_record
 from experiments.engine.scoring import reference
-from experiments.engine.scoring.files.references import CROP
+from experiments.engine.scoring.files.references import CROPS
 from tests.support.score_scripts import IMAGES, NARROW_LAYERS, Script, use_grey_extractor
 
 DRAW = np.random.default_rng(3)
@@ -218,5 +219,5 @@ def test_a_reference_is_cropped_as_adm_does(script: Script, tmp_path: Path):
     assert "91 images 4 x 4" in out
     with np.load("real-reference.npz") as stored:
         made = json.loads(str(stored["made"]))
-    assert made["crop"] == CROP
+    assert made["crop"] == CROPS[Crop.ADM]
     assert made["stored_sizes"] == {"num": 2, "smallest": [5, 7], "largest": [16, 9]}

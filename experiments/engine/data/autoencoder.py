@@ -211,10 +211,13 @@ def load_autoencoder(
 
 
 def require_latents_of(data: Data, autoencoder: Autoencoder, source: str) -> None:
-    """Raise ValueError unless an autoencoder makes latents of the shape and space of a set."""
+    """Raise ValueError unless an autoencoder makes latents of the shape and space of a set.
+
+    The rule of a captioned set scales them by a factor of its own.
+    """
     space, made = space_of(data), autoencoder.space
     fits = (autoencoder.channels, autoencoder.factor) == (data.channels, space.factor)
-    if fits and made in (None, space):
+    if fits and (made in (None, space) or data.captions):
         return
     raise ValueError(
         f"VAE {source} makes latents of {autoencoder.channels} channels with "

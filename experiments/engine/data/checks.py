@@ -15,7 +15,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from experiments.engine.data.pictures import show_name
+from experiments.engine.data.pictures import (
+    Pictures,
+    describe_labels,
+    describe_left_out,
+    show_name,
+)
 from experiments.engine.machine.system_errors import explain, is_of_files, naming
 from experiments.engine.records.files import written_whole
 from experiments.engine.records.measured import measure_once
@@ -287,6 +292,19 @@ def check_number(data: Data, labels: np.ndarray) -> dict[str, str]:
     )
     print(f"warning: {data.name} holds {part}; scores on them are not ImageNet's", file=sys.stderr)
     return {"data_part": part}
+
+
+def describe_pictures(pictures: Pictures, own: bool) -> str:
+    """Say how labels count the classes, what is left out, and whether the number is ImageNet's."""
+    lines = [describe_labels(pictures.classes)]
+    if pictures.left_out:
+        lines.append(f"left out: {describe_left_out(pictures.left_out)}")
+    if len(pictures.files) != IMAGENET_IMAGES and not own:
+        lines.append(
+            f"warning: {len(pictures.files)} images are not ImageNet's {IMAGENET_IMAGES} training "
+            "images; scores on them are not ImageNet's"
+        )
+    return "\n".join(lines)
 
 
 def write_classes(folder: Path, classes: Sequence[str]) -> None:

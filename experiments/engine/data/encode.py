@@ -22,6 +22,7 @@ import torch
 
 from experiments.engine.data.autoencoder import PUBLISHED, Autoencoder
 from experiments.engine.data.autoencoders.spaces import describe_space, space_of_statistics
+from experiments.engine.data.captioned.pictures import CaptionIndex
 from experiments.engine.data.checks import check_latents, compare_classes, write_classes
 from experiments.engine.data.latent_statistics import (
     compare_statistics,
@@ -30,6 +31,7 @@ from experiments.engine.data.latent_statistics import (
 )
 from experiments.engine.data.latents import draw_fixed, shard_path
 from experiments.engine.data.pictures import (
+    Crop,
     Pictures,
     UnreadablePicture,
     count_unreadable,
@@ -39,6 +41,7 @@ from experiments.engine.data.pictures import (
 from experiments.engine.data.quantise import from_uint8
 from experiments.engine.data.sets import prefetch
 from experiments.engine.records.files import (
+    file_sha256,
     locked,
     read_json,
     require_space,
@@ -64,6 +67,8 @@ class EncodingJob:
     shard: pictures in a shard.
     skip: whether to leave out files that cannot be decoded; the manifest names them.
     workers: threads that decode and crop.
+    crop: how pictures become squares.
+    captions: which captions the pictures have, whose places the labels then are.
     """
 
     pictures: Pictures
@@ -73,6 +78,8 @@ class EncodingJob:
     shard: int = 1024
     skip: bool = False
     workers: int = 2
+    crop: Crop = Crop.ADM
+    captions: CaptionIndex | None = None
 
     @property
     def num_shards(self) -> int:
@@ -97,11 +104,12 @@ class EncodingJob:
         import PIL
 
         listing = hashlib.sha256(b"\n".join(map(os.fsencode, self.pictures.files)))
-        return {
+        captions = {} if self.captions is None else {"captions": self.captions.sha256}
+        return captions | {
             "latents": self.latents,
             "shape": list(self.stored),
             "pixels": self.size,
-            "num_classes": len(self.pictures.classes),
+            "num_classes": len(self.captions or self.pictures.classes),
             "num_files": len(self.pictures.files),
             "listing": listing.hexdigest()[:16],
             "shard": self.shard,
@@ -113,7 +121,7 @@ class EncodingJob:
                 # Rounded weights are said in what is made of them.
                 **({"warnings": list(self.vae.warnings)} if self.vae.warnings else {}),
             },
-            "crop": "ADM centre crop: box halving, bicubic, middle",
+            "crop": self.crop.value,
             "precision": "fp32",
             "device": self.vae.device.type,
             "batch": self.vae.batch,
@@ -164,7 +172,7 @@ def encode_pictures(job: EncodingJob, folder: Path, report: Report) -> dict[str,
             "samples do not wait for; prepare moments"
         )
     compare_classes(folder, job.pictures.classes)
-    _agree_on_plan(job.plan(), folder)
+    agree_on_plan(job.plan(), folder)
     _require_space(job, folder)
     report(_num_done(job, folder), len(job.pictures.files))
 
@@ -184,12 +192,12 @@ def encode_pictures(job: EncodingJob, folder: Path, report: Report) -> dict[str,
     return _finish(job, folder)
 
 
-def _agree_on_plan(plan: dict[str, Any], folder: Path) -> None:
+def agree_on_plan(plan: dict[str, Any], folder: Path) -> None:
     """Write the plan if this process is the first; other processes must have the same."""
     with locked(folder / "plan.lock"):
         path = folder / "plan.json"
         if not path.exists():
-            _write_json(path, plan)
+            write_json(path, plan)
         there = read_json(path, REPEAT)
     changed = [
         f"{name} {there.get(name)} there, {plan[name]} here"
@@ -247,9 +255,7 @@ def _encode_shard(job: EncodingJob, folder: Path, number: int) -> None:
     with written_whole(path) as file:
         np.save(file, rows[: len(notes.indices)])
     check_latents(path, rows[: len(notes.indices)], job.latents)
-    with open(path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    _write_json(
+    write_json(
         path.with_suffix(".json"),
         {
             "labels": [job.pictures.labels[index] for index in notes.indices],
@@ -257,7 +263,7 @@ def _encode_shard(job: EncodingJob, folder: Path, number: int) -> None:
             "unreadable": notes.unreadable,
             "converted": notes.converted,
             "sums": sums.tolist(),
-            "sha256": sha256,
+            "sha256": file_sha256(path),
         },
     )
 
@@ -270,7 +276,8 @@ def _encode(
     def read(index: int) -> tuple[np.ndarray, str] | UnreadablePicture:
         """Pixels and mode of a picture, or why it is left out."""
         try:
-            return read_picture(job.pictures.root / job.pictures.files[index], job.size)
+            path = job.pictures.root / job.pictures.files[index]
+            return read_picture(path, job.size, job.crop)
         except UnreadablePicture as error:
             if job.skip:
                 return error
@@ -330,7 +337,7 @@ def _finish(job: EncodingJob, folder: Path) -> dict[str, Any]:
         write_classes(folder, job.pictures.classes)
         with written_whole(folder / "labels.npy") as file:
             np.save(file, labels)
-        _write_json(folder / "manifest.json", manifest)
+        write_json(folder / "manifest.json", manifest)
     for number in range(job.num_shards):
         _lock_path(folder, number).unlink(missing_ok=True)
     return manifest
@@ -346,7 +353,7 @@ def _require_every_class(job: EncodingJob, labels: np.ndarray, folder: Path) -> 
 
 
 def _summary(job: EncodingJob, shards: list[dict[str, Any]], labels: np.ndarray) -> dict[str, Any]:
-    """What the manifest says beyond the plan."""
+    """Return what the manifest says beyond the plan."""
     summary: dict[str, Any] = {
         "num_images": len(labels),
         "shards": [len(shard["labels"]) for shard in shards],
@@ -367,8 +374,11 @@ def _summary(job: EncodingJob, shards: list[dict[str, Any]], labels: np.ndarray)
     deviation = np.sqrt(square - mean**2)
     digests = "".join(shard["sha256"] for shard in shards)
     summary["sha256"] = hashlib.sha256(digests.encode()).hexdigest()
-    known = job.vae.space == SD_SPACE and job.vae.channels == LATENT_CHANNELS
-    summary["statistics"] = compare_statistics(mean, deviation, len(labels), job.size, known)
+    # Captioned pictures are not ImageNet's, and their rule has a factor of its own.
+    known = job.captions is not None or job.vae.space == SD_SPACE
+    known = known and job.vae.channels == LATENT_CHANNELS
+    pixels = job.size if job.captions is None else None
+    summary["statistics"] = compare_statistics(mean, deviation, len(labels), pixels, known)
 
     # Latents without a scale of their own are seen by the statistics of this very set.
     if job.vae.space is None:
@@ -385,6 +395,6 @@ def _lock_path(folder: Path, number: int) -> Path:
     return shard_path(folder, number).with_suffix(".lock")
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
     with written_whole(path) as file:
         file.write(json.dumps(value, indent=1).encode() + b"\n")

@@ -42,7 +42,7 @@ class LatentSet:
     flip = False
 
     def __init__(self, folder: Path, data: Data) -> None:
-        manifest = read_manifest(folder, data)
+        self.manifest = manifest = read_manifest(folder, data)
         self.data = data
         self.space = space_of(data)
         self.identity: dict[str, Any] = {"data_sha256": manifest["sha256"], "vae": manifest["vae"]}

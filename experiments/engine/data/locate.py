@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from experiments.engine.data.captioned.folders import is_coco, missing_reference, require_coco
 from experiments.engine.data.captioned.grammar import NAMES as CAPTIONED
 from experiments.engine.machine.environment import read_variable
 from experiments.engine.machine.system_errors import explain, naming
@@ -155,6 +156,9 @@ def require_data(data: Data) -> None:
         return
     if data.name == "cifar10":
         _require_cifar10(data)
+    elif is_coco(data):
+        require_coco(ROOT, folder_of(data), data)
+        read_manifest(folder_of(data), data)
     elif data.name.startswith("imagenet") and is_latent(data):
         _require_latents(data)
     elif not has_manifest(data):
@@ -359,9 +363,8 @@ def missing_features(spec: Evaluate) -> list[str]:
         )
     reference = reference_path(spec.data)
     if reference and not reference.is_file():
-        missing.append(
-            f"the reference {reference.name} of ADM's evaluator in {_where(reference.parent)}"
-        )
+        adm = f"the reference {reference.name} of ADM's evaluator in {_where(reference.parent)}"
+        missing.append(missing_reference(spec.data) if is_coco(spec.data) else adm)
     if is_latent(spec.data) and find_spec("diffusers") is None:
         missing.append(
             "the package diffusers for the VAE (and $DICO_VAE, a folder, where it cannot be "

@@ -1,4 +1,4 @@
-"""Folders of class folders of pictures, read and cropped as ADM does.
+"""Folders of class folders of pictures, read and cropped as ADM does, or as U-ViT does for COCO.
 
 PIL decides every bit, so its version is recorded.
 """
@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,13 @@ DAMAGED = (
     zlib.error,
     Image.DecompressionBombError,
 )
+
+
+class Crop(Enum):
+    """How a picture of any size becomes a square, as manifests name it."""
+
+    ADM = "ADM centre crop: box halving, bicubic, middle"
+    SQUARE = "central square of the short side, then Lanczos"
 
 
 class UnreadablePicture(ValueError):
@@ -240,8 +248,8 @@ def _is_picture(path: Path) -> bool:
         return False
 
 
-def read_picture(path: Path, size: int) -> tuple[np.ndarray, str]:
-    """Read an image file as RGB and crop it.
+def read_picture(path: Path, size: int, crop: Crop = Crop.ADM) -> tuple[np.ndarray, str]:
+    """Read an image file as RGB and crop it to a side in pixels.
 
     Returns:
         Pixels, uint8 (size, size, 3), and PIL's name of the mode that was converted to RGB.
@@ -268,7 +276,7 @@ def read_picture(path: Path, size: int) -> tuple[np.ndarray, str]:
         text = " ".join(str(error).split())
         message = f"{show_name(path)} cannot be decoded: {text}"
         raise UnreadablePicture(message, _reason(path, error)) from None
-    return centre_crop(rgb, size), mode
+    return (centre_crop if crop is Crop.ADM else square_crop)(rgb, size), mode
 
 
 def _refuse_machine(path: Path, error: Exception) -> None:
@@ -336,3 +344,16 @@ def centre_crop(image: Image.Image, size: int) -> np.ndarray:
     top = (height - size) // 2
     left = (width - size) // 2
     return pixels[top : top + size, left : left + size]
+
+
+def square_crop(image: Image.Image, size: int) -> np.ndarray:
+    """Crop as U-ViT does for MS-COCO, to uint8 (size, size, C).
+
+    The central square of the short side is cut out, and a Lanczos filter brings it to `size`.
+    Source: Bao et al. 2023, and the code of U-ViT at ce55170.
+    """
+    side = min(image.size)
+    left = (image.width - side) // 2
+    top = (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    return np.asarray(square.resize((size, size), Image.Resampling.LANCZOS))

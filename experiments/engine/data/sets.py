@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from experiments.engine.data.captioned.digits import CaptionedDigits
+from experiments.engine.data.captioned.folders import is_coco
 from experiments.engine.data.captioned.grammar import NAMES as CAPTIONED
+from experiments.engine.data.captioned.pictures import CaptionedLatents
 from experiments.engine.data.checks import (
     check_cifar10,
     check_levels,
@@ -108,7 +110,7 @@ def load(data: Data, part: Part = Part.TRAIN) -> AnySet:
     """Load the declared set, or a part of it, from this machine.
 
     It is scikit-learn's bundled digits, with or without captions, CIFAR-10's training images, a
-    folder of latents, or a folder of images.npy and labels.npy.
+    folder of latents, captioned or not, or a folder of images.npy and labels.npy.
 
     Args:
         data: the set.
@@ -135,6 +137,8 @@ def load(data: Data, part: Part = Part.TRAIN) -> AnySet:
     if data.name == "cifar10":
         return load_cifar10(data, "train")
     folder = folder_of(data)
+    if is_coco(data):
+        return CaptionedLatents(folder, data)
     if (folder / "manifest.json").is_file():
         return LatentSet(folder, data)
     images = open_array(folder / "images.npy")

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 
-def images_line(done: int, total: int, rate: float) -> str:
+def images_line(done: int, total: int, rate: float, unit: str = "images") -> str:
     """Return how far work over images is, at `rate` images per second, and the time left."""
     minutes, seconds = divmod(round((total - done) / rate), 60)
     left = f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-    return f"{done} of {total} images, {rate:.1f} images/s, {left} left"
+    return f"{done} of {total} {unit}, {rate:.1f} {unit}/s, {left} left"
 
 
 class ProgressDisplay:
@@ -127,7 +127,8 @@ def _start_bars() -> Bars:
 class ProgressLines:
     """Prints a line as shards get done by any process, with the time that is left."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str = "images") -> None:
+        self.unit = unit
         self.started = 0.0
         self.first: int | None = None  # pictures that were done before
         self.last = 0
@@ -138,5 +139,5 @@ class ProgressLines:
             self.first = done
         elif done > self.last:
             rate = (done - self.first) / (time.monotonic() - self.started)
-            print(images_line(done, total, rate), file=sys.stderr, flush=True)
+            print(images_line(done, total, rate, self.unit), file=sys.stderr, flush=True)
         self.last = done

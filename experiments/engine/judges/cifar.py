@@ -8,7 +8,7 @@ features bear its name, and records hold the hash of its weights.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,8 +17,11 @@ from torch import Tensor, nn
 
 import backbones
 from experiments.engine.data.locate import JUDGE_WEIGHTS
-from experiments.engine.data.sets import ImageSet
+from experiments.engine.data.sets import ImageSet, Part, load
+from experiments.engine.judges.classifiers import accuracy
 from experiments.engine.numerics.randomness import generator_at, seed_at
+from experiments.engine.records.files import written_whole
+from experiments.engine.specs.spec import Data
 
 EPOCHS = 16
 BATCH = 128
@@ -143,3 +146,27 @@ def _augment(x: Tensor, generator: torch.Generator) -> Tensor:
     image = torch.arange(n)[:, None, None]
     shifted = padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]]
     return shifted.permute(0, 3, 1, 2)
+
+
+def make_judge(data: Data, path: Path, report: Callable[[str], None]) -> str:
+    """Train the judge of CIFAR-10 on the training part and write it; say how good it is.
+
+    Args:
+        data: CIFAR-10, split, with its pixels as they are.
+        path: of the weights.
+        report: hears of every epoch.
+    """
+    train, test = load(data), load(data, Part.TEST)
+    assert isinstance(train, ImageSet)
+    assert isinstance(test, ImageSet)
+
+    # The last epoch's network is the judge; no part chooses among them.
+    network = None
+    for epoch, loss, trained in train_judge(train):
+        report(f"epoch {epoch} of {EPOCHS}: loss {loss:.4f}")
+        network = trained
+    assert network is not None, "a judge takes at least one epoch"
+    with written_whole(path) as file:
+        file.write(save_judge(network.eval()))
+    judge, sha256 = load_judge(path)
+    return f"{path}: {accuracy(judge, test):.2%} of the test images, sha256 {sha256}"

@@ -54,14 +54,30 @@ EFFECTS = {
         "against 1: 3.31 against 3.54 (LDM)",
         "willisma/SiT#31, CompVis/latent-diffusion#262",
     ),
+    "measure.sampler.name": Effect(
+        "ODE 9.5 against SDE 8.3 (SiT-XL, unguided), 34.7 to 36.5 against 33.0 (B/2); on MS-COCO "
+        "6.05 by 50 Euler steps against 5.30 by 250 of the SDE (MMDiT)",
+        "willisma/SiT#31, arXiv:2410.06940 by secondary sources",
+    ),
     "measure.nfe": Effect(
         "counted network evaluations, not steps: see the sampler",
         "willisma/SiT#31",
     ),
     "measure.labels.policy": Effect(
         "balanced labels lower FID-50K by about 0.1 (in simulation: 12 % of the bias, 25 to 35 "
-        "% of the deviation)",
-        "RAE README; a simulated mixture of 100 classes",
+        "% of the deviation); on MS-COCO several captions of an image raise FID against one, by an "
+        "unpublished amount",
+        "RAE README; a simulated mixture of 100 classes; baofff/U-ViT",
+    ),
+    "measure.captions": Effect(
+        "other captions, another text encoder or another null caption: another task, no size is "
+        "published",
+        "",
+    ),
+    "measure.selection": Effect(
+        "U-ViT scores the best of 20 checkpoints by FID-10K, which lowers FID by an unpublished "
+        "amount",
+        "baofff/U-ViT",
     ),
     "measure.labels.order": Effect(
         "IS over blocks of 5000 collapses where a class follows itself (2.84 against 9.42); of "
@@ -87,6 +103,11 @@ EFFECTS = {
     "measure.decoder": Effect(
         "ft-mse 2.30 against ft-ema 2.27, original 2.46; a wrong normalisation costs tens of FID",
         "DiT appendix, LightningDiT#34",
+    ),
+    "measure.decoder.scale": Effect(
+        "of MS-COCO: 0.2301 (U-ViT) is the inverse deviation of its latents, 0.18215 (REPA) that "
+        "of Stable Diffusion's; networks see other levels of noise, no size is published",
+        "baofff/U-ViT, sihyun-yu/REPA",
     ),
     "measure.quantiser": Effect(
         "truncating 255 (x + 1) / 2 lowers the mean by 0.49 grey levels and changes 49 % of "
@@ -114,8 +135,13 @@ EFFECTS = {
         "facebookresearch/dinov2 and timm",
     ),
     "measure.reference": Effect(
-        "another reference: 7.03 where the paper has 1.26; validation against training images, 7.6",
-        "MCG-NJU/DDT#7, guided-diffusion#14",
+        "another reference: 7.03 where the paper has 1.26; validation against training images, "
+        "7.6; on MS-COCO, training images lower FID by about 0.1",
+        "MCG-NJU/DDT#7, guided-diffusion#14, LAFITE's authors",
+    ),
+    "measure.reference.crop": Effect(
+        "zero-shot scores on MS-COCO squash images to squares and store JPEG; no size is published",
+        "Nota-NetsPresso/BK-SDM",
     ),
     "measure.neighbours": Effect(
         "ADM's half precision raises precision by 0.0005 to 0.0015 and recall by 0.001 to "
@@ -134,16 +160,17 @@ EFFECTS = {
     ),
     "run.batch": Effect(
         "rounding: each image has its own seed here; where seeds follow processes and batches, "
-        "1.34 on 16 GPUs against 1.39 on 4",
-        "tzco/Diffusion-wo-CFG#2",
+        "1.34 on 16 GPUs against 1.39 on 4; 16.97 to 17.16 by the batch (BK-SDM on MS-COCO)",
+        "tzco/Diffusion-wo-CFG#2, Nota-NetsPresso/BK-SDM",
     ),
     "model.key": Effect(
         "EMA against raw weights: 6.06 against 8.1",
         "MeanFlow#12",
     ),
     "model.seed": Effect(
-        "another training: a coefficient of variation of 1 to 2 %, 0.03 at FID 2.05, 0.65 at 50",
-        "arXiv:2606.20536",
+        "another training: a coefficient of variation of 1 to 2 %, 0.03 at FID 2.05, 0.65 at 50; "
+        "on MS-COCO 5.86 where 6.05 is published (MMDiT, by another group)",
+        "arXiv:2606.20536, secondary sources",
     ),
     "model.recipe": Effect(
         "steps, batch or learning rate: 79.6 where 68.4 is published (DiT-S/2), 167.5 against "

@@ -10,7 +10,7 @@ import torch
 from experiments.engine.numerics.precision import precision
 from experiments.engine.runtime.group import Group
 from experiments.engine.sampling.counting import CountingModel
-from experiments.engine.sampling.generate import Network, base_sampler, image_labels, image_seeds
+from experiments.engine.sampling.generate import Network, base_sampler, image_seeds, labels_of
 from experiments.engine.specs.spec import Evaluate
 
 LONG = 3600.0  # seconds from which on a sampling is long
@@ -62,7 +62,7 @@ def announce_sampling(
 
 def _time_step(spec: Evaluate, network: Network, num: int, device: torch.device) -> float | None:
     """Return the seconds of one step for `num` images, or None if a sampler has one step alone."""
-    y = image_labels(spec.labels, num, spec.data.num_classes, spec.seed).to(device)
+    y = labels_of(spec)[:num].to(device)
     seeds = image_seeds(spec.seed, num)
     model = CountingModel(network)
     sampler = base_sampler(spec, model, device)

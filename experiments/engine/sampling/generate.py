@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from experiments.engine.data.captioned.folders import is_coco
+from experiments.engine.data.captioned.pictures import read_index
 from experiments.engine.data.quantise import from_uint8, to_uint8, unfold
 from experiments.engine.diffusion.build import build_diffusion
 from experiments.engine.diffusion.cascade import ClassifierGradient, System, condition_on_low_res
@@ -26,6 +28,7 @@ from experiments.engine.sampling.counting import CountingModel
 from experiments.engine.specs.spec import Checkpoint, Evaluate, Sampler, Train
 
 Network = Model | System
+ONE_AN_IMAGE = "one_an_image"  # a policy of labels
 
 
 class NetworkSampler:
@@ -99,7 +102,7 @@ def generate_images(
     """
     model = model if isinstance(model, CountingModel) else CountingModel(model)
     within = range(spec.num) if within is None else within
-    labels = image_labels(spec.labels, spec.num, spec.data.num_classes, spec.seed)
+    labels = labels_of(spec)
     seeds = image_seeds(spec.seed, spec.num)
     base = base_sampler(spec, model, device)
 
@@ -142,6 +145,21 @@ def can_capture_steps(spec: Evaluate) -> bool:
     return has_uniform_steps(spec.sampler, build_diffusion(spec.train.diffusion).times)
 
 
+def labels_of(spec: Evaluate) -> Tensor:
+    """Labels (num,) of the images of a spec, by its policy.
+
+    'one_an_image' draws captions of different pictures that are not trained on.
+    """
+    if spec.labels == ONE_AN_IMAGE:
+        if not is_coco(spec.data):
+            raise ValueError(
+                f"labels {ONE_AN_IMAGE} are captions of pictures, and {spec.data.name} has none; "
+                "declare balanced or random"
+            )
+        return read_index().scored(spec.num, spec.seed)
+    return image_labels(spec.labels, spec.num, spec.data.num_classes, spec.seed)
+
+
 def image_labels(policy: str, num: int, num_classes: int, seed: int) -> Tensor:
     """Labels (num,) of the images by a policy.
 
@@ -154,7 +172,7 @@ def image_labels(policy: str, num: int, num_classes: int, seed: int) -> Tensor:
         return torch.arange(num) % num_classes
     if policy == "random":
         return torch.tensor([seed_at("label", seed, index) % num_classes for index in range(num)])
-    raise ValueError(f"unknown label policy {policy!r}; known: balanced, random")
+    raise ValueError(f"unknown label policy {policy!r}; known: balanced, random, {ONE_AN_IMAGE}")
 
 
 def image_seeds(seed: int, num: int, of: str = "image") -> list[int]:

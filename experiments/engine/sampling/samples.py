@@ -32,7 +32,7 @@ from experiments.engine.sampling.forecast import announce_sampling
 from experiments.engine.sampling.generate import (
     can_capture_steps,
     generate_images,
-    image_labels,
+    labels_of,
 )
 from experiments.engine.sampling.networks import (
     Decoder,
@@ -85,8 +85,7 @@ class SampleSet:
         self.nfe = nfe
         self.origin = _read_origin(folder / ORIGIN)
         self.index = np.random.default_rng(0).permutation(spec.num)
-        labels = image_labels(spec.labels, spec.num, spec.data.num_classes, spec.seed)
-        self.labels = labels.numpy()[self.index]
+        self.labels = labels_of(spec).numpy()[self.index]
         self._chunks = [
             np.load(path, mmap_mode="r", allow_pickle=False)
             for path in _chunk_paths(folder, spec.num)
@@ -161,8 +160,7 @@ def image_bytes(spec: Evaluate) -> int:
 
 def png_names(spec: Evaluate) -> set[str]:
     """Return the names of a set's PNGs."""
-    labels = image_labels(spec.labels, spec.num, spec.data.num_classes, spec.seed)
-    return {_png_name(index, label) for index, label in enumerate(labels.tolist())}
+    return {_png_name(index, label) for index, label in enumerate(labels_of(spec).tolist())}
 
 
 def _png_name(index: int, label: int) -> str:

@@ -21,6 +21,7 @@ from experiments.engine.data.image_files import (
     read_origin,
     read_small_array,
 )
+from experiments.engine.data.pictures import Crop
 from experiments.engine.scoring.files.any_order import measure_in_any_order
 from experiments.engine.scoring.files.folders import (
     StoredImages,
@@ -121,6 +122,16 @@ def check_reference(path: Path) -> None:
         raise ValueError(f"{path}: {NEITHER}")
 
 
+def require_crop(path: Path, crop: Crop) -> None:
+    """Raise ValueError if a file says that its pictures were cropped otherwise."""
+    made = read_origin(path)
+    if made and made.get("crop") != crop.value:
+        raise ValueError(
+            f"{path}: its images were cropped otherwise ({made.get('crop')}); write it again with "
+            f"--crop {crop.name.lower()}"
+        )
+
+
 def reference_of(
     path: Path, measured: Measured | None, images: StoredImages | None = None
 ) -> Reference:
@@ -156,6 +167,10 @@ def reference_of(
         "statistics": not missing,
         "num_images": num_images,
     }
+    # Files that this suite writes say how many pictures they are of, and how those were cropped.
+    made = {} if path.is_dir() else read_origin(path)
+    if made.get("crop") == Crop.SQUARE.value:
+        identity |= {"crop": made["crop"], "num_pictures": made["num"], "lossy": made["lossy"]}
     if images is not None and images.lossy:
         identity["lossy"] = dict(images.lossy)
         warnings.append(describe_lossy(images))

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from numpy import ndarray
 
+from experiments.engine.data.captioned.folders import is_coco
+from experiments.engine.data.captioned.pictures import describe_captions
 from experiments.engine.data.image_files import (
     ImageFile,
     file_sha256,
@@ -17,6 +19,7 @@ from experiments.engine.data.image_files import (
     name_in_errors,
 )
 from experiments.engine.data.locate import inception_path, reference_path, require_features
+from experiments.engine.data.pictures import Crop
 from experiments.engine.data.quantise import to_uint8
 from experiments.engine.data.sets import ImageSet, load
 from experiments.engine.machine.cores import find_cores
@@ -44,6 +47,7 @@ from experiments.engine.scoring.reference import (
     check_reference,
     identify_measure,
     reference_of,
+    require_crop,
 )
 from experiments.engine.scoring.scores import score
 from experiments.engine.specs.spec import Checkpoint, Data, Evaluate, Train, canonical
@@ -53,6 +57,8 @@ from experiments.engine.training.averages import (
     warn_of_initial_share,
 )
 
+# Which of a training's checkpoints is scored, where papers choose the best one by its score.
+SELECTION = "the last average"
 # Images in ADM's file of each size, beside the statistics of all training images.
 ADM_REFERENCE = 10_000
 
@@ -166,6 +172,8 @@ def _score_inception(spec: Evaluate, context: RunContext) -> Scored | None:
         "labels": {"histogram_sha256": label_histogram(samples.labels), "order": ORDER},
         **identify_measure(extractor, reference),
     }
+    if is_coco(spec.data):
+        measure |= {"captions": describe_captions(), "selection": SELECTION}
     return Scored(
         values,
         samples.origin["network"],
@@ -208,6 +216,8 @@ def require_reference(data: Data) -> None:
         check_reference(path)
     else:
         load(data)
+    if path and is_coco(data):
+        require_crop(path, Crop.SQUARE)
 
 
 def _measure_reference(
@@ -216,7 +226,10 @@ def _measure_reference(
     """Return what the samples are scored against; None on ranks but the first."""
     path = reference_path(data)
     if path:
-        return _measure_file(path, extractor, parts, context)
+        reference = _measure_file(path, extractor, parts, context)
+        if reference and not is_coco(data):
+            _warn_of_others(path, reference)
+        return reference
     images = load(data)
     assert isinstance(images, ImageSet)
     return _measure_set(data.name, _GreyLevels(images), extractor, parts, context)
@@ -225,7 +238,7 @@ def _measure_reference(
 def _measure_file(
     path: Path, extractor: Extractor, parts: Path, context: RunContext
 ) -> Reference | None:
-    """Return the reference in a file, with a warning if the file is not ADM's."""
+    """Return the reference in a file; None on ranks but the first."""
     with name_in_errors(path):
         check_features(path, extractor)
         # The ranks measure the images together, and the first one alone reads the statistics.
@@ -235,15 +248,17 @@ def _measure_file(
             measured = measure_shared(extractor, ImageFile(path), folder, context)
         if not context.group.first:
             return None
-        reference = reference_of(path, measured)
+        return reference_of(path, measured)
 
+
+def _warn_of_others(path: Path, reference: Reference) -> None:
+    """Note a warning if a file of a reference is not ADM's."""
     identity = reference.identity
     if identity["num_images"] != ADM_REFERENCE or not identity["statistics"]:
         reference.warnings.append(
             f"{path.name} is not ADM's reference, which holds statistics and {ADM_REFERENCE:,} "
             "images: FID against another one is another number"
         )
-    return reference
 
 
 def _measure_set(

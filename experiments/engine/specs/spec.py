@@ -58,7 +58,7 @@ class Data:
     # 'whole': trained on, and scored against, all images. 'held_out': the set is parted into images
     # to train on, images for choices (validation), and images that are only reported (test).
     split: str = "whole"
-    # Hash of the encoder of the captions that labels stand for; '': they are classes.
+    # Hash or published name of the encoder of the captions that labels stand for; '': classes.
     captions: str = field(default="", metadata=UNSAID)
     # Digest of a prepared folder's content, of data of one's own; "": a set that the suite knows.
     sha256: str = field(default="", metadata=UNSAID)
@@ -238,7 +238,7 @@ class Evaluate:
     # What the scores are computed on: 'inception', 'digits', 'cifar_classifier', and for sets that
     # are split 'digits_judge' or 'cifar_judge'.
     features: str
-    # Policy of the labels: 'random' or 'balanced'.
+    # Policy of the labels: 'random' or 'balanced', or of captions 'one_an_image'.
     labels: str = "random"
     seed: int = 0
     # Of sampling.

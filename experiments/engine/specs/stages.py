@@ -88,6 +88,8 @@ class Protocol:
     # Sampling seeds on which a sweep chooses, and others on which it reports its choice.
     selection_seeds: tuple[int, ...] = (1000,)
     report_seeds: tuple[int, ...] = (0, 1, 2)
+    # Labels of the only rows that it is declared for; (): all.
+    rows: tuple[str, ...] = ()
 
 
 def network(row: Row, protocol: Protocol) -> Backbone:
@@ -103,6 +105,23 @@ def network(row: Row, protocol: Protocol) -> Backbone:
     # An upsampler sees two images: the noisy one and the small one.
     in_channels = 2 * data.channels if row.is_upsampler else data.channels
     return backbone.but(input_size=data.size, in_channels=in_channels, num_classes=data.num_classes)
+
+
+def declared_rows(rows: Sequence[Row], protocol: Protocol, named: bool) -> list[Row]:
+    """Return the rows without networks that a protocol is not declared for.
+
+    Raises:
+        ValueError: None is left, or the user named one of the others.
+    """
+    others = [row.label for row in rows if row.backbone and row.label not in protocol.rows]
+    if not protocol.rows or not others:
+        return list(rows)
+    if named or len(others) == len(rows):
+        raise ValueError(
+            f"protocol {protocol.name} is declared for {', '.join(protocol.rows)}, and not for "
+            f"{others[0]}; choose among these rows, or another protocol"
+        )
+    return [row for row in rows if row.label not in others]
 
 
 def distinct_networks(table: Table, protocol: Protocol) -> list[Row]:

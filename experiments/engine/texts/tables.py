@@ -2,7 +2,8 @@
 
 A folder of images whose labels are indices of captions holds the table as captions.safetensors:
 `context` (M + 1, L, K) and perhaps `pooled` (M + 1, P), or `ids` (M + 1, L), and the hash of the
-text encoder. The last row is the null caption's. Captions of digits are known without a file.
+text encoder. The last row is the null caption's. Captions of digits are known without a file, and
+the states of MS-COCO's captions stay on disk (`states.py`).
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from torch import nn
 
 import backbones
 from experiments.engine.data.captioned import grammar
+from experiments.engine.data.captioned.folders import is_coco
+from experiments.engine.data.captioned.pictures import captions_folder
 from experiments.engine.data.locate import folder_of
 from experiments.engine.specs.spec import Data
+from experiments.engine.texts.states import stored_table
 
 FILE = "captions.safetensors"
 TENSORS = ("context", "pooled", "ids")
@@ -57,6 +61,8 @@ def read_table(folder: Path) -> backbones.CaptionTable:
 
 def table_of(data: Data) -> backbones.CaptionTable:
     """Return the table of a set's captions: ids of words for digits, else that of its folder."""
+    if is_coco(data):
+        return stored_table(captions_folder())
     if data.name not in grammar.NAMES:
         return read_table(folder_of(data))
     vocabulary = backbones.Vocabulary(grammar.WORDS)

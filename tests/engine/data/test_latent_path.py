@@ -81,7 +81,7 @@ def is_second() -> Callable[..., bool]:
 def arm(stage: str) -> None:
     """Let the process be killed within a stage, or within none."""
     if stage == "encoding":
-        shards.read_picture = dying(read_picture, lambda path, size: path.parent.name == "flower")
+        shards.read_picture = dying(read_picture, lambda path, *_: path.parent.name == "flower")
     elif stage == "training":
         Trainer._update = dying(Trainer._update, lambda trainer, *batch: trainer.step == 5)
     elif stage == "sampling":

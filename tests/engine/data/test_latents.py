@@ -145,12 +145,12 @@ def write_half(file: BinaryIO, rows: np.ndarray) -> None:
 def encode_until_killed(job: EncodingJob, folder: Path, place: str) -> None:
     """Encode pictures in a process that is killed at a place of its work."""
     if place == "encoding":
-        encode.read_picture = dying(read_picture, lambda path, size: path.parent.name == "n02")
+        encode.read_picture = dying(read_picture, lambda path, *_: path.parent.name == "n02")
     elif place == "writing":
         of_second = "shard-00001"
         encode.np.save = dying(np.save, lambda file, rows: of_second in file.name, write_half)
     else:
-        encode._write_json = dying(encode._write_json, lambda path, value: path.name == place)
+        encode.write_json = dying(encode.write_json, lambda path, value: path.name == place)
     encode_pictures(job, folder, ignore_progress)
 
 

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from experiments.engine.data.pictures import (
+    Crop,
     centre_crop,
     describe_modes,
     find_pictures,
@@ -106,6 +107,23 @@ def test_a_resize_in_one_go_is_another_picture():
     image = picture(0, 301, 257)
     direct = np.asarray(image.resize((75, 64), Image.Resampling.BICUBIC))[:, 5:69]
     assert (centre_crop(image, 64) != direct).mean() > 0.2
+
+
+@pytest.mark.parametrize(("width", "height"), [(101, 64), (64, 101), (90, 133), (65, 64)])
+def test_the_square_of_the_short_side_is_cut_before_lanczos(
+    tmp_path: Path, width: int, height: int
+):
+    image = picture(0, width, height)
+    image.save(tmp_path / "a.png")
+    pixels, _ = read_picture(tmp_path / "a.png", 40, Crop.SQUARE)
+
+    # As U-ViT cuts an array, and not as ADM does.
+    side = min(width, height)
+    rows = slice((height - side) // 2, (height + side) // 2)
+    columns = slice((width - side) // 2, (width + side) // 2)
+    square = Image.fromarray(np.asarray(image)[rows, columns])
+    assert np.array_equal(pixels, square.resize((40, 40), Image.Resampling.LANCZOS))
+    assert (pixels != read_picture(tmp_path / "a.png", 40)[0]).mean() > 0.2
 
 
 def test_grey_and_cmyk_pictures_become_rgb(tmp_path: Path):

@@ -22,6 +22,7 @@ from experiments.engine.data.pictures import (
     COMPANION_FOLDERS,
     DAMAGED,
     SUFFIXES,
+    Crop,
     read_picture,
     show_name,
 )
@@ -47,18 +48,27 @@ class ImageFolder:
     labels: (N,) of a set that sample.py wrote, else None.
     index: each image's place in the order of generation (N,), likewise.
     origin: what the sampler wrote about itself, likewise.
-    crop: side to which the images are cropped as ADM does; None keeps their one size.
+    crop: side to which the images are cropped; None keeps their one size.
+    rule: how they are cropped.
     """
 
     stray: tuple[str, ...] = ()  # statistics lie in .npz files alone
 
-    def __init__(self, path: Path, *, lossy: bool = False, crop: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        lossy: bool = False,
+        crop: int | None = None,
+        rule: Crop = Crop.ADM,
+    ) -> None:
         """List a folder and read the header of every picture.
 
         Args:
             path: the folder.
             lossy: whether lossy pictures are taken.
-            crop: side of ADM's crops; without it, all pictures need one size.
+            crop: side of the crops; without it, all pictures need one size.
+            rule: how they are cropped.
 
         Raises:
             ValueError: the folder is empty or holds something else than pictures, a lossy one
@@ -66,6 +76,7 @@ class ImageFolder:
         """
         self.path = path
         self.crop = crop
+        self.rule = rule
         self.files = _list_pictures(path)
 
         # Every header is read before anything is measured.
@@ -103,7 +114,7 @@ class ImageFolder:
 
     def _read(self, file: Path) -> ndarray:
         if self.crop is not None:
-            return read_picture(file, self.crop)[0]
+            return read_picture(file, self.crop, self.rule)[0]
         pixels = _decode(file)
         if pixels.shape != self.shape[1:]:
             raise ValueError(f"{show_name(file)}: changed its size while the folder was read")
@@ -113,10 +124,12 @@ class ImageFolder:
 StoredImages = ImageFile | ImageFolder
 
 
-def open_images(path: Path, *, lossy: bool = False, crop: int | None = None) -> StoredImages:
+def open_images(
+    path: Path, *, lossy: bool = False, crop: int | None = None, rule: Crop = Crop.ADM
+) -> StoredImages:
     """Open a folder of pictures or an .npz of images; ValueError if it holds no such images."""
     if path.is_dir():
-        return ImageFolder(path, lossy=lossy, crop=crop)
+        return ImageFolder(path, lossy=lossy, crop=crop, rule=rule)
     images = ImageFile(path)
     if crop is not None:
         raise ValueError(f"{path}: --size crops folders of pictures, and this is a file")

@@ -13,6 +13,7 @@ import numpy as np
 from numpy import ndarray
 
 from experiments.engine.data.image_files import name_in_errors, read_origin
+from experiments.engine.data.pictures import Crop
 from experiments.engine.records.files import require_target, written_whole
 from experiments.engine.scoring.files.any_order import measure_in_any_order
 from experiments.engine.scoring.files.folders import ImageFolder, StoredImages
@@ -23,7 +24,10 @@ from experiments.engine.scoring.reference import content_sha256, identify_featur
 
 KIND = "reference"
 OPTION = "--out"
-CROP = "ADM: box halvings, bicubic to the short side, centre"
+CROPS = {
+    Crop.ADM: "ADM: box halvings, bicubic to the short side, centre",
+    Crop.SQUARE: Crop.SQUARE.value,
+}
 
 
 def require_own_reference(path: Path) -> None:
@@ -77,7 +81,7 @@ def _describe_folder(images: ImageFolder) -> dict[str, Any]:
     """Say how pictures became images of one size."""
     heights, widths = zip(*images.sizes, strict=True)
     return {
-        "crop": CROP if images.crop else None,
+        "crop": CROPS[images.rule] if images.crop else None,
         "stored_sizes": {
             "num": len(images.sizes),
             "smallest": [min(heights), min(widths)],

@@ -67,7 +67,8 @@ def measure_reach(job: EncodingJob, num: int, inception: Inception | None) -> di
     features = Moments(WIDTH), Moments(WIDTH)
     for index in chosen:
         try:
-            pixels, _ = read_picture(job.pictures.root / job.pictures.files[index], job.size)
+            path = job.pictures.root / job.pictures.files[index]
+            pixels, _ = read_picture(path, job.size, job.crop)
         except UnreadablePicture:
             if job.skip:
                 continue
