@@ -8,6 +8,7 @@
     python experiments/efficiency.py --claims                    claims about speed, with verdicts
     python experiments/efficiency.py --profile DiCo-S            where the time of a row goes
     python experiments/efficiency.py --predict                   predict GPUs by their data sheets
+    python experiments/efficiency.py --memory                    memory of trainings, traced
 
 Everything runs once and becomes a record. `--report` prints existing records and runs nothing.
 `--cluster slurm` submits one job per network. With --compile or --graphs, tables, sweeps and the
@@ -24,10 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from experiments.ablation import TABLES as ABLATIONS
 from experiments.declared import speed_claims, timings
+from experiments.declared.protocols import DIGITS, IMAGENET256, IMAGENET512
 from experiments.declared.systems import IMAGES, SYSTEMS
 from experiments.engine.cli import (
     Outcome,
@@ -51,15 +54,24 @@ from experiments.engine.reporting.efficiency.details import (
     sweep_sheet,
 )
 from experiments.engine.reporting.efficiency.images import images_sheet
+from experiments.engine.reporting.efficiency.memory import read_needs
+from experiments.engine.reporting.efficiency.memory_sheet import (
+    MODES,
+    Card,
+    MemoryRow,
+    memory_sheet,
+)
 from experiments.engine.reporting.efficiency.predicted_sheets import predicted_sheet
 from experiments.engine.reporting.efficiency.predictions import Declared, read_predictions
 from experiments.engine.reporting.efficiency.speed import Acceleration, speed_sheet
 from experiments.engine.reporting.render import render
 from experiments.engine.reporting.sheet import Sheet
-from experiments.engine.specs.spec import Cost, Timing
-from experiments.engine.specs.stages import cost_stages
+from experiments.engine.specs.spec import Cost, Timing, Train
+from experiments.engine.specs.stages import cost_stages, train_stage
 from experiments.main_results import TABLES
 
+# The row of which the table of memory says in words what it takes.
+MEMORY_ASKED = "DiCo-H"
 PREDICTED = (TABLES[1], TABLES[2], ABLATIONS[3], ABLATIONS[4])
 TIMED = {number: table for number, table in TABLES.items() if table.timed}
 
@@ -82,8 +94,9 @@ def _run(args: argparse.Namespace, arguments: Sequence[str] | None) -> int:
     rows = args.rows or [args.profile or ""]
     device = device_of(args, rows[0])
     store = open_store(args.results)
-    if args.predict:
-        print(render(_predict(store), args.format))
+    if args.predict or args.memory:
+        sheets = _predict(store) if args.predict else [_memory(args, store)]
+        print(render(sheets, args.format))
         return 0
     work = _choose(args, device, store)
     outcome = carry_out(work.plan, args, store, arguments)
@@ -111,6 +124,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="predict Tables 1 to 4 on GPUs and write results/predictions (takes about 20 minutes)",
     )
+    subject.add_argument(
+        "--memory",
+        action="store_true",
+        help="trace what trainings of Tables 1 to 4 need, as far as results/predictions lacks it "
+        "(takes about 10 minutes; with --report: nothing)",
+    )
 
     # The other options narrow the subject or change how it is measured.
     parser.add_argument(
@@ -137,6 +156,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="select rows by label; on a CPU this also times large ones",
     )
 
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="GB",
+        help="with --memory: gigabytes of each of eight cards (default: 24)",
+    )
+
     # The shared options come last, and some options need others.
     add_format_option(parser)
     add_run_options(parser)
@@ -156,6 +182,8 @@ def _check_combination(parser: Parser, args: argparse.Namespace) -> None:
             "--compile and --graphs go with --table or --figure: claims and profiles are about "
             "networks without either"
         )
+    if args.budget is not None and not (args.memory and args.budget > 0):
+        parser.error("--budget goes with --memory, and takes gigabytes above 0")
     if args.task != "forward" and not (args.table or args.profile):
         parser.error("--task goes with --table or --profile")
 
@@ -253,6 +281,51 @@ def predicted_on_cpu(store: Store) -> list[Declared]:
         for declared in timings.predicted(table, row, "cpu")
         if store.reference.latest(declared.stages["fp32"])
     ]
+
+
+def _memory(args: argparse.Namespace, store: Store) -> Sheet:
+    """Trace what the predictions lack, write them, and return the table."""
+    rows = [row for row in memory_rows() if args.rows is None or row.label in args.rows]
+    if not rows:
+        known = ", ".join(dict.fromkeys(repr(row.label) for row in memory_rows()))
+        raise ValueError(f"Tables 1 to 4 have no network as any of --rows; known: {known}")
+    if not args.report:
+        # Tracing needs torch.
+        from experiments.engine.timing.memory.predict import write_all
+
+        trainings = [in_precision(row.train, mode) for row in rows for mode in MODES]
+        small = [] if args.rows else small_trainings()
+        tell = partial(print, file=sys.stderr)
+        write_all([*trainings, *small], store.root, tell)
+    card = Card(args.budget) if args.budget else None
+    return memory_sheet(rows, read_needs(store.root), MEMORY_ASKED, card)
+
+
+def memory_rows() -> list[MemoryRow]:
+    """Return whose memory is predicted: the networks of Tables 1 to 4, on latents of ImageNet."""
+    rows = []
+    for table in PREDICTED:
+        protocol = IMAGENET512 if table is TABLES[2] else IMAGENET256
+        for row in table.rows:
+            if row.backbone:
+                train = train_stage(row, protocol, seed=0)
+                batch = (row.method.recipe if row.method else train.recipe).batch
+                # Guidance and a number of steps change no memory.
+                label = row.label.removesuffix(" (w/ CFG)").partition(", ")[0]
+                rows.append(MemoryRow(str(table.number), label, train, batch))
+    return rows
+
+
+def small_trainings() -> list[Train]:
+    """Return the trainings on digits, whose memory a dry run tells at once."""
+    tables = (TABLES[1], ABLATIONS[3], ABLATIONS[4])
+    return [
+        train_stage(row, DIGITS, seed=0) for table in tables for row in table.rows if row.backbone
+    ]
+
+
+def in_precision(train: Train, mode: str) -> Train:
+    return replace(train, recipe=replace(train.recipe, precision=mode))
 
 
 def _sweeps(args: argparse.Namespace, device: str, acceleration: Acceleration) -> Work:

@@ -22,6 +22,7 @@ from analysis.tables.progress import progress_sheet
 from analysis.tables.recipes import recipe_sheet
 from analysis.tables.speeds import (
     predicted_cpu_sheet,
+    predicted_memory_sheet,
     predicted_speed_ups_sheet,
     predicted_throughput_sheet,
     throughput_sheet,
@@ -66,4 +67,5 @@ SHEETS: dict[str, Callable[[ReferenceStore], Sheet]] = {
     "predicted_claims": predicted_speed_ups_sheet,
     **{f"predicted_{task}": partial(predicted_throughput_sheet, task) for task in timings.TASKS},
     "predicted_cpu": predicted_cpu_sheet,
+    "memory": predicted_memory_sheet,
 }

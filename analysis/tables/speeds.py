@@ -1,4 +1,4 @@
-"""Throughput in every numeric mode: Table 1's networks as timed, and all as predicted. No torch."""
+"""Throughput in every numeric mode, as timed and as predicted, and memory. No torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from analysis.query import ReferenceStore, latest
 from analysis.tables.caveats import add_caveats
 from experiments import efficiency, main_results
 from experiments.declared import timings
+from experiments.engine.reporting.efficiency.memory import read_needs
+from experiments.engine.reporting.efficiency.memory_sheet import memory_sheet
 from experiments.engine.reporting.efficiency.predicted_sheets import (
     cpu_sheet,
     predicted_claims_sheet,
@@ -50,6 +52,12 @@ def predicted_throughput_sheet(task: str, store: ReferenceStore) -> Sheet:
     rows = efficiency.predicted_rows(store)
     predictions = read_predictions(store.root)
     return predicted_sheet(task, rows, predictions, store.root, store.reference)
+
+
+def predicted_memory_sheet(store: ReferenceStore) -> Sheet:
+    """What memory trainings need, and what fits a card."""
+    needs = read_needs(store.root)
+    return memory_sheet(efficiency.memory_rows(), needs, efficiency.MEMORY_ASKED)
 
 
 def predicted_cpu_sheet(store: ReferenceStore) -> Sheet:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 # Takes the multiply-accumulates of a call, and whether the call only samples between pixels.
 Counter = Callable[[int, bool], AbstractContextManager[None]]
@@ -47,10 +48,17 @@ class Choice:
 def meta_choice(like: int = 0) -> Choice:
     """Return the choice of the meta device, which computes nothing.
 
+    By force, tensors that are fake take it too.
+
     Args:
         like: index of the argument that has the output's shape and dtype.
     """
-    return Choice("shape", lambda *args: _Shape.apply(like, *args), lambda *args: args[0].is_meta)
+    return Choice(
+        "shape",
+        lambda *args: _Shape.apply(like, *args),
+        supports=lambda *args: args[0].is_meta or isinstance(args[0], FakeTensor),
+        pays=lambda *args: args[0].is_meta,
+    )
 
 
 class _Shape(torch.autograd.Function):

@@ -6,7 +6,7 @@ This module does not import torch.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,12 +22,14 @@ from experiments.engine.cluster.submit import (
 )
 from experiments.engine.jobs.estimate import duration, training_seconds
 from experiments.engine.jobs.job import Job
+from experiments.engine.jobs.memory import Share, amount, describe_parts, known_needs, memory_of
 from experiments.engine.jobs.plan import Plan, TablePlan, missing
 from experiments.engine.jobs.pool import available_cores, run_here
 from experiments.engine.jobs.progress import ProgressDisplay
 from experiments.engine.records.code import own_code
 from experiments.engine.records.store import Store
 from experiments.engine.records.tree import warn_without_commit
+from experiments.engine.reporting.efficiency.memory import Key, Needs, Settings, Sharding
 from experiments.engine.specs.spec import Train
 
 
@@ -105,11 +107,12 @@ class _Cost:
 
 
 def describe(plan: Plan, store: Store) -> str:
-    """Return each array's batch script, and the expected GPU-hours of each training."""
+    """Return each array's batch script, and the GPU-hours and memory of each training."""
     folder = store.root.resolve() / "submissions" / "dico-YYYYMMDD-XXXXXXXX"
     unit = "GPU-hours" if plan.device == "cuda" else "process-hours"
     lines: list[str] = []
     costs: list[_Cost] = []
+    known = known_needs(store)
 
     for array in arrays(plan, store):
         script = batch_script_text(array.site, folder, len(array.jobs))
@@ -118,6 +121,7 @@ def describe(plan: Plan, store: Store) -> str:
             if _trainings(job):
                 costs.append(_training_cost(job, plan, store))
                 lines.append(f"{job.label}: {_cost_text(costs[-1], unit)}")
+                lines += _memory_lines(job, array.site, known)
 
     variables = scheduler.variables_for_sbatch()
     if variables:
@@ -148,6 +152,22 @@ def _cost_text(cost: _Cost, unit: str) -> str:
     if cost.hours is None:
         return f"{unit} of training unknown"
     return f"about {_amount(cost.hours)} {unit} of training, by {', '.join(cost.sources)}"
+
+
+def _memory_lines(job: Job, site: Site, known: Mapping[Key, Needs]) -> list[str]:
+    """Return what each process of a job needs for its trainings."""
+    sharding = Sharding.OPTIMISER if site.shard_optimizer else Sharding.NOTHING
+    settings = Settings(site.world_size, sharding)
+    share = Share(settings, site.micro_batch or None, site.recompute)
+    lines = []
+    for train in _trainings(job):
+        found = memory_of(train, share, known)
+        if found:
+            parts, images = found
+            lines.append(
+                f"{job.label}: {amount(parts.total)} per process: {describe_parts(parts, images)}"
+            )
+    return lines
 
 
 def _total(costs: Sequence[_Cost], unit: str) -> str:

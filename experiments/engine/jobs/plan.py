@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 from experiments.engine.jobs.estimate import duration, matches_device, training_seconds
 from experiments.engine.jobs.job import Job
+from experiments.engine.jobs.memory import Share, amount, describe_parts, known_needs, memory_of
 from experiments.engine.records.store import Store
+from experiments.engine.reporting.efficiency.memory import Parts
 from experiments.engine.specs.selection import Selection
 from experiments.engine.specs.spec import Cost, Stage, Train, kind_of, spec_id
 
@@ -99,13 +101,14 @@ def missing(jobs: Sequence[Job], store: Store) -> list[Job]:
 
 
 def describe(plan: Plan, store: Store) -> str:
-    """Return one line per stage: whether it is done, or how long it is expected to take."""
+    """Return one line per stage: whether it is done, or what it is expected to take."""
     lines: list[str] = []
     seconds, unknown = 0.0, 0
+    memory = _Memory(store)
 
     # A stage without a record adds its expected time to the total.
     for planned in _stages(plan):
-        state, cost = "done", ""
+        state, costs = "done", []
         if store.here.latest(planned.stage) is None:
             failed = store.here.latest(planned.stage, status="failed")
             state = "failed before, would run again" if failed else "would run"
@@ -114,12 +117,45 @@ def describe(plan: Plan, store: Store) -> str:
                 unknown += 1
             else:
                 seconds += expected
-                cost = f"about {duration(expected)}"
+                costs.append(f"about {duration(expected)}")
+            costs += memory.of(planned)
 
         name, kind = spec_id(planned.stage), kind_of(planned.stage)
-        lines.append(f"{name}  {kind:8}  {planned.label:34}  {state}  {cost}".rstrip())
+        line = f"{name}  {kind:8}  {planned.label:34}  {state}  {', '.join(costs)}"
+        lines.append(line.rstrip())
 
-    return "\n".join([*lines, f"total: {_total(seconds, unknown, plan.device)}"])
+    total = f"total: {_total(seconds, unknown, plan.device)}"
+    return "\n".join([*lines, *memory.summary(), total])
+
+
+class _Memory:
+    """What the trainings of a plan need, each in one process of its own."""
+
+    def __init__(self, store: Store) -> None:
+        self._known = known_needs(store)
+        # Label, parts and micro-batch of the training that needs the most.
+        self._most: tuple[str, Parts, int] | None = None
+
+    def of(self, planned: _Planned) -> list[str]:
+        """Return what a stage needs; nothing if it is no training or that is not predicted."""
+        if not isinstance(planned.stage, Train):
+            return []
+        found = memory_of(planned.stage, Share(), self._known)
+        if found is None:
+            return []
+        parts, images = found
+        if self._most is None or parts.total > self._most[1].total:
+            self._most = planned.label, parts, images
+        return [amount(parts.total)]
+
+    def summary(self) -> list[str]:
+        """Return the line about the training that needs the most."""
+        if self._most is None:
+            return []
+        label, parts, images = self._most
+        return [
+            f"memory: at most {amount(parts.total)}, by {label}: {describe_parts(parts, images)}"
+        ]
 
 
 def _total(seconds: float, unknown: int, device: str) -> str:

@@ -17,7 +17,7 @@ def recompute_blocks(model: nn.Module) -> None:
     Raises:
         ValueError: the network has no list of blocks.
     """
-    blocks = _find_blocks(model)
+    blocks = find_blocks(model)
     if not blocks:
         raise ValueError(
             f"{type(model).__name__} has no list of blocks to compute again; leave out recompute"
@@ -27,10 +27,10 @@ def recompute_blocks(model: nn.Module) -> None:
         block.forward = forward
 
 
-def _find_blocks(module: nn.Module, listed: bool = False) -> list[nn.Module]:
+def find_blocks(module: nn.Module, listed: bool = False) -> list[nn.Module]:
     """Return the outermost blocks below a module; `listed` tells whether a list holds it."""
     # A dictionary in a list only names a block.
     holds = isinstance(module, nn.ModuleList) or (listed and isinstance(module, nn.ModuleDict))
     if listed and not holds:
         return [module]
-    return [block for child in module.children() for block in _find_blocks(child, holds)]
+    return [block for child in module.children() for block in find_blocks(child, holds)]
