@@ -219,8 +219,11 @@ class Captions(nn.Module):
 
     def _code(self, y: Tensor) -> Text:
         """Make codes of indices, which differ for all captions, the null caption among them."""
-        if not y.is_meta and not bool(((y >= 0) & (y <= self.num_captions)).all()):
+        known = ((y >= 0) & (y <= self.num_captions)).all()
+        if y.is_cpu and not bool(known):
             raise IndexError(f"indices of captions lie in 0..{self.num_captions}, got {y.tolist()}")
+        # A GPU checks by itself, as it does for a table of labels; the host would have to wait.
+        torch._assert_async(known, f"indices of captions lie in 0..{self.num_captions}")
         place = y[:, None] * self.tokens + torch.arange(self.tokens, device=y.device)  # (N, L)
         if self.encoder is not None:
             return Text(self.encoder(place % self.encoder.vocabulary))

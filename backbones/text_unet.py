@@ -165,7 +165,8 @@ class TextUNet(UNet, TextNetwork):
         """Embed the pooled caption and the six sizes: (N, P), (N, 6) -> (N, E)."""
         if sizes is None:
             side = PIXELS * self.input_size
-            sizes = pooled.new_tensor([side, side, 0, 0, side, side]).expand(len(pooled), -1)
+            sizes = pooled.new_full((len(pooled), 6), side)
+            sizes[:, 2:4] = 0  # nothing is cropped
         waves = timestep_sinusoid(sizes.flatten(), self.size_dim).view(len(pooled), -1)
         return self.label_emb[0](torch.cat([pooled, waves.to(pooled.dtype)], dim=1))
 

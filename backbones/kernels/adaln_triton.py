@@ -15,6 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from backbones.kernels.launch import launch
+
 # Rows of a program.
 ROWS = 16
 
@@ -103,8 +105,7 @@ class _AdaLN(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
         x, shift, scale = x.contiguous(), shift.contiguous(), scale.contiguous()
         y = torch.empty_like(x)
-        with torch.cuda.device_of(x):
-            _forward[_grid(x)](x, shift, scale, y, *x.shape[1:], eps, **_blocks(x))
+        launch(_forward, _grid(x), x, shift, scale, y, *x.shape[1:], eps, **_blocks(x))
         ctx.save_for_backward(x, scale)
         ctx.eps = eps
         return y
@@ -118,10 +119,8 @@ class _AdaLN(torch.autograd.Function):
 
         # Every program leaves one term for the gradients of shift and scale.
         terms = [x.new_empty(len(x), grid[0], x.shape[-1], dtype=torch.float32) for _ in range(2)]
-        with torch.cuda.device_of(x):
-            _backward[grid](
-                x, scale, grad.contiguous(), grad_x, *terms, *x.shape[1:], ctx.eps, **_blocks(x)
-            )
+        sizes = (*x.shape[1:], ctx.eps)
+        launch(_backward, grid, x, scale, grad.contiguous(), grad_x, *terms, *sizes, **_blocks(x))
         grad_shift, grad_scale = (term.sum(1, keepdim=True).to(scale.dtype) for term in terms)
         return grad_x, grad_shift, grad_scale, None
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backbones.kernels.launch import is_fake
 from backbones.kernels.op import Choice, Op, never
 
 
@@ -59,6 +60,7 @@ def _flash_supports(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None)
         and q.dtype in (torch.float16, torch.bfloat16)
         and q.shape[-1] <= 256
         and bias is None
+        and not is_fake(q)
         and _flash_installed()
     )
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backbones.kernels.launch import is_fake
 from backbones.kernels.op import Choice, Op, meta_choice
 
 
@@ -51,6 +52,7 @@ def _supports(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
         x.is_cuda
         and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and 2 <= weight.shape[-1] <= 4
+        and not is_fake(x)
         and _installed()
     )
 

@@ -20,8 +20,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Pixels and channels of a program.
-PIXELS, CHANNELS = 64, 64
+from backbones.kernels.launch import launch
+
+# Pixels and channels of a program; with twice the pixels a thread's registers spill.
+PIXELS, CHANNELS = 32, 64
 
 
 @triton.jit
@@ -56,7 +58,7 @@ def _convolve(x_ptr, weight_ptr, bias_ptr, at, h, w, channel, real, H, W, C, K: 
     """Return z, the convolution and its bias."""
     bias = tl.load(bias_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
     z = bias[None, :] + tl.zeros(at.shape, tl.float32)
-    for tap in tl.static_range(K * K):
+    for tap in range(K * K):
         weight = _tap(weight_ptr, channel, tap, C, K)
         x = _neighbour(x_ptr, at, h, w, tap // K - K // 2, tap % K - K // 2, H, W, C, real)
         z += weight[None, :] * x
@@ -112,7 +114,7 @@ def _backward_z(
     # The program's terms of the gradients of bias and weight.
     term = tl.program_id(0).to(tl.int64) * C + channel
     tl.store(bias_terms + term, tl.sum(grad_z, axis=0), mask=channel < C)
-    for tap in tl.static_range(K * K):
+    for tap in range(K * K):
         x = _neighbour(x_ptr, at, h, w, tap // K - K // 2, tap % K - K // 2, H, W, C, real)
         tl.store(weight_terms + term * K * K + tap, tl.sum(grad_z * x, axis=0), mask=channel < C)
 
@@ -133,7 +135,7 @@ def _backward_x(
     at, h, w, channel, real = _places(N, H, W, C, PIXELS, CHANNELS)
 
     grad_x = tl.zeros(at.shape, tl.float32)
-    for tap in tl.static_range(K * K):
+    for tap in range(K * K):
         # A pixel contributed to the outputs on the other side of the tap.
         weight = _tap(weight_ptr, channel, tap, C, K)
         dy = K // 2 - tap // K
@@ -164,8 +166,7 @@ class _DepthwiseGelu(torch.autograd.Function):
         x = x.contiguous(memory_format=torch.channels_last)
         weight = weight.flatten(1).contiguous()  # (C, k k)
         y = torch.empty_like(x)
-        with torch.cuda.device_of(x):
-            _forward[_grid(x)](x, weight, bias, y, *_sizes(x), **_blocks(ctx.side))
+        launch(_forward, _grid(x), x, weight, bias, y, *_sizes(x), **_blocks(ctx.side))
         ctx.save_for_backward(x, weight, bias)
         return y
 
@@ -181,11 +182,9 @@ class _DepthwiseGelu(torch.autograd.Function):
         grad_z, grad_x = torch.empty_like(x), torch.empty_like(x)
         weight_terms = x.new_empty(grid[0], *weight.shape, dtype=torch.float32)
         bias_terms = x.new_empty(grid[0], len(weight), dtype=torch.float32)
-        with torch.cuda.device_of(x):
-            _backward_z[grid](
-                x, weight, bias, grad, grad_z, weight_terms, bias_terms, *_sizes(x), **blocks
-            )
-            _backward_x[grid](grad_z, weight, grad_x, *_sizes(x), **blocks)
+        terms = (weight_terms, bias_terms)
+        launch(_backward_z, grid, x, weight, bias, grad, grad_z, *terms, *_sizes(x), **blocks)
+        launch(_backward_x, grid, grad_z, weight, grad_x, *_sizes(x), **blocks)
         grad_weight = weight_terms.sum(0).to(weight.dtype).view(len(weight), 1, ctx.side, ctx.side)
         return grad_x, grad_weight, bias_terms.sum(0).to(bias.dtype)
 

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backbones.kernels.launch import is_fake
 from backbones.kernels.op import Choice, Op, meta_choice
 from backbones.kernels.precision import at_least_float32
 
@@ -134,7 +135,7 @@ def _fla_installed() -> bool:
 
 def _fla_supports(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> bool:
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
-    return q.is_cuda and q.dtype in dtypes and _fla_installed()
+    return q.is_cuda and q.dtype in dtypes and not is_fake(q) and _fla_installed()
 
 
 def _fla_pays(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> bool:

@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from backbones.kernels.launch import launch
+
 # Pixels and channels of a program.
 PIXELS, CHANNELS = 64, 64
 
@@ -98,8 +100,7 @@ def _launch(x: Tensor, taps: Tensor, side: int, sign: int) -> Tensor:
     n, c, height, width = x.shape
     y = torch.empty_like(x)
     grid = (n * triton.cdiv(height * width, PIXELS), triton.cdiv(c, CHANNELS))
-    with torch.cuda.device_of(x):
-        _correlate[grid](x, taps, y, height, width, c, SIGN=sign, **_blocks(side))
+    launch(_correlate, grid, x, taps, y, height, width, c, SIGN=sign, **_blocks(side))
     return y
 
 
@@ -122,8 +123,7 @@ class _SampleDepthwise(torch.autograd.Function):
         n, c, height, width = x.shape
         grad_taps = torch.empty_like(taps)
         grid = (n * ctx.side**2, triton.cdiv(c, CHANNELS))
-        with torch.cuda.device_of(x):
-            _backward_taps[grid](x, grad, grad_taps, height, width, c, **_blocks(ctx.side))
+        launch(_backward_taps, grid, x, grad, grad_taps, height, width, c, **_blocks(ctx.side))
         return grad_x, grad_taps, None
 
 

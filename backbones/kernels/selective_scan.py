@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from backbones.kernels.launch import is_fake
 from backbones.kernels.op import Choice, Op, meta_choice
 
 
@@ -181,7 +182,7 @@ def _mamba_ssm_supports(
     u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, z: Tensor, bias: Tensor
 ) -> bool:
     same_dtype = all(x.dtype == u.dtype for x in (delta, b, c, z))
-    return _on_gpu(u, a) and same_dtype and _mamba_ssm_installed()
+    return _on_gpu(u, a) and same_dtype and not is_fake(u) and _mamba_ssm_installed()
 
 
 def _triton_supports(u: Tensor, delta: Tensor, a: Tensor, *rest: Tensor) -> bool:

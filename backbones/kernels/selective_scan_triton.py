@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from backbones.kernels.launch import launch
+
 # With 8 warps, a thread has 16 values of each operand of the scan: both operands and the results
 # fit the registers.
 _BLOCK_T, _STATES, _WARPS = 16, 256, 8
@@ -263,10 +265,8 @@ class _Scan(torch.autograd.Function):
         if keep:
             chunks = triton.cdiv(steps, _BLOCK_T)
             states = a.new_empty(samples, chunks, *a.shape, dtype=torch.float32)
-        with torch.cuda.device_of(u):
-            _forward[grid](
-                *inputs, out, states, *a.shape, steps, KEEP=keep, **blocks, num_warps=_WARPS
-            )
+        sizes = (*a.shape, steps)
+        launch(_forward, grid, *inputs, out, states, *sizes, KEEP=keep, **blocks, num_warps=_WARPS)
         if keep:
             ctx.save_for_backward(*inputs, states)
         return out
@@ -291,24 +291,25 @@ class _Scan(torch.autograd.Function):
             empty_terms(channels),
         )
         b_terms, c_terms = (empty_terms(grid[0], *b.shape[1:]) for _ in range(2))
-        with torch.cuda.device_of(u):
-            _backward[grid](
-                *inputs,
-                states,
-                grad.contiguous(),
-                grad_u,
-                grad_delta,
-                a_terms,
-                b_terms,
-                c_terms,
-                d_terms,
-                grad_z,
-                bias_terms,
-                *a.shape,
-                steps,
-                **blocks,
-                num_warps=_WARPS,
-            )
+        launch(
+            _backward,
+            grid,
+            *inputs,
+            states,
+            grad.contiguous(),
+            grad_u,
+            grad_delta,
+            a_terms,
+            b_terms,
+            c_terms,
+            d_terms,
+            grad_z,
+            bias_terms,
+            *a.shape,
+            steps,
+            **blocks,
+            num_warps=_WARPS,
+        )
         return (
             grad_u,
             grad_delta,

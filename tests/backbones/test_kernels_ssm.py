@@ -153,30 +153,6 @@ def test_scan_in_triton_runs_in_the_interpreter():
     passes(__file__, "scan_in_triton_agrees", len(SIZES))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("name, flags", [("_forward", {"KEEP": True}), ("_backward", {})])
-def test_scan_in_triton_compiles_for_a_gpu_that_is_not_here(name: str, flags: dict[str, bool]):
-    """The kernels compile for an A100 on any machine."""
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-
-    from backbones.kernels import selective_scan_triton
-
-    # Arguments that are no constants are sizes (D, S, T) or pointers.
-    kernel = getattr(selective_scan_triton, name)
-    constants = flags | selective_scan_triton._blocks(3072, 16)
-    types = {}
-    for argument in kernel.arg_names:
-        types[argument] = "i32" if argument in "DST" else "*fp32"
-    types |= dict.fromkeys(constants, "constexpr")
-
-    # Triton knows constants by their place.
-    values = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
-    source = triton.compiler.ASTSource(kernel, types, values)
-    target = GPUTarget("cuda", 80, 32)
-    assert triton.compile(source, target=target, options={"num_warps": 8}).asm["cubin"]
-
-
 @pytest.mark.parametrize("taps", [3, 4])
 def test_causal_convolution_agrees_with_the_reference_and_sees_no_future(taps: int):
     """Both choices agree, and an output is the weighted sum of the inputs up to its step."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from importlib import import_module
 
 import pytest
 import torch
@@ -96,27 +95,3 @@ def test_it_is_counted_alike_and_selected_in_one_place():
 def test_taps_that_fill_no_odd_square_are_refused(choice: str, taps: int):
     with pytest.raises(ValueError, match=f"odd square.*got {taps}"):
         run(choice, torch.zeros(1, 2, 3, 3), torch.zeros(1, taps, 2))
-
-
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("name", ["_correlate", "_backward_taps"])
-def test_the_triton_kernels_compile_for_a_gpu_that_is_not_here(name: str):
-    """The kernels compile for an H100 on any machine."""
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-
-    # Arguments that are no constants are pointers or sizes.
-    kernel = getattr(import_module("backbones.kernels.sample_depthwise_triton"), name)
-    constants = dict(K=9, PIXELS=64, CHANNELS=64)
-    if "SIGN" in kernel.arg_names:
-        constants["SIGN"] = -1
-    types = {}
-    for argument in kernel.arg_names:
-        types[argument] = "*fp32" if "ptr" in argument else "i32"
-    types |= dict.fromkeys(constants, "constexpr")
-
-    # Triton knows constants by their place.
-    values = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
-    source = triton.compiler.ASTSource(kernel, types, values)
-    target = GPUTarget("cuda", 90, 32)
-    assert triton.compile(source, target=target, options={"num_warps": 4}).asm["cubin"]

@@ -101,5 +101,5 @@ class ClassifierGradient:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             log_probabilities = self.classifier(x, t).float().log_softmax(dim=-1)  # (N,K)
-            of_labels = log_probabilities[torch.arange(len(x)), y]  # (N,)
+            of_labels = log_probabilities[torch.arange(len(x), device=x.device), y]  # (N,)
             return self.scale * torch.autograd.grad(of_labels.sum(), x)[0]

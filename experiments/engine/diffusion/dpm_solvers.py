@@ -45,10 +45,9 @@ def _even_grid(diffusion: IDDPM, intervals: int) -> _Grid:
     Between the diffusion's steps, log a is linear.
     """
     indices = np.linspace(diffusion.num_steps - 1, 0, intervals + 1)
-    log_a_of_steps = 0.5 * diffusion.alphas_cumprod.log().cpu().numpy()
-    log_a = np.interp(indices, np.arange(diffusion.num_steps), log_a_of_steps)
+    log_a = np.interp(indices, np.arange(diffusion.num_steps), diffusion.log_signal)
     s = np.sqrt(-np.expm1(2 * log_a))
-    times = indices + diffusion.timesteps[0].item()
+    times = indices + diffusion.times[0]
     return _Grid(times, np.exp(log_a), s, log_a - np.log(s))
 
 

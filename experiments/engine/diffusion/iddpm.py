@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -85,6 +86,8 @@ class IDDPM:
         self.noise = (1 - cumprod).sqrt()
         self.inverse_signal = (1 / cumprod).sqrt()  # x0 = inverse_signal x_t - inverse_noise eps
         self.inverse_noise = (1 / cumprod - 1).sqrt()
+        # Solvers make their grids of it on the host, which so waits for no GPU.
+        self.log_signal: np.ndarray = 0.5 * cumprod.log().cpu().numpy()
 
         # Moments of the posterior, DDPM eq. 7. v_0 is 0, but its logarithm is needed: take v_1.
         previous = torch.cat([cumprod.new_ones(1), cumprod[:-1]])

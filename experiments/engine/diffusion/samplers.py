@@ -131,6 +131,18 @@ def _indices_backwards(diffusion: IDDPM) -> list[Tensor]:
     return list(indices.flip(0).split(1))
 
 
+# Samplers by the diffusions that have them.
+OF_IDDPM = ("ancestral", "ddim", "dpm_solver", "dpm_solver_3s", "dpm_solver_diffusers")
+OF_FLOW = (
+    "euler",
+    "heun",
+    "dopri5",
+    "sde",
+    "euler_short_last",
+    "heun_short_last",
+    "adams2",
+    "adams4",
+)
 # Samplers whose steps differ from one another, or are another library's.
 NOT_UNIFORM = (
     "adams2",
@@ -195,10 +207,7 @@ def _bind_to_iddpm(
             return DPMSolver3S(diffusion, spec.num_steps)
         case "dpm_solver_diffusers":
             return DiffusersDPMSolver(diffusion, spec.num_steps)
-    raise ValueError(
-        f"unknown sampler {spec.name!r}; known: ancestral, ddim, dpm_solver, dpm_solver_3s, "
-        "dpm_solver_diffusers"
-    )
+    raise ValueError(f"unknown sampler {spec.name!r}; known: {', '.join(OF_IDDPM)}")
 
 
 def _bind_to_flow(spec: Sampler, flow: Flow, launch: Launch) -> BoundSampler:
@@ -215,7 +224,4 @@ def _bind_to_flow(spec: Sampler, flow: Flow, launch: Launch) -> BoundSampler:
             return Dopri5(spec.atol, spec.rtol)
         case "sde":
             return SDE(flow, spec.num_steps, spec.form, spec.last_step, spec.last_size, launch)
-    raise ValueError(
-        f"unknown sampler {spec.name!r}; known: euler, heun, dopri5, sde, euler_short_last, "
-        "heun_short_last, adams2, adams4"
-    )
+    raise ValueError(f"unknown sampler {spec.name!r}; known: {', '.join(OF_FLOW)}")

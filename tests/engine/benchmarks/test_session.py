@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import benchmark
-from experiments.declared.benchmarks import BENCHMARK, gpu_parts
+from experiments import benchmark, efficiency
+from experiments.declared.benchmarks import BENCHMARK, EFFICIENCY, gpu_parts
 from experiments.engine.benchmarks import session
 from experiments.engine.benchmarks.session import Session
 from experiments.engine.records.store import Store
@@ -147,16 +147,23 @@ def test_parts_are_commands_of_this_tree(device: str):
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_parts_have_arguments_that_the_benchmark_takes(
-    device: str, monkeypatch: pytest.MonkeyPatch
+def test_parts_have_arguments_that_their_scripts_take(
+    device: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
-    """Every part's command line is parsed; nothing is run."""
+    """Every part's command line is parsed and planned; nothing is run."""
     names = ("_run_loop", "_run_loader", "_run_steps", "_run_kernels")
     for name in names:
         monkeypatch.setattr(benchmark, name, lambda args: 0)
     for command in gpu_parts(device, []).values():
         if command[0] == BENCHMARK:
             assert benchmark.main(command[1:]) == 0
+        if command[0] == EFFICIENCY:
+            results = ["--results", str(tmp_path)]
+            assert efficiency.main([*command[1:], "--dry-run", *results]) == 0
+            assert capsys.readouterr().out
 
 
 def test_the_tests_of_kernels_come_first_and_loops_of_minutes_last():
