@@ -45,7 +45,8 @@ class Assumptions:
 
     # probability of residuals as far from normal as these (Shapiro and Wilk)
     normal: float
-    # probability of variances that differ between rows as much as these (Levene, about medians)
+    # probability of variances that differ between rows as much as these (Levene, about medians);
+    # not a number with two seeds
     equal_variances: float
     # probability of an interaction of row and seed as large as this (Tukey's one degree of freedom)
     additive: float
@@ -216,7 +217,9 @@ def _check_assumptions(
 
     everything = list(itertools.chain.from_iterable(residuals.values()))
     normal = float(stats.shapiro(everything).pvalue)
-    equal = float(stats.levene(*residuals.values(), center="median").pvalue)
+    equal = math.nan
+    if len(seed_means) > 2:  # two residuals of a row differ from its median by the same amount
+        equal = float(stats.levene(*residuals.values(), center="median").pvalue)
 
     # Tukey's test: the residual's part along the product of the effects of row and seed
     products = [
