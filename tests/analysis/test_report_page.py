@@ -114,7 +114,7 @@ def copy_published(folder: Path) -> Path:
 def only_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Build no table but the counts, no text and no claims, which take most of the time."""
     monkeypatch.setattr(report, "SHEETS", {"counts": report.SHEETS["counts"]})
-    monkeypatch.setattr(report, "PAGES", ())
+    monkeypatch.setattr(report, "evidence_blocks", lambda store: [])
     empty = Sheet("claims", [Column("claim", "claim")])
     monkeypatch.setattr(report, "claims_sheet", lambda store: empty)
 

@@ -311,5 +311,6 @@ def test_what_makes_runs_faster_is_a_resource_of_them(
 def test_the_plan_counts_shared_networks_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     cli.main(TABLES, PROTOCOLS, None, ["--table", "3", "--dry-run", "--results", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6 * 4 + 1
+    # Counts, timing, training, samples and held-out loss of six rows, then memory and time.
+    assert len(lines) == 6 * 5 + 2
     assert len({line.split()[0] for line in lines}) == len(lines)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.declared.protocols import DIGITS, PROTOCOLS
+from experiments.declared.protocols import DIGITS_WHOLE, PROTOCOLS
 from experiments.engine.cli import main
 from experiments.engine.records.store import Store
 from experiments.engine.reporting.tables import main_sheet, report_sheets
@@ -28,7 +28,7 @@ SCORES = {
 
 def cells(store: Store, table: Table) -> dict[str, dict[str, str]]:
     """The printed cells of a table by row and by title, which follows its group."""
-    sheet = main_sheet(Selection(table, table.rows, DIGITS, (0,), "cpu"), store, store.here)
+    sheet = main_sheet(Selection(table, table.rows, DIGITS_WHOLE, (0,), "cpu"), store, store.here)
     return {
         row["row"].text(): {
             f"{column.group} {column.title}".strip(): cell.text(column.digits)
@@ -66,7 +66,9 @@ def evaluated(tmp_path: Path) -> Store:
     """Scores of three rows, of which one took another number of evaluations."""
     store = Store(tmp_path)
     for row, nfe in ((SIT_XL, 50.0), (DIT_XL, 50.0), (DIMSUM_L, 62.375)):
-        store.append(evaluate_stage(row, DIGITS, 0), "done", SCORES | {"nfe": nfe}, PROVENANCE)
+        store.append(
+            evaluate_stage(row, DIGITS_WHOLE, 0), "done", SCORES | {"nfe": nfe}, PROVENANCE
+        )
     return store
 
 
@@ -85,7 +87,7 @@ def evaluated(tmp_path: Path) -> Store:
 def test_evaluations_per_image_are_noted_by_row_where_they_differ(
     rows: list[Row], expected: list[str], evaluated: Store
 ):
-    sheets = report_sheets(Selection(TABLE_8, rows, DIGITS, (0,), "cpu"), evaluated)
+    sheets = report_sheets(Selection(TABLE_8, rows, DIGITS_WHOLE, (0,), "cpu"), evaluated)
     notes = [text for sheet in sheets for text in note_texts(sheet)]
     assert [text for text in notes if "evaluations" in text] == expected
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from experiments.declared.protocols import DIGITS
+from experiments.declared.protocols import DIGITS_WHOLE
 from experiments.engine.sampling.samples import SampleSet
 from experiments.engine.specs.spec import Backbone, Evaluate, Recipe, Sampler, Train
 
@@ -15,7 +15,7 @@ TINY = Backbone(
 )
 # 23 images of a network that was trained for one step.
 SPEC = Evaluate(
-    Train(TINY, DIGITS.data, Recipe(steps=1, batch=4)),
+    Train(TINY, DIGITS_WHOLE.data, Recipe(steps=1, batch=4)),
     Sampler(num_steps=3, channels=None),
     23,
     "digits",

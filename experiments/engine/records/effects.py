@@ -72,7 +72,7 @@ EFFECTS = {
     "measure.captions": Effect(
         "other captions, another text encoder or another null caption: another task, no size is "
         "published",
-        "",
+        "baofff/U-ViT, sihyun-yu/REPA",
     ),
     "measure.selection": Effect(
         "U-ViT scores the best of 20 checkpoints by FID-10K, which lowers FID by an unpublished "

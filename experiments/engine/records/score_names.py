@@ -72,6 +72,14 @@ class ClassifierScores:
     def all(self) -> tuple[Score, ...]:
         return (self.distance, self.inception, self.precision, self.recall, self.agreement)
 
+    @property
+    def beside_loss(self) -> tuple[Score, ...]:
+        """The held-out loss, by which rows are ranked, and what samples look like beside it."""
+        return (HELDOUT_LOSS, self.distance, self.precision, self.recall, self.agreement)
+
+
+HELDOUT_LOSS = Score("heldout_loss", "held-out loss", Better.LOWER, digits=5, log_scaled=True)
+
 
 def _classifier_scores(features: str) -> ClassifierScores:
     """Declare the scores of a classifier: a Fréchet distance on its features is no FID."""
@@ -85,7 +93,6 @@ def _classifier_scores(features: str) -> ClassifierScores:
     )
 
 
-HELDOUT_LOSS = Score("heldout_loss", "held-out loss", Better.LOWER, digits=5, log_scaled=True)
 CLASSIFIER_SCORES = {features: _classifier_scores(features) for features in CLASSIFIERS}
 FID = Score("fid", "FID", Better.LOWER, "fid", "FID", digits=1, log_scaled=True)
 FID_CORRECTED = Score("fid_corrected", "FID", Better.LOWER, digits=1, variant="no bias")
@@ -174,7 +181,7 @@ PAPER_SCORES_WITH_SFID = (FID, SFID, IS, PRECISION, RECALL)
 # By feature extractor, the scores that tables print; rows are ranked by the first.
 TABLE_SCORES = {
     **{
-        features: (HELDOUT_LOSS, *scores.all) if features in JUDGES else scores.all
+        features: scores.beside_loss if features in JUDGES else scores.all
         for features, scores in CLASSIFIER_SCORES.items()
     },
     DIGITS_TEXT: (

@@ -207,7 +207,7 @@ def test_a_scheduler_that_does_not_answer_is_given_up(
 
 def test_a_run_that_nobody_submitted_shows_by_its_heartbeat(tmp_path: Path):
     store, runs = Store(tmp_path), two_rows(DIGITS, "cpu")
-    train, evaluation = runs.trainings()[0].stages
+    train, evaluation, _ = runs.trainings()[0].stages
     beat_of(store, train, state="training", step=100, steps=650, images_per_s=64.0)
     text = status(runs, store)
     progress = "training, step 100 of 650, 64 images/s, 9 min left"

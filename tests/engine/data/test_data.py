@@ -10,6 +10,7 @@ from experiments.ablation import TABLE_4
 from experiments.declared.protocols import (
     CIFAR10,
     DIGITS,
+    DIGITS_WHOLE,
     IMAGENET256,
     IMAGENET256_FIXED,
     IMAGENET512,
@@ -70,7 +71,7 @@ def test_a_step_is_found_without_the_ones_before_it():
 
 
 def test_digits_are_pixels_of_ten_classes():
-    digits = load(DIGITS.data)
+    digits = load(DIGITS_WHOLE.data)
     x, y = digits.take(torch.arange(len(digits)))
     assert (x.shape, x.dtype, y.dtype) == ((1797, 1, 8, 8), torch.float32, torch.int64)
     assert (x.min(), x.max(), y.unique().tolist()) == (-1, 1, list(range(10)))

@@ -215,7 +215,9 @@ def test_guidance_without_classes_is_refused(no_classes: Path):
 
 def test_scores_of_another_set_are_refused(two_classes: Path):
     protocol = replace(DIGITS, data=own_data(two_classes))
-    with pytest.raises(ValueError, match="scored on inception features, and digits are those of"):
+    with pytest.raises(
+        ValueError, match="scored on inception features, and digits_judge are those of"
+    ):
         require_features(evaluate_stage(DICO_S, protocol, 0))
 
 

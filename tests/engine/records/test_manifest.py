@@ -165,8 +165,10 @@ def test_what_a_model_did_without_is_a_difference_and_no_gap():
 def test_every_effect_has_its_source_and_reaches_a_field_of_a_manifest():
     """No effect is declared of a field that a manifest never has, and each has its size."""
     complete = manifest_of(
-        reference={},
-        decoder={},
+        reference={"crop": ""},
+        decoder={"scale": 1.0},
+        captions={"encoder": ""},
+        selection="",
         neighbours={},
         image={},
         quantiser="",

@@ -135,7 +135,7 @@ def test_a_sharded_optimiser_resumes_in_one_process(alone: Path, tmp_path: Path)
     ("kind", "rank"),
     [
         pytest.param(FaultKind.RAISE, 0, marks=pytest.mark.slow),
-        (FaultKind.RAISE, 1),
+        pytest.param(FaultKind.RAISE, 1, marks=pytest.mark.slow),
         pytest.param(FaultKind.RAISE_WHILE_OTHERS_HANG, 1, marks=pytest.mark.slow),
     ],
 )

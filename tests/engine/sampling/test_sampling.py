@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from experiments.ablation import DICO_S
-from experiments.declared.protocols import DIGITS
+from experiments.declared.protocols import DIGITS_WHOLE
 from experiments.engine.data.sets import load
 from experiments.engine.judges.classifiers import digits_classifier, extract
 from experiments.engine.runtime.context import Resources, RunContext
@@ -27,7 +27,9 @@ CPU = torch.device("cpu")
 
 def tiny() -> Evaluate:
     """DiCo at width 8 for a few steps, 7 images in 4 sampling steps."""
-    stage = evaluate_stage(replace(DICO_S, small=dict(dim=8, depths=(1, 1, 1, 1, 1))), DIGITS, 0)
+    stage = evaluate_stage(
+        replace(DICO_S, small=dict(dim=8, depths=(1, 1, 1, 1, 1))), DIGITS_WHOLE, 0
+    )
     recipe = replace(stage.train.recipe, steps=3, batch=8, warmup=1)
     return replace(
         stage,
@@ -41,7 +43,7 @@ def tiny() -> Evaluate:
 def classifiers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache with the trained digits classifier, which takes seconds to train."""
     cache = tmp_path_factory.mktemp("classifiers")
-    digits_classifier(load(DIGITS.data), cache)
+    digits_classifier(load(DIGITS_WHOLE.data), cache)
     return cache
 
 
@@ -125,7 +127,7 @@ def test_the_classifier_is_cached_by_content_and_scores_are_named_for_what_they_
 
 
 def test_real_digits_score_as_real(classifiers: Path):
-    data = load(DIGITS.data)
+    data = load(DIGITS_WHOLE.data)
     x, y = data.take(torch.arange(len(data)))
     classifier, _ = digits_classifier(data, classifiers)
     features, probabilities = extract(classifier, x)

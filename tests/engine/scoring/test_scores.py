@@ -119,7 +119,7 @@ def test_a_reference_of_half_the_statistics_is_named(
     real = drawn(40, 7)
     known = moments_of(real.pool)
     path = tmp_path / "half.npz"
-    path.write_bytes(b"")
+    np.savez(path, mu=known.mean, sigma=known.cov)
     monkeypatch.setattr(scoring_reference, "statistics", lambda path: {"pool": known})
 
     # With images.

@@ -109,6 +109,7 @@ def test_fake_tensors_leave_the_trace_of_real_ones(name: str, recompute: bool):
     assert fake == real
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "precision", "recompute"), COMBINED)
 def test_lines_hold_for_every_number_of_images(name: str, precision: str, recompute: bool):
     """Each number of images is traced by itself; gradients come, or lie there before."""
