@@ -160,6 +160,7 @@ def test_a_failing_row_is_shown_and_the_others_run_and_nothing_runs_twice(
         "train done": 2,
         "train failed": 1,
         "evaluate done": 2,
+        "heldout done": 2,
     }
     assert not list(root.rglob("*.tmp"))
 
@@ -169,7 +170,7 @@ def test_a_failing_row_is_shown_and_the_others_run_and_nothing_runs_twice(
     assert kept.stderr == ""
     assert count_records(root)["train done"] == 2
     plan = call(*options, "--dry-run", script=tiny_table).stdout
-    assert plan.count("  done") == 10
+    assert plan.count("  done") == 12
     assert "failed before, would run again" in plan
 
 

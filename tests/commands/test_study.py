@@ -165,7 +165,8 @@ def test_the_walk_through_is_counted_timed_and_scored(tmp_path: Path):
     changed = run_in(tmp_path, RUN, study.name, "--results", "out", "--dry-run").stdout
     assert "would run" not in planned
     kinds = [line.split()[1] for line in changed.splitlines() if "would run" in line]
-    assert sorted(kinds) == ["cost", *["evaluate"] * 3, "timing", *["train"] * 3]
+    scored = [*["evaluate"] * 3, *["heldout"] * 3]
+    assert sorted(kinds) == ["cost", *scored, "timing", *["train"] * 3]
 
 
 @pytest.mark.slow

@@ -55,7 +55,9 @@ def test_a_table_is_sent_watched_and_done(slurm: Cluster, tmp_path: Path):
     assert plan.returncode == 0
     assert "#SBATCH --array=0-2%2" in plan.stdout
     assert not command.results.exists()
-    ids = re.findall(r"^(\w{16})  (?:timing|train|evaluate) +\w+(?:, seed 0)? ", plan.stdout, re.M)
+    ids = re.findall(
+        r"^(\w{16})  (?:timing|train|evaluate|heldout) +\w+(?:, seed 0)? ", plan.stdout, re.M
+    )
     assert set(training_states(command.status()).values()) == {"not"}
 
     # A call submits every job.
@@ -88,7 +90,7 @@ def test_a_table_is_sent_watched_and_done(slurm: Cluster, tmp_path: Path):
     # The records are those that the plan named.
     records = command.records()
     assert {name for name, _ in records} <= set(ids)
-    assert sum(state == "done" for _, state in records) == 7
+    assert sum(state == "done" for _, state in records) == 9
 
     # Where every stage has its record, nothing is left to submit, nor to run on this machine.
     rest = ("--rows", "good", "last")
@@ -240,7 +242,7 @@ def test_a_batch_script_gives_the_same_records_in_two_processes(slurm: Cluster, 
 
     # Every planned stage is done, and the training was shared by both processes.
     plan = command.call("--dry-run").stdout
-    planned = re.findall(r"^(\w{16})  (?:train|evaluate) ", plan, re.M)
+    planned = re.findall(r"^(\w{16})  (?:train|evaluate|heldout) ", plan, re.M)
     log = (tmp_path / "log").read_text()
     assert command.records() == {(name, "done") for name in planned}, log
     (path,) = command.results.glob("records/train/*.json")

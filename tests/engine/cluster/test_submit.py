@@ -189,5 +189,5 @@ def test_submitit_on_this_machine_gives_the_same_records(cluster: str, tmp_path:
     assert "bad: train failed: ValueError: window attention" in done.stdout
 
     plan = call(script, *options, "--dry-run").stdout
-    assert len(re.findall(r"  done$", plan, re.M)) == 6
+    assert len(re.findall(r"  done$", plan, re.M)) == 7
     assert "failed before, would run again" in plan
