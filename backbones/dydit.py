@@ -278,6 +278,11 @@ class DyDiT(nn.Module):
         attention = 4 * tokens * self.dim**2 + 2 * tokens**2 * self.dim
         return attention, 2 * tokens * self.dim * self.hidden
 
+    @property
+    def gated_work(self) -> int:
+        """Multiply-accumulates of one image that the gates can switch off."""
+        return len(self.blocks) * sum(self.gated_macs())
+
     # Paths
 
     def _embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

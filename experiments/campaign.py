@@ -36,6 +36,7 @@ from experiments.engine.jobs.plan import ListPlan
 from experiments.engine.jobs.pool import available_cores
 from experiments.engine.records.files import written_whole
 from experiments.engine.records.store import Store, read_record
+from experiments.engine.specs.rows import read_table_name
 from experiments.engine.specs.selection import Selection
 from experiments.engine.specs.spec import HeldOut, Stage, Train, spec_id
 
@@ -71,6 +72,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=len(BLOCKS),
         help="work on the first N blocks alone (default: all)",
     )
+    parser.add_argument(
+        "--table",
+        type=read_table_name,
+        metavar="NAME",
+        choices=list(dict.fromkeys(block.table.number for block in BLOCKS)),
+        help="of these, work on the blocks of this table alone (default: of all tables)",
+    )
     add_results_option(parser)
     args = parser.parse_args(arguments)
     if args.workers is not None and args.workers < 1:
@@ -82,7 +90,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _run(args: argparse.Namespace) -> int:
     store = open_store(args.results)
-    blocks = BLOCKS[: args.blocks]
+    blocks = [block for block in BLOCKS[: args.blocks] if args.table in (None, block.table.number)]
     if args.dry_run:
         print(describe(blocks, store))
         return 0
@@ -100,7 +108,7 @@ def _run(args: argparse.Namespace) -> int:
     export(store)
     all_done = True
     for block in blocks:
-        all_done &= _search_rates(block, store, args.workers)
+        all_done &= _search_rates(block.at_chosen_rates(), store, args.workers)
         all_done &= _train_rows(block.at_chosen_rates(), store, args.workers)
     return 0 if all_done else 1
 
@@ -217,8 +225,9 @@ def export_weights(blocks: Sequence[Block], store: Store, folder: Path) -> str:
     manifest = {}
     for block in blocks:
         for job in block.jobs():
-            train = job.stages[0]
-            if not isinstance(train, Train) or store.here.latest(train) is None:
+            # The first ones are what the row's own training starts from.
+            train = [stage for stage in job.stages if isinstance(stage, Train)][-1]
+            if store.here.latest(train) is None:
                 continue
             network = load_ema(train, store.run_dir(train), torch.device("cpu"))
             weights = {name: value.contiguous() for name, value in network.state_dict().items()}

@@ -1,10 +1,13 @@
 """Print the systems around the DiCo paper: `experiments/related.py --table related`.
 
 Tables v2-11 to v2-13 are new in the second version of the paper. Table `related` has the systems
-that were published beside DiCo. All are counted here by one rule; none is timed or trained.
+that were published beside DiCo. These are counted here by one rule, and neither timed nor trained.
 
 Table `alignment` is of this suite: six networks with and without REPA's alignment, paired by seed.
 `experiments/related.py --table alignment --protocol cifar10_16 --seeds 0 1 2` trains and scores it.
+
+Table `related-small` trains small networks of the same systems. `experiments/campaign.py --table
+related-small` tunes, trains and scores them on digits.
 """
 
 from __future__ import annotations
@@ -17,13 +20,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataclasses import replace
 
-from experiments.ablation import DICO_S, TABLE_3
+from experiments.ablation import DICO_S, SMALL_DIT, TABLE_3
+from experiments.declared import recipes
 from experiments.declared.protocols import PROTOCOLS
+from experiments.declared.systems import latent
 from experiments.engine.cli import main
 from experiments.engine.specs.alignment import Alignment
-from experiments.engine.specs.rows import Row, Table
+from experiments.engine.specs.rows import FineTuning, Method, Row, Table
 from experiments.engine.specs.spec import Backbone, Cost
-from experiments.main_results import DIG_XL, SIT_XL, UVIT_L
+from experiments.main_results import DIG_XL, NOISE, SIT_XL, UVIT_L, VELOCITY
 
 # ---- Notes of rows
 
@@ -133,6 +138,126 @@ RELATED = Table(
     conditions="ImageNet 256, guided",
 )
 
+# ---- Small networks of these systems
+#
+# Their sizes are not matched, so the table ranks no system. What it compares are rows that continue
+# or change one network: DyDiT with its dense parent and its control, TerDiT's alphas with theirs.
+
+# Six heads, because a gate more is on for good: of three heads, two gates would be left.
+DENSE = Backbone("dit_s_2", SMALL_DIT | dict(heads=6))
+DYNAMIC = Backbone("dydit_s_2", SMALL_DIT | dict(heads=6))
+LIGHTNING = Backbone("lightningdit_b_2", SMALL_DIT)
+DIMR = Backbone(
+    "dimr_xl_2r",
+    dict(dims=(64, 32), hidden=(128, 64), depths=(5, 3), heads=4, kernel_sizes=(3,)),
+)
+FLOWDCN = Backbone("flowdcn_s_2", dict(dim=96, depth=4, groups=3))
+TUNED_SHARE = 1 / 4
+
+PARENT = "DyDiT's parent, which its rows continue"
+DYNAMIC_NOTE = (
+    "continues the averaged network of its parent for a quarter of the protocol's steps; its "
+    "lambda is the share of the gated work that it is to use on average"
+)
+CONTROL = "the control that DyDiT's paper lacks: as many further steps of DiT, without gates"
+ONE_CHANNEL = (
+    "without the loss of the velocity's direction, whose gradient is 0 for a single channel"
+)
+ALPHAS = {
+    "normal": "alphas start from N(0, 1), as in the released code",
+    "absmean": "alphas start from the mean size of their layer's weights, this suite's cure",
+}
+
+DIT_PARENT = Row(
+    "DiT", Backbone("dit_s_2"), DENSE, note=PARENT, method=recipes.DIT, costs=latent("dit_s_2", 32)
+)
+
+
+def tuned(label: str, name: str, small: Backbone, method: Method, note: str) -> Row:
+    """Return a row that continues the small DiT under every protocol."""
+    return Row(
+        label,
+        Backbone(name),
+        small,
+        note=note,
+        method=method,
+        costs=latent(name, 32),
+        heavy=True,
+        tuning=FineTuning(DIT_PARENT, TUNED_SHARE),
+    )
+
+
+def dynamic(share: float) -> Row:
+    """Return the row of DyDiT that is to use a share of its gated work."""
+    label = f"DyDiT, lambda {share:g}"
+    row = tuned(label, "dydit_s_2", DYNAMIC, recipes.dydit(share), DYNAMIC_NOTE)
+    return replace(row, published=f"DyDiT-S ({share:g})")
+
+
+def ternary(label: str, note: str, **options: object) -> Row:
+    """Return a row of TerDiT with options of its ternary layers."""
+    large = Backbone("terdit_600m", options)
+    return Row(
+        label,
+        large,
+        SMALL_DIT,
+        note=note,
+        method=recipes.TERDIT,
+        costs=(Cost(large, 32, 4, 1000),),
+        heavy=True,
+    )
+
+
+def _without_direction(method: Method) -> Method:
+    return replace(method, diffusion=replace(method.diffusion, direction=0.0))
+
+
+RELATED_SMALL = Table(
+    number="related-small",
+    title="Small networks of systems published beside DiCo",
+    source="this suite",
+    published="tablerelated-small.csv",
+    key=("model",),
+    rows=(
+        DIT_PARENT,
+        tuned("DiT, tuned on", "dit_s_2", DENSE, recipes.DIT, CONTROL),
+        *(dynamic(share) for share in (0.7, 0.5, 0.3)),
+        *(ternary(f"TerDiT, alpha {alpha}", note, alpha=alpha) for alpha, note in ALPHAS.items()),
+        ternary("TerDiT, full precision", "the control of the ternary rows", ternary=False),
+        Row(
+            "DiMR",
+            Backbone("dimr_xl_2r"),
+            DIMR,
+            note=NOISE,
+            method=recipes.DIMR,
+            costs=latent("dimr_xl_2r", 32),
+            heavy=True,
+        ),
+        Row(
+            "LightningDiT",
+            Backbone("lightningdit_b_2"),
+            LIGHTNING,
+            note=f"{VELOCITY}; {ONE_CHANNEL}",
+            method=_without_direction(recipes.LIGHTNINGDIT),
+            costs=latent("lightningdit_b_2", 16, 32),
+            heavy=True,
+        ),
+        Row(
+            "FlowDCN",
+            Backbone("flowdcn_s_2"),
+            FLOWDCN,
+            note=VELOCITY,
+            method=recipes.FLOWDCN,
+            costs=latent("flowdcn_s_2", 32),
+            heavy=True,
+        ),
+    ),
+    timed=False,
+    conditions="ImageNet 256, guided",
+)
+# The rows that others start from, which are tuned and trained first.
+PARENTS = replace(RELATED_SMALL, rows=(DIT_PARENT,))
+
 # ---- Alignment with the features of an encoder
 
 # The suite's classifier of CIFAR-10, by its file.
@@ -167,4 +292,5 @@ ALIGNMENT = Table(
 TABLES = {table.number: table for table in (TABLE_V2_11, TABLE_V2_12, TABLE_V2_13, RELATED)}
 
 if __name__ == "__main__":
-    raise SystemExit(main(TABLES | {ALIGNMENT.number: ALIGNMENT}, PROTOCOLS, __doc__))
+    trained = {table.number: table for table in (RELATED_SMALL, ALIGNMENT)}
+    raise SystemExit(main(TABLES | trained, PROTOCOLS, __doc__))

@@ -11,10 +11,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from experiments import ablation
+from experiments import ablation, related
 from experiments.declared.protocols import (
     CIFAR10_16,
     DIGITS,
+    DIGITS_LONG,
     at_half_length,
     with_independent_weights,
 )
@@ -23,15 +24,18 @@ from experiments.engine.jobs.job import Job
 from experiments.engine.records.store import Record, Store
 from experiments.engine.specs.rows import Row, Table
 from experiments.engine.specs.selection import Run
-from experiments.engine.specs.spec import Cost, HeldOut, Stage, spec_id
+from experiments.engine.specs.spec import Cost, HeldOut, Stage
 from experiments.engine.specs.stages import (
     Protocol,
     distinct_networks,
     heldout_stage,
     network,
+    network_id,
 )
 
 LADDER_SEED = 0
+# By how much of its gated work a network may exceed the share that it is to use.
+EXCESS = 0.05
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ class Ladder:
     @property
     def network(self) -> str:
         """The id of the network, under which the file of rates holds its rate."""
-        return spec_id(network(self.row, self.protocol))
+        return network_id(self.row, self.protocol)
 
     def stage(self, rate: float) -> HeldOut:
         """Return the validation loss at half length and one rate."""
@@ -105,22 +109,28 @@ class Ladder:
         return {rate: self._stage(self.protocol, rate) for rate in rates}
 
     def _stage(self, protocol: Protocol, rate: float | None = None) -> HeldOut:
+        # What the row is fine-tuned from keeps its own rate.
         if rate is not None:
             recipe = replace(protocol.recipe, lr=rate)
-            protocol = replace(protocol, recipe=recipe, rates={})
+            start_from = protocol.start_from or self.protocol
+            protocol = replace(protocol, recipe=recipe, rates={}, start_from=start_from)
         stage = heldout_stage(self.row, protocol, LADDER_SEED, "validation")
         assert stage is not None, "a protocol with a ladder scores held-out images"
         return stage
 
     def losses(self, store: Store) -> dict[float, float]:
-        """Return the losses that have records, by rate; infinity for a training that failed."""
+        """Return the losses that have records, by rate.
+
+        A training that failed has the loss infinity. So has one that left much more of a network's
+        gated work on than it was to use: it compares with no other.
+        """
         rates = _factors_around(self.protocol.ladder)
         losses = {}
         for rate in rates:
             stage = self.stage(rate)
             record = finished(stage, store)
             if record is not None:
-                losses[rate] = float(record.values["heldout_loss"])
+                losses[rate] = _loss_of(stage, record)
             elif _has_failed(stage, store):
                 losses[rate] = math.inf
         return losses
@@ -143,7 +153,7 @@ class Ladder:
             yield self._job(rate, stage)
 
     def _job(self, rate: float, stage: HeldOut) -> Job:
-        return Job(f"{self.row.label}, lr {rate:g}", (stage.train, stage), chain=True)
+        return Job(f"{self.row.label}, lr {rate:g}", (*stage.train.trainings, stage), chain=True)
 
     def best(self, store: Store) -> float:
         """Return the best rate."""
@@ -164,6 +174,10 @@ BLOCKS = (
     Block(ablation.TABLE_4, DIGITS, range(5), range(3), checked=ATTENTION_AND_CONVOLUTION),
     Block(ablation.TABLE_3, DIGITS, range(5), range(3), checked=ISOTROPIC),
     Block(ablation.TABLE_4, DIGITS, range(5), range(3), independent=SPREAD_ROWS),
+    # What is fine-tuned starts from the dense network at its own rate, so that comes first.
+    Block(related.PARENTS, DIGITS_LONG, range(3), half_seeds=()),
+    Block(related.RELATED_SMALL, DIGITS_LONG, range(1), half_seeds=()),
+    Block(related.RELATED_SMALL, DIGITS_LONG, range(3), half_seeds=()),
     Block(ablation.TABLE_4, CIFAR10_16, range(3), range(3), checked=ATTENTION_AND_CONVOLUTION),
     Block(ablation.TABLE_3, CIFAR10_16, range(3), range(3), checked=ISOTROPIC),
     Block(ablation.TABLE_4, CIFAR10_16, range(5), range(3), independent=SPREAD_ROWS),
@@ -178,6 +192,14 @@ def ladders_of(block: Block) -> list[Ladder]:
 def finished(stage: Stage, store: Store) -> Record | None:
     """Return a stage's record, of this machine or committed."""
     return store.here.latest(stage) or store.reference.latest(stage)
+
+
+def _loss_of(stage: HeldOut, record: Record) -> float:
+    """Return the loss of a record by which rates are compared."""
+    asked = stage.train.diffusion.used_share
+    if asked is not None and record.values["used_share"] > asked + EXCESS:
+        return math.inf
+    return float(record.values["heldout_loss"])
 
 
 def _has_failed(stage: HeldOut, store: Store) -> bool:

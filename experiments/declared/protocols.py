@@ -33,9 +33,13 @@ def recipe_of_length(steps: int, lr: float) -> Recipe:
 
 
 def at_half_length(protocol: Protocol) -> Protocol:
-    """Return the protocol with half the steps, its own decay and its own average."""
+    """Return the protocol with half the steps, its own decay and its own average.
+
+    What is fine-tuned starts from trainings of full length.
+    """
     recipe = recipe_of_length(protocol.recipe.steps // 2, protocol.recipe.lr)
-    return replace(protocol, name=f"{protocol.name}_half", recipe=recipe)
+    start_from = protocol.start_from or protocol
+    return replace(protocol, name=f"{protocol.name}_half", recipe=recipe, start_from=start_from)
 
 
 def with_independent_weights(protocol: Protocol) -> Protocol:

@@ -163,6 +163,51 @@ DIM_512 = Method(
 DIM_START = replace(DIM, recipe=replace(_DIM, steps=425_000))
 
 
+# ---- Systems published beside DiCo
+#
+# LightningDiT's latents are VA-VAE's, which no protocol has.
+
+DIMR = Method(
+    replace(_STABLE, scales=(0.25, 1.0)),
+    replace(_UVIT, steps=1_000_000),
+    guided(1.4, None, name="dpm_solver_3s", num_steps=250, interval=(0, 1001)),
+    "DiMR's code; neither scale nor power of its published scores is in it, so its default, which "
+    "is constant, is taken",
+)
+LIGHTNINGDIT = Method(
+    Diffusion("flow", times="logit_normal", direction=1.0),
+    Recipe(steps=80_000, batch=1024, lr=2e-4, betas=(0.9, 0.95), precision="bf16"),
+    guided(10.0, name="euler", num_steps=249, interval=(0.10, 1.0), shift=0.3),
+    "LightningDiT's code, its setting of 64 epochs: 249 steps of Euler between 250 times",
+)
+FLOWDCN = Method(
+    Diffusion("flow"),
+    COMMON,
+    guided(1.375, None, name="sde", form="half-linear", last_step="euler"),
+    "FlowDCN's code: linear path, velocity, 250 steps of its SDE whose last is plain Euler",
+)
+TERDIT = Method(
+    Diffusion(),
+    Recipe(steps=1_750_000, batch=256, lr=5e-4, grad_clip=2.0, precision="bf16"),
+    guided(1.5),
+    "TerDiT's paper and the defaults of its parent's trainer, since its own was not released; the "
+    "learning rate falls late in its training, which is left out",
+)
+
+
+def dydit(share: float) -> Method:
+    """Return how DyDiT-S is fine-tuned from DiT-S to use a share of its gated work on average.
+
+    The larger sizes have first steps in which the network without gates has a loss too.
+    """
+    return Method(
+        Diffusion(used_share=share),
+        replace(COMMON, steps=50_000),
+        guided(1.5),
+        "DyDiT's paper, by secondary sources, and its code",
+    )
+
+
 # ---- ADM and LDM
 
 

@@ -102,10 +102,16 @@ class HasGates(Protocol):
     """A network that tells the share of its gated work."""
 
     num_gates: int
+    # Multiply-accumulates of one image that the gates can switch off.
+    gated_work: int
 
     def forward_with_share(
         self, x: Tensor, t: Tensor, y: Tensor, noise: Tensor | None = None, complete: bool = False
     ) -> tuple[Tensor, Tensor]: ...
+
+    def forward_complete(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor: ...
+
+    def forward_gathered(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor: ...
 
 
 def has_gates(network: object) -> bool:

@@ -6,7 +6,7 @@ import hashlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from experiments.engine.data.quantise import from_uint8, to_uint8
 from experiments.engine.data.sets import ImageSet, Part, load, load_cifar10, unfolded
+from experiments.engine.diffusion.build import build_diffusion
+from experiments.engine.diffusion.iddpm import IDDPM
+from experiments.engine.diffusion.objectives import HasGates, has_gates
 from experiments.engine.judges.cifar import load_judge
 from experiments.engine.judges.classifiers import (
     Identity,
@@ -38,6 +41,7 @@ from experiments.engine.scoring.moments import Moments
 from experiments.engine.scoring.neighbours import NEIGHBOURS, precision_recall
 from experiments.engine.scoring.outcome import Scored, label_histogram
 from experiments.engine.specs.spec import Evaluate, spec_id
+from experiments.engine.timing.gates import BATCH, time_gates
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,8 @@ def score_classified(spec: Evaluate, cache: Path, context: RunContext) -> Scored
     if samples is None:
         return None
     values = _scores(spec, samples, classifier, device)
+    if isinstance(network, nn.Module) and has_gates(network):
+        values |= _describe_gates(spec, network, classifier, device)
     if spec.features in JUDGES:
         sha256 = str(classifier.identity["classifier_sha256"])
         known = part_features(spec.data, classifier.network, sha256, cache)
@@ -171,6 +177,18 @@ def _describe_shares(samples: Samples) -> dict[str, float]:
         return {}
     shares = np.concatenate(samples.shares)
     return {"used_share": float(shares.mean()), "used_share_sd": float(shares.std(ddof=1))}
+
+
+def _describe_gates(
+    spec: Evaluate, network: nn.Module, classifier: Classifier, device: torch.device
+) -> dict[str, float]:
+    """Return the work that gates can switch off, and how much faster the network is for them."""
+    x0, y = classifier.reference.take(torch.arange(min(BATCH, len(classifier.reference))))
+    process = build_diffusion(spec.train.diffusion).to(device)
+    assert isinstance(process, IDDPM)
+    gated = cast(HasGates, network)
+    seconds = time_gates(gated, process, spec.sampler.num_steps, x0.to(device), y.to(device))
+    return {"gated_macs": float(gated.gated_work), **seconds}
 
 
 def _scores(

@@ -32,6 +32,16 @@ class Method:
 
 
 @dataclass(frozen=True)
+class FineTuning:
+    """How a row continues another row's training, under every protocol."""
+
+    # Whose averaged network it starts from, trained at full length and at its own rate.
+    parent: Row
+    # Its steps, as a share of the protocol's. Warm-up and average shrink alike.
+    share: float
+
+
+@dataclass(frozen=True)
 class Row:
     """A row of a table: a network, a system of networks, or published numbers alone."""
 
@@ -62,6 +72,8 @@ class Row:
     # The row, trained at 256 pixels, that this one's network continues under its own recipe; or the
     # file of weights that it starts from under any recipe.
     start: Row | Weights | None = None
+    # How the row continues another one's training; None: it begins from nothing or from `start`.
+    tuning: FineTuning | None = None
     # With whose features the row's network is aligned in training.
     alignment: Alignment | None = None
     # A row whose trained network this one learns from, and what of it: 'blocks', the outputs of

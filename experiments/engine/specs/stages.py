@@ -74,7 +74,7 @@ class Protocol:
     own: bool = False
     # The objective of all rows; None: each row's own.
     diffusion: Diffusion | None = None
-    # Protocol of the trainings that a row's `start` names; None: this one.
+    # Protocol of the trainings that a row's `start` and `tuning` name; None: this one.
     start_from: Protocol | None = None
     # Whether shrunk networks are brought to equal MACs, by each row's `matched`.
     matched: bool = False
@@ -82,8 +82,7 @@ class Protocol:
     heldout: HeldOutScore | None = None
     # Learning rates among which every network's own rate is chosen, rising.
     ladder: tuple[float, ...] = ()
-    # Each network's own learning rate, by the id of its Backbone without `code`; the recipe's holds
-    # for others.
+    # Each network's own learning rate, by its `network_id`; the recipe's holds for others.
     rates: Mapping[str, float] = field(default_factory=dict, hash=False)
     # Sampling seeds on which a sweep chooses, and others on which it reports its choice.
     selection_seeds: tuple[int, ...] = (1000,)
@@ -105,6 +104,29 @@ def network(row: Row, protocol: Protocol) -> Backbone:
     # An upsampler sees two images: the noisy one and the small one.
     in_channels = 2 * data.channels if row.is_upsampler else data.channels
     return backbone.but(input_size=data.size, in_channels=in_channels, num_classes=data.num_classes)
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """What tells the fine-tunings of networks apart, whatever the protocol."""
+
+    network: Backbone
+    parent: Backbone
+    share: float
+    diffusion: Diffusion
+
+
+def network_id(row: Row, protocol: Protocol) -> str:
+    """Return what names a row's network among those that a protocol trains.
+
+    Rows share the id of a network that they share. A network that is fine-tuned has another id.
+    """
+    backbone = replace(network(row, protocol), code="")
+    if row.tuning is None:
+        return spec_id(backbone)
+    parent = replace(network(row.tuning.parent, protocol), code="")
+    diffusion = row.method.diffusion if row.method else Diffusion()
+    return spec_id(FineTuned(backbone, parent, row.tuning.share, diffusion))
 
 
 def declared_rows(rows: Sequence[Row], protocol: Protocol, named: bool) -> list[Row]:
@@ -129,7 +151,7 @@ def distinct_networks(table: Table, protocol: Protocol) -> list[Row]:
     rows: dict[str, Row] = {}
     for row in table.rows:
         if row.backbone:
-            rows.setdefault(spec_id(network(row, protocol)), row)
+            rows.setdefault(network_id(row, protocol), row)
     return list(rows.values())
 
 
@@ -153,10 +175,12 @@ def train_stage(row: Row, protocol: Protocol, seed: int) -> Train:
     """
     data = at_data(row, protocol).data
     backbone = network(row, protocol)
-    rate = protocol.rates.get(spec_id(replace(backbone, code="")))
+    start = _start_of(row, protocol, seed)
+    rate = protocol.rates.get(network_id(row, protocol))
     if rate is not None:
         protocol = replace(protocol, recipe=replace(protocol.recipe, lr=rate))
-    start = _start_of(row, protocol, seed)
+    if row.tuning:
+        protocol = replace(protocol, recipe=_shortened(protocol.recipe, row.tuning.share))
     stage = Train(
         backbone, data, protocol.recipe, seed=seed, init_from=start, alignment=row.alignment
     )
@@ -180,9 +204,21 @@ def train_stage(row: Row, protocol: Protocol, seed: int) -> Train:
 
 def _start_of(row: Row, protocol: Protocol, seed: int) -> Train | Weights | None:
     """Return what a row starts from: a file, or another row, which this project trains first."""
+    if row.tuning:
+        return train_stage(row.tuning.parent, protocol.start_from or protocol, seed)
     if row.start is None or isinstance(row.start, Weights):
         return row.start
     return train_stage(row.start, protocol.start_from or protocol, seed) if protocol.own else None
+
+
+def _shortened(recipe: Recipe, share: float) -> Recipe:
+    """Return a recipe of fewer steps, with as much of them in its warm-up and in its average."""
+    return replace(
+        recipe,
+        steps=round(share * recipe.steps),
+        warmup=round(share * recipe.warmup),
+        ema=round(1 - (1 - recipe.ema) / share, 6),
+    )
 
 
 def _recipe_of(method: Method, protocol: Protocol) -> Recipe:

@@ -84,7 +84,7 @@ def measure_heldout(spec: HeldOut, folder: Path, device: torch.device) -> dict[s
 
     Returns:
         The values of the record: `heldout_loss`, the `profile`, `objective`, `bits_per_dim` where
-        it is defined, and what decided them.
+        it is defined, `used_share` of a network with gates, and what decided them.
 
     Raises:
         ValueError: the data have no such part, the training has not finished, or the network
@@ -104,14 +104,14 @@ def measure_heldout(spec: HeldOut, folder: Path, device: torch.device) -> dict[s
             bin_: _measure_bin(spec, process, network, images, bin_, bounded)
             for bin_ in _bins_of(process, spec)
         }
-        objective = _mean_objective(process, process.training_entry(network), images)
+        objective = _mean_losses(process, process.training_entry(network), images)
 
     profile = {bin_: error for bin_, (error, _) in bins.items()}
     scored = [profile[bin_] for bin_ in range(spec.low, spec.high)]
     values: dict[str, Any] = {
         "heldout_loss": math.exp(sum(map(math.log, scored)) / len(scored)),
         "profile": [[bin_, error] for bin_, error in profile.items()],
-        "objective": objective,
+        "objective": objective["loss"],
         "num": len(images.y),
         "part": spec.part,
         "images_sha256": images.digest(),
@@ -120,6 +120,8 @@ def measure_heldout(spec: HeldOut, folder: Path, device: torch.device) -> dict[s
         "formula": FORMULA.format(low=spec.low, high=spec.high),
         "draws": f"{spec.draws} of each image in each bin, from (part, bin, draw, image)",
     }
+    if "share" in objective:
+        values["used_share"] = objective["share"]
     warnings = warn_of_initial_share(values["initial_share"])
     if warnings:
         values["warnings"] = warnings
@@ -200,13 +202,14 @@ def _draw(part: str, bin_: int, draw: int, number: int, x0: Tensor) -> tuple[Ten
     return log_snr, eps.to(x0.device)
 
 
-def _mean_objective(process: DiffusionProcess, model: Model, images: Images) -> float:
-    """Return the mean of the family's own loss over times as it is trained with."""
-    losses = []
+def _mean_losses(process: DiffusionProcess, model: Model, images: Images) -> dict[str, float]:
+    """Return the means of the family's own losses over times as it is trained with."""
+    losses: dict[str, list[Tensor]] = {}
     for draw in range(OBJECTIVE_DRAWS):
         for number, x0, y in images.chunks():
             generator = generator_at("held out objective", images.part, draw, number)
             t = process.draw_times(len(x0), generator).to(x0.device)
             eps = torch.randn(x0.shape, generator=generator).to(x0.device)
-            losses.append(process.losses(model, x0, y, t, eps)["loss"])
-    return torch.cat(losses).double().mean().item()
+            for name, values in process.losses(model, x0, y, t, eps).items():
+                losses.setdefault(name, []).append(values)
+    return {name: torch.cat(values).double().mean().item() for name, values in losses.items()}
