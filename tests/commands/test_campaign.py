@@ -13,10 +13,11 @@ from experiments.ablation import TABLE_4
 from experiments.declared import campaign as declared
 from experiments.declared import rates
 from experiments.declared.campaign import BLOCKS, Block, Ladder
-from experiments.declared.protocols import DIGITS, at_half_length, recipe_of_length
+from experiments.declared.protocols import DIGITS, DIGITS_LONG, at_half_length, recipe_of_length
 from experiments.engine.records.store import Store
-from experiments.engine.specs.spec import Evaluate, HeldOut, spec_id
-from experiments.engine.specs.stages import network, train_stage
+from experiments.engine.specs.spec import Evaluate, HeldOut
+from experiments.engine.specs.stages import network_id, train_stage
+from experiments.related import DIT_PARENT, RELATED_SMALL
 
 ROW = TABLE_4.baseline
 LADDER = Ladder(ROW, DIGITS)
@@ -172,8 +173,32 @@ def test_networks_that_rows_share_are_searched_once():
     for block in BLOCKS:
         networks = [ladder.network for ladder in declared.ladders_of(block)]
         assert len(networks) == len(set(networks))
-        rows = {spec_id(network(row, block.protocol)) for row in block.table.rows}
+        rows = {network_id(row, block.protocol) for row in block.table.rows}
         assert set(networks) == rows
+
+
+def test_a_fine_tuning_starts_from_a_full_training_at_its_own_rate():
+    rates_of_parent = {network_id(DIT_PARENT, DIGITS_LONG): 0.0123}
+    protocol = replace(DIGITS_LONG, rates=rates_of_parent)
+    row = RELATED_SMALL.row("DyDiT, lambda 0.5")
+    stage = Ladder(row, protocol).stage(0.02)
+    parent, train = stage.train.trainings
+    assert parent == train_stage(DIT_PARENT, protocol, 0)
+    assert (parent.recipe.lr, parent.recipe.steps) == (0.0123, 4000)
+    assert (train.recipe.lr, train.recipe.steps, train.init_from) == (0.02, 500, parent)
+
+    # At full length it is longer, and its parent is the same.
+    full = train_stage(row, protocol, 0)
+    assert (full.recipe.steps, full.init_from) == (1000, parent)
+
+
+def test_a_rate_at_which_gates_stay_open_is_not_compared(tmp_path: Path):
+    store = Store(tmp_path, tmp_path / "committed")
+    ladder = Ladder(RELATED_SMALL.row("DyDiT, lambda 0.5"), DIGITS_LONG)
+    for rate, loss, used in ((2.5e-3, 0.1, 0.9), (5e-3, 0.2, 0.52)):
+        values = {"heldout_loss": loss, "used_share": used}
+        store.append(ladder.stage(rate), "done", values, ORIGIN)
+    assert ladder.losses(store) == {2.5e-3: math.inf, 5e-3: 0.2}
 
 
 def test_what_is_left_is_said_in_core_hours_and_counted_once(
