@@ -69,6 +69,9 @@ FILES = {
     "tablev2-12.csv": _VERSION_2,
     "tablev2-13.csv": _VERSION_2,
     "tablerelated.csv": Contents(("model", "params"), ("gflops", "fid")),
+    "tablerelated-small.csv": Contents(
+        ("model",), ("gflops", "dense_gflops", "seconds", "dense_seconds", "fid")
+    ),
     "code.csv": Contents(("model",), ("drafted_scales", "fid", "is", "speed_up")),
     "cards.csv": Contents(("card", "quantity", "unit"), ("value",)),
     "claims.csv": Contents(("id", "claim", "metric", "subject", "baseline", "relation", "value")),
@@ -80,6 +83,9 @@ FILES = {
 # Other numbers are divided by these, so they must be above zero.
 POSITIVE = {
     "gflops",
+    "dense_gflops",
+    "seconds",
+    "dense_seconds",
     "throughput_img_s",
     "params_m",
     "gflops_ratio_to_dit",

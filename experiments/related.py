@@ -197,13 +197,15 @@ def dynamic(share: float) -> Row:
 def ternary(label: str, note: str, **options: object) -> Row:
     """Return a row of TerDiT with options of its ternary layers."""
     large = Backbone("terdit_600m", options)
+    # Where alpha starts changes no count.
+    counted = large if "ternary" in options else Backbone("terdit_600m")
     return Row(
         label,
         large,
         SMALL_DIT,
         note=note,
         method=recipes.TERDIT,
-        costs=(Cost(large, 32, 4, 1000),),
+        costs=(Cost(counted, 32, 4, 1000),),
         heavy=True,
     )
 

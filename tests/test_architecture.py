@@ -69,7 +69,7 @@ LIGHT_ENGINE = (
     "reporting/efficiency/details reporting/efficiency/images "
     "reporting/efficiency/memory reporting/efficiency/memory_sheet "
     "reporting/efficiency/predicted_sheets reporting/efficiency/predictions "
-    "reporting/efficiency/roofline reporting/efficiency/speed "
+    "reporting/efficiency/roofline reporting/efficiency/savings reporting/efficiency/speed "
     "reporting/lookup reporting/notes "
     "reporting/render reporting/sheet reporting/statistics reporting/tables specs/rows specs/spec "
     "runtime/attempts runtime/heartbeat runtime/preemption runtime/progress specs/selection "

@@ -116,8 +116,9 @@ def trained(table: Table, protocol: Protocol, store: ReferenceStore) -> Trained:
 
 
 def subjects() -> list[tuple[Table, Protocol]]:
-    """The tables and protocols that the campaign trains, each once."""
-    found = {(block.table.number, block.protocol.name): block for block in BLOCKS}
+    """The tables and protocols whose rows the campaign compares, each once."""
+    compared = [block for block in BLOCKS if block.compared]
+    found = {(block.table.number, block.protocol.name): block for block in compared}
     return [(block.table, block.protocol) for block in found.values()]
 
 

@@ -11,18 +11,20 @@ from analysis.query import (
 from analysis.tables.caveats import record_caveats
 from analysis.tables.conditions import add_conditions
 from analysis.tables.ranks import add_ranks
-from experiments.declared.protocols import DIGITS, DIGITS_TEXT
+from experiments.declared.protocols import DIGITS, DIGITS_LONG, DIGITS_TEXT
 from experiments.declared.systems import SYSTEMS
 from experiments.engine.records.store import Record
 from experiments.engine.reporting.captioned.binding import binding_sheet
 from experiments.engine.reporting.efficiency.counts import counted, difference
+from experiments.engine.reporting.efficiency.savings import savings_sheet
 from experiments.engine.reporting.lookup import PublishedTable
 from experiments.engine.reporting.sheet import GAP, Cell, Column, NoteKind, Sheet, Topic
 from experiments.engine.reporting.tables import main_sheet
 from experiments.engine.specs.rows import Table
 from experiments.engine.specs.selection import Selection
 from experiments.engine.specs.spec import Stage
-from experiments.engine.specs.stages import cost_stage, timing_stage
+from experiments.engine.specs.stages import cost_stage, cost_stages, timing_stage
+from experiments.related import RELATED_SMALL
 from experiments.text_to_image import CHOICES
 
 RECONSTRUCTED = (
@@ -70,6 +72,26 @@ def related_sheet(table: Table, store: ReferenceStore) -> Sheet:
     counts: list[Stage] = [cost_stage(row) for row in table.rows if row.backbone]
     sheet.notes += record_caveats(list(latest(counts, store)))
     return sheet
+
+
+def small_related_sheet(store: ReferenceStore) -> Sheet:
+    """Counts and scores of small networks of related systems."""
+    sheet = main_sheet(_small_related(), store, store.reference)
+    counts: list[Stage] = [cost for row in RELATED_SMALL.rows for cost in cost_stages(row)]
+    records = [
+        record for row in RELATED_SMALL.rows for record in scores_of(row, DIGITS_LONG, store)
+    ]
+    sheet.notes += record_caveats([*latest(counts, store), *records])
+    return sheet
+
+
+def small_savings_sheet(store: ReferenceStore) -> Sheet:
+    """What the gates of small networks save, as published, counted and measured."""
+    return savings_sheet(_small_related(), store, store.reference)
+
+
+def _small_related() -> Selection:
+    return Selection(RELATED_SMALL, RELATED_SMALL.rows, DIGITS_LONG, range(3), "cpu")
 
 
 def captioned_sheet(table: Table, store: ReferenceStore) -> Sheet:

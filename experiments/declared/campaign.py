@@ -22,6 +22,7 @@ from experiments.declared.protocols import (
 from experiments.declared.rates import FACTOR, best_rate, missing_rates, with_chosen_rates
 from experiments.engine.jobs.job import Job
 from experiments.engine.records.store import Record, Store
+from experiments.engine.reporting.efficiency.savings import small_cost
 from experiments.engine.specs.rows import Row, Table
 from experiments.engine.specs.selection import Run
 from experiments.engine.specs.spec import Cost, HeldOut, Stage
@@ -29,7 +30,6 @@ from experiments.engine.specs.stages import (
     Protocol,
     distinct_networks,
     heldout_stage,
-    network,
     network_id,
 )
 
@@ -51,6 +51,8 @@ class Block:
     checked: Sequence[str] = ()
     # Rows that are trained at full length with independent initial weights too.
     independent: Sequence[str] = ()
+    # Whether the page of evidence compares each row with every other one.
+    compared: bool = True
 
     @property
     def title(self) -> str:
@@ -63,10 +65,8 @@ class Block:
 
     def costs(self, store: Store) -> list[Cost]:
         """Return the counts of the small networks that have no record."""
-        data = self.protocol.data
         stages = [
-            Cost(network(row, self.protocol), data.size, data.channels, data.num_classes)
-            for row in distinct_networks(self.table, self.protocol)
+            small_cost(row, self.protocol) for row in distinct_networks(self.table, self.protocol)
         ]
         return [stage for stage in stages if finished(stage, store) is None]
 
@@ -175,9 +175,9 @@ BLOCKS = (
     Block(ablation.TABLE_3, DIGITS, range(5), range(3), checked=ISOTROPIC),
     Block(ablation.TABLE_4, DIGITS, range(5), range(3), independent=SPREAD_ROWS),
     # What is fine-tuned starts from the dense network at its own rate, so that comes first.
-    Block(related.PARENTS, DIGITS_LONG, range(3), half_seeds=()),
-    Block(related.RELATED_SMALL, DIGITS_LONG, range(1), half_seeds=()),
-    Block(related.RELATED_SMALL, DIGITS_LONG, range(3), half_seeds=()),
+    Block(related.PARENTS, DIGITS_LONG, range(3), half_seeds=(), compared=False),
+    Block(related.RELATED_SMALL, DIGITS_LONG, range(1), half_seeds=(), compared=False),
+    Block(related.RELATED_SMALL, DIGITS_LONG, range(3), half_seeds=(), compared=False),
     Block(ablation.TABLE_4, CIFAR10_16, range(3), range(3), checked=ATTENTION_AND_CONVOLUTION),
     Block(ablation.TABLE_3, CIFAR10_16, range(3), range(3), checked=ISOTROPIC),
     Block(ablation.TABLE_4, CIFAR10_16, range(5), range(3), independent=SPREAD_ROWS),

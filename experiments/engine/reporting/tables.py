@@ -16,6 +16,7 @@ from experiments.engine.records.store import RecordFolder, Store
 from experiments.engine.reporting.aligned.pairs import alignment_sheet, has_pairs
 from experiments.engine.reporting.captioned.binding import binding_sheet, real_rows
 from experiments.engine.reporting.comparison import comparison_sheet
+from experiments.engine.reporting.efficiency.savings import gated_rows, savings_sheet
 from experiments.engine.reporting.lookup import (
     Lookup,
     PublishedTable,
@@ -59,6 +60,8 @@ def report_sheets(selection: Selection, store: Store) -> list[Sheet]:
         sheets.append(binding_sheet(selection, store.here))
     if has_pairs(selection):
         sheets.append(alignment_sheet(selection, store.here))
+    if gated_rows(selection):
+        sheets.append(savings_sheet(selection, store, store.here))
     if shares_runs(selection):
         sheets.append(family_sheet(selection, store, store.here))
     # A study of one's own has no committed reference.
