@@ -205,7 +205,7 @@ def _choose(args: argparse.Namespace, device: str, store: Store) -> Work:
 
 
 def _all_costs() -> tuple[Cost, ...]:
-    return tuple(cost for system in SYSTEMS for cost in system.costs)
+    return tuple(cost for system in speed_claims.COUNTED for cost in system.costs)
 
 
 def _counts() -> Work:
@@ -223,7 +223,7 @@ def _claims(device: str, store: Store) -> Work:
         def stages_of(claim: dict[str, str]) -> list[Timing]:
             return speed_claims.claim_stages(claim, device)
 
-        return [claims_sheet(device, SYSTEMS, stages_of, store)]
+        return [claims_sheet(device, speed_claims.COUNTED, stages_of, store)]
 
     return Work(ListPlan(device, _all_costs(), speed_claims.jobs(claims, device)), sheets)
 

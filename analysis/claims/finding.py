@@ -78,27 +78,41 @@ def open_finding(basis: str) -> Finding:
     return Finding(Evidence.NOT_YET, "", Judgement(Verdict.OPEN), basis)
 
 
+# How the names of tables of the second version begin, and the one that holds a resolution.
+VERSION_2 = "v2-"
+AT_SIZE = {1024: "v2-11"}
+
+
 @dataclass(frozen=True)
 class Subject:
-    """What a claim is about, written as `DiCo-XL@256 cfg` or `DiG-XL/2@256 400K` in claims.csv."""
+    """What a claim is about, as claims.csv writes it.
+
+    Such as `DiCo-XL@256 cfg`, `DiG-XL/2@256 400K` or, of a table of the second version,
+    `DiCo-DWC@256 v2-3`.
+    """
 
     model: str
     # pixels
     resolution: int
-    # 'cfg' with guidance, else the training steps ('400K') or ''
+    # 'cfg' with guidance, the training steps ('400K'), or ''
     state: str
+    # the table of the paper's second version ('v2-3') that holds it; '' for one of the first
+    table: str = ""
 
     @classmethod
     def parse(cls, text: str) -> Subject:
         """Read a subject."""
         model, _, rest = text.partition("@")
         resolution, _, state = rest.partition(" ")
-        return cls(model, int(resolution), state)
+        if state.startswith(VERSION_2):
+            return cls(model, int(resolution), "", state)
+        return cls(model, int(resolution), state, AT_SIZE.get(int(resolution), ""))
 
     @property
     def file(self) -> str:
         """The published table that holds it."""
-        return "table1.csv" if self.resolution == 256 else "table2.csv"
+        number = self.table or (1 if self.resolution == 256 else 2)
+        return f"table{number}.csv"
 
     def matches(self, row: dict[str, str]) -> bool:
         """Whether a row of that table is the subject's."""
@@ -110,7 +124,7 @@ class Subject:
 
 
 def published_number(subject: str, column: str, store: ReferenceStore) -> float | None:
-    """A number of Table 1 or 2; None if the paper does not print it."""
+    """A number of the subject's table; None if the paper does not print it."""
     parsed = Subject.parse(subject)
     for row in store.rows(parsed.file):
         if parsed.matches(row) and row[column]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from analysis.claims.fid import judge_cca, judge_fid, judge_fid_ratio
 from analysis.claims.finding import (
@@ -18,10 +19,10 @@ from analysis.claims.finding import (
 from analysis.claims.orders import judge_kernels, judge_structures
 from analysis.claims.probes import judge_attention, judge_channels
 from analysis.claims.scaling import judge_scaling
+from analysis.claims.version_2 import judge_convolution, judge_lead, judge_number
 from analysis.query import ReferenceStore
 from analysis.tables.caveats import add_caveats
 from experiments.declared import speed_claims
-from experiments.declared.systems import SYSTEMS
 from experiments.engine.records.store import Record
 from experiments.engine.reporting.efficiency import claims as efficiency
 from experiments.engine.reporting.efficiency.claims import Claim, Ratio
@@ -152,9 +153,11 @@ def _printed_speed(subjects: Sequence[str], store: ReferenceStore) -> str:
             f"the paper prints no throughput of {' and '.join(missing)}, and no GPU record is "
             "committed"
         )
-    table = 1 if Subject.parse(subjects[0]).resolution == 256 else 2
+    table = Subject.parse(subjects[0]).file.removeprefix("table").removesuffix(".csv")
     listed = " over ".join(f"{speed:g}" for speed in speeds.values())
-    return f"Table {table}: {listed} img/s on an A100; no GPU record here"
+    # The second version does not say on which card.
+    card = " on an A100" if table.isdecimal() else ""
+    return f"Table {table}: {listed} img/s{card}; no GPU record here"
 
 
 def _small_speed(claim: Claim, store: ReferenceStore) -> str:
@@ -214,7 +217,7 @@ def _describe_unfused(ratios: Sequence[Ratio]) -> str:
 
 def judge_gflops(claim: Claim, store: ReferenceStore) -> Finding:
     """A printed percentage of Gflops beside the counted one."""
-    counted = efficiency.judge_gflops(claim, SYSTEMS, store.reference)
+    counted = efficiency.judge_gflops(claim, speed_claims.COUNTED, store.reference)
     if counted is None:
         return open_finding("not every network of it has a count by the paper's counter")
     judgement = Judgement(Verdict.REPRODUCED if counted.holds else Verdict.NOT_TO_THE_DIGIT)
@@ -253,4 +256,10 @@ BY_ID: dict[str, Rule] = {
     "structure-order": judge_structures,
     "kernel-order": judge_kernels,
     "scaling-order": judge_scaling,
+    "flowdcn-order": partial(judge_lead, "tablev2-12.csv"),
+    "lightningdit-order": partial(judge_lead, "tablev2-13.csv"),
+    "fid-lightningdit": judge_number,
+    "fid-coco-cross": judge_number,
+    "fid-coco-dwc": judge_number,
+    "text-convolution": judge_convolution,
 }

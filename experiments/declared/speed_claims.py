@@ -1,4 +1,4 @@
-"""The timings behind the paper's claims about speed. No torch."""
+"""The timings and counts behind the paper's claims about speed and Gflops. No torch."""
 
 from __future__ import annotations
 
@@ -6,17 +6,29 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from experiments.declared.families import family_of, size_of
+from experiments.declared.systems import SYSTEMS, TORCHPROFILE, latent, system
 from experiments.declared.timings import MODES, figure_3, in_mode
 from experiments.engine.jobs.job import Job
 from experiments.engine.reporting.efficiency.claims import Claim
 from experiments.engine.reporting.efficiency.predictions import CLAIMS, Declared
-from experiments.engine.specs.spec import FACTOR, Backbone, Timing
+from experiments.engine.specs.spec import FACTOR, Backbone, Cost, Timing
 
 # Images per batch at 256 pixels, and at more.
 BATCHES = {"cpu": (4, 1), "cuda": (64, 16)}
 
 # The paper compares with a DiS-XL that its authors never described.
 NOT_DESCRIBED = {"dis_xl"}
+
+# The counted systems of claims: those of all tables, and those of the second version's alone.
+IN_FLOWDCN = (Cost(Backbone("flowdcn_s_2", dict(mixer="conv")), 32, 4, 1000),)
+COUNTED = (
+    *SYSTEMS,
+    system("DiT-S/2", 1024, latent("dit_s_2", 128), TORCHPROFILE),
+    system("DiCo-S", 1024, latent("dico_s", 128), TORCHPROFILE),
+    system("SiT-S/2", 256, latent("sit_s_2", 32), TORCHPROFILE),
+    system("FlowDCN-S/2", 256, latent("flowdcn_s_2", 32), TORCHPROFILE),
+    system("DiCo's Conv Module", 256, IN_FLOWDCN, TORCHPROFILE),
+)
 
 
 @dataclass(frozen=True)
