@@ -14,6 +14,7 @@ from experiments.engine.diffusion.build import build_diffusion
 from experiments.engine.diffusion.objectives import Gated, WithShare
 from experiments.engine.sampling.counting import CountingModel
 from experiments.engine.specs.spec import Backbone, Data, Diffusion, Recipe, Train
+from experiments.engine.timing.gates import time_gates
 from experiments.engine.training.trainer import Trainer
 from tests.support.networks import randomise
 
@@ -119,6 +120,17 @@ def test_sampling_hears_the_share_of_every_evaluation():
         _, share = model.forward_with_share(x0, t, y)
     assert torch.equal(torch.cat(counting.shares), share)
     assert CountingModel(backbones.build("dit_s_2", **SHAPE)).with_share is None
+
+
+def test_every_path_is_timed_at_every_time_of_the_sampler():
+    model, process = network().eval(), gated()
+    x0, y, *_ = batch()
+    values = time_gates(model, process, 3, x0, y % 10)
+    assert values["timed_batch"] == 5
+    assert all(values[f"{name}_speed_up"] > 0 for name in ("gathered", "masked"))
+    assert values["complete_s"] > 0
+    # Attention of 16 tokens with its products, and an MLP four times as wide, in two blocks.
+    assert model.gated_work == 2 * (4 * 16 * 48**2 + 2 * 16**2 * 48 + 8 * 16 * 48**2)
 
 
 def test_a_network_without_gates_is_refused():
