@@ -258,7 +258,7 @@ def test_claims_filter_by_their_evidence(browser: Any, page: Path):
         assert set(shown) == {level}
         assert len(shown) == int(count)
     browser.execute_script(f"{tile}.click()")
-    assert len(column(browser, "claims-table", 0)) == total == 20
+    assert len(column(browser, "claims-table", 0)) == total == 30
 
 
 def test_a_number_shows_its_record(browser: Any, page: Path):

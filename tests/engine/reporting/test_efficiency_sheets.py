@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from experiments.declared import speed_claims, timings
-from experiments.declared.systems import SYSTEMS
 from experiments.engine.records.store import Store
 from experiments.engine.reporting.efficiency.claims import claims_sheet, judge_speed, ratios
 from experiments.engine.reporting.efficiency.details import runtime_sheet, sweep_sheet
@@ -240,12 +239,13 @@ def test_the_committed_counts_judge_the_claims_about_gflops():
     store = Store()
     sheet = claims_sheet(
         "cuda",
-        SYSTEMS,
+        speed_claims.COUNTED,
         lambda claim: speed_claims.claim_stages(claim, "cuda"),
         store,
         store.reference,
     )
     verdicts = {row["claim"].label: row["verdict"].label for row in sheet.rows}
-    assert len(verdicts) == 10
+    assert len(verdicts) == 14
     assert verdicts["gflops-xl-256"] == verdicts["gflops-family"] == "holds"
+    assert verdicts["gflops-s-1024"] == "holds"
     assert verdicts["speed-dis-xl-512"].startswith("not measurable")
