@@ -144,7 +144,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n, t, d = x.shape
         qkv = self.qkv(x).view(n, t, 3, self.heads, -1)  # (N, T, 3, h, e)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (N, h, T, e)
+        q, k, v = kernels.unpack(qkv)  # 3 x (N, h, T, e)
         h = kernels.attention(q, k, v)  # (N, h, T, e)
         return self.proj(h.transpose(1, 2).reshape(n, t, d))  # (N, T, D)
 

@@ -6,7 +6,7 @@ multiply-accumulates, and `observing` shows the arguments of every call.
 """
 
 from backbones.kernels.adaln import adaln, adaln2d
-from backbones.kernels.attention import attention
+from backbones.kernels.attention import attention, channel_attention, unpack
 from backbones.kernels.branches import (
     adaln_pointwise_gelu,
     pointwise_gated,
@@ -31,6 +31,7 @@ __all__ = [
     "addcmul",
     "attention",
     "causal_conv",
+    "channel_attention",
     "counting",
     "deformable",
     "depthwise",
@@ -50,6 +51,7 @@ __all__ = [
     "sample_depthwise",
     "scale",
     "selective_scan",
+    "unpack",
     "use",
     "used",
 ]

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backbones.kernels import rows, rows_attend
 from backbones.kernels.launch import is_fake
 from backbones.kernels.op import Choice, Op, never
 
@@ -75,7 +76,32 @@ attention = Op(
     [
         Choice("flash", flash, _flash_supports),
         Choice("efficient", efficient, _efficient_supports, pays=never),
+        Choice("rows", rows_attend.attend, rows_attend.supports_attend, rows.pays),
         Choice("sdpa", sdpa),
         Choice("reference", reference),
     ],
 )
+
+
+def _attend_explicitly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+
+
+# Attention among channels, by the softmax of plain products: q, k and v (N, heads, e, T) -> same.
+channel_attention = Op(
+    "channel_attention",
+    [
+        Choice("rows", rows_attend.attend_unscaled, rows_attend.supports_attend, rows.pays),
+        Choice("reference", _attend_explicitly),
+    ],
+)
+
+
+def unpack(packed: Tensor) -> tuple[Tensor, ...]:
+    """Part a linear layer's output: (N, T, 3, heads, e) -> queries, keys, values (N, heads, T, e).
+
+    Gradients that `rows` writes side by side go on without a copy.
+    """
+    if rows.pays() and rows.fits(packed):
+        return rows_attend.unpack(packed)
+    return packed.permute(2, 0, 3, 1, 4).unbind(0)

@@ -1,28 +1,8 @@
-/* Fused passes over rows of channels in float32, for networks whose layers are too small for
- * PyTorch's loops. Single thread. x is (n, t, c): n samples, t pixels, c channels, and c is a
- * multiple of 8. Sums run in one order, so results are the same in every run.
+/* Fused passes over rows of channels, for networks whose layers are too small for PyTorch's loops.
+ * x is (n, t, c): n samples, t pixels, c channels.
  */
 
-#include <stddef.h>
-#include <string.h>
-
-#define LANES 8
-typedef float vec __attribute__((vector_size(32), aligned(4)));
-typedef int ints __attribute__((vector_size(32), aligned(4)));
-
-#define LOAD(p) (*(const vec *)(p))
-#define STORE(p, v) (*(vec *)(p) = (v))
-#define EACH(i, c) for (long i = 0; i < (c); i += LANES)
-#define UNROLL _Pragma("GCC unroll 8")
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE vec fill(float value) { return value - (vec){0}; }
-
-INLINE vec choose(ints mask, vec a, vec b) { return (vec)((mask & (ints)a) | (~mask & (ints)b)); }
-
-INLINE float add_lanes(vec v) {
-    return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
-}
+#include "rows.h"
 
 /* adaLN: y = u (1 + scale) + shift with u = (x - mean) rstd; shift and scale have a row stride. */
 
@@ -35,7 +15,7 @@ void adaln_forward(const float *x, const float *shift, const float *scale, float
             EACH(k, c) sum += LOAD(x + k);
             float m = add_lanes(sum) / c;
             EACH(k, c) {
-                vec d = LOAD(x + k) - m;
+                vec d = KEEP(LOAD(x + k) - m);
                 squares += d * d;
             }
             float r = 1 / __builtin_sqrtf(add_lanes(squares) / c + eps);
@@ -114,36 +94,7 @@ void mean_backward(const float *grad, float *grad_x, long n, long t, long c) {
             EACH(k, c) STORE(grad_x + k, LOAD(grad + k) / (float)t);
 }
 
-/* Exact GELU. The tail of the normal distribution is Abramowitz and Stegun's 7.1.26, as in PyTorch.
- */
-
-INLINE vec exp_of_negative(vec x) {
-    x = choose(x < -87, fill(-87), x);
-    ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, ints);
-    vec whole = __builtin_convertvector(n, vec);
-    vec r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-    vec p = 1.9875691500e-4f * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    return (p * r * r + r + 1) * (vec)((n + 127) << 23);
-}
-
-/* Return gelu(x), and its derivative in *slope. */
-INLINE vec gelu(vec x, vec *slope) {
-    vec size = choose(x < 0, -x, x);
-    vec e = exp_of_negative(-0.5f * x * x);
-    vec s = 1 / (1 + 0.3275911f * 0.70710678f * size);
-    vec p = 1.061405429f * s - 1.453152027f;
-    p = p * s + 1.421413741f;
-    p = p * s - 0.284496736f;
-    p = p * s + 0.254829592f;
-    vec tail = 0.5f * p * s * e;
-    vec normal = choose(x < 0, tail, 1 - tail);
-    *slope = normal + x * e * 0.39894228f;
-    return x * normal;
-}
+/* Exact GELU. */
 
 void gelu_forward(const float *x, float *y, float *slope, long size) {
     EACH(k, size) {
@@ -154,8 +105,9 @@ void gelu_forward(const float *x, float *y, float *slope, long size) {
 }
 
 /* Depthwise k x k convolutions of (n, h, w, c), stride 1, that keep the size. Weights are
- * (k k, c). Each image lies in a frame of zeros, so that no pixel is a special case. */
+ * (k k, c). */
 
+/* Put an image (h, w, c) into the middle of a frame of zeros, so that no pixel is a special case. */
 static void put_into_frame(const float *x, float *frame, long h, long w, long c, long pad) {
     long line = (w + 2 * pad) * c;
     for (long i = 0; i < h; i++)
@@ -273,64 +225,6 @@ void depthwise_backward(const float *x, const float *flipped, const float *slope
         BY_SIDE(CALL)
 #undef CALL
     }
-}
-
-/* Matrix products c (m, n) = a b + bias, or c += a b: n is a multiple of 8, b (k, n) and c (m, n) lie
- * row by row, and a has any strides. */
-
-INLINE void multiply_block(const float *a, long row, long column, const float *b, float *c,
-                           const float *bias, long n, long k, int add, const long count,
-                           const long vecs) {
-    vec sums[6][2];
-    UNROLL
-    for (long r = 0; r < count; r++)
-        UNROLL
-        for (long v = 0; v < vecs; v++)
-            sums[r][v] = add ? LOAD(c + r * n + v * LANES)
-                             : bias ? LOAD(bias + v * LANES) : (vec){0};
-    for (long p = 0; p < k; p++) {
-        vec right[2];
-        UNROLL
-        for (long v = 0; v < vecs; v++) right[v] = LOAD(b + p * n + v * LANES);
-        UNROLL
-    for (long r = 0; r < count; r++) {
-            vec left = fill(a[r * row + p * column]);
-            UNROLL
-        for (long v = 0; v < vecs; v++) sums[r][v] += left * right[v];
-        }
-    }
-    UNROLL
-    for (long r = 0; r < count; r++)
-        UNROLL
-        for (long v = 0; v < vecs; v++) STORE(c + r * n + v * LANES, sums[r][v]);
-}
-
-INLINE void multiply_columns(const float *a, long row, long column, const float *b, float *c,
-                             const float *bias, long m, long n, long k, int add, const long vecs) {
-    long i = 0;
-#define ROWS(count)                                                                               \
-    for (; i + count <= m; i += count)                                                            \
-        multiply_block(a + i * row, row, column, b, c + i * n, bias, n, k, add, count, vecs);
-    ROWS(6)
-    ROWS(4)
-    ROWS(2)
-    ROWS(1)
-#undef ROWS
-}
-
-static void multiply(const float *a, long row, long column, const float *b, float *c,
-                     const float *bias, long m, long n, long k, int add) {
-    long j = 0;
-#define COLUMNS(vecs)                                                                             \
-    for (; j + vecs * LANES <= n; j += vecs * LANES)                                              \
-        multiply_columns(a, row, column, b + j, c + j, bias ? bias + j : NULL, m, n, k, add, vecs);
-    COLUMNS(2)
-    COLUMNS(1)
-#undef COLUMNS
-}
-
-static void add_rows(const float *x, float *y, long m, long c) {
-    for (long j = 0; j < m; j++, x += c) EACH(k, c) STORE(y + k, LOAD(y + k) + LOAD(x + k));
 }
 
 /* Samples of a tile, whose rows stay in the cache from one pass to the next. */

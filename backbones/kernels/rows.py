@@ -1,9 +1,9 @@
 """Fused passes over rows of channels in C: small networks on a CPU, in one thread.
 
 PyTorch's loops cost more than the arithmetic where a layer is small: a product with a gate of every
-sample takes ten times as long as a copy. `rows.c` holds such passes, forward and backward. The
-machine's C compiler builds them at first use. Without a compiler, or on a processor without AVX2,
-the references run.
+sample takes ten times as long as a copy. The C files beside this one hold such passes, forward and
+backward. The machine's C compiler builds them at first use. Without a compiler, or on a processor
+without AVX2, the references run.
 
 Legend: N batch, T pixels, C channels, (H, W) grid with T = HW. Memory is channels-last throughout.
 """
@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SOURCE = Path(__file__).with_name("rows.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("rows.c", "attend.c"))
+HEADER = Path(__file__).with_name("rows.h")
 # Results do not depend on what the processor has beyond AVX2.
 FLAGS = ("-O3", "-march=x86-64-v3", "-fno-math-errno", "-shared", "-fPIC")
 CAPABILITIES = ("AVX2", "AVX512")
@@ -52,12 +53,18 @@ _FUNCTIONS = {
     "leave_backward": "pppppppppppp nnnnn",
     "depthwise_forward": "pppppp nnnnn",
     "depthwise_backward": "pppppppp nnnnn",
+    "attend_forward": "ppppppp nnnnn nnnnnn f",
+    "attend_backward": "pppppppppp nnnnn nnnnnnnnnnnn f",
 }
 
 
 @cache
-def library() -> ctypes.CDLL | None:
-    """Build and load the C functions, or warn once and return None where that is impossible."""
+def library(whole: bool = True) -> ctypes.CDLL | None:
+    """Build and load the C functions, or warn once and return None where that is impossible.
+
+    Args:
+        whole: the functions for numbers of channels that are whole vectors, which are faster.
+    """
     if torch.backends.cpu.get_cpu_capability() not in CAPABILITIES:
         return None
     compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc"))), None)
@@ -66,7 +73,8 @@ def library() -> ctypes.CDLL | None:
         return None
 
     # Processes that build at the same time each write a file of their own and rename it.
-    text = SOURCE.read_bytes() + repr((compiler, FLAGS)).encode()
+    command = [compiler, *FLAGS, *([] if whole else ["-DPARTS"])]
+    text = b"".join(path.read_bytes() for path in (HEADER, *SOURCES)) + repr(command).encode()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dico_kernels"
     built = folder / f"rows-{hashlib.sha256(text).hexdigest()[:16]}.so"
     if not built.is_file():
@@ -74,13 +82,13 @@ def library() -> ctypes.CDLL | None:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 output = Path(scratch) / built.name
-                command = [compiler, *FLAGS, str(SOURCE), "-o", str(output)]
+                command += [*map(str, SOURCES), "-o", str(output)]
                 subprocess.run(command, check=True, capture_output=True, text=True)
                 output.replace(built)
         except (OSError, subprocess.CalledProcessError) as failure:
             reason = getattr(failure, "stderr", None) or str(failure)
             warnings.warn(
-                f"{compiler} did not build {SOURCE.name}, so small networks train more slowly: "
+                f"{compiler} did not build the passes in C, so small networks train more slowly: "
                 f"{reason.strip().splitlines()[-1]}",
                 stacklevel=2,
             )
@@ -95,7 +103,7 @@ def library() -> ctypes.CDLL | None:
     return functions
 
 
-def pays(*args: Tensor | None) -> bool:
+def pays(*args: Tensor | None, **kwargs: Tensor | None) -> bool:
     """Tell whether the passes are worth it: in training, in one thread, and not compiled."""
     return (
         not torch.compiler.is_compiling()
@@ -104,8 +112,8 @@ def pays(*args: Tensor | None) -> bool:
     )
 
 
-def fits(x: Tensor, channels: int) -> bool:
-    """Tell whether a tensor is plain, in float32 on a CPU, with whole vectors of channels.
+def fits(x: Tensor) -> bool:
+    """Tell whether a tensor is plain, in float32 on a CPU.
 
     A compiled graph would break at the look for the library, so there it never is.
     """
@@ -114,7 +122,6 @@ def fits(x: Tensor, channels: int) -> bool:
         and type(x) in (Tensor, torch.nn.Parameter)
         and x.is_cpu
         and x.dtype == torch.float32
-        and channels % LANES == 0
         and not torch.is_autocast_enabled("cpu")
         and library() is not None
     )
@@ -122,14 +129,20 @@ def fits(x: Tensor, channels: int) -> bool:
 
 def is_image(x: Tensor) -> bool:
     """Tell whether a tensor holds images that `fits` takes, channels last."""
-    return (
-        x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and fits(x, x.shape[1])
-    )
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and fits(x)
 
 
-def call(name: str, *args: Tensor | float | None) -> None:
-    """Call a C function; tensors go by address."""
-    getattr(library(), name)(*[x.data_ptr() if isinstance(x, Tensor) else x for x in args])
+def call(name: str, *args: Tensor | float | None, channels: tuple[int, ...]) -> None:
+    """Call a C function; tensors go by address.
+
+    Args:
+        name: of the function.
+        args: its arguments.
+        channels: every number of channels that it goes through by vectors.
+    """
+    whole = not any(number % LANES for number in channels)
+    function = getattr(library(whole), name)
+    function(*[x.data_ptr() if isinstance(x, Tensor) else x for x in args])
 
 
 # adaLN: x (N, T, C), shift and scale (N, 1, C)
@@ -138,7 +151,7 @@ def call(name: str, *args: Tensor | float | None) -> None:
 def supports_adaln(x: Tensor, shift: Tensor, scale: Tensor) -> bool:
     """Tell whether `adaln` takes the tensors."""
     wanted = (len(x), 1, x.shape[-1])
-    return x.ndim == 3 and shift.shape == scale.shape == wanted and fits(x, x.shape[-1])
+    return x.ndim == 3 and shift.shape == scale.shape == wanted and fits(x)
 
 
 class _AdaLN(torch.autograd.Function):
@@ -153,7 +166,7 @@ class _AdaLN(torch.autograd.Function):
         y = torch.empty_like(x)
         mean = x.new_empty(n * t)
         rstd = x.new_empty(n * t)
-        call("adaln_forward", x, shift, scale, y, mean, rstd, n, t, c, stride, eps)
+        call("adaln_forward", x, shift, scale, y, mean, rstd, n, t, c, stride, eps, channels=(c,))
         ctx.save_for_backward(x, scale, mean, rstd)
         ctx.stride = stride
         return y
@@ -168,7 +181,7 @@ class _AdaLN(torch.autograd.Function):
         grad_shift = x.new_empty(n, 1, c)
         grad_scale = x.new_empty(n, 1, c)
         tensors = (x, scale, grad, mean, rstd, grad_x, grad_shift, grad_scale)
-        call("adaln_backward", *tensors, n, t, c, ctx.stride)
+        call("adaln_backward", *tensors, n, t, c, ctx.stride, channels=(c,))
         return grad_x, grad_shift, grad_scale, None
 
 
@@ -197,7 +210,7 @@ class _Gate(torch.autograd.Function):
         if gate.stride(1) != 1:
             gate = gate.contiguous()
         y = torch.empty_like(b)
-        call("gate_forward", x, gate, b, y, n, h * w, c, gate.stride(0))
+        call("gate_forward", x, gate, b, y, n, h * w, c, gate.stride(0), channels=(c,))
         ctx.save_for_backward(gate, b)
         return y
 
@@ -209,7 +222,8 @@ class _Gate(torch.autograd.Function):
         grad = grad.contiguous(memory_format=torch.channels_last)
         grad_gate = b.new_empty(n, c, 1, 1)
         grad_b = torch.empty_like(b)
-        call("gate_backward", gate, b, grad, grad_gate, grad_b, n, h * w, c, gate.stride(0))
+        tensors = (gate, b, grad, grad_gate, grad_b)
+        call("gate_backward", *tensors, n, h * w, c, gate.stride(0), channels=(c,))
         return grad if ctx.needs_input_grad[0] else None, grad_gate, grad_b
 
 
@@ -231,7 +245,7 @@ class _Mean(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         n, c, h, w = ctx.shape = x.shape
         y = x.new_empty(n, c, 1, 1)
-        call("mean_forward", x, y, n, h * w, c)
+        call("mean_forward", x, y, n, h * w, c, channels=(c,))
         return y
 
     @staticmethod
@@ -240,7 +254,7 @@ class _Mean(torch.autograd.Function):
         n, c, h, w = ctx.shape
         grad = grad.contiguous()
         grad_x = grad.new_empty(n, h, w, c)
-        call("mean_backward", grad, grad_x, n, h * w, c)
+        call("mean_backward", grad, grad_x, n, h * w, c, channels=(c,))
         return grad_x.permute(0, 3, 1, 2)
 
 
@@ -256,7 +270,7 @@ def supports_gelu(x: Tensor) -> bool:
     dense = x.is_contiguous() or (
         x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
     )
-    return dense and fits(x, x.numel())
+    return dense and fits(x)
 
 
 class _Gelu(torch.autograd.Function):
@@ -264,7 +278,7 @@ class _Gelu(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         y = torch.empty_like(x)
         slope = torch.empty_like(x)
-        call("gelu_forward", x, y, slope, x.numel())
+        call("gelu_forward", x, y, slope, x.numel(), channels=(x.numel(),))
         ctx.save_for_backward(slope)
         return y
 
@@ -296,7 +310,8 @@ class _Depthwise(torch.autograd.Function):
         y = torch.empty_like(x)
         slope = torch.empty_like(x) if with_gelu else None
         frame = x.new_zeros((h + side - 1) * (w + side - 1) * c)
-        call("depthwise_forward", x, taps, bias, y, slope, frame, n, h, w, c, side)
+        tensors = (x, taps, bias, y, slope, frame)
+        call("depthwise_forward", *tensors, n, h, w, c, side, channels=(c,))
         ctx.save_for_backward(x, taps, slope)
         ctx.has_bias = bias is not None
         return y
@@ -313,7 +328,7 @@ class _Depthwise(torch.autograd.Function):
         grad_bias = x.new_empty(c)
         frames = x.new_zeros((2 * (h + side - 1) * (w + side - 1) + h * w) * c)
         tensors = (x, taps.flip(0), slope, grad, grad_x, grad_taps, grad_bias, frames)
-        call("depthwise_backward", *tensors, n, h, w, c, side)
+        call("depthwise_backward", *tensors, n, h, w, c, side, channels=(c,))
         grad_weight = grad_taps.t().reshape(c, 1, side, side)
         return grad_x, grad_weight, grad_bias if ctx.has_bias else None, None
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from backbones.kernels.rows import LANES, call, fits, is_image, supports_scale
+from backbones.kernels.rows import call, fits, is_image, supports_scale
 
 # Channels of either side from which oneDNN multiplies: see `linear.WIDE`.
 WIDE = 128
@@ -22,13 +22,12 @@ TILE = 96
 
 
 def _is_narrow(weight: Tensor) -> bool:
-    outputs, inputs = weight.shape[:2]
-    return outputs % LANES == 0 and inputs % LANES == 0 and min(outputs, inputs) < WIDE
+    return min(weight.shape[:2]) < WIDE
 
 
 def supports_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Tell whether `linear` takes the tensors."""
-    return _is_narrow(weight) and x.is_contiguous() and fits(x, x.shape[-1])
+    return _is_narrow(weight) and x.is_contiguous() and fits(x)
 
 
 def supports_pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -46,7 +45,8 @@ class _Linear(torch.autograd.Function):
         transposed = weight.view(outputs, inputs).t().contiguous()
         # A weight of four dimensions is that of a 1x1 convolution.
         y = _like(x, outputs) if weight.ndim == 4 else x.new_empty(*x.shape[:-1], outputs)
-        call("linear_forward", x, transposed, bias, y, m, inputs, outputs)
+        sizes = (inputs, outputs)
+        call("linear_forward", x, transposed, bias, y, m, *sizes, channels=sizes)
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
         return y
@@ -62,7 +62,8 @@ class _Linear(torch.autograd.Function):
         grad_weight = weight.new_empty(weight.shape)
         grad_bias = weight.new_empty(outputs)
         tensors = (x, weight, grad, grad_x, grad_weight, grad_bias)
-        call("linear_backward", *tensors, x.numel() // inputs, inputs, outputs)
+        sizes = (inputs, outputs)
+        call("linear_backward", *tensors, x.numel() // inputs, *sizes, channels=sizes)
         return grad_x, grad_weight, grad_bias if ctx.has_bias else None
 
 
@@ -110,7 +111,7 @@ class _Enter(torch.autograd.Function):
         rstd = x.new_empty(n * t)
         scratch = x.new_empty((TILE + t) * c)
         tensors = (x, shift, scale, transposed, bias, y, slope, mean, rstd, scratch)
-        call("enter_forward", *tensors, n, t, c, o, stride, eps)
+        call("enter_forward", *tensors, n, t, c, o, stride, eps, channels=(c, o))
         ctx.save_for_backward(x, shift, scale, weight, slope, mean, rstd)
         ctx.stride = stride
         ctx.has_bias = bias is not None
@@ -131,7 +132,8 @@ class _Enter(torch.autograd.Function):
         scratch = x.new_empty((TILE + t) * (2 * c + o))
         inputs = (x, shift, scale, weight, slope, mean, rstd, grad)
         outputs = (grad_x, grad_shift, grad_scale, grad_weight, grad_bias)
-        call("enter_backward", *inputs, *outputs, scratch, n, t, c, o, ctx.stride)
+        sizes = (n, t, c, o)
+        call("enter_backward", *inputs, *outputs, scratch, *sizes, ctx.stride, channels=(c, o))
         return *outputs[:4], grad_bias if ctx.has_bias else None, None
 
 
@@ -177,7 +179,7 @@ class _Leave(torch.autograd.Function):
         branch = torch.empty_like(x)
         scratch = x.new_empty((TILE + t) * k)
         tensors = (x, gate, h, factor, transposed, bias, y, branch, scratch)
-        call("leave_forward", *tensors, n, t, c, k, gate.stride(0))
+        call("leave_forward", *tensors, n, t, c, k, gate.stride(0), channels=(c, k))
         ctx.save_for_backward(gate, h, factor, weight, branch)
         ctx.has_bias = bias is not None
         return y
@@ -197,7 +199,8 @@ class _Leave(torch.autograd.Function):
         scratch = branch.new_empty((TILE + t) * (c + k))
         inputs = (gate, h, factor, weight, branch, grad)
         outputs = (grad_gate, grad_h, grad_factor, grad_weight, grad_bias)
-        call("leave_backward", *inputs, *outputs, scratch, n, t, c, k, gate.stride(0))
+        tensors = (*inputs, *outputs, scratch)
+        call("leave_backward", *tensors, n, t, c, k, gate.stride(0), channels=(c, k))
         bias_part = grad_bias if ctx.has_bias else None
         return grad, grad_gate, grad_h, grad_weight, bias_part, grad_factor
 

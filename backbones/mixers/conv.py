@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.kernels import depthwise, depthwise_gelu, pool, scale
+from backbones.kernels import channel_attention, depthwise, depthwise_gelu, pool, scale
 from backbones.layers import Pointwise
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
@@ -125,9 +125,16 @@ class ChannelSelfAttention(nn.Module):
         self.project = Pointwise(dim, dim, bias=False) if project else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        n, c, _, _ = x.shape
-        qkv = depthwise(self.qkv(x), self.depthwise.weight).flatten(2)  # (N, 3C, T)
+        n, c, height, width = x.shape
+        qkv = depthwise(self.qkv(x), self.depthwise.weight)  # (N, 3C, H, W)
+
+        # Queries and keys are divided by their norms over the grid, and queries times temperature.
+        norms = (pool(qkv * qkv) * (height * width)).sqrt().clamp_min(1e-12)  # (N, 3C, 1, 1)
+        q_norm, k_norm, v_norm = norms.chunk(3, dim=1)  # 3 x (N, C, 1, 1)
+        temperature = self.temperature.repeat_interleave(c // self.heads, dim=0)  # (C, 1, 1)
+        factors = torch.cat([temperature / q_norm, 1 / k_norm, torch.ones_like(v_norm)], dim=1)
+
+        # Attend among the channels of a head.
+        qkv = scale(qkv, factors).flatten(2)  # (N, 3C, T)
         q, k, v = qkv.view(n, 3, self.heads, c // self.heads, -1).unbind(1)  # 3 x (N, h, e, T)
-        cosine = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)  # (N, h, e, e)
-        weights = (cosine * self.temperature).softmax(dim=-1)  # (N, h, e, e)
-        return self.project((weights @ v).reshape(x.shape))  # (N, C, H, W)
+        return self.project(channel_attention(q, k, v).reshape(x.shape))  # (N, C, H, W)

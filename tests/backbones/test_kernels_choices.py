@@ -30,7 +30,7 @@ LIBRARIES = {
     "efficient": ("torch", tuple(LIMITS)),
 }
 # Choices of a CPU alone. They take float32 only; oneDNN's GELU, which takes no gradients, is
-# tested with the fused kernels. `rows` takes whole vectors of channels, and has a file of its own.
+# tested with the fused kernels. `rows` has a file of its own.
 CPU_ONLY = {("linear", "onednn"), ("pointwise", "row")}
 
 
@@ -56,6 +56,12 @@ def causal_conv(large: bool) -> tuple[list[Tensor], list[Tensor]]:
 def attention(large: bool) -> tuple[list[Tensor], list[Tensor]]:
     n, heads, queries, keys, e = (2, 3, 67, 131, 72) if large else (1, 2, 7, 13, 24)
     return draw((n, heads, queries, e), (n, heads, keys, e), (n, heads, keys, e)), []
+
+
+def channel_attention(large: bool) -> tuple[list[Tensor], list[Tensor]]:
+    n, heads, e, t = (2, 3, 37, 131) if large else (1, 2, 5, 13)
+    q, k, v = draw((n, heads, e, t), (n, heads, e, t), (n, heads, e, t))
+    return [q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True), v], []
 
 
 def gated_linear(large: bool) -> tuple[list[Tensor], list[Tensor]]:
@@ -162,6 +168,7 @@ CASES = {
     "selective_scan": selective_scan,
     "causal_conv": causal_conv,
     "attention": attention,
+    "channel_attention": channel_attention,
     "gated_linear": gated_linear,
     "linear_attention": linear_attention,
     "diagonal_ssm": diagonal_ssm,

@@ -25,7 +25,9 @@ pytestmark = pytest.mark.skipif(
 # Of a unit in the last place of float32, after sums of hundreds of terms.
 LIMIT = 1e-5
 # Samples, channels, height and width.
+# The last two fill no whole vectors.
 SHAPES = [(1, 8, 1, 1), (67, 24, 1, 3), (3, 24, 2, 5), (2, 40, 7, 3), (2, 104, 11, 9)]
+SHAPES += [(3, 5, 3, 4), (65, 21, 1, 3)]
 
 
 def image(*shape: int) -> Tensor:
@@ -60,6 +62,9 @@ def inputs_of(op: str, n: int, c: int, h: int, w: int) -> list[Tensor]:
         x = normal(n, h * w, c) if op == "linear" else image(n, c, h, w)
         return [x, weight, normal(2 * c)]
 
+    if "attention" in op:
+        return inputs_of_attention(op, n, c, h * w)
+
     # Operations that are fused with others, and convolutions named by their kernels.
     if op.startswith("adaln_pointwise"):
         modulation = [part(n, c, i)[..., None, None] for i in range(2)]
@@ -71,16 +76,27 @@ def inputs_of(op: str, n: int, c: int, h: int, w: int) -> list[Tensor]:
     return [image(n, c, h, w), normal(c, 1, side, side), normal(c)]
 
 
+def inputs_of_attention(op: str, n: int, c: int, t: int) -> list[Tensor]:
+    """Return inputs of two heads, in float64."""
+    # Long queries would leave one key all the weight, and gradients of nothing.
+    if op == "channel_attention":
+        return [scale * normal(n, 2, c, t) for scale in (0.1, 1.0, 1.0)]
+    keys = t if "self" in op else 3
+    heads = [normal(n, 2, tokens, 5) for tokens in (t, keys, keys)]
+    return [*heads, normal(1, 2, t, keys)] if "bias" in op else heads
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(
     "case",
     ["adaln", "addcmul", "scale", "pool", "gelu", "depthwise 3", "depthwise 5"]
     + ["depthwise 7", "depthwise_gelu 3", "depthwise_gelu 5", "depthwise_gelu 7"]
     + ["linear", "linear of a grid", "pointwise", "adaln_pointwise_gelu"]
-    + ["pointwise_gated", "pointwise_gated with factor"],
+    + ["pointwise_gated", "pointwise_gated with factor", "channel_attention"]
+    + ["attention", "self attention", "attention with bias"],
 )
 def test_a_pass_computes_what_the_reference_computes(case: str, shape: tuple[int, ...]):
-    name = case.split()[0]
+    name = case.removeprefix("self ").split()[0]
     op = getattr(kernels, name)
     inputs = inputs_of(case, *shape)
     truths = with_gradients(op.choices["reference"].run, inputs)
@@ -104,10 +120,19 @@ def test_a_depthwise_convolution_needs_no_bias():
     assert torch.allclose(rows.depthwise(x, weight), truth, atol=1e-5)
 
 
-def test_channels_that_fill_no_vector_are_refused():
-    x = torch.randn(2, 12, 3, 3).contiguous(memory_format=torch.channels_last)
-    with kernels.use(pool="rows"), pytest.raises(ValueError, match="pool was forced to 'rows'"):
-        kernels.pool(x)
+def attend_by_parts(packed: Tensor) -> Tensor:
+    q, k, v = packed.permute(2, 0, 3, 1, 4)
+    return kernels.attention.choices["reference"].run(q, k, v)
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 3, 2, 5), (2, 4, 3, 2, 8)], ids=str)
+def test_queries_keys_and_values_return_their_gradients(shape: tuple[int, ...]):
+    packed = normal(*shape)
+    truths = with_gradients(attend_by_parts, [packed])
+    with kernels.use(attention="rows"):
+        values = with_gradients(lambda x: kernels.attention(*kernels.unpack(x)), [packed.float()])
+    for value, truth in zip(values, truths, strict=True):
+        assert (value - truth).norm() <= LIMIT * truth.norm()
 
 
 def test_a_training_follows_the_references():
@@ -125,7 +150,7 @@ def test_a_machine_without_a_compiler_runs_the_references(
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", "/bin/false")
-    with pytest.warns(UserWarning, match=r"/bin/false did not build rows\.c"):
+    with pytest.warns(UserWarning, match=r"/bin/false did not build the passes in C"):
         assert rows.library.__wrapped__() is None
     monkeypatch.delenv("CC")
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -135,6 +160,9 @@ def test_a_machine_without_a_compiler_runs_the_references(
 
 
 def test_the_source_compiles_without_a_warning(tmp_path: Path):
-    command = ["cc", *rows.FLAGS, "-Wall", "-Wextra", str(rows.SOURCE), "-o", tmp_path / "rows.so"]
-    built = subprocess.run(command, capture_output=True, text=True)
-    assert (built.returncode, built.stderr) == (0, "")
+    command = ["cc", *rows.FLAGS, "-Wall", "-Wextra", *map(str, rows.SOURCES)]
+    for choice in ("-DWHOLE", "-DPARTS"):
+        built = subprocess.run(
+            [*command, choice, "-o", tmp_path / "rows.so"], capture_output=True, text=True
+        )
+        assert (built.returncode, built.stderr) == (0, "")

@@ -1,0 +1,167 @@
+/* What the passes over rows of channels share: vectors, GELU, matrix products.
+ *
+ * Everything is float32, in a single thread. Sums run in one order, so results are the same in every
+ * run. The files are built twice. With PARTS, the last vector of a row may hold fewer channels than
+ * it has lanes; without, every number of channels is a multiple of 8.
+ */
+
+#include <immintrin.h>
+#include <stddef.h>
+#include <string.h>
+
+#define LANES 8
+typedef float vec __attribute__((vector_size(32), aligned(4)));
+typedef int ints __attribute__((vector_size(32), aligned(4)));
+
+#define UNROLL _Pragma("GCC unroll 8")
+#define INLINE static inline __attribute__((always_inline))
+
+/* In the body of EACH, `width` channels are left from i on. LOAD, STORE and KEEP read it. */
+#define EACH(i, c) for (long i = 0, width = (c); width > 0; i += LANES, width -= LANES)
+
+#ifdef PARTS
+#define LOAD(p) load_part(p, width)
+#define STORE(p, v) store_part(p, v, width)
+#define KEEP(v) keep_part(v, width)
+#else
+#define LOAD(p) (*(const vec *)(p))
+#define STORE(p, v) (*(vec *)(p) = (v))
+#define KEEP(v) (v)
+#endif
+
+INLINE vec fill(float value) { return value - (vec){0}; }
+
+INLINE vec choose(ints mask, vec a, vec b) { return (vec)((mask & (ints)a) | (~mask & (ints)b)); }
+
+INLINE float add_lanes(vec v) {
+    return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
+}
+
+INLINE float greatest_lane(vec v) {
+    float most = v[0];
+    for (int i = 1; i < LANES; i++) most = v[i] > most ? v[i] : most;
+    return most;
+}
+
+/* Lanes that a row still fills. */
+INLINE ints lanes_below(long width) { return (ints){0, 1, 2, 3, 4, 5, 6, 7} < (int)width; }
+
+INLINE vec keep_part(vec v, long width) {
+    return width >= LANES ? v : (vec)(lanes_below(width) & (ints)v);
+}
+
+INLINE vec load_part(const float *p, long width) {
+    if (width >= LANES) return *(const vec *)p;
+    return (vec)_mm256_maskload_ps(p, (__m256i)lanes_below(width));
+}
+
+/* Masked stores are slow on some processors, so halves are stored. */
+INLINE void store_part(float *p, vec v, long width) {
+    if (width >= LANES) {
+        *(vec *)p = v;
+        return;
+    }
+    __m128 half = _mm256_castps256_ps128((__m256)v);
+    if (width & 4) {
+        _mm_storeu_ps(p, half);
+        half = _mm256_extractf128_ps((__m256)v, 1);
+        p += 4;
+    }
+    if (width & 2) {
+        _mm_storel_pi((__m64 *)p, half);
+        half = _mm_movehl_ps(half, half);
+        p += 2;
+    }
+    if (width & 1) _mm_store_ss(p, half);
+}
+
+/* Exact GELU. The tail of the normal distribution is Abramowitz and Stegun's 7.1.26, as in PyTorch.
+ */
+
+INLINE vec exp_of_negative(vec x) {
+    x = choose(x < -87, fill(-87), x);
+    ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, ints);
+    vec whole = __builtin_convertvector(n, vec);
+    vec r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    vec p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    return (p * r * r + r + 1) * (vec)((n + 127) << 23);
+}
+
+/* Return gelu(x), and its derivative in *slope. */
+INLINE vec gelu(vec x, vec *slope) {
+    vec size = choose(x < 0, -x, x);
+    vec e = exp_of_negative(-0.5f * x * x);
+    vec s = 1 / (1 + 0.3275911f * 0.70710678f * size);
+    vec p = 1.061405429f * s - 1.453152027f;
+    p = p * s + 1.421413741f;
+    p = p * s - 0.284496736f;
+    p = p * s + 0.254829592f;
+    vec tail = 0.5f * p * s * e;
+    vec normal = choose(x < 0, tail, 1 - tail);
+    *slope = normal + x * e * 0.39894228f;
+    return x * normal;
+}
+
+/* Matrix products c (m, n) = a b + bias, or c += a b: b (k, n) and c (m, n) lie row by row, and a has
+ * any strides. `vecs` vectors of columns are multiplied at once; a single one may be a part. */
+
+INLINE void multiply_block(const float *a, long row, long column, const float *b, float *c,
+                           const float *bias, long n, long k, int add, long width,
+                           const long count, const long vecs) {
+    vec sums[6][2];
+    (void)width;  // which only PARTS reads
+    UNROLL
+    for (long r = 0; r < count; r++)
+        UNROLL
+        for (long v = 0; v < vecs; v++)
+            sums[r][v] = add ? LOAD(c + r * n + v * LANES)
+                             : bias ? LOAD(bias + v * LANES) : (vec){0};
+    for (long p = 0; p < k; p++) {
+        vec right[2];
+        UNROLL
+        for (long v = 0; v < vecs; v++) right[v] = LOAD(b + p * n + v * LANES);
+        UNROLL
+        for (long r = 0; r < count; r++) {
+            vec left = fill(a[r * row + p * column]);
+            UNROLL
+            for (long v = 0; v < vecs; v++) sums[r][v] += left * right[v];
+        }
+    }
+    UNROLL
+    for (long r = 0; r < count; r++)
+        UNROLL
+        for (long v = 0; v < vecs; v++) STORE(c + r * n + v * LANES, sums[r][v]);
+}
+
+INLINE void multiply_columns(const float *a, long row, long column, const float *b, float *c,
+                             const float *bias, long m, long n, long k, int add, long width,
+                             const long vecs) {
+    long i = 0;
+#define ROWS(count)                                                                              \
+    for (; i + count <= m; i += count)                                                           \
+        multiply_block(a + i * row, row, column, b, c + i * n, bias, n, k, add, width, count, vecs);
+    ROWS(6)
+    ROWS(4)
+    ROWS(2)
+    ROWS(1)
+#undef ROWS
+}
+
+static inline void multiply(const float *a, long row, long column, const float *b, float *c,
+                     const float *bias, long m, long n, long k, int add) {
+    long j = 0;
+#define COLUMNS(width, vecs)                                                                      \
+    multiply_columns(a, row, column, b + j, c + j, bias ? bias + j : NULL, m, n, k, add, width, vecs)
+    for (; j + 2 * LANES <= n; j += 2 * LANES) COLUMNS(LANES, 2);
+    for (; j + LANES <= n; j += LANES) COLUMNS(LANES, 1);
+    if (j < n) COLUMNS(n - j, 1);
+#undef COLUMNS
+}
+
+static inline void add_rows(const float *x, float *y, long m, long c) {
+    for (long j = 0; j < m; j++, x += c) EACH(k, c) STORE(y + k, LOAD(y + k) + LOAD(x + k));
+}
