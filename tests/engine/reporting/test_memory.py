@@ -139,7 +139,7 @@ def test_the_table_says_in_words_what_fits():
         f"{question} DDP: no, one image needs at least 4.5 GB, and 4.5 GB of a card are free.",
         f"{question} ZeRO-1: yes, in fp32 with activations kept, 23 images at once and 6 passes "
         "per step; in fp32 with activations recomputed, 125 images at once and 1 pass per step.",
-        f"{question} fully sharded, which the trainer lacks: yes, in fp32 with activations kept, "
+        f"{question} fully sharded: yes, in fp32 with activations kept, "
         "58 images at once and 3 passes per step; in fp32 with activations recomputed, 125 images "
         "at once and 1 pass per step.",
     ]
