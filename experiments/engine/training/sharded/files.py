@@ -11,6 +11,8 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,9 @@ def write_parts(folder: Path, state: dict[str, Any], group: Group) -> Path:
     # An error of one process is raised by all.
     try:
         writer = dcp.FileSystemWriter(staged)
-        dcp.save(_only_tensors(state), storage_writer=writer)
+        with _may_be_alone():
+            alone = group.world_size == 1
+            dcp.save(_only_tensors(state), storage_writer=writer, no_dist=alone)
     except CheckpointException as failure:
         raise _cause(failure) from None
 
@@ -127,11 +131,18 @@ def read_parts(
     # Each process reads for itself, and only what it holds.
     rest = torch.load(folder / REST, weights_only=True)
     state: dict[str, Any] = map_tensors(rest, allocate, like)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+    with _may_be_alone():
         reader = dcp.FileSystemReader(folder)
         dcp.load(_only_tensors(state), storage_reader=reader, no_dist=True)
     return state
+
+
+@contextmanager
+def _may_be_alone() -> Iterator[None]:
+    """Take no warning of a process that reads or writes by itself."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
 
 
 def _only_tensors(state: dict[str, Any]) -> dict[str, Any]:

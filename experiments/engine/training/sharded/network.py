@@ -41,9 +41,24 @@ def shard_network(network: nn.Module, device: torch.device, entry: nn.Module | N
 
     # From the inside out: what is cut already is left out around it.
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for block in find_blocks(network):
-        fully_shard(block, mesh=mesh)
+    for module in list_sharded(network):
+        fully_shard(module, mesh=mesh)
     fully_shard(entry, mesh=mesh)
+
+
+def list_sharded(network: nn.Module) -> list[nn.Module]:
+    """Return the modules whose parameters are whole only while they run, from the inside out.
+
+    These are the blocks, and what is called while the block around it does not run. A module names
+    such children in `called_apart`; a list stands for its members.
+    """
+    apart: list[nn.Module] = []
+    for module in network.modules():
+        for name in getattr(module, "called_apart", ()):
+            child = getattr(module, name)
+            if child is not None:
+                apart += child if isinstance(child, nn.ModuleList) else [child]
+    return [*apart, *find_blocks(network)]
 
 
 def _put_channels_last(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
