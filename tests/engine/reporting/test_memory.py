@@ -91,7 +91,7 @@ def test_micro_batches_and_several_processes_have_them_all_the_time():
 def test_what_is_sharded_is_divided_and_gathered_by_blocks():
     optimiser = parts_of(Settings(8, Sharding.OPTIMISER), 10)
     assert optimiser == Parts(1000 * MB, 800 * MB, 200 * MB, 1000 * MB, 700 * MB)
-    gathered = (3 * 80 + 2 * 40) * MB
+    gathered = (5 * 80 + 40) * MB
     everything = parts_of(Settings(8, Sharding.ALL), 10)
     assert everything == Parts(125 * MB, 100 * MB, 200 * MB, 125 * MB, 700 * MB + gathered)
 

@@ -209,7 +209,8 @@ def _general_notes(card: Card, untraced: Sequence[str]) -> list[str]:
         "workspaces of libraries and fragmentation. This share is assumed.",
         f"{Sharding.OPTIMISER}: each process keeps its part of AdamW's moments (shard_optimizer in "
         f"slurm/site.toml). Fully sharded: each keeps its part of everything (fully_shard there), "
-        "and gathers the parameters of two blocks and the gradients of one.",
+        "and has five times a block's parameters whole for a while, and what is no block for the "
+        "step, as measured on a CPU.",
     ]
     if untraced:
         notes.append(
