@@ -349,7 +349,7 @@ def test_the_passes_of_a_process_need_what_the_model_of_memory_says(held: list[d
     """The model adds peaks that come one after the other, so it may say more."""
     parts = split_needs(trace_needs(ODD, recompute=False), Settings(2, Sharding.ALL), 3)
     for each in held:
-        assert 0.75 < each["peak"] / (parts.gradients + parts.activations) < 1.1
+        assert 0.6 < each["peak"] / (parts.gradients + parts.activations) < 1.1
 
 
 @pytest.mark.slow
