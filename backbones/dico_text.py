@@ -45,6 +45,8 @@ from backbones.registry import register
 class CrossAttention(nn.Module):
     """Attend from every pixel to the tokens of the text: (N, C, H, W) -> same."""
 
+    called_apart = ("kv_linear",)
+
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -72,6 +74,8 @@ class CrossAttention(nn.Module):
 
 class DynamicConv(nn.Module):
     """Convolve every channel with the kernel that the text gives it: (N, C, H, W) -> same."""
+
+    called_apart = ("mlp",)
 
     def __init__(self, dim: int, dim_context: int) -> None:
         super().__init__()

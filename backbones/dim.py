@@ -126,6 +126,8 @@ def _image(x: Tensor, grid: tuple[int, int]) -> Tensor:
 class DiMBlock(nn.Module):
     """A Mamba mixer, modulated by the shared condition plus the block's own table."""
 
+    called_apart = ("skip_linear",)
+
     def __init__(self, dim: int, skip: bool) -> None:
         super().__init__()
         self.norm1 = nn.Sequential(OrderedDict(norm=nn.RMSNorm(dim, eps=1e-5)))

@@ -160,6 +160,8 @@ class Enlarge(nn.Module):
 class Branch(nn.Module):
     """A U of blocks on one grid; its features are its input and every block's output."""
 
+    called_apart = ("output_layer",)
+
     def __init__(self, size: BranchSize, channels: int, blocks: list[nn.Module], head: bool):
         super().__init__()
         dim = size.dim

@@ -238,7 +238,8 @@ def run_stage(stage: Iterable[nn.Module], x: Tensor, *conditions: Tensor) -> Ten
 def run_layers(block: nn.Module, x: Tensor, conditions: dict[type[nn.Module], Any]) -> Tensor:
     """Run a block's layers one after the other, each with the condition listed for its type."""
     for layer in block.children():
-        condition = conditions.get(type(layer))
+        found = (condition for kind, condition in conditions.items() if isinstance(layer, kind))
+        condition = next(found, None)
         x = layer(x) if condition is None else layer(x, condition)
     return x
 

@@ -53,6 +53,8 @@ class FusedAttention(CrossAttention):
 class TextAttention(FusedAttention):
     """Attention to text whose keys and values are projected before: (N, T, C), (N, L, 2C)."""
 
+    called_apart = ("to_k", "to_v")
+
     def prepare(self, context: Tensor) -> Tensor:
         """Project the text to keys and values: (N, L, K) -> (N, L, 2C)."""
         return torch.cat([self.to_k(context), self.to_v(context)], dim=-1)

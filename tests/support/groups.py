@@ -105,7 +105,7 @@ def run_member(group: Group, port: int, work: Work) -> None:
     preemption.listen()
     _hurry()
     if group.world_size > 1:
-        _declare(group, port)
+        declare(group, port)
 
     # What the test asks for beside the work.
     if work.fault:
@@ -134,7 +134,7 @@ def _hurry() -> None:
     classifiers.DIGITS = replace(classifiers.DIGITS, steps=40)
 
 
-def _declare(group: Group, port: int) -> None:
+def declare(group: Group, port: int) -> None:
     """Set what a launcher sets for a rank."""
     os.environ |= {
         "RANK": str(group.rank),
@@ -177,8 +177,10 @@ def _keep_inputs(inputs: list[tuple[Tensor, ...]]) -> None:
     IDDPM.losses = keeping  # type: ignore[method-assign, assignment]
 
 
-def run_group(world_size: int, work: Work) -> list[int]:
-    """Run a group of processes and return the exit statuses of its ranks."""
+def run_group(
+    world_size: int, work: Work, member: Callable[[Group, int, Work], None] = run_member
+) -> list[int]:
+    """Run a group of processes, each by `member`, and return the exit statuses of its ranks."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     with socket.socket() as free:
@@ -187,7 +189,7 @@ def run_group(world_size: int, work: Work) -> list[int]:
 
     # The ranks run side by side.
     groups = [Group(rank, world_size, rank) for rank in range(world_size)]
-    ranks = [context.Process(target=run_member, args=(group, port, work)) for group in groups]
+    ranks = [context.Process(target=member, args=(group, port, work)) for group in groups]
     for process in ranks:
         process.start()
     for process in ranks:

@@ -80,6 +80,8 @@ class Site:
     collective_seconds: int = 1800
     # Whether each process keeps only its part of the optimiser's state.
     shard_optimizer: bool = False
+    # Whether each process keeps only its part of weights, averages, gradients and optimiser.
+    fully_shard: bool = False
     # Whether activations inside blocks are computed again in the backward pass, to save memory.
     recompute: bool = False
     # Whether networks are compiled with torch.compile.

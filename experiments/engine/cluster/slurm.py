@@ -157,6 +157,7 @@ def _cost_text(cost: _Cost, unit: str) -> str:
 def _memory_lines(job: Job, site: Site, known: Mapping[Key, Needs]) -> list[str]:
     """Return what each process of a job needs for its trainings."""
     sharding = Sharding.OPTIMISER if site.shard_optimizer else Sharding.NOTHING
+    sharding = Sharding.ALL if site.fully_shard else sharding
     settings = Settings(site.world_size, sharding)
     share = Share(settings, site.micro_batch or None, site.recompute)
     lines = []

@@ -105,6 +105,7 @@ def trainer_resources(site: Site) -> dict[str, Any]:
         "sample_batch": site.sample_batch,
         "timeout": float(site.collective_seconds),
         "shard_optimizer": site.shard_optimizer,
+        "fully_shard": site.fully_shard,
         "recompute": site.recompute,
         "compile": site.compile,
         "graphs": site.graphs,

@@ -308,6 +308,7 @@ def _provenance(spec: Stage, context: RunContext, seconds: float) -> dict[str, A
             "world_size": group.world_size,
             "micro_batch": resources.micro_batch,
             "recompute": resources.recompute,
+            "fully_sharded": resources.fully_shard and group.world_size > 1,
             "sample_batch": resources.sample_batch,
             "compiled": getattr(spec, "compile", resources.compile),
             "graphs": getattr(spec, "graphs", uses_graphs),

@@ -8,13 +8,15 @@ from pathlib import Path
 from experiments.engine.records.store import Store
 from experiments.engine.specs.spec import Evaluate, spec_id
 
-# A checkpoint's step, and the start of its SHA-256.
-CHECKPOINT_NAME = re.compile(r"step-(\d{8})-([0-9a-f]{16})\.pt")
+# A checkpoint's step, and the start of its SHA-256. A folder of parts has no suffix.
+CHECKPOINT_NAME = re.compile(r"step-(\d{8})-([0-9a-f]{16})(?:\.pt)?")
 
 
 def steps_of(folder: Path) -> int | None:
     """Return how many steps the newest checkpoint of a run's folder has; None without one."""
-    names = (CHECKPOINT_NAME.fullmatch(path.name) for path in (folder / "checkpoints").glob("*.pt"))
+    names = (
+        CHECKPOINT_NAME.fullmatch(path.name) for path in (folder / "checkpoints").glob("step-*")
+    )
     return max((int(name[1]) for name in names if name), default=None)
 
 

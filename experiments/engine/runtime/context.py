@@ -34,6 +34,8 @@ class Resources:
     milestones: int | None = None
     # Whether each process holds only its part of the optimiser's state.
     shard_optimizer: bool = False
+    # Whether each process holds only its part of weights, averages and all else.
+    fully_shard: bool = False
     # Whether a training keeps of each block its inputs alone, and computes the rest again.
     recompute: bool = False
     # Seconds after which a collective operation gives up.

@@ -83,6 +83,13 @@ class Group:
         dist.broadcast_object_list(holder, device=torch.device("cpu"))
         return holder[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's value on every rank, in the order of the ranks."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def sum(self, values: Tensor) -> Tensor:
         """Add `values` up over the ranks, elementwise and in place."""
         if self.world_size > 1:

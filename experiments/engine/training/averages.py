@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import backbones
+from experiments.engine.numerics.parts import own_parts
 from experiments.engine.numerics.power_average import (
     Rebuilt,
     Stored,
@@ -115,7 +116,7 @@ class PowerAverages:
 @torch.no_grad()
 def update_average(averages: list[Tensor], weights: list[Tensor], decay: float) -> None:
     """Move every average to decay * average + (1 - decay) * weight."""
-    torch._foreach_lerp_(averages, weights, 1 - decay)
+    torch._foreach_lerp_(own_parts(averages), own_parts(weights), 1 - decay)
 
 
 def load_power_average(

@@ -1,6 +1,7 @@
-"""A run's own checkpoints: written whole and in the background, and named by their checksum.
+"""A run's own checkpoints: files written whole and in the background, named by their checksum.
 
-The newest few are kept, and milestones for good.
+A network that processes share is written as a folder of parts until its training has finished. The
+newest few checkpoints are kept, and milestones for good.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from experiments.engine.records.files import sync_folder, written_whole
+from experiments.engine.numerics.parts import part_state
+from experiments.engine.records.files import file_sha256, sync_folder, written_whole
 from experiments.engine.records.trained import CHECKPOINT_NAME
+from experiments.engine.runtime.group import Group
+from experiments.engine.training.sharded import files
 
 
 class Writer:
@@ -52,6 +56,13 @@ class Writer:
             torch.cuda.synchronize()
         self._thread = threading.Thread(target=self._save, args=(step,))
         self._thread.start()
+        self.stalled += time.perf_counter() - started
+
+    def save_parts(self, step: int, state: dict[str, Any], group: Group) -> None:
+        """Write a state that the processes share. All of them call this, and wait for the disk."""
+        self.wait()
+        started = time.perf_counter()
+        save_parts(self.folder, step, state, group, self.keep, self.milestones)
         self.stalled += time.perf_counter() - started
 
     @property
@@ -112,6 +123,32 @@ def save(
     return path
 
 
+def save_parts(
+    folder: Path,
+    step: int,
+    state: dict[str, Any],
+    group: Group,
+    keep: int = 2,
+    milestones: int | None = None,
+) -> None:
+    """Write a state that processes share as the folder step-<step>-<sha256>. All call this.
+
+    Raises:
+        OSError: The disk is or becomes full. The older checkpoints stay then.
+        ValueError: The processes do not see each other's files.
+    """
+    if group.first:
+        folder.mkdir(parents=True, exist_ok=True)
+        _require_space(folder, state)
+    staged = files.write_parts(folder, state, group)
+
+    # The new checkpoint is safe before an older one goes.
+    if group.first:
+        path = staged.rename(folder / f"step-{step:08d}-{files.digest_of(staged)[:16]}")
+        sync_folder(folder)
+        _remove_superseded(folder, path, keep, milestones)
+
+
 def _write(path: Path, state: dict[str, Any]) -> str:
     """Write a state and return its SHA-256."""
     with written_whole(path) as file:
@@ -153,11 +190,20 @@ def _remove_superseded(folder: Path, newest: Path, keep: int, milestones: int | 
             earlier.append(path)
         else:
             # Other files of this step and of later ones were damaged: the run came past them.
-            path.unlink()
+            _remove(path)
 
     for path in earlier[keep:]:
         if not milestones or _step(path) % milestones != 0:
-            path.unlink()
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; of a folder, no part stays under its name."""
+    if not path.is_dir():
+        path.unlink()
+        return
+    leftover = path.rename(path.with_name(files.STAGED))
+    shutil.rmtree(leftover)
 
 
 def newest_intact(folder: Path) -> Path | None:
@@ -171,21 +217,44 @@ def intact(folder: Path) -> Iterator[tuple[int, Path]]:
     Damaged ones are warned of.
     """
     for path in _newest_first(folder):
-        with open(path, "rb") as file:
-            checksum = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-        if checksum == _parse(path)[1]:
+        damage = _find_damage(path)
+        if damage is None:
             yield _step(path), path
             continue
         print(
-            f"warning: checkpoint {path.name} is damaged (its checksum is {checksum}); "
-            "trying the one before",
+            f"warning: checkpoint {path.name} is damaged ({damage}); trying the one before",
             file=sys.stderr,
         )
 
 
-def load(path: Path, map_location: torch.device | str = "cpu") -> tuple[int, dict[str, Any]]:
-    """Return step and state of an intact checkpoint."""
-    return _step(path), torch.load(path, map_location=map_location, weights_only=True)
+def _find_damage(path: Path) -> str | None:
+    """Return what is wrong with a checkpoint; None if its checksum holds."""
+    digest = _parse(path)[1]
+    if path.is_dir():
+        damage = files.find_damage(path, digest)
+        return f"{damage}; put it back to resume there" if damage else None
+    checksum = file_sha256(path)[:16]
+    return None if checksum == digest else f"its checksum is {checksum}"
+
+
+def load(
+    path: Path, map_location: torch.device | str = "cpu", like: dict[str, Any] | None = None
+) -> tuple[int, dict[str, Any]]:
+    """Return step and state of an intact checkpoint.
+
+    Args:
+        path: Of the checkpoint, a file or a folder.
+        map_location: Where whole tensors go.
+        like: A nested state. Tensors that processes share there are read as their parts.
+    """
+    if path.is_dir():
+        return _step(path), files.read_parts(path, map_location, like)
+
+    # What each process takes only a part of is not read at once.
+    state = torch.load(
+        path, map_location=map_location, weights_only=True, mmap=True if like else None
+    )
+    return _step(path), part_state(state, like) if like else state
 
 
 def load_newest(
@@ -197,7 +266,7 @@ def load_newest(
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    names = (path for path in folder.glob("step-*.pt") if CHECKPOINT_NAME.fullmatch(path.name))
+    names = (path for path in folder.glob("step-*") if CHECKPOINT_NAME.fullmatch(path.name))
     return sorted(names, reverse=True)
 
 

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
+from experiments.engine.numerics.parts import own_parts
 from experiments.engine.specs.spec import Recipe
 
 
@@ -62,6 +63,27 @@ def build_optimizer(
     return torch.optim.AdamW(trainable, **options)
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Go on from an optimiser's state, whose moments may lie in memory in another order.
+
+    The fused update reads parameters and moments side by side, as they lie there.
+    """
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = {
+        place: {name: _laid_like(x, weights[place]) for name, x in values.items()}
+        for place, values in state["state"].items()
+    }
+    optimizer.load_state_dict(state | {"state": moments})
+
+
+@torch.no_grad()
+def _laid_like(x: Tensor, weight: Tensor) -> Tensor:
+    """Return a tensor as it is, or copied into the layout of a weight of its shape."""
+    if x.shape != weight.shape or x.stride() == weight.stride():
+        return x
+    return torch.empty_like(weight, dtype=x.dtype, device=x.device).copy_(x)
+
+
 def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Return the trained parameters; those that a network declares `undecayed` are a group apart.
 
@@ -82,6 +104,7 @@ def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     """Move every parameter of `ema` to decay * ema + (1 - decay) * model, and copy buffers."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    averages, weights = own_parts(ema.parameters()), own_parts(model.parameters())
+    torch._foreach_lerp_(averages, weights, 1 - decay)
     for averaged, buffer in zip(ema.buffers(), model.buffers(), strict=True):
         averaged.copy_(buffer)

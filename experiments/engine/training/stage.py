@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.engine.data.sets import AnySet, batch_indices, load
+from experiments.engine.numerics.parts import gather_state
 from experiments.engine.numerics.weights import digest
 from experiments.engine.records.weight_files import require_weights
 from experiments.engine.runtime.attempts import begin_attempt
@@ -69,13 +70,11 @@ def run_training(spec: Train, context: RunContext) -> dict[str, Any]:
         attempt = _Attempt(trainer, context, writer, log, pending, images)
         for loss in trainer.steps(images):
             # Averages are on disk before a checkpoint of the same step, or a later one, is.
-            if trainer.averages and trainer.step in snapshots and group.first:
-                checkpoint.save(
-                    context.folder / averages.FOLDER,
-                    trainer.step,
-                    trainer.averages.snapshot(),
-                    milestones=1,
-                )
+            if trainer.averages and trainer.step in snapshots:
+                kept_averages = gather_state(trainer.averages.snapshot(), group.first)
+                if group.first:
+                    folder = context.folder / averages.FOLDER
+                    checkpoint.save(folder, trainer.step, kept_averages, milestones=1)
             attempt.follow(loss)
         writer.wait()
     kept = {"power_averages": averages.describe(spec.recipe)} if snapshots else {}
@@ -101,7 +100,7 @@ def _restore(trainer: Trainer, context: RunContext, teacher: nn.Module | None) -
     checkpoints = context.folder / "checkpoints"
     path = group.broadcast(checkpoint.newest_intact(checkpoints) if group.first else None)
     if path:
-        step, state = checkpoint.load(path)
+        step, state = checkpoint.load(path, like=trainer.parted_like())
         trainer.restore(step, state)
         # The saved losses are sums over the ranks, so rank 0 alone takes them over.
         losses = state.get("losses", torch.empty(0)).to(trainer.device)
@@ -223,10 +222,16 @@ class _Attempt:
 
     def _save(self, unlogged: Tensor) -> None:
         """Start to write a checkpoint, which holds the losses that no log line has yet."""
-        state = self.trainer.state()
-        if self.group.first:
-            self.writer.save(self.trainer.step, state | {"losses": unlogged})
-        self.saved.append(self.trainer.step)
+        trainer, kept = self.trainer, {"losses": unlogged}
+        is_last = trainer.step == trainer.spec.recipe.steps
+        if trainer.is_parted and not is_last:
+            self.writer.save_parts(trainer.step, trainer.own_state() | kept, self.group)
+        else:
+            # Whatever reads a finished network finds it whole.
+            state = trainer.state()
+            if self.group.first:
+                self.writer.save(trainer.step, state | kept)
+        self.saved.append(trainer.step)
 
     def _stop(self, request: StopRequest) -> None:
         """Leave once the checkpoint is on disk, all ranks together."""
@@ -249,12 +254,14 @@ class _Attempt:
             "last_checkpoint": max(earlier, default=self.saved[0]),
         }
 
-        # Rank 0 runs a step that was not made again, and the others wait for what it finds.
+        # Rank 0 runs a step that was not made again, and the others wait for what it finds. A
+        # network that all share, all run.
         advice = f"lower the learning rate ({recipe.lr}) or lengthen the warm-up"
         message = f"{problem} at step {step}; {advice} ({recipe.warmup} steps)"
         if self.trainer.freeze.step is not None:
+            runs = self.group.first or self.trainer.is_parted
             diagnosis = self.group.broadcast(
-                replay.replay(self.trainer, self.images) if self.group.first else None
+                replay.replay(self.trainer, self.images) if runs else None
             )
             values["diagnosis"] = diagnosis
             message += replay.describe(diagnosis)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import backbones
@@ -23,9 +24,10 @@ from experiments.engine.diffusion.distillation.objective import build_objective
 from experiments.engine.diffusion.iddpm import Model
 from experiments.engine.diffusion.objectives import Gated, has_gates
 from experiments.engine.numerics.cuda_graphs import CudaGraph, require_gpu
+from experiments.engine.numerics.parts import gather_state, make_whole, part_state
 from experiments.engine.numerics.precision import precision
 from experiments.engine.numerics.randomness import generator_at
-from experiments.engine.numerics.recompute import recompute_blocks
+from experiments.engine.numerics.recompute import find_blocks, recompute_blocks
 from experiments.engine.runtime.context import Resources
 from experiments.engine.runtime.group import ALONE, Group, average_gradients
 from experiments.engine.specs.spec import Train
@@ -35,7 +37,13 @@ from experiments.engine.training.alignment import build_aligner
 from experiments.engine.training.averages import PowerAverages
 from experiments.engine.training.networks import build
 from experiments.engine.training.networks import load_ema as load_ema
-from experiments.engine.training.optimiser import build_optimizer, lr_at, update_ema
+from experiments.engine.training.optimiser import (
+    build_optimizer,
+    load_optimizer,
+    lr_at,
+    update_ema,
+)
+from experiments.engine.training.sharded.network import shard_network
 from experiments.engine.training.stochastic_depth import increment_weights
 from experiments.engine.training.watch.blocks import Look, Watch
 from experiments.engine.training.watch.freeze import Freeze
@@ -44,7 +52,7 @@ from experiments.engine.training.watch.freeze import Freeze
 class Trainer:
     """Model, EMA and optimiser of a run, and the step that it has reached.
 
-    Each process of a group has a trainer of its own, and all hold the same weights.
+    Each process of a group has a trainer of its own. All hold the same weights, or each its part.
     """
 
     def __init__(
@@ -74,18 +82,15 @@ class Trainer:
         self.step = 0
         # What the network took from a file that it started from; empty if there is none.
         self.start: dict[str, Any] = {}
+        # Whether processes share every weight. A process alone holds all of them.
+        self.is_parted = resources.fully_shard and group.world_size > 1
         # The part of each global batch that this process computes.
         self.shard = group.shard(spec.recipe.batch)
         self.micro_batch = resources.micro_batch or spec.recipe.batch
 
         # Networks, optimiser and objective.
-        if model is None:
-            model = build(spec.backbone, spec.seed, self.device, spec.recipe.initial)
-            give_captions(model, spec.data)
-        self.model = model
+        self.model = self._build() if model is None else model
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
-        self.averages = PowerAverages(self.model) if spec.recipe.power_snapshots else None
-        self.is_sharded = resources.shard_optimizer and group.world_size > 1
         self.diffusion = build_objective(spec, teacher, self.device)
         if resources.recompute:  # the average is a copy from before, without a backward pass
             recompute_blocks(self.model)
@@ -94,8 +99,12 @@ class Trainer:
         self.aligner = build_aligner(spec, self.model, entry, self.diffusion)
         if self.aligner:
             self.entry = entry = self.aligner.aligned
+        if self.is_parted:
+            self._shard(resources.compile)
+        self.averages = PowerAverages(self.model) if spec.recipe.power_snapshots else None
         beside = self.aligner.aligned.projector.parameters() if self.aligner else ()
-        self.optimizer = build_optimizer(self.model, spec.recipe, self.is_sharded, beside)
+        shards_state = resources.shard_optimizer and group.world_size > 1 and not self.is_parted
+        self.optimizer = build_optimizer(self.model, spec.recipe, shards_state, beside)
 
         # What is kept and noted for the case that the training diverges.
         self.freeze = Freeze(self.optimizer, group, self.device)
@@ -108,13 +117,13 @@ class Trainer:
         self.extra = "noise" if isinstance(self.diffusion, Gated) else "kept"
         self.forward: nn.Module = entry
         self.skip_exchange: Callable[[], AbstractContextManager[Any]] = nullcontext
-        if group.world_size > 1:
+        if group.world_size > 1 and not self.is_parted:
             share = self.shard.stop - self.shard.start
             accumulates = self.micro_batch < share
             averaging = average_gradients(entry, static=not resources.compile and not accumulates)
             self.forward = averaging
             self.skip_exchange = averaging.no_sync
-        if resources.compile:
+        if resources.compile and not self.is_parted:
             self.forward = torch.compile(self.forward)  # type: ignore[assignment]
         self.forward_backward: Callable[..., Tensor] = self._forward_backward
         if resources.graphs:
@@ -127,6 +136,24 @@ class Trainer:
             if group.world_size == 1:  # no graph can hold the exchange between processes
                 self.forward_backward = CudaGraph(self._forward_backward)
 
+    def _build(self) -> nn.Module:
+        """Build the network of the first step; what is to be shared is built in host memory."""
+        spec = self.spec
+        device = torch.device("cpu") if self.is_parted else self.device
+        model = build(spec.backbone, spec.seed, device, spec.recipe.initial)
+        give_captions(model, spec.data)
+        return model
+
+    def _shard(self, compiles: bool) -> None:
+        """Keep of network, average and what is trained beside them this process's part alone."""
+        # No graph holds the exchange between processes, so blocks are compiled one by one.
+        for block in find_blocks(self.model) if compiles else []:
+            block.forward = torch.compile(block.forward)
+        shard_network(self.model, self.device, self.entry)
+        shard_network(self.ema, self.device)
+        if self.aligner:
+            self.aligner.encoder.to(self.device)
+
     def state(self) -> dict[str, Any]:
         """Return everything that a run resumes from, the same for any number of processes.
 
@@ -134,8 +161,12 @@ class Trainer:
         """
         if isinstance(self.optimizer, ZeroRedundancyOptimizer):
             self.optimizer.consolidate_state_dict(to=0)
-        if not self.group.first:
-            return {}
+        if self.is_parted:
+            return gather_state(self.own_state(), self.group.first)
+        return self.own_state() if self.group.first else {}
+
+    def own_state(self) -> dict[str, Any]:
+        """Return everything that a run resumes from, of shared tensors this process's parts."""
         state = {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
@@ -146,11 +177,19 @@ class Trainer:
         state |= {"power": self.averages.state()} if self.averages else {}
         return state | ({"start": self.start} if self.start else {})
 
+    def parted_like(self) -> dict[str, Any]:
+        """Return tensors in whose places a checkpoint's are read as parts; {} if none are."""
+        if not self.is_parted:
+            return {}
+        weights = [p for group in self.optimizer.param_groups for p in group["params"]]
+        moments = {place: {"exp_avg": p, "exp_avg_sq": p} for place, p in enumerate(weights)}
+        return self.own_state() | {"optimizer": {"state": moments}}
+
     def restore(self, step: int, state: dict[str, Any]) -> None:
-        """Resume from the state that a run had after `step` steps."""
+        """Resume from the state that a run had after `step` steps, as `parted_like` reads it."""
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         if self.averages:
             self.averages.restore(state["power"])
         self.start = state.get("start", {})
@@ -163,14 +202,15 @@ class Trainer:
 
         A network with gates starts from a dense one.
         """
+        model = self._whole_model()
         weights: Any = trained.state_dict()
-        load_dense: Any = getattr(self.model, "load_dense", None)
+        load_dense: Any = getattr(model, "load_dense", None)
         if load_dense and not has_gates(trained):
             load_dense(weights)
         else:
-            weights = backbones.fit(self.model, weights, backbones.Labels.SAME, "the first network")
-            self.model.load_state_dict(weights)
-        self.ema.load_state_dict(self.model.state_dict())
+            weights = backbones.fit(model, weights, backbones.Labels.SAME, "the first network")
+            model.load_state_dict(weights)
+        self._begin_as(model)
 
     def start_from_file(self, weights: Weights, path: Path) -> None:
         """Start from the weights of a file, and remember what came from it.
@@ -181,15 +221,27 @@ class Trainer:
         notes: list[str] = []
         key = None if weights.key == Weights.key else weights.key
         labels = backbones.Labels(weights.labels)
-        taken = backbones.load_fitted(self.model, path, key, labels, warn=notes.append)
-        self.ema.load_state_dict(self.model.state_dict())
+        model = self._whole_model()
+        taken = backbones.load_fitted(model, path, key, labels, warn=notes.append)
+        self._begin_as(model)
         declared = {"sha256": weights.sha256, "labels": weights.labels, "warnings": notes}
         self.start = declared | taken.describe()
 
     def inherit_from(self, teacher: nn.Module) -> None:
         """Start from the parts of a teacher that the network keeps."""
-        weights = backbones.inherit_weights(self.model, teacher)
-        self.model.load_state_dict(weights)
+        model = self._whole_model()
+        model.load_state_dict(backbones.inherit_weights(model, teacher))
+        self._begin_as(model)
+
+    def _whole_model(self) -> nn.Module:
+        """Return the network, of which no step was made; if it is shared, another one like it."""
+        return self._build() if self.is_parted else self.model
+
+    def _begin_as(self, model: nn.Module) -> None:
+        """Give the network and its average the weights of the first step."""
+        weights = part_state(model.state_dict(), self.model.state_dict())
+        if self.is_parted:
+            self.model.load_state_dict(weights)
         self.ema.load_state_dict(weights)
 
     def steps(self, images: AnySet) -> Iterator[Tensor]:
@@ -220,6 +272,7 @@ class Trainer:
             group["lr"] = lr_at(recipe, self.step)
         if recipe.grad_clip is not None:
             norm = nn.utils.clip_grad_norm_(self.entry.parameters(), recipe.grad_clip)
+            norm = make_whole(norm)
         self.freeze.judge(self.step, loss, norm)
         self.optimizer.step()
         update_ema(self.ema, self.model, recipe.ema)
@@ -238,8 +291,11 @@ class Trainer:
         def run() -> None:
             for start in range(0, len(inputs[0]), self.micro_batch):
                 part = slice(start, start + self.micro_batch)
-                with precision(self.spec.recipe.precision, self.device):
+                with torch.no_grad(), precision(self.spec.recipe.precision, self.device):
                     self.losses(self.entry, *(value[part] for value in inputs))
+            # Only a backward pass puts away what is no block.
+            if isinstance(self.entry, FSDPModule):
+                self.entry.reshard()
 
         self.looks.append(self.watch.look(self.step + 1, run))
         return self.looks[-1].norm

@@ -145,11 +145,13 @@ def split_needs(needs: Needs, settings: Settings, images: int) -> Parts:
 
 
 def _gathered(needs: Needs) -> int:
-    """Return what a sharded process gathers: parameters of two blocks, gradients of one.
+    """Return what a sharded process gathers at most, as measured of PyTorch's fully_shard.
 
-    Parameters and gradients of what is no block stay whole during a step.
+    While a block runs backward, its parameters and gradients are whole, the next block's parameters
+    arrive and are copied, and gradients are laid together to be exchanged. Parameters of what is no
+    block stay whole; at the end its gradients are laid together too.
     """
-    return 3 * needs.block + 2 * needs.outside
+    return max(5 * needs.block + needs.outside, 3 * needs.outside)
 
 
 def _activations(needs: Needs, settings: Settings, images: int) -> int:

@@ -170,13 +170,12 @@ def _answers(row: MemoryRow, of_row: _OfRow, card: Card) -> Iterator[str]:
                     f"in {mode} with activations {KINDS[recompute]}, {_count(images, 'image')} at "
                     f"once and {_count(passes, 'pass', 'passes')} per step"
                 )
-        way = f"{sharding}, which the trainer lacks" if sharding is Sharding.ALL else sharding
         if fitting:
-            yield f"{question} {way}: yes, {'; '.join(fitting)}."
+            yield f"{question} {sharding}: yes, {'; '.join(fitting)}."
         else:
             least = min(_least(needs, sharding) for needs in of_row.values())
             yield (
-                f"{question} {way}: no, one image needs at least {least / GB:.1f} GB, and "
+                f"{question} {sharding}: no, one image needs at least {least / GB:.1f} GB, and "
                 f"{card.free / GB:.1f} GB of a card are free."
             )
     yield f"A step of {row.label} is {row.batch} images, which are {share} on each card."
@@ -209,8 +208,9 @@ def _general_notes(card: Card, untraced: Sequence[str]) -> list[str]:
         f"{RESERVE:.0%} of a card stay free for what no trace sees, such as the context, "
         "workspaces of libraries and fragmentation. This share is assumed.",
         f"{Sharding.OPTIMISER}: each process keeps its part of AdamW's moments (shard_optimizer in "
-        f"slurm/site.toml). Fully sharded: each keeps its part of everything, and gathers the "
-        "parameters of two blocks and the gradients of one.",
+        f"slurm/site.toml). Fully sharded: each keeps its part of everything (fully_shard there), "
+        "and has five times a block's parameters whole for a while, and what is no block for the "
+        "step, as measured on a CPU.",
     ]
     if untraced:
         notes.append(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from experiments.engine.numerics.network_parts import list_parts
+from experiments.engine.numerics.parts import norms_of
 
 # The bounds of bounded functions.
 BOUNDS: dict[type[nn.Module], tuple[float, float]] = {nn.Sigmoid: (0, 1), nn.Tanh: (-1, 1)}
@@ -88,7 +89,7 @@ class Watch:
     def _norms(self) -> Tensor:
         """Return the norm of the gradient of each parameter, (K,)."""
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        return torch.stack(torch._foreach_norm(gradients))
+        return norms_of(gradients)
 
 
 def _norm_of(norms: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
+
+from experiments.engine.numerics.parts import norms_of
 
 SPIKE = 5.0  # a spike is this many times the usual loss
 HISTORY = 20  # logged means whose median is the usual loss
@@ -61,6 +62,8 @@ def find_bad_loss(losses: Sequence[float], means: Sequence[float]) -> BadLoss | 
 
 
 def has_finite_weights(model: nn.Module) -> bool:
-    """Return whether every weight is finite. A loss only tells of the weights before its update."""
-    norms = torch._foreach_norm(list(model.parameters()))
-    return bool(torch.stack(norms).isfinite().all())
+    """Return whether every weight is finite. A loss only tells of the weights before its update.
+
+    Processes that share the network all call this.
+    """
+    return bool(norms_of(list(model.parameters())).isfinite().all())

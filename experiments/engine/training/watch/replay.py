@@ -6,7 +6,8 @@ are functions of the step's position, so they are drawn again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from experiments.engine.data.sets import AnySet, batch_indices, iterate_batches
+from experiments.engine.numerics.parts import are_finite
 from experiments.engine.numerics.precision import precision
 from experiments.engine.training.trainer import Trainer
 
@@ -37,7 +39,8 @@ class Finding:
 def replay(trainer: Trainer, images: AnySet) -> dict[str, Any]:
     """Run the step that was not made again, in its own precision and in fp32.
 
-    This process runs the images of all ranks, in their shares.
+    This process runs the images of all ranks, in their shares. Processes that share the network
+    all call this, and run the same.
 
     Returns:
         Step, counted from 1; the first parameter that is not finite, or None; and for each
@@ -55,8 +58,8 @@ def replay(trainer: Trainer, images: AnySet) -> dict[str, Any]:
 
 def first_bad_parameter(model: nn.Module) -> str | None:
     """Return the name of the first parameter with a value that is not finite."""
-    names = (name for name, p in model.named_parameters() if not p.isfinite().all())
-    return next(names, None)
+    names, weights = zip(*model.named_parameters(), strict=True)
+    return next((name for name, ok in zip(names, are_finite(weights), strict=True) if not ok), None)
 
 
 def describe(diagnosis: dict[str, Any]) -> str:
@@ -133,10 +136,25 @@ def _run_pass(trainer: Trainer, inputs: tuple[Tensor, ...], mode: str) -> Findin
     # Backward, at the scale of the step. The gradients do not touch those of the parameters.
     parameters = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     loss = losses.sum() / trainer.spec.recipe.batch * trainer.group.world_size
-    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    gradients = _gradients_of(trainer, loss, list(parameters.values()))
     for name, gradient in zip(parameters, gradients, strict=True):
         ear.judge("backward", name.rpartition(".")[0] or ear.name, gradient)
     return ear.findings.get("backward")
+
+
+def _gradients_of(
+    trainer: Trainer, loss: Tensor, parameters: list[nn.Parameter]
+) -> Sequence[Tensor | None]:
+    """Return the gradients of a loss; of a shared network, NaN in the place of a bad one alone."""
+    if not trainer.is_parted:
+        return torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    # A shared network has its gradients on its parameters alone, in parts.
+    trainer.optimizer.zero_grad()
+    loss.backward()
+    finite = are_finite([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
+    trainer.optimizer.zero_grad()
+    return [None if ok else torch.tensor(math.nan) for ok in finite]
 
 
 def _bad_images(values: Tensor) -> Tensor:
