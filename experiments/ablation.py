@@ -300,6 +300,8 @@ def train_command(
 ) -> str:
     """Return the command that trains rows of any table, in a results folder if one is named."""
     script = "ablation.py" if table.number in TABLES else "main_results.py"
+    if isinstance(table.number, str):
+        script = "related.py"
     if protocol.data.captions:
         script = "text_to_image.py"
     study = own_code().study

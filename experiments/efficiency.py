@@ -66,14 +66,17 @@ from experiments.engine.reporting.efficiency.predictions import Declared, read_p
 from experiments.engine.reporting.efficiency.speed import Acceleration, speed_sheet
 from experiments.engine.reporting.render import render
 from experiments.engine.reporting.sheet import Sheet
+from experiments.engine.specs.rows import read_table_name
 from experiments.engine.specs.spec import Cost, Timing, Train
 from experiments.engine.specs.stages import cost_stages, train_stage
 from experiments.main_results import TABLES
+from experiments.related import AUTOREGRESSIVE
 
 # The row of which the table of memory says in words what it takes.
 MEMORY_ASKED = "DiCo-H"
 PREDICTED = (TABLES[1], TABLES[2], ABLATIONS[3], ABLATIONS[4])
 TIMED = {number: table for number, table in TABLES.items() if table.timed}
+TIMED[AUTOREGRESSIVE.number] = replace(AUTOREGRESSIVE, timed=True)
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     subject = parser.add_mutually_exclusive_group(required=True)
     subject.add_argument("--counts", action="store_true", help="count every system")
     subject.add_argument(
-        "--table", type=int, choices=list(TIMED), help="time the rows of a table of the paper"
+        "--table",
+        type=read_table_name,
+        choices=list(TIMED),
+        help="time the rows of a table of the paper, or of networks that predict tokens",
     )
     subject.add_argument("--figure", type=int, choices=[3], help="time the networks of a figure")
     subject.add_argument(

@@ -8,6 +8,9 @@ Table `alignment` is of this suite: six networks with and without REPA's alignme
 
 Table `related-small` trains small networks of the same systems. `experiments/campaign.py --table
 related-small` tunes, trains and scores them on digits.
+
+Table `autoregressive` trains a small VAR beside networks that predict noise:
+`experiments/related.py --table autoregressive --protocol digits_long`.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from dataclasses import replace
 from experiments.ablation import DICO_S, SMALL_DIT, TABLE_3
 from experiments.declared import recipes
 from experiments.declared.protocols import PROTOCOLS
-from experiments.declared.systems import latent
+from experiments.declared.systems import latent, scales
 from experiments.engine.cli import main
 from experiments.engine.specs.alignment import Alignment
 from experiments.engine.specs.rows import FineTuning, Method, Row, Table
@@ -260,6 +263,33 @@ RELATED_SMALL = Table(
 # The rows that others start from, which are tuned and trained first.
 PARENTS = replace(RELATED_SMALL, rows=(DIT_PARENT,))
 
+# ---- A network that predicts tokens, beside networks that predict noise
+
+VAR_NOTE = (
+    "predicts the tokens of a small VQVAE, which each machine trains once and whose errors are in "
+    "the scores. A step of its sampling is a scale. It predicts no noise, so it has no held-out "
+    "loss; the cross-entropy of held-out tokens stands in a column of its own"
+)
+AUTOREGRESSIVE = Table(
+    number="autoregressive",
+    title="A network that predicts tokens scale by scale",
+    source="this suite",
+    rows=(
+        replace(DICO_S, published=None),
+        replace(TABLE_3.row("DiT (iso.)"), published=None),
+        Row(
+            "VAR",
+            Backbone("var_d16"),
+            Backbone("var_d16", recipes.DIGITS_TOKENS | dict(depth=2, dim=64, heads=4)),
+            note=VAR_NOTE,
+            method=recipes.VAR,
+            costs=scales("var_d16", 16),
+            heavy=True,
+        ),
+    ),
+    timed=False,
+)
+
 # ---- Alignment with the features of an encoder
 
 # The suite's classifier of CIFAR-10, by its file.
@@ -294,5 +324,5 @@ ALIGNMENT = Table(
 TABLES = {table.number: table for table in (TABLE_V2_11, TABLE_V2_12, TABLE_V2_13, RELATED)}
 
 if __name__ == "__main__":
-    trained = {table.number: table for table in (RELATED_SMALL, ALIGNMENT)}
+    trained = {table.number: table for table in (RELATED_SMALL, AUTOREGRESSIVE, ALIGNMENT)}
     raise SystemExit(main(TABLES | trained, PROTOCOLS, __doc__))

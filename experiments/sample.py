@@ -58,16 +58,17 @@ from experiments.engine.records.store import Store
 from experiments.engine.records.trained import require_trained
 from experiments.engine.records.tree import warn_without_commit
 from experiments.engine.runtime.progress import Progress, Report, ignore_progress
-from experiments.engine.specs.rows import Row, Table, table_of
+from experiments.engine.specs.rows import Row, Table, in_order, read_table_name, table_of
 from experiments.engine.specs.spec import Evaluate
 from experiments.engine.specs.stages import evaluate_stage
+from experiments.related import AUTOREGRESSIVE
 
 if TYPE_CHECKING:
     from experiments.engine.runtime.context import RunContext
     from experiments.engine.runtime.group import Group
     from experiments.engine.sampling.samples import SampleSet
 
-TABLES = ablation.TABLES | main_results.TABLES
+TABLES = ablation.TABLES | main_results.TABLES | {AUTOREGRESSIVE.number: AUTOREGRESSIVE}
 
 
 def main() -> int:
@@ -84,8 +85,8 @@ def _parse(choices: Choices, arguments: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument(
         "--table",
-        type=int,
-        choices=sorted(choices.tables),
+        type=read_table_name,
+        choices=[table.number for table in in_order(choices.tables)],
         help="table that declares the row; needed if several tables differ on it",
     )
     subject = parser.add_mutually_exclusive_group(required=True)
@@ -156,14 +157,12 @@ def _draw(args: argparse.Namespace, choices: Choices) -> int:
         require_trained(spec, store, command)
         require_data(spec.data)
 
-    from experiments.engine.diffusion.build import build_diffusion
-    from experiments.engine.diffusion.samplers import bind_sampler
     from experiments.engine.runtime import group as distributed
     from experiments.engine.runtime.context import Resources, RunContext
+    from experiments.engine.sampling.generate import require_sampler
     from experiments.engine.sampling.networks import decoder_warnings
 
-    # An unknown sampler raises ValueError here, before any work.
-    bind_sampler(spec.sampler, build_diffusion(spec.train.diffusion))
+    require_sampler(spec)
     device = choose_device(args.device)
     prepare_torch(device)
     resources = Resources(

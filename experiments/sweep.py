@@ -49,7 +49,7 @@ from experiments.engine.reporting.sweeps.choice import (
     read_points,
     sweep_sheet,
 )
-from experiments.engine.specs.spec import Evaluate, Sampler, Train
+from experiments.engine.specs.spec import Evaluate
 from experiments.engine.specs.sweeps import Sweep
 
 # The protocol of the digits, with averages of every length. It is trained anew, under an id of its
@@ -215,17 +215,14 @@ def _print(sweep: Sweep, stages: list[Evaluate], args: argparse.Namespace, store
 
 def _require_samplers(sweep: Sweep, stages: list[Evaluate]) -> None:
     """Raise ValueError for a sampler that the training's diffusion lacks."""
-    from experiments.engine.diffusion.build import build_diffusion
-    from experiments.engine.diffusion.samplers import bind_sampler
+    from experiments.engine.sampling.generate import require_sampler
 
-    train = stages[0].train
-    assert isinstance(train, Train)
-    distinct: dict[tuple[str, int], Sampler] = {}
+    distinct: dict[tuple[str, int], Evaluate] = {}
     for stage in stages:
-        distinct.setdefault((stage.sampler.name, stage.sampler.num_steps), stage.sampler)
-    for sampler in distinct.values():
+        distinct.setdefault((stage.sampler.name, stage.sampler.num_steps), stage)
+    for stage in distinct.values():
         try:
-            bind_sampler(sampler, build_diffusion(train.diffusion))
+            require_sampler(stage)
         except ValueError as error:
             raise ValueError(f"sweep {sweep.name}: {error}") from None
 

@@ -21,6 +21,7 @@ from experiments.declared.protocols import (
 )
 from experiments.declared.rates import FACTOR, best_rate, missing_rates, with_chosen_rates
 from experiments.engine.jobs.job import Job
+from experiments.engine.records.score_names import validation_loss
 from experiments.engine.records.store import Record, Store
 from experiments.engine.reporting.efficiency.savings import small_cost
 from experiments.engine.specs.rows import Row, Table
@@ -178,6 +179,7 @@ BLOCKS = (
     Block(related.PARENTS, DIGITS_LONG, range(3), half_seeds=(), compared=False),
     Block(related.RELATED_SMALL, DIGITS_LONG, range(1), half_seeds=(), compared=False),
     Block(related.RELATED_SMALL, DIGITS_LONG, range(3), half_seeds=(), compared=False),
+    Block(related.AUTOREGRESSIVE, DIGITS_LONG, range(3), half_seeds=(), compared=False),
     Block(ablation.TABLE_4, CIFAR10_16, range(3), range(3), checked=ATTENTION_AND_CONVOLUTION),
     Block(ablation.TABLE_3, CIFAR10_16, range(3), range(3), checked=ISOTROPIC),
     Block(ablation.TABLE_4, CIFAR10_16, range(5), range(3), independent=SPREAD_ROWS),
@@ -199,7 +201,7 @@ def _loss_of(stage: HeldOut, record: Record) -> float:
     asked = stage.train.diffusion.used_share
     if asked is not None and record.values["used_share"] > asked + EXCESS:
         return math.inf
-    return float(record.values["heldout_loss"])
+    return validation_loss(record.values)
 
 
 def _has_failed(stage: HeldOut, store: Store) -> bool:

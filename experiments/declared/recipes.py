@@ -14,7 +14,14 @@ from dataclasses import replace
 from typing import Any
 
 from experiments.engine.specs.rows import Method
-from experiments.engine.specs.spec import Data, Diffusion, Recipe, Sampler
+from experiments.engine.specs.spec import (
+    Backbone,
+    Data,
+    Diffusion,
+    Recipe,
+    Sampler,
+    Tokenizer,
+)
 
 EPOCH = 1_281_167  # images
 COMMON = Recipe(steps=400_000, batch=256)
@@ -206,6 +213,38 @@ def dydit(share: float) -> Method:
         guided(1.5),
         "DyDiT's paper, by secondary sources, and its code",
     )
+
+
+# ---- VAR, whose network predicts tokens
+
+# What the tokens of 8x8 digits are: four scales, of which the last has half the pixels a side.
+DIGITS_TOKENS = dict(sides=(1, 2, 3, 4), vocabulary=64, channels=8)
+DIGITS_TOKENIZER = Tokenizer(
+    Backbone(
+        "vqvae_ch160",
+        DIGITS_TOKENS | dict(image_channels=1, ch=32, ch_mult=(1, 2), res_blocks=1),
+    )
+)
+VAR = Method(
+    Diffusion(),
+    Recipe(
+        steps=333_800,
+        batch=768,
+        lr=3e-4,
+        betas=(0.9, 0.95),
+        weight_decay=0.05,
+        warmup=6676,
+        decay="linear",
+        lr_min=3e-5,
+        ema=0.0,
+        grad_clip=2.0,
+        precision="bf16",
+    ),
+    Sampler("scales", num_steps=4, channels=None),
+    "VAR's code for d16, without stochastic depth and without the steps at a constant rate after "
+    "the warm-up; tokenizer and number of scales are those of this suite's digits",
+    tokenizer=DIGITS_TOKENIZER,
+)
 
 
 # ---- ADM and LDM

@@ -60,12 +60,14 @@ def in_mode(
 
     The record says which kernels ran; which libraries must be installed is no part of the spec.
     """
+    num_steps = SAMPLING_STEPS[stage.device] if task == "sampling" else stage.num_steps
     stage = replace(
         stage,
         precision=mode,
         kernels={},
         what=task,
-        num_steps=SAMPLING_STEPS[stage.device] if task == "sampling" else stage.num_steps,
+        # All scales of an image are one pass over its tokens.
+        num_steps=1 if stage.tokenizer else num_steps,
         compile=acceleration.compile,
         graphs=acceleration.graphs,
     )

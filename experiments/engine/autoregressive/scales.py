@@ -10,12 +10,13 @@ code, V codes, P side of the last scale.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from experiments.engine.numerics.randomness import generator_at
 from experiments.engine.specs.spec import Sampler
@@ -27,30 +28,42 @@ Network = Any
 T = TypeVar("T", int, float)
 
 
-@dataclass(frozen=True)
-class ScaleSystem:
-    """The networks that draw an image."""
+class ScaleSystem(nn.Module):
+    """The networks that draw an image, with the tokenizer that makes it of their tokens."""
 
-    network: Network
-    tokenizer: Network
-    # Draws the scales after the first `drafted_scales`; None: the network draws all.
-    refiner: Network | None = None
-    drafted_scales: int = 0
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        network: Network,
+        tokenizer: Network,
+        refiner: Network | None = None,
+        drafted_scales: int = 0,
+        identity: dict[str, Any] | None = None,
+    ) -> None:
         """Check that the networks fit each other.
+
+        Args:
+            network: draws all scales, or the first ones.
+            tokenizer: of the networks' tokens.
+            refiner: draws the scales after the first `drafted_scales`; None: the network draws all.
+            drafted_scales: number of the first network's scales.
+            identity: what records say of the tokenizer.
 
         Raises:
             ValueError: for another vocabulary, other scales, or drafted scales out of range.
         """
-        for network in (self.network, self.refiner):
-            if network is not None:
-                _check_tokenizer(network, self.tokenizer)
-        if self.refiner is not None:
-            check_drafted(self.drafted_scales, len(self.tokenizer.sides))
+        super().__init__()
+        for drawing in (network, refiner):
+            if drawing is not None:
+                check_tokenizer(drawing, tokenizer)
+        if refiner is not None:
+            check_drafted(drafted_scales, len(tokenizer.sides))
+        self.network = network
+        self.tokenizer = tokenizer
+        self.refiner = refiner
+        self.drafted_scales = drafted_scales
+        self.identity = identity or {}
 
-    @property
-    def parts(self) -> list[tuple[Network, int]]:
+    def list_parts(self) -> list[tuple[Network, int]]:
         """Return the networks in turn, each with the scale at which it stops."""
         last = len(self.tokenizer.sides)
         if self.refiner is None:
@@ -94,7 +107,12 @@ class RaceDraw:
 
 
 def draw_images(system: ScaleSystem, sampler: Sampler, y: Tensor, draw: Draw) -> Drawing:
-    """Draw all scales of a batch of images.
+    """Draw all scales of a batch of images; see `draw_scales`."""
+    return deque(draw_scales(system, sampler, y, draw), maxlen=1).pop()
+
+
+def draw_scales(system: ScaleSystem, sampler: Sampler, y: Tensor, draw: Draw) -> Iterator[Drawing]:
+    """Draw a batch of images, and yield the same drawing after each scale.
 
     A network that takes over sees all scales so far in its first pass.
 
@@ -111,9 +129,8 @@ def draw_images(system: ScaleSystem, sampler: Sampler, y: Tensor, draw: Draw) ->
     check_sampler(sampler, len(tokenizer.sides))
     side, weight = tokenizer.sides[-1], next(tokenizer.parameters())
     drawing = Drawing(weight.new_zeros(len(y), tokenizer.channels, side, side))
-    for network, stop in system.parts:
-        _extend(drawing, network, tokenizer, _Choice(sampler, y, network, draw), stop)
-    return drawing
+    for network, stop in system.list_parts():
+        yield from _extend(drawing, network, tokenizer, _Choice(sampler, y, network, draw), stop)
 
 
 class _Choice:
@@ -138,7 +155,7 @@ class _Choice:
 
 def _extend(
     drawing: Drawing, network: Network, tokenizer: Network, choose: _Choice, stop: int
-) -> None:
+) -> Iterator[Drawing]:
     """Draw the scales up to `stop` by one network, with a cache of its own."""
     cache = network.new_cache()
     x = network.embed(choose.rows, drawing.all_inputs)
@@ -154,6 +171,7 @@ def _extend(
         if scale + 1 < len(tokenizer.sides):
             drawing.inputs.append(tokenizer.next_input(drawing.features, scale + 1))
             x = network.embed(choose.rows, drawing.inputs[-1], cache.num_tokens)
+        yield drawing
 
 
 def keep_likely(logits: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -216,7 +234,7 @@ def check_sampler(sampler: Sampler, scales: int) -> None:
         raise ValueError(f"top_p must be from 0 to 1, got {sampler.top_p}")
 
 
-def _check_tokenizer(network: Network, tokenizer: Network) -> None:
+def check_tokenizer(network: Network, tokenizer: Network) -> None:
     """Raise ValueError unless a network's tokens are the tokenizer's."""
     for name, meaning in (
         ("vocabulary", "codes"),

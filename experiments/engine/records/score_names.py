@@ -5,8 +5,10 @@ Standard library only. A score's key is never taken apart: what it means stands 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 INCEPTION = "inception"
 # Small classifiers whose features stand in for Inception's. Judges saw the training part alone,
@@ -79,6 +81,10 @@ class ClassifierScores:
 
 
 HELDOUT_LOSS = Score("heldout_loss", "held-out loss", Better.LOWER, digits=5, log_scaled=True)
+# Of networks that predict tokens, which have no noise to predict.
+HELDOUT_CROSS_ENTROPY = Score(
+    "heldout_cross_entropy", "held-out cross-entropy", Better.LOWER, digits=4, log_scaled=True
+)
 
 
 def _classifier_scores(features: str) -> ClassifierScores:
@@ -199,9 +205,16 @@ SCORES = {
         INCEPTION_SCORES,
         DINOV2_SCORES,
         CAPTION_SCORES.values(),
+        (HELDOUT_CROSS_ENTROPY,),
     )
     for score in scores
 }
+
+
+def validation_loss(values: Mapping[str, Any]) -> float:
+    """Return the loss of a held-out record by which rates of one network are compared."""
+    name = HELDOUT_LOSS.key if HELDOUT_LOSS.key in values else HELDOUT_CROSS_ENTROPY.key
+    return float(values[name])
 
 
 def distance_score(features: str) -> Score:

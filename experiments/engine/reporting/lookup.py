@@ -10,7 +10,7 @@ from dataclasses import replace
 from experiments.engine.records.manifest import has_unknown_features
 from experiments.engine.records.score_names import SCORES
 from experiments.engine.records.store import Record, RecordFolder, Store
-from experiments.engine.reporting.sheet import FAILED, Cell
+from experiments.engine.reporting.sheet import FAILED, UNDEFINED, Cell
 from experiments.engine.reporting.statistics import Values
 from experiments.engine.specs.rows import Row, Table
 from experiments.engine.specs.selection import Run, Selection
@@ -19,7 +19,13 @@ from experiments.engine.specs.spec import Stage, Timing
 REFERENCE_SEEDS = range(10)
 
 # what a held-out record adds to the scores of its run
-HELDOUT_VALUES = ("heldout_loss", "objective", "bits_per_dim", "initial_share")
+HELDOUT_VALUES = (
+    "heldout_loss",
+    "heldout_cross_entropy",
+    "objective",
+    "bits_per_dim",
+    "initial_share",
+)
 
 # in published tables, a suffix of a number of parameters, and what it is in millions
 UNITS = {"M": 1.0, "B": 1000.0}
@@ -157,8 +163,10 @@ def timing_cell(record: Record | None, name: str) -> Cell:
 
 
 def score_cell(lookup: Lookup, row: Row, name: str) -> Cell:
-    """A score of a row over its training seeds, or that its run failed."""
+    """A score of a row over its training seeds, or that it has none or that its run failed."""
     records = tuple(lookup.scored(row))
+    if records and not all(name in record.values for record in records):
+        return UNDEFINED
     if records:
         cell = mean_cell(name, [record.values for record in records], SCORES[name].digits)
         return replace(cell, records=records)

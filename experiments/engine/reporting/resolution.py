@@ -44,6 +44,8 @@ class Comparison:
     not_resolved: list[str] = field(default_factory=list)
     # scored by another protocol than the baseline, with the fields that differ
     refused: dict[str, list[str]] = field(default_factory=dict)
+    # rows for which the score is not defined
+    undefined: list[str] = field(default_factory=list)
     # whether there is anything to compare
     comparable: bool = False
 
@@ -60,12 +62,21 @@ def compare_with_baseline(lookup: Lookup, store: Store) -> Comparison:
     base_records = base_lookup.scored(baseline)
     records = {baseline.label: base_records}
     records |= {row.label: lookup.scored(row) for row in selection.networks}
+
+    # networks that predict tokens have no error in noise
+    has_score = {label: _have_score(comparison, found) for label, found in records.items()}
+    comparison.undefined = [label for label, has in has_score.items() if not has]
     fields = {label: clashes(found, base_records) for label, found in records.items()}
-    comparison.refused = {label: differing for label, differing in fields.items() if differing}
+    comparison.refused = {
+        label: differing for label, differing in fields.items() if differing and has_score[label]
+    }
 
     # runs that rows share count once, or their spread would seem better known than it is
     distinct = _distinct_labels(lookup, baseline)
-    own = {label: records[label] for label in (baseline.label, *distinct) if not fields[label]}
+    compared = [
+        label for label in (baseline.label, *distinct) if has_score[label] and not fields[label]
+    ]
+    own = {label: records[label] for label in compared}
     if paired:
         own = _at_common_seeds(own)
 
@@ -83,6 +94,10 @@ def compare_with_baseline(lookup: Lookup, store: Store) -> Comparison:
     if comparison.spread is not None and comparison.comparable:
         _sort(comparison, scores, base)
     return comparison
+
+
+def _have_score(comparison: Comparison, records: Sequence[Record]) -> bool:
+    return all(comparison.name in record.values for record in records)
 
 
 def _seed_of(record: Record) -> int:
@@ -122,6 +137,7 @@ def _reference_spread(lookup: Lookup, store: Store, comparison: Comparison) -> S
     every = selection.with_rows(networks).with_seeds(REFERENCE_SEEDS)
     reference = Lookup(every, store.reference)
     records = {row.label: reference.scored(row) for row in networks}
+    records = {label: found for label, found in records.items() if _have_score(comparison, found)}
     if comparison.paired:
         records = _at_common_seeds(records)
     return _spread(comparison, list(records.values()))
@@ -164,6 +180,15 @@ def _sort(
 
 def describe_comparison(comparison: Comparison) -> str:
     """The comparison in sentences; '' if there is nothing to say."""
+    sentences = _describe(comparison)
+    if comparison.undefined:
+        labels = ", ".join(comparison.undefined)
+        sentences.append(f"Not compared, since it has no {comparison.name}: {labels}.")
+    return " ".join(sentences)
+
+
+def _describe(comparison: Comparison) -> list[str]:
+    """The comparison of the rows that have the score, in sentences."""
     refused = "; ".join(
         f"{label} (other {', '.join(fields)})" for label, fields in comparison.refused.items()
     )
@@ -177,7 +202,7 @@ def describe_comparison(comparison: Comparison) -> str:
             )
         if refused:
             sentences.append(not_compared)
-        return " ".join(sentences)
+        return sentences
 
     # which rows are better, worse and neither
     source = "the reference" if comparison.from_reference else "these runs"
@@ -194,4 +219,4 @@ def describe_comparison(comparison: Comparison) -> str:
         f"({comparison.spread.deviation:{digits}%} of the value, pooled) does not explain it, "
         f"at {1 - LEVEL:.0%} over all rows.",
     ]
-    return " ".join(sentences + ([not_compared] if refused else []))
+    return sentences + ([not_compared] if refused else [])

@@ -96,6 +96,8 @@ class Cell:
 
 GAP = Cell()
 FAILED = Cell(label="failed", tone=Tone.BAD)
+# A score that a row cannot have, such as an error in noise of a network that predicts tokens.
+UNDEFINED = Cell(label="not defined")
 
 
 class NoteKind(Enum):

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from experiments.engine.records.score_names import (
     DIGITS_TEXT,
+    HELDOUT_CROSS_ENTROPY,
+    HELDOUT_LOSS,
     PAPER_SCORES,
     TABLE_SCORES,
     Score,
@@ -223,7 +225,11 @@ def _score_columns(lookup: Lookup, machine: str) -> list[Filled]:
             column, lambda row: score_cell(lookup, row, score.key) if row.backbone else Cell()
         )
 
-    return [filled(score) for score in TABLE_SCORES[protocol.features]]
+    # Networks that predict tokens have a held-out loss of their own.
+    scores = list(TABLE_SCORES[protocol.features])
+    if HELDOUT_LOSS in scores and any(row.predicts_tokens for row in selection.networks):
+        scores.insert(1, HELDOUT_CROSS_ENTROPY)
+    return [filled(score) for score in scores]
 
 
 def _paper_score_columns(paper: PublishedTable, group: str) -> list[Filled]:

@@ -64,10 +64,14 @@ class CountingModel:
         above = self.upsampler.num_given if self.upsampler else 0
         return self.num_given + above
 
+    def count(self, num: int) -> None:
+        """Count images that are given to the network; `Preempted` if the job is asked to stop."""
+        _raise_if_asked_to_stop()
+        self.num_given += num
+
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """(N,C,H,W), (N,), (N,) -> the network's output."""
-        _raise_if_asked_to_stop()
-        self.num_given += len(x)
+        self.count(len(x))
         if self.with_share is None:
             return self.model(x, t, y)
         prediction, share = self.with_share(x, t, y)

@@ -11,6 +11,7 @@ from experiments.engine.numerics.precision import precision
 from experiments.engine.runtime.group import Group
 from experiments.engine.sampling.counting import CountingModel
 from experiments.engine.sampling.generate import Network, base_sampler, image_seeds, labels_of
+from experiments.engine.sampling.scales import ScaleSampler
 from experiments.engine.specs.spec import Evaluate
 
 LONG = 3600.0  # seconds from which on a sampling is long
@@ -67,6 +68,11 @@ def _time_step(spec: Evaluate, network: Network, num: int, device: torch.device)
     model = CountingModel(network)
     sampler = base_sampler(spec, model, device)
     with precision(spec.precision, device):
+        if isinstance(sampler, ScaleSampler):
+            # Steps differ in size, so all of them are timed.
+            started = time.perf_counter()
+            sampler.sample(model, y, seeds).sum().item()
+            return (time.perf_counter() - started) / spec.sampler.num_steps
         steps = sampler.steps(model, y, seeds)
 
         # The first step may compile the network or choose its kernels, so it is no measure.

@@ -25,6 +25,7 @@ from experiments.engine.numerics.cuda_graphs import Launch, run_eagerly
 from experiments.engine.numerics.precision import precision
 from experiments.engine.numerics.randomness import ImageNoise, seed_at
 from experiments.engine.sampling.counting import CountingModel
+from experiments.engine.sampling.scales import ScaleSampler
 from experiments.engine.specs.spec import Checkpoint, Evaluate, Sampler, Train
 
 Network = Model | System
@@ -126,8 +127,12 @@ def generate_images(
         yield unfold(x.cpu(), spec.data.fold), labels[indices]
 
 
-def base_sampler(spec: Evaluate, model: CountingModel, device: torch.device) -> NetworkSampler:
+def base_sampler(
+    spec: Evaluate, model: CountingModel, device: torch.device
+) -> NetworkSampler | ScaleSampler:
     """Return the sampler of the base model, guided by the system's classifier if there is one."""
+    if predicts_tokens(spec):
+        return ScaleSampler(spec.sampler)
     gradient = None
     if spec.classifier is not None:
         assert model.classifier is not None, "the spec names a classifier"
@@ -135,12 +140,26 @@ def base_sampler(spec: Evaluate, model: CountingModel, device: torch.device) -> 
     return NetworkSampler(spec.train, spec.sampler, device, gradient, model.launch)
 
 
+def require_sampler(spec: Evaluate) -> None:
+    """Raise ValueError, before any work, for a sampler that a spec's network lacks."""
+    if predicts_tokens(spec):
+        ScaleSampler(spec.sampler)
+    else:
+        bind_sampler(spec.sampler, build_diffusion(spec.train.diffusion))
+
+
+def predicts_tokens(spec: Evaluate) -> bool:
+    """Tell whether a spec's network predicts tokens, and no noise."""
+    return isinstance(spec.train, Train) and spec.train.tokenizer is not None
+
+
 def can_capture_steps(spec: Evaluate) -> bool:
     """Tell whether CUDA graphs can launch the steps of a spec's sampler.
 
-    They cannot if steps differ, nor with a classifier, whose gradient is computed in between.
+    They cannot if steps differ, as those of scales do, nor with a classifier, whose gradient is
+    computed in between.
     """
-    if spec.classifier is not None:
+    if spec.classifier is not None or predicts_tokens(spec):
         return False
     return has_uniform_steps(spec.sampler, build_diffusion(spec.train.diffusion).times)
 

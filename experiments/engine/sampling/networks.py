@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import backbones
+from experiments.engine.autoregressive.objective import refuse_autoregressive
+from experiments.engine.autoregressive.scales import ScaleSystem
 from experiments.engine.data.locate import folder_of, has_manifest, read_manifest, vae_source
 from experiments.engine.diffusion.cascade import System
 from experiments.engine.numerics.cuda_graphs import accelerate, require_gpu
@@ -19,6 +21,7 @@ from experiments.engine.specs.spec import Checkpoint, Data, Evaluate, Train, is_
 from experiments.engine.texts.tables import give_captions
 from experiments.engine.training.averages import load_power_average
 from experiments.engine.training.networks import build, load_ema
+from experiments.engine.training.next_scale.tokens import load_tokenizer
 
 ROUGH = 0.1  # error of a rebuilt profile from which records warn
 PIXELS = {"name": "none: pixels"}  # the identity of the decoder that does nothing
@@ -60,6 +63,7 @@ def load_networks(spec: Evaluate, context: RunContext) -> Networks:
     if resources.graphs:
         require_gpu(context.device)
     if isinstance(spec.train, Checkpoint):
+        refuse_autoregressive(spec.train.backbone.name)
         if spec.average is not None:
             raise ValueError(
                 "a published checkpoint holds one average; only a training of this suite that "
@@ -76,12 +80,27 @@ def load_networks(spec: Evaluate, context: RunContext) -> Networks:
         return Networks(network, taken.key, tuple(warnings))
 
     base = _load_average(spec.train, spec.average, context, warnings)
+    if spec.train.tokenizer:
+        return _with_tokenizer(spec.train, base, context, warnings)
     base = accelerate(base, resources.compile)
     if spec.classifier is None and spec.upsampler is None:
         return Networks(base, "ema", tuple(warnings))
     classifier = _load_part(spec.classifier, context, warnings)
     upsampler = _load_part(spec.upsampler, context, warnings)
     system = System(base, classifier, upsampler).eval()
+    return Networks(system, "ema", tuple(warnings))
+
+
+def _with_tokenizer(
+    training: Train, network: nn.Module, context: RunContext, warnings: list[str]
+) -> Networks:
+    """Join a network that predicts tokens with its tokenizer; their weights are digested as one."""
+    if context.resources.compile:
+        raise ValueError(
+            "scales differ in size, and each would be compiled anew: leave out --compile"
+        )
+    trained = load_tokenizer(training, context.folder.parent, context.device)
+    system = ScaleSystem(network, trained.network, identity=trained.identity).eval()
     return Networks(system, "ema", tuple(warnings))
 
 

@@ -20,6 +20,7 @@ import torch
 from numpy import ndarray
 from torch import nn
 
+from experiments.engine.autoregressive.scales import ScaleSystem
 from experiments.engine.data.image_files import MADE, write_images
 from experiments.engine.data.quantise import to_uint8
 from experiments.engine.numerics.weights import digest
@@ -198,6 +199,8 @@ def generate_samples(
         "decoder": decoder.identity,
         "quantiser": QUANTISER,
     }
+    if isinstance(network, ScaleSystem):
+        origin["tokenizer"] = network.identity
     if warnings:
         origin["warnings"] = list(warnings)
     if context.group.first:

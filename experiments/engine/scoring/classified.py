@@ -13,6 +13,7 @@ import torch
 from numpy import ndarray
 from torch import Tensor, nn
 
+from experiments.engine.autoregressive.scales import ScaleSystem
 from experiments.engine.data.quantise import from_uint8, to_uint8
 from experiments.engine.data.sets import ImageSet, Part, load, load_cifar10, unfolded
 from experiments.engine.diffusion.build import build_diffusion
@@ -110,6 +111,8 @@ def score_classified(spec: Evaluate, cache: Path, context: RunContext) -> Scored
         sha256 = str(classifier.identity["classifier_sha256"])
         known = part_features(spec.data, classifier.network, sha256, cache)
         values |= check_copies(samples.features, known)
+    if isinstance(network, ScaleSystem):
+        values |= network.identity
     if warnings:
         values["warnings"] = warnings
     shutil.rmtree(parts, ignore_errors=True)

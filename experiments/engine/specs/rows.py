@@ -7,7 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from experiments.engine.specs.alignment import Alignment
-from experiments.engine.specs.spec import Backbone, Cost, Data, Diffusion, Recipe, Sampler
+from experiments.engine.specs.spec import (
+    Backbone,
+    Cost,
+    Data,
+    Diffusion,
+    Recipe,
+    Sampler,
+    Tokenizer,
+)
 from experiments.engine.specs.weights import Weights
 
 TableName = int | str
@@ -29,6 +37,8 @@ class Method:
     source: str
     # What it trains on, where no protocol has that.
     data: Data | None = None
+    # Of an autoregressive network: what makes the tokens that it predicts, in the place of noise.
+    tokenizer: Tokenizer | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,11 @@ class Row:
         if self.backbone is None:
             raise ValueError(f"row {self.label!r} holds published numbers alone, and no network")
         return self.backbone
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """Return whether the network predicts a tokenizer's tokens, and no noise."""
+        return self.method is not None and self.method.tokenizer is not None
 
     @property
     def is_upsampler(self) -> bool:

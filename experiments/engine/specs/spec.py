@@ -138,6 +138,23 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class Tokenizer:
+    """What turns images into tokens scale by scale, and back.
+
+    Every machine trains it once, on the images of the training that declares it, without labels.
+    """
+
+    # A registered tokenizer.
+    backbone: Backbone
+    # Optimiser steps, and images per step.
+    steps: int = 400
+    batch: int = 64
+    lr: float = 2e-3
+    # Steps after which codes that no image uses are drawn anew.
+    revive_every: int = 100
+
+
+@dataclass(frozen=True)
 class Train:
     """A training, from nothing, from another one's averaged weights, or from those of a file."""
 
@@ -152,6 +169,8 @@ class Train:
     alignment: Alignment | None = field(default=None, metadata=UNSAID)
     # What it learns of another training's network, beside its task; None: nothing.
     distillation: Distillation | None = field(default=None, metadata=UNSAID)
+    # Of an autoregressive network: whose tokens it predicts, in the place of `diffusion`.
+    tokenizer: Tokenizer | None = field(default=None, metadata=UNSAID)
 
     @property
     def trainings(self) -> tuple[Train, ...]:
@@ -212,8 +231,9 @@ class Sampler:
     # Scale of a classifier's gradient, times the variance, by which the mean of a step moves (ADM,
     # algorithms 1 and 2).
     classifier_scale: float = 0.0
-    # Of 'scales', which draws tokens: how many of the likeliest codes stay, by scale; one number
-    # holds for all scales, and none or 0 keeps all codes. Its `scale` is that of the last scale.
+    # Of 'scales', which draws the tokens of a scale in each step: how many of the likeliest codes
+    # stay, by scale; one number holds for all scales, and none or 0 keeps all codes. Guidance rises
+    # linearly from none at the first scale to `scale` at the last.
     top_k: tuple[int, ...] = ()
     # The probability that the likeliest of these codes have together; 0: all stay.
     top_p: float = 0.0
@@ -310,12 +330,15 @@ class Timing:
     # 'forward'; 'training', a step of the trainer from the batch to the EMA; or 'sampling', guided
     # images by ancestral steps, each of which sees twice the batch.
     what: str = "forward"
-    # Steps of 'sampling'.
+    # Steps of 'sampling'; of an autoregressive network 1, which draws all scales.
     num_steps: int = 250
     compile: bool = False
     graphs: bool = False
     # Of four-dimensional tensors.
     layout: str = "channels_last"
+    # Makes images of the tokens of an autoregressive network, of which `size` is the side of the
+    # last scale and `channels` those of a code. Its decoder is not timed.
+    tokenizer: Backbone | None = field(default=None, metadata=UNSAID)
 
 
 @dataclass(frozen=True)

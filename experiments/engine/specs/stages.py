@@ -101,6 +101,10 @@ def network(row: Row, protocol: Protocol) -> Backbone:
     if protocol.matched:
         backbone = backbone.but(**row.matched.get(data.size, {}))
 
+    # What predicts tokens sees no image.
+    if row.predicts_tokens:
+        return backbone.but(num_classes=data.num_classes)
+
     # An upsampler sees two images: the noisy one and the small one.
     in_channels = 2 * data.channels if row.is_upsampler else data.channels
     return backbone.but(input_size=data.size, in_channels=in_channels, num_classes=data.num_classes)
@@ -199,6 +203,7 @@ def train_stage(row: Row, protocol: Protocol, seed: int) -> Train:
         stage,
         recipe=_recipe_of(row.method, protocol),
         diffusion=_diffusion_of(row.method, protocol),
+        tokenizer=row.method.tokenizer,
     )
 
 
@@ -301,6 +306,8 @@ def sampler_of(row: Row, protocol: Protocol) -> Sampler:
         clip=clip or protocol.sampler.clip,
         classifier_scale=classifier_scale,
     )
+    if method.tokenizer:
+        return replace(method.sampler, scale=protocol.sampler.scale)
     if not method.recipe.label_dropout:  # without a null label there is nothing to guide by
         common = replace(common, scale=1.0)
     if (method.diffusion.name, method.diffusion.variance) == ("iddpm", "learned"):
@@ -352,6 +359,7 @@ def timing_stage(row: Row, baseline: Row, device: str) -> Timing:
         baseline=baseline.backbone,
         baseline_input=None if same_input else (at.size, at.channels),
         parts=tuple(parts),
+        tokenizer=own.tokenizer,
     )
 
 

@@ -13,16 +13,16 @@ from experiments.engine.numerics.cuda_graphs import accelerate
 from experiments.engine.numerics.randomness import generator_at
 from experiments.engine.specs.spec import Cost, Timing
 from experiments.engine.timing.clock import free_memory
-from experiments.engine.timing.networks import build_network, draw_inputs
-from experiments.engine.timing.tasks import build_sampling, build_trainer
+from experiments.engine.timing.networks import build_network, draw_inputs, draw_scale_inputs
+from experiments.engine.timing.tasks import build_sampling, build_trainer, require_task
 
 # The largest relative RMS error of an output, by numeric mode.
 LIMITS = {"fp32": 1e-4, "bf16": 2e-2, "tf32": 5e-3, "as_published": 5e-3}
 # A backward pass, or a second step of sampling, loses digits: twice the error is allowed.
 SECOND_PASS = 2
 
-# x, t and y of one image, each with a batch axis of one.
-Sample = tuple[Tensor, Tensor, Tensor]
+# What a network is given of one image, each with a batch axis of one: x, t and y of diffusion.
+Sample = tuple[Tensor, ...]
 # Runs a task at a sample's values and returns the tensors to compare.
 Run = Callable[[Cost, Timing, torch.device, Sample], list[Tensor]]
 
@@ -70,6 +70,7 @@ def check_against_reference(network: Cost, spec: Timing, device: torch.device) -
 
 def _compare(network: Cost, spec: Timing, device: torch.device) -> list[Comparison]:
     """Run the timed network and the reference on the same sample."""
+    require_task(network, spec)
     accelerated = spec.compile or spec.graphs
     if spec.what == "training" and accelerated:
         (loss, gradient), (true_loss, true_gradient) = _run_both(_run_passes, network, spec, device)
@@ -85,6 +86,12 @@ def _compare(network: Cost, spec: Timing, device: torch.device) -> list[Comparis
     return _compare_eager(network, spec, device)
 
 
+def _draw(network: Cost, spec: Timing, device: torch.device) -> Sample:
+    """Draw what the network is given of one batch."""
+    draw = draw_scale_inputs if network.tokenizer else draw_inputs
+    return draw(network, spec, device)
+
+
 def _describe(network: Cost, spec: Timing) -> str:
     """Name the network, its kernels and how it runs."""
     name = f"{network.backbone.name} with kernels {spec.kernels or 'auto'}"
@@ -98,8 +105,7 @@ def _describe(network: Cost, spec: Timing) -> str:
 def _compare_eager(network: Cost, spec: Timing, device: torch.device) -> list[Comparison]:
     """Compare the output of one sample and, for training, the gradient of every parameter."""
     model = build_network(network, spec, device)
-    x, t, y = draw_inputs(network, spec, device)
-    sample = (x[:1], t[:1], y[:1])
+    sample = tuple(tensor[:1] for tensor in _draw(network, spec, device))
     run = _run_backward if spec.what == "training" else _run_forward
     with kernels.use(**kernels.references()):
         truths = run(model, sample)
@@ -114,15 +120,14 @@ def _compare_eager(network: Cost, spec: Timing, device: torch.device) -> list[Co
 def _compare_accelerated(network: Cost, spec: Timing, device: torch.device) -> list[Comparison]:
     """Compare the first output of a compiled or captured network at the batch that it is given."""
     model = build_network(network, spec, device)
-    x, t, y = draw_inputs(network, spec, device)
+    inputs = _draw(network, spec, device)
     with kernels.use(**kernels.references()):
-        (truth,) = _run_forward(model, (x[:1], t[:1], y[:1]))
+        (truth,) = _run_forward(model, tuple(tensor[:1] for tensor in inputs))
 
     # Guidance doubles the batch.
     copies = 2 if spec.what == "sampling" else 1
-    x, t, y = (torch.cat([tensor] * copies) for tensor in (x, t, y))
     accelerate(model, spec.compile, spec.graphs)
-    (value,) = _run_forward(model, (x, t, y))
+    (value,) = _run_forward(model, tuple(torch.cat([tensor] * copies) for tensor in inputs))
     return [Comparison("output", value[:1], truth)]
 
 

@@ -47,6 +47,8 @@ def draw_network(spec: Backbone, device: torch.device) -> nn.Module:
 
 def size_backbone(network: Cost) -> Backbone:
     """Return the backbone with its input as options."""
+    if network.tokenizer:
+        return network.backbone.but(channels=network.channels, num_classes=network.num_classes)
     return network.backbone.but(
         input_size=network.size, in_channels=network.channels, num_classes=network.num_classes
     )
@@ -72,6 +74,29 @@ def draw_inputs(network: Cost, spec: Timing, device: torch.device) -> tuple[Tens
     t = torch.randint(1000, (spec.batch,), generator=draw)
     y = torch.randint(max(1, network.num_classes), (spec.batch,), generator=draw)
     return x.to(device=device, memory_format=layout_of(spec)), t.to(device), y.to(device)
+
+
+def draw_scale_inputs(network: Cost, spec: Timing, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Draw y (N,) and the inputs of all scales after the first, (N, L - l_1, C), of one batch."""
+    draw = torch.Generator().manual_seed(seed_at("timing"))
+    inputs = torch.randn(spec.batch, count_tokens(network) - 1, network.channels, generator=draw)
+    y = torch.randint(network.num_classes, (spec.batch,), generator=draw)
+    return y.to(device), inputs.to(device)
+
+
+def count_tokens(network: Cost) -> int:
+    """Return the tokens of all scales of an autoregressive network."""
+    options = backbones.options_of(network.backbone.name) | network.backbone.options
+    return sum(side**2 for side in options["sides"])
+
+
+def build_tokenizer(network: Cost, device: torch.device) -> nn.Module:
+    """Build the tokenizer of an autoregressive network, untrained, with the network's scales."""
+    assert network.tokenizer, "an autoregressive network declares its tokenizer"
+    options = backbones.options_of(network.backbone.name) | network.backbone.options
+    sized = Backbone(network.tokenizer.name, dict(sides=options["sides"]))
+    sized = sized.but(**network.tokenizer.options)
+    return build(sized, 0, torch.device("cpu")).to(device).eval().requires_grad_(False)
 
 
 def layout_of(spec: Timing) -> torch.memory_format:

@@ -30,7 +30,9 @@ def profile_task(spec: Profile, folder: Path) -> dict[str, Any]:
     """
     timing = spec.timing
     device = torch.device(timing.device)
-    network = Cost(timing.backbone, timing.size, timing.channels, timing.num_classes)
+    network = Cost(
+        timing.backbone, timing.size, timing.channels, timing.num_classes, timing.tokenizer
+    )
     shown = kernels.references(instead_of="rows") | timing.kernels
     with precision(timing.precision, device), kernels.use(**shown):
         # Refuse what is wrong, and let the record name the kernels of the task, not of the check.

@@ -99,7 +99,7 @@ def _count_images(system: ScaleSystem) -> dict[str, int]:
     for name, guidance in (("macs_image", 1.0), ("macs_image_guided", 2.0)):
         sampler = Sampler("scales", len(system.tokenizer.sides), guidance)
         with counting() as macs, ExitStack() as alike:
-            for network, _ in system.parts:
+            for network, _ in system.list_parts():
                 alike.enter_context(_one_block_for_all(network, macs))
             draw_images(system, sampler, _label(), _take_likeliest)
         counts[name] = macs.core

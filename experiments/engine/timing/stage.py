@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+import backbones
 from backbones import kernels
 from experiments.engine.numerics.cuda_graphs import CudaGraph
 from experiments.engine.numerics.device import read_joules
@@ -101,9 +102,12 @@ def measure_speed(spec: Timing) -> dict[str, Any]:
 
 def _list_systems(spec: Timing) -> list[System]:
     """Return the subject and, if it differs, the baseline."""
-    own = Cost(spec.backbone, spec.size, spec.channels, spec.num_classes)
+    own = Cost(spec.backbone, spec.size, spec.channels, spec.num_classes, spec.tokenizer)
     size, channels = spec.baseline_input or (spec.size, spec.channels)
-    baseline = (Cost(spec.baseline or spec.backbone, size, channels, spec.num_classes),)
+    other = spec.baseline or spec.backbone
+    is_autoregressive = backbones.kind_of(other.name) is backbones.Kind.AUTOREGRESSIVE
+    tokenizer = spec.tokenizer if is_autoregressive else None
+    baseline = (Cost(other, size, channels, spec.num_classes, tokenizer),)
     subject = (own, *spec.parts)
     return [subject] if subject == baseline else [subject, baseline]
 

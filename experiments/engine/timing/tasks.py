@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import backbones
+from experiments.engine.autoregressive.objective import refuse_autoregressive
+from experiments.engine.autoregressive.scales import RaceDraw, ScaleSystem, draw_images
 from experiments.engine.data.sets import ImageSet
 from experiments.engine.diffusion.build import build_diffusion
 from experiments.engine.diffusion.cascade import condition_on_low_res
@@ -29,11 +31,22 @@ from experiments.engine.numerics.cuda_graphs import (
 )
 from experiments.engine.numerics.randomness import ImageNoise
 from experiments.engine.runtime.context import Resources
-from experiments.engine.specs.spec import Cost, Recipe, Timing, Train
+from experiments.engine.specs.spec import (
+    Cost,
+    Data,
+    Recipe,
+    Sampler,
+    Timing,
+    Tokenizer,
+    Train,
+)
 from experiments.engine.timing.networks import (
     build_network,
+    build_tokenizer,
+    count_tokens,
     draw_inputs,
     draw_network,
+    draw_scale_inputs,
     fill_zeros,
     has_null_label,
     layout_of,
@@ -42,6 +55,7 @@ from experiments.engine.timing.networks import (
     training_data,
     training_diffusion,
 )
+from experiments.engine.training.next_scale.tokens import TokenSet
 from experiments.engine.training.trainer import Trainer
 
 # The guidance scale; its value costs nothing.
@@ -88,9 +102,70 @@ def build_task(network: Cost, spec: Timing, device: torch.device) -> Task:
         ValueError: the task or the layout is unknown, or graphs are requested on a CPU.
     """
     builders = {"forward": _build_forward, "training": _build_training, "sampling": build_sampling}
+    require_task(network, spec)
     if spec.what not in builders:
         raise ValueError(f"unknown task {spec.what!r} to time; known: {', '.join(builders)}")
+    if network.tokenizer:
+        return _build_scales(network, spec, device)
     return builders[spec.what](network, spec, device)
+
+
+def require_task(network: Cost, spec: Timing) -> None:
+    """Raise ValueError for a task that no network of this kind has.
+
+    Scales differ in size, so they are compiled and captured in one pass over all of them alone.
+    """
+    if network.tokenizer is None:
+        refuse_autoregressive(network.backbone.name)
+    accelerated = spec.compile or spec.graphs
+    if network.tokenizer and accelerated and spec.what != "forward":
+        raise ValueError(
+            f"{network.backbone.name} is compiled and captured for a forward pass alone; leave out "
+            f"both for {spec.what}"
+        )
+
+
+def _build_scales(network: Cost, spec: Timing, device: torch.device) -> Task:
+    """Build a task around an autoregressive network.
+
+    A forward pass and a step of training see all scales at once. Sampling draws them in turn,
+    guided, with a cache; it ends before the tokenizer's decoder.
+    """
+    tokenizer = build_tokenizer(network, device)
+    if spec.what == "training":
+        return _build_scale_training(network, spec, device, tokenizer)
+    model = build_network(network, spec, device)
+    y, inputs = draw_scale_inputs(network, spec, device)
+    if spec.what == "forward":
+        accelerate(model, spec.compile, spec.graphs)
+        return Task(torch.inference_mode()(lambda: model(y, inputs)))
+
+    # The noise of every image is drawn as in sampling.
+    system = ScaleSystem(model, tokenizer)
+    sampler = Sampler("scales", len(system.tokenizer.sides), SCALE)
+    draw = RaceDraw(range(len(y)))
+    return Task(torch.inference_mode()(lambda: draw_images(system, sampler, y, draw).features))
+
+
+def _build_scale_training(
+    network: Cost, spec: Timing, device: torch.device, tokenizer: nn.Module
+) -> Task:
+    """Build a step of the trainer on random tokens in memory, by the common recipe."""
+    assert network.tokenizer, "an autoregressive network declares its tokenizer"
+    backbone = size_backbone(network)
+    data = Data("random", network.size, network.channels, network.num_classes)
+    recipe = Recipe(steps=10**9, batch=spec.batch, precision=spec.precision)
+    train = Train(backbone, data, recipe, tokenizer=Tokenizer(network.tokenizer))
+    resources = Resources(str(device), watch_every=0)
+    model: Any = draw_network(backbone, device)
+    trainer = Trainer(train, resources, model=model, tokenizer=tokenizer)
+
+    draw = torch.Generator().manual_seed(0)
+    num = 4 * spec.batch
+    tokens = torch.randint(model.vocabulary, (num, count_tokens(network)), generator=draw)
+    labels = torch.randint(network.num_classes, (num,), generator=draw)
+    steps = trainer.steps(TokenSet(tokens, labels, {}))
+    return Task(lambda: next(steps))
 
 
 def _build_forward(network: Cost, spec: Timing, device: torch.device) -> Task:

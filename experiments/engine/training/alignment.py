@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experiments.engine.autoregressive.objective import NextScale
 from experiments.engine.data.quantise import unfold
 from experiments.engine.diffusion.build import DiffusionProcess
 from experiments.engine.diffusion.distillation.objective import Distilled
@@ -178,7 +179,10 @@ class Aligner:
 
 
 def build_aligner(
-    spec: Train, network: nn.Module, entry: nn.Module, diffusion: DiffusionProcess | Distilled
+    spec: Train,
+    network: nn.Module,
+    entry: nn.Module,
+    diffusion: DiffusionProcess | Distilled | NextScale,
 ) -> Aligner | None:
     """Build what aligns a network's tokens, if its training declares it.
 
@@ -194,6 +198,7 @@ def build_aligner(
     alignment, data = spec.alignment, spec.data
     if alignment is None:
         return None
+    assert not isinstance(diffusion, NextScale), "only a network that denoises is aligned"
     device = next(network.parameters()).device
 
     def probe(model: Model) -> None:

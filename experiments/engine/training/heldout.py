@@ -4,6 +4,7 @@ The network predicts the noise in images that its training has not seen, with th
 Every image meets one time and one noise in each bin of log SNR, a unit wide. The score is the
 geometric mean, over the scored bins, of the bins' mean squared errors, so that no noise level
 dominates. Networks of other objectives are converted to noise at the same signal-to-noise ratio.
+A network that predicts tokens has a cross-entropy in its place (`next_scale/heldout.py`).
 
 Beside it stand the profile over all bins, the family's own objective, and the bound in bits per
 dimension where that is defined.
@@ -38,6 +39,7 @@ from experiments.engine.numerics.weights import digest
 from experiments.engine.specs.spec import HeldOut
 from experiments.engine.training.averages import initial_share, warn_of_initial_share
 from experiments.engine.training.networks import load_ema
+from experiments.engine.training.next_scale.heldout import measure_cross_entropy
 
 FORMULA = (
     "geometric mean, over unit bins of log SNR from {low} to {high}, of the bins' mean squared "
@@ -92,6 +94,8 @@ def measure_heldout(spec: HeldOut, folder: Path, device: torch.device) -> dict[s
     """
     if spec.train.diffusion.name == "classify":
         raise ValueError("a classifier of noisy images predicts no noise, so it has no such loss")
+    if spec.train.tokenizer:
+        return measure_cross_entropy(spec, folder, device, _take_part(spec))
     images = _take_images(spec, device)
     network = load_ema(spec.train, folder, device)
     process = build_diffusion(spec.train.diffusion).to(device)
@@ -132,6 +136,12 @@ def measure_heldout(spec: HeldOut, folder: Path, device: torch.device) -> dict[s
 
 
 def _take_images(spec: HeldOut, device: torch.device) -> Images:
+    x0, y = _take_part(spec)
+    return Images(x0.to(device), y.to(device), spec.part)
+
+
+def _take_part(spec: HeldOut) -> tuple[Tensor, Tensor]:
+    """Return the images (N, C, H, W) and labels (N,) that are scored."""
     parts = {part.value: part for part in (Part.VALIDATION, Part.TEST)}
     if spec.part not in parts:
         raise ValueError(f"unknown part {spec.part!r}; known: {', '.join(parts)}")
@@ -144,8 +154,7 @@ def _take_images(spec: HeldOut, device: torch.device) -> Images:
             f"the {part.value} part of {spec.train.data.name} has {len(image_set)} images, "
             f"and not {num}"
         )
-    x0, y = image_set.take(torch.arange(num))
-    return Images(x0.to(device), y.to(device), part.value)
+    return image_set.take(torch.arange(num))
 
 
 def _bins_of(process: DiffusionProcess, spec: HeldOut) -> list[int]:

@@ -27,6 +27,7 @@ from experiments.engine.training.bands import bands_of
 from experiments.engine.training.boards import require_boards
 from experiments.engine.training.log import Log, curve
 from experiments.engine.training.networks import load_ema
+from experiments.engine.training.next_scale.tokens import encode_set, load_tokenizer
 from experiments.engine.training.optimiser import lr_at
 from experiments.engine.training.trainer import Trainer
 from experiments.engine.training.watch import replay
@@ -50,7 +51,11 @@ def run_training(spec: Train, context: RunContext) -> dict[str, Any]:
     group, resources = context.group, context.resources
     snapshots = averages.snapshot_steps(spec.recipe)
     teacher = _load_teacher(spec, context)
-    trainer = Trainer(spec, resources, group, teacher=teacher)
+    trained = (
+        load_tokenizer(spec, context.folder.parent, context.device) if spec.tokenizer else None
+    )
+    tokenizer = trained.network if trained else None
+    trainer = Trainer(spec, resources, group, teacher=teacher, tokenizer=tokenizer)
     pending = _restore(trainer, context, teacher)
     if context.heartbeat:
         begin_attempt(context.heartbeat, trainer.step)
@@ -59,6 +64,8 @@ def run_training(spec: Train, context: RunContext) -> dict[str, Any]:
         )
 
     images = load(spec.data)
+    if trained:
+        images = encode_set(images, trained, context.device)
     checkpoints = context.folder / "checkpoints"
     with ExitStack() as stack:
         log = None

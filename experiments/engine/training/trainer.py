@@ -18,9 +18,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import backbones
+from experiments.engine.autoregressive.objective import NextScale, check_objective
 from experiments.engine.data.quantise import mirror
 from experiments.engine.data.sets import AnySet, iterate_batches
-from experiments.engine.diffusion.distillation.objective import build_objective
+from experiments.engine.diffusion.build import DiffusionProcess
+from experiments.engine.diffusion.distillation.objective import Distilled, build_objective
 from experiments.engine.diffusion.iddpm import Model
 from experiments.engine.diffusion.objectives import Gated, has_gates
 from experiments.engine.numerics.cuda_graphs import CudaGraph, require_gpu
@@ -48,6 +50,8 @@ from experiments.engine.training.stochastic_depth import increment_weights
 from experiments.engine.training.watch.blocks import Look, Watch
 from experiments.engine.training.watch.freeze import Freeze
 
+Objective = DiffusionProcess | Distilled | NextScale
+
 
 class Trainer:
     """Model, EMA and optimiser of a run, and the step that it has reached.
@@ -62,6 +66,7 @@ class Trainer:
         group: Group = ALONE,
         model: nn.Module | None = None,
         teacher: nn.Module | None = None,
+        tokenizer: nn.Module | None = None,
     ) -> None:
         """Prepare a training from its first step.
 
@@ -71,9 +76,11 @@ class Trainer:
             group: The processes that share every batch.
             model: The network, if `build` has made it already.
             teacher: The trained network that a distillation declares.
+            tokenizer: The trained tokenizer that the training declares.
 
         Raises:
             ValueError: A distillation lacks its teacher, or the network does not follow from it.
+                The network predicts no tokens or others than the declared ones.
         """
         resources = resources or Resources()
         self.spec = spec
@@ -91,12 +98,12 @@ class Trainer:
         # Networks, optimiser and objective.
         self.model = self._build() if model is None else model
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
-        self.diffusion = build_objective(spec, teacher, self.device)
+        self.objective = _build_objective(spec, teacher, tokenizer, self.device)
         if resources.recompute:  # the average is a copy from before, without a backward pass
             recompute_blocks(self.model)
         # What the losses call: the network, or what gives more of it than its prediction.
-        self.entry = entry = self.diffusion.training_entry(self.model)
-        self.aligner = build_aligner(spec, self.model, entry, self.diffusion)
+        self.entry = entry = self.objective.training_entry(self.model)
+        self.aligner = build_aligner(spec, self.model, entry, self.objective)
         if self.aligner:
             self.entry = entry = self.aligner.aligned
         if self.is_parted:
@@ -114,7 +121,7 @@ class Trainer:
 
         # How the network runs: averaged over processes, compiled, as a CUDA graph.
         # The argument under which the network is given what is drawn for it beside times and noise.
-        self.extra = "noise" if isinstance(self.diffusion, Gated) else "kept"
+        self.extra = "noise" if isinstance(self.objective, Gated) else "kept"
         self.forward: nn.Module = entry
         self.skip_exchange: Callable[[], AbstractContextManager[Any]] = nullcontext
         if group.world_size > 1 and not self.is_parted:
@@ -128,7 +135,7 @@ class Trainer:
         self.forward_backward: Callable[..., Tensor] = self._forward_backward
         if resources.graphs:
             require_gpu(self.device)
-            if isinstance(self.diffusion, Gated):
+            if isinstance(self.objective, Gated):
                 raise ValueError(
                     "the loss of gates changes with the step, which no CUDA graph follows: leave "
                     "out --graphs"
@@ -313,35 +320,41 @@ class Trainer:
         noise = generator_at("train", self.spec.seed, step, device=self.device)
 
         # The order of these draws is part of every recorded number.
-        t = self.diffusion.draw_times(n, noise)[shard]
-        eps = torch.randn((n, *x0.shape[1:]), generator=noise, device=self.device)[shard]
+        drawn: list[Tensor] = []
+        if not isinstance(self.objective, NextScale):
+            eps_shape = (n, *x0.shape[1:])
+            drawn.append(self.objective.draw_times(n, noise)[shard])
+            drawn.append(torch.randn(eps_shape, generator=noise, device=self.device)[shard])
         label_draws = torch.rand(n, generator=noise, device=self.device)[shard]
         flip_draws = torch.rand(n, generator=noise, device=self.device)[shard]
-        extra = []
         if recipe.drop_path:
-            extra.append(increment_weights(self.model, recipe.drop_path, n, noise)[shard])
-        if isinstance(self.diffusion, Gated):
-            extra.append(self.diffusion.draw_gate_noise(self.model, n, noise)[shard])
-            self.diffusion.step = step
+            drawn.append(increment_weights(self.model, recipe.drop_path, n, noise)[shard])
+        if isinstance(self.objective, Gated):
+            drawn.append(self.objective.draw_gate_noise(self.model, n, noise)[shard])
+            self.objective.step = step
 
         # Drop labels for guidance, and flip images.
         y = torch.where(label_draws < recipe.label_dropout, self.spec.data.num_classes, y)
         if flip:
             mirrored = mirror(x0, self.spec.data.fold)
             x0 = torch.where((flip_draws < 0.5)[:, None, None, None], mirrored, x0)
-        return x0, y, t, eps, *extra
+        return x0, y, *drawn
 
-    def losses(
-        self, model: Model, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor, *extra: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def losses(self, model: Model, x0: Tensor, y: Tensor, *drawn: Tensor) -> tuple[Tensor, Tensor]:
         """Compute what is logged and what is trained on, of each image that `draw` gave, (N,).
 
         They differ by the alignment, if the training declares one.
         """
+        if isinstance(self.objective, NextScale):
+            losses = self.objective.losses(model, x0, y)["loss"]
+            return losses, losses
+
+        # Diffusion has times and noises, and what is drawn for the network beside them.
+        t, eps, *extra = drawn
         if extra:
             model = partial(model, **{self.extra: extra[0]})
         if self.aligner is None:
-            losses = self.diffusion.losses(model, x0, y, t, eps)["loss"]
+            losses = self.objective.losses(model, x0, y, t, eps)["loss"]
             return losses, losses
 
         # The objective sees the prediction alone.
@@ -352,25 +365,22 @@ class Trainer:
             projections.append(projected)
             return prediction
 
-        losses = self.diffusion.losses(predict, x0, y, t, eps)["loss"]
+        losses = self.objective.losses(predict, x0, y, t, eps)["loss"]
         trained = self.aligner.add(losses, projections[0], x0)
         # What is logged shows an alignment that is no number.
         return losses + 0 * trained.detach(), trained
 
-    def _forward_backward(
-        self, x0: Tensor, y: Tensor, t: Tensor, eps: Tensor, *extra: Tensor
-    ) -> Tensor:
+    def _forward_backward(self, x0: Tensor, y: Tensor, *drawn: Tensor) -> Tensor:
         """Run forward and backward over the shard, cut into micro-batches, and return the loss.
 
         New gradients lie on the parameters afterwards. A CUDA graph holds this function, so
         nothing else may touch `.grad`, where a replay writes.
 
         Args:
-            x0: (N, C, H, W), images.
+            x0: (N, C, H, W), images; or (N, L), their tokens.
             y: (N,), labels.
-            t: (N,), times.
-            eps: (N, C, H, W), noise.
-            extra: (N, K), weights of stochastic depth or noise of gates, if the training has them.
+            drawn: Of diffusion, times (N,) and noise (N, C, H, W); then weights of stochastic
+                depth or noise of gates, (N, K), if the training has them.
         """
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.device)
@@ -381,7 +391,7 @@ class Trainer:
             is_last = part.stop >= len(x0)
             exchange = nullcontext() if is_last else self.skip_exchange()
             with exchange, precision(self.spec.recipe.precision, self.device):
-                shares = (value[part] for value in (x0, y, t, eps, *extra))
+                shares = (value[part] for value in (x0, y, *drawn))
                 logged, trained = self.losses(self.forward, *shares)
                 loss = trained.sum() / self.spec.recipe.batch
                 # Each op's backward runs in its forward's type. The exchange averages over the
@@ -390,3 +400,13 @@ class Trainer:
                     (loss * self.group.world_size).backward()
             total += logged.detach().sum() / self.spec.recipe.batch
         return total
+
+
+def _build_objective(
+    spec: Train, teacher: nn.Module | None, tokenizer: nn.Module | None, device: torch.device
+) -> Objective:
+    """Build what gives a training its losses, of noise or of tokens."""
+    check_objective(spec)
+    if spec.tokenizer is None:
+        return build_objective(spec, teacher, device)
+    return NextScale(tokenizer)

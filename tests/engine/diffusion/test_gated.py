@@ -100,8 +100,8 @@ def test_a_fine_tuning_starts_from_a_dense_network_and_trains_its_routers():
         torch.testing.assert_close(trainer.ema(x0, t, y), dense(x0, t, y), rtol=1e-4, atol=1e-4)
 
     # One step, with the noise of the gates.
-    trainer.diffusion.step = 300
-    noise = trainer.diffusion.draw_gate_noise(trainer.model, 5, torch.Generator().manual_seed(0))
+    trainer.objective.step = 300
+    noise = trainer.objective.draw_gate_noise(trainer.model, 5, torch.Generator().manual_seed(0))
     trainer.forward_backward(x0, y, t, eps, noise)
     for name, p in trainer.model.named_parameters():
         assert p.grad is None or p.grad.isfinite().all(), name

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from experiments.engine.specs.spec import Cost
+from experiments.engine.specs.spec import Cost, Timing
 from experiments.engine.timing import networks, tasks
 from experiments.engine.timing.networks import LAYOUTS, build_network, draw_inputs, read_layout
 from experiments.engine.timing.stage import measure_speed
@@ -21,7 +22,9 @@ from tests.support.timing import (
     every_family,
     hear_calls,
 )
+from tests.support.tokens import NETWORK, TOKENIZER
 
+SCALES = Timing(NETWORK, 4, 6, 10, 2, "cpu", tokenizer=TOKENIZER.backbone)
 FAMILIES = every_family()
 # Training and sampling are the same loops for all; the fast tests run them for two families.
 EVERY_TASK = [
@@ -124,3 +127,27 @@ def test_tensors_that_lie_in_both_layouts_tell_nothing():
     assert read_layout(channels_last, one_channel) == "channels_last"
     assert read_layout(contiguous, channels_last) == "channels_last, contiguous"
     assert read_layout(one_pixel, one_channel) == "any"
+
+
+# ---- Networks that predict tokens
+
+
+@pytest.mark.parametrize("what", ["forward", "training", "sampling"])
+def test_a_network_that_predicts_tokens_is_timed_at_every_task(what: str, one_second_clock: None):
+    """Beside a network that predicts noise, at an input of its own."""
+    spec = replace(SCALES, what=what, num_steps=2, baseline=DIT, baseline_input=(8, 1))
+    values = measure_speed(spec)
+    assert values["images_per_s"] == 2
+    assert values["baseline_images_per_s"] == 2
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        (dict(tokenizer=None), "no diffusion trains or samples"),
+        (dict(what="sampling", compile=True), "for a forward pass alone; leave out both"),
+    ],
+)
+def test_timings_of_tokens_that_mean_nothing_are_refused(fields: dict[str, Any], words: str):
+    with pytest.raises(ValueError, match=words):
+        measure_speed(replace(SCALES, **fields))

@@ -65,7 +65,7 @@ def batches(spec: Train, steps: int, micro_batch: int | None = None) -> list[Bat
         return {"loss": next(trainer.model.parameters()).sum() * torch.zeros(len(inputs[0]))}
 
     # A step gives all of its parts to the losses.
-    trainer.diffusion.losses = record
+    trainer.objective.losses = record
     stepping = trainer.steps(load(spec.data))
     whole = []
     for _ in range(steps):

@@ -103,8 +103,13 @@ def _counted(row: Row, records: list[Record], protocol: Protocol, folder: Record
 
 def small_cost(row: Row, protocol: Protocol) -> Cost:
     """Return the count of a row's network as a protocol trains it."""
-    data = protocol.data
-    return Cost(network(row, protocol), data.size, data.channels, data.num_classes)
+    backbone, data = network(row, protocol), protocol.data
+    if row.method is None or row.method.tokenizer is None:
+        return Cost(backbone, data.size, data.channels, data.num_classes)
+
+    # Of tokens, the last scale takes the place of an input.
+    side, channels = backbone.options["sides"][-1], backbone.options["channels"]
+    return Cost(backbone, side, channels, data.num_classes, row.method.tokenizer.backbone)
 
 
 def _measured(path: str) -> Callable[[dict[str, float]], float]:

@@ -231,6 +231,11 @@ def _method_notes(timed: TimedTable, source: RecordFolder) -> list[str]:
         "sampling": f"guided sampling in {timed.num_steps} steps, each on twice the batch. An "
         "image takes all of them",
     }
+    if any(stage.tokenizer for row in timed.rows for stage in row.stages.values()):
+        tasks["sampling"] += (
+            ". A network that predicts tokens draws all scales of its images, without the decoder "
+            "of its tokenizer; so rel. compares whole images at 250 steps alone"
+        )
 
     # The first two notes define the columns and the modes.
     notes = [

@@ -130,7 +130,7 @@ def trace_fake(train: Train, num: int, recompute: bool, as_gpu: bool = True) -> 
     trainer = Trainer(train, Resources("meta", recompute=recompute), model=model)
     trainer.device = CPU
     with FakeTensorMode(), as_on_gpu() if as_gpu else nullcontext():
-        replace_by_fakes([trainer.entry, trainer.diffusion], CPU)
+        replace_by_fakes([trainer.entry, trainer.objective], CPU)
         return trace_step(trainer)
 
 
@@ -166,7 +166,7 @@ def trace_step(trainer: Trainer) -> Trace:
     recipe, data = trainer.spec.recipe, trainer.spec.data
     parameters = [p for p in trainer.entry.parameters() if p.requires_grad]
     known = [*trainer.entry.parameters(), *trainer.entry.buffers()]
-    known += [x for x in vars(trainer.diffusion).values() if isinstance(x, Tensor)]
+    known += [x for x in vars(trainer.objective).values() if isinstance(x, Tensor)]
     for parameter in parameters:
         parameter.grad = None
 

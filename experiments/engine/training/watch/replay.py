@@ -71,10 +71,11 @@ def describe(diagnosis: dict[str, Any]) -> str:
             continue
         what = {"forward": "output", "backward": "gradient"}[outcome["direction"]]
         times = outcome["times"]
-        span = f"{times[0]:g}" if len(times) == 1 else f"{times[0]:g} to {times[-1]:g}"
-        parts.append(
-            f"in {mode} {outcome['module']} is the first whose {what} is not finite, at t {span}"
-        )
+        at = ""
+        if times:
+            span = f"{times[0]:g}" if len(times) == 1 else f"{times[0]:g} to {times[-1]:g}"
+            at = f", at t {span}"
+        parts.append(f"in {mode} {outcome['module']} is the first whose {what} is not finite{at}")
 
     weights = diagnosis["parameter"]
     before = f", from weights that are not finite before it (first {weights})" if weights else ""
@@ -89,13 +90,14 @@ def _run(trainer: Trainer, images: AnySet, step: int, mode: str) -> dict[str, An
             continue
 
         # Values that are not of single images are of all of them.
-        t = inputs[2]
-        bad = torch.ones_like(t, dtype=torch.bool) if finding.images is None else finding.images
+        y = inputs[1]
+        bad = torch.ones_like(y, dtype=torch.bool) if finding.images is None else finding.images
+        times = inputs[2][bad].tolist() if trainer.spec.tokenizer is None else []
         return {
             "is_finite": False,
             "module": finding.module,
             "direction": finding.direction,
-            "times": sorted(set(t[bad].tolist())),
+            "times": sorted(set(times)),
             "images": list(compress(numbers, bad.tolist())),
         }
     return {"is_finite": True}
