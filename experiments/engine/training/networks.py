@@ -1,4 +1,4 @@
-"""Networks of trainings: as they are declared and drawn, and as a finished run averaged them."""
+"""Networks of trainings, as declared and as a finished run averaged them, and their losses."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ import torch
 from torch import nn
 
 import backbones
+from experiments.engine.autoregressive.objective import NextScale, check_objective
+from experiments.engine.diffusion.build import DiffusionProcess
+from experiments.engine.diffusion.distillation import objective
+from experiments.engine.diffusion.distillation.objective import Distilled
 from experiments.engine.numerics.initial_weights import build_by_name
 from experiments.engine.numerics.randomness import seed_at
 from experiments.engine.records.code import require_own_code
@@ -80,3 +84,13 @@ def load_ema(
         backbones.check_progress(state["ema"], state["model"], model.state_dict(), file)
     backbones.load_judged(model, state["ema"], file, warn=warn)
     return model.eval()
+
+
+def build_objective(
+    spec: Train, teacher: nn.Module | None, tokenizer: nn.Module | None, device: torch.device
+) -> DiffusionProcess | Distilled | NextScale:
+    """Build what gives a training its losses, of noise or of tokens."""
+    check_objective(spec)
+    if spec.tokenizer is None:
+        return objective.build_objective(spec, teacher, device)
+    return NextScale(tokenizer)

@@ -18,11 +18,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import backbones
-from experiments.engine.autoregressive.objective import NextScale, check_objective
+from experiments.engine.autoregressive.objective import NextScale
 from experiments.engine.data.quantise import mirror
 from experiments.engine.data.sets import AnySet, iterate_batches
-from experiments.engine.diffusion.build import DiffusionProcess
-from experiments.engine.diffusion.distillation.objective import Distilled, build_objective
 from experiments.engine.diffusion.iddpm import Model
 from experiments.engine.diffusion.objectives import Gated, has_gates
 from experiments.engine.numerics.cuda_graphs import CudaGraph, require_gpu
@@ -37,7 +35,7 @@ from experiments.engine.specs.weights import Weights
 from experiments.engine.texts.tables import give_captions
 from experiments.engine.training.alignment import build_aligner
 from experiments.engine.training.averages import PowerAverages
-from experiments.engine.training.networks import build
+from experiments.engine.training.networks import build, build_objective
 from experiments.engine.training.networks import load_ema as load_ema
 from experiments.engine.training.optimiser import (
     build_optimizer,
@@ -49,8 +47,6 @@ from experiments.engine.training.sharded.network import shard_network
 from experiments.engine.training.stochastic_depth import increment_weights
 from experiments.engine.training.watch.blocks import Look, Watch
 from experiments.engine.training.watch.freeze import Freeze
-
-Objective = DiffusionProcess | Distilled | NextScale
 
 
 class Trainer:
@@ -98,7 +94,7 @@ class Trainer:
         # Networks, optimiser and objective.
         self.model = self._build() if model is None else model
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
-        self.objective = _build_objective(spec, teacher, tokenizer, self.device)
+        self.objective = build_objective(spec, teacher, tokenizer, self.device)
         if resources.recompute:  # the average is a copy from before, without a backward pass
             recompute_blocks(self.model)
         # What the losses call: the network, or what gives more of it than its prediction.
@@ -400,13 +396,3 @@ class Trainer:
                     (loss * self.group.world_size).backward()
             total += logged.detach().sum() / self.spec.recipe.batch
         return total
-
-
-def _build_objective(
-    spec: Train, teacher: nn.Module | None, tokenizer: nn.Module | None, device: torch.device
-) -> Objective:
-    """Build what gives a training its losses, of noise or of tokens."""
-    check_objective(spec)
-    if spec.tokenizer is None:
-        return build_objective(spec, teacher, device)
-    return NextScale(tokenizer)
