@@ -54,8 +54,8 @@ from experiments.engine.reporting.efficiency.details import (
     sweep_sheet,
 )
 from experiments.engine.reporting.efficiency.images import images_sheet
-from experiments.engine.reporting.efficiency.latency import LatencyRow
-from experiments.engine.reporting.efficiency.latency_sheets import (
+from experiments.engine.reporting.efficiency.inference.predicted import LatencyRow
+from experiments.engine.reporting.efficiency.inference.sheets import (
     inference_sheet,
     latency_sheet,
     predicted_latency_sheet,

@@ -6,7 +6,7 @@ from analysis.query import ReferenceStore, latest
 from analysis.tables.caveats import add_caveats
 from experiments import efficiency, main_results
 from experiments.declared import memory, timings
-from experiments.engine.reporting.efficiency.latency_sheets import (
+from experiments.engine.reporting.efficiency.inference.sheets import (
     inference_sheet,
     latency_sheet,
     predicted_latency_sheet,

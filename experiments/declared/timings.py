@@ -13,7 +13,7 @@ from dataclasses import replace
 from experiments.declared.families import family_of
 from experiments.engine.jobs.job import Job, Sweep
 from experiments.engine.reporting.efficiency.details import SweptRow
-from experiments.engine.reporting.efficiency.latency import LatencyRow
+from experiments.engine.reporting.efficiency.inference.predicted import LatencyRow
 from experiments.engine.reporting.efficiency.predictions import Declared
 from experiments.engine.reporting.efficiency.speed import (
     AS_PUBLISHED,

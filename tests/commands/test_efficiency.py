@@ -14,7 +14,10 @@ from experiments import efficiency
 from experiments.declared import timings
 from experiments.engine.jobs import execute
 from experiments.engine.records.store import Store
-from experiments.engine.reporting.efficiency.latency import InferenceNeeds, write_inference
+from experiments.engine.reporting.efficiency.inference.predicted import (
+    InferenceNeeds,
+    write_inference,
+)
 from experiments.engine.reporting.efficiency.memory import Line
 from experiments.engine.specs.spec import Backbone, Cost, Profile, Timing
 from experiments.engine.timing import cost

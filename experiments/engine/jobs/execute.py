@@ -41,9 +41,10 @@ from experiments.engine.specs.spec import (
     Timing,
     Train,
 )
-from experiments.engine.timing import ceilings, latency, scale_cost
+from experiments.engine.timing import ceilings, scale_cost
 from experiments.engine.timing import profile as profiling
 from experiments.engine.timing import stage as timing
+from experiments.engine.timing.inference import latency
 from experiments.engine.training.heldout import measure_heldout
 from experiments.engine.training.stage import run_training
 

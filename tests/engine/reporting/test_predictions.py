@@ -10,8 +10,8 @@ import pytest
 from experiments import efficiency
 from experiments.declared import speed_claims, timings
 from experiments.engine.records.store import Store
-from experiments.engine.reporting.efficiency.latency import read_latencies
-from experiments.engine.reporting.efficiency.latency_sheets import (
+from experiments.engine.reporting.efficiency.inference.predicted import read_latencies
+from experiments.engine.reporting.efficiency.inference.sheets import (
     inference_sheet,
     predicted_latency_sheet,
 )

@@ -15,9 +15,10 @@ from experiments.engine.jobs.execute import execute
 from experiments.engine.records.store import Store
 from experiments.engine.runtime.context import Resources
 from experiments.engine.specs.spec import Backbone, Cost, Latency, Timing
-from experiments.engine.timing import clock, latency
-from experiments.engine.timing.latency import measure_latency
-from experiments.engine.timing.memory.inference import trace_inference, trace_passes
+from experiments.engine.timing import clock
+from experiments.engine.timing.inference import latency
+from experiments.engine.timing.inference.latency import measure_latency
+from experiments.engine.timing.inference.trace import trace_inference, trace_passes
 from experiments.engine.timing.networks import draw_network, list_networks, size_backbone
 from experiments.engine.timing.tasks import Task
 from tests.support.timing import CPU, DICO, DIT, declare_timing, hear_calls

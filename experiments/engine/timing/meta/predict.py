@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from experiments.engine.records.store import Store, timestamp
 from experiments.engine.records.tree import tree_commit
-from experiments.engine.reporting.efficiency.latency import (
+from experiments.engine.reporting.efficiency.inference.predicted import (
     TRACED_MODES,
     InferenceNeeds,
     LatencyRow,
@@ -36,7 +36,7 @@ from experiments.engine.reporting.efficiency.roofline import (
 )
 from experiments.engine.reporting.efficiency.speed import AS_PUBLISHED
 from experiments.engine.specs.spec import Ceilings, spec_id
-from experiments.engine.timing.memory.inference import trace_inference
+from experiments.engine.timing.inference.trace import trace_inference
 from experiments.engine.timing.meta.trace import trace_timing
 
 # The table whose published throughputs the attained shares are fitted to.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from experiments.engine.records.store import Record, RecordFolder
 from experiments.engine.reporting.caveats import timing_caveats
-from experiments.engine.reporting.efficiency.latency import (
+from experiments.engine.reporting.efficiency.inference.predicted import (
     LATENCY_MODEL,
     TRACED_MODES,
     LatencyRow,
