@@ -3,6 +3,7 @@
     python experiments/efficiency.py --counts                    parameters and Gflops, with ours
     python experiments/efficiency.py --table 1                   throughput in every numeric mode
     python experiments/efficiency.py --table 1 --task training   of a training step (or: sampling)
+    python experiments/efficiency.py --table 1 --task latency    one image, and memory of inference
     python experiments/efficiency.py --table 1 --sweep --rows DiCo-S     over the batch size
     python experiments/efficiency.py --figure 3                  runtime over resolution and size
     python experiments/efficiency.py --claims                    claims about speed, with verdicts
@@ -29,8 +30,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from experiments.ablation import TABLES as ABLATIONS
-from experiments.declared import speed_claims, timings
-from experiments.declared.protocols import DIGITS, IMAGENET256, IMAGENET512
+from experiments.declared import memory, speed_claims, timings
 from experiments.declared.systems import IMAGES, SYSTEMS
 from experiments.engine.cli import (
     Outcome,
@@ -54,11 +54,16 @@ from experiments.engine.reporting.efficiency.details import (
     sweep_sheet,
 )
 from experiments.engine.reporting.efficiency.images import images_sheet
+from experiments.engine.reporting.efficiency.inference.predicted import LatencyRow
+from experiments.engine.reporting.efficiency.inference.sheets import (
+    inference_sheet,
+    latency_sheet,
+    predicted_latency_sheet,
+)
 from experiments.engine.reporting.efficiency.memory import read_needs
 from experiments.engine.reporting.efficiency.memory_sheet import (
     MODES,
     Card,
-    MemoryRow,
     memory_sheet,
 )
 from experiments.engine.reporting.efficiency.predicted_sheets import predicted_sheet
@@ -67,8 +72,8 @@ from experiments.engine.reporting.efficiency.speed import Acceleration, speed_sh
 from experiments.engine.reporting.render import render
 from experiments.engine.reporting.sheet import Sheet
 from experiments.engine.specs.rows import read_table_name
-from experiments.engine.specs.spec import Cost, Timing, Train
-from experiments.engine.specs.stages import cost_stages, train_stage
+from experiments.engine.specs.spec import Cost, Timing
+from experiments.engine.specs.stages import cost_stages
 from experiments.main_results import TABLES
 from experiments.related import AUTOREGRESSIVE
 
@@ -77,6 +82,8 @@ MEMORY_ASKED = "DiCo-H"
 PREDICTED = (TABLES[1], TABLES[2], ABLATIONS[3], ABLATIONS[4])
 TIMED = {number: table for number, table in TABLES.items() if table.timed}
 TIMED[AUTOREGRESSIVE.number] = replace(AUTOREGRESSIVE, timed=True)
+# Tables 3 and 4 are timed by ablation.py; here their latency is measured.
+NUMBERED = {table.number: table for table in PREDICTED}
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,7 @@ def _run(args: argparse.Namespace, arguments: Sequence[str] | None) -> int:
     device = device_of(args, rows[0])
     store = open_store(args.results)
     if args.predict or args.memory:
-        sheets = _predict(store) if args.predict else [_memory(args, store)]
+        sheets = _predict(args, store) if args.predict else [_memory(args, store)]
         print(render(sheets, args.format))
         return 0
     work = _choose(args, device, store)
@@ -117,7 +124,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     subject.add_argument(
         "--table",
         type=read_table_name,
-        choices=list(TIMED),
+        choices=list(TIMED | NUMBERED),
         help="time the rows of a table of the paper, or of networks that predict tokens",
     )
     subject.add_argument("--figure", type=int, choices=[3], help="time the networks of a figure")
@@ -140,9 +147,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     # The other options narrow the subject or change how it is measured.
     parser.add_argument(
         "--task",
-        choices=timings.TASKS,
+        choices=(*timings.TASKS, timings.LATENCY),
         default="forward",
-        help="task to time or profile (default: forward)",
+        help="task to time or profile (default: forward); latency is that of one image, beside "
+        "the memory of inference, for Tables 1 to 4, and --predict predicts it too",
     )
     parser.add_argument(
         "--sweep",
@@ -190,8 +198,16 @@ def _check_combination(parser: Parser, args: argparse.Namespace) -> None:
         )
     if args.budget is not None and not (args.memory and args.budget > 0):
         parser.error("--budget goes with --memory, and takes gigabytes above 0")
-    if args.task != "forward" and not (args.table or args.profile):
+    if args.task == timings.LATENCY:
+        if args.sweep or not (args.table or args.predict):
+            parser.error("--task latency goes with --table or --predict, without --sweep")
+    elif args.task != "forward" and not (args.table or args.profile):
         parser.error("--task goes with --table or --profile")
+    elif args.table and args.table not in TIMED:
+        parser.error(
+            f"--table {args.table} goes with --task latency; "
+            f"experiments/ablation.py --table {args.table} times its rows"
+        )
 
 
 def _choose(args: argparse.Namespace, device: str, store: Store) -> Work:
@@ -207,6 +223,8 @@ def _choose(args: argparse.Namespace, device: str, store: Store) -> Work:
         return _profile(args, device)
     if args.sweep:
         return _sweeps(args, device, acceleration)
+    if args.task == timings.LATENCY:
+        return _latency(args, device, acceleration)
     return _table(args, device, acceleration)
 
 
@@ -250,13 +268,22 @@ def _profile(args: argparse.Namespace, device: str) -> Work:
     )
 
 
-def _predict(store: Store) -> list[Sheet]:
+def _predict(args: argparse.Namespace, store: Store) -> list[Sheet]:
     """Predict every row of Tables 1 to 4 and every claim's networks, and write the files."""
     # Prediction needs torch, which no other part of this script does before its jobs run.
-    from experiments.engine.timing.meta.predict import write_all
+    from experiments.engine.timing.meta.predict import write_all, write_latency
+
+    tell = partial(print, file=sys.stderr)
+    if args.task == timings.LATENCY:
+        declared = latency_rows()
+        write_latency(declared, store, tell)
+        return [
+            predicted_latency_sheet(declared, store.root, store.here),
+            inference_sheet(declared, store.root, store.here),
+        ]
 
     rows = predicted_rows(store)
-    write_all(rows, predicted_on_cpu(store), store, tell=lambda text: print(text, file=sys.stderr))
+    write_all(rows, predicted_on_cpu(store), store, tell)
     predictions = read_predictions(store.root)
     return [
         predicted_sheet(task, rows, predictions, store.root, store.here) for task in timings.TASKS
@@ -277,6 +304,11 @@ def predicted_rows(store: Store) -> list[Declared]:
     return declared + speed_claims.predicted(claims)
 
 
+def latency_rows(device: str = "cuda") -> list[LatencyRow]:
+    """Return whose latency is predicted, or measured where a CPU is given time: Tables 1 to 4."""
+    return [row for table in PREDICTED for row in timings.latency_rows(table, table.rows, device)]
+
+
 def predicted_on_cpu(store: Store) -> list[Declared]:
     """Return what is predicted on a CPU: the timings of Tables 1 to 4 that are committed."""
     return [
@@ -291,47 +323,21 @@ def predicted_on_cpu(store: Store) -> list[Declared]:
 
 def _memory(args: argparse.Namespace, store: Store) -> Sheet:
     """Trace what the predictions lack, write them, and return the table."""
-    rows = [row for row in memory_rows() if args.rows is None or row.label in args.rows]
+    declared = memory.memory_rows(PREDICTED)
+    rows = [row for row in declared if args.rows is None or row.label in args.rows]
     if not rows:
-        known = ", ".join(dict.fromkeys(repr(row.label) for row in memory_rows()))
+        known = ", ".join(dict.fromkeys(repr(row.label) for row in declared))
         raise ValueError(f"Tables 1 to 4 have no network as any of --rows; known: {known}")
     if not args.report:
         # Tracing needs torch.
         from experiments.engine.timing.memory.predict import write_all
 
-        trainings = [in_precision(row.train, mode) for row in rows for mode in MODES]
-        small = [] if args.rows else small_trainings()
+        trainings = [memory.in_precision(row.train, mode) for row in rows for mode in MODES]
+        small = [] if args.rows else memory.small_trainings(PREDICTED)
         tell = partial(print, file=sys.stderr)
         write_all([*trainings, *small], store.root, tell)
     card = Card(args.budget) if args.budget else None
     return memory_sheet(rows, read_needs(store.root), MEMORY_ASKED, card)
-
-
-def memory_rows() -> list[MemoryRow]:
-    """Return whose memory is predicted: the networks of Tables 1 to 4, on latents of ImageNet."""
-    rows = []
-    for table in PREDICTED:
-        protocol = IMAGENET512 if table is TABLES[2] else IMAGENET256
-        for row in table.rows:
-            if row.backbone:
-                train = train_stage(row, protocol, seed=0)
-                batch = (row.method.recipe if row.method else train.recipe).batch
-                # Guidance and a number of steps change no memory.
-                label = row.label.removesuffix(" (w/ CFG)").partition(", ")[0]
-                rows.append(MemoryRow(str(table.number), label, train, batch))
-    return rows
-
-
-def small_trainings() -> list[Train]:
-    """Return the trainings on digits, whose memory a dry run tells at once."""
-    tables = (TABLES[1], ABLATIONS[3], ABLATIONS[4])
-    return [
-        train_stage(row, DIGITS, seed=0) for table in tables for row in table.rows if row.backbone
-    ]
-
-
-def in_precision(train: Train, mode: str) -> Train:
-    return replace(train, recipe=replace(train.recipe, precision=mode))
 
 
 def _sweeps(args: argparse.Namespace, device: str, acceleration: Acceleration) -> Work:
@@ -344,6 +350,19 @@ def _sweeps(args: argparse.Namespace, device: str, acceleration: Acceleration) -
     return Work(
         ListPlan(device, alone=jobs),
         lambda store: [sweep_sheet(row, store.here) for row in swept],
+    )
+
+
+def _latency(args: argparse.Namespace, device: str, acceleration: Acceleration) -> Work:
+    table = NUMBERED[args.table]
+    named = args.rows is not None
+    selected = [table.row(label) for label in args.rows] if named else table.rows
+    if args.modes:
+        timings.require_modes(args.modes, device, acceleration)
+    rows = timings.latency_rows(table, selected, device, named, acceleration, args.modes)
+    return Work(
+        ListPlan(device, alone=timings.latency_jobs(rows)),
+        lambda store: [latency_sheet(rows, device, store.root, store.here, acceleration)],
     )
 
 

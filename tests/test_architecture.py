@@ -67,6 +67,7 @@ LIGHT_ENGINE = (
     "records/score_names records/store records/weight_files "
     "reporting/efficiency/claims reporting/efficiency/counts "
     "reporting/efficiency/details reporting/efficiency/images "
+    "reporting/efficiency/inference/predicted reporting/efficiency/inference/sheets "
     "reporting/efficiency/memory reporting/efficiency/memory_sheet "
     "reporting/efficiency/predicted_sheets reporting/efficiency/predictions "
     "reporting/efficiency/roofline reporting/efficiency/savings reporting/efficiency/speed "

@@ -23,7 +23,10 @@ from analysis.tables.caveats import add_caveats
 from analysis.tables.progress import progress_sheet
 from analysis.tables.recipes import recipe_sheet
 from analysis.tables.speeds import (
+    measured_latency_sheet,
     predicted_cpu_sheet,
+    predicted_inference_sheet,
+    predicted_latencies_sheet,
     predicted_memory_sheet,
     predicted_speed_ups_sheet,
     predicted_throughput_sheet,
@@ -68,8 +71,11 @@ SHEETS: dict[str, Callable[[ReferenceStore], Sheet]] = {
     "counts": committed_counts_sheet,
     "images": committed_images_sheet,
     **{f"speed_{task}": partial(throughput_sheet, task) for task in timings.TASKS},
+    "latency": measured_latency_sheet,
     "predicted_claims": predicted_speed_ups_sheet,
     **{f"predicted_{task}": partial(predicted_throughput_sheet, task) for task in timings.TASKS},
+    "predicted_latency": predicted_latencies_sheet,
     "predicted_cpu": predicted_cpu_sheet,
     "memory": predicted_memory_sheet,
+    "inference_memory": predicted_inference_sheet,
 }

@@ -1,11 +1,16 @@
-"""Throughput in every numeric mode, as timed and as predicted, and memory. No torch."""
+"""Throughput and latency in every numeric mode, timed and predicted, and memory. No torch."""
 
 from __future__ import annotations
 
 from analysis.query import ReferenceStore, latest
 from analysis.tables.caveats import add_caveats
 from experiments import efficiency, main_results
-from experiments.declared import timings
+from experiments.declared import memory, timings
+from experiments.engine.reporting.efficiency.inference.sheets import (
+    inference_sheet,
+    latency_sheet,
+    predicted_latency_sheet,
+)
 from experiments.engine.reporting.efficiency.memory import read_needs
 from experiments.engine.reporting.efficiency.memory_sheet import memory_sheet
 from experiments.engine.reporting.efficiency.predicted_sheets import (
@@ -57,7 +62,29 @@ def predicted_throughput_sheet(task: str, store: ReferenceStore) -> Sheet:
 def predicted_memory_sheet(store: ReferenceStore) -> Sheet:
     """What memory trainings need, and what fits a card."""
     needs = read_needs(store.root)
-    return memory_sheet(efficiency.memory_rows(), needs, efficiency.MEMORY_ASKED)
+    rows = memory.memory_rows(efficiency.PREDICTED)
+    return memory_sheet(rows, needs, efficiency.MEMORY_ASKED)
+
+
+def measured_latency_sheet(store: ReferenceStore) -> Sheet:
+    """One image's latency on a GPU or, as long as none was measured, on a CPU; else gaps."""
+    for device in ("cuda", "cpu"):
+        declared = efficiency.latency_rows(device)
+        rows = [row for row in declared if any(latest(list(row.stages.values()), store))]
+        if rows:
+            break
+    return add_caveats(latency_sheet(rows or declared, device, store.root, store.reference))
+
+
+def predicted_latencies_sheet(store: ReferenceStore) -> Sheet:
+    """One image's latency as predicted on GPUs, beside what was measured."""
+    rows = efficiency.latency_rows()
+    return predicted_latency_sheet(rows, store.root, store.reference)
+
+
+def predicted_inference_sheet(store: ReferenceStore) -> Sheet:
+    """What memory inference needs, beside what was measured."""
+    return inference_sheet(efficiency.latency_rows(), store.root, store.reference)
 
 
 def predicted_cpu_sheet(store: ReferenceStore) -> Sheet:

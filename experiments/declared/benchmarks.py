@@ -138,6 +138,9 @@ def _claims_and_tables(device: str) -> dict[str, list[str]]:
         "table 1, forward": _table(1, "forward", device),
         "table 2, forward": _table(2, "forward", device),
         "table 1, training": _table(1, "training", device),
+        **{
+            f"table {number}, latency": _table(number, "latency", device) for number in (1, 2, 3, 4)
+        },
     }
 
 

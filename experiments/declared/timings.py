@@ -13,6 +13,7 @@ from dataclasses import replace
 from experiments.declared.families import family_of
 from experiments.engine.jobs.job import Job, Sweep
 from experiments.engine.reporting.efficiency.details import SweptRow
+from experiments.engine.reporting.efficiency.inference.predicted import LatencyRow
 from experiments.engine.reporting.efficiency.predictions import Declared
 from experiments.engine.reporting.efficiency.speed import (
     AS_PUBLISHED,
@@ -22,10 +23,12 @@ from experiments.engine.reporting.efficiency.speed import (
     TimedTable,
 )
 from experiments.engine.specs.rows import Row, Table
-from experiments.engine.specs.spec import Backbone, Ceilings, Profile, Timing
+from experiments.engine.specs.spec import Backbone, Ceilings, Latency, Profile, Timing
 from experiments.engine.specs.stages import timed_rows, timing_stage
 
 TASKS = ("forward", "training", "sampling")
+# In place of a task: one image at a time, and the memory of inference.
+LATENCY = "latency"
 MODES = {"cpu": ("fp32",), "cuda": ("fp32", "tf32", "bf16", AS_PUBLISHED)}
 
 # Steps of a sampling loop. A CPU times a part of the loop, whose steps cost the same.
@@ -174,6 +177,45 @@ def jobs(rows: Sequence[Row], timed: Sequence[Timing]) -> tuple[Job, ...]:
     for stage in timed:
         by_network.setdefault(str(stage.backbone), []).append(stage)
     return tuple(Job(labels[network], tuple(group)) for network, group in by_network.items())
+
+
+# ---- Latency
+
+
+def latency_rows(
+    table: Table,
+    rows: Sequence[Row],
+    device: str,
+    named: bool = True,
+    acceleration: Acceleration = EAGER,
+    modes: Sequence[str] | None = None,
+) -> list[LatencyRow]:
+    """Return the latency of every network of a table once.
+
+    The suite chooses the kernels in all tables, because the paper prints no latency.
+
+    Args:
+        named: whether the user named the rows, so that a CPU measures heavy ones.
+        modes: numeric modes; None: all of the device.
+    """
+    declared: dict[str, LatencyRow] = {}
+    for row in timed_rows(table, rows, device, named):
+        stage = timing_stage(row, row, device)
+        alone = replace(stage, baseline=None, baseline_input=None)
+        stages = {
+            mode: Latency(in_mode(alone, mode, acceleration=acceleration))
+            for mode in modes or modes_of(device, acceleration)
+        }
+        declared.setdefault(
+            str((row.backbone, alone.parts)),
+            LatencyRow(str(table.number), row.network_label, stages),
+        )
+    return list(declared.values())
+
+
+def latency_jobs(rows: Sequence[LatencyRow]) -> tuple[Job, ...]:
+    """Return one job per network, so that all its modes are measured on one machine."""
+    return tuple(Job(row.label, tuple(row.stages.values())) for row in rows)
 
 
 # ---- Sweeps

@@ -14,6 +14,11 @@ from experiments import efficiency
 from experiments.declared import timings
 from experiments.engine.jobs import execute
 from experiments.engine.records.store import Store
+from experiments.engine.reporting.efficiency.inference.predicted import (
+    InferenceNeeds,
+    write_inference,
+)
+from experiments.engine.reporting.efficiency.memory import Line
 from experiments.engine.specs.spec import Backbone, Cost, Profile, Timing
 from experiments.engine.timing import cost
 from experiments.engine.timing import profile as profiling
@@ -73,6 +78,29 @@ def test_the_command_times_and_prints_what_its_options_ask_for(
     ):
         assert efficiency.main(on_cpu(tmp_path, *options)) == 0
         assert re.findall(r"[48]\.0 ±1\.0", capsys.readouterr().out) == [rate]
+
+
+def test_latency_of_a_table_is_measured_once_and_set_beside_the_traced_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The second call finds the latency done; a table shows each network once."""
+    values = dict(latency_s=0.0125, latency_p95_s=0.02, stable=True)
+    values |= dict(peak_memory_bytes_one=2**28, peak_memory_bytes_batch=3 * 10**8)
+    monkeypatch.setattr(execute.latency, "measure_latency", lambda stage: values)
+    needs = InferenceNeeds("4", "DiCo-S", "fp32", 10**8, (Line(2 * 10**7, 4 * 10**7),))
+    write_inference(tmp_path, [needs])
+    command = ["--table", "4", "--task", "latency", "--rows", "DiCo-S"]
+    place = ["--device", "cpu", "--cluster", "debug", "--results", str(tmp_path)]
+    for _ in range(2):
+        assert efficiency.main([*command, *place]) == 0
+        (row,) = re.findall(r"^4: DiCo-S.*$", capsys.readouterr().out, re.M)
+        assert re.findall(r"[\d.]+", row.partition("|")[2]) == (
+            ["12.5", "20.0", "0.268", "0.300", "0.93"]
+        )
+    assert len(list((tmp_path / "records" / "latency").iterdir())) == 1
+    assert len(timings.latency_rows(TABLE_1, TABLE_1.rows, "cuda")) < len(
+        [row for row in TABLE_1.rows if row.backbone]
+    )
 
 
 def test_a_sweep_goes_on_where_it_stopped_and_ends_where_a_batch_does_not_fit(tmp_path: Path):
@@ -152,6 +180,11 @@ def test_a_plan_for_a_cluster_gives_every_network_a_gpu_to_itself(
         (["--table", "1", "--sweep"], "--sweep goes with"),
         (["--counts", "--task", "training"], "--task goes with"),
         (["--claims", "--modes", "bf16"], "--modes goes with"),
+        (["--profile", "DiCo-S", "--task", "latency"], "--task latency goes with --table or"),
+        (
+            ["--table", "3", "--task", "training"],
+            "--table 3 goes with --task latency; experiments/ablation.py --table 3 times its rows",
+        ),
         (
             ["--table", "1", "--modes", "bf16", "--device", "cpu"],
             "bf16 is no numeric mode of cpu; known: fp32",

@@ -35,6 +35,7 @@ from experiments.engine.specs.spec import (
     Ceilings,
     Evaluate,
     HeldOut,
+    Latency,
     Profile,
     Stage,
     Timing,
@@ -43,6 +44,7 @@ from experiments.engine.specs.spec import (
 from experiments.engine.timing import ceilings, scale_cost
 from experiments.engine.timing import profile as profiling
 from experiments.engine.timing import stage as timing
+from experiments.engine.timing.inference import latency
 from experiments.engine.training.heldout import measure_heldout
 from experiments.engine.training.stage import run_training
 
@@ -287,6 +289,8 @@ def _run_stage(spec: Stage, store: Store, context: RunContext) -> dict[str, Any]
         return ceilings.measure_ceilings(spec)
     if isinstance(spec, Timing):
         return timing.measure_speed(spec)
+    if isinstance(spec, Latency):
+        return latency.measure_latency(spec)
     return scale_cost.count_declared(spec)
 
 
@@ -297,6 +301,7 @@ def _provenance(spec: Stage, context: RunContext, seconds: float) -> dict[str, A
         in_force = read_tf32_flags()
 
     # A timing declares itself whether it is compiled or runs by CUDA graphs.
+    declared = getattr(spec, "timing", spec)
     if isinstance(spec, Evaluate):
         uses_graphs = resources.graphs and can_capture_steps(spec)
     else:
@@ -310,8 +315,8 @@ def _provenance(spec: Stage, context: RunContext, seconds: float) -> dict[str, A
             "recompute": resources.recompute,
             "fully_sharded": resources.fully_shard and group.world_size > 1,
             "sample_batch": resources.sample_batch,
-            "compiled": getattr(spec, "compile", resources.compile),
-            "graphs": getattr(spec, "graphs", uses_graphs),
+            "compiled": getattr(declared, "compile", resources.compile),
+            "graphs": getattr(declared, "graphs", uses_graphs),
             "precision_flags": in_force,
             "kernels": kernels.used(),
             "seconds": round(seconds, 2),
@@ -323,4 +328,4 @@ def _precision_of(spec: Stage) -> str:
     """Return the declared precision. A training declares it in its recipe, a count has none."""
     if isinstance(spec, Train):
         return spec.recipe.precision
-    return getattr(spec, "precision", "fp32")
+    return getattr(getattr(spec, "timing", spec), "precision", "fp32")

@@ -107,6 +107,11 @@ class Row:
         return self.method is not None and self.method.tokenizer is not None
 
     @property
+    def network_label(self) -> str:
+        """Return the label without what changes no network: guidance and a number of steps."""
+        return self.label.removesuffix(" (w/ CFG)").partition(", ")[0]
+
+    @property
     def is_upsampler(self) -> bool:
         """Return whether the network is given a smaller image beside the noise."""
         return self.method is not None and self.method.diffusion.low_res is not None

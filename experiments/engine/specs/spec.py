@@ -342,6 +342,17 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class Latency:
+    """Seconds of single forward passes of one image, and the memory of inference.
+
+    Memory is that at batch 1, and that at the timing's batch.
+    """
+
+    # Of a forward pass, without a baseline.
+    timing: Timing
+
+
+@dataclass(frozen=True)
 class Ceilings:
     """What a device reaches at most: the rates of large matrix products and of copying memory."""
 
@@ -377,7 +388,7 @@ class Cost:
     drafted_scales: int = 0
 
 
-Stage = Train | Evaluate | HeldOut | Timing | Ceilings | Profile | Cost
+Stage = Train | Evaluate | HeldOut | Timing | Ceilings | Profile | Cost | Latency
 
 
 def kind_of(spec: Spec) -> str:

@@ -26,6 +26,12 @@ LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_
 _drawn: dict[str, nn.Module] = {}
 
 
+def list_networks(timing: Timing) -> list[Cost]:
+    """Return the networks of a timing's system, which an image passes one after the other."""
+    own = Cost(timing.backbone, timing.size, timing.channels, timing.num_classes, timing.tokenizer)
+    return [own, *timing.parts]
+
+
 def build_network(network: Cost, spec: Timing, device: torch.device) -> nn.Module:
     """Build a network for inference, in the layout of the timing, without zero weights."""
     model = draw_network(size_backbone(network), device)

@@ -26,6 +26,7 @@ from experiments.engine.timing.clock import (
     time_call,
     warm_up,
 )
+from experiments.engine.timing.networks import list_networks
 from experiments.engine.timing.operators import Operators
 from experiments.engine.timing.tasks import Task, build_task, combine_tasks
 
@@ -73,7 +74,7 @@ def measure_speed(spec: Timing) -> dict[str, Any]:
         free_memory(device)
 
         # Build and warm up the subject first, so that its peak is its own.
-        launches = _Launches.count()
+        launches = Launches.count()
         tasks: list[Task] = []
         warm_ups: list[WarmUp] = []
         for system in systems:
@@ -82,7 +83,7 @@ def measure_speed(spec: Timing) -> dict[str, Any]:
             warm_ups.append(warm_up(tasks[-1], device, captured=spec.graphs))
 
         # Read back what is in force before the clock starts.
-        settings = _read_settings(device, tasks[0]) | _Launches.count().since(launches)
+        settings = read_settings(device, tasks[0]) | Launches.count().since(launches)
         bytes_moved = None
         if not (spec.compile or spec.graphs):
             bytes_moved = _count_bytes_moved(tasks[0], device)
@@ -102,13 +103,12 @@ def measure_speed(spec: Timing) -> dict[str, Any]:
 
 def _list_systems(spec: Timing) -> list[System]:
     """Return the subject and, if it differs, the baseline."""
-    own = Cost(spec.backbone, spec.size, spec.channels, spec.num_classes, spec.tokenizer)
     size, channels = spec.baseline_input or (spec.size, spec.channels)
     other = spec.baseline or spec.backbone
     is_autoregressive = backbones.kind_of(other.name) is backbones.Kind.AUTOREGRESSIVE
     tokenizer = spec.tokenizer if is_autoregressive else None
     baseline = (Cost(other, size, channels, spec.num_classes, tokenizer),)
-    subject = (own, *spec.parts)
+    subject = tuple(list_networks(spec))
     return [subject] if subject == baseline else [subject, baseline]
 
 
@@ -168,7 +168,7 @@ def _count_bytes_moved(task: Task, device: torch.device) -> int:
     return operators.moved
 
 
-def _read_settings(device: torch.device, task: Task) -> dict[str, Any]:
+def read_settings(device: torch.device, task: Task) -> dict[str, Any]:
     """Read back the numeric flags and what the task says of its tensors."""
     autocast = None
     if torch.is_autocast_enabled(device.type):
@@ -183,20 +183,20 @@ def _read_settings(device: torch.device, task: Task) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Launches:
+class Launches:
     """How often this process has compiled and replayed graphs so far."""
 
     compiled: int
     replayed: int
 
     @classmethod
-    def count(cls) -> _Launches:
+    def count(cls) -> Launches:
         """Read the counters; without torch.compile its module is never loaded."""
         dynamo = sys.modules.get("torch._dynamo.utils")
         compiled = dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
         return cls(compiled, CudaGraph.replayed)
 
-    def since(self, before: _Launches) -> dict[str, bool]:
+    def since(self, before: Launches) -> dict[str, bool]:
         """Tell whether compiled code and CUDA graphs really ran since then."""
         return {
             "compiled": self.compiled > before.compiled,

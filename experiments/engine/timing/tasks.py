@@ -71,6 +71,8 @@ class Task:
     memory_format: str = "any"
     # Whether time and label of a single image serve the whole batch, as in the authors' script.
     one_condition: bool = False
+    # Bytes of the networks and inputs that a forward pass finds; 0 for other tasks.
+    held_bytes: int = 0
 
     def __call__(self) -> None:
         self.run()
@@ -92,6 +94,7 @@ def combine_tasks(tasks: Sequence[Task]) -> Task:
         run=run_all,
         memory_format=", ".join(sorted(layouts - {"any"})) or "any",
         one_condition=all(task.one_condition for task in tasks),
+        held_bytes=sum(task.held_bytes for task in tasks),
     )
 
 
@@ -183,7 +186,9 @@ def _build_forward(network: Cost, spec: Timing, device: torch.device) -> Task:
     def forward() -> None:
         model(x, t, y)
 
-    return Task(forward, read_layout(x, *model.parameters()), one_condition)
+    held = (x, t, y, *model.parameters(), *model.buffers())
+    layout = read_layout(x, *model.parameters())
+    return Task(forward, layout, one_condition, sum(each.nbytes for each in held))
 
 
 @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,11 @@ import pytest
 from experiments import efficiency
 from experiments.declared import speed_claims, timings
 from experiments.engine.records.store import Store
+from experiments.engine.reporting.efficiency.inference.predicted import read_latencies
+from experiments.engine.reporting.efficiency.inference.sheets import (
+    inference_sheet,
+    predicted_latency_sheet,
+)
 from experiments.engine.reporting.efficiency.predicted_sheets import (
     cpu_sheet,
     predicted_claims_sheet,
@@ -31,6 +37,8 @@ from experiments.engine.reporting.efficiency.roofline import (
     fit_shares,
     predict_seconds,
 )
+from experiments.engine.specs.spec import Backbone, Latency
+from experiments.engine.timing.meta.predict import write_latency
 from experiments.main_results import TABLE_1
 from tests.support.timings import timing_values
 
@@ -165,6 +173,42 @@ def test_a_cpu_has_its_own_ceilings_and_nothing_fitted(tmp_path: Path):
     store.append(declared[0].stages["fp32"], "done", timing_values(25.0, 1.0), {"device": "cpu"})
     (row,) = cpu_sheet(declared, read_predictions(tmp_path), store.here).rows
     assert row["ratio"].value == 1.6
+
+
+def test_latency_is_predicted_by_the_shares_of_throughput_and_once_for_equal_networks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """A row of two tables is traced once; its bounds follow the cards' peaks."""
+    store = Store(tmp_path)
+    (row,) = timings.latency_rows(TABLE_1, [DICO], "cuda")
+    tiny = dict(dim=8, depths=(1, 1, 1, 1, 1))
+    stages = {
+        mode: Latency(replace(stage.timing, backbone=Backbone("dico_s", tiny), size=8))
+        for mode, stage in row.stages.items()
+    }
+    rows = [replace(row, table=table, stages=stages) for table in ("1", "4")]
+    with pytest.raises(ValueError, match=r"run experiments/efficiency.py --predict"):
+        write_latency(rows, store, print)
+
+    predicted(tmp_path, ("1", "DiCo-S", "fp32", "A100", 2.0, 1.0))
+    told: list[str] = []
+    write_latency(rows, store, told.append)
+    assert told == ["latency: DiCo-S at 8x8"]
+    latencies = read_latencies(tmp_path)
+    assert len(latencies) == 2 * len(timings.MODES["cuda"]) * 4
+    assert all(p.bound <= p.attained for p in latencies.values())
+
+    # Sheets show them beside a record, which ends all predictions.
+    values = dict(latency_s=0.5, peak_memory_bytes_one=10**9, peak_memory_bytes_batch=2 * 10**9)
+    store.append(stages["fp32"], "done", values, {"device": "NVIDIA H200"})
+    sheet = predicted_latency_sheet(rows, tmp_path, store.here)
+    measured = [cells["fp32_measured"].value for cells in sheet.rows if "fp32_measured" in cells]
+    assert measured == [500.0, 500.0]
+    memory = inference_sheet(rows, tmp_path, store.here)
+    assert [cells["fp32_measured_batch"].value for cells in memory.rows] == [2.0, 2.0]
+    assert memory.rows[0]["bf16_one"].value > memory.rows[0]["bf16_weights"].value
+    assert efficiency.main(["--predict", "--task", "latency", "--results", str(tmp_path)]) == 2
+    assert "predictions must come before" in capsys.readouterr().err
 
 
 def test_nothing_is_predicted_once_a_gpu_was_timed(

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.profiler import ProfilerActivity, profile
 
 from backbones import kernels
 from experiments.declared.protocols import IMAGENET256, IMAGENET512
@@ -26,6 +25,7 @@ from experiments.engine.specs.spec import Backbone, Data, Recipe, Train
 from experiments.engine.specs.stages import train_stage
 from experiments.engine.timing.memory.gpu import as_on_gpu
 from experiments.engine.timing.memory.live import Storages, frees_at_once
+from experiments.engine.timing.memory.measure import measure_peak
 from experiments.engine.timing.memory.predict import write_all
 from experiments.engine.timing.memory.trace import (
     build_meta,
@@ -57,16 +57,9 @@ def measure(train: Train, recompute: bool) -> int:
     data = train.data
     x0 = torch.zeros(train.recipe.batch, data.channels, data.size, data.size)
     inputs = trainer.draw(0, x0, torch.zeros(len(x0), dtype=torch.long), False, trainer.shard)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        trainer.forward_backward(*inputs)
-
-    # The events of the allocator in their order; images and times lie there before.
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    alive = peak = sum(x.nbytes for x in (x0, *inputs[1:]))
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak
+    # Images and times lie there before.
+    before = sum(x.nbytes for x in (x0, *inputs[1:]))
+    return before + measure_peak(lambda: trainer.forward_backward(*inputs))
 
 
 # Of what takes long, two combinations that differ in everything are fast.

@@ -13,6 +13,7 @@ from experiments.engine.reporting.efficiency.claims import Claim
 from experiments.engine.reporting.efficiency.predictions import (
     CLAIMS,
     CPU,
+    MODEL,
     PAPER_CARD,
     Declared,
     Predictions,
@@ -65,7 +66,7 @@ def predicted_sheet(
                 cells |= _paper_cells(row, predictions)
             sheet.add_row(cells)
 
-    sheet.note(NoteKind.SPEED, ENDS, *_model_notes(root))
+    sheet.note(NoteKind.SPEED, ENDS, *model_notes(root))
     if task == "forward":
         sheet.note(NoteKind.SPEED, *_error_notes(rows, predictions))
     return sheet
@@ -97,16 +98,16 @@ def _mode_cells(
     cells: SheetRow = {}
     prediction = predictions.get((row.table, row.label, row.task, mode, card))
     if prediction:
-        cells[f"{mode}_attained"] = Cell(prediction.attained, digits=_digits(prediction.attained))
-        cells[f"{mode}_bound"] = Cell(prediction.bound, digits=_digits(prediction.bound))
+        cells[f"{mode}_attained"] = Cell(prediction.attained, digits=digits_of(prediction.attained))
+        cells[f"{mode}_bound"] = Cell(prediction.bound, digits=digits_of(prediction.bound))
     record = source.latest(row.stages[mode]) if mode in row.stages else None
     if record and card in record.provenance["device"]:
         rate = record.values["images_per_s"]
-        cells[f"{mode}_measured"] = Cell(rate, digits=_digits(rate), records=(record,))
+        cells[f"{mode}_measured"] = Cell(rate, digits=digits_of(rate), records=(record,))
     return cells
 
 
-def _digits(value: float) -> int:
+def digits_of(value: float) -> int:
     """Return the decimals that leave three digits or more."""
     return max(0, 2 - math.floor(math.log10(value)))
 
@@ -121,11 +122,13 @@ def _paper_cells(row: Declared, predictions: Predictions) -> SheetRow:
     return cells
 
 
-def _model_notes(root: Path) -> list[str]:
-    """Return when and by which constants the predictions were made."""
-    model = read_model(root)
+def model_notes(
+    root: Path, name: str = MODEL, command: str = "`experiments/efficiency.py --predict`"
+) -> list[str]:
+    """Return when and by which constants the predictions were made, by the file of that name."""
+    model = read_model(root, name)
     if not model:
-        return ["No predictions are committed; `experiments/efficiency.py --predict` makes them."]
+        return [f"No predictions are committed; {command} makes them."]
     shares = ", ".join(
         f"{float(model[f'share_{name}']):.0%} of {what}"
         for name, what in (
@@ -231,7 +234,7 @@ def predicted_claims_sheet(claims: Sequence[Claim], predictions: Predictions, ro
         cells = claim_cells(claim, predictions)
         if cells:
             sheet.add_row(cells)
-    sheet.note(NoteKind.SPEED, ENDS, *_model_notes(root))
+    sheet.note(NoteKind.SPEED, ENDS, *model_notes(root))
     return sheet
 
 

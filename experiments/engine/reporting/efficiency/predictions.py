@@ -96,11 +96,12 @@ def write_predictions(
         ("share_tensor", shares.tensor, f"of the peak of tensor cores, {fitted}"),
         ("share_memory", shares.memory, f"of the bandwidth, {fitted}"),
     ]
-    _write(root / FOLDER / THROUGHPUT, fields, lines)
-    _write(root / FOLDER / MODEL, ("name", "value", "meaning"), model)
+    write_lines(root / FOLDER / THROUGHPUT, fields, lines)
+    write_lines(root / FOLDER / MODEL, ("name", "value", "meaning"), model)
 
 
-def _write(path: Path, fields: Sequence[str], lines: Iterable[Sequence[object]]) -> None:
+def write_lines(path: Path, fields: Sequence[str], lines: Iterable[Sequence[object]]) -> None:
+    """Write a file of comma-separated values, whole or not at all."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(fields)
@@ -132,9 +133,9 @@ def read_predictions(root: Path) -> Predictions:
     return {(p.table, p.row, p.task, p.mode, p.card): p for p in read}
 
 
-def read_model(root: Path) -> dict[str, str]:
+def read_model(root: Path, name: str = MODEL) -> dict[str, str]:
     """Read when and how the predictions were made; nothing if there are none."""
-    path = root / FOLDER / MODEL
+    path = root / FOLDER / name
     if not path.exists():
         return {}
     with open(path, newline="", encoding="utf-8") as file:

@@ -80,8 +80,7 @@ def trace_needs(train: Train, recompute: bool) -> Needs:
             again, or a layer has a width that a trace takes for images.
     """
     model = build_meta(train)
-    if any(size % TRACED == 0 for p in model.parameters() for size in p.shape):
-        raise ValueError(f"a layer's width is a multiple of {TRACED}, the images of a traced step")
+    require_other_widths([model])
     trace = trace_fake(train, TRACED, recompute)
     blocks = [_trained_bytes(block) for block in find_blocks(model)]
     trained = _trained_bytes(model)
@@ -100,6 +99,12 @@ def trace_needs(train: Train, recompute: bool) -> Needs:
             Gradients.APART: trace.lines(TRACED, without=trace.gradients),
         },
     )
+
+
+def require_other_widths(models: Iterable[nn.Module]) -> None:
+    """Raise ValueError if a layer has a width that a trace takes for images."""
+    if any(size % TRACED == 0 for model in models for p in model.parameters() for size in p.shape):
+        raise ValueError(f"a layer's width is a multiple of {TRACED}, the images of a traced step")
 
 
 def _trained_bytes(module: nn.Module) -> int:

@@ -7,6 +7,16 @@ from dataclasses import dataclass, field, replace
 
 from experiments.engine.records.store import Store, timestamp
 from experiments.engine.records.tree import tree_commit
+from experiments.engine.reporting.efficiency.inference.predicted import (
+    TRACED_MODES,
+    InferenceNeeds,
+    LatencyRow,
+    PredictedLatency,
+    read_shares,
+    write_inference,
+    write_latencies,
+)
+from experiments.engine.reporting.efficiency.memory import Line
 from experiments.engine.reporting.efficiency.predictions import (
     CPU,
     PAPER_CARD,
@@ -26,6 +36,7 @@ from experiments.engine.reporting.efficiency.roofline import (
 )
 from experiments.engine.reporting.efficiency.speed import AS_PUBLISHED
 from experiments.engine.specs.spec import Ceilings, spec_id
+from experiments.engine.timing.inference.trace import trace_inference
 from experiments.engine.timing.meta.trace import trace_timing
 
 # The table whose published throughputs the attained shares are fitted to.
@@ -49,17 +60,7 @@ def write_all(
     Raises:
         ValueError: a GPU was timed already, so that nothing can be predicted any more.
     """
-    timed = [
-        record.name
-        for folder in (store.reference, store.here)
-        for record in folder.all()
-        if record.kind == "timing" and record.spec["device"] == "cuda"
-    ]
-    if timed:
-        raise ValueError(
-            f"a GPU is timed already ({timed[0]}), and predictions must come before: keep those "
-            "of results/predictions"
-        )
+    _require_untimed(store)
 
     # The attained shares come from Table 1 on the paper's card, and judge the other tables.
     cards = read_cards(store)
@@ -74,9 +75,63 @@ def write_all(
     if ceilings:
         cpu = Device(CPU, ceilings.values["macs_per_s"], ceilings.values["bytes_per_s"])
         predictions += predict(on_cpu, [cpu], PEAKS, traces)
+    write_predictions(store.root, predictions, shares, timestamp(), _code())
+
+
+def write_latency(rows: Sequence[LatencyRow], store: Store, tell: Callable[[str], None]) -> None:
+    """Predict one image's latency and the memory of inference on all cards, and write the files.
+
+    Args:
+        rows: what is predicted, on a GPU.
+        store: the results folder to write to; it holds the predictions of throughput.
+        tell: hears what is traced next.
+
+    Raises:
+        ValueError: a GPU was timed already, or throughput is not predicted yet.
+    """
+    _require_untimed(store)
+    shares, cards, traces = read_shares(store.root), read_cards(store), Traces(tell)
+    latencies: list[PredictedLatency] = []
+    needs: list[InferenceNeeds] = []
+    memory: dict[str, tuple[int, tuple[Line, ...]]] = {}
+    for row in rows:
+        timings = {mode: stage.timing for mode, stage in row.stages.items()}
+        single = {mode: replace(timing, batch=1) for mode, timing in timings.items()}
+        declared = Declared(row.table, row.label, "latency", single)
+        for p in predict([declared], cards, shares, traces):
+            milliseconds = (1e3 / p.bound, 1e3 / p.attained)
+            latencies.append(PredictedLatency(p.table, p.row, p.mode, p.card, *milliseconds))
+
+        # Rows of different tables may have the same network.
+        for mode in TRACED_MODES:
+            name = spec_id(timings[mode])
+            if name not in memory:
+                memory[name] = trace_inference(timings[mode])
+            needs.append(InferenceNeeds(row.table, row.label, mode, *memory[name]))
+    write_latencies(store.root, latencies, timestamp(), _code())
+    write_inference(store.root, needs)
+
+
+def _require_untimed(store: Store) -> None:
+    """Raise ValueError if a GPU was timed."""
+    timed = [
+        record.name
+        for folder in (store.reference, store.here)
+        for record in folder.all()
+        if record.kind in ("timing", "latency")
+        and record.spec.get("timing", record.spec)["device"] == "cuda"
+    ]
+    if timed:
+        raise ValueError(
+            f"a GPU is timed already ({timed[0]}), and predictions must come before: keep those "
+            "of results/predictions"
+        )
+
+
+def _code() -> str:
+    """Return the commit of this tree, and whether the tree differs from it."""
     commit = tree_commit()
-    code = (commit.hash or "unknown") + (" with changes" if commit.dirty else "")
-    write_predictions(store.root, predictions, shares, timestamp(), code)
+    return (commit.hash or "unknown") + (" with changes" if commit.dirty else "")
 
 
 @dataclass

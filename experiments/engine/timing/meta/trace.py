@@ -25,6 +25,7 @@ from experiments.engine.specs.spec import Cost, Timing
 from experiments.engine.timing.networks import (
     draw_inputs,
     layout_of,
+    list_networks,
     size_backbone,
     training_data,
     training_diffusion,
@@ -191,9 +192,8 @@ def _unit_of(func: Any, class_name: str) -> Unit:
 
 def trace_timing(spec: Timing) -> list[Work]:
     """Trace one run of a timed task, of all networks of its system."""
-    own = Cost(spec.backbone, spec.size, spec.channels, spec.num_classes)
     work: Counter[Work] = Counter()
-    for network in (own, *spec.parts):
+    for network in list_networks(spec):
         work += _trace_network(network, spec)
     return [replace(each, calls=calls) for each, calls in work.items()]
 
