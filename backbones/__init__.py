@@ -41,6 +41,7 @@ from backbones import (  # noqa: F401  (importing a family registers it)
     vavae,
     vqvae,
 )
+from backbones.bert import Bert
 from backbones.captions import CaptionTable, StoredStates, Text, TextNetwork, once_per_caption
 from backbones.checkpoint import load_judged, load_published, print_warning, read_weights
 from backbones.clip_text import ClipText

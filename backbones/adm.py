@@ -147,7 +147,15 @@ class ADM(nn.Module):
         self.out_channels = 2 * image_channels if learn_sigma else image_channels
         self.dim = dim
         self.multiple = 2**last
+        self.num_res_blocks = num_res_blocks
         widths = [int(dim * m) for m in multipliers]
+        self.widths = widths
+        self.level_heads = [heads or width // head_dim for width in widths]
+        self.order = order
+        # Of each level whether it attends.
+        self.depths = tuple(
+            int(input_size >> level in attention_resolutions) for level in range(last + 1)
+        )
         dim_emb = 4 * dim
 
         def attention(width: int) -> AttentionBlock:
@@ -156,7 +164,7 @@ class ADM(nn.Module):
         def level_block(width: int, level: int) -> nn.ModuleList:
             """Build a residual block to the level's width; add attention if it attends."""
             block = nn.ModuleList([ResBlock(width, widths[level], dim_emb)])
-            if input_size >> level in attention_resolutions:
+            if self.depths[level]:
                 block.append(attention(widths[level]))
             return block
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones import kernels
+from backbones.judgement import load_exactly
 from backbones.layers import Linear
 
 PREFIX = "text_model."
@@ -152,20 +153,4 @@ class ClipText(nn.Module):
             for name, tensor in stored.items()
             if not name.startswith(BESIDE) and not name.endswith(POSITION_IDS)
         }
-        expected = self.state_dict()
-        missing = sorted(expected.keys() - weights.keys())
-        unknown = sorted(weights.keys() - expected.keys())
-        if missing or unknown:
-            names = [f"missing {name}" for name in missing[:2]]
-            names += [f"unknown {name}" for name in unknown[:2]]
-            raise ValueError(
-                f"{file}: no CLIP text encoder of its config.json "
-                f"({len(missing) + len(unknown)} keys differ): {'; '.join(names)}"
-            )
-        for name, tensor in expected.items():
-            if weights[name].shape != tensor.shape:
-                raise ValueError(
-                    f"{file}: {name} is {tuple(weights[name].shape)} where config.json says "
-                    f"{tuple(tensor.shape)}; copy both files again"
-                )
-        self.load_state_dict(weights)
+        load_exactly(self, weights, "CLIP text encoder", file)

@@ -22,6 +22,8 @@ from backbones.checkpoint import read_weights
 from backbones.dit import DiT
 
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
+# What a pipeline's folder calls the part that is its network.
+PARTS = ("transformer", "unet")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # Where the config says with which numerics the weights were trained.
 NUMERICS = "_trained_as"
@@ -166,8 +168,8 @@ def from_diffusers(folder: Path) -> tuple[DiT, dict[str, Tensor]]:
     Raises:
         ValueError: in one line, if the folder holds another model, or the blocks' embedders differ.
     """
-    folder = transformer_in(folder)
-    config = _read_config(folder / "config.json")
+    folder = part_in(folder)
+    config = _read_dit_config(folder)
     stored, _ = read_weights(folder / WEIGHTS)
     model = _build(config)
 
@@ -196,13 +198,39 @@ def read_numerics(folder: Path) -> dict[str, float]:
     Raises:
         ValueError: in one line, if the folder holds another model.
     """
-    return _numerics_of(_read_config(transformer_in(folder) / "config.json"))
+    return _numerics_of(_read_dit_config(part_in(folder)))
 
 
-def transformer_in(folder: Path) -> Path:
-    """Return the folder of the transformer: of a pipeline the part, or else the folder itself."""
-    part = folder / "transformer"
-    return part if part.is_dir() else folder
+def part_in(folder: Path) -> Path:
+    """Return the folder of the network: of a pipeline the part, or else the folder itself."""
+    return next((folder / part for part in PARTS if (folder / part).is_dir()), folder)
+
+
+def class_in(folder: Path) -> str:
+    """Return the library's name of the class of network that a folder holds.
+
+    Raises:
+        ValueError: in one line, if the folder has no config or the config names none.
+    """
+    return str(read_config(part_in(folder))["_class_name"])
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read the config of a network's folder.
+
+    Raises:
+        ValueError: in one line, if it cannot be read, or names no class.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError:
+        config = None
+    if not isinstance(config, dict) or "_class_name" not in config:
+        raise ValueError(f"{path} is no config of the diffusers library: it lacks _class_name")
+    return config
 
 
 def _take_embedders(stored: dict[str, Tensor], parent: str, state: dict[str, Tensor]) -> None:
@@ -225,17 +253,14 @@ def _take(stored: dict[str, Tensor], name: str) -> Tensor:
     return stored.pop(name)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError:
-        config = {}
-    name = config.get("_class_name") if isinstance(config, dict) else None
-    if name not in CLASSES or config.get("norm_type", "ada_norm_zero") != "ada_norm_zero":
-        raise ValueError(f"{path} is not that of a DiT; it must be of {' or '.join(CLASSES)}")
-    return cast(dict[str, Any], config)
+def _read_dit_config(folder: Path) -> dict[str, Any]:
+    config = read_config(folder)
+    norm = config.get("norm_type", "ada_norm_zero")
+    if config["_class_name"] not in CLASSES or norm != "ada_norm_zero":
+        raise ValueError(
+            f"{folder / 'config.json'} is not that of a DiT; it must be of {' or '.join(CLASSES)}"
+        )
+    return config
 
 
 def _build(config: dict[str, Any]) -> DiT:

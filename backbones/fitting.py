@@ -15,12 +15,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from backbones.adm import ADM
 from backbones.captions import TextNetwork
 from backbones.checkpoint import FLAT, UNREAD, load_judged, print_warning, read_weights
-from backbones.diffusers_format import from_diffusers, read_numerics
+from backbones.diffusers_format import CLASSES, class_in, from_diffusers, read_numerics
+from backbones.diffusers_unets import read_unet
 from backbones.dit import DiT
 from backbones.judgement import Warn, Weights
+from backbones.ldm import LDM
 from backbones.registry import NoLabels
+from backbones.text_unet import TextUNet
+
+MASKED = "UVit2DModel"  # of the diffusers library, and no diffusion network
 
 
 class Labels(Enum):
@@ -92,7 +98,7 @@ def load_fitted(
 
     Args:
         model: The network, whose own numbers stay where the file has none that fit.
-        path: A `.safetensors` or `.pt` file, or a folder of diffusers' DiT.
+        path: A `.safetensors` or `.pt` file, or a folder of diffusers' DiT or U-Nets.
         key: The key that holds the weights, as in `read_weights`.
         labels: What becomes of the label table.
         warn: Hears, in one line each, what the weights lost or what wrapped their names.
@@ -120,15 +126,24 @@ def load_fitted(
 
 
 def read_folder(path: Path, model: nn.Module) -> Weights:
-    """Read a folder of diffusers' DiT for a network, under the authors' names.
+    """Read a folder of diffusers' DiT or U-Nets for a network, under the authors' names.
 
     Raises:
-        ValueError: If the folder or the network is no DiT, or they compute otherwise.
+        ValueError: If the folder holds another network, or it computes otherwise.
     """
-    if type(model) is not DiT:
+    found = class_in(path)
+    if found == MASKED:
         raise ValueError(
-            f"{path.name} is a folder, and only a DiT is read from a folder of the diffusers "
-            "library; give the path of a .pt or .safetensors file"
+            f"{path.name} holds a {MASKED}, which fills in masked codes of an image and knows no "
+            "noise; no network here has that form, and U-ViT's least of all"
+        )
+    if isinstance(model, ADM | LDM | TextUNet):
+        return read_unet(path, model)
+    if type(model) is not DiT or found not in CLASSES:
+        raise ValueError(
+            f"{path.name} holds a {found}, which is not read into {type(model).__name__}; folders "
+            "of the diffusers library hold a DiT, a UNet2DConditionModel of LDM or a text U-Net, "
+            "or a UNet2DModel of ADM"
         )
     there, weights = from_diffusers(path)
 

@@ -224,6 +224,31 @@ def check_values(model: nn.Module, weights: Weights, file: str) -> None:
         )
 
 
+def load_exactly(model: nn.Module, weights: Weights, kind: str, file: str) -> None:
+    """Load the weights of a text encoder that its config.json describes.
+
+    Raises:
+        ValueError: Names or shapes are not those of the network.
+    """
+    expected = model.state_dict()
+    missing = sorted(expected.keys() - weights.keys())
+    unknown = sorted(weights.keys() - expected.keys())
+    if missing or unknown:
+        names = [f"missing {name}" for name in missing[:2]]
+        names += [f"unknown {name}" for name in unknown[:2]]
+        raise ValueError(
+            f"{file}: no {kind} of its config.json "
+            f"({len(missing) + len(unknown)} keys differ): {'; '.join(names)}"
+        )
+    for name, tensor in expected.items():
+        if weights[name].shape != tensor.shape:
+            raise ValueError(
+                f"{file}: {name} is {tuple(weights[name].shape)} where config.json says "
+                f"{tuple(tensor.shape)}; copy both files again"
+            )
+    model.load_state_dict(weights)
+
+
 def _is_finite(value: Tensor) -> bool:
     """Tell whether all numbers are finite; a meta tensor holds none."""
     return value.is_meta or bool(value.isfinite().all())

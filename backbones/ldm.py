@@ -75,6 +75,8 @@ class LDM(UNet):
         self.num_classes = num_classes
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.dim = dim
+        self.context_dim = context_dim
+        self.level_heads = [heads or width // head_dim for width in widths]
         dim_emb = 4 * dim
 
         def transformer(width: int, depth: int) -> SpatialTransformer:

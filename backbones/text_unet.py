@@ -3,7 +3,7 @@
 Sources: SD 1.x, arXiv:2112.10752; SDXL, Podell et al., arXiv:2307.01952; BK-SDM, Kim et al.,
 arXiv:2305.15798; KOALA, Lee et al., arXiv:2312.04005. Configurations are those of the diffusers
 files of these models; names of weights are those of the authors of LDM, and
-`TextUNet.from_checkpoint` maps diffusers' names to them.
+`TextUNet.from_checkpoint` maps diffusers' names to them (unet_names.py).
 
 The transformers attend to the tokens of a caption. SDXL adds an embedding of the pooled caption and
 of six numbers, the sizes: height and width of the original image, its crop from top and left, and
@@ -18,7 +18,6 @@ embedding, L tokens of text, K their width, P width of the pooled vector.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 import torch
@@ -38,6 +37,7 @@ from backbones.unet import (
     check_levels,
     take_network,
 )
+from backbones.unet_names import own_name
 
 SIZES = 6  # numbers that SDXL embeds beside the pooled caption
 PIXELS = 8  # pixels of an image per place of the latent
@@ -123,9 +123,10 @@ class TextUNet(UNet, TextNetwork):
         self.in_channels = self.out_channels = in_channels
         self.num_classes = num_classes
         self.dim = dim
-        self.num_res_blocks = num_res_blocks
-        self.depths = depths
         self.size_dim = size_dim
+        self.context_dim = context_dim
+        self.linear = linear
+        self.level_heads = [heads or width // head_dim for width in widths]
         dim_emb = 4 * dim
 
         def transformer(width: int, depth: int) -> SpatialTransformer:
@@ -187,57 +188,7 @@ class TextUNet(UNet, TextNetwork):
             return network
         if "conv_in.weight" not in weights:
             return weights
-        return {self._own_name(name): value for name, value in weights.items()}
-
-    def _own_name(self, name: str) -> str:
-        """Return the name here of a parameter of diffusers' UNet2DConditionModel."""
-        for pattern, own in _OUTSIDE.items():
-            if re.match(pattern, name):
-                return re.sub(pattern, own, name, count=1)
-        if middle := re.match(r"mid_block\.(resnets|attentions)\.(\d)\.(.*)", name):
-            place = 2 * int(middle[2]) + (middle[1] == "attentions")
-            return f"middle_block.{place}.{_inside(middle[3])}"
-
-        # A level has one block more than residual blocks: the one that resamples, or joins it.
-        block = re.match(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.*)", name)
-        if block is None:
-            return name
-        way, level, kind, index, rest = block[1], int(block[2]), block[3], int(block[4]), block[5]
-        first = (self.num_res_blocks + 1) * level + (way == "down")
-        arm = "input_blocks" if way == "down" else "output_blocks"
-        if kind == "resnets" or kind == "attentions":
-            return f"{arm}.{first + index}.{int(kind == 'attentions')}.{_inside(rest)}"
-        if kind == "downsamplers":
-            return f"{arm}.{first + self.num_res_blocks}.0.{rest.replace('conv.', 'op.')}"
-        place = 1 + (self.depths[len(self.depths) - 1 - level] > 0)
-        return f"{arm}.{first + self.num_res_blocks}.{place}.{rest}"
-
-
-# Names of diffusers outside of its blocks.
-_OUTSIDE = {
-    r"conv_in\.": "input_blocks.0.0.",
-    r"conv_norm_out\.": "out.0.",
-    r"conv_out\.": "out.2.",
-    r"time_embedding\.linear_1\.": "time_embed.0.",
-    r"time_embedding\.linear_2\.": "time_embed.2.",
-    r"add_embedding\.linear_1\.": "label_emb.0.0.",
-    r"add_embedding\.linear_2\.": "label_emb.0.2.",
-}
-# Names of diffusers in a residual block; those in transformers are the same.
-_RESIDUAL = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-
-
-def _inside(name: str) -> str:
-    """Return the name here of what diffusers calls `name` inside a layer."""
-    layer, _, rest = name.partition(".")
-    return f"{_RESIDUAL.get(layer, layer)}.{rest}"
+        return {own_name(name, self): value for name, value in weights.items()}
 
 
 _SD = dict(multipliers=(1, 2, 4, 4), depths=(1, 1, 1, 0), num_res_blocks=2)

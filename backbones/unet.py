@@ -193,6 +193,10 @@ class UNet(nn.Module):
         last = len(plan.widths) - 1
         dim_emb = 4 * plan.dim
         self.multiple = 2**last
+        self.widths = list(plan.widths)
+        self.num_res_blocks = plan.num_res_blocks
+        self.depths = plan.depths
+        self.middle_depth = plan.middle
 
         def level_block(width: int, level: int) -> nn.ModuleList:
             """Build a residual block to the level's width; add a transformer if it attends."""

@@ -7,6 +7,7 @@ python experiments/prepare.py pixels --size 24 --classes 2 --images flowers --ou
 python experiments/prepare.py arrays --classes 0 --folder my_set
 python experiments/prepare.py judge --out judge.safetensors
 python experiments/prepare.py captions --train TRAIN.json --validation VAL.json --encoder CLIP
+python experiments/prepare.py captions --protocol digits_text_minilm --encoder MINILM
 """
 
 from __future__ import annotations
@@ -19,18 +20,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
 from functools import partial
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from experiments.declared.help import preparations as about
-from experiments.declared.protocols import CIFAR10, CIFAR10_16, COCO256, PROTOCOLS
+from experiments.declared.protocols import CIFAR10, CIFAR10_16, COCO256, PROTOCOLS, SENTENCES
 from experiments.declared.recipes import pixels
 from experiments.engine.cli import Parser, run_command
 from experiments.engine.data.locate import (
     JUDGE_WEIGHTS,
     find_cifar10,
     folder_of,
-    inception_path,
     seal_folder,
 )
 from experiments.engine.jobs.progress import ProgressLines
@@ -38,9 +37,6 @@ from experiments.engine.machine.cores import find_cores
 from experiments.engine.machine.gpu import choose_device, prepare_torch
 from experiments.engine.records.files import require_target
 from experiments.engine.specs.stages import IMAGENET_CLASSES
-
-if TYPE_CHECKING:
-    from experiments.engine.data.encode import EncodingJob
 
 PIXEL_SIZES = (64, 128, 256, 512)
 LATENT_PROTOCOLS = {
@@ -183,18 +179,19 @@ def _add_judge(verbs: Any) -> None:
 
 def _add_captions(verbs: Any) -> None:
     verb = verbs.add_parser(
-        "captions", description=about.CAPTIONS, help="encode MS-COCO's captions"
+        "captions", description=about.CAPTIONS, help="encode captions to states, once"
     )
     verb.set_defaults(prepare=prepare_captions)
+    verb.add_argument("--protocol", choices=SENTENCES, help="whose digits the captions name")
     for part, meaning in (("train", "trained on"), ("validation", "scored")):
         about_part = f"JSON annotations of the images that are {meaning}"
-        verb.add_argument(f"--{part}", required=True, type=Path, metavar="FILE", help=about_part)
+        verb.add_argument(f"--{part}", type=Path, metavar="FILE", help=about_part)
     verb.add_argument(
         "--encoder",
         required=True,
         type=Path,
         metavar="FOLDER",
-        help="folder of CLIP's text part",
+        help="folder of CLIP's text part; with --protocol: of a sentence encoder of BERT's form",
     )
     verb.add_argument(
         "--long",
@@ -269,6 +266,7 @@ def prepare_latents(args: argparse.Namespace) -> int:
     from experiments.engine.data.encode import EncodingJob, encode_pictures
     from experiments.engine.data.latent_statistics import describe_manifest
     from experiments.engine.data.pictures import Crop, find_pictures
+    from experiments.engine.scoring.reconstruction.reach import report_reach
     from experiments.engine.specs.latent_space import space_of
 
     if (args.protocol is None) == (args.classes is None):
@@ -305,7 +303,7 @@ def prepare_latents(args: argparse.Namespace) -> int:
     manifest = encode_pictures(job, folder, ProgressLines())
     print(describe_manifest(manifest))
     if args.reconstructions:
-        _print_reach(job, args.reconstructions, folder)
+        print(report_reach(job, args.reconstructions, folder))
     if own:
         _seal(args.out, args.classes)
     elif not manifest["statistics"]["as_expected"]:
@@ -315,16 +313,6 @@ def prepare_latents(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0
-
-
-def _print_reach(job: EncodingJob, num: int, folder: Path) -> None:
-    """Measure and print how near an autoencoder comes to pictures, with Inception if it is here."""
-    from experiments.engine.scoring.inception import load_inception
-    from experiments.engine.scoring.reconstruction.reach import describe_reach, record_reach
-
-    has_inception = inception_path().is_file() and find_spec("torch_fidelity") is not None
-    inception = load_inception(inception_path(), job.vae.device) if has_inception else None
-    print(describe_reach(record_reach(job, num, folder, inception)))
 
 
 def _seal(folder: Path, num_classes: int) -> None:
@@ -360,9 +348,16 @@ def prepare_pixels(args: argparse.Namespace) -> int:
 
 
 def prepare_captions(args: argparse.Namespace) -> int:
-    """Encode the captions of both parts of MS-COCO, and say what they are."""
+    """Encode the captions of digits, or of both parts of MS-COCO, and say what they are."""
     if args.batch < 1:
         raise ValueError("--batch takes a number from 1 on")
+    if (args.protocol is None) != bool(args.train and args.validation):
+        raise ValueError("name either --protocol, or --train and --validation")
+    if args.protocol:
+        from experiments.engine.texts.tables import prepare_table
+
+        print(prepare_table(args.encoder, SENTENCES[args.protocol].data, args.out))
+        return 0
 
     from experiments.engine.data.captioned.pictures import captions_folder
     from experiments.engine.texts.annotations import describe_annotations, read_annotations

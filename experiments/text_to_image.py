@@ -2,8 +2,10 @@
 
 Table v2-3 is the paper's second version's, on MS-COCO. Its rows, and U-Nets of published systems
 beside them, are trained and scored under a protocol of captions: by default `digits_text`, whose
-captions name and place two digits, with three seeds. Published numbers stand in columns of their
-own. Table `distillation` has U-Nets that learn from a larger one, beside the same ones alone.
+captions name and place two digits, with three seeds. Under `digits_text_minilm` the captions are
+states of a frozen sentence encoder, which `prepare.py captions` makes. Published numbers stand in
+columns of their own. Table `distillation` has U-Nets that learn from a larger one, beside the same
+ones alone.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ class CheckpointFile:
 
     # Registered name, e.g. dico_xl.
     backbone: str
-    # A .pt or .safetensors file, or a folder of diffusers' DiT.
+    # A .pt or .safetensors file, or a folder of diffusers' DiT or U-Nets.
     path: Path
     # Where a .pt file keeps its weights; None: ema, else state_dict, else flat.
     key: str | None = None
@@ -42,8 +42,11 @@ class CheckpointFile:
         """Return the file with the options of its network that a folder says by itself."""
         if not self.path.is_dir():
             return self
-        from backbones.diffusers_format import read_numerics
+        from backbones.diffusers_format import CLASSES, class_in, read_numerics
 
+        # A U-Net's folder must say the network by its config, and has no such options.
+        if class_in(self.path) not in CLASSES:
+            return self
         return replace(self, options=read_numerics(self.path) | self.options)
 
 

@@ -177,6 +177,25 @@ DIGITS_TEXT_RELATIONS = replace(
     "digits' words no longer tells their places",
 )
 
+# States of a frozen sentence encoder in place of words whose encoder is trained along.
+MINILM_DIM = 384
+DIGITS_TEXT_MINILM = replace(
+    DIGITS_TEXT,
+    name="digits_text_minilm",
+    data=replace(DIGITS_TEXT.data, captions="all-MiniLM-L6-v2 53aa51172d142c89"),
+    source="protocol digits_text with the states of all-MiniLM-L6-v2's tokens as the captions; "
+    "its hash is part of its name",
+    options=dict(context_dim=MINILM_DIM, vocabulary=None),
+)
+
+DIGITS_TEXT_MINILM_POOLED = replace(
+    DIGITS_TEXT_MINILM,
+    name="digits_text_minilm_pooled",
+    data=replace(DIGITS_TEXT_MINILM.data, pooled=True),
+    source="protocol digits_text_minilm, whose tokens all have the pooled vector of their caption: "
+    "the control, which hardly tells a caption from its exchange (cosine 0.98)",
+)
+
 # ---- Text to image: MS-COCO 2014 at 256 pixels
 #
 # Its 616,767 captions are those of 82,783 images that are trained on, of which a visit draws one,
@@ -336,7 +355,12 @@ _ALL = (
 )
 PROTOCOLS = {protocol.name: protocol for protocol in _ALL}
 COCO256 = {protocol.name: protocol for protocol in (COCO256_UVIT, COCO256_REPA)}
+# Protocols whose captions of digits are states of a sentence encoder.
+SENTENCES = {
+    protocol.name: protocol for protocol in (DIGITS_TEXT_MINILM, DIGITS_TEXT_MINILM_POOLED)
+}
 # Protocols of networks that read text, which others cannot be trained under.
 CAPTIONED = {
-    protocol.name: protocol for protocol in (DIGITS_TEXT, DIGITS_TEXT_LONG, DIGITS_TEXT_RELATIONS)
+    protocol.name: protocol
+    for protocol in (DIGITS_TEXT, DIGITS_TEXT_LONG, DIGITS_TEXT_RELATIONS, *SENTENCES.values())
 } | COCO256

@@ -177,12 +177,16 @@ def test_workers_of_submitit_and_single_rows_load_the_study(tmp_path: Path):
     done = run_in(tmp_path, RUN, study.name, *rows, "--cluster", "local")
     assert done.returncode == 0, done.stderr
 
-    # One row in this process, as torchrun and batch scripts start it.
+    # One row in two ranks, as torchrun starts them.
     single = ("--row", "Shift", "--seed", 1, "--device", "cpu", "--results", "out")
-    done = run_in(tmp_path, RUN, study.name, *single)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--")
+    done = run_in(tmp_path, *torchrun, RUN, study.name, *single)
     assert done.returncode == 0, done.stderr
-    trained = [r for r in Store(tmp_path / "out").here.all() if r.kind == "train"]
-    assert sorted(record.spec["seed"] for record in trained) == [0, 1]
+    records = [r for r in Store(tmp_path / "out").here.all() if r.kind == "train"]
+    trained = {record.spec["seed"]: record for record in records}
+    assert {seed: r.provenance["world_size"] for seed, r in trained.items()} == {0: 1, 1: 2}
+    (kept,) = (tmp_path / "out" / "studies").iterdir()
+    assert {record.spec["backbone"]["code"] for record in records} == {kept.stem}
 
     # Images of a training whose study has changed are not drawn.
     study.write_text(study.read_text() + "\n")

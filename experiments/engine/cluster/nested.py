@@ -67,7 +67,7 @@ def require_no_rank(environment: Mapping[str, str] = os.environ) -> None:
             raise ValueError(
                 f"the environment makes this process rank {rank} of {total} ({name}, {count}), but "
                 "this command starts its own processes; unset them, or start experiments/run.py "
-                "with srun or torchrun"
+                "with --row under srun or torchrun"
             )
 
 

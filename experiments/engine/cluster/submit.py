@@ -55,9 +55,10 @@ def run_job(job: Job, root: Path, resources: dict[str, Any], code: Code) -> None
     The error makes the job itself fail, so that the queue shows it.
 
     Args:
+        root: the results folder, where the command has kept its study.
         code: that of the command that submitted the job.
     """
-    require_code(code)
+    require_code(code, root)
     error = work_in_job(job, root, **resources)
     if error:
         raise RuntimeError(error)

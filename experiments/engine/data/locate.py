@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from experiments.engine.data.captioned.folders import is_coco, missing_reference, require_coco
+from experiments.engine.data.captioned import folders
 from experiments.engine.data.captioned.grammar import NAMES as CAPTIONED
 from experiments.engine.machine.environment import read_variable
 from experiments.engine.machine.system_errors import explain, naming
@@ -149,6 +149,8 @@ def folder_of(data: Data) -> Path:
 
 def require_data(data: Data) -> None:
     """Raise ValueError if a set is not on this machine; the message says how to provide it."""
+    if data.name in CAPTIONED:
+        folders.require_states(folder_of(data), data)
     if data.name in BUNDLED:
         return
     if data.sha256:
@@ -156,8 +158,8 @@ def require_data(data: Data) -> None:
         return
     if data.name == "cifar10":
         _require_cifar10(data)
-    elif is_coco(data):
-        require_coco(ROOT, folder_of(data), data)
+    elif folders.is_coco(data):
+        folders.require_coco(ROOT, folder_of(data), data)
         read_manifest(folder_of(data), data)
     elif data.name.startswith("imagenet") and is_latent(data):
         _require_latents(data)
@@ -364,7 +366,7 @@ def missing_features(spec: Evaluate) -> list[str]:
     reference = reference_path(spec.data)
     if reference and not reference.is_file():
         adm = f"the reference {reference.name} of ADM's evaluator in {_where(reference.parent)}"
-        missing.append(missing_reference(spec.data) if is_coco(spec.data) else adm)
+        missing.append(folders.missing_reference(spec.data) if folders.is_coco(spec.data) else adm)
     if is_latent(spec.data) and find_spec("diffusers") is None:
         missing.append(
             "the package diffusers for the VAE (and $DICO_VAE, a folder, where it cannot be "

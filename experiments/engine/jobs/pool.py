@@ -191,7 +191,7 @@ def _work(  # noqa: PLR0913  (the arguments of a process)
     store, records = Store(root), list(job.before)
     given = Resources(device=device, **resources)
     try:
-        require_code(code)
+        require_code(code, root)
         for stage in job.stages:
             record = execute(
                 stage, store, given, lambda progress: pipe.send((JobEvent.PROGRESS, progress))

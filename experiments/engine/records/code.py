@@ -1,7 +1,7 @@
 """Which code a command runs: this tree's, and that of a study, a file outside the tree.
 
-A study is loaded only because a command names its file. Worker processes load it by the same path
-and refuse a file of other content.
+A study is loaded only because a command names its file. The command keeps a copy in its results
+folder, which worker processes load. A job that waits in a queue runs what it was submitted with.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import site
 import sys
 import traceback
+from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +32,8 @@ class StudyFile:
     path: Path
     # Of its content.
     digest: str
+    # The current folder of the command, from which the study's own paths lead.
+    folder: Path
 
 
 @dataclass(frozen=True)
@@ -60,22 +63,33 @@ def own_code() -> Code:
     return Code(tree_digest(), _Loaded.file)
 
 
-def require_code(code: Code) -> None:
+def require_code(code: Code, root: Path) -> None:
     """Make this process run the code of the command that started it: load its study.
 
+    Args:
+        code: of the command.
+        root: the results folder, which keeps the study.
+
     Raises:
-        ValueError: if this process imports another tree, or the study's file has changed.
+        ValueError: if this process imports another tree, or the kept study is not the command's.
     """
     require_tree(code.tree)
     if code.study is None:
         return
-    content = _read(code.study.path)
+    content = _read(_kept(root, code.study.digest))
     if _digest(content) != code.study.digest:
         raise ValueError(
-            f"{code.study.path.name} is not what it was when the command started; do not edit a "
-            "study while its command runs, and start the command again"
+            f"{_kept(root, code.study.digest)} is not {code.study.path.name} as it was when the "
+            "command started; remove that file, and start the command again"
         )
-    _load(code.study.path, content)
+    try:
+        with chdir(code.study.folder):
+            _load(code.study.path, content)
+    except OSError as error:
+        raise ValueError(
+            f"{code.study.path.name} cannot run in {code.study.folder}, where its command was "
+            f"started: {error.strerror}; start it in a folder that all nodes share"
+        ) from None
 
 
 def require_same_code(first: Code) -> None:
@@ -113,10 +127,15 @@ def keep_study(root: Path) -> None:
     """Write the loaded study to `studies/<digest>.py` of a results folder, unless it is there."""
     if _Loaded.file is None:
         return
-    path = root / "studies" / f"{_Loaded.file.digest}.py"
+    path = _kept(root, _Loaded.file.digest)
     if not path.exists():
         with written_whole(path) as file:
             file.write(_Loaded.content)
+
+
+def _kept(root: Path, digest: str) -> Path:
+    """Return where a results folder keeps a study."""
+    return root / "studies" / f"{digest}.py"
 
 
 def _read(path: Path) -> bytes:
@@ -131,7 +150,7 @@ def _digest(content: bytes) -> str:
 
 
 def _load(path: Path, content: bytes) -> Study:
-    file = StudyFile(path, _digest(content))
+    file = StudyFile(path, _digest(content), Path.cwd())
     if _Loaded.file and _Loaded.study:
         if _Loaded.file.digest == file.digest:
             return _Loaded.study

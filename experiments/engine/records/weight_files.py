@@ -13,7 +13,8 @@ from experiments.engine.specs.weights import Weights
 # Files and folders of weights by the digest of their content, as far as this process has declared
 # them.
 _DECLARED: dict[str, Path] = {}
-# What a folder of the diffusers library holds of a network.
+# What a folder of the diffusers library calls a pipeline's network, and holds of it.
+PARTS = ("transformer", "unet")
 FOLDER_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 
 
@@ -74,14 +75,14 @@ def require_unchanged(path: Path, sha256: str) -> None:
 def weights_sha256(path: Path) -> str:
     """Return the digest of a file, or of the names and digests of a folder's files.
 
-    A pipeline's folder stands for the transformer in it.
+    A pipeline's folder stands for the network in it.
 
     Raises:
         ValueError: there is no such file, or the folder holds no network of the diffusers library.
     """
     if not path.is_dir():
         return _digest_of(path)
-    folder = path / "transformer" if (path / "transformer").is_dir() else path
+    folder = next((path / part for part in PARTS if (path / part).is_dir()), path)
     lines = [f"{name} {_digest_of(folder / name)}\n" for name in FOLDER_FILES]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

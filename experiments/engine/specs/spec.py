@@ -60,6 +60,8 @@ class Data:
     split: str = "whole"
     # Hash or published name of the encoder of the captions that labels stand for; '': classes.
     captions: str = field(default="", metadata=UNSAID)
+    # Whether every token of a caption has the caption's pooled vector in place of its own state.
+    pooled: bool = field(default=False, metadata=UNSAID)
     # Digest of a prepared folder's content, of data of one's own; "": a set that the suite knows.
     sha256: str = field(default="", metadata=UNSAID)
     # Of latents that are not Stable Diffusion's: how a network sees them.

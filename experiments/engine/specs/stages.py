@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from experiments.engine.specs.rows import Method, Row, Table
 from experiments.engine.specs.spec import (
@@ -89,6 +90,8 @@ class Protocol:
     report_seeds: tuple[int, ...] = (0, 1, 2)
     # Labels of the only rows that it is declared for; (): all.
     rows: tuple[str, ...] = ()
+    # What shrunk networks need to read its captions, in place of the rows' own options.
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 def network(row: Row, protocol: Protocol) -> Backbone:
@@ -98,6 +101,7 @@ def network(row: Row, protocol: Protocol) -> Backbone:
     if protocol.small:
         small = row.small
         backbone = small if isinstance(small, Backbone) else backbone.but(**small)
+        backbone = backbone.but(**protocol.options)
     if protocol.matched:
         backbone = backbone.but(**row.matched.get(data.size, {}))
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from experiments.engine.data.locate import seal_folder
 from experiments.engine.records.tree import REPOSITORY
 from tests.support.slurm import NEEDS_CLUSTER, Cluster, Command, training_states, write_table
 
@@ -37,6 +42,32 @@ from experiments import run
 
 run.TABLES[4] = tiny.table
 sys.exit(run.main())
+"""
+
+
+# A study with a mixer of its own, and data that its path leads to from where it is started.
+STUDY = """
+from dataclasses import replace
+from torch import nn
+from backbones import register_mixer
+from experiments.declared.protocols import DIGITS
+from experiments.engine.data.locate import own_data
+from experiments.engine.specs.rows import Row, Table
+from experiments.engine.specs.spec import Backbone
+from experiments.engine.specs.study import Study
+
+class Mix(nn.Conv2d):
+    def __init__(self, dim, *, size, index):
+        super().__init__(dim, dim, 1)
+
+register_mixer("mix", Mix)
+row = Row("Mix", Backbone("hourglass", dict(dim=8, depths=(1, 1, 1, 1, 1), mixer="mix")))
+short = replace(DIGITS.recipe, steps=3, warmup=1, batch=8)
+two_steps = replace(DIGITS.sampler, num_steps=2)
+digits = replace(DIGITS, recipe=short, sampler=two_steps, num=20, heldout=None)
+mine = replace(digits, name="mine", data=own_data("my_set"))
+table = Table(1, "mine", "a test", rows=(row,), timed=False)
+STUDY = Study((table,), (digits, mine))
 """
 
 
@@ -100,6 +131,38 @@ def test_a_table_is_sent_watched_and_done(slurm: Cluster, tmp_path: Path):
     here = command.call(*rest, cluster="here")
     assert here.returncode == 0
     assert here.stderr == ""
+
+
+def test_a_study_is_sent_as_it_is_and_may_be_edited_while_it_waits(slurm: Cluster, tmp_path: Path):
+    """A job runs the study that was submitted, in the folder from which it was submitted."""
+    (tmp_path / "my_set").mkdir()
+    np.save(tmp_path / "my_set" / "images.npy", np.zeros((4, 1, 8, 8), np.uint8))
+    np.save(tmp_path / "my_set" / "labels.npy", np.zeros(4, np.int64))
+    seal_folder(tmp_path / "my_set", num_classes=1)
+    study = tmp_path / "my_study.py"
+    study.write_text(STUDY)
+
+    # While the job is held, the file changes.
+    script = REPOSITORY / "experiments" / "run.py"
+    sent = subprocess.run(
+        [sys.executable, script, study.name, "--results", "out", "--cluster", "slurm"],
+        cwd=tmp_path,
+        env={**slurm.environment, "DICO_SLURM_OPTIONS": "hold"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert re.search(r"^submitted job \d+: Mix, seed 0$", sent.stdout, re.M), sent.stderr
+    study.write_text("import nothing_that_exists\n")
+    (job,) = slurm.queued()
+    slurm.client("scontrol", "release", job)
+    slurm.wait_until_empty()
+
+    # The record is that of the file as it was.
+    digest = hashlib.sha256(STUDY.encode()).hexdigest()[:16]
+    records = [json.loads(p.read_text()) for p in tmp_path.glob("out/records/*/*.json")]
+    trained = [record["spec"]["backbone"] for record in records if record["kind"] == "train"]
+    assert [backbone["code"] for backbone in trained] == [digest]
 
 
 def test_timings_are_sent_like_trainings(slurm: Cluster, tmp_path: Path):

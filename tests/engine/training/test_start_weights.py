@@ -214,7 +214,9 @@ def test_a_folder_of_diffusers_starts_the_network_that_it_was_trained_as(tmp_pat
     ):
         with pytest.raises(ValueError, match=message):
             backbones.load_fitted(network(**options), tmp_path / "folder")
-    with pytest.raises(ValueError, match="only a DiT is read from a folder"):
+    with pytest.raises(
+        ValueError, match="holds a DiTTransformer2DModel, which is not read into UViT"
+    ):
         backbones.load_fitted(network("uvit_l_2"), tmp_path / "folder")
 
 

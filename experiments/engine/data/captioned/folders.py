@@ -9,10 +9,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from experiments.engine.data.captioned.grammar import VOCABULARY
 from experiments.engine.specs.spec import Data
 
 CAPTIONS = "coco2014_captions"
 MANIFEST = "manifest.json"
+STATES = "captions.safetensors"
 PREFIX = "coco256_"
 PREPARE = "python experiments/prepare.py"
 CAPTIONS_COMMAND = (
@@ -75,6 +77,22 @@ def require_coco(root: Path, folder: Path, data: Data) -> None:
             f"{root / CAPTIONS} holds {number} captions, and protocol {data.name} is declared for "
             f"{data.num_classes}; prepare those of all training and validation images"
         )
+
+
+def require_states(folder: Path, data: Data) -> None:
+    """Raise ValueError with the command that makes the states of captions of digits.
+
+    Args:
+        folder: Of the set.
+        data: The set.
+    """
+    if data.captions in ("", VOCABULARY) or (folder / STATES).is_file():
+        return
+    raise ValueError(
+        f"set {data.name} lacks the states of its captions by {data.captions}, {STATES} in "
+        f"data/{folder.name} (or $DICO_DATA/{folder.name}): {PREPARE} captions --protocol "
+        "digits_text_minilm --encoder FOLDER makes them; its --help says from what"
+    )
 
 
 def missing_reference(data: Data) -> str:

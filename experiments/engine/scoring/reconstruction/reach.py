@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,24 @@ import numpy as np
 from numpy import ndarray
 
 from experiments.engine.data.encode import EncodingJob
+from experiments.engine.data.locate import inception_path
 from experiments.engine.data.pictures import UnreadablePicture, read_picture
 from experiments.engine.data.quantise import from_uint8, to_uint8
 from experiments.engine.records.files import locked, read_json, written_whole
 from experiments.engine.scoring.frechet import frechet
-from experiments.engine.scoring.inception import Inception
+from experiments.engine.scoring.inception import Inception, load_inception
 from experiments.engine.scoring.moments import Moments
 from experiments.engine.scoring.reconstruction.similarity import psnr, ssim
 
 FILE = "reconstruction.json"
 WIDTH = 2048  # of Inception's features
+
+
+def report_reach(job: EncodingJob, num: int, folder: Path) -> str:
+    """Measure how near an autoencoder comes to pictures, with Inception if it is here; say it."""
+    has_inception = inception_path().is_file() and find_spec("torch_fidelity") is not None
+    inception = load_inception(inception_path(), job.vae.device) if has_inception else None
+    return describe_reach(record_reach(job, num, folder, inception))
 
 
 def record_reach(
