@@ -199,8 +199,10 @@ def _check_combination(parser: Parser, args: argparse.Namespace) -> None:
     if args.budget is not None and not (args.memory and args.budget > 0):
         parser.error("--budget goes with --memory, and takes gigabytes above 0")
     if args.task == timings.LATENCY:
-        if args.sweep or not (args.table or args.predict):
-            parser.error("--task latency goes with --table or --predict, without --sweep")
+        if args.sweep or not (args.table in NUMBERED or args.predict):
+            parser.error(
+                "--task latency goes with --table 1, 2, 3 or 4, or with --predict, without --sweep"
+            )
     elif args.task != "forward" and not (args.table or args.profile):
         parser.error("--task goes with --table or --profile")
     elif args.table and args.table not in TIMED:
