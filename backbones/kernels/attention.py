@@ -83,25 +83,38 @@ attention = Op(
 )
 
 
-def _attend_explicitly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (q @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+def _attend_to_channels(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1) * temperature).softmax(dim=-1) @ v
 
 
-# Attention among channels, by the softmax of plain products: q, k and v (N, heads, e, T) -> same.
+def _attend_to_channels_by_rows(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
+    return rows_attend.attend_unscaled(q * temperature, k, v)
+
+
+def _rows_attend_to_channels(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> bool:
+    return rows_attend.supports_attend(q, k, v)
+
+
+# Attention among channels: q, k and v (N, heads, e, T), temperature (heads, 1, 1) -> as v.
 channel_attention = Op(
     "channel_attention",
     [
-        Choice("rows", rows_attend.attend_unscaled, rows_attend.supports_attend, rows.pays),
-        Choice("reference", _attend_explicitly),
+        Choice("rows", _attend_to_channels_by_rows, _rows_attend_to_channels, rows.pays),
+        Choice("reference", _attend_to_channels),
     ],
 )
 
 
-def unpack(packed: Tensor) -> tuple[Tensor, ...]:
-    """Part a linear layer's output: (N, T, 3, heads, e) -> queries, keys, values (N, heads, T, e).
-
-    Gradients that `rows` writes side by side go on without a copy.
-    """
-    if rows.pays() and rows.fits(packed):
-        return rows_attend.unpack(packed)
+def _part(packed: Tensor) -> tuple[Tensor, ...]:
     return packed.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+# The queries, keys and values in a linear layer's output: (N, T, 3, heads, e) -> three of
+# (N, heads, T, e). Gradients that `rows` writes side by side go on without a copy.
+unpack = Op(
+    "unpack",
+    [
+        Choice("rows", rows_attend.unpack, rows.fits, rows.pays),
+        Choice("reference", _part),
+    ],
+)

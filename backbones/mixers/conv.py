@@ -125,16 +125,15 @@ class ChannelSelfAttention(nn.Module):
         self.project = Pointwise(dim, dim, bias=False) if project else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        n, c, height, width = x.shape
+        n, c = x.shape[:2]
         qkv = depthwise(self.qkv(x), self.depthwise.weight)  # (N, 3C, H, W)
 
-        # Queries and keys are divided by their norms over the grid, and queries times temperature.
-        norms = (pool(qkv * qkv) * (height * width)).sqrt().clamp_min(1e-12)  # (N, 3C, 1, 1)
-        q_norm, k_norm, v_norm = norms.chunk(3, dim=1)  # 3 x (N, C, 1, 1)
-        temperature = self.temperature.repeat_interleave(c // self.heads, dim=0)  # (C, 1, 1)
-        factors = torch.cat([temperature / q_norm, 1 / k_norm, torch.ones_like(v_norm)], dim=1)
+        # Divide queries and keys by their norms over the grid.
+        norms = qkv.square().sum((2, 3), keepdim=True).sqrt().clamp_min(1e-12)  # (N, 3C, 1, 1)
+        q_and_k, v = norms.split((2 * c, c), dim=1)
+        qkv = qkv / torch.cat([q_and_k, torch.ones_like(v)], dim=1)  # (N, 3C, H, W)
 
         # Attend among the channels of a head.
-        qkv = scale(qkv, factors).flatten(2)  # (N, 3C, T)
-        q, k, v = qkv.view(n, 3, self.heads, c // self.heads, -1).unbind(1)  # 3 x (N, h, e, T)
-        return self.project(channel_attention(q, k, v).reshape(x.shape))  # (N, C, H, W)
+        qkv = qkv.flatten(2).view(n, 3, self.heads, c // self.heads, -1)  # (N, 3, h, e, T)
+        h = channel_attention(*qkv.unbind(1), self.temperature)  # (N, h, e, T)
+        return self.project(h.reshape(x.shape))  # (N, C, H, W)

@@ -180,7 +180,7 @@ def test_a_plan_for_a_cluster_gives_every_network_a_gpu_to_itself(
         (["--table", "1", "--sweep"], "--sweep goes with"),
         (["--counts", "--task", "training"], "--task goes with"),
         (["--claims", "--modes", "bf16"], "--modes goes with"),
-        (["--profile", "DiCo-S", "--task", "latency"], "--task latency goes with --table or"),
+        (["--profile", "DiCo-S", "--task", "latency"], "--task latency goes with --table 1"),
         (
             ["--table", "3", "--task", "training"],
             "--table 3 goes with --task latency; experiments/ablation.py --table 3 times its rows",

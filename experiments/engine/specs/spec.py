@@ -345,12 +345,9 @@ class Timing:
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds of single forward passes of one image, and the memory of inference.
+    """Seconds of forward passes of one image, and the memory of such a pass and of a full batch."""
 
-    Memory is that at batch 1, and that at the timing's batch.
-    """
-
-    # Of a forward pass, without a baseline.
+    # Of a forward pass at the full batch, without a baseline.
     timing: Timing
 
 

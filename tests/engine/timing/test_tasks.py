@@ -44,7 +44,7 @@ def test_unknown_tasks_layouts_and_kernels_list_the_known_ones():
         measure_speed(declare_timing(what="everything"))
     with pytest.raises(ValueError, match="channels_last, contiguous"):
         measure_speed(declare_timing(layout="blocked"))
-    with pytest.raises(ValueError, match="flash, efficient, sdpa, reference"):
+    with pytest.raises(ValueError, match="flash, efficient, rows, sdpa, reference"):
         measure_speed(declare_timing(kernels={"attention": "fast"}))
 
 
