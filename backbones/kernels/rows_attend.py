@@ -5,6 +5,7 @@ Legend: N batch, h heads, T queries, S keys, e channels of a head.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from backbones.kernels.rows import LANES, call, fits
 
 # Keys from which PyTorch's fused attention, which keeps no weights, is faster.
 MANY = 512
+# Weights that a call keeps at most for the backward pass: 32 MB.
+MOST_WEIGHTS = 2**23
 
 
 def supports_attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> bool:
@@ -25,6 +28,7 @@ def supports_attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None)
         and k.stride() == v.stride()
         and q.stride(-1) == k.stride(-1) == 1
         and k.shape[2] < MANY
+        and math.prod(q.shape[:3]) * k.shape[2] <= MOST_WEIGHTS
         and (bias is None or (bias.shape == shape and fits(bias)))
         and all(map(fits, (q, k, v)))
     )
