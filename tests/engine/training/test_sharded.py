@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import pickle
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from experiments.engine.training import checkpoint
 from experiments.engine.training.averages import load_power_average
 from experiments.engine.training.networks import build, load_ema
 from experiments.engine.training.optimiser import build_optimizer, load_optimizer
+from experiments.engine.training.sharded.files import read_parts, write_parts
 from experiments.engine.training.sharded.network import list_sharded, shard_network
 from experiments.engine.training.trainer import Trainer
 from experiments.engine.training.watch import replay
@@ -48,6 +50,16 @@ FAMILIES = {type(case.build()): case for case in CASES.values()}
 RECIPE = replace(TRAIN.recipe, grad_clip=0.5, power_snapshots=2, label_dropout=0.2)
 SPEC = replace(TRAIN, recipe=RECIPE)
 RESOURCES = Resources(checkpoint_every=5, watch_every=4, timeout=BOUND, fully_shard=True)
+
+
+@dataclass
+class Touch:
+    """What makes a file when it is unpickled."""
+
+    path: Path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (eval, (f"open({str(self.path)!r}, 'w')",))
 
 
 def run_folder(root: Path) -> Path:
@@ -89,6 +101,15 @@ def test_a_folder_of_parts_gives_back_what_it_took(tmp_path: Path):
     step, loaded = newest
     torch.testing.assert_close(loaded, state(2.0), rtol=0, atol=0)
     assert step == 10
+
+
+def test_reading_a_folder_runs_none_of_its_code(tmp_path: Path):
+    """The list of parts is a pickle, which may name any function."""
+    folder = write_parts(tmp_path, {"x": torch.ones(3)}, ALONE)
+    (folder / ".metadata").write_bytes(pickle.dumps(Touch(tmp_path / "ran")))
+    with pytest.raises(ValueError, match="do not use this folder"):
+        read_parts(folder)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_folders_and_files_replace_each_other(tmp_path: Path):

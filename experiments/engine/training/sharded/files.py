@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.tensor import DTensor
 
 from experiments.engine.numerics.parts import map_tensors
@@ -29,6 +31,22 @@ from experiments.engine.runtime.group import Group
 MANIFEST = "manifest.json"
 REST = "rest.pt"  # the state, without the values of its tensors
 STAGED = ".parts.staged.tmp"
+# What PyTorch's list of parts is made of, by module; dtypes beside.
+LISTED = {
+    "pathlib": ("PosixPath",),
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.distributed.checkpoint.metadata": (
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    ),
+}
 
 
 def write_parts(folder: Path, state: dict[str, Any], group: Group) -> Path:
@@ -121,6 +139,9 @@ def read_parts(
         folder: of the parts.
         device: where plain tensors go.
         like: a nested state. A tensor that is shared there is read as such a part of it.
+
+    Raises:
+        ValueError: the folder asks for code to be run.
     """
 
     def allocate(x: Tensor, other: Any) -> Tensor:
@@ -132,9 +153,36 @@ def read_parts(
     rest = torch.load(folder / REST, weights_only=True)
     state: dict[str, Any] = map_tensors(rest, allocate, like)
     with _may_be_alone():
-        reader = dcp.FileSystemReader(folder)
+        reader = _Reader(folder)
+        reader.read_metadata()  # PyTorch would bury the error of a folder that asks for code
         dcp.load(_only_tensors(state), storage_reader=reader, no_dist=True)
     return state
+
+
+class _Unpickler(pickle.Unpickler):
+    """Build what a list of parts holds, and call nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = name in LISTED.get(module, ()) or (
+            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        )
+        if not known:
+            raise ValueError(
+                f"the list of a checkpoint's parts asks for {module}.{name}, which no such list "
+                "needs: do not use this folder"
+            )
+        return super().find_class(module, name)
+
+
+class _Reader(dcp.FileSystemReader):
+    """A reader of parts that runs no code of a folder; PyTorch's own unpickles its list of them."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            metadata: Metadata = _Unpickler(file).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
 
 
 @contextmanager
