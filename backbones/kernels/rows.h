@@ -151,7 +151,7 @@ INLINE void multiply_columns(const float *a, long row, long column, const float 
 #undef ROWS
 }
 
-static inline void multiply(const float *a, long row, long column, const float *b, float *c,
+static __attribute__((noinline)) void multiply(const float *a, long row, long column, const float *b, float *c,
                      const float *bias, long m, long n, long k, int add) {
     long j = 0;
 #define COLUMNS(width, vecs)                                                                      \

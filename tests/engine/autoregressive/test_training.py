@@ -118,6 +118,7 @@ def test_a_tokenizer_is_trained_once_and_found_by_its_content(tmp_path: Path):
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
 
 
+@pytest.mark.slow
 def test_training_a_tokenizer_brings_images_nearer(tmp_path: Path):
     images = pixels(60)
     short = replace(TOKENIZER, batch=30, lr=5e-3, revive_every=10)
@@ -150,6 +151,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(store: Store, tmp_path: 
         assert all(a == b and torch.equal(v, w) for (a, v), (b, w) in pairs)
 
 
+@pytest.mark.slow
 def test_samples_are_drawn_stored_and_scored_by_the_stages_of_diffusion(store: Store):
     record = execute(EVALUATE, store, Resources())
     assert record.status == "done", record.error
@@ -202,15 +204,43 @@ def tokenizer(**options: Any) -> dict[str, Any]:
     "fields, words",
     [
         (tokenizer(vocabulary=25), "24 codes and the tokenizer 25"),
-        (tokenizer(sides=(1, 3, 4)), r"sides of scales and the tokenizer \(1, 3, 4\)"),
-        (tokenizer(ch_mult=(1,)), "takes images of 1 x 4 x 4, and the set has 1 x 8 x 8"),
-        (tokenizer(image_channels=3), "takes images of 3 x 8 x 8"),
-        (dict(tokenizer=None), "var_d16 predicts tokens, which no diffusion trains"),
-        (dict(backbone=replace(NETWORK, name="dit_s_2", options={})), "not autoregressive"),
-        (dict(diffusion=Diffusion("flow")), "leave out diffusion"),
-        (dict(alignment=Alignment("blocks.0", "0" * 64)), "leave out alignment"),
+        pytest.param(
+            tokenizer(sides=(1, 3, 4)),
+            r"sides of scales and the tokenizer \(1, 3, 4\)",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            tokenizer(ch_mult=(1,)),
+            "takes images of 1 x 4 x 4, and the set has 1 x 8 x 8",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            tokenizer(image_channels=3), "takes images of 3 x 8 x 8", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            dict(tokenizer=None),
+            "var_d16 predicts tokens, which no diffusion trains",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            dict(backbone=replace(NETWORK, name="dit_s_2", options={})),
+            "not autoregressive",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            dict(diffusion=Diffusion("flow")), "leave out diffusion", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            dict(alignment=Alignment("blocks.0", "0" * 64)),
+            "leave out alignment",
+            marks=pytest.mark.slow,
+        ),
         (dict(data=replace(DIGITS, flip=True)), "leave out flip of its data"),
-        (dict(recipe=replace(RECIPE, drop_path=0.1)), "has no stochastic depth"),
+        pytest.param(
+            dict(recipe=replace(RECIPE, drop_path=0.1)),
+            "has no stochastic depth",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_trainings_that_fit_no_tokens_are_refused(
