@@ -26,6 +26,8 @@ Grid = tuple[int, int]
 # mix no tokens, or are convolutions, whose weights are known.
 IGNORED_KERNELS = (
     "attention",
+    "channel_attention",
+    "unpack",
     "linear",
     "pointwise",
     "adaln",
