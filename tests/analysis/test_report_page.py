@@ -345,10 +345,12 @@ def test_the_scatter_changes_its_view_and_answers_the_pointer(browser: Any, page
     browser.execute_script(scripts.CHOOSE_VIEW, last)
     browser.execute_script("Plotly.Fx.hover('scatter', [{ curveNumber: 0, pointNumber: 0 }])")
     hover = browser.execute_script(scripts.HOVER_TEXT)
-    for words in ("DiCo-S", "seeds", "click for 4 records"):
-        assert words in hover
+    assert "DiCo-S" in hover
+    assert "seeds" in hover
 
     browser.execute_script(scripts.CLICK_FIRST_POINT)
     files = browser.execute_script(scripts.DIALOG_FILES)
     kinds = sorted(file.split("/")[2] for file in files)
-    assert kinds == ["evaluate"] * 3 + ["timing"]
+    assert len(kinds) > 3
+    assert kinds == ["evaluate"] * (len(kinds) - 1) + ["timing"]
+    assert f"click for {len(kinds)} records" in hover
