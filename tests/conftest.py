@@ -1,13 +1,17 @@
-"""One thread per process, and one server of worker processes per test process.
+"""One thread per process, one server of worker processes per test process, and kept bytecode.
 
 Spinning threads of tests that run side by side starve each other. The server imports what workers
-need once; it must know that before the first test starts it.
+need once; it must know that before the first test starts it. Tests start some hundred processes:
+where the environment forbids Python to keep bytecode, each of them would compile torch again.
 """
 
 import multiprocessing
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 multiprocessing.set_forkserver_preload(
     [
         "experiments.engine.jobs.execute",

@@ -19,7 +19,16 @@ from backbones.kernels.gated_linear import gated_linear
 from backbones.kernels.gates import addcmul, pool, scale
 from backbones.kernels.linear import linear, pointwise
 from backbones.kernels.linear_attention import linear_attention
-from backbones.kernels.op import Op, counting, observing, references, reset_used, use, used
+from backbones.kernels.op import (
+    Op,
+    counting,
+    observing,
+    outside_graphs,
+    references,
+    reset_used,
+    use,
+    used,
+)
 from backbones.kernels.sample_depthwise import sample_depthwise
 from backbones.kernels.selective_scan import selective_scan
 
@@ -42,6 +51,7 @@ __all__ = [
     "linear",
     "linear_attention",
     "observing",
+    "outside_graphs",
     "pointwise",
     "pointwise_gated",
     "pointwise_gelu",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from backbones.kernels import rows
 from backbones.kernels.gates import addcmul
-from backbones.kernels.op import Choice, Op, never
+from backbones.kernels.op import Choice, Op, never, outside_graphs
 
 EPS = 1e-6
 # A program of the Triton kernel holds a whole token in registers.
@@ -26,7 +26,7 @@ def reference(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale)
 
 
-@torch.compiler.disable
+@outside_graphs
 def triton(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Run one Triton kernel forward and one backward."""
     from backbones.kernels.adaln_triton import adaln as fused_adaln

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backbones.kernels.launch import is_fake
-from backbones.kernels.op import Choice, Op, meta_choice
+from backbones.kernels.op import Choice, Op, meta_choice, outside_graphs
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.silu(out[..., : x.shape[-1]])
 
 
-@torch.compiler.disable
+@outside_graphs
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Call the library causal-conv1d."""
     from causal_conv1d import causal_conv1d_fn

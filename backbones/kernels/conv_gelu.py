@@ -17,7 +17,7 @@ from backbones.kernels import rows
 from backbones.kernels.adaln import takes_triton
 from backbones.kernels.linear import WIDE, pointwise
 from backbones.kernels.linear import supports as onednn_supports
-from backbones.kernels.op import Choice, Op, never
+from backbones.kernels.op import Choice, Op, never, outside_graphs
 
 
 def _convolve_channels(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -68,7 +68,7 @@ def _onednn_pays(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     return len(weight) >= WIDE and not torch.compiler.is_compiling()
 
 
-@torch.compiler.disable
+@outside_graphs
 def triton(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Run one Triton kernel forward and two backward."""
     from backbones.kernels.depthwise_triton import depthwise_gelu as fused_depthwise

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from typing import Any
 
 import torch
@@ -28,6 +30,26 @@ def always(*args: Any, **kwargs: Any) -> bool:
 def never(*args: Any, **kwargs: Any) -> bool:
     """Accept no call: such a choice is taken only by force, until a measurement shows it pays."""
     return False
+
+
+def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Leave a function out of compiled graphs, as `torch.compiler.disable` does.
+
+    `torch.compiler.disable` imports the compiler, which takes seconds. This decorator waits until
+    something else has imported it: before that, nothing can be compiled.
+    """
+    disabled: Callable[..., Any] | None = None
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        nonlocal disabled
+        if "torch._dynamo" not in sys.modules:
+            return function(*args)
+        if disabled is None:
+            disabled = torch.compiler.disable(function)
+        return disabled(*args)
+
+    return call
 
 
 @dataclass(eq=False)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backbones.kernels.adaln import takes_triton
-from backbones.kernels.op import Choice, Op
+from backbones.kernels.op import Choice, Op, outside_graphs
 
 
 def side_of(taps: Tensor) -> int:
@@ -51,7 +51,7 @@ def grouped(x: Tensor, taps: Tensor) -> Tensor:
     return F.conv2d(groups, weight, padding=side // 2, groups=n * c).view(n, c, height, width)
 
 
-@torch.compiler.disable
+@outside_graphs
 def triton(x: Tensor, taps: Tensor) -> Tensor:
     """Run one Triton kernel forward and two backward, channels last."""
     from backbones.kernels.sample_depthwise_triton import sample_depthwise as fused

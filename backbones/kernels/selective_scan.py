@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from backbones.kernels.launch import is_fake
-from backbones.kernels.op import Choice, Op, meta_choice
+from backbones.kernels.op import Choice, Op, meta_choice, outside_graphs
 
 
 def reference(
@@ -115,7 +115,7 @@ def _step(h: Tensor, decay: Tensor, dt: Tensor, x: Tensor, a: Tensor, b: Tensor)
     h.mul_(decay).addcmul_(x[:, :, None], b[:, None])
 
 
-@torch.compiler.disable
+@outside_graphs
 def loop(
     u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, z: Tensor, bias: Tensor
 ) -> Tensor:
@@ -136,7 +136,7 @@ def loop(
         return (y * F.silu(z)).permute(1, 2, 0).to(dtype)
 
 
-@torch.compiler.disable
+@outside_graphs
 def mamba_ssm(
     u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, z: Tensor, bias: Tensor
 ) -> Tensor:
@@ -149,7 +149,7 @@ def mamba_ssm(
     )
 
 
-@torch.compiler.disable
+@outside_graphs
 def triton(
     u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, z: Tensor, bias: Tensor
 ) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from backbones import kernels
+from tests.support.imports import loaded_modules
 
 
 @torch.no_grad()  # with gradients, the choice depends on the number of threads
@@ -38,6 +39,17 @@ def test_a_forced_choice_that_cannot_run_is_refused():
     q = torch.randn(1, 2, 3, 4)
     with kernels.use(attention="flash"), pytest.raises(ValueError, match="forced to 'flash'"):
         kernels.attention(q, q, q)
+
+
+def test_the_compiler_is_imported_only_when_something_compiles():
+    """Its import takes longer than that of everything else beside torch."""
+    loaded_modules(
+        """
+        import sys
+        import experiments.engine.jobs.execute
+        assert "torch._dynamo" not in sys.modules
+        """
+    )
 
 
 def test_a_compiled_graph_tells_at_every_call_what_it_runs():

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import backbones
+from backbones import kernels
 from experiments.engine.data.captioned.folders import MANIFEST, read_captions_manifest
 from experiments.engine.data.captioned.pictures import IMAGES, STARTS, TEXTS
 from experiments.engine.data.checks import open_array
@@ -187,7 +188,7 @@ class MappedStates:
                 )
             self.shards.append(rows)
 
-    @torch.compiler.disable
+    @kernels.outside_graphs
     def take(self, y: Tensor) -> Tensor:
         """Read the states of captions (N,), float16 (N, L, K), onto their device.
 
