@@ -17,6 +17,7 @@ from backbones import dico_text
 from backbones.kernels import use
 from backbones.ldm import CrossAttention
 from backbones.mamba import reorder
+from tests.support.networks import NETWORKS
 
 GRID = (12, 12)
 TOKENS = GRID[0] * GRID[1]
@@ -37,10 +38,7 @@ def inputs(model: nn.Module, images: int = 2) -> tuple[Tensor, Tensor, Tensor]:
 
 def families() -> list[str]:
     """Return one name per family."""
-    names = {
-        type(backbones.build(name, **backbones.tiny_options_of(name))): name
-        for name in backbones.list_backbones()
-    }
+    names = {NETWORKS[name]: name for name in backbones.list_backbones()}
     return list(names.values())
 
 

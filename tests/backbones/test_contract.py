@@ -13,13 +13,10 @@ from torch import nn
 
 import backbones
 from backbones.captions import TextNetwork
-from tests.support.networks import CASES, CLASSES, Case, randomise, relative_rms
+from tests.support.networks import CASES, CLASSES, FAMILIES, Case, randomise, relative_rms
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-FAMILIES = {type(case.build()): case for case in CASES.values()}
-every_family = pytest.mark.parametrize(
-    "case", FAMILIES.values(), ids=[family.__name__ for family in FAMILIES]
-)
+every_family = pytest.mark.parametrize("case", FAMILIES.values(), ids=FAMILIES)
 
 
 def out_channels(case: Case) -> int:

@@ -12,6 +12,7 @@ import backbones
 from experiments.ablation import TABLES
 
 CHANNELS, CLASSES = 3, 7
+NETWORKS = backbones.registered_networks()
 
 # Shapes of weights by their names in a state dict.
 Shapes = dict[str, tuple[int, ...]]
@@ -30,6 +31,10 @@ class Case:
     @property
     def name(self) -> str:
         return self.names[0]
+
+    @property
+    def family(self) -> type[nn.Module]:
+        return NETWORKS[self.name]
 
     @property
     def size(self) -> int:
@@ -79,7 +84,7 @@ def _registered() -> dict[str, Case]:
     grouped: dict[str, list[str]] = {}
     for name in backbones.list_backbones():
         tiny = backbones.tiny_options_of(name)
-        identity = type(build_meta(name)).__name__, backbones.options_of(name) | tiny
+        identity = NETWORKS[name].__name__, backbones.options_of(name) | tiny
         for option in ("input_size", "in_channels", "num_classes"):
             identity[1].pop(option)
         grouped.setdefault(repr(identity), []).append(name)
@@ -91,7 +96,7 @@ def _registered() -> dict[str, Case]:
         name, tiny = names[0], backbones.tiny_options_of(names[0])
         low_res = backbones.options_of(name).get("low_res", False)
         sizes = _sizes(name, tiny)
-        family = type(build_meta(name))
+        family = NETWORKS[name]
         if family in families:
             sizes = sizes[-1:]
         families.add(family)
@@ -123,12 +128,6 @@ def _declared() -> dict[str, Case]:
             shape = dict(input_size=size, in_channels=CHANNELS, num_classes=CLASSES)
             cases[f"{row.label} at {size}"] = Case((row.backbone.name,), options | shape)
     return cases
-
-
-def build_meta(name: str) -> nn.Module:
-    """Build a small network without memory."""
-    with torch.device("meta"):
-        return backbones.build(name, **backbones.tiny_options_of(name))
 
 
 def relative_rms(value: Tensor, truth: Tensor) -> float:
@@ -173,3 +172,5 @@ def weights_and_biases(layers: Shapes) -> Shapes:
 
 
 CASES = _registered() | _declared()
+# One network of every family, by the name of its class.
+FAMILIES = {case.family.__name__: case for case in CASES.values()}

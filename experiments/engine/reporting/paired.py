@@ -84,7 +84,7 @@ class PairedComparison:
         # the quantile falls with more seeds, so the limit of many seeds is where the search begins
         limit = _quantile(num_rows, 100_000) * self.residual / gap
         seeds = max(2, math.ceil(limit**2))
-        while _half_width(self.residual, num_rows, seeds) >= gap:
+        while _confidence(gap / self.residual, num_rows, seeds) <= LEVEL:
             seeds += 1
         return seeds
 
@@ -192,6 +192,14 @@ def _half_width(residual: float, num_rows: int, num_seeds: int) -> float:
     """Return half of a simultaneous interval of a difference of log scores."""
     freedom = (num_rows - 1) * (num_seeds - 1)
     return _quantile(num_rows, freedom) * residual / math.sqrt(num_seeds)
+
+
+def _confidence(half_width: float, num_rows: int, num_seeds: int) -> float:
+    """Return the level of intervals whose half is so many residuals wide."""
+    from scipy.stats import studentized_range
+
+    freedom = (num_rows - 1) * (num_seeds - 1)
+    return float(studentized_range.cdf(half_width * math.sqrt(num_seeds), num_rows, freedom))
 
 
 def _difference(a: str, b: str, log_ratio: float, width: float) -> Difference:

@@ -15,11 +15,10 @@ from experiments.engine.training import trainer as trainer_module
 from experiments.engine.training.networks import build
 from experiments.engine.training.trainer import Trainer
 from tests.support.fake_cuda import CUDA, OnCuda, Watch, fake_cuda, move, really
-from tests.support.networks import CASES, CLASSES, Case
+from tests.support.networks import CLASSES, FAMILIES, Case
 
 # A deep copy, as of the average, asks a tensor for its address.
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
-FAMILIES = {type(case.build()).__name__: case for case in CASES.values()}
 # Objectives of networks that have one of their own, and of flows.
 OWN = {
     "DiMR": Diffusion(variance="fixed", scales=(0.3, 0.5, 1.0)),

@@ -43,10 +43,9 @@ from tests.support.groups import (
     finished_record,
     run_group,
 )
-from tests.support.networks import CASES, Case, randomise
+from tests.support.networks import FAMILIES, Case, randomise
 from tests.support.trainings import CPU, DIGITS, SHAPE
 
-FAMILIES = {type(case.build()): case for case in CASES.values()}
 RECIPE = replace(TRAIN.recipe, grad_clip=0.5, power_snapshots=2, label_dropout=0.2)
 SPEC = replace(TRAIN, recipe=RECIPE)
 RESOURCES = Resources(checkpoint_every=5, watch_every=4, timeout=BOUND, fully_shard=True)
@@ -190,7 +189,7 @@ def test_one_process_holds_everything_by_itself():
     assert not any(isinstance(p, DTensor) for p in trainer.model.parameters())
 
 
-@pytest.mark.parametrize("case", FAMILIES.values(), ids=[x.__name__ for x in FAMILIES])
+@pytest.mark.parametrize("case", FAMILIES.values(), ids=FAMILIES)
 def test_a_part_is_used_only_while_its_module_runs(case: Case):
     """Before and after that, its parameters are no numbers here; they are cut in a training."""
     network = randomise(case.build())
