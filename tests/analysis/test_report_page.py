@@ -25,6 +25,9 @@ from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.reporting.sheet import Cell, Column, Kind, Note, NoteKind, Sheet
 from tests.support import page_scripts as scripts
 
+# One worker builds the page and starts the browser.
+pytestmark = pytest.mark.xdist_group("page")
+
 DESK = 1400
 PHONE = 390
 
