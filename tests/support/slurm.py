@@ -70,6 +70,15 @@ class Cluster:
             check=True,
         ).stdout
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Start no job meanwhile, so that what is sent waits in the queue."""
+        self.client("scontrol", "update", "PartitionName=main", "State=DOWN")
+        try:
+            yield
+        finally:
+            self.client("scontrol", "update", "PartitionName=main", "State=UP")
+
     def submit(self, *options: str, **variables: str) -> str:
         """Send a batch script and return the id of its job."""
         return self.client("sbatch", "--parsable", *options, **variables).strip()

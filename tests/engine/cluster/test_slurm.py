@@ -92,24 +92,24 @@ def test_a_table_is_sent_watched_and_done(slurm: Cluster, tmp_path: Path):
     assert set(training_states(command.status()).values()) == {"not"}
 
     # A call submits every job.
-    sent = command.call()
-    assert sent.returncode == 0, sent.stderr
-    assert len(re.findall(r"^submitted job \d+_\d: ", sent.stdout, re.M)) == 6
-    assert "--status" in sent.stdout
+    with slurm.held():
+        sent = command.call()
+        assert sent.returncode == 0, sent.stderr
+        assert len(re.findall(r"^submitted job \d+_\d: ", sent.stdout, re.M)) == 6
+        assert "--status" in sent.stdout
+
+        # While the jobs are in the queue, a second call submits none.
+        waiting = dict.fromkeys(("good", "bad", "last"), "waiting")
+        assert training_states(command.status()) == waiting
+        again = command.call()
+        assert "6 jobs are in the queue or running already" in again.stdout
+        assert "submitted" not in again.stdout
 
     # What was submitted is what the plan had shown.
     submissions = command.results / "submissions"
     script = next(submissions.glob("dico-*/*_submission.sh")).read_text()
     name = re.search(r"job-name=(\S+)", script).group(1)
     assert script.strip() in planned_script(plan.stdout, name)
-
-    # While the jobs are in the queue, a second call submits none.
-    states = training_states(command.status())
-    assert set(states) == {"good", "bad", "last"}
-    assert set(states.values()) <= {"waiting", "running"}
-    again = command.call()
-    assert "6 jobs are in the queue or running already" in again.stdout
-    assert "submitted" not in again.stdout
 
     # At the end the status shows which trainings failed, and the end of their logs.
     slurm.wait_until_empty()

@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,12 +79,30 @@ def is_second() -> Callable[..., bool]:
     return lambda *_: next(calls) == 2
 
 
-def arm(stage: str) -> None:
+def has_saved(root: Path) -> Callable[..., bool]:
+    """Return a condition that is true at the sixth step, once the checkpoint of the third is there.
+
+    Checkpoints are written aside, which may take longer than two steps.
+    """
+
+    def condition(trainer: Trainer, *_: Any) -> bool:
+        if trainer.step != 5:
+            return False
+        end = time.monotonic() + 60
+        while not list(root.glob("results/runs/*/checkpoints/step-00000003-*.pt")):
+            assert time.monotonic() < end, "no checkpoint of the third step was written"
+            time.sleep(0.1)
+        return True
+
+    return condition
+
+
+def arm(stage: str, root: Path) -> None:
     """Let the process be killed within a stage, or within none."""
     if stage == "encoding":
         shards.read_picture = dying(read_picture, lambda path, *_: path.parent.name == "flower")
     elif stage == "training":
-        Trainer._update = dying(Trainer._update, lambda trainer, *batch: trainer.step == 5)
+        Trainer._update = dying(Trainer._update, has_saved(root))
     elif stage == "sampling":
         samples.to_uint8 = dying(samples.to_uint8, is_second())
     elif stage == "scoring":
@@ -116,7 +135,7 @@ def whole_path(origin: Path, root: Path, dies: str) -> None:
     inception.BATCH = 2
     samples.CHUNK = 4
     scoring_measure.PIECE = 4
-    arm(dies)
+    arm(dies, root)
 
     # From pictures to latents, from latents to weights, and from weights to scores.
     data = prepare_latents(origin, root)
