@@ -13,7 +13,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from backbones.kernels import adaln2d, depthwise_gelu, pointwise_gelu, scale
+from backbones.kernels import (
+    adaln2d,
+    adaln_pointwise_gelu,
+    depthwise_gelu,
+    pointwise_gated,
+    scale,
+)
 from backbones.layers import (
     ConvFinal,
     ConvStem,
@@ -53,17 +59,17 @@ class DiCoBlock(nn.Module):
         modulation = self.adaLN_modulation(c)[..., None, None].chunk(6, dim=1)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation  # (N, C, 1, 1)
         x = gated(x, gate1, self.convolve(adaln2d(x, shift1, scale1)))  # (N, C, H, W)
-        return gated(x, gate2, self.feed_forward(adaln2d(x, shift2, scale2)))  # (N, C, H, W)
+        return self.feed_forward(x, shift2, scale2, gate2)  # (N, C, H, W)
 
     def convolve(self, x: Tensor) -> Tensor:
         """Apply 1x1, depthwise 3x3 with GELU, compact channel attention, 1x1."""
         h = depthwise_gelu(self.conv1(x), self.conv2.weight, self.conv2.bias)  # (N, C, H, W)
         return self.conv3(scale(h, self.ca(h)))  # (N, C, H, W)
 
-    def feed_forward(self, x: Tensor) -> Tensor:
-        """Apply two 1x1 convolutions around a GELU."""
-        h = pointwise_gelu(x, self.conv4.weight, self.conv4.bias)  # (N, rC, H, W)
-        return self.conv5(h)  # (N, C, H, W)
+    def feed_forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+        """Add two modulated and gated 1x1 convolutions around a GELU."""
+        h = adaln_pointwise_gelu(x, shift, scale, self.conv4.weight, self.conv4.bias)
+        return pointwise_gated(x, gate, h, self.conv5.weight, self.conv5.bias)  # (N, C, H, W)
 
 
 class LabelEmbedders(nn.Module):

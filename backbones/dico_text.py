@@ -113,7 +113,7 @@ class TextBlock(DiCoBlock):
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation  # (N, C, 1, 1)
         x = gated(x, gate1, self.convolve(adaln2d(x, shift1, scale1)))  # (N, C, H, W)
         x = x + self.text(x, work)  # (N, C, H, W)
-        return gated(x, gate2, self.feed_forward(adaln2d(x, shift2, scale2)))  # (N, C, H, W)
+        return self.feed_forward(x, shift2, scale2, gate2)  # (N, C, H, W)
 
 
 class TextDiCo(TextNetwork):

@@ -35,6 +35,19 @@ class Pointwise(nn.Conv2d):
         return kernels.pointwise(x, self.weight, self.bias)
 
 
+class Conv3x3(nn.Conv2d):
+    """Apply a 3x3 convolution that keeps the size by its fastest implementation.
+
+    (N, C, H, W) -> (N, C_out, H, W)
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.conv3x3(x, self.weight, self.bias)
+
+
 # Conditioning
 
 
@@ -108,7 +121,7 @@ class ConvStem(nn.Module):
 
     def __init__(self, in_channels: int, dim: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(in_channels, dim, 3, padding=1)
+        self.proj = Conv3x3(in_channels, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x)
@@ -249,7 +262,7 @@ class Downsample(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        conv = nn.Conv2d(dim, dim // 2, 3, padding=1, bias=False)
+        conv = Conv3x3(dim, dim // 2, bias=False)
         self.body = nn.Sequential(conv, nn.PixelUnshuffle(2))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -261,7 +274,7 @@ class Upsample(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        conv = nn.Conv2d(dim, dim * 2, 3, padding=1, bias=False)
+        conv = Conv3x3(dim, dim * 2, bias=False)
         self.body = nn.Sequential(conv, nn.PixelShuffle(2))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -276,7 +289,7 @@ class ConvFinal(nn.Module):
 
     def __init__(self, dim: int, out_channels: int) -> None:
         super().__init__()
-        self.out_proj = nn.Conv2d(dim, out_channels, 3, padding=1)
+        self.out_proj = Conv3x3(dim, out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 2 * dim))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ IGNORED_KERNELS = (
     "adaln",
     "adaln_pointwise_gelu",
     "addcmul",
+    "conv3x3",
     "depthwise",
     "depthwise_gelu",
     "gelu",

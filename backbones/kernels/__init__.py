@@ -12,6 +12,7 @@ from backbones.kernels.branches import (
     pointwise_gated,
 )
 from backbones.kernels.causal_conv import causal_conv
+from backbones.kernels.conv3x3 import conv3x3
 from backbones.kernels.conv_gelu import depthwise, depthwise_gelu, gelu, pointwise_gelu
 from backbones.kernels.deformable import deformable
 from backbones.kernels.diagonal_ssm import diagonal_ssm
@@ -41,6 +42,7 @@ __all__ = [
     "attention",
     "causal_conv",
     "channel_attention",
+    "conv3x3",
     "counting",
     "deformable",
     "depthwise",

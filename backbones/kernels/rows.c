@@ -107,13 +107,6 @@ void gelu_forward(const float *x, float *y, float *slope, long size) {
 /* Depthwise k x k convolutions of (n, h, w, c), stride 1, that keep the size. Weights are
  * (k k, c). */
 
-/* Put an image (h, w, c) into the middle of a frame of zeros, so that no pixel is a special case. */
-static void put_into_frame(const float *x, float *frame, long h, long w, long c, long pad) {
-    long line = (w + 2 * pad) * c;
-    for (long i = 0; i < h; i++)
-        memcpy(frame + (i + pad) * line + pad * c, x + i * w * c, w * c * sizeof(float));
-}
-
 /* Convolve `count` neighbouring pixels, whose sums are independent and so overlap. */
 INLINE void convolve_pixels(const float *corner, const float *weight, const float *bias, float *y,
                             float *slope, long line, long c, const long side, const long count) {
@@ -192,7 +185,7 @@ void depthwise_forward(const float *x, const float *weight, const float *bias, f
                        float *slope, float *frame, long n, long h, long w, long c, long side) {
     long pad = side / 2, size = h * w * c;
     for (long i = 0; i < n; i++) {
-        put_into_frame(x + i * size, frame, h, w, c, pad);
+        put_into_frame(x + i * size, frame, h, w, c, pad, (w + 2 * pad) * c);
 #define CALL(s) \
     convolve(frame, weight, bias, y + i * size, slope ? slope + i * size : NULL, h, w, c, s)
         BY_SIDE(CALL)
@@ -205,7 +198,7 @@ void depthwise_forward(const float *x, const float *weight, const float *bias, f
 void depthwise_backward(const float *x, const float *flipped, const float *slope, const float *grad,
                         float *grad_x, float *grad_weight, float *grad_bias, float *frame, long n,
                         long h, long w, long c, long side) {
-    long pad = side / 2, size = h * w * c, framed = (h + 2 * pad) * (w + 2 * pad) * c;
+    long pad = side / 2, size = h * w * c, line = (w + 2 * pad) * c, framed = (h + 2 * pad) * line;
     float *grad_frame = frame + framed, *scaled = grad_frame + framed;
     memset(grad_weight, 0, side * side * c * sizeof(float));
     memset(grad_bias, 0, c * sizeof(float));
@@ -217,8 +210,8 @@ void depthwise_backward(const float *x, const float *flipped, const float *slope
         }
         for (long j = 0; j < h * w; j++)
             EACH(k, c) STORE(grad_bias + k, LOAD(grad_bias + k) + LOAD(g + j * c + k));
-        put_into_frame(x + i * size, frame, h, w, c, pad);
-        put_into_frame(g, grad_frame, h, w, c, pad);
+        put_into_frame(x + i * size, frame, h, w, c, pad, line);
+        put_into_frame(g, grad_frame, h, w, c, pad, line);
 #define CALL(s)                                                                     \
     correlate(frame, g, grad_weight, h, w, c, s);                                   \
     convolve(grad_frame, flipped, NULL, grad_x + i * size, NULL, h, w, c, s)

@@ -106,27 +106,48 @@ INLINE vec gelu(vec x, vec *slope) {
     return x * normal;
 }
 
-/* Matrix products c (m, n) = a b + bias, or c += a b: b (k, n) and c (m, n) lie row by row, and a has
- * any strides. `vecs` vectors of columns are multiplied at once; a single one may be a part. */
+/* Matrix products c (m, n) = a b + bias, or c += a b: b (k, n) and c (m, n) lie row by row, their rows
+ * `line` and `out` apart, and a has any strides. `vecs` vectors of columns are multiplied at once; a
+ * single one may be a part. */
 
-INLINE void multiply_block(const float *a, long row, long column, const float *b, float *c,
-                           const float *bias, long n, long k, int add, long width,
-                           const long count, const long vecs) {
-    vec sums[6][2];
+// Rows of b that are multiplied before the next ones, so that they stay in the cache.
+#define DEPTH 128
+// Rows of a from which it pays to lay out these rows of b one after the other. At a distance of a
+// power of two, they would evict each other.
+#define MANY 24
+
+typedef struct {
+    const float *a;
+    long row, column;
+    const float *b;
+    long line;
+    float *c;
+    long out;
+    const float *bias;
+    long k;
+    int add;
+} product;
+
+INLINE void multiply_block(product x, long i, long j, long width, const long count,
+                           const long vecs) {
+    const float *a = x.a + i * x.row;
+    float *c = x.c + i * x.out + j;
+    vec sums[6][3];
     (void)width;  // which only PARTS reads
     UNROLL
     for (long r = 0; r < count; r++)
         UNROLL
         for (long v = 0; v < vecs; v++)
-            sums[r][v] = add ? LOAD(c + r * n + v * LANES)
-                             : bias ? LOAD(bias + v * LANES) : (vec){0};
-    for (long p = 0; p < k; p++) {
-        vec right[2];
+            sums[r][v] = x.add    ? LOAD(c + r * x.out + v * LANES)
+                         : x.bias ? LOAD(x.bias + j + v * LANES)
+                                  : (vec){0};
+    for (long p = 0; p < x.k; p++) {
+        vec right[3];
         UNROLL
-        for (long v = 0; v < vecs; v++) right[v] = LOAD(b + p * n + v * LANES);
+        for (long v = 0; v < vecs; v++) right[v] = LOAD(x.b + p * x.line + v * LANES);
         UNROLL
         for (long r = 0; r < count; r++) {
-            vec left = fill(a[r * row + p * column]);
+            vec left = fill(a[r * x.row + p * x.column]);
             UNROLL
             for (long v = 0; v < vecs; v++) sums[r][v] += left * right[v];
         }
@@ -134,34 +155,65 @@ INLINE void multiply_block(const float *a, long row, long column, const float *b
     UNROLL
     for (long r = 0; r < count; r++)
         UNROLL
-        for (long v = 0; v < vecs; v++) STORE(c + r * n + v * LANES, sums[r][v]);
+        for (long v = 0; v < vecs; v++) STORE(c + r * x.out + v * LANES, sums[r][v]);
 }
 
-INLINE void multiply_columns(const float *a, long row, long column, const float *b, float *c,
-                             const float *bias, long m, long n, long k, int add, long width,
-                             const long vecs) {
+INLINE void multiply_columns(product x, long m, long j, long width, const long vecs) {
+    float panel[DEPTH * 3 * LANES];
+    if (m >= MANY) {
+        const float *b = x.b + j;
+        for (long p = 0; p < x.k; p++)
+            UNROLL
+            for (long v = 0; v < vecs; v++)
+                *(vec *)(panel + (p * vecs + v) * LANES) = LOAD(b + p * x.line + v * LANES);
+        x.b = panel;
+        x.line = vecs * LANES;
+    } else
+        x.b += j;
+
+    // a block of sums fills at most twelve of the sixteen registers
     long i = 0;
-#define ROWS(count)                                                                              \
-    for (; i + count <= m; i += count)                                                           \
-        multiply_block(a + i * row, row, column, b, c + i * n, bias, n, k, add, width, count, vecs);
-    ROWS(6)
+#define ROWS(count) \
+    for (; i + count <= m; i += count) multiply_block(x, i, j, width, count, vecs);
+    if (vecs < 3) {
+        ROWS(6)
+    }
     ROWS(4)
     ROWS(2)
     ROWS(1)
 #undef ROWS
 }
 
-static __attribute__((noinline)) void multiply(const float *a, long row, long column, const float *b, float *c,
+static __attribute__((noinline)) void multiply_apart(product x, long m, long n) {
+    long k = x.k;
+    for (long p = 0; p == 0 || p < k; p += DEPTH) {
+        long j = 0;
+        x.k = k - p < DEPTH ? k - p : DEPTH;
+        // three vectors read the least, but two and two are better than three and one
+        for (; j + 3 * LANES <= n && j + 4 * LANES != n; j += 3 * LANES)
+            multiply_columns(x, m, j, LANES, 3);
+        for (; j + 2 * LANES <= n; j += 2 * LANES) multiply_columns(x, m, j, LANES, 2);
+        for (; j + LANES <= n; j += LANES) multiply_columns(x, m, j, LANES, 1);
+        if (j < n) multiply_columns(x, m, j, n - j, 1);
+        x.a += DEPTH * x.column;
+        x.b += DEPTH * x.line;
+        x.add = 1;
+    }
+}
+
+INLINE void multiply(const float *a, long row, long column, const float *b, float *c,
                      const float *bias, long m, long n, long k, int add) {
-    long j = 0;
-#define COLUMNS(width, vecs)                                                                      \
-    multiply_columns(a, row, column, b + j, c + j, bias ? bias + j : NULL, m, n, k, add, width, vecs)
-    for (; j + 2 * LANES <= n; j += 2 * LANES) COLUMNS(LANES, 2);
-    for (; j + LANES <= n; j += LANES) COLUMNS(LANES, 1);
-    if (j < n) COLUMNS(n - j, 1);
-#undef COLUMNS
+    multiply_apart((product){a, row, column, b, n, c, n, bias, k, add}, m, n);
 }
 
 static inline void add_rows(const float *x, float *y, long m, long c) {
     for (long j = 0; j < m; j++, x += c) EACH(k, c) STORE(y + k, LOAD(y + k) + LOAD(x + k));
+}
+
+/* Put an image (h, w, c) into a frame of zeros whose lines hold `line` numbers, so that no pixel is a
+ * special case. */
+static inline void put_into_frame(const float *x, float *frame, long h, long w, long c, long pad,
+                                  long line) {
+    for (long i = 0; i < h; i++)
+        memcpy(frame + (i + pad) * line + pad * c, x + i * w * c, w * c * sizeof(float));
 }

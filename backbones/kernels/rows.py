@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("rows.c", "attend.c"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("rows.c", "attend.c", "conv3x3.c"))
 HEADER = Path(__file__).with_name("rows.h")
 # Results do not depend on what the processor has beyond AVX2.
 FLAGS = ("-O3", "-march=x86-64-v3", "-fno-math-errno", "-shared", "-fPIC")
@@ -53,6 +53,10 @@ _FUNCTIONS = {
     "leave_backward": "pppppppppppp nnnnn",
     "depthwise_forward": "pppppp nnnnn",
     "depthwise_backward": "pppppppp nnnnn",
+    "winograd_forward": "ppppp nnnnnn",
+    "winograd_backward": "ppppppp nnnnnn",
+    "neighbours_forward": "pppp nnnnn",
+    "neighbours_backward": "pppppp nnnnn",
     "attend_forward": "ppppppp nnnnn nnnnnn f",
     "attend_backward": "pppppppppp nnnnn nnnnnnnnnnnn f",
 }

@@ -28,6 +28,7 @@ LIMIT = 1e-5
 # The last two fill no whole vectors.
 SHAPES = [(1, 8, 1, 1), (67, 24, 1, 3), (3, 24, 2, 5), (2, 40, 7, 3), (2, 104, 11, 9)]
 SHAPES += [(3, 5, 3, 4), (65, 21, 1, 3)]
+SIDES_OF_WEIGHT = {"linear": (), "pointwise": (1, 1), "conv3x3": (3, 3)}
 
 
 def image(*shape: int) -> Tensor:
@@ -57,10 +58,9 @@ def inputs_of(op: str, n: int, c: int, h: int, w: int) -> list[Tensor]:
         return [image(n, c, h, w)]
     if op == "linear of a grid":
         return [normal(n, h, w, c), normal(2 * c, c), normal(2 * c)]
-    if op in ("linear", "pointwise"):
-        weight = normal(2 * c, c) if op == "linear" else normal(2 * c, c, 1, 1)
+    if op in SIDES_OF_WEIGHT:
         x = normal(n, h * w, c) if op == "linear" else image(n, c, h, w)
-        return [x, weight, normal(2 * c)]
+        return [x, normal(2 * c, c, *SIDES_OF_WEIGHT[op]), normal(2 * c)]
 
     if "attention" in op:
         return inputs_of_attention(op, n, c, h * w)
@@ -90,7 +90,7 @@ def inputs_of_attention(op: str, n: int, c: int, t: int) -> list[Tensor]:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(
     "case",
-    ["adaln", "addcmul", "scale", "pool", "gelu", "depthwise 3", "depthwise 5"]
+    ["adaln", "addcmul", "scale", "pool", "gelu", "conv3x3", "depthwise 3", "depthwise 5"]
     + ["depthwise 7", "depthwise_gelu 3", "depthwise_gelu 5", "depthwise_gelu 7"]
     + ["linear", "linear of a grid", "pointwise", "adaln_pointwise_gelu"]
     + ["pointwise_gated", "pointwise_gated with factor", "channel_attention"]
@@ -115,10 +115,24 @@ def test_gelu_is_exact_far_from_zero():
     assert rows.gelu(torch.tensor([float("nan")] * 8)).isnan().all()
 
 
-def test_a_depthwise_convolution_needs_no_bias():
-    x, weight, _ = (x.float() for x in inputs_of("depthwise 3", 2, 24, 3, 5))
-    truth = torch.nn.functional.conv2d(x, weight, padding=1, groups=24)
-    assert torch.allclose(rows.depthwise(x, weight), truth, atol=1e-5)
+@pytest.mark.parametrize("case", ["depthwise 3", "conv3x3"])
+def test_a_convolution_needs_no_bias(case: str):
+    op = getattr(kernels, case.split()[0])
+    inputs = inputs_of(case, 2, 24, 3, 5)[:2]
+    truths = with_gradients(op.choices["reference"].run, inputs)
+    with kernels.use(**{op.name: "rows"}):
+        values = with_gradients(op, [x.float() for x in inputs])
+    for value, truth in zip(values, truths, strict=True):
+        assert (value - truth).norm() <= LIMIT * truth.norm()
+
+
+def test_a_convolution_of_images_needs_no_gradient_of_them():
+    x, weight, bias = (x.float() for x in inputs_of("conv3x3", 70, 16, 2, 3))
+    conv = kernels.conv3x3.choices["rows"].run
+    weight.requires_grad_()
+    (alone,) = torch.autograd.grad(conv(x, weight, bias).sum(), weight)
+    (beside,) = torch.autograd.grad(conv(x.requires_grad_(), weight, bias).sum(), weight)
+    assert torch.equal(alone, beside)
 
 
 def attend_by_parts(packed: Tensor) -> Tensor:

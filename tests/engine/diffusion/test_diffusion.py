@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
+from experiments.engine.diffusion import iddpm
 from experiments.engine.diffusion.iddpm import IDDPM, split_prediction
 
 
@@ -183,6 +184,21 @@ def test_first_step_is_the_pixel_likelihood_in_bits():
     assert 0.25 < np.mean(np.abs(x0) > 0.999) < 0.4
     vb = IDDPM.linear().losses(predict, **inputs)["vb"]
     np.testing.assert_allclose(vb[:16], expected, rtol=1e-5)
+
+
+def test_a_gpu_that_does_not_look_for_first_steps_has_the_same_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    inputs = batch(torch.float64)
+
+    def gradient() -> Tensor:
+        weight = torch.full((8, 1, 1), 0.9, dtype=torch.float64, requires_grad=True)
+        losses = IDDPM.linear().losses(lambda *args: weight * predict(*args), **inputs)
+        return torch.autograd.grad(losses["loss"].square().sum(), weight)[0]
+
+    looked = gradient()
+    monkeypatch.setattr(iddpm, "_first_steps", lambda t: None)
+    torch.testing.assert_close(gradient(), looked, rtol=1e-12, atol=1e-12)
 
 
 def test_losses_are_those_of_the_authors():
