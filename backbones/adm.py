@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.layers import (
+    Conv3x3,
     Linear,
     Pointwise,
     check_grid,
@@ -51,11 +52,11 @@ class ResBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.resample = resample
-        conv1 = nn.Conv2d(dim, dim_out, 3, padding=1)
+        conv1 = Conv3x3(dim, dim_out)
         self.in_layers = nn.Sequential(nn.GroupNorm(32, dim), nn.SiLU(), conv1)
         self.emb_layers = nn.Sequential(nn.SiLU(), Linear(dim_emb, 2 * dim_out))
         norm2 = nn.GroupNorm(32, dim_out)
-        conv2 = nn.Conv2d(dim_out, dim_out, 3, padding=1)
+        conv2 = Conv3x3(dim_out, dim_out)
 
         # The base model at 64 was trained with dropout 0.1. A backbone draws no random numbers,
         # so the rate is 0; the layer keeps the place of the next one in the names of the weights.
@@ -173,7 +174,7 @@ class ADM(nn.Module):
 
         # The encoder keeps the width of every output: the decoder joins them last in, first out.
         width = widths[0]
-        stem = nn.Conv2d(in_channels, width, 3, padding=1)
+        stem = Conv3x3(in_channels, width)
         self.input_blocks = nn.ModuleList([nn.ModuleList([stem])])
         skips = [width]
         for level in range(last + 1):
@@ -199,7 +200,7 @@ class ADM(nn.Module):
                     block.append(ResBlock(width, width, dim_emb, double))
                 self.output_blocks.append(block)
 
-        head = nn.Conv2d(width, self.out_channels, 3, padding=1)
+        head = Conv3x3(width, self.out_channels)
         self.out = nn.Sequential(nn.GroupNorm(32, width), nn.SiLU(), head)
         self._init_weights()
 

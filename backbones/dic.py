@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.layers import (
+    Conv3x3,
     ConvFinal,
     ConvStem,
     Downsample,
@@ -38,10 +39,10 @@ class DiCBlock(nn.Module):
     def __init__(self, in_dim: int, dim: int) -> None:
         super().__init__()
         self.norm0 = _group_norm(in_dim)
-        self.conv0 = nn.Conv2d(in_dim, dim, 3, padding=1)
+        self.conv0 = Conv3x3(in_dim, dim)
         self.affine = nn.Sequential(nn.SiLU(), Linear(dim, 3 * dim))
         self.norm1 = _group_norm(dim)
-        self.conv1 = nn.Conv2d(dim, dim, 3, padding=1)
+        self.conv1 = Conv3x3(dim, dim)
         self.skip = Pointwise(in_dim, dim) if in_dim != dim else nn.Identity()
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -87,7 +88,7 @@ class DiC(nn.Module):
         )
         self.downs = nn.ModuleList([Downsample(d1), Downsample(d2)])
         self.ups = nn.ModuleList([Upsample(d3), Upsample(d2)])
-        self.output = nn.Conv2d(d1, d1, 3, padding=1)
+        self.output = Conv3x3(d1, d1)
         self.final_layer = ConvFinal(d1, self.out_channels)
         self._init_weights()
 

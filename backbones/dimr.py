@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones import kernels
-from backbones.layers import Linear, check_grid, zero_bias_
+from backbones.layers import Conv3x3, Linear, check_grid, zero_bias_
 from backbones.positions import PositionTable, resize_positions
 from backbones.registry import Exceptions, register
 from backbones.time_norms import TimeLayerNorm, TimeRMSNorm
@@ -170,7 +170,7 @@ class Branch(nn.Module):
         self.input_layer = nn.Sequential(nn.Identity(), stem, nn.Identity(), positions)
         self.blocks = nn.ModuleList(blocks)
         self.skip_denses = nn.ModuleList(Linear(2 * dim, dim) for _ in range(size.skips))
-        layers = TimeLayerNorm(dim), nn.Identity(), nn.Conv2d(dim, channels, 3, padding=1)
+        layers = TimeLayerNorm(dim), nn.Identity(), Conv3x3(dim, channels)
         self.output_layer = nn.ModuleList(layers) if head else None
 
     def run_blocks(self, x: Tensor, s: Tensor) -> list[Tensor]:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.layers import (
+    Conv3x3,
     ConvFinal,
     ConvStem,
     Downsample,
@@ -262,7 +263,7 @@ class UDiT(nn.Module):
         self.up2_1 = Upsample(d2)
         self.reduce_chan_level1 = Pointwise(2 * d1, d2)
         self.decoder_level_1 = stage(d2, depths[4])
-        self.output = nn.Conv2d(d2, d2, 3, padding=1)
+        self.output = Conv3x3(d2, d2)
         self.final_layer = ConvFinal(d2, self.out_channels)
         self._init_weights()
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.layers import Linear, Pointwise, run_layers, zero_
+from backbones.layers import Conv3x3, Linear, Pointwise, run_layers, zero_
 
 
 class ResBlock(nn.Module):
@@ -27,13 +27,13 @@ class ResBlock(nn.Module):
 
     def __init__(self, dim: int, dim_out: int, dim_emb: int) -> None:
         super().__init__()
-        conv1 = nn.Conv2d(dim, dim_out, 3, padding=1)
+        conv1 = Conv3x3(dim, dim_out)
         self.in_layers = nn.Sequential(nn.GroupNorm(32, dim), nn.SiLU(), conv1)
         self.emb_layers = nn.Sequential(nn.SiLU(), Linear(dim_emb, dim_out))
 
         # A dropout of 0 keeps the place of the next layer in the names of the weights.
         norm2 = nn.GroupNorm(32, dim_out)
-        conv2 = nn.Conv2d(dim_out, dim_out, 3, padding=1)
+        conv2 = Conv3x3(dim_out, dim_out)
         self.out_layers = nn.Sequential(norm2, nn.SiLU(), nn.Dropout(0.0), conv2)
         self.skip_connection = nn.Identity() if dim_out == dim else Pointwise(dim, dim_out)
 
@@ -58,7 +58,7 @@ class Upsample(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
+        self.conv = Conv3x3(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))  # (N, C, 2H, 2W)
@@ -207,7 +207,7 @@ class UNet(nn.Module):
 
         # The encoder keeps the width of every output: the decoder joins them last in, first out.
         width = plan.dim
-        stem = nn.Conv2d(plan.channels[0], width, 3, padding=1)
+        stem = Conv3x3(plan.channels[0], width)
         self.input_blocks = nn.ModuleList([nn.ModuleList([stem])])
         skips = [width]
         for level in range(last + 1):
@@ -235,7 +235,7 @@ class UNet(nn.Module):
                     block.append(Upsample(width))
                 self.output_blocks.append(block)
 
-        head = nn.Conv2d(width, plan.channels[1], 3, padding=1)
+        head = Conv3x3(width, plan.channels[1])
         self.out = nn.Sequential(nn.GroupNorm(32, width), nn.SiLU(), head)
 
     def init_weights(self) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.layers import (
+    Conv3x3,
     Linear,
     Mlp,
     PatchEmbed,
@@ -95,7 +96,7 @@ class UViT(nn.Module):
         self.decoder_pred = Linear(dim, patch * patch * in_channels)
         self.final_layer: nn.Module = nn.Identity()
         if conv_head:
-            self.final_layer = nn.Conv2d(in_channels, in_channels, 3, padding=1)
+            self.final_layer = Conv3x3(in_channels, in_channels)
         self._init_weights()
 
     def _init_weights(self) -> None:

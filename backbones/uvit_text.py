@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from backbones.captions import Captions, Text, TextNetwork, Work
 from backbones.layers import (
+    Conv3x3,
     Linear,
     PatchEmbed,
     check_grid,
@@ -77,7 +78,7 @@ class TextUViT(TextNetwork):
         self.out_blocks = arm(skip=True)
         self.norm = nn.LayerNorm(dim, eps=1e-5)
         self.decoder_pred = Linear(dim, patch * patch * in_channels)
-        self.final_layer = nn.Conv2d(in_channels, in_channels, 3, padding=1)
+        self.final_layer = Conv3x3(in_channels, in_channels)
         self._init_weights()
 
     def _init_weights(self) -> None:
