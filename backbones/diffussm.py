@@ -30,11 +30,11 @@ from backbones.layers import (
     check_grid,
     gated,
     modulate,
-    sincos_position,
     xavier_init,
     zero_,
     zero_modulation,
 )
+from backbones.positions import sincos_position
 from backbones.registry import Exceptions, register
 
 

@@ -25,13 +25,13 @@ from backbones.layers import (
     check_grid,
     gated,
     modulate,
-    sincos_position,
     unpatchify,
     xavier_flat_,
     xavier_init,
     zero_,
     zero_modulation,
 )
+from backbones.positions import sincos_position
 from backbones.registry import Exceptions, register
 
 

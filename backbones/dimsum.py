@@ -30,7 +30,6 @@ from backbones.layers import (
     check_grid,
     gated,
     modulate,
-    sincos_position,
     unpatchify,
     xavier_flat_,
     zero_,
@@ -46,7 +45,7 @@ from backbones.mamba import (
     reorder,
     restore,
 )
-from backbones.positions import resize_positions
+from backbones.positions import resize_positions, sincos_position
 from backbones.registry import Exceptions, register
 
 _ORDERS = (ROWS, ROWS_BACK, COLUMNS, COLUMNS_BACK)

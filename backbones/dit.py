@@ -21,13 +21,13 @@ from backbones.layers import (
     TimestepEmbedder,
     check_grid,
     gated,
-    sincos_position,
     unpatchify,
     xavier_flat_,
     xavier_init,
     zero_,
     zero_modulation,
 )
+from backbones.positions import sincos_position
 from backbones.registry import Exceptions, register
 
 EPS = 1e-6  # of all norms

@@ -25,13 +25,13 @@ from backbones.layers import (
     check_grid,
     check_stages,
     run_stage,
-    sincos_position,
     xavier_flat_,
     xavier_init,
     zero_,
     zero_modulation,
 )
 from backbones.mixers import build_mixer
+from backbones.positions import sincos_position
 from backbones.registry import Exceptions, register
 
 Five = tuple[int, int, int, int, int]

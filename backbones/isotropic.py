@@ -21,7 +21,6 @@ from backbones.layers import (
     Pointwise,
     TimestepEmbedder,
     check_grid,
-    sincos_position,
     unpatchify,
     xavier_flat_,
     xavier_init,
@@ -29,6 +28,7 @@ from backbones.layers import (
     zero_modulation,
 )
 from backbones.mixers import build_mixer
+from backbones.positions import sincos_position
 from backbones.registry import Exceptions, register
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,10 +35,7 @@ class Pointwise(nn.Conv2d):
 
 
 class Conv3x3(nn.Conv2d):
-    """Apply a 3x3 convolution that keeps the size by its fastest implementation.
-
-    (N, C, H, W) -> (N, C_out, H, W)
-    """
+    """Apply a 3x3 convolution by its fastest implementation: (N, C, H, W) -> (N, C_out, H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1, bias=bias)
@@ -125,21 +121,6 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x)
-
-
-def sincos_position(dim: int, grid: tuple[int, int]) -> Tensor:
-    """Build DiT's fixed 2-D position embedding: (1, T, dim).
-
-    The first half encodes the column and the second half the row. Each half is
-    [sin(pos w), cos(pos w)] with w_j = 10000^(-4j/dim), computed in float64.
-    """
-    frequencies = 10000.0 ** (-np.arange(dim // 4) / (dim / 4))
-    row, column = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
-    halves = []
-    for position in (column, row):
-        angles = np.outer(position.reshape(-1), frequencies)  # (T, dim/4)
-        halves += [np.sin(angles), np.cos(angles)]
-    return torch.tensor(np.concatenate(halves, axis=1), dtype=torch.float32)[None]
 
 
 # Blocks

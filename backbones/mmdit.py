@@ -27,9 +27,9 @@ from backbones.layers import (
     check_grid,
     gated,
     modulate,
-    sincos_position,
     unpatchify,
 )
+from backbones.positions import sincos_position
 from backbones.registry import Exceptions, register
 
 HEAD = 32  # channels of a head

@@ -1,12 +1,31 @@
-"""Learned positions at another size. A family that has some interpolates them in `resized`."""
+"""Positions of tokens: fixed ones, and learned ones at another size.
+
+A family that has learned ones interpolates them in `resized`.
+"""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def sincos_position(dim: int, grid: tuple[int, int]) -> Tensor:
+    """Build DiT's fixed 2-D position embedding: (1, T, dim).
+
+    The first half encodes the column and the second half the row. Each half is
+    [sin(pos w), cos(pos w)] with w_j = 10000^(-4j/dim), computed in float64.
+    """
+    frequencies = 10000.0 ** (-np.arange(dim // 4) / (dim / 4))
+    row, column = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
+    halves = []
+    for position in (column, row):
+        angles = np.outer(position.reshape(-1), frequencies)  # (T, dim/4)
+        halves += [np.sin(angles), np.cos(angles)]
+    return torch.tensor(np.concatenate(halves, axis=1), dtype=torch.float32)[None]
 
 
 def resize_positions(table: Tensor, side: int, leading: int = 0) -> Tensor:

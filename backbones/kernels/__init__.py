@@ -32,10 +32,13 @@ from backbones.kernels.op import (
 )
 from backbones.kernels.sample_depthwise import sample_depthwise
 from backbones.kernels.selective_scan import selective_scan
+from backbones.kernels.update import Rates, adamw, lerp
 
 __all__ = [
     "Op",
+    "Rates",
     "adaln",
+    "adamw",
     "adaln2d",
     "adaln_pointwise_gelu",
     "addcmul",
@@ -50,6 +53,7 @@ __all__ = [
     "diagonal_ssm",
     "gated_linear",
     "gelu",
+    "lerp",
     "linear",
     "linear_attention",
     "observing",

@@ -83,19 +83,28 @@ attention = Op(
 )
 
 
-def _attend_to_channels(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
-    return (q @ k.transpose(-2, -1) * temperature).softmax(dim=-1) @ v
+def _attend_to_channels(
+    q: Tensor, k: Tensor, v: Tensor, scale_q: Tensor, scale_k: Tensor
+) -> Tensor:
+    logits = q @ k.transpose(-2, -1)  # (N, heads, e, e), which the scales take less time for
+    return (logits * scale_q * scale_k.transpose(-2, -1)).softmax(dim=-1) @ v
 
 
-def _attend_to_channels_by_rows(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
-    return rows_attend.attend_unscaled(q * temperature, k, v)
+def _attend_to_channels_by_rows(
+    q: Tensor, k: Tensor, v: Tensor, scale_q: Tensor, scale_k: Tensor
+) -> Tensor:
+    # Keys and values must lie alike in memory.
+    return rows_attend.attend_unscaled(q * scale_q, k * scale_k, v.contiguous())
 
 
-def _rows_attend_to_channels(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> bool:
+def _rows_attend_to_channels(
+    q: Tensor, k: Tensor, v: Tensor, scale_q: Tensor, scale_k: Tensor
+) -> bool:
     return rows_attend.supports_attend(q, k, v)
 
 
-# Attention among channels: q, k and v (N, heads, e, T), temperature (heads, 1, 1) -> as v.
+# Attention among channels, whose queries and keys are scaled: q, k and v (N, heads, e, T), scales
+# (N, heads, e, 1) -> as v.
 channel_attention = Op(
     "channel_attention",
     [

@@ -232,14 +232,16 @@ static void split_outputs(const float *y, float *m, grid g, long plane) {
 /* Both passes take `samples` at once, whose planes should stay in the cache. `scratch` begins with two
  * frames of zeros, then come the planes of two weights, of the inputs and of the outputs. */
 
-/* taps (3, 3, c, o) */
-void winograd_forward(const float *x, const float *taps, const float *bias, float *y,
-                      float *scratch, long n, long h, long w, long c, long o, long samples) {
+/* weight (o, 3, 3, c); `taps` holds it as (3, 3, c, o) */
+void winograd_forward(const float *x, const float *weight, float *taps, const float *bias,
+                      float *y, float *scratch, long n, long h, long w, long c, long o,
+                      long samples) {
     grid in = grid_of(h, w, c), out = grid_of(h, w, o);
     long each = in.down * in.across, weights = apart(c * o);
     long inputs = apart(samples * each * c), outputs = apart(samples * each * o);
     float *frame = scratch, *u = frame + 2 * (2 * in.down + 2) * in.line;
     float *v = u + 2 * PLANES * weights, *m = v + PLANES * inputs;
+    transpose(weight, taps, o, 9 * c);
     split_weights(taps, u, c, o, o, c * o);
     for (long i = 0; i < n; i += samples) {
         long count = n - i < samples ? n - i : samples, tiles = count * each;
@@ -294,9 +296,10 @@ void winograd_backward(const float *x, const float *weight, const float *grad, f
         for (long j = (q) ? (q)-1 : 0; j < (w) && j < (q) + 2; j++)
 #define TAP(i, j, p, q) (3 * ((i) - (p) + 1) + (j) - (q) + 1)
 
-/* taps (3, 3, c, o) */
-void neighbours_forward(const float *x, const float *taps, const float *bias, float *y, long n,
-                        long h, long w, long c, long o) {
+/* weight (o, 3, 3, c); `taps` holds it as (3, 3, c, o) */
+void neighbours_forward(const float *x, const float *weight, float *taps, const float *bias,
+                        float *y, long n, long h, long w, long c, long o) {
+    transpose(weight, taps, o, 9 * c);
     long inputs = h * w * c, outputs = h * w * o;
     for (long p = 0; p < h; p++)
         for (long q = 0; q < w; q++) {

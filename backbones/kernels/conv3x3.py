@@ -34,9 +34,9 @@ class _Conv3x3(torch.autograd.Function):
         n, c, h, w = x.shape
         o = len(weight)
         weight = weight.contiguous(memory_format=torch.channels_last)
-        taps = weight.permute(0, 2, 3, 1).reshape(o, 9 * c).t().contiguous()  # (9 C, C_out)
+        taps = x.new_empty(9 * c, o)
         y = x.new_empty(n, h, w, o).permute(0, 3, 1, 2)
-        _call("forward", x, (x, taps, bias, y), o)
+        _call("forward", x, (x, weight, taps, bias, y), o)
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
         return y

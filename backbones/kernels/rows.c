@@ -225,11 +225,12 @@ void depthwise_backward(const float *x, const float *flipped, const float *slope
 
 static long samples_of_tile(long t) { return t < TILE ? TILE / t : 1; }
 
-/* A linear layer of (m, k) rows: `transposed` is (k, n), weight (n, k). */
+/* A linear layer of (m, k) rows: the weight is (n, k), and `turned` holds it transposed. */
 
-void linear_forward(const float *x, const float *transposed, const float *bias, float *y, long m,
-                    long k, long n) {
-    multiply(x, k, 1, transposed, y, bias, m, n, k, 0);
+void linear_forward(const float *x, const float *weight, float *turned, const float *bias, float *y,
+                    long m, long k, long n) {
+    transpose(weight, turned, n, k);
+    multiply(x, k, 1, turned, y, bias, m, n, k, 0);
 }
 
 /* grad_x may be NULL. */
@@ -246,17 +247,19 @@ void linear_backward(const float *x, const float *weight, const float *grad, flo
 }
 
 /* A linear layer of adaLN's output, with GELU if `slope` is given: (n, t, c) -> (n, t, o). `scratch`
- * holds a tile. */
+ * holds a tile and the transposed weight. */
 
-void enter_forward(const float *x, const float *shift, const float *scale, const float *transposed,
+void enter_forward(const float *x, const float *shift, const float *scale, const float *weight,
                    const float *bias, float *y, float *slope, float *mean, float *rstd,
                    float *scratch, long n, long t, long c, long o, long stride, float eps) {
     long most = samples_of_tile(t);
+    float *turned = scratch + most * t * c;
+    transpose(weight, turned, o, c);
     for (long i = 0; i < n; i += most) {
         long samples = n - i < most ? n - i : most, from = i * t, rows = samples * t;
         adaln_forward(x + from * c, shift + i * stride, scale + i * stride, scratch, mean + from,
                       rstd + from, samples, t, c, stride, eps);
-        multiply(scratch, c, 1, transposed, y + from * o, bias, rows, o, c, 0);
+        multiply(scratch, c, 1, turned, y + from * o, bias, rows, o, c, 0);
         if (slope) gelu_forward(y + from * o, y + from * o, slope + from * o, rows * o);
     }
 }
@@ -297,9 +300,11 @@ void enter_backward(const float *x, const float *shift, const float *scale, cons
  * (n, t, k) and x (n, t, c). `factor` (n, k) may be NULL. `branch` keeps what the gate scales. */
 
 void leave_forward(const float *x, const float *gate, const float *h, const float *factor,
-                   const float *transposed, const float *bias, float *y, float *branch,
-                   float *scratch, long n, long t, long c, long k, long stride) {
+                   const float *weight, const float *bias, float *y, float *branch, float *scratch,
+                   long n, long t, long c, long k, long stride) {
     long most = samples_of_tile(t);
+    float *turned = scratch + most * t * k;
+    transpose(weight, turned, c, k);
     for (long i = 0; i < n; i += most) {
         long samples = n - i < most ? n - i : most, from = i * t, rows = samples * t;
         const float *in = h + from * k;
@@ -307,7 +312,7 @@ void leave_forward(const float *x, const float *gate, const float *h, const floa
             gate_forward(NULL, factor + i * k, in, scratch, samples, t, k, k);
             in = scratch;
         }
-        multiply(in, k, 1, transposed, branch + from * c, bias, rows, c, k, 0);
+        multiply(in, k, 1, turned, branch + from * c, bias, rows, c, k, 0);
         gate_forward(x + from * c, gate + i * stride, branch + from * c, y + from * c, samples, t,
                      c, stride);
     }

@@ -206,6 +206,14 @@ INLINE void multiply(const float *a, long row, long column, const float *b, floa
     multiply_apart((product){a, row, column, b, n, c, n, bias, k, add}, m, n);
 }
 
+/* Turn (m, n) into (n, m), in blocks that stay in the cache. */
+static inline void transpose(const float *x, float *y, long m, long n) {
+    for (long i = 0; i < m; i += LANES)
+        for (long j = 0; j < n; j += LANES)
+            for (long q = j; q < j + LANES && q < n; q++)
+                for (long p = i; p < i + LANES && p < m; p++) y[q * m + p] = x[p * n + q];
+}
+
 static inline void add_rows(const float *x, float *y, long m, long c) {
     for (long j = 0; j < m; j++, x += c) EACH(k, c) STORE(y + k, LOAD(y + k) + LOAD(x + k));
 }

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("rows.c", "attend.c", "conv3x3.c"))
+NAMES = ("rows.c", "attend.c", "conv3x3.c", "update.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in NAMES)
 HEADER = Path(__file__).with_name("rows.h")
 # Results do not depend on what the processor has beyond AVX2.
 FLAGS = ("-O3", "-march=x86-64-v3", "-fno-math-errno", "-shared", "-fPIC")
@@ -35,8 +36,8 @@ LANES = 8
 # Sides of the depthwise kernels that rows.c has.
 SIDES = (3, 5, 7)
 
-# Arguments of the functions: a tensor, a number of elements, a real number.
-_TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_long, "f": ctypes.c_float}
+# Arguments of the functions: a tensor, a number of elements, a real number and an exacter one.
+_TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_long, "f": ctypes.c_float, "d": ctypes.c_double}
 _FUNCTIONS = {
     "adaln_forward": "pppppp nnnn f",
     "adaln_backward": "pppppppp nnnn",
@@ -45,7 +46,7 @@ _FUNCTIONS = {
     "mean_forward": "pp nnn",
     "mean_backward": "pp nnn",
     "gelu_forward": "ppp n",
-    "linear_forward": "pppp nnn",
+    "linear_forward": "ppppp nnn",
     "linear_backward": "pppppp nnn",
     "enter_forward": "pppppppppp nnnnn f",
     "enter_backward": "pppppppppppppp nnnnn",
@@ -53,10 +54,12 @@ _FUNCTIONS = {
     "leave_backward": "pppppppppppp nnnnn",
     "depthwise_forward": "pppppp nnnnn",
     "depthwise_backward": "pppppppp nnnnn",
-    "winograd_forward": "ppppp nnnnnn",
+    "winograd_forward": "pppppp nnnnnn",
     "winograd_backward": "ppppppp nnnnnn",
-    "neighbours_forward": "pppp nnnnn",
+    "neighbours_forward": "ppppp nnnnn",
     "neighbours_backward": "pppppp nnnnn",
+    "lerp_tensors": "ppp n f",
+    "adamw_tensors": "pppppp n p ddddd",
     "attend_forward": "ppppppp nnnnn nnnnnn f",
     "attend_backward": "pppppppppp nnnnn nnnnnnnnnnnn f",
 }
@@ -136,12 +139,12 @@ def is_image(x: Tensor) -> bool:
     return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and fits(x)
 
 
-def call(name: str, *args: Tensor | float | None, channels: tuple[int, ...]) -> None:
+def call(name: str, *args: Any, channels: tuple[int, ...]) -> None:
     """Call a C function; tensors go by address.
 
     Args:
         name: of the function.
-        args: its arguments.
+        args: its arguments: tensors, arrays of ctypes, numbers or None.
         channels: every number of channels that it goes through by vectors.
     """
     whole = not any(number % LANES for number in channels)

@@ -22,7 +22,7 @@ TILE = 96
 
 
 def _is_narrow(weight: Tensor) -> bool:
-    return min(weight.shape[:2]) < WIDE
+    return min(weight.shape[:2]) < WIDE and weight.is_contiguous()
 
 
 def supports_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -42,11 +42,11 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         outputs, inputs = weight.shape[:2]
         m = x.numel() // inputs
-        transposed = weight.view(outputs, inputs).t().contiguous()
         # A weight of four dimensions is that of a 1x1 convolution.
         y = _like(x, outputs) if weight.ndim == 4 else x.new_empty(*x.shape[:-1], outputs)
         sizes = (inputs, outputs)
-        call("linear_forward", x, transposed, bias, y, m, *sizes, channels=sizes)
+        turned = x.new_empty(weight.numel())
+        call("linear_forward", x, weight, turned, bias, y, m, *sizes, channels=sizes)
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
         return y
@@ -104,13 +104,12 @@ class _Enter(torch.autograd.Function):
         stride = scale.stride(0)
         if shift.stride(0) != stride or shift.stride(1) != 1 or scale.stride(1) != 1:
             shift, scale, stride = shift.contiguous(), scale.contiguous(), c
-        transposed = weight.view(o, c).t().contiguous()
         y = _like(x, o)
         slope = torch.empty_like(y)
         mean = x.new_empty(n * t)
         rstd = x.new_empty(n * t)
-        scratch = x.new_empty((TILE + t) * c)
-        tensors = (x, shift, scale, transposed, bias, y, slope, mean, rstd, scratch)
+        scratch = x.new_empty((TILE + t + o) * c)
+        tensors = (x, shift, scale, weight, bias, y, slope, mean, rstd, scratch)
         call("enter_forward", *tensors, n, t, c, o, stride, eps, channels=(c, o))
         ctx.save_for_backward(x, shift, scale, weight, slope, mean, rstd)
         ctx.stride = stride
@@ -174,11 +173,10 @@ class _Leave(torch.autograd.Function):
             gate = gate.contiguous()
         if factor is not None:
             factor = factor.contiguous()
-        transposed = weight.view(c, k).t().contiguous()
         y = torch.empty_like(x)
         branch = torch.empty_like(x)
-        scratch = x.new_empty((TILE + t) * k)
-        tensors = (x, gate, h, factor, transposed, bias, y, branch, scratch)
+        scratch = x.new_empty((TILE + t + c) * k)
+        tensors = (x, gate, h, factor, weight, bias, y, branch, scratch)
         call("leave_forward", *tensors, n, t, c, k, gate.stride(0), channels=(c, k))
         ctx.save_for_backward(gate, h, factor, weight, branch)
         ctx.has_bias = bias is not None

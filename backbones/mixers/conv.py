@@ -127,13 +127,10 @@ class ChannelSelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n, c = x.shape[:2]
         qkv = depthwise(self.qkv(x), self.depthwise.weight)  # (N, 3C, H, W)
-
-        # Divide queries and keys by their norms over the grid.
-        norms = qkv.square().sum((2, 3), keepdim=True).sqrt().clamp_min(1e-12)  # (N, 3C, 1, 1)
-        q_and_k, v = norms.split((2 * c, c), dim=1)
-        qkv = qkv / torch.cat([q_and_k, torch.ones_like(v)], dim=1)  # (N, 3C, H, W)
-
-        # Attend among the channels of a head.
         qkv = qkv.flatten(2).view(n, 3, self.heads, c // self.heads, -1)  # (N, 3, h, e, T)
-        h = channel_attention(*qkv.unbind(1), self.temperature)  # (N, h, e, T)
+
+        # Queries and keys count by their directions: their norms over the grid divide the logits.
+        norms = qkv[:, :2].square().sum(-1, keepdim=True).sqrt()  # (N, 2, h, e, 1)
+        scale_q, scale_k = (1 / norms.clamp_min(1e-12)).unbind(1)
+        h = channel_attention(*qkv.unbind(1), self.temperature * scale_q, scale_k)  # (N, h, e, T)
         return self.project(h.reshape(x.shape))  # (N, C, H, W)

@@ -77,9 +77,9 @@ class FocusedLinearAttention(nn.Module):
         return out.transpose(1, 2).reshape(x.shape)  # (N, C, H, W)
 
     def _focus(self, x: Tensor, scale: Tensor) -> Tensor:
-        u = (F.relu(x) + 1e-6) / scale
+        u = (F.relu(x) + 1e-6) * (1 / scale)
         powered = u**self.power
-        return powered / powered.norm(dim=-1, keepdim=True) * u.norm(dim=-1, keepdim=True)
+        return powered * (u.norm(dim=-1, keepdim=True) / powered.norm(dim=-1, keepdim=True))
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -62,7 +62,7 @@ def channel_attention(large: bool) -> tuple[list[Tensor], list[Tensor]]:
     n, heads, e, t = (2, 3, 37, 131) if large else (1, 2, 5, 13)
     q, k, v = draw((n, heads, e, t), (n, heads, e, t), (n, heads, e, t))
     q, k = (x / x.norm(dim=-1, keepdim=True) for x in (q, k))
-    return [q, k, v], draw((heads, 1, 1))
+    return [q, k, v], draw((n, heads, e, 1), (n, heads, e, 1))
 
 
 def gated_linear(large: bool) -> tuple[list[Tensor], list[Tensor]]:
@@ -132,6 +132,12 @@ def depthwise_gelu(large: bool) -> tuple[list[Tensor], list[Tensor]]:
     return [x.contiguous(memory_format=torch.channels_last)], [weight, bias]
 
 
+def conv3x3(large: bool) -> tuple[list[Tensor], list[Tensor]]:
+    n, channels, outputs, height, width = (3, 37, 20, 9, 7) if large else (2, 5, 3, 2, 3)
+    x, weight, bias = draw((n, channels, height, width), (outputs, channels, 3, 3), (outputs,))
+    return [x.contiguous(memory_format=torch.channels_last)], [weight, bias]
+
+
 def adaln_pointwise(large: bool) -> tuple[list[Tensor], list[Tensor]]:
     (x,), parameters = pointwise(large)
     shift, scale = draw((*x.shape[:2], 1, 1), (*x.shape[:2], 1, 1))
@@ -180,6 +186,7 @@ CASES = {
     "pointwise": pointwise,
     "scale": scale,
     "gelu": gelu,
+    "conv3x3": conv3x3,
     "depthwise": depthwise_gelu,
     "depthwise_gelu": depthwise_gelu,
     "pointwise_gelu": pointwise,
@@ -226,8 +233,8 @@ def list_runs() -> list:
 
 def test_every_op_is_tested():
     exported = {name for name in kernels.__all__ if isinstance(getattr(kernels, name), Op)}
-    # `unpack` returns three tensors, and is tested with the other passes in C.
-    assert {*CASES, "unpack"} == exported == set(kernels.references())
+    # `unpack` returns three tensors, and is tested with the other passes in C. Updates have a file.
+    assert {*CASES, "unpack", "adamw", "lerp"} == exported == set(kernels.references())
 
 
 @pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
