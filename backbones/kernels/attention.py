@@ -84,27 +84,26 @@ attention = Op(
 
 
 def _attend_to_channels(
-    q: Tensor, k: Tensor, v: Tensor, scale_q: Tensor, scale_k: Tensor
+    q: Tensor, k: Tensor, v: Tensor, norm_q: Tensor, norm_k: Tensor, temperature: Tensor
 ) -> Tensor:
-    logits = q @ k.transpose(-2, -1)  # (N, heads, e, e), which the scales take less time for
-    return (logits * scale_q * scale_k.transpose(-2, -1)).softmax(dim=-1) @ v
+    cosines = q @ k.transpose(-2, -1) / norm_q / norm_k.transpose(-2, -1)  # (N, heads, e, e)
+    return (cosines * temperature).softmax(dim=-1) @ v
 
 
 def _attend_to_channels_by_rows(
-    q: Tensor, k: Tensor, v: Tensor, scale_q: Tensor, scale_k: Tensor
+    q: Tensor, k: Tensor, v: Tensor, norm_q: Tensor, norm_k: Tensor, temperature: Tensor
 ) -> Tensor:
     # Keys and values must lie alike in memory.
-    return rows_attend.attend_unscaled(q * scale_q, k * scale_k, v.contiguous())
+    scaled = q * (temperature / norm_q), k / norm_k, v.contiguous()
+    return rows_attend.attend_unscaled(*scaled)
 
 
-def _rows_attend_to_channels(
-    q: Tensor, k: Tensor, v: Tensor, scale_q: Tensor, scale_k: Tensor
-) -> bool:
+def _rows_attend_to_channels(q: Tensor, k: Tensor, v: Tensor, *scales: Tensor) -> bool:
     return rows_attend.supports_attend(q, k, v)
 
 
-# Attention among channels, whose queries and keys are scaled: q, k and v (N, heads, e, T), scales
-# (N, heads, e, 1) -> as v.
+# Attention among channels by their cosines: q, k and v (N, heads, e, T), norms of queries and keys
+# (N, heads, e, 1), temperature (heads, 1, 1) -> as v.
 channel_attention = Op(
     "channel_attention",
     [

@@ -131,6 +131,6 @@ class ChannelSelfAttention(nn.Module):
 
         # Queries and keys count by their directions: their norms over the grid divide the logits.
         norms = qkv[:, :2].square().sum(-1, keepdim=True).sqrt()  # (N, 2, h, e, 1)
-        scale_q, scale_k = (1 / norms.clamp_min(1e-12)).unbind(1)
-        h = channel_attention(*qkv.unbind(1), self.temperature * scale_q, scale_k)  # (N, h, e, T)
+        norms = norms.clamp_min(1e-12).unbind(1)
+        h = channel_attention(*qkv.unbind(1), *norms, self.temperature)  # (N, h, e, T)
         return self.project(h.reshape(x.shape))  # (N, C, H, W)

@@ -77,7 +77,7 @@ class FocusedLinearAttention(nn.Module):
         return out.transpose(1, 2).reshape(x.shape)  # (N, C, H, W)
 
     def _focus(self, x: Tensor, scale: Tensor) -> Tensor:
-        u = (F.relu(x) + 1e-6) * (1 / scale)
+        u = (F.relu(x) + 1e-6) / scale
         powered = u**self.power
         return powered * (u.norm(dim=-1, keepdim=True) / powered.norm(dim=-1, keepdim=True))
 

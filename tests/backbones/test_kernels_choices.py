@@ -61,8 +61,8 @@ def attention(large: bool) -> tuple[list[Tensor], list[Tensor]]:
 def channel_attention(large: bool) -> tuple[list[Tensor], list[Tensor]]:
     n, heads, e, t = (2, 3, 37, 131) if large else (1, 2, 5, 13)
     q, k, v = draw((n, heads, e, t), (n, heads, e, t), (n, heads, e, t))
-    q, k = (x / x.norm(dim=-1, keepdim=True) for x in (q, k))
-    return [q, k, v], draw((n, heads, e, 1), (n, heads, e, 1))
+    norms = [x.norm(dim=-1, keepdim=True) for x in (q, k)]
+    return [q, k, v, *norms], draw((heads, 1, 1))
 
 
 def gated_linear(large: bool) -> tuple[list[Tensor], list[Tensor]]:

@@ -81,7 +81,8 @@ def inputs_of_attention(op: str, n: int, c: int, t: int) -> list[Tensor]:
     # Long queries would leave one key all the weight, and gradients of nothing.
     if op == "channel_attention":
         heads = [scale * normal(n, 2, c, t) for scale in (0.1, 1.0, 1.0)]
-        return [*heads, normal(n, 2, c, 1), 1 + 0.1 * normal(n, 2, c, 1)]
+        norms = [1 + normal(n, 2, c, 1).abs() for _ in range(2)]
+        return [*heads, *norms, normal(2, 1, 1)]
     keys = t if "self" in op else 3
     heads = [normal(n, 2, tokens, 5) for tokens in (t, keys, keys)]
     return [*heads, normal(1, 2, t, keys)] if "bias" in op else heads

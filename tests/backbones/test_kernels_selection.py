@@ -76,7 +76,7 @@ def test_a_compiled_graph_tells_at_every_call_what_it_runs():
     [
         (
             {"attend": "sdpa"},
-            "unknown kernel 'attend'; known: adaln, adaln_pointwise_gelu, addcmul",
+            "unknown kernel 'attend'; known: adaln, adaln_pointwise_gelu, adamw",
         ),
         (
             {"attention": "fast"},
