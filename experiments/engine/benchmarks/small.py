@@ -16,6 +16,7 @@ from typing import Any
 from experiments.engine.benchmarks.spec import SmallTrainings
 from experiments.engine.machine.lifetime import bound
 from experiments.engine.numerics.device import describe_device
+from experiments.engine.numerics.precision import read_tf32_flags
 from experiments.engine.records.store import Store, provenance
 from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.specs.rows import Row
@@ -104,6 +105,7 @@ def measure_small(
     labels = tuple(row.label for row in rows)
     spec = SmallTrainings(find_commit(tree), data.size, data.channels, batch, labels)
     about = provenance() | describe_device("cpu") | {"threads": 1}
+    about["precision_flags"] = read_tf32_flags()
 
     # Every row has two processes, which take turns.
     measured = {}
