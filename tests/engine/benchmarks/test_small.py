@@ -60,6 +60,7 @@ def test_a_comparison_is_a_record(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     (record,) = store.here.all()
     assert (record.kind, record.spec["against"]) == ("smalltrainings", "abc")
     assert record.values["geometric_mean"] == record.values["rows"]["row"]["ratio"] == 2
+    assert record.provenance["precision_flags"].keys() == {"matmul_tf32", "cudnn_tf32"}
 
 
 def test_a_tree_needs_a_commit_and_no_changes(tmp_path: Path):
