@@ -19,7 +19,14 @@ from experiments.declared.protocols import (
     at_half_length,
     with_independent_weights,
 )
-from experiments.declared.rates import FACTOR, best_rate, missing_rates, with_chosen_rates
+from experiments.declared.rates import (
+    FACTOR,
+    LARGEST,
+    SMALLEST,
+    best_rate,
+    missing_rates,
+    with_chosen_rates,
+)
 from experiments.engine.jobs.job import Job
 from experiments.engine.records.score_names import validation_loss
 from experiments.engine.records.store import Record, Store
@@ -219,6 +226,9 @@ def _run(row: Row, protocol: Protocol, seed: int, scored: bool = True) -> Job:
 
 def _factors_around(ladder: Sequence[float]) -> list[float]:
     """Return the ladder with the rates that it can grow by, rising."""
-    below = [ladder[0] / 2**power for power in range(5, 0, -1)]
-    above = [ladder[-1] * 2**power for power in range(1, 4)]
-    return [*below, *ladder, *above]
+    rates = list(ladder)
+    while rates[0] / FACTOR >= SMALLEST:
+        rates.insert(0, rates[0] / FACTOR)
+    while rates[-1] * FACTOR <= LARGEST:
+        rates.append(rates[-1] * FACTOR)
+    return rates

@@ -86,6 +86,15 @@ def best_rate(losses: Mapping[float, float]) -> float:
     return min(rate for rate, loss in finite.items() if loss <= lowest * (1 + ALIKE))
 
 
+def _is_level(losses: Mapping[float, float]) -> bool:
+    """Return whether the losses of the three lowest rates are alike: still lower ones are, too.
+
+    So it is with a network that is tuned on from good weights.
+    """
+    ends = [losses[rate] for rate in sorted(losses)[:3]]
+    return max(ends) <= min(ends) * (1 + ALIKE)
+
+
 def missing_rates(ladder: Sequence[float], losses: Mapping[float, float]) -> list[float]:
     """Return the rates that a ladder still has to try: its own, or one beyond its end.
 
@@ -97,7 +106,7 @@ def missing_rates(ladder: Sequence[float], losses: Mapping[float, float]) -> lis
         return untried
     best = best_rate(losses)
     lowest, highest = min(losses), max(losses)
-    if lowest < best < highest:
+    if lowest < best < highest or (best == lowest and _is_level(losses)):
         return []
     beyond = lowest / FACTOR if best == lowest else highest * FACTOR
     if not SMALLEST <= beyond <= LARGEST:
