@@ -59,7 +59,7 @@ class _Linear(torch.autograd.Function):
         layout = torch.channels_last if weight.ndim == 4 else torch.contiguous_format
         grad = grad.contiguous(memory_format=layout)
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        grad_weight = weight.new_empty(weight.shape)
+        grad_weight = torch.empty_like(weight)
         grad_bias = weight.new_empty(outputs)
         tensors = (x, weight, grad, grad_x, grad_weight, grad_bias)
         sizes = (inputs, outputs)
@@ -126,7 +126,7 @@ class _Enter(torch.autograd.Function):
         grad_x = torch.empty_like(x)
         grad_shift = x.new_empty(n, c, 1, 1)
         grad_scale = x.new_empty(n, c, 1, 1)
-        grad_weight = weight.new_empty(weight.shape)
+        grad_weight = torch.empty_like(weight)
         grad_bias = weight.new_empty(o)
         scratch = x.new_empty((TILE + t) * (2 * c + o))
         inputs = (x, shift, scale, weight, slope, mean, rstd, grad)
@@ -192,7 +192,7 @@ class _Leave(torch.autograd.Function):
         grad_gate = branch.new_empty(n, c, 1, 1)
         grad_h = torch.empty_like(h)
         grad_factor = None if factor is None else torch.empty_like(factor)
-        grad_weight = weight.new_empty(weight.shape)
+        grad_weight = torch.empty_like(weight)
         grad_bias = weight.new_empty(c)
         scratch = branch.new_empty((TILE + t) * (c + k))
         inputs = (gate, h, factor, weight, branch, grad)
