@@ -123,14 +123,18 @@ class FailureWatch:
         self.folder = folder
         self.tell = tell
         self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> FailureWatch:
         if self.group.world_size > 1:
-            threading.Thread(target=self._watch, daemon=True).start()
+            self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._is_over.set()
+        # A thread that still runs while the interpreter ends can abort the process.
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def _watch(self) -> None:
         grace = GRACE if self.group.first else 2 * GRACE
