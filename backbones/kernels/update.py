@@ -53,7 +53,7 @@ def _addresses(tensors: Tensors) -> ctypes.Array[ctypes.c_void_p]:
 
 
 def _call(name: str, lists: Sequence[Tensors], *args: Any) -> None:
-    """Call a C function with lists of tensors, which begin with those of all sizes."""
+    """Call a C function with lists of equally many tensors; the first list tells the sizes."""
     sizes = [x.numel() for x in lists[0]]
     numbers = (ctypes.c_long * len(sizes))(*sizes)
     addresses = map(_addresses, lists)

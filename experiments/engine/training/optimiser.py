@@ -40,7 +40,7 @@ def lr_at(recipe: Recipe, step: int) -> float:
 
 
 class _AdamW(torch.optim.AdamW):
-    """The fused AdamW, with as little as possible around it: a small network takes longer there."""
+    """AdamW by `kernels.adamw`, since the loops around PyTorch's own cost small networks more."""
 
     found_inf: Tensor | None = None
 
