@@ -20,7 +20,13 @@ from experiments.engine.reporting.lookup import REFERENCE_SEEDS, scored_run
 from experiments.engine.specs.rows import Row, Table, in_order
 from experiments.engine.specs.selection import Run, Selection
 from experiments.engine.specs.spec import Backbone, Stage, canonical
-from experiments.engine.specs.stages import Protocol, evaluate_stage
+from experiments.engine.specs.stages import (
+    Protocol,
+    cost_stages,
+    evaluate_stage,
+    timed_rows,
+    timing_stage,
+)
 
 if TYPE_CHECKING:
     import pandas
@@ -137,6 +143,13 @@ def latest(stages: Sequence[Stage], store: Store) -> Iterator[Record]:
     """The committed records of these stages, without the gaps."""
     records = (store.reference.latest(stage) for stage in stages)
     return (record for record in records if record is not None)
+
+
+def measured_stages(table: Table) -> list[Stage]:
+    """The counts of a table's rows, and their timings on a CPU."""
+    timed = timed_rows(table, table.rows, "cpu", named=True)
+    counts = [cost for row in table.rows for cost in cost_stages(row)]
+    return [*counts, *(timing_stage(row, table.baseline, "cpu") for row in timed)]
 
 
 def gpu_timings(backbone: Backbone, size: int, store: ReferenceStore) -> list[Record]:

@@ -286,6 +286,7 @@ TABLE_5 = Table(
         for size in ("s", "b", "l", "xl", "h")
     ),
     counts_only=True,
+    timed=False,
 )
 
 TABLES = {table.number: table for table in (TABLE_3, TABLE_4, TABLE_5)}

@@ -76,11 +76,12 @@ from experiments.engine.specs.spec import Cost, Timing
 from experiments.engine.specs.stages import cost_stages
 from experiments.main_results import TABLES
 from experiments.related import AUTOREGRESSIVE
+from experiments.related import TABLES as RELATED
 
 # The row of which the table of memory says in words what it takes.
 MEMORY_ASKED = "DiCo-H"
 PREDICTED = (TABLES[1], TABLES[2], ABLATIONS[3], ABLATIONS[4])
-TIMED = {number: table for number, table in TABLES.items() if table.timed}
+TIMED = {number: table for number, table in (TABLES | RELATED).items() if table.timed}
 TIMED[AUTOREGRESSIVE.number] = replace(AUTOREGRESSIVE, timed=True)
 # Tables 3 and 4 are timed by ablation.py; here their latency is measured.
 NUMBERED = {table.number: table for table in PREDICTED}
@@ -125,7 +126,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--table",
         type=read_table_name,
         choices=list(NUMBERED | TIMED),
-        help="time the rows of a table of the paper, or of networks that predict tokens",
+        help="time the rows of a table of the paper, of its second version (v2-11 to v2-13), or "
+        "of networks that predict tokens",
     )
     subject.add_argument("--figure", type=int, choices=[3], help="time the networks of a figure")
     subject.add_argument(

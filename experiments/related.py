@@ -1,7 +1,8 @@
 """Print the systems around the DiCo paper: `experiments/related.py --table related`.
 
-Tables v2-11 to v2-13 are new in the second version of the paper. Table `related` has the systems
-that were published beside DiCo. These are counted here by one rule, and neither timed nor trained.
+Tables v2-11 to v2-13 are new in the second version of the paper; their networks are counted and
+timed. Table `related` has the systems that were published beside DiCo, which are counted by the
+same rule. None of these is trained: small networks of theirs are.
 
 Table `alignment` is of this suite: six networks with and without REPA's alignment, paired by seed.
 `experiments/related.py --table alignment --protocol cifar10_16 --seeds 0 1 2` trains and scores it.
@@ -54,18 +55,26 @@ IN_FLOWDCN = (
 UNKNOWN = "no configuration is published"
 
 
-def counted(label: str, name: str, note: str = "", *, size: int = 32, channels: int = 4) -> Row:
+def counted(
+    label: str,
+    name: str,
+    note: str = "",
+    *,
+    size: int = 32,
+    channels: int = 4,
+    heavy: bool = True,
+) -> Row:
     """Return a row whose registered network is counted at a size of its input."""
     network = Backbone(name)
     costs = (Cost(network, size, channels, 1000),)
-    return Row(label, network, {}, label, note=note, costs=costs, heavy=True)
+    return Row(label, network, {}, label, note=note, costs=costs, heavy=heavy)
 
 
 def _in_flowdcn(label: str, mixer: str) -> Row:
     """Return FlowDCN-S/2 with another mixer."""
     network = Backbone("flowdcn_s_2", dict(mixer=mixer))
     costs = (Cost(network, 32, 4, 1000),)
-    return Row(label, network, {}, label, note=IN_FLOWDCN, costs=costs, heavy=True)
+    return Row(label, network, {}, label, note=IN_FLOWDCN, costs=costs)
 
 
 def version_2(number: int, title: str, rows: tuple[Row, ...], conditions: str) -> Table:
@@ -92,8 +101,8 @@ TABLE_V2_12 = version_2(
     12,
     "FlowDCN's isotropic setting",
     (
-        counted("SiT-S/2", "sit_s_2"),
-        counted("FlowDCN-S/2", "flowdcn_s_2", NOT_MET),
+        counted("SiT-S/2", "sit_s_2", heavy=False),
+        counted("FlowDCN-S/2", "flowdcn_s_2", NOT_MET, heavy=False),
         _in_flowdcn("DiCo's Conv Module", "conv"),
     ),
     "ImageNet 256, 400K steps",
@@ -138,6 +147,7 @@ RELATED = Table(
         counted("TerDiT-4.2B", "terdit_4_2b", TERNARY),
     ),
     counts_only=True,
+    timed=False,
     conditions="ImageNet 256, guided",
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from analysis.query import (
     ReferenceStore,
     latest,
+    measured_stages,
     reference_selection,
     scores_of,
 )
@@ -23,7 +24,7 @@ from experiments.engine.reporting.tables import main_sheet
 from experiments.engine.specs.rows import Table
 from experiments.engine.specs.selection import Selection
 from experiments.engine.specs.spec import Stage
-from experiments.engine.specs.stages import cost_stage, cost_stages, timing_stage
+from experiments.engine.specs.stages import cost_stages
 from experiments.related import RELATED_SMALL
 from experiments.text_to_image import CHOICES
 
@@ -49,18 +50,16 @@ def ablation_sheet(table: Table, store: ReferenceStore) -> Sheet:
         add_difference(sheet, key, group)
 
     # what the table adds to its counts
-    stages: list[Stage] = [cost_stage(row) for row in table.rows]
     ours: list[Record] = []
     if table.counts_only:
         _add_dit_ratio(sheet, table, store)
     else:
         add_ranks(sheet, table, DIGITS, store)
         ours = add_conditions(sheet, table, 256, store)
-        stages += [timing_stage(row, table.baseline, "cpu") for row in table.rows]
         sheet.note(NoteKind.ROWS, RECONSTRUCTED)
 
     scored = [record for row in table.rows for record in scores_of(row, DIGITS, store)]
-    sheet.notes += record_caveats([*latest(stages, store), *scored, *ours])
+    sheet.notes += record_caveats([*latest(measured_stages(table), store), *scored, *ours])
     return sheet
 
 
@@ -69,8 +68,7 @@ def related_sheet(table: Table, store: ReferenceStore) -> Sheet:
     sheet = main_sheet(reference_selection(table, DIGITS, store), store, store.reference)
     for key, group in (("params", "params, M"), ("gflops", "Gflops")):
         add_difference(sheet, key, group)
-    counts: list[Stage] = [cost_stage(row) for row in table.rows if row.backbone]
-    sheet.notes += record_caveats(list(latest(counts, store)))
+    sheet.notes += record_caveats(list(latest(measured_stages(table), store)))
     return sheet
 
 

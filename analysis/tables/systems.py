@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from analysis.query import ReferenceStore, latest, reference_selection, scores_of
+from analysis.query import (
+    ReferenceStore,
+    latest,
+    measured_stages,
+    reference_selection,
+    scores_of,
+)
 from analysis.tables.ablations import add_difference
 from analysis.tables.caveats import record_caveats
 from analysis.tables.conditions import add_conditions
@@ -27,8 +33,8 @@ from experiments.engine.reporting.sheet import GAP, Cell, Column, Note, NoteKind
 from experiments.engine.reporting.tables import family_sheet, main_sheet
 from experiments.engine.specs.rows import Row, Table, TableName
 from experiments.engine.specs.selection import Selection
-from experiments.engine.specs.spec import Stage, spec_id
-from experiments.engine.specs.stages import cost_stages, timed_rows, timing_stage
+from experiments.engine.specs.spec import spec_id
+from experiments.engine.specs.stages import cost_stages, timing_stage
 
 # The protocol under which one small network of every family was trained.
 FAMILIES = DIGITS_WHOLE
@@ -64,17 +70,8 @@ def systems_sheet(table: Table, resolution: int, store: ReferenceStore) -> Sheet
         "The paper's scores are one run each, printed without error, so none is marked best. "
         f"Our scores on {FAMILIES.name}, one row per network, stand in the table of families.",
     )
-    sheet.notes += record_caveats([*latest(_measured_stages(table), store), *own])
+    sheet.notes += record_caveats([*latest(measured_stages(table), store), *own])
     return sheet
-
-
-def _measured_stages(table: Table) -> list[Stage]:
-    """The counts and CPU timings of a table's rows."""
-    stages: list[Stage] = [cost for row in table.rows for cost in cost_stages(row)]
-    if table.timed:
-        rows = timed_rows(table, table.rows, "cpu", named=True)
-        stages += [timing_stage(row, table.baseline, "cpu") for row in rows]
-    return stages
 
 
 def _add_same_counter(sheet: Sheet, known: list[System | None], store: ReferenceStore) -> None:

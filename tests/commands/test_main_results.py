@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import backbones
+from experiments import related
 from experiments.ablation import DICO_S
 from experiments.declared import recipes
 from experiments.declared.families import family_of
@@ -313,6 +314,20 @@ def test_heavy_networks_are_timed_on_a_cpu_only_when_they_are_named():
 
 def test_a_table_without_published_speed_is_not_timed():
     assert timed_rows(TABLE_8, TABLE_8.rows, "cuda", named=True) == []
+
+
+def test_what_is_only_counted_and_timed_is_timed_at_its_own_latents():
+    at_1024 = related.TABLE_V2_11
+    stages = [timing_stage(row, at_1024.baseline, "cpu") for row in at_1024.rows]
+    assert at_1024.counts_only and [stage.size for stage in stages] == [128, 128]
+    assert timed_rows(related.RELATED, related.RELATED.rows, "cuda", named=True) == []
+
+    # LightningDiT's latents are not its baseline's, and DiCo there has no known network.
+    table = related.TABLE_V2_13
+    timed = timed_rows(table, table.rows, "cpu", named=True)
+    assert [row.label for row in timed] == ["REPA", "LightningDiT"]
+    stage = timing_stage(timed[1], table.baseline, "cpu")
+    assert (stage.size, stage.channels, stage.baseline_input) == (16, 32, (32, 4))
 
 
 def test_latents_are_timed_at_the_size_of_the_table():

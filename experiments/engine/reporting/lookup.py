@@ -159,7 +159,10 @@ def timing_cell(record: Record | None, name: str) -> Cell:
         return Cell()
     if record.status != "done":
         return FAILED
-    return Cell(record.values.get(name), record.values.get(f"{name}_spread"), records=(record,))
+    value, spread = record.values.get(name), record.values.get(f"{name}_spread")
+    # One decimal of less than one image a second would be rounding alone.
+    digits = 2 if value is not None and value < 1 else None
+    return Cell(value, spread, digits, records=(record,))
 
 
 def score_cell(lookup: Lookup, row: Row, name: str) -> Cell:

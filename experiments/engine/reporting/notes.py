@@ -39,7 +39,7 @@ def count_notes(selection: Selection) -> list[Note]:
 def speed_notes(lookup: Lookup) -> list[Note]:
     """How rows were timed, and which of the timings compare."""
     selection = lookup.selection
-    if selection.table.counts_only or not selection.table.timed:
+    if not selection.table.timed:
         return []
     timed = [row for row in selection.networks if selection.timing_of(row)]
 

@@ -91,7 +91,7 @@ def main_sheet(selection: Selection, store: Store, folder: RecordFolder) -> Shee
 
     # columns, each with what fills it
     filled = _name_columns(paper) + _count_columns(lookup, paper)
-    if table.timed and not table.counts_only:
+    if table.timed:
         filled += _speed_columns(lookup, paper, machine)
     if scored:
         filled += _score_columns(lookup, machine)
@@ -106,11 +106,8 @@ def main_sheet(selection: Selection, store: Store, folder: RecordFolder) -> Shee
         sheet.add_row({each.column.key: each.cell(row) for each in filled})
     if scored and selection.protocol.features == DIGITS_TEXT:
         sheet.rows += real_rows(lookup.all_scored())
-    sheet.notes += count_notes(selection)
-    if table.counts_only:
-        sheet.notes += row_notes(selection)
-    else:
-        sheet.notes += speed_notes(lookup) + row_notes(selection)
+    sheet.notes += count_notes(selection) + speed_notes(lookup) + row_notes(selection)
+    if not table.counts_only:
         sheet.notes += score_notes(lookup, store) if scored else []
         sheet.notes += record_notes(lookup, with_measurements=True, with_scores=scored)
     return sheet

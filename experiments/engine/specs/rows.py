@@ -132,8 +132,9 @@ class Table:
     rows: tuple[Row, ...] = ()
     # Rows that are run and shown only if they are named.
     outside: tuple[Row, ...] = ()
-    # Whether nothing is timed, trained or scored.
+    # Whether nothing is trained or scored.
     counts_only: bool = False
+    # Whether a forward pass of its rows is timed.
     timed: bool = True
     # Label of the row that others are compared with; None: the first.
     against: str | None = None

@@ -88,7 +88,7 @@ class Selection:
 
     @cached_property
     def runs(self) -> tuple[Run, ...]:
-        """Return every run, seed by seed and row by row; none if the table only counts."""
+        """Return every run, seed by seed and row by row; none if the table trains nothing."""
         seeds = () if self.table.counts_only else self.seeds
         return tuple(Run.of(row, self.protocol, seed) for seed in seeds for row in self.networks)
 

@@ -376,6 +376,6 @@ def _timing_batch(networks: Sequence[Cost], device: str) -> int:
 
 def timed_rows(table: Table, rows: Sequence[Row], device: str, named: bool) -> list[Row]:
     """Return the rows that are timed: the networks, on a CPU without heavy ones unless named."""
-    if not table.timed or table.counts_only:
+    if not table.timed:
         return []
     return [row for row in rows if row.backbone and (device == "cuda" or named or not row.heavy)]

@@ -113,6 +113,13 @@ def test_counts_speed_and_scores_stand_in_their_columns(tmp_path: Path):
     assert sheet.column("fd_digits").group == "digits_whole (this machine, seed 0)"
 
 
+def test_less_than_one_image_a_second_has_two_decimals(tmp_path: Path):
+    store = Store(tmp_path)
+    speed = {"images_per_s": 0.1234, "images_per_s_spread": 0.0156, "relative": 0.5}
+    store.append(timing_stage(ROWS[0], ROWS[0], "cpu"), "done", speed, PROVENANCE)
+    assert labelled(main(store), ROWS[0].label)["img_s"] == "0.12 ±0.02"
+
+
 @pytest.mark.parametrize(
     "stage, key", [(0, "gflops"), (1, "img_s"), (2, "agreement"), (3, "agreement")]
 )
