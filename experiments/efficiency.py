@@ -29,6 +29,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from experiments import related
 from experiments.ablation import TABLES as ABLATIONS
 from experiments.declared import memory, speed_claims, timings
 from experiments.declared.systems import IMAGES, SYSTEMS
@@ -75,16 +76,14 @@ from experiments.engine.specs.rows import read_table_name
 from experiments.engine.specs.spec import Cost, Timing
 from experiments.engine.specs.stages import cost_stages
 from experiments.main_results import TABLES
-from experiments.related import AUTOREGRESSIVE
-from experiments.related import TABLES as RELATED
 
 # The row of which the table of memory says in words what it takes.
 MEMORY_ASKED = "DiCo-H"
 PREDICTED = (TABLES[1], TABLES[2], ABLATIONS[3], ABLATIONS[4])
-TIMED = {number: table for number, table in (TABLES | RELATED).items() if table.timed}
-TIMED[AUTOREGRESSIVE.number] = replace(AUTOREGRESSIVE, timed=True)
-# Tables 3 and 4 are timed by ablation.py; here their latency is measured.
-NUMBERED = {table.number: table for table in PREDICTED}
+TIMED = {number: table for number, table in (TABLES | related.TABLES).items() if table.timed}
+TIMED[related.AUTOREGRESSIVE.number] = replace(related.AUTOREGRESSIVE, timed=True)
+# Tables 3 and 4 are timed by ablation.py; here the latency of their networks is measured.
+LATENT = {table.number: table for table in (*PREDICTED, related.TERNARY)}
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     subject.add_argument(
         "--table",
         type=read_table_name,
-        choices=list(NUMBERED | TIMED),
+        choices=list(LATENT | TIMED),
         help="time the rows of a table of the paper, of its second version (v2-11 to v2-13), or "
         "of networks that predict tokens",
     )
@@ -152,7 +151,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=(*timings.TASKS, timings.LATENCY),
         default="forward",
         help="task to time or profile (default: forward); latency is that of one image, beside "
-        "the memory of inference, for Tables 1 to 4, and --predict predicts it too",
+        "the memory of inference, for Tables 1 to 4 and `ternary`; --predict predicts Tables 1 to "
+        "4",
     )
     parser.add_argument(
         "--sweep",
@@ -201,9 +201,9 @@ def _check_combination(parser: Parser, args: argparse.Namespace) -> None:
     if args.budget is not None and not (args.memory and args.budget > 0):
         parser.error("--budget goes with --memory, and takes gigabytes above 0")
     if args.task == timings.LATENCY:
-        if args.sweep or not (args.table in NUMBERED or args.predict):
+        if args.sweep or not (args.table in LATENT or args.predict):
             parser.error(
-                "--task latency goes with --table 1, 2, 3 or 4, or with --predict, without --sweep"
+                "--task latency goes with --table 1, 2, 3, 4 or ternary, or --predict, not --sweep"
             )
     elif args.task != "forward" and not (args.table or args.profile):
         parser.error("--task goes with --table or --profile")
@@ -358,7 +358,7 @@ def _sweeps(args: argparse.Namespace, device: str, acceleration: Acceleration) -
 
 
 def _latency(args: argparse.Namespace, device: str, acceleration: Acceleration) -> Work:
-    table = NUMBERED[args.table]
+    table = LATENT[args.table]
     named = args.rows is not None
     selected = [table.row(label) for label in args.rows] if named else table.rows
     if args.modes:

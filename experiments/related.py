@@ -40,7 +40,7 @@ GATED = (
     "its published Gflops are what a trained network spent on average; counted are DiT's operators "
     "with all gates on, and the routers"
 )
-TERNARY = "ternary weights save memory, and no multiply-accumulates"
+TERNARY_NOTE = "ternary weights save memory, and no multiply-accumulates"
 OTHER_LATENTS = (
     "counted at 16x16x32: its latents are VA-VAE's, so its scores are of another protocol than "
     "those of rows on the common latents"
@@ -143,8 +143,8 @@ RELATED = Table(
         counted("FlowDCN-XL/2", "flowdcn_xl_2"),
         counted("DyDiT-XL/2 (0.7)", "dydit_xl_2", GATED),
         counted("DyDiT-XL/2 (0.5)", "dydit_xl_2", GATED),
-        counted("TerDiT-600M", "terdit_600m", TERNARY),
-        counted("TerDiT-4.2B", "terdit_4_2b", TERNARY),
+        counted("TerDiT-600M", "terdit_600m", TERNARY_NOTE),
+        counted("TerDiT-4.2B", "terdit_4_2b", TERNARY_NOTE),
     ),
     counts_only=True,
     timed=False,
@@ -272,6 +272,32 @@ RELATED_SMALL = Table(
 )
 # The rows that others start from, which are tuned and trained first.
 PARENTS = replace(RELATED_SMALL, rows=(DIT_PARENT,))
+
+# ---- Ternary weights as they are stored
+
+
+def stored(label: str, name: str, form: str, **options: object) -> Row:
+    """Return a row whose network is loaded in a form of its weights."""
+    row = counted(f"{label} ({form})", name)
+    return replace(row, backbone=Backbone(name, options))
+
+
+TERNARY = Table(
+    number="ternary",
+    title="What packing ternary weights saves",
+    source="their paper",
+    published="tableternary.csv",
+    key=("model",),
+    rows=tuple(
+        stored(label, name, form, **options)
+        for label, name in (("TerDiT-600M", "terdit_600m"), ("TerDiT-4.2B", "terdit_4_2b"))
+        for form, options in (
+            ("full precision", dict(ternary=False)),
+            ("packed", dict(packed=True)),
+        )
+    ),
+    counts_only=True,
+)
 
 # ---- A network that predicts tokens, beside networks that predict noise
 

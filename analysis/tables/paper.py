@@ -30,6 +30,7 @@ from analysis.tables.speeds import (
     predicted_memory_sheet,
     predicted_speed_ups_sheet,
     predicted_throughput_sheet,
+    stored_weights_sheet,
     throughput_sheet,
 )
 from analysis.tables.systems import families_sheet, systems_sheet
@@ -62,6 +63,7 @@ SHEETS: dict[str, Callable[[ReferenceStore], Sheet]] = {
     "table8": partial(systems_sheet, main_results.TABLE_8, 256),
     "table9": partial(systems_sheet, main_results.TABLE_9, 512),
     **{f"table{name}": partial(related_sheet, table) for name, table in related.TABLES.items()},
+    "tablerelated_weights": stored_weights_sheet,
     "tablerelated-small": small_related_sheet,
     "tablerelated-small_savings": small_savings_sheet,
     "tablev2-3": partial(captioned_sheet, TABLE_V2_3),

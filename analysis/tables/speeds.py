@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from analysis.query import ReferenceStore, latest
 from analysis.tables.caveats import add_caveats
-from experiments import efficiency, main_results
+from experiments import efficiency, main_results, related
 from experiments.declared import memory, timings
 from experiments.engine.reporting.efficiency.inference.sheets import (
     inference_sheet,
     latency_sheet,
     predicted_latency_sheet,
 )
+from experiments.engine.reporting.efficiency.inference.stored import stored_sheet
 from experiments.engine.reporting.efficiency.memory import read_needs
 from experiments.engine.reporting.efficiency.memory_sheet import memory_sheet
 from experiments.engine.reporting.efficiency.predicted_sheets import (
@@ -74,6 +75,14 @@ def measured_latency_sheet(store: ReferenceStore) -> Sheet:
         if rows:
             break
     return add_caveats(latency_sheet(rows or declared, device, store.root, store.reference))
+
+
+def stored_weights_sheet(store: ReferenceStore) -> Sheet:
+    """Memory and time of ternary networks, in full precision and packed."""
+    table = related.TERNARY
+    declared = timings.latency_rows(table, table.rows, "cpu")
+    stages = {row.label: row.stages["fp32"] for row in declared}
+    return add_caveats(stored_sheet(table, stages, store, store.reference))
 
 
 def predicted_latencies_sheet(store: ReferenceStore) -> Sheet:

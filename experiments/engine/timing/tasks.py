@@ -71,8 +71,10 @@ class Task:
     memory_format: str = "any"
     # Whether time and label of a single image serve the whole batch, as in the authors' script.
     one_condition: bool = False
-    # Bytes of the networks and inputs that a forward pass finds; 0 for other tasks.
+    # Bytes of the networks and inputs that a forward pass finds, and of the networks alone; 0 for
+    # other tasks.
     held_bytes: int = 0
+    weights_bytes: int = 0
 
     def __call__(self) -> None:
         self.run()
@@ -95,6 +97,7 @@ def combine_tasks(tasks: Sequence[Task]) -> Task:
         memory_format=", ".join(sorted(layouts - {"any"})) or "any",
         one_condition=all(task.one_condition for task in tasks),
         held_bytes=sum(task.held_bytes for task in tasks),
+        weights_bytes=sum(task.weights_bytes for task in tasks),
     )
 
 
@@ -186,9 +189,10 @@ def _build_forward(network: Cost, spec: Timing, device: torch.device) -> Task:
     def forward() -> None:
         model(x, t, y)
 
-    held = (x, t, y, *model.parameters(), *model.buffers())
     layout = read_layout(x, *model.parameters())
-    return Task(forward, layout, one_condition, sum(each.nbytes for each in held))
+    weights = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
+    held = weights + sum(each.nbytes for each in (x, t, y))
+    return Task(forward, layout, one_condition, held, weights)
 
 
 @torch.inference_mode()

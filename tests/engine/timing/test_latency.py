@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from backbones import kernels
+from backbones import build, kernels
 from experiments.engine.jobs.execute import execute
 from experiments.engine.records.store import Store
 from experiments.engine.runtime.context import Resources
@@ -28,6 +28,7 @@ KEYS = {
     "latency_p95_s",
     "passes",
     "stable",
+    "weights_bytes",
     "peak_memory_bytes_one",
     "peak_memory_bytes_batch",
     "matmul_tf32",
@@ -62,6 +63,18 @@ def test_single_images_are_timed_and_a_full_batch_is_only_held(
     assert lengths.count(1) > latency.FEWEST_PASSES
     assert set(lengths) == {1, 7}
     assert lengths == sorted(lengths)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["full", "packed"])
+def test_the_weights_of_a_packed_network_take_a_byte_for_four(packed: bool):
+    options = dict(dim=48, depth=2, heads=3, packed=packed)
+    timing = declare_timing(backbone=Backbone("terdit_600m", options))
+    values = measure_latency(Latency(timing))
+    model = build("terdit_600m", **size_backbone(list_networks(timing)[0]).options)
+    tensors = [*model.parameters(), *model.buffers()]
+    assert values["weights_bytes"] == sum(x.nbytes for x in tensors)
+    assert values["peak_memory_bytes_one"] > values["weights_bytes"]
+    assert any(x.dtype == torch.uint8 for x in tensors) == packed
 
 
 def test_a_latency_is_the_median_and_the_time_that_19_of_20_passes_stay_within(

@@ -55,6 +55,7 @@ def measure_latency(spec: Latency) -> dict[str, Any]:
         settings = read_settings(device, task) | Launches.count().since(launches)
         seconds = _time_passes(task, device)
         peak_of_one = _peak(task, warm)
+        weights = task.weights_bytes
 
         # The full batch replaces it.
         del task
@@ -65,6 +66,7 @@ def measure_latency(spec: Latency) -> dict[str, Any]:
         "latency_p95_s": statistics.quantiles(seconds, n=20, method="inclusive")[-1],
         "passes": len(seconds),
         "stable": warm.stable,
+        "weights_bytes": weights,
         "peak_memory_bytes_one": peak_of_one,
         "peak_memory_bytes_batch": peak_of_batch,
         **settings,
