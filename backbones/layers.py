@@ -243,11 +243,11 @@ class Downsample(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        conv = Conv3x3(dim, dim // 2, bias=False)
-        self.body = nn.Sequential(conv, nn.PixelUnshuffle(2))
+        # The authors' shuffle is the other part of their body.
+        self.body = nn.Sequential(Conv3x3(dim, dim // 2, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.body(x)
+        return kernels.pixel_unshuffle(self.body(x))
 
 
 class Upsample(nn.Module):
@@ -255,11 +255,11 @@ class Upsample(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        conv = Conv3x3(dim, dim * 2, bias=False)
-        self.body = nn.Sequential(conv, nn.PixelShuffle(2))
+        # The authors' shuffle is the other part of their body.
+        self.body = nn.Sequential(Conv3x3(dim, dim * 2, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.body(x)
+        return kernels.pixel_shuffle(self.body(x))
 
 
 # Heads

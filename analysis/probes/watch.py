@@ -37,6 +37,8 @@ IGNORED_KERNELS = (
     "depthwise",
     "depthwise_gelu",
     "gelu",
+    "pixel_shuffle",
+    "pixel_unshuffle",
     "pointwise_gated",
     "pointwise_gelu",
     "pool",

@@ -32,6 +32,7 @@ from backbones.kernels.op import (
 )
 from backbones.kernels.sample_depthwise import sample_depthwise
 from backbones.kernels.selective_scan import selective_scan
+from backbones.kernels.shuffle import pixel_shuffle, pixel_unshuffle
 from backbones.kernels.update import Rates, adamw, lerp
 
 __all__ = [
@@ -58,6 +59,8 @@ __all__ = [
     "linear_attention",
     "observing",
     "outside_graphs",
+    "pixel_shuffle",
+    "pixel_unshuffle",
     "pointwise",
     "pointwise_gated",
     "pointwise_gelu",

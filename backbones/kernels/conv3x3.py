@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from backbones.kernels import rows
 from backbones.kernels.op import Choice, Op
+from backbones.kernels.rows_linear import linear
 
 # Products of a tile of Winograd's algorithm, as in conv3x3.c.
 PLANES = 16
@@ -23,7 +24,9 @@ GAP = 16
 # Tiles whose products stay in the cache.
 TILES = 96
 # Channels of the input from which the products save more than the transforms cost.
-ENOUGH = 16
+ENOUGH = 12
+# Channels of either side below which one product of all taps is faster.
+FEW = 4
 
 reference = partial(F.conv2d, padding=1)
 
@@ -74,8 +77,51 @@ def _call(direction: str, x: Tensor, tensors: tuple[Tensor | None, ...], outputs
     rows.call(name, *tensors, scratch, *sizes, samples, channels=channels)
 
 
+class _Taps(torch.autograd.Function):
+    """The surroundings of each pixel, (N, H, W, C) -> (N, H, W, 9C), or the transpose of that."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scatters: bool) -> Tensor:
+        ctx.scatters = scatters
+        return _move_taps(x, scatters)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _move_taps(grad.contiguous(), not ctx.scatters), None
+
+
+def _move_taps(x: Tensor, scatters: bool) -> Tensor:
+    *pixels, c = x.shape
+    if scatters:
+        y = x.new_empty(*pixels, c // 9)
+        rows.call("scatter_taps", x, y, *pixels, c // 9, channels=())
+    else:
+        y = x.new_empty(*pixels, 9 * c)
+        rows.call("gather_taps", x, y, *pixels, c, channels=())
+    return y
+
+
+def _convolve_few_inputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    taps = _Taps.apply(x.permute(0, 2, 3, 1), False)  # (N, H, W, 9C)
+    return linear(taps, weight.permute(0, 2, 3, 1).flatten(1), bias).permute(0, 3, 1, 2)
+
+
+def _convolve_few_outputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # A pixel gives to its surroundings what they would take from it, from the opposite side.
+    weight = weight.flip(2, 3).permute(2, 3, 0, 1).flatten(0, 2)  # (9 C_out, C)
+    taps = linear(x.permute(0, 2, 3, 1), weight)  # (N, H, W, 9 C_out)
+    y = _Taps.apply(taps, True)  # (N, H, W, C_out)
+    return (y if bias is None else y + bias).permute(0, 3, 1, 2)
+
+
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Convolve with fewer products than one per tap and output."""
+    """Convolve with fewer products than one per tap and output, or all taps in one product."""
+    outputs, inputs = weight.shape[:2]
+    if inputs < FEW:
+        return _convolve_few_inputs(x, weight, bias)
+    if outputs < FEW:
+        return _convolve_few_outputs(x, weight, bias)
     return _Conv3x3.apply(x, weight, bias)
 
 
@@ -84,7 +130,7 @@ def _supports(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 
 
 def _pays(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    return weight.shape[1] >= ENOUGH and rows.pays()
+    return not FEW <= weight.shape[1] < ENOUGH and rows.pays()
 
 
 conv3x3 = Op(

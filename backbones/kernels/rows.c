@@ -94,6 +94,39 @@ void mean_backward(const float *grad, float *grad_x, long n, long t, long c) {
             EACH(k, c) STORE(grad_x + k, LOAD(grad + k) / (float)t);
 }
 
+/* Squares of 2x2 pixels as channels, (n, 2h, 2w, c) -> (n, h, w, 4c), and back. The pixels of x begin
+ * `apart` numbers after each other. */
+
+void unshuffle(const float *restrict x, float *restrict y, long n, long h, long w, long c,
+               long apart) {
+    long line = 2 * w * apart;
+    for (long i = 0; i < n * h; i++, x += 2 * line)
+        for (long j = 0; j < w; j++, y += 4 * c) {
+            const float *top = x + 2 * j * apart, *bottom = top + line;
+            for (long k = 0; k < c; k++) {
+                y[4 * k] = top[k];
+                y[4 * k + 1] = top[apart + k];
+                y[4 * k + 2] = bottom[k];
+                y[4 * k + 3] = bottom[apart + k];
+            }
+        }
+}
+
+void shuffle(const float *restrict x, float *restrict y, long n, long h, long w, long c,
+             long apart) {
+    long line = 2 * w * c;
+    for (long i = 0; i < n * h; i++, y += 2 * line)
+        for (long j = 0; j < w; j++, x += apart) {
+            float *top = y + 2 * j * c, *bottom = top + line;
+            for (long k = 0; k < c; k++) {
+                top[k] = x[4 * k];
+                top[c + k] = x[4 * k + 1];
+                bottom[k] = x[4 * k + 2];
+                bottom[c + k] = x[4 * k + 3];
+            }
+        }
+}
+
 /* Exact GELU. */
 
 void gelu_forward(const float *x, float *y, float *slope, long size) {

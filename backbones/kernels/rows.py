@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-NAMES = ("rows.c", "attend.c", "conv3x3.c", "update.c")
+NAMES = ("rows.c", "attend.c", "conv3x3.c", "taps.c", "update.c")
 SOURCES = tuple(Path(__file__).with_name(name) for name in NAMES)
 HEADER = Path(__file__).with_name("rows.h")
 # Results do not depend on what the processor has beyond AVX2.
@@ -45,6 +45,8 @@ _FUNCTIONS = {
     "gate_backward": "ppppp nnnn",
     "mean_forward": "pp nnn",
     "mean_backward": "pp nnn",
+    "shuffle": "pp nnnnn",
+    "unshuffle": "pp nnnnn",
     "gelu_forward": "ppp n",
     "linear_forward": "ppppp nnn",
     "linear_backward": "pppppp nnn",
@@ -54,6 +56,8 @@ _FUNCTIONS = {
     "leave_backward": "pppppppppppp nnnnn",
     "depthwise_forward": "pppppp nnnnn",
     "depthwise_backward": "pppppppp nnnnn",
+    "gather_taps": "pp nnnn",
+    "scatter_taps": "pp nnnn",
     "winograd_forward": "pppppp nnnnnn",
     "winograd_backward": "ppppppp nnnnnn",
     "neighbours_forward": "ppppp nnnnn",
@@ -147,7 +151,9 @@ def call(name: str, *args: Any, channels: tuple[int, ...]) -> None:
         args: its arguments: tensors, arrays of ctypes, numbers or None.
         channels: every number of channels that it goes through by vectors.
     """
-    whole = not any(number % LANES for number in channels)
+    whole = True
+    for number in channels:
+        whole = whole and number % LANES == 0
     function = getattr(library(whole), name)
     function(*[x.data_ptr() if isinstance(x, Tensor) else x for x in args])
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,16 +29,17 @@ class Rates:
 
 def _supports(tensors: Tensors, others: Tensors, *args: Any) -> bool:
     """Tell whether the functions in C take the tensors: those of a pair lie alike, in one piece."""
-    return all(
-        rows.fits(x)
-        and type(other) in (Tensor, torch.nn.Parameter)
-        and x.dtype == other.dtype
-        and any(map(partial(_lie_in, x, other), (torch.contiguous_format, torch.channels_last)))
-        for x, other in zip(tensors, others, strict=True)
-    )
+    for x, other in zip(tensors, others, strict=True):
+        is_plain = type(other) in (Tensor, torch.nn.Parameter) and x.dtype == other.dtype
+        if not (is_plain and _lie_alike(x, other) and rows.fits(x)):
+            return False
+    return True
 
 
-def _lie_in(x: Tensor, other: Tensor, layout: torch.memory_format) -> bool:
+def _lie_alike(x: Tensor, other: Tensor) -> bool:
+    if x.is_contiguous() and other.is_contiguous():
+        return True
+    layout = torch.channels_last
     return x.is_contiguous(memory_format=layout) and other.is_contiguous(memory_format=layout)
 
 

@@ -117,6 +117,16 @@ def pool(large: bool) -> tuple[list[Tensor], list[Tensor]]:
     return [x.contiguous(memory_format=torch.channels_last)], []
 
 
+def pixel_shuffle(large: bool) -> tuple[list[Tensor], list[Tensor]]:
+    (x,) = draw((3, 44, 9, 7) if large else (2, 12, 5, 3))
+    return [x.contiguous(memory_format=torch.channels_last)], []
+
+
+def pixel_unshuffle(large: bool) -> tuple[list[Tensor], list[Tensor]]:
+    (x,) = draw((3, 11, 18, 14) if large else (2, 3, 10, 6))
+    return [x.contiguous(memory_format=torch.channels_last)], []
+
+
 def scale(large: bool) -> tuple[list[Tensor], list[Tensor]]:
     (_, gate, branch), _ = addcmul(large)
     return [branch, gate], []
@@ -182,6 +192,8 @@ CASES = {
     "linear": linear,
     "adaln": adaln,
     "addcmul": addcmul,
+    "pixel_shuffle": pixel_shuffle,
+    "pixel_unshuffle": pixel_unshuffle,
     "pool": pool,
     "pointwise": pointwise,
     "scale": scale,

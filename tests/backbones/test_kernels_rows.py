@@ -29,6 +29,8 @@ LIMIT = 1e-5
 SHAPES = [(1, 8, 1, 1), (67, 24, 1, 3), (3, 24, 2, 5), (2, 40, 7, 3), (2, 104, 11, 9)]
 SHAPES += [(3, 5, 3, 4), (65, 21, 1, 3)]
 SIDES_OF_WEIGHT = {"linear": (), "pointwise": (1, 1), "conv3x3": (3, 3)}
+# Inputs and outputs of the convolutions that take all taps in one product.
+FEW_CHANNELS = {"conv3x3 few inputs": (2, 7), "conv3x3 few outputs": (13, 3)}
 
 
 def image(*shape: int) -> Tensor:
@@ -54,13 +56,17 @@ def inputs_of(op: str, n: int, c: int, h: int, w: int) -> list[Tensor]:
         return [image(n, c, h, w), gate, image(n, c, h, w)]
     if op == "scale":
         return [image(n, c, h, w), gate]
-    if op in ("pool", "gelu"):
-        return [image(n, c, h, w)]
+    alone = {"pixel_shuffle": (n, 4 * c, h, w), "pixel_unshuffle": (n, c, 2 * h, 2 * w)}
+    alone |= dict.fromkeys(("pool", "gelu"), (n, c, h, w))
+    if op in alone:
+        return [image(*alone[op])]
     if op == "linear of a grid":
         return [normal(n, h, w, c), normal(2 * c, c), normal(2 * c)]
-    if op in SIDES_OF_WEIGHT:
-        x = normal(n, h * w, c) if op == "linear" else image(n, c, h, w)
-        return [x, normal(2 * c, c, *SIDES_OF_WEIGHT[op]), normal(2 * c)]
+    name = op.partition(" ")[0]
+    if name in SIDES_OF_WEIGHT:
+        inputs, outputs = FEW_CHANNELS.get(op, (c, 2 * c))
+        x = normal(n, h * w, c) if name == "linear" else image(n, inputs, h, w)
+        return [x, normal(outputs, inputs, *SIDES_OF_WEIGHT[name]), normal(outputs)]
 
     if "attention" in op:
         return inputs_of_attention(op, n, c, h * w)
@@ -95,7 +101,8 @@ def inputs_of_attention(op: str, n: int, c: int, t: int) -> list[Tensor]:
     + ["depthwise 7", "depthwise_gelu 3", "depthwise_gelu 5", "depthwise_gelu 7"]
     + ["linear", "linear of a grid", "pointwise", "adaln_pointwise_gelu"]
     + ["pointwise_gated", "pointwise_gated with factor", "channel_attention"]
-    + ["attention", "self attention", "attention with bias"],
+    + ["attention", "self attention", "attention with bias", "pixel_shuffle", "pixel_unshuffle"]
+    + ["conv3x3 few inputs", "conv3x3 few outputs"],
 )
 def test_a_pass_computes_what_the_reference_computes(case: str, shape: tuple[int, ...]):
     name = case.removeprefix("self ").split()[0]
@@ -109,6 +116,21 @@ def test_a_pass_computes_what_the_reference_computes(case: str, shape: tuple[int
         assert (value - truth).norm() <= LIMIT * truth.norm()
 
 
+@pytest.mark.parametrize("name", ["pixel_shuffle", "pixel_unshuffle"])
+def test_a_gradient_of_joined_channels_is_shuffled_where_it_lies(name: str):
+    op = getattr(kernels, name)
+    (x,) = inputs_of(name, 3, 5, 4, 2)
+    other = op(x)
+
+    def join(x: Tensor) -> Tensor:
+        return torch.cat([other.to(x.dtype), op(x)], dim=1)
+
+    truth = with_gradients(join, [x])
+    with kernels.use(**{name: "rows"}):
+        value = with_gradients(join, [x.float()])
+    assert all(torch.equal(a, b.float()) for a, b in zip(value, truth, strict=True))
+
+
 def test_gelu_is_exact_far_from_zero():
     x = torch.linspace(-40, 40, 8000)
     truth = torch.nn.functional.gelu(x.double())
@@ -116,7 +138,9 @@ def test_gelu_is_exact_far_from_zero():
     assert rows.gelu(torch.tensor([float("nan")] * 8)).isnan().all()
 
 
-@pytest.mark.parametrize("case", ["depthwise 3", "conv3x3"])
+@pytest.mark.parametrize(
+    "case", ["depthwise 3", "conv3x3", "conv3x3 few inputs", "conv3x3 few outputs"]
+)
 def test_a_convolution_needs_no_bias(case: str):
     op = getattr(kernels, case.split()[0])
     inputs = inputs_of(case, 2, 24, 3, 5)[:2]

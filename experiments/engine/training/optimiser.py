@@ -59,6 +59,14 @@ class _AdamW(torch.optim.AdamW):
             kernels.adamw(weights, grads, *moments, self.found_inf, rates)
         return None
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        if not set_to_none:
+            super().zero_grad(set_to_none)
+            return
+        for group in self.param_groups:
+            for weight in group["params"]:
+                weight.grad = None
+
     def _weights(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.grad is not None]
 
@@ -126,10 +134,21 @@ def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": others}, {"params": exempt, "weight_decay": 0.0}]
 
 
-@torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """Move every parameter of `ema` to decay * ema + (1 - decay) * model, and copy buffers."""
-    averages, weights = own_parts(ema.parameters()), own_parts(model.parameters())
-    kernels.lerp(averages, weights, 1 - decay)
-    for averaged, buffer in zip(ema.buffers(), model.buffers(), strict=True):
-        averaged.copy_(buffer)
+class MovingAverage:
+    """The average of a network's weights, which every step moves towards them.
+
+    It lists the tensors once: walking through the modules of a small network takes as long as the
+    update. Whoever gives the networks other weights copies them into these.
+    """
+
+    def __init__(self, averaged: nn.Module, model: nn.Module, decay: float) -> None:
+        self._averages, self._weights = list(averaged.parameters()), list(model.parameters())
+        self._buffers = list(zip(averaged.buffers(), model.buffers(), strict=True))
+        self._decay = decay
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move every average to decay * average + (1 - decay) * weight, and copy buffers."""
+        kernels.lerp(own_parts(self._averages), own_parts(self._weights), 1 - self._decay)
+        for averaged, buffer in self._buffers:
+            averaged.copy_(buffer)

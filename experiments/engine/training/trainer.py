@@ -38,10 +38,10 @@ from experiments.engine.training.averages import PowerAverages
 from experiments.engine.training.networks import build, build_objective
 from experiments.engine.training.networks import load_ema as load_ema
 from experiments.engine.training.optimiser import (
+    MovingAverage,
     build_optimizer,
     load_optimizer,
     lr_at,
-    update_ema,
 )
 from experiments.engine.training.sharded.network import shard_network
 from experiments.engine.training.stochastic_depth import increment_weights
@@ -104,6 +104,7 @@ class Trainer:
             self.entry = entry = self.aligner.aligned
         if self.is_parted:
             self._shard(resources.compile)
+        self.moving_average = MovingAverage(self.ema, self.model, spec.recipe.ema)
         self.averages = PowerAverages(self.model) if spec.recipe.power_snapshots else None
         beside = self.aligner.aligned.projector.parameters() if self.aligner else ()
         shards_state = resources.shard_optimizer and group.world_size > 1 and not self.is_parted
@@ -278,7 +279,7 @@ class Trainer:
             norm = make_whole(norm)
         self.freeze.judge(self.step, loss, norm)
         self.optimizer.step()
-        update_ema(self.ema, self.model, recipe.ema)
+        self.moving_average.update()
         if self.averages:
             self.averages.update(self.step + 1)
         return loss
