@@ -69,6 +69,7 @@ FILES = {
     "tablev2-12.csv": _VERSION_2,
     "tablev2-13.csv": _VERSION_2,
     "tablerelated.csv": Contents(("model", "params"), ("gflops", "fid")),
+    "tableternary.csv": Contents(("model",), ("weights_gb", "peak_gb", "seconds")),
     "tablerelated-small.csv": Contents(
         ("model",), ("gflops", "dense_gflops", "seconds", "dense_seconds", "fid")
     ),
@@ -86,6 +87,8 @@ POSITIVE = {
     "dense_gflops",
     "seconds",
     "dense_seconds",
+    "weights_gb",
+    "peak_gb",
     "throughput_img_s",
     "params_m",
     "gflops_ratio_to_dit",

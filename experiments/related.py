@@ -276,10 +276,10 @@ PARENTS = replace(RELATED_SMALL, rows=(DIT_PARENT,))
 # ---- Ternary weights as they are stored
 
 
-def stored(label: str, name: str, form: str, **options: object) -> Row:
+def stored(label: str, name: str, has_published: bool, **form: object) -> Row:
     """Return a row whose network is loaded in a form of its weights."""
-    row = counted(f"{label} ({form})", name)
-    return replace(row, backbone=Backbone(name, options))
+    row = replace(counted(label, name), backbone=Backbone(name, form))
+    return row if has_published else replace(row, published=None)
 
 
 TERNARY = Table(
@@ -288,13 +288,11 @@ TERNARY = Table(
     source="their paper",
     published="tableternary.csv",
     key=("model",),
-    rows=tuple(
-        stored(label, name, form, **options)
-        for label, name in (("TerDiT-600M", "terdit_600m"), ("TerDiT-4.2B", "terdit_4_2b"))
-        for form, options in (
-            ("full precision", dict(ternary=False)),
-            ("packed", dict(packed=True)),
-        )
+    rows=(
+        stored("TerDiT-600M (full precision)", "terdit_600m", False, ternary=False),
+        stored("TerDiT-600M (packed)", "terdit_600m", False, packed=True),
+        stored("TerDiT-4.2B (full precision)", "terdit_4_2b", True, ternary=False),
+        stored("TerDiT-4.2B (packed)", "terdit_4_2b", True, packed=True),
     ),
     counts_only=True,
 )
@@ -323,7 +321,6 @@ AUTOREGRESSIVE = Table(
             heavy=True,
         ),
     ),
-    timed=False,
 )
 
 # ---- Alignment with the features of an encoder

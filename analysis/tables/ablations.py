@@ -23,8 +23,6 @@ from experiments.engine.reporting.sheet import GAP, Cell, Column, NoteKind, Shee
 from experiments.engine.reporting.tables import main_sheet
 from experiments.engine.specs.rows import Table
 from experiments.engine.specs.selection import Selection
-from experiments.engine.specs.spec import Stage
-from experiments.engine.specs.stages import cost_stages
 from experiments.related import RELATED_SMALL
 from experiments.text_to_image import CHOICES
 
@@ -72,24 +70,21 @@ def related_sheet(table: Table, store: ReferenceStore) -> Sheet:
     return sheet
 
 
-def small_related_sheet(store: ReferenceStore) -> Sheet:
-    """Counts and scores of small networks of related systems."""
-    sheet = main_sheet(_small_related(), store, store.reference)
-    counts: list[Stage] = [cost for row in RELATED_SMALL.rows for cost in cost_stages(row)]
-    records = [
-        record for row in RELATED_SMALL.rows for record in scores_of(row, DIGITS_LONG, store)
-    ]
-    sheet.notes += record_caveats([*latest(counts, store), *records])
+def small_sheet(table: Table, store: ReferenceStore) -> Sheet:
+    """Counts, speed and scores of small networks of related systems."""
+    sheet = main_sheet(_small(table), store, store.reference)
+    records = [record for row in table.rows for record in scores_of(row, DIGITS_LONG, store)]
+    sheet.notes += record_caveats([*latest(measured_stages(table), store), *records])
     return sheet
 
 
 def small_savings_sheet(store: ReferenceStore) -> Sheet:
     """What the gates of small networks save, as published, counted and measured."""
-    return savings_sheet(_small_related(), store, store.reference)
+    return savings_sheet(_small(RELATED_SMALL), store, store.reference)
 
 
-def _small_related() -> Selection:
-    return Selection(RELATED_SMALL, RELATED_SMALL.rows, DIGITS_LONG, range(3), "cpu")
+def _small(table: Table) -> Selection:
+    return Selection(table, table.rows, DIGITS_LONG, range(3), "cpu")
 
 
 def captioned_sheet(table: Table, store: ReferenceStore) -> Sheet:

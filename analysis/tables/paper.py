@@ -15,8 +15,8 @@ from analysis.tables.ablations import (
     ablation_sheet,
     captioned_sheet,
     related_sheet,
-    small_related_sheet,
     small_savings_sheet,
+    small_sheet,
     words_sheet,
 )
 from analysis.tables.caveats import add_caveats
@@ -64,7 +64,8 @@ SHEETS: dict[str, Callable[[ReferenceStore], Sheet]] = {
     "table9": partial(systems_sheet, main_results.TABLE_9, 512),
     **{f"table{name}": partial(related_sheet, table) for name, table in related.TABLES.items()},
     "tablerelated_weights": stored_weights_sheet,
-    "tablerelated-small": small_related_sheet,
+    "tablerelated-small": partial(small_sheet, related.RELATED_SMALL),
+    "tableautoregressive": partial(small_sheet, related.AUTOREGRESSIVE),
     "tablerelated-small_savings": small_savings_sheet,
     "tablev2-3": partial(captioned_sheet, TABLE_V2_3),
     "distillation": partial(captioned_sheet, TABLE_DISTILLATION),

@@ -154,6 +154,7 @@ def test_every_published_row_names_its_source(name: str):
         "code.csv": "arXiv:2411.17787",
         "tablerelated.csv": r"arXiv:\d{4}\.\d{5}|README of",
         "tablerelated-small.csv": r"arXiv:\d{4}\.\d{5}",
+        "tableternary.csv": "arXiv:2405.14854",
         "cards.csv": "NVIDIA .*(data sheet|white paper|architecture)",
     }
     sources = others.get(name, "arXiv:2505.11196|authors' log")
