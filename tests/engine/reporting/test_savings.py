@@ -67,3 +67,17 @@ def test_savings_are_counted_at_the_used_share_and_measured_beside_it(tmp_path: 
     assert row["masked"].value == pytest.approx(-25)
     assert row["agreement"].value == pytest.approx(-0.03)
     assert row["counted"].records
+
+
+def test_a_row_is_compared_with_its_parent_of_the_same_seed(tmp_path: Path):
+    """The parent of the other seed says nothing about this one."""
+    store = Store(tmp_path)
+    first, second = SELECTION.runs_of(DIT_PARENT)
+    add_run(store, first, agreement=0.5)
+    add_run(store, second, agreement=0.93)
+    measured = dict(used_share=0.5, used_share_sd=0.2, gathered_speed_up=1.2, masked_speed_up=0.9)
+    add_run(store, SELECTION.runs_of(HALF)[1], agreement=0.9, **measured)
+
+    row = next(row for row in sheet_of(store).rows if row["row"].label == HALF.label)
+    assert row["agreement"].value == pytest.approx(-0.03)
+    assert len(row["agreement"].records) == 2

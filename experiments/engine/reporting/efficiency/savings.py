@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 
 from experiments.engine.records.store import Record, RecordFolder, Store
 from experiments.engine.reporting.lookup import Lookup, PublishedTable, mean_cell
@@ -56,7 +58,7 @@ def savings_sheet(selection: Selection, store: Store, folder: RecordFolder) -> S
         Column("published_seconds", "published, time", saving, 1),
         Column("gathered", "measured, gathered", saving, 1),
         Column("masked", "measured, masked", saving, 1),
-        Column("agreement", "agreement", "less its parent's", 3),
+        Column("agreement", "less its parent's", "agreement", 3),
     ]
     sheet = Sheet(f"What gates save on {selection.protocol.name}", columns)
     for row in gated_rows(selection):
@@ -118,17 +120,20 @@ def _measured(path: str) -> Callable[[dict[str, float]], float]:
 
 
 def _beside_parent(row: Row, records: list[Record], lookup: Lookup) -> Cell:
-    """Return by how much the labels of samples agree more than the parent's, seed by seed."""
+    """Return by how much the labels of samples agree more than the parent's of the same seed."""
     assert row.tuning is not None
-    parents = lookup.scored(row.tuning.parent)
-    if not records or len(parents) != len(records):
-        return GAP
+    parents = {_seed_of(record): record for record in lookup.scored(row.tuning.parent)}
+    pairs = [(each, parents[_seed_of(each)]) for each in records if _seed_of(each) in parents]
     differences = [
         {"agreement": record.values["agreement"] - parent.values["agreement"]}
-        for record, parent in zip(records, parents, strict=True)
+        for record, parent in pairs
     ]
     cell = mean_cell("agreement", differences, 3)
-    return Cell(cell.value, cell.error, cell.digits, records=(*records, *parents))
+    return replace(cell, records=tuple(itertools.chain(*pairs)))
+
+
+def _seed_of(evaluation: Record) -> int:
+    return evaluation.spec["train"]["seed"]
 
 
 def _over_seeds(
