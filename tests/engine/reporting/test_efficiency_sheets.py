@@ -16,6 +16,7 @@ from experiments.engine.reporting.sheet import Sheet
 from experiments.engine.specs.rows import Row
 from experiments.engine.specs.spec import Backbone, Ceilings, Cost
 from experiments.main_results import TABLE_1
+from experiments.related import AUTOREGRESSIVE
 from tests.support.timings import record_values, timing_values
 
 DICO = TABLE_1.row("DiCo-S")
@@ -122,6 +123,13 @@ def test_what_the_paper_timed_stands_beside_a_forward_pass_alone(tmp_path: Path)
         )
     }
     assert with_paper == {"forward"}
+
+
+def test_a_table_that_no_paper_has_is_printed_without_published_speed(tmp_path: Path):
+    timed = timings.timed_table(AUTOREGRESSIVE, AUTOREGRESSIVE.rows, "cpu", "forward")
+    sheet = speed_sheet(timed, Store(tmp_path))
+    assert [row["row"].label for row in sheet.rows] == [row.label for row in AUTOREGRESSIVE.rows]
+    assert all(cell.is_gap for key in ("paper_rate", "paper_peak") for cell in sheet.values(key))
 
 
 def test_what_is_timed_in_another_way_than_in_its_paper_is_said(tmp_path: Path):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from experiments.engine.records.store import Record, RecordFolder, Store
 from experiments.engine.reporting.caveats import timing_caveats
+from experiments.engine.reporting.lookup import PublishedTable
 from experiments.engine.reporting.sheet import (
     FAILED,
     GAP,
@@ -201,10 +202,9 @@ def _timing_cells(stage: Timing, mode: str, core_macs: float | None, source: Rec
 
 def _paper_cells(row: Row, table: Table, store: Store) -> Cells:
     """Return the paper's throughput of a row, alone and relative to the baseline's."""
-    published = store.published(table.published, table.key)
-    paper = published[row.published] if row.published else {}
-    baseline = table.baseline.published
-    base = _number(published[baseline], "throughput_img_s") if baseline else None
+    published = PublishedTable(table, store)
+    paper = published.row(row)
+    base = _number(published.row(table.baseline), "throughput_img_s")
     rate, gflops = _number(paper, "throughput_img_s"), _number(paper, "gflops")
 
     cells = {"paper_rate": Cell(rate, digits=1)}
