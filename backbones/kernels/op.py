@@ -119,7 +119,6 @@ class Op:
         """
         self.name = name
         self.choices = {choice.name: replace(choice) for choice in choices}
-        *self._wanted, self._reference = self.choices.values()
         self.macs = macs
         self.sampling = sampling
         _ops[name] = self
@@ -148,11 +147,11 @@ class Op:
                 )
             return choice
 
-        # Otherwise the first choice that fits and pays runs, and the reference always does.
-        for choice in self._wanted:
+        # Otherwise the first choice that fits and pays runs.
+        for choice in self.choices.values():
             if choice.supports(*args, **kwargs) and choice.pays(*args, **kwargs):
                 return choice
-        return self._reference
+        raise AssertionError(f"the last choice of {self.name} refuses a call")
 
 
 @contextmanager

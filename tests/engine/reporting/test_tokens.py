@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,8 +81,9 @@ def test_a_ladder_chooses_a_rate_by_the_cross_entropy(store: Store):
 
 
 def test_tokens_are_those_of_four_scales_and_name_the_run():
-    selection = Selection(AUTOREGRESSIVE, [VAR], DIGITS_LONG, (0,), "cpu")
-    (run,) = selection.runs
+    # At the protocol's own rate, whatever the ladder has chosen since.
+    protocol = replace(DIGITS_LONG, rates={})
+    (run,) = Selection(AUTOREGRESSIVE, [VAR], protocol, (0,), "cpu").runs
     assert run.stage.sampler.num_steps == 4
     assert run.stage.train.tokenizer is not None
     assert spec_id(run.stage.train) == "b6305bd4a6ee7541"
