@@ -243,7 +243,7 @@ class Downsample(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        # The authors' shuffle is the other part of their body.
+        # A body of one layer keeps the authors' names: their shuffle has no weights.
         self.body = nn.Sequential(Conv3x3(dim, dim // 2, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -255,7 +255,7 @@ class Upsample(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        # The authors' shuffle is the other part of their body.
+        # A body of one layer keeps the authors' names: their shuffle has no weights.
         self.body = nn.Sequential(Conv3x3(dim, dim * 2, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ PREDICTED = (TABLES[1], TABLES[2], ABLATIONS[3], ABLATIONS[4])
 TIMED = {number: table for number, table in (TABLES | related.TABLES).items() if table.timed}
 TIMED[related.AUTOREGRESSIVE.number] = related.AUTOREGRESSIVE
 # Tables 3 and 4 are timed by ablation.py; here the latency of their networks is measured.
-LATENT = {table.number: table for table in (*PREDICTED, related.TERNARY)}
+WITH_LATENCY = {table.number: table for table in (*PREDICTED, related.TERNARY)}
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     subject.add_argument(
         "--table",
         type=read_table_name,
-        choices=list(LATENT | TIMED),
+        choices=list(WITH_LATENCY | TIMED),
         help="time the rows of a table of the paper, of its second version (v2-11 to v2-13), or "
         "of networks that predict tokens",
     )
@@ -201,17 +201,17 @@ def _check_combination(parser: Parser, args: argparse.Namespace) -> None:
     if args.budget is not None and not (args.memory and args.budget > 0):
         parser.error("--budget goes with --memory, and takes gigabytes above 0")
     if args.task == timings.LATENCY:
-        if args.sweep or not (args.table in LATENT or args.predict):
+        if args.sweep or not (args.table in WITH_LATENCY or args.predict):
             parser.error(
                 "--task latency goes with --table 1, 2, 3, 4 or ternary, or --predict, not --sweep"
             )
     elif args.task != "forward" and not (args.table or args.profile):
         parser.error("--task goes with --table or --profile")
     elif args.table and args.table not in TIMED:
-        parser.error(
-            f"--table {args.table} goes with --task latency; "
-            f"experiments/ablation.py --table {args.table} times its rows"
-        )
+        message = f"--table {args.table} goes with --task latency"
+        if args.table in ABLATIONS:
+            message += f"; experiments/ablation.py --table {args.table} times its rows"
+        parser.error(message)
 
 
 def _choose(args: argparse.Namespace, device: str, store: Store) -> Work:
@@ -358,7 +358,7 @@ def _sweeps(args: argparse.Namespace, device: str, acceleration: Acceleration) -
 
 
 def _latency(args: argparse.Namespace, device: str, acceleration: Acceleration) -> Work:
-    table = LATENT[args.table]
+    table = WITH_LATENCY[args.table]
     named = args.rows is not None
     selected = [table.row(label) for label in args.rows] if named else table.rows
     if args.modes:

@@ -185,6 +185,7 @@ def test_a_plan_for_a_cluster_gives_every_network_a_gpu_to_itself(
             ["--table", "3", "--task", "training"],
             "--table 3 goes with --task latency; experiments/ablation.py --table 3 times its rows",
         ),
+        (["--table", "ternary"], "--table ternary goes with --task latency; --help lists"),
         (
             ["--table", "1", "--modes", "bf16", "--device", "cpu"],
             "bf16 is no numeric mode of cpu; known: fp32",
