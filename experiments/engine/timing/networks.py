@@ -19,6 +19,8 @@ from experiments.engine.training.networks import build
 
 # Networks that are kept on the CPU: drawing a large one takes longer than timing it.
 MOST_DRAWN = 2
+# A network with more bytes of weights is drawn anew each time, so that no second copy is held.
+MOST_KEPT_BYTES = 8 * 10**9
 # How many times as wide the images of ADM's upsampler are as its low-resolution images.
 UPSAMPLING_FACTOR = 4
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -47,7 +49,10 @@ def draw_network(spec: Backbone, device: torch.device) -> nn.Module:
         # Drop the oldest networks first; dictionaries keep the order of insertion.
         while len(_drawn) >= MOST_DRAWN:
             del _drawn[next(iter(_drawn))]
-        _drawn[name] = build(spec, 0, torch.device("cpu"))
+        network = build(spec, 0, torch.device("cpu"))
+        if sum(p.numel() * p.element_size() for p in network.parameters()) > MOST_KEPT_BYTES:
+            return network.to(device)
+        _drawn[name] = network
     return copy.deepcopy(_drawn[name]).to(device)
 
 
