@@ -81,7 +81,7 @@ from experiments.main_results import TABLES
 MEMORY_ASKED = "DiCo-H"
 PREDICTED = (TABLES[1], TABLES[2], ABLATIONS[3], ABLATIONS[4])
 TIMED = {number: table for number, table in (TABLES | related.TABLES).items() if table.timed}
-TIMED[related.AUTOREGRESSIVE.number] = related.AUTOREGRESSIVE
+TIMED |= {table.number: table for table in (related.AUTOREGRESSIVE, related.SMALL_SPEED)}
 # Tables 3 and 4 are timed by ablation.py; here the latency of their networks is measured.
 WITH_LATENCY = {table.number: table for table in (*PREDICTED, related.TERNARY)}
 
@@ -125,8 +125,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--table",
         type=read_table_name,
         choices=list(WITH_LATENCY | TIMED),
-        help="time the rows of a table of the paper, of its second version (v2-11 to v2-13), or "
-        "of networks that predict tokens",
+        help="time the rows of a table of the paper, of its second version (v2-11 to v2-13), of "
+        "networks that predict tokens, or of small networks (related-speed)",
     )
     subject.add_argument("--figure", type=int, choices=[3], help="time the networks of a figure")
     subject.add_argument(

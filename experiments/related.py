@@ -12,6 +12,8 @@ related-small` tunes, trains and scores them on digits.
 
 Table `autoregressive` trains a small VAR beside networks that predict noise:
 `experiments/related.py --table autoregressive --protocol digits_long`.
+
+`experiments/efficiency.py --table related-speed` times these small networks.
 """
 
 from __future__ import annotations
@@ -29,9 +31,11 @@ from experiments.declared import recipes
 from experiments.declared.protocols import PROTOCOLS
 from experiments.declared.systems import latent, scales
 from experiments.engine.cli import main
+from experiments.engine.reporting.efficiency.savings import small_cost
 from experiments.engine.specs.alignment import Alignment
 from experiments.engine.specs.rows import FineTuning, Method, Row, Table
 from experiments.engine.specs.spec import Backbone, Cost
+from experiments.engine.specs.stages import Protocol
 from experiments.main_results import DIG_XL, NOISE, SIT_XL, UVIT_L, VELOCITY
 
 # ---- Notes of rows
@@ -321,6 +325,32 @@ AUTOREGRESSIVE = Table(
             heavy=True,
         ),
     ),
+)
+
+# ---- The speed of these small networks
+
+
+def as_trained(row: Row, protocol: Protocol) -> Row:
+    """Return a row whose system is the small network, at the protocol's images."""
+    cost = small_cost(row, protocol)
+    return replace(row, backbone=cost.backbone, costs=(cost,), published=None, heavy=False)
+
+
+# What gates save has a table of its own, and where alphas start costs nothing.
+TIMED_SMALL = (
+    DIT_PARENT,
+    RELATED_SMALL.row("TerDiT, alpha absmean"),
+    RELATED_SMALL.row("TerDiT, full precision"),
+    RELATED_SMALL.row("DiMR"),
+    RELATED_SMALL.row("LightningDiT"),
+    RELATED_SMALL.row("FlowDCN"),
+    AUTOREGRESSIVE.row("VAR"),
+)
+SMALL_SPEED = Table(
+    number="related-speed",
+    title="Speed of small networks of systems published beside DiCo",
+    source="this suite, networks and images of digits_long",
+    rows=tuple(as_trained(row, PROTOCOLS["digits_long"]) for row in TIMED_SMALL),
 )
 
 # ---- Alignment with the features of an encoder

@@ -30,6 +30,7 @@ from analysis.tables.speeds import (
     predicted_memory_sheet,
     predicted_speed_ups_sheet,
     predicted_throughput_sheet,
+    small_speed_sheet,
     stored_weights_sheet,
     throughput_sheet,
 )
@@ -67,6 +68,7 @@ SHEETS: dict[str, Callable[[ReferenceStore], Sheet]] = {
     "tablerelated-small": partial(small_sheet, related.RELATED_SMALL),
     "tableautoregressive": partial(small_sheet, related.AUTOREGRESSIVE),
     "tablerelated-small_savings": small_savings_sheet,
+    **{f"tablerelated-speed_{task}": partial(small_speed_sheet, task) for task in timings.TASKS},
     "tablev2-3": partial(captioned_sheet, TABLE_V2_3),
     "distillation": partial(captioned_sheet, TABLE_DISTILLATION),
     "tablev2-3_binding": partial(words_sheet, TABLE_V2_3),

@@ -85,6 +85,13 @@ def stored_weights_sheet(store: ReferenceStore) -> Sheet:
     return add_caveats(stored_sheet(table, stages, store, store.reference))
 
 
+def small_speed_sheet(task: str, store: ReferenceStore) -> Sheet:
+    """The speed of small networks of related systems, as they are trained."""
+    table = related.SMALL_SPEED
+    timed = timings.timed_table(table, table.rows, "cpu", task)
+    return add_caveats(speed_sheet(timed, store, store.reference))
+
+
 def predicted_latencies_sheet(store: ReferenceStore) -> Sheet:
     """One image's latency as predicted on GPUs, beside what was measured."""
     rows = efficiency.latency_rows()
