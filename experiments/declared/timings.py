@@ -69,8 +69,7 @@ def in_mode(
         precision=mode,
         kernels={},
         what=task,
-        # All scales of an image are one pass over its tokens.
-        num_steps=1 if stage.tokenizer else num_steps,
+        num_steps=num_steps,
         compile=acceleration.compile,
         graphs=acceleration.graphs,
     )

@@ -16,7 +16,7 @@ from experiments.engine.reporting.sheet import Sheet
 from experiments.engine.specs.rows import Row
 from experiments.engine.specs.spec import Backbone, Ceilings, Cost
 from experiments.main_results import TABLE_1
-from experiments.related import AUTOREGRESSIVE
+from experiments.related import AUTOREGRESSIVE, SMALL_SPEED
 from tests.support.timings import record_values, timing_values
 
 DICO = TABLE_1.row("DiCo-S")
@@ -98,6 +98,19 @@ def test_training_counts_three_passes_and_sampling_two_a_step(
     record_values(store, stage, **timing_values(rate, 1.0))
     (cell,) = sheet_of(store, "cpu", task).values("fp32_matmul")
     assert cell.value == pytest.approx(share)
+
+
+def test_sampling_all_scales_of_an_image_counts_two_passes(tmp_path: Path):
+    """A row that predicts tokens runs its network once over all scales, and guidance doubles it."""
+    store = Store(tmp_path)
+    (var,) = (row for row in SMALL_SPEED.rows if row.label == "VAR")
+    record_values(store, *var.costs, macs_core=1e6)
+    record_values(store, Ceilings("cpu", "fp32"), macs_per_s=1e12, bytes_per_s=1e10)
+    (stage,) = timings.stages(SMALL_SPEED, [var], "cpu", "sampling", named=False)
+    record_values(store, stage, **timing_values(5e4, 1.0))
+    sheet = speed_sheet(timings.timed_table(SMALL_SPEED, [var], "cpu", "sampling"), store)
+    assert [cell.value for cell in sheet.values("fp32_matmul")] == [pytest.approx(10)]
+    assert [cell.text(2) for cell in sheet.values("core")] == ["0.0010"]
 
 
 def test_a_speed_sheet_names_attention_that_is_never_fused_and_unstable_timings(tmp_path: Path):

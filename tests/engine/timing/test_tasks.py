@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from experiments import related
+from experiments.declared import timings
 from experiments.engine.specs.spec import Cost, Timing
 from experiments.engine.timing import networks, tasks
 from experiments.engine.timing.networks import LAYOUTS, build_network, draw_inputs, read_layout
@@ -139,6 +141,14 @@ def test_a_network_that_predicts_tokens_is_timed_at_every_task(what: str, one_se
     values = measure_speed(spec)
     assert values["images_per_s"] == 2
     assert values["baseline_images_per_s"] == 2
+
+
+@pytest.mark.parametrize("task", timings.TASKS)
+def test_every_declared_task_of_the_small_network_can_be_timed(task: str, one_second_clock: None):
+    """Its baseline predicts noise, and is sampled in several steps."""
+    table = related.SMALL_SPEED
+    (stage,) = timings.stages(table, [table.row("VAR")], "cpu", task, named=True)
+    assert measure_speed(replace(stage, batch=2))["images_per_s"] == 2
 
 
 @pytest.mark.parametrize(

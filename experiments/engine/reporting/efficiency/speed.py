@@ -109,7 +109,9 @@ def speed_sheet(timed: TimedTable, store: Store, source: RecordFolder | None = N
         counts = _counts_of(entry.row, source)
         macs = _core_macs(entry.row, counts)
         cells: Cells = {"row": Cell(label=entry.row.label)}
-        cells["core"] = Cell(macs / 1e9 if macs else None, records=counts)
+        if macs:
+            # A network of a laptop has a few thousandths.
+            cells["core"] = Cell(macs / 1e9, digits=2 if macs >= 1e8 else 4, records=counts)
         for mode, stage in entry.stages.items():
             cells |= _timing_cells(stage, mode, macs, source)
         if timed.task == "forward":
@@ -189,7 +191,9 @@ def _timing_cells(stage: Timing, mode: str, core_macs: float | None, source: Rec
     if top is None:
         return cells
     both = (record, top)
-    passes = {"forward": 1, "training": 3, "sampling": 2 * stage.num_steps}[stage.what]
+    # All scales of an image are one pass over its tokens; guidance doubles a pass.
+    num_steps = 1 if stage.tokenizer else stage.num_steps
+    passes = {"forward": 1, "training": 3, "sampling": 2 * num_steps}[stage.what]
     if core_macs:
         share = 100 * passes * core_macs * values["images_per_s"] / top.values["macs_per_s"]
         cells[f"{mode}_matmul"] = Cell(share, digits=0, records=both)
