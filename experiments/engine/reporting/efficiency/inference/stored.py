@@ -15,8 +15,7 @@ from experiments.engine.specs.spec import Latency
 MEASURED = (
     "measured: forward passes in fp32 on this suite's CPU. weights: parameters and buffers as they "
     "lie in memory. pass: the most that PyTorch's allocator gave at once, weights included. ms: "
-    "the median over single passes of one image. A GB is 10^9 bytes. A gap was not measured: "
-    "TerDiT-4.2B in full precision needs a machine with more than 23 GB."
+    "the median over single passes of one image. A GB is 10^9 bytes."
 )
 PUBLISHED = (
     "published: weights are the size of the file, pass is the peak on a GPU while images are "
