@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from analysis.figures.style import GREY, Style
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
 
 
@@ -26,6 +27,17 @@ class Point:
     bars: tuple[tuple[tuple[float, float], tuple[float, float]], ...] = ()
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a label may stand, seen from its mark."""
+
+    # From the mark's edge to the label, in points.
+    distance: float
+    # 1, -1 or 0: to the right, to the left or neither; above, below or neither.
+    right: int
+    up: int
+
+
 # Directions in which a label may stand from its mark, the preferred ones first.
 DIRECTIONS = ((1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1))
 DISTANCES = (1, 6, 12, 20)  # from the mark's edge to the label, in points
@@ -39,47 +51,50 @@ def label_points(axes: Axes, points: Sequence[Point], fontsize: float = 7) -> No
 
     Limits and scales of the axes must be set before.
     """
+    import numpy as np
+
     drawing = axes.get_figure(root=True)
     assert drawing is not None
     drawing.draw_without_rendering()  # fixes the layout, and so where the marks are
     obstacles = [box for point in points for box in _boxes_of(axes, point)]
+    frame = np.array(axes.get_window_extent().extents)
 
-    # Every place around a point is tried, and the one that covers the least keeps its label.
+    # Every place around a point is weighed, and the label stands where it covers the least. The
+    # text is measured at the first place, since its size is the same at all.
+    places = [Place(distance, *direction) for distance in DISTANCES for direction in DIRECTIONS]
     for point in points:
-        candidates = [(distance, direction) for distance in DISTANCES for direction in DIRECTIONS]
-        texts: list[tuple[float, int, Any]] = []
-        for distance, direction in candidates:
-            text = _beside(axes, point, distance, direction, fontsize)
-            covered = _covered(axes, _extent(text), obstacles)
-            # Of places that cover equally much, the nearest one is taken.
-            texts.append((covered + 0.2 * distance, len(texts), text))
-        _, best, label = min(texts)
-        for _, number, text in texts:
-            if number != best:
-                text.remove()
-        obstacles.append(_extent(label))
+        label = _beside(axes, point, places[0], fontsize)
+        size = _extent(label).size
+        label.remove()
+        boxes = np.array([_box_at(axes, point, place, size) for place in places])
+        costs = _covered(boxes, frame, np.array(obstacles))
+        # Of places that cover equally much, the nearest one is taken.
+        costs += [0.2 * place.distance for place in places]
+        label = _beside(axes, point, places[int(costs.argmin())], fontsize)
+        obstacles.append(_extent(label).extents)
 
 
-def _beside(
-    axes: Axes, point: Point, distance: float, direction: tuple[int, int], fontsize: float
-) -> Any:
-    right, up = direction
-    reach = point.radius + distance
-    if right and up:
+def _offset(point: Point, place: Place) -> tuple[float, float]:
+    """Return the way from a mark to its label, in points."""
+    reach = point.radius + place.distance
+    if place.right and place.up:
         reach *= 0.7  # along the diagonal
+    return reach * place.right, reach * place.up
 
+
+def _beside(axes: Axes, point: Point, place: Place, fontsize: float) -> Any:
     # A label far from its mark gets a line that leads to it.
     line: Style | None = None
-    if distance >= LEADER:
+    if place.distance >= LEADER:
         line = dict(arrowstyle="-", lw=0.5, color=GREY, shrinkA=0, shrinkB=0)
 
     label = axes.annotate(
         point.label,
         (point.x, point.y),
-        xytext=(reach * right, reach * up),
+        xytext=_offset(point, place),
         textcoords="offset points",
-        ha=HORIZONTAL[right],
-        va=VERTICAL[up],
+        ha=HORIZONTAL[place.right],
+        va=VERTICAL[place.up],
         fontsize=fontsize,
         color=[0.75 * part for part in point.color],  # darker than the mark, to be read
         arrowprops=line,
@@ -96,28 +111,48 @@ def _extent(label: Any) -> Any:
     return Text.get_window_extent(label)
 
 
-def _boxes_of(axes: Axes, point: Point) -> list[Any]:
-    """Return the boxes, in pixels, of a point's mark and bars."""
-    from matplotlib.transforms import Bbox
+def _box_at(axes: Axes, point: Point, place: Place, size: Sequence[float]) -> list[float]:
+    """Return left, low, right and high, in pixels, of a text of a size at a place."""
+    mark = axes.transData.transform((point.x, point.y))
+    lows = []
+    # A text ends, begins or is centred where its offset leads.
+    for middle, offset, side, length in zip(
+        mark, _offset(point, place), (place.right, place.up), size, strict=True
+    ):
+        lows.append(middle + offset * axes.figure.dpi / 72 + (side - 1) * length / 2)
+    return [*lows, lows[0] + size[0], lows[1] + size[1]]
 
+
+def _boxes_of(axes: Axes, point: Point) -> list[list[float]]:
+    """Return the boxes, in pixels, of a point's mark and bars."""
     to_pixels = axes.transData.transform
     x, y = to_pixels((point.x, point.y))
     radius = point.radius * axes.figure.dpi / 72
-    boxes = [Bbox([[x - radius, y - radius], [x + radius, y + radius]])]
+    boxes = [[x - radius, y - radius, x + radius, y + radius]]
     for ends in point.bars:
         (left, low), (right, high) = to_pixels(ends[0]), to_pixels(ends[1])
-        boxes.append(Bbox([[left - 2, low - 2], [right + 2, high + 2]]))
+        boxes.append([left - 2, low - 2, right + 2, high + 2])
     return boxes
 
 
-def _covered(axes: Axes, box: Any, obstacles: Sequence[Any]) -> float:
-    """Return how much of a label's area, in pixels, covers obstacles or lies outside the axes."""
-    from matplotlib.transforms import Bbox
+def _covered(boxes: np.ndarray, frame: np.ndarray, obstacles: np.ndarray) -> np.ndarray:
+    """Return how much of each box, in pixels, covers obstacles or lies outside a frame.
 
-    inside = Bbox.intersection(box, axes.get_window_extent())
-    outside = box.width * box.height - (inside.width * inside.height if inside else 0)
-    overlaps = (Bbox.intersection(box, obstacle) for obstacle in obstacles)
-    return 3 * outside + sum(overlap.width * overlap.height for overlap in overlaps if overlap)
+    Args:
+        boxes: left, low, right and high of N boxes, (N, 4).
+        frame: those of the frame, (4,).
+        obstacles: those of what is not to be covered, (M, 4).
+    """
+    import numpy as np
+
+    def common(others: np.ndarray) -> np.ndarray:
+        """Return the area that each box shares with each of the others, (N, M)."""
+        lows = np.maximum(boxes[:, None, :2], others[None, :, :2])
+        highs = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
+        return (highs - lows).clip(0).prod(-1)
+
+    outside = (boxes[:, 2:] - boxes[:, :2]).prod(-1) - common(frame[None])[:, 0]
+    return 3 * outside + common(obstacles).sum(1)
 
 
 LINE_GAP = 1.25  # between the middles of neighbouring labels of lines, in font sizes
