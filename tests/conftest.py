@@ -5,6 +5,7 @@ need once; it must know that before the first test starts it. Tests start some h
 where the environment forbids Python to keep bytecode, each of them would compile torch again.
 """
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -20,3 +21,9 @@ multiprocessing.set_forkserver_preload(
         "torch.utils.tensorboard",
     ]
 )
+
+
+def pytest_collection_finish() -> None:
+    """Spare the collector of garbage the million objects of imported libraries and of tests."""
+    gc.collect()
+    gc.freeze()

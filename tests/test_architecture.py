@@ -5,7 +5,8 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -89,13 +90,18 @@ LIGHT = [
 ]
 
 
-def imports(name: str, lazy: bool = True) -> Iterator[str]:
-    """Yield the modules that a file imports, `from a import b` as a and a.b.
+@cache
+def imports(name: str, lazy: bool = True) -> tuple[str, ...]:
+    """Return the modules that a file imports, `from a import b` as a and a.b.
 
     Without `lazy`, only imports at the top level count.
     """
-    # Walk the tree, but not into functions and what only types need, unless asked to.
-    waiting: list[ast.AST] = [ast.parse(FILES[name].read_text())]
+    return tuple(_walk_imports(ast.parse(FILES[name].read_text()), lazy))
+
+
+def _walk_imports(tree: ast.AST, lazy: bool) -> Iterator[str]:
+    """Walk the tree, but not into functions and what only types need, unless asked to."""
+    waiting = [tree]
     while waiting:
         node = waiting.pop()
         if isinstance(node, ast.Import):
@@ -135,40 +141,58 @@ def tracked() -> list[Path]:
     return [path for name in listed.stdout.split("\0") if name and (path := ROOT / name).is_file()]
 
 
-@pytest.mark.parametrize("name", CODE)
-def test_imports_are_absolute(name: str):
-    assert not [module for module in imports(name) if module.startswith(".")]
+def files_of(*folders: str) -> list[str]:
+    return [name for name in CODE if name.startswith(folders)]
 
 
-@pytest.mark.parametrize("name", [name for name in CODE if name.startswith("backbones/")])
-def test_backbones_import_torch_and_nothing_of_the_suite(name: str):
-    known = {"backbones", "torch", "timm", "numpy", "safetensors"} | sys.stdlib_module_names
-    known |= GPU_LIBRARIES if name.startswith("backbones/kernels/") else set()
-    known |= {"triton"} if re.fullmatch(r"backbones/kernels/\w+_triton\.py", name) else set()
-    assert packages(name) <= known
+def test_imports_are_absolute():
+    relative = {name: [each for each in imports(name) if each.startswith(".")] for name in CODE}
+    assert not without_empty(relative)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in CODE if name.startswith(("backbones/mixers/", "backbones/kernels/"))]
-)
-def test_parts_of_networks_import_downward(name: str):
-    below = {"kernels", "mixers", "layers"} if name.startswith("backbones/mixers/") else {"kernels"}
-    assert {module.split(".")[1] for module in within(name, "backbones")} <= below
+def without_empty(found: Mapping[str, Collection[str]]) -> dict[str, Collection[str]]:
+    """Return the files that break a rule, with what breaks it."""
+    return {name: what for name, what in found.items() if what}
 
 
-@pytest.mark.parametrize("name", [name for name in CODE if name.startswith("experiments/")])
-def test_experiments_do_not_import_analysis(name: str):
-    assert not within(name, "analysis")
+def test_backbones_import_torch_and_nothing_of_the_suite():
+    foreign = {}
+    for name in files_of("backbones/"):
+        known = {"backbones", "torch", "timm", "numpy", "safetensors"} | sys.stdlib_module_names
+        known |= GPU_LIBRARIES if name.startswith("backbones/kernels/") else set()
+        known |= {"triton"} if re.fullmatch(r"backbones/kernels/\w+_triton\.py", name) else set()
+        foreign[name] = packages(name) - known
+    assert not without_empty(foreign)
 
 
-@pytest.mark.parametrize("name", [name for name in CODE if name.startswith("experiments/engine/")])
-def test_engine_imports_its_own_floor_and_those_below(name: str):
-    if name == "experiments/engine/__init__.py":
-        return
-    floor = FLOORS.index(name.removesuffix(".py").split("/")[2])
-    others = {module for module in within(name, "experiments") if module.count(".") >= 2}
-    assert {module.split(".")[2] for module in others} <= set(FLOORS[floor:])
-    assert all(module.startswith("experiments.engine") for module in others)
+def test_parts_of_networks_import_downward():
+    upward = {}
+    for folder, below in (
+        ("backbones/mixers/", {"kernels", "mixers", "layers"}),
+        ("backbones/kernels/", {"kernels"}),
+    ):
+        for name in files_of(folder):
+            parts = {module.split(".")[1] for module in within(name, "backbones")}
+            upward[name] = parts - below
+    assert upward
+    assert not without_empty(upward)
+
+
+def test_experiments_do_not_import_analysis():
+    upward = {name: within(name, "analysis") for name in files_of("experiments/")}
+    assert not without_empty(upward)
+
+
+def test_engine_imports_its_own_floor_and_those_below():
+    upward = {}
+    for name in files_of("experiments/engine/"):
+        if name == "experiments/engine/__init__.py":
+            continue
+        floor = FLOORS.index(name.removesuffix(".py").split("/")[2])
+        below = tuple(f"experiments.engine.{each}." for each in FLOORS[floor:])
+        others = [module for module in within(name, "experiments") if module.count(".") >= 2]
+        upward[name] = [module for module in others if not f"{module}.".startswith(below)]
+    assert not without_empty(upward)
 
 
 def test_folders_hold_at_most_twelve_modules():
@@ -193,29 +217,23 @@ def test_no_imports_form_a_circle():
     TopologicalSorter(graph).prepare()  # raises CycleError with the circle
 
 
-@pytest.mark.parametrize("name", [name for name in CODE if name.startswith("experiments/engine/")])
-def test_engine_names_no_backbone(name: str):
-    assert set(within(name, "backbones")) <= {"backbones", "backbones.kernels"}
-    strings = [
-        node.value
-        for node in ast.walk(ast.parse(FILES[name].read_text()))
-        if isinstance(node, ast.Constant) and isinstance(node.value, str)
-    ]
-    words = {word for text in strings for word in re.findall(r"\w+", text)}
-    assert not words & set(backbones.list_backbones())
+def test_engine_names_no_backbone():
+    names = set(backbones.list_backbones())
+    found = {}
+    for name in files_of("experiments/engine/"):
+        imported = set(within(name, "backbones")) - {"backbones", "backbones.kernels"}
+        strings = [
+            node.value
+            for node in ast.walk(ast.parse(FILES[name].read_text()))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+        found[name] = imported | {w for text in strings for w in re.findall(r"\w+", text)} & names
+    assert not without_empty(found)
 
 
-@pytest.mark.parametrize("name", LIGHT)
-def test_declarations_and_reports_import_no_torch_at_the_top(name: str):
-    assert not packages(name, lazy=False) & {
-        "torch",
-        "timm",
-        "numpy",
-        "scipy",
-        "sklearn",
-        "rich",
-        "backbones",
-    }
+def test_declarations_and_reports_import_no_torch_at_the_top():
+    heavy = {"torch", "timm", "numpy", "scipy", "sklearn", "rich", "backbones"}
+    assert not without_empty({name: packages(name, lazy=False) & heavy for name in LIGHT})
 
 
 def test_no_torch_is_loaded_by_declarations_and_reports():
@@ -229,16 +247,18 @@ def test_no_torch_is_loaded_by_declarations_and_reports():
     assert not loaded.stdout.strip()
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_optional_libraries_are_imported_where_they_are_used(name: str):
-    assert not packages(name, lazy=False) & OPTIONAL
-    if not name.startswith(("backbones/kernels/", "tests/")):
-        assert not packages(name) & GPU_LIBRARIES
+def test_optional_libraries_are_imported_where_they_are_used():
+    found = {}
+    for name in FILES:
+        found[name] = packages(name, lazy=False) & OPTIONAL
+        if not name.startswith(("backbones/kernels/", "tests/")):
+            found[name] |= packages(name) & GPU_LIBRARIES
+    assert not without_empty(found)
 
 
-@pytest.mark.parametrize("name", CODE)
-def test_files_are_short(name: str):
-    assert len(FILES[name].read_text().splitlines()) <= 400
+def test_files_are_short():
+    lines = {name: len(FILES[name].read_text().splitlines()) for name in CODE}
+    assert not {name: number for name, number in lines.items() if number > 400}
 
 
 def test_the_lock_names_no_server():

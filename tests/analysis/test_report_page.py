@@ -28,16 +28,21 @@ from tests.support import page_scripts as scripts
 # One worker builds the page and starts the browser.
 pytestmark = pytest.mark.xdist_group("page")
 
+# What a page has of each of its parts that take long to build and to load.
+SOME = {
+    "FIGURES": ("figure3_runtime", "seed_spread"),
+    "SHEETS": ("table1", "table5", "table8", "counts"),
+}
 DESK = 1400
 PHONE = 390
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page of the committed records with two figures; a slow test has all of them."""
-    some = {name: FIGURES[name] for name in ("figure3_runtime", "seed_spread")}
+    """The page with some figures and tables of the committed records; a slow test has all."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "FIGURES", some)
+        for parts, names in SOME.items():
+            patch.setattr(report, parts, {name: getattr(report, parts)[name] for name in names})
         return build(tmp_path_factory.mktemp("page"))
 
 
@@ -181,12 +186,19 @@ def test_figure_3_without_a_published_throughput_is_a_problem(
 
 @pytest.mark.parametrize("width", [DESK, PHONE])
 def test_the_page_loads_without_errors_and_fits(width: int, browser: Any, page: Path):
+    """It is timed, its images stand, and a wide table scrolls under its first column."""
     open_page(browser, page, width)
     assert not errors_of(browser)
     waits = read_waits(browser)
     assert 0 < waits.ready <= waits.drawn
     assert browser.execute_script(scripts.FITS, width)
     assert browser.execute_script("return document.images.length") >= 3
+
+    scrolled, first_column_moved = browser.execute_script(scripts.SCROLL_TABLE)
+    assert scrolled == 100
+    assert abs(first_column_moved) <= 1
+    browser.execute_script("scrollTo(500, 0)")
+    assert browser.execute_script("return scrollX") == 0
 
 
 def test_the_page_is_timed_from_its_navigation_on(
@@ -207,18 +219,6 @@ def test_a_machine_without_a_browser_is_one_line(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(driver.shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match="no chromium and chromedriver on the path"), chromium():
         pass
-
-
-@pytest.mark.parametrize("width", [DESK, PHONE])
-def test_wide_tables_scroll_in_their_frames_and_keep_their_first_column(
-    width: int, browser: Any, page: Path
-):
-    open_page(browser, page, width)
-    scrolled, first_column_moved = browser.execute_script(scripts.SCROLL_TABLE)
-    assert scrolled == 100
-    assert abs(first_column_moved) <= 1
-    browser.execute_script("scrollTo(500, 0)")
-    assert browser.execute_script("return scrollX") == 0
 
 
 def test_navigation_leads_to_sections_that_are_laid_out_late(browser: Any, page: Path):
@@ -275,27 +275,21 @@ def test_a_number_shows_its_record(browser: Any, page: Path):
     assert (REPOSITORY / file).is_file()
 
 
-@pytest.mark.parametrize(
-    "place",
-    [
+def test_text_figures_and_samples_lead_to_their_records(browser: Any, page: Path):
+    open_page(browser, page, DESK)
+    assert browser.execute_script(scripts.NUMBERS_WITHOUT_A_LINK) == []
+    for place in (
         "#evidence p[data-records]",
         "#evidence td[data-records]",
         "figcaption[data-records]",
         "#samples figcaption",
         "#claims-table td:nth-child(8)[data-records]",
-    ],
-)
-def test_text_figures_and_samples_lead_to_their_records(place: str, browser: Any, page: Path):
-    open_page(browser, page, DESK)
-    browser.execute_script(f"document.querySelector('{place} a.records').click()")
-    files = browser.execute_script(scripts.DIALOG_FILES)
-    assert files
-    assert all((REPOSITORY / file).is_file() for file in files)
-
-
-def test_every_number_of_ours_in_the_text_is_a_link(browser: Any, page: Path):
-    open_page(browser, page, DESK)
-    assert browser.execute_script(scripts.NUMBERS_WITHOUT_A_LINK) == []
+    ):
+        browser.execute_script(f"document.querySelector('{place} a.records').click()")
+        files = browser.execute_script(scripts.DIALOG_FILES)
+        assert files, place
+        assert all((REPOSITORY / file).is_file() for file in files)
+        browser.execute_script("document.querySelector('dialog').close()")
 
 
 def test_a_grid_that_is_damaged_is_a_problem(tmp_path: Path):

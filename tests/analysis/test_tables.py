@@ -47,6 +47,7 @@ def committed() -> ReferenceStore:
 def test_every_table_prints_with_and_without_records(
     name: str, committed: ReferenceStore, tmp_path: Path
 ):
+    """Its notes are sentences."""
     for store in (committed, ReferenceStore(tmp_path)):
         sheet = SHEETS[name](store)
         labels = texts(sheet, sheet.columns[0].key)
@@ -55,6 +56,8 @@ def test_every_table_prints_with_and_without_records(
         for form in FORMATS:
             printed = render([sheet], form).replace("\\", "")
             assert all(label in printed for label in labels[:1])
+        for text in note_texts(sheet):
+            assert text.endswith((".", "?")) or "failed:" in text, text
         assert not store.problems
 
 
@@ -327,6 +330,7 @@ def test_our_scores_over_training_are_of_the_length_of_the_row(tmp_path: Path):
     assert [row for row in ours if row[2] != "-"] == [("DiCo-B", "100000", "50.00")]
 
 
+@pytest.mark.slow
 def test_tables_load_no_torch_and_no_plots():
     code = """
         from analysis.claims.judge import claims_sheet
