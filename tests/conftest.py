@@ -27,3 +27,8 @@ def pytest_collection_finish() -> None:
     """Spare the collector of garbage the million objects of imported libraries and of tests."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Let libraries find what they own as the interpreter ends."""
+    gc.unfreeze()

@@ -293,8 +293,10 @@ def test_every_family_runs_and_is_unchanged(name: str):
     """The wrapped network gives the network's own output, and weights sum to 1."""
     names = backbones.list_backbones(f"{name.split('_')[0]}*")
     name = name if name in names else names[0]
+    size, *_ = backbones.exceptions_of(name).sizes or (16,)
     torch.manual_seed(0)
-    model = backbones.build(name, **dict(num_classes=5) | backbones.tiny_options_of(name)).eval()
+    options = dict(num_classes=5, input_size=size) | backbones.tiny_options_of(name)
+    model = backbones.build(name, **options).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
 

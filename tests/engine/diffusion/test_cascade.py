@@ -274,7 +274,8 @@ def test_the_upsampler_is_given_the_base_models_8_bit_images():
 
 def test_a_cascade_runs_from_its_specs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Three trainings and the evaluation that hangs on them, through the records."""
-    monkeypatch.setattr(classifiers, "DIGITS", replace(classifiers.DIGITS, steps=5))
+    lesson = replace(classifiers.DIGITS_JUDGE, steps=5)
+    monkeypatch.setattr(classifiers, "DIGITS_JUDGE", lesson)
     recipe = replace(DIGITS.recipe, steps=3, batch=8, warmup=0)
     short = replace(DIGITS, recipe=recipe, sampler=replace(DIGITS.sampler, num_steps=3), num=40)
     stage = evaluate_stage(TABLE_1.row("ADM-U"), short, 0)
