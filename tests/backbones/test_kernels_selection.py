@@ -41,13 +41,14 @@ def test_a_forced_choice_that_cannot_run_is_refused():
         kernels.attention(q, q, q)
 
 
-def test_the_compiler_is_imported_only_when_something_compiles():
-    """Its import takes longer than that of everything else beside torch."""
+def test_the_compiler_and_shared_tensors_are_imported_only_where_they_are_used():
+    """Their imports take longer than that of everything else beside torch."""
+    heavy = {"torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp", "sympy"}
     loaded_modules(
-        """
+        f"""
         import sys
         import experiments.engine.jobs.execute
-        assert "torch._dynamo" not in sys.modules
+        assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)
         """
     )
 

@@ -6,30 +6,44 @@ PyTorch calls them DTensors. A plain tensor counts as one that this process hold
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_part(x: Tensor | None) -> TypeGuard[DTensor]:
+    """Return whether a tensor is shared.
+
+    Whoever made a shared tensor has imported its module, which takes as long as torch itself.
+    """
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
 
 
 @torch.no_grad()
 def own_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Return what this process holds of each tensor, in the same memory."""
-    return [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
+    return [x.to_local() if is_part(x) else x for x in tensors]
 
 
 def make_whole(x: Tensor) -> Tensor:
     """Return a whole tensor. All processes call this, in the same order of tensors."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return x.full_tensor() if is_part(x) else x
 
 
 def take_part(whole: Tensor, like: Tensor | None) -> Tensor:
     """Return of a whole tensor what this process holds of another of its shape."""
-    if not isinstance(like, DTensor) or isinstance(whole, DTensor):
+    if not is_part(like) or is_part(whole):
         return whole
+    from torch.distributed.tensor import distribute_tensor
+
     part = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
     return torch.empty_like(like, requires_grad=False).copy_(part)
 
@@ -43,7 +57,7 @@ def norms_of(tensors: Sequence[Tensor]) -> Tensor:
     """
     norms = torch.stack(torch._foreach_norm(own_parts(tensors)))
     first = tensors[0]
-    if not isinstance(first, DTensor):
+    if not is_part(first):
         return norms
     squares = norms.double().square()
     dist.all_reduce(squares, group=first.device_mesh.get_group())
@@ -55,7 +69,7 @@ def are_finite(tensors: Sequence[Tensor]) -> list[bool]:
     """Return whether all values of each whole tensor are finite, with tensors as `norms_of`."""
     bad = torch.stack([(~x.isfinite()).any() for x in own_parts(tensors)]).float()
     first = tensors[0]
-    if isinstance(first, DTensor):
+    if is_part(first):
         dist.all_reduce(bad, group=first.device_mesh.get_group())
     return (bad == 0).tolist()
 
@@ -91,7 +105,7 @@ def gather_state(state: dict[str, Any], keeps: bool) -> dict[str, Any]:
     """
 
     def gather(x: Tensor, _: Any) -> Tensor | None:
-        if not isinstance(x, DTensor):
+        if not is_part(x):
             return x
         whole = make_whole(x)
         return whole.cpu() if keeps else None

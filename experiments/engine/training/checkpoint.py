@@ -25,7 +25,6 @@ from experiments.engine.numerics.parts import part_state
 from experiments.engine.records.files import file_sha256, sync_folder, written_whole
 from experiments.engine.records.trained import CHECKPOINT_NAME
 from experiments.engine.runtime.group import Group
-from experiments.engine.training.sharded import files
 
 
 class Writer:
@@ -137,6 +136,8 @@ def save_parts(
         OSError: The disk is or becomes full. The older checkpoints stay then.
         ValueError: The processes do not see each other's files.
     """
+    from experiments.engine.training.sharded import files
+
     if group.first:
         folder.mkdir(parents=True, exist_ok=True)
         _require_space(folder, state)
@@ -202,6 +203,8 @@ def _remove(path: Path) -> None:
     if not path.is_dir():
         path.unlink()
         return
+    from experiments.engine.training.sharded import files
+
     leftover = path.rename(path.with_name(files.STAGED))
     shutil.rmtree(leftover)
 
@@ -231,6 +234,8 @@ def _find_damage(path: Path) -> str | None:
     """Return what is wrong with a checkpoint; None if its checksum holds."""
     digest = _parse(path)[1]
     if path.is_dir():
+        from experiments.engine.training.sharded import files
+
         damage = files.find_damage(path, digest)
         return f"{damage}; put it back to resume there" if damage else None
     checksum = file_sha256(path)[:16]
@@ -248,6 +253,8 @@ def load(
         like: A nested state. Tensors that processes share there are read as their parts.
     """
     if path.is_dir():
+        from experiments.engine.training.sharded import files
+
         return _step(path), files.read_parts(path, map_location, like)
 
     # What each process takes only a part of is not read at once.

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from backbones import kernels
 from experiments.engine.numerics.parts import own_parts
@@ -92,6 +91,9 @@ def build_optimizer(
         fused=True,
     )
     if is_sharded:
+        # Its import takes longer than all others together, and one process needs none of it.
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
         return ZeroRedundancyOptimizer(trainable, _AdamW, **options)
     return _AdamW(trainable, **options)
 

@@ -10,12 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import backbones
 from experiments.engine.autoregressive.objective import NextScale
@@ -107,8 +105,9 @@ class Trainer:
         self.moving_average = MovingAverage(self.ema, self.model, spec.recipe.ema)
         self.averages = PowerAverages(self.model) if spec.recipe.power_snapshots else None
         beside = self.aligner.aligned.projector.parameters() if self.aligner else ()
-        shards_state = resources.shard_optimizer and group.world_size > 1 and not self.is_parted
-        self.optimizer = build_optimizer(self.model, spec.recipe, shards_state, beside)
+        several = group.world_size > 1
+        self.shards_state = resources.shard_optimizer and several and not self.is_parted
+        self.optimizer = build_optimizer(self.model, spec.recipe, self.shards_state, beside)
 
         # What is kept and noted for the case that the training diverges.
         self.freeze = Freeze(self.optimizer, group, self.device)
@@ -163,8 +162,8 @@ class Trainer:
 
         All processes must call this. All but rank 0 get {}.
         """
-        if isinstance(self.optimizer, ZeroRedundancyOptimizer):
-            self.optimizer.consolidate_state_dict(to=0)
+        if self.shards_state:
+            cast(Any, self.optimizer).consolidate_state_dict(to=0)
         if self.is_parted:
             return gather_state(self.own_state(), self.group.first)
         return self.own_state() if self.group.first else {}
@@ -298,8 +297,8 @@ class Trainer:
                 with torch.no_grad(), precision(self.spec.recipe.precision, self.device):
                     self.losses(self.entry, *(value[part] for value in inputs))
             # Only a backward pass puts away what is no block.
-            if isinstance(self.entry, FSDPModule):
-                self.entry.reshard()
+            if self.is_parted:
+                cast(Any, self.entry).reshard()
 
         self.looks.append(self.watch.look(self.step + 1, run))
         return self.looks[-1].norm

@@ -22,9 +22,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.tensor import DTensor
 
-from experiments.engine.numerics.parts import map_tensors
+from experiments.engine.numerics.parts import is_part, map_tensors
 from experiments.engine.records.files import file_sha256, sync_folder, written_whole
 from experiments.engine.runtime.group import Group
 
@@ -145,7 +144,7 @@ def read_parts(
     """
 
     def allocate(x: Tensor, other: Any) -> Tensor:
-        if isinstance(other, DTensor):
+        if is_part(other):
             return torch.zeros_like(other, requires_grad=False)
         return torch.zeros(x.shape, dtype=x.dtype, device=device)
 

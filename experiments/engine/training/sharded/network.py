@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from experiments.engine.numerics.recompute import find_blocks
 
@@ -27,6 +26,8 @@ def shard_network(network: nn.Module, device: torch.device, entry: nn.Module | N
     Raises:
         ValueError: a parameter is a single number, which cannot be cut.
     """
+    from torch.distributed.fsdp import fully_shard
+
     names = [name for name, p in network.named_parameters() if p.dim() == 0]
     if names:
         raise ValueError(
