@@ -15,7 +15,23 @@ import backbones
 from backbones.captions import TextNetwork
 from tests.support.networks import CASES, CLASSES, FAMILIES, Case, randomise, relative_rms
 
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+# Group norms keep these networks wide in tests: the first case of each is fast, others are slow.
+WIDE = ("ADM", "LDM", "TextUNet", "UDiT")
+FIRST = {case.family.__name__: case for case in reversed(CASES.values())}
+
+
+def is_slow(case: Case) -> bool:
+    name = case.family.__name__
+    return name in WIDE and case is not FIRST[name]
+
+
+every_case = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=label, marks=[pytest.mark.slow] if is_slow(case) else [])
+        for label, case in CASES.items()
+    ],
+)
 every_family = pytest.mark.parametrize("case", FAMILIES.values(), ids=FAMILIES)
 
 
