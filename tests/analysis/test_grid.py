@@ -27,9 +27,6 @@ from experiments.engine.training.networks import load_ema
 from experiments.main_results import TABLE_1
 from tests.support.networks import randomise
 
-# One worker trains the two runs.
-pytestmark = pytest.mark.xdist_group("grid")
-
 SHORT = replace(
     DIGITS,
     recipe=replace(DIGITS.recipe, steps=1, warmup=1),

@@ -25,9 +25,6 @@ from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.reporting.sheet import Cell, Column, Kind, Note, NoteKind, Sheet
 from tests.support import page_scripts as scripts
 
-# One worker builds the page and starts the browser.
-pytestmark = pytest.mark.xdist_group("page")
-
 # What a page has of each of its parts that take long to build and to load.
 SOME = {
     "FIGURES": ("figure3_runtime", "seed_spread"),

@@ -35,9 +35,6 @@ from experiments.engine.training.trainer import Trainer
 from tests.support.networks import randomise
 from tests.support.tokens import DIGITS, NETWORK, RECIPE, SIDES, TOKENIZER, TOKENS, TRAIN
 
-# One worker trains the tokenizer and the network.
-pytestmark = pytest.mark.xdist_group("tokens")
-
 CPU = torch.device("cpu")
 TOKENS_OF_IMAGE = sum(side**2 for side in SIDES)
 EVALUATE = Evaluate(

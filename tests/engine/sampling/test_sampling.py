@@ -22,9 +22,6 @@ from experiments.engine.specs.stages import evaluate_stage
 from experiments.engine.training import stage as training_stage
 from experiments.engine.training.networks import build
 
-# One worker trains the classifier.
-pytestmark = pytest.mark.xdist_group("sampling")
-
 CPU = torch.device("cpu")
 
 
