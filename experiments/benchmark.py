@@ -295,12 +295,12 @@ def _add_small(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser(
         "small", description=benchmark_help.SMALL, help="training of small networks"
     )
-    parser.add_argument(
-        "--against",
-        type=Path,
-        required=True,
-        metavar="TREE",
-        help="a checkout of the commit to compare with",
+    other = parser.add_mutually_exclusive_group(required=True)
+    other.add_argument(
+        "--against", type=Path, metavar="TREE", help="a checkout of the commit to compare with"
+    )
+    other.add_argument(
+        "--stacked", type=int, metavar="N", help="train N seeds as one stacked network"
     )
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="rows of Table 4 (default: all)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds in turn (default: 5)")
@@ -311,17 +311,23 @@ def _add_small(commands: argparse._SubParsersAction[Parser]) -> None:
 
 def _run_small(args: argparse.Namespace) -> int:
     from experiments.ablation import TABLES
-    from experiments.engine.benchmarks.small import Rounds, measure_small
+    from experiments.engine.benchmarks.small.against import Rounds, measure_small
+    from experiments.engine.benchmarks.small.stacked import measure_stacked
 
     # Refuse what cannot be measured before anything is timed.
     if args.rounds < 3 or args.steps < 1:
         args.parser.error("--rounds must be at least 3 and --steps at least 1")
+    if args.stacked is not None and args.stacked < 2:
+        args.parser.error("--stacked takes at least 2 seeds")
     table = TABLES[declared.SMALL_TABLE]
     rows = [table.row(label) for label in args.rows] if args.rows else list(table.rows)
     store = _open_store(args.results)
     rounds = Rounds(args.rounds, args.steps)
     for protocol in declared.SMALL_PROTOCOLS:
-        measure_small(rows, protocol, args.against, rounds, store)
+        if args.stacked:
+            measure_stacked(rows, protocol, args.stacked, rounds, store)
+        else:
+            measure_small(rows, protocol, args.against, rounds, store)
     return 0
 
 

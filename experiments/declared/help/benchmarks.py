@@ -71,10 +71,13 @@ tree without history.
 
 SMALL = """Train the small networks of Table 4 in this tree and in another checkout of this suite,
 in turn, each in a process and a thread of its own. Print by row how many times as many samples
-this tree trains per core-second, and the geometric mean.
+this tree trains per core-second, and the geometric mean. With --stacked, the comparison is between
+seeds of a row as one stacked network, whose batches PyTorch maps over the seeds, and one by one.
 
     git worktree add --detach ../before ae474e9
     benchmark.py small --against ../before
+    benchmark.py small --stacked 4
 
 Images have 8x8x1 pixels as in protocol digits, and 16x16x12 as CIFAR-10 with blocks of 2x2 pixels
-folded into channels; their values are noise. Both sizes are records of kind `smalltrainings`."""
+folded into channels; their values are noise. Both sizes are records of kind `smalltrainings`, or
+`stackedtrainings`."""

@@ -84,3 +84,15 @@ class SmallTrainings:
     batch: int
     # Labels of the rows.
     rows: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StackedTrainings:
+    """Seeds of small networks trained in one thread as one stack, beside the same one by one."""
+
+    # Seeds in a stack.
+    members: int
+    size: int
+    channels: int
+    batch: int
+    rows: tuple[str, ...]

@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from experiments.engine.benchmarks import small
-from experiments.engine.benchmarks.small import Rounds, compare, find_commit, measure_small
+from experiments.engine.benchmarks.small import against
+from experiments.engine.benchmarks.small.against import (
+    Rounds,
+    compare,
+    find_commit,
+    measure_small,
+)
 from experiments.engine.records.store import Store
 from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.specs.rows import Row
@@ -41,7 +46,7 @@ class Timed:
 
 
 def test_trees_take_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(small, "Worker", Timed)
+    monkeypatch.setattr(against, "Worker", Timed)
     monkeypatch.setattr(Timed, "turns", [])
     training = Train(DICO, DIGITS, Recipe(steps=5, batch=16))
     values = compare(training, tmp_path, Rounds(4, 3))
@@ -53,8 +58,8 @@ def test_trees_take_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 def test_a_comparison_is_a_record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     from experiments.declared.protocols import DIGITS as PROTOCOL
 
-    monkeypatch.setattr(small, "Worker", Timed)
-    monkeypatch.setattr(small, "find_commit", lambda tree: "abc")
+    monkeypatch.setattr(against, "Worker", Timed)
+    monkeypatch.setattr(against, "find_commit", lambda tree: "abc")
     store = Store(tmp_path)
     measure_small([Row("row", DICO, {}, None)], PROTOCOL, tmp_path, Rounds(3, 1), store)
     (record,) = store.here.all()

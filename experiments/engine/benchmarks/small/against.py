@@ -24,7 +24,7 @@ from experiments.engine.specs.spec import Train
 from experiments.engine.specs.stages import Protocol, train_stage
 from experiments.engine.timing.clock import half_interquartile_range
 
-WORKER = Path(__file__).with_name("small_worker.py")
+WORKER = Path(__file__).with_name("worker.py")
 WARM_UP_STEPS = 3
 
 

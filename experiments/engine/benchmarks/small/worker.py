@@ -1,6 +1,6 @@
 """Train one network in a given tree of this suite, some steps at a time, and tell the CPU seconds.
 
-    small_worker.py TREE < requests
+    worker.py TREE < requests
 
 The first line of the standard input is a training in JSON, every other line a number of steps. Each
 is answered by a line with the CPU seconds that the steps took, and the last loss. The file runs in
