@@ -13,24 +13,14 @@ from torch import nn
 
 import backbones
 from backbones.captions import TextNetwork
+from tests.support.marks import slow_after_first
 from tests.support.networks import CASES, CLASSES, FAMILIES, Case, randomise, relative_rms
 
-# Group norms keep these networks wide in tests: the first case of each is fast, others are slow.
-WIDE = ("ADM", "LDM", "TextUNet", "UDiT")
-FIRST = {case.family.__name__: case for case in reversed(CASES.values())}
-
-
-def is_slow(case: Case) -> bool:
-    name = case.family.__name__
-    return name in WIDE and case is not FIRST[name]
-
-
+# The first case of each family is fast.
+LABELS = {id(case): label for label, case in CASES.items()}
 every_case = pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(case, id=label, marks=[pytest.mark.slow] if is_slow(case) else [])
-        for label, case in CASES.items()
-    ],
+    slow_after_first(CASES.values(), lambda case: case.family, lambda case: LABELS[id(case)]),
 )
 every_family = pytest.mark.parametrize("case", FAMILIES.values(), ids=FAMILIES)
 
