@@ -26,6 +26,7 @@ from experiments.engine.training.networks import build
 from experiments.engine.training.trainer import Trainer
 from experiments.main_results import TABLES
 from tests.support.main_rows import SMALL_ROWS, SMALL_TRAININGS
+from tests.support.marks import slow_after_first
 
 CPU = torch.device("cpu")
 NETWORKS = [
@@ -112,7 +113,12 @@ def shorten(stage: Evaluate) -> Evaluate:
     return replace(stage, sampler=sampler, upsampling=upsampling, num=2)
 
 
-@pytest.mark.parametrize("row", SMALL_ROWS.values(), ids=lambda row: row.label)
+@pytest.mark.parametrize(
+    "row",
+    slow_after_first(
+        SMALL_ROWS.values(), lambda row: family_of(row.backbone.name), lambda row: row.label
+    ),
+)
 def test_every_family_trains_and_samples_on_digits(row: Row):
     stage = evaluate_stage(row, DIGITS, 0)
     base = train_two_steps(stage.train)

@@ -146,7 +146,7 @@ def test_parts_are_commands_of_this_tree(device: str):
             assert "pytest" not in command
 
 
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("device", ["cuda", pytest.param("cpu", marks=pytest.mark.slow)])
 def test_parts_have_arguments_that_their_scripts_take(
     device: str,
     tmp_path: Path,

@@ -200,7 +200,9 @@ def test_a_step_on_a_gpu_does_not_stop_the_host(graphs: bool):
     [
         DICO,
         Backbone("dit_s_2", dict(depth=1, dim=384)),
-        Backbone("hourglass", dict(dim=8, depths=(1, 1, 1, 1, 1))),
+        pytest.param(
+            Backbone("hourglass", dict(dim=8, depths=(1, 1, 1, 1, 1))), marks=pytest.mark.slow
+        ),
     ],
     ids=lambda b: b.name,
 )

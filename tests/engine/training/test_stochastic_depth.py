@@ -153,7 +153,9 @@ def losses(spec: Train, micro_batch: int | None = None) -> list[float]:
     return [loss.item() for loss in trainer.steps(load(spec.data))]
 
 
-@pytest.mark.parametrize("row", [DIS_H, DIMSUM_L], ids=lambda row: row.label)
+@pytest.mark.parametrize(
+    "row", [DIS_H, pytest.param(DIMSUM_L, marks=pytest.mark.slow)], ids=lambda row: row.label
+)
 def test_training_drops_by_position_however_the_batch_is_cut(row: Row):
     spec = train_stage(row, DIGITS, 0)
     spec = replace(spec, recipe=replace(spec.recipe, steps=2, batch=4))
