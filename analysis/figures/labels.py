@@ -11,6 +11,7 @@ from analysis.figures.style import GREY, Style
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def label_points(axes: Axes, points: Sequence[Point], fontsize: float = 7) -> No
 
     drawing = axes.get_figure(root=True)
     assert drawing is not None
-    drawing.draw_without_rendering()  # fixes the layout, and so where the marks are
+    fix_layout(drawing)
     obstacles = [box for point in points for box in _boxes_of(axes, point)]
     frame = np.array(axes.get_window_extent().extents)
 
@@ -155,6 +156,13 @@ def _covered(boxes: np.ndarray, frame: np.ndarray, obstacles: np.ndarray) -> np.
     return 3 * outside + common(obstacles).sum(1)
 
 
+def fix_layout(drawing: Figure) -> None:
+    """Place the axes where the layout of the figure has them now."""
+    engine = drawing.get_layout_engine()
+    if engine:
+        engine.execute(drawing)
+
+
 LINE_GAP = 1.25  # between the middles of neighbouring labels of lines, in font sizes
 ASIDE = 14  # from the axes to the labels of lines, in points
 
@@ -177,7 +185,7 @@ def label_lines(
         return
     drawing = axes.get_figure(root=True)
     assert drawing is not None
-    drawing.draw_without_rendering()  # fixes the height of the axes
+    fix_layout(drawing)
 
     # Heights are fractions of the axes, which keep their meaning if the layout changes.
     box = axes.get_window_extent()

@@ -24,6 +24,7 @@ from analysis.reference import Problem
 from experiments.engine.records.tree import REPOSITORY
 from experiments.engine.reporting.sheet import Cell, Column, Kind, Note, NoteKind, Sheet
 from tests.support import page_scripts as scripts
+from tests.support.marks import slow_after_first
 
 # What a page has of each of its parts that take long to build and to load.
 SOME = {
@@ -226,7 +227,7 @@ def test_navigation_leads_to_sections_that_are_laid_out_late(browser: Any, page:
         assert -5 <= top < 450 or at_the_end, (name, top)
 
 
-@pytest.mark.parametrize("spoil", scripts.SPOILS)
+@pytest.mark.parametrize("spoil", slow_after_first(scripts.SPOILS, lambda spoil: "page"))
 def test_what_does_not_fit_is_noticed(spoil: str, browser: Any, page: Path):
     """A table out of its frame, a broken image and a wide block each fail the check of fit."""
     open_page(browser, page, PHONE)
