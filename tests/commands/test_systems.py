@@ -34,7 +34,7 @@ def rows(sheet: Sheet) -> dict[tuple[str, int], SheetRow]:
     return {(system.label, system.resolution): row for system, row in pairs}
 
 
-@pytest.mark.parametrize("spec", [COSTS[name] for name in list(COSTS)[::8]], ids=spec_id)
+@pytest.mark.parametrize("spec", [COSTS[name] for name in list(COSTS)[::16]], ids=spec_id)
 def test_a_committed_count_is_what_is_counted_now(spec: Cost):
     check_count(spec)
 
