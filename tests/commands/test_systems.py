@@ -34,7 +34,14 @@ def rows(sheet: Sheet) -> dict[tuple[str, int], SheetRow]:
     return {(system.label, system.resolution): row for system, row in pairs}
 
 
-@pytest.mark.parametrize("spec", [COSTS[name] for name in list(COSTS)[::16]], ids=spec_id)
+# Every sixteenth network is counted by the fast tests, and every eighth by all.
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param(COSTS[name], id=name, marks=[pytest.mark.slow] if number % 2 else [])
+        for number, name in enumerate(list(COSTS)[::8])
+    ],
+)
 def test_a_committed_count_is_what_is_counted_now(spec: Cost):
     check_count(spec)
 
