@@ -24,11 +24,11 @@ multiprocessing.set_forkserver_preload(
 
 
 def pytest_collection_finish() -> None:
-    """Spare the collector of garbage the million objects of imported libraries and of tests."""
+    """Keep imported libraries and collected tests, a million objects, out of garbage collection."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_unconfigure() -> None:
-    """Let libraries find what they own as the interpreter ends."""
+    """Let libraries free their objects when the interpreter ends; else they report leaks."""
     gc.unfreeze()

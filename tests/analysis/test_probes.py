@@ -227,18 +227,7 @@ def test_weights_that_are_nan_leave_no_record(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_too_little_memory_says_what_to_do(results: Path, capsys: pytest.CaptureFixture[str]):
-    row = [
-        "--table",
-        "4",
-        "--rows",
-        "DiCo-S",
-        "--images",
-        "400",
-        "--gradients",
-        "0",
-        "--steps",
-        "2",
-    ]
+    row = ["--table", "4", "--rows", "DiCo-S", "--images", "400", "--steps", "2"]
     assert main(["locality", *row, "--memory", "1", "--results", str(results)]) == 2
     assert "allow more with --memory" in capsys.readouterr().err
 

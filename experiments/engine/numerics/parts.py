@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 def is_part(x: Tensor | None) -> TypeGuard[DTensor]:
     """Return whether a tensor is shared.
 
-    Whoever made a shared tensor has imported its module, which takes as long as torch itself.
+    Only a process that has imported DTensor's module can hold one. That import takes a second, so
+    it is not made here.
     """
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)

@@ -91,7 +91,7 @@ def build_optimizer(
         fused=True,
     )
     if is_sharded:
-        # Its import takes longer than all others together, and one process needs none of it.
+        # Its import takes a second, and a single process needs none of it.
         from torch.distributed.optim import ZeroRedundancyOptimizer
 
         return ZeroRedundancyOptimizer(trainable, _AdamW, **options)

@@ -15,6 +15,7 @@ from experiments.engine.autoregressive.objective import NextScale
 from experiments.engine.autoregressive.tokenizer import cached_tokenizer, encode_tokens
 from experiments.engine.data.sets import ImageSet, Part, load
 from experiments.engine.jobs.execute import execute
+from experiments.engine.judges import classifiers
 from experiments.engine.records.store import Store
 from experiments.engine.runtime.context import Resources, RunContext
 from experiments.engine.sampling.samples import generate_samples
@@ -260,9 +261,15 @@ def test_trainings_that_fit_no_tokens_are_refused(
         (Sampler("scales", 3, top_k=(1, 2)), "one for each of 3, got 2"),
     ],
 )
-def test_samplers_that_fit_no_scales_are_refused(store: Store, sampler: Sampler, words: str):
-    with pytest.raises(ValueError, match=words):
-        generate_samples(replace(EVALUATE, sampler=sampler), RunContext(store.run_dir(TRAIN)))
+def test_samplers_that_fit_no_scales_are_refused(
+    store: Store, sampler: Sampler, words: str, monkeypatch: pytest.MonkeyPatch
+):
+    judge = replace(classifiers.DIGITS_JUDGE, steps=5)
+    monkeypatch.setattr(classifiers, "DIGITS_JUDGE", judge)
+    record = execute(replace(EVALUATE, sampler=sampler), store, Resources())
+    assert record.status == "failed"
+    assert record.error is not None
+    assert words in record.error
 
 
 def test_diffusion_never_meets_a_network_that_predicts_tokens(store: Store, tmp_path: Path):

@@ -19,6 +19,7 @@ from experiments.engine.numerics.device import describe_device
 from experiments.engine.numerics.precision import read_tf32_flags
 from experiments.engine.records.store import Store, provenance
 from experiments.engine.records.tree import REPOSITORY
+from experiments.engine.specs.form import Spec
 from experiments.engine.specs.rows import Row
 from experiments.engine.specs.spec import Train
 from experiments.engine.specs.stages import Protocol, train_stage
@@ -104,8 +105,6 @@ def measure_small(
     data, batch = protocol.data, protocol.recipe.batch
     labels = tuple(row.label for row in rows)
     spec = SmallTrainings(find_commit(tree), data.size, data.channels, batch, labels)
-    about = provenance() | describe_device("cpu") | {"threads": 1}
-    about["precision_flags"] = read_tf32_flags()
 
     # Every row has two processes, which take turns.
     measured = {}
@@ -119,11 +118,34 @@ def measure_small(
             flush=True,
         )
 
+    append_ratios(spec, measured, rounds, store)
+
+
+def append_ratios(
+    spec: Spec, measured: dict[str, dict[str, float]], rounds: Rounds, store: Store
+) -> None:
+    """Print the mean, least and most ratio of rows measured in one thread, and record all.
+
+    Args:
+        spec: of the record.
+        measured: by a row's label, its values, `ratio` among them.
+        rounds: of the measurement.
+        store: takes the record.
+    """
     ratios = [values["ratio"] for values in measured.values()]
-    mean = statistics.geometric_mean(ratios)
-    print(f"geometric mean {mean:.3f}, least {min(ratios):.3f}", flush=True)
-    summary = {"geometric_mean": mean, "least": min(ratios), "rounds": rounds.number}
-    store.append(spec, "done", {"rows": measured, "steps": rounds.steps, **summary}, about)
+    mean, least, most = statistics.geometric_mean(ratios), min(ratios), max(ratios)
+    print(f"geometric mean {mean:.3f}, least {least:.3f}, most {most:.3f}", flush=True)
+    values = {
+        "rows": measured,
+        "steps": rounds.steps,
+        "rounds": rounds.number,
+        "geometric_mean": mean,
+        "least": least,
+        "most": most,
+    }
+    about = provenance() | describe_device("cpu") | {"threads": 1}
+    about["precision_flags"] = read_tf32_flags()
+    store.append(spec, "done", values, about)
 
 
 def compare(training: Train, tree: Path, rounds: Rounds) -> dict[str, float]:

@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.engine.benchmarks.small.against import WARM_UP_STEPS, Rounds
+from experiments.engine.benchmarks.small.against import WARM_UP_STEPS, Rounds, append_ratios
 from experiments.engine.benchmarks.spec import StackedTrainings
 from experiments.engine.data.sets import ImageSet, iterate_batches
-from experiments.engine.numerics.device import describe_device, keep_memory
-from experiments.engine.numerics.precision import read_tf32_flags
+from experiments.engine.numerics.device import keep_memory
 from experiments.engine.numerics.stacked import Stack
-from experiments.engine.records.store import Store, provenance
+from experiments.engine.records.store import Store
 from experiments.engine.specs.rows import Row
 from experiments.engine.specs.spec import Data, Train
 from experiments.engine.specs.stages import Protocol, train_stage
@@ -83,8 +82,6 @@ def measure_stacked(
     data = protocol.data
     labels = tuple(row.label for row in rows)
     spec = StackedTrainings(members, data.size, data.channels, protocol.recipe.batch, labels)
-    about = provenance() | describe_device("cpu") | {"threads": 1}
-    about["precision_flags"] = read_tf32_flags()
     torch.set_num_threads(1)
     keep_memory()
 
@@ -94,17 +91,13 @@ def measure_stacked(
         values = compare_stacked(seeds, draw_noise(data), rounds)
         measured[row.label] = values
         print(
-            f"{data.size}x{data.size}x{data.channels} {row.label}: {members} seeds stacked train "
-            f"{values['ratio']:.3f} ±{values['spread']:.3f} times as many samples per core-second, "
+            f"{data.size}x{data.size}x{data.channels} {row.label}: {members} stacked seeds train "
+            f"{values['ratio']:.3f} ±{values['spread']:.3f} times as many samples a core-second, "
             f"weights apart by {values['difference']:.0e}",
             flush=True,
         )
 
-    ratios = [values["ratio"] for values in measured.values()]
-    mean = statistics.geometric_mean(ratios)
-    print(f"geometric mean {mean:.3f}, most {max(ratios):.3f}", flush=True)
-    summary = {"geometric_mean": mean, "most": max(ratios), "rounds": rounds.number}
-    store.append(spec, "done", {"rows": measured, "steps": rounds.steps, **summary}, about)
+    append_ratios(spec, measured, rounds, store)
 
 
 def draw_noise(data: Data) -> ImageSet:

@@ -110,7 +110,7 @@ def speed_sheet(timed: TimedTable, store: Store, source: RecordFolder | None = N
         macs = _core_macs(entry.row, counts)
         cells: Cells = {"row": Cell(label=entry.row.label)}
         if macs:
-            # A network of a laptop has a few thousandths.
+            # Networks that a laptop trains have a few thousandths of a Gflop.
             cells["core"] = Cell(macs / 1e9, digits=2 if macs >= 1e8 else 4, records=counts)
         for mode, stage in entry.stages.items():
             cells |= _timing_cells(stage, mode, macs, source)
