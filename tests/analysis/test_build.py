@@ -43,24 +43,16 @@ def copy_reference(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_two_builds_of_the_tables_equal_each_other_and_what_is_committed(tmp_path: Path):
-    folders = [copy_reference(tmp_path / name) for name in ("a", "b")]
-    for hash_seed, folder in enumerate(folders, 1):
-        done = run_build("--tables", "--results", folder, hash_seed=hash_seed)
-        assert done.returncode == 0, done.stdout + done.stderr
-    first, second = (files_in(folder / "tables") for folder in folders)
-    assert first == second == files_in(REPOSITORY / "results" / "tables")
-
-
-@pytest.mark.slow
-def test_two_builds_of_the_figures_are_equal_to_the_byte(tmp_path: Path):
+def test_two_builds_are_equal_to_the_byte_and_their_tables_are_those_committed(tmp_path: Path):
     folders = [copy_reference(tmp_path / name) for name in ("a", "b")]
     for hash_seed, folder in enumerate(folders, 1):
         done = run_build("--results", folder, hash_seed=hash_seed)
         assert done.returncode == 0, done.stdout + done.stderr
-    first, second = (files_in(folder / "figures") for folder in folders)
-    assert first == second
-    assert set(first) == {f"{name}.{form}" for name in build.FIGURES for form in ("pdf", "png")}
+    tables, again = (files_in(folder / "tables") for folder in folders)
+    assert tables == again == files_in(REPOSITORY / "results" / "tables")
+    figures, again = (files_in(folder / "figures") for folder in folders)
+    assert figures == again
+    assert set(figures) == {f"{name}.{form}" for name in build.FIGURES for form in ("pdf", "png")}
 
 
 def test_files_are_narrow_and_hold_what_their_names_say(tmp_path: Path):

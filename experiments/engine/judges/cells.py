@@ -16,7 +16,12 @@ from torch import Tensor, nn
 from experiments.engine.data.captioned.digits import BACKGROUND, digit_images
 from experiments.engine.data.captioned.grammar import CELL
 from experiments.engine.data.sets import ImageSet
-from experiments.engine.judges.classifiers import Exam, Identity, NoisyLesson, cached_classifier
+from experiments.engine.judges.classifiers import (
+    Exam,
+    Identity,
+    PortableLesson,
+    cached_classifier,
+)
 from experiments.engine.specs.spec import Data
 
 BLANK = 10  # the class after the ten digits
@@ -42,7 +47,7 @@ class CellClassifier(nn.Module):
         return features, self.head(features)
 
 
-LESSON = NoisyLesson("cells", CellClassifier, steps=600, batch=128, lr=3e-3, shift=0, noise=0.1)
+LESSON = PortableLesson("cells", CellClassifier, steps=600, batch=128, lr=3e-3, shift=0, noise=0.1)
 
 
 def cell_judge(cache: Path) -> tuple[nn.Module, Identity]:
