@@ -75,12 +75,13 @@ class _OneDNN(torch.autograd.Function):
 def _multiply_transposed(a: Tensor, b: Tensor) -> Tensor:
     """Return a^T b: (M, p), (M, q) -> (p, q).
 
-    oneDNN repacks its weight faster if the wider operand is the weight. With few rows, as a
-    condition has, that saves less than it costs to lay the result out as the weight is.
+    PyTorch's operator copies an operand that is not contiguous, so it is laid out here. oneDNN
+    repacks its weight faster if the wider operand is the weight. With few rows, as a condition
+    has, that saves less than it costs to lay the result out as the weight is.
     """
     if a.shape[1] > b.shape[1] and len(a) > FEW:
-        return _product(b.t(), a.t()).t()
-    return _product(a.t(), b.t())
+        return _product(rows.transposed(b), a.t()).t()
+    return _product(rows.transposed(a), b.t())
 
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

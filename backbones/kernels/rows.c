@@ -258,6 +258,9 @@ void depthwise_backward(const float *x, const float *flipped, const float *slope
 
 static long samples_of_tile(long t) { return t < TILE ? TILE / t : 1; }
 
+/* A matrix (m, n), transposed. */
+void turn(const float *x, float *y, long m, long n) { transpose(x, y, m, n); }
+
 /* A linear layer of (m, k) rows: the weight is (n, k), and `turned` holds it transposed. */
 
 void linear_forward(const float *x, const float *weight, float *turned, const float *bias, float *y,

@@ -206,12 +206,44 @@ INLINE void multiply(const float *a, long row, long column, const float *b, floa
     multiply_apart((product){a, row, column, b, n, c, n, bias, k, add}, m, n);
 }
 
-/* Turn (m, n) into (n, m), in blocks that stay in the cache. */
+/* Turn eight rows of eight, at a distance of n, into columns, at a distance of m. */
+INLINE void transpose_block(const float *x, float *y, long m, long n) {
+    __m256 a[LANES], b[LANES];
+    UNROLL for (int i = 0; i < LANES; i++) a[i] = _mm256_loadu_ps(x + i * n);
+
+    /* Pairs of rows, then fours, then all eight; each step works within halves of a vector, but for the
+     * last. */
+    UNROLL for (int i = 0; i < LANES; i += 2) {
+        b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    }
+    UNROLL for (int i = 0; i < LANES; i += 4) {
+        a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+        a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
+        a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+        a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+    }
+    UNROLL for (int i = 0; i < LANES / 2; i++) {
+        _mm256_storeu_ps(y + i * m, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+        _mm256_storeu_ps(y + (i + 4) * m, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+    }
+}
+
+/* Turn (m, n) into (n, m). Of STRIP rows every column fills whole lines of the cache. */
 static inline void transpose(const float *x, float *y, long m, long n) {
-    for (long i = 0; i < m; i += LANES)
+    enum { STRIP = 8 * LANES };
+    for (long first = 0; first < m; first += STRIP) {
+        long end = m - first < STRIP ? m : first + STRIP;
         for (long j = 0; j < n; j += LANES)
-            for (long q = j; q < j + LANES && q < n; q++)
-                for (long p = i; p < i + LANES && p < m; p++) y[q * m + p] = x[p * n + q];
+            for (long i = first; i < end; i += LANES) {
+                if (i + LANES <= end && j + LANES <= n) {
+                    transpose_block(x + i * n + j, y + j * m + i, m, n);
+                    continue;
+                }
+                for (long q = j; q < j + LANES && q < n; q++)
+                    for (long p = i; p < i + LANES && p < end; p++) y[q * m + p] = x[p * n + q];
+            }
+    }
 }
 
 static inline void add_rows(const float *x, float *y, long m, long c) {

@@ -48,6 +48,7 @@ _FUNCTIONS = {
     "shuffle": "pp nnnnn",
     "unshuffle": "pp nnnnn",
     "gelu_forward": "ppp n",
+    "turn": "pp nn",
     "linear_forward": "ppppp nnn",
     "linear_backward": "pppppp nnn",
     "enter_forward": "pppppppppp nnnnn f",
@@ -156,6 +157,15 @@ def call(name: str, *args: Any, channels: tuple[int, ...]) -> None:
         whole = whole and number % LANES == 0
     function = getattr(library(whole), name)
     function(*[x.data_ptr() if isinstance(x, Tensor) else x for x in args])
+
+
+def transposed(x: Tensor) -> Tensor:
+    """Return a matrix transposed and contiguous, in one thread sooner than PyTorch copies it."""
+    if not (x.is_contiguous() and fits(x)) or torch.get_num_threads() > 1:
+        return x.t().contiguous()
+    y = x.new_empty(x.shape[::-1])
+    call("turn", x, y, *x.shape, channels=())
+    return y
 
 
 # adaLN: x (N, T, C), shift and scale (N, 1, C)

@@ -131,6 +131,15 @@ def test_a_gradient_of_joined_channels_is_shuffled_where_it_lies(name: str):
     assert all(torch.equal(a, b.float()) for a, b in zip(value, truth, strict=True))
 
 
+@pytest.mark.parametrize("size", [(1, 1), (8, 64), (70, 13), (129, 40), (64, 7), (3, 9)])
+def test_a_matrix_is_laid_out_transposed(size: tuple[int, int]):
+    x = normal(*size).float()
+    for matrix in (x, x.t(), x.double()):
+        turned = rows.transposed(matrix)
+        assert torch.equal(turned, matrix.t())
+        assert turned.is_contiguous()
+
+
 def test_gelu_is_exact_far_from_zero():
     x = torch.linspace(-40, 40, 8000)
     truth = torch.nn.functional.gelu(x.double())
