@@ -258,8 +258,8 @@ void depthwise_backward(const float *x, const float *flipped, const float *slope
 
 static long samples_of_tile(long t) { return t < TILE ? TILE / t : 1; }
 
-/* A matrix (m, n), transposed. */
-void turn(const float *x, float *y, long m, long n) { transpose(x, y, m, n); }
+/* Transpose a matrix: (m, n) -> (n, m). */
+void transpose_matrix(const float *x, float *y, long m, long n) { transpose(x, y, m, n); }
 
 /* A linear layer of (m, k) rows: the weight is (n, k), and `turned` holds it transposed. */
 

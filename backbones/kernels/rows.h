@@ -206,13 +206,12 @@ INLINE void multiply(const float *a, long row, long column, const float *b, floa
     multiply_apart((product){a, row, column, b, n, c, n, bias, k, add}, m, n);
 }
 
-/* Turn eight rows of eight, at a distance of n, into columns, at a distance of m. */
+/* Transpose a block of 8 x 8. Its rows lie n numbers apart, and those of the result m. */
 INLINE void transpose_block(const float *x, float *y, long m, long n) {
     __m256 a[LANES], b[LANES];
     UNROLL for (int i = 0; i < LANES; i++) a[i] = _mm256_loadu_ps(x + i * n);
 
-    /* Pairs of rows, then fours, then all eight; each step works within halves of a vector, but for the
-     * last. */
+    /* Join pairs of rows, then fours, within halves of vectors; then join the halves. */
     UNROLL for (int i = 0; i < LANES; i += 2) {
         b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
         b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
@@ -229,7 +228,8 @@ INLINE void transpose_block(const float *x, float *y, long m, long n) {
     }
 }
 
-/* Turn (m, n) into (n, m). Of STRIP rows every column fills whole lines of the cache. */
+/* Transpose (m, n) into (n, m), strip by strip of rows. A strip's column fills whole lines of the cache.
+ */
 static inline void transpose(const float *x, float *y, long m, long n) {
     enum { STRIP = 8 * LANES };
     for (long first = 0; first < m; first += STRIP) {

