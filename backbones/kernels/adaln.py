@@ -61,7 +61,7 @@ adaln = Op(
     "adaln",
     [
         Choice("triton", triton, _supports, pays=never),
-        Choice("rows", in_rows, rows.supports_adaln, rows.pays),
+        Choice("rows", in_rows, rows.supports_adaln, rows.pays_in_threads),
         Choice("reference", reference),
     ],
 )

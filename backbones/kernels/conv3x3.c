@@ -133,7 +133,7 @@ INLINE vec join_output_row(const float *m, long line, const long row, long width
 
 /* Split the tiles of an image into planes, each `plane` numbers after the one before. */
 static void split_image(const float *x, float *frame, float *v, grid g, long plane) {
-    put_into_frame(x, frame, g.h, g.w, g.c, 1, g.line);
+    put_into_frame(x, frame, g.h, g.w, g.c, g.c, 1, g.line);
     for (long i = 0; i < g.down; i++)
         for (long j = 0; j < g.across; j++, v += g.c) {
             const float *corner = frame + 2 * i * g.line + 2 * j * g.c;

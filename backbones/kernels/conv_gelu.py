@@ -28,7 +28,7 @@ def _convolve_channels(x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
 depthwise = Op(
     "depthwise",
     [
-        Choice("rows", rows.depthwise, rows.supports_depthwise, rows.pays),
+        Choice("rows", rows.depthwise, rows.supports_depthwise, rows.pays_in_threads),
         Choice("reference", _convolve_channels),
     ],
 )
@@ -36,7 +36,10 @@ depthwise = Op(
 # Exact GELU of a tensor of any shape.
 gelu = Op(
     "gelu",
-    [Choice("rows", rows.gelu, rows.supports_gelu, rows.pays), Choice("reference", F.gelu)],
+    [
+        Choice("rows", rows.gelu, rows.supports_gelu, rows.pays_in_threads),
+        Choice("reference", F.gelu),
+    ],
 )
 
 
@@ -87,7 +90,7 @@ depthwise_gelu = Op(
     [
         Choice("triton", triton, _triton_supports, pays=never),
         _ONEDNN,
-        Choice("rows", rows.depthwise_gelu, rows.supports_depthwise, rows.pays),
+        Choice("rows", rows.depthwise_gelu, rows.supports_depthwise, rows.pays_in_threads),
         Choice("reference", reference_depthwise),
     ],
 )

@@ -62,7 +62,7 @@ def _reference_pool(x: Tensor) -> Tensor:
 addcmul = Op(
     "addcmul",
     [
-        Choice("rows", rows.gate, rows.supports_gate, rows.pays),
+        Choice("rows", rows.gate, rows.supports_gate, rows.pays_in_threads),
         Choice("fewer_passes", _AddCMul.apply, pays=_pays),
         Choice("reference", torch.addcmul),
     ],
@@ -72,7 +72,7 @@ addcmul = Op(
 pool = Op(
     "pool",
     [
-        Choice("rows", rows.mean, rows.supports_mean, rows.pays),
+        Choice("rows", rows.mean, rows.supports_mean, rows.pays_in_threads),
         Choice("fewer_passes", _Mean.apply, pays=_pays),
         Choice("reference", _reference_pool),
     ],
@@ -81,5 +81,8 @@ pool = Op(
 # A product with a gate of every sample: x (N, C, H, W), gate (N, C, 1, 1) -> (N, C, H, W).
 scale = Op(
     "scale",
-    [Choice("rows", rows.scale, rows.supports_scale, rows.pays), Choice("reference", torch.mul)],
+    [
+        Choice("rows", rows.scale, rows.supports_scale, rows.pays_in_threads),
+        Choice("reference", torch.mul),
+    ],
 )

@@ -1,7 +1,6 @@
 /* What the passes over rows of channels share: vectors, GELU, matrix products.
  *
- * Everything is float32, in a single thread. Sums run in one order, so results are the same in every
- * run. The files are built twice. With PARTS, the last vector of a row may hold fewer channels than
+ * Everything is float32. Sums run in one order, so results are the same in every run. The files are built twice. With PARTS, the last vector of a row may hold fewer channels than
  * it has lanes; without, every number of channels is a multiple of 8.
  */
 
@@ -228,32 +227,110 @@ INLINE void transpose_block(const float *x, float *y, long m, long n) {
     }
 }
 
-/* Transpose (m, n) into (n, m), strip by strip of rows. A strip's column fills whole lines of the cache.
- */
-static inline void transpose(const float *x, float *y, long m, long n) {
-    enum { STRIP = 8 * LANES };
-    for (long first = 0; first < m; first += STRIP) {
-        long end = m - first < STRIP ? m : first + STRIP;
-        for (long j = 0; j < n; j += LANES)
-            for (long i = first; i < end; i += LANES) {
-                if (i + LANES <= end && j + LANES <= n) {
-                    transpose_block(x + i * n + j, y + j * m + i, m, n);
-                    continue;
-                }
-                for (long q = j; q < j + LANES && q < n; q++)
-                    for (long p = i; p < i + LANES && p < end; p++) y[q * m + p] = x[p * n + q];
+// Rows of a strip, whose columns fill whole lines of the cache.
+#define STRIP (8 * LANES)
+
+/* Transpose a strip of rows, from `first` on, of (m, n) into (n, m). */
+static inline void transpose_strip(const float *x, float *y, long m, long n, long first) {
+    long end = m - first < STRIP ? m : first + STRIP;
+    for (long j = 0; j < n; j += LANES)
+        for (long i = first; i < end; i += LANES) {
+            if (i + LANES <= end && j + LANES <= n) {
+                transpose_block(x + i * n + j, y + j * m + i, m, n);
+                continue;
             }
-    }
+            for (long q = j; q < j + LANES && q < n; q++)
+                for (long p = i; p < i + LANES && p < end; p++) y[q * m + p] = x[p * n + q];
+        }
+}
+
+static inline void transpose(const float *x, float *y, long m, long n) {
+    for (long first = 0; first < m; first += STRIP) transpose_strip(x, y, m, n, first);
 }
 
 static inline void add_rows(const float *x, float *y, long m, long c) {
     for (long j = 0; j < m; j++, x += c) EACH(k, c) STORE(y + k, LOAD(y + k) + LOAD(x + k));
 }
 
-/* Put an image (h, w, c) into a frame of zeros whose lines hold `line` numbers, so that no pixel is a
- * special case. */
-static inline void put_into_frame(const float *x, float *frame, long h, long w, long c, long pad,
-                                  long line) {
+/* Put `part` of the channels of an image (h, w, c) into a frame of zeros whose lines hold `line` numbers,
+ * so that no pixel is a special case. */
+static inline void put_into_frame(const float *x, float *frame, long h, long w, long c, long part,
+                                  long pad, long line) {
     for (long i = 0; i < h; i++)
-        memcpy(frame + (i + pad) * line + pad * c, x + i * w * c, w * c * sizeof(float));
+        for (long j = 0; j < w; j++)
+            memcpy(frame + (i + pad) * line + (j + pad) * c, x + (i * w + j) * c,
+                   part * sizeof(float));
+}
+
+/* Passes over a sample of t pixels. */
+
+static inline void normalise(const float *x, const float *shift, const float *scale, float *y,
+                             float *mean, float *rstd, long t, long c, float eps) {
+    for (long j = 0; j < t; j++, x += c, y += c) {
+        vec sum = {0}, squares = {0};
+        EACH(k, c) sum += LOAD(x + k);
+        float m = add_lanes(sum) / c;
+        EACH(k, c) {
+            vec d = KEEP(LOAD(x + k) - m);
+            squares += d * d;
+        }
+        float r = 1 / __builtin_sqrtf(add_lanes(squares) / c + eps);
+        EACH(k, c) STORE(y + k, (LOAD(x + k) - m) * r * (1 + LOAD(scale + k)) + LOAD(shift + k));
+        mean[j] = m;
+        rstd[j] = r;
+    }
+}
+
+static inline void normalise_backward(const float *x, const float *scale, const float *grad,
+                                      const float *mean, const float *rstd, float *grad_x,
+                                      float *grad_shift, float *grad_scale, long t, long c) {
+    memset(grad_shift, 0, c * sizeof(float));
+    memset(grad_scale, 0, c * sizeof(float));
+    for (long j = 0; j < t; j++, x += c, grad += c, grad_x += c) {
+        float m = mean[j], r = rstd[j];
+        vec sum = {0}, along = {0};
+        EACH(k, c) {
+            vec u = (LOAD(x + k) - m) * r, g = LOAD(grad + k), gu = g * (1 + LOAD(scale + k));
+            STORE(grad_shift + k, LOAD(grad_shift + k) + g);
+            STORE(grad_scale + k, LOAD(grad_scale + k) + g * u);
+            sum += gu;
+            along += gu * u;
+        }
+        float s = add_lanes(sum) / c, l = add_lanes(along) / c;
+        EACH(k, c) {
+            vec u = (LOAD(x + k) - m) * r, gu = LOAD(grad + k) * (1 + LOAD(scale + k));
+            STORE(grad_x + k, (gu - s - u * l) * r);
+        }
+    }
+}
+
+/* x may be NULL. */
+static inline void apply_gate(const float *x, const float *gate, const float *b, float *y, long t,
+                              long c) {
+    for (long j = 0; j < t; j++, b += c, y += c) {
+        if (x) {
+            EACH(k, c) STORE(y + k, LOAD(x + k) + LOAD(gate + k) * LOAD(b + k));
+            x += c;
+        } else
+            EACH(k, c) STORE(y + k, LOAD(gate + k) * LOAD(b + k));
+    }
+}
+
+static inline void apply_gate_backward(const float *gate, const float *b, const float *grad,
+                                       float *grad_gate, float *grad_b, long t, long c) {
+    memset(grad_gate, 0, c * sizeof(float));
+    for (long j = 0; j < t; j++, b += c, grad += c, grad_b += c)
+        EACH(k, c) {
+            vec g = LOAD(grad + k);
+            STORE(grad_gate + k, LOAD(grad_gate + k) + g * LOAD(b + k));
+            STORE(grad_b + k, g * LOAD(gate + k));
+        }
+}
+
+static inline void apply_gelu(const float *x, float *y, float *slope, long size) {
+    EACH(k, size) {
+        vec d;
+        STORE(y + k, gelu(LOAD(x + k), &d));
+        STORE(slope + k, d);
+    }
 }

@@ -1,8 +1,9 @@
-"""Fused passes over rows of channels in C: small networks on a CPU, in one thread.
+"""Fused passes over rows of channels in C, for networks on a CPU.
 
 PyTorch's loops cost more than the arithmetic where a layer is small: a product with a gate of every
 sample takes ten times as long as a copy. The C files beside this one hold such passes, forward and
-backward. The machine's C compiler builds them at first use. Without a compiler, or on a processor
+backward. Those of rows.c are shared among the threads of PyTorch, the others run in one thread. The
+machine's C compiler builds them at first use. Without a compiler that has OpenMP, or on a processor
 without AVX2, the references run.
 
 Legend: N batch, T pixels, C channels, (H, W) grid with T = HW. Memory is channels-last throughout.
@@ -25,11 +26,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-NAMES = ("rows.c", "attend.c", "conv3x3.c", "taps.c", "update.c")
+NAMES = ("rows.c", "linear.c", "attend.c", "conv3x3.c", "taps.c", "update.c")
 SOURCES = tuple(Path(__file__).with_name(name) for name in NAMES)
 HEADER = Path(__file__).with_name("rows.h")
 # Results do not depend on what the processor has beyond AVX2.
-FLAGS = ("-O3", "-march=x86-64-v3", "-fno-math-errno", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=x86-64-v3", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 CAPABILITIES = ("AVX2", "AVX512")
 # Channels that a vector of AVX2 holds.
 LANES = 8
@@ -112,6 +113,7 @@ def library(whole: bool = True) -> ctypes.CDLL | None:
         function = getattr(functions, name)
         function.argtypes = [_TYPES[x] for x in letters.replace(" ", "")]
         function.restype = None
+    functions.threads.restype = ctypes.c_long
     return functions
 
 
@@ -122,6 +124,20 @@ def pays(*args: Tensor | None, **kwargs: Tensor | None) -> bool:
         and torch.is_grad_enabled()
         and torch.get_num_threads() == 1
     )
+
+
+def pays_in_threads(*args: Tensor | None, **kwargs: Tensor | None) -> bool:
+    """Tell whether passes that threads share are worth it: in training, and not compiled."""
+    return not torch.compiler.is_compiling() and torch.is_grad_enabled() and _threads_are_torch()
+
+
+def _threads_are_torch() -> bool:
+    """Tell whether the passes use as many threads as PyTorch.
+
+    They share its OpenMP, unless it was built with another one than the compiler's.
+    """
+    count = torch.get_num_threads()
+    return count == 1 or (functions := library()) is not None and functions.threads() == count
 
 
 def fits(x: Tensor) -> bool:
@@ -162,9 +178,9 @@ def call(name: str, *args: Any, channels: tuple[int, ...]) -> None:
 def transposed(x: Tensor) -> Tensor:
     """Return a matrix transposed and contiguous: (M, N) -> (N, M).
 
-    In one thread a pass in C does it in less than half the time of PyTorch's copy.
+    A pass in C does it in less than half the time of PyTorch's copy.
     """
-    if not (x.is_contiguous() and fits(x)) or torch.get_num_threads() > 1:
+    if not (x.is_contiguous() and fits(x) and _threads_are_torch()):
         return x.t().contiguous()
     y = x.new_empty(x.shape[::-1])
     call("transpose_matrix", x, y, *x.shape, channels=())

@@ -71,14 +71,14 @@ def _supports_unshuffle(x: Tensor) -> bool:
 pixel_shuffle = Op(
     "pixel_shuffle",
     [
-        Choice("rows", shuffle, _supports_shuffle, rows.pays),
+        Choice("rows", shuffle, _supports_shuffle, rows.pays_in_threads),
         Choice("reference", partial(F.pixel_shuffle, upscale_factor=SIDE)),
     ],
 )
 pixel_unshuffle = Op(
     "pixel_unshuffle",
     [
-        Choice("rows", unshuffle, _supports_unshuffle, rows.pays),
+        Choice("rows", unshuffle, _supports_unshuffle, rows.pays_in_threads),
         Choice("reference", partial(F.pixel_unshuffle, downscale_factor=SIDE)),
     ],
 )

@@ -110,11 +110,15 @@ def test_a_pointwise_convolution_is_its_sum(
         )
 
 
-def test_large_float32_products_on_a_cpu_are_onednns_and_others_torchs():
+@pytest.mark.parametrize("capability, choice", [("AVX512", "onednn"), ("AVX2", "reference")])
+def test_large_float32_products_are_onednns_where_there_is_avx512(
+    capability: str, choice: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     x, w = (torch.randn(256, 256) for _ in range(2))
     kernels.reset_used()
     linear(x, w)
-    assert kernels.used()["linear"] == ["onednn"]
+    assert kernels.used()["linear"] == [choice]
     kernels.reset_used()
     linear(x[:1], w), linear(x.double(), w.double())
     with torch.autocast("cpu", torch.bfloat16):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,9 @@ LIMIT = 1e-5
 SHAPES = [(1, 8, 1, 1), (67, 24, 1, 3), (3, 24, 2, 5), (2, 40, 7, 3), (2, 104, 11, 9)]
 SHAPES += [(3, 5, 3, 4), (65, 21, 1, 3)]
 SIDES_OF_WEIGHT = {"linear": (), "pointwise": (1, 1), "conv3x3": (3, 3)}
+# Operations whose passes are shared among threads.
+SHARED = ["adaln", "addcmul", "scale", "pool", "gelu", "depthwise 5", "depthwise_gelu 3"]
+SHARED += ["pixel_shuffle", "pixel_unshuffle"]
 # Inputs and outputs of the convolutions that take all taps in one product.
 FEW_CHANNELS = {"conv3x3 few inputs": (2, 7), "conv3x3 few outputs": (13, 3)}
 
@@ -131,13 +136,38 @@ def test_a_gradient_of_joined_channels_is_shuffled_where_it_lies(name: str):
     assert all(torch.equal(a, b.float()) for a, b in zip(value, truth, strict=True))
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("case", SHARED)
+def test_threads_that_share_a_pass_change_no_bit(case: str, shape: tuple[int, ...]):
+    op = getattr(kernels, case.split()[0])
+    inputs = [x.float() for x in inputs_of(case, *shape)]
+    with threads(1):
+        alone = with_gradients(op, inputs)
+    with threads(3):
+        kernels.reset_used()
+        shared = with_gradients(op, inputs)
+        assert kernels.used()[op.name] == ["rows"]
+        assert rows.library().threads() == 3
+    assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
+
+
 @pytest.mark.parametrize("size", [(1, 1), (8, 64), (70, 13), (129, 40), (64, 7), (3, 9)])
 def test_a_matrix_is_laid_out_transposed(size: tuple[int, int]):
     x = normal(*size).float()
     for matrix in (x, x.t(), x.double()):
-        turned = rows.transposed(matrix)
-        assert torch.equal(turned, matrix.t())
-        assert turned.is_contiguous()
+        for count in (1, 2):
+            with threads(count):
+                turned = rows.transposed(matrix)
+            assert torch.equal(turned, matrix.t())
+            assert turned.is_contiguous()
 
 
 def test_gelu_is_exact_far_from_zero():
