@@ -106,8 +106,41 @@ INLINE vec gelu(vec x, vec *slope) {
 }
 
 /* Matrix products c (m, n) = a b + bias, or c += a b: b (k, n) and c (m, n) lie row by row, their rows
- * `line` and `out` apart, and a has any strides. `vecs` vectors of columns are multiplied at once; a
- * single one may be a part. */
+ * `line` and `out` apart, and a has any strides. `vecs` vectors of columns are multiplied at once, and
+ * `width` columns are left for the last one. A column's sum does not depend on the vector it is in, so
+ * vectors of any width give the same bits. */
+
+#ifdef __AVX512F__
+#define COLUMNS 16
+typedef float columns __attribute__((vector_size(64), aligned(4)));
+
+INLINE __mmask16 columns_below(long width) { return (1 << width) - 1; }
+
+INLINE columns load_columns(const float *p, long width) {
+    if (width >= COLUMNS) return *(const columns *)p;
+    return (columns)_mm512_maskz_loadu_ps(columns_below(width), p);
+}
+
+INLINE void store_columns(float *p, columns v, long width) {
+    if (width >= COLUMNS)
+        *(columns *)p = v;
+    else
+        _mm512_mask_storeu_ps(p, columns_below(width), (__m512)v);
+}
+#else
+#define COLUMNS LANES
+typedef vec columns;
+
+INLINE columns load_columns(const float *p, long width) {
+    (void)width;  // which only PARTS reads
+    return LOAD(p);
+}
+
+INLINE void store_columns(float *p, columns v, long width) {
+    (void)width;
+    STORE(p, v);
+}
+#endif
 
 // Rows of b that are multiplied before the next ones, so that they stay in the cache.
 #define DEPTH 128
@@ -127,26 +160,28 @@ typedef struct {
     int add;
 } product;
 
+#define WIDTH(v) ((v) < vecs - 1 ? COLUMNS : width)
+
 INLINE void multiply_block(product x, long i, long j, long width, const long count,
                            const long vecs) {
     const float *a = x.a + i * x.row;
     float *c = x.c + i * x.out + j;
-    vec sums[6][3];
-    (void)width;  // which only PARTS reads
+    columns sums[8][3];
     UNROLL
     for (long r = 0; r < count; r++)
         UNROLL
         for (long v = 0; v < vecs; v++)
-            sums[r][v] = x.add    ? LOAD(c + r * x.out + v * LANES)
-                         : x.bias ? LOAD(x.bias + j + v * LANES)
-                                  : (vec){0};
+            sums[r][v] = x.add    ? load_columns(c + r * x.out + v * COLUMNS, WIDTH(v))
+                         : x.bias ? load_columns(x.bias + j + v * COLUMNS, WIDTH(v))
+                                  : (columns){0};
     for (long p = 0; p < x.k; p++) {
-        vec right[3];
+        columns right[3];
         UNROLL
-        for (long v = 0; v < vecs; v++) right[v] = LOAD(x.b + p * x.line + v * LANES);
+        for (long v = 0; v < vecs; v++)
+            right[v] = load_columns(x.b + p * x.line + v * COLUMNS, WIDTH(v));
         UNROLL
         for (long r = 0; r < count; r++) {
-            vec left = fill(a[r * x.row + p * x.column]);
+            columns left = a[r * x.row + p * x.column] - (columns){0};
             UNROLL
             for (long v = 0; v < vecs; v++) sums[r][v] += left * right[v];
         }
@@ -154,27 +189,30 @@ INLINE void multiply_block(product x, long i, long j, long width, const long cou
     UNROLL
     for (long r = 0; r < count; r++)
         UNROLL
-        for (long v = 0; v < vecs; v++) STORE(c + r * x.out + v * LANES, sums[r][v]);
+        for (long v = 0; v < vecs; v++)
+            store_columns(c + r * x.out + v * COLUMNS, sums[r][v], WIDTH(v));
 }
 
 INLINE void multiply_columns(product x, long m, long j, long width, const long vecs) {
-    float panel[DEPTH * 3 * LANES];
+    _Alignas(64) float panel[DEPTH * 3 * COLUMNS];
+    x.b += j;
     if (m >= MANY) {
-        const float *b = x.b + j;
         for (long p = 0; p < x.k; p++)
             UNROLL
             for (long v = 0; v < vecs; v++)
-                *(vec *)(panel + (p * vecs + v) * LANES) = LOAD(b + p * x.line + v * LANES);
+                *(columns *)(panel + (p * vecs + v) * COLUMNS) =
+                    load_columns(x.b + p * x.line + v * COLUMNS, WIDTH(v));
         x.b = panel;
-        x.line = vecs * LANES;
-    } else
-        x.b += j;
+        x.line = vecs * COLUMNS;
+    }
 
-    // a block of sums fills at most twelve of the sixteen registers
+    // a block of sums fills at most three quarters of the registers, of which AVX-512 has 32
     long i = 0;
 #define ROWS(count) \
     for (; i + count <= m; i += count) multiply_block(x, i, j, width, count, vecs);
-    if (vecs < 3) {
+    if (COLUMNS > LANES) {
+        ROWS(8)
+    } else if (vecs < 3) {
         ROWS(6)
     }
     ROWS(4)
@@ -186,14 +224,24 @@ INLINE void multiply_columns(product x, long m, long j, long width, const long v
 static __attribute__((noinline)) void multiply_apart(product x, long m, long n) {
     long k = x.k;
     for (long p = 0; p == 0 || p < k; p += DEPTH) {
-        long j = 0;
         x.k = k - p < DEPTH ? k - p : DEPTH;
-        // three vectors read the least, but two and two are better than three and one
-        for (; j + 3 * LANES <= n && j + 4 * LANES != n; j += 3 * LANES)
-            multiply_columns(x, m, j, LANES, 3);
-        for (; j + 2 * LANES <= n; j += 2 * LANES) multiply_columns(x, m, j, LANES, 2);
-        for (; j + LANES <= n; j += LANES) multiply_columns(x, m, j, LANES, 1);
-        if (j < n) multiply_columns(x, m, j, n - j, 1);
+        for (long j = 0, vecs; j < n; j += vecs * COLUMNS) {
+            // three vectors read the least, but two and two are better than three and one
+            long left = (n - j + COLUMNS - 1) / COLUMNS;
+            vecs = left == 3 || left > 4 ? 3 : left > 1 ? 2 : 1;
+            long width = n - j - (vecs - 1) * COLUMNS;
+#define BY_NUMBER(width)                                            \
+    switch (vecs) {                                                 \
+        case 3: multiply_columns(x, m, j, width, 3); break;         \
+        case 2: multiply_columns(x, m, j, width, 2); break;         \
+        default: multiply_columns(x, m, j, width, 1);               \
+    }
+            if (width >= COLUMNS)
+                BY_NUMBER(COLUMNS)
+            else
+                BY_NUMBER(width)
+#undef BY_NUMBER
+        }
         x.a += DEPTH * x.column;
         x.b += DEPTH * x.line;
         x.add = 1;

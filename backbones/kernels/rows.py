@@ -29,9 +29,9 @@ from torch.autograd.function import once_differentiable
 NAMES = ("rows.c", "linear.c", "attend.c", "conv3x3.c", "taps.c", "update.c")
 SOURCES = tuple(Path(__file__).with_name(name) for name in NAMES)
 HEADER = Path(__file__).with_name("rows.h")
-# Results do not depend on what the processor has beyond AVX2.
 FLAGS = ("-O3", "-march=x86-64-v3", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
-CAPABILITIES = ("AVX2", "AVX512")
+# What a processor's capability adds. Results do not depend on it.
+CAPABILITIES = {"AVX2": (), "AVX512": ("-mavx512f",)}
 # Channels that a vector of AVX2 holds.
 LANES = 8
 # Sides of the depthwise kernels that rows.c has.
@@ -78,7 +78,8 @@ def library(whole: bool = True) -> ctypes.CDLL | None:
     Args:
         whole: the functions for numbers of channels that are whole vectors, which are faster.
     """
-    if torch.backends.cpu.get_cpu_capability() not in CAPABILITIES:
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability not in CAPABILITIES:
         return None
     compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc"))), None)
     if compiler is None:
@@ -86,7 +87,7 @@ def library(whole: bool = True) -> ctypes.CDLL | None:
         return None
 
     # Processes that build at the same time each write a file of their own and rename it.
-    command = [compiler, *FLAGS, *([] if whole else ["-DPARTS"])]
+    command = [compiler, *FLAGS, *CAPABILITIES[capability], *([] if whole else ["-DPARTS"])]
     text = b"".join(path.read_bytes() for path in (HEADER, *SOURCES)) + repr(command).encode()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dico_kernels"
     built = folder / f"rows-{hashlib.sha256(text).hexdigest()[:16]}.so"

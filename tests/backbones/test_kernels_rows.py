@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,9 @@ SIDES_OF_WEIGHT = {"linear": (), "pointwise": (1, 1), "conv3x3": (3, 3)}
 # Operations whose passes are shared among threads.
 SHARED = ["adaln", "addcmul", "scale", "pool", "gelu", "depthwise 5", "depthwise_gelu 3"]
 SHARED += ["pixel_shuffle", "pixel_unshuffle"]
+# Operations that multiply matrices.
+PRODUCTS = ["linear", "pointwise", "adaln_pointwise_gelu", "pointwise_gated with factor"]
+PRODUCTS += ["conv3x3", "conv3x3 few inputs", "attention", "self attention"]
 # Inputs and outputs of the convolutions that take all taps in one product.
 FEW_CHANNELS = {"conv3x3 few inputs": (2, 7), "conv3x3 few outputs": (13, 3)}
 
@@ -159,6 +163,26 @@ def test_threads_that_share_a_pass_change_no_bit(case: str, shape: tuple[int, ..
     assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
 
 
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs a processor with AVX-512"
+)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_vectors_of_any_width_give_the_same_bits(
+    case: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+):
+    name = case.removeprefix("self ").split()[0]
+    inputs = [x.float() for x in inputs_of(case, *shape)]
+    results = []
+    for capability in rows.CAPABILITIES:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=capability: name)
+        monkeypatch.setattr(rows, "library", cache(rows.library.__wrapped__))
+        with kernels.use(**{name: "rows"}):
+            results.append(with_gradients(getattr(kernels, name), inputs))
+        monkeypatch.undo()
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("size", [(1, 1), (8, 64), (70, 13), (129, 40), (64, 7), (3, 9)])
 def test_a_matrix_is_laid_out_transposed(size: tuple[int, int]):
     x = normal(*size).float()
@@ -241,7 +265,8 @@ def test_a_machine_without_a_compiler_runs_the_references(
 def test_the_source_compiles_without_a_warning(tmp_path: Path):
     with_parts = [source for source in rows.SOURCES if "PARTS" in source.read_text()]
     assert with_parts
-    for choice, sources in (("-DWHOLE", rows.SOURCES), ("-DPARTS", with_parts)):
+    variants = [("-DWHOLE", rows.SOURCES), ("-mavx512f", rows.SOURCES), ("-DPARTS", with_parts)]
+    for choice, sources in variants:
         command = ["cc", *rows.FLAGS, "-O0", "-Wall", "-Wextra", choice, *sources]
         built = subprocess.run(
             [*command, "-o", tmp_path / "rows.so"], capture_output=True, text=True
