@@ -1,7 +1,8 @@
-/* What the passes over rows of channels share: vectors, GELU, matrix products.
+/* What the passes over rows of channels share: vectors, GELU, matrix products, passes over a sample.
  *
- * Everything is float32. Sums run in one order, so results are the same in every run. The files are built twice. With PARTS, the last vector of a row may hold fewer channels than
- * it has lanes; without, every number of channels is a multiple of 8.
+ * Everything is float32. Sums run in one order, so results are the same in every run. The files are
+ * built twice. With PARTS, the last vector of a row may hold fewer channels than it has lanes; without,
+ * every number of channels is a multiple of 8.
  */
 
 #include <immintrin.h>
