@@ -21,6 +21,8 @@ from backbones.kernels import rows, rows_linear
 from backbones.kernels.op import Choice, Op
 
 _ONEDNN = torch.backends.mkldnn.is_available()
+# A compiler cannot ask for it.
+_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 # Multiply-accumulates below which a call of oneDNN costs more than it saves.
 WORTHWHILE = 2**22
 # Rows below which an operand is not worth laying out anew.
@@ -107,7 +109,7 @@ def _is_large(x: Tensor, weight: Tensor) -> bool:
 
 
 def _onednn_pays(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and _is_large(x, weight)
+    return _AVX512 and _is_large(x, weight)
 
 
 linear = Op(
