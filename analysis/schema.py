@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Union
 
-from analysis.probes.declared import Channels, DiffusersLocality, Features, Locality
+from analysis.probes import declared as probes
 from experiments.engine.benchmarks import spec as benchmarks
 from experiments.engine.records.files import written_whole
 from experiments.engine.records.store import FORMAT, SCORES, Record
@@ -22,12 +22,16 @@ from experiments.engine.specs import spec as specs
 
 FOLDER = REPOSITORY / "results" / "schema"
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
-BENCHMARKS = [cls for cls in vars(benchmarks).values() if isinstance(cls, type)]
-SPECS: tuple[type, ...] = (
-    *typing.get_args(specs.Stage),
-    *(cls for cls in BENCHMARKS if is_dataclass(cls) and cls.__module__ == benchmarks.__name__),
-    *(Locality, DiffusersLocality, Channels, Features),
-)
+
+
+def _specs_in(module: types.ModuleType) -> list[type]:
+    """Return the dataclasses that a module declares, but for what several of them extend."""
+    declared = [cls for cls in vars(module).values() if isinstance(cls, type) and is_dataclass(cls)]
+    own = [cls for cls in declared if cls.__module__ == module.__name__]
+    return [cls for cls in own if not cls.__subclasses__()]
+
+
+SPECS = (*typing.get_args(specs.Stage), *_specs_in(benchmarks), *_specs_in(probes))
 KINDS: dict[str, type | None] = {cls.__name__.lower(): cls for cls in SPECS} | {SCORES: None}
 PLAIN = {
     str: {"type": "string"},
