@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from experiments.engine.records.store import Record, Store
-from experiments.engine.specs.spec import Stage
+from experiments.engine.specs.spec import Stage, spec_id
 
 GAIN = 1.02  # in images per second, for which a sweep goes on to the next batch
 
@@ -38,6 +38,12 @@ class Job:
     row: str = ""
     # Records of stages that ran earlier, if they matter to the stages that are left.
     before: tuple[Record, ...] = ()
+    # What the user sees in place of `label` for the stages of other rows, by the stages' ids.
+    labels: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def label_of(self, stage: Stage) -> str:
+        """Return what the user sees for one of the stages."""
+        return self.labels.get(spec_id(stage), self.label)
 
     def left(self, store: Store) -> Job:
         """Return the job without its stages that are done."""

@@ -54,7 +54,10 @@ class TablePlan:
             label = f"{run.row.label}, seed {run.seed}"
             first = shared[0] if shared else Job(label, (), chain=True, row=run.row.label)
             stages = [stage for job in shared for stage in job.stages]
-            merged = replace(first, stages=_trainings_first([*stages, *run.stages]))
+            labels = dict.fromkeys(map(spec_id, run.stages), label)
+            for job in shared:
+                labels |= {spec_id(stage): job.label_of(stage) for stage in job.stages}
+            merged = replace(first, stages=_trainings_first([*stages, *run.stages]), labels=labels)
 
             position = jobs.index(first) if shared else len(jobs)
             jobs = [job for job in jobs if job not in shared]
@@ -201,7 +204,7 @@ def _counted(plan: Plan) -> Iterator[_Planned]:
 def _scheduled(plan: Plan) -> Iterator[_Planned]:
     for job in (*plan.timings(), *plan.trainings()):
         for stage in job.stages:
-            yield _Planned(job.label, job.row, stage)
+            yield _Planned(job.label_of(stage), job.row, stage)
 
 
 def _expected_seconds(planned: _Planned, plan: Plan, store: Store) -> float | None:

@@ -87,7 +87,7 @@ class ProgressDisplay:
             self.bars.update(self.all_stages, completed=self.done)
         outcome = record.error or f"done in {record.provenance['seconds']:.1f} s"
         position = f"[{self.done}/{self.total}, {time.monotonic() - self.started:.0f} s]"
-        self._print(f"{position} {job.label}: {kind_of(stage)} {outcome}")
+        self._print(f"{position} {job.label_of(stage)}: {kind_of(stage)} {outcome}")
 
     def _remove_bar(self, job: Job) -> None:
         task = self.tasks.pop(job.label, None)

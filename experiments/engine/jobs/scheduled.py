@@ -74,20 +74,21 @@ def _run_stages(job: Job, store: Store, device: str, resources: dict[str, Any]) 
     def report(progress: Progress) -> None:
         loss = "" if progress.loss is None else f", loss {progress.loss:.4f}"
         position = f"step {progress.step} of {progress.total}"
-        print(f"{job.label}: {position}{loss}, {progress.rate:.0f} images/s", flush=True)
+        print(f"{label}: {position}{loss}, {progress.rate:.0f} images/s", flush=True)
         _write_marker(Marker.RESTARTS, None)
 
     error, records = None, list(job.before)
     store.check_writable()
     warn_without_commit()
     for stage in job.stages:
+        label = job.label_of(stage)
         _write_marker(Marker.RUN, str(store.run_dir(stage)))
         record = execute(stage, store, Resources(device=device, **resources), report)
-        print(f"{job.label}: {kind_of(stage)} {record.error or 'done'}", flush=True)
+        print(f"{label}: {kind_of(stage)} {record.error or 'done'}", flush=True)
         _write_marker(Marker.RESTARTS, None)
         records.append(record)
         if record.status != "done" and job.failed(records):
-            error = f"{job.label}: {kind_of(stage)} failed: {record.error}"
+            error = f"{label}: {kind_of(stage)} failed: {record.error}"
         if job.ended(records) or _lost_its_group(record):
             break
     return error

@@ -91,6 +91,8 @@ def test_rows_of_one_training_are_one_job_whose_evaluations_all_run(tmp_path: Pa
     assert [type(stage).__name__ for stage in second.stages] == ["Train", "Evaluate"]
 
     train, unguided, guided = first.stages
+    assert first.label_of(train) == first.label_of(unguided) == "DiCo-XL, 3M, seed 0"
+    assert first.label_of(guided) == "DiCo-XL (w/ CFG), seed 0"
     assert isinstance(unguided, Evaluate) and isinstance(guided, Evaluate)
     assert unguided != guided and unguided.train == guided.train == train
 
