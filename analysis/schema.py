@@ -25,7 +25,7 @@ DRAFT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def _specs_in(module: types.ModuleType) -> list[type]:
-    """Return the dataclasses that a module declares, but for what several of them extend."""
+    """Return the dataclasses that a module declares, without those that others extend."""
     declared = [cls for cls in vars(module).values() if isinstance(cls, type) and is_dataclass(cls)]
     own = [cls for cls in declared if cls.__module__ == module.__name__]
     return [cls for cls in own if not cls.__subclasses__()]

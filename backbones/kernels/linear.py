@@ -21,7 +21,7 @@ from backbones.kernels import rows, rows_linear
 from backbones.kernels.op import Choice, Op
 
 _ONEDNN = torch.backends.mkldnn.is_available()
-# A compiler cannot ask for it.
+# Asked here, since a compiled graph would break at the question.
 _AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 # Multiply-accumulates below which a call of oneDNN costs more than it saves.
 WORTHWHILE = 2**22

@@ -129,13 +129,15 @@ def pays(*args: Tensor | None, **kwargs: Tensor | None) -> bool:
 
 def pays_in_threads(*args: Tensor | None, **kwargs: Tensor | None) -> bool:
     """Tell whether passes that threads share are worth it: in training, and not compiled."""
-    return not torch.compiler.is_compiling() and torch.is_grad_enabled() and _threads_are_torch()
+    return (
+        not torch.compiler.is_compiling() and torch.is_grad_enabled() and _shares_torchs_threads()
+    )
 
 
-def _threads_are_torch() -> bool:
+def _shares_torchs_threads() -> bool:
     """Tell whether the passes use as many threads as PyTorch.
 
-    They share its OpenMP, unless it was built with another one than the compiler's.
+    Both use PyTorch's OpenMP, unless PyTorch was built with another one than the compiler has.
     """
     count = torch.get_num_threads()
     return count == 1 or (functions := library()) is not None and functions.threads() == count
@@ -181,7 +183,7 @@ def transposed(x: Tensor) -> Tensor:
 
     A pass in C does it in less than half the time of PyTorch's copy.
     """
-    if not (x.is_contiguous() and fits(x) and _threads_are_torch()):
+    if not (x.is_contiguous() and fits(x) and _shares_torchs_threads()):
         return x.t().contiguous()
     y = x.new_empty(x.shape[::-1])
     call("transpose_matrix", x, y, *x.shape, channels=())

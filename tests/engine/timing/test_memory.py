@@ -95,7 +95,7 @@ def test_the_model_is_what_a_cpu_takes_for_networks_of_size_s(
     torch.set_num_threads(2)
     try:
         with_passes = measure(train, recompute)
-        monkeypatch.setattr(rows, "_threads_are_torch", lambda: False)
+        monkeypatch.setattr(rows, "_shares_torchs_threads", lambda: False)
         measured = measure(train, recompute)
     finally:
         torch.set_num_threads(threads)
